@@ -1,0 +1,13 @@
+"""cellbench: which frozen foundation model, with which segmentation head, outlines your cells best, and is the difference real?
+
+Importing the package does nothing but switch off the telemetry of the libraries behind it, which read these variables when *they* are imported.
+"""
+
+import os
+
+__version__ = "0.1.0"
+
+# Measured: MLflow looks up a host of its own and writes an installation id at its first event unless this is set before its import.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_DISABLE_AGENT_HINT", "true")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

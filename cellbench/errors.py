@@ -1,0 +1,33 @@
+"""What goes wrong through no fault of the code: one sentence that says what was asked, what is wrong and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CellbenchError(Exception):
+    """A mistake in the input, told to a person. The command line prints it as one line and ends with exit code 2."""
+
+
+class WeightsUnavailable(CellbenchError):
+    """The weights of a backbone cannot be had here and now. A grid marks the run *skipped* with this reason and goes on."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> CellbenchError:
+    """The error for a misspelt name, with the nearest known one.
+
+    >>> print(unknown("head", "bilinaer", ["fpn", "bilinear"]))
+    no head called 'bilinaer'. Did you mean 'bilinear'? Known: bilinear, fpn.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    known_names = f" Known: {', '.join(names)}." if names else " None is known."
+    return CellbenchError(f"{where + ': ' if where else ''}no {kind} called '{name}'.{hint}{known_names}")
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error as one line, for reasons in tables and tags."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
