@@ -1,6 +1,6 @@
 """cellbench: which frozen foundation model, with which segmentation head, outlines your cells best, and is the difference real?
 
-Importing the package does nothing but switch off the telemetry of the libraries behind it, which read these variables when *they* are imported.
+Importing the package only switches off the telemetry of the libraries behind it, which read these variables when they are imported.
 """
 
 import os
@@ -11,3 +11,4 @@ __version__ = "0.1.0"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_DISABLE_AGENT_HINT", "true")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

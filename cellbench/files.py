@@ -8,10 +8,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from cellbench.errors import CellbenchError
+
+T = TypeVar("T")
 
 
 def cache_dir() -> Path:
@@ -64,40 +67,59 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The content hash of a file as 64 hex digits; remembered by size and time of change, so that large sets are read once."""
-    hashes = Hashes()
-    digest = hashes[path]
-    hashes.save()
-    return digest
+    """The content hash of a file as 64 hex digits; remembered by size and time of change, so that large files are read once."""
+    with Remembered("hashes", hash_of) as hashes:
+        return hashes[path]
 
 
-class Hashes:
-    """Content hashes remembered in the cache folder between calls; ``save`` keeps what was learned. Used for many files at once."""
+def hash_of(path: Path) -> str:
+    """The content hash of a file, read now."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def __init__(self) -> None:
-        self._path = cache_dir() / "hashes.json"
+
+class Remembered(Generic[T]):
+    """What a function found out about files, kept in the cache folder by each file's path, size and time of change.
+
+    ``with Remembered("hashes", hash_of) as hashes: hashes[path]``; what was learned is saved on leaving, also on leaving by an error.
+    Values must survive JSON. Losing a race with another process costs a second reading, nothing else.
+    """
+
+    def __init__(self, name: str, learn: Callable[[Path], T]) -> None:
+        self._path = cache_dir() / f"{name}.json"
+        self._learn = learn
+        self._learned: dict[str, list[Any]] = {}
+        self._known: dict[str, list[Any]] = self._load()
+
+    def _load(self) -> dict[str, list[Any]]:
         try:
-            self._known: dict[str, list[object]] = json.loads(self._path.read_text())
+            known = json.loads(self._path.read_text())
         except (OSError, ValueError):
-            self._known = {}  # a damaged memory costs a second reading, nothing else
-        self._learned: dict[str, list[object]] = {}
+            return {}  # a damaged memory costs a second reading, nothing else
+        return known if isinstance(known, dict) else {}
 
-    def __getitem__(self, path: Path) -> str:
-        name, facts = str(path.absolute()), path.stat()
-        stamp = [facts.st_size, facts.st_mtime_ns]
-        known = self._known.get(name)
-        if isinstance(known, list) and known[:2] == stamp:
-            return str(known[2])
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        self._known[name] = self._learned[name] = [*stamp, digest.hexdigest()]
-        return digest.hexdigest()
+    def __enter__(self) -> Remembered[T]:
+        return self
 
-    def save(self) -> None:
-        """Adds what this object learned to the file. Losing a race with another process costs that one a second reading."""
-        if self._learned and (writable(self._path.parent) or not self._path.parent.exists()):
+    def knows(self, path: Path) -> bool:
+        known = self._known.get(str(path.absolute()))
+        return isinstance(known, list) and known[:2] == _stamp(path)
+
+    def __getitem__(self, path: Path) -> T:
+        name = str(path.absolute())
+        if not self.knows(path):
+            stamp = _stamp(path)  # before the reading: a file that changes meanwhile is read again next time
+            self._known[name] = self._learned[name] = [*stamp, self._learn(path)]
+        return self._known[name][2]
+
+    def __exit__(self, *_: object) -> None:
+        folder = self._path.parent
+        if self._learned and (writable(folder) or not folder.exists()):
             with contextlib.suppress(CellbenchError):  # only a memory: a full disk must not stop a run
-                write_atomic(self._path, json.dumps(self._known))
+                write_atomic(self._path, json.dumps({**self._load(), **self._learned}))
             self._learned = {}
+
+
+def _stamp(path: Path) -> list[int]:
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns]

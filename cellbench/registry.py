@@ -55,6 +55,10 @@ class BackboneCard(Card):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     gated: bool = False
+    page: str = ""
+    """Where a person logs in and accepts the licence, or reads what the publisher says; empty: the hub repository's own page."""
+    alternatives: tuple[str, ...] = ()
+    """The same weights published elsewhere, ``hf-hub:OWNER/NAME/FILE``: used where already in the hub's cache, never downloaded unasked."""
     arch: dict[str, Any] = Field(default_factory=dict)
     """What the builder needs to make the network, in its own words."""
 
@@ -83,8 +87,9 @@ class DatasetCard(Card):
     classes: tuple[str, ...] = Field(("background", "cell"), min_length=2)
     values: tuple[int, ...] = ()
     """The mask value of each class; a pixel belongs to the nearest. Empty: 0 is background, anything else a cell."""
-    images: str = "{split}/original"
-    masks: str = "{split}/mask"
+    images: str = ""
+    """The folder of images below the dataset's; ``{split}`` stands for ``train`` and ``test``. Empty: the usual layouts are tried."""
+    masks: str = ""
     expected: dict[str, int] = Field(default_factory=dict)
     """How many images the published set holds, by split."""
     how_to_get: str = ""

@@ -110,6 +110,9 @@ class DataSpec(Record):
     """How the images are split and, for drawn data, drawn. ``draw`` holds the drawing's own settings, by the names on its card."""
 
     val_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of the training images kept for validation (published: 0.2)."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of all images kept for the test, where the data has no test folder of its own."""
     split_seed: int = Field(2026, ge=0, lt=2**31)
     limit: int | None = Field(None, ge=1)
     """At most so many images of each of train, validation and test."""

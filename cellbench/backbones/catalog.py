@@ -1,0 +1,46 @@
+"""From a card to a backbone that is ready to use, and to the string that stands for its weights in fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cellbench.backbones.weights import locate, read_state
+from cellbench.errors import CellbenchError
+from cellbench.files import sha256
+from cellbench.registry import BackboneCard, load
+
+if TYPE_CHECKING:
+    from cellbench.backbones.base import Backbone
+
+
+def open_backbone(card: BackboneCard, weights_folder: Path | None = None, download: bool = True) -> Backbone:
+    """The frozen backbone of a card, in eval mode, on the CPU, float32.
+
+    Its weights are found or fetched, checked, read and loaded strictly. Raises WeightsUnavailable where they cannot be had here and now,
+    CellbenchError where card and file disagree. A card with ``weights = "none"`` needs neither file nor network.
+    """
+    builder = load(card)  # first, so that a card whose code is broken is not found out after a download of 4 GB
+    state = None if card.weights == "none" else read_state(locate(card, weights_folder, download))
+    backbone = builder(card, state).freeze()
+    if len(backbone.levels) != card.depth:
+        given = len(backbone.levels)
+        raise CellbenchError(f"{card.path}: depth = {card.depth}, but {card.builder} gives {given} levels. Correct the card.")
+    return backbone
+
+
+def shallow(card: BackboneCard, depth: int = 2) -> BackboneCard:
+    """The same card with only ``depth`` blocks, for checks on random weights; unchanged where its [arch] is no timm transformer."""
+    if not card.builder.endswith(":timm_vit") or card.depth <= depth:
+        return card
+    return card.model_copy(update={"depth": depth, "arch": {**card.arch, "depth": depth}})
+
+
+def weights_digest(card: BackboneCard, folder: Path | None = None, download: bool = True) -> str:
+    """What stands for a backbone's weights: the file's sha256, or, where there is no file, a hash of what the card builds them from."""
+    if card.weights == "none":
+        facts = {"builder": card.builder, "arch": card.arch, "mean": card.mean, "std": card.std}
+        return "none:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return "sha256:" + sha256(locate(card, folder, download))

@@ -1,0 +1,119 @@
+"""Weight files on disk: is this one whole, and what tensors does it hold.
+
+Only safetensors, or torch files read with ``weights_only=True`` and mapped into memory. Nothing in a weights file is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cellbench.errors import WeightsUnavailable, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def check_whole(path: Path) -> None:
+    """Reads the two ends of a file. Raises WeightsUnavailable for an error page, a Git LFS pointer, an empty, cut or unknown file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(1024)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        raise WeightsUnavailable(f"{path}: the file is empty. Delete it and download it again.")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise WeightsUnavailable(
+            f"{path}: is a web page, not weights: a log-in or error page was saved under this name. "
+            "Delete it, and download the file itself (in a browser: its own download link, when logged in)."
+        )
+    if text.startswith(b"version https://git-lfs"):
+        raise WeightsUnavailable(f"{path}: is a Git LFS pointer, not weights. Run 'git lfs pull' there, or download the file itself.")
+    if is_safetensors(path):
+        _check_safetensors(path, size)
+    elif head.startswith(b"PK"):
+        # A torch file is a zip whose table of contents stands at the end: without it, the end is missing.
+        if not zipfile.is_zipfile(path):
+            raise _cut(path, size)
+    elif not head.startswith(b"\x80"):
+        raise WeightsUnavailable(f"{path}: is neither a torch file nor safetensors (it begins {head[:8]!r}). Put the published file there.")
+
+
+def is_safetensors(path: Path) -> bool:
+    """By content, not by name: the length of a JSON header, then the header. The hub's cache keeps files without their endings."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] < 100_000_000
+
+
+def _check_safetensors(path: Path, size: int) -> None:
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header = file.read(length)
+    if len(header) < length:
+        raise _cut(path, size)
+    try:
+        table = json.loads(header)
+        expected = 8 + length + max((row["data_offsets"][1] for name, row in table.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise WeightsUnavailable(f"{path}: its safetensors header cannot be read. Delete the file and download it again.") from None
+    if size < expected:
+        raise _cut(path, size, expected)
+    if size > expected:
+        raise WeightsUnavailable(f"{path}: {size - expected} bytes stand behind the last tensor. Delete the file and download it again.")
+
+
+def _cut(path: Path, size: int, expected: int = 0) -> WeightsUnavailable:
+    whole = f" of {expected}" if expected else ""
+    return WeightsUnavailable(f"{path}: is truncated: it ends after {size}{whole} bytes. Delete it and download it again.")
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, on the CPU, mapped rather than read; nested tables are joined with dots (``teacher.backbone.…``).
+
+    Values that are no tensors (an epoch number) are left out. Raises WeightsUnavailable for a file that is damaged or would run code.
+    """
+    check_whole(path)
+    if is_safetensors(path):
+        import safetensors.torch
+
+        return safetensors.torch.load_file(path)
+    import torch
+
+    with path.open("rb") as file:
+        mapped = file.read(2) == b"PK"  # torch files from before 1.6 are plain pickles, which cannot be mapped
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"the object {name[1]}" if name else "objects"
+        raise WeightsUnavailable(
+            f"{path}: holds {what} beside tensors, which loading would have to build by running code; cellbench never does. "
+            "Ask the publisher for safetensors, or save its state_dict alone where you trust it."
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        why = one_line(error)[:120]
+        raise WeightsUnavailable(f"{path}: is damaged, torch cannot read it ({why}). Delete it and download it again.") from error
+    state = _flat(tree)
+    if not state:
+        raise WeightsUnavailable(f"{path}: holds no named tensors. Expected a state_dict, or a checkpoint with one inside.")
+    return state
+
+
+def _flat(tree: object, prefix: str = "") -> dict[str, Tensor]:
+    import torch
+
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}
+    found: dict[str, Tensor] = {}
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found

@@ -1,0 +1,93 @@
+"""A floor that needs no weights: colour filters at several scales, in the manner of ilastik's pixel features.
+
+A foundation model that does not beat Gaussians has not been shown to help.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cellbench.backbones.base import Backbone, Level
+from cellbench.registry import BackboneCard
+
+RESPONSES = 6
+
+
+class FilterBank(Backbone):
+    """For each colour channel and scale: smoothed value, gradient magnitude, Laplacian, both eigenvalues of the Hessian, local deviation.
+
+    The set of Berg et al. 2019 (ilastik, doi 10.1038/s41592-019-0582-9), averaged to one vector for each ``patch_px`` x ``patch_px``
+    pixels. Wide filters work on an averaged-down tile, as in an image pyramid. One level: nothing here is shallow or deep.
+    """
+
+    def __init__(self, card: BackboneCard, sigmas_px: list[float]) -> None:
+        super().__init__(card.mean, card.std)
+        self._patch = card.patch_px
+        self._scales = [(sigma, _reduction(sigma, card.patch_px)) for sigma in sigmas_px]
+        self.levels = (Level(index=0, dim=3 * RESPONSES * len(sigmas_px), stride_px=card.patch_px),)
+        self.tile_multiple_px = card.patch_px
+
+    def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
+        # In half precision the variance, a difference of two squares, would be noise.
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            x = x_BCHW.float()
+            pooled = torch.cat([self._responses(x, sigma, by) for sigma, by in self._scales], 1)
+        return [pooled for _ in indices]
+
+    def _responses(self, x_BCHW: Tensor, sigma_px: float, by: int) -> Tensor:
+        x = F.avg_pool2d(x_BCHW, by) if by > 1 else x_BCHW
+        sigma = sigma_px / by
+        smooth = _blur(x, sigma)
+        deviation = (_blur(x**2, sigma) - smooth**2).clamp_min_(0).sqrt_()
+        # Scale-normalised derivatives (Lindeberg 1998), so that responses of all scales have comparable size.
+        dy, dx = (sigma * d for d in _slopes(smooth))
+        (dyy, dyx), (_, dxx) = ([sigma * d for d in _slopes(d)] for d in (dy, dx))
+        middle, spread = (dyy + dxx) / 2, (((dyy - dxx) / 2) ** 2 + dyx**2).sqrt_()
+        out = torch.cat([smooth, (dy**2 + dx**2).sqrt_(), 2 * middle, middle + spread, middle - spread, deviation], 1)
+        return F.avg_pool2d(out, self._patch // by) if self._patch > by else out
+
+
+def _reduction(sigma_px: float, patch_px: int) -> int:
+    """How far a tile may be averaged down before a Gaussian of this width: it must stay wider than 1.4 places, or it is not one."""
+    by = 1
+    while by * 2 <= patch_px and patch_px % (by * 2) == 0 and sigma_px / (by * 2) >= 1.4:
+        by *= 2
+    return by
+
+
+def _blur(x_BCHW: Tensor, sigma: float) -> Tensor:
+    height, width = x_BCHW.shape[-2:]
+    return _band(height, sigma).to(x_BCHW) @ x_BCHW @ _band(width, sigma).to(x_BCHW).T
+
+
+@functools.lru_cache(maxsize=64)
+def _band(length: int, sigma: float) -> Tensor:
+    """A Gaussian along one axis as a matrix (length, length), the edge pixel repeated beyond the edge.
+
+    As a matrix product, because depthwise convolutions with long one-dimensional kernels ran 50 times slower on a CPU.
+    """
+    radius = math.ceil(3 * sigma)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+    matrix = torch.zeros(length, length, dtype=torch.float64)
+    rows = torch.arange(length)
+    for offset, value in zip(offsets.long().tolist(), (kernel / kernel.sum()).tolist(), strict=True):
+        matrix[rows, (rows + offset).clamp(0, length - 1)] += value
+    return matrix.float()
+
+
+def _slopes(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Central differences down and to the right."""
+    padded = F.pad(x_BCHW, (1, 1, 1, 1), mode="replicate")
+    return (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) / 2, (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2
+
+
+def filter_bank(card: BackboneCard, state: dict[str, Any] | None) -> FilterBank:
+    """Builds the bank of a card; there is no state to load."""
+    return FilterBank(card, card.arch["sigmas_px"])

@@ -1,0 +1,132 @@
+"""Published weight files, put into timm's names, and put into a network so that nothing is left over on either side.
+
+Every rename below is one publisher's habit. What may be left out is named here too (training heads, mask tokens, poolers); any other key
+that the network does not have, any key that it lacks, and any shape that differs is an error that lists them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from cellbench.errors import CellbenchError
+
+# The patch embedding (or a ConvNet's stem) shows where in a file the network begins.
+ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "stem.0.weight", "stem_0.weight")
+
+# Parts that only training or classification needs, beside the network or inside it.
+HEADS = re.compile(r"(.*\.)?(dino_head|ibot_head|dino_loss|ibot_patch_loss|head|classifier|pooler)\..*|(.*\.)?mask_token|student\..*")
+
+# transformers' ViTModel and Dinov2Model (also Hibou's own copy of the latter) -> timm, after q, k and v are joined.
+TRANSFORMERS = (
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.register_tokens$", "register_tokens"),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.(layernorm_before)\.", ".norm1."),
+    (r"\.(layernorm_after)\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+)
+
+
+def to_timm(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The network's tensors under timm's names; ``where`` names the file in errors.
+
+    Knows timm's own layout, DINOv2's (SwiGLU's ``w12``/``w3``, ``register_tokens``), training checkpoints with a ``teacher``, and
+    transformers' ViT and Dinov2 with or without registers. Tensors are views of the given ones, apart from joined q, k, v and class tokens.
+    """
+    root = _root(state, where)
+    outside = [key for key in state if not key.startswith(root) and not HEADS.fullmatch(key)]
+    if outside:
+        raise CellbenchError(f"{where}: {listed(outside, 'key')} beside the network '{root}*', not known to be training heads.")
+    inside = {key[len(root) :]: value for key, value in state.items() if key.startswith(root)}
+    inside = {key: value for key, value in inside.items() if not HEADS.fullmatch(key)}
+    if ANCHORS[1] in inside:
+        inside = _from_transformers(inside)
+    inside = {re.sub(r"\.mlp\.w3\.", ".mlp.fc2.", re.sub(r"\.mlp\.w12\.", ".mlp.fc1.", key)): value for key, value in inside.items()}
+    if "register_tokens" in inside and {"cls_token", "pos_embed"} <= inside.keys():
+        # DINOv2 adds a position to the class token and none to the registers; timm's reg4 models keep positions for patches alone.
+        position = inside.pop("pos_embed")
+        inside |= {"reg_token": inside.pop("register_tokens"), "pos_embed": position[:, 1:]}
+        inside["cls_token"] = inside["cls_token"] + position[:, :1]
+    return inside
+
+
+def _root(state: dict[str, Tensor], where: str) -> str:
+    roots = {key[: -len(anchor)] for anchor in ANCHORS for key in state if key == anchor or key.endswith("." + anchor)}
+    teachers = {root for root in roots if root.startswith("teacher")}
+    roots = teachers or {root for root in roots if not root.startswith("student")}
+    if len(roots) != 1:
+        found = "no vision network that is known here" if not roots else f"{len(roots)} networks ({', '.join(sorted(roots))})"
+        raise CellbenchError(f"{where}: holds {found}. Expected one patch embedding; its keys begin {listed(list(state), 'key')}.")
+    return roots.pop()
+
+
+def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        match = re.fullmatch(r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)", key)
+        if match:
+            name = f"blocks.{match[1]}.attn.qkv.{match[3]}"
+            thirds = [state.get(key.replace(f".{match[2]}.", f".{part}.")) for part in ("query", "key", "value")]
+            if name not in renamed and all(third is not None for third in thirds):
+                renamed[name] = torch.cat(thirds)
+            if name in renamed:
+                continue
+        for pattern, name in TRANSFORMERS:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    return renamed
+
+
+def native_px(state: dict[str, Tensor], patch_px: int) -> int | None:
+    """The tile side that a timm state's position grid stands for; None where it has no grid, or no square one."""
+    if "pos_embed" not in state:
+        return None
+    tokens = state["pos_embed"].shape[1]
+    prefixes = 1 + (state["reg_token"].shape[1] if "reg_token" in state else 0)
+    for prefix in (0, 1, prefixes):
+        side = math.isqrt(max(tokens - prefix, 0))
+        if side * side == tokens - prefix and side > 0:
+            return side * patch_px
+    return None
+
+
+def load_strictly(net: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Gives ``net``, wherever it is, its own float32 copy of ``state``; both must name the same tensors in the same shapes.
+
+    Copies rather than keeps the mapped file, so that a file overwritten during a run cannot change the run. Peak: the file and one copy.
+    """
+    wanted = net.state_dict()
+    missing, extra = [k for k in wanted if k not in state], [k for k in state if k not in wanted]
+    odd = [f"{k} {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    if missing or extra or odd:
+        parts = (("lacks", missing), ("has too many:", extra), ("has another shape:", odd))
+        told = "; ".join(f"{what} {listed(keys, 'key')}" for what, keys in parts if keys)
+        raise CellbenchError(f"{where}: does not fit the network that the card describes: {told}. Is it the right file for this card?")
+    own = {key: state[key].detach().to(torch.float32, copy=True).contiguous() for key in wanted}
+    net.load_state_dict(own, strict=True, assign=True)
+    stranded = [name for name, tensor in (*net.named_parameters(), *net.named_buffers()) if tensor.is_meta]
+    assert not stranded, f"left without values: {stranded}"
+
+
+def listed(names: Iterable[str], noun: str) -> str:
+    """The first five names and how many there are in all.
+
+    >>> listed(["a", "b"], "key")
+    '2 keys (a, b)'
+    """
+    names = list(names)
+    more = ", …" if len(names) > 5 else ""
+    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({', '.join(names[:5])}{more})"

@@ -1,0 +1,113 @@
+"""Plain vision transformers, built by timm from a card and filled from a state in any published layout.
+
+``forward(pixels, indices)`` gives for each block asked for its patch tokens as a map (B, D, h, w), float32: the network's final norm
+applied, class and register tokens dropped, row 0 at the tile's top. Positions are kept on the grid that they were trained on and resampled
+to the tile's grid in each pass, once (timm's bicubic, antialiased); at the native tile size they are used as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import timm
+import torch
+from timm.layers import LayerNorm, SwiGLUPacked
+from torch import Tensor, nn
+
+from cellbench.backbones.base import Backbone, Level
+from cellbench.backbones.layouts import load_strictly, native_px, to_timm
+from cellbench.errors import CellbenchError, unknown
+from cellbench.registry import BackboneCard
+
+# What [arch] may say, beside the name of a timm model: its arguments, in timm's words where they are numbers.
+NUMBERS = (
+    "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "reg_tokens", "no_embed_class",
+)  # fmt: skip
+WORDS = {"mlp_layer": {"SwiGLUPacked": SwiGLUPacked}, "act_layer": {"SiLU": nn.SiLU, "GELU": nn.GELU}}
+OURS = ("name", "seed", "norm_eps", "dynamic_img_size")
+
+
+class TimmViT(Backbone):
+    """A timm transformer with ``forward_intermediates``. Levels are its blocks, all of one width and one stride."""
+
+    def __init__(self, net: nn.Module, card: BackboneCard) -> None:
+        super().__init__(card.mean, card.std)
+        self.net = net
+        self.levels = tuple(Level(index=i, dim=card.dim, stride_px=card.patch_px) for i in range(card.depth))
+        self.tile_multiple_px = card.patch_px
+
+    def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
+        """See ``Backbone.maps``; blocks deeper than asked for are not run. Raises ValueError for a level or a size that it has not."""
+        height, width = x_BCHW.shape[-2:]
+        if height % self.tile_multiple_px or width % self.tile_multiple_px:
+            raise ValueError(f"a tile of {height} x {width} px: sides must be multiples of the {self.tile_multiple_px} px patch")
+        if not all(0 <= index < len(self.levels) for index in indices):
+            raise ValueError(f"levels {indices}: there are 0 to {len(self.levels) - 1}")
+        wanted = sorted(set(indices))  # timm gives them shallow to deep, whatever the order asked for
+        maps = self.net.forward_intermediates(
+            x_BCHW, indices=wanted, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
+        found = dict(zip(wanted, maps, strict=True))
+        return [found[index] for index in indices]
+
+
+def timm_vit(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbone:
+    """The card's network with the weights of ``state``, or, for None, with random ones from ``[arch] seed``; not yet frozen.
+
+    Random ones are drawn on torch's default device: within ``with torch.device("meta"):`` none are, and a large network costs nothing.
+    Where the card states no ``img_size``, the position grid of the file decides. Raises CellbenchError where card, network and file
+    disagree.
+    """
+    where = f"{card.id} ({card.path})"
+    if state is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(card.arch.get("seed", 0)))
+            net = _network(card, None)
+    else:
+        state = to_timm(state, card.id)
+        grid_px = native_px(state, card.patch_px)
+        net = _network(card, "meta", grid_px)
+        kept = net.state_dict().keys()
+        if any(name not in kept for name, _ in net.named_buffers()):
+            # Rotary positions (DINOv3) are computed when built and stand in no file: on the meta device they would have no values.
+            net = _network(card, "cpu", grid_px)
+        load_strictly(net, state, card.id)
+    _agree(card, net, where)
+    return TimmViT(net, card)
+
+
+def _network(card: BackboneCard, device: str | None, grid_px: int | None = None) -> nn.Module:
+    arguments: dict[str, Any] = {} if grid_px is None or "img_size" in card.arch else {"img_size": grid_px}
+    for key, value in card.arch.items():
+        if key in NUMBERS:
+            arguments[key] = value
+        elif key in WORDS:
+            if value not in WORDS[key]:
+                raise unknown(key, str(value), WORDS[key], where=f"{card.path}: [arch]")
+            arguments[key] = WORDS[key][value]
+        elif key not in OURS or (key == "dynamic_img_size" and value is not True):
+            raise unknown("setting", key, (*NUMBERS, *WORDS, *OURS), where=f"{card.path}: [arch]")
+    if "norm_eps" in card.arch:
+        arguments["norm_layer"] = functools.partial(LayerNorm, eps=card.arch["norm_eps"])
+    name = card.arch.get("name")
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise CellbenchError(f"{card.path}: [arch] name = {name!r}: timm {timm.__version__} has no such model; timm.list_models() has.")
+    # No pooling, or timm would move the final norm behind it; no classes, or a head would be made.
+    fixed = {"pretrained": False, "num_classes": 0, "global_pool": "", "dynamic_img_size": True}
+    return timm.create_model(name, **fixed, device=None if device is None else torch.device(device), **arguments)
+
+
+def _agree(card: BackboneCard, net: nn.Module, where: str) -> None:
+    """Refuses a card whose facts are not those of its network: every number downstream rests on them."""
+    if not hasattr(net, "forward_intermediates") or not hasattr(net, "blocks"):
+        raise CellbenchError(f"{where}: {card.arch['name']} is no plain transformer. For a ConvNet or Swin use timm_pyramid.")
+    built = {
+        "dim": net.embed_dim,
+        "depth": len(net.blocks),
+        "prefix_tokens": net.num_prefix_tokens,
+        "patch_px": net.patch_embed.patch_size[0],
+    }
+    wrong = [f"{key} = {getattr(card, key)}, the network has {value}" for key, value in built.items() if getattr(card, key) != value]
+    if wrong:
+        raise CellbenchError(f"{where}: {'; '.join(wrong)}. Correct the card, or its [arch].")

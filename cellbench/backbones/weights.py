@@ -1,0 +1,196 @@
+"""Which file holds a backbone's weights: found here, or fetched, and never taken before it is checked.
+
+Looked for in this order: the ``--weights`` folder (or ``CELLBENCH_WEIGHTS``), what was downloaded before, the Hugging Face cache, and then
+the card's source. A file must be whole and have the hash that the card states; where it states none, the hash seen first is recorded and
+a different file is refused later. What cannot be had is WeightsUnavailable, with what to do; never a net of random weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from cellbench.backbones import fetch
+from cellbench.backbones.checkpoint import SUFFIXES, check_whole, read_state
+from cellbench.errors import CellbenchError, WeightsUnavailable
+from cellbench.files import cache_dir, make_folder, sha256, told, write_atomic
+from cellbench.registry import BackboneCard
+
+__all__ = ["folder_file", "locate", "read_state", "weights_folder", "where_to_get"]
+
+# Names that tell nothing: a file of such a name counts as a card's only in a folder of the card's name.
+COMMON_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "model.bin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubFile:
+    """A file in a hub repository: ``hf-hub:OWNER/NAME`` or ``hf-hub:OWNER/NAME/FILE``."""
+
+    repo: str
+    names: tuple[str, ...]
+    """The names that it may have; the first that exists is taken."""
+
+    @classmethod
+    def of(cls, text: str, file: str = "") -> HubFile:
+        parts = text.removeprefix("hf-hub:").split("/", 2)
+        if len(parts) < 2:
+            raise CellbenchError(f"weights = {text!r}: expected hf-hub:OWNER/NAME.")
+        names = (parts[2],) if len(parts) == 3 else (file,) if file else ("model.safetensors", "pytorch_model.bin")
+        return cls(repo="/".join(parts[:2]), names=names)
+
+
+def locate(card: BackboneCard, folder: Path | None, download: bool = True) -> Path:
+    """The checked weights file of a card; with ``download=False`` only what is on this machine now.
+
+    Raises WeightsUnavailable with the reason and the remedy, CellbenchError for a card or folder that is wrong in itself.
+    """
+    if card.weights == "none":
+        raise CellbenchError(f"{card.id}: has no weights file: its card says weights = \"none\".")
+    if own := folder_file(card, folder):
+        # The card's hash is that of the published file; another format of the same weights can only be recognised the next time.
+        same_format = own.suffix == Path(_published(card)).suffix
+        return _checked(card, own, f"folder {own.name}", card.sha256 if same_format else "")
+    if card.weights.startswith("https://") or card.weights.startswith("http://"):
+        return _from_https(card, folder, download)
+    if card.weights.startswith("hf-hub:"):
+        return _from_hub(card, folder, download)
+    raise CellbenchError(f"{card.path}: weights = {card.weights!r}. Expected 'hf-hub:OWNER/NAME', 'https://…' or 'none'.")
+
+
+def weights_folder(folder: Path | None) -> Path | None:
+    """The folder of the user's own weight files: as given, or ``CELLBENCH_WEIGHTS``. Raises CellbenchError where it does not exist."""
+    given = folder or (Path(os.environ["CELLBENCH_WEIGHTS"]).expanduser() if os.environ.get("CELLBENCH_WEIGHTS") else None)
+    if given is not None and not given.is_dir():
+        name = "--weights" if folder else "CELLBENCH_WEIGHTS ="
+        raise CellbenchError(f"{name} {given}: there is no such folder. Name the one that holds <backbone>.safetensors, .pth or .bin.")
+    return given
+
+
+def folder_file(card: BackboneCard, folder: Path | None) -> Path | None:
+    """The card's file in the user's own folder: ``<id>.safetensors|.pth|.pt|.bin``, the published name, or that name within ``<id>/``."""
+    given = weights_folder(folder)
+    if given is None:
+        return None
+    published = _published(card)
+    names = [f"{card.id}{suffix}" for suffix in SUFFIXES]
+    names += [published] if published and published not in COMMON_NAMES else []
+    names += _extra_names(card)
+    names += [f"{card.id}/{name}" for name in (published, *COMMON_NAMES) if name]
+    return next((given / name for name in names if (given / name).is_file()), None)
+
+
+def _published(card: BackboneCard) -> str:
+    """The name under which the weights are published, or the empty string."""
+    if card.file:
+        return Path(card.file).name
+    return Path(unquote(urlsplit(card.weights).path)).name if card.weights.startswith("http") else ""
+
+
+def _suffix(card: BackboneCard) -> str:
+    return Path(_published(card)).suffix or ".safetensors"
+
+
+def _extra_names(card: BackboneCard) -> list[str]:
+    """A timm tag's weights are also passed on as ``<model>.safetensors``: ``vit_tiny_patch16_224.safetensors``."""
+    if not card.weights.startswith("hf-hub:timm/"):
+        return []
+    tag = card.weights.removeprefix("hf-hub:timm/")
+    return [f"{stem}{suffix}" for stem in dict.fromkeys((tag, tag.split(".")[0])) for suffix in SUFFIXES]
+
+
+def _from_https(card: BackboneCard, folder: Path | None, download: bool) -> Path:
+    # The address stands in the name: a card whose address changes must not be served the old file.
+    address = hashlib.sha256(card.weights.encode()).hexdigest()[:8]
+    landed = cache_dir() / "weights" / f"{card.id}-{address}{_suffix(card)}"
+    if not landed.is_file():
+        for path, source, _ in _in_hub_cache(card):
+            return _checked(card, path, source, "")
+        if not download:
+            raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {where_to_get(card, folder)}")
+        try:
+            fetch.https(fetch.Source(url=card.weights, shown=card.weights, sha256=card.sha256), landed, check_whole)
+        except WeightsUnavailable as error:
+            raise WeightsUnavailable(f"{card.id}: {error} {where_to_get(card, folder)}") from error
+    return _checked(card, landed, card.weights, card.sha256)
+
+
+def _from_hub(card: BackboneCard, folder: Path | None, download: bool) -> Path:
+    for path, source, published in _in_hub_cache(card):
+        return _checked(card, path, source, card.sha256 if published else "")
+    if not download:
+        raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {where_to_get(card, folder)}")
+    wanted = HubFile.of(card.weights, card.file)
+    try:
+        path, name = fetch.hub(wanted.repo, wanted.names, card.revision or None, check_whole)
+    except WeightsUnavailable as error:
+        raise WeightsUnavailable(f"{card.id}: {error} {where_to_get(card, folder)}") from error
+    return _checked(card, path, f"hf-hub:{wanted.repo}/{name}", card.sha256)
+
+
+def _in_hub_cache(card: BackboneCard) -> Iterator[tuple[Path, str, bool]]:
+    """The card's file (True), then its alternatives (False), with their sources, as far as the hub's cache holds them; no network."""
+    sources = [(HubFile.of(card.weights, card.file), card.revision, True)] if card.weights.startswith("hf-hub:") else []
+    sources += [(HubFile.of(text), "", False) for text in card.alternatives]
+    for wanted, revision, published in sources:
+        for name in wanted.names:
+            if path := fetch.cached(wanted.repo, name, revision or None):
+                yield path, f"hf-hub:{wanted.repo}/{name}", published
+
+
+def _checked(card: BackboneCard, path: Path, source: str, expected: str) -> Path:
+    """The same path, if the file is whole and is the one expected. ``source`` is the name under which a first hash is kept."""
+    path = path.resolve()  # in the hub's cache a link: what has to be deleted there is the file behind it
+    try:
+        check_whole(path)
+    except WeightsUnavailable as error:
+        raise WeightsUnavailable(f"{card.id}: {error}") from error
+    found = sha256(path)
+    # The hub keeps a large file under its own sha256; a blob that no longer has it was damaged on disk or on the way.
+    named = path.name if re.fullmatch("[0-9a-f]{64}", path.name) else ""
+    for wanted, who in ((expected, "the card"), (named, "the hub")):
+        if wanted and found != wanted:
+            raise WeightsUnavailable(
+                f"{card.id}: {path} is not the published file: its sha256 is {found[:16]}…, {who} says {wanted[:16]}…. "
+                "Delete it and download it again, or use it on purpose with a card of your own (--registry)."
+            )
+    if not expected:
+        _trust_first(card, path, f"{card.id} {source}", found)
+    return path
+
+
+def _trust_first(card: BackboneCard, path: Path, key: str, found: str) -> None:
+    """Records the hash of a file of unknown hash, and refuses a different one the next time."""
+    known_at = cache_dir() / "weights" / "known_hashes.json"
+    make_folder(known_at.parent)
+    with told(f"recording the hash of {path.name} in {known_at}"), fetch.locked(known_at.with_suffix(".lock")):
+        try:
+            known = json.loads(known_at.read_text())
+        except FileNotFoundError:
+            known = {}
+        except ValueError:
+            raise CellbenchError(f"{known_at}: is damaged. It holds the hashes seen first; delete it to trust what is here now.") from None
+        if key not in known:
+            write_atomic(known_at, json.dumps({**known, key: found}, indent=1, sort_keys=True) + "\n")
+        elif known[key] != found:
+            raise WeightsUnavailable(
+                f"{card.id}: {path} has changed since it was first used: its sha256 is {found[:16]}…, then it was {str(known[key])[:16]}…. "
+                f"Put the first file back, or, if the new one is meant, delete the line '{key}' in {known_at}."
+            )
+
+
+def where_to_get(card: BackboneCard, folder: Path | None) -> str:
+    """What a person can do to have these weights here, as a sentence."""
+    given = folder or os.environ.get("CELLBENCH_WEIGHTS") or "DIR"
+    name = _published(card) or "the weights file"
+    place = f"{Path(given) / (card.id + _suffix(card))}" + ("" if given != "DIR" else " and pass --weights DIR")
+    hub_page = f"https://huggingface.co/{HubFile.of(card.weights).repo}" if card.weights.startswith("hf-hub:") else card.weights
+    page = card.page or hub_page
+    if card.gated:
+        return f"Accept the licence at {page} and log in (hf auth login), or put {name} at {place}."
+    return f"Where there is a network it is downloaded at first use; else put {name} (from {page}) at {place}."

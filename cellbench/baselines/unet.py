@@ -1,0 +1,25 @@
+"""smp's U-Net as a head that reads no backbone, so that the one harness trains it on the same tiles as everything else."""
+
+from __future__ import annotations
+
+import segmentation_models_pytorch as smp
+import torch.nn.functional as F
+from torch import Tensor
+
+from cellbench.backbones.base import Level
+from cellbench.heads.base import Head
+
+
+class UNet(Head):
+    """Trained end to end from random weights. Tiles whose side is not a multiple of 32 are padded by mirroring and cropped again."""
+
+    def __init__(self, levels: tuple[Level, ...], num_classes: int, *, encoder: str, width: int) -> None:
+        super().__init__(levels, num_classes)
+        channels = tuple(width * 2**step for step in (4, 3, 2, 1, 0))
+        self.net = smp.Unet(encoder, encoder_weights=None, decoder_channels=channels, classes=num_classes)
+
+    def forward(self, maps: list[Tensor], pixels_BCHW: Tensor) -> Tensor:
+        height, width = pixels_BCHW.shape[-2:]
+        below, right = -height % 32, -width % 32
+        x = F.pad((pixels_BCHW - 0.5) / 0.25, (0, right, 0, below), mode="reflect") if below or right else (pixels_BCHW - 0.5) / 0.25
+        return self.net(x)[..., :height, :width]

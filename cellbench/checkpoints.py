@@ -1,0 +1,43 @@
+"""Where an interrupted run goes on: one file a run in the cache folder, whole or absent, gone when the run is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cellbench.files import cache_dir, write_atomic
+
+EVERY_S = 10.0
+
+
+def path(fingerprint: str) -> Path:
+    """The file of a run."""
+    return cache_dir() / "checkpoints" / f"{fingerprint}.pt"
+
+
+def write(place: Path, state: dict[str, Any]) -> None:
+    """Tensors, numbers and strings. Raises CellbenchError where the disk is full."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(place, buffer.getvalue())
+
+
+def read(place: Path, device: torch.device) -> dict[str, Any] | None:
+    """The state, or None where there is none that can be read: the run then starts anew."""
+    if not place.is_file():
+        return None
+    try:
+        return torch.load(place, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError):  # a damaged file costs the epochs it held
+        forget(place)
+        return None
+
+
+def forget(place: Path) -> None:
+    """Removes the file of a finished run."""
+    with contextlib.suppress(FileNotFoundError):
+        place.unlink()

@@ -1,0 +1,181 @@
+"""The verbs behind the command line: from arguments to printed answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cellbench import figures, leaderboard
+from cellbench.data.dataset import Dataset
+from cellbench.data.folders import open_dataset
+from cellbench.errors import CellbenchError, unknown
+from cellbench.estimate import cost, duration
+from cellbench.files import make_folder
+from cellbench.grid import Job, Outcome, Runner, jobs_of, parent
+from cellbench.machine import Machine, machine
+from cellbench.registry import Registry, shipped
+from cellbench.spec import Experiment, cohorts
+from cellbench.track import Run, Tracker
+
+
+def say(text: str) -> None:
+    """Prints a line without tearing a progress bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def read_experiment(name: str, changes: Sequence[str] = (), data: Path | None = None, limit: int | None = None, registry: Registry | None = None) -> Experiment:
+    """The experiment of a file, or of a shipped file's name, with ``--set`` changes. Raises CellbenchError.
+
+    A drawn dataset gives way to ``--data``: the same questions are then asked of the person's own folder.
+    """
+    path = Path(name)
+    if not path.is_file():
+        inside = shipped("experiments") / f"{path.name.removesuffix('.toml')}.toml"
+        if not inside.is_file() or path.parent != Path("."):
+            raise unknown("experiment file", name, [p.stem for p in shipped("experiments").glob("*.toml")])
+        path = inside
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CellbenchError(f"{path}: cannot be read as an experiment: {error}.") from None
+    for change in changes:
+        _change(tree, change)
+    if limit is not None:
+        _change(tree, f"data.limit={limit}")
+    experiment = Experiment.of(tree, str(path))
+    card = (registry or Registry()).dataset(experiment.dataset)
+    if data is not None and card.draw:
+        tree["dataset"] = "folder"
+        tree.get("data", {}).pop("draw", None)
+        tree["experiment"] = f"{experiment.experiment} on {data.absolute().name}"
+        experiment = Experiment.of(tree, str(path))
+    return experiment
+
+
+def _change(tree: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise CellbenchError(f"--set {change}: expected KEY=VALUE, like run.epochs=3.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # the shell ate the quotes of a string
+    for part in parts[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise CellbenchError(f"--set {change}: '{part}' is not a table.")
+    tree[parts[-1]] = value
+
+
+def grid(
+    file: str,
+    *,
+    changes: Sequence[str] = (),
+    data: Path | None = None,
+    weights: Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    memory: str = "auto",
+    cache: Path | None = None,
+    extra: Path | None = None,
+    limit: int | None = None,
+    dry_run: bool = False,
+) -> int:
+    """``cellbench grid``: runs an experiment and prints its leaderboard. Exit code 0, or 1 where a run failed."""
+    if cache is not None:
+        os.environ["CELLBENCH_CACHE"] = str(make_folder(cache.absolute()))
+    registry = Registry(extra)
+    experiment = read_experiment(file, changes, data, limit, registry)
+    if weights is None and os.environ.get("CELLBENCH_WEIGHTS"):
+        weights = Path(os.environ["CELLBENCH_WEIGHTS"])
+    if weights is not None and not weights.is_dir():
+        raise CellbenchError(f"--weights {weights}: there is no such folder.")
+    here = machine(device, precision, memory)
+    dataset = open_dataset(registry.dataset(experiment.dataset), data, experiment.data)
+    for line in dataset.notes:
+        say(line)
+    jobs = jobs_of(experiment, registry, dataset, weights, file)
+    sizes = f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} test images"
+    say(f"{experiment.experiment}: {len(jobs)} runs on {dataset.name} ({sizes}), on {here.name}.")
+    if dry_run:
+        return _dry(jobs, registry, dataset, here, weights)
+    tracker = Tracker(experiment.experiment)
+    key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), dataset.digest], sort_keys=True).encode()).hexdigest()[:16]
+    with parent(tracker, f"grid: {Path(file).stem}", key) as top:
+        runner = Runner(
+            experiment=experiment, registry=registry, dataset=dataset, machine=here, weights=weights, tracker=tracker, parent_id=top.run_id, say=say
+        )
+        outcome = runner.everything(jobs)
+        _conclude(outcome, jobs, tracker, top, experiment, dataset)
+        if outcome.failed:
+            top.end("failed", f"{len(outcome.failed)} runs failed")
+    return 1 if outcome.failed else 0
+
+
+def _dry(jobs: list[Job], registry: Registry, dataset: Dataset, here: Machine, weights: Path | None) -> int:
+    for job in jobs:
+        say(f"  {job.name}" + (f"  skipped: {job.unavailable}" if job.unavailable else ""))
+    wall = memory = disk = 0.0
+    known = {id(job.run): job for job in jobs}
+    for number, group in enumerate(cohorts(job.run for job in jobs), 1):
+        first = group[0]
+        title = f"cohort {number}: {first.backbone or first.baseline}, {len(group)} run{'s' if len(group) > 1 else ''}"
+        if known[id(first)].unavailable:
+            say(f"{title}: skipped")
+            continue
+        if first.baseline and not registry.baseline(first.baseline).trained:
+            say(f"{title}: nothing to train")
+            continue
+        one = cost(group, registry, dataset, here, weights)
+        speed = f", backbone {one.trunk_tiles_per_s:.0f} tiles/s" if first.backbone else ""
+        say(
+            f"{title}: {one.train_tiles} training tiles an epoch, {one.val_tiles} validation and {one.test_tiles} test tiles{speed}; "
+            f"about {duration(one.wall_s)}, {one.memory_mib / 1024:.1f} GiB of memory; {one.source}"
+        )
+        wall, memory, disk = wall + one.wall_s, max(memory, one.memory_mib), disk + one.disk_mib
+    say(f"in all about {duration(wall)}, up to {memory / 1024:.1f} GiB of memory and {disk:.0f} MiB of disk for results (from a few tiles timed now)")
+    return 0
+
+
+def _conclude(outcome: Outcome, jobs: list[Job], tracker: Tracker, top: Run, experiment: Experiment, dataset: Dataset) -> None:
+    """The leaderboard: in the terminal, as files of the parent run, and in its notes."""
+    groups = {job.name: job.name.rsplit(" · seed ", 1)[0] for job in jobs}
+    per_image = {name: tracker.json(logged.run_id, "per_image.json") for name, logged in outcome.finished.items()}
+    if not outcome.finished:
+        say("no run is finished, so there is nothing to compare.")
+        return
+    table = leaderboard.rows(outcome.finished, groups, set(experiment.baselines), per_image)
+    sentences = leaderboard.words(outcome.finished, groups, per_image)
+    say("")
+    say(leaderboard.text(table))
+    say("")
+    for sentence in sentences:
+        say(sentence)
+    if outcome.skipped or outcome.failed or outcome.busy:
+        say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} with another process.")
+    with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
+        folder = Path(name)
+        record = {"leaderboard": leaderboard.as_json(table), "verdict": sentences, "skipped": outcome.skipped, "failed": outcome.failed}
+        (folder / "leaderboard.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (folder / "leaderboard.md").write_text(leaderboard.markdown(table) + "\n", encoding="utf-8")
+        (folder / "figures").mkdir()
+        figures.save(figures.scoreboard(leaderboard.bars(table), "mean over images"), folder / "figures" / "leaderboard.png")
+        (folder / "splits.json").write_text(
+            json.dumps({split: [s.name for s in dataset.samples(split)] for split in ("train", "val", "test")}, indent=1), encoding="utf-8"
+        )
+        top.artifacts(folder)
+    skipped = "".join(f"\n- skipped: {name}: {reason}" for name, reason in outcome.skipped.items())
+    top.describe("\n\n".join([leaderboard.markdown(table), *sentences]) + ("\n" + skipped if skipped else ""))
+    say(f"everything is in MLflow: `mlflow ui` here, experiment '{experiment.experiment}'.")
+

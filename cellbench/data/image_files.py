@@ -1,0 +1,357 @@
+"""One picture file: told by its first bytes, opened, tested for damage and decoded. What its numbers mean is `images`' matter.
+
+Whatever is wrong with a file becomes one `CellbenchError` that names it. Decoders are not trusted for that: Pillow leaves black what a PNG
+cut short does not give, libtiff what a TIFF's table does not list, and tifffile inflates without a bound; so all of it is checked here.
+
+What cannot be seen: JPEG has no checksum, so flipped bits, or a JPEG cut short and closed again, come out as wrong pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import stat
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+from cellbench.errors import CellbenchError, one_line
+
+# The readers are called by name, not through Image.open: that one warns and refuses by a process-wide limit of its own, and would also
+# start readers of dozens of other formats (one of which runs Ghostscript).
+_READERS = {
+    b"\x89PNG\r\n\x1a\n": ("PNG", PngImagePlugin.PngImageFile), b"\xff\xd8\xff": ("JPEG", JpegImagePlugin.JpegImageFile),
+    b"II*\0": ("TIFF", TiffImagePlugin.TiffImageFile), b"MM\0*": ("TIFF", TiffImagePlugin.TiffImageFile),
+    b"II+\0": ("TIFF", TiffImagePlugin.TiffImageFile), b"MM\0+": ("TIFF", TiffImagePlugin.TiffImageFile),
+    b"BM": ("BMP", BmpImagePlugin.BmpImageFile), b"RIFF": ("WebP", WebPImagePlugin.WebPImageFile),
+}  # fmt: skip
+_PNG_CHECKED = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")  # a text chunk with a wrong sum harms no pixel
+
+
+class FileError(Exception):
+    """What is wrong with the file at hand, and what to do, without its name; `opened` adds the name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An open file with a believable header. ``shape`` is (height, width) upright; ``turn`` the EXIF orientation, 1 to 8."""
+
+    fp: BinaryIO
+    kind: str
+    num_bytes: int
+    shape: tuple[int, int]
+    turn: int
+    page: Any  # tifffile's page, for TIFF only
+
+
+def shown_name(path: str | os.PathLike[str]) -> str:
+    """The path for an error of one line, which line breaks and bytes that are no UTF-8 would spoil."""
+    text = os.fspath(path)
+    return text if text.isprintable() else ascii(text)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str], limit: int) -> Iterator[Picture]:
+    """The file behind its header, which may claim ``limit`` pixels at most.
+
+    Whatever goes wrong with the file, inside the ``with`` as well, becomes one `CellbenchError`.
+    """
+    kind = "a picture"
+    try:
+        _hush()
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for ever
+            raise FileError("is a folder or a device, not a file")
+        with open(path, "rb") as fp:
+            start = fp.read(64)
+            kind = _kind(start)
+            if about.st_size > 2**26 + 8 * limit:
+                full = f"has {about.st_size / 1e9:.2g} GB, more than {limit / 1e6:g} megapixels can fill"
+                raise FileError(f"{full}. Crop it or raise CELLBENCH_MAX_PIXELS")
+            picture = _header(fp, kind, about.st_size)
+            height, width = picture.shape
+            if height < 1 or width < 1:
+                raise FileError("has no pixels by its header. Export it again")
+            if height * width > limit:
+                raise FileError(
+                    f"has {width}x{height} = {height * width / 1e6:.4g} megapixels by its header; the limit is {limit / 1e6:g}. "
+                    f"Crop it, or set CELLBENCH_MAX_PIXELS={height * width} if you trust it"
+                )
+            yield picture
+    except FileError as error:
+        raise CellbenchError(f"{shown_name(path)}: {error}.") from None
+    except MemoryError as error:
+        raise CellbenchError(f"{shown_name(path)}: does not fit into memory. Crop it, or free some memory.") from error
+    except Image.DecompressionBombError:
+        raise CellbenchError(
+            f"{shown_name(path)}: is larger than the reader of {kind} allows. Crop it, or save it as PNG or TIFF."
+        ) from None
+    except OSError as error:
+        if error.errno is None:  # Pillow's own
+            raise CellbenchError(_damaged(path, kind, error)) from error
+        raise CellbenchError(f"{shown_name(path)}: cannot be opened ({error.strerror}). Check the name and the rights.") from error
+    except Exception as error:
+        # Decoders raise a dozen kinds on damaged files (struct.error, SyntaxError, KeyError, zlib.error, ...): one thing to a person.
+        raise CellbenchError(_damaged(path, kind, error)) from error
+
+
+def _damaged(path: str | os.PathLike[str], kind: str, error: Exception) -> str:
+    why = one_line(error)[:160].rstrip(".")
+    return f"{shown_name(path)}: cannot be read as {kind} ({why}). It is damaged or of a rare kind: copy it again, or save it as PNG."
+
+
+def _hush() -> None:
+    """Pillow's warnings and tifffile's log lines on odd files stay silent: what matters is raised. At each call: others reset filters."""
+    if not any(entry[0] == "ignore" and getattr(entry[3], "pattern", "") == r"PIL\." for entry in warnings.filters):
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+    for name in ("tifffile", "PIL.TiffImagePlugin"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+def _kind(start: bytes) -> str:
+    for magic, (kind, _) in _READERS.items():
+        if start.startswith(magic) and (kind != "WebP" or start[8:12] == b"WEBP"):
+            return kind
+    if not start:
+        raise FileError("is empty (0 bytes). Copy it again or remove it")
+    if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
+        raise FileError("holds a web page or XML, not a picture. Download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise FileError("is a Git LFS pointer, not the picture. Run `git lfs pull`")
+    raise FileError(f"is not a PNG, JPEG, TIFF, BMP or WebP file (it starts with {start[:8]!r}). Save it as PNG")
+
+
+def _reader(fp: BinaryIO, kind: str) -> ImageFile.ImageFile:
+    fp.seek(0)
+    image = dict(_READERS.values())[kind](fp)
+    if kind == "TIFF":  # the one reader here that asks for Pillow's own limit while loading, unless the canvas is there
+        image.im = Image.core.new(image.mode, image._tile_size)
+    return image
+
+
+def _header(fp: BinaryIO, kind: str, num_bytes: int) -> Picture:
+    if kind == "TIFF":
+        page = _tiff_page(fp)
+        turn, shape = page.tags.valueof(274, 1), (page.imagelength, page.imagewidth)
+        return Picture(fp=fp, kind=kind, num_bytes=num_bytes, page=page, turn=turn, shape=shape[::-1] if turn in (5, 6, 7, 8) else shape)
+    image = _reader(fp, kind)
+    if kind in ("PNG", "WebP") and getattr(image, "n_frames", 1) > 1:
+        raise FileError(f"is an animation of {image.n_frames} pictures. Save each as a file of its own")
+    if kind == "PNG" and "exif" not in image.info:
+        for name, offset, length in _png_chunks(fp, num_bytes):  # Pillow would decode the picture to look for it behind the pixels
+            if name == b"eXIf":
+                fp.seek(offset)
+                image.info["exif"] = fp.read(length)
+    turn = Image.Image.getexif(image).get(274, 1)
+    shape = image.size if turn in (5, 6, 7, 8) else image.size[::-1]
+    return Picture(fp=fp, kind=kind, num_bytes=num_bytes, page=None, turn=turn, shape=shape)
+
+
+def _tiff_page(fp: BinaryIO) -> Any:
+    import tifffile  # 0.15 s that most folders never need
+
+    fp.seek(0)
+    tif = tifffile.TiffFile(fp)
+    page = tif.pages[0]
+    # Thumbnails, smaller copies and transparency masks (NewSubfileType 1 and 4) are no pages. Who has 16 of them has no other page after.
+    more = any(not (other.is_reduced or other.is_mask) for other in tif.pages[1:17])
+    pages = max(len(tif.pages) if more else 1, page.imagedepth)
+    if tif.is_imagej:  # a stack in one page
+        pages = max(pages, int((tif.imagej_metadata or {}).get("images", 1)))
+    if pages > 1:
+        raise FileError(f"has {pages} pages (a stack or a film). Save each page as a file of its own")
+    return page
+
+
+def _check_tiff(page: Any, fp: BinaryIO, num_bytes: int) -> None:
+    """Decoders leave what a table does not list black, so a table must list every strip or tile, whole and inside the file."""
+    parts = list(zip(page.dataoffsets, page.databytecounts, strict=False))[: math.prod(page.chunked)]
+    if len(parts) < math.prod(page.chunked) or any(count < 1 or start < 1 or start + count > num_bytes for start, count in parts):
+        raise FileError("is truncated: its table points at pixels that are not in the file. Copy it again")
+    if page.compression == 1 and sum(count for _, count in parts) * 8 < math.prod(page.shape) * page.bitspersample:
+        raise FileError("is truncated: it holds fewer bytes than pixels. Copy it again")
+    if page.is_tiled and page.tilewidth * page.tilelength > max(4 * page.imagewidth * page.imagelength, 2**22):
+        raise FileError("claims tiles far larger than its picture. Save it again")
+    if page.compression == 7:  # JPEG with a header of its own in each part; libtiff leaves black what a smaller one does not fill
+        high, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+        for index, (start, count) in enumerate(parts):
+            top = 0 if page.is_tiled else index % -(-page.imagelength // high) * high
+            fp.seek(start)
+            height, width = _check_jpeg(fp.read(count))
+            if width < wide or height < (high if page.is_tiled else min(high, page.imagelength - top)):
+                raise FileError("is damaged: its JPEG data are smaller than their place. Copy it again")
+
+
+def decoded(picture: Picture) -> Image.Image | np.ndarray:
+    """Up to 8 bits a loaded image as Pillow gives it; else numbers, upright, (H, W, 1 to 4), a 2nd or 4th channel being alpha."""
+    fp, page = picture.fp, picture.page
+    if page is not None:
+        _check_tiff(page, fp, picture.num_bytes)
+        if page.dtype is None or page.dtype.itemsize > 1 or page.dtype.kind not in "ub":
+            return _wide_tiff(picture)
+    elif picture.kind == "PNG":
+        _check_png(fp, picture.num_bytes)
+    elif picture.kind == "JPEG":
+        fp.seek(0)
+        _check_jpeg(fp.read())
+    image = _reader(fp, picture.kind)
+    wide = _wide(picture) if picture.kind == "PNG" and "16" in image.tile[0].args else None
+    if wide is None:
+        image.load()
+    if picture.kind == "PNG":
+        # A stream that ends early is no error to Pillow: the rest stays 0. Only where the last row is 0 must it be inflated again.
+        last = np.asarray(image.crop((0, image.height - 1, image.width, image.height))) if wide is None else wide[-1]
+        if image.info.get("interlace") or not last.any():
+            _check_png_stream(fp, picture.num_bytes)
+    return image if wide is None else upright(wide, picture)
+
+
+def upright(pixels: np.ndarray, picture: Picture) -> np.ndarray:
+    """(H, W, C) as seen, of pixels as stored; those of a TIFF are turned where they are decoded."""
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    pixels = pixels if picture.kind == "TIFF" else _turned(pixels, picture.turn)
+    if pixels.shape[:2] != picture.shape:
+        raise FileError(f"decodes to {pixels.shape[:2]} pixels where its header says {picture.shape}. Save it again")
+    return pixels
+
+
+def _turned(pixels: np.ndarray, turn: int) -> np.ndarray:
+    """Undo an EXIF orientation: 3, 6 and 8 are turned by half, one and three quarters; 2, 4, 5, 7 are mirrored; all else is upright."""
+    pixels = pixels.swapaxes(0, 1) if turn in (5, 6, 7, 8) else pixels
+    pixels = pixels[::-1] if turn in (3, 4, 7, 8) else pixels
+    return pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
+
+
+def _wide(picture: Picture) -> np.ndarray:
+    """More than 8 bits through Pillow, which hands out only the upper byte of 16-bit colours: so each byte is read by itself."""
+    image = _reader(picture.fp, picture.kind)
+    raw = image.tile[0].args if picture.kind == "PNG" else image.tile[0].args[0]
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        key = image.info.get("transparency")
+        image.load()
+        pixels = np.array(image)[..., None]
+        pixels = pixels.astype(pixels.dtype.newbyteorder("="))
+    elif raw == "LA;16B":  # grey and alpha: just the four bytes of an RGBA
+        key, pixels = None, _bytes_as(picture, "RGBA").astype(np.uint16)
+        pixels = pixels[..., 0::2] << 8 | pixels[..., 1::2]
+    elif raw.startswith(("RGB;16", "RGBA;16")) and image.tile[0].codec_name in ("zip", "libtiff"):  # one tile, the whole picture
+        key, name = image.info.get("transparency"), raw[:-1]
+        # libtiff gives the machine's byte order, PNG is big-endian; "B" takes the first byte of two, "L" the second.
+        first, second = _bytes_as(picture, name + "B"), _bytes_as(picture, name + "L")
+        high, low = (second, first) if picture.kind == "TIFF" and sys.byteorder == "little" else (first, second)
+        pixels = high.astype(np.uint16) << 8 | low
+    else:
+        raise FileError(f"holds {raw} numbers, which have no stated meaning here. Save it as 8- or 16-bit grey or RGB")
+    if key is not None:  # one colour of a PNG that stands for transparent
+        pixels = np.dstack([pixels, np.where((pixels == np.array(key)).all(axis=2), 0, 65535).astype(np.uint16)])
+    return pixels
+
+
+def _bytes_as(picture: Picture, raw: str) -> np.ndarray:
+    image = _reader(picture.fp, picture.kind)
+    args = image.tile[0].args
+    image.tile = [image.tile[0]._replace(args=raw if isinstance(args, str) else (raw, *args[1:]))]
+    image.load()
+    return np.array(image)
+
+
+def _wide_tiff(picture: Picture) -> np.ndarray:
+    """(H, W, C) numbers of a TIFF of more than 8 bits: through tifffile where it needs no further package, else (LZW) through Pillow."""
+    page, extra = picture.page, tuple(picture.page.extrasamples)
+    plain = page.samplesperpixel - len(extra)
+    if page.photometric not in (0, 1, 2) or plain != (3 if page.photometric == 2 else 1) or len(extra) > 1 or extra[:1] in ((0,), (1,)):
+        raise FileError(
+            f"has {page.samplesperpixel} channels of {page.bitspersample} bits without a stated meaning. Save it as grey or RGB"
+        )
+    if page.compression in (1, 8, 32946, 32773) and page.predictor in (1, 2) and page.bitspersample % 8 == 0:
+        if page.compression in (8, 32946):
+            _check_deflate(picture)
+        pixels = page.asarray(maxworkers=1)
+        pixels = np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 and page.planarconfig == 2 else pixels
+        pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+        pixels = _turned(pixels.astype(pixels.dtype.newbyteorder("="), copy=False), picture.turn)
+    else:
+        pixels = _wide(picture)
+    if page.photometric == 0:
+        if pixels.dtype != np.uint16:
+            raise FileError("counts brightness from white and has more than 16 bits. Save it with 0 as black")
+        pixels = 65535 - pixels
+    return upright(pixels, picture)
+
+
+def _png_chunks(fp: BinaryIO, num_bytes: int) -> Iterator[tuple[bytes, int, int]]:
+    """(name, offset, length) of each chunk's data up to IEND, by its 8 bytes of header."""
+    at, name = 8, b""
+    while name != b"IEND":
+        fp.seek(at)
+        head = fp.read(8)
+        length, name = struct.unpack(">I4s", head) if len(head) == 8 else (num_bytes, b"")
+        if at + 12 + length > num_bytes:
+            raise FileError("is truncated: it ends within its pixels. Copy it again")
+        yield name, at + 8, length
+        at += 12 + length
+
+
+def _check_png(fp: BinaryIO, num_bytes: int) -> None:
+    """Checksums, because Pillow does not look at those of the pixels. 1 GB/s: 3 ms for a smear of 3 MB."""
+    for name, offset, length in _png_chunks(fp, num_bytes):
+        if name in _PNG_CHECKED:
+            fp.seek(offset - 4)
+            if zlib.crc32(fp.read(length + 4)) != int.from_bytes(fp.read(4), "big"):
+                raise FileError(f"is damaged: the checksum of its {name.decode()} part is wrong. Copy it again")
+
+
+def _check_png_stream(fp: BinaryIO, num_bytes: int) -> None:
+    """The pixels' stream must inflate to every row of the picture."""
+    fp.seek(16)
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", fp.read(13))
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    adam7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    passes = adam7 if interlaced else [(0, 0, 1, 1)]
+    sizes = [(-(-max(width - x, 0) // dx), -(-max(height - y, 0) // dy)) for x, y, dx, dy in passes]
+    missing = sum(rows * (1 + -(-columns * bits // 8)) for columns, rows in sizes if columns)
+    inflate = zlib.decompressobj()
+    for name, offset, length in _png_chunks(fp, num_bytes):
+        if name == b"IDAT":
+            fp.seek(offset)
+            data = fp.read(length)
+            while data and missing > 0:
+                missing -= len(inflate.decompress(data, 2**20))
+                data = inflate.unconsumed_tail
+    if missing > 0 and missing > len(inflate.flush()):  # where rows were found, the rest may be endless
+        raise FileError("is truncated: its data end before its last row. Copy it again")
+
+
+def _check_jpeg(data: bytes) -> tuple[int, int]:
+    """(height, width) by the frame header. The scans must be closed by an end marker (a file filled up with zeros has none), and not be so
+    many that decoding takes minutes."""
+    at, frame = 2, (0, 0)
+    while data[at : at + 1] == b"\xff" and (marker := data[at + 1]) != 0xDA:
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = struct.unpack_from(">HH", data, at + 5)
+        at += 1 if marker == 0xFF else 2 if marker == 1 or 0xD0 <= marker <= 0xD8 else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    end = data.find(b"\xff\xd9", at)
+    if end < 0:
+        raise FileError("is truncated: its JPEG data have no end marker. Copy it again")
+    if data.count(b"\xff\xda", at, end) > 200:  # usual are 1 to 12; each is a pass over the whole picture
+        raise FileError("has more than 200 JPEG scans. Save it again")
+    return frame
+
+
+def _check_deflate(picture: Picture) -> None:
+    """No strip or tile may inflate to more than a picture: tifffile, without imagecodecs, inflates without a bound."""
+    page = picture.page
+    bound = max(2**22, 4 * math.prod(page.shape) * page.dtype.itemsize)
+    for start, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+        picture.fp.seek(start)
+        if len(zlib.decompressobj().decompress(picture.fp.read(count), bound)) >= bound:
+            raise FileError("inflates to far more than its picture. Save it again")

@@ -1,0 +1,117 @@
+"""What a grid would cost, from a few tiles timed on this machine: for ``--dry-run``, before anybody waits for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cellbench.backbones.catalog import open_backbone
+from cellbench.data.dataset import Dataset
+from cellbench.data.pixels import Pixels
+from cellbench.features import Batch, Features, Trunk
+from cellbench.machine import Machine
+from cellbench.model import model, num_levels
+from cellbench.plan import Plan
+from cellbench.registry import Registry
+from cellbench.spec import RunSpec
+from cellbench.train import Learner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """The expected cost of one cohort. Early stopping may make it cheaper."""
+
+    num_runs: int
+    train_tiles: int
+    """Through the backbone, an epoch."""
+    val_tiles: int
+    test_tiles: int
+    trunk_tiles_per_s: float
+    """inf for runs that read pixels only."""
+    wall_s: float
+    memory_mib: float
+    disk_mib: float
+    source: str
+
+
+class _Nobody:
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
+        return True
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Machine, weights: Path | None) -> Cost:
+    """Times one chunk through the trunk and one step of each head, and multiplies out."""
+    first = runs[0]
+    backbone = open_backbone(registry.backbone(first.backbone), weights) if first.backbone else None
+    trunk = Trunk(backbone, machine, [n for run in runs if (n := num_levels(run, registry))])
+    pixels = {split: Pixels(dataset, split, 0) for split in ("train", "val", "test")}
+    plan = Plan(pixels["train"].sizes_px, first)
+    features = Features(trunk, plan, pixels, machine.memory_bytes * 2 // 3)
+    tiles = {split: sum(len(features.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")}
+
+    tile = torch.rand(machine.chunk, 3, first.tile_px, first.tile_px, device=machine.device)
+    target = torch.zeros(tile.shape[0], first.tile_px, first.tile_px, dtype=torch.long, device=machine.device)
+    trunk_s = _seconds(lambda: trunk.maps(tile)) / len(tile)
+    batch = Batch(trunk.maps(tile), tile, target)
+    epochs = max(run.epochs for run in runs)
+    wall = trunk_s * (epochs * plan.num_views + tiles["test"] + tiles["val"] * (1 if "validation features kept" in features.source else epochs))
+    disk = 0.0
+    for run in runs:
+        made = model(run, registry, trunk, len(dataset.classes))
+        learner = Learner(run=run, model=made, recorder=_Nobody(), num_views=plan.num_views).on(features)
+        learner.begin()
+        step_s = _seconds(lambda learner=learner: learner.take(batch, last=True)) / batch.num
+        made.eval()
+        decode_s = _seconds(lambda made=made: _decode(made, batch, machine)) / batch.num
+        wall += run.epochs * (plan.num_views * step_s + tiles["val"] * decode_s) + tiles["test"] * decode_s
+        disk += 4 * made.num_params / 2**20 + 3  # weights and three pictures
+    held = sum(p.numel() * 4 for p in backbone.parameters()) if backbone is not None else 0
+    kept = (features.val_bytes if "validation features kept" in features.source else 0) + (
+        features.train_bytes if "training features kept" in features.source else 0
+    )
+    decoded = sum(4 * h * w for split in pixels.values() for h, w in split.sizes_px)
+    return Cost(
+        num_runs=len(runs),
+        train_tiles=plan.num_views,
+        val_tiles=tiles["val"],
+        test_tiles=tiles["test"],
+        trunk_tiles_per_s=1 / trunk_s if backbone is not None else float("inf"),
+        wall_s=wall,
+        # 700 MiB: Python with torch, MLflow and the drawing libraries loaded, measured.
+        memory_mib=700 + (held + kept + min(decoded, machine.memory_bytes // 3)) / 2**20,
+        disk_mib=disk,
+        source=features.source,
+    )
+
+
+@torch.no_grad()
+def _decode(made: Any, batch: Batch, machine: Machine) -> None:
+    with machine.autocast():
+        made(batch).float().softmax(1)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The faster of two goes after one to warm up."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def duration(seconds: float) -> str:
+    """``95 s``, ``12 min`` or ``3.4 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,86 @@
+"""Which tiles are seen when, fixed before anything is computed, from the images' sizes, the sampling and the data seed alone.
+
+A run's own seed has no say here: all runs of a cohort learn from the same views in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from cellbench.spec import RunSpec
+from cellbench.tiles import Grid
+
+
+class View(NamedTuple):
+    """One training tile: where it lies and how it is turned and coloured."""
+
+    image: int
+    y: int
+    x: int
+    turn: int
+    """0 to 7: the four right rotations, then the same of the left-right mirrored tile."""
+    colour: tuple[float, float, float, float]
+    """Factors of brightness, contrast and saturation, and a turn of hue as a share of the circle; (1, 1, 1, 0) changes nothing."""
+
+
+UNTOUCHED = (1.0, 1.0, 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The training views of every epoch. ``sizes_px`` are the (height, width) of the training images, in their order."""
+
+    sizes_px: tuple[tuple[int, int], ...]
+    run: RunSpec
+    """Any run of the cohort: only its stream is read."""
+
+    @property
+    def num_views(self) -> int:
+        """Views an epoch."""
+        if self.run.sampling == "crops":
+            return len(self.sizes_px) * self.run.crops_per_image
+        return sum(len(Grid.over(h, w, self.run.tile_px, 0.0)) for h, w in self.sizes_px)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an epoch's views come again later."""
+        return self.run.views > 0
+
+    def cycle(self, epoch: int) -> int:
+        """Which set of views an epoch sees: its own, or one of ``views`` that take turns."""
+        return epoch % self.run.views if self.run.views else epoch
+
+    def views(self, cycle: int) -> list[View]:
+        """All views of a cycle, image by image."""
+        out: list[View] = []
+        for image, (height, width) in enumerate(self.sizes_px):
+            rng = np.random.default_rng([self.run.data_seed, cycle, image])
+            for y, x in self._corners(height, width, rng):
+                out.append(View(image, y, x, self._turn(rng), self._colour(rng)))
+        return out
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order in which an epoch goes through its cycle's views; new each epoch."""
+        return np.random.default_rng([self.run.data_seed, epoch, 2**31]).permutation(self.num_views)
+
+    def _corners(self, height: int, width: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+        tile_px = self.run.tile_px
+        if self.run.sampling == "tiles":
+            return list(Grid.over(height, width, tile_px, 0.0))
+        down, right = max(height - tile_px, 0), max(width - tile_px, 0)
+        return [(int(rng.integers(down + 1)), int(rng.integers(right + 1))) for _ in range(self.run.crops_per_image)]
+
+    def _turn(self, rng: np.random.Generator) -> int:
+        quarter = int(rng.integers(4)) if self.run.rotations else 0
+        return quarter + 4 * (int(rng.integers(2)) if self.run.flips else 0)
+
+    def _colour(self, rng: np.random.Generator) -> tuple[float, float, float, float]:
+        reach = (self.run.brightness, self.run.contrast, self.run.saturation, self.run.hue)
+        if not any(reach):
+            return UNTOUCHED
+        brightness, contrast, saturation, hue = (middle + rng.uniform(-r, r) for middle, r in zip(UNTOUCHED, reach, strict=True))
+        return float(brightness), float(contrast), float(saturation), float(hue)
+

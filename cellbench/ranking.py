@@ -1,0 +1,282 @@
+"""From pairs to a table: who ranks where, which models no test tells apart, and the verdict in words.
+
+``cellbench.stats`` holds the scores and the paired comparisons. Two answers, for two readers: the Holm-adjusted pairs decide, the critical
+difference gives the picture. They can differ, because mean ranks of two models also depend on which others are in the pool
+(Benavoli, Corani & Mangili 2016).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import friedmanchisquare, rankdata, studentized_range
+
+from cellbench.errors import CellbenchError
+from cellbench.significance import DECIMALS, Interval
+from cellbench.stats import Difference, Scores, align, compare_all
+
+FEW = 10  # units; below, the chi-squared of Friedman's test is rough (Demsar 2006 asks for more than 10)
+Labels = Sequence[Hashable] | Callable[[Scores], Hashable]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Models from best to worst, by mean rank over images (1 is best, ties share)."""
+
+    models: tuple[str, ...]
+    ranks: tuple[float, ...]
+    num_images: int
+    num_units: int
+    """What was ranked: images, or groups of images."""
+    test: str
+    """'Friedman', or 'Wilcoxon' where only two models are compared."""
+    statistic: float | None
+    """Friedman's chi-squared, corrected for ties, with len(models) - 1 degrees of freedom; None where not tested so."""
+    p: float | None
+    critical_difference: float | None
+    """Nemenyi: mean ranks less than this apart are not distinguishable. None for two models or one image."""
+    cliques: tuple[tuple[str, ...], ...]
+    """Largest groups of neighbours that are not distinguishable, two or more models each: the bars of the diagram."""
+    alpha: float
+    notes: tuple[str, ...]
+
+
+def critical_difference(models: Sequence[Scores], *, alpha: float = 0.05) -> Ranking:
+    """Friedman's test over all models and Nemenyi's critical difference between them (Demsar 2006), on the images that all share.
+
+    Where Friedman's test does not reject, all models are one clique, whatever their ranks. Two models are compared as a pair instead.
+    Raises CellbenchError for fewer than two models, two of one name, or no common image.
+    """
+    names = [m.model for m in models]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise CellbenchError(f"a ranking needs two or more models of different names; got {', '.join(names) or 'none'}.")
+    here = align(models)
+    # Rounded, so that the last bit of a mean over seeds breaks no tie.
+    scores_MU = np.round(here.units_MU, DECIMALS)
+    ranks_MU = rankdata(scores_MU if models[0].lower_is_better else -scores_MU, axis=0)
+    rank_M = ranks_MU.mean(axis=1)
+    order = np.argsort(rank_M, kind="stable").tolist()
+    num_models, num_units = ranks_MU.shape
+    plural = "s" * (num_units > 1)
+    notes = list(dict.fromkeys(note for m in models for note in m.notes))
+    if num_dropped := len(set().union(*(m.images for m in models))) - len(here.images):
+        notes.append(f"{num_dropped} image{'s' * (num_dropped > 1)} that not every model has: left out")
+    test, statistic, p, apart = "Friedman", None, None, None
+    if num_models == 2:
+        test = "Wilcoxon"
+        pair = compare_all(models, level=1 - alpha)[0]
+        p, together = pair.p, not pair.decided
+        notes.append("two models: the paired test stands in for Friedman's")
+        cliques = [(0, 1)] if together else []
+    elif num_units == 1:
+        notes.append(f"1 {here.word}: nothing to test")
+        cliques = [tuple(range(num_models))]
+    else:
+        if (ranks_MU == ranks_MU[:, :1]).all() and len(set(rank_M.tolist())) == 1:
+            statistic, p = 0.0, 1.0
+            notes.append("the same scores for every model")
+        else:
+            found = friedmanchisquare(*scores_MU)
+            statistic, p = float(found.statistic), float(found.pvalue)
+        if num_units < FEW:
+            notes.append(f"{num_units} {here.word}{plural}: Friedman's p is rough")
+        quantile = studentized_range.ppf(1 - alpha, num_models, np.inf) / np.sqrt(2)
+        apart = float(quantile * np.sqrt(num_models * (num_models + 1) / (6 * num_units)))
+        if p < alpha:
+            cliques = _runs([rank_M[i] for i in order], apart)
+        else:
+            cliques = [tuple(range(num_models))]
+            notes.append(f"Friedman's test does not tell the models apart (p = {p:.2g})")
+    return Ranking(
+        models=tuple(names[i] for i in order),
+        ranks=tuple(rank_M[order].tolist()),
+        num_images=len(here.images),
+        num_units=num_units,
+        test=test,
+        statistic=statistic,
+        p=p,
+        critical_difference=apart,
+        cliques=tuple(tuple(names[order[n]] for n in clique) for clique in cliques),
+        alpha=alpha,
+        notes=tuple(notes),
+    )
+
+
+def _runs(sorted_ranks: Sequence[float], apart: float) -> list[tuple[int, ...]]:
+    """Maximal runs of two or more positions whose first and last rank differ by less than ``apart``."""
+    out: list[tuple[int, ...]] = []
+    end = 0
+    for start in range(len(sorted_ranks)):
+        stop = max(n for n in range(start, len(sorted_ranks)) if sorted_ranks[n] - sorted_ranks[start] < apart) + 1
+        if stop > max(end, start + 1):
+            out.append(tuple(range(start, stop)))
+        end = max(end, stop)
+    return out
+
+
+def marginal(models: Sequence[Scores], factor: Labels, *, over: Labels) -> list[Scores]:
+    """One Scores for each label of ``factor`` (a backbone), averaged per image over the labels of ``over`` (the heads).
+
+    Only over what is complete: labels of ``over`` that every label of ``factor`` has been run with; where there is none, the ``factor``
+    label with the fewest runs is left out until there is. What was left out stands in ``notes``. Seeds are averaged row by row where all
+    have equally many, else first, and then ``seed_sd`` is None. ``factor`` and ``over``: one label a model, or what finds it.
+    """
+    rows, columns = _labels(models, factor), _labels(models, over)
+    cells: dict[tuple[Hashable, Hashable], Scores] = {}
+    for row, column, m in zip(rows, columns, models, strict=True):
+        if (row, column) in cells:
+            raise CellbenchError(
+                f"{row} x {column} is there twice ({cells[row, column].model}, {m.model}). Give seeds as rows of one; "
+                "keep apart what differs otherwise."
+            )
+        cells[row, column] = m
+    kept, all_columns = list(dict.fromkeys(rows)), list(dict.fromkeys(columns))
+
+    def complete() -> list[Hashable]:
+        return [column for column in all_columns if all((row, column) in cells for row in kept)]
+
+    while not complete():
+        kept.remove(min(reversed(kept), key=lambda row: sum((row, column) in cells for column in all_columns)))
+    shared = complete()
+    images = set.intersection(*(set(cells[row, column].images) for row in kept for column in shared)) if cells else set()
+    if not images:
+        raise CellbenchError(f"no image is scored by all {len(cells)} models to average. Compare models of the same test images.")
+    lost = [f"{gone}" for gone in (*dict.fromkeys(rows), *all_columns) if gone not in kept and gone not in shared]
+    notes = (f"averaged over {', '.join(map(str, shared))}",) + ((f"left out as incomplete: {', '.join(lost)}",) if lost else ())
+    out = []
+    for row in kept:
+        first, parts = cells[row, shared[0]], []
+        take = [image for image in first.images if image in images]
+        for m in (cells[row, column] for column in shared):
+            where = {image: n for n, image in enumerate(m.images)}
+            parts.append(m.values[:, [where[image] for image in take]])
+        if len({len(part) for part in parts}) > 1:
+            parts = [part.mean(axis=0, keepdims=True) for part in parts]
+        where = {image: n for n, image in enumerate(first.images)}
+        groups, folds = (None if x is None else tuple(x[where[image]] for image in take) for x in (first.groups, first.folds))
+        few = (f"{len(first.images) - len(take)} images of {row} that not all models have: left out",) * (len(take) < len(first.images))
+        out.append(
+            Scores(
+                model=str(row),
+                images=tuple(take),
+                values=np.mean(parts, axis=0),
+                groups=groups,
+                folds=folds,
+                lower_is_better=first.lower_is_better,
+                notes=(*notes, *few),
+            )
+        )
+    return out
+
+
+def _labels(models: Sequence[Scores], labels: Labels) -> list[Hashable]:
+    found = [labels(m) for m in models] if callable(labels) else list(labels)
+    if len(found) != len(models):
+        raise ValueError(f"{len(found)} labels for {len(models)} models")
+    return found
+
+
+def sentence(d: Difference, what: str = "Dice") -> str:
+    """The comparison in plain words, winner first. The p told is the adjusted one."""
+    num = d.num_images
+    if d.ties == num:
+        return f"{d.a} and {d.b} score the same on {'the one image' if num == 1 else f'each of the {num} images'}"
+    if d.better is None:
+        why = ""
+        if d.p_adjusted < d.alpha:
+            why = ", but the test and the mean disagree"
+        elif d.interval.excludes_zero and d.num_tests > 1:
+            why = f" after {d.num_tests} pairs"
+        return f"between {d.a} and {d.b} this data cannot tell (difference {_evidence(d.interval, d.p_adjusted)}{why})"
+    i, wins, other = d.interval, d.wins, d.b
+    if d.better == d.b:
+        wins, other = d.losses, d.a
+    if i.mean < 0:
+        i = Interval(mean=-i.mean, low=-i.high, high=-i.low, num=i.num, level=i.level)
+    size, rest = _evidence(i, d.p_adjusted, sure=True).split(", ", 1)
+    lower = "lower is better, " if d.lower_is_better else ""
+    groups = f" in {i.num} groups" if i.num != num else ""
+    return f"{d.better} beats {other} by {size} {what} ({lower}{rest}, {wins} of {num} images{groups})"
+
+
+def _evidence(i: Interval, p: float, sure: bool = False) -> str:
+    numbers = [i.mean] if i.low is None or i.high is None else [i.mean, i.low, i.high]
+    digits = 3 if max(map(abs, numbers)) < 10 else 1
+    # A sure difference never reads "by 0.000" or "0.000 to ...".
+    while sure and digits < DECIMALS and min(abs(round(x, digits)) for x in numbers) == 0:
+        digits += 1
+    told = [f"{round(x, digits) + 0.0:.{digits}f}" for x in numbers]
+    span = i.note if len(told) == 1 else f"{100 * i.level:g} % {told[1]} to {told[2]}"
+    return f"{told[0]}, {span}, {p_words(p)}"
+
+
+def p_words(p: float) -> str:
+    """Three decimals below 0.1, two above, and as many as it takes not to round up to 0.05.
+
+    >>> p_words(0.00004), p_words(0.0016), p_words(0.049996), p_words(0.213), p_words(1.0)
+    ('p < 0.001', 'p = 0.002', 'p = 0.049996', 'p = 0.21', 'p = 1.00')
+    """
+    digits = 3 if p < 0.1 else 2
+    while p < 0.05 and digits < DECIMALS and float(f"{p:.{digits}f}") >= 0.05:
+        digits += 1
+    return "p < 0.001" if p < 0.001 else f"p = {p:.{digits}f}"
+
+
+def verdict(differences: Iterable[Difference], ranking: Ranking | None = None, *, what: str = "Dice", most: int = 4) -> list[str]:
+    """A short paragraph, one sentence an item: the best model, whom it beats for certain, with whom it ties, and what to mind.
+
+    ``differences``: what ``compare_all`` gave, over all pairs. ``most``: how many models a sentence spells out before it counts the rest.
+    """
+    pairs = list(differences)
+    if not pairs:
+        return ["One model alone: there is nothing to compare."]
+    gains: dict[str, list[float]] = {}
+    means: dict[str, float] = {}
+    for d in pairs:
+        up = -d.interval.mean if d.lower_is_better else d.interval.mean
+        gains.setdefault(d.a, []).append(up)
+        gains.setdefault(d.b, []).append(-up)
+        means[d.a], means[d.b] = d.mean_a, d.mean_b
+    # Mean gain over the others, not the mean itself: on unequal image sets only pairs are fair.
+    best = max(gains, key=lambda name: sum(gains[name]) / len(gains[name]))
+    own = [d for d in pairs if best in (d.a, d.b)]
+    beaten = sorted((d for d in own if d.better == best), key=lambda d: abs(d.interval.mean))
+    tied = sorted((d for d in own if d.better is None), key=lambda d: abs(d.interval.mean))
+    num_images = min(d.num_images for d in own)
+    out = [f"Best on average is {best}: {what} {means[best]:.3f} over {num_images} image{'s' * (num_images > 1)}."]
+    if not tied:
+        out.append(f"It beats {'the other model' if len(own) == 1 else f'each of the {len(own)} others'} for certain.")
+    elif not beaten:
+        out.append("It beats no other model for certain.")
+    else:
+        out.append(f"It beats {len(beaten)} of {len(own)} others for certain.")
+    for some, rest in ((beaten, "further behind"), (tied, "that this data cannot tell from it")):
+        out += [f"{_capital(sentence(d, what))}." for d in some[:most]]
+        if len(some) > most:
+            out.append(f"{len(some) - most} more {rest}: {_listed([d.b if d.a == best else d.a for d in some[most:]], 3 * most)}.")
+    if ranking is not None and ranking.critical_difference is not None and ranking.p is not None:
+        top = next((c for c in ranking.cliques if ranking.models[0] in c), (ranking.models[0],))
+        with_top = _listed(top, 3 * most) if len(top) > 1 else "none of the others"
+        out.append(
+            f"By mean rank, {ranking.models[0]} leads with {ranking.ranks[0]:.2f} (Friedman {p_words(ranking.p)}; ranks less than "
+            f"{ranking.critical_difference:.2f} apart are not told apart: {with_top})."
+        )
+    minded: dict[str, list[str]] = {}
+    for d in own:
+        for note in dict.fromkeys((d.interval.note, *d.notes)):
+            minded.setdefault(note, []).append(d.b if d.a == best else d.a)
+    for note, others in minded.items():
+        if note:
+            out.append(f"Mind{'' if len(others) == len(own) else ', against ' + _listed(others, most)}: {note}.")
+    return out + [f"Mind: {note}." for note in (ranking.notes if ranking else ()) if note not in minded]
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _capital(text: str) -> str:
+    """Model names are ids and keep their case."""
+    return "B" + text[1:] if text.startswith("between ") else text

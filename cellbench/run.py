@@ -1,0 +1,110 @@
+"""The command line: ``python -m cellbench.run VERB``, also installed as ``cellbench``.
+
+Each verb imports what it needs when it is called, so that ``--help`` and ``list`` answer at once. Exit code 0, or 2 with one line that says
+what was asked, what is wrong and what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from cellbench.errors import CellbenchError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return arguments.verb(arguments)
+    except CellbenchError as error:
+        print(f"cellbench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cellbench: stopped. What is finished is kept; the same command goes on from here.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    # As an exception, so that open runs are marked and files closed; MLflow would leave them RUNNING for ever.
+    raise SystemExit(128 + number)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cellbench",
+        description="Which frozen foundation model, with which segmentation head, outlines your cells best?",
+        epilog="Results: `mlflow ui` in this folder. Files that ask questions: experiments/*.toml.",
+    )
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    grid = verbs.add_parser("grid", help="train, test and compare every run of an experiment", description=_GRID)
+    grid.add_argument("file", nargs="?", default="quickstart", help="an experiment file, or the name of a shipped one (default: quickstart)")
+    grid.add_argument("--data", type=Path, metavar="DIR", help="the folder of images and masks")
+    grid.add_argument("--weights", type=Path, metavar="DIR", help="where backbone weights lie, as <backbone>.safetensors, .pth or .bin")
+    grid.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    grid.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
+    grid.add_argument("--memory", default="auto", metavar="SIZE", help="for decoded images and features, like 4G (default: half of what is free)")
+    grid.add_argument("--cache", type=Path, metavar="DIR", help="for downloads, drawn data and checkpoints (default: ~/.cache/cellbench)")
+    grid.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
+    grid.add_argument("--limit", type=int, metavar="N", help="at most N images of each of train, validation and test, for a quick try")
+    grid.add_argument("--dry-run", action="store_true", help="print the runs, the cohorts and an estimate of time, memory and disk; train nothing")
+    grid.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like run.epochs=3; repeatable")
+    grid.set_defaults(verb=_grid)
+
+    lister = verbs.add_parser("list", help="what exists: backbones, heads, baselines, datasets, experiments")
+    lister.add_argument("kind", nargs="?", help="one of them; all if left out")
+    lister.add_argument("--registry", type=Path, metavar="DIR")
+    lister.set_defaults(verb=_list)
+
+    show = verbs.add_parser("show", help="one card or experiment, like backbones/uni")
+    show.add_argument("name", help="KIND/NAME, or NAME where only one kind has it")
+    show.add_argument("--registry", type=Path, metavar="DIR")
+    show.set_defaults(verb=_show)
+    return parser
+
+
+_GRID = "Runs the product of an experiment's lists. What is finished is not run again; what was interrupted goes on."
+
+
+def _grid(arguments: argparse.Namespace) -> int:
+    from cellbench.commands import grid
+
+    return grid(
+        arguments.file,
+        changes=arguments.set,
+        data=arguments.data,
+        weights=arguments.weights,
+        device=arguments.device,
+        precision=arguments.precision,
+        memory=arguments.memory,
+        cache=arguments.cache,
+        extra=arguments.registry,
+        limit=arguments.limit,
+        dry_run=arguments.dry_run,
+    )
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from cellbench.catalogue import listing
+
+    print(listing(arguments.kind, arguments.registry))
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from cellbench.catalogue import shown
+
+    print(shown(arguments.name, arguments.registry))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Intervals and p-values of means and paired differences: arrays in, numbers out.
+
+Bootstrap intervals are BCa (Efron 1987) on scipy's definitions: with one score a unit and the same seed the ends equal
+``scipy.stats.bootstrap``'s, but all rows share one matrix of resamples, so that 630 pairs of models cost one draw and one matrix product.
+Never NaN: a note says why an interval is missing, a point, or rough. ``cellbench.stats`` gives these numbers names.
+
+Shapes: M rows (models), P rows or pairs of rows, I images, U units (images or groups of images), B resamples, F folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy.special import ndtr, ndtri, stdtr
+from scipy.stats import rankdata
+
+RESAMPLES = 9999
+DECIMALS = 12  # differences are compared at, so that a mean over seeds does not break a tie by its last bit
+EXACT_UP_TO = 50  # unequal units; where scipy's wilcoxon turns to the normal approximation too
+ROUGH_BELOW = 10  # units; the coverage is in ``mean_interval``
+CHUNK = 256  # pairs at a time: 256 x 9999 resampled differences are 20 MiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean with its confidence interval, in the scores' own unit. Where there is none, both ends are None and ``note`` says why."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    num: int
+    """Units resampled: images, or groups of images."""
+    note: str = ""
+    level: float = 0.95
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def mean_interval(
+    scores: Sequence[float] | np.ndarray,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """The mean of one score an image, with its BCa bootstrap interval. ValueError for no scores, NaN, or a level outside (0, 1).
+
+    With ``groups`` (one label an image) whole groups are resampled: images of one patient are alike, and taking them as independent
+    makes intervals too narrow. The mean is over images either way.
+
+    Simulated coverage of 95 % intervals over normal and Dice-like scores: 2 images 49 %, 3 71 %, 5 80 to 87 %, 10 90 %, 20 92 %, 159 94 to
+    95 %. So fewer than 10 units are noted as rough, and one gives no interval.
+    """
+    x = np.asarray(scores, dtype=np.float64)
+    if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
+        raise ValueError(f"scores must be one finite number an image; got shape {x.shape}, {np.sum(~np.isfinite(x))} not finite")
+    if groups is not None and len(groups) != len(x):
+        raise ValueError(f"{len(groups)} groups for {len(x)} scores")
+    unit_I = unit_numbers(range(len(x)) if groups is None else groups)
+    word = "image" if groups is None else "group"
+    return intervals(unit_sums(x[None], unit_I), np.bincount(unit_I), word=word, level=level, resamples=resamples, seed=seed)[0]
+
+
+def unit_numbers(labels: Sequence[Hashable]) -> np.ndarray:
+    """(num_images,): the number of each image's unit, 0, 1, ... in the order of their first image."""
+    number = {label: u for u, label in enumerate(dict.fromkeys(labels))}
+    return np.array([number[label] for label in labels])
+
+
+def unit_sums(x_PI: np.ndarray, unit_I: np.ndarray) -> np.ndarray:
+    """(P, U): each row summed over the images of each unit."""
+    if unit_I.max() + 1 == len(unit_I):  # every image its own unit, and in order
+        return x_PI
+    order = np.argsort(unit_I, kind="stable")
+    return np.add.reduceat(x_PI[:, order], np.flatnonzero(np.diff(unit_I[order], prepend=-1)), axis=1)
+
+
+def intervals(
+    sums_MU: np.ndarray,
+    counts_U: np.ndarray,
+    *,
+    pairs_P2: np.ndarray | None = None,
+    word: str = "image",
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Interval]:
+    """One interval a row, or one a pair (first minus second).
+
+    ``sums_MU``: the sum of scores over each unit's images; ``counts_U``: how many images that is. Means are sum of sums over sum of counts,
+    so a unit weighs what it holds.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    num = len(counts_U)
+    same = 1e-12 * float(np.abs(sums_MU).max())
+    means_MB = _resampled_means(sums_MU, counts_U, resamples, seed) if num > 1 else np.empty((len(sums_MU), 0))
+    out = []
+    for start in range(0, len(sums_MU) if pairs_P2 is None else len(pairs_P2), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        if pairs_P2 is None:
+            sums_PU, boot_PB = sums_MU[chunk], means_MB[chunk].copy()
+        else:
+            first, second = pairs_P2[chunk].T
+            sums_PU, boot_PB = sums_MU[first] - sums_MU[second], means_MB[first] - means_MB[second]
+        mean_P = sums_PU.sum(axis=1) / counts_U.sum()
+        constant_P = (np.abs(sums_PU - mean_P[:, None] * counts_U) <= same).all(axis=1)
+        low_P, high_P = (mean_P, mean_P) if num < 2 else _bca(mean_P, boot_PB, _acceleration(sums_PU, counts_U), level, same)
+        low_P, high_P = np.where(constant_P, mean_P, low_P), np.where(constant_P, mean_P, high_P)
+        # An end at 1e-17 is rounding, and would "exclude" 0.
+        mean_P, low_P, high_P = (np.where(np.abs(x) <= same, 0.0, x) for x in (mean_P, low_P, high_P))
+        for mean, low, high, constant in zip(mean_P.tolist(), low_P.tolist(), high_P.tolist(), constant_P.tolist(), strict=True):
+            if num < 2:
+                out.append(Interval(mean=mean, low=None, high=None, num=num, note=f"{num} {word}: no interval", level=level))
+                continue
+            rough = f"{num} {word}s: a rough interval, likely too narrow" if num < ROUGH_BELOW else ""
+            note = f"constant over all {num} {word}s: the interval is a point" if constant else rough
+            out.append(Interval(mean=mean, low=low, high=high, num=num, note=note, level=level))
+    return out
+
+
+def _resampled_means(sums_MU: np.ndarray, counts_U: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """(M, B): each row's mean in each resample of the units."""
+    num = len(counts_U)
+    step = max(1, 4_000_000 // num)  # 32 MB of weights at a time
+    draws = (_draw(num, resamples, seed),) if resamples <= step else _draws(num, resamples, seed, step)
+    both = np.vstack([sums_MU, counts_U])  # one pass over the weights: reading them is what costs
+    drawn = np.concatenate([both @ weights_BU.T.astype(np.float64) for weights_BU in draws], axis=1)
+    return drawn[:-1] / drawn[-1]
+
+
+def _draws(num: int, resamples: int, seed: int, step: int) -> Iterator[np.ndarray]:
+    """How often each unit is in each resample: (at most ``step``, num) a piece. A count above 255 does not happen: its mean is 1."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        drawn = rng.integers(0, num, (rows, num)) + num * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * num).reshape(rows, num).astype(np.uint8)
+
+
+@lru_cache(maxsize=4)  # pairs of lopsided image sets are resampled one by one, mostly at the same few sizes
+def _draw(num: int, resamples: int, seed: int) -> np.ndarray:
+    return next(_draws(num, resamples, seed, resamples))
+
+
+def _acceleration(sums_PU: np.ndarray, counts_U: np.ndarray) -> np.ndarray:
+    """(P,): skewness of the leave-one-unit-out means over six; within -1/6..1/6."""
+    without_PU = (sums_PU.sum(axis=1, keepdims=True) - sums_PU) / (counts_U.sum() - counts_U)
+    d_PU = without_PU.mean(axis=1, keepdims=True) - without_PU
+    square_PU = d_PU * d_PU  # ** 3 goes through pow, ten times slower
+    squares = square_PU.sum(axis=1)
+    return (square_PU * d_PU).sum(axis=1) / (6 * np.where(squares > 0, squares, 1) ** 1.5)
+
+
+def _bca(mean_P: np.ndarray, boot_PB: np.ndarray, acceleration_P: np.ndarray, level: float, same: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the intervals. Resampled means within ``same`` of the mean count half below; ``boot_PB`` is sorted in place."""
+    boot_PB.sort(axis=1)
+    num = boot_PB.shape[1]
+    below = np.count_nonzero(boot_PB < mean_P[:, None] - same, axis=1)
+    upto = np.count_nonzero(boot_PB <= mean_P[:, None] + same, axis=1)
+    bias_P = ndtri(np.clip((below + upto) / (2 * num), 0.5 / num, 1 - 0.5 / num))
+    ends = []
+    for z in (ndtri((1 - level) / 2), ndtri((1 + level) / 2)):
+        # |acceleration| <= 1/6, so only levels near 1 with a badly lopsided sample could reach the clip.
+        z_P = bias_P + (bias_P + z) / np.maximum(1 - acceleration_P * (bias_P + z), 0.05)
+        at = ndtr(z_P) * (num - 1)
+        under = np.floor(at).astype(int)
+        row = np.arange(len(boot_PB))
+        lower, upper = boot_PB[row, under], boot_PB[row, np.minimum(under + 1, num - 1)]
+        ends.append(lower + (upper - lower) * (at - under))
+    return ends[0], ends[1]
+
+
+def signed_rank(differences_PU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Wilcoxon's two-sided p and the rank-biserial correlation of each row. Zeros as Pratt; all zero gives p = 1 and effect 0."""
+    num = differences_PU.shape[1]
+    ranks_PU = rankdata(np.abs(differences_PU), axis=1)
+    up_P, down_P = ((ranks_PU * side).sum(axis=1) for side in (differences_PU > 0, differences_PU < 0))
+    kept_PU = np.where(differences_PU != 0, ranks_PU, 0)
+    # Midranks carry the tie correction: the sum's variance given the ranks is a quarter of their sum of squares.
+    sd_P = np.sqrt((kept_PU**2).sum(axis=1)) / 2
+    p_P = 2 * ndtr(-np.abs(up_P - down_P) / 2 / np.where(sd_P > 0, sd_P, 1))
+    for row in np.flatnonzero(np.count_nonzero(kept_PU, axis=1) <= EXACT_UP_TO):
+        doubled = np.sort(2 * kept_PU[row]).astype(int)  # midranks are halves
+        p_P[row] = min(1, 2 * _cumulated(tuple(doubled[doubled > 0].tolist()))[int(2 * min(up_P[row], down_P[row]))])
+    return p_P, (up_P - down_P) / (num * (num + 1) / 2)
+
+
+@lru_cache(maxsize=4096)
+def _cumulated(ranks: tuple[int, ...]) -> np.ndarray:
+    """P(sum <= s) for s = 0, 1, ..., where each rank is in the sum with probability one half."""
+    probability = np.zeros(sum(ranks) + 1)
+    probability[0] = 1
+    for rank in ranks:
+        without = probability.copy()
+        probability[rank:] += without[: len(without) - rank]
+        probability /= 2
+    return np.cumsum(probability)
+
+
+def fold_test(differences_PI: np.ndarray, folds: Sequence[Hashable]) -> list[float | None]:
+    """Two-sided p of each row by the corrected resampled t-test (Nadeau & Bengio 2003) over the folds' mean differences.
+
+    The variance 1/J + 1/(J - 1) instead of 1/J allows for the training images that J folds share. None where the folds do not vary.
+    """
+    fold_I = unit_numbers(folds)
+    num = fold_I.max() + 1
+    fold_PF = unit_sums(differences_PI, fold_I) / np.bincount(fold_I)
+    sd_P = fold_PF.std(axis=1, ddof=1)
+    varies_P = sd_P > 10.0**-DECIMALS
+    t_P = fold_PF.mean(axis=1) / (np.where(varies_P, sd_P, 1) * np.sqrt(1 / num + 1 / (num - 1)))
+    return [p if varies else None for p, varies in zip((2 * stdtr(num - 1, -np.abs(t_P))).tolist(), varies_P.tolist(), strict=True)]
+
+
+def holm(p_values: Iterable[float]) -> list[float]:
+    """Holm's step-down adjustment (1979), in the order given: keeps the chance of any false claim below alpha, whatever the dependence.
+
+    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    p = np.array(list(p_values), dtype=np.float64)
+    if p.size and not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("p-values must lie in 0..1")
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted.tolist()

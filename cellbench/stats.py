@@ -1,0 +1,338 @@
+"""Is the difference real? Per-image scores in, intervals and paired tests out.
+
+Images are the sample: models meet on the same images and are paired by image id; where images come in groups (a patient, a slide), the
+group is the unit. Seeds are repeats of one measurement, averaged per image before anything is tested. Nothing here gives NaN: where
+numbers cannot say, a note does. ``cellbench.ranking`` goes on from pairs to whole tables.
+
+Decisions, each with its reason:
+
+- Intervals are BCa bootstrap intervals (Efron 1987), the same resamples for every model and pair, so that runs compare alike.
+- Wilcoxon signed-rank, two-sided. Equal images are ranked, then dropped (Pratt 1959): they count as evidence of no difference, which
+  dropping them first would hide. Up to 50 unequal units p is exact, with ties too; above, normal with tie correction.
+- Effect size is the matched-pairs rank-biserial correlation (Kerby 2014), -1 to 1, over the ranks of *all* units: ties pull it to 0.
+- Scores are compared at 12 decimals, so that a mean over seeds does not break a tie by its last bit.
+
+Shapes: M models, P pairs, I images, U units (images or groups), B resamples, F folds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cellbench.errors import CellbenchError
+from cellbench.significance import (
+    DECIMALS,
+    RESAMPLES,
+    Interval,
+    fold_test,
+    holm,
+    intervals,
+    mean_interval,
+    signed_rank,
+    unit_numbers,
+    unit_sums,
+)
+
+MANY_PAIRS = 50_000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scores:
+    """One model's score on each image, once per seed. Raises CellbenchError for NaN, repeated images and lengths that do not fit.
+
+    ``values``: (num_seeds, num_images), or (num_images,) for one seed. Pool scores of k folds into one row: each image is tested once.
+    Ids pair images, so they must mean the same image in every model: compare within one test set.
+    """
+
+    model: str
+    images: tuple[str, ...]
+    values: np.ndarray
+    groups: tuple[Hashable, ...] | None = None
+    """The patient, slide or smear of each image, where known."""
+    folds: tuple[Hashable, ...] | None = None
+    """The fold that tested each image, where the scores come from cross-validation."""
+    lower_is_better: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        values = np.array(self.values, dtype=np.float64, ndmin=2)
+        values.flags.writeable = False
+        object.__setattr__(self, "values", values)
+        for name in ("images", "groups", "folds"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(given))
+                if values.ndim != 2 or len(given) != values.shape[1]:
+                    raise CellbenchError(f"scores of {self.model}: {len(given)} {name} do not fit values of shape {values.shape}.")
+        if values.size == 0:
+            raise CellbenchError(f"scores of {self.model}: no images. Score at least one.")
+        if len(set(self.images)) < len(self.images):
+            twice = next(image for image in self.images if self.images.count(image) > 1)
+            raise CellbenchError(f"scores of {self.model}: image '{twice}' is there twice. Give seeds as rows, images once.")
+        if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=0))):
+            raise CellbenchError(
+                f"scores of {self.model}: not a finite number on {len(bad)} of {len(self.images)} images, first '{self.images[bad[0]]}'. "
+                "Leave such images out, or decide what they score."
+            )
+
+    @property
+    def per_image(self) -> np.ndarray:
+        """(num_images,): the mean over seeds."""
+        return self.values.mean(axis=0)
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.mean())
+
+    @property
+    def seed_sd(self) -> float | None:
+        """Standard deviation (n - 1) between the seeds' mean scores; None for one seed."""
+        return _seed_sd(self.values)
+
+    def interval(self, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+        return mean_interval(self.per_image, groups=self.groups, level=level, resamples=resamples, seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Model ``a`` minus model ``b``, on the images that both have."""
+
+    a: str
+    b: str
+    mean_a: float
+    mean_b: float
+    interval: Interval
+    """Of the mean difference a - b: the paired bootstrap. For this pair alone, not widened for the number of pairs."""
+    p: float
+    """Wilcoxon signed-rank, two-sided."""
+    p_adjusted: float
+    """After Holm over ``num_tests`` pairs; ``p`` itself where one pair was tested alone."""
+    num_tests: int
+    effect: float
+    """Matched-pairs rank-biserial correlation, -1 to 1, positive where ``a`` is higher."""
+    wins: int
+    """Images where ``a`` is better: higher, or lower if ``lower_is_better``."""
+    ties: int
+    losses: int
+    num_dropped: int
+    """Images that only one of the two has."""
+    seed_sd_a: float | None
+    seed_sd_b: float | None
+    p_folds: float | None
+    """Corrected resampled t-test over folds (Nadeau & Bengio 2003), where both models share folds. Not adjusted."""
+    lower_is_better: bool
+    notes: tuple[str, ...]
+
+    @property
+    def num_images(self) -> int:
+        return self.wins + self.ties + self.losses
+
+    @property
+    def win_rate(self) -> float:
+        """0 to 1: the share of images where ``a`` is better, ties counted half."""
+        return (self.wins + self.ties / 2) / self.num_images
+
+    @property
+    def alpha(self) -> float:
+        """1 - level, without the last bit that makes 1 - 0.95 more than 0.05."""
+        return round(1 - self.interval.level, DECIMALS)
+
+    @property
+    def decided(self) -> bool:
+        """Adjusted p below alpha, and the interval excludes 0, and mean and ranks point the same way."""
+        same_way = self.effect * self.interval.mean > 0
+        return self.p_adjusted < self.alpha and self.interval.excludes_zero and same_way
+
+    @property
+    def better(self) -> str | None:
+        """The model that wins for certain, or None."""
+        return (self.a if (self.interval.mean > 0) != self.lower_is_better else self.b) if self.decided else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Aligned:
+    """Models on their common images."""
+
+    images: tuple[str, ...]
+    values_MI: np.ndarray  # noqa: N815
+    seed_sds: tuple[float | None, ...]
+    unit_I: np.ndarray  # noqa: N815
+    """The number of each image's unit: itself, or its group."""
+    word: str
+    """What a unit is: 'image' or 'group'."""
+    folds: tuple[Hashable, ...] | None
+    """None unless every model has the same."""
+
+    @property
+    def units_MU(self) -> np.ndarray:  # noqa: N802
+        """The mean of each unit."""
+        return unit_sums(self.values_MI, self.unit_I) / np.bincount(self.unit_I)
+
+
+def align(models: Sequence[Scores]) -> Aligned:
+    """Put models on their common images, in the first one's order. Raises CellbenchError where they share none or mean different things."""
+    first = models[0]
+    if len({m.lower_is_better for m in models}) > 1:
+        raise CellbenchError("some scores are better when lower, others when higher: compare one metric at a time.")
+    common = set(first.images).intersection(*(m.images for m in models[1:]))
+    if not common:
+        names = ", ".join(sorted({m.model for m in models})[:4])
+        raise CellbenchError(f"no image is scored by all of {names}: nothing to pair. Compare models of the same test images.")
+    images = tuple(image for image in first.images if image in common)
+    units: dict[str, Hashable] = {}
+    for m in models:
+        for image, group in zip(m.images, m.groups or (), strict=False):
+            if units.setdefault(image, group) != group:
+                raise CellbenchError(f"image '{image}' is in group '{units[image]}' and, for {m.model}, in '{group}'. One group an image.")
+    grouped = any(image in units for image in images)
+    labels = [("group", units[image]) if image in units else ("image", image) for image in images]
+    rows, sds, folds = [], [], set()
+    for m in models:
+        where = None if m.images == images else {image: i for i, image in enumerate(m.images)}
+        take = slice(None) if where is None else [where[image] for image in images]
+        values = m.values[:, take]
+        rows.append(values.mean(axis=0))
+        sds.append(_seed_sd(values))
+        folds.add(None if m.folds is None else m.folds if where is None else tuple(m.folds[i] for i in take))
+    return Aligned(
+        images=images,
+        values_MI=np.array(rows),
+        seed_sds=tuple(sds),
+        unit_I=unit_numbers(labels),
+        word="group" if grouped else "image",
+        folds=folds.pop() if len(folds) == 1 else None,
+    )
+
+
+def compare(a: Scores, b: Scores, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
+    """``a`` minus ``b``, paired by image. Raises CellbenchError where they share no image."""
+    return compare_all([a, b], level=level, resamples=resamples, seed=seed)[0]
+
+
+def compare_all(
+    models: Sequence[Scores], *, against: str | None = None, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Difference]:
+    """Every pair of models, in the order given, Holm-adjusted over all of them.
+
+    ``against``: only the pairs with this model, as second of each pair. Fewer questions, so each is answered with more power.
+    Over 50,000 pairs (317 models) 999 resamples do, and a note says so: 1,000 models would take two minutes otherwise.
+    Raises CellbenchError for two models of one name, and for a pair without common images (``same_images`` sorts models apart).
+    """
+    names = [m.model for m in models]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CellbenchError(f"two models are called '{twice}'. Give runs that differ only by seed as one model with several rows.")
+    if against is not None and against not in names:
+        raise CellbenchError(f"no model called '{against}' to compare against. Known: {', '.join(names)}.")
+    if against is None:
+        pairs = list(itertools.combinations(range(len(models)), 2))
+    else:
+        pairs = [(i, names.index(against)) for i in range(len(models)) if names[i] != against]
+    resamples = min(resamples, 999) if len(pairs) > MANY_PAIRS else resamples
+    # Pairs whose models lie alike (same images, folds) share one resampling: 630 pairs then cost one draw and one matrix product.
+    layouts: dict[Hashable, int] = {}
+    keys = [(frozenset(m.images), frozenset(zip(m.images, m.folds or (), strict=False))) for m in models]
+    layout = [layouts.setdefault(key, len(layouts)) for key in keys]
+    batches: dict[tuple[int, int], list[int]] = {}
+    for n, (i, j) in enumerate(pairs):
+        batches.setdefault((min(layout[i], layout[j]), max(layout[i], layout[j])), []).append(n)
+    found: dict[int, Difference] = {}
+    for numbers in batches.values():
+        batch = [pairs[n] for n in numbers]
+        found.update(zip(numbers, _differences(models, batch, len(pairs), len(batches) == 1, level, resamples, seed), strict=True))
+    differences = [found[n] for n in range(len(pairs))]
+    return [replace(d, p_adjusted=p) for d, p in zip(differences, holm(d.p for d in differences), strict=True)]
+
+
+def same_images(models: Iterable[Scores]) -> list[list[Scores]]:
+    """Models sorted apart by the set of images they were scored on, largest company first."""
+    sets: dict[frozenset[str], list[Scores]] = {}
+    for m in models:
+        sets.setdefault(frozenset(m.images), []).append(m)
+    return sorted(sets.values(), key=len, reverse=True)
+
+
+def _seed_sd(values: np.ndarray) -> float | None:
+    return float(values.mean(axis=1).std(ddof=1)) if len(values) > 1 else None
+
+
+def _differences(
+    models: Sequence[Scores], pairs: list[tuple[int, int]], num_tests: int, alone: bool, level: float, resamples: int, seed: int
+) -> list[Difference]:
+    """Pairs of models that all lie on the same images. ``alone``: these pairs are the whole family."""
+    used = sorted({i for pair in pairs for i in pair})
+    here = align([models[i] for i in used])
+    local = {i: n for n, i in enumerate(used)}
+    pairs_P2 = np.array([(local[i], local[j]) for i, j in pairs])
+    counts_U = np.bincount(here.unit_I)
+    num_units = len(counts_U)
+    mean_M = here.values_MI.mean(axis=1).tolist()
+    each = intervals(
+        unit_sums(here.values_MI, here.unit_I), counts_U, pairs_P2=pairs_P2, word=here.word, level=level, resamples=resamples, seed=seed
+    )
+    p, effect, higher, lower, p_folds = [], [], [], [], []
+    for start in range(0, len(pairs), 2048):
+        first, second = pairs_P2[start : start + 2048].T
+        d_PI = np.round(here.values_MI[first] - here.values_MI[second], DECIMALS)
+        p_P, effect_P = signed_rank(np.round(unit_sums(d_PI, here.unit_I) / counts_U, DECIMALS))
+        p += p_P.tolist()
+        effect += effect_P.tolist()
+        higher += np.count_nonzero(d_PI > 0, axis=1).tolist()
+        lower += np.count_nonzero(d_PI < 0, axis=1).tolist()
+        p_folds += fold_test(d_PI, here.folds) if len(set(here.folds or ())) > 1 else [None] * len(d_PI)
+
+    family = num_tests if alone else 1
+    floor = min(1, family * 2.0 ** (1 - num_units))
+    shared = []
+    if floor >= 1 - level:
+        over = f" over {family} pairs" if family > 1 else ""
+        shared.append(f"{num_units} {here.word}{'s' * (num_units > 1)}: p{over} cannot fall below {floor:.2g}, so nothing can be decided")
+    if num_tests > MANY_PAIRS:
+        shared.append(f"{num_tests} pairs: intervals from {resamples} resamples")
+    num_folds = max(len(set(models[i].folds or ())) for i in used)
+    if num_folds > 1:
+        shared.append(f"scores from {num_folds} folds, whose training images overlap: p is optimistic")
+    num_images = len(here.images)
+    out = []
+    for n, (i, j) in enumerate(pairs):
+        a, b, interval = models[i], models[j], each[n]
+        sd_a, sd_b = here.seed_sds[local[i]], here.seed_sds[local[j]]
+        num_dropped = len(a.images) + len(b.images) - 2 * num_images
+        ties = num_images - higher[n] - lower[n]
+        notes = list(dict.fromkeys([*a.notes, *b.notes, *shared]))
+        if num_dropped:
+            notes.append(f"{num_dropped} image{'s' * (num_dropped > 1)} that only one of the two has: left out")
+        if ties == num_images:
+            notes.append("the same score on every image")
+        if effect[n] * interval.mean < 0 and interval.excludes_zero:
+            notes.append("mean and ranks point in opposite directions: a few images carry the mean")
+        if sd_a is None and sd_b is None:
+            notes.append("one seed each: another seed may answer otherwise")
+        elif abs(interval.mean) < 2 * np.sqrt((sd_a or 0) ** 2 / len(a.values) + (sd_b or 0) ** 2 / len(b.values)):
+            notes.append("within two standard errors of the spread between seeds: another set of seeds may answer otherwise")
+        out.append(
+            Difference(
+                a=a.model,
+                b=b.model,
+                mean_a=mean_M[local[i]],
+                mean_b=mean_M[local[j]],
+                interval=interval,
+                p=p[n],
+                p_adjusted=p[n],
+                num_tests=num_tests,
+                effect=effect[n],
+                wins=lower[n] if a.lower_is_better else higher[n],
+                ties=ties,
+                losses=higher[n] if a.lower_is_better else lower[n],
+                num_dropped=num_dropped,
+                seed_sd_a=sd_a,
+                seed_sd_b=sd_b,
+                p_folds=p_folds[n],
+                lower_is_better=a.lower_is_better,
+                notes=tuple(notes),
+            )
+        )
+    return out

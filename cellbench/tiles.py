@@ -1,0 +1,124 @@
+"""Cut an image into overlapping tiles and put predictions back: one tiler for training, validation, test and prediction.
+
+Putting the cut tiles of an image back gives the image again, for every size and overlap, also for images smaller than a tile and for
+images that are not square. Predictions are put back band by band, so that memory grows with an image's width, not with its area.
+
+Letters: C classes, H x W image, T tile side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def origins(length_px: int, tile_px: int, overlap_px: int) -> list[int]:
+    """Left edges of the fewest equally spaced tiles that cover ``length_px`` and overlap by at least ``overlap_px``.
+
+    Even spacing, so that the last tile is never a sliver (Isensee et al., nnU-Net, 2021).
+
+    >>> origins(500, 224, 32)
+    [0, 138, 276]
+    """
+    if not 0 <= overlap_px < tile_px or length_px < 1:
+        raise ValueError(f"{length_px} px cannot be cut into tiles of {tile_px} px that overlap by {overlap_px} px")
+    if length_px <= tile_px:
+        return [0]
+    num = -((overlap_px - length_px) // (tile_px - overlap_px))
+    return [round(i * (length_px - tile_px) / (num - 1)) for i in range(num)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Where the tiles of one image lie: ``ys`` x ``xs``, row by row."""
+
+    height_px: int
+    width_px: int
+    tile_px: int
+    ys: tuple[int, ...]
+    xs: tuple[int, ...]
+
+    @classmethod
+    def over(cls, height_px: int, width_px: int, tile_px: int, overlap: float) -> Grid:
+        """The grid over an image; ``overlap`` is the share of a tile (0 to 0.9) that its neighbour covers at least."""
+        overlap_px = round(tile_px * overlap)
+        ys, xs = (tuple(origins(length, tile_px, overlap_px)) for length in (height_px, width_px))
+        return cls(height_px=height_px, width_px=width_px, tile_px=tile_px, ys=ys, xs=xs)
+
+    def __len__(self) -> int:
+        return len(self.ys) * len(self.xs)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """The (y, x) of each tile's upper left corner, row by row."""
+        return ((y, x) for y in self.ys for x in self.xs)
+
+    @cached_property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """What each tile row and each tile column counts at its pixels: (rows, T) and (columns, T), float32.
+
+        A Hann taper, divided by the sum of all tapers at the same pixel. The window is separable, so the products of the two
+        add up to one at every pixel of the image.
+        """
+        return _tapers(self.ys, self.height_px, self.tile_px), _tapers(self.xs, self.width_px, self.tile_px)
+
+
+def _tapers(starts: tuple[int, ...], length_px: int, tile_px: int) -> Tensor:
+    # Half-pixel offset: never zero, so that a border pixel that only one tile covers still counts in full after the division.
+    hann = np.sin(np.pi * (np.arange(tile_px) + 0.5) / tile_px) ** 2
+    total = np.zeros(max(length_px, tile_px))
+    for start in starts:
+        total[start : start + tile_px] += hann
+    return torch.from_numpy(np.stack([hann / total[start : start + tile_px] for start in starts])).float()
+
+
+def cut(image: np.ndarray, y: int, x: int, tile_px: int) -> np.ndarray:
+    """The tile (T, T, ...) whose upper left corner is (y, x). What lies beyond the lower or right edge is mirrored in."""
+    tile = image[y : y + tile_px, x : x + tile_px]
+    below, right = tile_px - tile.shape[0], tile_px - tile.shape[1]
+    if below or right:
+        # "symmetric" repeats the edge pixel and, unlike "reflect", works from a single row on
+        tile = np.pad(tile, [(0, below), (0, right)] + [(0, 0)] * (image.ndim - 2), mode="symmetric")
+    return tile
+
+
+class Stitcher:
+    """Puts the scores of an image's tiles back, blended, and gives away each band of rows as soon as no later tile touches it.
+
+    Tiles must come in the grid's order. Holds one row of tiles: (C, T, W) float32.
+    """
+
+    def __init__(self, grid: Grid, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self._grid = grid
+        rows, columns = grid.weights
+        self._rows, self._columns = rows.to(device), columns.to(device)
+        width = max(grid.width_px, grid.tile_px)
+        self._sum_CTW = torch.zeros(num_classes, grid.tile_px, width, device=device)
+        self._next = 0
+
+    def add(self, scores_BCTT: Tensor) -> list[tuple[int, Tensor]]:
+        """Takes the next tiles' scores; returns the bands that became final, as (first row, (C, rows, W) blended scores)."""
+        grid, done = self._grid, []
+        for scores_CTT in scores_BCTT:
+            row, column = divmod(self._next, len(grid.xs))
+            x = grid.xs[column]
+            taper_TT = self._rows[row].unsqueeze(1) * self._columns[column]
+            self._sum_CTW[:, :, x : x + grid.tile_px].addcmul_(scores_CTT, taper_TT)
+            self._next += 1
+            if column == len(grid.xs) - 1:
+                done.append(self._finish(row))
+        return done
+
+    def _finish(self, row: int) -> tuple[int, Tensor]:
+        grid, y = self._grid, self._grid.ys[row]
+        end = grid.ys[row + 1] if row + 1 < len(grid.ys) else grid.height_px
+        num = end - y
+        band = self._sum_CTW[:, :num, : grid.width_px].clone()
+        kept = self._sum_CTW[:, num:].clone()
+        self._sum_CTW.zero_()
+        self._sum_CTW[:, : kept.shape[1]] = kept
+        return y, band

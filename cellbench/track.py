@@ -1,0 +1,219 @@
+"""MLflow, and the only place that knows it: runs with parents, names by the contract, and what is finished already.
+
+No tracking URI is ever set: MLflow's default (``./mlflow.db`` and ``./mlruns/``) or ``MLFLOW_TRACKING_URI``, so that a bare
+``mlflow ui`` shows the runs. Runs of a cohort learn side by side, so nothing here uses MLflow's active run, which is one a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock
+
+from cellbench.errors import CellbenchError, one_line
+from cellbench.files import make_folder, told
+from cellbench.spec import RunSpec
+
+for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
+
+FINGERPRINT, STATUS, REASON, EXPERIMENT = "cellbench.fingerprint", "cellbench.status", "cellbench.reason", "cellbench.experiment"
+OWNER, HEARTBEAT = "cellbench.owner", "cellbench.heartbeat"
+PARENT, NOTE, KIND = "mlflow.parentRunId", "mlflow.note.content", "mlflow.experimentKind"
+
+# How each of our states is told to MLflow: its own list of states has no "skipped".
+TERMINAL = {"finished": "FINISHED", "skipped": "KILLED", "pruned": "KILLED", "interrupted": "KILLED", "failed": "FAILED"}
+# Another machine's run without a sign of life for so long is taken over.
+STALE_S = 15 * 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logged:
+    """A run as MLflow remembers it."""
+
+    run_id: str
+    name: str
+    status: str
+    reason: str = ""
+    owner: str = ""
+    heartbeat_s: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> bool:
+        """Whether another process is at it now."""
+        if self.status != "running" or self.owner == _owner():
+            return False
+        host, _, pid = self.owner.rpartition(":")
+        if host == socket.gethostname():
+            return pid.isdigit() and psutil.pid_exists(int(pid))
+        return time.time() - self.heartbeat_s < STALE_S
+
+
+class Tracker:
+    """One experiment in MLflow's store, made on first use."""
+
+    def __init__(self, experiment: str) -> None:
+        import mlflow  # 1 to 2 s, which `--help` and `list` must not pay
+
+        self._mlflow = mlflow
+        self.name = experiment
+        try:
+            with told("opening MLflow's store here"), self.lock():
+                self._client = mlflow.MlflowClient()
+                self.experiment_id = self._experiment()
+        except mlflow.exceptions.MlflowException as error:
+            raise CellbenchError(f"MLflow at {mlflow.get_tracking_uri()}: {one_line(error)[:300]}. Mend it, or name another MLFLOW_TRACKING_URI.") from None
+
+    def lock(self) -> FileLock:
+        """Held while the store is made (four processes that make it at once break it: measured, 5 of 5) and while runs are claimed."""
+        uri = self._mlflow.get_tracking_uri()
+        key = re.sub(r"\W+", "-", uri if "://" in uri and not uri.startswith("sqlite:///mlflow") else str(Path.cwd() / uri))[-150:]
+        return FileLock(Path(tempfile.gettempdir()) / f"cellbench-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock")
+
+    def _experiment(self) -> str:
+        found = self._client.get_experiment_by_name(self.name)
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise CellbenchError(f"the experiment '{self.name}' was deleted in MLflow. Restore it there, or give the experiment file another name.")
+        if found is not None:
+            return found.experiment_id
+        # MLflow would resolve its default root against whatever folder it is started from; a remote server knows its own.
+        local = not self._mlflow.get_tracking_uri().startswith(("http:", "https:", "databricks"))
+        place = Path.cwd() / "mlruns" / (re.sub(r"[^\w.-]+", "-", self.name)[:60] or "experiment")
+        # An old file store's folders are all digits, and one such below mlruns/ would make MLflow refuse to start.
+        place = place.with_name(f"e-{place.name}") if place.name.isdigit() else place
+        if local:
+            make_folder(place)
+        return self._client.create_experiment(
+            self.name, artifact_location=place.as_uri() if local else None, tags={KIND: "custom_model_development"}
+        )
+
+    def known(self) -> dict[str, Logged]:
+        """The runs of this experiment by fingerprint; where one has several, the finished one, else the latest."""
+        found: dict[str, Logged] = {}
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self.experiment_id], f"tags.`{FINGERPRINT}` != ''", max_results=1000, page_token=token, order_by=["attributes.start_time ASC"]
+            )
+            for run in page:
+                tags = run.data.tags
+                logged = Logged(
+                    run_id=run.info.run_id,
+                    name=run.info.run_name,
+                    status=tags.get(STATUS, ""),
+                    reason=tags.get(REASON, ""),
+                    owner=tags.get(OWNER, ""),
+                    heartbeat_s=float(tags.get(HEARTBEAT, 0)),
+                    metrics=run.data.metrics,
+                )
+                old = found.get(tags[FINGERPRINT])
+                if old is None or old.status != "finished":
+                    found[tags[FINGERPRINT]] = logged
+            token = page.token
+            if not token:
+                return found
+
+    def json(self, run_id: str, name: str) -> dict[str, Any]:
+        """A JSON artifact of a run."""
+        try:
+            return self._mlflow.artifacts.load_dict(f"runs:/{run_id}/{name}")
+        except (self._mlflow.exceptions.MlflowException, OSError) as error:
+            raise CellbenchError(f"run {run_id} has lost its {name} ({one_line(error)[:200]}). Delete the run in MLflow, and it is run again.") from None
+
+    @contextlib.contextmanager
+    def run(self, name: str, fingerprint: str, *, parent: str = "", known: Logged | None = None, tags: Mapping[str, str] | None = None) -> Iterator[Run]:
+        """A run that is open inside ``with``: a new one, or ``known`` gone on with. Whatever ends the block ends the run, with its reason."""
+        told_tags = {**(tags or {}), FINGERPRINT: fingerprint, EXPERIMENT: self.name, STATUS: "running", OWNER: _owner(), HEARTBEAT: str(time.time())}
+        if parent:
+            told_tags[PARENT] = parent
+        if known is None:
+            context = self._mlflow.tracking.context.registry.resolve_tags()
+            run_id = self._client.create_run(self.experiment_id, run_name=name, tags={**context, **told_tags}).info.run_id
+        else:
+            run_id = known.run_id
+            self._client.update_run(run_id, status="RUNNING")
+            self._client.log_batch(run_id, tags=[self._mlflow.entities.RunTag(k, v) for k, v in {**told_tags, REASON: ""}.items()])
+        run = Run(run_id=run_id, _tracker=self)
+        try:
+            yield run
+        except BaseException as error:
+            # A person's Ctrl-C, a SIGTERM turned into SystemExit, or the disk: the run goes on from its checkpoint next time.
+            interrupted = not isinstance(error, Exception)
+            run.end("interrupted" if interrupted else "failed", one_line(error) or type(error).__name__)
+            raise
+        run.end("finished")
+
+
+@dataclass
+class Run:
+    """One run in MLflow, told of everything by its id."""
+
+    run_id: str
+    _tracker: Tracker
+    ended: str = ""
+
+    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> bool:
+        """One batch an epoch: a commit costs milliseconds whatever it holds."""
+        self.log(metrics, step=epoch)
+        return True
+
+    def log(self, metrics: Mapping[str, float], *, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None, step: int = 0) -> None:
+        """Metrics, params and tags in one commit, with a sign of life."""
+        entities = self._tracker._mlflow.entities
+        now = int(time.time() * 1000)
+        alive = {**(tags or {}), HEARTBEAT: str(time.time())}
+        self._tracker._client.log_batch(
+            self.run_id,
+            metrics=[entities.Metric(name, float(value), now, step) for name, value in metrics.items()],
+            params=[entities.Param(name, str(value)) for name, value in (params or {}).items()],
+            tags=[entities.RunTag(name, value) for name, value in alive.items()],
+        )
+
+    def describe(self, markdown: str) -> None:
+        """The run's notes in the UI."""
+        self._tracker._client.set_tag(self.run_id, NOTE, markdown)
+
+    def data(self, name: str, digest: str, source: str, context: str) -> None:
+        """Says which data was used, by name and content, without reading it."""
+        entities = self._tracker._mlflow.entities
+        dataset = entities.Dataset(name=name, digest=digest, source_type="local", source=f'{{"uri": "{source}"}}')
+        self._tracker._client.log_inputs(
+            self.run_id, datasets=[entities.DatasetInput(dataset, tags=[entities.InputTag("mlflow.data.context", context)])]
+        )
+
+    def artifacts(self, folder: Path) -> None:
+        """Everything below a folder, under the same names."""
+        with told("keeping a run's artifacts"):
+            self._tracker._client.log_artifacts(self.run_id, str(folder))
+
+    def end(self, status: str, reason: str = "") -> None:
+        """Ends the run once; the mark of our own comes before MLflow's, so that a crash between them reads as unfinished to no one."""
+        if self.ended:
+            return
+        self.ended = status
+        self.log({}, tags={STATUS: status, REASON: reason[:4000]})
+        self._tracker._client.set_terminated(self.run_id, TERMINAL[status])
+
+
+def params_of(run: RunSpec, dataset: str) -> dict[str, object]:
+    """A run's settings under the contract's names; a head's own settings as ``head.width``."""
+    part = "baseline" if run.baseline else "head"
+    plain = {name: value for name, value in run.model_dump().items() if name != "options"}
+    plain |= {"backbone": run.backbone or "none", "head": run.head or "none", "baseline": run.baseline or "none"}
+    return {**plain, "dataset": dataset, **{f"{part}.{name}": value for name, value in run.options.items()}}
+
+
+def _owner() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
