@@ -45,15 +45,8 @@ def curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
             left.plot(epochs, [row[name] for row in history], line, color=colour, label=label, marker=marker, markersize=3)
         right.plot(epochs, [row["val/dice"] for row in history], color=colours[2], marker=marker, markersize=3)
         best = history[best_epoch]["val/dice"]
-        # Beside the point, on the side where there is room.
-        late = best_epoch > len(history) / 2
-        right.annotate(
-            f"best: epoch {best_epoch + 1}, {best:.4f}",
-            (best_epoch + 1, best),
-            xytext=(-6 if late else 6, -16),
-            textcoords="offset points",
-            ha="right" if late else "left",
-        )
+        right.plot([best_epoch + 1], [best], "D", color="black", markersize=5)
+        right.set_title(f"best: {best:.4f} after epoch {best_epoch + 1}")
         for axes in (left, right):
             axes.axvline(best_epoch + 1, color="0.6", linewidth=0.8, linestyle=":")
             axes.set_xlabel("epoch")
@@ -82,7 +75,7 @@ def error_map(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.n
 
 def case(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.ndarray | None, title: str) -> Figure:
     """One image four ways: as it is, with the truth's and the prediction's outlines, the probability of a cell, and the errors."""
-    step = max(1, max(image.shape[:2]) // 1000)
+    step = -(-max(image.shape[:2]) // 900)
     image, truth, classes = (array[::step, ::step] for array in (image, truth, classes))
     tall = image.shape[0] / image.shape[1]
     with plt.rc_context(STYLE):
@@ -114,18 +107,17 @@ def case(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.nda
 
 
 def scoreboard(rows: list[dict[str, Any]], unit: str) -> Figure:
-    """Mean test Dice of each model, best on top, with its 95 % interval over images; seeds as small dots, baselines hatched."""
+    """Mean test Dice of each model, best on top, with its 95 % interval over images; baselines hatched."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 0.34 * len(rows) + 1.1), layout="constrained")
         colours = sns.color_palette("colorblind")
-        low = min(min([r["low"], r["dice"], *r["seeds"]]) for r in rows)
+        low = min(min(r["low"], r["dice"]) for r in rows)
         start = max(0.0, low - 0.25 * (1 - low))
         for y, row in enumerate(rows):
             is_base = row["baseline"]
             axes.barh(y, row["dice"] - start, left=start, color=colours[7] if is_base else colours[0], alpha=0.75, hatch="///" if is_base else None,
                       edgecolor="white", height=0.7)  # fmt: skip
             axes.plot([row["low"], row["high"]], [y, y], color="black", linewidth=1.2)
-            axes.plot(row["seeds"], [y] * len(row["seeds"]), "o", color="black", markersize=3, markerfacecolor="white")
         right = max(max(r["high"], r["dice"]) for r in rows)
         span = right - start
         for y, row in enumerate(rows):
@@ -133,5 +125,6 @@ def scoreboard(rows: list[dict[str, Any]], unit: str) -> Figure:
         axes.set_xlim(start, right + 0.1 * span)
         axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
         axes.invert_yaxis()
-        axes.set_xlabel(f"test Dice, {unit}; line: 95 % interval over images; dots: seeds; hatched: baselines. The axis does not start at 0.")
+        axes.set_xlabel(f"test Dice, {unit} (the axis does not start at 0)")
+        axes.set_title("line: 95 % interval over images; hatched: baselines", loc="left", fontsize=8, color="0.35")
     return figure

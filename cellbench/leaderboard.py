@@ -129,7 +129,7 @@ def bars(table: list[Row]) -> list[dict[str, Any]]:
     """What :func:`cellbench.figures.scoreboard` draws: means over images with their interval."""
     return [
         {
-            "model": row.model, "baseline": row.baseline, "dice": row.image_dice, "seeds": [],
+            "model": row.model, "baseline": row.baseline, "dice": row.image_dice,
             "low": row.image_dice if row.low is None else row.low, "high": row.image_dice if row.high is None else row.high,
         }
         for row in table

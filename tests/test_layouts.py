@@ -5,6 +5,7 @@ The files are written here in the published names with random values; what must 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def card(name: str, **changes: object) -> BackboneCard:
 
 def built(it: BackboneCard, state: dict[str, Tensor] | None = None) -> Backbone:
     return load(it)(it, state).freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,7 @@ def locate(card: BackboneCard, folder: Path | None, download: bool = True) -> Pa
     Raises WeightsUnavailable with the reason and the remedy, CellbenchError for a card or folder that is wrong in itself.
     """
     if card.weights == "none":
-        raise CellbenchError(f"{card.id}: has no weights file: its card says weights = \"none\".")
+        raise CellbenchError(f'{card.id}: has no weights file: its card says weights = "none".')
     if own := folder_file(card, folder):
         # The card's hash is that of the published file; another format of the same weights can only be recognised the next time.
         same_format = own.suffix == Path(_published(card)).suffix

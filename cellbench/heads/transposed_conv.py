@@ -13,16 +13,17 @@ from cellbench.heads.base import Head, conv_bn_relu, resize
 class TransposedConv(Head):
     """1x1 to ``width``, then doublings (transposed 4x4 stride 2, and a 3x3), each halving the channels, then 1x1 to classes and a resize.
 
-    As published for 14-px patches: 16 -> 32 -> 64 -> 128 places, resized to 224. A fourth doubling would overshoot to 256. For finer
-    backbones there are fewer doublings, so that the tile's own size is never passed. The last 1x1 stands before the resize, where it
-    commutes with it, and not after it as published.
+    As published for 14-px patches: 16 -> 32 -> 64 -> 128 places, resized to 224. A fourth doubling would overshoot to 256. A finer
+    backbone enters at the stage of its own stride, with that stage's channels, and the tile's own size is never passed. The last 1x1
+    stands before the resize, where it commutes with it, and not after it as published.
     """
 
     def __init__(self, levels: tuple[Level, ...], num_classes: int, *, width: int, doublings: int) -> None:
         super().__init__(levels, num_classes)
         level = levels[-1]
         steps = min(doublings, int(math.log2(level.stride_px)))
-        dims = [max(width >> step, 8) for step in range(steps + 1)]
+        entered = max(0, round(math.log2(16 / level.stride_px)))
+        dims = [max(width >> step, 8) for step in range(entered, entered + steps + 1)]
         self.project = conv_bn_relu(level.dim, dims[0], 1)
         self.up = nn.Sequential(*(self._doubling(a, b) for a, b in zip(dims, dims[1:], strict=False)))
         self.score = nn.Conv2d(dims[-1], num_classes, 1)
