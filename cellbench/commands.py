@@ -23,7 +23,7 @@ from cellbench.files import make_folder
 from cellbench.grid import Job, Outcome, Runner, jobs_of, parent
 from cellbench.machine import Machine, machine
 from cellbench.registry import Registry, shipped
-from cellbench.spec import Experiment, cohorts
+from cellbench.spec import Experiment, cohorts, expand
 from cellbench.track import Run, Tracker
 
 
@@ -53,7 +53,15 @@ def read_experiment(name: str, changes: Sequence[str] = (), data: Path | None = 
     if limit is not None:
         _change(tree, f"data.limit={limit}")
     experiment = Experiment.of(tree, str(path))
-    card = (registry or Registry()).dataset(experiment.dataset)
+    registry = registry or Registry()
+    card = registry.dataset(experiment.dataset)
+    # Names and options now, before any image is drawn or read. Tables of parts that do not run are not used, but must name something.
+    for name in experiment.head:
+        registry.head(name)
+    for name in experiment.baseline:
+        registry.baseline(name)
+    for run in expand(experiment, str(path)):
+        registry.complete(run)
     if data is not None and card.draw:
         tree["dataset"] = "folder"
         tree.get("data", {}).pop("draw", None)

@@ -4,7 +4,8 @@ A confusion matrix counts pixels, ``counts[truth, prediction]``. Pooled scores a
 average afterwards. The two are different numbers and never share a name.
 
 An image, or a whole set, may lack a class. The policy: a class in neither truth nor prediction was got right and scores 1 everywhere;
-a class in only one of the two scores 0 everywhere. (smp counts the first case as 0 by default, which punishes a clean empty image.)
+a class in only one of the two scores 0, save in accuracy, which counts the pixels of the others too. (smp counts the first case as 0 by
+default, which punishes a clean empty image.)
 """
 
 from __future__ import annotations

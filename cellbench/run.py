@@ -37,8 +37,13 @@ def _terminated(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"cellbench: {message}. `{self.prog} --help` says what there is.\n")  # one line, without argparse's usage
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="cellbench",
         description="Which frozen foundation model, with which segmentation head, outlines your cells best?",
         epilog="Results: `mlflow ui` in this folder. Files that ask questions: experiments/*.toml.",

@@ -29,7 +29,7 @@ LOSS_TERMS = ("bce", "ce", "dice", "focal", "jaccard", "lovasz", "tversky")
 class Record(BaseModel):
     """A frozen record that refuses unknown keys and does not read numbers out of strings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RunSpec(Record):
@@ -152,9 +152,21 @@ class Experiment(Record):
             for name in experiment.grid.get(key, []):
                 if not isinstance(name, str):
                     raise CellbenchError(f"{where}: [grid] {key} holds {name!r}. Names of cards are expected, in quotes.")
-        if not experiment.grid and not experiment.baselines:
-            raise CellbenchError(f"{where}: asks for nothing. Give [grid] backbone and head lists, or baselines.")
-        expand(experiment, where)  # every value is checked now, not when its turn comes
+        if "backbone" not in experiment.grid:
+            if not experiment.baselines:
+                raise CellbenchError(f"{where}: asks for nothing. Give [grid] backbone and head lists, or baselines.")
+            for key in experiment.grid:
+                if key != "seed":
+                    raise CellbenchError(f"{where}: [grid] {key} is for backbones with heads. Baselines take it from [run].")
+        seen: set[str] = set()
+        for run in expand(experiment, where):  # every value is checked now, not when its turn comes
+            facts = run.model_dump_json()
+            if facts in seen:
+                raise CellbenchError(
+                    f"{where}: asks for '{run.model} · seed {run.seed}' twice with the same settings. "
+                    "Name each value and baseline once, and no key of [grid] in a table of its own too."
+                )
+            seen.add(facts)
         return experiment
 
 
@@ -259,4 +271,4 @@ def _told(record: type[BaseModel], error: ValidationError, where: str) -> Cellbe
     message = first["msg"].removeprefix("Value error, ")
     given = "" if first["type"] == "value_error" and not path else f" = {first['input']!r}"
     more = f" ({len(error.errors()) - 1} more like it.)" if len(error.errors()) > 1 else ""
-    return CellbenchError(f"{where}: {path}{given}: {message[:1].lower() + message[1:]}.{more}")
+    return CellbenchError(f"{where}: {path}{given}: {message[:1].lower() + message[1:].rstrip('.')}.{more}")

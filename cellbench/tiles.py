@@ -57,6 +57,11 @@ class Grid:
         """The (y, x) of each tile's upper left corner, row by row."""
         return ((y, x) for y in self.ys for x in self.xs)
 
+    def owned(self) -> Iterator[tuple[slice, slice]]:
+        """For each tile, the rows and columns of it whose pixels lie nearest to its middle: together they are the image, each pixel once."""
+        rows, columns = _owned(self.ys, self.height_px, self.tile_px), _owned(self.xs, self.width_px, self.tile_px)
+        return ((row, column) for row in rows for column in columns)
+
     @cached_property
     def weights(self) -> tuple[Tensor, Tensor]:
         """What each tile row and each tile column counts at its pixels: (rows, T) and (columns, T), float32.
@@ -74,6 +79,11 @@ def _tapers(starts: tuple[int, ...], length_px: int, tile_px: int) -> Tensor:
     for start in starts:
         total[start : start + tile_px] += hann
     return torch.from_numpy(np.stack([hann / total[start : start + tile_px] for start in starts])).float()
+
+
+def _owned(starts: tuple[int, ...], length_px: int, tile_px: int) -> list[slice]:
+    edges = [0, *((a + tile_px + b) // 2 for a, b in zip(starts, starts[1:], strict=False)), length_px]
+    return [slice(low - start, high - start) for start, low, high in zip(starts, edges, edges[1:], strict=False)]
 
 
 def cut(image: np.ndarray, y: int, x: int, tile_px: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cellbench.features import Batch, Features
-from cellbench.infer import score
+from cellbench.infer import tile_counts
 from cellbench.losses import loss_of
 from cellbench.metrics import cell_classes, scores
 from cellbench.model import Model
@@ -125,8 +125,8 @@ class Learner:
         self._val_num += batch.num
 
     def finish(self, counts: np.ndarray) -> None:
-        """Ends the epoch with the validation images' confusion matrices (N, K, K): keeps the best weights and decides whether to go on."""
-        pooled = scores(counts.sum(0)).of(cell_classes(counts.shape[-1]))
+        """Ends the epoch with the validation pixels' confusion matrix (K, K): keeps the best weights and decides whether to go on."""
+        pooled = scores(counts).of(cell_classes(len(counts)))
         row = {
             "train/loss": float(self._sum) / self.num_views,
             "val/loss": float(self._val_sum) / max(self._val_num, 1),
@@ -230,6 +230,6 @@ def validate(learners: Sequence[Learner], features: Features) -> None:
     def watch(k: int, logits: Tensor, batch: Batch) -> None:
         learners[k].watch(logits, batch)
 
-    counts = [matrices for _, matrices, _ in score([learner.model for learner in learners], features, "val", watch)]
-    for k, learner in enumerate(learners):
-        learner.finish(np.stack([matrices[k] for matrices in counts]))
+    counts = tile_counts([learner.model for learner in learners], features, "val", watch)
+    for learner, mine in zip(learners, counts, strict=True):
+        learner.finish(mine)

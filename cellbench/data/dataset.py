@@ -60,11 +60,13 @@ class Dataset:
 
 
 def _inspect_image(path: Path) -> list[object]:
-    return [hash_of(path), *images.read_image(path).shape[:2]]
+    height, width = images.read_image(path).shape[:2]  # first, because it tells people what is wrong with a file
+    return [hash_of(path), height, width]
 
 
 def _inspect_mask(path: Path) -> list[object]:
-    return [hash_of(path), *images.read_labels(path).shape[:2]]
+    height, width = images.read_labels(path).shape[:2]
+    return [hash_of(path), height, width]
 
 
 def proven(dataset: Dataset) -> Dataset:

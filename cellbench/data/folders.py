@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,11 +49,12 @@ def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Data
     else:
         parts = {"train": _pairs(root, images, masks, notes), "test": ()}
     splits = split_of(root, parts["train"], parts["test"], spec)
-    notes += splits.notes
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     if spec.limit:
         parts = {name: samples[: spec.limit] for name, samples in parts.items()}
-    return proven(Dataset(name=card.id, classes=card.classes, values=card.values, root=root, notes=tuple(notes), **parts))
+    dataset = proven(Dataset(name=card.id, classes=card.classes, values=card.values, root=root, **parts))
+    notes.append(splits.keep())  # only now: a split that names a damaged image would be in the way of whoever takes it out
+    return replace(dataset, notes=tuple(notes))
 
 
 def _drawn(card: DatasetCard, spec: DataSpec) -> Path:
@@ -83,7 +85,7 @@ def _pairs(root: Path, images: str, masks: str, notes: list[str]) -> tuple[Sampl
     pictures, labels = _by_stem(root / images), _by_stem(root / masks)
     where = f"{root.name}/{images}"
     if not pictures:
-        raise CellbenchError(f"{root / images}: holds no image. Expected files that end in {', '.join(EXTENSIONS)}.")
+        raise CellbenchError(f"{root / images}: holds no image. Expected files that end in {', '.join(sorted(EXTENSIONS))}.")
     lonely = [path.name for stem, path in pictures.items() if stem not in labels]
     if lonely:
         more = f"; {len(lonely) - 1} more like it" if len(lonely) > 1 else ""

@@ -20,18 +20,28 @@ class Splits:
     train: tuple[Sample, ...]
     val: tuple[Sample, ...]
     test: tuple[Sample, ...]
-    notes: tuple[str, ...] = ()
+    place: Path
+    """The file that says so, or will."""
+    record: str = ""
+    """What ``keep`` writes there; empty where the file was there before."""
+
+    def keep(self) -> str:
+        """Writes a newly drawn split down; returns what a person should know."""
+        if not self.record:
+            return f"split read from {self.place}"
+        write_atomic(self.place, self.record)
+        return f"split written to {self.place}"
 
 
 def split_of(root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec) -> Splits:
     """The splits of a pool of images and, where the data comes with one, a test folder that training never touches.
 
     ``root/splits.json`` is used where it lies, as published: ``{"train": [names], "val": [names]}`` (and ``"test"`` where the data has no
-    test folder), with or without extensions. Otherwise it is drawn from ``split_seed`` and written there, or, where the folder is
-    read-only, into the cache folder. A file that this code wrote for another seed or share is not used but left; its name says for which.
+    test folder), with or without extensions. Otherwise it is drawn from ``split_seed``, for ``keep`` to write there or, where the folder
+    is read-only, into the cache folder. A file that this code wrote for another seed or share is left alone; its name says for which.
     """
     standard = spec.val_fraction == DataSpec().val_fraction and spec.split_seed == DataSpec().split_seed
-    name = "splits.json" if standard and spec.test_fraction == DataSpec().test_fraction else _name(spec, bool(test))
+    name = "splits.json" if standard and (test or spec.test_fraction == DataSpec().test_fraction) else _name(spec, bool(test))
     for place in (root / name, _elsewhere(root, name)):
         if place.is_file():
             return _read(place, pool, test)
@@ -42,8 +52,7 @@ def split_of(root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...], spe
         **{part: [sample.name for sample in samples] for part, samples in chosen.items() if samples or part != "test"},
     }
     place = root / name if writable(root) else _elsewhere(root, name)
-    write_atomic(place, json.dumps(record, indent=1))
-    return Splits(train=chosen["train"], val=chosen["val"], test=test or chosen["test"], notes=(f"split written to {place}",))
+    return Splits(train=chosen["train"], val=chosen["val"], test=test or chosen["test"], place=place, record=json.dumps(record, indent=1))
 
 
 def _name(spec: DataSpec, has_test: bool) -> str:
@@ -73,7 +82,7 @@ def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Sp
         parts = {part: [str(name) for name in record.get(part, [])] for part in ("train", "val", "test")}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CellbenchError(f'{place}: cannot be read as a split ({error}). Expected {{"train": [names], "val": [names]}}. Mend or remove it.') from None
-    known = {sample.name: sample for sample in pool} | {Path(sample.name).stem: sample for sample in pool}
+    known = {Path(sample.name).stem: sample for sample in pool} | {sample.name: sample for sample in pool}  # a.png.png has the stem a.png
     chosen: dict[str, list[Sample]] = {}
     for part in ("train", "val") if test else ("train", "val", "test"):
         strangers = [name for name in parts[part] if Path(name).name not in known]
@@ -91,6 +100,4 @@ def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Sp
     unused = len(pool) - len(names)
     if unused:
         raise CellbenchError(f"{place}: says nothing of {unused} images of the folder. Add them to a split, or remove the file to split anew.")
-    return Splits(
-        train=tuple(chosen["train"]), val=tuple(chosen["val"]), test=test or tuple(chosen["test"]), notes=(f"split read from {place}",)
-    )
+    return Splits(train=tuple(chosen["train"]), val=tuple(chosen["val"]), test=test or tuple(chosen["test"]), place=place)

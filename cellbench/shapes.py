@@ -1,0 +1,246 @@
+"""More than overlap: how well outlines agree, and how well single cells are found. Class maps in, scores of one image out.
+
+On BCCD Dice differs by 0.02 between methods where AP50 differs by 0.3: two cells that touch by a few pixels cost no Dice and both cells.
+
+Decisions, each with its reason:
+
+- A contour is the mask's own pixels with a neighbour (of four) outside it. The image's frame is no contour: nobody drew it.
+- ``nsd`` (normalised surface distance, surface Dice; Nikolov et al. 2021): the share of both contours' pixels that lie within the tolerance
+  of the other contour, Euclidean between pixel centres. Contour pixels are counted, lengths are not weighed.
+- ``boundary_dice``: Dice of the bands that each mask has within the tolerance of its outside (boundary IoU's; Cheng et al. 2021).
+- A cell is a connected region of one class. Neighbours are the four beside a pixel, not the diagonal ones: masks often part touching cells
+  by a line one pixel wide. Regions below a minimum area are specks, dropped on both sides. Masks that number their cells are used as such.
+- Two cells match where their intersection is *more* than the threshold of their union and their class is the same. From 0.5 on that is
+  at most one partner each, so no assignment has to be solved; it is decided in whole numbers, without rounding.
+- ``ap50``, ``ap50_95``: TP / (TP + FP + FN) at 0.5, and its mean over 0.50, 0.55 … 0.95 (Data Science Bowl 2018, StarDist, Cellpose).
+  This is not COCO's average precision: there are no confidences to rank by.
+- ``aji``: aggregated Jaccard index (Kumar et al. 2017) as published: one predicted cell may serve several true ones.
+- ``pq``: panoptic quality (Kirillov et al. 2019), the product of ``dq`` (F1 at 0.5) and ``sq`` (mean IoU of the matched).
+
+What is in neither map was got right and scores 1; what is in only one scores 0, as in ``cellbench.metrics``. Over several cell classes
+``nsd`` and ``boundary_dice`` are means of the classes, while cells are counted together.
+
+Letters: K classes, H x W image, T true cells, P predicted cells.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+TOLERANCE_PX = 2.0
+"""For contours: what two careful people differ by on a cell of 100 px."""
+MIN_AREA_PX = 100
+"""For cells found as connected regions: 23 % of the components of BCCD's masks are specks below it; the median cell has 7,720 px."""
+MIN_AREA_NUMBERED_PX = 10
+"""For predicted cells where the truth numbers its own, of which none is then dropped: a nucleus at low magnification may have 30 px."""
+THRESHOLDS = tuple(range(10, 20))
+"""Of the intersection over union, in twentieths: 0.50, 0.55 … 0.95."""
+SCORES = ("nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """One prediction against one truth. All but the counts in 0..1, higher is better."""
+
+    nsd: float
+    boundary_dice: float
+    ap50: float
+    ap50_95: float
+    aji: float
+    pq: float
+    dq: float
+    sq: float
+    num_true: int
+    num_predicted: int
+
+    @property
+    def count_error(self) -> int:
+        """Cells predicted minus cells there."""
+        return self.num_predicted - self.num_true
+
+    @property
+    def relative_count_error(self) -> float | None:
+        """``count_error`` as a share of the cells there; None where there are none."""
+        return self.count_error / self.num_true if self.num_true else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Instances:
+    """Single cells of an image. ``ids`` (H, W) int32: 0 is background, 1..num the cells; ``areas_px`` and ``classes``: (num + 1,)."""
+
+    ids: np.ndarray
+    areas_px: np.ndarray
+    classes: np.ndarray
+
+    @property
+    def num(self) -> int:
+        return len(self.areas_px) - 1
+
+
+def instances(classes: np.ndarray, min_area_px: int = MIN_AREA_PX) -> Instances:
+    """The connected regions of each class of a class map (H, W), of at least ``min_area_px`` pixels."""
+    ids, num = np.zeros(classes.shape, np.int32), 0
+    for label in range(1, (int(classes.max()) if classes.size else 0) + 1):
+        part, found = ndimage.label(classes == label)
+        if num:
+            part[part > 0] += num
+        ids, num = (np.maximum(ids, part) if num else part), num + found
+    return numbered(ids, classes, min_area_px)
+
+
+def numbered(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 0) -> Instances:
+    """Cells by their given numbers (H, W), whole and not negative, 0 being background; a cell's class is that of most of its pixels.
+
+    A number may have several parts: they are one cell, cut by something above it.
+    """
+    if ids.shape != classes.shape or ids.dtype.kind not in "iub" or (ids.size and ids.min() < 0):
+        raise ValueError(f"cell numbers are whole, from 0, one a pixel: {ids.dtype} {ids.shape} for classes {classes.shape}")
+    flat = ids.ravel()
+    if flat.size and int(flat.max()) > 16 * flat.size:  # a count of each number would not fit memory
+        flat = np.unique(flat, return_inverse=True)[1] + (0 if (flat == 0).any() else 1)
+    areas = np.bincount(flat, minlength=1)
+    kept = areas >= max(min_area_px, 1)
+    kept[0] = False
+    new = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
+    out = new[flat].reshape(ids.shape)
+    num = int(kept.sum())
+    votes = np.zeros((num + 1, 1), np.int64)
+    if num:
+        inside = np.flatnonzero(out)
+        width = int(classes.max()) + 1
+        votes = np.bincount(out.ravel()[inside] * width + classes.ravel()[inside], minlength=(num + 1) * width).reshape(num + 1, width)
+    return Instances(ids=out, areas_px=np.concatenate([[0], areas[kept]]), classes=votes.argmax(1).astype(np.uint8))
+
+
+class Truth:
+    """The truth of one image (H, W), prepared once and compared with the answers of many runs. May be asked from several threads."""
+
+    def __init__(self, classes: np.ndarray, num_classes: int, ids: np.ndarray | None = None, *, tolerance_px: float = TOLERANCE_PX) -> None:
+        """``classes`` below ``num_classes``, 0 the background; ``ids``: the mask's own numbers of cells, where it has them."""
+        self._classes, self._tolerance = classes, tolerance_px
+        self._cells = instances(classes) if ids is None else numbered(ids, classes)
+        self._min_area_px = MIN_AREA_PX if ids is None else MIN_AREA_NUMBERED_PX
+        self._outlines = [Outline(classes == label, tolerance_px) for label in range(1, num_classes)]
+
+    def agreement(self, classes: np.ndarray) -> Agreement:
+        """How well a predicted class map (H, W) agrees."""
+        if classes.shape != self._classes.shape:
+            raise ValueError(f"truth is {self._classes.shape}, prediction {classes.shape}")
+        outlines = [outline_scores(truth, Outline(classes == label, self._tolerance)) for label, truth in enumerate(self._outlines, 1)]
+        nsd, band = np.mean(outlines, axis=0)
+        cells = instances(classes, self._min_area_px)
+        return Agreement(nsd=float(nsd), boundary_dice=float(band), **cell_scores(self._cells, cells))
+
+
+# --- outlines ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Outline:
+    """A mask (H, W) bool with its contour, the neighbourhood of that, and its band."""
+
+    def __init__(self, mask: np.ndarray, tolerance_px: float) -> None:
+        self.mask = mask
+        self.contour = contour(mask)
+        self.near = dilated(self.contour, tolerance_px)
+        self.band = mask & dilated(~mask, tolerance_px)
+
+
+def contour(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask (H, W) bool that have one of their four neighbours outside it; the image's frame counts as inside."""
+    inner = mask.copy()
+    inner[1:] &= mask[:-1]
+    inner[:-1] &= mask[1:]
+    inner[:, 1:] &= mask[:, :-1]
+    inner[:, :-1] &= mask[:, 1:]
+    return mask ^ inner
+
+
+def dilated(mask: np.ndarray, radius_px: float) -> np.ndarray:
+    """Every pixel within ``radius_px`` of a pixel of the mask, centre to centre.
+
+    A disc is a stack of lines: 4 passes a pixel of radius, 3 ms on 1600x1200 where a distance transform takes 200.
+    """
+    reach = math.floor(radius_px)
+    out, line, width = mask.copy(), mask.copy(), 0
+    for up in range(reach, -1, -1):
+        while width < math.floor(math.sqrt(radius_px**2 - up**2)):
+            width += 1
+            line[:, width:] |= mask[:, :-width]
+            line[:, :-width] |= mask[:, width:]
+        if up == 0:
+            out |= line
+        elif up < len(mask):
+            out[up:] |= line[:-up]
+            out[:-up] |= line[up:]
+    return out
+
+
+def outline_scores(truth: Outline, found: Outline) -> tuple[float, float]:
+    """``nsd`` and ``boundary_dice`` of two masks. Where neither has a contour, it is whether they are the same."""
+    lengths = np.count_nonzero(truth.contour) + np.count_nonzero(found.contour)
+    if not lengths:
+        same = float((truth.mask == found.mask).all())
+        return same, same
+    close = np.count_nonzero(truth.contour & found.near) + np.count_nonzero(found.contour & truth.near)
+    bands = np.count_nonzero(truth.band) + np.count_nonzero(found.band)
+    return close / lengths, 2 * np.count_nonzero(truth.band & found.band) / bands
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------------------------
+
+
+def overlaps(truth: Instances, found: Instances) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of every pair of cells of one class that share a pixel: number of the true and of the found cell, intersection and union in px."""
+    both = np.flatnonzero((truth.ids > 0) & (found.ids > 0))
+    codes = truth.ids.ravel()[both].astype(np.int64) * (found.num + 1) + found.ids.ravel()[both]
+    if (truth.num + 1) * (found.num + 1) <= 1 << 22:
+        table = np.bincount(codes, minlength=1)
+        pairs = np.flatnonzero(table)
+        shared = table[pairs]
+    else:
+        pairs, shared = np.unique(codes, return_counts=True)
+    t, p = pairs // (found.num + 1), pairs % (found.num + 1)
+    same = truth.classes[t] == found.classes[p]
+    t, p, shared = t[same], p[same], shared[same]
+    return t, p, shared, truth.areas_px[t] + found.areas_px[p] - shared
+
+
+def cell_scores(truth: Instances, found: Instances) -> dict[str, float | int]:
+    """The scores of single cells, under the names of :class:`Agreement`."""
+    t, p, shared, union = overlaps(truth, found)
+    both = truth.num + found.num
+
+    def hits(threshold: int) -> np.ndarray:
+        return 20 * shared > threshold * union
+
+    def precision(num_hits: int) -> float:
+        return num_hits / (both - num_hits) if both else 1.0
+
+    matched = hits(10)
+    num = int(matched.sum())
+    dq = 2 * num / both if both else 1.0
+    sq = float((shared[matched] / union[matched]).mean()) if num else float(not both)
+    return {
+        "ap50": precision(num),
+        "ap50_95": float(np.mean([precision(int(hits(threshold).sum())) for threshold in THRESHOLDS])),
+        "aji": _aji(truth, found, t, p, shared, union),
+        "pq": dq * sq,
+        "dq": dq,
+        "sq": sq,
+        "num_true": truth.num,
+        "num_predicted": found.num,
+    }
+
+
+def _aji(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, union: np.ndarray) -> float:
+    # Each true cell's best partner: sorted by true cell, then IoU downwards, then number; the first of each.
+    order = np.lexsort((p, -shared / union, t)) if len(t) else np.empty(0, int)
+    first = order[np.flatnonzero(np.diff(t[order], prepend=0))]
+    lonely_px = truth.areas_px.sum() - truth.areas_px[t[first]].sum()
+    unused_px = found.areas_px.sum() - found.areas_px[np.unique(p[first])].sum()
+    whole = union[first].sum() + lonely_px + unused_px
+    return float(shared[first].sum() / whole) if whole else 1.0

@@ -1,0 +1,76 @@
+"""What all tests share: a folder, a cache and an MLflow store of their own, two threads, the real data where it lies, a small drawn set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = ("CELLBENCH_WEIGHTS", "CELLBENCH_MAX_PIXELS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    """Small tensors on a shared machine: more threads cost more than they give."""
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture(autouse=True)
+def own_place(tmp_path: Path, caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes into the repository, the home folder or another test's store, and no setting of the caller's shell reaches one."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CELLBENCH_CACHE", str(caches / tmp_path.name))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data: ``bccd/``, ``wbc/``, ``dsb2018/`` and ``weights/``."""
+    folder = Path(os.environ.get("CELLBENCH_SHARED") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"real data is not at {folder}; CELLBENCH_SHARED may name it")
+    return folder
+
+
+def discs(seed: int, height_px: int = 120, width_px: int = 160) -> tuple[np.ndarray, np.ndarray]:
+    """An image (H, W, 3) uint8 of dark discs on a pale ground, and its mask (H, W) uint8 of 0 and 255."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:height_px, :width_px]
+    cell = np.zeros((height_px, width_px), bool)
+    for _ in range(7):
+        y, x, radius = rng.uniform(0, height_px), rng.uniform(0, width_px), rng.uniform(9, 20)
+        cell |= (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+    image = np.where(cell[..., None], (170, 90, 130), (225, 215, 220)) + rng.normal(0, 5, (height_px, width_px, 3))
+    return image.clip(0, 255).astype(np.uint8), np.where(cell, 255, 0).astype(np.uint8)
+
+
+def write_pair(folder: Path, name: str, seed: int, image: str = "original", mask: str = "mask", **size_px: int) -> None:
+    """``original/NAME`` and its RGB mask ``mask/STEM.png`` below ``folder``; JPEG where the name says so."""
+    pixels, labels = discs(seed, **size_px)
+    for inner in (image, mask):
+        (folder / inner).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(folder / image / name, quality=95)
+    Image.fromarray(np.repeat(labels[..., None], 3, axis=2)).save(folder / mask / f"{Path(name).stem}.png")
+
+
+@pytest.fixture
+def small_folder(tmp_path: Path) -> Path:
+    """Drawn images in BCCD's layout: 6 to train and 2 to test, 160 x 120 px, PNG and JPEG originals mixed, RGB masks."""
+    folder = tmp_path / "smears"
+    for seed, name in enumerate(("a0.png", "a1.jpg", "b 2.png", "b3.jpeg", "zelle-ä.png", "c5.JPG")):
+        write_pair(folder / "train", name, seed)
+    for seed, name in enumerate(("t0.png", "t1.jpg"), 100):
+        write_pair(folder / "test", name, seed)
+    return folder

@@ -1,0 +1,165 @@
+"""The promise that the harness rests on: who else is in a cohort, and where features come from, changes no number."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from worlds import FP32, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
+
+from cellbench.infer import score, tile_counts
+from cellbench.train import fit
+
+
+@pytest.fixture
+def dataset(small_folder):
+    return dataset_of(small_folder)
+
+
+RUNS = {
+    "heads": [run_of("bilinear"), run_of("transposed-conv", options={"width": 32}), run_of("fpn"), run_of("detail")],
+    "seeds": [run_of(seed=0), run_of(seed=1)],
+    "batch sizes": [run_of(batch_size=3), run_of(batch_size=7), run_of(batch_size=64)],
+    "losses and schedules": [run_of(loss="ce"), run_of(loss="0.5 bce + 1 dice", schedule="constant"), run_of(lr=1e-2, weight_decay=0.1)],
+    "ends": [run_of(epochs=2), run_of(epochs=5, patience=1), run_of(epochs=4)],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_learns_the_same_alone_and_in_a_cohort(dataset, name):
+    together = fitted(dataset, RUNS[name])
+    for run, learner in zip(RUNS[name], together, strict=True):
+        # With the levels of the whole cohort computed, or only its own: both must agree.
+        assert same(learner, fitted(dataset, [run])[0]), run.model
+
+
+def test_a_pruned_run_does_not_disturb_the_others(dataset):
+    runs = [run_of(seed=0), run_of(seed=1), run_of("fpn")]
+    pruned = fitted(dataset, runs, most={1: 1})
+    assert pruned[1].ended == "pruned"
+    assert len(pruned[1].history) == 1
+    assert same(pruned[0], fitted(dataset, runs[:1])[0])
+    assert same(pruned[2], fitted(dataset, runs[2:])[0])
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_kept_features_equal_streamed_ones(dataset, views):
+    runs = [run_of("fpn", views=views, epochs=4), run_of("detail", views=views, epochs=4)]
+    streamed, kept = fitted(dataset, runs, memory_bytes=0), fitted(dataset, runs)
+    assert all(same(a, b) for a, b in zip(streamed, kept, strict=True))
+
+
+def test_the_trunk_runs_once_a_view_however_many_runs_learn(dataset):
+    runs = [run_of("bilinear"), run_of("fpn"), run_of("detail", batch_size=7)]
+    features = features_of(dataset, runs)
+    counts = []
+    inner = features.trunk.backbone.maps
+    features.trunk.backbone.maps = lambda x, indices: (counts.append(len(x)), inner(x, indices))[1]
+    fit(learners_of(dataset, runs, features), features)
+    val_tiles = sum(len(features.grid("val", i)) for i in range(len(dataset.val)))
+    assert sum(counts) == 3 * features.plan.num_views + val_tiles
+
+
+def test_repeated_views_pass_the_trunk_once_in_a_whole_training(dataset):
+    runs = [run_of(views=1, epochs=4)]
+    features = features_of(dataset, runs)
+    counts = []
+    inner = features.trunk.backbone.maps
+    features.trunk.backbone.maps = lambda x, indices: (counts.append(len(x)), inner(x, indices))[1]
+    fit(learners_of(dataset, runs, features), features)
+    val_tiles = sum(len(features.grid("val", i)) for i in range(len(dataset.val)))
+    assert sum(counts) == features.plan.num_views + val_tiles
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(dataset):
+    runs = [run_of("transposed-conv", options={"width": 32}, epochs=4), run_of("bilinear", epochs=4)]
+    whole = fitted(dataset, runs)
+    features = features_of(dataset, runs)
+    again = learners_of(dataset, runs, features)
+    # One broke off after its second epoch, the other after its first.
+    for learner, source, epoch in ((again[0], whole[0], 1), (again[1], whole[1], 0)):
+        assert isinstance(source.recorder, Listener)
+        learner.restore(source.recorder.states[epoch])
+    fit(again, features)
+    assert all(same(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_other_threads_random_numbers_do_not_matter(dataset):
+    torch.manual_seed(1)
+    a = fitted(dataset, [run_of("detail")])[0]
+    torch.manual_seed(2)
+    torch.rand(7)
+    assert same(a, fitted(dataset, [run_of("detail")])[0])
+
+
+def test_another_seed_is_another_run(dataset):
+    a, b = fitted(dataset, [run_of(seed=0), run_of(seed=1)])
+    assert not same(a, b)
+
+
+def test_the_best_epoch_is_kept(dataset):
+    learner = fitted(dataset, [run_of("bilinear", epochs=5, lr=0.05)])[0]
+    best = max(range(len(learner.history)), key=lambda e: learner.history[e]["val/dice"])
+    assert learner.best_epoch == best
+    features = features_of(dataset, [learner.run])
+    counts = tile_counts([learner.model], features, "val", lambda *_: None)[0]
+    dice = 2 * counts[1, 1] / (counts[1].sum() + counts[:, 1].sum())
+    assert dice == pytest.approx(learner.history[best]["val/dice"], abs=1e-12)
+
+
+def test_selection_by_loss_takes_the_lowest(dataset):
+    learner = fitted(dataset, [run_of("bilinear", epochs=4, select="val/loss", lr=0.05)])[0]
+    assert learner.best_epoch == int(np.argmin([row["val/loss"] for row in learner.history]))
+
+
+def test_early_stopping_waits_as_long_as_asked(dataset):
+    learner = fitted(dataset, [run_of(epochs=30, patience=2, lr=0.5)])[0]
+    assert learner.ended in ("stopped early", "done")
+    if learner.ended == "stopped early":
+        assert learner.epoch - 1 - learner.best_epoch == 2
+
+
+def test_a_loss_that_is_no_number_fails_the_run_and_not_the_cohort(dataset):
+    runs = [run_of(seed=0), run_of(seed=1)]
+    features = features_of(dataset, runs)
+    learners = learners_of(dataset, runs, features)
+    with torch.no_grad():
+        next(learners[0].model.parameters()).fill_(math.nan)
+    fit(learners, features)
+    assert learners[0].ended.startswith("failed: the training loss became nan")
+    assert same(learners[1], fitted(dataset, runs[1:])[0])
+
+
+def test_the_schedule_warms_up_and_ends_near_zero(dataset):
+    run = run_of(epochs=10, warmup_epochs=2, lr=1e-2)
+    learner = learners_of(dataset, [run], features_of(dataset, [run]))[0]
+    steps = math.ceil(learner.num_views / run.batch_size)
+    rates = [learner.lr(step) for step in range(10 * steps)]
+    assert rates[: 2 * steps] == sorted(rates[: 2 * steps])
+    assert rates[2 * steps :] == sorted(rates[2 * steps :], reverse=True)
+    assert max(rates) == pytest.approx(1e-2)
+    assert rates[-1] < 1e-3
+
+
+def test_the_unet_baseline_learns_in_the_same_harness(dataset):
+    run = baseline_of("unet", {"width": 4}, epochs=2)
+    a, b = (fitted(dataset, [run])[0] for _ in range(2))
+    assert same(a, b)
+    assert len(a.history) == 2
+
+
+def test_learning_lowers_the_loss_and_finds_the_discs(dataset):
+    learner = fitted(dataset, [run_of("detail", epochs=12, crops_per_image=8, lr=5e-3)])[0]
+    assert learner.history[-1]["train/loss"] < 0.5 * learner.history[0]["train/loss"]
+    assert learner.history[learner.best_epoch]["val/dice"] > 0.9
+
+
+def test_the_whole_image_is_judged_also_where_it_is_smaller_than_a_tile(dataset):
+    run = run_of("bilinear", tile_px=224)
+    features = features_of(dataset, [run], FP32)
+    learner = learners_of(dataset, [run], features)[0]
+    for _, matrices, answers in score([learner.model], features, "test"):
+        height, width = answers[0].classes.shape
+        assert matrices[0].sum() == height * width

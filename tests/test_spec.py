@@ -1,0 +1,212 @@
+"""The words refuse what they do not know, a grid is a product and nothing else, and a fingerprint changes with whatever changes numbers."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from cellbench.errors import CellbenchError
+from cellbench.registry import shipped
+from cellbench.spec import RUN_KEYS, STREAM_FIELDS, DataSpec, Experiment, RunSpec, cohorts, expand, fingerprint, labels, loss_weights
+
+RUN = RunSpec(backbone="uni", head="fpn")
+
+
+def experiment(text: str) -> Experiment:
+    return Experiment.of(tomllib.loads('experiment = "e"\ndataset = "smears"\n' + text), "e.toml")
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(CellbenchError) as caught:
+        experiment(text)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+GRID = '[grid]\nbackbone = ["uni", "dinobloom-s"]\nhead = ["fpn", "bilinear"]\nseed = [0, 1, 2]\n'
+
+
+def test_a_grid_is_the_product_of_its_lists_each_point_once() -> None:
+    runs = expand(experiment(GRID))
+    points = {(run.backbone, run.head, run.seed) for run in runs}
+    assert len(runs) == len(points) == 12
+    assert points == {(b, h, s) for b in ("uni", "dinobloom-s") for h in ("fpn", "bilinear") for s in range(3)}
+
+
+def test_run_settings_reach_all_runs_and_those_of_a_head_its_own_only() -> None:
+    runs = expand(experiment(GRID + "[run]\nepochs = 3\n[head.fpn]\nlr = 0.5\nwidth = 32"))
+    assert {run.epochs for run in runs} == {3}
+    assert {(run.head, run.lr, run.options.get("width")) for run in runs} == {("fpn", 0.5, 32), ("bilinear", 1e-3, None)}
+
+
+def test_a_trained_baseline_runs_once_a_seed_and_an_untrained_one_once() -> None:
+    runs = expand(experiment('baselines = ["otsu", "unet"]\n' + GRID), trained={"otsu": False, "unet": True})
+    assert [(run.baseline, run.seed) for run in runs if run.baseline] == [("otsu", 0), ("unet", 0), ("unet", 1), ("unet", 2)]
+
+
+def test_a_baseline_takes_the_run_settings_and_its_own_table() -> None:
+    (run,) = expand(experiment('baselines = ["unet"]\n[run]\nepochs = 3\nseed = 7\n[baseline.unet]\nlr = 0.25\nwidth = 8'))
+    assert (run.epochs, run.seed, run.lr, run.options, run.backbone) == (3, 7, 0.25, {"width": 8}, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[run]\nepohcs = 3", ["e.toml", "epohcs", "Did you mean 'epochs'"]),
+        ("[data]\nlimt = 3", ["limt", "Did you mean 'limit'"]),
+        ("[gird]\nseed = [1]", ["gird", "Did you mean 'grid'"]),
+        ('[grid]\nbackbone = ["uni"]\nheads = ["fpn"]', ["heads", "Did you mean 'head'"]),
+        ("[run]\nepochs = 0", ["epochs = 0", "greater than or equal to 1"]),
+        ('[run]\nepochs = "3"', ["epochs = '3'", "integer"]),
+        ("[run]\nepochs = 2.5", ["epochs = 2.5", "integer"]),
+        ("[run]\nflips = 1", ["flips = 1", "boolean"]),
+        ("[run]\noverlap = 0.95", ["overlap = 0.95", "0.9"]),
+        ("[run]\ntile_px = 8", ["tile_px = 8", "16"]),
+        ("[run]\nlr = nan", ["lr = nan"]),
+        ("[run]\nwarmup_epochs = inf", ["warmup_epochs = inf", "finite"]),
+        ("[run]\nepochs = 2026-11-22", ["epochs", "2026-11-22"]),
+        ('[run]\nschedule = "cosin"', ["schedule = 'cosin'", "'cosine'"]),
+        ('[run]\nloss = "0.5 dcie"', ["loss", "Did you mean 'dice'"]),
+        ('[run]\nbackbone = "uni"', ["[run]", "backbone"]),
+        ("[data]\nval_fraction = 1.0", ["data.val_fraction = 1.0", "less than 1"]),
+        ("[head.fpn]\nwidth = [1, 2]", ["[head.fpn] width = [1, 2]"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line_that_names_it_and_what_would_be_right(text: str, says: list[str]) -> None:
+    line = refusal(('baselines = ["otsu"]\n' if "grid" in text else GRID) + text)
+    assert [part for part in says if part not in line] == []
+    assert ".." not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "asks for nothing"),
+        ("[grid]\nseed = [0, 1]", "asks for nothing"),
+        ('[grid]\nbackbone = ["uni"]', "both 'backbone' and 'head'"),
+        ('[grid]\nbackbone = ["uni"]\nhead = []', "head is an empty list"),
+        ('[grid]\nbackbone = ["uni"]\nhead = [3]', "head holds 3"),
+        (GRID + "lr = [0.1, 0.1]", "names a value twice"),
+        (GRID + "epochs = [1, 2]\n[run]\nepochs = 3", "'epochs' stands in [grid] and in [run]"),
+        ('baselines = ["unet"]\n[grid]\nlr = [0.1, 0.2]', "[grid] lr"),
+    ],
+)
+def test_a_question_that_contradicts_itself_is_refused(text: str, says: str) -> None:
+    assert says in refusal(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GRID + "lr = [0.1, 0.2]\n[head.fpn]\nlr = 0.5",  # the head's own value hides the axis
+        GRID + "lr = [1, 1.0]",
+        'baselines = ["otsu", "otsu"]',
+    ],
+)
+def test_the_same_run_is_never_asked_for_twice(text: str) -> None:
+    assert "twice" in refusal(text)
+
+
+def test_labels_tell_all_runs_apart_and_name_what_differs() -> None:
+    runs = expand(experiment('baselines = ["otsu"]\n' + GRID + "lr = [0.1, 0.01]"))
+    names = labels(runs)
+    assert len(set(names)) == len(runs)
+    assert "uni · fpn · lr 0.1 · seed 2" in names
+    assert "otsu · seed 0" in names
+
+
+def test_cohorts_share_a_stream_and_differ_in_it() -> None:
+    text = 'baselines = ["otsu", "unet"]\n' + GRID + "tile_px = [224, 448]\nlr = [0.1, 0.01]"
+    runs = expand(experiment(text), trained={"otsu": False, "unet": True})
+    groups = cohorts(runs)
+    assert sorted(len(group) for group in groups) == [1, 3, 12, 12, 12, 12]
+    assert [group[0].backbone for group in groups] == ["uni", "uni", "dinobloom-s", "dinobloom-s", None, None]
+    for group in groups:
+        assert len({(run.backbone, run.baseline, run.tile_px) for run in group}) == 1
+
+
+OTHER = {
+    "backbone": "dinobloom-s", "head": "bilinear", "options": {"width": 1}, "seed": 1, "tile_px": 448, "overlap": 0.25, "val_overlap": 0.25,
+    "sampling": "tiles", "crops_per_image": 2, "views": 3, "flips": False, "rotations": False, "brightness": 0.0, "contrast": 0.0,
+    "saturation": 0.0, "hue": 0.0, "data_seed": 1, "epochs": 3, "batch_size": 4, "lr": 0.01, "weight_decay": 0.0, "schedule": "constant",
+    "warmup_epochs": 0.0, "patience": 0, "loss": "ce", "select": "val/loss",
+}  # fmt: skip
+
+
+def test_the_table_below_has_every_field_that_can_differ() -> None:
+    assert set(OTHER) == set(RunSpec.model_fields) - {"baseline", "framing"}  # excluded by a backbone; a word with one value so far
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_every_field_of_a_run_changes_its_fingerprint_and_only_those_of_the_stream_its_cohort(key: str) -> None:
+    changed = RunSpec.model_validate({**RUN.model_dump(), key: OTHER[key]})
+    assert fingerprint(changed, "d", "w") != fingerprint(RUN, "d", "w")
+    assert (changed.stream != RUN.stream) == (key in STREAM_FIELDS)
+
+
+def test_a_cohort_is_not_split_by_what_only_heads_and_training_read() -> None:
+    own = {"head", "options", "seed", "epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "patience", "loss", "select"}
+    assert own == set(OTHER) - set(STREAM_FIELDS)
+
+
+def test_a_fingerprint_depends_on_data_and_weights_and_on_nothing_else() -> None:
+    same = RunSpec(head="fpn", backbone="uni", options={})
+    assert fingerprint(same, "d", "w") == fingerprint(RUN, "d", "w")
+    assert len({fingerprint(RUN, "d", "w"), fingerprint(RUN, "D", "w"), fingerprint(RUN, "d", "W"), fingerprint(RUN, "dw", "")}) == 4
+
+
+def test_options_in_another_order_are_the_same_run() -> None:
+    one, two = (RUN.model_copy(update={"options": dict(items)}) for items in ([("a", 1), ("b", 2)], [("b", 2), ("a", 1)]))
+    assert fingerprint(one, "d", "w") == fingerprint(two, "d", "w")
+
+
+def test_a_record_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        RUN.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("parts", [{}, {"backbone": "uni"}, {"head": "fpn"}, {"backbone": "uni", "head": "fpn", "baseline": "otsu"}])
+def test_a_run_is_a_backbone_with_a_head_or_a_baseline(parts: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="either a backbone with a head, or a baseline"):
+        RunSpec(**parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("ce", {"ce": 1}),
+        ("0.5 ce + 0.5 dice", {"ce": 0.5, "dice": 0.5}),
+        (" 2 * bce+.25 lovasz ", {"bce": 2, "lovasz": 0.25}),
+        ("0 ce + 1. dice", {"ce": 0, "dice": 1}),
+    ],
+)
+def test_losses_are_read_as_written(text: str, weights: dict[str, float]) -> None:
+    assert loss_weights(text) == weights
+
+
+@pytest.mark.parametrize("text", ["", "ce dice", "ce +", "-1 ce", "ce + ce", "0 ce", "1e-3 ce", "hinge", "CE"])
+def test_a_loss_that_cannot_be_meant_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"loss|twice|are 0"):
+        loss_weights(text)
+
+
+@pytest.mark.parametrize("path", sorted(shipped("experiments").glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_experiments_are_read_and_headed_by_what_they_ask(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert "cellbench.run" in text  # the command
+    assert expand(Experiment.of(tomllib.loads(text), path.name))
+
+
+def test_every_run_key_can_be_asked_of_all_runs() -> None:
+    assert not {"backbone", "head", "baseline", "options"} & set(RUN_KEYS)
+    defaults = RUN.model_dump()
+    tree = {"experiment": "e", "dataset": "d", "baselines": ["otsu"], "run": {key: defaults[key] for key in RUN_KEYS}}
+    assert expand(Experiment.of(tree, "e"))[0].model_dump() | {"baseline": None} == RunSpec.model_construct().model_dump()
+
+
+def test_the_published_split_is_the_default() -> None:
+    assert DataSpec().val_fraction == 0.2  # seed.md: 80/20

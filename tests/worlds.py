@@ -1,0 +1,89 @@
+"""A small world for the harness: a drawn set, a real (random-weight) backbone, and learners on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cellbench.backbones.catalog import open_backbone
+from cellbench.data.dataset import Dataset
+from cellbench.data.folders import open_dataset
+from cellbench.data.pixels import Pixels
+from cellbench.features import Features, Trunk
+from cellbench.machine import Machine
+from cellbench.model import model, num_levels
+from cellbench.plan import Plan
+from cellbench.registry import Registry
+from cellbench.spec import DataSpec, RunSpec
+from cellbench.train import Learner, fit
+
+REGISTRY = Registry()
+FP32 = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)
+SMALL = {"tile_px": 64, "epochs": 3, "crops_per_image": 5, "batch_size": 4, "overlap": 0.25, "lr": 5e-3, "patience": 0}
+
+
+def run_of(head: str = "bilinear", backbone: str = "vit-tiny-random", **settings: Any) -> RunSpec:
+    """A complete run on small tiles."""
+    return REGISTRY.complete(RunSpec(backbone=backbone, head=head, **{**SMALL, **settings}))
+
+
+def baseline_of(name: str, options: dict[str, Any], **settings: Any) -> RunSpec:
+    return REGISTRY.complete(RunSpec(baseline=name, options=options, **{**SMALL, **settings}))
+
+
+def dataset_of(folder: Path) -> Dataset:
+    return open_dataset(REGISTRY.dataset("folder"), folder, DataSpec())
+
+
+class Listener:
+    """A recorder that remembers, and prunes after ``most`` epochs."""
+
+    def __init__(self, most: int = 10**6) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.states: list[dict[str, Any]] = []
+        self._most = most
+
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
+        self.rows.append(metrics)
+        return len(self.rows) < self._most
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        self.states.append(torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state))
+
+
+def features_of(dataset: Dataset, runs: list[RunSpec], machine: Machine = FP32, **settings: Any) -> Features:
+    """The stream of a cohort."""
+    first = runs[0]
+    backbone = open_backbone(REGISTRY.backbone(first.backbone)) if first.backbone else None
+    trunk = Trunk(backbone, machine, [n for run in runs if (n := num_levels(run, REGISTRY))])
+    pixels = {split: Pixels(dataset, split, 2**28) for split in ("train", "val", "test")}
+    return Features(trunk, Plan(pixels["train"].sizes_px, first), pixels, settings.pop("memory_bytes", machine.memory_bytes), **settings)
+
+
+def learners_of(dataset: Dataset, runs: list[RunSpec], features: Features, most: dict[int, int] | None = None) -> list[Learner]:
+    """Fresh learners; ``most`` prunes some after so many epochs."""
+    return [
+        Learner(
+            run=run,
+            model=model(run, REGISTRY, features.trunk, len(dataset.classes)),
+            recorder=Listener((most or {}).get(k, 10**6)),
+            num_views=features.plan.num_views,
+        )
+        for k, run in enumerate(runs)
+    ]
+
+
+def fitted(dataset: Dataset, runs: list[RunSpec], most: dict[int, int] | None = None, **settings: Any) -> list[Learner]:
+    """Learners after ``fit``."""
+    features = features_of(dataset, runs, **settings)
+    learners = learners_of(dataset, runs, features, most)
+    fit(learners, features)
+    return learners
+
+
+def same(a: Learner, b: Learner) -> bool:
+    """Whether two learners have the same history and weights, to the last bit."""
+    weights_a, weights_b = a.model.head.state_dict(), b.model.head.state_dict()
+    return a.history == b.history and all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
