@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
-import tempfile
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +14,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cellbench import figures, leaderboard
 from cellbench.data.dataset import Dataset
 from cellbench.data.folders import open_dataset
 from cellbench.errors import CellbenchError, unknown
 from cellbench.estimate import cost, duration
-from cellbench.files import make_folder
-from cellbench.grid import Job, Outcome, Runner, jobs_of, parent
-from cellbench.machine import Machine, machine
+from cellbench.features import Keeping
+from cellbench.files import cache_dir, make_folder
+from cellbench.grid import Job, Runner, jobs_of, parent
+from cellbench.machine import Machine, is_size, machine, num_bytes
 from cellbench.registry import Registry, shipped
+from cellbench.report import about, conclude
 from cellbench.spec import Experiment, cohorts, expand
-from cellbench.track import Run, Tracker
+from cellbench.track import Tracker
 
 
 def say(text: str) -> None:
@@ -33,17 +34,23 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def experiment_path(name: str) -> Path:
+    """The file of that path, or the shipped one of that name. Raises CellbenchError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    inside = shipped("experiments") / f"{path.name.removesuffix('.toml')}.toml"
+    if not inside.is_file() or path.parent != Path("."):
+        raise unknown("experiment file", name, [p.stem for p in shipped("experiments").glob("*.toml")])
+    return inside
+
+
 def read_experiment(name: str, changes: Sequence[str] = (), data: Path | None = None, limit: int | None = None, registry: Registry | None = None) -> Experiment:
     """The experiment of a file, or of a shipped file's name, with ``--set`` changes. Raises CellbenchError.
 
     A drawn dataset gives way to ``--data``: the same questions are then asked of the person's own folder.
     """
-    path = Path(name)
-    if not path.is_file():
-        inside = shipped("experiments") / f"{path.name.removesuffix('.toml')}.toml"
-        if not inside.is_file() or path.parent != Path("."):
-            raise unknown("experiment file", name, [p.stem for p in shipped("experiments").glob("*.toml")])
-        path = inside
+    path = experiment_path(name)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -86,6 +93,31 @@ def _change(tree: dict[str, Any], change: str) -> None:
     tree[parts[-1]] = value
 
 
+def cache_budget(text: str | None) -> tuple[int, bool]:
+    """What ``--cache`` says: the cache folder, how many bytes of features may lie there, and whether to prefer it to memory.
+
+    ``DIR``, ``SIZE`` or ``DIR:SIZE``. With a size, features are kept there for later calls. Without one they go there only where memory
+    is too small, into at most a fifth of what is free. Sets ``CELLBENCH_CACHE`` for this process.
+    """
+    folder, size = None, None
+    if text is not None:
+        head, colon, tail = text.rpartition(":")
+        if is_size(text):
+            size = text
+        elif colon and is_size(tail) and head:
+            folder, size = head, tail
+        else:
+            folder = text
+    if folder is not None:
+        os.environ["CELLBENCH_CACHE"] = str(make_folder(Path(folder).absolute()))
+    if size is not None:
+        return num_bytes(size, "--cache"), True
+    there = cache_dir()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free // 5, False
+
+
 def grid(
     file: str,
     *,
@@ -95,14 +127,13 @@ def grid(
     device: str = "auto",
     precision: str = "auto",
     memory: str = "auto",
-    cache: Path | None = None,
+    cache: str | None = None,
     extra: Path | None = None,
     limit: int | None = None,
     dry_run: bool = False,
 ) -> int:
     """``cellbench grid``: runs an experiment and prints its leaderboard. Exit code 0, or 1 where a run failed."""
-    if cache is not None:
-        os.environ["CELLBENCH_CACHE"] = str(make_folder(cache.absolute()))
+    disk, prefer_disk = cache_budget(cache)
     registry = Registry(extra)
     experiment = read_experiment(file, changes, data, limit, registry)
     if weights is None and os.environ.get("CELLBENCH_WEIGHTS"):
@@ -113,25 +144,40 @@ def grid(
     dataset = open_dataset(registry.dataset(experiment.dataset), data, experiment.data)
     for line in dataset.notes:
         say(line)
-    jobs = jobs_of(experiment, registry, dataset, weights, file)
+    jobs = jobs_of(experiment, registry, dataset, weights, file, download=not dry_run)
     sizes = f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} test images"
     say(f"{experiment.experiment}: {len(jobs)} runs on {dataset.name} ({sizes}), on {here.name}.")
     if dry_run:
-        return _dry(jobs, registry, dataset, here, weights)
+        keeping = Keeping(memory_bytes=here.memory_bytes * 2 // 3, disk_bytes=disk, prefer_disk=prefer_disk, key="estimate")
+        return _dry(jobs, registry, dataset, here, weights, keeping)
     tracker = Tracker(experiment.experiment)
     key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), dataset.digest], sort_keys=True).encode()).hexdigest()[:16]
     with parent(tracker, f"grid: {Path(file).stem}", key) as top:
         runner = Runner(
-            experiment=experiment, registry=registry, dataset=dataset, machine=here, weights=weights, tracker=tracker, parent_id=top.run_id, say=say
+            experiment=experiment,
+            registry=registry,
+            dataset=dataset,
+            machine=here,
+            weights=weights,
+            tracker=tracker,
+            parent_id=top.run_id,
+            disk_bytes=disk,
+            prefer_disk=prefer_disk,
+            say=say,
         )
         outcome = runner.everything(jobs)
-        _conclude(outcome, jobs, tracker, top, experiment, dataset)
+        ids = {logged.run_id for logged in outcome.finished.values()}
+        known = about(experiment_path(file).read_text(encoding="utf-8"), dataset, here.name)
+        conclude(tracker, top, ids, known, outcome.skipped, outcome.failed, say)
+        if outcome.skipped or outcome.failed or outcome.busy:
+            say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} with another process.")
+        say(f"everything is in MLflow: `cellbench ui` or `mlflow ui` here, experiment '{experiment.experiment}'; its parent run has report.html.")
         if outcome.failed:
             top.end("failed", f"{len(outcome.failed)} runs failed")
     return 1 if outcome.failed else 0
 
 
-def _dry(jobs: list[Job], registry: Registry, dataset: Dataset, here: Machine, weights: Path | None) -> int:
+def _dry(jobs: list[Job], registry: Registry, dataset: Dataset, here: Machine, weights: Path | None, keeping: Keeping) -> int:
     for job in jobs:
         say(f"  {job.name}" + (f"  skipped: {job.unavailable}" if job.unavailable else ""))
     wall = memory = disk = 0.0
@@ -145,7 +191,7 @@ def _dry(jobs: list[Job], registry: Registry, dataset: Dataset, here: Machine, w
         if first.baseline and not registry.baseline(first.baseline).trained:
             say(f"{title}: nothing to train")
             continue
-        one = cost(group, registry, dataset, here, weights)
+        one = cost(group, registry, dataset, here, weights, keeping)
         speed = f", backbone {one.trunk_tiles_per_s:.0f} tiles/s" if first.backbone else ""
         say(
             f"{title}: {one.train_tiles} training tiles an epoch, {one.val_tiles} validation and {one.test_tiles} test tiles{speed}; "
@@ -154,36 +200,3 @@ def _dry(jobs: list[Job], registry: Registry, dataset: Dataset, here: Machine, w
         wall, memory, disk = wall + one.wall_s, max(memory, one.memory_mib), disk + one.disk_mib
     say(f"in all about {duration(wall)}, up to {memory / 1024:.1f} GiB of memory and {disk:.0f} MiB of disk for results (from a few tiles timed now)")
     return 0
-
-
-def _conclude(outcome: Outcome, jobs: list[Job], tracker: Tracker, top: Run, experiment: Experiment, dataset: Dataset) -> None:
-    """The leaderboard: in the terminal, as files of the parent run, and in its notes."""
-    groups = {job.name: job.name.rsplit(" · seed ", 1)[0] for job in jobs}
-    per_image = {name: tracker.json(logged.run_id, "per_image.json") for name, logged in outcome.finished.items()}
-    if not outcome.finished:
-        say("no run is finished, so there is nothing to compare.")
-        return
-    table = leaderboard.rows(outcome.finished, groups, set(experiment.baselines), per_image)
-    sentences = leaderboard.words(outcome.finished, groups, per_image)
-    say("")
-    say(leaderboard.text(table))
-    say("")
-    for sentence in sentences:
-        say(sentence)
-    if outcome.skipped or outcome.failed or outcome.busy:
-        say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} with another process.")
-    with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
-        folder = Path(name)
-        record = {"leaderboard": leaderboard.as_json(table), "verdict": sentences, "skipped": outcome.skipped, "failed": outcome.failed}
-        (folder / "leaderboard.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        (folder / "leaderboard.md").write_text(leaderboard.markdown(table) + "\n", encoding="utf-8")
-        (folder / "figures").mkdir()
-        figures.save(figures.scoreboard(leaderboard.bars(table), "mean over images"), folder / "figures" / "leaderboard.png")
-        (folder / "splits.json").write_text(
-            json.dumps({split: [s.name for s in dataset.samples(split)] for split in ("train", "val", "test")}, indent=1), encoding="utf-8"
-        )
-        top.artifacts(folder)
-    skipped = "".join(f"\n- skipped: {name}: {reason}" for name, reason in outcome.skipped.items())
-    top.describe("\n\n".join([leaderboard.markdown(table), *sentences]) + ("\n" + skipped if skipped else ""))
-    say(f"everything is in MLflow: `mlflow ui` here, experiment '{experiment.experiment}'.")
-

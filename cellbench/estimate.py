@@ -13,7 +13,7 @@ import torch
 from cellbench.backbones.catalog import open_backbone
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
-from cellbench.features import Batch, Features, Trunk
+from cellbench.features import Batch, Features, Keeping, Trunk
 from cellbench.machine import Machine
 from cellbench.model import model, num_levels
 from cellbench.plan import Plan
@@ -47,14 +47,14 @@ class _Nobody:
         pass
 
 
-def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Machine, weights: Path | None) -> Cost:
+def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Machine, weights: Path | None, keeping: Keeping) -> Cost:
     """Times one chunk through the trunk and one step of each head, and multiplies out."""
     first = runs[0]
     backbone = open_backbone(registry.backbone(first.backbone), weights) if first.backbone else None
-    trunk = Trunk(backbone, machine, [n for run in runs if (n := num_levels(run, registry))])
+    trunk = Trunk(backbone, machine, [n for run in runs if (n := num_levels(run, registry))], first.unfreeze)
     pixels = {split: Pixels(dataset, split, 0) for split in ("train", "val", "test")}
     plan = Plan(pixels["train"].sizes_px, first)
-    features = Features(trunk, plan, pixels, machine.memory_bytes * 2 // 3)
+    features = Features(trunk, plan, pixels, keeping)
     tiles = {split: sum(len(features.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")}
 
     tile = torch.rand(machine.chunk, 3, first.tile_px, first.tile_px, device=machine.device)
@@ -62,7 +62,10 @@ def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Mac
     trunk_s = _seconds(lambda: trunk.maps(tile)) / len(tile)
     batch = Batch(trunk.maps(tile), tile, target)
     epochs = max(run.epochs for run in runs)
-    wall = trunk_s * (epochs * plan.num_views + tiles["test"] + tiles["val"] * (1 if "validation features kept" in features.source else epochs))
+    again = {"val": epochs, "train": epochs}
+    passes = {split: 1 if features.place[split] != "streamed" else again[split] for split in again}
+    tiles["train"] = plan.num_views * (min(epochs, plan.run.views) if features.place["train"] != "streamed" else 1)
+    wall = trunk_s * (sum(tiles[split] * times for split, times in passes.items()) + tiles["test"])
     disk = 0.0
     for run in runs:
         made = model(run, registry, trunk, len(dataset.classes))
@@ -74,9 +77,8 @@ def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Mac
         wall += run.epochs * (plan.num_views * step_s + tiles["val"] * decode_s) + tiles["test"] * decode_s
         disk += 4 * made.num_params / 2**20 + 3  # weights and three pictures
     held = sum(p.numel() * 4 for p in backbone.parameters()) if backbone is not None else 0
-    kept = (features.val_bytes if "validation features kept" in features.source else 0) + (
-        features.train_bytes if "training features kept" in features.source else 0
-    )
+    kept = sum(size for split, size in features.bytes_by_split.items() if features.place[split] == "in memory")
+    disk += sum(size for split, size in features.bytes_by_split.items() if features.place[split] == "on disk") / 2**20
     decoded = sum(4 * h * w for split in pixels.values() for h, w in split.sizes_px)
     return Cost(
         num_runs=len(runs),

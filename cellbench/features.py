@@ -1,6 +1,6 @@
 """The one frozen pass: tiles in, a backbone's maps out, once for all runs of a cohort.
 
-``Features.train(epoch)`` and ``Features.tiles(split, image)`` give batches that every run of the cohort learns from or decodes.
+``Features.train(epoch)`` and ``Features.tiles(split)`` give batches that every run of the cohort learns from or decodes.
 Maps are computed as they are needed (streamed) or, where views repeat and memory allows, kept from their first use. Either way the numbers
 are the same, to the last bit on a CPU.
 
@@ -9,11 +9,13 @@ Letters: B tiles, D features, h x w places of a map, T tile side, H x W pixels o
 
 from __future__ import annotations
 
+import hashlib
+import json
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -23,11 +25,15 @@ from torch import Tensor
 from cellbench.backbones.base import Backbone, Level
 from cellbench.data.augment import recolour, turn
 from cellbench.data.pixels import Pixels
+from cellbench.errors import CellbenchError, one_line
 from cellbench.machine import Machine
 from cellbench.plan import Plan, View
+from cellbench.store import InMemory, OnDisk, Rows, features_dir
 from cellbench.tiles import Grid, cut
 
 T = TypeVar("T")
+TOKENS = -1
+"""The index of a trunk's last tokens, as a map (B, D, N, 1) of all N tokens, prefix tokens included, before any norm."""
 
 
 class Batch(NamedTuple):
@@ -46,14 +52,19 @@ class Batch(NamedTuple):
 
 
 class Trunk:
-    """A frozen backbone on a device, and the levels that a cohort's heads read. ``backbone`` is None for runs that read pixels only."""
+    """The frozen part of a backbone on a device, and the levels of it that a cohort's heads read.
 
-    def __init__(self, backbone: Backbone | None, machine: Machine, num_levels: Iterable[int]) -> None:
-        self.machine = machine
+    ``backbone`` is None for runs that read pixels only. With ``unfreeze = n`` the trunk ends n blocks early: what it gives is the tokens
+    there (under the index ``TOKENS``) and the levels before; the rest is each run's own tail.
+    """
+
+    def __init__(self, backbone: Backbone | None, machine: Machine, num_levels: Iterable[int], unfreeze: int = 0) -> None:
+        self.machine, self.unfreeze = machine, unfreeze
         self.backbone = backbone.freeze().to(machine.device) if backbone is not None else None
-        picked = {level.index: level for num in num_levels for level in self.levels(num)}
+        self._end = len(backbone.levels) - unfreeze if backbone is not None else 0
+        picked = {level.index: level for num in num_levels for level in self.levels(num) if level.index < self._end}
         self.indices = tuple(sorted(picked))
-        self.picked = tuple(picked[index] for index in self.indices)
+        self._picked = tuple(picked[index] for index in self.indices)
         self.seconds = 0.0
         """Spent in the backbone so far. On a GPU this is the time to hand the work over, unless something waits for it."""
 
@@ -61,18 +72,32 @@ class Trunk:
         """The levels that a head which reads ``num`` of them is given."""
         return self.backbone.pick(num) if self.backbone is not None else ()
 
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """What a batch's maps are found under."""
+        return (*self.indices, TOKENS) if self.unfreeze else self.indices
+
     @torch.no_grad()
     def maps(self, pixels_BCTT: Tensor) -> dict[int, Tensor]:
         """The maps of tiles, by level index, in the machine's precision and channels-last."""
         if self.backbone is None:
             return {}
         start = time.perf_counter()
+        num = len(pixels_BCTT)
+        if num < self.machine.chunk:
+            # Always the same shape: kernels are chosen by it, and another one may round differently (measured with bf16).
+            pixels_BCTT = torch.cat([pixels_BCTT, pixels_BCTT.new_zeros(self.machine.chunk - num, *pixels_BCTT.shape[1:])])
         with self.machine.autocast():
-            maps = self.backbone(pixels_BCTT, self.indices)
+            if self.unfreeze:
+                maps, tokens_BND = self.backbone.until(pixels_BCTT, self.indices, self._end)
+                maps.append(tokens_BND.transpose(1, 2).unsqueeze(-1))
+            else:
+                maps = self.backbone(pixels_BCTT, self.indices)
         # A copy, because a head cannot learn from the tensors of inference mode; it changes precision and layout on the way.
         kept = self.machine.precision
         copies = {
-            i: torch.empty_like(m, dtype=kept, memory_format=torch.channels_last).copy_(m) for i, m in zip(self.indices, maps, strict=True)
+            i: torch.empty_like(m[:num], dtype=kept, memory_format=torch.channels_last).copy_(m[:num])
+            for i, m in zip(self.keys, maps, strict=True)
         }
         self.seconds += time.perf_counter() - start
         return copies
@@ -80,57 +105,69 @@ class Trunk:
     def map_bytes(self, tile_px: int) -> int:
         """Bytes of the maps of one tile."""
         size = 2 if self.machine.precision == torch.bfloat16 else 4
-        return sum(size * level.dim * (tile_px // level.stride_px) ** 2 for level in self.picked)
+        places = sum(level.dim * (tile_px // level.stride_px) ** 2 for level in self._picked)
+        if self.unfreeze and self.backbone is not None:
+            last = self.backbone.levels[-1]
+            places += last.dim * ((tile_px // last.stride_px) ** 2 + 16)  # class and register tokens: 9 in the largest set known
+        return size * places
 
 
-@dataclass
-class _Kept:
-    """The maps of one pass over a fixed list of tiles, filled in as they are first computed."""
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """Where features may be kept, how much of it, and what tells these features from all others."""
 
-    num: int
-    maps: dict[int, Tensor] = field(default_factory=dict)
-    filled: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-
-    def put(self, rows: np.ndarray, maps: dict[int, Tensor]) -> None:
-        if not len(self.filled):
-            self.filled = np.zeros(self.num, bool)
-            # Rows of (h, w, D): a gather of rows is then channels-last without a copy.
-            self.maps = {i: torch.empty((self.num, *m.shape[2:], m.shape[1]), dtype=m.dtype) for i, m in maps.items()}
-        for i, m in maps.items():
-            self.maps[i][torch.from_numpy(rows)] = m.permute(0, 2, 3, 1).to("cpu")
-        self.filled[rows] = True
-
-    def get(self, rows: np.ndarray, device: torch.device) -> dict[int, Tensor] | None:
-        if not len(self.filled) or not self.filled[rows].all():
-            return None
-        index = torch.from_numpy(rows)
-        return {i: m[index].permute(0, 3, 1, 2).to(device, non_blocking=True) for i, m in self.maps.items()}
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    prefer_disk: bool = False
+    """Keep on disk also what would fit into memory, for later calls."""
+    key: str = ""
+    """Stands for backbone, weights and versions; empty: nothing is kept on disk."""
+    backbone: str = ""
+    dataset: str = ""
+    tell: Callable[[str], None] = print
+    """Told where something could not be kept."""
 
 
 class Features:
-    """The batches of one cohort. ``pixels`` are the decoded images by split; ``memory_bytes`` is what may be spent on kept maps."""
+    """The batches of one cohort. ``pixels`` are the decoded images by split."""
 
-    def __init__(self, trunk: Trunk, plan: Plan, pixels: dict[str, Pixels], memory_bytes: int) -> None:
-        self.trunk, self.plan, self.pixels = trunk, plan, pixels
+    def __init__(self, trunk: Trunk, plan: Plan, pixels: dict[str, Pixels], keeping: Keeping) -> None:
+        self.trunk, self.plan, self.pixels, self._keeping = trunk, plan, pixels, keeping
         self._tile_px = plan.run.tile_px
-        self._kept: dict[tuple[str, int], _Kept] = {}
+        self._passes: dict[tuple[str, int], Rows | None] = {}
         each = trunk.map_bytes(self._tile_px)
-        self.val_bytes = each * sum(len(self.grid("val", i)) for i in range(len(pixels["val"])))
-        self.train_bytes = each * plan.num_views * plan.run.views
-        self._keep_val = self.val_bytes <= memory_bytes
-        self._keep_train = plan.repeats and self.val_bytes * self._keep_val + self.train_bytes <= memory_bytes
+        sizes = {split: each * sum(len(self.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")}
+        sizes["train"] = each * plan.num_views * plan.run.views
+        self.bytes_by_split = sizes
+        self.place = self._places(sizes) if each else dict.fromkeys(sizes, "streamed")
+
+    def _places(self, sizes: dict[str, int]) -> dict[str, str]:
+        """Where each split's features are kept. Validation first: it comes again every epoch."""
+        keeping, place = self._keeping, {}
+        memory, disk = keeping.memory_bytes, keeping.disk_bytes if keeping.key else 0
+        for split in ("val", "train", "test"):
+            size, again = sizes[split], split == "val" or (split == "train" and self.plan.repeats)
+            # Test tiles are seen once a call: worth a file for the next call, never memory.
+            on_disk = size <= disk and (again or (split == "test" and keeping.prefer_disk))
+            in_memory = size <= memory and again
+            place[split] = "on disk" if on_disk and (keeping.prefer_disk or not in_memory) else "in memory" if in_memory else "streamed"
+            memory -= size if place[split] == "in memory" else 0
+            disk -= size if place[split] == "on disk" else 0
+        return place
 
     @property
     def source(self) -> str:
         """Where features come from, for people."""
         if self.trunk.backbone is None:
             return "pixels only"
-        train = f"kept in memory ({_mib(self.train_bytes)})" if self._keep_train else "streamed"
-        val = f"kept in memory ({_mib(self.val_bytes)})" if self._keep_val else "streamed"
-        return f"training features {train}, validation features {val}"
+        told = {
+            split: place if place == "streamed" else f"kept {place} ({self.bytes_by_split[split] / 2**20:,.0f} MiB)"
+            for split, place in self.place.items()
+        }
+        return f"features: training {told['train']}, validation {told['val']}, test {told['test']}"
 
     def grid(self, split: str, image: int) -> Grid:
-        """The tiles of an image in validation or test."""
+        """Where the tiles of an image lie in validation or test."""
         height, width = self.pixels[split].sizes_px[image]
         overlap = self.plan.run.val_overlap if split == "val" else self.plan.run.overlap
         return Grid.over(height, width, self._tile_px, overlap)
@@ -139,31 +176,59 @@ class Features:
         """The training views of an epoch in its order, in chunks of the machine's size."""
         cycle = self.plan.cycle(epoch)
         views, order = self.plan.views(cycle), self.plan.order(epoch)
-        kept = self._kept.setdefault(("train", cycle), _Kept(len(views))) if self._keep_train else None
+        kept = self._pass("train", cycle, len(views), [sample.digest for sample in self.pixels["train"].samples], views)
         chunks = [order[i : i + self._chunk] for i in range(0, len(order), self._chunk)]
         for rows, tiles, masks in ahead((rows, *self._cut_views([views[k] for k in rows])) for rows in chunks):
             pixels = recolour(self._pixels(tiles), [views[k].colour for k in rows])
-            yield Batch(self._maps(kept, rows, pixels), pixels, self._target(masks))
+            yield Batch(self._maps("train", kept, rows, pixels), pixels, self._target(masks))
 
-    def tiles(self, split: str, image: int) -> Iterator[Batch]:
-        """The tiles of a whole image of ``val`` or ``test``, in the order of its grid."""
-        corners = list(self.grid(split, image))
-        kept = self._kept.setdefault((split, image), _Kept(len(corners))) if split == "val" and self._keep_val else None
+    def tiles(self, split: str) -> Iterator[tuple[Batch, list[int]]]:
+        """All tiles of all images of ``val`` or ``test``, image by image in the order of each grid, and which image each is of."""
+        corners = [(image, y, x) for image in range(len(self.pixels[split])) for y, x in self.grid(split, image)]
+        kept = self._pass(split, 0, len(corners), [sample.digest for sample in self.pixels[split].samples], corners)
         chunks = [np.arange(i, min(i + self._chunk, len(corners))) for i in range(0, len(corners), self._chunk)]
-        for rows, tiles, masks in ahead((rows, *self._cut_corners(split, image, [corners[k] for k in rows])) for rows in chunks):
+        for rows, tiles, masks in ahead((rows, *self._cut_corners(split, [corners[k] for k in rows])) for rows in chunks):
             pixels = self._pixels(tiles)
-            yield Batch(self._maps(kept, rows, pixels), pixels, self._target(masks))
+            yield Batch(self._maps(split, kept, rows, pixels), pixels, self._target(masks)), [corners[k][0] for k in rows]
 
     @property
     def _chunk(self) -> int:
         return self.trunk.machine.chunk
 
-    def _maps(self, kept: _Kept | None, rows: np.ndarray, pixels: Tensor) -> dict[int, Tensor]:
-        maps = kept.get(rows, pixels.device) if kept is not None else None
-        if maps is None:
-            maps = self.trunk.maps(pixels)
-            if kept is not None and maps:
+    def _pass(self, split: str, number: int, num: int, images: list[str], tiles: Sequence[object]) -> Rows | None:
+        """Where the features of a pass are kept, opened at its first use."""
+        if (split, number) not in self._passes:
+            self._passes[split, number] = self._open(split, num, images, tiles)
+        return self._passes[split, number]
+
+    def _open(self, split: str, num: int, images: list[str], tiles: Sequence[object]) -> Rows | None:
+        if self.place[split] == "on disk":
+            keeping = self._keeping
+            content = json.dumps([keeping.key, str(self.trunk.machine.precision), self._tile_px, self.trunk.unfreeze, images, tiles])
+            name = hashlib.sha256(content.encode()).hexdigest()[:24]
+            facts = {"backbone": keeping.backbone, "dataset": keeping.dataset, "what": split, "num": num, "tile_px": self._tile_px}
+            try:
+                return OnDisk(features_dir() / keeping.backbone / name, num, facts)
+            except (OSError, CellbenchError) as error:
+                self._give_up(split, error)
+        return InMemory(num) if self.place[split] == "in memory" else None
+
+    def _give_up(self, split: str, error: Exception) -> None:
+        self.place[split] = "streamed"
+        for key in [key for key in self._passes if key[0] == split]:
+            self._passes[key] = None
+        self._keeping.tell(f"{split} features cannot be kept on disk ({one_line(error)}) and are streamed.")
+
+    def _maps(self, split: str, kept: Rows | None, rows: np.ndarray, pixels: Tensor) -> dict[int, Tensor]:
+        found = kept.get(rows, self.trunk.keys) if kept is not None else None
+        if found is not None:
+            return {i: m.to(pixels.device, non_blocking=True) for i, m in found.items()}
+        maps = self.trunk.maps(pixels)
+        if kept is not None and maps:
+            try:
                 kept.put(rows, maps)
+            except (OSError, CellbenchError) as error:
+                self._give_up(split, error)
         return maps
 
     def _cut_views(self, views: list[View]) -> tuple[np.ndarray, np.ndarray]:
@@ -173,10 +238,12 @@ class Features:
             pairs.append([turn(cut(array, view.y, view.x, self._tile_px), view.turn) for array in (image, mask)])
         return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs])
 
-    def _cut_corners(self, split: str, index: int, corners: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        pair = self.pixels[split][index]
-        tiles, masks = (np.stack([cut(array, y, x, self._tile_px) for y, x in corners]) for array in pair)
-        return tiles, masks
+    def _cut_corners(self, split: str, corners: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        pairs = []
+        for index, y, x in corners:
+            image, mask = self.pixels[split][index]
+            pairs.append((cut(image, y, x, self._tile_px), cut(mask, y, x, self._tile_px)))
+        return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs])
 
     def _pixels(self, tiles_BTTC: np.ndarray) -> Tensor:
         pixels = torch.from_numpy(tiles_BTTC).to(self.trunk.machine.device, non_blocking=True).permute(0, 3, 1, 2)
@@ -226,6 +293,3 @@ def ahead(items: Iterable[T], num: int = 2) -> Iterator[T]:
         stop.set()
         thread.join()
 
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"

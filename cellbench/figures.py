@@ -1,17 +1,26 @@
-"""Pictures for people: readable at the size they are shown, colour-blind safe, and still told apart in grey."""
+"""Pictures of one run: how it learned, how it scored, and where it fails.
+
+Sized for a page, readable at the size they are shown, colour-blind safe, and still told apart in grey: shapes, hatches and line styles say
+what colours say. ``cellbench.figures_many`` lines runs up.
+"""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+
+from cellbench.exam import shown
+from cellbench.stats import mean_interval
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -24,8 +33,11 @@ STYLE: dict[str, Any] = {
     "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.titlelocation": "left",
     "legend.frameon": False,
 }
+
+PALETTE = sns.color_palette("colorblind")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -34,12 +46,20 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def png(figure: Figure) -> bytes:
+    """As the bytes of a PNG; closes the figure."""
+    out = io.BytesIO()
+    figure.savefig(out, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+    return out.getvalue()
+
+
 def curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
     """Training and validation loss, and validation Dice, over epochs, the best epoch marked."""
     epochs = np.arange(1, len(history) + 1)
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-        colours = sns.color_palette("colorblind")
+        colours = PALETTE
         marker = "o" if len(history) < 25 else None
         for name, label, colour, line in (("train/loss", "training", colours[0], "-"), ("val/loss", "validation", colours[1], "--")):
             left.plot(epochs, [row[name] for row in history], line, color=colour, label=label, marker=marker, markersize=3)
@@ -74,9 +94,11 @@ def error_map(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.n
 
 
 def case(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.ndarray | None, title: str) -> Figure:
-    """One image four ways: as it is, with the truth's and the prediction's outlines, the probability of a cell, and the errors."""
-    step = -(-max(image.shape[:2]) // 900)
-    image, truth, classes = (array[::step, ::step] for array in (image, truth, classes))
+    """One image four ways: as it is, with the truth's and the prediction's outlines, the probability of a cell, and the errors.
+
+    ``image`` (H, W, 3) and ``truth`` (H, W) at full size; ``classes`` and ``cell`` as :func:`cellbench.exam.shown` gives them.
+    """
+    image, truth = shown(image), shown(truth)
     tall = image.shape[0] / image.shape[1]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(9, 9 * tall + 0.9), layout="constrained")
@@ -88,8 +110,8 @@ def case(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.nda
         second.set_title("image with the prediction's outlines (blue)")
         second.contour(classes > 0, levels=[0.5], colors=["#0a5cff"], linewidths=0.9)
         if cell is not None:
-            shown = third.imshow(cell[::step, ::step] / 255, cmap="viridis", vmin=0, vmax=1)
-            figure.colorbar(shown, ax=third, shrink=0.8, pad=0.01)
+            heat = third.imshow(cell / 255, cmap="viridis", vmin=0, vmax=1)
+            figure.colorbar(heat, ax=third, shrink=0.8, pad=0.01)
             third.set_title("probability of a cell")
         else:
             third.imshow(classes, cmap="viridis", interpolation="nearest")
@@ -106,25 +128,122 @@ def case(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.nda
     return figure
 
 
-def scoreboard(rows: list[dict[str, Any]], unit: str) -> Figure:
-    """Mean test Dice of each model, best on top, with its 95 % interval over images; baselines hatched."""
+MEASURES = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall", "accuracy": "accuracy"}
+SHAPES = {"nsd": "outline\n(NSD)", "boundary_dice": "boundary\nDice", "ap50": "AP50", "ap50_95": "AP50-95", "aji": "AJI", "pq": "PQ"}
+
+
+def report_card(
+    name: str,
+    each: dict[str, np.ndarray],
+    pooled: dict[str, dict[str, float]],
+    calibration: dict[str, list[float]] | None,
+) -> Figure:
+    """A run's scores on a page: measures with intervals, each class, the spread over images, and whether probabilities can be believed.
+
+    ``each``: scores of each image by name, (N,); ``pooled``: the five measures over all pixels, by class name.
+    """
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 0.34 * len(rows) + 1.1), layout="constrained")
-        colours = sns.color_palette("colorblind")
-        low = min(min(r["low"], r["dice"]) for r in rows)
-        start = max(0.0, low - 0.25 * (1 - low))
-        for y, row in enumerate(rows):
-            is_base = row["baseline"]
-            axes.barh(y, row["dice"] - start, left=start, color=colours[7] if is_base else colours[0], alpha=0.75, hatch="///" if is_base else None,
-                      edgecolor="white", height=0.7)  # fmt: skip
-            axes.plot([row["low"], row["high"]], [y, y], color="black", linewidth=1.2)
-        right = max(max(r["high"], r["dice"]) for r in rows)
-        span = right - start
-        for y, row in enumerate(rows):
-            axes.text(right + 0.02 * span, y, f"{row['dice']:.4f}", va="center")
-        axes.set_xlim(start, right + 0.1 * span)
-        axes.set_yticks(range(len(rows)), [row["model"] for row in rows])
-        axes.invert_yaxis()
-        axes.set_xlabel(f"test Dice, {unit} (the axis does not start at 0)")
-        axes.set_title("line: 95 % interval over images; hatched: baselines", loc="left", fontsize=8, color="0.35")
+        figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
+        _measures(axes[0, 0], each)
+        _classes(axes[0, 1], pooled)
+        _distribution(axes[1, 0], each["dice"])
+        _reliability(axes[1, 1], calibration)
+        figure.suptitle(name, fontsize=11)
     return figure
+
+
+def _measures(axes: Axes, each: dict[str, np.ndarray]) -> None:
+    names = [key for key in (*MEASURES, *SHAPES) if key in each]
+    found = [mean_interval(each[key]) for key in names]
+    for x, (key, interval) in enumerate(zip(names, found, strict=True)):
+        pixels = key in MEASURES
+        axes.bar(
+            x,
+            interval.mean,
+            0.7,
+            color=PALETTE[0] if pixels else PALETTE[1],
+            alpha=0.75,
+            edgecolor="white",
+            hatch=None if pixels else "///",
+        )
+        if interval.low is not None and interval.high is not None:
+            axes.plot([x, x], [interval.low, interval.high], color="black", linewidth=1.2)
+        top = max(interval.mean, interval.high or 0)
+        axes.text(x, top + 0.015, f"{interval.mean:.3f}".replace("0.", "."), ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(
+        range(len(names)), [(MEASURES | SHAPES)[key] for key in names], fontsize=7, rotation=45, ha="right", rotation_mode="anchor"
+    )
+    axes.set_ylim(0, 1.08)
+    axes.set_title("mean over images with 95 % interval; hatched: outlines and cells", fontsize=8)
+
+
+def _classes(axes: Axes, pooled: dict[str, dict[str, float]]) -> None:
+    names = list(pooled)
+    width = 0.8 / len(names)
+    lowest = min(min(values.values()) for values in pooled.values())
+    start = max(0.0, lowest - 0.3 * (1 - lowest) - 0.02)
+    for k, name in enumerate(names):
+        at = np.arange(len(MEASURES)) + (k - (len(names) - 1) / 2) * width
+        heights = [pooled[name][key] for key in MEASURES]
+        bars = axes.bar(
+            at, np.array(heights) - start, width * 0.94, bottom=start, color=PALETTE[(7, 0, 1, 2, 4, 5, 8)[k % 7]], alpha=0.8, label=name,
+            hatch=(None, "///", "...", "xxx")[k % 4], edgecolor="white",
+        )  # fmt: skip
+        if len(names) <= 3:
+            axes.bar_label(bars, [f"{h:.3f}".replace("0.", ".") for h in heights], fontsize=6.5, padding=1)
+    axes.set_xticks(range(len(MEASURES)), list(MEASURES.values()))
+    axes.set_ylim(start, 1 + 0.16 * (1 - start))
+    axes.set_title(f"each class, over all pixels (the axis starts at {start:.2f})" if start else "each class, over all pixels", fontsize=8)
+    axes.legend(ncols=len(names), loc="upper left", fontsize=7, borderaxespad=0)
+
+
+def _distribution(axes: Axes, dice: np.ndarray) -> None:
+    num = len(dice)
+    if num >= 12:
+        axes.hist(dice, bins=min(30, max(6, int(np.sqrt(num) * 2))), color=PALETTE[0], alpha=0.7, edgecolor="white")
+        axes.set_ylabel("images")
+    else:  # bars of one image each say less than the images themselves
+        axes.plot(dice, np.zeros(num), "o", color=PALETTE[0], markersize=7, alpha=0.7)
+        axes.set_yticks([])
+        axes.set_ylim(-1, 1)
+        axes.margins(x=0.15)
+    axes.axvline(float(dice.mean()), color="black", linewidth=1.2, label=f"mean {dice.mean():.4f}")
+    axes.axvline(float(np.median(dice)), color="black", linewidth=1.2, linestyle=":", label=f"median {np.median(dice):.4f}")
+    axes.set_xlabel("Dice of an image")
+    axes.legend(fontsize=7, loc="upper left")
+    axes.set_title(f"{num} test images", fontsize=8)
+
+
+def _reliability(axes: Axes, calibration: dict[str, list[float]] | None) -> None:
+    axes.set_title("can the probabilities be believed?", fontsize=8)
+    if calibration is None:
+        axes.text(0.5, 0.5, "this method gives no probability", ha="center", va="center", color="0.4")
+        axes.set_axis_off()
+        return
+    pixels, said, was = (np.array(calibration[key]) for key in ("pixels", "probability", "share_cell"))
+    filled = pixels > 0
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--", label="perfect")
+    axes.plot(
+        said[filled],
+        was[filled],
+        "o-",
+        color=PALETTE[0],
+        markersize=4,
+        label=f"this run, off by {expected_error(calibration):.3f} in the mean",
+    )
+    share = axes.twinx()
+    share.bar((np.arange(len(pixels)) + 0.5) / len(pixels), pixels / pixels.sum(), 0.9 / len(pixels), color="0.75", alpha=0.6, zorder=0)
+    share.set_ylim(0, 4)
+    share.set_yticks([0, 1], ["0", "all"], fontsize=6, color="0.4")
+    share.spines["right"].set_visible(False)
+    axes.set_zorder(share.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.set_xlabel("probability of a cell (grey bars: share of the pixels)")
+    axes.set_ylabel("share that is cell")
+    axes.legend(fontsize=7, loc="upper left")
+
+
+def expected_error(calibration: dict[str, list[float]]) -> float:
+    """Expected calibration error, 0..1: how far probability and truth lie apart in each bin, weighed by its pixels (Naeini et al. 2015)."""
+    pixels, said, was = (np.array(calibration[key]) for key in ("pixels", "probability", "share_cell"))
+    return float((pixels * np.abs(said - was)).sum() / pixels.sum())

@@ -7,6 +7,9 @@ What is finished by its fingerprint is not run again; what was interrupted goes 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.metadata
+import json
 import sys
 import tempfile
 import time
@@ -15,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from tqdm import tqdm
@@ -26,15 +28,16 @@ from cellbench.backbones.catalog import open_backbone, weights_digest
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
-from cellbench.features import Features, Trunk
+from cellbench.exam import Exams
+from cellbench.features import Features, Keeping, Trunk
 from cellbench.infer import score
 from cellbench.machine import Machine
-from cellbench.metrics import confusion, image_scores
+from cellbench.metrics import confusion
 from cellbench.model import model, num_levels
 from cellbench.plan import Plan
-from cellbench.registry import Registry, load
-from cellbench.results import Keepsake, Result
-from cellbench.spec import Experiment, RunSpec, cohorts, expand, fingerprint, labels
+from cellbench.registry import BackboneCard, Registry, load
+from cellbench.results import Result
+from cellbench.spec import NUMERICS, Experiment, RunSpec, cohorts, expand, fingerprint, labels
 from cellbench.track import Logged, Run, Tracker, params_of
 from cellbench.train import Learner, fit
 
@@ -63,8 +66,13 @@ class Outcome:
     num_new: int = 0
 
 
-def jobs_of(experiment: Experiment, registry: Registry, dataset: Dataset, weights: Path | None, where: str) -> list[Job]:
-    """The runs of an experiment with their fingerprints. Raises CellbenchError for a name or setting that no card knows."""
+def jobs_of(
+    experiment: Experiment, registry: Registry, dataset: Dataset, weights: Path | None, where: str, download: bool = True
+) -> list[Job]:
+    """The runs of an experiment with their fingerprints. Raises CellbenchError for a name or setting that no card knows.
+
+    Weights that are not here are downloaded now, or with ``download=False`` reported as missing.
+    """
     trained = {name: registry.baseline(name).trained for name in experiment.baselines}
     runs = [registry.complete(run) for run in expand(experiment, where, trained)]
     for run in runs:
@@ -73,7 +81,7 @@ def jobs_of(experiment: Experiment, registry: Registry, dataset: Dataset, weight
     digests: dict[str, str] = {}
     for name in {run.backbone for run in runs if run.backbone}:
         try:
-            digests[name] = weights_digest(registry.backbone(name), weights)
+            digests[name] = identity(registry.backbone(name), weights, download)
         except WeightsUnavailable as error:
             reasons[name], digests[name] = one_line(error), "unavailable"
     return [
@@ -85,6 +93,12 @@ def jobs_of(experiment: Experiment, registry: Registry, dataset: Dataset, weight
         )
         for run, name in zip(runs, labels(runs), strict=True)
     ]
+
+
+def identity(card: BackboneCard, weights: Path | None, download: bool = True) -> str:
+    """What stands for a backbone in fingerprints: its weights, and what the card makes of them."""
+    facts = json.dumps([card.builder, card.arch, card.mean, card.std, card.patch_px, card.depth], sort_keys=True)
+    return f"{weights_digest(card, weights, download)}:{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
 
 
 def _check_tile(run: RunSpec, registry: Registry) -> None:
@@ -105,6 +119,9 @@ class Runner:
     weights: Path | None
     tracker: Tracker
     parent_id: str
+    disk_bytes: int = 0
+    """What may be spent on features in the cache folder."""
+    prefer_disk: bool = False
     say: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
@@ -204,24 +221,25 @@ class Runner:
         for job, run in opened:
             card = self.registry.baseline(job.run.baseline or "")
             segment = load(card)
-            keep, matrices, seconds = Keepsake(), [], 0.0
-            for index in tqdm(range(len(self.dataset.test)), desc=job.name, unit="image", leave=False):
-                image, truth = self._pixels["test"][index]
-                start = time.perf_counter()
-                classes = segment(image, len(self.dataset.classes), **job.run.options)
-                seconds += time.perf_counter() - start
-                matrices.append(confusion(truth, classes, len(self.dataset.classes)))
-                keep.offer(index, float(image_scores(matrices[-1][None])["dice"][0]), classes, None)
+            seconds = 0.0
+            with Exams(self.dataset, 1) as exams:
+                for index in tqdm(range(len(self.dataset.test)), desc=job.name, unit="image", leave=False):
+                    image, truth = self._pixels["test"][index]
+                    start = time.perf_counter()
+                    classes = segment(image, len(self.dataset.classes), **job.run.options)
+                    seconds += time.perf_counter() - start
+                    exams.take(index, truth, [confusion(truth, classes, len(self.dataset.classes))], [(classes, None)])
             cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
-            cost |= {"cost/images_per_s": len(matrices) / max(seconds, 1e-9), "cost/peak_mib": peak_mib()}
-            self._keep(job, run, Result(counts=np.stack(matrices), cost=cost, keep=keep), out)
+            cost |= {"cost/images_per_s": len(self.dataset.test) / max(seconds, 1e-9), "cost/peak_mib": peak_mib()}
+            self._keep(job, run, Result(exam=exams.exams[0], cost=cost), out)
 
     def _trained(self, opened: list[tuple[Job, Run]], title: str, out: Outcome) -> None:
         jobs, first = [job for job, _ in opened], opened[0][0].run
         num = len(self.dataset.classes)
-        trunk = Trunk(self._backbone(first.backbone), self.machine, [n for job in jobs if (n := num_levels(job.run, self.registry))])
+        levels = [n for job in jobs if (n := num_levels(job.run, self.registry))]
+        trunk = Trunk(self._backbone(first.backbone), self.machine, levels, first.unfreeze)
         plan = Plan(self._pixels["train"].sizes_px, first)
-        features = Features(trunk, plan, self._pixels, self.machine.memory_bytes * 2 // 3)
+        features = Features(trunk, plan, self._pixels, self._keeping(first.backbone))
         learners = []
         for job, run in opened:
             made = model(job.run, self.registry, trunk, num)
@@ -248,15 +266,12 @@ class Runner:
             return
         train_trunk_s, features.trunk.seconds = features.trunk.seconds, 0.0
         models = [learners[k].model for k in live]
-        matrices: list[list[np.ndarray]] = [[] for _ in live]
-        keeps = [Keepsake() for _ in live]
         for m in models:
             m.seconds = 0.0
         bar = tqdm(score(models, features, "test"), total=len(self.dataset.test), desc=f"{title}: test", unit="image", leave=False)
-        for image, found, answers in bar:
-            for k in range(len(live)):
-                matrices[k].append(found[k])
-                keeps[k].offer(image, float(image_scores(found[k][None])["dice"][0]), answers[k].classes, answers[k].cell)
+        with Exams(self.dataset, len(live)) as exams:
+            for image, found, answers in bar:
+                exams.take(image, self._pixels["test"][image][1], found, [(a.classes, a.cell) for a in answers])
         backbone = features.trunk.backbone
         for place, k in enumerate(live):
             (job, run), learner = opened[k], learners[k]
@@ -266,12 +281,28 @@ class Runner:
                 "cost/trunk_s": train_trunk_s,
                 "cost/head_params": learner.model.num_params,
                 "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
-                "cost/images_per_s": len(matrices[place]) / max(features.trunk.seconds + models[place].seconds, 1e-9),
+                "cost/images_per_s": len(self.dataset.test) / max(features.trunk.seconds + models[place].seconds, 1e-9),
                 "cost/peak_mib": peak_mib(),
             }
-            result = Result(counts=np.stack(matrices[place]), cost=cost, keep=keeps[place], learner=learner)
+            result = Result(exam=exams.exams[place], cost=cost, learner=learner)
             self._keep(job, run, result, out)
             checkpoints.forget(checkpoints.path(job.fingerprint))
+
+    def _keeping(self, backbone: str | None) -> Keeping:
+        key = ""
+        if backbone is not None:
+            # Another torch or timm may round differently, and kept features must equal fresh ones to the last bit.
+            versions = [torch.__version__, importlib.metadata.version("timm"), NUMERICS, self.machine.device.type]
+            key = json.dumps([identity(self.registry.backbone(backbone), self.weights), *versions])
+        return Keeping(
+            memory_bytes=self.machine.memory_bytes * 2 // 3,
+            disk_bytes=self.disk_bytes,
+            prefer_disk=self.prefer_disk,
+            key=key,
+            backbone=backbone or "",
+            dataset=self.dataset.name,
+            tell=self.say,
+        )
 
     def _backbone(self, name: str | None) -> Backbone | None:
         if name is None:
@@ -284,11 +315,12 @@ class Runner:
     def _keep(self, job: Job, run: Run, result: Result, out: Outcome) -> None:
         """Logs a run's test and ends it as finished: the mark is written last."""
         with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
-            results.write(Path(folder), job.run, self.experiment, self.dataset, self._pixels["test"], result)
+            results.write(Path(folder), job.name, job.run, self.experiment, self.dataset, self._pixels["test"], result)
             run.artifacts(Path(folder))
         metrics = results.metrics(self.dataset, result)
         run.log(metrics, step=max(result.learner.best_epoch, 0) if result.learner else 0, tags={"cellbench.machine": self.machine.name})
-        run.describe(results.note(job.name, metrics))
+        run.tables([results.TABLE])
+        run.describe(results.note(job.name, metrics, worst=run.address("figures/worst.png")))
         run.end("finished")
         out.finished[job.name] = Logged(run_id=run.run_id, name=job.name, status="finished", metrics=metrics)
 

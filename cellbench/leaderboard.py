@@ -1,92 +1,128 @@
-"""Runs lined up: seeds of one model together, best first, and whether the differences are real."""
+"""Models lined up: seeds of one model together, best first, and whether the differences are real."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from cellbench.evidence import MEASURES, Model, TestSet
+from cellbench.figures_many import Line
 from cellbench.ranking import verdict
-from cellbench.stats import Scores, compare_all, mean_interval
-from cellbench.track import Logged
+from cellbench.significance import Interval
+from cellbench.stats import Difference, compare_all
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model: the mean over its seeds of each score."""
+    """One model: the mean over its seeds of each score. None: its runs have no such score."""
 
     model: str
+    backbone: str
+    head: str
     baseline: bool
     num_seeds: int
     dice: float
     """Pooled over all pixels of the test images, cell class."""
     seed_sd: float | None
     image_dice: float
-    """Mean over test images of the Dice of each."""
+    """Mean over test images of the Dice of each; rows are sorted by it, since it is what is tested."""
     low: float | None
     high: float | None
     """95 % interval of ``image_dice`` over images."""
     iou: float
     precision: float
     recall: float
+    nsd: float | None
+    ap50: float | None
+    ap50_95: float | None
+    aji: float | None
+    pq: float | None
+    count_error: float | None
     head_params: int
+    backbone_params: int
     train_s: float
     images_per_s: float
+    peak_mib: float
     pooled_by_seed: tuple[float, ...]
     run_ids: tuple[str, ...]
 
 
-def rows(finished: Mapping[str, Logged], groups: Mapping[str, str], baselines: set[str], per_image: Mapping[str, dict[str, Any]]) -> list[Row]:
-    """The models of finished runs, best pooled test Dice first. ``groups`` gives each run name's model, ``per_image`` its file."""
-    out = []
-    for model in dict.fromkeys(groups[name] for name in finished):
-        names = [name for name in finished if groups[name] == model]
-        each = [finished[name].metrics for name in names]
-        pooled = [m["test/dice"] for m in each]
-        images = np.mean([per_image[name]["dice"] for name in names], axis=0)
-        interval = mean_interval(images)
-
-        def mean(key: str, each: list[Mapping[str, float]] = each) -> float:
-            return float(np.mean([m[key] for m in each]))
-
-        out.append(
-            Row(
-                model=model,
-                baseline=model in baselines,
-                num_seeds=len(names),
-                dice=float(np.mean(pooled)),
-                seed_sd=float(np.std(pooled, ddof=1)) if len(pooled) > 1 else None,
-                image_dice=interval.mean,
-                low=interval.low,
-                high=interval.high,
-                iou=mean("test/iou"),
-                precision=mean("test/precision"),
-                recall=mean("test/recall"),
-                head_params=int(mean("cost/head_params")),
-                train_s=mean("cost/train_s"),
-                images_per_s=mean("cost/images_per_s"),
-                pooled_by_seed=tuple(pooled),
-                run_ids=tuple(finished[name].run_id for name in names),
-            )
-        )
-    return sorted(out, key=lambda row: -row.dice)
+def rows(here: TestSet) -> list[Row]:
+    """The models of one test set, best mean Dice first."""
+    return [_row(model, interval) for model, interval in zip(here.models, here.intervals("dice"), strict=True)]
 
 
-def words(finished: Mapping[str, Logged], groups: Mapping[str, str], per_image: Mapping[str, dict[str, Any]]) -> list[str]:
-    """What the data can tell about the best model against the others, in sentences; empty for a single model."""
-    models = []
-    for model in dict.fromkeys(groups[name] for name in finished):
-        files = [per_image[name] for name in finished if groups[name] == model]
-        models.append(Scores(model=model, images=tuple(files[0]["images"]), values=np.array([f["dice"] for f in files])))
+def _row(model: Model, interval: Interval) -> Row:
+    pooled = [run.stored.metrics["test/dice"] for run in model.runs]
+
+    def cost(name: str) -> float:
+        return model.mean(f"cost/{name}") or 0.0
+
+    return Row(
+        model=model.name,
+        backbone=model.backbone,
+        head=model.head,
+        baseline=model.baseline,
+        num_seeds=len(model.runs),
+        dice=float(np.mean(pooled)),
+        seed_sd=float(np.std(pooled, ddof=1)) if len(pooled) > 1 else None,
+        image_dice=interval.mean,
+        low=interval.low,
+        high=interval.high,
+        iou=model.mean("test/iou") or 0.0,
+        precision=model.mean("test/precision") or 0.0,
+        recall=model.mean("test/recall") or 0.0,
+        **{name: model.scores(name).mean if model.has(name) else None for name in ("nsd", "ap50", "ap50_95", "aji", "pq")},
+        count_error=model.mean("test_image/count_error"),
+        head_params=int(cost("head_params")),
+        backbone_params=int(cost("backbone_params")),
+        train_s=cost("train_s"),
+        images_per_s=cost("images_per_s"),
+        peak_mib=cost("peak_mib"),
+        pooled_by_seed=tuple(pooled),
+        run_ids=tuple(run.stored.run_id for run in model.runs),
+    )
+
+
+def differences(here: TestSet, measure: str = "dice") -> list[Difference]:
+    """Every model against the best by this measure; empty for a single model."""
+    models = [model.scores(measure) for model in here.models]
     if len(models) < 2:
         return []
-    best = max(models, key=lambda scores: scores.mean)
-    return verdict(compare_all(models, against=best.model), what="Dice")
+    return compare_all(models, against=max(models, key=lambda scores: scores.mean).model)
 
 
-HEADINGS = ("model", "seeds", "Dice", "± seeds", "Dice/image", "95 %", "IoU", "precision", "recall", "head", "train s", "image/s")
+def words(here: TestSet) -> list[str]:
+    """What the data can tell about the best model against the others, in sentences."""
+    found = differences(here)
+    return verdict(found, what="Dice") if found else ["One model alone: there is nothing to compare."]
+
+
+def more_words(here: TestSet) -> list[str]:
+    """One sentence a measure where outlines or cells name another winner than Dice, or the same."""
+    out = []
+    for measure in (name for name in ("nsd", "ap50", "pq") if name in here.measures()):
+        found = differences(here, measure)
+        if not found:
+            continue
+        best = found[0].b
+        num = sum(d.better == best for d in found)
+        means = {d.a: d.mean_a for d in found}
+        spread = found[0].mean_b - min(means.values())
+        beaten = f"{num} of {len(found)} others" if num else "none of the others"
+        score = f"{found[0].mean_b:.3f}"
+        out.append(
+            f"By {MEASURES[measure]} the best is {best} with {score}; it beats {beaten} for certain; best and last are {spread:.3f} apart."
+        )
+    return out
+
+
+HEADINGS = (
+    "model", "seeds", "Dice", "± seeds", "Dice/image", "95 %", "IoU", "precision", "recall", "NSD", "AP50", "head", "train s", "image/s",
+)  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
@@ -95,46 +131,60 @@ def cells(row: Row) -> list[str]:
         row.model + (" (baseline)" if row.baseline else ""),
         str(row.num_seeds),
         f"{row.dice:.4f}",
-        f"{row.seed_sd:.4f}" if row.seed_sd is not None else "",
+        number(row.seed_sd, 4),
         f"{row.image_dice:.4f}",
         f"{row.low:.3f} to {row.high:.3f}" if row.low is not None and row.high is not None else "",
         f"{row.iou:.4f}",
         f"{row.precision:.4f}",
         f"{row.recall:.4f}",
-        _short(row.head_params),
+        number(row.nsd, 3),
+        number(row.ap50, 3),
+        short(row.head_params),
         f"{row.train_s:.0f}",
         f"{row.images_per_s:.2f}",
     ]
 
 
-def text(table: list[Row]) -> str:
+def text(table: Sequence[Row]) -> str:
     """The leaderboard for a terminal."""
     lines = [list(HEADINGS), *(cells(row) for row in table)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(HEADINGS))]
-    out = ["  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    out = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]) for line in lines]
     return "\n".join([out[0], "-" * len(out[0]), *out[1:]])
 
 
-def markdown(table: list[Row]) -> str:
-    """The leaderboard for a README or MLflow's notes."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in table])
+def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table for a README or MLflow's notes; the first column is text."""
+    out = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    return "\n".join(out + ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines])
 
 
-def as_json(table: list[Row]) -> list[dict[str, Any]]:
+def as_json(table: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in table]
 
 
-def bars(table: list[Row]) -> list[dict[str, Any]]:
-    """What :func:`cellbench.figures.scoreboard` draws: means over images with their interval."""
+def lines(here: TestSet) -> list[Line]:
+    """What the pictures draw of each model: the measures that all have, with intervals."""
+    names = [name for name in ("dice", "nsd", "ap50", "pq") if name in here.measures()]
     return [
-        {
-            "model": row.model, "baseline": row.baseline, "dice": row.image_dice,
-            "low": row.image_dice if row.low is None else row.low, "high": row.image_dice if row.high is None else row.high,
-        }
-        for row in table
-    ]  # fmt: skip
+        Line(
+            model=model.name,
+            baseline=model.baseline,
+            backbone=model.backbone,
+            measures={MEASURES[name]: here.intervals(name)[k] for name in names},
+        )
+        for k, model in enumerate(here.models)
+    ]
 
 
-def _short(num: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def short(num: int) -> str:
+    """A count as people say it.
+
+    >>> short(22_056_576), short(37_000), short(0)
+    ('22.1 M', '37 k', '0')
+    """
     return f"{num / 1e6:.1f} M" if num >= 1e6 else f"{num / 1e3:.0f} k" if num >= 1e3 else str(num)

@@ -48,9 +48,18 @@ def machine(device: str = "auto", precision: str = "auto", memory: str = "auto")
     return Machine(device=where, precision=kinds[precision], memory_bytes=budget)
 
 
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", re.IGNORECASE)
+
+
+def is_size(text: str) -> bool:
+    """Whether a text is a size like ``500M``; a bare number is not, since a folder may be called so."""
+    match = _SIZE.fullmatch(text)
+    return match is not None and bool(match[2])
+
+
 def num_bytes(text: str, what: str) -> int:
     """``4G`` as bytes. Raises CellbenchError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, flags=re.IGNORECASE)
+    match = _SIZE.fullmatch(text)
     if not match:
         raise CellbenchError(f"{what} {text}: a size is expected, like 500M or 4G.")
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))

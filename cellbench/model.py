@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from cellbench.features import Batch, Trunk
+from cellbench.backbones.base import Level
+from cellbench.features import TOKENS, Batch, Trunk
 from cellbench.heads.base import Head
 from cellbench.registry import BaselineCard, HeadCard, Registry, load
 from cellbench.spec import RunSpec
 
 
 class Model(nn.Module):
-    """A head and the indices of the levels that it reads from a cohort's batches."""
+    """A head, the indices of the levels that it reads, and, where the run trains the backbone's last blocks, its tail."""
 
-    def __init__(self, head: Head, indices: tuple[int, ...]) -> None:
+    def __init__(self, head: Head, levels: tuple[Level, ...], tail: nn.Module | None = None, num_frozen: int = 0) -> None:
         super().__init__()
-        self.head, self.indices = head, indices
+        self.head, self.tail = head, tail
+        self._levels, self._num_frozen = levels, num_frozen
         self.seconds = 0.0
         """Spent by this model alone in segmenting whole images so far."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Class scores (B, K, T, T) before softmax, for every pixel of the batch's tiles."""
-        return self.head([batch.maps[index] for index in self.indices], batch.pixels)
+        if self.tail is None:
+            return self.head([batch.maps[level.index] for level in self._levels], batch.pixels)
+        deep = tuple(level.index for level in self._levels if level.index >= self._num_frozen)
+        stride = self._levels[-1].stride_px
+        places = (batch.pixels.shape[-2] // stride, batch.pixels.shape[-1] // stride)
+        maps = dict(zip(deep, self.tail(batch.maps[TOKENS].squeeze(-1).transpose(1, 2), deep, places), strict=True))
+        return self.head([maps[level.index] if level.index in maps else batch.maps[level.index] for level in self._levels], batch.pixels)
+
+    def groups(self, run: RunSpec) -> list[dict[str, Any]]:
+        """The parameters for the optimiser, each group with its share of the learning rate: all of it for the head; ``tail_lr_scale`` for
+        the last block and the norm of a tail, ``layer_decay`` times less for each block before (Clark et al. 2020, ELECTRA)."""
+        groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "share": 1.0}]
+        if self.tail is not None:
+            blocks = list(self.tail.blocks)
+            groups.append({"params": list(self.tail.norm.parameters()), "share": run.tail_lr_scale})
+            for back, block in enumerate(reversed(blocks)):
+                groups.append({"params": list(block.parameters()), "share": run.tail_lr_scale * run.layer_decay**back})
+        return groups
 
     @property
     def num_params(self) -> int:
-        return sum(p.numel() for p in self.head.parameters())
+        """Trained by the run: the head's, and the tail's."""
+        return sum(p.numel() for p in self.parameters())
 
 
 def num_levels(run: RunSpec, registry: Registry) -> int:
@@ -42,5 +64,6 @@ def model(run: RunSpec, registry: Registry, trunk: Trunk, num_classes: int) -> M
     with torch.random.fork_rng(devices=[]):  # nobody else's random numbers depend on how many heads were made
         torch.manual_seed(run.seed)
         head = build(levels, num_classes, **run.options)
-    made = Model(head, tuple(level.index for level in levels))
-    return made.to(trunk.machine.device, memory_format=torch.channels_last)
+    tail = trunk.backbone.tail(run.unfreeze) if run.unfreeze and trunk.backbone is not None else None
+    num_frozen = len(trunk.backbone.levels) - run.unfreeze if trunk.backbone is not None else 0
+    return Model(head, levels, tail, num_frozen).to(trunk.machine.device, memory_format=torch.channels_last)

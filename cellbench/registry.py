@@ -6,8 +6,10 @@ shipped one: a card of the same name there wins.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import sys
 import tomllib
 from pathlib import Path
 from types import MappingProxyType
@@ -57,6 +59,8 @@ class BackboneCard(Card):
     gated: bool = False
     page: str = ""
     """Where a person logs in and accepts the licence, or reads what the publisher says; empty: the hub repository's own page."""
+    probe: tuple[float, ...] = ()
+    """Eight means of the last map of a drawn tile, by which `doctor NAME` knows the right output; empty: not known, and measured there."""
     alternatives: tuple[str, ...] = ()
     """The same weights published elsewhere, ``hf-hub:OWNER/NAME/FILE``: used where already in the hub's cache, never downloaded unasked."""
     arch: dict[str, Any] = Field(default_factory=dict)
@@ -200,9 +204,12 @@ def load(card: Card) -> Any:
 def _from_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"cellbench_user_{path.stem}", path)
+    # By its whole path: two people's folders may each have a my_head.py.
+    name = f"cellbench_user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and typing look their own module up there
     spec.loader.exec_module(module)
     return module

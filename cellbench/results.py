@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tomli_w
@@ -13,73 +14,94 @@ from safetensors.torch import save_file
 from cellbench import figures
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
-from cellbench.metrics import image_scores, named
+from cellbench.exam import Exam
+from cellbench.metrics import image_scores, named, scores
+from cellbench.shapes import MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX
 from cellbench.spec import Experiment, RunSpec
 from cellbench.stats import mean_interval
 from cellbench.train import Learner
-
-
-@dataclass
-class Keepsake:
-    """The answers for the worst and the best image so far, so that no image needs to be segmented twice to be shown."""
-
-    cases: dict[str, tuple[int, float, np.ndarray, np.ndarray | None]] = field(default_factory=dict)
-    """``worst`` and ``best``: image number, Dice, class map (H, W), probability of a cell (H, W) uint8 or None."""
-
-    def offer(self, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None) -> None:
-        for which, better in (("worst", lambda new, old: new < old), ("best", lambda new, old: new > old)):
-            if which not in self.cases or better(dice, self.cases[which][1]):
-                self.cases[which] = (image, dice, classes, cell)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """A run's test."""
 
-    counts: np.ndarray
-    """Confusion matrices (N, K, K) of the test images, in their order."""
+    exam: Exam
     cost: dict[str, float]
-    keep: Keepsake
     learner: Learner | None = None
 
 
 def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
     """Everything that is logged at the end of a run: pooled scores, means over images with their interval, cost, the best epoch."""
-    out = named("test", result.counts, dataset.classes) | result.cost
-    each = image_scores(result.counts)
+    counts, shapes = result.exam.counts, result.exam.shapes()
+    out = named("test", counts, dataset.classes) | result.cost
+    each = image_scores(counts)
     out |= {f"test_image/{name}": float(values.mean()) for name, values in each.items()}
     interval = mean_interval(each["dice"])
     if interval.low is not None and interval.high is not None:
         out |= {"test_image/dice_low": interval.low, "test_image/dice_high": interval.high}
+    out |= {f"test_image/{name}": float(shapes[name].mean()) for name in SCORES}
+    errors = shapes["num_predicted"] - shapes["num_true"]
+    # The mean of signed errors is a bias, in which too many and too few cancel out; the other is how far a count is off.
+    out |= {"test_image/count_error": float(errors.mean()), "test_image/count_error_abs": float(np.abs(errors).mean())}
+    if (calibration := result.exam.calibration()) is not None:
+        out["test/calibration_error"] = figures.expected_error(calibration)
     if result.learner is not None:
         best = result.learner.history[result.learner.best_epoch]
         out |= {"best/epoch": result.learner.best_epoch, "best/val_dice": best["val/dice"], "best/val_loss": best["val/loss"]}
     return out
 
 
-def write(folder: Path, run: RunSpec, experiment: Experiment, dataset: Dataset, pixels: Pixels, result: Result) -> None:
-    """``config.toml``, ``per_image.json``, ``head.safetensors`` and ``figures/*.png`` into a folder."""
+def write(folder: Path, name: str, run: RunSpec, experiment: Experiment, dataset: Dataset, pixels: Pixels, result: Result) -> None:
+    """``config.toml``, ``per_image.json``, ``images.json``, ``head.safetensors`` and ``figures/*.png`` into a folder."""
+    told = per_image(dataset, result)
     (folder / "config.toml").write_text(tomli_w.dumps(alone(run, experiment)), encoding="utf-8")
-    (folder / "per_image.json").write_text(json.dumps(per_image(dataset, result), indent=1), encoding="utf-8")
+    (folder / "per_image.json").write_text(json.dumps(told), encoding="utf-8")
+    (folder / TABLE).write_text(json.dumps(table(told)), encoding="utf-8")
     (folder / "figures").mkdir()
     if result.learner is not None:
-        save_file({name: x.contiguous() for name, x in result.learner.best_weights.items()}, folder / "head.safetensors")
+        save_file({key: x.contiguous() for key, x in result.learner.best_weights.items()}, folder / "head.safetensors")
         figures.save(figures.curves(result.learner.history, result.learner.best_epoch), folder / "figures" / "curves.png")
-    for which, (image, dice, classes, cell) in result.keep.cases.items():
-        picture, truth = pixels[image]
-        title = f"{which} of {len(pixels)} test images: {pixels.samples[image].name}, Dice {dice:.4f}"
-        figures.save(figures.case(picture, truth, classes, cell, title), folder / "figures" / f"{which}.png")
+    exam = result.exam
+    each = image_scores(exam.counts) | {key: values for key, values in exam.shapes().items() if key in SCORES}
+    pooled = scores(exam.counts.sum(0))
+    by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
+    figures.save(figures.report_card(name, each, by_class, exam.calibration()), folder / "figures" / "scores.png")
+    for which, case in exam.keep.cases.items():
+        picture, truth = pixels[case.image]
+        title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, Dice {case.dice:.4f}"
+        figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"{which}.png")
+
+
+TABLE = "images.json"
+"""The artifact that MLflow's UI opens as a table, one line an image."""
 
 
 def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
-    """The scores of each test image and the counts they come from; any other score can be had from those."""
+    """The scores of each test image and the counts they come from; any other overlap can be had from those."""
+    exam, shapes = result.exam, result.exam.shapes()
     return {
         "classes": list(dataset.classes),
         "images": [sample.name for sample in dataset.test],
         "dataset": dataset.digest,
-        "confusion": result.counts.tolist(),
-        **{name: [round(float(v), 6) for v in values] for name, values in image_scores(result.counts).items()},
+        "tolerance_px": TOLERANCE_PX,
+        "min_area_px": [MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX for one in exam.agreements],
+        "cells_numbered": [one.numbered for one in exam.agreements],
+        "confusion": exam.counts.tolist(),
+        **{name: [round(float(v), 6) for v in values] for name, values in image_scores(exam.counts).items()},
+        **{name: [round(float(v), 6) for v in shapes[name]] for name in SCORES},
+        **{name: shapes[name].tolist() for name in ("num_true", "num_predicted")},
+        "calibration": exam.calibration(),
     }
+
+
+COLUMNS = ("dice", "iou", "precision", "recall", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq", "num_true", "num_predicted")
+
+
+def table(told: dict[str, Any]) -> dict[str, object]:
+    """``per_image`` as the UI's table: worst image first, since that is the one to look at."""
+    order = np.argsort(told["dice"], kind="stable").tolist()
+    return {"columns": ["image", *COLUMNS], "data": [[told["images"][k], *(told[name][k] for name in COLUMNS)] for k in order]}
 
 
 def alone(run: RunSpec, experiment: Experiment) -> dict[str, object]:
@@ -94,13 +116,18 @@ def alone(run: RunSpec, experiment: Experiment) -> dict[str, object]:
     return {**tree, **part, "data": data}
 
 
-def note(name: str, values: dict[str, float]) -> str:
-    """A run's notes in MLflow, in Markdown."""
+def note(name: str, values: dict[str, float], worst: str = "") -> str:
+    """A run's notes in MLflow, in Markdown. ``worst``: the address of the worst case's picture."""
     interval = ""
     if "test_image/dice_low" in values:
         interval = f" (95 % {values['test_image/dice_low']:.4f} to {values['test_image/dice_high']:.4f})"
+    picture = f"\n\n![the worst test image]({worst})" if worst else ""
     return (
-        f"**{name}**\n\nTest Dice pooled over all pixels **{values['test/dice']:.4f}**, "
-        f"mean over images {values['test_image/dice']:.4f}{interval}. "
-        "Figures, per-image scores, weights and the file that repeats this run are under *Artifacts*."
+        f"**{name}**\n\n| what | score |\n|---|---:|\n"
+        f"| test Dice, all pixels pooled | **{values['test/dice']:.4f}** |\n"
+        f"| test Dice, mean over images | {values['test_image/dice']:.4f}{interval} |\n"
+        f"| outlines within {TOLERANCE_PX:g} px (NSD) | {values['test_image/nsd']:.4f} |\n"
+        f"| cells found (AP50) | {values['test_image/ap50']:.4f} |\n"
+        f"| cells counted, predicted minus true | {values['test_image/count_error']:+.1f} an image |\n\n"
+        f"*Artifacts*: `{TABLE}` (each image, worst first), `figures/`, weights, and `config.toml`, which repeats this run.{picture}"
     )

@@ -57,12 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     grid.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
     grid.add_argument("--memory", default="auto", metavar="SIZE", help="for decoded images and features, like 4G (default: half of what is free)")
-    grid.add_argument("--cache", type=Path, metavar="DIR", help="for downloads, drawn data and checkpoints (default: ~/.cache/cellbench)")
+    grid.add_argument("--cache", metavar="DIR[:SIZE]", help="the cache folder (default: ~/.cache/cellbench); with a size like 50G, features are kept there")
     grid.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
     grid.add_argument("--limit", type=int, metavar="N", help="at most N images of each of train, validation and test, for a quick try")
     grid.add_argument("--dry-run", action="store_true", help="print the runs, the cohorts and an estimate of time, memory and disk; train nothing")
     grid.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like run.epochs=3; repeatable")
     grid.set_defaults(verb=_grid)
+
+    report = verbs.add_parser("report", help="what an experiment found: one HTML file, and tables as Markdown, CSV and LaTeX", description=_REPORT)
+    report.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="its name in MLflow (default: the one with the newest finished run)")
+    report.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: reports/EXPERIMENT)")
+    report.set_defaults(verb=_report)
+
+    ui = verbs.add_parser("ui", help="MLflow's UI for the runs of this folder, light and on this machine alone", description=_UI)
+    ui.add_argument("--port", type=int, default=5000, help="the first port to try (default: 5000)")
+    ui.set_defaults(verb=_ui)
 
     lister = verbs.add_parser("list", help="what exists: backbones, heads, baselines, datasets, experiments")
     lister.add_argument("kind", nargs="?", help="one of them; all if left out")
@@ -73,10 +82,36 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("name", help="KIND/NAME, or NAME where only one kind has it")
     show.add_argument("--registry", type=Path, metavar="DIR")
     show.set_defaults(verb=_show)
+
+    doctor = verbs.add_parser("doctor", help="which backbones can be had here and now; with names, a self-test", description=_DOCTOR)
+    doctor.add_argument("names", nargs="*", metavar="NAME", help="backbones to load, check and time; all of them in a table if left out")
+    doctor.add_argument("--weights", type=Path, metavar="DIR", help="where backbone weights lie, as <backbone>.safetensors, .pth or .bin")
+    doctor.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
+    doctor.add_argument("--device", default="auto", help="for the self-test: auto, cpu, cuda, cuda:N or mps (default: auto)")
+    doctor.add_argument("--cache", type=Path, metavar="DIR", help="for downloads and hashes (default: ~/.cache/cellbench)")
+    doctor.add_argument("--deep", action="store_true", help="for the table: also read large files to compare their hashes, once")
+    doctor.add_argument("--contracts", action="store_true", help="test what every part must keep: those named, of --registry, or all")
+    doctor.set_defaults(verb=_doctor)
     return parser
 
 
 _GRID = "Runs the product of an experiment's lists. What is finished is not run again; what was interrupted goes on."
+
+_DOCTOR = "Nothing is downloaded. Exit code 0, or 1 where a file, a card, an output or a contract is wrong."
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from cellbench.doctor import doctor
+
+    return doctor(
+        arguments.names,
+        weights=arguments.weights,
+        extra=arguments.registry,
+        device=arguments.device,
+        cache=arguments.cache,
+        deep=arguments.deep,
+        contracts=arguments.contracts,
+    )
 
 
 def _grid(arguments: argparse.Namespace) -> int:
@@ -95,6 +130,23 @@ def _grid(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         dry_run=arguments.dry_run,
     )
+
+
+_REPORT = "Reads finished runs from MLflow; trains nothing. Several experiments are taken together; different test images are never paired."
+
+_UI = "Ends with Ctrl-C. Where the folder was moved, the places of the artifacts are set right first."
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from cellbench.report import report
+
+    return report(arguments.experiments, arguments.out)
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    from cellbench.ui import ui
+
+    return ui(arguments.port)
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -56,6 +56,8 @@ class Agreement:
     sq: float
     num_true: int
     num_predicted: int
+    numbered: bool
+    """Whether the truth numbers its cells; else they are connected regions."""
 
     @property
     def count_error(self) -> int:
@@ -121,7 +123,7 @@ class Truth:
 
     def __init__(self, classes: np.ndarray, num_classes: int, ids: np.ndarray | None = None, *, tolerance_px: float = TOLERANCE_PX) -> None:
         """``classes`` below ``num_classes``, 0 the background; ``ids``: the mask's own numbers of cells, where it has them."""
-        self._classes, self._tolerance = classes, tolerance_px
+        self._classes, self._tolerance, self._numbered = classes, tolerance_px, ids is not None
         self._cells = instances(classes) if ids is None else numbered(ids, classes)
         self._min_area_px = MIN_AREA_PX if ids is None else MIN_AREA_NUMBERED_PX
         self._outlines = [Outline(classes == label, tolerance_px) for label in range(1, num_classes)]
@@ -133,7 +135,7 @@ class Truth:
         outlines = [outline_scores(truth, Outline(classes == label, self._tolerance)) for label, truth in enumerate(self._outlines, 1)]
         nsd, band = np.mean(outlines, axis=0)
         cells = instances(classes, self._min_area_px)
-        return Agreement(nsd=float(nsd), boundary_dice=float(band), **cell_scores(self._cells, cells))
+        return Agreement(nsd=float(nsd), boundary_dice=float(band), numbered=self._numbered, **cell_scores(self._cells, cells))
 
 
 # --- outlines ---------------------------------------------------------------------------------------------------------------------------

@@ -71,6 +71,12 @@ class RunSpec(Record):
     patience: int = Field(10, ge=0)
     """Epochs without a better ``select`` before the run stops; 0: never."""
     loss: str = "0.5 ce + 0.5 dice"
+    unfreeze: int = Field(0, ge=0, le=100)
+    """The backbone's last so many blocks are trained too, each run its own copy; what comes before stays frozen and shared."""
+    tail_lr_scale: float = Field(0.01, gt=0, le=1)
+    """The learning rate of the last block of an unfrozen tail, as a share of ``lr``."""
+    layer_decay: float = Field(0.75, gt=0, le=1)
+    """And of each block before it, as a share of the next."""
     select: Literal["val/dice", "val/loss"] = "val/dice"
 
     @field_validator("loss")
@@ -98,7 +104,7 @@ class RunSpec(Record):
 
 STREAM_FIELDS = (
     "backbone", "framing", "tile_px", "val_overlap", "overlap", "sampling", "crops_per_image", "views", "flips", "rotations",
-    "brightness", "contrast", "saturation", "hue", "data_seed",
+    "brightness", "contrast", "saturation", "hue", "data_seed", "unfreeze",
 )  # fmt: skip
 
 # What [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that part alone.

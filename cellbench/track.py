@@ -7,21 +7,24 @@ No tracking URI is ever set: MLflow's default (``./mlflow.db`` and ``./mlruns/``
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlparse
+from urllib.request import url2pathname
 
 import psutil
 from filelock import FileLock
 
-from cellbench.errors import CellbenchError, one_line
+from cellbench.errors import CellbenchError, one_line, unknown
 from cellbench.files import make_folder, told
 from cellbench.spec import RunSpec
 
@@ -31,6 +34,7 @@ for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic",
 FINGERPRINT, STATUS, REASON, EXPERIMENT = "cellbench.fingerprint", "cellbench.status", "cellbench.reason", "cellbench.experiment"
 OWNER, HEARTBEAT = "cellbench.owner", "cellbench.heartbeat"
 PARENT, NOTE, KIND = "mlflow.parentRunId", "mlflow.note.content", "mlflow.experimentKind"
+TABLES = "mlflow.loggedArtifacts"
 
 # How each of our states is told to MLflow: its own list of states has no "skipped".
 TERMINAL = {"finished": "FINISHED", "skipped": "KILLED", "pruned": "KILLED", "interrupted": "KILLED", "failed": "FAILED"}
@@ -61,10 +65,26 @@ class Logged:
         return time.time() - self.heartbeat_s < STALE_S
 
 
-class Tracker:
-    """One experiment in MLflow's store, made on first use."""
+@dataclass(frozen=True, kw_only=True)
+class Stored(Logged):
+    """A run with everything that MLflow holds of it but its artifacts."""
 
-    def __init__(self, experiment: str) -> None:
+    fingerprint: str = ""
+    """Empty for a run that is not ours."""
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    start_s: float = 0.0
+    artifact_uri: str = ""
+
+    @property
+    def is_parent(self) -> bool:
+        return "cellbench.kind" in self.tags
+
+
+class Tracker:
+    """One experiment in MLflow's store, made on first use; with ``make=False`` one that is there already."""
+
+    def __init__(self, experiment: str, *, make: bool = True) -> None:
         import mlflow  # 1 to 2 s, which `--help` and `list` must not pay
 
         self._mlflow = mlflow
@@ -72,7 +92,7 @@ class Tracker:
         try:
             with told("opening MLflow's store here"), self.lock():
                 self._client = mlflow.MlflowClient()
-                self.experiment_id = self._experiment()
+                self.experiment_id = self._experiment(make)
         except mlflow.exceptions.MlflowException as error:
             raise CellbenchError(f"MLflow at {mlflow.get_tracking_uri()}: {one_line(error)[:300]}. Mend it, or name another MLFLOW_TRACKING_URI.") from None
 
@@ -82,12 +102,15 @@ class Tracker:
         key = re.sub(r"\W+", "-", uri if "://" in uri and not uri.startswith("sqlite:///mlflow") else str(Path.cwd() / uri))[-150:]
         return FileLock(Path(tempfile.gettempdir()) / f"cellbench-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock")
 
-    def _experiment(self) -> str:
+    def _experiment(self, make: bool) -> str:
         found = self._client.get_experiment_by_name(self.name)
         if found is not None and found.lifecycle_stage == "deleted":
             raise CellbenchError(f"the experiment '{self.name}' was deleted in MLflow. Restore it there, or give the experiment file another name.")
         if found is not None:
             return found.experiment_id
+        if not make:
+            names = [one.name for one in self._client.search_experiments() if one.name != "Default"]
+            raise unknown("experiment", self.name, names, where=f"MLflow at {self._mlflow.get_tracking_uri()}")
         # MLflow would resolve its default root against whatever folder it is started from; a remote server knows its own.
         local = not self._mlflow.get_tracking_uri().startswith(("http:", "https:", "databricks"))
         place = Path.cwd() / "mlruns" / (re.sub(r"[^\w.-]+", "-", self.name)[:60] or "experiment")
@@ -124,6 +147,47 @@ class Tracker:
             token = page.token
             if not token:
                 return found
+
+    def stored(self) -> list[Stored]:
+        """All runs of this experiment that were not deleted, the oldest first; other people's too."""
+        found: list[Stored] = []
+        token = None
+        while True:
+            page = self._client.search_runs([self.experiment_id], max_results=1000, page_token=token, order_by=["attributes.start_time ASC"])
+            found += [_stored(run) for run in page]
+            token = page.token
+            if not token:
+                return found
+
+    def num_deleted(self) -> int:
+        """Runs that were deleted in the UI and not yet cleared away."""
+        return len(self._client.search_runs([self.experiment_id], run_view_type=self._mlflow.entities.ViewType.DELETED_ONLY, max_results=1000))
+
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """A metric's steps and values, as logged."""
+        return [(one.step, one.value) for one in self._client.get_metric_history(run_id, metric)]
+
+    def artifact(self, run: Stored, name: str) -> bytes | None:
+        """The bytes of an artifact; None where the run has none of that name, or has lost it."""
+        if run.artifact_uri.startswith(("file:", "/")):  # 40 times faster than through MLflow: 1,000 runs in 1 s
+            try:
+                return (Path(_path(run.artifact_uri)) / name).read_bytes()
+            except OSError:
+                return None
+        try:
+            with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
+                return Path(self._client.download_artifacts(run.run_id, name, folder)).read_bytes()
+        except (self._mlflow.exceptions.MlflowException, OSError):
+            return None
+
+    def attach(self, run: Stored, folder: Path) -> None:
+        """Everything below a folder, as artifacts of a run that has ended."""
+        with told("keeping a report in MLflow"):
+            self._client.log_artifacts(run.run_id, str(folder))
+
+    def describe(self, markdown: str) -> None:
+        """The experiment's description in the UI."""
+        self._client.set_experiment_tag(self.experiment_id, NOTE, markdown)
 
     def json(self, run_id: str, name: str) -> dict[str, Any]:
         """A JSON artifact of a run."""
@@ -193,6 +257,14 @@ class Run:
             self.run_id, datasets=[entities.DatasetInput(dataset, tags=[entities.InputTag("mlflow.data.context", context)])]
         )
 
+    def address(self, name: str) -> str:
+        """Where the UI serves an artifact: for pictures in notes."""
+        return f"get-artifact?path={quote(name)}&run_uuid={self.run_id}"
+
+    def tables(self, names: Sequence[str]) -> None:
+        """Names artifacts that the UI shows as tables: JSON of ``columns`` and ``data``, as MLflow's own log_table writes it in 100 ms more."""
+        self._tracker._client.set_tag(self.run_id, TABLES, json.dumps([{"path": name, "type": "table"} for name in names]))
+
     def artifacts(self, folder: Path) -> None:
         """Everything below a folder, under the same names."""
         with told("keeping a run's artifacts"):
@@ -205,6 +277,39 @@ class Run:
         self.ended = status
         self.log({}, tags={STATUS: status, REASON: reason[:4000]})
         self._tracker._client.set_terminated(self.run_id, TERMINAL[status])
+
+
+def _stored(run: Any) -> Stored:
+    tags = run.data.tags
+    return Stored(
+        run_id=run.info.run_id,
+        name=run.info.run_name or run.info.run_id,
+        status=tags.get(STATUS, ""),
+        reason=tags.get(REASON, ""),
+        owner=tags.get(OWNER, ""),
+        heartbeat_s=float(tags.get(HEARTBEAT, 0)),
+        metrics=run.data.metrics,
+        fingerprint=tags.get(FINGERPRINT, ""),
+        params=run.data.params,
+        tags=tags,
+        start_s=run.info.start_time / 1000,
+        artifact_uri=run.info.artifact_uri or "",
+    )
+
+
+def newest() -> str | None:
+    """The experiment with the newest finished run of ours in MLflow's store; None where there is none."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    names = {one.experiment_id: one.name for one in client.search_experiments()}
+    found = client.search_runs(list(names), f"tags.`{STATUS}` = 'finished'", max_results=1, order_by=["attributes.start_time DESC"])
+    return names[found[0].info.experiment_id] if found else None
+
+
+def _path(uri: str) -> str:
+    """The path of a ``file:`` URI, or of a plain path."""
+    return url2pathname(urlparse(uri).path) if uri.startswith("file:") else uri
 
 
 def params_of(run: RunSpec, dataset: str) -> dict[str, object]:

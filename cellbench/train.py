@@ -61,7 +61,7 @@ class Learner:
 
     def __post_init__(self) -> None:
         self._loss = loss_of(self.run.loss)
-        self._optimiser = torch.optim.AdamW(self.model.parameters(), lr=self.run.lr, weight_decay=self.run.weight_decay)
+        self._optimiser = torch.optim.AdamW(self.model.groups(self.run), lr=self.run.lr, weight_decay=self.run.weight_decay)
         self._steps = math.ceil(self.num_views / self.run.batch_size)
         self._held: list[Batch] = []
         self._sum = torch.zeros(())
@@ -96,8 +96,9 @@ class Learner:
         return parts[0] if len(parts) == 1 else joined(parts)
 
     def _learn(self, batch: Batch) -> None:
+        rate = self.lr(self.epoch * self._steps + self._step)
         for group in self._optimiser.param_groups:
-            group["lr"] = self.lr(self.epoch * self._steps + self._step)
+            group["lr"] = rate * group["share"]
         self._optimiser.zero_grad(set_to_none=True)
         with self._autocast():
             logits = self.model(batch)
@@ -140,7 +141,7 @@ class Learner:
         value = row["val/dice"] if self.run.select == "val/dice" else -row["val/loss"]
         if value > self.best:
             self.best, self.best_epoch = value, self.epoch
-            self.best_weights = {name: x.detach().to("cpu", copy=True) for name, x in self.model.head.state_dict().items()}
+            self.best_weights = {name: x.detach().to("cpu", copy=True) for name, x in self.model.state_dict().items()}
         self.epoch += 1
         if not math.isfinite(row["train/loss"]):
             self.ended = f"failed: the training loss became {row['train/loss']} in epoch {self.epoch}; a smaller lr than {self.run.lr:g} may help"
@@ -157,7 +158,7 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """Everything that is needed to go on after this epoch as if nothing had happened: tensors, numbers and strings only."""
         return {
-            "head": self.model.head.state_dict(),
+            "model": self.model.state_dict(),
             "optimiser": self._optimiser.state_dict(),
             "progress": {name: getattr(self, name) for name in _PROGRESS},
             "best_weights": self.best_weights,
@@ -165,7 +166,7 @@ class Learner:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes back to where :meth:`state` was taken."""
-        self.model.head.load_state_dict(state["head"])
+        self.model.load_state_dict(state["model"])
         self._optimiser.load_state_dict(state["optimiser"])
         self.best_weights = state["best_weights"]
         for name in _PROGRESS:
@@ -173,7 +174,7 @@ class Learner:
 
     def load_best(self) -> None:
         """Puts the best epoch's weights into the model."""
-        self.model.head.load_state_dict(self.best_weights)
+        self.model.load_state_dict(self.best_weights)
 
     @property
     def _device(self) -> torch.device:

@@ -1,4 +1,4 @@
-"""What all tests share: a folder, a cache and an MLflow store of their own, two threads, the real data where it lies, a small drawn set."""
+"""What all tests share: a folder, a cache and an MLflow store of their own, one thread, the real data where it lies, a small drawn set."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = ("CELLBENCH_WEIGHTS", "CELLBENCH_MAX_PIXELS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
+MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
+SETTINGS = ("CELLBENCH_WEIGHTS", "CELLBENCH_MAX_PIXELS", *MLFLOW)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    """Small tensors on a shared machine: more threads cost more than they give."""
+def one_thread() -> None:
+    """Small tensors, and a machine that others use too: beside a busy process test_heads.py took 87 s with two threads, 17 s with one."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from worlds import FP32, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
 
 from cellbench.infer import score, tile_counts
+from cellbench.machine import Machine
+from cellbench.store import features_dir
 from cellbench.train import fit
 
 
@@ -44,19 +47,104 @@ def test_a_pruned_run_does_not_disturb_the_others(dataset):
     assert same(pruned[2], fitted(dataset, runs[2:])[0])
 
 
+DISK = {"memory_bytes": 0, "disk_bytes": 2**30, "key": "test", "backbone": "vit-tiny-random"}
+BF16 = Machine(device=torch.device("cpu"), precision=torch.bfloat16, memory_bytes=2**30)
+
+
+@pytest.mark.parametrize("machine", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("views", [1, 2])
-def test_kept_features_equal_streamed_ones(dataset, views):
+def test_kept_features_equal_streamed_ones(dataset, views, machine):
     runs = [run_of("fpn", views=views, epochs=4), run_of("detail", views=views, epochs=4)]
-    streamed, kept = fitted(dataset, runs, memory_bytes=0), fitted(dataset, runs)
-    assert all(same(a, b) for a, b in zip(streamed, kept, strict=True))
+    streamed, in_memory = fitted(dataset, runs, machine=machine, memory_bytes=0), fitted(dataset, runs, machine=machine)
+    on_disk, from_disk = fitted(dataset, runs, machine=machine, **DISK), fitted(dataset, runs, machine=machine, **DISK)
+    for learners in (in_memory, on_disk, from_disk):
+        assert all(same(a, b) for a, b in zip(streamed, learners, strict=True))
+
+
+def test_features_on_disk_serve_the_next_call_without_the_trunk(dataset):
+    runs = [run_of("fpn", views=2)]
+    first = fitted(dataset, runs, **DISK)
+    features = features_of(dataset, runs, **DISK)
+    features.trunk.maps = None  # would raise if it were asked
+    learners = learners_of(dataset, runs, features)
+    fit(learners, features)
+    assert same(first[0], learners[0])
+
+
+def test_damaged_features_are_computed_again(dataset):
+    runs = [run_of("fpn", views=1)]
+    first = fitted(dataset, runs, **DISK)
+    for file in features_dir().rglob("level-*.bin"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        file.write_bytes(data)
+    assert same(first[0], fitted(dataset, runs, **DISK)[0])
+
+
+@pytest.mark.parametrize("suffix", ["bin", "crc", "json"])
+def test_a_truncated_or_foreign_file_is_made_anew(dataset, suffix):
+    runs = [run_of("bilinear", views=1)]
+    first = fitted(dataset, runs, **DISK)
+    for file in features_dir().rglob(f"level-*.{suffix}"):
+        file.write_bytes(b"{}" if suffix == "json" else file.read_bytes()[:-8])
+    assert same(first[0], fitted(dataset, runs, **DISK)[0])
+
+
+def test_a_disk_that_fills_up_is_told_and_features_are_streamed(dataset, monkeypatch):
+    runs = [run_of("fpn", views=1)]
+    streamed = fitted(dataset, runs, memory_bytes=0)
+    said = []
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cellbench.store._reserve", full)
+    assert same(streamed[0], fitted(dataset, runs, **DISK, tell=said.append)[0])
+    assert any("No space left" in line for line in said)
+    assert not list(features_dir().rglob("*.bin*"))
+
+
+@pytest.mark.parametrize("unfreeze", [1, 3])
+def test_a_cut_trunk_gives_what_the_whole_backbone_gives(dataset, unfreeze):
+    whole, cut = run_of("fpn"), run_of("fpn", unfreeze=unfreeze)
+    models, batches = [], []
+    for run in (whole, cut):
+        features = features_of(dataset, [run])
+        models.append(learners_of(dataset, [run], features)[0].model.eval())
+        batches.append(next(iter(features.tiles("test")))[0])
+    with torch.no_grad():
+        assert torch.equal(models[0](batches[0]), models[1](batches[1]))
+
+
+def test_an_unfrozen_tail_learns_and_the_trunk_does_not(dataset):
+    run = run_of("bilinear", unfreeze=2)
+    features = features_of(dataset, [run])
+    learner = learners_of(dataset, [run], features)[0]
+    before = {name: x.clone() for name, x in learner.model.tail.state_dict().items()}
+    trunk = {name: x.clone() for name, x in features.trunk.backbone.state_dict().items()}
+    fit([learner], features)
+    assert all(not torch.equal(x, before[name]) for name, x in learner.model.tail.state_dict().items() if name.endswith("weight"))
+    assert all(torch.equal(x, trunk[name]) for name, x in features.trunk.backbone.state_dict().items())
+
+
+def test_unfrozen_runs_of_one_cohort_do_not_touch_each_other(dataset):
+    runs = [run_of("bilinear", unfreeze=2, epochs=2), run_of("fpn", unfreeze=2, epochs=2, layer_decay=0.5)]
+    together = fitted(dataset, runs)
+    assert all(same(a, fitted(dataset, [run])[0]) for a, run in zip(together, runs, strict=True))
+
+
+def test_deeper_blocks_learn_faster(dataset):
+    run = run_of("bilinear", unfreeze=3, lr=1e-2, tail_lr_scale=0.1, layer_decay=0.5)
+    shares = [group["share"] for group in learners_of(dataset, [run], features_of(dataset, [run]))[0].model.groups(run)]
+    assert shares == pytest.approx([1.0, 0.1, 0.1, 0.05, 0.025])
 
 
 def test_the_trunk_runs_once_a_view_however_many_runs_learn(dataset):
     runs = [run_of("bilinear"), run_of("fpn"), run_of("detail", batch_size=7)]
     features = features_of(dataset, runs)
     counts = []
-    inner = features.trunk.backbone.maps
-    features.trunk.backbone.maps = lambda x, indices: (counts.append(len(x)), inner(x, indices))[1]
+    inner = features.trunk.maps
+    features.trunk.maps = lambda pixels: (counts.append(len(pixels)), inner(pixels))[1]
     fit(learners_of(dataset, runs, features), features)
     val_tiles = sum(len(features.grid("val", i)) for i in range(len(dataset.val)))
     assert sum(counts) == 3 * features.plan.num_views + val_tiles
@@ -66,8 +154,8 @@ def test_repeated_views_pass_the_trunk_once_in_a_whole_training(dataset):
     runs = [run_of(views=1, epochs=4)]
     features = features_of(dataset, runs)
     counts = []
-    inner = features.trunk.backbone.maps
-    features.trunk.backbone.maps = lambda x, indices: (counts.append(len(x)), inner(x, indices))[1]
+    inner = features.trunk.maps
+    features.trunk.maps = lambda pixels: (counts.append(len(pixels)), inner(pixels))[1]
     fit(learners_of(dataset, runs, features), features)
     val_tiles = sum(len(features.grid("val", i)) for i in range(len(dataset.val)))
     assert sum(counts) == features.plan.num_views + val_tiles

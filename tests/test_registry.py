@@ -1,4 +1,4 @@
-"""Cards are facts that are all read and all buildable; a wrong one is refused by its file's name; a user's folder lies over the shipped one."""
+"""Cards are all read and name code that is there; a wrong one is refused by its file's name; a user's folder lies over the shipped one."""
 
 from __future__ import annotations
 

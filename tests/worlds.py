@@ -11,7 +11,7 @@ from cellbench.backbones.catalog import open_backbone
 from cellbench.data.dataset import Dataset
 from cellbench.data.folders import open_dataset
 from cellbench.data.pixels import Pixels
-from cellbench.features import Features, Trunk
+from cellbench.features import Features, Keeping, Trunk
 from cellbench.machine import Machine
 from cellbench.model import model, num_levels
 from cellbench.plan import Plan
@@ -57,9 +57,10 @@ def features_of(dataset: Dataset, runs: list[RunSpec], machine: Machine = FP32, 
     """The stream of a cohort."""
     first = runs[0]
     backbone = open_backbone(REGISTRY.backbone(first.backbone)) if first.backbone else None
-    trunk = Trunk(backbone, machine, [n for run in runs if (n := num_levels(run, REGISTRY))])
+    trunk = Trunk(backbone, machine, [n for run in runs if (n := num_levels(run, REGISTRY))], first.unfreeze)
     pixels = {split: Pixels(dataset, split, 2**28) for split in ("train", "val", "test")}
-    return Features(trunk, Plan(pixels["train"].sizes_px, first), pixels, settings.pop("memory_bytes", machine.memory_bytes), **settings)
+    keeping = Keeping(**{"memory_bytes": machine.memory_bytes, **settings})
+    return Features(trunk, Plan(pixels["train"].sizes_px, first), pixels, keeping)
 
 
 def learners_of(dataset: Dataset, runs: list[RunSpec], features: Features, most: dict[int, int] | None = None) -> list[Learner]:
@@ -85,5 +86,5 @@ def fitted(dataset: Dataset, runs: list[RunSpec], most: dict[int, int] | None = 
 
 def same(a: Learner, b: Learner) -> bool:
     """Whether two learners have the same history and weights, to the last bit."""
-    weights_a, weights_b = a.model.head.state_dict(), b.model.head.state_dict()
+    weights_a, weights_b = a.model.state_dict(), b.model.state_dict()
     return a.history == b.history and all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)

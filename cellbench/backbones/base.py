@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cellbench.errors import CellbenchError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
@@ -45,6 +47,19 @@ class Backbone(nn.Module):
     def forward(self, pixels_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
         """The maps of tiles whose pixels are in 0..1, row 0 of a map at the tile's top, column 0 at its left."""
         return self.maps((pixels_BCHW - self.mean) / self.std, indices)
+
+    @torch.inference_mode()
+    def until(self, pixels_BCHW: Tensor, indices: tuple[int, ...], num_blocks: int) -> tuple[list[Tensor], Tensor]:
+        """The maps at levels before block ``num_blocks``, and all tokens (B, N, D) as they enter it, for runs that train the rest."""
+        return self.begin((pixels_BCHW - self.mean) / self.std, indices, num_blocks)
+
+    def begin(self, x_BCHW: Tensor, indices: tuple[int, ...], num_blocks: int) -> tuple[list[Tensor], Tensor]:
+        """What ``until`` gives, from normalised tiles; for backbones that can be cut between two blocks."""
+        raise CellbenchError(f"{type(self).__name__} cannot be cut between two blocks. Set unfreeze = 0, or take a plain transformer.")
+
+    def tail(self, num_blocks: int) -> nn.Module:
+        """A trainable copy of the last ``num_blocks`` blocks and the final norm: ``(tokens (B, N, D), indices, (h, w)) -> maps``."""
+        raise CellbenchError(f"{type(self).__name__} cannot be cut between two blocks. Set unfreeze = 0, or take a plain transformer.")
 
     def train(self, mode: bool = True) -> Backbone:
         """Frozen means eval, dropout and drop-path included: ``mode`` is ignored."""

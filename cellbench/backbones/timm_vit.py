@@ -7,6 +7,7 @@ to the tile's grid in each pass, once (timm's bicubic, antialiased); at the nati
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -50,6 +51,55 @@ class TimmViT(Backbone):
         )
         found = dict(zip(wanted, maps, strict=True))
         return [found[index] for index in indices]
+
+
+    def begin(self, x_BCHW: Tensor, indices: tuple[int, ...], num_blocks: int) -> tuple[list[Tensor], Tensor]:
+        """See ``Backbone.until``. Block by block as timm's own forward runs them, so that the cut changes no number."""
+        self._must_cut()
+        net, (height, width) = self.net, x_BCHW.shape[-2:]
+        x_BND = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(x_BCHW))))
+        found = {}
+        for index, block in enumerate(net.blocks[:num_blocks]):
+            x_BND = block(x_BND)
+            if index in indices:
+                found[index] = as_map(net.norm(x_BND), net.num_prefix_tokens, (height // self.levels[0].stride_px, width // self.levels[0].stride_px))
+        return [found[index] for index in indices], x_BND
+
+    def tail(self, num_blocks: int) -> Tail:
+        """See ``Backbone.tail``."""
+        self._must_cut()
+        if num_blocks >= len(self.levels):
+            raise CellbenchError(f"unfreeze = {num_blocks}: the backbone has {len(self.levels)} blocks, and at least the first must stay frozen.")
+        return Tail(self.net, num_blocks)
+
+    def _must_cut(self) -> None:
+        # Networks with rotary positions pass them to every block; a tail would need them too.
+        if not isinstance(self.net, timm.models.VisionTransformer):
+            raise CellbenchError(f"a {type(self.net).__name__} cannot be cut between two blocks. Set unfreeze = 0 for this backbone.")
+
+
+class Tail(nn.Module):
+    """The last blocks of a transformer and its final norm, copied, to be trained by one run."""
+
+    def __init__(self, net: nn.Module, num_blocks: int) -> None:
+        super().__init__()
+        self._first, self._prefix = len(net.blocks) - num_blocks, net.num_prefix_tokens
+        self.blocks = copy.deepcopy(net.blocks[self._first :]).requires_grad_(True)
+        self.norm = copy.deepcopy(net.norm).requires_grad_(True)
+
+    def forward(self, x_BND: Tensor, indices: tuple[int, ...], places: tuple[int, int]) -> list[Tensor]:
+        """The maps (B, D, h, w) at these levels, counted from the backbone's first block; ``places`` is (h, w)."""
+        found = {}
+        for index, block in enumerate(self.blocks, self._first):
+            x_BND = block(x_BND)
+            if index in indices:
+                found[index] = as_map(self.norm(x_BND), self._prefix, places)
+        return [found[index] for index in indices]
+
+
+def as_map(x_BND: Tensor, num_prefix: int, places: tuple[int, int]) -> Tensor:
+    """Tokens (B, N, D) without their first ``num_prefix`` as a map (B, D, h, w), channels-last."""
+    return x_BND[:, num_prefix:].unflatten(1, places).permute(0, 3, 1, 2)
 
 
 def timm_vit(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbone:

@@ -28,6 +28,8 @@ class Sample:
     mask: Path
     size_px: tuple[int, int] = (0, 0)
     """Height, width."""
+    digest: str = ""
+    """Of the image file's content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ def proven(dataset: Dataset) -> Dataset:
                         f"{sample.mask}: the mask is {mask_size[1]} x {mask_size[0]} px, its image {sample.image.name} {size[1]} x {size[0]}. "
                         "Masks must have their image's size: replace the mask, or move the pair out of the folder."
                     )
-                checked.append(replace(sample, size_px=(size[0], size[1])))
+                checked.append(replace(sample, size_px=(size[0], size[1]), digest=str(image_hash)))
                 lines.append([split, sample.name, image_hash, mask_hash])
             parts[split] = tuple(checked)
     facts = json.dumps([dataset.classes, dataset.values, sorted(lines)])

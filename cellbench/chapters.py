@@ -1,0 +1,295 @@
+"""The chapters of a report: from evidence to sentences, tables and pictures.
+
+``cellbench.report`` writes them; ``cellbench.page`` knows how a page looks.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from cellbench import figures, figures_many, leaderboard, page
+from cellbench.evidence import MEASURES, Evidence, TestSet
+from cellbench.leaderboard import Row, short
+from cellbench.ranking import critical_difference, marginal, p_words
+from cellbench.stats import Difference, Scores
+from cellbench.track import Tracker
+
+MOST_RANKED = 20
+"""Models in a critical-difference diagram; more are not readable, and the best ones are what is asked about."""
+MOST_LINES = 200
+"""Lines of a table in the page; the CSV has them all."""
+Draw = Callable[..., str]
+
+
+@dataclass(kw_only=True)
+class Report:
+    """A page of HTML; tables by name, headings and lines; pictures by name, PNG; the verdict, one sentence an item."""
+
+    html: str = ""
+    tables: dict[str, tuple[Sequence[str], list[list[str]]]] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    verdict: list[str] = field(default_factory=list)
+
+
+def build(evidence: Evidence, trackers: Sequence[Tracker], known: dict[str, Any]) -> Report:
+    """The report of what was collected. ``known``: what :func:`cellbench.report.about` recorded; empty for runs of unknown origin."""
+    report = Report()
+    sections: list[tuple[str, str]] = []
+    many = len(evidence.sets) > 1
+    if many:
+        sections.append(("Different test images", page.paragraphs(_apart(evidence))))
+    for k, here in enumerate(evidence.sets):
+        prefix = f"set{k + 1}-" if k else ""
+        label = f" ({here.dataset}, {here.digest[:8]})" if many else ""
+        sections += [(heading + label, body) for heading, body in _about_set(here, trackers, report, prefix)]
+    sections.append(("Runs without a result", _without(evidence)))
+    sections.append(("What the measures mean", page.paragraphs(_meaning(evidence))))
+    sections.append(("How it was made", _made(evidence, known)))
+    num_models = sum(len(here.models) for here in evidence.sets)
+    subtitle = f"{evidence.num_runs} finished runs, {num_models} models, {_images(evidence)}; made {time.strftime('%Y-%m-%d %H:%M')}"
+    report.verdict = leaderboard.words(evidence.sets[0]) + leaderboard.more_words(evidence.sets[0])
+    lead = page.paragraphs([known["question"]]) if known.get("question") else ""
+    lead += page.paragraphs(report.verdict, "verdict") + _data(evidence, known)
+    report.html = page.page(evidence.experiment, subtitle, sections, lead)
+    return report
+
+
+def _images(evidence: Evidence) -> str:
+    num = len(evidence.sets[0].images)
+    return f"{num} test image{'s' * (num != 1)}" + (f" and {len(evidence.sets) - 1} other sets" if len(evidence.sets) > 1 else "")
+
+
+def _apart(evidence: Evidence) -> list[str]:
+    out = [
+        "The runs were tested on different images. Scores are paired within one set only; across sets no difference is computed or tested."
+    ]
+    for here in evidence.sets:
+        num = sum(len(model.runs) for model in here.models)
+        out.append(f"{here.dataset}, data {here.digest}: {len(here.images)} test images, {num} runs, best {here.best.name}.")
+    return out
+
+
+def _about_set(here: TestSet, trackers: Sequence[Tracker], report: Report, prefix: str) -> list[tuple[str, str]]:
+    table = leaderboard.rows(here)
+    lines = leaderboard.lines(here)
+    differences = leaderboard.differences(here)
+
+    def draw(name: str, figure: Figure, caption: str = "") -> str:
+        report.pictures[prefix + name] = data = figures.png(figure)
+        return page.picture(data, name, caption)
+
+    cells = [leaderboard.cells(row) for row in table]
+    report.tables[f"{prefix}leaderboard"] = (leaderboard.HEADINGS, cells)
+    board = page.table(leaderboard.HEADINGS, cells[:MOST_LINES]) + _more(len(cells))
+    board += draw("leaderboard", figures_many.scoreboard(lines))
+    if len(lines[0].measures) > 1:
+        board += draw("measures", figures_many.measures(lines))
+    board += draw("images", figures_many.distributions([m.name for m in here.models], [m.scores().per_image for m in here.models]))
+    board += _heat(here, draw)
+    return [
+        ("Leaderboard", board),
+        ("Are the differences real?", _statistics(here, differences, report, prefix, draw)),
+        ("Cost", _cost(table, lines, report, prefix, draw)),
+        ("The best model, image by image", _best(here, trackers)),
+    ]
+
+
+def _more(num: int) -> str:
+    return page.paragraphs([f"{num - MOST_LINES} more lines are in the CSV file."]) if num > MOST_LINES else ""
+
+
+def _heat(here: TestSet, draw: Draw) -> str:
+    plain = [model for model in here.models if model.plain and not model.baseline]
+    rows, columns = (list(dict.fromkeys(getattr(model, name) for model in plain)) for name in ("backbone", "head"))
+    if len(rows) < 2 or len(columns) < 2:
+        return ""
+    rows = rows[: figures_many.MOST]
+    values = np.full((len(rows), len(columns)), np.nan)
+    for model in plain:
+        if model.backbone in rows:
+            values[rows.index(model.backbone), columns.index(model.head)] = model.scores().mean
+    return draw("heatmap", figures_many.heatmap(rows, columns, values))
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------------------------
+
+DIFFERENCE_HEADINGS = ("model", "minus", "difference", "95 %", "p (Holm)", "effect", "better on", "verdict")
+
+
+def _statistics(here: TestSet, differences: list[Difference], report: Report, prefix: str, draw: Draw) -> str:
+    if not differences:
+        return ""
+    best = differences[0].b
+    lines = [
+        [
+            d.a,
+            d.b,
+            f"{d.interval.mean:+.4f}",
+            f"{d.interval.low:+.4f} to {d.interval.high:+.4f}"
+            if d.interval.low is not None and d.interval.high is not None
+            else d.interval.note,
+            p_words(d.p_adjusted).removeprefix("p = ").removeprefix("p "),
+            f"{d.effect:+.2f}",
+            f"{d.wins} of {d.num_images}",
+            "cannot tell" if d.better is None else "better" if d.better == d.a else "worse",
+        ]
+        for d in sorted(differences, key=lambda d: -d.interval.mean)
+    ]
+    report.tables[f"{prefix}differences"] = (DIFFERENCE_HEADINGS, lines)
+    out = draw("differences", figures_many.forest(differences, best))
+    out += page.table(DIFFERENCE_HEADINGS, lines[:MOST_LINES]) + _more(len(lines))
+    ranked = here.models[:MOST_RANKED]
+    if len(ranked) > 2:
+        only = f" of the {MOST_RANKED} best models" if len(here.models) > MOST_RANKED else ""
+        out += _ranked(f"Mean ranks{only}", [model.scores() for model in ranked], "ranks", draw)
+    plain = [model for model in here.models if model.plain and not model.baseline]
+    scores = [model.scores() for model in plain]
+    for one, other in (("backbone", "head"), ("head", "backbone")):
+        own = [getattr(model, one) for model in plain]
+        if 1 < len(set(own)) <= MOST_RANKED and len(plain) > 2:
+            averaged = marginal(scores, own, over=[getattr(model, other) for model in plain])
+            if len(averaged) > 1:
+                out += _ranked(f"{one.capitalize()}s, {'; '.join(averaged[0].notes)}", averaged, f"ranks-{one}s", draw)
+    return out
+
+
+def _ranked(title: str, models: list[Scores], name: str, draw: Draw) -> str:
+    ranking = critical_difference(models)
+    picture = draw(name, figures_many.critical(ranking)) if len(models) > 2 else ""
+    notes = [f"{note[:1].upper()}{note[1:]}." for note in ranking.notes if note not in models[0].notes]
+    test = f"{ranking.test}'s test: {p_words(ranking.p)}." if ranking.p is not None else ""
+    means = ", ".join(f"{m.model} {m.mean:.4f}" for m in sorted(models, key=lambda m: -m.mean)) if not picture else ""
+    return (
+        f"<h3>{page.escape(title)}</h3>"
+        + page.paragraphs([means + "."] if means else [])
+        + picture
+        + page.paragraphs([" ".join([test, *notes])])
+    )
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------------------------
+
+COST_HEADINGS = ("model", "backbone parameters", "trained parameters", "training s", "images/s", "peak MiB", "Dice/image")
+
+
+def _cost(table: list[Row], lines: list[figures_many.Line], report: Report, prefix: str, draw: Draw) -> str:
+    cells = [
+        [
+            row.model, short(row.backbone_params), short(row.head_params), f"{row.train_s:.1f}", f"{row.images_per_s:.2f}", f"{row.peak_mib:.0f}",
+            f"{row.image_dice:.4f}",
+        ]
+        for row in table
+    ]  # fmt: skip
+    report.tables[f"{prefix}cost"] = (COST_HEADINGS, cells)
+    costs = {
+        "training, s (trunk and head)": [row.train_s for row in table],
+        "prediction, s an image": [1 / row.images_per_s if row.images_per_s else 0.0 for row in table],
+    }
+    notes = [
+        "Training seconds hold the backbone's pass, which runs of one cohort share: each is charged all of it. Peak memory is the whole "
+        "process's up to that run, so later runs never show less."
+    ]
+    return (
+        draw("cost", figures_many.pareto(lines, costs))
+        + page.table(COST_HEADINGS, cells[:MOST_LINES])
+        + _more(len(cells))
+        + page.paragraphs(notes)
+    )
+
+
+def _best(here: TestSet, trackers: Sequence[Tracker]) -> str:
+    """Pictures that the best model's first run left, and its worst images by name."""
+    model = here.best
+    run = model.runs[0]
+    out = f"<h3>{page.escape(f'{model.name}, seed {run.seed}')}</h3>"
+    for name, photo in (("scores", False), ("curves", False), ("worst", True), ("median", True), ("best", True)):
+        data = next((found for tracker in trackers if (found := tracker.artifact(run.stored, f"figures/{name}.png"))), None)
+        if data is not None:
+            out += page.picture(data, name, photo=photo)
+    scores = model.scores()
+    per_image = scores.per_image
+    order = np.argsort(per_image, kind="stable")[:10]
+    names = [name for name in ("dice", *MEASURES) if model.has(name)]
+    names = list(dict.fromkeys(names))
+    means = {name: model.scores(name).per_image for name in names}
+    rivals = np.array([one.scores().per_image for one in here.models])
+    headings = ("worst images", *(MEASURES[name] for name in names), "mean of all models")
+    lines = [[here.images[k], *(f"{means[name][k]:.4f}" for name in names), f"{rivals[:, k].mean():.4f}"] for k in order.tolist()]
+    return out + page.table(headings, lines)
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _data(evidence: Evidence, known: dict[str, Any]) -> str:
+    data = known.get("dataset", {})
+    first = evidence.sets[0]
+    images = ", ".join(f"{num} {split}" for split, num in data.get("images", {}).items()) or f"{len(first.images)} test"
+    return page.facts(
+        [
+            ("data", f"{first.dataset}: {images} images"),
+            ("classes", ", ".join(first.models[0].runs[0].told.get("classes", []))),
+            ("digest", ", ".join(here.digest for here in evidence.sets)),
+            ("read from", data.get("root", "")),
+            ("notes", " ".join(data.get("notes", []))),
+        ]
+    )
+
+
+def _without(evidence: Evidence) -> str:
+    lines = [
+        [name, kind, reason] for kind, runs in (("skipped", evidence.skipped), ("failed", evidence.failed)) for name, reason in runs.items()
+    ]
+    return page.table(("run", "what", "because"), lines[:MOST_LINES], text=(2,)) + _more(len(lines)) + page.paragraphs(evidence.left_out)
+
+
+def _meaning(evidence: Evidence) -> list[str]:
+    told_by = evidence.sets[0].models[0].runs[0].told
+    out = [
+        "Dice is pooled over all pixels of all test images; Dice/image is the mean of each image's own Dice, and what intervals and tests are "
+        "about. Intervals are 95 % BCa bootstrap intervals over images. Differences are paired by image: Wilcoxon's signed-rank test, "
+        "Holm-corrected over the pairs shown, with the bootstrap interval of the mean difference; both must agree for a verdict. The effect "
+        "is the rank-biserial correlation, from -1 to 1. Seeds are averaged per image first: they are repeats, not images.",
+    ]
+    if "nsd" in told_by:
+        numbered = any(told_by.get("cells_numbered", []))
+        cells = "the mask's own numbers" if numbered else "connected regions (neighbours beside, not diagonal)"
+        area = min(told_by["min_area_px"])
+        out.append(
+            f"NSD: the share of both outlines' pixels within {told_by['tolerance_px']:g} px of the other outline. Single cells are {cells} of at "
+            f"least {area} px; two match where they share more than half of their union. AP50 is TP / (TP + FP + FN) at that threshold, PQ "
+            "panoptic quality."
+        )
+    return out
+
+
+def _made(evidence: Evidence, known: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())
+    runs = [run.stored for here in evidence.sets for model in here.models for run in model.runs]
+    tags = max(runs, key=lambda run: run.start_s).tags
+    machines = sorted({run.tags.get("cellbench.machine", "") for run in runs} - {""})
+    out = page.facts(
+        [
+            ("command", known.get("command", "not recorded")),
+            ("machine", known.get("machine", "") or ", ".join(machines)),
+            ("versions", versions or "not recorded"),
+            ("code", tags.get("mlflow.source.git.commit", "")),
+            ("page made by", shlex.join(["cellbench", *sys.argv[1:]])),
+        ]
+    )
+    out += page.code(known.get("experiment", ""))
+    lines = [
+        [m.name, str(run.seed), run.stored.run_id, run.stored.fingerprint]
+        for here in evidence.sets
+        for m in here.models
+        for run in m.runs
+    ]  # fmt: skip
+    return out + page.table(("model", "seed", "MLflow run", "fingerprint"), lines[:MOST_LINES]) + _more(len(lines))

@@ -1,0 +1,127 @@
+"""What every backbone must keep; each contract takes a card and its ``small`` backbone.
+
+Letters: B tiles, D features, h x w places of a map, H x W pixels of a tile.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from cellbench.backbones.base import Backbone
+from cellbench.backbones.catalog import shallow
+from cellbench.contracts.base import close
+from cellbench.registry import BackboneCard, load
+
+
+def small(card: BackboneCard) -> Backbone:
+    """The card's backbone with random weights and at most two blocks (one where they are wide), frozen."""
+    return load(card)(shallow(card, 2 if card.dim <= 768 else 1), None).freeze()
+
+
+def _pixels(backbone: Backbone, rows: int, columns: int, batch: int = 1, unit_px: int = 8) -> Tensor:
+    """Grey tiles with a little noise; sides in units of the least multiple of what the backbone takes that has ``unit_px``."""
+    unit = -(-unit_px // backbone.tile_multiple_px) * backbone.tile_multiple_px
+    return 0.4 + 0.2 * torch.rand(batch, 3, rows * unit, columns * unit, generator=torch.Generator().manual_seed(1))
+
+
+def _indices(backbone: Backbone) -> tuple[int, ...]:
+    return tuple(level.index for level in backbone.levels)
+
+
+def agrees_with_card(card: BackboneCard, backbone: Backbone) -> str:
+    """Parameters, depth, width and stride are those on the card; levels go from shallow to deep, numbered from 0."""
+    if shallow(card) is not card:  # the whole depth, on a device that holds no values
+        with torch.device("meta"):
+            backbone = load(card)(card, None)
+    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+    last = backbone.levels[-1]
+    if abs(card.params_m - millions) > max(0.01 * millions, 0.001):
+        return f"params_m = {card.params_m:g} on the card, the network has {millions:.4g}"
+    if _indices(backbone) != tuple(range(card.depth)):
+        return f"depth = {card.depth} on the card, the levels have the numbers {list(_indices(backbone))}"
+    if (last.dim, last.stride_px) != (card.dim, card.patch_px):
+        return f"dim = {card.dim} and patch_px = {card.patch_px} on the card, the last level has {last.dim} and {last.stride_px}"
+    return ""
+
+
+def shape(card: BackboneCard, backbone: Backbone) -> str:
+    """Maps (B, D, h, w), float32, finite, in the order asked for, of tiles of any multiple of ``tile_multiple_px``, square or not."""
+    for rows, columns in ((1, 1), (1, 5), (4, 6), (7, 3)):
+        x = _pixels(backbone, rows, columns, batch=2, unit_px=1)
+        levels = backbone.levels[::-1]
+        maps = backbone(x, tuple(level.index for level in levels))
+        if len(maps) != len(levels):
+            return f"{len(levels)} levels were asked for, {len(maps)} maps came"
+        for level, found in zip(levels, maps, strict=True):
+            expected = (2, level.dim, x.shape[2] // level.stride_px, x.shape[3] // level.stride_px)
+            if found.shape != expected or found.dtype != torch.float32:
+                return f"tiles {tuple(x.shape)} give at level {level.index} {tuple(found.shape)} {found.dtype}, not {expected} float32"
+            if not found.isfinite().all():
+                return f"level {level.index} holds values that are not finite"
+            if rows > 1 and not found.std() > 0:
+                return f"level {level.index} holds one value only"
+        if not close(maps[-1], backbone(x, (levels[-1].index,))[0]):
+            return f"level {levels[-1].index} differs when it is asked for alone"
+    return ""
+
+
+def grid_order(card: BackboneCard, backbone: Backbone) -> str:
+    """A bright square in a corner lights that corner of every map: rows go down, columns to the right."""
+    x = _pixels(backbone, 4, 6)
+    side = x.shape[2] // 4
+    for down, right in ((False, True), (True, False)):  # these two corners tell rows from columns and each end from the other
+        lit = x.clone()
+        lit[:, :, -side if down else 0 :, -side if right else 0 :][:, :, :side, :side] = 1.0
+        for level, before, after in zip(backbone.levels, backbone(x, _indices(backbone)), backbone(lit, _indices(backbone)), strict=True):
+            change = (after - before).square().sum(1)[0]
+            h, w = change.shape
+            row, column = divmod(int(change.argmax()), w)
+            if not ((row >= h * 3 / 4) if down else (row < h / 4)) or not ((column >= w * 5 / 6) if right else (column < w / 6)):
+                corner = "bottom left" if down else "top right"
+                return f"a square lit at the {corner} changes level {level.index} most at row {row} of {h}, column {column} of {w}"
+    return ""
+
+
+def batch_independence(card: BackboneCard, backbone: Backbone) -> str:
+    """A tile gives the same maps alone and in a batch."""
+    x = _pixels(backbone, 4, 6, batch=3)
+    for level, many, one in zip(backbone.levels, backbone(x, _indices(backbone)), backbone(x[1:2], _indices(backbone)), strict=True):
+        if not close(many[1:2], one):
+            return f"level {level.index} of a tile differs by up to {(many[1:2] - one).abs().max():.2g} with the others of its batch"
+    return ""
+
+
+def frozen(card: BackboneCard, backbone: Backbone) -> str:
+    """No parameter asks for a gradient, no map carries one, and ``train()`` leaves every module in eval mode."""
+    backbone.train()
+    if training := [name or "the backbone" for name, module in backbone.named_modules() if module.training]:
+        return f"train() puts {len(training)} modules into training mode, first {training[0]}"
+    if learning := [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]:
+        return f"{len(learning)} parameters ask for a gradient after freeze(), first {learning[0]}"
+    if backbone(_pixels(backbone, 4, 6).requires_grad_(), (0,))[0].requires_grad:
+        return "its maps carry a gradient"
+    return ""
+
+
+def repeatable(card: BackboneCard, backbone: Backbone) -> str:
+    """What needs no weights is the same each time: its card alone stands for it in the fingerprints of runs."""
+    if card.weights != "none":
+        return ""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        again = small(card).state_dict()
+    other = [name for name, value in backbone.state_dict().items() if not torch.equal(value, again[name])]
+    return f"{', '.join(other[:4])}: drawn anew at each building; draw within torch.random.fork_rng from a fixed seed" if other else ""
+
+
+BACKBONE = MappingProxyType({
+    "agrees with its card": agrees_with_card,
+    "shape": shape,
+    "grid order": grid_order,
+    "batch independence": batch_independence,
+    "frozen": frozen,
+    "repeatable": repeatable,
+})  # fmt: skip

@@ -1,0 +1,258 @@
+"""``doctor``: which backbones can be had here and now, and does one of them do what its card says.
+
+The table asks nobody: it looks into the weights folder, among earlier downloads and into the hub's cache. The self-test loads what lies
+here and runs it. Neither downloads anything, and only the self-test and the contracts import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cellbench.backbones.checkpoint import check_whole
+from cellbench.backbones.weights import _in_hub_cache, _suffix, folder_file, locate, weights_folder
+from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown
+from cellbench.files import Remembered, cache_dir, hash_of, make_folder, sha256
+from cellbench.registry import BackboneCard, HeadCard, Registry
+
+if TYPE_CHECKING:
+    from cellbench.machine import Machine
+
+UNASKED_BYTES = 128 * 2**20
+"""Files up to this size are hashed for the table without being asked: half a second each on a slow disk, once."""
+
+
+def doctor(
+    names: Sequence[str] = (),
+    *,
+    weights: Path | None = None,
+    extra: Path | None = None,
+    device: str = "auto",
+    cache: Path | None = None,
+    deep: bool = False,
+    contracts: bool = False,
+) -> int:
+    """``cellbench doctor``: the table, the self-test of the backbones named, or the contracts. Exit code 0, or 1 where something is wrong.
+
+    Raises CellbenchError for a name that no card has, and WeightsUnavailable, with the remedy, for weights that are not here.
+    """
+    if cache is not None:
+        os.environ["CELLBENCH_CACHE"] = str(make_folder(cache.absolute()))
+    registry = Registry(extra)
+    if contracts:
+        return _contracts(_parts(registry, names, extra))
+    if not names:
+        return _table(registry, weights_folder(weights), deep)
+    return _self_tests([registry.backbone(name) for name in names], weights, device)
+
+
+# --- the table ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the table. ``problem`` is what is wrong with the file or the card, with the remedy; empty: nothing."""
+
+    name: str
+    here: str
+    mib: str = ""
+    hash: str = ""
+    license: str = ""
+    where: str = ""
+    problem: str = ""
+
+
+# In the order of the table: what can be used at once stands first. Behind each word, what to do or what it means.
+HERE = {
+    "needs nothing": "",
+    "in the folder": "",
+    "downloaded": "",
+    "in the hub cache": "",
+    "would download": "at its first use, from the place named; nothing is downloaded for this table.",
+    "gated": "accept the licence at the page named and log in (hf auth login), or put the file into a --weights folder.",
+    "broken": "see below.",
+}
+HASH = {
+    "recorded": "the card states no sha256; the file's own was kept at its first use, and another will be refused.",
+    "not read": "a large file, read and compared at its first use, or now with --deep.",
+    "unknown": "the card states no sha256; what comes first will be recorded.",
+}
+
+
+def row(card: BackboneCard, folder: Path | None, deep: bool = False) -> Row:
+    """What can be said about a card without a network. A large file's hash is compared only where it is known already, or for ``deep``."""
+    license = card.license.split(" (")[0] + (" ?" if "(" in card.license else "")
+    size = f"~{card.params_m * 4e6 / 2**20:,.0f}" if card.params_m else ""
+    if card.weights == "none":
+        return Row(name=card.id, here="needs nothing", license=license)
+    found = _file(card, folder)
+    if found is None:
+        try:
+            locate(card, folder, download=False)
+        except WeightsUnavailable:
+            hash = "on the card" if card.sha256 else "unknown"
+            page = (card.page or card.weights).removeprefix("https://").replace("huggingface.co/", "hf.co/", 1)
+            return Row(name=card.id, here="gated" if card.gated else "would download", mib=size, hash=hash, license=license, where=page)
+        except CellbenchError as error:
+            return Row(name=card.id, here="broken", license=license, problem=one_line(error))
+    here, path = found
+    facts = {"name": card.id, "mib": f"{path.stat().st_size / 2**20:,.0f}", "license": license, "where": _short(path)}
+    try:
+        check_whole(path)
+    except WeightsUnavailable as error:
+        return Row(**facts, here="broken", hash="", problem=f"{card.id}: {one_line(error)}")
+    path = path.resolve()  # as it is hashed: in the hub's cache the name is a link
+    with Remembered("hashes", hash_of) as hashes:
+        if not deep and path.stat().st_size > UNASKED_BYTES and not hashes.knows(path):
+            return Row(**facts, here=here, hash="not read")
+    try:
+        locate(card, folder, download=False)
+    except CellbenchError as error:
+        return Row(**facts, here="broken", hash="WRONG", problem=one_line(error))
+    return Row(**facts, here=here, hash="as on card" if card.sha256 and sha256(path) == card.sha256 else "recorded")
+
+
+def _file(card: BackboneCard, folder: Path | None) -> tuple[str, Path] | None:
+    """Where ``locate`` would find the card's file on this machine; unchecked."""
+    if own := folder_file(card, folder):
+        return "in the folder", own
+    address = hashlib.sha256(card.weights.encode()).hexdigest()[:8]
+    landed = cache_dir() / "weights" / f"{card.id}-{address}{_suffix(card)}"
+    if card.weights.startswith("http") and landed.is_file():
+        return "downloaded", landed
+    return next((("in the hub cache", path) for path, _, _ in _in_hub_cache(card)), None)
+
+
+def _short(path: Path) -> str:
+    home = f"{Path.home()}/"
+    return "~/" + str(path).removeprefix(home) if str(path).startswith(home) and home != "//" else str(path)
+
+
+def _table(registry: Registry, folder: Path | None, deep: bool) -> int:
+    rows = []
+    for name in registry.names("backbones"):
+        try:
+            rows.append(row(registry.backbone(name), folder, deep))
+        except CellbenchError as error:  # a card that cannot be read is a line of the table, not its end
+            rows.append(Row(name=name, here="broken", problem=one_line(error)))
+    order = list(HERE)
+    rows.sort(key=lambda it: (order.index(it.here), it.name))
+    print("\n".join(_lines(rows)))
+    counts = [f"{here} {num}" for here in order if (num := sum(it.here == here for it in rows))]
+    print(f"\n{len(rows)} backbones: {', '.join(counts)}.")
+    for words, used in ((HERE, {it.here for it in rows}), (HASH, {it.hash for it in rows})):
+        for word, meaning in words.items():
+            if word in used and meaning:
+                print(f"{word}: {meaning}")
+    if any(it.here == "gated" for it in rows):
+        from huggingface_hub import get_token
+
+        print(f"hub: {'a log-in is stored here' if get_token() else 'nobody is logged in here'}.")
+    if os.environ.get("HF_HUB_OFFLINE"):
+        print("hub: HF_HUB_OFFLINE is set, so nothing is downloaded from it.")
+    if any(it.license.endswith("?") for it in rows):
+        print("?: a licence in doubt; the card says why: `show backbones/NAME`.")
+    problems = [it.problem for it in rows if it.problem]
+    for problem in problems:
+        print(f"\n{problem}")
+    return 1 if problems else 0
+
+
+def _lines(rows: list[Row]) -> Iterator[str]:
+    """The table in the terminal's width. Only the last two columns are cut to fit; pages where a licence is accepted never are."""
+    head = Row(name="backbone", here="here and now", mib="MiB", hash="hash", license="licence", where="file, or page to get it from")
+    lines = [(it.name, it.here, it.mib, it.hash, _cut(it.license, 20)) for it in (head, *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    room = max(24, shutil.get_terminal_size((120, 24)).columns - sum(widths) - 2 * 5)
+    last = head
+    for line, it in zip(lines, (head, *rows), strict=True):
+        if last is not head and it.here != last.here:
+            yield ""
+        last = it
+        parts = [text.rjust(width) if i == 2 else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths, strict=True))]
+        yield "  ".join([*parts, it.where if it.here == "gated" else _cut(it.where, room, 12)]).rstrip()
+
+
+def _cut(text: str, room: int, begin: int | None = None) -> str:
+    """The text in at most ``room`` letters; with ``begin``, so many of its first letters, and then its end, which tells most of a path."""
+    if len(text) <= room:
+        return text
+    begin = room - 1 if begin is None else begin
+    return f"{text[:begin]}…{text[len(text) - (room - 1 - begin) :]}"
+
+
+# --- the self-test ------------------------------------------------------------------------------------------------------------------
+
+
+def _self_tests(cards: list[BackboneCard], weights: Path | None, device: str) -> int:
+    from cellbench.machine import machine
+
+    here = machine(device)
+    errors: list[CellbenchError] = []
+    wrong = 0
+    for card in cards:
+        try:
+            wrong += _self_test(card, weights, here)
+        except CellbenchError as error:
+            errors.append(error)
+            if len(cards) > 1:
+                print(f"{card.id}: cannot be tested. {one_line(error).removeprefix(f'{card.id}: ')}\n")
+    if errors:
+        raise errors[0] if len(cards) == 1 else CellbenchError(f"{len(errors)} of {len(cards)} backbones cannot be tested, as told above.")
+    return 1 if wrong else 0
+
+
+def _self_test(card: BackboneCard, weights: Path | None, here: Machine) -> int:
+    """Prints what one backbone is and does here; gives the number of checks that failed."""
+    from cellbench.contracts import probe
+
+    path = None if card.weights == "none" else locate(card, weights, download=False)
+    report = probe.examine(card, weights, here)
+    print(f"{card.id} on {here.name}")
+    if path is not None:
+        stated = "the one on the card" if card.sha256 and sha256(path) == card.sha256 else "recorded, the card states none"
+        print(f"  weights     {path}, {path.stat().st_size / 2**20:,.0f} MiB; its sha256 is {stated}")
+    for check in report.checks:
+        print(f"  {check.name:<11} {check.told}{'' if check.holds is None else '; ok' if check.holds else '; WRONG'}")
+    print(f"  speed       {report.tiles_per_s:,.1f} tiles/s of {report.tile_px} px in batches of {report.batch}, last level only")
+    if report.peak_mib is not None:
+        print(f"  memory      {report.peak_mib:,.0f} MiB more than before, at the peak of loading and running")
+    print(f"  loading     {report.load_s:.2f} s\n")
+    return sum(check.holds is False for check in report.checks)
+
+
+# --- the contracts ------------------------------------------------------------------------------------------------------------------
+
+
+def _parts(registry: Registry, names: Sequence[str], extra: Path | None) -> list[BackboneCard | HeadCard]:
+    """The backbones and heads named; none named: those of the user's folder, or, without one, all."""
+    known = [(kind, name) for kind in ("backbones", "heads") for name in registry.names(kind)]
+    for name in names:
+        if name not in {each for _, each in known}:
+            raise unknown("backbone or head", name, {each for _, each in known})
+    cards = [registry.card(kind, name) for kind, name in known if not names or name in names]
+    if names or extra is None:
+        return cards
+    own = [card for card in cards if Path(card.path).is_relative_to(extra)]
+    if not own:
+        raise CellbenchError(f"--registry {extra}: holds no backbone and no head. Put cards into backbones/ or heads/ there.")
+    return own
+
+
+def _contracts(cards: list[BackboneCard | HeadCard]) -> int:
+    from cellbench.contracts import verdicts
+
+    start, num, broken = time.monotonic(), 0, 0
+    for card in cards:
+        for verdict in verdicts(card):
+            print(f"{'FAIL' if verdict.reason else 'ok  '}  {verdict.card}  {verdict.contract}", end="", flush=True)
+            print(f": {verdict.reason}" if verdict.reason else "", flush=True)
+            num, broken = num + 1, broken + bool(verdict.reason)
+    print(f"\n{len(cards)} cards, {num} contracts, {broken or 'none'} broken, {time.monotonic() - start:.0f} s")
+    return 1 if broken else 0

@@ -1,0 +1,172 @@
+"""``report``: what an experiment found, in one HTML file, and its tables as Markdown, CSV and LaTeX.
+
+Everything is read back from MLflow: a report can be made again at any time, from any process. What is not recorded is not invented, so
+runs of older versions have shorter reports.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import platform
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cellbench import leaderboard
+from cellbench.chapters import Report, build
+from cellbench.data.dataset import Dataset
+from cellbench.errors import CellbenchError
+from cellbench.evidence import Evidence, collect
+from cellbench.files import make_folder, told
+from cellbench.track import Run, Tracker, newest
+
+ABOUT = "about.json"
+"""On the parent run: what was asked, of which data, by which command, with which versions."""
+
+
+def about(text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
+    """What the grid knows and no run does. ``text``: the experiment file, whose first comment line is the question."""
+    comments = [line.lstrip("# ").rstrip() for line in text.lstrip().splitlines() if line.startswith("#")]
+    names = ("cellbench", "torch", "torchvision", "timm", "segmentation-models-pytorch", "mlflow", "numpy", "scipy", "scikit-image")
+    return {
+        "question": comments[0] if comments else "",
+        "comments": comments[1:],
+        "experiment": text,
+        "command": shlex.join(["cellbench", *sys.argv[1:]]),
+        "machine": machine,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+        "dataset": {
+            "name": dataset.name,
+            "digest": dataset.digest,
+            "root": str(dataset.root),
+            "classes": list(dataset.classes),
+            "images": {split: len(dataset.samples(split)) for split in ("train", "val", "test")},
+            "notes": list(dataset.notes),
+        },
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write(report: Report, folder: Path) -> Path:
+    """Everything into a folder, made if need be; returns the page's path. Raises CellbenchError where that is not permitted."""
+    make_folder(folder / "figures")
+    with told(f"writing the report to {folder}"):
+        for name, (headings, lines) in report.tables.items():
+            out = io.StringIO()
+            csv.writer(out, lineterminator="\n").writerows([headings, *lines])
+            (folder / f"{name}.csv").write_text(out.getvalue(), encoding="utf-8")
+            (folder / f"{name}.md").write_text(leaderboard.markdown(headings, lines) + "\n", encoding="utf-8")
+            (folder / f"{name}.tex").write_text(latex(headings, lines), encoding="utf-8")
+        for name, data in report.pictures.items():
+            (folder / "figures" / f"{name}.png").write_bytes(data)
+        (folder / "report.html").write_text(report.html, encoding="utf-8")
+    return folder / "report.html"
+
+
+def _known(evidence: Evidence, trackers: Sequence[Tracker]) -> dict[str, Any]:
+    for parent in evidence.parents:
+        for tracker in trackers:
+            data = tracker.artifact(parent, ABOUT)
+            if data is not None:
+                try:
+                    return json.loads(data)
+                except ValueError:
+                    continue
+    return {}
+
+
+def latex(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table for a paper; needs ``\\usepackage{booktabs}``."""
+    marks = {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "·": r"$\cdot$",
+        "×": r"$\times$",
+    }
+    marks |= {one: f"\\{one}" for one in "&%$#_{}"}
+
+    def row(cells: Sequence[str]) -> str:
+        return " & ".join("".join(marks.get(c, c) for c in cell) for cell in cells) + r" \\"
+
+    columns = "l" + "r" * (len(headings) - 1)
+    inner = "\n".join(row(line) for line in lines)
+    return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{row(headings)}\n\\midrule\n{inner}\n\\bottomrule\n\\end{{tabular}}\n"
+
+
+def place(name: str) -> Path:
+    """Where a report goes when nobody says: ``reports/<experiment>``, for names with slashes or emoji too."""
+    slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80]
+    if not slug:
+        slug = "experiment"
+    return Path("reports") / slug
+
+
+def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> int:
+    """``cellbench report``: the report of one experiment, or of several taken together; of the newest where none is named."""
+    if not names:
+        latest = newest()
+        if latest is None:
+            raise CellbenchError("no experiment of MLflow's store here has a finished run. `cellbench grid` makes some.")
+        names = [latest]
+    trackers = [Tracker(name, make=False) for name in dict.fromkeys(names)]
+    evidence = collect(trackers)
+    made = build(evidence, trackers, _known(evidence, trackers))
+    path = write(made, out or place(evidence.experiment))
+    for sentence in (*made.verdict, *evidence.left_out):
+        say(sentence)
+    if len(trackers) == 1 and evidence.parents:
+        trackers[0].attach(evidence.parents[0], path.parent)
+    say(f"{path}: {evidence.num_runs} runs; tables and pictures beside it.")
+    return 0
+
+
+def conclude(
+    tracker: Tracker,
+    top: Run,
+    only: Collection[str],
+    known: dict[str, Any],
+    skipped: Mapping[str, str],
+    failed: Mapping[str, str],
+    say: Callable[[str], None],
+) -> None:
+    """The end of a grid or search: the leaderboard in the terminal, and the report on the parent run ``top``. ``only``: ids of its runs."""
+    if not only:
+        say("no run is finished, so there is nothing to compare.")
+        return
+    evidence = collect([tracker], only=only)
+    here = evidence.sets[0]
+    table = leaderboard.rows(here)
+    with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
+        folder = Path(name)
+        made = build(evidence, [tracker], known)
+        write(made, folder)
+        record = {"leaderboard": leaderboard.as_json(table), "verdict": made.verdict, "skipped": dict(skipped), "failed": dict(failed)}
+        (folder / "leaderboard.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (folder / ABOUT).write_text(json.dumps(known, indent=1), encoding="utf-8")
+        top.artifacts(folder)
+    say("")
+    say(leaderboard.text(table))
+    say("")
+    for sentence in made.verdict:
+        say(sentence)
+    board = leaderboard.markdown(leaderboard.HEADINGS, [leaderboard.cells(row) for row in table])
+    lost = "".join(f"\n- skipped: {name}: {reason}" for name, reason in skipped.items())
+    picture = f"![leaderboard]({top.address('figures/leaderboard.png')})"
+    note = "\n\n".join([known.get("question", ""), *made.verdict, board, picture, "*Artifacts*: `report.html` has it all."]) + lost
+    top.describe(note[:7900])
+    tracker.describe("\n\n".join([f"**{known.get('question', '')}**", *made.verdict, board])[:7900])

@@ -1,0 +1,202 @@
+"""The command line answers at once where nothing is computed; a mistake costs one line and exit code 2, and nothing is written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cellbench.registry import KINDS, Registry, shipped
+from cellbench.run import main
+
+HEAVY = ("torch", "mlflow", "numpy", "scipy", "matplotlib", "timm", "huggingface_hub", "PIL", "skimage", "optuna")
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr of a command that ends with exit code 2; nothing on stdout, nothing written."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith("cellbench: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert os.listdir() == []
+    assert not Path(os.environ["CELLBENCH_CACHE"]).exists()
+    return err
+
+
+def answered(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+@pytest.mark.parametrize("arguments", ["['list']", "['list', 'heads']", "['show', 'backbones/uni']", "['show', 'quickstart']", "['-h']"])
+def test_list_show_and_help_import_nothing_heavy(arguments: str) -> None:
+    code = f"""
+import sys
+from cellbench.run import main
+try:
+    main({arguments})
+except SystemExit as stop:
+    assert not stop.code
+print(*sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == ""
+    assert len(done.stdout) > 100
+
+
+def test_list_names_every_card_and_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = answered(capsys, "list").splitlines()
+    listed = {line.split()[0] for line in lines if line.startswith("  ")}
+    for kind in KINDS:
+        assert f"{kind}:" in lines
+        assert set(Registry().names(kind)) <= listed
+    assert "quickstart" in listed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_list_of_a_kind_is_that_kind_alone_with_a_sentence_each(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = answered(capsys, "list", kind).splitlines()
+    assert lines[0] == f"{kind}:"
+    assert [line.split()[0] for line in lines[1:]] == Registry().names(kind)
+    assert all(len(line.split()) > 3 for line in lines[1:])
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in Registry().names(kind)])
+def test_show_gives_each_card_as_it_lies_on_disk(kind: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    card = Registry().card(kind, name)
+    shown = answered(capsys, "show", f"{kind}/{name}")
+    assert shown.startswith(card.path)
+    assert Path(card.path).read_text(encoding="utf-8").rstrip() in shown
+
+
+def test_show_takes_a_plain_name_and_counts_an_experiments_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert answered(capsys, "show", "uni") == answered(capsys, "show", "backbones/uni")
+    tree = tomllib.loads((shipped("experiments") / "quickstart.toml").read_text(encoding="utf-8"))
+    backbones, heads, seeds = (len(tree["grid"][key]) for key in ("backbone", "head", "seed"))
+    assert seeds == 1  # so that trained and untrained baselines count alike
+    num_runs, num_cohorts = backbones * heads + len(tree["baselines"]), backbones + len(tree["baselines"])
+    assert f"{num_runs} runs in {num_cohorts} cohorts." in answered(capsys, "show", "experiments/quickstart")
+
+
+def test_a_users_registry_is_listed_and_shown(capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    own = tmp_path_factory.mktemp("own")
+    (own / "heads").mkdir()
+    (own / "heads" / "mine.toml").write_text('# My head, which is best\nbuilder = "mine.py:Mine"\n')
+    assert "mine             My head, which is best" in answered(capsys, "list", "heads", "--registry", str(own))
+    assert "My head, which is best" in answered(capsys, "show", "mine", "--registry", str(own))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["list", "heds"], ["'heds'", "'heads'"]),
+        (["show", "heads/fpm"], ["'fpm'", "Did you mean 'fpn'?"]),
+        (["show", "head/fpn"], ["'head'", "Did you mean 'heads'?"]),
+        (["show", "dinoblom-s"], ["'dinoblom-s'", "Did you mean 'dinobloom-s'?"]),
+        (["show", "experiments/quikstart"], ["'quikstart'", "Did you mean 'quickstart'?"]),
+        (["grid", "quikstart"], ["'quikstart'", "Did you mean 'quickstart'?"]),
+        (["grid", "experiments/missing.toml"], ["'experiments/missing.toml'"]),
+        (["list", "--registry", "missing"], ["--registry missing", "no such folder"]),
+        (["gird"], ["'gird'", "'grid'"]),
+        (["grid", "--lmit", "3"], ["--lmit"]),
+        (["grid", "--limit", "many"], ["--limit", "'many'"]),
+        ([], ["COMMAND"]),
+    ],
+    ids=" ".join,
+)
+def test_a_misspelt_name_is_told_with_the_nearest_known(arguments: list[str], says: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, *arguments)
+    assert [part for part in says if part not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("run.epohcs=3", ["'epohcs'", "Did you mean 'epochs'?"]),
+        ("rnu.epochs=3", ["'rnu'", "Did you mean 'run'?"]),
+        ("run.epochs=0", ["epochs = 0", "greater than or equal to 1"]),
+        ("run.epochs=three", ["epochs = 'three'"]),
+        ("run.epochs=", ["epochs = ''"]),
+        ("run.lr=5", ["lr = 5", "less than or equal to 1"]),
+        ("run.loss=0.5 cee", ["'cee'", "Did you mean 'ce'?"]),
+        ("run.tile_px=100000", ["tile_px = 100000", "4096"]),
+        ("data.limit=0", ["data.limit = 0", "greater than or equal to 1"]),
+        ('grid.head=["bilinaer"]', ["no head called 'bilinaer'", "Did you mean 'bilinear'?"]),
+        ('grid.backbone=["filter-bnak"]', ["no backbone called 'filter-bnak'", "Did you mean 'filter-bank'?"]),
+        ("grid.head=fpn", ["grid.head = 'fpn'"]),
+        ("grid.seed=[]", ["[grid] seed is an empty list"]),
+        ('baselines=["otsi"]', ["no baseline called 'otsi'", "Did you mean 'otsu'?"]),
+        ("dataset=smear", ["no dataset called 'smear'", "Did you mean 'smears'?"]),
+        ("head.fpn.widht=3", ["[head.fpn]", "'widht'", "Did you mean 'width'?"]),
+        ("head.fpn.width=wide", ["[head.fpn] width = 'wide'", "whole number"]),
+        ("head.fnp.width=3", ["no head called 'fnp'", "Did you mean 'fpn'?"]),
+        ("baseline.unte.width=3", ["no baseline called 'unte'", "Did you mean 'unet'?"]),
+        ("run.epochs", ["--set run.epochs", "KEY=VALUE"]),
+        ("=3", ["--set =3", "KEY=VALUE"]),
+        ("run..epochs=3", ["--set run..epochs=3", "KEY=VALUE"]),
+        ("run.epochs.more=3", ["'epochs' is not a table"]),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it_before_any_image_is_drawn(
+    change: str, says: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capsys, "grid", "quickstart", "--set", change)
+    assert [part for part in says if part not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("grid = [", "cannot be read as an experiment"),
+        ('dataset = "smears"', "'experiment' is missing"),
+        ('experiment = "e"', "'dataset' is missing"),
+    ],
+)
+def test_a_wrong_file_is_named(text: str, says: str, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("own") / "mine.toml"
+    path.write_text(text)
+    line = refused(capsys, "grid", str(path))
+    assert str(path) in line
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data", "missing"], "--data missing: there is no such folder"),
+        (["--weights", "missing"], "--weights missing: there is no such folder"),
+        (["--limit", "0"], "data.limit = 0"),
+        (["bccd"], "Give --data DIR"),
+    ],
+)
+def test_a_place_that_is_not_there_is_named(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in refused(capsys, "grid", *arguments)
+
+
+def test_the_module_and_its_exit_code_work_from_the_shell() -> None:
+    done = subprocess.run([sys.executable, "-m", "cellbench.run", "show", "nothing-like-it"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("cellbench: no card called 'nothing-like-it'.")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,146 @@
+"""Scores agree with smp's counts and the published table, pooled and per image are two numbers, an empty mask has a stated score."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cellbench.metrics import MEASURES, cell_classes, confusion, image_scores, named, scores
+
+SMP = {"dice": "f1_score", "iou": "iou_score", "precision": "precision", "recall": "recall", "accuracy": "accuracy"}
+
+
+def maps(num_classes: int, num: int = 4, height: int = 13, width: int = 17) -> tuple[np.ndarray, np.ndarray]:
+    """Truth and prediction (N, H, W) uint8 that agree in part; every class occurs in every image of both."""
+    rng = np.random.default_rng(num_classes)
+    truth = rng.integers(0, num_classes, (num, height, width), dtype=np.uint8)
+    prediction = np.where(rng.random(truth.shape) < 0.6, truth, rng.integers(0, num_classes, truth.shape)).astype(np.uint8)
+    return truth, prediction
+
+
+def matrices(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+    return np.stack([confusion(t, p, num_classes) for t, p in zip(truth, prediction, strict=True)])
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 5])
+def test_scores_of_each_image_and_class_are_those_of_smp(num_classes: int) -> None:
+    from segmentation_models_pytorch import metrics as smp
+
+    truth, prediction = maps(num_classes)
+    stats = smp.get_stats(torch.from_numpy(prediction).long(), torch.from_numpy(truth).long(), mode="multiclass", num_classes=num_classes)
+    ours = scores(matrices(truth, prediction, num_classes))
+    for name, theirs in SMP.items():
+        expected = getattr(smp, theirs)(*stats, reduction="none").numpy()
+        np.testing.assert_allclose(getattr(ours, name), expected, rtol=1e-6, err_msg=name)
+
+
+def test_pooled_scores_are_smp_scores_of_summed_counts_and_not_the_mean_over_images() -> None:
+    from segmentation_models_pytorch import metrics as smp
+
+    truth, prediction = maps(2)
+    truth[0, :, 3:] = 0  # images of unequal cell area: pooled and per-image means part
+    stats = smp.get_stats(torch.from_numpy(prediction).long(), torch.from_numpy(truth).long(), mode="multiclass", num_classes=2)
+    counts = matrices(truth, prediction, 2)
+    pooled = named("test", counts, ("background", "cell"))
+    for name, theirs in SMP.items():
+        summed = getattr(smp, theirs)(*(s.sum(0, keepdim=True) for s in stats), reduction="none")[0]
+        assert pooled[f"test/{name}"] == pytest.approx(float(summed[1]), rel=1e-6)
+        assert pooled[f"test_background/{name}"] == pytest.approx(float(summed[0]), rel=1e-6)
+        assert pooled[f"test_mean/{name}"] == pytest.approx(float(summed.mean()), rel=1e-6)
+    assert abs(pooled["test/dice"] - image_scores(counts)["dice"].mean()) > 0.01
+
+
+def test_the_published_table_follows_from_three_of_its_numbers() -> None:
+    """seed.md: precision, recall and accuracy of the cell class fix the counts, and the counts the other six numbers of its tables."""
+    precision, recall, accuracy, pixels = 0.9396, 0.9680, 0.9709, 159 * 1600 * 1200
+    wrong = (1 - accuracy) * pixels
+    hit = wrong / (1 / precision - 1 + 1 / recall - 1)
+    extra, missed = hit * (1 / precision - 1), hit * (1 / recall - 1)
+    counts = np.array([[[pixels - hit - wrong, extra], [missed, hit]]])
+    published = {
+        "test/iou": 0.9112, "test/dice": 0.9536, "test/precision": 0.9396, "test/recall": 0.9680, "test/accuracy": 0.9709,
+        "test_background/iou": 0.9584, "test_background/dice": 0.9788, "test_mean/iou": 0.9348, "test_mean/dice": 0.9662,
+    }  # fmt: skip
+    ours = named("test", counts, ("background", "cell"))
+    assert {name: ours[name] for name in published} == pytest.approx(published, abs=2e-4)
+
+
+def test_dice_follows_from_iou() -> None:
+    truth, prediction = maps(3)
+    ours = scores(matrices(truth, prediction, 3))
+    np.testing.assert_allclose(ours.dice, 2 * ours.iou / (1 + ours.iou))
+
+
+def test_rows_are_truth_and_columns_prediction() -> None:
+    counts = confusion(np.array([[1, 1, 0]], np.uint8), np.array([[0, 1, 0]], np.uint8), 2)
+    assert counts.tolist() == [[1, 0], [1, 1]]
+    ours = scores(counts)
+    assert (ours.recall[1], ours.precision[1]) == (0.5, 1.0)
+
+
+def test_counts_of_parts_add_up_to_those_of_the_whole() -> None:
+    truth, prediction = maps(3)
+    np.testing.assert_array_equal(matrices(truth, prediction, 3).sum(0), confusion(truth, prediction, 3))
+
+
+def test_many_classes_do_not_overflow_the_bytes_they_come_in() -> None:
+    truth = np.full((3, 3), 199, np.uint8)
+    counts = confusion(truth, truth, 200)
+    assert counts[199, 199] == counts.sum() == 9
+
+
+@pytest.mark.parametrize(
+    ("truth", "prediction", "dice", "accuracy"),
+    [
+        ([0, 0, 0, 0], [0, 0, 0, 0], 1.0, 1.0),  # nothing there, nothing found: right
+        ([0, 0, 0, 0], [0, 0, 0, 1], 0.0, 0.75),  # a false find in an empty image
+        ([0, 0, 0, 1], [0, 0, 0, 0], 0.0, 0.75),  # all missed
+        ([1, 1, 1, 1], [1, 1, 1, 1], 1.0, 1.0),  # no background at all
+    ],
+)
+def test_an_empty_mask_scores_one_where_nothing_was_found_and_zero_where_something_was(truth, prediction, dice, accuracy) -> None:
+    counts = confusion(np.array([truth], np.uint8), np.array([prediction], np.uint8), 2)
+    ours = image_scores(counts[None])
+    assert {name: ours[name].tolist() for name in MEASURES} == {
+        "dice": [dice], "iou": [dice], "precision": [dice], "recall": [dice], "accuracy": [accuracy],
+    }  # fmt: skip
+    if truth == prediction:
+        assert all(value == 1 for value in named("x", counts[None], ("background", "cell")).values())
+
+
+def test_a_correctly_empty_image_lifts_the_mean_over_images_and_leaves_the_pooled_score() -> None:
+    """The worked example of facts/libraries.md: {empty and right, 1.0, 0.667} is 0.889 per image, 0.857 pooled, 0.556 by smp's default."""
+    counts = np.array([[[9, 0], [0, 0]], [[7, 0], [0, 2]], [[6, 1], [0, 1]]])
+    assert image_scores(counts)["dice"].mean() == pytest.approx(0.889, abs=1e-3)
+    assert named("test", counts, ("background", "cell"))["test/dice"] == pytest.approx(0.857, abs=1e-3)
+
+
+def test_without_any_pixel_every_score_is_one() -> None:
+    assert {float(value) for name in MEASURES for value in getattr(scores(np.zeros((2, 2))), name)} == {1.0}
+
+
+def test_with_several_cell_classes_the_cell_score_is_their_mean_without_the_background() -> None:
+    truth, prediction = maps(3)
+    counts = matrices(truth, prediction, 3)
+    ours = named("test", counts, ("background", "red", "white"))
+    assert ours["test/dice"] == pytest.approx((ours["test_red/dice"] + ours["test_white/dice"]) / 2)
+    assert ours["test_mean/dice"] == pytest.approx((ours["test_background/dice"] + 2 * ours["test/dice"]) / 3)
+    np.testing.assert_allclose(image_scores(counts)["dice"], scores(counts).dice[:, cell_classes(3)].mean(1))
+
+
+def test_names_are_those_of_the_contract() -> None:
+    two = named("test", np.ones((1, 2, 2)), ("background", "cell"))
+    three = named("val", np.ones((1, 3, 3)), ("background", "red", "white"))
+    assert set(two) == {f"{group}/{m}" for group in ("test", "test_background", "test_mean") for m in MEASURES}
+    assert set(three) == {f"{group}/{m}" for group in ("val", "val_background", "val_red", "val_white", "val_mean") for m in MEASURES}
+
+
+@pytest.mark.parametrize(
+    ("truth", "prediction", "says"),
+    [(np.zeros((2, 3), int), np.zeros((3, 2), int), "truth is"), (np.full((1, 1), 2), np.zeros((1, 1), int), "not below 2"),
+     (np.zeros((1, 1), int), np.full((1, 1), 2), "not below 2"), (np.full((1, 1), -1), np.zeros((1, 1), int), "negative")],
+)  # fmt: skip
+def test_maps_that_do_not_fit_are_refused(truth: np.ndarray, prediction: np.ndarray, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        confusion(truth, prediction, 2)

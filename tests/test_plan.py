@@ -1,0 +1,130 @@
+"""Which tiles are seen when follows from sizes, sampling and the data seed alone, not from a run's own seed or what was asked before."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cellbench.plan import UNTOUCHED, Plan, View
+from cellbench.spec import STREAM_FIELDS, RunSpec
+
+SIZES = ((120, 160), (64, 64), (30, 200), (300, 65))
+
+
+def plan(sizes: tuple[tuple[int, int], ...] = SIZES, **settings) -> Plan:
+    return Plan(sizes, RunSpec(**{"backbone": "uni", "head": "fpn", "tile_px": 64, "crops_per_image": 6, **settings}))
+
+
+def test_the_data_seed_decides_the_views_and_the_order() -> None:
+    assert plan().views(3) == plan().views(3)
+    assert plan().views(3) != plan(data_seed=1).views(3)
+    assert plan().order(3).tolist() == plan().order(3).tolist()
+    assert plan().order(3).tolist() != plan(data_seed=1).order(3).tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"seed": 5}, {"head": "bilinear"}, {"epochs": 99}, {"lr": 0.5}, {"batch_size": 1}, {"loss": "ce"}, {"options": {"width": 3}}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_what_is_a_runs_own_has_no_say(settings: dict) -> None:
+    assert not set(settings) & set(STREAM_FIELDS)
+    assert plan(**settings).views(2) == plan().views(2)
+    assert plan(**settings).order(2).tolist() == plan().order(2).tolist()
+
+
+def test_an_image_is_seen_alike_whichever_images_come_after_it() -> None:
+    assert plan(SIZES[:2]).views(1) == [view for view in plan().views(1) if view.image < 2]
+
+
+def test_asking_twice_or_in_another_order_changes_nothing() -> None:
+    one = plan()
+    late = one.views(5)
+    one.views(0), one.order(5)
+    assert one.views(5) == late
+
+
+def test_epochs_differ_in_views_and_order() -> None:
+    views = [tuple(plan().views(plan().cycle(epoch))) for epoch in range(6)]
+    orders = [tuple(plan().order(epoch)) for epoch in range(6)]
+    assert len(set(views)) == len(set(orders)) == 6
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_views_repeat_every_so_many_epochs_in_a_new_order(num: int) -> None:
+    one = plan(views=num)
+    assert one.repeats
+    assert [one.cycle(epoch) for epoch in range(7)] == [epoch % num for epoch in range(7)]
+    assert one.order(0).tolist() != one.order(num).tolist()
+    assert len({tuple(one.views(cycle)) for cycle in range(num)}) == num
+
+
+def test_without_a_number_views_never_repeat() -> None:
+    assert not plan().repeats
+    assert [plan().cycle(epoch) for epoch in (0, 7, 9999)] == [0, 7, 9999]
+
+
+@pytest.mark.parametrize("sampling", ["crops", "tiles"])
+def test_the_order_visits_every_view_once(sampling: str) -> None:
+    one = plan(sampling=sampling)
+    assert one.num_views == len(one.views(0))
+    assert sorted(one.order(4).tolist()) == list(range(one.num_views))
+
+
+def test_crops_lie_inside_their_image_wherever_it_is_large_enough() -> None:
+    for view in plan(crops_per_image=200).views(0):
+        height, width = SIZES[view.image]
+        assert 0 <= view.y <= max(height - 64, 0)
+        assert 0 <= view.x <= max(width - 64, 0)
+
+
+def test_crops_reach_every_place_alike() -> None:
+    """70 places a side, 2000 draws: every edge is met, and no quarter is preferred by more than chance."""
+    views = plan(((133, 133),), crops_per_image=2000).views(0)
+    for places in ([view.y for view in views], [view.x for view in views]):
+        assert {min(places), max(places)} == {0, 69}
+        quarters = np.bincount(np.array(places) * 4 // 70, minlength=4)
+        assert np.abs(quarters - 500).max() < 5 * np.sqrt(2000 * 0.25 * 0.75)
+
+
+def test_each_image_gives_its_number_of_crops() -> None:
+    assert np.bincount([view.image for view in plan().views(0)]).tolist() == [6, 6, 6, 6]
+
+
+def test_tiles_cover_every_pixel_of_every_image_every_epoch() -> None:
+    for cycle in (0, 1):
+        covered = [np.zeros(size, bool) for size in SIZES]
+        for view in plan(sampling="tiles").views(cycle):
+            covered[view.image][view.y : view.y + 64, view.x : view.x + 64] = True
+        assert all(image.all() for image in covered)
+
+
+def test_all_turns_occur_with_flips_and_rotations_and_none_without() -> None:
+    def turns(**settings) -> set[int]:
+        return {view.turn for view in plan(crops_per_image=100, **settings).views(0)}
+
+    assert turns() == set(range(8))
+    assert turns(flips=False) == {0, 1, 2, 3}
+    assert turns(rotations=False) == {0, 4}
+    assert turns(flips=False, rotations=False) == {0}
+
+
+def test_colours_stay_within_their_reach_and_fill_it() -> None:
+    reach = {"brightness": 0.3, "contrast": 0.2, "saturation": 0.1, "hue": 0.05}
+    colours = np.array([view.colour for view in plan(crops_per_image=250, **reach).views(0)])
+    away = np.abs(colours - UNTOUCHED)
+    assert (away <= list(reach.values())).all()
+    assert (away.max(0) > 0.95 * np.array(list(reach.values()))).all()
+    assert np.abs((colours - UNTOUCHED).mean(0) / list(reach.values())).max() < 0.1  # as often darker as brighter
+
+
+def test_without_reach_colours_are_untouched() -> None:
+    views = plan(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0).views(0)
+    assert {view.colour for view in views} == {UNTOUCHED}
+
+
+def test_a_view_holds_plain_numbers() -> None:
+    """numpy's would not survive a JSON fingerprint, and compare by float32 luck."""
+    view: View = plan().views(0)[0]
+    assert {type(value) for value in (view.image, view.y, view.x, view.turn)} == {int}
+    assert {type(value) for value in view.colour} == {float}
