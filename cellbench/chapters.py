@@ -88,7 +88,9 @@ def _about_set(here: TestSet, trackers: Sequence[Tracker], report: Report, prefi
 
     cells = [leaderboard.cells(row) for row in table]
     report.tables[f"{prefix}leaderboard"] = (leaderboard.HEADINGS, cells)
-    board = page.table(leaderboard.HEADINGS, cells[:MOST_LINES]) + _more(len(cells))
+    # Cost has a table of its own: these columns fit a page.
+    shown = len(leaderboard.HEADINGS) - 3
+    board = page.table(leaderboard.HEADINGS[:shown], [line[:shown] for line in cells[:MOST_LINES]]) + _more(len(cells))
     board += draw("leaderboard", figures_many.scoreboard(lines))
     if len(lines[0].measures) > 1:
         board += draw("measures", figures_many.measures(lines))

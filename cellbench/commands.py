@@ -14,7 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cellbench.data.dataset import Dataset
+from cellbench import moved
+from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.folders import open_dataset
 from cellbench.errors import CellbenchError, unknown
 from cellbench.estimate import cost, duration
@@ -150,6 +151,8 @@ def grid(
     if dry_run:
         keeping = Keeping(memory_bytes=here.memory_bytes * 2 // 3, disk_bytes=disk, prefer_disk=prefer_disk, key="estimate")
         return _dry(jobs, registry, dataset, here, weights, keeping)
+    for line in moved.heal():
+        say(line)
     tracker = Tracker(experiment.experiment)
     key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), dataset.digest], sort_keys=True).encode()).hexdigest()[:16]
     with parent(tracker, f"grid: {Path(file).stem}", key) as top:
@@ -168,7 +171,8 @@ def grid(
         outcome = runner.everything(jobs)
         ids = {logged.run_id for logged in outcome.finished.values()}
         known = about(experiment_path(file).read_text(encoding="utf-8"), dataset, here.name)
-        conclude(tracker, top, ids, known, outcome.skipped, outcome.failed, say)
+        splits = {split: [sample.name for sample in dataset.samples(split)] for split in SPLITS}
+        conclude(tracker, top, ids, known, splits, outcome.skipped, outcome.failed, say)
         if outcome.skipped or outcome.failed or outcome.busy:
             say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} with another process.")
         say(f"everything is in MLflow: `cellbench ui` or `mlflow ui` here, experiment '{experiment.experiment}'; its parent run has report.html.")

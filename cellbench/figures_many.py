@@ -6,6 +6,7 @@ with a head is blue, a baseline grey and hatched; shapes and fills repeat what c
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from cellbench.figures import PALETTE, STYLE
 from cellbench.ranking import Ranking, p_words
@@ -73,13 +74,14 @@ def measures(lines: Sequence[Line]) -> Figure:
             for y, line in enumerate(lines):
                 one = line.measures[name]
                 axes.plot([_low(one), _high(one)], [y, y], color="0.45", linewidth=1.4, zorder=1)
-                axes.plot(one.mean, y, "s" if line.baseline else "o", color=GREY if line.baseline else BLUE, markersize=5.5, zorder=2)
+                axes.plot(one.mean, y, "s" if line.baseline else "o", color=GREY if line.baseline else BLUE, markersize=4.5, zorder=2)
             best = max(line.measures[name].mean for line in lines)
             axes.axvline(best, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
             axes.set_title(name, fontsize=9)
             axes.grid(axis="y", color="0.92", linewidth=0.6)
             axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.margins(x=0.12)
+            axes.tick_params(axis="y", length=0)
         _models(panels[0][0], lines)
         figure.supxlabel(f"mean over images with 95 % interval; dotted: the best; squares: baselines{left_out}", fontsize=8, color="0.35")
     return figure
@@ -158,13 +160,18 @@ def critical(ranking: Ranking, measure: str = "Dice") -> Figure:
     names, ranks = list(ranking.models), list(ranking.ranks)
     half = -(-len(names) // 2)
     cliques = [(ranks[names.index(c[0])], ranks[names.index(c[-1])]) for c in ranking.cliques]
+    bars: list[list[tuple[float, float]]] = []  # rows of bars that do not meet
+    for clique in cliques:
+        row = next((row for row in bars if row[-1][1] < clique[0] - 0.02 * len(names)), None)
+        bars.append([clique]) if row is None else row.append(clique)
     apart = ranking.critical_difference
-    line, first = 0.28, 0.45 + 0.2 * len(cliques)  # inches
+    low, high = 1, len(names)
+    line, first = 0.24, 0.3 + 0.16 * len(bars)  # inches
+    above, below = 0.75, 0.4
     with plt.rc_context(STYLE):
-        height = 0.95 + first + line * half
+        height = above + first + line * half + below
         figure, axes = plt.subplots(figsize=(8, height))
-        figure.subplots_adjust(left=0.3, right=0.7, top=1 - 0.62 / height, bottom=0.12 / height)
-        low, high = 1, len(names)
+        figure.subplots_adjust(left=0.3, right=0.7, top=1 - above / height, bottom=below / height)
         axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         axes.set_ylim(first + line * half, 0)
         axes.xaxis.tick_top()
@@ -172,29 +179,35 @@ def critical(ranking: Ranking, measure: str = "Dice") -> Figure:
         axes.spines[["bottom", "left", "right"]].set_visible(False)
         axes.spines["top"].set_visible(True)
         axes.set_yticks([])
-        for k, (a, b) in enumerate(cliques):
-            axes.plot([a - 0.01 * high, b + 0.01 * high], [0.22 + 0.2 * k] * 2, color="black", linewidth=4, solid_capstyle="round")
         for n, (name, rank) in enumerate(zip(names, ranks, strict=True)):
             on_left = n < half
-            y = first + line * (n if on_left else len(names) - 1 - n) + 0.1
+            y = first + line * (n if on_left else len(names) - 1 - n)
             edge = axes.get_xlim()[0 if on_left else 1]
             axes.plot([rank, rank, edge], [0, y, y], color="0.4", linewidth=0.9)
-            axes.annotate(
-                f"{name}  {rank:.2f}" if on_left else f"{rank:.2f}  {name}", (edge, y), xytext=(-4 if on_left else 4, 0), textcoords="offset points",
-                ha="right" if on_left else "left", va="center", fontsize=8, annotation_clip=False,
-            )  # fmt: skip
+            told = f"{name}  {rank:.2f}" if on_left else f"{rank:.2f}  {name}"
+            place = {
+                "xytext": (-4 if on_left else 4, 0),
+                "textcoords": "offset points",
+                "ha": "right" if on_left else "left",
+                "va": "center",
+            }
+            axes.annotate(told, (edge, y), fontsize=8, annotation_clip=False, **place)
+        for k, row in enumerate(bars):
+            for a, b in row:
+                axes.plot([a - 0.008 * high, b + 0.008 * high], [0.15 + 0.16 * k] * 2, color="black", linewidth=4, solid_capstyle="round")
         if apart is not None and apart < high - low:
-            figure.text(0.02, 1 - 0.3 / height, f"critical difference {apart:.2f}", fontsize=8)
-            axes.plot([low, low + apart], [-0.42, -0.42], color="black", linewidth=1.5, clip_on=False, marker="|", markersize=7)
-        told = f"mean rank by {measure} over {ranking.num_units} images or groups, 1 is best; bars: not told apart"
-        figure.text(0.5, 0.02, told, fontsize=8, color="0.35", ha="center", va="bottom")
+            axes.plot([low, low + apart], [-0.5, -0.5], color="black", linewidth=1.5, clip_on=False, marker="|", markersize=7)
+            place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+            axes.annotate(f"critical difference {apart:.2f}", (low + apart, -0.5), fontsize=8, **place)
+        told = f"mean rank by {measure} over {ranking.num_units} images, 1 is best; thick bars: not told apart"
+        figure.text(0.5, 0.08 / height, told, fontsize=8, color="0.35", ha="center", va="bottom")
     return figure
 
 
 def pareto(lines: Sequence[Line], costs: Mapping[str, Sequence[float]], measure: str = "Dice") -> Figure:
     """Score against cost, one panel a cost (its label says the unit; lower is better), the Pareto front as a line with names."""
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(costs), figsize=(9, 4.2), sharey=True, layout="constrained", squeeze=False)
+        figure, panels = plt.subplots(1, len(costs), figsize=(9, 4.9), sharey=True, layout="constrained", squeeze=False)
         backbones = list(dict.fromkeys(line.backbone for line in lines if not line.baseline))
         look = {name: (PALETTE[k % len(PALETTE)], MARKERS[k % len(MARKERS)]) for k, name in enumerate(backbones)}
         score = np.array([line.measures[measure].mean for line in lines])
@@ -209,8 +222,18 @@ def pareto(lines: Sequence[Line], costs: Mapping[str, Sequence[float]], measure:
             positive = cost[cost > 0]
             if len(positive) and positive.max() > 20 * positive.min():
                 axes.set_xscale("symlog", linthresh=float(positive.min())) if zero else axes.set_xscale("log")
-            _named(axes, [lines[k].model for k in front], cost[front], score[front])
-            axes.set_xlabel(label)
+                axes.xaxis.set_major_locator(
+                    SymmetricalLogLocator(base=10, linthresh=float(positive.min())) if zero else LogLocator(subs=(1, 3))
+                )
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+                axes.xaxis.set_minor_locator(NullLocator())
+            # Names would lie over each other where a front is steep: numbers there, names below.
+            for number, k in enumerate(front, 1):
+                axes.annotate(
+                    str(number), (cost[k], score[k]), xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=8, weight="bold"
+                )
+            names = "; ".join(f"{number}\u00a0{lines[k].model}".replace(" ", "\u00a0") for number, k in enumerate(front, 1))
+            axes.set_xlabel(f"{label}\n" + "\n".join(textwrap.wrap(names, 62)[:5]), linespacing=1.4)
             axes.grid(color="0.93", linewidth=0.6)
             axes.margins(x=0.12, y=0.12)
         panels[0][0].set_ylabel(f"test {measure}, mean over images")
@@ -232,17 +255,6 @@ def front_of(cost: np.ndarray, score: np.ndarray) -> list[int]:
         if not front or score[k] > score[front[-1]]:
             front.append(k)
     return front
-
-
-def _named(axes: Axes, names: Sequence[str], x: np.ndarray, y: np.ndarray) -> None:
-    """Names beside points, toward the side with room; the last six at most, since the cheap end of a front is crowded."""
-    axes.figure.canvas.draw()
-    ends = axes.transAxes.inverted()
-    for name, a, b in list(zip(names, x, y, strict=True))[-6:]:
-        share = ends.transform(axes.transData.transform((a, b)))[0]
-        axes.annotate(
-            name, (a, b), xytext=(7 if share < 0.5 else -7, 5), textcoords="offset points", ha="left" if share < 0.5 else "right", fontsize=7,
-        )  # fmt: skip
 
 
 def _models(axes: Axes, lines: Sequence[Line]) -> None:

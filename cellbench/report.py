@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cellbench import leaderboard
+from cellbench import leaderboard, moved
 from cellbench.chapters import Report, build
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError
@@ -118,6 +118,11 @@ def place(name: str) -> Path:
 
 def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> int:
     """``cellbench report``: the report of one experiment, or of several taken together; of the newest where none is named."""
+    store = moved.store_file()
+    if store is not None and not store.is_file():
+        raise CellbenchError(f"there is no MLflow store at {store}. Go to the folder where `grid` was run, or run it here first.")
+    for line in moved.heal():
+        say(line)
     if not names:
         latest = newest()
         if latest is None:
@@ -140,11 +145,13 @@ def conclude(
     top: Run,
     only: Collection[str],
     known: dict[str, Any],
+    splits: Mapping[str, Sequence[str]],
     skipped: Mapping[str, str],
     failed: Mapping[str, str],
     say: Callable[[str], None],
 ) -> None:
-    """The end of a grid or search: the leaderboard in the terminal, and the report on the parent run ``top``. ``only``: ids of its runs."""
+    """The end of a grid or search: the leaderboard in the terminal, and the report on the parent run ``top``. ``only``: ids of its runs;
+    ``splits``: the names of the images of each split."""
     if not only:
         say("no run is finished, so there is nothing to compare.")
         return
@@ -158,6 +165,7 @@ def conclude(
         record = {"leaderboard": leaderboard.as_json(table), "verdict": made.verdict, "skipped": dict(skipped), "failed": dict(failed)}
         (folder / "leaderboard.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         (folder / ABOUT).write_text(json.dumps(known, indent=1), encoding="utf-8")
+        (folder / "splits.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
         top.artifacts(folder)
     say("")
     say(leaderboard.text(table))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ def _tapers(starts: tuple[int, ...], length_px: int, tile_px: int) -> Tensor:
 
 
 def _owned(starts: tuple[int, ...], length_px: int, tile_px: int) -> list[slice]:
-    edges = [0, *((a + tile_px + b) // 2 for a, b in zip(starts, starts[1:], strict=False)), length_px]
+    edges = [0, *((a + tile_px + b) // 2 for a, b in pairwise(starts)), length_px]
     return [slice(low - start, high - start) for start, low, high in zip(starts, edges, edges[1:], strict=False)]
 
 

@@ -24,6 +24,7 @@ from urllib.request import url2pathname
 import psutil
 from filelock import FileLock
 
+from cellbench import moved
 from cellbench.errors import CellbenchError, one_line, unknown
 from cellbench.files import make_folder, told
 from cellbench.spec import RunSpec
@@ -98,9 +99,7 @@ class Tracker:
 
     def lock(self) -> FileLock:
         """Held while the store is made (four processes that make it at once break it: measured, 5 of 5) and while runs are claimed."""
-        uri = self._mlflow.get_tracking_uri()
-        key = re.sub(r"\W+", "-", uri if "://" in uri and not uri.startswith("sqlite:///mlflow") else str(Path.cwd() / uri))[-150:]
-        return FileLock(Path(tempfile.gettempdir()) / f"cellbench-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock")
+        return moved.lock(self._mlflow.get_tracking_uri())
 
     def _experiment(self, make: bool) -> str:
         found = self._client.get_experiment_by_name(self.name)
@@ -110,7 +109,7 @@ class Tracker:
             return found.experiment_id
         if not make:
             names = [one.name for one in self._client.search_experiments() if one.name != "Default"]
-            raise unknown("experiment", self.name, names, where=f"MLflow at {self._mlflow.get_tracking_uri()}")
+            raise unknown("experiment", self.name, names)
         # MLflow would resolve its default root against whatever folder it is started from; a remote server knows its own.
         local = not self._mlflow.get_tracking_uri().startswith(("http:", "https:", "databricks"))
         place = Path.cwd() / "mlruns" / (re.sub(r"[^\w.-]+", "-", self.name)[:60] or "experiment")

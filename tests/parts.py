@@ -192,7 +192,7 @@ class _Mirrored(Patches):
 
 class _Centred(Patches):
     def maps(self, x_BCHW, indices):
-        return [m - m.mean(0) for m in super().maps(x_BCHW, indices)]
+        return [m - 0.5 * m.mean(0) for m in super().maps(x_BCHW, indices)]
 
 
 class _Learning(Patches):

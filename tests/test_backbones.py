@@ -1,4 +1,4 @@
-"""Every card of the registry gives maps of the stated shape and order; floors, missing weights, real weights and the cost of loading."""
+"""Cards say whose they are; floors, missing weights, real weights and the cost of loading."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from dinov2 import published_state
 from torch import Tensor
 
 from cellbench.backbones.base import Backbone
-from cellbench.backbones.catalog import open_backbone, shallow, weights_digest
+from cellbench.backbones.catalog import open_backbone, weights_digest
 from cellbench.errors import WeightsUnavailable
 from cellbench.registry import BackboneCard, Registry, load
 
 CARDS = {name: Registry().backbone(name) for name in Registry().names("backbones")}
-# Cards of one network (DinoBloom-S and RedDino-S) differ in weights and colours only: the first of them stands for all in the slow checks.
-NETWORKS = {json.dumps([it.builder, it.arch], sort_keys=True): name for name, it in sorted(CARDS.items(), reverse=True)}
 SHARED = Path(os.environ.get("CELLBENCH_SHARED") or Path(__file__).resolve().parents[2] / "shared" / "data")
 VIT_TINY = SHARED / "weights" / "vit_tiny_patch16_224.safetensors"
 
@@ -50,73 +48,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CELLBENCH_WEIGHTS", raising=False)
 
 
-# --- contracts of every card: few blocks, random weights, tiles of a few patches
-
-
-@pytest.fixture(scope="module", params=sorted(NETWORKS.values()))
-def small(request: pytest.FixtureRequest) -> Backbone:
-    it = card(request.param)
-    return built(shallow(it, 2 if it.dim <= 768 else 1))
-
-
-def pixels(backbone: Backbone, rows: int = 4, columns: int = 6, batch: int = 1) -> Tensor:
-    """Grey tiles with a little noise; sides in units of what the backbone can take."""
-    unit = max(backbone.tile_multiple_px, 8)
-    noise = torch.rand(batch, 3, rows * unit, columns * unit, generator=torch.Generator().manual_seed(1))
-    return 0.4 + 0.2 * noise
-
-
-def test_maps_have_the_stated_shape_on_tiles_that_are_not_square(small: Backbone) -> None:
-    for rows, columns in ((4, 6), (7, 3)):
-        x = pixels(small, rows, columns, batch=2)
-        levels = small.levels[::-1]  # the order asked for is the order given
-        maps = small(x, tuple(level.index for level in levels))
-        for level, found in zip(levels, maps, strict=True):
-            assert found.shape == (2, level.dim, x.shape[2] // level.stride_px, x.shape[3] // level.stride_px)
-            assert found.dtype == torch.float32
-            assert found.isfinite().all()
-            assert found.std() > 0
-        torch.testing.assert_close(maps[-1], small(x, (levels[-1].index,))[0], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("corner", [(0, -1), (-1, 0)])
-def test_a_bright_square_in_a_corner_lights_that_corner_of_every_map(small: Backbone, corner: tuple[int, int]) -> None:
-    x = pixels(small)
-    lit, side = x.clone(), x.shape[2] // 4
-    rows = slice(0, side) if corner[0] == 0 else slice(-side, None)
-    columns = slice(0, side) if corner[1] == 0 else slice(-side, None)
-    lit[:, :, rows, columns] = 1.0
-    indices = tuple(level.index for level in small.levels)
-    for before, after in zip(small(x, indices), small(lit, indices), strict=True):
-        change = (after - before).square().sum(1)[0]
-        h, w = change.shape
-        y, x_ = divmod(int(change.argmax()), w)
-        assert (y < h / 4, x_ < w / 6) == (corner[0] == 0, corner[1] == 0)
-        assert (y >= h * 3 / 4, x_ >= w * 5 / 6) == (corner[0] == -1, corner[1] == -1)
-
-
-def test_a_tile_is_seen_the_same_alone_and_in_a_batch(small: Backbone) -> None:
-    x = pixels(small, batch=3)
-    last = (small.levels[-1].index,)
-    torch.testing.assert_close(small(x, last)[0][1:2], small(x[1:2], last)[0], rtol=1e-4, atol=1e-4)
-
-
-def test_frozen_means_no_gradient_and_eval(small: Backbone) -> None:
-    small.train()
-    assert not any(module.training for module in small.modules())
-    assert not any(parameter.requires_grad for parameter in small.parameters())
-    assert not small(pixels(small).requires_grad_(), (0,))[0].requires_grad
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_the_network_has_the_size_on_the_card(network: str) -> None:
-    it = CARDS[NETWORKS[network]]
-    with torch.device("meta"):
-        backbone = load(it)(it, None)
-    millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
-    for same in (same for same in CARDS.values() if [same.builder, same.arch] == [it.builder, it.arch]):
-        assert same.params_m == pytest.approx(millions, rel=0.01)
-        assert (len(backbone.levels), backbone.levels[-1].dim, backbone.levels[-1].stride_px) == (same.depth, same.dim, same.patch_px)
+# --- cards; what every backbone must keep is in test_contracts.py
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -83,12 +83,13 @@ def test_list_of_a_kind_is_that_kind_alone_with_a_sentence_each(kind: str, capsy
     assert all(len(line.split()) > 3 for line in lines[1:])
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in Registry().names(kind)])
-def test_show_gives_each_card_as_it_lies_on_disk(kind: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    card = Registry().card(kind, name)
-    shown = answered(capsys, "show", f"{kind}/{name}")
-    assert shown.startswith(card.path)
-    assert Path(card.path).read_text(encoding="utf-8").rstrip() in shown
+@pytest.mark.parametrize("kind", KINDS)
+def test_show_gives_each_card_as_it_lies_on_disk(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in Registry().names(kind):
+        card = Registry().card(kind, name)
+        shown = answered(capsys, "show", f"{kind}/{name}")
+        assert shown.startswith(card.path)
+        assert Path(card.path).read_text(encoding="utf-8").rstrip() in shown
 
 
 def test_show_takes_a_plain_name_and_counts_an_experiments_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def test_the_examples_in_the_documentation_hold() -> None:
 def test_what_is_cut_comes_back_for_every_overlap(size: tuple[int, int], tile_px: int) -> None:
     image = SEEN[: size[0], : size[1]]
     for overlap in OVERLAPS:
-        if overlap < 0.9 or tile_px < 224:  # a hundredfold coverage: enough on the smaller tiles
+        if overlap < 0.9 or tile_px == 64:  # a hundredfold coverage: enough with one size of tiles
             np.testing.assert_allclose(stitched(image, Grid.over(*size, tile_px, overlap)), image, atol=1e-5, err_msg=f"overlap {overlap}")
 
 
@@ -69,11 +69,11 @@ def test_a_wrong_row_major_index_would_be_seen() -> None:
 def test_weights_are_positive_and_sum_to_one_at_every_pixel(size: tuple[int, int], overlap: float) -> None:
     grid = Grid.over(*size, 64, overlap)
     for starts, weights, length in zip((grid.ys, grid.xs), grid.weights, size, strict=True):
-        total = torch.zeros(max(length, 64), dtype=torch.float64)
-        for start, row in zip(starts, weights, strict=True):
-            assert row.min() > 0
-            total[start : start + 64] += row.double()
-        torch.testing.assert_close(total, torch.ones_like(total), atol=1e-6, rtol=0)
+        assert weights.min() > 0
+        total = np.zeros(max(length, 64))
+        for start, row in zip(starts, weights.double().numpy(), strict=True):
+            total[start : start + 64] += row
+        np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
 def test_a_tile_counts_most_in_its_middle() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class TransposedConv(Head):
         entered = max(0, round(math.log2(16 / level.stride_px)))
         dims = [max(width >> step, 8) for step in range(entered, entered + steps + 1)]
         self.project = conv_bn_relu(level.dim, dims[0], 1)
-        self.up = nn.Sequential(*(self._doubling(a, b) for a, b in zip(dims, dims[1:], strict=False)))
+        self.up = nn.Sequential(*(self._doubling(a, b) for a, b in itertools.pairwise(dims)))
         self.score = nn.Conv2d(dims[-1], num_classes, 1)
 
     @staticmethod
