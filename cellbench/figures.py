@@ -43,14 +43,14 @@ PALETTE = sns.color_palette("colorblind")
 
 def save(figure: Figure, path: Path) -> None:
     """As PNG; closes the figure."""
-    figure.savefig(path, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
+    path.write_bytes(png(figure))
 
 
 def png(figure: Figure) -> bytes:
     """As the bytes of a PNG; closes the figure."""
     out = io.BytesIO()
-    figure.savefig(out, bbox_inches="tight", facecolor="white")
+    # A constrained layout leaves nothing outside; cutting to size would lay it out and draw it a second time.
+    figure.savefig(out, bbox_inches="tight" if figure.get_layout_engine() is None else None, facecolor="white")
     plt.close(figure)
     return out.getvalue()
 

@@ -209,13 +209,13 @@ def pareto(lines: Sequence[Line], costs: Mapping[str, Sequence[float]], measure:
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(costs), figsize=(9, 4.9), sharey=True, layout="constrained", squeeze=False)
         backbones = list(dict.fromkeys(line.backbone for line in lines if not line.baseline))
-        look = {name: (PALETTE[k % len(PALETTE)], MARKERS[k % len(MARKERS)]) for k, name in enumerate(backbones)}
+        look = {name: (PALETTE[k % len(PALETTE)], MARKERS[k % len(MARKERS)]) for k, name in enumerate(backbones[: len(MARKERS)])}
         score = np.array([line.measures[measure].mean for line in lines])
         for axes, (label, values) in zip(panels[0], costs.items(), strict=True):
             cost = np.maximum(np.asarray(values, float), 0)
             zero = bool((cost <= 0).any())
             for k, line in enumerate(lines):
-                colour, marker = look.get(line.backbone, ("0.35", "x"))
+                colour, marker = look.get(line.backbone, ("0.35", "x") if line.baseline else ("0.7", "."))
                 axes.plot(cost[k], score[k], marker, color=colour, markersize=6.5, alpha=0.85)
             front = front_of(cost, score)
             axes.plot(cost[front], score[front], color="black", linewidth=0.9, drawstyle="steps-post", zorder=0)
@@ -237,14 +237,13 @@ def pareto(lines: Sequence[Line], costs: Mapping[str, Sequence[float]], measure:
             axes.grid(color="0.93", linewidth=0.6)
             axes.margins(x=0.12, y=0.12)
         panels[0][0].set_ylabel(f"test {measure}, mean over images")
-        handles = [plt.Line2D([], [], linestyle="", marker=m, color=c, label=name) for name, (c, m) in list(look.items())[:12]]
+        handles = [plt.Line2D([], [], linestyle="", marker=m, color=c, label=name) for name, (c, m) in look.items()]
         if any(line.baseline for line in lines):
             handles.append(plt.Line2D([], [], linestyle="", marker="x", color="0.35", label="baseline"))
-        more = f" (and {len(look) - 12} more backbones)" if len(look) > 12 else ""
+        if len(backbones) > len(look):
+            handles.append(plt.Line2D([], [], linestyle="", marker=".", color="0.7", label=f"{len(backbones) - len(look)} more backbones"))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), fontsize=8)
-        figure.suptitle(
-            f"stepped line: nothing is both cheaper and better (Pareto front){more}", fontsize=8, color="0.35", x=0.01, ha="left"
-        )
+        figure.suptitle("stepped line: nothing is both cheaper and better (Pareto front)", fontsize=8, color="0.35", x=0.01, ha="left")
     return figure
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cellbench.backbones.base import Level
+from cellbench.errors import CellbenchError, one_line
 from cellbench.features import TOKENS, Batch, Trunk
 from cellbench.heads.base import Head
 from cellbench.registry import BaselineCard, HeadCard, Registry, load
@@ -63,7 +64,10 @@ def model(run: RunSpec, registry: Registry, trunk: Trunk, num_classes: int) -> M
     build = load(card)
     with torch.random.fork_rng(devices=[]):  # nobody else's random numbers depend on how many heads were made
         torch.manual_seed(run.seed)
-        head = build(levels, num_classes, **run.options)
+        try:
+            head = build(levels, num_classes, **run.options)
+        except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:  # what libraries say to a width of 0
+            raise CellbenchError(f"{card.path}: cannot be built with {run.options or 'no options'}: {one_line(error)}.") from error
     tail = trunk.backbone.tail(run.unfreeze) if run.unfreeze and trunk.backbone is not None else None
     num_frozen = len(trunk.backbone.levels) - run.unfreeze if trunk.backbone is not None else 0
     return Model(head, levels, tail, num_frozen).to(trunk.machine.device, memory_format=torch.channels_last)

@@ -129,12 +129,11 @@ print(json.dumps({"wall_s": min(walls), "factor": grown / weights}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_dinobloom_s_loads_within_a_second_and_twice_its_size(tmp_path: Path) -> None:
+def test_loading_dinobloom_s_takes_little_more_memory_than_twice_its_weights(tmp_path: Path) -> None:
     # As large as the published file, whose two heads are twice the size of the network.
     heads = {"dino_head.last_layer.weight_v": torch.zeros(22_000_000), "ibot_head.last_layer.weight_v": torch.zeros(22_000_000)}
     state = {f"backbone.{key}": value for key, value in published_state(384, 12).items()}
     torch.save({"teacher": state | heads}, tmp_path / "dinobloom-s.pth")
     done = subprocess.run([sys.executable, "-c", COST, str(tmp_path)], capture_output=True, text=True, check=True)
     cost = json.loads(done.stdout)
-    assert cost["wall_s"] < 1.0, cost
     assert cost["factor"] < 2.2, cost

@@ -404,3 +404,10 @@ def test_the_real_smears_are_read(shared: Path, tmp_path: Path) -> None:
     data = opened(tmp_path / "bccd", BCCD)
     assert [len(data.samples(split)) for split in ("train", "val", "test")] == [9, 2, 3]
     assert {sample.size_px for sample in data.train} == {(1200, 1600)}
+
+
+def test_a_persons_own_splits_are_meant_whatever_the_settings_say(small_folder):
+    names = sorted(path.name for path in (small_folder / "train" / "original").iterdir())
+    (small_folder / "splits.json").write_text(json.dumps({"train": names[:2], "val": names[2:]}))
+    dataset = open_dataset(Registry().dataset("folder"), small_folder, DataSpec(val_fraction=0.5))
+    assert [sample.name for sample in dataset.train] == names[:2]

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from cellbench.data.images import EXTENSIONS, class_map, read_image, read_labels, size, write_png
 from cellbench.errors import CellbenchError
 
-SHARED = Path(os.environ.get("CELLBENCH_SHARED") or Path(__file__).resolve().parents[1] / ".." / "shared") / "data"
+SHARED = Path(os.environ.get("CELLBENCH_SHARED") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
 def to_8(array, top):

@@ -233,7 +233,7 @@ def test_the_card_names_the_builder_and_every_default():
     assert card.draw == asdict(Smears())
     assert {name: type(value) for name, value in card.draw.items()} == {name: type(value) for name, value in asdict(Smears()).items()}
     assert settings_from(card.draw) == Smears()
-    assert load(card) is write_dataset
+    assert load(card) is drawn
     assert card.title
     assert (card.classes, card.values) == (("background", "cell"), (0, 255))
 

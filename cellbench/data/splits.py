@@ -42,7 +42,9 @@ def split_of(root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...], spe
     """
     standard = spec.val_fraction == DataSpec().val_fraction and spec.split_seed == DataSpec().split_seed
     name = "splits.json" if standard and (test or spec.test_fraction == DataSpec().test_fraction) else _name(spec, bool(test))
-    for place in (root / name, _elsewhere(root, name)):
+    # A file that names no seed is a person's own, or the published one, and is meant whatever the settings say.
+    own = [root / "splits.json"] if (root / "splits.json").is_file() and '"seed"' not in (root / "splits.json").read_text("utf-8", "replace") else []
+    for place in (*own, root / name, _elsewhere(root, name)):
         if place.is_file():
             return _read(place, pool, test)
     chosen = _draw(pool, test, spec)

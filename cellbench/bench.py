@@ -1,0 +1,280 @@
+"""``bench``: how fast this machine is at each part, in one process and one run, as ratios that survive a slower or busier machine.
+
+While it measures it checks: a cohort's runs equal the same runs alone, kept features equal streamed ones, and the naive protocol reaches the
+same Dice.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cellbench import naive
+from cellbench.backbones.catalog import open_backbone
+from cellbench.data.dataset import Dataset
+from cellbench.data.pixels import Pixels
+from cellbench.features import Batch, Features, Keeping, Trunk
+from cellbench.infer import segment
+from cellbench.machine import Machine
+from cellbench.model import Model, model, num_levels
+from cellbench.plan import Plan
+from cellbench.registry import Registry
+from cellbench.spec import RunSpec
+from cellbench.tiles import Stitcher
+from cellbench.track import Tracker
+from cellbench.train import Learner, fit
+
+HEADS = ("bilinear", "transposed-conv", "fpn")
+RATES = (5e-4, 1e-3, 2e-3)
+
+
+@dataclass
+class Bench:
+    """What was measured. ``rows`` are (name, value, unit, ratio in words)."""
+
+    machine: str
+    backbone: str
+    rows: list[tuple[str, float, str, str]] = field(default_factory=list)
+    checks: dict[str, bool] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, value: float, unit: str, ratio: str = "") -> None:
+        self.rows.append((name, value, unit, ratio))
+
+
+@dataclass(kw_only=True)
+class World:
+    """What all measurements share."""
+
+    registry: Registry
+    dataset: Dataset
+    machine: Machine
+    backbone: str
+    weights: Path | None
+    epochs: int
+    crops: int
+    say: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        self.frozen = open_backbone(self.registry.backbone(self.backbone), self.weights)
+        self.pixels = {split: Pixels(self.dataset, split, 2**31) for split in ("train", "val", "test")}
+        self.runs = [self.run(head, rate) for head in HEADS for rate in RATES]
+
+    def run(self, head: str, rate: float, **more: Any) -> RunSpec:
+        settings = {"epochs": self.epochs, "crops_per_image": self.crops, "patience": 0, "overlap": 0.25, **more}
+        return self.registry.complete(RunSpec(backbone=self.backbone, head=head, lr=rate, **settings))
+
+    def features(self, runs: list[RunSpec], memory_bytes: int = 2**33) -> Features:
+        trunk = Trunk(self.frozen, self.machine, [num_levels(run, self.registry) for run in runs])
+        return Features(trunk, Plan(self.pixels["train"].sizes_px, runs[0]), self.pixels, Keeping(memory_bytes=memory_bytes))
+
+    def fitted(self, runs: list[RunSpec], memory_bytes: int = 2**33) -> tuple[float, list[Learner]]:
+        """Seconds of a whole ``fit``, and the learners."""
+        features = self.features(runs, memory_bytes)
+        models = [model(run, self.registry, features.trunk, len(self.dataset.classes)) for run in runs]
+        learners = [
+            Learner(run=run, model=made, recorder=_Nobody(), num_views=features.plan.num_views) for run, made in zip(runs, models, strict=True)
+        ]
+        start = time.perf_counter()
+        fit(learners, features)
+        return time.perf_counter() - start, learners
+
+
+class _Nobody:
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
+        return True
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def measure(world: World) -> Bench:
+    """Everything, in an order in which each part warms up the next."""
+    out = Bench(machine=world.machine.name, backbone=world.backbone)
+    for title, part in (
+        ("the frozen pass", _passes),
+        ("heads", _heads),
+        ("a cohort of nine runs, and the same one by one", _cohorts),
+        ("the naive protocol", _naive),
+        ("testing", _testing),
+        ("MLflow", _mlflow),
+    ):
+        world.say(f"measuring {title} …")
+        part(world, out)
+    return out
+
+
+def _passes(world: World, out: Bench) -> None:
+    features = world.features(world.runs, memory_bytes=0)
+    trunk, chunk = features.trunk, world.machine.chunk
+    pixels = torch.rand(chunk, 3, 224, 224, device=world.machine.device)
+    net = getattr(world.frozen, "net", None)
+
+    def bare() -> None:
+        with torch.inference_mode(), world.machine.autocast():
+            if net is not None:
+                net.forward_intermediates(pixels, indices=list(trunk.indices), norm=True, stop_early=True, intermediates_only=True)
+            else:
+                world.frozen(pixels, trunk.indices)
+        _wait()
+
+    def one_pass() -> None:
+        for _ in features.train(0):
+            pass
+        _wait()
+
+    one_pass()  # decodes every image once
+    num = features.plan.num_views
+    speeds = {"bare": [], "pass": []}
+    for _ in range(3):  # in turn, so that a machine that slows down slows both
+        speeds["bare"].append(statistics.median(chunk / _seconds(bare) for _ in range(max(1, num // chunk))))
+        speeds["pass"].append(num / _seconds(one_pass))
+    bare_speed, pass_speed = statistics.median(speeds["bare"]), statistics.median(speeds["pass"])
+    ratio = statistics.median(p / b for p, b in zip(speeds["pass"], speeds["bare"], strict=True))
+    out.facts |= {"bare_tiles_per_s": bare_speed, "pass_tiles_per_s": pass_speed, "pass_over_bare": ratio}
+    out.add("bare timm forward, tensors in memory", bare_speed, "tiles/s")
+    out.add("feature pass from images", pass_speed, "tiles/s", f"{ratio:.0%} of the bare forward")
+
+
+def _heads(world: World, out: Bench) -> None:
+    runs = [world.run(head, 1e-3) for head in world.registry.names("heads")]
+    features = world.features(runs)
+    batch = next(iter(features.train(0)))
+    for run in runs:
+        made = model(run, world.registry, features.trunk, len(world.dataset.classes))
+        learner = Learner(run=run, model=made, recorder=_Nobody(), num_views=features.plan.num_views).on(features)
+        learner.begin()
+        speed = batch.num / min(_seconds(lambda learner=learner: learner.take(batch, last=True)) for _ in range(4))
+        out.facts[f"head_{run.head}_tiles_per_s"] = speed
+        out.add(f"head alone: {run.head}", speed, "tiles/s")
+
+
+def _cohorts(world: World, out: Bench) -> None:
+    together_s, cohort = world.fitted(world.runs)
+    alone = [world.fitted([run]) for run in world.runs]
+    alone_s = sum(seconds for seconds, _ in alone)
+    out.checks["a run is the same alone and in a cohort"] = all(_same(a, b[0]) for a, (_, b) in zip(cohort, alone, strict=True))
+    repeated = [run.model_copy(update={"views": 1}) for run in world.runs]
+    kept_s, kept = world.fitted(repeated)
+    _, streamed = world.fitted(repeated[:1], memory_bytes=0)
+    out.checks["kept features equal streamed ones"] = _same(kept[0], streamed[0])
+    out.facts |= {"cohort_s": together_s, "alone_s": alone_s, "cohort_kept_s": kept_s}
+    out.add("nine runs as one cohort", together_s, "s")
+    out.add("the same with views = 1, features kept", kept_s, "s", f"{together_s / kept_s:.1f} x faster than fresh views")
+    out.add("the same runs one by one", alone_s, "s", f"the cohort is {alone_s / together_s:.1f} x faster")
+    world.cohort = cohort
+
+
+def _naive(world: World, out: Bench) -> None:
+    """Each head for one run, fp32; nine runs are three times the three. Fewer epochs where they are all alike, multiplied out."""
+    fp32 = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=0)
+    threes, gaps = {"reopen": 0.0, "held": 0.0}, []
+    for k, head in enumerate(HEADS):
+        run = world.run(head, RATES[1])
+        trunk = Trunk(world.frozen.to("cpu"), fp32, [num_levels(run, world.registry)])
+        for how in ("held", "reopen"):
+            made: torch.nn.Module = model(run, world.registry, trunk, len(world.dataset.classes)).to(memory_format=torch.contiguous_format).head
+            if head == "transposed-conv" and how == "reopen":  # as published, weights and all; the held one shows that the Dice is the same
+                made = naive.PublishedHead(trunk.backbone.levels[-1].dim, len(world.dataset.classes))
+            epochs = world.epochs if how == "held" else 1
+            start = time.perf_counter()
+            _, dice = naive.train(run, made, world.frozen, trunk.indices, world.dataset, epochs, reopen=how == "reopen")
+            threes[how] += (time.perf_counter() - start) * world.epochs / epochs
+            if how == "held":
+                gaps.append(abs(dice - world.cohort[k * len(RATES) + 1].history[-1]["val/dice"]))
+    world.frozen.to(world.machine.device)
+    cohort_s = out.facts["cohort_s"]
+    for how, words in (("held", "decoded images held"), ("reopen", "images opened for each crop, the published head")):
+        naive_s = threes[how] * len(RATES)
+        out.facts[f"naive_{how}_s"] = naive_s
+        out.add(f"naive: nine runs, {words}", naive_s, "s", f"naive: the cohort is {naive_s / cohort_s:.1f} x faster, with views = 1 {naive_s / out.facts['cohort_kept_s']:.1f} x")
+    out.facts["naive_dice_gap"] = max(gaps)
+    out.checks[f"the naive protocol's validation Dice agrees (largest gap {max(gaps):.4f})"] = max(gaps) < 0.01
+
+
+def _testing(world: World, out: Bench) -> None:
+    features = world.features(world.runs)
+    made = [learner.model for learner in world.cohort]
+    start = time.perf_counter()
+    num = sum(1 for _ in segment(made, features, "test"))
+    each = (time.perf_counter() - start) / num
+    trunk_share = features.trunk.seconds / num
+    grid = features.grid("test", 0)
+    scores = torch.rand(world.machine.chunk, 1, 224, 224, device=world.machine.device)
+
+    def blend() -> None:
+        stitcher = Stitcher(grid, 1, world.machine.device)
+        for start in range(0, len(grid), len(scores)):
+            stitcher.add(scores[: len(grid) - start])
+        _wait()
+
+    blend_s = min(_seconds(blend) for _ in range(3))
+    out.facts |= {"test_s_per_image": each, "blend_over_forward": blend_s / trunk_share}
+    out.add(f"testing, {len(made)} runs at once", each, "s an image", f"{trunk_share / each:.0%} of it the backbone, once for all")
+    out.add("blending one run's image", blend_s, "s", f"{blend_s / trunk_share:.1%} of the backbone's forward")
+
+
+def _mlflow(world: World, out: Bench) -> None:
+    import os
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        os.chdir(folder)
+        try:
+            tracker = Tracker("bench")
+            row = {"train/loss": 1.0, "val/loss": 1.0, "val/dice": 0.5, "val/iou": 0.5, "lr": 1e-3}
+            with tracker.run("bench", "bench") as run:
+                run.epoch(0, row)
+                epoch_s = statistics.median(_seconds(lambda: run.epoch(1, row)) for _ in range(20))
+        finally:
+            os.chdir(here)
+            os.environ.pop("MLFLOW_TRACKING_URI") if before is None else os.environ.update(MLFLOW_TRACKING_URI=before)
+    runs = len(world.runs)
+    share = epoch_s * runs * world.epochs / out.facts["cohort_s"]
+    out.facts |= {"mlflow_epoch_s": epoch_s, "mlflow_share": share}
+    out.add("MLflow, one run's epoch", epoch_s, "s", f"{share:.1%} of the cohort's wall time")
+
+
+def _same(a: Learner, b: Learner) -> bool:
+    mine, other = a.model.state_dict(), b.model.state_dict()
+    return a.history == b.history and all(torch.equal(x, other[name]) for name, x in mine.items())
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def table(result: Bench) -> str:
+    """The measurements as text."""
+    wide = max(len(name) for name, *_ in result.rows)
+    lines = [f"{result.backbone} on {result.machine}", ""]
+    lines += [f"{name.ljust(wide)}  {_number(value):>9} {unit.ljust(10)}  {ratio}".rstrip() for name, value, unit, ratio in result.rows]
+    lines += ["", *(f"{'yes' if good else 'NO '}  {name}" for name, good in result.checks.items())]
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.4f}"
+
+
+def as_json(result: Bench) -> str:
+    """The measurements for a machine."""
+    return json.dumps(asdict(result), indent=1)

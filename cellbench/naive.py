@@ -1,0 +1,82 @@
+"""The published protocol, written as most people write it: what ``bench`` measures the harness against. Nothing else uses it.
+
+One run at a time; at every step the images of the batch are opened, cropped, sent through the frozen backbone in float32 and decoded
+by a head whose last convolution stands after the resize, as published. It sees the same views in the same order as the harness.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cellbench.backbones.base import Backbone
+from cellbench.data.augment import recolour, turn
+from cellbench.data.dataset import Dataset
+from cellbench.losses import loss_of
+from cellbench.metrics import cell_classes, confusion, scores
+from cellbench.plan import Plan
+from cellbench.spec import RunSpec
+from cellbench.tiles import Grid, cut
+
+
+class PublishedHead(nn.Module):
+    """1x1 to 256, three times [transposed 4x4, 3x3], a bilinear resize, and only then the 1x1 to classes."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(dim, 256, 1), nn.BatchNorm2d(256), nn.ReLU()]
+        for a, b in ((256, 128), (128, 64), (64, 32)):
+            layers += [nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+            layers += [nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.score = nn.Conv2d(32, num_classes, 1)
+
+    def forward(self, maps: list[Tensor], pixels_BCHW: Tensor) -> Tensor:
+        x = F.interpolate(self.layers(maps[-1]), size=pixels_BCHW.shape[-2:], mode="bilinear", align_corners=False)
+        return self.score(x)
+
+
+def train(
+    run: RunSpec, head: nn.Module, backbone: Backbone, indices: tuple[int, ...], dataset: Dataset, num_epochs: int, *, reopen: bool
+) -> tuple[int, float]:
+    """Trains one run for some epochs and validates after each; returns the tiles learned from and the last validation Dice.
+
+    ``reopen`` opens an image anew for every crop, as the published data loader does; without it, decoded images are held.
+    """
+    plan = Plan(tuple(sample.size_px for sample in dataset.train), run)
+    held = {} if reopen else {k: dataset.read(sample) for k, sample in enumerate(dataset.train)}
+    val = [dataset.read(sample) for sample in dataset.val]
+    optimiser = torch.optim.AdamW(head.parameters(), lr=run.lr, weight_decay=run.weight_decay)
+    loss_fn, seen, dice = loss_of(run.loss), 0, 0.0
+    for epoch in range(num_epochs):
+        head.train()
+        views, order = plan.views(plan.cycle(epoch)), plan.order(epoch)
+        for start in range(0, len(order), run.batch_size):
+            batch = [views[k] for k in order[start : start + run.batch_size]]
+            pairs = [held[view.image] if held else dataset.read(dataset.train[view.image]) for view in batch]
+            tiles = [(turn(cut(a, v.y, v.x, run.tile_px), v.turn), turn(cut(m, v.y, v.x, run.tile_px), v.turn)) for (a, m), v in zip(pairs, batch, strict=True)]
+            pixels = torch.stack([torch.from_numpy(tile.copy()) for tile, _ in tiles]).permute(0, 3, 1, 2).float() / 255
+            pixels = recolour(pixels, [view.colour for view in batch])
+            target = torch.stack([torch.from_numpy(mask.copy()) for _, mask in tiles]).long()
+            with torch.no_grad():
+                maps = [m.clone() for m in backbone(pixels, indices)]
+            optimiser.zero_grad()
+            loss_fn(head(maps, pixels), target).backward()
+            optimiser.step()
+            seen += len(batch)
+        dice = _validate(run, head, backbone, indices, val, len(dataset.classes))
+    return seen, dice
+
+
+@torch.no_grad()
+def _validate(run: RunSpec, head: nn.Module, backbone: Backbone, indices: tuple[int, ...], val: list, num_classes: int) -> float:
+    head.eval()
+    counts = 0
+    for image, mask in val:
+        grid = Grid.over(*mask.shape, run.tile_px, run.val_overlap)
+        for (y, x), own in zip(grid, grid.owned(), strict=True):
+            pixels = torch.from_numpy(cut(image, y, x, run.tile_px).copy()).permute(2, 0, 1)[None].float() / 255
+            found = head([m.clone() for m in backbone(pixels, indices)], pixels).argmax(1)[0].byte().numpy()
+            counts = counts + confusion(cut(mask, y, x, run.tile_px)[own], found[own], num_classes)
+    return scores(counts).of(cell_classes(num_classes))["dice"]
