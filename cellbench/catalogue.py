@@ -76,3 +76,31 @@ def _asks(path: Path) -> str:
 
     runs = expand(Experiment.of(tomllib.loads(path.read_text(encoding="utf-8")), str(path)))
     return f"{len(runs)} runs in {len(cohorts(runs))} cohorts."
+
+
+def kept(folder: str | None, remove: bool, older_than_days: float) -> str:
+    """The features kept on disk, the longest unused first; or, with ``remove``, what was removed of them."""
+    import os
+    import time
+
+    from cellbench.store import entries, features_dir, prune
+
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise CellbenchError(f"--cache {folder}: there is no such folder.")
+        os.environ["CELLBENCH_CACHE"] = str(Path(folder).absolute())
+    found = entries()
+    if remove:
+        chosen = [entry for entry in found if time.time() - entry.used >= older_than_days * 86400]
+        freed = prune(chosen)
+        return f"removed {len(chosen)} of {len(found)} kept passes from {features_dir()}: {freed / 2**20:,.0f} MiB free again."
+    if not found:
+        return f"no features are kept in {features_dir()}. `grid --cache SIZE` keeps them for later calls."
+    lines = [("backbone", "dataset", "split", "tiles", "MiB", "last used")]
+    for entry in found:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        lines.append((entry.backbone, entry.dataset, entry.what, str(entry.num_tiles), f"{entry.size_bytes / 2**20:,.0f}", used))
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    total = sum(entry.size_bytes for entry in found) / 2**20
+    rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*rows, f"{total:,.0f} MiB in {features_dir()}"])

@@ -20,12 +20,12 @@ from cellbench.data.folders import open_dataset
 from cellbench.errors import CellbenchError, unknown
 from cellbench.estimate import cost, duration
 from cellbench.features import Keeping
-from cellbench.files import cache_dir, make_folder
+from cellbench.files import cache_dir, make_folder, write_atomic
 from cellbench.grid import Job, Runner, jobs_of, parent
 from cellbench.machine import Machine, is_size, machine, num_bytes
 from cellbench.registry import Registry, shipped
 from cellbench.report import about, conclude
-from cellbench.spec import Experiment, cohorts, expand
+from cellbench.spec import DataSpec, Experiment, cohorts, expand
 from cellbench.track import Tracker
 
 
@@ -204,3 +204,46 @@ def _dry(jobs: list[Job], registry: Registry, dataset: Dataset, here: Machine, w
         wall, memory, disk = wall + one.wall_s, max(memory, one.memory_mib), disk + one.disk_mib
     say(f"in all about {duration(wall)}, up to {memory / 1024:.1f} GiB of memory and {disk:.0f} MiB of disk for results (from a few tiles timed now)")
     return 0
+
+
+def bench(
+    *,
+    backbone: str = "",
+    data: Path | None = None,
+    weights: Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    out: Path | None = None,
+    quick: bool = False,
+) -> int:
+    """``cellbench bench``: measures, prints, and writes JSON and a plot to ``out``. Exit code 1 where a check failed."""
+    from cellbench.bench import World, as_json, measure, table
+
+    registry = Registry()
+    if out is not None:
+        make_folder(out)
+    if not backbone:
+        there = weights is not None and any(weights.glob("vit*tiny*"))
+        backbone = "vit-tiny-in1k" if there else "vit-tiny-random"
+    spec = DataSpec(limit=3 if quick else None, draw={} if data else {"num_train": 8, "num_test": 2})
+    dataset = open_dataset(registry.dataset("folder" if data else "smears"), data, spec)
+    world = World(
+        registry=registry,
+        dataset=dataset,
+        machine=machine(device, precision),
+        backbone=backbone,
+        weights=weights,
+        epochs=2 if quick else 4,
+        crops=8 if quick else 24,
+        say=say,
+    )
+    result = measure(world)
+    say("")
+    say(table(result))
+    if out is not None:
+        from cellbench import figures, figures_many
+
+        write_atomic(out / "bench.json", as_json(result))
+        figures.save(figures_many.speeds(result.facts), out / "bench.png")
+        say(f"written to {out}/bench.json and bench.png")
+    return 0 if all(result.checks.values()) else 1

@@ -247,6 +247,38 @@ def pareto(lines: Sequence[Line], costs: Mapping[str, Sequence[float]], measure:
     return figure
 
 
+def speeds(facts: Mapping[str, float]) -> Figure:
+    """What ``bench`` measured: seconds for the same nine runs four ways, and tiles a second through each part."""
+    ways = [
+        ("naive, images opened each time", "naive_reopen_s"),
+        ("naive, decoded images held", "naive_held_s"),
+        ("this harness, one by one", "alone_s"),
+        ("one cohort, fresh views", "cohort_s"),
+        ("one cohort, views = 1", "cohort_kept_s"),
+    ]
+    heads = [(name[5:-12], value) for name, value in facts.items() if name.startswith("head_")]
+    parts = [("bare forward", facts["bare_tiles_per_s"]), ("feature pass", facts["pass_tiles_per_s"]), *heads]
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained")
+        colours = sns.color_palette("colorblind")
+        seconds = [facts[key] for _, key in ways]
+        left.barh(range(len(ways)), seconds, color=[colours[7]] * 3 + [colours[0]] * 2)
+        for y, value in enumerate(seconds):
+            left.text(value, y, f" {value:,.0f} s, {max(seconds) / value:.1f} x", va="center")
+        left.set_yticks(range(len(ways)), [name for name, _ in ways])
+        left.set_xlim(0, max(seconds) * 1.3)
+        left.set_xlabel("seconds for nine runs")
+        right.barh(range(len(parts)), [value for _, value in parts], color=[colours[0]] * 2 + [colours[2]] * len(heads))
+        for y, (_, value) in enumerate(parts):
+            right.text(value, y, f" {value:,.0f}", va="center")
+        right.set_yticks(range(len(parts)), [name for name, _ in parts])
+        right.set_xlim(0, max(value for _, value in parts) * 1.2)
+        right.set_xlabel("tiles a second (green: a head's training step)")
+        for axes in (left, right):
+            axes.invert_yaxis()
+    return figure
+
+
 def front_of(cost: np.ndarray, score: np.ndarray) -> list[int]:
     """The numbers of the points that no other point beats in both, cheapest first."""
     front: list[int] = []

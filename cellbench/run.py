@@ -73,6 +73,22 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("--port", type=int, default=5000, help="the first port to try (default: 5000)")
     ui.set_defaults(verb=_ui)
 
+    bench = verbs.add_parser("bench", help="this machine's speeds, as ratios in one run", description=_BENCH)
+    bench.add_argument("--backbone", default="", metavar="NAME", help="default: vit-tiny-in1k where its weights are, else vit-tiny-random")
+    bench.add_argument("--data", type=Path, metavar="DIR", help="a folder of images and masks (default: drawn smears)")
+    bench.add_argument("--weights", type=Path, metavar="DIR", help="where backbone weights lie")
+    bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    bench.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and bench.png there")
+    bench.add_argument("--quick", action="store_true", help="fewer images and epochs: under two minutes, rougher")
+    bench.set_defaults(verb=_bench)
+
+    cache = verbs.add_parser("cache", help="what features are kept on disk, and pruning them")
+    cache.add_argument("--cache", metavar="DIR", help="the cache folder (default: ~/.cache/cellbench)")
+    cache.add_argument("--prune", action="store_true", help="remove kept features; they are computed again when needed")
+    cache.add_argument("--older-than", type=float, default=0.0, metavar="DAYS", help="with --prune: only those not used for so long")
+    cache.set_defaults(verb=_cache)
+
     lister = verbs.add_parser("list", help="what exists: backbones, heads, baselines, datasets, experiments")
     lister.add_argument("kind", nargs="?", help="one of them; all if left out")
     lister.add_argument("--registry", type=Path, metavar="DIR")
@@ -130,6 +146,30 @@ def _grid(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         dry_run=arguments.dry_run,
     )
+
+
+_BENCH = "Measures in one process, checks equalities on the way, and prints ratios, which hold where seconds do not. Exit code 1 where a check fails."
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from cellbench.commands import bench
+
+    return bench(
+        backbone=arguments.backbone,
+        data=arguments.data,
+        weights=arguments.weights,
+        device=arguments.device,
+        precision=arguments.precision,
+        out=arguments.out,
+        quick=arguments.quick,
+    )
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from cellbench.catalogue import kept
+
+    print(kept(arguments.cache, arguments.prune, arguments.older_than))
+    return 0
 
 
 _REPORT = "Reads finished runs from MLflow; trains nothing. Several experiments are taken together; different test images are never paired."

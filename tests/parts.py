@@ -80,11 +80,6 @@ class UnusedLayer(Sound):
         self.forgotten = nn.Linear(3, 3)
 
 
-class CutGradient(Sound):
-    def forward(self, maps, pixels_BCHW):
-        return super().forward(maps, pixels_BCHW) + self.score.bias.detach()[:, None, None] if self.training else 0 * maps[0].sum()
-
-
 class Detached(Sound):
     def forward(self, maps, pixels_BCHW):
         size = tuple(maps[0].shape[-2:])

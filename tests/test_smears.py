@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.ndimage import binary_fill_holes
 from skimage.filters import threshold_otsu
 
-from cellbench.data.smears import PLATELET, RED, SPLITS, WHITE, Smears, draw, image_seed, settings_from, write_dataset
+from cellbench.data.smears import PLATELET, RED, SPLITS, WHITE, Smears, draw, drawn, image_seed, settings_from, write_dataset
 from cellbench.errors import CellbenchError
 from cellbench.registry import DatasetCard, load, read_card, shipped
 

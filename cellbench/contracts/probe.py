@@ -113,7 +113,7 @@ def _checks(card: BackboneCard, backbone: Backbone) -> list[Check]:
     told = known if card.probe else f"none on the card; here {numbers}"
     size = f"{millions:.4g} M, {card.params_m:g} M on the card"
     given, stated = tuple(maps[-1].shape[1:]), expected[1:]
-    shape = f"{len(maps)} levels, the last {given} for {side} x {side} px; {card.depth} and {stated} by the card"
+    shape = f"{len(maps)} level{'s' * (len(maps) > 1)}, the last {given} for {side} x {side} px; {card.depth} and {stated} by the card"
     return [
         Check(name="parameters", told=size, holds=abs(millions - card.params_m) <= max(0.01 * millions, 0.001)),
         Check(name="shape", told=shape, holds=maps[-1].shape == expected and last.stride_px == card.patch_px and len(maps) == card.depth),
