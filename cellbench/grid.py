@@ -35,7 +35,7 @@ from cellbench.machine import Machine
 from cellbench.metrics import confusion
 from cellbench.model import model, num_levels
 from cellbench.plan import Plan
-from cellbench.registry import BackboneCard, Registry, load
+from cellbench.registry import BackboneCard, BaselineCard, HeadCard, Registry, code_of, load
 from cellbench.results import Result
 from cellbench.spec import NUMERICS, Experiment, RunSpec, cohorts, expand, fingerprint, labels
 from cellbench.track import Logged, Run, Tracker, params_of
@@ -88,16 +88,20 @@ def jobs_of(
         Job(
             run=run,
             name=name,
-            fingerprint=fingerprint(run, dataset.digest, digests.get(run.backbone or "", "")),
+            fingerprint=fingerprint(run, dataset.digest, digests.get(run.backbone or "", "") + code_of(_part(run, registry))),
             unavailable=reasons.get(run.backbone or "", ""),
         )
         for run, name in zip(runs, labels(runs), strict=True)
     ]
 
 
+def _part(run: RunSpec, registry: Registry) -> HeadCard | BaselineCard:
+    return registry.baseline(run.baseline) if run.baseline else registry.head(run.head or "")
+
+
 def identity(card: BackboneCard, weights: Path | None, download: bool = True) -> str:
     """What stands for a backbone in fingerprints: its weights, and what the card makes of them."""
-    facts = json.dumps([card.builder, card.arch, card.mean, card.std, card.patch_px, card.depth], sort_keys=True)
+    facts = json.dumps([card.builder, code_of(card), card.arch, card.mean, card.std, card.patch_px, card.depth], sort_keys=True)
     return f"{weights_digest(card, weights, download)}:{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
 
 

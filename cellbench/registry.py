@@ -201,6 +201,14 @@ def load(card: Card) -> Any:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r} cannot be imported: {error}.") from error
 
 
+def code_of(card: Card) -> str:
+    """What stands for the code behind a card in fingerprints: the hash of a user's file; empty for the package's own, which ``NUMERICS``
+    speaks for."""
+    module = card.builder.partition(":")[0]
+    file = Path(card.path).parent / module
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if module.endswith(".py") and file.is_file() else ""
+
+
 def _from_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")

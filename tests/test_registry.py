@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cellbench.errors import CellbenchError
-from cellbench.registry import KINDS, HeadCard, Registry, load, read_card, with_defaults
+from cellbench.registry import KINDS, HeadCard, Registry, code_of, load, read_card, with_defaults
 from cellbench.spec import RunSpec
 
 EVERY = [(kind, name) for kind in KINDS for name in Registry().names(kind)]
@@ -149,3 +149,14 @@ def test_a_whole_number_will_do_for_a_number_and_becomes_one() -> None:
     filled = with_defaults({"share": 0.5, "name": "a"}, {"share": 1}, "x")
     assert filled == {"share": 1.0, "name": "a"}
     assert isinstance(filled["share"], float)
+
+
+def test_changed_code_of_ones_own_is_another_part(tmp_path):
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads" / "mine.toml").write_text('# mine\nbuilder = "mine.py:Mine"\n')
+    digests = []
+    for text in ("class Mine: ...", "class Mine: pass"):
+        (tmp_path / "heads" / "mine.py").write_text(text)
+        digests.append(code_of(Registry(tmp_path).head("mine")))
+    assert digests[0] != digests[1]
+    assert code_of(Registry().head("fpn")) == ""

@@ -21,7 +21,7 @@ LAYERS = (
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
     ("the one harness", {"machine", "checkpoints", "store", "features", "model", "infer", "train", "exam"}),
     ("doors and what is told", {"track", "moved", "figures", "figures_many", "page", "results", "evidence", "leaderboard", "chapters"}),
-    ("what is tried out", {"estimate", "contracts/"}),
+    ("what is tried out", {"estimate", "naive", "bench", "contracts/"}),
     ("verbs", {"grid", "commands", "catalogue", "report", "doctor", "ui"}),
     ("the command line", {"run"}),
 )
