@@ -23,8 +23,8 @@ BINS = 20
 """Of the probability of a cell, for the reliability diagram."""
 SHOWN_PX = 900
 """The longer side of a kept answer: more than a figure's panel shows."""
-CANDIDATES = 15
-"""Answers held while the median is not known; the nearest to it of these is shown."""
+CANDIDATES = 10
+"""Answers held while the median is not known, twice: the nearest to it so far, and some drawn by chance."""
 
 
 def shown(array: np.ndarray) -> np.ndarray:
@@ -64,13 +64,15 @@ class Case:
 class Keepsake:
     """The answers for the worst, the median and the best image, so that no image is segmented twice to be shown.
 
-    The median is known at the end only. Up to ``CANDIDATES`` answers nearest to the median so far are held: of fewer images all are, of
-    more the median itself is, unless scores drift with the order of the images; then its neighbour is shown, under its own score.
+    The median is known at the end only. Held are the answers nearest to the median so far, which nearly always hold it, and as many drawn
+    by chance, for scores that drift with the order of the images. The nearest of all these is shown, under its own score.
     """
 
     worst: Case | None = None
     best: Case | None = None
     _middle: list[Case] = field(default_factory=list)
+    _drawn: list[Case] = field(default_factory=list)
+    _chance: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     _dices: list[float] = field(default_factory=list)
 
     def offer(self, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None) -> None:
@@ -82,6 +84,10 @@ class Keepsake:
             self.worst = case
         if self.best is None or dice > self.best.dice:
             self.best = case
+        if len(self._drawn) < CANDIDATES:
+            self._drawn.append(case)
+        elif (place := int(self._chance.integers(len(self._dices)))) < CANDIDATES:
+            self._drawn[place] = case
         if len(self._middle) > CANDIDATES:
             now = float(np.median(self._dices))
             self._middle.remove(max(self._middle, key=lambda one: abs(one.dice - now)))
@@ -93,7 +99,7 @@ class Keepsake:
             return {}
         # The lower of two middle ones: a median that is an image, not a mean of two.
         middle = float(np.quantile(self._dices, 0.5, method="lower"))
-        all_three = {"worst": self.worst, "median": min(self._middle, key=lambda one: abs(one.dice - middle)), "best": self.best}
+        all_three = {"worst": self.worst, "median": min(self._middle + self._drawn, key=lambda one: abs(one.dice - middle)), "best": self.best}
         first = {case.image: which for which, case in reversed(all_three.items())}
         return {which: case for which, case in all_three.items() if first[case.image] == which}
 

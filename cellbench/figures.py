@@ -26,7 +26,7 @@ from matplotlib.patches import Patch
 
 # True positive, false positive, false negative as published: green, red, blue; here a light, a middle and a dark one, so that grey tells
 # them apart too. Blended over the grey picture, so that shapes stay visible.
-ERROR_COLOURS = {"found": (0.0, 0.66, 0.42), "false alarm": (0.93, 0.26, 0.16), "missed": (0.0, 0.13, 0.66)}
+ERROR_COLOURS = {"found": (0.0, 0.66, 0.42), "false alarm": (0.9, 0.19, 0.1), "missed": (0.0, 0.13, 0.66)}
 
 STYLE: dict[str, Any] = {
     "figure.dpi": 130,

@@ -79,7 +79,7 @@ def _healed(path: Path) -> list[str]:
             told.append(f"this project was moved: artifacts that MLflow looked for in {old} are found in {new} again.")
     finally:
         connection.close()
-    return told
+    return list(dict.fromkeys(told))  # once, though a folder may be written as a path and as a URI
 
 
 def _root(place: str) -> str | None:

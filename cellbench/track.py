@@ -30,7 +30,7 @@ from cellbench.files import make_folder, told
 from cellbench.spec import RunSpec
 
 for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration"):
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
+    logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # what goes wrong there is raised as well, and told in one line
 
 FINGERPRINT, STATUS, REASON, EXPERIMENT = "cellbench.fingerprint", "cellbench.status", "cellbench.reason", "cellbench.experiment"
 OWNER, HEARTBEAT = "cellbench.owner", "cellbench.heartbeat"
@@ -82,6 +82,40 @@ class Stored(Logged):
         return "cellbench.kind" in self.tags
 
 
+class _Client:
+    """MLflow's client, whose refusals are told in one line: a full disk, a read-only or locked store, a server that does not answer."""
+
+    def __init__(self, mlflow: Any) -> None:
+        self._client, self._mlflow = mlflow.MlflowClient(), mlflow
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._client, name)
+
+        def told_call(*arguments: Any, **named: Any) -> Any:
+            try:
+                return call(*arguments, **named)
+            except self._mlflow.exceptions.MlflowException as error:
+                raise _refused(error, self._mlflow.get_tracking_uri()) from error
+
+        return told_call
+
+
+def _refused(error: Exception, uri: str) -> CellbenchError:
+    text = one_line(error)
+    for sign, words in _REFUSALS.items():
+        if sign in text:
+            return CellbenchError(f"MLflow's store {uri}: {words} What is logged already is kept; the same command goes on.")
+    return CellbenchError(f"MLflow at {uri}: {text[:300]}. Mend it, or name another MLFLOW_TRACKING_URI.")
+
+
+_REFUSALS = {
+    "disk is full": "no space left on the device. Free some.",
+    "readonly database": "it may not be written to. Make the file and its folder writable, or call from another folder.",
+    "unable to open database": "it cannot be made here. Make the folder writable, or call from another folder.",
+    "database is locked": "another process has held it for 20 s. Wait for it, or end it.",
+}
+
+
 class Tracker:
     """One experiment in MLflow's store, made on first use; with ``make=False`` one that is there already."""
 
@@ -90,9 +124,14 @@ class Tracker:
 
         self._mlflow = mlflow
         self.name = experiment
+        file = moved.store_file(mlflow.get_tracking_uri())
+        if make and file is not None and not file.exists():
+            # MLflow would try for minutes to make a store where nothing can be made.
+            with told(f"making MLflow's store in {make_folder(file.parent)}"), tempfile.TemporaryFile(dir=file.parent):
+                pass
         try:
             with told("opening MLflow's store here"), self.lock():
-                self._client = mlflow.MlflowClient()
+                self._client = _Client(mlflow)
                 self.experiment_id = self._experiment(make)
         except mlflow.exceptions.MlflowException as error:
             raise CellbenchError(f"MLflow at {mlflow.get_tracking_uri()}: {one_line(error)[:300]}. Mend it, or name another MLFLOW_TRACKING_URI.") from None
@@ -176,7 +215,7 @@ class Tracker:
         try:
             with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
                 return Path(self._client.download_artifacts(run.run_id, name, folder)).read_bytes()
-        except (self._mlflow.exceptions.MlflowException, OSError):
+        except (CellbenchError, self._mlflow.exceptions.MlflowException, OSError):
             return None
 
     def attach(self, run: Stored, folder: Path) -> None:
@@ -214,7 +253,8 @@ class Tracker:
         except BaseException as error:
             # A person's Ctrl-C, a SIGTERM turned into SystemExit, or the disk: the run goes on from its checkpoint next time.
             interrupted = not isinstance(error, Exception)
-            run.end("interrupted" if interrupted else "failed", one_line(error) or type(error).__name__)
+            with contextlib.suppress(CellbenchError):  # the store may be what failed; the first error is the one to tell
+                run.end("interrupted" if interrupted else "failed", one_line(error) or type(error).__name__)
             raise
         run.end("finished")
 

@@ -226,11 +226,21 @@ def test_a_truncated_image_stops_before_anything_is_trained(question, tmp_path, 
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def _start(question, tmp_path, *more):
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "cellbench.run", *question, *more], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+@pytest.fixture
+def start(tmp_path):
+    """Starts a grid as a process of its own; none outlives its test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: str) -> subprocess.Popen[str]:
+        call = [sys.executable, "-m", "cellbench.run", *arguments]
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(call, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def _wait_for_epochs(num: int, seconds: float = 150) -> None:
@@ -246,9 +256,9 @@ def _wait_for_epochs(num: int, seconds: float = 150) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_grid_goes_on_and_redoes_no_finished_run(question, tmp_path, how):
-    slow = ["--set", "run.epochs=2000", "--set", "run.patience=0", "--set", 'grid.head=["bilinear"]', "--set", "grid.seed=[0]"]
-    process = _start(question, tmp_path, *slow)
+def test_a_killed_grid_goes_on_and_takes_up_the_same_run(question, start, how):
+    slow = ["--set", "run.epochs=400", "--set", "run.patience=0", "--set", 'grid.head=["bilinear"]', "--set", "grid.seed=[0]"]
+    process = start(*question, *slow)
     _wait_for_epochs(2)
     process.send_signal(how)
     process.wait(20)
@@ -256,7 +266,7 @@ def test_a_killed_grid_goes_on_and_redoes_no_finished_run(question, tmp_path, ho
     assert ("running" if how == signal.SIGKILL else "interrupted") in states.values()
     before = {run.info.run_id for run in runs_of().values()}
     # The same question again, in this process, and ended by a word from the store: it must take up the same run.
-    process = _start(question, tmp_path, *slow)
+    process = start(*question, *slow)
     printed = ""
     while "tiles an epoch" not in printed:
         line = process.stdout.readline()
@@ -269,9 +279,9 @@ def test_a_killed_grid_goes_on_and_redoes_no_finished_run(question, tmp_path, ho
     assert before == {run.info.run_id for run in after.values()}
 
 
-def test_two_grids_at_once_share_the_work_and_nothing_is_run_twice(question, tmp_path):
+def test_two_grids_at_once_share_the_work_and_nothing_is_run_twice(question, start):
     narrow = ["--set", 'grid.head=["bilinear"]']
-    first, second = _start(question, tmp_path, *narrow), _start(question, tmp_path, *narrow)
+    first, second = start(*question, *narrow), start(*question, *narrow)
     assert first.wait(200) == 0
     assert second.wait(200) == 0
     runs = mlflow.search_runs(experiment_names=["small"], output_format="list")

@@ -1,0 +1,115 @@
+"""Claims about pictures: they can be drawn from the worst that runs leave, nothing is cut, and grey tells apart what colours do."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cellbench import figures, figures_many
+from cellbench.figures_many import Line, front_of
+from cellbench.ranking import critical_difference
+from cellbench.significance import Interval, mean_interval
+from cellbench.stats import Scores, compare_all
+
+
+def pixels(figure):
+    """The drawn picture (H, W, 3), 0..255."""
+    return np.asarray(Image.open(io.BytesIO(figures.png(figure))).convert("RGB"))
+
+
+def uncut(figure):
+    """Nothing is drawn on the picture's rim, where it would be cut."""
+    picture = pixels(figure)
+    rim = np.concatenate([picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3), picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)])
+    return bool((rim > 250).all())
+
+
+def models(num, images=12, spread=0.01):
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 0.03, images)
+    names = [f"backbone-{k} · a-rather-long-head" for k in range(num)]
+    return [Scores(model=name, images=[str(n) for n in range(images)], values=0.9 - spread * k + hard) for k, name in enumerate(names)]
+
+
+def lines(num, **more):
+    return [
+        Line(model=m.model, baseline=k == num - 1, backbone=m.model.split(" ")[0], measures={"Dice": mean_interval(m.per_image)})
+        for k, m in enumerate(models(num, **more))
+    ]
+
+
+@pytest.mark.parametrize(("num", "images"), [(1, 1), (2, 40), (9, 2), (40, 12)])
+def test_pictures_of_few_and_many_models_on_few_and_many_images_are_whole(num, images):
+    here = lines(num, images=images)
+    assert uncut(figures_many.scoreboard(here))
+    assert uncut(figures_many.distributions([line.model for line in here], [m.per_image for m in models(num, images)]))
+    costs = {"training, s": [0.0, *range(1, num)], "prediction, s an image": [0.1 * (k + 1) for k in range(num)]}
+    assert uncut(figures_many.pareto(here, costs))
+
+
+@pytest.mark.parametrize("num", [2, 20])
+def test_differences_and_ranks_are_whole(num):
+    found = compare_all(models(num), against=models(num)[0].model)
+    assert uncut(figures_many.forest(found, models(num)[0].model))
+    if num > 2:
+        assert uncut(figures_many.critical(critical_difference(models(num))))
+        assert uncut(figures_many.critical(critical_difference(models(num, spread=0))))
+
+
+def test_equal_scores_and_missing_intervals_are_drawn():
+    flat = Interval(mean=1.0, low=None, high=None, num=1, note="one image")
+    here = [Line(model=name, baseline=False, measures={"Dice": flat, "AP50": flat}) for name in "ab"]
+    assert uncut(figures_many.scoreboard(here))
+    assert uncut(figures_many.measures(here))
+
+
+def test_a_heat_map_with_holes_is_whole():
+    values = np.array([[0.9, np.nan], [np.nan, 0.8]])
+    assert uncut(figures_many.heatmap(["uni", "dinobloom-s"], ["fpn", "bilinear"], values))
+
+
+def test_names_with_dollars_and_emoji_are_drawn_as_they_are():
+    here = [Line(model=name, baseline=False, measures={"Dice": Interval(mean=0.9, low=0.8, high=0.95, num=3)}) for name in ("a$b$c", "x, y/z_{")]
+    assert uncut(figures_many.scoreboard(here))
+
+
+def test_the_pareto_front_holds_what_nothing_beats_in_both():
+    cost, score = np.array([1.0, 2.0, 2.0, 3.0, 4.0]), np.array([0.5, 0.7, 0.6, 0.7, 0.9])
+    assert front_of(cost, score) == [0, 1, 4]
+
+
+@pytest.mark.parametrize(("num", "num_classes"), [(1, 2), (3, 5), (159, 3)])
+def test_a_report_card_is_whole(num, num_classes):
+    rng = np.random.default_rng(0)
+    each = {name: rng.uniform(0.5, 1, num) for name in (*figures.MEASURES, *figures.SHAPES)}
+    pooled = {f"class {k}": dict.fromkeys(figures.MEASURES, 0.9) for k in range(num_classes)}
+    calibration = {"pixels": [10] * 20, "probability": np.linspace(0, 1, 20).tolist(), "share_cell": np.linspace(0, 1, 20).tolist()}
+    assert uncut(figures.report_card("a run", each, pooled, calibration))
+    assert figures.expected_error(calibration) == 0
+
+
+def test_a_method_without_probabilities_has_a_card_and_a_case(tmp_path):
+    each = {"dice": np.array([1.0, 1.0])}
+    figures.report_card("otsu", each, {"cell": dict.fromkeys(figures.MEASURES, 1.0)}, None)
+    blank = np.zeros((30, 40), np.uint8)
+    figures.save(figures.case(np.full((30, 40, 3), 200, np.uint8), blank, blank, None, "nothing in either"), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_errors_differ_in_grey_too():
+    image = np.full((2, 3, 3), 150, np.uint8)
+    truth, classes = np.array([[1, 0, 1], [0, 0, 0]]), np.array([[1, 1, 0], [0, 0, 0]])
+    grey = figures.error_map(image, truth, classes) @ [0.299, 0.587, 0.114]
+    found, false, missed = grey[0]
+    assert found - false > 0.08
+    assert false - missed > 0.15
+
+
+def test_curves_mark_the_best_epoch():
+    history = [{"train/loss": 1 / (k + 1), "val/loss": 1 / (k + 1), "val/dice": 0.9 - 0.01 * abs(k - 3)} for k in range(8)]
+    figure = figures.curves(history, 3)
+    assert "epoch 4" in figure.axes[1].get_title(loc="left")
+    assert uncut(figure)

@@ -1,0 +1,272 @@
+"""Claims about evidence, leaderboard and report: fair pairing, everything left out is said, one page that needs nothing else."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import sqlite3
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import mlflow
+import numpy as np
+import pytest
+from told import IMAGES, finished, small_grid, told_of
+
+from cellbench import leaderboard, moved
+from cellbench.evidence import collect
+from cellbench.report import latex, place
+from cellbench.run import main
+from cellbench.spec import RunSpec
+from cellbench.track import Tracker
+
+NAME = "cells, a/b & ü 🔬"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a store that holds a small grid's runs."""
+    folder = tmp_path_factory.mktemp("made") / "project"
+    folder.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(folder)
+        mlflow.set_tracking_uri(None)
+        small_grid(Tracker(NAME))
+    return folder
+
+
+@pytest.fixture
+def project(made, tmp_path, monkeypatch):
+    """A copy of that folder, healed, to add runs to; the working folder."""
+    folder = tmp_path / "project"
+    shutil.copytree(made, folder)
+    monkeypatch.chdir(folder)
+    hidden = made.with_name("hidden")
+    made.rename(hidden)  # healing takes place only where the old folder is gone
+    try:
+        moved.heal()
+    finally:
+        hidden.rename(made)
+    return folder
+
+
+def evidence():
+    return collect([Tracker(NAME, make=False)])
+
+
+class Page(HTMLParser):
+    """What a page refers to, and whether its elements are closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.addresses, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_seeds_are_one_model_and_the_best_comes_first(project):
+    (here,) = evidence().sets
+    assert [model.name for model in here.models] == ["dinobloom-s · fpn", "dinobloom-s · bilinear", "uni · fpn", "uni · bilinear", "otsu"]
+    assert [len(model.runs) for model in here.models] == [2, 2, 2, 2, 1]
+    best = leaderboard.rows(here)[0]
+    scores = here.best.scores()
+    assert best.image_dice == pytest.approx(scores.values.mean())
+    assert (best.low, best.high) == (scores.interval().low, scores.interval().high)
+    assert all(d.b == "dinobloom-s · fpn" and d.better == d.b for d in leaderboard.differences(here))
+
+
+def test_the_page_needs_nothing_else_and_tables_are_the_same_in_every_format(project, capsys):
+    assert main(["report", NAME, "--out", "out"]) == 0
+    said = capsys.readouterr().out
+    text = Path("out/report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    words = " ".join(page.words)
+    assert NAME in words
+    for told in ("dinobloom-s · fpn", "Are the differences real?", "Cost", "fingerprint", "d" * 16, "smear-0"):
+        assert told in words
+    assert "Best on average is dinobloom-s · fpn" in said
+    assert "Best on average is dinobloom-s · fpn" in words
+    for name in ("leaderboard", "differences", "cost"):
+        lines = list(csv.reader(Path(f"out/{name}.csv").read_text(encoding="utf-8").splitlines()))
+        markdown = Path(f"out/{name}.md").read_text(encoding="utf-8").splitlines()
+        tex = Path(f"out/{name}.tex").read_text(encoding="utf-8")
+        assert len(lines) == len(markdown) - 1 == tex.count(r"\\")
+        assert markdown[2].count("|") == len(lines[0]) + 1
+    pictures = {path.stem for path in Path("out/figures").iterdir()}
+    assert pictures >= {"leaderboard", "measures", "images", "heatmap", "differences", "ranks", "cost"}
+
+
+def test_the_report_is_kept_on_the_parent_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a store of its own: MLflow remembers the places of runs by id, and copies have the same
+    mlflow.set_tracking_uri(None)
+    tracker = Tracker("kept")
+    with tracker.run("grid: kept", "parent", tags={"cellbench.kind": "grid"}) as top:
+        finished(tracker, RunSpec(backbone="uni", head="fpn"), told_of(0.9, 0), top.run_id)
+    main(["report", "kept", "--out", "out"])
+    (parent,) = collect([tracker]).parents
+    assert tracker.artifact(parent, "report.html") == Path("out/report.html").read_bytes()
+
+
+def test_runs_on_other_images_are_never_paired_and_that_is_said(project, capsys):
+    other = tuple(f"other-{k}.png" for k in range(20))
+    for seed in (0, 1):
+        finished(Tracker(NAME), RunSpec(backbone="uni", head="fpn", seed=seed), told_of(0.99, seed, other, "e" * 16))
+    first, second = evidence().sets
+    assert first.best.name == "dinobloom-s · fpn"
+    assert [model.name for model in second.models] == ["uni · fpn"]
+    assert len(leaderboard.differences(first)) == 4
+    assert leaderboard.differences(second) == []
+    assert main(["report", NAME, "--out", "out"]) == 0
+    assert "Scores are paired within one set only" in Path("out/report.html").read_text(encoding="utf-8")
+
+
+def test_settings_that_differ_name_models_and_are_no_seeds(project):
+    finished(Tracker(NAME), RunSpec(backbone="uni", head="fpn", seed=0, epochs=3), told_of(0.95, 7))
+    (here,) = evidence().sets
+    names = {model.name: len(model.runs) for model in here.models}
+    assert names["uni · fpn · epochs 3"] == 1
+    assert names["uni · fpn · epochs 20"] == 2
+    assert names["otsu"] == 1
+
+
+def test_what_cannot_be_used_is_left_out_with_a_word(project, capsys):
+    tracker = Tracker(NAME)
+    finished(tracker, RunSpec(backbone="uni", head="detail", seed=0), None)
+    damaged = finished(tracker, RunSpec(backbone="uni", head="detail", seed=1), told_of(0.9, 0))
+    stored = {run.run_id: run for run in tracker.stored()}
+    path = Path(unquote(stored[damaged].artifact_uri.removeprefix("file://"))) / "per_image.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dice": [0.5]}))
+    nan = finished(tracker, RunSpec(backbone="uni", head="detail", seed=2), {**told_of(0.9, 0), "dice": [float("nan")] * len(IMAGES)})
+    with tracker.run("uni · gated · seed 0", "skip") as run:
+        run.end("skipped", "log in | first & <b>")
+    mlflow.set_tracking_uri(None)
+    with mlflow.start_run(experiment_id=tracker.experiment_id, run_name="someone's notebook"):
+        mlflow.log_metric("test/dice", 1.0)
+    gone = finished(tracker, RunSpec(backbone="uni", head="fpn", seed=9), told_of(0.9, 0))
+    mlflow.MlflowClient().delete_run(gone)
+    found = evidence()
+    assert sum(len(model.runs) for model in found.sets[0].models) == 9
+    said = " ".join(found.left_out)
+    for told in ("is gone", "one score an image", "no number", "1 run in the experiment is not cellbench's", "1 run of", "deleted in MLflow"):
+        assert told in said
+    assert nan not in {run.stored.run_id for model in found.sets[0].models for run in model.runs}
+    main(["report", NAME, "--out", "out"])
+    text = Path("out/report.html").read_text(encoding="utf-8")
+    assert "log in | first &amp; &lt;b&gt;" in text
+    assert "not cellbench&#x27;s" in text or "not cellbench's" in text
+
+
+def test_one_model_alone_is_reported_without_tests(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(None)
+    finished(Tracker("alone"), RunSpec(backbone="uni", head="fpn"), told_of(0.9, 0, images=("one.png",)))
+    assert main(["report"]) == 0
+    text = (tmp_path / "reports" / "alone" / "report.html").read_text(encoding="utf-8")
+    assert "One model alone" in text
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(["cells, a/b & u"], "Did you mean 'cells, a/b & ü 🔬'?"), (["empty"], "no finished run"), ([NAME, "nothing like it"], "no experiment called")],
+)
+def test_a_question_without_an_answer_is_one_line(project, capsys, arguments, told):
+    Tracker("empty")
+    assert main(["report", *arguments]) == 2
+    said = capsys.readouterr().err.strip()
+    assert told in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("verb", ["report", "ui"])
+def test_a_folder_without_a_store_is_told_and_gets_none(tmp_path, monkeypatch, capsys, verb):
+    monkeypatch.chdir(tmp_path)
+    assert main([verb]) == 2
+    assert "no MLflow store" in capsys.readouterr().err
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_experiments_together_are_one_comparison(project):
+    finished(Tracker("second"), RunSpec(backbone="gpfm", head="fpn"), told_of(0.97, 3))
+    found = collect([Tracker(NAME, make=False), Tracker("second", make=False)])
+    assert found.sets[0].best.name == "gpfm · fpn"
+    assert len(found.sets[0].models) == 6
+
+
+@pytest.mark.parametrize("name", ["moved project ü", "100%_sure"])
+def test_a_moved_project_finds_its_artifacts_again(made, tmp_path, monkeypatch, name):
+    first = tmp_path / "first"
+    shutil.copytree(made, first)
+    with sqlite3.connect(first / "mlflow.db") as store:
+        for table, column in moved.COLUMNS:
+            store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (made.as_uri(), first.as_uri()))
+            store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(made), str(first)))
+    store.close()
+    monkeypatch.chdir(first)
+    assert moved.heal() == []
+    second = tmp_path / name
+    monkeypatch.chdir(tmp_path)
+    first.rename(second)
+    monkeypatch.chdir(second)
+    mlflow.set_tracking_uri(None)
+    (said,) = moved.heal()
+    assert str(second / "mlruns") in said
+    assert moved.heal() == []
+    assert evidence().num_runs == 9
+    assert str(first) not in " ".join(str(row) for row in sqlite3.connect("mlflow.db").execute("SELECT artifact_uri FROM runs"))
+
+
+def test_a_copy_beside_its_original_is_left_alone(made, tmp_path, monkeypatch):
+    shutil.copytree(made, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    assert moved.heal() == []
+
+
+def test_latex_escapes_what_it_must():
+    assert latex(["a_b", "±"], [["50 % & more", "$x^2$ #1 {y} \\z ~"]]).splitlines()[4] == (
+        r"50 \% \& more & \$x\textasciicircum{}2\$ \#1 \{y\} \textbackslash{}z \textasciitilde{} \\"
+    )
+
+
+@pytest.mark.parametrize("name", ["a/b", "../..", "🔬", "x" * 300, "cells, ü"])
+def test_a_report_of_any_name_lies_below_reports(name):
+    where = place(name)
+    assert where.parent == Path("reports")
+    assert where.name not in ("", ".", "..")
+    assert len(where.name) <= 80
+
+
+def test_a_thousand_models_are_compared_in_seconds(monkeypatch):
+    import time
+
+    from cellbench.evidence import Model, Tested, TestSet
+    from cellbench.track import Stored
+
+    names = tuple(f"{k}.png" for k in range(60))
+    stored = Stored(run_id="r", name="n", status="finished", metrics={"test/dice": 0.9})
+    told = [Tested(stored=stored, told=told_of(0.8 + k / 1e4, k, names)) for k in range(1000)]
+    models = tuple(
+        Model(name=f"m{k}", backbone="b", head=f"h{k}", baseline=False, plain=True, runs=(one,)) for k, one in enumerate(told)
+    )[::-1]  # fmt: skip
+    here = TestSet(dataset="d", digest="e", images=names, models=models)
+    start = time.process_time()
+    assert len(leaderboard.rows(here)) == 1000
+    assert leaderboard.words(here)[0].startswith("Best on average is m999")
+    assert time.process_time() - start < 20  # 3 s measured; np.random and ranks, on a busy machine
+    assert np.isfinite([row.low for row in leaderboard.rows(here)]).all()

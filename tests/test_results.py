@@ -1,0 +1,135 @@
+"""Claims about a run's test: what is scored, counted and kept, whatever the order of the images."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from worlds import dataset_of, run_of
+
+from cellbench import results
+from cellbench.data.pixels import Pixels
+from cellbench.exam import CANDIDATES, Exams, Keepsake, numbers, shown
+from cellbench.metrics import confusion
+from cellbench.results import Result
+from cellbench.shapes import Truth
+from cellbench.spec import Experiment
+
+
+def taken(dataset, answers, shorten=False):
+    """The exam of one run whose answer for each image is given; ``shorten`` hands in a map of another size."""
+    with Exams(dataset, 1) as exams:
+        for k, sample in enumerate(dataset.test):
+            truth = dataset.read_mask(sample)
+            classes, cell = answers(truth)
+            exams.take(k, truth, [confusion(truth, classes, 2)], [(classes[:5] if shorten else classes, cell)])
+    return exams.exams[0]
+
+
+@pytest.fixture
+def dataset(small_folder):
+    return dataset_of(small_folder)
+
+
+def test_the_truth_as_answer_scores_one_everywhere(dataset):
+    exam = taken(dataset, lambda truth: (truth, truth * np.uint8(255)))
+    found = results.metrics(dataset, Result(exam=exam, cost={}))
+    for name in ("dice", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
+        assert found[f"test_image/{name}"] == 1
+    assert found["test_image/count_error"] == found["test_image/count_error_abs"] == 0
+    assert found["test/calibration_error"] == 0
+
+
+def test_shape_scores_of_the_exam_are_those_of_the_image(dataset):
+    exam = taken(dataset, lambda truth: (np.roll(truth, 3, axis=1), None))
+    for k, sample in enumerate(dataset.test):
+        truth = dataset.read_mask(sample)
+        assert exam.agreements[k] == Truth(truth, 2).agreement(np.roll(truth, 3, axis=1))
+    assert exam.calibration() is None
+    assert "test/calibration_error" not in results.metrics(dataset, Result(exam=exam, cost={}))
+
+
+def test_calibration_counts_every_pixel_once(dataset):
+    exam = taken(dataset, lambda truth: (truth, np.where(truth, 204, 51).astype(np.uint8)))  # 0.8 for every cell, 0.2 elsewhere
+    told = exam.calibration()
+    assert sum(told["pixels"]) == sum(np.prod(sample.size_px) for sample in dataset.test)
+    assert told["share_cell"][16] == 1
+    assert told["share_cell"][4] == 0
+    assert told["probability"][16] == pytest.approx(0.8)
+    assert results.metrics(dataset, Result(exam=exam, cost={}))["test/calibration_error"] == pytest.approx(0.2)
+
+
+def test_a_failure_in_a_thread_is_told(dataset):
+    with pytest.raises(ValueError, match="prediction"):
+        taken(dataset, lambda truth: (truth, None), shorten=True)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 15, 159])
+def test_worst_median_and_best_are_kept(num):
+    dices = np.random.default_rng(num).permutation(np.linspace(0.5, 0.99, num))
+    keep = Keepsake()
+    for image, dice in enumerate(dices.tolist()):
+        keep.offer(image, dice, np.full((4, 6), image, np.uint8), None)
+    cases = keep.cases
+    assert cases["worst"].dice == dices.min()
+    assert len({case.image for case in cases.values()}) == len(cases) == min(num, 3)
+    if num >= 3:
+        assert cases["best"].dice == dices.max()
+        middle = np.quantile(dices, 0.5, method="lower")
+        assert np.count_nonzero(np.abs(dices - middle) < abs(cases["median"].dice - middle)) <= (4 if num > 2 * CANDIDATES else 0)
+        assert (cases["median"].classes == cases["median"].image).all()
+        assert cases["median"].cell is None
+
+
+def test_the_median_is_near_even_where_scores_drift():
+    keep = Keepsake()
+    for image, dice in enumerate(np.linspace(0.5, 0.99, 200).tolist()):
+        keep.offer(image, dice, np.zeros((4, 6), np.uint8), None)
+    assert len(keep._middle) + len(keep._drawn) <= 2 * CANDIDATES
+    assert abs(keep.cases["median"].dice - 0.745) < 0.07
+
+
+def test_kept_answers_are_as_shown_and_small():
+    classes = np.zeros((1200, 1600), np.uint8)
+    classes[300:600, 400:900] = 1
+    keep = Keepsake()
+    keep.offer(0, 0.9, classes, classes * np.uint8(200))
+    case = keep.cases["worst"]
+    assert np.array_equal(case.classes, shown(classes))
+    assert np.array_equal(case.cell, shown(classes) * 200)
+    assert len(case.packed) + len(case.packed_cell) < 100_000
+
+
+def test_files_of_a_run_are_what_the_report_and_the_ui_read(dataset, tmp_path):
+    exam = taken(dataset, lambda truth: (np.roll(truth, 2, axis=0), truth * np.uint8(250)))
+    run = run_of()
+    tree = {"experiment": "a / b, ü 🔬", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
+    out = tmp_path / "out"
+    out.mkdir()
+    results.write(out, "a run", run, Experiment.of(tree, "here"), dataset, Pixels(dataset, "test", 2**28), Result(exam=exam, cost={}))
+    told = json.loads((out / "per_image.json").read_text())
+    assert told["images"] == [sample.name for sample in dataset.test]
+    assert len(told["nsd"]) == len(told["ap50"]) == len(told["num_true"]) == 2
+    assert told["tolerance_px"] == 2
+    table = json.loads((out / results.TABLE).read_text())
+    assert table["columns"][:2] == ["image", "dice"]
+    assert [row[1] for row in table["data"]] == sorted(told["dice"])
+    assert {path.name for path in (out / "figures").iterdir()} == {"scores.png", "worst.png", "best.png"}
+
+
+def test_masks_that_number_their_cells_are_known_from_others(tmp_path, dataset):
+    def mask(array):
+        path = tmp_path / "mask.png"
+        Image.fromarray(array).save(path)
+        return type(dataset.test[0])(name="m", image=path, mask=path)
+
+    ids = np.zeros((40, 40), np.uint16)
+    ids[:10, :10], ids[10:20, :10] = 1, 2
+    assert np.array_equal(numbers(dataset, mask(ids)), ids)
+    assert numbers(dataset, mask((ids > 0).astype(np.uint8) * 255)) is None
+    smoothed = np.zeros((40, 40), np.uint8)
+    smoothed[5:35, 5:35] = 255
+    smoothed[5, 5:35] = 128
+    assert numbers(dataset, mask(smoothed)) is None
