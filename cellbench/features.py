@@ -246,11 +246,15 @@ class Features:
         return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs])
 
     def _pixels(self, tiles_BTTC: np.ndarray) -> Tensor:
-        pixels = torch.from_numpy(tiles_BTTC).to(self.trunk.machine.device, non_blocking=True).permute(0, 3, 1, 2)
-        return pixels.float().div_(255)
+        return self._sent(tiles_BTTC).permute(0, 3, 1, 2).float().div_(255)
 
     def _target(self, masks_BTT: np.ndarray) -> Tensor:
-        return torch.from_numpy(masks_BTT).to(self.trunk.machine.device, non_blocking=True).long()
+        return self._sent(masks_BTT).long()
+
+    def _sent(self, array: np.ndarray) -> Tensor:
+        """On the device; to a GPU as bytes, from pinned memory, so that the copy does not hold up the computation."""
+        tensor, device = torch.from_numpy(array), self.trunk.machine.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def ahead(items: Iterable[T], num: int = 2) -> Iterator[T]:

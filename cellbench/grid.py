@@ -322,7 +322,8 @@ class Runner:
             results.write(Path(folder), job.name, job.run, self.experiment, self.dataset, self._pixels["test"], result)
             run.artifacts(Path(folder))
         metrics = results.metrics(self.dataset, result)
-        run.log(metrics, step=max(result.learner.best_epoch, 0) if result.learner else 0, tags={"cellbench.machine": self.machine.name})
+        # At step 0: a single value there is a bar in the UI's charts, at any other step a lone dot. ``best/epoch`` says which epoch it was.
+        run.log(metrics, tags={"cellbench.machine": self.machine.name})
         run.tables([results.TABLE])
         run.describe(results.note(job.name, metrics, worst=run.address("figures/worst.png")))
         run.end("finished")

@@ -6,6 +6,7 @@ Only three columns hold them (measured on MLflow 3.17.2): ``experiments.artifact
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sqlite3
@@ -54,10 +55,22 @@ def heal() -> list[str]:
             raise CellbenchError(f"{path}: MLflow's store cannot be read: {error}. Put a backup in its place, or move it away.") from None
 
 
+def experiments(most: int = 8) -> list[tuple[str, str]]:
+    """Names and numbers of the newest experiments that a grid has described, read without MLflow."""
+    path = store_file()
+    if path is None or not path.is_file():
+        return []
+    query = (
+        "SELECT e.name, e.experiment_id FROM experiments e JOIN experiment_tags t USING (experiment_id) "
+        "WHERE t.key = 'mlflow.sharedViewState.leaderboard' AND e.lifecycle_stage = 'active' ORDER BY e.last_update_time DESC LIMIT ?"
+    )
+    with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection:
+        return [(name, str(number)) for name, number in connection.execute(query, (most,))]
+
+
 def _healed(path: Path) -> list[str]:
     told = []
-    connection = sqlite3.connect(path, timeout=20)
-    try:
+    with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         known = [(table, column) for table, column in COLUMNS if table in tables]
         places = {place for table, column in known for (place,) in connection.execute(f"SELECT DISTINCT {column} FROM {table}") if place}
@@ -77,8 +90,6 @@ def _healed(path: Path) -> list[str]:
                     )
                     connection.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (fresh, root))
             told.append(f"this project was moved: artifacts that MLflow looked for in {old} are found in {new} again.")
-    finally:
-        connection.close()
     return list(dict.fromkeys(told))  # once, though a folder may be written as a path and as a URI
 
 

@@ -27,6 +27,11 @@ from cellbench.evidence import Evidence, collect
 from cellbench.files import make_folder, told
 from cellbench.track import Run, Tracker, newest
 
+COLUMNS = (
+    *(f"params.`{name}`" for name in ("backbone", "head", "seed")),
+    *(f"metrics.`{name}`" for name in ("test/dice", "test_image/nsd", "test_image/ap50", "cost/train_s", "cost/images_per_s", "test_image/dice")),
+)
+"""Of the view that MLflow's UI opens on the leaderboard; the last one sorts it."""
 ABOUT = "about.json"
 """On the parent run: what was asked, of which data, by which command, with which versions."""
 
@@ -177,4 +182,4 @@ def conclude(
     picture = f"![leaderboard]({top.address('figures/leaderboard.png')})"
     note = "\n\n".join([known.get("question", ""), *made.verdict, board, picture, "*Artifacts*: `report.html` has it all."]) + lost
     top.describe(note[:7900])
-    tracker.describe("\n\n".join([f"**{known.get('question', '')}**", *made.verdict, board])[:7900])
+    tracker.describe("\n\n".join([f"**{known.get('question', '')}**", *made.verdict, board])[:7900], COLUMNS, order_by=COLUMNS[-1])

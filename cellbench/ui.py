@@ -57,6 +57,8 @@ def _serve(server: subprocess.Popen[bytes], port: int, say: Callable[[str], None
             raise CellbenchError(f"MLflow's UI did not answer at {address} within {PATIENCE_S} s.")
         time.sleep(0.2)
     say(f"{address}  (this machine only; Ctrl-C ends it)")
+    for name, number in moved.experiments():
+        say(f"  {name}: {address}/#/experiments/{number}/runs?viewStateShareKey=leaderboard")
     assert server.stdout is not None
     for _ in server.stdout:  # read, or the server would stop at a full pipe; each request is a line nobody needs
         pass

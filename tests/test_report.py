@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import socket
 import sqlite3
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +23,7 @@ from cellbench.report import latex, place
 from cellbench.run import main
 from cellbench.spec import RunSpec
 from cellbench.track import Tracker
+from cellbench.ui import free_port
 
 NAME = "cells, a/b & ü 🔬"
 
@@ -236,6 +238,21 @@ def test_a_copy_beside_its_original_is_left_alone(made, tmp_path, monkeypatch):
     shutil.copytree(made, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     assert moved.heal() == []
+
+
+def test_the_ui_names_the_experiments_that_have_a_leaderboard(project):
+    assert moved.experiments() == []
+    tracker = Tracker(NAME)
+    tracker.describe("**why?**", ["params.`head`", "metrics.`test/dice`"], "metrics.`test/dice`")
+    assert moved.experiments() == [(NAME, tracker.experiment_id)]
+
+
+def test_the_ui_takes_the_next_free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        first = taken.getsockname()[1]
+        assert first < free_port(first) < first + 50
 
 
 def test_latex_escapes_what_it_must():

@@ -1,0 +1,51 @@
+"""``bench`` measures what it says, and ``cache`` shows and removes what is kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from worlds import REGISTRY, dataset_of, fitted, run_of
+
+from cellbench import bench
+from cellbench.machine import machine
+from cellbench.run import main
+from cellbench.store import entries
+
+
+@pytest.fixture
+def result(small_folder, monkeypatch):
+    monkeypatch.setattr(bench, "HEADS", ("bilinear", "fpn"))
+    monkeypatch.setattr(bench, "RATES", (1e-3, 2e-3))
+    world = bench.World(
+        registry=REGISTRY, dataset=dataset_of(small_folder), machine=machine("cpu", "fp32"), backbone="vit-tiny-random", weights=None,
+        epochs=1, crops=2, say=lambda _: None,
+    )  # fmt: skip
+    return bench.measure(world)
+
+
+def test_bench_checks_equalities_and_names_the_naive_protocol(result):
+    assert all(result.checks.values()), result.checks
+    assert any("alone and in a cohort" in name for name in result.checks)
+    printed = bench.table(result)
+    assert "naive: the cohort is" in printed
+    assert "of the bare forward" in printed
+    facts = json.loads(bench.as_json(result))["facts"]
+    assert facts["alone_s"] > 0
+    assert 0 < facts["pass_over_bare"] < 3
+    assert facts["naive_dice_gap"] < 1e-3  # the same views, weights and precision: only the order of sums differs
+
+
+def test_cache_shows_what_is_kept_and_prunes_it(small_folder, capsys):
+    assert main(["cache"]) == 0
+    assert "no features are kept" in capsys.readouterr().out
+    disk = {"memory_bytes": 0, "disk_bytes": 2**30, "key": "test", "backbone": "vit-tiny-random", "dataset": "folder"}
+    fitted(dataset_of(small_folder), [run_of(views=1)], **disk)
+    assert main(["cache"]) == 0
+    printed = capsys.readouterr().out
+    assert "vit-tiny-random" in printed
+    assert "train" in printed
+    assert main(["cache", "--prune", "--older-than", "1"]) == 0
+    assert "removed 0 of" in capsys.readouterr().out
+    assert main(["cache", "--prune"]) == 0
+    assert entries() == []
