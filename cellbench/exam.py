@@ -21,7 +21,7 @@ from cellbench.shapes import SCORES, Agreement, Truth
 
 BINS = 20
 """Of the probability of a cell, for the reliability diagram."""
-SHOWN_PX = 900
+SHOWN_PX = 600
 """The longer side of a kept answer: more than a figure's panel shows."""
 CANDIDATES = 10
 """Answers held while the median is not known, twice: the nearest to it so far, and some drawn by chance."""
