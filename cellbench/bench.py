@@ -186,7 +186,8 @@ def _naive(world: World, out: Bench) -> None:
                 made = naive.PublishedHead(trunk.backbone.levels[-1].dim, len(world.dataset.classes))
             epochs = world.epochs if how == "held" else 1
             start = time.perf_counter()
-            _, dice = naive.train(run, made, world.frozen, trunk.indices, world.dataset, epochs, reopen=how == "reopen")
+            rate = world.cohort[k * len(RATES) + 1].lr
+            _, dice = naive.train(run, made, world.frozen, trunk.indices, world.dataset, epochs, rate=rate, reopen=how == "reopen")
             threes[how] += (time.perf_counter() - start) * world.epochs / epochs
             if how == "held":
                 gaps.append(abs(dice - world.cohort[k * len(RATES) + 1].history[-1]["val/dice"]))

@@ -6,6 +6,8 @@ by a head whose last convolution stands after the resize, as published. It sees 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,9 +40,19 @@ class PublishedHead(nn.Module):
 
 
 def train(
-    run: RunSpec, head: nn.Module, backbone: Backbone, indices: tuple[int, ...], dataset: Dataset, num_epochs: int, *, reopen: bool
+    run: RunSpec,
+    head: nn.Module,
+    backbone: Backbone,
+    indices: tuple[int, ...],
+    dataset: Dataset,
+    num_epochs: int,
+    *,
+    rate: Callable[[int], float],
+    reopen: bool,
 ) -> tuple[int, float]:
     """Trains one run for some epochs and validates after each; returns the tiles learned from and the last validation Dice.
+
+    ``rate`` gives the learning rate of each step.
 
     ``reopen`` opens an image anew for every crop, as the published data loader does; without it, decoded images are held.
     """
@@ -48,7 +60,7 @@ def train(
     held = {} if reopen else {k: dataset.read(sample) for k, sample in enumerate(dataset.train)}
     val = [dataset.read(sample) for sample in dataset.val]
     optimiser = torch.optim.AdamW(head.parameters(), lr=run.lr, weight_decay=run.weight_decay)
-    loss_fn, seen, dice = loss_of(run.loss), 0, 0.0
+    loss_fn, seen, step, dice = loss_of(run.loss), 0, 0, 0.0
     for epoch in range(num_epochs):
         head.train()
         views, order = plan.views(plan.cycle(epoch)), plan.order(epoch)
@@ -61,6 +73,8 @@ def train(
             target = torch.stack([torch.from_numpy(mask.copy()) for _, mask in tiles]).long()
             with torch.no_grad():
                 maps = [m.clone() for m in backbone(pixels, indices)]
+            optimiser.param_groups[0]["lr"] = rate(step)
+            step += 1
             optimiser.zero_grad()
             loss_fn(head(maps, pixels), target).backward()
             optimiser.step()
