@@ -259,7 +259,7 @@ def _wait_for_epochs(num: int, seconds: float = 150) -> None:
 def test_a_killed_grid_goes_on_and_takes_up_the_same_run(question, start, how):
     slow = ["--set", "run.epochs=400", "--set", "run.patience=0", "--set", 'grid.head=["bilinear"]', "--set", "grid.seed=[0]"]
     process = start(*question, *slow)
-    _wait_for_epochs(2)
+    _wait_for_epochs(1)
     process.send_signal(how)
     process.wait(20)
     states = {name: run.data.tags["cellbench.status"] for name, run in runs_of().items()}
