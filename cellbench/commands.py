@@ -21,10 +21,12 @@ from cellbench.errors import CellbenchError, unknown
 from cellbench.estimate import cost, duration
 from cellbench.features import Keeping
 from cellbench.files import cache_dir, make_folder, write_atomic
-from cellbench.grid import Job, Runner, jobs_of, parent
+from cellbench.grid import everything, parent
+from cellbench.jobs import Job, jobs_of
 from cellbench.machine import Machine, is_size, machine, num_bytes
 from cellbench.registry import Registry, shipped
 from cellbench.report import about, conclude
+from cellbench.runner import Runner
 from cellbench.spec import DataSpec, Experiment, cohorts, expand
 from cellbench.track import Tracker
 
@@ -168,7 +170,7 @@ def grid(
             prefer_disk=prefer_disk,
             say=say,
         )
-        outcome = runner.everything(jobs)
+        outcome = everything(runner, jobs)
         ids = {logged.run_id for logged in outcome.finished.values()}
         known = about(experiment_path(file).read_text(encoding="utf-8"), dataset, here.name)
         splits = {split: [sample.name for sample in dataset.samples(split)] for split in SPLITS}

@@ -39,7 +39,9 @@ def told(doing: str) -> Iterator[None]:
             raise CellbenchError(f"{doing}: not permitted ({error.strerror}). Make the folder writable, or name another one.") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise CellbenchError(f"{doing}: a file stands where a folder is needed. Move it, or name another folder.") from error
-        raise CellbenchError(f"{doing}: {error.strerror or error}. Name another folder.") from error
+        if error.errno is None:
+            raise  # a library's own kind of OSError, not the operating system's: the hub's "gated", say, which has words of its own
+        raise CellbenchError(f"{doing}: {error.strerror}. Name another folder.") from error
 
 
 def make_folder(folder: Path) -> Path:

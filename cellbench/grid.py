@@ -1,363 +1,41 @@
-"""Runs an experiment: its cohorts one after the other, each through one frozen pass, every run into MLflow, nothing twice.
-
-What is finished by its fingerprint is not run again; what was interrupted goes on from its checkpoint; what cannot be had is a run marked
-*skipped* with the reason, and the others go on.
-"""
+"""Runs an experiment: what is finished by its fingerprint is not run again, what cannot be had is marked *skipped* with the reason, and the
+rest goes cohort by cohort."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
-import json
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-import psutil
-import torch
-from tqdm import tqdm
-
-from cellbench import checkpoints, results
-from cellbench.backbones.base import Backbone
-from cellbench.backbones.catalog import open_backbone, weights_digest
-from cellbench.data.dataset import Dataset
-from cellbench.data.pixels import Pixels
-from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
-from cellbench.exam import Exams
-from cellbench.features import Features, Keeping, Trunk
-from cellbench.infer import score
-from cellbench.machine import Machine
-from cellbench.metrics import confusion
-from cellbench.model import model, num_levels
-from cellbench.plan import Plan
-from cellbench.registry import BackboneCard, BaselineCard, HeadCard, Registry, code_of, load
-from cellbench.results import Result
-from cellbench.spec import NUMERICS, Experiment, RunSpec, cohorts, expand, fingerprint, labels
-from cellbench.track import Logged, Run, Tracker, params_of
-from cellbench.train import Learner, fit
+from cellbench.jobs import Job
+from cellbench.runner import Outcome, Runner
+from cellbench.spec import cohorts
+from cellbench.track import Run, Tracker
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run to be: what it is, what it is called, and by what it is known again."""
-
-    run: RunSpec
-    name: str
-    fingerprint: str
-    unavailable: str = ""
-    """Why it must be skipped; empty where it can run."""
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """What became of an experiment's runs."""
-
-    finished: dict[str, Logged] = field(default_factory=dict)
-    """By run name."""
-    skipped: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    busy: list[str] = field(default_factory=list)
-    """Being run by another process at this moment."""
-    num_new: int = 0
-
-
-def jobs_of(
-    experiment: Experiment, registry: Registry, dataset: Dataset, weights: Path | None, where: str, download: bool = True
-) -> list[Job]:
-    """The runs of an experiment with their fingerprints. Raises CellbenchError for a name or setting that no card knows.
-
-    Weights that are not here are downloaded now, or with ``download=False`` reported as missing.
-    """
-    trained = {name: registry.baseline(name).trained for name in experiment.baselines}
-    runs = [registry.complete(run) for run in expand(experiment, where, trained)]
-    for run in runs:
-        _check_tile(run, registry)
-    reasons: dict[str, str] = {}
-    digests: dict[str, str] = {}
-    for name in {run.backbone for run in runs if run.backbone}:
-        try:
-            digests[name] = identity(registry.backbone(name), weights, download)
-        except WeightsUnavailable as error:
-            reasons[name], digests[name] = one_line(error), "unavailable"
-    return [
-        Job(
-            run=run,
-            name=name,
-            fingerprint=fingerprint(run, dataset.digest, digests.get(run.backbone or "", "") + code_of(_part(run, registry))),
-            unavailable=reasons.get(run.backbone or "", ""),
-        )
-        for run, name in zip(runs, labels(runs), strict=True)
-    ]
-
-
-def _part(run: RunSpec, registry: Registry) -> HeadCard | BaselineCard:
-    return registry.baseline(run.baseline) if run.baseline else registry.head(run.head or "")
-
-
-def identity(card: BackboneCard, weights: Path | None, download: bool = True) -> str:
-    """What stands for a backbone in fingerprints: its weights, and what the card makes of them."""
-    facts = json.dumps([card.builder, code_of(card), card.arch, card.mean, card.std, card.patch_px, card.depth], sort_keys=True)
-    return f"{weights_digest(card, weights, download)}:{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
-
-
-def _check_tile(run: RunSpec, registry: Registry) -> None:
-    patch = registry.backbone(run.backbone).patch_px if run.backbone else 1
-    if run.tile_px % patch:
-        below = run.tile_px // patch * patch
-        raise CellbenchError(f"tile_px = {run.tile_px}: {run.backbone} reads patches of {patch} px. Use a multiple, such as {below} or {below + patch}.")
-
-
-@dataclass(kw_only=True)
-class Runner:
-    """Everything that the cohorts of one call share."""
-
-    experiment: Experiment
-    registry: Registry
-    dataset: Dataset
-    machine: Machine
-    weights: Path | None
-    tracker: Tracker
-    parent_id: str
-    disk_bytes: int = 0
-    """What may be spent on features in the cache folder."""
-    prefer_disk: bool = False
-    say: Callable[[str], None] = print
-
-    def __post_init__(self) -> None:
-        # A third for decoded images; features get the rest. Both are upper bounds, not reservations.
-        third = self.machine.memory_bytes // 3
-        share = {"train": 0.6, "val": 0.2, "test": 0.2}
-        self._pixels = {split: Pixels(self.dataset, split, int(third * part)) for split, part in share.items()}
-        self._backbones: dict[str, Backbone] = {}
-
-    def everything(self, jobs: list[Job]) -> Outcome:
-        """Runs what is not finished yet, cohort by cohort."""
-        out = Outcome()
-        known = self.tracker.known()
-        todo: list[Job] = []
-        for job in jobs:
-            old = known.get(job.fingerprint)
-            if old is not None and old.status == "finished":
-                out.finished[job.name] = old
-            elif job.unavailable:
-                self._skip(job, old)
-                out.skipped[job.name] = job.unavailable
-            else:
-                todo.append(job)
-        if out.finished:
-            self.say(f"{len(out.finished)} of {len(jobs)} runs are finished already and are not run again.")
-        for reason in sorted(set(out.skipped.values())):
-            names = [name for name, why in out.skipped.items() if why == reason]
-            self.say(f"skipped {len(names)} runs ({names[0]}, …): {reason}" if len(names) > 1 else f"skipped {names[0]}: {reason}")
-        by_run = {id(job.run): job for job in todo}
-        groups = cohorts(job.run for job in todo)
-        for number, group in enumerate(groups, 1):
-            self._cohort([by_run[id(run)] for run in group], f"cohort {number} of {len(groups)}", out)
-        return out
-
-    def _skip(self, job: Job, old: Logged | None) -> None:
-        if old is not None and old.status == "skipped" and old.reason == job.unavailable[:4000]:
-            return
-        with self.tracker.run(job.name, job.fingerprint, parent=self.parent_id, known=old, tags=self._tags(job.run)) as run:
-            if old is None:
-                run.log({}, params=params_of(job.run, self.dataset.name))
-            run.end("skipped", job.unavailable)
-
-    def _tags(self, run: RunSpec) -> dict[str, str]:
-        params = params_of(run, self.dataset.name)
-        return {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": run.model}
-
-    # --- one cohort ---------------------------------------------------------------------------------------------------------------
-
-    def _cohort(self, jobs: list[Job], title: str, out: Outcome) -> None:
-        with contextlib.ExitStack() as stack:
-            opened = self._open(jobs, stack, out)
-            if not opened:
-                return
-            jobs = [job for job, _ in opened]
-            try:
-                self._untrained(opened, out) if self._is_untrained(jobs[0].run) else self._trained(opened, title, out)
-            except (CellbenchError, torch.OutOfMemoryError) as error:
-                if isinstance(error, CellbenchError) and not isinstance(error, WeightsUnavailable):
-                    raise  # the data or the files are at fault: every other cohort would meet the same
-                self._fail([run for _, run in opened], jobs, one_line(error), out)
-        out.num_new += len(opened)
-
-    def _open(self, jobs: list[Job], stack: contextlib.ExitStack, out: Outcome) -> list[tuple[Job, Run]]:
-        """Claims and opens the cohort's runs, except those that another process is at."""
-        opened = []
-        with self.tracker.lock():
-            known = self.tracker.known()
-            for job in jobs:
-                old = known.get(job.fingerprint)
-                if old is not None and old.status == "finished":
-                    out.finished[job.name] = old
-                elif old is not None and old.alive:
-                    out.busy.append(job.name)
-                    self.say(f"{job.name} is being run by {old.owner} at this moment and is left to it.")
-                else:
-                    run = stack.enter_context(
-                        self.tracker.run(job.name, job.fingerprint, parent=self.parent_id, known=old, tags=self._tags(job.run))
-                    )
-                    if old is None:
-                        run.log({}, params=params_of(job.run, self.dataset.name))
-                        run.data(self.dataset.name, self.dataset.digest, str(self.dataset.root), "training")
-                    opened.append((job, run))
-        return opened
-
-    def _is_untrained(self, run: RunSpec) -> bool:
-        return run.baseline is not None and not self.registry.baseline(run.baseline).trained
-
-    def _fail(self, runs: list[Run], jobs: list[Job], reason: str, out: Outcome) -> None:
-        for job, run in zip(jobs, runs, strict=True):
-            if not run.ended:
-                run.end("failed", reason)
-                checkpoints.forget(checkpoints.path(job.fingerprint))
-                out.failed[job.name] = reason
-                self.say(f"failed {job.name}: {reason}")
-
-    def _untrained(self, opened: list[tuple[Job, Run]], out: Outcome) -> None:
-        for job, run in opened:
-            card = self.registry.baseline(job.run.baseline or "")
-            segment = load(card)
-            seconds = 0.0
-            with Exams(self.dataset, 1) as exams:
-                for index in tqdm(range(len(self.dataset.test)), desc=job.name, unit="image", leave=False):
-                    image, truth = self._pixels["test"][index]
-                    start = time.perf_counter()
-                    classes = segment(image, len(self.dataset.classes), **job.run.options)
-                    seconds += time.perf_counter() - start
-                    exams.take(index, truth, [confusion(truth, classes, len(self.dataset.classes))], [(classes, None)])
-            cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
-            cost |= {"cost/images_per_s": len(self.dataset.test) / max(seconds, 1e-9), "cost/peak_mib": peak_mib()}
-            self._keep(job, run, Result(exam=exams.exams[0], cost=cost), out)
-
-    def _trained(self, opened: list[tuple[Job, Run]], title: str, out: Outcome) -> None:
-        jobs, first = [job for job, _ in opened], opened[0][0].run
-        num = len(self.dataset.classes)
-        levels = [n for job in jobs if (n := num_levels(job.run, self.registry))]
-        trunk = Trunk(self._backbone(first.backbone), self.machine, levels, first.unfreeze)
-        plan = Plan(self._pixels["train"].sizes_px, first)
-        features = Features(trunk, plan, self._pixels, self._keeping(first.backbone))
-        learners = []
-        for job, run in opened:
-            made = model(job.run, self.registry, trunk, num)
-            recorder = _Recorder(run, checkpoints.path(job.fingerprint))
-            learner = Learner(run=job.run, model=made, recorder=recorder, num_views=plan.num_views)
-            state = checkpoints.read(recorder.place, self.machine.device)
-            if state is not None:
-                learner.restore(state)
-                self.say(f"{job.name} goes on after epoch {learner.epoch}.")
-            learners.append(learner)
-        what = f"{first.backbone or first.baseline}, {len(jobs)} run{'s' if len(jobs) > 1 else ''}"
-        self.say(f"{title}: {what}, {plan.num_views} tiles an epoch, {features.source}.")
-        epochs = max(learner.run.epochs - learner.epoch for learner in learners)
-        with tqdm(total=epochs * plan.num_views, desc=f"{title}: {what}", unit="tile", leave=False, smoothing=0.05) as bar:
-            fit(learners, features, bar)
-        self._tested(opened, learners, features, title, out)
-
-    def _tested(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, out: Outcome) -> None:
-        lost = [k for k, learner in enumerate(learners) if learner.ended.startswith("failed")]
-        for k in lost:
-            self._fail([opened[k][1]], [opened[k][0]], learners[k].ended.removeprefix("failed: "), out)
-        live = [k for k in range(len(learners)) if k not in lost]
-        if not live:
-            return
-        train_trunk_s, features.trunk.seconds = features.trunk.seconds, 0.0
-        models = [learners[k].model for k in live]
-        for m in models:
-            m.seconds = 0.0
-        bar = tqdm(score(models, features, "test"), total=len(self.dataset.test), desc=f"{title}: test", unit="image", leave=False)
-        with Exams(self.dataset, len(live)) as exams:
-            for image, found, answers in bar:
-                exams.take(image, self._pixels["test"][image][1], found, [(a.classes, a.cell) for a in answers])
-        backbone = features.trunk.backbone
-        for place, k in enumerate(live):
-            (job, run), learner = opened[k], learners[k]
-            cost = {
-                "cost/train_s": learner.train_s + train_trunk_s,
-                "cost/head_s": learner.train_s,
-                "cost/trunk_s": train_trunk_s,
-                "cost/head_params": learner.model.num_params,
-                "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
-                "cost/images_per_s": len(self.dataset.test) / max(features.trunk.seconds + models[place].seconds, 1e-9),
-                "cost/peak_mib": peak_mib(),
-            }
-            result = Result(exam=exams.exams[place], cost=cost, learner=learner)
-            self._keep(job, run, result, out)
-            checkpoints.forget(checkpoints.path(job.fingerprint))
-
-    def _keeping(self, backbone: str | None) -> Keeping:
-        key = ""
-        if backbone is not None:
-            # Another torch or timm may round differently, and kept features must equal fresh ones to the last bit.
-            versions = [torch.__version__, importlib.metadata.version("timm"), NUMERICS, self.machine.device.type]
-            key = json.dumps([identity(self.registry.backbone(backbone), self.weights), *versions])
-        return Keeping(
-            memory_bytes=self.machine.memory_bytes * 2 // 3,
-            disk_bytes=self.disk_bytes,
-            prefer_disk=self.prefer_disk,
-            key=key,
-            backbone=backbone or "",
-            dataset=self.dataset.name,
-            tell=self.say,
-        )
-
-    def _backbone(self, name: str | None) -> Backbone | None:
-        if name is None:
-            return None
-        if name not in self._backbones:
-            self._backbones.clear()  # one in memory at a time: a giant one is 4.5 GB
-            self._backbones[name] = open_backbone(self.registry.backbone(name), self.weights)
-        return self._backbones[name]
-
-    def _keep(self, job: Job, run: Run, result: Result, out: Outcome) -> None:
-        """Logs a run's test and ends it as finished: the mark is written last."""
-        with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
-            results.write(Path(folder), job.name, job.run, self.experiment, self.dataset, self._pixels["test"], result)
-            run.artifacts(Path(folder))
-        metrics = results.metrics(self.dataset, result)
-        # At step 0: a single value there is a bar in the UI's charts, at any other step a lone dot. ``best/epoch`` says which epoch it was.
-        run.log(metrics, tags={"cellbench.machine": self.machine.name})
-        run.tables([results.TABLE])
-        run.describe(results.note(job.name, metrics, worst=run.address("figures/worst.png")))
-        run.end("finished")
-        out.finished[job.name] = Logged(run_id=run.run_id, name=job.name, status="finished", metrics=metrics)
-
-
-@dataclass
-class _Recorder:
-    """A run's numbers to MLflow, its state to the cache."""
-
-    run: Run
-    place: Path
-    _written_s: float = 0.0
-
-    def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
-        return self.run.epoch(epoch, metrics)
-
-    def checkpoint(self, state: dict[str, Any]) -> None:
-        # Not oftener than it is worth: an epoch of a small set takes less time than writing its state.
-        if state["progress"]["ended"] or time.monotonic() - self._written_s > checkpoints.EVERY_S:
-            checkpoints.write(self.place, state)
-            self._written_s = time.monotonic()
-
-
-def peak_mib() -> float:
-    """The most memory that this process has held so far: the GPU's where one was used, else resident memory."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 2**20
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+def everything(runner: Runner, jobs: list[Job]) -> Outcome:
+    """Runs what is not finished yet, cohort by cohort."""
+    out = Outcome()
+    known = runner.tracker.known()
+    todo: list[Job] = []
+    for job in jobs:
+        old = known.get(job.fingerprint)
+        if old is not None and old.status == "finished":
+            out.finished[job.name] = old
+        elif job.unavailable:
+            runner.skip(job, old)
+            out.skipped[job.name] = job.unavailable
+        else:
+            todo.append(job)
+    if out.finished:
+        runner.say(f"{len(out.finished)} of {len(jobs)} runs are finished already and are not run again.")
+    for reason in sorted(set(out.skipped.values())):
+        names = [name for name, why in out.skipped.items() if why == reason]
+        runner.say(f"skipped {len(names)} runs ({names[0]}, …): {reason}" if len(names) > 1 else f"skipped {names[0]}: {reason}")
+    by_run = {id(job.run): job for job in todo}
+    groups = cohorts(job.run for job in todo)
+    for number, group in enumerate(groups, 1):
+        runner.cohort([by_run[id(run)] for run in group], f"cohort {number} of {len(groups)}", out)
+    return out
 
 
 @contextlib.contextmanager

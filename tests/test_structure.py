@@ -22,7 +22,7 @@ LAYERS = (
     ("the one harness", {"machine", "checkpoints", "store", "features", "model", "infer", "train", "exam"}),
     ("doors and what is told", {"track", "moved", "figures", "figures_many", "page", "results", "evidence", "leaderboard", "chapters"}),
     ("what is tried out", {"estimate", "naive", "bench", "contracts/"}),
-    ("verbs", {"grid", "commands", "catalogue", "report", "doctor", "ui"}),
+    ("verbs", {"grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui"}),
     ("the command line", {"run"}),
 )
 # Parts are strangers, except for what they promise each other.

@@ -1,0 +1,71 @@
+"""From an experiment to its runs: each with a name, the fingerprint by which it is known again, and why it cannot run, where it cannot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cellbench.backbones.catalog import weights_digest
+from cellbench.data.dataset import Dataset
+from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
+from cellbench.registry import BackboneCard, BaselineCard, HeadCard, Registry, code_of
+from cellbench.spec import Experiment, RunSpec, expand, fingerprint, labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run to be: what it is, what it is called, and by what it is known again."""
+
+    run: RunSpec
+    name: str
+    fingerprint: str
+    unavailable: str = ""
+    """Why it must be skipped; empty where it can run."""
+
+
+def jobs_of(
+    experiment: Experiment, registry: Registry, dataset: Dataset, weights: Path | None, where: str, download: bool = True
+) -> list[Job]:
+    """The runs of an experiment with their fingerprints. Raises CellbenchError for a name or setting that no card knows.
+
+    Weights that are not here are downloaded now, or with ``download=False`` reported as missing.
+    """
+    trained = {name: registry.baseline(name).trained for name in experiment.baselines}
+    runs = [registry.complete(run) for run in expand(experiment, where, trained)]
+    for run in runs:
+        _check_tile(run, registry)
+    reasons: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    for name in {run.backbone for run in runs if run.backbone}:
+        try:
+            digests[name] = identity(registry.backbone(name), weights, download)
+        except WeightsUnavailable as error:
+            reasons[name], digests[name] = one_line(error), "unavailable"
+    return [
+        Job(
+            run=run,
+            name=name,
+            fingerprint=fingerprint(run, dataset.digest, digests.get(run.backbone or "", "") + code_of(_part(run, registry))),
+            unavailable=reasons.get(run.backbone or "", ""),
+        )
+        for run, name in zip(runs, labels(runs), strict=True)
+    ]
+
+
+def _part(run: RunSpec, registry: Registry) -> HeadCard | BaselineCard:
+    return registry.baseline(run.baseline) if run.baseline else registry.head(run.head or "")
+
+
+def identity(card: BackboneCard, weights: Path | None, download: bool = True) -> str:
+    """What stands for a backbone in fingerprints: its weights, and what the card makes of them."""
+    facts = json.dumps([card.builder, code_of(card), card.arch, card.mean, card.std, card.patch_px, card.depth], sort_keys=True)
+    return f"{weights_digest(card, weights, download)}:{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+
+
+def _check_tile(run: RunSpec, registry: Registry) -> None:
+    patch = registry.backbone(run.backbone).patch_px if run.backbone else 1
+    if run.tile_px % patch:
+        below = run.tile_px // patch * patch
+        raise CellbenchError(f"tile_px = {run.tile_px}: {run.backbone} reads patches of {patch} px. Use a multiple, such as {below} or {below + patch}.")
