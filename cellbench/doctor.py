@@ -6,7 +6,6 @@ here and runs it. Neither downloads anything, and only the self-test and the con
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellbench.backbones.checkpoint import check_whole
-from cellbench.backbones.weights import _in_hub_cache, _suffix, folder_file, locate, weights_folder
+from cellbench.backbones.weights import folder_file, in_hub_cache, landing, locate, weights_folder
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown
-from cellbench.files import Remembered, cache_dir, hash_of, make_folder, sha256
+from cellbench.files import Remembered, hash_of, make_folder, sha256
 from cellbench.registry import BackboneCard, HeadCard, Registry
 
 if TYPE_CHECKING:
@@ -88,7 +87,8 @@ HASH = {
 def row(card: BackboneCard, folder: Path | None, deep: bool = False) -> Row:
     """What can be said about a card without a network. A large file's hash is compared only where it is known already, or for ``deep``."""
     license = card.license.split(" (")[0] + (" ?" if "(" in card.license else "")
-    size = f"~{card.params_m * 4e6 / 2**20:,.0f}" if card.params_m else ""
+    mib = card.file_mib or card.params_m * 4e6 / 2**20
+    size = f"~{mib:,.0f}" if mib else ""
     if card.weights == "none":
         return Row(name=card.id, here="needs nothing", license=license)
     found = _file(card, folder)
@@ -122,11 +122,9 @@ def _file(card: BackboneCard, folder: Path | None) -> tuple[str, Path] | None:
     """Where ``locate`` would find the card's file on this machine; unchecked."""
     if own := folder_file(card, folder):
         return "in the folder", own
-    address = hashlib.sha256(card.weights.encode()).hexdigest()[:8]
-    landed = cache_dir() / "weights" / f"{card.id}-{address}{_suffix(card)}"
-    if card.weights.startswith("http") and landed.is_file():
-        return "downloaded", landed
-    return next((("in the hub cache", path) for path, _, _ in _in_hub_cache(card)), None)
+    if card.weights.startswith("http") and landing(card).is_file():
+        return "downloaded", landing(card)
+    return next((("in the hub cache", path) for path, _, _ in in_hub_cache(card)), None)
 
 
 def _short(path: Path) -> str:

@@ -46,6 +46,8 @@ class BackboneCard(Card):
     """The hub commit that the facts here were read from; empty: not known."""
     sha256: str = ""
     """Of the weights file; empty: not known, recorded at first use."""
+    file_mib: float = Field(0, ge=0)
+    """Size of the published file, where it holds more than the network's parameters in float32 (training heads, a teacher); 0: it does not."""
     patch_px: int = Field(ge=1, le=64)
     dim: int = Field(ge=1)
     depth: int = Field(ge=1)

@@ -22,7 +22,7 @@ from cellbench.errors import CellbenchError, WeightsUnavailable
 from cellbench.files import cache_dir, make_folder, sha256, told, write_atomic
 from cellbench.registry import BackboneCard
 
-__all__ = ["folder_file", "locate", "read_state", "weights_folder", "where_to_get"]
+__all__ = ["folder_file", "in_hub_cache", "landing", "locate", "read_state", "weights_folder", "where_to_get"]
 
 # Names that tell nothing: a file of such a name counts as a card's only in a folder of the card's name.
 COMMON_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "model.bin")
@@ -104,12 +104,17 @@ def _extra_names(card: BackboneCard) -> list[str]:
     return [f"{stem}{suffix}" for stem in dict.fromkeys((tag, tag.split(".")[0])) for suffix in SUFFIXES]
 
 
-def _from_https(card: BackboneCard, folder: Path | None, download: bool) -> Path:
-    # The address stands in the name: a card whose address changes must not be served the old file.
+def landing(card: BackboneCard) -> Path:
+    """Where a file that is published over https lands. Its address stands in the name: a card whose address changes must not be served the
+    old file."""
     address = hashlib.sha256(card.weights.encode()).hexdigest()[:8]
-    landed = cache_dir() / "weights" / f"{card.id}-{address}{_suffix(card)}"
+    return cache_dir() / "weights" / f"{card.id}-{address}{_suffix(card)}"
+
+
+def _from_https(card: BackboneCard, folder: Path | None, download: bool) -> Path:
+    landed = landing(card)
     if not landed.is_file():
-        for path, source, _ in _in_hub_cache(card):
+        for path, source, _ in in_hub_cache(card):
             return _checked(card, path, source, "")
         if not download:
             raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {where_to_get(card, folder)}")
@@ -121,7 +126,7 @@ def _from_https(card: BackboneCard, folder: Path | None, download: bool) -> Path
 
 
 def _from_hub(card: BackboneCard, folder: Path | None, download: bool) -> Path:
-    for path, source, published in _in_hub_cache(card):
+    for path, source, published in in_hub_cache(card):
         return _checked(card, path, source, card.sha256 if published else "")
     if not download:
         raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {where_to_get(card, folder)}")
@@ -133,7 +138,7 @@ def _from_hub(card: BackboneCard, folder: Path | None, download: bool) -> Path:
     return _checked(card, path, f"hf-hub:{wanted.repo}/{name}", card.sha256)
 
 
-def _in_hub_cache(card: BackboneCard) -> Iterator[tuple[Path, str, bool]]:
+def in_hub_cache(card: BackboneCard) -> Iterator[tuple[Path, str, bool]]:
     """The card's file (True), then its alternatives (False), with their sources, as far as the hub's cache holds them; no network."""
     sources = [(HubFile.of(card.weights, card.file), card.revision, True)] if card.weights.startswith("hf-hub:") else []
     sources += [(HubFile.of(text), "", False) for text in card.alternatives]
