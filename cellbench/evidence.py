@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from cellbench.errors import CellbenchError
+from cellbench.logged import Stored
 from cellbench.significance import Interval, intervals
 from cellbench.spec import RUN_KEYS
 from cellbench.stats import Scores
-from cellbench.track import Stored, Tracker
+from cellbench.track import Tracker
 
 MEASURES = {
     "dice": "Dice", "nsd": "outline (NSD)", "boundary_dice": "boundary Dice", "ap50": "AP50", "ap50_95": "AP50-95", "aji": "AJI", "pq": "PQ",

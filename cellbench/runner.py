@@ -30,6 +30,7 @@ from cellbench.exam import Exams
 from cellbench.features import Features, Keeping, Trunk
 from cellbench.infer import score
 from cellbench.jobs import Job, identity
+from cellbench.logged import Logged, params_of
 from cellbench.machine import Machine
 from cellbench.metrics import confusion
 from cellbench.model import model, num_levels
@@ -37,7 +38,7 @@ from cellbench.plan import Plan
 from cellbench.registry import Registry, load
 from cellbench.results import Result
 from cellbench.spec import NUMERICS, Experiment, RunSpec
-from cellbench.track import Logged, Run, Tracker, params_of
+from cellbench.track import Run, Tracker
 from cellbench.train import Learner, fit
 
 

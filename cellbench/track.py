@@ -9,112 +9,42 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, urlparse
 from urllib.request import url2pathname
 
-import psutil
 from filelock import FileLock
 
 from cellbench import moved
 from cellbench.errors import CellbenchError, one_line, unknown
 from cellbench.files import make_folder, told
-from cellbench.spec import RunSpec
+from cellbench.logged import (
+    EXPERIMENT,
+    FINGERPRINT,
+    HEARTBEAT,
+    KIND,
+    NOTE,
+    OWNER,
+    PARENT,
+    REASON,
+    STATUS,
+    TABLES,
+    TERMINAL,
+    VIEW,
+    Logged,
+    Stored,
+    owner_here,
+    stored_of,
+)
+from cellbench.refusals import Client
 
 for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # what goes wrong there is raised as well, and told in one line
-
-FINGERPRINT, STATUS, REASON, EXPERIMENT = "cellbench.fingerprint", "cellbench.status", "cellbench.reason", "cellbench.experiment"
-OWNER, HEARTBEAT = "cellbench.owner", "cellbench.heartbeat"
-PARENT, NOTE, KIND = "mlflow.parentRunId", "mlflow.note.content", "mlflow.experimentKind"
-TABLES = "mlflow.loggedArtifacts"
-VIEW = "leaderboard"
-
-# How each of our states is told to MLflow: its own list of states has no "skipped".
-TERMINAL = {"finished": "FINISHED", "skipped": "KILLED", "pruned": "KILLED", "interrupted": "KILLED", "failed": "FAILED"}
-# Another machine's run without a sign of life for so long is taken over.
-STALE_S = 15 * 60
-
-
-@dataclass(frozen=True, kw_only=True)
-class Logged:
-    """A run as MLflow remembers it."""
-
-    run_id: str
-    name: str
-    status: str
-    reason: str = ""
-    owner: str = ""
-    heartbeat_s: float = 0.0
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def alive(self) -> bool:
-        """Whether another process is at it now."""
-        if self.status != "running" or self.owner == _owner():
-            return False
-        host, _, pid = self.owner.rpartition(":")
-        if host == socket.gethostname():
-            return pid.isdigit() and psutil.pid_exists(int(pid))
-        return time.time() - self.heartbeat_s < STALE_S
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored(Logged):
-    """A run with everything that MLflow holds of it but its artifacts."""
-
-    fingerprint: str = ""
-    """Empty for a run that is not ours."""
-    params: Mapping[str, str] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
-    start_s: float = 0.0
-    artifact_uri: str = ""
-
-    @property
-    def is_parent(self) -> bool:
-        return "cellbench.kind" in self.tags
-
-
-class _Client:
-    """MLflow's client, whose refusals are told in one line: a full disk, a read-only or locked store, a server that does not answer."""
-
-    def __init__(self, mlflow: Any) -> None:
-        self._client, self._mlflow = mlflow.MlflowClient(), mlflow
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._client, name)
-
-        def told_call(*arguments: Any, **named: Any) -> Any:
-            try:
-                return call(*arguments, **named)
-            except self._mlflow.exceptions.MlflowException as error:
-                raise _refused(error, self._mlflow.get_tracking_uri()) from error
-
-        return told_call
-
-
-def _refused(error: Exception, uri: str) -> CellbenchError:
-    text = one_line(error)
-    for sign, words in _REFUSALS.items():
-        if sign in text:
-            return CellbenchError(f"MLflow's store {uri}: {words} What is logged already is kept; the same command goes on.")
-    return CellbenchError(f"MLflow at {uri}: {text[:300]}. Mend it, or name another MLFLOW_TRACKING_URI.")
-
-
-_REFUSALS = {
-    "disk is full": "no space left on the device. Free some.",
-    "readonly database": "it may not be written to. Make the file and its folder writable, or call from another folder.",
-    "unable to open database": "it cannot be made here. Make the folder writable, or call from another folder.",
-    "database is locked": "another process has held it for 20 s. Wait for it, or end it.",
-}
 
 
 class Tracker:
@@ -123,7 +53,7 @@ class Tracker:
     def __init__(self, experiment: str, *, make: bool = True) -> None:
         import mlflow  # 1 to 2 s, which `--help` and `list` must not pay
 
-        self._mlflow = mlflow
+        self.mlflow = mlflow
         self.name = experiment
         file = moved.store_file(mlflow.get_tracking_uri())
         if make and file is not None and not file.exists():
@@ -132,32 +62,32 @@ class Tracker:
                 pass
         try:
             with told("opening MLflow's store here"), self.lock():
-                self._client = _Client(mlflow)
+                self.client = Client(mlflow)
                 self.experiment_id = self._experiment(make)
         except mlflow.exceptions.MlflowException as error:
             raise CellbenchError(f"MLflow at {mlflow.get_tracking_uri()}: {one_line(error)[:300]}. Mend it, or name another MLFLOW_TRACKING_URI.") from None
 
     def lock(self) -> FileLock:
         """Held while the store is made (four processes that make it at once break it: measured, 5 of 5) and while runs are claimed."""
-        return moved.lock(self._mlflow.get_tracking_uri())
+        return moved.lock(self.mlflow.get_tracking_uri())
 
     def _experiment(self, make: bool) -> str:
-        found = self._client.get_experiment_by_name(self.name)
+        found = self.client.get_experiment_by_name(self.name)
         if found is not None and found.lifecycle_stage == "deleted":
             raise CellbenchError(f"the experiment '{self.name}' was deleted in MLflow. Restore it there, or give the experiment file another name.")
         if found is not None:
             return found.experiment_id
         if not make:
-            names = [one.name for one in self._client.search_experiments() if one.name != "Default"]
+            names = [one.name for one in self.client.search_experiments() if one.name != "Default"]
             raise unknown("experiment", self.name, names)
         # MLflow would resolve its default root against whatever folder it is started from; a remote server knows its own.
-        local = not self._mlflow.get_tracking_uri().startswith(("http:", "https:", "databricks"))
+        local = not self.mlflow.get_tracking_uri().startswith(("http:", "https:", "databricks"))
         place = Path.cwd() / "mlruns" / (re.sub(r"[^\w.-]+", "-", self.name)[:60] or "experiment")
         # An old file store's folders are all digits, and one such below mlruns/ would make MLflow refuse to start.
         place = place.with_name(f"e-{place.name}") if place.name.isdigit() else place
         if local:
             make_folder(place)
-        return self._client.create_experiment(
+        return self.client.create_experiment(
             self.name, artifact_location=place.as_uri() if local else None, tags={KIND: "custom_model_development"}
         )
 
@@ -166,23 +96,14 @@ class Tracker:
         found: dict[str, Logged] = {}
         token = None
         while True:
-            page = self._client.search_runs(
+            page = self.client.search_runs(
                 [self.experiment_id], f"tags.`{FINGERPRINT}` != ''", max_results=1000, page_token=token, order_by=["attributes.start_time ASC"]
             )
             for run in page:
-                tags = run.data.tags
-                logged = Logged(
-                    run_id=run.info.run_id,
-                    name=run.info.run_name,
-                    status=tags.get(STATUS, ""),
-                    reason=tags.get(REASON, ""),
-                    owner=tags.get(OWNER, ""),
-                    heartbeat_s=float(tags.get(HEARTBEAT, 0)),
-                    metrics=run.data.metrics,
-                )
-                old = found.get(tags[FINGERPRINT])
+                logged = stored_of(run)
+                old = found.get(logged.fingerprint)
                 if old is None or old.status != "finished":
-                    found[tags[FINGERPRINT]] = logged
+                    found[logged.fingerprint] = logged
             token = page.token
             if not token:
                 return found
@@ -192,15 +113,15 @@ class Tracker:
         found: list[Stored] = []
         token = None
         while True:
-            page = self._client.search_runs([self.experiment_id], max_results=1000, page_token=token, order_by=["attributes.start_time ASC"])
-            found += [_stored(run) for run in page]
+            page = self.client.search_runs([self.experiment_id], max_results=1000, page_token=token, order_by=["attributes.start_time ASC"])
+            found += [stored_of(run) for run in page]
             token = page.token
             if not token:
                 return found
 
     def num_deleted(self) -> int:
         """Runs that were deleted in the UI and not yet cleared away."""
-        return len(self._client.search_runs([self.experiment_id], run_view_type=self._mlflow.entities.ViewType.DELETED_ONLY, max_results=1000))
+        return len(self.client.search_runs([self.experiment_id], run_view_type=self.mlflow.entities.ViewType.DELETED_ONLY, max_results=1000))
 
     def artifact(self, run: Stored, name: str) -> bytes | None:
         """The bytes of an artifact; None where the run has none of that name, or has lost it."""
@@ -211,36 +132,36 @@ class Tracker:
                 return None
         try:
             with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
-                return Path(self._client.download_artifacts(run.run_id, name, folder)).read_bytes()
-        except (CellbenchError, self._mlflow.exceptions.MlflowException, OSError):
+                return Path(self.client.download_artifacts(run.run_id, name, folder)).read_bytes()
+        except (CellbenchError, self.mlflow.exceptions.MlflowException, OSError):
             return None
 
     def attach(self, run: Stored, folder: Path) -> None:
         """Everything below a folder, as artifacts of a run that has ended."""
         with told("keeping a report in MLflow"):
-            self._client.log_artifacts(run.run_id, str(folder))
+            self.client.log_artifacts(run.run_id, str(folder))
 
     def describe(self, markdown: str, columns: Sequence[str], order_by: str) -> None:
         """The experiment's description in the UI, and a view with these columns, best first; ``?viewStateShareKey=leaderboard`` opens it."""
-        self._client.set_experiment_tag(self.experiment_id, NOTE, markdown)
+        self.client.set_experiment_tag(self.experiment_id, NOTE, markdown)
         view = {"searchFilter": "", "orderByKey": order_by, "orderByAsc": False, "startTime": "ALL", "lifecycleFilter": "Active"}
         view |= {"datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": list(columns), "runsExpanded": {}, "runsPinned": []}
         view |= {"runsHidden": [], "runsHiddenMode": "FIRST_10_RUNS", "groupBy": None, "groupsExpanded": {}, "hideEmptyCharts": True}
-        self._client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
+        self.client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
 
     @contextlib.contextmanager
     def run(self, name: str, fingerprint: str, *, parent: str = "", known: Logged | None = None, tags: Mapping[str, str] | None = None) -> Iterator[Run]:
         """A run that is open inside ``with``: a new one, or ``known`` gone on with. Whatever ends the block ends the run, with its reason."""
-        told_tags = {**(tags or {}), FINGERPRINT: fingerprint, EXPERIMENT: self.name, STATUS: "running", OWNER: _owner(), HEARTBEAT: str(time.time())}
+        told_tags = {**(tags or {}), FINGERPRINT: fingerprint, EXPERIMENT: self.name, STATUS: "running", OWNER: owner_here(), HEARTBEAT: str(time.time())}
         if parent:
             told_tags[PARENT] = parent
         if known is None:
-            context = self._mlflow.tracking.context.registry.resolve_tags()
-            run_id = self._client.create_run(self.experiment_id, run_name=name, tags={**context, **told_tags}).info.run_id
+            context = self.mlflow.tracking.context.registry.resolve_tags()
+            run_id = self.client.create_run(self.experiment_id, run_name=name, tags={**context, **told_tags}).info.run_id
         else:
             run_id = known.run_id
-            self._client.update_run(run_id, status="RUNNING")
-            self._client.log_batch(run_id, tags=[self._mlflow.entities.RunTag(k, v) for k, v in {**told_tags, REASON: ""}.items()])
+            self.client.update_run(run_id, status="RUNNING")
+            self.client.log_batch(run_id, tags=[self.mlflow.entities.RunTag(k, v) for k, v in {**told_tags, REASON: ""}.items()])
         run = Run(run_id=run_id, _tracker=self)
         try:
             yield run
@@ -268,10 +189,10 @@ class Run:
 
     def log(self, metrics: Mapping[str, float], *, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None, step: int = 0) -> None:
         """Metrics, params and tags in one commit, with a sign of life."""
-        entities = self._tracker._mlflow.entities
+        entities = self._tracker.mlflow.entities
         now = int(time.time() * 1000)
         alive = {**(tags or {}), HEARTBEAT: str(time.time())}
-        self._tracker._client.log_batch(
+        self._tracker.client.log_batch(
             self.run_id,
             metrics=[entities.Metric(name, float(value), now, step) for name, value in metrics.items()],
             params=[entities.Param(name, str(value)) for name, value in (params or {}).items()],
@@ -280,13 +201,13 @@ class Run:
 
     def describe(self, markdown: str) -> None:
         """The run's notes in the UI."""
-        self._tracker._client.set_tag(self.run_id, NOTE, markdown)
+        self._tracker.client.set_tag(self.run_id, NOTE, markdown)
 
     def data(self, name: str, digest: str, source: str, context: str) -> None:
         """Says which data was used, by name and content, without reading it."""
-        entities = self._tracker._mlflow.entities
+        entities = self._tracker.mlflow.entities
         dataset = entities.Dataset(name=name, digest=digest, source_type="local", source=f'{{"uri": "{source}"}}')
-        self._tracker._client.log_inputs(
+        self._tracker.client.log_inputs(
             self.run_id, datasets=[entities.DatasetInput(dataset, tags=[entities.InputTag("mlflow.data.context", context)])]
         )
 
@@ -296,12 +217,12 @@ class Run:
 
     def tables(self, names: Sequence[str]) -> None:
         """Names artifacts that the UI shows as tables: JSON of ``columns`` and ``data``, as MLflow's own log_table writes it in 100 ms more."""
-        self._tracker._client.set_tag(self.run_id, TABLES, json.dumps([{"path": name, "type": "table"} for name in names]))
+        self._tracker.client.set_tag(self.run_id, TABLES, json.dumps([{"path": name, "type": "table"} for name in names]))
 
     def artifacts(self, folder: Path) -> None:
         """Everything below a folder, under the same names."""
         with told("keeping a run's artifacts"):
-            self._tracker._client.log_artifacts(self.run_id, str(folder))
+            self._tracker.client.log_artifacts(self.run_id, str(folder))
 
     def end(self, status: str, reason: str = "") -> None:
         """Ends the run once; the mark of our own comes before MLflow's, so that a crash between them reads as unfinished to no one."""
@@ -309,25 +230,7 @@ class Run:
             return
         self.ended = status
         self.log({}, tags={STATUS: status, REASON: reason[:4000]})
-        self._tracker._client.set_terminated(self.run_id, TERMINAL[status])
-
-
-def _stored(run: Any) -> Stored:
-    tags = run.data.tags
-    return Stored(
-        run_id=run.info.run_id,
-        name=run.info.run_name or run.info.run_id,
-        status=tags.get(STATUS, ""),
-        reason=tags.get(REASON, ""),
-        owner=tags.get(OWNER, ""),
-        heartbeat_s=float(tags.get(HEARTBEAT, 0)),
-        metrics=run.data.metrics,
-        fingerprint=tags.get(FINGERPRINT, ""),
-        params=run.data.params,
-        tags=tags,
-        start_s=run.info.start_time / 1000,
-        artifact_uri=run.info.artifact_uri or "",
-    )
+        self._tracker.client.set_terminated(self.run_id, TERMINAL[status])
 
 
 def newest() -> str | None:
@@ -343,15 +246,3 @@ def newest() -> str | None:
 def _path(uri: str) -> str:
     """The path of a ``file:`` URI, or of a plain path."""
     return url2pathname(urlparse(uri).path) if uri.startswith("file:") else uri
-
-
-def params_of(run: RunSpec, dataset: str) -> dict[str, object]:
-    """A run's settings under the contract's names; a head's own settings as ``head.width``."""
-    part = "baseline" if run.baseline else "head"
-    plain = {name: value for name, value in run.model_dump().items() if name != "options"}
-    plain |= {"backbone": run.backbone or "none", "head": run.head or "none", "baseline": run.baseline or "none"}
-    return {**plain, "dataset": dataset, **{f"{part}.{name}": value for name, value in run.options.items()}}
-
-
-def _owner() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"

@@ -273,7 +273,7 @@ def test_a_thousand_models_are_compared_in_seconds(monkeypatch):
     import time
 
     from cellbench.evidence import Model, Tested, TestSet
-    from cellbench.track import Stored
+    from cellbench.logged import Stored
 
     names = tuple(f"{k}.png" for k in range(60))
     stored = Stored(run_id="r", name="n", status="finished", metrics={"test/dice": 0.9})

@@ -20,7 +20,7 @@ LAYERS = (
     ("facts and mathematics", {"registry", "tiles", "plan", "losses", "metrics", "shapes", "significance", "stats", "ranking"}),
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
     ("the one harness", {"machine", "checkpoints", "store", "features", "model", "infer", "train", "exam"}),
-    ("doors and what is told", {"track", "moved", "figures", "figures_many", "page", "results", "evidence", "leaderboard", "chapters"}),
+    ("doors and what is told", {"track", "logged", "refusals", "moved", "figures", "figures_many", "page", "results", "evidence", "leaderboard", "chapters"}),
     ("what is tried out", {"estimate", "naive", "bench", "contracts/"}),
     ("verbs", {"grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui"}),
     ("the command line", {"run"}),

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from cellbench.logged import params_of
 from cellbench.spec import RunSpec
-from cellbench.track import Tracker, params_of
+from cellbench.track import Tracker
 
 IMAGES = tuple(f"smear-{k:02d}.png" for k in range(16))
 
