@@ -28,6 +28,7 @@ from cellbench.registry import Registry, shipped
 from cellbench.report import about, conclude
 from cellbench.runner import Runner
 from cellbench.spec import DataSpec, Experiment, cohorts, expand
+from cellbench.system import watched
 from cellbench.track import Tracker
 
 
@@ -170,7 +171,8 @@ def grid(
             prefer_disk=prefer_disk,
             say=say,
         )
-        outcome = everything(runner, jobs)
+        with watched(tracker, [top.run_id]):
+            outcome = everything(runner, jobs)
         ids = {logged.run_id for logged in outcome.finished.values()}
         known = about(experiment_path(file).read_text(encoding="utf-8"), dataset, here.name)
         splits = {split: [sample.name for sample in dataset.samples(split)] for split in SPLITS}

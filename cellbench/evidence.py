@@ -59,6 +59,11 @@ class Model:
         images = tuple(self.runs[0].told["images"])
         return Scores(model=self.name, images=images, values=np.array([run.told[measure] for run in self.runs]))
 
+    @property
+    def chosen(self) -> Tested:
+        """The run to use: of the seeds the one with the best validation Dice, since the test is not to choose by."""
+        return max(self.runs, key=lambda run: run.stored.metrics.get("best/val_dice", 0.0))
+
     def mean(self, metric: str) -> float | None:
         """The mean over seeds of a logged metric; None where a run has none."""
         values = [run.stored.metrics.get(metric) for run in self.runs]

@@ -95,6 +95,12 @@ def differences(here: TestSet, measure: str = "dice") -> list[Difference]:
     return compare_all(models, against=max(models, key=lambda scores: scores.mean).model)
 
 
+def winners(here: TestSet, most: int = 3) -> list[Model]:
+    """The best model, and up to ``most`` in all, the best first, of those that the data cannot tell from it."""
+    tied = {d.a for d in differences(here) if d.better is None}
+    return [model for model in here.models if model is here.best or model.name in tied][:most]
+
+
 def words(here: TestSet) -> list[str]:
     """What the data can tell about the best model against the others, in sentences."""
     found = differences(here)

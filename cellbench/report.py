@@ -19,11 +19,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cellbench import leaderboard, moved
+from cellbench import entries, leaderboard, moved
 from cellbench.chapters import Report, build
 from cellbench.data.dataset import Dataset
-from cellbench.errors import CellbenchError
-from cellbench.evidence import Evidence, collect
+from cellbench.errors import CellbenchError, one_line
+from cellbench.evidence import Evidence, TestSet, collect
 from cellbench.files import make_folder, told
 from cellbench.track import Run, Tracker, newest
 
@@ -172,6 +172,7 @@ def conclude(
         (folder / ABOUT).write_text(json.dumps(known, indent=1), encoding="utf-8")
         (folder / "splits.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
         top.artifacts(folder)
+    _enter(tracker, here, say)
     say("")
     say(leaderboard.text(table))
     say("")
@@ -183,3 +184,14 @@ def conclude(
     note = "\n\n".join([known.get("question", ""), *made.verdict, board, picture, "*Artifacts*: `report.html` has it all."]) + lost
     top.describe(note[:7900])
     tracker.describe("\n\n".join([f"**{known.get('question', '')}**", *made.verdict, board])[:7900], COLUMNS, order_by=COLUMNS[-1])
+
+
+def _enter(tracker: Tracker, here: TestSet, say: Callable[[str], None]) -> None:
+    """Winners go into MLflow's list of models."""
+    best = here.best
+    for model in leaderboard.winners(here):
+        verdict = "the best" if model is best else f"not told apart from {best.name}"
+        try:
+            entries.enter(tracker, model.chosen.stored, {"cellbench.verdict": verdict})
+        except CellbenchError as error:  # the answers are there; only the entry is not
+            say(f"no model entry for {model.name}: {one_line(error)}")

@@ -38,6 +38,7 @@ from cellbench.plan import Plan
 from cellbench.registry import Registry, load
 from cellbench.results import Result
 from cellbench.spec import NUMERICS, Experiment, RunSpec
+from cellbench.system import watched
 from cellbench.track import Run, Tracker
 from cellbench.train import Learner, fit
 
@@ -100,6 +101,7 @@ class Runner:
             if not opened:
                 return
             jobs = [job for job, _ in opened]
+            stack.enter_context(watched(self.tracker, [run.run_id for _, run in opened]))
             try:
                 self._untrained(opened, out) if self._is_untrained(jobs[0].run) else self._trained(opened, title, out)
             except (CellbenchError, torch.OutOfMemoryError) as error:

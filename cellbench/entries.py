@@ -1,0 +1,114 @@
+"""Entries for winners in MLflow's list of models: weights, signature, and the metrics of the epoch that was kept.
+
+MLflow's own ``log_model`` copies the metrics of step 0 unless told otherwise (measured on 3.17.2: a model's Dice was the first epoch's)
+and needs an active run. What an entry holds is decided in one place, :func:`fill`.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cellbench.errors import CellbenchError
+from cellbench.files import told
+from cellbench.logged import MODEL, Stored
+from cellbench.track import Tracker
+
+EPOCH_METRICS = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
+"""One value an epoch; all other metrics of a run have one value."""
+
+
+def enter(tracker: Tracker, run: Stored, tags: Mapping[str, str] | None = None) -> str:
+    """Makes the entry of a finished run, once; returns its id. Raises CellbenchError where the run has lost what it left."""
+    client, entities = tracker.client, tracker.mlflow.entities
+    if (known := run.tags.get(MODEL)) and _there(tracker, known):
+        return known
+    best = int(run.metrics.get("best/epoch", 0))
+    model = client.create_logged_model(
+        tracker.experiment_id,
+        name=name_of(run.name),
+        source_run_id=run.run_id,
+        params=dict(run.params),
+        tags={"cellbench.experiment": tracker.name, "cellbench.fingerprint": run.fingerprint, **(tags or {})},
+        model_type="segmentation",
+    )
+    try:
+        with tempfile.TemporaryDirectory(prefix="cellbench-") as name, told("making a model's entry"):
+            fill(Path(name), tracker, run, model.model_id)
+            client.log_model_artifacts(model.model_id, name)
+        client.log_outputs(run.run_id, [entities.LoggedModelOutput(model.model_id, step=best)])
+        client.log_batch(run.run_id, metrics=_metrics(tracker, run, model.model_id, best), tags=[entities.RunTag(MODEL, model.model_id)])
+    except CellbenchError:
+        client.finalize_logged_model(model.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(model.model_id, "READY")
+    return model.model_id
+
+
+def fill(folder: Path, tracker: Tracker, run: Stored, model_id: str) -> None:
+    """Writes what an entry holds: the run's ``config.toml`` and ``head.safetensors``, and MLflow's ``MLmodel`` with the signature.
+
+    Raises CellbenchError where the run has no ``config.toml``; a method that trains nothing has no weights.
+    """
+    from mlflow.models import Model
+
+    for name in ("config.toml", "head.safetensors"):
+        data = tracker.artifact(run, name)
+        if data is not None:
+            (folder / name).write_bytes(data)
+        elif name == "config.toml":
+            raise CellbenchError(f"'{run.name}' has lost its {name} in MLflow, so that it cannot have a model's entry. Run it again.")
+    model = Model(run_id=run.run_id, model_id=model_id, signature=signature())
+    model.add_flavor("cellbench", config="config.toml", weights="head.safetensors" if (folder / "head.safetensors").exists() else "")
+    model.save(str(folder / "MLmodel"))
+
+
+def signature() -> Any:
+    """Images (N, H, W, 3) uint8 RGB in; class numbers and the probability of a cell, 0..255, both (N, H, W) uint8, out."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    def spec(name: str, *shape: int) -> TensorSpec:
+        return TensorSpec(np.dtype(np.uint8), (-1, *shape), name)
+
+    return ModelSignature(inputs=Schema([spec("image", -1, -1, 3)]), outputs=Schema([spec("classes", -1, -1), spec("cell", -1, -1)]))
+
+
+def name_of(run: str) -> str:
+    """A run's name as MLflow takes it for a model: it refuses some characters.
+
+    >>> name_of("vit-tiny-in1k · fpn · lr 0.001 / a")
+    'vit-tiny-in1k · fpn · lr 0-001 - a'
+    """
+    return re.sub(r"[/:.%\"']", "-", run).strip() or "model"
+
+
+def _there(tracker: Tracker, model_id: str) -> bool:
+    try:
+        return tracker.client.get_logged_model(model_id).status == "READY"
+    except CellbenchError:  # deleted in the UI
+        return False
+
+
+def _metrics(tracker: Tracker, run: Stored, model_id: str, best: int) -> list[Any]:
+    """The run's own values with the model's id: same time and step, so that the run itself gets no second value."""
+    client, metric = tracker.client, tracker.mlflow.entities.Metric
+    inputs = client.get_run(run.run_id).inputs.dataset_inputs
+    data = (inputs[0].dataset.name, inputs[0].dataset.digest) if inputs else (None, None)
+    out = []
+    for name in run.metrics:
+        if name.startswith("system/"):
+            continue
+        wanted = best if name in EPOCH_METRICS else 0
+        for one in client.get_metric_history(run.run_id, name):
+            if one.step == wanted:
+                # With the data's name the UI's list of models has a column of scores for each dataset.
+                about = data if name.startswith("test") else (None, None)
+                out.append(
+                    metric(name, one.value, one.timestamp, one.step, model_id=model_id, dataset_name=about[0], dataset_digest=about[1])
+                )
+    return out

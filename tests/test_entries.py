@@ -1,0 +1,98 @@
+"""Claims about what people find in MLflow beside the runs: winners as models with the kept epoch's metrics, and the machine's load."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from cellbench import entries, system
+from cellbench.errors import CellbenchError
+from cellbench.logged import Stored
+from cellbench.track import Tracker
+
+DICES = (0.5, 0.9, 0.7)
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory):
+    """A store of its own, for all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        folder = tmp_path_factory.mktemp("entries")
+        patch.chdir(folder)
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        yield Tracker("entries, a/b 🔬")
+    mlflow.set_tracking_uri(None)
+
+
+def trained(tracker: Tracker, tmp_path: Path, name: str, files: tuple[str, ...]) -> Stored:
+    """A run of three epochs, the second the best, as a grid leaves it."""
+    with tracker.run(name, name) as run:
+        run.data("smears", "d" * 16, "drawn", "training")
+        for epoch, dice in enumerate(DICES):
+            run.epoch(epoch, {"val/dice": dice, "train/loss": 1 - dice})
+        folder = tmp_path / name.replace("/", "-")
+        folder.mkdir()
+        for file in files:
+            (folder / file).write_bytes(b"experiment = 'x'\n")
+        run.artifacts(folder)
+        run.log({"best/epoch": 1, "test/dice": 0.8}, params={"head": "fpn"})
+    return next(one for one in tracker.stored() if one.run_id == run.run_id)
+
+
+def test_a_winner_has_the_metrics_of_the_epoch_that_was_kept(tracker, tmp_path):
+    run = trained(tracker, tmp_path, "a / b · lr 0.1", ("config.toml", "head.safetensors"))
+    model = tracker.client.get_logged_model(entries.enter(tracker, run, {"cellbench.verdict": "the best"}))
+    found = {one.key: (one.value, one.step, one.dataset_name) for one in model.metrics}
+    assert found["val/dice"] == (0.9, 1, None)
+    assert found["train/loss"] == (pytest.approx(0.1), 1, None)
+    assert found["test/dice"] == (0.8, 0, "smears")
+    assert (model.status, model.params, model.tags["cellbench.verdict"]) == ("READY", {"head": "fpn"}, "the best")
+    again = tracker.client.get_run(run.run_id)
+    assert [one.model_id for one in again.outputs.model_outputs] == [model.model_id]
+    assert len(tracker.client.get_metric_history(run.run_id, "val/dice")) == len(DICES)
+
+
+def test_an_entry_holds_what_is_needed_to_use_it_and_says_what_goes_in_and_out(tracker, tmp_path):
+    run = trained(tracker, tmp_path, "whole", ("config.toml", "head.safetensors"))
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{entries.enter(tracker, run)}", dst_path=str(tmp_path / "out")))
+    assert {"MLmodel", "config.toml", "head.safetensors"} <= {path.name for path in folder.iterdir()}
+    signature = mlflow.models.Model.load(str(folder)).signature
+    assert [one.name for one in signature.inputs] == ["image"]
+    assert [one.name for one in signature.outputs] == ["classes", "cell"]
+
+
+def test_an_entry_is_made_once_and_anew_where_a_person_deleted_it(tracker, tmp_path):
+    name = "once"
+    run = trained(tracker, tmp_path, name, ("config.toml",))
+    first = entries.enter(tracker, run)
+    (run,) = (one for one in tracker.stored() if one.run_id == run.run_id)
+    assert entries.enter(tracker, run) == first
+    tracker.client.delete_logged_model(first)
+    assert entries.enter(tracker, run) != first
+
+
+def test_a_run_that_lost_its_files_gets_no_entry_and_that_is_said(tracker, tmp_path):
+    run = trained(tracker, tmp_path, "lost", ("head.safetensors",))
+    with pytest.raises(CellbenchError, match=r"'lost' has lost its config\.toml"):
+        entries.enter(tracker, run)
+    assert [one.status for one in tracker.client.search_logged_models([tracker.experiment_id]) if one.name == "lost"] == ["FAILED"]
+
+
+def test_the_machines_load_is_logged_to_every_run_that_is_open(tracker, monkeypatch):
+    monkeypatch.setattr(system, "FIRST_S", 0.01)
+    with tracker.run("one", "one") as one, tracker.run("two", "two") as two, system.watched(tracker, [one.run_id, two.run_id]):
+        time.sleep(0.2)
+    histories = [tracker.client.get_metric_history(run.run_id, "system/process_memory_megabytes") for run in (one, two)]
+    assert len(histories[0]) >= 2
+    assert [one.value for one in histories[0]] == [one.value for one in histories[1]]
+    assert "system/cpu_utilization_percentage" in tracker.client.get_run(one.run_id).data.metrics
+
+
+def test_a_very_short_run_has_a_value_too(tracker):
+    with tracker.run("short", "short") as run, system.watched(tracker, [run.run_id]):
+        pass
+    assert tracker.client.get_run(run.run_id).data.metrics["system/process_memory_megabytes"] > 10
