@@ -158,7 +158,9 @@ def grid(
         say(line)
     tracker = Tracker(experiment.experiment)
     key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), dataset.digest], sort_keys=True).encode()).hexdigest()[:16]
-    with parent(tracker, f"grid: {Path(file).stem}", key) as top:
+    asked = {f"grid.{name}": ", ".join(map(str, values)) for name, values in experiment.grid.items()}
+    asked |= {"baselines": ", ".join(experiment.baselines) or "none", "dataset": dataset.name}
+    with parent(tracker, f"grid: {Path(file).stem}", key, asked) as top:
         runner = Runner(
             experiment=experiment,
             registry=registry,
@@ -171,12 +173,14 @@ def grid(
             prefer_disk=prefer_disk,
             say=say,
         )
+        top.log({"grid/runs": len(jobs)})
         with watched(tracker, [top.run_id]):
             outcome = everything(runner, jobs)
         ids = {logged.run_id for logged in outcome.finished.values()}
         known = about(experiment_path(file).read_text(encoding="utf-8"), dataset, here.name)
         splits = {split: [sample.name for sample in dataset.samples(split)] for split in SPLITS}
         conclude(tracker, top, ids, known, splits, outcome.skipped, outcome.failed, say)
+        top.log({f"grid/{name}": len(runs) for name, runs in (("finished", ids), ("skipped", outcome.skipped), ("failed", outcome.failed))})
         if outcome.skipped or outcome.failed or outcome.busy:
             say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} with another process.")
         say(f"everything is in MLflow: `cellbench ui` or `mlflow ui` here, experiment '{experiment.experiment}'; its parent run has report.html.")

@@ -166,6 +166,11 @@ class Features:
         }
         return f"features: training {told['train']}, validation {told['val']}, test {told['test']}"
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of features kept in memory or on disk for this cohort, all splits together; 0 where all are streamed."""
+        return sum(self.bytes_by_split[split] for split, place in self.place.items() if place != "streamed")
+
     def grid(self, split: str, image: int) -> Grid:
         """Where the tiles of an image lie in validation or test."""
         height, width = self.pixels[split].sizes_px[image]

@@ -4,7 +4,7 @@ rest goes cohort by cohort."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from cellbench.jobs import Job
 from cellbench.runner import Outcome, Runner
@@ -39,8 +39,10 @@ def everything(runner: Runner, jobs: list[Job]) -> Outcome:
 
 
 @contextlib.contextmanager
-def parent(tracker: Tracker, name: str, fingerprint: str) -> Iterator[Run]:
-    """The parent run of a grid: the same one whenever the same grid is started again."""
+def parent(tracker: Tracker, name: str, fingerprint: str, asked: Mapping[str, str]) -> Iterator[Run]:
+    """The parent run of a grid: the same one whenever the same grid is started again. ``asked``: its params, for people to read."""
     old = tracker.known().get(fingerprint)
     with tracker.run(name, fingerprint, known=old, tags={"cellbench.kind": "grid"}) as run:
+        if old is None:  # a param is written once, and a folder may have another name today
+            run.log({}, params=asked)
         yield run

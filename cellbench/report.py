@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cellbench import entries, leaderboard, moved
+from cellbench import entries, leaderboard, moved, views
 from cellbench.chapters import Report, build
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, one_line
@@ -27,11 +27,8 @@ from cellbench.evidence import Evidence, TestSet, collect
 from cellbench.files import make_folder, told
 from cellbench.track import Run, Tracker, newest
 
-COLUMNS = (
-    *(f"params.`{name}`" for name in ("backbone", "head", "seed")),
-    *(f"metrics.`{name}`" for name in ("test/dice", "test_image/nsd", "test_image/ap50", "cost/train_s", "cost/images_per_s", "test_image/dice")),
-)
-"""Of the view that MLflow's UI opens on the leaderboard; the last one sorts it."""
+MOST_NOTED = 15
+"""Models in the table of an experiment's description; the report has all."""
 ABOUT = "about.json"
 """On the parent run: what was asked, of which data, by which command, with which versions."""
 
@@ -178,12 +175,25 @@ def conclude(
     say("")
     for sentence in made.verdict:
         say(sentence)
-    board = leaderboard.markdown(leaderboard.HEADINGS, [leaderboard.cells(row) for row in table])
-    lost = "".join(f"\n- skipped: {name}: {reason}" for name, reason in skipped.items())
-    picture = f"![leaderboard]({top.address('figures/leaderboard.png')})"
-    note = "\n\n".join([known.get("question", ""), *made.verdict, board, picture, "*Artifacts*: `report.html` has it all."]) + lost
-    top.describe(note[:7900])
-    tracker.describe("\n\n".join([f"**{known.get('question', '')}**", *made.verdict, board])[:7900], COLUMNS, order_by=COLUMNS[-1])
+    top.describe(_note(known, made.verdict, table, skipped, top.address("figures/leaderboard.png")))
+    tracker.describe(_note(known, made.verdict, table, skipped))
+
+
+NOTE_COLUMNS = ("model", "seeds", "Dice", "Dice/image", "95 %", "AP50", "train s")
+
+
+def _note(known: Mapping[str, Any], verdict: Sequence[str], table: Sequence[leaderboard.Row], skipped: Mapping[str, str], picture: str = "") -> str:
+    """The answer in Markdown for MLflow, the verdict first: of a run's notes the UI shows five lines before a person asks for more."""
+    cells = [dict(zip(leaderboard.HEADINGS, leaderboard.cells(row), strict=True)) for row in table[:MOST_NOTED]]
+    board = views.columns(NOTE_COLUMNS, [[line[name] for name in NOTE_COLUMNS] for line in cells])
+    mind = [sentence for sentence in verdict if sentence.startswith("Mind")]
+    parts = [f"**{known.get('question', '')}**", " ".join(sentence for sentence in verdict if sentence not in mind), board]
+    parts += [f"{len(table) - MOST_NOTED} more in `report.html`."] if len(table) > MOST_NOTED else []
+    parts += [f"![leaderboard]({picture})"] if picture else []
+    parts += ["*" + " ".join(mind) + "*"] if mind else []
+    parts += ["\n".join(f"- skipped: {name}: {reason}" for name, reason in skipped.items())] if skipped else []
+    parts.append("All of it is in `report.html`, an artifact of the parent run.")
+    return "\n\n".join(parts)[:7900]
 
 
 def _enter(tracker: Tracker, here: TestSet, say: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import tomli_w
 from safetensors.torch import save_file
 
-from cellbench import figures
+from cellbench import figures, views
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.exam import Exam
@@ -49,7 +49,12 @@ def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
     if result.learner is not None:
         best = result.learner.history[result.learner.best_epoch]
         out |= {"best/epoch": result.learner.best_epoch, "best/val_dice": best["val/dice"], "best/val_loss": best["val/loss"]}
-    return out
+    return {key: tidy(key, value) for key, value in out.items()}
+
+
+def tidy(name: str, value: float) -> float:
+    """Six decimals of a score and four figures of a cost: what the numbers are worth, and what a column of the UI can show."""
+    return float(f"{value:.4g}") if name.startswith("cost/") and not name.endswith("_params") else round(float(value), 6)
 
 
 def write(folder: Path, name: str, run: RunSpec, experiment: Experiment, dataset: Dataset, pixels: Pixels, result: Result) -> None:
@@ -121,13 +126,17 @@ def note(name: str, values: dict[str, float], worst: str = "") -> str:
     interval = ""
     if "test_image/dice_low" in values:
         interval = f" (95 % {values['test_image/dice_low']:.4f} to {values['test_image/dice_high']:.4f})"
-    picture = f"\n\n![the worst test image]({worst})" if worst else ""
-    return (
-        f"**{name}**\n\n| what | score |\n|---|---:|\n"
-        f"| test Dice, all pixels pooled | **{values['test/dice']:.4f}** |\n"
-        f"| test Dice, mean over images | {values['test_image/dice']:.4f}{interval} |\n"
-        f"| outlines within {TOLERANCE_PX:g} px (NSD) | {values['test_image/nsd']:.4f} |\n"
-        f"| cells found (AP50) | {values['test_image/ap50']:.4f} |\n"
-        f"| cells counted, predicted minus true | {values['test_image/count_error']:+.1f} an image |\n\n"
-        f"*Artifacts*: `{TABLE}` (each image, worst first), `figures/`, weights, and `config.toml`, which repeats this run.{picture}"
-    )
+    lines = [
+        ["test Dice, all pixels pooled", f"{values['test/dice']:.4f}"],
+        ["test Dice, mean over images", f"{values['test_image/dice']:.4f}{interval}"],
+        [f"outlines within {TOLERANCE_PX:g} px (NSD)", f"{values['test_image/nsd']:.4f}"],
+        ["cells found (AP50)", f"{values['test_image/ap50']:.4f}"],
+        ["cells counted, predicted minus true", f"{values['test_image/count_error']:+.1f} an image"],
+    ]
+    parts = [
+        # The UI shows five lines of a note before it asks for more: the answer comes first.
+        f"**{name}**: test Dice **{values['test/dice']:.4f}** over all pixels, {values['test_image/dice']:.4f}{interval} in the mean of the images.",
+        views.columns(("what", "score"), lines),
+        f"*Artifacts*: `{TABLE}` (each image, worst first), `figures/`, weights, and `config.toml`, which repeats this run.",
+    ]
+    return "\n\n".join(parts + ([f"The worst test image:\n\n![the worst test image]({worst})"] if worst else []))

@@ -209,6 +209,7 @@ class Runner:
                 "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
                 "cost/images_per_s": len(self.dataset.test) / max(features.trunk.seconds + models[place].seconds, 1e-9),
                 "cost/peak_mib": peak_mib(),
+                "cost/features_mib": features.kept_bytes / 2**20,
             }
             result = Result(exam=exams.exams[place], cost=cost, learner=learner)
             self._keep(job, run, result, out)

@@ -20,7 +20,7 @@ from urllib.request import url2pathname
 
 from filelock import FileLock
 
-from cellbench import moved
+from cellbench import moved, views
 from cellbench.errors import CellbenchError, one_line, unknown
 from cellbench.files import make_folder, told
 from cellbench.logged import (
@@ -35,7 +35,6 @@ from cellbench.logged import (
     STATUS,
     TABLES,
     TERMINAL,
-    VIEW,
     Logged,
     Stored,
     owner_here,
@@ -141,13 +140,10 @@ class Tracker:
         with told("keeping a report in MLflow"):
             self.client.log_artifacts(run.run_id, str(folder))
 
-    def describe(self, markdown: str, columns: Sequence[str], order_by: str) -> None:
-        """The experiment's description in the UI, and a view with these columns, best first; ``?viewStateShareKey=leaderboard`` opens it."""
+    def describe(self, markdown: str) -> None:
+        """The experiment's description in the UI, and the view that lines its runs up."""
         self.client.set_experiment_tag(self.experiment_id, NOTE, markdown)
-        view = {"searchFilter": "", "orderByKey": order_by, "orderByAsc": False, "startTime": "ALL", "lifecycleFilter": "Active"}
-        view |= {"datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": list(columns), "runsExpanded": {}, "runsPinned": []}
-        view |= {"runsHidden": [], "runsHiddenMode": "FIRST_10_RUNS", "groupBy": None, "groupsExpanded": {}, "hideEmptyCharts": True}
-        self.client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
+        self.client.set_experiment_tag(self.experiment_id, views.TAG, views.view())
 
     @contextlib.contextmanager
     def run(self, name: str, fingerprint: str, *, parent: str = "", known: Logged | None = None, tags: Mapping[str, str] | None = None) -> Iterator[Run]:

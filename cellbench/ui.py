@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
-from cellbench import moved
+from cellbench import moved, views
 from cellbench.errors import CellbenchError
 
 PATIENCE_S = 120
@@ -58,7 +58,7 @@ def _serve(server: subprocess.Popen[bytes], port: int, say: Callable[[str], None
         time.sleep(0.2)
     say(f"{address}  (this machine only; Ctrl-C ends it)")
     for name, number in moved.experiments():
-        say(f"  {name}: {address}/#/experiments/{number}/runs?viewStateShareKey=leaderboard")
+        say(f"  {name}: {address}/#/experiments/{number}/runs?{views.QUERY}")
     assert server.stdout is not None
     for _ in server.stdout:  # read, or the server would stop at a full pipe; each request is a line nobody needs
         pass

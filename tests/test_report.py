@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from told import IMAGES, finished, small_grid, told_of
 
-from cellbench import leaderboard, moved
+from cellbench import leaderboard, moved, views
 from cellbench.evidence import collect
 from cellbench.report import latex, place
+from cellbench.results import tidy
 from cellbench.run import main
 from cellbench.spec import RunSpec
 from cellbench.track import Tracker
@@ -243,8 +244,25 @@ def test_a_copy_beside_its_original_is_left_alone(made, tmp_path, monkeypatch):
 def test_the_ui_names_the_experiments_that_have_a_leaderboard(project):
     assert moved.experiments() == []
     tracker = Tracker(NAME)
-    tracker.describe("**why?**", ["params.`head`", "metrics.`test/dice`"], "metrics.`test/dice`")
+    tracker.describe("**why?**")
     assert moved.experiments() == [(NAME, tracker.experiment_id)]
+
+
+def test_the_view_sorts_by_a_shown_column_and_each_chart_has_its_section():
+    told = json.loads(views.view())
+    state = json.loads(told["state"])
+    assert told["name"]
+    assert told["createdAt"] > 0
+    assert state["orderByKey"] in state["selectedColumns"]
+    sections = {one["uuid"] for one in state["compareRunSections"]}
+    assert {one["metricSectionId"] for one in state["compareRunCharts"]} == sections
+    assert len({one["uuid"] for one in state["compareRunCharts"]}) == len(state["compareRunCharts"])
+
+
+def test_metrics_are_as_exact_as_they_are_worth_and_counts_stay_whole():
+    assert tidy("test/dice", 2 / 3) == 0.666667
+    assert tidy("cost/train_s", 123.456) == 123.5
+    assert tidy("cost/backbone_params", 303_350_784) == 303_350_784
 
 
 def test_the_ui_takes_the_next_free_port():

@@ -22,7 +22,7 @@ LAYERS = (
     ("the one harness", {"machine", "checkpoints", "store", "features", "model", "infer", "train", "exam"}),
     (
         "doors and what is told",
-        {"track", "logged", "refusals", "entries", "system", "moved"}
+        {"track", "logged", "refusals", "entries", "system", "views", "moved"}
         | {"figures", "figures_many", "page", "results", "evidence", "leaderboard", "chapters"},
     ),
     ("what is tried out", {"estimate", "naive", "bench", "contracts/"}),
