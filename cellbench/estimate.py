@@ -57,8 +57,8 @@ def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Mac
     features = Features(trunk, plan, pixels, keeping)
     tiles = {split: sum(len(features.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")}
 
-    tile = torch.rand(machine.chunk, 3, first.tile_px, first.tile_px, device=machine.device)
-    target = torch.zeros(tile.shape[0], first.tile_px, first.tile_px, dtype=torch.long, device=machine.device)
+    tile = torch.rand(trunk.chunk, 3, *features.tile_px["train"], device=machine.device)
+    target = torch.zeros(tile.shape[0], *features.tile_px["train"], dtype=torch.long, device=machine.device)
     trunk_s = _seconds(lambda: trunk.maps(tile)) / len(tile)
     batch = Batch(trunk.maps(tile), tile, target)
     epochs = max(run.epochs for run in runs)

@@ -4,7 +4,7 @@
 Maps are computed as they are needed (streamed) or, where views repeat and memory allows, kept from their first use. Either way the numbers
 are the same, to the last bit on a CPU.
 
-Letters: B tiles, D features, h x w places of a map, T tile side, H x W pixels of an image.
+Letters: B tiles, D features, h x w places of a map, T x T a tile (which need not be square), H x W pixels of an image.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor
 from cellbench.backbones.base import Backbone, Level
 from cellbench.data.augment import recolour, turn
 from cellbench.data.pixels import Pixels
+from cellbench.data.prepare import Preparation
 from cellbench.errors import CellbenchError, one_line
 from cellbench.machine import Machine
 from cellbench.plan import Plan, View
@@ -65,6 +66,8 @@ class Trunk:
         picked = {level.index: level for num in num_levels for level in self.levels(num) if level.index < self._end}
         self.indices = tuple(sorted(picked))
         self._picked = tuple(picked[index] for index in self.indices)
+        self.chunk = machine.chunk
+        """Tiles that go through the backbone at once."""
         self.seconds = 0.0
         """Spent in the backbone so far. On a GPU this is the time to hand the work over, unless something waits for it."""
 
@@ -84,9 +87,9 @@ class Trunk:
             return {}
         start = time.perf_counter()
         num = len(pixels_BCTT)
-        if num < self.machine.chunk:
+        if num < self.chunk:
             # Always the same shape: kernels are chosen by it, and another one may round differently (measured with bf16).
-            pixels_BCTT = torch.cat([pixels_BCTT, pixels_BCTT.new_zeros(self.machine.chunk - num, *pixels_BCTT.shape[1:])])
+            pixels_BCTT = torch.cat([pixels_BCTT, pixels_BCTT.new_zeros(self.chunk - num, *pixels_BCTT.shape[1:])])
         with self.machine.autocast():
             if self.unfreeze:
                 maps, tokens_BND = self.backbone.until(pixels_BCTT, self.indices, self._end)
@@ -102,14 +105,18 @@ class Trunk:
         self.seconds += time.perf_counter() - start
         return copies
 
-    def map_bytes(self, tile_px: int) -> int:
-        """Bytes of the maps of one tile."""
+    def map_bytes(self, tile_px: tuple[int, int]) -> int:
+        """Bytes of the maps of one tile of this height and width."""
         size = 2 if self.machine.precision == torch.bfloat16 else 4
-        places = sum(level.dim * (tile_px // level.stride_px) ** 2 for level in self._picked)
+        places = sum(level.dim * _places(tile_px, level.stride_px) for level in self._picked)
         if self.unfreeze and self.backbone is not None:
             last = self.backbone.levels[-1]
-            places += last.dim * ((tile_px // last.stride_px) ** 2 + 16)  # class and register tokens: 9 in the largest set known
+            places += last.dim * (_places(tile_px, last.stride_px) + 16)  # class and register tokens: 9 in the largest set known
         return size * places
+
+
+def _places(tile_px: tuple[int, int], stride_px: int) -> int:
+    return (tile_px[0] // stride_px) * (tile_px[1] // stride_px)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +140,20 @@ class Features:
 
     def __init__(self, trunk: Trunk, plan: Plan, pixels: dict[str, Pixels], keeping: Keeping) -> None:
         self.trunk, self.plan, self.pixels, self._keeping = trunk, plan, pixels, keeping
-        self._tile_px = plan.run.tile_px
+        self.framing = plan.framing
+        self.preparation = Preparation(framing=plan.framing)
+        """What is done to every image before it is cut."""
+        self.tile_px = {split: self.framing.tile_px(pixels[split].sizes_px) for split in pixels}
+        """Height and width of the tiles of each split."""
+        if self.framing.whole:
+            trunk.chunk = 1  # whole images: one of 1600x1200 has the tokens of 40 tiles
         self._passes: dict[tuple[str, int], Rows | None] = {}
-        each = trunk.map_bytes(self._tile_px)
-        sizes = {split: each * sum(len(self.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")}
-        sizes["train"] = each * plan.num_views * plan.run.views
+        sizes = {
+            split: trunk.map_bytes(self.tile_px[split]) * sum(len(self.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")
+        }
+        sizes["train"] = trunk.map_bytes(self.tile_px["train"]) * plan.num_views * plan.run.views
         self.bytes_by_split = sizes
-        self.place = self._places(sizes) if each else dict.fromkeys(sizes, "streamed")
+        self.place = self._places(sizes) if any(sizes.values()) else dict.fromkeys(sizes, "streamed")
 
     def _places(self, sizes: dict[str, int]) -> dict[str, str]:
         """Where each split's features are kept. Validation first: it comes again every epoch."""
@@ -172,10 +186,9 @@ class Features:
         return sum(self.bytes_by_split[split] for split, place in self.place.items() if place != "streamed")
 
     def grid(self, split: str, image: int) -> Grid:
-        """Where the tiles of an image lie in validation or test."""
-        height, width = self.pixels[split].sizes_px[image]
+        """Where the tiles of an image lie in validation or test, in framed pixels."""
         overlap = self.plan.run.val_overlap if split == "val" else self.plan.run.overlap
-        return Grid.over(height, width, self._tile_px, overlap)
+        return self.framing.grid(self.pixels[split].sizes_px[image], self.tile_px[split], overlap)
 
     def train(self, epoch: int) -> Iterator[Batch]:
         """The training views of an epoch in its order, in chunks of the machine's size."""
@@ -198,7 +211,7 @@ class Features:
 
     @property
     def _chunk(self) -> int:
-        return self.trunk.machine.chunk
+        return self.trunk.chunk
 
     def _pass(self, split: str, number: int, num: int, images: list[str], tiles: Sequence[object]) -> Rows | None:
         """Where the features of a pass are kept, opened at its first use."""
@@ -209,9 +222,9 @@ class Features:
     def _open(self, split: str, num: int, images: list[str], tiles: Sequence[object]) -> Rows | None:
         if self.place[split] == "on disk":
             keeping = self._keeping
-            content = json.dumps([keeping.key, str(self.trunk.machine.precision), self._tile_px, self.trunk.unfreeze, images, tiles])
-            name = hashlib.sha256(content.encode()).hexdigest()[:24]
-            facts = {"backbone": keeping.backbone, "dataset": keeping.dataset, "what": split, "num": num, "tile_px": self._tile_px}
+            made = [keeping.key, str(self.trunk.machine.precision), self.tile_px[split], self.trunk.unfreeze, asdict(self.preparation)]
+            name = hashlib.sha256(json.dumps([*made, images, tiles]).encode()).hexdigest()[:24]
+            facts = {"backbone": keeping.backbone, "dataset": keeping.dataset, "what": split, "num": num, "tile_px": self.tile_px[split]}
             try:
                 return OnDisk(features_dir() / keeping.backbone / name, num, facts)
             except (OSError, CellbenchError) as error:
@@ -239,15 +252,14 @@ class Features:
     def _cut_views(self, views: list[View]) -> tuple[np.ndarray, np.ndarray]:
         pairs = []
         for view in views:
-            image, mask = self.pixels["train"][view.image]
-            pairs.append([turn(cut(array, view.y, view.x, self._tile_px), view.turn) for array in (image, mask)])
+            framed = self.pixels["train"].prepared(view.image, self.preparation)
+            pairs.append([turn(cut(array, view.y, view.x, self.tile_px["train"]), view.turn) for array in framed])
         return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs])
 
     def _cut_corners(self, split: str, corners: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
         pairs = []
         for index, y, x in corners:
-            image, mask = self.pixels[split][index]
-            pairs.append((cut(image, y, x, self._tile_px), cut(mask, y, x, self._tile_px)))
+            pairs.append([cut(array, y, x, self.tile_px[split]) for array in self.pixels[split].prepared(index, self.preparation)])
         return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs])
 
     def _pixels(self, tiles_BTTC: np.ndarray) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from cellbench.backbones.catalog import weights_digest
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
+from cellbench.framing import Framing
 from cellbench.registry import BackboneCard, BaselineCard, HeadCard, Registry, code_of
 from cellbench.spec import Experiment, RunSpec, expand, fingerprint, labels
 
@@ -66,6 +67,11 @@ def identity(card: BackboneCard, weights: Path | None, download: bool = True) ->
 
 def _check_tile(run: RunSpec, registry: Registry) -> None:
     patch = registry.backbone(run.backbone).patch_px if run.backbone else 1
-    if run.tile_px % patch:
+    side = Framing.of(run).side_px
+    if side % patch and run.framing == "resize" and run.tile_scale != 1:
+        raise CellbenchError(
+            f"tile_px * tile_scale = {side}: {run.backbone} reads patches of {patch} px, and resize makes squares of that side. Use a multiple."
+        )
+    if side % patch:
         below = run.tile_px // patch * patch
         raise CellbenchError(f"tile_px = {run.tile_px}: {run.backbone} reads patches of {patch} px. Use a multiple, such as {below} or {below + patch}.")

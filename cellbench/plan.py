@@ -6,16 +6,17 @@ A run's own seed has no say here: all runs of a cohort learn from the same views
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
+from cellbench.framing import Framing
 from cellbench.spec import RunSpec
-from cellbench.tiles import Grid
 
 
 class View(NamedTuple):
-    """One training tile: where it lies and how it is turned and coloured."""
+    """One training tile: where it lies, in framed pixels, and how it is turned and coloured."""
 
     image: int
     y: int
@@ -37,12 +38,21 @@ class Plan:
     run: RunSpec
     """Any run of the cohort: only its stream is read."""
 
+    @cached_property
+    def framing(self) -> Framing:
+        return Framing.of(self.run)
+
+    @cached_property
+    def tile_px(self) -> tuple[int, int]:
+        """Height and width of every training tile."""
+        return self.framing.tile_px(self.sizes_px)
+
     @property
     def num_views(self) -> int:
         """Views an epoch."""
         if self.run.sampling == "crops":
             return len(self.sizes_px) * self.run.crops_per_image
-        return sum(len(Grid.over(h, w, self.run.tile_px, 0.0)) for h, w in self.sizes_px)
+        return sum(len(self.framing.grid(size, self.tile_px, 0.0)) for size in self.sizes_px)
 
     @property
     def repeats(self) -> bool:
@@ -56,9 +66,9 @@ class Plan:
     def views(self, cycle: int) -> list[View]:
         """All views of a cycle, image by image."""
         out: list[View] = []
-        for image, (height, width) in enumerate(self.sizes_px):
+        for image, size in enumerate(self.sizes_px):
             rng = np.random.default_rng([self.run.data_seed, cycle, image])
-            for y, x in self._corners(height, width, rng):
+            for y, x in self._corners(size, rng):
                 out.append(View(image, y, x, self._turn(rng), self._colour(rng)))
         return out
 
@@ -66,15 +76,16 @@ class Plan:
         """The order in which an epoch goes through its cycle's views; new each epoch."""
         return np.random.default_rng([self.run.data_seed, epoch, 2**31]).permutation(self.num_views)
 
-    def _corners(self, height: int, width: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-        tile_px = self.run.tile_px
+    def _corners(self, size_px: tuple[int, int], rng: np.random.Generator) -> list[tuple[int, int]]:
         if self.run.sampling == "tiles":
-            return list(Grid.over(height, width, tile_px, 0.0))
-        down, right = max(height - tile_px, 0), max(width - tile_px, 0)
+            return list(self.framing.grid(size_px, self.tile_px, 0.0))
+        down, right = (max(length - tile, 0) for length, tile in zip(self.framing.framed_px(size_px), self.tile_px, strict=True))
         return [(int(rng.integers(down + 1)), int(rng.integers(right + 1))) for _ in range(self.run.crops_per_image)]
 
     def _turn(self, rng: np.random.Generator) -> int:
         quarter = int(rng.integers(4)) if self.run.rotations else 0
+        if self.tile_px[0] != self.tile_px[1]:
+            quarter -= quarter % 2  # half turns only: on its side the frame would have another shape than the rest of its batch
         return quarter + 4 * (int(rng.integers(2)) if self.run.flips else 0)
 
     def _colour(self, rng: np.random.Generator) -> tuple[float, float, float, float]:

@@ -43,8 +43,11 @@ class RunSpec(Record):
     seed: int = Field(0, ge=0, lt=2**31)
     """Starts the head's weights, nothing else: which tiles are seen in which order is ``data_seed``'s."""
 
-    framing: Literal["tile"] = "tile"
+    framing: Literal["tile", "pad", "resize"] = "tile"
+    """``tile``: cut into squares. ``pad``: whole, padded to multiples of ``tile_px``. ``resize``: whole, squeezed into one square."""
     tile_px: int = Field(224, ge=16, le=4096)
+    tile_scale: float = Field(1.0, ge=0.25, le=4)
+    """The image is scaled by it first: at 2 a tile shows a quarter of the area, each cell twice as wide. ``resize``: the square is so much larger."""
     overlap: float = Field(0.5, ge=0, le=0.9)
     """Share of a tile that its neighbour also covers, in testing and prediction."""
     val_overlap: float = Field(0.0, ge=0, le=0.9)
@@ -89,6 +92,9 @@ class RunSpec(Record):
     def _one_model(self) -> RunSpec:
         if (self.baseline is None) == (self.backbone is None) or (self.backbone is None) != (self.head is None):
             raise ValueError("a run is either a backbone with a head, or a baseline")
+        side = self.tile_px * self.tile_scale
+        if self.framing == "resize" and side != round(side):
+            raise ValueError(f"resize makes squares of tile_px * tile_scale = {side:g} px: a whole number is needed")
         return self
 
     @property
@@ -103,9 +109,13 @@ class RunSpec(Record):
 
 
 STREAM_FIELDS = (
-    "backbone", "framing", "tile_px", "val_overlap", "overlap", "sampling", "crops_per_image", "views", "flips", "rotations",
+    "backbone", "framing", "tile_px", "tile_scale", "val_overlap", "overlap", "sampling", "crops_per_image", "views", "flips", "rotations",
     "brightness", "contrast", "saturation", "hue", "data_seed", "unfreeze",
 )  # fmt: skip
+
+# Settings that came after runs had been finished under these numerics: at their defaults they stay out of fingerprints, so that such runs are
+# still found.
+LATER_FIELDS = ("tile_scale",)
 
 # What [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that part alone.
 RUN_KEYS = tuple(name for name in RunSpec.model_fields if name not in ("backbone", "head", "baseline", "options"))
@@ -228,7 +238,10 @@ def labels(runs: list[RunSpec]) -> list[str]:
 
 def fingerprint(run: RunSpec, dataset_digest: str, weights_digest: str) -> str:
     """Sixteen hex digits over everything that can change a run's numbers; not device, paths or workers."""
-    facts = {"numerics": NUMERICS, "run": run.model_dump(), "dataset": dataset_digest, "weights": weights_digest}
+    settings = {
+        name: value for name, value in run.model_dump().items() if name not in LATER_FIELDS or value != RunSpec.model_fields[name].default
+    }
+    facts = {"numerics": NUMERICS, "run": settings, "dataset": dataset_digest, "weights": weights_digest}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

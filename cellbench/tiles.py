@@ -3,7 +3,7 @@
 Putting the cut tiles of an image back gives the image again, for every size and overlap, also for images smaller than a tile and for
 images that are not square. Predictions are put back band by band, so that memory grows with an image's width, not with its area.
 
-Letters: C classes, H x W image, T tile side.
+Letters: C classes, H x W image, T x T tile; a tile need not be square.
 """
 
 from __future__ import annotations
@@ -40,16 +40,18 @@ class Grid:
 
     height_px: int
     width_px: int
-    tile_px: int
+    tile_px: tuple[int, int]
+    """Height, width."""
     ys: tuple[int, ...]
     xs: tuple[int, ...]
 
     @classmethod
-    def over(cls, height_px: int, width_px: int, tile_px: int, overlap: float) -> Grid:
-        """The grid over an image; ``overlap`` is the share of a tile (0 to 0.9) that its neighbour covers at least."""
-        overlap_px = round(tile_px * overlap)
-        ys, xs = (tuple(origins(length, tile_px, overlap_px)) for length in (height_px, width_px))
-        return cls(height_px=height_px, width_px=width_px, tile_px=tile_px, ys=ys, xs=xs)
+    def over(cls, height_px: int, width_px: int, tile_px: int | tuple[int, int], overlap: float) -> Grid:
+        """The grid over an image; ``tile_px`` is a tile's side or its (height, width), ``overlap`` the share of a tile (0 to 0.9) that its
+        neighbour covers at least."""
+        tall, wide = _sides(tile_px)
+        ys, xs = (tuple(origins(length, side, round(side * overlap))) for length, side in ((height_px, tall), (width_px, wide)))
+        return cls(height_px=height_px, width_px=width_px, tile_px=(tall, wide), ys=ys, xs=xs)
 
     def __len__(self) -> int:
         return len(self.ys) * len(self.xs)
@@ -60,17 +62,17 @@ class Grid:
 
     def owned(self) -> Iterator[tuple[slice, slice]]:
         """For each tile, the rows and columns of it whose pixels lie nearest to its middle: together they are the image, each pixel once."""
-        rows, columns = _owned(self.ys, self.height_px, self.tile_px), _owned(self.xs, self.width_px, self.tile_px)
+        rows, columns = _owned(self.ys, self.height_px, self.tile_px[0]), _owned(self.xs, self.width_px, self.tile_px[1])
         return ((row, column) for row in rows for column in columns)
 
     @cached_property
     def weights(self) -> tuple[Tensor, Tensor]:
-        """What each tile row and each tile column counts at its pixels: (rows, T) and (columns, T), float32.
+        """What each tile row and each tile column counts at its pixels: (rows, tile height) and (columns, tile width), float32.
 
         A Hann taper, divided by the sum of all tapers at the same pixel. The window is separable, so the products of the two
         add up to one at every pixel of the image.
         """
-        return _tapers(self.ys, self.height_px, self.tile_px), _tapers(self.xs, self.width_px, self.tile_px)
+        return _tapers(self.ys, self.height_px, self.tile_px[0]), _tapers(self.xs, self.width_px, self.tile_px[1])
 
 
 def _tapers(starts: tuple[int, ...], length_px: int, tile_px: int) -> Tensor:
@@ -87,10 +89,15 @@ def _owned(starts: tuple[int, ...], length_px: int, tile_px: int) -> list[slice]
     return [slice(low - start, high - start) for start, low, high in zip(starts, edges, edges[1:], strict=False)]
 
 
-def cut(image: np.ndarray, y: int, x: int, tile_px: int) -> np.ndarray:
+def _sides(tile_px: int | tuple[int, int]) -> tuple[int, int]:
+    return tile_px if isinstance(tile_px, tuple) else (tile_px, tile_px)
+
+
+def cut(image: np.ndarray, y: int, x: int, tile_px: int | tuple[int, int]) -> np.ndarray:
     """The tile (T, T, ...) whose upper left corner is (y, x). What lies beyond the lower or right edge is mirrored in."""
-    tile = image[y : y + tile_px, x : x + tile_px]
-    below, right = tile_px - tile.shape[0], tile_px - tile.shape[1]
+    tall, wide = _sides(tile_px)
+    tile = image[y : y + tall, x : x + wide]
+    below, right = tall - tile.shape[0], wide - tile.shape[1]
     if below or right:
         # "symmetric" repeats the edge pixel and, unlike "reflect", works from a single row on
         tile = np.pad(tile, [(0, below), (0, right)] + [(0, 0)] * (image.ndim - 2), mode="symmetric")
@@ -107,8 +114,8 @@ class Stitcher:
         self._grid = grid
         rows, columns = grid.weights
         self._rows, self._columns = rows.to(device), columns.to(device)
-        width = max(grid.width_px, grid.tile_px)
-        self._sum_CTW = torch.zeros(num_classes, grid.tile_px, width, device=device)
+        width = max(grid.width_px, grid.tile_px[1])
+        self._sum_CTW = torch.zeros(num_classes, grid.tile_px[0], width, device=device)
         self._next = 0
 
     def add(self, scores_BCTT: Tensor) -> list[tuple[int, Tensor]]:
@@ -118,7 +125,7 @@ class Stitcher:
             row, column = divmod(self._next, len(grid.xs))
             x = grid.xs[column]
             taper_TT = self._rows[row].unsqueeze(1) * self._columns[column]
-            self._sum_CTW[:, :, x : x + grid.tile_px].addcmul_(scores_CTT, taper_TT)
+            self._sum_CTW[:, :, x : x + grid.tile_px[1]].addcmul_(scores_CTT, taper_TT)
             self._next += 1
             if column == len(grid.xs) - 1:
                 done.append(self._finish(row))

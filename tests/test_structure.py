@@ -17,7 +17,7 @@ PACKAGE = ROOT / "cellbench"
 # From the ground up. A module imports from layers below its own, or beside it in its own layer; PARTS says who may look beside.
 LAYERS = (
     ("words", {"errors", "files", "spec"}),
-    ("facts and mathematics", {"registry", "tiles", "plan", "losses", "metrics", "shapes", "significance", "stats", "ranking"}),
+    ("facts and mathematics", {"registry", "tiles", "framing", "plan", "losses", "metrics", "shapes", "significance", "stats", "ranking"}),
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
     ("the one harness", {"machine", "checkpoints", "store", "features", "model", "infer", "train", "exam"}),
     (

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 
 from cellbench.data.dataset import Dataset
+from cellbench.data.prepare import Preparation
+
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 class Pixels:
-    """Images (H, W, 3) uint8 and class maps (H, W) uint8 of one split, the most recently used within ``budget_bytes``.
+    """Images (H, W, 3) uint8 and class maps (H, W) uint8 of one split, as they are and as they were prepared, the most recently used within
+    ``budget_bytes``.
 
     May be asked from several threads.
     """
@@ -19,7 +24,7 @@ class Pixels:
     def __init__(self, dataset: Dataset, split: str, budget_bytes: int) -> None:
         self._dataset, self.samples = dataset, dataset.samples(split)
         self._budget, self._held = budget_bytes, 0
-        self._kept: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, Preparation | None], Pair] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -30,20 +35,30 @@ class Pixels:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> Pair:
+        return self._kept_or((index, None), lambda: self._dataset.read(self.samples[index]))
+
+    def prepared(self, index: int, preparation: Preparation) -> Pair:
+        """The image and class map after this preparation."""
+        if preparation.nothing:
+            return self[index]
+        # From the file, not from self[index]: the unprepared image would take the memory of another prepared one.
+        return self._kept_or((index, preparation), lambda: preparation(self._dataset.read(self.samples[index])))
+
+    def _kept_or(self, key: tuple[int, Preparation | None], make: Callable[[], Pair]) -> Pair:
         with self._lock:
-            if index in self._kept:
-                self._kept.move_to_end(index)
-                return self._kept[index]
-        pair = self._dataset.read(self.samples[index])
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        pair = make()
         with self._lock:
-            if index not in self._kept:
-                self._kept[index] = pair
+            if key not in self._kept:
+                self._kept[key] = pair
                 self._held += _size(pair)
             while self._held > self._budget and len(self._kept) > 1:
                 self._held -= _size(self._kept.popitem(last=False)[1])
         return pair
 
 
-def _size(pair: tuple[np.ndarray, np.ndarray]) -> int:
+def _size(pair: Pair) -> int:
     return sum(array.nbytes for array in pair)

@@ -1,0 +1,95 @@
+"""How an image becomes backbone input, and how scores come back to the image's own pixels: one way for training, validation, test, prediction.
+
+- ``tile``: the image, scaled by ``tile_scale``, is cut into squares of ``tile_px``.
+- ``pad``: the scaled image is seen whole, mirrored on to the right and below up to multiples of ``tile_px``.
+- ``resize``: the whole image is squeezed into one square of ``tile_px * tile_scale``, whatever its shape.
+
+A *framed* image is the scaled or resized one, before it is cut. ``back`` brings scores of its pixels to the image's own size; where nothing
+was scaled they come back untouched.
+
+Letters: C classes, H x W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cellbench.spec import RunSpec
+from cellbench.tiles import Grid
+
+Size = tuple[int, int]
+"""Height, width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framing:
+    """One way of framing, for images of any size."""
+
+    kind: str
+    """``tile``, ``pad`` or ``resize``, as in a run's ``framing``."""
+    side_px: int
+    """Of a tile, of a square that an image is resized to, or what a padded image is a multiple of."""
+    scale: float = 1.0
+    """Framed pixels for each own pixel; 1 where ``kind`` is ``resize``, whose scale is each image's own."""
+
+    @classmethod
+    def of(cls, run: RunSpec) -> Framing:
+        """The framing that a run asks for."""
+        if run.framing == "resize":
+            return cls(kind="resize", side_px=round(run.tile_px * run.tile_scale))
+        return cls(kind=run.framing, side_px=run.tile_px, scale=run.tile_scale)
+
+    @property
+    def exact(self) -> bool:
+        """Whether framed pixels are the image's own."""
+        return self.kind != "resize" and self.scale == 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether the backbone sees an image at once, in a frame as large as it takes."""
+        return self.kind == "pad"
+
+    def framed_px(self, size_px: Size) -> Size:
+        """The size of the framed image, before any padding."""
+        if self.kind == "resize":
+            return self.side_px, self.side_px
+        return max(1, round(size_px[0] * self.scale)), max(1, round(size_px[1] * self.scale))
+
+    def tile_px(self, sizes_px: Iterable[Size]) -> Size:
+        """The size of the tiles of images of these sizes: all alike, so that they fit into one batch. ``pad`` takes the largest."""
+        if not self.whole:
+            return self.side_px, self.side_px
+        framed = [self.framed_px(size) for size in sizes_px] or [(1, 1)]
+        tall, wide = (-(-max(lengths) // self.side_px) * self.side_px for lengths in zip(*framed, strict=True))
+        return tall, wide
+
+    def grid(self, size_px: Size, tile_px: Size, overlap: float) -> Grid:
+        """Where the tiles of an image of this size lie, in framed pixels; ``tile_px`` as :meth:`tile_px` gives it."""
+        return Grid.over(*self.framed_px(size_px), tile_px, 0.0 if self.whole else overlap)
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """The framed image (H', W', 3) of an image (H, W, 3), both uint8: bilinear, and where it shrinks each pixel a mean of those it covers."""
+        return image if self.exact else self._resized(image, "bilinear")
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """The framed class map (H', W') of a class map (H, W), both uint8: the class at the middle of each pixel."""
+        return mask if self.exact else self._resized(mask[..., None], "nearest-exact")[..., 0]
+
+    def _resized(self, array_HWC: np.ndarray, mode: str) -> np.ndarray:
+        size = self.framed_px(array_HWC.shape[:2])
+        x = torch.from_numpy(np.ascontiguousarray(array_HWC)).permute(2, 0, 1)[None]
+        # With antialias, as PIL does it: without, a shrunk image keeps one pixel in four and cell outlines flicker.
+        out = F.interpolate(x, size=size, mode=mode, antialias=mode == "bilinear")
+        return out[0].permute(1, 2, 0).contiguous().numpy()
+
+    def back(self, scores_CHW: Tensor, size_px: Size) -> Tensor:
+        """Scores (C, H', W') of a framed image, float, at its own pixels (C, H, W): bilinear, and where it shrinks a mean."""
+        if self.exact:
+            return scores_CHW
+        return F.interpolate(scores_CHW[None], size=size_px, mode="bilinear", antialias=True)[0]
