@@ -15,7 +15,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cellbench.backbones.base import Backbone, Level
-from cellbench.data.augment import recolour, turn
+from cellbench.data.augment import recolour, restain, turn
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
 from cellbench.errors import CellbenchError, one_line
@@ -141,8 +142,6 @@ class Features:
     def __init__(self, trunk: Trunk, plan: Plan, pixels: dict[str, Pixels], keeping: Keeping) -> None:
         self.trunk, self.plan, self.pixels, self._keeping = trunk, plan, pixels, keeping
         self.framing = plan.framing
-        self.preparation = Preparation(framing=plan.framing)
-        """What is done to every image before it is cut."""
         self.tile_px = {split: self.framing.tile_px(pixels[split].sizes_px) for split in pixels}
         """Height and width of the tiles of each split."""
         if self.framing.whole:
@@ -154,6 +153,11 @@ class Features:
         sizes["train"] = trunk.map_bytes(self.tile_px["train"]) * plan.num_views * plan.run.views
         self.bytes_by_split = sizes
         self.place = self._places(sizes) if any(sizes.values()) else dict.fromkeys(sizes, "streamed")
+
+    @cached_property
+    def preparation(self) -> Preparation:
+        """What is done to every image before it is cut. A normaliser is fitted to the training images, at first use."""
+        return Preparation(framing=self.framing, normaliser=self.pixels["train"].normaliser(self.plan.run.normalise))
 
     def _places(self, sizes: dict[str, int]) -> dict[str, str]:
         """Where each split's features are kept. Validation first: it comes again every epoch."""
@@ -197,7 +201,7 @@ class Features:
         kept = self._pass("train", cycle, len(views), [sample.digest for sample in self.pixels["train"].samples], views)
         chunks = [order[i : i + self._chunk] for i in range(0, len(order), self._chunk)]
         for rows, tiles, masks in ahead((rows, *self._cut_views([views[k] for k in rows])) for rows in chunks):
-            pixels = recolour(self._pixels(tiles), [views[k].colour for k in rows])
+            pixels = recolour(restain(self._pixels(tiles), [views[k].stain for k in rows]), [views[k].colour for k in rows])
             yield Batch(self._maps("train", kept, rows, pixels), pixels, self._target(masks))
 
     def tiles(self, split: str) -> Iterator[tuple[Batch, list[int]]]:
@@ -222,7 +226,7 @@ class Features:
     def _open(self, split: str, num: int, images: list[str], tiles: Sequence[object]) -> Rows | None:
         if self.place[split] == "on disk":
             keeping = self._keeping
-            made = [keeping.key, str(self.trunk.machine.precision), self.tile_px[split], self.trunk.unfreeze, asdict(self.preparation)]
+            made = [keeping.key, str(self.trunk.machine.precision), self.tile_px[split], self.trunk.unfreeze, self.preparation.told()]
             name = hashlib.sha256(json.dumps([*made, images, tiles]).encode()).hexdigest()[:24]
             facts = {"backbone": keeping.backbone, "dataset": keeping.dataset, "what": split, "num": num, "tile_px": self.tile_px[split]}
             try:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellbench.backbones.base import Backbone
-from cellbench.data.augment import recolour, turn
+from cellbench.data.augment import recolour, restain, turn
 from cellbench.data.dataset import Dataset
 from cellbench.losses import loss_of
 from cellbench.metrics import cell_classes, confusion, scores
@@ -69,7 +69,7 @@ def train(
             pairs = [held[view.image] if held else dataset.read(dataset.train[view.image]) for view in batch]
             tiles = [(turn(cut(a, v.y, v.x, run.tile_px), v.turn), turn(cut(m, v.y, v.x, run.tile_px), v.turn)) for (a, m), v in zip(pairs, batch, strict=True)]
             pixels = torch.stack([torch.from_numpy(tile.copy()) for tile, _ in tiles]).permute(0, 3, 1, 2).float() / 255
-            pixels = recolour(pixels, [view.colour for view in batch])
+            pixels = recolour(restain(pixels, [view.stain for view in batch]), [view.colour for view in batch])
             target = torch.stack([torch.from_numpy(mask.copy()) for _, mask in tiles]).long()
             with torch.no_grad():
                 maps = [m.clone() for m in backbone(pixels, indices)]

@@ -25,9 +25,14 @@ class View(NamedTuple):
     """0 to 7: the four right rotations, then the same of the left-right mirrored tile."""
     colour: tuple[float, float, float, float]
     """Factors of brightness, contrast and saturation, and a turn of hue as a share of the circle; (1, 1, 1, 0) changes nothing."""
+    stain: tuple[float, float, float, float, float, float] = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
+    """Factors of the amounts of haematoxylin, eosin and DAB, then what is added to each as natural optical density."""
 
 
 UNTOUCHED = (1.0, 1.0, 1.0, 0.0)
+UNSTAINED = View._field_defaults["stain"]
+ADDED = 0.25
+"""What is added to a stain at most, in optical density, for each unit of ``hed``: a quarter of what a factor changes at a density of 1."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Plan:
         for image, size in enumerate(self.sizes_px):
             rng = np.random.default_rng([self.run.data_seed, cycle, image])
             for y, x in self._corners(size, rng):
-                out.append(View(image, y, x, self._turn(rng), self._colour(rng)))
+                out.append(View(image, y, x, self._turn(rng), self._colour(rng), self._stain(rng)))
         return out
 
     def order(self, epoch: int) -> np.ndarray:
@@ -95,3 +100,9 @@ class Plan:
         brightness, contrast, saturation, hue = (middle + rng.uniform(-r, r) for middle, r in zip(UNTOUCHED, reach, strict=True))
         return float(brightness), float(contrast), float(saturation), float(hue)
 
+    def _stain(self, rng: np.random.Generator) -> tuple[float, float, float, float, float, float]:
+        reach = self.run.hed
+        if not reach:
+            return UNSTAINED
+        a, b, c, d, e, f = (*(1 + rng.uniform(-reach, reach, 3)), *(ADDED * rng.uniform(-reach, reach, 3)))
+        return float(a), float(b), float(c), float(d), float(e), float(f)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from cellbench import figures, views
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
+from cellbench.data.prepare import Preparation
 from cellbench.exam import Exam
 from cellbench.metrics import image_scores, named, scores
 from cellbench.shapes import MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX
@@ -29,6 +30,8 @@ class Result:
     exam: Exam
     cost: dict[str, float]
     learner: Learner | None = None
+    preparation: Preparation | None = None
+    """What was done to every image; None for a method that sees images as they are."""
 
 
 def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
@@ -58,11 +61,13 @@ def tidy(name: str, value: float) -> float:
 
 
 def write(folder: Path, name: str, run: RunSpec, experiment: Experiment, dataset: Dataset, pixels: Pixels, result: Result) -> None:
-    """``config.toml``, ``per_image.json``, ``images.json``, ``head.safetensors`` and ``figures/*.png`` into a folder."""
+    """``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``head.safetensors`` and ``figures/*.png`` into a folder."""
     told = per_image(dataset, result)
     (folder / "config.toml").write_text(tomli_w.dumps(alone(run, experiment)), encoding="utf-8")
     (folder / "per_image.json").write_text(json.dumps(told), encoding="utf-8")
     (folder / TABLE).write_text(json.dumps(table(told)), encoding="utf-8")
+    if result.preparation is not None:
+        (folder / "preparation.json").write_text(json.dumps(result.preparation.told()), encoding="utf-8")
     (folder / "figures").mkdir()
     if result.learner is not None:
         save_file({key: x.contiguous() for key, x in result.learner.best_weights.items()}, folder / "head.safetensors")

@@ -211,7 +211,7 @@ class Runner:
                 "cost/peak_mib": peak_mib(),
                 "cost/features_mib": features.kept_bytes / 2**20,
             }
-            result = Result(exam=exams.exams[place], cost=cost, learner=learner)
+            result = Result(exam=exams.exams[place], cost=cost, learner=learner, preparation=features.preparation)
             self._keep(job, run, result, out)
             checkpoints.forget(checkpoints.path(job.fingerprint))
 

@@ -63,6 +63,11 @@ class RunSpec(Record):
     contrast: float = Field(0.2, ge=0, lt=1)
     saturation: float = Field(0.1, ge=0, lt=1)
     hue: float = Field(0.05, ge=0, le=0.5)
+    hed: float = Field(0.0, ge=0, le=1)
+    """How far training tiles vary in their stains: each of haematoxylin, eosin and DAB times 1 - ``hed`` to 1 + ``hed``, and shifted. 0.05 is
+    light, 0.2 strong."""
+    normalise: Literal["none", "reinhard", "macenko"] = "none"
+    """All images are brought to the colours of the training images first. Baselines that learn nothing see images as they are."""
     data_seed: int = Field(2026, ge=0, lt=2**31)
 
     epochs: int = Field(20, ge=1, le=10_000)
@@ -110,12 +115,12 @@ class RunSpec(Record):
 
 STREAM_FIELDS = (
     "backbone", "framing", "tile_px", "tile_scale", "val_overlap", "overlap", "sampling", "crops_per_image", "views", "flips", "rotations",
-    "brightness", "contrast", "saturation", "hue", "data_seed", "unfreeze",
+    "brightness", "contrast", "saturation", "hue", "hed", "normalise", "data_seed", "unfreeze",
 )  # fmt: skip
 
 # Settings that came after runs had been finished under these numerics: at their defaults they stay out of fingerprints, so that such runs are
 # still found.
-LATER_FIELDS = ("tile_scale",)
+LATER_FIELDS = ("tile_scale", "hed", "normalise")
 
 # What [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that part alone.
 RUN_KEYS = tuple(name for name in RunSpec.model_fields if name not in ("backbone", "head", "baseline", "options"))

@@ -42,7 +42,7 @@ DOORS = {
     "segmentation_models_pytorch": {"losses.py", "baselines/unet.py"},
     "timm": {"backbones/timm_vit.py", "backbones/timm_pyramid.py"},
     "huggingface_hub": {"backbones/fetch.py", "doctor.py"},  # doctor: whether a person is logged in
-    "skimage": {"baselines/otsu.py"},
+    "skimage": {"baselines/otsu.py", "data/augment.py", "data/stain.py"},
     "pydantic": {"spec.py", "registry.py"},
     "argparse": {"run.py"},
 }

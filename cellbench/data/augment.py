@@ -1,4 +1,4 @@
-"""What a view does to a tile: a right turn or mirror, and a change of colour that is one linear map a pixel."""
+"""What a view does to a tile: a right turn or mirror, a change of its stains, and a change of colour, each one linear map a pixel."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 import torch
+from skimage.color import hed_from_rgb, rgb_from_hed
 from torch import Tensor
 
-from cellbench.plan import UNTOUCHED
+from cellbench.plan import UNSTAINED, UNTOUCHED
 
 # RGB to YIQ (NTSC, 1953): a turn of hue is a rotation of I and Q, linear, where HSV's hue would need a branch at every pixel.
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=torch.float64)
@@ -18,6 +19,25 @@ _RGB = torch.linalg.inv(_YIQ)
 def turn(tile: np.ndarray, code: int) -> np.ndarray:
     """A tile (T, T, ...) turned by ``code % 4`` quarter turns counter-clockwise, after a left-right mirror from 4 on."""
     return np.rot90(tile[:, ::-1] if code >= 4 else tile, code % 4)
+
+
+def restain(pixels_BCHW: Tensor, stains: list[tuple[float, float, float, float, float, float]]) -> Tensor:
+    """Tiles (B, 3, H, W) in 0..1 with each one's haematoxylin, eosin and DAB multiplied by three factors and shifted by three densities.
+
+    Ruifrok and Johnston's stain vectors, by skimage (Tellez et al. 2018, doi 10.1109/TMI.2018.2820199, varied the same three). Amounts are
+    not cut off at zero, as ``skimage.color.rgb2hed`` does: so factors of 1 change nothing, and the whole is one affine map of optical
+    densities.
+    """
+    if all(stain == UNSTAINED for stain in stains):
+        return pixels_BCHW
+    # skimage multiplies rows of pixels from the left, so a matrix for columns is its transpose.
+    to_hed, to_rgb = (torch.from_numpy(matrix.copy()).double().T for matrix in (hed_from_rgb, rgb_from_hed))
+    factors_B3, shifts_B3 = torch.tensor(stains, dtype=torch.float64).split(3, dim=1)
+    matrix = to_rgb @ torch.diag_embed(factors_B3) @ to_hed
+    offset = shifts_B3 @ to_rgb.T
+    density = pixels_BCHW.clamp_min(1e-6).log_().neg_().flatten(2)  # 1e-6, as skimage: black has no finite density
+    changed = torch.baddbmm(offset.to(pixels_BCHW).unsqueeze(-1), matrix.to(pixels_BCHW), density)
+    return changed.neg_().exp_().clamp_(0, 1).view_as(pixels_BCHW)
 
 
 def recolour(pixels_BCHW: Tensor, colours: list[tuple[float, float, float, float]]) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 
 from cellbench.data.dataset import Dataset
 from cellbench.data.prepare import Preparation
+from cellbench.data.stain import KINDS, MOST_IMAGES, Normaliser
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -26,6 +27,7 @@ class Pixels:
         self._budget, self._held = budget_bytes, 0
         self._kept: OrderedDict[tuple[int, Preparation | None], Pair] = OrderedDict()
         self._lock = threading.Lock()
+        self._normalisers: dict[str, Normaliser | None] = {}
 
     @property
     def sizes_px(self) -> tuple[tuple[int, int], ...]:
@@ -44,6 +46,13 @@ class Pixels:
             return self[index]
         # From the file, not from self[index]: the unprepared image would take the memory of another prepared one.
         return self._kept_or((index, preparation), lambda: preparation(self._dataset.read(self.samples[index])))
+
+    def normaliser(self, kind: str) -> Normaliser | None:
+        """The stain normaliser of this kind, fitted to the images of this split; None for ``none``, or where they show no stain."""
+        if kind not in self._normalisers:
+            numbers = range(0, len(self), -(-len(self) // MOST_IMAGES))
+            self._normalisers[kind] = None if kind == "none" else KINDS[kind].fitted(self[index][0] for index in numbers)
+        return self._normalisers[kind]
 
     def _kept_or(self, key: tuple[int, Preparation | None], make: Callable[[], Pair]) -> Pair:
         with self._lock:

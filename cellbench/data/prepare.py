@@ -1,11 +1,14 @@
-"""What is done to a decoded image before it is cut: its framing. One record for training, validation, test and prediction."""
+"""What is done to a decoded image before it is cut: stain normalisation and framing. One record for training, validation, test and prediction."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
+from cellbench.data.stain import KINDS, Normaliser
 from cellbench.framing import Framing
 
 
@@ -14,16 +17,35 @@ class Preparation:
     """From images to framed images. Equal records do equal things, so that what was prepared can be kept under them."""
 
     framing: Framing
+    normaliser: Normaliser | None = None
+    """Fitted to the training images."""
 
     @property
     def nothing(self) -> bool:
         """Whether it gives back what it is given."""
-        return self.framing.exact
+        return self.framing.exact and self.normaliser is None
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """The framed image (H', W', 3) uint8 of an image (H, W, 3) uint8 RGB."""
-        return self.framing.image(image)
+        return self.framing.image(image if self.normaliser is None else self.normaliser.image(image))
 
     def __call__(self, pair: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """An image and its class map (H, W) uint8, both framed."""
         return self.image(pair[0]), self.framing.mask(pair[1])
+
+    def told(self) -> dict[str, Any]:
+        """As JSON can hold it; :meth:`of` reads it back."""
+        kind = next((name for name, made in KINDS.items() if isinstance(self.normaliser, made)), None)
+        return {"framing": asdict(self.framing), "normalise": kind, "normaliser": asdict(self.normaliser) if self.normaliser else None}
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Preparation:
+        """What :meth:`told` gave, also after its way through JSON."""
+        kind, facts = told["normalise"], told["normaliser"]
+        return cls(framing=Framing(**told["framing"]), normaliser=KINDS[kind](**_tuples(facts)) if kind else None)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(one) for name, one in value.items()}
+    return tuple(_tuples(one) for one in value) if isinstance(value, list | tuple) else value
