@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cellbench import figures, figures_many, leaderboard, page
-from cellbench.evidence import MEASURES, Evidence, TestSet
+from cellbench import figures, figures_many, figures_tests, leaderboard, page
+from cellbench.evidence import Evidence
 from cellbench.leaderboard import Row, short
+from cellbench.lineup import MEASURES, TestSet
 from cellbench.ranking import critical_difference, marginal, p_words
-from cellbench.stats import Difference, Scores
+from cellbench.scored import Difference, Scores
 from cellbench.track import Tracker
 
 MOST_RANKED = 20
@@ -123,31 +124,39 @@ def _heat(here: TestSet, draw: Draw) -> str:
 
 # --- statistics -------------------------------------------------------------------------------------------------------------------------
 
-DIFFERENCE_HEADINGS = ("model", "minus", "difference", "95 %", "p (Holm)", "effect", "better on", "verdict")
+DIFFERENCE_HEADINGS = ("model", "minus", "difference", "95 %", "p (adjusted)", "effect", "better on", "equal on", "verdict")
+
+
+def _difference(d: Difference, folded: bool) -> list[str]:
+    """A comparison as text, under the headings above; with folds the p of the folds' own test stands last."""
+    low, high = d.interval.low, d.interval.high
+    return [
+        d.a,
+        d.b,
+        f"{d.interval.mean:+.4f}",
+        f"{low:+.4f} to {high:+.4f}" if low is not None and high is not None else d.interval.note,
+        p_words(d.p_adjusted).removeprefix("p = ").removeprefix("p "),
+        f"{d.effect:+.2f}",
+        f"{d.wins} of {d.num_images}",
+        str(d.ties),
+        "cannot tell" if d.better is None else "better" if d.better == d.a else "worse",
+        *([f"{d.p_folds:.3f}" if d.p_folds is not None else ""] if folded else []),
+    ]
 
 
 def _statistics(here: TestSet, differences: list[Difference], report: Report, prefix: str, draw: Draw) -> str:
     if not differences:
         return ""
-    best = differences[0].b
-    lines = [
-        [
-            d.a,
-            d.b,
-            f"{d.interval.mean:+.4f}",
-            f"{d.interval.low:+.4f} to {d.interval.high:+.4f}"
-            if d.interval.low is not None and d.interval.high is not None
-            else d.interval.note,
-            p_words(d.p_adjusted).removeprefix("p = ").removeprefix("p "),
-            f"{d.effect:+.2f}",
-            f"{d.wins} of {d.num_images}",
-            "cannot tell" if d.better is None else "better" if d.better == d.a else "worse",
-        ]
-        for d in sorted(differences, key=lambda d: -d.interval.mean)
-    ]
-    report.tables[f"{prefix}differences"] = (DIFFERENCE_HEADINGS, lines)
-    out = draw("differences", figures_many.forest(differences, best))
-    out += page.table(DIFFERENCE_HEADINGS, lines[:MOST_LINES]) + _more(len(lines))
+    best, folded = differences[0].b, here.num_folds > 1
+    headings = (*DIFFERENCE_HEADINGS, *(("p over folds",) if folded else ()))
+    lines = [_difference(d, folded) for d in sorted(differences, key=lambda d: -d.interval.mean)]
+    every = leaderboard.pairs(here)
+    report.tables[f"{prefix}differences"] = (headings, lines)
+    report.tables[f"{prefix}pairs"] = (headings, [_difference(d, folded) for d in every])
+    out = draw("differences", figures_tests.forest(differences, best))
+    out += page.table(headings, lines[:MOST_LINES]) + _more(len(lines))
+    if len(here.models) > 2 and len(every) > len(differences):
+        out += "<h3>Every pair</h3>" + draw("pairs", figures_tests.pairs([model.name for model in here.models], every))
     ranked = here.models[:MOST_RANKED]
     if len(ranked) > 2:
         only = f" of the {MOST_RANKED} best models" if len(here.models) > MOST_RANKED else ""
@@ -165,7 +174,7 @@ def _statistics(here: TestSet, differences: list[Difference], report: Report, pr
 
 def _ranked(title: str, models: list[Scores], name: str, draw: Draw) -> str:
     ranking = critical_difference(models)
-    picture = draw(name, figures_many.critical(ranking)) if len(models) > 2 else ""
+    picture = draw(name, figures_tests.critical(ranking)) if len(models) > 2 else ""
     notes = [f"{note[:1].upper()}{note[1:]}." for note in ranking.notes if note not in models[0].notes]
     test = f"{ranking.test}'s test: {p_words(ranking.p)}." if ranking.p is not None else ""
     means = ", ".join(f"{m.model} {m.mean:.4f}" for m in sorted(models, key=lambda m: -m.mean)) if not picture else ""
@@ -240,6 +249,8 @@ def _data(evidence: Evidence, known: dict[str, Any]) -> str:
             ("data", f"{first.dataset}: {images} images"),
             ("classes", ", ".join(first.models[0].runs[0].told.get("classes", []))),
             ("digest", ", ".join(here.digest for here in evidence.sets)),
+            ("folds", f"{first.num_folds}; each image is tested once" if first.num_folds else ""),
+            ("groups", f"{len(set(first.groups))} for {len(first.images)} test images" if first.groups is not None else ""),
             ("read from", data.get("root", "")),
             ("notes", " ".join(data.get("notes", []))),
         ]
@@ -254,13 +265,27 @@ def _without(evidence: Evidence) -> str:
 
 
 def _meaning(evidence: Evidence) -> list[str]:
-    told_by = evidence.sets[0].models[0].runs[0].told
+    first = evidence.sets[0]
+    told_by = first.models[0].runs[0].told
+    unit = "images" if first.groups is None else "groups of images"
+    correction = "Holm" if len(first.models) <= leaderboard.ALL_PAIRS else "Bonferroni"
     out = [
         "Dice is pooled over all pixels of all test images; Dice/image is the mean of each image's own Dice, and what intervals and tests are "
-        "about. Intervals are 95 % BCa bootstrap intervals over images. Differences are paired by image: Wilcoxon's signed-rank test, "
-        "Holm-corrected over the pairs shown, with the bootstrap interval of the mean difference; both must agree for a verdict. The effect "
-        "is the rank-biserial correlation, from -1 to 1. Seeds are averaged per image first: they are repeats, not images.",
+        f"about. Intervals are 95 % BCa bootstrap intervals over {unit}. Differences are paired by image and tested by Wilcoxon's signed-rank "
+        f"test over {unit}; p is adjusted for every pair of models ({correction}), because the best was picked by these same scores. The "
+        "interval of a difference is of that pair alone. 'For certain' and 'better' mean: adjusted p below 0.05, the interval excludes 0, and "
+        "mean and ranks point the same way. The effect is the rank-biserial correlation, from -1 to 1. Seeds are averaged per image first: "
+        "they are repeats, not images. All of this speaks of images like these and of these training runs: another laboratory's stain, or "
+        "another seed where only one was run, may answer otherwise.",
     ]
+    if first.num_folds:
+        out.append(
+            f"The data was cut into {first.num_folds} folds: each image was tested once, by the run that had not learned from it, and the folds "
+            "of one seed make one row of scores. The folds' training images overlap, so that p is optimistic; 'p over folds' is the corrected "
+            "resampled t-test (Nadeau and Bengio 2003), which allows for that."
+        )
+    if first.groups is not None:
+        out.append(f"Images come in groups ({len(set(first.groups))} of them): a group is resampled and ranked as one, since its images are alike.")
     if "nsd" in told_by:
         numbered = any(told_by.get("cells_numbered", []))
         cells = "the mask's own numbers" if numbered else "connected regions (neighbours beside, not diagonal)"

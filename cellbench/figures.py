@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 
 from cellbench.exam import shown
-from cellbench.stats import mean_interval
+from cellbench.significance import mean_interval
 
 matplotlib.use("Agg")
 

@@ -18,9 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from cellbench.figures import PALETTE, STYLE
-from cellbench.ranking import Ranking, p_words
 from cellbench.significance import Interval
-from cellbench.stats import Difference
 
 MOST = 30
 """Models in one picture: as many lines as a page holds."""
@@ -40,19 +38,19 @@ class Line:
 
 def scoreboard(lines: Sequence[Line], measure: str = "Dice") -> Figure:
     """Each model's mean over the test images with its 95 % interval, best on top; baselines hatched."""
-    lines, left_out = _most(lines)
+    lines, left_out = most_of(lines)
     means = [line.measures[measure] for line in lines]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 0.3 * len(lines) + 1.1), layout="constrained")
-        low = min(_low(one) for one in means)
+        low = min(lower(one) for one in means)
         start = max(0.0, low - 0.25 * (1 - low))
         for y, (line, one) in enumerate(zip(lines, means, strict=True)):
             axes.barh(
                 y, one.mean - start, left=start, color=GREY if line.baseline else BLUE, alpha=0.75, hatch="///" if line.baseline else None,
                 edgecolor="white", height=0.7,
             )  # fmt: skip
-            axes.plot([_low(one), _high(one)], [y, y], color="black", linewidth=1.2)
-        right = max(_high(one) for one in means)
+            axes.plot([lower(one), upper(one)], [y, y], color="black", linewidth=1.2)
+        right = max(upper(one) for one in means)
         span = right - start or 1.0
         for y, one in enumerate(means):
             axes.text(right + 0.02 * span, y, f"{one.mean:.4f}", va="center")
@@ -66,14 +64,14 @@ def scoreboard(lines: Sequence[Line], measure: str = "Dice") -> Figure:
 
 def measures(lines: Sequence[Line]) -> Figure:
     """Several measures side by side, one panel each, models in the same order: where Dice hardly differs, cells and outlines may."""
-    lines, left_out = _most(lines)
+    lines, left_out = most_of(lines)
     names = [name for name in lines[0].measures if all(name in line.measures for line in lines)]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(names), figsize=(9, 0.27 * len(lines) + 1.2), sharey=True, layout="constrained", squeeze=False)
         for axes, name in zip(panels[0], names, strict=True):
             for y, line in enumerate(lines):
                 one = line.measures[name]
-                axes.plot([_low(one), _high(one)], [y, y], color="0.45", linewidth=1.4, zorder=1)
+                axes.plot([lower(one), upper(one)], [y, y], color="0.45", linewidth=1.4, zorder=1)
                 axes.plot(one.mean, y, "s" if line.baseline else "o", color=GREY if line.baseline else BLUE, markersize=4.5, zorder=2)
             best = max(line.measures[name].mean for line in lines)
             axes.axvline(best, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
@@ -89,7 +87,7 @@ def measures(lines: Sequence[Line]) -> Figure:
 
 def distributions(names: Sequence[str], values: Sequence[np.ndarray], measure: str = "Dice") -> Figure:
     """The scores of the single images, one box and its images a model, best mean on top."""
-    names, left_out = _most(names)
+    names, left_out = most_of(names)
     values = [np.asarray(one) for one in values[: len(names)]]
     rng = np.random.default_rng(0)
     with plt.rc_context(STYLE):
@@ -128,79 +126,6 @@ def heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, mea
         axes.add_patch(plt.Rectangle((best[1], best[0]), 1, 1, fill=False, edgecolor="black", linewidth=2, clip_on=False))
         missing = "; empty: not run" if np.isnan(values).any() else ""
         axes.set_title(f"mean over images and seeds; framed: the best{missing}", fontsize=8, color="0.35")
-    return figure
-
-
-def forest(differences: Sequence[Difference], best: str, measure: str = "Dice") -> Figure:
-    """Each model minus the best, paired by image, with its 95 % interval; filled where the difference is certain."""
-    order = sorted(differences, key=lambda d: abs(d.interval.mean))
-    order, left_out = _most(order)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 0.3 * len(order) + 1.3), layout="constrained")
-        axes.axvline(0, color="black", linewidth=1)
-        for y, d in enumerate(order):
-            one, other = (d.interval, d.a) if d.b == best else (_negative(d.interval), d.b)
-            colour = BLUE if d.decided else "0.45"
-            axes.plot([_low(one), _high(one)], [y, y], color=colour, linewidth=1.6)
-            axes.plot(one.mean, y, "o", color=colour, markerfacecolor=colour if d.decided else "white", markersize=6)
-            said = f"{one.mean:+.4f}   {p_words(d.p_adjusted)}"
-            axes.annotate(said, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
-            axes.annotate(other, (-0.01, y), xycoords=("axes fraction", "data"), va="center", ha="right", fontsize=9, annotation_clip=False)
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
-        axes.set_ylim(len(order) - 0.4, -0.6)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(f"difference in {measure} to {best}, paired by image")
-        axes.set_title(f"filled: certain (p after Holm's correction); open: this data cannot tell{left_out}", fontsize=8, color="0.35")
-    return figure
-
-
-def critical(ranking: Ranking, measure: str = "Dice") -> Figure:
-    """The critical-difference diagram (Demsar 2006): mean ranks on a line, bars over what Nemenyi's test does not tell apart."""
-    names, ranks = list(ranking.models), list(ranking.ranks)
-    half = -(-len(names) // 2)
-    cliques = [(ranks[names.index(c[0])], ranks[names.index(c[-1])]) for c in ranking.cliques]
-    bars: list[list[tuple[float, float]]] = []  # rows of bars that do not meet
-    for clique in cliques:
-        row = next((row for row in bars if row[-1][1] < clique[0] - 0.02 * len(names)), None)
-        bars.append([clique]) if row is None else row.append(clique)
-    apart = ranking.critical_difference
-    low, high = 1, len(names)
-    line, first = 0.24, 0.3 + 0.16 * len(bars)  # inches
-    above, below = 0.75, 0.4
-    with plt.rc_context(STYLE):
-        height = above + first + line * half + below
-        figure, axes = plt.subplots(figsize=(8, height))
-        figure.subplots_adjust(left=0.3, right=0.7, top=1 - above / height, bottom=below / height)
-        axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        axes.set_ylim(first + line * half, 0)
-        axes.xaxis.tick_top()
-        axes.xaxis.set_major_locator(MaxNLocator(min(10, len(names)), integer=True))
-        axes.spines[["bottom", "left", "right"]].set_visible(False)
-        axes.spines["top"].set_visible(True)
-        axes.set_yticks([])
-        for n, (name, rank) in enumerate(zip(names, ranks, strict=True)):
-            on_left = n < half
-            y = first + line * (n if on_left else len(names) - 1 - n)
-            edge = axes.get_xlim()[0 if on_left else 1]
-            axes.plot([rank, rank, edge], [0, y, y], color="0.4", linewidth=0.9)
-            told = f"{name}  {rank:.2f}" if on_left else f"{rank:.2f}  {name}"
-            place = {
-                "xytext": (-4 if on_left else 4, 0),
-                "textcoords": "offset points",
-                "ha": "right" if on_left else "left",
-                "va": "center",
-            }
-            axes.annotate(told, (edge, y), fontsize=8, annotation_clip=False, **place)
-        for k, row in enumerate(bars):
-            for a, b in row:
-                axes.plot([a - 0.008 * high, b + 0.008 * high], [0.15 + 0.16 * k] * 2, color="black", linewidth=4, solid_capstyle="round")
-        if apart is not None and apart < high - low:
-            axes.plot([low, low + apart], [-0.5, -0.5], color="black", linewidth=1.5, clip_on=False, marker="|", markersize=7)
-            place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-            axes.annotate(f"critical difference {apart:.2f}", (low + apart, -0.5), fontsize=8, **place)
-        told = f"mean rank by {measure} over {ranking.num_units} images, 1 is best; thick bars: not told apart"
-        figure.text(0.5, 0.08 / height, told, fontsize=8, color="0.35", ha="center", va="bottom")
     return figure
 
 
@@ -293,18 +218,16 @@ def _models(axes: Axes, lines: Sequence[Line]) -> None:
     axes.set_ylim(len(lines) - 0.4, -0.6)
 
 
-def _most(items: Sequence) -> tuple[list, str]:
+def most_of(items: Sequence) -> tuple[list, str]:
+    """What one picture can hold, and a word about the rest."""
     return list(items[:MOST]), f"; {len(items) - MOST} more are not drawn" if len(items) > MOST else ""
 
 
-def _low(one: Interval) -> float:
+def lower(one: Interval) -> float:
+    """The lower end, or the mean where there is no interval."""
     return one.mean if one.low is None else one.low
 
 
-def _high(one: Interval) -> float:
+def upper(one: Interval) -> float:
+    """The upper end, or the mean where there is no interval."""
     return one.mean if one.high is None else one.high
-
-
-def _negative(one: Interval) -> Interval:
-    ends = (None, None) if one.low is None or one.high is None else (-one.high, -one.low)
-    return Interval(mean=-one.mean, low=ends[0], high=ends[1], num=one.num, note=one.note, level=one.level)

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from cellbench.evidence import MEASURES, Model, TestSet
 from cellbench.figures_many import Line
+from cellbench.lineup import MEASURES, Model, TestSet
 from cellbench.ranking import verdict
+from cellbench.scored import Difference, flipped
 from cellbench.significance import Interval
-from cellbench.stats import Difference, compare_all
+from cellbench.stats import compare_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ def rows(here: TestSet) -> list[Row]:
 
 
 def _row(model: Model, interval: Interval) -> Row:
-    pooled = [run.stored.metrics["test/dice"] for run in model.runs]
+    pooled = model.pooled("dice")
 
     def cost(name: str) -> float:
         return model.mean(f"cost/{name}") or 0.0
@@ -66,15 +67,15 @@ def _row(model: Model, interval: Interval) -> Row:
         backbone=model.backbone,
         head=model.head,
         baseline=model.baseline,
-        num_seeds=len(model.runs),
+        num_seeds=len(model.by_seed),
         dice=float(np.mean(pooled)),
         seed_sd=float(np.std(pooled, ddof=1)) if len(pooled) > 1 else None,
         image_dice=interval.mean,
         low=interval.low,
         high=interval.high,
-        iou=model.mean("test/iou") or 0.0,
-        precision=model.mean("test/precision") or 0.0,
-        recall=model.mean("test/recall") or 0.0,
+        iou=float(np.mean(model.pooled("iou"))),
+        precision=float(np.mean(model.pooled("precision"))),
+        recall=float(np.mean(model.pooled("recall"))),
         **{name: model.scores(name).mean if model.has(name) else None for name in ("nsd", "ap50", "ap50_95", "aji", "pq")},
         count_error=model.mean("test_image/count_error"),
         head_params=int(cost("head_params")),
@@ -87,12 +88,35 @@ def _row(model: Model, interval: Interval) -> Row:
     )
 
 
+ALL_PAIRS = 40
+"""Up to so many models every pair is compared, 0.8 s a measure; of more, each with the best."""
+
+
+def pairs(here: TestSet, measure: str = "dice") -> list[Difference]:
+    """Every pair of models, or with more than ``ALL_PAIRS`` models each with the best; p is adjusted for every pair either way."""
+    if measure not in here.differences:
+        models = [model.scores(measure) for model in here.models]
+        if len(models) < 2:
+            here.differences[measure] = []
+        elif len(models) <= ALL_PAIRS:
+            here.differences[measure] = compare_all(models)
+        else:
+            here.differences[measure] = compare_all(models, against=best_by(here, measure), picked=True)
+    return here.differences[measure]
+
+
 def differences(here: TestSet, measure: str = "dice") -> list[Difference]:
-    """Every model against the best by this measure; empty for a single model."""
-    models = [model.scores(measure) for model in here.models]
-    if len(models) < 2:
-        return []
-    return compare_all(models, against=max(models, key=lambda scores: scores.mean).model)
+    """Every model against the best by this measure, the best as second; empty for a single model.
+
+    The best was picked by the scores that are tested, so p is adjusted for every pair that might have been asked about, not for these alone.
+    """
+    best = best_by(here, measure)
+    return [d if d.b == best else flipped(d) for d in pairs(here, measure) if best in (d.a, d.b)]
+
+
+def best_by(here: TestSet, measure: str) -> str:
+    """The model with the highest mean over images."""
+    return max(here.models, key=lambda model: model.scores(measure).mean).name
 
 
 def winners(here: TestSet, most: int = 3) -> list[Model]:

@@ -14,8 +14,9 @@ import numpy as np
 from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
 from cellbench.errors import CellbenchError
+from cellbench.scored import Difference, Scores
 from cellbench.significance import DECIMALS, Interval
-from cellbench.stats import Difference, Scores, align, compare_all
+from cellbench.stats import align, compare_all
 
 FEW = 10  # units; below, the chi-squared of Friedman's test is rough (Demsar 2006 asks for more than 10)
 Labels = Sequence[Hashable] | Callable[[Scores], Hashable]

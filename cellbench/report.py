@@ -23,8 +23,9 @@ from cellbench import entries, leaderboard, moved, views
 from cellbench.chapters import Report, build
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, one_line
-from cellbench.evidence import Evidence, TestSet, collect
+from cellbench.evidence import Evidence, collect
 from cellbench.files import make_folder, told
+from cellbench.lineup import TestSet
 from cellbench.track import Run, Tracker, newest
 
 MOST_NOTED = 15

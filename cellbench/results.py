@@ -18,8 +18,8 @@ from cellbench.data.prepare import Preparation
 from cellbench.exam import Exam
 from cellbench.metrics import image_scores, named, scores
 from cellbench.shapes import MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX
+from cellbench.significance import mean_interval
 from cellbench.spec import Experiment, RunSpec
-from cellbench.stats import mean_interval
 from cellbench.train import Learner
 
 
@@ -94,6 +94,7 @@ def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
         "classes": list(dataset.classes),
         "images": [sample.name for sample in dataset.test],
         "dataset": dataset.digest,
+        "groups": [sample.group for sample in dataset.test],
         "tolerance_px": TOLERANCE_PX,
         "min_area_px": [MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX for one in exam.agreements],
         "cells_numbered": [one.numbered for one in exam.agreements],

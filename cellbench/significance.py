@@ -10,7 +10,7 @@ Shapes: M rows (models), P rows or pairs of rows, I images, U units (images or g
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -39,6 +39,12 @@ class Interval:
     @property
     def excludes_zero(self) -> bool:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def negative(one: Interval) -> Interval:
+    """The interval of minus the mean."""
+    ends = (None, None) if one.low is None or one.high is None else (-one.high + 0.0, -one.low + 0.0)
+    return replace(one, mean=-one.mean + 0.0, low=ends[0], high=ends[1])
 
 
 def mean_interval(

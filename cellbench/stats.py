@@ -24,132 +24,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cellbench.errors import CellbenchError
-from cellbench.significance import (
-    DECIMALS,
-    RESAMPLES,
-    Interval,
-    fold_test,
-    holm,
-    intervals,
-    mean_interval,
-    signed_rank,
-    unit_numbers,
-    unit_sums,
-)
+from cellbench.scored import Difference, Scores, seed_sd
+from cellbench.significance import DECIMALS, RESAMPLES, fold_test, holm, intervals, signed_rank, unit_numbers, unit_sums
 
 MANY_PAIRS = 50_000
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Scores:
-    """One model's score on each image, once per seed. Raises CellbenchError for NaN, repeated images and lengths that do not fit.
-
-    ``values``: (num_seeds, num_images), or (num_images,) for one seed. Pool scores of k folds into one row: each image is tested once.
-    Ids pair images, so they must mean the same image in every model: compare within one test set.
-    """
-
-    model: str
-    images: tuple[str, ...]
-    values: np.ndarray
-    groups: tuple[Hashable, ...] | None = None
-    """The patient, slide or smear of each image, where known."""
-    folds: tuple[Hashable, ...] | None = None
-    """The fold that tested each image, where the scores come from cross-validation."""
-    lower_is_better: bool = False
-    notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        values = np.array(self.values, dtype=np.float64, ndmin=2)
-        values.flags.writeable = False
-        object.__setattr__(self, "values", values)
-        for name in ("images", "groups", "folds"):
-            if (given := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(given))
-                if values.ndim != 2 or len(given) != values.shape[1]:
-                    raise CellbenchError(f"scores of {self.model}: {len(given)} {name} do not fit values of shape {values.shape}.")
-        if values.size == 0:
-            raise CellbenchError(f"scores of {self.model}: no images. Score at least one.")
-        if len(set(self.images)) < len(self.images):
-            twice = next(image for image in self.images if self.images.count(image) > 1)
-            raise CellbenchError(f"scores of {self.model}: image '{twice}' is there twice. Give seeds as rows, images once.")
-        if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=0))):
-            raise CellbenchError(
-                f"scores of {self.model}: not a finite number on {len(bad)} of {len(self.images)} images, first '{self.images[bad[0]]}'. "
-                "Leave such images out, or decide what they score."
-            )
-
-    @property
-    def per_image(self) -> np.ndarray:
-        """(num_images,): the mean over seeds."""
-        return self.values.mean(axis=0)
-
-    @property
-    def mean(self) -> float:
-        return float(self.values.mean())
-
-    @property
-    def seed_sd(self) -> float | None:
-        """Standard deviation (n - 1) between the seeds' mean scores; None for one seed."""
-        return _seed_sd(self.values)
-
-    def interval(self, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-        return mean_interval(self.per_image, groups=self.groups, level=level, resamples=resamples, seed=seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Model ``a`` minus model ``b``, on the images that both have."""
-
-    a: str
-    b: str
-    mean_a: float
-    mean_b: float
-    interval: Interval
-    """Of the mean difference a - b: the paired bootstrap. For this pair alone, not widened for the number of pairs."""
-    p: float
-    """Wilcoxon signed-rank, two-sided."""
-    p_adjusted: float
-    """After Holm over ``num_tests`` pairs; ``p`` itself where one pair was tested alone."""
-    num_tests: int
-    effect: float
-    """Matched-pairs rank-biserial correlation, -1 to 1, positive where ``a`` is higher."""
-    wins: int
-    """Images where ``a`` is better: higher, or lower if ``lower_is_better``."""
-    ties: int
-    losses: int
-    num_dropped: int
-    """Images that only one of the two has."""
-    seed_sd_a: float | None
-    seed_sd_b: float | None
-    p_folds: float | None
-    """Corrected resampled t-test over folds (Nadeau & Bengio 2003), where both models share folds. Not adjusted."""
-    lower_is_better: bool
-    notes: tuple[str, ...]
-
-    @property
-    def num_images(self) -> int:
-        return self.wins + self.ties + self.losses
-
-    @property
-    def win_rate(self) -> float:
-        """0 to 1: the share of images where ``a`` is better, ties counted half."""
-        return (self.wins + self.ties / 2) / self.num_images
-
-    @property
-    def alpha(self) -> float:
-        """1 - level, without the last bit that makes 1 - 0.95 more than 0.05."""
-        return round(1 - self.interval.level, DECIMALS)
-
-    @property
-    def decided(self) -> bool:
-        """Adjusted p below alpha, and the interval excludes 0, and mean and ranks point the same way."""
-        same_way = self.effect * self.interval.mean > 0
-        return self.p_adjusted < self.alpha and self.interval.excludes_zero and same_way
-
-    @property
-    def better(self) -> str | None:
-        """The model that wins for certain, or None."""
-        return (self.a if (self.interval.mean > 0) != self.lower_is_better else self.b) if self.decided else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -195,7 +73,7 @@ def align(models: Sequence[Scores]) -> Aligned:
         take = slice(None) if where is None else [where[image] for image in images]
         values = m.values[:, take]
         rows.append(values.mean(axis=0))
-        sds.append(_seed_sd(values))
+        sds.append(seed_sd(values))
         folds.add(None if m.folds is None else m.folds if where is None else tuple(m.folds[i] for i in take))
     return Aligned(
         images=images,
@@ -213,11 +91,19 @@ def compare(a: Scores, b: Scores, *, level: float = 0.95, resamples: int = RESAM
 
 
 def compare_all(
-    models: Sequence[Scores], *, against: str | None = None, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    models: Sequence[Scores],
+    *,
+    against: str | None = None,
+    picked: bool = False,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> list[Difference]:
     """Every pair of models, in the order given, Holm-adjusted over all of them.
 
-    ``against``: only the pairs with this model, as second of each pair. Fewer questions, so each is answered with more power.
+    ``against``: only the pairs with this model, as second of each pair. Fewer questions, so each is answered with more power, but only where
+    the model was named before the scores were seen. ``picked``: it was picked by them, as the best of all. Then every pair might have been
+    asked, and p is adjusted for all of them (Bonferroni, since the others' p are not known; Holm over all pairs is never stricter).
     Over 50,000 pairs (317 models) 999 resamples do, and a note says so: 1,000 models would take two minutes otherwise.
     Raises CellbenchError for two models of one name, and for a pair without common images (``same_images`` sorts models apart).
     """
@@ -232,6 +118,7 @@ def compare_all(
     else:
         pairs = [(i, names.index(against)) for i in range(len(models)) if names[i] != against]
     resamples = min(resamples, 999) if len(pairs) > MANY_PAIRS else resamples
+    num_tests = len(models) * (len(models) - 1) // 2 if picked else len(pairs)
     # Pairs whose models lie alike (same images, folds) share one resampling: 630 pairs then cost one draw and one matrix product.
     layouts: dict[Hashable, int] = {}
     keys = [(frozenset(m.images), frozenset(zip(m.images, m.folds or (), strict=False))) for m in models]
@@ -242,8 +129,10 @@ def compare_all(
     found: dict[int, Difference] = {}
     for numbers in batches.values():
         batch = [pairs[n] for n in numbers]
-        found.update(zip(numbers, _differences(models, batch, len(pairs), len(batches) == 1, level, resamples, seed), strict=True))
+        found.update(zip(numbers, _differences(models, batch, num_tests, len(batches) == 1, level, resamples, seed), strict=True))
     differences = [found[n] for n in range(len(pairs))]
+    if num_tests > len(pairs):
+        return [replace(d, p_adjusted=min(1.0, d.p * num_tests)) for d in differences]
     return [replace(d, p_adjusted=p) for d, p in zip(differences, holm(d.p for d in differences), strict=True)]
 
 
@@ -253,10 +142,6 @@ def same_images(models: Iterable[Scores]) -> list[list[Scores]]:
     for m in models:
         sets.setdefault(frozenset(m.images), []).append(m)
     return sorted(sets.values(), key=len, reverse=True)
-
-
-def _seed_sd(values: np.ndarray) -> float | None:
-    return float(values.mean(axis=1).std(ddof=1)) if len(values) > 1 else None
 
 
 def _differences(

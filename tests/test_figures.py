@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cellbench import figures, figures_many
+from cellbench import figures, figures_many, figures_tests
 from cellbench.figures_many import Line, front_of
 from cellbench.ranking import critical_difference
+from cellbench.scored import Scores
 from cellbench.significance import Interval, mean_interval
-from cellbench.stats import Scores, compare_all
+from cellbench.stats import compare_all
 
 
 def pixels(figure):
@@ -23,7 +24,9 @@ def pixels(figure):
 def uncut(figure):
     """Nothing is drawn on the picture's rim, where it would be cut."""
     picture = pixels(figure)
-    rim = np.concatenate([picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3), picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)])
+    rim = np.concatenate(
+        [picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3), picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)]
+    )
     return bool((rim > 250).all())
 
 
@@ -53,10 +56,11 @@ def test_pictures_of_few_and_many_models_on_few_and_many_images_are_whole(num, i
 @pytest.mark.parametrize("num", [2, 20])
 def test_differences_and_ranks_are_whole(num):
     found = compare_all(models(num), against=models(num)[0].model)
-    assert uncut(figures_many.forest(found, models(num)[0].model))
+    assert uncut(figures_tests.pairs([m.model for m in models(num)], compare_all(models(num))))
+    assert uncut(figures_tests.forest(found, models(num)[0].model))
     if num > 2:
-        assert uncut(figures_many.critical(critical_difference(models(num))))
-        assert uncut(figures_many.critical(critical_difference(models(num, spread=0))))
+        assert uncut(figures_tests.critical(critical_difference(models(num))))
+        assert uncut(figures_tests.critical(critical_difference(models(num, spread=0))))
 
 
 def test_equal_scores_and_missing_intervals_are_drawn():
@@ -72,7 +76,9 @@ def test_a_heat_map_with_holes_is_whole():
 
 
 def test_names_with_dollars_and_emoji_are_drawn_as_they_are():
-    here = [Line(model=name, baseline=False, measures={"Dice": Interval(mean=0.9, low=0.8, high=0.95, num=3)}) for name in ("a$b$c", "x, y/z_{")]
+    here = [
+        Line(model=name, baseline=False, measures={"Dice": Interval(mean=0.9, low=0.8, high=0.95, num=3)}) for name in ("a$b$c", "x, y/z_{")
+    ]
     assert uncut(figures_many.scoreboard(here))
 
 

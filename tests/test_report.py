@@ -290,7 +290,7 @@ def test_a_report_of_any_name_lies_below_reports(name):
 def test_a_thousand_models_are_compared_in_seconds(monkeypatch):
     import time
 
-    from cellbench.evidence import Model, Tested, TestSet
+    from cellbench.lineup import Model, Tested, TestSet
     from cellbench.logged import Stored
 
     names = tuple(f"{k}.png" for k in range(60))

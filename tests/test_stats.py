@@ -12,8 +12,9 @@ import scipy.stats as st
 
 from cellbench.errors import CellbenchError
 from cellbench.ranking import critical_difference, marginal, p_words, sentence, verdict
-from cellbench.significance import fold_test, intervals, signed_rank
-from cellbench.stats import Scores, compare, compare_all, holm, mean_interval, same_images
+from cellbench.scored import Scores
+from cellbench.significance import fold_test, holm, intervals, mean_interval, signed_rank
+from cellbench.stats import compare, compare_all, same_images
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -17,13 +17,16 @@ PACKAGE = ROOT / "cellbench"
 # From the ground up. A module imports from layers below its own, or beside it in its own layer; PARTS says who may look beside.
 LAYERS = (
     ("words", {"errors", "files", "spec"}),
-    ("facts and mathematics", {"registry", "tiles", "framing", "plan", "losses", "metrics", "shapes", "significance", "stats", "ranking"}),
+    (
+        "facts and mathematics",
+        {"registry", "tiles", "framing", "plan", "losses", "metrics", "shapes"} | {"significance", "scored", "stats", "ranking"},
+    ),
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
     ("the one harness", {"machine", "checkpoints", "store", "features", "model", "infer", "train", "exam"}),
     (
         "doors and what is told",
         {"track", "logged", "refusals", "entries", "system", "views", "moved"}
-        | {"figures", "figures_many", "page", "results", "evidence", "leaderboard", "chapters"},
+        | {"figures", "figures_many", "figures_tests", "page", "results", "lineup", "evidence", "leaderboard", "chapters"},
     ),
     ("what is tried out", {"estimate", "naive", "bench", "contracts/"}),
     ("verbs", {"grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui"}),
@@ -34,9 +37,9 @@ PARTS = {"backbones/": set(), "data/": set(), "heads/": {"backbones.base"}, "bas
 DOORS = {
     "mlflow": {"track.py", "entries.py", "system.py"},
     "optuna": {"search.py"},
-    "matplotlib.pyplot": {"figures.py", "figures_many.py"},
-    "matplotlib": {"figures.py", "figures_many.py", "chapters.py"},  # chapters: the word Figure in its signatures
-    "seaborn": {"figures.py", "figures_many.py"},
+    "matplotlib.pyplot": {"figures.py", "figures_many.py", "figures_tests.py"},
+    "matplotlib": {"figures.py", "figures_many.py", "figures_tests.py", "chapters.py"},  # chapters: the word Figure in its signatures
+    "seaborn": {"figures.py", "figures_many.py", "figures_tests.py"},
     "PIL": {"data/image_files.py", "data/images.py", "data/smears.py", "data/_shapes.py", "page.py"},  # page: pictures into HTML
     "tifffile": {"data/image_files.py"},
     "segmentation_models_pytorch": {"losses.py", "baselines/unet.py"},

@@ -30,6 +30,8 @@ class Sample:
     """Height, width."""
     digest: str = ""
     """Of the image file's content."""
+    group: str = ""
+    """The patient, slide or smear that the image is of, where known: images of one are alike, and statistics take them as one."""
 
 
 @dataclass(frozen=True, kw_only=True)

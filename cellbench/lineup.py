@@ -1,0 +1,245 @@
+"""Runs lined up: those that differ in seed and fold alone are one model, and models of the same test images one test set.
+
+Seeds are repeats. Folds are parts: each image is tested once, by the run that did not learn from it, so the folds of one seed make one row
+of scores over all images. Pooled scores are had from the counts of all folds, not as a mean of the folds' scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from cellbench.logged import Stored
+from cellbench.metrics import cell_classes, scores
+from cellbench.scored import Difference, Scores
+from cellbench.significance import Interval, intervals, unit_numbers, unit_sums
+from cellbench.spec import RUN_KEYS
+
+MEASURES = {
+    "dice": "Dice", "nsd": "outline (NSD)", "boundary_dice": "boundary Dice", "ap50": "AP50", "ap50_95": "AP50-95", "aji": "AJI", "pq": "PQ",
+}  # fmt: skip
+"""Per-image scores that models are compared by, as they are called in print; higher is better."""
+REPEATS = ("seed", "fold")
+"""Params that tell runs of one model apart."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tested:
+    """A finished run and what it scored on each image."""
+
+    __test__ = False  # not pytest's
+
+    stored: Stored
+    told: dict[str, Any]
+    """Its ``per_image.json``."""
+
+    @property
+    def seed(self) -> int:
+        return int(self.stored.params.get("seed", 0))
+
+    @property
+    def fold(self) -> int | None:
+        """The part of the data that it was tested on; None where there is one test for all."""
+        return self.told.get("fold")
+
+    @property
+    def world(self) -> str:
+        """What runs must share to be compared: the same test images, or the same data cut into the same folds."""
+        if self.fold is not None:
+            return f"{self.told['pool']} {self.told['num_folds']} folds"
+        return f"{self.told['dataset']} {hash(tuple(self.told['images']))}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """Runs that differ in seed and fold alone, in the order of both."""
+
+    name: str
+    backbone: str
+    head: str
+    baseline: bool
+    plain: bool
+    """Whether backbone and head say all that tells it from the others."""
+    runs: tuple[Tested, ...]
+    groups: tuple[Hashable, ...] | None = None
+    """The patient, slide or smear of each image, where known."""
+
+    @property
+    def by_seed(self) -> list[list[Tested]]:
+        """The runs of each seed: one, or one a fold."""
+        seeds: dict[int, list[Tested]] = {}
+        for run in self.runs:
+            seeds.setdefault(run.seed, []).append(run)
+        return list(seeds.values())
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return tuple(image for run in self.by_seed[0] for image in run.told["images"])
+
+    @property
+    def folds(self) -> tuple[int, ...] | None:
+        """The fold that tested each image; None without folds."""
+        if self.runs[0].fold is None:
+            return None
+        return tuple(run.fold for run in self.by_seed[0] for _ in run.told["images"] if run.fold is not None)
+
+    def has(self, measure: str) -> bool:
+        return all(measure in run.told for run in self.runs)
+
+    def scores(self, measure: str = "dice") -> Scores:
+        """Per-image scores, one row a seed."""
+        values = [np.concatenate([run.told[measure] for run in runs]) for runs in self.by_seed]
+        return Scores(model=self.name, images=self.images, values=np.array(values), groups=self.groups, folds=self.folds)
+
+    @property
+    def chosen(self) -> Tested:
+        """The run to use: the one with the best validation Dice, since the test is not to choose by."""
+        return max(self.runs, key=lambda run: run.stored.metrics.get("best/val_dice", 0.0))
+
+    def pooled(self, measure: str) -> list[float]:
+        """Dice, IoU, precision, recall or accuracy of the cell class over all pixels, one a seed."""
+        if self.folds is None:
+            return [run.stored.metrics.get(f"test/{measure}", 0.0) for run in self.runs]
+        counts = [np.sum([np.sum(run.told["confusion"], axis=0) for run in runs], axis=0) for runs in self.by_seed]
+        return [scores(one).of(cell_classes(len(one)))[measure] for one in counts]
+
+    def mean(self, metric: str) -> float | None:
+        """The mean over runs of a logged metric; None where a run has none."""
+        values = [run.stored.metrics.get(metric) for run in self.runs]
+        return None if None in values else float(np.mean(np.array(values, float)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TestSet:
+    """The models that were tested on one set of images, best mean Dice over images first."""
+
+    __test__ = False  # not pytest's
+
+    dataset: str
+    digest: str
+    images: tuple[str, ...]
+    models: tuple[Model, ...]
+    groups: tuple[Hashable, ...] | None = None
+    num_folds: int = 0
+    """0 where every model had one test."""
+    differences: dict[str, list[Difference]] = field(default_factory=dict)
+    """By measure, kept once they are computed (``cellbench.leaderboard.pairs``)."""
+    _intervals: dict[str, list[Interval]] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Model:
+        """By the mean over images, which is what is tested; the table is sorted by it too."""
+        return self.models[0]
+
+    def intervals(self, measure: str) -> list[Interval]:
+        """Each model's mean over the images with its 95 % interval; all at once, since they share their resamples."""
+        if measure not in self._intervals:
+            values_MI = np.stack([model.scores(measure).per_image for model in self.models])
+            unit_I = unit_numbers(range(len(self.images)) if self.groups is None else self.groups)
+            word = "image" if self.groups is None else "group"
+            self._intervals[measure] = intervals(unit_sums(values_MI, unit_I), np.bincount(unit_I), word=word)
+        return self._intervals[measure]
+
+    def measures(self) -> list[str]:
+        """The per-image scores that every model has: runs of older versions lack some."""
+        return [measure for measure in MEASURES if all(model.has(measure) for model in self.models)]
+
+
+def line_up(runs: Iterable[Tested]) -> tuple[list[TestSet], list[str]]:
+    """Test sets, the one with most runs first, and sentences about runs that are left out because folds are missing."""
+    worlds: dict[str, list[Tested]] = {}
+    for run in runs:
+        worlds.setdefault(run.world, []).append(run)
+    sets, told = [], []
+    for members in worlds.values():
+        kept, words = _whole(members)
+        told += words
+        if kept:
+            sets.append(_test_set(kept))
+    return sorted(sets, key=lambda one: -sum(len(model.runs) for model in one.models)), told
+
+
+def _whole(runs: list[Tested]) -> tuple[list[Tested], list[str]]:
+    """Without the seeds that lack a fold: their images would be fewer than the others'."""
+    if runs[0].fold is None:
+        return runs, []
+    num = int(runs[0].told["num_folds"])
+    seeds: dict[tuple[Hashable, ...], list[Tested]] = {}
+    for run in runs:
+        seeds.setdefault((_settings(run), run.seed), []).append(run)
+    kept, told = [], []
+    for members in seeds.values():
+        if missing := sorted(set(range(num)) - {run.fold for run in members}):
+            name = _part(dict(members[0].stored.params))
+            what = f"fold{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {num}"
+            told.append(f"{name}, seed {members[0].seed}, is left out: {what} {'are' if len(missing) > 1 else 'is'} missing.")
+        else:
+            kept += members
+    return kept, told
+
+
+def _test_set(runs: list[Tested]) -> TestSet:
+    groups = _groups(runs)
+    models = tuple(sorted(_models(runs, groups), key=lambda model: -model.scores().mean))
+    first = models[0]
+    return TestSet(
+        dataset=runs[0].stored.params.get("dataset", "?"),
+        digest=runs[0].told["dataset"] if first.folds is None else runs[0].told["pool"],
+        images=first.images,
+        models=models,
+        groups=first.groups,
+        num_folds=len(set(first.folds or ())),
+    )
+
+
+def _groups(runs: list[Tested]) -> dict[str, Hashable]:
+    """The group of each image, as the newest run that knows any tells them."""
+    found: dict[str, Hashable] = {}
+    for run in sorted(runs, key=lambda run: run.stored.start_s):
+        found |= {image: group for image, group in zip(run.told["images"], run.told.get("groups") or (), strict=False) if group}
+    return found
+
+
+def _settings(run: Tested) -> tuple[tuple[str, str], ...]:
+    ignored = {*REPEATS, "dataset"}  # a set has one dataset, under whatever name
+    return tuple(sorted((name, value) for name, value in run.stored.params.items() if name not in ignored))
+
+
+def _models(runs: list[Tested], groups: dict[str, Hashable]) -> list[Model]:
+    """Runs put together by all their settings but seed and fold, and named by what tells them apart."""
+    together: dict[tuple[tuple[str, str], ...], list[Tested]] = {}
+    for run in runs:
+        together.setdefault(_settings(run), []).append(run)
+    settings = [dict(key) for key in together]
+    parts = [_part(one) for one in settings]
+    out = []
+    for mine, part, members in zip(settings, parts, together.values(), strict=True):
+        trained = mine["baseline"] == "none"
+        rivals = [one for one, other in zip(settings, parts, strict=True) if other == part or (trained and one["baseline"] == "none")]
+        # Settings of a head are compared within its own head, since others have none of that name.
+        own = [one for one, other in zip(settings, parts, strict=True) if other == part]
+        varied = [name for name in RUN_KEYS if name not in REPEATS and len({one.get(name) for one in rivals}) > 1]
+        varied += sorted({name for one in own for name in one if "." in name and len({other.get(name) for other in own}) > 1})
+        out.append(
+            Model(
+                name=" · ".join([part, *(f"{name} {mine.get(name, '?')}" for name in varied)]),
+                backbone=mine["backbone"],
+                head=mine["head"],
+                baseline=mine["baseline"] != "none",
+                plain=len(own) == 1,
+                runs=tuple(sorted(members, key=lambda run: (run.seed, run.fold or 0))),
+            )
+        )
+    if not groups:
+        return out
+    # An image without a group stands for itself; its name could be a group's, hence the pair.
+    return [replace(one, groups=tuple(groups.get(image) or ("image", image) for image in one.images)) for one in out]
+
+
+def _part(params: dict[str, str]) -> str:
+    for name in ("backbone", "head", "baseline"):
+        params.setdefault(name, "none")
+    return params["baseline"] if params["baseline"] != "none" else f"{params['backbone']} · {params['head']}"

@@ -1,0 +1,145 @@
+"""What is compared, and what comes of it: the scores of one model, and the difference of two. ``cellbench.stats`` makes one of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cellbench.errors import CellbenchError
+from cellbench.significance import DECIMALS, RESAMPLES, Interval, mean_interval, negative
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scores:
+    """One model's score on each image, once per seed. Raises CellbenchError for NaN, repeated images and lengths that do not fit.
+
+    ``values``: (num_seeds, num_images), or (num_images,) for one seed. Pool scores of k folds into one row: each image is tested once.
+    Ids pair images, so they must mean the same image in every model: compare within one test set.
+    """
+
+    model: str
+    images: tuple[str, ...]
+    values: np.ndarray
+    groups: tuple[Hashable, ...] | None = None
+    """The patient, slide or smear of each image, where known."""
+    folds: tuple[Hashable, ...] | None = None
+    """The fold that tested each image, where the scores come from cross-validation."""
+    lower_is_better: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        values = np.array(self.values, dtype=np.float64, ndmin=2)
+        values.flags.writeable = False
+        object.__setattr__(self, "values", values)
+        for name in ("images", "groups", "folds"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(given))
+                if values.ndim != 2 or len(given) != values.shape[1]:
+                    raise CellbenchError(f"scores of {self.model}: {len(given)} {name} do not fit values of shape {values.shape}.")
+        if values.size == 0:
+            raise CellbenchError(f"scores of {self.model}: no images. Score at least one.")
+        if len(set(self.images)) < len(self.images):
+            twice = next(image for image in self.images if self.images.count(image) > 1)
+            raise CellbenchError(f"scores of {self.model}: image '{twice}' is there twice. Give seeds as rows, images once.")
+        if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=0))):
+            raise CellbenchError(
+                f"scores of {self.model}: not a finite number on {len(bad)} of {len(self.images)} images, first '{self.images[bad[0]]}'. "
+                "Leave such images out, or decide what they score."
+            )
+
+    @property
+    def per_image(self) -> np.ndarray:
+        """(num_images,): the mean over seeds."""
+        return self.values.mean(axis=0)
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.mean())
+
+    @property
+    def seed_sd(self) -> float | None:
+        """Standard deviation (n - 1) between the seeds' mean scores; None for one seed."""
+        return seed_sd(self.values)
+
+    def interval(self, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+        return mean_interval(self.per_image, groups=self.groups, level=level, resamples=resamples, seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Model ``a`` minus model ``b``, on the images that both have."""
+
+    a: str
+    b: str
+    mean_a: float
+    mean_b: float
+    interval: Interval
+    """Of the mean difference a - b: the paired bootstrap. For this pair alone, not widened for the number of pairs."""
+    p: float
+    """Wilcoxon signed-rank, two-sided."""
+    p_adjusted: float
+    """After Holm over ``num_tests`` pairs; ``p`` itself where one pair was tested alone."""
+    num_tests: int
+    effect: float
+    """Matched-pairs rank-biserial correlation, -1 to 1, positive where ``a`` is higher."""
+    wins: int
+    """Images where ``a`` is better: higher, or lower if ``lower_is_better``."""
+    ties: int
+    losses: int
+    num_dropped: int
+    """Images that only one of the two has."""
+    seed_sd_a: float | None
+    seed_sd_b: float | None
+    p_folds: float | None
+    """Corrected resampled t-test over folds (Nadeau & Bengio 2003), where both models share folds. Not adjusted."""
+    lower_is_better: bool
+    notes: tuple[str, ...]
+
+    @property
+    def num_images(self) -> int:
+        return self.wins + self.ties + self.losses
+
+    @property
+    def win_rate(self) -> float:
+        """0 to 1: the share of images where ``a`` is better, ties counted half."""
+        return (self.wins + self.ties / 2) / self.num_images
+
+    @property
+    def alpha(self) -> float:
+        """1 - level, without the last bit that makes 1 - 0.95 more than 0.05."""
+        return round(1 - self.interval.level, DECIMALS)
+
+    @property
+    def decided(self) -> bool:
+        """Adjusted p below alpha, and the interval excludes 0, and mean and ranks point the same way."""
+        same_way = self.effect * self.interval.mean > 0
+        return self.p_adjusted < self.alpha and self.interval.excludes_zero and same_way
+
+    @property
+    def better(self) -> str | None:
+        """The model that wins for certain, or None."""
+        return (self.a if (self.interval.mean > 0) != self.lower_is_better else self.b) if self.decided else None
+
+
+def flipped(d: Difference) -> Difference:
+    """The same comparison asked the other way round."""
+    return replace(
+        d,
+        a=d.b,
+        b=d.a,
+        mean_a=d.mean_b,
+        mean_b=d.mean_a,
+        interval=negative(d.interval),
+        effect=-d.effect + 0.0,
+        wins=d.losses,
+        losses=d.wins,
+        seed_sd_a=d.seed_sd_b,
+        seed_sd_b=d.seed_sd_a,
+    )
+
+
+def seed_sd(values: np.ndarray) -> float | None:
+    """Of scores (num_seeds, num_images): the standard deviation (n - 1) of the seeds' means; None for one seed."""
+    return float(values.mean(axis=1).std(ddof=1)) if len(values) > 1 else None

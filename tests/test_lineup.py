@@ -1,0 +1,134 @@
+"""Claims about who is compared with whom, on what: folds are parts of one test, groups are units, and the best was picked by its scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from told import IMAGES, told_of
+
+from cellbench import leaderboard
+from cellbench.lineup import Tested, line_up
+from cellbench.logged import Stored, params_of
+from cellbench.metrics import scores
+from cellbench.scored import Scores
+from cellbench.significance import mean_interval
+from cellbench.spec import RunSpec
+from cellbench.stats import compare_all
+
+
+def scored(head: str, told: dict, seed: int = 0, fold: int | None = None) -> Tested:
+    params = {name: str(value) for name, value in params_of(RunSpec(backbone="uni", head=head, seed=seed), "drawn").items()}
+    if fold is not None:
+        params["fold"] = str(fold)
+    metrics = {"test/dice": 0.9, "test/iou": 0.8, "test/precision": 0.9, "test/recall": 0.9, "best/val_dice": 0.9}
+    return Tested(stored=Stored(run_id=f"{head} {seed} {fold}", name=head, status="finished", metrics=metrics, params=params), told=told)
+
+
+def fold_of(head: str, mean: float, fold: int, seed: int = 0, num: int = 4) -> Tested:
+    """The run that tested a quarter of the images."""
+    told = told_of(mean, seed, IMAGES, f"fold {fold}")
+    mine = slice(fold, None, num)
+    told |= {name: values[mine] for name, values in told.items() if isinstance(values, list) and len(values) == len(IMAGES)}
+    counts = np.random.default_rng(fold).integers(50, 100, (len(told["images"]), 2, 2)).tolist()
+    return scored(head, told | {"fold": fold, "num_folds": num, "pool": "all", "confusion": counts}, seed, fold)
+
+
+def test_the_folds_of_a_seed_are_one_row_over_all_images():
+    runs = [fold_of(head, mean, fold, seed) for head, mean in (("fpn", 0.9), ("bilinear", 0.8)) for seed in (0, 1) for fold in (2, 0, 3, 1)]
+    (here,), told = line_up(runs)
+    assert told == []
+    assert here.num_folds == 4
+    assert sorted(here.images) == sorted(IMAGES)
+    best = here.best.scores()
+    assert best.values.shape == (2, len(IMAGES))
+    whole = told_of(0.9, 1)
+    assert best.values[1].tolist() == [whole["dice"][IMAGES.index(image)] for image in here.images]
+    assert [IMAGES.index(image) % 4 for image in here.images] == list(best.folds)
+
+
+def test_pooled_scores_over_folds_come_from_all_counts_and_not_from_a_mean_of_folds():
+    runs = [fold_of("fpn", 0.9, fold) for fold in range(4)]
+    ((model,),) = [here.models for here in line_up(runs)[0]]
+    counts = np.concatenate([run.told["confusion"] for run in runs]).sum(0)
+    assert model.pooled("dice") == [pytest.approx(2 * counts[1, 1] / (2 * counts[1, 1] + counts[0, 1] + counts[1, 0]))]
+    each = [scores(np.sum(run.told["confusion"], axis=0)).dice[1] for run in runs]
+    assert model.pooled("dice")[0] != pytest.approx(np.mean(each), abs=1e-9)
+
+
+def test_a_seed_that_lacks_a_fold_is_left_out_and_that_is_said():
+    runs = [fold_of("fpn", 0.9, fold, seed) for seed in (0, 1) for fold in range(4)]
+    (here,), told = line_up(runs[:-1])
+    assert len(here.best.by_seed) == 1
+    assert told == ["uni · fpn, seed 1, is left out: fold 3 of 4 is missing."]
+
+
+def test_scores_over_folds_and_over_one_test_are_never_paired():
+    runs = [fold_of("fpn", 0.9, fold) for fold in range(4)] + [scored("fpn", told_of(0.9, 0))]
+    assert len(line_up(runs)[0]) == 2
+
+
+def test_folds_are_told_with_the_differences():
+    runs = [fold_of(head, mean, fold) for head, mean in (("fpn", 0.9), ("bilinear", 0.8)) for fold in range(4)]
+    (here,), _ = line_up(runs)
+    (d,) = leaderboard.differences(here)
+    assert d.p_folds is not None
+    assert "scores from 4 folds, whose training images overlap: p is optimistic" in d.notes
+
+
+def test_images_of_a_group_are_resampled_as_one():
+    groups = [f"patient-{k // 4}" for k in range(len(IMAGES))]
+    runs = [scored(head, told_of(mean, 0) | {"groups": groups}) for head, mean in (("fpn", 0.9), ("bilinear", 0.8))]
+    (here,), _ = line_up(runs)
+    interval = here.intervals("dice")[0]
+    assert interval == mean_interval(here.best.scores().per_image, groups=groups)
+    assert interval.num == 4
+    (d,) = leaderboard.differences(here)
+    assert d.interval.num == 4
+    assert any("4 groups" in note for note in d.notes)
+
+
+def test_images_without_a_group_stand_for_themselves():
+    runs = [scored("fpn", told_of(0.9, 0) | {"groups": ["a", "a", *[""] * (len(IMAGES) - 2)]})]
+    assert line_up(runs)[0][0].intervals("dice")[0].num == len(IMAGES) - 1
+    runs = [scored("fpn", told_of(0.9, 0) | {"groups": [""] * len(IMAGES)})]
+    assert line_up(runs)[0][0].groups is None
+
+
+def noisy(num: int) -> list[Scores]:
+    rng = np.random.default_rng(3)
+    return [Scores(model=f"m{k}", images=tuple(map(str, range(30))), values=rng.normal(0.9, 0.02, 30)) for k in range(num)]
+
+
+def test_a_best_that_was_picked_is_adjusted_for_all_pairs_that_might_have_been_asked():
+    models = noisy(6)
+    best = max(models, key=lambda one: one.mean).model
+    named, picked = (compare_all(models, against=best, picked=one) for one in (False, True))
+    every = {frozenset((d.a, d.b)): d for d in compare_all(models)}
+    for a, b in zip(named, picked, strict=True):
+        assert b.p_adjusted == min(1, 15 * a.p)
+        assert a.p_adjusted <= every[frozenset((a.a, a.b))].p_adjusted <= b.p_adjusted
+
+
+def test_where_nothing_differs_a_picked_best_rarely_wins():
+    """Twelve equal models, 200 worlds: against the picked best, Holm over its own eleven pairs would be wrong far more often than 5 %."""
+    rng, wrong, naive = np.random.default_rng(0), 0, 0
+    images = tuple(map(str, range(20)))
+    for _ in range(200):
+        models = [Scores(model=f"m{k}", images=images, values=rng.normal(0.9, 0.02, 20)) for k in range(12)]
+        best = max(models, key=lambda one: one.mean).model
+        wrong += any(d.better for d in compare_all(models, against=best, picked=True, resamples=199))
+        naive += any(d.better for d in compare_all(models, against=best, resamples=199))
+    assert wrong <= 12
+    assert naive > 2 * wrong
+
+
+def test_the_pairs_of_many_models_are_those_with_the_best(monkeypatch):
+    runs = [scored(f"h{k}", told_of(0.7 + k / 50, k)) for k in range(5)]
+    (here,), _ = line_up(runs)
+    assert len(leaderboard.pairs(here)) == 10
+    monkeypatch.setattr(leaderboard, "ALL_PAIRS", 3)
+    (here,), _ = line_up(runs)
+    found = leaderboard.pairs(here)
+    assert len(found) == 4
+    assert {d.num_tests for d in found} == {10}
+    assert {d.b for d in leaderboard.differences(here)} == {here.best.name}
