@@ -35,6 +35,15 @@ ADDED = 0.25
 """What is added to a stain at most, in optical density, for each unit of ``hed``: a quarter of what a factor changes at a density of 1."""
 
 
+def num_seen(num_images: int, fraction: float) -> int:
+    """How many of the training images a share of them is: at least one, halves rounded up.
+
+    >>> [num_seen(9, fraction) for fraction in (0.01, 0.1, 0.5, 1.0)]
+    [1, 1, 5, 9]
+    """
+    return max(1, int(num_images * fraction + 0.5))
+
+
 @dataclass(frozen=True)
 class Plan:
     """The training views of every epoch. ``sizes_px`` are the (height, width) of the training images, in their order."""
@@ -52,12 +61,18 @@ class Plan:
         """Height and width of every training tile."""
         return self.framing.tile_px(self.sizes_px)
 
+    @cached_property
+    def seen(self) -> tuple[int, ...]:
+        """The numbers of the images that are learned from. Those of a smaller share are among those of a larger one."""
+        order = np.random.default_rng([self.run.data_seed, 2**31 + 1]).permutation(len(self.sizes_px))
+        return tuple(sorted(order[: num_seen(len(self.sizes_px), self.run.fraction)].tolist()))
+
     @property
     def num_views(self) -> int:
         """Views an epoch."""
         if self.run.sampling == "crops":
             return len(self.sizes_px) * self.run.crops_per_image
-        return sum(len(self.framing.grid(size, self.tile_px, 0.0)) for size in self.sizes_px)
+        return sum(len(self.framing.grid(self.sizes_px[image], self.tile_px, 0.0)) for image in self._turns(0))
 
     @property
     def repeats(self) -> bool:
@@ -71,15 +86,22 @@ class Plan:
     def views(self, cycle: int) -> list[View]:
         """All views of a cycle, image by image."""
         out: list[View] = []
-        for image, size in enumerate(self.sizes_px):
-            rng = np.random.default_rng([self.run.data_seed, cycle, image])
-            for y, x in self._corners(size, rng):
+        for turn, image in enumerate(self._turns(cycle)):
+            rng = np.random.default_rng([self.run.data_seed, cycle, turn])
+            for y, x in self._corners(self.sizes_px[image], rng):
                 out.append(View(image, y, x, self._turn(rng), self._colour(rng), self._stain(rng)))
         return out
 
     def order(self, epoch: int) -> np.ndarray:
         """The order in which an epoch goes through its cycle's views; new each epoch."""
         return np.random.default_rng([self.run.data_seed, epoch, 2**31]).permutation(self.num_views)
+
+    def _turns(self, cycle: int) -> list[int]:
+        """The images of a cycle, as many as there are in all: where not all are seen, those that are take turns."""
+        # Crops go on where the last cycle ended, so that each image is seen equally often. Whole images may differ in their number of tiles,
+        # and every cycle must have as many.
+        start = cycle * len(self.sizes_px) if self.run.sampling == "crops" else 0
+        return [self.seen[(start + turn) % len(self.seen)] for turn in range(len(self.sizes_px))]
 
     def _corners(self, size_px: tuple[int, int], rng: np.random.Generator) -> list[tuple[int, int]]:
         if self.run.sampling == "tiles":

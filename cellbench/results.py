@@ -17,6 +17,7 @@ from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
 from cellbench.exam import Exam
 from cellbench.metrics import image_scores, named, scores
+from cellbench.plan import num_seen
 from cellbench.shapes import MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX
 from cellbench.significance import mean_interval
 from cellbench.spec import Experiment, RunSpec
@@ -63,6 +64,8 @@ def tidy(name: str, value: float) -> float:
 def write(folder: Path, name: str, run: RunSpec, experiment: Experiment, dataset: Dataset, pixels: Pixels, result: Result) -> None:
     """``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``head.safetensors`` and ``figures/*.png`` into a folder."""
     told = per_image(dataset, result)
+    if result.learner is not None:
+        told["num_train"] = num_seen(len(dataset.train), run.fraction)
     (folder / "config.toml").write_text(tomli_w.dumps(alone(run, experiment)), encoding="utf-8")
     (folder / "per_image.json").write_text(json.dumps(told), encoding="utf-8")
     (folder / TABLE).write_text(json.dumps(table(told)), encoding="utf-8")

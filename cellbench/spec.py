@@ -69,6 +69,8 @@ class RunSpec(Record):
     normalise: Literal["none", "reinhard", "macenko"] = "none"
     """All images are brought to the colours of the training images first. Baselines that learn nothing see images as they are."""
     data_seed: int = Field(2026, ge=0, lt=2**31)
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the training images that are learned from, smaller shares within larger ones. An epoch stays as long: those images come oftener."""
 
     epochs: int = Field(20, ge=1, le=10_000)
     batch_size: int = Field(8, ge=1, le=4096)
@@ -115,12 +117,12 @@ class RunSpec(Record):
 
 STREAM_FIELDS = (
     "backbone", "framing", "tile_px", "tile_scale", "val_overlap", "overlap", "sampling", "crops_per_image", "views", "flips", "rotations",
-    "brightness", "contrast", "saturation", "hue", "hed", "normalise", "data_seed", "unfreeze",
+    "brightness", "contrast", "saturation", "hue", "hed", "normalise", "data_seed", "fraction", "unfreeze",
 )  # fmt: skip
 
 # Settings that came after runs had been finished under these numerics: at their defaults they stay out of fingerprints, so that such runs are
 # still found.
-LATER_FIELDS = ("tile_scale", "hed", "normalise")
+LATER_FIELDS = ("tile_scale", "hed", "normalise", "fraction")
 
 # What [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that part alone.
 RUN_KEYS = tuple(name for name in RunSpec.model_fields if name not in ("backbone", "head", "baseline", "options"))

@@ -128,3 +128,23 @@ def test_a_view_holds_plain_numbers() -> None:
     view: View = plan().views(0)[0]
     assert {type(value) for value in (view.image, view.y, view.x, view.turn)} == {int}
     assert {type(value) for value in view.colour} == {float}
+
+
+def test_a_share_of_the_images_is_seen_smaller_within_larger_in_epochs_as_long() -> None:
+    sizes = ((64, 64), (80, 64), (64, 90), (200, 65), (64, 64), (100, 100), (64, 64), (70, 70), (64, 64))
+    seen = {share: set(plan(sizes, fraction=share).seen) for share in (0.1, 0.25, 0.5, 1.0)}
+    assert [len(one) for one in seen.values()] == [1, 2, 5, 9]
+    assert seen[0.1] < seen[0.25] < seen[0.5] < seen[1.0]
+    for share, mine in seen.items():
+        one = plan(sizes, fraction=share)
+        views = [view.image for cycle in range(5) for view in one.views(cycle)]
+        assert set(views) == mine
+        assert {len(one.views(cycle)) for cycle in range(5)} == {one.num_views} == {9 * 6}
+        times = np.bincount(views)[sorted(mine)]
+        assert times.max() - times.min() <= 6  # crops an image
+    tiles = plan(sizes, fraction=0.5, sampling="tiles")
+    assert {len(tiles.views(cycle)) for cycle in range(4)} == {tiles.num_views}
+
+
+def test_other_images_are_drawn_with_another_data_seed() -> None:
+    assert len({plan(((64, 64),) * 30, fraction=0.2, data_seed=seed).seen for seed in range(8)}) > 1
