@@ -137,9 +137,37 @@ class DataSpec(Record):
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of all images kept for the test, where the data has no test folder of its own."""
     split_seed: int = Field(2026, ge=0, lt=2**31)
+    folds: int = Field(0, ge=0, le=1000)
+    """k: cross-validation. Every image, those of a test folder too, is tested in one of k folds; 0: one split as above."""
+    fold: int = Field(0, ge=0)
+    """Which of them is the test, from 0."""
+    group: Literal["auto", "none", "column", "prefix", "near-duplicates"] = "auto"
+    """What must not be torn apart by a split: images of one patient, slide, … ``column``: as the manifest says. ``prefix``: as the names
+    say. ``near-duplicates``: images that look alike however they are turned. ``auto``: ``column`` where there is one."""
+    group_pattern: str = r"^(.+)[-_ ]\d+$"
+    """For ``prefix``: a regular expression on the stem of the name; its first group is the name of the group."""
+    stratify: Literal["none", "label", "foreground", "size"] = "none"
+    """What each part gets its share of: the manifest's labels, fifths of the share of cells in the image, or sizes of images."""
     limit: int | None = Field(None, ge=1)
     """At most so many images of each of train, validation and test."""
     draw: dict[str, Scalar] = Field(default_factory=dict)
+
+    @field_validator("group_pattern")
+    @classmethod
+    def _pattern_has_a_group(cls, value: str) -> str:
+        try:
+            num = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression ({error})") from None
+        if num < 1:
+            raise ValueError("has no group in parentheses, which would be the name of the patient or slide")
+        return value
+
+    @model_validator(mode="after")
+    def _fold_is_one_of_them(self) -> DataSpec:
+        if self.folds == 1 or self.fold >= max(self.folds, 1):
+            raise ValueError(f"fold {self.fold} of {self.folds}: folds are two or more (0: none), counted from 0")
+        return self
 
 
 class Experiment(Record):

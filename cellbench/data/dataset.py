@@ -31,7 +31,10 @@ class Sample:
     digest: str = ""
     """Of the image file's content."""
     group: str = ""
-    """The patient, slide or smear that the image is of, where known: images of one are alike, and statistics take them as one."""
+    """The patient, slide or smear that the image is of, where known: images of one are alike, no split tears them apart, and statistics take
+    them as one."""
+    label: str = ""
+    """What it shows as a whole, as a manifest says; for stratified splits."""
 
 
 @dataclass(frozen=True, kw_only=True)

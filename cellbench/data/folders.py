@@ -48,7 +48,8 @@ def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Data
         parts = {s: _pairs(root, images.format(split=s), masks.format(split=s), notes) for s in ("train", "test")}
     else:
         parts = {"train": _pairs(root, images, masks, notes), "test": ()}
-    splits = split_of(root, parts["train"], parts["test"], spec)
+    labels = Dataset(name=card.id, classes=card.classes, values=card.values, root=root, train=(), val=(), test=())
+    splits = split_of(root, parts["train"], parts["test"], spec, lambda sample: float((labels.read_mask(sample) > 0).mean()))
     parts = {"train": splits.train, "val": splits.val, "test": splits.test}
     if spec.limit:
         parts = {name: samples[: spec.limit] for name, samples in parts.items()}

@@ -1,14 +1,21 @@
-"""Which images train, which validate and which test: seeded, written down once, and taken from the file ever after."""
+"""Which images train, which validate and which test: seeded, written down once, and taken from the file ever after.
+
+As published, or in groups that no split tears apart, by strata, or as one of k folds.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from cellbench.data import images
+from cellbench.data.allocation import allocate
 from cellbench.data.dataset import Sample
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, writable, write_atomic
@@ -33,42 +40,111 @@ class Splits:
         return f"split written to {self.place}"
 
 
-def split_of(root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec) -> Splits:
+def split_of(
+    root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec, foreground: Callable[[Sample], float] = lambda _: 0.0
+) -> Splits:
     """The splits of a pool of images and, where the data comes with one, a test folder that training never touches.
 
     ``root/splits.json`` is used where it lies, as published: ``{"train": [names], "val": [names]}`` (and ``"test"`` where the data has no
     test folder), with or without extensions. Otherwise it is drawn from ``split_seed``, for ``keep`` to write there or, where the folder
     is read-only, into the cache folder. A file that this code wrote for another seed or share is left alone; its name says for which.
+
+    With ``spec.folds`` pool and test folder are one, cut into folds of which one is the test; a person's own ``splits.json`` says nothing
+    of folds and is not used. ``foreground``: the share of an image's pixels that are cells, for ``stratify``.
     """
-    standard = spec.val_fraction == DataSpec().val_fraction and spec.split_seed == DataSpec().split_seed
-    name = "splits.json" if standard and (test or spec.test_fraction == DataSpec().test_fraction) else _name(spec, bool(test))
+    if spec.folds:
+        pool, test = _one_pool(root, pool, test), ()
+    groups = groups_of(pool, spec)
+    standard = not any(getattr(spec, key) != DataSpec.model_fields[key].default for key in ("val_fraction", "split_seed", *_LATER))
+    standard &= groups is None and (bool(test) or spec.test_fraction == DataSpec().test_fraction)
+    name = "splits.json" if standard else _name(spec, bool(test), groups is not None)
     # A file that names no seed is a person's own, or the published one, and is meant whatever the settings say.
-    own = [root / "splits.json"] if (root / "splits.json").is_file() and '"seed"' not in (root / "splits.json").read_text("utf-8", "replace") else []
+    own = [root / "splits.json"] if not spec.folds and _own(root / "splits.json") else []
     for place in (*own, root / name, _elsewhere(root, name)):
         if place.is_file():
-            return _read(place, pool, test)
-    chosen = _draw(pool, test, spec)
+            found = _read(place, pool, test)
+            _refuse_torn(place, found, dict(zip((sample.name for sample in pool), groups, strict=True)) if groups else {})
+            return found
+    parts = _draw(pool, test, spec) if standard or not (groups or _special(spec)) else _allocated(pool, test, spec, groups, foreground)
     record = {
         "seed": spec.split_seed,
         "val_fraction": spec.val_fraction,
-        **{part: [sample.name for sample in samples] for part, samples in chosen.items() if samples or part != "test"},
+        **({key: getattr(spec, key) for key in _LATER} if _special(spec) or groups else {}),
+        **{part: [sample.name for sample in samples] for part, samples in parts.items() if samples or part != "test"},
     }
     place = root / name if writable(root) else _elsewhere(root, name)
-    return Splits(train=chosen["train"], val=chosen["val"], test=test or chosen["test"], place=place, record=json.dumps(record, indent=1))
+    return Splits(train=parts["train"], val=parts["val"], test=test or parts["test"], place=place, record=json.dumps(record, indent=1))
 
 
-def _name(spec: DataSpec, has_test: bool) -> str:
-    tail = "" if has_test else f"-test{spec.test_fraction:g}"
+_LATER = ("folds", "fold", "group", "group_pattern", "stratify")
+
+
+def _special(spec: DataSpec) -> bool:
+    return bool(spec.folds) or spec.stratify != "none"
+
+
+def _own(place: Path) -> bool:
+    return place.is_file() and '"seed"' not in place.read_text("utf-8", "replace")
+
+
+def _one_pool(root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> tuple[Sample, ...]:
+    both = (*pool, *test)
+    seen: set[str] = set()
+    for sample in both:
+        if sample.name in seen:
+            raise CellbenchError(f"{root}: '{sample.name}' lies in the training and in the test folder. Folds take both together: rename one.")
+        seen.add(sample.name)
+    return both
+
+
+def groups_of(samples: tuple[Sample, ...], spec: DataSpec) -> list[str] | None:
+    """The group (patient, slide, …) of each sample by ``spec.group``, an image without one being its own; None where images are not grouped.
+
+    Raises CellbenchError where groups were asked for and none is found.
+    """
+    if spec.group == "none" or (spec.group == "auto" and not any(sample.group for sample in samples)):
+        return None
+    if spec.group == "near-duplicates":
+        raise CellbenchError("[data] group = 'near-duplicates': not to be had yet.")
+    if spec.group == "prefix":
+        matches = [re.search(spec.group_pattern, Path(sample.name).stem) for sample in samples]
+        found = [match[1] or "" if match else "" for match in matches]
+        if not any(found):
+            raise CellbenchError(f"[data] group = 'prefix': no name, such as '{samples[0].name}', matches group_pattern {spec.group_pattern!r}. Set one that does.")
+    else:
+        found = [sample.group for sample in samples]
+        if not any(found):
+            raise CellbenchError("[data] group = 'column': no image has a group. Give a manifest with a column 'group', or group by 'prefix'.")
+    return [f"group {group}" if group else f"image {sample.name}" for group, sample in zip(found, samples, strict=True)]
+
+
+def _refuse_torn(place: Path, splits: Splits, group: Mapping[str, str]) -> None:
+    home: dict[str, str] = {}
+    for part, samples in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+        for sample in samples:
+            name = group.get(sample.name)
+            if name is not None and home.setdefault(name, part) != part:
+                raise CellbenchError(f"{place}: {name} lies in '{home[name]}' and in '{part}' ({sample.name}). Mend or remove the file, or set data.group=none.")
+
+
+def _name(spec: DataSpec, has_test: bool, grouped: bool) -> str:
+    tail = "" if has_test or spec.folds else f"-test{spec.test_fraction:g}"
+    tail += f"-fold{spec.fold}of{spec.folds}" if spec.folds else ""
+    tail += f"-by-{'column' if spec.group == 'auto' else spec.group}" if grouped else ""
+    if spec.group == "prefix" and spec.group_pattern != DataSpec.model_fields["group_pattern"].default:
+        tail += hashlib.sha256(spec.group_pattern.encode()).hexdigest()[:6]
+    tail += f"-{spec.stratify}" if spec.stratify != "none" else ""
     return f"splits-seed{spec.split_seed}-val{spec.val_fraction:g}{tail}.json"
 
 
 def _elsewhere(root: Path, name: str) -> Path:
     path = root.absolute()
-    key = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    key = f"{path.name[:80]}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     return cache_dir() / "splits" / key / name
 
 
 def _draw(pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec) -> dict[str, tuple[Sample, ...]]:
+    """As published: image by image."""
     order = np.random.default_rng(spec.split_seed).permutation(len(pool))
     num_test = 0 if test else max(1, round(spec.test_fraction * len(pool)))
     num_val = max(1, round(spec.val_fraction * (len(pool) - num_test)))
@@ -76,6 +152,38 @@ def _draw(pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec) ->
         raise CellbenchError(f"{len(pool)} images are too few to split: {num_test} for test and {num_val} for validation leave none to train on.")
     cuts = {"test": order[:num_test], "val": order[num_test : num_test + num_val], "train": order[num_test + num_val :]}
     return {part: tuple(pool[i] for i in sorted(chosen)) for part, chosen in cuts.items()}
+
+
+def _allocated(
+    pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec, groups: list[str] | None, foreground: Callable[[Sample], float]
+) -> dict[str, tuple[Sample, ...]]:
+    """In groups, by strata, or one of several folds. All folds are cut by the seed alone, so that their tests are disjoint."""
+    names = groups or [sample.name for sample in pool]
+    strata = _strata(pool, spec, foreground)
+    if spec.folds:
+        in_test = allocate(names, strata, [1.0] * spec.folds, [spec.split_seed]) == spec.fold
+    elif test:
+        in_test = np.zeros(len(pool), bool)
+    else:
+        in_test = allocate(names, strata, [1 - spec.test_fraction, spec.test_fraction], [spec.split_seed]) == 1
+    rest = np.flatnonzero(~in_test)
+    seed = [spec.split_seed, 1 + spec.fold]  # of its own for each fold, but where the strata are the same
+    in_val = allocate([names[i] for i in rest], [strata[i] for i in rest], [1 - spec.val_fraction, spec.val_fraction], seed) == 1
+    cuts = {"test": np.flatnonzero(in_test), "val": rest[in_val], "train": rest[~in_val]}
+    return {part: tuple(pool[i] for i in chosen) for part, chosen in cuts.items()}
+
+
+def _strata(pool: tuple[Sample, ...], spec: DataSpec, foreground: Callable[[Sample], float]) -> list[str]:
+    if spec.stratify == "label":
+        if not any(sample.label for sample in pool):
+            raise CellbenchError("[data] stratify = 'label': no image has a label. Give a manifest with a column 'label', or stratify by 'foreground'.")
+        return [sample.label for sample in pool]
+    if spec.stratify == "size":
+        return [str(images.size(sample.image)) for sample in pool]
+    if spec.stratify == "foreground":
+        shares = np.array([foreground(sample) for sample in pool])
+        return [str(int(fifth)) for fifth in np.searchsorted(np.quantile(shares, [0.2, 0.4, 0.6, 0.8]), shares, side="right")]
+    return [""] * len(pool)
 
 
 def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Splits:
