@@ -20,7 +20,8 @@ from cellbench.spec import DataSpec
 def pool(num: int, **fields) -> tuple[Sample, ...]:
     """Samples p<i // 3>_<i>.png; ``fields`` are functions of i."""
     return tuple(
-        Sample(name=f"p{i // 3}_{i}.png", image=Path(f"p{i // 3}_{i}.png"), mask=Path("m.png"), **{key: f(i) for key, f in fields.items()}) for i in range(num)
+        Sample(name=f"p{i // 3}_{i}.png", image=Path(f"p{i // 3}_{i}.png"), mask=Path("m.png"), **{key: f(i) for key, f in fields.items()})
+        for i in range(num)
     )
 
 
@@ -71,8 +72,14 @@ def test_groups_are_read_from_names_by_a_pattern(tmp_path: Path) -> None:
     parts = [{name.split("_")[0] for name in names(getattr(found, part))} for part in ("train", "val", "test")]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 10
     one = r"^(p)(?=[0-4]_)|^(?=p)"
-    assert {name[:2] for name in names(split(tmp_path, pool(30), group="prefix", group_pattern=one).train)} >= {"p0", "p1", "p2", "p3", "p4"}
-    with pytest.raises(CellbenchError, match="no name, such as 'p0_0.png', matches"):
+    assert {name[:2] for name in names(split(tmp_path, pool(30), group="prefix", group_pattern=one).train)} >= {
+        "p0",
+        "p1",
+        "p2",
+        "p3",
+        "p4",
+    }
+    with pytest.raises(CellbenchError, match="no name, such as 'p0_0"):
         split(tmp_path, pool(30), group="prefix", group_pattern="^(slide)")
 
 
@@ -87,9 +94,11 @@ def test_every_part_gets_its_share_of_every_label(tmp_path: Path, group: str) ->
 
 
 def test_the_share_of_cells_is_stratified(tmp_path: Path) -> None:
-    found = split(tmp_path, pool(100), foreground=lambda sample: int(sample.image.stem.split("_")[1]) / 100, stratify="foreground", folds=5, fold=2)
+    found = split(
+        tmp_path, pool(100), foreground=lambda sample: int(sample.image.stem.split("_")[1]) / 100, stratify="foreground", folds=5, fold=2
+    )
     fifths = Counter(int(sample.name.split("_")[1].split(".")[0]) // 20 for sample in found.test)
-    assert fifths == {k: 4 for k in range(5)}
+    assert fifths == dict.fromkeys(range(5), 4)
 
 
 def test_sizes_are_stratified_without_decoding(tmp_path: Path) -> None:
@@ -111,7 +120,9 @@ def test_what_was_drawn_is_read_again_and_each_question_has_its_own_file(tmp_pat
 
 
 def test_a_persons_own_split_says_nothing_of_folds(tmp_path: Path) -> None:
-    (tmp_path / "splits.json").write_text(json.dumps({"train": [s.name for s in pool(30)[:20]], "val": [s.name for s in pool(30)[20:]], "test": []}))
+    (tmp_path / "splits.json").write_text(
+        json.dumps({"train": [s.name for s in pool(30)[:20]], "val": [s.name for s in pool(30)[20:]], "test": []})
+    )
     tests = [names(split(tmp_path, pool(30), folds=3, fold=k).test) for k in range(3)]
     assert set.union(*tests) == names(pool(30))
 
@@ -120,22 +131,30 @@ def test_a_split_that_tears_a_group_apart_is_refused(tmp_path: Path) -> None:
     record = {"train": [s.name for s in pool(30)[:20]], "val": [s.name for s in pool(30)[20:25]], "test": [s.name for s in pool(30)[25:]]}
     (tmp_path / "splits.json").write_text(json.dumps(record))
     split(tmp_path, pool(30))
-    with pytest.raises(CellbenchError, match="group p6 lies in 'train' and in 'val'"):
+    with pytest.raises(CellbenchError, match="group 'p6' lies in 'train' and in 'val'"):
         split(tmp_path, pool(30), group="prefix")
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"), [({"group": "column"}, "no image has a group"), ({"stratify": "label"}, "no image has a label"), ({"folds": 50}, "too few")]
+    ("settings", "says"),
+    [({"group": "column"}, "no image has a group"), ({"stratify": "label"}, "no image has a label"), ({"folds": 50}, "too few")],
 )
 def test_what_cannot_be_grouped_is_refused(tmp_path: Path, settings: dict, says: str) -> None:
     with pytest.raises(CellbenchError, match=says):
         split(tmp_path, pool(30), **settings)
 
 
-@pytest.mark.parametrize("settings", [{"folds": 1}, {"folds": 3, "fold": 3}, {"fold": 1}, {"group_pattern": "("}, {"group_pattern": "patient"}])
+@pytest.mark.parametrize(
+    "settings", [{"folds": 1}, {"folds": 3, "fold": 3}, {"fold": 1}, {"group_pattern": "("}, {"group_pattern": "patient"}]
+)
 def test_settings_that_cannot_be_meant_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match=r"fold|regular|parentheses"):
         DataSpec(**settings)
+
+
+def test_a_test_folder_that_tears_a_group_apart_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CellbenchError, match="group 'p9' lies in"):
+        split(tmp_path, pool(29), (Sample(name="p9_30.png", image=Path("i"), mask=Path("m")),), group="prefix")
 
 
 def test_one_giant_group_leaves_no_part_empty() -> None:

@@ -22,7 +22,9 @@ def allocate(groups: Sequence[Hashable], strata: Sequence[Hashable], shares: Seq
     names, group_N = np.unique(np.array([str(g) for g in groups]), return_inverse=True)
     kinds, stratum_N = np.unique(np.array([str(s) for s in strata]), return_inverse=True)
     if len(names) < len(shares):
-        raise CellbenchError(f"{len(groups)} images in {len(names)} groups are too few to split into {len(shares)} parts. Group more finely, or ask for fewer parts.")
+        raise CellbenchError(
+            f"{len(groups)} images in {len(names)} groups are too few to split into {len(shares)} parts. Group more finely, or ask for fewer parts."
+        )
     held_GS = np.zeros((len(names), len(kinds)), np.int64)
     np.add.at(held_GS, (group_N, stratum_N), 1)
     total_S = held_GS.sum(0)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,26 +54,30 @@ def split_of(
     """
     if spec.folds:
         pool, test = _one_pool(root, pool, test), ()
-    groups = groups_of(pool, spec)
+    together = with_groups((*pool, *test), spec)
+    pool, test = together[: len(pool)], together[len(pool) :]
+    grouped = any(sample.group for sample in pool)
     standard = not any(getattr(spec, key) != DataSpec.model_fields[key].default for key in ("val_fraction", "split_seed", *_LATER))
-    standard &= groups is None and (bool(test) or spec.test_fraction == DataSpec().test_fraction)
-    name = "splits.json" if standard else _name(spec, bool(test), groups is not None)
+    standard &= not grouped and (bool(test) or spec.test_fraction == DataSpec().test_fraction)
+    name = "splits.json" if standard else _name(spec, bool(test), grouped)
     # A file that names no seed is a person's own, or the published one, and is meant whatever the settings say.
     own = [root / "splits.json"] if not spec.folds and _own(root / "splits.json") else []
     for place in (*own, root / name, _elsewhere(root, name)):
         if place.is_file():
             found = _read(place, pool, test)
-            _refuse_torn(place, found, dict(zip((sample.name for sample in pool), groups, strict=True)) if groups else {})
+            _refuse_torn(place, found)
             return found
-    parts = _draw(pool, test, spec) if standard or not (groups or _special(spec)) else _allocated(pool, test, spec, groups, foreground)
+    parts = _allocated(pool, test, spec, foreground) if grouped or _special(spec) else _draw(pool, test, spec)
     record = {
         "seed": spec.split_seed,
         "val_fraction": spec.val_fraction,
-        **({key: getattr(spec, key) for key in _LATER} if _special(spec) or groups else {}),
+        **({key: getattr(spec, key) for key in _LATER} if grouped or _special(spec) else {}),
         **{part: [sample.name for sample in samples] for part, samples in parts.items() if samples or part != "test"},
     }
     place = root / name if writable(root) else _elsewhere(root, name)
-    return Splits(train=parts["train"], val=parts["val"], test=test or parts["test"], place=place, record=json.dumps(record, indent=1))
+    drawn = Splits(train=parts["train"], val=parts["val"], test=test or parts["test"], place=place, record=json.dumps(record, indent=1))
+    _refuse_torn(root, drawn)  # by a test folder that came with the data
+    return drawn
 
 
 _LATER = ("folds", "fold", "group", "group_pattern", "stratify")
@@ -92,39 +96,47 @@ def _one_pool(root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) ->
     seen: set[str] = set()
     for sample in both:
         if sample.name in seen:
-            raise CellbenchError(f"{root}: '{sample.name}' lies in the training and in the test folder. Folds take both together: rename one.")
+            raise CellbenchError(
+                f"{root}: '{sample.name}' lies in the training and in the test folder. Folds take both together: rename one."
+            )
         seen.add(sample.name)
     return both
 
 
-def groups_of(samples: tuple[Sample, ...], spec: DataSpec) -> list[str] | None:
-    """The group (patient, slide, …) of each sample by ``spec.group``, an image without one being its own; None where images are not grouped.
+def with_groups(samples: tuple[Sample, ...], spec: DataSpec) -> tuple[Sample, ...]:
+    """The samples, each with the group (patient, slide, …) that ``spec.group`` gives it; none where images are not grouped.
 
     Raises CellbenchError where groups were asked for and none is found.
     """
-    if spec.group == "none" or (spec.group == "auto" and not any(sample.group for sample in samples)):
-        return None
+    if spec.group == "none":
+        return tuple(replace(sample, group="") for sample in samples)
     if spec.group == "near-duplicates":
         raise CellbenchError("[data] group = 'near-duplicates': not to be had yet.")
     if spec.group == "prefix":
         matches = [re.search(spec.group_pattern, Path(sample.name).stem) for sample in samples]
-        found = [match[1] or "" if match else "" for match in matches]
-        if not any(found):
-            raise CellbenchError(f"[data] group = 'prefix': no name, such as '{samples[0].name}', matches group_pattern {spec.group_pattern!r}. Set one that does.")
+        samples = tuple(replace(sample, group=(match[1] or "") if match else "") for match, sample in zip(matches, samples, strict=True))
+        asked = f"no name, such as '{samples[0].name}', matches group_pattern {spec.group_pattern!r}. Set one that does."
     else:
-        found = [sample.group for sample in samples]
-        if not any(found):
-            raise CellbenchError("[data] group = 'column': no image has a group. Give a manifest with a column 'group', or group by 'prefix'.")
-    return [f"group {group}" if group else f"image {sample.name}" for group, sample in zip(found, samples, strict=True)]
+        asked = "no image has a group. Give a manifest with a column 'group', or group by 'prefix'."
+    if spec.group != "auto" and not any(sample.group for sample in samples):
+        raise CellbenchError(f"[data] group = '{spec.group}': {asked}")
+    return samples
 
 
-def _refuse_torn(place: Path, splits: Splits, group: Mapping[str, str]) -> None:
+def _unit(sample: Sample) -> str:
+    """What may not be torn apart: its group, or the image alone."""
+    return f"group {sample.group}" if sample.group else f"image {sample.name}"
+
+
+def _refuse_torn(place: Path, splits: Splits) -> None:
     home: dict[str, str] = {}
     for part, samples in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
         for sample in samples:
-            name = group.get(sample.name)
-            if name is not None and home.setdefault(name, part) != part:
-                raise CellbenchError(f"{place}: {name} lies in '{home[name]}' and in '{part}' ({sample.name}). Mend or remove the file, or set data.group=none.")
+            if sample.group and home.setdefault(sample.group, part) != part:
+                raise CellbenchError(
+                    f"{place}: group '{sample.group}' lies in '{home[sample.group]}' and in '{part}' ({sample.name}). "
+                    "Mend the split, or set data.group=none."
+                )
 
 
 def _name(spec: DataSpec, has_test: bool, grouped: bool) -> str:
@@ -149,16 +161,18 @@ def _draw(pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec) ->
     num_test = 0 if test else max(1, round(spec.test_fraction * len(pool)))
     num_val = max(1, round(spec.val_fraction * (len(pool) - num_test)))
     if num_test + num_val >= len(pool):
-        raise CellbenchError(f"{len(pool)} images are too few to split: {num_test} for test and {num_val} for validation leave none to train on.")
+        raise CellbenchError(
+            f"{len(pool)} images are too few to split: {num_test} for test and {num_val} for validation leave none to train on."
+        )
     cuts = {"test": order[:num_test], "val": order[num_test : num_test + num_val], "train": order[num_test + num_val :]}
     return {part: tuple(pool[i] for i in sorted(chosen)) for part, chosen in cuts.items()}
 
 
 def _allocated(
-    pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec, groups: list[str] | None, foreground: Callable[[Sample], float]
+    pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec, foreground: Callable[[Sample], float]
 ) -> dict[str, tuple[Sample, ...]]:
-    """In groups, by strata, or one of several folds. All folds are cut by the seed alone, so that their tests are disjoint."""
-    names = groups or [sample.name for sample in pool]
+    """By groups, by strata, or one of several folds. All folds are cut by the seed alone, so that their tests are disjoint."""
+    names = [_unit(sample) for sample in pool]
     strata = _strata(pool, spec, foreground)
     if spec.folds:
         in_test = allocate(names, strata, [1.0] * spec.folds, [spec.split_seed]) == spec.fold
@@ -176,7 +190,9 @@ def _allocated(
 def _strata(pool: tuple[Sample, ...], spec: DataSpec, foreground: Callable[[Sample], float]) -> list[str]:
     if spec.stratify == "label":
         if not any(sample.label for sample in pool):
-            raise CellbenchError("[data] stratify = 'label': no image has a label. Give a manifest with a column 'label', or stratify by 'foreground'.")
+            raise CellbenchError(
+                "[data] stratify = 'label': no image has a label. Give a manifest with a column 'label', or stratify by 'foreground'."
+            )
         return [sample.label for sample in pool]
     if spec.stratify == "size":
         return [str(images.size(sample.image)) for sample in pool]
@@ -191,7 +207,9 @@ def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Sp
         record = json.loads(place.read_text(encoding="utf-8"))
         parts = {part: [str(name) for name in record.get(part, [])] for part in ("train", "val", "test")}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise CellbenchError(f'{place}: cannot be read as a split ({error}). Expected {{"train": [names], "val": [names]}}. Mend or remove it.') from None
+        raise CellbenchError(
+            f'{place}: cannot be read as a split ({error}). Expected {{"train": [names], "val": [names]}}. Mend or remove it.'
+        ) from None
     known = {Path(sample.name).stem: sample for sample in pool} | {sample.name: sample for sample in pool}  # a.png.png has the stem a.png
     chosen: dict[str, list[Sample]] = {}
     for part in ("train", "val") if test else ("train", "val", "test"):
@@ -209,5 +227,7 @@ def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Sp
         raise CellbenchError(f"{place}: '{twice}' stands in two splits or twice in one. Each image belongs to one split.")
     unused = len(pool) - len(names)
     if unused:
-        raise CellbenchError(f"{place}: says nothing of {unused} images of the folder. Add them to a split, or remove the file to split anew.")
+        raise CellbenchError(
+            f"{place}: says nothing of {unused} images of the folder. Add them to a split, or remove the file to split anew."
+        )
     return Splits(train=tuple(chosen["train"]), val=tuple(chosen["val"]), test=test or tuple(chosen["test"]), place=place)
