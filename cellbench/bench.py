@@ -23,6 +23,7 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.features import Features, Keeping, Trunk
 from cellbench.infer import segment
+from cellbench.lanes import Lanes
 from cellbench.machine import Machine
 from cellbench.model import model, num_levels
 from cellbench.plan import Plan
@@ -127,8 +128,9 @@ def _passes(world: World, out: Bench) -> None:
         _wait()
 
     def one_pass() -> None:
-        for _ in features.train(0):
-            pass
+        with Lanes(world.machine.lanes) as lanes:
+            for _ in features.train(0, lanes):
+                pass
         _wait()
 
     one_pass()  # decodes every image once
@@ -147,7 +149,8 @@ def _passes(world: World, out: Bench) -> None:
 def _heads(world: World, out: Bench) -> None:
     runs = [world.run(head, 1e-3) for head in world.registry.names("heads")]
     features = world.features(runs)
-    batch = next(iter(features.train(0)))
+    with Lanes(1) as lanes:
+        batch = next(iter(features.train(0, lanes)))
     for run in runs:
         made = model(run, world.registry, features.trunk, len(world.dataset.classes))
         learner = Learner(run=run, model=made, recorder=_Nobody(), num_views=features.plan.num_views).on(features)

@@ -205,7 +205,8 @@ def _cost(table: list[Row], lines: list[figures_many.Line], report: Report, pref
         "prediction, s an image": [1 / row.images_per_s if row.images_per_s else 0.0 for row in table],
     }
     notes = [
-        "Training seconds hold the backbone's pass, which runs of one cohort share: each is charged all of it. Peak memory is the whole "
+        "Training seconds are computing time, summed over the lanes that work side by side, and hold the backbone's pass, which runs of one "
+        "cohort share: each is charged all of it. Peak memory is the whole "
         "process's up to that run, so later runs never show less."
     ]
     return (

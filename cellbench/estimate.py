@@ -86,7 +86,7 @@ def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Mac
         val_tiles=tiles["val"],
         test_tiles=tiles["test"],
         trunk_tiles_per_s=1 / trunk_s if backbone is not None else float("inf"),
-        wall_s=wall,
+        wall_s=wall / machine.lanes,
         # 700 MiB: Python with torch, MLflow and the drawing libraries loaded, measured.
         memory_mib=700 + (held + kept + min(decoded, machine.memory_bytes // 3)) / 2**20,
         disk_mib=disk,

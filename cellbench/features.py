@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,12 +27,12 @@ from cellbench.data.augment import recolour, restain, turn
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
 from cellbench.errors import CellbenchError, one_line
+from cellbench.lanes import Lanes
 from cellbench.machine import Machine
 from cellbench.plan import Plan, View
 from cellbench.store import InMemory, OnDisk, Rows, features_dir
 from cellbench.tiles import Grid, cut
 
-T = TypeVar("T")
 TOKENS = -1
 """The index of a trunk's last tokens, as a map (B, D, N, 1) of all N tokens, prefix tokens included, before any norm."""
 
@@ -53,6 +52,14 @@ class Batch(NamedTuple):
         return len(self.pixels)
 
 
+class _Cut(NamedTuple):
+    """Rows of a pass, and their tiles (B, T, T, 3) and masks (B, T, T), uint8."""
+
+    rows: np.ndarray
+    tiles: np.ndarray
+    masks: np.ndarray
+
+
 class Trunk:
     """The frozen part of a backbone on a device, and the levels of it that a cohort's heads read.
 
@@ -70,7 +77,8 @@ class Trunk:
         self.chunk = machine.chunk
         """Tiles that go through the backbone at once."""
         self.seconds = 0.0
-        """Spent in the backbone so far. On a GPU this is the time to hand the work over, unless something waits for it."""
+        """Spent in the backbone so far, by all lanes together. On a GPU this is the time to hand the work over, unless something waits for it."""
+        self._adding = threading.Lock()
 
     def levels(self, num: int) -> tuple[Level, ...]:
         """The levels that a head which reads ``num`` of them is given."""
@@ -103,7 +111,8 @@ class Trunk:
             i: torch.empty_like(m[:num], dtype=kept, memory_format=torch.channels_last).copy_(m[:num])
             for i, m in zip(self.keys, maps, strict=True)
         }
-        self.seconds += time.perf_counter() - start
+        with self._adding:
+            self.seconds += time.perf_counter() - start
         return copies
 
     def map_bytes(self, tile_px: tuple[int, int]) -> int:
@@ -151,6 +160,7 @@ class Features:
             split: trunk.map_bytes(self.tile_px[split]) * sum(len(self.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")
         }
         sizes["train"] = trunk.map_bytes(self.tile_px["train"]) * plan.num_views * plan.run.views
+        self._keeping_lock = threading.Lock()
         self.bytes_by_split = sizes
         self.place = self._places(sizes) if any(sizes.values()) else dict.fromkeys(sizes, "streamed")
 
@@ -194,24 +204,37 @@ class Features:
         overlap = self.plan.run.val_overlap if split == "val" else self.plan.run.overlap
         return self.framing.grid(self.pixels[split].sizes_px[image], self.tile_px[split], overlap)
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """The training views of an epoch in its order, in chunks of the machine's size."""
+    def train(self, epoch: int, lanes: Lanes) -> Iterator[Batch]:
+        """The training views of an epoch in its order, in chunks of the machine's size, made ahead in ``lanes``."""
         cycle = self.plan.cycle(epoch)
         views, order = self.plan.views(cycle), self.plan.order(epoch)
         kept = self._pass("train", cycle, len(views), [sample.digest for sample in self.pixels["train"].samples], views)
         chunks = [order[i : i + self._chunk] for i in range(0, len(order), self._chunk)]
-        for rows, tiles, masks in ahead((rows, *self._cut_views([views[k] for k in rows])) for rows in chunks):
-            pixels = recolour(restain(self._pixels(tiles), [views[k].stain for k in rows]), [views[k].colour for k in rows])
-            yield Batch(self._maps("train", kept, rows, pixels), pixels, self._target(masks))
 
-    def tiles(self, split: str) -> Iterator[tuple[Batch, list[int]]]:
+        def cut_out(rows: np.ndarray) -> _Cut:
+            return _Cut(rows, *self._cut_views([views[k] for k in rows]))
+
+        def mapped(one: _Cut) -> Batch:
+            pixels = recolour(restain(self._pixels(one.tiles), [views[k].stain for k in one.rows]), [views[k].colour for k in one.rows])
+            return Batch(self._maps("train", kept, one.rows, pixels), pixels, self._target(one.masks))
+
+        yield from lanes.ahead(chunks, cut_out, mapped)
+
+    def tiles(self, split: str, lanes: Lanes) -> Iterator[tuple[Batch, list[int]]]:
         """All tiles of all images of ``val`` or ``test``, image by image in the order of each grid, and which image each is of."""
         corners = [(image, y, x) for image in range(len(self.pixels[split])) for y, x in self.grid(split, image)]
         kept = self._pass(split, 0, len(corners), [sample.digest for sample in self.pixels[split].samples], corners)
         chunks = [np.arange(i, min(i + self._chunk, len(corners))) for i in range(0, len(corners), self._chunk)]
-        for rows, tiles, masks in ahead((rows, *self._cut_corners(split, [corners[k] for k in rows])) for rows in chunks):
-            pixels = self._pixels(tiles)
-            yield Batch(self._maps(split, kept, rows, pixels), pixels, self._target(masks)), [corners[k][0] for k in rows]
+
+        def cut_out(rows: np.ndarray) -> _Cut:
+            return _Cut(rows, *self._cut_corners(split, [corners[k] for k in rows]))
+
+        def mapped(one: _Cut) -> Batch:
+            pixels = self._pixels(one.tiles)
+            return Batch(self._maps(split, kept, one.rows, pixels), pixels, self._target(one.masks))
+
+        for rows, batch in zip(chunks, lanes.ahead(chunks, cut_out, mapped), strict=True):
+            yield batch, [corners[k][0] for k in rows]
 
     @property
     def _chunk(self) -> int:
@@ -247,10 +270,12 @@ class Features:
             return {i: m.to(pixels.device, non_blocking=True) for i, m in found.items()}
         maps = self.trunk.maps(pixels)
         if kept is not None and maps:
-            try:
-                kept.put(rows, maps)
-            except (OSError, CellbenchError) as error:
-                self._give_up(split, error)
+            with self._keeping_lock:  # lanes compute side by side; what is kept is laid out by whoever comes first
+                if self.place[split] != "streamed":
+                    try:
+                        kept.put(rows, maps)
+                    except (OSError, CellbenchError) as error:
+                        self._give_up(split, error)
         return maps
 
     def _cut_views(self, views: list[View]) -> tuple[np.ndarray, np.ndarray]:
@@ -276,45 +301,3 @@ class Features:
         """On the device; to a GPU as bytes, from pinned memory, so that the copy does not hold up the computation."""
         tensor, device = torch.from_numpy(array), self.trunk.machine.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def ahead(items: Iterable[T], num: int = 2) -> Iterator[T]:
-    """The same items, made up to ``num`` in advance by a thread: decoding and cutting go on while the network computes."""
-    made: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(maxsize=num)
-    stop = threading.Event()
-
-    def make() -> None:
-        end: BaseException | None = None
-        try:
-            for item in items:
-                while not stop.is_set():
-                    try:
-                        made.put((item, None, False), timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if stop.is_set():
-                    return
-        except BaseException as error:  # handed to the consumer, who raises it
-            end = error
-        while not stop.is_set():
-            try:
-                made.put((None, end, True), timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error, over = made.get()
-            if error is not None:
-                raise error
-            if over:
-                return
-            yield item  # type: ignore[misc]
-    finally:
-        stop.set()
-        thread.join()
-

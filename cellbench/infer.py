@@ -7,19 +7,21 @@ Letters: K classes, H x W image (H' x W' framed), B tiles of T x T.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cellbench.features import Batch, Features
-from cellbench.framing import Framing
+from cellbench.lanes import Lanes
 from cellbench.metrics import confusion
 from cellbench.model import Model
-from cellbench.tiles import Grid, Stitcher
+from cellbench.tiles import Stitcher
 
 Watch = Callable[[int, Tensor, Batch], None]
 
@@ -51,60 +53,64 @@ def likeliest(foreground_KHW: Tensor) -> Tensor:
 
 def segment(models: Sequence[Model], features: Features, split: str) -> Iterator[tuple[int, list[Segmented]]]:
     """For each image of a split, in order: its number and each model's answer, blended from its tiles."""
-    for model in models:
-        model.eval()
-    sheets: list[_Sheet] = []
-    now, missing = -1, 0
-    for batch, images in features.tiles(split):
-        with torch.inference_mode(), features.trunk.machine.autocast():
-            probabilities = [_timed(model, batch) for model in models]
-        start = 0
-        while start < len(images):
-            if images[start] != now:
-                now = images[start]
-                grid, size_px = features.grid(split, now), features.pixels[split].sizes_px[now]
-                sheets, missing = [_Sheet(grid, features.framing, size_px, model, features.trunk.machine.device) for model in models], len(grid)
-            end = min(start + missing, len(images))
-            for sheet, found in zip(sheets, probabilities, strict=True):
-                sheet.add(found[start:end])
-            missing -= end - start
-            start = end
-            if not missing:
-                yield now, [sheet.answer for sheet in sheets]
+    with Lanes(features.trunk.machine.lanes) as lanes:
+        sheets = [_Sheets(model.eval(), features, split) for model in models]
+        done, missing = 0, len(features.grid(split, 0))
+        for batch, images in features.tiles(split, lanes):
+            found = lanes.each([functools.partial(sheet.add, batch, images) for sheet in sheets], [model.seconds for model in models])
+            missing -= len(images)
+            while missing <= 0 and done < len(features.pixels[split]):
+                yield done, [answers.pop(0) for answers in found]
+                done += 1
+                missing += len(features.grid(split, done)) if done < len(features.pixels[split]) else 0
 
 
-def _timed(model: Model, batch: Batch) -> Tensor:
-    start = time.perf_counter()
-    found = foreground(model(batch))
-    model.seconds += time.perf_counter() - start
-    return found
+class _Sheets:
+    """One model's answers for image after image, each growing band by band as its tiles come."""
 
+    def __init__(self, model: Model, features: Features, split: str) -> None:
+        self._model, self._features, self._split = model, features, split
+        self._now = -1
 
-class _Sheet:
-    """One model's answer for one image of ``size_px``, growing band by band."""
+    def add(self, batch: Batch, images: list[int]) -> list[Segmented]:
+        """Takes the next tiles and the images that they are of; gives the answers that became whole."""
+        start, done = time.perf_counter(), []
+        with torch.inference_mode():
+            with self._features.trunk.machine.autocast():
+                logits_BKTT = self._model(batch)
+            found_BKTT = foreground(logits_BKTT)
+            for image in dict.fromkeys(images):
+                if image != self._now:
+                    self._begin(image)
+                mine = [k for k, other in enumerate(images) if other == image]
+                self._draw(found_BKTT[mine[0] : mine[-1] + 1])
+                if not self._missing:
+                    done.append(self._answer)
+        self._model.seconds += time.perf_counter() - start
+        return done
 
-    def __init__(self, grid: Grid, framing: Framing, size_px: tuple[int, int], model: Model, device: torch.device) -> None:
-        self.answer = Segmented(classes=np.empty(size_px, np.uint8), cell=np.empty(size_px, np.uint8))
-        self._grid, self._framing, self._size_px = grid, framing, size_px
-        self._model, self._stitcher = model, Stitcher(grid, model.head.num_classes - 1, device)
+    def _begin(self, image: int) -> None:
+        self._grid, self._size_px = self._features.grid(self._split, image), self._features.pixels[self._split].sizes_px[image]
+        self._now, self._missing = image, len(self._grid)
+        self._answer = Segmented(classes=np.empty(self._size_px, np.uint8), cell=np.empty(self._size_px, np.uint8))
+        self._stitcher = Stitcher(self._grid, self._model.head.num_classes - 1, self._features.trunk.machine.device)
         self._bands: list[Tensor] = []
 
-    def add(self, found_BKTT: Tensor) -> None:
-        start = time.perf_counter()
+    def _draw(self, found_BKTT: Tensor) -> None:
+        self._missing -= len(found_BKTT)
         for y, band_KHW in self._stitcher.add(found_BKTT):
-            if self._framing.exact:
+            if self._features.framing.exact:
                 self._write(y, band_KHW)
                 continue
             self._bands.append(band_KHW)  # the whole framed image is needed: a band alone would be resized without its neighbours
             if y + band_KHW.shape[1] == self._grid.height_px:
-                self._write(0, self._framing.back(torch.cat(self._bands, 1), self._size_px))
+                self._write(0, self._features.framing.back(torch.cat(self._bands, 1), self._size_px))
                 self._bands = []
-        self._model.seconds += time.perf_counter() - start
 
     def _write(self, y: int, band_KHW: Tensor) -> None:
         rows = slice(y, y + band_KHW.shape[1])
-        self.answer.classes[rows] = likeliest(band_KHW).cpu().numpy()
-        self.answer.cell[rows] = (band_KHW.sum(0) * 255).round_().clamp_(0, 255).byte().cpu().numpy()
+        self._answer.classes[rows] = likeliest(band_KHW).cpu().numpy()
+        self._answer.cell[rows] = (band_KHW.sum(0) * 255).round_().clamp_(0, 255).byte().cpu().numpy()
 
 
 def score(models: Sequence[Model], features: Features, split: str) -> Iterator[tuple[int, list[np.ndarray], list[Segmented]]]:
@@ -114,61 +120,89 @@ def score(models: Sequence[Model], features: Features, split: str) -> Iterator[t
         yield image, [confusion(truth, a.classes, m.head.num_classes) for a, m in zip(answers, models, strict=True)], answers
 
 
-def tile_counts(models: Sequence[Model], features: Features, split: str, watch: Watch) -> list[np.ndarray]:
+def tile_counts(models: Sequence[Model], features: Features, split: str, watch: Watch, lanes: Lanes) -> list[np.ndarray]:
     """Each model's confusion matrix (K, K) over all pixels of a split, every pixel judged once, by the tile whose middle is nearest.
 
     For validation, where nobody looks at a seam: without blending it costs a third of :func:`score`. Where framed pixels are not the
     image's own, its scores are put together, unblended, and judged at its own pixels, so that framings can be compared. ``watch`` is
-    shown each model's number, logits and batch.
+    shown each model's number, logits and batch, in one of the ``lanes``.
     """
-    for model in models:
-        model.eval()
-    if not features.framing.exact:
-        return _framed_counts(models, features, split, watch)
-    counts = [torch.zeros(model.head.num_classes**2, dtype=torch.long) for model in models]
-    owned = iter([own for image in range(len(features.pixels[split])) for own in features.grid(split, image).owned()])
-    with torch.inference_mode():
-        for batch, images in features.tiles(split):
-            mine = [next(owned) for _ in images]
-            for k, model in enumerate(models):
-                with features.trunk.machine.autocast():
-                    logits = model(batch)
-                watch(k, logits, batch)
-                pairs_BTT = batch.target * logits.shape[1] + logits.argmax(1)
-                judged = torch.cat([pair[rows, columns].flatten() for pair, (rows, columns) in zip(pairs_BTT, mine, strict=True)])
-                counts[k] += torch.bincount(judged, minlength=len(counts[k])).cpu()
-    return [c.view(m.head.num_classes, m.head.num_classes).numpy() for c, m in zip(counts, models, strict=True)]
+    kind = _Judge if features.framing.exact else _FramedJudge
+    judges = [kind(model.eval(), features, split, functools.partial(watch, k)) for k, model in enumerate(models)]
+    places = (
+        _Place(image, y, x, *own)
+        for image in range(len(features.pixels[split]))
+        for grid in [features.grid(split, image)]
+        for (y, x), own in zip(grid, grid.owned(), strict=True)
+    )
+    for batch, images in features.tiles(split, lanes):
+        mine = [next(places) for _ in images]
+        lanes.each([functools.partial(judge.add, batch, mine) for judge in judges], [model.seconds for model in models])
+    return [judge.counts for judge in judges]
 
 
-def _framed_counts(models: Sequence[Model], features: Features, split: str, watch: Watch) -> list[np.ndarray]:
-    counts = [np.zeros((model.head.num_classes,) * 2, np.int64) for model in models]
-    sheets: list[Tensor] = []
-    left = 0
-    corners = ((image, *place) for image in range(len(features.pixels[split])) for place in _places(features.grid(split, image)))
-    with torch.inference_mode():
-        for batch, images in features.tiles(split):
-            mine = [next(corners) for _ in images]
-            found = []
-            for k, model in enumerate(models):
-                with features.trunk.machine.autocast():
-                    logits = model(batch)
-                watch(k, logits, batch)
-                found.append(foreground(logits))
-            for row, (image, (y, x), own) in enumerate(mine):
-                if not left:
-                    grid = features.grid(split, image)
-                    left = len(grid)
-                    sheets = [f.new_empty(f.shape[1], grid.height_px, grid.width_px) for f in found]
-                for sheet_KHW, found_BKTT in zip(sheets, found, strict=True):
-                    sheet_KHW[:, y + own[0].start : y + own[0].stop, x + own[1].start : x + own[1].stop] = found_BKTT[row][:, *own]
-                left -= 1
-                if not left:
-                    truth = features.pixels[split][image][1]
-                    for k, sheet_KHW in enumerate(sheets):
-                        classes = likeliest(features.framing.back(sheet_KHW, truth.shape)).cpu().numpy()
-                        counts[k] += confusion(truth, classes, models[k].head.num_classes)
-    return counts
+class _Place(NamedTuple):
+    """Where a tile lies, and which of its rows and columns are its own to judge."""
+
+    image: int
+    y: int
+    x: int
+    rows: slice
+    columns: slice
 
 
-def _places(grid: Grid) -> Iterator[tuple[tuple[int, int], tuple[slice, slice]]]:
-    return zip(grid, grid.owned(), strict=True)
+class _Judge:
+    """One model's confusion matrix, tile by tile, at the tiles' own pixels."""
+
+    def __init__(self, model: Model, features: Features, split: str, watch: Callable[[Tensor, Batch], None]) -> None:
+        self._model, self._features, self._split, self._watch = model, features, split, watch
+        num = model.head.num_classes
+        self.counts = np.zeros((num, num), np.int64)
+
+    def add(self, batch: Batch, places: Sequence[_Place]) -> None:
+        """Judges a batch whose tiles lie at ``places``."""
+        start = time.perf_counter()
+        with torch.inference_mode():
+            with self._features.trunk.machine.autocast():
+                logits = self._model(batch)
+            self._watch(logits, batch)
+            self._judge(logits, batch.target, places)
+        self._model.seconds += time.perf_counter() - start
+
+    def _judge(self, logits_BKTT: Tensor, target_BTT: Tensor, places: Sequence[_Place]) -> None:
+        own_BTT = torch.zeros(target_BTT.shape, dtype=torch.bool)
+        for own_TT, place in zip(own_BTT, places, strict=True):
+            own_TT[place.rows, place.columns] = True
+        self.counts += judged(logits_BKTT, target_BTT, own_BTT.to(target_BTT.device))
+
+
+class _FramedJudge(_Judge):
+    """The same where framed pixels are not the image's own: its scores are put together first, and resized to its pixels."""
+
+    _left = 0
+
+    def _judge(self, logits_BKTT: Tensor, target_BTT: Tensor, places: Sequence[_Place]) -> None:
+        found_BKTT = foreground(logits_BKTT)
+        for found_KTT, place in zip(found_BKTT, places, strict=True):
+            if not self._left:
+                grid = self._features.grid(self._split, place.image)
+                self._left = len(grid)
+                self._sheet_KHW = found_KTT.new_empty(len(found_KTT), grid.height_px, grid.width_px)
+            down, right = (slice(at + own.start, at + own.stop) for at, own in ((place.y, place.rows), (place.x, place.columns)))
+            self._sheet_KHW[:, down, right] = found_KTT[:, place.rows, place.columns]
+            self._left -= 1
+            if not self._left:
+                truth = self._features.pixels[self._split][place.image][1]
+                classes = likeliest(self._features.framing.back(self._sheet_KHW, truth.shape)).cpu().numpy()
+                self.counts += confusion(truth, classes, len(self.counts))
+
+
+def judged(logits_BKHW: Tensor, target_BHW: Tensor, where_BHW: Tensor) -> np.ndarray:
+    """The confusion matrix (K, K) int64 of the likeliest classes over the pixels ``where_BHW``; a tie goes to the lower number."""
+    num = logits_BKHW.shape[1]
+    if num == 2:  # sums of bytes, a quarter of the cost of counting pairs of numbers
+        found, true = (logits_BKHW[:, 1] > logits_BKHW[:, 0]) & where_BHW, (target_BHW == 1) & where_BHW
+        both, positive, cell, pixels = torch.stack([x.sum() for x in (found & true, found, true, where_BHW)]).tolist()
+        return np.array([[pixels - positive - cell + both, positive - both], [cell - both, both]], np.int64)
+    pairs = (target_BHW * num + logits_BKHW.argmax(1))[where_BHW]
+    return torch.bincount(pairs, minlength=num * num).view(num, num).cpu().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -20,6 +21,10 @@ class Machine:
     """Of the backbone and of the heads' convolutions; weights, losses and scores stay float32."""
     memory_bytes: int
     """How much may be spent on decoded images and features."""
+    lanes: int = 1
+    """How many pieces of work go on side by side (`cellbench.lanes`), each on :attr:`threads` cores."""
+    threads: int = 1
+    """Cores for one operation: always as many, since their number can change the last bit of a sum."""
 
     @property
     def chunk(self) -> int:
@@ -32,20 +37,35 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """For people: ``cpu, 2 threads, bf16``."""
-        what = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.device.type}, {torch.get_num_threads()} threads"
+        """For people: ``cpu, 2 cores, bf16``."""
+        cores = self.lanes * self.threads
+        what = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.device.type}, {cores} core{'s' * (cores > 1)}"
         return f"{what}, {'bf16' if self.precision == torch.bfloat16 else 'fp32'}"
 
 
 def machine(device: str = "auto", precision: str = "auto", memory: str = "auto") -> Machine:
-    """The machine as asked for: ``auto``, or ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``fp32`` or ``bf16``; ``4G``. Raises CellbenchError."""
+    """The machine as asked for: ``auto``, or ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``fp32`` or ``bf16``; ``4G``. Raises CellbenchError.
+
+    From here on each of torch's operations uses the machine's ``threads`` cores.
+    """
     where = _device(device)
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if _fast_bf16(where) else torch.float32}
     if precision not in kinds:
         raise CellbenchError(f"--precision {precision}: expected one of {', '.join(kinds)}.")
     # Half of what is free: the rest is for the network, the optimisers and whatever else the person runs.
     budget = psutil.virtual_memory().available // 2 if memory == "auto" else num_bytes(memory, "--memory")
-    return Machine(device=where, precision=kinds[precision], memory_bytes=budget)
+    # Four lanes keep every core busy with any cohort; more would only take longer over a lone run's steps.
+    threads = max(1, cores() // 4) if where.type == "cpu" else cores()
+    torch.set_num_threads(threads)
+    lanes = cores() // threads if where.type == "cpu" else 1  # a GPU is one lane: its work is handed over, not done here
+    return Machine(device=where, precision=kinds[precision], memory_bytes=budget, lanes=lanes, threads=threads)
+
+
+def cores() -> int:
+    """How many cores this process may use: those that it is pinned to, or fewer where ``OMP_NUM_THREADS`` says so."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(there, int(asked)) if asked.isdigit() and int(asked) else there
 
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", re.IGNORECASE)

@@ -23,7 +23,7 @@ class Model(nn.Module):
         self.head, self.tail = head, tail
         self._levels, self._num_frozen = levels, num_frozen
         self.seconds = 0.0
-        """Spent by this model alone in segmenting whole images so far."""
+        """Spent by this model alone in decoding whole images so far."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Class scores (B, K, T, T) before softmax, for every pixel of the batch's tiles."""

@@ -207,7 +207,7 @@ class Runner:
                 "cost/trunk_s": train_trunk_s,
                 "cost/head_params": learner.model.num_params,
                 "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
-                "cost/images_per_s": len(self.dataset.test) / max(features.trunk.seconds + models[place].seconds, 1e-9),
+                "cost/images_per_s": len(self.dataset.test) * self.machine.lanes / max(features.trunk.seconds + models[place].seconds, 1e-9),
                 "cost/peak_mib": peak_mib(),
                 "cost/features_mib": features.kept_bytes / 2**20,
             }
@@ -219,7 +219,7 @@ class Runner:
         key = ""
         if backbone is not None:
             # Another torch or timm may round differently, and kept features must equal fresh ones to the last bit.
-            versions = [torch.__version__, importlib.metadata.version("timm"), NUMERICS, self.machine.device.type]
+            versions = [torch.__version__, importlib.metadata.version("timm"), NUMERICS, self.machine.device.type, self.machine.threads]
             key = json.dumps([identity(self.registry.backbone(backbone), self.weights), *versions])
         return Keeping(
             memory_bytes=self.machine.memory_bytes * 2 // 3,

@@ -6,6 +6,7 @@ and never hears of a search: pruning reaches it as a recorder's answer.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from cellbench.features import Batch, Features
 from cellbench.infer import tile_counts
+from cellbench.lanes import Lanes
 from cellbench.losses import loss_of
 from cellbench.metrics import cell_classes, scores
 from cellbench.model import Model
@@ -207,30 +209,31 @@ def fit(learners: Sequence[Learner], features: Features, progress: Progress | No
     ``progress`` is told of every view that went through the trunk. Weights of the best epoch are in each learner's model afterwards.
     """
     learners = [learner.on(features) for learner in learners]
-    while active := [learner for learner in learners if not learner.ended]:
-        epoch = min(learner.epoch for learner in active)
-        active = [learner for learner in active if learner.epoch == epoch]
-        for learner in active:
-            learner.begin()
-        seen = 0
-        for chunk in features.train(epoch):
-            seen += chunk.num
+    with Lanes(features.trunk.machine.lanes) as lanes:
+        while active := [learner for learner in learners if not learner.ended]:
+            epoch = min(learner.epoch for learner in active)
+            active = [learner for learner in active if learner.epoch == epoch]
             for learner in active:
-                learner.take(chunk, last=seen == features.plan.num_views)
-            if progress is not None:
-                progress.update(chunk.num)
-        validate(active, features)
+                learner.begin()
+            seen = 0
+            for chunk in features.train(epoch, lanes):
+                seen += chunk.num
+                last = seen == features.plan.num_views
+                lanes.each([functools.partial(learner.take, chunk, last) for learner in active], [learner.train_s for learner in active])
+                if progress is not None:
+                    progress.update(chunk.num)
+            validate(active, features, lanes)
     for learner in learners:
         if learner.best_weights:
             learner.load_best()
 
 
-def validate(learners: Sequence[Learner], features: Features) -> None:
+def validate(learners: Sequence[Learner], features: Features, lanes: Lanes) -> None:
     """Scores the learners on the whole validation images and ends their epoch."""
 
     def watch(k: int, logits: Tensor, batch: Batch) -> None:
         learners[k].watch(logits, batch)
 
-    counts = tile_counts([learner.model for learner in learners], features, "val", watch)
+    counts = tile_counts([learner.model for learner in learners], features, "val", watch, lanes)
     for learner, mine in zip(learners, counts, strict=True):
         learner.finish(mine)

@@ -11,6 +11,7 @@ import torch
 from worlds import FP32, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
 
 from cellbench.infer import score, tile_counts
+from cellbench.lanes import Lanes
 from cellbench.machine import Machine
 from cellbench.store import features_dir
 from cellbench.train import fit
@@ -111,7 +112,7 @@ def test_a_cut_trunk_gives_what_the_whole_backbone_gives(dataset, unfreeze):
     for run in (whole, cut):
         features = features_of(dataset, [run])
         models.append(learners_of(dataset, [run], features)[0].model.eval())
-        batches.append(next(iter(features.tiles("test")))[0])
+        batches.append(next(iter(features.tiles("test", Lanes(1))))[0])
     with torch.no_grad():
         assert torch.equal(models[0](batches[0]), models[1](batches[1]))
 
@@ -192,7 +193,7 @@ def test_the_best_epoch_is_kept(dataset):
     best = max(range(len(learner.history)), key=lambda e: learner.history[e]["val/dice"])
     assert learner.best_epoch == best
     features = features_of(dataset, [learner.run])
-    counts = tile_counts([learner.model], features, "val", lambda *_: None)[0]
+    counts = tile_counts([learner.model], features, "val", lambda *_: None, Lanes(1))[0]
     dice = 2 * counts[1, 1] / (counts[1].sum() + counts[:, 1].sum())
     assert dice == pytest.approx(learner.history[best]["val/dice"], abs=1e-12)
 

@@ -10,6 +10,7 @@ from worlds import dataset_of, features_of, fitted, learners_of, run_of, same
 
 from cellbench.framing import Framing
 from cellbench.infer import score, tile_counts
+from cellbench.lanes import Lanes
 from cellbench.plan import Plan
 from cellbench.spec import RunSpec
 from cellbench.tiles import Stitcher, cut
@@ -126,7 +127,7 @@ def test_every_own_pixel_is_judged_once_in_validation_and_test(dataset, way) -> 
     for split in ("val", "test"):
         pixels = sum(h * w for h, w in features.pixels[split].sizes_px)
         cells = sum(int(features.pixels[split][k][1].sum()) for k in range(len(features.pixels[split])))
-        (counts,) = tile_counts([model], features, split, lambda *_: None)
+        (counts,) = tile_counts([model], features, split, lambda *_: None, Lanes(1))
         tested = sum(matrices[0] for _, matrices, _ in score([model], features, split))
         for found in (counts, tested):
             assert found.sum() == pixels
@@ -145,7 +146,7 @@ def test_a_head_that_reads_the_colour_finds_the_cells_in_their_own_place(dataset
         return torch.cat([-cell, cell], 1)
 
     model.forward = seen
-    (counts,) = tile_counts([model], features, "val", lambda *_: None)
+    (counts,) = tile_counts([model], features, "val", lambda *_: None, Lanes(1))
     tested = sum(matrices[0] for _, matrices, _ in score([model], features, "test"))
     for found in (counts, tested):
         assert 2 * found[1, 1] / (found[1].sum() + found[:, 1].sum()) > (0.93 if "resize" in str(way) else 0.97)

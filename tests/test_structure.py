@@ -22,7 +22,7 @@ LAYERS = (
         {"registry", "tiles", "framing", "plan", "losses", "metrics", "shapes"} | {"significance", "scored", "stats", "ranking"},
     ),
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
-    ("the one harness", {"machine", "checkpoints", "store", "features", "model", "infer", "train", "exam"}),
+    ("the one harness", {"machine", "checkpoints", "lanes", "store", "features", "model", "infer", "train", "exam"}),
     (
         "doors and what is told",
         {"track", "logged", "refusals", "entries", "system", "views", "moved"}

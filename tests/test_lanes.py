@@ -1,0 +1,74 @@
+"""Lanes change when work is done, never what comes out, and lose no failure."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from worlds import FP32, dataset_of, features_of, fitted, learners_of, run_of, same
+
+from cellbench.infer import segment
+from cellbench.lanes import Lanes
+
+TWO = replace(FP32, lanes=2)
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_results_come_in_order_whoever_is_done_first(num):
+    gate = threading.Event()
+
+    def first():
+        assert num == 1 or gate.wait(10)  # with several lanes, the second finishes before the first
+        return 1
+
+    with Lanes(num) as lanes:
+        assert lanes.each([first, lambda: gate.set() or 2, lambda: 3]) == [1, 2, 3]
+        assert list(lanes.ahead(range(20), lambda n: n + 1, lambda n: n * 10)) == [(n + 1) * 10 for n in range(20)]
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_a_failure_in_a_lane_is_raised_where_its_result_was_due(num):
+    def fail(n):
+        if n == 4:
+            raise ValueError("four")
+        return n
+
+    with Lanes(num) as lanes:
+        seen = []
+        with pytest.raises(ValueError, match="four"):
+            seen.extend(lanes.ahead(range(9), lambda n: n, fail))
+        with pytest.raises(ValueError, match="four"):
+            lanes.each([lambda n=n: fail(n) for n in range(9)])
+        assert list(lanes.ahead([1], lambda n: n, fail)) == [1]
+
+
+def test_who_stops_listening_leaves_no_work_behind():
+    begun = []
+    with Lanes(2) as lanes:
+        for _ in lanes.ahead(range(1000), lambda n: n, begun.append):
+            break
+    assert len(begun) < 10
+
+
+@pytest.mark.parametrize("settings", [{}, {"views": 1}, {"unfreeze": 1}], ids=["streamed", "kept", "unfrozen"])
+def test_runs_learn_the_same_in_two_lanes_as_in_one(small_folder, settings):
+    dataset = dataset_of(small_folder)
+    runs = [run_of(head, batch_size=size, **settings) for head, size in (("bilinear", 4), ("fpn", 7), ("detail", 3))]
+    one, two, alone = fitted(dataset, runs), fitted(dataset, runs, machine=TWO), fitted(dataset, runs[1:2], machine=TWO)
+    assert all(same(a, b) for a, b in zip(one, two, strict=True))
+    assert same(one[1], alone[0])
+
+
+def test_images_are_segmented_the_same_in_two_lanes_as_in_one(small_folder):
+    dataset = dataset_of(small_folder)
+    runs = [run_of("bilinear"), run_of("detail")]
+    answers = []
+    for machine in (FP32, TWO):
+        features = features_of(dataset, runs, machine=machine)
+        models = [learner.model for learner in learners_of(dataset, runs, features)]
+        answers.append(list(segment(models, features, "test")))
+    for (index, found), (other, again) in zip(*answers, strict=True):
+        assert index == other
+        assert all(np.array_equal(a.cell, b.cell) for a, b in zip(found, again, strict=True))
