@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cellbench.errors import CellbenchError
 from cellbench.files import told
-from cellbench.logged import MODEL, Stored
+from cellbench.logged import EXPERIMENT, FINGERPRINT, MODEL, NOTE, VERDICT, Stored
 from cellbench.track import Tracker
 
 EPOCH_METRICS = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
 """One value an epoch; all other metrics of a run have one value."""
 
 
-def enter(tracker: Tracker, run: Stored, tags: Mapping[str, str] | None = None) -> str:
-    """Makes the entry of a finished run, once; returns its id. Raises CellbenchError where the run has lost what it left."""
+def enter(tracker: Tracker, run: Stored, verdict: str) -> str:
+    """Makes the entry of a finished run, once; returns its id. Raises CellbenchError where the run has lost what it left.
+
+    ``verdict``: what the run is an entry for, "the best"; shown as the model's description.
+    """
     client, entities = tracker.client, tracker.mlflow.entities
     if (known := run.tags.get(MODEL)) and _there(tracker, known):
+        client.set_logged_model_tags(known, {VERDICT: verdict, NOTE: f"In '{tracker.name}': {verdict}."})  # more runs may have come since
         return known
     best = int(run.metrics.get("best/epoch", 0))
     model = client.create_logged_model(
@@ -32,7 +35,7 @@ def enter(tracker: Tracker, run: Stored, tags: Mapping[str, str] | None = None) 
         name=name_of(run.name),
         source_run_id=run.run_id,
         params=dict(run.params),
-        tags={"cellbench.experiment": tracker.name, "cellbench.fingerprint": run.fingerprint, **(tags or {})},
+        tags={EXPERIMENT: tracker.name, FINGERPRINT: run.fingerprint, VERDICT: verdict, NOTE: f"In '{tracker.name}': {verdict}."},
         model_type="segmentation",
     )
     try:

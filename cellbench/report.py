@@ -188,13 +188,14 @@ def _note(known: Mapping[str, Any], verdict: Sequence[str], table: Sequence[lead
     cells = [dict(zip(leaderboard.HEADINGS, leaderboard.cells(row), strict=True)) for row in table[:MOST_NOTED]]
     board = views.columns(NOTE_COLUMNS, [[line[name] for name in NOTE_COLUMNS] for line in cells])
     mind = [sentence for sentence in verdict if sentence.startswith("Mind")]
-    parts = [f"**{known.get('question', '')}**", " ".join(sentence for sentence in verdict if sentence not in mind), board]
+    said = [sentence for sentence in verdict if sentence not in mind]
+    parts = [f"**{known.get('question', '')}**", " ".join(said[:2]), "\n".join(f"- {sentence}" for sentence in said[2:]), board]
     parts += [f"{len(table) - MOST_NOTED} more in `report.html`."] if len(table) > MOST_NOTED else []
     parts += [f"![leaderboard]({picture})"] if picture else []
     parts += ["*" + " ".join(mind) + "*"] if mind else []
     parts += ["\n".join(f"- skipped: {name}: {reason}" for name, reason in skipped.items())] if skipped else []
     parts.append("All of it is in `report.html`, an artifact of the parent run.")
-    return "\n\n".join(parts)[:7900]
+    return "\n\n".join(part for part in parts if part)[:7900]
 
 
 def _enter(tracker: Tracker, here: TestSet, say: Callable[[str], None]) -> None:
@@ -203,6 +204,6 @@ def _enter(tracker: Tracker, here: TestSet, say: Callable[[str], None]) -> None:
     for model in leaderboard.winners(here):
         verdict = "the best" if model is best else f"not told apart from {best.name}"
         try:
-            entries.enter(tracker, model.chosen.stored, {"cellbench.verdict": verdict})
+            entries.enter(tracker, model.chosen.stored, verdict)
         except CellbenchError as error:  # the answers are there; only the entry is not
             say(f"no model entry for {model.name}: {one_line(error)}")

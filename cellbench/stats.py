@@ -175,7 +175,7 @@ def _differences(
     if floor >= 1 - level:
         over = f" over {family} pairs" if family > 1 else ""
         shared.append(f"{num_units} {here.word}{'s' * (num_units > 1)}: p{over} cannot fall below {floor:.2g}, so nothing can be decided")
-    if num_tests > MANY_PAIRS:
+    if resamples < RESAMPLES and num_tests > MANY_PAIRS:
         shared.append(f"{num_tests} pairs: intervals from {resamples} resamples")
     num_folds = max(len(set(models[i].folds or ())) for i in used)
     if num_folds > 1:

@@ -41,17 +41,15 @@ class _Watch:
         self._samples: list[tuple[int, int, dict[str, float]]] = []
         self._step = 0
         self._over = threading.Event()
-        psutil.cpu_percent()  # is the load since the call before, and so 0 at the first
         self._thread = threading.Thread(target=self._go, daemon=True, name="system-metrics")
         self._thread.start()
 
     def end(self) -> None:
         self._over.set()
         self._thread.join()
-        self._take()
-        self._write()
 
     def _go(self) -> None:
+        psutil.cpu_percent()  # is the load since this thread's call before, and so 0 at the first
         wait_s, written_s = FIRST_S, time.monotonic()
         while not self._over.wait(wait_s):
             self._take()
@@ -59,6 +57,8 @@ class _Watch:
             if time.monotonic() - written_s > WRITTEN_EVERY_S:
                 self._write()
                 written_s = time.monotonic()
+        self._take()
+        self._write()
 
     def _take(self) -> None:
         found = {"process_memory_megabytes": self._process.memory_info().rss / 1e6}

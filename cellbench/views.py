@@ -62,6 +62,6 @@ def _id(section: str) -> str:
 
 
 def columns(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table for MLflow's notes, where cells have no room around them and columns no side: wide spaces give them some."""
-    out = ["| " + " | ".join(f"{heading}\u2003" for heading in headings) + " |", "|:---" * len(headings) + "|"]
-    return "\n".join(out + ["| " + " | ".join(cell.replace("|", "\\|") + "\u2003" for cell in line) + " |" for line in lines])
+    """A Markdown table for MLflow's notes, where cells have no room around them: a wide space that its parser does not strip gives them some."""
+    out = ["| " + " | ".join(f"{heading}&emsp;" for heading in headings) + " |", "|:---" * len(headings) + "|"]
+    return "\n".join(out + ["| " + " | ".join(cell.replace("|", "\\|") + "&emsp;" for cell in line) + " |" for line in lines])

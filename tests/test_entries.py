@@ -45,7 +45,7 @@ def trained(tracker: Tracker, tmp_path: Path, name: str, files: tuple[str, ...])
 
 def test_a_winner_has_the_metrics_of_the_epoch_that_was_kept(tracker, tmp_path):
     run = trained(tracker, tmp_path, "a / b · lr 0.1", ("config.toml", "head.safetensors"))
-    model = tracker.client.get_logged_model(entries.enter(tracker, run, {"cellbench.verdict": "the best"}))
+    model = tracker.client.get_logged_model(entries.enter(tracker, run, "the best"))
     found = {one.key: (one.value, one.step, one.dataset_name) for one in model.metrics}
     assert found["val/dice"] == (0.9, 1, None)
     assert found["train/loss"] == (pytest.approx(0.1), 1, None)
@@ -58,7 +58,7 @@ def test_a_winner_has_the_metrics_of_the_epoch_that_was_kept(tracker, tmp_path):
 
 def test_an_entry_holds_what_is_needed_to_use_it_and_says_what_goes_in_and_out(tracker, tmp_path):
     run = trained(tracker, tmp_path, "whole", ("config.toml", "head.safetensors"))
-    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{entries.enter(tracker, run)}", dst_path=str(tmp_path / "out")))
+    folder = Path(mlflow.artifacts.download_artifacts("models:/" + entries.enter(tracker, run, "the best"), dst_path=str(tmp_path / "out")))
     assert {"MLmodel", "config.toml", "head.safetensors"} <= {path.name for path in folder.iterdir()}
     signature = mlflow.models.Model.load(str(folder)).signature
     assert [one.name for one in signature.inputs] == ["image"]
@@ -68,17 +68,17 @@ def test_an_entry_holds_what_is_needed_to_use_it_and_says_what_goes_in_and_out(t
 def test_an_entry_is_made_once_and_anew_where_a_person_deleted_it(tracker, tmp_path):
     name = "once"
     run = trained(tracker, tmp_path, name, ("config.toml",))
-    first = entries.enter(tracker, run)
+    first = entries.enter(tracker, run, "the best")
     (run,) = (one for one in tracker.stored() if one.run_id == run.run_id)
-    assert entries.enter(tracker, run) == first
+    assert entries.enter(tracker, run, "the best") == first
     tracker.client.delete_logged_model(first)
-    assert entries.enter(tracker, run) != first
+    assert entries.enter(tracker, run, "the best") != first
 
 
 def test_a_run_that_lost_its_files_gets_no_entry_and_that_is_said(tracker, tmp_path):
     run = trained(tracker, tmp_path, "lost", ("head.safetensors",))
     with pytest.raises(CellbenchError, match=r"'lost' has lost its config\.toml"):
-        entries.enter(tracker, run)
+        entries.enter(tracker, run, "the best")
     assert [one.status for one in tracker.client.search_logged_models([tracker.experiment_id]) if one.name == "lost"] == ["FAILED"]
 
 
