@@ -26,6 +26,7 @@ from cellbench.jobs import Job, jobs_of
 from cellbench.machine import Machine, is_size, machine, num_bytes
 from cellbench.registry import Registry, shipped
 from cellbench.report import about, conclude
+from cellbench.results import pool
 from cellbench.runner import Runner
 from cellbench.spec import DataSpec, Experiment, cohorts, expand
 from cellbench.system import watched
@@ -97,6 +98,12 @@ def _change(tree: dict[str, Any], change: str) -> None:
     tree[parts[-1]] = value
 
 
+def open_folds(experiment: Experiment, registry: Registry, data: Path | None) -> list[Dataset]:
+    """The experiment's dataset, or one for each of its folds, in their order. Raises CellbenchError."""
+    card, spec = registry.dataset(experiment.dataset), experiment.data
+    return [open_dataset(card, data, spec.model_copy(update={"fold": fold})) for fold in range(max(spec.folds, 1))]
+
+
 def cache_budget(text: str | None) -> tuple[int, bool]:
     """What ``--cache`` says: the cache folder, how many bytes of features may lie there, and whether to prefer it to memory.
 
@@ -145,26 +152,28 @@ def grid(
     if weights is not None and not weights.is_dir():
         raise CellbenchError(f"--weights {weights}: there is no such folder.")
     here = machine(device, precision, memory)
-    dataset = open_dataset(registry.dataset(experiment.dataset), data, experiment.data)
-    for line in dataset.notes:
+    datasets = open_folds(experiment, registry, data)
+    for line in dict.fromkeys(line for dataset in datasets for line in dataset.notes):
         say(line)
-    jobs = jobs_of(experiment, registry, dataset, weights, file, download=not dry_run)
+    jobs = jobs_of(experiment, registry, datasets, weights, file, download=not dry_run)
+    dataset = datasets[0]
     sizes = f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} test images"
-    say(f"{experiment.experiment}: {len(jobs)} runs on {dataset.name} ({sizes}), on {here.name}.")
+    folds = f" in each of {len(datasets)} folds, or one more or less" if len(datasets) > 1 else ""
+    say(f"{experiment.experiment}: {len(jobs)} runs on {dataset.name} ({sizes}{folds}), on {here.name}.")
     if dry_run:
         keeping = Keeping(memory_bytes=here.memory_bytes * 2 // 3, disk_bytes=disk, prefer_disk=prefer_disk, key="estimate")
-        return _dry(jobs, registry, dataset, here, weights, keeping)
+        return _dry(jobs, registry, datasets, here, weights, keeping)
     for line in moved.heal():
         say(line)
     tracker = Tracker(experiment.experiment)
-    key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), dataset.digest], sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), pool(datasets)], sort_keys=True).encode()).hexdigest()[:16]
     asked = {f"grid.{name}": ", ".join(map(str, values)) for name, values in experiment.grid.items()}
     asked |= {"baselines": ", ".join(experiment.baselines) or "none", "dataset": dataset.name}
     with parent(tracker, f"grid: {Path(file).stem}", key, asked) as top:
         runner = Runner(
             experiment=experiment,
             registry=registry,
-            dataset=dataset,
+            datasets=datasets,
             machine=here,
             weights=weights,
             tracker=tracker,
@@ -178,7 +187,11 @@ def grid(
             outcome = everything(runner, jobs)
         ids = {logged.run_id for logged in outcome.finished.values()}
         known = about(experiment_path(file).read_text(encoding="utf-8"), dataset, here.name)
-        splits = {split: [sample.name for sample in dataset.samples(split)] for split in SPLITS}
+        splits = {
+            f"fold {fold}: {split}" if len(datasets) > 1 else split: [sample.name for sample in one.samples(split)]
+            for fold, one in enumerate(datasets)
+            for split in SPLITS
+        }
         conclude(tracker, top, ids, known, splits, outcome.skipped, outcome.failed, say)
         top.log({f"grid/{name}": len(runs) for name, runs in (("finished", ids), ("skipped", outcome.skipped), ("failed", outcome.failed))})
         if outcome.skipped or outcome.failed or outcome.busy:
@@ -189,7 +202,7 @@ def grid(
     return 1 if outcome.failed else 0
 
 
-def _dry(jobs: list[Job], registry: Registry, dataset: Dataset, here: Machine, weights: Path | None, keeping: Keeping) -> int:
+def _dry(jobs: list[Job], registry: Registry, datasets: Sequence[Dataset], here: Machine, weights: Path | None, keeping: Keeping) -> int:
     for job in jobs:
         say(f"  {job.name}" + (f"  skipped: {job.unavailable}" if job.unavailable else ""))
     wall = memory = disk = 0.0
@@ -203,7 +216,7 @@ def _dry(jobs: list[Job], registry: Registry, dataset: Dataset, here: Machine, w
         if first.baseline and not registry.baseline(first.baseline).trained:
             say(f"{title}: nothing to train")
             continue
-        one = cost(group, registry, dataset, here, weights, keeping)
+        one = cost(group, registry, datasets[first.fold], here, weights, keeping)
         speed = f", backbone {one.trunk_tiles_per_s:.0f} tiles/s" if first.backbone else ""
         say(
             f"{title}: {one.train_tiles} training tiles an epoch, {one.val_tiles} validation and {one.test_tiles} test tiles{speed}; "

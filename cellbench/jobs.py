@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,11 @@ class Job:
 
 
 def jobs_of(
-    experiment: Experiment, registry: Registry, dataset: Dataset, weights: Path | None, where: str, download: bool = True
+    experiment: Experiment, registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str, download: bool = True
 ) -> list[Job]:
     """The runs of an experiment with their fingerprints. Raises CellbenchError for a name or setting that no card knows.
 
-    Weights that are not here are downloaded now, or with ``download=False`` reported as missing.
+    ``datasets``: one, or one a fold. Weights that are not here are downloaded now, or with ``download=False`` reported as missing.
     """
     trained = {name: registry.baseline(name).trained for name in experiment.baselines}
     runs = [registry.complete(run) for run in expand(experiment, where, trained)]
@@ -48,7 +49,7 @@ def jobs_of(
         Job(
             run=run,
             name=name,
-            fingerprint=fingerprint(run, dataset.digest, digests.get(run.backbone or "", "") + code_of(_part(run, registry))),
+            fingerprint=fingerprint(run, datasets[run.fold].digest, digests.get(run.backbone or "", "") + code_of(_part(run, registry))),
             unavailable=reasons.get(run.backbone or "", ""),
         )
         for run, name in zip(runs, labels(runs), strict=True)

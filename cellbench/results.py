@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +63,19 @@ def tidy(name: str, value: float) -> float:
     return float(f"{value:.4g}") if name.startswith("cost/") and not name.endswith("_params") else round(float(value), 6)
 
 
-def write(folder: Path, name: str, run: RunSpec, experiment: Experiment, dataset: Dataset, pixels: Pixels, result: Result) -> None:
-    """``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``head.safetensors`` and ``figures/*.png`` into a folder."""
+def write(
+    folder: Path, name: str, run: RunSpec, experiment: Experiment, datasets: Sequence[Dataset], pixels: Pixels, result: Result
+) -> None:
+    """``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``head.safetensors`` and ``figures/*.png`` into a folder.
+
+    ``datasets``: one, or one a fold.
+    """
+    dataset = datasets[run.fold]
     told = per_image(dataset, result)
     if result.learner is not None:
         told["num_train"] = num_seen(len(dataset.train), run.fraction)
+    if experiment.data.folds:
+        told |= {"fold": run.fold, "num_folds": experiment.data.folds, "pool": pool(datasets)}
     (folder / "config.toml").write_text(tomli_w.dumps(alone(run, experiment)), encoding="utf-8")
     (folder / "per_image.json").write_text(json.dumps(told), encoding="utf-8")
     (folder / TABLE).write_text(json.dumps(table(told)), encoding="utf-8")
@@ -86,6 +96,13 @@ def write(folder: Path, name: str, run: RunSpec, experiment: Experiment, dataset
         figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"{which}.png")
 
 
+def pool(datasets: Sequence[Dataset]) -> str:
+    """What stands for the data of all folds together: files, classes, and how they were cut. Of one dataset, its own digest."""
+    if len(datasets) == 1:
+        return datasets[0].digest
+    return hashlib.sha256(json.dumps([dataset.digest for dataset in datasets]).encode()).hexdigest()[:16]
+
+
 TABLE = "images.json"
 """The artifact that MLflow's UI opens as a table, one line an image."""
 
@@ -97,6 +114,7 @@ def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
         "classes": list(dataset.classes),
         "images": [sample.name for sample in dataset.test],
         "dataset": dataset.digest,
+        **({"groups": [sample.group for sample in dataset.test]} if any(sample.group for sample in dataset.test) else {}),
         "groups": [sample.group for sample in dataset.test],
         "tolerance_px": TOLERANCE_PX,
         "min_area_px": [MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX for one in exam.agreements],

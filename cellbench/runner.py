@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ class Runner:
 
     experiment: Experiment
     registry: Registry
-    dataset: Dataset
+    datasets: Sequence[Dataset]
+    """One, or one a fold."""
     machine: Machine
     weights: Path | None
     tracker: Tracker
@@ -73,11 +74,16 @@ class Runner:
     say: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
+        self._backbones: dict[str, Backbone] = {}
+        self._turn_to(self.datasets[0])
+
+    def _turn_to(self, dataset: Dataset) -> None:
+        """The data of the next cohort."""
+        self.dataset = dataset
         # A third for decoded images; features get the rest. Both are upper bounds, not reservations.
         third = self.machine.memory_bytes // 3
         share = {"train": 0.6, "val": 0.2, "test": 0.2}
-        self._pixels = {split: Pixels(self.dataset, split, int(third * part)) for split, part in share.items()}
-        self._backbones: dict[str, Backbone] = {}
+        self._pixels = {split: Pixels(dataset, split, int(third * part)) for split, part in share.items()}
 
     def skip(self, job: Job, old: Logged | None) -> None:
         """Marks a run that cannot be had, once for each reason."""
@@ -96,6 +102,8 @@ class Runner:
 
     def cohort(self, jobs: list[Job], title: str, out: Outcome) -> None:
         """Runs the jobs of one cohort to their ends, and says in ``out`` what became of each."""
+        if self.datasets[jobs[0].run.fold] is not self.dataset:
+            self._turn_to(self.datasets[jobs[0].run.fold])
         with contextlib.ExitStack() as stack:
             opened = self._open(jobs, stack, out)
             if not opened:
@@ -242,7 +250,7 @@ class Runner:
     def _keep(self, job: Job, run: Run, result: Result, out: Outcome) -> None:
         """Logs a run's test and ends it as finished: the mark is written last."""
         with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
-            results.write(Path(folder), job.name, job.run, self.experiment, self.dataset, self._pixels["test"], result)
+            results.write(Path(folder), job.name, job.run, self.experiment, self.datasets, self._pixels["test"], result)
             run.artifacts(Path(folder))
         metrics = results.metrics(self.dataset, result)
         # At step 0: a single value there is a bar in the UI's charts, at any other step a lone dot. ``best/epoch`` says which epoch it was.

@@ -72,6 +72,9 @@ class RunSpec(Record):
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the training images that are learned from, smaller shares within larger ones. An epoch stays as long: those images come oftener."""
 
+    fold: int = Field(0, ge=0)
+    """Which of ``[data] folds`` is the test, from 0."""
+
     epochs: int = Field(20, ge=1, le=10_000)
     batch_size: int = Field(8, ge=1, le=4096)
     lr: float = Field(1e-3, gt=0, le=1)
@@ -117,12 +120,12 @@ class RunSpec(Record):
 
 STREAM_FIELDS = (
     "backbone", "framing", "tile_px", "tile_scale", "val_overlap", "overlap", "sampling", "crops_per_image", "views", "flips", "rotations",
-    "brightness", "contrast", "saturation", "hue", "hed", "normalise", "data_seed", "fraction", "unfreeze",
+    "brightness", "contrast", "saturation", "hue", "hed", "normalise", "data_seed", "fraction", "fold", "unfreeze",
 )  # fmt: skip
 
 # Settings that came after runs had been finished under these numerics: at their defaults they stay out of fingerprints, so that such runs are
 # still found.
-LATER_FIELDS = ("tile_scale", "hed", "normalise", "fraction")
+LATER_FIELDS = ("tile_scale", "hed", "normalise", "fraction", "fold")
 
 # What [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that part alone.
 RUN_KEYS = tuple(name for name in RunSpec.model_fields if name not in ("backbone", "head", "baseline", "options"))
@@ -207,10 +210,15 @@ class Experiment(Record):
             if not experiment.baselines:
                 raise CellbenchError(f"{where}: asks for nothing. Give [grid] backbone and head lists, or baselines.")
             for key in experiment.grid:
-                if key != "seed":
+                if key not in ("seed", "fold"):
                     raise CellbenchError(f"{where}: [grid] {key} is for backbones with heads. Baselines take it from [run].")
+        if experiment.data.fold:
+            raise CellbenchError(f"{where}: [data] fold = {experiment.data.fold}: a grid runs all folds. For some of them set [grid] fold or [run] fold.")
         seen: set[str] = set()
         for run in expand(experiment, where):  # every value is checked now, not when its turn comes
+            if run.fold >= max(experiment.data.folds, 1):
+                told = f"there are {experiment.data.folds}, counted from 0" if experiment.data.folds else "set [data] folds to have any"
+                raise CellbenchError(f"{where}: fold {run.fold}: {told}.")
             facts = run.model_dump_json()
             if facts in seen:
                 raise CellbenchError(
@@ -222,22 +230,26 @@ class Experiment(Record):
 
 
 def expand(experiment: Experiment, where: str = "experiment", trained: Mapping[str, bool] | None = None) -> list[RunSpec]:
-    """All runs of an experiment: the product of its grid, then its baselines.
+    """All runs of an experiment: the product of its grid, then its baselines. Folds are all run, unless ``[grid]`` or ``[run]`` names some.
 
-    A baseline runs with ``[run]`` and its own table; once for each ``seed`` of the grid, or once where ``trained`` says that it learns nothing.
+    A baseline runs with ``[run]`` and its own table; once for each ``seed`` of the grid, or once where ``trained`` says that it learns nothing;
+    in each fold.
     """
     runs: list[RunSpec] = []
+    folds = experiment.grid.get("fold", [experiment.run["fold"]] if "fold" in experiment.run else list(range(max(experiment.data.folds, 1))))
     if "backbone" in experiment.grid:
-        names = list(experiment.grid)
-        for values in itertools.product(*experiment.grid.values()):
+        grid = {**experiment.grid, "fold": folds}
+        names = list(grid)
+        for values in itertools.product(*grid.values()):
             point = dict(zip(names, values, strict=True))
             own = experiment.head.get(point["head"], {})
             runs.append(_run({**experiment.run, **point}, own, where, f"head.{point['head']}"))
     for baseline in experiment.baselines:
         learns = True if trained is None else trained[baseline]
-        for seed in experiment.grid.get("seed", [experiment.run.get("seed", 0)]) if learns else [0]:
+        seeds = experiment.grid.get("seed", [experiment.run.get("seed", 0)]) if learns else [0]
+        for seed, fold in itertools.product(seeds, folds):
             own = experiment.baseline.get(baseline, {})
-            runs.append(_run({**experiment.run, "seed": seed, "baseline": baseline}, own, where, f"baseline.{baseline}"))
+            runs.append(_run({**experiment.run, "seed": seed, "fold": fold, "baseline": baseline}, own, where, f"baseline.{baseline}"))
     return runs
 
 
@@ -260,11 +272,13 @@ def cohorts(runs: Iterable[RunSpec]) -> list[list[RunSpec]]:
 
 def labels(runs: list[RunSpec]) -> list[str]:
     """A name for each run that tells it from all others: model and seed, then whatever else differs within the list."""
-    varied = [key for key in RUN_KEYS if key != "seed" and len({getattr(run, key) for run in runs if run.baseline is None}) > 1]
+    varied = [
+        key for key in RUN_KEYS if key != "seed" and len({getattr(run, key) for run in runs if run.baseline is None or key == "fold"}) > 1
+    ]
     return [
         " · ".join([
             run.model,
-            *(f"{key} {getattr(run, key)}" for key in varied if run.baseline is None),
+            *(f"{key} {getattr(run, key)}" for key in varied if run.baseline is None or key == "fold"),
             f"seed {run.seed}",
         ])
         for run in runs

@@ -132,8 +132,8 @@ OTHER = {
     "backbone": "dinobloom-s", "head": "bilinear", "options": {"width": 1}, "seed": 1, "tile_px": 448, "framing": "pad", "tile_scale":
     2.0, "overlap": 0.25, "val_overlap": 0.25, "sampling": "tiles", "crops_per_image": 2, "views": 3, "flips": False, "rotations":
     False, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "hed": 0.1, "normalise": "macenko", "data_seed": 1,
-    "fraction": 0.5, "epochs": 3, "batch_size": 4, "lr": 0.01, "weight_decay": 0.0, "schedule": "constant", "warmup_epochs": 0.0,
-    "patience": 0, "loss": "ce", "select": "val/loss", "unfreeze": 2, "tail_lr_scale": 0.1, "layer_decay": 0.5,
+    "fraction": 0.5, "fold": 1, "epochs": 3, "batch_size": 4, "lr": 0.01, "weight_decay": 0.0, "schedule": "constant",
+    "warmup_epochs": 0.0, "patience": 0, "loss": "ce", "select": "val/loss", "unfreeze": 2, "tail_lr_scale": 0.1, "layer_decay": 0.5,
 }  # fmt: skip
 
 
@@ -215,3 +215,34 @@ def test_every_run_key_can_be_asked_of_all_runs() -> None:
 
 def test_the_published_split_is_the_default() -> None:
     assert DataSpec().val_fraction == 0.2  # seed.md: 80/20
+
+
+def test_folds_are_all_run_by_baselines_too_unless_some_are_named() -> None:
+    text = 'baselines = ["otsu"]\n[data]\nfolds = 3\n' + GRID
+    runs = expand(experiment(text), trained={"otsu": False})
+    assert len(runs) == 12 * 3 + 3
+    assert [run.fold for run in runs if run.baseline] == [0, 1, 2]
+    assert len({(run.model, run.seed, run.fold) for run in runs}) == len(set(labels(runs))) == len(runs)
+    assert all(len({run.fold for run in group}) == 1 for group in cohorts(runs))
+    assert {run.fold for run in expand(experiment(text + "fold = [0, 2]"))} == {0, 2}
+    assert {run.fold for run in expand(experiment(text + "[run]\nfold = 1"))} == {1}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (GRID + "fold = [0, 1]", ["fold 1", "[data] folds"]),
+        ("[data]\nfolds = 3\n" + GRID + "[run]\nfold = 3", ["fold 3", "there are 3"]),
+        ("[data]\nfolds = 3\nfold = 1\n" + GRID, ["a grid runs all folds", "[grid] fold"]),
+        (GRID + "[run]\nframing = 'resize'\ntile_px = 50\ntile_scale = 0.25", ["resize", "12.5", "whole number"]),
+    ],
+)
+def test_folds_and_squares_that_do_not_exist_are_refused(text: str, says: list[str]) -> None:
+    assert all(word in refusal(text) for word in says)
+
+
+def test_later_settings_leave_the_fingerprints_of_older_runs_alone(monkeypatch) -> None:
+    """The one that was computed before tile_scale, hed, normalise, fraction and fold were there."""
+    monkeypatch.setattr("cellbench.spec.NUMERICS", 1)
+    assert fingerprint(RUN, "d", "w") == "ed7c376ed2d23cea"
+
