@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +13,16 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cellbench import figures, figures_many, figures_tests, leaderboard, page
+from cellbench import colophon, figures, figures_many, figures_tests, leaderboard, page
 from cellbench.evidence import Evidence
 from cellbench.leaderboard import Row, short
-from cellbench.lineup import MEASURES, TestSet
+from cellbench.lineup import MEASURES, Model, TestSet
 from cellbench.ranking import critical_difference, marginal, p_words
 from cellbench.scored import Difference, Scores
 from cellbench.track import Tracker
 
 MOST_RANKED = 20
 """Models in a critical-difference diagram; more are not readable, and the best ones are what is asked about."""
-MOST_LINES = 200
-"""Lines of a table in the page; the CSV has them all."""
 Draw = Callable[..., str]
 
 
@@ -51,14 +47,14 @@ def build(evidence: Evidence, trackers: Sequence[Tracker], known: dict[str, Any]
         prefix = f"set{k + 1}-" if k else ""
         label = f" ({here.dataset}, {here.digest[:8]})" if many else ""
         sections += [(heading + label, body) for heading, body in _about_set(here, trackers, report, prefix)]
-    sections.append(("Runs without a result", _without(evidence)))
-    sections.append(("What the measures mean", page.paragraphs(_meaning(evidence))))
-    sections.append(("How it was made", _made(evidence, known)))
+    sections.append(("Runs without a result", colophon.without(evidence)))
+    sections.append(("What the measures mean", page.paragraphs(colophon.meaning(evidence))))
+    sections.append(("How it was made", colophon.made(evidence, known)))
     num_models = sum(len(here.models) for here in evidence.sets)
     subtitle = f"{evidence.num_runs} finished runs, {num_models} models, {_images(evidence)}; made {time.strftime('%Y-%m-%d %H:%M')}"
     report.verdict = leaderboard.words(evidence.sets[0]) + leaderboard.more_words(evidence.sets[0])
     lead = page.paragraphs([known["question"]]) if known.get("question") else ""
-    lead += page.paragraphs(report.verdict, "verdict") + _data(evidence, known)
+    lead += page.paragraphs(report.verdict, "verdict") + colophon.data(evidence, known)
     report.html = page.page(evidence.experiment, subtitle, sections, lead)
     return report
 
@@ -91,7 +87,7 @@ def _about_set(here: TestSet, trackers: Sequence[Tracker], report: Report, prefi
     report.tables[f"{prefix}leaderboard"] = (leaderboard.HEADINGS, cells)
     # Cost has a table of its own: these columns fit a page.
     shown = len(leaderboard.HEADINGS) - 3
-    board = page.table(leaderboard.HEADINGS[:shown], [line[:shown] for line in cells[:MOST_LINES]]) + _more(len(cells))
+    board = page.table(leaderboard.HEADINGS[:shown], [line[:shown] for line in cells[: page.MOST_LINES]]) + page.more(len(cells))
     board += draw("leaderboard", figures_many.scoreboard(lines))
     if len(lines[0].measures) > 1:
         board += draw("measures", figures_many.measures(lines))
@@ -103,10 +99,6 @@ def _about_set(here: TestSet, trackers: Sequence[Tracker], report: Report, prefi
         ("Cost", _cost(table, lines, report, prefix, draw)),
         ("The best model, image by image", _best(here, trackers)),
     ]
-
-
-def _more(num: int) -> str:
-    return page.paragraphs([f"{num - MOST_LINES} more lines are in the CSV file."]) if num > MOST_LINES else ""
 
 
 def _heat(here: TestSet, draw: Draw) -> str:
@@ -154,7 +146,7 @@ def _statistics(here: TestSet, differences: list[Difference], report: Report, pr
     report.tables[f"{prefix}differences"] = (headings, lines)
     report.tables[f"{prefix}pairs"] = (headings, [_difference(d, folded) for d in every])
     out = draw("differences", figures_tests.forest(differences, best))
-    out += page.table(headings, lines[:MOST_LINES]) + _more(len(lines))
+    out += page.table(headings, lines[: page.MOST_LINES]) + page.more(len(lines))
     if len(here.models) > 2 and len(every) > len(differences):
         out += "<h3>Every pair</h3>" + draw("pairs", figures_tests.pairs([model.name for model in here.models], every))
     ranked = here.models[:MOST_RANKED]
@@ -188,14 +180,14 @@ def _ranked(title: str, models: list[Scores], name: str, draw: Draw) -> str:
 
 # --- cost -------------------------------------------------------------------------------------------------------------------------------
 
-COST_HEADINGS = ("model", "backbone parameters", "trained parameters", "training s", "images/s", "peak MiB", "Dice/image")
+COST_HEADINGS = ("model", "backbone parameters", "trained parameters", "training s", "images/s", "peak MiB", "features kept MiB", "Dice/image")
 
 
 def _cost(table: list[Row], lines: list[figures_many.Line], report: Report, prefix: str, draw: Draw) -> str:
     cells = [
         [
             row.model, short(row.backbone_params), short(row.head_params), f"{row.train_s:.1f}", f"{row.images_per_s:.2f}", f"{row.peak_mib:.0f}",
-            f"{row.image_dice:.4f}",
+            f"{row.features_mib:.0f}", f"{row.image_dice:.4f}",
         ]
         for row in table
     ]  # fmt: skip
@@ -206,26 +198,21 @@ def _cost(table: list[Row], lines: list[figures_many.Line], report: Report, pref
     }
     notes = [
         "Training seconds are computing time, summed over the lanes that work side by side, and hold the backbone's pass, which runs of one "
-        "cohort share: each is charged all of it. Peak memory is the whole "
-        "process's up to that run, so later runs never show less."
+        "cohort share: each is charged all of it, and of the features kept too. Peak memory is the whole process's up to that run, so later "
+        "runs never show less."
     ]
     return (
         draw("cost", figures_many.pareto(lines, costs))
-        + page.table(COST_HEADINGS, cells[:MOST_LINES])
-        + _more(len(cells))
+        + page.table(COST_HEADINGS, cells[: page.MOST_LINES])
+        + page.more(len(cells))
         + page.paragraphs(notes)
     )
 
 
 def _best(here: TestSet, trackers: Sequence[Tracker]) -> str:
-    """Pictures that the best model's first run left, and its worst images by name."""
+    """Pictures that the best model's first run left, and its worst images by name; where it learned nothing, the best that did as well."""
     model = here.best
-    run = model.runs[0]
-    out = f"<h3>{page.escape(f'{model.name}, seed {run.seed}')}</h3>"
-    for name, photo in (("scores", False), ("curves", False), ("worst", True), ("median", True), ("best", True)):
-        data = next((found for tracker in trackers if (found := tracker.artifact(run.stored, f"figures/{name}.png"))), None)
-        if data is not None:
-            out += page.picture(data, name, photo=photo)
+    out = _pictures(model, trackers)
     scores = model.scores()
     per_image = scores.per_image
     order = np.argsort(per_image, kind="stable")[:10]
@@ -235,89 +222,17 @@ def _best(here: TestSet, trackers: Sequence[Tracker]) -> str:
     rivals = np.array([one.scores().per_image for one in here.models])
     headings = ("worst images", *(MEASURES[name] for name in names), "mean of all models")
     lines = [[here.images[k], *(f"{means[name][k]:.4f}" for name in names), f"{rivals[:, k].mean():.4f}"] for k in order.tolist()]
-    return out + page.table(headings, lines)
+    out += page.table(headings, lines)
+    trained = next((one for one in here.models if "best/val_dice" in one.runs[0].stored.metrics), None)
+    return out if trained in (None, model) else out + _pictures(trained, trackers)
 
 
-# --- the rest ---------------------------------------------------------------------------------------------------------------------------
-
-
-def _data(evidence: Evidence, known: dict[str, Any]) -> str:
-    data = known.get("dataset", {})
-    first = evidence.sets[0]
-    images = ", ".join(f"{num} {split}" for split, num in data.get("images", {}).items()) or f"{len(first.images)} test"
-    return page.facts(
-        [
-            ("data", f"{first.dataset}: {images} images"),
-            ("classes", ", ".join(first.models[0].runs[0].told.get("classes", []))),
-            ("digest", ", ".join(here.digest for here in evidence.sets)),
-            ("folds", f"{first.num_folds}; each image is tested once" if first.num_folds else ""),
-            ("groups", f"{len(set(first.groups))} for {len(first.images)} test images" if first.groups is not None else ""),
-            ("read from", data.get("root", "")),
-            ("notes", " ".join(data.get("notes", []))),
-        ]
-    )
-
-
-def _without(evidence: Evidence) -> str:
-    lines = [
-        [name, kind, reason] for kind, runs in (("skipped", evidence.skipped), ("failed", evidence.failed)) for name, reason in runs.items()
-    ]
-    return page.table(("run", "what", "because"), lines[:MOST_LINES], text=(2,)) + _more(len(lines)) + page.paragraphs(evidence.left_out)
-
-
-def _meaning(evidence: Evidence) -> list[str]:
-    first = evidence.sets[0]
-    told_by = first.models[0].runs[0].told
-    unit = "images" if first.groups is None else "groups of images"
-    correction = "Holm" if len(first.models) <= leaderboard.ALL_PAIRS else "Bonferroni"
-    out = [
-        "Dice is pooled over all pixels of all test images; Dice/image is the mean of each image's own Dice, and what intervals and tests are "
-        f"about. Intervals are 95 % BCa bootstrap intervals over {unit}. Differences are paired by image and tested by Wilcoxon's signed-rank "
-        f"test over {unit}; p is adjusted for every pair of models ({correction}), because the best was picked by these same scores. The "
-        "interval of a difference is of that pair alone. 'For certain' and 'better' mean: adjusted p below 0.05, the interval excludes 0, and "
-        "mean and ranks point the same way. The effect is the rank-biserial correlation, from -1 to 1. Seeds are averaged per image first: "
-        "they are repeats, not images. All of this speaks of images like these and of these training runs: another laboratory's stain, or "
-        "another seed where only one was run, may answer otherwise.",
-    ]
-    if first.num_folds:
-        out.append(
-            f"The data was cut into {first.num_folds} folds: each image was tested once, by the run that had not learned from it, and the folds "
-            "of one seed make one row of scores. The folds' training images overlap, so that p is optimistic; 'p over folds' is the corrected "
-            "resampled t-test (Nadeau and Bengio 2003), which allows for that."
-        )
-    if first.groups is not None:
-        out.append(f"Images come in groups ({len(set(first.groups))} of them): a group is resampled and ranked as one, since its images are alike.")
-    if "nsd" in told_by:
-        numbered = any(told_by.get("cells_numbered", []))
-        cells = "the mask's own numbers" if numbered else "connected regions (neighbours beside, not diagonal)"
-        area = min(told_by["min_area_px"])
-        out.append(
-            f"NSD: the share of both outlines' pixels within {told_by['tolerance_px']:g} px of the other outline. Single cells are {cells} of at "
-            f"least {area} px; two match where they share more than half of their union. AP50 is TP / (TP + FP + FN) at that threshold, PQ "
-            "panoptic quality."
-        )
+def _pictures(model: Model, trackers: Sequence[Tracker]) -> str:
+    run = model.runs[0]
+    fold = f", fold {run.fold}" if run.fold is not None else ""
+    out = f"<h3>{page.escape(f'{model.name}, seed {run.seed}{fold}')}</h3>"
+    for name, photo in (("scores", False), ("curves", False), ("worst", True), ("median", True), ("best", True)):
+        data = next((found for tracker in trackers if (found := tracker.artifact(run.stored, f"figures/{name}.png"))), None)
+        if data is not None:
+            out += page.picture(data, name, photo=photo)
     return out
-
-
-def _made(evidence: Evidence, known: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())
-    runs = [run.stored for here in evidence.sets for model in here.models for run in model.runs]
-    tags = max(runs, key=lambda run: run.start_s).tags
-    machines = sorted({run.tags.get("cellbench.machine", "") for run in runs} - {""})
-    out = page.facts(
-        [
-            ("command", known.get("command", "not recorded")),
-            ("machine", known.get("machine", "") or ", ".join(machines)),
-            ("versions", versions or "not recorded"),
-            ("code", tags.get("mlflow.source.git.commit", "")),
-            ("page made by", shlex.join(["cellbench", *sys.argv[1:]])),
-        ]
-    )
-    out += page.code(known.get("experiment", ""))
-    lines = [
-        [m.name, str(run.seed), run.stored.run_id, run.stored.fingerprint]
-        for here in evidence.sets
-        for m in here.models
-        for run in m.runs
-    ]  # fmt: skip
-    return out + page.table(("model", "seed", "MLflow run", "fingerprint"), lines[:MOST_LINES]) + _more(len(lines))

@@ -39,7 +39,7 @@ def forest(differences: Sequence[Difference], best: str, measure: str = "Dice") 
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(f"difference in {measure} to {best}, paired by image")
-        axes.set_title(f"filled: certain (p after Holm's correction); open: this data cannot tell{left_out}", fontsize=8, color="0.35")
+        axes.set_title(f"filled: certain (p adjusted for every pair); open: this data cannot tell{left_out}", fontsize=8, color="0.35")
     return figure
 
 
@@ -61,7 +61,8 @@ def pairs(names: Sequence[str], differences: Sequence[Difference], measure: str 
                 fill = "white" if d.better is None else LIGHT_BLUE if d.better == names[row] else LIGHT_ORANGE
                 axes.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=fill, edgecolor="0.85", linewidth=0.8))
                 look = {"color": "0.55"} if d.better is None else {"weight": "bold"}
-                axes.text(column, row, f"{value:+.3f}".replace("0.", "."), ha="center", va="center", fontsize=7, **look)
+                said = f"{value:+.3f}".replace("0.", ".") if abs(value) >= 0.0005 else "0"
+                axes.text(column, row, said, ha="center", va="center", fontsize=7, **look)
         for k in range(num):
             axes.add_patch(plt.Rectangle((k - 0.5, k - 0.5), 1, 1, facecolor="0.93", edgecolor="0.85", linewidth=0.8))
         axes.set_xlim(-0.5, num - 0.5)
@@ -120,6 +121,7 @@ def critical(ranking: Ranking, measure: str = "Dice") -> Figure:
             axes.plot([low, low + apart], [-0.5, -0.5], color="black", linewidth=1.5, clip_on=False, marker="|", markersize=7)
             place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
             axes.annotate(f"critical difference {apart:.2f}", (low + apart, -0.5), fontsize=8, **place)
-        told = f"mean rank by {measure} over {ranking.num_units} images, 1 is best; thick bars: not told apart"
+        unit = "images" if ranking.num_units == ranking.num_images else "groups of images"
+        told = f"mean rank by {measure} over {ranking.num_units} {unit}, 1 is best; thick bars: not told apart"
         figure.text(0.5, 0.08 / height, told, fontsize=8, color="0.35", ha="center", va="bottom")
     return figure

@@ -47,6 +47,7 @@ class Row:
     train_s: float
     images_per_s: float
     peak_mib: float
+    features_mib: float
     pooled_by_seed: tuple[float, ...]
     run_ids: tuple[str, ...]
 
@@ -83,6 +84,7 @@ def _row(model: Model, interval: Interval) -> Row:
         train_s=cost("train_s"),
         images_per_s=cost("images_per_s"),
         peak_mib=cost("peak_mib"),
+        features_mib=cost("features_mib"),
         pooled_by_seed=tuple(pooled),
         run_ids=tuple(run.stored.run_id for run in model.runs),
     )

@@ -166,15 +166,15 @@ def _whole(runs: list[Tested]) -> tuple[list[Tested], list[str]]:
     """Without the seeds that lack a fold: their images would be fewer than the others'."""
     if runs[0].fold is None:
         return runs, []
-    num = int(runs[0].told["num_folds"])
+    asked = {run.fold for run in runs}  # a person may run some folds only
     seeds: dict[tuple[Hashable, ...], list[Tested]] = {}
     for run in runs:
         seeds.setdefault((_settings(run), run.seed), []).append(run)
     kept, told = [], []
     for members in seeds.values():
-        if missing := sorted(set(range(num)) - {run.fold for run in members}):
+        if missing := sorted(str(fold) for fold in asked - {run.fold for run in members}):
             name = _part(dict(members[0].stored.params))
-            what = f"fold{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {num}"
+            what = f"fold{'s' * (len(missing) > 1)} {', '.join(missing)}"
             told.append(f"{name}, seed {members[0].seed}, is left out: {what} {'are' if len(missing) > 1 else 'is'} missing.")
         else:
             kept += members

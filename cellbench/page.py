@@ -42,6 +42,15 @@ dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 
+MOST_LINES = 200
+"""Lines of a table in the page; the CSV has them all."""
+
+
+def more(num: int) -> str:
+    """A word about the lines of a table that are not shown."""
+    return paragraphs([f"{num - MOST_LINES} more lines are in the CSV file."]) if num > MOST_LINES else ""
+
+
 def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]], lead: str = "") -> str:
     """The whole page. ``sections``: heading and HTML; empty ones are left out. ``lead``: HTML before the first."""
     kept = [(f"s{k}", heading, body) for k, (heading, body) in enumerate(sections) if body]

@@ -59,7 +59,7 @@ def test_a_seed_that_lacks_a_fold_is_left_out_and_that_is_said():
     runs = [fold_of("fpn", 0.9, fold, seed) for seed in (0, 1) for fold in range(4)]
     (here,), told = line_up(runs[:-1])
     assert len(here.best.by_seed) == 1
-    assert told == ["uni · fpn, seed 1, is left out: fold 3 of 4 is missing."]
+    assert told == ["uni · fpn, seed 1, is left out: fold 3 is missing."]
 
 
 def test_scores_over_folds_and_over_one_test_are_never_paired():

@@ -26,7 +26,7 @@ LAYERS = (
     (
         "doors and what is told",
         {"track", "logged", "refusals", "entries", "system", "views", "moved"}
-        | {"figures", "figures_many", "figures_tests", "page", "results", "lineup", "evidence", "leaderboard", "chapters"},
+        | {"figures", "figures_many", "figures_tests", "page", "results", "lineup", "evidence", "leaderboard", "chapters", "colophon"},
     ),
     ("what is tried out", {"estimate", "naive", "bench", "contracts/"}),
     ("verbs", {"grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui"}),

@@ -1,0 +1,92 @@
+"""What a report says of itself: the data, the runs that are not in it, what its words mean, and how it was made."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any
+
+from cellbench import leaderboard, page
+from cellbench.evidence import Evidence
+
+
+def data(evidence: Evidence, known: dict[str, Any]) -> str:
+    told = known.get("dataset", {})
+    first = evidence.sets[0]
+    images = ", ".join(f"{num} {split}" for split, num in told.get("images", {}).items()) or f"{len(first.images)} test"
+    return page.facts(
+        [
+            ("data", f"{first.dataset}: {images} images"),
+            ("classes", ", ".join(first.models[0].runs[0].told.get("classes", []))),
+            ("digest", ", ".join(here.digest for here in evidence.sets)),
+            ("folds", f"{first.num_folds}; each image is tested once" if first.num_folds else ""),
+            ("groups", f"{len(set(first.groups))} for {len(first.images)} test images" if first.groups is not None else ""),
+            ("read from", told.get("root", "")),
+            ("notes", " ".join(told.get("notes", []))),
+        ]
+    )
+
+
+def without(evidence: Evidence) -> str:
+    lines = [
+        [name, kind, reason] for kind, runs in (("skipped", evidence.skipped), ("failed", evidence.failed)) for name, reason in runs.items()
+    ]
+    return page.table(("run", "what", "because"), lines[: page.MOST_LINES], text=(2,)) + page.more(len(lines)) + page.paragraphs(evidence.left_out)
+
+
+def meaning(evidence: Evidence) -> list[str]:
+    first = evidence.sets[0]
+    told_by = first.models[0].runs[0].told
+    unit = "images" if first.groups is None else "groups of images"
+    correction = "Holm" if len(first.models) <= leaderboard.ALL_PAIRS else "Bonferroni"
+    out = [
+        "Dice is pooled over all pixels of all test images; Dice/image is the mean of each image's own Dice, and what intervals and tests are "
+        f"about. Intervals are 95 % BCa bootstrap intervals over {unit}. Differences are paired by image and tested by Wilcoxon's signed-rank "
+        f"test over {unit}; p is adjusted for every pair of models ({correction}), because the best was picked by these same scores. The "
+        "interval of a difference is of that pair alone. 'For certain' and 'better' mean: adjusted p below 0.05, the interval excludes 0, and "
+        "mean and ranks point the same way. The effect is the rank-biserial correlation, from -1 to 1. Seeds are averaged per image first: "
+        "they are repeats, not images. All of this speaks of images like these and of these training runs: another laboratory's stain, or "
+        "another seed where only one was run, may answer otherwise.",
+    ]
+    if first.num_folds:
+        out.append(
+            f"The data was cut into {told_by['num_folds']} folds, of which {first.num_folds} were tested: each of their images once, by the run "
+            "that had not learned from it, and the folds of one seed make one row of scores. The folds' training images overlap, so that p is "
+            "optimistic; 'p over folds' is the corrected resampled t-test (Nadeau and Bengio 2003), which allows for that."
+        )
+    if first.groups is not None:
+        out.append(f"Images come in groups ({len(set(first.groups))} of them): a group is resampled and ranked as one, since its images are alike.")
+    if "nsd" in told_by:
+        numbered = any(told_by.get("cells_numbered", []))
+        cells = "the mask's own numbers" if numbered else "connected regions (neighbours beside, not diagonal)"
+        area = min(told_by["min_area_px"])
+        out.append(
+            f"NSD: the share of both outlines' pixels within {told_by['tolerance_px']:g} px of the other outline. Single cells are {cells} of at "
+            f"least {area} px; two match where they share more than half of their union. AP50 is TP / (TP + FP + FN) at that threshold, PQ "
+            "panoptic quality."
+        )
+    return out
+
+
+def made(evidence: Evidence, known: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())
+    runs = [run.stored for here in evidence.sets for model in here.models for run in model.runs]
+    tags = max(runs, key=lambda run: run.start_s).tags
+    machines = sorted({run.tags.get("cellbench.machine", "") for run in runs} - {""})
+    out = page.facts(
+        [
+            ("command", known.get("command", "not recorded")),
+            ("machine", known.get("machine", "") or ", ".join(machines)),
+            ("versions", versions or "not recorded"),
+            ("code", tags.get("mlflow.source.git.commit", "")),
+            ("page made by", shlex.join(["cellbench", *sys.argv[1:]])),
+        ]
+    )
+    out += page.code(known.get("experiment", ""))
+    lines = [
+        [m.name, str(run.seed), run.stored.run_id, run.stored.fingerprint]
+        for here in evidence.sets
+        for m in here.models
+        for run in m.runs
+    ]  # fmt: skip
+    return out + page.table(("model", "seed", "MLflow run", "fingerprint"), lines[: page.MOST_LINES]) + page.more(len(lines))
