@@ -108,7 +108,7 @@ def test_files_of_a_run_are_what_the_report_and_the_ui_read(dataset, tmp_path):
     tree = {"experiment": "a / b, ü 🔬", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
     out = tmp_path / "out"
     out.mkdir()
-    results.write(out, "a run", run, Experiment.of(tree, "here"), dataset, Pixels(dataset, "test", 2**28), Result(exam=exam, cost={}))
+    results.write(out, "a run", run, Experiment.of(tree, "here"), [dataset], Pixels(dataset, "test", 2**28), Result(exam=exam, cost={}))
     told = json.loads((out / "per_image.json").read_text())
     assert told["images"] == [sample.name for sample in dataset.test]
     assert len(told["nsd"]) == len(told["ap50"]) == len(told["num_true"]) == 2
