@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cellbench.data import images
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.metrics import image_scores
 from cellbench.shapes import SCORES, Agreement, Truth
@@ -175,7 +174,7 @@ class Exams:
         self._waiting = []
 
     def _truth(self, sample: Sample, classes: np.ndarray) -> Truth:
-        return Truth(classes, len(self._dataset.classes), numbers(self._dataset, sample))
+        return Truth(classes, len(self._dataset.classes), self._dataset.read_instances(sample))
 
     @staticmethod
     def _mark(
@@ -186,16 +185,3 @@ class Exams:
         exam.keep.offer(image, float(image_scores(counts[None])["dice"][0]), classes, cell)
         if cell is not None:
             exam.levels += np.bincount((cell + np.uint16(256) * (truth > 0)).ravel(), minlength=512).reshape(2, 256)
-
-
-def numbers(dataset: Dataset, sample: Sample) -> np.ndarray | None:
-    """The mask's own numbers of cells (H, W), or None where it has none: classes by value, or one value for all cells."""
-    if dataset.values:
-        return None
-    labels = images.read_labels(sample.mask)
-    cells = labels[labels > 0]
-    if not cells.size or cells.min() == cells.max():
-        return None
-    # Grey rims of a smoothed 0/255 mask are not cells: nearly all of it is 255.
-    smoothed = labels.dtype == np.uint8 and np.count_nonzero(cells == cells.max()) > 0.8 * cells.size
-    return None if smoothed else labels

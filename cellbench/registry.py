@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cellbench.errors import CellbenchError, unknown
 from cellbench.spec import Record, RunSpec, Scalar, checked
@@ -93,6 +93,12 @@ class DatasetCard(Card):
     classes: tuple[str, ...] = Field(("background", "cell"), min_length=2)
     values: tuple[int, ...] = ()
     """The mask value of each class; a pixel belongs to the nearest. Empty: 0 is background, anything else a cell."""
+    tolerance: int = Field(20, ge=0, lt=32768)
+    """How far from its class's value a mask's value may lie before `check` doubts it: noisy masks are taken to the nearest all the same."""
+    thresholds: tuple[int, ...] = ()
+    """In place of ``values``: class k begins at the k-th of these mask values, class 0 below the first."""
+    colors: tuple[tuple[int, int, int], ...] = ()
+    """In place of ``values``: the mask's colour of each class, red, green and blue from 0 to 255."""
     images: str = ""
     """The folder of images below the dataset's; ``{split}`` stands for ``train`` and ``test``. Empty: the usual layouts are tried."""
     masks: str = ""
@@ -101,6 +107,18 @@ class DatasetCard(Card):
     how_to_get: str = ""
     draw: dict[str, Scalar] = Field(default_factory=dict)
     """The drawing's settings and their defaults; empty for data that is read from a folder."""
+
+    @model_validator(mode="after")
+    def _classes_have_one_meaning(self) -> DatasetCard:
+        given = [name for name in ("values", "thresholds", "colors") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} say the same in two ways; keep one")
+        wanted = len(self.classes) - (given == ["thresholds"])
+        if given and (len(getattr(self, given[0])) != wanted or len(set(getattr(self, given[0]))) != wanted):
+            raise ValueError(f"{given[0]} must name {wanted} different ones, for {len(self.classes)} classes")
+        if list(self.thresholds) != sorted(self.thresholds) or any(not 0 <= part < 256 for color in self.colors for part in color):
+            raise ValueError("thresholds rise, and colours lie in 0..255")
+        return self
 
 
 KINDS = MappingProxyType({"backbones": BackboneCard, "heads": HeadCard, "baselines": BaselineCard, "datasets": DatasetCard})

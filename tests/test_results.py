@@ -11,7 +11,7 @@ from worlds import dataset_of, run_of
 
 from cellbench import results
 from cellbench.data.pixels import Pixels
-from cellbench.exam import CANDIDATES, Exams, Keepsake, numbers, shown
+from cellbench.exam import CANDIDATES, Exams, Keepsake, shown
 from cellbench.metrics import confusion
 from cellbench.results import Result
 from cellbench.shapes import Truth
@@ -127,9 +127,9 @@ def test_masks_that_number_their_cells_are_known_from_others(tmp_path, dataset):
 
     ids = np.zeros((40, 40), np.uint16)
     ids[:10, :10], ids[10:20, :10] = 1, 2
-    assert np.array_equal(numbers(dataset, mask(ids)), ids)
-    assert numbers(dataset, mask((ids > 0).astype(np.uint8) * 255)) is None
+    assert np.array_equal(dataset.read_instances(mask(ids)), ids)
+    assert dataset.read_instances(mask((ids > 0).astype(np.uint8) * 255)) is None
     smoothed = np.zeros((40, 40), np.uint8)
     smoothed[5:35, 5:35] = 255
     smoothed[5, 5:35] = 128
-    assert numbers(dataset, mask(smoothed)) is None
+    assert dataset.read_instances(mask(smoothed)) is None

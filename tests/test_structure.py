@@ -42,6 +42,7 @@ DOORS = {
     "seaborn": {"figures.py", "figures_many.py", "figures_tests.py"},
     "PIL": {"data/image_files.py", "data/images.py", "data/smears.py", "data/_shapes.py", "page.py"},  # page: pictures into HTML
     "tifffile": {"data/image_files.py"},
+    "pycocotools": {"data/annotations.py"},
     "segmentation_models_pytorch": {"losses.py", "baselines/unet.py"},
     "timm": {"backbones/timm_vit.py", "backbones/timm_pyramid.py"},
     "huggingface_hub": {"backbones/fetch.py", "doctor.py"},  # doctor: whether a person is logged in

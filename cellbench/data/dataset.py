@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cellbench.data import images
+from cellbench.data.annotations import Annotation
 from cellbench.errors import CellbenchError
 from cellbench.files import Remembered, hash_of
 
@@ -26,6 +27,7 @@ class Sample:
     """The image's file name; unique within its split."""
     image: Path
     mask: Path
+    """The mask's file, or what holds the truth in its place."""
     size_px: tuple[int, int] = (0, 0)
     """Height, width."""
     digest: str = ""
@@ -35,6 +37,8 @@ class Sample:
     them as one."""
     label: str = ""
     """What it shows as a whole, as a manifest says; for stratified splits."""
+    truth: Annotation | None = None
+    """How the truth is read where it is not one mask file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,10 @@ class Dataset:
     val: tuple[Sample, ...]
     test: tuple[Sample, ...]
     root: Path
+    thresholds: tuple[int, ...] = ()
+    """In place of ``values``: class k holds the mask values from ``thresholds[k - 1]`` on."""
+    colors: tuple[tuple[int, int, int], ...] = ()
+    """In place of ``values``: the mask's colour of each class."""
     digest: str = ""
     """Over every pixel file, the splits and the classes: what a finished run was trained on."""
     notes: tuple[str, ...] = ()
@@ -61,9 +69,33 @@ class Dataset:
         """The image (H, W, 3) uint8 RGB and its class map (H, W) uint8. Raises CellbenchError that names the file."""
         return images.read_image(sample.image), self.read_mask(sample)
 
+    @property
+    def color_table(self) -> dict[tuple[int, int, int], int] | None:
+        """Class by colour, where colours tell the classes."""
+        return {color: index for index, color in enumerate(self.colors)} or None
+
     def read_mask(self, sample: Sample) -> np.ndarray:
         """The class map (H, W) uint8."""
-        return images.class_map(images.read_labels(sample.mask), self.values)
+        if sample.truth is not None:
+            return sample.truth.read()[0]
+        if self.colors:
+            return images.read_labels(sample.mask, colors=self.color_table).astype(np.uint8)
+        labels = images.read_labels(sample.mask)
+        return np.digitize(labels, self.thresholds).astype(np.uint8) if self.thresholds else images.class_map(labels, self.values)
+
+    def read_instances(self, sample: Sample) -> np.ndarray | None:
+        """The truth's own numbers of cells (H, W), whole, 0 being background; None where it has none: classes only, or one value for all."""
+        if sample.truth is not None:
+            return sample.truth.read()[1]
+        if self.values or self.thresholds or self.colors:
+            return None
+        labels = images.read_labels(sample.mask)
+        cells = labels[labels > 0]
+        if not cells.size or cells.min() == cells.max():
+            return None
+        # Grey rims of a smoothed 0/255 mask are not cells: nearly all of it is 255.
+        smoothed = labels.dtype == np.uint8 and np.count_nonzero(cells == cells.max()) > 0.8 * cells.size
+        return None if smoothed else labels
 
 
 def _inspect_image(path: Path) -> list[object]:
@@ -71,9 +103,16 @@ def _inspect_image(path: Path) -> list[object]:
     return [hash_of(path), height, width]
 
 
-def _inspect_mask(path: Path) -> list[object]:
-    height, width = images.read_labels(path).shape[:2]
+def _inspect_mask(path: Path, colors: dict[tuple[int, int, int], int] | None) -> list[object]:
+    height, width = images.read_labels(path, colors=colors).shape[:2]
     return [hash_of(path), height, width]
+
+
+def _truth(dataset: Dataset, sample: Sample) -> list[object]:
+    """As for a mask file, of a truth that is none; read anew each time, because it may be many files or part of one."""
+    assert sample.truth is not None
+    height, width = dataset.read_mask(sample).shape
+    return [sample.truth.digest(), height, width]
 
 
 def proven(dataset: Dataset) -> Dataset:
@@ -81,11 +120,25 @@ def proven(dataset: Dataset) -> Dataset:
 
     What was read is remembered by size and time of change, so that only the first call on new files takes long (about 30 ms a megapixel).
     """
-    with Remembered("images", _inspect_image) as image_facts, Remembered("masks", _inspect_mask) as mask_facts:
+    colors = dataset.color_table
+    known = f"masks-{hashlib.sha256(json.dumps(dataset.colors).encode()).hexdigest()[:8]}" if colors else "masks"
+    with (
+        Remembered("images", _inspect_image) as image_facts,
+        Remembered(known, lambda path: _inspect_mask(path, colors)) as mask_facts,
+    ):
         todo = [s for split in SPLITS for s in dataset.samples(split)]
-        new = [s for s in todo if not (image_facts.knows(s.image) and mask_facts.knows(s.mask))]
+        new = [s for s in todo if s.truth is not None or not (image_facts.knows(s.image) and mask_facts.knows(s.mask))]
+        truths: dict[Sample, list[object]] = {}
+
+        def inspect(sample: Sample) -> None:
+            image_facts[sample.image]
+            if sample.truth is None:
+                mask_facts[sample.mask]
+            else:
+                truths[sample] = _truth(dataset, sample)
+
         with ThreadPoolExecutor(2) as pool:  # decoding frees the interpreter's lock
-            jobs = [pool.submit(lambda s: (image_facts[s.image], mask_facts[s.mask]), s) for s in new]
+            jobs = [pool.submit(inspect, sample) for sample in new]
             try:
                 for job in tqdm(jobs, desc=f"reading {dataset.name} once", unit="image", leave=False, disable=len(new) < 20):
                     job.result()
@@ -95,7 +148,7 @@ def proven(dataset: Dataset) -> Dataset:
         for split in SPLITS:
             checked = []
             for sample in dataset.samples(split):
-                (image_hash, *size), (mask_hash, *mask_size) = image_facts[sample.image], mask_facts[sample.mask]
+                (image_hash, *size), (mask_hash, *mask_size) = image_facts[sample.image], truths.get(sample) or mask_facts[sample.mask]
                 if size != mask_size:
                     raise CellbenchError(
                         f"{sample.mask}: the mask is {mask_size[1]} x {mask_size[0]} px, its image {sample.image.name} {size[1]} x {size[0]}. "
@@ -104,5 +157,7 @@ def proven(dataset: Dataset) -> Dataset:
                 checked.append(replace(sample, size_px=(size[0], size[1]), digest=str(image_hash)))
                 lines.append([split, sample.name, image_hash, mask_hash])
             parts[split] = tuple(checked)
-    facts = json.dumps([dataset.classes, dataset.values, sorted(lines)])
+    # What came later is left out where it is not used, so that finished runs are still found.
+    meaning = [dataset.classes, dataset.values, *(more for more in (dataset.thresholds, dataset.colors) if more)]
+    facts = json.dumps([*meaning, sorted(lines)])
     return replace(dataset, digest=hashlib.sha256(facts.encode()).hexdigest()[:16], **parts)

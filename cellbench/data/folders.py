@@ -1,61 +1,85 @@
-"""Opens a folder of images and masks, or draws one: from a dataset card and ``--data`` to a :class:`Dataset`.
-
-Images and masks are paired by stem, whatever their extensions: a loader that globs ``*.png`` loses 9 % of BCCD.
-"""
+"""Opens a folder of images and masks, or draws one: from a dataset card and ``--data`` to a :class:`Dataset`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
-from cellbench.data.dataset import Dataset, Sample, proven
-from cellbench.data.images import EXTENSIONS
-from cellbench.data.splits import split_of
+from cellbench.data.dataset import SPLITS, Dataset, Sample, proven
+from cellbench.data.layouts import listing_of
+from cellbench.data.listing import Listing
+from cellbench.data.splits import Splits, given, split_of
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
 from cellbench.registry import DatasetCard, load, with_defaults
-from cellbench.spec import DataSpec
+from cellbench.spec import DataSpec, checked
 
-LAYOUTS = (
-    ("{split}/original", "{split}/mask"),
-    ("{split}/images", "{split}/masks"),
-    ("original", "mask"),
-    ("images", "masks"),
-)
+OWN_CARD = "dataset.toml"
+"""A card that lies in the folder of data itself."""
 
 
 def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Dataset:
-    """The dataset of a card: drawn, or read from ``folder``. Every file is proven readable. Raises CellbenchError."""
-    if card.draw:
-        root = _drawn(card, spec)
-    else:
-        if spec.draw:
-            raise CellbenchError(f"[data.draw] is for drawn datasets, but '{card.id}' is read from a folder. Remove the table.")
-        if folder is None:
-            how = f" How to get it: {card.how_to_get}" if card.how_to_get else ""
-            raise CellbenchError(f"dataset '{card.id}' is read from a folder, and none was named. Give --data DIR.{how}")
-        root = folder
-    if not root.is_dir():
-        raise CellbenchError(f"--data {root}: there is no such folder.")
-    root, images, masks = _layout(card, root)
-    notes: list[str] = []
-    if "{split}" in images:
-        parts = {s: _pairs(root, images.format(split=s), masks.format(split=s), notes) for s in ("train", "test")}
-    else:
-        parts = {"train": _pairs(root, images, masks, notes), "test": ()}
-    labels = Dataset(name=card.id, classes=card.classes, values=card.values, root=root, train=(), val=(), test=())
-    splits = split_of(root, parts["train"], parts["test"], spec, lambda sample: float((labels.read_mask(sample) > 0).mean()))
-    parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+    """The dataset of a card: drawn, or read from ``folder`` (or a manifest or COCO file). Every file is proven readable. Raises CellbenchError."""
+    card, listing = listed(card, folder, spec)
+    listing.refuse()
+    dataset, splits = split(card, listing, spec)
     if spec.limit:
-        parts = {name: samples[: spec.limit] for name, samples in parts.items()}
-    dataset = proven(Dataset(name=card.id, classes=card.classes, values=card.values, root=root, **parts))
-    notes.append(splits.keep())  # only now: a split that names a damaged image would be in the way of whoever takes it out
-    return replace(dataset, notes=tuple(notes))
+        dataset = replace(dataset, **{part: dataset.samples(part)[: spec.limit] for part in SPLITS})
+    dataset = proven(dataset)
+    # Only now: a split that names a damaged image would be in the way of whoever takes it out.
+    return replace(dataset, notes=(*listing.notes, splits.keep()))
+
+
+def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[DatasetCard, Listing]:
+    """The card that holds for the folder and what lies there, nothing decoded yet. Raises CellbenchError."""
+    if card.draw:
+        return card, listing_of(card, _drawn(card, spec))
+    if spec.draw:
+        raise CellbenchError(f"[data.draw] is for drawn datasets, but '{card.id}' is read from a folder. Remove the table.")
+    if folder is None:
+        how = f" How to get it: {card.how_to_get}" if card.how_to_get else ""
+        raise CellbenchError(f"dataset '{card.id}' is read from a folder, and none was named. Give --data DIR.{how}")
+    if card.id == "folder" and (folder / OWN_CARD).is_file():
+        card = _own_card(folder / OWN_CARD, card)
+    return card, listing_of(card, folder)
+
+
+def _own_card(path: Path, card: DatasetCard) -> DatasetCard:
+    """The card in the folder of data: classes and how masks show them. It is data, so it names no code."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CellbenchError(f"{path}: cannot be read as a card: {error}.") from None
+    for key in ("builder", "draw", "id", "title", "path"):
+        if key in tree:
+            raise CellbenchError(
+                f"{path}: '{key}' is not for a card that lies with its data. Take it out, or lay the card over ours with --registry."
+            )
+    given = {"builder": card.builder, "path": str(path), "id": path.absolute().parent.name, "title": card.title}
+    return checked(DatasetCard, {**tree, **given}, str(path))
+
+
+def split(card: DatasetCard, listing: Listing, spec: DataSpec) -> tuple[Dataset, Splits]:
+    """The listed samples as a dataset in its three splits; nothing is written yet."""
+    meaning = {name: getattr(card, name) for name in ("classes", "values", "thresholds", "colors")}
+    dataset = Dataset(name=card.id, root=listing.root, train=(), val=(), test=(), **meaning)
+    parts = {part: listing.parts.get(part, ()) for part in SPLITS}
+
+    def foreground(sample: Sample) -> float:
+        return float((dataset.read_mask(sample) > 0).mean())
+
+    if spec.folds:  # over everything
+        splits = split_of(listing.root, (*parts["train"], *parts["val"]), parts["test"], spec, foreground)
+    elif parts["val"]:
+        splits = given(listing.root, listing.layout, parts, spec)
+    else:
+        splits = split_of(listing.root, parts["train"], parts["test"], spec, foreground)
+    return replace(dataset, train=splits.train, val=splits.val, test=splits.test), splits
 
 
 def _drawn(card: DatasetCard, spec: DataSpec) -> Path:
@@ -66,44 +90,3 @@ def _drawn(card: DatasetCard, spec: DataSpec) -> Path:
         with tqdm(desc=f"drawing {card.id}", unit="image", leave=False) as bar:
             load(card)(folder, settings, bar.update)
     return folder
-
-
-def _layout(card: DatasetCard, root: Path) -> tuple[Path, str, str]:
-    """The folder that holds the data and the names of its image and mask folders; one folder in between, as in Kaggle's zip, is passed."""
-    tried = [(card.images, card.masks)] if card.images else list(LAYOUTS)
-    inner = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
-    for base in [root, *(inner if len(inner) == 1 else [])]:
-        for images, masks in tried:
-            needed = [base / part.format(split=split) for split in ("train", "test") for part in (images, masks)]
-            if all(folder.is_dir() for folder in needed):
-                return base, images, masks
-    asked = " or ".join(f"{images}/ with {masks}/" for images, masks in tried).replace("{split}", "train|test")
-    found = ", ".join(f"{entry.name}/" for entry in inner[:5]) or "no folder"
-    raise CellbenchError(f"--data {root}: this is not laid out as '{card.id}' expects ({asked}). Found there: {found}.")
-
-
-def _pairs(root: Path, images: str, masks: str, notes: list[str]) -> tuple[Sample, ...]:
-    pictures, labels = _by_stem(root / images), _by_stem(root / masks)
-    where = f"{root.name}/{images}"
-    if not pictures:
-        raise CellbenchError(f"{root / images}: holds no image. Expected files that end in {', '.join(sorted(EXTENSIONS))}.")
-    lonely = [path.name for stem, path in pictures.items() if stem not in labels]
-    if lonely:
-        more = f"; {len(lonely) - 1} more like it" if len(lonely) > 1 else ""
-        raise CellbenchError(f"{where}: '{lonely[0]}' has no mask. Expected {masks}/{Path(lonely[0]).stem}.png{more}. Add it, or move the image out.")
-    spare = sorted(set(labels) - set(pictures))
-    if spare:
-        notes.append(f"{root.name}/{masks}: {len(spare)} masks have no image and are not used, '{labels[spare[0]].name}' first.")
-    return tuple(Sample(name=path.name, image=path, mask=labels[stem]) for stem, path in pictures.items())
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        stem, extension = os.path.splitext(entry.name)
-        if extension.lower() not in EXTENSIONS or entry.name.startswith(".") or not entry.is_file():
-            continue
-        if stem in found:
-            raise CellbenchError(f"{folder}: '{found[stem].name}' and '{entry.name}' share a stem, so their masks cannot be told apart. Rename one.")
-        found[stem] = Path(entry.path)
-    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,6 +78,20 @@ def split_of(
     drawn = Splits(train=parts["train"], val=parts["val"], test=test or parts["test"], place=place, record=json.dumps(record, indent=1))
     _refuse_torn(root, drawn)  # by a test folder that came with the data
     return drawn
+
+
+def given(root: Path, layout: str, parts: Mapping[str, tuple[Sample, ...]], spec: DataSpec) -> Splits:
+    """The splits that the data itself names, all three. Nothing is drawn or written."""
+    samples = with_groups((*parts["train"], *parts["val"], *parts["test"]), spec)
+    first, second = len(parts["train"]), len(parts["train"]) + len(parts["val"])
+    found = Splits(train=samples[:first], val=samples[first:second], test=samples[second:], place=root / layout)
+    for part in ("train", "val", "test"):
+        if not getattr(found, part):
+            raise CellbenchError(
+                f"{root}: {layout} has images of a validation split and none of '{part}'. Name some there, or no split at all."
+            )
+    _refuse_torn(root, found)
+    return found
 
 
 _LATER = ("folds", "fold", "group", "group_pattern", "stratify")

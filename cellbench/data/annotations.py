@@ -1,0 +1,204 @@
+"""The truth of an image that is not one mask file: a folder of one mask a nucleus, or outlines in a COCO file. All give an id map.
+
+Ids (H, W) int32: 0 is background, 1..n the cells in their written order. Where two overlap the later one owns the pixel. pycocotools, which
+rasterises polygons, writes past its buffer for counts or coordinates that do not fit the image, so both are checked before it sees them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from cellbench.data import images
+from cellbench.errors import CellbenchError
+from cellbench.files import hash_of
+
+
+class Annotation(Protocol):
+    """What an image's truth is read from, in place of a mask file."""
+
+    def digest(self) -> str:
+        """Over everything that the truth depends on."""
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Classes (H, W) uint8 and ids (H, W) int32. Raises CellbenchError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskFiles:
+    """One mask file for each cell (Data Science Bowl 2018): anything but 0 is that cell. All are of class 1."""
+
+    paths: tuple[Path, ...]
+
+    def digest(self) -> str:
+        return hashlib.sha256("".join(hash_of(path) for path in self.paths).encode()).hexdigest()
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        ids: np.ndarray | None = None
+        for number, path in enumerate(self.paths, 1):
+            mask = images.read_labels(path)
+            if ids is None:
+                ids = np.zeros(mask.shape, np.int32)
+            if mask.shape != ids.shape:
+                raise CellbenchError(
+                    f"{path}: is {mask.shape[1]} x {mask.shape[0]} px, the masks before it {ids.shape[1]} x {ids.shape[0]}. Replace it."
+                )
+            ids[mask > 0] = number
+        assert ids is not None  # a sample without masks is not made
+        return (ids > 0).astype(np.uint8), ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """One annotation of a COCO file: polygons or run lengths as JSON, and its class number."""
+
+    segmentation: str
+    label: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoRegions:
+    """The outlines of one image of a COCO file."""
+
+    file: Path
+    name: str
+    """The image's, for errors."""
+    size_px: tuple[int, int]
+    regions: tuple[Region, ...]
+
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps([self.size_px, [(r.segmentation, r.label) for r in self.regions]]).encode()).hexdigest()
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        height, width = self.size_px
+        classes, ids = np.zeros((height, width), np.uint8), np.zeros((height, width), np.int32)
+        for number, region in enumerate(self.regions, 1):
+            try:
+                inside = rasterised(json.loads(region.segmentation), height, width)
+            except ValueError as error:
+                raise CellbenchError(f"{self.file}: annotation {number} of '{self.name}' {error}. Mend it, or take it out.") from None
+            ids[inside], classes[inside] = number, region.label
+        return classes, ids
+
+
+def rasterised(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """The pixels (H, W) bool of COCO's polygons (lists of x, y, x, y, …) or run lengths (counts down columns, compressed or not).
+
+    Raises ValueError, whose words follow the name of the annotation, for what is neither or does not fit the image.
+    """
+    if isinstance(segmentation, dict):
+        counts = segmentation.get("counts")
+        if segmentation.get("size") != [height, width]:
+            raise ValueError(f"has run lengths for {segmentation.get('size')}, its image has {[height, width]} (height, width)")
+        runs = _uncompressed(counts) if isinstance(counts, str) else counts
+        whole = isinstance(runs, list) and all(type(n) is int and 0 <= n <= height * width for n in runs)
+        if not whole or sum(runs) != height * width:
+            raise ValueError("has run lengths that do not add up to its image")
+        flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+        return flat.reshape(width, height).T
+    if not (isinstance(segmentation, list) and segmentation and all(isinstance(polygon, list) for polygon in segmentation)):
+        raise ValueError("has neither polygons nor run lengths")
+    for polygon in segmentation:
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(f"has a polygon of {len(polygon)} numbers; x and y of three points or more are expected")
+        if not all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in polygon):
+            raise ValueError("has a polygon with coordinates that are no numbers")
+        far = max(height, width)
+        if not all(-far <= n <= 2 * far for n in polygon):
+            raise ValueError(f"has a polygon that leads far out of its image of {width} x {height} px")
+    from pycocotools import mask as coco
+
+    # Its rasteriser counts columns outside the image as part of it: drawn inside a larger picture, then cut out.
+    outer = [math.floor(min(0, *(n for polygon in segmentation for n in polygon)))] * 2
+    reach = math.ceil(max(height, width, *(n for polygon in segmentation for n in polygon))) + 1
+    inside = min(outer) == 0 and reach <= max(height, width) + 1
+    if inside:
+        return coco.decode(coco.merge(coco.frPyObjects(segmentation, height, width))).astype(bool)
+    dx = -outer[0]
+    moved = [[n + dx for n in polygon] for polygon in segmentation]
+    whole = coco.decode(coco.merge(coco.frPyObjects(moved, reach + dx, reach + dx))).astype(bool)
+    return whole[dx : dx + height, dx : dx + width]
+
+
+def _uncompressed(text: str) -> list[int]:
+    """COCO's compressed run lengths: five bits a character from '0' on, from the third run on as the difference to the last but one."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in text.encode("utf-8", "replace"):
+        code = character - 48
+        if not 0 <= code < 64 or shift > 60:
+            raise ValueError("has compressed run lengths that cannot be read")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            if code & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError("has compressed run lengths that end in the middle")
+    return runs
+
+
+@functools.lru_cache(maxsize=4)
+def coco_file(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
+    """The tree of a COCO file, its skeleton checked; ``stamp`` (size, time) keeps a changed file from being answered from memory."""
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CellbenchError(f"{path}: cannot be read as JSON ({error}). Export it again.") from None
+    tables = {"images": ("id", "file_name", "height", "width"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
+    for table, keys in tables.items():
+        rows = tree.get(table) if isinstance(tree, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and all(key in row for key in keys) for row in rows):
+            raise CellbenchError(f"{path}: is no COCO file: '{table}' must be a list of tables with {', '.join(keys)}.")
+        for row in rows:
+            for key in keys:
+                number = key not in ("file_name", "name")
+                if type(row[key]) is not (int if number else str) and not (key == "id" or key.endswith("_id")):
+                    raise CellbenchError(
+                        f"{path}: '{table}' holds {key} = {row[key]!r:.60}; a {'whole number' if number else 'string'} is expected."
+                    )
+                if not isinstance(row[key], int | str):
+                    raise CellbenchError(f"{path}: '{table}' holds {key} = {row[key]!r:.60}; a number or a string is expected.")
+    return tree
+
+
+def coco_regions(path: Path, classes: tuple[str, ...]) -> list[CocoRegions]:
+    """The images of a COCO file with their outlines. With two classes every category is a cell; else categories go by their names.
+
+    Raises CellbenchError that names the file.
+    """
+    about = path.stat()
+    tree = coco_file(path, (about.st_size, about.st_mtime_ns))
+    label: dict[int | str, int] = {}
+    for row in tree["categories"]:
+        if len(classes) > 2 and row["name"] not in classes:
+            raise CellbenchError(
+                f"{path}: category '{row['name']}' is no class of the card ({', '.join(classes)}). Name it there, or take it out."
+            )
+        label[row["id"]] = classes.index(row["name"]) if len(classes) > 2 else 1
+    found: dict[int | str, list[Region]] = {}
+    for row in tree["images"]:
+        if row["id"] in found:
+            raise CellbenchError(f"{path}: two images have the id {row['id']!r}. Each needs its own.")
+        if row["height"] < 1 or row["width"] < 1:
+            raise CellbenchError(f"{path}: '{row['file_name']}' is {row['width']} x {row['height']} px there. Export it again.")
+        found[row["id"]] = []
+    for row in tree["annotations"]:
+        if row["image_id"] not in found or row["category_id"] not in label:
+            lost = f"image {row['image_id']!r}" if row["image_id"] not in found else f"category {row['category_id']!r}"
+            raise CellbenchError(f"{path}: an annotation is of {lost}, which the file does not hold. Export it again.")
+        region = Region(segmentation=json.dumps(row.get("segmentation")), label=label[row["category_id"]])
+        found[row["image_id"]].append(region)
+    return [
+        CocoRegions(file=path, name=row["file_name"], size_px=(row["height"], row["width"]), regions=tuple(found[row["id"]]))
+        for row in tree["images"]
+    ]

@@ -1,0 +1,119 @@
+"""A table that says which mask is whose: ``manifest.csv`` or ``manifest.toml`` with image, mask and, where known, split, group and label."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tomllib
+from pathlib import Path
+
+from cellbench.data.annotations import MaskFiles
+from cellbench.data.dataset import Sample
+from cellbench.data.listing import Listing, Problem, by_stem, named, outside, place
+from cellbench.errors import CellbenchError
+
+NAMES = ("manifest.csv", "manifest.toml")
+COLUMNS = ("image", "mask", "split", "group", "label")
+SPLITS = {
+    "": "train",
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def read_manifest(path: Path, root: Path) -> Listing:
+    """The listing of a manifest; its paths are relative to its own folder and stay inside it.
+
+    A mask may be a folder with one mask a cell. Raises CellbenchError for a file that is no such table; what is wrong with single rows is
+    a problem of the listing.
+    """
+    rows, notes = (_toml if path.suffix.lower() == ".toml" else _csv)(path)
+    out = Listing(root=root, layout=f"manifest {path.name}", notes=notes)
+    if not rows:
+        raise CellbenchError(f"{path}: holds no row. Expected one an image, with {' and '.join(COLUMNS[:2])}.")
+    parts: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
+    given = {bool(row["split"]) for row in rows}
+    if len(given) > 1:
+        raise CellbenchError(
+            f"{path}: some rows name a split and others none. Name train, val or test in each, or in none to have it drawn."
+        )
+    names = named([row["image"] for row in rows])
+    seen: set[str] = set()
+    for number, row in enumerate(rows, 1):
+        if row["split"].lower() not in SPLITS:
+            raise CellbenchError(f"{path}: row {number} has split = {row['split']!r:.40}. Expected train, val or test.")
+        if row["image"] in seen:
+            out.problems.append(
+                Problem(kind="twice", name=row["image"], said=f"{path}: names '{row['image']}' twice", todo="Keep one of the rows.")
+            )
+            continue
+        seen.add(row["image"])
+        files = {key: place(root, row[key]) for key in ("image", "mask")}
+        if None in files.values():
+            out.problems.append(outside(root, row["image"] if files["image"] is None else row["mask"]))
+            continue
+        image, mask = files["image"], files["mask"]
+        assert image is not None
+        assert mask is not None
+        truth = None
+        if mask.is_dir():
+            truth = MaskFiles(paths=tuple(by_stem(mask, root, out.problems).values()))
+        lost = [
+            key for key, file in (("image", image), ("mask", mask)) if not file.is_file() and not (key == "mask" and truth and truth.paths)
+        ]
+        if lost:
+            said = f"{path}: row {number} names the {lost[0]} '{row[lost[0]]}', which is not there"
+            out.problems.append(Problem(kind=f"missing-{lost[0]}", name=row["image"], said=said, todo="Add it, or take the row out."))
+            continue
+        sample = Sample(name=names[row["image"]], image=image, mask=mask, truth=truth, group=row["group"], label=row["label"])
+        parts[SPLITS[row["split"].lower()]].append(sample)
+    out.parts = {part: tuple(samples) for part, samples in parts.items()}
+    return out
+
+
+def _csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        first = text.split("\n", 1)[0]
+        delimiter = max(",;\t", key=first.count)
+        table = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CellbenchError(f"{path}: cannot be read as CSV ({error}). Save it as CSV in UTF-8.") from None
+    heads = [head.strip().lower() for head in table[0]] if table else []
+    if not {"image", "mask"} <= set(heads) or len(set(heads)) < len(heads):
+        raise CellbenchError(
+            f"{path}: its first line must name the columns, image and mask among them, each once; found: {', '.join(heads)[:200] or 'nothing'}."
+        )
+    rows = []
+    for number, cells in enumerate(table[1:], 1):
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(heads):
+            todo = f"Mend it, with quotes around names that hold {delimiter!r}."
+            raise CellbenchError(f"{path}: row {number} has {len(cells)} fields, the first line {len(heads)}. {todo}")
+        row = dict(zip(heads, (cell.strip() for cell in cells), strict=True))
+        rows.append({key: row.get(key, "") for key in COLUMNS})
+    other = [head for head in heads if head not in COLUMNS]
+    return rows, [f"{path.name}: columns not used: {', '.join(other)}"] if other else []
+
+
+def _toml(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise CellbenchError(f"{path}: cannot be read as TOML ({error}).") from None
+    rows = tree.get("image")
+    if set(tree) != {"image"} or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CellbenchError(f"{path}: expected tables [[image]] with image, mask and perhaps split, group, label, and nothing else.")
+    for row in rows:
+        wrong = [key for key, value in row.items() if key not in COLUMNS or not isinstance(value, str)]
+        if wrong or not {"image", "mask"} <= set(row):
+            raise CellbenchError(
+                f"{path}: an [[image]] has {f'{wrong[0]} = {row[wrong[0]]!r:.60}' if wrong else 'no image or no mask'}. Strings are expected."
+            )
+    return [{key: row.get(key, "") for key in COLUMNS} for row in rows], []

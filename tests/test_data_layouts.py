@@ -1,0 +1,379 @@
+"""Every way a folder may be laid out gives the same images, classes and cells; what leads out of it or is not there is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco
+from skimage.draw import polygon2mask
+
+from cellbench.data.annotations import rasterised
+from cellbench.data.dataset import Dataset
+from cellbench.data.folders import open_dataset
+from cellbench.data.layouts import listing_of
+from cellbench.errors import CellbenchError
+from cellbench.registry import DatasetCard, Registry
+from cellbench.spec import DataSpec, checked
+
+FOLDER = Registry().dataset("folder")
+SIZE = (40, 60)
+
+
+def cells(seed: int) -> np.ndarray:
+    """Ids (40, 60) of four rectangles that may touch but not overlap."""
+    rng = np.random.default_rng(seed)
+    ids = np.zeros(SIZE, np.uint16)
+    for number, (y, x) in enumerate([(2, 3), (2, 30), (21, 3), (21, 30)], 1):
+        ids[y : y + rng.integers(5, 18), x : x + rng.integers(5, 27)] = number
+    return ids
+
+
+def picture(seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 20, (*SIZE, 3))
+    return Image.fromarray((np.where(cells(seed)[..., None] > 0, 120, 220) + noise).astype(np.uint8))
+
+
+def pairs(folder: Path, num: int = 6) -> Path:
+    for seed in range(num):
+        for inner in ("images", "masks"):
+            (folder / inner).mkdir(parents=True, exist_ok=True)
+        picture(seed).save(folder / "images" / f"i{seed}.png")
+        Image.fromarray(cells(seed)).save(folder / "masks" / f"i{seed}.png")
+    return folder
+
+
+def nuclei(folder: Path, num: int = 6) -> Path:
+    for seed in range(num):
+        for inner in ("images", "masks"):
+            (folder / f"i{seed}" / inner).mkdir(parents=True, exist_ok=True)
+        picture(seed).save(folder / f"i{seed}" / "images" / f"i{seed}.png")
+        for number in range(1, 5):
+            Image.fromarray(np.where(cells(seed) == number, 255, 0).astype(np.uint8)).save(folder / f"i{seed}" / "masks" / f"{number}.png")
+    return folder
+
+
+def segmentation(mask: np.ndarray, kind: str):
+    if kind == "polygon":  # pixel corners of a rectangle
+        rows, columns = np.nonzero(mask)
+        y0, y1, x0, x1 = int(rows.min()), int(rows.max()) + 1, int(columns.min()), int(columns.max()) + 1
+        return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+    rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    if kind == "compressed":
+        return {"size": list(SIZE), "counts": rle["counts"].decode()}
+    flat = np.concatenate([[0], mask.T.ravel().astype(int), [0]])
+    edges = np.flatnonzero(np.diff(flat))
+    return {"size": list(SIZE), "counts": np.diff([0, *edges, mask.size]).tolist()} if len(edges) % 2 == 0 else None
+
+
+def coco_tree(num: int = 6, kind: str = "polygon") -> dict:
+    annotations = [
+        {"id": 10 * seed + number, "image_id": seed, "category_id": 7, "segmentation": segmentation(cells(seed) == number, kind)}
+        for seed in range(num)
+        for number in range(1, 5)
+    ]
+    images = [{"id": seed, "file_name": f"i{seed}.png", "height": SIZE[0], "width": SIZE[1]} for seed in range(num)]
+    return {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "nucleus"}]}
+
+
+def coco_folder(folder: Path, num: int = 6, kind: str = "polygon") -> Path:
+    (folder / "images").mkdir(parents=True)
+    for seed in range(num):
+        picture(seed).save(folder / "images" / f"i{seed}.png")
+    (folder / "annotations.json").write_text(json.dumps(coco_tree(num, kind)))
+    return folder
+
+
+def manifest(folder: Path, name: str = "manifest.csv", num: int = 6) -> Path:
+    pairs(folder, num)
+    rows = [
+        {"image": f"images/i{k}.png", "mask": f"masks/i{k}.png", "group": f"patient {k // 2}", "label": "ab"[k % 2]} for k in range(num)
+    ]
+    if name.endswith(".csv"):
+        (folder / name).write_text("\n".join([",".join(rows[0]), *(",".join(row.values()) for row in rows)]))
+    else:
+        (folder / name).write_text("\n".join("[[image]]\n" + "\n".join(f'{key} = "{value}"' for key, value in row.items()) for row in rows))
+    return folder
+
+
+def opened(folder: Path, card: DatasetCard = FOLDER, **settings) -> Dataset:
+    return open_dataset(card, folder, DataSpec(**settings))
+
+
+def everything(data: Dataset):
+    return sorted(data.train + data.val + data.test, key=lambda sample: sample.name)
+
+
+def refusal(folder: Path, card: DatasetCard = FOLDER) -> str:
+    with pytest.raises(CellbenchError) as caught:
+        opened(folder, card)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def card_of(**facts) -> DatasetCard:
+    return checked(DatasetCard, {"id": "mine", "title": "", "path": "", "builder": "x:y", **facts}, "card")
+
+
+WAYS = {
+    "pairs": pairs,
+    "nuclei": nuclei,
+    "coco polygons": coco_folder,
+    "coco rle": lambda folder: coco_folder(folder, kind="rle"),
+    "coco compressed": lambda folder: coco_folder(folder, kind="compressed"),
+    "csv": manifest,
+    "toml": lambda folder: manifest(folder, "manifest.toml"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_layout_gives_the_same_images_classes_and_cells(tmp_path: Path, way: str) -> None:
+    data = opened(WAYS[way](tmp_path / "own"))
+    samples = everything(data)
+    assert [sample.name for sample in samples] == [f"i{seed}.png" for seed in range(6)]
+    for seed, sample in enumerate(samples):
+        image, classes = data.read(sample)
+        np.testing.assert_array_equal(image, np.array(picture(seed)))
+        np.testing.assert_array_equal(classes, cells(seed) > 0)
+        np.testing.assert_array_equal(data.read_instances(sample), cells(seed))
+    assert opened(tmp_path / "own").digest == data.digest
+
+
+@pytest.mark.parametrize("way", ["nuclei", "coco polygons"])
+def test_a_changed_truth_is_another_dataset(tmp_path: Path, way: str) -> None:
+    before = opened(WAYS[way](tmp_path / "own")).digest
+    if way == "nuclei":
+        Image.fromarray(np.full(SIZE, 255, np.uint8)).save(tmp_path / "own" / "i0" / "masks" / "1.png")
+    else:
+        path = tmp_path / "own" / "annotations.json"
+        tree = coco_tree()
+        tree["annotations"][0]["segmentation"] = [[0, 0, 9, 0, 9, 9]]
+        path.write_text(json.dumps(tree))
+    assert opened(tmp_path / "own").digest != before
+
+
+def test_a_manifest_gives_groups_labels_and_splits(tmp_path: Path) -> None:
+    data = opened(manifest(tmp_path / "own"))
+    assert {sample.group for sample in everything(data)} == {"patient 0", "patient 1", "patient 2"}
+    assert not {sample.group for sample in data.train} & {sample.group for sample in data.val + data.test}
+    rows = [f"images/i{k}.png;masks/i{k}.png;{('train', 'Train', 'valid', 'val', 'test', 'test')[k]}" for k in range(6)]
+    (tmp_path / "own" / "manifest.csv").write_text("\ufeffImage;Mask;Split\r\n" + "\r\n".join(rows) + "\r\n", encoding="utf-8")
+    data = opened(tmp_path / "own")
+    assert [[sample.name for sample in data.samples(part)] for part in ("train", "val", "test")] == [
+        ["i0.png", "i1.png"],
+        ["i2.png", "i3.png"],
+        ["i4.png", "i5.png"],
+    ]
+
+
+def test_a_manifest_or_coco_file_may_be_named_itself(tmp_path: Path) -> None:
+    manifest(tmp_path / "own", "anything.csv")
+    assert len(everything(opened(tmp_path / "own" / "anything.csv"))) == 6
+    coco_folder(tmp_path / "two")
+    assert len(everything(opened(tmp_path / "two" / "annotations.json"))) == 6
+
+
+def test_images_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    rows = ["image,mask"]
+    for folder in ("a", "b"):
+        pairs(tmp_path / "own" / folder, 3)
+        rows += [f"{folder}/images/i{k}.png,{folder}/masks/i{k}.png" for k in range(3)]
+    (tmp_path / "own" / "manifest.csv").write_text("\n".join(rows))
+    names = [sample.name for sample in everything(opened(tmp_path / "own"))]
+    assert names == sorted(f"{folder}__images__i{k}.png" for folder in "ab" for k in range(3))
+
+
+def test_coco_categories_are_classes_by_name_where_a_card_names_them(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path / "own")
+    tree = coco_tree()
+    tree["categories"] = [{"id": 7, "name": "red"}, {"id": 9, "name": "white"}]
+    for number, annotation in enumerate(tree["annotations"]):
+        annotation["category_id"] = 9 if number % 4 == 3 else 7
+    (folder / "annotations.json").write_text(json.dumps(tree))
+    data = opened(folder, card_of(classes=["background", "white", "red"]))
+    expected = np.array([0, 2, 2, 2, 1])[cells(0)]
+    np.testing.assert_array_equal(data.read_mask(everything(data)[0]), expected)
+    assert "category 'white' is no class" in refusal(folder, card_of(classes=["background", "red", "platelet"]))
+
+
+def test_roboflow_and_stage1_folders_are_known_by_their_splits(tmp_path: Path) -> None:
+    for split, num in (("train", 4), ("valid", 2), ("test", 3)):
+        home = tmp_path / "robo" / split
+        home.mkdir(parents=True)
+        for seed in range(num):
+            picture(seed).save(home / f"i{seed}.png")
+        (home / "_annotations.coco.json").write_text(json.dumps(coco_tree(num)))
+    data = opened(tmp_path / "robo")
+    assert [len(data.samples(part)) for part in ("train", "val", "test")] == [4, 2, 3]
+    for split, num in (("stage1_train", 4), ("stage1_test", 2)):
+        nuclei(tmp_path / "dsb" / split, num)
+    data = opened(tmp_path / "dsb")
+    assert [len(data.samples(part)) for part in ("train", "val", "test")] == [3, 1, 2]
+
+
+def test_a_card_beside_the_data_names_classes_and_colours(tmp_path: Path) -> None:
+    folder = pairs(tmp_path / "own")
+    palette = np.array([(255, 255, 255), (200, 0, 0), (0, 0, 200)], np.uint8)
+    for seed in range(6):
+        Image.fromarray(palette[cells(seed) % 3]).save(folder / "masks" / f"i{seed}.png")
+    assert "colours such as" in refusal(folder)
+    facts = 'classes = ["background", "red", "blue"]\ncolors = [[255, 255, 255], [200, 0, 0], [0, 0, 200]]\n'
+    (folder / "dataset.toml").write_text(facts)
+    data = opened(folder)
+    assert data.classes == ("background", "red", "blue")
+    np.testing.assert_array_equal(data.read_mask(everything(data)[0]), cells(0) % 3)
+    (folder / "dataset.toml").write_text(facts + 'builder = "evil.py:run"\n')
+    assert "'builder' is not for a card that lies with its data" in refusal(folder)
+
+
+def test_thresholds_part_classes(tmp_path: Path) -> None:
+    folder = pairs(tmp_path / "own")
+    noisy = (cells(0) * 50 + np.random.default_rng(0).integers(0, 12, SIZE)).astype(np.uint8)
+    Image.fromarray(noisy).save(folder / "masks" / "i0.png")
+    data = opened(folder, card_of(classes=["background", "a", "b"], thresholds=[30, 80]))
+    np.testing.assert_array_equal(data.read_mask(everything(data)[0]), np.array([0, 1, 2, 2, 2])[cells(0)])
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"values": [0, 255], "thresholds": [128]}, "keep one"),
+        ({"values": [0, 128, 255]}, "2 different ones"),
+        ({"thresholds": [128, 60], "classes": ["a", "b", "c"]}, "rise"),
+        ({"colors": [[0, 0, 0], [0, 0, 300]]}, r"0\.\.255"),
+    ],
+)
+def test_cards_that_cannot_be_meant_are_refused(facts: dict, says: str) -> None:
+    with pytest.raises(CellbenchError, match=says):
+        card_of(**facts)
+
+
+# Safety
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "/etc/passwd", "images/../../secret.png", "..\\secret.png", "C:/secret.png", "images/\0.png", ""]
+)
+@pytest.mark.parametrize("column", ["image", "mask"])
+def test_paths_that_leave_the_folder_are_refused(tmp_path: Path, name: str, column: str) -> None:
+    folder = pairs(tmp_path / "own")
+    picture(0).save(tmp_path / "secret.png")
+    row = {"image": "images/i0.png", "mask": "masks/i0.png", column: name}
+    (folder / "manifest.csv").write_text(f"image,mask\nimages/i1.png,masks/i1.png\n{row['image']},{row['mask']}\n")
+    assert "leads out of the folder" in refusal(folder)
+    tree = coco_tree()
+    tree["images"][0]["file_name"] = name
+    os.remove(folder / "manifest.csv")
+    (folder / "c.json").write_text(json.dumps(tree))
+    os.rename(folder / "masks", folder / "no")
+    if column == "image":
+        assert "leads out of the folder" in refusal(folder)
+
+
+def test_links_are_followed_inside_and_refused_outside_unless_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pairs(tmp_path / "own")
+    (folder / "images" / "linked.png").symlink_to(folder / "images" / "i0.png")
+    (folder / "masks" / "linked.png").symlink_to("i0.png")
+    assert len(everything(opened(folder))) == 7
+    pairs(tmp_path / "other")
+    (folder / "images" / "z.png").symlink_to(tmp_path / "other" / "images" / "i1.png")
+    (folder / "masks" / "z.png").symlink_to(folder / "masks" / "i1.png")
+    assert "'images/z.png' leads out of the folder" in refusal(folder)
+    monkeypatch.setenv("CELLBENCH_FOLLOW_LINKS", "1")
+    os.remove(folder / "splits.json")
+    assert len(everything(opened(folder))) == 8
+
+
+def test_a_name_of_255_characters_is_read_split_and_read_again(tmp_path: Path) -> None:
+    folder = pairs(tmp_path / "own")
+    stem = "ä" * 120 + "x" * 11
+    os.rename(folder / "images" / "i0.png", folder / "images" / f"{stem}.png")
+    os.rename(folder / "masks" / "i0.png", folder / "masks" / f"{stem}.png")
+    assert len(f"{stem}.png".encode()) == 255
+    first = opened(folder)
+    assert f"{stem}.png" in {sample.name for sample in everything(first)}
+    assert opened(folder).digest == first.digest
+
+
+def test_read_only_data_stays_as_it_is(tmp_path: Path) -> None:
+    folder = manifest(tmp_path / "own")
+    folder.chmod(0o555)
+    before = sorted(path.name for path in folder.rglob("*"))
+    first = opened(folder)
+    assert opened(folder).digest == first.digest
+    assert sorted(path.name for path in folder.rglob("*")) == before
+    folder.chmod(0o755)
+
+
+def test_many_files_are_listed_by_names_alone(tmp_path: Path) -> None:
+    """Nothing is opened, and no file is looked at twice: 20,000 empty files would all be refused by a decoder."""
+    for inner in ("images", "masks"):
+        (tmp_path / "own" / inner).mkdir(parents=True)
+        for number in range(10_000):
+            (tmp_path / "own" / inner / f"{number}.png").touch()
+    assert len(listing_of(FOLDER, tmp_path / "own").parts["train"]) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("image,mask\nimages/i0.png,masks/nothing.png", "names the mask 'masks/nothing.png', which is not there"),
+        ("image,mask\nimages/none.png,masks/i0.png", "names the image 'images/none.png', which is not there"),
+        ("image,mask\nimages/i0.png,masks/i0.png\nimages/i0.png,masks/i0.png", "names 'images/i0.png' twice"),
+        ("image,mask,split\nimages/i0.png,masks/i0.png,tset", "split = 'tset'"),
+        ("image,mask,split\nimages/i0.png,masks/i0.png,test\nimages/i1.png,masks/i1.png,", "some rows name a split"),
+        ("picture,mask\na,b", "must name the columns"),
+        ("image,mask\na", "has 1 fields"),
+        ('image,mask\n"a,b', "cannot be read as CSV"),
+        ("", "must name the columns"),
+        ("image,mask\n", "holds no row"),
+    ],
+)
+def test_manifests_that_cannot_be_meant_are_refused(tmp_path: Path, rows: str, says: str) -> None:
+    folder = pairs(tmp_path / "own")
+    (folder / "manifest.csv").write_text(rows)
+    assert says in refusal(folder)
+
+
+# COCO's outlines
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_polygons_cover_what_an_independent_rasteriser_covers(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 12))
+    points = np.stack([70 + rng.uniform(30, 45, 12) * np.cos(angles), 50 + rng.uniform(20, 40, 12) * np.sin(angles)], 1)
+    points[:, 0] -= 40 * (seed % 2)  # some leave the image on the left
+    ours = rasterised([points.ravel().tolist()], 100, 140)
+    theirs = polygon2mask((100, 140), points[:, ::-1] - 0.5)
+    assert ours.shape == (100, 140)
+    assert 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()) > 0.97
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None, [], {}, "abc", [[1, 2, 3]], [[1, 2, 3, 4, 5, float("nan")]], [[0, 0, 1e12, 0, 5, 5]], [["a"] * 6], [[1, 2, 3, 4, 5, True]],
+        {"size": [40, 60], "counts": [2400, 1]}, {"size": [40, 60], "counts": [-5, 2405]}, {"size": [60, 40], "counts": [2400]},
+        {"size": [40, 60], "counts": "ooooooooooo"}, {"size": [40, 60], "counts": "\x00"}, {"size": [40, 60], "counts": [1.5]},
+        {"size": [40, 60], "counts": None},
+    ],
+)  # fmt: skip
+def test_outlines_that_do_not_fit_are_refused_before_they_are_drawn(tmp_path: Path, wrong: object) -> None:
+    folder = coco_folder(tmp_path / "own")
+    tree = coco_tree()
+    tree["annotations"][0]["segmentation"] = wrong
+    (folder / "annotations.json").write_text(json.dumps(tree))
+    assert "annotation 1 of 'i0.png' has" in refusal(folder)
+
+
+def test_a_coco_file_whose_image_has_another_size_is_refused(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path / "own")
+    tree = coco_tree(kind="polygon")
+    tree["images"][0]["width"] = 61
+    (folder / "annotations.json").write_text(json.dumps(tree))
+    assert "the mask is 61 x 40 px" in refusal(folder)
