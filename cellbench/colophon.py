@@ -8,6 +8,7 @@ from typing import Any
 
 from cellbench import leaderboard, page
 from cellbench.evidence import Evidence
+from cellbench.logged import WEIGHTS
 
 
 def data(evidence: Evidence, known: dict[str, Any]) -> str:
@@ -73,11 +74,13 @@ def made(evidence: Evidence, known: dict[str, Any]) -> str:
     runs = [run.stored for here in evidence.sets for model in here.models for run in model.runs]
     tags = max(runs, key=lambda run: run.start_s).tags
     machines = sorted({run.tags.get("cellbench.machine", "") for run in runs} - {""})
+    weights = {run.params.get("backbone", ""): told for run in runs if (told := run.tags.get(WEIGHTS))}
     out = page.facts(
         [
             ("command", known.get("command", "not recorded")),
             ("machine", known.get("machine", "") or ", ".join(machines)),
             ("versions", versions or "not recorded"),
+            ("weights", ", ".join(f"{name} {told}" for name, told in sorted(weights.items()))),
             ("code", tags.get("mlflow.source.git.commit", "")),
             ("page made by", shlex.join(["cellbench", *sys.argv[1:]])),
         ]

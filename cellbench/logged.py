@@ -19,6 +19,7 @@ from cellbench.spec import RunSpec
 FINGERPRINT, STATUS, REASON, EXPERIMENT = "cellbench.fingerprint", "cellbench.status", "cellbench.reason", "cellbench.experiment"
 OWNER, HEARTBEAT = "cellbench.owner", "cellbench.heartbeat"
 PARENT, NOTE, KIND = "mlflow.parentRunId", "mlflow.note.content", "mlflow.experimentKind"
+WEIGHTS = "cellbench.weights"
 MODEL, VERDICT = "cellbench.model_entry", "cellbench.verdict"
 TABLES = "mlflow.loggedArtifacts"
 VIEW = "leaderboard"

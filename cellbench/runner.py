@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cellbench import checkpoints, results
 from cellbench.backbones.base import Backbone
-from cellbench.backbones.catalog import open_backbone
+from cellbench.backbones.catalog import open_backbone, weights_digest
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
@@ -30,7 +30,7 @@ from cellbench.exam import Exams
 from cellbench.features import Features, Keeping, Trunk
 from cellbench.infer import score
 from cellbench.jobs import Job, identity
-from cellbench.logged import Logged, params_of
+from cellbench.logged import WEIGHTS, Logged, params_of
 from cellbench.machine import Machine
 from cellbench.metrics import confusion
 from cellbench.model import model, num_levels
@@ -96,7 +96,11 @@ class Runner:
 
     def _tags(self, run: RunSpec) -> dict[str, str]:
         params = params_of(run, self.dataset.name)
-        return {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": run.model}
+        tags = {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": run.model}
+        with contextlib.suppress(WeightsUnavailable):
+            if run.backbone is not None:
+                tags[WEIGHTS] = weights_digest(self.registry.backbone(run.backbone), self.weights, download=False)
+        return tags
 
     # --- one cohort ---------------------------------------------------------------------------------------------------------------
 

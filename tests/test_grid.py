@@ -102,11 +102,11 @@ def test_every_run_is_logged_by_the_contract(inside):
         "backbone": "vit-tiny-random", "head": "detail", "seed": "1", "framing": "tile", "epochs": "2", "tile_px": "64",
         "dataset": "folder", "head.width": "64",
     }  # fmt: skip
-    assert {"backbone", "head", "seed", "dataset", "cellbench.experiment", "cellbench.fingerprint"} <= set(run.data.tags)
+    assert {"backbone", "head", "seed", "dataset", "cellbench.experiment", "cellbench.fingerprint", "cellbench.weights"} <= set(run.data.tags)
     assert run.data.tags["cellbench.status"] == "finished"
     for name in ("train/loss", "val/loss", "val/dice", "val/iou", "lr", "test/dice", "test/iou", "test/precision", "test/recall", "test/accuracy",
                  "test_background/dice", "test_mean/dice", "test_image/dice", "cost/train_s", "cost/head_params", "cost/backbone_params",
-                 "cost/images_per_s", "cost/peak_mib"):  # fmt: skip
+                 "cost/images_per_s", "cost/peak_mib", "cost/features_mib", "system/cpu_utilization_percentage"):  # fmt: skip
         assert name in run.data.metrics, name
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val/dice")
     assert [m.step for m in history] == [0, 1]
@@ -117,6 +117,18 @@ def test_every_run_is_logged_by_the_contract(inside):
     assert (artifacts(parent) / "leaderboard.json").is_file()
     for model in [*models, "otsu"]:
         assert model in printed
+
+
+def test_the_winner_is_a_model_in_mlflow_with_its_best_epochs_score(inside):
+    best = json.loads((artifacts(runs_of(kind="parent")["grid: small"]) / "leaderboard.json").read_text())["leaderboard"][0]
+    experiment = mlflow.get_experiment_by_name("small").experiment_id
+    entries = {one.source_run_id: one for one in mlflow.search_logged_models([experiment], output_format="list")}
+    (winner,) = (entries[run] for run in best["run_ids"] if run in entries)
+    assert winner.tags["cellbench.verdict"] == "the best"
+    metrics = {one.key: one.value for one in winner.metrics}
+    if not best["baseline"]:
+        assert metrics["val/dice"] == pytest.approx(metrics["best/val_dice"], abs=1e-6)
+    assert metrics["test/dice"] in [pytest.approx(dice, abs=1e-6) for dice in best["pooled_by_seed"]]
 
 
 def test_per_image_scores_and_pooled_scores_come_from_the_same_counts(inside):
