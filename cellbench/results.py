@@ -114,7 +114,6 @@ def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
         "classes": list(dataset.classes),
         "images": [sample.name for sample in dataset.test],
         "dataset": dataset.digest,
-        **({"groups": [sample.group for sample in dataset.test]} if any(sample.group for sample in dataset.test) else {}),
         "groups": [sample.group for sample in dataset.test],
         "tolerance_px": TOLERANCE_PX,
         "min_area_px": [MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX for one in exam.agreements],

@@ -12,6 +12,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
+import psutil
+
 from cellbench import moved, views
 from cellbench.errors import CellbenchError
 
@@ -84,11 +86,13 @@ def free_port(first: int) -> int:
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    if server.poll() is not None:
-        return
-    server.terminate()
+    """The server and the workers it started: told to end, and after five seconds made to."""
     try:
-        server.wait(10)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(one)
+        _, family = psutil.wait_procs(family, timeout=5)
