@@ -64,6 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like run.epochs=3; repeatable")
     grid.set_defaults(verb=_grid)
 
+    predict = verbs.add_parser("predict", help="masks of your images by a run: `best`, a run's name or id, or an exported folder", description=_PREDICT)
+    predict.add_argument("run", metavar="RUN", help="best, best:EXPERIMENT, a run's name or MLflow id, or an exported folder")
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files and folders of them")
+    predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the masks go, as NAME.png")
+    predict.add_argument("--probability", action="store_true", help="also NAME.probability.png, 0..255")
+    predict.add_argument("--overlay", action="store_true", help="also NAME.overlay.png: the image with outlines")
+    predict.add_argument("--geojson", action="store_true", help="also NAME.geojson: outlines for QuPath")
+    predict.add_argument("--coco", action="store_true", help="also coco.json: the outlines of all images")
+    _about_a_run(predict)
+    predict.set_defaults(verb=_predict)
+
     report = verbs.add_parser("report", help="what an experiment found: one HTML file, and tables as Markdown, CSV and LaTeX", description=_REPORT)
     report.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="its name in MLflow (default: the one with the newest finished run)")
     report.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: reports/EXPERIMENT)")
@@ -109,6 +120,34 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--contracts", action="store_true", help="test what every part must keep: those named, of --registry, or all")
     doctor.set_defaults(verb=_doctor)
     return parser
+
+
+def _about_a_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="where backbone weights lie, as <backbone>.safetensors, .pth or .bin")
+    parser.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
+
+
+_PREDICT = "The same command again goes on where it stopped. An image that cannot be read is passed over, and the exit code is then 1."
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from cellbench.predict import predict
+
+    return predict(
+        arguments.run,
+        arguments.images,
+        out=arguments.out,
+        probability=arguments.probability,
+        overlay=arguments.overlay,
+        geojson=arguments.geojson,
+        as_coco=arguments.coco,
+        weights=arguments.weights,
+        extra=arguments.registry,
+        device=arguments.device,
+        precision=arguments.precision,
+    )
 
 
 _GRID = "Runs the product of an experiment's lists. What is finished is not run again; what was interrupted goes on."

@@ -239,6 +239,26 @@ def newest() -> str | None:
     return names[found[0].info.experiment_id] if found else None
 
 
+def experiments() -> list[str]:
+    """The names of all experiments in MLflow's store."""
+    import mlflow
+
+    return [one.name for one in Client(mlflow).search_experiments()]
+
+
+def experiment_of(run_id: str) -> str | None:
+    """The name of the experiment that a run belongs to; None where no run has this id."""
+    import mlflow
+
+    if not re.fullmatch(r"[0-9a-f]{32}", run_id):  # not asked of the store: a run's name may hold anything
+        return None
+    client = mlflow.MlflowClient()
+    try:
+        return client.get_experiment(client.get_run(run_id).info.experiment_id).name
+    except mlflow.exceptions.MlflowException:
+        return None
+
+
 def _path(uri: str) -> str:
     """The path of a ``file:`` URI, or of a plain path."""
     return url2pathname(urlparse(uri).path) if uri.startswith("file:") else uri

@@ -22,14 +22,15 @@ LAYERS = (
         {"registry", "tiles", "framing", "plan", "losses", "metrics", "shapes"} | {"significance", "scored", "stats", "ranking"},
     ),
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
-    ("the one harness", {"machine", "checkpoints", "lanes", "store", "features", "model", "infer", "train", "exam"}),
+    ("the one harness", {"machine", "checkpoints", "lanes", "store", "features", "model", "infer", "train", "exam", "trained"}),
     (
         "doors and what is told",
         {"track", "logged", "refusals", "entries", "system", "views", "moved"}
         | {"figures", "figures_many", "figures_tests", "page", "results", "lineup", "evidence", "leaderboard", "chapters", "colophon"},
     ),
+    ("a run in use", {"winners", "segmenter", "outlines", "outputs", "exported"}),
     ("what is tried out", {"estimate", "naive", "bench", "contracts/"}),
-    ("verbs", {"grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui"}),
+    ("verbs", {"grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui", "predict"}),
     ("the command line", {"run"}),
 )
 # Parts are strangers, except for what they promise each other.
@@ -40,13 +41,13 @@ DOORS = {
     "matplotlib.pyplot": {"figures.py", "figures_many.py", "figures_tests.py"},
     "matplotlib": {"figures.py", "figures_many.py", "figures_tests.py", "chapters.py"},  # chapters: the word Figure in its signatures
     "seaborn": {"figures.py", "figures_many.py", "figures_tests.py"},
-    "PIL": {"data/image_files.py", "data/images.py", "data/smears.py", "data/_shapes.py", "page.py"},  # page: pictures into HTML
-    "tifffile": {"data/image_files.py"},
+    "PIL": {f"data/{name}.py" for name in ("image_files", "images", "smears", "_shapes", "sources", "png_rows")} | {"page.py"},  # page: into HTML
+    "tifffile": {"data/image_files.py", "data/sources.py"},
     "pycocotools": {"data/annotations.py"},
     "segmentation_models_pytorch": {"losses.py", "baselines/unet.py"},
     "timm": {"backbones/timm_vit.py", "backbones/timm_pyramid.py"},
     "huggingface_hub": {"backbones/fetch.py", "doctor.py"},  # doctor: whether a person is logged in
-    "skimage": {"baselines/otsu.py", "data/augment.py", "data/stain.py"},
+    "skimage": {"baselines/otsu.py", "data/augment.py", "data/stain.py", "outlines.py"},
     "pydantic": {"spec.py", "registry.py"},
     "argparse": {"run.py"},
 }

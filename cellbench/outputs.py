@@ -1,0 +1,153 @@
+"""What is kept of one image's prediction: files that grow band by band and appear whole, the mask last, as the mark that all is there.
+
+- ``NAME.png``: 0 and 255 where there are two classes, else the class numbers. Says inside which run made it from which file.
+- ``NAME.probability.png``: of not being background, 0..255. ``NAME.overlay.png``: the image with outlines.
+- ``NAME.geojson``: outlines for QuPath.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from cellbench.data.png_rows import PngRows, words_of
+from cellbench.errors import CellbenchError
+from cellbench.files import make_folder, told
+from cellbench.outlines import Shapes, colour, feature
+from cellbench.segmenter import Band
+
+PART = ".cellbench-part"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is written beside the mask."""
+
+    probability: bool = False
+    overlay: bool = False
+    geojson: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """An image and where its answer goes: ``stem`` is the path of the mask without ``.png``."""
+
+    image: Path
+    stem: Path
+    words: str
+    """Inside the mask: which run, which file, of which size and time."""
+
+    def files(self, wanted: Wanted) -> list[Path]:
+        """What is written, the mask last."""
+        kinds = [(wanted.probability, ".probability.png"), (wanted.overlay, ".overlay.png"), (wanted.geojson, ".geojson"), (True, ".png")]
+        return [self.stem.with_name(self.stem.name + ending) for asked, ending in kinds if asked]
+
+    def done(self, wanted: Wanted) -> bool:
+        """Whether all of it is there, of this run and this very file. Raises CellbenchError where the mask's place holds something else."""
+        files = self.files(wanted)
+        words = words_of(files[-1]) if files[-1].exists() else None
+        if words is None and files[-1].exists():
+            raise CellbenchError(f"{files[-1]}: is there already and is no prediction of cellbench. Name another --out, or move it away.")
+        return words == self.words and all(file.exists() for file in files)
+
+
+class Files:
+    """The files of one image while they are written. Use in ``with``: leaving without :meth:`keep` leaves nothing."""
+
+    def __init__(self, target: Target, wanted: Wanted, size_px: tuple[int, int], names: tuple[str, ...]) -> None:
+        self._target, self._wanted, self._names = target, wanted, names
+        self._all = target.files(wanted)
+        self._full = 255 if len(names) == 2 else 1
+        self._stack = contextlib.ExitStack()
+        self._parts: list[Path] = []
+        make_folder(target.stem.parent)
+        with told(f"writing {self._all[-1]}"):
+            files = {path: self._open(path) for path in self._all}
+            mask, *rest = reversed(self._all)
+            self._mask = PngRows(files[mask], size_px, 1, target.words)
+            by_ending = {path.name.removeprefix(target.stem.name): files[path] for path in rest}
+            self._cell = PngRows(by_ending[".probability.png"], size_px, 1, target.words) if wanted.probability else None
+            self._overlay = PngRows(by_ending[".overlay.png"], size_px, 3, target.words) if wanted.overlay else None
+            self._shapes = Shapes(len(names)) if wanted.geojson else None
+            self._geojson = by_ending.get(".geojson")
+            if self._geojson is not None:
+                self._geojson.write(b'{"type": "FeatureCollection", "features": [')
+        self._num_shapes, self._above = 0, None
+        self._size_px = size_px
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        for part in self._parts:
+            part.unlink(missing_ok=True)
+
+    def _open(self, path: Path) -> BinaryIO:
+        part = path.with_name(f".{os.getpid()}-{path.name[-80:]}{PART}")
+        file = self._stack.enter_context(part.open("wb"))
+        self._parts.append(part)
+        return file
+
+    def add(self, band: Band) -> None:
+        """The next rows."""
+        with told(f"writing {self._all[-1]}"):
+            self._mask.add(band.classes * np.uint8(self._full))
+            if self._cell is not None:
+                self._cell.add(band.probability if band.probability is not None else (band.classes > 0) * np.uint8(255))
+            if self._overlay is not None:
+                self._overlay.add(self._outlined(band))
+            if self._shapes is not None:
+                self._outline(band)
+
+    def _outlined(self, band: Band) -> np.ndarray:
+        """The image's own rows with the edges of the classes drawn over them, two pixels wide."""
+        classes, above = band.classes, self._above
+        picture = band.source.rows(band.top, band.top + len(classes)).copy()
+        above = classes[:1] if above is None else above
+        edge = np.concatenate([above, classes[:-1]]) != classes
+        edge[:, 1:] |= classes[:, 1:] != classes[:, :-1]
+        edge[:, :-1] |= edge[:, 1:]
+        self._above = classes[-1:].copy()
+        number = np.maximum(classes, np.concatenate([above, classes[:-1]]))
+        number[:, 1:] = np.maximum(number[:, 1:], classes[:, :-1])
+        number[:, :-1] = np.maximum(number[:, :-1], number[:, 1:])
+        for k in range(1, len(self._names)):
+            picture[edge & (number == k)] = colour(k)
+        return picture
+
+    def _outline(self, band: Band) -> None:
+        assert self._shapes is not None
+        assert self._geojson is not None
+        for shape in self._shapes.add(band.classes, band.last):
+            text = json.dumps(feature(shape, self._names), separators=(",", ":"))
+            self._geojson.write((",\n" if self._num_shapes else "\n").encode() + text.encode())
+            self._num_shapes += 1
+
+    def keep(self) -> None:
+        """All rows are in: the files appear, the mask last."""
+        with told(f"writing {self._all[-1]}"):
+            for rows in (self._mask, self._cell, self._overlay):
+                if rows is not None:
+                    rows.end()
+            if self._geojson is not None:
+                facts = {"file": self._target.image.name, "size_px": list(self._size_px)}
+                self._geojson.write(b"\n],\n" + b'"cellbench": ' + json.dumps(facts).encode() + b"}\n")
+            self._stack.close()
+            for part, path in zip(self._parts, self._all, strict=True):
+                os.replace(part, path)
+            self._parts = []
+
+
+def swept(folder: Path) -> int:
+    """Removes what a process that was killed left half-written below a folder; returns how many files."""
+    parts = [path for path in folder.rglob(f".*{PART}") if path.is_file()]
+    for part in parts:
+        part.unlink(missing_ok=True)
+    return len(parts)

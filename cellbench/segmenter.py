@@ -1,0 +1,314 @@
+"""A trained run that segments images: ``Segmenter.load("best").predict("smear.png")``.
+
+Tiles, framing and blending are the test's, so an image gets the mask that it got in the test. Images stream through one after the other, the
+tiles of small ones together in one batch; of a large TIFF only some rows are in memory.
+
+Letters: K classes, H x W image (H' x W' framed), B tiles of T x T.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cellbench.backbones.catalog import open_backbone
+from cellbench.data.sources import Source, Whole, open_source
+from cellbench.errors import CellbenchError, one_line
+from cellbench.features import Batch, Trunk
+from cellbench.infer import foreground, likeliest
+from cellbench.lanes import Lanes, ahead
+from cellbench.machine import Machine, machine
+from cellbench.model import model, num_levels
+from cellbench.registry import Registry, load
+from cellbench.tiles import Grid, Stitcher, cut
+from cellbench.trained import Trained
+
+Image = str | os.PathLike[str] | np.ndarray
+"""A file, or (H, W, 3) or (H, W) uint8 pixels, RGB or grey."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What was found in one image, at the image's own pixels."""
+
+    classes: np.ndarray
+    """(H, W) uint8: the likeliest class of each pixel; 0 is background."""
+    probability: np.ndarray | None
+    """(H, W) uint8: the probability of not being background, 0..255; None for a method that gives none (a threshold)."""
+    names: tuple[str, ...]
+    """Of the classes, by their numbers."""
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(H, W) bool: what is not background."""
+        return self.classes > 0
+
+    @property
+    def share(self) -> float:
+        """Of the image's pixels that are not background, 0..1."""
+        return float(self.mask.mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """Some rows of an answer, as soon as they are final; the bands of an image come from top to bottom."""
+
+    number: int
+    """Of the image, in the order given."""
+    top: int
+    classes: np.ndarray
+    """(h, W) uint8."""
+    probability: np.ndarray | None
+    """(h, W) uint8, or None."""
+    source: Source
+    """Of the image's own pixels; open until its last band was taken."""
+    last: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """An image that could not be read, or not to its end."""
+
+    number: int
+    error: CellbenchError
+
+
+class Segmenter:
+    """A run's backbone and head on a device. Make one with :meth:`load`."""
+
+    def __init__(self, trained: Trained, registry: Registry, here: Machine, weights: Path | None = None, download: bool = True) -> None:
+        self.trained, self.machine, run = trained, here, trained.run
+        self.names = trained.classes
+        self._function = load(registry.baseline(run.baseline)) if run.baseline and not registry.baseline(run.baseline).trained else None
+        backbone = open_backbone(registry.backbone(run.backbone), weights, download) if run.backbone else None
+        num = num_levels(run, registry)
+        self.trunk = Trunk(backbone, here, [num] if num else [], run.unfreeze)
+        if trained.preparation.framing.whole:
+            self.trunk.chunk = 1
+        self.model = None
+        if self._function is None:
+            self.model = model(run, registry, self.trunk, len(trained.classes))
+            try:
+                self.model.load_state_dict(dict(trained.weights))
+            except RuntimeError as error:
+                raise CellbenchError(f"'{trained.name}': its weights do not fit its head as it is built here: {one_line(error)[:300]}.") from None
+            self.model.eval()
+
+    @classmethod
+    def load(
+        cls,
+        run: str | os.PathLike[str],
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        registry: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> Segmenter:
+        """The segmenter of a run in MLflow (a run id, a run's name, ``best``, ``best:EXPERIMENT``) or of an exported folder.
+
+        ``weights``: a folder of backbone weights (default: ``CELLBENCH_WEIGHTS``, the hub's cache, a download); ``registry``: a folder of
+        cards of your own; ``device``: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps``; ``precision``: ``auto``, ``fp32``, ``bf16``.
+        Raises CellbenchError, in one line, for a run that is none, failed or lost its head, and for weights that cannot be had.
+        """
+        if weights is None and os.environ.get("CELLBENCH_WEIGHTS"):
+            weights = os.environ["CELLBENCH_WEIGHTS"]
+        folder = Path(weights) if weights is not None else None
+        if folder is not None and not folder.is_dir():
+            raise CellbenchError(f"--weights {folder}: there is no such folder.")
+        extra = Registry(Path(registry) if registry is not None else None)
+        if Path(run).is_dir():
+            from cellbench.exported import read_folder
+
+            trained = read_folder(Path(run))
+            extra = Registry(trained.cards)
+            folder = folder or (Path(run) if any(Path(run).glob("*.safetensors")) else None)
+        else:
+            from cellbench import winners  # only here MLflow is needed
+
+            trained = winners.open_run(*winners.find(str(run)), extra)
+        return cls(trained, extra, machine(device, precision), folder)
+
+    def predict(self, image: Image) -> Prediction:
+        """One image, whole in memory. Raises CellbenchError for a file that cannot be read, or pixels of another shape or type."""
+        return next(self.predict_all([image]))
+
+    def predict_all(self, images: Iterable[Image]) -> Iterator[Prediction]:
+        """Many images, in their order; faster than one by one where they are small. Raises CellbenchError at the first that cannot be read."""
+        rows: list[Band] = []
+        for event in self.stream(images):
+            if isinstance(event, Refused):
+                raise event.error
+            rows.append(event)
+            if event.last:
+                cell = [row.probability for row in rows if row.probability is not None]
+                yield Prediction(
+                    classes=np.concatenate([row.classes for row in rows]),
+                    probability=np.concatenate(cell) if cell else None,
+                    names=self.names,
+                )
+                rows = []
+
+    def stream(self, images: Iterable[Image]) -> Iterator[Band | Refused]:
+        """The answers band by band, image by image in their order; a bad image is :class:`Refused` and the others go on."""
+        chunks = self._whole(images) if self._function is not None else self._chunks(images)
+        with Lanes(self.machine.lanes) as lanes:
+            # One lane prepares in a thread of its own anyway; for several, reading would wait until the caller asks for the next.
+            ready = ahead(chunks) if lanes.num > 1 else chunks
+            with closing(ready), closing(lanes.ahead(ready, lambda chunk: chunk, self._found)) as work:
+                for chunk in work:
+                    for sheet, entries in itertools.groupby(chunk.entries, key=lambda entry: entry.sheet):
+                        yield from sheet.take(list(entries), chunk.found)
+
+    def _whole(self, images: Iterable[Image]) -> Iterator[_Chunk]:
+        """Each image alone, for a method that is a function of the whole image."""
+        for number, image in enumerate(images):
+            sheet = _Sheet(number, self, image)
+            yield _Chunk(entries=[_Entry(sheet=sheet, row=0, error=sheet.error)])
+
+    def _chunks(self, images: Iterable[Image]) -> Iterator[_Chunk]:
+        """Tiles of one size in batches of the machine's size, those of several images together; what could not be read where it would have come."""
+        chunk = _Chunk()
+        for number, image in enumerate(images):
+            sheet = _Sheet(number, self, image)
+            for tile in sheet.tiles():
+                if isinstance(tile, CellbenchError):
+                    chunk.entries.append(_Entry(sheet=sheet, row=0, error=tile))
+                    continue
+                if len(chunk.tiles) == self.trunk.chunk or (chunk.tiles and chunk.tiles[0].shape != tile.shape):
+                    yield chunk
+                    chunk = _Chunk()
+                chunk.entries.append(_Entry(sheet=sheet, row=len(chunk.tiles)))
+                chunk.tiles.append(tile)
+        if chunk.entries:
+            yield chunk
+
+    @torch.inference_mode()
+    def _found(self, chunk: _Chunk) -> _Chunk:
+        """The chunk with the foreground probabilities of its tiles, (B, K-1, T, T) float32."""
+        if self._function is not None:
+            entry = chunk.entries[0]
+            if entry.error is None:
+                image = entry.sheet.source.rows(0, entry.sheet.size_px[0])
+                chunk.found = self._function(image, len(self.names), **self.trained.run.options)
+            return chunk
+        if chunk.tiles:
+            chunk.found = self.tiles(torch.from_numpy(np.stack(chunk.tiles)))
+            chunk.tiles = []
+        return chunk
+
+    @torch.inference_mode()
+    def tiles(self, tiles_BTTC: Tensor) -> Tensor:
+        """The probabilities (B, K-1, T, T), float32, of all classes but the background for framed tiles (B, T, T, 3) uint8."""
+        assert self.model is not None
+        sent = tiles_BTTC.to(self.machine.device)
+        pixels = sent.permute(0, 3, 1, 2).float().div_(255)
+        batch = Batch(self.trunk.maps(pixels), pixels, torch.empty(0))
+        start = time.perf_counter()
+        with self.machine.autocast():
+            logits = self.model(batch)
+        self.model.seconds += time.perf_counter() - start
+        return foreground(logits)
+
+
+@dataclass
+class _Entry:
+    """A tile of an image: its row in the chunk; or what went wrong in its stead."""
+
+    sheet: _Sheet
+    row: int
+    error: CellbenchError | None = None
+
+
+@dataclass
+class _Chunk:
+    entries: list[_Entry] = field(default_factory=list)
+    tiles: list[np.ndarray] = field(default_factory=list)
+    found: Tensor | np.ndarray | None = None
+    """(B, K-1, T, T) probabilities of the tiles, or the (H, W) classes of one image by a method that is a function of it."""
+
+
+class _Sheet:
+    """One image's answer, growing band by band as its tiles come."""
+
+    def __init__(self, number: int, segmenter: Segmenter, image: Image) -> None:
+        self.number, self._segmenter = number, segmenter
+        self.error: CellbenchError | None = None
+        try:
+            self.source = Whole(checked(image)) if isinstance(image, np.ndarray) else open_source(image)
+        except CellbenchError as error:
+            self.error = error
+            return
+        self.size_px = self.source.size_px
+        self._stitcher: Stitcher | None = None
+        self._bands: list[Tensor] = []
+
+    def tiles(self) -> Iterator[np.ndarray | CellbenchError]:
+        """The tiles of the image's grid (T, T, 3) uint8 in order; an error is the last item."""
+        if self.error is not None:
+            yield self.error
+            return
+        preparation = self._segmenter.trained.preparation
+        framing, framed = preparation.framing, self.source
+        tall, wide = tile_px = framing.tile_px([self.size_px])
+        self.grid: Grid = framing.grid(self.size_px, tile_px, self._segmenter.trained.run.overlap)
+        try:
+            if not preparation.nothing:
+                framed = Whole(preparation.image(self.source.rows(0, self.size_px[0])))
+            for y in self.grid.ys:
+                rows = framed.rows(y, y + tall)
+                for x in self.grid.xs:
+                    yield cut(rows, 0, x, (tall, wide))
+        except CellbenchError as error:
+            yield error
+
+    def take(self, entries: list[_Entry], found: Tensor | np.ndarray | None) -> Iterator[Band | Refused]:
+        """The bands that these tiles complete."""
+        if (error := entries[-1].error) is not None:
+            self._close()
+            yield Refused(number=self.number, error=error)
+        elif isinstance(found, np.ndarray):
+            yield Band(number=self.number, top=0, classes=found, probability=None, source=self.source, last=True)
+            self._close()
+        elif found is not None:
+            yield from self._stitched(found[entries[0].row : entries[-1].row + 1])
+
+    def _stitched(self, found_BKTT: Tensor) -> Iterator[Band]:
+        framing = self._segmenter.trained.preparation.framing
+        if self._stitcher is None:
+            self._stitcher = Stitcher(self.grid, found_BKTT.shape[1], found_BKTT.device)
+        for top, band_KHW in self._stitcher.add(found_BKTT):
+            last = top + band_KHW.shape[1] == self.grid.height_px
+            if framing.exact:
+                yield self._band(top, band_KHW, last)
+            else:
+                self._bands.append(band_KHW)  # the whole framed image is needed: a band alone would be resized without its neighbours
+                if last:
+                    yield self._band(0, framing.back(torch.cat(self._bands, 1), self.size_px), last)
+            if last:
+                self._close()
+
+    def _band(self, top: int, band_KHW: Tensor, last: bool) -> Band:
+        cell = (band_KHW.sum(0) * 255).round_().clamp_(0, 255).byte().cpu().numpy()
+        return Band(number=self.number, top=top, classes=likeliest(band_KHW).cpu().numpy(), probability=cell, source=self.source, last=last)
+
+    def _close(self) -> None:
+        if self.error is None:
+            self.source.close()
+
+
+def checked(image: np.ndarray) -> np.ndarray:
+    """Pixels (H, W, 3) uint8 of an array that is that, or grey (H, W) uint8. Raises CellbenchError for any other: floats have no known white."""
+    if image.dtype != np.uint8 or not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+        raise CellbenchError(
+            f"an image here is (H, W, 3) or (H, W) uint8, RGB or grey, not {image.shape} {image.dtype}. Convert it, or give the file's path."
+        )
+    return np.ascontiguousarray(image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2))

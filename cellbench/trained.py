@@ -1,0 +1,35 @@
+"""A finished run as something to use: what it is, what it learned, and how images are prepared for it. Where it came from does not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from cellbench.data.prepare import Preparation
+from cellbench.spec import RunSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """One run, as MLflow or an exported folder remembers it."""
+
+    name: str
+    run: RunSpec
+    classes: tuple[str, ...]
+    """In the order of the class numbers, the background first."""
+    preparation: Preparation
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of head and tail, by name; empty for a method that learns nothing."""
+    fingerprint: str = ""
+    dataset_digest: str = ""
+    """Of the data that it learned from; with the fingerprint it tells whether a backbone found here is the one it learned on."""
+    run_id: str = ""
+    """In MLflow."""
+    experiment: str = ""
+    config: str = ""
+    """An experiment file that repeats the run."""
+    cards: Path | None = None
+    """A folder of cards that came with it, as in an exported folder."""

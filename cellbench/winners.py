@@ -1,0 +1,104 @@
+"""Which run a person means, and the run itself from MLflow: a run id, a run's name, ``best``, or ``best:EXPERIMENT``."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from cellbench import moved
+from cellbench.data.prepare import Preparation
+from cellbench.errors import CellbenchError, unknown
+from cellbench.evidence import collect
+from cellbench.framing import Framing
+from cellbench.logged import Stored
+from cellbench.registry import Registry
+from cellbench.spec import Experiment, RunSpec, expand
+from cellbench.track import Tracker, experiment_of, experiments, newest
+from cellbench.trained import Trained
+
+
+def find(asked: str) -> tuple[Tracker, Stored]:
+    """The run that ``asked`` means, and its experiment.
+
+    ``best`` is the report's best model of the experiment with the newest finished run, ``best:EXPERIMENT`` that of a named one; of its seeds
+    the one with the best validation Dice. Of several runs of one name the newest finished one is taken. Raises CellbenchError.
+    """
+    store = moved.store_file()
+    if store is not None and not store.is_file():
+        raise CellbenchError(f"run '{asked}': there is no MLflow store at {store}. Go to the folder where `grid` was run, or run it here first.")
+    if asked == "best" or asked.startswith("best:"):
+        name = asked.removeprefix("best").removeprefix(":") or newest()
+        if not name:
+            raise CellbenchError("no experiment of MLflow's store here has a finished run, so there is no best. `cellbench grid` makes some.")
+        tracker = Tracker(name, make=False)
+        return tracker, collect([tracker]).sets[0].best.chosen.stored
+    if (name := experiment_of(asked)) is not None:
+        tracker = Tracker(name, make=False)
+        return tracker, next(run for run in tracker.stored() if run.run_id == asked)
+    found, names = [], set()
+    for name in experiments():
+        tracker = Tracker(name, make=False)
+        for run in tracker.stored():
+            if run.fingerprint and not run.is_parent:
+                names.add(run.name)
+                if run.name == asked:
+                    found.append((run.status == "finished", run.start_s, tracker, run))
+    if not found:
+        raise unknown("run", asked, sorted(names)[:12])
+    _, _, tracker, run = max(found, key=lambda one: one[:2])
+    return tracker, run
+
+
+def open_run(tracker: Tracker, stored: Stored, registry: Registry) -> Trained:
+    """The run's record. Raises CellbenchError for one that is not finished, is no model, or has lost what it left."""
+    if stored.is_parent:
+        raise CellbenchError(f"'{stored.name}' is the parent of other runs, not a model. Name one of its runs, or best:{tracker.name}.")
+    if stored.status != "finished":
+        why = f" ({stored.reason[:200]})" if stored.reason else ""
+        raise CellbenchError(f"'{stored.name}' is {stored.status or 'not a run of cellbench'}{why}, so it left no model. Name a finished run, or best.")
+    config, told = _text(tracker, stored, "config.toml"), json.loads(_text(tracker, stored, "per_image.json"))
+    run = _run_of(config, registry)
+    prepared = tracker.artifact(stored, "preparation.json")
+    if prepared is None and run.normalise != "none" and run.backbone is not None:
+        raise CellbenchError(f"'{stored.name}' normalises stains, but has lost its preparation.json in MLflow. Run it again.")
+    data = tracker.artifact(stored, "head.safetensors")
+    learns = run.baseline is None or registry.baseline(run.baseline).trained
+    if data is None and learns:
+        raise CellbenchError(f"'{stored.name}' has lost its head.safetensors in MLflow, and there is no model without it. Run it again.")
+    return Trained(
+        name=stored.name,
+        run=run,
+        classes=tuple(told["classes"]),
+        preparation=Preparation(framing=Framing.of(run)) if prepared is None else Preparation.of(json.loads(prepared)),
+        weights=weights_of(data, stored.name) if data is not None else {},
+        fingerprint=stored.fingerprint,
+        dataset_digest=str(told["dataset"]),
+        run_id=stored.run_id,
+        experiment=tracker.name,
+        config=config,
+    )
+
+
+def weights_of(data: bytes, name: str) -> dict[str, Any]:
+    """The tensors of a safetensors file's bytes. Raises CellbenchError where it is damaged."""
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise CellbenchError(f"'{name}': its head.safetensors is damaged ({error}). Run it again.") from None
+
+
+def _text(tracker: Tracker, stored: Stored, name: str) -> str:
+    data = tracker.artifact(stored, name)
+    if data is None:
+        raise CellbenchError(f"'{stored.name}' has lost its {name} in MLflow, so it cannot be used. Run it again.")
+    return data.decode("utf-8")
+
+
+def _run_of(config: str, registry: Registry) -> RunSpec:
+    """The one run that a run's ``config.toml`` asks for."""
+    runs = expand(Experiment.of(tomllib.loads(config), "config.toml"), "config.toml")
+    return registry.complete(runs[0])

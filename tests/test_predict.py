@@ -1,0 +1,191 @@
+"""A run in use, from the command line on a small drawn folder: the masks are the test's, nothing is done twice or left half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import discs, write_pair
+from PIL import Image
+
+from cellbench import outputs
+from cellbench.errors import CellbenchError
+from cellbench.metrics import confusion
+from cellbench.run import main
+from cellbench.segmenter import Segmenter
+
+EXPERIMENT = """# A small question
+experiment = "small"
+dataset    = "folder"
+baselines  = ["otsu"]
+[grid]
+backbone = ["vit-tiny-random"]
+head     = ["detail"]
+[run]
+tile_px = 64
+epochs  = 2
+crops_per_image = 8
+lr = 5e-3
+normalise = "reinhard"
+"""
+MODEL = "vit-tiny-random · detail · seed 0"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished grid."""
+    folder = tmp_path_factory.mktemp("trained")
+    for seed, name in enumerate(("a0.png", "a1.jpg", "b 2.png", "b3.jpeg")):
+        write_pair(folder / "smears" / "train", name, seed)
+    for seed, name in enumerate(("t0.png", "t1.jpg"), 100):
+        write_pair(folder / "smears" / "test", name, seed)
+    (folder / "small.toml").write_text(EXPERIMENT)
+    with pytest.MonkeyPatch.context() as patch:
+        _enter(folder, patch)
+        assert main(["grid", "small.toml", "--data", "smears", "--device", "cpu"]) == 0
+    return folder
+
+
+@pytest.fixture
+def there(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    _enter(trained, monkeypatch)
+    return trained
+
+
+def _enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.chdir(folder)
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    patch.setenv("CELLBENCH_CACHE", str(folder / "cache"))
+
+
+def predict(*arguments: object) -> int:
+    return main(["predict", *map(str, arguments), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("run", [MODEL, "otsu · seed 0"])
+def test_the_masks_are_those_of_the_test(there: Path, tmp_path: Path, run: str) -> None:
+    assert predict(run, "smears/test/original", "--out", tmp_path / "out") == 0
+    told = next(
+        json.loads(path.read_text())
+        for path in there.glob("mlruns/small/*/artifacts/per_image.json")
+        if ("otsu" in path.with_name("config.toml").read_text().split("[", 1)[1][:40]) == run.startswith("otsu")
+    )
+    assert told["images"] == ["t0.png", "t1.jpg"]
+    for name, counts in zip(told["images"], told["confusion"], strict=True):
+        found = np.array(Image.open(tmp_path / "out" / f"{Path(name).stem}.png"))
+        truth = np.array(Image.open(f"smears/test/mask/{Path(name).stem}.png"))[..., 0]
+        assert set(np.unique(found)) <= {0, 255}
+        assert (confusion((truth > 0).astype(np.uint8), (found > 0).astype(np.uint8), 2) == counts).all()
+
+
+def test_everything_asked_for_is_written_and_agrees(there: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert predict("best", "smears/test/original/t0.png", "--out", out, "--probability", "--overlay", "--geojson", "--coco") == 0
+    assert {path.name for path in out.iterdir()} == {"t0.png", "t0.probability.png", "t0.overlay.png", "t0.geojson", "coco.json"}
+    found = Segmenter.load("best", device="cpu").predict("smears/test/original/t0.png")
+    assert (np.array(Image.open(out / "t0.png")) == found.mask * 255).all()
+    picture = np.array(Image.open(out / "t0.overlay.png"))
+    changed = (picture != np.array(Image.open("smears/test/original/t0.png"))).any(axis=2)
+    assert 0 < changed.mean() < 0.5
+    shapes = json.loads((out / "t0.geojson").read_text())["features"]
+    told = json.loads((out / "coco.json").read_text())
+    assert told["images"] == [{"id": 1, "file_name": "t0.png", "height": 120, "width": 160}]
+    assert [one["area"] for one in told["annotations"]] == [one["properties"]["measurements"]["Area px^2"] for one in shapes]
+    if found.probability is not None:
+        assert (np.array(Image.open(out / "t0.probability.png")) == found.probability).all()
+
+
+def test_a_second_call_does_what_is_new(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("smears/test/original", tmp_path / "in")
+    assert predict(MODEL, tmp_path / "in", "--out", tmp_path / "out") == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    Image.fromarray(discs(7)[0]).save(tmp_path / "in" / "t0.png")
+    Image.fromarray(discs(8)[0]).save(tmp_path / "in" / "new.png")
+    assert predict(MODEL, tmp_path / "in", "--out", tmp_path / "out") == 0
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert {name for name in after if after[name] != before.get(name)} == {"t0.png", "new.png"}
+    assert "2 images on" in capsys.readouterr().out
+
+
+def test_a_bad_image_is_told_and_passed_over(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("smears/test/original", tmp_path / "in")
+    (tmp_path / "in" / "aa.png").write_bytes(Path("smears/test/original/t0.png").read_bytes()[:3000])
+    Image.fromarray(discs(3, 50, 333)[0][..., 0]).save(tmp_path / "in" / "grey.tif")
+    assert predict(MODEL, tmp_path / "in", "--out", tmp_path / "out") == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"t0.png", "t1.png", "grey.png"}
+    assert "aa.png" in capsys.readouterr().err
+    assert Image.open(tmp_path / "out" / "grey.png").size == (333, 50)
+
+
+def test_names_that_differ_in_their_ending_alone_keep_it(there: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("a.png", "a.jpg", "sub/a.png")):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(discs(seed, 64, 64)[0]).save(tmp_path / "in" / name)
+    assert predict(MODEL, tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")} == {"a.png.png", "a.jpg.png", "sub/a.png"}
+
+
+def test_what_cannot_be_asked_is_refused_in_a_line(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = "smears/test/original"
+
+    def refused(*arguments: object) -> str:
+        assert predict(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "lies in" in refused(MODEL, images, "--out", f"{images}/masks")
+    assert "is the folder of" in refused(MODEL, f"{images}/t0.png", "--out", images)
+    assert "no such file" in refused(MODEL, "nowhere", "--out", tmp_path / "out")
+    assert "Did you mean" in refused(MODEL.replace("detail", "detial"), images, "--out", tmp_path / "out")
+    assert "no run called" in refused("0" * 32, images, "--out", tmp_path / "out")
+    assert "no experiment called" in refused("best:nothing", images, "--out", tmp_path / "out")
+    assert "the parent of other runs" in refused(_parent(there), images, "--out", tmp_path / "out")
+    Image.fromarray(discs(1)[1]).save(tmp_path / "t0.png")
+    assert "no prediction of cellbench" in refused(MODEL, images, "--out", tmp_path)
+    both = [tmp_path / "x" / "a.png", tmp_path / "y" / "a.png"]
+    for path in both:
+        path.parent.mkdir()
+        Image.fromarray(discs(1)[0]).save(path)
+    assert "would both become" in refused(MODEL, *both, "--out", tmp_path / "out")
+
+
+def _parent(folder: Path) -> str:
+    return next(path.parents[1].name for path in folder.glob("mlruns/small/*/artifacts/leaderboard.json"))
+
+
+def test_a_run_without_its_head_is_refused(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = next(there.glob("mlruns/small/*/artifacts/head.safetensors"))
+    whole = head.read_bytes()
+    try:
+        for data, words in ((None, "has lost its head.safetensors"), (whole[: len(whole) // 2], "is damaged")):
+            head.unlink() if data is None else head.write_bytes(data)
+            assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out") == 2
+            assert words in capsys.readouterr().err
+    finally:
+        head.write_bytes(whole)
+
+
+def test_a_stop_in_the_middle_leaves_nothing_half_written(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, calls = outputs.Files.add, []
+
+    def stop(self: outputs.Files, band: object) -> None:
+        calls.append(add(self, band))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(outputs.Files, "add", stop)
+    assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out", "--overlay") == 130
+    assert list((tmp_path / "out").rglob("*")) == []
+
+
+def test_pixels_of_another_kind_are_refused(there: Path) -> None:
+    segmenter = Segmenter.load(MODEL, device="cpu")
+    grey = discs(1, 90, 70)[0][..., 0]
+    assert segmenter.predict(grey).classes.shape == (90, 70)
+    for wrong in (grey.astype(np.float32) / 255, np.zeros((5, 5, 4), np.uint8), np.zeros((0, 5, 3), np.uint8)):
+        with pytest.raises(CellbenchError, match="an image here is"):
+            segmenter.predict(wrong)
