@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like run.epochs=3; repeatable")
     grid.set_defaults(verb=_grid)
 
-    predict = verbs.add_parser("predict", help="masks of your images by a run: `best`, a run's name or id, or an exported folder", description=_PREDICT)
-    predict.add_argument("run", metavar="RUN", help="best, best:EXPERIMENT, a run's name or MLflow id, or an exported folder")
+    predict = verbs.add_parser("predict", help="masks of your images by a run: `best`, a run's name or id", description=_PREDICT)
+    predict.add_argument("run", metavar="RUN", help="best, best:EXPERIMENT, a run's name or MLflow id")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files and folders of them")
     predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the masks go, as NAME.png")
     predict.add_argument("--probability", action="store_true", help="also NAME.probability.png, 0..255")

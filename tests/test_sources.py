@@ -42,12 +42,13 @@ def test_windows_are_the_rows_of_the_image(tmp_path: Path, monkeypatch: pytest.M
         source.close()
 
 
-def test_windows_of_jpeg_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["RGB", "YCbCr", "L"])
+def test_windows_of_jpeg_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setattr(sources, "LARGE_PX", 64 * 64)
-    Image.fromarray(PICTURE).save(tmp_path / "a.tif", compression="jpeg", quality=95, tiffinfo={278: 64})  # strips, with common tables
+    Image.fromarray(PICTURE).convert(mode).save(tmp_path / "a.tif", compression="jpeg", quality=95, tiffinfo={278: 64})  # strips, with common tables
     source = sources.open_source(tmp_path / "a.tif")
     assert isinstance(source, sources.Windowed)
-    assert np.abs(source.rows(0, 301).astype(int) - read_image(tmp_path / "a.tif")).max() <= 3
+    assert np.abs(source.rows(0, 301).astype(int) - read_image(tmp_path / "a.tif")).max() <= 8  # two decoders of chroma
 
 
 def test_a_window_that_is_not_in_the_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

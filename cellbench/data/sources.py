@@ -108,6 +108,8 @@ class Windowed:
             if page.compression == _JPEG:
                 tables = page.jpegtables
                 whole = tables[:-2] + data[2:] if tables else data  # the tables' end and the picture's start mark fall away
+                if page.samplesperpixel == 3:  # Adobe's mark says whether the three are red, green, blue or a luma and two chromas
+                    whole = whole[:2] + b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([page.photometric == 6]) + whole[2:]
                 return np.asarray(Image.open(io.BytesIO(whole), formats=["JPEG"]).convert("RGB"))
             part = page.decode(data, index)[0]
         except CellbenchError:
@@ -153,7 +155,7 @@ def _fits(tif: Any) -> bool:
         return False
     tall, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
     plain = page.compression in (*_PLAIN, *_DEFLATE) and page.photometric in (0, 1, 2) and page.predictor in (1, 2)
-    jpeg = page.compression == _JPEG and page.photometric in (1, 6)
+    jpeg = page.compression == _JPEG and page.photometric in (1, 2, 6)
     return (
         (plain or jpeg)
         and page.dtype == np.uint8
