@@ -27,6 +27,7 @@ from cellbench.machine import Machine, is_size, machine, num_bytes
 from cellbench.registry import Registry, shipped
 from cellbench.report import about, conclude
 from cellbench.results import pool
+from cellbench.room import TooLarge
 from cellbench.runner import Runner
 from cellbench.spec import DataSpec, Experiment, cohorts, expand
 from cellbench.system import watched
@@ -216,7 +217,11 @@ def _dry(jobs: list[Job], registry: Registry, datasets: Sequence[Dataset], here:
         if first.baseline and not registry.baseline(first.baseline).trained:
             say(f"{title}: nothing to train")
             continue
-        one = cost(group, registry, datasets[first.fold], here, weights, keeping)
+        try:
+            one = cost(group, registry, datasets[first.fold], here, weights, keeping)
+        except TooLarge as error:
+            say(f"{title}: would be skipped: {error}")
+            continue
         speed = f", backbone {one.trunk_tiles_per_s:.0f} tiles/s" if first.backbone else ""
         say(
             f"{title}: {one.train_tiles} training tiles an epoch, {one.val_tiles} validation and {one.test_tiles} test tiles{speed}; "

@@ -18,6 +18,7 @@ from cellbench.machine import Machine
 from cellbench.model import model, num_levels
 from cellbench.plan import Plan
 from cellbench.registry import Registry
+from cellbench.room import TooLarge, frames_too_large
 from cellbench.spec import RunSpec
 from cellbench.train import Learner
 
@@ -48,7 +49,8 @@ class _Nobody:
 
 
 def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Machine, weights: Path | None, keeping: Keeping) -> Cost:
-    """Times one chunk through the trunk and one step of each head, and multiplies out."""
+    """Times one chunk through the trunk and one step of each head, and multiplies out. Raises TooLarge, before anything is computed, for
+    whole images that would not fit."""
     first = runs[0]
     backbone = open_backbone(registry.backbone(first.backbone), weights) if first.backbone else None
     trunk = Trunk(backbone, machine, [n for run in runs if (n := num_levels(run, registry))], first.unfreeze)
@@ -57,6 +59,9 @@ def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Mac
     features = Features(trunk, plan, pixels, keeping)
     tiles = {split: sum(len(features.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")}
 
+    all_made = [model(run, registry, trunk, len(dataset.classes)) for run in runs]
+    if reason := frames_too_large(runs, all_made, features):
+        raise TooLarge(reason)
     tile = torch.rand(trunk.chunk, 3, *features.tile_px["train"], device=machine.device)
     target = torch.zeros(tile.shape[0], *features.tile_px["train"], dtype=torch.long, device=machine.device)
     trunk_s = _seconds(lambda: trunk.maps(tile)) / len(tile)
@@ -67,8 +72,7 @@ def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Mac
     tiles["train"] = plan.num_views * (min(epochs, plan.run.views) if features.place["train"] != "streamed" else 1)
     wall = trunk_s * (sum(tiles[split] * times for split, times in passes.items()) + tiles["test"])
     disk = 0.0
-    for run in runs:
-        made = model(run, registry, trunk, len(dataset.classes))
+    for run, made in zip(runs, all_made, strict=True):
         learner = Learner(run=run, model=made, recorder=_Nobody(), num_views=plan.num_views).on(features)
         learner.begin()
         step_s = _seconds(lambda learner=learner: learner.take(batch, last=True)) / batch.num

@@ -80,6 +80,24 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: reports/EXPERIMENT)")
     report.set_defaults(verb=_report)
 
+    explore = verbs.add_parser("explore", help="pictures and statistics of a dataset, or of what backbones see in it", description=_EXPLORE)
+    explore.add_argument("data", nargs="?", type=Path, metavar="DIR", help="the folder of images and masks (default: drawn smears)")
+    explore.add_argument("--dataset", default="", metavar="CARD", help="how to read it (default: folder)")
+    explore.add_argument("--features", action="store_true", help="the last maps of backbones, in several framings of one image, side by side")
+    explore.add_argument("--backbone", action="append", default=[], metavar="NAME", help="with --features; repeatable (default: those that are here)")
+    explore.add_argument("--framing", action="append", default=[], metavar="KIND[:SCALE]", help="tile, pad, resize, tile:0.5; repeatable (default: all three)")
+    explore.add_argument("--image", default="", metavar="NAME", help="the image to look at (default: the first)")
+    explore.add_argument("--point", default="", metavar="X,Y", help="a pixel of the image: how alike is every other place to it")
+    explore.add_argument("--tile-px", type=int, default=224, metavar="N", help="the tile's side (default: 224)")
+    explore.add_argument("--samples", type=int, default=4, metavar="N", help="images in the picture of samples, up to 6 (default: 4)")
+    explore.add_argument("--seed", type=int, default=0, metavar="N", help="decides which images are looked at (default: 0)")
+    explore.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: explored/NAME)")
+    explore.add_argument("--log", action="store_true", help="keep pictures and figures as a run in MLflow too")
+    explore.add_argument("--weights", type=Path, metavar="DIR", help="where backbone weights lie, as <backbone>.safetensors, .pth or .bin")
+    explore.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    explore.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
+    explore.set_defaults(verb=_explore)
+
     ui = verbs.add_parser("ui", help="MLflow's UI for the runs of this folder, light and on this machine alone", description=_UI)
     ui.add_argument("--port", type=int, default=5000, help="the first port to try (default: 5000)")
     ui.set_defaults(verb=_ui)
@@ -209,6 +227,31 @@ def _cache(arguments: argparse.Namespace) -> int:
 
     print(kept(arguments.cache, arguments.prune, arguments.older_than))
     return 0
+
+
+_EXPLORE = "Reads images and masks; writes nothing to their folder. `check` says whether they are fit to train on."
+
+
+def _explore(arguments: argparse.Namespace) -> int:
+    from cellbench.explore import explore
+
+    return explore(
+        arguments.data,
+        dataset=arguments.dataset,
+        features=arguments.features,
+        backbones=arguments.backbone,
+        framings=arguments.framing,
+        image=arguments.image,
+        point=arguments.point,
+        tile_px=arguments.tile_px,
+        num_samples=arguments.samples,
+        seed=arguments.seed,
+        out=arguments.out,
+        log=arguments.log,
+        weights=arguments.weights,
+        device=arguments.device,
+        extra=arguments.registry,
+    )
 
 
 _REPORT = "Reads finished runs from MLflow; trains nothing. Several experiments are taken together; different test images are never paired."

@@ -37,6 +37,7 @@ from cellbench.model import model, num_levels
 from cellbench.plan import Plan
 from cellbench.registry import Registry, load
 from cellbench.results import Result
+from cellbench.room import frames_too_large
 from cellbench.spec import NUMERICS, Experiment, RunSpec
 from cellbench.system import watched
 from cellbench.track import Run, Tracker
@@ -188,6 +189,12 @@ class Runner:
                 learner.restore(state)
                 self.say(f"{job.name} goes on after epoch {learner.epoch}.")
             learners.append(learner)
+        if reason := frames_too_large([job.run for job in jobs], [learner.model for learner in learners], features):
+            for job, run in opened:
+                run.end("skipped", reason)
+                out.skipped[job.name] = reason
+            self.say(f"{title}: skipped: {reason}")
+            return
         what = f"{first.backbone or first.baseline}, {len(jobs)} run{'s' if len(jobs) > 1 else ''}"
         self.say(f"{title}: {what}, {plan.num_views} tiles an epoch, {features.source}.")
         epochs = max(learner.run.epochs - learner.epoch for learner in learners)

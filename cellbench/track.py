@@ -235,8 +235,9 @@ def newest() -> str | None:
 
     client = mlflow.MlflowClient()
     names = {one.experiment_id: one.name for one in client.search_experiments()}
-    found = client.search_runs(list(names), f"tags.`{STATUS}` = 'finished'", max_results=1, order_by=["attributes.start_time DESC"])
-    return names[found[0].info.experiment_id] if found else None
+    found = client.search_runs(list(names), f"tags.`{STATUS}` = 'finished'", max_results=100, order_by=["attributes.start_time DESC"])
+    # Explorations hold no scores. MLflow's filters cannot ask for a tag that is missing or another.
+    return next((names[run.info.experiment_id] for run in found if run.data.tags.get("cellbench.kind") != "explore"), None)
 
 
 def experiments() -> list[str]:

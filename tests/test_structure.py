@@ -22,15 +22,15 @@ LAYERS = (
         {"registry", "tiles", "framing", "plan", "losses", "metrics", "shapes"} | {"significance", "scored", "stats", "ranking"},
     ),
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
-    ("the one harness", {"machine", "checkpoints", "lanes", "store", "features", "model", "infer", "train", "exam", "trained"}),
+    ("the one harness", {"machine", "checkpoints", "lanes", "store", "features", "model", "infer", "train", "exam", "trained"} | {"room", "survey", "tokens"}),
     (
         "doors and what is told",
         {"track", "logged", "refusals", "entries", "system", "views", "moved"}
-        | {"figures", "figures_many", "figures_tests", "page", "results", "lineup", "evidence", "leaderboard", "chapters", "colophon"},
+        | {"figures", "figures_many", "figures_tests", "figures_explore", "page", "results", "lineup", "evidence", "leaderboard", "chapters", "colophon"},
     ),
     ("a run in use", {"winners", "segmenter", "outlines", "outputs", "exported"}),
     ("what is tried out", {"estimate", "naive", "bench", "contracts/"}),
-    ("verbs", {"grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui", "predict"}),
+    ("verbs", {"grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui", "predict", "explore"}),
     ("the command line", {"run"}),
 )
 # Parts are strangers, except for what they promise each other.
@@ -38,8 +38,8 @@ PARTS = {"backbones/": set(), "data/": set(), "heads/": {"backbones.base"}, "bas
 DOORS = {
     "mlflow": {"track.py", "entries.py", "system.py"},
     "optuna": {"search.py"},
-    "matplotlib.pyplot": {"figures.py", "figures_many.py", "figures_tests.py"},
-    "matplotlib": {"figures.py", "figures_many.py", "figures_tests.py", "chapters.py"},  # chapters: the word Figure in its signatures
+    "matplotlib.pyplot": {"figures.py", "figures_many.py", "figures_tests.py", "figures_explore.py"},
+    "matplotlib": {"figures.py", "figures_many.py", "figures_tests.py", "figures_explore.py", "chapters.py"},  # chapters: the word Figure in its signatures
     "seaborn": {"figures.py", "figures_many.py", "figures_tests.py"},
     "PIL": {f"data/{name}.py" for name in ("image_files", "images", "smears", "_shapes", "sources", "png_rows")} | {"page.py"},  # page: into HTML
     "tifffile": {"data/image_files.py", "data/sources.py"},

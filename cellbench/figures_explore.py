@@ -1,0 +1,113 @@
+"""Pictures of a dataset, and of what backbones see in one of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cellbench.exam import shown
+from cellbench.figures import PALETTE, STYLE
+from cellbench.survey import Surveyed
+
+MOST_SAMPLES = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A picture (H, W) or (H, W, 3) under its heading; ``values`` with a scale."""
+
+    title: str
+    picture: np.ndarray
+    scale: tuple[float, float] | None = None
+
+
+def samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: Sequence[str]) -> Figure:
+    """Images (H, W, 3) uint8 in the upper row, their class maps (H, W) below; (name, image, classes) each."""
+    pairs = pairs[:MOST_SAMPLES]
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(2, len(pairs), figsize=(min(11, 2.8 * len(pairs)), 4.6), layout="constrained", squeeze=False)
+        for column, (name, image, mask) in enumerate(pairs):
+            _picture(panels[0][column], shown(image))
+            _picture(panels[1][column], shown(mask), cmap="gray" if len(classes) == 2 else "viridis", vmin=0, vmax=len(classes) - 1)
+            height, width = mask.shape
+            panels[0][column].set_title(_short(name), fontsize=8)
+            panels[1][column].set_title(f"{width} x {height} px, {(mask > 0).mean():.0%} cells", fontsize=8)
+    return figure
+
+
+def statistics(images: Sequence[Surveyed]) -> Figure:
+    """Share of cell pixels, cells an image, diameters, and the mean colours of cells and ground, each image one point."""
+    diameters = np.concatenate([one.diameters_px for one in images]) if images else np.zeros(0)
+    with plt.rc_context(STYLE):
+        figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(9, 5.4), layout="constrained")
+        _histogram(a, [100 * one.cell_share for one in images], "cell pixels, % of an image", "images")
+        _histogram(b, [one.num_cells for one in images], "cells in an image", "images")
+        _histogram(c, diameters, "diameter of a cell, px (not cut by the border)", "cells")
+        for label, marker, colours in (("cells", "o", [one.cell_rgb for one in images]), ("background", "s", [one.ground_rgb for one in images])):
+            rgb = np.array([colour for colour in colours if np.isfinite(colour).all()]).reshape(-1, 3)
+            # Red minus blue tells rose from violet; a dot has the colour that it stands for.
+            d.scatter(rgb[:, 0] - rgb[:, 2], rgb.mean(1), c=rgb / 255, marker=marker, s=42, edgecolors="0.2", linewidths=0.7, label=label)
+        d.set_xlabel("red minus blue, levels")
+        d.set_ylabel("brightness, levels")
+        d.set_title("mean colours, one point an image")
+        d.legend(loc="best", fontsize=8)
+    return figure
+
+
+def compared(image: np.ndarray, rows: Mapping[str, Sequence[Panel]], title: str, point: tuple[float, float] | None = None) -> Figure:
+    """One image seen by several backbones (rows, by name) in several framings (columns): the image stands first in each row.
+
+    ``point``: (x, y) in pixels of the image, marked everywhere.
+    """
+    columns = 1 + max(len(panels) for panels in rows.values())
+    height, width = image.shape[:2]
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            len(rows), columns, figsize=(2.9 * columns, 2.75 * height / width * len(rows) + 0.3 * len(rows) + 0.3), layout="constrained", squeeze=False
+        )
+        drawn = None
+        for line, (name, panels) in zip(grid, rows.items(), strict=True):
+            _picture(line[0], shown(image))
+            line[0].set_ylabel(name)
+            for axes, panel in zip(line[1:], panels, strict=False):
+                low, high = panel.scale or (None, None)
+                drawn = _picture(axes, shown(panel.picture), cmap="cividis", vmin=low, vmax=high)
+                axes.set_title(panel.title, fontsize=8)
+            for axes in line[1 + len(panels) :]:
+                axes.axis("off")
+            if point is not None:
+                step = -(-max(height, width) // 600)
+                for axes in line[: 1 + len(panels)]:
+                    axes.plot(point[0] / step, point[1] / step, "+", color="white", markersize=11, markeredgewidth=3.2)
+                    axes.plot(point[0] / step, point[1] / step, "+", color="black", markersize=10, markeredgewidth=1.4)
+        if drawn is not None and any(panel.scale for panels in rows.values() for panel in panels):
+            figure.colorbar(drawn, ax=grid, shrink=0.6, label="cosine")
+        figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    return figure
+
+
+def _picture(axes: Axes, array: np.ndarray, **look: object) -> object:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return axes.imshow(array, interpolation="nearest", **look)
+
+
+def _histogram(axes: Axes, values: Sequence[float] | np.ndarray, label: str, what: str) -> None:
+    values = np.asarray(values, float)
+    if len(values):
+        axes.hist(values, bins=min(30, max(5, len(values) // 3)), color=PALETTE[0], alpha=0.8, edgecolor="white")
+        axes.axvline(np.median(values), color="black", linewidth=1.2)
+        axes.set_title(f"median {np.median(values):.3g}, mean {values.mean():.3g} (line: median)")
+    axes.set_xlabel(label)
+    axes.set_ylabel(what)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:12]}…{name[-10:]}"

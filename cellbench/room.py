@@ -1,0 +1,87 @@
+"""Whether a frame, in which a backbone sees a whole image at once, fits into memory: estimated before anything is computed.
+
+Measured with a ViT-Ti/16 in float32 on frames of 672x896 and 1344x1792 px: 136 and 80 bytes a place and feature dimension at the peak of a
+block, attention included, since the kernels of torch do not write it out. A head's share is counted, not guessed: what one of its training
+steps keeps for the way back, on a small frame.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from cellbench.errors import CellbenchError
+from cellbench.features import Batch, Features, Trunk
+from cellbench.framing import Size
+from cellbench.losses import loss_of
+from cellbench.model import Model
+from cellbench.spec import RunSpec
+
+
+class TooLarge(CellbenchError):
+    """Says what a whole image needs, what is there, and what to do."""
+
+
+BYTES_PER_VALUE = 96
+"""Of the trunk, at the peak, for each place and feature dimension."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """What could be had now, on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def trunk_bytes(trunk: Trunk, frame_px: Size) -> int:
+    """At the peak of one frame's pass."""
+    if trunk.backbone is None:
+        return 0
+    return max(BYTES_PER_VALUE * level.dim * (frame_px[0] // level.stride_px) * (frame_px[1] // level.stride_px) for level in trunk.backbone.levels)
+
+
+def too_large(trunk: Trunk, frame_px: Size, more_bytes: int = 0) -> str:
+    """Why one frame (and ``more_bytes`` beside it) cannot be computed here; empty where it can."""
+    needed, there = trunk_bytes(trunk, frame_px) + more_bytes, free_bytes(trunk.machine.device)
+    if needed <= there:
+        return ""
+    return (
+        f"a whole image of {frame_px[1]} x {frame_px[0]} px needs about {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are free. "
+        "Use framing = 'tile', a smaller tile_scale, batch_size or backbone."
+    )
+
+
+def frames_too_large(runs: Sequence[RunSpec], models: Sequence[Model], features: Features) -> str:
+    """Why the runs of a cohort that see whole images cannot be trained here; empty where they can, or see tiles."""
+    if not features.framing.whole:
+        return ""
+    frame_px = max(features.tile_px.values())
+    area = frame_px[0] * frame_px[1]
+    # A batch is learned from at once; one run after the other.
+    most = max(run.batch_size * area * _kept_bytes(run, model, features) for run, model in zip(runs, models, strict=True))
+    return too_large(features.trunk, frame_px, int(most))
+
+
+def _kept_bytes(run: RunSpec, model: Model, features: Features) -> float:
+    """What a training step of a head keeps, in bytes for each pixel of a frame, its maps included."""
+    side = features.framing.side_px
+    device = features.trunk.machine.device
+    pixels = torch.zeros(1, 3, side, side, device=device)
+    batch = Batch(features.trunk.maps(pixels), pixels, torch.zeros(1, side, side, dtype=torch.long, device=device))
+    probe = copy.deepcopy(model).train()  # batch norm would remember the zeros
+    kept: dict[int, int] = {}
+
+    def count(x: Tensor) -> Tensor:
+        if not isinstance(x, nn.Parameter):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        with features.trunk.machine.autocast():
+            logits = probe(batch)
+        loss_of(run.loss)(logits, batch.target)
+    return sum(kept.values()) / side**2

@@ -1,0 +1,171 @@
+"""Exploration tells the truth about drawn data, lays features where they belong, and leaves the data alone."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from worlds import FP32, dataset_of, features_of, learners_of, run_of
+
+from cellbench.backbones.catalog import open_backbone
+from cellbench.features import Trunk
+from cellbench.framing import Framing
+from cellbench.registry import Registry
+from cellbench.room import _kept_bytes
+from cellbench.run import main
+from cellbench.survey import summary, survey
+from cellbench.tokens import coloured, likeness, seen
+from cellbench.track import newest
+
+WAYS = [("tile", 1.0), ("tile", 2.0), ("tile", 0.5), ("pad", 1.0), ("resize", 1.0)]
+
+
+def views(image: np.ndarray, kinds=WAYS):
+    trunk = Trunk(open_backbone(Registry().backbone("vit-tiny-random")), FP32, [1])
+    return [seen(trunk, Framing.of(run_of(framing=kind, tile_scale=scale)), image) for kind, scale in kinds]
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (100, 170, 3), np.uint8)
+
+
+def test_the_figures_are_those_of_the_masks(small_folder) -> None:
+    dataset = dataset_of(small_folder)
+    found = survey(dataset, dataset.test)
+    for one, sample in zip(found, dataset.test, strict=True):
+        picture, mask = dataset.read(sample)
+        regions, _ = ndimage.label(mask)
+        areas = np.bincount(regions.ravel())[1:]
+        assert one.num_cells == (areas >= 100).sum()
+        assert one.cell_share == pytest.approx((mask > 0).mean())
+        assert one.cell_rgb == pytest.approx(picture[mask > 0].mean(0).tolist())
+        edge = set(np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]]).tolist())
+        inner = [area for number, area in enumerate(areas, 1) if area >= 100 and number not in edge]
+        assert sorted(one.diameters_px) == pytest.approx(sorted(np.sqrt(4 * np.array(inner) / np.pi)))
+    facts = summary(found)
+    assert (facts["images"], facts["width_px"], facts["height_px"], facts["sizes"]) == (2, 160, 120, 1)
+
+
+def test_values_lie_where_their_places_are(image) -> None:
+    for view in views(image):
+        number = torch.arange(len(view.tokens), dtype=torch.float32)
+        laid = view.laid(number[:, None])[..., 0]
+        assert laid.shape == (100, 170)
+        for y, x in ((0, 0), (99, 169), (50, 80), (13, 140), (77, 5)):
+            assert 0 <= view.place(y, x) < len(number)
+            if view.framing.exact:
+                assert laid[y, x] == view.place(y, x)
+
+
+def test_a_patch_is_seen_where_it_is(image) -> None:
+    """Repainting one 16-px patch changes the places there most, in every framing."""
+    other = image.copy()
+    other[48:64, 112:128] = 255
+    for before, after in zip(views(image), views(other), strict=True):
+        change = before.laid((after.tokens - before.tokens).norm(dim=1)[:, None])[..., 0]
+        y, x = np.unravel_index(change.argmax(), change.shape)
+        # Half the block, and a place of the map in own pixels.
+        reach = 8 + before.stride_px * max(own / framed for own, framed in zip(image.shape, before.framing.framed_px((100, 170)), strict=False))
+        assert abs(y - 56) <= reach
+        assert abs(x - 120) <= reach
+
+
+def test_colours_are_principal_components_shared_by_all_views_and_the_same_again(image) -> None:
+    some = views(image, [("tile", 1.0), ("pad", 1.0)])
+    pictures = coloured(some)
+    assert all(picture.shape == (100, 170, 3) and 0 <= picture.min() <= picture.max() <= 1 for picture in pictures)
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, coloured(some), strict=True))
+    # Against numpy's SVD of the one view alone: the same plane, so each shown channel follows one component.
+    alone = coloured(some[:1])[0]
+    tokens = some[0].tokens.double().numpy()
+    _, _, axes = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
+    for channel in range(3):
+        component = some[0].laid(torch.from_numpy((tokens - tokens.mean(0)) @ axes[channel]).float()[:, None])[..., 0]
+        inside = (alone[..., channel] > 0) & (alone[..., channel] < 1)  # the outer 2 % are cut off
+        assert abs(np.corrcoef(alone[..., channel][inside], component[inside])[0, 1]) > 0.999
+
+
+def test_the_likest_place_is_the_place_itself(image) -> None:
+    for view in views(image, WAYS[:1]):
+        found = likeness(view, 50, 80)
+        assert found[50, 80] == pytest.approx(1, abs=1e-5)
+        assert found.max() <= 1 + 1e-5
+        assert (found < 0.999).any()
+
+
+def content(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()
+
+
+def test_explore_writes_pictures_logs_when_asked_and_leaves_the_data_alone(small_folder, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    before = content(small_folder)
+    assert main(["explore", str(small_folder), "--log"]) == 0
+    assert {path.name for path in Path("explored/smears").iterdir()} == {"samples.png", "statistics.png", "statistics.json"}
+    assert "8 images with masks" in capsys.readouterr().out
+    asked = ["explore", str(small_folder), "--features", "--backbone", "vit-tiny-random", "--tile-px", "64", "--device", "cpu"]
+    assert main([*asked, "--point", "80,60", "--out", "o", "--image", "b 2", "--framing", "tile:2", "--framing", "pad", "--log"]) == 0
+    assert {path.name for path in Path("o").iterdir()} == {"features.png", "likeness.png"}
+    assert "in its class" in capsys.readouterr().out
+    assert content(small_folder) == before
+    runs = mlflow.search_runs(experiment_names=["explore smears"], output_format="list")
+    assert len(runs) == 2
+    assert newest() is None  # there is nothing in them that a report could be made of
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--features", "--point", "500,20"], ["500,20", "160 x 120"]),
+        (["--features", "--point", "20"], ["--point 20", "X,Y"]),
+        (["--features", "--image", "nobody.png"], ["nobody.png", "a0.png"]),
+        (["--features", "--framing", "cut"], ["--framing cut", "resize"]),
+        (["--features", "--framing", "tile:x"], ["--framing tile:x"]),
+        (["--features", "--backbone", "vit-tiny-randon"], ["Did you mean 'vit-tiny-random'"]),
+    ],
+)
+def test_what_cannot_be_shown_is_said_in_one_line(small_folder, capsys, more, says) -> None:
+    extra = [] if "--backbone" in more else ["--backbone", "vit-tiny-random"]
+    assert main(["explore", str(small_folder), *more, *extra, "--tile-px", "64"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert all(word in told for word in says)
+
+
+def test_whole_images_that_do_not_fit_are_skipped_in_words_while_tiles_go_on(small_folder, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setattr("cellbench.room.free_bytes", lambda _: 2**20)
+    (tmp_path / "p.toml").write_text(
+        "experiment = 'p'\ndataset = 'folder'\n[grid]\nbackbone = ['vit-tiny-random']\nhead = ['bilinear']\nframing = ['pad', 'tile']\n"
+        "[run]\ntile_px = 64\nepochs = 1\ncrops_per_image = 2\n"
+    )
+    grid = ["grid", "p.toml", "--data", str(small_folder), "--device", "cpu"]
+    assert main([*grid, "--dry-run"]) == 0
+    assert "would be skipped: a whole image of 192 x 128 px needs about" in capsys.readouterr().out
+    assert main(grid) == 0
+    told = capsys.readouterr().out
+    assert "a whole image of 192 x 128 px needs about" in told
+    assert "framing = 'tile'" in told
+    runs = [run for run in mlflow.search_runs(experiment_names=["p"], output_format="list") if "framing" in run.data.params]
+    status = {run.data.params["framing"]: run.data.tags["cellbench.status"] for run in runs}
+    assert status == {"pad": "skipped", "tile": "finished"}
+
+
+def test_a_heads_memory_is_counted_and_the_model_is_left_as_it_was(small_folder) -> None:
+    dataset = dataset_of(small_folder)
+    runs = [run_of("bilinear", framing="pad"), run_of("transposed-conv", framing="pad")]
+    features = features_of(dataset, runs)
+    models = [learner.model for learner in learners_of(dataset, runs, features)]
+    before = {name: x.clone() for name, x in models[1].state_dict().items()}
+    light, heavy = (_kept_bytes(run, model, features) for run, model in zip(runs, models, strict=True))
+    # At least the logits of two classes in float32 for each pixel; the published head keeps maps of up to 256 channels beside.
+    assert 8 <= light < heavy
+    assert heavy > 100
+    assert all(torch.equal(x, before[name]) for name, x in models[1].state_dict().items())
