@@ -29,7 +29,7 @@ from cellbench.report import about, conclude
 from cellbench.results import pool
 from cellbench.room import TooLarge
 from cellbench.runner import Runner
-from cellbench.spec import DataSpec, Experiment, cohorts, expand
+from cellbench.spec import DataSpec, Experiment, checked, cohorts, expand
 from cellbench.system import watched
 from cellbench.track import Tracker
 
@@ -103,6 +103,17 @@ def open_folds(experiment: Experiment, registry: Registry, data: Path | None) ->
     """The experiment's dataset, or one for each of its folds, in their order. Raises CellbenchError."""
     card, spec = registry.dataset(experiment.dataset), experiment.data
     return [open_dataset(card, data, spec.model_copy(update={"fold": fold})) for fold in range(max(spec.folds, 1))]
+
+
+def data_spec(changes: Sequence[str]) -> DataSpec:
+    """The settings of ``[data]`` by ``--set data.KEY=VALUE`` alone. Raises CellbenchError."""
+    tree: dict[str, Any] = {}
+    for change in changes:
+        _change(tree, change)
+    for key in tree:
+        if key != "data":
+            raise unknown("table", key, ["data"], where="--set")
+    return checked(DataSpec, tree.get("data", {}), "[data]")
 
 
 def cache_budget(text: str | None) -> tuple[int, bool]:

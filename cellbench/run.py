@@ -112,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="fewer images and epochs: under two minutes, rougher")
     bench.set_defaults(verb=_bench)
 
+    check = verbs.add_parser("check", help="is this data fit to train on? reads every image once, finds faults and leaks", description=_CHECK)
+    check.add_argument("data", type=Path, metavar="DIR", help="the folder of images and masks, or a manifest or COCO file")
+    check.add_argument("--dataset", default="folder", metavar="CARD", help="the card that says what masks mean, like bccd (default: folder)")
+    check.add_argument("--out", type=Path, metavar="DIR", help="where check.json and check.html go (default: reports/check-NAME)")
+    check.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
+    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="how it is split, like data.group=prefix; repeatable")
+    check.set_defaults(verb=_check)
+
     cache = verbs.add_parser("cache", help="what features are kept on disk, and pruning them")
     cache.add_argument("--cache", metavar="DIR", help="the cache folder (default: ~/.cache/cellbench)")
     cache.add_argument("--prune", action="store_true", help="remove kept features; they are computed again when needed")
@@ -220,6 +228,17 @@ def _bench(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         quick=arguments.quick,
     )
+
+
+_CHECK = "Exit code 0 where the data is fit, 1 where a finding would falsify a result, 2 where it could not look. Nothing is written into DIR."
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from cellbench.check import check
+    from cellbench.commands import data_spec
+
+    spec = data_spec(arguments.set)
+    return check(arguments.data, card=arguments.dataset, spec=spec, extra=arguments.registry, out=arguments.out)
 
 
 def _cache(arguments: argparse.Namespace) -> int:

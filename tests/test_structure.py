@@ -19,7 +19,7 @@ LAYERS = (
     ("words", {"errors", "files", "spec"}),
     (
         "facts and mathematics",
-        {"registry", "tiles", "framing", "plan", "losses", "metrics", "shapes"} | {"significance", "scored", "stats", "ranking"},
+        {"registry", "tiles", "framing", "plan", "losses", "metrics", "shapes", "likeness", "audit"} | {"significance", "scored", "stats", "ranking"},
     ),
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
     ("the one harness", {"machine", "checkpoints", "lanes", "store", "features", "model", "infer", "train", "exam", "trained"} | {"room", "survey", "tokens"}),
@@ -30,7 +30,7 @@ LAYERS = (
     ),
     ("a run in use", {"winners", "segmenter", "outlines", "outputs", "exported"}),
     ("what is tried out", {"estimate", "naive", "bench", "contracts/"}),
-    ("verbs", {"grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui", "predict", "explore"}),
+    ("verbs", {"check", "grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui", "predict", "explore"}),
     ("the command line", {"run"}),
 )
 # Parts are strangers, except for what they promise each other.

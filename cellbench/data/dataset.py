@@ -80,7 +80,10 @@ class Dataset:
             return sample.truth.read()[0]
         if self.colors:
             return images.read_labels(sample.mask, colors=self.color_table).astype(np.uint8)
-        labels = images.read_labels(sample.mask)
+        return self.meaning(images.read_labels(sample.mask))
+
+    def meaning(self, labels: np.ndarray) -> np.ndarray:
+        """The class map (H, W) uint8 of a mask's numbers."""
         return np.digitize(labels, self.thresholds).astype(np.uint8) if self.thresholds else images.class_map(labels, self.values)
 
     def read_instances(self, sample: Sample) -> np.ndarray | None:
@@ -89,7 +92,12 @@ class Dataset:
             return sample.truth.read()[1]
         if self.values or self.thresholds or self.colors:
             return None
-        labels = images.read_labels(sample.mask)
+        return self.ids_of(images.read_labels(sample.mask))
+
+    def ids_of(self, labels: np.ndarray) -> np.ndarray | None:
+        """A mask's numbers, where they are those of its cells."""
+        if self.values or self.thresholds:
+            return None
         cells = labels[labels > 0]
         if not cells.size or cells.min() == cells.max():
             return None

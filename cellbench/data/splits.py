@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from cellbench.data.allocation import allocate
 from cellbench.data.dataset import Sample
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, writable, write_atomic
+from cellbench.likeness import clusters, near_pairs, small_grey
 from cellbench.spec import DataSpec
 
 
@@ -125,7 +128,7 @@ def with_groups(samples: tuple[Sample, ...], spec: DataSpec) -> tuple[Sample, ..
     if spec.group == "none":
         return tuple(replace(sample, group="") for sample in samples)
     if spec.group == "near-duplicates":
-        raise CellbenchError("[data] group = 'near-duplicates': not to be had yet.")
+        return _alike(samples)
     if spec.group == "prefix":
         matches = [re.search(spec.group_pattern, Path(sample.name).stem) for sample in samples]
         samples = tuple(replace(sample, group=(match[1] or "") if match else "") for match, sample in zip(matches, samples, strict=True))
@@ -135,6 +138,15 @@ def with_groups(samples: tuple[Sample, ...], spec: DataSpec) -> tuple[Sample, ..
     if spec.group != "auto" and not any(sample.group for sample in samples):
         raise CellbenchError(f"[data] group = '{spec.group}': {asked}")
     return samples
+
+
+def _alike(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+    """Groups of images that are one picture, turned or saved anew. Reads every image."""
+    with ThreadPoolExecutor(2) as pool:
+        small = list(pool.map(lambda sample: small_grey(images.read_image(sample.image)), samples))
+    first = clusters(len(samples), [(i, j) for i, j, _ in near_pairs(small)])
+    size = Counter(first)
+    return tuple(replace(sample, group=f"like {samples[k].name}" if size[k] > 1 else "") for sample, k in zip(samples, first, strict=True))
 
 
 def _unit(sample: Sample) -> str:

@@ -1,0 +1,129 @@
+"""``cellbench check``: is this data fit to train on? Reads everything once, prints a verdict, writes JSON and a page."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cellbench import page
+from cellbench.audit import Finding, Severity, findings, statistics
+from cellbench.data.dataset import SPLITS, Dataset, Sample
+from cellbench.data.folders import listed, split
+from cellbench.data.survey import Facts, survey
+from cellbench.errors import CellbenchError
+from cellbench.files import make_folder, write_atomic
+from cellbench.registry import Registry
+from cellbench.spec import DataSpec
+
+SHOWN = 5
+"""Names told of each finding on the screen; the files have all."""
+
+
+def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, extra: Path | None = None, out: Path | None = None,
+          say: Callable[[str], None] = print) -> int:  # fmt: skip
+    """Audits a folder (or manifest, or COCO file). Exit code 0 where it is fit, 1 where a finding would falsify a result.
+
+    Raises CellbenchError where it cannot look. Nothing is written into the folder; ``out``: where the files go.
+    """
+    facts_card, listing = listed(Registry(extra).dataset(card), folder, spec or DataSpec())
+    problems: dict[str, list[str]] = {}
+    for problem in listing.problems:
+        problems.setdefault(problem.kind, []).append(problem.name)
+    found = [
+        Finding(
+            kind=kind,
+            severity=Severity.SEVERE,
+            said=next(p for p in listing.problems if p.kind == kind).told(len(names) - 1),
+            images=tuple(names),
+        )
+        for kind, names in problems.items()
+    ]
+    notes = list(listing.notes)
+    if not any(listing.parts.values()):
+        raise CellbenchError(f"--data {folder}: holds no image with a mask. {found[0].said if found else ''}".rstrip())
+    try:
+        dataset, splits = split(facts_card, listing, spec or DataSpec())
+        notes.append(f"split {'as drawn from the seed' if splits.record else f'read from {splits.place}'}")
+    except CellbenchError as error:
+        found.append(Finding(kind="split", severity=Severity.SEVERE, said=str(error), images=("the split",)))
+        samples = tuple(sample for part in SPLITS for sample in listing.parts.get(part, ()))
+        dataset = _undivided(facts_card.id, listing.root, facts_card, samples)
+    facts = _read(dataset, facts_card.tolerance)
+    order = list(Severity)
+    found = sorted([*found, *findings(facts), *_expected(facts_card.expected, facts)], key=lambda finding: order.index(finding.severity))
+    numbers = [("layout", listing.layout), *statistics(facts, dataset.classes)]
+    verdict = _verdict(dataset.name, len(facts), found)
+    for line in _lines(verdict, numbers, found, notes):
+        say(line)
+    place = make_folder(out or Path("reports") / f"check-{_plain(folder)}")
+    write_atomic(place / "check.json", _json(verdict, numbers, found, notes, facts))
+    write_atomic(place / "check.html", _page(folder, verdict, numbers, found, notes))
+    say(f"written to {place / 'check.json'} and check.html")
+    return 1 if any(finding.severity is Severity.SEVERE for finding in found) else 0
+
+
+def _undivided(name: str, root: Path, card, samples: tuple[Sample, ...]) -> Dataset:
+    meaning = {key: getattr(card, key) for key in ("classes", "values", "thresholds", "colors")}
+    return Dataset(name=name, root=root, train=samples, val=(), test=(), **meaning)
+
+
+def _plain(folder: Path) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in folder.absolute().name)[:80] or "data"
+
+
+def _read(dataset: Dataset, tolerance: int) -> list[Facts]:
+    todo = [(sample, part) for part in SPLITS for sample in dataset.samples(part)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding and numpy free the interpreter's lock
+        jobs = [pool.submit(survey, dataset, sample, part, tolerance) for sample, part in todo]
+        try:
+            return [job.result() for job in tqdm(jobs, desc=f"checking {dataset.name}", unit="image", leave=False)]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _expected(expected: dict[str, int], facts: Sequence[Facts]) -> list[Finding]:
+    found = {"train": sum(f.split != "test" for f in facts), "test": sum(f.split == "test" for f in facts), "all": len(facts)}
+    wrong = [f"{part}: {found.get(part, 0)} of {num}" for part, num in expected.items() if found.get(part, 0) != num]
+    said = "The published set has another number of images: a part, or a loader's loss?"
+    return [Finding(kind="count", severity=Severity.NOTE, said=said, images=tuple(wrong))] if wrong else []
+
+
+def _verdict(name: str, num: int, found: Sequence[Finding]) -> str:
+    severe = [finding for finding in found if finding.severity is Severity.SEVERE]
+    look = [finding for finding in found if finding.severity is Severity.LOOK]
+    if severe:
+        return f"{name}: NOT FIT. {', '.join(f'{f.kind} ({len(f.images)})' for f in severe)} would falsify a result; {num} images read."
+    told = f" Worth a look: {', '.join(f'{f.kind} ({len(f.images)})' for f in look)}." if look else ""
+    return f"{name}: fit to train on; {num} images read.{told}"
+
+
+def _lines(verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Finding], notes: Sequence[str]) -> list[str]:
+    width = max(len(name) for name, _ in numbers)
+    lines = [verdict, "", *(f"  {name.ljust(width)}  {value}" for name, value in numbers), ""]
+    for finding in found:
+        more = f", … {len(finding.images) - SHOWN} more" if len(finding.images) > SHOWN else ""
+        names = [name if name.isprintable() else ascii(name) for name in finding.images[:SHOWN]]
+        lines += [f"  {finding.severity.value:6}  {finding.kind}: {finding.said}", f"          {', '.join(names)}{more}"]
+    return [*lines, *(f"  {note}" for note in notes)]
+
+
+def _json(verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Finding], notes: Sequence[str], facts: Sequence[Facts]) -> str:
+    rows = [{key: value for key, value in vars(f).items() if not isinstance(value, np.ndarray)} for f in facts]
+    told = [{"kind": f.kind, "severity": f.severity.value, "said": f.said, "images": f.images} for f in found]
+    return json.dumps({"verdict": verdict, "findings": told, "statistics": dict(numbers), "notes": notes, "images": rows}, indent=1)
+
+
+def _page(folder: Path, verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Finding], notes: Sequence[str]) -> str:
+    rows = [
+        (f.severity.value, f.kind, str(len(f.images)), f.said, ", ".join(f.images[:50]) + (" …" if len(f.images) > 50 else ""))
+        for f in found
+    ]
+    table = page.table(["how bad", "what", "images", "what it means", "which"], rows, text=(1, 3, 4))
+    sections = [("Findings", table or "<p>None.</p>"), ("What is there", page.facts(numbers)), ("How it was read", page.paragraphs(notes))]
+    return page.page(f"Is {folder.absolute().name} fit to train on?", "cellbench check", sections, page.paragraphs([verdict], "verdict"))

@@ -1,0 +1,185 @@
+"""What an audit wants to know of one image and its truth, measured in one reading; what it means for the set is `audit`'s matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import ndimage
+
+from cellbench.data import images
+from cellbench.data.dataset import Dataset, Sample
+from cellbench.errors import CellbenchError, one_line
+from cellbench.files import hash_of
+from cellbench.likeness import small_grey
+from cellbench.shapes import instances, numbered
+
+SPECK_PX = 100
+"""Regions below are specks; not counted where the truth numbers its cells."""
+LOOK_PX = 600
+"""The longer side at which polarity and missed cells are looked for."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Facts:
+    """Of one sample. Where ``error`` is not empty the rest is as it is by default."""
+
+    name: str
+    split: str
+    group: str = ""
+    error: str = ""
+    size_px: tuple[int, int] = (0, 0)
+    mask_px: tuple[int, int] = (0, 0)
+    image_hash: str = ""
+    mask_hash: str = ""
+    small: np.ndarray = field(default_factory=lambda: np.zeros((64, 64), np.float32))
+    """Grey, 64 x 64."""
+    stain: tuple[float, float, float] = (0, 0, 0)
+    """Mean red, green and blue, 0..255."""
+    shares: tuple[float, ...] = ()
+    """Of the pixels, by class."""
+    areas_px: tuple[int, ...] = ()
+    """Of the cells."""
+    num_specks: int = 0
+    is_numbered: bool = False
+    off_share: float = 0.0
+    """Pixels whose mask value is further from its class's than the card allows."""
+    off_solid: bool = False
+    """Whether some of these form a field of 3 x 3 or more, so that they are no rim between two classes."""
+    off_example: int = 0
+    lost_share: float = 0.0
+    """Pixels that hold a number other than the background's and are background all the same."""
+    noisy: bool = False
+    """Any number but 0 is a cell here, and the numbers vary from pixel to pixel as a compressed mask's do."""
+    frame_share: float = 0.0
+    """Of the image's outermost pixels, those marked as cell."""
+    holes: int = 0
+    """Separate fields of background that do not touch the frame."""
+    islands: int = 0
+    """Separate fields of cell that do not touch the frame."""
+    mode_in_cell: float = 0.0
+    """Share of the pixels of the image's commonest brightness that are marked as cell."""
+    contrast: float = 0.0
+    """Difference of cell and background in the best colour, in standard deviations."""
+    seen_share: float = 0.0
+    """What Otsu's threshold sets apart from the commoner side, as a share of the pixels."""
+    seen_contrast: float = 0.0
+    """How well it does: variance between both sides as a share of all, 0..1."""
+    missed_border: tuple[int, ...] = ()
+    """Areas, in px, of fields at the frame that stand out like cells and are not marked."""
+
+
+def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int) -> Facts:
+    """Reads and measures one sample; what is wrong with its files is in ``error``, never raised."""
+    known = {"name": sample.name, "split": split, "group": sample.group}
+    try:
+        image = images.read_image(sample.image)
+        labels = images.read_labels(sample.mask) if sample.truth is None and not dataset.colors else None
+        classes, ids = _truth(dataset, sample, labels)
+        hashes = {"image_hash": hash_of(sample.image), "mask_hash": hash_of(sample.mask) if sample.truth is None else sample.truth.digest()}
+    except (CellbenchError, OSError) as error:
+        return Facts(**known, error=one_line(error))
+    sizes = {"size_px": image.shape[:2], "mask_px": classes.shape}
+    known |= {**hashes, **sizes, "stain": tuple(float(x) for x in image.reshape(-1, 3).mean(0))}
+    grey = small_grey(image)
+    if image.shape[:2] != classes.shape:
+        return Facts(**known, small=grey)
+    cells = instances(classes, 1) if ids is None else numbered(ids, classes)
+    areas = cells.areas_px[1:]
+    specks = areas < SPECK_PX if ids is None else np.zeros(len(areas), bool)
+    return Facts(
+        **known,
+        small=grey,
+        shares=tuple(float(n) / classes.size for n in np.bincount(classes.ravel(), minlength=len(dataset.classes))),
+        areas_px=tuple(int(area) for area in areas[~specks]),
+        num_specks=int(specks.sum()),
+        is_numbered=ids is not None,
+        **(_values(labels, classes, dataset, tolerance) if labels is not None else {}),
+        **_look(image, classes > 0),
+    )
+
+
+def _truth(dataset: Dataset, sample: Sample, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    if sample.truth is not None:
+        return sample.truth.read()
+    if labels is None:
+        return dataset.read_mask(sample), None
+    return dataset.meaning(labels), dataset.ids_of(labels)
+
+
+def _values(labels: np.ndarray, classes: np.ndarray, dataset: Dataset, tolerance: int) -> dict[str, object]:
+    lost = (classes == 0) & (labels != (dataset.values[0] if dataset.values else 0)) if not dataset.thresholds else np.zeros(1, bool)
+    if not dataset.values:
+        inside = labels[:, 1:][(labels[:, 1:] > 0) & (labels[:, :-1] > 0)]
+        alike = (labels[:, 1:] == labels[:, :-1])[(labels[:, 1:] > 0) & (labels[:, :-1] > 0)].mean() if inside.size else 1.0
+        # Rims of smoothed masks are a few per cent; a JPEG's noise around 0 is everywhere.
+        return {"noisy": not dataset.thresholds and bool(alike < 0.7)}
+    off = np.abs(labels.astype(np.int32) - np.array(dataset.values, np.int32)[classes]) > tolerance
+    share = float(off.mean())
+    solid = bool(share) and bool(ndimage.binary_erosion(off, np.ones((3, 3), bool)).any())
+    # A mask of 0 and 1 read as 0 and 255: all within tolerance, and not a cell in it.
+    return {
+        "off_share": share,
+        "off_solid": solid,
+        "off_example": int(labels[off][0]) if share else 0,
+        "lost_share": float(lost.mean()) if not classes.any() and len(np.unique(labels[::3, ::3])) == 2 else 0.0,
+    }
+
+
+def _look(image: np.ndarray, cell: np.ndarray) -> dict[str, object]:
+    step = -(-max(cell.shape) // LOOK_PX)
+    small, cell = image[::step, ::step].astype(np.float32), cell[::step, ::step]
+    frame = np.ones(cell.shape, bool)
+    frame[1:-1, 1:-1] = False
+    found: dict[str, object] = {
+        "frame_share": float(cell[frame].mean()),
+        "holes": _islands(~cell, frame),
+        "islands": _islands(cell, frame),
+    }
+    if cell.any() and not cell.all():
+        inner, outer = small[cell], small[~cell]
+        spread = np.sqrt((inner.var(0) + outer.var(0)) / 2) + 1
+        found["contrast"] = float((np.abs(inner.mean(0) - outer.mean(0)) / spread).max())
+    channel = int(small.reshape(-1, 3).std(0).argmax())
+    levels = ndimage.uniform_filter(small[..., channel], 3).astype(np.uint8)
+    counts = np.bincount(levels.ravel(), minlength=256)
+    wide = np.convolve(counts, np.ones(9), "same")
+    mode = int(wide.argmax())
+    found["mode_in_cell"] = float(cell[np.abs(levels.astype(int) - mode) <= 4].mean())
+    threshold, found["seen_contrast"] = _otsu(counts)
+    seen = (levels > threshold) if mode <= threshold else (levels <= threshold)
+    found["seen_share"] = float(seen.mean())
+    parts, num = ndimage.label(ndimage.binary_fill_holes(seen))
+    missed = []
+    if num and cell.any():
+        area = np.bincount(parts.ravel())
+        marked = np.bincount(parts.ravel(), cell.ravel().astype(float))
+        near = ndimage.binary_dilation(cell, iterations=2)
+        touching = np.bincount(parts.ravel(), near.ravel().astype(float)) > 0
+        for part in np.setdiff1d(np.unique(parts[frame]), [0]):
+            if marked[part] < 0.05 * area[part] and not touching[part]:
+                missed.append(int(area[part]) * step * step)
+    found["missed_border"] = tuple(missed)
+    return found
+
+
+def _islands(mask: np.ndarray, frame: np.ndarray) -> int:
+    parts, num = ndimage.label(mask)
+    area = np.bincount(parts.ravel(), minlength=num + 1)
+    at_frame = np.zeros(num + 1, bool)
+    at_frame[parts[frame]] = True
+    return int(((area >= 20) & ~at_frame)[1:].sum())
+
+
+def _otsu(counts: np.ndarray) -> tuple[int, float]:
+    """The threshold (values up to it are one side) and the share of variance between both sides."""
+    values, total = np.arange(256), counts.sum()
+    below = np.cumsum(counts)
+    above = total - below
+    sums = np.cumsum(counts * values)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2 / total**2
+    between = np.nan_to_num(between)
+    best = int(between.argmax())
+    variance = (counts * (values - sums[-1] / total) ** 2).sum() / total
+    return best, float(between[best] / variance) if variance > 0 else 0.0
