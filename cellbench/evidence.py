@@ -51,7 +51,8 @@ def collect(trackers: Sequence[Tracker], only: Collection[str] | None = None) ->
         latest: dict[str, Stored] = {}
         for run in tracker.stored():
             if run.is_parent:
-                parents.append(run)
+                if run.tags["cellbench.kind"] != "evaluation":  # a run tested once more, on data that others were not tested on
+                    parents.append(run)
             elif not run.fingerprint:
                 num_foreign += 1
             elif only is not None and run.run_id not in only:

@@ -75,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     _about_a_run(predict)
     predict.set_defaults(verb=_predict)
 
+    evaluate = verbs.add_parser("evaluate", help="test a run again, on any labelled folder", description=_EVALUATE)
+    evaluate.add_argument("run", metavar="RUN", help="best, best:EXPERIMENT, a run's name or MLflow id")
+    evaluate.add_argument("--data", type=Path, metavar="DIR", help="a folder of images and masks with the run's classes")
+    evaluate.add_argument("--visualize", type=int, default=0, metavar="N", help="also error maps of the N worst images")
+    _about_a_run(evaluate)
+    evaluate.set_defaults(verb=_evaluate)
+
     report = verbs.add_parser("report", help="what an experiment found: one HTML file, and tables as Markdown, CSV and LaTeX", description=_REPORT)
     report.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="its name in MLflow (default: the one with the newest finished run)")
     report.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: reports/EXPERIMENT)")
@@ -169,6 +176,23 @@ def _predict(arguments: argparse.Namespace) -> int:
         overlay=arguments.overlay,
         geojson=arguments.geojson,
         as_coco=arguments.coco,
+        weights=arguments.weights,
+        extra=arguments.registry,
+        device=arguments.device,
+        precision=arguments.precision,
+    )
+
+
+_EVALUATE = "Logged in MLflow as a run of its own below the run that it tests; the tables of a report stay as they are."
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from cellbench.evaluate import evaluate
+
+    return evaluate(
+        arguments.run,
+        data=arguments.data,
+        visualize=arguments.visualize,
         weights=arguments.weights,
         extra=arguments.registry,
         device=arguments.device,

@@ -55,6 +55,8 @@ def find(asked: str) -> tuple[Tracker, Stored]:
 
 def open_run(tracker: Tracker, stored: Stored, registry: Registry) -> Trained:
     """The run's record. Raises CellbenchError for one that is not finished, is no model, or has lost what it left."""
+    if stored.tags.get("cellbench.kind") == "evaluation":
+        raise CellbenchError(f"'{stored.name}' is an evaluation of '{stored.params.get('evaluated', 'a run')}'. Name that run.")
     if stored.is_parent:
         raise CellbenchError(f"'{stored.name}' is the parent of other runs, not a model. Name one of its runs, or best:{tracker.name}.")
     if stored.status != "finished":

@@ -30,7 +30,7 @@ LAYERS = (
     ),
     ("a run in use", {"winners", "segmenter", "outlines", "outputs", "exported"}),
     ("what is tried out", {"estimate", "naive", "bench", "contracts/"}),
-    ("verbs", {"check", "grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui", "predict", "explore"}),
+    ("verbs", {"check", "grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui", "predict", "evaluate", "explore"}),
     ("the command line", {"run"}),
 )
 # Parts are strangers, except for what they promise each other.
