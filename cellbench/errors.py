@@ -31,3 +31,10 @@ def one_line(error: BaseException) -> str:
     """The message of an error as one line, for reasons in tables and tags."""
     text = " ".join(str(error).split())
     return text or type(error).__name__
+
+
+def quoted(name: object) -> str:
+    """A name from a file, for an error of one line: short, and with nothing that breaks it."""
+    text = str(name)
+    text = text if len(text) <= 100 else f"{text[:99]}…"
+    return f"'{text}'" if text.isprintable() else ascii(text)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cellbench.data import images
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, one_line, quoted
 from cellbench.files import hash_of
 
 
@@ -83,7 +83,7 @@ class CocoRegions:
             try:
                 inside = rasterised(json.loads(region.segmentation), height, width)
             except ValueError as error:
-                raise CellbenchError(f"{self.file}: annotation {number} of '{self.name}' {error}. Mend it, or take it out.") from None
+                raise CellbenchError(f"{self.file}: annotation {number} of {quoted(self.name)} {error}. Mend it, or take it out.") from None
             ids[inside], classes[inside] = number, region.label
         return classes, ids
 
@@ -96,7 +96,7 @@ def rasterised(segmentation: Any, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, dict):
         counts = segmentation.get("counts")
         if segmentation.get("size") != [height, width]:
-            raise ValueError(f"has run lengths for {segmentation.get('size')}, its image has {[height, width]} (height, width)")
+            raise ValueError(f"has run lengths for {segmentation.get('size')!r:.60}, its image has {[height, width]} (height, width)")
         runs = _uncompressed(counts) if isinstance(counts, str) else counts
         whole = isinstance(runs, list) and all(type(n) is int and 0 <= n <= height * width for n in runs)
         if not whole or sum(runs) != height * width:
@@ -153,7 +153,7 @@ def coco_file(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CellbenchError(f"{path}: cannot be read as JSON ({error}). Export it again.") from None
+        raise CellbenchError(f"{path}: cannot be read as JSON ({one_line(error)[:200]}). Export it again.") from None
     tables = {"images": ("id", "file_name", "height", "width"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
     for table, keys in tables.items():
         rows = tree.get(table) if isinstance(tree, dict) else None
@@ -182,19 +182,26 @@ def coco_regions(path: Path, classes: tuple[str, ...]) -> list[CocoRegions]:
     for row in tree["categories"]:
         if len(classes) > 2 and row["name"] not in classes:
             raise CellbenchError(
-                f"{path}: category '{row['name']}' is no class of the card ({', '.join(classes)}). Name it there, or take it out."
+                f"{path}: category {quoted(row['name'])} is no class of the card ({', '.join(classes)}). Name it there, or take it out."
             )
         label[row["id"]] = classes.index(row["name"]) if len(classes) > 2 else 1
+    limit = images.pixel_limit()
     found: dict[int | str, list[Region]] = {}
     for row in tree["images"]:
         if row["id"] in found:
-            raise CellbenchError(f"{path}: two images have the id {row['id']!r}. Each needs its own.")
+            raise CellbenchError(f"{path}: two images have the id {row['id']!r:.40}. Each needs its own.")
         if row["height"] < 1 or row["width"] < 1:
-            raise CellbenchError(f"{path}: '{row['file_name']}' is {row['width']} x {row['height']} px there. Export it again.")
+            raise CellbenchError(
+                f"{path}: {quoted(row['file_name'])} is {row['width']:.3g} x {row['height']:.3g} px there. Export it again."
+            )
+        if row["height"] * row["width"] > limit:
+            raise CellbenchError(
+                f"{path}: {quoted(row['file_name'])} has more than {limit / 1e6:g} megapixels there. Export it again, or raise CELLBENCH_MAX_PIXELS."
+            )
         found[row["id"]] = []
     for row in tree["annotations"]:
         if row["image_id"] not in found or row["category_id"] not in label:
-            lost = f"image {row['image_id']!r}" if row["image_id"] not in found else f"category {row['category_id']!r}"
+            lost = f"image {row['image_id']!r:.40}" if row["image_id"] not in found else f"category {row['category_id']!r:.40}"
             raise CellbenchError(f"{path}: an annotation is of {lost}, which the file does not hold. Export it again.")
         region = Region(segmentation=json.dumps(row.get("segmentation")), label=label[row["category_id"]])
         found[row["image_id"]].append(region)

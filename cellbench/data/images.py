@@ -150,6 +150,11 @@ def write_png(path: str | os.PathLike[str], array: np.ndarray, *, compress_level
         raise CellbenchError(f"{shown_name(path)}: cannot be written ({why}). Check the folder, its rights, the space left.") from error
 
 
+def pixel_limit() -> int:
+    """The most pixels that a picture may have: ``CELLBENCH_MAX_PIXELS``, or 500 megapixels."""
+    return _limit(None)
+
+
 def _limit(max_pixels: int | None) -> int:
     if max_pixels is not None:
         return max_pixels

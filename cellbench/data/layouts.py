@@ -16,7 +16,7 @@ from cellbench.data.dataset import Sample
 from cellbench.data.images import EXTENSIONS
 from cellbench.data.listing import Listing, Problem, by_stem, named, outside, place
 from cellbench.data.manifest import NAMES, read_manifest
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, quoted
 from cellbench.registry import DatasetCard
 
 LAYOUTS = (
@@ -126,7 +126,7 @@ def _coco(card: DatasetCard, root: Path, files: list[Path]) -> Listing:
         if place(root, image.name) is None:
             out.problems.append(outside(root, image.name))
         elif not there or not there[0].resolve().is_relative_to(root.resolve()):
-            said = f"{file}: names the image '{image.name}', which is not there"
+            said = f"{file}: names the image {quoted(image.name)}, which is not there"
             out.problems.append(Problem(kind="missing-image", name=image.name, said=said, todo="Put it beside the file or into images/."))
         else:
             bases[file].insert(0, bases[file].pop(bases[file].index(next(base for base in bases[file] if there[0].is_relative_to(base)))))

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from cellbench.data.dataset import Sample
 from cellbench.data.images import EXTENSIONS
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, quoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,13 @@ def inside(root: Path, path: Path) -> bool:
 def place(root: Path, name: str) -> Path | None:
     """The file of a relative name, with / or \\ between folders; None where it would leave ``root``."""
     parts = PurePosixPath(name.replace("\\", "/"))
-    if not name or "\0" in name or parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+    if not name or "\0" in name or parts.is_absolute() or ".." in parts.parts or ":" in (parts.parts or ("",))[0]:
+        return None
+    try:
+        too_long = any(len(os.fsencode(part)) > 255 for part in parts.parts) or len(parts.parts) > 64
+    except UnicodeEncodeError:  # half a character, as JSON can write it
+        return None
+    if too_long:  # no file system has such names
         return None
     path = root.joinpath(*parts.parts)
     return path if inside(root, path) else None
@@ -65,7 +71,7 @@ def place(root: Path, name: str) -> Path | None:
 
 def outside(root: Path, name: str) -> Problem:
     todo = "Only files inside it are read: copy it there, or set CELLBENCH_FOLLOW_LINKS=1 where links are meant."
-    return Problem(kind="outside", name=name, said=f"{root.name}: '{name}' leads out of the folder", todo=todo)
+    return Problem(kind="outside", name=name, said=f"{root.name}: {quoted(name)} leads out of the folder", todo=todo)
 
 
 def by_stem(folder: Path, root: Path, problems: list[Problem]) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from cellbench.data.annotations import MaskFiles
 from cellbench.data.dataset import Sample
 from cellbench.data.listing import Listing, Problem, by_stem, named, outside, place
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, one_line, quoted
 
 NAMES = ("manifest.csv", "manifest.toml")
 COLUMNS = ("image", "mask", "split", "group", "label")
@@ -49,7 +49,7 @@ def read_manifest(path: Path, root: Path) -> Listing:
             raise CellbenchError(f"{path}: row {number} has split = {row['split']!r:.40}. Expected train, val or test.")
         if row["image"] in seen:
             out.problems.append(
-                Problem(kind="twice", name=row["image"], said=f"{path}: names '{row['image']}' twice", todo="Keep one of the rows.")
+                Problem(kind="twice", name=row["image"], said=f"{path}: names {quoted(row['image'])} twice", todo="Keep one of the rows.")
             )
             continue
         seen.add(row["image"])
@@ -67,7 +67,7 @@ def read_manifest(path: Path, root: Path) -> Listing:
             key for key, file in (("image", image), ("mask", mask)) if not file.is_file() and not (key == "mask" and truth and truth.paths)
         ]
         if lost:
-            said = f"{path}: row {number} names the {lost[0]} '{row[lost[0]]}', which is not there"
+            said = f"{path}: row {number} names the {lost[0]} {quoted(row[lost[0]])}, which is not there"
             out.problems.append(Problem(kind=f"missing-{lost[0]}", name=row["image"], said=said, todo="Add it, or take the row out."))
             continue
         sample = Sample(name=names[row["image"]], image=image, mask=mask, truth=truth, group=row["group"], label=row["label"])
@@ -83,7 +83,7 @@ def _csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
         delimiter = max(",;\t", key=first.count)
         table = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CellbenchError(f"{path}: cannot be read as CSV ({error}). Save it as CSV in UTF-8.") from None
+        raise CellbenchError(f"{path}: cannot be read as CSV ({one_line(error)[:200]}). Save it as CSV in UTF-8.") from None
     heads = [head.strip().lower() for head in table[0]] if table else []
     if not {"image", "mask"} <= set(heads) or len(set(heads)) < len(heads):
         raise CellbenchError(
@@ -99,14 +99,14 @@ def _csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
         row = dict(zip(heads, (cell.strip() for cell in cells), strict=True))
         rows.append({key: row.get(key, "") for key in COLUMNS})
     other = [head for head in heads if head not in COLUMNS]
-    return rows, [f"{path.name}: columns not used: {', '.join(other)}"] if other else []
+    return rows, [f"{path.name}: columns not used: {quoted(', '.join(other))}"] if other else []
 
 
 def _toml(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise CellbenchError(f"{path}: cannot be read as TOML ({error}).") from None
+        raise CellbenchError(f"{path}: cannot be read as TOML ({one_line(error)[:200]}).") from None
     rows = tree.get("image")
     if set(tree) != {"image"} or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CellbenchError(f"{path}: expected tables [[image]] with image, mask and perhaps split, group, label, and nothing else.")
@@ -114,6 +114,6 @@ def _toml(path: Path) -> tuple[list[dict[str, str]], list[str]]:
         wrong = [key for key, value in row.items() if key not in COLUMNS or not isinstance(value, str)]
         if wrong or not {"image", "mask"} <= set(row):
             raise CellbenchError(
-                f"{path}: an [[image]] has {f'{wrong[0]} = {row[wrong[0]]!r:.60}' if wrong else 'no image or no mask'}. Strings are expected."
+                f"{path}: an [[image]] has {f'{quoted(wrong[0])} = {row[wrong[0]]!r:.60}' if wrong else 'no image or no mask'}. Strings are expected."
             )
     return [{key: row.get(key, "") for key in COLUMNS} for row in rows], []
