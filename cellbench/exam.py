@@ -16,6 +16,7 @@ import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.metrics import image_scores
+from cellbench.separate import CONNECTED, Parts, Separation
 from cellbench.shapes import SCORES, Agreement, Truth
 
 BINS = 20
@@ -107,8 +108,12 @@ class Keepsake:
 class Exam:
     """One run's test so far, N images."""
 
+    separation: Separation = field(default_factory=Separation)
+    """How its cells are told apart."""
     matrices: list[np.ndarray] = field(default_factory=list)
     agreements: list[Agreement] = field(default_factory=list)
+    connected: list[dict[str, float | int]] = field(default_factory=list)
+    """The scores of single cells where nothing is cut: what the separation is worth."""
     levels: np.ndarray = field(default_factory=lambda: np.zeros((2, 256), np.int64))
     """Pixels by truth (0 background, 1 cell) and predicted probability of a cell (0..255)."""
     keep: Keepsake = field(default_factory=Keepsake)
@@ -140,9 +145,10 @@ class Exam:
 class Exams:
     """The exams of the runs of one cohort, taken side by side. Use in ``with``: leaving waits for the last answers."""
 
-    def __init__(self, dataset: Dataset, num_runs: int) -> None:
+    def __init__(self, dataset: Dataset, num_runs: int, separations: Sequence[Separation] | None = None) -> None:
+        """``separations``: each run's way to tell its cells apart; None: connected regions."""
         self._dataset = dataset
-        self.exams = [Exam() for _ in range(num_runs)]
+        self.exams = [Exam(separation=one) for one in separations or [CONNECTED] * num_runs]
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "exam")
         self._waiting: list[Future[None]] = []
 
@@ -181,7 +187,9 @@ class Exams:
         exam: Exam, image: int, truth: np.ndarray, prepared: Future[Truth], counts: np.ndarray, classes: np.ndarray, cell: np.ndarray | None
     ) -> None:
         exam.matrices.append(counts)
-        exam.agreements.append(prepared.result().agreement(classes))
+        one, parts = prepared.result(), Parts(classes)
+        exam.agreements.append(one.agreement(classes, parts.instances(exam.separation.neck, one.min_area_px)))
+        exam.connected.append(one.found(parts.instances(0.0, one.min_area_px)))
         exam.keep.offer(image, float(image_scores(counts[None])["dice"][0]), classes, cell)
         if cell is not None:
             exam.levels += np.bincount((cell + np.uint16(256) * (truth > 0)).ravel(), minlength=512).reshape(2, 256)

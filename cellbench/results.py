@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,13 @@ def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
     errors = shapes["num_predicted"] - shapes["num_true"]
     # The mean of signed errors is a bias, in which too many and too few cancel out; the other is how far a count is off.
     out |= {"test_image/count_error": float(errors.mean()), "test_image/count_error_abs": float(np.abs(errors).mean())}
+    cut = result.exam.separation
+    # What cutting is worth: the same answers, their cells taken as connected regions.
+    joined = [one["num_predicted"] - one["num_true"] for one in result.exam.connected]
+    out |= {"test_image/ap50_connected": float(np.mean([one["ap50"] for one in result.exam.connected]))}
+    out |= {"test_image/count_error_abs_connected": float(np.abs(joined).mean()), "separation/neck": cut.neck}
+    if cut.val_ap50:
+        out["separation/val_ap50"] = cut.val_ap50[f"{cut.neck:g}"]
     if (calibration := result.exam.calibration()) is not None:
         out["test/calibration_error"] = figures.expected_error(calibration)
     if result.learner is not None:
@@ -66,7 +73,8 @@ def tidy(name: str, value: float) -> float:
 def write(
     folder: Path, name: str, run: RunSpec, experiment: Experiment, datasets: Sequence[Dataset], pixels: Pixels, result: Result
 ) -> None:
-    """``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``head.safetensors`` and ``figures/*.png`` into a folder.
+    """``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json``, ``head.safetensors`` and
+    ``figures/*.png`` into a folder.
 
     ``datasets``: one, or one a fold.
     """
@@ -78,6 +86,7 @@ def write(
         told |= {"fold": run.fold, "num_folds": experiment.data.folds, "pool": pool(datasets)}
     (folder / "config.toml").write_text(tomli_w.dumps(alone(run, experiment)), encoding="utf-8")
     (folder / "per_image.json").write_text(json.dumps(told), encoding="utf-8")
+    (folder / SEPARATION).write_text(json.dumps(asdict(result.exam.separation)), encoding="utf-8")
     (folder / TABLE).write_text(json.dumps(table(told)), encoding="utf-8")
     if result.preparation is not None:
         (folder / "preparation.json").write_text(json.dumps(result.preparation.told()), encoding="utf-8")
@@ -107,6 +116,10 @@ TABLE = "images.json"
 """The artifact that MLflow's UI opens as a table, one line an image."""
 
 
+SEPARATION = "separation.json"
+"""The artifact with a run's :class:`~cellbench.separate.Separation`, field by field."""
+
+
 def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
     """The scores of each test image and the counts they come from; any other overlap can be had from those."""
     exam, shapes = result.exam, result.exam.shapes()
@@ -117,6 +130,7 @@ def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
         "groups": [sample.group for sample in dataset.test],
         "tolerance_px": TOLERANCE_PX,
         "min_area_px": [MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX for one in exam.agreements],
+        "separation_neck": exam.separation.neck,
         "cells_numbered": [one.numbered for one in exam.agreements],
         "confusion": exam.counts.tolist(),
         **{name: [round(float(v), 6) for v in values] for name, values in image_scores(exam.counts).items()},
@@ -156,7 +170,7 @@ def note(name: str, values: dict[str, float], worst: str = "") -> str:
         ["test Dice, all pixels pooled", f"{values['test/dice']:.4f}"],
         ["test Dice, mean over images", f"{values['test_image/dice']:.4f}{interval}"],
         [f"outlines within {TOLERANCE_PX:g} px (NSD)", f"{values['test_image/nsd']:.4f}"],
-        ["cells found (AP50)", f"{values['test_image/ap50']:.4f}"],
+        ["cells found (AP50)", f"{values['test_image/ap50']:.4f} ({values['test_image/ap50_connected']:.4f} where touching cells are not parted)"],
         ["cells counted, predicted minus true", f"{values['test_image/count_error']:+.1f} an image"],
     ]
     parts = [

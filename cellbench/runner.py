@@ -42,6 +42,7 @@ from cellbench.spec import NUMERICS, Experiment, RunSpec
 from cellbench.system import watched
 from cellbench.track import Run, Tracker
 from cellbench.train import Learner, fit
+from cellbench.tuning import separations, tuned
 
 
 @dataclass(kw_only=True)
@@ -160,14 +161,15 @@ class Runner:
         for job, run in opened:
             card = self.registry.baseline(job.run.baseline or "")
             segment = load(card)
-            seconds = 0.0
-            with Exams(self.dataset, 1) as exams:
+            num, seconds = len(self.dataset.classes), 0.0
+            answers = ((k, [segment(self._pixels["val"][k][0], num, **job.run.options)]) for k in range(len(self.dataset.val)))
+            with Exams(self.dataset, 1, separations(self.dataset, 1, answers)) as exams:
                 for index in tqdm(range(len(self.dataset.test)), desc=job.name, unit="image", leave=False):
                     image, truth = self._pixels["test"][index]
                     start = time.perf_counter()
-                    classes = segment(image, len(self.dataset.classes), **job.run.options)
+                    classes = segment(image, num, **job.run.options)
                     seconds += time.perf_counter() - start
-                    exams.take(index, truth, [confusion(truth, classes, len(self.dataset.classes))], [(classes, None)])
+                    exams.take(index, truth, [confusion(truth, classes, num)], [(classes, None)])
             cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
             cost |= {"cost/images_per_s": len(self.dataset.test) / max(seconds, 1e-9), "cost/peak_mib": peak_mib()}
             self._keep(job, run, Result(exam=exams.exams[0], cost=cost), out)
@@ -209,12 +211,13 @@ class Runner:
         live = [k for k in range(len(learners)) if k not in lost]
         if not live:
             return
-        train_trunk_s, features.trunk.seconds = features.trunk.seconds, 0.0
         models = [learners[k].model for k in live]
+        parted = tuned(models, features, self.dataset)
+        train_trunk_s, features.trunk.seconds = features.trunk.seconds, 0.0
         for m in models:
             m.seconds = 0.0
         bar = tqdm(score(models, features, "test"), total=len(self.dataset.test), desc=f"{title}: test", unit="image", leave=False)
-        with Exams(self.dataset, len(live)) as exams:
+        with Exams(self.dataset, len(live), parted) as exams:
             for image, found, answers in bar:
                 exams.take(image, self._pixels["test"][image][1], found, [(a.classes, a.cell) for a in answers])
         backbone = features.trunk.backbone
@@ -265,7 +268,7 @@ class Runner:
             run.artifacts(Path(folder))
         metrics = results.metrics(self.dataset, result)
         # At step 0: a single value there is a bar in the UI's charts, at any other step a lone dot. ``best/epoch`` says which epoch it was.
-        run.log(metrics, tags={"cellbench.machine": self.machine.name})
+        run.log(metrics, tags={"cellbench.machine": self.machine.name, "cellbench.separation": result.exam.separation.words})
         run.tables([results.TABLE])
         run.describe(results.note(job.name, metrics, worst=run.address("figures/worst.png")))
         run.end("finished")

@@ -8,8 +8,9 @@ Decisions, each with its reason:
 - ``nsd`` (normalised surface distance, surface Dice; Nikolov et al. 2021): the share of both contours' pixels that lie within the tolerance
   of the other contour, Euclidean between pixel centres. Contour pixels are counted, lengths are not weighed.
 - ``boundary_dice``: Dice of the bands that each mask has within the tolerance of its outside (boundary IoU's; Cheng et al. 2021).
-- A cell is a connected region of one class. Neighbours are the four beside a pixel, not the diagonal ones: masks often part touching cells
-  by a line one pixel wide. Regions below a minimum area are specks, dropped on both sides. Masks that number their cells are used as such.
+- A cell is a connected region of one class, unless the caller parts those that touch (``cellbench.separate``). Neighbours are the four
+  beside a pixel, not the diagonal ones: masks often part touching cells by a line one pixel wide. Regions below a minimum area are specks,
+  dropped on both sides. Masks that number their cells are used as such.
 - Two cells match where their intersection is *more* than the threshold of their union and their class is the same. From 0.5 on that is
   at most one partner each, so no assignment has to be solved; it is decided in whole numbers, without rounding.
 - ``ap50``, ``ap50_95``: TP / (TP + FP + FN) at 0.5, and its mean over 0.50, 0.55 … 0.95 (Data Science Bowl 2018, StarDist, Cellpose).
@@ -118,24 +119,32 @@ def numbered(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 0) -> Inst
     return Instances(ids=out, areas_px=np.concatenate([[0], areas[kept]]), classes=votes.argmax(1).astype(np.uint8))
 
 
+def true_cells(classes: np.ndarray, ids: np.ndarray | None) -> tuple[Instances, int]:
+    """The cells of a truth (H, W), by its own numbers where it has them, and the least area in px that a predicted cell must then have."""
+    return (instances(classes), MIN_AREA_PX) if ids is None else (numbered(ids, classes), MIN_AREA_NUMBERED_PX)
+
+
 class Truth:
     """The truth of one image (H, W), prepared once and compared with the answers of many runs. May be asked from several threads."""
 
     def __init__(self, classes: np.ndarray, num_classes: int, ids: np.ndarray | None = None, *, tolerance_px: float = TOLERANCE_PX) -> None:
         """``classes`` below ``num_classes``, 0 the background; ``ids``: the mask's own numbers of cells, where it has them."""
         self._classes, self._tolerance, self._numbered = classes, tolerance_px, ids is not None
-        self._cells = instances(classes) if ids is None else numbered(ids, classes)
-        self._min_area_px = MIN_AREA_PX if ids is None else MIN_AREA_NUMBERED_PX
+        self._cells, self.min_area_px = true_cells(classes, ids)
         self._outlines = [Outline(classes == label, tolerance_px) for label in range(1, num_classes)]
 
-    def agreement(self, classes: np.ndarray) -> Agreement:
-        """How well a predicted class map (H, W) agrees."""
+    def found(self, cells: Instances) -> dict[str, float | int]:
+        """The scores of predicted cells, each of ``min_area_px`` or more, under the names of :class:`Agreement`."""
+        return cell_scores(self._cells, cells)
+
+    def agreement(self, classes: np.ndarray, cells: Instances | None = None) -> Agreement:
+        """How well a predicted class map (H, W) agrees; ``cells``: the single cells of it, if not its connected regions."""
         if classes.shape != self._classes.shape:
             raise ValueError(f"truth is {self._classes.shape}, prediction {classes.shape}")
         outlines = [outline_scores(truth, Outline(classes == label, self._tolerance)) for label, truth in enumerate(self._outlines, 1)]
         nsd, band = np.mean(outlines, axis=0)
-        cells = instances(classes, self._min_area_px)
-        return Agreement(nsd=float(nsd), boundary_dice=float(band), numbered=self._numbered, **cell_scores(self._cells, cells))
+        cells = instances(classes, self.min_area_px) if cells is None else cells
+        return Agreement(nsd=float(nsd), boundary_dice=float(band), numbered=self._numbered, **self.found(cells))
 
 
 # --- outlines ---------------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from cellbench.data.pixels import Pixels
 from cellbench.exam import CANDIDATES, Exams, Keepsake, shown
 from cellbench.metrics import confusion
 from cellbench.results import Result
+from cellbench.separate import CONNECTED, Separation
 from cellbench.shapes import Truth
 from cellbench.spec import Experiment
 
 
-def taken(dataset, answers, shorten=False):
+def taken(dataset, answers, shorten=False, separation=CONNECTED):
     """The exam of one run whose answer for each image is given; ``shorten`` hands in a map of another size."""
-    with Exams(dataset, 1) as exams:
+    with Exams(dataset, 1, [separation]) as exams:
         for k, sample in enumerate(dataset.test):
             truth = dataset.read_mask(sample)
             classes, cell = answers(truth)
@@ -133,3 +135,22 @@ def test_masks_that_number_their_cells_are_known_from_others(tmp_path, dataset):
     smoothed[5:35, 5:35] = 255
     smoothed[5, 5:35] = 128
     assert dataset.read_instances(mask(smoothed)) is None
+
+
+def test_touching_cells_are_scored_as_the_separation_parts_them(dataset, tmp_path):
+    # Two true cells, side by side; the answer is one region with a waist.
+    y, x = np.mgrid[:80, :120]
+    left, right = np.hypot(y - 40, x - 35) < 25, np.hypot(y - 40, x - 84) < 25
+    ids = (left + 2 * (right & ~left)).astype(np.uint16)
+    Image.fromarray(ids).save(tmp_path / "mask.png")
+    one = replace(dataset, values=(), test=(replace(dataset.test[0], mask=tmp_path / "mask.png"),))
+    cut = Separation(neck=0.8, val_ap50={"0": 0.5, "0.8": 0.75}, num_images=3)
+    found = {}
+    for which in (CONNECTED, cut):
+        exam = taken(one, lambda truth: (truth, None), separation=which)
+        found[which.neck] = results.metrics(one, Result(exam=exam, cost={}))
+    assert found[0]["test_image/ap50"] == found[0.8]["test_image/ap50_connected"] < 1
+    assert found[0.8]["test_image/ap50"] == 1
+    assert found[0.8]["test_image/count_error_abs"] == 0
+    assert found[0.8]["test_image/count_error_abs_connected"] == 1
+    assert found[0.8]["separation/val_ap50"] == 0.75

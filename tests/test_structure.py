@@ -19,10 +19,14 @@ LAYERS = (
     ("words", {"errors", "files", "spec"}),
     (
         "facts and mathematics",
-        {"registry", "tiles", "framing", "plan", "losses", "metrics", "shapes", "likeness", "audit"} | {"significance", "scored", "stats", "ranking"},
+        {"registry", "tiles", "framing", "plan", "losses", "metrics", "shapes", "separate"}
+        | {"likeness", "audit", "significance", "scored", "stats", "ranking"},
     ),
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
-    ("the one harness", {"machine", "checkpoints", "lanes", "store", "features", "model", "infer", "train", "exam", "trained"} | {"room", "survey", "tokens"}),
+    (
+        "the one harness",
+        {"machine", "checkpoints", "lanes", "store", "features", "model", "infer", "train", "tuning", "exam"} | {"trained", "room", "survey", "tokens"},
+    ),
     (
         "doors and what is told",
         {"track", "logged", "refusals", "entries", "system", "views", "moved"}
@@ -47,7 +51,7 @@ DOORS = {
     "segmentation_models_pytorch": {"losses.py", "baselines/unet.py"},
     "timm": {"backbones/timm_vit.py", "backbones/timm_pyramid.py"},
     "huggingface_hub": {"backbones/fetch.py", "doctor.py"},  # doctor: whether a person is logged in
-    "skimage": {"baselines/otsu.py", "data/augment.py", "data/stain.py", "outlines.py"},
+    "skimage": {"separate.py", "baselines/otsu.py", "data/augment.py", "data/stain.py", "outlines.py"},
     "pydantic": {"spec.py", "registry.py"},
     "argparse": {"run.py"},
 }

@@ -1,0 +1,204 @@
+"""Parts touching cells: a watershed on the distance to the background, whose basins stay apart where the neck between them is narrow.
+
+A region of a mask has one peak of distance for each bulge, and a saddle on the way from one peak to the next: the half-width of the neck.
+Two bulges are two cells where the saddle is below ``neck`` times the lower of their peaks, so that the one parameter is a ratio: it knows
+no magnification. At 0 cells are connected regions, towards 1 every bulge is a cell. The flooding is done once for all values of it (basins
+are merged afterwards, the highest saddle first), so that tuning it on validation images costs one watershed an image.
+
+Distances are taken on blocks of ``1/BLOCKS`` of the region's half-width: on 1600x1200 with cells of 100 px that is 0.1 s instead of 0.65.
+Cells that the mask itself parts stay parted to the pixel; only the line of a cut is as coarse as the blocks.
+
+Letters: H x W image, h x w blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import ndimage
+from skimage.segmentation import watershed
+
+from cellbench.shapes import Instances, cell_scores, contour, numbered
+
+NECKS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+"""The values that are tried; of equally good ones the smallest, which cuts least."""
+BLOCKS = 12
+"""Blocks to the half-width of a region: an outline's pixel noise and a cut's steps are then below a tenth of a cell's radius."""
+SMOOTH_BLOCKS = 1.0
+"""Gaussian over distances, so that a rough outline does not make a basin of every corner."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Separation:
+    """How single cells are told from a class map: ``neck`` in 0..1; 0: connected regions, nothing is cut."""
+
+    neck: float = 0.0
+    val_ap50: dict[str, float] = field(default_factory=dict, hash=False)
+    """What it was tuned on: mean AP50 over the validation images for each neck that was tried. Empty: not tuned."""
+    num_images: int = 0
+    """Validation images that it was tuned on."""
+
+    def instances(self, classes: np.ndarray, min_area_px: int) -> Instances:
+        """The cells of a class map (H, W) uint8, each of at least ``min_area_px`` pixels."""
+        return Parts(classes).instances(self.neck, min_area_px)
+
+    @property
+    def words(self) -> str:
+        """For people and for MLflow's tags."""
+        return f"watershed, neck {self.neck:g}" if self.neck else "connected regions"
+
+
+CONNECTED = Separation()
+"""Nothing is cut."""
+
+
+class Parts:
+    """The basins of a class map (H, W), flooded once, when first needed; ``instances`` merges them for any neck."""
+
+    def __init__(self, classes: np.ndarray) -> None:
+        self._classes = classes
+        masks = [classes == label for label in range(1, (int(classes.max()) if classes.size else 0) + 1)]
+        self._floods = [_Flood(mask) for mask in masks if mask.any()]
+
+    def instances(self, neck: float, min_area_px: int) -> Instances:
+        """The cells at this ``neck``, each of at least ``min_area_px`` pixels."""
+        if not 0 <= neck <= 1:
+            raise ValueError(f"a neck is a ratio from 0 to 1: {neck}")
+        ids, num = np.zeros(self._classes.shape, np.int32), 0
+        for flood in self._floods:
+            part = flood.ids(neck)
+            ids[part > 0] = part[part > 0] + num
+            num = max(num, int(ids.max()))
+        return numbered(ids, self._classes, min_area_px)
+
+
+class _Flood:
+    """One mask's regions, basins, peaks and saddles."""
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self._mask = mask
+        self._regions, self._num_regions = ndimage.label(mask)
+        self._flooded = False
+
+    def _flood(self) -> None:
+        mask, self._flooded = self._mask, True
+        self._step, self._basins, self._peaks = max(mask.shape), np.ones((1, 1), np.int32), np.zeros(2)
+        self._saddles: list[tuple[float, int, int]] = []
+        if edge_px := np.count_nonzero(contour(mask)):  # else all of the image, which is distant from nothing
+            # Twice the area over the outline's length is the radius of a disc, and half of the width of anything longer.
+            self._step = min(8, max(1, int(2 * np.count_nonzero(mask) / edge_px / BLOCKS)))
+            full_hw, any_hw = _blocks(mask, self._step)
+            distance = ndimage.distance_transform_edt(full_hw) if not full_hw.all() else np.zeros(full_hw.shape)
+            distance = ndimage.gaussian_filter(distance, SMOOTH_BLOCKS, mode="nearest") * any_hw
+            self._basins = watershed(-distance, mask=any_hw)
+            self._peaks = np.concatenate([[0.0], ndimage.maximum(distance, self._basins, np.arange(1, int(self._basins.max()) + 1))])
+            self._saddles = _saddles(self._basins, distance)
+        self._pieces()
+
+    def _pieces(self) -> None:
+        """A piece is what is of one region and one basin: cells are put together from pieces, whatever the neck."""
+        height, width = self._regions.shape
+        rows, columns = np.arange(height) // self._step, np.arange(width) // self._step
+        num_basins = len(self._peaks)
+        codes = self._regions.astype(np.int64) * num_basins + self._basins[rows][:, columns]
+        if (self._num_regions + 1) * num_basins <= 1 << 24:
+            counts = np.bincount(codes.ravel(), minlength=1)
+            found = np.flatnonzero(counts)
+            self._areas_px = counts[found]
+            number = np.zeros(len(counts), np.int32)
+            number[found] = np.arange(len(found))
+            self._piece = number[codes]
+        else:
+            found, flat, self._areas_px = np.unique(codes, return_inverse=True, return_counts=True)
+            self._piece = flat.reshape(codes.shape).astype(np.int32)
+        self._region, self._basin = found // num_basins, found % num_basins
+        # Regions less than a block apart share blocks. A basin is the region's that has most of it; what others have there are crumbs of the
+        # blocks, no cells of their own.
+        inside = np.where(self._region > 0, self._areas_px, 0)
+        most = np.zeros(num_basins, np.int64)
+        np.maximum.at(most, self._basin, inside)
+        self._crumb = inside < most[self._basin]
+
+    def ids(self, neck: float) -> np.ndarray:
+        """Numbers of cells (H, W), 0 being background; not without gaps."""
+        if not neck:
+            return self._regions
+        if not self._flooded:
+            self._flood()
+        cells, cell = np.unique(self._region * len(self._peaks) + self._merged(neck)[self._basin], return_inverse=True)
+        region = cells // len(self._peaks)
+        areas = np.bincount(cell, self._areas_px * ~self._crumb, len(cells))
+        # The largest cell of each region: the last of its run when sorted by region, then area.
+        order = np.lexsort((areas, region))
+        largest = np.zeros(self._num_regions + 1, np.int64)
+        largest[region[order]] = order
+        numbers = np.where(self._crumb, largest[self._region], cell) + 1
+        numbers[self._region == 0] = 0
+        return numbers.astype(np.int32)[self._piece]
+
+    def _merged(self, neck: float) -> np.ndarray:
+        """For each basin the one that it is part of."""
+        parent, peaks = list(range(len(self._peaks))), self._peaks.tolist()
+
+        def root(k: int) -> int:
+            while parent[k] != k:
+                parent[k] = parent[parent[k]]
+                k = parent[k]
+            return k
+
+        for height, a, b in self._saddles:
+            a, b = root(a), root(b)
+            if a != b and height >= neck * min(peaks[a], peaks[b]):
+                low, high = (a, b) if peaks[a] < peaks[b] else (b, a)
+                parent[low] = high
+        return np.array([root(k) for k in range(len(parent))])
+
+
+def _blocks(mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks (h, w) of ``step`` x ``step`` pixels that lie in the mask wholly, and those that touch it; the frame's are filled up with their edge."""
+    if step == 1:
+        return mask, mask
+    down, right = (-length % step for length in mask.shape)
+    padded = np.pad(mask, ((0, down), (0, right)), mode="edge")
+    rows = padded.reshape(-1, step, padded.shape[1])
+    whole, some = rows.all(1), rows.any(1)
+    return whole.reshape(len(rows), -1, step).all(2), some.reshape(len(rows), -1, step).any(2)
+
+
+def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int, int]]:
+    """For each two basins that touch: the greatest distance on the way from one to the other, and their numbers; the highest first."""
+    num = int(basins.max()) + 1
+    codes, heights = [], []
+    for first, second in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        a, b = basins[first], basins[second]
+        at = np.flatnonzero((a != b) & (a > 0) & (b > 0))
+        low, high = np.minimum(a.ravel()[at], b.ravel()[at]), np.maximum(a.ravel()[at], b.ravel()[at])
+        codes.append(low.astype(np.int64) * num + high)
+        heights.append(np.minimum(distance[first].ravel()[at], distance[second].ravel()[at]))
+    code, height = np.concatenate(codes), np.concatenate(heights)
+    order = np.lexsort((-height, code))
+    first = order[np.flatnonzero(np.diff(code[order], prepend=-1))]
+    first = first[np.lexsort((code[first], -height[first]))]
+    return [(float(height[k]), int(code[k] // num), int(code[k] % num)) for k in first]
+
+
+class Tuning:
+    """Chooses a neck: is shown class maps and their true cells, and says which of ``NECKS`` finds most of them."""
+
+    def __init__(self) -> None:
+        self._found: list[list[float]] = []
+
+    def add(self, classes: np.ndarray, truth: Instances, min_area_px: int) -> None:
+        """A predicted class map (H, W) uint8 and the cells that are there."""
+        parts = Parts(classes)
+        self._found.append([float(cell_scores(truth, parts.instances(neck, min_area_px))["ap50"]) for neck in NECKS])
+
+    def best(self) -> Separation:
+        """The separation with the highest mean AP50; connected regions where nothing was shown."""
+        if not self._found:
+            return Separation()
+        means: Sequence[float] = np.mean(self._found, axis=0).round(6).tolist()
+        told = {f"{neck:g}": value for neck, value in zip(NECKS, means, strict=True)}
+        return Separation(neck=NECKS[int(np.argmax(means))], val_ap50=told, num_images=len(self._found))

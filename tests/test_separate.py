@@ -1,0 +1,105 @@
+"""Claims about parting touching cells: discs whose number and place are known, and connected regions where nothing is to be cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cellbench.separate import NECKS, Parts, Separation, Tuning
+from cellbench.shapes import instances, numbered
+
+
+def discs(*places, size=(120, 160)):
+    """Numbered discs (y, x, radius); where two overlap, a pixel is of the one whose middle is nearer in radii."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    reach = np.stack([np.hypot(y - cy, x - cx) / r for cy, cx, r in places])
+    return np.where(reach.min(0) < 1, reach.argmin(0) + 1, 0).astype(np.int32)
+
+
+def cells(ids, neck, min_area_px=10):
+    return Separation(neck=neck).instances((ids > 0).astype(np.uint8), min_area_px)
+
+
+TOUCHING = discs((40, 40, 22), (40, 79, 22), (76, 60, 22), (90, 120, 15))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 5])
+def test_touching_discs_are_parted_where_they_touch_at_any_magnification(scale):
+    truth = np.kron(TOUCHING, np.ones((scale, scale), np.int32))
+    found = cells(truth, 0.8)
+    assert found.num == 4
+    for number in range(1, 5):
+        mine = truth == number
+        best = np.bincount(found.ids[mine], minlength=2)[1:].argmax() + 1
+        assert (mine & (found.ids == best)).sum() / (mine | (found.ids == best)).sum() > 0.95
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+def test_a_region_is_cut_and_never_shrunk(scale):
+    truth = np.kron(TOUCHING, np.ones((scale, scale), np.int32))
+    for neck in NECKS:
+        assert np.array_equal(cells(truth, neck, 0).ids > 0, truth > 0)
+
+
+def test_a_neck_of_nought_is_connected_regions():
+    classes = (np.random.default_rng(0).random((90, 110)) < 0.6).astype(np.uint8) * np.random.default_rng(1).integers(1, 3, (90, 110), np.uint8)
+    found, wanted = Parts(classes).instances(0.0, 5), instances(classes, 5)
+    assert found.num == wanted.num > 3
+    assert np.array_equal(found.areas_px, wanted.areas_px)
+    assert len(np.unique(np.stack([found.ids, wanted.ids]).reshape(2, -1), axis=1).T) == wanted.num + 1  # the same cells, each its number
+
+
+@pytest.mark.parametrize("gap_px", [1, 2])
+def test_cells_that_the_mask_parts_stay_parted_to_the_pixel(gap_px):
+    mask = np.zeros((300, 300), np.int32)
+    mask[20:280, 20:280] = 1
+    mask[:, 150 : 150 + gap_px] = 0  # far narrower than a block
+    for neck in (0.0, 0.5, 0.9):
+        found = cells(mask, neck)
+        assert sorted(found.areas_px[1:]) == sorted([260 * 130, 260 * (130 - gap_px)])
+
+
+def test_convex_cells_are_not_cut():
+    y, x = np.mgrid[:200, :200]
+    ellipse = (np.hypot((y - 100) / 40, (x - 100) / 80) < 1).astype(np.int32)
+    bar = np.zeros((200, 200), np.int32)
+    bar[90:110, 10:190] = 1
+    for shape in (ellipse, bar, discs((60, 60, 50))):
+        assert [cells(shape, neck).num for neck in NECKS if neck <= 0.9] == [1] * (len(NECKS) - 1)
+
+
+def test_more_neck_never_gives_fewer_cells():
+    num = [cells(TOUCHING, neck).num for neck in NECKS]
+    assert num == sorted(num)
+    assert num[0] == 2
+
+
+@pytest.mark.parametrize("classes", [np.zeros((9, 7), np.uint8), np.ones((9, 7), np.uint8), np.eye(9, dtype=np.uint8), np.zeros((0, 5), np.uint8)])
+def test_empty_full_and_thin_maps_are_taken(classes):
+    num = instances(classes, 0).num
+    assert [Parts(classes).instances(neck, 0).num for neck in (0.0, 0.8)] == [num, num]
+
+
+def test_touching_cells_of_two_classes_are_two_cells_and_keep_their_class():
+    classes = np.zeros((40, 60), np.uint8)
+    classes[10:30, 10:30], classes[10:30, 30:50] = 2, 1
+    found = Parts(classes).instances(0.9, 10)
+    assert sorted(found.classes[1:].tolist()) == [1, 2]
+
+
+def test_tuning_finds_the_neck_that_parts_and_leaves_alone_what_is_whole():
+    touching, whole = Tuning(), Tuning()
+    dumbbell = discs((60, 50, 30), (60, 110, 30))
+    dumbbell[50:70, 50:110] = 1
+    touching.add((TOUCHING > 0).astype(np.uint8), numbered(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
+    one = (dumbbell > 0).astype(np.uint8)
+    whole.add(one, instances(one), 10)
+    assert 0 < touching.best().neck < 1
+    assert touching.best().val_ap50[f"{touching.best().neck:g}"] == 1
+    assert whole.best().neck == 0
+    assert Tuning().best() == Separation()
+
+
+def test_a_neck_beyond_its_range_is_refused():
+    with pytest.raises(ValueError, match="ratio"):
+        Parts(np.ones((4, 4), np.uint8)).instances(1.5, 0)
