@@ -72,9 +72,14 @@ def _meaning(card: Card) -> str:
 
 
 def _asks(path: Path) -> str:
+    from cellbench.space import Space
     from cellbench.spec import Experiment, cohorts, expand
 
-    runs = expand(Experiment.of(tomllib.loads(path.read_text(encoding="utf-8")), str(path)))
+    tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    if "space" in tree:
+        space = Space.of(tree, str(path), Registry())
+        return f"{space.settings.trials} trials in {len(space.dimensions)} dimensions: {', '.join(one.name for one in space.dimensions)}."
+    runs = expand(Experiment.of(tree, str(path)))
     return f"{len(runs)} runs in {len(cohorts(runs))} cohorts."
 
 

@@ -56,15 +56,9 @@ def read_experiment(name: str, changes: Sequence[str] = (), data: Path | None = 
 
     A drawn dataset gives way to ``--data``: the same questions are then asked of the person's own folder.
     """
-    path = experiment_path(name)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise CellbenchError(f"{path}: cannot be read as an experiment: {error}.") from None
-    for change in changes:
-        _change(tree, change)
-    if limit is not None:
-        _change(tree, f"data.limit={limit}")
+    path, tree = read_tree(name, changes, limit)
+    if "space" in tree:
+        raise CellbenchError(f"{path}: asks for a search. `cellbench search {name}` runs it.")
     experiment = Experiment.of(tree, str(path))
     registry = registry or Registry()
     card = registry.dataset(experiment.dataset)
@@ -81,6 +75,20 @@ def read_experiment(name: str, changes: Sequence[str] = (), data: Path | None = 
         tree["experiment"] = f"{experiment.experiment} on {data.absolute().name}"
         experiment = Experiment.of(tree, str(path))
     return experiment
+
+
+def read_tree(name: str, changes: Sequence[str] = (), limit: int | None = None) -> tuple[Path, dict[str, Any]]:
+    """The path of an experiment's or search's file and what stands in it, with ``--set`` changes. Raises CellbenchError."""
+    path = experiment_path(name)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CellbenchError(f"{path}: cannot be read as an experiment: {error}.") from None
+    for change in changes:
+        _change(tree, change)
+    if limit is not None:
+        _change(tree, f"data.limit={limit}")
+    return path, tree
 
 
 def _change(tree: dict[str, Any], change: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.features import Batch, Features, Keeping, Trunk
 from cellbench.machine import Machine
-from cellbench.model import model, num_levels
+from cellbench.model import Model, model, num_levels
 from cellbench.plan import Plan
 from cellbench.registry import Registry
 from cellbench.room import TooLarge, frames_too_large
@@ -96,6 +97,21 @@ def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Mac
         disk_mib=disk,
         source=features.source,
     )
+
+
+def latencies_ms(models: Sequence[Model], features: Features) -> list[float]:
+    """Milliseconds that each model takes for the validation image of middle size: all its tiles, at the test's overlap, through backbone and
+    head. From one chunk timed now; decoding the file and blending tiles are not in it."""
+    trunk, sizes = features.trunk, sorted(features.pixels["val"].sizes_px, key=math.prod)
+    tile_px = features.tile_px["val"]
+    num = len(features.framing.grid(sizes[len(sizes) // 2], tile_px, features.plan.run.overlap))
+    tile = torch.rand(trunk.chunk, 3, *tile_px, device=trunk.machine.device)
+    batch = Batch(trunk.maps(tile), tile, torch.zeros(trunk.chunk, *tile_px, dtype=torch.long, device=trunk.machine.device))
+    trunk_s = _seconds(lambda: trunk.maps(tile))
+    for made in models:
+        made.eval()
+    heads_s = [_seconds(lambda made=made: _decode(made, batch, trunk.machine)) for made in models]
+    return [1000 * num * (trunk_s + head_s) / trunk.chunk for head_s in heads_s]
 
 
 @torch.no_grad()

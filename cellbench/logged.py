@@ -25,7 +25,9 @@ TABLES = "mlflow.loggedArtifacts"
 VIEW = "leaderboard"
 
 # How each of our states is told to MLflow: its own list of states has no "skipped".
-TERMINAL = {"finished": "FINISHED", "skipped": "KILLED", "pruned": "KILLED", "interrupted": "KILLED", "failed": "FAILED"}
+TERMINAL = {
+    "finished": "FINISHED", "validated": "FINISHED", "skipped": "KILLED", "pruned": "KILLED", "interrupted": "KILLED", "failed": "FAILED",
+}  # fmt: skip
 # Another machine's run without a sign of life for so long is taken over.
 STALE_S = 15 * 60
 

@@ -64,6 +64,24 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like run.epochs=3; repeatable")
     grid.set_defaults(verb=_grid)
 
+    search = verbs.add_parser("search", help="seek the best setting within a space, many trials to each pass of a backbone", description=_SEARCH)
+    search.add_argument("file", nargs="?", default="search", help="a search's file, or the name of a shipped one (default: search)")
+    search.add_argument("--trials", type=int, metavar="N", help="how many in all, those of earlier calls included (default: as the file says)")
+    search.add_argument("--timeout", type=float, metavar="S", help="ask for no more trials after so many seconds")
+    search.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine that share the trials (default: 1)")
+    search.add_argument("--storage", metavar="URL", help="where the study is kept (default: OPTUNA_STORAGE, else sqlite:///mlruns/optuna.db)")
+    search.add_argument("--helper", action="store_true", help=argparse.SUPPRESS)
+    search.add_argument("--data", type=Path, metavar="DIR", help="the folder of images and masks")
+    search.add_argument("--weights", type=Path, metavar="DIR", help="where backbone weights lie, as <backbone>.safetensors, .pth or .bin")
+    search.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    search.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
+    search.add_argument("--memory", default="auto", metavar="SIZE", help="for decoded images and features, like 4G (default: half of what is free)")
+    search.add_argument("--cache", metavar="DIR[:SIZE]", help="the cache folder (default: ~/.cache/cellbench) and how much of features may be kept there")
+    search.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
+    search.add_argument("--limit", type=int, metavar="N", help="at most N images of each of train, validation and test, for a quick try")
+    search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like search.sampler=gp; repeatable")
+    search.set_defaults(verb=_search)
+
     predict = verbs.add_parser("predict", help="masks of your images by a run: `best`, a run's name or id", description=_PREDICT)
     predict.add_argument("run", metavar="RUN", help="best, best:EXPERIMENT, a run's name or MLflow id")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files and folders of them")
@@ -234,6 +252,33 @@ def _grid(arguments: argparse.Namespace) -> int:
         extra=arguments.registry,
         limit=arguments.limit,
         dry_run=arguments.dry_run,
+    )
+
+
+_SEARCH = (
+    "Asks, trains, prunes and tells trials in batches; the best one alone is tested at the end. The same command goes on where it stopped."
+)
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    from cellbench.search import search
+
+    return search(
+        arguments.file,
+        trials=arguments.trials,
+        timeout_s=arguments.timeout,
+        workers=arguments.workers,
+        storage=arguments.storage,
+        helper=arguments.helper,
+        changes=arguments.set,
+        data=arguments.data,
+        weights=arguments.weights,
+        device=arguments.device,
+        precision=arguments.precision,
+        memory=arguments.memory,
+        cache=arguments.cache,
+        extra=arguments.registry,
+        limit=arguments.limit,
     )
 
 

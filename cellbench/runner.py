@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -26,6 +26,7 @@ from cellbench.backbones.catalog import open_backbone, weights_digest
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
+from cellbench.estimate import latencies_ms
 from cellbench.exam import Exams
 from cellbench.features import Features, Keeping, Trunk
 from cellbench.infer import score
@@ -45,12 +46,25 @@ from cellbench.train import Learner, fit
 from cellbench.tuning import separations, tuned
 
 
+class Watch(Protocol):
+    """Who follows runs that end after validation: the test images are never read for them."""
+
+    def opened(self, job: Job, run: Run) -> None:
+        """Told of each run as it begins or goes on."""
+
+    def epoch(self, job: Job, epoch: int, metrics: dict[str, float]) -> bool:
+        """Told each epoch's metrics; False ends the run as pruned."""
+
+
 @dataclass(kw_only=True)
 class Outcome:
     """What became of an experiment's runs."""
 
     finished: dict[str, Logged] = field(default_factory=dict)
     """By run name."""
+    validated: dict[str, Logged] = field(default_factory=dict)
+    """Runs that were to be validated only, and were."""
+    pruned: dict[str, Logged] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     busy: list[str] = field(default_factory=list)
@@ -74,6 +88,8 @@ class Runner:
     """What may be spent on features in the cache folder."""
     prefer_disk: bool = False
     say: Callable[[str], None] = print
+    watch: Watch | None = None
+    """Given for runs that are to be validated and not tested."""
 
     def __post_init__(self) -> None:
         self._backbones: dict[str, Backbone] = {}
@@ -133,6 +149,8 @@ class Runner:
                 old = known.get(job.fingerprint)
                 if old is not None and old.status == "finished":
                     out.finished[job.name] = old
+                elif old is not None and self.watch is not None and old.status in ("validated", "pruned"):
+                    (out.validated if old.status == "validated" else out.pruned)[job.name] = old
                 elif old is not None and old.alive:
                     out.busy.append(job.name)
                     self.say(f"{job.name} is being run by {old.owner} at this moment and is left to it.")
@@ -143,6 +161,8 @@ class Runner:
                     if old is None:
                         run.log({}, params=params_of(job.run, self.dataset.name))
                         run.data(self.dataset.name, self.dataset.digest, str(self.dataset.root), "training")
+                    if self.watch is not None:
+                        self.watch.opened(job, run)
                     opened.append((job, run))
         return opened
 
@@ -184,7 +204,7 @@ class Runner:
         learners = []
         for job, run in opened:
             made = model(job.run, self.registry, trunk, num)
-            recorder = _Recorder(run, checkpoints.path(job.fingerprint))
+            recorder = _Recorder(job, run, checkpoints.path(job.fingerprint), self.watch)
             learner = Learner(run=job.run, model=made, recorder=recorder, num_views=plan.num_views)
             state = checkpoints.read(recorder.place, self.machine.device)
             if state is not None:
@@ -202,37 +222,62 @@ class Runner:
         epochs = max(learner.run.epochs - learner.epoch for learner in learners)
         with tqdm(total=epochs * plan.num_views, desc=f"{title}: {what}", unit="tile", leave=False, smoothing=0.05) as bar:
             fit(learners, features, bar)
-        self._tested(opened, learners, features, title, out)
+        self._ended(opened, learners, features, title, out)
 
-    def _tested(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, out: Outcome) -> None:
+    def _ended(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, out: Outcome) -> None:
         lost = [k for k, learner in enumerate(learners) if learner.ended.startswith("failed")]
         for k in lost:
             self._fail([opened[k][1]], [opened[k][0]], learners[k].ended.removeprefix("failed: "), out)
         live = [k for k in range(len(learners)) if k not in lost]
         if not live:
             return
-        models = [learners[k].model for k in live]
+        if self.watch is not None:
+            self._validated([opened[k] for k in live], [learners[k] for k in live], features, out)
+        else:
+            self._tested([opened[k] for k in live], [learners[k] for k in live], features, title, out)
+
+    def _validated(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, out: Outcome) -> None:
+        """Ends runs with what validation says of their best epochs, and what they cost."""
+        trunk_s = features.trunk.seconds
+        latencies = latencies_ms([learner.model for learner in learners], features)
+        for (job, run), learner, latency_ms in zip(opened, learners, latencies, strict=True):
+            best = {name: value for name, value in learner.history[learner.best_epoch].items() if name.startswith("val/")}
+            cost = self._cost(learner, features, trunk_s) | {"cost/latency_ms": latency_ms}
+            # Its curves hold the validation by epoch; under "best/" stands what is compared.
+            kept = {f"best/{name.replace('/', '_')}": value for name, value in best.items()} | {"best/epoch": learner.best_epoch}
+            status = "pruned" if learner.ended == "pruned" else "validated"
+            run.log(kept | cost, tags={"cellbench.machine": self.machine.name})
+            run.end(status, f"in epoch {learner.epoch} of {learner.run.epochs}" if status == "pruned" else "")
+            ended = Logged(run_id=run.run_id, name=job.name, status=status, metrics=kept | cost)
+            (out.pruned if status == "pruned" else out.validated)[job.name] = ended
+            checkpoints.forget(checkpoints.path(job.fingerprint))
+
+    def _cost(self, learner: Learner, features: Features, trunk_s: float) -> dict[str, float]:
+        """What it took to train a run; ``trunk_s`` is the cohort's, in the backbone."""
+        backbone = features.trunk.backbone
+        return {
+            "cost/train_s": learner.train_s + trunk_s,
+            "cost/head_s": learner.train_s,
+            "cost/trunk_s": trunk_s,
+            "cost/head_params": learner.model.num_params,
+            "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
+            "cost/peak_mib": peak_mib(),
+            "cost/features_mib": features.kept_bytes / 2**20,
+        }
+
+    def _tested(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, out: Outcome) -> None:
+        models = [learner.model for learner in learners]
         parted = tuned(models, features, self.dataset)
         train_trunk_s, features.trunk.seconds = features.trunk.seconds, 0.0
         for m in models:
             m.seconds = 0.0
         bar = tqdm(score(models, features, "test"), total=len(self.dataset.test), desc=f"{title}: test", unit="image", leave=False)
-        with Exams(self.dataset, len(live), parted) as exams:
+        with Exams(self.dataset, len(learners), parted) as exams:
             for image, found, answers in bar:
                 exams.take(image, self._pixels["test"][image][1], found, [(a.classes, a.cell) for a in answers])
-        backbone = features.trunk.backbone
-        for place, k in enumerate(live):
-            (job, run), learner = opened[k], learners[k]
-            cost = {
-                "cost/train_s": learner.train_s + train_trunk_s,
-                "cost/head_s": learner.train_s,
-                "cost/trunk_s": train_trunk_s,
-                "cost/head_params": learner.model.num_params,
-                "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
-                "cost/images_per_s": len(self.dataset.test) * self.machine.lanes / max(features.trunk.seconds + models[place].seconds, 1e-9),
-                "cost/peak_mib": peak_mib(),
-                "cost/features_mib": features.kept_bytes / 2**20,
-            }
+        for place, ((job, run), learner) in enumerate(zip(opened, learners, strict=True)):
+            cost = self._cost(learner, features, train_trunk_s)
+            cost["cost/images_per_s"] = len(self.dataset.test) * self.machine.lanes / max(features.trunk.seconds + models[place].seconds, 1e-9)
             result = Result(exam=exams.exams[place], cost=cost, learner=learner, preparation=features.preparation)
             self._keep(job, run, result, out)
             checkpoints.forget(checkpoints.path(job.fingerprint))
@@ -279,12 +324,15 @@ class Runner:
 class _Recorder:
     """A run's numbers to MLflow, its state to the cache."""
 
+    job: Job
     run: Run
     place: Path
+    watch: Watch | None = None
     _written_s: float = 0.0
 
     def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
-        return self.run.epoch(epoch, metrics)
+        go_on = self.run.epoch(epoch, metrics)
+        return self.watch.epoch(self.job, epoch, metrics) if self.watch is not None else go_on
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         # Not oftener than it is worth: an epoch of a small set takes less time than writing its state.

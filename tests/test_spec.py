@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from cellbench.errors import CellbenchError
-from cellbench.registry import shipped
+from cellbench.registry import Registry, shipped
+from cellbench.space import Space
 from cellbench.spec import RUN_KEYS, STREAM_FIELDS, DataSpec, Experiment, RunSpec, cohorts, expand, fingerprint, labels, loss_weights
 
 RUN = RunSpec(backbone="uni", head="fpn")
@@ -203,7 +204,8 @@ def test_shipped_experiments_are_read_and_headed_by_what_they_ask(path: Path) ->
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert "cellbench.run" in text  # the command
-    assert expand(Experiment.of(tomllib.loads(text), path.name))
+    tree = tomllib.loads(text)
+    assert Space.of(tree, path.name, Registry()).dimensions if "space" in tree else expand(Experiment.of(tree, path.name))
 
 
 def test_every_run_key_can_be_asked_of_all_runs() -> None:

@@ -19,7 +19,7 @@ LAYERS = (
     ("words", {"errors", "files", "spec"}),
     (
         "facts and mathematics",
-        {"registry", "tiles", "framing", "plan", "losses", "metrics", "shapes", "separate"}
+        {"registry", "space", "tiles", "framing", "plan", "losses", "metrics", "shapes", "separate"}
         | {"likeness", "audit", "significance", "scored", "stats", "ranking"},
     ),
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
@@ -30,20 +30,22 @@ LAYERS = (
     (
         "doors and what is told",
         {"track", "logged", "refusals", "entries", "system", "views", "moved"}
-        | {"figures", "figures_many", "figures_tests", "figures_explore", "page", "results", "lineup", "evidence", "leaderboard", "chapters", "colophon"},
+        | {"figures", "figures_many", "figures_tests", "figures_explore", "page", "results", "lineup", "evidence", "leaderboard", "chapters", "colophon"}
+        | {"study", "study_figures"},
     ),
     ("a run in use", {"winners", "segmenter", "outlines", "outputs", "exported"}),
     ("what is tried out", {"estimate", "naive", "bench", "contracts/"}),
-    ("verbs", {"check", "grid", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui", "predict", "evaluate", "explore"}),
+    ("verbs", {"check", "grid", "search", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui", "predict", "evaluate", "explore"}),
     ("the command line", {"run"}),
 )
 # Parts are strangers, except for what they promise each other.
 PARTS = {"backbones/": set(), "data/": set(), "heads/": {"backbones.base"}, "baselines/": {"backbones.base", "heads.base"}}
 DOORS = {
     "mlflow": {"track.py", "entries.py", "system.py"},
-    "optuna": {"search.py"},
-    "matplotlib.pyplot": {"figures.py", "figures_many.py", "figures_tests.py", "figures_explore.py"},
-    "matplotlib": {"figures.py", "figures_many.py", "figures_tests.py", "figures_explore.py", "chapters.py"},  # chapters: the word Figure in its signatures
+    "optuna": {"study.py", "study_figures.py"},
+    "matplotlib.pyplot": {"figures.py", "figures_many.py", "figures_tests.py", "figures_explore.py", "study_figures.py"},
+    "matplotlib": {"figures.py", "figures_many.py", "figures_tests.py", "figures_explore.py", "study_figures.py"}
+    | {"chapters.py"},  # chapters: the word Figure in its signatures
     "seaborn": {"figures.py", "figures_many.py", "figures_tests.py"},
     "PIL": {f"data/{name}.py" for name in ("image_files", "images", "smears", "_shapes", "sources", "png_rows")} | {"page.py"},  # page: into HTML
     "tifffile": {"data/image_files.py", "data/sources.py"},
@@ -52,7 +54,7 @@ DOORS = {
     "timm": {"backbones/timm_vit.py", "backbones/timm_pyramid.py"},
     "huggingface_hub": {"backbones/fetch.py", "doctor.py"},  # doctor: whether a person is logged in
     "skimage": {"separate.py", "baselines/otsu.py", "data/augment.py", "data/stain.py", "outlines.py"},
-    "pydantic": {"spec.py", "registry.py"},
+    "pydantic": {"spec.py", "registry.py", "space.py"},
     "argparse": {"run.py"},
 }
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py")) if "_shipped" not in path.parts}

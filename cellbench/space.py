@@ -1,0 +1,276 @@
+"""The words of a search: which settings may vary and how, what is to be reached, and what asks.
+
+A space is written in the words of the grid. ``[space]`` holds what varies: a list is a choice, a table with ``low`` and ``high`` a range.
+``[run]`` holds what is fixed, and ``[head.fpn]`` a head's own settings, which may vary too and then exist only where that head is tried.
+No Optuna here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from pydantic import Field
+
+from cellbench.errors import CellbenchError, unknown
+from cellbench.registry import Registry
+from cellbench.spec import RUN_KEYS, DataSpec, Experiment, Record, RunSpec, Scalar, checked, expand
+
+DIMENSIONS = ("backbone", "head", *(name for name in RUN_KEYS if name not in ("seed", "fold")))
+"""What may vary. Neither the seed, for a lucky start is no setting, nor the fold: what one fold tests, another learns from."""
+
+# What a search may seek or bound, and which way is better. Of the best epoch, on the validation images; never of the test.
+METRICS: Mapping[str, str] = {
+    "val/dice": "maximize",
+    "val/iou": "maximize",
+    "val/loss": "minimize",
+    "cost/latency_ms": "minimize",
+    "cost/head_params": "minimize",
+    "cost/backbone_params": "minimize",
+    "cost/train_s": "minimize",
+    "cost/features_mib": "minimize",
+}
+
+
+class Settings(Record):
+    """What ``[search]`` says."""
+
+    trials: int = Field(40, ge=1, le=1_000_000)
+    """In all, those of earlier calls included."""
+    batch: int = Field(8, ge=1, le=1000)
+    """Trials that are asked for together and share passes of the backbone."""
+    seed: int = Field(2026, ge=0, lt=2**31)
+    sampler: Literal["tpe", "gp", "random", "qmc", "nsga2"] = "tpe"
+    startup: int = Field(10, ge=1)
+    """The first so many trials of ``tpe`` and ``gp`` are drawn by chance."""
+    pruner: Literal["none", "median", "halving", "hyperband"] = "none"
+    objective: str | list[str] = "val/dice"
+    direction: str | list[str] | None = None
+    """``maximize`` or ``minimize``, one for each objective; left out: what is better."""
+    max: dict[str, float] = Field(default_factory=dict)
+    """Bounds from above: ``"cost/latency_ms" = 500``. Trials beyond a bound are kept and are never the best."""
+    min: dict[str, float] = Field(default_factory=dict)
+    repeat_best: int = Field(3, ge=1, le=100)
+    """Seeds with which the best setting is trained and tested at the end."""
+    max_failed: int = Field(3, ge=1)
+    """The search stops when so many trials have failed and none has not."""
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        if self.direction is None:
+            return tuple(METRICS[name] for name in self.objectives)
+        return (self.direction,) if isinstance(self.direction, str) else tuple(self.direction)
+
+    def excess(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """By how much each bound is passed; at most 0 where it is kept."""
+        over = {f"max {name}": metrics[name] - bound for name, bound in self.max.items()}
+        return over | {f"min {name}": bound - metrics[name] for name, bound in self.min.items()}
+
+
+class Dimension(Record):
+    """One thing that varies: ``choices``, or a range from ``low`` to ``high``, both included."""
+
+    name: str
+    """``lr``, or ``fpn.width`` for a head's own."""
+    head: str = ""
+    """The head without which it does not exist."""
+    choices: tuple[Scalar, ...] = ()
+    low: float = 0
+    high: float = 0
+    log: bool = False
+    step: float | None = None
+    whole: bool = False
+    """Whether the numbers of the range are whole."""
+
+    @property
+    def ends(self) -> tuple[Scalar, ...]:
+        """The values by which the whole dimension is checked."""
+        return self.choices or ((int(self.low), int(self.high)) if self.whole else (self.low, self.high))
+
+    def told(self) -> str:
+        """``1e-4 to 1e-2, log``, or the choices, for people."""
+        if self.choices:
+            return ", ".join(map(str, self.choices))
+        return f"{self.low:g} to {self.high:g}" + (", log" if self.log else "") + (f", step {self.step:g}" if self.step else "")
+
+
+class _Range(Record):
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = None
+
+
+class _File(Record):
+    experiment: str = Field(min_length=1, max_length=200)
+    dataset: str
+    data: DataSpec = DataSpec()
+    search: Settings = Settings()
+    space: dict[str, Any] = Field(default_factory=dict)
+    run: dict[str, Any] = Field(default_factory=dict)
+    head: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """A search as its file asks for it, checked."""
+
+    experiment: str
+    dataset: str
+    data: DataSpec
+    settings: Settings
+    dimensions: tuple[Dimension, ...]
+    """In the order in which they are asked for: backbone and head first."""
+    run: Mapping[str, Any]
+    """What is fixed."""
+    head: Mapping[str, Mapping[str, Any]]
+    """What is fixed for one head."""
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any], where: str, registry: Registry) -> Space:
+        """A space from the tree of a TOML file, every end of every dimension tried. Raises CellbenchError."""
+        file = checked(_File, tree, where)
+        _check_objectives(file.search, where)
+        for name in file.space:
+            if name not in DIMENSIONS:
+                why = " A seed is no setting: repeat_best repeats the best one." if name == "seed" else ""
+                raise CellbenchError(f"{unknown('setting', name, DIMENSIONS, where=f'{where}: [space]')}{why}")
+            if name in file.run:
+                raise CellbenchError(f"{where}: '{name}' stands in [space] and in [run]. Keep one of them.")
+        for name in file.run:
+            if name not in RUN_KEYS:
+                raise unknown("setting", name, RUN_KEYS, where=f"{where}: [run]")
+        if missing := {"backbone", "head"} - set(file.space):
+            raise CellbenchError(f"{where}: [space] needs a list of {' and of '.join(sorted(missing))}, of one name at least.")
+        order = ["backbone", "head", *(name for name in file.space if name not in ("backbone", "head"))]
+        dimensions = [_dimension(name, "", file.space[name], _kind(name), f"{where}: [space] {name}") for name in order]
+        heads = next(one.choices for one in dimensions if one.name == "head")
+        fixed: dict[str, dict[str, Any]] = {}
+        for head, settings in file.head.items():
+            card = registry.head(head)
+            fixed[head] = {}
+            for name, value in settings.items():
+                if not isinstance(value, list | dict):
+                    fixed[head][name] = value
+                elif name in file.space:
+                    raise CellbenchError(f"{where}: '{name}' varies in [space] and in [head.{head}]. Keep one of them.")
+                elif head in heads:
+                    kind = type(card.options[name]) if name in card.options else _kind(name) if name in RUN_KEYS else None
+                    if kind is None:
+                        raise unknown("setting", name, card.options, where=f"{where}: [head.{head}]")
+                    dimensions.append(_dimension(f"{head}.{name}", head, value, kind, f"{where}: [head.{head}] {name}"))
+        made = cls(
+            experiment=file.experiment, dataset=file.dataset, data=file.data, settings=file.search, dimensions=tuple(dimensions),
+            run=file.run, head=fixed,
+        )  # fmt: skip
+        made._check(where, registry)
+        return made
+
+    def _check(self, where: str, registry: Registry) -> None:
+        if all(len(one.choices) == 1 for one in self.dimensions):
+            raise CellbenchError(f"{where}: [space] leaves nothing open: every setting has one value. `grid` runs a single setting.")
+        for head in self._choices("head"):
+            mine = [one for one in self.dimensions if one.head in ("", head)]
+            base = {one.name: one.ends[0] for one in mine} | {"head": head}
+            for one in mine:
+                for value in one.ends if one.name != "head" else (head,):
+                    for run in expand(Experiment.of(self.tree({**base, one.name: value}), where)):
+                        registry.complete(run)
+
+    @property
+    def fold(self) -> int:
+        """The one fold in which a search happens, its test included: other folds would test what it has learned from."""
+        return int(self.run.get("fold", 0))
+
+    def _choices(self, name: str) -> tuple[Scalar, ...]:
+        return next(one.choices for one in self.dimensions if one.name == name)
+
+    def tree(self, point: Mapping[str, Scalar], seeds: Sequence[int] = ()) -> dict[str, Any]:
+        """One point as an experiment file that ``grid`` runs; ``seeds``: those to repeat it with, else the fixed one."""
+        head = str(point["head"])
+        plain = {name: value for name, value in point.items() if name not in ("backbone", "head") and "." not in name}
+        own = {name.partition(".")[2]: value for name, value in point.items() if "." in name}
+        run = {name: value for name, value in self.run.items() if name != "seed"}
+        run |= {"fold": self.fold} if self.data.folds else {}
+        grid = {"backbone": [point["backbone"]], "head": [head], "seed": list(seeds) or [self.run.get("seed", 0)]}
+        data = {name: value for name, value in self.data.model_dump().items() if value not in (None, {})}
+        options = {**self.head.get(head, {}), **own}
+        tree = {"experiment": self.experiment, "dataset": self.dataset, "data": data, "grid": grid, "run": {**run, **plain}}
+        return {**tree, "head": {head: options}} if options else tree
+
+    @cached_property
+    def asked(self) -> dict[str, str]:
+        """Everything that a study must keep to, by name, for comparison and for people. How long and how often is not in it."""
+        kept = ("seed", "sampler", "startup", "pruner", "objective", "direction", "max", "min")
+        told = {f"space.{one.name}": one.told() for one in self.dimensions}
+        told |= {f"run.{name}": json.dumps(value) for name, value in self.run.items()}
+        told |= {f"head.{head}.{name}": json.dumps(value) for head, own in self.head.items() for name, value in own.items()}
+        told |= {f"data.{name}": json.dumps(value) for name, value in self.data.model_dump().items()}
+        return told | {f"search.{name}": json.dumps(getattr(self.settings, name)) for name in kept} | {"dataset": self.dataset}
+
+    def digest(self, more: Iterable[str] = ()) -> str:
+        """Sixteen hex digits over ``asked`` and ``more``."""
+        return hashlib.sha256(json.dumps([self.experiment, self.asked, *more], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _kind(name: str) -> type | None:
+    """What a setting of a run holds: float, int, bool or str; None for names of cards."""
+    annotation = RunSpec.model_fields[name].annotation
+    return annotation if isinstance(annotation, type) else None
+
+
+def _dimension(name: str, head: str, value: Any, kind: type | None, where: str) -> Dimension:
+    if isinstance(value, dict):
+        span = checked(_Range, value, where)
+        if kind not in (int, float):
+            raise CellbenchError(f"{where}: a range is for numbers. Give a list of choices.")
+        if kind is int and any(isinstance(x, float) and not x.is_integer() for x in (span.low, span.high, span.step or 1)):
+            raise CellbenchError(f"{where} = {value}: whole numbers are expected.")
+        if not span.low < span.high:
+            raise CellbenchError(f"{where}: low = {span.low} is not below high = {span.high}.")
+        if span.log and span.low <= 0:
+            raise CellbenchError(f"{where}: low = {span.low}: a log range starts above 0.")
+        if span.step is not None and (span.step <= 0 or span.log):
+            raise CellbenchError(f"{where}: step = {span.step}: above 0 is expected, and none beside log.")
+        return Dimension(name=name, head=head, low=span.low, high=span.high, log=span.log, step=span.step, whole=kind is int)
+    choices = value if isinstance(value, list) else [value]
+    if not choices:
+        raise CellbenchError(f"{where} is an empty list. Name at least one value, or remove the line.")
+    for one in choices:
+        if not isinstance(one, Scalar) or (isinstance(one, float) and not math.isfinite(one)):
+            raise CellbenchError(f"{where} holds {one!r}. Numbers, strings, true or false are expected.")
+    if len(choices) != len({json.dumps(one) for one in choices}):
+        raise CellbenchError(f"{where} names a value twice: {choices}.")
+    return Dimension(name=name, head=head, choices=tuple(choices))
+
+
+def _check_objectives(settings: Settings, where: str) -> None:
+    place = f"{where}: [search]"
+    names = settings.objectives
+    for name in (*names, *settings.max, *settings.min):
+        if name.startswith("test"):
+            raise CellbenchError(
+                f"{place} '{name}': the test images judge the best trial alone, at the end. Seek val/dice, or another of: {', '.join(METRICS)}."
+            )
+        if name not in METRICS:
+            raise unknown("metric", name, METRICS, where=place)
+    if not names or len(set(names)) != len(names):
+        raise CellbenchError(f"{place} objective = {settings.objective!r}: one metric, or several different ones, are expected.")
+    if len(settings.directions) != len(names) or not set(settings.directions) <= {"maximize", "minimize"}:
+        raise CellbenchError(f"{place} direction = {settings.direction!r}: 'maximize' or 'minimize' is expected for each objective.")
+    if settings.pruner != "none" and (len(names) > 1 or not names[0].startswith("val/")):
+        raise CellbenchError(
+            f"{place} pruner = '{settings.pruner}': pruning follows one objective of validation over the epochs. Use pruner = 'none'."
+        )
+    for name in set(settings.max) & set(settings.min):
+        if settings.min[name] > settings.max[name]:
+            raise CellbenchError(f"{place} {name}: min {settings.min[name]} is above max {settings.max[name]}: nothing can be found.")

@@ -1,0 +1,388 @@
+"""Optuna: what a search has asked and been told, kept so that it survives. Knows neither backbones nor MLflow.
+
+Trials are asked for in batches. A worker that dies leaves trials that were asked and never told: the next call takes up the same trials, so
+that nothing told is lost, nothing is told twice and numbers stay. What a trial is drawn from depends on the study's seed and the trial's
+number alone: a search that was killed and goes on asks the same as one that was not, and workers do not repeat each other's first points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from filelock import FileLock
+from optuna.distributions import BaseDistribution
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from cellbench import moved
+from cellbench.errors import CellbenchError, one_line
+from cellbench.files import told
+from cellbench.space import Dimension, Settings
+from cellbench.spec import Scalar
+
+DEFAULT = "sqlite:///mlruns/optuna.db"
+OWNER, BATCH, RUN_ID, METRICS, REASON, SAME, PRUNED = "owner", "batch", "mlflow_run_id", "metrics", "reason", "fingerprint", "pruned_at"
+ASKED = "asked"
+ALIVE = "alive "
+"""Before a worker's name on the study: when it last gave a sign of life."""
+BEAT_S, STALE_S = 20.0, 180.0
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # one line a trial is what the bar is for; what goes wrong is raised as well
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """A trial that was asked for and is not told yet."""
+
+    number: int
+    point: Mapping[str, Scalar]
+    trial: Trial = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A trial as the study remembers it."""
+
+    number: int
+    state: str
+    """``complete``, ``pruned``, ``failed`` or ``running``."""
+    point: Mapping[str, Scalar]
+    values: tuple[float, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    run_id: str = ""
+    """Of MLflow's run."""
+    reason: str = ""
+    same: str = ""
+    """The fingerprint of its settings: equal for trials that would give equal numbers."""
+    seconds: float = 0.0
+
+
+class Study:
+    """One study in a storage, made on first use. Use in ``with``: a worker gives signs of life inside."""
+
+    def __init__(
+        self, url: str, name: str, settings: Settings, dimensions: Sequence[Dimension], asked: Mapping[str, str], epochs: int
+    ) -> None:
+        self.url, self.name, self.settings = url, name, settings
+        self._dimensions = dimensions
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
+        with self._refusals(), self.lock():
+            self._storage = _storage(url)
+            self.optuna = optuna.create_study(
+                storage=self._storage,
+                study_name=name,
+                directions=list(settings.directions),
+                load_if_exists=True,
+                sampler=_Seeded(settings, conditional=any(one.head for one in dimensions)),
+                pruner=_pruner(settings, epochs),
+            )
+            self._check(dict(asked))
+        self._stop = threading.Event()
+
+    # --- the storage --------------------------------------------------------------------------------------------------------------
+
+    def lock(self) -> FileLock:
+        """Held by this machine's processes while the storage is made (workers that make it at once break it) and while trials are asked."""
+        return moved.lock(self.url)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        import sqlalchemy.exc
+
+        try:
+            with told(f"opening the study's storage {_shown(self.url)}"):
+                yield
+        except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
+            text = one_line(error.__cause__ or error)[:300]
+            raise CellbenchError(
+                f"the study's storage {_shown(self.url)}: {text}. Mend it, or name another with --storage; what is told is kept."
+            ) from error
+
+    def _check(self, asked: dict[str, str]) -> None:
+        """Refuses a study that was asked something else."""
+        before = self.optuna.user_attrs.get(ASKED)
+        if before is None:
+            self.optuna.set_user_attr(ASKED, asked)
+            return
+        changed = [name for name in {**before, **asked} if before.get(name) != asked.get(name)]
+        if changed:
+            words = "; ".join(f"{name} was {before.get(name, 'not there')} and is {asked.get(name, 'not there')}" for name in changed[:4])
+            more = f"; {len(changed) - 4} more" if len(changed) > 4 else ""
+            raise CellbenchError(
+                f"the study '{self.name}' in {_shown(self.url)} has {len(self.told())} trials of another search: {words}{more}. "
+                f"Put that back to go on, or start anew under another name: --set 'experiment=\"{self.name}-2\"'."
+            )
+
+    def __enter__(self) -> Study:
+        self._beat()
+        self._thread = threading.Thread(target=self._beats, name="search-heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(5)
+
+    def _beat(self) -> None:
+        with self._refusals():
+            self.optuna.set_user_attr(f"{ALIVE}{self.owner}", time.time())
+
+    def _beats(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            with contextlib.suppress(CellbenchError):  # the main thread meets the same, and tells it
+                self._beat()
+
+    def _is_dead(self, owner: str, beats: Mapping[str, Any]) -> bool:
+        if owner == self.owner:
+            return False
+        host, _, rest = owner.partition(":")
+        pid, _, born = rest.partition(":")
+        if host == socket.gethostname() and pid.isdigit():
+            try:
+                return abs(psutil.Process(int(pid)).create_time() - float(born)) > 2
+            except psutil.NoSuchProcess:
+                return True
+        return time.time() - float(beats.get(f"{ALIVE}{owner}", 0)) > STALE_S
+
+    # --- ask and tell -------------------------------------------------------------------------------------------------------------
+
+    def ask(self) -> list[Pending]:
+        """The next batch: what a dead worker left, in its own batch, else new trials. Empty where all are asked."""
+        with self._refusals(), self.lock():
+            trials = self.optuna.get_trials(deepcopy=False)
+            room = self.settings.trials - len(trials)
+            left = self._left(trials)
+            # As many as the batch of those that were left had room for: it is then the batch that it would have been.
+            batch = next((t.user_attrs[BATCH] for t in left if BATCH in t.user_attrs), left[0].number if left else len(trials))
+            mine = [t for t in left if t.user_attrs.get(BATCH, batch) == batch]
+            members = sum(t.user_attrs.get(BATCH) == batch for t in trials) + sum(BATCH not in t.user_attrs for t in mine)
+            for t in mine:
+                self._storage.set_trial_state_values(t._trial_id, TrialState.WAITING)  # `ask` gives those first, each to one worker
+            num = len(mine) + min(max(self.settings.batch - members, 0), max(room, 0))
+            return [self._ask(batch) for _ in range(num)]
+
+    def _left(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        beats = self.optuna.user_attrs
+        left = []
+        for t in trials:
+            if t.state == TrialState.WAITING:
+                left.append(t)
+            elif t.state == TrialState.RUNNING:
+                owner = t.user_attrs.get(OWNER)
+                # Without an owner: killed between two writes, or being asked on another machine at this moment.
+                young = t.datetime_start is not None and time.time() - t.datetime_start.timestamp() < STALE_S
+                if self._is_dead(owner, beats) if owner else not (young and self._is_shared):
+                    left.append(t)
+        return left
+
+    @property
+    def _is_shared(self) -> bool:
+        return not self.url.startswith(("sqlite:", "journal:"))
+
+    def _ask(self, batch: int) -> Pending:
+        trial = self.optuna.ask()
+        trial.set_user_attr(OWNER, self.owner)
+        if BATCH not in trial.user_attrs:
+            trial.set_user_attr(BATCH, batch)
+        point: dict[str, Scalar] = {}
+        for one in self._dimensions:
+            if one.head in ("", point.get("head")):
+                point[one.name] = _suggested(trial, one)
+        return Pending(number=trial.number, point=point, trial=trial)
+
+    def note(self, pending: Pending, name: str, value: Any) -> None:
+        """Writes a fact onto a trial that is not told yet."""
+        with self._refusals():
+            pending.trial.set_user_attr(name, value)
+
+    def goes_on(self, pending: Pending, epoch: int, value: float) -> bool:
+        """Reports an epoch's value; False where the pruner ends the trial. An epoch that is reported again is answered as before."""
+        with self._refusals():
+            known = self._storage.get_trial(pending.trial._trial_id)
+            if epoch + 1 in known.intermediate_values:
+                return known.user_attrs.get(PRUNED) != epoch + 1
+            pending.trial.report(value, epoch + 1)
+            if not pending.trial.should_prune():
+                return True
+            pending.trial.set_user_attr(PRUNED, epoch + 1)
+            return False
+
+    def tell(self, pending: Pending, metrics: Mapping[str, float]) -> None:
+        """A trial that was trained and validated to its end."""
+        with self._refusals():
+            for name, over in self.settings.excess(metrics).items():
+                pending.trial.set_constraint(name, over)
+            pending.trial.set_user_attr(METRICS, dict(metrics))
+            self.optuna.tell(pending.trial, [metrics[name] for name in self.settings.objectives])
+
+    def tell_pruned(self, pending: Pending, metrics: Mapping[str, float], reason: str) -> None:
+        with self._refusals():
+            pending.trial.set_user_attr(METRICS, dict(metrics))
+            pending.trial.set_user_attr(REASON, reason)
+            self.optuna.tell(pending.trial, state=TrialState.PRUNED)
+
+    def tell_failed(self, pending: Pending, reason: str) -> None:
+        with self._refusals():
+            pending.trial.set_user_attr(REASON, reason)
+            self.optuna.tell(pending.trial, state=TrialState.FAIL)
+
+    # --- what was found -----------------------------------------------------------------------------------------------------------
+
+    def told(self) -> list[Told]:
+        """All trials by number, those that run now too."""
+        with self._refusals():
+            return [_told(t) for t in self.optuna.get_trials(deepcopy=False)]
+
+    def best(self) -> list[Told]:
+        """The trials that no other surpasses, within the bounds: one, or with several objectives the front, the best by the first of them first."""
+        done = [t for t in self.told() if t.state == "complete" and all(over <= 0 for over in self.settings.excess(t.metrics).values())]
+        signs = [1 if way == "maximize" else -1 for way in self.settings.directions]
+        scores = {t.number: tuple(sign * value for sign, value in zip(signs, t.values, strict=True)) for t in done}
+        front = [t for t in done if not any(_surpasses(scores[o.number], scores[t.number]) for o in done)]
+        front.sort(key=lambda t: ([-x for x in scores[t.number]], t.number))
+        return front if len(signs) > 1 else front[:1]
+
+    def mark(self, name: str, value: Any) -> None:
+        """Writes a fact onto the study."""
+        with self._refusals():
+            self.optuna.set_user_attr(name, value)
+
+
+def _surpasses(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(x >= y for x, y in zip(a, b, strict=True)) and a != b
+
+
+_STATES = {
+    TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed", TrialState.RUNNING: "running",
+    TrialState.WAITING: "running",
+}  # fmt: skip
+
+
+def _told(t: FrozenTrial) -> Told:
+    return Told(
+        number=t.number,
+        state=_STATES[t.state],
+        point=t.params,
+        values=tuple(t.values or ()) if t.state == TrialState.COMPLETE else (),
+        metrics=t.user_attrs.get(METRICS, {}),
+        run_id=t.user_attrs.get(RUN_ID, ""),
+        reason=t.user_attrs.get(REASON, ""),
+        same=t.user_attrs.get(SAME, ""),
+        seconds=t.duration.total_seconds() if t.duration else 0.0,
+    )
+
+
+def _suggested(trial: Trial, one: Dimension) -> Scalar:
+    if one.choices:
+        return trial.suggest_categorical(one.name, list(one.choices))
+    if one.whole:
+        return trial.suggest_int(one.name, int(one.low), int(one.high), step=int(one.step or 1), log=one.log)
+    return trial.suggest_float(one.name, one.low, one.high, step=one.step, log=one.log)
+
+
+def _shown(url: str) -> str:
+    """A storage's URL without the password in it."""
+    scheme, mark, rest = url.partition("://")
+    who, at, where = rest.rpartition("@")
+    return f"{scheme}{mark}{who.partition(':')[0]}{at}{where}" if at else url
+
+
+def _storage(url: str) -> BaseStorage:
+    if url.startswith("journal:"):
+        path = Path(url.removeprefix("journal:").removeprefix("//"))
+        _folder(path, url)
+        return JournalStorage(JournalFileBackend(str(path)))
+    if "://" not in url:
+        raise CellbenchError(f"--storage {url}: expected a URL, like {DEFAULT}, postgresql://USER@HOST/NAME, mysql://… or journal:FILE.")
+    wait: dict[str, Any] = {}
+    if url.startswith("sqlite:///"):
+        _folder(Path(url.removeprefix("sqlite:///")), url)
+        wait = {"timeout": 60}
+    elif url.startswith(("postgresql", "mysql")):
+        wait = {"connect_timeout": 10}
+    return RDBStorage(url, engine_kwargs={"connect_args": wait, "pool_pre_ping": not url.startswith("sqlite")})
+
+
+def _folder(path: Path, url: str) -> None:
+    with told(f"making a folder for the study's storage {url}"):
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+
+
+def _pruner(settings: Settings, epochs: int) -> BasePruner:
+    match settings.pruner:
+        case "median":
+            return MedianPruner(n_startup_trials=5, n_warmup_steps=max(1, epochs // 5))
+        case "halving":
+            # A third of the trials goes on at 2, 6, 18, … epochs: 384 of 1,800 epochs in a trial of the pruners, the optimum still found.
+            return SuccessiveHalvingPruner(min_resource=2, reduction_factor=3)
+        case "hyperband":
+            return HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
+    return NopPruner()
+
+
+class _Seeded(BaseSampler):
+    """A sampler that is made anew for each trial, from the study's seed and the trial's number."""
+
+    def __init__(self, settings: Settings, conditional: bool) -> None:
+        self._settings, self._conditional = settings, conditional
+        self._inner = self._made(0)
+
+    def _made(self, number: int) -> BaseSampler:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # QMC and TPE's groups have been that for years
+            return self._new(number)
+
+    def _new(self, number: int) -> BaseSampler:
+        settings = self._settings
+        seed = int.from_bytes(hashlib.sha256(f"{settings.seed}:{number}".encode()).digest()[:4], "big")
+        match settings.sampler:
+            case "tpe":
+                return TPESampler(
+                    seed=seed, n_startup_trials=settings.startup, group=self._conditional, multivariate=True, constant_liar=True
+                )
+            case "gp":
+                return GPSampler(seed=seed, n_startup_trials=settings.startup)
+            case "qmc":
+                # Its sequence is the study's: one seed for all, and the number of the point is kept in the storage.
+                own = RandomSampler(seed=seed)
+                return QMCSampler(
+                    seed=settings.seed,
+                    scramble=True,
+                    independent_sampler=own,
+                    warn_independent_sampling=False,
+                    warn_asynchronous_seeding=False,
+                )
+            case "nsga2":
+                return NSGAIISampler(seed=seed, population_size=max(2, min(50, settings.trials // 4)))
+        return RandomSampler(seed=seed)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._inner = self._made(trial.number)
+        self._inner.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._inner.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        return self._inner.sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._inner.after_trial(study, trial, state, values)

@@ -1,0 +1,174 @@
+"""The study alone, with told values instead of training: what is asked depends on seed and number, and a killed worker costs nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cellbench.errors import CellbenchError
+from cellbench.registry import Registry
+from cellbench.space import Space
+from cellbench.study import Study, Told
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def space_of(space: dict[str, Any] | None = None, **settings: Any) -> Space:
+    varied = {
+        "backbone": ["vit-tiny-random", "filter-bank"],
+        "head": ["bilinear", "fpn"],
+        "lr": {"low": 1e-4, "high": 1e-1, "log": True},
+        "epochs": {"low": 2, "high": 9},
+    }
+    tree = {
+        "experiment": "s",
+        "dataset": "folder",
+        "search": {"trials": 13, "batch": 4, "startup": 5, **settings},
+        "space": {**varied, **(space or {})},
+        "head": {"fpn": {"width": [32, 64, 128]}},
+    }
+    return Space.of(tree, "s.toml", Registry())
+
+
+def study_of(space: Space, url: str = "sqlite:///optuna.db", **asked: str) -> Study:
+    return Study(url, space.experiment, space.settings, space.dimensions, {**space.asked, **asked}, 9)
+
+
+def value(point: dict[str, Any]) -> float:
+    return 0.9 - (math.log10(point["lr"]) + 2.3) ** 2 / 10 + 0.01 * (point["head"] == "fpn") + point.get("fpn.width", 0) / 1e5
+
+
+def metrics(point: dict[str, Any]) -> dict[str, float]:
+    return {"val/dice": value(point), "cost/latency_ms": 10.0 * point["epochs"]}
+
+
+def finish(study: Study, most: int = 10**6) -> list[Told]:
+    """Asks and tells, as a search does, until all is told or the worker dies after ``most`` tellings."""
+    with study:
+        while batch := study.ask():
+            for pending in batch:
+                if not most:
+                    return study.told()
+                study.tell(pending, metrics(pending.point))
+                most -= 1
+    return study.told()
+
+
+def shown(told: list[Told]) -> list[tuple[int, str, dict[str, Any]]]:
+    return [(t.number, t.state, dict(t.point)) for t in told]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "nsga2"])
+def test_a_search_killed_twice_asks_and_tells_the_same_as_one_that_was_not(sampler: str) -> None:
+    space = space_of(sampler=sampler)
+    whole = finish(study_of(space, "sqlite:///whole.db"))
+    # Dead workers: their names are of processes that are no more.
+    for killed_after in (3, 4):
+        dying = study_of(space)
+        dying.owner = f"{dying.owner.split(':')[0]}:{999999990 + killed_after}:0"
+        finish(dying, killed_after)
+    resumed = finish(study_of(space))
+    assert shown(resumed) == shown(whole)
+    assert [t.state for t in whole] == ["complete"] * 13
+    assert len({str(t.point) for t in whole}) > 10
+
+
+def test_a_process_killed_with_sigkill_leaves_its_trials_to_the_next(tmp_path: Path) -> None:
+    code = """
+import os, signal, test_study as t
+study = t.study_of(t.space_of())
+with study:
+    batch = study.ask()
+    study.tell(batch[0], t.metrics(batch[0].point))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == -9
+    told = study_of(space_of()).told()
+    assert [t.state for t in told] == ["complete", "running", "running", "running"]
+    assert shown(finish(study_of(space_of()))) == shown(finish(study_of(space_of(), "sqlite:///whole.db")))
+
+
+def test_a_living_workers_trials_are_left_to_it() -> None:
+    first, second = study_of(space_of()), study_of(space_of())
+    second.owner = "elsewhere:1:0"
+    with first, second:
+        mine, other = first.ask(), second.ask()
+    assert [p.number for p in mine + other] == list(range(8))
+    assert len({str(p.point) for p in mine + other}) == 8  # start-up points are not repeated either
+
+
+def test_a_journal_file_will_do() -> None:
+    assert len(finish(study_of(space_of(), "journal:study.log"))) == 13
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"space": {"lr": {"low": 1e-4, "high": 1.0, "log": True}}}, "space.lr was 0.0001 to 0.1, log and is 0.0001 to 1, log"),
+        ({"space": {"batch_size": [4, 8]}}, "space.batch_size was not there and is 4, 8"),
+        ({"sampler": "random"}, 'search.sampler was "tpe" and is "random"'),
+    ],
+)
+def test_a_changed_space_is_refused_with_what_changed(changed: dict[str, Any], told: str) -> None:
+    study_of(space_of())
+    with pytest.raises(CellbenchError, match="start anew") as error:
+        study_of(space_of(**changed))
+    assert told in str(error.value)
+
+
+def test_more_trials_go_on_with_the_same_study() -> None:
+    first = finish(study_of(space_of(trials=8)))
+    more = finish(study_of(space_of(trials=12)))
+    assert shown(more)[:8] == shown(first)
+    assert len(more) == 12
+
+
+def test_the_best_keeps_the_bounds() -> None:
+    space = space_of(max={"cost/latency_ms": 40})
+    told = finish(study_of(space))
+    (best,) = study_of(space).best()
+    kept = [t for t in told if t.metrics["cost/latency_ms"] <= 40]
+    assert best.values[0] == max(t.values[0] for t in kept)
+    assert 0 < len(kept) < len(told)
+
+
+def test_several_objectives_give_the_front() -> None:
+    space = space_of(objective=["val/dice", "cost/latency_ms"], trials=20)
+    told = finish(study_of(space))
+    front = study_of(space).best()
+    for t in told:
+        beaten = any(o.values[0] >= t.values[0] and o.values[1] <= t.values[1] and o.values != t.values for o in told)
+        assert beaten != (t.number in {f.number for f in front})
+    assert len(front) > 1
+
+
+def test_a_pruner_ends_a_trial_and_says_the_same_again() -> None:
+    study = study_of(space_of(pruner="median", trials=12))
+    answers = {}
+    with study:
+        for k in range(3):
+            for pending in study.ask():
+                rising = 0.9 if k < 2 else 0.1
+                go_on = [study.goes_on(pending, epoch, rising) for epoch in range(6)]
+                answers[pending.number] = go_on
+                assert [study.goes_on(pending, epoch, rising) for epoch in range(6)].count(False) <= 1
+                study.tell(pending, metrics(pending.point)) if all(go_on) else study.tell_pruned(pending, {}, "")
+    assert all(all(go_on) for number, go_on in answers.items() if number < 8)
+    assert all(not all(go_on) for number, go_on in answers.items() if number >= 8)
+
+
+@pytest.mark.parametrize("url", ["sqlite:///file/o.db", "nonsense", "postgresql://me:secret@127.0.0.1:1/x", "wrong://x"])
+def test_a_storage_that_cannot_be_had_is_one_line_without_the_password(url: str) -> None:
+    Path("file").touch()
+    with pytest.raises(CellbenchError) as error:
+        study_of(space_of(), url)
+    assert "storage" in str(error.value)
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
