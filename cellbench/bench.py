@@ -6,11 +6,12 @@ same Dice.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def _passes(world: World, out: Bench) -> None:
     net = getattr(world.frozen, "net", None)
 
     def bare() -> None:
-        with torch.inference_mode(), world.machine.autocast():
+        with _as_usual(world.machine), torch.inference_mode(), world.machine.autocast():
             if net is not None:
                 net.forward_intermediates(pixels, indices=list(trunk.indices), norm=True, stop_early=True, intermediates_only=True)
             else:
@@ -190,7 +191,8 @@ def _naive(world: World, out: Bench) -> None:
             epochs = world.epochs if how == "held" else 1
             start = time.perf_counter()
             rate = world.cohort[k * len(RATES) + 1].lr
-            _, dice = naive.train(run, made, world.frozen, trunk.indices, world.dataset, epochs, rate=rate, reopen=how == "reopen")
+            with _as_usual(world.machine):
+                _, dice = naive.train(run, made, world.frozen, trunk.indices, world.dataset, epochs, rate=rate, reopen=how == "reopen")
             threes[how] += (time.perf_counter() - start) * world.epochs / epochs
             if how == "held":
                 gaps.append(abs(dice - world.cohort[k * len(RATES) + 1].history[-1]["val/dice"]))
@@ -259,6 +261,16 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _as_usual(machine: Machine) -> Iterator[None]:
+    """Each operation on all cores, as torch does by itself: how others would run it."""
+    torch.set_num_threads(machine.lanes * machine.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(machine.threads)
 
 
 def _wait() -> None:
