@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,7 @@ def path(fingerprint: str) -> Path:
 
 def write(place: Path, state: dict[str, Any]) -> None:
     """Tensors, numbers and strings. Raises CellbenchError where the disk is full."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(place, buffer.getvalue())
+    write_atomic(place, functools.partial(torch.save, state))
 
 
 def read(place: Path, device: torch.device) -> dict[str, Any] | None:

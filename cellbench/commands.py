@@ -260,8 +260,10 @@ def bench(
     precision: str = "auto",
     out: Path | None = None,
     quick: bool = False,
+    scale: bool = False,
 ) -> int:
     """``cellbench bench``: measures, prints, and writes JSON and a plot to ``out``. Exit code 1 where a check failed."""
+    from cellbench import scaling
     from cellbench.bench import World, as_json, measure, table
 
     registry = Registry()
@@ -282,6 +284,14 @@ def bench(
         crops=8 if quick else 24,
         say=say,
     )
+    if scale:
+        found = scaling.measure(world, say)
+        say("")
+        say(scaling.table(found))
+        if out is not None:
+            write_atomic(out / "scale.json", scaling.as_json(found))
+            say(f"written to {out}/scale.json")
+        return 0
     result = measure(world)
     say("")
     say(table(result))

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from cellbench.errors import CellbenchError
 
@@ -51,14 +51,17 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """The whole file or, after a crash, the old one: written beside, synced, renamed. Raises CellbenchError for a full disk."""
+def write_atomic(path: Path, data: bytes | str | Callable[[BinaryIO], object]) -> None:
+    """The whole file or, after a crash, the old one: written beside, synced, renamed. Raises CellbenchError for a full disk.
+
+    ``data`` may be what writes into an open file, so that a large file never lies in memory as a whole.
+    """
     make_folder(path.parent)
     with told(f"writing {path}"):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                data(file) if callable(data) else file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would lock a shared cache to one person

@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
     bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and bench.png there")
     bench.add_argument("--quick", action="store_true", help="fewer images and epochs: under two minutes, rougher")
+    bench.add_argument("--scale", action="store_true", help="instead: 1 to 27 runs, and the images up to a hundred times over, with memory")
     bench.set_defaults(verb=_bench)
 
     check = verbs.add_parser("check", help="is this data fit to train on? reads every image once, finds faults and leaks", description=_CHECK)
@@ -296,6 +297,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         out=arguments.out,
         quick=arguments.quick,
+        scale=arguments.scale,
     )
 
 

@@ -32,7 +32,7 @@ from cellbench.features import Features, Keeping, Trunk
 from cellbench.infer import score
 from cellbench.jobs import Job, identity
 from cellbench.logged import WEIGHTS, Logged, params_of
-from cellbench.machine import Machine
+from cellbench.machine import Machine, give_back
 from cellbench.metrics import confusion
 from cellbench.model import model, num_levels
 from cellbench.plan import Plan
@@ -138,6 +138,7 @@ class Runner:
                 if isinstance(error, CellbenchError) and not isinstance(error, WeightsUnavailable):
                     raise  # the data or the files are at fault: every other cohort would meet the same
                 self._fail([run for _, run in opened], jobs, one_line(error), out)
+        give_back()
         out.num_new += len(opened)
 
     def _open(self, jobs: list[Job], stack: contextlib.ExitStack, out: Outcome) -> list[tuple[Job, Run]]:
@@ -222,6 +223,7 @@ class Runner:
         epochs = max(learner.run.epochs - learner.epoch for learner in learners)
         with tqdm(total=epochs * plan.num_views, desc=f"{title}: {what}", unit="tile", leave=False, smoothing=0.05) as bar:
             fit(learners, features, bar)
+        give_back()
         self._ended(opened, learners, features, title, out)
 
     def _ended(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, out: Outcome) -> None:
