@@ -7,7 +7,7 @@ import json
 import pytest
 from worlds import REGISTRY, dataset_of, fitted, run_of
 
-from cellbench import bench
+from cellbench import bench, scaling
 from cellbench.machine import machine
 from cellbench.run import main
 from cellbench.store import entries
@@ -49,3 +49,17 @@ def test_cache_shows_what_is_kept_and_prunes_it(small_folder, capsys):
     assert "removed 0 of" in capsys.readouterr().out
     assert main(["cache", "--prune"]) == 0
     assert entries() == []
+
+
+def test_scaling_counts_images_and_runs_and_watches_memory(small_folder, monkeypatch):
+    monkeypatch.setattr(scaling, "NUM_RUNS", (1, 3))
+    monkeypatch.setattr(scaling, "REPEATS", (1, 2))
+    world = bench.World(
+        registry=REGISTRY, dataset=dataset_of(small_folder), machine=machine("cpu", "fp32"), backbone="vit-tiny-random", weights=None,
+        epochs=1, crops=2, say=lambda _: None,
+    )  # fmt: skip
+    found = scaling.measure(world, lambda _: None)
+    assert [point.num_runs for point in found.runs] == [1, 3]
+    assert [point.num_images for point in found.images] == [8, 16]  # all images of the folder, once and twice
+    assert all(point.trunk_s > 0 and point.head_s > 0 and point.peak_mib > 100 for point in found.runs + found.images)
+    assert "ms an image" in scaling.table(found)
