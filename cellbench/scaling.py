@@ -54,13 +54,14 @@ class Scaling:
 def measure(world: World, say: Callable[[str], None]) -> Scaling:
     """Both tables; ``world`` gives the machine, the backbone and the images, all of which are trained on but one to validate."""
     out = Scaling(machine=world.machine.name, backbone=world.backbone)
-    small = _repeated(world.dataset, 1)
+    given = world.dataset
+    small = _repeated(given, 1)
     _point(world, small, _runs(world, 1, crops=1))  # warms up
     for num in NUM_RUNS:
         say(f"measuring {num} run{'s' * (num > 1)} …")
         out.runs.append(_point(world, small, _runs(world, num, crops=4)))
     for times in REPEATS:
-        more = _repeated(world.dataset, times)
+        more = _repeated(given, times)
         say(f"measuring {len(more.train)} images …")
         out.images.append(_point(world, more, _runs(world, 3, crops=1)))
     return out
