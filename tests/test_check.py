@@ -180,6 +180,24 @@ def test_the_real_sets_raise_no_severe_false_alarm(shared: Path, tmp_path: Path,
         assert check(shared / name, card=name, spec=DataSpec(group="near-duplicates"), out=tmp_path, say=lambda line: None) == 0
 
 
+def test_faults_planted_into_real_smears_are_found(shared: Path, tmp_path: Path) -> None:
+    shutil.copytree(shared / "bccd", tmp_path / "bccd")
+    folder = tmp_path / "bccd"
+    names = sorted(path.stem for path in (folder / "train" / "mask").iterdir())
+    change(labels(folder, names[0]), lambda m: 255 - m)
+    change(labels(folder, names[1]), np.zeros_like)
+    change(labels(folder, names[2]), lambda m: np.where(np.indices(m.shape)[0] < 40, 100, m).astype(np.uint8))
+    for kind in ("original", "mask"):
+        first = np.array(Image.open(next((folder / "test" / kind).iterdir())))
+        Image.fromarray(turned(first)).resize((900, 1200), Image.Resampling.NEAREST).save(folder / "train" / kind / f"{names[3]}.png")
+    code, found, _ = audit(folder, "bccd")
+    assert code == 1
+    wrong = {kind: images for kind, images in found.items() if kind in SEVERE}
+    assert {kind: len(images) for kind, images in wrong.items()} == {"inverted": 1, "empty": 1, "values": 1, "leak: near": 1}
+    for fault, name in zip(("inverted", "empty", "values", "leak: near"), names[:4], strict=True):
+        assert name in wrong[fault][0]
+
+
 @pytest.mark.parametrize("name", ["wbc", "dsb2018"])
 def test_faults_planted_into_real_sets_are_found(shared: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
