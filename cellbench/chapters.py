@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cellbench import colophon, figures, figures_many, figures_tests, leaderboard, page
+from cellbench import colophon, figures, figures_many, figures_tests, leaderboard, learning, page
 from cellbench.evidence import Evidence
 from cellbench.leaderboard import Row, short
 from cellbench.lineup import MEASURES, Model, TestSet
@@ -96,6 +96,7 @@ def _about_set(here: TestSet, trackers: Sequence[Tracker], report: Report, prefi
     return [
         ("Leaderboard", board),
         ("Are the differences real?", _statistics(here, differences, report, prefix, draw)),
+        ("How few labels are enough?", _labels(here, report, prefix, draw)),
         ("Cost", _cost(table, lines, report, prefix, draw)),
         ("The best model, image by image", _best(here, trackers)),
     ]
@@ -112,6 +113,23 @@ def _heat(here: TestSet, draw: Draw) -> str:
         if model.backbone in rows:
             values[rows.index(model.backbone), columns.index(model.head)] = model.scores().mean
     return draw("heatmap", figures_many.heatmap(rows, columns, values))
+
+
+def _labels(here: TestSet, report: Report, prefix: str, draw: Draw) -> str:
+    found = learning.curves(here)
+    if not found:
+        return ""
+    counted = all(point.num_train for curve in found for point in curve.points)
+    label = "training images learned from" if counted else "share of the training images"
+    points = [[(point.num_train if counted else point.fraction, point.dice) for point in curve.points] for curve in found]
+    cells = learning.lines(found)
+    report.tables[f"{prefix}labels"] = (learning.HEADINGS, cells)
+    return (
+        page.paragraphs(learning.words(found))
+        + draw("labels", figures_many.learning([curve.model for curve in found], points, label))
+        + page.table(learning.HEADINGS, cells[: page.MOST_LINES])
+        + page.more(len(cells))
+    )
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------------------------

@@ -172,6 +172,31 @@ def pareto(lines: Sequence[Line], costs: Mapping[str, Sequence[float]], measure:
     return figure
 
 
+def learning(names: Sequence[str], curves: Sequence[Sequence[tuple[float, Interval]]], label: str, measure: str = "Dice") -> Figure:
+    """Score by the number (or share) of training images, one line a model with its 95 % intervals; the axis is logarithmic."""
+    names, left_out = most_of(names)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+        for k, (name, points) in enumerate(zip(names, curves, strict=False)):
+            x = np.array([one for one, _ in points], float) * 1.015 ** (k - (len(names) - 1) / 2)  # side by side, or intervals hide each other
+            mean = np.array([interval.mean for _, interval in points])
+            ends = np.array([[interval.mean - lower(interval), upper(interval) - interval.mean] for _, interval in points]).T
+            axes.errorbar(
+                x, mean, ends, color=PALETTE[k % len(PALETTE)], marker=MARKERS[k % len(MARKERS)], linestyle=("-", "--", ":", "-.")[k % 4],
+                markersize=5.5, linewidth=1.4, elinewidth=0.9, capsize=2.5, label=name,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        ticks = sorted({one for points in curves for one, _ in points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"test {measure}, mean over images")
+        axes.set_title(f"bars: 95 % interval over images{left_out}", fontsize=8, color="0.35")
+        axes.grid(axis="y", color="0.92", linewidth=0.6)
+        figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
 def speeds(facts: Mapping[str, float]) -> Figure:
     """What ``bench`` measured: seconds for the same nine runs four ways, and tiles a second through each part."""
     ways = [

@@ -30,7 +30,8 @@ LAYERS = (
     (
         "doors and what is told",
         {"track", "logged", "refusals", "entries", "system", "views", "moved"}
-        | {"figures", "figures_many", "figures_tests", "figures_explore", "page", "results", "lineup", "evidence", "leaderboard", "chapters", "colophon"}
+        | {"figures", "figures_many", "figures_tests", "figures_explore", "page"}
+        | {"results", "lineup", "evidence", "leaderboard", "learning", "chapters", "colophon"}
         | {"study", "study_figures"},
     ),
     ("a run in use", {"winners", "segmenter", "outlines", "outputs", "exported"}),

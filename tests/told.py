@@ -42,7 +42,7 @@ def finished(tracker: Tracker, run: RunSpec, told: dict[str, Any] | None, parent
     metrics = {"test/dice": mean, "test/iou": 0.9, "test/precision": 0.9, "test/recall": 0.9, "cost/train_s": 30.0 + 10 * len(run.model)}
     metrics |= {"cost/images_per_s": 100 / len(run.model), "cost/head_params": 770, "cost/backbone_params": 2.2e7, "cost/peak_mib": 1500}
     digest = told["dataset"] if told else ""
-    fingerprint = f"{run.model} {run.seed} {run.epochs} {digest}"
+    fingerprint = f"{run.model} {run.seed} {run.epochs} {run.fraction} {digest}"
     with tracker.run(name or f"{run.model} · seed {run.seed}", fingerprint, parent=parent, tags={"model": run.model}) as opened:
         opened.log(metrics, params=params_of(run, "drawn"))
         if told is not None:
