@@ -33,6 +33,7 @@ from cellbench.spec import RunSpec
 from cellbench.tiles import Stitcher
 from cellbench.track import Tracker
 from cellbench.train import Learner, fit
+from cellbench.trials import pace
 
 HEADS = ("bilinear", "transposed-conv", "fpn")
 RATES = (5e-4, 1e-3, 2e-3)
@@ -106,6 +107,7 @@ def measure(world: World) -> Bench:
         ("the frozen pass", _passes),
         ("heads", _heads),
         ("a cohort of nine runs, and the same one by one", _cohorts),
+        ("trials of a search", _trials),
         ("the naive protocol", _naive),
         ("testing", _testing),
         ("MLflow", _mlflow),
@@ -176,6 +178,15 @@ def _cohorts(world: World, out: Bench) -> None:
     out.add("the same with views = 1, features kept", kept_s, "s", f"{together_s / kept_s:.1f} x faster than fresh views")
     out.add("the same runs one by one", alone_s, "s", f"the cohort is {alone_s / together_s:.1f} x faster")
     world.cohort = cohort
+
+
+def _trials(world: World, out: Bench) -> None:
+    settings = {"epochs": world.epochs, "crops_per_image": world.crops, "patience": 0, "overlap": 0.25, "views": 1}
+    speed = pace(world.registry, world.backbone, HEADS, settings, world.fitted)
+    out.facts |= {"trials_per_minute": speed.together, "trials_per_minute_alone": speed.alone}
+    out.checks["a trial is the same alone and in its batch"] = speed.same
+    out.add(f"search, {speed.num} trials in a batch", speed.together, "trials/min", f"{speed.together / speed.alone:.1f} x one at a time")
+    out.add("search, one trial at a time", speed.alone, "trials/min")
 
 
 def _naive(world: World, out: Bench) -> None:

@@ -35,7 +35,7 @@ LAYERS = (
         | {"study", "study_figures"},
     ),
     ("a run in use", {"winners", "segmenter", "outlines", "outputs", "exported"}),
-    ("what is tried out", {"estimate", "naive", "bench", "scaling", "contracts/"}),
+    ("what is tried out", {"estimate", "naive", "trials", "bench", "scaling", "contracts/"}),
     ("verbs", {"check", "grid", "search", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui", "predict", "evaluate", "explore"}),
     ("the command line", {"run"}),
 )
