@@ -14,7 +14,9 @@ from cellbench.logged import WEIGHTS
 def data(evidence: Evidence, known: dict[str, Any]) -> str:
     told = known.get("dataset", {})
     first = evidence.sets[0]
-    images = ", ".join(f"{num} {split}" for split, num in told.get("images", {}).items()) or f"{len(first.images)} test"
+    images = ", ".join(f"{num} {split}" for split, num in told.get("images", {}).items())
+    if first.num_folds or not images:  # what is recorded there are the images of one fold
+        images = f"{len(first.images)} test"
     return page.facts(
         [
             ("data", f"{first.dataset}: {images} images"),

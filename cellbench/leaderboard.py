@@ -122,8 +122,11 @@ def best_by(here: TestSet, measure: str) -> str:
 
 
 def winners(here: TestSet, most: int = 3) -> list[Model]:
-    """The best model, and up to ``most`` in all, the best first, of those that the data cannot tell from it."""
-    tied = {d.a for d in differences(here) if d.better is None}
+    """The best model, and up to ``most`` in all, the best first, of those that the data cannot tell from it and whose interval holds 0.
+
+    Both, because few images cannot tell a good model from a useless one.
+    """
+    tied = {d.a for d in differences(here) if d.better is None and not d.interval.excludes_zero}
     return [model for model in here.models if model is here.best or model.name in tied][:most]
 
 

@@ -132,3 +132,13 @@ def test_the_pairs_of_many_models_are_those_with_the_best(monkeypatch):
     assert len(found) == 4
     assert {d.num_tests for d in found} == {10}
     assert {d.b for d in leaderboard.differences(here)} == {here.best.name}
+
+
+def test_winners_are_few_and_never_those_that_are_plainly_worse():
+    few = IMAGES[:4]  # so few that no test can decide
+    runs = [scored(head, told_of(mean, seed, few)) for seed, (head, mean) in enumerate((("a", 0.9), ("b", 0.9003), ("c", 0.3)))]
+    (here,), _ = line_up(runs)
+    assert all(d.better is None for d in leaderboard.differences(here))
+    assert "uni · c" not in [model.name for model in leaderboard.winners(here)]
+    assert leaderboard.winners(here)[0] is here.best
+    assert len(leaderboard.winners(here, most=1)) == 1
