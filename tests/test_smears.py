@@ -9,9 +9,11 @@ from PIL import Image
 from scipy.ndimage import binary_fill_holes
 from skimage.filters import threshold_otsu
 
+from cellbench.data.folders import open_dataset
 from cellbench.data.smears import PLATELET, RED, SPLITS, WHITE, Smears, draw, drawn, image_seed, settings_from, write_dataset
 from cellbench.errors import CellbenchError
-from cellbench.registry import DatasetCard, load, read_card, shipped
+from cellbench.registry import DatasetCard, Registry, load, read_card, shipped
+from cellbench.spec import DataSpec
 
 SMALL = Smears(num_train=2, num_test=1, width_px=320, height_px=240, cells_per_image=22, diameter_px=40)
 PURE = replace(SMALL, sickle_fraction=0, target_fraction=0, burr_fraction=0, white_fraction=0, platelet_fraction=0)
@@ -241,3 +243,18 @@ def test_the_card_names_the_builder_and_every_default():
 def test_more_cells_than_find_room_still_end():
     smear = draw(0, replace(SMALL, cells_per_image=400))
     assert 0.4 < (smear.classes > 0).mean() < 1
+
+
+@pytest.mark.parametrize(("card", "classes"), [("smears", {0, 1}), ("smears-kinds", {0, 1, 2, 3}), ("smears-cells", {0, 1})])
+def test_the_cards_read_the_truth_that_was_drawn(card: str, classes: set[int]) -> None:
+    small = {"num_train": 3, "num_test": 1, "width_px": 500, "height_px": 400, "white_fraction": 0.2, "platelet_fraction": 0.2}
+    dataset = open_dataset(Registry().dataset(card), None, DataSpec(draw=small))
+    (sample,) = dataset.test
+    smear = draw(image_seed(settings_from(small), "test", 0), settings_from(small))
+    image, found = dataset.read(sample)
+    assert np.array_equal(image, smear.image)
+    assert np.array_equal(found, smear.classes if card == "smears-kinds" else smear.classes > 0)
+    assert set(np.unique(found)) == classes
+    numbers = dataset.read_instances(sample)
+    assert (numbers is not None) == (card == "smears-cells")
+    assert numbers is None or np.array_equal(numbers, smear.instances)
