@@ -53,6 +53,7 @@ def build(evidence: Evidence, trackers: Sequence[Tracker], known: dict[str, Any]
     num_models = sum(len(here.models) for here in evidence.sets)
     subtitle = f"{evidence.num_runs} finished runs, {num_models} models, {_images(evidence)}; made {time.strftime('%Y-%m-%d %H:%M')}"
     report.verdict = leaderboard.words(evidence.sets[0]) + leaderboard.more_words(evidence.sets[0])
+    report.verdict += leaderboard.class_words(evidence.sets[0].models[0].runs[0].told.get("classes", []))
     lead = page.paragraphs([known["question"]]) if known.get("question") else ""
     lead += page.paragraphs(report.verdict, "verdict") + colophon.data(evidence, known)
     report.html = page.page(evidence.experiment, subtitle, sections, lead)

@@ -188,6 +188,17 @@ def text(table: Sequence[Row]) -> str:
     return "\n".join([out[0], "-" * len(out[0]), *out[1:]])
 
 
+def class_words(classes: Sequence[str]) -> list[str]:
+    """What one number of several cell classes is; nothing to say where there is one. ``classes``: the background first.
+
+    >>> class_words(["background", "cytoplasm", "nucleus"])
+    ['Dice and the other measures are means over cytoplasm, nucleus; MLflow has each alone, as test_cytoplasm/dice.']
+    """
+    if len(classes) < 3:
+        return []
+    return [f"Dice and the other measures are means over {', '.join(classes[1:])}; MLflow has each alone, as test_{classes[1]}/dice."]
+
+
 def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table for a README or MLflow's notes; the first column is text."""
     out = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]

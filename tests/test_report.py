@@ -185,6 +185,14 @@ def test_one_model_alone_is_reported_without_tests(tmp_path, monkeypatch):
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower()
 
 
+def test_of_several_cell_classes_the_words_say_what_one_number_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    told = told_of(0.9, 0) | {"classes": ["background", "cytoplasm", "nucleus"]}
+    finished(Tracker("three"), RunSpec(baseline="otsu"), told)
+    assert main(["report", "three"]) == 0
+    assert "means over cytoplasm, nucleus" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [(["cells, a/b & u"], "Did you mean 'cells, a/b & ü 🔬'?"), (["empty"], "no finished run"), ([NAME, "nothing like it"], "no experiment called")],
