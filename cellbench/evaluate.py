@@ -65,7 +65,7 @@ def examine(segmenter: Segmenter, dataset: Dataset, num_shown: int) -> tuple[Res
     worst: list[Case] = []
     num, start = len(dataset.classes), time.perf_counter()
     answers = segmenter.predict_all(sample.image for sample in dataset.test)
-    with Exams(dataset, 1) as exams:
+    with Exams(dataset, 1, [segmenter.trained.separation]) as exams:
         for index, found in enumerate(tqdm(answers, total=len(dataset.test), desc="testing", unit="image", leave=False, disable=None)):
             truth = dataset.read_mask(dataset.test[index])
             counts = confusion(truth, found.classes, num)

@@ -3,6 +3,7 @@
 - ``NAME.png``: 0 and 255 where there are two classes, else the class numbers. Says inside which run made it from which file.
 - ``NAME.probability.png``: of not being background, 0..255. ``NAME.overlay.png``: the image with outlines.
 - ``NAME.geojson``: outlines for QuPath.
+- ``NAME.instances.png``: 16 bit, one number a cell, touching ones parted. ``NAME.cells.csv``: a line for each of them.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from typing import BinaryIO
 
 import numpy as np
 
+from cellbench.data.images import png_bytes
 from cellbench.data.png_rows import PngRows, words_of
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, told
+from cellbench.measure import cells
 from cellbench.outlines import Shapes, colour, feature
 from cellbench.segmenter import Band
+from cellbench.separate import CONNECTED, Separation
 
 PART = ".cellbench-part"
+INSTANCES, CELLS = ".instances.png", ".cells.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,11 @@ class Wanted:
     probability: bool = False
     overlay: bool = False
     geojson: bool = False
+    instances: bool = False
+    um_per_px: float | None = None
+    """The side of a pixel, for the cells' sizes."""
+    separation: Separation = CONNECTED
+    """How touching cells are parted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +55,8 @@ class Target:
 
     def files(self, wanted: Wanted) -> list[Path]:
         """What is written, the mask last."""
-        kinds = [(wanted.probability, ".probability.png"), (wanted.overlay, ".overlay.png"), (wanted.geojson, ".geojson"), (True, ".png")]
+        kinds = [(wanted.probability, ".probability.png"), (wanted.overlay, ".overlay.png"), (wanted.geojson, ".geojson")]
+        kinds += [(wanted.instances, INSTANCES), (wanted.instances, CELLS), (True, ".png")]
         return [self.stem.with_name(self.stem.name + ending) for asked, ending in kinds if asked]
 
     def done(self, wanted: Wanted) -> bool:
@@ -78,6 +89,8 @@ class Files:
             self._geojson = by_ending.get(".geojson")
             if self._geojson is not None:
                 self._geojson.write(b'{"type": "FeatureCollection", "features": [')
+        self._cells = (by_ending[INSTANCES], by_ending[CELLS]) if wanted.instances else None
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
         self._num_shapes, self._above = 0, None
         self._size_px = size_px
 
@@ -105,6 +118,8 @@ class Files:
                 self._overlay.add(self._outlined(band))
             if self._shapes is not None:
                 self._outline(band)
+            if self._cells is not None:  # cells are parted by the whole mask
+                self._rows.append((band.classes, band.source.rows(band.top, band.top + len(band.classes))))
 
     def _outlined(self, band: Band) -> np.ndarray:
         """The image's own rows with the edges of the classes drawn over them, two pixels wide."""
@@ -139,10 +154,21 @@ class Files:
             if self._geojson is not None:
                 facts = {"file": self._target.image.name, "size_px": list(self._size_px)}
                 self._geojson.write(b"\n],\n" + b'"cellbench": ' + json.dumps(facts).encode() + b"}\n")
+            if self._cells is not None:
+                self._count(*self._cells)
             self._stack.close()
             for part, path in zip(self._parts, self._all, strict=True):
                 os.replace(part, path)
             self._parts = []
+
+
+    def _count(self, labels: BinaryIO, table: BinaryIO) -> None:
+        classes, image = (np.concatenate(parts) for parts in zip(*self._rows, strict=True))
+        found = self._wanted.separation.instances(classes)
+        if found.num > 65535:
+            raise CellbenchError(f"{self._target.image}: {found.num} cells, where 16 bits number 65535. Cut the image into pieces.")
+        labels.write(png_bytes(found.ids.astype(np.uint16)))
+        table.write(cells(found, image, self._names, self._wanted.um_per_px).text.encode("utf-8"))
 
 
 def swept(folder: Path) -> int:

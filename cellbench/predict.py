@@ -6,18 +6,23 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
+from cellbench.data import images
 from cellbench.data.images import EXTENSIONS
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
+from cellbench.measure import as_csv, density
 from cellbench.outlines import coco
-from cellbench.outputs import Files, Target, Wanted, swept
+from cellbench.outputs import CELLS, INSTANCES, Files, Target, Wanted, swept
 from cellbench.segmenter import Refused, Segmenter
 
-COCO = "coco.json"
+COCO, COUNTS = "coco.json", "counts.csv"
+MOST_PX = 100_000_000
+"""Of an image whose cells are numbered: its whole mask is in memory then, with some 50 bytes a pixel."""
 
 
 def images_of(places: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
@@ -50,9 +55,11 @@ def images_of(places: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
     return [(path, out / name) for path, name in named.items()]
 
 
-def targets_of(segmenter: Segmenter, places: Sequence[Path], out: Path) -> list[Target]:
+def targets_of(segmenter: Segmenter, places: Sequence[Path], out: Path, um_per_px: float | None = None) -> list[Target]:
     """The images with what is written inside their masks."""
     made_by = {"run": segmenter.trained.fingerprint or segmenter.trained.name, "model": segmenter.trained.name, "classes": list(segmenter.names)}
+    if um_per_px is not None:  # tables in another unit are other tables
+        made_by["um_per_px"] = um_per_px
     targets = []
     for image, stem in images_of(places, out):
         about = image.stat()
@@ -104,6 +111,29 @@ def write_coco(targets: Sequence[Target], out: Path, names: tuple[str, ...]) -> 
     return out / COCO
 
 
+def write_counts(targets: Sequence[Target], out: Path, um_per_px: float | None) -> Path:
+    """One line an image: its size, how many cells, and their density; from the tables of the cells."""
+    unit = "cells_per_mm2" if um_per_px is not None else "cells_per_megapixel"
+    rows = []
+    for target in targets:
+        num = target.stem.with_name(target.stem.name + CELLS).read_text(encoding="utf-8").count("\n") - 1
+        height, width = images.size(target.stem.with_name(target.stem.name + INSTANCES))
+        rows.append((str(target.stem.relative_to(out)), width, height, num, round(density(num, (height, width), um_per_px), 3)))
+    write_atomic(out / COUNTS, as_csv(("image", "width_px", "height_px", "cells", unit), rows))
+    return out / COUNTS
+
+
+def too_large(target: Target) -> CellbenchError | None:
+    """Why an image's cells cannot be numbered; None where they can, or where the file will tell what is wrong with it."""
+    try:
+        height, width = images.size(target.image)
+    except CellbenchError:
+        return None
+    if height * width <= MOST_PX:
+        return None
+    return CellbenchError(f"{target.image}: {width} x {height} px, where --instances takes {MOST_PX // 10**6} megapixels. Cut it, or leave that out.")
+
+
 def predict(
     run: str,
     places: Sequence[Path],
@@ -113,6 +143,8 @@ def predict(
     overlay: bool = False,
     geojson: bool = False,
     as_coco: bool = False,
+    instances: bool = False,
+    um_per_px: float | None = None,
     weights: Path | None = None,
     extra: Path | None = None,
     device: str = "auto",
@@ -120,17 +152,28 @@ def predict(
     say: Callable[[str], None] = print,
 ) -> int:
     """``cellbench predict``. Exit code 0, or 1 where an image was passed over."""
+    if um_per_px is not None and not (instances and 0 < um_per_px < 1000):
+        raise CellbenchError(f"--um-per-px {um_per_px:g}: the side of a pixel in um, above 0, for the tables that --instances writes. Give both.")
     images_of(places, out)  # names first: a run takes a while to open
     segmenter = Segmenter.load(run, weights=weights, registry=extra, device=device, precision=precision)
-    targets = targets_of(segmenter, places, out)
+    targets = targets_of(segmenter, places, out, um_per_px)
     wanted = Wanted(probability=probability, overlay=overlay, geojson=geojson or as_coco)
+    if instances:
+        wanted = replace(wanted, instances=True, um_per_px=um_per_px, separation=segmenter.trained.separation)
     swept(make_folder(out))
     todo = [target for target in targets if not target.done(wanted)]
     before = f", {len(targets) - len(todo)} are done already" if len(todo) < len(targets) else ""
     say(f"{segmenter.trained.name}: {len(todo)} images on {segmenter.machine.name}{before}.")
-    bad = masks(segmenter, todo, wanted, lambda text: tqdm.write(text, file=sys.stderr))
+    large = {target: error for target in todo if instances and (error := too_large(target)) is not None}
+    for error in large.values():
+        tqdm.write(f"passed over: {error}", file=sys.stderr)
+    todo = [target for target in todo if target not in large]
+    bad = large | masks(segmenter, todo, wanted, lambda text: tqdm.write(text, file=sys.stderr))
     good = [target for target in targets if target not in bad]
     if as_coco and good:
         say(f"{write_coco(good, out, segmenter.names)}: the outlines of {len(good)} images.")
+    if instances and good:
+        how = segmenter.trained.separation
+        say(f"{write_counts(good, out, um_per_px)}: the cells of {len(good)} images, told apart by {how.words}.")
     say(f"{out}: {len(good)} masks" + (f"; {len(bad)} images were passed over." if bad else "."))
     return 1 if bad else 0

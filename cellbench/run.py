@@ -90,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--overlay", action="store_true", help="also NAME.overlay.png: the image with outlines")
     predict.add_argument("--geojson", action="store_true", help="also NAME.geojson: outlines for QuPath")
     predict.add_argument("--coco", action="store_true", help="also coco.json: the outlines of all images")
+    predict.add_argument("--instances", action="store_true", help="also NAME.instances.png and NAME.cells.csv: single cells; counts.csv for all")
+    predict.add_argument("--um-per-px", type=float, metavar="X", help="with --instances: the side of a pixel, for sizes and density in um")
     _about_a_run(predict)
     predict.set_defaults(verb=_predict)
 
@@ -195,6 +197,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         overlay=arguments.overlay,
         geojson=arguments.geojson,
         as_coco=arguments.coco,
+        instances=arguments.instances,
+        um_per_px=arguments.um_per_px,
         weights=arguments.weights,
         extra=arguments.registry,
         device=arguments.device,

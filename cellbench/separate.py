@@ -20,7 +20,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from cellbench.shapes import Instances, cell_scores, contour, numbered
+from cellbench.shapes import MIN_AREA_PX, Instances, cell_scores, contour, numbered
 
 NECKS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 """The values that are tried; of equally good ones the smallest, which cuts least."""
@@ -39,10 +39,12 @@ class Separation:
     """What it was tuned on: mean AP50 over the validation images for each neck that was tried. Empty: not tuned."""
     num_images: int = 0
     """Validation images that it was tuned on."""
+    min_area_px: int = MIN_AREA_PX
+    """What is smaller is a speck, no cell: as the truth that it was tuned on has it."""
 
-    def instances(self, classes: np.ndarray, min_area_px: int) -> Instances:
-        """The cells of a class map (H, W) uint8, each of at least ``min_area_px`` pixels."""
-        return Parts(classes).instances(self.neck, min_area_px)
+    def instances(self, classes: np.ndarray) -> Instances:
+        """The cells of a class map (H, W) uint8."""
+        return Parts(classes).instances(self.neck, self.min_area_px)
 
     @property
     def words(self) -> str:
@@ -189,10 +191,12 @@ class Tuning:
 
     def __init__(self) -> None:
         self._found: list[list[float]] = []
+        self._min_area_px = MIN_AREA_PX
 
     def add(self, classes: np.ndarray, truth: Instances, min_area_px: int) -> None:
         """A predicted class map (H, W) uint8 and the cells that are there."""
         parts = Parts(classes)
+        self._min_area_px = min(self._min_area_px, min_area_px)
         self._found.append([float(cell_scores(truth, parts.instances(neck, min_area_px))["ap50"]) for neck in NECKS])
 
     def best(self) -> Separation:
@@ -201,4 +205,4 @@ class Tuning:
             return Separation()
         means: Sequence[float] = np.mean(self._found, axis=0).round(6).tolist()
         told = {f"{neck:g}": value for neck, value in zip(NECKS, means, strict=True)}
-        return Separation(neck=NECKS[int(np.argmax(means))], val_ap50=told, num_images=len(self._found))
+        return Separation(neck=NECKS[int(np.argmax(means))], val_ap50=told, num_images=len(self._found), min_area_px=self._min_area_px)

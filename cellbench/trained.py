@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cellbench.data.prepare import Preparation
+from cellbench.separate import CONNECTED, Separation
 from cellbench.spec import RunSpec
 
 
@@ -23,6 +24,8 @@ class Trained:
     preparation: Preparation
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Of head and tail, by name; empty for a method that learns nothing."""
+    separation: Separation = CONNECTED
+    """How its cells are told apart."""
     fingerprint: str = ""
     dataset_digest: str = ""
     """Of the data that it learned from; with the fingerprint it tells whether a backbone found here is the one it learned on."""

@@ -16,6 +16,7 @@ from cellbench.evidence import collect
 from cellbench.framing import Framing
 from cellbench.logged import Stored
 from cellbench.registry import Registry
+from cellbench.separate import CONNECTED, Separation
 from cellbench.spec import Experiment, RunSpec, expand
 from cellbench.track import Tracker, experiment_of, experiments, newest
 from cellbench.trained import Trained
@@ -67,6 +68,7 @@ def open_run(tracker: Tracker, stored: Stored, registry: Registry) -> Trained:
     prepared = tracker.artifact(stored, "preparation.json")
     if prepared is None and run.normalise != "none" and run.backbone is not None:
         raise CellbenchError(f"'{stored.name}' normalises stains, but has lost its preparation.json in MLflow. Run it again.")
+    separation = tracker.artifact(stored, "separation.json")
     data = tracker.artifact(stored, "head.safetensors")
     learns = run.baseline is None or registry.baseline(run.baseline).trained
     if data is None and learns:
@@ -77,6 +79,7 @@ def open_run(tracker: Tracker, stored: Stored, registry: Registry) -> Trained:
         classes=tuple(told["classes"]),
         preparation=Preparation(framing=Framing.of(run)) if prepared is None else Preparation.of(json.loads(prepared)),
         weights=weights_of(data, stored.name) if data is not None else {},
+        separation=Separation(**json.loads(separation)) if separation is not None else CONNECTED,
         fingerprint=stored.fingerprint,
         dataset_digest=str(told["dataset"]),
         run_id=stored.run_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -189,3 +190,38 @@ def test_pixels_of_another_kind_are_refused(there: Path) -> None:
     for wrong in (grey.astype(np.float32) / 255, np.zeros((5, 5, 4), np.uint8), np.zeros((0, 5, 3), np.uint8)):
         with pytest.raises(CellbenchError, match="an image here is"):
             segmenter.predict(wrong)
+
+
+def test_single_cells_are_numbered_measured_and_counted(there: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ask = (MODEL, "smears/test/original", "--out", out, "--instances", "--um-per-px", 0.5)
+    assert predict(*ask) == 0
+    counts = list(csv.DictReader((out / "counts.csv").open()))
+    assert [row["image"] for row in counts] == ["t0", "t1"]
+    for row in counts:
+        ids = np.array(Image.open(out / f"{row['image']}.instances.png"))
+        mask = np.array(Image.open(out / f"{row['image']}.png"))
+        table = list(csv.DictReader((out / f"{row['image']}.cells.csv").open()))
+        assert ids.dtype == np.uint16
+        assert set(np.unique(ids)) - {0} == set(range(1, len(table) + 1))
+        assert not ids[mask == 0].any()
+        assert int(row["cells"]) == len(table) > 0
+        assert float(row["cells_per_mm2"]) == pytest.approx(len(table) / (ids.size * 0.25e-6), abs=1e-3)
+        for cell in table:
+            mine = ids == int(cell["cell"])
+            assert float(cell["area_um2"]) == mine.sum() * 0.25
+            assert (float(cell["y_px"]), float(cell["x_px"])) == pytest.approx([x.mean() for x in np.nonzero(mine)], abs=0.01)
+    before = (out / "t0.cells.csv").stat().st_mtime_ns
+    assert predict(*ask) == 0
+    assert (out / "t0.cells.csv").stat().st_mtime_ns == before
+    assert predict(*ask[:-1], 0.25) == 0  # another scale is another table
+    assert "area_um2" in (out / "t0.cells.csv").read_text()
+    assert (out / "t0.cells.csv").stat().st_mtime_ns != before
+
+
+def test_a_scale_without_cells_and_an_image_too_large_for_them_are_refused(there: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out", "--um-per-px", 0.5) == 2
+    assert "--instances" in capsys.readouterr().err
+    monkeypatch.setattr("cellbench.predict.MOST_PX", 10)
+    assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out", "--instances") == 1
+    assert "passed over" in capsys.readouterr().err

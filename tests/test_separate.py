@@ -17,7 +17,7 @@ def discs(*places, size=(120, 160)):
 
 
 def cells(ids, neck, min_area_px=10):
-    return Separation(neck=neck).instances((ids > 0).astype(np.uint8), min_area_px)
+    return Separation(neck=neck, min_area_px=min_area_px).instances((ids > 0).astype(np.uint8))
 
 
 TOUCHING = discs((40, 40, 22), (40, 79, 22), (76, 60, 22), (90, 120, 15))

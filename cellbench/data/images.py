@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import secrets
 import sys
@@ -132,15 +133,12 @@ def write_png(path: str | os.PathLike[str], array: np.ndarray, *, compress_level
 
     Level 1 of 9 by default: masks come out a little larger and several times faster. Raises `CellbenchError` where it cannot be written.
     """
-    wanted = (array.ndim == 2 and array.dtype in (np.uint8, np.uint16)) or (array.shape[2:] == (3,) and array.dtype == np.uint8)
-    if not (wanted and array.size):
-        raise ValueError(f"a PNG here is (H, W) uint8 or uint16, or (H, W, 3) uint8, not {array.shape} {array.dtype}")
     # A short name of our own: the target's may already have the 255 bytes that a name can have. Unlike with mkstemp, the umask applies.
     part = os.path.join(os.path.dirname(os.path.abspath(path)), f".cellbench-{os.getpid()}-{secrets.token_hex(6)}.part")
     try:
         try:
             with open(part, "xb") as fp:
-                Image.fromarray(np.ascontiguousarray(array)).save(fp, "PNG", compress_level=compress_level)
+                fp.write(png_bytes(array, compress_level=compress_level))
             os.replace(part, path)
         finally:
             with contextlib.suppress(FileNotFoundError):  # it is gone when all went well
@@ -150,9 +148,14 @@ def write_png(path: str | os.PathLike[str], array: np.ndarray, *, compress_level
         raise CellbenchError(f"{shown_name(path)}: cannot be written ({why}). Check the folder, its rights, the space left.") from error
 
 
-def pixel_limit() -> int:
-    """The most pixels that a picture may have: ``CELLBENCH_MAX_PIXELS``, or 500 megapixels."""
-    return _limit(None)
+def png_bytes(array: np.ndarray, *, compress_level: int = 1) -> bytes:
+    """A PNG's bytes of (H, W) uint8 or uint16, or (H, W, 3) uint8."""
+    wanted = (array.ndim == 2 and array.dtype in (np.uint8, np.uint16)) or (array.shape[2:] == (3,) and array.dtype == np.uint8)
+    if not (wanted and array.size):
+        raise ValueError(f"a PNG here is (H, W) uint8 or uint16, or (H, W, 3) uint8, not {array.shape} {array.dtype}")
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG", compress_level=compress_level)
+    return buffer.getvalue()
 
 
 def _limit(max_pixels: int | None) -> int:

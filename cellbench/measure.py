@@ -1,0 +1,82 @@
+"""Single cells as a table: place, size, form and mean colour of each (scikit-image's region properties), their count and density.
+
+Lengths and areas are in pixels, or in um where the image's scale is given; places are always in pixels, so that a cell can be found again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from skimage.measure import regionprops_table
+
+from cellbench.shapes import Instances
+
+_ASKED = ("label", "centroid", "bbox", "area", "equivalent_diameter_area", "eccentricity", "intensity_mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """A table of the N cells of one image (H, W): ``rows`` under ``columns``, as they are written."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[object, ...], ...]
+
+    @property
+    def text(self) -> str:
+        """The table as CSV."""
+        return as_csv(self.columns, self.rows)
+
+
+def cells(found: Instances, image: np.ndarray, names: Sequence[str], um_per_px: float | None = None) -> Cells:
+    """The table of the cells found in an image (H, W, 3) uint8 RGB; ``names`` of the classes, ``um_per_px`` the side of a pixel.
+
+    ``cell`` is the number in the label image, ``x_px`` and ``y_px`` the centroid from the upper left, ``diameter`` that of a disc of the same
+    area, ``eccentricity`` 0 for a disc and towards 1 for a line, ``at_edge`` 1 where the image's frame may cut the cell, ``red`` to ``blue``
+    the mean colour, 0..255.
+    """
+    unit, side = ("px", 1.0) if um_per_px is None else ("um", um_per_px)
+    columns = ("cell", "class", "x_px", "y_px", f"area_{unit}" + "2" * (unit == "um"), f"diameter_{unit}", "eccentricity", "at_edge")
+    columns = (*columns, "red", "green", "blue")
+    if not found.num:  # scikit-image's columns would be other ones
+        return Cells(columns=columns, rows=())
+    told = regionprops_table(found.ids, image, properties=_ASKED)
+    height, width = found.ids.shape
+    at_edge = (told["bbox-0"] == 0) | (told["bbox-1"] == 0) | (told["bbox-2"] == height) | (told["bbox-3"] == width)
+    rows = tuple(
+        (
+            int(number),
+            names[found.classes[number]],
+            round(float(told["centroid-1"][k]), 2),
+            round(float(told["centroid-0"][k]), 2),
+            round(float(told["area"][k]) * side**2, 4),
+            round(float(told["equivalent_diameter_area"][k]) * side, 4),
+            round(float(told["eccentricity"][k]), 4),
+            int(at_edge[k]),
+            *(round(float(told[f"intensity_mean-{channel}"][k]), 2) for channel in range(3)),
+        )
+        for k, number in enumerate(told["label"])
+    )
+    return Cells(columns=columns, rows=rows)
+
+
+def density(num: int, size_px: tuple[int, int], um_per_px: float | None = None) -> float:
+    """Cells in a megapixel, or in a square millimetre where the side of a pixel is known.
+
+    >>> density(30, (1000, 2000)), density(30, (1000, 2000), 0.5)
+    (15.0, 60.0)
+    """
+    pixels = size_px[0] * size_px[1]
+    return num / (pixels / 1e6 if um_per_px is None else pixels * um_per_px**2 / 1e6)
+
+
+def as_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows with a heading, comma-separated, each line ended by a newline."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return buffer.getvalue()
