@@ -7,6 +7,7 @@ Only three columns hold them (measured on MLflow 3.17.2): ``experiments.artifact
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import sqlite3
@@ -39,7 +40,9 @@ def store_file(uri: str | None = None) -> Path | None:
 def lock(uri: str | None = None) -> FileLock:
     """One for each store and person: held while the store is made, healed, or runs are claimed."""
     uri = uri or store()
-    key = re.sub(r"\W+", "-", str(store_file(uri) or uri))[-150:]
+    file = store_file(uri)
+    # The name of a file is for everybody to read, and an address may hold a password.
+    key = re.sub(r"\W+", "-", str(file))[-150:] if file else hashlib.sha256(uri.encode()).hexdigest()[:16]
     return FileLock(Path(tempfile.gettempdir()) / f"cellbench-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock")
 
 

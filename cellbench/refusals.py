@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from cellbench.errors import CellbenchError, one_line
@@ -25,8 +26,17 @@ class Client:
         return told_call
 
 
+def unlocked(text: str) -> str:
+    """The text without the passwords of the addresses in it.
+
+    >>> unlocked("postgresql://lab:secret@db/mlflow does not answer")
+    'postgresql://lab:***@db/mlflow does not answer'
+    """
+    return re.sub(r"(\w+://[^\s/:@]*):\S*@", r"\1:***@", text)
+
+
 def refused(error: Exception, uri: str) -> CellbenchError:
-    text = one_line(error)
+    text, uri = unlocked(one_line(error)), unlocked(uri)
     for sign, words in _REFUSALS.items():
         if sign in text:
             return CellbenchError(f"MLflow's store {uri}: {words} What is logged already is kept; the same command goes on.")

@@ -172,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--cache", type=Path, metavar="DIR", help="for downloads and hashes (default: ~/.cache/cellbench)")
     doctor.add_argument("--deep", action="store_true", help="for the table: also read large files to compare their hashes, once")
     doctor.add_argument("--contracts", action="store_true", help="test what every part must keep: those named, of --registry, or all")
+    doctor.add_argument("--services", action="store_true", help="ask what is configured: MLflow's server, the databases, the cache folder")
     doctor.set_defaults(verb=_doctor)
     return parser
 
@@ -229,6 +230,10 @@ _DOCTOR = "Nothing is downloaded. Exit code 0, or 1 where a file, a card, an out
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.services:
+        from cellbench.services import services
+
+        return services()
     from cellbench.doctor import doctor
 
     return doctor(

@@ -40,7 +40,7 @@ from cellbench.logged import (
     owner_here,
     stored_of,
 )
-from cellbench.refusals import Client
+from cellbench.refusals import Client, unlocked
 
 for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # what goes wrong there is raised as well, and told in one line
@@ -64,7 +64,8 @@ class Tracker:
                 self.client = Client(mlflow)
                 self.experiment_id = self._experiment(make)
         except mlflow.exceptions.MlflowException as error:
-            raise CellbenchError(f"MLflow at {mlflow.get_tracking_uri()}: {one_line(error)[:300]}. Mend it, or name another MLFLOW_TRACKING_URI.") from None
+            why = f"MLflow at {mlflow.get_tracking_uri()}: {one_line(error)[:300]}. Mend it, or name another MLFLOW_TRACKING_URI."
+            raise CellbenchError(unlocked(why)) from None
 
     def lock(self) -> FileLock:
         """Held while the store is made (four processes that make it at once break it: measured, 5 of 5) and while runs are claimed."""

@@ -36,7 +36,7 @@ LAYERS = (
     ),
     ("a run in use", {"winners", "segmenter", "outlines", "outputs", "exported"}),
     ("what is tried out", {"estimate", "naive", "trials", "bench", "scaling", "contracts/"}),
-    ("verbs", {"check", "grid", "search", "runner", "jobs", "commands", "catalogue", "report", "doctor", "ui", "predict", "evaluate", "explore"}),
+    ("verbs", {"check", "grid", "search", "runner", "jobs", "commands", "catalogue", "report", "doctor", "services", "ui", "predict", "evaluate", "explore"}),
     ("the command line", {"run"}),
 )
 # Parts are strangers, except for what they promise each other.
@@ -57,6 +57,7 @@ DOORS = {
     "skimage": {"separate.py", "measure.py", "baselines/otsu.py", "data/augment.py", "data/stain.py", "outlines.py"},
     "pydantic": {"spec.py", "registry.py", "space.py"},
     "argparse": {"run.py"},
+    "sqlalchemy": {"services.py", "study.py"},
 }
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py")) if "_shipped" not in path.parts}
 

@@ -1,0 +1,102 @@
+"""``doctor --services``: does what is configured answer, and fit: MLflow's server, the databases, the cache folder.
+
+Reads the environment alone (``MLFLOW_TRACKING_URI``, ``OPTUNA_STORAGE``, ``CELLBENCH_CACHE``), writes nothing but a file that it
+removes again, and shows no password.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cellbench.errors import CellbenchError, one_line
+from cellbench.files import cache_dir, make_folder, told
+from cellbench.moved import store, store_file
+from cellbench.refusals import unlocked
+
+ANSWER_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line: a service, whether it will do, and what was seen or is to be done."""
+
+    service: str
+    good: bool
+    text: str
+
+
+def services() -> int:
+    """Prints a line a service. Exit code 0, or 1 where one does not answer or does not fit."""
+    found = findings()
+    width = max(len(one.service) for one in found)
+    for one in found:
+        print(f"{one.service:<{width}}  {'ok   ' if one.good else 'WRONG'}  {one.text}")
+    return 0 if all(one.good for one in found) else 1
+
+
+def findings() -> list[Finding]:
+    """What each of the services said."""
+    tracking, storage = store(), os.environ.get("OPTUNA_STORAGE", "")
+    found = [_asked("MLflow", lambda: _tracking(tracking)), _asked("Optuna", lambda: _storage(storage))]
+    if "://" in storage and storage == tracking and not store_file(tracking):
+        found.append(Finding(service="Optuna", good=False, text="has MLflow's database; their tables mix. Give it one of its own: createdb optuna."))
+    return [*found, _asked("cache", _cache)]
+
+
+def _asked(service: str, ask: Callable[[], str]) -> Finding:
+    try:
+        return Finding(service=service, good=True, text=unlocked(ask()))
+    except CellbenchError as error:
+        return Finding(service=service, good=False, text=unlocked(str(error)))
+
+
+def _tracking(uri: str) -> str:
+    file = store_file(uri)
+    if file is not None:
+        return f"{file}, {'there' if file.is_file() else 'made at the first grid'}; for this machine alone. MLFLOW_TRACKING_URI names a server."
+    if not uri.startswith(("http://", "https://")):
+        return _database(uri)
+    theirs, ours = _get(f"{uri.rstrip('/')}/version", uri).strip(), importlib.metadata.version("mlflow")
+    if theirs.split(".")[:2] != ours.split(".")[:2]:
+        raise CellbenchError(f"{uri}: the server is MLflow {theirs}, this is {ours}. Install the same minor version on both.")
+    return f"{uri} answers, MLflow {theirs}."
+
+
+def _get(url: str, uri: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=ANSWER_S) as answer:
+            return answer.read(200).decode(errors="replace")
+    except (OSError, ValueError) as error:  # URLError and its kin are OSErrors
+        raise CellbenchError(f"{uri}: no answer ({one_line(error)}). Is `mlflow server` up, and MLFLOW_TRACKING_URI right?") from None
+
+
+def _storage(url: str) -> str:
+    if not url:
+        return "OPTUNA_STORAGE is not set: searches are kept in a file here, for this machine alone."
+    return _database(url) if "://" in url else f"{url}, a file."
+
+
+def _database(url: str) -> str:
+    import sqlalchemy  # comes with MLflow; a third of a second
+
+    try:
+        engine = sqlalchemy.create_engine(url)
+        with engine.connect() as connection:
+            return f"{url} answers, {engine.dialect.name} {'.'.join(map(str, connection.dialect.server_version_info or ()))}."
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise CellbenchError(f"{url}: {one_line(error).split(' (Background')[0][:200]}. Is the database up, made and named right?") from None
+    except ModuleNotFoundError as error:
+        raise CellbenchError(f"{url}: {error.name} is not installed. `pip install 'cellbench[postgresql]'`.") from None
+
+
+def _cache() -> str:
+    folder = make_folder(cache_dir())
+    with told(f"writing into the cache folder {folder}"), tempfile.NamedTemporaryFile(dir=folder):
+        free = shutil.disk_usage(folder).free / 2**30
+    return f"{folder} can be written to, {free:.0f} GiB free. On a cluster all nodes must share it."

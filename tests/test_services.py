@@ -1,0 +1,170 @@
+"""``doctor --services`` against what really listens on loopback, PostgreSQL included where it is installed; and against nothing."""
+
+from __future__ import annotations
+
+import glob
+import http.server
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cellbench.run import main
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture
+def asked(monkeypatch, capsys):
+    """Calls ``doctor --services`` in such an environment; gives its exit code and what it printed, a line a service."""
+
+    def ask(**environment: str) -> tuple[int, dict[str, str]]:
+        for name in ("MLFLOW_TRACKING_URI", "OPTUNA_STORAGE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        code = main(["doctor", "--services"])
+        return code, {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+
+    return ask
+
+
+@pytest.fixture
+def server():
+    """An address that answers ``/version`` as MLflow's server does; the version can be set."""
+
+    class Version(http.server.BaseHTTPRequestHandler):
+        text = importlib.metadata.version("mlflow")
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.text.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    there = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Version)
+    threading.Thread(target=there.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{there.server_port}", Version
+    there.shutdown()
+    there.server_close()
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name) or next(iter(sorted(glob.glob(f"/usr/lib/postgresql/*/bin/{name}"), reverse=True)), None)
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory):
+    """The address of a PostgreSQL on loopback with a password and the databases ``mlflow`` and ``optuna``."""
+    initdb, postgres = _program("initdb"), _program("postgres")
+    if initdb is None or postgres is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    if importlib.util.find_spec("psycopg") is None:
+        pytest.skip("psycopg is not installed: pip install 'cellbench[postgresql]'")
+    folder = tmp_path_factory.mktemp("postgresql")
+    (folder / "password").write_text("s3cret\n")
+    anyone: list[str] = []
+    if os.getuid() == 0:  # which PostgreSQL refuses to run as
+        shutil.chown(folder, "postgres")
+        shutil.chown(folder / "password", "postgres")
+        for parent in folder.parents[:2]:
+            parent.chmod(parent.stat().st_mode | 0o011)
+        anyone = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+    port = free_port()
+    make = [initdb, "-D", str(folder / "data"), "-U", "lab", "-A", "scram-sha-256", "--pwfile", str(folder / "password"), "--no-sync"]
+    subprocess.run([*anyone, *make], check=True, capture_output=True, cwd=folder)
+    settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": folder, "fsync": "off"}
+    flags = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+    running = subprocess.Popen([*anyone, postgres, "-D", str(folder / "data"), *flags], cwd=folder, stderr=subprocess.DEVNULL)
+    address = f"postgresql://lab:s3cret@127.0.0.1:{port}"
+    try:
+        _make_databases(address)
+        yield address
+    finally:
+        running.terminate()
+        running.wait(20)
+
+
+def _make_databases(address: str) -> None:
+    import psycopg
+
+    end = time.monotonic() + 30
+    while True:
+        try:
+            connection = psycopg.connect(f"{address}/postgres")
+            break
+        except psycopg.OperationalError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+    connection.autocommit = True
+    for name in ("mlflow", "optuna"):
+        connection.cursor().execute(f"CREATE DATABASE {name}")
+    connection.close()
+
+
+def test_nothing_configured_is_well(asked, tmp_path: Path):
+    code, lines = asked()
+    assert code == 0
+    assert "made at the first grid" in lines["MLflow"]
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_server_that_answers_is_well_and_another_minor_version_is_not(asked, server):
+    address, version = server
+    code, lines = asked(MLFLOW_TRACKING_URI=address)
+    assert code == 0
+    assert f"answers, MLflow {version.text}" in lines["MLflow"]
+    version.text = "2.1.0"
+    code, lines = asked(MLFLOW_TRACKING_URI=address)
+    assert code == 1
+    assert "WRONG" in lines["MLflow"]
+    assert "2.1.0" in lines["MLflow"]
+
+
+def test_what_does_not_answer_is_wrong_and_its_password_is_not_shown(asked):
+    nobody = f"127.0.0.1:{free_port()}"
+    code, lines = asked(MLFLOW_TRACKING_URI=f"http://lab:s3cret@{nobody}", OPTUNA_STORAGE=f"postgresql://lab:s3cret@{nobody}/optuna")
+    assert code == 1
+    assert all("WRONG" in lines[service] for service in ("MLflow", "Optuna"))
+    assert "s3cret" not in "".join(lines.values())
+
+
+def test_postgresql_is_asked_and_two_services_in_one_database_are_wrong(asked, postgresql):
+    mlflow, optuna = f"{postgresql}/mlflow", f"{postgresql}/optuna"
+    code, lines = asked(MLFLOW_TRACKING_URI=mlflow, OPTUNA_STORAGE=optuna)
+    assert code == 0, lines
+    assert "answers, postgresql" in lines["MLflow"]
+    assert "s3cret" not in "".join(lines.values())
+    code, lines = asked(MLFLOW_TRACKING_URI=mlflow, OPTUNA_STORAGE=mlflow)
+    assert code == 1
+    assert "createdb optuna" in lines["Optuna"]
+    code, lines = asked(OPTUNA_STORAGE=f"{postgresql}/absent")
+    assert code == 1
+    assert "absent" in lines["Optuna"]
+    code, lines = asked(OPTUNA_STORAGE=optuna.replace("s3cret", "wr0ng"))
+    assert code == 1
+    assert "wr0ng" not in "".join(lines.values())
+
+
+def test_the_composed_services_listen_here_alone_and_hold_no_password():
+    import yaml
+
+    services = yaml.safe_load((Path(__file__).resolve().parents[1] / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    assert all(port.startswith("127.0.0.1:") for one in services.values() for port in one["ports"])
+    assert services["postgresql"]["environment"]["POSTGRES_PASSWORD"].startswith("${CELLBENCH_DB_PASSWORD:?")
+    assert "${CELLBENCH_DB_PASSWORD}@" in services["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"]
+    assert f"mlflow=={importlib.metadata.version('mlflow')}" in services["mlflow"]["command"]
