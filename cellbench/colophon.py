@@ -63,9 +63,11 @@ def meaning(evidence: Evidence) -> list[str]:
         numbered = any(told_by.get("cells_numbered", []))
         cells = "the mask's own numbers" if numbered else "connected regions (neighbours beside, not diagonal)"
         area = min(told_by["min_area_px"])
+        necks = sorted({f"{neck:g}" for model in first.models for run in model.runs if (neck := run.told.get("separation_neck"))})
+        parted = f", and predicted cells that touch are parted by a watershed tuned on validation images (necks {', '.join(necks)})" if necks else ""
         out.append(
             f"NSD: the share of both outlines' pixels within {told_by['tolerance_px']:g} px of the other outline. Single cells are {cells} of at "
-            f"least {area} px; two match where they share more than half of their union. AP50 is TP / (TP + FP + FN) at that threshold, PQ "
+            f"least {area} px{parted}; two match where they share more than half of their union. AP50 is TP / (TP + FP + FN) at that threshold, PQ "
             "panoptic quality."
         )
     return out

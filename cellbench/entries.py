@@ -18,6 +18,7 @@ from cellbench.track import Tracker
 
 EPOCH_METRICS = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
 """One value an epoch; all other metrics of a run have one value."""
+FILES = ("config.toml", "head.safetensors", "preparation.json", "separation.json")
 
 
 def enter(tracker: Tracker, run: Stored, verdict: str) -> str:
@@ -52,13 +53,13 @@ def enter(tracker: Tracker, run: Stored, verdict: str) -> str:
 
 
 def fill(folder: Path, tracker: Tracker, run: Stored, model_id: str) -> None:
-    """Writes what an entry holds: the run's ``config.toml`` and ``head.safetensors``, and MLflow's ``MLmodel`` with the signature.
+    """Writes what an entry holds: what the run left that segmenting needs (``FILES``), and MLflow's ``MLmodel`` with the signature.
 
     Raises CellbenchError where the run has no ``config.toml``; a method that trains nothing has no weights.
     """
     from mlflow.models import Model
 
-    for name in ("config.toml", "head.safetensors"):
+    for name in FILES:
         data = tracker.artifact(run, name)
         if data is not None:
             (folder / name).write_bytes(data)
