@@ -82,8 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like search.sampler=gp; repeatable")
     search.set_defaults(verb=_search)
 
-    predict = verbs.add_parser("predict", help="masks of your images by a run: `best`, a run's name or id", description=_PREDICT)
-    predict.add_argument("run", metavar="RUN", help="best, best:EXPERIMENT, a run's name or MLflow id")
+    predict = verbs.add_parser("predict", help="masks of your images by a run: `best`, a run's name or id, or an exported folder", description=_PREDICT)
+    predict.add_argument("run", metavar="RUN", help="best, best:EXPERIMENT, a run's name or MLflow id, or an exported folder")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files and folders of them")
     predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the masks go, as NAME.png")
     predict.add_argument("--probability", action="store_true", help="also NAME.probability.png, 0..255")
@@ -101,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--visualize", type=int, default=0, metavar="N", help="also error maps of the N worst images")
     _about_a_run(evaluate)
     evaluate.set_defaults(verb=_evaluate)
+
+    export = verbs.add_parser("export", help="a run as a folder that works elsewhere; as ONNX; as a model that MLflow serves", description=_EXPORT)
+    export.add_argument("run", metavar="RUN", help="best, best:EXPERIMENT, a run's name or MLflow id, or an exported folder")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument("--onnx", action="store_true", help="also model.onnx: backbone and head, checked against torch")
+    export.add_argument("--mlflow", action="store_true", help="also mlflow/, for `mlflow models serve -m DIR/mlflow --env-manager local`")
+    export.add_argument("--backbone", choices=("auto", "embed", "reference"), default="auto", help="copy its weights: where the licence allows (auto)")
+    _about_a_run(export)
+    export.set_defaults(verb=_export)
 
     report = verbs.add_parser("report", help="what an experiment found: one HTML file, and tables as Markdown, CSV and LaTeX", description=_REPORT)
     report.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="its name in MLflow (default: the one with the newest finished run)")
@@ -217,6 +226,25 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         arguments.run,
         data=arguments.data,
         visualize=arguments.visualize,
+        weights=arguments.weights,
+        extra=arguments.registry,
+        device=arguments.device,
+        precision=arguments.precision,
+    )
+
+
+_EXPORT = "The folder holds safetensors, cards and settings. `predict DIR IMAGE` and Segmenter.load(DIR) use it without MLflow."
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from cellbench.export import export
+
+    return export(
+        arguments.run,
+        out=arguments.out,
+        onnx=arguments.onnx,
+        serve=arguments.mlflow,
+        backbone=arguments.backbone,
         weights=arguments.weights,
         extra=arguments.registry,
         device=arguments.device,

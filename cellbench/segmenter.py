@@ -113,7 +113,7 @@ class Segmenter:
         device: str = "auto",
         precision: str = "auto",
     ) -> Segmenter:
-        """The segmenter of a run in MLflow (a run id, a run's name, ``best``, ``best:EXPERIMENT``).
+        """The segmenter of a run in MLflow (a run id, a run's name, ``best``, ``best:EXPERIMENT``) or of an exported folder.
 
         ``weights``: a folder of backbone weights (default: ``CELLBENCH_WEIGHTS``, the hub's cache, a download); ``registry``: a folder of
         cards of your own; ``device``: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps``; ``precision``: ``auto``, ``fp32``, ``bf16``.
@@ -125,9 +125,15 @@ class Segmenter:
         if folder is not None and not folder.is_dir():
             raise CellbenchError(f"--weights {folder}: there is no such folder.")
         extra = Registry(Path(registry) if registry is not None else None)
-        from cellbench import winners  # only here MLflow is needed
+        if Path(run).is_dir():
+            from cellbench.exported import CARDS, read_folder
 
-        trained = winners.open_run(*winners.find(str(run)), extra)
+            trained = read_folder(Path(run))
+            extra, folder = Registry(Path(run) / CARDS), folder or Path(run)
+        else:
+            from cellbench import winners  # only here MLflow is needed
+
+            trained = winners.open_run(*winners.find(str(run)), extra)
         return cls(trained, extra, machine(device, precision), folder)
 
     def predict(self, image: Image) -> Prediction:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import Tensor
 
@@ -34,5 +33,3 @@ class Trained:
     experiment: str = ""
     config: str = ""
     """An experiment file that repeats the run."""
-    cards: Path | None = None
-    """A folder of cards that came with it, as in an exported folder."""

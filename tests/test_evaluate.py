@@ -7,9 +7,8 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import write_pair
+from conftest import MODEL, write_pair
 from PIL import Image
-from test_predict import MODEL, there, trained  # noqa: F401  fixtures
 
 from cellbench.evidence import collect
 from cellbench.run import main
@@ -20,7 +19,7 @@ def runs() -> list[mlflow.entities.Run]:
     return mlflow.search_runs(experiment_names=["small"], output_format="list")
 
 
-def test_on_its_own_data_a_run_scores_what_its_test_scored(there: Path) -> None:  # noqa: F811
+def test_on_its_own_data_a_run_scores_what_its_test_scored(there: Path) -> None:
     (tested,) = [run for run in runs() if run.info.run_name == MODEL]
     before = len(collect([Tracker("small")]).parents)
     for _ in range(2):
@@ -33,7 +32,7 @@ def test_on_its_own_data_a_run_scores_what_its_test_scored(there: Path) -> None:
     assert (evidence.num_runs, len(evidence.parents)) == (2, before)
 
 
-def test_another_folder_is_tested_whole_with_its_worst_images(there: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_another_folder_is_tested_whole_with_its_worst_images(there: Path, tmp_path: Path) -> None:
     for seed in range(3):
         write_pair(tmp_path / "more", f"m{seed}.png", 50 + seed)
     assert main(["evaluate", MODEL, "--data", str(tmp_path / "more"), "--visualize", "2", "--device", "cpu"]) == 0
@@ -44,7 +43,7 @@ def test_another_folder_is_tested_whole_with_its_worst_images(there: Path, tmp_p
     assert not (tmp_path / "more" / "splits.json").exists()
 
 
-def test_other_classes_are_refused(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_other_classes_are_refused(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_pair(tmp_path / "three", "a.png", 1)
     Image.fromarray(np.zeros((120, 160), np.uint8)).save(tmp_path / "three" / "mask" / "a.png")
     (tmp_path / "three" / "dataset.toml").write_text('classes = ["background", "nucleus", "cytoplasm"]\nvalues = [0, 128, 255]\n')

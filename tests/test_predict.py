@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import discs, write_pair
+from conftest import MODEL, discs
 from PIL import Image
 
 from cellbench import outputs
@@ -17,49 +17,6 @@ from cellbench.errors import CellbenchError
 from cellbench.metrics import confusion
 from cellbench.run import main
 from cellbench.segmenter import Segmenter
-
-EXPERIMENT = """# A small question
-experiment = "small"
-dataset    = "folder"
-baselines  = ["otsu"]
-[grid]
-backbone = ["vit-tiny-random"]
-head     = ["detail"]
-[run]
-tile_px = 64
-epochs  = 2
-crops_per_image = 8
-lr = 5e-3
-normalise = "reinhard"
-"""
-MODEL = "vit-tiny-random · detail · seed 0"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished grid."""
-    folder = tmp_path_factory.mktemp("trained")
-    for seed, name in enumerate(("a0.png", "a1.jpg", "b 2.png", "b3.jpeg")):
-        write_pair(folder / "smears" / "train", name, seed)
-    for seed, name in enumerate(("t0.png", "t1.jpg"), 100):
-        write_pair(folder / "smears" / "test", name, seed)
-    (folder / "small.toml").write_text(EXPERIMENT)
-    with pytest.MonkeyPatch.context() as patch:
-        _enter(folder, patch)
-        assert main(["grid", "small.toml", "--data", "smears", "--device", "cpu"]) == 0
-    return folder
-
-
-@pytest.fixture
-def there(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    _enter(trained, monkeypatch)
-    return trained
-
-
-def _enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.chdir(folder)
-    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-    patch.setenv("CELLBENCH_CACHE", str(folder / "cache"))
 
 
 def predict(*arguments: object) -> int:

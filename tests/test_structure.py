@@ -34,15 +34,19 @@ LAYERS = (
         | {"results", "lineup", "evidence", "leaderboard", "learning", "chapters", "colophon"}
         | {"study", "study_figures"},
     ),
-    ("a run in use", {"winners", "segmenter", "outlines", "outputs", "exported"}),
+    ("a run in use", {"winners", "segmenter", "outlines", "outputs", "exported", "onnx_file", "serving"}),
     ("what is tried out", {"estimate", "naive", "trials", "bench", "scaling", "contracts/"}),
-    ("verbs", {"check", "grid", "search", "runner", "jobs", "commands", "catalogue", "report", "doctor", "services", "ui", "predict", "evaluate", "explore"}),
+    (
+        "verbs",
+        {"check", "grid", "search", "runner", "jobs", "commands", "catalogue", "report", "doctor", "services", "ui", "explore"}
+        | {"predict", "evaluate", "export"},
+    ),
     ("the command line", {"run"}),
 )
 # Parts are strangers, except for what they promise each other.
 PARTS = {"backbones/": set(), "data/": set(), "heads/": {"backbones.base"}, "baselines/": {"backbones.base", "heads.base"}}
 DOORS = {
-    "mlflow": {"track.py", "entries.py", "system.py"},
+    "mlflow": {"track.py", "entries.py", "system.py", "serving.py"},
     "optuna": {"study.py", "study_figures.py"},
     "matplotlib.pyplot": {"figures.py", "figures_many.py", "figures_tests.py", "figures_explore.py", "study_figures.py"},
     "matplotlib": {"figures.py", "figures_many.py", "figures_tests.py", "figures_explore.py", "study_figures.py"}
@@ -55,6 +59,7 @@ DOORS = {
     "timm": {"backbones/timm_vit.py", "backbones/timm_pyramid.py"},
     "huggingface_hub": {"backbones/fetch.py", "doctor.py"},  # doctor: whether a person is logged in
     "skimage": {"separate.py", "measure.py", "baselines/otsu.py", "data/augment.py", "data/stain.py", "outlines.py"},
+    "onnxruntime": {"onnx_file.py"},
     "pydantic": {"spec.py", "registry.py", "space.py"},
     "argparse": {"run.py"},
     "sqlalchemy": {"services.py", "study.py"},

@@ -1,0 +1,113 @@
+"""A run as a folder that works elsewhere, without MLflow and without the registry that it was trained with.
+
+``run.json`` says what it is, ``head.safetensors`` holds what it learned, ``registry/`` the cards of its parts with a person's own code beside
+them, and ``<backbone>.safetensors`` (or as it was published) the backbone's weights, where their licence allows copies.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from cellbench.backbones.weights import locate
+from cellbench.data.prepare import Preparation
+from cellbench.errors import CellbenchError, one_line
+from cellbench.files import make_folder, told, write_atomic
+from cellbench.registry import BackboneCard, Card, Registry
+from cellbench.spec import RunSpec, checked
+from cellbench.trained import Trained
+
+FORMAT = 1
+RUN, HEAD, CARDS = "run.json", "head.safetensors", "registry"
+FREE = ("Apache-2.0", "MIT", "BSD-3-Clause")
+"""Licences that allow copies. One that is in doubt on its card, or allows them under conditions, is none of these."""
+
+
+def may_copy(card: BackboneCard) -> bool:
+    """Whether the weights may lie in an exported folder. What needs a login to be had is never passed on."""
+    return card.license in FREE and not card.gated
+
+
+def write_folder(folder: Path, trained: Trained, registry: Registry, weights: Path | None, backbone: str) -> str:
+    """Writes the folder; returns a sentence on the backbone. ``backbone``: ``auto``, ``embed`` or ``reference``.
+
+    Raises CellbenchError for ``embed`` where the licence forbids it.
+    """
+    run = trained.run
+    card = registry.backbone(run.backbone) if run.backbone else None
+    said = "It needs no backbone."
+    copied: Path | None = None
+    if card is not None and card.weights == "none":
+        said = f"{card.id} needs no weights."
+    elif card is not None:
+        if backbone == "embed" and not may_copy(card):
+            raise CellbenchError(
+                f"--backbone embed: the licence of {card.id} ({card.license}{', gated' if card.gated else ''}) does not allow that its weights "
+                "are passed on. Export by reference; whoever uses the folder gets them from the publisher."
+            )
+        if backbone == "reference" or not may_copy(card):
+            why = "" if may_copy(card) else f", since its licence ({card.license}{', gated' if card.gated else ''}) allows no copies"
+            said = f"{card.id} is named, not copied{why}: give --weights DIR there, or let it be fetched from {card.weights}."
+        else:
+            copied = locate(card, weights)
+            said = f"{card.id}'s weights are in it ({card.license})."
+    make_folder(folder)
+    with told(f"writing {folder}"):
+        _card(folder, "heads", registry.head(run.head)) if run.head else _card(folder, "baselines", registry.baseline(run.baseline or ""))
+        if card is not None:
+            _card(folder, "backbones", card)
+        if copied is not None and card is not None:
+            shutil.copyfile(copied, folder / f"{card.id}{copied.suffix}")
+        if trained.weights:
+            save_file({name: x.contiguous() for name, x in trained.weights.items()}, folder / HEAD)
+    facts = {
+        "format": FORMAT,
+        "name": trained.name,
+        "run": run.model_dump(),
+        "classes": list(trained.classes),
+        "preparation": trained.preparation.told(),
+        "fingerprint": trained.fingerprint,
+        "dataset_digest": trained.dataset_digest,
+        "run_id": trained.run_id,
+        "experiment": trained.experiment,
+        "config": trained.config,
+        "backbone": said,
+    }
+    write_atomic(folder / RUN, json.dumps(facts, indent=1))  # last: a folder without it is none
+    return said
+
+
+def read_folder(folder: Path) -> Trained:
+    """The run of an exported folder. Raises CellbenchError where it is none, damaged, or of a newer version."""
+    try:
+        facts = json.loads((folder / RUN).read_bytes())
+    except FileNotFoundError:
+        raise CellbenchError(f"{folder}: is a folder without {RUN}, so `cellbench export` did not make it, or not to its end.") from None
+    except ValueError as error:
+        raise CellbenchError(f"{folder / RUN}: is damaged ({one_line(error)[:80]}). Export it again.") from None
+    if facts.get("format") != FORMAT:
+        raise CellbenchError(f"{folder / RUN}: is of format {facts.get('format')}, this version reads {FORMAT}. Update cellbench, or export it again.")
+    try:
+        weights = load_file(folder / HEAD) if (folder / HEAD).exists() else {}
+    except Exception as error:  # a damaged file, whatever safetensors calls it
+        raise CellbenchError(f"{folder / HEAD}: is damaged ({one_line(error)[:80]}). Export it again.") from None
+    return Trained(
+        name=facts["name"],
+        run=checked(RunSpec, facts["run"], str(folder / RUN)),
+        classes=tuple(facts["classes"]),
+        preparation=Preparation.of(facts["preparation"]),
+        weights=weights,
+        **{key: facts[key] for key in ("fingerprint", "dataset_digest", "run_id", "experiment", "config")},
+    )
+
+
+def _card(folder: Path, kind: str, card: Card) -> None:
+    """A card, and the code beside it that it names."""
+    place = make_folder(folder / CARDS / kind)
+    shutil.copyfile(card.path, place / Path(card.path).name)
+    module = card.builder.partition(":")[0]
+    if module.endswith(".py"):
+        shutil.copyfile(Path(card.path).parent / module, place / module)

@@ -1,0 +1,86 @@
+"""Backbone and head as one ONNX file, compared with torch before it is kept.
+
+In: ``pixels`` (B, 3, T, T) float32, RGB in 0..1, T the run's tile, any B. Out: ``probabilities`` (B, K, T, T) float32 of the classes. Tiling,
+blending, scaling and stain normalisation are the caller's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cellbench.errors import CellbenchError, one_line
+from cellbench.features import TOKENS, Batch
+from cellbench.segmenter import Segmenter
+
+TOLERANCE = 1e-3
+
+
+class _Whole(nn.Module):
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__()
+        assert segmenter.model is not None
+        self.backbone, self.model = segmenter.trunk.backbone, segmenter.model
+        self._indices, self._unfreeze = segmenter.trunk.indices, segmenter.trunk.unfreeze
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        maps: dict[int, Tensor] = {}
+        if self.backbone is not None:
+            x = (pixels - self.backbone.mean) / self.backbone.std
+            if self._unfreeze:
+                found, tokens_BND = self.backbone.begin(x, self._indices, len(self.backbone.levels) - self._unfreeze)
+                maps[TOKENS] = tokens_BND.transpose(1, 2).unsqueeze(-1)
+            else:
+                found = self.backbone.maps(x, self._indices)
+            maps |= dict(zip(self._indices, found, strict=True))
+        return self.model(Batch(maps, pixels, pixels)).softmax(1)
+
+
+def write_onnx(path: Path, segmenter: Segmenter) -> float:
+    """Writes the file; returns the largest difference to torch over batches of 1 and 3. Raises CellbenchError above ``TOLERANCE``, and for what
+    cannot be written so: a method without a network, whole images (``pad``), a missing package."""
+    run = segmenter.trained.run
+    if segmenter.model is None or run.framing == "pad":
+        raise CellbenchError(f"--onnx: '{segmenter.trained.name}' has no network of tiles of one size. Export it without --onnx.")
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch's exporter needs it, and says so in twenty lines
+    except ImportError as error:
+        raise CellbenchError(f"--onnx: {error.name} is not installed. `pip install onnx onnxscript onnxruntime`, then again.") from None
+    whole = _Whole(segmenter).eval().float().to("cpu")
+    side = segmenter.trained.preparation.framing.side_px
+    pixels = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                whole,
+                (pixels[:2],),
+                str(path),
+                input_names=["pixels"],
+                output_names=["probabilities"],
+                dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1, max=1024)}},
+                dynamo=True,
+                external_data=False,
+            )
+    except Exception as error:  # torch wraps whatever a network does in kinds of its own
+        path.unlink(missing_ok=True)
+        raise CellbenchError(f"--onnx: torch cannot write '{segmenter.trained.name}' as ONNX: {one_line(error)[:300]}.") from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for num in (1, 3):
+        with torch.no_grad():
+            expected = whole(pixels[:num]).numpy()
+        worst = max(worst, float(np.abs(session.run(None, {"pixels": pixels[:num].numpy()})[0] - expected).max()))
+    if not worst <= TOLERANCE:
+        path.unlink()
+        raise CellbenchError(f"--onnx: onnxruntime differs from torch by {worst:.2g}, more than {TOLERANCE:g}; the file is not kept.")
+    return worst

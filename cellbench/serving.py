@@ -1,0 +1,70 @@
+"""A run as a model that ``mlflow models serve`` answers with: bytes of an image file in, a mask as PNG out."""
+
+from __future__ import annotations
+
+import base64
+import io
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlflow.pyfunc
+import numpy as np
+import pandas as pd
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema
+
+from cellbench.data.png_rows import PngRows
+from cellbench.segmenter import Segmenter
+
+
+class ServedSegmenter(mlflow.pyfunc.PythonModel):
+    """Holds an exported folder as MLflow's artifact ``run``. The environment must have cellbench installed."""
+
+    def load_context(self, context: Any) -> None:
+        self.segmenter = Segmenter.load(context.artifacts["run"])
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """``image`` (bytes of a PNG, JPEG, TIFF, BMP or WebP file) to ``mask`` (a PNG in base64: 0 and 255, or class numbers where there are more
+        than two), ``height_px``, ``width_px`` and ``share`` (of the pixels that are not background)."""
+        rows = []
+        for data in model_input["image"]:
+            with tempfile.NamedTemporaryFile(suffix=".image") as file:
+                file.write(data)
+                file.flush()
+                found = self.segmenter.predict(file.name)
+            out = io.BytesIO()
+            png = PngRows(out, found.classes.shape, 1, self.segmenter.trained.name)
+            png.add(found.classes * np.uint8(255 if len(found.names) == 2 else 1))
+            png.end()
+            height, width = found.classes.shape
+            mask = base64.b64encode(out.getvalue()).decode()
+            rows.append({"mask": mask, "height_px": height, "width_px": width, "share": found.share})
+        return pd.DataFrame(rows)
+
+
+SCRIPT = """from cellbench.serving import ServedSegmenter
+from mlflow.models import set_model
+
+set_model(ServedSegmenter())
+"""
+"""What MLflow keeps of the code: a file to read instead of a pickle that could run anything."""
+
+
+def save(folder: Path, exported: Path) -> None:
+    """Writes MLflow's model of an exported folder, with a copy of that inside; ``folder`` appears whole or not at all."""
+    outputs = [ColSpec("string", "mask"), ColSpec("long", "height_px"), ColSpec("long", "width_px"), ColSpec("double", "share")]
+    with tempfile.TemporaryDirectory(dir=folder.parent.parent, prefix=".cellbench-") as name:
+        script = Path(name) / "model.py"
+        script.write_text(SCRIPT, encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that an input example is missing: it would be a whole image
+            mlflow.pyfunc.save_model(
+                str(Path(name) / "model"),
+                python_model=str(script),
+                artifacts={"run": str(exported)},
+                signature=ModelSignature(inputs=Schema([ColSpec("binary", "image")]), outputs=Schema(outputs)),
+                pip_requirements=["cellbench"],
+            )
+        (Path(name) / "model").replace(folder)

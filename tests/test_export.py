@@ -1,0 +1,95 @@
+"""A run taken elsewhere: the folder, the ONNX file and MLflow's model give the masks that the run gives."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MODEL
+from PIL import Image
+
+from cellbench import exported, onnx_file
+from cellbench.errors import CellbenchError
+from cellbench.registry import Registry
+from cellbench.run import main
+from cellbench.segmenter import Segmenter
+
+IMAGE = "smears/test/original/t0.png"
+
+
+def export(out: Path, *arguments: str) -> int:
+    return main(["export", MODEL, "--out", str(out), "--device", "cpu", *arguments])
+
+
+def test_the_folder_works_without_mlflow_and_is_refused_when_damaged(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "it"
+    assert export(folder) == 0
+    assert export(folder) == 2  # not over what is there
+    found = Segmenter.load(MODEL, device="cpu").predict(IMAGE)
+    np.save(tmp_path / "expected.npy", found.probability)
+    code = f"""
+import sys
+sys.modules["mlflow"] = None
+import numpy as np
+from cellbench.segmenter import Segmenter
+found = Segmenter.load({str(folder)!r}, device="cpu").predict({str(there / IMAGE)!r})
+assert (found.probability == np.load({str(tmp_path / "expected.npy")!r})).all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-1000:]
+    (folder / "head.safetensors").write_bytes(b"short")
+    with pytest.raises(CellbenchError, match="is damaged"):
+        Segmenter.load(folder)
+    (folder / "run.json").unlink()
+    with pytest.raises(CellbenchError, match="is a folder without"):
+        Segmenter.load(folder)
+
+
+def test_a_licence_that_forbids_copies_is_kept(there: Path, tmp_path: Path) -> None:
+    registry = Registry()
+    assert not exported.may_copy(registry.backbone("uni"))
+    assert exported.may_copy(registry.backbone("vit-tiny-in1k"))
+    free = {name for name in registry.names("backbones") if exported.may_copy(registry.backbone(name))}
+    assert all(registry.backbone(name).license in exported.FREE and not registry.backbone(name).gated for name in free)
+    trained_run = Segmenter.load(MODEL, device="cpu").trained
+    of_uni = trained_run.__class__(**{**trained_run.__dict__, "run": trained_run.run.model_copy(update={"backbone": "uni"})})
+    with pytest.raises(CellbenchError, match="CC-BY-NC-ND"):
+        exported.write_folder(tmp_path / "a", of_uni, registry, None, "embed")
+    assert not (tmp_path / "a").exists()
+    assert "named, not copied" in exported.write_folder(tmp_path / "b", of_uni, registry, None, "auto")
+
+
+def test_onnx_gives_what_torch_gives(there: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+    pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
+    segmenter = Segmenter.load(MODEL, device="cpu", precision="fp32")
+    import torch
+
+    tiles = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    expected = segmenter.tiles(tiles).numpy()
+    assert onnx_file.write_onnx(tmp_path / "m.onnx", segmenter) <= onnx_file.TOLERANCE
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    given = tiles.permute(0, 3, 1, 2).float().div(255).numpy()
+    assert np.abs(session.run(None, {"pixels": given})[0][:, 1:] - expected).max() <= 1e-3
+    with pytest.raises(CellbenchError, match="no network"):
+        onnx_file.write_onnx(tmp_path / "o.onnx", Segmenter.load("otsu · seed 0", device="cpu"))
+
+
+def test_mlflow_answers_bytes_with_a_mask(there: Path, tmp_path: Path) -> None:
+    import mlflow
+    import pandas as pd
+
+    assert export(tmp_path / "it", "--mlflow") == 0
+    assert not list((tmp_path / "it" / "mlflow").rglob("*.pkl"))
+    model = mlflow.pyfunc.load_model(str(tmp_path / "it" / "mlflow"))
+    answer = model.predict(pd.DataFrame({"image": [Path(IMAGE).read_bytes()]})).to_dict("records")[0]
+    found = Segmenter.load(MODEL, device="cpu").predict(IMAGE)
+    assert (np.array(Image.open(io.BytesIO(base64.b64decode(answer["mask"])))) == found.mask * 255).all()
+    assert (answer["height_px"], answer["width_px"]) == found.classes.shape
+    assert json.dumps(answer["share"]) == json.dumps(found.share)
