@@ -158,6 +158,11 @@ def png_bytes(array: np.ndarray, *, compress_level: int = 1) -> bytes:
     return buffer.getvalue()
 
 
+def pixel_limit() -> int:
+    """The most pixels that a picture may have: ``CELLBENCH_MAX_PIXELS``, or 500 megapixels."""
+    return _limit(None)
+
+
 def _limit(max_pixels: int | None) -> int:
     if max_pixels is not None:
         return max_pixels
