@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,14 @@ class Stop:
     """Ctrl-C: once, the batch that runs is the last; twice, at once."""
 
     asked: bool = False
+    helpers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    """They have sessions of their own: the terminal's Ctrl-C reaches them through this process, once."""
+    leader: int = 0
+    """The process that a helper helps; when that is gone, the helper's batch is its last too."""
+
+    @property
+    def now(self) -> bool:
+        return self.asked or (self.leader > 0 and os.getppid() != self.leader)
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[Stop]:
@@ -62,6 +70,8 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        for process in self.helpers:
+            process.send_signal(signal.SIGINT)
         say("ending after this batch; Ctrl-C once more ends at once. Nothing that is told is lost either way.")
 
 
@@ -80,7 +90,7 @@ class Worker:
 
     def work(self, stop: Stop, deadline_s: float, bar: tqdm) -> None:
         """Raises CellbenchError where the first trials all fail."""
-        while not stop.asked and time.monotonic() < deadline_s:
+        while not stop.now and time.monotonic() < deadline_s:
             batch = self.study.ask()
             if not batch:
                 return
@@ -237,6 +247,7 @@ def search(
             worker = Worker(space=space, study=study, runner=runner, where=file)
             deadline_s = started_s + timeout_s if timeout_s is not None else float("inf")
             if helper:
+                stop.leader = os.getppid()
                 with tqdm(disable=True) as bar:
                     worker.work(stop, deadline_s, bar)
                 return 0
@@ -250,7 +261,7 @@ def search(
             try:
                 total, desc = space.settings.trials, space.experiment
                 bar = tqdm(total=total, initial=len(before), desc=desc, unit="trial", dynamic_ncols=True)
-                with watched(tracker, [run.run_id]), _helpers(workers), bar:
+                with watched(tracker, [run.run_id]), _helpers(workers, stop), bar:
                     worker.work(stop, deadline_s, bar)
                     _wait(study, stop, worker, bar, deadline_s)
             finally:
@@ -310,18 +321,18 @@ def _top_of(tracker: Tracker, key: str) -> Iterator[Logged]:
 
 
 @contextlib.contextmanager
-def _helpers(workers: int) -> Iterator[None]:
+def _helpers(workers: int, stop: Stop) -> Iterator[None]:
     """The other workers, as processes of this same command; they end with their search."""
     call = [sys.executable, "-m", "cellbench.run", *sys.argv[1:], "--helper"]
-    started = [subprocess.Popen(call, stdout=subprocess.DEVNULL) for _ in range(workers - 1)]
+    stop.helpers = [subprocess.Popen(call, stdout=subprocess.DEVNULL, start_new_session=True) for _ in range(workers - 1)]
     try:
         yield
     except BaseException:
-        for process in started:
+        for process in stop.helpers:
             process.terminate()
         raise
     finally:
-        for process in started:
+        for process in stop.helpers:
             process.wait()
 
 

@@ -8,12 +8,10 @@ number alone: a search that was killed and goes on asks the same as one that was
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +20,6 @@ from typing import Any
 import optuna
 import psutil
 from filelock import FileLock
-from optuna.distributions import BaseDistribution
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -32,6 +27,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from cellbench import moved
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import told
+from cellbench.samplers import Seeded, pruner
 from cellbench.space import Dimension, Settings
 from cellbench.spec import Scalar
 
@@ -88,8 +84,8 @@ class Study:
                 study_name=name,
                 directions=list(settings.directions),
                 load_if_exists=True,
-                sampler=_Seeded(settings, conditional=any(one.head for one in dimensions)),
-                pruner=_pruner(settings, epochs),
+                sampler=Seeded(settings, conditional=any(one.head for one in dimensions)),
+                pruner=pruner(settings, epochs),
             )
             self._check(dict(asked))
         self._stop = threading.Event()
@@ -321,68 +317,3 @@ def _storage(url: str) -> BaseStorage:
 def _folder(path: Path, url: str) -> None:
     with told(f"making a folder for the study's storage {url}"):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
-
-
-def _pruner(settings: Settings, epochs: int) -> BasePruner:
-    match settings.pruner:
-        case "median":
-            return MedianPruner(n_startup_trials=5, n_warmup_steps=max(1, epochs // 5))
-        case "halving":
-            # A third of the trials goes on at 2, 6, 18, … epochs: 384 of 1,800 epochs in a trial of the pruners, the optimum still found.
-            return SuccessiveHalvingPruner(min_resource=2, reduction_factor=3)
-        case "hyperband":
-            return HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
-    return NopPruner()
-
-
-class _Seeded(BaseSampler):
-    """A sampler that is made anew for each trial, from the study's seed and the trial's number."""
-
-    def __init__(self, settings: Settings, conditional: bool) -> None:
-        self._settings, self._conditional = settings, conditional
-        self._inner = self._made(0)
-
-    def _made(self, number: int) -> BaseSampler:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # QMC and TPE's groups have been that for years
-            return self._new(number)
-
-    def _new(self, number: int) -> BaseSampler:
-        settings = self._settings
-        seed = int.from_bytes(hashlib.sha256(f"{settings.seed}:{number}".encode()).digest()[:4], "big")
-        match settings.sampler:
-            case "tpe":
-                return TPESampler(
-                    seed=seed, n_startup_trials=settings.startup, group=self._conditional, multivariate=True, constant_liar=True
-                )
-            case "gp":
-                return GPSampler(seed=seed, n_startup_trials=settings.startup)
-            case "qmc":
-                # Its sequence is the study's: one seed for all, and the number of the point is kept in the storage.
-                own = RandomSampler(seed=seed)
-                return QMCSampler(
-                    seed=settings.seed,
-                    scramble=True,
-                    independent_sampler=own,
-                    warn_independent_sampling=False,
-                    warn_asynchronous_seeding=False,
-                )
-            case "nsga2":
-                return NSGAIISampler(seed=seed, population_size=max(2, min(50, settings.trials // 4)))
-        return RandomSampler(seed=seed)
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._inner = self._made(trial.number)
-        self._inner.before_trial(study, trial)
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._inner.infer_relative_search_space(study, trial)
-
-    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        return self._inner.sample_relative(study, trial, search_space)
-
-    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
-        return self._inner.sample_independent(study, trial, param_name, param_distribution)
-
-    def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        self._inner.after_trial(study, trial, state, values)

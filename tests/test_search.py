@@ -248,3 +248,16 @@ def test_a_search_killed_in_training_goes_on_with_the_same_trials(inside, tmp_pa
     assert "RUNNING" in states
     assert main(CALL) == 0
     assert [(t.number, t.params, t.state.name, t.value) for t in study().trials] == whole
+
+
+def test_ctrl_c_is_heard_once_and_obeyed_at_once_the_second_time(capsys):
+    stop = search.Stop()
+    with stop.heard():
+        helper = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        stop.helpers.append(helper)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.now
+        assert "ending after this batch" in capsys.readouterr().out
+        assert helper.wait(20) == -signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -32,7 +32,7 @@ LAYERS = (
         {"track", "logged", "refusals", "entries", "system", "views", "moved"}
         | {"figures", "figures_many", "figures_tests", "figures_explore", "page"}
         | {"results", "lineup", "evidence", "leaderboard", "learning", "chapters", "colophon"}
-        | {"study", "study_figures"},
+        | {"samplers", "study", "study_figures"},
     ),
     ("a run in use", {"winners", "segmenter", "outlines", "outputs", "exported", "onnx_file", "serving"}),
     ("what is tried out", {"estimate", "naive", "trials", "bench", "scaling", "contracts/"}),
@@ -47,7 +47,7 @@ LAYERS = (
 PARTS = {"backbones/": set(), "data/": set(), "heads/": {"backbones.base"}, "baselines/": {"backbones.base", "heads.base"}}
 DOORS = {
     "mlflow": {"track.py", "entries.py", "system.py", "serving.py"},
-    "optuna": {"study.py", "study_figures.py"},
+    "optuna": {"samplers.py", "study.py", "study_figures.py"},
     "matplotlib.pyplot": {"figures.py", "figures_many.py", "figures_tests.py", "figures_explore.py", "study_figures.py"},
     "matplotlib": {"figures.py", "figures_many.py", "figures_tests.py", "figures_explore.py", "study_figures.py"}
     | {"chapters.py"},  # chapters: the word Figure in its signatures
