@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from cellbench.data.prepare import Preparation
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import make_folder, told, write_atomic
 from cellbench.registry import BackboneCard, Card, Registry
+from cellbench.separate import Separation
 from cellbench.spec import RunSpec, checked
 from cellbench.trained import Trained
 
@@ -69,6 +71,7 @@ def write_folder(folder: Path, trained: Trained, registry: Registry, weights: Pa
         "run": run.model_dump(),
         "classes": list(trained.classes),
         "preparation": trained.preparation.told(),
+        "separation": asdict(trained.separation),
         "fingerprint": trained.fingerprint,
         "dataset_digest": trained.dataset_digest,
         "run_id": trained.run_id,
@@ -100,6 +103,7 @@ def read_folder(folder: Path) -> Trained:
         classes=tuple(facts["classes"]),
         preparation=Preparation.of(facts["preparation"]),
         weights=weights,
+        separation=Separation(**facts["separation"]),
         **{key: facts[key] for key in ("fingerprint", "dataset_digest", "run_id", "experiment", "config")},
     )
 

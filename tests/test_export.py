@@ -31,7 +31,9 @@ def test_the_folder_works_without_mlflow_and_is_refused_when_damaged(there: Path
     folder = tmp_path / "it"
     assert export(folder) == 0
     assert export(folder) == 2  # not over what is there
-    found = Segmenter.load(MODEL, device="cpu").predict(IMAGE)
+    of_run = Segmenter.load(MODEL, device="cpu")
+    assert Segmenter.load(folder, device="cpu").trained.separation == of_run.trained.separation
+    found = of_run.predict(IMAGE)
     np.save(tmp_path / "expected.npy", found.probability)
     code = f"""
 import sys
