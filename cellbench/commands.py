@@ -15,15 +15,17 @@ from typing import Any
 from tqdm import tqdm
 
 from cellbench import moved
+from cellbench import workers as processes
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.folders import open_dataset
 from cellbench.errors import CellbenchError, unknown
 from cellbench.estimate import cost, duration
 from cellbench.features import Keeping
 from cellbench.files import cache_dir, make_folder, write_atomic
-from cellbench.grid import everything, parent
-from cellbench.jobs import Job, jobs_of
+from cellbench.grid import Crew, alone, everything, parent
+from cellbench.jobs import Job, jobs_of, open_folds
 from cellbench.machine import Machine, is_size, machine, num_bytes
+from cellbench.orders import order
 from cellbench.registry import Registry, shipped
 from cellbench.report import about, conclude
 from cellbench.results import pool
@@ -107,12 +109,6 @@ def _change(tree: dict[str, Any], change: str) -> None:
     tree[parts[-1]] = value
 
 
-def open_folds(experiment: Experiment, registry: Registry, data: Path | None) -> list[Dataset]:
-    """The experiment's dataset, or one for each of its folds, in their order. Raises CellbenchError."""
-    card, spec = registry.dataset(experiment.dataset), experiment.data
-    return [open_dataset(card, data, spec.model_copy(update={"fold": fold})) for fold in range(max(spec.folds, 1))]
-
-
 def data_spec(changes: Sequence[str]) -> DataSpec:
     """The settings of ``[data]`` by ``--set data.KEY=VALUE`` alone. Raises CellbenchError."""
     tree: dict[str, Any] = {}
@@ -162,6 +158,7 @@ def grid(
     extra: Path | None = None,
     limit: int | None = None,
     dry_run: bool = False,
+    workers: int | None = None,
 ) -> int:
     """``cellbench grid``: runs an experiment and prints its leaderboard. Exit code 0, or 1 where a run failed."""
     disk, prefer_disk = cache_budget(cache)
@@ -172,6 +169,8 @@ def grid(
     if weights is not None and not weights.is_dir():
         raise CellbenchError(f"--weights {weights}: there is no such folder.")
     here = machine(device, precision, memory)
+    if workers is not None:
+        processes.checked(workers, here)
     datasets = open_folds(experiment, registry, data)
     for line in dict.fromkeys(line for dataset in datasets for line in dataset.notes):
         say(line)
@@ -204,7 +203,19 @@ def grid(
         )
         top.log({"grid/runs": len(jobs)})
         with watched(tracker, [top.run_id]):
-            outcome = everything(runner, jobs)
+            told = order(
+                experiment,
+                top.run_id,
+                here,
+                where=file,
+                data=data,
+                weights=weights,
+                extra=extra,
+                disk_bytes=disk,
+                prefer_disk=prefer_disk,
+            )
+            crew: Crew = processes.Crew(workers, told) if workers is not None else alone
+            outcome = everything(runner, jobs, crew)
         ids = {logged.run_id for logged in outcome.finished.values()}
         known = about(experiment_path(file).read_text(encoding="utf-8"), dataset, here.name)
         splits = {

@@ -4,16 +4,25 @@ rest goes cohort by cohort."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from cellbench.jobs import Job
 from cellbench.runner import Outcome, Runner
 from cellbench.spec import cohorts
 from cellbench.track import Run, Tracker
 
+Crew = Callable[[Runner, Sequence[Sequence[Job]], Outcome], None]
+"""Runs cohorts to their ends, in whatever order and wherever, and says in the outcome what became of them."""
 
-def everything(runner: Runner, jobs: list[Job]) -> Outcome:
-    """Runs what is not finished yet, cohort by cohort."""
+
+def alone(runner: Runner, groups: Sequence[Sequence[Job]], out: Outcome) -> None:
+    """The crew of one: cohort by cohort in this process."""
+    for number, group in enumerate(groups, 1):
+        runner.cohort(list(group), f"cohort {number} of {len(groups)}", out)
+
+
+def everything(runner: Runner, jobs: list[Job], crew: Crew = alone) -> Outcome:
+    """Runs what is not finished yet."""
     out = Outcome()
     known = runner.tracker.known()
     todo: list[Job] = []
@@ -32,9 +41,7 @@ def everything(runner: Runner, jobs: list[Job]) -> Outcome:
         names = [name for name, why in out.skipped.items() if why == reason]
         runner.say(f"skipped {len(names)} runs ({names[0]}, …): {reason}" if len(names) > 1 else f"skipped {names[0]}: {reason}")
     by_run = {id(job.run): job for job in todo}
-    groups = cohorts(job.run for job in todo)
-    for number, group in enumerate(groups, 1):
-        runner.cohort([by_run[id(run)] for run in group], f"cohort {number} of {len(groups)}", out)
+    crew(runner, [[by_run[id(run)] for run in group] for group in cohorts(job.run for job in todo)], out)
     return out
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cellbench.backbones.catalog import weights_digest
 from cellbench.data.dataset import Dataset
+from cellbench.data.folders import open_dataset
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
 from cellbench.framing import Framing
 from cellbench.registry import BackboneCard, BaselineCard, HeadCard, Registry, code_of
@@ -25,6 +26,12 @@ class Job:
     fingerprint: str
     unavailable: str = ""
     """Why it must be skipped; empty where it can run."""
+
+
+def open_folds(experiment: Experiment, registry: Registry, data: Path | None) -> list[Dataset]:
+    """The experiment's dataset, or one for each of its folds, in their order. Raises CellbenchError."""
+    card, spec = registry.dataset(experiment.dataset), experiment.data
+    return [open_dataset(card, data, spec.model_copy(update={"fold": fold})) for fold in range(max(spec.folds, 1))]
 
 
 def jobs_of(

@@ -7,7 +7,7 @@ import gc
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -28,11 +28,39 @@ class Machine:
     """How many pieces of work go on side by side (`cellbench.lanes`), each on :attr:`threads` cores."""
     threads: int = 1
     """Cores for one operation: always as many, since their number can change the last bit of a sum."""
+    halvings: int = 0
+    """How often :attr:`chunk` was halved, since memory ran out."""
 
     @property
     def chunk(self) -> int:
-        """Tiles that go through the backbone at once. Fixed for a device, since results must not hang on who else is in a cohort."""
-        return 16 if self.device.type == "cpu" else 128
+        """Tiles that go through the backbone at once. Fixed for a device, since results must not hang on who else is in a cohort; only
+        where memory ran out is it less, and numbers then agree to rounding."""
+        return max(1, (16 if self.device.type == "cpu" else 128) >> self.halvings)
+
+    def shares(self, num: int) -> list[Machine]:
+        """This machine's cores and memory dealt out to ``num`` processes, which give the numbers that one would. Raises ValueError.
+
+        An operation keeps its number of cores, so a processor has at most as many shares as lanes.
+        """
+        most = self.most_shares
+        if not 1 <= num <= most:
+            raise ValueError(f"{num} shares of a machine that has 1 to {most}")
+        memory = self.memory_bytes // num
+        if self.device.type != "cpu":
+            count = torch.cuda.device_count() if self.device.type == "cuda" and self.device.index is None else 0
+            devices = [torch.device("cuda", k % count) if count else self.device for k in range(num)]
+            return [replace(self, device=device, memory_bytes=memory, threads=self.threads // num) for device in devices]
+        lanes = [self.lanes // num + (k < self.lanes % num) for k in range(num)]
+        return [replace(self, lanes=mine, memory_bytes=memory) for mine in lanes]
+
+    def smaller(self, halvings: int) -> Machine:
+        """The same machine with chunks halved so often."""
+        return replace(self, halvings=self.halvings + halvings)
+
+    @property
+    def most_shares(self) -> int:
+        """Into how many processes it can be dealt out."""
+        return self.lanes if self.device.type == "cpu" else self.threads
 
     def autocast(self) -> torch.autocast:
         """The context in which backbone and heads compute."""
@@ -71,6 +99,11 @@ def give_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether that is what an error means: the GPU's memory, the processor's as torch tells it, or Python's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def cores() -> int:

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
     grid.add_argument("--limit", type=int, metavar="N", help="at most N images of each of train, validation and test, for a quick try")
     grid.add_argument("--dry-run", action="store_true", help="print the runs, the cohorts and an estimate of time, memory and disk; train nothing")
+    grid.add_argument("--workers", type=int, metavar="N", help="N processes side by side, each on its share of the cores (default: this one alone)")
     grid.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like run.epochs=3; repeatable")
     grid.set_defaults(verb=_grid)
 
@@ -290,6 +291,7 @@ def _grid(arguments: argparse.Namespace) -> int:
         extra=arguments.registry,
         limit=arguments.limit,
         dry_run=arguments.dry_run,
+        workers=arguments.workers,
     )
 
 

@@ -25,14 +25,14 @@ from cellbench.backbones.base import Backbone
 from cellbench.backbones.catalog import open_backbone, weights_digest
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
-from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
+from cellbench.errors import WeightsUnavailable, one_line
 from cellbench.estimate import latencies_ms
 from cellbench.exam import Exams
 from cellbench.features import Features, Keeping, Trunk
 from cellbench.infer import score
 from cellbench.jobs import Job, identity
 from cellbench.logged import WEIGHTS, Logged, params_of
-from cellbench.machine import Machine, give_back
+from cellbench.machine import Machine, give_back, ran_out_of_memory
 from cellbench.metrics import confusion
 from cellbench.model import model, num_levels
 from cellbench.plan import Plan
@@ -54,6 +54,10 @@ class Watch(Protocol):
 
     def epoch(self, job: Job, epoch: int, metrics: dict[str, float]) -> bool:
         """Told each epoch's metrics; False ends the run as pruned."""
+
+
+MOST_HALVINGS = 3
+"""Of the chunks that go through the backbone at once, when memory runs out."""
 
 
 @dataclass(kw_only=True)
@@ -112,6 +116,20 @@ class Runner:
                 run.log({}, params=params_of(job.run, self.dataset.name))
             run.end("skipped", job.unavailable)
 
+    def give_up(self, jobs: list[Job], reason: str, out: Outcome) -> None:
+        """Marks what is not finished of a cohort as failed, when the processes that were at it are lost."""
+        with self.tracker.lock():
+            known = self.tracker.known()
+            for job in jobs:
+                old = known.get(job.fingerprint)
+                if old is not None and old.status == "finished":
+                    out.finished[job.name] = old
+                    continue
+                with self.tracker.run(job.name, job.fingerprint, parent=self.parent_id, known=old, tags=self._tags(job.run)) as run:
+                    if old is None:
+                        run.log({}, params=params_of(job.run, self.dataset.name))
+                    self._fail([run], [job], reason, out)
+
     def _tags(self, run: RunSpec) -> dict[str, str]:
         params = params_of(run, self.dataset.name)
         tags = {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": run.model}
@@ -133,13 +151,34 @@ class Runner:
             jobs = [job for job, _ in opened]
             stack.enter_context(watched(self.tracker, [run.run_id for _, run in opened]))
             try:
-                self._untrained(opened, out) if self._is_untrained(jobs[0].run) else self._trained(opened, title, out)
-            except (CellbenchError, torch.OutOfMemoryError) as error:
-                if isinstance(error, CellbenchError) and not isinstance(error, WeightsUnavailable):
-                    raise  # the data or the files are at fault: every other cohort would meet the same
+                self._within_memory(opened, title, out)
+            except WeightsUnavailable as error:
                 self._fail([run for _, run in opened], jobs, one_line(error), out)
         give_back()
         out.num_new += len(opened)
+
+    def _within_memory(self, opened: list[tuple[Job, Run]], title: str, out: Outcome) -> None:
+        """Runs the cohort, from its checkpoints again with smaller chunks where memory runs out, and fails it where that is not enough."""
+        whole = self.machine
+        try:
+            while True:
+                try:
+                    self._untrained(opened, out) if self._is_untrained(opened[0][0].run) else self._trained(opened, title, out)
+                    return
+                except (RuntimeError, MemoryError) as error:
+                    if not ran_out_of_memory(error):
+                        raise
+                    opened = [(job, run) for job, run in opened if not run.ended]
+                    if not opened or self.machine.chunk == 1 or self.machine.halvings >= MOST_HALVINGS:
+                        self._fail([run for _, run in opened], [job for job, _ in opened], f"out of memory: {one_line(error)}", out)
+                        return
+                # Out here, where the error no longer holds the tensors of its frames.
+                self.machine = self.machine.smaller(1)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                self.say(f"{title}: out of memory; again with {self.machine.chunk} tiles at once.")
+        finally:
+            self.machine = whole
 
     def _open(self, jobs: list[Job], stack: contextlib.ExitStack, out: Outcome) -> list[tuple[Job, Run]]:
         """Claims and opens the cohort's runs, except those that another process is at."""
@@ -288,7 +327,7 @@ class Runner:
         key = ""
         if backbone is not None:
             # Another torch or timm may round differently, and kept features must equal fresh ones to the last bit.
-            versions = [torch.__version__, importlib.metadata.version("timm"), NUMERICS, self.machine.device.type, self.machine.threads]
+            versions = [torch.__version__, importlib.metadata.version("timm"), NUMERICS, self.machine.device.type, self.machine.threads, self.machine.chunk]
             key = json.dumps([identity(self.registry.backbone(backbone), self.weights), *versions])
         return Keeping(
             memory_bytes=self.machine.memory_bytes * 2 // 3,

@@ -38,8 +38,8 @@ LAYERS = (
     ("what is tried out", {"estimate", "naive", "trials", "bench", "scaling", "contracts/"}),
     (
         "verbs",
-        {"check", "grid", "search", "runner", "jobs", "commands", "catalogue", "report", "doctor", "services", "ui", "explore"}
-        | {"predict", "evaluate", "export"},
+        {"check", "grid", "search", "runner", "jobs", "orders", "workers", "services", "commands", "catalogue", "report", "doctor"}
+        | {"ui", "predict", "evaluate", "export", "explore"},
     ),
     ("the command line", {"run"}),
 )

@@ -1,0 +1,155 @@
+"""What a process elsewhere needs to run cohorts of the same grid: small, picklable, and held against the driver's fingerprints.
+
+A worker opens the data, the cards and the weights itself, from the same paths. Where they, or the code, are not the driver's, its runs have
+other fingerprints, and it refuses: two versions of an experiment never end in one table.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from cellbench.errors import CellbenchError
+from cellbench.files import cache_dir
+from cellbench.jobs import Job, jobs_of, open_folds
+from cellbench.logged import owner_here
+from cellbench.machine import Machine
+from cellbench.moved import store, store_file
+from cellbench.registry import Registry
+from cellbench.runner import Outcome, Runner
+from cellbench.spec import Experiment
+from cellbench.track import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One grid as its workers are told of it. Paths are absolute; credentials are in no field but ``store``, which nothing shows."""
+
+    experiment: Experiment
+    parent_id: str
+    machine: Machine
+    """Of the driver, or a worker's share of it."""
+    where: str = ""
+    """The experiment's file, for messages."""
+    data: Path | None = None
+    weights: Path | None = None
+    extra: Path | None = None
+    """Cards laid over the shipped ones."""
+    disk_bytes: int = 0
+    prefer_disk: bool = False
+    cache: Path
+    store: str
+
+    def __repr__(self) -> str:
+        return f"Order({self.experiment.experiment!r})"
+
+
+def order(
+    experiment: Experiment,
+    parent_id: str,
+    machine: Machine,
+    *,
+    where: str,
+    data: Path | None,
+    weights: Path | None,
+    extra: Path | None,
+    disk_bytes: int,
+    prefer_disk: bool,
+) -> Order:
+    """The order of a grid that was started here."""
+    file = store_file()
+    return Order(
+        experiment=experiment,
+        parent_id=parent_id,
+        machine=machine,
+        where=where,
+        data=data.absolute() if data else None,
+        weights=weights.absolute() if weights else None,
+        extra=extra.absolute() if extra else None,
+        disk_bytes=disk_bytes,
+        prefer_disk=prefer_disk,
+        cache=cache_dir(),
+        store=f"sqlite:///{file}" if file else store(),
+    )
+
+
+@dataclass(kw_only=True)
+class Piece:
+    """A cohort on its way: handed to one worker after the other until its runs have ended."""
+
+    jobs: list[Job]
+    title: str
+    deaths: list[str]
+    """How the workers ended that were lost over it."""
+
+    @property
+    def halvings(self) -> int:
+        """The first loss may be chance; after another it is taken for a lack of memory."""
+        return max(0, len(self.deaths) - 1)
+
+
+MOST_DEATHS = 3
+
+
+def pieces(groups: Sequence[Sequence[Job]], registry: Registry) -> list[Piece]:
+    """The cohorts, the dearest first, so that the workers end together."""
+
+    def price(jobs: Sequence[Job]) -> float:
+        params_m = registry.backbone(jobs[0].run.backbone).params_m if jobs[0].run.backbone else 0.0
+        return (10 + params_m) * max(job.run.epochs for job in jobs) + sum(job.run.epochs for job in jobs)
+
+    made = [Piece(jobs=list(jobs), title=f"cohort {k} of {len(groups)}", deaths=[]) for k, jobs in enumerate(groups, 1)]
+    return sorted(made, key=lambda piece: -price(piece.jobs))
+
+
+class Hand:
+    """A worker's side: the runner of an order, made once, and the cohorts that it is handed."""
+
+    def __init__(self, order: Order, say: Callable[[str], None]) -> None:
+        os.environ["CELLBENCH_CACHE"], os.environ["MLFLOW_TRACKING_URI"] = str(order.cache), order.store
+        torch.set_num_threads(order.machine.threads)
+        registry = Registry(order.extra)
+        datasets = open_folds(order.experiment, registry, order.data)
+        jobs = jobs_of(order.experiment, registry, datasets, order.weights, order.where, download=False)
+        self._jobs = {job.fingerprint: job for job in jobs}
+        self._machine = order.machine
+        self._runner = Runner(
+            experiment=order.experiment,
+            registry=registry,
+            datasets=datasets,
+            machine=order.machine,
+            weights=order.weights,
+            tracker=Tracker(order.experiment.experiment, make=False),
+            parent_id=order.parent_id,
+            disk_bytes=order.disk_bytes,
+            prefer_disk=order.prefer_disk,
+            say=say,
+        )
+
+    def cohort(self, fingerprints: Sequence[str], title: str, halvings: int) -> Outcome:
+        """Runs the cohort of these runs, with chunks halved so often. Raises CellbenchError where they are not the same runs here."""
+        if strange := [f for f in fingerprints if f not in self._jobs or self._jobs[f].unavailable]:
+            reasons = Counter(self._jobs[f].unavailable for f in strange if f in self._jobs)
+            why = next(iter(reasons), "its cellbench, cards, data or weights are not those of the process that started the grid")
+            raise CellbenchError(f"{owner_here()} cannot run {title}: {why}. Give all machines the same version, paths and files.")
+        self._runner.machine = self._machine.smaller(halvings)
+        out = Outcome()
+        self._runner.cohort([self._jobs[f] for f in fingerprints], title, out)
+        return out
+
+
+def join(out: Outcome, more: Outcome) -> None:
+    """Adds what one worker's cohort came to."""
+    for field in fields(Outcome):
+        mine, other = getattr(out, field.name), getattr(more, field.name)
+        if isinstance(mine, dict):
+            mine.update(other)
+        elif isinstance(mine, list):
+            mine.extend(other)
+        else:
+            setattr(out, field.name, mine + other)

@@ -1,0 +1,79 @@
+"""A small question that several processes answer: asked in a folder of its own, its answers read back, one of its processes killed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from conftest import write_pair
+
+EXPERIMENT = """# Two cohorts and a threshold
+experiment = "small"
+dataset    = "folder"
+baselines  = ["otsu"]
+[grid]
+backbone = ["vit-tiny-random", "filter-bank"]
+head     = ["bilinear"]
+seed     = [0, 1]
+[run]
+tile_px = 64
+epochs  = 30
+patience = 0
+crops_per_image = 4
+lr = 5e-3
+"""
+QUESTION = ["grid", "small.toml", "--data", "smears", "--device", "cpu"]
+
+
+def place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, name in enumerate(("a0.png", "a1.jpg", "b 2.png", "b3.jpeg", "c5.JPG")):
+        write_pair(folder / "smears" / "train", name, seed)
+    for seed, name in enumerate(("t0.png", "t1.jpg"), 100):
+        write_pair(folder / "smears" / "test", name, seed)
+    (folder / "small.toml").write_text(EXPERIMENT)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    monkeypatch.setenv("CELLBENCH_CACHE", str(folder / "cache"))
+
+
+def answers() -> dict[str, tuple[dict[str, float], bytes]]:
+    """Of each finished run: every number that is not a cost, and its head's weights, by name."""
+    out = {}
+    for run in mlflow.search_runs(experiment_names=["small"], output_format="list"):
+        if "mlflow.parentRunId" in run.data.tags:
+            assert run.data.tags["cellbench.status"] == "finished", run.data.tags.get("cellbench.reason")
+            head = Path(run.info.artifact_uri.removeprefix("file://")) / "head.safetensors"
+            numbers = {name: value for name, value in run.data.metrics.items() if not name.startswith(("cost/", "system/"))}
+            assert run.info.run_name not in out, "run twice"
+            out[run.info.run_name] = numbers, head.read_bytes() if head.is_file() else b""
+    return out
+
+
+@contextlib.contextmanager
+def assassin(kill: Callable[[int], bool]) -> Iterator[list[int]]:
+    """Calls ``kill`` with the numbers of processes that have an epoch of a run behind them, until it says that it did; that one is in the list."""
+    killed: list[int] = []
+    over = threading.Event()
+
+    def lurk() -> None:
+        while not killed and not over.wait(0.1):
+            try:
+                runs = mlflow.MlflowClient().search_runs(["1"], "tags.`cellbench.status` = 'running'")
+            except mlflow.exceptions.MlflowException:
+                continue  # the store is being made
+            for run in runs:
+                pid = int(run.data.tags["cellbench.owner"].rpartition(":")[2])
+                if "val/dice" in run.data.metrics and not killed and kill(pid):
+                    killed.append(pid)
+
+    thread = threading.Thread(target=lurk)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
