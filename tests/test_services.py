@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -80,7 +81,9 @@ def postgresql(tmp_path_factory):
     if os.getuid() == 0:  # which PostgreSQL refuses to run as
         shutil.chown(folder, "postgres")
         shutil.chown(folder / "password", "postgres")
-        for parent in folder.parents[:2]:
+        for parent in folder.parents:  # pytest's own folders are closed to others, one more of them where it runs in several processes
+            if parent == Path(tempfile.gettempdir()):
+                break
             parent.chmod(parent.stat().st_mode | 0o011)
         anyone = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
     port = free_port()
