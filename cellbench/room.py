@@ -1,7 +1,7 @@
 """Whether a frame, in which a backbone sees a whole image at once, fits into memory: estimated before anything is computed.
 
-Measured with a ViT-Ti/16 in float32 on frames of 672x896 and 1344x1792 px: 136 and 80 bytes a place and feature dimension at the peak of a
-block, attention included, since the kernels of torch do not write it out. A head's share is counted, not guessed: what one of its training
+Measured with a ViT-Ti/16 in float32, twice each: 124 and 136 bytes a place and feature dimension at the peak for a frame of 672x896 px, 80 and
+104 for 1344x1792, attention included, since the kernels of torch do not write it out. A head's share is counted, not guessed: what one of its training
 steps keeps for the way back, on a small frame.
 """
 
@@ -26,7 +26,7 @@ class TooLarge(CellbenchError):
     """Says what a whole image needs, what is there, and what to do."""
 
 
-BYTES_PER_VALUE = 96
+BYTES_PER_VALUE = 136
 """Of the trunk, at the peak, for each place and feature dimension."""
 
 
