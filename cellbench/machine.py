@@ -88,8 +88,18 @@ def machine(device: str = "auto", precision: str = "auto", memory: str = "auto")
     # Four lanes keep every core busy with any cohort; more would only take longer over a lone run's steps.
     threads = max(1, cores() // 4) if where.type == "cpu" else cores()
     torch.set_num_threads(threads)
+    _few_arenas()
     lanes = cores() // threads if where.type == "cpu" else 1  # a GPU is one lane: its work is handed over, not done here
     return Machine(device=where, precision=kinds[precision], memory_bytes=budget, lanes=lanes, threads=threads)
+
+
+M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+def _few_arenas() -> None:
+    """glibc gives each thread a heap of its own, and each keeps what the dearest head once needed: two are enough for a few large tensors."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_ARENA_MAX, 2)
 
 
 def give_back() -> None:
