@@ -273,7 +273,7 @@ def test_a_killed_grid_goes_on_and_takes_up_the_same_run(question, start, how):
     process = start(*question, *slow)
     _wait_for_epochs(1)
     process.send_signal(how)
-    process.wait(20)
+    process.wait(60)
     states = {name: run.data.tags["cellbench.status"] for name, run in runs_of().items()}
     assert ("running" if how == signal.SIGKILL else "interrupted") in states.values()
     before = {run.info.run_id for run in runs_of().values()}
@@ -285,7 +285,7 @@ def test_a_killed_grid_goes_on_and_takes_up_the_same_run(question, start, how):
         assert line, printed
         printed += line
     process.send_signal(signal.SIGTERM)
-    process.wait(30)
+    process.wait(60)
     assert "goes on after epoch" in printed or how == signal.SIGKILL
     after = runs_of()
     assert before == {run.info.run_id for run in after.values()}
