@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -97,8 +98,8 @@ def postgresql(tmp_path_factory):
         _make_databases(address)
         yield address
     finally:
-        running.terminate()
-        running.wait(20)
+        running.send_signal(signal.SIGINT)  # at once: SIGTERM would wait until each connection of a pool is given up
+        running.wait(60)
 
 
 def _make_databases(address: str) -> None:
