@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from cellbench import moved
 from cellbench import workers as processes
+from cellbench.backbones.weights import weights_folder
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.folders import open_dataset
 from cellbench.errors import CellbenchError, unknown
@@ -164,10 +165,7 @@ def grid(
     disk, prefer_disk = cache_budget(cache)
     registry = Registry(extra)
     experiment = read_experiment(file, changes, data, limit, registry)
-    if weights is None and os.environ.get("CELLBENCH_WEIGHTS"):
-        weights = Path(os.environ["CELLBENCH_WEIGHTS"])
-    if weights is not None and not weights.is_dir():
-        raise CellbenchError(f"--weights {weights}: there is no such folder.")
+    weights = weights_folder(weights)
     here = machine(device, precision, memory)
     if workers is not None:
         processes.checked(workers, here)

@@ -23,6 +23,7 @@ import tomli_w
 from tqdm import tqdm
 
 from cellbench import moved
+from cellbench.backbones.weights import weights_folder
 from cellbench.commands import cache_budget, open_folds, read_tree, say
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.errors import CellbenchError
@@ -215,10 +216,7 @@ def search(
     registry = Registry(extra)
     changes = [*changes, *([f"search.trials={trials}"] if trials is not None else [])]
     space, text = read_space(file, changes, data, limit, registry)
-    if weights is None and os.environ.get("CELLBENCH_WEIGHTS"):
-        weights = Path(os.environ["CELLBENCH_WEIGHTS"])
-    if weights is not None and not weights.is_dir():
-        raise CellbenchError(f"--weights {weights}: there is no such folder.")
+    weights = weights_folder(weights)
     if workers < 1:
         raise CellbenchError(f"--workers {workers}: 1 or more is expected.")
     if workers > 1 and not helper:  # processes that share the cores; helpers inherit it
