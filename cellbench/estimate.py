@@ -21,6 +21,7 @@ from cellbench.plan import Plan
 from cellbench.registry import Registry
 from cellbench.room import TooLarge, frames_too_large
 from cellbench.spec import RunSpec
+from cellbench.targets import asked
 from cellbench.train import Learner
 
 
@@ -66,7 +67,8 @@ def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Mac
     tile = torch.rand(trunk.chunk, 3, *features.tile_px["train"], device=machine.device)
     target = torch.zeros(tile.shape[0], *features.tile_px["train"], dtype=torch.long, device=machine.device)
     trunk_s = _seconds(lambda: trunk.maps(tile)) / len(tile)
-    batch = Batch(trunk.maps(tile), tile, target)
+    aims = torch.zeros(*target.shape, 2, dtype=torch.uint8, device=machine.device) if any(asked(run.targets) for run in runs) else None
+    batch = Batch(trunk.maps(tile), tile, target, aims)
     epochs = max(run.epochs for run in runs)
     again = {"val": epochs, "train": epochs}
     passes = {split: 1 if features.place[split] != "streamed" else again[split] for split in again}

@@ -69,7 +69,7 @@ def examine(segmenter: Segmenter, dataset: Dataset, num_shown: int) -> tuple[Res
         for index, found in enumerate(tqdm(answers, total=len(dataset.test), desc="testing", unit="image", leave=False, disable=None)):
             truth = dataset.read_mask(dataset.test[index])
             counts = confusion(truth, found.classes, num)
-            exams.take(index, truth, [counts], [(found.classes, found.probability)])
+            exams.take(index, truth, [counts], [(found.classes, found.probability, found.relief)])
             worst.append(Case.of(index, float(image_scores(counts[None])["dice"][0]), found.classes, found.probability))
             worst = sorted(worst, key=lambda case: case.dice)[:num_shown]
     cost = {"cost/images_per_s": len(dataset.test) / max(time.perf_counter() - start, 1e-9)}

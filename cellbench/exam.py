@@ -26,6 +26,9 @@ SHOWN_PX = 600
 CANDIDATES = 10
 """Answers held while the median is not known, twice: the nearest to it so far, and some drawn by chance."""
 
+Answer = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+"""A class map, the probability of a cell, and the relief of the cells, each (H, W) uint8 or, but for the first, what a method does not give."""
+
 
 def shown(array: np.ndarray) -> np.ndarray:
     """Every n-th pixel of an image or map (H, W, ...), so that its longer side is at most ``SHOWN_PX``."""
@@ -162,10 +165,8 @@ class Exams:
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def take(
-        self, image: int, truth: np.ndarray, matrices: Sequence[np.ndarray], answers: Sequence[tuple[np.ndarray, np.ndarray | None]]
-    ) -> None:
-        """An image's truth (H, W), and each run's confusion matrix, class map and probability of a cell (both (H, W) uint8)."""
+    def take(self, image: int, truth: np.ndarray, matrices: Sequence[np.ndarray], answers: Sequence[Answer]) -> None:
+        """An image's truth (H, W), and each run's confusion matrix and answer."""
         self._settle()  # one image is under way at a time: answers for hundreds would fill the memory
         prepared = self._pool.submit(self._truth, self._dataset.test[image], truth)
         # In the pool's order the truth comes first, so no thread waits for one that cannot start.
@@ -184,10 +185,17 @@ class Exams:
 
     @staticmethod
     def _mark(
-        exam: Exam, image: int, truth: np.ndarray, prepared: Future[Truth], counts: np.ndarray, classes: np.ndarray, cell: np.ndarray | None
+        exam: Exam,
+        image: int,
+        truth: np.ndarray,
+        prepared: Future[Truth],
+        counts: np.ndarray,
+        classes: np.ndarray,
+        cell: np.ndarray | None,
+        relief: np.ndarray | None,
     ) -> None:
         exam.matrices.append(counts)
-        one, parts = prepared.result(), Parts(classes)
+        one, parts = prepared.result(), Parts(classes, relief)
         exam.agreements.append(one.agreement(classes, parts.instances(exam.separation.neck, one.min_area_px)))
         exam.connected.append(one.found(parts.instances(0.0, one.min_area_px)))
         exam.keep.offer(image, float(image_scores(counts[None])["dice"][0]), classes, cell)

@@ -38,14 +38,17 @@ TOKENS = -1
 
 
 class Batch(NamedTuple):
-    """What runs learn from. Maps (B, D, h, w) by level index; pixels (B, 3, T, T) float32 in 0..1; target (B, T, T) int64."""
+    """What runs learn from. Maps (B, D, h, w) by level index; pixels (B, 3, T, T) float32 in 0..1; target (B, T, T) int64; aims (B, T, T, 2)
+    uint8, where a run of the cohort learns them (``cellbench.targets``)."""
 
     maps: dict[int, Tensor]
     pixels: Tensor
     target: Tensor
+    aims: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> Batch:  # type: ignore[override]
-        return Batch({index: x[rows] for index, x in self.maps.items()}, self.pixels[rows], self.target[rows])
+        aims = self.aims[rows] if self.aims is not None else None
+        return Batch({index: x[rows] for index, x in self.maps.items()}, self.pixels[rows], self.target[rows], aims)
 
     @property
     def num(self) -> int:
@@ -53,11 +56,12 @@ class Batch(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """Rows of a pass, and their tiles (B, T, T, 3) and masks (B, T, T), uint8."""
+    """Rows of a pass, and their tiles (B, T, T, 3), masks (B, T, T) and aims (B, T, T, 2), uint8."""
 
     rows: np.ndarray
     tiles: np.ndarray
     masks: np.ndarray
+    aims: np.ndarray | None = None
 
 
 class Trunk:
@@ -146,10 +150,10 @@ class Keeping:
 
 
 class Features:
-    """The batches of one cohort. ``pixels`` are the decoded images by split."""
+    """The batches of one cohort. ``pixels`` are the decoded images by split; with ``aims`` the batches of training and validation hold them."""
 
-    def __init__(self, trunk: Trunk, plan: Plan, pixels: dict[str, Pixels], keeping: Keeping) -> None:
-        self.trunk, self.plan, self.pixels, self._keeping = trunk, plan, pixels, keeping
+    def __init__(self, trunk: Trunk, plan: Plan, pixels: dict[str, Pixels], keeping: Keeping, aims: bool = False) -> None:
+        self.trunk, self.plan, self.pixels, self._keeping, self._aims = trunk, plan, pixels, keeping, aims
         self.framing = plan.framing
         self.tile_px = {split: self.framing.tile_px(pixels[split].sizes_px) for split in pixels}
         """Height and width of the tiles of each split."""
@@ -216,7 +220,7 @@ class Features:
 
         def mapped(one: _Cut) -> Batch:
             pixels = recolour(restain(self._pixels(one.tiles), [views[k].stain for k in one.rows]), [views[k].colour for k in one.rows])
-            return Batch(self._maps("train", kept, one.rows, pixels), pixels, self._target(one.masks))
+            return self._batch("train", kept, one, pixels)
 
         yield from lanes.ahead(chunks, cut_out, mapped)
 
@@ -230,8 +234,7 @@ class Features:
             return _Cut(rows, *self._cut_corners(split, [corners[k] for k in rows]))
 
         def mapped(one: _Cut) -> Batch:
-            pixels = self._pixels(one.tiles)
-            return Batch(self._maps(split, kept, one.rows, pixels), pixels, self._target(one.masks))
+            return self._batch(split, kept, one, self._pixels(one.tiles))
 
         for rows, batch in zip(chunks, lanes.ahead(chunks, cut_out, mapped), strict=True):
             yield batch, [corners[k][0] for k in rows]
@@ -278,24 +281,29 @@ class Features:
                         self._give_up(split, error)
         return maps
 
-    def _cut_views(self, views: list[View]) -> tuple[np.ndarray, np.ndarray]:
-        pairs = []
-        for view in views:
-            framed = self.pixels["train"].prepared(view.image, self.preparation)
-            pairs.append([turn(cut(array, view.y, view.x, self.tile_px["train"]), view.turn) for array in framed])
-        return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs])
+    def _batch(self, split: str, kept: Rows | None, one: _Cut, pixels: Tensor) -> Batch:
+        aims = self._sent(one.aims) if one.aims is not None else None
+        return Batch(self._maps(split, kept, one.rows, pixels), pixels, self._sent(one.masks).long(), aims)
 
-    def _cut_corners(self, split: str, corners: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        pairs = []
-        for index, y, x in corners:
-            pairs.append([cut(array, y, x, self.tile_px[split]) for array in self.pixels[split].prepared(index, self.preparation)])
-        return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs])
+    def _cut_views(self, views: list[View]) -> list[np.ndarray]:
+        tiles = []
+        for view in views:
+            framed = self._framed("train", view.image)
+            tiles.append([turn(cut(array, view.y, view.x, self.tile_px["train"]), view.turn) for array in framed])
+        return [np.stack(alike) for alike in zip(*tiles, strict=True)]
+
+    def _cut_corners(self, split: str, corners: list[tuple[int, int, int]]) -> list[np.ndarray]:
+        tiles = [[cut(array, y, x, self.tile_px[split]) for array in self._framed(split, index)] for index, y, x in corners]
+        return [np.stack(alike) for alike in zip(*tiles, strict=True)]
+
+    def _framed(self, split: str, image: int) -> tuple[np.ndarray, ...]:
+        """The framed image and class map, and its aims where somebody learns them: the test's are nobody's."""
+        pixels = self.pixels[split]
+        pair = pixels.prepared(image, self.preparation)
+        return (*pair, pixels.aims(image, self.framing)) if self._aims and split != "test" else pair
 
     def _pixels(self, tiles_BTTC: np.ndarray) -> Tensor:
         return self._sent(tiles_BTTC).permute(0, 3, 1, 2).float().div_(255)
-
-    def _target(self, masks_BTT: np.ndarray) -> Tensor:
-        return self._sent(masks_BTT).long()
 
     def _sent(self, array: np.ndarray) -> Tensor:
         """On the device; to a GPU as bytes, from pinned memory, so that the copy does not hold up the computation."""

@@ -81,6 +81,13 @@ class Framing:
         """The framed class map (H', W') of a class map (H, W), both uint8: the class at the middle of each pixel."""
         return mask if self.exact else self._resized(mask[..., None], "nearest-exact")[..., 0]
 
+    def numbers(self, ids: np.ndarray) -> np.ndarray:
+        """The framed numbers of cells (H', W') int64 of numbers (H, W), whole: the cell at the middle of each pixel."""
+        if self.exact:
+            return ids
+        known, place = np.unique(ids, return_inverse=True)  # floats hold places exactly, whatever the numbers are
+        return known[self._resized(place.reshape(*ids.shape, 1).astype(np.float32), "nearest-exact")[..., 0].astype(np.int64)]
+
     def _resized(self, array_HWC: np.ndarray, mode: str) -> np.ndarray:
         size = self.framed_px(array_HWC.shape[:2])
         x = torch.from_numpy(np.ascontiguousarray(array_HWC)).permute(2, 0, 1)[None]

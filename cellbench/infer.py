@@ -21,6 +21,7 @@ from cellbench.features import Batch, Features
 from cellbench.lanes import Lanes
 from cellbench.metrics import confusion
 from cellbench.model import Model
+from cellbench.targets import relief
 from cellbench.tiles import Stitcher
 
 Watch = Callable[[int, Tensor, Batch], None]
@@ -34,6 +35,8 @@ class Segmented:
     """(H, W) uint8: the likeliest class of each pixel."""
     cell: np.ndarray
     """(H, W) uint8: the probability of not being background, 0..255."""
+    relief: np.ndarray | None = None
+    """(H, W) uint8: how high each pixel lies in its cell, 0..255, where the model learned it (``cellbench.targets``)."""
 
 
 def foreground(logits_BKHW: Tensor) -> Tensor:
@@ -42,6 +45,17 @@ def foreground(logits_BKHW: Tensor) -> Tensor:
     if logits.shape[1] == 2:  # half the exponentials, and half of everything after
         return (logits[:, 1:] - logits[:, :1]).sigmoid_()
     return logits.softmax(1)[:, 1:]
+
+
+def drawn(logits_BCTT: Tensor, model: Model) -> Tensor:
+    """What is blended of a model's output: the foreground's probabilities (B, K-1, T, T), then the relief (B, 1, T, T) where it learned one."""
+    found = foreground(logits_BCTT[:, : model.num_classes])
+    return torch.cat([found, relief(logits_BCTT[:, model.num_classes :], model.aims)], 1) if model.aims else found
+
+
+def bytes_of(share_HW: Tensor) -> np.ndarray:
+    """Numbers from 0 to 1 as (H, W) uint8."""
+    return (share_HW * 255).round_().clamp_(0, 255).byte().cpu().numpy()
 
 
 def likeliest(foreground_KHW: Tensor) -> Tensor:
@@ -70,7 +84,7 @@ class _Sheets:
 
     def __init__(self, model: Model, features: Features, split: str) -> None:
         self._model, self._features, self._split = model, features, split
-        self._now = -1
+        self._now, self._num = -1, model.num_classes - 1
 
     def add(self, batch: Batch, images: list[int]) -> list[Segmented]:
         """Takes the next tiles and the images that they are of; gives the answers that became whole."""
@@ -78,7 +92,7 @@ class _Sheets:
         with torch.inference_mode():
             with self._features.trunk.machine.autocast():
                 logits_BKTT = self._model(batch)
-            found_BKTT = foreground(logits_BKTT)
+            found_BKTT = drawn(logits_BKTT, self._model)
             for image in dict.fromkeys(images):
                 if image != self._now:
                     self._begin(image)
@@ -92,8 +106,9 @@ class _Sheets:
     def _begin(self, image: int) -> None:
         self._grid, self._size_px = self._features.grid(self._split, image), self._features.pixels[self._split].sizes_px[image]
         self._now, self._missing = image, len(self._grid)
-        self._answer = Segmented(classes=np.empty(self._size_px, np.uint8), cell=np.empty(self._size_px, np.uint8))
-        self._stitcher = Stitcher(self._grid, self._model.head.num_classes - 1, self._features.trunk.machine.device)
+        made = [np.empty(self._size_px, np.uint8) for _ in range(3 if self._model.aims else 2)]
+        self._answer = Segmented(classes=made[0], cell=made[1], relief=made[2] if self._model.aims else None)
+        self._stitcher = Stitcher(self._grid, self._num + bool(self._model.aims), self._features.trunk.machine.device)
         self._bands: list[Tensor] = []
 
     def _draw(self, found_BKTT: Tensor) -> None:
@@ -109,15 +124,17 @@ class _Sheets:
 
     def _write(self, y: int, band_KHW: Tensor) -> None:
         rows = slice(y, y + band_KHW.shape[1])
-        self._answer.classes[rows] = likeliest(band_KHW).cpu().numpy()
-        self._answer.cell[rows] = (band_KHW.sum(0) * 255).round_().clamp_(0, 255).byte().cpu().numpy()
+        self._answer.classes[rows] = likeliest(band_KHW[: self._num]).cpu().numpy()
+        self._answer.cell[rows] = bytes_of(band_KHW[: self._num].sum(0))
+        if self._answer.relief is not None:
+            self._answer.relief[rows] = bytes_of(band_KHW[self._num])
 
 
 def score(models: Sequence[Model], features: Features, split: str) -> Iterator[tuple[int, list[np.ndarray], list[Segmented]]]:
     """For each image of a split: its number, each model's confusion matrix (K, K) and answer."""
     for image, answers in segment(models, features, split):
         truth = features.pixels[split][image][1]
-        yield image, [confusion(truth, a.classes, m.head.num_classes) for a, m in zip(answers, models, strict=True)], answers
+        yield image, [confusion(truth, a.classes, m.num_classes) for a, m in zip(answers, models, strict=True)], answers
 
 
 def tile_counts(models: Sequence[Model], features: Features, split: str, watch: Watch, lanes: Lanes) -> list[np.ndarray]:
@@ -156,7 +173,7 @@ class _Judge:
 
     def __init__(self, model: Model, features: Features, split: str, watch: Callable[[Tensor, Batch], None]) -> None:
         self._model, self._features, self._split, self._watch = model, features, split, watch
-        num = model.head.num_classes
+        num = model.num_classes
         self.counts = np.zeros((num, num), np.int64)
 
     def add(self, batch: Batch, places: Sequence[_Place]) -> None:
@@ -166,7 +183,7 @@ class _Judge:
             with self._features.trunk.machine.autocast():
                 logits = self._model(batch)
             self._watch(logits, batch)
-            self._judge(logits, batch.target, places)
+            self._judge(logits[:, : len(self.counts)], batch.target, places)
         self._model.seconds += time.perf_counter() - start
 
     def _judge(self, logits_BKTT: Tensor, target_BTT: Tensor, places: Sequence[_Place]) -> None:

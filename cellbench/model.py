@@ -13,20 +13,26 @@ from cellbench.features import TOKENS, Batch, Trunk
 from cellbench.heads.base import Head
 from cellbench.registry import BaselineCard, HeadCard, Registry, load
 from cellbench.spec import RunSpec
+from cellbench.targets import asked
 
 
 class Model(nn.Module):
     """A head, the indices of the levels that it reads, and, where the run trains the backbone's last blocks, its tail."""
 
-    def __init__(self, head: Head, levels: tuple[Level, ...], tail: nn.Module | None = None, num_frozen: int = 0) -> None:
+    def __init__(
+        self, head: Head, levels: tuple[Level, ...], tail: nn.Module | None = None, num_frozen: int = 0, aims: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
         self.head, self.tail = head, tail
+        self.aims = aims
+        """What it learns beside the classes; each the output channel at its place after those of the classes."""
+        self.num_classes = head.num_classes - len(aims)
         self._levels, self._num_frozen = levels, num_frozen
         self.seconds = 0.0
         """Spent by this model alone in decoding whole images so far."""
 
     def forward(self, batch: Batch) -> Tensor:
-        """Class scores (B, K, T, T) before softmax, for every pixel of the batch's tiles."""
+        """Class scores (B, K, T, T) before softmax, for every pixel of the batch's tiles; then a channel before the sigmoid for each aim."""
         if self.tail is None:
             return self.head([batch.maps[level.index] for level in self._levels], batch.pixels)
         deep = tuple(level.index for level in self._levels if level.index >= self._num_frozen)
@@ -61,13 +67,13 @@ def model(run: RunSpec, registry: Registry, trunk: Trunk, num_classes: int) -> M
     """The run's trainable part, with weights that depend on its seed alone, on the trunk's device."""
     card: HeadCard | BaselineCard = registry.baseline(run.baseline) if run.baseline else registry.head(run.head or "")
     levels = trunk.levels(num_levels(run, registry)) if not run.baseline else ()
-    build = load(card)
+    build, aims = load(card), asked(run.targets)
     with torch.random.fork_rng(devices=[]):  # nobody else's random numbers depend on how many heads were made
         torch.manual_seed(run.seed)
         try:
-            head = build(levels, num_classes, **run.options)
+            head = build(levels, num_classes + len(aims), **run.options)
         except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:  # what libraries say to a width of 0
             raise CellbenchError(f"{card.path}: cannot be built with {run.options or 'no options'}: {one_line(error)}.") from error
     tail = trunk.backbone.tail(run.unfreeze) if run.unfreeze and trunk.backbone is not None else None
     num_frozen = len(trunk.backbone.levels) - run.unfreeze if trunk.backbone is not None else 0
-    return Model(head, levels, tail, num_frozen).to(trunk.machine.device, memory_format=torch.channels_last)
+    return Model(head, levels, tail, num_frozen, aims).to(trunk.machine.device, memory_format=torch.channels_last)

@@ -40,7 +40,7 @@ class _Whole(nn.Module):
             else:
                 found = self.backbone.maps(x, self._indices)
             maps |= dict(zip(self._indices, found, strict=True))
-        return self.model(Batch(maps, pixels, pixels)).softmax(1)
+        return self.model(Batch(maps, pixels, pixels))[:, : self.model.num_classes].softmax(1)
 
 
 def write_onnx(path: Path, segmenter: Segmenter) -> float:

@@ -90,7 +90,7 @@ class Files:
             if self._geojson is not None:
                 self._geojson.write(b'{"type": "FeatureCollection", "features": [')
         self._cells = (by_ending[INSTANCES], by_ending[CELLS]) if wanted.instances else None
-        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._rows: list[tuple[np.ndarray | None, ...]] = []
         self._num_shapes, self._above = 0, None
         self._size_px = size_px
 
@@ -119,7 +119,7 @@ class Files:
             if self._shapes is not None:
                 self._outline(band)
             if self._cells is not None:  # cells are parted by the whole mask
-                self._rows.append((band.classes, band.source.rows(band.top, band.top + len(band.classes))))
+                self._rows.append((band.classes, band.source.rows(band.top, band.top + len(band.classes)), band.relief))
 
     def _outlined(self, band: Band) -> np.ndarray:
         """The image's own rows with the edges of the classes drawn over them, two pixels wide."""
@@ -163,8 +163,8 @@ class Files:
 
 
     def _count(self, labels: BinaryIO, table: BinaryIO) -> None:
-        classes, image = (np.concatenate(parts) for parts in zip(*self._rows, strict=True))
-        found = self._wanted.separation.instances(classes)
+        classes, image, relief = (np.concatenate(parts) if parts[0] is not None else None for parts in zip(*self._rows, strict=True))
+        found = self._wanted.separation.instances(classes, relief)
         if found.num > 65535:
             raise CellbenchError(f"{self._target.image}: {found.num} cells, where 16 bits number 65535. Cut the image into pieces.")
         labels.write(png_bytes(found.ids.astype(np.uint16)))

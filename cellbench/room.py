@@ -83,5 +83,5 @@ def _kept_bytes(run: RunSpec, model: Model, features: Features) -> float:
     with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         with features.trunk.machine.autocast():
             logits = probe(batch)
-        loss_of(run.loss)(logits, batch.target)
+        loss_of(run.loss)(logits[:, : probe.num_classes], batch.target)
     return sum(kept.values()) / side**2

@@ -41,6 +41,7 @@ from cellbench.results import Result
 from cellbench.room import frames_too_large
 from cellbench.spec import NUMERICS, Experiment, RunSpec
 from cellbench.system import watched
+from cellbench.targets import asked
 from cellbench.track import Run, Tracker
 from cellbench.train import Learner, fit
 from cellbench.tuning import separations, tuned
@@ -222,14 +223,14 @@ class Runner:
             card = self.registry.baseline(job.run.baseline or "")
             segment = load(card)
             num, seconds = len(self.dataset.classes), 0.0
-            answers = ((k, [segment(self._pixels["val"][k][0], num, **job.run.options)]) for k in range(len(self.dataset.val)))
+            answers = ((k, [(segment(self._pixels["val"][k][0], num, **job.run.options), None)]) for k in range(len(self.dataset.val)))
             with Exams(self.dataset, 1, separations(self.dataset, 1, answers)) as exams:
                 for index in tqdm(range(len(self.dataset.test)), desc=job.name, unit="image", leave=False):
                     image, truth = self._pixels["test"][index]
                     start = time.perf_counter()
                     classes = segment(image, num, **job.run.options)
                     seconds += time.perf_counter() - start
-                    exams.take(index, truth, [confusion(truth, classes, num)], [(classes, None)])
+                    exams.take(index, truth, [confusion(truth, classes, num)], [(classes, None, None)])
             cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
             cost |= {"cost/images_per_s": len(self.dataset.test) / max(seconds, 1e-9), "cost/peak_mib": peak_mib()}
             self._keep(job, run, Result(exam=exams.exams[0], cost=cost), out)
@@ -240,7 +241,8 @@ class Runner:
         levels = [n for job in jobs if (n := num_levels(job.run, self.registry))]
         trunk = Trunk(self._backbone(first.backbone), self.machine, levels, first.unfreeze)
         plan = Plan(self._pixels["train"].sizes_px, first)
-        features = Features(trunk, plan, self._pixels, self._keeping(first.backbone))
+        aims = any(asked(job.run.targets) for job in jobs)
+        features = Features(trunk, plan, self._pixels, self._keeping(first.backbone), aims)
         learners = []
         for job, run in opened:
             made = model(job.run, self.registry, trunk, num)
@@ -315,7 +317,7 @@ class Runner:
         bar = tqdm(score(models, features, "test"), total=len(self.dataset.test), desc=f"{title}: test", unit="image", leave=False)
         with Exams(self.dataset, len(learners), parted) as exams:
             for image, found, answers in bar:
-                exams.take(image, self._pixels["test"][image][1], found, [(a.classes, a.cell) for a in answers])
+                exams.take(image, self._pixels["test"][image][1], found, [(a.classes, a.cell, a.relief) for a in answers])
         for place, ((job, run), learner) in enumerate(zip(opened, learners, strict=True)):
             cost = self._cost(learner, features, train_trunk_s)
             cost["cost/images_per_s"] = len(self.dataset.test) * self.machine.lanes / max(features.trunk.seconds + models[place].seconds, 1e-9)

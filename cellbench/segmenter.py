@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,13 @@ from cellbench.backbones.catalog import open_backbone
 from cellbench.data.sources import Source, Whole, open_source
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features import Batch, Trunk
-from cellbench.infer import foreground, likeliest
+from cellbench.infer import bytes_of, drawn, likeliest
 from cellbench.lanes import Lanes, ahead
 from cellbench.machine import Machine, machine
 from cellbench.model import model, num_levels
 from cellbench.registry import Registry, load
+from cellbench.separate import CONNECTED, Separation
+from cellbench.shapes import Instances
 from cellbench.tiles import Grid, Stitcher, cut
 from cellbench.trained import Trained
 
@@ -46,6 +49,15 @@ class Prediction:
     """(H, W) uint8: the probability of not being background, 0..255; None for a method that gives none (a threshold)."""
     names: tuple[str, ...]
     """Of the classes, by their numbers."""
+    separation: Separation = CONNECTED
+    """How touching cells are parted: as tuned for the run."""
+    relief: np.ndarray | None = None
+    """(H, W) uint8: how high each pixel lies in its cell, 0..255, for a run that learned it; else None."""
+
+    @cached_property
+    def cells(self) -> Instances:
+        """The single cells: ``.num`` of them, ``.ids`` (H, W) int32 with 0 the background, ``.areas_px`` and ``.classes`` (num + 1,)."""
+        return self.separation.instances(self.classes, self.relief)
 
     @property
     def mask(self) -> np.ndarray:
@@ -68,6 +80,8 @@ class Band:
     classes: np.ndarray
     """(h, W) uint8."""
     probability: np.ndarray | None
+    """(h, W) uint8, or None."""
+    relief: np.ndarray | None
     """(h, W) uint8, or None."""
     source: Source
     """Of the image's own pixels; open until its last band was taken."""
@@ -149,10 +163,13 @@ class Segmenter:
             rows.append(event)
             if event.last:
                 cell = [row.probability for row in rows if row.probability is not None]
+                relief = [row.relief for row in rows if row.relief is not None]
                 yield Prediction(
                     classes=np.concatenate([row.classes for row in rows]),
                     probability=np.concatenate(cell) if cell else None,
                     names=self.names,
+                    separation=self.trained.separation,
+                    relief=np.concatenate(relief) if relief else None,
                 )
                 rows = []
 
@@ -192,7 +209,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def _found(self, chunk: _Chunk) -> _Chunk:
-        """The chunk with the foreground probabilities of its tiles, (B, K-1, T, T) float32."""
+        """The chunk with what is found in its tiles, as :meth:`tiles` says."""
         if self._function is not None:
             entry = chunk.entries[0]
             if entry.error is None:
@@ -206,7 +223,8 @@ class Segmenter:
 
     @torch.inference_mode()
     def tiles(self, tiles_BTTC: Tensor) -> Tensor:
-        """The probabilities (B, K-1, T, T), float32, of all classes but the background for framed tiles (B, T, T, 3) uint8."""
+        """The probabilities (B, K-1, T, T), float32, of all classes but the background for framed tiles (B, T, T, 3) uint8; then the relief
+        (B, 1, T, T) where the run learned one."""
         assert self.model is not None
         sent = tiles_BTTC.to(self.machine.device)
         pixels = sent.permute(0, 3, 1, 2).float().div_(255)
@@ -215,7 +233,7 @@ class Segmenter:
         with self.machine.autocast():
             logits = self.model(batch)
         self.model.seconds += time.perf_counter() - start
-        return foreground(logits)
+        return drawn(logits, self.model)
 
 
 @dataclass
@@ -232,7 +250,7 @@ class _Chunk:
     entries: list[_Entry] = field(default_factory=list)
     tiles: list[np.ndarray] = field(default_factory=list)
     found: Tensor | np.ndarray | None = None
-    """(B, K-1, T, T) probabilities of the tiles, or the (H, W) classes of one image by a method that is a function of it."""
+    """What :meth:`Segmenter.tiles` gives, or the (H, W) classes of one image by a method that is a function of it."""
 
 
 class _Sheet:
@@ -275,7 +293,7 @@ class _Sheet:
             self._close()
             yield Refused(number=self.number, error=error)
         elif isinstance(found, np.ndarray):
-            yield Band(number=self.number, top=0, classes=found, probability=None, source=self.source, last=True)
+            yield Band(number=self.number, top=0, classes=found, probability=None, relief=None, source=self.source, last=True)
             self._close()
         elif found is not None:
             yield from self._stitched(found[entries[0].row : entries[-1].row + 1])
@@ -296,8 +314,16 @@ class _Sheet:
                 self._close()
 
     def _band(self, top: int, band_KHW: Tensor, last: bool) -> Band:
-        cell = (band_KHW.sum(0) * 255).round_().clamp_(0, 255).byte().cpu().numpy()
-        return Band(number=self.number, top=top, classes=likeliest(band_KHW).cpu().numpy(), probability=cell, source=self.source, last=last)
+        num = len(self._segmenter.names) - 1
+        return Band(
+            number=self.number,
+            top=top,
+            classes=likeliest(band_KHW[:num]).cpu().numpy(),
+            probability=bytes_of(band_KHW[:num].sum(0)),
+            relief=bytes_of(band_KHW[num]) if len(band_KHW) > num else None,
+            source=self.source,
+            last=last,
+        )
 
     def _close(self) -> None:
         if self.error is None:

@@ -5,6 +5,8 @@ Two bulges are two cells where the saddle is below ``neck`` times the lower of t
 no magnification. At 0 cells are connected regions, towards 1 every bulge is a cell. The flooding is done once for all values of it (basins
 are merged afterwards, the highest saddle first), so that tuning it on validation images costs one watershed an image.
 
+A model may have learned a relief of its cells (``cellbench.targets``): it then stands in for the distances, and all else is the same.
+
 Distances are taken on blocks of ``1/BLOCKS`` of the region's half-width: on 1600x1200 with cells of 100 px that is 0.1 s instead of 0.65.
 Cells that the mask itself parts stay parted to the pixel; only the line of a cut is as coarse as the blocks.
 
@@ -41,15 +43,17 @@ class Separation:
     """Validation images that it was tuned on."""
     min_area_px: int = MIN_AREA_PX
     """What is smaller is a speck, no cell: as the truth that it was tuned on has it."""
+    learned: bool = False
+    """Whether basins are those of a relief that the model learned, not of the mask's own distances."""
 
-    def instances(self, classes: np.ndarray) -> Instances:
-        """The cells of a class map (H, W) uint8."""
-        return Parts(classes).instances(self.neck, self.min_area_px)
+    def instances(self, classes: np.ndarray, relief: np.ndarray | None = None) -> Instances:
+        """The cells of a class map (H, W) uint8; ``relief`` (H, W) uint8 where the model learned one."""
+        return Parts(classes, relief).instances(self.neck, self.min_area_px)
 
     @property
     def words(self) -> str:
         """For people and for MLflow's tags."""
-        return f"watershed, neck {self.neck:g}" if self.neck else "connected regions"
+        return f"watershed{' of the learned relief' * self.learned}, neck {self.neck:g}" if self.neck else "connected regions"
 
 
 CONNECTED = Separation()
@@ -57,12 +61,15 @@ CONNECTED = Separation()
 
 
 class Parts:
-    """The basins of a class map (H, W), flooded once, when first needed; ``instances`` merges them for any neck."""
+    """The basins of a class map (H, W), flooded once, when first needed; ``instances`` merges them for any neck.
 
-    def __init__(self, classes: np.ndarray) -> None:
+    ``relief`` (H, W) uint8: how high each pixel lies in its cell, as a model learned it; None: the distance to the background, in blocks.
+    """
+
+    def __init__(self, classes: np.ndarray, relief: np.ndarray | None = None) -> None:
         self._classes = classes
         masks = [classes == label for label in range(1, (int(classes.max()) if classes.size else 0) + 1)]
-        self._floods = [_Flood(mask) for mask in masks if mask.any()]
+        self._floods = [_Flood(mask, relief) for mask in masks if mask.any()]
 
     def instances(self, neck: float, min_area_px: int) -> Instances:
         """The cells at this ``neck``, each of at least ``min_area_px`` pixels."""
@@ -79,8 +86,8 @@ class Parts:
 class _Flood:
     """One mask's regions, basins, peaks and saddles."""
 
-    def __init__(self, mask: np.ndarray) -> None:
-        self._mask = mask
+    def __init__(self, mask: np.ndarray, relief: np.ndarray | None) -> None:
+        self._mask, self._relief = mask, relief
         self._regions, self._num_regions = ndimage.label(mask)
         self._flooded = False
 
@@ -92,7 +99,10 @@ class _Flood:
             # Twice the area over the outline's length is the radius of a disc, and half of the width of anything longer.
             self._step = min(8, max(1, int(2 * np.count_nonzero(mask) / edge_px / BLOCKS)))
             full_hw, any_hw = _blocks(mask, self._step)
-            distance = ndimage.distance_transform_edt(full_hw) if not full_hw.all() else np.zeros(full_hw.shape)
+            if self._relief is not None:
+                distance = _means(np.where(mask, self._relief, 0), self._step)
+            else:
+                distance = ndimage.distance_transform_edt(full_hw) if not full_hw.all() else np.zeros(full_hw.shape)
             distance = ndimage.gaussian_filter(distance, SMOOTH_BLOCKS, mode="nearest") * any_hw
             self._basins = watershed(-distance, mask=any_hw)
             self._peaks = np.concatenate([[0.0], ndimage.maximum(distance, self._basins, np.arange(1, int(self._basins.max()) + 1))])
@@ -169,6 +179,13 @@ def _blocks(mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
     return whole.reshape(len(rows), -1, step).all(2), some.reshape(len(rows), -1, step).any(2)
 
 
+def _means(relief: np.ndarray, step: int) -> np.ndarray:
+    """The mean of each block of ``step`` x ``step`` pixels, (h, w) float; the frame's are filled up with their edge."""
+    down, right = (-length % step for length in relief.shape)
+    padded = np.pad(relief, ((0, down), (0, right)), mode="edge")
+    return padded.reshape(len(padded) // step, step, -1, step).mean((1, 3))
+
+
 def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int, int]]:
     """For each two basins that touch: the greatest distance on the way from one to the other, and their numbers; the highest first."""
     num = int(basins.max()) + 1
@@ -191,11 +208,11 @@ class Tuning:
 
     def __init__(self) -> None:
         self._found: list[list[float]] = []
-        self._min_area_px = MIN_AREA_PX
+        self._min_area_px, self._learned = MIN_AREA_PX, False
 
-    def add(self, classes: np.ndarray, truth: Instances, min_area_px: int) -> None:
-        """A predicted class map (H, W) uint8 and the cells that are there."""
-        parts = Parts(classes)
+    def add(self, classes: np.ndarray, relief: np.ndarray | None, truth: Instances, min_area_px: int) -> None:
+        """A predicted class map (H, W) uint8, the relief (H, W) uint8 where the model learned one, and the cells that are there."""
+        parts, self._learned = Parts(classes, relief), relief is not None
         self._min_area_px = min(self._min_area_px, min_area_px)
         self._found.append([float(cell_scores(truth, parts.instances(neck, min_area_px))["ap50"]) for neck in NECKS])
 
@@ -205,4 +222,10 @@ class Tuning:
             return Separation()
         means: Sequence[float] = np.mean(self._found, axis=0).round(6).tolist()
         told = {f"{neck:g}": value for neck, value in zip(NECKS, means, strict=True)}
-        return Separation(neck=NECKS[int(np.argmax(means))], val_ap50=told, num_images=len(self._found), min_area_px=self._min_area_px)
+        return Separation(
+            neck=NECKS[int(np.argmax(means))],
+            val_ap50=told,
+            num_images=len(self._found),
+            min_area_px=self._min_area_px,
+            learned=self._learned,
+        )

@@ -84,6 +84,8 @@ class RunSpec(Record):
     patience: int = Field(10, ge=0)
     """Epochs without a better ``select`` before the run stops; 0: never."""
     loss: str = "0.5 ce + 0.5 dice"
+    targets: Literal["cell", "cell+distance", "cell+border+distance"] = "cell"
+    """What the head learns beside the classes, so that touching cells part better: how deep in its cell a pixel lies, and where two meet."""
     unfreeze: int = Field(0, ge=0, le=100)
     """The backbone's last so many blocks are trained too, each run its own copy; what comes before stays frozen and shared."""
     tail_lr_scale: float = Field(0.01, gt=0, le=1)
@@ -125,7 +127,7 @@ STREAM_FIELDS = (
 
 # Settings that came after runs had been finished under these numerics: at their defaults they stay out of fingerprints, so that such runs are
 # still found.
-LATER_FIELDS = ("tile_scale", "hed", "normalise", "fraction", "fold")
+LATER_FIELDS = ("tile_scale", "hed", "normalise", "fraction", "fold", "targets")
 
 # What [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that part alone.
 RUN_KEYS = tuple(name for name in RunSpec.model_fields if name not in ("backbone", "head", "baseline", "options"))

@@ -24,6 +24,7 @@ from cellbench.losses import loss_of
 from cellbench.metrics import cell_classes, scores
 from cellbench.model import Model
 from cellbench.spec import RunSpec
+from cellbench.targets import aims_loss
 
 
 class Recorder(Protocol):
@@ -104,11 +105,18 @@ class Learner:
         self._optimiser.zero_grad(set_to_none=True)
         with self._autocast():
             logits = self.model(batch)
-        loss = self._loss(logits, batch.target)
+        loss = self._loss_of(logits, batch)
         loss.backward()
         self._optimiser.step()
         self._sum += loss.detach() * batch.num
         self._step += 1
+
+    def _loss_of(self, logits: Tensor, batch: Batch) -> Tensor:
+        num, aims = self.model.num_classes, self.model.aims
+        if not aims:
+            return self._loss(logits, batch.target)
+        assert batch.aims is not None
+        return self._loss(logits[:, :num], batch.target) + aims_loss(logits[:, num:], batch.aims, aims)
 
     def lr(self, step: int) -> float:
         """The learning rate of a step: a linear warm-up, then a cosine to zero or a constant."""
@@ -124,7 +132,7 @@ class Learner:
 
     def watch(self, logits: Tensor, batch: Batch) -> None:
         """Adds a validation batch to the epoch's validation loss."""
-        self._val_sum = self._val_sum + self._loss(logits, batch.target).double().cpu() * batch.num
+        self._val_sum = self._val_sum + self._loss_of(logits, batch).double().cpu() * batch.num
         self._val_num += batch.num
 
     def finish(self, counts: np.ndarray) -> None:
@@ -200,6 +208,7 @@ def joined(parts: Sequence[Batch]) -> Batch:
         {index: torch.cat([part.maps[index] for part in parts]) for index in parts[0].maps},
         torch.cat([part.pixels for part in parts]),
         torch.cat([part.target for part in parts]),
+        torch.cat(aims) if len(aims := [part.aims for part in parts if part.aims is not None]) == len(parts) else None,
     )
 
 

@@ -23,22 +23,25 @@ from cellbench.shapes import true_cells
 MOST_IMAGES = 16
 """The first of the validation images: one parameter of ten values is settled by a few hundred cells."""
 
+Answer = tuple[np.ndarray, np.ndarray | None]
+"""A class map (H, W) uint8, and the relief (H, W) uint8 where the model learned one."""
+
 
 def tuned(models: Sequence[Model], features: Features, dataset: Dataset) -> list[Separation]:
     """For each model the separation that finds most cells of the validation images in its own answers."""
     # Closed as soon as enough was seen: the other images' tiles are never decoded.
     with contextlib.closing(segment(models, features, "val")) as answers:
-        return separations(dataset, len(models), ((image, [one.classes for one in found]) for image, found in answers))
+        return separations(dataset, len(models), ((image, [(one.classes, one.relief) for one in found]) for image, found in answers))
 
 
-def separations(dataset: Dataset, num: int, answers: Iterable[tuple[int, Sequence[np.ndarray]]]) -> list[Separation]:
-    """The same from the numbers of validation images, in any order, with ``num`` class maps (H, W) uint8 of each."""
+def separations(dataset: Dataset, num: int, answers: Iterable[tuple[int, Sequence[Answer]]]) -> list[Separation]:
+    """The same from the numbers of validation images, in any order, with ``num`` answers to each."""
     tunings = [Tuning() for _ in range(num)]
     with ThreadPoolExecutor(min(num, os.cpu_count() or 1), "tuning") as pool:
         for image, found in itertools.islice(answers, MOST_IMAGES):
             sample = dataset.val[image]
             truth, min_area_px = true_cells(dataset.read_mask(sample), dataset.read_instances(sample))
-            jobs = [pool.submit(one.add, classes, truth, min_area_px) for one, classes in zip(tunings, found, strict=True)]
+            jobs = [pool.submit(one.add, *answer, truth, min_area_px) for one, answer in zip(tunings, found, strict=True)]
             for job in jobs:
                 job.result()
     return [one.best() for one in tunings]

@@ -26,7 +26,7 @@ def taken(dataset, answers, shorten=False, separation=CONNECTED):
         for k, sample in enumerate(dataset.test):
             truth = dataset.read_mask(sample)
             classes, cell = answers(truth)
-            exams.take(k, truth, [confusion(truth, classes, 2)], [(classes[:5] if shorten else classes, cell)])
+            exams.take(k, truth, [confusion(truth, classes, 2)], [(classes[:5] if shorten else classes, cell, None)])
     return exams.exams[0]
 
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("words", {"errors", "files", "spec"}),
     (
         "facts and mathematics",
-        {"registry", "space", "tiles", "framing", "plan", "losses", "metrics", "shapes", "separate", "measure"}
+        {"registry", "space", "tiles", "framing", "plan", "losses", "metrics", "shapes", "separate", "targets", "measure"}
         | {"likeness", "audit", "significance", "scored", "stats", "ranking"},
     ),
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),

@@ -5,14 +5,21 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import numpy as np
 
 from cellbench.data.dataset import Dataset
 from cellbench.data.prepare import Preparation
 from cellbench.data.stain import KINDS, MOST_IMAGES, Normaliser
+from cellbench.framing import Framing
+from cellbench.targets import aims
+
+T = TypeVar("T", bound=tuple[np.ndarray, ...])
 
 Pair = tuple[np.ndarray, np.ndarray]
+Key = tuple[int, Preparation | Framing | None]
+"""An image's number, and what was made of it: an image and class map as they are or as prepared, or aims in a framing."""
 
 
 class Pixels:
@@ -25,7 +32,7 @@ class Pixels:
     def __init__(self, dataset: Dataset, split: str, budget_bytes: int) -> None:
         self._dataset, self.samples = dataset, dataset.samples(split)
         self._budget, self._held = budget_bytes, 0
-        self._kept: OrderedDict[tuple[int, Preparation | None], Pair] = OrderedDict()
+        self._kept: OrderedDict[Key, tuple[np.ndarray, ...]] = OrderedDict()
         self._lock = threading.Lock()
         self._normalisers: dict[str, Normaliser | None] = {}
 
@@ -47,6 +54,16 @@ class Pixels:
         # From the file, not from self[index]: the unprepared image would take the memory of another prepared one.
         return self._kept_or((index, preparation), lambda: preparation(self._dataset.read(self.samples[index])))
 
+    def aims(self, index: int, framing: Framing) -> np.ndarray:
+        """What heads may learn beside the framed class map, (H', W', 2) uint8, as ``cellbench.targets`` says."""
+
+        def make() -> tuple[np.ndarray]:
+            sample = self.samples[index]
+            ids = self._dataset.read_instances(sample)
+            return (aims(framing.mask(self._dataset.read_mask(sample)), framing.numbers(ids) if ids is not None else None),)
+
+        return self._kept_or((index, framing), make)[0]
+
     def normaliser(self, kind: str) -> Normaliser | None:
         """The stain normaliser of this kind, fitted to the images of this split; None for ``none``, or where they show no stain."""
         if kind not in self._normalisers:
@@ -54,11 +71,11 @@ class Pixels:
             self._normalisers[kind] = None if kind == "none" else KINDS[kind].fitted(self[index][0] for index in numbers)
         return self._normalisers[kind]
 
-    def _kept_or(self, key: tuple[int, Preparation | None], make: Callable[[], Pair]) -> Pair:
+    def _kept_or(self, key: Key, make: Callable[[], T]) -> T:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
-                return self._kept[key]
+                return cast(T, self._kept[key])
         pair = make()
         with self._lock:
             if key not in self._kept:
@@ -69,5 +86,5 @@ class Pixels:
         return pair
 
 
-def _size(pair: Pair) -> int:
-    return sum(array.nbytes for array in pair)
+def _size(arrays: tuple[np.ndarray, ...]) -> int:
+    return sum(array.nbytes for array in arrays)

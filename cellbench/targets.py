@@ -1,0 +1,75 @@
+"""What a head may learn beside the classes, so that it parts touching cells itself: how deep in its cell a pixel lies, and where two cells meet.
+
+``distance``: a pixel's distance to the edge of its cell as a share of the greatest in that cell, so that every cell is one hill of height 1,
+however large (Naylor et al. 2019, doi 10.1109/TMI.2018.2865709). ``border``: pixels within ``BORDER_PX`` of two cells (Caicedo et al. 2019,
+doi 10.1002/cyto.a.23863). Each is one more output channel and one more term of the loss, binary cross-entropy. In the answer the two make one
+*relief*, distance where there is no border, which takes the place of the mask's own distances when basins are flooded
+(``cellbench.separate``).
+
+Letters: B tiles, H x W pixels, A aims.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+from cellbench.shapes import true_cells
+
+AIMS = ("border", "distance")
+"""In the order of the channels of :func:`aims`."""
+BORDER_PX = 2
+"""Half of what a border is wide: where cells lie wall to wall it is four pixels, of which masks leave out none, one or two."""
+FULL = 255
+
+
+def asked(targets: str) -> tuple[str, ...]:
+    """The aims of a run's ``targets``, in the order of their output channels.
+
+    >>> asked("cell+border+distance")
+    ('border', 'distance')
+    """
+    return tuple(aim for aim in AIMS if aim in targets.split("+"))
+
+
+def aims(classes: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
+    """The truth of both aims (H, W, 2) uint8, 0..255, of a class map (H, W) uint8; ``ids``: the truth's own numbers of its cells, where it has
+    them, else cells are connected regions."""
+    cells = true_cells(classes, ids)[0].ids
+    return np.stack([_border(cells), _distance(cells)], axis=-1)
+
+
+def _border(ids: np.ndarray) -> np.ndarray:
+    side = 2 * BORDER_PX + 1
+    most = ndimage.maximum_filter(ids, side, mode="nearest")
+    far = np.iinfo(ids.dtype).max
+    least = ndimage.minimum_filter(np.where(ids == 0, far, ids), side, mode="nearest")
+    return np.where((most > 0) & (most != least), FULL, 0).astype(np.uint8)
+
+
+def _distance(ids: np.ndarray) -> np.ndarray:
+    # A pixel that touches another cell is at an edge as well as one that touches background. The image's frame is none.
+    inner = ids > 0
+    for first, second in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        other = ids[first] != ids[second]
+        inner[first] &= ~other
+        inner[second] &= ~other
+    # A pixel of an edge is half a pixel deep; where a cell fills the image there is no edge to be distant from.
+    deep = (ndimage.distance_transform_edt(inner) if not inner.all() else np.ones(ids.shape)) + 0.5
+    highest = np.concatenate([[1.0], ndimage.maximum(deep, ids, np.arange(1, int(ids.max(initial=0)) + 1))])
+    return np.where(ids > 0, np.rint(FULL * deep / highest[ids]), 0).astype(np.uint8)
+
+
+def aims_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...]) -> Tensor:
+    """Binary cross-entropy of the asked aims, each a mean over all pixels, summed; the truth as :func:`aims` gives it, (B, H, W, 2) uint8."""
+    wanted = truth_BHW2[..., [AIMS.index(aim) for aim in which]].movedim(-1, 1).float() / FULL
+    return F.binary_cross_entropy_with_logits(logits_BAHW.float(), wanted) * len(which)
+
+
+def relief(logits_BAHW: Tensor, which: tuple[str, ...]) -> Tensor:
+    """How high each pixel lies in its cell (B, 1, H, W), float32, 0..1: high in the middle, low at the edge and where cells meet."""
+    found = logits_BAHW.float().sigmoid()
+    height = found[:, [which.index("distance")]]
+    return height * (1 - found[:, [which.index("border")]]) if "border" in which else height
