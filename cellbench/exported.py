@@ -74,6 +74,7 @@ def write_folder(folder: Path, trained: Trained, registry: Registry, weights: Pa
         "separation": asdict(trained.separation),
         "fingerprint": trained.fingerprint,
         "dataset_digest": trained.dataset_digest,
+        "backbone_digest": trained.backbone_digest,
         "run_id": trained.run_id,
         "experiment": trained.experiment,
         "config": trained.config,
@@ -104,6 +105,7 @@ def read_folder(folder: Path) -> Trained:
         preparation=Preparation.of(facts["preparation"]),
         weights=weights,
         separation=Separation(**facts["separation"]),
+        backbone_digest=facts.get("backbone_digest", ""),
         **{key: facts[key] for key in ("fingerprint", "dataset_digest", "run_id", "experiment", "config")},
     )
 

@@ -7,12 +7,14 @@ the middle of the first pixel is (0.5, 0.5), as in QuPath.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 from skimage.measure import approximate_polygon, find_contours
+
+from cellbench.shapes import Instances
 
 MIN_AREA_PX = 16
 """Smaller pieces are specks, not cells, and get no outline; the mask keeps them."""
@@ -33,6 +35,8 @@ class Shape:
     """x, y, width, height."""
     rings: tuple[Ring, ...]
     """Closed, of (x, y): the outer edge first, then its holes."""
+    cell: int = 0
+    """Its number among the cells of the image, where they were told apart."""
 
 
 class Shapes:
@@ -55,28 +59,37 @@ class Shapes:
             for label, box in enumerate(ndimage.find_objects(labels), 1):
                 if label in touching:
                     keep_from = min(keep_from, box[0].start)
-                elif (shape := self._shape(number, labels[box] == label, box)) is not None:
+                elif (shape := _shape(number, labels[box] == label, box, self._top)) is not None:
                     yield shape
             # Shapes that were told must not come again when the rows that they share with open ones are looked at once more.
             held = np.where((labels > 0) & ~np.isin(labels, list(touching)), 0, held)
         self._top += keep_from
         self._open = held[keep_from:].copy()
 
-    def _shape(self, number: int, piece: np.ndarray, box: tuple[slice, slice]) -> Shape | None:
-        area = int(piece.sum())
-        if area < MIN_AREA_PX:
-            return None
-        y, x = box[0].start + self._top, box[1].start
-        # A rim of one pixel closes every ring; -0.5 brings the coordinates of pixels' middles to their corners' frame.
-        found = find_contours(np.pad(piece, 1), 0.5, fully_connected="high")
-        rings = [approximate_polygon(ring, TOLERANCE_PX) + np.array([y - 0.5, x - 0.5]) for ring in found]
-        rings = [ring for ring in rings if len(ring) >= 4]
-        if not rings:
-            return None
-        rings.sort(key=lambda ring: -abs(_area(ring)))
-        told = tuple([[round(float(b), 2), round(float(a), 2)] for a, b in ring] for ring in rings)
-        size = (piece.shape[1], piece.shape[0])
-        return Shape(number=number, area_px=area, box_px=(x, y, *size), rings=told)
+
+def shapes_of(cells: Instances) -> Iterator[Shape]:
+    """The outlines of single cells, touching ones parted, in the order of their numbers."""
+    for number, box in enumerate(ndimage.find_objects(cells.ids), 1):
+        shape = _shape(int(cells.classes[number]), cells.ids[box] == number, box, 0)
+        if shape is not None:
+            yield replace(shape, cell=number)
+
+
+def _shape(number: int, piece: np.ndarray, box: tuple[slice, slice], top: int) -> Shape | None:
+    area = int(piece.sum())
+    if area < MIN_AREA_PX:
+        return None
+    y, x = box[0].start + top, box[1].start
+    # A rim of one pixel closes every ring; -0.5 brings the coordinates of pixels' middles to their corners' frame.
+    found = find_contours(np.pad(piece, 1), 0.5, fully_connected="high")
+    rings = [approximate_polygon(ring, TOLERANCE_PX) + np.array([y - 0.5, x - 0.5]) for ring in found]
+    rings = [ring for ring in rings if len(ring) >= 4]
+    if not rings:
+        return None
+    rings.sort(key=lambda ring: -abs(_area(ring)))
+    told = tuple([[round(float(b), 2), round(float(a), 2)] for a, b in ring] for ring in rings)
+    size = (piece.shape[1], piece.shape[0])
+    return Shape(number=number, area_px=area, box_px=(x, y, *size), rings=told)
 
 
 def _area(ring: np.ndarray) -> float:
@@ -93,12 +106,13 @@ def colour(number: int) -> tuple[int, int, int]:
 
 
 def feature(shape: Shape, names: tuple[str, ...]) -> dict[str, Any]:
-    """A shape as QuPath reads it: a detection with its class, its colour and its area as a measurement."""
+    """A shape as QuPath reads it: a detection with its class, its colour and its area as a measurement; its name is its cell's number."""
     return {
         "type": "Feature",
         "geometry": {"type": "Polygon", "coordinates": list(shape.rings)},
         "properties": {
             "objectType": "detection",
+            **({"name": str(shape.cell)} if shape.cell else {}),
             "classification": {"name": names[shape.number], "color": list(colour(shape.number))},
             "measurements": {"Area px^2": shape.area_px},
             "cellbench": {"class": shape.number, "box_px": list(shape.box_px)},

@@ -2,7 +2,7 @@
 
 - ``NAME.png``: 0 and 255 where there are two classes, else the class numbers. Says inside which run made it from which file.
 - ``NAME.probability.png``: of not being background, 0..255. ``NAME.overlay.png``: the image with outlines.
-- ``NAME.geojson``: outlines for QuPath.
+- ``NAME.geojson``: outlines for QuPath, of single cells where they are numbered, else of connected pieces.
 - ``NAME.instances.png``: 16 bit, one number a cell, touching ones parted. ``NAME.cells.csv``: a line for each of them.
 """
 
@@ -11,18 +11,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import psutil
 
 from cellbench.data.images import png_bytes
 from cellbench.data.png_rows import PngRows, words_of
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, told
 from cellbench.measure import cells
-from cellbench.outlines import Shapes, colour, feature
+from cellbench.outlines import Shape, Shapes, colour, feature, shapes_of
 from cellbench.segmenter import Band
 from cellbench.separate import CONNECTED, Separation
 
@@ -68,6 +70,10 @@ class Target:
         return words == self.words and all(file.exists() for file in files)
 
 
+class TooManyCells(CellbenchError):
+    """An image with more cells than a 16-bit label image can number."""
+
+
 class Files:
     """The files of one image while they are written. Use in ``with``: leaving without :meth:`keep` leaves nothing."""
 
@@ -85,7 +91,7 @@ class Files:
             by_ending = {path.name.removeprefix(target.stem.name): files[path] for path in rest}
             self._cell = PngRows(by_ending[".probability.png"], size_px, 1, target.words) if wanted.probability else None
             self._overlay = PngRows(by_ending[".overlay.png"], size_px, 3, target.words) if wanted.overlay else None
-            self._shapes = Shapes(len(names)) if wanted.geojson else None
+            self._shapes = Shapes(len(names)) if wanted.geojson and not wanted.instances else None
             self._geojson = by_ending.get(".geojson")
             if self._geojson is not None:
                 self._geojson.write(b'{"type": "FeatureCollection", "features": [')
@@ -139,41 +145,50 @@ class Files:
 
     def _outline(self, band: Band) -> None:
         assert self._shapes is not None
+        self._tell(self._shapes.add(band.classes, band.last))
+
+    def _tell(self, shapes: Iterable[Shape]) -> None:
         assert self._geojson is not None
-        for shape in self._shapes.add(band.classes, band.last):
+        for shape in shapes:
             text = json.dumps(feature(shape, self._names), separators=(",", ":"))
             self._geojson.write((",\n" if self._num_shapes else "\n").encode() + text.encode())
             self._num_shapes += 1
 
     def keep(self) -> None:
-        """All rows are in: the files appear, the mask last."""
+        """All rows are in: the files appear, the mask last. Raises TooManyCells, and then leaves nothing."""
         with told(f"writing {self._all[-1]}"):
+            if self._cells is not None:
+                self._count(*self._cells)
             for rows in (self._mask, self._cell, self._overlay):
                 if rows is not None:
                     rows.end()
             if self._geojson is not None:
                 facts = {"file": self._target.image.name, "size_px": list(self._size_px)}
                 self._geojson.write(b"\n],\n" + b'"cellbench": ' + json.dumps(facts).encode() + b"}\n")
-            if self._cells is not None:
-                self._count(*self._cells)
             self._stack.close()
             for part, path in zip(self._parts, self._all, strict=True):
                 os.replace(part, path)
             self._parts = []
 
-
     def _count(self, labels: BinaryIO, table: BinaryIO) -> None:
         classes, image, relief = (np.concatenate(parts) if parts[0] is not None else None for parts in zip(*self._rows, strict=True))
         found = self._wanted.separation.instances(classes, relief)
         if found.num > 65535:
-            raise CellbenchError(f"{self._target.image}: {found.num} cells, where 16 bits number 65535. Cut the image into pieces.")
+            raise TooManyCells(f"{self._target.image}: {found.num} cells, where 16 bits number 65535. Cut the image into pieces.")
+        if self._geojson is not None:  # single cells, as they are counted
+            self._tell(shapes_of(found))
         labels.write(png_bytes(found.ids.astype(np.uint16)))
         table.write(cells(found, image, self._names, self._wanted.um_per_px).text.encode("utf-8"))
 
 
 def swept(folder: Path) -> int:
     """Removes what a process that was killed left half-written below a folder; returns how many files."""
-    parts = [path for path in folder.rglob(f".*{PART}") if path.is_file()]
+    # Each is named after its process. One of another machine may have the number of one that lives here: it stays until a later call.
+    parts = [path for path in folder.rglob(f".*{PART}") if path.is_file() and not _lives(path.name[1:].partition("-")[0])]
     for part in parts:
         part.unlink(missing_ok=True)
     return len(parts)
+
+
+def _lives(pid: str) -> bool:
+    return pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid))

@@ -17,7 +17,7 @@ from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
 from cellbench.measure import as_csv, density
 from cellbench.outlines import coco
-from cellbench.outputs import CELLS, INSTANCES, Files, Target, Wanted, swept
+from cellbench.outputs import CELLS, INSTANCES, Files, Target, TooManyCells, Wanted, swept
 from cellbench.segmenter import Refused, Segmenter
 
 COCO, COUNTS = "coco.json", "counts.csv"
@@ -91,7 +91,12 @@ def masks(segmenter: Segmenter, targets: Sequence[Target], wanted: Wanted, tell:
                 height = event.source.size_px[0]
                 bar.update(len(event.classes) / height)
                 if event.last:
-                    files.keep()
+                    try:
+                        files.keep()
+                    except TooManyCells as error:
+                        bad[target] = error
+                        tell(f"passed over: {error}")
+                        files.__exit__()
                     files = None
         finally:
             if files is not None:

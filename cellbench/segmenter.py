@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellbench.backbones.catalog import open_backbone
+from cellbench.backbones.base import Backbone
+from cellbench.backbones.catalog import open_backbone, weights_digest
 from cellbench.data.sources import Source, Whole, open_source
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features import Batch, Trunk
@@ -29,7 +30,7 @@ from cellbench.infer import bytes_of, drawn, likeliest
 from cellbench.lanes import Lanes, ahead
 from cellbench.machine import Machine, machine
 from cellbench.model import model, num_levels
-from cellbench.registry import Registry, load
+from cellbench.registry import BackboneCard, Registry, load
 from cellbench.separate import CONNECTED, Separation
 from cellbench.shapes import Instances
 from cellbench.tiles import Grid, Stitcher, cut
@@ -103,7 +104,7 @@ class Segmenter:
         self.trained, self.machine, run = trained, here, trained.run
         self.names = trained.classes
         self._function = load(registry.baseline(run.baseline)) if run.baseline and not registry.baseline(run.baseline).trained else None
-        backbone = open_backbone(registry.backbone(run.backbone), weights, download) if run.backbone else None
+        backbone = self._backbone(registry.backbone(run.backbone), weights, download) if run.backbone else None
         num = num_levels(run, registry)
         self.trunk = Trunk(backbone, here, [num] if num else [], run.unfreeze)
         if trained.preparation.framing.whole:
@@ -116,6 +117,16 @@ class Segmenter:
             except RuntimeError as error:
                 raise CellbenchError(f"'{trained.name}': its weights do not fit its head as it is built here: {one_line(error)[:300]}.") from None
             self.model.eval()
+
+    def _backbone(self, card: BackboneCard, weights: Path | None, download: bool) -> Backbone:
+        """The backbone that the run learned on. Raises CellbenchError for another one under the same name: its head would find nonsense in it."""
+        wanted = self.trained.backbone_digest
+        if wanted and (found := weights_digest(card, weights, download)) != wanted:
+            raise CellbenchError(
+                f"'{self.trained.name}': the weights of {card.id} here are others ({found[:19]}…) than those that it learned on ({wanted[:19]}…). "
+                "Give --weights with the folder that it was trained with."
+            )
+        return open_backbone(card, weights, download)
 
     @classmethod
     def load(

@@ -14,7 +14,7 @@ from cellbench.data.prepare import Preparation
 from cellbench.errors import CellbenchError, unknown
 from cellbench.evidence import collect
 from cellbench.framing import Framing
-from cellbench.logged import Stored
+from cellbench.logged import WEIGHTS, Stored
 from cellbench.registry import Registry
 from cellbench.separate import CONNECTED, Separation
 from cellbench.spec import Experiment, RunSpec, expand
@@ -81,6 +81,7 @@ def open_run(tracker: Tracker, stored: Stored, registry: Registry) -> Trained:
         weights=weights_of(data, stored.name) if data is not None else {},
         separation=Separation(**json.loads(separation)) if separation is not None else CONNECTED,
         fingerprint=stored.fingerprint,
+        backbone_digest=stored.tags.get(WEIGHTS, ""),
         dataset_digest=str(told["dataset"]),
         run_id=stored.run_id,
         experiment=tracker.name,

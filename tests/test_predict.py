@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +19,10 @@ from PIL import Image
 from cellbench import outputs
 from cellbench.errors import CellbenchError
 from cellbench.metrics import confusion
+from cellbench.registry import Registry
 from cellbench.run import main
 from cellbench.segmenter import Segmenter
+from cellbench.shapes import Instances
 
 
 def predict(*arguments: object) -> int:
@@ -182,3 +188,38 @@ def test_a_scale_without_cells_and_an_image_too_large_for_them_are_refused(there
     monkeypatch.setattr("cellbench.predict.MOST_PX", 10)
     assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out", "--instances") == 1
     assert "passed over" in capsys.readouterr().err
+
+
+def test_outlines_are_of_the_cells_that_are_counted(there: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert predict(MODEL, "smears/test/original/t0.png", "--out", out, "--instances", "--geojson", "--coco") == 0
+    table = {int(row["cell"]): float(row["area_px"]) for row in csv.DictReader((out / "t0.cells.csv").open())}
+    told = [one["properties"] for one in json.loads((out / "t0.geojson").read_text())["features"]]
+    shapes = {int(one["name"]): one["measurements"]["Area px^2"] for one in told}
+    assert shapes == {cell: area for cell, area in table.items() if area >= 16}
+    assert len(json.loads((out / "coco.json").read_text())["annotations"]) == len(shapes)
+
+
+def test_more_cells_than_can_be_numbered_are_passed_over(there: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    many = Instances(ids=np.zeros((120, 160), np.int32), areas_px=np.zeros(65537, int), classes=np.zeros(65537, np.uint8))
+    monkeypatch.setattr("cellbench.separate.Separation.instances", lambda *_: many)
+    assert predict(MODEL, "smears/test/original/t0.png", "--out", tmp_path / "out", "--instances") == 1
+    assert "65536 cells" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f".{pid}-a.png{outputs.PART}").write_bytes(b"half")
+    assert outputs.swept(tmp_path) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [f".{os.getppid()}-a.png{outputs.PART}"]
+
+
+def test_other_weights_under_the_same_name_are_refused(there: Path, tmp_path: Path) -> None:
+    of_run = Segmenter.load(MODEL, device="cpu")
+    assert of_run.trained.backbone_digest
+    other = replace(of_run.trained, backbone_digest="none:0000")
+    with pytest.raises(CellbenchError, match="are others"):
+        Segmenter(other, Registry(), of_run.machine)
