@@ -9,12 +9,13 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cellbench import moved
+from cellbench import moved, on_ray
 from cellbench import workers as processes
 from cellbench.backbones.weights import weights_folder
 from cellbench.data.dataset import SPLITS, Dataset
@@ -160,13 +161,21 @@ def grid(
     limit: int | None = None,
     dry_run: bool = False,
     workers: int | None = None,
+    on: str | None = None,
+    gpu_share: float = 1.0,
 ) -> int:
     """``cellbench grid``: runs an experiment and prints its leaderboard. Exit code 0, or 1 where a run failed."""
     disk, prefer_disk = cache_budget(cache)
     registry = Registry(extra)
     experiment = read_experiment(file, changes, data, limit, registry)
     weights = weights_folder(weights)
-    here = machine(device, precision, memory)
+    if workers is not None and on is not None:
+        raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
+    if not 0 < gpu_share <= 1:
+        raise CellbenchError(f"--gpu-share {gpu_share:g}: expected more than 0 and at most 1.")
+    if on is not None:
+        on_ray.checked(on)
+    here = machine(device, precision, memory, elsewhere=on is not None)
     if workers is not None:
         processes.checked(workers, here)
     datasets = open_folds(experiment, registry, data)
@@ -186,7 +195,7 @@ def grid(
     key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), pool(datasets)], sort_keys=True).encode()).hexdigest()[:16]
     asked = {f"grid.{name}": ", ".join(map(str, values)) for name, values in experiment.grid.items()}
     asked |= {"baselines": ", ".join(experiment.baselines) or "none", "dataset": dataset.name}
-    with parent(tracker, f"grid: {Path(file).stem}", key, asked) as top:
+    with on_ray.joined(on, here) if on is not None else nullcontext() as ray, parent(tracker, f"grid: {Path(file).stem}", key, asked) as top:
         runner = Runner(
             experiment=experiment,
             registry=registry,
@@ -212,7 +221,11 @@ def grid(
                 disk_bytes=disk,
                 prefer_disk=prefer_disk,
             )
-            crew: Crew = processes.Crew(workers, told) if workers is not None else alone
+            crew: Crew = alone
+            if workers is not None:
+                crew = processes.Crew(workers, told)
+            elif ray is not None:
+                crew = on_ray.Crew(ray, told, gpu_share)
             outcome = everything(runner, jobs, crew)
         ids = {logged.run_id for logged in outcome.finished.values()}
         known = about(experiment_path(file).read_text(encoding="utf-8"), dataset, here.name)

@@ -70,16 +70,18 @@ class Machine:
     def name(self) -> str:
         """For people: ``cpu, 2 cores, bf16``."""
         cores = self.lanes * self.threads
-        what = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.device.type}, {cores} core{'s' * (cores > 1)}"
+        gpu = self.device.type == "cuda" and torch.cuda.is_available()
+        what = torch.cuda.get_device_name(self.device) if gpu else f"{self.device.type}, {cores} core{'s' * (cores > 1)}"
         return f"{what}, {'bf16' if self.precision == torch.bfloat16 else 'fp32'}"
 
 
-def machine(device: str = "auto", precision: str = "auto", memory: str = "auto") -> Machine:
+def machine(device: str = "auto", precision: str = "auto", memory: str = "auto", *, elsewhere: bool = False) -> Machine:
     """The machine as asked for: ``auto``, or ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``fp32`` or ``bf16``; ``4G``. Raises CellbenchError.
 
-    From here on each of torch's operations uses the machine's ``threads`` cores.
+    From here on each of torch's operations uses the machine's ``threads`` cores. ``elsewhere``: the work is for other machines, which may have a
+    GPU where this one has none.
     """
-    where = _device(device)
+    where = torch.device("cuda") if elsewhere and device == "cuda" else _device(device)
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if _fast_bf16(where) else torch.float32}
     if precision not in kinds:
         raise CellbenchError(f"--precision {precision}: expected one of {', '.join(kinds)}.")
@@ -157,6 +159,7 @@ def _device(name: str) -> torch.device:
 
 def _fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        # Where the work goes to another machine: every GPU since 2020 has it.
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     # Without these instructions bf16 is emulated, several times slower than fp32.
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -6,6 +6,9 @@ other fingerprints, and it refuses: two versions of an experiment never end in o
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.metadata
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from cellbench import __version__
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
 from cellbench.jobs import Job, jobs_of, open_folds
@@ -105,6 +109,21 @@ def pieces(groups: Sequence[Sequence[Job]], registry: Registry) -> list[Piece]:
 
     made = [Piece(jobs=list(jobs), title=f"cohort {k} of {len(groups)}", deaths=[]) for k, jobs in enumerate(groups, 1)]
     return sorted(made, key=lambda piece: -price(piece.jobs))
+
+
+@functools.cache
+def version() -> str:
+    """What computes here, for people, with a hash of the package's own code: two checkouts may both be 0.1.0."""
+    folder = Path(__file__).parent
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py"))))
+    libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "numpy"))
+    return f"cellbench {__version__} ({code.hexdigest()[:8]}), {libraries}"
+
+
+def same_version(theirs: str) -> None:
+    """Raises CellbenchError where the process that started the grid has another version."""
+    if version() != theirs:
+        raise CellbenchError(f"{owner_here()} has {version()}; the grid was started with {theirs}. Install the same on all machines.")
 
 
 class Hand:

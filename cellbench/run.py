@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--limit", type=int, metavar="N", help="at most N images of each of train, validation and test, for a quick try")
     grid.add_argument("--dry-run", action="store_true", help="print the runs, the cohorts and an estimate of time, memory and disk; train nothing")
     grid.add_argument("--workers", type=int, metavar="N", help="N processes side by side, each on its share of the cores (default: this one alone)")
+    grid.add_argument("--on", metavar="ray[://ADDRESS]", help="run on Ray: one that is started here, or the cluster at ray://HOST:PORT")
+    grid.add_argument("--gpu-share", type=float, default=1.0, metavar="X", help="with --on: the part of a GPU that a cohort asks for (default: 1)")
     grid.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like run.epochs=3; repeatable")
     grid.set_defaults(verb=_grid)
 
@@ -182,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--cache", type=Path, metavar="DIR", help="for downloads and hashes (default: ~/.cache/cellbench)")
     doctor.add_argument("--deep", action="store_true", help="for the table: also read large files to compare their hashes, once")
     doctor.add_argument("--contracts", action="store_true", help="test what every part must keep: those named, of --registry, or all")
-    doctor.add_argument("--services", action="store_true", help="ask what is configured: MLflow's server, the databases, the cache folder")
+    doctor.add_argument("--services", action="store_true", help="ask what is configured: MLflow's server, the databases, the cache folder, Ray")
     doctor.set_defaults(verb=_doctor)
     return parser
 
@@ -292,6 +294,8 @@ def _grid(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         dry_run=arguments.dry_run,
         workers=arguments.workers,
+        on=arguments.on,
+        gpu_share=arguments.gpu_share,
     )
 
 

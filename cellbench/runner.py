@@ -131,6 +131,15 @@ class Runner:
                         run.log({}, params=params_of(job.run, self.dataset.name))
                     self._fail([run], [job], reason, out)
 
+    def release(self, jobs: list[Job], owner: str) -> None:
+        """Sets the runs free that a lost process elsewhere, ``owner``, was at: the next one takes them up at once."""
+        with self.tracker.lock():
+            known = self.tracker.known()
+            for job in jobs:
+                old = known.get(job.fingerprint)
+                if old is not None and old.status == "running" and old.owner == owner:
+                    self.tracker.interrupted(old)
+
     def _tags(self, run: RunSpec) -> dict[str, str]:
         params = params_of(run, self.dataset.name)
         tags = {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": run.model}

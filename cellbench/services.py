@@ -1,14 +1,17 @@
-"""``doctor --services``: does what is configured answer, and fit: MLflow's server, the databases, the cache folder.
+"""``doctor --services``: does what is configured answer, and fit: MLflow's server, the databases, the shared cache folder, Ray.
 
-Reads the environment alone (``MLFLOW_TRACKING_URI``, ``OPTUNA_STORAGE``, ``CELLBENCH_CACHE``), writes nothing but a file that it
+Reads the environment alone (``MLFLOW_TRACKING_URI``, ``OPTUNA_STORAGE``, ``CELLBENCH_CACHE``, ``RAY_ADDRESS``), writes nothing but a file that it
 removes again, and shows no password.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import shutil
+import socket
 import tempfile
 import urllib.request
 from collections.abc import Callable
@@ -46,7 +49,7 @@ def findings() -> list[Finding]:
     found = [_asked("MLflow", lambda: _tracking(tracking)), _asked("Optuna", lambda: _storage(storage))]
     if "://" in storage and storage == tracking and not store_file(tracking):
         found.append(Finding(service="Optuna", good=False, text="has MLflow's database; their tables mix. Give it one of its own: createdb optuna."))
-    return [*found, _asked("cache", _cache)]
+    return [*found, _asked("cache", _cache), _asked("Ray", lambda: _ray(os.environ.get("RAY_ADDRESS", "")))]
 
 
 def _asked(service: str, ask: Callable[[], str]) -> Finding:
@@ -100,3 +103,17 @@ def _cache() -> str:
     with told(f"writing into the cache folder {folder}"), tempfile.NamedTemporaryFile(dir=folder):
         free = shutil.disk_usage(folder).free / 2**30
     return f"{folder} can be written to, {free:.0f} GiB free. On a cluster all nodes must share it."
+
+
+def _ray(address: str) -> str:
+    if importlib.util.find_spec("ray") is None:
+        return "not installed (pip install 'cellbench[ray]'); --workers N needs nothing more."
+    version = importlib.metadata.version("ray")
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return f"Ray {version}; RAY_ADDRESS is not set: `--on ray` starts one here."
+    try:
+        with contextlib.closing(socket.create_connection((host, int(port)), timeout=ANSWER_S)):
+            return f"Ray {version}; {address} answers."
+    except OSError as error:
+        raise CellbenchError(f"{address} does not answer ({error.strerror or error}). Is the cluster up, and its port open?") from None

@@ -136,6 +136,11 @@ class Tracker:
         except (CellbenchError, self.mlflow.exceptions.MlflowException, OSError):
             return None
 
+    def interrupted(self, run: Logged) -> None:
+        """Marks a run whose process is gone."""
+        self.client.set_tag(run.run_id, STATUS, "interrupted")
+        self.client.set_terminated(run.run_id, TERMINAL["interrupted"])
+
     def attach(self, run: Stored, folder: Path) -> None:
         """Everything below a folder, as artifacts of a run that has ended."""
         with told("keeping a report in MLflow"):

@@ -38,7 +38,7 @@ LAYERS = (
     ("what is tried out", {"estimate", "naive", "trials", "bench", "scaling", "contracts/"}),
     (
         "verbs",
-        {"check", "grid", "search", "runner", "jobs", "orders", "workers", "services", "commands", "catalogue", "report", "doctor"}
+        {"check", "grid", "search", "runner", "jobs", "orders", "workers", "on_ray", "services", "commands", "catalogue", "report", "doctor"}
         | {"ui", "predict", "evaluate", "export", "explore"},
     ),
     ("the command line", {"run"}),
@@ -62,6 +62,7 @@ DOORS = {
     "onnxruntime": {"onnx_file.py"},
     "pydantic": {"spec.py", "registry.py", "space.py"},
     "argparse": {"run.py"},
+    "ray": {"on_ray.py"},
     "sqlalchemy": {"services.py", "study.py"},
 }
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py")) if "_shipped" not in path.parts}

@@ -1,0 +1,195 @@
+"""The same grid on a Ray of two nodes, one of which is killed at work: the same numbers to the last bit. Skipped where Ray is not installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from questions import QUESTION, answers, assassin, place
+
+from cellbench import on_ray
+from cellbench.commands import read_experiment
+from cellbench.errors import CellbenchError
+from cellbench.files import write_atomic
+from cellbench.jobs import jobs_of, open_folds
+from cellbench.machine import Machine
+from cellbench.orders import order, version
+from cellbench.registry import Registry
+from cellbench.run import main
+from cellbench.track import Tracker
+
+TWO = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30, lanes=2)
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'cellbench[ray]'")
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """Two nodes of one core on this machine, both with little memory for objects."""
+    monkeypatch.setattr("cellbench.machine.cores", lambda: 2)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "memory": 4 * 2**30}
+    cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+    cluster.add_node(**small)
+    yield cluster
+    cluster.shutdown()
+
+
+@needs_ray
+def test_two_nodes_of_which_one_is_killed_give_the_numbers_of_one_process_to_the_last_bit(tmp_path, monkeypatch, two_nodes, capsys):
+    few = ["--set", "grid.seed=[0]", "--set", "baselines=[]"]
+    place(tmp_path / "alone", monkeypatch)
+    assert main([*QUESTION, *few]) == 0
+    alone = answers()
+    place(tmp_path / "together", monkeypatch)
+    (second,) = two_nodes.worker_nodes
+    raylet = second.all_processes["raylet"][0].process.pid
+
+    def kill(pid: int) -> bool:
+        at_work = psutil.pid_exists(pid) and psutil.Process(pid).ppid() == raylet
+        if at_work:
+            two_nodes.remove_node(second, allow_graceful=False)
+        return at_work
+
+    with assassin(kill) as killed:
+        assert main([*QUESTION, *few, "--on", f"ray://{two_nodes.address}"]) == 0
+    printed = capsys.readouterr().out
+    assert "Ray: 2 nodes with 2 cores; a cohort gets cpu, 1 core" in printed
+    assert killed
+    assert "its process or node was lost" in printed
+    assert len(alone) == 2
+    assert answers() == alone
+
+
+def test_without_ray_the_answer_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    place(tmp_path, monkeypatch)
+    assert main([*QUESTION, "--on", "ray"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "pip install 'cellbench[ray]'" in line
+
+
+@pytest.fixture
+def deaf():
+    """A port of this machine that is nobody's, and one where something else than Ray answers."""
+    with socket.socket() as free, socket.create_server(("127.0.0.1", 0)) as other:
+        free.bind(("127.0.0.1", 0))
+
+        def answer() -> None:
+            with contextlib.suppress(OSError), other.accept()[0] as there:  # nobody came
+                there.recv(100)
+                there.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield {"NOBODY": free.getsockname()[1], "OTHER": other.getsockname()[1]}
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("on", "told"),
+    [
+        ("dask", "expected ray, or"),
+        ("ray://", "expected ray, or"),
+        ("ray://cluster", "expected ray://HOST:PORT"),
+        ("ray://127.0.0.1:10001", "the port of Ray's client"),
+        ("ray://127.0.0.1:NOBODY", "does not answer"),
+        ("ray://127.0.0.1:OTHER", "is not a Ray cluster"),
+    ],
+)
+def test_an_address_where_no_cluster_is_is_told_at_once(on, told, deaf):
+    for name, port in deaf.items():
+        on = on.replace(name, str(port))
+    with pytest.raises(CellbenchError, match=told):
+        on_ray.checked(on)
+
+
+@needs_ray
+def test_a_ray_that_is_started_here_listens_to_this_machine_alone():
+    code = """
+import psutil, torch
+from cellbench import on_ray
+from cellbench.machine import Machine
+two = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30, lanes=2)
+with on_ray.joined("ray", two):
+    for process in psutil.Process().children(recursive=True):
+        for one in process.net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN:
+                print(one.laddr.ip.removeprefix("::ffff:"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
+    assert set(done.stdout.split()) == {"127.0.0.1"}
+
+
+def test_a_cohort_gets_what_keeps_the_cluster_busy_and_never_more_than_a_node_has():
+    nodes = [{"CPU": 8.0, "memory": 64e9}, {"CPU": 4.0, "memory": 16e9}]
+    assert [on_ray.share(TWO, nodes, num, 1.0).lanes for num in (1, 2, 4, 100)] == [8, 6, 3, 1]
+    with pytest.raises(CellbenchError, match="no node has the 1 cores"):
+        on_ray.share(TWO, [{"CPU": 0.0}], 1, 1.0)
+
+
+def test_a_share_of_a_gpu_brings_its_part_of_the_nodes_cores_and_where_no_node_has_it_the_answer_says_so():
+    gpu = replace(TWO, device=torch.device("cuda"), memory_bytes=2**40)
+    nodes = [{"CPU": 32.0, "GPU": 2.0, "memory": 256e9}, {"CPU": 64.0, "memory": 1e9}]
+    whole, third = (on_ray.share(gpu, nodes, 10, part) for part in (1.0, 1 / 3))
+    assert (whole.threads, third.threads) == (16, 5)
+    assert whole.memory_bytes + on_ray.PROCESS_BYTES < 128e9
+    with pytest.raises(CellbenchError, match=r"no node has 0\.5 of a GPU"):
+        on_ray.share(gpu, nodes[1:], 10, 0.5)
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """The order of a grid that has begun, and the fingerprint of its first run."""
+    place(tmp_path, monkeypatch)
+    experiment, data = read_experiment("small.toml", data=Path("smears")), Path("smears").absolute()
+    tracker = Tracker(experiment.experiment)
+    with tracker.run("grid", "parent") as top:
+        pass
+    jobs = jobs_of(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml")
+    told = order(experiment, top.run_id, TWO, where="small.toml", data=data, weights=None, extra=None, disk_bytes=0, prefer_disk=False)
+    write_atomic(told.cache / "token", "seen")
+    return told, jobs[0].fingerprint
+
+
+def test_a_node_of_another_version_without_the_cache_or_with_other_data_refuses_in_one_line(asked):
+    told, known = asked
+    theirs = version().replace("torch 2", "torch 1")
+    for order_, versions, token, fingerprint, words in (
+        (b"not even read", theirs, "token", known, "Install the same on all machines"),
+        (pickle.dumps(told), version(), "unseen", known, "does not see the cache folder"),
+        (pickle.dumps(told), version(), "token", "0123456789abcdef", "its cellbench, cards, data or weights are not those"),
+    ):
+        kind, why, _ = on_ray._Hand(order_, versions, token).cohort([fingerprint], "cohort 1 of 1", 0)
+        assert kind == "refused"
+        assert words in why
+        assert "\n" not in why
+
+
+def test_several_machines_are_not_let_loose_on_a_file():
+    nodes = [{"Alive": True, "NodeManagerHostname": name, "NodeID": name, "Resources": {"CPU": 1.0}} for name in ("a", "b")]
+    ray = SimpleNamespace(nodes=lambda: nodes)
+    with pytest.raises(CellbenchError, match="several machines cannot keep their runs in"):
+        on_ray.Crew(ray, SimpleNamespace(store="sqlite:////lab/mlflow.db"))._nodes()
+    assert len(on_ray.Crew(ray, SimpleNamespace(store="http://lab:5000"))._nodes()) == 2
+
+
+def test_a_run_set_free_is_taken_up_at_once(tmp_path, monkeypatch):
+    place(tmp_path, monkeypatch)
+    tracker = Tracker("small")
+    with tracker.run("one", "f1") as run:
+        tracker.client.set_tag(run.run_id, "cellbench.owner", "elsewhere:1")
+        assert tracker.known()["f1"].alive
+        tracker.interrupted(tracker.known()["f1"])
+        assert not tracker.known()["f1"].alive
