@@ -7,6 +7,7 @@ what colours say. ``cellbench.figures_many`` lines runs up.
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import matplotlib
 from cellbench.exam import shown
 from cellbench.significance import mean_interval
 
-matplotlib.use("Agg")
+if "matplotlib.pyplot" not in sys.modules:  # a notebook that draws keeps its own way to show
+    matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np

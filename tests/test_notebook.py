@@ -1,0 +1,40 @@
+"""The tour: every cell of it runs, from an empty folder, and what it shows is kept small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+
+TOUR = ROOT / "experiments" / "tour.ipynb"
+
+
+def shown(notebook: nbformat.NotebookNode) -> str:
+    """All that its cells printed."""
+    return "".join(one.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for one in cell.outputs)
+
+
+def test_the_tour_runs_from_an_empty_folder_to_counted_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = nbformat.read(TOUR, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    told = shown(notebook)
+    assert "Best on average is" in told
+    assert "cells found where 50 are" in told
+    assert list(tmp_path.iterdir()) == []  # it writes into a folder of its own
+
+
+def test_what_is_committed_of_it_is_small_and_whole() -> None:
+    notebook = nbformat.read(TOUR, as_version=4)
+    assert TOUR.stat().st_size < 600_000
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [one for cell in code for one in cell.outputs if one.output_type == "error"]
+    assert "cells found where" in shown(notebook)
