@@ -302,8 +302,9 @@ def bench(
         machine=machine(device, precision),
         backbone=backbone,
         weights=weights,
-        epochs=2 if quick else 4,
-        crops=8 if quick else 24,
+        epochs=2 if quick else 3,
+        crops=8 if quick else 16,
+        quick=quick,
         say=say,
     )
     if scale:

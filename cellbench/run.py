@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     bench.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
     bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and bench.png there")
-    bench.add_argument("--quick", action="store_true", help="fewer images and epochs: under two minutes, rougher")
+    bench.add_argument("--quick", action="store_true", help="fewer images, epochs and repeats: under two minutes, rougher")
     bench.add_argument("--scale", action="store_true", help="instead: 1 to 27 runs, and the images up to a hundred times over, with memory")
     bench.set_defaults(verb=_bench)
 
