@@ -1,8 +1,8 @@
 """What is kept of one image's prediction: files that grow band by band and appear whole, the mask last, as the mark that all is there.
 
 - ``NAME.png``: 0 and 255 where there are two classes, else the class numbers. Says inside which run made it from which file.
-- ``NAME.probability.png``: of not being background, 0..255. ``NAME.overlay.png``: the image with outlines.
-- ``NAME.geojson``: outlines for QuPath, of single cells where they are numbered, else of connected pieces.
+- ``NAME.probability.png``: of not being background, 0..255. ``NAME.overlay.png``: the image with outlines. ``NAME.geojson``: outlines for
+  QuPath. Outlines are those of single cells where these are numbered, else of connected pieces.
 - ``NAME.instances.png``: 16 bit, one number a cell, touching ones parted. ``NAME.cells.csv``: a line for each of them.
 """
 
@@ -120,28 +120,15 @@ class Files:
             self._mask.add(band.classes * np.uint8(self._full))
             if self._cell is not None:
                 self._cell.add(band.probability if band.probability is not None else (band.classes > 0) * np.uint8(255))
-            if self._overlay is not None:
-                self._overlay.add(self._outlined(band))
+            if self._overlay is not None and self._cells is None:
+                picture = band.source.rows(band.top, band.top + len(band.classes))
+                above = band.classes[:1] if self._above is None else self._above
+                self._overlay.add(outlined(picture, band.classes, above, np.arange(len(self._names))))
+                self._above = band.classes[-1:].copy()
             if self._shapes is not None:
                 self._outline(band)
             if self._cells is not None:  # cells are parted by the whole mask
                 self._rows.append((band.classes, band.source.rows(band.top, band.top + len(band.classes)), band.relief))
-
-    def _outlined(self, band: Band) -> np.ndarray:
-        """The image's own rows with the edges of the classes drawn over them, two pixels wide."""
-        classes, above = band.classes, self._above
-        picture = band.source.rows(band.top, band.top + len(classes)).copy()
-        above = classes[:1] if above is None else above
-        edge = np.concatenate([above, classes[:-1]]) != classes
-        edge[:, 1:] |= classes[:, 1:] != classes[:, :-1]
-        edge[:, :-1] |= edge[:, 1:]
-        self._above = classes[-1:].copy()
-        number = np.maximum(classes, np.concatenate([above, classes[:-1]]))
-        number[:, 1:] = np.maximum(number[:, 1:], classes[:, :-1])
-        number[:, :-1] = np.maximum(number[:, :-1], number[:, 1:])
-        for k in range(1, len(self._names)):
-            picture[edge & (number == k)] = colour(k)
-        return picture
 
     def _outline(self, band: Band) -> None:
         assert self._shapes is not None
@@ -177,8 +164,28 @@ class Files:
             raise TooManyCells(f"{self._target.image}: {found.num} cells, where 16 bits number 65535. Cut the image into pieces.")
         if self._geojson is not None:  # single cells, as they are counted
             self._tell(shapes_of(found))
+        if self._overlay is not None:
+            self._overlay.add(outlined(image, found.ids, found.ids[:1], found.classes))
         labels.write(png_bytes(found.ids.astype(np.uint16)))
         table.write(cells(found, image, self._names, self._wanted.um_per_px).text.encode("utf-8"))
+
+
+def outlined(image: np.ndarray, numbers: np.ndarray, above: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Rows of an image (h, W, 3) uint8 with the edges of what is numbered in them drawn over, two pixels wide.
+
+    ``numbers`` (h, W), 0 the background; ``above`` (1, W): the row before; ``classes``: of each number, for its colour.
+    """
+    before = np.concatenate([above, numbers[:-1]])
+    edge = before != numbers
+    edge[:, 1:] |= numbers[:, 1:] != numbers[:, :-1]
+    edge[:, :-1] |= edge[:, 1:]
+    number = np.maximum(numbers, before)
+    number[:, 1:] = np.maximum(number[:, 1:], numbers[:, :-1])
+    number[:, :-1] = np.maximum(number[:, :-1], number[:, 1:])
+    palette = np.array([(0, 0, 0), *(colour(k) for k in range(1, int(classes.max(initial=0)) + 1))], np.uint8)
+    picture = image.copy()
+    picture[edge] = palette[classes[number[edge]]]
+    return picture
 
 
 def swept(folder: Path) -> int:

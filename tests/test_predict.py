@@ -192,12 +192,16 @@ def test_a_scale_without_cells_and_an_image_too_large_for_them_are_refused(there
 
 def test_outlines_are_of_the_cells_that_are_counted(there: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert predict(MODEL, "smears/test/original/t0.png", "--out", out, "--instances", "--geojson", "--coco") == 0
+    assert predict(MODEL, "smears/test/original/t0.png", "--out", out, "--instances", "--geojson", "--coco", "--overlay") == 0
     table = {int(row["cell"]): float(row["area_px"]) for row in csv.DictReader((out / "t0.cells.csv").open())}
     told = [one["properties"] for one in json.loads((out / "t0.geojson").read_text())["features"]]
     shapes = {int(one["name"]): one["measurements"]["Area px^2"] for one in told}
     assert shapes == {cell: area for cell, area in table.items() if area >= 16}
     assert len(json.loads((out / "coco.json").read_text())["annotations"]) == len(shapes)
+    ids = np.array(Image.open(out / "t0.instances.png")).astype(int)
+    drawn = (np.array(Image.open(out / "t0.overlay.png")) != np.array(Image.open("smears/test/original/t0.png"))).any(axis=2)
+    where = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+    assert drawn[where].mean() > 0.99  # but for a pixel that has the outline's colour by itself
 
 
 def test_more_cells_than_can_be_numbered_are_passed_over(there: Path, tmp_path: Path, monkeypatch, capsys) -> None:
