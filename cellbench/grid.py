@@ -53,3 +53,4 @@ def parent(tracker: Tracker, name: str, fingerprint: str, asked: Mapping[str, st
         if old is None:  # a param is written once, and a folder may have another name today
             run.log({}, params=asked)
         yield run
+    tracker.settle()

@@ -159,6 +159,7 @@ class Hand:
         self._runner.machine = self._machine.smaller(halvings)
         out = Outcome()
         self._runner.cohort([self._jobs[f] for f in fingerprints], title, out)
+        self._runner.tracker.settle()  # whoever gave the order reads there what became of it
         return out
 
 

@@ -1,11 +1,21 @@
-"""MLflow's client, whose refusals are told in one line: a full disk, a read-only or locked store, a server that does not answer."""
+"""MLflow's client, whose refusals are told in one line: a full disk, a read-only or locked store, a server that does not answer.
+
+A server may be away for a while. What it is only told then waits in an outbox, and training goes on; what it is asked waits for its answer.
+"""
 
 from __future__ import annotations
 
 import re
+import shutil
+import time
+from pathlib import Path
 from typing import Any
 
 from cellbench.errors import CellbenchError, one_line
+from cellbench.outbox import EVERY_S, PATIENCE_S, Away, Letter, left, outbox, say
+
+TELLS = {"log_batch", "set_tag", "set_terminated", "log_artifacts"}
+"""Calls that need no answer, and do no harm when they come twice."""
 
 
 class Client:
@@ -13,17 +23,119 @@ class Client:
 
     def __init__(self, mlflow: Any) -> None:
         self._client, self._mlflow = mlflow.MlflowClient(), mlflow
+        self._uri = mlflow.get_tracking_uri()
+        self._shown = unlocked(self._uri)
+        self._outbox = outbox(self._uri, self._send, self._shown) if self._uri.startswith(("http:", "https:")) else None
+        self._met = False
 
     def __getattr__(self, name: str) -> Any:
-        call = getattr(self._client, name)
+        getattr(self._client, name)  # AttributeError, here
 
         def told_call(*arguments: Any, **named: Any) -> Any:
-            try:
-                return call(*arguments, **named)
-            except self._mlflow.exceptions.MlflowException as error:
-                raise refused(error, self._mlflow.get_tracking_uri()) from error
+            if name in TELLS and self._outbox is not None:
+                return self._tell(name, arguments, named)
+            return self._ask(name, arguments, named)
 
         return told_call
+
+    def settle(self) -> None:
+        """Waits until the server has been told everything. Raises CellbenchError where it stays away."""
+        if self._outbox is not None and not self._outbox.flushed(PATIENCE_S):
+            raise CellbenchError(
+                f"MLflow at {self._shown} has not answered for {PATIENCE_S / 60:.0f} minutes. {len(self._outbox)} calls are kept in "
+                f"{self._outbox.folder}: the same command sends them first, when it is back."
+            )
+
+    def send_left(self) -> None:
+        """Sends what processes that are gone could not. Raises CellbenchError where the server does not answer."""
+        if self._outbox is None:
+            return
+        for folder, letters in left(self._uri):
+            try:
+                for letter in letters:
+                    self._outbox.take(letter, folder)
+            except Away as error:
+                raise refused(error, self._uri) from error
+            shutil.rmtree(folder, ignore_errors=True)
+            say(f"MLflow is told what an earlier process could not: {len(letters)} calls.")
+
+    def _ask(self, name: str, arguments: Any, named: Any) -> Any:
+        """The answer, waited for once the server has answered before: it then is known to be there."""
+        end = time.monotonic() + (PATIENCE_S if self._met and self._outbox is not None else 0)
+        silent = False
+        while True:
+            self.settle()  # or the answer would not know what was told
+            try:
+                answer = self._call(name, arguments, named)
+                self._met = True
+                return answer
+            except Away as error:
+                if time.monotonic() > end:
+                    raise refused(error, self._uri) from error
+            if not silent:
+                say(f"MLflow at {self._shown} does not answer. It is asked again for {PATIENCE_S / 60:.0f} minutes.")
+                silent = True
+            time.sleep(EVERY_S)
+
+    def _tell(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        assert self._outbox is not None
+        if not len(self._outbox):  # else it would overtake what waits
+            try:
+                self._call(name, arguments, named)
+                return
+            except Away:
+                pass
+        if name == "set_terminated":
+            named = {**named, "end_time": int(time.time() * 1000)}
+        carries = Path(arguments[1]) if name == "log_artifacts" else None
+        plain = [_plain(one) for one in (arguments[:1] if carries else arguments)]
+        self._outbox.put({"call": name, "arguments": plain, "named": {key: _plain(value) for key, value in named.items()}}, carries)
+
+    def _send(self, letter: Letter) -> None:
+        entities = self._mlflow.entities
+        arguments = [*letter["arguments"], *([letter["folder"]] if "folder" in letter else [])]
+        self._call(letter["call"], arguments, {key: _lively(value, entities) for key, value in letter["named"].items()})
+
+    def _call(self, name: str, arguments: Any, named: Any) -> Any:
+        """Raises Away, or CellbenchError."""
+        try:
+            return getattr(self._client, name)(*arguments, **named)
+        except (self._mlflow.exceptions.MlflowException, OSError) as error:
+            if is_away(error):
+                raise Away(one_line(error)) from error
+            if isinstance(error, OSError):
+                raise
+            raise refused(error, self._uri) from error
+
+
+def is_away(error: Exception) -> bool:
+    """Whether a server may take the same call later: it does not answer, is starting, or has lost its database for now."""
+    status = getattr(getattr(error, "response", None), "status_code", None)  # of requests, for artifacts
+    if status is not None:
+        return status in (500, 502, 503, 504)
+    if getattr(error, "error_code", "") == "TEMPORARILY_UNAVAILABLE":
+        return True
+    return bool(re.search(r"API request to \S+ failed with (timeout )?exception|failed with error code 50[0234]", str(error)))
+
+
+_FIELDS = {"Metric": ("key", "value", "timestamp", "step"), "Param": ("key", "value"), "RunTag": ("key", "value")}
+
+
+def _plain(value: Any) -> Any:
+    """MLflow's numbers, params and tags as JSON has them."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    name = type(value).__name__
+    return {name: [getattr(value, field) for field in _FIELDS[name]]} if name in _FIELDS else value
+
+
+def _lively(value: Any, entities: Any) -> Any:
+    if isinstance(value, list):
+        return [_lively(one, entities) for one in value]
+    if isinstance(value, dict):
+        ((name, fields),) = value.items()
+        return getattr(entities, name)(*fields)
+    return value
 
 
 def unlocked(text: str) -> str:

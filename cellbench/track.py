@@ -42,7 +42,7 @@ from cellbench.logged import (
 )
 from cellbench.refusals import Client, unlocked
 
-for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration"):
+for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration", "urllib3.connectionpool"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # what goes wrong there is raised as well, and told in one line
 
 
@@ -63,6 +63,7 @@ class Tracker:
             with told("opening MLflow's store here"), self.lock():
                 self.client = Client(mlflow)
                 self.experiment_id = self._experiment(make)
+                self.client.send_left()
         except mlflow.exceptions.MlflowException as error:
             why = f"MLflow at {mlflow.get_tracking_uri()}: {one_line(error)[:300]}. Mend it, or name another MLFLOW_TRACKING_URI."
             raise CellbenchError(unlocked(why)) from None
@@ -135,6 +136,10 @@ class Tracker:
                 return Path(self.client.download_artifacts(run.run_id, name, folder)).read_bytes()
         except (CellbenchError, self.mlflow.exceptions.MlflowException, OSError):
             return None
+
+    def settle(self) -> None:
+        """Waits until a server that was away has been told everything. Raises CellbenchError."""
+        self.client.settle()
 
     def interrupted(self, run: Logged) -> None:
         """Marks a run whose process is gone."""

@@ -29,7 +29,7 @@ LAYERS = (
     ),
     (
         "doors and what is told",
-        {"track", "logged", "refusals", "entries", "system", "views", "moved"}
+        {"track", "logged", "refusals", "outbox", "entries", "system", "views", "moved"}
         | {"figures", "figures_many", "figures_tests", "figures_explore", "page"}
         | {"results", "lineup", "evidence", "leaderboard", "learning", "chapters", "colophon"}
         | {"samplers", "study", "study_figures"},
