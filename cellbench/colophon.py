@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Any
 
 from cellbench import leaderboard, page
 from cellbench.evidence import Evidence
 from cellbench.logged import WEIGHTS
+from cellbench.refusals import command
 
 
 def data(evidence: Evidence, known: dict[str, Any]) -> str:
@@ -86,7 +85,7 @@ def made(evidence: Evidence, known: dict[str, Any]) -> str:
             ("versions", versions or "not recorded"),
             ("weights", ", ".join(f"{name} {told}" for name, told in sorted(weights.items()))),
             ("code", tags.get("mlflow.source.git.commit", "")),
-            ("page made by", shlex.join(["cellbench", *sys.argv[1:]])),
+            ("page made by", command()),
         ]
     )
     out += page.code(known.get("experiment", ""))

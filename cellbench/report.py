@@ -12,8 +12,6 @@ import io
 import json
 import platform
 import re
-import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.evidence import Evidence, collect
 from cellbench.files import make_folder, told
 from cellbench.lineup import TestSet
+from cellbench.refusals import command
 from cellbench.track import Run, Tracker, newest
 
 MOST_NOTED = 15
@@ -42,7 +41,7 @@ def about(text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
         "question": comments[0] if comments else "",
         "comments": comments[1:],
         "experiment": text,
-        "command": shlex.join(["cellbench", *sys.argv[1:]]),
+        "command": command(),
         "machine": machine,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
         "dataset": {

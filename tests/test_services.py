@@ -164,6 +164,48 @@ def test_postgresql_is_asked_and_two_services_in_one_database_are_wrong(asked, p
     assert "wr0ng" not in "".join(lines.values())
 
 
+SEARCH = """# A search that several machines could share
+experiment = "shared"
+dataset    = "folder"
+[search]
+trials      = 4
+batch       = 2
+repeat_best = 1
+[space]
+backbone = ["filter-bank"]
+head     = ["bilinear"]
+lr       = {low = 1e-4, high = 1e-1, log = true}
+[run]
+tile_px = 64
+epochs  = 1
+crops_per_image = 2
+"""
+
+
+def test_a_search_kept_on_postgresql_goes_on_there_and_its_password_is_written_nowhere(small_folder, tmp_path, monkeypatch, postgresql, capsys):
+    import psycopg
+
+    Path("shared.toml").write_text(SEARCH)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{postgresql}/mlflow")
+    call = ["search", "shared.toml", "--data", str(small_folder), "--device", "cpu", "--storage", f"{postgresql}/optuna"]
+    monkeypatch.setattr("sys.argv", ["cellbench", *call])
+    for num in ("2", "4"):
+        assert main([*call, "--trials", num]) == 0
+    printed = "".join(capsys.readouterr())
+    with psycopg.connect(f"{postgresql}/optuna") as optuna, psycopg.connect(f"{postgresql}/mlflow") as mlflow:
+        trials = optuna.execute("SELECT number, state FROM trials ORDER BY number").fetchall()
+        assert [number for number, _ in trials] == [0, 1, 2, 3]
+        assert {state for _, state in trials} <= {"COMPLETE", "PRUNED"}
+        runs = mlflow.execute("SELECT value FROM tags WHERE key = 'optuna.trial' ORDER BY value").fetchall()
+        assert [value for (value,) in runs] == ["0", "1", "2", "3"]
+        kept = str([mlflow.execute(f"SELECT * FROM {table}").fetchall() for table in ("tags", "params", "experiment_tags", "runs")])
+        kept += str(optuna.execute("SELECT * FROM study_user_attributes").fetchall())
+    files = [path for path in [*(tmp_path / "mlruns").rglob("*"), *tmp_path.glob("*.toml")] if path.is_file()]
+    assert any(path.name == "report.html" for path in files)
+    assert "s3cret" not in printed + kept
+    assert not [path for path in files if b"s3cret" in path.read_bytes()]
+
+
 def test_the_composed_services_listen_here_alone_and_hold_no_password():
     import yaml
 
