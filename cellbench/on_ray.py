@@ -13,8 +13,9 @@ import pickle
 import socket
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from cellbench.jobs import Job
 from cellbench.logged import owner_here
 from cellbench.machine import Machine
 from cellbench.moved import store_file
-from cellbench.orders import MOST_DEATHS, Hand, Order, Piece, join, pieces, same_version, version
+from cellbench.orders import MOST_DEATHS, Hand, Order, Piece, join, pieces, same_version, settled, version
 from cellbench.registry import Registry
 from cellbench.runner import Outcome, Runner
 
@@ -101,16 +102,27 @@ class Need:
     gpus: float
     memory_bytes: int
 
-    def fits(self, node: Node) -> bool:
-        return node.get("CPU", 0) >= self.cpus and node.get("GPU", 0) >= self.gpus and node.get("memory", 0) >= self.memory_bytes
+    def times(self, node: Node) -> int:
+        """How many of these a node has."""
+        asked = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory_bytes}
+        return min(int(node.get(name, 0) / num + 1e-6) for name, num in asked.items() if num)
+
+    @property
+    def words(self) -> str:
+        gpus = f"{self.gpus:g} of a GPU, " if self.gpus else ""
+        return f"{gpus}{self.cpus} core{'s' * (self.cpus > 1)} and {self.memory_bytes / 2**30:.1f} GiB of memory"
 
 
 def need(jobs: Sequence[Job], registry: Registry, machine: Machine, gpu_share: float) -> Need:
     """For a cohort on such a share of a machine: its memory is what a process takes, the backbone's weights and the share's budget."""
     backbone = jobs[0].run.backbone
-    weights = int(registry.backbone(backbone).params_m * 4e6) if backbone else 0
+    return _need(registry.backbone(backbone).params_m if backbone else 0.0, machine, gpu_share)
+
+
+def _need(params_m: float, machine: Machine, gpu_share: float) -> Need:
     gpus = gpu_share if machine.device.type == "cuda" else 0.0
-    return Need(cpus=machine.lanes * machine.threads, gpus=gpus, memory_bytes=PROCESS_BYTES + weights + machine.memory_bytes)
+    memory = PROCESS_BYTES + int(params_m * 4e6) + machine.memory_bytes
+    return Need(cpus=machine.lanes * machine.threads, gpus=gpus, memory_bytes=memory)
 
 
 def share(machine: Machine, nodes: Sequence[Node], num: int, gpu_share: float) -> Machine:
@@ -151,15 +163,119 @@ class _Hand:
         """``done`` and the outcome, or ``refused`` and why; and the lines for people."""
         lines: list[str] = []
         try:
-            same_version(self._theirs)  # before anything of another version is unpickled
-            order: Order = pickle.loads(self._order)
-            if not (order.cache / self._token).is_file():
-                raise CellbenchError(f"{owner_here()} does not see the cache folder {order.cache}. Name one that all nodes share with --cache.")
-            if order.machine.device.type == "cuda" and not torch.cuda.is_available():
-                raise CellbenchError(f"{owner_here()} was given a GPU, but torch sees none there. Mend its driver, or use --device cpu.")
-            return "done", Hand(order, lines.append).cohort(fingerprints, title, halvings), lines
+            return "done", Hand(self._fit(), lines.append).cohort(fingerprints, title, halvings), lines
         except CellbenchError as error:
             return "refused", str(error), lines
+
+    def help(self, work: bytes) -> tuple[str, str]:
+        """Does a pickled work that takes the order. ``done``, or ``refused`` and why."""
+        try:
+            order = self._fit()
+            pickle.loads(work)(order)
+            return "done", ""
+        except CellbenchError as error:
+            return "refused", str(error)
+
+    def _fit(self) -> Order:
+        """The order, where this node can carry it out. Raises CellbenchError."""
+        same_version(self._theirs)  # before anything of another version is unpickled
+        order: Order = pickle.loads(self._order)
+        if not (order.cache / self._token).is_file():
+            raise CellbenchError(f"{owner_here()} does not see the cache folder {order.cache}. Name one that all nodes share with --cache.")
+        if order.machine.device.type == "cuda" and not torch.cuda.is_available():
+            raise CellbenchError(f"{owner_here()} was given a GPU, but torch sees none there. Mend its driver, or use --device cpu.")
+        return settled(order)
+
+
+def alive(ray: Any, *stores: str) -> dict[str, Node]:
+    """What each node has that is alive, by its id. Raises CellbenchError where machines cannot share a store, one of these URLs."""
+    there = [node for node in ray.nodes() if node["Alive"]]
+    if len({node["NodeManagerHostname"] for node in there}) > 1:
+        for file in filter(None, map(store_file, stores)):
+            raise CellbenchError(
+                f"--on ray: several machines cannot keep their runs in {file}, a file of one of them. "
+                "Name a server (MLFLOW_TRACKING_URI=http://…) and, for a search, a database (OPTUNA_STORAGE=…); compose.yaml starts both."
+            )
+    return {node["NodeID"]: node["Resources"] for node in there}
+
+
+def _left_in(cache: Path) -> str:
+    """The name of a new file there."""
+    token = f".ray-{uuid.uuid4().hex}"
+    write_atomic(cache / token, "nodes that see this file share the cache folder")
+    return token
+
+
+def _actor(ray: Any, wish: Need, order: Order, token: str, title: str) -> Any:
+    threads = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(order.machine.threads)}
+    asked = {"num_cpus": wish.cpus, "num_gpus": wish.gpus, "memory": wish.memory_bytes, "runtime_env": {"env_vars": threads}}
+    made = ray.remote(_Hand).options(**asked, max_restarts=0, max_task_retries=0, name=f"{title}, {uuid.uuid4().hex[:6]}")
+    return made.remote(pickle.dumps(order), version(), token)
+
+
+def _check_loaded(error: Exception) -> None:
+    """Raises CellbenchError where an actor is lost because it could not even be made."""
+    if "creation task" in str(error):
+        why = one_line(RuntimeError(str(error).strip().splitlines()[-1]))[:200]
+        raise CellbenchError(f"--on ray: a node cannot load cellbench ({why}). Install the same version on all nodes.") from None
+
+
+class Helpers:
+    """Processes that share a search's trials on the Ray that was joined. Inside ``with`` they work; one that is lost is replaced.
+
+    ``work`` takes the order with the process's share of a machine, and can be pickled. ``num``: how many are of use; ``params_m``: of the
+    largest backbone.
+    """
+
+    def __init__(self, ray: Any, order: Order, url: str, work: Callable[[Order], None], num: int, params_m: float, gpu_share: float) -> None:
+        nodes = list(alive(ray, order.store, url).values())
+        self._ray, self._work = ray, pickle.dumps(work)
+        self._order = replace(order, machine=share(order.machine, nodes, num, gpu_share))
+        self._need = _need(params_m, self._order.machine, gpu_share)
+        self.num = min(num, sum(self._need.times(node) for node in nodes))
+        if not self.num:
+            raise CellbenchError(f"--on ray: no node has {self._need.words}. A smaller --memory asks for less; `ray status` shows what there is.")
+        self._actors: dict[Any, Any] = {}
+        self._losses = 0
+
+    def __enter__(self) -> Helpers:
+        self._token = _left_in(self._order.cache)
+        for _ in range(self.num):
+            self._begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self._actors.values():
+            self._ray.kill(actor)
+        (self._order.cache / self._token).unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        actor = _actor(self._ray, self._need, self._order, self._token, "search")
+        self._actors[actor.help.remote(self._work)] = actor
+
+    def look(self, wait_s: float) -> str:
+        """What is to be told after at most ``wait_s``: a process that was lost. Raises CellbenchError where one refuses, or many are lost."""
+        errors = self._ray.exceptions
+        ready, _ = self._ray.wait(list(self._actors), timeout=wait_s) if self._actors else ([], [])
+        for answer in ready:
+            del self._actors[answer]
+            try:
+                kind, why = self._ray.get(answer)
+            except (errors.RayActorError, errors.OutOfMemoryError, errors.WorkerCrashedError, errors.NodeDiedError) as error:
+                _check_loaded(error)
+                self._losses += 1
+                if self._losses >= MOST_DEATHS * self.num:
+                    why = f"{self._losses} processes of the search were lost ({type(error).__name__}). Is there enough memory?"
+                    raise CellbenchError(f"--on ray: {why}") from None
+                self._begin()
+                return f"a process of the search or its node was lost ({type(error).__name__}); another one takes up its trials."
+            if kind == "refused":
+                raise CellbenchError(why)
+        return ""
+
+    @property
+    def working(self) -> bool:
+        return bool(self._actors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,15 +298,14 @@ class Crew:
         """Runs the cohorts to their ends. What their actors say is said by ``runner`` when they are done."""
         if not groups:
             return
-        nodes = self._nodes()
+        nodes = alive(self._ray, self._order.store)
         mine = self._shared_out(nodes, len(groups))
         waiting = deque(pieces(groups, runner.registry))
         for piece in waiting:
             self._check(piece, mine, nodes, runner)
         cores = sum(node.get("CPU", 0) for node in nodes.values())
         runner.say(f"Ray: {len(nodes)} node{'s' * (len(nodes) > 1)} with {cores:.0f} cores; a cohort gets {mine.machine.name}.")
-        token = f".ray-{uuid.uuid4().hex}"
-        write_atomic(mine.cache / token, "nodes that see this file share the cache folder")
+        token = _left_in(mine.cache)
         running: dict[Any, _Running] = {}
         try:
             while waiting or running:
@@ -202,8 +317,9 @@ class Crew:
                 ready, _ = self._ray.wait(list(running), timeout=LOOK_EVERY_S)
                 for answer in ready:
                     self._hear(running.pop(answer), waiting, runner, out)
-                if self._nodes().keys() != nodes.keys():
-                    nodes = self._nodes()
+                now = alive(self._ray, self._order.store)
+                if now.keys() != nodes.keys():
+                    nodes = now
                     mine = self._shared_out(nodes, len(waiting) + len(running))
                     waiting.extend(self._homeless(running, nodes))
         finally:
@@ -212,44 +328,19 @@ class Crew:
                 self._free(one, runner)
             (mine.cache / token).unlink(missing_ok=True)
 
-    def _nodes(self) -> dict[str, Node]:
-        """What each node has that is alive, by its id."""
-        alive = [node for node in self._ray.nodes() if node["Alive"]]
-        file = store_file(self._order.store)
-        if file is not None and len({node["NodeManagerHostname"] for node in alive}) > 1:
-            raise CellbenchError(
-                f"--on ray: several machines cannot keep their runs in {file}, a file of one of them. "
-                "Name a server (MLFLOW_TRACKING_URI=http://…); compose.yaml starts one."
-            )
-        return {node["NodeID"]: node["Resources"] for node in alive}
-
     def _shared_out(self, nodes: dict[str, Node], num: int) -> Order:
         return replace(self._order, machine=share(self._order.machine, list(nodes.values()), num, self._gpu_share))
 
     def _check(self, piece: Piece, order: Order, nodes: dict[str, Node], runner: Runner) -> None:
         wish = need(piece.jobs, runner.registry, order.machine, self._gpu_share)
-        if not any(wish.fits(node) for node in nodes.values()):
+        if not any(wish.times(node) for node in nodes.values()):
             raise CellbenchError(
-                f"--on ray: no node has what {piece.title} needs: {wish.cpus} core{'s' * (wish.cpus > 1)}, {wish.gpus:g} GPUs and "
-                f"{wish.memory_bytes / 2**30:.1f} GiB of memory. A smaller --memory asks for less; `ray status` shows what there is."
+                f"--on ray: no node has what {piece.title} needs: {wish.words}. A smaller --memory asks for less; `ray status` shows what there is."
             )
 
     def _begin(self, piece: Piece, order: Order, token: str, runner: Runner) -> _Running:
         wish = need(piece.jobs, runner.registry, order.machine, self._gpu_share)
-        threads = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(order.machine.threads)}
-        actor = (
-            self._ray.remote(_Hand)
-            .options(
-                num_cpus=wish.cpus,
-                num_gpus=wish.gpus,
-                memory=wish.memory_bytes,
-                max_restarts=0,
-                max_task_retries=0,
-                runtime_env={"env_vars": threads},
-                name=f"{piece.title}, {uuid.uuid4().hex[:6]}",
-            )
-            .remote(pickle.dumps(order), version(), token)
-        )
+        actor = _actor(self._ray, wish, order, token, piece.title)
         owner = actor.owner.remote()
         answer = actor.cohort.remote([job.fingerprint for job in piece.jobs], piece.title, piece.halvings)
         return _Running(piece=piece, need=wish, actor=actor, owner=owner, answer=answer)
@@ -260,9 +351,7 @@ class Crew:
         try:
             kind, what, lines = self._ray.get(one.answer)
         except (errors.RayActorError, errors.OutOfMemoryError, errors.WorkerCrashedError, errors.NodeDiedError) as error:
-            if "creation task" in str(error):  # it never began
-                why = one_line(str(error).strip().splitlines()[-1])[:200]
-                raise CellbenchError(f"--on ray: a node cannot load cellbench ({why}). Install the same version on all nodes.") from None
+            _check_loaded(error)
             self._lost(one, type(error).__name__, waiting, runner, out)
             return
         except errors.RayTaskError as error:
@@ -286,7 +375,7 @@ class Crew:
 
     def _homeless(self, running: dict[Any, _Running], nodes: dict[str, Node]) -> list[Piece]:
         """Cohorts that wait for a node that is gone, taken back: Ray would wait for another such node for ever."""
-        gone = [one for one in running.values() if not any(one.need.fits(node) for node in nodes.values())]
+        gone = [one for one in running.values() if not any(one.need.times(node) for node in nodes.values())]
         gone = [one for one in gone if not self._ray.wait([one.owner], timeout=0)[0]]
         for one in gone:
             self._ray.kill(one.actor)

@@ -126,12 +126,18 @@ def same_version(theirs: str) -> None:
         raise CellbenchError(f"{owner_here()} has {version()}; the grid was started with {theirs}. Install the same on all machines.")
 
 
+def settled(order: Order) -> Order:
+    """The order, once this process has its cache folder, store and cores."""
+    os.environ["CELLBENCH_CACHE"], os.environ["MLFLOW_TRACKING_URI"] = str(order.cache), order.store
+    torch.set_num_threads(order.machine.threads)
+    return order
+
+
 class Hand:
     """A worker's side: the runner of an order, made once, and the cohorts that it is handed."""
 
     def __init__(self, order: Order, say: Callable[[str], None]) -> None:
-        os.environ["CELLBENCH_CACHE"], os.environ["MLFLOW_TRACKING_URI"] = str(order.cache), order.store
-        torch.set_num_threads(order.machine.threads)
+        settled(order)
         registry = Registry(order.extra)
         datasets = open_folds(order.experiment, registry, order.data)
         jobs = jobs_of(order.experiment, registry, datasets, order.weights, order.where, download=False)

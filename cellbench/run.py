@@ -71,9 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("file", nargs="?", default="search", help="a search's file, or the name of a shipped one (default: search)")
     search.add_argument("--trials", type=int, metavar="N", help="how many in all, those of earlier calls included (default: as the file says)")
     search.add_argument("--timeout", type=float, metavar="S", help="ask for no more trials after so many seconds")
-    search.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine that share the trials (default: 1)")
+    search.add_argument("--workers", type=int, default=1, metavar="N", help="processes here that share trials and cores (default: 1)")
     search.add_argument("--storage", metavar="URL", help="where the study is kept (default: OPTUNA_STORAGE, else sqlite:///mlruns/optuna.db)")
-    search.add_argument("--helper", action="store_true", help=argparse.SUPPRESS)
+    search.add_argument("--on", metavar="ray[://ADDRESS]", help="run on Ray: one that is started here, or the cluster at ray://HOST:PORT")
+    search.add_argument("--gpu-share", type=float, default=1.0, metavar="X", help="with --on: the part of a GPU that a process asks for (default: 1)")
+    search.add_argument("--helper", type=int, default=0, help=argparse.SUPPRESS)
     search.add_argument("--data", type=Path, metavar="DIR", help="the folder of images and masks")
     search.add_argument("--weights", type=Path, metavar="DIR", help="where backbone weights lie, as <backbone>.safetensors, .pth or .bin")
     search.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
@@ -314,6 +316,8 @@ def _search(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         storage=arguments.storage,
         helper=arguments.helper,
+        on=arguments.on,
+        gpu_share=arguments.gpu_share,
         changes=arguments.set,
         data=arguments.data,
         weights=arguments.weights,

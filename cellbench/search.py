@@ -14,23 +14,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from tqdm import tqdm
 
-from cellbench import moved
+from cellbench import moved, on_ray
+from cellbench import workers as processes
 from cellbench.backbones.weights import weights_folder
 from cellbench.commands import cache_budget, open_folds, read_tree, say
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.errors import CellbenchError
-from cellbench.grid import everything, parent
+from cellbench.grid import Crew, alone, everything, parent
 from cellbench.jobs import Job, jobs_of
 from cellbench.logged import STATUS, Logged, params_of
-from cellbench.machine import cores, machine
+from cellbench.machine import Machine, machine
+from cellbench.orders import Order, order
 from cellbench.registry import Registry
 from cellbench.report import about, conclude
 from cellbench.runner import Outcome, Runner
@@ -97,14 +100,14 @@ class Worker:
                 return
             self._batch(batch)
             told = self.study.told()
-            self._show(told, bar)
+            self.show(told, bar)
             failed = [t for t in told if t.state == "failed"]
             if len(failed) >= self.space.settings.max_failed and not any(t.state in ("complete", "pruned") for t in told):
                 raise CellbenchError(
                     f"the first {len(failed)} trials have all failed, so the search stops. Trial {failed[0].number}: {failed[0].reason}"
                 )
 
-    def _show(self, told: list[Told], bar: tqdm) -> None:
+    def show(self, told: list[Told], bar: tqdm) -> None:
         bar.n = sum(t.state != "running" for t in told)
         best = self.study.best()
         bar.set_postfix_str(f"best {self.space.settings.objectives[0]} {best[0].values[0]:.4f} (trial {best[0].number})" if best else "")
@@ -199,7 +202,10 @@ def search(
     timeout_s: float | None = None,
     workers: int = 1,
     storage: str | None = None,
-    helper: bool = False,
+    helper: int = 0,
+    on: str | None = None,
+    gpu_share: float = 1.0,
+    here: Machine | None = None,
     changes: Sequence[str] = (),
     data: Path | None = None,
     weights: Path | None = None,
@@ -210,19 +216,23 @@ def search(
     extra: Path | None = None,
     limit: int | None = None,
 ) -> int:
-    """``cellbench search``. ``helper``: a worker beside another one, which only works on trials. Exit code 0; 130 where Ctrl-C ended it."""
+    """``cellbench search``. Exit code 0; 130 where Ctrl-C ended it.
+
+    ``helper``: of a worker beside the first one, which only works on trials, its number. ``here``: its share of a machine elsewhere.
+    """
     started_s = time.monotonic()
     disk, _ = cache_budget(cache)
     registry = Registry(extra)
     changes = [*changes, *([f"search.trials={trials}"] if trials is not None else [])]
     space, text = read_space(file, changes, data, limit, registry)
     weights = weights_folder(weights)
-    if workers < 1:
-        raise CellbenchError(f"--workers {workers}: 1 or more is expected.")
-    if workers > 1 and not helper:  # processes that share the cores; helpers inherit it
-        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // workers))
-    here = machine(device, precision, memory)
-    here = replace(here, memory_bytes=here.memory_bytes // workers)
+    if workers != 1 and on is not None:
+        raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
+    if on is not None:
+        on_ray.checked(on)
+    whole = here or machine(device, precision, memory, elsewhere=on is not None)
+    shares = whole.shares(processes.checked(workers, whole))
+    pins = processes.cores_of(shares) if workers > 1 else [[]]
     experiment = Experiment.of(space.tree({one.name: one.ends[0] for one in space.dimensions if not one.head}), file)
     datasets = open_folds(experiment, registry, data)
     dataset = datasets[space.fold]
@@ -230,38 +240,58 @@ def search(
     for line in () if helper else (*dataset.notes, *moved.heal()):
         say(line)
     url = storage or os.environ.get("OPTUNA_STORAGE") or DEFAULT
+    if url.startswith("sqlite:///"):  # a process elsewhere may have another folder
+        url = f"sqlite:///{Path(url.removeprefix('sqlite:///')).absolute()}"
     asked = {**space.asked, "images": dataset.digest}
     tracker = Tracker(space.experiment)
-    with Study(url, space.experiment, space.settings, space.dimensions, asked, epochs(space)) as study, Stop().heard() as stop:
+    with (
+        on_ray.joined(on, whole) if on is not None else contextlib.nullcontext() as ray,
+        Study(url, space.experiment, space.settings, space.dimensions, asked, epochs(space)) as study,
+        Stop().heard() as stop,
+    ):
         key = space.digest([dataset.digest])
         top = (
             _top_of(tracker, key) if helper else parent(tracker, f"search: {Path(file).stem}", key, _params(space, dataset), kind="search")
         )
         with top as run:
             runner = Runner(
-                experiment=experiment, registry=registry, datasets=datasets, machine=here, weights=weights, tracker=tracker,
+                experiment=experiment, registry=registry, datasets=datasets, machine=shares[helper if here is None else 0], weights=weights, tracker=tracker,
                 parent_id=run.run_id, disk_bytes=disk, prefer_disk=True, say=say,
             )  # fmt: skip
             worker = Worker(space=space, study=study, runner=runner, where=file)
             deadline_s = started_s + timeout_s if timeout_s is not None else float("inf")
             if helper:
                 stop.leader = os.getppid()
-                with tqdm(disable=True) as bar:
+                with tqdm(disable=True) as bar, processes.pinned(pins[helper] if here is None else []):
                     worker.work(stop, deadline_s, bar)
                 return 0
+            told = order(
+                experiment, run.run_id, whole, where=file, data=data, weights=weights, extra=extra, disk_bytes=disk, prefer_disk=True
+            )  # fmt: skip
+            place = str(Path(file).absolute()) if Path(file).is_file() else file
+            work = partial(
+                helped, file=place, changes=changes, limit=limit, storage=url, seconds=timeout_s and timeout_s - (time.monotonic() - started_s)
+            )  # fmt: skip
             before = [t for t in study.told() if t.state != "running"]
             say(
                 f"{space.experiment}: {space.settings.trials} trials, {len(before)} of them told already, in batches of {space.settings.batch}, "
-                f"on {dataset.name} ({len(dataset.train)} training and {len(dataset.val)} validation images), on {here.name}."
+                f"on {dataset.name} ({len(dataset.train)} training and {len(dataset.val)} validation images), on {whole.name}."
             )
             for sentence in reconcile(study, tracker):
                 say(sentence)
             try:
                 total, desc = space.settings.trials, space.experiment
                 bar = tqdm(total=total, initial=len(before), desc=desc, unit="trial", dynamic_ncols=True)
-                with watched(tracker, [run.run_id]), _helpers(workers, stop), bar:
-                    worker.work(stop, deadline_s, bar)
-                    _wait(study, stop, worker, bar, deadline_s)
+                with watched(tracker, [run.run_id]), bar:
+                    if ray is not None:
+                        params_m = max(registry.backbone(str(name)).params_m for name in _named(space))
+                        num = -(-(space.settings.trials - len(before)) // space.settings.batch)
+                        with on_ray.Helpers(ray, told, url, work, num, params_m, gpu_share) as helpers:
+                            _followed(helpers, study, stop, worker, bar, deadline_s)
+                    else:
+                        with _helpers(workers, stop), processes.pinned(pins[0]):
+                            worker.work(stop, deadline_s, bar)
+                            _wait(study, stop, worker, bar, deadline_s)
             finally:
                 with contextlib.suppress(CellbenchError):
                     _picture(space, study, run)
@@ -271,7 +301,18 @@ def search(
                 say(f"{why}: {left} trials are left, and the best is not tested yet. The same command goes on.")
                 run.end("interrupted", why)
                 return 130 if stop.asked else 0
-            return _test(space, study, replace(runner, watch=None), run, text)
+            runner = replace(runner, watch=None, machine=whole)
+            return _test(space, study, runner, run, text, lambda best: on_ray.Crew(ray, replace(told, experiment=best), gpu_share) if ray else alone)
+
+
+def helped(
+    order: Order, *, file: str, changes: Sequence[str], limit: int | None, storage: str, seconds: float | None
+) -> None:  # fmt: skip
+    """Works on the trials of a search that was started elsewhere, until all are told. Raises CellbenchError."""
+    search(
+        file, helper=1, here=order.machine, changes=changes, limit=limit, storage=storage, timeout_s=seconds,
+        data=order.data, weights=order.weights, extra=order.extra, cache=f"{order.cache}:{order.disk_bytes // 2**20}M",
+    )  # fmt: skip
 
 
 def read_space(file: str, changes: Sequence[str], data: Path | None, limit: int | None, registry: Registry) -> tuple[Space, str]:
@@ -296,10 +337,14 @@ def epochs(space: Space) -> int:
     return int(space.run.get("epochs", RunSpec.model_fields["epochs"].default))
 
 
+def _named(space: Space) -> Sequence[Any]:
+    return next(one.choices for one in space.dimensions if one.name == "backbone")
+
+
 def backbones(space: Space, registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str) -> None:
     """Refuses a space with a backbone that cannot be had: its trials would all fail."""
     base = {one.name: one.ends[0] for one in space.dimensions if not one.head}
-    for name in next(one.choices for one in space.dimensions if one.name == "backbone"):
+    for name in _named(space):
         (job,) = jobs_of(Experiment.of(space.tree({**base, "backbone": name}), where), registry, datasets, weights, where)
         if job.unavailable:
             raise CellbenchError(f"{where}: [space] backbone '{name}': {job.unavailable} Or take it out of the list.")
@@ -322,7 +367,8 @@ def _top_of(tracker: Tracker, key: str) -> Iterator[Logged]:
 def _helpers(workers: int, stop: Stop) -> Iterator[None]:
     """The other workers, as processes of this same command; they end with their search."""
     call = [sys.executable, "-m", "cellbench.run", *sys.argv[1:], "--helper"]
-    stop.helpers = [subprocess.Popen(call, stdout=subprocess.DEVNULL, start_new_session=True) for _ in range(workers - 1)]
+    numbers = range(1, workers)
+    stop.helpers = [subprocess.Popen([*call, str(k)], stdout=subprocess.DEVNULL, start_new_session=True) for k in numbers]
     try:
         yield
     except BaseException:
@@ -339,6 +385,14 @@ def _wait(study: Study, stop: Stop, worker: Worker, bar: tqdm, deadline_s: float
     while not stop.asked and time.monotonic() < deadline_s and any(t.state == "running" for t in study.told()):
         time.sleep(2)
         worker.work(stop, deadline_s, bar)
+
+
+def _followed(helpers: on_ray.Helpers, study: Study, stop: Stop, worker: Worker, bar: tqdm, deadline_s: float) -> None:
+    """Until the trials are told by processes elsewhere, or Ctrl-C ends those: what they were at goes on from its checkpoints."""
+    while not stop.asked and time.monotonic() < deadline_s and helpers.working:
+        if words := helpers.look(2.0):
+            say(words)
+        worker.show(study.told(), bar)
 
 
 def reconcile(study: Study, tracker: Tracker) -> list[str]:
@@ -397,7 +451,7 @@ def best_file(space: Space, best: Told) -> str:
     return f"{head}\n#   python -m cellbench.run grid best.toml\n{tomli_w.dumps(tree)}"
 
 
-def _test(space: Space, study: Study, runner: Runner, run: Run, text: str) -> int:
+def _test(space: Space, study: Study, runner: Runner, run: Run, text: str, crew_of: Callable[[Experiment], Crew]) -> int:
     """The best trial's setting, and no other, is tested: as a grid, with its seeds."""
     best = study.best()
     if not best:
@@ -412,7 +466,7 @@ def _test(space: Space, study: Study, runner: Runner, run: Run, text: str) -> in
     say(f"best is trial {best[0].number}: {found} ({setting}). It is now trained with {len(jobs)} seeds and tested.")
     if len(space.settings.objectives) > 1:
         say(f"{len(best)} trials are on the front of {' and '.join(space.settings.objectives)}: figures/pareto.png, trials.csv.")
-    outcome = everything(runner, jobs)
+    outcome = everything(runner, jobs, crew_of(experiment))
     ids = {logged.run_id for logged in outcome.finished.values()}
     splits = {split: [sample.name for sample in runner.datasets[space.fold].samples(split)] for split in SPLITS}
     conclude(runner.tracker, run, ids, about(text, runner.datasets[space.fold], runner.machine.name), splits, outcome.skipped, outcome.failed, say)

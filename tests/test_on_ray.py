@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import pickle
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlflow
 import psutil
 import pytest
 import torch
@@ -71,6 +73,38 @@ def test_two_nodes_of_which_one_is_killed_give_the_numbers_of_one_process_to_the
     assert "its process or node was lost" in printed
     assert len(alone) == 2
     assert answers() == alone
+
+
+SEARCH = """# Two batches of one trial
+experiment = "sought"
+dataset    = "folder"
+[search]
+trials      = 2
+batch       = 1
+repeat_best = 1
+[space]
+backbone = ["filter-bank"]
+head     = ["bilinear"]
+lr       = {low = 1e-4, high = 1e-1, log = true}
+[run]
+tile_px = 64
+epochs  = 1
+crops_per_image = 2
+"""
+
+
+@needs_ray
+def test_a_search_is_worked_on_by_processes_of_the_cluster_alone(tmp_path, monkeypatch, two_nodes):
+    place(tmp_path, monkeypatch)
+    Path("sought.toml").write_text(SEARCH)
+    assert main(["search", "sought.toml", "--data", "smears", "--device", "cpu", "--on", f"ray://{two_nodes.address}"]) == 0
+    runs = mlflow.search_runs(experiment_names=["sought"], output_format="list")
+    trials = [run for run in runs if "optuna.trial" in run.data.tags]
+    assert sorted(run.data.tags["optuna.trial"] for run in trials) == ["0", "1"]
+    tested = [run for run in runs if "test/dice" in run.data.metrics]
+    assert [run.data.tags["cellbench.status"] for run in tested] == ["finished"]
+    pids = {int(run.data.tags["cellbench.owner"].rpartition(":")[2]) for run in trials + tested}
+    assert os.getpid() not in pids
 
 
 def test_without_ray_the_answer_is_one_line(tmp_path, monkeypatch, capsys):
@@ -181,8 +215,8 @@ def test_several_machines_are_not_let_loose_on_a_file():
     nodes = [{"Alive": True, "NodeManagerHostname": name, "NodeID": name, "Resources": {"CPU": 1.0}} for name in ("a", "b")]
     ray = SimpleNamespace(nodes=lambda: nodes)
     with pytest.raises(CellbenchError, match="several machines cannot keep their runs in"):
-        on_ray.Crew(ray, SimpleNamespace(store="sqlite:////lab/mlflow.db"))._nodes()
-    assert len(on_ray.Crew(ray, SimpleNamespace(store="http://lab:5000"))._nodes()) == 2
+        on_ray.alive(ray, "http://lab:5000", "sqlite:////lab/optuna.db")
+    assert len(on_ray.alive(ray, "http://lab:5000", "postgresql://lab/optuna")) == 2
 
 
 def test_a_run_set_free_is_taken_up_at_once(tmp_path, monkeypatch):
