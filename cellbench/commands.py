@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cellbench import moved, on_ray
+from cellbench import moved, on_ray, ray_cohorts
 from cellbench import workers as processes
 from cellbench.backbones.weights import weights_folder
 from cellbench.data.dataset import SPLITS, Dataset
@@ -225,7 +225,7 @@ def grid(
             if workers is not None:
                 crew = processes.Crew(workers, told)
             elif ray is not None:
-                crew = on_ray.Crew(ray, told, gpu_share)
+                crew = ray_cohorts.Crew(ray, told, gpu_share)
             outcome = everything(runner, jobs, crew)
         ids = {logged.run_id for logged in outcome.finished.values()}
         known = about(experiment_path(file).read_text(encoding="utf-8"), dataset, here.name)

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.lanes import Lanes
 from cellbench.machine import Machine
 from cellbench.plan import Plan, View
+from cellbench.shards import Shards
 from cellbench.store import InMemory, OnDisk, Rows, features_dir
 from cellbench.tiles import Grid, cut
 
@@ -129,6 +131,10 @@ class Trunk:
         return size * places
 
 
+def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 def _places(tile_px: tuple[int, int], stride_px: int) -> int:
     return (tile_px[0] // stride_px) * (tile_px[1] // stride_px)
 
@@ -147,6 +153,17 @@ class Keeping:
     dataset: str = ""
     tell: Callable[[str], None] = print
     """Told where something could not be kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A fixed list of tiles that go through a trunk, and the folder where their features are kept."""
+
+    split: str
+    number: int
+    """Of training, which cycle of views."""
+    num: int
+    folder: str
 
 
 class Features:
@@ -212,9 +229,9 @@ class Features:
         """The training views of an epoch in its order, in chunks of the machine's size, made ahead in ``lanes``."""
         cycle = self.plan.cycle(epoch)
         views, order = self.plan.views(cycle), self.plan.order(epoch)
-        kept = self._pass("train", cycle, len(views), [sample.digest for sample in self.pixels["train"].samples], views)
-        chunks = [order[i : i + self._chunk] for i in range(0, len(order), self._chunk)]
+        yield from self._seen(views, _chunks(order, self._chunk), self._pass("train", cycle, views), lanes)
 
+    def _seen(self, views: list[View], chunks: list[np.ndarray], kept: Rows | None, lanes: Lanes) -> Iterator[Batch]:
         def cut_out(rows: np.ndarray) -> _Cut:
             return _Cut(rows, *self._cut_views([views[k] for k in rows]))
 
@@ -222,41 +239,79 @@ class Features:
             pixels = recolour(restain(self._pixels(one.tiles), [views[k].stain for k in one.rows]), [views[k].colour for k in one.rows])
             return self._batch("train", kept, one, pixels)
 
-        yield from lanes.ahead(chunks, cut_out, mapped)
+        return lanes.ahead(chunks, cut_out, mapped)
 
     def tiles(self, split: str, lanes: Lanes) -> Iterator[tuple[Batch, list[int]]]:
         """All tiles of all images of ``val`` or ``test``, image by image in the order of each grid, and which image each is of."""
-        corners = [(image, y, x) for image in range(len(self.pixels[split])) for y, x in self.grid(split, image)]
-        kept = self._pass(split, 0, len(corners), [sample.digest for sample in self.pixels[split].samples], corners)
-        chunks = [np.arange(i, min(i + self._chunk, len(corners))) for i in range(0, len(corners), self._chunk)]
+        corners = self._corners(split)
+        chunks = _chunks(np.arange(len(corners)), self._chunk)
+        for rows, batch in zip(chunks, self._laid(split, corners, chunks, self._pass(split, 0, corners), lanes), strict=True):
+            yield batch, [corners[k][0] for k in rows]
 
+    def _corners(self, split: str) -> list[tuple[int, int, int]]:
+        return [(image, y, x) for image in range(len(self.pixels[split])) for y, x in self.grid(split, image)]
+
+    def _laid(self, split: str, corners: list[tuple[int, int, int]], chunks: list[np.ndarray], kept: Rows | None, lanes: Lanes) -> Iterator[Batch]:
         def cut_out(rows: np.ndarray) -> _Cut:
             return _Cut(rows, *self._cut_corners(split, [corners[k] for k in rows]))
 
         def mapped(one: _Cut) -> Batch:
             return self._batch(split, kept, one, self._pixels(one.tiles))
 
-        for rows, batch in zip(chunks, lanes.ahead(chunks, cut_out, mapped), strict=True):
-            yield batch, [corners[k][0] for k in rows]
+        return lanes.ahead(chunks, cut_out, mapped)
+
+    # --- passes in shards -----------------------------------------------------------------------------------------------------------
+
+    def passes(self, epochs: int) -> list[Pass]:
+        """What this cohort will keep on disk in so many epochs."""
+        cycles = range(min(epochs, self.plan.run.views))
+        keys = [("val", 0), *(("train", cycle) for cycle in cycles), ("test", 0)]
+        return [self._pass_of(*key) for key in keys if self.place[key[0]] == "on disk"]
+
+    def _pass_of(self, split: str, number: int) -> Pass:
+        tiles = self._tiles_of(split, number)
+        return Pass(split=split, number=number, num=len(tiles), folder=str(self._folder(split, tiles)))
+
+    def fill(self, one: Pass, shard: int, lanes: Lanes) -> None:
+        """Computes a shard of a pass and keeps it, for all levels of this trunk. Raises CellbenchError."""
+        tiles, shards = self._tiles_of(one.split, one.number), Shards(Path(one.folder), one.num)
+        chunks = _chunks(shards.rows(shard), self._chunk)
+        made = self._seen(tiles, chunks, None, lanes) if one.split == "train" else self._laid(one.split, tiles, chunks, None, lanes)
+        maps = [batch.maps for batch in made]
+        shards.write(shard, {i: torch.cat([m[i] for m in maps]) for i in self.trunk.keys}, self._facts(one.split, one.num))
+
+    def _tiles_of(self, split: str, number: int) -> list[Any]:
+        return self.plan.views(number) if split == "train" else self._corners(split)
 
     @property
     def _chunk(self) -> int:
         return self.trunk.chunk
 
-    def _pass(self, split: str, number: int, num: int, images: list[str], tiles: Sequence[object]) -> Rows | None:
+    def _pass(self, split: str, number: int, tiles: Sequence[object]) -> Rows | None:
         """Where the features of a pass are kept, opened at its first use."""
         if (split, number) not in self._passes:
-            self._passes[split, number] = self._open(split, num, images, tiles)
+            self._passes[split, number] = self._open(split, tiles)
         return self._passes[split, number]
 
-    def _open(self, split: str, num: int, images: list[str], tiles: Sequence[object]) -> Rows | None:
+    def _folder(self, split: str, tiles: Sequence[object]) -> Path:
+        """Named by everything that a pass's features hang on."""
+        keeping, images = self._keeping, [sample.digest for sample in self.pixels[split].samples]
+        made = [keeping.key, str(self.trunk.machine.precision), self.tile_px[split], self.trunk.unfreeze, self.preparation.told()]
+        return features_dir() / keeping.backbone / hashlib.sha256(json.dumps([*made, images, tiles]).encode()).hexdigest()[:24]
+
+    def _facts(self, split: str, num: int) -> dict[str, Any]:
+        keeping = self._keeping
+        return {"backbone": keeping.backbone, "dataset": keeping.dataset, "what": split, "num": num, "tile_px": self.tile_px[split]}
+
+    def _open(self, split: str, tiles: Sequence[object]) -> Rows | None:
+        num = len(tiles)
         if self.place[split] == "on disk":
-            keeping = self._keeping
-            made = [keeping.key, str(self.trunk.machine.precision), self.tile_px[split], self.trunk.unfreeze, self.preparation.told()]
-            name = hashlib.sha256(json.dumps([*made, images, tiles]).encode()).hexdigest()[:24]
-            facts = {"backbone": keeping.backbone, "dataset": keeping.dataset, "what": split, "num": num, "tile_px": self.tile_px[split]}
+            folder = self._folder(split, tiles)
+            shards = Shards(folder, num)
+            if not shards.missing(self.trunk.keys):
+                return shards
             try:
-                return OnDisk(features_dir() / keeping.backbone / name, num, facts)
+                return OnDisk(folder, num, self._facts(split, num))
             except (OSError, CellbenchError) as error:
                 self._give_up(split, error)
         return InMemory(num) if self.place[split] == "in memory" else None

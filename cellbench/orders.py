@@ -19,13 +19,16 @@ import torch
 
 from cellbench import __version__
 from cellbench.errors import CellbenchError
+from cellbench.features import Pass
 from cellbench.files import cache_dir
 from cellbench.jobs import Job, jobs_of, open_folds
+from cellbench.lanes import Lanes
 from cellbench.logged import owner_here
 from cellbench.machine import Machine
 from cellbench.moved import store, store_file
 from cellbench.registry import Registry
 from cellbench.runner import Outcome, Runner
+from cellbench.shards import Shards
 from cellbench.spec import Experiment
 from cellbench.track import Tracker
 
@@ -158,15 +161,39 @@ class Hand:
 
     def cohort(self, fingerprints: Sequence[str], title: str, halvings: int) -> Outcome:
         """Runs the cohort of these runs, with chunks halved so often. Raises CellbenchError where they are not the same runs here."""
+        self._runner.machine = self._machine.smaller(halvings)
+        out = Outcome()
+        self._runner.cohort(self._mine(fingerprints, title), title, out)
+        self._runner.tracker.settle()  # whoever gave the order reads there what became of it
+        return out
+
+    def passes(self, cohorts: Sequence[Sequence[str]]) -> list[list[Pass]]:
+        """Of each cohort what it will keep on disk. Raises CellbenchError."""
+        out: list[list[Pass]] = []
+        for fingerprints in cohorts:
+            runs = [job.run for job in self._mine(fingerprints, "a cohort")]
+            reads = runs[0].backbone is not None
+            out.append(self._runner.features(runs).passes(max(run.epochs for run in runs)) if reads else [])
+        return out
+
+    def fill(self, fingerprints: Sequence[str], more: Sequence[str], shards: Sequence[tuple[Pass, int]]) -> int:
+        """Computes these shards of a cohort's passes, with the levels that ``more`` runs read, but those that are there. Says how many were not."""
+        runs, others = ([job.run for job in self._mine(some, "a cohort")] for some in (fingerprints, more))
+        features = self._runner.features(runs, others)
+        num = 0
+        with Lanes(self._machine.lanes) as lanes:
+            for one, shard in shards:
+                if shard in Shards(Path(one.folder), one.num).missing(features.trunk.keys):
+                    features.fill(one, shard, lanes)
+                    num += 1
+        return num
+
+    def _mine(self, fingerprints: Sequence[str], title: str) -> list[Job]:
         if strange := [f for f in fingerprints if f not in self._jobs or self._jobs[f].unavailable]:
             reasons = Counter(self._jobs[f].unavailable for f in strange if f in self._jobs)
             why = next(iter(reasons), "its cellbench, cards, data or weights are not those of the process that started the grid")
             raise CellbenchError(f"{owner_here()} cannot run {title}: {why}. Give all machines the same version, paths and files.")
-        self._runner.machine = self._machine.smaller(halvings)
-        out = Outcome()
-        self._runner.cohort([self._jobs[f] for f in fingerprints], title, out)
-        self._runner.tracker.settle()  # whoever gave the order reads there what became of it
-        return out
+        return [self._jobs[f] for f in fingerprints]
 
 
 def join(out: Outcome, more: Outcome) -> None:

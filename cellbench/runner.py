@@ -247,11 +247,8 @@ class Runner:
     def _trained(self, opened: list[tuple[Job, Run]], title: str, out: Outcome) -> None:
         jobs, first = [job for job, _ in opened], opened[0][0].run
         num = len(self.dataset.classes)
-        levels = [n for job in jobs if (n := num_levels(job.run, self.registry))]
-        trunk = Trunk(self._backbone(first.backbone), self.machine, levels, first.unfreeze)
-        plan = Plan(self._pixels["train"].sizes_px, first)
-        aims = any(asked(job.run.targets) for job in jobs)
-        features = Features(trunk, plan, self._pixels, self._keeping(first.backbone), aims)
+        features = self.features([job.run for job in jobs])
+        trunk, plan = features.trunk, features.plan
         learners = []
         for job, run in opened:
             made = model(job.run, self.registry, trunk, num)
@@ -275,6 +272,16 @@ class Runner:
             fit(learners, features, bar)
         give_back()
         self._ended(opened, learners, features, title, out)
+
+    def features(self, runs: Sequence[RunSpec], more: Sequence[RunSpec] = ()) -> Features:
+        """The features of a cohort, with the levels that ``more`` runs of its backbone read too."""
+        first = runs[0]
+        if self.datasets[first.fold] is not self.dataset:
+            self._turn_to(self.datasets[first.fold])
+        levels = [n for run in (*runs, *more) if (n := num_levels(run, self.registry))]
+        trunk = Trunk(self._backbone(first.backbone), self.machine, levels, first.unfreeze)
+        plan = Plan(self._pixels["train"].sizes_px, first)
+        return Features(trunk, plan, self._pixels, self._keeping(first.backbone), any(asked(run.targets) for run in runs))
 
     def _ended(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, out: Outcome) -> None:
         lost = [k for k, learner in enumerate(learners) if learner.ended.startswith("failed")]

@@ -23,7 +23,7 @@ from typing import Any
 import tomli_w
 from tqdm import tqdm
 
-from cellbench import moved, on_ray
+from cellbench import moved, on_ray, ray_cohorts, ray_helpers
 from cellbench import workers as processes
 from cellbench.backbones.weights import weights_folder
 from cellbench.commands import cache_budget, open_folds, read_tree, say
@@ -286,7 +286,7 @@ def search(
                     if ray is not None:
                         params_m = max(registry.backbone(str(name)).params_m for name in _named(space))
                         num = -(-(space.settings.trials - len(before)) // space.settings.batch)
-                        with on_ray.Helpers(ray, told, url, work, num, params_m, gpu_share) as helpers:
+                        with ray_helpers.Helpers(ray, told, url, work, num, params_m, gpu_share) as helpers:
                             _followed(helpers, study, stop, worker, bar, deadline_s)
                     else:
                         with _helpers(workers, stop), processes.pinned(pins[0]):
@@ -302,7 +302,7 @@ def search(
                 run.end("interrupted", why)
                 return 130 if stop.asked else 0
             runner = replace(runner, watch=None, machine=whole)
-            return _test(space, study, runner, run, text, lambda best: on_ray.Crew(ray, replace(told, experiment=best), gpu_share) if ray else alone)
+            return _test(space, study, runner, run, text, lambda best: ray_cohorts.Crew(ray, replace(told, experiment=best), gpu_share) if ray else alone)
 
 
 def helped(
@@ -387,7 +387,7 @@ def _wait(study: Study, stop: Stop, worker: Worker, bar: tqdm, deadline_s: float
         worker.work(stop, deadline_s, bar)
 
 
-def _followed(helpers: on_ray.Helpers, study: Study, stop: Stop, worker: Worker, bar: tqdm, deadline_s: float) -> None:
+def _followed(helpers: ray_helpers.Helpers, study: Study, stop: Stop, worker: Worker, bar: tqdm, deadline_s: float) -> None:
     """Until the trials are told by processes elsewhere, or Ctrl-C ends those: what they were at goes on from its checkpoints."""
     while not stop.asked and time.monotonic() < deadline_s and helpers.working:
         if words := helpers.look(2.0):

@@ -205,7 +205,7 @@ def test_a_node_of_another_version_without_the_cache_or_with_other_data_refuses_
         (pickle.dumps(told), version(), "unseen", known, "does not see the cache folder"),
         (pickle.dumps(told), version(), "token", "0123456789abcdef", "its cellbench, cards, data or weights are not those"),
     ):
-        kind, why, _ = on_ray._Hand(order_, versions, token).cohort([fingerprint], "cohort 1 of 1", 0)
+        kind, why, _ = on_ray.RayHand(order_, versions, token).cohort([fingerprint], "cohort 1 of 1", 0)
         assert kind == "refused"
         assert words in why
         assert "\n" not in why

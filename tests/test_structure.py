@@ -25,7 +25,8 @@ LAYERS = (
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
     (
         "the one harness",
-        {"machine", "checkpoints", "lanes", "store", "features", "model", "infer", "train", "tuning", "exam"} | {"trained", "room", "survey", "tokens"},
+        {"machine", "checkpoints", "lanes", "store", "shards"}
+        | {"features", "model", "infer", "train", "tuning", "exam"} | {"trained", "room", "survey", "tokens"},
     ),
     (
         "doors and what is told",
@@ -38,7 +39,8 @@ LAYERS = (
     ("what is tried out", {"estimate", "naive", "trials", "bench", "scaling", "contracts/"}),
     (
         "verbs",
-        {"check", "grid", "search", "runner", "jobs", "orders", "workers", "on_ray", "services", "commands", "catalogue", "report", "doctor"}
+        {"check", "grid", "search", "runner", "jobs", "orders", "workers", "services", "commands", "catalogue", "report", "doctor"}
+        | {"on_ray", "ray_cohorts", "ray_helpers"}
         | {"ui", "predict", "evaluate", "export", "explore"},
     ),
     ("the command line", {"run"}),

@@ -1,0 +1,196 @@
+"""A grid on Ray: a process a cohort, with the cores, GPU share and memory that it needs; before them, where features are kept, processes for shards.
+
+When a process or its node is lost, its runs are set free and the cohort is handed out again, so that it goes on from its checkpoints, which lie
+in the shared cache folder. A shard is computed once, however many cohorts want it, and a cohort starts when its own are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cellbench.errors import CellbenchError
+from cellbench.features import Pass
+from cellbench.jobs import Job
+from cellbench.on_ray import Need, actor, alive, answer, left_in, need, share
+from cellbench.orders import MOST_DEATHS, Order, Piece, join, pieces
+from cellbench.runner import Outcome, Runner
+from cellbench.shards import num_shards
+
+LOOK_EVERY_S = 5.0
+"""How often it is seen whether nodes have come or gone."""
+
+
+@dataclass(kw_only=True)
+class Fill:
+    """Shards of a cohort's passes, on their way as a `Piece` is."""
+
+    jobs: list[Job]
+    more: list[str]
+    """The fingerprints of all runs that want them."""
+    title: str
+    shards: list[tuple[Pass, int]]
+    deaths: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    work: Piece | Fill
+    need: Need
+    actor: Any
+    owner: Any
+    """Of its claims on runs, as it will say itself."""
+    answer: Any
+
+
+class Crew:
+    """The cohorts of one grid on the Ray that was joined."""
+
+    def __init__(self, ray: Any, order: Order, gpu_share: float = 1.0) -> None:
+        self._ray, self._order, self._gpu_share = ray, order, gpu_share
+
+    def __call__(self, runner: Runner, groups: Sequence[Sequence[Job]], out: Outcome) -> None:
+        """Runs the cohorts to their ends. What their processes say is said by ``runner`` when they are done."""
+        if not groups:
+            return
+        self._runner, self._out, self._running = runner, out, dict[Any, _Running]()
+        self._nodes = alive(self._ray, self._order.store)
+        self._mine = self._shared_out(len(groups))
+        cohorts = pieces(groups, runner.registry)
+        for piece in cohorts:
+            self._check(piece)
+        num, cores = len(self._nodes), sum(node.get("CPU", 0) for node in self._nodes.values())
+        runner.say(f"Ray: {num} node{'s' * (num > 1)} with {cores:.0f} cores; a cohort gets {self._mine.machine.name}.")
+        self._token = left_in(self._mine.cache)
+        try:
+            fills, wanted = self._shards_of(cohorts) if self._mine.prefer_disk else ([], [set[str]() for _ in cohorts])
+            self._work(deque(fills), list(zip(cohorts, wanted, strict=True)))
+        finally:
+            for one in self._running.values():
+                self._ray.kill(one.actor)
+                self._free(one)
+            (self._mine.cache / self._token).unlink(missing_ok=True)
+
+    def _work(self, waiting: deque[Piece | Fill], held: list[tuple[Piece, set[str]]]) -> None:
+        """``held``: the cohorts, each with the folders of the passes that it waits for."""
+        while waiting or held or self._running:
+            fills = [work for work in (*waiting, *(one.work for one in self._running.values())) if isinstance(work, Fill)]
+            under_way = {one.folder for fill in fills for one, _ in fill.shards}
+            waiting.extend(piece for piece, wanted in held if not wanted & under_way)
+            held = [(piece, wanted) for piece, wanted in held if wanted & under_way]
+            while waiting:  # Ray queues what has no place yet
+                self._begin(waiting.popleft())
+            ready, _ = self._ray.wait(list(self._running), timeout=LOOK_EVERY_S)
+            for one in ready:
+                self._hear(self._running.pop(one), waiting)
+            now = alive(self._ray, self._order.store)
+            if now.keys() != self._nodes.keys():
+                self._nodes = now
+                self._mine = self._shared_out(len(waiting) + len(held) + len(self._running))
+                waiting.extend(self._homeless())
+
+    def _shared_out(self, num: int) -> Order:
+        return replace(self._order, machine=share(self._order.machine, list(self._nodes.values()), num, self._gpu_share))
+
+    def _wish(self, work: Piece | Fill) -> Need:
+        return need(work.jobs, self._runner.registry, self._mine.machine, self._gpu_share)
+
+    def _check(self, work: Piece | Fill) -> None:
+        wish = self._wish(work)
+        if not any(wish.times(node) for node in self._nodes.values()):
+            raise CellbenchError(
+                f"--on ray: no node has what {work.title} needs: {wish.words}. A smaller --memory asks for less; `ray status` shows what there is."
+            )
+
+    def _begin(self, work: Piece | Fill) -> None:
+        self._check(work)
+        wish, mine = self._wish(work), [job.fingerprint for job in work.jobs]
+        made = actor(self._ray, wish, self._mine, self._token, work.title)
+        owner = made.owner.remote()
+        fills = isinstance(work, Fill)
+        asked = made.fill.remote(mine, work.more, work.shards) if fills else made.cohort.remote(mine, work.title, work.halvings)
+        self._running[asked] = _Running(work=work, need=wish, actor=made, owner=owner, answer=asked)
+
+    def _hear(self, one: _Running, waiting: deque[Piece | Fill]) -> None:
+        """What became of a work that is over, or lost."""
+        try:
+            came = answer(self._ray, one.answer)
+        except RuntimeError:
+            self._free(one)
+            raise
+        if isinstance(came, str):
+            self._lost(one, came, waiting)
+            return
+        kind, what, lines = came
+        self._ray.kill(one.actor)
+        for line in lines:
+            self._runner.say(line)
+        if kind == "refused":
+            raise CellbenchError(what)
+        if isinstance(one.work, Piece):
+            join(self._out, what)
+
+    def _lost(self, one: _Running, how: str, waiting: deque[Piece | Fill]) -> None:
+        work = one.work
+        work.deaths.append(how)
+        self._free(one)
+        if len(work.deaths) < MOST_DEATHS:
+            self._runner.say(f"{work.title}: its process or node was lost ({how}); another one goes on from what is there.")
+            waiting.append(work)
+        elif isinstance(work, Fill):
+            self._runner.say(f"{work.title}: its process or node was lost {MOST_DEATHS} times ({how}). Its cohorts compute what is missing.")
+        else:
+            self._runner.give_up(work.jobs, f"its process or node was lost {MOST_DEATHS} times ({how}). Is there enough memory?", self._out)
+
+    def _homeless(self) -> list[Piece | Fill]:
+        """Work that waits for a node that is gone, taken back: Ray would wait for another such node for ever."""
+        gone = [one for one in self._running.values() if not any(one.need.times(node) for node in self._nodes.values())]
+        gone = [one for one in gone if not self._ray.wait([one.owner], timeout=0)[0]]
+        for one in gone:
+            self._ray.kill(one.actor)
+            del self._running[one.answer]
+        return [one.work for one in gone]
+
+    def _free(self, one: _Running) -> None:
+        """Its runs would count as alive for a quarter of an hour, since nobody here can see whether a process elsewhere lives."""
+        if isinstance(one.work, Piece):
+            with contextlib.suppress(self._ray.exceptions.RayError):  # it never got a place: nothing to free
+                self._runner.release(one.work.jobs, self._ray.get(one.owner, timeout=0))
+
+    # --- shards -------------------------------------------------------------------------------------------------------------------
+
+    def _shards_of(self, cohorts: Sequence[Piece]) -> tuple[list[Fill], list[set[str]]]:
+        """What is to be computed before the cohorts, and of each cohort the folders of its passes. One process looks at all of them."""
+        prints = [[job.fingerprint for job in piece.jobs] for piece in cohorts]
+        made = actor(self._ray, self._wish(cohorts[0]), self._mine, self._token, "shards")
+        came = answer(self._ray, made.passes.remote(prints))
+        self._ray.kill(made)
+        if isinstance(came, str):
+            self._runner.say(f"the process that plans shards was lost ({came}); each cohort computes its own features.")
+            return [], [set() for _ in cohorts]
+        kind, passes, _ = came
+        if kind == "refused":
+            raise CellbenchError(passes)
+        wants: dict[str, list[int]] = {}
+        for k, mine in enumerate(passes):
+            for one in mine:
+                wants.setdefault(one.folder, []).append(k)
+        fills: list[Fill] = []
+        for k, mine in enumerate(passes):
+            first = [one for one in mine if wants[one.folder][0] == k]
+            more = sorted({text for one in first for cohort in wants[one.folder] for text in prints[cohort]})
+            fills += self._fills(cohorts[k], first, more)
+        num = sum(len(fill.shards) for fill in fills)
+        if num:
+            self._runner.say(f"{num} shard{'s' * (num > 1)} of features, in {len(fills)} task{'s' * (len(fills) > 1)}; a cohort starts when its own are there.")
+        return fills, [{one.folder for one in mine} for mine in passes]
+
+    def _fills(self, piece: Piece, passes: Sequence[Pass], more: list[str]) -> list[Fill]:
+        """Passes dealt out in as many tasks as the cluster has places; which shards are there already is seen by the tasks."""
+        places = sum(self._wish(piece).times(node) for node in self._nodes.values())
+        shards = [(one, k) for one in passes for k in range(num_shards(one.num))]
+        parts = [shards[k::places] for k in range(min(len(shards), places))]
+        return [Fill(jobs=piece.jobs, more=more, title=f"features of {piece.title}", shards=part) for part in parts]
