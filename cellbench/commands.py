@@ -171,10 +171,8 @@ def grid(
     weights = weights_folder(weights)
     if workers is not None and on is not None:
         raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
-    if not 0 < gpu_share <= 1:
-        raise CellbenchError(f"--gpu-share {gpu_share:g}: expected more than 0 and at most 1.")
     if on is not None:
-        on_ray.checked(on)
+        on_ray.checked(on, gpu_share)
     here = machine(device, precision, memory, elsewhere=on is not None)
     if workers is not None:
         processes.checked(workers, here)

@@ -38,8 +38,10 @@ HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """Of HTTP/2, with empty settings, which a gRPC server answers with its own: a frame whose fourth byte is 4 (RFC 9113)."""
 
 
-def checked(on: str) -> str:
+def checked(on: str, gpu_share: float = 1.0) -> str:
     """``on`` where it can be joined, as it seems. Raises CellbenchError. Ray itself would try a dead address for a minute."""
+    if not 0 < gpu_share <= 1:
+        raise CellbenchError(f"--gpu-share {gpu_share:g}: expected more than 0 and at most 1.")
     name, slashes, address = on.partition("://")
     if name != "ray" or bool(slashes) != bool(address):
         raise CellbenchError(f"--on {on}: expected ray, or ray://HOST:PORT for a cluster that is there (ray://auto: the one of this machine).")

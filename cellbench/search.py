@@ -229,7 +229,7 @@ def search(
     if workers != 1 and on is not None:
         raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
     if on is not None:
-        on_ray.checked(on)
+        on_ray.checked(on, gpu_share)
     whole = here or machine(device, precision, memory, elsewhere=on is not None)
     shares = whole.shares(processes.checked(workers, whole))
     pins = processes.cores_of(shares) if workers > 1 else [[]]

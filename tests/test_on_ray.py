@@ -211,6 +211,12 @@ def test_a_node_of_another_version_without_the_cache_or_with_other_data_refuses_
         assert "\n" not in why
 
 
+@pytest.mark.parametrize("part", [0.0, -1.0, 1.5, float("nan")])
+def test_a_gpu_share_that_is_none_is_refused(part):
+    with pytest.raises(CellbenchError, match="more than 0 and at most 1"):
+        on_ray.checked("ray", part)
+
+
 def test_several_machines_are_not_let_loose_on_a_file():
     nodes = [{"Alive": True, "NodeManagerHostname": name, "NodeID": name, "Resources": {"CPU": 1.0}} for name in ("a", "b")]
     ray = SimpleNamespace(nodes=lambda: nodes)
