@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from questions import QUESTION, answers, place
 
-from cellbench import shards
+from cellbench import ray_cohorts, shards
 from cellbench.commands import read_experiment
-from cellbench.features import Features
-from cellbench.jobs import jobs_of, open_folds
-from cellbench.lanes import Lanes
-from cellbench.machine import Machine
-from cellbench.orders import Hand, order
+from cellbench.features import Features, Pass
+from cellbench.jobs import Job, jobs_of, open_folds
+from cellbench.machine import Machine, machine
+from cellbench.orders import Hand, Order, order
 from cellbench.registry import Registry
 from cellbench.run import main
+from cellbench.runner import Outcome
 from cellbench.shards import Shards, num_shards
+from cellbench.spec import RunSpec
 from cellbench.track import Tracker
 
 ONE = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)
@@ -59,8 +62,6 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
     experiment, data = read_experiment("small.toml", KEPT[1::2], data=Path("smears")), Path("smears").absolute()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
-    from cellbench.machine import machine
-
     told = order(
         experiment, top.run_id, machine("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
     )  # fmt: skip
@@ -98,6 +99,64 @@ def test_a_shard_holds_the_levels_of_all_who_want_it(tmp_path, monkeypatch, smal
     (few,) = hand.passes([[jobs[0].fingerprint]])
     (many,) = hand.passes([[jobs[1].fingerprint]])
     assert few == many  # what is kept does not hang on who reads how much of it
-    with Lanes(1):
-        hand.fill([jobs[0].fingerprint], [jobs[1].fingerprint], [(few[0], 0)])
+    assert hand.fill([jobs[0].fingerprint], [jobs[1].fingerprint], [(few[0], 0)]) == 1
     assert hand.fill([jobs[1].fingerprint], [], [(many[0], 0)]) == 0
+
+
+@dataclass(eq=False)
+class Asked:
+    name: str
+    given: tuple
+
+
+class Pretended:
+    """A Ray of two nodes of one core that does what it is asked at once, notes it, and loses the first shards that it is asked for."""
+
+    def __init__(self, passes: list[list[Pass]]) -> None:
+        self.noted: list[tuple[str, object]] = []
+        self._passes, self._lost = passes, False
+        names = ("RayActorError", "OutOfMemoryError", "WorkerCrashedError", "NodeDiedError", "RayTaskError", "RayError")
+        self.exceptions = SimpleNamespace(**{name: type(name, (Exception,), {}) for name in names})
+
+    def nodes(self) -> list[dict[str, object]]:
+        resources = {"CPU": 1.0, "memory": 8e9}
+        return [{"Alive": True, "NodeManagerHostname": "here", "NodeID": str(k), "Resources": resources} for k in range(2)]
+
+    def remote(self, _: type) -> SimpleNamespace:
+        calls = {name: SimpleNamespace(remote=lambda *given, name=name: Asked(name, given)) for name in ("owner", "passes", "fill", "cohort")}
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: SimpleNamespace(**calls)))
+
+    def wait(self, refs: list[object], timeout: float) -> tuple[list[object], list[object]]:
+        return refs[-1:], refs[:-1]  # what was begun last is done first: who does not wait is found out
+
+    def get(self, ref: Asked, timeout: float = 0) -> object:
+        name, given = ref.name, ref.given
+        if name == "owner":
+            return "here:1"
+        if name == "fill" and not self._lost:
+            self._lost = True
+            raise self.exceptions.RayActorError("its node is gone")
+        self.noted += [("fill", shard) for shard in given[2]] if name == "fill" else [(name, given[0])]
+        return "done", {"passes": self._passes, "cohort": Outcome()}.get(name, 0), []
+
+    def kill(self, _: object) -> None:
+        pass
+
+
+def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_its_own(tmp_path):
+    val, *train = (Pass(split=split, number=0, num=600, folder=split) for split in ("val", "train a", "train b"))
+    ray, said = Pretended([[val, train[0]], [val, train[1]]]), []
+    runs = [RunSpec(backbone="filter-bank", head="bilinear", tile_px=64, data_seed=seed) for seed in (0, 1)]
+    groups = [[Job(run=run, name=f"run {k}", fingerprint=f"f{k}")] for k, run in enumerate(runs)]
+    experiment = SimpleNamespace(experiment="pretended")
+    told = Order(experiment=experiment, parent_id="", machine=ONE, cache=tmp_path, store="http://lab", prefer_disk=True)
+    runner = SimpleNamespace(registry=Registry(), say=said.append, release=lambda *_: None, give_up=None)
+    ray_cohorts.Crew(ray, told)(runner, groups, Outcome())
+    kinds = [kind for kind, _ in ray.noted]
+    assert kinds[0] == "passes"
+    filled = [what for kind, what in ray.noted if kind == "fill"]
+    assert len(filled) == len(set(filled)) == 3 * num_shards(600)
+    for k, mine in enumerate(([val, train[0]], [val, train[1]])):
+        begun = ray.noted.index(("cohort", [f"f{k}"]))
+        assert {one for kind, (one, _) in ((kind, what) for kind, what in ray.noted[:begun] if kind == "fill")} >= set(mine)
+    assert any("was lost (RayActorError)" in line for line in said)
