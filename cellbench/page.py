@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -23,8 +24,8 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
-th:first-child, td:first-child { text-align: left; }
-td.text { text-align: left; white-space: normal; min-width: 12rem; overflow-wrap: anywhere; }
+th:first-child, td:first-child, th.words, td.words, th.text, td.text { text-align: left; }
+td.text { white-space: normal; min-width: 12rem; overflow-wrap: anywhere; }
 thead th { border-bottom: 2px solid #888; }
 figure { margin: 1rem 0; break-inside: avoid; }
 figure img { max-width: 100%; height: auto; }
@@ -70,14 +71,27 @@ def paragraphs(sentences: Sequence[str], kind: str = "") -> str:
 
 
 def table(headings: Sequence[str], lines: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
-    """Numbers to the right; the columns numbered in ``text`` hold sentences and may break."""
+    """Numbers to the right, words to the left, each heading as its column; the columns numbered in ``text`` hold sentences and may break."""
     if not lines:
         return ""
-    head = "".join(f"<th>{escape(one)}</th>" for one in headings)
-    kinds = [' class="text"' if k in text else "" for k in range(len(headings))]
+    kinds = [' class="text"' if k in text else ' class="words"' if _is_words([line[k] for line in lines]) else "" for k in range(len(headings))]
+    head = "".join(f"<th{kind}>{escape(one)}</th>" for kind, one in zip(kinds, headings, strict=True))
     rows = ("".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, line, strict=True)) for line in lines)
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+_NUMBER = re.compile(r"[<>≈~±]?\s*[-+−–]?\.?\d[\d.,]*(e[-+]?\d+)?(\s|%|$)")
+
+
+def _is_words(cells: Sequence[str]) -> bool:
+    """Whether most of a column is other than numbers; ranges and numbers with a unit are numbers, hashes are words.
+
+    >>> _is_words(["better", "", "cannot tell"]), _is_words(["0.96 to 0.97", "213 k", "< 0.001", "skipped"]), _is_words(["3f9a", "77e1"])
+    (True, False, True)
+    """
+    told = [cell.strip() for cell in cells if cell.strip(" –-")]
+    return 2 * sum(not _NUMBER.match(cell) for cell in told) > len(told)
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from told import IMAGES, finished, small_grid, told_of
 
-from cellbench import leaderboard, moved, views
+from cellbench import leaderboard, moved, page, views
 from cellbench.evidence import collect
 from cellbench.report import latex, place
 from cellbench.results import tidy
@@ -313,3 +313,9 @@ def test_a_thousand_models_are_compared_in_seconds(monkeypatch):
     assert leaderboard.words(here)[0].startswith("Best on average is m999")
     assert time.process_time() - start < 20  # 3 s measured; np.random and ranks, on a busy machine
     assert np.isfinite([row.low for row in leaderboard.rows(here)]).all()
+
+
+def test_words_stand_left_and_numbers_right_in_a_tables_columns_and_headings():
+    made = page.table(("model", "verdict", "p", "run"), [("a", "better", "< 0.001", "3f9a"), ("b", "cannot tell", "0.40", "77e1")])
+    assert '<td class="words">cannot tell</td><td>0.40</td><td class="words">77e1</td>' in made
+    assert '<th class="words">verdict</th><th>p</th>' in made
