@@ -6,13 +6,16 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from cellbench import page
-from cellbench.audit import Finding, Severity, findings, statistics
+from cellbench.audit import Finding, Severity, findings, statistics, twins
+from cellbench.crops import Marks
+from cellbench.data import alike
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.data.folders import listed, split
 from cellbench.data.survey import Facts, survey
@@ -47,16 +50,26 @@ def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, e
     notes = list(listing.notes)
     if not any(listing.parts.values()):
         raise CellbenchError(f"--data {folder}: holds no image with a mask. {found[0].said if found else ''}".rstrip())
+    samples = tuple(sample for part in SPLITS for sample in listing.parts.get(part, ()))
+    dataset = _undivided(facts_card.id, listing.root, facts_card, samples)
+    facts = _read(dataset, facts_card.tolerance)
+    same = twins(facts)
+    first = dict(zip(map(_key, samples), same.first(len(samples)), strict=True))
+
+    def grouped(some: tuple[Sample, ...]) -> tuple[Sample, ...]:
+        return alike.named(some, [first[_key(sample)] for sample in some])
+
     try:
-        dataset, splits = split(facts_card, listing, spec or DataSpec())
+        dataset, splits = split(facts_card, listing, spec or DataSpec(), grouped)
         notes.append(f"split {'as drawn from the seed' if splits.record else f'read from {splits.place}'}")
+        home = {_key(sample): {"split": part, "group": sample.group} for part in SPLITS for sample in dataset.samples(part)}
+        facts = [replace(f, **home[_key(sample)]) for f, sample in zip(facts, samples, strict=True)]
     except CellbenchError as error:
         found.append(Finding(kind="split", severity=Severity.SEVERE, said=str(error), images=("the split",)))
-        samples = tuple(sample for part in SPLITS for sample in listing.parts.get(part, ()))
-        dataset = _undivided(facts_card.id, listing.root, facts_card, samples)
-    facts = _read(dataset, facts_card.tolerance)
     order = list(Severity)
-    found = sorted([*found, *findings(facts), *_expected(facts_card.expected, facts)], key=lambda finding: order.index(finding.severity))
+    found = sorted(
+        [*found, *findings(facts, same), *_expected(facts_card.expected, facts)], key=lambda finding: order.index(finding.severity)
+    )
     numbers = [("layout", listing.layout), *statistics(facts, dataset.classes)]
     verdict = _verdict(dataset.name, len(facts), found)
     for line in _lines(verdict, numbers, found, notes):
@@ -66,6 +79,10 @@ def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, e
     write_atomic(place / "check.html", _page(folder, verdict, numbers, found, notes))
     say(f"written to {place / 'check.json'} and check.html")
     return 1 if any(finding.severity is Severity.SEVERE for finding in found) else 0
+
+
+def _key(sample: Sample) -> tuple[Path, Path, str]:
+    return sample.image, sample.mask, sample.name
 
 
 def _undivided(name: str, root: Path, card, samples: tuple[Sample, ...]) -> Dataset:
@@ -78,9 +95,8 @@ def _plain(folder: Path) -> str:
 
 
 def _read(dataset: Dataset, tolerance: int) -> list[Facts]:
-    todo = [(sample, part) for part in SPLITS for sample in dataset.samples(part)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding and numpy free the interpreter's lock
-        jobs = [pool.submit(survey, dataset, sample, part, tolerance) for sample, part in todo]
+        jobs = [pool.submit(survey, dataset, sample, "train", tolerance) for sample in dataset.train]
         try:
             return [job.result() for job in tqdm(jobs, desc=f"checking {dataset.name}", unit="image", leave=False)]
         finally:
@@ -114,7 +130,7 @@ def _lines(verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Fin
 
 
 def _json(verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Finding], notes: Sequence[str], facts: Sequence[Facts]) -> str:
-    rows = [{key: value for key, value in vars(f).items() if not isinstance(value, np.ndarray)} for f in facts]
+    rows = [{key: value for key, value in vars(f).items() if not isinstance(value, np.ndarray | Marks)} for f in facts]
     told = [{"kind": f.kind, "severity": f.severity.value, "said": f.said, "images": f.images} for f in found]
     return json.dumps({"verdict": verdict, "findings": told, "statistics": dict(numbers), "notes": notes, "images": rows}, indent=1)
 

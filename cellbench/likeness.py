@@ -23,21 +23,26 @@ CORRELATION = 0.97
 def pooled(grey_HW: np.ndarray, side: int = SIDE) -> np.ndarray:
     """Means of ``side`` x ``side`` equal fields, (side, side) float32. Fields share the pixels on their edges, so that a turned picture gives
     the turned result."""
-    return _fields(grey_HW.shape[0], side) @ grey_HW.astype(np.float32) @ _fields(grey_HW.shape[1], side).T
+    return fields(grey_HW.shape[0], side) @ grey_HW.astype(np.float32) @ fields(grey_HW.shape[1], side).T
 
 
-@functools.lru_cache(maxsize=64)
-def _fields(length: int, side: int) -> np.ndarray:
-    """(side, length): how much each pixel counts in each field."""
+@functools.lru_cache(maxsize=32)
+def fields(length: int, side: int) -> np.ndarray:
+    """(side, length) float32: how much each of ``length`` pixels counts in each of ``side`` equal fields. Not to be written to."""
     starts = np.arange(side)[:, None] * length / side
     pixels = np.arange(length)[None, :]
     shared = np.minimum(starts + length / side, pixels + 1) - np.maximum(starts, pixels)
     return (np.maximum(shared, 0) * side / length).astype(np.float32)
 
 
+def grey(image_HW3: np.ndarray) -> np.ndarray:
+    """(H, W) float32, 0..255, of an image uint8, half of it green, where stains differ most."""
+    return image_HW3[..., 1] / np.float32(2) + image_HW3[..., 0] / np.float32(4) + image_HW3[..., 2] / np.float32(4)
+
+
 def small_grey(image_HW3: np.ndarray) -> np.ndarray:
-    """A grey picture (64, 64) float32 of an image uint8, half of it green, where stains differ most."""
-    return pooled(image_HW3[..., 1] / np.float32(2) + image_HW3[..., 0] / np.float32(4) + image_HW3[..., 2] / np.float32(4))
+    """A grey picture (64, 64) float32 of an image uint8."""
+    return pooled(grey(image_HW3))
 
 
 def turned(picture_TT: np.ndarray) -> list[np.ndarray]:

@@ -148,7 +148,8 @@ class DataSpec(Record):
     """Which of them is the test, from 0."""
     group: Literal["auto", "none", "column", "prefix", "near-duplicates"] = "auto"
     """What must not be torn apart by a split: images of one patient, slide, … ``column``: as the manifest says. ``prefix``: as the names
-    say. ``near-duplicates``: images that look alike however they are turned. ``auto``: ``column`` where there is one."""
+    say. ``near-duplicates``: images that show the same picture, whole or in part, however turned. ``auto``: ``column`` where there is one;
+    otherwise a split that is drawn keeps near-duplicates together."""
     group_pattern: str = r"^(.+)[-_ ]\d+$"
     """For ``prefix``: a regular expression on the stem of the name; its first group is the name of the group."""
     stratify: Literal["none", "label", "foreground", "size"] = "none"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cellbench.data import alike
 from cellbench.data.dataset import SPLITS, Dataset, Sample, proven
 from cellbench.data.layouts import listing_of
 from cellbench.data.listing import Listing
-from cellbench.data.splits import Splits, given, split_of
+from cellbench.data.splits import Grouping, Splits, given, split_of
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
 from cellbench.registry import DatasetCard, load, with_defaults
@@ -64,21 +65,23 @@ def _own_card(path: Path, card: DatasetCard) -> DatasetCard:
     return checked(DatasetCard, {**tree, **given}, str(path))
 
 
-def split(card: DatasetCard, listing: Listing, spec: DataSpec) -> tuple[Dataset, Splits]:
-    """The listed samples as a dataset in its three splits; nothing is written yet."""
+def split(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: Grouping = alike.grouped) -> tuple[Dataset, Splits]:
+    """The listed samples as a dataset in its three splits; nothing is written yet. ``grouped``: who finds images that show the same."""
     meaning = {name: getattr(card, name) for name in ("classes", "values", "thresholds", "colors")}
     dataset = Dataset(name=card.id, root=listing.root, train=(), val=(), test=(), **meaning)
     parts = {part: listing.parts.get(part, ()) for part in SPLITS}
+    if card.draw and spec.group == "auto":
+        grouped = tuple  # what is drawn is never the same twice
 
     def foreground(sample: Sample) -> float:
         return float((dataset.read_mask(sample) > 0).mean())
 
     if spec.folds:  # over everything
-        splits = split_of(listing.root, (*parts["train"], *parts["val"]), parts["test"], spec, foreground)
+        splits = split_of(listing.root, (*parts["train"], *parts["val"]), parts["test"], spec, foreground, grouped)
     elif parts["val"]:
-        splits = given(listing.root, listing.layout, parts, spec)
+        splits = given(listing.root, listing.layout, parts, spec, grouped)
     else:
-        splits = split_of(listing.root, parts["train"], parts["test"], spec, foreground)
+        splits = split_of(listing.root, parts["train"], parts["test"], spec, foreground, grouped)
     return replace(dataset, train=splits.train, val=splits.val, test=splits.test), splits
 
 

@@ -8,21 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from cellbench.data import images
+from cellbench.data import alike, images
 from cellbench.data.allocation import allocate
 from cellbench.data.dataset import Sample
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, writable, write_atomic
-from cellbench.likeness import clusters, near_pairs, small_grey
 from cellbench.spec import DataSpec
+
+Grouping = Callable[[tuple[Sample, ...]], tuple[Sample, ...]]
+"""Gives samples that show the same a common group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,12 @@ class Splits:
 
 
 def split_of(
-    root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec, foreground: Callable[[Sample], float] = lambda _: 0.0
+    root: Path,
+    pool: tuple[Sample, ...],
+    test: tuple[Sample, ...],
+    spec: DataSpec,
+    foreground: Callable[[Sample], float] = lambda _: 0.0,
+    grouped: Grouping = alike.grouped,
 ) -> Splits:
     """The splits of a pool of images and, where the data comes with one, a test folder that training never touches.
 
@@ -54,15 +59,18 @@ def split_of(
 
     With ``spec.folds`` pool and test folder are one, cut into folds of which one is the test; a person's own ``splits.json`` says nothing
     of folds and is not used. ``foreground``: the share of an image's pixels that are cells, for ``stratify``.
+
+    Where nothing else groups the images, those of the pool that show the same picture are kept together when a split is drawn, and the file
+    names them; where there are none, the split is what it would be without. ``grouped``: who finds them.
     """
     if spec.folds:
         pool, test = _one_pool(root, pool, test), ()
-    together = with_groups((*pool, *test), spec)
-    pool, test = together[: len(pool)], together[len(pool) :]
-    grouped = any(sample.group for sample in pool)
+    told = with_groups((*pool, *test), spec, grouped)
+    pool, test = told[: len(pool)], told[len(pool) :]
+    in_groups = any(sample.group for sample in pool)
     standard = not any(getattr(spec, key) != DataSpec.model_fields[key].default for key in ("val_fraction", "split_seed", *_LATER))
-    standard &= not grouped and (bool(test) or spec.test_fraction == DataSpec().test_fraction)
-    name = "splits.json" if standard else _name(spec, bool(test), grouped)
+    standard &= not in_groups and (bool(test) or spec.test_fraction == DataSpec().test_fraction)
+    name = "splits.json" if standard else _name(spec, bool(test), in_groups)
     # A file that names no seed is a person's own, or the published one, and is meant whatever the settings say.
     own = [root / "splits.json"] if not spec.folds and _own(root / "splits.json") else []
     for place in (*own, root / name, _elsewhere(root, name)):
@@ -70,12 +78,24 @@ def split_of(
             found = _read(place, pool, test)
             _refuse_torn(place, found)
             return found
-    parts = _allocated(pool, test, spec, foreground) if grouped or _special(spec) else _draw(pool, test, spec)
+    together: list[list[str]] = []
+    if spec.group == "auto" and not in_groups:
+        pool, together = _kept_together(pool, grouped)
+    try:
+        parts = _allocated(pool, test, spec, foreground) if in_groups or together or _special(spec) else _draw(pool, test, spec)
+    except CellbenchError as error:
+        if not together:
+            raise
+        raise CellbenchError(
+            f"{error} {sum(map(len, together))} of the images show the same as others, whole or in part, such as {together[0][0]} and "
+            f"{together[0][1]}, and are kept together; data.group=none splits them all the same."
+        ) from None
     record = {
         "seed": spec.split_seed,
         "val_fraction": spec.val_fraction,
-        **({key: getattr(spec, key) for key in _LATER} if grouped or _special(spec) else {}),
+        **({key: getattr(spec, key) for key in _LATER} if in_groups or _special(spec) else {}),
         **{part: [sample.name for sample in samples] for part, samples in parts.items() if samples or part != "test"},
+        **({_TOGETHER: together} if together else {}),
     }
     place = root / name if writable(root) else _elsewhere(root, name)
     drawn = Splits(train=parts["train"], val=parts["val"], test=test or parts["test"], place=place, record=json.dumps(record, indent=1))
@@ -83,9 +103,9 @@ def split_of(
     return drawn
 
 
-def given(root: Path, layout: str, parts: Mapping[str, tuple[Sample, ...]], spec: DataSpec) -> Splits:
+def given(root: Path, layout: str, parts: Mapping[str, tuple[Sample, ...]], spec: DataSpec, grouped: Grouping = alike.grouped) -> Splits:
     """The splits that the data itself names, all three. Nothing is drawn or written."""
-    samples = with_groups((*parts["train"], *parts["val"], *parts["test"]), spec)
+    samples = with_groups((*parts["train"], *parts["val"], *parts["test"]), spec, grouped)
     first, second = len(parts["train"]), len(parts["train"]) + len(parts["val"])
     found = Splits(train=samples[:first], val=samples[first:second], test=samples[second:], place=root / layout)
     for part in ("train", "val", "test"):
@@ -95,6 +115,19 @@ def given(root: Path, layout: str, parts: Mapping[str, tuple[Sample, ...]], spec
             )
     _refuse_torn(root, found)
     return found
+
+
+_TOGETHER = "together"
+"""In a split's file: lists of names that show the same picture, and lie in one part."""
+
+
+def _kept_together(pool: tuple[Sample, ...], grouped: Grouping) -> tuple[tuple[Sample, ...], list[list[str]]]:
+    pool = grouped(pool)
+    names: dict[str, list[str]] = {}
+    for sample in pool:
+        if sample.group:
+            names.setdefault(sample.group, []).append(sample.name)
+    return pool, list(names.values())
 
 
 _LATER = ("folds", "fold", "group", "group_pattern", "stratify")
@@ -120,7 +153,7 @@ def _one_pool(root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) ->
     return both
 
 
-def with_groups(samples: tuple[Sample, ...], spec: DataSpec) -> tuple[Sample, ...]:
+def with_groups(samples: tuple[Sample, ...], spec: DataSpec, grouped: Grouping = alike.grouped) -> tuple[Sample, ...]:
     """The samples, each with the group (patient, slide, …) that ``spec.group`` gives it; none where images are not grouped.
 
     Raises CellbenchError where groups were asked for and none is found.
@@ -128,7 +161,7 @@ def with_groups(samples: tuple[Sample, ...], spec: DataSpec) -> tuple[Sample, ..
     if spec.group == "none":
         return tuple(replace(sample, group="") for sample in samples)
     if spec.group == "near-duplicates":
-        return _alike(samples)
+        return grouped(samples)
     if spec.group == "prefix":
         matches = [re.search(spec.group_pattern, Path(sample.name).stem) for sample in samples]
         samples = tuple(replace(sample, group=(match[1] or "") if match else "") for match, sample in zip(matches, samples, strict=True))
@@ -138,15 +171,6 @@ def with_groups(samples: tuple[Sample, ...], spec: DataSpec) -> tuple[Sample, ..
     if spec.group != "auto" and not any(sample.group for sample in samples):
         raise CellbenchError(f"[data] group = '{spec.group}': {asked}")
     return samples
-
-
-def _alike(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
-    """Groups of images that are one picture, turned or saved anew. Reads every image."""
-    with ThreadPoolExecutor(2) as pool:
-        small = list(pool.map(lambda sample: small_grey(images.read_image(sample.image)), samples))
-    first = clusters(len(samples), [(i, j) for i, j, _ in near_pairs(small)])
-    size = Counter(first)
-    return tuple(replace(sample, group=f"like {samples[k].name}" if size[k] > 1 else "") for sample, k in zip(samples, first, strict=True))
 
 
 def _unit(sample: Sample) -> str:
@@ -232,6 +256,7 @@ def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Sp
     try:
         record = json.loads(place.read_text(encoding="utf-8"))
         parts = {part: [str(name) for name in record.get(part, [])] for part in ("train", "val", "test")}
+        together = [[str(name) for name in names] for names in record.get(_TOGETHER, [])]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CellbenchError(
             f'{place}: cannot be read as a split ({error}). Expected {{"train": [names], "val": [names]}}. Mend or remove it.'
@@ -251,6 +276,8 @@ def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Sp
     if len(names) != len(set(names)):
         twice = next(name for name in names if names.count(name) > 1)
         raise CellbenchError(f"{place}: '{twice}' stands in two splits or twice in one. Each image belongs to one split.")
+    group = {name: f"like {names[0]}" for names in together for name in names}
+    chosen = {part: [replace(s, group=s.group or group.get(s.name, "")) for s in samples] for part, samples in chosen.items()}
     unused = len(pool) - len(names)
     if unused:
         raise CellbenchError(

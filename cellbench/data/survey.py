@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
+from cellbench.crops import NOTHING, Marks, marks
 from cellbench.data import images
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import hash_of
-from cellbench.likeness import small_grey
+from cellbench.likeness import grey, pooled
 from cellbench.shapes import instances, numbered
 
 SPECK_PX = 100
@@ -34,6 +35,8 @@ class Facts:
     mask_hash: str = ""
     small: np.ndarray = field(default_factory=lambda: np.zeros((64, 64), np.float32))
     """Grey, 64 x 64."""
+    marks: Marks = NOTHING
+    """What parts of the image are known again by."""
     stain: tuple[float, float, float] = (0, 0, 0)
     """Mean red, green and blue, 0..255."""
     shares: tuple[float, ...] = ()
@@ -59,12 +62,12 @@ class Facts:
     """Separate fields of cell that do not touch the frame."""
     mode_in_cell: float = 0.0
     """Share of the pixels of the image's commonest brightness that are marked as cell."""
-    contrast: float = 0.0
-    """Difference of cell and background in the best colour, in standard deviations."""
     seen_share: float = 0.0
     """What Otsu's threshold sets apart from the commoner side, as a share of the pixels."""
     seen_contrast: float = 0.0
     """How well it does: variance between both sides as a share of all, 0..1."""
+    agreement: float = 0.0
+    """Correlation of what the threshold sets apart and what is marked, -1..1."""
     missed_border: tuple[int, ...] = ()
     """Areas, in px, of fields at the frame that stand out like cells and are not marked."""
 
@@ -81,15 +84,15 @@ def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int) -> Fact
         return Facts(**known, error=one_line(error))
     sizes = {"size_px": image.shape[:2], "mask_px": classes.shape}
     known |= {**hashes, **sizes, "stain": tuple(float(x) for x in image.reshape(-1, 3).mean(0))}
-    grey = small_grey(image)
+    plain = grey(image)
+    known |= {"small": pooled(plain), "marks": marks(plain)}
     if image.shape[:2] != classes.shape:
-        return Facts(**known, small=grey)
+        return Facts(**known)
     cells = instances(classes, 1) if ids is None else numbered(ids, classes)
     areas = cells.areas_px[1:]
     specks = areas < SPECK_PX if ids is None else np.zeros(len(areas), bool)
     return Facts(
         **known,
-        small=grey,
         shares=tuple(float(n) / classes.size for n in np.bincount(classes.ravel(), minlength=len(dataset.classes))),
         areas_px=tuple(int(area) for area in areas[~specks]),
         num_specks=int(specks.sum()),
@@ -136,10 +139,6 @@ def _look(image: np.ndarray, cell: np.ndarray) -> dict[str, object]:
         "holes": _islands(~cell, frame),
         "islands": _islands(cell, frame),
     }
-    if cell.any() and not cell.all():
-        inner, outer = small[cell], small[~cell]
-        spread = np.sqrt((inner.var(0) + outer.var(0)) / 2) + 1
-        found["contrast"] = float((np.abs(inner.mean(0) - outer.mean(0)) / spread).max())
     channel = int(small.reshape(-1, 3).std(0).argmax())
     levels = ndimage.uniform_filter(small[..., channel], 3).astype(np.uint8)
     counts = np.bincount(levels.ravel(), minlength=256)
@@ -149,6 +148,8 @@ def _look(image: np.ndarray, cell: np.ndarray) -> dict[str, object]:
     threshold, found["seen_contrast"] = _otsu(counts)
     seen = (levels > threshold) if mode <= threshold else (levels <= threshold)
     found["seen_share"] = float(seen.mean())
+    if 0 < seen.mean() < 1 and 0 < cell.mean() < 1:
+        found["agreement"] = float(np.corrcoef(seen.ravel(), cell.ravel())[0, 1])
     parts, num = ndimage.label(ndimage.binary_fill_holes(seen))
     missed = []
     if num and cell.any():
