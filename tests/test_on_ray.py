@@ -20,13 +20,13 @@ import pytest
 import torch
 from questions import QUESTION, answers, assassin, place
 
-from cellbench import on_ray
+from cellbench import on_ray, ray_helpers
 from cellbench.commands import read_experiment
 from cellbench.errors import CellbenchError
 from cellbench.files import write_atomic
 from cellbench.jobs import jobs_of, open_folds
 from cellbench.machine import Machine
-from cellbench.orders import order, version
+from cellbench.orders import Order, order, version
 from cellbench.registry import Registry
 from cellbench.run import main
 from cellbench.track import Tracker
@@ -223,6 +223,41 @@ def test_several_machines_are_not_let_loose_on_a_file():
     with pytest.raises(CellbenchError, match="several machines cannot keep their runs in"):
         on_ray.alive(ray, "http://lab:5000", "sqlite:////lab/optuna.db")
     assert len(on_ray.alive(ray, "http://lab:5000", "postgresql://lab/optuna")) == 2
+
+
+def test_a_lost_process_of_a_search_is_replaced_until_too_many_are_and_a_refusal_ends_it(tmp_path):
+    class RayActorError(Exception):
+        pass
+
+    answers, begun = [RayActorError(), ("done", None, []), *[RayActorError() for _ in range(5)]], []
+    lost = SimpleNamespace(RayActorError=RayActorError, OutOfMemoryError=OSError, WorkerCrashedError=OSError, NodeDiedError=OSError)
+    lost.RayTaskError = OSError
+    made = SimpleNamespace(help=SimpleNamespace(remote=lambda _: begun.append(object()) or begun[-1]))
+
+    def get(_: object) -> object:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    nodes = [{"Alive": True, "NodeManagerHostname": "a", "NodeID": "a", "Resources": {"CPU": 2.0, "memory": 8e9}}]
+    ray = SimpleNamespace(nodes=lambda: nodes, get=get, kill=lambda _: None, wait=lambda all_, timeout: (all_[:1], all_[1:]), exceptions=lost)
+    ray.remote = lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: made))
+    told = Order(experiment=SimpleNamespace(experiment="sought"), parent_id="", machine=TWO, cache=tmp_path, store="http://lab")
+    with ray_helpers.Helpers(ray, told, "postgresql://lab/optuna", print, 5, 0.0, 1.0) as helpers:
+        assert (helpers.num, len(begun)) == (2, 2)  # of five that would be of use the cluster has room for two
+        assert "was lost (RayActorError); another one" in helpers.look(0)
+        assert len(begun) == 3
+        assert helpers.look(0) == ""  # one is done
+        for _ in range(4):
+            helpers.look(0)
+        with pytest.raises(CellbenchError, match="6 processes of the search were lost"):
+            helpers.look(0)
+        answers.append(("refused", "the first 3 trials have all failed", []))
+        helpers._begin()
+        with pytest.raises(CellbenchError, match="have all failed"):
+            helpers.look(0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_set_free_is_taken_up_at_once(tmp_path, monkeypatch):
