@@ -173,7 +173,7 @@ def grid(
         raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
     if on is not None:
         on_ray.checked(on, gpu_share)
-    here = machine(device, precision, memory, elsewhere=on is not None)
+    here = machine(device, precision, memory, elsewhere=on is not None and not dry_run)
     if workers is not None:
         processes.checked(workers, here)
     datasets = open_folds(experiment, registry, data)
