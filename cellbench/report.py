@@ -7,6 +7,7 @@ runs of older versions have shorter reports.
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -24,11 +25,15 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.evidence import Evidence, collect
 from cellbench.files import make_folder, told
 from cellbench.lineup import TestSet
+from cellbench.logged import stored_of
 from cellbench.refusals import command
 from cellbench.track import Run, Tracker, newest
 
 MOST_NOTED = 15
 """Models in the table of an experiment's description; the report has all."""
+BOARD = "leaderboard.json"
+CONCLUDED = "cellbench.concluded"
+"""The parent run's tag: of which runs its report is."""
 ABOUT = "about.json"
 """On the parent run: what was asked, of which data, by which command, with which versions."""
 
@@ -157,6 +162,10 @@ def conclude(
     if not only:
         say("no run is finished, so there is nothing to compare.")
         return
+    key = _key(only, known, skipped, failed)
+    if (record := _concluded(tracker, top, key)) is not None:
+        _tell([leaderboard.Row(**row) for row in record["leaderboard"]], record["verdict"], say)
+        return
     evidence = collect([tracker], only=only)
     here = evidence.sets[0]
     table = leaderboard.rows(here)
@@ -165,18 +174,36 @@ def conclude(
         made = build(evidence, [tracker], known)
         write(made, folder)
         record = {"leaderboard": leaderboard.as_json(table), "verdict": made.verdict, "skipped": dict(skipped), "failed": dict(failed)}
-        (folder / "leaderboard.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (folder / BOARD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         (folder / ABOUT).write_text(json.dumps(known, indent=1), encoding="utf-8")
         (folder / "splits.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
         top.artifacts(folder)
     _enter(tracker, here, say)
+    _tell(table, made.verdict, say)
+    top.describe(_note(known, made.verdict, table, skipped, top.address("figures/leaderboard.png")))
+    tracker.describe(_note(known, made.verdict, table, skipped))
+    top.log({}, tags={CONCLUDED: key})
+
+
+def _tell(table: Sequence[leaderboard.Row], verdict: Sequence[str], say: Callable[[str], None]) -> None:
     say("")
     say(leaderboard.text(table))
     say("")
-    for sentence in made.verdict:
+    for sentence in verdict:
         say(sentence)
-    top.describe(_note(known, made.verdict, table, skipped, top.address("figures/leaderboard.png")))
-    tracker.describe(_note(known, made.verdict, table, skipped))
+
+
+def _key(only: Collection[str], known: Mapping[str, Any], skipped: Mapping[str, str], failed: Mapping[str, str]) -> str:
+    """What a conclusion hangs on: its runs, and what is said of them, but for the words of the call."""
+    facts = [sorted(only), {name: value for name, value in known.items() if name != "command"}, skipped, failed]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _concluded(tracker: Tracker, top: Run, key: str) -> dict[str, Any] | None:
+    """The conclusion of the same runs that lies on the parent run already: drawing it again takes seconds."""
+    stored = stored_of(tracker.client.get_run(top.run_id))
+    data = tracker.artifact(stored, BOARD) if stored.tags.get(CONCLUDED) == key else None
+    return json.loads(data) if data is not None else None
 
 
 NOTE_COLUMNS = ("model", "seeds", "Dice", "Dice/image", "95 %", "AP50", "train s")

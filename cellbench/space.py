@@ -47,7 +47,7 @@ class Settings(Record):
     seed: int = Field(2026, ge=0, lt=2**31)
     sampler: Literal["tpe", "gp", "random", "qmc", "nsga2"] = "tpe"
     startup: int = Field(10, ge=1)
-    """The first so many trials of ``tpe`` and ``gp`` are drawn by chance."""
+    """The first so many trials of ``tpe`` and ``gp`` are drawn by chance, the pairs of backbone and head in turn."""
     pruner: Literal["none", "median", "halving", "hyperband"] = "none"
     objective: str | list[str] = "val/dice"
     direction: str | list[str] | None = None

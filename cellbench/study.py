@@ -84,7 +84,7 @@ class Study:
                 study_name=name,
                 directions=list(settings.directions),
                 load_if_exists=True,
-                sampler=Seeded(settings, conditional=any(one.head for one in dimensions)),
+                sampler=Seeded(settings, dimensions),
                 pruner=pruner(settings, epochs),
             )
             self._check(dict(asked))

@@ -6,9 +6,12 @@ import csv
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.category import StrCategoryFormatter
+from matplotlib.ticker import NullFormatter
 from optuna.visualization import matplotlib as draw
 
 from cellbench.figures import STYLE, png
@@ -29,34 +32,55 @@ def pictures(study: Study, space: Space) -> Iterator[tuple[str, bytes]]:
         about: dict[str, Any] = {"target_name": name}
         if len(names) > 1:
             about["target"] = lambda t, k=k: t.values[k]
-        yield f"history{mark}", _drawn(lambda about=about: draw.plot_optimization_history(study.optuna, **about), (7, 4))
+        yield f"history{mark}", _drawn(lambda about=about: _legend_inside(draw.plot_optimization_history(study.optuna, **about)), (7, 4))
         yield (
             f"slice{mark}",
-            _drawn(lambda about=about: draw.plot_slice(study.optuna, params=always, **about), (2.6 * len(always) + 1, 3.6)),
+            _drawn(lambda about=about: _legible(draw.plot_slice(study.optuna, params=always, **about)), (2 * len(always) + 1, 3.8), "constrained"),
         )
-        yield f"parallel{mark}", _drawn(lambda about=about: draw.plot_parallel_coordinate(study.optuna, params=always, **about), (9, 4.5))
+        yield f"parallel{mark}", _drawn(lambda about=about: draw.plot_parallel_coordinate(study.optuna, params=always, **about), (11, 5))
         values = {t.values[k] for t in done}
         if len(done) >= 4 and len(values) > 1:
             yield f"importance{mark}", _drawn(lambda about=about: draw.plot_param_importances(study.optuna, **about), (7, 3.5))
     if space.settings.pruner != "none":
-        yield "curves", _drawn(lambda: _without_legend(draw.plot_intermediate_values(study.optuna)), (7, 4))
+        yield "curves", _drawn(lambda: _curves(draw.plot_intermediate_values(study.optuna), names[0]), (7, 4))
     if len(names) in (2, 3):
         yield "pareto", _drawn(lambda: draw.plot_pareto_front(study.optuna, target_names=names), (6.5, 4.5))
 
 
-def _without_legend(axes: Any) -> Any:
-    if (legend := axes.get_legend()) is not None:
-        legend.remove()  # a line for each trial: more names than picture
+def _legend_inside(axes: Any) -> Any:
+    axes.legend(loc="lower right", frameon=True)  # Optuna's stands half outside
     return axes
 
 
-def _drawn(make: Callable[[], Any], size_inches: tuple[float, float]) -> bytes:
+def _legible(panels: Any) -> Any:
+    """The ticks of a slice plot, whose names would lie over each other: slanted, without quotes, and none between decades."""
+    for axes in panels.flat if hasattr(panels, "flat") else [panels]:
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        labels = [label.get_text().strip("'") for label in axes.get_xticklabels()]
+        if isinstance(axes.xaxis.get_major_formatter(), StrCategoryFormatter):
+            axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+    return panels
+
+
+def _curves(axes: Any, name: str) -> Any:
+    """Each trial's way, from where most of them begin: a few that start at nothing would flatten all others."""
+    if (legend := axes.get_legend()) is not None:
+        legend.remove()  # a line for each trial: more names than picture
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()] or [np.zeros(1)])
+    low, high = np.nanquantile(values, 0.1), np.nanmax(values)
+    if high > low:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.set(title="All trials, epoch by epoch", xlabel="epoch", ylabel=name)
+    return axes
+
+
+def _drawn(make: Callable[[], Any], size_inches: tuple[float, float], layout: Literal["none", "constrained"] = "none") -> bytes:
     with plt.rc_context(STYLE), warnings.catch_warnings():  # Optuna changes the style for everybody
         warnings.simplefilter("ignore")
         made = make()
         figure = (made.flat[0] if hasattr(made, "flat") else made).figure
         figure.set_size_inches(*size_inches)
-        figure.set_layout_engine("none")  # Optuna's own places; a constrained layout cannot have the parallel axes
+        figure.set_layout_engine(layout)  # Optuna's own places where a constrained layout cannot have them, as the parallel axes
         return png(figure)
 
 

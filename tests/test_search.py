@@ -29,6 +29,7 @@ dataset    = "folder"
 trials      = 6
 batch       = 3
 startup     = 3
+seed        = 3
 pruner      = "halving"
 repeat_best = 2
 [search.max]
@@ -208,8 +209,8 @@ def test_bad_input_is_one_line_and_exit_2(inside, tmp_path, monkeypatch, capsys,
 def test_trials_that_all_fail_stop_the_search_with_the_first_error(tmp_path, monkeypatch, capsys):
     small(tmp_path)
     enter(tmp_path, monkeypatch)
-    wide = SEARCH.replace("tile_px = 64\n", "").replace("[head.detail]", "tile_px = {low = 64, high = 127}\n[head.detail]")
-    (tmp_path / "small.toml").write_text(wide)  # four of 64 widths fit the patches: which do is for the trial to find out
+    wide = SEARCH.replace("tile_px = 64\n", "").replace("[head.detail]", "tile_px = {low = 65, high = 79}\n[head.detail]")
+    (tmp_path / "small.toml").write_text(wide)  # none of these widths fits the patches: that is for the trial to find out
     assert main([*CALL, "--set", "search.max_failed=2"]) == 2
     told = capsys.readouterr().err
     assert "trials have all failed" in told

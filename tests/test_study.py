@@ -64,7 +64,7 @@ def shown(told: list[Told]) -> list[tuple[int, str, dict[str, Any]]]:
     return [(t.number, t.state, dict(t.point)) for t in told]
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "nsga2"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc", "nsga2"])
 def test_a_search_killed_twice_asks_and_tells_the_same_as_one_that_was_not(sampler: str) -> None:
     space = space_of(sampler=sampler)
     whole = finish(study_of(space, "sqlite:///whole.db"))
@@ -77,6 +77,13 @@ def test_a_search_killed_twice_asks_and_tells_the_same_as_one_that_was_not(sampl
     assert shown(resumed) == shown(whole)
     assert [t.state for t in whole] == ["complete"] * 13
     assert len({str(t.point) for t in whole}) > 10
+
+
+def test_start_up_trials_take_every_pair_of_backbone_and_head_in_turn() -> None:
+    told = finish(study_of(space_of(startup=8, trials=8)))
+    pairs = [(t.point["backbone"], t.point["head"]) for t in told]
+    assert [len(set(pairs[:4])), len(set(pairs[4:]))] == [4, 4]
+    assert len({t.point["lr"] for t in told}) == 8
 
 
 def test_a_process_killed_with_sigkill_leaves_its_trials_to_the_next(tmp_path: Path) -> None:
