@@ -135,6 +135,7 @@ OTHER = {
     False, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "hed": 0.1, "normalise": "macenko", "data_seed": 1,
     "fraction": 0.5, "fold": 1, "epochs": 3, "batch_size": 4, "lr": 0.01, "weight_decay": 0.0, "schedule": "constant",
     "warmup_epochs": 0.0, "patience": 0, "loss": "ce", "select": "val/loss", "unfreeze": 2, "tail_lr_scale": 0.1, "layer_decay": 0.5,
+    "targets": "cell+distance",
 }  # fmt: skip
 
 
