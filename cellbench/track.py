@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote, urlparse
 from urllib.request import url2pathname
@@ -44,6 +44,9 @@ from cellbench.refusals import Client, unlocked
 
 for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration", "urllib3.connectionpool"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # what goes wrong there is raised as well, and told in one line
+
+BEAT_S = 60.0
+"""Between signs of life of a run that is logged to: a fifteenth of what makes another machine take it over."""
 
 
 class Tracker:
@@ -188,6 +191,8 @@ class Run:
     run_id: str
     _tracker: Tracker
     ended: str = ""
+    _beat_s: float = field(default_factory=time.monotonic)
+    """When it last gave a sign of life; opening it is one."""
 
     def epoch(self, epoch: int, metrics: Mapping[str, float]) -> bool:
         """One batch an epoch: a commit costs milliseconds whatever it holds."""
@@ -195,15 +200,17 @@ class Run:
         return True
 
     def log(self, metrics: Mapping[str, float], *, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None, step: int = 0) -> None:
-        """Metrics, params and tags in one commit, with a sign of life."""
+        """Metrics, params and tags in one commit, now and then with a sign of life."""
         entities = self._tracker.mlflow.entities
         now = int(time.time() * 1000)
-        alive = {**(tags or {}), HEARTBEAT: str(time.time())}
+        told = dict(tags or {})
+        if time.monotonic() - self._beat_s > BEAT_S:  # a tag costs as much as all metrics together
+            told[HEARTBEAT], self._beat_s = str(time.time()), time.monotonic()
         self._tracker.client.log_batch(
             self.run_id,
             metrics=[entities.Metric(name, float(value), now, step) for name, value in metrics.items()],
             params=[entities.Param(name, str(value)) for name, value in (params or {}).items()],
-            tags=[entities.RunTag(name, value) for name, value in alive.items()],
+            tags=[entities.RunTag(name, value) for name, value in told.items()],
         )
 
     def describe(self, markdown: str) -> None:
