@@ -155,7 +155,7 @@ def test_every_field_changes_a_runs_fingerprint_and_the_streams_alone_its_cohort
 
 def test_a_cohort_is_not_split_by_what_only_heads_and_training_read() -> None:
     own = {"head", "options", "seed", "epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "patience"}
-    own |= {"loss", "select", "tail_lr_scale", "layer_decay"}
+    own |= {"loss", "select", "tail_lr_scale", "layer_decay", "targets"}
     assert FIELDS - set(STREAM_FIELDS) == own & FIELDS
 
 
