@@ -83,7 +83,7 @@ def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int) -> Fact
     except (CellbenchError, OSError) as error:
         return Facts(**known, error=one_line(error))
     sizes = {"size_px": image.shape[:2], "mask_px": classes.shape}
-    known |= {**hashes, **sizes, "stain": tuple(float(x) for x in image.reshape(-1, 3).mean(0))}
+    known |= {**hashes, **sizes, "stain": _mean_colour(image)}
     plain = grey(image)
     known |= {"small": pooled(plain), "marks": marks(plain)}
     if image.shape[:2] != classes.shape:
@@ -100,6 +100,12 @@ def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int) -> Fact
         **(_values(labels, classes, dataset, tolerance) if labels is not None else {}),
         **_look(image, classes > 0),
     )
+
+
+def _mean_colour(image: np.ndarray) -> tuple[float, float, float]:
+    rows = image.reshape(len(image), -1).sum(0, dtype=np.int64)  # row by row: numpy's mean over pixels takes eight times as long
+    red, green, blue = rows.reshape(-1, 3).sum(0) / (image.size // 3)
+    return float(red), float(green), float(blue)
 
 
 def _truth(dataset: Dataset, sample: Sample, labels: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
