@@ -48,7 +48,7 @@ def everything(runner: Runner, jobs: list[Job], crew: Crew = alone) -> Outcome:
 @contextlib.contextmanager
 def parent(tracker: Tracker, name: str, fingerprint: str, asked: Mapping[str, str], kind: str = "grid") -> Iterator[Run]:
     """The parent run of a grid or search: the same one whenever the same one is started again. ``asked``: its params, for people to read."""
-    old = tracker.known().get(fingerprint)
+    old = tracker.known(fingerprint).get(fingerprint)
     with tracker.run(name, fingerprint, known=old, tags={"cellbench.kind": kind}) as run:
         if old is None:  # a param is written once, and a folder may have another name today
             run.log({}, params=asked)

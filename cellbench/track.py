@@ -95,13 +95,13 @@ class Tracker:
             self.name, artifact_location=place.as_uri() if local else None, tags={KIND: "custom_model_development"}
         )
 
-    def known(self) -> dict[str, Logged]:
-        """The runs of this experiment by fingerprint; where one has several, the finished one, else the latest."""
+    def known(self, fingerprint: str = "") -> dict[str, Logged]:
+        """The runs of this experiment by fingerprint, or only that of one; where one has several, the finished one, else the latest."""
         found: dict[str, Logged] = {}
-        token = None
+        token, wanted = None, f"= '{fingerprint}'" if fingerprint else "!= ''"
         while True:
             page = self.client.search_runs(
-                [self.experiment_id], f"tags.`{FINGERPRINT}` != ''", max_results=1000, page_token=token, order_by=["attributes.start_time ASC"]
+                [self.experiment_id], f"tags.`{FINGERPRINT}` {wanted}", max_results=1000, page_token=token, order_by=["attributes.start_time ASC"]
             )
             for run in page:
                 logged = stored_of(run)
