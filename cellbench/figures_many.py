@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,22 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from cellbench.figures import PALETTE, STYLE
+from cellbench.lineup import Line
 from cellbench.significance import Interval
 
 MOST = 30
 """Models in one picture: as many lines as a page holds."""
 BLUE, GREY = PALETTE[0], PALETTE[7]
 MARKERS = "osD^vP*X<>hp"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One model as it is drawn: ``measures`` by label, each the interval of its mean over images."""
-
-    model: str
-    baseline: bool
-    measures: Mapping[str, Interval]
-    backbone: str = ""
 
 
 def scoreboard(lines: Sequence[Line], measure: str = "Dice") -> Figure:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cellbench.figures_many import Line
-from cellbench.lineup import MEASURES, Model, TestSet
+from cellbench.lineup import MEASURES, Line, Model, TestSet
 from cellbench.ranking import verdict
 from cellbench.scored import Difference, flipped
 from cellbench.significance import Interval

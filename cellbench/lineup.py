@@ -6,7 +6,7 @@ of scores over all images. Pooled scores are had from the counts of all folds, n
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -243,3 +243,13 @@ def _part(params: dict[str, str]) -> str:
     for name in ("backbone", "head", "baseline"):
         params.setdefault(name, "none")
     return params["baseline"] if params["baseline"] != "none" else f"{params['backbone']} · {params['head']}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One model as it is drawn: ``measures`` by label, each the interval of its mean over images."""
+
+    model: str
+    baseline: bool
+    measures: Mapping[str, Interval]
+    backbone: str = ""

@@ -16,10 +16,9 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cellbench import entries, leaderboard, moved, views
-from cellbench.chapters import Report, build
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, one_line
 from cellbench.evidence import Evidence, collect
@@ -28,6 +27,9 @@ from cellbench.lineup import TestSet
 from cellbench.logged import stored_of
 from cellbench.refusals import command
 from cellbench.track import Run, Tracker, newest
+
+if TYPE_CHECKING:
+    from cellbench.chapters import Report
 
 MOST_NOTED = 15
 """Models in the table of an experiment's description; the report has all."""
@@ -135,6 +137,8 @@ def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = 
         if latest is None:
             raise CellbenchError("no experiment of MLflow's store here has a finished run. `cellbench grid` makes some.")
         names = [latest]
+    from cellbench.chapters import build
+
     trackers = [Tracker(name, make=False) for name in dict.fromkeys(names)]
     evidence = collect(trackers)
     made = build(evidence, trackers, _known(evidence, trackers))
@@ -166,6 +170,8 @@ def conclude(
     if (record := _concluded(tracker, top, key)) is not None:
         _tell([leaderboard.Row(**row) for row in record["leaderboard"]], record["verdict"], say)
         return
+    from cellbench.chapters import build  # matplotlib with it, which nothing before needs
+
     evidence = collect([tracker], only=only)
     here = evidence.sets[0]
     table = leaderboard.rows(here)

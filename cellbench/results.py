@@ -13,7 +13,7 @@ import numpy as np
 import tomli_w
 from safetensors.torch import save_file
 
-from cellbench import figures, views
+from cellbench import views
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
@@ -58,6 +58,8 @@ def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
     if cut.val_ap50:
         out["separation/val_ap50"] = cut.val_ap50[f"{cut.neck:g}"]
     if (calibration := result.exam.calibration()) is not None:
+        from cellbench import figures
+
         out["test/calibration_error"] = figures.expected_error(calibration)
     if result.learner is not None:
         best = result.learner.history[result.learner.best_epoch]
@@ -78,6 +80,8 @@ def write(
 
     ``datasets``: one, or one a fold.
     """
+    from cellbench import figures  # matplotlib takes a second to load, which a grid with nothing new need not wait for
+
     dataset = datasets[run.fold]
     told = per_image(dataset, result)
     if result.learner is not None:

@@ -7,17 +7,21 @@ what was asked, what is wrong and what to do.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
 
+from cellbench import imports
 from cellbench.errors import CellbenchError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     arguments = _parser().parse_args(argv)
+    atexit.register(gc.freeze)  # what is there at the end need not be searched for garbage: a second and a half, with torch and MLflow loaded
     signal.signal(signal.SIGTERM, _terminated)
     try:
         return arguments.verb(arguments)
@@ -281,7 +285,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _grid(arguments: argparse.Namespace) -> int:
-    from cellbench.commands import grid
+    with imports.kept():
+        from cellbench.commands import grid
 
     return grid(
         arguments.file,

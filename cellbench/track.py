@@ -20,7 +20,7 @@ from urllib.request import url2pathname
 
 from filelock import FileLock
 
-from cellbench import moved, views
+from cellbench import imports, moved, views
 from cellbench.errors import CellbenchError, one_line, unknown
 from cellbench.files import make_folder, told
 from cellbench.logged import (
@@ -53,7 +53,8 @@ class Tracker:
     """One experiment in MLflow's store, made on first use; with ``make=False`` one that is there already."""
 
     def __init__(self, experiment: str, *, make: bool = True) -> None:
-        import mlflow  # 1 to 2 s, which `--help` and `list` must not pay
+        with imports.kept():
+            import mlflow  # 1 to 2 s, which `--help` and `list` must not pay
 
         self.mlflow = mlflow
         self.name = experiment
@@ -64,7 +65,8 @@ class Tracker:
                 pass
         try:
             with told("opening MLflow's store here"), self.lock():
-                self.client = Client(mlflow)
+                with imports.kept():  # of the store
+                    self.client = Client(mlflow)
                 self.experiment_id = self._experiment(make)
                 self.client.send_left()
         except mlflow.exceptions.MlflowException as error:
