@@ -81,7 +81,7 @@ def table(headings: Sequence[str], lines: Sequence[Sequence[str]], text: Sequenc
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
-_NUMBER = re.compile(r"[<>≈~±]?\s*[-+−–]?\.?\d[\d.,]*(e[-+]?\d+)?(\s|%|$)")
+_NUMBER = re.compile(r"[<>≈~±]?\s*[-+−–]?\.?\d[\d.,]*(e[-+]\d+)?(\s|%|$)")
 
 
 def _is_words(cells: Sequence[str]) -> bool:
