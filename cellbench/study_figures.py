@@ -27,6 +27,8 @@ def pictures(study: Study, space: Space) -> Iterator[tuple[str, bytes]]:
     names = list(space.settings.objectives)
     varied = [one.name for one in space.dimensions if len(one.choices) != 1]
     always = [one.name for one in space.dimensions if one.name in varied and not one.head]
+    # Names of ticks need room between panels; a single one with its colour bar is more than a constrained layout can do.
+    apart: Literal["none", "constrained"] = "constrained" if len(always) > 1 else "none"
     for k, name in enumerate(names):
         mark = "" if len(names) == 1 else f"-{name.replace('/', '-')}"
         about: dict[str, Any] = {"target_name": name}
@@ -35,7 +37,7 @@ def pictures(study: Study, space: Space) -> Iterator[tuple[str, bytes]]:
         yield f"history{mark}", _drawn(lambda about=about: _legend_inside(draw.plot_optimization_history(study.optuna, **about)), (7, 4))
         yield (
             f"slice{mark}",
-            _drawn(lambda about=about: _legible(draw.plot_slice(study.optuna, params=always, **about)), (2 * len(always) + 1, 3.8), "constrained"),
+            _drawn(lambda about=about: _legible(draw.plot_slice(study.optuna, params=always, **about)), (max(5, 2 * len(always) + 1), 3.8), apart),
         )
         yield f"parallel{mark}", _drawn(lambda about=about: draw.plot_parallel_coordinate(study.optuna, params=always, **about), (11, 5))
         values = {t.values[k] for t in done}

@@ -91,9 +91,9 @@ def test_tuning_finds_the_neck_that_parts_and_leaves_alone_what_is_whole():
     touching, whole = Tuning(), Tuning()
     dumbbell = discs((60, 50, 30), (60, 110, 30))
     dumbbell[50:70, 50:110] = 1
-    touching.add((TOUCHING > 0).astype(np.uint8), numbered(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
+    touching.add((TOUCHING > 0).astype(np.uint8), None, numbered(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
     one = (dumbbell > 0).astype(np.uint8)
-    whole.add(one, instances(one), 10)
+    whole.add(one, None, instances(one), 10)
     assert 0 < touching.best().neck < 1
     assert touching.best().val_ap50[f"{touching.best().neck:g}"] == 1
     assert whole.best().neck == 0
