@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,9 +112,7 @@ class Runner:
         """Marks a run that cannot be had, once for each reason."""
         if old is not None and old.status == "skipped" and old.reason == job.unavailable[:4000]:
             return
-        with self.tracker.run(job.name, job.fingerprint, parent=self.parent_id, known=old, tags=self._tags(job.run)) as run:
-            if old is None:
-                run.log({}, params=params_of(job.run, self.dataset.name))
+        with self._run(job, old) as run:
             run.end("skipped", job.unavailable)
 
     def give_up(self, jobs: list[Job], reason: str, out: Outcome) -> None:
@@ -126,9 +124,7 @@ class Runner:
                 if old is not None and old.status == "finished":
                     out.finished[job.name] = old
                     continue
-                with self.tracker.run(job.name, job.fingerprint, parent=self.parent_id, known=old, tags=self._tags(job.run)) as run:
-                    if old is None:
-                        run.log({}, params=params_of(job.run, self.dataset.name))
+                with self._run(job, old) as run:
                     self._fail([run], [job], reason, out)
 
     def release(self, jobs: list[Job], owner: str) -> None:
@@ -139,6 +135,14 @@ class Runner:
                 old = known.get(job.fingerprint)
                 if old is not None and old.status == "running" and old.owner == owner:
                     self.tracker.interrupted(old)
+
+    @contextlib.contextmanager
+    def _run(self, job: Job, old: Logged | None) -> Iterator[Run]:
+        """A job's run, open inside ``with``: a new one with its params, or the one that MLflow knows gone on with."""
+        with self.tracker.run(job.name, job.fingerprint, parent=self.parent_id, known=old, tags=self._tags(job.run)) as run:
+            if old is None:
+                run.log({}, params=params_of(job.run, self.dataset.name))
+            yield run
 
     def _tags(self, run: RunSpec) -> dict[str, str]:
         params = params_of(run, self.dataset.name)
@@ -205,11 +209,8 @@ class Runner:
                     out.busy.append(job.name)
                     self.say(f"{job.name} is being run by {old.owner} at this moment and is left to it.")
                 else:
-                    run = stack.enter_context(
-                        self.tracker.run(job.name, job.fingerprint, parent=self.parent_id, known=old, tags=self._tags(job.run))
-                    )
+                    run = stack.enter_context(self._run(job, old))
                     if old is None:
-                        run.log({}, params=params_of(job.run, self.dataset.name))
                         run.data(self.dataset.name, self.dataset.digest, str(self.dataset.root), "training")
                     if self.watch is not None:
                         self.watch.opened(job, run)
