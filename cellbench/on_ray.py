@@ -66,8 +66,8 @@ def checked(on: str, gpu_share: float = 1.0) -> str:
 
 @contextlib.contextmanager
 def joined(on: str, machine: Machine) -> Iterator[Any]:
-    """Ray, inside ``with``: started here for ``ray``, or joined at ``ray://ADDRESS``. Raises CellbenchError."""
-    address = checked(on).removeprefix("ray").removeprefix("://")
+    """Ray, inside ``with``: started here for ``ray``, or joined at ``ray://ADDRESS``, as :func:`checked`. Raises CellbenchError."""
+    address = on.removeprefix("ray").removeprefix("://")
     if not address:
         # Read where Ray is imported. Without it a Ray that is started here listens to the whole network, whatever address it is given.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
