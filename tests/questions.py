@@ -26,6 +26,22 @@ patience = 0
 crops_per_image = 4
 lr = 5e-3
 """
+SEARCH = """# A search that several processes can share
+experiment = "sought"
+dataset    = "folder"
+[search]
+trials      = {trials}
+batch       = {batch}
+repeat_best = 1
+[space]
+backbone = ["filter-bank"]
+head     = ["bilinear"]
+lr       = {{low = 1e-4, high = 1e-1, log = true}}
+[run]
+tile_px = 64
+epochs  = 1
+crops_per_image = 2
+"""
 QUESTION = ["grid", "small.toml", "--data", "smears", "--device", "cpu"]
 
 

@@ -18,7 +18,7 @@ import mlflow
 import psutil
 import pytest
 import torch
-from questions import QUESTION, answers, assassin, place
+from questions import QUESTION, SEARCH, answers, assassin, place
 
 from cellbench import on_ray, ray_helpers
 from cellbench.commands import read_experiment
@@ -75,28 +75,10 @@ def test_two_nodes_of_which_one_is_killed_give_the_numbers_of_one_process_to_the
     assert answers() == alone
 
 
-SEARCH = """# Two batches of one trial
-experiment = "sought"
-dataset    = "folder"
-[search]
-trials      = 2
-batch       = 1
-repeat_best = 1
-[space]
-backbone = ["filter-bank"]
-head     = ["bilinear"]
-lr       = {low = 1e-4, high = 1e-1, log = true}
-[run]
-tile_px = 64
-epochs  = 1
-crops_per_image = 2
-"""
-
-
 @needs_ray
 def test_a_search_is_worked_on_by_processes_of_the_cluster_alone(tmp_path, monkeypatch, two_nodes):
     place(tmp_path, monkeypatch)
-    Path("sought.toml").write_text(SEARCH)
+    Path("sought.toml").write_text(SEARCH.format(trials=2, batch=1))
     assert main(["search", "sought.toml", "--data", "smears", "--device", "cpu", "--on", f"ray://{two_nodes.address}"]) == 0
     runs = mlflow.search_runs(experiment_names=["sought"], output_format="list")
     trials = [run for run in runs if "optuna.trial" in run.data.tags]

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from questions import SEARCH
 
 from cellbench.run import main
 
@@ -164,30 +165,12 @@ def test_postgresql_is_asked_and_two_services_in_one_database_are_wrong(asked, p
     assert "wr0ng" not in "".join(lines.values())
 
 
-SEARCH = """# A search that several machines could share
-experiment = "shared"
-dataset    = "folder"
-[search]
-trials      = 4
-batch       = 2
-repeat_best = 1
-[space]
-backbone = ["filter-bank"]
-head     = ["bilinear"]
-lr       = {low = 1e-4, high = 1e-1, log = true}
-[run]
-tile_px = 64
-epochs  = 1
-crops_per_image = 2
-"""
-
-
 def test_a_search_kept_on_postgresql_goes_on_there_and_its_password_is_written_nowhere(small_folder, tmp_path, monkeypatch, postgresql, capsys):
     import psycopg
 
-    Path("shared.toml").write_text(SEARCH)
+    Path("sought.toml").write_text(SEARCH.format(trials=4, batch=2))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{postgresql}/mlflow")
-    call = ["search", "shared.toml", "--data", str(small_folder), "--device", "cpu", "--storage", f"{postgresql}/optuna"]
+    call = ["search", "sought.toml", "--data", str(small_folder), "--device", "cpu", "--storage", f"{postgresql}/optuna"]
     monkeypatch.setattr("sys.argv", ["cellbench", *call])
     for num in ("2", "4"):
         assert main([*call, "--trials", num]) == 0
