@@ -20,7 +20,7 @@ from urllib.request import url2pathname
 
 from filelock import FileLock
 
-from cellbench import imports, moved, views
+from cellbench import imports, making, moved, views
 from cellbench.errors import CellbenchError, one_line, unknown
 from cellbench.files import make_folder, told
 from cellbench.logged import (
@@ -40,7 +40,7 @@ from cellbench.logged import (
     owner_here,
     stored_of,
 )
-from cellbench.refusals import Client, unlocked
+from cellbench.refusals import Client, client, unlocked
 
 for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration", "urllib3.connectionpool"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # what goes wrong there is raised as well, and told in one line
@@ -59,14 +59,12 @@ class Tracker:
         self.mlflow = mlflow
         self.name = experiment
         file = moved.store_file(mlflow.get_tracking_uri())
-        if make and file is not None and not file.exists():
-            # MLflow would try for minutes to make a store where nothing can be made.
-            with told(f"making MLflow's store in {make_folder(file.parent)}"), tempfile.TemporaryFile(dir=file.parent):
-                pass
         try:
             with told("opening MLflow's store here"), self.lock():
                 with imports.kept():  # of the store
-                    self.client = Client(mlflow)
+                    if file is not None:
+                        making.settle(file, make, mlflow)
+                    self.client = client(mlflow)
                 self.experiment_id = self._experiment(make)
                 self.client.send_left()
         except mlflow.exceptions.MlflowException as error:

@@ -30,7 +30,7 @@ LAYERS = (
     ),
     (
         "doors and what is told",
-        {"track", "logged", "refusals", "outbox", "entries", "system", "views", "moved"}
+        {"track", "logged", "refusals", "outbox", "entries", "system", "views", "moved", "making"}
         | {"figures", "figures_many", "figures_tests", "figures_explore", "page"}
         | {"results", "lineup", "evidence", "leaderboard", "learning", "chapters", "colophon"}
         | {"samplers", "study", "study_figures"},
@@ -65,7 +65,7 @@ DOORS = {
     "pydantic": {"spec.py", "registry.py", "space.py"},
     "argparse": {"run.py"},
     "ray": {"on_ray.py"},
-    "sqlalchemy": {"services.py", "study.py"},
+    "sqlalchemy": {"refusals.py", "services.py", "study.py"},
 }
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py")) if "_shipped" not in path.parts}
 

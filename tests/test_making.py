@@ -1,0 +1,57 @@
+"""MLflow's store is made whole or not at all, also beside a program that knows nothing of us."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from cellbench.errors import CellbenchError
+from cellbench.track import Tracker
+
+OTHER = """
+import mlflow, sys
+print("ready", flush=True)
+sys.stdin.readline()
+mlflow.MlflowClient().search_experiments()
+"""
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    return tmp_path / "mlflow.db"
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 0.4])
+def test_a_store_that_another_program_makes_at_the_same_time_serves_both(store, ahead_s):
+    call = [sys.executable, "-c", OTHER]
+    with subprocess.Popen(call, env=os.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as other:
+        assert other.stdout.readline() == "ready\n"
+        other.stdin.write("go\n")
+        other.stdin.flush()
+        time.sleep(ahead_s)
+        Tracker("mine")
+        assert other.wait(60) == 0
+    assert {one.name for one in mlflow.MlflowClient().search_experiments()} == {"Default", "mine"}
+
+
+def test_nothing_half_made_remains_beside_the_store(store):
+    Path(f"{store.parent}/.mlflow.db.making").write_text("of one who was killed")
+    Tracker("mine")
+    assert [path.name for path in store.parent.iterdir() if "making" in path.name] == []
+
+
+def test_a_store_that_was_never_made_to_its_end_is_refused_in_one_line(store):
+    with sqlite3.connect(store) as half:
+        half.execute("CREATE TABLE runs (run_uuid VARCHAR(32) NOT NULL, name VARCHAR(250), status VARCHAR(9))")
+    os.utime(store, (time.time() - 60,) * 2)
+    with pytest.raises(CellbenchError, match=r"mlflow\.db.*Move it away") as told:
+        Tracker("mine")
+    assert "\n" not in str(told.value)
