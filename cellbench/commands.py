@@ -33,6 +33,7 @@ from cellbench.report import about, conclude
 from cellbench.results import pool
 from cellbench.room import TooLarge
 from cellbench.runner import Runner
+from cellbench.shared import set_shared_url, shared_url
 from cellbench.spec import DataSpec, Experiment, checked, cohorts, expand
 from cellbench.system import watched
 from cellbench.track import Tracker
@@ -122,12 +123,15 @@ def data_spec(changes: Sequence[str]) -> DataSpec:
     return checked(DataSpec, tree.get("data", {}), "[data]")
 
 
-def cache_budget(text: str | None) -> tuple[int, bool]:
+def cache_budget(text: str | None, url: str | None = None) -> tuple[int, bool]:
     """What ``--cache`` says: the cache folder, how many bytes of features may lie there, and whether to prefer it to memory.
 
     ``DIR``, ``SIZE`` or ``DIR:SIZE``. With a size, features are kept there for later calls. Without one they go there only where memory
-    is too small, into at most a fifth of what is free. Sets ``CELLBENCH_CACHE`` for this process.
+    is too small, into at most a fifth of what is free. With ``--cache-url``, which names what machines share, they are kept for those too.
+    Sets ``CELLBENCH_CACHE`` and ``CELLBENCH_CACHE_URL`` for this process.
     """
+    if url is not None:
+        set_shared_url(url)
     folder, size = None, None
     if text is not None:
         head, colon, tail = text.rpartition(":")
@@ -144,7 +148,7 @@ def cache_budget(text: str | None) -> tuple[int, bool]:
     there = cache_dir()
     while not there.exists():
         there = there.parent
-    return shutil.disk_usage(there).free // 5, False
+    return shutil.disk_usage(there).free // 5, bool(shared_url())
 
 
 def grid(
@@ -157,6 +161,7 @@ def grid(
     precision: str = "auto",
     memory: str = "auto",
     cache: str | None = None,
+    cache_url: str | None = None,
     extra: Path | None = None,
     limit: int | None = None,
     dry_run: bool = False,
@@ -165,7 +170,7 @@ def grid(
     gpu_share: float = 1.0,
 ) -> int:
     """``cellbench grid``: runs an experiment and prints its leaderboard. Exit code 0, or 1 where a run failed."""
-    disk, prefer_disk = cache_budget(cache)
+    disk, prefer_disk = cache_budget(cache, cache_url)
     registry = Registry(extra)
     experiment = read_experiment(file, changes, data, limit, registry)
     weights = weights_folder(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -31,6 +32,15 @@ def one_line(error: BaseException) -> str:
     """The message of an error as one line, for reasons in tables and tags."""
     text = " ".join(str(error).split())
     return text or type(error).__name__
+
+
+def unlocked(text: str) -> str:
+    """The text without the passwords of the addresses in it.
+
+    >>> unlocked("postgresql://lab:secret@db/mlflow does not answer")
+    'postgresql://lab:***@db/mlflow does not answer'
+    """
+    return re.sub(r"(\w+://[^\s/:@]*):\S*@", r"\1:***@", text)
 
 
 def quoted(name: object) -> str:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +33,8 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.lanes import Lanes
 from cellbench.machine import Machine
 from cellbench.plan import Plan, View
-from cellbench.shards import Shards
+from cellbench.shards import Shards, num_shards
+from cellbench.shared import Shared
 from cellbench.store import InMemory, OnDisk, Rows, features_dir
 from cellbench.tiles import Grid, cut
 
@@ -151,6 +154,8 @@ class Keeping:
     """Stands for backbone, weights and versions; empty: nothing is kept on disk."""
     backbone: str = ""
     dataset: str = ""
+    shared: Shared | None = None
+    """Where machines without a folder in common find each other's features; passes on disk are then kept in shards."""
     tell: Callable[[str], None] = print
     """Told where something could not be kept."""
 
@@ -229,7 +234,7 @@ class Features:
         """The training views of an epoch in its order, in chunks of the machine's size, made ahead in ``lanes``."""
         cycle = self.plan.cycle(epoch)
         views, order = self.plan.views(cycle), self.plan.order(epoch)
-        yield from self._seen(views, _chunks(order, self._chunk), self._pass("train", cycle, views), lanes)
+        yield from self._seen(views, _chunks(order, self._chunk), self._pass("train", cycle, views, lanes), lanes)
 
     def _seen(self, views: list[View], chunks: list[np.ndarray], kept: Rows | None, lanes: Lanes) -> Iterator[Batch]:
         def cut_out(rows: np.ndarray) -> _Cut:
@@ -245,7 +250,7 @@ class Features:
         """All tiles of all images of ``val`` or ``test``, image by image in the order of each grid, and which image each is of."""
         corners = self._corners(split)
         chunks = _chunks(np.arange(len(corners)), self._chunk)
-        for rows, batch in zip(chunks, self._laid(split, corners, chunks, self._pass(split, 0, corners), lanes), strict=True):
+        for rows, batch in zip(chunks, self._laid(split, corners, chunks, self._pass(split, 0, corners, lanes), lanes), strict=True):
             yield batch, [corners[k][0] for k in rows]
 
     def _corners(self, split: str) -> list[tuple[int, int, int]]:
@@ -272,13 +277,34 @@ class Features:
         tiles = self._tiles_of(split, number)
         return Pass(split=split, number=number, num=len(tiles), folder=str(self._folder(split, tiles)))
 
-    def fill(self, one: Pass, shard: int, lanes: Lanes) -> None:
-        """Computes a shard of a pass and keeps it, for all levels of this trunk. Raises CellbenchError."""
-        tiles, shards = self._tiles_of(one.split, one.number), Shards(Path(one.folder), one.num)
-        chunks = _chunks(shards.rows(shard), self._chunk)
+    def fill(self, one: Pass, shard: int, lanes: Lanes) -> bool:
+        """Sees to it that a shard of a pass is there, with all levels of this trunk: found here, else in the shared cache, else computed and sent
+        there. Says whether it was computed. Raises CellbenchError."""
+        return self._fill(one, Shards(Path(one.folder), one.num), shard, lanes) == "computed"
+
+    def _fill(self, one: Pass, shards: Shards, number: int, lanes: Lanes) -> str:
+        keys, shared, facts = self.trunk.keys, self._keeping.shared, self._facts(one.split, one.num)
+        if shards.holds(number, keys):
+            return "here"
+        if shared is not None and shards.fetch(number, keys, shared, facts):
+            return "fetched"
+        tiles, chunks = self._tiles_of(one.split, one.number), _chunks(shards.rows(number), self._chunk)
         made = self._seen(tiles, chunks, None, lanes) if one.split == "train" else self._laid(one.split, tiles, chunks, None, lanes)
         maps = [batch.maps for batch in made]
-        shards.write(shard, {i: torch.cat([m[i] for m in maps]) for i in self.trunk.keys}, self._facts(one.split, one.num))
+        shards.write(number, {i: torch.cat([m[i] for m in maps]) for i in keys}, facts)
+        if shared is not None:
+            shards.send(number, keys, shared)
+        return "computed"
+
+    def _filled(self, one: Pass, shared: Shared, lanes: Lanes) -> Shards:
+        """All shards of a pass. Raises CellbenchError."""
+        shards, num = Shards(Path(one.folder), one.num), num_shards(one.num)
+        first = random.SystemRandom().randrange(num) if num else 0  # machines that begin at once begin elsewhere, and meet what others made
+        did = Counter(self._fill(one, shards, (first + k) % num, lanes) for k in range(num))
+        self._keeping.tell(
+            f"{one.split} features, in shards: {did['here']} here, {did['fetched']} from {shared.shown}, {did['computed']} computed."
+        )
+        return shards
 
     def _tiles_of(self, split: str, number: int) -> list[Any]:
         return self.plan.views(number) if split == "train" else self._corners(split)
@@ -287,10 +313,10 @@ class Features:
     def _chunk(self) -> int:
         return self.trunk.chunk
 
-    def _pass(self, split: str, number: int, tiles: Sequence[object]) -> Rows | None:
+    def _pass(self, split: str, number: int, tiles: Sequence[object], lanes: Lanes) -> Rows | None:
         """Where the features of a pass are kept, opened at its first use."""
         if (split, number) not in self._passes:
-            self._passes[split, number] = self._open(split, tiles)
+            self._passes[split, number] = self._open(split, number, tiles, lanes)
         return self._passes[split, number]
 
     def _folder(self, split: str, tiles: Sequence[object]) -> Path:
@@ -303,14 +329,16 @@ class Features:
         keeping = self._keeping
         return {"backbone": keeping.backbone, "dataset": keeping.dataset, "what": split, "num": num, "tile_px": self.tile_px[split]}
 
-    def _open(self, split: str, tiles: Sequence[object]) -> Rows | None:
+    def _open(self, split: str, number: int, tiles: Sequence[object], lanes: Lanes) -> Rows | None:
         num = len(tiles)
         if self.place[split] == "on disk":
             folder = self._folder(split, tiles)
-            shards = Shards(folder, num)
-            if not shards.missing(self.trunk.keys):
-                return shards
             try:
+                if self._keeping.shared is not None:
+                    return self._filled(Pass(split=split, number=number, num=num, folder=str(folder)), self._keeping.shared, lanes)
+                shards = Shards(folder, num)
+                if not shards.missing(self.trunk.keys):
+                    return shards
                 return OnDisk(folder, num, self._facts(split, num))
             except (OSError, CellbenchError) as error:
                 self._give_up(split, error)

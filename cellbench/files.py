@@ -64,7 +64,7 @@ def write_atomic(path: Path, data: bytes | str | Callable[[BinaryIO], object]) -
                 data(file) if callable(data) else file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would lock a shared cache to one person
+            os.chmod(temporary, 0o666 & ~umask())  # mkstemp's 0600 would lock a shared cache to one person
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -72,7 +72,8 @@ def write_atomic(path: Path, data: bytes | str | Callable[[BinaryIO], object]) -
             raise
 
 
-def _umask() -> int:
+def umask() -> int:
+    """This process's mask of permissions."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

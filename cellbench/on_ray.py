@@ -184,8 +184,10 @@ class RayHand:
         """The order, where this node can carry it out. Raises CellbenchError."""
         same_version(self._theirs)  # before anything of another version is unpickled
         order: Order = pickle.loads(self._order)
-        if not (order.cache / self._token).is_file():
-            raise CellbenchError(f"{owner_here()} does not see the cache folder {order.cache}. Name one that all nodes share with --cache.")
+        if not order.cache_url and not (order.cache / self._token).is_file():
+            raise CellbenchError(
+                f"{owner_here()} does not see the cache folder {order.cache}. Name one that all nodes share with --cache, or a URL with --cache-url."
+            )
         if order.machine.device.type == "cuda" and not torch.cuda.is_available():
             raise CellbenchError(f"{owner_here()} was given a GPU, but torch sees none there. Mend its driver, or use --device cpu.")
         return settled(order)

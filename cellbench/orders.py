@@ -28,14 +28,14 @@ from cellbench.machine import Machine
 from cellbench.moved import store, store_file
 from cellbench.registry import Registry
 from cellbench.runner import Outcome, Runner
-from cellbench.shards import Shards
+from cellbench.shared import shared_url
 from cellbench.spec import Experiment
 from cellbench.track import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """One grid as its workers are told of it. Paths are absolute; credentials are in no field but ``store``, which nothing shows."""
+    """One grid as its workers are told of it. Paths are absolute; credentials are in no fields but ``store`` and ``cache_url``, which nothing shows."""
 
     experiment: Experiment
     parent_id: str
@@ -51,6 +51,8 @@ class Order:
     prefer_disk: bool = False
     cache: Path
     store: str
+    cache_url: str = ""
+    """Of the shared cache. Where there is one, machines may have a cache folder each."""
 
     def __repr__(self) -> str:
         return f"Order({self.experiment.experiment!r})"
@@ -82,6 +84,7 @@ def order(
         prefer_disk=prefer_disk,
         cache=cache_dir(),
         store=f"sqlite:///{file}" if file else store(),
+        cache_url=shared_url(),
     )
 
 
@@ -131,7 +134,7 @@ def same_version(theirs: str) -> None:
 
 def settled(order: Order) -> Order:
     """The order, once this process has its cache folder, store and cores."""
-    os.environ["CELLBENCH_CACHE"], os.environ["MLFLOW_TRACKING_URI"] = str(order.cache), order.store
+    os.environ |= {"CELLBENCH_CACHE": str(order.cache), "CELLBENCH_CACHE_URL": order.cache_url, "MLFLOW_TRACKING_URI": order.store}
     torch.set_num_threads(order.machine.threads)
     return order
 
@@ -180,13 +183,8 @@ class Hand:
         """Computes these shards of a cohort's passes, with the levels that ``more`` runs read, but those that are there. Says how many were not."""
         runs, others = ([job.run for job in self._mine(some, "a cohort")] for some in (fingerprints, more))
         features = self._runner.features(runs, others)
-        num = 0
         with Lanes(self._machine.lanes) as lanes:
-            for one, shard in shards:
-                if shard in Shards(Path(one.folder), one.num).missing(features.trunk.keys):
-                    features.fill(one, shard, lanes)
-                    num += 1
-        return num
+            return sum(features.fill(one, shard, lanes) for one, shard in shards)
 
     def _mine(self, fingerprints: Sequence[str], title: str) -> list[Job]:
         if strange := [f for f in fingerprints if f not in self._jobs or self._jobs[f].unavailable]:

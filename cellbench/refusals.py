@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cellbench.errors import CellbenchError, one_line
+from cellbench.errors import CellbenchError, one_line, unlocked
 from cellbench.outbox import EVERY_S, PATIENCE_S, Away, Letter, left, outbox, say
 
 TELLS = {"log_batch", "set_tag", "set_terminated", "log_artifacts"}
@@ -154,15 +154,6 @@ def _lively(value: Any, entities: Any) -> Any:
 def command() -> str:
     """This process's command line as pages and runs may keep it: without passwords."""
     return unlocked(shlex.join(["cellbench", *sys.argv[1:]]))
-
-
-def unlocked(text: str) -> str:
-    """The text without the passwords of the addresses in it.
-
-    >>> unlocked("postgresql://lab:secret@db/mlflow does not answer")
-    'postgresql://lab:***@db/mlflow does not answer'
-    """
-    return re.sub(r"(\w+://[^\s/:@]*):\S*@", r"\1:***@", text)
 
 
 def refused(error: Exception, uri: str) -> CellbenchError:

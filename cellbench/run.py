@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
     grid.add_argument("--memory", default="auto", metavar="SIZE", help="for decoded images and features, like 4G (default: half of what is free)")
     grid.add_argument("--cache", metavar="DIR[:SIZE]", help="the cache folder (default: ~/.cache/cellbench); with a size like 50G, features are kept there")
+    grid.add_argument("--cache-url", metavar="URL", help="features that machines share, like s3://bucket/folder (default: CELLBENCH_CACHE_URL)")
     grid.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
     grid.add_argument("--limit", type=int, metavar="N", help="at most N images of each of train, validation and test, for a quick try")
     grid.add_argument("--dry-run", action="store_true", help="print the runs, the cohorts and an estimate of time, memory and disk; train nothing")
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
     search.add_argument("--memory", default="auto", metavar="SIZE", help="for decoded images and features, like 4G (default: half of what is free)")
     search.add_argument("--cache", metavar="DIR[:SIZE]", help="the cache folder (default: ~/.cache/cellbench) and how much of features may be kept there")
+    search.add_argument("--cache-url", metavar="URL", help="features that machines share, like s3://bucket/folder (default: CELLBENCH_CACHE_URL)")
     search.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
     search.add_argument("--limit", type=int, metavar="N", help="at most N images of each of train, validation and test, for a quick try")
     search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like search.sampler=gp; repeatable")
@@ -297,6 +299,7 @@ def _grid(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         memory=arguments.memory,
         cache=arguments.cache,
+        cache_url=arguments.cache_url,
         extra=arguments.registry,
         limit=arguments.limit,
         dry_run=arguments.dry_run,
@@ -330,6 +333,7 @@ def _search(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         memory=arguments.memory,
         cache=arguments.cache,
+        cache_url=arguments.cache_url,
         extra=arguments.registry,
         limit=arguments.limit,
     )

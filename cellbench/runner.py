@@ -39,6 +39,7 @@ from cellbench.plan import Plan
 from cellbench.registry import Registry, load
 from cellbench.results import Result
 from cellbench.room import frames_too_large
+from cellbench.shared import Shared, shared_url
 from cellbench.spec import NUMERICS, Experiment, RunSpec
 from cellbench.system import watched
 from cellbench.targets import asked
@@ -98,6 +99,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._backbones: dict[str, Backbone] = {}
+        self._shared = Shared(url, self.say) if (url := shared_url()) else None
         self._turn_to(self.datasets[0])
 
     def _turn_to(self, dataset: Dataset) -> None:
@@ -355,6 +357,7 @@ class Runner:
             key=key,
             backbone=backbone or "",
             dataset=self.dataset.name,
+            shared=self._shared,
             tell=self.say,
         )
 

@@ -213,6 +213,7 @@ def search(
     precision: str = "auto",
     memory: str = "auto",
     cache: str | None = None,
+    cache_url: str | None = None,
     extra: Path | None = None,
     limit: int | None = None,
 ) -> int:
@@ -221,7 +222,7 @@ def search(
     ``helper``: of a worker beside the first one, which only works on trials, its number. ``here``: its share of a machine elsewhere.
     """
     started_s = time.monotonic()
-    disk, _ = cache_budget(cache)
+    disk, _ = cache_budget(cache, cache_url)
     registry = Registry(extra)
     changes = [*changes, *([f"search.trials={trials}"] if trials is not None else [])]
     space, text = read_space(file, changes, data, limit, registry)

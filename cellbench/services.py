@@ -1,7 +1,7 @@
-"""``doctor --services``: does what is configured answer, and fit: MLflow's server, the databases, the shared cache folder, Ray.
+"""``doctor --services``: does what is configured answer, and fit: MLflow's server, the databases, the cache folder, the shared cache, Ray.
 
-Reads the environment alone (``MLFLOW_TRACKING_URI``, ``OPTUNA_STORAGE``, ``CELLBENCH_CACHE``, ``RAY_ADDRESS``), writes nothing but a file that it
-removes again, and shows no password.
+Reads the environment alone (``MLFLOW_TRACKING_URI``, ``OPTUNA_STORAGE``, ``CELLBENCH_CACHE``, ``CELLBENCH_CACHE_URL``, ``RAY_ADDRESS``), writes nothing
+but files that it removes again, and shows no password.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cellbench.errors import CellbenchError, one_line
+from cellbench.errors import CellbenchError, one_line, unlocked
 from cellbench.files import cache_dir, make_folder, told
 from cellbench.moved import store, store_file
-from cellbench.refusals import unlocked
+from cellbench.shared import Shared, shared_url
 
 ANSWER_S = 5.0
 
@@ -49,7 +49,10 @@ def findings() -> list[Finding]:
     found = [_asked("MLflow", lambda: _tracking(tracking)), _asked("Optuna", lambda: _storage(storage))]
     if "://" in storage and storage == tracking and not store_file(tracking):
         found.append(Finding(service="Optuna", good=False, text="has MLflow's database; their tables mix. Give it one of its own: createdb optuna."))
-    return [*found, _asked("cache", _cache), _asked("Ray", lambda: _ray(os.environ.get("RAY_ADDRESS", "")))]
+    found.append(_asked("cache", _cache))
+    if url := shared_url():
+        found.append(_asked("cache-url", lambda: _shared(url)))
+    return [*found, _asked("Ray", lambda: _ray(os.environ.get("RAY_ADDRESS", "")))]
 
 
 def _asked(service: str, ask: Callable[[], str]) -> Finding:
@@ -102,7 +105,14 @@ def _cache() -> str:
     folder = make_folder(cache_dir())
     with told(f"writing into the cache folder {folder}"), tempfile.NamedTemporaryFile(dir=folder):
         free = shutil.disk_usage(folder).free / 2**30
-    return f"{folder} can be written to, {free:.0f} GiB free. On a cluster all nodes must share it."
+    nodes = "Nodes of a cluster may have others." if shared_url() else "On a cluster all nodes must share it."
+    return f"{folder} can be written to, {free:.0f} GiB free. {nodes}"
+
+
+def _shared(url: str) -> str:
+    shared = Shared(url, print)
+    shared.probe()
+    return f"{shared.shown} takes files and gives them back."
 
 
 def _ray(address: str) -> str:

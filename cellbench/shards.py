@@ -1,13 +1,14 @@
 """A pass's features in shards: files of some hundred tiles, each written whole or not at all, for processes on many machines to fill and to read.
 
 Where `cellbench.store.OnDisk` grows in place, which asks that all its processes are on one machine, a shard never changes once it has its name:
-that is safe on a shared file system. A shard counts only where the checksum in it fits.
+that is safe on a shared file system, and lets it travel whole to machines that share none. A shard counts only where the checksum in it fits.
 
 Letters: N rows, D features, h x w places of a map.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -23,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cellbench.files import write_atomic
+from cellbench.shared import Shared
 
 ROWS = 256
 """Tiles of a shard: 128 MB a level of a ViT-L in bf16 at 224 px. A multiple of every chunk that goes through a backbone at once."""
@@ -49,11 +51,29 @@ class Shards:
         """The rows of the pass that a shard holds."""
         return np.arange(number * ROWS, min((number + 1) * ROWS, self._num))
 
+    def holds(self, number: int, indices: Iterable[int]) -> bool:
+        """Whether a shard holds all of these levels, undamaged: all of it is read."""
+        return all(self._shard(number, index) is not None for index in indices)
+
+    def fetch(self, number: int, indices: Iterable[int], shared: Shared, facts: Mapping[str, Any]) -> bool:
+        """Takes what a shard lacks of these levels from the shared cache, where it is. Says whether it now holds all of them."""
+        self._describe(facts)
+        lacking = [index for index in indices if self._shard(number, index) is None]
+        for index in lacking:  # all, also where one is missing: what is damaged there gives way to what is computed
+            self._open.pop((number, index))
+            shared.fetch(self._path(number, index), lambda path: self._read(path, number) is not None)
+        return self.holds(number, lacking)
+
+    def send(self, number: int, indices: Iterable[int], shared: Shared) -> None:
+        """Gives a shard's levels to the shared cache."""
+        for index in indices:
+            shared.send(self._path(number, index))
+
     def write(self, number: int, maps: Mapping[int, Tensor], facts: Mapping[str, Any]) -> None:
         """Keeps the maps (N, D, h, w) of a shard's rows, by level index. Raises CellbenchError on a full disk."""
-        if not (self._folder / "facts.json").is_file():
-            write_atomic(self._folder / "facts.json", json.dumps({**facts, "made": time.time()}, indent=1))
+        self._describe(facts)
         for index, m in maps.items():
+            self._open.pop((number, index), None)
             rows = m.to("cpu").permute(0, 2, 3, 1).contiguous()  # a gather of rows is then channels-last without a copy
             write_atomic(self._path(number, index), save({"rows": rows}, metadata={"crc": str(_crc(rows))}))
 
@@ -79,15 +99,23 @@ class Shards:
     def _shard(self, number: int, index: int) -> Tensor | None:
         """The rows of a shard, mapped into memory; None where it is absent or damaged."""
         if (number, index) not in self._open:
-            path = self._path(number, index)
-            try:
-                with safe_open(path, "pt") as file:
-                    rows, crc = file.get_tensor("rows"), int((file.metadata() or {}).get("crc", -1))
-                self._open[number, index] = rows if len(rows) == len(self.rows(number)) and _crc(rows) == crc else None
-                os.utime(self._folder / "facts.json")  # when it was last of use, for pruning
-            except (OSError, SafetensorError, ValueError):
-                self._open[number, index] = None
+            rows = self._open[number, index] = self._read(self._path(number, index), number)
+            if rows is not None:
+                with contextlib.suppress(OSError):  # a folder of somebody else's
+                    os.utime(self._folder / "facts.json")  # when it was last of use, for pruning
         return self._open[number, index]
+
+    def _read(self, path: Path, number: int) -> Tensor | None:
+        try:
+            with safe_open(path, "pt") as file:
+                rows, crc = file.get_tensor("rows"), int((file.metadata() or {}).get("crc", -1))
+        except (OSError, SafetensorError, ValueError):
+            return None
+        return rows if len(rows) == len(self.rows(number)) and _crc(rows) == crc else None
+
+    def _describe(self, facts: Mapping[str, Any]) -> None:
+        if not (self._folder / "facts.json").is_file():
+            write_atomic(self._folder / "facts.json", json.dumps({**facts, "made": time.time()}, indent=1))
 
     def _path(self, number: int, index: int) -> Path:
         return self._folder / f"level-{index}.shard-{number:05}.safetensors"

@@ -21,7 +21,7 @@ from urllib.request import url2pathname
 from filelock import FileLock
 
 from cellbench import imports, making, moved, views
-from cellbench.errors import CellbenchError, one_line, unknown
+from cellbench.errors import CellbenchError, one_line, unknown, unlocked
 from cellbench.files import make_folder, told
 from cellbench.logged import (
     EXPERIMENT,
@@ -40,7 +40,7 @@ from cellbench.logged import (
     owner_here,
     stored_of,
 )
-from cellbench.refusals import Client, client, unlocked
+from cellbench.refusals import Client, client
 
 for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration", "urllib3.connectionpool"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # what goes wrong there is raised as well, and told in one line

@@ -148,6 +148,17 @@ def test_what_does_not_answer_is_wrong_and_its_password_is_not_shown(asked):
     assert "s3cret" not in "".join(lines.values())
 
 
+def test_a_shared_cache_is_written_to_and_read_and_one_that_is_not_there_is_wrong(asked, tmp_path: Path):
+    code, lines = asked(CELLBENCH_CACHE_URL=f"file://{tmp_path / 'there'}")
+    assert code == 0
+    assert "gives them back" in lines["cache-url"]
+    assert list((tmp_path / "there").iterdir()) == []
+    code, lines = asked(CELLBENCH_CACHE_URL="http://lab:s3cret@127.0.0.1:9/features")
+    assert code == 1
+    assert "WRONG" in lines["cache-url"]
+    assert "s3cret" not in lines["cache-url"]
+
+
 def test_postgresql_is_asked_and_two_services_in_one_database_are_wrong(asked, postgresql):
     mlflow, optuna = f"{postgresql}/mlflow", f"{postgresql}/optuna"
     code, lines = asked(MLFLOW_TRACKING_URI=mlflow, OPTUNA_STORAGE=optuna)

@@ -25,7 +25,7 @@ LAYERS = (
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
     (
         "the one harness",
-        {"machine", "checkpoints", "lanes", "store", "shards"}
+        {"machine", "checkpoints", "lanes", "store", "shards", "shared"}
         | {"features", "model", "infer", "train", "tuning", "exam"} | {"trained", "room", "survey", "tokens"},
     ),
     (
@@ -65,6 +65,7 @@ DOORS = {
     "pydantic": {"spec.py", "registry.py", "space.py"},
     "argparse": {"run.py"},
     "ray": {"on_ray.py"},
+    "fsspec": {"shared.py"},
     "sqlalchemy": {"refusals.py", "services.py", "study.py"},
 }
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py")) if "_shipped" not in path.parts}

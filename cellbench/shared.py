@@ -1,0 +1,146 @@
+"""The shared cache: files at a URL of any protocol that fsspec speaks, for machines without a folder in common.
+
+It only saves time. The cache folder stays what is read from; a URL that does not answer, is full or lacks its protocol's package is told once and
+asked again later, and what it could not give is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cellbench.errors import CellbenchError, one_line, unlocked
+from cellbench.files import cache_dir, make_folder, umask
+
+T = TypeVar("T")
+
+PUT_IS_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss"}
+"""Protocols of object stores: a put is seen whole or not at all, folders need not be made, and a rename would copy. Elsewhere a file is put beside
+its place and renamed."""
+REST_S = 60.0
+"""How long a URL that failed is left alone, or ten times as long as the failure took: waiting for it may cost a tenth of the time at most."""
+
+
+def shared_url() -> str:
+    """``CELLBENCH_CACHE_URL``, or nothing."""
+    return os.environ.get("CELLBENCH_CACHE_URL", "")
+
+
+def set_shared_url(url: str) -> None:
+    """Sets it for this process. Raises CellbenchError for what is no URL."""
+    if "://" not in url:
+        raise CellbenchError(f"--cache-url {url}: expected a URL, as s3://bucket/folder or sftp://host/folder. --cache names a folder.")
+    os.environ["CELLBENCH_CACHE_URL"] = url
+
+
+class Shared:
+    """The files below a URL, under the names that they have below the cache folder."""
+
+    def __init__(self, url: str, tell: Callable[[str], None]) -> None:
+        self._url, self._tell = url.rstrip("/"), tell
+        self._rests: dict[str, float] = {}
+        """Until when, by what could not be done."""
+        self._told: set[str] = set()
+
+    @property
+    def shown(self) -> str:
+        """The URL for people."""
+        return unlocked(self._url)
+
+    def fetch(self, path: Path, fits: Callable[[Path], bool]) -> bool:
+        """Copies a file of the cache folder here, where it is there and ``fits``; one that does not fit is removed there. Says whether it did."""
+        return bool(self._tried("read", lambda: self._fetched(path, fits)))
+
+    def send(self, path: Path) -> None:
+        """Copies a file of the cache folder there, unless one of its name is."""
+        self._tried("written to", lambda: self._sent(path))
+
+    def probe(self) -> None:
+        """Writes a file, reads it back and removes it. Raises CellbenchError."""
+        name = f".probe-{uuid.uuid4().hex}"
+        with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
+            ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
+            ours.write_text(name)
+            try:
+                fs, place = self._place(name)
+                self._put(fs, ours, place)
+                fs.get_file(place, str(theirs))
+                fs.rm_file(place)
+            except Exception as error:  # each protocol has errors of its own
+                raise CellbenchError(f"{self.shown}: {self._why(error)}. Is it up, and are name and credentials right?") from None
+            if theirs.read_text() != name:
+                raise CellbenchError(f"{self.shown}: gives back other bytes than it was sent. Name another CELLBENCH_CACHE_URL.")
+
+    def _tried(self, what: str, work: Callable[[], T]) -> T | None:
+        start = time.monotonic()
+        if start < self._rests.get(what, 0.0):
+            return None
+        try:
+            return work()
+        except Exception as error:  # each protocol has errors of its own, and none of them may end a run
+            now = time.monotonic()
+            self._rests[what] = now + max(REST_S, 10 * (now - start))
+            if what not in self._told:
+                self._told.add(what)
+                self._tell(f"the shared cache {self.shown} cannot be {what} ({self._why(error)}). It is left out, and tried again later.")
+            return None
+
+    def _fetched(self, path: Path, fits: Callable[[Path], bool]) -> bool:
+        fs, place = self._place(_name(path))
+        handle, temporary = tempfile.mkstemp(dir=make_folder(path.parent), prefix=f".{path.name[:40]}.")
+        os.close(handle)
+        try:
+            try:
+                fs.get_file(place, temporary)
+            except FileNotFoundError:
+                return False
+            if not fits(Path(temporary)):
+                with contextlib.suppress(FileNotFoundError):  # another machine was faster
+                    fs.rm_file(place)
+                return False
+            os.chmod(temporary, 0o666 & ~umask())  # mkstemp's 0600 would lock a shared folder to one person
+            os.replace(temporary, path)
+            return True
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+    def _sent(self, path: Path) -> None:
+        fs, place = self._place(_name(path))
+        if not fs.exists(place):
+            self._put(fs, path, place)
+
+    def _put(self, fs: Any, path: Path, place: str) -> None:
+        if PUT_IS_WHOLE & set(fs.protocol if isinstance(fs.protocol, tuple | list) else [fs.protocol]):
+            fs.put_file(str(path), place)
+            return
+        fs.makedirs(fs._parent(place), exist_ok=True)
+        beside = f"{place}.{uuid.uuid4().hex[:8]}.part"
+        try:
+            fs.put_file(str(path), beside)
+            fs.mv(beside, place)
+        except BaseException:
+            with contextlib.suppress(Exception):  # it may be gone, with what held it; the first error is the one to tell
+                fs.rm_file(beside)
+            raise
+
+    def _place(self, name: str) -> tuple[Any, str]:
+        """The file system and the path there."""
+        from fsspec.core import url_to_fs
+
+        fs, root = url_to_fs(self._url)
+        return fs, f"{root.rstrip('/')}/{name}"
+
+    @staticmethod
+    def _why(error: Exception) -> str:
+        return f"{type(error).__name__}: {unlocked(one_line(error))[:200].rstrip('.')}"
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(cache_dir()).as_posix()
