@@ -25,6 +25,7 @@ from cellbench.data.pixels import Pixels
 from cellbench.features import Features, Keeping, Trunk
 from cellbench.infer import segment
 from cellbench.lanes import Lanes
+from cellbench.learner import Learner
 from cellbench.machine import Machine
 from cellbench.model import model, num_levels
 from cellbench.plan import Plan
@@ -32,7 +33,7 @@ from cellbench.registry import Registry
 from cellbench.spec import RunSpec
 from cellbench.tiles import Stitcher
 from cellbench.track import Tracker
-from cellbench.train import Learner, fit
+from cellbench.train import fit
 from cellbench.trials import pace
 
 HEADS = ("bilinear", "transposed-conv", "fpn")

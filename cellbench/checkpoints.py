@@ -24,12 +24,12 @@ def write(place: Path, state: dict[str, Any]) -> None:
     write_atomic(place, functools.partial(torch.save, state))
 
 
-def read(place: Path, device: torch.device) -> dict[str, Any] | None:
-    """The state, or None where there is none that can be read: the run then starts anew."""
+def read(place: Path) -> dict[str, Any] | None:
+    """The state, on the CPU, or None where there is none that can be read: the run then starts anew."""
     if not place.is_file():
         return None
     try:
-        return torch.load(place, map_location=device, weights_only=True)
+        return torch.load(place, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError):  # a damaged file costs the epochs it held
         forget(place)
         return None

@@ -15,6 +15,7 @@ from cellbench.backbones.catalog import open_backbone
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.features import Batch, Features, Keeping, Trunk
+from cellbench.learner import Learner
 from cellbench.machine import Machine
 from cellbench.model import Model, model, num_levels
 from cellbench.plan import Plan
@@ -22,7 +23,6 @@ from cellbench.registry import Registry
 from cellbench.room import TooLarge, frames_too_large
 from cellbench.spec import RunSpec
 from cellbench.targets import asked
-from cellbench.train import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Mac
         raise TooLarge(reason)
     tile = torch.rand(trunk.chunk, 3, *features.tile_px["train"], device=machine.device)
     target = torch.zeros(tile.shape[0], *features.tile_px["train"], dtype=torch.long, device=machine.device)
-    trunk_s = _seconds(lambda: trunk.maps(tile)) / len(tile)
+    trunk_s = _seconds(lambda: trunk.maps(tile), machine) / len(tile)
     aims = torch.zeros(*target.shape, 2, dtype=torch.uint8, device=machine.device) if any(asked(run.targets) for run in runs) else None
     batch = Batch(trunk.maps(tile), tile, target, aims)
     epochs = max(run.epochs for run in runs)
@@ -78,9 +78,9 @@ def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Mac
     for run, made in zip(runs, all_made, strict=True):
         learner = Learner(run=run, model=made, recorder=_Nobody(), num_views=plan.num_views).on(features)
         learner.begin()
-        step_s = _seconds(lambda learner=learner: learner.take(batch, last=True)) / batch.num
+        step_s = _seconds(lambda learner=learner: learner.take(batch, last=True), machine) / batch.num
         made.eval()
-        decode_s = _seconds(lambda made=made: _decode(made, batch, machine)) / batch.num
+        decode_s = _seconds(lambda made=made: _decode(made, batch, machine), machine) / batch.num
         wall += run.epochs * (plan.num_views * step_s + tiles["val"] * decode_s) + tiles["test"] * decode_s
         disk += 4 * made.num_params / 2**20 + 3  # weights and three pictures
     held = sum(p.numel() * 4 for p in backbone.parameters()) if backbone is not None else 0
@@ -109,10 +109,10 @@ def latencies_ms(models: Sequence[Model], features: Features) -> list[float]:
     num = len(features.framing.grid(sizes[len(sizes) // 2], tile_px, features.plan.run.overlap))
     tile = torch.rand(trunk.chunk, 3, *tile_px, device=trunk.machine.device)
     batch = Batch(trunk.maps(tile), tile, torch.zeros(trunk.chunk, *tile_px, dtype=torch.long, device=trunk.machine.device))
-    trunk_s = _seconds(lambda: trunk.maps(tile))
+    trunk_s = _seconds(lambda: trunk.maps(tile), trunk.machine)
     for made in models:
         made.eval()
-    heads_s = [_seconds(lambda made=made: _decode(made, batch, trunk.machine)) for made in models]
+    heads_s = [_seconds(lambda made=made: _decode(made, batch, trunk.machine), trunk.machine) for made in models]
     return [1000 * num * (trunk_s + head_s) / trunk.chunk for head_s in heads_s]
 
 
@@ -122,14 +122,13 @@ def _decode(made: Any, batch: Batch, machine: Machine) -> None:
         made(batch).float().softmax(1)
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object], machine: Machine) -> float:
     """The faster of two goes after one to warm up."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        machine.wait()
         times.append(time.perf_counter() - start)
     return min(times[1:])
 

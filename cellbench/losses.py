@@ -18,7 +18,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def loss_of(text: str) -> Loss:
-    """The loss that ``text`` writes, for example ``0.5 ce + 0.5 dice``: (logits (B, C, H, W), target (B, H, W) int64) -> scalar.
+    """The loss that ``text`` writes, for example ``0.5 ce + 0.5 dice``: (logits (B, C, H, W), target (B, H, W) int64) -> scalar; or,
+    for N models that see the same tiles, (logits (N, B, C, H, W), the same target) -> (N,).
 
     ``ce`` is cross-entropy over classes, ``bce`` binary cross-entropy of each class against the rest; the others are smp's
     multi-class losses. Dice, Jaccard and Tversky there sum over the batch, so their value depends on the batch's size.
@@ -27,8 +28,10 @@ def loss_of(text: str) -> Loss:
     terms = [(weight, _term(name)) for name, weight in weights.items()]
 
     def total(logits_BCHW: Tensor, target_BHW: Tensor) -> Tensor:
-        if logits_BCHW.shape[1] == 2 and weights.keys() <= {"ce", "dice"}:
+        if logits_BCHW.shape[-3] == 2 and weights.keys() <= {"ce", "dice"}:
             return two_classes(logits_BCHW, target_BHW, weights.get("ce", 0.0), weights.get("dice", 0.0))
+        if logits_BCHW.dim() > 4:
+            return torch.stack([total(one, target_BHW) for one in logits_BCHW])
         logits = logits_BCHW.float()
         return sum((weight * term(logits, target_BHW) for weight, term in terms), start=logits.new_zeros(()))
 
@@ -36,7 +39,7 @@ def loss_of(text: str) -> Loss:
 
 
 def two_classes(logits_B2HW: Tensor, target_BHW: Tensor, ce: float, dice: float) -> Tensor:
-    """``ce`` times cross-entropy plus ``dice`` times smp's multi-class Dice loss, for two classes.
+    """``ce`` times cross-entropy plus ``dice`` times smp's multi-class Dice loss, for two classes; (N,) where the logits are (N, B, 2, H, W).
 
     The same value and gradient to rounding, for a quarter of the time: two classes have one number that decides, the margin, and their sums
     follow from three. Measured for a tile of 224 px on one core, backwards included: 2.0 ms by torch and smp, nearly as much as the
@@ -48,18 +51,21 @@ def two_classes(logits_B2HW: Tensor, target_BHW: Tensor, ce: float, dice: float)
 class _TwoClasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_B2HW: Tensor, target_BHW: Tensor, ce: float, dice: float) -> Tensor:
-        margin, cell = logits_B2HW[:, 1].float() - logits_B2HW[:, 0].float(), (target_BHW == 1).float()
+        # Wide sums; a Mac's GPU has none wider than its own numbers.
+        wide, pixels = torch.float32 if logits_B2HW.device.type == "mps" else torch.float64, (-3, -2, -1)
+        margin, cell = logits_B2HW.select(-3, 1).float() - logits_B2HW.select(-3, 0).float(), (target_BHW == 1).float()
         found, num = margin.sigmoid(), cell.numel()
-        loss = margin.new_zeros((), dtype=torch.float64)
+        loss = margin.new_zeros((), dtype=wide)
         if ce:
             # log(1 + exp(-|m|)) by log, not log1p: that is not vectorised (ten times slower), and what it adds is below 6e-8.
-            smooth = margin.abs().neg_().exp_().add_(1).log_().sum(dtype=torch.float64)
-            loss = loss + ce / num * (smooth + margin.clamp_min(0).sum(dtype=torch.float64) - (margin * cell).sum(dtype=torch.float64))
-        both, predicted, true = ((x).sum(dtype=torch.float64) for x in (found * cell, found, cell))
+            smooth = margin.abs().neg_().exp_().add_(1).log_().sum(pixels, dtype=wide)
+            loss = loss + ce / num * (smooth + margin.clamp_min(0).sum(pixels, dtype=wide) - (margin * cell).sum(pixels, dtype=wide))
+        both, predicted, true = (x.sum(pixels, dtype=wide) for x in (found * cell, found, cell))
         hit = torch.stack([num - predicted - true + both, both])
         sizes = torch.stack([2 * num - predicted - true, predicted + true]).clamp_min(1e-7)
-        there = torch.stack([num - true, true]) > 0  # as smp has it, a class that is not there counts as got right
-        loss = loss + dice * ((1 - 2 * hit / sizes) * there).mean()
+        # As smp has it, a class that is not there counts as got right.
+        there = (torch.stack([num - true, true]) > 0).view(2, *(1,) * both.dim())
+        loss = loss + dice * ((1 - 2 * hit / sizes) * there).mean(0)
         ctx.save_for_backward(found, cell, hit, sizes, there)
         ctx.weights, ctx.layout = (ce / num, dice), torch.empty_like(logits_B2HW)
         return loss.float()
@@ -70,13 +76,18 @@ class _TwoClasses(torch.autograd.Function):
         ce, dice = ctx.weights
         # Of the score 2 hit / size of each class by the probability of "cell" at a pixel: steep + (flat where the pixel is a cell).
         steep = torch.stack([2 * (hit[0] - sizes[0]) / sizes[0] ** 2, -2 * hit[1] / sizes[1] ** 2])
-        flat = 2 / sizes
-        by_found = (cell * (flat * there).sum().float()).add_((steep * there).sum().float()).mul_(-dice / 2)
+        steep, flat, grad = (_everywhere(x) for x in ((steep * there).sum(0).float(), (2 / sizes * there).sum(0).float(), grad))
+        by_found = (cell * flat).add_(steep).mul_(-dice / 2)
         by_margin = by_found.mul_(found * (1 - found)).add_(found - cell, alpha=ce).mul_(grad)
         out = ctx.layout
-        out[:, 1] = by_margin
-        out[:, 0] = by_margin.neg_()
+        out.select(-3, 1).copy_(by_margin)
+        out.select(-3, 0).copy_(by_margin.neg_())
         return out, None, None, None
+
+
+def _everywhere(x: Tensor) -> Tensor:
+    """One number a model, for all its pixels (B, H, W)."""
+    return x[..., None, None, None]
 
 
 def _term(name: str) -> Loss:

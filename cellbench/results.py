@@ -18,12 +18,12 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
 from cellbench.exam import Exam
+from cellbench.learner import Learner
 from cellbench.metrics import image_scores, named, scores
 from cellbench.plan import num_seen
 from cellbench.shapes import MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX
 from cellbench.significance import mean_interval
 from cellbench.spec import Experiment, RunSpec
-from cellbench.train import Learner
 
 
 @dataclass(frozen=True, kw_only=True)

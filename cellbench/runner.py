@@ -31,6 +31,7 @@ from cellbench.exam import Exams
 from cellbench.features import Features, Keeping, Trunk
 from cellbench.infer import score
 from cellbench.jobs import Job, identity
+from cellbench.learner import Learner
 from cellbench.logged import WEIGHTS, Logged, params_of
 from cellbench.machine import Machine, give_back, ran_out_of_memory
 from cellbench.metrics import confusion
@@ -44,7 +45,7 @@ from cellbench.spec import NUMERICS, Experiment, RunSpec
 from cellbench.system import watched
 from cellbench.targets import asked
 from cellbench.track import Run, Tracker
-from cellbench.train import Learner, fit
+from cellbench.train import fit
 from cellbench.tuning import separations, tuned
 
 
@@ -257,7 +258,7 @@ class Runner:
             made = model(job.run, self.registry, trunk, num)
             recorder = _Recorder(job, run, checkpoints.path(job.fingerprint), self.watch)
             learner = Learner(run=job.run, model=made, recorder=recorder, num_views=plan.num_views)
-            state = checkpoints.read(recorder.place, self.machine.device)
+            state = checkpoints.read(recorder.place)
             if state is not None:
                 learner.restore(state)
                 self.say(f"{job.name} goes on after epoch {learner.epoch}.")
@@ -406,8 +407,8 @@ class _Recorder:
 
 def peak_mib() -> float:
     """The most memory that this process has held so far: the GPU's where one was used, else resident memory."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
+    if peak := max((torch.cuda.max_memory_allocated(k) for k in range(torch.cuda.device_count())), default=0):
+        return peak / 2**20
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / 2**20
     import resource  # not on Windows

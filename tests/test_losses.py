@@ -97,3 +97,14 @@ def test_a_tile_without_cells_gives_a_finite_loss_and_gradient(name: str) -> Non
     loss.backward()
     assert loss.isfinite()
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("text", ["0.5 ce + 0.5 dice", "1 ce + 1 lovasz"])
+def test_several_models_answers_have_the_losses_of_each(text: str) -> None:
+    logits_NBKHW, target_BHW = torch.randn(3, 2, 2, 8, 9, requires_grad=True), (torch.rand(2, 8, 9) > 0.7).long()
+    losses_N = loss_of(text)(logits_NBKHW, target_BHW)
+    each = torch.stack([loss_of(text)(logits_BKHW, target_BHW) for logits_BKHW in logits_NBKHW])
+    shares = torch.tensor([1.0, 2.0, 3.0])  # another for each, so that none is mistaken for its neighbour's
+    found, true = (torch.autograd.grad((x * shares).sum(), logits_NBKHW)[0] for x in (losses_N, each))
+    torch.testing.assert_close(losses_N, each)
+    torch.testing.assert_close(found, true)

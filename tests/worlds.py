@@ -12,12 +12,13 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.folders import open_dataset
 from cellbench.data.pixels import Pixels
 from cellbench.features import Features, Keeping, Trunk
+from cellbench.learner import Learner
 from cellbench.machine import Machine
 from cellbench.model import model, num_levels
 from cellbench.plan import Plan
 from cellbench.registry import Registry
 from cellbench.spec import DataSpec, RunSpec
-from cellbench.train import Learner, fit
+from cellbench.train import fit
 
 REGISTRY = Registry()
 FP32 = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)

@@ -18,6 +18,10 @@ from cellbench.backbones.base import Level
 class Head(nn.Module):
     """Subclasses take ``(levels, num_classes, **options)``; the options are those on the card, each with its default there."""
 
+    stackable = False
+    """A subclass says True where ``forward`` draws no random numbers, decides nothing by the values in a tensor and keeps its weights in
+    convolutions and batch norms: several heads of one kind then learn as one on a GPU (``cellbench.teams``)."""
+
     def __init__(self, levels: tuple[Level, ...], num_classes: int) -> None:
         super().__init__()
         self.levels, self.num_classes = levels, num_classes

@@ -11,6 +11,8 @@ from cellbench.heads.base import Head, resize
 class Bilinear(Head):
     """Batch norm and a 1x1 convolution at token resolution, resized to the tile: DINOv2's linear segmentation head."""
 
+    stackable = True
+
     def __init__(self, levels: tuple[Level, ...], num_classes: int) -> None:
         super().__init__(levels, num_classes)
         self.norm = nn.BatchNorm2d(levels[-1].dim)

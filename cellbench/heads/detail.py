@@ -18,6 +18,8 @@ class Detail(Head):
     token resolution and joined at 1/4 of the tile.
     """
 
+    stackable = True
+
     def __init__(self, levels: tuple[Level, ...], num_classes: int, *, width: int, pixel_width: int) -> None:
         super().__init__(levels, num_classes)
         fine, coarse = pixel_width, 2 * pixel_width

@@ -17,6 +17,8 @@ class FPN(Head):
     (36 against 37 places at 518 px); every resize here is to a size.
     """
 
+    stackable = True
+
     def __init__(self, levels: tuple[Level, ...], num_classes: int, *, width: int) -> None:
         super().__init__(levels, num_classes)
         self.laterals = nn.ModuleList(nn.Conv2d(level.dim, width, 1, bias=False) for level in levels)

@@ -19,6 +19,8 @@ class TransposedConv(Head):
     stands before the resize, where it commutes with it, and not after it as published.
     """
 
+    stackable = True
+
     def __init__(self, levels: tuple[Level, ...], num_classes: int, *, width: int, doublings: int) -> None:
         super().__init__(levels, num_classes)
         level = levels[-1]

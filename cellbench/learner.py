@@ -1,0 +1,223 @@
+"""One run on its way: its model, loss, optimiser, schedule and end. It knows a :class:`Recorder`, not MLflow, and never hears of a search:
+pruning reaches it as a recorder's answer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cellbench.features import Batch, Features
+from cellbench.losses import loss_of
+from cellbench.metrics import cell_classes, scores
+from cellbench.model import Model
+from cellbench.spec import RunSpec
+from cellbench.targets import aims_loss
+
+
+class Recorder(Protocol):
+    """Where a run's numbers go, and who may end it."""
+
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
+        """Told each epoch's metrics; False ends the run as pruned."""
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        """Given everything that a run needs to go on from here, after each epoch."""
+
+
+@dataclass
+class Learner:
+    """One run on its way: its model, what trains it, and how far it has come."""
+
+    run: RunSpec
+    model: Model
+    recorder: Recorder
+    num_views: int
+    """Views an epoch."""
+    epoch: int = 0
+    """The next epoch."""
+    best_epoch: int = -1
+    best: float = -math.inf
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    train_s: float = 0.0
+    """Spent in learning. On a GPU this is the time to hand the work over, unless something waits for it."""
+    ended: str = ""
+    """Why it stopped: ``done``, ``stopped early``, ``pruned`` or ``failed: …``; empty while it learns."""
+
+    def __post_init__(self) -> None:
+        self._loss = loss_of(self.run.loss)
+        self.optimiser = torch.optim.AdamW(self.model.groups(self.run), lr=self.run.lr, weight_decay=self.run.weight_decay)
+        self.num_steps = math.ceil(self.num_views / self.run.batch_size)
+        """An epoch."""
+        self._val_sum, self._val_num = torch.zeros(()), 0
+
+    # --- training -----------------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A new epoch."""
+        self.model.train()
+        self._step, self._batches = 0, MiniBatches(self.run.batch_size)
+        self.loss_sum = torch.zeros((), device=self.device)
+
+    def take(self, chunk: Batch, last: bool) -> None:
+        """Learns from as many whole mini-batches as are there; the rest waits for the next chunk, or ends the epoch."""
+        start = time.perf_counter()
+        for batch in self._batches.of(chunk, last):
+            self._learn(batch)
+        self.train_s += time.perf_counter() - start
+
+    def end(self) -> None:
+        """The epoch's last mini-batch was learned from."""
+
+    def _learn(self, batch: Batch) -> None:
+        rate = self.lr(self.epoch * self.num_steps + self._step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["share"]
+        self.optimiser.zero_grad(set_to_none=True)
+        with self.autocast():
+            logits = self.model(batch)
+        loss = self.loss(logits, batch)
+        loss.backward()
+        self.optimiser.step()
+        self.loss_sum += loss.detach() * batch.num
+        self._step += 1
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The run's loss, a scalar float32, of what its model answers to a batch (B, K, T, T); of (N, B, K, T, T), the answers of N models like
+        it, the N losses."""
+        num, aims = self.model.num_classes, self.model.aims
+        if not aims:
+            return self._loss(logits, batch.target)
+        assert batch.aims is not None
+        if logits.dim() > 4:
+            return torch.stack([self.loss(one, batch) for one in logits])
+        return self._loss(logits[:, :num], batch.target) + aims_loss(logits[:, num:], batch.aims, aims)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step: a linear warm-up, then a cosine to zero or a constant."""
+        warmup = self.run.warmup_epochs * self.num_steps
+        if step < warmup:
+            return self.run.lr * (step + 1) / (warmup + 1)
+        if self.run.schedule == "constant":
+            return self.run.lr
+        share = (step - warmup) / max(self.run.epochs * self.num_steps - warmup, 1)
+        return self.run.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+    # --- validation ---------------------------------------------------------------------------------------------------------------
+
+    def watch(self, logits: Tensor, batch: Batch) -> None:
+        """Adds a validation batch to the epoch's validation loss."""
+        self._val_sum = self._val_sum + self.loss(logits, batch).cpu().double() * batch.num
+        self._val_num += batch.num
+
+    def finish(self, counts: np.ndarray) -> None:
+        """Ends the epoch with the validation pixels' confusion matrix (K, K): keeps the best weights and decides whether to go on."""
+        pooled = scores(counts).of(cell_classes(len(counts)))
+        row = {
+            "train/loss": float(self.loss_sum) / self.num_views,
+            "val/loss": float(self._val_sum) / max(self._val_num, 1),
+            "val/dice": pooled["dice"],
+            "val/iou": pooled["iou"],
+            "lr": self.lr(self.epoch * self.num_steps),
+        }
+        self._val_sum, self._val_num = torch.zeros(()), 0
+        self.history.append(row)
+        go_on = self.recorder.epoch(self.epoch, row)
+        value = row["val/dice"] if self.run.select == "val/dice" else -row["val/loss"]
+        if value > self.best:
+            self.best, self.best_epoch = value, self.epoch
+            self.best_weights = {name: x.detach().to("cpu", copy=True) for name, x in self.model.state_dict().items()}
+        self.epoch += 1
+        if not math.isfinite(row["train/loss"]):
+            self.ended = f"failed: the training loss became {row['train/loss']} in epoch {self.epoch}; a smaller lr than {self.run.lr:g} may help"
+        elif not go_on:
+            self.ended = "pruned"
+        elif self.epoch >= self.run.epochs:
+            self.ended = "done"
+        elif self.run.patience and self.epoch - 1 - self.best_epoch >= self.run.patience:
+            self.ended = "stopped early"
+        self.recorder.checkpoint(self.state())
+
+    # --- state --------------------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything that is needed to go on after this epoch as if nothing had happened: tensors, numbers and strings only."""
+        return {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "progress": {name: getattr(self, name) for name in _PROGRESS},
+            "best_weights": self.best_weights,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to where :meth:`state` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.best_weights = state["best_weights"]
+        for name in _PROGRESS:
+            setattr(self, name, state["progress"][name])
+
+    def load_best(self) -> None:
+        """Puts the best epoch's weights into the model."""
+        self.model.load_state_dict(self.best_weights)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return next(self.model.parameters()).device
+
+    def autocast(self) -> torch.autocast:
+        """The context in which its model computes."""
+        return self._machine.autocast()
+
+    def on(self, features: Features) -> Learner:
+        """Tells the learner where it computes; returns itself."""
+        self._machine = features.trunk.machine
+        return self
+
+
+_PROGRESS = ("epoch", "best_epoch", "best", "history", "train_s", "ended")
+
+
+class MiniBatches:
+    """Chunks of any size in, mini-batches of ``size`` out, in the same order."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._held: list[Batch] = []
+
+    def of(self, chunk: Batch, last: bool) -> Iterator[Batch]:
+        """As many whole mini-batches as are there; what is left waits for the next chunk, or is the epoch's last, smaller one."""
+        self._held.append(chunk)
+        while (there := sum(batch.num for batch in self._held)) >= self._size or (last and there):
+            yield self._pop(min(self._size, there))
+
+    def _pop(self, num: int) -> Batch:
+        parts = []
+        while num:
+            head = self._held[0]
+            parts.append(head[:num])
+            if head.num <= num:
+                self._held.pop(0)
+            else:
+                self._held[0] = head[num:]
+            num -= parts[-1].num
+        return parts[0] if len(parts) == 1 else joined(parts)
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Several batches as one."""
+    return Batch(
+        {index: torch.cat([part.maps[index] for part in parts]) for index in parts[0].maps},
+        torch.cat([part.pixels for part in parts]),
+        torch.cat([part.target for part in parts]),
+        torch.cat(aims) if len(aims := [part.aims for part in parts if part.aims is not None]) == len(parts) else None,
+    )
