@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms.v2 import functional as tv
 
-from cellbench.data.augment import recolour, turn
+from cellbench.data.augment import recolour, restain, turn
 from cellbench.plan import UNTOUCHED
 
 TILE = np.arange(75, dtype=np.uint8).reshape(5, 5, 3)
@@ -120,3 +121,11 @@ def test_results_stay_within_zero_and_one_and_the_tiles_given_are_not_changed() 
 
 def test_the_layout_in_memory_makes_no_difference() -> None:
     torch.testing.assert_close(changed(MILD.to(memory_format=torch.channels_last), 1.1, 0.9, 1.1, 0.1), changed(MILD, 1.1, 0.9, 1.1, 0.1))
+
+
+def test_colours_are_changed_where_the_pixels_are() -> None:
+    """On a GPU that only pretends: its tensors hold no values, but refuse to meet those of another device as real ones do."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pixels = torch.rand(2, 3, 8, 8, device="cuda")
+        assert recolour(pixels, [(1.1, 0.9, 1.1, 0.1)] * 2).device.type == "cuda"
+        assert restain(pixels, [(1.1, 0.9, 1.0, 0.1, 0.0, 0.0)] * 2).device.type == "cuda"

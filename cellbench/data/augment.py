@@ -49,7 +49,7 @@ def recolour(pixels_BCHW: Tensor, colours: list[tuple[float, float, float, float
     if all(colour == UNTOUCHED for colour in colours):
         return pixels_BCHW
     grey = _YIQ[0]
-    means = torch.einsum("bc,c->b", pixels_BCHW.mean((2, 3)).double(), grey)
+    means = torch.einsum("bc,c->b", pixels_BCHW.mean((2, 3)).cpu().double(), grey)
     matrices, offsets = [], []
     for (brightness, contrast, saturation, hue), mean in zip(colours, means, strict=True):
         angle = 2 * math.pi * hue
