@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -22,7 +23,7 @@ from cellbench import naive
 from cellbench.backbones.catalog import open_backbone
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
-from cellbench.features import Features, Keeping, Trunk
+from cellbench.features import Batch, Features, Keeping, Trunk
 from cellbench.infer import segment
 from cellbench.lanes import Lanes
 from cellbench.learner import Learner
@@ -31,6 +32,7 @@ from cellbench.model import model, num_levels
 from cellbench.plan import Plan
 from cellbench.registry import Registry
 from cellbench.spec import RunSpec
+from cellbench.teams import Team
 from cellbench.tiles import Stitcher
 from cellbench.track import Tracker
 from cellbench.train import fit
@@ -76,6 +78,11 @@ class World:
         self.pixels = {split: Pixels(self.dataset, split, 2**31) for split in ("train", "val", "test")}
         self.runs = [self.run(head, rate) for head in HEADS for rate in RATES]
 
+    @property
+    def tolerance(self) -> float:
+        """How far what should be the same may differ, as a share: nothing on a processor."""
+        return 0.0 if self.machine.device.type == "cpu" else 0.02
+
     def run(self, head: str, rate: float, **more: Any) -> RunSpec:
         settings = {"epochs": self.epochs, "crops_per_image": self.crops, "patience": 0, "overlap": 0.25, **more}
         return self.registry.complete(RunSpec(backbone=self.backbone, head=head, lr=rate, **settings))
@@ -84,13 +91,14 @@ class World:
         trunk = Trunk(self.frozen, self.machine, [num_levels(run, self.registry) for run in runs])
         return Features(trunk, Plan(self.pixels["train"].sizes_px, runs[0]), self.pixels, Keeping(memory_bytes=memory_bytes))
 
+    def learner(self, run: RunSpec, features: Features, num_views: int) -> Learner:
+        made = model(run, self.registry, features.trunk, len(self.dataset.classes))
+        return Learner(run=run, model=made, recorder=_Nobody(), num_views=num_views).on(features)
+
     def fitted(self, runs: list[RunSpec], memory_bytes: int = 2**33) -> tuple[float, list[Learner]]:
         """Seconds of a whole ``fit``, and the learners."""
         features = self.features(runs, memory_bytes)
-        models = [model(run, self.registry, features.trunk, len(self.dataset.classes)) for run in runs]
-        learners = [
-            Learner(run=run, model=made, recorder=_Nobody(), num_views=features.plan.num_views) for run, made in zip(runs, models, strict=True)
-        ]
+        learners = [self.learner(run, features, features.plan.num_views) for run in runs]
         start = time.perf_counter()
         fit(learners, features)
         wall_s, self.trunk_s = time.perf_counter() - start, features.trunk.seconds
@@ -137,13 +145,13 @@ def _passes(world: World, out: Bench) -> None:
                 net.forward_intermediates(pixels, indices=list(trunk.indices), norm=True, stop_early=True, intermediates_only=True)
             else:
                 world.frozen(pixels, trunk.indices)
-        _wait()
+        world.machine.wait()
 
     def one_pass() -> None:
         with Lanes(world.machine.lanes) as lanes:
             for _ in features.train(0, lanes):
                 pass
-        _wait()
+        world.machine.wait()
 
     one_pass()  # decodes every image once
     num = features.plan.num_views
@@ -171,12 +179,43 @@ def _heads(world: World, out: Bench) -> None:
     with Lanes(1) as lanes:
         batch = next(iter(features.train(0, lanes)))
     for run in runs:
-        made = model(run, world.registry, features.trunk, len(world.dataset.classes))
-        learner = Learner(run=run, model=made, recorder=_Nobody(), num_views=features.plan.num_views).on(features)
+        learner = world.learner(run, features, features.plan.num_views)
         learner.begin()
-        speed = batch.num / min(_seconds(lambda learner=learner: learner.take(batch, last=True)) for _ in range(4))
+
+        def steps(learner: Learner = learner) -> None:
+            learner.take(batch, last=True)
+            world.machine.wait()
+
+        speed = batch.num / min(_seconds(steps) for _ in range(4))
         out.facts[f"head_{run.head}_tiles_per_s"] = speed
         out.add(f"head alone: {run.head}", speed, "tiles/s")
+    _as_one(world, features, batch, out)
+
+
+def _as_one(world: World, features: Features, batch: Batch, out: Bench) -> None:
+    """Steps of heads of one kind as a team (`cellbench.teams`), which a GPU wants and a processor does not, against the same one by one."""
+    runs = [world.run("fpn", rate, batch_size=8) for rate in RATES]
+    team, alone = ([world.learner(run, features, num_views=4 * 8) for run in runs] for _ in range(2))
+    parties = {"one by one": alone, "as one": [Team(team)]}
+    for party in (*alone, *parties["as one"]):
+        party.begin()
+
+    def step(how: str) -> None:
+        for party in parties[how]:
+            party.take(batch[:8], last=True)
+        world.machine.wait()
+
+    # In turn; the first of each warms up.
+    times = [{how: _seconds(lambda how=how: step(how)) for how in parties} for _ in range(4)][1:]
+    best = {how: min(each[how] for each in times) for how in parties}
+    ratio = best["one by one"] / best["as one"]
+    parties["as one"][0].end()
+    out.checks["heads that learn as one learn what each does alone"] = all(
+        math.isclose(float(a.loss_sum), float(b.loss_sum), rel_tol=0.02) for a, b in zip(team, alone, strict=True)
+    )
+    out.facts["as_one_speedup"] = ratio
+    faster = f"{ratio:.1f} x faster than one by one" if ratio >= 1 else f"{1 / ratio:.1f} x slower than one by one"
+    out.add(f"{len(runs)} heads of one kind (fpn), a step of all as one", best["as one"], "s", f"{faster}, on {world.machine.name}")
 
 
 def _cohorts(world: World, out: Bench) -> None:
@@ -184,11 +223,11 @@ def _cohorts(world: World, out: Bench) -> None:
     places = range(1, len(world.runs), len(RATES)) if world.quick else range(len(world.runs))  # one of each head, or all
     alone = {k: world.fitted([world.runs[k]]) for k in places}
     alone_s = sum(seconds for seconds, _ in alone.values()) * len(world.runs) / len(places)
-    out.checks["a run is the same alone and in a cohort"] = all(_same(cohort[k], found[0]) for k, (_, found) in alone.items())
+    out.checks["a run is the same alone and in a cohort"] = all(_same(world, cohort[k], found[0]) for k, (_, found) in alone.items())
     repeated = [run.model_copy(update={"views": 1}) for run in world.runs]
     kept_s, kept = world.fitted(repeated)
     _, streamed = world.fitted(repeated[:1], memory_bytes=0)
-    out.checks["kept features equal streamed ones"] = _same(kept[0], streamed[0])
+    out.checks["kept features equal streamed ones"] = _same(world, kept[0], streamed[0])
     out.facts |= {"cohort_s": together_s, "alone_s": alone_s, "cohort_kept_s": kept_s}
     out.add("nine runs as one cohort", together_s, "s")
     out.add("the same with views = 1, features kept", kept_s, "s", f"{together_s / kept_s:.1f} x faster than fresh views")
@@ -198,7 +237,7 @@ def _cohorts(world: World, out: Bench) -> None:
 
 def _trials(world: World, out: Bench) -> None:
     settings = {"epochs": world.epochs, "crops_per_image": world.crops, "patience": 0, "overlap": 0.25, "views": 1}
-    speed = pace(world.registry, world.backbone, HEADS, settings, world.fitted, num=4 if world.quick else 8)
+    speed = pace(world.registry, world.backbone, HEADS, settings, world.fitted, num=4 if world.quick else 8, tolerance=world.tolerance)
     out.facts |= {"trials_per_minute": speed.together, "trials_per_minute_alone": speed.alone}
     out.checks["a trial is the same alone and in its batch"] = speed.same
     out.add(f"search, {speed.num} trials in a batch", speed.together, "trials/min", f"{speed.together / speed.alone:.1f} x one at a time")
@@ -249,7 +288,7 @@ def _testing(world: World, out: Bench) -> None:
         stitcher = Stitcher(grid, 1, world.machine.device)
         for start in range(0, len(grid), len(scores)):
             stitcher.add(scores[: len(grid) - start])
-        _wait()
+        world.machine.wait()
 
     blend_s = min(_seconds(blend) for _ in range(3))
     out.facts |= {"test_s_per_image": each, "blend_over_forward": blend_s / trunk_share}
@@ -280,7 +319,10 @@ def _mlflow(world: World, out: Bench) -> None:
     out.add("MLflow, one run's epoch", epoch_s, "s", f"{share:.1%} of the cohort's wall time")
 
 
-def _same(a: Learner, b: Learner) -> bool:
+def _same(world: World, a: Learner, b: Learner) -> bool:
+    """To the last bit on a processor. On a GPU numbers agree to rounding, which learning enlarges: the first epoch's loss tells."""
+    if world.tolerance:
+        return math.isclose(a.history[0]["train/loss"], b.history[0]["train/loss"], rel_tol=world.tolerance)
     mine, other = a.model.state_dict(), b.model.state_dict()
     return a.history == b.history and all(torch.equal(x, other[name]) for name, x in mine.items())
 
@@ -299,11 +341,6 @@ def _as_usual(machine: Machine) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(machine.threads)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def table(result: Bench) -> str:

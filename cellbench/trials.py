@@ -30,8 +30,8 @@ class Pace:
     """Whether both ways asked the same trials and told the same values."""
 
 
-def pace(registry: Registry, backbone: str, heads: tuple[str, ...], run: Mapping[str, Any], fitted: Fitted, num: int = 8) -> Pace:
-    """Two small random searches of ``num`` trials each: one in a single batch, one trial by trial."""
+def pace(registry: Registry, backbone: str, heads: tuple[str, ...], run: Mapping[str, Any], fitted: Fitted, num: int = 8, tolerance: float = 0.0) -> Pace:
+    """Two small random searches of ``num`` trials each: one in a single batch, one trial by trial. Values within ``tolerance`` are the same."""
     tree = {
         "experiment": "bench",
         "dataset": "folder",
@@ -41,7 +41,11 @@ def pace(registry: Registry, backbone: str, heads: tuple[str, ...], run: Mapping
     }
     found = [_searched(Space.of({**tree, "search": {**tree["search"], "batch": batch}}, "bench", registry), registry, fitted) for batch in (num, 1)]
     (together_s, together), (alone_s, alone) = found
-    return Pace(num=num, together=60 * num / together_s, alone=60 * num / alone_s, same=together == alone)
+    same = all(
+        asked == asked_alone and all(abs(x - y) <= tolerance for x, y in zip(told, told_alone, strict=True))
+        for (*asked, told), (*asked_alone, told_alone) in zip(together, alone, strict=True)
+    )
+    return Pace(num=num, together=60 * num / together_s, alone=60 * num / alone_s, same=same)
 
 
 def _searched(space: Space, registry: Registry, fitted: Fitted) -> tuple[float, list[tuple[Any, ...]]]:
