@@ -45,9 +45,12 @@ def alike(learner: Learner) -> Hashable:
 
 
 def stackable(model: Model) -> bool:
-    """Whether a model can be a member: its head says so, all its weights are in layers that can be made one, and it trains no backbone's blocks."""
-    owners = [module for module in model.modules() if next(module.parameters(False), None) is not None or next(module.buffers(False), None) is not None]
-    return model.tail is None and model.head.stackable and all(type(layer) in _STACKED and _plain(layer) for layer in owners)
+    """Whether a model can be a member: its head says so, all its weights learn and are in layers that can be made one, and it trains no
+    backbone's blocks."""
+    if model.tail is not None or not model.head.stackable or not all(weight.requires_grad for weight in model.parameters()):
+        return False
+    owners = [layer for layer in model.modules() if [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]]
+    return all(type(layer) in _STACKED and _plain(layer) for layer in owners)
 
 
 def _plain(layer: nn.Module) -> bool:
@@ -84,8 +87,9 @@ class Team:
         start = time.perf_counter()
         for batch in self._batches.of(chunk, last):
             self._learn(batch)
+        share_s = (time.perf_counter() - start) / len(self.members)
         for member in self.members:
-            member.train_s += (time.perf_counter() - start) / len(self.members)
+            member.train_s += share_s
 
     def _learn(self, batch: Batch) -> None:
         first, weights = self.members[0], self._optimiser.weights

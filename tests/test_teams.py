@@ -173,7 +173,7 @@ class Dropped(Head):
         self.score = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(levels[-1].dim, num_classes, 1))
 
 
-class Sequence(Dropped):
+class Normed(Dropped):
     """Says that it can be stacked, but has weights in a layer that the team has no wider one for."""
 
     stackable = True
@@ -183,7 +183,17 @@ class Sequence(Dropped):
         self.score = nn.Sequential(nn.GroupNorm(2, levels[-1].dim), nn.Conv2d(levels[-1].dim, num_classes, 1))
 
 
-@pytest.mark.parametrize("kind", [Dropped, Sequence])
+class PartlyFixed(Dropped):
+    """Has a weight that does not learn, which the team's AdamW would let decay."""
+
+    stackable = True
+
+    def __init__(self, levels, num_classes):
+        super().__init__(levels, num_classes)
+        self.score[1].bias.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", [Dropped, Normed, PartlyFixed])
 def test_a_head_that_cannot_be_stacked_goes_alone(dataset, kind):
     runs = three("bilinear")[:2]
     features = features_of(dataset, runs, TEAMS)
