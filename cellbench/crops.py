@@ -13,16 +13,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from scipy import ndimage
-from skimage.feature import SIFT
-
-from cellbench.likeness import fields
 
 SIDE_PX = 400
 """The longer side at which features are looked for. A crop of 0.3 of the sides still fills 120 px."""
 MOST = 400
 """Features kept of an image, the largest first: they outlive resizing and compression."""
+CONTRAST = 0.01
+"""Of a feature: a quarter of OpenCV's own, since a single stained cell has few. Of planted halves of single cells 44 of 50 are found, not 26."""
 ALIKE = 0.9
 """Cosine of two descriptors. Of one spot in two pictures 0.95 to 1, of the nearest spot in another smear 0.85 at most for nine of ten."""
 LEAST = 5
@@ -36,7 +36,7 @@ _WORD = 150
 """Features a visual word, about."""
 
 # A picture mirrored left to right, in SIFT's 4 x 4 fields of 8 directions: fields change sides across the main direction, directions their sign.
-_MIRRORED = np.arange(128).reshape(4, 4, 8)[:, ::-1][:, :, -np.arange(8) % 8].ravel()
+_MIRRORED = np.arange(128).reshape(4, 4, 8)[::-1][:, :, -np.arange(8) % 8].ravel()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,26 +76,20 @@ class Shared:
 
 
 def marks(grey_HW: np.ndarray) -> Marks:
-    """The marks of a grey image float32, 0..255 (``likeness.grey``). About 0.2 s for any size, 250 kB."""
+    """The marks of a grey image float32, 0..255 (``likeness.grey``). About 40 ms of a core for any size, 180 kB."""
     picture = _small(grey_HW)
     low, high = np.percentile(picture, (1, 99))
-    stretched = ((picture - low) / max(high - low, 24)).astype(np.float32)
-    sift = SIFT(upsampling=1)
-    try:
-        sift.detect(stretched)
-    except (RuntimeError, ValueError):  # scikit-image's word for a picture without features, or one too small to have any
+    stretched = ((picture - low) * (255 / max(high - low, 24))).clip(0, 255).astype(np.uint8)
+    sift = cv2.SIFT_create(contrastThreshold=CONTRAST)
+    found = sorted(sift.detect(stretched, None), key=lambda one: -one.size)[:MOST]
+    if not found:
         return NOTHING
-    # scikit-image (0.26) tells directions half a bin too large, which a mirrored picture turns into a whole one: cosines of 0.94 where it is 0.999.
-    sift.orientations = sift.orientations - np.pi / 36
-    kept = np.argsort(-sift.sigmas, kind="stable")[:MOST]
-    for name in ("positions", "scales", "sigmas", "orientations", "octaves"):  # what `extract` describes
-        setattr(sift, name, getattr(sift, name)[kept])
-    sift.extract(stretched)
+    found, looks = sift.compute(stretched, found)
     return Marks(
-        places=(sift.positions[:, 1] + 1j * sift.positions[:, 0]).astype(np.complex64),
-        sizes=sift.sigmas.astype(np.float32),
-        ways=(1j * np.exp(-1j * sift.orientations)).astype(np.complex64),  # told from the axis of rows
-        looks=sift.descriptors,
+        places=np.array([complex(*one.pt) for one in found], np.complex64),
+        sizes=np.array([one.size for one in found], np.float32),
+        ways=np.exp(1j * np.radians([one.angle for one in found])).astype(np.complex64),
+        looks=looks.astype(np.uint8),
         picture=picture.astype(np.uint8),
     )
 
@@ -104,10 +98,8 @@ def _small(grey_HW: np.ndarray) -> np.ndarray:
     """At most ``SIDE_PX`` long; smaller pictures are doubled once, so that a single cell has features too."""
     height, width = grey_HW.shape
     factor = min(SIDE_PX / max(height, width), 2.0)
-    if factor > 1:
-        return ndimage.zoom(grey_HW, factor, order=1, grid_mode=True, mode="nearest").clip(0, 255)
-    size = [max(1, round(length * factor)) for length in (height, width)]
-    return fields(height, size[0]) @ grey_HW @ fields(width, size[1]).T
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return cv2.resize(np.ascontiguousarray(grey_HW), size, interpolation=cv2.INTER_LINEAR if factor > 1 else cv2.INTER_AREA).clip(0, 255)
 
 
 def shared(all_marks: Sequence[Marks]) -> list[Shared]:

@@ -23,11 +23,11 @@ CORRELATION = 0.97
 def pooled(grey_HW: np.ndarray, side: int = SIDE) -> np.ndarray:
     """Means of ``side`` x ``side`` equal fields, (side, side) float32. Fields share the pixels on their edges, so that a turned picture gives
     the turned result."""
-    return fields(grey_HW.shape[0], side) @ grey_HW.astype(np.float32) @ fields(grey_HW.shape[1], side).T
+    return _fields(grey_HW.shape[0], side) @ grey_HW.astype(np.float32) @ _fields(grey_HW.shape[1], side).T
 
 
 @functools.lru_cache(maxsize=32)
-def fields(length: int, side: int) -> np.ndarray:
+def _fields(length: int, side: int) -> np.ndarray:
     """(side, length) float32: how much each of ``length`` pixels counts in each of ``side`` equal fields. Not to be written to."""
     starts = np.arange(side)[:, None] * length / side
     pixels = np.arange(length)[None, :]

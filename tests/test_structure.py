@@ -60,7 +60,8 @@ DOORS = {
     "segmentation_models_pytorch": {"losses.py", "baselines/unet.py"},
     "timm": {"backbones/timm_vit.py", "backbones/timm_pyramid.py"},
     "huggingface_hub": {"backbones/fetch.py", "doctor.py"},  # doctor: whether a person is logged in
-    "skimage": {"separate.py", "measure.py", "crops.py", "baselines/otsu.py", "data/augment.py", "data/stain.py", "outlines.py"},
+    "skimage": {"separate.py", "measure.py", "baselines/otsu.py", "data/augment.py", "data/stain.py", "outlines.py"},
+    "cv2": {"crops.py"},
     "onnxruntime": {"onnx_file.py"},
     "pydantic": {"spec.py", "registry.py", "space.py"},
     "argparse": {"run.py"},

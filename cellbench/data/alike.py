@@ -21,7 +21,7 @@ from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
 from cellbench.likeness import clusters, grey, near_pairs, pooled
 
-_FOUND_AS = 1
+_FOUND_AS = 2
 """Counts up when what is found changes."""
 
 
