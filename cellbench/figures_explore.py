@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cellbench.exam import shown
 from cellbench.figures import PALETTE, STYLE
@@ -32,10 +33,11 @@ def samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: Sequen
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(2, len(pairs), figsize=(min(11, 2.8 * len(pairs)), 4.6), layout="constrained", squeeze=False)
         for column, (name, image, mask) in enumerate(pairs):
-            _picture(panels[0][column], shown(image))
+            picture, times = _lit(shown(image))
+            _picture(panels[0][column], picture)
             _picture(panels[1][column], shown(mask), cmap="gray" if len(classes) == 2 else "viridis", vmin=0, vmax=len(classes) - 1)
             height, width = mask.shape
-            panels[0][column].set_title(_short(name), fontsize=8)
+            panels[0][column].set_title(_short(name) + (f", {times:.0f} x as bright" if times > 1 else ""), fontsize=8)
             panels[1][column].set_title(f"{width} x {height} px, {(mask > 0).mean():.0%} cells", fontsize=8)
     return figure
 
@@ -99,6 +101,13 @@ def _picture(axes: Axes, array: np.ndarray, **look: object) -> object:
     return axes.imshow(array, interpolation="nearest", **look)
 
 
+def _lit(picture: np.ndarray) -> tuple[np.ndarray, float]:
+    """A dark picture made brighter, so that a person sees what is in it, and how many times; others as they are."""
+    bright = float(np.percentile(picture, 99.5))
+    times = 2.0 ** np.floor(np.log2(255 / max(bright, 8)))
+    return (picture.astype(np.float32) * times).clip(0, 255).astype(np.uint8) if times > 1 else picture, float(max(times, 1))
+
+
 def _histogram(axes: Axes, values: Sequence[float] | np.ndarray, label: str, what: str) -> None:
     values = np.asarray(values, float)
     if len(values):
@@ -107,6 +116,7 @@ def _histogram(axes: Axes, values: Sequence[float] | np.ndarray, label: str, wha
         axes.set_title(f"median {np.median(values):.3g}, mean {values.mean():.3g} (line: median)")
     axes.set_xlabel(label)
     axes.set_ylabel(what)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))  # a count
 
 
 def _short(name: str) -> str:
