@@ -11,7 +11,7 @@ import os
 import pickle
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,8 +154,9 @@ class RayHand:
     def __init__(self, order: bytes, theirs: str, token: str) -> None:
         self._order, self._theirs, self._token = order, theirs, token
 
-    def owner(self) -> str:
-        return owner_here()
+    def where(self) -> tuple[str, str]:
+        """Its name as the owner of runs, and its node."""
+        return owner_here(), _node_here()
 
     def cohort(self, fingerprints: list[str], title: str, halvings: int) -> tuple[str, Any, list[str]]:
         """``done`` and the outcome, or ``refused`` and why; and the lines for people."""
@@ -166,8 +167,13 @@ class RayHand:
         return self._do(lambda order, say: Hand(order, say).passes(cohorts))
 
     def fill(self, fingerprints: list[str], more: list[str], shards: list[tuple[Pass, int]]) -> tuple[str, Any, list[str]]:
-        """Computes shards of a cohort's passes."""
-        return self._do(lambda order, say: Hand(order, say).fill(fingerprints, more, shards))
+        """Computes shards of a cohort's passes. The outcome is whether the cache folder that they lie in now is the driver's."""
+
+        def fill(order: Order, say: Callable[[str], None]) -> bool:
+            Hand(order, say).fill(fingerprints, more, shards)
+            return self._shares(order)
+
+        return self._do(fill)
 
     def help(self, work: bytes) -> tuple[str, Any, list[str]]:
         """Does a pickled work that takes the order."""
@@ -184,13 +190,22 @@ class RayHand:
         """The order, where this node can carry it out. Raises CellbenchError."""
         same_version(self._theirs)  # before anything of another version is unpickled
         order: Order = pickle.loads(self._order)
-        if not order.cache_url and not (order.cache / self._token).is_file():
+        if not order.cache_url and not self._shares(order):
             raise CellbenchError(
                 f"{owner_here()} does not see the cache folder {order.cache}. Name one that all nodes share with --cache, or a URL with --cache-url."
             )
         if order.machine.device.type == "cuda" and not torch.cuda.is_available():
             raise CellbenchError(f"{owner_here()} was given a GPU, but torch sees none there. Mend its driver, or use --device cpu.")
         return settled(order)
+
+    def _shares(self, order: Order) -> bool:
+        return (order.cache / self._token).is_file()
+
+
+def _node_here() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
 
 
 def alive(ray: Any, *stores: str) -> dict[str, Node]:
@@ -212,10 +227,23 @@ def left_in(cache: Path) -> str:
     return token
 
 
-def actor(ray: Any, wish: Need, order: Order, token: str, title: str) -> Any:
-    """A process somewhere on the cluster, as soon as there is room."""
+def near(held: Mapping[str, int], free: Mapping[str, int]) -> str:
+    """The node that holds the most of some shards, of those with room; empty where none has both. ``free``: for how many more each has room.
+
+    >>> near({"a": 3, "b": 5, "c": 9}, {"a": 1, "b": 2, "c": 0})
+    'b'
+    """
+    return max((node for node in held if free.get(node, 0) > 0), key=lambda node: held[node], default="")
+
+
+def actor(ray: Any, wish: Need, order: Order, token: str, title: str, node: str = "") -> Any:
+    """A process on the cluster, as soon as there is room: on this node, while it is there, else on any."""
     threads = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(order.machine.threads)}
-    asked = {"num_cpus": wish.cpus, "num_gpus": wish.gpus, "memory": wish.memory_bytes, "runtime_env": {"env_vars": threads}}
+    asked: dict[str, Any] = {"num_cpus": wish.cpus, "num_gpus": wish.gpus, "memory": wish.memory_bytes, "runtime_env": {"env_vars": threads}}
+    if node:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        asked["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
     made = ray.remote(RayHand).options(**asked, max_restarts=0, max_task_retries=0, name=f"{title}, {uuid.uuid4().hex[:6]}")
     return made.remote(pickle.dumps(order), version(), token)
 

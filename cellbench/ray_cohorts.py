@@ -1,13 +1,14 @@
 """A grid on Ray: a process a cohort, with the cores, GPU share and memory that it needs; before them, where features are kept, processes for shards.
 
 When a process or its node is lost, its runs are set free and the cohort is handed out again, so that it goes on from its checkpoints, which lie
-in the shared cache folder. A shard is computed once, however many cohorts want it, and a cohort starts when its own are there.
+in the shared cache folder. A shard is computed once, however many cohorts want it, and a cohort starts when its own are there. Where nodes have a
+cache folder each, it starts on the node that holds most of them, if that has room; in a folder that all share any node is equally near.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from cellbench.errors import CellbenchError
 from cellbench.features import Pass
 from cellbench.jobs import Job
-from cellbench.on_ray import Need, actor, alive, answer, left_in, need, share
+from cellbench.on_ray import Need, actor, alive, answer, left_in, near, need, share
 from cellbench.orders import MOST_DEATHS, Order, Piece, join, pieces
 from cellbench.runner import Outcome, Runner
 from cellbench.shards import num_shards
@@ -41,8 +42,10 @@ class _Running:
     work: Piece | Fill
     need: Need
     actor: Any
-    owner: Any
-    """Of its claims on runs, as it will say itself."""
+    where: Any
+    """The owner of its claims on runs, as it will say itself, and its node."""
+    node: str
+    """Where it was asked to be; empty: anywhere."""
     answer: Any
 
 
@@ -58,6 +61,7 @@ class Crew:
             return
         self._runner, self._out, self._running = runner, out, dict[Any, _Running]()
         self._nodes = alive(self._ray, self._order.store)
+        self._at, self._apart = dict[str, Counter[str]](), False
         self._mine = self._shared_out(len(groups))
         cohorts = pieces(groups, runner.registry)
         for piece in cohorts:
@@ -76,6 +80,7 @@ class Crew:
 
     def _work(self, waiting: deque[Piece | Fill], held: list[tuple[Piece, set[str]]]) -> None:
         """``held``: the cohorts, each with the folders of the passes that it waits for."""
+        self._wants = {piece.title: wanted for piece, wanted in held}
         while waiting or held or self._running:
             fills = [work for work in (*waiting, *(one.work for one in self._running.values())) if isinstance(work, Fill)]
             under_way = {one.folder for fill in fills for one, _ in fill.shards}
@@ -108,11 +113,24 @@ class Crew:
     def _begin(self, work: Piece | Fill) -> None:
         self._check(work)
         wish, mine = self._wish(work), [job.fingerprint for job in work.jobs]
-        made = actor(self._ray, wish, self._mine, self._token, work.title)
-        owner = made.owner.remote()
         fills = isinstance(work, Fill)
+        node = self._near(self._wants[work.title], wish) if self._apart and not fills else ""
+        made = actor(self._ray, wish, self._mine, self._token, work.title, node)
+        where = made.where.remote()
         asked = made.fill.remote(mine, work.more, work.shards) if fills else made.cohort.remote(mine, work.title, work.halvings)
-        self._running[asked] = _Running(work=work, need=wish, actor=made, owner=owner, answer=asked)
+        self._running[asked] = _Running(work=work, need=wish, actor=made, where=where, node=node, answer=asked)
+
+    def _near(self, wanted: set[str], wish: Need) -> str:
+        """The node that holds most of these passes and surely has room: what Ray has not placed yet may come to any."""
+        held = sum((self._at.get(folder, Counter()) for folder in wanted), Counter[str]())
+        busy = Counter(self._node_of(one) for one in self._running.values())
+        return near(held, {name: wish.times(node) - busy[name] - busy[""] for name, node in self._nodes.items()})
+
+    def _node_of(self, one: _Running) -> str:
+        """Where it is, or will be; empty where that is not known yet."""
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            return self._ray.get(one.where, timeout=0)[1]
+        return one.node
 
     def _hear(self, one: _Running, waiting: deque[Piece | Fill]) -> None:
         """What became of a work that is over, or lost."""
@@ -125,6 +143,10 @@ class Crew:
             self._lost(one, came, waiting)
             return
         kind, what, lines = came
+        if isinstance(one.work, Fill) and kind == "done":
+            self._apart |= not what
+            for folder, num in Counter(pass_.folder for pass_, _ in one.work.shards).items():
+                self._at.setdefault(folder, Counter())[self._node_of(one)] += num
         self._ray.kill(one.actor)
         for line in lines:
             self._runner.say(line)
@@ -148,7 +170,7 @@ class Crew:
     def _homeless(self) -> list[Piece | Fill]:
         """Work that waits for a node that is gone, taken back: Ray would wait for another such node for ever."""
         gone = [one for one in self._running.values() if not any(one.need.times(node) for node in self._nodes.values())]
-        gone = [one for one in gone if not self._ray.wait([one.owner], timeout=0)[0]]
+        gone = [one for one in gone if not self._ray.wait([one.where], timeout=0)[0]]
         for one in gone:
             self._ray.kill(one.actor)
             del self._running[one.answer]
@@ -158,7 +180,7 @@ class Crew:
         """Its runs would count as alive for a quarter of an hour, since nobody here can see whether a process elsewhere lives."""
         if isinstance(one.work, Piece):
             with contextlib.suppress(self._ray.exceptions.RayError):  # it never got a place: nothing to free
-                self._runner.release(one.work.jobs, self._ray.get(one.owner, timeout=0))
+                self._runner.release(one.work.jobs, self._ray.get(one.where, timeout=0)[0])
 
     # --- shards -------------------------------------------------------------------------------------------------------------------
 

@@ -175,6 +175,6 @@ def test_a_heads_memory_is_counted_and_the_model_is_left_as_it_was(small_folder)
 def test_a_dark_picture_is_shown_brighter_and_says_how_much():
     dark, mask = np.full((8, 8, 3), 30, np.uint8), np.zeros((8, 8), np.uint8)
     with_cells = figures_explore.samples([("dark.png", dark, mask), ("light.png", dark * 8, mask)], ("background", "cell")).axes
-    titles, shown = [axes.get_title() for axes in with_cells[:2]], [axes.images[0].get_array() for axes in with_cells[:2]]
+    titles, shown = [axes.get_title(loc="left") for axes in with_cells[:2]], [axes.images[0].get_array() for axes in with_cells[:2]]
     assert titles == ["dark.png, 8 x as bright", "light.png"]
     assert np.array_equal(shown[0], shown[1])

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import pytest
 import torch
 from questions import QUESTION, SEARCH, answers, assassin, place
 
-from cellbench import on_ray, ray_helpers
+from cellbench import on_ray, ray_cohorts, ray_helpers
 from cellbench.commands import read_experiment
 from cellbench.errors import CellbenchError
 from cellbench.files import write_atomic
@@ -250,3 +251,15 @@ def test_a_run_set_free_is_taken_up_at_once(tmp_path, monkeypatch):
         assert tracker.known()["f1"].alive
         tracker.interrupted(tracker.known()["f1"])
         assert not tracker.known()["f1"].alive
+
+
+def test_a_cohort_prefers_the_node_that_holds_most_of_its_features_and_has_room():
+    crew = ray_cohorts.Crew(SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError), get=lambda where, timeout: where), None)
+    crew._nodes = {name: {"CPU": 2, "memory": 8} for name in ("a", "b", "c")}
+    crew._at = {"one": Counter(a=2, b=3), "two": Counter(a=2), "another": Counter(c=9)}
+    wish = on_ray.Need(cpus=2, gpus=0, memory_bytes=1)
+    crew._running = {}
+    assert crew._near({"one", "two"}, wish) == "a"
+    crew._running = {0: SimpleNamespace(where=("me", "a"), node="")}  # has taken the two cores there
+    assert crew._near({"one", "two"}, wish) == "b"
+    assert crew._near({"unknown"}, wish) == ""
