@@ -110,11 +110,12 @@ class Asked:
 
 
 class Pretended:
-    """A Ray of two nodes of one core that does what it is asked at once, notes it, and loses the first shards that it is asked for."""
+    """A Ray of two nodes of one core that does what it is asked at once, notes it, and loses the first shards that it is asked for.
+    ``apart``: its nodes have a cache folder each, and all shards come to the first one."""
 
-    def __init__(self, passes: list[list[Pass]]) -> None:
+    def __init__(self, passes: list[list[Pass]], apart: bool = False) -> None:
         self.noted: list[tuple[str, object]] = []
-        self._passes, self._lost = passes, False
+        self._passes, self._lost, self._apart = passes, False, apart
         names = ("RayActorError", "OutOfMemoryError", "WorkerCrashedError", "NodeDiedError", "RayTaskError", "RayError")
         self.exceptions = SimpleNamespace(**{name: type(name, (Exception,), {}) for name in names})
 
@@ -123,7 +124,7 @@ class Pretended:
         return [{"Alive": True, "NodeManagerHostname": "here", "NodeID": str(k), "Resources": resources} for k in range(2)]
 
     def remote(self, _: type) -> SimpleNamespace:
-        calls = {name: SimpleNamespace(remote=lambda *given, name=name: Asked(name, given)) for name in ("owner", "passes", "fill", "cohort")}
+        calls = {name: SimpleNamespace(remote=lambda *given, name=name: Asked(name, given)) for name in ("where", "passes", "fill", "cohort")}
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: SimpleNamespace(**calls)))
 
     def wait(self, refs: list[object], timeout: float) -> tuple[list[object], list[object]]:
@@ -131,21 +132,28 @@ class Pretended:
 
     def get(self, ref: Asked, timeout: float = 0) -> object:
         name, given = ref.name, ref.given
-        if name == "owner":
-            return "here:1"
+        if name == "where":
+            return "here:1", "0"
         if name == "fill" and not self._lost:
             self._lost = True
             raise self.exceptions.RayActorError("its node is gone")
         self.noted += [("fill", shard) for shard in given[2]] if name == "fill" else [(name, given[0])]
-        return "done", {"passes": self._passes, "cohort": Outcome()}.get(name, 0), []
+        return "done", {"passes": self._passes, "cohort": Outcome(), "fill": not self._apart}[name], []
 
     def kill(self, _: object) -> None:
         pass
 
 
-def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_its_own(tmp_path):
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_its_own_near_them(tmp_path, monkeypatch, apart):
     val, *train = (Pass(split=split, number=0, num=600, folder=split) for split in ("val", "train a", "train b"))
-    ray, said = Pretended([[val, train[0]], [val, train[1]]]), []
+    ray, said, near = Pretended([[val, train[0]], [val, train[1]]], apart), [], {}
+
+    def actor(ray, wish, order, token, title, node=""):
+        near[title] = node
+        return ray.remote(object).options().remote()
+
+    monkeypatch.setattr(ray_cohorts, "actor", actor)
     runs = [RunSpec(backbone="filter-bank", head="bilinear", tile_px=64, data_seed=seed) for seed in (0, 1)]
     groups = [[Job(run=run, name=f"run {k}", fingerprint=f"f{k}")] for k, run in enumerate(runs)]
     experiment = SimpleNamespace(experiment="pretended")
@@ -160,3 +168,7 @@ def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_i
         begun = ray.noted.index(("cohort", [f"f{k}"]))
         assert {one for kind, (one, _) in ((kind, what) for kind, what in ray.noted[:begun] if kind == "fill")} >= set(mine)
     assert any("was lost (RayActorError)" in line for line in said)
+    cohorts = {node for title, node in near.items() if title.startswith("cohort")}
+    assert ("0" in cohorts) == apart  # in a folder that all share, any node is equally near
+    assert "1" not in cohorts
+    assert {node for title, node in near.items() if not title.startswith("cohort")} == {""}
