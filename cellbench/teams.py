@@ -15,7 +15,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from torch.func import functional_call, vmap
 from cellbench.features import Batch, Features
 from cellbench.learner import Learner, MiniBatches
 from cellbench.model import Model
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def parties(learners: Sequence[Learner], features: Features) -> list[Learner | Team]:
@@ -47,9 +49,13 @@ def alike(learner: Learner) -> Hashable:
 def stackable(model: Model) -> bool:
     """Whether a model can be a member: its head says so, all its weights learn and are in layers that can be made one, and it trains no
     backbone's blocks."""
-    if model.tail is not None or not model.head.stackable or not all(weight.requires_grad for weight in model.parameters()):
-        return False
-    owners = [layer for layer in model.modules() if [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]]
+    learns = all(weight.requires_grad for weight in model.parameters())
+    return model.tail is None and getattr(model.head, "stackable", False) and learns and has_layers_to_stack(model)
+
+
+def has_layers_to_stack(module: nn.Module) -> bool:
+    """Whether all weights and buffers are in layers that can be made one."""
+    owners = [layer for layer in module.modules() if [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]]
     return all(type(layer) in _STACKED and _plain(layer) for layer in owners)
 
 
@@ -76,7 +82,7 @@ class Team:
             member.begin()
         first, models = self.members[0], [member.model for member in self.members]
         self._batches = MiniBatches(first.run.batch_size)
-        self._model = _stacked(first.model)
+        self._model = as_one(first.model)
         self._buffers = {name: torch.stack([model.get_buffer(name) for model in models]) for name, _ in first.model.named_buffers()}
         self._names = [name for name, _ in first.model.named_parameters()]
         self._optimiser = _Optimiser(self.members)
@@ -191,9 +197,9 @@ def _in_order(x: Tensor) -> Tensor:
 # --- the layers of all members as one ---------------------------------------------------------------------------------------------------------
 
 
-def _stacked(model: Model) -> Model:
-    """A copy of a model whose layers, under ``vmap``, do the work of all members in one operation."""
-    made = copy.deepcopy(model).train()
+def as_one(module: M) -> M:
+    """A copy of a model or head whose layers, under ``vmap``, do the work of all members in one operation."""
+    made = copy.deepcopy(module).train()
     for layer in made.modules():
         layer.__class__ = _STACKED.get(type(layer), type(layer))
         if getattr(layer, "inplace", False):

@@ -95,6 +95,8 @@ def test_sound_parts_of_ones_own_keep_every_contract(tmp_path: Path) -> None:
         ("AnyOption", {"options on its card"}, "**kwargs"),
         ("ThroughNumpy", {"half precision"}, "BFloat16"),
         ("OwnDice", {"seed"}, "score.bias"),
+        ("ByChance", {"as one of several"}, "random"),
+        ("ByValue", {"as one of several"}, ".item()"),
         ("NoSuchImport", set(HEAD) - {"options on its card"}, "einops"),
     ],
 )

@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
 from cellbench.backbones.base import Backbone, Level
 from cellbench.contracts.base import close, reason
 from cellbench.registry import HeadCard, load
+from cellbench.teams import as_one, has_layers_to_stack
 
 # (width, stride in px) of a backbone's levels, and the sides in px of the tiles that are tried with them.
 _SETTINGS = (
@@ -61,9 +63,9 @@ def everywhere(contract: Callable[[HeadCard, World], str]) -> Callable[[HeadCard
     return on_card
 
 
-def _make(card: HeadCard, levels: tuple[Level, ...], num_classes: int = 2) -> nn.Module:
+def _make(card: HeadCard, levels: tuple[Level, ...], num_classes: int = 2, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return load(card)(levels, num_classes, **card.options)
 
 
@@ -158,6 +160,29 @@ def head_batch_independence(card: HeadCard, world: World) -> str:
 
 
 @everywhere
+def stacked(card: HeadCard, world: World) -> str:
+    """A head that calls itself stackable gives, as one of two that learn as one, the scores and gradients that it gives alone."""
+    heads = [_make(card, world.levels, seed=seed).train() for seed in (0, 1)]
+    if not getattr(heads[0], "stackable", False) or not has_layers_to_stack(heads[0]):
+        return ""
+    together = as_one(heads[0])
+    own = {name: torch.stack([head.state_dict()[name] for head in heads]) for name in heads[0].state_dict()}
+    weights = {name: own[name].requires_grad_() for name, _ in heads[0].named_parameters()}
+    found = vmap(lambda one: functional_call(together, one, (world.maps, world.pixels)))(own)
+    noise = torch.randn(found.shape[1:], generator=torch.Generator().manual_seed(3))
+    gradients = dict(zip(weights, torch.autograd.grad((found * noise).sum(), list(weights.values())), strict=True))
+    for k, head in enumerate(heads):
+        alone = head(world.maps, world.pixels)
+        if not close(found[k], alone):
+            return f"stackable = True, but as one of two its scores differ by up to {(found[k] - alone).abs().max():.2g}"
+        (alone * noise).sum().backward()
+        for name, weight in head.named_parameters():
+            if (gradients[name][k] - weight.grad).abs().max() > 1e-3 * weight.grad.abs().max():
+                return f"stackable = True, but as one of two another gradient reaches {name}"
+    return ""
+
+
+@everywhere
 def seeded(card: HeadCard, world: World) -> str:
     """The same seed of torch gives the same head."""
     first, second = (_make(card, world.levels).state_dict() for _ in range(2))
@@ -173,5 +198,6 @@ HEAD = MappingProxyType({
     "grid order": head_grid_order,
     "pixels as on its card": pixels_as_on_card,
     "batch independence": head_batch_independence,
+    "as one of several": stacked,
     "seed": seeded,
 })  # fmt: skip
