@@ -194,12 +194,6 @@ def test_a_node_of_another_version_without_the_cache_or_with_other_data_refuses_
         assert "\n" not in why
 
 
-def test_near_is_the_node_that_holds_most_of_those_with_room():
-    held = {"a": 3, "b": 5, "c": 9}
-    assert on_ray.near(held, {"a": 1, "b": 2, "c": 0, "d": 8}) == "b"
-    assert on_ray.near(held, {"d": 8}) == on_ray.near({}, {"a": 1}) == ""
-
-
 @pytest.mark.parametrize("part", [0.0, -1.0, 1.5, float("nan")])
 def test_a_gpu_share_that_is_none_is_refused(part):
     with pytest.raises(CellbenchError, match="more than 0 and at most 1"):
