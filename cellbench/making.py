@@ -14,30 +14,52 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, told
+from cellbench.moved import store_file
+from cellbench.refusals import Client, refused
 
 MAKING_S, STILL_S = 60.0, 5.0
 """How long another program may take over the whole store, and over one of its steps."""
 
 
-def settle(file: Path, make: bool, mlflow: Any) -> None:
-    """Returns when nobody is making the store; with ``make`` there is one then. The caller holds the store's lock."""
-    if make and not file.exists():
-        _make(file, mlflow)
-    end = time.monotonic() + MAKING_S
-    while file.exists() and not _whole(file) and time.monotonic() < end and time.time() - _changed(file) < STILL_S:
-        time.sleep(0.2)
+def opened(mlflow: Any, make: bool) -> Client:
+    """The client of the store that is set, once nobody is making it; with ``make`` it is made where there is none.
+
+    The caller holds the store's lock. Raises CellbenchError.
+    """
+    import alembic.util
+    import sqlalchemy.exc
+
+    uri = mlflow.get_tracking_uri()
+    file = store_file(uri)
+    try:
+        if file is not None:
+            if make and not file.exists():
+                _make(file, uri, mlflow)
+            end = time.monotonic() + MAKING_S
+            while file.exists() and not _whole(file) and time.monotonic() < end and time.time() - _changed(file) < STILL_S:
+                time.sleep(0.2)
+        return Client(mlflow)
+    except (sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError) as error:  # which MLflow does not make its own
+        if file is not None and file.exists() and not _whole(file):
+            why = "was begun and never made to its end, or is damaged. Move it away, and a new one is made; or put a backup in its place."
+            raise CellbenchError(f"MLflow's store {file} {why}") from error
+        raise refused(error, uri) from error
 
 
-def _make(file: Path, mlflow: Any) -> None:
+def _make(file: Path, uri: str, mlflow: Any) -> None:
+    name = uri.rpartition("/")[2]
+    beside_uri = f"{uri.removesuffix(name)}.{name}.making"  # written as the URI is, which MLflow reads in a way of its own
+    beside = store_file(beside_uri)
+    assert beside is not None
     with told(f"making MLflow's store in {make_folder(file.parent)}"):
-        for left in file.parent.glob(f".{file.name}.making*"):  # by one who was killed over it: we hold the lock
-            left.unlink()
-        beside = file.with_name(f".{file.name}.making")
+        for left in (beside, _journal(beside)):  # by one who was killed over it: we hold the lock
+            left.unlink(missing_ok=True)
         beside.touch()  # MLflow would try for minutes where nothing can be made
         try:
             with _closed_after_use():
-                mlflow.MlflowClient(f"sqlite:///{beside}")
+                mlflow.MlflowClient(beside_uri)
             try:
                 os.link(beside, file)  # which leaves what another program has begun meanwhile
             except FileExistsError:
@@ -72,7 +94,11 @@ def _whole(file: Path) -> bool:
 def _changed(file: Path) -> float:
     """When the store was last written to, in seconds since the epoch."""
     times = []
-    for one in (file, file.with_name(f"{file.name}-journal")):
+    for one in (file, _journal(file)):
         with contextlib.suppress(FileNotFoundError):
             times.append(one.stat().st_mtime)
     return max(times, default=0.0)
+
+
+def _journal(file: Path) -> Path:
+    return file.with_name(f"{file.name}-journal")

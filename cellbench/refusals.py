@@ -110,17 +110,6 @@ class Client:
             raise refused(error, self._uri) from error
 
 
-def client(mlflow: Any) -> Client:
-    """The client of the store that is set, which is there or is made now. Raises CellbenchError."""
-    import alembic.util
-    import sqlalchemy.exc
-
-    try:
-        return Client(mlflow)
-    except (sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError) as error:  # which MLflow does not make its own
-        raise refused(error, mlflow.get_tracking_uri()) from error
-
-
 def is_away(error: Exception) -> bool:
     """Whether a server may take the same call later: it does not answer, is starting, or has lost its database for now."""
     status = getattr(getattr(error, "response", None), "status_code", None)  # of requests, for artifacts
@@ -164,15 +153,9 @@ def refused(error: Exception, uri: str) -> CellbenchError:
     return CellbenchError(f"MLflow at {uri}: {text[:300]}. Mend it, or name another MLFLOW_TRACKING_URI.")
 
 
-HALF_MADE = "it was begun and never made to its end, so it holds nothing. Move it away: a new one is made in its place."
-
 _REFUSALS = {
     "disk is full": "no space left on the device. Free some.",
     "readonly database": "it may not be written to. Make the file and its folder writable, or call from another folder.",
     "unable to open database": "it cannot be made here. Make the folder writable, or call from another folder.",
-    " already exists": HALF_MADE,
-    "duplicate column name": HALF_MADE,
-    "Online migration expected": HALF_MADE,
-    "no such column": HALF_MADE,
     "database is locked": "another process has held it for 20 s. Wait for it, or end it.",
 }

@@ -40,7 +40,7 @@ from cellbench.logged import (
     owner_here,
     stored_of,
 )
-from cellbench.refusals import Client, client
+from cellbench.refusals import Client
 
 for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration", "urllib3.connectionpool"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # what goes wrong there is raised as well, and told in one line
@@ -58,13 +58,10 @@ class Tracker:
 
         self.mlflow = mlflow
         self.name = experiment
-        file = moved.store_file(mlflow.get_tracking_uri())
         try:
             with told("opening MLflow's store here"), self.lock():
                 with imports.kept():  # of the store
-                    if file is not None:
-                        making.settle(file, make, mlflow)
-                    self.client = client(mlflow)
+                    self.client = making.opened(mlflow, make)
                 self.experiment_id = self._experiment(make)
                 self.client.send_left()
         except mlflow.exceptions.MlflowException as error:

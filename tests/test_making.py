@@ -55,3 +55,18 @@ def test_a_store_that_was_never_made_to_its_end_is_refused_in_one_line(store):
     with pytest.raises(CellbenchError, match=r"mlflow\.db.*Move it away") as told:
         Tracker("mine")
     assert "\n" not in str(told.value)
+
+
+def test_a_folder_with_any_name_gets_its_store(tmp_path, monkeypatch):
+    folder = tmp_path / "100%_sure [x%20y] ü"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    Tracker("mine")
+    assert [path.name for path in folder.iterdir() if path.is_file()] == ["mlflow.db"]
+
+
+def test_an_experiment_of_the_same_name_elsewhere_is_no_damaged_store(store):
+    tracker = Tracker("mine")
+    with pytest.raises(CellbenchError, match="already exists") as told:
+        tracker.client.create_experiment("mine")
+    assert "ove it away" not in str(told.value)

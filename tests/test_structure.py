@@ -67,7 +67,7 @@ DOORS = {
     "argparse": {"run.py"},
     "ray": {"on_ray.py"},
     "fsspec": {"shared.py"},
-    "sqlalchemy": {"refusals.py", "services.py", "study.py"},
+    "sqlalchemy": {"making.py", "services.py", "study.py"},
 }
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py")) if "_shipped" not in path.parts}
 
