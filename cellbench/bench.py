@@ -41,7 +41,7 @@ from cellbench.trials import pace
 HEADS = ("bilinear", "transposed-conv", "fpn")
 RATES = (5e-4, 1e-3, 2e-3)
 CHUNKS = 12
-"""That the feature pass is measured on, at least; 0: the views of an epoch."""
+"""That the feature pass is measured on, at least."""
 
 
 @dataclass
@@ -133,7 +133,7 @@ def measure(world: World) -> Bench:
 def _passes(world: World, out: Bench) -> None:
     chunk = world.machine.chunk
     # Whole chunks, and enough of them that all lanes are busy to the end.
-    crops = chunk * -(-CHUNKS // len(world.pixels["train"])) if CHUNKS else world.crops
+    crops = chunk * -(-CHUNKS // len(world.pixels["train"]))
     features = world.features([run.model_copy(update={"crops_per_image": crops}) for run in world.runs], memory_bytes=0)
     trunk = features.trunk
     random = torch.rand(4 * chunk, 3, 224, 224, device=world.machine.device)

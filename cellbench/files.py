@@ -56,24 +56,28 @@ def write_atomic(path: Path, data: bytes | str | Callable[[BinaryIO], object]) -
 
     ``data`` may be what writes into an open file, so that a large file never lies in memory as a whole.
     """
-    make_folder(path.parent)
-    with told(f"writing {path}"):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                data(file) if callable(data) else file.write(data.encode() if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~umask())  # mkstemp's 0600 would lock a shared cache to one person
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+    with told(f"writing {path}"), beside(path) as temporary, temporary.open("wb") as file:
+        data(file) if callable(data) else file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def umask() -> int:
-    """This process's mask of permissions."""
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """An empty file beside ``path``, which takes its place where the block ends well, and is removed where it does not."""
+    handle, name = tempfile.mkstemp(dir=make_folder(path.parent), prefix=f".{path.name[:40]}.")
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp's 0600 would lock a shared cache to one person
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

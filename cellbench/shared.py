@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cellbench.errors import CellbenchError, one_line, unlocked
-from cellbench.files import cache_dir, make_folder, umask
+from cellbench.files import beside, cache_dir
 
 T = TypeVar("T")
 
@@ -37,6 +37,10 @@ def set_shared_url(url: str) -> None:
     if "://" not in url:
         raise CellbenchError(f"--cache-url {url}: expected a URL, as s3://bucket/folder or sftp://host/folder. --cache names a folder.")
     os.environ["CELLBENCH_CACHE_URL"] = url
+
+
+class _Damaged(Exception):
+    """What was fetched does not fit."""
 
 
 class Shared:
@@ -93,23 +97,18 @@ class Shared:
 
     def _fetched(self, path: Path, fits: Callable[[Path], bool]) -> bool:
         fs, place = self._place(_name(path))
-        handle, temporary = tempfile.mkstemp(dir=make_folder(path.parent), prefix=f".{path.name[:40]}.")
-        os.close(handle)
         try:
-            try:
-                fs.get_file(place, temporary)
-            except FileNotFoundError:
-                return False
-            if not fits(Path(temporary)):
-                with contextlib.suppress(FileNotFoundError):  # another machine was faster
-                    fs.rm_file(place)
-                return False
-            os.chmod(temporary, 0o666 & ~umask())  # mkstemp's 0600 would lock a shared folder to one person
-            os.replace(temporary, path)
-            return True
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+            with beside(path) as temporary:
+                fs.get_file(place, str(temporary))
+                if not fits(temporary):
+                    raise _Damaged
+        except FileNotFoundError:
+            return False
+        except _Damaged:
+            with contextlib.suppress(FileNotFoundError):  # another machine was faster
+                fs.rm_file(place)
+            return False
+        return True
 
     def _sent(self, path: Path) -> None:
         fs, place = self._place(_name(path))
@@ -121,13 +120,13 @@ class Shared:
             fs.put_file(str(path), place)
             return
         fs.makedirs(fs._parent(place), exist_ok=True)
-        beside = f"{place}.{uuid.uuid4().hex[:8]}.part"
+        part = f"{place}.{uuid.uuid4().hex[:8]}.part"
         try:
-            fs.put_file(str(path), beside)
-            fs.mv(beside, place)
+            fs.put_file(str(path), part)
+            fs.mv(part, place)
         except BaseException:
             with contextlib.suppress(Exception):  # it may be gone, with what held it; the first error is the one to tell
-                fs.rm_file(beside)
+                fs.rm_file(part)
             raise
 
     def _place(self, name: str) -> tuple[Any, str]:

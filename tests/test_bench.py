@@ -17,9 +17,8 @@ from cellbench.store import entries
 def result(small_folder, monkeypatch):
     monkeypatch.setattr(bench, "HEADS", ("bilinear", "fpn"))
     monkeypatch.setattr(bench, "RATES", (1e-3, 2e-3))
-    monkeypatch.setattr(bench, "CHUNKS", 0)
     world = bench.World(
-        registry=REGISTRY, dataset=dataset_of(small_folder), machine=machine("cpu", "fp32"), backbone="vit-tiny-random", weights=None,
+        registry=REGISTRY, dataset=dataset_of(small_folder), machine=machine("cpu", "fp32").smaller(3), backbone="vit-tiny-random", weights=None,
         epochs=1, crops=2, quick=True, say=lambda _: None,
     )  # fmt: skip
     return bench.measure(world)

@@ -141,7 +141,7 @@ def _windowed(path: Path) -> Windowed | None:
         return None
     try:
         fits = _fits(tif)
-    except Exception:
+    except Exception:  # as above: a damaged file's tags raise anything
         fits = False
     if not fits:
         tif.close()
