@@ -23,7 +23,7 @@ from cellbench import naive
 from cellbench.backbones.catalog import open_backbone
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
-from cellbench.features import Batch, Features, Keeping, Trunk
+from cellbench.features import Batch, Features, Keeping
 from cellbench.infer import segment
 from cellbench.lanes import Lanes
 from cellbench.learner import Learner
@@ -37,6 +37,7 @@ from cellbench.tiles import Stitcher
 from cellbench.track import Tracker
 from cellbench.train import fit
 from cellbench.trials import pace
+from cellbench.trunk import Trunk
 
 HEADS = ("bilinear", "transposed-conv", "fpn")
 RATES = (5e-4, 1e-3, 2e-3)

@@ -14,7 +14,7 @@ import torch
 from cellbench.backbones.catalog import open_backbone
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
-from cellbench.features import Batch, Features, Keeping, Trunk
+from cellbench.features import Batch, Features, Keeping
 from cellbench.learner import Learner
 from cellbench.machine import Machine
 from cellbench.model import Model, model, num_levels
@@ -23,6 +23,7 @@ from cellbench.registry import Registry
 from cellbench.room import TooLarge, frames_too_large
 from cellbench.spec import RunSpec
 from cellbench.targets import asked
+from cellbench.trunk import Trunk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from cellbench.backbones.catalog import open_backbone
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.data.folders import listed, split
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown
-from cellbench.features import Trunk
 from cellbench.figures_explore import Panel
 from cellbench.files import make_folder
 from cellbench.framing import Framing
@@ -26,6 +25,7 @@ from cellbench.spec import DataSpec, RunSpec, checked
 from cellbench.survey import summary, survey
 from cellbench.tokens import Seen, coloured, likeness, seen
 from cellbench.track import Tracker
+from cellbench.trunk import Trunk
 
 SURVEYED = 100
 """Images looked at for the statistics, as published."""

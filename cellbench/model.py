@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from cellbench.backbones.base import Level
 from cellbench.errors import CellbenchError, one_line
-from cellbench.features import TOKENS, Batch, Trunk
+from cellbench.features import Batch
 from cellbench.heads.base import Head
 from cellbench.registry import BaselineCard, HeadCard, Registry, load
 from cellbench.spec import RunSpec
 from cellbench.targets import asked
+from cellbench.trunk import TOKENS, Trunk
 
 
 class Model(nn.Module):

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from cellbench.errors import CellbenchError, one_line
-from cellbench.features import TOKENS, Batch
+from cellbench.features import Batch
 from cellbench.segmenter import Segmenter
+from cellbench.trunk import TOKENS
 
 TOLERANCE = 1e-3
 

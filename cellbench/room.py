@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from cellbench.errors import CellbenchError
-from cellbench.features import Batch, Features, Trunk
+from cellbench.features import Batch, Features
 from cellbench.framing import Size
 from cellbench.losses import loss_of
 from cellbench.model import Model
 from cellbench.spec import RunSpec
+from cellbench.trunk import Trunk
 
 
 class TooLarge(CellbenchError):

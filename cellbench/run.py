@@ -12,7 +12,7 @@ import gc
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cellbench import imports
 from cellbench.errors import CellbenchError
@@ -56,15 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     grid = verbs.add_parser("grid", help="train, test and compare every run of an experiment", description=_GRID)
     grid.add_argument("file", nargs="?", default="quickstart", help="an experiment file, or the name of a shipped one (default: quickstart)")
-    grid.add_argument("--data", type=Path, metavar="DIR", help="the folder of images and masks")
-    grid.add_argument("--weights", type=Path, metavar="DIR", help="where backbone weights lie, as <backbone>.safetensors, .pth or .bin")
-    grid.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    grid.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
-    grid.add_argument("--memory", default="auto", metavar="SIZE", help="for decoded images and features, like 4G (default: half of what is free)")
-    grid.add_argument("--cache", metavar="DIR[:SIZE]", help="the cache folder (default: ~/.cache/cellbench); with a size like 50G, features are kept there")
-    grid.add_argument("--cache-url", metavar="URL", help="features that machines share, like s3://bucket/folder (default: CELLBENCH_CACHE_URL)")
-    grid.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
-    grid.add_argument("--limit", type=int, metavar="N", help="at most N images of each of train, validation and test, for a quick try")
+    _about_training(grid, size="; with a size like 50G, features are kept there")
     grid.add_argument("--dry-run", action="store_true", help="print the runs, the cohorts and an estimate of time, memory and disk; train nothing")
     grid.add_argument("--workers", type=int, metavar="N", help="N processes side by side, each on its share of the cores (default: this one alone)")
     grid.add_argument("--on", metavar="ray[://ADDRESS]", help="run on Ray: one that is started here, or the cluster at ray://HOST:PORT")
@@ -81,15 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--on", metavar="ray[://ADDRESS]", help="run on Ray: one that is started here, or the cluster at ray://HOST:PORT")
     search.add_argument("--gpu-share", type=float, default=1.0, metavar="X", help="with --on: the part of a GPU that a process asks for (default: 1)")
     search.add_argument("--helper", type=int, default=0, help=argparse.SUPPRESS)
-    search.add_argument("--data", type=Path, metavar="DIR", help="the folder of images and masks")
-    search.add_argument("--weights", type=Path, metavar="DIR", help="where backbone weights lie, as <backbone>.safetensors, .pth or .bin")
-    search.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    search.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
-    search.add_argument("--memory", default="auto", metavar="SIZE", help="for decoded images and features, like 4G (default: half of what is free)")
-    search.add_argument("--cache", metavar="DIR[:SIZE]", help="the cache folder (default: ~/.cache/cellbench) and how much of features may be kept there")
-    search.add_argument("--cache-url", metavar="URL", help="features that machines share, like s3://bucket/folder (default: CELLBENCH_CACHE_URL)")
-    search.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
-    search.add_argument("--limit", type=int, metavar="N", help="at most N images of each of train, validation and test, for a quick try")
+    _about_training(search, size=" and how much of features may be kept there")
     search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like search.sampler=gp; repeatable")
     search.set_defaults(verb=_search)
 
@@ -197,6 +181,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _about_training(verb: argparse.ArgumentParser, size: str) -> None:
+    """What `grid` and `search` train on, and where. ``size``: what the one of ``--cache`` means there."""
+    verb.add_argument("--data", type=Path, metavar="DIR", help="the folder of images and masks")
+    verb.add_argument("--weights", type=Path, metavar="DIR", help="where backbone weights lie, as <backbone>.safetensors, .pth or .bin")
+    verb.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    verb.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
+    verb.add_argument("--memory", default="auto", metavar="SIZE", help="for decoded images and features, like 4G (default: half of what is free)")
+    verb.add_argument("--cache", metavar="DIR[:SIZE]", help=f"the cache folder (default: ~/.cache/cellbench){size}")
+    verb.add_argument("--cache-url", metavar="URL", help="features that machines share, like s3://bucket/folder (default: CELLBENCH_CACHE_URL)")
+    verb.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
+    verb.add_argument("--limit", type=int, metavar="N", help="at most N images of each of train, validation and test, for a quick try")
+
+
 def _about_a_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, metavar="DIR", help="where backbone weights lie, as <backbone>.safetensors, .pth or .bin")
     parser.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
@@ -286,6 +283,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     )
 
 
+def _trained_on(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What :func:`_about_training` asks for, by the names that the verbs take it under."""
+    names = ("data", "weights", "device", "precision", "memory", "cache", "cache_url", "limit")
+    return {name: getattr(arguments, name) for name in names} | {"extra": arguments.registry}
+
+
 def _grid(arguments: argparse.Namespace) -> int:
     with imports.kept():
         from cellbench.commands import grid
@@ -293,15 +296,7 @@ def _grid(arguments: argparse.Namespace) -> int:
     return grid(
         arguments.file,
         changes=arguments.set,
-        data=arguments.data,
-        weights=arguments.weights,
-        device=arguments.device,
-        precision=arguments.precision,
-        memory=arguments.memory,
-        cache=arguments.cache,
-        cache_url=arguments.cache_url,
-        extra=arguments.registry,
-        limit=arguments.limit,
+        **_trained_on(arguments),
         dry_run=arguments.dry_run,
         workers=arguments.workers,
         on=arguments.on,
@@ -327,15 +322,7 @@ def _search(arguments: argparse.Namespace) -> int:
         on=arguments.on,
         gpu_share=arguments.gpu_share,
         changes=arguments.set,
-        data=arguments.data,
-        weights=arguments.weights,
-        device=arguments.device,
-        precision=arguments.precision,
-        memory=arguments.memory,
-        cache=arguments.cache,
-        cache_url=arguments.cache_url,
-        extra=arguments.registry,
-        limit=arguments.limit,
+        **_trained_on(arguments),
     )
 
 

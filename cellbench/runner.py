@@ -28,7 +28,7 @@ from cellbench.data.pixels import Pixels
 from cellbench.errors import WeightsUnavailable, one_line
 from cellbench.estimate import latencies_ms
 from cellbench.exam import Exams
-from cellbench.features import Features, Keeping, Trunk
+from cellbench.features import Features, Keeping
 from cellbench.infer import score
 from cellbench.jobs import Job, identity
 from cellbench.learner import Learner
@@ -46,6 +46,7 @@ from cellbench.system import watched
 from cellbench.targets import asked
 from cellbench.track import Run, Tracker
 from cellbench.train import fit
+from cellbench.trunk import Trunk
 from cellbench.tuning import separations, tuned
 
 

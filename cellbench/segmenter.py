@@ -25,7 +25,7 @@ from cellbench.backbones.base import Backbone
 from cellbench.backbones.catalog import open_backbone, weights_digest
 from cellbench.data.sources import Source, Whole, open_source
 from cellbench.errors import CellbenchError, one_line
-from cellbench.features import Batch, Trunk
+from cellbench.features import Batch
 from cellbench.infer import bytes_of, drawn, likeliest
 from cellbench.lanes import Lanes, ahead
 from cellbench.machine import Machine, machine
@@ -35,6 +35,7 @@ from cellbench.separate import CONNECTED, Separation
 from cellbench.shapes import Instances
 from cellbench.tiles import Grid, Stitcher, cut
 from cellbench.trained import Trained
+from cellbench.trunk import Trunk
 
 Image = str | os.PathLike[str] | np.ndarray
 """A file, or (H, W, 3) or (H, W) uint8 pixels, RGB or grey."""

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellbench.features import Trunk
 from cellbench.framing import Framing, Size
 from cellbench.tiles import Grid, cut
+from cellbench.trunk import Trunk
 
 
 @dataclass(frozen=True, kw_only=True)

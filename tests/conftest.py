@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("CELLBENCH_SHARED") or ROOT.parent / "shared" / "data")
 MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
 SETTINGS = ("CELLBENCH_CACHE_URL", "CELLBENCH_WEIGHTS", "CELLBENCH_MAX_PIXELS", *MLFLOW)
 
@@ -39,10 +40,9 @@ def own_place(tmp_path: Path, caches: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def shared() -> Path:
     """The folder of real data: ``bccd/``, ``wbc/``, ``dsb2018/`` and ``weights/``."""
-    folder = Path(os.environ.get("CELLBENCH_SHARED") or ROOT.parent / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip(f"real data is not at {folder}; CELLBENCH_SHARED may name it")
-    return folder
+    if not SHARED.is_dir():
+        pytest.skip(f"real data is not at {SHARED}; CELLBENCH_SHARED may name it")
+    return SHARED
 
 
 def discs(seed: int, height_px: int = 120, width_px: int = 160) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHARED
 from dinov2 import published_state
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from cellbench.errors import WeightsUnavailable
 from cellbench.registry import BackboneCard, Registry, load
 
 CARDS = {name: Registry().backbone(name) for name in Registry().names("backbones")}
-SHARED = Path(os.environ.get("CELLBENCH_SHARED") or Path(__file__).resolve().parents[2] / "shared" / "data")
 VIT_TINY = SHARED / "weights" / "vit_tiny_patch16_224.safetensors"
 
 

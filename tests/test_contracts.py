@@ -16,12 +16,13 @@ from cellbench.backbones.base import Backbone
 from cellbench.backbones.catalog import open_backbone
 from cellbench.contracts import BACKBONE, HEAD, small, verdicts
 from cellbench.contracts.backbones import agrees_with_card
-from cellbench.features import Batch, Trunk
+from cellbench.features import Batch
 from cellbench.machine import Machine
 from cellbench.model import model
 from cellbench.registry import Registry
 from cellbench.run import main
 from cellbench.spec import RunSpec
+from cellbench.trunk import Trunk
 
 CARDS = {name: Registry().backbone(name) for name in Registry().names("backbones")}
 HEADS = {name: Registry().head(name) for name in Registry().names("heads")}

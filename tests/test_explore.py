@@ -14,7 +14,6 @@ from worlds import FP32, dataset_of, features_of, learners_of, run_of
 
 from cellbench import figures_explore
 from cellbench.backbones.catalog import open_backbone
-from cellbench.features import Trunk
 from cellbench.framing import Framing
 from cellbench.registry import Registry
 from cellbench.room import _kept_bytes
@@ -22,6 +21,7 @@ from cellbench.run import main
 from cellbench.survey import summary, survey
 from cellbench.tokens import coloured, likeness, seen
 from cellbench.track import newest
+from cellbench.trunk import Trunk
 
 WAYS = [("tile", 1.0), ("tile", 2.0), ("tile", 0.5), ("pad", 1.0), ("resize", 1.0)]
 

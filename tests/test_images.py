@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from conftest import SHARED
 from pictures import GREY, IDS, RGB, WIDE, chunk, png, refused, saved
 from PIL import Image, ImageOps
 
 from cellbench.data.images import EXTENSIONS, class_map, read_image, read_labels, size, write_png
 from cellbench.errors import CellbenchError
-
-SHARED = Path(os.environ.get("CELLBENCH_SHARED") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
 def to_8(array, top):

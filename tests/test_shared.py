@@ -16,7 +16,6 @@ from worlds import dataset_of, fitted, run_of, same
 from cellbench import shards
 from cellbench.commands import read_experiment
 from cellbench.errors import CellbenchError
-from cellbench.features import Trunk
 from cellbench.jobs import jobs_of, open_folds
 from cellbench.machine import machine
 from cellbench.orders import Hand, order
@@ -24,6 +23,7 @@ from cellbench.registry import Registry
 from cellbench.run import main
 from cellbench.shared import Shared, set_shared_url
 from cellbench.track import Tracker
+from cellbench.trunk import Trunk
 
 RUNS = [run_of("bilinear", views=1), run_of("fpn", views=1)]
 KEPT = {"disk_bytes": 2**28, "prefer_disk": True, "key": "k", "backbone": "vit"}

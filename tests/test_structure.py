@@ -26,7 +26,7 @@ LAYERS = (
     (
         "the one harness",
         {"machine", "checkpoints", "lanes", "store", "shards", "shared"}
-        | {"features", "model", "infer", "learner", "teams", "train", "tuning", "exam"} | {"trained", "room", "survey", "tokens"},
+        | {"trunk", "features", "model", "infer", "learner", "teams", "train", "tuning", "exam"} | {"trained", "room", "survey", "tokens"},
     ),
     (
         "doors and what is told",

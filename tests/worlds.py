@@ -11,7 +11,7 @@ from cellbench.backbones.catalog import open_backbone
 from cellbench.data.dataset import Dataset
 from cellbench.data.folders import open_dataset
 from cellbench.data.pixels import Pixels
-from cellbench.features import Features, Keeping, Trunk
+from cellbench.features import Features, Keeping
 from cellbench.learner import Learner
 from cellbench.machine import Machine
 from cellbench.model import model, num_levels
@@ -19,6 +19,7 @@ from cellbench.plan import Plan
 from cellbench.registry import Registry
 from cellbench.spec import DataSpec, RunSpec
 from cellbench.train import fit
+from cellbench.trunk import Trunk
 
 REGISTRY = Registry()
 FP32 = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)

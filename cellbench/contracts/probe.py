@@ -21,9 +21,9 @@ from torch import Tensor
 from cellbench.backbones.base import Backbone
 from cellbench.backbones.catalog import open_backbone
 from cellbench.contracts.backbones import frozen
-from cellbench.features import Trunk
 from cellbench.machine import Machine
 from cellbench.registry import BackboneCard, load
+from cellbench.trunk import Trunk
 
 TILE_PX = 224
 TOLERANCE = 1e-3
