@@ -257,9 +257,11 @@ def start(tmp_path):
 
 
 def _wait_for_an_epoch(process: subprocess.Popen[str]) -> None:
+    """That is logged, and kept in a checkpoint, which is written after it."""
     end = time.monotonic() + 150
     while time.monotonic() < end and process.poll() is None:
-        if Path("mlflow.db").exists() and any("val/dice" in run.data.metrics for run in runs_of().values()):
+        kept = list(Path("cache", "checkpoints").glob("*.pt"))
+        if kept and any("val/dice" in run.data.metrics for run in runs_of().values()):
             return
         time.sleep(0.3)
     raise AssertionError(f"no epoch was logged: {Path('stderr.txt').read_text()[-2000:]}")
