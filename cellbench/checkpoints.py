@@ -11,7 +11,8 @@ import torch
 
 from cellbench.files import cache_dir, write_atomic
 
-EVERY_S = 10.0
+EVERY_S = 30.0
+"""What a lost process may have to do again."""
 
 
 def path(fingerprint: str) -> Path:

@@ -44,7 +44,7 @@ def enter(tracker: Tracker, run: Stored, verdict: str) -> str:
             fill(Path(name), tracker, run, model.model_id)
             client.log_model_artifacts(model.model_id, name)
         client.log_outputs(run.run_id, [entities.LoggedModelOutput(model.model_id, step=best)])
-        client.log_batch(run.run_id, metrics=_metrics(tracker, run, model.model_id, best), tags=[entities.RunTag(MODEL, model.model_id)])
+        tracker.log(run.run_id, _metrics(tracker, run, model.model_id, best), tags={MODEL: model.model_id})
     except CellbenchError:
         client.finalize_logged_model(model.model_id, "FAILED")
         raise

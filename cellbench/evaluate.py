@@ -118,9 +118,7 @@ def evaluate(
                 stem = re.sub(r"[^\w.-]+", "-", Path(file).stem)[:60]
                 figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"worst-{rank:03d}-{stem}.png")
             run.artifacts(folder)
-        run.log(metrics, tags={"cellbench.machine": segmenter.machine.name})
-        run.tables([results.TABLE])
-        run.describe(results.note(name, metrics, worst=run.address("figures/worst.png")))
+        run.log(metrics, tags=results.tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png")))
     mean = f"{metrics['test_image/dice']:.4f}"
     if "test_image/dice_low" in metrics:
         mean += f" (95 % {metrics['test_image/dice_low']:.4f} to {metrics['test_image/dice_high']:.4f})"

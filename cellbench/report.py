@@ -24,7 +24,7 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.evidence import Evidence, collect
 from cellbench.files import make_folder, told
 from cellbench.lineup import TestSet
-from cellbench.logged import stored_of
+from cellbench.logged import NOTE, stored_of
 from cellbench.refusals import command
 from cellbench.track import Run, Tracker, newest
 
@@ -186,9 +186,8 @@ def conclude(
         top.artifacts(folder)
     _enter(tracker, here, say)
     _tell(table, made.verdict, say)
-    top.describe(_note(known, made.verdict, table, skipped, top.address("figures/leaderboard.png")))
     tracker.describe(_note(known, made.verdict, table, skipped))
-    top.log({}, tags={CONCLUDED: key})
+    top.log({}, tags={NOTE: _note(known, made.verdict, table, skipped, top.address("figures/leaderboard.png")), CONCLUDED: key})
 
 
 def _tell(table: Sequence[leaderboard.Row], verdict: Sequence[str], say: Callable[[str], None]) -> None:

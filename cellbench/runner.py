@@ -310,8 +310,8 @@ class Runner:
             # Its curves hold the validation by epoch; under "best/" stands what is compared.
             kept = {f"best/{name.replace('/', '_')}": value for name, value in best.items()} | {"best/epoch": learner.best_epoch}
             status = "pruned" if learner.ended == "pruned" else "validated"
-            run.log(kept | cost, tags={"cellbench.machine": self.machine.name})
-            run.end(status, f"in epoch {learner.epoch} of {learner.run.epochs}" if status == "pruned" else "")
+            reason = f"in epoch {learner.epoch} of {learner.run.epochs}" if status == "pruned" else ""
+            run.end(status, reason, metrics=kept | cost, tags={"cellbench.machine": self.machine.name})
             ended = Logged(run_id=run.run_id, name=job.name, status=status, metrics=kept | cost)
             (out.pruned if status == "pruned" else out.validated)[job.name] = ended
             checkpoints.forget(checkpoints.path(job.fingerprint))
@@ -378,10 +378,8 @@ class Runner:
             run.artifacts(Path(folder))
         metrics = results.metrics(self.dataset, result)
         # At step 0: a single value there is a bar in the UI's charts, at any other step a lone dot. ``best/epoch`` says which epoch it was.
-        run.log(metrics, tags={"cellbench.machine": self.machine.name, "cellbench.separation": result.exam.separation.words})
-        run.tables([results.TABLE])
-        run.describe(results.note(job.name, metrics, worst=run.address("figures/worst.png")))
-        run.end("finished")
+        tags = results.tags(job.name, metrics, self.machine.name, run.address("figures/worst.png"))
+        run.end("finished", metrics=metrics, tags=tags | {"cellbench.separation": result.exam.separation.words})
         out.finished[job.name] = Logged(run_id=run.run_id, name=job.name, status="finished", metrics=metrics)
 
 
@@ -396,12 +394,14 @@ class _Recorder:
     _written_s: float = 0.0
 
     def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
-        go_on = self.run.epoch(epoch, metrics)
-        return self.watch.epoch(self.job, epoch, metrics) if self.watch is not None else go_on
+        self.run.keep(epoch, metrics)
+        return self.watch is None or self.watch.epoch(self.job, epoch, metrics)
 
     def checkpoint(self, state: dict[str, Any]) -> None:
-        # Not oftener than it is worth: an epoch of a small set takes less time than writing its state.
+        # Not oftener than it is worth: an epoch of a small set takes less time than telling MLflow of it and writing its state. Both
+        # together, MLflow first: of what a checkpoint has, none is missing there, however the process ends.
         if state["progress"]["ended"] or time.monotonic() - self._written_s > checkpoints.EVERY_S:
+            self.run.log({})
             checkpoints.write(self.place, state)
             self._written_s = time.monotonic()
 

@@ -421,8 +421,6 @@ def reconcile(study: Study, tracker: Tracker) -> list[str]:
 def _picture(space: Space, study: Study, run: Run) -> None:
     """The study so far onto its parent run: curves, pictures, the table, and the best setting as a file that ``grid`` runs."""
     told, best = study.told(), study.best()
-    counts = {f"search/{state}": sum(t.state == state for t in told) for state in ("complete", "pruned", "failed")}
-    run.log(counts)
     sign, record = (1 if space.settings.directions[0] == "maximize" else -1), None
     for t in told:
         if (
@@ -431,7 +429,8 @@ def _picture(space: Space, study: Study, run: Run) -> None:
             and (record is None or sign * t.values[0] > sign * record)
         ):
             record = t.values[0]
-            run.log({"search/best": record}, step=t.number)
+            run.keep(t.number, {"search/best": record})
+    run.log({f"search/{state}": sum(t.state == state for t in told) for state in ("complete", "pruned", "failed")})
     with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
         folder = Path(name)
         (folder / "trials.csv").write_text(table(told, space), encoding="utf-8")

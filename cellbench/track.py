@@ -7,7 +7,6 @@ No tracking URI is ever set: MLflow's default (``./mlflow.db`` and ``./mlruns/``
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import tempfile
@@ -15,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlparse
 from urllib.request import url2pathname
 
@@ -33,7 +33,6 @@ from cellbench.logged import (
     PARENT,
     REASON,
     STATUS,
-    TABLES,
     TERMINAL,
     Logged,
     Stored,
@@ -45,6 +44,8 @@ from cellbench.refusals import Client
 for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration", "urllib3.connectionpool"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # what goes wrong there is raised as well, and told in one line
 
+MOST_AT_ONCE = 800
+"""Metrics, beside the params and tags of a run."""
 BEAT_S = 60.0
 """Between signs of life of a run that is logged to: a fifteenth of what makes another machine take it over."""
 
@@ -146,6 +147,15 @@ class Tracker:
         self.client.set_tag(run.run_id, STATUS, "interrupted")
         self.client.set_terminated(run.run_id, TERMINAL["interrupted"])
 
+    def log(self, run_id: str, metrics: Sequence[Any], *, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None) -> None:
+        """MLflow's metrics, params and tags of a run in one commit, or in a few: MLflow takes at most 1,000 things at once."""
+        entities = self.mlflow.entities
+        while len(metrics) > MOST_AT_ONCE:
+            self.client.log_batch(run_id, metrics=metrics[:MOST_AT_ONCE])
+            metrics = metrics[MOST_AT_ONCE:]
+        given = [entities.Param(name, str(value)) for name, value in (params or {}).items()]
+        self.client.log_batch(run_id, metrics=metrics, params=given, tags=[entities.RunTag(name, value) for name, value in (tags or {}).items()])
+
     def attach(self, run: Stored, folder: Path) -> None:
         """Everything below a folder, as artifacts of a run that has ended."""
         with told("keeping a report in MLflow"):
@@ -190,29 +200,23 @@ class Run:
     ended: str = ""
     _beat_s: float = field(default_factory=time.monotonic)
     """When it last gave a sign of life; opening it is one."""
+    _kept: list[Any] = field(default_factory=list)
 
-    def epoch(self, epoch: int, metrics: Mapping[str, float]) -> bool:
-        """One batch an epoch: a commit costs milliseconds whatever it holds."""
-        self.log(metrics, step=epoch)
-        return True
+    def keep(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of an epoch, say. They wait for the next :meth:`log` and go with it: a commit costs milliseconds whatever it holds."""
+        self._kept += self._metrics(metrics, step)
 
     def log(self, metrics: Mapping[str, float], *, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None, step: int = 0) -> None:
-        """Metrics, params and tags in one commit, now and then with a sign of life."""
-        entities = self._tracker.mlflow.entities
-        now = int(time.time() * 1000)
-        told = dict(tags or {})
+        """What was kept, metrics, params and tags in one commit, now and then with a sign of life."""
+        given = dict(tags or {})
         if time.monotonic() - self._beat_s > BEAT_S:  # a tag costs as much as all metrics together
-            told[HEARTBEAT], self._beat_s = str(time.time()), time.monotonic()
-        self._tracker.client.log_batch(
-            self.run_id,
-            metrics=[entities.Metric(name, float(value), now, step) for name, value in metrics.items()],
-            params=[entities.Param(name, str(value)) for name, value in (params or {}).items()],
-            tags=[entities.RunTag(name, value) for name, value in told.items()],
-        )
+            given[HEARTBEAT], self._beat_s = str(time.time()), time.monotonic()
+        values, self._kept = [*self._kept, *self._metrics(metrics, step)], []
+        self._tracker.log(self.run_id, values, params=params, tags=given)
 
-    def describe(self, markdown: str) -> None:
-        """The run's notes in the UI."""
-        self._tracker.client.set_tag(self.run_id, NOTE, markdown)
+    def _metrics(self, metrics: Mapping[str, float], step: int) -> list[Any]:
+        now = int(time.time() * 1000)
+        return [self._tracker.mlflow.entities.Metric(name, float(value), now, step) for name, value in metrics.items()]
 
     def data(self, name: str, digest: str, source: str, context: str) -> None:
         """Says which data was used, by name and content, without reading it."""
@@ -226,21 +230,18 @@ class Run:
         """Where the UI serves an artifact: for pictures in notes."""
         return f"get-artifact?path={quote(name)}&run_uuid={self.run_id}"
 
-    def tables(self, names: Sequence[str]) -> None:
-        """Names artifacts that the UI shows as tables: JSON of ``columns`` and ``data``, as MLflow's own log_table writes it in 100 ms more."""
-        self._tracker.client.set_tag(self.run_id, TABLES, json.dumps([{"path": name, "type": "table"} for name in names]))
-
     def artifacts(self, folder: Path) -> None:
         """Everything below a folder, under the same names."""
         with told("keeping a run's artifacts"):
             self._tracker.client.log_artifacts(self.run_id, str(folder))
 
-    def end(self, status: str, reason: str = "") -> None:
-        """Ends the run once; the mark of our own comes before MLflow's, so that a crash between them reads as unfinished to no one."""
+    def end(self, status: str, reason: str = "", *, metrics: Mapping[str, float] | None = None, tags: Mapping[str, str] | None = None) -> None:
+        """Ends the run once, with what is left to say of it. MLflow writes metrics before tags, so that the mark of our own is the last of it;
+        it comes before MLflow's, so that a crash between them reads as unfinished to no one."""
         if self.ended:
             return
+        self.log(metrics or {}, tags={**(tags or {}), STATUS: status, REASON: reason[:4000]})
         self.ended = status
-        self.log({}, tags={STATUS: status, REASON: reason[:4000]})
         self._tracker.client.set_terminated(self.run_id, TERMINAL[status])
 
 

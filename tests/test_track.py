@@ -1,0 +1,58 @@
+"""Claims about what a run tells MLflow, and when: epochs wait for company, and none is lost however the run ends."""
+
+from __future__ import annotations
+
+import mlflow
+import pytest
+
+from cellbench.track import Tracker
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory):
+    """A store of its own, for all tests here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        folder = tmp_path_factory.mktemp("track")
+        patch.chdir(folder)
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        yield Tracker("told")
+    mlflow.set_tracking_uri(None)
+
+
+def curve(tracker: Tracker, run_id: str) -> list[tuple[int, float]]:
+    """A run's validation Dice by step, as MLflow has it."""
+    return sorted((one.step, one.value) for one in tracker.client.get_metric_history(run_id, "val/dice"))
+
+
+def test_epochs_go_to_mlflow_with_what_is_logged_next_each_at_its_step(tracker):
+    with tracker.run("kept", "kept") as run:
+        for epoch in range(3):
+            run.keep(epoch, {"val/dice": epoch / 10})
+        assert curve(tracker, run.run_id) == []
+        run.log({"test/dice": 0.9})
+        assert curve(tracker, run.run_id) == [(0, 0.0), (1, 0.1), (2, 0.2)]
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit, ValueError])
+def test_what_ends_a_run_loses_none_of_its_epochs(tracker, how):
+    with pytest.raises(how), tracker.run("ended", how.__name__) as run:
+        run.keep(4, {"val/dice": 0.5})
+        raise how
+    assert curve(tracker, run.run_id) == [(4, 0.5)]
+
+
+def test_more_numbers_than_mlflow_takes_at_once_all_arrive(tracker):
+    with tracker.run("many", "many") as run:
+        for epoch in range(2001):
+            run.keep(epoch, {"val/dice": 0.5})
+        run.end("finished", metrics={"test/dice": 0.7}, tags={"model": "x"})
+    assert [step for step, _ in curve(tracker, run.run_id)] == list(range(2001))
+    told = tracker.client.get_run(run.run_id)
+    assert (told.data.metrics["test/dice"], told.data.tags["model"], told.data.tags["cellbench.status"]) == (0.7, "x", "finished")
+
+
+def test_a_run_whose_scores_mlflow_refuses_has_failed(tracker):
+    with pytest.raises(Exception, match="name"), tracker.run("refused", "refused") as run:
+        run.end("finished", metrics={"not a name of a metric ?": 0.5})
+    assert tracker.client.get_run(run.run_id).data.tags["cellbench.status"] == "failed"
