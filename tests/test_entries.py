@@ -54,6 +54,7 @@ def test_a_winner_has_the_metrics_of_the_epoch_that_was_kept(tracker, tmp_path):
     again = tracker.client.get_run(run.run_id)
     assert [one.model_id for one in again.outputs.model_outputs] == [model.model_id]
     assert len(tracker.client.get_metric_history(run.run_id, "val/dice")) == len(DICES)
+    assert len(tracker.client.get_metric_history(run.run_id, "test/dice")) == 1
 
 
 def test_an_entry_holds_what_is_needed_to_use_it_and_says_what_goes_in_and_out(tracker, tmp_path):

@@ -36,10 +36,17 @@ def test_epochs_go_to_mlflow_with_what_is_logged_next_each_at_its_step(tracker):
 
 @pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit, ValueError])
 def test_what_ends_a_run_loses_none_of_its_epochs(tracker, how):
-    with pytest.raises(how), tracker.run("ended", how.__name__) as run:
-        run.keep(4, {"val/dice": 0.5})
-        raise how
-    assert curve(tracker, run.run_id) == [(4, 0.5)]
+    runs = []
+
+    def ends() -> None:
+        with tracker.run("ended", how.__name__) as run:
+            runs.append(run.run_id)
+            run.keep(4, {"val/dice": 0.5})
+            raise how
+
+    with pytest.raises(how):
+        ends()
+    assert curve(tracker, runs[0]) == [(4, 0.5)]
 
 
 def test_more_numbers_than_mlflow_takes_at_once_all_arrive(tracker):
