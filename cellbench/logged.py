@@ -23,6 +23,8 @@ WEIGHTS = "cellbench.weights"
 MODEL, VERDICT = "cellbench.model_entry", "cellbench.verdict"
 TABLES = "mlflow.loggedArtifacts"
 VIEW = "leaderboard"
+TRIAL, STUDY, STATE = "optuna.trial", "optuna.study", "optuna.state"
+"""Of a trial's run."""
 
 # How each of our states is told to MLflow: its own list of states has no "skipped".
 TERMINAL = {

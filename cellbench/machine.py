@@ -123,6 +123,18 @@ def give_back() -> None:
             trim(0)
 
 
+def peak_mib() -> float:
+    """The most memory that this process has held so far: the GPU's where one was used, else resident memory."""
+    if peak := max((torch.cuda.max_memory_allocated(k) for k in range(torch.cuda.device_count())), default=0):
+        return peak / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def ran_out_of_memory(error: Exception) -> bool:
     """Whether that is what an error means: the GPU's memory, the processor's as torch tells it, or Python's."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from cellbench import imports
 from cellbench.errors import CellbenchError, unknown
 from cellbench.spec import Record, RunSpec, Scalar, checked
 
@@ -215,7 +216,8 @@ def load(card: Card) -> Any:
     if not attribute:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r}. Expected 'module:object' or 'file.py:object'.")
     try:
-        module = _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+        with imports.kept():
+            module = _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
         return getattr(module, attribute)
     except (ImportError, FileNotFoundError, AttributeError) as error:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r} cannot be imported: {error}.") from error

@@ -127,9 +127,7 @@ def place(name: str) -> Path:
 
 def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> int:
     """``cellbench report``: the report of one experiment, or of several taken together; of the newest where none is named."""
-    store = moved.store_file()
-    if store is not None and not store.is_file():
-        raise CellbenchError(f"there is no MLflow store at {store}. Go to the folder where `grid` was run, or run it here first.")
+    moved.present()
     for line in moved.heal():
         say(line)
     if not names:

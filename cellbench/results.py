@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import tomli_w
 from safetensors.torch import save_file
 
-from cellbench import views
+from cellbench import imports, views
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
@@ -36,6 +37,13 @@ class Result:
     learner: Learner | None = None
     preparation: Preparation | None = None
     """What was done to every image; None for a method that sees images as they are."""
+
+
+def begin() -> None:
+    """Imports what draws the pictures: a second that a grid with nothing new need not spend. Best before there is much in memory, since all
+    that is there is held to be of use from then on (:func:`cellbench.imports.kept`)."""
+    with imports.kept():
+        importlib.import_module("cellbench.figures")
 
 
 def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
@@ -81,7 +89,7 @@ def write(
 
     ``datasets``: one, or one a fold.
     """
-    from cellbench import figures  # matplotlib takes a second to load, which a grid with nothing new need not wait for
+    from cellbench import figures
 
     dataset = datasets[run.fold]
     told = per_image(dataset, result)

@@ -8,15 +8,12 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
-import psutil
 import torch
 from tqdm import tqdm
 
@@ -33,10 +30,11 @@ from cellbench.infer import score
 from cellbench.jobs import Job, identity
 from cellbench.learner import Learner
 from cellbench.logged import WEIGHTS, Logged, params_of
-from cellbench.machine import Machine, give_back, ran_out_of_memory
+from cellbench.machine import Machine, give_back, peak_mib, ran_out_of_memory
 from cellbench.metrics import confusion
 from cellbench.model import model, num_levels
 from cellbench.plan import Plan
+from cellbench.recorder import Recorder, Watch
 from cellbench.registry import Registry, load
 from cellbench.results import Result
 from cellbench.room import frames_too_large
@@ -48,17 +46,6 @@ from cellbench.track import Run, Tracker
 from cellbench.train import fit
 from cellbench.trunk import Trunk
 from cellbench.tuning import separations, tuned
-
-
-class Watch(Protocol):
-    """Who follows runs that end after validation: the test images are never read for them."""
-
-    def opened(self, job: Job, run: Run) -> None:
-        """Told of each run as it begins or goes on."""
-
-    def epoch(self, job: Job, epoch: int, metrics: dict[str, float]) -> bool:
-        """Told each epoch's metrics; False ends the run as pruned."""
-
 
 MOST_HALVINGS = 3
 """Of the chunks that go through the backbone at once, when memory runs out."""
@@ -167,6 +154,8 @@ class Runner:
             if not opened:
                 return
             jobs = [job for job, _ in opened]
+            if self.watch is None:
+                results.begin()
             stack.enter_context(watched(self.tracker, [run.run_id for _, run in opened]))
             try:
                 self._within_memory(opened, title, out)
@@ -257,7 +246,7 @@ class Runner:
         learners = []
         for job, run in opened:
             made = model(job.run, self.registry, trunk, num)
-            recorder = _Recorder(job, run, checkpoints.path(job.fingerprint), self.watch)
+            recorder = Recorder(job, run, checkpoints.path(job.fingerprint), self.watch)
             learner = Learner(run=job.run, model=made, recorder=recorder, num_views=plan.num_views)
             state = checkpoints.read(recorder.place)
             if state is not None:
@@ -381,38 +370,3 @@ class Runner:
         tags = results.tags(job.name, metrics, self.machine.name, run.address("figures/worst.png"))
         run.end("finished", metrics=metrics, tags=tags | {"cellbench.separation": result.exam.separation.words})
         out.finished[job.name] = Logged(run_id=run.run_id, name=job.name, status="finished", metrics=metrics)
-
-
-@dataclass
-class _Recorder:
-    """A run's numbers to MLflow, its state to the cache."""
-
-    job: Job
-    run: Run
-    place: Path
-    watch: Watch | None = None
-    _written_s: float = 0.0
-
-    def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
-        self.run.keep(epoch, metrics)
-        return self.watch is None or self.watch.epoch(self.job, epoch, metrics)
-
-    def checkpoint(self, state: dict[str, Any]) -> None:
-        # Not oftener than it is worth: an epoch of a small set takes less time than telling MLflow of it and writing its state. Both
-        # together, MLflow first: of what a checkpoint has, none is missing there, however the process ends.
-        if state["progress"]["ended"] or time.monotonic() - self._written_s > checkpoints.EVERY_S:
-            self.run.log({})
-            checkpoints.write(self.place, state)
-            self._written_s = time.monotonic()
-
-
-def peak_mib() -> float:
-    """The most memory that this process has held so far: the GPU's where one was used, else resident memory."""
-    if peak := max((torch.cuda.max_memory_allocated(k) for k in range(torch.cuda.device_count())), default=0):
-        return peak / 2**20
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 2**20
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -247,9 +247,7 @@ class Run:
 
 def newest() -> str | None:
     """The experiment with the newest finished run of ours in MLflow's store; None where there is none."""
-    import mlflow
-
-    client = mlflow.MlflowClient()
+    client = _reader()
     names = {one.experiment_id: one.name for one in client.search_experiments()}
     found = client.search_runs(list(names), f"tags.`{STATUS}` = 'finished'", max_results=100, order_by=["attributes.start_time DESC"])
     # Explorations hold no scores. MLflow's filters cannot ask for a tag that is missing or another.
@@ -258,22 +256,25 @@ def newest() -> str | None:
 
 def experiments() -> list[str]:
     """The names of all experiments in MLflow's store."""
-    import mlflow
-
-    return [one.name for one in Client(mlflow).search_experiments()]
+    return [one.name for one in _reader().search_experiments()]
 
 
 def experiment_of(run_id: str) -> str | None:
     """The name of the experiment that a run belongs to; None where no run has this id."""
-    import mlflow
-
     if not re.fullmatch(r"[0-9a-f]{32}", run_id):  # not asked of the store: a run's name may hold anything
         return None
-    client = mlflow.MlflowClient()
-    try:
+    client = _reader()
+    with contextlib.suppress(CellbenchError):
         return client.get_experiment(client.get_run(run_id).info.experiment_id).name
-    except mlflow.exceptions.MlflowException:
-        return None
+    return None
+
+
+def _reader() -> Client:
+    """The store's client, for what may make none."""
+    with imports.kept():
+        import mlflow
+    with moved.lock(mlflow.get_tracking_uri()), imports.kept():
+        return making.opened(mlflow, make=False)
 
 
 def _path(uri: str) -> str:

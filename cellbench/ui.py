@@ -26,9 +26,7 @@ def ui(port: int = 5000, say: Callable[[str], None] = print) -> int:
     uri = moved.store()
     if uri.startswith(("http:", "https:", "databricks")):
         raise CellbenchError(f"MLFLOW_TRACKING_URI is the server {uri}: open that in a browser. `ui` serves the store of a folder.")
-    path = moved.store_file(uri)
-    if path is not None and not path.is_file():
-        raise CellbenchError(f"there is no MLflow store at {path}. Go to the folder where `grid` was run, or run it here first.")
+    moved.present()
     for line in moved.heal():
         say(line)
     port = free_port(port)

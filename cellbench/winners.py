@@ -28,9 +28,7 @@ def find(asked: str) -> tuple[Tracker, Stored]:
     ``best`` is the report's best model of the experiment with the newest finished run, ``best:EXPERIMENT`` that of a named one; of its seeds
     the one with the best validation Dice. Of several runs of one name the newest finished one is taken. Raises CellbenchError.
     """
-    store = moved.store_file()
-    if store is not None and not store.is_file():
-        raise CellbenchError(f"run '{asked}': there is no MLflow store at {store}. Go to the folder where `grid` was run, or run it here first.")
+    moved.present()
     if asked == "best" or asked.startswith("best:"):
         name = asked.removeprefix("best").removeprefix(":") or newest()
         if not name:

@@ -18,7 +18,7 @@ import optuna
 import pytest
 from conftest import write_pair
 
-from cellbench import search
+from cellbench import search, sought
 from cellbench.data.pixels import Pixels
 from cellbench.run import main
 
@@ -69,7 +69,7 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("done")
     small(folder)
     read = []
-    whole, really = Pixels.prepared, search._test
+    whole, really = Pixels.prepared, sought.test
 
     def prepared(self, index, preparation):
         read.append(self.samples[0].mask.parents[1].name)
@@ -78,7 +78,7 @@ def done(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         enter(folder, patch)
         patch.setattr(Pixels, "prepared", prepared)
-        patch.setattr(search, "_test", lambda *given: (read.append("END"), really(*given))[1])
+        patch.setattr(sought, "test", lambda *given: (read.append("END"), really(*given))[1])
         code = main(CALL)
     (folder / "printed.txt").write_text(printed.getvalue())
     (folder / "read.txt").write_text(" ".join(read))
@@ -272,7 +272,7 @@ def test_ctrl_c_is_heard_once_and_obeyed_at_once_the_second_time(capsys):
         helper = subprocess.Popen(["sleep", "60"], start_new_session=True)
         stop.helpers.append(helper)
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.now
+        assert stop.over()
         assert "ending after this batch" in capsys.readouterr().out
         assert helper.wait(20) == -signal.SIGINT
         with pytest.raises(KeyboardInterrupt):

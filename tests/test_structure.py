@@ -39,7 +39,8 @@ LAYERS = (
     ("what is tried out", {"estimate", "naive", "trials", "bench", "scaling", "contracts/"}),
     (
         "verbs",
-        {"check", "grid", "search", "runner", "jobs", "orders", "workers", "services", "commands", "catalogue", "report", "doctor"}
+        {"jobs", "recorder", "runner", "grid", "batches", "search", "sought"}
+        | {"check", "orders", "workers", "services", "commands", "catalogue", "report", "doctor"}
         | {"on_ray", "ray_cohorts", "ray_helpers"}
         | {"ui", "predict", "evaluate", "export", "explore"},
     ),

@@ -1,0 +1,135 @@
+"""One process's work on a search: batches of trials are asked for, trained and pruned together as cohorts, and told."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from cellbench.errors import CellbenchError
+from cellbench.jobs import Job, jobs_of
+from cellbench.logged import STUDY, TRIAL, params_of
+from cellbench.runner import Outcome, Runner
+from cellbench.space import Space
+from cellbench.spec import Experiment, cohorts
+from cellbench.study import REASON, RUN_ID, SAME, Pending, Study, Told
+from cellbench.track import Run
+
+
+@dataclass(kw_only=True)
+class Worker:
+    """Asks for batches, runs them and tells what came of them, until all are told."""
+
+    space: Space
+    study: Study
+    runner: Runner
+    where: str
+
+    def __post_init__(self) -> None:
+        self.runner.watch = self
+        self._by_job: dict[str, Pending] = {}
+
+    def work(self, over: Callable[[], bool], bar: tqdm) -> None:
+        """Until all trials are told, or ``over`` says before a batch that it is. Raises CellbenchError where the first trials all fail."""
+        while not over():
+            batch = self.study.ask()
+            if not batch:
+                return
+            self._batch(batch)
+            told = self.study.told()
+            self.show(told, bar)
+            failed = [t for t in told if t.state == "failed"]
+            if len(failed) >= self.space.settings.max_failed and not any(t.state in ("complete", "pruned") for t in told):
+                raise CellbenchError(
+                    f"the first {len(failed)} trials have all failed, so the search stops. Trial {failed[0].number}: {failed[0].reason}"
+                )
+
+    def show(self, told: list[Told], bar: tqdm) -> None:
+        bar.n = sum(t.state != "running" for t in told)
+        best = self.study.best()
+        bar.set_postfix_str(f"best {self.space.settings.objectives[0]} {best[0].values[0]:.4f} (trial {best[0].number})" if best else "")
+
+    # --- one batch ----------------------------------------------------------------------------------------------------------------
+
+    def _batch(self, batch: Sequence[Pending]) -> None:
+        jobs: list[tuple[Pending, Job]] = []
+        seen = {t.same for t in self.study.told() if t.state == "complete"}
+        again = []
+        for pending in batch:
+            try:
+                job = self._job(pending)
+            except CellbenchError as error:  # two settings that cannot go together: a fact about the space, worth a told trial
+                self.study.note(pending, REASON, str(error))
+                self.study.tell_failed(pending, str(error))
+                continue
+            same = hashlib.sha256(repr(job.run).encode()).hexdigest()[:16]
+            self.study.note(pending, SAME, same)
+            (again if same in seen else jobs).append((pending, job))
+            seen.add(same)
+        self._train(jobs)
+        told = {t.same: t for t in self.study.told() if t.state == "complete"}
+        same_of = {t.number: t.same for t in self.study.told()}
+        for pending, job in again:
+            first = told.get(same_of[pending.number])
+            self._train([(pending, job)]) if first is None else self._copy(pending, job, first)
+
+    def _job(self, pending: Pending) -> Job:
+        experiment = Experiment.of(self.space.tree(pending.point), self.where)
+        (job,) = jobs_of(experiment, self.runner.registry, self.runner.datasets, self.runner.weights, self.where)
+        # Of this trial in this study: a run of a grid with these settings is tested, and this one must not be.
+        own = hashlib.sha256(f"{job.fingerprint}:{self.study.name}:{pending.number}".encode()).hexdigest()[:16]
+        return replace(job, name=f"trial {pending.number} · {job.run.model}", fingerprint=own)
+
+    def _train(self, jobs: Sequence[tuple[Pending, Job]]) -> None:
+        self._by_job = {job.fingerprint: pending for pending, job in jobs}
+        by_run = {id(job.run): (pending, job) for pending, job in jobs}
+        groups = cohorts(job.run for _, job in jobs)
+        for group in groups:
+            members = [by_run[id(run)] for run in group]
+            out = Outcome()
+            numbers = ", ".join(str(pending.number) for pending, _ in members)
+            self.runner.cohort([job for _, job in members], f"trial{'s' * (len(members) > 1)} {numbers}", out)
+            for pending, job in members:
+                self._tell(pending, job, out)
+
+    def _tell(self, pending: Pending, job: Job, out: Outcome) -> None:
+        if job.name in out.busy:
+            return  # its run is another process's: so is its trial
+        ended = out.validated.get(job.name) or out.pruned.get(job.name)
+        if ended is None:
+            self.study.tell_failed(pending, out.failed.get(job.name, "no result"))
+        elif ended.status == "pruned":
+            self.study.tell_pruned(pending, contract(ended.metrics), ended.reason)
+        else:
+            self.study.tell(pending, contract(ended.metrics))
+
+    def _copy(self, pending: Pending, job: Job, first: Told) -> None:
+        """The trial has the settings of one that is told: the same numbers would come of it, so they are taken."""
+        tracker, metrics = self.runner.tracker, {name.replace("val/", "best/val_"): value for name, value in first.metrics.items()}
+        with tracker.run(job.name, job.fingerprint, parent=self.runner.parent_id, known=tracker.known().get(job.fingerprint)) as run:
+            run.log(metrics, params=params_of(job.run, self.runner.dataset.name), tags={"cellbench.same_as": first.run_id})
+            self.opened(job, run, pending)
+            run.end("validated", f"the settings of trial {first.number}, whose numbers these are")
+        self.study.tell(pending, first.metrics)
+
+    # --- followed by the runner ---------------------------------------------------------------------------------------------------
+
+    def opened(self, job: Job, run: Run, pending: Pending | None = None) -> None:
+        """Each half learns of the other before anything is trained."""
+        pending = pending or self._by_job[job.fingerprint]
+        self.study.note(pending, RUN_ID, run.run_id)
+        run.log({}, tags={STUDY: self.study.name, TRIAL: str(pending.number)})
+
+    def epoch(self, job: Job, epoch: int, metrics: dict[str, float]) -> bool:
+        objective = self.space.settings.objectives[0]
+        if self.space.settings.pruner == "none" or objective not in metrics:
+            return True
+        return self.study.goes_on(self._by_job[job.fingerprint], epoch, metrics[objective])
+
+
+def contract(metrics: Any) -> dict[str, float]:
+    """A validated run's numbers under the names that a search may seek."""
+    return {name.replace("best/val_", "val/"): float(value) for name, value in metrics.items() if name.startswith(("best/val_", "cost/"))}

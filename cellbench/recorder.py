@@ -1,0 +1,45 @@
+"""Where a run's epochs go: to MLflow and into its checkpoint, both at once; and who may follow them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from cellbench import checkpoints
+from cellbench.jobs import Job
+from cellbench.track import Run
+
+
+class Watch(Protocol):
+    """Who follows runs that end after validation: the test images are never read for them."""
+
+    def opened(self, job: Job, run: Run) -> None:
+        """Told of each run as it begins or goes on."""
+
+    def epoch(self, job: Job, epoch: int, metrics: dict[str, float]) -> bool:
+        """Told each epoch's metrics; False ends the run as pruned."""
+
+
+@dataclass
+class Recorder:
+    """A run's numbers to MLflow, its state to the cache."""
+
+    job: Job
+    run: Run
+    place: Path
+    watch: Watch | None = None
+    _written_s: float = 0.0
+
+    def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
+        self.run.keep(epoch, metrics)
+        return self.watch is None or self.watch.epoch(self.job, epoch, metrics)
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        # Not oftener than it is worth: an epoch of a small set takes less time than telling MLflow of it and writing its state. Both
+        # together, MLflow first: of what a checkpoint has, none is missing there, however the process ends.
+        if state["progress"]["ended"] or time.monotonic() - self._written_s > checkpoints.EVERY_S:
+            self.run.log({})
+            checkpoints.write(self.place, state)
+            self._written_s = time.monotonic()
