@@ -197,8 +197,10 @@ def _tell(table: Sequence[leaderboard.Row], verdict: Sequence[str], say: Callabl
 
 
 def _key(only: Collection[str], known: Mapping[str, Any], skipped: Mapping[str, str], failed: Mapping[str, str]) -> str:
-    """What a conclusion hangs on: its runs, and what is said of them, but for the words of the call."""
-    facts = [sorted(only), {name: value for name, value in known.items() if name != "command"}, skipped, failed]
+    """What a conclusion hangs on: its runs, and what is said of them, but for the words of the call and of reading the data: the first call
+    writes a split that the next one reads."""
+    said = {**known, "command": "", "dataset": {**known["dataset"], "notes": []}}
+    facts = [sorted(only), said, skipped, failed]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -205,7 +205,8 @@ _PREDICT = "The same command again goes on where it stopped. An image that canno
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from cellbench.predict import predict
+    with imports.kept():
+        from cellbench.predict import predict
 
     return predict(
         arguments.run,
@@ -228,7 +229,8 @@ _EVALUATE = "Logged in MLflow as a run of its own below the run that it tests; t
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from cellbench.evaluate import evaluate
+    with imports.kept():
+        from cellbench.evaluate import evaluate
 
     return evaluate(
         arguments.run,
@@ -245,7 +247,8 @@ _EXPORT = "The folder holds safetensors, cards and settings. `predict DIR IMAGE`
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from cellbench.export import export
+    with imports.kept():
+        from cellbench.export import export
 
     return export(
         arguments.run,
@@ -310,7 +313,8 @@ _SEARCH = (
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from cellbench.search import search
+    with imports.kept():
+        from cellbench.search import search
 
     return search(
         arguments.file,
@@ -330,7 +334,8 @@ _BENCH = "Measures in one process, checks equalities on the way, and prints rati
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from cellbench.commands import bench
+    with imports.kept():
+        from cellbench.commands import bench
 
     return bench(
         backbone=arguments.backbone,
@@ -348,8 +353,9 @@ _CHECK = "Exit code 0 where the data is fit, 1 where a finding would falsify a r
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from cellbench.check import check
-    from cellbench.commands import data_spec
+    with imports.kept():
+        from cellbench.check import check
+        from cellbench.commands import data_spec
 
     spec = data_spec(arguments.set)
     return check(arguments.data, card=arguments.dataset, spec=spec, extra=arguments.registry, out=arguments.out)
@@ -366,7 +372,8 @@ _EXPLORE = "Reads images and masks; writes nothing to their folder. `check` says
 
 
 def _explore(arguments: argparse.Namespace) -> int:
-    from cellbench.explore import explore
+    with imports.kept():
+        from cellbench.explore import explore
 
     return explore(
         arguments.data,
@@ -393,7 +400,8 @@ _UI = "Ends with Ctrl-C. Where the folder was moved, the places of the artifacts
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from cellbench.report import report
+    with imports.kept():
+        from cellbench.report import report
 
     return report(arguments.experiments, arguments.out)
 

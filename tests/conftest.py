@@ -15,6 +15,15 @@ MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLO
 SETTINGS = ("CELLBENCH_CACHE_URL", "CELLBENCH_WEIGHTS", "CELLBENCH_MAX_PIXELS", *MLFLOW)
 
 
+LONGEST = ("on_ray", "notebook", "workers", "away", "shards", "bench", "grid", "check", "search", "fit", "folds", "export", "planted", "lanes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: begun last, one of them keeps a single core busy for two minutes."""
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Small tensors, and a machine that others use too: beside a busy process test_heads.py took 87 s with two threads, 17 s with one."""
