@@ -32,12 +32,12 @@ def predict(*arguments: object) -> int:
 @pytest.mark.parametrize("run", [MODEL, "otsu · seed 0"])
 def test_the_masks_are_those_of_the_test(there: Path, tmp_path: Path, run: str) -> None:
     assert predict(run, "smears/test/original", "--out", tmp_path / "out") == 0
-    told = next(
+    records = [
         json.loads(path.read_text())
         for path in there.glob("mlruns/small/*/artifacts/per_image.json")
         if ("otsu" in path.with_name("config.toml").read_text().split("[", 1)[1][:40]) == run.startswith("otsu")
-    )
-    assert told["images"] == ["t0.png", "t1.jpg"]
+    ]
+    told = next(record for record in records if record["images"] == ["t0.png", "t1.jpg"])  # others evaluate it on other images
     for name, counts in zip(told["images"], told["confusion"], strict=True):
         found = np.array(Image.open(tmp_path / "out" / f"{Path(name).stem}.png"))
         truth = np.array(Image.open(f"smears/test/mask/{Path(name).stem}.png"))[..., 0]
