@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from cellbench.track import Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("CELLBENCH_SHARED") or ROOT.parent / "shared" / "data")
@@ -52,6 +57,22 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"real data is not at {SHARED}; CELLBENCH_SHARED may name it")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Tracker]:
+    """For all tests of a module a store of its own, in it the experiment that the module names as ``EXPERIMENT``."""
+    import mlflow
+
+    from cellbench.track import Tracker
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        folder = tmp_path_factory.mktemp("tracker")
+        patch.chdir(folder)
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        yield Tracker(request.module.EXPERIMENT)
+    mlflow.set_tracking_uri(None)
 
 
 def discs(seed: int, height_px: int = 120, width_px: int = 160) -> tuple[np.ndarray, np.ndarray]:

@@ -13,19 +13,8 @@ from cellbench.errors import CellbenchError
 from cellbench.logged import Stored
 from cellbench.track import Tracker
 
+EXPERIMENT = "entries, a/b 🔬"
 DICES = (0.5, 0.9, 0.7)
-
-
-@pytest.fixture(scope="module")
-def tracker(tmp_path_factory):
-    """A store of its own, for all tests here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        folder = tmp_path_factory.mktemp("entries")
-        patch.chdir(folder)
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        yield Tracker("entries, a/b 🔬")
-    mlflow.set_tracking_uri(None)
 
 
 def trained(tracker: Tracker, tmp_path: Path, name: str, files: tuple[str, ...]) -> Stored:

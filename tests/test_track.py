@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import mlflow
 import pytest
 
 from cellbench.track import Tracker
 
-
-@pytest.fixture(scope="module")
-def tracker(tmp_path_factory):
-    """A store of its own, for all tests here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        folder = tmp_path_factory.mktemp("track")
-        patch.chdir(folder)
-        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-        yield Tracker("told")
-    mlflow.set_tracking_uri(None)
+EXPERIMENT = "told"
 
 
 def curve(tracker: Tracker, run_id: str) -> list[tuple[int, float]]:
