@@ -41,7 +41,7 @@ def opened(mlflow: Any, make: bool) -> Client:
             while file.exists() and not _whole(file) and time.monotonic() < end and time.time() - _changed(file) < STILL_S:
                 time.sleep(0.2)
         return Client(mlflow)
-    except (sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError) as error:  # which MLflow does not make its own
+    except (mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError) as error:
         if file is not None and file.exists() and not _whole(file):
             why = "was begun and never made to its end, or is damaged. Move it away, and a new one is made; or put a backup in its place."
             raise CellbenchError(f"MLflow's store {file} {why}") from error

@@ -37,13 +37,11 @@ def store_file(uri: str | None = None) -> Path | None:
     return path if path.is_file() or "%" not in uri else Path(unquote(str(path)))
 
 
-def present() -> Path | None:
-    """The SQLite file of the store that is set; None for a server or another database. Raises CellbenchError where it is not there: what
-    only reads makes none."""
+def present() -> None:
+    """Raises CellbenchError where the store that is set is a SQLite file and not there: what only reads makes none."""
     file = store_file()
     if file is not None and not file.is_file():
         raise CellbenchError(f"there is no MLflow store at {file}. Go to the folder where `grid` was run, or run it here first.")
-    return file
 
 
 def lock(uri: str | None = None) -> FileLock:

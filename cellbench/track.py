@@ -21,7 +21,7 @@ from urllib.request import url2pathname
 from filelock import FileLock
 
 from cellbench import imports, making, moved, views
-from cellbench.errors import CellbenchError, one_line, unknown, unlocked
+from cellbench.errors import CellbenchError, one_line, unknown
 from cellbench.files import make_folder, told
 from cellbench.logged import (
     EXPERIMENT,
@@ -54,20 +54,10 @@ class Tracker:
     """One experiment in MLflow's store, made on first use; with ``make=False`` one that is there already."""
 
     def __init__(self, experiment: str, *, make: bool = True) -> None:
-        with imports.kept():
-            import mlflow  # 1 to 2 s, which `--help` and `list` must not pay
-
-        self.mlflow = mlflow
         self.name = experiment
-        try:
-            with told("opening MLflow's store here"), self.lock():
-                with imports.kept():  # of the store
-                    self.client = making.opened(mlflow, make)
-                self.experiment_id = self._experiment(make)
-                self.client.send_left()
-        except mlflow.exceptions.MlflowException as error:
-            why = f"MLflow at {mlflow.get_tracking_uri()}: {one_line(error)[:300]}. Mend it, or name another MLFLOW_TRACKING_URI."
-            raise CellbenchError(unlocked(why)) from None
+        with _store(make) as (self.mlflow, self.client):
+            self.experiment_id = self._experiment(make)
+            self.client.send_left()
 
     def lock(self) -> FileLock:
         """Held while the store is made (four processes that make it at once break it: measured, 5 of 5) and while runs are claimed."""
@@ -271,10 +261,20 @@ def experiment_of(run_id: str) -> str | None:
 
 def _reader() -> Client:
     """The store's client, for what may make none."""
+    with _store(make=False) as (_, client):
+        return client
+
+
+@contextlib.contextmanager
+def _store(make: bool) -> Iterator[tuple[Any, Client]]:
+    """MLflow and the client of its store, which is locked inside ``with``. Raises CellbenchError."""
     with imports.kept():
-        import mlflow
-    with moved.lock(mlflow.get_tracking_uri()), imports.kept():
-        return making.opened(mlflow, make=False)
+        import mlflow  # 1 to 2 s, which `--help` and `list` must not pay
+
+    with told("opening MLflow's store here"), moved.lock(mlflow.get_tracking_uri()):
+        with imports.kept():  # of the store
+            client = making.opened(mlflow, make)
+        yield mlflow, client
 
 
 def _path(uri: str) -> str:

@@ -7,13 +7,14 @@ import sqlite3
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import mlflow
 import pytest
 
 from cellbench.errors import CellbenchError
-from cellbench.track import Tracker
+from cellbench.track import Tracker, newest
 
 OTHER = """
 import mlflow, sys
@@ -70,3 +71,10 @@ def test_an_experiment_of_the_same_name_elsewhere_is_no_damaged_store(store):
     with pytest.raises(CellbenchError, match="already exists") as told:
         tracker.client.create_experiment("mine")
     assert "ove it away" not in str(told.value)
+
+
+@pytest.mark.parametrize("opens", [newest, partial(Tracker, "mine"), partial(Tracker, "mine", make=False)], ids=["reader", "maker", "looker"])
+def test_an_address_of_no_kind_that_mlflow_knows_is_told(monkeypatch, opens):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "carrier-pigeon://loft")
+    with pytest.raises(CellbenchError, match=r"MLflow at carrier-pigeon://loft: .* or name another MLFLOW_TRACKING_URI\.$"):
+        opens()
