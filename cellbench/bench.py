@@ -181,11 +181,11 @@ def _heads(world: World, out: Bench) -> None:
     with Lanes(1) as lanes:
         batch = next(iter(features.train(0, lanes)))
     for run in runs:
-        learner = world.learner(run, features, features.plan.num_views)
-        learner.begin()
+        learner = world.learner(run, features, batch.num)
 
         def steps(learner: Learner = learner) -> None:
-            learner.take(batch, last=True)
+            learner.begin()
+            learner.take(batch)
             world.machine.wait()
 
         speed = batch.num / min(_seconds(steps) for _ in range(4))
@@ -204,7 +204,7 @@ def _as_one(world: World, features: Features, batch: Batch, out: Bench) -> None:
 
     def step(how: str) -> None:
         for party in parties[how]:
-            party.take(batch[:8], last=True)
+            party.take(batch[:8])
         world.machine.wait()
 
     # In turn; the first of each warms up.

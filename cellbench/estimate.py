@@ -77,9 +77,8 @@ def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Mac
     wall = trunk_s * (sum(tiles[split] * times for split, times in passes.items()) + tiles["test"])
     disk = 0.0
     for run, made in zip(runs, all_made, strict=True):
-        learner = Learner(run=run, model=made, recorder=_Nobody(), num_views=plan.num_views).on(features)
-        learner.begin()
-        step_s = _seconds(lambda learner=learner: learner.take(batch, last=True), machine) / batch.num
+        learner = Learner(run=run, model=made, recorder=_Nobody(), num_views=batch.num).on(features)
+        step_s = _seconds(lambda learner=learner: (learner.begin(), learner.take(batch)), machine) / batch.num
         made.eval()
         decode_s = _seconds(lambda made=made: _decode(made, batch, machine), machine) / batch.num
         wall += run.epochs * (plan.num_views * step_s + tiles["val"] * decode_s) + tiles["test"] * decode_s

@@ -55,7 +55,7 @@ class Learner:
     def __post_init__(self) -> None:
         self._loss = loss_of(self.run.loss)
         self.optimiser = torch.optim.AdamW(self.model.groups(self.run), lr=self.run.lr, weight_decay=self.run.weight_decay)
-        self.num_steps = math.ceil(self.num_views / self.run.batch_size)
+        self.num_steps = len(batch_sizes(self.num_views, self.run.batch_size))
         """An epoch."""
         self._val_sum, self._val_num = torch.zeros(()), 0
 
@@ -64,13 +64,13 @@ class Learner:
     def begin(self) -> None:
         """A new epoch."""
         self.model.train()
-        self._step, self._batches = 0, MiniBatches(self.run.batch_size)
+        self._step, self._batches = 0, MiniBatches(self.num_views, self.run.batch_size)
         self.loss_sum = torch.zeros((), device=self.device)
 
-    def take(self, chunk: Batch, last: bool) -> None:
-        """Learns from as many whole mini-batches as are there; the rest waits for the next chunk, or ends the epoch."""
+    def take(self, chunk: Batch) -> None:
+        """Learns from as many whole mini-batches as are there; the rest waits for the next chunk."""
         start = time.perf_counter()
-        for batch in self._batches.of(chunk, last):
+        for batch in self._batches.of(chunk):
             self._learn(batch)
         self.train_s += time.perf_counter() - start
 
@@ -187,18 +187,30 @@ class Learner:
 _PROGRESS = ("epoch", "best_epoch", "best", "history", "train_s", "ended")
 
 
-class MiniBatches:
-    """Chunks of any size in, mini-batches of ``size`` out, in the same order."""
+def batch_sizes(num_views: int, batch_size: int) -> list[int]:
+    """The sizes of an epoch's mini-batches: as few as ``batch_size`` allows, and as equal as can be, the larger ones first.
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    A short last one would be a step of full weight from few tiles, and batch norm would take its statistics from them.
+
+    >>> batch_sizes(9, 8)
+    [5, 4]
+    """
+    num = math.ceil(num_views / batch_size)
+    return [num_views // num + (k < num_views % num) for k in range(num)]
+
+
+class MiniBatches:
+    """An epoch's ``num_views`` views come in chunks of any size and leave in mini-batches of :func:`batch_sizes`, in the same order."""
+
+    def __init__(self, num_views: int, batch_size: int) -> None:
+        self._sizes = batch_sizes(num_views, batch_size)
         self._held: list[Batch] = []
 
-    def of(self, chunk: Batch, last: bool) -> Iterator[Batch]:
-        """As many whole mini-batches as are there; what is left waits for the next chunk, or is the epoch's last, smaller one."""
+    def of(self, chunk: Batch) -> Iterator[Batch]:
+        """As many whole mini-batches as are there; what is left waits for the next chunk."""
         self._held.append(chunk)
-        while (there := sum(batch.num for batch in self._held)) >= self._size or (last and there):
-            yield self._pop(min(self._size, there))
+        while self._sizes and sum(batch.num for batch in self._held) >= self._sizes[0]:
+            yield self._pop(self._sizes.pop(0))
 
     def _pop(self, num: int) -> Batch:
         parts = []

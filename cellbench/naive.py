@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cellbench.backbones.base import Backbone
 from cellbench.data.augment import recolour, restain, turn
 from cellbench.data.dataset import Dataset
+from cellbench.learner import batch_sizes
 from cellbench.losses import loss_of
 from cellbench.metrics import cell_classes, confusion, scores
 from cellbench.plan import Plan
@@ -64,8 +65,8 @@ def train(
     for epoch in range(num_epochs):
         head.train()
         views, order = plan.views(plan.cycle(epoch)), plan.order(epoch)
-        for start in range(0, len(order), run.batch_size):
-            batch = [views[k] for k in order[start : start + run.batch_size]]
+        for rows in torch.from_numpy(order).split(batch_sizes(len(order), run.batch_size)):
+            batch = [views[k] for k in rows]
             pairs = [held[view.image] if held else dataset.read(dataset.train[view.image]) for view in batch]
             tiles = [(turn(cut(a, v.y, v.x, run.tile_px), v.turn), turn(cut(m, v.y, v.x, run.tile_px), v.turn)) for (a, m), v in zip(pairs, batch, strict=True)]
             pixels = torch.stack([torch.from_numpy(tile.copy()) for tile, _ in tiles]).permute(0, 3, 1, 2).float() / 255

@@ -81,17 +81,17 @@ class Team:
         for member in self.members:
             member.begin()
         first, models = self.members[0], [member.model for member in self.members]
-        self._batches = MiniBatches(first.run.batch_size)
+        self._batches = MiniBatches(first.num_views, first.run.batch_size)
         self._model = as_one(first.model)
         self._buffers = {name: torch.stack([model.get_buffer(name) for model in models]) for name, _ in first.model.named_buffers()}
         self._names = [name for name, _ in first.model.named_parameters()]
         self._optimiser = _Optimiser(self.members)
         self._sums_N = torch.zeros(len(models), device=first.device)
 
-    def take(self, chunk: Batch, last: bool) -> None:
+    def take(self, chunk: Batch) -> None:
         """As :meth:`Learner.take`, for all members; each is charged its share of the time."""
         start = time.perf_counter()
-        for batch in self._batches.of(chunk, last):
+        for batch in self._batches.of(chunk):
             self._learn(batch)
         share_s = (time.perf_counter() - start) / len(self.members)
         for member in self.members:

@@ -38,11 +38,8 @@ def fit(learners: Sequence[Learner], features: Features, progress: Progress | No
             teams = parties(active, features)
             for team in teams:
                 team.begin()
-            seen = 0
             for chunk in features.train(epoch, lanes):
-                seen += chunk.num
-                last = seen == features.plan.num_views
-                lanes.each([functools.partial(team.take, chunk, last) for team in teams], [team.train_s for team in teams])
+                lanes.each([functools.partial(team.take, chunk) for team in teams], [team.train_s for team in teams])
                 if progress is not None:
                     progress.update(chunk.num)
             for team in teams:

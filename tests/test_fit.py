@@ -10,8 +10,10 @@ import pytest
 import torch
 from worlds import FP32, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
 
+from cellbench.features import Batch
 from cellbench.infer import score, tile_counts
 from cellbench.lanes import Lanes
+from cellbench.learner import Learner, MiniBatches, batch_sizes
 from cellbench.machine import Machine
 from cellbench.store import features_dir
 from cellbench.train import fit
@@ -230,6 +232,37 @@ def test_the_schedule_warms_up_and_ends_near_zero(dataset):
     assert rates[2 * steps :] == sorted(rates[2 * steps :], reverse=True)
     assert max(rates) == pytest.approx(1e-2)
     assert rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("num_views", "batch_size", "sizes"),
+    [(9, 8, [5, 4]), (8, 8, [8]), (16, 8, [8, 8]), (17, 8, [6, 6, 5]), (3, 8, [3]), (1, 8, [1]), (5, 2, [2, 2, 1]), (4, 1, [1, 1, 1, 1])],
+)
+def test_mini_batches_are_as_few_as_the_batch_size_allows_and_as_equal_as_can_be(num_views, batch_size, sizes):
+    assert batch_sizes(num_views, batch_size) == sizes
+
+
+@pytest.mark.parametrize("chunks", [[9], [1] * 9, [4, 5], [2, 6, 1], [8, 1]])
+def test_mini_batches_do_not_depend_on_the_chunks_in_which_views_come(chunks):
+    views = torch.arange(9.0)
+    mini_batches, at, found = MiniBatches(9, 8), 0, []
+    for num in chunks:
+        pixels = views[at : at + num].reshape(-1, 1, 1, 1)
+        found += [batch.pixels.flatten().tolist() for batch in mini_batches.of(Batch({}, pixels, pixels))]
+        at += num
+    assert found == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_no_step_of_an_epoch_sees_fewer_tiles_than_another_by_more_than_one(dataset, monkeypatch):
+    sizes = []
+    learn = Learner._learn
+    monkeypatch.setattr(Learner, "_learn", lambda self, batch: (sizes.append(batch.num), learn(self, batch))[1])
+    run = run_of(epochs=1, batch_size=16)  # the machine's chunks are of 16
+    learner = fitted(dataset, [run])[0]
+    assert learner.num_views % 16 not in (0, 15)
+    assert sum(sizes) == learner.num_views
+    assert max(sizes) - min(sizes) <= 1
+    assert len(sizes) == learner.num_steps == math.ceil(learner.num_views / 16)
 
 
 def test_the_unet_baseline_learns_in_the_same_harness(dataset):
