@@ -103,7 +103,7 @@ class Features:
     def __init__(self, trunk: Trunk, plan: Plan, pixels: dict[str, Pixels], keeping: Keeping, aims: bool = False) -> None:
         self.trunk, self.plan, self.pixels, self._keeping, self._aims = trunk, plan, pixels, keeping, aims
         self.framing = plan.framing
-        self.tile_px = {split: self.framing.tile_px(pixels[split].sizes_px) for split in pixels}
+        self.tile_px = {split: self.framing.tile_px(pixels[split].sizes_px) for split in pixels} | {"train": plan.tile_px}
         """Height and width of the tiles of each split."""
         if self.framing.whole:
             trunk.chunk = 1  # whole images: one of 1600x1200 has the tokens of 40 tiles
@@ -118,8 +118,8 @@ class Features:
 
     @cached_property
     def preparation(self) -> Preparation:
-        """What is done to every image before it is cut. A normaliser is fitted to the training images, at first use."""
-        return Preparation(framing=self.framing, normaliser=self.pixels["train"].normaliser(self.plan.run.normalise))
+        """What is done to every image before it is cut. A normaliser is fitted to the training images that are learned from, at first use."""
+        return Preparation(framing=self.framing, normaliser=self.pixels["train"].normaliser(self.plan.run.normalise, self.plan.seen))
 
     def _places(self, sizes: dict[str, int]) -> dict[str, str]:
         """Where each split's features are kept. Validation first: it comes again every epoch."""

@@ -59,7 +59,7 @@ class Plan:
     @cached_property
     def tile_px(self) -> tuple[int, int]:
         """Height and width of every training tile."""
-        return self.framing.tile_px(self.sizes_px)
+        return self.framing.tile_px(tuple(self.sizes_px[image] for image in self.seen))
 
     @cached_property
     def seen(self) -> tuple[int, ...]:

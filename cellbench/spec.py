@@ -67,7 +67,7 @@ class RunSpec(Record):
     """How far training tiles vary in their stains: each of haematoxylin, eosin and DAB times 1 - ``hed`` to 1 + ``hed``, and shifted. 0.05 is
     light, 0.2 strong."""
     normalise: Literal["none", "reinhard", "macenko"] = "none"
-    """All images are brought to the colours of the training images first. Baselines that learn nothing see images as they are."""
+    """All images are brought to the colours of the run's training images first. Baselines that learn nothing see images as they are."""
     data_seed: int = Field(2026, ge=0, lt=2**31)
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the training images that are learned from, smaller shares within larger ones. An epoch stays as long: those images come oftener."""

@@ -146,5 +146,13 @@ def test_a_share_of_the_images_is_seen_smaller_within_larger_in_epochs_as_long()
     assert {len(tiles.views(cycle)) for cycle in range(4)} == {tiles.num_views}
 
 
+def test_padded_frames_are_as_large_as_the_images_that_are_learned_from_need() -> None:
+    sizes = ((64, 64),) * 5
+    (seen,) = plan(sizes, fraction=0.2).seen
+    larger = tuple((64, 64) if image == seen else (300, 500) for image in range(5))
+    assert plan(larger, fraction=0.2, framing="pad").tile_px == (64, 64)
+    assert plan(larger, fraction=1.0, framing="pad").tile_px == (320, 512)
+
+
 def test_other_images_are_drawn_with_another_data_seed() -> None:
     assert len({plan(((64, 64),) * 30, fraction=0.2, data_seed=seed).seen for seed in range(8)}) > 1

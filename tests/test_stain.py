@@ -123,6 +123,22 @@ def test_a_normaliser_is_fitted_to_the_training_images_alone(small_folder, kind:
     assert features_of(dataset_of(small_folder), [run_of(normalise=kind)]).preparation != before
 
 
+@pytest.mark.parametrize("kind", ["reinhard", "macenko"])
+def test_a_normaliser_is_not_fitted_to_training_images_beyond_the_runs_fraction(small_folder, kind: str) -> None:
+    dataset = dataset_of(small_folder)
+    half = features_of(dataset, [run_of(normalise=kind, fraction=0.5)])
+    seen = half.plan.seen
+    assert 0 < len(seen) < len(dataset.train)
+    fitted_to = {"reinhard": Reinhard, "macenko": Macenko}[kind].fitted(dataset.read(dataset.train[k])[0] for k in seen)
+    assert half.preparation.normaliser == fitted_to
+    # The same images held in memory serve runs of several fractions.
+    whole = half.pixels["train"].normaliser(kind, range(len(dataset.train)))
+    assert whole != fitted_to
+    for k in set(range(len(dataset.train))) - set(seen):
+        Image.fromarray(slide(9, (LILAC, ROSE), size=160)[:120]).save(dataset.train[k].image)
+    assert features_of(dataset_of(small_folder), [run_of(normalise=kind, fraction=0.5)]).preparation == half.preparation
+
+
 @pytest.mark.parametrize("way", [{"hed": 0.2}, {"normalise": "macenko"}, {"normalise": "reinhard", "tile_scale": 0.5}], ids=str)
 def test_kept_features_equal_streamed_ones_and_cohorts_change_nothing(small_folder, way) -> None:
     dataset = dataset_of(small_folder)

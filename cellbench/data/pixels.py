@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import numpy as np
@@ -34,7 +34,7 @@ class Pixels:
         self._budget, self._held = budget_bytes, 0
         self._kept: OrderedDict[Key, tuple[np.ndarray, ...]] = OrderedDict()
         self._lock = threading.Lock()
-        self._normalisers: dict[str, Normaliser | None] = {}
+        self._normalisers: dict[tuple[str, tuple[int, ...]], Normaliser | None] = {}
 
     @property
     def sizes_px(self) -> tuple[tuple[int, int], ...]:
@@ -64,12 +64,14 @@ class Pixels:
 
         return self._kept_or((index, framing), make)[0]
 
-    def normaliser(self, kind: str) -> Normaliser | None:
-        """The stain normaliser of this kind, fitted to the images of this split; None for ``none``, or where they show no stain."""
-        if kind not in self._normalisers:
-            numbers = range(0, len(self), -(-len(self) // MOST_IMAGES))
-            self._normalisers[kind] = None if kind == "none" else KINDS[kind].fitted(self[index][0] for index in numbers)
-        return self._normalisers[kind]
+    def normaliser(self, kind: str, images: Sequence[int]) -> Normaliser | None:
+        """The stain normaliser of this kind, fitted to these images alone, given by their numbers; None for ``none``, or where they show no
+        stain."""
+        key = (kind, tuple(images))
+        if key not in self._normalisers:
+            some = images[:: -(-len(images) // MOST_IMAGES)]
+            self._normalisers[key] = None if kind == "none" else KINDS[kind].fitted(self[index][0] for index in some)
+        return self._normalisers[key]
 
     def _kept_or(self, key: Key, make: Callable[[], T]) -> T:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Stain normalisation: an image's colours moved to those of the training split, which alone is looked at to know them.
+"""Stain normalisation: an image's colours moved to those of the images that a run learns from, which alone are looked at to know them.
 
 Letters: H x W image, N pixels, 3 red-green-blue. Optical densities are natural logarithms.
 """
