@@ -60,12 +60,11 @@ class Worker:
         again = []
         for pending in batch:
             try:
-                job = self._job(pending)
+                job, same = self._job(pending)
             except CellbenchError as error:  # two settings that cannot go together: a fact about the space, worth a told trial
                 self.study.note(pending, REASON, str(error))
                 self.study.tell_failed(pending, str(error))
                 continue
-            same = hashlib.sha256(repr(job.run).encode()).hexdigest()[:16]
             self.study.note(pending, SAME, same)
             (again if same in seen else jobs).append((pending, job))
             seen.add(same)
@@ -76,12 +75,14 @@ class Worker:
             first = told.get(same_of[pending.number])
             self._train([(pending, job)]) if first is None else self._copy(pending, job, first)
 
-    def _job(self, pending: Pending) -> Job:
+    def _job(self, pending: Pending) -> tuple[Job, str]:
+        """A trial's run, and the fingerprint that it shares with trials that would give equal numbers."""
         experiment = Experiment.of(self.space.tree(pending.point), self.where)
-        (job,) = jobs_of(experiment, self.runner.registry, self.runner.datasets, self.runner.weights, self.where)
+        runner = self.runner
+        (job,) = jobs_of(experiment, runner.registry, runner.datasets, runner.weights, self.where, precision=runner.machine.precision_name)
         # Of this trial in this study: a run of a grid with these settings is tested, and this one must not be.
         own = hashlib.sha256(f"{job.fingerprint}:{self.study.name}:{pending.number}".encode()).hexdigest()[:16]
-        return replace(job, name=f"trial {pending.number} · {job.run.model}", fingerprint=own)
+        return replace(job, name=f"trial {pending.number} · {job.run.model}", fingerprint=own), job.fingerprint
 
     def _train(self, jobs: Sequence[tuple[Pending, Job]]) -> None:
         self._by_job = {job.fingerprint: pending for pending, job in jobs}
@@ -110,7 +111,7 @@ class Worker:
         """The trial has the settings of one that is told: the same numbers would come of it, so they are taken."""
         tracker, metrics = self.runner.tracker, {name.replace("val/", "best/val_"): value for name, value in first.metrics.items()}
         with tracker.run(job.name, job.fingerprint, parent=self.runner.parent_id, known=tracker.known().get(job.fingerprint)) as run:
-            run.log(metrics, params=params_of(job.run, self.runner.dataset.name), tags={"cellbench.same_as": first.run_id})
+            run.log(metrics, params=params_of(job.run, self.runner.dataset.name, job.precision), tags={"cellbench.same_as": first.run_id})
             self.opened(job, run, pending)
             run.end("validated", f"the settings of trial {first.number}, whose numbers these are")
         self.study.tell(pending, first.metrics)

@@ -322,7 +322,7 @@ def _told(tracker: Tracker, world: World, num: int) -> None:
     """All that a run of the cohort tells MLflow: its params, its epochs ``num`` times, and what a finished one leaves, pictures aside."""
     row = {"train/loss": 1.0, "val/loss": 1.0, "val/dice": 0.5, "val/iou": 0.5, "lr": 1e-3}
     with tracker.run("bench", "bench") as run, tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
-        run.log({}, params=params_of(world.runs[0], world.dataset.name))
+        run.log({}, params=params_of(world.runs[0], world.dataset.name, world.machine.precision_name))
         run.data(world.dataset.name, world.dataset.digest, str(world.dataset.root), "training")
         for told in range(num):
             run.keep(told, row)

@@ -184,7 +184,7 @@ def grid(
     datasets = open_folds(experiment, registry, data)
     for line in dict.fromkeys(line for dataset in datasets for line in dataset.notes):
         say(line)
-    jobs = jobs_of(experiment, registry, datasets, weights, file, download=not dry_run)
+    jobs = jobs_of(experiment, registry, datasets, weights, file, precision=here.precision_name, download=not dry_run)
     dataset = datasets[0]
     sizes = f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} test images"
     folds = f" in each of {len(datasets)} folds, or one more or less" if len(datasets) > 1 else ""
@@ -195,9 +195,9 @@ def grid(
     for line in moved.heal():
         say(line)
     tracker = Tracker(experiment.experiment)
-    key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), pool(datasets)], sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), pool(datasets), here.precision_name], sort_keys=True).encode()).hexdigest()[:16]
     asked = {f"grid.{name}": ", ".join(map(str, values)) for name, values in experiment.grid.items()}
-    asked |= {"baselines": ", ".join(experiment.baselines) or "none", "dataset": dataset.name}
+    asked |= {"baselines": ", ".join(experiment.baselines) or "none", "dataset": dataset.name, "precision": here.precision_name}
     with on_ray.joined(on, here) if on is not None else nullcontext() as ray, parent(tracker, f"grid: {Path(file).stem}", key, asked) as top:
         runner = Runner(
             experiment=experiment,

@@ -99,12 +99,12 @@ def evaluate(
     metrics = results.metrics(dataset, result)
     name = f"evaluate: {trained.name} on {dataset.root.name}"
     tracker = Tracker(trained.experiment or "evaluations")
-    key = hashlib.sha256(json.dumps([EVALUATION, trained.fingerprint, dataset.digest]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([EVALUATION, trained.fingerprint, dataset.digest, segmenter.machine.precision_name]).encode()).hexdigest()[:16]
     tags = {"cellbench.kind": EVALUATION, "cellbench.evaluated": trained.run_id, "model": trained.run.model, "dataset": dataset.name}
     known = next((run for run in tracker.stored() if run.fingerprint == key), None)
     with tracker.run(name, key, parent=trained.run_id, known=known, tags=tags) as run:
         if known is None:
-            run.log({}, params={"evaluated": trained.name, "dataset": dataset.name, "images": len(dataset.test)})
+            run.log({}, params={"evaluated": trained.name, "dataset": dataset.name, "images": len(dataset.test), "precision": segmenter.machine.precision_name})
             run.data(dataset.name, dataset.digest, str(dataset.root), "testing")
         with tempfile.TemporaryDirectory(prefix="cellbench-") as place:
             folder, pixels = Path(place), Pixels(dataset, "test", 2**28)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.folders import open_dataset
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
 from cellbench.framing import Framing
-from cellbench.registry import BackboneCard, BaselineCard, HeadCard, Registry, code_of
+from cellbench.registry import BackboneCard, Card, Registry, digest_of
 from cellbench.spec import Experiment, RunSpec, expand, fingerprint, labels
 
 
@@ -24,6 +23,8 @@ class Job:
     run: RunSpec
     name: str
     fingerprint: str
+    precision: str
+    """``fp32`` or ``bf16``, in which its backbone and head compute."""
     unavailable: str = ""
     """Why it must be skipped; empty where it can run."""
 
@@ -35,11 +36,19 @@ def open_folds(experiment: Experiment, registry: Registry, data: Path | None) ->
 
 
 def jobs_of(
-    experiment: Experiment, registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str, download: bool = True
+    experiment: Experiment,
+    registry: Registry,
+    datasets: Sequence[Dataset],
+    weights: Path | None,
+    where: str,
+    *,
+    precision: str,
+    download: bool = True,
 ) -> list[Job]:
     """The runs of an experiment with their fingerprints. Raises CellbenchError for a name or setting that no card knows.
 
-    ``datasets``: one, or one a fold. Weights that are not here are downloaded now, or with ``download=False`` reported as missing.
+    ``datasets``: one, or one a fold. ``precision``: that of the machine which will run them, ``fp32`` or ``bf16``. Weights that are not here are
+    downloaded now, or with ``download=False`` reported as missing.
     """
     trained = {name: registry.baseline(name).trained for name in experiment.baselines}
     runs = [registry.complete(run) for run in expand(experiment, where, trained)]
@@ -52,25 +61,34 @@ def jobs_of(
             digests[name] = identity(registry.backbone(name), weights, download)
         except WeightsUnavailable as error:
             reasons[name], digests[name] = one_line(error), "unavailable"
+    cards = {_part(run): _card(run, registry) for run in runs}
+    # A method that learns nothing computes with no network, in whatever precision of its own.
+    parts = {
+        part: json.dumps([digests.get(part[0]), digest_of(card), precision if trained.get(part[2], True) else ""]) for part, card in cards.items()
+    }
     return [
         Job(
             run=run,
             name=name,
-            fingerprint=fingerprint(run, datasets[run.fold].digest, digests.get(run.backbone or "", "") + code_of(_part(run, registry))),
+            fingerprint=fingerprint(run, datasets[run.fold].digest, parts[_part(run)]),
+            precision=precision,
             unavailable=reasons.get(run.backbone or "", ""),
         )
         for run, name in zip(runs, labels(runs), strict=True)
     ]
 
 
-def _part(run: RunSpec, registry: Registry) -> HeadCard | BaselineCard:
+def _part(run: RunSpec) -> tuple[str, str, str]:
+    return run.backbone or "", run.head or "", run.baseline or ""
+
+
+def _card(run: RunSpec, registry: Registry) -> Card:
     return registry.baseline(run.baseline) if run.baseline else registry.head(run.head or "")
 
 
 def identity(card: BackboneCard, weights: Path | None, download: bool = True) -> str:
-    """What stands for a backbone in fingerprints: its weights, and what the card makes of them."""
-    facts = json.dumps([card.builder, code_of(card), card.arch, card.mean, card.std, card.patch_px, card.depth], sort_keys=True)
-    return f"{weights_digest(card, weights, download)}:{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+    """What stands for a backbone in fingerprints and for the features that are kept of it: its weights, and what the card makes of them."""
+    return f"{weights_digest(card, weights, download)}:{digest_of(card)}"
 
 
 def _check_tile(run: RunSpec, registry: Registry) -> None:

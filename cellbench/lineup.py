@@ -221,7 +221,7 @@ def _models(runs: list[Tested], groups: dict[str, Hashable]) -> list[Model]:
         rivals = [one for one, other in zip(settings, parts, strict=True) if other == part or (trained and one["baseline"] == "none")]
         # Settings of a head are compared within its own head, since others have none of that name.
         own = [one for one, other in zip(settings, parts, strict=True) if other == part]
-        varied = [name for name in RUN_KEYS if name not in REPEATS and len({one.get(name) for one in rivals}) > 1]
+        varied = [name for name in (*RUN_KEYS, "precision") if name not in REPEATS and len({one.get(name) for one in rivals}) > 1]
         varied += sorted({name for one in own for name in one if "." in name and len({other.get(name) for other in own}) > 1})
         out.append(
             Model(

@@ -20,6 +20,7 @@ FINGERPRINT, STATUS, REASON, EXPERIMENT = "cellbench.fingerprint", "cellbench.st
 OWNER, HEARTBEAT = "cellbench.owner", "cellbench.heartbeat"
 PARENT, NOTE, KIND = "mlflow.parentRunId", "mlflow.note.content", "mlflow.experimentKind"
 WEIGHTS = "cellbench.weights"
+MACHINE = "cellbench.machine"
 MODEL, VERDICT = "cellbench.model_entry", "cellbench.verdict"
 TABLES = "mlflow.loggedArtifacts"
 VIEW = "leaderboard"
@@ -84,19 +85,20 @@ def stored_of(run: Any) -> Stored:
         heartbeat_s=float(tags.get(HEARTBEAT, 0)),
         metrics=run.data.metrics,
         fingerprint=tags.get(FINGERPRINT, ""),
-        params=run.data.params,
+        # Runs of older versions say their precision as the machine's name ends: "cpu, 2 cores, bf16".
+        params={"precision": tags[MACHINE].rpartition(", ")[2], **run.data.params} if MACHINE in tags else run.data.params,
         tags=tags,
         start_s=run.info.start_time / 1000,
         artifact_uri=run.info.artifact_uri or "",
     )
 
 
-def params_of(run: RunSpec, dataset: str) -> dict[str, object]:
+def params_of(run: RunSpec, dataset: str, precision: str) -> dict[str, object]:
     """A run's settings under the contract's names; a head's own settings as ``head.width``."""
     part = "baseline" if run.baseline else "head"
     plain = {name: value for name, value in run.model_dump().items() if name != "options"}
     plain |= {"backbone": run.backbone or "none", "head": run.head or "none", "baseline": run.baseline or "none"}
-    return {**plain, "dataset": dataset, **{f"{part}.{name}": value for name, value in run.options.items()}}
+    return {**plain, "dataset": dataset, "precision": precision, **{f"{part}.{name}": value for name, value in run.options.items()}}
 
 
 def owner_here() -> str:

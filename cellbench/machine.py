@@ -17,7 +17,8 @@ from cellbench.errors import CellbenchError
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where and how the tensors live. None of it belongs to a run's identity: numbers agree to rounding on all machines."""
+    """Where and how the tensors live. Of it only the precision belongs to a run's identity: in one precision numbers agree to rounding on all
+    machines."""
 
     device: torch.device
     precision: torch.dtype
@@ -77,12 +78,17 @@ class Machine:
         return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
 
     @property
+    def precision_name(self) -> str:
+        """``bf16`` or ``fp32``."""
+        return "bf16" if self.precision == torch.bfloat16 else "fp32"
+
+    @property
     def name(self) -> str:
         """For people: ``cpu, 2 cores, bf16``."""
         cores = self.lanes * self.threads
         gpu = self.device.type == "cuda" and torch.cuda.is_available()
         what = torch.cuda.get_device_name(self.device) if gpu else f"{self.device.type}, {cores} core{'s' * (cores > 1)}"
-        return f"{what}, {'bf16' if self.precision == torch.bfloat16 else 'fp32'}"
+        return f"{what}, {self.precision_name}"
 
 
 def machine(device: str = "auto", precision: str = "auto", memory: str = "auto", *, elsewhere: bool = False) -> Machine:

@@ -146,7 +146,8 @@ class Hand:
         settled(order)
         registry = Registry(order.extra)
         datasets = open_folds(order.experiment, registry, order.data)
-        jobs = jobs_of(order.experiment, registry, datasets, order.weights, order.where, download=False)
+        precision = order.machine.precision_name
+        jobs = jobs_of(order.experiment, registry, datasets, order.weights, order.where, precision=precision, download=False)
         self._jobs = {job.fingerprint: job for job in jobs}
         self._machine = order.machine
         self._runner = Runner(

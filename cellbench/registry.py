@@ -9,21 +9,25 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import json
 import sys
 import tomllib
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from cellbench import imports
+from cellbench import imports, source_code
 from cellbench.errors import CellbenchError, unknown
 from cellbench.spec import Record, RunSpec, Scalar, checked
 
 
 class Card(Record):
     """What all cards share. ``id`` is the file's name, ``title`` its first comment line."""
+
+    DESCRIPTIVE: ClassVar[frozenset[str]] = frozenset({"id", "title", "path", "license", "source", "notes"})
+    """Keys that change no number. All others enter the fingerprints of runs."""
 
     id: str
     title: str
@@ -38,6 +42,11 @@ class Card(Record):
 
 class BackboneCard(Card):
     """A frozen feature extractor. Maps have ``dim`` channels, one vector for each ``patch_px`` x ``patch_px`` pixels."""
+
+    # Where the weights come from is descriptive too: the hash of the file stands for them.
+    DESCRIPTIVE = Card.DESCRIPTIVE | {
+        "weights", "file", "revision", "sha256", "file_mib", "params_m", "gated", "page", "probe", "alternatives",
+    }  # fmt: skip
 
     weights: str
     """``hf-hub:OWNER/NAME``, ``https://…``, or ``none`` for a floor that needs no weights."""
@@ -73,6 +82,8 @@ class BackboneCard(Card):
 class HeadCard(Card):
     """A decoder from a backbone's maps to class scores at every pixel."""
 
+    DESCRIPTIVE = Card.DESCRIPTIVE | {"options"}  # a run has its own, with the card's filled in
+
     levels: int = Field(1, ge=1, le=8)
     """How many depths of the backbone it reads, evenly spaced, the last one included."""
     pixels: bool = False
@@ -82,6 +93,8 @@ class HeadCard(Card):
 
 class BaselineCard(Card):
     """A whole segmenter, with no backbone of ours in it: what a foundation model must beat."""
+
+    DESCRIPTIVE = Card.DESCRIPTIVE | {"options"}
 
     trained: bool
     """Whether it learns from the training images; if not, it is one function from image to mask."""
@@ -224,11 +237,15 @@ def load(card: Card) -> Any:
 
 
 def code_of(card: Card) -> str:
-    """What stands for the code behind a card in fingerprints: the hash of a user's file; empty for the package's own, which ``NUMERICS``
-    speaks for."""
-    module = card.builder.partition(":")[0]
-    file = Path(card.path).parent / module
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if module.endswith(".py") and file.is_file() else ""
+    """What stands for the code behind a card in fingerprints: the hash of a user's source files (``cellbench.source_code``); empty for the
+    package's own, which ``NUMERICS`` stands for."""
+    return source_code.digest(card.builder, Path(card.path).parent)
+
+
+def digest_of(card: Card) -> str:
+    """Sixteen hex digits over what can change numbers of a card: its facts, apart from descriptions, and the code behind it."""
+    facts = card.model_dump(mode="json", exclude=set(card.DESCRIPTIVE))
+    return hashlib.sha256(json.dumps([facts, code_of(card)], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _from_file(path: Path) -> Any:

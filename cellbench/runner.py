@@ -132,11 +132,11 @@ class Runner:
         """A job's run, open inside ``with``: a new one with its params, or the one that MLflow knows gone on with."""
         with self.tracker.run(job.name, job.fingerprint, parent=self.parent_id, known=old, tags=self._tags(job.run)) as run:
             if old is None:
-                run.log({}, params=params_of(job.run, self.dataset.name))
+                run.log({}, params=params_of(job.run, self.dataset.name, job.precision))
             yield run
 
     def _tags(self, run: RunSpec) -> dict[str, str]:
-        params = params_of(run, self.dataset.name)
+        params = params_of(run, self.dataset.name, self.machine.precision_name)
         tags = {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": run.model}
         with contextlib.suppress(WeightsUnavailable):
             if run.backbone is not None:

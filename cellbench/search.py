@@ -115,13 +115,13 @@ def search(
     experiment = Experiment.of(space.tree({one.name: one.ends[0] for one in space.dimensions if not one.head}), file)
     datasets = open_folds(experiment, registry, data)
     dataset = datasets[space.fold]
-    backbones(space, registry, datasets, weights, file)
+    backbones(space, registry, datasets, weights, file, whole.precision_name)
     for line in () if helper else (*dataset.notes, *moved.heal()):
         say(line)
     url = storage or os.environ.get("OPTUNA_STORAGE") or DEFAULT
     if url.startswith("sqlite:///"):  # a process elsewhere may have another folder
         url = f"sqlite:///{Path(url.removeprefix('sqlite:///')).absolute()}"
-    asked = {**space.asked, "images": dataset.digest}
+    asked = {**space.asked, "images": dataset.digest, "precision": whole.precision_name}
     tracker = Tracker(space.experiment)
     with (
         on_ray.joined(on, whole) if on is not None else contextlib.nullcontext() as ray,
@@ -223,11 +223,11 @@ def _named(space: Space) -> Sequence[Any]:
     return next(one.choices for one in space.dimensions if one.name == "backbone")
 
 
-def backbones(space: Space, registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str) -> None:
+def backbones(space: Space, registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str, precision: str) -> None:
     """Refuses a space with a backbone that cannot be had: its trials would all fail."""
     base = {one.name: one.ends[0] for one in space.dimensions if not one.head}
     for name in _named(space):
-        (job,) = jobs_of(Experiment.of(space.tree({**base, "backbone": name}), where), registry, datasets, weights, where)
+        (job,) = jobs_of(Experiment.of(space.tree({**base, "backbone": name}), where), registry, datasets, weights, where, precision=precision)
         if job.unavailable:
             raise CellbenchError(f"{where}: [space] backbone '{name}': {job.unavailable} Or take it out of the list.")
 

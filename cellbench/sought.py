@@ -87,7 +87,9 @@ def test(space: Space, study: Study, runner: Runner, run: Run, text: str, crew_o
     seed = int(space.run.get("seed", 0))
     experiment = Experiment.of(space.tree(best[0].point, seeds=range(seed, seed + space.settings.repeat_best)), "best.toml")
     runner = replace(runner, experiment=experiment)
-    jobs = jobs_of(experiment, runner.registry, runner.datasets, runner.weights, "best.toml")
+    jobs = jobs_of(
+        experiment, runner.registry, runner.datasets, runner.weights, "best.toml", precision=runner.machine.precision_name
+    )  # fmt: skip
     found = ", ".join(f"{name} {value:.4f}" for name, value in zip(space.settings.objectives, best[0].values, strict=True))
     setting = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in best[0].point.items())
     say(f"best is trial {best[0].number}: {found} ({setting}). It is now trained with {len(jobs)} seeds and tested.")

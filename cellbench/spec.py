@@ -125,10 +125,6 @@ STREAM_FIELDS = (
     "brightness", "contrast", "saturation", "hue", "hed", "normalise", "data_seed", "fraction", "fold", "unfreeze",
 )  # fmt: skip
 
-# Settings that came after runs had been finished under these numerics: at their defaults they stay out of fingerprints, so that such runs are
-# still found.
-LATER_FIELDS = ("tile_scale", "hed", "normalise", "fraction", "fold", "targets")
-
 # What [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that part alone.
 RUN_KEYS = tuple(name for name in RunSpec.model_fields if name not in ("backbone", "head", "baseline", "options"))
 GRID_KEYS = ("backbone", "head", *RUN_KEYS)
@@ -288,12 +284,10 @@ def labels(runs: list[RunSpec]) -> list[str]:
     ]  # fmt: skip
 
 
-def fingerprint(run: RunSpec, dataset_digest: str, weights_digest: str) -> str:
-    """Sixteen hex digits over everything that can change a run's numbers; not device, paths or workers."""
-    settings = {
-        name: value for name, value in run.model_dump().items() if name not in LATER_FIELDS or value != RunSpec.model_fields[name].default
-    }
-    facts = {"numerics": NUMERICS, "run": settings, "dataset": dataset_digest, "weights": weights_digest}
+def fingerprint(run: RunSpec, dataset_digest: str, parts_digest: str) -> str:
+    """Sixteen hex digits over everything that can change a run's numbers; not device, paths or workers. ``parts_digest`` stands for the weights,
+    the cards and their code, and the precision."""
+    facts = {"numerics": NUMERICS, "run": run.model_dump(), "dataset": dataset_digest, "parts": parts_digest}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -166,6 +166,20 @@ def test_a_run_repeated_from_its_own_config_is_known_again(inside, capsys):
     assert "1 of 1 runs are finished already" in capsys.readouterr().out
 
 
+def test_another_precision_is_another_run_and_is_told_apart(question, capsys):
+    changes = ["grid.backbone=['filter-bank']", "grid.head=['bilinear']", "grid.seed=[0]", "run.epochs=1"]
+    for precision in ("fp32", "bf16", "fp32"):
+        assert main([*question, *(x for change in changes for x in ("--set", change)), "--precision", precision]) == 0
+    assert "2 of 2 runs are finished already" in capsys.readouterr().out  # fp32 again
+    found = mlflow.search_runs(experiment_names=["small"], output_format="list")
+    runs = [run for run in found if "mlflow.parentRunId" in run.data.tags]
+    assert sorted((run.data.params["baseline"], run.data.params["precision"]) for run in runs) == [("none", "bf16"), ("none", "fp32"), ("otsu", "fp32")]
+    assert len({run.data.metrics["val/loss"] for run in runs if run.data.params["head"] != "none"}) == 2
+    assert main(["report", "small"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"filter-bank · bilinear · precision {precision}" in printed for precision in ("fp32", "bf16"))
+
+
 def test_weights_that_cannot_be_had_are_skipped_runs_with_a_reason(question, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()

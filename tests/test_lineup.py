@@ -17,7 +17,7 @@ from cellbench.stats import compare_all
 
 
 def scored(head: str, told: dict, seed: int = 0, fold: int | None = None) -> Tested:
-    params = {name: str(value) for name, value in params_of(RunSpec(backbone="uni", head=head, seed=seed), "drawn").items()}
+    params = {name: str(value) for name, value in params_of(RunSpec(backbone="uni", head=head, seed=seed), "drawn", "fp32").items()}
     if fold is not None:
         params["fold"] = str(fold)
     metrics = {"test/dice": 0.9, "test/iou": 0.8, "test/precision": 0.9, "test/recall": 0.9, "best/val_dice": 0.9}

@@ -174,7 +174,8 @@ def asked(tmp_path, monkeypatch):
     tracker = Tracker(experiment.experiment)
     with tracker.run("grid", "parent") as top:
         pass
-    jobs = jobs_of(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml")
+    precision = TWO.precision_name
+    jobs = jobs_of(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
     told = order(experiment, top.run_id, TWO, where="small.toml", data=data, weights=None, extra=None, disk_bytes=0, prefer_disk=False)
     write_atomic(told.cache / "token", "seen")
     return told, jobs[0].fingerprint

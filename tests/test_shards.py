@@ -65,7 +65,8 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
     told = order(
         experiment, top.run_id, machine("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
     )  # fmt: skip
-    jobs = jobs_of(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml")
+    precision = told.machine.precision_name
+    jobs = jobs_of(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
     hand = Hand(told, print)
     prints = [[job.fingerprint] for job in jobs]
     for mine, passes in zip(prints, hand.passes(prints), strict=True):
@@ -94,7 +95,8 @@ def test_a_shard_holds_the_levels_of_all_who_want_it(tmp_path, monkeypatch, smal
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
     told = order(experiment, top.run_id, ONE, where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True)
-    jobs = jobs_of(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml")
+    precision = told.machine.precision_name
+    jobs = jobs_of(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
     hand = Hand(told, print)
     (few,) = hand.passes([[jobs[0].fingerprint]])
     (many,) = hand.passes([[jobs[1].fingerprint]])
@@ -155,7 +157,7 @@ def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_i
 
     monkeypatch.setattr(ray_cohorts, "actor", actor)
     runs = [RunSpec(backbone="filter-bank", head="bilinear", tile_px=64, data_seed=seed) for seed in (0, 1)]
-    groups = [[Job(run=run, name=f"run {k}", fingerprint=f"f{k}")] for k, run in enumerate(runs)]
+    groups = [[Job(run=run, name=f"run {k}", fingerprint=f"f{k}", precision="fp32")] for k, run in enumerate(runs)]
     experiment = SimpleNamespace(experiment="pretended")
     told = Order(experiment=experiment, parent_id="", machine=ONE, cache=tmp_path, store="http://lab", prefer_disk=True)
     runner = SimpleNamespace(registry=Registry(), say=said.append, release=lambda *_: None, give_up=None)

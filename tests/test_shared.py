@@ -187,7 +187,8 @@ def test_the_flag_reaches_processes_elsewhere_of_which_the_second_computes_nothi
     told = order(
         experiment, top.run_id, machine("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
     )  # fmt: skip
-    prints = [job.fingerprint for job in jobs_of(experiment, registry, open_folds(experiment, registry, data), None, "small.toml")]
+    folds, precision = open_folds(experiment, registry, data), told.machine.precision_name
+    prints = [job.fingerprint for job in jobs_of(experiment, registry, folds, None, "small.toml", precision=precision)]
     for name, num in (("one", 3), ("two", 0)):
         monkeypatch.delenv("CELLBENCH_CACHE_URL", raising=False)
         hand = Hand(replace(told, cache=tmp_path / name), print)

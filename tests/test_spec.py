@@ -243,9 +243,3 @@ def test_folds_are_all_run_by_baselines_too_unless_some_are_named() -> None:
 def test_folds_and_squares_that_do_not_exist_are_refused(text: str, says: list[str]) -> None:
     assert all(word in refusal(text) for word in says)
 
-
-def test_later_settings_leave_the_fingerprints_of_older_runs_alone(monkeypatch) -> None:
-    """The one that was computed before tile_scale, hed, normalise, fraction and fold were there."""
-    monkeypatch.setattr("cellbench.spec.NUMERICS", 1)
-    assert fingerprint(RUN, "d", "w") == "ed7c376ed2d23cea"
-

@@ -18,7 +18,7 @@ from cellbench.lanes import Lanes
 from cellbench.run import main
 from cellbench.segmenter import Segmenter
 from cellbench.separate import Parts
-from cellbench.spec import RunSpec, fingerprint
+from cellbench.spec import RunSpec
 from cellbench.train import fit
 
 BOTH = "cell+border+distance"
@@ -119,14 +119,6 @@ def test_who_learns_more_disturbs_nobody_and_is_the_same_alone(numbered):
     for k in (1, 2):
         assert same(together[k], fitted(runs[k : k + 1], True)[0])
     assert together[0].history != together[1].history
-
-
-def test_plain_runs_are_still_found_by_their_old_fingerprints():
-    run = run_of()
-    settings = run.model_dump()
-    assert "targets" in settings
-    assert fingerprint(run, "d", "w") != fingerprint(run_of(targets=BOTH), "d", "w")
-    assert fingerprint(run, "d", "w") == fingerprint(RunSpec(**{name: value for name, value in settings.items() if name != "targets"}), "d", "w")
 
 
 def test_a_grid_counts_with_what_was_learned_and_so_do_prediction_and_export(numbered: Path, tmp_path: Path):

@@ -44,7 +44,7 @@ def finished(tracker: Tracker, run: RunSpec, told: dict[str, Any] | None, parent
     digest = told["dataset"] if told else ""
     fingerprint = f"{run.model} {run.seed} {run.epochs} {run.fraction} {digest}"
     with tracker.run(name or f"{run.model} · seed {run.seed}", fingerprint, parent=parent, tags={"model": run.model}) as opened:
-        opened.log(metrics, params=params_of(run, "drawn"))
+        opened.log(metrics, params=params_of(run, "drawn", "fp32"))
         if told is not None:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "per_image.json").write_text(json.dumps(told))

@@ -1,0 +1,103 @@
+"""The source files behind a builder: its own, and those that it imports of the same author. A hash of them stands for the code in fingerprints.
+
+Imports are read from the text of the files and nothing is run. Followed are modules of the builder's own package, modules beside its file, and
+whatever else is found outside the folders of installed packages, such as a library under development. Other installed packages are not, as torch
+is not: their numbers are taken to agree to rounding. Modules that are imported by a computed name, and data files, are not seen.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+OURS = "cellbench"
+"""The package's own code, which ``NUMERICS`` stands for."""
+INSTALLED = ("site-packages", "dist-packages")
+
+
+def digest(builder: str, folder: Path) -> str:
+    """Sixteen hex digits over the source files behind ``builder``, which is ``module:object`` or, of a file in ``folder``, ``file.py:object``.
+
+    Empty for the package's own code, and where there is no such file or module: building then says what is wrong.
+    """
+    module = builder.partition(":")[0]
+    if module.partition(".")[0] == OURS:
+        return ""
+    files = _closure(module, folder)
+    if not files:
+        return ""
+    facts = [f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for name, file in sorted(files.items())]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def _closure(module: str, folder: Path) -> dict[str, Path]:
+    """Files by the name of their module, from the builder's on."""
+    own = module.partition(".")[0]
+    files: dict[str, Path] = {}
+    seen: set[str] = set()
+    waiting = [module]
+    if module.endswith(".py"):
+        if not (folder / module).is_file():
+            return {}
+        files[module] = folder / module
+        waiting = list(_imports(folder / module, ""))
+    while waiting:
+        name = waiting.pop()
+        for part in _parts(name):
+            if part in seen:
+                continue
+            seen.add(part)
+            spec = _spec(part, folder)
+            if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+                continue
+            file = Path(spec.origin)
+            if part.partition(".")[0] != own and set(INSTALLED) & set(file.parts):
+                continue
+            files[part] = file
+            package = part if spec.submodule_search_locations is not None else part.rpartition(".")[0]
+            waiting += _imports(file, package)
+    return files
+
+
+def _parts(name: str) -> Iterator[str]:
+    """``a``, ``a.b`` and ``a.b.c`` of ``a.b.c``: importing the last runs them all. Nothing of the standard library, or of ours."""
+    parts = name.split(".")
+    if parts[0] not in sys.stdlib_module_names and parts[0] != OURS:
+        yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _spec(name: str, folder: Path) -> ModuleSpec | None:
+    """Where a module lies. Its parents are found, not imported."""
+    parent, _, _ = name.rpartition(".")
+    try:
+        if not parent:
+            return PathFinder.find_spec(name, [str(folder)]) or importlib.util.find_spec(name)
+        above = _spec(parent, folder)
+        places = above.submodule_search_locations if above is not None else None
+        return PathFinder.find_spec(name, list(places)) if places is not None else None
+    except (ImportError, ValueError, AttributeError):  # of a module that is half imported, or was put together by hand
+        return None
+
+
+def _imports(file: Path, package: str) -> Iterator[str]:
+    """The names of all modules that a file may import, anywhere in it; of ``from a import b`` both ``a`` and ``a.b``."""
+    if file.suffix != ".py":
+        return
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # importing it says so better
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*filter(None, above), *filter(None, [node.module])])
+            if base:
+                yield base
+                yield from (f"{base}.{alias.name}" for alias in node.names if alias.name != "*")
