@@ -1,9 +1,14 @@
-"""Where an interrupted run goes on: one file a run in the cache folder, whole or absent, gone when the run is finished."""
+"""Where an interrupted run is resumed: one file a run in the cache folder, whole or absent, removed when the run is finished.
+
+The cache folder is shared by all projects of a person, and two of them may ask for the same run, one after the other or side by side. So a file
+belongs to one run in one store, which alone writes and removes it. Other runs of the same fingerprint may read it: the numbers would be the same.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +20,9 @@ EVERY_S = 30.0
 """What a lost process may have to do again."""
 
 
-def path(fingerprint: str) -> Path:
-    """The file of a run."""
-    return cache_dir() / "checkpoints" / f"{fingerprint}.pt"
+def path(fingerprint: str, run: str) -> Path:
+    """The file of a run: ``run`` names it and the store that it is in. Neither can be read in the name, which may hold a password."""
+    return cache_dir() / "checkpoints" / f"{fingerprint}-{hashlib.sha256(run.encode()).hexdigest()[:16]}.pt"
 
 
 def write(place: Path, state: dict[str, Any]) -> None:
@@ -26,13 +31,30 @@ def write(place: Path, state: dict[str, Any]) -> None:
 
 
 def read(place: Path) -> dict[str, Any] | None:
-    """The state, on the CPU, or None where there is none that can be read: the run then starts anew."""
+    """The state of a run, on the CPU, or None where there is none that can be read: the run then starts anew."""
+    state = _read(place)
+    if state is None:  # a damaged file costs the epochs it held
+        forget(place)
+    return state
+
+
+def of_another(place: Path) -> dict[str, Any] | None:
+    """The state of the run of the same fingerprint that has come furthest, which another store may hold; None where there is none.
+
+    A run that was pruned is not one of them: that was the decision of another search.
+    """
+    fingerprint, _, _ = place.stem.rpartition("-")
+    states = [state for other in sorted(place.parent.glob(f"{fingerprint}-*.pt")) if other != place and (state := _read(other)) is not None]
+    states = [state for state in states if state["progress"]["ended"] != "pruned"]
+    return max(states, key=lambda state: state["progress"]["epoch"], default=None)
+
+
+def _read(place: Path) -> dict[str, Any] | None:
     if not place.is_file():
         return None
     try:
         return torch.load(place, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError):  # a damaged file costs the epochs it held
-        forget(place)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError):
         return None
 
 

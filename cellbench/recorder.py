@@ -32,6 +32,23 @@ class Recorder:
     watch: Watch | None = None
     _written_s: float = 0.0
 
+    def resumed(self) -> tuple[dict[str, Any] | None, bool]:
+        """The state from which the run is resumed, None for a run from its start; and whether that state was written for another run of the
+        same fingerprint, in another store say. Its epochs are then logged here too."""
+        if (state := checkpoints.read(self.place)) is not None:
+            return state, False
+        if (state := checkpoints.of_another(self.place)) is None:
+            return None, False
+        history = list(enumerate(state["progress"]["history"]))
+        if self.watch is not None and not all(self.watch.epoch(self.job, epoch, row) for epoch, row in history):
+            return None, False  # pruned here, where it was not: it ends at that epoch when it comes to it
+        held = self.run.steps("train/loss")
+        for epoch, row in history:
+            if epoch not in held:
+                self.run.keep(epoch, row)
+        self.run.log({})
+        return state, True
+
     def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
         self.run.keep(epoch, metrics)
         return self.watch is None or self.watch.epoch(self.job, epoch, metrics)

@@ -217,7 +217,7 @@ class Runner:
         for job, run in zip(jobs, runs, strict=True):
             if not run.ended:
                 run.end("failed", reason)
-                checkpoints.forget(checkpoints.path(job.fingerprint))
+                checkpoints.forget(checkpoints.path(job.fingerprint, run.key))
                 out.failed[job.name] = reason
                 self.say(f"failed {job.name}: {reason}")
 
@@ -246,12 +246,12 @@ class Runner:
         learners = []
         for job, run in opened:
             made = model(job.run, self.registry, trunk, num)
-            recorder = Recorder(job, run, checkpoints.path(job.fingerprint), self.watch)
+            recorder = Recorder(job, run, checkpoints.path(job.fingerprint, run.key), self.watch)
             learner = Learner(run=job.run, model=made, recorder=recorder, num_views=plan.num_views)
-            state = checkpoints.read(recorder.place)
+            state, foreign = recorder.resumed()
             if state is not None:
                 learner.restore(state)
-                self.say(f"{job.name} goes on after epoch {learner.epoch}.")
+                self.say(f"{job.name} goes on after epoch {learner.epoch}{', from a checkpoint of the same run in another store' if foreign else ''}.")
             learners.append(learner)
         if reason := frames_too_large([job.run for job in jobs], [learner.model for learner in learners], features):
             for job, run in opened:
@@ -303,7 +303,7 @@ class Runner:
             run.end(status, reason, metrics=kept | cost, tags={"cellbench.machine": self.machine.name})
             ended = Logged(run_id=run.run_id, name=job.name, status=status, metrics=kept | cost)
             (out.pruned if status == "pruned" else out.validated)[job.name] = ended
-            checkpoints.forget(checkpoints.path(job.fingerprint))
+            checkpoints.forget(checkpoints.path(job.fingerprint, run.key))
 
     def _cost(self, learner: Learner, features: Features, trunk_s: float) -> dict[str, float]:
         """What it took to train a run; ``trunk_s`` is the cohort's, in the backbone."""
@@ -333,7 +333,7 @@ class Runner:
             cost["cost/images_per_s"] = len(self.dataset.test) * self.machine.lanes / max(features.trunk.seconds + models[place].seconds, 1e-9)
             result = Result(exam=exams.exams[place], cost=cost, learner=learner, preparation=features.preparation)
             self._keep(job, run, result, out)
-            checkpoints.forget(checkpoints.path(job.fingerprint))
+            checkpoints.forget(checkpoints.path(job.fingerprint, run.key))
 
     def _keeping(self, backbone: str | None) -> Keeping:
         key = ""

@@ -196,6 +196,16 @@ class Run:
         """Metrics of an epoch, say. They wait for the next :meth:`log` and go with it: a commit costs milliseconds whatever it holds."""
         self._kept += self._metrics(metrics, step)
 
+    @property
+    def key(self) -> str:
+        """Names this run and the store that it is in: a copy of a project has runs of the same ids."""
+        uri = self._tracker.mlflow.get_tracking_uri()
+        return f"{moved.store_file(uri) or uri} {self.run_id}"
+
+    def steps(self, metric: str) -> set[int]:
+        """The steps at which the store holds a value of a metric."""
+        return {one.step for one in self._tracker.client.get_metric_history(self.run_id, metric)}
+
     def log(self, metrics: Mapping[str, float], *, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None, step: int = 0) -> None:
         """What was kept, metrics, params and tags in one commit, now and then with a sign of life."""
         given = dict(tags or {})
