@@ -91,7 +91,7 @@ class _Sheets:
         start, done = time.perf_counter(), []
         with torch.inference_mode():
             with self._features.trunk.machine.autocast():
-                logits_BKTT = self._model(batch)
+                logits_BKTT = self._model.decode(batch)
             found_BKTT = drawn(logits_BKTT, self._model)
             for image in dict.fromkeys(images):
                 if image != self._now:
@@ -181,7 +181,7 @@ class _Judge:
         start = time.perf_counter()
         with torch.inference_mode():
             with self._features.trunk.machine.autocast():
-                logits = self._model(batch)
+                logits = self._model.decode(batch)
             self._watch(logits, batch)
             self._judge(logits[:, : len(self.counts)], batch.target, places)
         self._model.seconds += time.perf_counter() - start

@@ -82,10 +82,13 @@ class Learner:
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["share"]
         self.optimiser.zero_grad(set_to_none=True)
-        with self.autocast():
-            logits = self.model(batch)
-        loss = self.loss(logits, batch)
-        loss.backward()
+        with self.model.draws.seeded(self.run.seed, self.epoch, self._step) as drawing:
+            with self.autocast():
+                logits = self.model(batch)
+            loss = self.loss(logits, batch)
+            if drawing is not None:
+                drawing.backward()
+            loss.backward()
         self.optimiser.step()
         self.loss_sum += loss.detach() * batch.num
         self._step += 1

@@ -11,6 +11,7 @@ from cellbench.backbones.base import Level
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features import Batch
 from cellbench.heads.base import Head
+from cellbench.randomness import Draws
 from cellbench.registry import BaselineCard, HeadCard, Registry, load
 from cellbench.spec import RunSpec
 from cellbench.targets import asked
@@ -31,6 +32,7 @@ class Model(nn.Module):
         self._levels, self._num_frozen = levels, num_frozen
         self.seconds = 0.0
         """Spent by this model alone in decoding whole images so far."""
+        self.draws = Draws(self)
 
     def forward(self, batch: Batch) -> Tensor:
         """Class scores (B, K, T, T) before softmax, for every pixel of the batch's tiles; then a channel before the sigmoid for each aim."""
@@ -41,6 +43,11 @@ class Model(nn.Module):
         places = (batch.pixels.shape[-2] // stride, batch.pixels.shape[-1] // stride)
         maps = dict(zip(deep, self.tail(batch.maps[TOKENS].squeeze(-1).transpose(1, 2), deep, places), strict=True))
         return self.head([maps[level.index] if level.index in maps else batch.maps[level.index] for level in self._levels], batch.pixels)
+
+    def decode(self, batch: Batch) -> Tensor:
+        """As :meth:`forward`, for a model in eval mode that is used: always the same for the same batch."""
+        with self.draws.fixed():
+            return self(batch)
 
     def groups(self, run: RunSpec) -> list[dict[str, Any]]:
         """The parameters for the optimiser, each group with its share of the learning rate: all of it for the head; ``tail_lr_scale`` for

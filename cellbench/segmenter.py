@@ -243,7 +243,7 @@ class Segmenter:
         batch = Batch(self.trunk.maps(pixels), pixels, torch.empty(0))
         start = time.perf_counter()
         with self.machine.autocast():
-            logits = self.model(batch)
+            logits = self.model.decode(batch)
         self.model.seconds += time.perf_counter() - start
         return drawn(logits, self.model)
 

@@ -47,10 +47,11 @@ def alike(learner: Learner) -> Hashable:
 
 
 def stackable(model: Model) -> bool:
-    """Whether a model can be a member: its head says so, all its weights learn and are in layers that can be made one, and it trains no
-    backbone's blocks."""
+    """Whether a model can be a member: its head says so and draws no random numbers, all its weights learn and are in layers that can be made
+    one, and it trains no backbone's blocks."""
     learns = all(weight.requires_grad for weight in model.parameters())
-    return model.tail is None and getattr(model.head, "stackable", False) and learns and has_layers_to_stack(model)
+    says = getattr(model.head, "stackable", False) and not model.draws.expected
+    return model.tail is None and says and learns and has_layers_to_stack(model)
 
 
 def has_layers_to_stack(module: nn.Module) -> bool:

@@ -130,6 +130,58 @@ class ByChance(Sound):
         return nn.functional.dropout(super().forward(maps, pixels_BCHW), 0.1, self.training)
 
 
+class WithDropout(Sound):
+    def __init__(self, levels, num_classes, *, width):
+        super().__init__(levels, num_classes, width=width)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, maps, pixels_BCHW):
+        return super().forward([self.drop(m) for m in maps], pixels_BCHW)
+
+
+class WithNoise(Sound):
+    def forward(self, maps, pixels_BCHW):
+        scores = super().forward(maps, pixels_BCHW)
+        return scores + torch.randn_like(scores) if self.training else scores
+
+
+class LateNoise(Sound):
+    """Draws nothing in its first steps, and later not in each."""
+
+    def __init__(self, levels, num_classes, *, width):
+        super().__init__(levels, num_classes, width=width)
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def forward(self, maps, pixels_BCHW):
+        scores = super().forward(maps, pixels_BCHW)
+        if self.training:
+            self.step += 1
+            if int(self.step) % 5 == 4:
+                return nn.functional.dropout(scores, 0.5)
+        return scores
+
+
+class AlwaysDropping(Sound):
+    def forward(self, maps, pixels_BCHW):
+        return super().forward([nn.functional.dropout(m, 0.1) for m in maps], pixels_BCHW)
+
+
+class NumpyNoise(Sound):
+    def forward(self, maps, pixels_BCHW):
+        return super().forward(maps, pixels_BCHW) * (1 + np.random.rand() * self.training)
+
+
+class OwnGenerator(Sound):
+    """Repeatable from its start, and not from where it was interrupted."""
+
+    def __init__(self, levels, num_classes, *, width):
+        super().__init__(levels, num_classes, width=width)
+        self.source = np.random.default_rng(0)
+
+    def forward(self, maps, pixels_BCHW):
+        return super().forward(maps, pixels_BCHW) * (1 + self.source.random() * self.training)
+
+
 class ByValue(Sound):
     stackable = True
 

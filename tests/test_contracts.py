@@ -77,6 +77,7 @@ def broken(registry: Path, kind: str) -> dict[str, str]:
 
 def test_sound_parts_of_ones_own_keep_every_contract(tmp_path: Path) -> None:
     assert broken(parts.head(tmp_path), "heads") == {}
+    assert broken(parts.head(tmp_path, "WithDropout"), "heads") == {}
     assert broken(parts.backbone(tmp_path), "backbones") == {}
 
 
@@ -98,6 +99,9 @@ def test_sound_parts_of_ones_own_keep_every_contract(tmp_path: Path) -> None:
         ("OwnDice", {"seed"}, "score.bias"),
         ("ByChance", {"as one of several"}, "random"),
         ("ByValue", {"as one of several"}, ".item()"),
+        ("NumpyNoise", {"repeatable"}, "draw with torch's functions"),
+        ("OwnGenerator", {"repeatable"}, "keep no state outside of state_dict()"),
+        ("AlwaysDropping", {"batch independence"}, "with the others of its batch"),
         ("NoSuchImport", set(HEAD) - {"options on its card"}, "einops"),
     ],
 )

@@ -17,6 +17,7 @@ from torch.func import functional_call, vmap
 
 from cellbench.backbones.base import Backbone, Level
 from cellbench.contracts.base import close, reason
+from cellbench.randomness import Draws
 from cellbench.registry import HeadCard, load
 from cellbench.teams import as_one, has_layers_to_stack
 
@@ -190,6 +191,35 @@ def seeded(card: HeadCard, world: World) -> str:
     return f"{', '.join(other[:4])}: not the same for the same seed; draw with torch's own generator" if other else ""
 
 
+@everywhere
+def repeatable(card: HeadCard, world: World) -> str:
+    """Trained for three steps and trained again, resumed from its weights after the first: the same weights, and the same scores in eval mode."""
+    (weights, scores), (again, others) = _trained(card, world), _trained(card, world, resumed_after=1)
+    if other := [name for name, value in weights.items() if not torch.equal(value, again[name])]:
+        return f"{', '.join(other[:4])}: not the same when trained again; draw with torch's functions, and keep no state outside of state_dict()"
+    return "" if torch.equal(scores, others) else "its scores in eval mode are not the same the second time; draw while training only"
+
+
+def _trained(card: HeadCard, world: World, resumed_after: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    """Weights and scores after three steps of gradient descent, each seeded as the harness seeds it."""
+    head = _make(card, world.levels).train()
+    for step in range(3):
+        if step == resumed_after:
+            weights = head.state_dict()
+            head = _make(card, world.levels, seed=1).train()
+            head.load_state_dict(weights)
+        with Draws(head).seeded(0, 0, step):
+            head(world.maps, world.pixels).square().mean().backward()
+        with torch.no_grad():
+            for parameter in head.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(0.1 * parameter.grad)
+                    parameter.grad = None
+    head.eval()
+    with torch.no_grad(), Draws(head).fixed():
+        return head.state_dict(), head(world.maps, world.pixels)
+
+
 HEAD = MappingProxyType({
     "options on its card": options_on_card,
     "shape": scores,
@@ -200,4 +230,5 @@ HEAD = MappingProxyType({
     "batch independence": head_batch_independence,
     "as one of several": stacked,
     "seed": seeded,
+    "repeatable": repeatable,
 })  # fmt: skip

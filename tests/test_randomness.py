@@ -1,0 +1,205 @@
+"""What a model draws while it computes follows from its seed and the step alone: not from who else computes, nor from where it was resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import parts
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from worlds import FP32, REGISTRY, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
+
+from cellbench import randomness
+from cellbench.infer import score
+from cellbench.learner import Learner
+from cellbench.machine import Machine
+from cellbench.randomness import Draws, Seeded
+from cellbench.registry import Registry
+from cellbench.spec import RunSpec
+from cellbench.teams import parties
+from cellbench.train import fit
+
+CPU = torch.device("cpu")
+LANES = replace(FP32, lanes=3)
+QUICK = {"epochs": 2, "crops_per_image": 3}
+
+
+@pytest.fixture
+def dataset(small_folder):
+    return dataset_of(small_folder)
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch) -> Callable[..., RunSpec]:
+    """A run with a head of one's own, or with a backbone card that is changed."""
+
+    def make(name: str, **settings) -> RunSpec:
+        folder = tmp_path / name
+        (parts.head(folder, name) / "heads" / "my-head.toml").rename(folder / "heads" / f"{name}.toml")
+        for other in tmp_path.glob("*/heads/*.toml"):  # several in one registry
+            (folder / "heads" / other.name).write_text(other.read_text())
+        monkeypatch.setattr("worlds.REGISTRY", Registry(folder))
+        return run_of(name, **{**QUICK, **settings})
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["WithDropout", "WithNoise", "LateNoise", "AlwaysDropping"])
+def test_a_head_that_draws_learns_the_same_alone_in_a_cohort_and_resumed(dataset, mine, name):
+    runs = [mine(name, seed=0), run_of("detail", **QUICK), mine(name, seed=1)]
+    together = fitted(dataset, runs, machine=LANES)
+    torch.rand(7)
+    alone = fitted(dataset, runs[:1])[0]
+    assert same(together[0], alone)
+    assert not same(together[0], together[2])
+    assert same(together[1], fitted(dataset, runs[1:2])[0])
+    features = features_of(dataset, runs[:1])
+    (again,) = learners_of(dataset, runs[:1], features)
+    assert isinstance(alone.recorder, Listener)
+    again.restore(alone.recorder.states[0])
+    fit([again], features)
+    assert same(again, alone)
+
+
+def test_a_trained_tail_with_drop_path_learns_the_same_alone_and_in_a_cohort(dataset):
+    def learned(runs: list[RunSpec], machine: Machine) -> list[Learner]:
+        features = features_of(dataset, runs, machine)
+        learners = learners_of(dataset, runs, features)
+        for learner in learners:
+            learner.model.tail.blocks[0].drop_path1 = DropPath(0.5)
+        fit(learners, features)
+        return learners
+
+    runs = [run_of(head, unfreeze=2, **QUICK) for head in ("bilinear", "fpn")]
+    together = learned(runs, LANES)
+    assert all(learner.model.draws.expected for learner in together)
+    assert same(together[0], learned(runs[:1], FP32)[0])
+
+
+def test_a_baseline_that_draws_is_repeatable(dataset):
+    run = baseline_of("unet", {"encoder": "efficientnet-b0", "width": 2}, epochs=1, crops_per_image=2)
+    a, b = (fitted(dataset, [run])[0] for _ in range(2))
+    assert a.model.draws.expected
+    assert same(a, b)
+
+
+@pytest.mark.parametrize("run", [*(run_of(head, **QUICK) for head in REGISTRY.names("heads")), run_of(unfreeze=1, **QUICK)], ids=lambda run: run.head)
+def test_shipped_heads_draw_nothing_and_are_not_even_watched(dataset, run, monkeypatch):
+    if not run.unfreeze:
+        monkeypatch.setattr(randomness, "Seeded", None)
+        fitted(dataset, [run])
+        monkeypatch.undo()
+    monkeypatch.setattr(randomness, "_is_quiet", lambda module: False)
+    assert not fitted(dataset, [run])[0].model.draws.expected
+
+
+def test_a_model_that_draws_even_in_eval_mode_gives_the_same_twice(dataset, mine):
+    features = features_of(dataset, [run := mine("AlwaysDropping")])
+    (learner,) = learners_of(dataset, [run], features)
+    first, second = ([matrices[0].tolist() for _, matrices, _ in score([learner.model], features, "test")] for _ in range(2))
+    assert first == second
+
+
+def test_heads_of_ones_own_learn_as_one_once_they_are_known_to_draw_nothing(dataset, mine):
+    features = features_of(dataset, runs := [mine("ByChance", seed=seed) for seed in (0, 1)])
+    features.trunk.machine = type("Teaming", (type(FP32),), {"most_as_one": 16})(**vars(FP32))
+    learners = learners_of(dataset, runs, features)
+    for expected, num in ((True, 2), (False, 1)):
+        for learner in learners:
+            learner.model.draws.expected = expected
+        assert len(parties(learners, features)) == num
+
+
+# --- Seeded alone ---------------------------------------------------------------------------------------------------------------------------
+
+X = torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+DRAW = {
+    "dropout": lambda: F.dropout(X, 0.3),
+    "whole channels": lambda: F.dropout2d(X, 0.3),
+    "noise": lambda: torch.randn_like(X),
+    "a factory": lambda: torch.rand(3, 4),
+    "an order": lambda: torch.randperm(50),
+    "rrelu": lambda: F.rrelu(X, training=True),
+    "gumbel": lambda: F.gumbel_softmax(X),
+    "attention": lambda: F.scaled_dot_product_attention(X, X, X, dropout_p=0.5),
+    "a generator of its own": lambda: torch.rand(3, generator=torch.Generator().manual_seed(torch.initial_seed() % 2**32)),
+}
+QUIET = {
+    "dropout in eval mode": lambda: F.dropout(X, 0.3, training=False),
+    "attention without dropout": lambda: F.scaled_dot_product_attention(X, X, X),
+    "rrelu in eval mode": lambda: F.rrelu(X),
+    "a convolution": lambda: F.conv2d(X, X[:, :, :3, :3]),
+}
+
+
+def drawn(work: Callable[[], Tensor], *seed: int, at_once: bool = False) -> tuple[Tensor, bool]:
+    with Seeded(seed, CPU, at_once=at_once) as drawing:
+        return work(), drawing.drew
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_random_operations_follow_from_the_seed_and_leave_torchs_generator_alone(name):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, drew = drawn(DRAW[name], 0, 1, 2)
+    assert drew
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(drawn(DRAW[name], 0, 1, 2)[0], first)
+    assert torch.equal(drawn(DRAW[name], 0, 1, 2, at_once=True)[0], first)
+    assert not torch.equal(drawn(DRAW[name], 0, 1, 3)[0], first)
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_what_draws_nothing_is_known(name):
+    assert not drawn(QUIET[name], 0)[1]
+
+
+def test_what_is_computed_again_in_the_backward_pass_draws_the_same_again():
+    """Activation checkpointing reads the generator's state before anything is drawn."""
+    layer = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Dropout(0.5), nn.Conv2d(6, 6, 1))
+    gradients = []
+    for work in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        layer.zero_grad()
+        with Draws(layer).seeded(0, 0, 0) as drawing:
+            loss = work(X).square().sum()
+            drawing.backward()
+            loss.backward()
+        gradients.append(layer[0].weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_the_fused_dropout_of_a_gpu_drops_what_a_processors_drops():
+    fused = torch.ops.aten.native_dropout
+    for x in (X, X.bfloat16(), X.to(memory_format=torch.channels_last)):
+        assert torch.equal(drawn(lambda x=x: fused(x, 0.3, True)[0], 5)[0], drawn(lambda x=x: F.dropout(x, 0.3), 5)[0])
+
+
+def test_a_gpus_numbers_are_drawn_on_the_processor(monkeypatch):
+    """With tensors that have a device and no values: which operations see which device is all that can be known without one."""
+    monkeypatch.setattr(Seeded, "_begin", lambda self: None)
+    seen: list[set[str]] = []
+
+    def on_cpu(func, args, kwargs, device):
+        def spied(*here, **named):
+            seen.append({x.device.type for x in here if isinstance(x, Tensor)} | {str(named.get("device") or "cpu")})
+            return func(*here, **named)
+
+        return real(spied, args, kwargs, device)
+
+    real = randomness.on_cpu
+    monkeypatch.setattr(randomness, "on_cpu", on_cpu)
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 4, 4, device="cuda").to(memory_format=torch.channels_last)
+        with Seeded((0,), torch.device("cuda")):
+            found = [F.dropout(x, 0.3), F.dropout2d(x, 0.3), torch.rand_like(x), torch.rand(3, device="cuda"), x.bernoulli_(0.5)]
+    assert seen == [{"cpu"}] * 5
+    assert {one.device.type for one in found} == {"cuda"}
+    assert found[-1] is x
+    assert found[0].stride() == x.stride()
