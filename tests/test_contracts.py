@@ -101,7 +101,7 @@ def test_sound_parts_of_ones_own_keep_every_contract(tmp_path: Path) -> None:
         ("ByValue", {"as one of several"}, ".item()"),
         ("NumpyNoise", {"repeatable"}, "draw with torch's functions"),
         ("OwnGenerator", {"repeatable"}, "keep no state outside of state_dict()"),
-        ("AlwaysDropping", {"batch independence"}, "with the others of its batch"),
+        ("AlwaysDropping", {"batch independence", "pixels as on its card"}, "with the others of its batch"),
         ("NoSuchImport", set(HEAD) - {"options on its card"}, "einops"),
     ],
 )

@@ -194,26 +194,26 @@ def seeded(card: HeadCard, world: World) -> str:
 @everywhere
 def repeatable(card: HeadCard, world: World) -> str:
     """Trained for three steps and trained again, resumed from its weights after the first: the same weights, and the same scores in eval mode."""
-    (weights, scores), (again, others) = _trained(card, world), _trained(card, world, resumed_after=1)
+    start = {name: value.clone() for name, value in _make(card, world.levels).state_dict().items()}
+    (weights, scores), (again, others) = (_trained(card, world, start, resumed_after) for resumed_after in (0, 1))
     if other := [name for name, value in weights.items() if not torch.equal(value, again[name])]:
         return f"{', '.join(other[:4])}: not the same when trained again; draw with torch's functions, and keep no state outside of state_dict()"
     return "" if torch.equal(scores, others) else "its scores in eval mode are not the same the second time; draw while training only"
 
 
-def _trained(card: HeadCard, world: World, resumed_after: int = 0) -> tuple[dict[str, Tensor], Tensor]:
-    """Weights and scores after three steps of gradient descent, each seeded as the harness seeds it."""
-    head = _make(card, world.levels).train()
+def _trained(card: HeadCard, world: World, weights: dict[str, Tensor], resumed_after: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Weights and scores after three steps of gradient descent, each seeded as the harness seeds it, in another head from this step on."""
     for step in range(3):
-        if step == resumed_after:
-            weights = head.state_dict()
-            head = _make(card, world.levels, seed=1).train()
+        if step in (0, resumed_after):
+            head = _make(card, world.levels, seed=step).train()
             head.load_state_dict(weights)
+            weights = head.state_dict()  # no copy: it follows the steps
         with Draws(head).seeded(0, 0, step):
             head(world.maps, world.pixels).square().mean().backward()
         with torch.no_grad():
             for parameter in head.parameters():
                 if parameter.grad is not None:
-                    parameter.sub_(0.1 * parameter.grad)
+                    parameter.sub_(0.01 * parameter.grad)
                     parameter.grad = None
     head.eval()
     with torch.no_grad(), Draws(head).fixed():
