@@ -142,7 +142,8 @@ def _asked(names: Sequence[str], total: Held) -> tuple[list[int], list[str]]:
     for part in np.argsort(-shares.max(1), kind="stable").tolist():  # the most enclosed first
         owner = int(shares[part].argmax())
         share = shares[part, owner]
-        if part == 0 or share < DOUBT_SHARE or shares[owner, part] >= share:
+        # The more enclosed of two is the part; where both lie wholly along each other (no background), the smaller one.
+        if part == 0 or share < DOUBT_SHARE or (shares[owner, part], -total.pixels[owner]) >= (share, -total.pixels[part]):
             continue
         thick = total.areas_px[owner, part] >= THICK_PX * total.contacts[owner, part]
         few = total.regions[part, owner] <= MOST_PARTS * total.regions[owner, part]
