@@ -104,6 +104,8 @@ class Worker:
             self.study.tell_failed(pending, out.failed.get(job.name, "no result"))
         elif ended.status == "pruned":
             self.study.tell_pruned(pending, contract(ended.metrics), ended.reason)
+        elif missing := [name for name in self.space.settings.objectives if name not in contract(ended.metrics)]:
+            self.study.tell_failed(pending, f"no {missing[0]}: no validation image has a cell")
         else:
             self.study.tell(pending, contract(ended.metrics))
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from cellbench import colophon, figures, figures_many, figures_tests, leaderboar
 from cellbench.evidence import Evidence
 from cellbench.leaderboard import Row, short
 from cellbench.lineup import MEASURES, Model, TestSet
+from cellbench.metrics import nan_mean
 from cellbench.ranking import critical_difference, marginal, p_words
 from cellbench.scored import Difference, Scores
 from cellbench.track import Tracker
@@ -53,7 +55,9 @@ def build(evidence: Evidence, trackers: Sequence[Tracker], known: dict[str, Any]
     num_models = sum(len(here.models) for here in evidence.sets)
     subtitle = f"{evidence.num_runs} finished runs, {num_models} models, {_images(evidence)}; made {time.strftime('%Y-%m-%d %H:%M')}"
     report.verdict = leaderboard.words(evidence.sets[0]) + leaderboard.more_words(evidence.sets[0])
-    report.verdict += leaderboard.class_words(evidence.sets[0].models[0].runs[0].told.get("classes", []))
+    report.verdict += leaderboard.empty_words(evidence.sets[0])
+    absent = leaderboard.absent_classes(evidence.sets[0].models[0])
+    report.verdict += leaderboard.class_words([name for name in evidence.sets[0].models[0].runs[0].told.get("classes", []) if name not in absent])
     lead = page.paragraphs([known["question"]]) if known.get("question") else ""
     lead += page.paragraphs(report.verdict, "verdict") + colophon.data(evidence, known)
     report.html = page.page(evidence.experiment, subtitle, sections, lead)
@@ -89,11 +93,16 @@ def _about_set(here: TestSet, trackers: Sequence[Tracker], report: Report, prefi
     # Cost has a table of its own: these columns fit a page.
     shown = len(leaderboard.HEADINGS) - 3
     board = page.table(leaderboard.HEADINGS[:shown], [line[:shown] for line in cells[: page.MOST_LINES]]) + page.more(len(cells))
-    board += draw("leaderboard", figures_many.scoreboard(lines))
-    if len(lines[0].measures) > 1:
-        board += draw("measures", figures_many.measures(lines))
+    if lines:
+        board += draw("leaderboard", figures_many.scoreboard(lines))
+        if len(lines[0].measures) > 1:
+            board += draw("measures", figures_many.measures(lines))
     board += draw("images", figures_many.distributions([m.name for m in here.models], [m.scores().per_image for m in here.models]))
     board += _heat(here, draw)
+    if became := leaderboard.outcomes(here):
+        report.tables[f"{prefix}cells"] = (leaderboard.OUTCOME_HEADINGS, became)
+        board += "<h3>Single cells of all test images</h3>"
+        board += page.table(leaderboard.OUTCOME_HEADINGS, became[: page.MOST_LINES]) + page.more(len(became))
     return [
         ("Leaderboard", board),
         ("Are the differences real?", _statistics(here, differences, report, prefix, draw)),
@@ -106,7 +115,7 @@ def _about_set(here: TestSet, trackers: Sequence[Tracker], report: Report, prefi
 def _heat(here: TestSet, draw: Draw) -> str:
     plain = [model for model in here.models if model.plain and not model.baseline]
     rows, columns = (list(dict.fromkeys(getattr(model, name) for model in plain)) for name in ("backbone", "head"))
-    if len(rows) < 2 or len(columns) < 2:
+    if len(rows) < 2 or len(columns) < 2 or all(math.isnan(model.scores().mean) for model in plain):
         return ""
     rows = rows[: figures_many.MOST]
     values = np.full((len(rows), len(columns)), np.nan)
@@ -206,14 +215,15 @@ def _cost(table: list[Row], lines: list[figures_many.Line], report: Report, pref
     cells = [
         [
             row.model, short(row.backbone_params), short(row.head_params), f"{row.train_s:.1f}", f"{row.images_per_s:.2f}", f"{row.peak_mib:.0f}",
-            f"{row.features_mib:.0f}", f"{row.image_dice:.4f}",
+            f"{row.features_mib:.0f}", leaderboard.number(row.image_dice, 4),
         ]
         for row in table
     ]  # fmt: skip
     report.tables[f"{prefix}cost"] = (COST_HEADINGS, cells)
+    drawn = {line.model for line in lines}
     costs = {
-        "training, s (trunk and head)": [row.train_s for row in table],
-        "prediction, s an image": [1 / row.images_per_s if row.images_per_s else 0.0 for row in table],
+        "training, s (trunk and head)": [row.train_s for row in table if row.model in drawn],
+        "prediction, s an image": [1 / row.images_per_s if row.images_per_s else 0.0 for row in table if row.model in drawn],
     }
     notes = [
         "Training seconds are computing time, summed over the lanes that work side by side, and hold the backbone's pass, which runs of one "
@@ -221,7 +231,7 @@ def _cost(table: list[Row], lines: list[figures_many.Line], report: Report, pref
         "runs never show less."
     ]
     return (
-        draw("cost", figures_many.pareto(lines, costs))
+        (draw("cost", figures_many.pareto(lines, costs)) if lines else "")
         + page.table(COST_HEADINGS, cells[: page.MOST_LINES])
         + page.more(len(cells))
         + page.paragraphs(notes)
@@ -240,7 +250,8 @@ def _best(here: TestSet, trackers: Sequence[Tracker]) -> str:
     means = {name: model.scores(name).per_image for name in names}
     rivals = np.array([one.scores().per_image for one in here.models])
     headings = ("worst images", *(MEASURES[name] for name in names), "mean of all models")
-    lines = [[here.images[k], *(f"{means[name][k]:.4f}" for name in names), f"{rivals[:, k].mean():.4f}"] for k in order.tolist()]
+    number = leaderboard.number
+    lines = [[here.images[k], *(number(means[name][k], 4) for name in names), number(nan_mean(rivals[:, k]), 4)] for k in order.tolist()]
     out += page.table(headings, lines)
     trained = next((one for one in here.models if "best/val_dice" in one.runs[0].stored.metrics), None)
     return out if trained in (None, model) else out + _pictures(trained, trackers)

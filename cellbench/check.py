@@ -16,6 +16,8 @@ from cellbench import page
 from cellbench.audit import Finding, Severity, findings, statistics, twins
 from cellbench.crops import Marks
 from cellbench.data import alike
+from cellbench.data.classes import absences, owners_of, with_owners
+from cellbench.data.classes import survey as held_in
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.data.folders import listed, split
 from cellbench.data.survey import Facts, survey
@@ -52,6 +54,8 @@ def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, e
         raise CellbenchError(f"--data {folder}: holds no image with a mask. {found[0].said if found else ''}".rstrip())
     samples = tuple(sample for part in SPLITS for sample in listing.parts.get(part, ()))
     dataset = _undivided(facts_card.id, listing.root, facts_card, samples)
+    owners, said = owners_of(facts_card, list(held_in(dataset).values()))
+    dataset, notes = with_owners(dataset, owners), [*notes, *said]
     facts = _read(dataset, facts_card.tolerance)
     same = twins(facts)
     first = dict(zip(map(_key, samples), same.first(len(samples)), strict=True))
@@ -67,9 +71,8 @@ def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, e
     except CellbenchError as error:
         found.append(Finding(kind="split", severity=Severity.SEVERE, said=str(error), images=("the split",)))
     order = list(Severity)
-    found = sorted(
-        [*found, *findings(facts, same), *_expected(facts_card.expected, facts)], key=lambda finding: order.index(finding.severity)
-    )
+    found += [*findings(facts, same), *_absent(facts, dataset.classes), *_expected(facts_card.expected, facts)]
+    found = sorted(found, key=lambda finding: order.index(finding.severity))
     numbers = [("layout", listing.layout), *statistics(facts, dataset.classes)]
     verdict = _verdict(dataset.name, len(facts), found)
     for line in _lines(verdict, numbers, found, notes):
@@ -101,6 +104,11 @@ def _read(dataset: Dataset, tolerance: int) -> list[Facts]:
             return [job.result() for job in tqdm(jobs, desc=f"checking {dataset.name}", unit="image", leave=False)]
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _absent(facts: Sequence[Facts], classes: Sequence[str]) -> list[Finding]:
+    pixels = {split: np.array([f.shares for f in facts if f.split == split and f.shares]) for split in SPLITS}
+    return [Finding(kind="class", severity=Severity.LOOK, said=said, images=(name,)) for name, said in absences(classes, pixels)]
 
 
 def _expected(expected: dict[str, int], facts: Sequence[Facts]) -> list[Finding]:

@@ -67,8 +67,14 @@ def meaning(evidence: Evidence) -> list[str]:
         out.append(
             f"NSD: the share of both outlines' pixels within {told_by['tolerance_px']:g} px of the other outline. Single cells are {cells} of at "
             f"least {area} px{parted}; two match where they share more than half of their union. AP50 is TP / (TP + FP + FN) at that threshold, PQ "
-            "panoptic quality."
+            "panoptic quality. Found: matched so. Merged: not found, and mostly inside a predicted cell that holds another true cell too. Split: not "
+            "found, and two or more predicted cells lie mostly inside it. Missed: the other true cells. Extra: predicted cells without a match."
         )
+    out.append(
+        "A class in neither truth nor prediction of an image has no score there, and an image without any is left out of means: finding nothing "
+        "where nothing is would otherwise count as 1. In a difference, an image without a cell counts where at least one of the two models found "
+        "something: 0 for that one, 1 for the other. The older rule, 1 for nothing in both, is in MLflow under names that end in _empty1."
+    )
     return out
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import tempfile
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from cellbench import figures, results
+from cellbench.data.classes import survey, unused, with_owners
 from cellbench.data.dataset import Dataset, proven
 from cellbench.data.folders import listed, split
 from cellbench.data.pixels import Pixels
@@ -24,6 +26,7 @@ from cellbench.metrics import confusion, image_scores
 from cellbench.registry import Registry
 from cellbench.results import Result
 from cellbench.segmenter import Segmenter
+from cellbench.shapes import outcome_words
 from cellbench.spec import DataSpec, Experiment
 from cellbench.track import Tracker
 from cellbench.trained import Trained
@@ -51,13 +54,17 @@ def labelled(trained: Trained, experiment: Experiment, registry: Registry, folde
     own, _ = split(card, listing, DataSpec(**{**spec.model_dump(), "fold": trained.run.fold if spec.folds else 0}))
     if spec.limit:
         own = replace(own, **{part: own.samples(part)[: spec.limit] for part in ("train", "val", "test")})
-    own = proven(own)
+    # What is one cell is what the run learned as one.
+    owners = trained.separation.owners
+    own = with_owners(proven(own), owners)
+    own = replace(own, unused=unused(own, survey(own).values()))
     if own.digest == trained.dataset_digest:
         return replace(own, train=(), val=()), "the run's own test images"
     parts = listing.parts
     chosen = parts.get("test") or (*parts.get("train", ()), *parts.get("val", ()))
     what = "the folder's test images" if parts.get("test") else "all images of the folder"
-    return proven(replace(own, train=(), val=(), test=tuple(chosen))), what
+    other = with_owners(proven(replace(own, train=(), val=(), test=tuple(chosen), owners=(), unused=())), owners)
+    return replace(other, unused=unused(other, survey(other).values())), what
 
 
 def examine(segmenter: Segmenter, dataset: Dataset, num_shown: int) -> tuple[Result, list[Case]]:
@@ -70,8 +77,8 @@ def examine(segmenter: Segmenter, dataset: Dataset, num_shown: int) -> tuple[Res
             truth = dataset.read_mask(dataset.test[index])
             counts = confusion(truth, found.classes, num)
             exams.take(index, truth, [counts], [(found.classes, found.probability, found.relief)])
-            worst.append(Case.of(index, float(image_scores(counts[None])["dice"][0]), found.classes, found.probability))
-            worst = sorted(worst, key=lambda case: case.dice)[:num_shown]
+            worst.append(Case.of(index, float(image_scores(counts[None], unused=dataset.unused)["dice"][0]), found.classes, found.probability))
+            worst = sorted(worst, key=lambda case: math.inf if math.isnan(case.dice) else case.dice)[:num_shown]
     cost = {"cost/images_per_s": len(dataset.test) / max(time.perf_counter() - start, 1e-9)}
     return Result(exam=exams.exams[0], cost=cost, preparation=segmenter.trained.preparation), worst
 
@@ -114,14 +121,18 @@ def evaluate(
             for rank, case in enumerate(worst, 1):
                 picture, truth = pixels[case.image]
                 file = dataset.test[case.image].name
-                title = f"{rank}. worst of {len(dataset.test)}: {file}, Dice {case.dice:.4f}"
+                title = f"{rank}. worst of {len(dataset.test)}: {file}, {case.score}\n{outcome_words(asdict(result.exam.agreements[case.image]))}"
                 stem = re.sub(r"[^\w.-]+", "-", Path(file).stem)[:60]
                 figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"worst-{rank:03d}-{stem}.png")
             run.artifacts(folder)
         run.log(metrics, tags=results.tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png")))
-    mean = f"{metrics['test_image/dice']:.4f}"
+    mean = results.score(metrics, "test_image/dice")
     if "test_image/dice_low" in metrics:
         mean += f" (95 % {metrics['test_image/dice_low']:.4f} to {metrics['test_image/dice_high']:.4f})"
-    say(f"Dice {metrics['test/dice']:.4f} over all pixels, {mean} in the mean of the images; IoU {metrics['test/iou']:.4f}.")
+    say(f"Dice {results.score(metrics, 'test/dice')} over all pixels, {mean} in the mean of the images; IoU {results.score(metrics, 'test/iou')}.")
+    say(f"{outcome_words({key.removeprefix('test/'): value for key, value in metrics.items()})}.")
+    if metrics["test/num_empty"]:
+        empty, found = metrics["test/num_empty"], metrics["test/num_empty_found"]
+        say(f"{empty:g} of {len(dataset.test)} images have no cell; something was found in {found:g} of them. Means leave out the others.")
     say(f"logged as '{name}' in the experiment '{tracker.name}', under the run that it tests: metrics, figures and error maps.")
     return 0

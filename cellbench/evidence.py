@@ -104,15 +104,25 @@ def _per_image(tracker: Tracker, run: Stored) -> dict[str, Any] | str:
     if data is None:
         return "its per_image.json is gone"
     try:
-        told = json.loads(data)
+        told = json.loads(data, parse_constant=_refused)  # null is an image without a score, NaN is a fault
         num = len(told["images"])
         if not num or not isinstance(told["dataset"], str) or any(len(told[key]) != num for key in MEASURES if key in told):
             return "its per_image.json does not hold one score an image"
-        if not np.isfinite(np.asarray(told["dice"], float)).all():
+        if np.isinf(np.asarray(told["dice"], float)).any():
             return "its per_image.json holds what is no number"
+    except NotFinite:
+        return "its per_image.json holds what is no number"
     except (ValueError, KeyError, TypeError):
         return "its per_image.json is damaged"
     return told
+
+
+class NotFinite(ValueError):
+    """NaN or an infinity in JSON."""
+
+
+def _refused(constant: str) -> float:
+    raise NotFinite(constant)
 
 
 def _runs(num: int) -> str:

@@ -6,18 +6,19 @@ while the network is at the next image. Measured on 1600x1200 and one core: 0.06
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.metrics import image_scores
-from cellbench.separate import CONNECTED, Parts, Separation
-from cellbench.shapes import SCORES, Agreement, Truth
+from cellbench.separate import CONNECTED, Separation
+from cellbench.shapes import COUNTS, SCORES, Agreement, Truth
 
 BINS = 20
 """Of the probability of a cell, for the reliability diagram."""
@@ -42,6 +43,7 @@ class Case:
 
     image: int
     dice: float
+    """NaN where there is no cell and none was found."""
     shape: tuple[int, int]
     packed: bytes
     packed_cell: bytes | None
@@ -51,6 +53,11 @@ class Case:
         small = shown(classes)
         pack = [None if x is None else zlib.compress(np.ascontiguousarray(shown(x)), 1) for x in (classes, cell)]
         return cls(image=image, dice=dice, shape=small.shape, packed=pack[0] or b"", packed_cell=pack[1])
+
+    @property
+    def score(self) -> str:
+        """For titles."""
+        return "no cell, none found" if math.isnan(self.dice) else f"Dice {self.dice:.4f}"
 
     @property
     def classes(self) -> np.ndarray:
@@ -67,12 +74,14 @@ class Case:
 class Keepsake:
     """The answers for the worst, the median and the best image, so that no image is segmented twice to be shown.
 
-    The median is known at the end only. Held are the answers nearest to the median so far, which nearly always hold it, and as many drawn
-    by chance, for scores that drift with the order of the images. The nearest of all these is shown, under its own score.
+    Images without a score (no cell, none found) are kept only where there is no other. The median is known at the end only. Held are the
+    answers nearest to the median so far, which nearly always hold it, and as many drawn by chance, for scores that drift with the order of
+    the images. The nearest of all these is shown, under its own score.
     """
 
     worst: Case | None = None
     best: Case | None = None
+    _empty: Case | None = None
     _middle: list[Case] = field(default_factory=list)
     _drawn: list[Case] = field(default_factory=list)
     _chance: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
@@ -80,6 +89,9 @@ class Keepsake:
 
     def offer(self, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None) -> None:
         """An image's answer; kept if it is to be."""
+        if math.isnan(dice):
+            self._empty = self._empty or Case.of(image, dice, classes, cell)
+            return
         case = Case.of(image, dice, classes, cell)
         self._dices.append(dice)
         self._middle.append(case)
@@ -99,7 +111,7 @@ class Keepsake:
     def cases(self) -> dict[str, Case]:
         """``worst``, ``median``, ``best``, as far as they are different images."""
         if self.worst is None or self.best is None:
-            return {}
+            return {} if self._empty is None else {"worst": self._empty}
         # The lower of two middle ones: a median that is an image, not a mean of two.
         middle = float(np.quantile(self._dices, 0.5, method="lower"))
         all_three = {"worst": self.worst, "median": min(self._middle + self._drawn, key=lambda one: abs(one.dice - middle)), "best": self.best}
@@ -127,8 +139,8 @@ class Exam:
         return np.stack(self.matrices)
 
     def shapes(self) -> dict[str, np.ndarray]:
-        """Outline and cell scores by name, each (N,); ``num_true`` and ``num_predicted`` among them."""
-        return {name: np.array([getattr(one, name) for one in self.agreements]) for name in (*SCORES, "num_true", "num_predicted")}
+        """Outline and cell scores by name, each (N,), NaN where there is nothing to score; and what became of the cells, ``COUNTS``."""
+        return {name: np.array([getattr(one, name) for one in self.agreements]) for name in (*SCORES, *COUNTS)}
 
     def calibration(self) -> dict[str, list[float]] | None:
         """Probabilities against what was there, in ``BINS`` bins of equal width; None for a method that gives no probability."""
@@ -151,7 +163,7 @@ class Exams:
     def __init__(self, dataset: Dataset, num_runs: int, separations: Sequence[Separation] | None = None) -> None:
         """``separations``: each run's way to tell its cells apart; None: connected regions."""
         self._dataset = dataset
-        self.exams = [Exam(separation=one) for one in separations or [CONNECTED] * num_runs]
+        self.exams = [Exam(separation=one) for one in separations or [replace(CONNECTED, owners=dataset.owners)] * num_runs]
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "exam")
         self._waiting: list[Future[None]] = []
 
@@ -171,7 +183,7 @@ class Exams:
         prepared = self._pool.submit(self._truth, self._dataset.test[image], truth)
         # In the pool's order the truth comes first, so no thread waits for one that cannot start.
         self._waiting = [
-            self._pool.submit(self._mark, exam, image, truth, prepared, counts, *answer)
+            self._pool.submit(self._mark, exam, image, truth, prepared, counts, image_scores(counts[None], unused=self._dataset.unused), *answer)
             for exam, counts, answer in zip(self.exams, matrices, answers, strict=True)
         ]
 
@@ -181,7 +193,7 @@ class Exams:
         self._waiting = []
 
     def _truth(self, sample: Sample, classes: np.ndarray) -> Truth:
-        return Truth(classes, len(self._dataset.classes), self._dataset.read_instances(sample))
+        return Truth(classes, len(self._dataset.classes), self._dataset.read_instances(sample), owners=self._dataset.owners, unused=self._dataset.unused)
 
     @staticmethod
     def _mark(
@@ -190,14 +202,15 @@ class Exams:
         truth: np.ndarray,
         prepared: Future[Truth],
         counts: np.ndarray,
+        scores: dict[str, np.ndarray],
         classes: np.ndarray,
         cell: np.ndarray | None,
         relief: np.ndarray | None,
     ) -> None:
         exam.matrices.append(counts)
-        one, parts = prepared.result(), Parts(classes, relief)
+        one, parts = prepared.result(), exam.separation.parts(classes, relief)
         exam.agreements.append(one.agreement(classes, parts.instances(exam.separation.neck, one.min_area_px)))
         exam.connected.append(one.found(parts.instances(0.0, one.min_area_px)))
-        exam.keep.offer(image, float(image_scores(counts[None])["dice"][0]), classes, cell)
+        exam.keep.offer(image, float(scores["dice"][0]), classes, cell)
         if cell is not None:
             exam.levels += np.bincount((cell + np.uint16(256) * (truth > 0)).ravel(), minlength=512).reshape(2, 256)

@@ -67,10 +67,13 @@ def curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
         marker = "o" if len(history) < 25 else None
         for name, label, colour, line in (("train/loss", "training", colours[0], "-"), ("val/loss", "validation", colours[1], "--")):
             left.plot(epochs, [row[name] for row in history], line, color=colour, label=label, marker=marker, markersize=3)
-        right.plot(epochs, [row["val/dice"] for row in history], color=colours[2], marker=marker, markersize=3)
-        best = history[best_epoch]["val/dice"]
-        right.plot([best_epoch + 1], [best], "D", color="black", markersize=5)
-        right.set_title(f"best: {best:.4f} after epoch {best_epoch + 1}")
+        if "val/dice" in history[best_epoch]:
+            right.plot(epochs, [row["val/dice"] for row in history], color=colours[2], marker=marker, markersize=3)
+            best = history[best_epoch]["val/dice"]
+            right.plot([best_epoch + 1], [best], "D", color="black", markersize=5)
+            right.set_title(f"best: {best:.4f} after epoch {best_epoch + 1}")
+        else:
+            right.set_title("no validation image has a cell")
         for axes in (left, right):
             axes.axvline(best_epoch + 1, color="0.6", linewidth=0.8, linestyle=":")
             axes.set_xlabel("epoch")
@@ -157,8 +160,9 @@ def report_card(
 
 
 def _measures(axes: Axes, each: dict[str, np.ndarray]) -> None:
-    names = [key for key in (*MEASURES, *SHAPES) if key in each]
-    found = [mean_interval(each[key]) for key in names]
+    known = {key: each[key][~np.isnan(each[key])] for key in (*MEASURES, *SHAPES) if key in each}
+    names = [key for key, values in known.items() if values.size]
+    found = [mean_interval(known[key]) for key in names]
     for x, (key, interval) in enumerate(zip(names, found, strict=True)):
         pixels = key in MEASURES
         axes.bar(
@@ -182,6 +186,7 @@ def _measures(axes: Axes, each: dict[str, np.ndarray]) -> None:
 
 
 def _classes(axes: Axes, pooled: dict[str, dict[str, float]]) -> None:
+    pooled = {name: values for name, values in pooled.items() if not np.isnan(list(values.values())).any()}  # absent classes have no score
     names = list(pooled)
     width = 0.8 / len(names)
     lowest = min(min(values.values()) for values in pooled.values())
@@ -202,7 +207,12 @@ def _classes(axes: Axes, pooled: dict[str, dict[str, float]]) -> None:
 
 
 def _distribution(axes: Axes, dice: np.ndarray) -> None:
+    num_images, dice = len(dice), dice[~np.isnan(dice)]
     num = len(dice)
+    axes.set_title(f"{num_images} test images" + (f", {num_images - num} of them without a cell or a find" if num < num_images else ""), fontsize=8)
+    if not num:
+        axes.set_axis_off()
+        return
     if num >= 12:
         axes.hist(dice, bins=min(30, max(6, int(np.sqrt(num) * 2))), color=PALETTE[0], alpha=0.7, edgecolor="white")
         axes.set_ylabel("images")
@@ -215,7 +225,6 @@ def _distribution(axes: Axes, dice: np.ndarray) -> None:
     axes.axvline(float(np.median(dice)), color="black", linewidth=1.2, linestyle=":", label=f"median {np.median(dice):.4f}")
     axes.set_xlabel("Dice of an image")
     axes.legend(fontsize=7, loc="upper left")
-    axes.set_title(f"{num} test images", fontsize=8)
 
 
 def _reliability(axes: Axes, calibration: dict[str, list[float]] | None) -> None:

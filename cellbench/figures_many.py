@@ -78,7 +78,7 @@ def measures(lines: Sequence[Line]) -> Figure:
 def distributions(names: Sequence[str], values: Sequence[np.ndarray], measure: str = "Dice") -> Figure:
     """The scores of the single images, one box and its images a model, best mean on top."""
     names, left_out = most_of(names)
-    values = [np.asarray(one) for one in values[: len(names)]]
+    values = [np.asarray(one)[~np.isnan(one)] for one in values[: len(names)]]  # images without a cell or a find have no score
     rng = np.random.default_rng(0)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 0.34 * len(names) + 1.2), layout="constrained")
@@ -91,7 +91,8 @@ def distributions(names: Sequence[str], values: Sequence[np.ndarray], measure: s
                 )  # fmt: skip
             spread = rng.uniform(-0.16, 0.16, len(one)) if len(one) > 3 else np.zeros(len(one))
             axes.plot(one, y + spread, ".", color=BLUE, alpha=0.8 if len(one) < 50 else 0.35, markersize=6 if len(one) < 50 else 3.5)
-            axes.plot(one.mean(), y, "D", color="white", markeredgecolor="black", markersize=5)
+            if len(one):
+                axes.plot(one.mean(), y, "D", color="white", markeredgecolor="black", markersize=5)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel(f"{measure} of each test image")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,23 +25,27 @@ class Row:
     head: str
     baseline: bool
     num_seeds: int
-    dice: float
-    """Pooled over all pixels of the test images, cell class."""
+    dice: float | None
+    """Pooled over all pixels of the test images, cell class. This and all scores: NaN where there is nothing to score, None in JSON."""
     seed_sd: float | None
-    image_dice: float
+    image_dice: float | None
     """Mean over test images of the Dice of each; rows are sorted by it, since it is what is tested."""
     low: float | None
     high: float | None
     """95 % interval of ``image_dice`` over images."""
-    iou: float
-    precision: float
-    recall: float
+    iou: float | None
+    precision: float | None
+    recall: float | None
     nsd: float | None
     ap50: float | None
     ap50_95: float | None
     aji: float | None
     pq: float | None
     count_error: float | None
+    num_empty: int
+    """Test images without a cell."""
+    num_empty_found: float
+    """Those of them in which something was found."""
     head_params: int
     backbone_params: int
     train_s: float
@@ -78,6 +83,8 @@ def _row(model: Model, interval: Interval) -> Row:
         recall=float(np.mean(model.pooled("recall"))),
         **{name: model.scores(name).mean if model.has(name) else None for name in ("nsd", "ap50", "ap50_95", "aji", "pq")},
         count_error=model.mean("test_image/count_error"),
+        num_empty=model.empty()[0],
+        num_empty_found=model.empty()[1],
         head_params=int(cost("head_params")),
         backbone_params=int(cost("backbone_params")),
         train_s=cost("train_s"),
@@ -117,7 +124,7 @@ def differences(here: TestSet, measure: str = "dice") -> list[Difference]:
 
 def best_by(here: TestSet, measure: str) -> str:
     """The model with the highest mean over images."""
-    return max(here.models, key=lambda model: model.scores(measure).mean).name
+    return max(here.models, key=lambda model: model.rating(measure)).name
 
 
 def winners(here: TestSet, most: int = 3) -> list[Model]:
@@ -131,6 +138,8 @@ def winners(here: TestSet, most: int = 3) -> list[Model]:
 
 def words(here: TestSet) -> list[str]:
     """What the data can tell about the best model against the others, in sentences."""
+    if all(model.scores().empty.all() for model in here.models):
+        return ["No test image has a cell, and no model found one: there is nothing to compare."]
     found = differences(here)
     return verdict(found, what="Dice") if found else ["One model alone: there is nothing to compare."]
 
@@ -144,6 +153,8 @@ def more_words(here: TestSet) -> list[str]:
             continue
         best = found[0].b
         num = sum(d.better == best for d in found)
+        if all(model.scores(measure).empty.all() for model in here.models):
+            continue
         means = {d.a: d.mean_a for d in found}
         spread = found[0].mean_b - min(means.values())
         beaten = f"{num} of {len(found)} others" if num else "none of the others"
@@ -164,13 +175,13 @@ def cells(row: Row) -> list[str]:
     return [
         row.model + (" (baseline)" if row.baseline else ""),
         str(row.num_seeds),
-        f"{row.dice:.4f}",
+        number(row.dice, 4),
         number(row.seed_sd, 4),
-        f"{row.image_dice:.4f}",
+        number(row.image_dice, 4),
         f"{row.low:.3f} to {row.high:.3f}" if row.low is not None and row.high is not None else "",
-        f"{row.iou:.4f}",
-        f"{row.precision:.4f}",
-        f"{row.recall:.4f}",
+        number(row.iou, 4),
+        number(row.precision, 4),
+        number(row.recall, 4),
         number(row.nsd, 3),
         number(row.ap50, 3),
         short(row.head_params),
@@ -198,6 +209,57 @@ def class_words(classes: Sequence[str]) -> list[str]:
     return [f"Dice and the other measures are means over {', '.join(classes[1:])}; MLflow has each alone, as test_{classes[1]}/dice."]
 
 
+def empty_words(here: TestSet) -> list[str]:
+    """Test images without a cell, and classes that no test mask holds: how many, and which models found something there all the same."""
+    num, out = here.models[0].empty()[0], []
+    if num:
+        found = [f"{model.name} ({where:g})" for model in here.models if (where := model.empty()[1])]
+        finds = f"Something was found there by {_some(found)}: these images score 0" if found else "No model found anything there"
+        out.append(f"Mind: {num} of {len(here.images)} test images have no cell. {finds}. Means leave out those where nothing is found.")
+    unused = here.models[0].runs[0].told.get("unused", [])
+    for name in absent_classes(here.models[0]):
+        where = "mask of the data" if name in unused else "test mask"
+        found = [f"{model.name} ({images:g})" for model in here.models if (images := _predicted(model, name))]
+        predicted = f"of {len(here.images)} test images some have it predicted: {_some(found)}" if found else "no model predicts it"
+        means = "Means leave it out." if name in unused else "Pooled means leave it out; an image in which it is predicted scores 0 for it."
+        out.append(f"Mind: no {where} holds '{name}'; {predicted}. {means}")
+    return out
+
+
+def absent_classes(model: Model) -> list[str]:
+    """Classes that no test mask holds; none where runs did not record their pixel counts."""
+    if not model.has("confusion"):
+        return []
+    truth = np.sum([np.sum(run.told["confusion"], axis=(0, 2)) for run in model.by_seed[0]], axis=0)
+    names = model.runs[0].told["classes"]
+    return [names[k] for k in range(1, len(truth)) if not truth[k]]
+
+
+def _predicted(model: Model, name: str) -> float:
+    """Test images in which a class is predicted, in the mean of the seeds."""
+    k = model.runs[0].told["classes"].index(name)
+    return float(np.mean([sum(np.count_nonzero(np.sum(run.told["confusion"], axis=1)[:, k]) for run in runs) for runs in model.by_seed]))
+
+
+def _some(items: Sequence[str], most: int = 6) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+OUTCOME_HEADINGS = ("model", "cells", "found", "missed", "split", "merged", "extra")
+
+
+def outcomes(here: TestSet) -> list[list[str]]:
+    """What became of the cells of all test images, one line a model, the mean of its seeds; under ``OUTCOME_HEADINGS``. Models of older versions
+    are left out."""
+    names = ("num_true", "num_found", "num_missed", "num_split", "num_merged", "num_extra")
+    lines = []
+    for model in here.models:
+        if all(model.has(name) for name in names):
+            totals = [np.mean([sum(sum(run.told[name]) for run in runs) for runs in model.by_seed]) for name in names]
+            lines.append([model.name, *(f"{total:.10g}" if total == round(total) else f"{total:.1f}" for total in totals)])
+    return lines
+
+
 def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table for a README or MLflow's notes; the first column is text."""
     out = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
@@ -205,12 +267,20 @@ def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def as_json(table: Sequence[Row]) -> list[dict[str, Any]]:
-    return [asdict(row) for row in table]
+    """The rows, with None for what has no value."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(one) for one in value]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return [{name: plain(value) for name, value in asdict(row).items()} for row in table]
 
 
 def lines(here: TestSet) -> list[Line]:
-    """What the pictures draw of each model: the measures that all have, with intervals."""
+    """What the pictures draw of each model: the measures that all have, with intervals. Models without any score are left out."""
     names = [name for name in ("dice", "nsd", "ap50", "pq") if name in here.measures()]
+    names = [name for name in names if name == "dice" or not any(math.isnan(one.mean) for one in here.intervals(name))]
     return [
         Line(
             model=model.name,
@@ -219,11 +289,12 @@ def lines(here: TestSet) -> list[Line]:
             measures={MEASURES[name]: here.intervals(name)[k] for name in names},
         )
         for k, model in enumerate(here.models)
+        if not math.isnan(here.intervals("dice")[k].mean)
     ]
 
 
 def number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def short(num: int) -> str:

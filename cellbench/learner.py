@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cellbench.features import Batch, Features
 from cellbench.losses import loss_of
-from cellbench.metrics import cell_classes, scores
+from cellbench.metrics import pooled_classes, scores
 from cellbench.model import Model
 from cellbench.spec import RunSpec
 from cellbench.targets import aims_loss
@@ -123,18 +123,19 @@ class Learner:
 
     def finish(self, counts: np.ndarray) -> None:
         """Ends the epoch with the validation pixels' confusion matrix (K, K): keeps the best weights and decides whether to go on."""
-        pooled = scores(counts).of(cell_classes(len(counts)))
         row = {
             "train/loss": float(self.loss_sum) / self.num_views,
             "val/loss": float(self._val_sum) / max(self._val_num, 1),
-            "val/dice": pooled["dice"],
-            "val/iou": pooled["iou"],
             "lr": self.lr(self.epoch * self.num_steps),
         }
+        # Over the classes that validation masks hold, so that every epoch is judged by the same ones; where none holds a cell, the loss judges.
+        if counts[1:].any():
+            pooled = scores(counts).of(pooled_classes(counts))
+            row |= {"val/dice": pooled["dice"], "val/iou": pooled["iou"]}
         self._val_sum, self._val_num = torch.zeros(()), 0
         self.history.append(row)
         go_on = self.recorder.epoch(self.epoch, row)
-        value = row["val/dice"] if self.run.select == "val/dice" else -row["val/loss"]
+        value = row["val/dice"] if self.run.select == "val/dice" and "val/dice" in row else -row["val/loss"]
         if value > self.best:
             self.best, self.best_epoch = value, self.epoch
             self.best_weights = {name: x.detach().to("cpu", copy=True) for name, x in self.model.state_dict().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from cellbench.lineup import REPEATS, Model, TestSet
@@ -73,7 +74,7 @@ def lines(found: list[Curve]) -> list[list[str]]:
                     curve.model,
                     f"{point.fraction:.0%}" if point.fraction >= 0.01 else f"{point.fraction:.2%}",
                     str(point.num_train or ""),
-                    f"{point.dice.mean:.4f}",
+                    "" if math.isnan(point.dice.mean) else f"{point.dice.mean:.4f}",
                     span,
                     f"{d.interval.mean:+.4f}" if d else "",
                     p_words(d.p_adjusted).removeprefix("p = ").removeprefix("p ") if d else "",

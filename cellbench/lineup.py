@@ -6,6 +6,7 @@ of scores over all images. Pooled scores are had from the counts of all folds, n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cellbench.logged import Stored
-from cellbench.metrics import cell_classes, scores
+from cellbench.metrics import num_empty, pooled_classes, scores
 from cellbench.scored import Difference, Scores
 from cellbench.significance import Interval, intervals, unit_numbers, unit_sums
 from cellbench.spec import RUN_KEYS
@@ -91,8 +92,21 @@ class Model:
 
     def scores(self, measure: str = "dice") -> Scores:
         """Per-image scores, one row a seed."""
-        values = [np.concatenate([run.told[measure] for run in runs]) for runs in self.by_seed]
+        # null: the image has no cell and none was found
+        values = [np.concatenate([np.array(run.told[measure], np.float64) for run in runs]) for runs in self.by_seed]
         return Scores(model=self.name, images=self.images, values=np.array(values), groups=self.groups, folds=self.folds)
+
+    def rating(self, measure: str = "dice") -> float:
+        """What models are sorted by: the mean over images, or 1 where no image has a cell and none was found."""
+        mean = self.scores(measure).mean
+        return 1.0 if math.isnan(mean) else mean
+
+    def empty(self) -> tuple[int, float]:
+        """How many test images have no cell, and in how many of them one was found, in the mean of the seeds; 0 where it is not recorded."""
+        if not self.has("confusion"):
+            return 0, 0.0
+        each = [num_empty(np.concatenate([np.array(run.told["confusion"]) for run in runs])) for runs in self.by_seed]
+        return each[0][0], float(np.mean([found for _, found in each]))
 
     @property
     def chosen(self) -> Tested:
@@ -102,9 +116,9 @@ class Model:
     def pooled(self, measure: str) -> list[float]:
         """Dice, IoU, precision, recall or accuracy of the cell class over all pixels, one a seed."""
         if self.folds is None:
-            return [run.stored.metrics.get(f"test/{measure}", 0.0) for run in self.runs]
+            return [run.stored.metrics.get(f"test/{measure}", math.nan) for run in self.runs]
         counts = [np.sum([np.sum(run.told["confusion"], axis=0) for run in runs], axis=0) for runs in self.by_seed]
-        return [scores(one).of(cell_classes(len(one)))[measure] for one in counts]
+        return [scores(one).of(pooled_classes(one))[measure] for one in counts]
 
     def mean(self, metric: str) -> float | None:
         """The mean over runs of a logged metric; None where a run has none."""
@@ -138,9 +152,20 @@ class TestSet:
         """Each model's mean over the images with its 95 % interval; all at once, since they share their resamples."""
         if measure not in self._intervals:
             values_MI = np.stack([model.scores(measure).per_image for model in self.models])
-            unit_I = unit_numbers(range(len(self.images)) if self.groups is None else self.groups)
+            labels = np.arange(len(self.images)) if self.groups is None else unit_numbers(self.groups)
             word = "image" if self.groups is None else "group"
-            self._intervals[measure] = intervals(unit_sums(values_MI, unit_I), np.bincount(unit_I), word=word)
+            found = [Interval(mean=math.nan, low=None, high=None, num=0, note="no image has a score")] * len(self.models)
+            patterns: dict[bytes, list[int]] = {}
+            for k, row_I in enumerate(~np.isnan(values_MI)):
+                patterns.setdefault(row_I.tobytes(), []).append(k)
+            for members in patterns.values():  # models with scores for the same images; mostly all
+                kept = ~np.isnan(values_MI[members[0]])
+                if kept.any():
+                    unit_I = unit_numbers(labels[kept].tolist())
+                    some = intervals(unit_sums(values_MI[members][:, kept], unit_I), np.bincount(unit_I), word=word)
+                    for k, interval in zip(members, some, strict=True):
+                        found[k] = interval
+            self._intervals[measure] = found
         return self._intervals[measure]
 
     def measures(self) -> list[str]:
@@ -183,7 +208,7 @@ def _whole(runs: list[Tested]) -> tuple[list[Tested], list[str]]:
 
 def _test_set(runs: list[Tested]) -> TestSet:
     groups = _groups(runs)
-    models = tuple(sorted(_models(runs, groups), key=lambda model: -model.scores().mean))
+    models = tuple(sorted(_models(runs, groups), key=lambda model: -model.rating()))
     first = models[0]
     return TestSet(
         dataset=runs[0].stored.params.get("dataset", "?"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +31,18 @@ class Cells:
         return as_csv(self.columns, self.rows)
 
 
-def cells(found: Instances, image: np.ndarray, names: Sequence[str], um_per_px: float | None = None) -> Cells:
+def cells(
+    found: Instances,
+    image: np.ndarray,
+    names: Sequence[str],
+    um_per_px: float | None = None,
+    classes: np.ndarray | None = None,
+    owners: Sequence[int] = (),
+) -> Cells:
     """The table of the cells found in an image (H, W, 3) uint8 RGB; ``names`` of the classes, ``um_per_px`` the side of a pixel.
+
+    Where some classes are parts of others (``owners``, as :func:`cellbench.shapes.as_objects` takes them), ``classes`` (H, W) is the class map,
+    and each part has a column with its area in the cell, 0 where the cell has none: ``nucleus_area_px``.
 
     ``cell`` is the number in the label image, ``x_px`` and ``y_px`` the centroid from the upper left, ``diameter`` that of a disc of the same
     area, ``eccentricity`` 0 for a disc and towards 1 for a line, ``at_edge`` 1 where the image's frame may cut the cell, ``red`` to ``blue``
@@ -40,11 +50,12 @@ def cells(found: Instances, image: np.ndarray, names: Sequence[str], um_per_px: 
     """
     unit, side = ("px", 1.0) if um_per_px is None else ("um", um_per_px)
     columns = ("cell", "class", "x_px", "y_px", f"area_{unit}" + "2" * (unit == "um"), f"diameter_{unit}", "eccentricity", "at_edge")
-    columns = (*columns, "red", "green", "blue")
+    columns = (*columns, "red", "green", "blue", *(part_column(names[k], um_per_px) for k in parts_of(owners)))
     if not found.num:  # scikit-image's columns would be other ones
         return Cells(columns=columns, rows=())
     told = regionprops_table(found.ids, image, properties=_ASKED)
     height, width = found.ids.shape
+    inside = [np.bincount(found.ids[classes == k], minlength=found.num + 1) for k in parts_of(owners)]
     at_edge = (told["bbox-0"] == 0) | (told["bbox-1"] == 0) | (told["bbox-2"] == height) | (told["bbox-3"] == width)
     rows = tuple(
         (
@@ -57,10 +68,38 @@ def cells(found: Instances, image: np.ndarray, names: Sequence[str], um_per_px: 
             round(float(told["eccentricity"][k]), 4),
             int(at_edge[k]),
             *(round(float(told[f"intensity_mean-{channel}"][k]), 2) for channel in range(3)),
+            *(round(float(area[number]) * side**2, 4) for area in inside),
         )
         for k, number in enumerate(told["label"])
     )
     return Cells(columns=columns, rows=rows)
+
+
+def parts_of(owners: Sequence[int]) -> list[int]:
+    """The classes that are parts of another class's objects."""
+    return [label for label, owner in enumerate(owners) if owner != label]
+
+
+def part_column(name: str, um_per_px: float | None = None) -> str:
+    """The column of a part's area in each cell."""
+    return f"{name}_area_{'px' if um_per_px is None else 'um2'}"
+
+
+def class_counts(rows: Sequence[Mapping[str, str]], names: Sequence[str], owners: Sequence[int] = (), um_per_px: float | None = None) -> dict[str, int]:
+    """Of the lines of a table of cells: how many cells each class has, and for a part how many cells hold one; nothing where there is one class.
+
+    >>> rows = [{"class": "cytoplasm", "nucleus_area_px": "90.0"}, {"class": "cytoplasm", "nucleus_area_px": "0.0"}]
+    >>> class_counts(rows, ["background", "cytoplasm", "nucleus"], (0, 1, 1))
+    {'cytoplasm': 2, 'nucleus': 1}
+    """
+    if len(names) < 3:
+        return {}
+    parts = parts_of(owners)
+    return {
+        name: sum(float(row[part_column(name, um_per_px)]) > 0 if k in parts else row["class"] == name for row in rows)
+        for k, name in enumerate(names)
+        if k
+    }
 
 
 def density(num: int, size_px: tuple[int, int], um_per_px: float | None = None) -> float:

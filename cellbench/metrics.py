@@ -3,13 +3,21 @@
 A confusion matrix counts pixels, ``counts[truth, prediction]``. Pooled scores add the matrices of all images first; per-image scores
 average afterwards. The two are different numbers and never share a name.
 
-An image, or a whole set, may lack a class. The policy: a class in neither truth nor prediction was got right and scores 1 everywhere;
-a class in only one of the two scores 0, save in accuracy, which counts the pixels of the others too. (smp counts the first case as 0 by
-default, which punishes a clean empty image.)
+An image, or a whole set, may lack a class. A class in neither truth nor prediction has no score: it is NaN and left out of means, since
+counting it as 1 rewards whoever finds nothing (nine empty images of ten then give 0.9). A class in only one of the two scores 0, except in
+accuracy, which counts the pixels of the others too. An image without a score is *empty*: it has no cell and none was found.
+
+Pooled means go over the classes that are in the truth, and per-image means over those that are in any mask of the data set: a class that no
+mask holds cannot be scored, and one stray pixel of it must not change a mean by 1/K.
+
+The older rule, a class in neither scores 1, stays available for comparison with published numbers: ``absent=1`` here, and names that end in
+``_empty1`` in MLflow.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,27 +46,48 @@ class Scores:
     accuracy: np.ndarray
 
     def of(self, classes: slice | int | list[int]) -> dict[str, float]:
-        """The measures of one class, or their means over several."""
-        return {name: float(np.mean(getattr(self, name)[..., classes])) for name in MEASURES}
+        """The measures of one class, or their means over those of several that have a score; NaN where none has."""
+        return {name: nan_mean(getattr(self, name)[..., classes]) for name in MEASURES}
 
 
-def scores(counts: np.ndarray) -> Scores:
-    """The measures of confusion matrices (..., C, C); arrays (..., C)."""
+def nan_mean(values: np.ndarray) -> float:
+    """The mean of the values that are not NaN; NaN, without a warning, where there is none."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def filled(scores_MI: np.ndarray, best: float = 1.0) -> np.ndarray:
+    """Scores of M answers to the same I images, made comparable: (M, I) float64.
+
+    Where an image is empty for one answer (NaN: no cell, none found) and not for another (something was found), finding nothing was right and
+    scores ``best``. So a false alarm costs the same in a paired comparison as in the means. Images empty for all stay NaN.
+
+    >>> filled(np.array([[0.9, np.nan, np.nan], [0.8, 0.0, np.nan]])).tolist()
+    [[0.9, 1.0, nan], [0.8, 0.0, nan]]
+    """
+    values = np.asarray(scores_MI, dtype=np.float64)
+    missing = np.isnan(values)
+    return np.where(missing & ~missing.all(axis=0), best, values)
+
+
+def scores(counts: np.ndarray, absent: float = math.nan) -> Scores:
+    """The measures of confusion matrices (..., C, C); arrays (..., C). ``absent``: what a class in neither truth nor prediction scores."""
     counts = np.asarray(counts, dtype=np.float64)
     hit = np.diagonal(counts, axis1=-2, axis2=-1)
     predicted, present = counts.sum(-2), counts.sum(-1)
     total = counts.sum((-2, -1))[..., None]
-    absent = (predicted + present) == 0
+    nowhere = (predicted + present) == 0
 
     def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-        return np.where(absent, 1.0, np.divide(part, whole, out=np.zeros_like(part), where=whole > 0))
+        return np.where(nowhere, absent, np.divide(part, whole, out=np.zeros_like(part), where=whole > 0))
 
     return Scores(
         dice=ratio(2 * hit, predicted + present),
         iou=ratio(hit, predicted + present - hit),
         precision=ratio(hit, predicted),
         recall=ratio(hit, present),
-        accuracy=np.divide(total - predicted - present + 2 * hit, total, out=np.ones_like(hit), where=total > 0),
+        accuracy=ratio(total - predicted - present + 2 * hit, np.broadcast_to(total, hit.shape)),
     )
 
 
@@ -67,21 +96,41 @@ def cell_classes(num_classes: int) -> slice:
     return slice(1, num_classes)
 
 
+def pooled_classes(counts: np.ndarray, first: int = 1) -> list[int]:
+    """The classes from ``first`` on that a pooled mean goes over, of pixel counts (C, C): those in the truth; where none is, those predicted."""
+    truth, predicted = (np.flatnonzero(np.asarray(counts).sum(axis)[first:]) + first for axis in (1, 0))
+    return (truth if len(truth) else predicted).tolist()
+
+
 def named(prefix: str, counts: np.ndarray, classes: tuple[str, ...]) -> dict[str, float]:
-    """Pooled scores of images' confusion matrices (N, C, C) under the contract's names.
+    """Pooled scores of images' confusion matrices (N, C, C) under the contract's names; NaN where there is nothing to score.
 
     ``test/dice`` is the cell class (mean over classes that are not background), ``test_background/dice`` and so on each class, and
-    ``test_mean/dice`` the mean over all classes.
+    ``test_mean/dice`` the mean over all classes. Means go over :func:`pooled_classes`. ``test/dice_empty1`` and ``test/iou_empty1`` follow the
+    older rule.
     """
-    pooled = scores(np.asarray(counts).sum(0))
-    out = {f"{prefix}/{name}": value for name, value in pooled.of(cell_classes(len(classes))).items()}
+    total = np.asarray(counts).sum(0)
+    pooled = scores(total)
+    out = {f"{prefix}/{name}": value for name, value in pooled.of(pooled_classes(total)).items()}
+    old = scores(total, absent=1.0).of(cell_classes(len(classes)))
+    out |= {f"{prefix}/{name}_empty1": old[name] for name in ("dice", "iou")}
     others = enumerate(classes) if len(classes) > 2 else [(0, classes[0])]
     for index, name in others:
         out |= {f"{prefix}_{name}/{measure}": value for measure, value in pooled.of(index).items()}
-    return out | {f"{prefix}_mean/{measure}": value for measure, value in pooled.of(slice(None)).items()}
+    return out | {f"{prefix}_mean/{measure}": value for measure, value in pooled.of(pooled_classes(total, 0)).items()}
 
 
-def image_scores(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Per-image scores (N,) of the cell class from confusion matrices (N, C, C)."""
-    each = scores(counts)
-    return {name: getattr(each, name)[:, cell_classes(counts.shape[-1])].mean(-1) for name in MEASURES}
+def image_scores(counts: np.ndarray, absent: float = math.nan, unused: Collection[int] = ()) -> dict[str, np.ndarray]:
+    """Per-image scores (N,) of the cell class from confusion matrices (N, C, C): means over the cell classes in truth or prediction; NaN for
+    an image that has none in either. ``absent``: as in :func:`scores`; ``unused``: classes that no mask of the whole data set holds, which are
+    left out even where they are predicted, since nothing could teach them."""
+    each = scores(counts, absent)
+    here = [k for k in range(1, np.shape(counts)[-1]) if k not in unused]
+    return {name: np.array([nan_mean(row) for row in getattr(each, name)[:, here]]) for name in MEASURES}
+
+
+def num_empty(counts: np.ndarray) -> tuple[int, int]:
+    """Of images' confusion matrices (N, C, C): how many have no cell pixel in their truth, and in how many of those one was predicted."""
+    counts = np.asarray(counts)
+    empty = counts[:, 1:].sum((1, 2)) == 0
+    return int(empty.sum()), int((empty & (counts[:, :, 1:].sum((1, 2)) > 0)).sum())

@@ -17,7 +17,7 @@ from cellbench.data.augment import recolour, restain, turn
 from cellbench.data.dataset import Dataset
 from cellbench.learner import batch_sizes
 from cellbench.losses import loss_of
-from cellbench.metrics import cell_classes, confusion, scores
+from cellbench.metrics import confusion, pooled_classes, scores
 from cellbench.plan import Plan
 from cellbench.spec import RunSpec
 from cellbench.tiles import Grid, cut
@@ -94,4 +94,4 @@ def _validate(run: RunSpec, head: nn.Module, backbone: Backbone, indices: tuple[
             pixels = torch.from_numpy(cut(image, y, x, run.tile_px).copy()).permute(2, 0, 1)[None].float() / 255
             found = head([m.clone() for m in backbone(pixels, indices)], pixels).argmax(1)[0].byte().numpy()
             counts = counts + confusion(cut(mask, y, x, run.tile_px)[own], found[own], num_classes)
-    return scores(counts).of(cell_classes(num_classes))["dice"]
+    return scores(counts).of(pooled_classes(counts))["dice"]

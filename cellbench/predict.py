@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import sys
 from collections import Counter
@@ -15,7 +17,7 @@ from cellbench.data import images
 from cellbench.data.images import EXTENSIONS
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
-from cellbench.measure import as_csv, density
+from cellbench.measure import as_csv, class_counts, density
 from cellbench.outlines import coco
 from cellbench.outputs import CELLS, INSTANCES, Files, Target, TooManyCells, Wanted, swept
 from cellbench.segmenter import Refused, Segmenter
@@ -116,15 +118,20 @@ def write_coco(targets: Sequence[Target], out: Path, names: tuple[str, ...]) -> 
     return out / COCO
 
 
-def write_counts(targets: Sequence[Target], out: Path, um_per_px: float | None) -> Path:
-    """One line an image: its size, how many cells, and their density; from the tables of the cells."""
+def write_counts(targets: Sequence[Target], out: Path, um_per_px: float | None, names: Sequence[str] = (), owners: Sequence[int] = ()) -> Path:
+    """One line an image: its size, how many cells, their density, and where there are several classes how many of each; from the tables of the
+    cells. A part of a cell (``owners``) is counted in the cells that hold it."""
     unit = "cells_per_mm2" if um_per_px is not None else "cells_per_megapixel"
     rows = []
     for target in targets:
-        num = target.stem.with_name(target.stem.name + CELLS).read_text(encoding="utf-8").count("\n") - 1
+        cells = list(csv.DictReader(io.StringIO(target.stem.with_name(target.stem.name + CELLS).read_text(encoding="utf-8"))))
+        num = len(cells)
         height, width = images.size(target.stem.with_name(target.stem.name + INSTANCES))
-        rows.append((str(target.stem.relative_to(out)), width, height, num, round(density(num, (height, width), um_per_px), 3)))
-    write_atomic(out / COUNTS, as_csv(("image", "width_px", "height_px", "cells", unit), rows))
+        each = class_counts(cells, names, owners, um_per_px)
+        rows.append((str(target.stem.relative_to(out)), width, height, num, round(density(num, (height, width), um_per_px), 3), *each.values()))
+    fixed = ("image", "width_px", "height_px", "cells", unit)
+    classes = [f"{name} (class)" if name in fixed else name for name in names[1:]] if len(names) > 2 else []
+    write_atomic(out / COUNTS, as_csv((*fixed, *classes), rows))
     return out / COUNTS
 
 
@@ -179,6 +186,6 @@ def predict(
         say(f"{write_coco(good, out, segmenter.names)}: the outlines of {len(good)} images.")
     if instances and good:
         how = segmenter.trained.separation
-        say(f"{write_counts(good, out, um_per_px)}: the cells of {len(good)} images, told apart by {how.words}.")
+        say(f"{write_counts(good, out, um_per_px, segmenter.names, how.owners)}: the cells of {len(good)} images, told apart by {how.words}.")
     say(f"{out}: {len(good)} masks" + (f"; {len(bad)} images were passed over." if bad else "."))
     return 1 if bad else 0

@@ -14,6 +14,7 @@ import numpy as np
 from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
 from cellbench.errors import CellbenchError
+from cellbench.metrics import filled
 from cellbench.scored import Difference, Scores
 from cellbench.significance import DECIMALS, Interval
 from cellbench.stats import align, compare_all
@@ -62,7 +63,7 @@ def critical_difference(models: Sequence[Scores], *, alpha: float = 0.05) -> Ran
     num_models, num_units = ranks_MU.shape
     plural = "s" * (num_units > 1)
     notes = list(dict.fromkeys(note for m in models for note in m.notes))
-    if num_dropped := len(set().union(*(m.images for m in models))) - len(here.images):
+    if num_dropped := len(set().union(*(m.images for m in models))) - len(set.intersection(*(set(m.images) for m in models))):
         notes.append(f"{num_dropped} image{'s' * (num_dropped > 1)} that not every model has: left out")
     test, statistic, p, apart = "Friedman", None, None, None
     if num_models == 2:
@@ -153,6 +154,9 @@ def marginal(models: Sequence[Scores], factor: Labels, *, over: Labels) -> list[
         for m in (cells[row, column] for column in shared):
             where = {image: n for n, image in enumerate(m.images)}
             parts.append(m.values[:, [where[image] for image in take]])
+        # An image that is empty for one of them and not for another: finding nothing was right.
+        rows_of = np.cumsum([len(part) for part in parts])[:-1]
+        parts = np.split(filled(np.concatenate(parts), first.best), rows_of)
         if len({len(part) for part in parts}) > 1:
             parts = [part.mean(axis=0, keepdims=True) for part in parts]
         where = {image: n for n, image in enumerate(first.images)}
@@ -245,7 +249,7 @@ def verdict(differences: Iterable[Difference], ranking: Ranking | None = None, *
     own = [d for d in pairs if best in (d.a, d.b)]
     beaten = sorted((d for d in own if d.better == best), key=lambda d: abs(d.interval.mean))
     tied = sorted((d for d in own if d.better is None), key=lambda d: abs(d.interval.mean))
-    num_images = min(d.num_images for d in own)
+    num_images = min(d.num_a if best == d.a else d.num_b for d in own)
     out = [f"Best on average is {best}: {what} {means[best]:.3f} over {num_images} image{'s' * (num_images > 1)}."]
     if not tied:
         out.append(f"It beats {'the other model' if len(own) == 1 else f'each of the {len(own)} others'} for certain.")

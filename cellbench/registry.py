@@ -113,6 +113,11 @@ class DatasetCard(Card):
     """In place of ``values``: class k begins at the k-th of these mask values, class 0 below the first."""
     colors: tuple[tuple[int, int, int], ...] = ()
     """In place of ``values``: the mask's colour of each class, red, green and blue from 0 to 255."""
+    objects: tuple[str, ...] = ()
+    """The classes that are objects, counted one by one; all others are parts of them. Empty, and no ``parts``: the masks are asked."""
+    parts: tuple[str, ...] | dict[str, str] = ()
+    """The classes that are parts of objects, as a nucleus is of a cell: ``["nucleus"]``, or ``{ nucleus = "cytoplasm" }`` where there are several
+    classes of objects. A part of the list belongs to the class of objects that it touches most."""
     images: str = ""
     """The folder of images below the dataset's; ``{split}`` stands for ``train`` and ``test``. Empty: the usual layouts are tried."""
     masks: str = ""
@@ -133,6 +138,34 @@ class DatasetCard(Card):
         if list(self.thresholds) != sorted(self.thresholds) or any(not 0 <= part < 256 for color in self.colors for part in color):
             raise ValueError("thresholds rise, and colours lie in 0..255")
         return self
+
+
+    @model_validator(mode="after")
+    def _parts_belong_to_objects(self) -> DatasetCard:
+        for key in ("objects", "parts"):
+            for name in getattr(self, key):
+                if name not in self.classes[1:]:
+                    raise ValueError(f"{key} names '{name}'; the classes of cells are {', '.join(self.classes[1:])}")
+        given = self.part_of() or {}
+        if both := set(given) & set(self.objects):
+            raise ValueError(f"'{min(both)}' stands in objects and in parts; keep one")
+        if self.objects and (lost := set(self.classes[1:]) - set(self.objects) - set(given)):
+            raise ValueError(f"'{min(lost)}' is neither in objects nor in parts")
+        if given and not set(self.classes[1:]) - set(given):
+            raise ValueError("all classes are parts, and none is an object")
+        if wrong := [owner for owner in given.values() if owner is not None and (owner in given or owner not in self.classes[1:])]:
+            raise ValueError(f"a part belongs to a class of objects, which '{wrong[0]}' is not")
+        return self
+
+    def part_of(self) -> dict[str, str | None] | None:
+        """Each part's class of objects, None where the masks have to tell; None in all where the card says nothing of objects or parts."""
+        if not self.objects and not self.parts:
+            return None
+        if isinstance(self.parts, dict):
+            return dict(self.parts)
+        parts = self.parts or tuple(name for name in self.classes[1:] if name not in self.objects)
+        objects = [name for name in self.classes[1:] if name not in parts]
+        return {part: objects[0] if len(objects) == 1 else None for part in parts}
 
 
 KINDS = MappingProxyType({"backbones": BackboneCard, "heads": HeadCard, "baselines": BaselineCard, "datasets": DatasetCard})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from cellbench.data.prepare import Preparation
 from cellbench.exam import Exam
 from cellbench.learner import Learner
 from cellbench.logged import NOTE, TABLES
-from cellbench.metrics import image_scores, named, scores
+from cellbench.metrics import image_scores, named, nan_mean, num_empty, scores
 from cellbench.plan import num_seen
-from cellbench.shapes import MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX
+from cellbench.shapes import COUNTS, MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX, outcome_words
 from cellbench.significance import mean_interval
 from cellbench.spec import Experiment, RunSpec
 
@@ -47,22 +48,30 @@ def begin() -> None:
 
 
 def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
-    """Everything that is logged at the end of a run: pooled scores, means over images with their interval, cost, the best epoch."""
+    """Everything that is logged at the end of a run: pooled scores, means over images with their interval, cells, cost, the best epoch.
+
+    Means go over the images that have a score; ``…_empty1`` are the same with 1 for what has none, as older publications have them. Names
+    without a value (a class in neither truth nor prediction) are left out.
+    """
     counts, shapes = result.exam.counts, result.exam.shapes()
     out = named("test", counts, dataset.classes) | result.cost
-    each = image_scores(counts)
-    out |= {f"test_image/{name}": float(values.mean()) for name, values in each.items()}
-    interval = mean_interval(each["dice"])
-    if interval.low is not None and interval.high is not None:
-        out |= {"test_image/dice_low": interval.low, "test_image/dice_high": interval.high}
-    out |= {f"test_image/{name}": float(shapes[name].mean()) for name in SCORES}
+    each = image_scores(counts, unused=dataset.unused)
+    out |= {f"test_image/{name}": nan_mean(values) for name, values in each.items()}
+    if (known := each["dice"][~np.isnan(each["dice"])]).size:
+        interval = mean_interval(known)
+        if interval.low is not None and interval.high is not None:
+            out |= {"test_image/dice_low": interval.low, "test_image/dice_high": interval.high}
+    out |= {f"test_image/{name}": nan_mean(shapes[name]) for name in SCORES}
+    out |= {f"test_image/{name}_empty1": float(values.mean()) for name, values in _empty1(counts, shapes, dataset.unused).items()}
+    out["test/num_empty"], out["test/num_empty_found"] = num_empty(counts)
+    out |= {f"test/{name}": int(shapes[name].sum()) for name in COUNTS}
     errors = shapes["num_predicted"] - shapes["num_true"]
     # The mean of signed errors is a bias, in which too many and too few cancel out; the other is how far a count is off.
     out |= {"test_image/count_error": float(errors.mean()), "test_image/count_error_abs": float(np.abs(errors).mean())}
     cut = result.exam.separation
     # What cutting is worth: the same answers, their cells taken as connected regions.
     joined = [one["num_predicted"] - one["num_true"] for one in result.exam.connected]
-    out |= {"test_image/ap50_connected": float(np.mean([one["ap50"] for one in result.exam.connected]))}
+    out |= {"test_image/ap50_connected": nan_mean(np.array([one["ap50"] for one in result.exam.connected]))}
     out |= {"test_image/count_error_abs_connected": float(np.abs(joined).mean()), "separation/neck": cut.neck}
     if cut.val_ap50:
         out["separation/val_ap50"] = cut.val_ap50[f"{cut.neck:g}"]
@@ -72,8 +81,19 @@ def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
         out["test/calibration_error"] = figures.expected_error(calibration)
     if result.learner is not None:
         best = result.learner.history[result.learner.best_epoch]
-        out |= {"best/epoch": result.learner.best_epoch, "best/val_dice": best["val/dice"], "best/val_loss": best["val/loss"]}
-    return {key: tidy(key, value) for key, value in out.items()}
+        out |= {"best/epoch": result.learner.best_epoch, "best/val_loss": best["val/loss"], "best/val_dice": best.get("val/dice", math.nan)}
+    return {key: tidy(key, value) for key, value in out.items() if not math.isnan(value)}
+
+
+def _empty1(counts: np.ndarray, shapes: Mapping[str, np.ndarray], unused: Collection[int]) -> dict[str, np.ndarray]:
+    """Per-image scores (N,) by the older rule: a class in neither truth nor prediction scores 1, and so do the cells of an image without any."""
+    old = image_scores(counts, absent=1.0)
+    num = counts.shape[-1] - 1
+    scored = [k for k in range(1, num + 1) if k not in unused]
+    present = ((counts.sum(1) + counts.sum(2)) > 0)[:, scored].sum(1)
+    outlines = {name: (np.nan_to_num(shapes[name]) * present + num - present) / num for name in ("nsd", "boundary_dice")}
+    cells = {name: np.nan_to_num(shapes[name], nan=1.0) for name in SCORES if name not in outlines}
+    return {"dice": old["dice"], "iou": old["iou"], **outlines, **cells}
 
 
 def tidy(name: str, value: float) -> float:
@@ -98,9 +118,9 @@ def write(
     if experiment.data.folds:
         told |= {"fold": run.fold, "num_folds": experiment.data.folds, "pool": pool(datasets)}
     (folder / "config.toml").write_text(tomli_w.dumps(alone(run, experiment)), encoding="utf-8")
-    (folder / "per_image.json").write_text(json.dumps(told), encoding="utf-8")
+    (folder / "per_image.json").write_text(json.dumps(told, allow_nan=False), encoding="utf-8")
     (folder / SEPARATION).write_text(json.dumps(asdict(result.exam.separation)), encoding="utf-8")
-    (folder / TABLE).write_text(json.dumps(table(told)), encoding="utf-8")
+    (folder / TABLE).write_text(json.dumps(table(told), allow_nan=False), encoding="utf-8")
     if result.preparation is not None:
         (folder / "preparation.json").write_text(json.dumps(result.preparation.told()), encoding="utf-8")
     (folder / "figures").mkdir()
@@ -108,13 +128,14 @@ def write(
         save_file({key: x.contiguous() for key, x in result.learner.best_weights.items()}, folder / "head.safetensors")
         figures.save(figures.curves(result.learner.history, result.learner.best_epoch), folder / "figures" / "curves.png")
     exam = result.exam
-    each = image_scores(exam.counts) | {key: values for key, values in exam.shapes().items() if key in SCORES}
+    each = image_scores(exam.counts, unused=dataset.unused) | {key: values for key, values in exam.shapes().items() if key in SCORES}
     pooled = scores(exam.counts.sum(0))
     by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
     figures.save(figures.report_card(name, each, by_class, exam.calibration()), folder / "figures" / "scores.png")
     for which, case in exam.keep.cases.items():
         picture, truth = pixels[case.image]
-        title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, Dice {case.dice:.4f}"
+        cells = outcome_words(asdict(exam.agreements[case.image]))
+        title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, {case.score}\n{cells}"
         figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"{which}.png")
 
 
@@ -138,6 +159,7 @@ def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
     exam, shapes = result.exam, result.exam.shapes()
     return {
         "classes": list(dataset.classes),
+        "unused": [dataset.classes[k] for k in dataset.unused],
         "images": [sample.name for sample in dataset.test],
         "dataset": dataset.digest,
         "groups": [sample.group for sample in dataset.test],
@@ -146,19 +168,24 @@ def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
         "separation_neck": exam.separation.neck,
         "cells_numbered": [one.numbered for one in exam.agreements],
         "confusion": exam.counts.tolist(),
-        **{name: [round(float(v), 6) for v in values] for name, values in image_scores(exam.counts).items()},
-        **{name: [round(float(v), 6) for v in shapes[name]] for name in SCORES},
-        **{name: shapes[name].tolist() for name in ("num_true", "num_predicted")},
+        **{name: _rounded(values) for name, values in image_scores(exam.counts, unused=dataset.unused).items()},
+        **{name: _rounded(shapes[name]) for name in SCORES},
+        **{name: shapes[name].tolist() for name in COUNTS},
         "calibration": exam.calibration(),
     }
 
 
-COLUMNS = ("dice", "iou", "precision", "recall", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq", "num_true", "num_predicted")
+def _rounded(values: np.ndarray) -> list[float | None]:
+    """Six decimals; None, JSON's null, for an image without a score."""
+    return [None if math.isnan(value) else round(value, 6) for value in values.tolist()]
+
+
+COLUMNS = ("dice", "iou", "precision", "recall", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq", *COUNTS)
 
 
 def table(told: dict[str, Any]) -> dict[str, object]:
-    """``per_image`` as the UI's table: worst image first, since that is the one to look at."""
-    order = np.argsort(told["dice"], kind="stable").tolist()
+    """``per_image`` as the UI's table: worst image first, since that is the one to look at; those without a score last."""
+    order = np.argsort(np.array(told["dice"], np.float64), kind="stable").tolist()
     return {"columns": ["image", *COLUMNS], "data": [[told["images"][k], *(told[name][k] for name in COLUMNS)] for k in order]}
 
 
@@ -181,21 +208,30 @@ def tags(name: str, metrics: dict[str, float], machine: str, worst: str) -> dict
     return {"cellbench.machine": machine, TABLES: named, NOTE: note(name, metrics, worst=worst)}
 
 
+def score(values: Mapping[str, float], name: str) -> str:
+    """A score as text, where the run has it."""
+    return f"{values[name]:.4f}" if name in values else "none (no cell)"
+
+
 def note(name: str, values: dict[str, float], worst: str = "") -> str:
     """A run's notes in MLflow, in Markdown. ``worst``: the address of the worst case's picture."""
     interval = ""
     if "test_image/dice_low" in values:
         interval = f" (95 % {values['test_image/dice_low']:.4f} to {values['test_image/dice_high']:.4f})"
     lines = [
-        ["test Dice, all pixels pooled", f"{values['test/dice']:.4f}"],
-        ["test Dice, mean over images", f"{values['test_image/dice']:.4f}{interval}"],
-        [f"outlines within {TOLERANCE_PX:g} px (NSD)", f"{values['test_image/nsd']:.4f}"],
-        ["cells found (AP50)", f"{values['test_image/ap50']:.4f} ({values['test_image/ap50_connected']:.4f} where touching cells are not parted)"],
+        ["test Dice, all pixels pooled", score(values, "test/dice")],
+        ["test Dice, mean over images", f"{score(values, 'test_image/dice')}{interval}"],
+        [f"outlines within {TOLERANCE_PX:g} px (NSD)", score(values, "test_image/nsd")],
+        ["AP50", f"{score(values, 'test_image/ap50')} ({score(values, 'test_image/ap50_connected')} where touching cells are not parted)"],
+        ["cells of all test images", outcome_words({name.removeprefix("test/"): value for name, value in values.items()})],
         ["cells counted, predicted minus true", f"{values['test_image/count_error']:+.1f} an image"],
     ]
+    if values["test/num_empty"]:
+        empty, found = values["test/num_empty"], values["test/num_empty_found"]
+        lines.append(["test images without a cell", f"{empty:g}; something was found in {found:g} of them; means leave out the others"])
     parts = [
         # The UI shows five lines of a note before it asks for more: the answer comes first.
-        f"**{name}**: test Dice **{values['test/dice']:.4f}** over all pixels, {values['test_image/dice']:.4f}{interval} in the mean of the images.",
+        f"**{name}**: test Dice **{score(values, 'test/dice')}** over all pixels, {score(values, 'test_image/dice')}{interval} in the mean of the images.",
         views.columns(("what", "score"), lines),
         f"*Artifacts*: `{TABLE}` (each image, worst first), `figures/`, weights, and `config.toml`, which repeats this run.",
     ]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cellbench.errors import CellbenchError
+from cellbench.metrics import filled, nan_mean
 from cellbench.significance import DECIMALS, RESAMPLES, Interval, mean_interval, negative
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
-    """One model's score on each image, once per seed. Raises CellbenchError for NaN, repeated images and lengths that do not fit.
+    """One model's score on each image, once per seed. Raises CellbenchError for infinite scores, repeated images and lengths that do not fit.
 
     ``values``: (num_seeds, num_images), or (num_images,) for one seed. Pool scores of k folds into one row: each image is tested once.
     Ids pair images, so they must mean the same image in every model: compare within one test set.
+
+    NaN: no score, because the image has no cell and none was found. Means leave it out. Where only some seeds found something, the others
+    score best (:func:`cellbench.metrics.filled`), so that NaN is the whole image's or nobody's.
     """
 
     model: str
@@ -31,6 +36,8 @@ class Scores:
 
     def __post_init__(self) -> None:
         values = np.array(self.values, dtype=np.float64, ndmin=2)
+        if values.ndim == 2:
+            values = filled(values, self.best)
         values.flags.writeable = False
         object.__setattr__(self, "values", values)
         for name in ("images", "groups", "folds"):
@@ -43,20 +50,31 @@ class Scores:
         if len(set(self.images)) < len(self.images):
             twice = next(image for image in self.images if self.images.count(image) > 1)
             raise CellbenchError(f"scores of {self.model}: image '{twice}' is there twice. Give seeds as rows, images once.")
-        if len(bad := np.flatnonzero(~np.isfinite(values).all(axis=0))):
+        if len(bad := np.flatnonzero(np.isinf(values).any(axis=0))):
             raise CellbenchError(
                 f"scores of {self.model}: not a finite number on {len(bad)} of {len(self.images)} images, first '{self.images[bad[0]]}'. "
                 "Leave such images out, or decide what they score."
             )
 
     @property
+    def best(self) -> float:
+        """What a right answer to an image without a cell scores in a comparison."""
+        return 0.0 if self.lower_is_better else 1.0
+
+    @property
     def per_image(self) -> np.ndarray:
-        """(num_images,): the mean over seeds."""
+        """(num_images,): the mean over seeds; NaN where no seed has a score."""
         return self.values.mean(axis=0)
 
     @property
+    def empty(self) -> np.ndarray:
+        """(num_images,) bool: the images without a score."""
+        return np.isnan(self.values).any(axis=0)
+
+    @property
     def mean(self) -> float:
-        return float(self.values.mean())
+        """Over the images that have a score; NaN where none has."""
+        return nan_mean(self.values)
 
     @property
     def seed_sd(self) -> float | None:
@@ -64,7 +82,12 @@ class Scores:
         return seed_sd(self.values)
 
     def interval(self, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-        return mean_interval(self.per_image, groups=self.groups, level=level, resamples=resamples, seed=seed)
+        """Of the mean, over the images that have a score."""
+        kept = ~self.empty
+        groups = None if self.groups is None else [group for group, keep in zip(self.groups, kept, strict=True) if keep]
+        if not kept.any():
+            return Interval(mean=math.nan, low=None, high=None, num=0, note="no image has a score", level=level)
+        return mean_interval(self.per_image[kept], groups=groups, level=level, resamples=resamples, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +98,7 @@ class Difference:
     b: str
     mean_a: float
     mean_b: float
+    """Of each alone, over those of the images that it has a score for."""
     interval: Interval
     """Of the mean difference a - b: the paired bootstrap. For this pair alone, not widened for the number of pairs."""
     p: float
@@ -96,6 +120,9 @@ class Difference:
     """Corrected resampled t-test over folds (Nadeau & Bengio 2003), where both models share folds. Not adjusted."""
     lower_is_better: bool
     notes: tuple[str, ...]
+    num_a: int = 0
+    num_b: int = 0
+    """Images behind ``mean_a`` and ``mean_b``."""
 
     @property
     def num_images(self) -> int:
@@ -131,6 +158,8 @@ def flipped(d: Difference) -> Difference:
         b=d.a,
         mean_a=d.mean_b,
         mean_b=d.mean_a,
+        num_a=d.num_b,
+        num_b=d.num_a,
         interval=negative(d.interval),
         effect=-d.effect + 0.0,
         wins=d.losses,
@@ -141,5 +170,7 @@ def flipped(d: Difference) -> Difference:
 
 
 def seed_sd(values: np.ndarray) -> float | None:
-    """Of scores (num_seeds, num_images): the standard deviation (n - 1) of the seeds' means; None for one seed."""
-    return float(values.mean(axis=1).std(ddof=1)) if len(values) > 1 else None
+    """Of scores (num_seeds, num_images): the standard deviation (n - 1) of the seeds' means over images with a score; None for one seed, or
+    where no image has a score."""
+    known = values[:, ~np.isnan(values).any(axis=0)]
+    return float(known.mean(axis=1).std(ddof=1)) if len(values) > 1 and known.size else None

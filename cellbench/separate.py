@@ -22,7 +22,8 @@ import numpy as np
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from cellbench.shapes import MIN_AREA_PX, Instances, cell_scores, contour, numbered
+from cellbench.metrics import filled, nan_mean
+from cellbench.shapes import MIN_AREA_PX, Instances, as_objects, cell_scores, contour, numbered
 
 NECKS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 """The values that are tried; of equally good ones the smallest, which cuts least."""
@@ -45,10 +46,19 @@ class Separation:
     """What is smaller is a speck, no cell: as the truth that it was tuned on has it."""
     learned: bool = False
     """Whether basins are those of a relief that the model learned, not of the mask's own distances."""
+    owners: tuple[int, ...] = ()
+    """For each class the class of the object that it is a part of, its own for an object; empty: every class is an object."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "owners", tuple(self.owners))  # JSON knows lists only
+
+    def parts(self, classes: np.ndarray, relief: np.ndarray | None = None) -> Parts:
+        """The basins of the objects of a class map (H, W) uint8."""
+        return Parts(as_objects(classes, self.owners), relief)
 
     def instances(self, classes: np.ndarray, relief: np.ndarray | None = None) -> Instances:
         """The cells of a class map (H, W) uint8; ``relief`` (H, W) uint8 where the model learned one."""
-        return Parts(classes, relief).instances(self.neck, self.min_area_px)
+        return self.parts(classes, relief).instances(self.neck, self.min_area_px)
 
     @property
     def words(self) -> str:
@@ -206,21 +216,23 @@ def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int,
 class Tuning:
     """Chooses a neck: is shown class maps and their true cells, and says which of ``NECKS`` finds most of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, owners: Sequence[int] = ()) -> None:
+        """``owners``: as in :class:`Separation`."""
         self._found: list[list[float]] = []
-        self._min_area_px, self._learned = MIN_AREA_PX, False
+        self._min_area_px, self._learned, self._owners = MIN_AREA_PX, False, tuple(owners)
 
     def add(self, classes: np.ndarray, relief: np.ndarray | None, truth: Instances, min_area_px: int) -> None:
         """A predicted class map (H, W) uint8, the relief (H, W) uint8 where the model learned one, and the cells that are there."""
-        parts, self._learned = Parts(classes, relief), relief is not None
+        parts, self._learned = Parts(as_objects(classes, self._owners), relief), relief is not None
         self._min_area_px = min(self._min_area_px, min_area_px)
         self._found.append([float(cell_scores(truth, parts.instances(neck, min_area_px))["ap50"]) for neck in NECKS])
 
     def best(self) -> Separation:
-        """The separation with the highest mean AP50; connected regions where nothing was shown."""
-        if not self._found:
-            return Separation()
-        means: Sequence[float] = np.mean(self._found, axis=0).round(6).tolist()
+        """The separation with the highest mean AP50; connected regions where no image has a cell or a predicted one."""
+        found = filled(np.array(self._found, dtype=np.float64).reshape(-1, len(NECKS)).T)
+        means: Sequence[float] = [round(nan_mean(values), 6) for values in found]
+        if np.isnan(means).any():
+            return Separation(min_area_px=self._min_area_px, learned=self._learned, owners=self._owners)
         told = {f"{neck:g}": value for neck, value in zip(NECKS, means, strict=True)}
         return Separation(
             neck=NECKS[int(np.argmax(means))],
@@ -228,4 +240,5 @@ class Tuning:
             num_images=len(self._found),
             min_area_px=self._min_area_px,
             learned=self._learned,
+            owners=self._owners,
         )

@@ -17,9 +17,12 @@ Decisions, each with its reason:
   This is not COCO's average precision: there are no confidences to rank by.
 - ``aji``: aggregated Jaccard index (Kumar et al. 2017) as published: one predicted cell may serve several true ones.
 - ``pq``: panoptic quality (Kirillov et al. 2019), the product of ``dq`` (F1 at 0.5) and ``sq`` (mean IoU of the matched).
+- Counts alone hide errors that cancel out (50 cells for 50 cells, a third of them wrong), so every cell is accounted for (``outcomes``).
+- A class may be a *part* of another class's objects, as a nucleus is of a cell: ``owners`` has for each class the class whose object it
+  belongs to. Cells are then found after each part has taken its owner's class (``as_objects``); outlines stay those of each class.
 
-What is in neither map was got right and scores 1; what is in only one scores 0, as in ``cellbench.metrics``. Over several cell classes
-``nsd`` and ``boundary_dice`` are means of the classes, while cells are counted together.
+What is in neither map has no score (NaN); what is in only one scores 0, as in ``cellbench.metrics``. Over several cell classes ``nsd`` and
+``boundary_dice`` are means of the classes that have a score, while cells are counted together.
 
 Letters: K classes, H x W image, T true cells, P predicted cells.
 """
@@ -27,10 +30,13 @@ Letters: K classes, H x W image, T true cells, P predicted cells.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
+
+from cellbench.metrics import nan_mean
 
 TOLERANCE_PX = 2.0
 """For contours: what two careful people differ by on a cell of 100 px."""
@@ -41,11 +47,13 @@ MIN_AREA_NUMBERED_PX = 10
 THRESHOLDS = tuple(range(10, 20))
 """Of the intersection over union, in twentieths: 0.50, 0.55 … 0.95."""
 SCORES = ("nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq")
+COUNTS = ("num_true", "num_predicted", "num_found", "num_missed", "num_split", "num_merged", "num_extra")
+"""Of an image's cells, as :func:`outcomes` defines them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """One prediction against one truth. All but the counts in 0..1, higher is better."""
+    """One prediction against one truth. All but the counts in 0..1, higher is better; NaN where there is nothing to score."""
 
     nsd: float
     boundary_dice: float
@@ -57,6 +65,11 @@ class Agreement:
     sq: float
     num_true: int
     num_predicted: int
+    num_found: int
+    num_missed: int
+    num_split: int
+    num_merged: int
+    num_extra: int
     numbered: bool
     """Whether the truth numbers its cells; else they are connected regions."""
 
@@ -119,32 +132,89 @@ def numbered(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 0) -> Inst
     return Instances(ids=out, areas_px=np.concatenate([[0], areas[kept]]), classes=votes.argmax(1).astype(np.uint8))
 
 
-def true_cells(classes: np.ndarray, ids: np.ndarray | None) -> tuple[Instances, int]:
-    """The cells of a truth (H, W), by its own numbers where it has them, and the least area in px that a predicted cell must then have."""
-    return (instances(classes), MIN_AREA_PX) if ids is None else (numbered(ids, classes), MIN_AREA_NUMBERED_PX)
+def as_objects(classes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
+    """A class map (H, W) uint8 in which each part has the class of the object that it belongs to. ``owners``: for each class the class of its
+    object, its own for an object; empty: every class is an object.
+
+    >>> as_objects(np.array([[0, 1, 2, 3]], np.uint8), (0, 1, 1, 3)).tolist()
+    [[0, 1, 1, 3]]
+    """
+    if not has_parts(owners) or not classes.size:
+        return classes
+    table = np.arange(256, dtype=np.uint8)  # other values, such as pixels to ignore, stay as they are
+    table[: len(owners)] = owners
+    return table[classes]
+
+
+def has_parts(owners: Sequence[int]) -> bool:
+    """Whether any class is a part of another's objects."""
+    return any(owner != label for label, owner in enumerate(owners))
+
+
+def with_parts(ids: np.ndarray, classes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
+    """The cells' numbers (H, W) after each numbered part has taken the number of the object that it touches along most of its outline.
+
+    For truths that number a nucleus and its cell separately. ``classes`` (H, W) as they are in the truth, parts not yet :func:`as_objects`.
+    A part that touches no object of its own keeps its number.
+    """
+    if not has_parts(owners):
+        return ids
+    cells = numbered(ids, classes)
+    owner = np.asarray(owners)[cells.classes]
+    is_part = owner != cells.classes
+    pairs = []
+    for first, second in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
+        a, b = cells.ids[first].ravel(), cells.ids[second].ravel()
+        for part, other in ((a, b), (b, a)):
+            at = is_part[part] & (other > 0) & (cells.classes[other] == owner[part])
+            pairs.append(part[at].astype(np.int64) * (cells.num + 1) + other[at])
+    code, length = np.unique(np.concatenate(pairs), return_counts=True)
+    new = np.arange(cells.num + 1, dtype=np.int32)
+    order = np.argsort(length, kind="stable")  # the longest contact is written last
+    new[code[order] // (cells.num + 1)] = code[order] % (cells.num + 1)
+    return new[cells.ids]
+
+
+def true_cells(classes: np.ndarray, ids: np.ndarray | None, owners: Sequence[int] = ()) -> tuple[Instances, int]:
+    """The cells of a truth (H, W), by its own numbers where it has them, and the least area in px that a predicted cell must then have.
+    ``owners``: as in :func:`as_objects`."""
+    objects = as_objects(classes, owners)
+    if ids is None:
+        return instances(objects), MIN_AREA_PX
+    return numbered(with_parts(ids, classes, owners), objects), MIN_AREA_NUMBERED_PX
 
 
 class Truth:
     """The truth of one image (H, W), prepared once and compared with the answers of many runs. May be asked from several threads."""
 
-    def __init__(self, classes: np.ndarray, num_classes: int, ids: np.ndarray | None = None, *, tolerance_px: float = TOLERANCE_PX) -> None:
-        """``classes`` below ``num_classes``, 0 the background; ``ids``: the mask's own numbers of cells, where it has them."""
-        self._classes, self._tolerance, self._numbered = classes, tolerance_px, ids is not None
-        self._cells, self.min_area_px = true_cells(classes, ids)
-        self._outlines = [Outline(classes == label, tolerance_px) for label in range(1, num_classes)]
+    def __init__(
+        self,
+        classes: np.ndarray,
+        num_classes: int,
+        ids: np.ndarray | None = None,
+        *,
+        owners: Sequence[int] = (),
+        unused: Collection[int] = (),
+        tolerance_px: float = TOLERANCE_PX,
+    ) -> None:
+        """``classes`` below ``num_classes``, 0 the background; ``ids``: the mask's own numbers of cells, where it has them; ``owners``: as in
+        :func:`as_objects`; ``unused``: classes whose outlines are not scored, as in :func:`cellbench.metrics.image_scores`."""
+        self._classes, self._tolerance, self._numbered, self._owners = classes, tolerance_px, ids is not None, tuple(owners)
+        self._cells, self.min_area_px = true_cells(classes, ids, owners)
+        self._outlines = {label: Outline(classes == label, tolerance_px) for label in range(1, num_classes) if label not in unused}
 
     def found(self, cells: Instances) -> dict[str, float | int]:
         """The scores of predicted cells, each of ``min_area_px`` or more, under the names of :class:`Agreement`."""
         return cell_scores(self._cells, cells)
 
     def agreement(self, classes: np.ndarray, cells: Instances | None = None) -> Agreement:
-        """How well a predicted class map (H, W) agrees; ``cells``: the single cells of it, if not its connected regions."""
+        """How well a predicted class map (H, W) agrees; ``cells``: the single cells of it, if not the connected regions of its objects."""
         if classes.shape != self._classes.shape:
             raise ValueError(f"truth is {self._classes.shape}, prediction {classes.shape}")
-        outlines = [outline_scores(truth, Outline(classes == label, self._tolerance)) for label, truth in enumerate(self._outlines, 1)]
-        nsd, band = np.mean(outlines, axis=0)
-        cells = instances(classes, self.min_area_px) if cells is None else cells
-        return Agreement(nsd=float(nsd), boundary_dice=float(band), numbered=self._numbered, **self.found(cells))
+        outlines = [outline_scores(truth, Outline(classes == label, self._tolerance)) for label, truth in self._outlines.items()]
+        nsd, band = (nan_mean(np.array(values)) for values in zip(*outlines, strict=True))
+        cells = instances(as_objects(classes, self._owners), self.min_area_px) if cells is None else cells
+        return Agreement(nsd=nsd, boundary_dice=band, numbered=self._numbered, **self.found(cells))
 
 
 # --- outlines ---------------------------------------------------------------------------------------------------------------------------
@@ -191,9 +261,11 @@ def dilated(mask: np.ndarray, radius_px: float) -> np.ndarray:
 
 
 def outline_scores(truth: Outline, found: Outline) -> tuple[float, float]:
-    """``nsd`` and ``boundary_dice`` of two masks. Where neither has a contour, it is whether they are the same."""
+    """``nsd`` and ``boundary_dice`` of two masks: NaN where both are empty. Where neither has a contour, it is whether they are the same."""
     lengths = np.count_nonzero(truth.contour) + np.count_nonzero(found.contour)
     if not lengths:
+        if not truth.mask.any() and not found.mask.any():
+            return math.nan, math.nan
         same = float((truth.mask == found.mask).all())
         return same, same
     close = np.count_nonzero(truth.contour & found.near) + np.count_nonzero(found.contour & truth.near)
@@ -221,7 +293,7 @@ def overlaps(truth: Instances, found: Instances) -> tuple[np.ndarray, np.ndarray
 
 
 def cell_scores(truth: Instances, found: Instances) -> dict[str, float | int]:
-    """The scores of single cells, under the names of :class:`Agreement`."""
+    """The scores of single cells, under the names of :class:`Agreement`; NaN where there is no cell and none was predicted."""
     t, p, shared, union = overlaps(truth, found)
     both = truth.num + found.num
 
@@ -229,22 +301,67 @@ def cell_scores(truth: Instances, found: Instances) -> dict[str, float | int]:
         return 20 * shared > threshold * union
 
     def precision(num_hits: int) -> float:
-        return num_hits / (both - num_hits) if both else 1.0
+        return num_hits / (both - num_hits) if both else math.nan
 
     matched = hits(10)
     num = int(matched.sum())
-    dq = 2 * num / both if both else 1.0
-    sq = float((shared[matched] / union[matched]).mean()) if num else float(not both)
+    dq = 2 * num / both if both else math.nan
+    sq = float((shared[matched] / union[matched]).mean()) if num else 0.0 if both else math.nan
     return {
         "ap50": precision(num),
-        "ap50_95": float(np.mean([precision(int(hits(threshold).sum())) for threshold in THRESHOLDS])),
+        "ap50_95": nan_mean(np.array([precision(int(hits(threshold).sum())) for threshold in THRESHOLDS])),
         "aji": _aji(truth, found, t, p, shared, union),
         "pq": dq * sq,
         "dq": dq,
         "sq": sq,
+        **outcomes(truth, found, t, p, shared, matched),
+    }
+
+
+def outcomes(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, matched: np.ndarray) -> dict[str, int]:
+    """What became of every cell; a cell lies *mostly* in another where more than half of its own pixels do.
+
+    - ``num_found``: true cells matched by a predicted cell of their class with an IoU above 0.5.
+    - ``num_merged``: true cells not found that lie mostly in a predicted cell in which another true cell lies mostly, too.
+    - ``num_split``: true cells neither found nor merged in which two or more predicted cells lie mostly.
+    - ``num_missed``: all other true cells.
+    - ``num_extra``: predicted cells that match no true cell: false alarms, and the pieces and mergers of the cells above.
+
+    So found + merged + split + missed = ``num_true``, and found + extra = ``num_predicted``. Pairs ``t``, ``p``, ``shared`` as
+    :func:`overlaps` gives them, of one class; ``matched`` (pairs,) bool: which of them match.
+    """
+    is_found = np.zeros(truth.num + 1, bool)
+    is_found[t[matched]] = True
+    inside = 2 * shared > truth.areas_px[t]  # the true cell, in the predicted one
+    swallowed = np.bincount(p[inside], minlength=found.num + 1)
+    is_merged = np.zeros(truth.num + 1, bool)
+    is_merged[t[inside][swallowed[p[inside]] > 1]] = True
+    pieces = np.bincount(t[2 * shared > found.areas_px[p]], minlength=truth.num + 1)
+    is_merged &= ~is_found
+    is_split = (pieces > 1) & ~is_found & ~is_merged
+    num, merged, split = (int(one.sum()) for one in (is_found, is_merged, is_split))
+    return {
         "num_true": truth.num,
         "num_predicted": found.num,
+        "num_found": num,
+        "num_missed": truth.num - num - merged - split,
+        "num_split": split,
+        "num_merged": merged,
+        "num_extra": found.num - num,
     }
+
+
+def outcome_words(counts: Mapping[str, float]) -> str:
+    """The counts of :func:`outcomes` as a phrase.
+
+    >>> outcome_words({"num_true": 50, "num_found": 44, "num_missed": 1, "num_split": 2, "num_merged": 3, "num_extra": 6})
+    '44 of 50 cells found, 1 missed, 2 split, 3 merged; 6 extra'
+    """
+    n = {name: f"{counts[name]:g}" for name in COUNTS if name in counts}
+    return (
+        f"{n['num_found']} of {n['num_true']} cells found, {n['num_missed']} missed, {n['num_split']} split, {n['num_merged']} merged; "
+        f"{n['num_extra']} extra"
+    )
 
 
 def _aji(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, union: np.ndarray) -> float:
@@ -254,4 +371,4 @@ def _aji(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, share
     lonely_px = truth.areas_px.sum() - truth.areas_px[t[first]].sum()
     unused_px = found.areas_px.sum() - found.areas_px[np.unique(p[first])].sum()
     whole = union[first].sum() + lonely_px + unused_px
-    return float(shared[first].sum() / whole) if whole else 1.0
+    return float(shared[first].sum() / whole) if whole else math.nan

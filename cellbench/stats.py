@@ -10,6 +10,8 @@ Decisions, each with its reason:
 - Wilcoxon signed-rank, two-sided. Equal images are ranked, then dropped (Pratt 1959): they count as evidence of no difference, which
   dropping them first would hide. Up to 50 unequal units p is exact, with ties too; above, normal with tie correction.
 - Effect size is the matched-pairs rank-biserial correlation (Kerby 2014), -1 to 1, over the ranks of *all* units: ties pull it to 0.
+- An image that is empty for both models of a pair (no cell, none found: NaN) is left out. Where only one of them found something, the other
+  scores best there (``cellbench.metrics.filled``): a false alarm on an empty image is never dropped from a comparison.
 - Scores are compared at 12 decimals, so that a mean over seeds does not break a tie by its last bit.
 
 Shapes: M models, P pairs, I images, U units (images or groups), B resamples, F folds.
@@ -24,6 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cellbench.errors import CellbenchError
+from cellbench.metrics import nan_mean
 from cellbench.scored import Difference, Scores, seed_sd
 from cellbench.significance import DECIMALS, RESAMPLES, fold_test, holm, intervals, signed_rank, unit_numbers, unit_sums
 
@@ -36,6 +39,8 @@ class Aligned:
 
     images: tuple[str, ...]
     values_MI: np.ndarray  # noqa: N815
+    means: tuple[float, ...]
+    """Each model's mean over those of the images that it has a score for."""
     seed_sds: tuple[float | None, ...]
     unit_I: np.ndarray  # noqa: N815
     """The number of each image's unit: itself, or its group."""
@@ -43,6 +48,8 @@ class Aligned:
     """What a unit is: 'image' or 'group'."""
     folds: tuple[Hashable, ...] | None
     """None unless every model has the same."""
+    num_filled: tuple[int, ...]
+    """For each model: images that are empty for it and not for all others; it scores best there."""
 
     @property
     def units_MU(self) -> np.ndarray:  # noqa: N802
@@ -51,7 +58,9 @@ class Aligned:
 
 
 def align(models: Sequence[Scores]) -> Aligned:
-    """Put models on their common images, in the first one's order. Raises CellbenchError where they share none or mean different things."""
+    """Put models on their common images, without those that are empty for all, in the first one's order.
+
+    Raises CellbenchError where they share none or mean different things."""
     first = models[0]
     if len({m.lower_is_better for m in models}) > 1:
         raise CellbenchError("some scores are better when lower, others when higher: compare one metric at a time.")
@@ -59,6 +68,9 @@ def align(models: Sequence[Scores]) -> Aligned:
     if not common:
         names = ", ".join(sorted({m.model for m in models})[:4])
         raise CellbenchError(f"no image is scored by all of {names}: nothing to pair. Compare models of the same test images.")
+    empty = set.intersection(*({image for image, missing in zip(m.images, m.empty, strict=True) if missing} for m in models))
+    # Where all of them are empty for all, all models are right everywhere: equal, and not without a comparison.
+    common = common - empty or common
     images = tuple(image for image in first.images if image in common)
     units: dict[str, Hashable] = {}
     for m in models:
@@ -67,21 +79,27 @@ def align(models: Sequence[Scores]) -> Aligned:
                 raise CellbenchError(f"image '{image}' is in group '{units[image]}' and, for {m.model}, in '{group}'. One group an image.")
     grouped = any(image in units for image in images)
     labels = [("group", units[image]) if image in units else ("image", image) for image in images]
-    rows, sds, folds = [], [], set()
+    rows, means, sds, folds, num_filled = [], [], [], set(), []
     for m in models:
         where = None if m.images == images else {image: i for i, image in enumerate(m.images)}
         take = slice(None) if where is None else [where[image] for image in images]
         values = m.values[:, take]
+        own = nan_mean(values)
+        means.append(m.best if np.isnan(own) else own)
+        num_filled.append(int(np.isnan(values).any(axis=0).sum()))
+        values = np.where(np.isnan(values), m.best, values)
         rows.append(values.mean(axis=0))
         sds.append(seed_sd(values))
         folds.add(None if m.folds is None else m.folds if where is None else tuple(m.folds[i] for i in take))
     return Aligned(
         images=images,
         values_MI=np.array(rows),
+        means=tuple(means),
         seed_sds=tuple(sds),
         unit_I=unit_numbers(labels),
         word="group" if grouped else "image",
         folds=folds.pop() if len(folds) == 1 else None,
+        num_filled=tuple(num_filled),
     )
 
 
@@ -121,7 +139,10 @@ def compare_all(
     num_tests = len(models) * (len(models) - 1) // 2 if picked else len(pairs)
     # Pairs whose models lie alike (same images, folds) share one resampling: 630 pairs then cost one draw and one matrix product.
     layouts: dict[Hashable, int] = {}
-    keys = [(frozenset(m.images), frozenset(zip(m.images, m.folds or (), strict=False))) for m in models]
+    keys = [
+        (frozenset(m.images), frozenset(zip(m.images, m.folds or (), strict=False)), frozenset(np.array(m.images, object)[m.empty]))
+        for m in models
+    ]
     layout = [layouts.setdefault(key, len(layouts)) for key in keys]
     batches: dict[tuple[int, int], list[int]] = {}
     for n, (i, j) in enumerate(pairs):
@@ -154,7 +175,6 @@ def _differences(
     pairs_P2 = np.array([(local[i], local[j]) for i, j in pairs])
     counts_U = np.bincount(here.unit_I)
     num_units = len(counts_U)
-    mean_M = here.values_MI.mean(axis=1).tolist()
     each = intervals(
         unit_sums(here.values_MI, here.unit_I), counts_U, pairs_P2=pairs_P2, word=here.word, level=level, resamples=resamples, seed=seed
     )
@@ -185,9 +205,12 @@ def _differences(
     for n, (i, j) in enumerate(pairs):
         a, b, interval = models[i], models[j], each[n]
         sd_a, sd_b = here.seed_sds[local[i]], here.seed_sds[local[j]]
-        num_dropped = len(a.images) + len(b.images) - 2 * num_images
+        num_dropped = len(set(a.images) ^ set(b.images))
         ties = num_images - higher[n] - lower[n]
         notes = list(dict.fromkeys([*a.notes, *b.notes, *shared]))
+        filled = here.num_filled[local[i]] + here.num_filled[local[j]]
+        if filled and filled < 2 * num_images:
+            notes.append(f"{filled} image{'s' * (filled > 1)} without a cell where only one of the two found something: the other is right there")
         if num_dropped:
             notes.append(f"{num_dropped} image{'s' * (num_dropped > 1)} that only one of the two has: left out")
         if ties == num_images:
@@ -202,8 +225,8 @@ def _differences(
             Difference(
                 a=a.model,
                 b=b.model,
-                mean_a=mean_M[local[i]],
-                mean_b=mean_M[local[j]],
+                mean_a=here.means[local[i]],
+                mean_b=here.means[local[j]],
                 interval=interval,
                 p=p[n],
                 p_adjusted=p[n],
@@ -218,6 +241,8 @@ def _differences(
                 p_folds=p_folds[n],
                 lower_is_better=a.lower_is_better,
                 notes=tuple(notes),
+                num_a=num_images - here.num_filled[local[i]] or num_images,
+                num_b=num_images - here.num_filled[local[j]] or num_images,
             )
         )
     return out

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from worlds import FP32, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
 
 from cellbench.features import Batch
+from cellbench import figures
 from cellbench.infer import score, tile_counts
 from cellbench.lanes import Lanes
 from cellbench.learner import Learner, MiniBatches, batch_sizes
@@ -203,6 +206,17 @@ def test_the_best_epoch_is_kept(dataset):
 def test_selection_by_loss_takes_the_lowest(dataset):
     learner = fitted(dataset, [run_of("bilinear", epochs=4, select="val/loss", lr=0.05)])[0]
     assert learner.best_epoch == int(np.argmin([row["val/loss"] for row in learner.history]))
+
+
+def test_where_no_validation_image_has_a_cell_the_loss_chooses_the_epoch(dataset, tmp_path):
+    height, width = dataset.val[0].size_px
+    Image.fromarray(np.zeros((height, width), np.uint8)).save(tmp_path / "empty.png")
+    empty = replace(dataset, val=(replace(dataset.val[0], mask=tmp_path / "empty.png"),))
+    learner = fitted(empty, [run_of("bilinear", epochs=4, lr=0.05)])[0]
+    assert learner.best_epoch == int(np.argmin([row["val/loss"] for row in learner.history]))
+    assert not any("val/dice" in row for row in learner.history)
+    assert learner.best_weights
+    figures.save(figures.curves(learner.history, learner.best_epoch), tmp_path / "curves.png")
 
 
 def test_early_stopping_waits_as_long_as_asked(dataset):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from cellbench.metrics import MEASURES, cell_classes, confusion, image_scores, named, scores
+from cellbench.metrics import MEASURES, cell_classes, confusion, image_scores, named, nan_mean, num_empty, scores
 
 SMP = {"dice": "f1_score", "iou": "iou_score", "precision": "precision", "recall": "recall", "accuracy": "accuracy"}
 
@@ -93,31 +95,65 @@ def test_many_classes_do_not_overflow_the_bytes_they_come_in() -> None:
 @pytest.mark.parametrize(
     ("truth", "prediction", "dice", "accuracy"),
     [
-        ([0, 0, 0, 0], [0, 0, 0, 0], 1.0, 1.0),  # nothing there, nothing found: right
         ([0, 0, 0, 0], [0, 0, 0, 1], 0.0, 0.75),  # a false find in an empty image
         ([0, 0, 0, 1], [0, 0, 0, 0], 0.0, 0.75),  # all missed
         ([1, 1, 1, 1], [1, 1, 1, 1], 1.0, 1.0),  # no background at all
     ],
 )
-def test_an_empty_mask_scores_one_where_nothing_was_found_and_zero_where_something_was(truth, prediction, dice, accuracy) -> None:
+def test_what_is_in_only_one_of_both_scores_zero(truth, prediction, dice, accuracy) -> None:
     counts = confusion(np.array([truth], np.uint8), np.array([prediction], np.uint8), 2)
     ours = image_scores(counts[None])
     assert {name: ours[name].tolist() for name in MEASURES} == {
         "dice": [dice], "iou": [dice], "precision": [dice], "recall": [dice], "accuracy": [accuracy],
     }  # fmt: skip
-    if truth == prediction:
-        assert all(value == 1 for value in named("x", counts[None], ("background", "cell")).values())
 
 
-def test_a_correctly_empty_image_lifts_the_mean_over_images_and_leaves_the_pooled_score() -> None:
-    """The worked example of facts/libraries.md: {empty and right, 1.0, 0.667} is 0.889 per image, 0.857 pooled, 0.556 by smp's default."""
+def test_an_image_without_a_cell_and_a_find_has_no_score_and_is_left_out_of_means() -> None:
+    """{empty and right, 1.0, 0.667} is 0.833 over the two images with a cell, 0.889 by the older rule, 0.857 pooled, 0.556 by smp's default."""
     counts = np.array([[[9, 0], [0, 0]], [[7, 0], [0, 2]], [[6, 1], [0, 1]]])
-    assert image_scores(counts)["dice"].mean() == pytest.approx(0.889, abs=1e-3)
+    assert nan_mean(image_scores(counts)["dice"]) == pytest.approx((1 + 2 / 3) / 2)
+    assert image_scores(counts, absent=1.0)["dice"].mean() == pytest.approx(0.889, abs=1e-3)
     assert named("test", counts, ("background", "cell"))["test/dice"] == pytest.approx(0.857, abs=1e-3)
+    assert num_empty(counts) == (1, 0)
+    assert num_empty(np.array([[[9, 0], [0, 0]], [[8, 1], [0, 0]]])) == (2, 1)
 
 
-def test_without_any_pixel_every_score_is_one() -> None:
-    assert {float(value) for name in MEASURES for value in getattr(scores(np.zeros((2, 2))), name)} == {1.0}
+def test_without_any_pixel_there_is_no_score_and_by_the_older_rule_it_is_one() -> None:
+    assert np.isnan([getattr(scores(np.zeros((2, 2))), name) for name in MEASURES]).all()
+    assert {float(value) for name in MEASURES for value in getattr(scores(np.zeros((2, 2)), absent=1.0), name)} == {1.0}
+
+
+FOUR = ("background", "red", "white", "platelet")
+
+
+def counts_of(truth, prediction, num):
+    return confusion(np.array([truth], np.uint8), np.array([prediction], np.uint8), num)
+
+
+def test_a_class_that_is_nowhere_does_not_lift_means() -> None:
+    three, four = (counts_of([0, 0, 1, 1, 2, 2], [0, 0, 1, 0, 2, 1], num)[None] for num in (3, 4))
+    mine, wider = named("test", three, FOUR[:3]), named("test", four, FOUR)
+    for name in MEASURES:
+        assert wider[f"test/{name}"] == mine[f"test/{name}"] == pytest.approx((mine[f"test_red/{name}"] + mine[f"test_white/{name}"]) / 2)
+        assert wider[f"test_mean/{name}"] == mine[f"test_mean/{name}"]
+        assert math.isnan(wider[f"test_platelet/{name}"])
+        np.testing.assert_array_equal(image_scores(four)[name], image_scores(three)[name])
+    # Red: 2 * 1 / (2 + 2), white: 2 * 1 / (2 + 1); the older rule adds a 1 for the platelets.
+    assert mine["test/dice"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert wider["test/dice_empty1"] == pytest.approx((1 / 2 + 2 / 3 + 1) / 3)
+
+
+def test_a_stray_pixel_of_a_class_that_no_mask_holds_changes_no_pooled_mean_by_a_share_of_the_classes() -> None:
+    stray = counts_of([0, 0, 0, 1, 1, 2], [3, 0, 0, 1, 1, 2], 4)[None]
+    ours = named("test", stray, FOUR)
+    assert (ours["test/dice"], ours["test_platelet/dice"]) == (1, 0)
+    assert image_scores(stray, unused=(3,))["dice"] == [1]
+    assert image_scores(stray)["dice"] == pytest.approx([2 / 3])  # a class of the data: a false find in this image
+
+
+def test_where_no_mask_has_a_cell_a_find_scores_zero() -> None:
+    assert named("test", counts_of([0, 0], [0, 1], 2)[None], FOUR[:2])["test/dice"] == 0
+    assert math.isnan(named("test", counts_of([0, 0], [0, 0], 2)[None], FOUR[:2])["test/dice"])
 
 
 def test_with_several_cell_classes_the_cell_score_is_their_mean_without_the_background() -> None:
@@ -132,8 +168,10 @@ def test_with_several_cell_classes_the_cell_score_is_their_mean_without_the_back
 def test_names_are_those_of_the_contract() -> None:
     two = named("test", np.ones((1, 2, 2)), ("background", "cell"))
     three = named("val", np.ones((1, 3, 3)), ("background", "red", "white"))
-    assert set(two) == {f"{group}/{m}" for group in ("test", "test_background", "test_mean") for m in MEASURES}
-    assert set(three) == {f"{group}/{m}" for group in ("val", "val_background", "val_red", "val_white", "val_mean") for m in MEASURES}
+    old = {"dice_empty1", "iou_empty1"}
+    assert set(two) == {f"{group}/{m}" for group in ("test", "test_background", "test_mean") for m in MEASURES} | {f"test/{m}" for m in old}
+    groups = ("val", "val_background", "val_red", "val_white", "val_mean")
+    assert set(three) == {f"{group}/{m}" for group in groups for m in MEASURES} | {f"val/{m}" for m in old}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def test_the_tour_runs_from_an_empty_folder_to_counted_cells(tmp_path: Path, mon
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     told = shown(notebook)
     assert "Best on average is" in told
-    assert "cells found where 50 are" in told
+    assert " of 50 cells found, " in told
     assert list(tmp_path.iterdir()) == []  # it writes into a folder of its own
 
 
@@ -37,4 +37,4 @@ def test_what_is_committed_of_it_is_small_and_whole() -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [one for cell in code for one in cell.outputs if one.output_type == "error"]
-    assert "cells found where" in shown(notebook)
+    assert " of 50 cells found, " in shown(notebook)

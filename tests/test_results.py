@@ -154,3 +154,80 @@ def test_touching_cells_are_scored_as_the_separation_parts_them(dataset, tmp_pat
     assert found[0.8]["test_image/count_error_abs"] == 0
     assert found[0.8]["test_image/count_error_abs_connected"] == 1
     assert found[0.8]["separation/val_ap50"] == 0.75
+
+
+# --- images without a cell ------------------------------------------------------------------------------------------------------------------
+
+
+def strict(path):
+    """JSON without NaN, which is not JSON."""
+    return json.loads(path.read_text(), parse_constant=pytest.fail)
+
+
+@pytest.fixture
+def mostly_empty(dataset, tmp_path):
+    """A test of four images: one with two cells, three without any."""
+    cells = np.zeros((60, 80), np.uint8)
+    cells[5:25, 5:25] = cells[35:55, 40:60] = 255
+    samples = []
+    for k in range(4):
+        for kind, pixels in (("image", np.full((60, 80), 200, np.uint8)), ("mask", cells * np.uint8(k == 0))):
+            Image.fromarray(pixels).save(tmp_path / f"{kind}{k}.png")
+        samples.append(type(dataset.test[0])(name=f"{k}.png", image=tmp_path / f"image{k}.png", mask=tmp_path / f"mask{k}.png", size_px=(60, 80)))
+    return replace(dataset, test=tuple(samples))
+
+
+def nothing(truth):
+    return np.zeros_like(truth), np.zeros_like(truth)
+
+
+def everything(truth):
+    return np.ones_like(truth), np.full_like(truth, 255)
+
+
+def test_whoever_finds_nothing_scores_nothing_however_many_images_are_empty(mostly_empty):
+    found = results.metrics(mostly_empty, Result(exam=taken(mostly_empty, nothing), cost={}))
+    for name in ("dice", "iou", "precision", "recall", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
+        assert found[f"test_image/{name}"] == 0
+    for name in ("dice", "iou", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
+        assert found[f"test_image/{name}_empty1"] == 0.75  # the older rule
+    assert (found["test/num_empty"], found["test/num_empty_found"]) == (3, 0)
+    assert [found[f"test/num_{what}"] for what in ("true", "found", "missed", "extra", "predicted")] == [2, 0, 2, 0, 0]
+
+
+def test_a_find_in_an_empty_image_scores_nothing_and_is_counted(mostly_empty):
+    found = results.metrics(mostly_empty, Result(exam=taken(mostly_empty, everything), cost={}))
+    assert found["test_image/dice"] == pytest.approx(2 * 800 / (4800 + 800) / 4, abs=1e-6)
+    assert (found["test/num_empty"], found["test/num_empty_found"]) == (3, 3)
+    assert found["test/num_extra"] == 4
+
+
+def test_the_right_answer_to_mostly_empty_images_is_one_of_one_image(mostly_empty):
+    found = results.metrics(mostly_empty, Result(exam=taken(mostly_empty, lambda truth: (truth, truth * np.uint8(255))), cost={}))
+    assert found["test_image/dice"] == found["test_image/ap50"] == found["test/dice"] == 1
+    assert "test_image/dice_low" not in found  # one image has no interval
+
+
+@pytest.mark.parametrize("answer", [nothing, everything])
+@pytest.mark.parametrize("all_empty", [False, True])
+def test_files_and_notes_of_a_test_with_empty_images_hold_no_nan(mostly_empty, tmp_path, answer, all_empty):
+    one = replace(mostly_empty, test=mostly_empty.test[1:]) if all_empty else mostly_empty
+    result = Result(exam=taken(one, answer), cost={})
+    run, out = run_of(), tmp_path / "out"
+    out.mkdir()
+    tree = {"experiment": "e", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
+    results.write(out, "a run", run, Experiment.of(tree, "here"), [one], Pixels(one, "test", 2**28), result)
+    told, table = strict(out / "per_image.json"), strict(out / results.TABLE)
+    assert told["dice"][-1] is (None if answer is nothing else told["dice"][-1])
+    assert (out / "figures" / "worst.png").exists()
+    assert len(table["data"]) == len(one.test)
+    metrics = results.metrics(one, result)
+    assert np.isfinite(list(metrics.values())).all()
+    assert ("test_image/dice" in metrics) == (not all_empty or answer is everything)
+    assert "nan" not in results.note("a run", metrics)
+    assert f"{len(one.test) - (not all_empty)}; something was found in" in results.note("a run", metrics)
+
+
+def test_the_worst_image_is_one_with_a_score(mostly_empty):
+    assert taken(mostly_empty, nothing).keep.cases["worst"].image == 0
+    assert {case.image for case in taken(mostly_empty, nothing).keep.cases.values()} == {0}

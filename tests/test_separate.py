@@ -103,3 +103,35 @@ def test_tuning_finds_the_neck_that_parts_and_leaves_alone_what_is_whole():
 def test_a_neck_beyond_its_range_is_refused():
     with pytest.raises(ValueError, match="ratio"):
         Parts(np.ones((4, 4), np.uint8)).instances(1.5, 0)
+
+
+def test_an_image_without_a_cell_tunes_only_where_something_was_found_in_it():
+    one = (TOUCHING > 0).astype(np.uint8)
+    nothing = np.zeros_like(one)
+    empty, both = Tuning(), Tuning()
+    empty.add(nothing, None, instances(nothing), 10)
+    assert empty.best().val_ap50 == {}
+    both.add(one, None, numbered(TOUCHING, one), 10)
+    alone = both.best()
+    both.add(nothing, None, instances(nothing), 10)
+    assert both.best().val_ap50 == alone.val_ap50
+    # A find in it scores 0 at every neck that keeps it, and 1 at one that cuts it into specks.
+    bars = np.zeros_like(one)
+    bars[20:30, 20:30] = bars[24:26, 30:34] = bars[20:30, 34:44] = 1
+    both.add(bars, None, instances(nothing), 150)
+    found = both.best().val_ap50
+    assert [round(found[f"{neck:g}"] * 2 - alone.val_ap50[f"{neck:g}"]) for neck in (0.0, 0.8)] == [0, 1]
+
+
+def test_a_cell_and_its_nucleus_are_parted_from_a_touching_neighbour_together():
+    classes = (TOUCHING > 0).astype(np.uint8)
+    for cy, cx in ((40, 40), (40, 79), (76, 60), (90, 120)):
+        classes[cy - 6 : cy + 6, cx - 6 : cx + 6] = 2
+    assert Separation(neck=0.8, min_area_px=10).instances(classes).num > 4
+    found = Separation(neck=0.8, min_area_px=10, owners=[0, 1, 1]).instances(classes)
+    assert found.num == 4
+    assert set(found.classes[1:].tolist()) == {1}
+    tuning = Tuning((0, 1, 1))
+    tuning.add(classes, None, numbered(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
+    assert tuning.best().owners == (0, 1, 1)
+    assert tuning.best().val_ap50["0.8"] == 1

@@ -9,7 +9,7 @@ import pytest
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 
-from cellbench.shapes import Truth, cell_scores, contour, dilated, instances, numbered, overlaps
+from cellbench.shapes import SCORES, Truth, as_objects, cell_scores, contour, dilated, instances, numbered, overlaps, true_cells
 
 
 def drawn(*boxes, size=(40, 60)):
@@ -117,6 +117,89 @@ def test_two_cells_grown_together_cost_both_of_them_but_no_dice():
     assert got.relative_count_error == -0.5
 
 
+OUTCOMES = ("num_true", "num_found", "num_missed", "num_split", "num_merged", "num_predicted", "num_extra")
+
+
+@pytest.mark.parametrize(
+    ("truth", "found", "outcomes"),
+    [
+        # One cell as it is, one cut in halves (IoU 0.5 is not above 0.5), two grown together, one missed; and a find where nothing is.
+        (
+            [(0, 0, 10, 10), (0, 20, 10, 10), (0, 40, 10, 8), (0, 49, 10, 8), (20, 0, 10, 10)],
+            [(0, 0, 10, 10), (0, 20, 10, 5), (0, 25, 10, 5), (0, 40, 10, 17), (30, 40, 5, 5)],
+            (5, 1, 1, 1, 2, 5, 4),
+        ),
+        # A small cell swallowed by a large one's prediction: the large one is found (200 of 240 px), the small one merged.
+        ([(0, 0, 10, 20), (0, 20, 10, 4)], [(0, 0, 10, 24)], (2, 1, 0, 0, 1, 1, 0)),
+        # A piece of 70 % is a match, its rest an extra.
+        ([(0, 0, 10, 10)], [(0, 0, 10, 7), (0, 7, 10, 3)], (1, 1, 0, 0, 0, 2, 1)),
+        # As many cells found as are there, and none of them right.
+        ([(0, 0, 10, 10), (0, 20, 10, 10)], [(20, 0, 10, 10), (20, 20, 10, 10)], (2, 0, 2, 0, 0, 2, 2)),
+        # One piece that is not half of the cell is no split.
+        ([(0, 0, 10, 10)], [(0, 0, 10, 4)], (1, 0, 1, 0, 0, 1, 1)),
+        ([], [], (0, 0, 0, 0, 0, 0, 0)),
+        ([], [(0, 0, 5, 5)], (0, 0, 0, 0, 0, 1, 1)),
+    ],
+)
+def test_what_became_of_each_cell_by_hand(truth, found, outcomes):
+    got = cell_scores(as_cells(drawn(*truth)), as_cells(drawn(*found)))
+    assert tuple(got[name] for name in OUTCOMES) == outcomes
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_cell_is_counted_once_and_found_are_the_matches_of_ap50(seed):
+    truth, found = as_cells(blobs(seed)), as_cells(np.roll(blobs(seed), 2, axis=seed % 2) | blobs(seed + 50) * (seed % 3 > 0))
+    got = cell_scores(truth, found)
+    assert got["num_found"] + got["num_missed"] + got["num_split"] + got["num_merged"] == got["num_true"] == truth.num
+    assert got["num_found"] + got["num_extra"] == got["num_predicted"] == found.num
+    assert got["ap50"] == pytest.approx(got["num_found"] / (truth.num + found.num - got["num_found"]))
+
+
+def nested(size=(60, 80)):
+    """Two cells of class 1, each with a nucleus of class 2 inside; a third nucleus that fills its cell; and one cell of class 3 that touches."""
+    classes = np.zeros(size, np.uint8)
+    classes[5:25, 5:25] = classes[5:25, 40:60] = 1
+    classes[10:20, 10:20] = classes[10:20, 45:55] = 2
+    classes[35:50, 5:20] = 2
+    classes[5:25, 25:38] = 3
+    return classes
+
+
+def test_an_object_and_its_parts_are_one_cell_of_the_objects_class():
+    classes = nested()
+    assert instances(classes).num == 6
+    cells, _ = true_cells(classes, None, (0, 1, 1, 3))
+    assert sorted(zip(cells.classes[1:].tolist(), cells.areas_px[1:].tolist(), strict=True)) == [(1, 225), (1, 400), (1, 400), (3, 260)]
+    got = agreement(classes, classes, num_classes=4, owners=(0, 1, 1, 3))
+    assert (got.num_true, got.num_found, got.ap50, got.pq, got.nsd) == (4, 4, 1, 1, 1)
+    # A nucleus that is not found costs outlines, and no cell.
+    got = agreement(classes, np.where(classes == 2, 1, classes), num_classes=4, owners=(0, 1, 1, 3))
+    assert (got.num_found, got.ap50) == (4, 1)
+    assert got.nsd < 1
+    assert np.array_equal(as_objects(classes, ()), classes)
+
+
+def test_a_truth_that_numbers_parts_gives_them_the_number_of_their_object():
+    classes = nested()
+    ids = np.zeros(classes.shape, np.int32)
+    for number, (rows, columns) in enumerate(((np.s_[5:25], np.s_[5:25]), (np.s_[5:25], np.s_[40:60]), (np.s_[5:25], np.s_[25:38])), 1):
+        ids[rows, columns] = number
+    for number, (rows, columns) in enumerate(((np.s_[10:20], np.s_[10:20]), (np.s_[10:20], np.s_[45:55]), (np.s_[35:50], np.s_[5:20])), 4):
+        ids[rows, columns] = number
+    cells, _ = true_cells(classes, ids, (0, 1, 1, 3))
+    assert sorted(zip(cells.classes[1:].tolist(), cells.areas_px[1:].tolist(), strict=True)) == [(1, 225), (1, 400), (1, 400), (3, 260)]
+
+
+def test_a_class_that_is_nowhere_does_not_lift_outline_scores():
+    truth, found = drawn((5, 5, 20, 20)), drawn((5, 8, 20, 20))
+    two, three = agreement(truth, found), agreement(truth, found, num_classes=3)
+    assert (two.nsd, two.boundary_dice) == (three.nsd, three.boundary_dice)
+    stray = found.copy()
+    stray[0, 0] = 2
+    assert agreement(truth, stray, num_classes=3).nsd == pytest.approx(two.nsd / 2)
+    assert agreement(truth, stray, num_classes=3, unused=(2,)).nsd == two.nsd
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_matching_is_what_an_assignment_solver_finds(seed):
     truth, found = as_cells(blobs(seed)), as_cells(np.roll(blobs(seed), 1, axis=seed % 2))
@@ -165,12 +248,13 @@ def test_many_cells_on_both_sides_fit_memory_and_agree_with_themselves():
     assert got["ap50_95"] == got["aji"] == got["pq"] == 1
 
 
-@pytest.mark.parametrize(("truth", "found", "expected"), [(0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1)])
+@pytest.mark.parametrize(("truth", "found", "expected"), [(0, 0, None), (0, 1, 0), (1, 0, 0), (1, 1, 1)])
 @pytest.mark.parametrize("shape", ["cell", "whole picture"])
-def test_nothing_in_both_is_right_and_in_one_is_wrong(truth, found, expected, shape):
+def test_nothing_in_both_has_no_score_and_in_one_is_wrong(truth, found, expected, shape):
     mask = np.ones((40, 60)) if shape == "whole picture" else drawn((5, 5, 20, 20))
     got = agreement(mask * truth, mask * found)
-    assert {got.nsd, got.boundary_dice, got.ap50, got.ap50_95, got.aji, got.pq} == {expected}
+    scores = {None if np.isnan(getattr(got, name)) else getattr(got, name) for name in SCORES}
+    assert scores == {expected}
     assert (got.relative_count_error is None) == (truth == 0)
 
 

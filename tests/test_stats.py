@@ -235,9 +235,56 @@ def test_no_common_image_is_refused():
         compare(scores("a", [0.1]), scores("b", [0.2], images=["other.png"]))
 
 
-def test_nan_is_refused_with_its_image():
+def test_an_infinite_score_is_refused_with_its_image():
     with pytest.raises(CellbenchError, match=r"scores of fpn: not a finite number on 1 of 2 images, first '1\.png'"):
-        scores("fpn", [0.9, math.nan])
+        scores("fpn", [0.9, math.inf])
+
+
+def test_an_image_without_a_score_is_left_out_of_means_and_intervals():
+    whole = scores("fpn", [0.9, 0.8, 0.7])
+    gaps = scores("fpn", [0.9, math.nan, 0.8, math.nan, 0.7])
+    assert gaps.mean == whole.mean == pytest.approx(0.8)
+    assert (gaps.interval().mean, gaps.interval().low, gaps.interval().num) == (whole.interval().mean, whole.interval().low, 3)
+    assert gaps.empty.tolist() == [False, True, False, True, False]
+    nothing = scores("fpn", [math.nan, math.nan])
+    assert math.isnan(nothing.mean)
+    assert (nothing.interval().low, nothing.interval().note) == (None, "no image has a score")
+
+
+def test_seeds_that_find_nothing_in_an_empty_image_are_right_where_another_seed_found_something():
+    both = scores("fpn", [[0.9, math.nan, math.nan], [0.9, 0.0, math.nan]])
+    assert both.per_image[:2].tolist() == [0.9, 0.5]
+    assert both.empty.tolist() == [False, False, True]
+    assert both.seed_sd == pytest.approx(np.std([0.95, 0.45], ddof=1))
+
+
+def test_a_false_alarm_on_an_empty_image_counts_in_a_paired_comparison_and_an_image_empty_for_both_does_not():
+    alarmed = scores("a", [0.9, 0.8, 0.0, math.nan])  # found something in the third image, where there is no cell
+    silent = scores("b", [0.9, 0.8, math.nan, math.nan])
+    d = compare(alarmed, silent)
+    assert d.interval.mean == pytest.approx(-1 / 3)
+    assert (d.wins, d.ties, d.losses, d.num_dropped) == (0, 2, 1, 0)
+    assert (d.mean_a, d.num_a) == (pytest.approx(1.7 / 3), 3)  # the means of the table
+    assert (d.mean_b, d.num_b) == (pytest.approx(0.85), 2)
+    assert any("without a cell" in note for note in d.notes)
+    # A third model does not change what is said of these two.
+    third = scores("c", [0.5, 0.5, 0.0, 0.0])
+    again = compare_all([alarmed, silent, third])[0]
+    assert (again.interval, again.p, again.effect) == (d.interval, d.p, d.effect)
+
+
+def test_models_that_find_nothing_where_nothing_is_are_equal():
+    a, b = scores("a", [math.nan] * 12), scores("b", [math.nan] * 12)
+    d = compare(a, b)
+    assert (d.interval.mean, d.ties, d.better) == (0, 12, None)
+    assert critical_difference([a, b, scores("c", [0.0] * 12)]).models[-1] == "c"
+
+
+def test_averaging_over_heads_keeps_a_false_alarm_on_an_empty_image():
+    models = [scores("x1", [0.8, math.nan]), scores("x2", [0.6, 0.0]), scores("y1", [0.8, math.nan]), scores("y2", [0.6, math.nan])]
+    x, y = marginal(models, ["x", "x", "y", "y"], over=["1", "2", "1", "2"])
+    assert x.per_image.tolist() == pytest.approx([0.7, 0.5])
+    assert y.empty.tolist() == [False, True]
 
 
 def test_an_image_twice_is_refused():

@@ -56,6 +56,10 @@ class Dataset:
     """In place of ``values``: class k holds the mask values from ``thresholds[k - 1]`` on."""
     colors: tuple[tuple[int, int, int], ...] = ()
     """In place of ``values``: the mask's colour of each class."""
+    owners: tuple[int, ...] = ()
+    """For each class the class of the object that it is a part of, its own for an object; empty: every class is an object."""
+    unused: tuple[int, ...] = ()
+    """Classes that no mask holds, in no split."""
     digest: str = ""
     """Over every pixel file, the splits and the classes: what a finished run was trained on."""
     notes: tuple[str, ...] = ()

@@ -60,7 +60,8 @@ class Pixels:
         def make() -> tuple[np.ndarray]:
             sample = self.samples[index]
             ids = self._dataset.read_instances(sample)
-            return (aims(framing.mask(self._dataset.read_mask(sample)), framing.numbers(ids) if ids is not None else None),)
+            numbers = framing.numbers(ids) if ids is not None else None
+            return (aims(framing.mask(self._dataset.read_mask(sample)), numbers, self._dataset.owners),)
 
         return self._kept_or((index, framing), make)[0]
 

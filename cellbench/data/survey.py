@@ -13,7 +13,7 @@ from cellbench.data.dataset import Dataset, Sample
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import hash_of
 from cellbench.likeness import grey, pooled
-from cellbench.shapes import instances, numbered
+from cellbench.shapes import as_objects, instances, numbered, with_parts
 
 SPECK_PX = 100
 """Regions below are specks; not counted where the truth numbers its cells."""
@@ -88,7 +88,8 @@ def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int) -> Fact
     known |= {"small": pooled(plain), "marks": marks(plain)}
     if image.shape[:2] != classes.shape:
         return Facts(**known)
-    cells = instances(classes, 1) if ids is None else numbered(ids, classes)
+    objects = as_objects(classes, dataset.owners)
+    cells = instances(objects, 1) if ids is None else numbered(with_parts(ids, classes, dataset.owners), objects)
     areas = cells.areas_px[1:]
     specks = areas < SPECK_PX if ids is None else np.zeros(len(areas), bool)
     return Facts(
