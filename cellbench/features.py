@@ -119,7 +119,8 @@ class Features:
     @cached_property
     def preparation(self) -> Preparation:
         """What is done to every image before it is cut. A normaliser is fitted to the training images, at first use."""
-        return Preparation(framing=self.framing, normaliser=self.pixels["train"].normaliser(self.plan.run.normalise))
+        train = self.pixels["train"]
+        return Preparation(framing=self.framing, normaliser=train.normaliser(self.plan.run.normalise), reading=train.reading)
 
     def _places(self, sizes: dict[str, int]) -> dict[str, str]:
         """Where each split's features are kept. Validation first: it comes again every epoch."""

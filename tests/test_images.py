@@ -15,6 +15,7 @@ from pictures import GREY, IDS, RGB, WIDE, chunk, png, refused, saved
 from PIL import Image, ImageOps
 
 from cellbench.data.images import EXTENSIONS, class_map, read_image, read_labels, size, write_png
+from cellbench.data.intensity import Reading
 from cellbench.errors import CellbenchError
 
 
@@ -25,7 +26,7 @@ def to_8(array, top):
 # ---- pictures: what the numbers mean
 
 
-@pytest.mark.parametrize("suffix", sorted(EXTENSIONS - {".jpg", ".jpeg"}))
+@pytest.mark.parametrize("suffix", sorted(EXTENSIONS - {".jpg", ".jpeg", ".jpe", ".jfif", ".gif"}))
 def test_lossless_kinds_give_back_every_pixel(tmp_path, suffix):
     path = saved(tmp_path / f"a{suffix}", RGB, **({"lossless": True} if suffix == ".webp" else {}))
     got = read_image(path)
@@ -61,12 +62,36 @@ def test_a_palette_gives_its_colours(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), want)
 
 
+def test_a_gif_gives_its_256_colours_and_its_greys(tmp_path):
+    few = RGB & 0b11100000  # fewer colours than a palette holds
+    few[..., 1:] &= 0b11000000
+    np.testing.assert_array_equal(read_image(saved(tmp_path / "a.gif", few)), few)
+    np.testing.assert_array_equal(read_labels(saved(tmp_path / "b.gif", GREY)), GREY)
+
+
+def test_a_film_and_a_gif_with_an_empty_margin_are_refused(tmp_path):
+    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert "2 pictures" in refused(tmp_path / "a.gif")
+    data = bytearray(saved(tmp_path / "b.gif", GREY).read_bytes())
+    data[6:8] = struct.pack("<H", GREY.shape[1] + 5)  # a canvas wider than its picture
+    (tmp_path / "b.gif").write_bytes(data)
+    assert "empty" in refused(tmp_path / "b.gif")
+
+
+def test_jpeg_2000_keeps_16_bits_of_grey_and_is_refused_where_it_ends_early(tmp_path):
+    path = saved(tmp_path / "a.jp2", IDS)
+    np.testing.assert_array_equal(read_labels(path), IDS)
+    data = path.read_bytes()
+    for end in range(100, len(data), 301):
+        path.write_bytes(data[:end])
+        refused(path)
+
+
 @pytest.mark.parametrize("name", ["a.tif", "a.jpg"])
-def test_cmyk_becomes_rgb(tmp_path, name):
-    ink = np.zeros((16, 16, 4), np.uint8)
-    ink[..., 0] = 255  # cyan alone
-    Image.fromarray(ink, "CMYK").save(tmp_path / name)
-    np.testing.assert_allclose(read_image(tmp_path / name).astype(int), np.broadcast_to([0, 255, 255], (16, 16, 3)), atol=3)
+def test_cmyk_is_refused_as_it_is_neither_grey_nor_rgb(tmp_path, name):
+    Image.fromarray(np.zeros((16, 16, 4), np.uint8), "CMYK").save(tmp_path / name)
+    assert "Save it as grey or RGB" in refused(tmp_path / name)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -93,7 +118,7 @@ def test_a_transparent_palette_colour_becomes_white(tmp_path):
 @pytest.mark.parametrize(("array", "colour_type"), [(IDS, 0), (WIDE, 2)], ids=["grey", "rgb"])
 @pytest.mark.parametrize(("top", "scale"), [(255, 255), (4095, 4095), (65535, 65535)], ids=["8-bit", "12-bit", "16-bit"])
 @pytest.mark.parametrize("kind", ["png", "tif-plain", "tif-deflate", "tif-lzw", "tif-big-endian"])
-def test_wide_numbers_are_scaled_by_the_stated_rule(tmp_path, array, colour_type, top, scale, kind):
+def test_wide_numbers_are_scaled_by_the_range_of_their_set(tmp_path, array, colour_type, top, scale, kind):
     array = (array.astype(np.uint32) * top // 65535).astype(np.uint16)
     array[0, 0] = top
     path = tmp_path / f"a.{kind[:3]}"
@@ -105,7 +130,8 @@ def test_wide_numbers_are_scaled_by_the_stated_rule(tmp_path, array, colour_type
         deflate = {"compression": "zlib", "predictor": True} if kind == "tif-deflate" else {}
         tifffile.imwrite(path, array, byteorder=">" if kind == "tif-big-endian" else "<", **deflate)
     want = to_8(array, scale)
-    np.testing.assert_array_equal(read_image(path), want if want.ndim == 3 else np.dstack([want] * 3))
+    got = read_image(path, Reading(int_range=(0, top)))
+    np.testing.assert_array_equal(got, want if want.ndim == 3 else np.dstack([want] * 3))
     assert size(path) == array.shape[:2]
     if array.ndim == 2:
         labels = read_labels(path)

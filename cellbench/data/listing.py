@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from cellbench.data.dataset import Sample
 from cellbench.data.images import EXTENSIONS
+from cellbench.data.intensity import Reading
 from cellbench.errors import CellbenchError, quoted
 
 
@@ -29,6 +30,21 @@ class Problem:
         return f"{self.said}{more}. {self.todo}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Doubt:
+    """Something about files that does not keep images from use, and that a person should look at."""
+
+    kind: str
+    said: str
+    names: tuple[str, ...]
+
+    @property
+    def line(self) -> str:
+        """As one line, with the first names."""
+        more = f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
+        return f"{self.kind}: {self.said}: {', '.join(quoted(name) for name in self.names[:5])}{more}."
+
+
 @dataclass(kw_only=True)
 class Listing:
     """The samples of a dataset as they lie, by ``train``, ``val`` and ``test``, before anything is decoded."""
@@ -39,6 +55,14 @@ class Listing:
     parts: dict[str, tuple[Sample, ...]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
+    reading: Reading = field(default_factory=Reading)
+    """What the images are read by, once it is decided."""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Notes and doubts, for people."""
+        return (*self.notes, *(doubt.line for doubt in self.doubts))
 
     def refuse(self) -> None:
         """Raises the first problem, and how many more are like it."""
