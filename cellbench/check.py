@@ -48,7 +48,7 @@ def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, e
         for kind, names in problems.items()
     ]
     found += [Finding(kind=doubt.kind, severity=Severity.LOOK, said=f"{doubt.said}.", images=doubt.names) for doubt in listing.doubts]
-    notes = list(listing.notes)
+    notes = [*listing.notes, *listing.reading_words]
     if not any(listing.parts.values()):
         raise CellbenchError(f"--data {folder}: holds no image with a mask. {found[0].said if found else ''}".rstrip())
     samples = tuple(sample for part in SPLITS for sample in listing.parts.get(part, ()))

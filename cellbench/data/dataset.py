@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ class Dataset:
     """In place of ``values``: class k holds the mask values from ``thresholds[k - 1]`` on."""
     colors: tuple[tuple[int, int, int], ...] = ()
     """In place of ``values``: the mask's colour of each class."""
-    reading: Reading = Reading()
+    reading: Reading = field(default_factory=Reading)
     """What all its images are read by."""
     digest: str = ""
     """Over every pixel file, the splits and the classes: what a finished run was trained on."""

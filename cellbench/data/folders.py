@@ -52,8 +52,7 @@ def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[Data
     listing = listing_of(card, folder)
     images = {sample.image: sample.name for part in SPLITS for sample in listing.parts.get(part, ())}
     facts = facts_of(list(images), card.channels)
-    listing.reading, said = reading_of(facts.values(), card.range, card.channels)
-    listing.notes += said
+    listing.reading, listing.reading_words = reading_of(facts.values(), card.range, card.channels)
     listing.doubts += doubts_of({images[path]: one for path, one in facts.items()}, listing.reading)
     return card, listing
 

@@ -6,7 +6,7 @@ turn sixteen times darker. Images of 8 bits are always read as they are, 0..255.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,14 @@ class Note:
     said: str
     detail: str = ""
     """What differs from image to image, such as its largest number."""
+
+
+def lines_of(notes: Iterable[tuple[str, Note]]) -> list[str]:
+    """Notes on many files as one line for each kind, with the names of its files."""
+    found: dict[str, list[str]] = {}
+    for name, note in notes:
+        found.setdefault(note.said, []).append(f"{name} ({note.detail})" if note.detail else name)
+    return [f"{said}: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}." for said, names in found.items()]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -58,17 +58,89 @@ class Listing:
     doubts: list[Doubt] = field(default_factory=list)
     reading: Reading = field(default_factory=Reading)
     """What the images are read by, once it is decided."""
+    reading_words: list[str] = field(default_factory=list)
+    """That in words, where it is not as usual."""
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """Notes and doubts, for people."""
-        return (*self.notes, *(doubt.line for doubt in self.doubts))
+        """Notes, what images are read by, and doubts, for people."""
+        return (*self.notes, *self.reading_words, *(doubt.line for doubt in self.doubts))
 
     def refuse(self) -> None:
         """Raises the first problem, and how many more are like it."""
         if self.problems:
             first = self.problems[0]
             raise CellbenchError(first.told(sum(other.kind == first.kind for other in self.problems) - 1))
+
+
+CLUTTER = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
+"""What file managers and archivers leave in folders, in small letters; neither used nor reported. So are Apple's ``._NAME``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A file, or a folder as a whole, that is not used."""
+
+    path: Path
+    reason: str
+    """In a word or two, after a number: ``.dcm``, ``hidden``."""
+
+
+def counted(left: Iterable[LeftOut]) -> str:
+    """How many there are for each reason, the most frequent first.
+
+    >>> counted([LeftOut(path=Path("a.dcm"), reason=".dcm"), LeftOut(path=Path("b.dcm"), reason=".dcm")])
+    '2 .dcm'
+    """
+    return ", ".join(f"{num} {reason}" for reason, num in Counter(one.reason for one in left).most_common())
+
+
+def files_below(folder: Path) -> tuple[list[Path], list[LeftOut], set[Path]]:
+    """All images of a folder and its subfolders, sorted; what else lies there; and the real folders that were looked into.
+
+    Links to folders are followed, after all real folders, and each real folder is looked into once, so that circles end.
+    """
+    images: list[Path] = []
+    left: list[LeftOut] = []
+    seen: set[Path] = set()
+    todo, links = [folder], []
+    while todo or links:
+        here = todo.pop() if todo else links.pop(0)
+        real = here.resolve()
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(here) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            left.append(LeftOut(path=here, reason=f"folder that cannot be opened ({error.strerror})"))
+            continue
+        for entry in listed:
+            path = Path(entry.path)
+            if _is_clutter(entry.name):
+                continue
+            if entry.name.startswith("."):
+                left.append(LeftOut(path=path, reason="hidden folder" if entry.is_dir() else "hidden"))
+            elif entry.is_dir():
+                (links if entry.is_symlink() else todo).append(path)
+            elif reason := unfit(entry):
+                left.append(LeftOut(path=path, reason=reason))
+            else:
+                images.append(path)
+    return sorted(images), sorted(left, key=lambda one: one.path), seen
+
+
+def _is_clutter(name: str) -> bool:
+    return name.lower() in CLUTTER or name.startswith("._")
+
+
+def unfit(entry: os.DirEntry[str]) -> str:
+    """Why an entry that is no folder is not read as an image; empty where it is."""
+    if not entry.is_file():
+        return "link that leads nowhere" if entry.is_symlink() else "no regular file"
+    extension = os.path.splitext(entry.name)[1]
+    return "" if extension.lower() in EXTENSIONS else extension or "without an ending"
 
 
 def inside(root: Path, path: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ class Preparation:
     framing: Framing
     normaliser: Normaliser | None = None
     """Fitted to the training images."""
-    reading: Reading = Reading()
+    reading: Reading = field(default_factory=Reading)
     """What image files are read by: that of the data set learned from. Images that are decoded already are as it gives them."""
 
     @property

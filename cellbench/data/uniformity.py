@@ -18,7 +18,7 @@ from cellbench.data import images
 from cellbench.data.images import ImageFacts
 from cellbench.data.intensity import Range, Reading, is_dark, shown, white_for
 from cellbench.data.listing import Doubt
-from cellbench.data.metadata import same_size
+from cellbench.data.metadata import PixelSize, same_size
 from cellbench.errors import CellbenchError
 from cellbench.files import Remembered
 
@@ -76,7 +76,8 @@ def _agreed(facts: Sequence[ImageFacts]) -> Range | None:
 
 def doubts_of(facts: Mapping[str, ImageFacts], reading: Reading) -> list[Doubt]:
     """Where the images of a set, by name, differ in what their numbers or pixels mean."""
-    return [*_depths(facts, reading), *_pixel_sizes(facts)]
+    sizes = {name: one.pixel for name, one in facts.items() if one.pixel is not None}
+    return [*_depths(facts, reading), *pixel_doubts(sizes, len(facts))]
 
 
 def _depths(facts: Mapping[str, ImageFacts], reading: Reading) -> list[Doubt]:
@@ -118,8 +119,8 @@ def _depths(facts: Mapping[str, ImageFacts], reading: Reading) -> list[Doubt]:
     return found
 
 
-def _pixel_sizes(facts: Mapping[str, ImageFacts]) -> list[Doubt]:
-    stated = {name: one.pixel for name, one in facts.items() if one.pixel is not None}
+def pixel_doubts(stated: Mapping[str, PixelSize], num: int) -> list[Doubt]:
+    """Where the sizes of pixels that files state, by name, differ among themselves or within a file; ``num`` images there are in all."""
     if not stated:
         return []
     groups: dict[float, list[str]] = defaultdict(list)
@@ -127,7 +128,7 @@ def _pixel_sizes(facts: Mapping[str, ImageFacts]) -> list[Doubt]:
         groups[next((known for known in groups if same_size(known, size.side_um)), size.side_um)].append(name)
     found, usual = [], max(groups, key=lambda side: len(groups[side]))
     if len(groups) > 1:
-        missing = len(facts) - len(stated)
+        missing = num - len(stated)
         counted = ", ".join(f"{side:.4g} um ({len(names)})" for side, names in sorted(groups.items()))
         said = f"Pixels are of different sizes by the files' own statement: {counted}{f', not stated ({missing})' if missing else ''}. "
         said += "Cells of one size have different sizes in pixels; resample to one"
