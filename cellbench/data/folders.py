@@ -14,7 +14,8 @@ from tqdm import tqdm
 from cellbench.data import alike
 from cellbench.data.dataset import SPLITS, Dataset, Sample, proven
 from cellbench.data.layouts import listing_of
-from cellbench.data.listing import Listing
+from cellbench.data.listing import Listing, unused
+from cellbench.data.manifest import NAMES
 from cellbench.data.splits import Grouping, Splits, given, split_of
 from cellbench.data.uniformity import doubts_of, facts_of, reading_of
 from cellbench.errors import CellbenchError
@@ -53,6 +54,9 @@ def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[Data
     images = {sample.image: sample.name for part in SPLITS for sample in listing.parts.get(part, ())}
     facts = facts_of(list(images), card.channels)
     listing.reading, listing.reading_words = reading_of(facts.values(), card.range, card.channels)
+    doubts, notes = unused(listing, (OWN_CARD, folder.name, *NAMES))
+    listing.doubts += doubts
+    listing.notes += notes
     listing.doubts += doubts_of({images[path]: one for path, one in facts.items()}, listing.reading)
     return card, listing
 

@@ -73,6 +73,7 @@ class Listing:
             raise CellbenchError(first.told(sum(other.kind == first.kind for other in self.problems) - 1))
 
 
+NO_SAMPLE = "image of no sample"
 CLUTTER = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
 """What file managers and archivers leave in folders, in small letters; neither used nor reported. So are Apple's ``._NAME``."""
 
@@ -141,6 +142,64 @@ def unfit(entry: os.DirEntry[str]) -> str:
         return "link that leads nowhere" if entry.is_symlink() else "no regular file"
     extension = os.path.splitext(entry.name)[1]
     return "" if extension.lower() in EXTENSIONS else extension or "without an ending"
+
+
+def others(folder: Path) -> list[Path]:
+    """The files of a folder itself that are not read as images, by their names."""
+    with os.scandir(folder) as entries:
+        return sorted(Path(entry.path) for entry in entries if not entry.is_dir() and not _is_clutter(entry.name) and unfit(entry))
+
+
+def unused(listing: Listing, known: Iterable[str]) -> tuple[list[Doubt], list[str]]:
+    """What lies in a data folder and is in no sample: where the samples lie as a doubt, elsewhere as a note.
+
+    ``known``: names of files that say how the folder is read. Of folders that hold no sample only the name is given, unless one is named as
+    those of images are.
+    """
+    root = listing.root
+    samples = [sample for part in listing.parts.values() for sample in part]
+    pictures = {sample.image for sample in samples}
+    used = pictures | {sample.mask for sample in samples} | {path for sample in samples for path in getattr(sample.truth, "paths", ())}
+    refused = {problem.name for problem in listing.problems} | {name for doubt in listing.doubts for name in doubt.names}
+    homes = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
+    folders, words = {path.parent for path in pictures}, {path.parent.name for path in pictures if path.parent != root}
+    holders = folders | {path.parent for path in used}
+    lost: list[LeftOut] = []
+    elsewhere: dict[str, int] = Counter()
+    with os.scandir(root) as entries:
+        top = sorted((entry for entry in entries if not _is_clutter(entry.name)), key=lambda entry: entry.name)
+    for entry in top:
+        path = Path(entry.path)
+        if not entry.is_dir():
+            split = entry.name.startswith("splits") and entry.name.endswith(".json")
+            if not split and path not in used and entry.name not in known and entry.name not in refused:
+                if root in holders:
+                    lost.append(LeftOut(path=path, reason=unfit(entry) or NO_SAMPLE))
+                else:
+                    elsewhere[entry.name] += 1
+            continue
+        if entry.name not in homes and not entry.name.startswith(".") and not any((path / word).is_dir() for word in words):
+            elsewhere[f"{entry.name}/"] += 1
+            continue
+        if entry.name.startswith(".") or (entry.is_symlink() and not inside(root, path)):
+            continue  # no folder of data, or a problem of its own
+        images, left, _ = files_below(path)
+        left += [LeftOut(path=image, reason=NO_SAMPLE) for image in images if image not in used]
+        for one in left:
+            if one.path.name in refused or one.path.name in known:
+                continue
+            chosen = listing.layout.startswith("manifest") and one.reason == NO_SAMPLE  # a table may name some images on purpose
+            if not chosen and (one.path.parent in holders or folders & set(one.path.parents) or one.path.parent.name in words):
+                lost.append(one)
+            else:
+                elsewhere[f"{one.path.parent.relative_to(root).as_posix()}/"] += 1
+    doubts = []
+    if lost:
+        said = f"Files that are not used: {counted(lost)}. Convert them, or move them out"
+        doubts.append(Doubt(kind="left out", said=said, names=tuple(one.path.relative_to(root).as_posix() for one in lost)))
+    more = f" and {len(elsewhere) - 10} more" if len(elsewhere) > 10 else ""
+    shown = ", ".join(f"{quoted(name)} ({num} files)" if num > 1 else quoted(name) for name, num in list(elsewhere.items())[:10])
+    return doubts, [f"not used in {root.name}: {shown}{more}"] if elsewhere else []
 
 
 def inside(root: Path, path: Path) -> bool:
