@@ -177,7 +177,11 @@ def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> Picture:
             if name == b"eXIf":
                 fp.seek(offset)
                 image.info["exif"] = fp.read(length)
-    turn = Image.Image.getexif(image).get(274, 1)
+    exif = Image.Image.getexif(image)
+    turn = exif.get(274, 1)
+    if "dpi" not in image.info and exif.get(296, 2) in (2, 3) and 282 in exif and 283 in exif:
+        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):  # no number: no size
+            image.info["dpi"] = tuple(float(exif[tag]) * (2.54 if exif.get(296, 2) == 3 else 1) for tag in (282, 283))
     shape = image.size if turn in (5, 6, 7, 8) else image.size[::-1]
     return Picture(fp=fp, kind=kind, num_bytes=num_bytes, turn=turn, shape=shape, info=dict(image.info), mode=image.mode,
                    wide=kind == "PNG" and bool(image.tile) and "16" in image.tile[0].args, bits=bits)  # fmt: skip
@@ -195,7 +199,8 @@ def _tiff_page(fp: BinaryIO, stack: bool) -> Any:
     if tif.is_imagej:  # a stack in one page
         pages = max(pages, int((tif.imagej_metadata or {}).get("images", 1)))
     if pages > 1 and not (stack and _channel_axis(tif) is not None):
-        raise FileError(f"has {pages} pages (a stack or a film). Save each page as a file of its own")
+        todo = "Save each page as a file of its own, or, where they are channels, name those that count on the dataset's card"
+        raise FileError(f"has {pages} pages (a stack or a film). {todo}, such as channels = [0, 1, 2]")
     return page
 
 
@@ -230,8 +235,10 @@ def decoded(picture: Picture, channels: tuple[int, ...] = ()) -> Image.Image | n
 
     With ``channels`` always numbers, of these channels alone. Raises FileError for channels of no known meaning that are not asked for.
     """
-    if channels:
-        return _chosen(picture, channels)
+    return _chosen(picture, channels) if channels else _decoded(picture)
+
+
+def _decoded(picture: Picture, any_channels: bool = False) -> Image.Image | np.ndarray:
     fp, page = picture.fp, picture.page
     if page is not None:
         _check_tiff(page, fp, picture.num_bytes)
@@ -245,9 +252,13 @@ def decoded(picture: Picture, channels: tuple[int, ...] = ()) -> Image.Image | n
         _check_jpeg(fp.read())
     image = _reader(fp, picture.kind)
     if picture.kind == "JPEG 2000":
-        _check_jpeg2000(picture, image)
+        _check_jpeg2000(picture, image, any_channels)
     elif image.mode not in _MODES:
         raise FileError(f"is in {image.mode} colours. Save it as grey or RGB")
+    if picture.kind == "BMP" and image.mode == "RGB" and (alpha := _bmp_alpha(picture)) is not None:
+        image.load()
+        image.putalpha(Image.fromarray(alpha))
+        return image
     wide = _wide(picture) if picture.wide or image.mode.startswith("I;16") else None
     if wide is None:
         image.load()
@@ -279,7 +290,7 @@ def _chosen(picture: Picture, channels: tuple[int, ...]) -> np.ndarray:
     """(H, W, C) numbers of these channels of a file, upright; alpha is a channel like any other."""
     pixels = _all_channels(picture) if picture.page is not None else None
     if pixels is None:
-        image = decoded(picture)
+        image = _decoded(picture, any_channels=True)
         if isinstance(image, Image.Image):
             clear = image.has_transparency_data or image.mode in ("La", "RGBa")
             grey = image.mode in ("1", "L", "LA", "La")
@@ -432,6 +443,21 @@ def _check_png_stream(fp: BinaryIO, num_bytes: int) -> None:
         raise FileError("is truncated: its data end before its last row. Copy it again")
 
 
+def _bmp_alpha(picture: Picture) -> np.ndarray | None:
+    """The fourth bytes (H, W) of a BMP of 32 bits a pixel, which Pillow drops; None where it has none, or they are one value: not in use."""
+    picture.fp.seek(0)
+    head = picture.fp.read(34)
+    (start,), (width, height) = struct.unpack_from("<I", head, 10), struct.unpack_from("<ii", head, 18)
+    if struct.unpack_from("<I", head, 14)[0] < 40 or struct.unpack_from("<HI", head, 28) != (32, 0):
+        return None
+    picture.fp.seek(start)
+    data = picture.fp.read(4 * width * abs(height))
+    if len(data) < 4 * width * abs(height):
+        return None  # what is missing is told where the colours are decoded
+    fourth = np.frombuffer(data, np.uint8).reshape(abs(height), width, 4)[..., 3]
+    return np.ascontiguousarray(fourth[::-1] if height > 0 else fourth) if fourth.min() < fourth.max() else None
+
+
 def _png_bits(fp: BinaryIO, num_bytes: int) -> int:
     """The bits of each number before they were stored in 16, by a PNG's sBIT; 0 where it says nothing."""
     for name, offset, length in _png_chunks(fp, num_bytes):
@@ -463,7 +489,7 @@ def _jpeg2000_bits(fp: BinaryIO, num_bytes: int) -> int:
     return bits[0]
 
 
-def _check_jpeg2000(picture: Picture, image: Image.Image) -> None:
+def _check_jpeg2000(picture: Picture, image: Image.Image, any_channels: bool) -> None:
     """The codestream must have its end marker, which occurs nowhere else in it; a 2nd or 4th channel must be said to be alpha."""
     start, bits = _jpeg2000_size(picture.fp, picture.num_bytes)
     picture.fp.seek(start)
@@ -471,7 +497,7 @@ def _check_jpeg2000(picture: Picture, image: Image.Image) -> None:
         raise FileError("is truncated: its JPEG 2000 data have no end marker. Copy it again")
     if image.mode not in _MODES:
         raise FileError(f"is in {image.mode} colours. Save it as grey or RGB")
-    if len(bits) not in (2, 4):
+    if any_channels or len(bits) not in (2, 4):
         return
     picture.fp.seek(0)
     head = picture.fp.read(start)

@@ -152,7 +152,7 @@ def _surely_plain(picture: Picture) -> bool:
     """Whether the header alone tells 8 bits and no alpha."""
     if picture.page is not None:
         return picture.page.dtype == np.uint8 and picture.page.samplesperpixel in (1, 3)
-    return picture.mode in ("1", "L", "P", "RGB", "YCbCr") and "transparency" not in picture.info and not picture.wide
+    return picture.kind != "BMP" and picture.mode in ("1", "L", "P", "RGB", "YCbCr") and "transparency" not in picture.info and not picture.wide
 
 
 def pixel_size_of(path: str | os.PathLike[str]) -> PixelSize | None:

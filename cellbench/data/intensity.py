@@ -49,16 +49,17 @@ class Reading:
     int_range: Range | None = None
     """Of whole numbers of more than 8 bits. None: no image had any; then the range that a file states holds for it, else 0..65535."""
     float_range: Range | None = None
-    """Of decimal numbers. None: 0..1, and images outside it are refused."""
+    """Of decimal numbers. None: what a file states holds for it, else 0..1, and images outside that are refused."""
     channels: tuple[int, ...] = ()
     """Which of a file's channels are read, counted from 0: one as grey or three as RGB. Empty: files must be grey or RGB, perhaps with alpha."""
 
     def range_of(self, dtype: np.dtype, high: float, stated: Range | None) -> tuple[Range, bool]:
         """Black and white for an image of more than 8 bits whose largest number is ``high``, and whether they are only assumed."""
+        given = self.float_range if dtype.kind == "f" else self.int_range
+        if given is not None:
+            return given, False
         if dtype.kind == "f":
-            return self.float_range or (0.0, 1.0), False
-        if self.int_range is not None:
-            return self.int_range, False
+            return stated or (0.0, 1.0), False
         # Numbers beyond what a file states show that the statement is of something else, such as a PNG's bits before they were spread to 16.
         return (stated, False) if stated is not None and high <= stated[1] else ((0.0, 65535.0), True)
 
@@ -103,24 +104,24 @@ def scaled(pixels: np.ndarray, reading: Reading, stated: Range | None = None) ->
     low, high = float(pixels.min()), float(pixels.max())
     if pixels.dtype.kind == "f" and not (np.isfinite(low) and np.isfinite(high)):
         raise FileError("holds numbers that are not finite, so it is not an image of 0..1. Replace them")
-    if pixels.dtype.kind == "f" and reading.float_range is None and (low < 0 or high > 1):
+    (black, white), assumed = reading.range_of(pixels.dtype, high, stated)
+    if pixels.dtype.kind == "f" and (reading.float_range or stated) is None and (low < 0 or high > 1):
         raise FileError(
             "holds decimal numbers outside 0..1, whose black and white are unknown. Give range = [BLACK, WHITE] on the dataset's card, "
             "or scale them to 0..1"
         )
-    if pixels.dtype.kind != "f" and reading.int_range is None and (low < 0 or high > 65535):
+    if assumed and (low < 0 or high > 65535):
         raise FileError(
             "holds numbers outside 0..65535, whose black and white are unknown. Give range = [BLACK, WHITE] on the dataset's card, "
             "or save it as 16-bit"
         )
-    (black, white), assumed = reading.range_of(pixels.dtype, high, stated)
     notes, span = [], white - black
     if low < black or high > white:
         far = np.count_nonzero((pixels > white + span) | (pixels < black - span)) / pixels.size
         if far > _HOT_SHARE:
             raise FileError(
                 f"holds numbers from {low:.6g} to {high:.6g}, where images are read as {shown((black, white))}: it has another depth. "
-                "Convert it to the depth of the others"
+                "Convert it, or give range = [BLACK, WHITE] on the dataset's card (`predict`: --range BLACK,WHITE)"
             )
         share = np.count_nonzero((pixels > white) | (pixels < black)) / pixels.size
         notes.append(
@@ -128,7 +129,7 @@ def scaled(pixels: np.ndarray, reading: Reading, stated: Range | None = None) ->
         )
     if assumed:
         notes.append(Note(said=f"read as {shown((black, white))}, an assumption: neither the file nor the images learned from say its range"))
-    elif stated is not None and stated != (black, white) and pixels.dtype.kind != "f":
+    elif stated is not None and stated != (black, white):
         notes.append(Note(said=f"read as {shown((black, white))}, though the file states another range", detail=shown(stated)))
     if is_dark((low, high), (black, white)):
         notes.append(

@@ -15,8 +15,8 @@ from cellbench.data.image_files import Picture
 
 _UM = {"": 1.0, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0, "micrometre": 1.0, "\\u00b5m": 1.0,
        "pm": 1e-6, "å": 1e-4, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "dm": 1e5, "m": 1e6, "inch": 25400.0, "in": 25400.0}  # fmt: skip
-COARSEST_UM = 20.0
-"""Resolution tags that say more are those of print and screens (72 dpi are 353 um, 1200 dpi 21 um) or stand for "unknown": not used."""
+COARSEST_UM = 10.0
+"""Resolution tags that say more are those of screens, print and scanners (72 dpi are 353 um, 2400 dpi 10.6 um) or stand for "unknown": not used."""
 _FINEST_UM, _WIDEST_UM = 1e-4, 1e4
 SAME = 0.01
 """Sizes of pixels that differ by less are the same: tags are rounded."""
@@ -66,7 +66,7 @@ def _of_tiff(page: Any) -> list[tuple[str, float, float]]:
     pixels = _ome_pixels(text)
     if pixels:
         sizes = []
-        for axis in "YX":
+        for axis in "YX" if "PhysicalSizeY" in pixels else "XX":
             unit = _UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm").strip().lower())
             sizes.append(_number(pixels.get(f"PhysicalSize{axis}")) * unit if unit else math.nan)
         found.append(("OME-XML", *sizes))
@@ -75,11 +75,12 @@ def _of_tiff(page: Any) -> list[tuple[str, float, float]]:
         named = re.search(r"^unit=(.*)$", text, re.MULTILINE)
         scale = _UM.get(named[1].strip().lower()) if named and named[1].strip() else None
         if scale and across > 0 and down > 0:
-            found.append(("ImageJ", scale / down, scale / across))
+            # Inches and centimetres are what ImageJ makes of a resolution for print.
+            found.append(("ImageJ" if scale <= 1e3 else "resolution", scale / down, scale / across))
     elif (aperio := re.search(r"\|\s*MPP\s*=\s*([\d.]+)", text)) is not None:
         found.append(("MPP", _number(aperio[1]), _number(aperio[1])))
-    if unit in (2, 3) and across > 0 and down > 0:
-        side = 25400.0 if unit == 2 else 10000.0
+    side = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}.get(unit)  # inch, centimetre; millimetre and micrometre beyond TIFF 6.0
+    if side and across > 0 and down > 0:
         found.append(("resolution tags", side / down, side / across))
     return [one for one in found if _believable(*one)]
 
@@ -87,7 +88,7 @@ def _of_tiff(page: Any) -> list[tuple[str, float, float]]:
 def _of_info(info: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     dpi = info.get("dpi")
     try:
-        across, down = (float(part) for part in dpi)  # PNG pHYs, JPEG's JFIF or EXIF, BMP, JPEG 2000
+        across, down = (float(part) for part in dpi)  # PNG pHYs, JFIF, EXIF, BMP, JPEG 2000
     except (TypeError, ValueError, ZeroDivisionError):
         return []
     if not (across > 0 and down > 0):
@@ -110,9 +111,9 @@ def stated_range(picture: Picture) -> tuple[float, float] | None:
     if page.dtype is not None and page.dtype.kind == "f":
         low, high = (_number(_first(page.tags.valueof(tag))) for tag in (340, 341))
         return (low, high) if low < high and math.isfinite(high - low) else None
-    bits = int(_number(_ome_pixels(_description(page)).get("SignificantBits")) if "SignificantBits" in _description(page) else page.bitspersample)
-    if 8 < bits < 16:
-        return 0.0, 2.0**bits - 1
+    for bits in (_number(_ome_pixels(_description(page)).get("SignificantBits")), page.bitspersample):
+        if 8 < bits < 16:
+            return 0.0, 2.0**bits - 1
     full = 2.0**page.bitspersample - 1
     for tag in (341, 281):
         high = _number(_first(page.tags.valueof(tag)))
