@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ import pytest
 import tifffile
 from PIL import Image
 from pictures import chunk, png, refused
+from worlds import features_of, run_of
 
 from cellbench.data.folders import open_dataset
 from cellbench.data.images import ImageFacts, facts, read_image, read_noted
 from cellbench.data.intensity import Reading
+from cellbench.data.prepare import Preparation
 from cellbench.data.uniformity import reading_of
 from cellbench.registry import Registry
 from cellbench.run import main
+from cellbench.segmenter import Segmenter
 from cellbench.spec import DataSpec
 
 GROUND, CELL = 3900, 1800  # of a camera of 12 bits
@@ -223,32 +227,34 @@ def test_check_and_grid_name_a_mixture(tmp_path: Path, mixture, kind: str, capsy
 # ---- a run in use
 
 
-TINY = """experiment = "tiny"
-dataset = "folder"
-baselines = ["otsu"]
-[data]
-group = "none"
-[grid]
-backbone = ["filter-bank"]
-head = ["bilinear"]
-[run]
-epochs = 1
-crops_per_image = 1
-batch_size = 4
-tile_px = 96
-"""
+@pytest.fixture(scope="module")
+def of_12_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run on 12-bit images in a store of its own."""
+    folder = tmp_path_factory.mktemp("of-12-bits")
+    folder_of(folder / "data")
+    (folder / "tiny.toml").write_text('experiment = "tiny"\ndataset = "folder"\nbaselines = ["otsu"]\n[data]\ngroup = "none"\n')
+    with pytest.MonkeyPatch.context() as patch:
+        _enter(folder, patch)
+        assert main(["grid", "tiny.toml", "--data", "data", "--device", "cpu"]) == 0
+    return folder
 
 
 @pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a trained run in MLflow, of 12-bit images, and the current folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder_of(tmp_path / "data")
-    (tmp_path / "tiny.toml").write_text(TINY)
-    assert main(["grid", "tiny.toml", "--data", "data", "--device", "cpu"]) == 0
-    return tmp_path
+def trained(of_12_bits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    _enter(of_12_bits, monkeypatch)
+    return of_12_bits
+
+
+def _enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.chdir(folder)
+    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    patch.setenv("CELLBENCH_CACHE", str(folder / "cache"))
+
+
+def test_what_heads_learn_from_keeps_the_range_of_its_data_set(tmp_path: Path) -> None:
+    preparation = features_of(opened(folder_of(tmp_path / "data")), [run_of()]).preparation
+    assert preparation.reading.int_range == (0, 4095)
+    assert Preparation.of(json.loads(json.dumps(preparation.told()))) == preparation
 
 
 def cell_greys(out: Path) -> dict[str, float]:
@@ -270,11 +276,7 @@ def test_greys_change_by_as_much_as_the_exposure_in_every_use_of_a_run(trained: 
         assert "e106.tif" in told
         assert "e105.tif" not in told
         assert {row["cells"] for row in csv.DictReader(Path(f"out-{run}", "counts.csv").open())} == {"2"}
-    from cellbench.segmenter import Segmenter
-
-    segmenter = Segmenter.load("filter-bank · bilinear · seed 0", device="cpu")
-    assert segmenter.trained.preparation.reading.int_range == (0, 4095)
-    assert "beyond the range 0..4095" in segmenter.predict("plain/e106.tif").notes[0].said
+    assert "beyond the range 0..4095" in Segmenter.load("exported", device="cpu").predict("plain/e106.tif").notes[0].said
     assert main(["predict", "otsu · seed 0", "plain/e100.tif", "--out", "again", "--instances", "--range", "0,65535", "--device", "cpu"]) == 0
     assert "0..65535 is used in place of 0..4095" in capsys.readouterr().out
     assert cell_greys(Path("again"))["e100"] == round(CELL * 255 / 65535)
@@ -282,8 +284,6 @@ def test_greys_change_by_as_much_as_the_exposure_in_every_use_of_a_run(trained: 
 
 
 def test_evaluate_reads_other_images_in_the_range_of_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from cellbench.segmenter import Segmenter
-
     folder_of(Path("brighter"), lambda field: (field * 1.06).astype(np.uint16))
     assert main(["evaluate", "otsu · seed 0", "--data", "brighter", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
