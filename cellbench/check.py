@@ -49,11 +49,12 @@ def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, e
         )
         for kind, names in problems.items()
     ]
-    notes = list(listing.notes)
+    found += [Finding(kind=doubt.kind, severity=Severity.LOOK, said=f"{doubt.said}.", images=doubt.names) for doubt in listing.doubts]
+    notes = [*listing.notes, *listing.reading_words]
     if not any(listing.parts.values()):
         raise CellbenchError(f"--data {folder}: holds no image with a mask. {found[0].said if found else ''}".rstrip())
     samples = tuple(sample for part in SPLITS for sample in listing.parts.get(part, ()))
-    dataset = _undivided(facts_card.id, listing.root, facts_card, samples)
+    dataset = replace(_undivided(facts_card.id, listing.root, facts_card, samples), reading=listing.reading)
     owners, said = owners_of(facts_card, list(held_in(dataset).values()))
     dataset, notes = with_owners(dataset, owners), [*notes, *said]
     facts = _read(dataset, facts_card.tolerance)

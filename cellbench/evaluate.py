@@ -19,6 +19,7 @@ from cellbench import figures, results
 from cellbench.data.classes import survey, unused, with_owners
 from cellbench.data.dataset import Dataset, proven
 from cellbench.data.folders import listed, split
+from cellbench.data.intensity import Note, lines_of
 from cellbench.data.pixels import Pixels
 from cellbench.errors import CellbenchError
 from cellbench.exam import Case, Exams
@@ -57,9 +58,11 @@ def labelled(trained: Trained, experiment: Experiment, registry: Registry, folde
     # What is one cell is what the run learned as one.
     owners = trained.separation.owners
     own = with_owners(proven(own), owners)
-    own = replace(own, unused=unused(own, survey(own).values()))
+    own = replace(own, unused=unused(own, survey(own).values()), notes=(*listing.notes, *(doubt.line for doubt in listing.doubts)))
     if own.digest == trained.dataset_digest:
         return replace(own, train=(), val=()), "the run's own test images"
+    # The run's model sees these images as its own; so do the pictures of its worst answers.
+    own = replace(own, reading=trained.preparation.reading)
     parts = listing.parts
     chosen = parts.get("test") or (*parts.get("train", ()), *parts.get("val", ()))
     what = "the folder's test images" if parts.get("test") else "all images of the folder"
@@ -67,20 +70,22 @@ def labelled(trained: Trained, experiment: Experiment, registry: Registry, folde
     return replace(other, unused=unused(other, survey(other).values())), what
 
 
-def examine(segmenter: Segmenter, dataset: Dataset, num_shown: int) -> tuple[Result, list[Case]]:
-    """The test of a segmenter on a dataset's test images, and its ``num_shown`` worst answers, the worst first."""
+def examine(segmenter: Segmenter, dataset: Dataset, num_shown: int) -> tuple[Result, list[Case], list[str]]:
+    """The test of a segmenter on a dataset's test images, its ``num_shown`` worst answers, the worst first, and how images were read in words."""
     worst: list[Case] = []
+    notes: list[tuple[str, Note]] = []
     num, start = len(dataset.classes), time.perf_counter()
     answers = segmenter.predict_all(sample.image for sample in dataset.test)
     with Exams(dataset, 1, [segmenter.trained.separation]) as exams:
         for index, found in enumerate(tqdm(answers, total=len(dataset.test), desc="testing", unit="image", leave=False, disable=None)):
+            notes += [(dataset.test[index].name, note) for note in found.notes]
             truth = dataset.read_mask(dataset.test[index])
             counts = confusion(truth, found.classes, num)
             exams.take(index, truth, [counts], [(found.classes, found.probability, found.relief)])
             worst.append(Case.of(index, float(image_scores(counts[None], unused=dataset.unused)["dice"][0]), found.classes, found.probability))
             worst = sorted(worst, key=lambda case: math.inf if math.isnan(case.dice) else case.dice)[:num_shown]
     cost = {"cost/images_per_s": len(dataset.test) / max(time.perf_counter() - start, 1e-9)}
-    return Result(exam=exams.exams[0], cost=cost, preparation=segmenter.trained.preparation), worst
+    return Result(exam=exams.exams[0], cost=cost, preparation=segmenter.trained.preparation), worst, lines_of(notes)
 
 
 def evaluate(
@@ -102,7 +107,11 @@ def evaluate(
     experiment = Experiment.of(tomllib.loads(trained.config), "config.toml")
     dataset, what = labelled(trained, experiment, Registry(extra), data)
     say(f"{trained.name}: {len(dataset.test)} images of {dataset.root} ({what}), on {segmenter.machine.name}.")
-    result, worst = examine(segmenter, dataset, visualize)
+    for line in dataset.notes:
+        say(line)
+    result, worst, lines = examine(segmenter, dataset, visualize)
+    for line in lines:
+        say(line)
     metrics = results.metrics(dataset, result)
     name = f"evaluate: {trained.name} on {dataset.root.name}"
     tracker = Tracker(trained.experiment or "evaluations")

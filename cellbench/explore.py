@@ -56,6 +56,8 @@ def explore(
     registry = Registry(extra)
     card, listing = listed(registry.dataset(dataset or ("folder" if data is not None else "smears")), data, DataSpec())
     listing.refuse()
+    for line in listing.lines:
+        print(line)
     here, _ = split(card, listing, DataSpec())
     pool = [sample for part in SPLITS for sample in here.samples(part)]
     name = data.absolute().name if data is not None else here.name

@@ -119,7 +119,8 @@ class Features:
     @cached_property
     def preparation(self) -> Preparation:
         """What is done to every image before it is cut. A normaliser is fitted to the training images that are learned from, at first use."""
-        return Preparation(framing=self.framing, normaliser=self.pixels["train"].normaliser(self.plan.run.normalise, self.plan.seen))
+        train, run = self.pixels["train"], self.plan.run
+        return Preparation(framing=self.framing, normaliser=train.normaliser(run.normalise, self.plan.seen), reading=train.reading)
 
     def _places(self, sizes: dict[str, int]) -> dict[str, str]:
         """Where each split's features are kept. Validation first: it comes again every epoch."""

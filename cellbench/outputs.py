@@ -40,8 +40,6 @@ class Wanted:
     overlay: bool = False
     geojson: bool = False
     instances: bool = False
-    um_per_px: float | None = None
-    """The side of a pixel, for the cells' sizes."""
     separation: Separation = CONNECTED
     """How touching cells are parted."""
 
@@ -54,6 +52,8 @@ class Target:
     stem: Path
     words: str
     """Inside the mask: which run, which file, of which size and time."""
+    um_per_px: float | None = None
+    """The side of a pixel, for the cells' sizes; None: not known, and they are in pixels."""
 
     def files(self, wanted: Wanted) -> list[Path]:
         """What is written, the mask last."""
@@ -168,7 +168,7 @@ class Files:
             self._overlay.add(outlined(image, found.ids, found.ids[:1], found.classes))
         labels.write(png_bytes(found.ids.astype(np.uint16)))
         owners = self._wanted.separation.owners
-        table.write(cells(found, image, self._names, self._wanted.um_per_px, classes, owners).text.encode("utf-8"))
+        table.write(cells(found, image, self._names, self._target.um_per_px, classes, owners).text.encode("utf-8"))
 
 
 def outlined(image: np.ndarray, numbers: np.ndarray, above: np.ndarray, classes: np.ndarray) -> np.ndarray:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from cellbench.data import images
-from cellbench.data.images import EXTENSIONS
+from cellbench.data.images import EXTENSIONS, pixel_size_of
+from cellbench.data.intensity import Note, Range, Reading, lines_of, shown
+from cellbench.data.listing import LeftOut, counted, files_below
+from cellbench.data.metadata import PixelSize, same_size
+from cellbench.data.uniformity import pixel_doubts
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
 from cellbench.measure import as_csv, class_counts, density
@@ -27,20 +33,23 @@ MOST_PX = 100_000_000
 """Of an image whose cells are numbered: its whole mask is in memory then, with some 50 bytes a pixel."""
 
 
-def images_of(places: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
-    """Each image of files and folders (looked through to the bottom), with the path of its answer below ``out``, without an ending.
+def images_of(places: Sequence[Path], out: Path) -> tuple[list[tuple[Path, Path]], list[LeftOut]]:
+    """Each image of files and folders, with the path of its answer below ``out``, without an ending; and what else lies in the folders.
 
+    Folders are looked through to the bottom, links to folders too.
     Images whose names would be the same without their extensions keep them: ``a.jpg.png`` and ``a.tif.png``. Raises CellbenchError.
     """
     found: dict[Path, Path] = {}
+    left: list[LeftOut] = []
     for place in places:
         if place.is_dir():
-            if out.resolve() == place.resolve() or place.resolve() in out.resolve().parents:
+            inside, other, seen = files_below(place)
+            if seen & {out.resolve(), *out.resolve().parents}:
                 raise CellbenchError(f"--out {out}: lies in {place}, so that masks would be taken for images next time. Name a folder outside.")
-            shown = [path for path in sorted(place.rglob("*")) if not any(part.startswith(".") for part in path.relative_to(place).parts)]
-            inside = [path for path in shown if path.suffix.lower() in EXTENSIONS and path.is_file()]
             if not inside:
-                raise CellbenchError(f"{place}: holds no image. Expected files that end in {', '.join(sorted(EXTENSIONS))}.")
+                there = f" Found: {counted(other)}." if other else ""
+                raise CellbenchError(f"{place}: holds no image. Expected files that end in {', '.join(sorted(EXTENSIONS))}.{there}")
+            left += other
             found |= {path: path.relative_to(place) for path in inside}
         elif place.exists():
             if place.resolve().parent == out.resolve():
@@ -54,25 +63,62 @@ def images_of(places: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
     if twice:
         both = [str(path) for path, name in named.items() if name == twice[0]]
         raise CellbenchError(f"{both[0]} and {both[1]} would both become {twice[0]}.png. Name the folder that holds both, or call twice with two --out.")
-    return [(path, out / name) for path, name in named.items()]
+    return [(path, out / name) for path, name in named.items()], left
 
 
-def targets_of(segmenter: Segmenter, places: Sequence[Path], out: Path, um_per_px: float | None = None) -> list[Target]:
+def sizes_of(images: Iterable[Path]) -> dict[Path, PixelSize]:
+    """The size of a pixel by each file's own statement; without those that state none or cannot be opened."""
+    found = {}
+    for path in images:
+        with contextlib.suppress(CellbenchError):  # told when it is segmented
+            if (size := pixel_size_of(path)) is not None:
+                found[path] = size
+    return found
+
+
+def sizes_told(sizes: Mapping[Path, PixelSize], num: int, um_per_px: float | None) -> list[str]:
+    """What a person should know about the sizes of pixels that files state, of ``num`` images; ``um_per_px``: what is used in their place."""
+    lines = [doubt.line for doubt in pixel_doubts({path.name: size for path, size in sizes.items()}, num)]
+    if um_per_px is not None:
+        other = [f"{path} ({size} um)" for path, size in sizes.items() if not (size.square and same_size(size.side_um, um_per_px))]
+        lines += [f"--um-per-px {um_per_px:g} is used in place of what {len(other)} files state: {some(other)}."] if other else []
+    elif sizes and len(sizes) < num:
+        lines.append(f"{num - len(sizes)} of {num} images state no pixel size: their areas are in pixels. Give --um-per-px for one size of all.")
+    return lines
+
+
+def some(names: Sequence[str], most: int = 20) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def targets_of(
+    segmenter: Segmenter, found: Sequence[tuple[Path, Path]], sizes: Mapping[Path, PixelSize], um_per_px: float | None = None
+) -> list[Target]:
     """The images with what is written inside their masks."""
     made_by = {"run": segmenter.trained.fingerprint or segmenter.trained.name, "model": segmenter.trained.name, "classes": list(segmenter.names)}
-    if um_per_px is not None:  # tables in another unit are other tables
-        made_by["um_per_px"] = um_per_px
+    if segmenter.trained.preparation.reading != Reading():
+        made_by["reading"] = segmenter.trained.preparation.reading.told()
     targets = []
-    for image, stem in images_of(places, out):
+    for image, stem in found:
         about = image.stat()
+        side = um_per_px if um_per_px is not None else sizes[image].side_um if image in sizes else None
         facts = {"image": image.name, "bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
-        targets.append(Target(image=image, stem=stem, words=json.dumps({**made_by, **facts}, sort_keys=True)))
+        if side is not None:  # tables in another unit are other tables
+            facts["um_per_px"] = round(side, 6)
+        targets.append(Target(image=image, stem=stem, words=json.dumps({**made_by, **facts}, sort_keys=True), um_per_px=side))
     return targets
 
 
-def masks(segmenter: Segmenter, targets: Sequence[Target], wanted: Wanted, tell: Callable[[str], None]) -> dict[Target, CellbenchError]:
-    """Writes the answers; returns the images that were passed over, with the reason. Bad ones are told at once."""
+def masks(
+    segmenter: Segmenter, targets: Sequence[Target], wanted: Wanted, tell: Callable[[str], None]
+) -> tuple[dict[Target, CellbenchError], list[tuple[str, Note]]]:
+    """Writes the answers; returns the images that were passed over, with the reason, and notes on how the others were read, by their files.
+
+    Bad ones are told at once.
+    """
     bad: dict[Target, CellbenchError] = {}
+    notes: list[tuple[str, Note]] = []
     files: Files | None = None
     with tqdm(total=len(targets), unit="image", desc="segmenting", disable=None) as bar:
         try:
@@ -93,6 +139,7 @@ def masks(segmenter: Segmenter, targets: Sequence[Target], wanted: Wanted, tell:
                 height = event.source.size_px[0]
                 bar.update(len(event.classes) / height)
                 if event.last:
+                    notes += [(str(target.image), note) for note in event.source.notes]
                     try:
                         files.keep()
                     except TooManyCells as error:
@@ -103,7 +150,7 @@ def masks(segmenter: Segmenter, targets: Sequence[Target], wanted: Wanted, tell:
         finally:
             if files is not None:
                 files.__exit__()
-    return bad
+    return bad, notes
 
 
 def write_coco(targets: Sequence[Target], out: Path, names: tuple[str, ...]) -> Path:
@@ -118,20 +165,30 @@ def write_coco(targets: Sequence[Target], out: Path, names: tuple[str, ...]) -> 
     return out / COCO
 
 
-def write_counts(targets: Sequence[Target], out: Path, um_per_px: float | None, names: Sequence[str] = (), owners: Sequence[int] = ()) -> Path:
-    """One line an image: its size, how many cells, their density, and where there are several classes how many of each; from the tables of the
-    cells. A part of a cell (``owners``) is counted in the cells that hold it."""
-    unit = "cells_per_mm2" if um_per_px is not None else "cells_per_megapixel"
+def write_counts(targets: Sequence[Target], out: Path, names: Sequence[str] = (), owners: Sequence[int] = ()) -> Path:
+    """One line an image: its size, how many cells, their density, the size of a pixel that it is by, and where there are several classes how many
+    of each; from the tables of the cells. A part of a cell (``owners``) is counted in the cells that hold it.
+
+    The density is in square millimetres where the size of a pixel is known, with the size beside it, else in megapixels; where only some
+    images have a size, in both.
+    """
+    known = [target for target in targets if target.um_per_px is not None]
+    columns = ("cells_per_mm2", "um_per_px") if known else ()
+    columns += ("cells_per_megapixel",) if len(known) < len(targets) else ()
     rows = []
     for target in targets:
         cells = list(csv.DictReader(io.StringIO(target.stem.with_name(target.stem.name + CELLS).read_text(encoding="utf-8"))))
         num = len(cells)
         height, width = images.size(target.stem.with_name(target.stem.name + INSTANCES))
-        each = class_counts(cells, names, owners, um_per_px)
-        rows.append((str(target.stem.relative_to(out)), width, height, num, round(density(num, (height, width), um_per_px), 3), *each.values()))
-    fixed = ("image", "width_px", "height_px", "cells", unit)
-    classes = [f"{name} (class)" if name in fixed else name for name in names[1:]] if len(names) > 2 else []
-    write_atomic(out / COUNTS, as_csv((*fixed, *classes), rows))
+        side = target.um_per_px
+        each: dict[str, object] = {"cells_per_megapixel": round(density(num, (height, width)), 3)}
+        if side is not None:
+            each |= {"cells_per_mm2": round(density(num, (height, width), side), 3), "um_per_px": float(f"{side:.6g}")}
+        classes = class_counts(cells, names, owners, side).values()
+        rows.append((str(target.stem.relative_to(out)), width, height, num, *(each.get(column, "") for column in columns), *classes))
+    fixed = ("image", "width_px", "height_px", "cells", *columns)
+    headings = [f"{name} (class)" if name in fixed else name for name in names[1:]] if len(names) > 2 else []
+    write_atomic(out / COUNTS, as_csv((*fixed, *headings), rows))
     return out / COUNTS
 
 
@@ -157,35 +214,79 @@ def predict(
     as_coco: bool = False,
     instances: bool = False,
     um_per_px: float | None = None,
+    range_text: str | None = None,
     weights: Path | None = None,
     extra: Path | None = None,
     device: str = "auto",
     precision: str = "auto",
     say: Callable[[str], None] = print,
 ) -> int:
-    """``cellbench predict``. Exit code 0, or 1 where an image was passed over."""
+    """``cellbench predict``. Exit code 0, or 1 where an image was passed over or a file of a folder left out."""
     if um_per_px is not None and not (instances and 0 < um_per_px < 1000):
         raise CellbenchError(f"--um-per-px {um_per_px:g}: the side of a pixel in um, above 0, for the tables that --instances writes. Give both.")
-    images_of(places, out)  # names first: a run takes a while to open
+    black_white = range_of(range_text) if range_text is not None else None
+    found, left = images_of(places, out)  # names first: a run takes a while to open
+    sizes = sizes_of(path for path, _ in found)
     segmenter = Segmenter.load(run, weights=weights, registry=extra, device=device, precision=precision)
-    targets = targets_of(segmenter, places, out, um_per_px)
+    if black_white is not None:
+        for line in read_by(segmenter, black_white):
+            say(line)
+    targets = targets_of(segmenter, found, sizes, um_per_px)
     wanted = Wanted(probability=probability, overlay=overlay, geojson=geojson or as_coco)
     if instances:
-        wanted = replace(wanted, instances=True, um_per_px=um_per_px, separation=segmenter.trained.separation)
+        wanted = replace(wanted, instances=True, separation=segmenter.trained.separation)
     swept(make_folder(out))
     todo = [target for target in targets if not target.done(wanted)]
     before = f", {len(targets) - len(todo)} are done already" if len(todo) < len(targets) else ""
     say(f"{segmenter.trained.name}: {len(todo)} images on {segmenter.machine.name}{before}.")
+    for line in sizes_told(sizes, len(targets), um_per_px):
+        say(line)
+    for reason, paths in by_reason(left).items():
+        tqdm.write(f"left out, {reason}: {some(paths)}", file=sys.stderr)
     large = {target: error for target in todo if instances and (error := too_large(target)) is not None}
     for error in large.values():
         tqdm.write(f"passed over: {error}", file=sys.stderr)
     todo = [target for target in todo if target not in large]
-    bad = large | masks(segmenter, todo, wanted, lambda text: tqdm.write(text, file=sys.stderr))
+    passed, notes = masks(segmenter, todo, wanted, lambda text: tqdm.write(text, file=sys.stderr))
+    bad = large | passed
+    for line in lines_of(notes):
+        tqdm.write(line, file=sys.stderr)
     good = [target for target in targets if target not in bad]
     if as_coco and good:
         say(f"{write_coco(good, out, segmenter.names)}: the outlines of {len(good)} images.")
     if instances and good:
         how = segmenter.trained.separation
-        say(f"{write_counts(good, out, um_per_px, segmenter.names, how.owners)}: the cells of {len(good)} images, told apart by {how.words}.")
-    say(f"{out}: {len(good)} masks" + (f"; {len(bad)} images were passed over." if bad else "."))
-    return 1 if bad else 0
+        say(f"{write_counts(good, out, segmenter.names, how.owners)}: the cells of {len(good)} images, told apart by {how.words}.")
+    lost = [f"{len(bad)} images were skipped"] if bad else []
+    lost += [f"{len(left)} files of the folders were left out ({counted(left)})"] if left else []
+    say("; ".join([f"{out}: {len(good)} masks", *lost]) + ".")
+    return 1 if lost else 0
+
+
+def by_reason(left: Iterable[LeftOut]) -> dict[str, list[str]]:
+    """The names of what was left out for each reason."""
+    found: dict[str, list[str]] = {}
+    for one in left:
+        found.setdefault(one.reason, []).append(str(one.path))
+    return found
+
+
+def range_of(text: str) -> Range:
+    """Black and white of ``--range``, like ``0,4095``. Raises CellbenchError."""
+    try:
+        black, white = (float(part) for part in text.split(","))
+        if not (math.isfinite(black) and math.isfinite(white) and black < white):
+            raise ValueError
+    except ValueError:
+        raise CellbenchError(f"--range {text}: expected BLACK,WHITE, the lower first, like 0,4095.") from None
+    return black, white
+
+
+def read_by(segmenter: Segmenter, black_white: Range) -> list[str]:
+    """Makes the segmenter read images of more than 8 bits by this range; says so where the run has another."""
+    trained = segmenter.trained
+    reading = trained.preparation.reading
+    given = replace(reading, int_range=black_white, float_range=black_white)
+    segmenter.trained = replace(trained, preparation=replace(trained.preparation, reading=given))
+    known = [shown(one) for one in (reading.int_range, reading.float_range) if one not in (None, black_white)]
+    return [f"--range {shown(black_white)} is used in place of {known[0]}, by which the images were read that {trained.name} learned from."] if known else []

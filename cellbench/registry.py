@@ -10,11 +10,12 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import sys
 import tomllib
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -118,6 +119,10 @@ class DatasetCard(Card):
     parts: tuple[str, ...] | dict[str, str] = ()
     """The classes that are parts of objects, as a nucleus is of a cell: ``["nucleus"]``, or ``{ nucleus = "cytoplasm" }`` where there are several
     classes of objects. A part of the list belongs to the class of objects that it touches most."""
+    range: tuple[float, float] | None = None
+    """The numbers that are black and white in images of more than 8 bits. None: what the files state, else by the largest number of all."""
+    channels: tuple[Annotated[int, Field(ge=0, lt=64)], ...] = ()
+    """Which channels of each image file are read, counted from 0: one or three. Empty: files must be grey or RGB, perhaps with alpha."""
     images: str = ""
     """The folder of images below the dataset's; ``{split}`` stands for ``train`` and ``test``. Empty: the usual layouts are tried."""
     masks: str = ""
@@ -137,6 +142,10 @@ class DatasetCard(Card):
             raise ValueError(f"{given[0]} must name {wanted} different ones, for {len(self.classes)} classes")
         if list(self.thresholds) != sorted(self.thresholds) or any(not 0 <= part < 256 for color in self.colors for part in color):
             raise ValueError("thresholds rise, and colours lie in 0..255")
+        if len(self.channels) not in (0, 1, 3):
+            raise ValueError("channels names one channel, read as grey, or three, read as red, green and blue")
+        if self.range is not None and not (self.range[0] < self.range[1] and all(map(math.isfinite, self.range))):
+            raise ValueError("range is [BLACK, WHITE], and white is above black")
         return self
 
 

@@ -86,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--geojson", action="store_true", help="also NAME.geojson: outlines for QuPath")
     predict.add_argument("--coco", action="store_true", help="also coco.json: the outlines of all images")
     predict.add_argument("--instances", action="store_true", help="also NAME.instances.png and NAME.cells.csv: single cells; counts.csv for all")
-    predict.add_argument("--um-per-px", type=float, metavar="X", help="with --instances: the side of a pixel, for sizes and density in um")
+    predict.add_argument("--um-per-px", type=float, metavar="X", help="with --instances: the side of a pixel in all images (default: what each file states)")
+    predict.add_argument("--range", metavar="BLACK,WHITE", help="of images of more than 8 bits, like 0,4095 (default: that of the images learned from)")
     _about_a_run(predict)
     predict.set_defaults(verb=_predict)
 
@@ -201,7 +202,7 @@ def _about_a_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
 
 
-_PREDICT = "The same command again goes on where it stopped. An image that cannot be read is passed over, and the exit code is then 1."
+_PREDICT = "The same command again goes on where it stopped. What cannot be read is named, and the exit code is then 1."
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -218,6 +219,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         as_coco=arguments.coco,
         instances=arguments.instances,
         um_per_px=arguments.um_per_px,
+        range_text=arguments.range,
         weights=arguments.weights,
         extra=arguments.registry,
         device=arguments.device,

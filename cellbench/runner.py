@@ -22,10 +22,12 @@ from cellbench.backbones.base import Backbone
 from cellbench.backbones.catalog import open_backbone, weights_digest
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
+from cellbench.data.prepare import Preparation
 from cellbench.errors import WeightsUnavailable, one_line
 from cellbench.estimate import latencies_ms
 from cellbench.exam import Exams
 from cellbench.features import Features, Keeping
+from cellbench.framing import Framing
 from cellbench.infer import score
 from cellbench.jobs import Job, identity
 from cellbench.learner import Learner
@@ -236,7 +238,9 @@ class Runner:
                     exams.take(index, truth, [confusion(truth, classes, num)], [(classes, None, None)])
             cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
             cost |= {"cost/images_per_s": len(self.dataset.test) / max(seconds, 1e-9), "cost/peak_mib": peak_mib()}
-            self._keep(job, run, Result(exam=exams.exams[0], cost=cost), out)
+            # Framing is not used by a method that sees whole images; its files are read all the same.
+            preparation = Preparation(framing=Framing.of(job.run), reading=self.dataset.reading)
+            self._keep(job, run, Result(exam=exams.exams[0], cost=cost, preparation=preparation), out)
 
     def _trained(self, opened: list[tuple[Job, Run]], title: str, out: Outcome) -> None:
         jobs, first = [job for job, _ in opened], opened[0][0].run

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cellbench.backbones.base import Backbone
 from cellbench.backbones.catalog import open_backbone, weights_digest
+from cellbench.data.intensity import Note
 from cellbench.data.sources import Source, Whole, open_source
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features import Batch
@@ -55,6 +56,8 @@ class Prediction:
     """How touching cells are parted: as tuned for the run."""
     relief: np.ndarray | None = None
     """(H, W) uint8: how high each pixel lies in its cell, 0..255, for a run that learned it; else None."""
+    notes: tuple[Note, ...] = ()
+    """What should be known about how the file's numbers were read, such as that some were clipped."""
 
     @cached_property
     def cells(self) -> Instances:
@@ -182,6 +185,7 @@ class Segmenter:
                     names=self.names,
                     separation=self.trained.separation,
                     relief=np.concatenate(relief) if relief else None,
+                    notes=event.source.notes,
                 )
                 rows = []
 
@@ -272,7 +276,7 @@ class _Sheet:
         self.number, self._segmenter = number, segmenter
         self.error: CellbenchError | None = None
         try:
-            self.source = Whole(checked(image)) if isinstance(image, np.ndarray) else open_source(image)
+            self.source = Whole(checked(image)) if isinstance(image, np.ndarray) else open_source(image, segmenter.trained.preparation.reading)
         except CellbenchError as error:
             self.error = error
             return

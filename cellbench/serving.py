@@ -27,7 +27,8 @@ class ServedSegmenter(mlflow.pyfunc.PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """``image`` (bytes of a PNG, JPEG, TIFF, BMP or WebP file) to ``mask`` (a PNG in base64: 0 and 255, or class numbers where there are more
-        than two), ``height_px``, ``width_px`` and ``share`` (of the pixels that are not background)."""
+        than two), ``height_px``, ``width_px``, ``share`` (of the pixels that are not background) and ``notes`` (how the file's numbers were read, where that
+        is not as usual)."""
         rows = []
         for data in model_input["image"]:
             with tempfile.NamedTemporaryFile(suffix=".image") as file:
@@ -39,8 +40,9 @@ class ServedSegmenter(mlflow.pyfunc.PythonModel):
             png.add(found.classes * np.uint8(255 if len(found.names) == 2 else 1))
             png.end()
             height, width = found.classes.shape
+            notes = "; ".join(f"{note.said} ({note.detail})" if note.detail else note.said for note in found.notes)
             mask = base64.b64encode(out.getvalue()).decode()
-            rows.append({"mask": mask, "height_px": height, "width_px": width, "share": found.share})
+            rows.append({"mask": mask, "height_px": height, "width_px": width, "share": found.share, "notes": notes})
         return pd.DataFrame(rows)
 
 
@@ -54,7 +56,7 @@ set_model(ServedSegmenter())
 
 def save(folder: Path, exported: Path) -> None:
     """Writes MLflow's model of an exported folder, with a copy of that inside; ``folder`` appears whole or not at all."""
-    outputs = [ColSpec("string", "mask"), ColSpec("long", "height_px"), ColSpec("long", "width_px"), ColSpec("double", "share")]
+    outputs = [ColSpec("string", "mask"), ColSpec("long", "height_px"), ColSpec("long", "width_px"), ColSpec("double", "share"), ColSpec("string", "notes")]
     with tempfile.TemporaryDirectory(dir=folder.parent.parent, prefix=".cellbench-") as name:
         script = Path(name) / "model.py"
         script.write_text(SCRIPT, encoding="utf-8")

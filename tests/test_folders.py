@@ -187,7 +187,7 @@ def test_an_empty_folder_of_images_is_refused(small_folder: Path) -> None:
     (small_folder / "test" / "original").mkdir()
     line = refusal(small_folder)
     assert f"{small_folder / 'test' / 'original'}: holds no image" in line
-    assert ".bmp, .jpeg, .jpg, .png" in line
+    assert ".bmp, .gif, .j2k, .jfif, .jp2, .jpe, .jpeg, .jpg, .png" in line
 
 
 def test_an_image_without_mask_is_named_with_the_file_that_is_missing(small_folder: Path) -> None:

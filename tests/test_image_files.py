@@ -29,7 +29,7 @@ from cellbench.errors import CellbenchError
         (b"hello, world", "not a PNG"),
         (b"\n<!DOCTYPE html><html>404</html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (b"GIF89a" + bytes(20), "not a PNG"),
+        (b"GIF89a" + bytes(20), "GIF"),
         (b"\x89PNG\r\n\x1a\n", "PNG"),
         (b"RIFF\0\0\0\0WAVEfmt ", "not a PNG"),
     ],

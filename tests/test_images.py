@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tifffile
 from conftest import SHARED
-from pictures import GREY, IDS, RGB, WIDE, chunk, png, refused, saved
+from pictures import GREY, IDS, RGB, RNG, WIDE, chunk, png, refused, saved
 from PIL import Image, ImageOps
 
-from cellbench.data.images import EXTENSIONS, class_map, read_image, read_labels, size, write_png
+from cellbench.data.images import EXTENSIONS, class_map, facts, read_image, read_labels, read_noted, size, write_png
+from cellbench.data.intensity import Reading
 from cellbench.errors import CellbenchError
 
 
@@ -25,7 +26,7 @@ def to_8(array, top):
 # ---- pictures: what the numbers mean
 
 
-@pytest.mark.parametrize("suffix", sorted(EXTENSIONS - {".jpg", ".jpeg"}))
+@pytest.mark.parametrize("suffix", sorted(EXTENSIONS - {".jpg", ".jpeg", ".jpe", ".jfif", ".gif"}))
 def test_lossless_kinds_give_back_every_pixel(tmp_path, suffix):
     path = saved(tmp_path / f"a{suffix}", RGB, **({"lossless": True} if suffix == ".webp" else {}))
     got = read_image(path)
@@ -61,12 +62,36 @@ def test_a_palette_gives_its_colours(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), want)
 
 
+def test_a_gif_gives_its_256_colours_and_its_greys(tmp_path):
+    few = RGB & 0b11100000  # fewer colours than a palette holds
+    few[..., 1:] &= 0b11000000
+    np.testing.assert_array_equal(read_image(saved(tmp_path / "a.gif", few)), few)
+    np.testing.assert_array_equal(read_labels(saved(tmp_path / "b.gif", GREY)), GREY)
+
+
+def test_a_film_and_a_gif_with_an_empty_margin_are_refused(tmp_path):
+    frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert "2 pictures" in refused(tmp_path / "a.gif")
+    data = bytearray(saved(tmp_path / "b.gif", GREY).read_bytes())
+    data[6:8] = struct.pack("<H", GREY.shape[1] + 5)  # a canvas wider than its picture
+    (tmp_path / "b.gif").write_bytes(data)
+    assert "empty" in refused(tmp_path / "b.gif")
+
+
+def test_jpeg_2000_keeps_16_bits_of_grey_and_is_refused_where_it_ends_early(tmp_path):
+    path = saved(tmp_path / "a.jp2", IDS)
+    np.testing.assert_array_equal(read_labels(path), IDS)
+    data = path.read_bytes()
+    for end in range(100, len(data), 301):
+        path.write_bytes(data[:end])
+        refused(path)
+
+
 @pytest.mark.parametrize("name", ["a.tif", "a.jpg"])
-def test_cmyk_becomes_rgb(tmp_path, name):
-    ink = np.zeros((16, 16, 4), np.uint8)
-    ink[..., 0] = 255  # cyan alone
-    Image.fromarray(ink, "CMYK").save(tmp_path / name)
-    np.testing.assert_allclose(read_image(tmp_path / name).astype(int), np.broadcast_to([0, 255, 255], (16, 16, 3)), atol=3)
+def test_cmyk_is_refused_as_it_is_neither_grey_nor_rgb(tmp_path, name):
+    Image.fromarray(np.zeros((16, 16, 4), np.uint8), "CMYK").save(tmp_path / name)
+    assert "Save it as grey or RGB" in refused(tmp_path / name)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -93,7 +118,7 @@ def test_a_transparent_palette_colour_becomes_white(tmp_path):
 @pytest.mark.parametrize(("array", "colour_type"), [(IDS, 0), (WIDE, 2)], ids=["grey", "rgb"])
 @pytest.mark.parametrize(("top", "scale"), [(255, 255), (4095, 4095), (65535, 65535)], ids=["8-bit", "12-bit", "16-bit"])
 @pytest.mark.parametrize("kind", ["png", "tif-plain", "tif-deflate", "tif-lzw", "tif-big-endian"])
-def test_wide_numbers_are_scaled_by_the_stated_rule(tmp_path, array, colour_type, top, scale, kind):
+def test_wide_numbers_are_scaled_by_the_range_of_their_set(tmp_path, array, colour_type, top, scale, kind):
     array = (array.astype(np.uint32) * top // 65535).astype(np.uint16)
     array[0, 0] = top
     path = tmp_path / f"a.{kind[:3]}"
@@ -105,7 +130,8 @@ def test_wide_numbers_are_scaled_by_the_stated_rule(tmp_path, array, colour_type
         deflate = {"compression": "zlib", "predictor": True} if kind == "tif-deflate" else {}
         tifffile.imwrite(path, array, byteorder=">" if kind == "tif-big-endian" else "<", **deflate)
     want = to_8(array, scale)
-    np.testing.assert_array_equal(read_image(path), want if want.ndim == 3 else np.dstack([want] * 3))
+    got = read_image(path, Reading(int_range=(0, top)))
+    np.testing.assert_array_equal(got, want if want.ndim == 3 else np.dstack([want] * 3))
     assert size(path) == array.shape[:2]
     if array.ndim == 2:
         labels = read_labels(path)
@@ -178,6 +204,81 @@ def test_numbers_beyond_16_bits_are_refused_with_a_word(tmp_path):
 def test_channels_without_a_meaning_are_refused_with_a_word(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 9, 5), np.uint16), photometric="minisblack", planarconfig="contig")
     assert "5 channels" in refused(tmp_path / "a.tif")
+
+
+# ---- channels: one rule for all formats and depths
+
+PLANES = RNG.integers(0, 256, (30, 41, 6), dtype=np.uint8)
+ALL_PLANES = Reading(int_range=(0, 65535), channels=(4, 1, 0))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(("num", "photometric"), [(2, "minisblack"), (4, "minisblack"), (4, "rgb"), (5, "rgb"), (6, "rgb")])
+def test_channels_beyond_grey_and_rgb_are_refused_at_every_depth(tmp_path, dtype, num, photometric):
+    more = num - (1 if photometric == "minisblack" else 3)
+    options = {"photometric": photometric, "planarconfig": "contig", "extrasamples": ["unspecified"] * more}
+    tifffile.imwrite(tmp_path / "a.tif", PLANES[..., :num].astype(dtype), **options)
+    assert f"{num} channels" in refused(tmp_path / "a.tif")
+    assert "channels = [0, 1, 2]" in refused(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("scale", [1, 257], ids=["8-bit", "16-bit"])
+@pytest.mark.parametrize("kind", ["samples", "deflate", "planar", "pages", "ome", "imagej"])
+def test_the_channels_that_a_card_names_are_read_in_its_order(tmp_path, scale, kind):
+    planes = PLANES if scale == 1 else PLANES.astype(np.uint16) * 257
+    path = tmp_path / ("a.ome.tif" if kind == "ome" else "a.tif")
+    if kind in ("samples", "deflate"):
+        tifffile.imwrite(path, planes, photometric="minisblack", planarconfig="contig", compression="zlib" if kind == "deflate" else None)
+    else:
+        first = np.moveaxis(planes, -1, 0).copy()
+        options = {"planarconfig": "separate"} if kind == "planar" else {"metadata": {"axes": "CYX"}, "ome": kind == "ome", "imagej": kind == "imagej"}
+        tifffile.imwrite(path, first, photometric="minisblack", **options)
+    np.testing.assert_array_equal(read_image(path, ALL_PLANES), PLANES[..., [4, 1, 0]])
+    np.testing.assert_array_equal(read_image(path, Reading(channels=(5,), int_range=(0, 65535))), np.dstack([PLANES[..., 5]] * 3))
+    refused(path)
+    assert "6 channels" in refused(path, reading=Reading(channels=(6,)))
+
+
+def test_a_stack_in_depth_is_refused_whatever_the_channels(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(PLANES, -1, 0).copy(), photometric="minisblack", metadata={"axes": "ZYX"})
+    assert "6 pages" in refused(tmp_path / "a.tif", reading=ALL_PLANES)
+
+
+def test_channels_of_a_plain_picture_take_alpha_as_one_of_them(tmp_path):
+    rgba = PLANES[..., :4].copy()
+    for name, options in (("a.png", {}), ("a.webp", {"lossless": True, "exact": True}), ("a.tif", {"compression": "tiff_lzw"}), ("a.jp2", {}), ("a.j2k", {})):
+        path = saved(tmp_path / name, rgba, **options)
+        np.testing.assert_array_equal(read_image(path, Reading(channels=(0, 1, 2))), rgba[..., :3])
+        np.testing.assert_array_equal(read_image(path, Reading(channels=(3,)))[..., 0], rgba[..., 3])
+    assert "channels" in refused(saved(tmp_path / "b.png", RGB), reading=Reading(channels=(3,)))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "a.bmp", "a.jp2"])
+def test_alpha_that_is_not_opaque_is_laid_over_white_and_named_in_every_format(tmp_path, name):
+    rgba = PLANES[..., :4].copy()
+    rgba[0, 0, 3] = 0
+    lossless = {"lossless": True, "exact": True} if name == "a.webp" else {}
+    image, (note,) = read_noted(saved(tmp_path / name, rgba, **lossless))
+    want = rgba[..., :3] * (rgba[..., 3:] / 255) + 255 - rgba[..., 3:].astype(float)
+    np.testing.assert_allclose(image, want, atol=0.51)
+    assert "transparent" in note.said
+    assert facts(tmp_path / name).clear
+    rgba[..., 3] = 255
+    image, notes = read_noted(saved(tmp_path / name, rgba, **lossless))
+    np.testing.assert_array_equal(image, rgba[..., :3])
+    assert notes == ()
+
+
+def test_a_fourth_channel_of_a_jpeg_2000_that_is_not_said_to_be_alpha_is_refused(tmp_path):
+    assert "no stated meaning" in refused(saved(tmp_path / "a.j2k", PLANES[..., :4].copy()))
+
+
+def test_the_alpha_of_a_16_bit_tiff_is_read_associated_and_not(tmp_path):
+    colour, alpha = WIDE, IDS.copy()
+    for kind, over in (("unassalpha", colour / 257 * (alpha / 65535)[..., None]), ("assocalpha", colour / 257)):
+        tifffile.imwrite(tmp_path / "a.tif", np.dstack([colour, alpha]), photometric="rgb", extrasamples=[kind])
+        want = np.minimum(over + (255 - alpha / 257)[..., None], 255)
+        np.testing.assert_allclose(read_image(tmp_path / "a.tif"), want, atol=1.5)
 
 
 @pytest.mark.parametrize("turn", range(1, 9))

@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from cellbench.data import sources
 from cellbench.data.images import read_image
+from cellbench.data.intensity import Reading
 from cellbench.data.png_rows import PngRows, words_of
 from cellbench.errors import CellbenchError
 from cellbench.outlines import MIN_AREA_PX, Shapes
@@ -49,6 +50,15 @@ def test_windows_of_jpeg_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     source = sources.open_source(tmp_path / "a.tif")
     assert isinstance(source, sources.Windowed)
     assert np.abs(source.rows(0, 301).astype(int) - read_image(tmp_path / "a.tif")).max() <= 8  # two decoders of chroma
+
+
+def test_channels_of_no_stated_meaning_are_refused_in_large_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LARGE_PX", 64 * 64)
+    options = {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": ["unspecified"] * 2}
+    tifffile.imwrite(tmp_path / "a.tif", PICTURE, **options)
+    with pytest.raises(CellbenchError, match="3 channels"):
+        sources.open_source(tmp_path / "a.tif")
+    assert (sources.open_source(tmp_path / "a.tif", Reading(channels=(2, 1, 0))).rows(0, 301) == PICTURE[..., ::-1]).all()
 
 
 def test_a_window_that_is_not_in_the_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from cellbench.crops import Marks, marks, shared
 from cellbench.data import images
 from cellbench.data.dataset import Sample
+from cellbench.data.intensity import Reading
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
 from cellbench.likeness import clusters, grey, near_pairs, pooled
@@ -25,12 +27,12 @@ _FOUND_AS = 2
 """Counts up when what is found changes."""
 
 
-def grouped(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+def grouped(samples: Sequence[Sample], reading: Reading | None = None) -> tuple[Sample, ...]:
     """The samples, those that show the same picture (turned, saved anew, a crop, fields that overlap) with a common group; the others with none.
 
     Reads every image, about 0.3 s of a processor each, the first time. One that cannot be read is like no other; whoever uses it will say so.
     """
-    return named(samples, _remembered([sample.image for sample in samples]))
+    return named(samples, _remembered([sample.image for sample in samples], reading or Reading()))
 
 
 def named(samples: Sequence[Sample], first: Sequence[int]) -> tuple[Sample, ...]:
@@ -42,26 +44,27 @@ def named(samples: Sequence[Sample], first: Sequence[int]) -> tuple[Sample, ...]
     return tuple(replace(sample, group=f"like {names[k]}" if size[k] > 1 else "") for sample, k in zip(samples, first, strict=True))
 
 
-def _remembered(paths: Sequence[Path]) -> list[int]:
+def _remembered(paths: Sequence[Path], reading: Reading) -> list[int]:
     try:
         stamps = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     except OSError:
-        return _first_alike(paths)  # a file is missing, so there is nothing to remember by
-    place = cache_dir() / "alike" / f"{hashlib.sha256(json.dumps([_FOUND_AS, stamps]).encode()).hexdigest()[:24]}.json"
+        return _first_alike(paths, reading)  # a file is missing, so there is nothing to remember by
+    made = [_FOUND_AS, stamps, *([reading.told()] if reading != Reading() else [])]
+    place = cache_dir() / "alike" / f"{hashlib.sha256(json.dumps(made).encode()).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged: found anew
         known = json.loads(place.read_text())
         if isinstance(known, list) and len(known) == len(paths) and all(isinstance(k, int) and 0 <= k < len(paths) for k in known):
             return known
-    first = _first_alike(paths)
+    first = _first_alike(paths, reading)
     with contextlib.suppress(CellbenchError):  # only a memory: a full disk must not stop a run
         write_atomic(place, json.dumps(first))
     return first
 
 
-def _first_alike(paths: Sequence[Path]) -> list[int]:
+def _first_alike(paths: Sequence[Path], reading: Reading) -> list[int]:
     """For each image the number of the first that it is like."""
     with ThreadPoolExecutor(2) as pool:
-        jobs = pool.map(_told, paths)
+        jobs = pool.map(partial(_told, reading=reading), paths)
         told = list(tqdm(jobs, desc="comparing images, once", total=len(paths), unit="image", leave=False, disable=len(paths) < 20))
     read = [k for k, one in enumerate(told) if one is not None]
     seen = [one for one in told if one is not None]
@@ -70,9 +73,9 @@ def _first_alike(paths: Sequence[Path]) -> list[int]:
     return clusters(len(paths), [(read[i], read[j]) for i, j in pairs])
 
 
-def _told(path: Path) -> tuple[np.ndarray, Marks] | None:
+def _told(path: Path, reading: Reading) -> tuple[np.ndarray, Marks] | None:
     try:
-        plain = grey(images.read_image(path))
+        plain = grey(images.read_image(path, reading))
     except (CellbenchError, OSError):
         return None
     return pooled(plain), marks(plain)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from cellbench.data import images
 from cellbench.data.annotations import Annotation
+from cellbench.data.intensity import Reading
 from cellbench.errors import CellbenchError
 from cellbench.files import Remembered, hash_of
 
@@ -60,6 +61,8 @@ class Dataset:
     """For each class the class of the object that it is a part of, its own for an object; empty: every class is an object."""
     unused: tuple[int, ...] = ()
     """Classes that no mask holds, in no split."""
+    reading: Reading = field(default_factory=Reading)
+    """What all its images are read by."""
     digest: str = ""
     """Over every pixel file, the splits and the classes: what a finished run was trained on."""
     notes: tuple[str, ...] = ()
@@ -71,7 +74,7 @@ class Dataset:
 
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """The image (H, W, 3) uint8 RGB and its class map (H, W) uint8. Raises CellbenchError that names the file."""
-        return images.read_image(sample.image), self.read_mask(sample)
+        return images.read_image(sample.image, self.reading), self.read_mask(sample)
 
     @property
     def color_table(self) -> dict[tuple[int, int, int], int] | None:
@@ -110,8 +113,8 @@ class Dataset:
         return None if smoothed else labels
 
 
-def _inspect_image(path: Path) -> list[object]:
-    height, width = images.read_image(path).shape[:2]  # first, because it tells people what is wrong with a file
+def _inspect_image(path: Path, reading: Reading) -> list[object]:
+    height, width = images.read_image(path, reading).shape[:2]  # first, because it tells people what is wrong with a file
     return [hash_of(path), height, width]
 
 
@@ -134,8 +137,10 @@ def proven(dataset: Dataset) -> Dataset:
     """
     colors = dataset.color_table
     known = f"masks-{hashlib.sha256(json.dumps(dataset.colors).encode()).hexdigest()[:8]}" if colors else "masks"
+    read_as = dataset.reading.told()
+    seen = "images" if dataset.reading == Reading() else f"images-{hashlib.sha256(json.dumps(read_as).encode()).hexdigest()[:8]}"
     with (
-        Remembered("images", _inspect_image) as image_facts,
+        Remembered(seen, lambda path: _inspect_image(path, dataset.reading)) as image_facts,
         Remembered(known, lambda path: _inspect_mask(path, colors)) as mask_facts,
     ):
         todo = [s for split in SPLITS for s in dataset.samples(split)]
@@ -171,5 +176,6 @@ def proven(dataset: Dataset) -> Dataset:
             parts[split] = tuple(checked)
     # What came later is left out where it is not used, so that finished runs are still found.
     meaning = [dataset.classes, dataset.values, *(more for more in (dataset.thresholds, dataset.colors) if more)]
+    meaning += [read_as] if dataset.reading != Reading() else []
     facts = json.dumps([*meaning, sorted(lines)])
     return replace(dataset, digest=hashlib.sha256(facts.encode()).hexdigest()[:16], **parts)

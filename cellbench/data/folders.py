@@ -6,6 +6,7 @@ import hashlib
 import json
 import tomllib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,8 +15,10 @@ from cellbench.data import alike
 from cellbench.data.classes import understood
 from cellbench.data.dataset import SPLITS, Dataset, Sample, proven
 from cellbench.data.layouts import listing_of
-from cellbench.data.listing import Listing
+from cellbench.data.listing import Listing, unused
+from cellbench.data.manifest import NAMES
 from cellbench.data.splits import Grouping, Splits, given, split_of
+from cellbench.data.uniformity import doubts_of, facts_of, reading_of
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
 from cellbench.registry import DatasetCard, load, with_defaults
@@ -34,11 +37,11 @@ def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Data
         dataset = replace(dataset, **{part: dataset.samples(part)[: spec.limit] for part in SPLITS})
     dataset = proven(dataset)
     # Only now: a split that names a damaged image would be in the way of whoever takes it out.
-    return understood(replace(dataset, notes=(*listing.notes, splits.keep())), card)
+    return understood(replace(dataset, notes=(*listing.lines, splits.keep())), card)
 
 
 def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[DatasetCard, Listing]:
-    """The card that holds for the folder and what lies there, nothing decoded yet. Raises CellbenchError."""
+    """The card that holds for the folder and what lies there, with what all its images are read by. Raises CellbenchError."""
     if card.draw:
         return card, listing_of(card, _drawn(card, spec))
     if spec.draw:
@@ -48,7 +51,15 @@ def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[Data
         raise CellbenchError(f"dataset '{card.id}' is read from a folder, and none was named. Give --data DIR.{how}")
     if card.id == "folder" and (folder / OWN_CARD).is_file():
         card = _own_card(folder / OWN_CARD, card)
-    return card, listing_of(card, folder)
+    listing = listing_of(card, folder)
+    images = {sample.image: sample.name for part in SPLITS for sample in listing.parts.get(part, ())}
+    facts = facts_of(list(images), card.channels)
+    listing.reading, listing.reading_words = reading_of(facts.values(), card.range, card.channels)
+    doubts, notes = unused(listing, (OWN_CARD, folder.name, *NAMES))
+    listing.doubts += doubts
+    listing.notes += notes
+    listing.doubts += doubts_of({images[path]: one for path, one in facts.items()}, listing.reading)
+    return card, listing
 
 
 def _own_card(path: Path, card: DatasetCard) -> DatasetCard:
@@ -66,10 +77,11 @@ def _own_card(path: Path, card: DatasetCard) -> DatasetCard:
     return checked(DatasetCard, {**tree, **given}, str(path))
 
 
-def split(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: Grouping = alike.grouped) -> tuple[Dataset, Splits]:
+def split(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: Grouping | None = None) -> tuple[Dataset, Splits]:
     """The listed samples as a dataset in its three splits; nothing is written yet. ``grouped``: who finds images that show the same."""
+    grouped = grouped or partial(alike.grouped, reading=listing.reading)
     meaning = {name: getattr(card, name) for name in ("classes", "values", "thresholds", "colors")}
-    dataset = Dataset(name=card.id, root=listing.root, train=(), val=(), test=(), **meaning)
+    dataset = Dataset(name=card.id, root=listing.root, train=(), val=(), test=(), reading=listing.reading, **meaning)
     parts = {part: listing.parts.get(part, ()) for part in SPLITS}
     if card.draw and spec.group == "auto":
         grouped = tuple  # what is drawn is never the same twice

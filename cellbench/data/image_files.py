@@ -17,12 +17,22 @@ import struct
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from cellbench.errors import CellbenchError, one_line
 
@@ -33,7 +43,12 @@ _READERS = {
     b"II*\0": ("TIFF", TiffImagePlugin.TiffImageFile), b"MM\0*": ("TIFF", TiffImagePlugin.TiffImageFile),
     b"II+\0": ("TIFF", TiffImagePlugin.TiffImageFile), b"MM\0+": ("TIFF", TiffImagePlugin.TiffImageFile),
     b"BM": ("BMP", BmpImagePlugin.BmpImageFile), b"RIFF": ("WebP", WebPImagePlugin.WebPImageFile),
+    b"GIF87a": ("GIF", GifImagePlugin.GifImageFile), b"GIF89a": ("GIF", GifImagePlugin.GifImageFile),
+    b"\0\0\0\x0cjP  \r\n\x87\n": ("JPEG 2000", Jpeg2KImagePlugin.Jpeg2KImageFile),
+    b"\xff\x4f\xff\x51": ("JPEG 2000", Jpeg2KImagePlugin.Jpeg2KImageFile),
 }  # fmt: skip
+_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "YCbCr", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+"""Pillow's words for grey, palette and RGB, each perhaps with alpha, at all depths: what is read."""
 _PNG_CHECKED = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")  # a text chunk with a wrong sum harms no pixel
 
 
@@ -50,7 +65,15 @@ class Picture:
     num_bytes: int
     shape: tuple[int, int]
     turn: int
-    page: Any  # tifffile's page, for TIFF only
+    page: Any = None  # tifffile's page, for TIFF only
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """What Pillow found beside the pixels; empty for a TIFF."""
+    mode: str = ""
+    """Pillow's word for its channels, as far as the header tells; empty for a TIFF."""
+    wide: bool = False
+    """Whether its numbers have more than 8 bits although the mode has 8: colours of a 16-bit PNG."""
+    bits: int = 0
+    """Of each number as the camera gave them, where a PNG or JPEG 2000 states it; else 0."""
 
 
 def shown_name(path: str | os.PathLike[str]) -> str:
@@ -60,8 +83,8 @@ def shown_name(path: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str], limit: int) -> Iterator[Picture]:
-    """The file behind its header, which may claim ``limit`` pixels at most.
+def opened(path: str | os.PathLike[str], limit: int, stack: bool = False) -> Iterator[Picture]:
+    """The file behind its header, which may claim ``limit`` pixels at most. With ``stack`` a TIFF may hold each channel as a page.
 
     Whatever goes wrong with the file, inside the ``with`` as well, becomes one `CellbenchError`.
     """
@@ -77,7 +100,7 @@ def opened(path: str | os.PathLike[str], limit: int) -> Iterator[Picture]:
             if about.st_size > 2**26 + 8 * limit:
                 full = f"has {about.st_size / 1e9:.2g} GB, more than {limit / 1e6:g} megapixels can fill"
                 raise FileError(f"{full}. Crop it or raise CELLBENCH_MAX_PIXELS")
-            picture = _header(fp, kind, about.st_size)
+            picture = _header(fp, kind, about.st_size, stack)
             height, width = picture.shape
             if height < 1 or width < 1:
                 raise FileError("has no pixels by its header. Export it again")
@@ -127,7 +150,7 @@ def _kind(start: bytes) -> str:
         raise FileError("holds a web page or XML, not a picture. Download it again")
     if start.startswith(b"version https://git-lfs"):
         raise FileError("is a Git LFS pointer, not the picture. Run `git lfs pull`")
-    raise FileError(f"is not a PNG, JPEG, TIFF, BMP or WebP file (it starts with {start[:8]!r}). Save it as PNG")
+    raise FileError(f"is not a PNG, JPEG, TIFF, BMP, WebP, GIF or JPEG 2000 file (it starts with {start[:8]!r}). Save it as PNG")
 
 
 def _reader(fp: BinaryIO, kind: str) -> ImageFile.ImageFile:
@@ -138,25 +161,33 @@ def _reader(fp: BinaryIO, kind: str) -> ImageFile.ImageFile:
     return image
 
 
-def _header(fp: BinaryIO, kind: str, num_bytes: int) -> Picture:
+def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> Picture:
     if kind == "TIFF":
-        page = _tiff_page(fp)
+        page = _tiff_page(fp, stack)
         turn, shape = page.tags.valueof(274, 1), (page.imagelength, page.imagewidth)
         return Picture(fp=fp, kind=kind, num_bytes=num_bytes, page=page, turn=turn, shape=shape[::-1] if turn in (5, 6, 7, 8) else shape)
     image = _reader(fp, kind)
-    if kind in ("PNG", "WebP") and getattr(image, "n_frames", 1) > 1:
+    if kind in ("PNG", "WebP", "GIF") and getattr(image, "n_frames", 1) > 1:
         raise FileError(f"is an animation of {image.n_frames} pictures. Save each as a file of its own")
+    if kind == "GIF" and any(tuple(tile[1]) != (0, 0, *image.size) for tile in image.tile):
+        raise FileError("is a GIF whose picture leaves a part of its canvas empty. Save it again")
+    bits = _jpeg2000_bits(fp, num_bytes) if kind == "JPEG 2000" else _png_bits(fp, num_bytes) if kind == "PNG" else 0
     if kind == "PNG" and "exif" not in image.info:
         for name, offset, length in _png_chunks(fp, num_bytes):  # Pillow would decode the picture to look for it behind the pixels
             if name == b"eXIf":
                 fp.seek(offset)
                 image.info["exif"] = fp.read(length)
-    turn = Image.Image.getexif(image).get(274, 1)
+    exif = Image.Image.getexif(image)
+    turn = exif.get(274, 1)
+    if "dpi" not in image.info and exif.get(296, 2) in (2, 3) and 282 in exif and 283 in exif:
+        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):  # no number: no size
+            image.info["dpi"] = tuple(float(exif[tag]) * (2.54 if exif.get(296, 2) == 3 else 1) for tag in (282, 283))
     shape = image.size if turn in (5, 6, 7, 8) else image.size[::-1]
-    return Picture(fp=fp, kind=kind, num_bytes=num_bytes, page=None, turn=turn, shape=shape)
+    return Picture(fp=fp, kind=kind, num_bytes=num_bytes, turn=turn, shape=shape, info=dict(image.info), mode=image.mode,
+                   wide=kind == "PNG" and bool(image.tile) and "16" in image.tile[0].args, bits=bits)  # fmt: skip
 
 
-def _tiff_page(fp: BinaryIO) -> Any:
+def _tiff_page(fp: BinaryIO, stack: bool) -> Any:
     import tifffile  # 0.15 s that most folders never need
 
     fp.seek(0)
@@ -167,9 +198,17 @@ def _tiff_page(fp: BinaryIO) -> Any:
     pages = max(len(tif.pages) if more else 1, page.imagedepth)
     if tif.is_imagej:  # a stack in one page
         pages = max(pages, int((tif.imagej_metadata or {}).get("images", 1)))
-    if pages > 1:
-        raise FileError(f"has {pages} pages (a stack or a film). Save each page as a file of its own")
+    if pages > 1 and not (stack and _channel_axis(tif) is not None):
+        todo = "Save each page as a file of its own, or, where they are channels, name those that count on the dataset's card"
+        raise FileError(f"has {pages} pages (a stack or a film). {todo}, such as channels = [0, 1, 2]")
     return page
+
+
+def _channel_axis(tif: Any) -> int | None:
+    """Which axis of a TIFF's first series counts its channels; None where there is none, or others (depth, time) beside it."""
+    series = tif.series[0]
+    more = [k for k, (axis, num) in enumerate(zip(series.axes, series.shape, strict=True)) if axis not in "YX" and num > 1]
+    return more[0] if len(more) == 1 and series.axes[more[0]] in "CSIQ" else None
 
 
 def _check_tiff(page: Any, fp: BinaryIO, num_bytes: int) -> None:
@@ -191,11 +230,19 @@ def _check_tiff(page: Any, fp: BinaryIO, num_bytes: int) -> None:
                 raise FileError("is damaged: its JPEG data are smaller than their place. Copy it again")
 
 
-def decoded(picture: Picture) -> Image.Image | np.ndarray:
-    """Up to 8 bits a loaded image as Pillow gives it; else numbers, upright, (H, W, 1 to 4), a 2nd or 4th channel being alpha."""
+def decoded(picture: Picture, channels: tuple[int, ...] = ()) -> Image.Image | np.ndarray:
+    """Up to 8 bits a loaded image as Pillow gives it; else numbers, upright, (H, W, 1 to 4), a 2nd or 4th channel being alpha.
+
+    With ``channels`` always numbers, of these channels alone. Raises FileError for channels of no known meaning that are not asked for.
+    """
+    return _chosen(picture, channels) if channels else _decoded(picture)
+
+
+def _decoded(picture: Picture, any_channels: bool = False) -> Image.Image | np.ndarray:
     fp, page = picture.fp, picture.page
     if page is not None:
         _check_tiff(page, fp, picture.num_bytes)
+        check_channels(page)
         if page.dtype is None or page.dtype.itemsize > 1 or page.dtype.kind not in "ub":
             return _wide_tiff(picture)
     elif picture.kind == "PNG":
@@ -204,7 +251,15 @@ def decoded(picture: Picture) -> Image.Image | np.ndarray:
         fp.seek(0)
         _check_jpeg(fp.read())
     image = _reader(fp, picture.kind)
-    wide = _wide(picture) if picture.kind == "PNG" and "16" in image.tile[0].args else None
+    if picture.kind == "JPEG 2000":
+        _check_jpeg2000(picture, image, any_channels)
+    elif image.mode not in _MODES:
+        raise FileError(f"is in {image.mode} colours. Save it as grey or RGB")
+    if picture.kind == "BMP" and image.mode == "RGB" and (alpha := _bmp_alpha(picture)) is not None:
+        image.load()
+        image.putalpha(Image.fromarray(alpha))
+        return image
+    wide = _wide(picture) if picture.wide or image.mode.startswith("I;16") else None
     if wide is None:
         image.load()
     if picture.kind == "PNG":
@@ -213,6 +268,64 @@ def decoded(picture: Picture) -> Image.Image | np.ndarray:
         if image.info.get("interlace") or not last.any():
             _check_png_stream(fp, picture.num_bytes)
     return image if wide is None else upright(wide, picture)
+
+
+def check_channels(page: Any) -> None:
+    """Raises FileError for a TIFF whose channels are not those of grey, palette or RGB, perhaps with one alpha.
+
+    One rule for all depths: Pillow drops a fourth channel of 8 bits that has no stated meaning, and a fifth, without a word.
+    """
+    num, extra = page.samplesperpixel, tuple(page.extrasamples)
+    colours = {0: 1, 1: 1, 2: 3, 3: 1, 6: 3}.get(int(page.photometric))
+    if colours is None:
+        raise FileError(f"is in {getattr(page.photometric, 'name', page.photometric)} colours. Save it as grey or RGB")
+    if not (num == colours or (num == colours + 1 and extra[:1] in ((1,), (2,)))):
+        raise FileError(
+            f"has {num} channels of {page.bitspersample} bits, of which {num - colours} have no stated meaning. Save it as grey or RGB, "
+            "or name the channels that count on the dataset's card, such as channels = [0, 1, 2]"
+        )
+
+
+def _chosen(picture: Picture, channels: tuple[int, ...]) -> np.ndarray:
+    """(H, W, C) numbers of these channels of a file, upright; alpha is a channel like any other."""
+    pixels = _all_channels(picture) if picture.page is not None else None
+    if pixels is None:
+        image = _decoded(picture, any_channels=True)
+        if isinstance(image, Image.Image):
+            clear = image.has_transparency_data or image.mode in ("La", "RGBa")
+            grey = image.mode in ("1", "L", "LA", "La")
+            wanted = ("LA" if grey else "RGBA") if clear else ("L" if grey else "RGB")
+            pixels = upright(np.array(image if image.mode == wanted else image.convert(wanted)), picture)
+        else:
+            pixels = image
+    if pixels.shape[2] <= max(channels):
+        raise FileError(f"has {pixels.shape[2]} channels, where channels {list(channels)} (counted from 0) are to be read. Correct the card")
+    return pixels[..., list(channels)]
+
+
+def _all_channels(picture: Picture) -> np.ndarray | None:
+    """(H, W, C) numbers of a TIFF, upright, its channels in one page or each in its own; None where it is plain grey or RGB."""
+    page, tif = picture.page, picture.page.parent
+    axis, series = _channel_axis(tif), tif.series[0]
+    if axis is None or series.axes[axis] == "S":
+        with contextlib.suppress(FileError):
+            check_channels(page)
+            return None
+    if axis is None:
+        raise FileError(f"has {page.samplesperpixel} channels in an order that is not known. Save it again")
+    pages = [other.aspage() for other in series.pages if other is not None]
+    for other in pages:
+        if other.compression not in (1, 8, 32946, 32773) or other.predictor not in (1, 2) or other.bitspersample % 8:
+            raise FileError("is compressed in a way in which channels cannot be chosen. Save it without compression, or with deflate")
+        _check_tiff(other, picture.fp, picture.num_bytes)
+        if other.compression in (8, 32946):
+            _check_deflate(picture, other)
+    if series.shape[axis] > 64:
+        raise FileError(f"has {series.shape[axis]} channels; at most 64 are read")
+    order = [series.axes.index("Y"), series.axes.index("X"), axis]
+    pixels = series.asarray(maxworkers=1).transpose(*order, *(k for k in range(len(series.axes)) if k not in order))
+    pixels = pixels.reshape(pixels.shape[:3])  # all other axes are of length 1
+    return upright(_turned(pixels.astype(pixels.dtype.newbyteorder("="), copy=False), picture.turn), picture)
 
 
 def upright(pixels: np.ndarray, picture: Picture) -> np.ndarray:
@@ -240,6 +353,8 @@ def _wide(picture: Picture) -> np.ndarray:
         image.load()
         pixels = np.array(image)[..., None]
         pixels = pixels.astype(pixels.dtype.newbyteorder("="))
+        if picture.kind == "JPEG 2000":  # Pillow spreads fewer bits over 16; the numbers are those that were saved
+            pixels >>= 16 - picture.bits
     elif raw == "LA;16B":  # grey and alpha: just the four bytes of an RGBA
         key, pixels = None, _bytes_as(picture, "RGBA").astype(np.uint16)
         pixels = pixels[..., 0::2] << 8 | pixels[..., 1::2]
@@ -266,15 +381,12 @@ def _bytes_as(picture: Picture, raw: str) -> np.ndarray:
 
 def _wide_tiff(picture: Picture) -> np.ndarray:
     """(H, W, C) numbers of a TIFF of more than 8 bits: through tifffile where it needs no further package, else (LZW) through Pillow."""
-    page, extra = picture.page, tuple(picture.page.extrasamples)
-    plain = page.samplesperpixel - len(extra)
-    if page.photometric not in (0, 1, 2) or plain != (3 if page.photometric == 2 else 1) or len(extra) > 1 or extra[:1] in ((0,), (1,)):
-        raise FileError(
-            f"has {page.samplesperpixel} channels of {page.bitspersample} bits without a stated meaning. Save it as grey or RGB"
-        )
+    page = picture.page
+    if page.photometric not in (0, 1, 2):
+        raise FileError(f"is in {getattr(page.photometric, 'name', page.photometric)} colours of {page.bitspersample} bits. Save it as grey or RGB")
     if page.compression in (1, 8, 32946, 32773) and page.predictor in (1, 2) and page.bitspersample % 8 == 0:
         if page.compression in (8, 32946):
-            _check_deflate(picture)
+            _check_deflate(picture, page)
         pixels = page.asarray(maxworkers=1)
         pixels = np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 and page.planarconfig == 2 else pixels
         pixels = pixels if pixels.ndim == 3 else pixels[..., None]
@@ -331,6 +443,70 @@ def _check_png_stream(fp: BinaryIO, num_bytes: int) -> None:
         raise FileError("is truncated: its data end before its last row. Copy it again")
 
 
+def _bmp_alpha(picture: Picture) -> np.ndarray | None:
+    """The fourth bytes (H, W) of a BMP of 32 bits a pixel, which Pillow drops; None where it has none, or they are one value: not in use."""
+    picture.fp.seek(0)
+    head = picture.fp.read(34)
+    (start,), (width, height) = struct.unpack_from("<I", head, 10), struct.unpack_from("<ii", head, 18)
+    if struct.unpack_from("<I", head, 14)[0] < 40 or struct.unpack_from("<HI", head, 28) != (32, 0):
+        return None
+    picture.fp.seek(start)
+    data = picture.fp.read(4 * width * abs(height))
+    if len(data) < 4 * width * abs(height):
+        return None  # what is missing is told where the colours are decoded
+    fourth = np.frombuffer(data, np.uint8).reshape(abs(height), width, 4)[..., 3]
+    return np.ascontiguousarray(fourth[::-1] if height > 0 else fourth) if fourth.min() < fourth.max() else None
+
+
+def _png_bits(fp: BinaryIO, num_bytes: int) -> int:
+    """The bits of each number before they were stored in 16, by a PNG's sBIT; 0 where it says nothing."""
+    for name, offset, length in _png_chunks(fp, num_bytes):
+        if name == b"sBIT" and 0 < length <= 4:
+            fp.seek(offset)
+            return max(fp.read(min(length, 3)))
+        if name == b"IDAT":
+            break
+    return 0
+
+
+def _jpeg2000_size(fp: BinaryIO, num_bytes: int) -> tuple[int, list[int]]:
+    """Where the codestream of a JPEG 2000 begins, and the bits of each of its components (negative: signed), by its SIZ marker."""
+    fp.seek(0)
+    head = fp.read(min(num_bytes, 2**20))
+    start = head.find(b"\xff\x4f\xff\x51")
+    if start < 0 or len(head) < start + 42:
+        raise FileError("has no JPEG 2000 data at its beginning. Save it again")
+    (num,) = struct.unpack_from(">H", head, start + 40)
+    depths = head[start + 42 : start + 42 + 3 * num : 3]
+    return start, [(depth & 127) + 1 if depth < 128 else -(depth & 127) - 1 for depth in depths]
+
+
+def _jpeg2000_bits(fp: BinaryIO, num_bytes: int) -> int:
+    """The bits of each number. Raises FileError for those that Pillow does not give whole: colours of more than 8 bits, less than 8, signed."""
+    bits = _jpeg2000_size(fp, num_bytes)[1]
+    if len(set(bits)) != 1 or not (8 <= bits[0] <= 16) or (len(bits) > 1 and bits[0] != 8):
+        raise FileError(f"is a JPEG 2000 of {', '.join(map(str, bits[:6]))} bits a channel. Read are 8, and up to 16 in grey. Save it as PNG or TIFF")
+    return bits[0]
+
+
+def _check_jpeg2000(picture: Picture, image: Image.Image, any_channels: bool) -> None:
+    """The codestream must have its end marker, which occurs nowhere else in it; a 2nd or 4th channel must be said to be alpha."""
+    start, bits = _jpeg2000_size(picture.fp, picture.num_bytes)
+    picture.fp.seek(start)
+    if picture.fp.read().rfind(b"\xff\xd9") < 0:
+        raise FileError("is truncated: its JPEG 2000 data have no end marker. Copy it again")
+    if image.mode not in _MODES:
+        raise FileError(f"is in {image.mode} colours. Save it as grey or RGB")
+    if any_channels or len(bits) not in (2, 4):
+        return
+    picture.fp.seek(0)
+    head = picture.fp.read(start)
+    at = head.find(b"cdef")
+    rows = struct.unpack_from(f">{3 * len(bits)}H", head, at + 6) if 0 <= at <= len(head) - 6 - 6 * len(bits) else ()
+    if (len(bits) - 1, 1) not in zip(rows[::3], rows[1::3], strict=True):
+        raise FileError(f"has {len(bits)} channels, of which the last has no stated meaning. Save it as grey or RGB")
+
+
 def _check_jpeg(data: bytes) -> tuple[int, int]:
     """(height, width) by the frame header. The scans must be closed by an end marker (a file filled up with zeros has none), and not be so
     many that decoding takes minutes."""
@@ -347,9 +523,8 @@ def _check_jpeg(data: bytes) -> tuple[int, int]:
     return frame
 
 
-def _check_deflate(picture: Picture) -> None:
+def _check_deflate(picture: Picture, page: Any) -> None:
     """No strip or tile may inflate to more than a picture: tifffile, without imagecodecs, inflates without a bound."""
-    page = picture.page
     bound = max(2**22, 4 * math.prod(page.shape) * page.dtype.itemsize)
     for start, count in zip(page.dataoffsets, page.databytecounts, strict=False):
         picture.fp.seek(start)

@@ -15,14 +15,20 @@ import os
 import secrets
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from cellbench.data.image_files import FileError, decoded, opened, shown_name, upright
+from cellbench.data.image_files import FileError, Picture, decoded, opened, shown_name, upright
+from cellbench.data.intensity import WHITES, Note, Range, Reading, scaled
+from cellbench.data.metadata import PixelSize, pixel_size, stated_range
 from cellbench.errors import CellbenchError, one_line
 
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})  # compare with ``suffix.lower()``
+EXTENSIONS = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2", ".j2k"}
+)  # compare with ``suffix.lower()``
 MAX_PIXELS = 500_000_000
 
 
@@ -32,35 +38,127 @@ def size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return picture.shape
 
 
-def read_image(path: str | os.PathLike[str], *, max_pixels: int | None = None) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], reading: Reading | None = None, *, max_pixels: int | None = None) -> np.ndarray:
     """The picture as (height, width, 3) uint8 RGB, C-contiguous and owned by the caller.
 
-    Grey gives three equal channels, 1 bit gives 0 and 255, palette and CMYK become RGB, and transparency is laid over white.
-    Numbers wider than 8 bits are scaled by the brightest colour value of the picture:
+    Grey gives three equal channels, 1 bit gives 0 and 255, palettes become RGB, and transparency is laid over white. Files that are not grey or
+    RGB, perhaps with alpha, are refused at every depth, unless ``reading.channels`` says which channels are read (alpha is then one of them).
+    Numbers wider than 8 bits are scaled by the range of the ``reading`` that holds for the whole data set: black and below become 0, white and
+    above 255. Without one, by what the file states, else 0..65535; decimal numbers must lie in 0..1.
 
-    - below 256: 8-bit data in a wide container, taken as it is;
-    - 256 to 4095: 12-bit data, as cameras store it; 0..4095 becomes 0..255 (at 16-bit scale it would be black);
-    - 4096 to 65535: 0..65535 becomes 0..255; above, it is refused.
-    - Floats must lie in 0..1, which becomes 0..255.
-
-    Raises `CellbenchError`, in one line: missing, empty, truncated, damaged, no picture, too large, of many pages, of no stated meaning.
+    Raises `CellbenchError`, in one line: missing, empty, truncated, damaged, no picture, too large, of many pages, of no stated meaning, of
+    another depth than ``reading``.
     """
-    with opened(path, _limit(max_pixels)) as picture:
-        pixels = decoded(picture)
-        if isinstance(pixels, Image.Image):
-            if pixels.mode in ("LAB", "HSV"):
-                raise FileError(f"is in {pixels.mode} colours. Save it as RGB")
-            clear = pixels.has_transparency_data or pixels.mode in ("La", "RGBa")
-            pixels = pixels.convert("LA") if pixels.mode == "La" else pixels
-            mode = "RGBA" if clear else "RGB"
-            pixels = upright(np.array(pixels if pixels.mode == mode else pixels.convert(mode)), picture)
-        else:
-            pixels = _eight_bit(pixels)
-            pixels = pixels[..., [0, 0, 0, 1]] if pixels.shape[2] == 2 else pixels
-        if pixels.shape[2] == 4:
-            colour, alpha = pixels[..., :3], pixels[..., 3:].astype(np.uint16)
-            pixels = colour if alpha.min() == 255 else ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-        return np.ascontiguousarray(pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2))
+    return read_noted(path, reading, max_pixels=max_pixels)[0]
+
+
+def read_noted(
+    path: str | os.PathLike[str], reading: Reading | None = None, *, max_pixels: int | None = None
+) -> tuple[np.ndarray, tuple[Note, ...]]:
+    """`read_image`, and what should be known about how the numbers were read: clipped, assumed, transparent."""
+    reading = reading or Reading()
+    with opened(path, _limit(max_pixels), stack=bool(reading.channels)) as picture:
+        colour, alpha = _numbers(picture, reading.channels)
+        notes: list[Note] = []
+        if colour.dtype != np.uint8:
+            stated = stated_range(picture)
+            white = reading.range_of(colour.dtype, float(colour.max()), stated)[0][1]
+            colour, notes = scaled(colour, reading, stated)
+            alpha = _eight_bit_alpha(alpha, white) if alpha is not None else None
+        elif reading.int_range is not None or reading.float_range is not None:
+            notes.append(Note(said="has 8 bits, where the images that the range was chosen for have more: read as 0..255"))
+        if alpha is not None and alpha.min() < 255:
+            notes.append(Note(said="has transparent parts, laid over white", detail=f"{np.count_nonzero(alpha < 255) / alpha.size:.2%} of it"))
+            weight = alpha[..., None].astype(np.uint16)
+            premultiplied = picture.page is not None and picture.page.dtype != np.uint8 and 1 in tuple(picture.page.extrasamples)
+            over = colour.astype(np.uint16) if premultiplied else (colour * weight + 127) // 255
+            colour = np.minimum(over + (255 - weight), 255).astype(np.uint8)
+        return np.ascontiguousarray(colour if colour.shape[2] == 3 else np.repeat(colour, 3, axis=2)), tuple(notes)
+
+
+def _numbers(picture: Picture, channels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+    """A picture's colours (H, W, 1 or 3) of any type of numbers, upright, and its alpha (H, W) where it has one."""
+    pixels = decoded(picture, channels)
+    if isinstance(pixels, Image.Image):
+        clear = pixels.has_transparency_data or pixels.mode in ("La", "RGBa")
+        pixels = pixels.convert("LA") if pixels.mode == "La" else pixels
+        mode = "RGBA" if clear else "RGB"
+        pixels = upright(np.array(pixels if pixels.mode == mode else pixels.convert(mode)), picture)
+    if not channels and pixels.shape[2] in (2, 4):
+        return pixels[..., :-1], pixels[..., -1]
+    return pixels, None
+
+
+def _eight_bit_alpha(alpha: np.ndarray, white: float) -> np.ndarray:
+    """Alpha of more than 8 bits as uint8: its full value is the type's own, or white where none of it is above (12 bits in 16)."""
+    if alpha.dtype.kind == "f":
+        return (np.clip(alpha, 0, 1) * 255 + 0.5).astype(np.uint8)
+    full = white if alpha.max() <= white else np.iinfo(alpha.dtype).max
+    return (np.clip(alpha.astype(np.float64), 0, full) * (255 / full) + 0.5).astype(np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFacts:
+    """What an image file holds and states, before its numbers are given a meaning."""
+
+    dtype: str
+    """Of its numbers, such as ``uint8``."""
+    low: float = 0.0
+    high: float = 255.0
+    """The extremes of its colours; of 8 bits the type's own, not looked for."""
+    stated: Range | None = None
+    """Black and white by its own statement, for more than 8 bits."""
+    clear: bool = False
+    """Whether parts of it are transparent."""
+    pixel: PixelSize | None = None
+
+    @property
+    def bits(self) -> str:
+        """The kind of numbers, in words."""
+        kind = np.dtype(self.dtype)
+        return f"{8 * kind.itemsize} bits" if kind.kind != "f" else "decimal numbers"
+
+    def told(self) -> dict[str, Any]:
+        """As JSON can hold it; :meth:`of` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> ImageFacts:
+        pixel, stated = told["pixel"], told["stated"]
+        return cls(**{**told, "pixel": PixelSize(**pixel) if pixel else None, "stated": tuple(stated) if stated else None})
+
+
+def facts(path: str | os.PathLike[str], channels: tuple[int, ...] = ()) -> ImageFacts:
+    """The facts of an image file; pixels are decoded only where they are wider than 8 bits or may be transparent. Raises `CellbenchError`."""
+    with opened(path, _limit(None), stack=bool(channels)) as picture:
+        size = pixel_size(picture)
+        if _surely_plain(picture):
+            return ImageFacts(dtype="uint8", pixel=size)
+        colour, alpha = _numbers(picture, channels)
+        clear = alpha is not None and not _opaque(alpha)
+        if colour.dtype == np.uint8:
+            return ImageFacts(dtype="uint8", clear=clear, pixel=size)
+        low, high = float(colour.min()), float(colour.max())
+        return ImageFacts(dtype=colour.dtype.name, low=low, high=high, stated=stated_range(picture), clear=clear, pixel=size)
+
+
+def _opaque(alpha: np.ndarray) -> bool:
+    low = alpha.min()
+    full = (255,) if alpha.dtype == np.uint8 else (1.0,) if alpha.dtype.kind == "f" else WHITES
+    return bool(low == alpha.max() and low in full)
+
+
+def _surely_plain(picture: Picture) -> bool:
+    """Whether the header alone tells 8 bits and no alpha."""
+    if picture.page is not None:
+        return picture.page.dtype == np.uint8 and picture.page.samplesperpixel in (1, 3)
+    return picture.kind != "BMP" and picture.mode in ("1", "L", "P", "RGB", "YCbCr") and "transparency" not in picture.info and not picture.wide
+
+
+def pixel_size_of(path: str | os.PathLike[str]) -> PixelSize | None:
+    """The size of a pixel that a file states, from its header alone; None where it states none. Raises `CellbenchError`."""
+    with opened(path, sys.maxsize, stack=True) as picture:
+        return pixel_size(picture)
 
 
 def read_labels(
@@ -78,8 +176,6 @@ def read_labels(
     with opened(path, _limit(max_pixels)) as picture:
         pixels = decoded(picture)
         if isinstance(pixels, Image.Image):
-            if pixels.mode not in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "YCbCr"):
-                raise FileError(f"is a mask in {pixels.mode} colours. Save it as grey PNG")
             pixels = upright(_plain(pixels, as_colours=colors is not None), picture)
         channels = pixels.shape[2]
         if channels in (2, 4):
@@ -170,21 +266,6 @@ def _limit(max_pixels: int | None) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise CellbenchError(f"CELLBENCH_MAX_PIXELS is '{text}'. Set it to a number of pixels such as {MAX_PIXELS}.")
     return int(text)
-
-
-def _eight_bit(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, C) of wide numbers as uint8, by the rules of `read_image`."""
-    num_colours = pixels.shape[2] - (pixels.shape[2] in (2, 4))
-    if pixels.dtype.kind == "f":
-        if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
-            raise FileError("holds decimal numbers outside 0..1, whose black and white are unknown. Scale them to 0..1 or save as 16-bit")
-        return (pixels * 255 + 0.5).astype(np.uint8)
-    if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 65535:
-        raise FileError("holds numbers outside 0..65535, whose black and white are unknown. Save it as 16-bit")
-    high = int(pixels[..., :num_colours].max())
-    top = 255 if high < 256 else 4095 if high < 4096 else 65535
-    tops = [top] * num_colours + [255 if top == 255 and pixels.max() < 256 else 65535] * (pixels.shape[2] - num_colours)
-    return np.dstack([((pixels[..., i].astype(np.uint32) * 255 + t // 2) // t).astype(np.uint8) for i, t in enumerate(tops)])
 
 
 def _plain(image: Image.Image, *, as_colours: bool) -> np.ndarray:

@@ -14,7 +14,7 @@ from pathlib import Path
 from cellbench.data.annotations import MaskFiles, coco_regions
 from cellbench.data.dataset import Sample
 from cellbench.data.images import EXTENSIONS
-from cellbench.data.listing import Listing, Problem, by_stem, named, outside, place
+from cellbench.data.listing import Doubt, Listing, Problem, by_stem, named, others, outside, place
 from cellbench.data.manifest import NAMES, read_manifest
 from cellbench.errors import CellbenchError, quoted
 from cellbench.registry import DatasetCard
@@ -80,8 +80,15 @@ def _pairs(root: Path, images: str, masks: str) -> Listing:
             said = f"{root.name}/{here}: '{path.name}' has no mask. Expected {there}/{stem}.png"
             out.problems.append(Problem(kind="missing-mask", name=path.name, said=said, todo="Add it, or move the image out."))
         spare = sorted(set(labels) - set(pictures))
+        unread = {path.stem: path for path in others(root / here) if path.stem in spare}
+        for path in unread.values():
+            said = f"{root.name}/{here}: '{path.name}' has a mask, but is of no format that is read"
+            todo = f"Save it as one of {', '.join(sorted(EXTENSIONS))}, or move it and its mask out."
+            out.problems.append(Problem(kind="format", name=path.name, said=said, todo=todo))
+        spare = [stem for stem in spare if stem not in unread]
         if spare:
-            out.notes.append(f"{root.name}/{there}: {len(spare)} masks have no image and are not used, '{labels[spare[0]].name}' first.")
+            said = f"{root.name}/{there}: {len(spare)} masks have no image and are not used"
+            out.doubts.append(Doubt(kind="no image", said=said, names=tuple(labels[stem].name for stem in spare)))
         out.parts[split] = tuple(samples)
     return out
 

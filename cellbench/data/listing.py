@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from cellbench.data.dataset import Sample
 from cellbench.data.images import EXTENSIONS
+from cellbench.data.intensity import Reading
 from cellbench.errors import CellbenchError, quoted
 
 
@@ -29,6 +30,21 @@ class Problem:
         return f"{self.said}{more}. {self.todo}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Doubt:
+    """Something about files that does not keep images from use, and that a person should look at."""
+
+    kind: str
+    said: str
+    names: tuple[str, ...]
+
+    @property
+    def line(self) -> str:
+        """As one line, with the first names."""
+        more = f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
+        return f"{self.kind}: {self.said}: {', '.join(quoted(name) for name in self.names[:5])}{more}."
+
+
 @dataclass(kw_only=True)
 class Listing:
     """The samples of a dataset as they lie, by ``train``, ``val`` and ``test``, before anything is decoded."""
@@ -39,12 +55,151 @@ class Listing:
     parts: dict[str, tuple[Sample, ...]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    doubts: list[Doubt] = field(default_factory=list)
+    reading: Reading = field(default_factory=Reading)
+    """What the images are read by, once it is decided."""
+    reading_words: list[str] = field(default_factory=list)
+    """That in words, where it is not as usual."""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Notes, what images are read by, and doubts, for people."""
+        return (*self.notes, *self.reading_words, *(doubt.line for doubt in self.doubts))
 
     def refuse(self) -> None:
         """Raises the first problem, and how many more are like it."""
         if self.problems:
             first = self.problems[0]
             raise CellbenchError(first.told(sum(other.kind == first.kind for other in self.problems) - 1))
+
+
+NO_SAMPLE = "image of no sample"
+CLUTTER = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
+"""What file managers and archivers leave in folders, in small letters; neither used nor reported. So are Apple's ``._NAME``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A file, or a folder as a whole, that is not used."""
+
+    path: Path
+    reason: str
+    """In a word or two, after a number: ``.dcm``, ``hidden``."""
+
+
+def counted(left: Iterable[LeftOut]) -> str:
+    """How many there are for each reason, the most frequent first.
+
+    >>> counted([LeftOut(path=Path("a.dcm"), reason=".dcm"), LeftOut(path=Path("b.dcm"), reason=".dcm")])
+    '2 .dcm'
+    """
+    return ", ".join(f"{num} {reason}" for reason, num in Counter(one.reason for one in left).most_common())
+
+
+def files_below(folder: Path) -> tuple[list[Path], list[LeftOut], set[Path]]:
+    """All images of a folder and its subfolders, sorted; what else lies there; and the real folders that were looked into.
+
+    Links to folders are followed, after all real folders, and each real folder is looked into once, so that circles end.
+    """
+    images: list[Path] = []
+    left: list[LeftOut] = []
+    seen: set[Path] = set()
+    todo, links = [folder], []
+    while todo or links:
+        here = todo.pop() if todo else links.pop(0)
+        real = here.resolve()
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(here) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            left.append(LeftOut(path=here, reason=f"folder that cannot be opened ({error.strerror})"))
+            continue
+        for entry in listed:
+            path = Path(entry.path)
+            if _is_clutter(entry.name):
+                continue
+            if entry.name.startswith("."):
+                left.append(LeftOut(path=path, reason="hidden folder" if entry.is_dir() else "hidden"))
+            elif entry.is_dir():
+                (links if entry.is_symlink() else todo).append(path)
+            elif reason := unfit(entry):
+                left.append(LeftOut(path=path, reason=reason))
+            else:
+                images.append(path)
+    return sorted(images), sorted(left, key=lambda one: one.path), seen
+
+
+def _is_clutter(name: str) -> bool:
+    return name.lower() in CLUTTER or name.startswith("._")
+
+
+def unfit(entry: os.DirEntry[str]) -> str:
+    """Why an entry that is no folder is not read as an image; empty where it is."""
+    if not entry.is_file():
+        return "link that leads nowhere" if entry.is_symlink() else "no regular file"
+    extension = os.path.splitext(entry.name)[1]
+    return "" if extension.lower() in EXTENSIONS else extension or "without an ending"
+
+
+def others(folder: Path) -> list[Path]:
+    """The files of a folder itself that are not read as images, by their names."""
+    with os.scandir(folder) as entries:
+        return sorted(Path(entry.path) for entry in entries if not entry.is_dir() and not _is_clutter(entry.name) and unfit(entry))
+
+
+def unused(listing: Listing, known: Iterable[str]) -> tuple[list[Doubt], list[str]]:
+    """What lies in a data folder and is in no sample: where the samples lie as a doubt, elsewhere as a note.
+
+    ``known``: names of files that say how the folder is read. Of folders that hold no sample only the name is given, unless one is named as
+    those of images are.
+    """
+    root = listing.root
+    samples = [sample for part in listing.parts.values() for sample in part]
+    pictures = {sample.image for sample in samples}
+    used = pictures | {sample.mask for sample in samples} | {path for sample in samples for path in getattr(sample.truth, "paths", ())}
+    refused = {problem.name for problem in listing.problems} | {name for doubt in listing.doubts for name in doubt.names}
+    homes = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
+    folders, words = {path.parent for path in pictures}, {path.parent.name for path in pictures if path.parent != root}
+    holders = folders | {path.parent for path in used}
+    lost: list[LeftOut] = []
+    elsewhere: dict[str, int] = Counter()
+    with os.scandir(root) as entries:
+        top = sorted((entry for entry in entries if not _is_clutter(entry.name)), key=lambda entry: entry.name)
+    for entry in top:
+        path = Path(entry.path)
+        if not entry.is_dir():
+            split = entry.name.startswith("splits") and entry.name.endswith(".json")
+            if not split and path not in used and entry.name not in known and entry.name not in refused:
+                if root in holders:
+                    lost.append(LeftOut(path=path, reason=unfit(entry) or NO_SAMPLE))
+                else:
+                    elsewhere[entry.name] += 1
+            continue
+        if entry.name not in homes and not entry.name.startswith(".") and not any((path / word).is_dir() for word in words):
+            elsewhere[f"{entry.name}/"] += 1
+            continue
+        if entry.name.startswith(".") or (entry.is_symlink() and not inside(root, path)):
+            continue  # no folder of data, or a problem of its own
+        images, left, _ = files_below(path)
+        left += [LeftOut(path=image, reason=NO_SAMPLE) for image in images if image not in used]
+        for one in left:
+            if one.path.name in refused or one.path.name in known:
+                continue
+            chosen = listing.layout.startswith("manifest") and one.reason == NO_SAMPLE  # a table may name some images on purpose
+            if not chosen and (one.path.parent in holders or folders & set(one.path.parents) or one.path.parent.name in words):
+                lost.append(one)
+            else:
+                elsewhere[f"{one.path.parent.relative_to(root).as_posix()}/"] += 1
+    doubts = []
+    if lost:
+        said = f"Files that are not used: {counted(lost)}. Convert them, or move them out"
+        doubts.append(Doubt(kind="left out", said=said, names=tuple(one.path.relative_to(root).as_posix() for one in lost)))
+    more = f" and {len(elsewhere) - 10} more" if len(elsewhere) > 10 else ""
+    shown = ", ".join(f"{quoted(name)} ({num} files)" if num > 1 else quoted(name) for name, num in list(elsewhere.items())[:10])
+    return doubts, [f"not used in {root.name}: {shown}{more}"] if elsewhere else []
 
 
 def inside(root: Path, path: Path) -> bool:

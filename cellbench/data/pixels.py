@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 import numpy as np
 
 from cellbench.data.dataset import Dataset
+from cellbench.data.intensity import Reading
 from cellbench.data.prepare import Preparation
 from cellbench.data.stain import KINDS, MOST_IMAGES, Normaliser
 from cellbench.framing import Framing
@@ -35,6 +36,11 @@ class Pixels:
         self._kept: OrderedDict[Key, tuple[np.ndarray, ...]] = OrderedDict()
         self._lock = threading.Lock()
         self._normalisers: dict[tuple[str, tuple[int, ...]], Normaliser | None] = {}
+
+    @property
+    def reading(self) -> Reading:
+        """What the images are read by."""
+        return self._dataset.reading
 
     @property
     def sizes_px(self) -> tuple[tuple[int, int], ...]:

@@ -1,13 +1,14 @@
-"""What is done to a decoded image before it is cut: stain normalisation and framing. One record for training, validation, test and prediction."""
+"""From an image file to what is cut: reading its numbers, stain normalisation and framing. One record for training, validation, test and prediction."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from cellbench.data.intensity import Reading
 from cellbench.data.stain import KINDS, Normaliser
 from cellbench.framing import Framing
 
@@ -19,6 +20,8 @@ class Preparation:
     framing: Framing
     normaliser: Normaliser | None = None
     """Fitted to the training images."""
+    reading: Reading = field(default_factory=Reading)
+    """What image files are read by: that of the data set learned from. Images that are decoded already are as it gives them."""
 
     @property
     def nothing(self) -> bool:
@@ -36,13 +39,15 @@ class Preparation:
     def told(self) -> dict[str, Any]:
         """As JSON can hold it; :meth:`of` reads it back."""
         kind = next((name for name, made in KINDS.items() if isinstance(self.normaliser, made)), None)
-        return {"framing": asdict(self.framing), "normalise": kind, "normaliser": asdict(self.normaliser) if self.normaliser else None}
+        return {"framing": asdict(self.framing), "normalise": kind, "normaliser": asdict(self.normaliser) if self.normaliser else None,
+                "reading": self.reading.told()}  # fmt: skip
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Preparation:
         """What :meth:`told` gave, also after its way through JSON."""
         kind, facts = told["normalise"], told["normaliser"]
-        return cls(framing=Framing(**told["framing"]), normaliser=KINDS[kind](**_tuples(facts)) if kind else None)
+        return cls(framing=Framing(**told["framing"]), normaliser=KINDS[kind](**_tuples(facts)) if kind else None,
+                   reading=Reading.of(told.get("reading")))  # fmt: skip
 
 
 def _tuples(value: Any) -> Any:

@@ -16,7 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from cellbench.data.images import read_image
+from cellbench.data.image_files import check_channels
+from cellbench.data.images import read_noted
+from cellbench.data.intensity import Note, Reading
 from cellbench.errors import CellbenchError, one_line
 
 LARGE_PX = 50_000_000
@@ -32,6 +34,8 @@ class Source(Protocol):
 
     size_px: tuple[int, int]
     """Height, width."""
+    notes: tuple[Note, ...]
+    """What should be known about how the file's numbers are read."""
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
         """Rows ``top`` up to ``bottom`` (h, W, 3), uint8 RGB. Raises CellbenchError where they are damaged. May be asked from several threads."""
@@ -43,8 +47,8 @@ class Source(Protocol):
 class Whole:
     """An image (H, W, 3) uint8 in memory."""
 
-    def __init__(self, image: np.ndarray) -> None:
-        self._image = image
+    def __init__(self, image: np.ndarray, notes: tuple[Note, ...] = ()) -> None:
+        self._image, self.notes = image, notes
         self.size_px = (image.shape[0], image.shape[1])
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
@@ -57,6 +61,7 @@ class Whole:
 class Windowed:
     """A TIFF of 8-bit grey or RGB whose tiles or strips are decoded as they are needed."""
 
+    notes: tuple[Note, ...] = ()
     def __init__(self, path: Path, tif: Any) -> None:
         self._path, self._tif, self._page = path, tif, tif.pages[0]
         page = self._page
@@ -120,18 +125,19 @@ class Windowed:
         return 255 - part if page.photometric == 0 else part
 
 
-def open_source(path: str | PathLike[str]) -> Source:
+def open_source(path: str | PathLike[str], reading: Reading | None = None) -> Source:
     """An image file, in windows where it is a TIFF of ``LARGE_PX`` or more that can be. Raises CellbenchError that names the file."""
-    path = Path(path)
-    if path.suffix.lower() in (".tif", ".tiff") and path.is_file():
+    path, reading = Path(path), reading or Reading()
+    # Windows are of plain 8-bit images alone, which every reading without channels takes as they are.
+    if path.suffix.lower() in (".tif", ".tiff") and path.is_file() and not reading.channels:
         found = _windowed(path)
         if found is not None:
             return found
-    return Whole(read_image(path))
+    return Whole(*read_noted(path, reading))
 
 
 def _windowed(path: Path) -> Windowed | None:
-    """The TIFF in windows; None where it is small, or of a kind that only :func:`read_image` reads, which says then what is wrong with it."""
+    """The TIFF in windows; None where it is small, or of a kind that only `read_image` reads, which says then what is wrong with it."""
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
@@ -151,6 +157,7 @@ def _windowed(path: Path) -> Windowed | None:
 
 def _fits(tif: Any) -> bool:
     page = tif.pages[0]
+    check_channels(page)  # raises what the other reader then says of the file
     if page.imagelength * page.imagewidth < LARGE_PX or len([p for p in tif.pages[:17] if not (p.is_reduced or p.is_mask)]) > 1:
         return False
     tall, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)

@@ -76,7 +76,7 @@ def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int) -> Fact
     """Reads and measures one sample; what is wrong with its files is in ``error``, never raised."""
     known = {"name": sample.name, "split": split, "group": sample.group}
     try:
-        image = images.read_image(sample.image)
+        image = images.read_image(sample.image, dataset.reading)
         labels = images.read_labels(sample.mask) if sample.truth is None and not dataset.colors else None
         classes, ids = _truth(dataset, sample, labels)
         hashes = {"image_hash": hash_of(sample.image), "mask_hash": hash_of(sample.mask) if sample.truth is None else sample.truth.digest()}
