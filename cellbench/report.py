@@ -38,11 +38,26 @@ CONCLUDED = "cellbench.concluded"
 """The parent run's tag: of which runs its report is."""
 ABOUT = "about.json"
 """On the parent run: what was asked, of which data, by which command, with which versions."""
+ASKED = "experiment.toml"
+"""On the parent run: the experiment as it ran, with the changes of the call."""
+CHANGED = "# Changed by the call: "
+"""Begins the comment in it that names them."""
+
+
+def begin(top: Run, text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
+    """Logs to a parent run, before anything is trained, what it asks; returns that, as :func:`about`, for :func:`conclude`."""
+    known = about(text, dataset, machine)
+    with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
+        (Path(name) / ASKED).write_text(text, encoding="utf-8")
+        (Path(name) / ABOUT).write_text(json.dumps(known, indent=1), encoding="utf-8")
+        top.artifacts(Path(name))
+    return known
 
 
 def about(text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
-    """What the grid knows and no run does. ``text``: the experiment file, whose first comment line is the question."""
-    comments = [line.lstrip("# ").rstrip() for line in text.lstrip().splitlines() if line.startswith("#")]
+    """What the grid knows and no run does. ``text``: the experiment as it runs, whose first comment line is the question."""
+    lines = [line for line in text.lstrip().splitlines() if line.startswith("#") and not line.startswith(CHANGED)]
+    comments = [line.lstrip("# ").rstrip() for line in lines]
     names = ("cellbench", "torch", "torchvision", "timm", "segmentation-models-pytorch", "mlflow", "numpy", "scipy", "scikit-image")
     return {
         "question": comments[0] if comments else "",
@@ -179,7 +194,6 @@ def conclude(
         write(made, folder)
         record = {"leaderboard": leaderboard.as_json(table), "verdict": made.verdict, "skipped": dict(skipped), "failed": dict(failed)}
         (folder / BOARD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        (folder / ABOUT).write_text(json.dumps(known, indent=1), encoding="utf-8")
         (folder / "splits.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
         top.artifacts(folder)
     _enter(tracker, here, say)
