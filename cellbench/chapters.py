@@ -140,12 +140,11 @@ DIFFERENCE_HEADINGS = ("model", "minus", "difference", "95 %", "p (adjusted)", "
 
 def _difference(d: Difference, folded: bool) -> list[str]:
     """A comparison as text, under the headings above; with folds the p of the folds' own test stands last."""
-    low, high = d.interval.low, d.interval.high
     return [
         d.a,
         d.b,
         f"{d.interval.mean:+.4f}",
-        f"{low:+.4f} to {high:+.4f}" if low is not None and high is not None else d.interval.note,
+        leaderboard.span(d.interval.low, d.interval.high, d.interval.rough, "+.4f") or d.interval.note,
         p_words(d.p_adjusted).removeprefix("p = ").removeprefix("p "),
         f"{d.effect:+.2f}",
         f"{d.wins} of {d.num_images}",
@@ -171,7 +170,7 @@ def _statistics(here: TestSet, differences: list[Difference], report: Report, pr
     ranked = here.models[:MOST_RANKED]
     if len(ranked) > 2:
         only = f" of the {MOST_RANKED} best models" if len(here.models) > MOST_RANKED else ""
-        out += _ranked(f"Mean ranks{only}", [model.scores() for model in ranked], "ranks", draw)
+        out += _ranked(f"Mean ranks{only}", [model.scores() for model in ranked], "ranks", here.num_pairs, draw)
     plain = [model for model in here.models if model.plain and not model.baseline]
     scores = [model.scores() for model in plain]
     for one, other in (("backbone", "head"), ("head", "backbone")):
@@ -179,13 +178,14 @@ def _statistics(here: TestSet, differences: list[Difference], report: Report, pr
         if 1 < len(set(own)) <= MOST_RANKED and len(plain) > 2:
             averaged = marginal(scores, own, over=[getattr(model, other) for model in plain])
             if len(averaged) > 1:
-                out += _ranked(f"{one.capitalize()}s, {'; '.join(averaged[0].notes)}", averaged, f"ranks-{one}s", draw)
+                out += _ranked(f"{one.capitalize()}s, {'; '.join(averaged[0].notes)}", averaged, f"ranks-{one}s", here.num_pairs, draw)
     return out
 
 
-def _ranked(title: str, models: list[Scores], name: str, draw: Draw) -> str:
-    ranking = critical_difference(models)
-    picture = draw(name, figures_tests.critical(ranking)) if len(models) > 2 else ""
+def _ranked(title: str, models: list[Scores], name: str, num_pairs: int, draw: Draw) -> str:
+    """``num_pairs``: how many pairs the page compares, so that a diagram separates nothing where the page says that nothing can be decided."""
+    ranking = critical_difference(models, num_tests=num_pairs)
+    picture = draw(name, figures_tests.critical(ranking)) if ranking.critical_difference is not None else ""
     notes = [f"{note[:1].upper()}{note[1:]}." for note in ranking.notes if note not in models[0].notes]
     test = f"{ranking.test}'s test: {p_words(ranking.p)}." if ranking.p is not None else ""
     means = ", ".join(f"{m.model} {m.mean:.4f}" for m in sorted(models, key=lambda m: -m.mean)) if not picture else ""

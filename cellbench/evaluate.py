@@ -119,9 +119,7 @@ def evaluate(
                 figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"worst-{rank:03d}-{stem}.png")
             run.artifacts(folder)
         run.log(metrics, tags=results.tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png")))
-    mean = f"{metrics['test_image/dice']:.4f}"
-    if "test_image/dice_low" in metrics:
-        mean += f" (95 % {metrics['test_image/dice_low']:.4f} to {metrics['test_image/dice_high']:.4f})"
+    mean = f"{metrics['test_image/dice']:.4f}{results.interval_words(metrics)}"
     say(f"Dice {metrics['test/dice']:.4f} over all pixels, {mean} in the mean of the images; IoU {metrics['test/iou']:.4f}.")
     say(f"logged as '{name}' in the experiment '{tracker.name}', under the run that it tests: metrics, figures and error maps.")
     return 0

@@ -31,7 +31,7 @@ class Row:
     """Mean over test images of the Dice of each; rows are sorted by it, since it is what is tested."""
     low: float | None
     high: float | None
-    """95 % interval of ``image_dice`` over images."""
+    """95 % interval of ``image_dice`` over images, or over groups of them."""
     iou: float
     precision: float
     recall: float
@@ -49,6 +49,8 @@ class Row:
     features_mib: float
     pooled_by_seed: tuple[float, ...]
     run_ids: tuple[str, ...]
+    rough: bool = False
+    """Whether the interval is of few images."""
 
 
 def rows(here: TestSet) -> list[Row]:
@@ -86,6 +88,7 @@ def _row(model: Model, interval: Interval) -> Row:
         features_mib=cost("features_mib"),
         pooled_by_seed=tuple(pooled),
         run_ids=tuple(run.stored.run_id for run in model.runs),
+        rough=interval.rough,
     )
 
 
@@ -121,11 +124,11 @@ def best_by(here: TestSet, measure: str) -> str:
 
 
 def winners(here: TestSet, most: int = 3) -> list[Model]:
-    """The best model, and up to ``most`` in all, the best first, of those that the data cannot tell from it and whose interval holds 0.
+    """The best model and, best first, those that do not differ significantly from it, up to ``most`` in all.
 
-    Both, because few images cannot tell a good model from a useless one.
+    The best alone where the images are too few to decide anything: there a useless model does not differ significantly either.
     """
-    tied = {d.a for d in differences(here) if d.better is None and not d.interval.excludes_zero}
+    tied = {d.a for d in differences(here) if d.better is None} if here.decidable else set()
     return [model for model in here.models if model is here.best or model.name in tied][:most]
 
 
@@ -167,7 +170,7 @@ def cells(row: Row) -> list[str]:
         f"{row.dice:.4f}",
         number(row.seed_sd, 4),
         f"{row.image_dice:.4f}",
-        f"{row.low:.3f} to {row.high:.3f}" if row.low is not None and row.high is not None else "",
+        span(row.low, row.high, row.rough),
         f"{row.iou:.4f}",
         f"{row.precision:.4f}",
         f"{row.recall:.4f}",
@@ -220,6 +223,15 @@ def lines(here: TestSet) -> list[Line]:
         )
         for k, model in enumerate(here.models)
     ]
+
+
+def span(low: float | None, high: float | None, rough: bool, style: str = ".3f") -> str:
+    """An interval as text, a rough one marked; empty where there is none.
+
+    >>> span(0.9, 0.95, True)
+    '≈ 0.900 to 0.950'
+    """
+    return "" if low is None or high is None else f"{'≈ ' * rough}{low:{style}} to {high:{style}}"
 
 
 def number(value: float | None, digits: int) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from cellbench.logged import Stored
 from cellbench.metrics import cell_classes, scores
 from cellbench.scored import Difference, Scores
-from cellbench.significance import Interval, intervals, unit_numbers, unit_sums
+from cellbench.significance import Interval, decidable, intervals, unit_labels, unit_numbers, unit_sums
 from cellbench.spec import RUN_KEYS
 
 MEASURES = {
@@ -139,9 +139,27 @@ class TestSet:
         if measure not in self._intervals:
             values_MI = np.stack([model.scores(measure).per_image for model in self.models])
             unit_I = unit_numbers(range(len(self.images)) if self.groups is None else self.groups)
-            word = "image" if self.groups is None else "group"
-            self._intervals[measure] = intervals(unit_sums(values_MI, unit_I), np.bincount(unit_I), word=word)
+            self._intervals[measure] = intervals(unit_sums(values_MI, unit_I), np.bincount(unit_I), word=self.unit)
         return self._intervals[measure]
+
+    @property
+    def unit(self) -> str:
+        """What is one observation: 'image' or 'group'."""
+        return "image" if self.groups is None else "group"
+
+    @property
+    def num_units(self) -> int:
+        return len(set(self.images if self.groups is None else self.groups))
+
+    @property
+    def num_pairs(self) -> int:
+        """Of models: what p is adjusted for."""
+        return len(self.models) * (len(self.models) - 1) // 2
+
+    @property
+    def decidable(self) -> bool:
+        """Whether its images can decide anything between its models."""
+        return decidable(self.num_units, self.num_pairs)
 
     def measures(self) -> list[str]:
         """The per-image scores that every model has: runs of older versions lack some."""
@@ -235,8 +253,7 @@ def _models(runs: list[Tested], groups: dict[str, Hashable]) -> list[Model]:
         )
     if not groups:
         return out
-    # An image without a group stands for itself; its name could be a group's, hence the pair.
-    return [replace(one, groups=tuple(groups.get(image) or ("image", image) for image in one.images)) for one in out]
+    return [replace(one, groups=unit_labels(one.images, [groups.get(image, "") for image in one.images])) for one in out]
 
 
 def _part(params: dict[str, str]) -> str:

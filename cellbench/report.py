@@ -120,6 +120,7 @@ def latex(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         "^": r"\textasciicircum{}",
         "±": r"$\pm$",
         "·": r"$\cdot$",
+        "≈": r"$\approx$",
         "×": r"$\times$",
     }
     marks |= {one: f"\\{one}" for one in "&%$#_{}"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from cellbench.logged import NOTE, TABLES
 from cellbench.metrics import image_scores, named, scores
 from cellbench.plan import num_seen
 from cellbench.shapes import MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX
-from cellbench.significance import mean_interval
+from cellbench.significance import ROUGH_BELOW, mean_interval, unit_labels
 from cellbench.spec import Experiment, RunSpec
 
 
@@ -52,9 +52,9 @@ def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
     out = named("test", counts, dataset.classes) | result.cost
     each = image_scores(counts)
     out |= {f"test_image/{name}": float(values.mean()) for name, values in each.items()}
-    interval = mean_interval(each["dice"])
+    interval = mean_interval(each["dice"], groups=units(dataset))
     if interval.low is not None and interval.high is not None:
-        out |= {"test_image/dice_low": interval.low, "test_image/dice_high": interval.high}
+        out |= {"test_image/dice_low": interval.low, "test_image/dice_high": interval.high, "test_image/dice_units": interval.num}
     out |= {f"test_image/{name}": float(shapes[name].mean()) for name in SCORES}
     errors = shapes["num_predicted"] - shapes["num_true"]
     # The mean of signed errors is a bias, in which too many and too few cancel out; the other is how far a count is off.
@@ -74,6 +74,19 @@ def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
         best = result.learner.history[result.learner.best_epoch]
         out |= {"best/epoch": result.learner.best_epoch, "best/val_dice": best["val/dice"], "best/val_loss": best["val/loss"]}
     return {key: tidy(key, value) for key, value in out.items()}
+
+
+def units(dataset: Dataset) -> tuple[Hashable, ...] | None:
+    """What an interval over the test images resamples: their groups, as the report does; None for the images themselves."""
+    return unit_labels([sample.name for sample in dataset.test], [sample.group for sample in dataset.test])
+
+
+def interval_words(values: Mapping[str, float]) -> str:
+    """The interval of the mean Dice among a run's metrics, in words; empty where there is none."""
+    if "test_image/dice_low" not in values:
+        return ""
+    rough = "roughly " if values.get("test_image/dice_units", ROUGH_BELOW) < ROUGH_BELOW else ""
+    return f" (95 % {rough}{values['test_image/dice_low']:.4f} to {values['test_image/dice_high']:.4f})"
 
 
 def tidy(name: str, value: float) -> float:
@@ -111,7 +124,7 @@ def write(
     each = image_scores(exam.counts) | {key: values for key, values in exam.shapes().items() if key in SCORES}
     pooled = scores(exam.counts.sum(0))
     by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
-    figures.save(figures.report_card(name, each, by_class, exam.calibration()), folder / "figures" / "scores.png")
+    figures.save(figures.report_card(name, each, by_class, exam.calibration(), units(dataset)), folder / "figures" / "scores.png")
     for which, case in exam.keep.cases.items():
         picture, truth = pixels[case.image]
         title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, Dice {case.dice:.4f}"
@@ -183,9 +196,7 @@ def tags(name: str, metrics: dict[str, float], machine: str, worst: str) -> dict
 
 def note(name: str, values: dict[str, float], worst: str = "") -> str:
     """A run's notes in MLflow, in Markdown. ``worst``: the address of the worst case's picture."""
-    interval = ""
-    if "test_image/dice_low" in values:
-        interval = f" (95 % {values['test_image/dice_low']:.4f} to {values['test_image/dice_high']:.4f})"
+    interval = interval_words(values)
     lines = [
         ["test Dice, all pixels pooled", f"{values['test/dice']:.4f}"],
         ["test Dice, mean over images", f"{values['test_image/dice']:.4f}{interval}"],
