@@ -45,7 +45,7 @@ def build(evidence: Evidence, trackers: Sequence[Tracker], known: dict[str, Any]
         sections.append(("Different test images", page.paragraphs(_apart(evidence))))
     for k, here in enumerate(evidence.sets):
         prefix = f"set{k + 1}-" if k else ""
-        label = f" ({here.dataset}, {here.digest[:8]})" if many else ""
+        label = f" ({here.data}; {here.digest[:8]})" if many else ""
         sections += [(heading + label, body) for heading, body in _about_set(here, trackers, report, prefix)]
     sections.append(("Runs without a result", colophon.without(evidence)))
     sections.append(("What the measures mean", page.paragraphs(colophon.meaning(evidence))))
@@ -54,6 +54,7 @@ def build(evidence: Evidence, trackers: Sequence[Tracker], known: dict[str, Any]
     subtitle = f"{evidence.num_runs} finished runs, {num_models} models, {_images(evidence)}; made {time.strftime('%Y-%m-%d %H:%M')}"
     report.verdict = leaderboard.words(evidence.sets[0]) + leaderboard.more_words(evidence.sets[0])
     report.verdict += leaderboard.class_words(evidence.sets[0].models[0].runs[0].told.get("classes", []))
+    report.verdict += leaderboard.apart(evidence.sets)
     lead = page.paragraphs([known["question"]]) if known.get("question") else ""
     lead += page.paragraphs(report.verdict, "verdict") + colophon.data(evidence, known)
     report.html = page.page(evidence.experiment, subtitle, sections, lead)
@@ -67,11 +68,12 @@ def _images(evidence: Evidence) -> str:
 
 def _apart(evidence: Evidence) -> list[str]:
     out = [
-        "The runs were tested on different images. Scores are paired within one set only; across sets no difference is computed or tested."
+        "The runs were tested on different images. Scores are paired within one set only; across sets no difference is computed or tested. "
+        "The newest set of whole data comes first: the verdict and `best` are about it. Sets under --limit come last."
     ]
     for here in evidence.sets:
-        num = sum(len(model.runs) for model in here.models)
-        out.append(f"{here.dataset}, data {here.digest}: {len(here.images)} test images, {num} runs, best {here.best.name}.")
+        num, when = sum(len(model.runs) for model in here.models), time.strftime("%Y-%m-%d %H:%M", time.localtime(here.last_s))
+        out.append(f"{here.data}; data {here.digest}, last run {when}: {num} run{'s' * (num != 1)}, best {here.best.name}.")
     return out
 
 

@@ -12,16 +12,14 @@ from cellbench.significance import FEWEST, ROUGH_BELOW
 
 
 def data(evidence: Evidence, known: dict[str, Any]) -> str:
+    """Of the first test set, which the verdict is about."""
     told = known.get("dataset", {})
     first = evidence.sets[0]
-    images = ", ".join(f"{num} {split}" for split, num in told.get("images", {}).items())
-    if first.num_folds or not images:  # what is recorded there are the images of one fold
-        images = f"{len(first.images)} test"
     return page.facts(
         [
-            ("data", f"{first.dataset}: {images} images"),
+            ("data", first.data),
             ("classes", ", ".join(first.models[0].runs[0].told.get("classes", []))),
-            ("digest", ", ".join(here.digest for here in evidence.sets)),
+            ("digest", first.digest),
             ("folds", f"{first.num_folds}; each image is tested once" if first.num_folds else ""),
             ("groups", f"{len(set(first.groups))} for {len(first.images)} test images" if first.groups is not None else ""),
             ("read from", told.get("root", "")),

@@ -240,7 +240,7 @@ def grid(
     key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), pool(datasets)], sort_keys=True).encode()).hexdigest()[:16]
     asked = {f"grid.{name}": ", ".join(map(str, values)) for name, values in experiment.grid.items()}
     asked |= {"baselines": ", ".join(experiment.baselines) or "none", "dataset": dataset.name}
-    with on_ray.joined(on, here) if on is not None else nullcontext() as ray, parent(tracker, f"grid: {Path(file).stem}", key, asked) as top:
+    with on_ray.joined(on, here) if on is not None else nullcontext() as ray, parent(tracker, f"grid: {Path(file).stem}", key, asked, pool(datasets)) as top:
         runner = Runner(
             experiment=experiment,
             registry=registry,

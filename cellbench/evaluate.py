@@ -92,6 +92,8 @@ def evaluate(
         raise CellbenchError(f"--visualize {visualize}: a number of images is expected, 0 or more.")
     segmenter = Segmenter.load(asked, weights=weights, registry=extra, device=device, precision=precision)
     trained = segmenter.trained
+    for line in trained.origin:
+        say(line)
     experiment = Experiment.of(tomllib.loads(trained.config), "config.toml")
     dataset, what = labelled(trained, experiment, Registry(extra), data)
     say(f"{trained.name}: {len(dataset.test)} images of {dataset.root} ({what}), on {segmenter.machine.name}.")

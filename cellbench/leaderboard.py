@@ -133,9 +133,35 @@ def winners(here: TestSet, most: int = 3) -> list[Model]:
 
 
 def words(here: TestSet) -> list[str]:
-    """What the data can tell about the best model against the others, in sentences."""
+    """What the data can tell about the best model against the others, in sentences, and by which rule it is the best."""
     found = differences(here)
-    return verdict(found, what="Dice") if found else ["One model alone: there is nothing to compare."]
+    if not found:
+        return ["One model alone: there is nothing to compare."]
+    said = verdict(found, what="Dice")
+    return [*said[:2], f"{here.best.name} was {chosen_by(here)}.", *said[2:]]
+
+
+def chosen_by(here: TestSet) -> str:
+    """By which rule the best model is the best; empty for one model alone."""
+    num = len(here.models)
+    if num < 2:
+        return ""
+    return f"chosen by its test score, the highest mean Dice over images among {num} models; the score of the chosen is optimistic"
+
+
+def apart(sets: Sequence[TestSet]) -> list[str]:
+    """Of several test sets, which one is meant by the best and the verdict, and what the others are; nothing to say of a single one."""
+    if len(sets) < 2:
+        return []
+    first, *others = sets
+    kind = "newest whole test set" if not first.limit else "newest test set"
+    listed = "; ".join(f"{here.data}, best {here.best.name} with {here.best.scores().mean:.3f}" for here in others[:MOST_SETS])
+    more = f"; {len(others) - MOST_SETS} more" if len(others) > MOST_SETS else ""
+    return [f"This is about the {kind}, {first.data}. {len(others)} more {'is' if len(others) == 1 else 'are'} not compared with it: {listed}{more}."]
+
+
+MOST_SETS = 4
+"""Test sets that a sentence names."""
 
 
 def more_words(here: TestSet) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cellbench.logged import Stored
+from cellbench.logged import LIMIT, Stored
 from cellbench.metrics import cell_classes, scores
 from cellbench.scored import Difference, Scores
 from cellbench.significance import Interval, decidable, intervals, unit_labels, unit_numbers, unit_sums
@@ -125,9 +125,24 @@ class TestSet:
     groups: tuple[Hashable, ...] | None = None
     num_folds: int = 0
     """0 where every model had one test."""
+    num_images: Mapping[str, int] = field(default_factory=dict)
+    """Of each split; with folds, of the first one's. Empty for runs that did not record it."""
+    limit: str = ""
+    """Of images of each split, where a part of the data was tried; empty for whole data."""
+    last_s: float = 0.0
+    """When its newest run gave its last sign of life, or a grid on its data was started last, in seconds since 1970."""
     differences: dict[str, list[Difference]] = field(default_factory=dict)
     """By measure, kept once they are computed (``cellbench.leaderboard.pairs``)."""
     _intervals: dict[str, list[Interval]] = field(default_factory=dict)
+
+    @property
+    def data(self) -> str:
+        """What was learned from and tested, in words: ``folder: 19 training, 5 validation and 6 test images``."""
+        if self.num_folds:
+            counted = f"{len(self.images)} images in {self.num_folds} folds"
+        else:
+            counted = words_of(self.num_images) or f"{len(self.images)} test image{'s' * (len(self.images) != 1)}"
+        return f"{self.dataset}: {counted}{limit_words(self.limit)}"
 
     @property
     def best(self) -> Model:
@@ -166,8 +181,21 @@ class TestSet:
         return [measure for measure in MEASURES if all(model.has(measure) for model in self.models)]
 
 
-def line_up(runs: Iterable[Tested]) -> tuple[list[TestSet], list[str]]:
-    """Test sets, the one with most runs first, and sentences about runs that are left out because folds are missing."""
+def words_of(num_images: Mapping[str, int]) -> str:
+    """``19 training, 5 validation and 6 test images``; empty where they were not recorded."""
+    if not num_images:
+        return ""
+    return f"{num_images['train']} training, {num_images['val']} validation and {num_images['test']} test images"
+
+
+def limit_words(limit: str) -> str:
+    """Says of a part of the data that it is one."""
+    return f" (a part of the data, --limit {limit})" if limit else ""
+
+
+def line_up(runs: Iterable[Tested], started_s: Mapping[str, float] | None = None) -> tuple[list[TestSet], list[str]]:
+    """Test sets, whole ones before those under ``--limit``, of each kind the newest first, and sentences about runs that are left out because
+    folds are missing. ``started_s``: when a grid was last started on data of this digest."""
     worlds: dict[str, list[Tested]] = {}
     for run in runs:
         worlds.setdefault(run.world, []).append(run)
@@ -177,7 +205,8 @@ def line_up(runs: Iterable[Tested]) -> tuple[list[TestSet], list[str]]:
         told += words
         if kept:
             sets.append(_test_set(kept))
-    return sorted(sets, key=lambda one: -sum(len(model.runs) for model in one.models)), told
+    sets = [replace(one, last_s=max(one.last_s, (started_s or {}).get(one.digest, 0.0))) for one in sets]
+    return sorted(sets, key=lambda one: (bool(one.limit), -one.last_s)), told
 
 
 def _whole(runs: list[Tested]) -> tuple[list[Tested], list[str]]:
@@ -210,6 +239,9 @@ def _test_set(runs: list[Tested]) -> TestSet:
         models=models,
         groups=first.groups,
         num_folds=len(set(first.folds or ())),
+        num_images=next((told for run in runs if (told := run.told.get("num_images"))), {}),
+        limit=next((limit for run in runs if (limit := run.stored.tags.get(LIMIT))), ""),
+        last_s=max(run.stored.last_s for run in runs),
     )
 
 

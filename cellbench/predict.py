@@ -161,6 +161,8 @@ def predict(
         raise CellbenchError(f"--um-per-px {um_per_px:g}: the side of a pixel in um, above 0, for the tables that --instances writes. Give both.")
     images_of(places, out)  # names first: a run takes a while to open
     segmenter = Segmenter.load(run, weights=weights, registry=extra, device=device, precision=precision)
+    for line in segmenter.trained.origin:
+        say(line)
     targets = targets_of(segmenter, places, out, um_per_px)
     wanted = Wanted(probability=probability, overlay=overlay, geojson=geojson or as_coco)
     if instances:

@@ -15,7 +15,7 @@ import tomli_w
 from safetensors.torch import save_file
 
 from cellbench import imports, views
-from cellbench.data.dataset import Dataset
+from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
 from cellbench.exam import Exam
@@ -153,6 +153,7 @@ def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
         "classes": list(dataset.classes),
         "images": [sample.name for sample in dataset.test],
         "dataset": dataset.digest,
+        "num_images": {split: len(dataset.samples(split)) for split in SPLITS},
         "groups": [sample.group for sample in dataset.test],
         "tolerance_px": TOLERANCE_PX,
         "min_area_px": [MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX for one in exam.agreements],

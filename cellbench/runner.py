@@ -29,7 +29,7 @@ from cellbench.features import Features, Keeping
 from cellbench.infer import score
 from cellbench.jobs import Job, identity
 from cellbench.learner import Learner
-from cellbench.logged import WEIGHTS, Logged, params_of
+from cellbench.logged import LIMIT, WEIGHTS, Logged, params_of
 from cellbench.machine import Machine, give_back, peak_mib, ran_out_of_memory
 from cellbench.metrics import confusion
 from cellbench.model import model, num_levels
@@ -138,6 +138,8 @@ class Runner:
     def _tags(self, run: RunSpec) -> dict[str, str]:
         params = params_of(run, self.dataset.name)
         tags = {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": run.model}
+        if self.dataset.limited:
+            tags[LIMIT] = str(self.experiment.data.limit)
         with contextlib.suppress(WeightsUnavailable):
             if run.backbone is not None:
                 tags[WEIGHTS] = weights_digest(self.registry.backbone(run.backbone), self.weights, download=False)

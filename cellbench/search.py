@@ -35,6 +35,7 @@ from cellbench.machine import Machine, machine
 from cellbench.orders import Order, order
 from cellbench.registry import Registry
 from cellbench.report import begin
+from cellbench.results import pool
 from cellbench.runner import Runner
 from cellbench.space import Space
 from cellbench.spec import Experiment, RunSpec
@@ -137,7 +138,9 @@ def search(
     ):
         key = space.digest([dataset.digest])
         top = (
-            _top_of(tracker, key) if helper else parent(tracker, f"search: {Path(file).stem}", key, _params(space, dataset), kind="search")
+            _top_of(tracker, key)
+            if helper
+            else parent(tracker, f"search: {Path(file).stem}", key, _params(space, dataset), pool(datasets), kind="search")
         )
         with top as run:
             runner = Runner(

@@ -28,6 +28,7 @@ from cellbench.logged import (
     FINGERPRINT,
     HEARTBEAT,
     KIND,
+    LIMIT,
     NOTE,
     OWNER,
     PARENT,
@@ -236,12 +237,23 @@ class Run:
 
 
 def newest() -> str | None:
-    """The experiment with the newest finished run of ours in MLflow's store; None where there is none."""
+    """The experiment with the newest finished run of ours on whole data in MLflow's store, or else on a part of it (``--limit``); None where
+    there is none."""
     client = _reader()
     names = {one.experiment_id: one.name for one in client.search_experiments()}
-    found = client.search_runs(list(names), f"tags.`{STATUS}` = 'finished'", max_results=100, order_by=["attributes.start_time DESC"])
-    # Explorations hold no scores. MLflow's filters cannot ask for a tag that is missing or another.
-    return next((names[run.info.experiment_id] for run in found if run.data.tags.get("cellbench.kind") != "explore"), None)
+    limited, token = None, None
+    while True:
+        page = client.search_runs(
+            list(names), f"tags.`{STATUS}` = 'finished'", max_results=100, order_by=["attributes.start_time DESC"], page_token=token
+        )
+        # Grids, evaluations and explorations are no models. MLflow's filters cannot ask for a tag that is missing.
+        found = [stored for run in page if not (stored := stored_of(run)).is_parent]
+        whole = next((stored.run_id for stored in found if LIMIT not in stored.tags), None)
+        limited = limited or next((stored.run_id for stored in found), None)
+        token = page.token
+        if whole or not token:
+            break
+    return None if (run_id := whole or limited) is None else names[client.get_run(run_id).info.experiment_id]
 
 
 def experiments() -> list[str]:
