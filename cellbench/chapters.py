@@ -55,6 +55,9 @@ def build(evidence: Evidence, trackers: Sequence[Tracker], known: dict[str, Any]
     report.verdict = leaderboard.words(evidence.sets[0]) + leaderboard.more_words(evidence.sets[0])
     report.verdict += leaderboard.class_words(evidence.sets[0].models[0].runs[0].told.get("classes", []))
     report.verdict += leaderboard.apart(evidence.sets)
+    busy = leaderboard.rows(evidence.sets[0])
+    if max((row.other_load_pct or 0.0 for row in busy), default=0.0) >= leaderboard.BUSY_PCT:
+        report.verdict.append(leaderboard.load_words(busy).replace("Costs", "Mind: costs", 1))
     lead = page.paragraphs([known["question"]]) if known.get("question") else ""
     lead += page.paragraphs(report.verdict, "verdict") + colophon.data(evidence, known)
     report.html = page.page(evidence.experiment, subtitle, sections, lead)
@@ -201,14 +204,18 @@ def _ranked(title: str, models: list[Scores], name: str, num_pairs: int, draw: D
 
 # --- cost -------------------------------------------------------------------------------------------------------------------------------
 
-COST_HEADINGS = ("model", "backbone parameters", "trained parameters", "training s", "images/s", "peak MiB", "features kept MiB", "Dice/image")
+COST_HEADINGS = (
+    "model", "backbone", "trained", "training s", "processor s", "images/s", "processor s an image", "load by others", "peak MiB",
+    "features kept MiB", "Dice/image",
+)  # fmt: skip
 
 
 def _cost(table: list[Row], lines: list[figures_many.Line], report: Report, prefix: str, draw: Draw) -> str:
     cells = [
         [
-            row.model, short(row.backbone_params), short(row.head_params), f"{row.train_s:.1f}", f"{row.images_per_s:.2f}", f"{row.peak_mib:.0f}",
-            f"{row.features_mib:.0f}", f"{row.image_dice:.4f}",
+            row.model, short(row.backbone_params), short(row.head_params), f"{row.train_s:.1f}", leaderboard.number(row.train_cpu_s, 1),
+            f"{row.images_per_s:.2f}", leaderboard.number(row.image_cpu_s, 3), "" if row.other_load_pct is None else f"{row.other_load_pct:.0f} %",
+            f"{row.peak_mib:.0f}", f"{row.features_mib:.0f}", f"{row.image_dice:.4f}",
         ]
         for row in table
     ]  # fmt: skip
@@ -217,13 +224,17 @@ def _cost(table: list[Row], lines: list[figures_many.Line], report: Report, pref
         "training, s (trunk and head)": [row.train_s for row in table],
         "prediction, s an image": [1 / row.images_per_s if row.images_per_s else 0.0 for row in table],
     }
+    load = leaderboard.load_words(table)
     notes = [
+        load,
+        "Backbone and trained: parameters. Processor seconds are what the threads of a run used of the processor; on a GPU, what handing the work "
+        "over took. The load by others is the largest share of the processor that other processes used while a run was trained or tested.",
         "Training seconds are computing time, summed over the lanes that work side by side, and hold the backbone's pass, which runs of one "
         "cohort share: each is charged all of it, and of the features kept too. Peak memory is the whole process's up to that run, so later "
         "runs never show less."
     ]
     return (
-        draw("cost", figures_many.pareto(lines, costs))
+        draw("cost", figures_many.pareto(lines, costs), load)
         + page.table(COST_HEADINGS, cells[: page.MOST_LINES])
         + page.more(len(cells))
         + page.paragraphs(notes)

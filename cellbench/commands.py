@@ -30,6 +30,8 @@ from cellbench.features import Keeping
 from cellbench.files import cache_dir, make_folder, write_atomic
 from cellbench.grid import Crew, alone, everything, parent
 from cellbench.jobs import Job, jobs_of, open_folds
+from cellbench.load import Load
+from cellbench.load import words as load_words
 from cellbench.machine import Machine, is_size, machine, num_bytes
 from cellbench.orders import order
 from cellbench.registry import Registry, shipped
@@ -292,7 +294,7 @@ def grid(
 def _dry(jobs: list[Job], registry: Registry, datasets: Sequence[Dataset], here: Machine, weights: Path | None, keeping: Keeping) -> int:
     for job in jobs:
         say(f"  {job.name}" + (f"  skipped: {job.unavailable}" if job.unavailable else ""))
-    wall = memory = disk = 0.0
+    wall, memory, disk, busy = 0.0, 0.0, 0.0, Load()
     known = {id(job.run): job for job in jobs}
     for number, group in enumerate(cohorts(job.run for job in jobs), 1):
         first = group[0]
@@ -314,7 +316,11 @@ def _dry(jobs: list[Job], registry: Registry, datasets: Sequence[Dataset], here:
             f"about {duration(one.wall_s)}, {one.memory_mib / 1024:.1f} GiB of memory; {one.source}"
         )
         wall, memory, disk = wall + one.wall_s, max(memory, one.memory_mib), disk + one.disk_mib
-    say(f"in all about {duration(wall)}, up to {memory / 1024:.1f} GiB of memory and {disk:.0f} MiB of disk for results (from a few tiles timed now)")
+    busy_words = load_words(busy.others_pct())
+    say(
+        f"in all about {duration(wall)}, up to {memory / 1024:.1f} GiB of memory and {disk:.0f} MiB of disk for results "
+        f"(from a few tiles timed now{', ' if busy_words else ''}{busy_words})"
+    )
     return 0
 
 

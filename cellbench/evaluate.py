@@ -20,6 +20,7 @@ from cellbench.data.folders import listed, split
 from cellbench.data.pixels import Pixels
 from cellbench.errors import CellbenchError
 from cellbench.exam import Case, Exams
+from cellbench.load import Load
 from cellbench.metrics import confusion, image_scores
 from cellbench.registry import Registry
 from cellbench.results import Result
@@ -63,16 +64,21 @@ def labelled(trained: Trained, experiment: Experiment, registry: Registry, folde
 def examine(segmenter: Segmenter, dataset: Dataset, num_shown: int) -> tuple[Result, list[Case]]:
     """The test of a segmenter on a dataset's test images, and its ``num_shown`` worst answers, the worst first."""
     worst: list[Case] = []
-    num, start = len(dataset.classes), time.perf_counter()
+    num, busy, seconds, timed, start = len(dataset.classes), Load(), 0.0, 0, time.perf_counter()
     answers = segmenter.predict_all(sample.image for sample in dataset.test)
     with Exams(dataset, 1, [segmenter.trained.separation]) as exams:
         for index, found in enumerate(tqdm(answers, total=len(dataset.test), desc="testing", unit="image", leave=False, disable=None)):
+            if index or len(dataset.test) == 1:  # the first comes while everything is cold
+                seconds, timed = seconds + time.perf_counter() - start, timed + 1
             truth = dataset.read_mask(dataset.test[index])
             counts = confusion(truth, found.classes, num)
             exams.take(index, truth, [counts], [(found.classes, found.probability, found.relief)])
             worst.append(Case.of(index, float(image_scores(counts[None])["dice"][0]), found.classes, found.probability))
             worst = sorted(worst, key=lambda case: case.dice)[:num_shown]
-    cost = {"cost/images_per_s": len(dataset.test) / max(time.perf_counter() - start, 1e-9)}
+            start = time.perf_counter()  # reading the truth and scoring are not the model's
+    cost = {"cost/images_per_s": timed / max(seconds, 1e-9)}
+    if (load_pct := busy.others_pct()) is not None:
+        cost["cost/test_other_load_pct"] = load_pct
     return Result(exam=exams.exams[0], cost=cost, preparation=segmenter.trained.preparation), worst
 
 

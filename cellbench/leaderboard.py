@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cellbench.lineup import MEASURES, Line, Model, TestSet
+from cellbench.load import words as words_of_load
 from cellbench.ranking import verdict
 from cellbench.scored import Difference, flipped
 from cellbench.significance import Interval
@@ -51,6 +52,10 @@ class Row:
     run_ids: tuple[str, ...]
     rough: bool = False
     """Whether the interval is of few images."""
+    train_cpu_s: float | None = None
+    image_cpu_s: float | None = None
+    other_load_pct: float | None = None
+    """The most of the processor that other processes used, in training or testing any of its runs."""
 
 
 def rows(here: TestSet) -> list[Row]:
@@ -63,6 +68,9 @@ def _row(model: Model, interval: Interval) -> Row:
 
     def cost(name: str) -> float:
         return model.mean(f"cost/{name}") or 0.0
+
+    names = ("cost/train_other_load_pct", "cost/test_other_load_pct")
+    loads = [run.stored.metrics[name] for run in model.runs for name in names if name in run.stored.metrics]
 
     return Row(
         model=model.name,
@@ -89,6 +97,9 @@ def _row(model: Model, interval: Interval) -> Row:
         pooled_by_seed=tuple(pooled),
         run_ids=tuple(run.stored.run_id for run in model.runs),
         rough=interval.rough,
+        train_cpu_s=model.mean("cost/train_cpu_s"),
+        image_cpu_s=model.mean("cost/image_cpu_s"),
+        other_load_pct=max(loads, default=None),
     )
 
 
@@ -116,6 +127,23 @@ def differences(here: TestSet, measure: str = "dice") -> list[Difference]:
     """
     best = best_by(here, measure)
     return [d if d.b == best else flipped(d) for d in pairs(here, measure) if best in (d.a, d.b)]
+
+
+BUSY_PCT = 10.0
+"""From so much load by other processes on, seconds are said to be longer than they need be."""
+
+
+def load_words(table: Sequence[Row]) -> str:
+    """How busy other processes kept the machine while the costs were measured, in a sentence."""
+    loads = [row.other_load_pct for row in table if row.other_load_pct is not None]
+    if not loads:
+        return "How busy other processes kept the machine is not recorded."
+    few = f" (not recorded for {len(table) - len(loads)} of {len(table)} models)" if len(loads) < len(table) else ""
+    said = f"measured {words_of_load(max(loads))}"
+    if max(loads) < BUSY_PCT:
+        return f"Costs were {said} at most{few}."
+    least = f", for some models only {min(loads):.0f} %" if min(loads) < max(loads) / 2 else ""
+    return f"Costs were {said}{least}{few}: on an idle machine seconds would be fewer. Processor seconds depend on that least: compare those."
 
 
 def best_by(here: TestSet, measure: str) -> str:

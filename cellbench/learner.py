@@ -49,6 +49,8 @@ class Learner:
     history: list[dict[str, float]] = field(default_factory=list)
     train_s: float = 0.0
     """Spent in learning. On a GPU this is the time to hand the work over, unless something waits for it."""
+    train_cpu_s: float = 0.0
+    """Of the processor, by the thread that learned: other processes make ``train_s`` longer, this hardly."""
     ended: str = ""
     """Why it stopped: ``done``, ``stopped early``, ``pruned`` or ``failed: …``; empty while it learns."""
 
@@ -69,10 +71,11 @@ class Learner:
 
     def take(self, chunk: Batch, last: bool) -> None:
         """Learns from as many whole mini-batches as are there; the rest waits for the next chunk, or ends the epoch."""
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.thread_time()
         for batch in self._batches.of(chunk, last):
             self._learn(batch)
         self.train_s += time.perf_counter() - start
+        self.train_cpu_s += time.thread_time() - start_cpu
 
     def end(self) -> None:
         """The epoch's last mini-batch was learned from."""
@@ -184,7 +187,7 @@ class Learner:
         return self
 
 
-_PROGRESS = ("epoch", "best_epoch", "best", "history", "train_s", "ended")
+_PROGRESS = ("epoch", "best_epoch", "best", "history", "train_s", "train_cpu_s", "ended")
 
 
 class MiniBatches:

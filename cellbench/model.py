@@ -31,6 +31,8 @@ class Model(nn.Module):
         self._levels, self._num_frozen = levels, num_frozen
         self.seconds = 0.0
         """Spent by this model alone in decoding whole images so far."""
+        self.cpu_seconds = 0.0
+        """Of the processor, by the threads that decoded."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Class scores (B, K, T, T) before softmax, for every pixel of the batch's tiles; then a channel before the sigmoid for each aim."""

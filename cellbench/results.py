@@ -14,7 +14,7 @@ import numpy as np
 import tomli_w
 from safetensors.torch import save_file
 
-from cellbench import imports, views
+from cellbench import imports, load, views
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
@@ -205,6 +205,8 @@ def note(name: str, values: dict[str, float], worst: str = "") -> str:
         ["cells found (AP50)", f"{values['test_image/ap50']:.4f} ({values['test_image/ap50_connected']:.4f} where touching cells are not parted)"],
         ["cells counted, predicted minus true", f"{values['test_image/count_error']:+.1f} an image"],
     ]
+    if loads := [values[name] for name in ("cost/train_other_load_pct", "cost/test_other_load_pct") if name in values]:
+        lines.append(["costs were measured", load.words(max(loads))])
     parts = [
         # The UI shows five lines of a note before it asks for more: the answer comes first.
         f"**{name}**: test Dice **{values['test/dice']:.4f}** over all pixels, {values['test_image/dice']:.4f}{interval} in the mean of the images.",

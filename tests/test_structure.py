@@ -25,7 +25,7 @@ LAYERS = (
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
     (
         "the one harness",
-        {"machine", "checkpoints", "lanes", "store", "shards", "shared"}
+        {"machine", "load", "checkpoints", "lanes", "store", "shards", "shared"}
         | {"trunk", "features", "model", "infer", "learner", "teams", "train", "tuning", "exam"} | {"trained", "room", "survey", "tokens"},
     ),
     (
