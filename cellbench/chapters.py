@@ -149,7 +149,7 @@ def _difference(d: Difference, folded: bool) -> list[str]:
         d.a,
         d.b,
         f"{d.interval.mean:+.4f}",
-        leaderboard.span(d.interval.low, d.interval.high, d.interval.rough, "+.4f") or d.interval.note,
+        leaderboard.span(d.interval.low, d.interval.high, d.interval.rough, "+.4f") or "none",
         p_words(d.p_adjusted).removeprefix("p = ").removeprefix("p "),
         f"{d.effect:+.2f}",
         f"{d.wins} of {d.num_images}",
@@ -173,7 +173,7 @@ def _statistics(here: TestSet, differences: list[Difference], report: Report, pr
     if len(here.models) > 2 and len(every) > len(differences):
         out += "<h3>Every pair</h3>" + draw("pairs", figures_tests.pairs([model.name for model in here.models], every))
     ranked = here.models[:MOST_RANKED]
-    if len(ranked) > 2:
+    if len(ranked) > 2 and here.decidable:
         only = f" of the {MOST_RANKED} best models" if len(here.models) > MOST_RANKED else ""
         out += _ranked(f"Mean ranks{only}", [model.scores() for model in ranked], "ranks", here.num_pairs, draw)
     plain = [model for model in here.models if model.plain and not model.baseline]

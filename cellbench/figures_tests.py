@@ -40,7 +40,7 @@ def forest(differences: Sequence[Difference], best: str, measure: str = "Dice") 
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(f"difference in {measure} to {best}, paired by image")
         said = span_words([d.interval for d in order])
-        axes.set_title(f"filled: certain (p adjusted for every pair); open: this data cannot tell; {said}{left_out}", fontsize=8, color="0.35")
+        axes.set_title(f"filled: certain (p adjusted for every pair); open: this data cannot tell{left_out}\n{said}", fontsize=8, color="0.35")
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from told import IMAGES, finished, small_grid, told_of
 
 from cellbench import leaderboard, moved, page, views, winners
+from cellbench.chapters import build
 from cellbench.evidence import collect
 from cellbench.logged import DATA, LIMIT
 from cellbench.report import latex, place
@@ -159,9 +161,19 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
         quick_try(tracker, "fpn")
     first, second = collect([tracker]).sets
     assert (first.limit, second.limit) == ("", "2")
+    other = "drawn: 2 training, 2 validation and 2 test images (a part of the data, --limit 2)"
+    for asked in ("best", "best:tiny", "uni · fpn · seed 0"):
+        _, stored, chosen = winners.find(asked)
+        assert stored.run_id in ids
+        if asked.startswith("best"):
+            assert "chosen by its test score, the highest mean Dice over images among 2 models; the score of the chosen is optimistic" in chosen
+            assert other in chosen
+        else:
+            assert chosen == "2 runs have this name; this is the newest finished one on whole data."
+    if when == "before":
+        return
     assert main(["report", "tiny", "--out", "out"]) == 0
     said = capsys.readouterr().out
-    other = "drawn: 2 training, 2 validation and 2 test images (a part of the data, --limit 2)"
     for text in (said, Path("out/report.html").read_text(encoding="utf-8")):
         assert "Best on average is uni · fpn: Dice" in text
         assert "uni · fpn was chosen by its test score, the highest mean Dice over images among 2 models; the score of the chosen" in text
@@ -173,14 +185,6 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
     assert [line.split(",")[4] for line in Path("out/leaderboard.csv").read_text().splitlines()[1:]] == [
         f"{row.image_dice:.4f}" for row in leaderboard.rows(first)
     ]
-    for asked in ("best", "best:tiny", "uni · fpn · seed 0"):
-        _, stored, chosen = winners.find(asked)
-        assert stored.run_id in ids
-        if asked.startswith("best"):
-            assert "chosen by its test score, the highest mean Dice over images among 2 models; the score of the chosen is optimistic" in chosen
-            assert other in chosen
-        else:
-            assert chosen == "2 runs have this name; this is the newest finished one on whole data."
 
 
 def test_where_there_are_quick_tries_only_the_newest_of_them_is_the_best(tmp_path, monkeypatch):
@@ -270,6 +274,19 @@ def test_one_model_alone_is_reported_without_tests(tmp_path, monkeypatch):
     text = (tmp_path / "reports" / "alone" / "report.html").read_text(encoding="utf-8")
     assert "One model alone" in text
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower()
+
+
+def test_a_page_that_says_that_nothing_can_be_decided_separates_no_models(tmp_path, monkeypatch):
+    """Nine models always in the same order: on three images Friedman's p is 0.002, and no pair's can fall below 0.25."""
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(None)
+    tracker = Tracker("few")
+    for k, (backbone, head) in enumerate(itertools.product(("dinobloom-s", "uni", "gpfm"), ("fpn", "bilinear", "detail"))):
+        finished(tracker, RunSpec(backbone=backbone, head=head), told_of(0.9 - 0.02 * k, 0, IMAGES[:3]))
+    made = build(collect([tracker]), [tracker], {})
+    assert "3 images: p over 36 pairs cannot fall below 1, so nothing can be decided" in made.html
+    assert not {"ranks", "ranks-backbones", "ranks-heads"} & set(made.pictures)
+    assert {line[leaderboard.HEADINGS.index("95 %")] for line in made.tables["leaderboard"][1]} == {""}
 
 
 def test_of_several_cell_classes_the_words_say_what_one_number_is(tmp_path, monkeypatch, capsys):
