@@ -51,6 +51,9 @@ class Learner:
     """Spent in learning. On a GPU this is the time to hand the work over, unless something waits for it."""
     train_cpu_s: float = 0.0
     """Of the processor, by the thread that learned: other processes make ``train_s`` longer, this hardly."""
+    trunk_s: float = 0.0
+    """Spent in the backbone, which the cohort shares, in the epochs that it took part in; those before an interruption too."""
+    trunk_cpu_s: float = 0.0
     ended: str = ""
     """Why it stopped: ``done``, ``stopped early``, ``pruned`` or ``failed: …``; empty while it learns."""
 
@@ -66,6 +69,7 @@ class Learner:
     def begin(self) -> None:
         """A new epoch."""
         self.model.train()
+        self._trunk_before = self._trunk.seconds, self._trunk.cpu_seconds
         self._step, self._batches = 0, MiniBatches(self.run.batch_size)
         self.loss_sum = torch.zeros((), device=self.device)
 
@@ -123,6 +127,8 @@ class Learner:
 
     def finish(self, counts: np.ndarray) -> None:
         """Ends the epoch with the validation pixels' confusion matrix (K, K): keeps the best weights and decides whether to go on."""
+        self.trunk_s += self._trunk.seconds - self._trunk_before[0]
+        self.trunk_cpu_s += self._trunk.cpu_seconds - self._trunk_before[1]
         pooled = scores(counts).of(cell_classes(len(counts)))
         row = {
             "train/loss": float(self.loss_sum) / self.num_views,
@@ -183,11 +189,11 @@ class Learner:
 
     def on(self, features: Features) -> Learner:
         """Tells the learner where it computes; returns itself."""
-        self._machine = features.trunk.machine
+        self._trunk, self._machine = features.trunk, features.trunk.machine
         return self
 
 
-_PROGRESS = ("epoch", "best_epoch", "best", "history", "train_s", "train_cpu_s", "ended")
+_PROGRESS = ("epoch", "best_epoch", "best", "history", "train_s", "train_cpu_s", "trunk_s", "trunk_cpu_s", "ended")
 
 
 class MiniBatches:

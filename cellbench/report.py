@@ -265,7 +265,10 @@ def _enter(tracker: Tracker, here: TestSet, say: Callable[[str], None]) -> None:
         except CellbenchError as error:  # the answers are there; only the entry is not
             say(f"no model entry for {model.name}: {one_line(error)}")
     if entered:
-        entries.supersede(tracker, entered)
+        try:
+            entries.supersede(tracker, entered)
+        except CellbenchError as error:
+            say(f"entries of earlier winners are not marked: {one_line(error)}")
 
 
 def _capital(text: str) -> str:

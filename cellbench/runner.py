@@ -316,12 +316,10 @@ class Runner:
             checkpoints.forget(checkpoints.path(job.fingerprint))
 
     def _costs(self, learners: list[Learner], features: Features, load: dict[str, float]) -> list[dict[str, float]]:
-        """What it took to train each run, as far as the clocks of backbone and heads stand now; the backbone's part is the whole cohort's."""
-        trunk, cores = features.trunk, self.machine.cores_of_one
+        """What it took to train each run; ``load``: of the machine meanwhile, as a metric."""
+        backbone, cores = features.trunk.backbone, self.machine.cores_of_one
         shared = {
-            "cost/trunk_s": trunk.seconds,
-            "cost/trunk_cpu_s": trunk.cpu_seconds * cores,
-            "cost/backbone_params": sum(p.numel() for p in trunk.backbone.parameters()) if trunk.backbone is not None else 0,
+            "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
             "cost/peak_mib": peak_mib(),
             "cost/features_mib": features.kept_bytes / 2**20,
             **load,
@@ -329,10 +327,12 @@ class Runner:
         return [
             {
                 **shared,
-                "cost/train_s": learner.train_s + trunk.seconds,
-                "cost/train_cpu_s": (learner.train_cpu_s + trunk.cpu_seconds) * cores,
+                "cost/train_s": learner.train_s + learner.trunk_s,
+                "cost/train_cpu_s": (learner.train_cpu_s + learner.trunk_cpu_s) * cores,
                 "cost/head_s": learner.train_s,
                 "cost/head_cpu_s": learner.train_cpu_s * cores,
+                "cost/trunk_s": learner.trunk_s,
+                "cost/trunk_cpu_s": learner.trunk_cpu_s * cores,
                 "cost/head_params": learner.model.num_params,
             }
             for learner in learners

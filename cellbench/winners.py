@@ -26,13 +26,13 @@ from cellbench.trained import Trained
 def find(asked: str) -> tuple[Tracker, Stored, str]:
     """The run that ``asked`` means, its experiment, and how it was chosen where several could be meant, in words.
 
-    ``best`` is the report's best model of the experiment with the newest finished run, ``best:EXPERIMENT`` that of a named one: of the newest
+    ``best`` is the report's best model of the experiment with the newest finished run, ``best:EXPERIMENT`` that of a named one: on the newest
     whole test set, and of the model's seeds and folds the one with the best validation Dice. Of several runs of one name the newest finished
     one is taken. Runs on a part of the data (``--limit``) come after those on the whole. Raises CellbenchError.
     """
     moved.present()
     if asked == "best" or asked.startswith("best:"):
-        name = asked.removeprefix("best").removeprefix(":") or newest()
+        name = asked.removeprefix("best").removeprefix(":") or newest(whole=True)
         if not name:
             raise CellbenchError("no experiment of MLflow's store here has a finished run, so there is no best. `cellbench grid` makes some.")
         tracker = Tracker(name, make=False)
@@ -42,6 +42,8 @@ def find(asked: str) -> tuple[Tracker, Stored, str]:
         said = [f"The best of '{name}', {rule}."]
         if len(best.runs) > 1:
             said.append(f"Of its {len(best.runs)} runs the one with the best validation Dice is used.")
+        if ":" not in asked and (last := newest()) != name:
+            said.append(f"Newer runs, of '{last}', are on a part of their data and are not considered.")
         return tracker, best.chosen.stored, " ".join((*said, *leaderboard.apart(sets)))
     if (name := experiment_of(asked)) is not None:
         tracker = Tracker(name, make=False)

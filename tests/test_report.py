@@ -202,8 +202,10 @@ def test_neither_a_quick_try_nor_an_evaluation_makes_an_experiment_the_newest(tm
     older = Tracker("evaluated")
     with older.run("evaluate: a run", "e", tags={"cellbench.kind": "evaluation"}):
         pass
-    assert newest() == "real"
-    assert winners.find("best")[1].run_id == run_id
+    assert (newest(), newest(whole=True)) == ("tried", "real")
+    _, stored, chosen = winners.find("best")
+    assert stored.run_id == run_id
+    assert "Newer runs, of 'tried', are on a part of their data and are not considered." in chosen
 
 
 def test_of_two_whole_sets_the_one_whose_grid_was_started_last_comes_first(tmp_path, monkeypatch):
