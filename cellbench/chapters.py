@@ -47,7 +47,7 @@ def build(evidence: Evidence, trackers: Sequence[Tracker], known: dict[str, Any]
         sections.append(("Different test images", page.paragraphs(_apart(evidence))))
     for k, here in enumerate(evidence.sets):
         prefix = f"set{k + 1}-" if k else ""
-        label = f" ({here.dataset}, {here.digest[:8]})" if many else ""
+        label = f" ({here.data}; {here.digest[:8]})" if many else ""
         sections += [(heading + label, body) for heading, body in _about_set(here, trackers, report, prefix)]
     sections.append(("Runs without a result", colophon.without(evidence)))
     sections.append(("What the measures mean", page.paragraphs(colophon.meaning(evidence))))
@@ -58,6 +58,10 @@ def build(evidence: Evidence, trackers: Sequence[Tracker], known: dict[str, Any]
     report.verdict += leaderboard.empty_words(evidence.sets[0])
     absent = leaderboard.absent_classes(evidence.sets[0].models[0])
     report.verdict += leaderboard.class_words([name for name in evidence.sets[0].models[0].runs[0].told.get("classes", []) if name not in absent])
+    report.verdict += leaderboard.apart(evidence.sets)
+    busy = leaderboard.rows(evidence.sets[0])
+    if max((row.other_load_pct or 0.0 for row in busy), default=0.0) >= leaderboard.BUSY_PCT:
+        report.verdict.append(leaderboard.load_words(busy).replace("Costs", "Mind: costs", 1))
     lead = page.paragraphs([known["question"]]) if known.get("question") else ""
     lead += page.paragraphs(report.verdict, "verdict") + colophon.data(evidence, known)
     report.html = page.page(evidence.experiment, subtitle, sections, lead)
@@ -71,11 +75,12 @@ def _images(evidence: Evidence) -> str:
 
 def _apart(evidence: Evidence) -> list[str]:
     out = [
-        "The runs were tested on different images. Scores are paired within one set only; across sets no difference is computed or tested."
+        "The runs were tested on different images. Scores are paired within one set only; across sets no difference is computed or tested. "
+        "The newest set of whole data comes first: the verdict and `best` are about it. Sets under --limit come last."
     ]
     for here in evidence.sets:
-        num = sum(len(model.runs) for model in here.models)
-        out.append(f"{here.dataset}, data {here.digest}: {len(here.images)} test images, {num} runs, best {here.best.name}.")
+        num, when = sum(len(model.runs) for model in here.models), time.strftime("%Y-%m-%d %H:%M", time.localtime(here.last_s))
+        out.append(f"{here.data}; data {here.digest}, last run {when}: {num} run{'s' * (num != 1)}, best {here.best.name}.")
     return out
 
 
@@ -149,12 +154,11 @@ DIFFERENCE_HEADINGS = ("model", "minus", "difference", "95 %", "p (adjusted)", "
 
 def _difference(d: Difference, folded: bool) -> list[str]:
     """A comparison as text, under the headings above; with folds the p of the folds' own test stands last."""
-    low, high = d.interval.low, d.interval.high
     return [
         d.a,
         d.b,
         f"{d.interval.mean:+.4f}",
-        f"{low:+.4f} to {high:+.4f}" if low is not None and high is not None else d.interval.note,
+        leaderboard.span(d.interval.low, d.interval.high, d.interval.rough, "+.4f") or "none",
         p_words(d.p_adjusted).removeprefix("p = ").removeprefix("p "),
         f"{d.effect:+.2f}",
         f"{d.wins} of {d.num_images}",
@@ -178,9 +182,9 @@ def _statistics(here: TestSet, differences: list[Difference], report: Report, pr
     if len(here.models) > 2 and len(every) > len(differences):
         out += "<h3>Every pair</h3>" + draw("pairs", figures_tests.pairs([model.name for model in here.models], every))
     ranked = here.models[:MOST_RANKED]
-    if len(ranked) > 2:
+    if len(ranked) > 2 and here.decidable:
         only = f" of the {MOST_RANKED} best models" if len(here.models) > MOST_RANKED else ""
-        out += _ranked(f"Mean ranks{only}", [model.scores() for model in ranked], "ranks", draw)
+        out += _ranked(f"Mean ranks{only}", [model.scores() for model in ranked], "ranks", here.num_pairs, draw)
     plain = [model for model in here.models if model.plain and not model.baseline]
     scores = [model.scores() for model in plain]
     for one, other in (("backbone", "head"), ("head", "backbone")):
@@ -188,13 +192,14 @@ def _statistics(here: TestSet, differences: list[Difference], report: Report, pr
         if 1 < len(set(own)) <= MOST_RANKED and len(plain) > 2:
             averaged = marginal(scores, own, over=[getattr(model, other) for model in plain])
             if len(averaged) > 1:
-                out += _ranked(f"{one.capitalize()}s, {'; '.join(averaged[0].notes)}", averaged, f"ranks-{one}s", draw)
+                out += _ranked(f"{one.capitalize()}s, {'; '.join(averaged[0].notes)}", averaged, f"ranks-{one}s", here.num_pairs, draw)
     return out
 
 
-def _ranked(title: str, models: list[Scores], name: str, draw: Draw) -> str:
-    ranking = critical_difference(models)
-    picture = draw(name, figures_tests.critical(ranking)) if len(models) > 2 else ""
+def _ranked(title: str, models: list[Scores], name: str, num_pairs: int, draw: Draw) -> str:
+    """``num_pairs``: how many pairs the page compares, so that a diagram separates nothing where the page says that nothing can be decided."""
+    ranking = critical_difference(models, num_tests=num_pairs)
+    picture = draw(name, figures_tests.critical(ranking)) if ranking.critical_difference is not None else ""
     notes = [f"{note[:1].upper()}{note[1:]}." for note in ranking.notes if note not in models[0].notes]
     test = f"{ranking.test}'s test: {p_words(ranking.p)}." if ranking.p is not None else ""
     means = ", ".join(f"{m.model} {m.mean:.4f}" for m in sorted(models, key=lambda m: -m.mean)) if not picture else ""
@@ -208,14 +213,18 @@ def _ranked(title: str, models: list[Scores], name: str, draw: Draw) -> str:
 
 # --- cost -------------------------------------------------------------------------------------------------------------------------------
 
-COST_HEADINGS = ("model", "backbone parameters", "trained parameters", "training s", "images/s", "peak MiB", "features kept MiB", "Dice/image")
+COST_HEADINGS = (
+    "model", "backbone", "trained", "training s", "processor s", "images/s", "processor s an image", "load by others", "peak MiB",
+    "features kept MiB", "Dice/image",
+)  # fmt: skip
 
 
 def _cost(table: list[Row], lines: list[figures_many.Line], report: Report, prefix: str, draw: Draw) -> str:
     cells = [
         [
-            row.model, short(row.backbone_params), short(row.head_params), f"{row.train_s:.1f}", f"{row.images_per_s:.2f}", f"{row.peak_mib:.0f}",
-            f"{row.features_mib:.0f}", leaderboard.number(row.image_dice, 4),
+            row.model, short(row.backbone_params), short(row.head_params), f"{row.train_s:.1f}", leaderboard.number(row.train_cpu_s, 1),
+            f"{row.images_per_s:.2f}", leaderboard.number(row.image_cpu_s, 3), "" if row.other_load_pct is None else f"{row.other_load_pct:.0f} %",
+            f"{row.peak_mib:.0f}", f"{row.features_mib:.0f}", leaderboard.number(row.image_dice, 4),
         ]
         for row in table
     ]  # fmt: skip
@@ -225,13 +234,17 @@ def _cost(table: list[Row], lines: list[figures_many.Line], report: Report, pref
         "training, s (trunk and head)": [row.train_s for row in table if row.model in drawn],
         "prediction, s an image": [1 / row.images_per_s if row.images_per_s else 0.0 for row in table if row.model in drawn],
     }
+    load = leaderboard.load_words(table)
     notes = [
+        load,
+        "Backbone and trained: parameters. Processor seconds are what the threads of a run used of the processor; on a GPU, what handing the work "
+        "over took. The load by others is the largest share of the processor that other processes used while a run was trained or tested.",
         "Training seconds are computing time, summed over the lanes that work side by side, and hold the backbone's pass, which runs of one "
         "cohort share: each is charged all of it, and of the features kept too. Peak memory is the whole process's up to that run, so later "
         "runs never show less."
     ]
     return (
-        (draw("cost", figures_many.pareto(lines, costs)) if lines else "")
+        (draw("cost", figures_many.pareto(lines, costs), load) if lines else "")
         + page.table(COST_HEADINGS, cells[: page.MOST_LINES])
         + page.more(len(cells))
         + page.paragraphs(notes)

@@ -8,19 +8,18 @@ from cellbench import leaderboard, page
 from cellbench.evidence import Evidence
 from cellbench.logged import WEIGHTS
 from cellbench.refusals import command
+from cellbench.significance import FEWEST, ROUGH_BELOW
 
 
 def data(evidence: Evidence, known: dict[str, Any]) -> str:
+    """Of the first test set, which the verdict is about."""
     told = known.get("dataset", {})
     first = evidence.sets[0]
-    images = ", ".join(f"{num} {split}" for split, num in told.get("images", {}).items())
-    if first.num_folds or not images:  # what is recorded there are the images of one fold
-        images = f"{len(first.images)} test"
     return page.facts(
         [
-            ("data", f"{first.dataset}: {images} images"),
+            ("data", first.data),
             ("classes", ", ".join(first.models[0].runs[0].told.get("classes", []))),
-            ("digest", ", ".join(here.digest for here in evidence.sets)),
+            ("digest", first.digest),
             ("folds", f"{first.num_folds}; each image is tested once" if first.num_folds else ""),
             ("groups", f"{len(set(first.groups))} for {len(first.images)} test images" if first.groups is not None else ""),
             ("read from", told.get("root", "")),
@@ -43,7 +42,8 @@ def meaning(evidence: Evidence) -> list[str]:
     correction = "Holm" if len(first.models) <= leaderboard.ALL_PAIRS else "Bonferroni"
     out = [
         "Dice is pooled over all pixels of all test images; Dice/image is the mean of each image's own Dice, and what intervals and tests are "
-        f"about. Intervals are 95 % BCa bootstrap intervals over {unit}. Differences are paired by image and tested by Wilcoxon's signed-rank "
+        f"about. Intervals are 95 % BCa bootstrap intervals over {unit}; fewer than {FEWEST} {unit} give none, fewer than {ROUGH_BELOW} a rough "
+        f"one, likely too narrow (≈ in tables, dashed in pictures). Differences are paired by image and tested by Wilcoxon's signed-rank "
         f"test over {unit}; p is adjusted for every pair of models ({correction}), because the best was picked by these same scores. The "
         "interval of a difference is of that pair alone. 'For certain' and 'better' mean: adjusted p below 0.05, the interval excludes 0, and "
         "mean and ranks point the same way. The effect is the rank-biserial correlation, from -1 to 1. Seeds are averaged per image first: "

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import shlex
 import shutil
 import sys
 import tomllib
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from tqdm import tqdm
 
 from cellbench import moved, on_ray, ray_cohorts
@@ -26,10 +30,12 @@ from cellbench.features import Keeping
 from cellbench.files import cache_dir, make_folder, write_atomic
 from cellbench.grid import Crew, alone, everything, parent
 from cellbench.jobs import Job, jobs_of, open_folds
+from cellbench.load import Load
+from cellbench.load import words as load_words
 from cellbench.machine import Machine, is_size, machine, num_bytes
 from cellbench.orders import order
 from cellbench.registry import Registry, shipped
-from cellbench.report import about, conclude
+from cellbench.report import CHANGED, begin, conclude
 from cellbench.results import pool
 from cellbench.room import TooLarge
 from cellbench.runner import Runner
@@ -61,7 +67,15 @@ def read_experiment(name: str, changes: Sequence[str] = (), data: Path | None = 
 
     A drawn dataset gives way to ``--data``: the same questions are then asked of the person's own folder.
     """
-    path, tree = read_tree(name, changes, limit)
+    return read_asked(name, changes, data, limit, registry)[0]
+
+
+def read_asked(
+    name: str, changes: Sequence[str] = (), data: Path | None = None, limit: int | None = None, registry: Registry | None = None
+) -> tuple[Experiment, str]:
+    """As :func:`read_experiment`, and the experiment as a file that asks the same without any change of the call. The file is read once."""
+    asked = read_tree(name, changes, limit)
+    path, tree = asked.path, asked.tree
     if "space" in tree:
         raise CellbenchError(f"{path}: asks for a search. `cellbench search {name}` runs it.")
     experiment = Experiment.of(tree, str(path))
@@ -75,25 +89,55 @@ def read_experiment(name: str, changes: Sequence[str] = (), data: Path | None = 
     for run in expand(experiment, str(path)):
         registry.complete(run)
     if data is not None and card.draw:
-        tree["dataset"] = "folder"
-        tree.get("data", {}).pop("draw", None)
-        tree["experiment"] = f"{experiment.experiment} on {data.absolute().name}"
-        experiment = Experiment.of(tree, str(path))
-    return experiment
+        asked = asked.on(data)
+        experiment = Experiment.of(asked.tree, str(path))
+    return experiment, asked.resolved
 
 
-def read_tree(name: str, changes: Sequence[str] = (), limit: int | None = None) -> tuple[Path, dict[str, Any]]:
-    """The path of an experiment's or search's file and what stands in it, with ``--set`` changes. Raises CellbenchError."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a call asks, read once when it starts: a file that is edited or deleted later changes nothing."""
+
+    path: Path
+    text: str
+    """The file as it was read."""
+    tree: dict[str, Any]
+    """Its settings with the changes of the call."""
+    changes: tuple[str, ...] = ()
+    """Those changes, as they were given."""
+
+    def on(self, data: Path) -> Asked:
+        """The same question on a folder of one's own in place of drawn data."""
+        settings = {name: value for name, value in self.tree.get("data", {}).items() if name != "draw"}
+        tree = {**self.tree, "dataset": "folder", "experiment": f"{self.tree['experiment']} on {data.absolute().name}"}
+        if "data" in tree:
+            tree["data"] = settings
+        return replace(self, tree=tree, changes=(*self.changes, f"--data {data}"))
+
+    @property
+    def resolved(self) -> str:
+        """A file that asks the same without any change: the text itself, or its first comments, the changes, and the settings as they ran."""
+        if not self.changes:
+            return self.text
+        lines = self.text.lstrip().splitlines()
+        head = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+        return "\n".join([*head, f"{CHANGED}{' '.join(' '.join(self.changes).split())}\n", tomli_w.dumps(self.tree)])
+
+
+def read_tree(name: str, changes: Sequence[str] = (), limit: int | None = None) -> Asked:
+    """What an experiment's or search's file asks, with ``--set`` changes. Raises CellbenchError."""
     path = experiment_path(name)
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CellbenchError(f"{path}: cannot be read as an experiment: {error}.") from None
     for change in changes:
         _change(tree, change)
     if limit is not None:
         _change(tree, f"data.limit={limit}")
-    return path, tree
+    given = [*(f"--set {shlex.quote(change)}" for change in changes), *([f"--limit {limit}"] if limit is not None else [])]
+    return Asked(path=path, text=text, tree=tree, changes=tuple(given))
 
 
 def _change(tree: dict[str, Any], change: str) -> None:
@@ -172,7 +216,7 @@ def grid(
     """``cellbench grid``: runs an experiment and prints its leaderboard. Exit code 0, or 1 where a run failed."""
     disk, prefer_disk = cache_budget(cache, cache_url)
     registry = Registry(extra)
-    experiment = read_experiment(file, changes, data, limit, registry)
+    experiment, text = read_asked(file, changes, data, limit, registry)
     weights = weights_folder(weights)
     if workers is not None and on is not None:
         raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
@@ -198,7 +242,7 @@ def grid(
     key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), pool(datasets), here.precision_name], sort_keys=True).encode()).hexdigest()[:16]
     asked = {f"grid.{name}": ", ".join(map(str, values)) for name, values in experiment.grid.items()}
     asked |= {"baselines": ", ".join(experiment.baselines) or "none", "dataset": dataset.name, "precision": here.precision_name}
-    with on_ray.joined(on, here) if on is not None else nullcontext() as ray, parent(tracker, f"grid: {Path(file).stem}", key, asked) as top:
+    with on_ray.joined(on, here) if on is not None else nullcontext() as ray, parent(tracker, f"grid: {Path(file).stem}", key, asked, pool(datasets)) as top:
         runner = Runner(
             experiment=experiment,
             registry=registry,
@@ -212,6 +256,7 @@ def grid(
             say=say,
         )
         top.log({"grid/runs": len(jobs)})
+        known = begin(top, text, dataset, here.name)
         with watched(tracker, [top.run_id]):
             told = order(
                 experiment,
@@ -231,7 +276,6 @@ def grid(
                 crew = ray_cohorts.Crew(ray, told, gpu_share)
             outcome = everything(runner, jobs, crew)
         ids = {logged.run_id for logged in outcome.finished.values()}
-        known = about(experiment_path(file).read_text(encoding="utf-8"), dataset, here.name)
         splits = {
             f"fold {fold}: {split}" if len(datasets) > 1 else split: [sample.name for sample in one.samples(split)]
             for fold, one in enumerate(datasets)
@@ -250,7 +294,7 @@ def grid(
 def _dry(jobs: list[Job], registry: Registry, datasets: Sequence[Dataset], here: Machine, weights: Path | None, keeping: Keeping) -> int:
     for job in jobs:
         say(f"  {job.name}" + (f"  skipped: {job.unavailable}" if job.unavailable else ""))
-    wall = memory = disk = 0.0
+    wall, memory, disk, busy = 0.0, 0.0, 0.0, Load()
     known = {id(job.run): job for job in jobs}
     for number, group in enumerate(cohorts(job.run for job in jobs), 1):
         first = group[0]
@@ -272,7 +316,11 @@ def _dry(jobs: list[Job], registry: Registry, datasets: Sequence[Dataset], here:
             f"about {duration(one.wall_s)}, {one.memory_mib / 1024:.1f} GiB of memory; {one.source}"
         )
         wall, memory, disk = wall + one.wall_s, max(memory, one.memory_mib), disk + one.disk_mib
-    say(f"in all about {duration(wall)}, up to {memory / 1024:.1f} GiB of memory and {disk:.0f} MiB of disk for results (from a few tiles timed now)")
+    busy_words = load_words(busy.others_pct())
+    say(
+        f"in all about {duration(wall)}, up to {memory / 1024:.1f} GiB of memory and {disk:.0f} MiB of disk for results "
+        f"(from a few tiles timed now{', ' if busy_words else ''}{busy_words})"
+    )
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ EPOCH_METRICS = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
 FILES = ("config.toml", "head.safetensors", "preparation.json", "separation.json")
 
 
-def enter(tracker: Tracker, run: Stored, verdict: str) -> str:
+def enter(tracker: Tracker, run: Stored, verdict: str, more: str = "") -> str:
     """Makes the entry of a finished run, once; returns its id. Raises CellbenchError where the run has lost what it left.
 
-    ``verdict``: what the run is an entry for, "the best"; shown as the model's description.
+    ``verdict``: what the run is an entry for, "the best"; shown in the model's description, with ``more``: sentences on how it was chosen.
     """
     client, entities = tracker.client, tracker.mlflow.entities
+    said = {VERDICT: verdict, NOTE: f"In '{tracker.name}': {verdict}.{more}"}
     if (known := run.tags.get(MODEL)) and _there(tracker, known):
-        client.set_logged_model_tags(known, {VERDICT: verdict, NOTE: f"In '{tracker.name}': {verdict}."})  # more runs may have come since
+        client.set_logged_model_tags(known, said)  # more runs may have come since
         return known
     best = int(run.metrics.get("best/epoch", 0))
     model = client.create_logged_model(
@@ -36,7 +38,7 @@ def enter(tracker: Tracker, run: Stored, verdict: str) -> str:
         name=name_of(run.name),
         source_run_id=run.run_id,
         params=dict(run.params),
-        tags={EXPERIMENT: tracker.name, FINGERPRINT: run.fingerprint, VERDICT: verdict, NOTE: f"In '{tracker.name}': {verdict}."},
+        tags={EXPERIMENT: tracker.name, FINGERPRINT: run.fingerprint, **said},
         model_type="segmentation",
     )
     try:
@@ -50,6 +52,25 @@ def enter(tracker: Tracker, run: Stored, verdict: str) -> str:
         raise
     client.finalize_logged_model(model.model_id, "READY")
     return model.model_id
+
+
+SUPERSEDED = "superseded"
+"""The verdict of an entry whose model was a winner once: among fewer models, or on other data."""
+
+
+def supersede(tracker: Tracker, winners: Collection[str]) -> None:
+    """Marks the experiment's entries that are no winners any more; ``winners``: the ids of those that are."""
+    token = None
+    while True:
+        page = tracker.client.search_logged_models([tracker.experiment_id], page_token=token)
+        for model in page:
+            before = model.tags.get(VERDICT, SUPERSEDED)
+            if model.model_id not in winners and before != SUPERSEDED:
+                note = f"In '{tracker.name}': superseded by later runs. Before: {before}."
+                tracker.client.set_logged_model_tags(model.model_id, {VERDICT: SUPERSEDED, NOTE: note})
+        token = page.token
+        if not token:
+            return
 
 
 def fill(folder: Path, tracker: Tracker, run: Stored, model_id: str) -> None:

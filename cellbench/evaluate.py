@@ -23,6 +23,7 @@ from cellbench.data.intensity import Note, lines_of
 from cellbench.data.pixels import Pixels
 from cellbench.errors import CellbenchError
 from cellbench.exam import Case, Exams
+from cellbench.load import Load
 from cellbench.metrics import confusion, image_scores
 from cellbench.registry import Registry
 from cellbench.results import Result
@@ -74,17 +75,22 @@ def examine(segmenter: Segmenter, dataset: Dataset, num_shown: int) -> tuple[Res
     """The test of a segmenter on a dataset's test images, its ``num_shown`` worst answers, the worst first, and how images were read in words."""
     worst: list[Case] = []
     notes: list[tuple[str, Note]] = []
-    num, start = len(dataset.classes), time.perf_counter()
+    num, busy, seconds, timed, start = len(dataset.classes), Load(), 0.0, 0, time.perf_counter()
     answers = segmenter.predict_all(sample.image for sample in dataset.test)
     with Exams(dataset, 1, [segmenter.trained.separation]) as exams:
         for index, found in enumerate(tqdm(answers, total=len(dataset.test), desc="testing", unit="image", leave=False, disable=None)):
+            if index or len(dataset.test) == 1:  # the first comes while everything is cold
+                seconds, timed = seconds + time.perf_counter() - start, timed + 1
             notes += [(dataset.test[index].name, note) for note in found.notes]
             truth = dataset.read_mask(dataset.test[index])
             counts = confusion(truth, found.classes, num)
             exams.take(index, truth, [counts], [(found.classes, found.probability, found.relief)])
             worst.append(Case.of(index, float(image_scores(counts[None], unused=dataset.unused)["dice"][0]), found.classes, found.probability))
             worst = sorted(worst, key=lambda case: math.inf if math.isnan(case.dice) else case.dice)[:num_shown]
-    cost = {"cost/images_per_s": len(dataset.test) / max(time.perf_counter() - start, 1e-9)}
+            start = time.perf_counter()  # reading the truth and scoring are not the model's
+    cost = {"cost/images_per_s": timed / max(seconds, 1e-9)}
+    if (load_pct := busy.others_pct()) is not None:
+        cost["cost/test_other_load_pct"] = load_pct
     return Result(exam=exams.exams[0], cost=cost, preparation=segmenter.trained.preparation), worst, lines_of(notes)
 
 
@@ -104,6 +110,8 @@ def evaluate(
         raise CellbenchError(f"--visualize {visualize}: a number of images is expected, 0 or more.")
     segmenter = Segmenter.load(asked, weights=weights, registry=extra, device=device, precision=precision)
     trained = segmenter.trained
+    for line in trained.origin:
+        say(line)
     experiment = Experiment.of(tomllib.loads(trained.config), "config.toml")
     dataset, what = labelled(trained, experiment, Registry(extra), data)
     say(f"{trained.name}: {len(dataset.test)} images of {dataset.root} ({what}), on {segmenter.machine.name}.")
@@ -135,9 +143,7 @@ def evaluate(
                 figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"worst-{rank:03d}-{stem}.png")
             run.artifacts(folder)
         run.log(metrics, tags=results.tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png")))
-    mean = results.score(metrics, "test_image/dice")
-    if "test_image/dice_low" in metrics:
-        mean += f" (95 % {metrics['test_image/dice_low']:.4f} to {metrics['test_image/dice_high']:.4f})"
+    mean = f"{results.score(metrics, 'test_image/dice')}{results.interval_words(metrics)}"
     say(f"Dice {results.score(metrics, 'test/dice')} over all pixels, {mean} in the mean of the images; IoU {results.score(metrics, 'test/iou')}.")
     say(f"{outcome_words({key.removeprefix('test/'): value for key, value in metrics.items()})}.")
     if metrics["test/num_empty"]:

@@ -15,13 +15,13 @@ import numpy as np
 
 from cellbench.errors import CellbenchError
 from cellbench.lineup import MEASURES, Tested, TestSet, line_up
-from cellbench.logged import Stored
+from cellbench.logged import DATA, Stored
 from cellbench.track import Tracker
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evidence:
-    """An experiment's finished runs by test set, the one with most runs first, and what became of the others."""
+    """An experiment's finished runs by test set, the newest whole one first, and what became of the others."""
 
     experiment: str
     sets: tuple[TestSet, ...]
@@ -31,7 +31,7 @@ class Evidence:
     left_out: tuple[str, ...] = ()
     """Sentences about runs that are not in the tables, and why."""
     parents: tuple[Stored, ...] = ()
-    """The grids and searches behind the runs, the latest first."""
+    """The grids and searches behind the runs, the one that was started last first."""
 
     @property
     def num_runs(self) -> int:
@@ -84,7 +84,8 @@ def collect(trackers: Sequence[Tracker], only: Collection[str] | None = None) ->
     unique = {(run.told["dataset"], *sorted(run.stored.params.items())): run for run in sorted(tested, key=lambda run: run.stored.start_s)}
     if num := len(tested) - len(unique):
         left_out.append(f"{_runs(num)} {_is(num)} left out: later ones have the same settings, with other weights or a newer version.")
-    sets, incomplete = line_up(unique.values())
+    started_s = {run.tags[DATA]: run.last_s for run in sorted(parents, key=lambda run: run.last_s) if DATA in run.tags}
+    sets, incomplete = line_up(unique.values(), started_s)
     left_out += incomplete
     if not sets:
         raise CellbenchError(f"experiment '{names}': no model has all its folds, so there is nothing to compare ({incomplete[0]}). Run the grid to its end.")
@@ -94,7 +95,7 @@ def collect(trackers: Sequence[Tracker], only: Collection[str] | None = None) ->
         skipped=skipped,
         failed=failed,
         left_out=tuple(left_out),
-        parents=tuple(reversed(parents)),
+        parents=tuple(sorted(parents, key=lambda run: -run.last_s)),
     )
 
 

@@ -29,6 +29,8 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CellbenchError(f"--out {out}: is there already and not empty. Name a new folder.")
     segmenter = Segmenter.load(asked, weights=weights, registry=extra, device="cpu" if onnx else device, precision=precision)
+    for line in segmenter.trained.origin:
+        say(line)
     given = weights or (Path(os.environ["CELLBENCH_WEIGHTS"]) if os.environ.get("CELLBENCH_WEIGHTS") else None)
     inside = Path(asked) if Path(asked).is_dir() else None
     cards = Registry(inside / CARDS if inside else extra)

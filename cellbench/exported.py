@@ -78,6 +78,8 @@ def write_folder(folder: Path, trained: Trained, registry: Registry, weights: Pa
         "run_id": trained.run_id,
         "experiment": trained.experiment,
         "config": trained.config,
+        "data": trained.data,
+        "chosen": trained.chosen,
         "backbone": said,
     }
     write_atomic(folder / RUN, json.dumps(facts, indent=1))  # last: a folder without it is none
@@ -106,6 +108,8 @@ def read_folder(folder: Path) -> Trained:
         weights=weights,
         separation=Separation(**facts["separation"]),
         backbone_digest=facts.get("backbone_digest", ""),
+        data=facts.get("data", ""),
+        chosen=facts.get("chosen", ""),
         **{key: facts[key] for key in ("fingerprint", "dataset_digest", "run_id", "experiment", "config")},
     )
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 from cellbench.exam import shown
-from cellbench.significance import mean_interval
+from cellbench.significance import Interval, mean_interval
 
 if "matplotlib.pyplot" not in sys.modules:  # a notebook that draws keeps its own way to show
     matplotlib.use("Agg")
@@ -144,14 +145,16 @@ def report_card(
     each: dict[str, np.ndarray],
     pooled: dict[str, dict[str, float]],
     calibration: dict[str, list[float]] | None,
+    units: Sequence[Hashable] | None = None,
 ) -> Figure:
     """A run's scores on a page: measures with intervals, each class, the spread over images, and whether probabilities can be believed.
 
-    ``each``: scores of each image by name, (N,); ``pooled``: the five measures over all pixels, by class name.
+    ``each``: scores of each image by name, (N,); ``pooled``: the five measures over all pixels, by class name; ``units``: the group of each
+    image, over which the intervals are.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
-        _measures(axes[0, 0], each)
+        _measures(axes[0, 0], each, units)
         _classes(axes[0, 1], pooled)
         _distribution(axes[1, 0], each["dice"])
         _reliability(axes[1, 1], calibration)
@@ -159,10 +162,33 @@ def report_card(
     return figure
 
 
-def _measures(axes: Axes, each: dict[str, np.ndarray]) -> None:
-    known = {key: each[key][~np.isnan(each[key])] for key in (*MEASURES, *SHAPES) if key in each}
-    names = [key for key, values in known.items() if values.size]
-    found = [mean_interval(known[key]) for key in names]
+def draw_span(axes: Axes, at: float, interval: Interval, *, upright: bool = False, **look: Any) -> None:
+    """An interval as a line at height ``at``, or ``upright`` at that place; a rough one is dashed, and where there is none nothing is drawn."""
+    if interval.low is None or interval.high is None:
+        return
+    ends, here = [interval.low, interval.high], [at, at]
+    style = (0, (2.5, 1.2)) if interval.rough else "-"
+    axes.plot(*((here, ends) if upright else (ends, here)), linestyle=style, **look)
+
+
+def span_words(found: Iterable[Interval], line: str = "line") -> str:
+    """What a picture says of the intervals in it, which are all of the same images.
+
+    >>> few, some = (Interval(mean=0.9, low=low, high=low, num=num) for low, num in ((None, 3), (0.8, 9)))
+    >>> span_words([few]), span_words([some])
+    ('no intervals: 3 images are too few', 'dashed line: 95 % interval, rough, of 9 images')
+    """
+    one = next(iter(found))
+    units = f"{one.num} {'images' if one.unit == 'image' else 'groups of images'}" if one.num > 1 else f"1 {one.unit}"
+    if one.low is None:
+        return f"no intervals: {units} {'are' if one.num > 1 else 'is'} too few"
+    return f"dashed {line}: 95 % interval, rough, of {units}" if one.rough else f"{line}: 95 % interval over {units}"
+
+
+def _measures(axes: Axes, each: dict[str, np.ndarray], units: Sequence[Hashable] | None) -> None:
+    known = {key: ~np.isnan(each[key]) for key in (*MEASURES, *SHAPES) if key in each}
+    names = [key for key, there in known.items() if there.any()]
+    found = [mean_interval(each[key][known[key]], groups=None if units is None else [units[k] for k in np.flatnonzero(known[key])]) for key in names]
     for x, (key, interval) in enumerate(zip(names, found, strict=True)):
         pixels = key in MEASURES
         axes.bar(
@@ -174,15 +200,14 @@ def _measures(axes: Axes, each: dict[str, np.ndarray]) -> None:
             edgecolor="white",
             hatch=None if pixels else "///",
         )
-        if interval.low is not None and interval.high is not None:
-            axes.plot([x, x], [interval.low, interval.high], color="black", linewidth=1.2)
+        draw_span(axes, x, interval, upright=True, color="black", linewidth=1.2)
         top = max(interval.mean, interval.high or 0)
         axes.text(x, top + 0.015, f"{interval.mean:.3f}".replace("0.", "."), ha="center", va="bottom", fontsize=7)
     axes.set_xticks(
         range(len(names)), [(MEASURES | SHAPES)[key] for key in names], fontsize=7, rotation=45, ha="right", rotation_mode="anchor"
     )
     axes.set_ylim(0, 1.08)
-    axes.set_title("mean over images with 95 % interval; hatched: outlines and cells", fontsize=8)
+    axes.set_title(f"mean over images; {span_words(found)}; hatched: outlines and cells", fontsize=7 if len(found[0].unit) > 5 else 8)
 
 
 def _classes(axes: Axes, pooled: dict[str, dict[str, float]]) -> None:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
-from cellbench.figures import PALETTE, STYLE
+from cellbench.figures import PALETTE, STYLE, draw_span, span_words
 from cellbench.lineup import Line
 from cellbench.significance import Interval
 
@@ -39,7 +39,7 @@ def scoreboard(lines: Sequence[Line], measure: str = "Dice") -> Figure:
                 y, one.mean - start, left=start, color=GREY if line.baseline else BLUE, alpha=0.75, hatch="///" if line.baseline else None,
                 edgecolor="white", height=0.7,
             )  # fmt: skip
-            axes.plot([lower(one), upper(one)], [y, y], color="black", linewidth=1.2)
+            draw_span(axes, y, one, color="black", linewidth=1.2)
         right = max(upper(one) for one in means)
         span = right - start or 1.0
         for y, one in enumerate(means):
@@ -48,7 +48,7 @@ def scoreboard(lines: Sequence[Line], measure: str = "Dice") -> Figure:
         _models(axes, lines)
         zero = "" if start == 0 else " (the axis does not start at 0)"
         axes.set_xlabel(f"test {measure}, mean over images{zero}")
-        axes.set_title(f"line: 95 % interval over images; hatched: baselines{left_out}", fontsize=8, color="0.35")
+        axes.set_title(f"{span_words(means)}; hatched: baselines{left_out}", fontsize=8, color="0.35")
     return figure
 
 
@@ -61,7 +61,7 @@ def measures(lines: Sequence[Line]) -> Figure:
         for axes, name in zip(panels[0], names, strict=True):
             for y, line in enumerate(lines):
                 one = line.measures[name]
-                axes.plot([lower(one), upper(one)], [y, y], color="0.45", linewidth=1.4, zorder=1)
+                draw_span(axes, y, one, color="0.45", linewidth=1.4, zorder=1)
                 axes.plot(one.mean, y, "s" if line.baseline else "o", color=GREY if line.baseline else BLUE, markersize=4.5, zorder=2)
             best = max(line.measures[name].mean for line in lines)
             axes.axvline(best, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
@@ -71,7 +71,8 @@ def measures(lines: Sequence[Line]) -> Figure:
             axes.margins(x=0.12)
             axes.tick_params(axis="y", length=0)
         _models(panels[0][0], lines)
-        figure.supxlabel(f"mean over images with 95 % interval; dotted: the best; squares: baselines{left_out}", fontsize=8, color="0.35")
+        said = span_words([lines[0].measures[names[0]]])
+        figure.supxlabel(f"mean over images; {said}; dotted: the best; squares: baselines{left_out}", fontsize=8, color="0.35")
     return figure
 
 
@@ -171,7 +172,8 @@ def learning(names: Sequence[str], curves: Sequence[Sequence[tuple[float, Interv
         for k, (name, points) in enumerate(zip(names, curves, strict=False)):
             x = np.array([one for one, _ in points], float) * 1.015 ** (k - (len(names) - 1) / 2)  # side by side, or intervals hide each other
             mean = np.array([interval.mean for _, interval in points])
-            ends = np.array([[interval.mean - lower(interval), upper(interval) - interval.mean] for _, interval in points]).T
+            some = all(interval.low is not None for _, interval in points)
+            ends = np.array([[interval.mean - lower(interval), upper(interval) - interval.mean] for _, interval in points]).T if some else None
             axes.errorbar(
                 x, mean, ends, color=PALETTE[k % len(PALETTE)], marker=MARKERS[k % len(MARKERS)], linestyle=("-", "--", ":", "-.")[k % 4],
                 markersize=5.5, linewidth=1.4, elinewidth=0.9, capsize=2.5, label=name,
@@ -182,7 +184,8 @@ def learning(names: Sequence[str], curves: Sequence[Sequence[tuple[float, Interv
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(label)
         axes.set_ylabel(f"test {measure}, mean over images")
-        axes.set_title(f"bars: 95 % interval over images{left_out}", fontsize=8, color="0.35")
+        said = span_words([interval for points in curves for _, interval in points], "bars").replace("dashed bars", "bars")
+        axes.set_title(f"{said}{left_out}", fontsize=8, color="0.35")
         axes.grid(axis="y", color="0.92", linewidth=0.6)
         figure.legend(loc="outside right upper", fontsize=8)
     return figure

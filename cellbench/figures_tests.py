@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cellbench.figures import STYLE
-from cellbench.figures_many import BLUE, lower, most_of, upper
+from cellbench.figures import STYLE, draw_span, span_words
+from cellbench.figures_many import BLUE, most_of
 from cellbench.ranking import Ranking, p_words
 from cellbench.scored import Difference
 from cellbench.significance import negative
@@ -29,7 +29,7 @@ def forest(differences: Sequence[Difference], best: str, measure: str = "Dice") 
         for y, d in enumerate(order):
             one, other = (d.interval, d.a) if d.b == best else (negative(d.interval), d.b)
             colour = BLUE if d.decided else "0.45"
-            axes.plot([lower(one), upper(one)], [y, y], color=colour, linewidth=1.6)
+            draw_span(axes, y, one, color=colour, linewidth=1.6)
             axes.plot(one.mean, y, "o", color=colour, markerfacecolor=colour if d.decided else "white", markersize=6)
             said = f"{one.mean:+.4f}   {p_words(d.p_adjusted)}"
             axes.annotate(said, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
@@ -39,7 +39,8 @@ def forest(differences: Sequence[Difference], best: str, measure: str = "Dice") 
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(f"difference in {measure} to {best}, paired by image")
-        axes.set_title(f"filled: certain (p adjusted for every pair); open: this data cannot tell{left_out}", fontsize=8, color="0.35")
+        said = span_words([d.interval for d in order])
+        axes.set_title(f"filled: certain (p adjusted for every pair); open: this data cannot tell{left_out}\n{said}", fontsize=8, color="0.35")
     return figure
 
 

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from cellbench.jobs import Job
+from cellbench.logged import DATA
 from cellbench.runner import Outcome, Runner
 from cellbench.spec import cohorts
 from cellbench.track import Run, Tracker
@@ -46,10 +47,11 @@ def everything(runner: Runner, jobs: list[Job], crew: Crew = alone) -> Outcome:
 
 
 @contextlib.contextmanager
-def parent(tracker: Tracker, name: str, fingerprint: str, asked: Mapping[str, str], kind: str = "grid") -> Iterator[Run]:
-    """The parent run of a grid or search: the same one whenever the same one is started again. ``asked``: its params, for people to read."""
+def parent(tracker: Tracker, name: str, fingerprint: str, asked: Mapping[str, str], data: str, kind: str = "grid") -> Iterator[Run]:
+    """The parent run of a grid or search: the same one whenever the same one is started again. ``asked``: its params, for people to read;
+    ``data``: the digest of its data."""
     old = tracker.known(fingerprint).get(fingerprint)
-    with tracker.run(name, fingerprint, known=old, tags={"cellbench.kind": kind}) as run:
+    with tracker.run(name, fingerprint, known=old, tags={"cellbench.kind": kind, DATA: data}) as run:
         if old is None:  # a param is written once, and a folder may have another name today
             run.log({}, params=asked)
         yield run

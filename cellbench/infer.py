@@ -88,7 +88,7 @@ class _Sheets:
 
     def add(self, batch: Batch, images: list[int]) -> list[Segmented]:
         """Takes the next tiles and the images that they are of; gives the answers that became whole."""
-        start, done = time.perf_counter(), []
+        start, start_cpu, done = time.perf_counter(), time.thread_time(), []
         with torch.inference_mode():
             with self._features.trunk.machine.autocast():
                 logits_BKTT = self._model.decode(batch)
@@ -101,6 +101,7 @@ class _Sheets:
                 if not self._missing:
                     done.append(self._answer)
         self._model.seconds += time.perf_counter() - start
+        self._model.cpu_seconds += time.thread_time() - start_cpu
         return done
 
     def _begin(self, image: int) -> None:

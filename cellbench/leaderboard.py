@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cellbench.lineup import MEASURES, Line, Model, TestSet
+from cellbench.load import words as words_of_load
 from cellbench.ranking import verdict
 from cellbench.scored import Difference, flipped
 from cellbench.significance import Interval
@@ -32,7 +33,7 @@ class Row:
     """Mean over test images of the Dice of each; rows are sorted by it, since it is what is tested."""
     low: float | None
     high: float | None
-    """95 % interval of ``image_dice`` over images."""
+    """95 % interval of ``image_dice`` over images, or over groups of them."""
     iou: float | None
     precision: float | None
     recall: float | None
@@ -54,6 +55,12 @@ class Row:
     features_mib: float
     pooled_by_seed: tuple[float, ...]
     run_ids: tuple[str, ...]
+    rough: bool = False
+    """Whether the interval is of few images."""
+    train_cpu_s: float | None = None
+    image_cpu_s: float | None = None
+    other_load_pct: float | None = None
+    """The most of the processor that other processes used, in training or testing any of its runs."""
 
 
 def rows(here: TestSet) -> list[Row]:
@@ -66,6 +73,9 @@ def _row(model: Model, interval: Interval) -> Row:
 
     def cost(name: str) -> float:
         return model.mean(f"cost/{name}") or 0.0
+
+    names = ("cost/train_other_load_pct", "cost/test_other_load_pct")
+    loads = [run.stored.metrics[name] for run in model.runs for name in names if name in run.stored.metrics]
 
     return Row(
         model=model.name,
@@ -93,6 +103,10 @@ def _row(model: Model, interval: Interval) -> Row:
         features_mib=cost("features_mib"),
         pooled_by_seed=tuple(pooled),
         run_ids=tuple(run.stored.run_id for run in model.runs),
+        rough=interval.rough,
+        train_cpu_s=model.mean("cost/train_cpu_s"),
+        image_cpu_s=model.mean("cost/image_cpu_s"),
+        other_load_pct=max(loads, default=None),
     )
 
 
@@ -122,26 +136,69 @@ def differences(here: TestSet, measure: str = "dice") -> list[Difference]:
     return [d if d.b == best else flipped(d) for d in pairs(here, measure) if best in (d.a, d.b)]
 
 
+BUSY_PCT = 10.0
+"""From so much load by other processes on, seconds are said to be longer than they need be."""
+
+
+def load_words(table: Sequence[Row]) -> str:
+    """How busy other processes kept the machine while the costs were measured, in a sentence."""
+    loads = [row.other_load_pct for row in table if row.other_load_pct is not None]
+    if not loads:
+        return "How busy other processes kept the machine is not recorded."
+    few = f" (not recorded for {len(table) - len(loads)} of {len(table)} models)" if len(loads) < len(table) else ""
+    said = f"measured {words_of_load(max(loads))}"
+    if max(loads) < BUSY_PCT:
+        return f"Costs were {said} at most{few}."
+    least = f", for some models only {min(loads):.0f} %" if min(loads) < max(loads) / 2 else ""
+    return f"Costs were {said}{least}{few}: on an idle machine seconds would be fewer. Processor seconds depend on that least: compare those."
+
+
 def best_by(here: TestSet, measure: str) -> str:
     """The model with the highest mean over images."""
     return max(here.models, key=lambda model: model.rating(measure)).name
 
 
 def winners(here: TestSet, most: int = 3) -> list[Model]:
-    """The best model, and up to ``most`` in all, the best first, of those that the data cannot tell from it and whose interval holds 0.
+    """The best model and, best first, those that do not differ significantly from it, up to ``most`` in all.
 
-    Both, because few images cannot tell a good model from a useless one.
+    The best alone where the images are too few to decide anything: there a useless model does not differ significantly either.
     """
-    tied = {d.a for d in differences(here) if d.better is None and not d.interval.excludes_zero}
+    tied = {d.a for d in differences(here) if d.better is None} if here.decidable else set()
     return [model for model in here.models if model is here.best or model.name in tied][:most]
 
 
 def words(here: TestSet) -> list[str]:
-    """What the data can tell about the best model against the others, in sentences."""
+    """What the data can tell about the best model against the others, in sentences, and by which rule it is the best."""
     if all(model.scores().empty.all() for model in here.models):
         return ["No test image has a cell, and no model found one: there is nothing to compare."]
     found = differences(here)
-    return verdict(found, what="Dice") if found else ["One model alone: there is nothing to compare."]
+    if not found:
+        return ["One model alone: there is nothing to compare."]
+    said = verdict(found, what="Dice")
+    return [*said[:2], f"{here.best.name} was {chosen_by(here)}.", *said[2:]]
+
+
+def chosen_by(here: TestSet) -> str:
+    """By which rule the best model is the best; empty for one model alone."""
+    num = len(here.models)
+    if num < 2:
+        return ""
+    return f"chosen by its test score, the highest mean Dice over images among {num} models; the score of the chosen is optimistic"
+
+
+def apart(sets: Sequence[TestSet]) -> list[str]:
+    """Of several test sets, which one is meant by the best and the verdict, and what the others are; nothing to say of a single one."""
+    if len(sets) < 2:
+        return []
+    first, *others = sets
+    kind = "newest whole test set" if not first.limit else "newest test set"
+    listed = "; ".join(f"{here.data}, best {here.best.name} with {here.best.scores().mean:.3f}" for here in others[:MOST_SETS])
+    more = f"; {len(others) - MOST_SETS} more" if len(others) > MOST_SETS else ""
+    return [f"This is about the {kind}, {first.data}. {len(others)} more {'is' if len(others) == 1 else 'are'} not compared with it: {listed}{more}."]
+
+
+MOST_SETS = 4
+"""Test sets that a sentence names."""
 
 
 def more_words(here: TestSet) -> list[str]:
@@ -178,7 +235,7 @@ def cells(row: Row) -> list[str]:
         number(row.dice, 4),
         number(row.seed_sd, 4),
         number(row.image_dice, 4),
-        f"{row.low:.3f} to {row.high:.3f}" if row.low is not None and row.high is not None else "",
+        span(row.low, row.high, row.rough),
         number(row.iou, 4),
         number(row.precision, 4),
         number(row.recall, 4),
@@ -291,6 +348,15 @@ def lines(here: TestSet) -> list[Line]:
         for k, model in enumerate(here.models)
         if not math.isnan(here.intervals("dice")[k].mean)
     ]
+
+
+def span(low: float | None, high: float | None, rough: bool, style: str = ".3f") -> str:
+    """An interval as text, a rough one marked; empty where there is none.
+
+    >>> span(0.9, 0.95, True)
+    '≈ 0.900 to 0.950'
+    """
+    return "" if low is None or high is None else f"{'≈ ' * rough}{low:{style}} to {high:{style}}"
 
 
 def number(value: float | None, digits: int) -> str:

@@ -49,6 +49,11 @@ class Learner:
     history: list[dict[str, float]] = field(default_factory=list)
     train_s: float = 0.0
     """Spent in learning. On a GPU this is the time to hand the work over, unless something waits for it."""
+    train_cpu_s: float = 0.0
+    """Of the processor, by the thread that learned: other processes make ``train_s`` longer, this hardly."""
+    trunk_s: float = 0.0
+    """Spent in the backbone, which the cohort shares, in the epochs that it took part in; those before an interruption too."""
+    trunk_cpu_s: float = 0.0
     ended: str = ""
     """Why it stopped: ``done``, ``stopped early``, ``pruned`` or ``failed: …``; empty while it learns."""
 
@@ -64,15 +69,17 @@ class Learner:
     def begin(self) -> None:
         """A new epoch."""
         self.model.train()
+        self._trunk_before = self._trunk.seconds, self._trunk.cpu_seconds
         self._step, self._batches = 0, MiniBatches(self.num_views, self.run.batch_size)
         self.loss_sum = torch.zeros((), device=self.device)
 
     def take(self, chunk: Batch) -> None:
         """Learns from as many whole mini-batches as are there; the rest waits for the next chunk."""
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.thread_time()
         for batch in self._batches.of(chunk):
             self._learn(batch)
         self.train_s += time.perf_counter() - start
+        self.train_cpu_s += time.thread_time() - start_cpu
 
     def end(self) -> None:
         """The epoch's last mini-batch was learned from."""
@@ -123,6 +130,8 @@ class Learner:
 
     def finish(self, counts: np.ndarray) -> None:
         """Ends the epoch with the validation pixels' confusion matrix (K, K): keeps the best weights and decides whether to go on."""
+        self.trunk_s += self._trunk.seconds - self._trunk_before[0]
+        self.trunk_cpu_s += self._trunk.cpu_seconds - self._trunk_before[1]
         row = {
             "train/loss": float(self.loss_sum) / self.num_views,
             "val/loss": float(self._val_sum) / max(self._val_num, 1),
@@ -184,11 +193,11 @@ class Learner:
 
     def on(self, features: Features) -> Learner:
         """Tells the learner where it computes; returns itself."""
-        self._machine = features.trunk.machine
+        self._trunk, self._machine = features.trunk, features.trunk.machine
         return self
 
 
-_PROGRESS = ("epoch", "best_epoch", "best", "history", "train_s", "ended")
+_PROGRESS = ("epoch", "best_epoch", "best", "history", "train_s", "train_cpu_s", "trunk_s", "trunk_cpu_s", "ended")
 
 
 def batch_sizes(num_views: int, batch_size: int) -> list[int]:

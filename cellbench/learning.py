@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from cellbench.leaderboard import span
 from cellbench.lineup import REPEATS, Model, TestSet
 from cellbench.ranking import p_words
 from cellbench.scored import Difference
-from cellbench.significance import Interval
+from cellbench.significance import Interval, decidable, undecidable
 from cellbench.stats import compare_all
 
 
@@ -66,16 +67,14 @@ def lines(found: list[Curve]) -> list[list[str]]:
     out = []
     for curve in found:
         for point in curve.points:
-            d, span = point.against_most, ""
-            if point.dice.low is not None and point.dice.high is not None:
-                span = f"{point.dice.low:.3f} to {point.dice.high:.3f}"
+            d = point.against_most
             out.append(
                 [
                     curve.model,
                     f"{point.fraction:.0%}" if point.fraction >= 0.01 else f"{point.fraction:.2%}",
                     str(point.num_train or ""),
                     "" if math.isnan(point.dice.mean) else f"{point.dice.mean:.4f}",
-                    span,
+                    span(point.dice.low, point.dice.high, point.dice.rough),
                     f"{d.interval.mean:+.4f}" if d else "",
                     p_words(d.p_adjusted).removeprefix("p = ").removeprefix("p ") if d else "",
                     "" if d is None else "cannot tell" if d.better is None else "worse" if d.better == d.b else "better",
@@ -89,6 +88,9 @@ def words(found: list[Curve]) -> list[str]:
     out = []
     for curve in found:
         last = curve.points[-1]
+        if not decidable(last.dice.num, len(curve.points) - 1):
+            out.append(f"{curve.model}: {undecidable(last.dice.num, len(curve.points) - 1, last.dice.unit)}.")
+            continue
         worse = [point for point in curve.points[:-1] if point.against_most is not None and point.against_most.better == point.against_most.b]
         above = [point for point in curve.points[:-1] if not worse or point.fraction > worse[-1].fraction]
         images = f"{last.num_train} images" if last.num_train else f"{last.fraction:.0%}"

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from cellbench.logged import Stored
+from cellbench.logged import LIMIT, Stored
 from cellbench.metrics import num_empty, pooled_classes, scores
 from cellbench.scored import Difference, Scores
-from cellbench.significance import Interval, intervals, unit_numbers, unit_sums
+from cellbench.significance import Interval, decidable, intervals, unit_labels, unit_numbers, unit_sums
 from cellbench.spec import RUN_KEYS
 
 MEASURES = {
@@ -139,9 +139,24 @@ class TestSet:
     groups: tuple[Hashable, ...] | None = None
     num_folds: int = 0
     """0 where every model had one test."""
+    num_images: Mapping[str, int] = field(default_factory=dict)
+    """Of each split; with folds, of the first one's. Empty for runs that did not record it."""
+    limit: str = ""
+    """Of images of each split, where a part of the data was tried; empty for whole data."""
+    last_s: float = 0.0
+    """When its newest run gave its last sign of life, or a grid on its data was started last, in seconds since 1970."""
     differences: dict[str, list[Difference]] = field(default_factory=dict)
     """By measure, kept once they are computed (``cellbench.leaderboard.pairs``)."""
     _intervals: dict[str, list[Interval]] = field(default_factory=dict)
+
+    @property
+    def data(self) -> str:
+        """What was learned from and tested, in words: ``folder: 19 training, 5 validation and 6 test images``."""
+        if self.num_folds:
+            counted = f"{len(self.images)} images in {self.num_folds} folds"
+        else:
+            counted = words_of(self.num_images) or f"{len(self.images)} test image{'s' * (len(self.images) != 1)}"
+        return f"{self.dataset}: {counted}{limit_words(self.limit)}"
 
     @property
     def best(self) -> Model:
@@ -153,7 +168,6 @@ class TestSet:
         if measure not in self._intervals:
             values_MI = np.stack([model.scores(measure).per_image for model in self.models])
             labels = np.arange(len(self.images)) if self.groups is None else unit_numbers(self.groups)
-            word = "image" if self.groups is None else "group"
             found = [Interval(mean=math.nan, low=None, high=None, num=0, note="no image has a score")] * len(self.models)
             patterns: dict[bytes, list[int]] = {}
             for k, row_I in enumerate(~np.isnan(values_MI)):
@@ -162,19 +176,51 @@ class TestSet:
                 kept = ~np.isnan(values_MI[members[0]])
                 if kept.any():
                     unit_I = unit_numbers(labels[kept].tolist())
-                    some = intervals(unit_sums(values_MI[members][:, kept], unit_I), np.bincount(unit_I), word=word)
+                    some = intervals(unit_sums(values_MI[members][:, kept], unit_I), np.bincount(unit_I), word=self.unit)
                     for k, interval in zip(members, some, strict=True):
                         found[k] = interval
             self._intervals[measure] = found
         return self._intervals[measure]
+
+    @property
+    def unit(self) -> str:
+        """What is one observation: 'image' or 'group'."""
+        return "image" if self.groups is None else "group"
+
+    @property
+    def num_units(self) -> int:
+        return len(set(self.images if self.groups is None else self.groups))
+
+    @property
+    def num_pairs(self) -> int:
+        """Of models: what p is adjusted for."""
+        return len(self.models) * (len(self.models) - 1) // 2
+
+    @property
+    def decidable(self) -> bool:
+        """Whether its images can decide anything between its models."""
+        return decidable(self.num_units, self.num_pairs)
 
     def measures(self) -> list[str]:
         """The per-image scores that every model has: runs of older versions lack some."""
         return [measure for measure in MEASURES if all(model.has(measure) for model in self.models)]
 
 
-def line_up(runs: Iterable[Tested]) -> tuple[list[TestSet], list[str]]:
-    """Test sets, the one with most runs first, and sentences about runs that are left out because folds are missing."""
+def words_of(num_images: Mapping[str, int]) -> str:
+    """``19 training, 5 validation and 6 test images``; empty where they were not recorded."""
+    if not num_images:
+        return ""
+    return f"{num_images['train']} training, {num_images['val']} validation and {num_images['test']} test images"
+
+
+def limit_words(limit: str) -> str:
+    """Says of a part of the data that it is one."""
+    return f" (a part of the data, --limit {limit})" if limit else ""
+
+
+def line_up(runs: Iterable[Tested], started_s: Mapping[str, float] | None = None) -> tuple[list[TestSet], list[str]]:
+    """Test sets, whole ones before those under ``--limit``, of each kind the newest first, and sentences about runs that are left out because
+    folds are missing. ``started_s``: when a grid was last started on data of this digest."""
     worlds: dict[str, list[Tested]] = {}
     for run in runs:
         worlds.setdefault(run.world, []).append(run)
@@ -184,7 +230,8 @@ def line_up(runs: Iterable[Tested]) -> tuple[list[TestSet], list[str]]:
         told += words
         if kept:
             sets.append(_test_set(kept))
-    return sorted(sets, key=lambda one: -sum(len(model.runs) for model in one.models)), told
+    sets = [replace(one, last_s=max(one.last_s, (started_s or {}).get(one.digest, 0.0))) for one in sets]
+    return sorted(sets, key=lambda one: (bool(one.limit), -one.last_s)), told
 
 
 def _whole(runs: list[Tested]) -> tuple[list[Tested], list[str]]:
@@ -217,6 +264,9 @@ def _test_set(runs: list[Tested]) -> TestSet:
         models=models,
         groups=first.groups,
         num_folds=len(set(first.folds or ())),
+        num_images=next((told for run in runs if (told := run.told.get("num_images"))), {}),
+        limit=next((limit for run in runs if (limit := run.stored.tags.get(LIMIT))), ""),
+        last_s=max(run.stored.last_s for run in runs),
     )
 
 
@@ -260,8 +310,7 @@ def _models(runs: list[Tested], groups: dict[str, Hashable]) -> list[Model]:
         )
     if not groups:
         return out
-    # An image without a group stands for itself; its name could be a group's, hence the pair.
-    return [replace(one, groups=tuple(groups.get(image) or ("image", image) for image in one.images)) for one in out]
+    return [replace(one, groups=unit_labels(one.images, [groups.get(image, "") for image in one.images])) for one in out]
 
 
 def _part(params: dict[str, str]) -> str:

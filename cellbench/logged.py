@@ -24,6 +24,10 @@ MACHINE = "cellbench.machine"
 MODEL, VERDICT = "cellbench.model_entry", "cellbench.verdict"
 TABLES = "mlflow.loggedArtifacts"
 VIEW = "leaderboard"
+LIMIT = "cellbench.limit"
+"""Of a run on a part of its data, a quick try: how many images of each split. Whole data has no such tag."""
+DATA = "cellbench.data"
+"""Of a grid's or search's run: the digest of its data, by which its runs are found."""
 TRIAL, STUDY, STATE = "optuna.trial", "optuna.study", "optuna.state"
 """Of a trial's run."""
 
@@ -72,6 +76,11 @@ class Stored(Logged):
     @property
     def is_parent(self) -> bool:
         return "cellbench.kind" in self.tags
+
+    @property
+    def last_s(self) -> float:
+        """When it gave its last sign of life."""
+        return max(self.start_s, self.heartbeat_s)
 
 
 def stored_of(run: Any) -> Stored:

@@ -68,6 +68,11 @@ class Machine:
         """Into how many processes it can be dealt out."""
         return self.lanes if self.device.type == "cpu" else self.threads
 
+    @property
+    def cores_of_one(self) -> int:
+        """By which a thread's processor seconds are multiplied: an operation on the processor keeps :attr:`threads` cores busy or waiting."""
+        return self.threads if self.device.type == "cpu" else 1
+
     def wait(self) -> None:
         """Returns when what was handed over to the device is done; before a clock is read."""
         if self.device.type == "cuda" and torch.cuda.is_available():

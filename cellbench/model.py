@@ -32,6 +32,8 @@ class Model(nn.Module):
         self._levels, self._num_frozen = levels, num_frozen
         self.seconds = 0.0
         """Spent by this model alone in decoding whole images so far."""
+        self.cpu_seconds = 0.0
+        """Of the processor, by the threads that decoded."""
         self.draws = Draws(self)
 
     def forward(self, batch: Batch) -> Tensor:

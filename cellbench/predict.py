@@ -231,6 +231,8 @@ def predict(
     if black_white is not None:
         for line in read_by(segmenter, black_white):
             say(line)
+    for line in segmenter.trained.origin:
+        say(line)
     targets = targets_of(segmenter, found, sizes, um_per_px)
     wanted = Wanted(probability=probability, overlay=overlay, geojson=geojson or as_coco)
     if instances:

@@ -16,7 +16,7 @@ from scipy.stats import friedmanchisquare, rankdata, studentized_range
 from cellbench.errors import CellbenchError
 from cellbench.metrics import filled
 from cellbench.scored import Difference, Scores
-from cellbench.significance import DECIMALS, Interval
+from cellbench.significance import DECIMALS, Interval, decidable, negative, undecidable
 from cellbench.stats import align, compare_all
 
 FEW = 10  # units; below, the chi-squared of Friedman's test is rough (Demsar 2006 asks for more than 10)
@@ -38,17 +38,20 @@ class Ranking:
     """Friedman's chi-squared, corrected for ties, with len(models) - 1 degrees of freedom; None where not tested so."""
     p: float | None
     critical_difference: float | None
-    """Nemenyi: mean ranks less than this apart are not distinguishable. None for two models or one image."""
+    """Nemenyi: mean ranks less than this apart are not distinguishable. None for two models, and for images too few to decide anything."""
     cliques: tuple[tuple[str, ...], ...]
     """Largest groups of neighbours that are not distinguishable, two or more models each: the bars of the diagram."""
     alpha: float
     notes: tuple[str, ...]
 
 
-def critical_difference(models: Sequence[Scores], *, alpha: float = 0.05) -> Ranking:
+def critical_difference(models: Sequence[Scores], *, num_tests: int | None = None, alpha: float = 0.05) -> Ranking:
     """Friedman's test over all models and Nemenyi's critical difference between them (Demsar 2006), on the images that all share.
 
     Where Friedman's test does not reject, all models are one clique, whatever their ranks. Two models are compared as a pair instead.
+    ``num_tests``: how many pairs are compared in all, where these models are some of them. Where the images are too few to decide any of
+    these pairs (``cellbench.significance.decidable``), nothing is tested and all models are one clique: chi-squared and the studentized
+    range are limits for many images, and would tell models apart on three.
     Raises CellbenchError for fewer than two models, two of one name, or no common image.
     """
     names = [m.model for m in models]
@@ -65,16 +68,19 @@ def critical_difference(models: Sequence[Scores], *, alpha: float = 0.05) -> Ran
     notes = list(dict.fromkeys(note for m in models for note in m.notes))
     if num_dropped := len(set().union(*(m.images for m in models))) - len(set.intersection(*(set(m.images) for m in models))):
         notes.append(f"{num_dropped} image{'s' * (num_dropped > 1)} that not every model has: left out")
-    test, statistic, p, apart = "Friedman", None, None, None
-    if num_models == 2:
-        test = "Wilcoxon"
+    test, statistic, p, apart = "Wilcoxon" if num_models == 2 else "Friedman", None, None, None
+    num_tests = num_models * (num_models - 1) // 2 if num_tests is None else num_tests
+    if num_units == 1:
+        notes.append(f"1 {here.word}: nothing to test")
+        cliques = [tuple(range(num_models))]
+    elif not decidable(num_units, num_tests, alpha):
+        notes.append(undecidable(num_units, num_tests, here.word))
+        cliques = [tuple(range(num_models))]
+    elif num_models == 2:
         pair = compare_all(models, level=1 - alpha)[0]
         p, together = pair.p, not pair.decided
         notes.append("two models: the paired test stands in for Friedman's")
         cliques = [(0, 1)] if together else []
-    elif num_units == 1:
-        notes.append(f"1 {here.word}: nothing to test")
-        cliques = [tuple(range(num_models))]
     else:
         if (ranks_MU == ranks_MU[:, :1]).all() and len(set(rank_M.tolist())) == 1:
             statistic, p = 0.0, 1.0
@@ -199,7 +205,7 @@ def sentence(d: Difference, what: str = "Dice") -> str:
     if d.better == d.b:
         wins, other = d.losses, d.a
     if i.mean < 0:
-        i = Interval(mean=-i.mean, low=-i.high, high=-i.low, num=i.num, level=i.level)
+        i = negative(i)
     size, rest = _evidence(i, d.p_adjusted, sure=True).split(", ", 1)
     lower = "lower is better, " if d.lower_is_better else ""
     groups = f" in {i.num} groups" if i.num != num else ""
@@ -213,7 +219,7 @@ def _evidence(i: Interval, p: float, sure: bool = False) -> str:
     while sure and digits < DECIMALS and min(abs(round(x, digits)) for x in numbers) == 0:
         digits += 1
     told = [f"{round(x, digits) + 0.0:.{digits}f}" for x in numbers]
-    span = i.note if len(told) == 1 else f"{100 * i.level:g} % {told[1]} to {told[2]}"
+    span = i.note if len(told) == 1 else f"{100 * i.level:g} % {'roughly ' if i.rough else ''}{told[1]} to {told[2]}"
     return f"{told[0]}, {span}, {p_words(p)}"
 
 

@@ -188,7 +188,7 @@ def shipped(folder: str) -> Path:
 
 
 class Registry:
-    """The cards of the shipped folder and of the user's own folder, read when asked for."""
+    """The cards of the shipped folder and of the user's own folder, each read once, when first asked for: an edit during a run changes nothing."""
 
     def __init__(self, extra: Path | None = None) -> None:
         if extra is not None and not extra.is_dir():
@@ -196,6 +196,7 @@ class Registry:
         if extra is not None and not any((extra / kind).is_dir() for kind in KINDS):
             raise CellbenchError(f"--registry {extra}: holds none of {', '.join(k + '/' for k in KINDS)}. Put cards into folders of these names.")
         self._folders = [folder for folder in (extra, shipped("registry")) if folder is not None]
+        self._cards: dict[tuple[str, str], Any] = {}
 
     def names(self, kind: str) -> list[str]:
         """The ids of all cards of a kind, sorted."""
@@ -219,6 +220,11 @@ class Registry:
         return self._card(kind, name)
 
     def _card(self, kind: str, name: str) -> Any:
+        if (kind, name) not in self._cards:
+            self._cards[kind, name] = self._read(kind, name)
+        return self._cards[kind, name]
+
+    def _read(self, kind: str, name: str) -> Any:
         for folder in self._folders:
             path = folder / kind / f"{name}.toml"
             if "/" not in name and path.is_file():

@@ -6,6 +6,7 @@ runs of older versions have shorter reports.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import importlib.metadata
@@ -15,6 +16,7 @@ import platform
 import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.evidence import Evidence, collect
 from cellbench.files import make_folder, told
 from cellbench.lineup import TestSet
-from cellbench.logged import NOTE, stored_of
+from cellbench.logged import NOTE, Stored, stored_of
 from cellbench.refusals import command
 from cellbench.track import Run, Tracker, newest
 
@@ -38,11 +40,26 @@ CONCLUDED = "cellbench.concluded"
 """The parent run's tag: of which runs its report is."""
 ABOUT = "about.json"
 """On the parent run: what was asked, of which data, by which command, with which versions."""
+ASKED = "experiment.toml"
+"""On the parent run: the experiment as it ran, with the changes of the call."""
+CHANGED = "# Changed by the call: "
+"""Begins the comment in it that names them."""
+
+
+def begin(top: Run, text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
+    """Logs to a parent run, before anything is trained, what it asks; returns that, as :func:`about`, for :func:`conclude`."""
+    known = about(text, dataset, machine)
+    with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
+        (Path(name) / ASKED).write_text(text, encoding="utf-8")
+        (Path(name) / ABOUT).write_text(json.dumps(known, indent=1), encoding="utf-8")
+        top.artifacts(Path(name))
+    return known
 
 
 def about(text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
-    """What the grid knows and no run does. ``text``: the experiment file, whose first comment line is the question."""
-    comments = [line.lstrip("# ").rstrip() for line in text.lstrip().splitlines() if line.startswith("#")]
+    """What the grid knows and no run does. ``text``: the experiment as it runs, whose first comment line is the question."""
+    lines = [line for line in text.lstrip().splitlines() if line.startswith("#") and not line.startswith(CHANGED)]
+    comments = [line.lstrip("# ").rstrip() for line in lines]
     names = ("cellbench", "torch", "torchvision", "timm", "segmentation-models-pytorch", "mlflow", "numpy", "scipy", "scikit-image")
     return {
         "question": comments[0] if comments else "",
@@ -85,16 +102,16 @@ def write(report: Report, folder: Path) -> Path:
     return folder / "report.html"
 
 
-def _known(evidence: Evidence, trackers: Sequence[Tracker]) -> dict[str, Any]:
+def _known(evidence: Evidence, trackers: Sequence[Tracker]) -> tuple[dict[str, Any], Stored | None]:
+    """What the grid recorded that was last started on the first test set's data, and its run; nothing of grids on other data."""
+    mine = {run.told["dataset"] for model in evidence.sets[0].models for run in model.runs}
     for parent in evidence.parents:
         for tracker in trackers:
             data = tracker.artifact(parent, ABOUT)
-            if data is not None:
-                try:
-                    return json.loads(data)
-                except ValueError:
-                    continue
-    return {}
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if data is not None and (known := json.loads(data))["dataset"]["digest"] in mine:
+                    return known, parent
+    return {}, None
 
 
 def latex(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -105,6 +122,7 @@ def latex(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         "^": r"\textasciicircum{}",
         "±": r"$\pm$",
         "·": r"$\cdot$",
+        "≈": r"$\approx$",
         "×": r"$\times$",
     }
     marks |= {one: f"\\{one}" for one in "&%$#_{}"}
@@ -139,12 +157,13 @@ def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = 
 
     trackers = [Tracker(name, make=False) for name in dict.fromkeys(names)]
     evidence = collect(trackers)
-    made = build(evidence, trackers, _known(evidence, trackers))
+    known, parent = _known(evidence, trackers)
+    made = build(evidence, trackers, known)
     path = write(made, out or place(evidence.experiment))
     for sentence in (*made.verdict, *evidence.left_out):
         say(sentence)
     if len(trackers) == 1 and evidence.parents:
-        trackers[0].attach(evidence.parents[0], path.parent)
+        trackers[0].attach(parent or evidence.parents[0], path.parent)
     say(f"{path}: {evidence.num_runs} runs; tables and pictures beside it.")
     return 0
 
@@ -165,27 +184,31 @@ def conclude(
         say("no run is finished, so there is nothing to compare.")
         return
     key = _key(only, known, skipped, failed)
-    if (record := _concluded(tracker, top, key)) is not None:
-        _tell([leaderboard.Row(**row) for row in record["leaderboard"]], record["verdict"], say)
-        return
-    from cellbench.chapters import build  # matplotlib with it, which nothing before needs
+    if (record := _concluded(tracker, top, key)) is None:
+        from cellbench.chapters import build  # matplotlib with it, which nothing before needs
 
-    evidence = collect([tracker], only=only)
-    here = evidence.sets[0]
-    table = leaderboard.rows(here)
-    with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
-        folder = Path(name)
-        made = build(evidence, [tracker], known)
-        write(made, folder)
-        record = {"leaderboard": leaderboard.as_json(table), "verdict": made.verdict, "skipped": dict(skipped), "failed": dict(failed)}
-        (folder / BOARD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        (folder / ABOUT).write_text(json.dumps(known, indent=1), encoding="utf-8")
-        (folder / "splits.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
-        top.artifacts(folder)
-    _enter(tracker, here, say)
-    _tell(table, made.verdict, say)
-    tracker.describe(_note(known, made.verdict, table, skipped))
-    top.log({}, tags={NOTE: _note(known, made.verdict, table, skipped, top.address("figures/leaderboard.png")), CONCLUDED: key})
+        evidence = collect([tracker], only=only)
+        here = evidence.sets[0]
+        with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
+            folder = Path(name)
+            made = build(evidence, [tracker], known)
+            write(made, folder)
+            record = {"leaderboard": leaderboard.as_json(leaderboard.rows(here)), "verdict": made.verdict, "data": here.data, "digest": here.digest}
+            record |= {"skipped": dict(skipped), "failed": dict(failed)}
+            (folder / BOARD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+            (folder / "splits.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
+            top.artifacts(folder)
+    table = [leaderboard.Row(**row) for row in record["leaderboard"]]
+    note = partial(_note, known, record["data"], record["verdict"], table, skipped)
+    # The experiment's models and description are of the set that `report` and `best` take, with the models of earlier calls.
+    first = collect([tracker]).sets[0]
+    _enter(tracker, first, say)
+    _tell(table, record["verdict"], say)
+    if first.digest == record["digest"]:
+        tracker.describe(note())
+    else:
+        say(f"`best` and `report` take the newest whole test set of '{tracker.name}', {first.data}; this call's was {record['data']}.")
+    top.log({}, tags={NOTE: note(top.address("figures/leaderboard.png")), CONCLUDED: key})
 
 
 def _tell(table: Sequence[leaderboard.Row], verdict: Sequence[str], say: Callable[[str], None]) -> None:
@@ -214,13 +237,14 @@ def _concluded(tracker: Tracker, top: Run, key: str) -> dict[str, Any] | None:
 NOTE_COLUMNS = ("model", "seeds", "Dice", "Dice/image", "95 %", "AP50", "train s")
 
 
-def _note(known: Mapping[str, Any], verdict: Sequence[str], table: Sequence[leaderboard.Row], skipped: Mapping[str, str], picture: str = "") -> str:
+def _note(known: Mapping[str, Any], data: str, verdict: Sequence[str], table: Sequence[leaderboard.Row], skipped: Mapping[str, str], picture: str = "") -> str:
     """The answer in Markdown for MLflow, the verdict first: of a run's notes the UI shows five lines before a person asks for more."""
     cells = [dict(zip(leaderboard.HEADINGS, leaderboard.cells(row), strict=True)) for row in table[:MOST_NOTED]]
     board = views.columns(NOTE_COLUMNS, [[line[name] for name in NOTE_COLUMNS] for line in cells])
     mind = [sentence for sentence in verdict if sentence.startswith("Mind")]
     said = [sentence for sentence in verdict if sentence not in mind]
-    parts = [f"**{known.get('question', '')}**", " ".join(said[:2]), "\n".join(f"- {sentence}" for sentence in said[2:]), board]
+    parts = [f"**{known.get('question', '')}**" if known.get("question") else "", " ".join(said[:2]), f"*Data*: {data}"]
+    parts += ["\n".join(f"- {sentence}" for sentence in said[2:]), board]
     parts += [f"{len(table) - MOST_NOTED} more in `report.html`."] if len(table) > MOST_NOTED else []
     parts += [f"![leaderboard]({picture})"] if picture else []
     parts += ["*" + " ".join(mind) + "*"] if mind else []
@@ -230,11 +254,22 @@ def _note(known: Mapping[str, Any], verdict: Sequence[str], table: Sequence[lead
 
 
 def _enter(tracker: Tracker, here: TestSet, say: Callable[[str], None]) -> None:
-    """Winners go into MLflow's list of models."""
-    best = here.best
+    """Winners go into MLflow's list of models; entries of earlier calls that are none any more say so."""
+    best, entered = here.best, []
     for model in leaderboard.winners(here):
-        verdict = "the best" if model is best else f"not told apart from {best.name}"
+        verdict = "the best" if model is best else f"not significantly different from {best.name}"
+        seeds = f" Of its {len(model.runs)} runs this one has the best validation Dice." if len(model.runs) > 1 else ""
+        rule = f" {_capital(leaderboard.chosen_by(here))}." if model is best and len(here.models) > 1 else ""
         try:
-            entries.enter(tracker, model.chosen.stored, verdict)
+            entered.append(entries.enter(tracker, model.chosen.stored, verdict, f"{rule}{seeds} Data: {here.data}."))
         except CellbenchError as error:  # the answers are there; only the entry is not
             say(f"no model entry for {model.name}: {one_line(error)}")
+    if entered:
+        try:
+            entries.supersede(tracker, entered)
+        except CellbenchError as error:
+            say(f"entries of earlier winners are not marked: {one_line(error)}")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import numpy as np
 import tomli_w
 from safetensors.torch import save_file
 
-from cellbench import imports, views
-from cellbench.data.dataset import Dataset
+from cellbench import imports, load, views
+from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
 from cellbench.exam import Exam
@@ -25,7 +25,7 @@ from cellbench.logged import NOTE, TABLES
 from cellbench.metrics import image_scores, named, nan_mean, num_empty, scores
 from cellbench.plan import num_seen
 from cellbench.shapes import COUNTS, MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX, outcome_words
-from cellbench.significance import mean_interval
+from cellbench.significance import ROUGH_BELOW, mean_interval, unit_labels
 from cellbench.spec import Experiment, RunSpec
 
 
@@ -57,10 +57,11 @@ def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
     out = named("test", counts, dataset.classes) | result.cost
     each = image_scores(counts, unused=dataset.unused)
     out |= {f"test_image/{name}": nan_mean(values) for name, values in each.items()}
-    if (known := each["dice"][~np.isnan(each["dice"])]).size:
-        interval = mean_interval(known)
+    known, own = np.flatnonzero(~np.isnan(each["dice"])), units(dataset)
+    if known.size:
+        interval = mean_interval(each["dice"][known], groups=None if own is None else [own[k] for k in known])
         if interval.low is not None and interval.high is not None:
-            out |= {"test_image/dice_low": interval.low, "test_image/dice_high": interval.high}
+            out |= {"test_image/dice_low": interval.low, "test_image/dice_high": interval.high, "test_image/dice_units": interval.num}
     out |= {f"test_image/{name}": nan_mean(shapes[name]) for name in SCORES}
     out |= {f"test_image/{name}_empty1": float(values.mean()) for name, values in _empty1(counts, shapes, dataset.unused).items()}
     out["test/num_empty"], out["test/num_empty_found"] = num_empty(counts)
@@ -94,6 +95,19 @@ def _empty1(counts: np.ndarray, shapes: Mapping[str, np.ndarray], unused: Collec
     outlines = {name: (np.nan_to_num(shapes[name]) * present + num - present) / num for name in ("nsd", "boundary_dice")}
     cells = {name: np.nan_to_num(shapes[name], nan=1.0) for name in SCORES if name not in outlines}
     return {"dice": old["dice"], "iou": old["iou"], **outlines, **cells}
+
+
+def units(dataset: Dataset) -> tuple[Hashable, ...] | None:
+    """What an interval over the test images resamples: their groups, as the report does; None for the images themselves."""
+    return unit_labels([sample.name for sample in dataset.test], [sample.group for sample in dataset.test])
+
+
+def interval_words(values: Mapping[str, float]) -> str:
+    """The interval of the mean Dice among a run's metrics, in words; empty where there is none."""
+    if "test_image/dice_low" not in values:
+        return ""
+    rough = "roughly " if values.get("test_image/dice_units", ROUGH_BELOW) < ROUGH_BELOW else ""
+    return f" (95 % {rough}{values['test_image/dice_low']:.4f} to {values['test_image/dice_high']:.4f})"
 
 
 def tidy(name: str, value: float) -> float:
@@ -131,7 +145,7 @@ def write(
     each = image_scores(exam.counts, unused=dataset.unused) | {key: values for key, values in exam.shapes().items() if key in SCORES}
     pooled = scores(exam.counts.sum(0))
     by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
-    figures.save(figures.report_card(name, each, by_class, exam.calibration()), folder / "figures" / "scores.png")
+    figures.save(figures.report_card(name, each, by_class, exam.calibration(), units(dataset)), folder / "figures" / "scores.png")
     for which, case in exam.keep.cases.items():
         picture, truth = pixels[case.image]
         cells = outcome_words(asdict(exam.agreements[case.image]))
@@ -162,6 +176,7 @@ def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
         "unused": [dataset.classes[k] for k in dataset.unused],
         "images": [sample.name for sample in dataset.test],
         "dataset": dataset.digest,
+        "num_images": {split: len(dataset.samples(split)) for split in SPLITS},
         "groups": [sample.group for sample in dataset.test],
         "tolerance_px": TOLERANCE_PX,
         "min_area_px": [MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX for one in exam.agreements],
@@ -215,9 +230,7 @@ def score(values: Mapping[str, float], name: str) -> str:
 
 def note(name: str, values: dict[str, float], worst: str = "") -> str:
     """A run's notes in MLflow, in Markdown. ``worst``: the address of the worst case's picture."""
-    interval = ""
-    if "test_image/dice_low" in values:
-        interval = f" (95 % {values['test_image/dice_low']:.4f} to {values['test_image/dice_high']:.4f})"
+    interval = interval_words(values)
     lines = [
         ["test Dice, all pixels pooled", score(values, "test/dice")],
         ["test Dice, mean over images", f"{score(values, 'test_image/dice')}{interval}"],
@@ -229,6 +242,8 @@ def note(name: str, values: dict[str, float], worst: str = "") -> str:
     if values["test/num_empty"]:
         empty, found = values["test/num_empty"], values["test/num_empty_found"]
         lines.append(["test images without a cell", f"{empty:g}; something was found in {found:g} of them; means leave out the others"])
+    if loads := [values[name] for name in ("cost/train_other_load_pct", "cost/test_other_load_pct") if name in values]:
+        lines.append(["costs were measured", load.words(max(loads))])
     parts = [
         # The UI shows five lines of a note before it asks for more: the answer comes first.
         f"**{name}**: test Dice **{score(values, 'test/dice')}** over all pixels, {score(values, 'test_image/dice')}{interval} in the mean of the images.",

@@ -325,6 +325,7 @@ def _search(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         storage=arguments.storage,
         helper=arguments.helper,
+        text=sys.stdin.buffer.read().decode() if arguments.helper else None,
         on=arguments.on,
         gpu_share=arguments.gpu_share,
         changes=arguments.set,

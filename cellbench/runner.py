@@ -17,21 +17,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cellbench import checkpoints, results
+from cellbench import checkpoints, estimate, results
 from cellbench.backbones.base import Backbone
 from cellbench.backbones.catalog import open_backbone, weights_digest
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
 from cellbench.errors import WeightsUnavailable, one_line
-from cellbench.estimate import latencies_ms
+from cellbench.estimate import Speed, latencies_ms, reset, speeds
 from cellbench.exam import Exams
 from cellbench.features import Features, Keeping
 from cellbench.framing import Framing
 from cellbench.infer import score
 from cellbench.jobs import Job, identity
 from cellbench.learner import Learner
-from cellbench.logged import WEIGHTS, Logged, params_of
+from cellbench.load import Load
+from cellbench.logged import LIMIT, WEIGHTS, Logged, params_of
 from cellbench.machine import Machine, give_back, peak_mib, ran_out_of_memory
 from cellbench.metrics import confusion
 from cellbench.model import model, num_levels
@@ -140,6 +141,8 @@ class Runner:
     def _tags(self, run: RunSpec) -> dict[str, str]:
         params = params_of(run, self.dataset.name, self.machine.precision_name)
         tags = {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": run.model}
+        if self.dataset.limited:
+            tags[LIMIT] = str(self.experiment.data.limit)
         with contextlib.suppress(WeightsUnavailable):
             if run.backbone is not None:
                 tags[WEIGHTS] = weights_digest(self.registry.backbone(run.backbone), self.weights, download=False)
@@ -227,23 +230,27 @@ class Runner:
         for job, run in opened:
             card = self.registry.baseline(job.run.baseline or "")
             segment = load(card)
-            num, seconds = len(self.dataset.classes), 0.0
+            num, images, busy, wall_s, cpu_s = len(self.dataset.classes), self._pixels["test"], Load(), 0.0, 0.0
             answers = ((k, [(segment(self._pixels["val"][k][0], num, **job.run.options), None)]) for k in range(len(self.dataset.val)))
             with Exams(self.dataset, 1, separations(self.dataset, 1, answers)) as exams:
                 for index in tqdm(range(len(self.dataset.test)), desc=job.name, unit="image", leave=False):
-                    image, truth = self._pixels["test"][index]
-                    start = time.perf_counter()
+                    image, truth = images[index]
+                    start, start_cpu = time.perf_counter(), time.thread_time()
                     classes = segment(image, num, **job.run.options)
-                    seconds += time.perf_counter() - start
+                    wall_s, cpu_s = wall_s + time.perf_counter() - start, cpu_s + time.thread_time() - start_cpu
                     exams.take(index, truth, [confusion(truth, classes, num)], [(classes, None, None)])
             cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
-            cost |= {"cost/images_per_s": len(self.dataset.test) / max(seconds, 1e-9), "cost/peak_mib": peak_mib()}
+            speed = Speed(wall_s=wall_s / len(images), cpu_s=cpu_s / len(images))
+            if wall_s < estimate.MEASURED_S:
+                speed = estimate.function_speed(lambda image, call=segment, num=num, own=job.run.options: call(image, num, **own), images)
+            cost |= {"cost/images_per_s": 1 / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s, "cost/peak_mib": peak_mib()}
+            cost |= _load_metric("cost/test_other_load_pct", busy)
             # Framing is not used by a method that sees whole images; its files are read all the same.
             preparation = Preparation(framing=Framing.of(job.run), reading=self.dataset.reading)
             self._keep(job, run, Result(exam=exams.exams[0], cost=cost, preparation=preparation), out)
 
     def _trained(self, opened: list[tuple[Job, Run]], title: str, out: Outcome) -> None:
-        jobs, first = [job for job, _ in opened], opened[0][0].run
+        jobs, first, load = [job for job, _ in opened], opened[0][0].run, Load()
         num = len(self.dataset.classes)
         features = self.features([job.run for job in jobs])
         trunk, plan = features.trunk, features.plan
@@ -269,7 +276,7 @@ class Runner:
         with tqdm(total=epochs * plan.num_views, desc=f"{title}: {what}", unit="tile", leave=False, smoothing=0.05) as bar:
             fit(learners, features, bar)
         give_back()
-        self._ended(opened, learners, features, title, out)
+        self._ended(opened, learners, features, title, _load_metric("cost/train_other_load_pct", load), out)
 
     def features(self, runs: Sequence[RunSpec], more: Sequence[RunSpec] = ()) -> Features:
         """The features of a cohort, with the levels that ``more`` runs of its backbone read too."""
@@ -281,7 +288,8 @@ class Runner:
         plan = Plan(self._pixels["train"].sizes_px, first)
         return Features(trunk, plan, self._pixels, self._keeping(first.backbone), any(asked(run.targets) for run in runs))
 
-    def _ended(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, out: Outcome) -> None:
+    def _ended(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
+        """``load``: of the machine while they learned, as a metric."""
         lost = [k for k, learner in enumerate(learners) if learner.ended.startswith("failed")]
         for k in lost:
             self._fail([opened[k][1]], [opened[k][0]], learners[k].ended.removeprefix("failed: "), out)
@@ -289,17 +297,19 @@ class Runner:
         if not live:
             return
         if self.watch is not None:
-            self._validated([opened[k] for k in live], [learners[k] for k in live], features, out)
+            self._validated([opened[k] for k in live], [learners[k] for k in live], features, load, out)
         else:
-            self._tested([opened[k] for k in live], [learners[k] for k in live], features, title, out)
+            self._tested([opened[k] for k in live], [learners[k] for k in live], features, title, load, out)
 
-    def _validated(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, out: Outcome) -> None:
+    def _validated(
+        self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, load: dict[str, float], out: Outcome
+    ) -> None:
         """Ends runs with what validation says of their best epochs, and what they cost."""
-        trunk_s = features.trunk.seconds
+        costs = self._costs(learners, features, load)
         latencies = latencies_ms([learner.model for learner in learners], features)
-        for (job, run), learner, latency_ms in zip(opened, learners, latencies, strict=True):
+        for (job, run), learner, cost, latency_ms in zip(opened, learners, costs, latencies, strict=True):
             best = {name: value for name, value in learner.history[learner.best_epoch].items() if name.startswith("val/")}
-            cost = self._cost(learner, features, trunk_s) | {"cost/latency_ms": latency_ms}
+            cost |= {"cost/latency_ms": latency_ms}
             # Its curves hold the validation by epoch; under "best/" stands what is compared.
             kept = {f"best/{name.replace('/', '_')}": value for name, value in best.items()} | {"best/epoch": learner.best_epoch}
             status = "pruned" if learner.ended == "pruned" else "validated"
@@ -309,32 +319,43 @@ class Runner:
             (out.pruned if status == "pruned" else out.validated)[job.name] = ended
             checkpoints.forget(checkpoints.path(job.fingerprint, run.key))
 
-    def _cost(self, learner: Learner, features: Features, trunk_s: float) -> dict[str, float]:
-        """What it took to train a run; ``trunk_s`` is the cohort's, in the backbone."""
-        backbone = features.trunk.backbone
-        return {
-            "cost/train_s": learner.train_s + trunk_s,
-            "cost/head_s": learner.train_s,
-            "cost/trunk_s": trunk_s,
-            "cost/head_params": learner.model.num_params,
+    def _costs(self, learners: list[Learner], features: Features, load: dict[str, float]) -> list[dict[str, float]]:
+        """What it took to train each run; ``load``: of the machine meanwhile, as a metric."""
+        backbone, cores = features.trunk.backbone, self.machine.cores_of_one
+        shared = {
             "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
             "cost/peak_mib": peak_mib(),
             "cost/features_mib": features.kept_bytes / 2**20,
+            **load,
         }
+        return [
+            {
+                **shared,
+                "cost/train_s": learner.train_s + learner.trunk_s,
+                "cost/train_cpu_s": (learner.train_cpu_s + learner.trunk_cpu_s) * cores,
+                "cost/head_s": learner.train_s,
+                "cost/head_cpu_s": learner.train_cpu_s * cores,
+                "cost/trunk_s": learner.trunk_s,
+                "cost/trunk_cpu_s": learner.trunk_cpu_s * cores,
+                "cost/head_params": learner.model.num_params,
+            }
+            for learner in learners
+        ]
 
-    def _tested(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, out: Outcome) -> None:
+    def _tested(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
         models = [learner.model for learner in learners]
         parted = tuned(models, features, self.dataset)
-        train_trunk_s, features.trunk.seconds = features.trunk.seconds, 0.0
-        for m in models:
-            m.seconds = 0.0
+        costs, tested = self._costs(learners, features, load), Load()
+        reset(features.trunk, models)
         bar = tqdm(score(models, features, "test"), total=len(self.dataset.test), desc=f"{title}: test", unit="image", leave=False)
         with Exams(self.dataset, len(learners), parted) as exams:
             for image, found, answers in bar:
                 exams.take(image, self._pixels["test"][image][1], found, [(a.classes, a.cell, a.relief) for a in answers])
-        for place, ((job, run), learner) in enumerate(zip(opened, learners, strict=True)):
-            cost = self._cost(learner, features, train_trunk_s)
-            cost["cost/images_per_s"] = len(self.dataset.test) * self.machine.lanes / max(features.trunk.seconds + models[place].seconds, 1e-9)
+        each = speeds(models, features)
+        now = _load_metric("cost/test_other_load_pct", tested)
+        for place, ((job, run), learner, speed) in enumerate(zip(opened, learners, each, strict=True)):
+            cost = costs[place] | now
+            cost |= {"cost/images_per_s": self.machine.lanes / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s * self.machine.cores_of_one}
             result = Result(exam=exams.exams[place], cost=cost, learner=learner, preparation=features.preparation)
             self._keep(job, run, result, out)
             checkpoints.forget(checkpoints.path(job.fingerprint, run.key))
@@ -374,3 +395,8 @@ class Runner:
         tags = results.tags(job.name, metrics, self.machine.name, run.address("figures/worst.png"))
         run.end("finished", metrics=metrics, tags=tags | {"cellbench.separation": result.exam.separation.words})
         out.finished[job.name] = Logged(run_id=run.run_id, name=job.name, status="finished", metrics=metrics)
+
+
+def _load_metric(name: str, load: Load) -> dict[str, float]:
+    """The load by other processes as a metric; none where it is not known."""
+    return {} if (pct := load.others_pct()) is None else {name: pct}

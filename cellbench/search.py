@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +34,8 @@ from cellbench.logged import Logged
 from cellbench.machine import Machine, machine
 from cellbench.orders import Order, order
 from cellbench.registry import Registry
+from cellbench.report import begin
+from cellbench.results import pool
 from cellbench.runner import Runner
 from cellbench.space import Space
 from cellbench.spec import Experiment, RunSpec
@@ -94,16 +97,21 @@ def search(
     cache_url: str | None = None,
     extra: Path | None = None,
     limit: int | None = None,
+    text: str | None = None,
 ) -> int:
     """``cellbench search``. Exit code 0; 130 where Ctrl-C ended it.
 
-    ``helper``: of a worker beside the first one, which only works on trials, its number. ``here``: its share of a machine elsewhere.
+    ``helper``: of a worker beside the first one, which only works on trials, its number. ``here``: its share of a machine elsewhere. ``text``:
+    what the first one read, changes included; ``file`` is then only its name.
     """
     deadline_s = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
     disk, _ = cache_budget(cache, cache_url)
     registry = Registry(extra)
     changes = [*changes, *([f"search.trials={trials}"] if trials is not None else [])]
-    space, text = read_space(file, changes, data, limit, registry)
+    if text is None:
+        space, text = read_space(file, changes, data, limit, registry)
+    else:
+        space = Space.of(tomllib.loads(text), file, registry)
     weights = weights_folder(weights)
     if workers != 1 and on is not None:
         raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
@@ -130,7 +138,9 @@ def search(
     ):
         key = space.digest([dataset.digest])
         top = (
-            _top_of(tracker, key) if helper else parent(tracker, f"search: {Path(file).stem}", key, _params(space, dataset), kind="search")
+            _top_of(tracker, key)
+            if helper
+            else parent(tracker, f"search: {Path(file).stem}", key, _params(space, dataset), pool(datasets), kind="search")
         )
         with top as run:
             runner = Runner(
@@ -143,12 +153,13 @@ def search(
                 with tqdm(disable=True) as bar, processes.pinned(pins[helper] if here is None else []):
                     worker.work(stop.over, bar)
                 return 0
+            known = begin(run, text, dataset, whole.name)
             told = order(
                 experiment, run.run_id, whole, where=file, data=data, weights=weights, extra=extra, disk_bytes=disk, prefer_disk=True
             )  # fmt: skip
             place = str(Path(file).absolute()) if Path(file).is_file() else file
             work = partial(
-                helped, file=place, changes=changes, limit=limit, storage=url, seconds=timeout_s and deadline_s - time.monotonic()
+                helped, file=place, text=text, storage=url, seconds=timeout_s and deadline_s - time.monotonic()
             )  # fmt: skip
             before = [t for t in study.told() if t.state != "running"]
             say(
@@ -167,7 +178,7 @@ def search(
                         with ray_helpers.Helpers(ray, told, url, work, num, params_m, gpu_share) as helpers:
                             _followed(helpers, study, stop, worker, bar)
                     else:
-                        with _helpers(workers, stop), processes.pinned(pins[0]):
+                        with _helpers(workers, stop, text), processes.pinned(pins[0]):
                             worker.work(stop.over, bar)
                             _wait(study, stop, worker, bar)
             finally:
@@ -184,31 +195,30 @@ def search(
             def crew_of(best: Experiment) -> Crew:
                 return ray_cohorts.Crew(ray, replace(told, experiment=best), gpu_share) if ray is not None else alone
 
-            return sought.test(space, study, runner, run, text, crew_of)
+            return sought.test(space, study, runner, run, known, crew_of)
 
 
 def helped(
-    order: Order, *, file: str, changes: Sequence[str], limit: int | None, storage: str, seconds: float | None
+    order: Order, *, file: str, text: str, storage: str, seconds: float | None
 ) -> None:  # fmt: skip
     """Works on the trials of a search that was started elsewhere, until all are told. Raises CellbenchError."""
     search(
-        file, helper=1, here=order.machine, changes=changes, limit=limit, storage=storage, timeout_s=seconds,
+        file, helper=1, here=order.machine, text=text, storage=storage, timeout_s=seconds,
         data=order.data, weights=order.weights, extra=order.extra, cache=f"{order.cache}:{order.disk_bytes // 2**20}M",
     )  # fmt: skip
 
 
 def read_space(file: str, changes: Sequence[str], data: Path | None, limit: int | None, registry: Registry) -> tuple[Space, str]:
-    """The space of a file, or of a shipped file's name, and the file's text. Raises CellbenchError."""
-    path, tree = read_tree(file, changes, limit)
+    """The space of a file, or of a shipped file's name, and a file that asks the same without any change. Raises CellbenchError."""
+    asked = read_tree(file, changes, limit)
+    path, tree = asked.path, asked.tree
     if "space" not in tree:
         raise CellbenchError(f"{path}: has no [space] in which to search. `cellbench grid {file}` runs it as it is.")
     space = Space.of(tree, str(path), registry)
     if data is not None and registry.dataset(space.dataset).draw:
-        tree["dataset"] = "folder"
-        tree.get("data", {}).pop("draw", None)
-        tree["experiment"] = f"{space.experiment} on {data.absolute().name}"
-        space = Space.of(tree, str(path), registry)
-    return space, path.read_text(encoding="utf-8")
+        asked = asked.on(data)
+        space = Space.of(asked.tree, str(path), registry)
+    return space, asked.resolved
 
 
 def epochs(space: Space) -> int:
@@ -246,11 +256,16 @@ def _top_of(tracker: Tracker, key: str) -> Iterator[Logged]:
 
 
 @contextlib.contextmanager
-def _helpers(workers: int, stop: Stop) -> Iterator[None]:
-    """The other workers, as processes of this same command; they end with their search."""
+def _helpers(workers: int, stop: Stop, text: str) -> Iterator[None]:
+    """The other workers, as processes of this same command, which read ``text`` instead of the file; they end with their search."""
     call = [sys.executable, "-m", "cellbench.run", *sys.argv[1:], "--helper"]
     numbers = range(1, workers)
-    stop.helpers = [subprocess.Popen([*call, str(k)], stdout=subprocess.DEVNULL, start_new_session=True) for k in numbers]
+    stop.helpers = [
+        subprocess.Popen([*call, str(k)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) for k in numbers
+    ]
+    for process in stop.helpers:
+        with contextlib.suppress(OSError), process.stdin as pipe:  # one that ended at once says why itself
+            pipe.write(text.encode())
     try:
         yield
     except BaseException:

@@ -162,7 +162,8 @@ class Segmenter:
         else:
             from cellbench import winners  # only here MLflow is needed
 
-            trained = winners.open_run(*winners.find(str(run)), extra)
+            tracker, stored, chosen = winners.find(str(run))
+            trained = winners.open_run(tracker, stored, extra, chosen)
         return cls(trained, extra, machine(device, precision), folder)
 
     def predict(self, image: Image) -> Prediction:

@@ -20,6 +20,7 @@ from scipy.stats import rankdata
 RESAMPLES = 9999
 DECIMALS = 12  # differences are compared at, so that a mean over seeds does not break a tie by its last bit
 EXACT_UP_TO = 50  # unequal units; where scipy's wilcoxon turns to the normal approximation too
+FEWEST = 4  # units; fewer give no interval: of two or three it would miss the mean in half or a third of all cases
 ROUGH_BELOW = 10  # units; the coverage is in ``mean_interval``
 CHUNK = 256  # pairs at a time: 256 x 9999 resampled differences are 20 MiB
 
@@ -35,6 +36,13 @@ class Interval:
     """Units resampled: images, or groups of images."""
     note: str = ""
     level: float = 0.95
+    unit: str = "image"
+    """What was resampled: 'image' or 'group'."""
+
+    @property
+    def rough(self) -> bool:
+        """Whether there is an interval, of so few units that it is likely too narrow."""
+        return self.low is not None and self.num < ROUGH_BELOW
 
     @property
     def excludes_zero(self) -> bool:
@@ -60,8 +68,8 @@ def mean_interval(
     With ``groups`` (one label an image) whole groups are resampled: images of one patient are alike, and taking them as independent
     makes intervals too narrow. The mean is over images either way.
 
-    Simulated coverage of 95 % intervals over normal and Dice-like scores: 2 images 49 %, 3 71 %, 5 80 to 87 %, 10 90 %, 20 92 %, 159 94 to
-    95 %. So fewer than 10 units are noted as rough, and one gives no interval.
+    Simulated coverage of 95 % intervals over normal and Dice-like scores: 2 images 49 %, 3 71 %, 4 78 %, 5 80 to 87 %, 10 90 %, 20 92 %, 159
+    94 to 95 %. So fewer than 4 units give no interval, and fewer than 10 a rough one, which is noted.
     """
     x = np.asarray(scores, dtype=np.float64)
     if x.ndim != 1 or not len(x) or not np.isfinite(x).all():
@@ -71,6 +79,38 @@ def mean_interval(
     unit_I = unit_numbers(range(len(x)) if groups is None else groups)
     word = "image" if groups is None else "group"
     return intervals(unit_sums(x[None], unit_I), np.bincount(unit_I), word=word, level=level, resamples=resamples, seed=seed)[0]
+
+
+def unit_labels(images: Sequence[Hashable], groups: Sequence[Hashable]) -> tuple[Hashable, ...] | None:
+    """What counts as one observation, a label an image: its group, or itself where it has none. None where no image has a group.
+
+    >>> unit_labels(["a", "b", "c"], ["p", "p", ""])
+    ('p', 'p', ('image', 'c'))
+    """
+    # An image's name could be a group's, hence the pair.
+    return tuple(group or ("image", image) for image, group in zip(images, groups, strict=True)) if any(groups) else None
+
+
+def smallest_p(num_units: int, num_tests: int = 1) -> float:
+    """The smallest adjusted p that the signed-rank test can give, where every unit speaks for the same model: 2 ** (1 - n), times the number
+    of comparisons (Holm's first step, and Bonferroni)."""
+    return min(1.0, num_tests * 2.0 ** (1 - num_units))
+
+
+def decidable(num_units: int, num_tests: int = 1, alpha: float = 0.05) -> bool:
+    """Whether so many images, or groups of images, can decide anything among so many comparisons: tables, words and pictures ask here.
+
+    >>> [decidable(num) for num in (3, 5, 6)], [decidable(num, 36) for num in (10, 11)]
+    ([False, False, True], [False, True])
+    """
+    return smallest_p(num_units, num_tests) < alpha
+
+
+def undecidable(num_units: int, num_tests: int = 1, word: str = "image") -> str:
+    """That nothing can be decided, in words."""
+    over = f" over {num_tests} pairs" if num_tests > 1 else ""
+    least = smallest_p(num_units, num_tests)
+    return f"{num_units} {word}{'s' * (num_units > 1)}: p{over} cannot fall below {least:.2g}, so nothing can be decided"
 
 
 def unit_numbers(labels: Sequence[Hashable]) -> np.ndarray:
@@ -106,7 +146,8 @@ def intervals(
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     num = len(counts_U)
     same = 1e-12 * float(np.abs(sums_MU).max())
-    means_MB = _resampled_means(sums_MU, counts_U, resamples, seed) if num > 1 else np.empty((len(sums_MU), 0))
+    few = num < FEWEST
+    means_MB = np.empty((len(sums_MU), 0)) if few else _resampled_means(sums_MU, counts_U, resamples, seed)
     out = []
     for start in range(0, len(sums_MU) if pairs_P2 is None else len(pairs_P2), CHUNK):
         chunk = slice(start, start + CHUNK)
@@ -117,17 +158,18 @@ def intervals(
             sums_PU, boot_PB = sums_MU[first] - sums_MU[second], means_MB[first] - means_MB[second]
         mean_P = sums_PU.sum(axis=1) / counts_U.sum()
         constant_P = (np.abs(sums_PU - mean_P[:, None] * counts_U) <= same).all(axis=1)
-        low_P, high_P = (mean_P, mean_P) if num < 2 else _bca(mean_P, boot_PB, _acceleration(sums_PU, counts_U), level, same)
+        low_P, high_P = (mean_P, mean_P) if few else _bca(mean_P, boot_PB, _acceleration(sums_PU, counts_U), level, same)
         low_P, high_P = np.where(constant_P, mean_P, low_P), np.where(constant_P, mean_P, high_P)
         # An end at 1e-17 is rounding, and would "exclude" 0.
         mean_P, low_P, high_P = (np.where(np.abs(x) <= same, 0.0, x) for x in (mean_P, low_P, high_P))
         for mean, low, high, constant in zip(mean_P.tolist(), low_P.tolist(), high_P.tolist(), constant_P.tolist(), strict=True):
-            if num < 2:
-                out.append(Interval(mean=mean, low=None, high=None, num=num, note=f"{num} {word}: no interval", level=level))
+            if few:
+                note = f"{num} {word}{'s: too few for an' if num > 1 else ': no'} interval"
+                out.append(Interval(mean=mean, low=None, high=None, num=num, note=note, level=level, unit=word))
                 continue
             rough = f"{num} {word}s: a rough interval, likely too narrow" if num < ROUGH_BELOW else ""
             note = f"constant over all {num} {word}s: the interval is a point" if constant else rough
-            out.append(Interval(mean=mean, low=low, high=high, num=num, note=note, level=level))
+            out.append(Interval(mean=mean, low=low, high=high, num=num, note=note, level=level, unit=word))
     return out
 
 

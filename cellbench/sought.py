@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -14,7 +15,7 @@ from cellbench.data.dataset import SPLITS
 from cellbench.grid import Crew, everything
 from cellbench.jobs import jobs_of
 from cellbench.logged import STATE, STATUS, STUDY
-from cellbench.report import about, conclude
+from cellbench.report import conclude
 from cellbench.runner import Runner
 from cellbench.space import Space
 from cellbench.spec import Experiment
@@ -78,8 +79,8 @@ def best_file(space: Space, best: Told) -> str:
     return f"{head}\n#   python -m cellbench.run grid best.toml\n{tomli_w.dumps(tree)}"
 
 
-def test(space: Space, study: Study, runner: Runner, run: Run, text: str, crew_of: Callable[[Experiment], Crew]) -> int:
-    """The best trial's setting, and no other, is tested: as a grid, with its seeds."""
+def test(space: Space, study: Study, runner: Runner, run: Run, known: dict[str, Any], crew_of: Callable[[Experiment], Crew]) -> int:
+    """The best trial's setting, and no other, is tested: as a grid, with its seeds. ``known``: what :func:`cellbench.report.begin` recorded."""
     best = study.best()
     if not best:
         say("no trial was told that keeps the bounds, so there is no best one to test.")
@@ -98,7 +99,7 @@ def test(space: Space, study: Study, runner: Runner, run: Run, text: str, crew_o
     outcome = everything(runner, jobs, crew_of(experiment))
     ids = {logged.run_id for logged in outcome.finished.values()}
     splits = {split: [sample.name for sample in runner.datasets[space.fold].samples(split)] for split in SPLITS}
-    conclude(runner.tracker, run, ids, about(text, runner.datasets[space.fold], runner.machine.name), splits, outcome.skipped, outcome.failed, say)
+    conclude(runner.tracker, run, ids, known, splits, outcome.skipped, outcome.failed, say)
     tests = [logged.metrics["test/dice"] for logged in outcome.finished.values() if "test/dice" in logged.metrics]
     if tests:
         run.log({"search/test_dice": sum(tests) / len(tests)})

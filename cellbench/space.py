@@ -33,6 +33,7 @@ METRICS: Mapping[str, str] = {
     "cost/head_params": "minimize",
     "cost/backbone_params": "minimize",
     "cost/train_s": "minimize",
+    "cost/train_cpu_s": "minimize",
     "cost/features_mib": "minimize",
 }
 

@@ -28,7 +28,18 @@ import numpy as np
 from cellbench.errors import CellbenchError
 from cellbench.metrics import nan_mean
 from cellbench.scored import Difference, Scores, seed_sd
-from cellbench.significance import DECIMALS, RESAMPLES, fold_test, holm, intervals, signed_rank, unit_numbers, unit_sums
+from cellbench.significance import (
+    DECIMALS,
+    RESAMPLES,
+    decidable,
+    fold_test,
+    holm,
+    intervals,
+    signed_rank,
+    undecidable,
+    unit_numbers,
+    unit_sums,
+)
 
 MANY_PAIRS = 50_000
 
@@ -190,11 +201,9 @@ def _differences(
         p_folds += fold_test(d_PI, here.folds) if len(set(here.folds or ())) > 1 else [None] * len(d_PI)
 
     family = num_tests if alone else 1
-    floor = min(1, family * 2.0 ** (1 - num_units))
     shared = []
-    if floor >= 1 - level:
-        over = f" over {family} pairs" if family > 1 else ""
-        shared.append(f"{num_units} {here.word}{'s' * (num_units > 1)}: p{over} cannot fall below {floor:.2g}, so nothing can be decided")
+    if not decidable(num_units, family, round(1 - level, DECIMALS)):
+        shared.append(undecidable(num_units, family, here.word))
     if resamples < RESAMPLES and num_tests > MANY_PAIRS:
         shared.append(f"{num_tests} pairs: intervals from {resamples} resamples")
     num_folds = max(len(set(models[i].folds or ())) for i in used)

@@ -28,6 +28,7 @@ from cellbench.logged import (
     FINGERPRINT,
     HEARTBEAT,
     KIND,
+    LIMIT,
     NOTE,
     OWNER,
     PARENT,
@@ -245,13 +246,24 @@ class Run:
         self._tracker.client.set_terminated(self.run_id, TERMINAL[status])
 
 
-def newest() -> str | None:
-    """The experiment with the newest finished run of ours in MLflow's store; None where there is none."""
+def newest(*, whole: bool = False) -> str | None:
+    """The experiment with the newest finished run of ours in MLflow's store; None where there is none. ``whole``: runs on a part of their data
+    (``--limit``) count only where there are no others."""
     client = _reader()
     names = {one.experiment_id: one.name for one in client.search_experiments()}
-    found = client.search_runs(list(names), f"tags.`{STATUS}` = 'finished'", max_results=100, order_by=["attributes.start_time DESC"])
-    # Explorations hold no scores. MLflow's filters cannot ask for a tag that is missing or another.
-    return next((names[run.info.experiment_id] for run in found if run.data.tags.get("cellbench.kind") != "explore"), None)
+    first, token = None, None
+    while True:
+        page = client.search_runs(
+            list(names), f"tags.`{STATUS}` = 'finished'", max_results=100, order_by=["attributes.start_time DESC"], page_token=token
+        )
+        # Grids, evaluations and explorations are no models. MLflow's filters cannot ask for a tag that is missing.
+        found = [stored for run in page if not (stored := stored_of(run)).is_parent]
+        first = first or next((stored.run_id for stored in found), None)
+        chosen = next((stored.run_id for stored in found if LIMIT not in stored.tags), None) if whole else first
+        token = page.token
+        if chosen or not token:
+            break
+    return None if (run_id := chosen or first) is None else names[client.get_run(run_id).info.experiment_id]
 
 
 def experiments() -> list[str]:

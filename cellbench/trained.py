@@ -35,3 +35,15 @@ class Trained:
     experiment: str = ""
     config: str = ""
     """An experiment file that repeats the run."""
+    data: str = ""
+    """What it was trained, validated and tested on, in words."""
+    chosen: str = ""
+    """How it was chosen, where several runs could be meant, in words."""
+
+    @property
+    def origin(self) -> list[str]:
+        """Which run this is, what it learned from and how it was chosen, in sentences for people."""
+        if not self.run_id:
+            return []
+        data = f": {self.data}" if self.data else ""
+        return [f"{self.name} is run {self.run_id} of '{self.experiment}'{data}.", *([self.chosen] if self.chosen else [])]

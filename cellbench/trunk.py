@@ -37,6 +37,8 @@ class Trunk:
         """Tiles that go through the backbone at once."""
         self.seconds = 0.0
         """Spent in the backbone so far, by all lanes together. On a GPU this is the time to hand the work over, unless something waits for it."""
+        self.cpu_seconds = 0.0
+        """Of the processor, by the lanes' own threads: other processes make ``seconds`` longer, this hardly."""
         self._adding = threading.Lock()
 
     def levels(self, num: int) -> tuple[Level, ...]:
@@ -53,7 +55,7 @@ class Trunk:
         """The maps of tiles, by level index, in the machine's precision and channels-last."""
         if self.backbone is None:
             return {}
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.thread_time()
         num = len(pixels_BCTT)
         if num < self.chunk:
             # Always the same shape: kernels are chosen by it, and another one may round differently (measured with bf16).
@@ -72,6 +74,7 @@ class Trunk:
         }
         with self._adding:
             self.seconds += time.perf_counter() - start
+            self.cpu_seconds += time.thread_time() - start_cpu
         return copies
 
     def map_bytes(self, tile_px: tuple[int, int]) -> int:

@@ -9,12 +9,13 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
-from cellbench import moved
+from cellbench import leaderboard, moved
 from cellbench.data.prepare import Preparation
 from cellbench.errors import CellbenchError, unknown
 from cellbench.evidence import collect
 from cellbench.framing import Framing
-from cellbench.logged import WEIGHTS, Stored
+from cellbench.lineup import limit_words, words_of
+from cellbench.logged import LIMIT, WEIGHTS, Stored
 from cellbench.registry import Registry
 from cellbench.separate import CONNECTED, Separation
 from cellbench.spec import Experiment, RunSpec, expand
@@ -22,22 +23,31 @@ from cellbench.track import Tracker, experiment_of, experiments, newest
 from cellbench.trained import Trained
 
 
-def find(asked: str) -> tuple[Tracker, Stored]:
-    """The run that ``asked`` means, and its experiment.
+def find(asked: str) -> tuple[Tracker, Stored, str]:
+    """The run that ``asked`` means, its experiment, and how it was chosen where several could be meant, in words.
 
-    ``best`` is the report's best model of the experiment with the newest finished run, ``best:EXPERIMENT`` that of a named one; of its seeds
-    the one with the best validation Dice. Of several runs of one name the newest finished one is taken. Raises CellbenchError.
+    ``best`` is the report's best model of the experiment with the newest finished run, ``best:EXPERIMENT`` that of a named one: on the newest
+    whole test set, and of the model's seeds and folds the one with the best validation Dice. Of several runs of one name the newest finished
+    one is taken. Runs on a part of the data (``--limit``) come after those on the whole. Raises CellbenchError.
     """
     moved.present()
     if asked == "best" or asked.startswith("best:"):
-        name = asked.removeprefix("best").removeprefix(":") or newest()
+        name = asked.removeprefix("best").removeprefix(":") or newest(whole=True)
         if not name:
             raise CellbenchError("no experiment of MLflow's store here has a finished run, so there is no best. `cellbench grid` makes some.")
         tracker = Tracker(name, make=False)
-        return tracker, collect([tracker]).sets[0].best.chosen.stored
+        sets = collect([tracker]).sets
+        best = sets[0].best
+        rule = leaderboard.chosen_by(sets[0]) or "the only model of its test set"
+        said = [f"The best of '{name}', {rule}."]
+        if len(best.runs) > 1:
+            said.append(f"Of its {len(best.runs)} runs the one with the best validation Dice is used.")
+        if ":" not in asked and (last := newest()) != name:
+            said.append(f"Newer runs, of '{last}', are on a part of their data and are not considered.")
+        return tracker, best.chosen.stored, " ".join((*said, *leaderboard.apart(sets)))
     if (name := experiment_of(asked)) is not None:
         tracker = Tracker(name, make=False)
-        return tracker, next(run for run in tracker.stored() if run.run_id == asked)
+        return tracker, next(run for run in tracker.stored() if run.run_id == asked), ""
     found, names = [], set()
     for name in experiments():
         tracker = Tracker(name, make=False)
@@ -45,15 +55,19 @@ def find(asked: str) -> tuple[Tracker, Stored]:
             if run.fingerprint and not run.is_parent:
                 names.add(run.name)
                 if run.name == asked:
-                    found.append((run.status == "finished", run.start_s, tracker, run))
+                    found.append((run.status == "finished", LIMIT not in run.tags, run.start_s, tracker, run))
     if not found:
         raise unknown("run", asked, sorted(names)[:12])
-    _, _, tracker, run = max(found, key=lambda one: one[:2])
-    return tracker, run
+    *_, tracker, run = max(found, key=lambda one: one[:3])
+    whole = " on whole data" if any(LIMIT in one.tags for *_, one in found) and LIMIT not in run.tags else ""
+    said = f"{len(found)} runs have this name; this is the newest finished one{whole}." if len(found) > 1 else ""
+    return tracker, run, said
 
 
-def open_run(tracker: Tracker, stored: Stored, registry: Registry) -> Trained:
-    """The run's record. Raises CellbenchError for one that is not finished, is no model, or has lost what it left."""
+def open_run(tracker: Tracker, stored: Stored, registry: Registry, chosen: str = "") -> Trained:
+    """The run's record; ``chosen``: how it was chosen, as :func:`find` says.
+
+    Raises CellbenchError for one that is not finished, is no model, or has lost what it left."""
     if stored.tags.get("cellbench.kind") == "evaluation":
         raise CellbenchError(f"'{stored.name}' is an evaluation of '{stored.params.get('evaluated', 'a run')}'. Name that run.")
     if stored.is_parent:
@@ -84,7 +98,15 @@ def open_run(tracker: Tracker, stored: Stored, registry: Registry) -> Trained:
         run_id=stored.run_id,
         experiment=tracker.name,
         config=config,
+        data=_data(stored, told),
+        chosen=chosen,
     )
+
+
+def _data(stored: Stored, told: dict[str, Any]) -> str:
+    counted = words_of(told.get("num_images", {})) or f"{len(told['images'])} test images"
+    fold = f", fold {told['fold']} of {told['num_folds']}" if "fold" in told else ""
+    return f"{stored.params.get('dataset', '?')}, {counted}{fold}{limit_words(stored.tags.get(LIMIT, ''))}"
 
 
 def weights_of(data: bytes, name: str) -> dict[str, Any]:

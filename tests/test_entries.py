@@ -65,6 +65,18 @@ def test_an_entry_is_made_once_and_anew_where_a_person_deleted_it(tracker, tmp_p
     assert entries.enter(tracker, run, "the best") != first
 
 
+def test_an_entry_that_is_no_winner_any_more_says_so(tracker, tmp_path):
+    run = trained(tracker, tmp_path, "was the best", ("config.toml",))
+    first = entries.enter(tracker, run, "the best", " Chosen by its test score among 3 models.")
+    assert tracker.client.get_logged_model(first).tags["mlflow.note.content"] == (
+        f"In '{EXPERIMENT}': the best. Chosen by its test score among 3 models."
+    )
+    second = entries.enter(tracker, trained(tracker, tmp_path, "is the best", ("config.toml",)), "the best")
+    entries.supersede(tracker, [second])
+    assert tracker.client.get_logged_model(first).tags["cellbench.verdict"] == "superseded"
+    assert tracker.client.get_logged_model(second).tags["cellbench.verdict"] == "the best"
+
+
 def test_a_run_that_lost_its_files_gets_no_entry_and_that_is_said(tracker, tmp_path):
     run = trained(tracker, tmp_path, "lost", ("head.safetensors",))
     with pytest.raises(CellbenchError, match=r"'lost' has lost its config\.toml"):

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from worlds import FP32, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
 
-from cellbench.features import Batch
 from cellbench import figures
+from cellbench.features import Batch
 from cellbench.infer import score, tile_counts
 from cellbench.lanes import Lanes
 from cellbench.learner import Learner, MiniBatches, batch_sizes
@@ -49,6 +49,8 @@ def test_a_pruned_run_does_not_disturb_the_others(dataset):
     pruned = fitted(dataset, runs, most={1: 1})
     assert pruned[1].ended == "pruned"
     assert len(pruned[1].history) == 1
+    assert 0 < pruned[1].trunk_s < pruned[0].trunk_s == pruned[2].trunk_s  # the backbone's part of the epochs that it took part in
+    assert all(one.train_cpu_s > 0 and one.trunk_cpu_s > 0 for one in pruned)
     assert same(pruned[0], fitted(dataset, runs[:1])[0])
     assert same(pruned[2], fitted(dataset, runs[2:])[0])
 
@@ -176,8 +178,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(dataset):
     for learner, source, epoch in ((again[0], whole[0], 1), (again[1], whole[1], 0)):
         assert isinstance(source.recorder, Listener)
         learner.restore(source.recorder.states[epoch])
+    before_s = [learner.trunk_s for learner in again]
     fit(again, features)
     assert all(same(a, b) for a, b in zip(whole, again, strict=True))
+    # What was spent before the interruption is not forgotten; the first was not there for the epoch that only the second saw.
+    assert 0 < before_s[1] < before_s[0] < again[0].trunk_s < features.trunk.seconds + before_s[0]
 
 
 def test_other_threads_random_numbers_do_not_matter(dataset):

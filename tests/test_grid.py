@@ -105,7 +105,8 @@ def test_every_run_is_logged_by_the_contract(inside):
     assert {"backbone", "head", "seed", "dataset", "cellbench.experiment", "cellbench.fingerprint", "cellbench.weights"} <= set(run.data.tags)
     assert run.data.tags["cellbench.status"] == "finished"
     for name in ("train/loss", "val/loss", "val/dice", "val/iou", "lr", "test/dice", "test/iou", "test/precision", "test/recall", "test/accuracy",
-                 "test_background/dice", "test_mean/dice", "test_image/dice", "cost/train_s", "cost/head_params", "cost/backbone_params",
+                 "test_background/dice", "test_mean/dice", "test_image/dice", "cost/train_s", "cost/train_cpu_s",
+                 "cost/image_cpu_s", "cost/head_params", "cost/backbone_params",
                  "cost/images_per_s", "cost/peak_mib", "cost/features_mib", "system/cpu_utilization_percentage"):  # fmt: skip
         assert name in run.data.metrics, name
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "val/dice")

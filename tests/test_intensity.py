@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
 from pictures import chunk, png, refused
+from PIL import Image
 from worlds import features_of, run_of
 
 from cellbench.data.folders import open_dataset

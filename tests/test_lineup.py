@@ -140,5 +140,18 @@ def test_winners_are_few_and_never_those_that_are_plainly_worse():
     (here,), _ = line_up(runs)
     assert all(d.better is None for d in leaderboard.differences(here))
     assert "uni · c" not in [model.name for model in leaderboard.winners(here)]
-    assert leaderboard.winners(here)[0] is here.best
-    assert len(leaderboard.winners(here, most=1)) == 1
+    assert leaderboard.winners(here) == [here.best]
+
+
+def test_winners_are_the_best_and_those_that_do_not_differ_significantly_in_order_of_rank():
+    """The second differs from the best by little and often: its interval excludes 0, and its adjusted p is above 0.05."""
+    rng = np.random.default_rng(9)
+    base = rng.uniform(0.85, 0.9, len(IMAGES))
+    steps = {"a": 0.0, "b": rng.normal(-0.001, 0.0015, len(IMAGES)), "c": rng.normal(-0.003, 0.02, len(IMAGES)), "d": -0.3}
+    runs = [scored(head, told_of(0.9, 0) | {"dice": (base + step).tolist()}) for head, step in steps.items()]
+    (here,), _ = line_up(runs)
+    second, third, last = leaderboard.differences(here)
+    assert second.interval.excludes_zero
+    assert (second.better, third.better, last.better) == (None, None, "uni · a")
+    assert [model.name for model in leaderboard.winners(here)] == ["uni · a", "uni · b", "uni · c"]
+    assert [model.name for model in leaderboard.winners(here, most=2)] == ["uni · a", "uni · b"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -17,13 +18,15 @@ import numpy as np
 import pytest
 from told import IMAGES, finished, small_grid, told_of
 
-from cellbench import leaderboard, moved, page, views
+from cellbench import leaderboard, moved, page, views, winners
+from cellbench.chapters import build
 from cellbench.evidence import collect
+from cellbench.logged import DATA, LIMIT
 from cellbench.report import latex, place
 from cellbench.results import tidy
 from cellbench.run import main
 from cellbench.spec import RunSpec
-from cellbench.track import Tracker
+from cellbench.track import Tracker, newest
 from cellbench.ui import free_port
 
 NAME = "cells, a/b & ü 🔬"
@@ -130,13 +133,103 @@ def test_runs_on_other_images_are_never_paired_and_that_is_said(project, capsys)
     other = tuple(f"other-{k}.png" for k in range(20))
     for seed in (0, 1):
         finished(Tracker(NAME), RunSpec(backbone="uni", head="fpn", seed=seed), told_of(0.99, seed, other, "e" * 16))
-    first, second = evidence().sets
-    assert first.best.name == "dinobloom-s · fpn"
-    assert [model.name for model in second.models] == ["uni · fpn"]
-    assert len(leaderboard.differences(first)) == 4
-    assert leaderboard.differences(second) == []
+    newest, older = evidence().sets
+    assert older.best.name == "dinobloom-s · fpn"
+    assert [model.name for model in newest.models] == ["uni · fpn"]
+    assert len(leaderboard.differences(older)) == 4
+    assert leaderboard.differences(newest) == []
     assert main(["report", NAME, "--out", "out"]) == 0
     assert "Scores are paired within one set only" in Path("out/report.html").read_text(encoding="utf-8")
+
+
+def quick_try(tracker, head="detail"):
+    """A finished run on two images of each split, with a score that no other reaches."""
+    told = told_of(0.999, 5, ("smear-00.png", "smear-01.png"), "a" * 16) | {"num_images": {"train": 2, "val": 2, "test": 2}}
+    return finished(tracker, RunSpec(backbone="uni", head=head, seed=0), told, **{LIMIT: "2"})
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsys, when):
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(None)
+    tracker = Tracker("tiny")
+    whole = {"num_images": {"train": 19, "val": 5, "test": 16}}
+    if when == "before":
+        quick_try(tracker, "fpn")
+    ids = {finished(tracker, RunSpec(backbone="uni", head=head), told_of(mean, 0) | whole) for head, mean in (("fpn", 0.9), ("bilinear", 0.7))}
+    if when == "after":
+        quick_try(tracker, "fpn")
+    first, second = collect([tracker]).sets
+    assert (first.limit, second.limit) == ("", "2")
+    other = "drawn: 2 training, 2 validation and 2 test images (a part of the data, --limit 2)"
+    for asked in ("best", "best:tiny", "uni · fpn · seed 0"):
+        _, stored, chosen = winners.find(asked)
+        assert stored.run_id in ids
+        if asked.startswith("best"):
+            assert "chosen by its test score, the highest mean Dice over images among 2 models; the score of the chosen is optimistic" in chosen
+            assert other in chosen
+        else:
+            assert chosen == "2 runs have this name; this is the newest finished one on whole data."
+    if when == "before":
+        return
+    assert main(["report", "tiny", "--out", "out"]) == 0
+    said = capsys.readouterr().out
+    for text in (said, Path("out/report.html").read_text(encoding="utf-8")):
+        assert "Best on average is uni · fpn: Dice" in text
+        assert "uni · fpn was chosen by its test score, the highest mean Dice over images among 2 models; the score of the chosen" in text
+        assert "newest whole test set, drawn: 19 training, 5 validation and 16 test images" in text
+        assert other in text
+    lead = Path("out/report.html").read_text(encoding="utf-8").partition("<section")[0]
+    assert "<dt>data</dt><dd>drawn: 19 training, 5 validation and 16 test images</dd>" in lead
+    assert "a" * 16 not in lead
+    assert [line.split(",")[4] for line in Path("out/leaderboard.csv").read_text().splitlines()[1:]] == [
+        f"{row.image_dice:.4f}" for row in leaderboard.rows(first)
+    ]
+
+
+def test_where_there_are_quick_tries_only_the_newest_of_them_is_the_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(None)
+    run_id = quick_try(Tracker("tiny"))
+    assert winners.find("best")[1].run_id == run_id
+
+
+def test_neither_a_quick_try_nor_an_evaluation_makes_an_experiment_the_newest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(None)
+    run_id = finished(Tracker("real"), RunSpec(backbone="uni", head="fpn"), told_of(0.9, 0))
+    quick_try(Tracker("tried"))
+    older = Tracker("evaluated")
+    with older.run("evaluate: a run", "e", tags={"cellbench.kind": "evaluation"}):
+        pass
+    assert (newest(), newest(whole=True)) == ("tried", "real")
+    _, stored, chosen = winners.find("best")
+    assert stored.run_id == run_id
+    assert "Newer runs, of 'tried', are on a part of their data and are not considered." in chosen
+
+
+def test_of_two_whole_sets_the_one_whose_grid_was_started_last_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(None)
+    tracker = Tracker("two")
+
+    def grid(digest, name):
+        known = tracker.known(digest).get(digest)
+        with tracker.run("grid", digest, known=known, tags={"cellbench.kind": "grid", DATA: digest}) as top:
+            about = {"question": name, "experiment": "", "command": name, "dataset": {"digest": digest, "root": name, "notes": []}}
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "about.json").write_text(json.dumps(about))
+            top.artifacts(tmp_path / name)
+            if known is None:
+                finished(tracker, RunSpec(backbone="uni", head="fpn"), told_of(0.9, 0, digest=digest), top.run_id)
+
+    for digest, name in (("a" * 16, "first"), ("b" * 16, "second"), ("a" * 16, "first")):
+        grid(digest, name)
+        assert collect([tracker]).sets[0].digest == digest
+        assert main(["report", "two", "--out", "out"]) == 0
+        lead, *_ = Path("out/report.html").read_text(encoding="utf-8").partition("<section")
+        assert f"<dd>{name}</dd>" in lead  # what is said of the data is of the same set
+        assert digest in lead
 
 
 def test_settings_that_differ_name_models_and_are_no_seeds(project):
@@ -183,6 +276,19 @@ def test_one_model_alone_is_reported_without_tests(tmp_path, monkeypatch):
     text = (tmp_path / "reports" / "alone" / "report.html").read_text(encoding="utf-8")
     assert "One model alone" in text
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower()
+
+
+def test_a_page_that_says_that_nothing_can_be_decided_separates_no_models(tmp_path, monkeypatch):
+    """Nine models always in the same order: on three images Friedman's p is 0.002, and no pair's can fall below 0.25."""
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(None)
+    tracker = Tracker("few")
+    for k, (backbone, head) in enumerate(itertools.product(("dinobloom-s", "uni", "gpfm"), ("fpn", "bilinear", "detail"))):
+        finished(tracker, RunSpec(backbone=backbone, head=head), told_of(0.9 - 0.02 * k, 0, IMAGES[:3]))
+    made = build(collect([tracker]), [tracker], {})
+    assert "3 images: p over 36 pairs cannot fall below 1, so nothing can be decided" in made.html
+    assert not {"ranks", "ranks-backbones", "ranks-heads"} & set(made.pictures)
+    assert {line[leaderboard.HEADINGS.index("95 %")] for line in made.tables["leaderboard"][1]} == {""}
 
 
 def test_of_several_cell_classes_the_words_say_what_one_number_is(tmp_path, monkeypatch, capsys):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_lineup import scored
 from worlds import dataset_of, run_of
 
 from cellbench import results
 from cellbench.data.pixels import Pixels
 from cellbench.exam import CANDIDATES, Exams, Keepsake, shown
+from cellbench.lineup import line_up
 from cellbench.metrics import confusion
 from cellbench.results import Result
 from cellbench.separate import CONNECTED, Separation
@@ -61,6 +64,24 @@ def test_calibration_counts_every_pixel_once(dataset):
     assert told["share_cell"][4] == 0
     assert told["probability"][16] == pytest.approx(0.8)
     assert results.metrics(dataset, Result(exam=exam, cost={}))["test/calibration_error"] == pytest.approx(0.2)
+
+
+def test_the_interval_in_mlflow_is_over_groups_as_the_reports_is(dataset):
+    """Ten images of five patients: five observations, not ten; without groups ten."""
+    named = [(f"{k}.png", f"p{k // 2}", dataset.test[k % 2]) for k in range(10)]
+    found = {}
+    for grouped in (True, False):
+        test = tuple(replace(sample, name=name, group=group if grouped else "") for name, group, sample in named)
+        one, shift = replace(dataset, test=test), itertools.count()
+        exam = taken(one, lambda truth, shift=shift: (np.roll(truth, 2 + 3 * (next(shift) // 2), axis=1), None))
+        metrics = results.metrics(one, Result(exam=exam, cost={}))
+        told = results.per_image(one, Result(exam=exam, cost={}))
+        (here,), _ = line_up([scored("fpn", told)])
+        (reported,) = here.intervals("dice")
+        assert (metrics["test_image/dice_low"], metrics["test_image/dice_high"]) == (round(reported.low, 6), round(reported.high, 6))
+        assert metrics["test_image/dice_units"] == reported.num == (5 if grouped else 10)
+        found[grouped] = reported
+    assert found[True].high - found[True].low > found[False].high - found[False].low
 
 
 def test_a_failure_in_a_thread_is_told(dataset):

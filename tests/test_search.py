@@ -20,6 +20,7 @@ from conftest import write_pair
 
 from cellbench import search, sought
 from cellbench.data.pixels import Pixels
+from cellbench.registry import Registry
 from cellbench.run import main
 
 SEARCH = """# A small search
@@ -257,7 +258,11 @@ def test_a_worker_beside_the_first_takes_up_trials_on_its_share_of_the_cores(don
     shutil.copytree(done, tmp_path / "copy")
     enter(tmp_path / "copy", monkeypatch)
     monkeypatch.setattr("cellbench.machine.cores", lambda: 2)
+    given = search.read_space(CALL[1], ["search.trials=8"], None, None, Registry())[1]
+    held = Path(CALL[1]).rename("held.toml")  # a worker is handed what the first one read
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
     assert main([*CALL, "--trials", "8", "--workers", "2", "--helper", "1"]) == 0
+    held.rename(CALL[1])
     trials = study().trials
     assert {t.state.name for t in trials[6:]} <= {"COMPLETE", "PRUNED"}
     machines = [run.data.tags["cellbench.machine"] for run in runs().values() if run.data.tags.get("optuna.trial") in ("6", "7")]

@@ -13,7 +13,7 @@ import scipy.stats as st
 from cellbench.errors import CellbenchError
 from cellbench.ranking import critical_difference, marginal, p_words, sentence, verdict
 from cellbench.scored import Scores
-from cellbench.significance import fold_test, holm, intervals, mean_interval, signed_rank
+from cellbench.significance import decidable, fold_test, holm, intervals, mean_interval, signed_rank, smallest_p
 from cellbench.stats import compare, compare_all, same_images
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -61,9 +61,9 @@ def numbers(record):
 # Intervals
 
 
-@pytest.mark.parametrize("num", [2, 12, 159])
+@pytest.mark.parametrize("num", [12, 159])
 def test_interval_of_a_mean_is_scipys_bca(rng, num):
-    """Not for 3 to 6 images: there many resamples equal the mean but for their last bit, which scipy counts as above or below it."""
+    """Not for 4 to 6 images: there many resamples equal the mean but for their last bit, which scipy counts as above or below it."""
     x = rng.beta(20, 2, num)
     scipys = st.bootstrap((x,), np.mean, n_resamples=1999, rng=np.random.default_rng(5)).confidence_interval
     ours = mean_interval(x, resamples=1999, seed=5)
@@ -125,9 +125,28 @@ def test_one_group_gives_no_interval():
     assert mean_interval([0.9, 0.8], groups=["p", "p"]).note == "1 group: no interval"
 
 
-@pytest.mark.parametrize(("num", "rough"), [(2, True), (5, True), (9, True), (10, False)])
+@pytest.mark.parametrize(("num", "rough"), [(4, True), (5, True), (9, True), (10, False)])
 def test_few_images_give_a_rough_interval(rng, num, rough):
-    assert ("rough" in mean_interval(rng.normal(size=num)).note) == rough
+    found = mean_interval(rng.normal(size=num))
+    assert ("rough" in found.note) == found.rough == rough
+
+
+@pytest.mark.parametrize("num", [2, 3])
+def test_two_or_three_images_give_no_interval(rng, num):
+    found = mean_interval(rng.normal(size=num))
+    assert (found.low, found.high, found.note) == (None, None, f"{num} images: too few for an interval")
+    assert mean_interval([0.9] * num).low is None
+    d = compare(scores("a", rng.random(num) + 1), scores("b", np.zeros(num)))
+    assert (d.interval.low, d.interval.excludes_zero) == (None, False)
+    assert mean_interval(rng.normal(size=9), groups=[k % num for k in range(9)]).low is None
+
+
+@pytest.mark.parametrize(("num_units", "num_tests"), [(3, 1), (5, 1), (6, 1), (6, 3), (9, 15), (10, 36), (11, 36)])
+def test_what_can_be_decided_follows_from_the_least_p_of_the_signed_rank_test(num_units, num_tests):
+    """The least p is scipy's, of differences that all point one way; Holm's first step multiplies it by the number of pairs."""
+    least = st.wilcoxon(np.arange(num_units) + 1.0, mode="exact").pvalue
+    assert smallest_p(num_units, num_tests) == min(1, least * num_tests)
+    assert decidable(num_units, num_tests) == (least * num_tests < 0.05)
 
 
 @pytest.mark.parametrize("bad", [[], [0.9, math.nan], [math.inf, 0.1], [[0.1, 0.2]]])
@@ -183,8 +202,8 @@ def test_wilcoxon_finds_nothing_in_noise_as_often_as_it_says(rng):
 
 
 def test_the_same_scores_give_p_one_and_say_so():
-    d = compare(scores("a", [0.9, 0.8, 0.7]), scores("b", [0.9, 0.8, 0.7]))
-    assert (d.p, d.effect, d.interval.low, d.interval.high, d.ties) == (1, 0, 0, 0, 3)
+    d = compare(scores("a", [0.9, 0.8, 0.7, 0.6]), scores("b", [0.9, 0.8, 0.7, 0.6]))
+    assert (d.p, d.effect, d.interval.low, d.interval.high, d.ties) == (1, 0, 0, 0, 4)
     assert "the same score on every image" in d.notes
 
 
@@ -521,8 +540,30 @@ def test_one_image_ranks_nothing_and_says_so():
 
 
 def test_few_images_are_said_to_be_rough(rng):
-    r = critical_difference([scores(name, rng.random(5)) for name in "abc"])
-    assert "5 images: Friedman's p is rough" in r.notes
+    r = critical_difference([scores(name, rng.random(8)) for name in "abc"])
+    assert "8 images: Friedman's p is rough" in r.notes
+
+
+@pytest.mark.parametrize("num", [2, 3, 6])
+@pytest.mark.parametrize("num_models", [2, 3, 9])
+def test_a_ranking_separates_models_only_where_their_pairs_could_be_decided(num, num_models):
+    """On three images Friedman's and Nemenyi's tests would tell nine models apart, of which no pair can reach p below 0.05."""
+    models = [scores(f"m{k}", np.linspace(0.9, 0.95, num) - 0.1 * k) for k in range(num_models)]
+    r = critical_difference(models)
+    pairs = compare_all(models)
+    if not any(d.decided for d in pairs):
+        assert r.cliques == (tuple(m.model for m in models),)
+        assert (r.p, r.critical_difference) == (None, None)
+        assert any("nothing can be decided" in note for note in (*r.notes, *pairs[0].notes))
+    else:
+        assert (num, num_models) == (6, 2)
+        assert r.cliques == ()
+
+
+def test_a_ranking_of_some_models_heeds_all_pairs_that_are_compared():
+    models = [scores(f"m{k}", np.linspace(0.9, 0.95, 8) - 0.1 * k) for k in range(3)]
+    assert critical_difference(models).critical_difference is not None
+    assert critical_difference(models, num_tests=36).critical_difference is None
 
 
 # Margins

@@ -25,7 +25,7 @@ LAYERS = (
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
     (
         "the one harness",
-        {"machine", "checkpoints", "lanes", "randomness", "store", "shards", "shared"}
+        {"machine", "load", "checkpoints", "lanes", "randomness", "store", "shards", "shared"}
         | {"trunk", "features", "model", "infer", "learner", "teams", "train", "tuning", "exam"} | {"trained", "room", "survey", "tokens"},
     ),
     (

@@ -36,14 +36,14 @@ def told_of(mean: float, seed: int, images: tuple[str, ...] = IMAGES, digest: st
     }
 
 
-def finished(tracker: Tracker, run: RunSpec, told: dict[str, Any] | None, parent: str = "", name: str = "") -> str:
+def finished(tracker: Tracker, run: RunSpec, told: dict[str, Any] | None, parent: str = "", name: str = "", **tags: str) -> str:
     """Writes a finished run; ``told=None`` leaves it without per-image scores. Returns its id."""
     mean = float(np.mean(told["dice"])) if told else 0.5
     metrics = {"test/dice": mean, "test/iou": 0.9, "test/precision": 0.9, "test/recall": 0.9, "cost/train_s": 30.0 + 10 * len(run.model)}
     metrics |= {"cost/images_per_s": 100 / len(run.model), "cost/head_params": 770, "cost/backbone_params": 2.2e7, "cost/peak_mib": 1500}
     digest = told["dataset"] if told else ""
     fingerprint = f"{run.model} {run.seed} {run.epochs} {run.fraction} {digest}"
-    with tracker.run(name or f"{run.model} · seed {run.seed}", fingerprint, parent=parent, tags={"model": run.model}) as opened:
+    with tracker.run(name or f"{run.model} · seed {run.seed}", fingerprint, parent=parent, tags={"model": run.model} | tags) as opened:
         opened.log(metrics, params=params_of(run, "drawn", "fp32"))
         if told is not None:
             with tempfile.TemporaryDirectory() as folder:

@@ -67,6 +67,8 @@ class Dataset:
     """Over every pixel file, the splits and the classes: what a finished run was trained on."""
     notes: tuple[str, ...] = ()
     """What a person should know about how the data was read."""
+    limited: bool = False
+    """Whether ``[data] limit`` left images out: a quick try."""
 
     def samples(self, split: str) -> tuple[Sample, ...]:
         """The samples of ``train``, ``val`` or ``test``."""

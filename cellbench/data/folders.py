@@ -34,7 +34,8 @@ def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Data
     listing.refuse()
     dataset, splits = split(card, listing, spec)
     if spec.limit:
-        dataset = replace(dataset, **{part: dataset.samples(part)[: spec.limit] for part in SPLITS})
+        limited = any(len(dataset.samples(part)) > spec.limit for part in SPLITS)
+        dataset = replace(dataset, limited=limited, **{part: dataset.samples(part)[: spec.limit] for part in SPLITS})
     dataset = proven(dataset)
     # Only now: a split that names a damaged image would be in the way of whoever takes it out.
     return understood(replace(dataset, notes=(*listing.lines, splits.keep())), card)

@@ -1,0 +1,100 @@
+"""Claims about costs: processor seconds beside wall seconds, what is short is repeated, and the load by others is measured and said."""
+
+from __future__ import annotations
+
+import time
+from collections import namedtuple
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from test_lineup import scored
+from told import told_of
+
+from cellbench import estimate, leaderboard, load
+from cellbench.lineup import line_up
+from cellbench.load import Load
+
+Times = namedtuple("Times", "user nice system idle iowait steal guest")
+
+
+def test_the_load_by_others_is_what_this_process_did_not_use_of_the_busy_time(monkeypatch):
+    """Of 2 cores for 5 s: 6 s busy, 1 s of them stolen by the host and 1 s for a guest, which the user's seconds hold too; 2 s are our own."""
+    readings = iter([([Times(0, 0, 0, 0, 0, 0, 0)] * 2, 10.0), ([Times(3, 0, 1, 1, 0, 0, 0), Times(1, 0, 0, 2, 1, 1, 1)], 12.0)])
+
+    def counters(percpu):
+        times, own_s = next(readings)
+        monkeypatch.setattr(load.time, "process_time", lambda: own_s)
+        return times
+
+    monkeypatch.setattr(load.psutil, "cpu_times", counters)
+    monkeypatch.setattr(load.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    # Core 0: 5 s, 4 busy. Core 1: 6 s with the guest's counted once more by psutil, so 5 s, of which 3 idle.
+    assert Load().others_pct() == pytest.approx(100 * (4 + 2 - 2) / 10)
+
+
+def test_too_short_a_time_has_no_load(monkeypatch):
+    monkeypatch.setattr(load.psutil, "cpu_times", lambda percpu: [Times(1, 0, 0, 1, 0, 0, 0)])
+    assert Load().others_pct() is None
+
+
+def test_waiting_costs_wall_seconds_and_no_processor_seconds():
+    machine = SimpleNamespace(wait=lambda: None)
+    wall_s, cpu_s = estimate._spent(lambda: time.sleep(0.02), machine)
+    assert wall_s >= 0.02
+    assert cpu_s < 0.01
+
+
+def world(place: str, pass_s: list[float], trunk_s: float):
+    """A model and features whose passes over four test images take the model these seconds, one after the other, and the backbone ``trunk_s``."""
+    trunk = SimpleNamespace(seconds=0.0, cpu_seconds=0.0, backbone=object(), chunk=2, maps=lambda tile: time.sleep(0.01))
+    trunk.machine = SimpleNamespace(device="cpu", wait=lambda: None)
+    made = SimpleNamespace(seconds=0.0, cpu_seconds=0.0)
+    features = SimpleNamespace(trunk=trunk, pixels={"test": range(4)}, place={"test": place}, tile_px={"test": (8, 8)}, grid=lambda *_: range(3))
+    passes = iter(pass_s)
+
+    def segment(models, *_):
+        made.seconds += (spent := next(passes))
+        made.cpu_seconds += spent / 2
+        trunk.seconds += trunk_s
+        trunk.cpu_seconds += trunk_s / 2
+        yield 0, []
+
+    return made, features, segment
+
+
+def test_what_is_timed_in_less_than_a_second_is_timed_again_without_the_cold_first_pass(monkeypatch):
+    made, features, segment = world("streamed", [0.8, 0.3, 0.3, 0.3, 0.3], 0.1)
+    monkeypatch.setattr(estimate, "segment", segment)
+    monkeypatch.setattr(estimate, "MEASURED_S", 1.0)
+    list(segment([made]))  # the test itself: 0.9 s
+    (speed,) = estimate.speeds([made], features)
+    assert (speed.wall_s, speed.cpu_s) == pytest.approx((0.4 / 4, 0.2 / 4))
+
+
+def test_what_takes_a_second_is_timed_once(monkeypatch):
+    made, features, segment = world("streamed", [0.9], 0.1)
+    monkeypatch.setattr(estimate, "segment", segment)
+    monkeypatch.setattr(estimate, "MEASURED_S", 1.0)
+    list(segment([made]))
+    (speed,) = estimate.speeds([made], features)
+    assert speed.wall_s == pytest.approx(1 / 4)
+
+
+def test_features_that_are_kept_do_not_hide_what_the_backbone_takes(monkeypatch):
+    made, features, segment = world("on disk", [2.0], 0.0)
+    monkeypatch.setattr(estimate, "segment", segment)
+    list(segment([made]))
+    (speed,) = estimate.speeds([made], features)
+    assert speed.wall_s >= 2.0 / 4 + 3 * 0.01 / 2  # three tiles an image, of chunks of two
+
+
+def test_the_load_is_said_with_the_costs():
+    (here,), _ = line_up([scored(head, told_of(mean, 0)) for head, mean in (("fpn", 0.9), ("bilinear", 0.8))])
+    first, second = leaderboard.rows(here)
+    assert leaderboard.load_words([first, second]) == "How busy other processes kept the machine is not recorded."
+    idle = [replace(row, other_load_pct=3.0) for row in (first, second)]
+    assert leaderboard.load_words(idle) == "Costs were measured while other processes used 3 % of the processor at most."
+    busy = leaderboard.load_words([replace(first, other_load_pct=45.0), second])
+    assert busy.startswith("Costs were measured while other processes used 45 % of the processor (not recorded for 1 of 2 models)")
+    assert "Processor seconds" in busy
