@@ -178,7 +178,9 @@ def span_words(found: Iterable[Interval], line: str = "line") -> str:
     >>> span_words([few]), span_words([some])
     ('no intervals: 3 images are too few', 'dashed line: 95 % interval, rough, of 9 images')
     """
-    one = next(iter(found))
+    one = next(iter(found), None)
+    if one is None:
+        return "no image has a score"
     units = f"{one.num} {'images' if one.unit == 'image' else 'groups of images'}" if one.num > 1 else f"1 {one.unit}"
     if one.low is None:
         return f"no intervals: {units} {'are' if one.num > 1 else 'is'} too few"
