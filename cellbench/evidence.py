@@ -83,7 +83,7 @@ def collect(trackers: Sequence[Tracker], only: Collection[str] | None = None) ->
         raise CellbenchError(f"experiment '{names}': {found}, so there is nothing to compare{why}. `cellbench grid` makes runs.")
     unique = {(run.told["dataset"], *sorted(run.stored.params.items())): run for run in sorted(tested, key=lambda run: run.stored.start_s)}
     if num := len(tested) - len(unique):
-        left_out.append(f"{_runs(num)} {_is(num)} left out: later ones have the same settings, with other weights or a newer version.")
+        left_out.append(f"{_runs(num)} {_is(num)} left out: later ones have the same settings, with other weights, cards or code, or a newer version.")
     sets, incomplete = line_up(unique.values())
     left_out += incomplete
     if not sets:
