@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from cellbench.features import Batch, Features
-from cellbench.learner import Learner, MiniBatches
+from cellbench.learner import Learner, MiniBatches, single_values_fail
 from cellbench.model import Model
 
 M = TypeVar("M", bound=nn.Module)
@@ -91,9 +91,12 @@ class Team:
 
     def take(self, chunk: Batch) -> None:
         """As :meth:`Learner.take`, for all members; each is charged its share of the time."""
+        if self.members[0].ended:
+            return
         start = time.perf_counter()
-        for batch in self._batches.of(chunk):
-            self._learn(batch)
+        with single_values_fail(self.members):
+            for batch in self._batches.of(chunk):
+                self._learn(batch)
         share_s = (time.perf_counter() - start) / len(self.members)
         for member in self.members:
             member.train_s += share_s
