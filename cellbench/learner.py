@@ -4,6 +4,7 @@ pruning reaches it as a recorder's answer.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -74,10 +75,25 @@ class Learner:
         self.loss_sum = torch.zeros((), device=self.device)
 
     def take(self, chunk: Batch) -> None:
+<<<<<<< HEAD
         """Learns from as many whole mini-batches as are there; the rest waits for the next chunk."""
         start, start_cpu = time.perf_counter(), time.thread_time()
         for batch in self._batches.of(chunk):
             self._learn(batch)
+||||||| 7dde310
+        """Learns from as many whole mini-batches as are there; the rest waits for the next chunk."""
+        start = time.perf_counter()
+        for batch in self._batches.of(chunk):
+            self._learn(batch)
+=======
+        """Learns from as many whole mini-batches as are there; the rest waits for the next chunk. A run that has failed learns no more."""
+        if self.ended:
+            return
+        start = time.perf_counter()
+        with single_values_fail([self]):
+            for batch in self._batches.of(chunk):
+                self._learn(batch)
+>>>>>>> h5
         self.train_s += time.perf_counter() - start
         self.train_cpu_s += time.thread_time() - start_cpu
 
@@ -210,6 +226,23 @@ def batch_sizes(num_views: int, batch_size: int) -> list[int]:
     """
     num = math.ceil(num_views / batch_size)
     return [num_views // num + (k < num_views % num) for k in range(num)]
+
+
+@contextlib.contextmanager
+def single_values_fail(learners: Sequence[Learner]) -> Iterator[None]:
+    """Ends these learners as failed where batch norm is given a single value of each channel, of which it can take no statistics: one tile with
+    a map of one place, which is a matter of their settings."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        for learner in learners:
+            run = learner.run
+            learner.ended = (
+                f"failed: batch norm cannot learn from a mini-batch of one tile with a map of one place (tile_px = {run.tile_px}, batch_size = "
+                f"{run.batch_size}, {learner.num_views} tiles an epoch); set a larger tile_px or batch_size"
+            )
 
 
 class MiniBatches:

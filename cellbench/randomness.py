@@ -43,7 +43,7 @@ class Draws:
     """The random numbers of one model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._weight = next(model.parameters())  # says where the model is; the model itself would make a circle, which frees memory late
         self._never = all(_is_quiet(module) for module in model.modules())
         self.expected = not self._never
         """Whether its next step may draw: unknown for a layer that is not ours until a step has drawn nothing."""
@@ -70,7 +70,7 @@ class Draws:
 
     @property
     def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+        return self._weight.device
 
 
 class Seeded(TorchDispatchMode):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from cellbench.features import Batch, Features
-from cellbench.learner import Learner, MiniBatches
+from cellbench.learner import Learner, MiniBatches, single_values_fail
 from cellbench.model import Model
 
 M = TypeVar("M", bound=nn.Module)
@@ -91,10 +91,25 @@ class Team:
 
     def take(self, chunk: Batch) -> None:
         """As :meth:`Learner.take`, for all members; each is charged its share of the time."""
+<<<<<<< HEAD
         start, start_cpu = time.perf_counter(), time.thread_time()
         for batch in self._batches.of(chunk):
             self._learn(batch)
         share_s, share_cpu_s = ((now - then) / len(self.members) for now, then in ((time.perf_counter(), start), (time.thread_time(), start_cpu)))
+||||||| 7dde310
+        start = time.perf_counter()
+        for batch in self._batches.of(chunk):
+            self._learn(batch)
+        share_s = (time.perf_counter() - start) / len(self.members)
+=======
+        if self.members[0].ended:
+            return
+        start = time.perf_counter()
+        with single_values_fail(self.members):
+            for batch in self._batches.of(chunk):
+                self._learn(batch)
+        share_s = (time.perf_counter() - start) / len(self.members)
+>>>>>>> h5
         for member in self.members:
             member.train_s += share_s
             member.train_cpu_s += share_cpu_s

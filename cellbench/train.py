@@ -44,7 +44,7 @@ def fit(learners: Sequence[Learner], features: Features, progress: Progress | No
                     progress.update(chunk.num)
             for team in teams:
                 team.end()
-            validate(active, features, lanes)
+            validate([learner for learner in active if not learner.ended], features, lanes)
     for learner in learners:
         if learner.best_weights:
             learner.load_best()

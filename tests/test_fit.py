@@ -284,6 +284,17 @@ def test_no_step_of_an_epoch_sees_fewer_tiles_than_another_by_more_than_one(data
     assert len(sizes) == learner.num_steps == math.ceil(learner.num_views / 16)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_batch_norm_over_a_single_value_fails_the_run_and_not_the_cohort(dataset, batch_size):
+    runs = [run_of(tile_px=16, batch_size=num, crops_per_image=1, epochs=1) for num in (64, batch_size)]
+    larger, single = fitted(dataset, runs)
+    assert single.num_views % 2 == 1  # with batch_size 2 the last mini-batch is one tile
+    assert single.ended.startswith("failed: batch norm cannot learn from a mini-batch of one tile with a map of one place (tile_px = 16")
+    assert single.history == []
+    assert larger.ended == "done"
+    assert same(larger, fitted(dataset, runs[:1])[0])
+
+
 def test_the_unet_baseline_learns_in_the_same_harness(dataset):
     run = baseline_of("unet", {"width": 4}, epochs=2)
     a, b = (fitted(dataset, [run])[0] for _ in range(2))

@@ -124,6 +124,12 @@ def test_members_that_end_do_not_disturb_the_others(dataset):
         assert_alike(member, lone)
 
 
+def test_members_fail_where_batch_norm_is_given_a_single_value(dataset):
+    members, features = as_team(dataset, three("bilinear", tile_px=16, batch_size=1, epochs=1))
+    fit(members, features)
+    assert {member.ended.partition(" from")[0] for member in members} == {"failed: batch norm cannot learn"}
+
+
 def test_a_run_goes_on_alone_from_a_teams_state_and_the_other_way_round(dataset):
     runs = three("bilinear")
     members, features = as_team(dataset, runs)

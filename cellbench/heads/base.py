@@ -27,7 +27,10 @@ class Head(nn.Module):
         self.levels, self.num_classes = levels, num_classes
 
     def forward(self, maps: list[Tensor], pixels_BCHW: Tensor) -> Tensor:
-        """Scores (B, K, H, W) before softmax. ``maps`` are (B, D, h, w), shallow to deep; pixels are RGB in 0..1."""
+        """Scores (B, K, H, W) before softmax. ``maps`` are (B, D, h, w), shallow to deep; pixels are RGB in 0..1.
+
+        Random numbers are drawn while training only, with torch's functions: they are then seeded for each step, and the run is repeatable.
+        """
         raise AssertionError(f"{type(self).__name__} gives no scores")
 
 
