@@ -201,7 +201,7 @@ def unused(dataset: Dataset, found: Iterable[Held]) -> tuple[int, ...]:
     return tuple(k for k in range(1, len(pixels)) if not pixels[k]) if pixels[1:].any() else ()
 
 
-def understood(dataset: Dataset, card: DatasetCard) -> Dataset:
+def with_class_facts(dataset: Dataset, card: DatasetCard) -> Dataset:
     """The dataset with what its masks say of its classes: ``owners``, ``unused``, and notes. Raises CellbenchError as :func:`owners_of` does."""
     found = survey(dataset)
     owners, notes = owners_of(card, list(found.values()))
