@@ -284,8 +284,8 @@ def empty_words(here: TestSet) -> list[str]:
 
 
 def absent_classes(model: Model) -> list[str]:
-    """Classes that no test mask holds; none where runs did not record their pixel counts."""
-    if not model.has("confusion"):
+    """Of several classes of cells those that no test mask holds; none where runs did not record their pixel counts."""
+    if not model.has("confusion") or len(model.runs[0].told["classes"]) < 3:
         return []
     truth = np.sum([np.sum(run.told["confusion"], axis=(0, 2)) for run in model.by_seed[0]], axis=0)
     names = model.runs[0].told["classes"]

@@ -216,7 +216,7 @@ def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int,
 class Tuning:
     """Chooses a neck: is shown class maps and their true cells, and says which of ``NECKS`` finds most of them."""
 
-    def __init__(self, owners: Sequence[int] = ()) -> None:
+    def __init__(self, *, owners: Sequence[int] = ()) -> None:
         """``owners``: as in :class:`Separation`."""
         self._found: list[list[float]] = []
         self._min_area_px, self._learned, self._owners = MIN_AREA_PX, False, tuple(owners)

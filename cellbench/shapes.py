@@ -175,7 +175,7 @@ def with_parts(ids: np.ndarray, classes: np.ndarray, owners: Sequence[int]) -> n
     return new[cells.ids]
 
 
-def true_cells(classes: np.ndarray, ids: np.ndarray | None, owners: Sequence[int] = ()) -> tuple[Instances, int]:
+def true_cells(classes: np.ndarray, ids: np.ndarray | None, *, owners: Sequence[int] = ()) -> tuple[Instances, int]:
     """The cells of a truth (H, W), by its own numbers where it has them, and the least area in px that a predicted cell must then have.
     ``owners``: as in :func:`as_objects`."""
     objects = as_objects(classes, owners)
@@ -200,7 +200,7 @@ class Truth:
         """``classes`` below ``num_classes``, 0 the background; ``ids``: the mask's own numbers of cells, where it has them; ``owners``: as in
         :func:`as_objects`; ``unused``: classes whose outlines are not scored, as in :func:`cellbench.metrics.image_scores`."""
         self._classes, self._tolerance, self._numbered, self._owners = classes, tolerance_px, ids is not None, tuple(owners)
-        self._cells, self.min_area_px = true_cells(classes, ids, owners)
+        self._cells, self.min_area_px = true_cells(classes, ids, owners=owners)
         self._outlines = {label: Outline(classes == label, tolerance_px) for label in range(1, num_classes) if label not in unused}
 
     def found(self, cells: Instances) -> dict[str, float | int]:
@@ -224,6 +224,7 @@ class Outline:
     """A mask (H, W) bool with its contour, the neighbourhood of that, and its band."""
 
     def __init__(self, mask: np.ndarray, tolerance_px: float) -> None:
+        self.is_empty = not mask.any()
         self.mask = mask
         self.contour = contour(mask)
         self.near = dilated(self.contour, tolerance_px)
@@ -264,7 +265,7 @@ def outline_scores(truth: Outline, found: Outline) -> tuple[float, float]:
     """``nsd`` and ``boundary_dice`` of two masks: NaN where both are empty. Where neither has a contour, it is whether they are the same."""
     lengths = np.count_nonzero(truth.contour) + np.count_nonzero(found.contour)
     if not lengths:
-        if not truth.mask.any() and not found.mask.any():
+        if truth.is_empty and found.is_empty:
             return math.nan, math.nan
         same = float((truth.mask == found.mask).all())
         return same, same

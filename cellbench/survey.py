@@ -33,7 +33,7 @@ def surveyed(dataset: Dataset, sample: Sample) -> Surveyed:
     """Single cells are the mask's own numbers where it has them, else connected regions of at least ``shapes.MIN_AREA_PX``."""
     image, classes = dataset.read(sample)
     ids = dataset.read_instances(sample)
-    cells, _ = true_cells(classes, ids, dataset.owners)
+    cells, _ = true_cells(classes, ids, owners=dataset.owners)
     whole = np.ones(cells.num + 1, bool)
     whole[np.unique(np.concatenate([cells.ids[0], cells.ids[-1], cells.ids[:, 0], cells.ids[:, -1]]))] = False
     whole[0] = False

@@ -36,10 +36,10 @@ def asked(targets: str) -> tuple[str, ...]:
     return tuple(aim for aim in AIMS if aim in targets.split("+"))
 
 
-def aims(classes: np.ndarray, ids: np.ndarray | None, owners: Sequence[int] = ()) -> np.ndarray:
+def aims(classes: np.ndarray, ids: np.ndarray | None, *, owners: Sequence[int] = ()) -> np.ndarray:
     """The truth of both aims (H, W, 2) uint8, 0..255, of a class map (H, W) uint8; ``ids``: the truth's own numbers of its cells, where it has
     them, else cells are connected regions; ``owners``: which classes are parts of which, as :func:`cellbench.shapes.as_objects` takes them."""
-    cells = true_cells(classes, ids, owners)[0].ids
+    cells = true_cells(classes, ids, owners=owners)[0].ids
     return np.stack([_border(cells), _distance(cells)], axis=-1)
 
 

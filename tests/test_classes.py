@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -197,9 +198,9 @@ def test_counts_are_of_cells_and_of_each_class(nested, tmp_path, monkeypatch):
         out.mkdir()
         targets = targets_of(one, [nested / "test" / "original"], out)
         assert masks(one, targets, Wanted(instances=True, separation=one.trained.separation), print) == {}
-        lines = [line.split(",") for line in write_counts(targets, out, None, NESTED, owner).read_text().splitlines()]
-        assert lines[0] == ["image", "width_px", "height_px", "cells", "cells_per_megapixel", "cytoplasm", "nucleus"]
-        assert [line[3:4] + line[5:] for line in lines[1:]] == [[cells, *columns]] * 2
+        with write_counts(targets, out, None, NESTED, owner).open(encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        assert [[line["cells"], line["cytoplasm"], line["nucleus"]] for line in lines] == [[cells, *columns]] * 2
         table = (out / "test0.cells.csv").read_text().splitlines()
         assert len(table) == 1 + int(cells)
         assert ("nucleus_area_px" in table[0]) == bool(owner)

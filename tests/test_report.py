@@ -22,6 +22,8 @@ from cellbench import leaderboard, moved, page, views, winners
 from cellbench.chapters import build
 from cellbench.evidence import collect
 from cellbench.logged import DATA, LIMIT
+from cellbench.lineup import Model, Tested, TestSet, line_up
+from cellbench.logged import Stored
 from cellbench.report import latex, place
 from cellbench.results import tidy
 from cellbench.run import main
@@ -291,6 +293,53 @@ def test_a_page_that_says_that_nothing_can_be_decided_separates_no_models(tmp_pa
     assert {line[leaderboard.HEADINGS.index("95 %")] for line in made.tables["leaderboard"][1]} == {""}
 
 
+def told_with_empties(mean, seed, num_found):
+    """Scores of a model on images of which the first four have no cell; it finds something in ``num_found`` of them."""
+    told = told_of(mean, seed)
+    empty = [0.0] * num_found + [None] * (4 - num_found)
+    for name in ("dice", "iou", "precision", "recall", "accuracy", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
+        told[name] = empty + told[name][4:]
+    pixels = [[[90, 10 * (k < num_found)], [0, 0]] for k in range(4)] + [[[50, 5], [5, 40]]] * 12
+    outcome = {"num_true": 10, "num_found": 7, "num_missed": 1, "num_split": 2, "num_merged": 0, "num_extra": 3}
+    return told | {"confusion": pixels} | {name: [0] * 4 + [num] * 12 for name, num in outcome.items()}
+
+
+def test_empty_images_are_counted_beside_the_means_and_a_find_in_one_is_never_free(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    silent, alarmed = told_with_empties(0.9, 0, 0), told_with_empties(0.9, 0, 2)
+    for head, told in (("fpn", silent), ("detail", alarmed)):
+        metrics_of = {**told, "dice": [value for value in told["dice"] if value is not None]}
+        run = RunSpec(backbone="uni", head=head)
+        finished(Tracker("empty"), run, told, mean=float(np.mean(metrics_of["dice"])))
+    assert main(["report", "empty", "--out", "out"]) == 0
+    said = capsys.readouterr().out
+    assert "Mind: 4 of 16 test images have no cell. Something was found there by uni · detail (2): these images score 0." in said
+    assert "2 images without a cell where only one of the two found something" in said
+    (here,) = collect([Tracker("empty", make=False)]).sets
+    assert [model.name for model in here.models] == ["uni · fpn", "uni · detail"]
+    first, second = leaderboard.rows(here)
+    scored = np.array(silent["dice"][4:])
+    assert (first.image_dice, first.num_empty, first.num_empty_found) == (pytest.approx(scored.mean()), 4, 0)
+    assert (second.image_dice, second.num_empty_found) == (pytest.approx(scored.sum() / 14), 2)
+    (d,) = leaderboard.pairs(here)
+    assert (d.interval.mean, d.wins, d.ties) == (pytest.approx(2 / 14), 2, 12)
+    page = re.sub(r"base64,[^\"]*", "", (tmp_path / "out" / "report.html").read_text())
+    assert not re.search(r"\bnan\b", page, re.IGNORECASE)
+    assert (tmp_path / "out" / "cells.csv").read_text().splitlines()[1] == "uni · fpn,120,84,12,24,0,36"
+    json.dumps(leaderboard.as_json(leaderboard.rows(here)), allow_nan=False)
+
+
+def test_a_class_that_no_test_mask_holds_is_named_with_who_predicts_it():
+    stray, clean = [[90, 1, 1], [0, 8, 0], [0, 0, 0]], [[90, 2, 0], [0, 8, 0], [0, 0, 0]]
+    told = told_of(0.9, 0) | {"classes": ["background", "red", "white"], "confusion": [stray] * 3 + [clean] * 13}
+    stored = Stored(run_id="r", name="n", status="finished", params={"baseline": "otsu"})
+    ((here,), _) = line_up([Tested(stored=stored, told=told)])
+    (words,) = leaderboard.empty_words(here)
+    assert words.startswith("Mind: no test mask holds 'white'; of 16 test images some have it predicted: otsu (3). Pooled means leave it out")
+    ((here,), _) = line_up([Tested(stored=stored, told=told | {"unused": ["white"], "confusion": [clean] * 16})])
+    assert leaderboard.empty_words(here) == ["Mind: no mask of the data holds 'white'; no model predicts it. Means leave it out."]
+
+
 def test_of_several_cell_classes_the_words_say_what_one_number_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     told = told_of(0.9, 0) | {"classes": ["background", "cytoplasm", "nucleus"]}
@@ -403,9 +452,6 @@ def test_a_report_of_any_name_lies_below_reports(name):
 
 def test_a_thousand_models_are_compared_in_seconds(monkeypatch):
     import time
-
-    from cellbench.lineup import Model, Tested, TestSet
-    from cellbench.logged import Stored
 
     names = tuple(f"{k}.png" for k in range(60))
     stored = Stored(run_id="r", name="n", status="finished", metrics={"test/dice": 0.9})

@@ -131,7 +131,7 @@ def test_a_cell_and_its_nucleus_are_parted_from_a_touching_neighbour_together():
     found = Separation(neck=0.8, min_area_px=10, owners=[0, 1, 1]).instances(classes)
     assert found.num == 4
     assert set(found.classes[1:].tolist()) == {1}
-    tuning = Tuning((0, 1, 1))
+    tuning = Tuning(owners=(0, 1, 1))
     tuning.add(classes, None, numbered(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
     assert tuning.best().owners == (0, 1, 1)
     assert tuning.best().val_ap50["0.8"] == 1

@@ -168,7 +168,7 @@ def nested(size=(60, 80)):
 def test_an_object_and_its_parts_are_one_cell_of_the_objects_class():
     classes = nested()
     assert instances(classes).num == 6
-    cells, _ = true_cells(classes, None, (0, 1, 1, 3))
+    cells, _ = true_cells(classes, None, owners=(0, 1, 1, 3))
     assert sorted(zip(cells.classes[1:].tolist(), cells.areas_px[1:].tolist(), strict=True)) == [(1, 225), (1, 400), (1, 400), (3, 260)]
     got = agreement(classes, classes, num_classes=4, owners=(0, 1, 1, 3))
     assert (got.num_true, got.num_found, got.ap50, got.pq, got.nsd) == (4, 4, 1, 1, 1)
@@ -186,7 +186,7 @@ def test_a_truth_that_numbers_parts_gives_them_the_number_of_their_object():
         ids[rows, columns] = number
     for number, (rows, columns) in enumerate(((np.s_[10:20], np.s_[10:20]), (np.s_[10:20], np.s_[45:55]), (np.s_[35:50], np.s_[5:20])), 4):
         ids[rows, columns] = number
-    cells, _ = true_cells(classes, ids, (0, 1, 1, 3))
+    cells, _ = true_cells(classes, ids, owners=(0, 1, 1, 3))
     assert sorted(zip(cells.classes[1:].tolist(), cells.areas_px[1:].tolist(), strict=True)) == [(1, 225), (1, 400), (1, 400), (3, 260)]
 
 

@@ -84,9 +84,9 @@ def survey(dataset: Dataset) -> dict[Sample, Held]:
     meaning = {f.name: getattr(dataset, f.name) for f in fields(dataset) if f.name not in (*SPLITS, "name", "root", "digest", "notes", "owners", "unused")}
     key = hashlib.sha256(repr(sorted(meaning.items())).encode()).hexdigest()[:8]
 
-    def listed(path: Path) -> list[list[int]]:
+    def listed(path: Path) -> list[list]:
         one = held(dataset.read_mask(Sample(name=path.name, image=path, mask=path)), num)
-        return [getattr(one, field.name).ravel().tolist() for field in fields(Held)]
+        return [getattr(one, field.name).tolist() for field in fields(Held)]
 
     out: dict[Sample, Held] = {}
     with Remembered(f"classes-{key}", listed) as known:
@@ -95,11 +95,9 @@ def survey(dataset: Dataset) -> dict[Sample, Held]:
             with contextlib.suppress(CellbenchError, OSError):
                 if sample.truth is not None:
                     out[sample] = held(dataset.read_mask(sample), num)
-                    return
-                values = dict(zip([field.name for field in fields(Held)], known[sample.mask], strict=True))
-                out[sample] = Held(**{
-                    name: np.array(value, np.int64).reshape((num,) if name == "pixels" else (num, num)) for name, value in values.items()
-                })  # fmt: skip
+                else:
+                    values = zip(fields(Held), known[sample.mask], strict=True)
+                    out[sample] = Held(**{field.name: np.array(value, np.int64) for field, value in values})
 
         todo = [sample for split in SPLITS for sample in dataset.samples(split)]
         with ThreadPoolExecutor(2) as pool:  # decoding frees the interpreter's lock
@@ -203,7 +201,7 @@ def unused(dataset: Dataset, found: Iterable[Held]) -> tuple[int, ...]:
     return tuple(k for k in range(1, len(pixels)) if not pixels[k]) if pixels[1:].any() else ()
 
 
-def understood(dataset: Dataset, card: DatasetCard) -> Dataset:
+def with_class_facts(dataset: Dataset, card: DatasetCard) -> Dataset:
     """The dataset with what its masks say of its classes: ``owners``, ``unused``, and notes. Raises CellbenchError as :func:`owners_of` does."""
     found = survey(dataset)
     owners, notes = owners_of(card, list(found.values()))

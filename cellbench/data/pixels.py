@@ -67,7 +67,7 @@ class Pixels:
             sample = self.samples[index]
             ids = self._dataset.read_instances(sample)
             numbers = framing.numbers(ids) if ids is not None else None
-            return (aims(framing.mask(self._dataset.read_mask(sample)), numbers, self._dataset.owners),)
+            return (aims(framing.mask(self._dataset.read_mask(sample)), numbers, owners=self._dataset.owners),)
 
         return self._kept_or((index, framing), make)[0]
 
