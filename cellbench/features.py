@@ -120,7 +120,8 @@ class Features:
     def preparation(self) -> Preparation:
         """What is done to every image before it is cut. A normaliser is fitted to the training images, at first use."""
         train = self.pixels["train"]
-        return Preparation(framing=self.framing, normaliser=train.normaliser(self.plan.run.normalise), reading=train.reading)
+        normaliser = train.normaliser(self.plan.run.normalise)
+        return Preparation(framing=self.framing, normaliser=normaliser, reading=train.reading, um_per_px=train.um_per_px)
 
     def _places(self, sizes: dict[str, int]) -> dict[str, str]:
         """Where each split's features are kept. Validation first: it comes again every epoch."""

@@ -239,7 +239,7 @@ class Runner:
             cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
             cost |= {"cost/images_per_s": len(self.dataset.test) / max(seconds, 1e-9), "cost/peak_mib": peak_mib()}
             # Framing is not used by a method that sees whole images; its files are read all the same.
-            preparation = Preparation(framing=Framing.of(job.run), reading=self.dataset.reading)
+            preparation = Preparation(framing=Framing.of(job.run), reading=self.dataset.reading, um_per_px=self.dataset.um_per_px)
             self._keep(job, run, Result(exam=exams.exams[0], cost=cost, preparation=preparation), out)
 
     def _trained(self, opened: list[tuple[Job, Run]], title: str, out: Outcome) -> None:

@@ -58,6 +58,8 @@ class Listing:
     doubts: list[Doubt] = field(default_factory=list)
     reading: Reading = field(default_factory=Reading)
     """What the images are read by, once it is decided."""
+    um_per_px: float | None = None
+    """The side of a pixel that all images state which state any, in micrometres; None where they differ or none does."""
     reading_words: list[str] = field(default_factory=list)
     """That in words, where it is not as usual."""
 
