@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from cellbench.data.image_files import shown_name
 from cellbench.data.images import pixel_size_of
 from cellbench.data.intensity import Range, shown
 from cellbench.data.listing import LeftOut
@@ -32,7 +33,7 @@ def sizes_told(sizes: Mapping[Path, PixelSize], num: int, um_per_px: float | Non
     ``measured``: whether cells are."""
     lines = [doubt.line for doubt in pixel_doubts({path.name: size for path, size in sizes.items()}, num)]
     if um_per_px is not None:
-        other = [f"{path} ({size} um)" for path, size in sizes.items() if not (size.square and same_size(size.side_um, um_per_px))]
+        other = [f"{shown_name(path)} ({size} um)" for path, size in sizes.items() if not (size.square and same_size(size.side_um, um_per_px))]
         lines += [f"--um-per-px {um_per_px:g} is used in place of what {len(other)} files state: {some(other)}."] if other else []
     elif measured and sizes and len(sizes) < num:
         lines.append(f"{num - len(sizes)} of {num} images state no pixel size: their areas are in pixels. Give --um-per-px for one size of all.")
@@ -47,7 +48,7 @@ def unlike_learned(sizes: Mapping[Path, PixelSize], trained: Trained, um_per_px:
     learned = f"{trained.name} learned from pixels of {side:.4g} um, and cells look larger or smaller in"
     if um_per_px is not None:
         return [] if same_size(um_per_px, side) else [f"{learned} these of {um_per_px:g} um."]
-    other = [f"{path} ({size} um)" for path, size in sizes.items() if not same_size(size.side_um, side)]
+    other = [f"{shown_name(path)} ({size} um)" for path, size in sizes.items() if not same_size(size.side_um, side)]
     return [f"{learned} {len(other)} images of others: {some(other)}."] if other else []
 
 
@@ -60,7 +61,7 @@ def by_reason(left: Iterable[LeftOut]) -> dict[str, list[str]]:
     """The names of what was left out for each reason."""
     found: dict[str, list[str]] = {}
     for one in left:
-        found.setdefault(one.reason, []).append(str(one.path))
+        found.setdefault(one.reason, []).append(shown_name(one.path))
     return found
 
 

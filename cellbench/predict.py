@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cellbench.data import images
+from cellbench.data.image_files import shown_name
 from cellbench.data.images import EXTENSIONS
 from cellbench.data.intensity import Note, Reading, lines_of
 from cellbench.data.listing import LeftOut, counted, files_below
@@ -114,7 +115,7 @@ def masks(
                 height = event.source.size_px[0]
                 bar.update(len(event.classes) / height)
                 if event.last:
-                    notes += [(str(target.image), note) for note in event.source.notes]
+                    notes += [(shown_name(target.image), note) for note in event.source.notes]
                     try:
                         files.keep()
                     except TooManyCells as error:

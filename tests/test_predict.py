@@ -95,6 +95,7 @@ def test_every_file_of_a_folder_is_used_or_named_and_counted(there: Path, tmp_pa
     lost = {"x.dcm": ".dcm", "slide1/y.svs": ".svs", "z": "without an ending", ".h.png": "hidden", "notes.txt": ".txt"}
     for name in lost:
         (folder / name).write_bytes(b"something")
+    Path(os.fsdecode(os.fsencode(folder) + b"/no-utf8-\xff.dcm")).write_bytes(b"something")
     (folder / "lost.png").symlink_to(folder / "nowhere.png")
     picture.save(folder / ".hidden" / "k.png")
     for name in ("Thumbs.db", ".DS_Store", "._a.PNG"):  # what systems leave
@@ -111,8 +112,8 @@ def test_every_file_of_a_folder_is_used_or_named_and_counted(there: Path, tmp_pa
     assert "._a" not in told.err
     last = told.out.splitlines()[-1]
     assert "7 masks" in last
-    assert "7 files" in last
-    assert "1 .dcm" in last
+    assert "8 files" in last
+    assert "2 .dcm" in last
 
 
 def test_a_folder_below_a_link_is_no_place_for_masks(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,9 @@ def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[Data
     facts = facts_of(list(images), card.channels)
     listing.reading, listing.reading_words = reading_of(facts.values(), card.range, card.channels)
     listing.um_per_px = common_um(facts.values())
+    if listing.um_per_px is not None:
+        num = sum(one.pixel is not None for one in facts.values())
+        listing.reading_words.append(f"pixels of {listing.um_per_px:.4g} um, as {num} of {len(facts)} images state")
     doubts, notes = unused(listing, (OWN_CARD, folder.name, *NAMES))
     listing.doubts += doubts
     listing.notes += notes

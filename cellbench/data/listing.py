@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from cellbench.data.dataset import Sample
+from cellbench.data.image_files import shown_name
 from cellbench.data.images import EXTENSIONS
 from cellbench.data.intensity import Reading
 from cellbench.errors import CellbenchError, quoted
@@ -143,7 +144,7 @@ def unfit(entry: os.DirEntry[str]) -> str:
     if not entry.is_file():
         return "link that leads nowhere" if entry.is_symlink() else "no regular file"
     extension = os.path.splitext(entry.name)[1]
-    return "" if extension.lower() in EXTENSIONS else extension or "without an ending"
+    return "" if extension.lower() in EXTENSIONS else (extension if extension.isprintable() else ascii(extension)) or "without an ending"
 
 
 def others(folder: Path) -> list[Path]:
@@ -198,7 +199,7 @@ def unused(listing: Listing, known: Iterable[str]) -> tuple[list[Doubt], list[st
     doubts = []
     if lost:
         said = f"Files that are not used: {counted(lost)}. Convert them, or move them out"
-        doubts.append(Doubt(kind="left out", said=said, names=tuple(one.path.relative_to(root).as_posix() for one in lost)))
+        doubts.append(Doubt(kind="left out", said=said, names=tuple(shown_name(one.path.relative_to(root).as_posix()) for one in lost)))
     more = f" and {len(elsewhere) - 10} more" if len(elsewhere) > 10 else ""
     shown = ", ".join(f"{quoted(name)} ({num} files)" if num > 1 else quoted(name) for name, num in list(elsewhere.items())[:10])
     return doubts, [f"not used in {root.name}: {shown}{more}"] if elsewhere else []
