@@ -144,6 +144,15 @@ def test_what_lies_in_a_data_folder_and_is_in_no_sample_is_named(small_folder: P
     assert "Thumbs" not in " ".join(data.notes)
 
 
+def test_a_file_is_not_hidden_by_another_of_its_name(small_folder: Path) -> None:
+    for place in ("train/mask", "val/original"):  # a mask without an image, and an image in a folder that is not used
+        (small_folder / place).mkdir(parents=True, exist_ok=True)
+        shutil.copy(small_folder / "train" / "mask" / "a0.png", small_folder / place / "x.png")
+    notes = opened(small_folder).notes
+    assert any(note.startswith("no image: ") and "x.png" in note for note in notes)
+    assert any(note.startswith("left out: ") and "val/original/x.png" in note and "1 image of no sample" in note for note in notes)
+
+
 def test_different_pixel_sizes_are_named(small_folder: Path) -> None:
     for name, um in (("a0.png", 0.25), ("b 2.png", 0.25), ("zelle-ä.png", 0.5)):
         path = small_folder / "train" / "original" / name
