@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import contextlib
 import csv
 import io
+||||||| ab71958
+import contextlib
+=======
+>>>>>>> h1
 import json
-import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from cellbench.data import images
-from cellbench.data.images import EXTENSIONS, pixel_size_of
-from cellbench.data.intensity import Note, Range, Reading, lines_of, shown
+from cellbench.data.image_files import shown_name
+from cellbench.data.images import EXTENSIONS
+from cellbench.data.intensity import Note, Reading, lines_of
 from cellbench.data.listing import LeftOut, counted, files_below
-from cellbench.data.metadata import PixelSize, same_size
-from cellbench.data.uniformity import pixel_doubts
+from cellbench.data.metadata import PixelSize
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
+<<<<<<< HEAD
 from cellbench.measure import as_csv, class_counts, density
+||||||| ab71958
+from cellbench.measure import as_csv, density
+=======
+from cellbench.inputs import by_reason, range_of, read_by, sizes_of, sizes_told, some, unlike_learned
+from cellbench.measure import as_csv, density
+>>>>>>> h1
 from cellbench.outlines import coco
 from cellbench.outputs import CELLS, INSTANCES, Files, Target, TooManyCells, Wanted, swept
 from cellbench.segmenter import Refused, Segmenter
@@ -66,32 +77,6 @@ def images_of(places: Sequence[Path], out: Path) -> tuple[list[tuple[Path, Path]
     return [(path, out / name) for path, name in named.items()], left
 
 
-def sizes_of(images: Iterable[Path]) -> dict[Path, PixelSize]:
-    """The size of a pixel by each file's own statement; without those that state none or cannot be opened."""
-    found = {}
-    for path in images:
-        with contextlib.suppress(CellbenchError):  # told when it is segmented
-            if (size := pixel_size_of(path)) is not None:
-                found[path] = size
-    return found
-
-
-def sizes_told(sizes: Mapping[Path, PixelSize], num: int, um_per_px: float | None) -> list[str]:
-    """What a person should know about the sizes of pixels that files state, of ``num`` images; ``um_per_px``: what is used in their place."""
-    lines = [doubt.line for doubt in pixel_doubts({path.name: size for path, size in sizes.items()}, num)]
-    if um_per_px is not None:
-        other = [f"{path} ({size} um)" for path, size in sizes.items() if not (size.square and same_size(size.side_um, um_per_px))]
-        lines += [f"--um-per-px {um_per_px:g} is used in place of what {len(other)} files state: {some(other)}."] if other else []
-    elif sizes and len(sizes) < num:
-        lines.append(f"{num - len(sizes)} of {num} images state no pixel size: their areas are in pixels. Give --um-per-px for one size of all.")
-    return lines
-
-
-def some(names: Sequence[str], most: int = 20) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def targets_of(
     segmenter: Segmenter, found: Sequence[tuple[Path, Path]], sizes: Mapping[Path, PixelSize], um_per_px: float | None = None
 ) -> list[Target]:
@@ -108,6 +93,11 @@ def targets_of(
             facts["um_per_px"] = round(side, 6)
         targets.append(Target(image=image, stem=stem, words=json.dumps({**made_by, **facts}, sort_keys=True), um_per_px=side))
     return targets
+
+
+def of_one(wanted: Wanted, target: Target) -> Wanted:
+    """What is wanted of one image, by the size of its own pixels."""
+    return replace(wanted, um_per_px=target.um_per_px)
 
 
 def masks(
@@ -133,13 +123,13 @@ def masks(
                     bar.update()
                     continue
                 if files is None:
-                    files = Files(target, wanted, event.source.size_px, segmenter.names)
+                    files = Files(target, of_one(wanted, target), event.source.size_px, segmenter.names)
                 files.add(event)
                 # One bar over all images, also where there is a single large one.
                 height = event.source.size_px[0]
                 bar.update(len(event.classes) / height)
                 if event.last:
-                    notes += [(str(target.image), note) for note in event.source.notes]
+                    notes += [(shown_name(target.image), note) for note in event.source.notes]
                     try:
                         files.keep()
                     except TooManyCells as error:
@@ -165,6 +155,7 @@ def write_coco(targets: Sequence[Target], out: Path, names: tuple[str, ...]) -> 
     return out / COCO
 
 
+<<<<<<< HEAD
 def write_counts(targets: Sequence[Target], out: Path, names: Sequence[str] = (), owners: Sequence[int] = ()) -> Path:
     """One line an image: its size, how many cells, their density, the size of a pixel that it is by, and where there are several classes how many
     of each; from the tables of the cells. A part of a cell (``owners``) is counted in the cells that hold it.
@@ -189,7 +180,48 @@ def write_counts(targets: Sequence[Target], out: Path, names: Sequence[str] = ()
     fixed = ("image", "width_px", "height_px", "cells", *columns)
     headings = [f"{name} (class)" if name in fixed else name for name in names[1:]] if len(names) > 2 else []
     write_atomic(out / COUNTS, as_csv((*fixed, *headings), rows))
+||||||| ab71958
+def write_counts(targets: Sequence[Target], out: Path) -> Path:
+    """One line an image: its size, how many cells, their density, and the size of a pixel that it is by; from the tables of the cells.
+
+    The density is in square millimetres where the size of a pixel is known, with the size beside it, else in megapixels; where only some
+    images have a size, in both.
+    """
+    known = [target for target in targets if target.um_per_px is not None]
+    columns = ("cells_per_mm2", "um_per_px") if known else ()
+    columns += ("cells_per_megapixel",) if len(known) < len(targets) else ()
+    rows = []
+    for target in targets:
+        num = target.stem.with_name(target.stem.name + CELLS).read_text(encoding="utf-8").count("\n") - 1
+        height, width = images.size(target.stem.with_name(target.stem.name + INSTANCES))
+        side = target.um_per_px
+        each: dict[str, object] = {"cells_per_megapixel": round(density(num, (height, width)), 3)}
+        if side is not None:
+            each |= {"cells_per_mm2": round(density(num, (height, width), side), 3), "um_per_px": float(f"{side:.6g}")}
+        rows.append((str(target.stem.relative_to(out)), width, height, num, *(each.get(column, "") for column in columns)))
+    write_atomic(out / COUNTS, as_csv(("image", "width_px", "height_px", "cells", *columns), rows))
+=======
+def write_counts(targets: Sequence[Target], out: Path) -> Path:
+    """One line an image whose cells are counted; columns that only some images have are empty for the others."""
+    rows = [counts_of(target, out) for target in targets]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    write_atomic(out / COUNTS, as_csv(columns, [[row.get(column, "") for column in columns] for row in rows]))
+>>>>>>> h1
     return out / COUNTS
+
+
+def counts_of(target: Target, out: Path, names: Sequence[str] = (), owners: Sequence[int] = ()) -> dict[str, object]:
+    """An image's line by column: its size, how many cells, their density, the size of a pixel where it is known, and where there are several
+    classes how many of each; from the cells' table. A part of a cell (``owners``) is counted in the cells that hold it."""
+    with target.stem.with_name(target.stem.name + CELLS).open(encoding="utf-8", newline="") as file:
+        cells = list(csv.DictReader(file))
+    height, width = images.size(target.stem.with_name(target.stem.name + INSTANCES))
+    side = target.um_per_px
+    dense = round(density(len(cells), (height, width), side), 3)
+    unit = {"cells_per_megapixel": dense} if side is None else {"cells_per_mm2": dense, "um_per_px": float(f"{side:.6g}")}
+    row: dict[str, object] = {"image": str(target.stem.relative_to(out)), "width_px": width, "height_px": height, "cells": len(cells), **unit}
+    each = class_counts(cells, names, owners, side)
+    return row | {f"{name} (class)" if name in row else name: num for name, num in each.items()}
 
 
 def too_large(target: Target) -> CellbenchError | None:
@@ -229,7 +261,8 @@ def predict(
     sizes = sizes_of(path for path, _ in found)
     segmenter = Segmenter.load(run, weights=weights, registry=extra, device=device, precision=precision)
     if black_white is not None:
-        for line in read_by(segmenter, black_white):
+        segmenter.trained, lines = read_by(segmenter.trained, black_white)
+        for line in lines:
             say(line)
     for line in segmenter.trained.origin:
         say(line)
@@ -238,10 +271,12 @@ def predict(
     if instances:
         wanted = replace(wanted, instances=True, separation=segmenter.trained.separation)
     swept(make_folder(out))
-    todo = [target for target in targets if not target.done(wanted)]
+    todo = [target for target in targets if not target.done(of_one(wanted, target))]
     before = f", {len(targets) - len(todo)} are done already" if len(todo) < len(targets) else ""
     say(f"{segmenter.trained.name}: {len(todo)} images on {segmenter.machine.name}{before}.")
-    for line in sizes_told(sizes, len(targets), um_per_px):
+    for line in sizes_told(sizes, len(targets), um_per_px, instances):
+        say(line)
+    for line in unlike_learned(sizes, segmenter.trained, um_per_px):
         say(line)
     for reason, paths in by_reason(left).items():
         tqdm.write(f"left out, {reason}: {some(paths)}", file=sys.stderr)
@@ -265,30 +300,3 @@ def predict(
     return 1 if lost else 0
 
 
-def by_reason(left: Iterable[LeftOut]) -> dict[str, list[str]]:
-    """The names of what was left out for each reason."""
-    found: dict[str, list[str]] = {}
-    for one in left:
-        found.setdefault(one.reason, []).append(str(one.path))
-    return found
-
-
-def range_of(text: str) -> Range:
-    """Black and white of ``--range``, like ``0,4095``. Raises CellbenchError."""
-    try:
-        black, white = (float(part) for part in text.split(","))
-        if not (math.isfinite(black) and math.isfinite(white) and black < white):
-            raise ValueError
-    except ValueError:
-        raise CellbenchError(f"--range {text}: expected BLACK,WHITE, the lower first, like 0,4095.") from None
-    return black, white
-
-
-def read_by(segmenter: Segmenter, black_white: Range) -> list[str]:
-    """Makes the segmenter read images of more than 8 bits by this range; says so where the run has another."""
-    trained = segmenter.trained
-    reading = trained.preparation.reading
-    given = replace(reading, int_range=black_white, float_range=black_white)
-    segmenter.trained = replace(trained, preparation=replace(trained.preparation, reading=given))
-    known = [shown(one) for one in (reading.int_range, reading.float_range) if one not in (None, black_white)]
-    return [f"--range {shown(black_white)} is used in place of {known[0]}, by which the images were read that {trained.name} learned from."] if known else []

@@ -246,7 +246,7 @@ class Runner:
             cost |= {"cost/images_per_s": 1 / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s, "cost/peak_mib": peak_mib()}
             cost |= _load_metric("cost/test_other_load_pct", busy)
             # Framing is not used by a method that sees whole images; its files are read all the same.
-            preparation = Preparation(framing=Framing.of(job.run), reading=self.dataset.reading)
+            preparation = Preparation(framing=Framing.of(job.run), reading=self.dataset.reading, um_per_px=self.dataset.um_per_px)
             self._keep(job, run, Result(exam=exams.exams[0], cost=cost, preparation=preparation), out)
 
     def _trained(self, opened: list[tuple[Job, Run]], title: str, out: Outcome) -> None:

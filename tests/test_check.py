@@ -37,6 +37,7 @@ SEVERE = {
     "leak: near",
     "leak: crop",
     "leak: group",
+    "format",
 }
 
 
@@ -102,6 +103,13 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "same": lambda f: [shutil.copy(f / "test" / k / "t1.png", f / "test" / k / "t9.png") for k in ("original", "mask")],
     "stain": lambda f: change(f / "train" / "original" / "a1.png", lambda p: p // np.array([1, 1, 3], np.uint8)),
     "size": lambda f: write_pair(f / "train", "a1.png", 77, height_px=90, width_px=90),
+    "left out": lambda f: (f / "train" / "original" / "xa1.dcm").write_bytes(b"DICM"),
+    "format": lambda f: (f / "train" / "original" / "a1.png").rename(f / "train" / "original" / "a1.dcm"),
+    "no image": lambda f: (f / "train" / "original" / "a1.png").unlink(),
+    "pixel size": lambda f: [
+        Image.open(path).save(path, dpi=(dpi, dpi)) for k, dpi in ((1, 25400), (2, 50800), (3, 50800)) for path in [f / "train" / "original" / f"a{k}.png"]
+    ],
+    "transparent": lambda f: change(f / "train" / "original" / "a1.png", lambda p: np.dstack([p, np.full(p.shape[:2], 200, np.uint8)])),
     "specks": lambda f: change(labels(f), lambda m: np.where((np.indices(m.shape)[:2] % 12 < 2).all(0), 255, m).astype(np.uint8)),
 }  # fmt: skip
 

@@ -113,6 +113,56 @@ def test_what_is_no_image_is_passed_over(small_folder: Path) -> None:
     assert opened(small_folder).digest == before
 
 
+def test_an_image_of_a_format_that_is_not_read_is_refused_where_it_has_a_mask(small_folder: Path) -> None:
+    for name in ("x.dcm", "y.dcm"):
+        (small_folder / "train" / "original" / name).write_bytes(b"DICM")
+        shutil.copy(small_folder / "train" / "mask" / "a0.png", small_folder / "train" / "mask" / f"{name[0]}.png")
+    line = refusal(small_folder)
+    assert "'x.dcm' has a mask" in line
+    assert "1 more like it" in line
+
+
+def test_what_lies_in_a_data_folder_and_is_in_no_sample_is_named(small_folder: Path) -> None:
+    before = opened(small_folder)
+    assert not any("not used" in note for note in before.notes)
+    for name in ("train/original/x.dcm", "train/mask/notes.txt", "val/original/v.png", "train/original/deeper/d.png", "train/original/.h.png"):
+        (small_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(small_folder / name, format="PNG")
+    (small_folder / "extra").mkdir()
+    (small_folder / "table.csv").write_text("a,b")
+    (small_folder / "Thumbs.db").write_bytes(b"")
+    data = opened(small_folder)
+    assert data.digest == before.digest
+    (line,) = [note for note in data.notes if note.startswith("left out: ")]
+    for counted in ("2 image of no sample", "1 .dcm", "1 .txt", "1 hidden"):
+        assert counted in line
+    for name in ("train/original/x.dcm", "val/original/v.png", "train/original/deeper/d.png"):
+        assert name in line
+    (line,) = [note for note in data.notes if note.startswith("not used in")]
+    assert "extra/" in line
+    assert "table.csv" in line
+    assert "Thumbs" not in " ".join(data.notes)
+
+
+def test_a_file_is_not_hidden_by_another_of_its_name(small_folder: Path) -> None:
+    for place in ("train/mask", "val/original"):  # a mask without an image, and an image in a folder that is not used
+        (small_folder / place).mkdir(parents=True, exist_ok=True)
+        shutil.copy(small_folder / "train" / "mask" / "a0.png", small_folder / place / "x.png")
+    notes = opened(small_folder).notes
+    assert any(note.startswith("no image: ") and "x.png" in note for note in notes)
+    assert any(note.startswith("left out: ") and "val/original/x.png" in note and "1 image of no sample" in note for note in notes)
+
+
+def test_different_pixel_sizes_are_named(small_folder: Path) -> None:
+    for name, um in (("a0.png", 0.25), ("b 2.png", 0.25), ("zelle-ä.png", 0.5)):
+        path = small_folder / "train" / "original" / name
+        Image.open(path).save(path, dpi=(25400 / um, 25400 / um))
+    (line,) = [note for note in opened(small_folder).notes if note.startswith("pixel size: ")]
+    assert "0.25 um (2), 0.5 um (1), not stated (5)" in line
+    assert "zelle-ä.png" in line
+    assert "a0.png" not in line
+
+
 def test_masks_without_an_image_are_noted_and_not_used(small_folder: Path) -> None:
     for name in ("spare1.png", "spare2.png"):
         shutil.copy(small_folder / "train" / "mask" / "a0.png", small_folder / "train" / "mask" / name)

@@ -112,6 +112,12 @@ def test_numbers_that_a_type_fills_in_by_itself_state_nothing(tmp_path: Path) ->
 # ---- reading
 
 
+def test_12_bits_that_count_from_white_are_stated_from_the_other_end(tmp_path: Path) -> None:
+    field = scene(1)[0]
+    tifffile.imwrite(tmp_path / "a.tif", 4095 - field, photometric="miniswhite", extratags=[(281, "H", 1, 4095, True)])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[..., 0], np.rint(field * (255 / 4095)))
+
+
 def test_numbers_beyond_the_range_are_clipped_and_named(tmp_path: Path) -> None:
     field = scene(1)[0]
     field[0, :48] = 4108
@@ -231,7 +237,7 @@ def test_check_and_grid_name_a_mixture(tmp_path: Path, mixture, kind: str, capsy
 def of_12_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run on 12-bit images in a store of its own."""
     folder = tmp_path_factory.mktemp("of-12-bits")
-    folder_of(folder / "data")
+    folder_of(folder / "data", resolution=(20_000, 20_000), resolutionunit="CENTIMETER")  # 0.5 um
     (folder / "tiny.toml").write_text('experiment = "tiny"\ndataset = "folder"\nbaselines = ["otsu"]\n[data]\ngroup = "none"\n')
     with pytest.MonkeyPatch.context() as patch:
         _enter(folder, patch)
@@ -258,7 +264,8 @@ def test_what_heads_learn_from_keeps_the_range_of_its_data_set(tmp_path: Path) -
 
 
 def cell_greys(out: Path) -> dict[str, float]:
-    return {path.name.split(".")[0]: float(next(csv.DictReader(path.open()))["red"]) for path in out.glob("*.cells.csv")}
+    tables = {path.name.split(".")[0]: path.read_text().splitlines() for path in out.glob("*.cells.csv")}
+    return {name: float(next(csv.DictReader(lines))["red"]) for name, lines in tables.items()}
 
 
 def test_greys_change_by_as_much_as_the_exposure_in_every_use_of_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,12 +282,31 @@ def test_greys_change_by_as_much_as_the_exposure_in_every_use_of_a_run(trained: 
             assert grey == pytest.approx(CELL * int(name[1:]) / 100 * 255 / 4095, abs=0.6), name
         assert "e106.tif" in told
         assert "e105.tif" not in told
+<<<<<<< HEAD
         assert {row["cells"] for row in csv.DictReader(Path(f"out-{run}", "counts.csv").read_text(encoding="utf-8").splitlines())} == {"2"}
+||||||| ab71958
+        assert {row["cells"] for row in csv.DictReader(Path(f"out-{run}", "counts.csv").open())} == {"2"}
+=======
+        with Path(f"out-{run}", "counts.csv").open() as counts:
+            assert {row["cells"] for row in csv.DictReader(counts)} == {"2"}
+>>>>>>> h1
     assert "beyond the range 0..4095" in Segmenter.load("exported", device="cpu").predict("plain/e106.tif").notes[0].said
     assert main(["predict", "otsu · seed 0", "plain/e100.tif", "--out", "again", "--instances", "--range", "0,65535", "--device", "cpu"]) == 0
     assert "0..65535 is used in place of 0..4095" in capsys.readouterr().out
     assert cell_greys(Path("again"))["e100"] == round(CELL * 255 / 65535)
     assert main(["predict", "otsu · seed 0", "plain/e100.tif", "--out", "again", "--range", "9,1"]) == 2
+
+
+def test_images_of_another_magnification_than_those_learned_from_are_named(trained: Path, tmp_path: Path, capsys) -> None:
+    for name, per_cm in (("same", 20_000), ("finer", 40_000)):
+        tifffile.imwrite(tmp_path / f"{name}.tif", scene(30)[0], resolution=(per_cm, per_cm), resolutionunit="CENTIMETER")
+    ask = ("predict", "otsu · seed 0", str(tmp_path / "same.tif"), str(tmp_path / "finer.tif"), "--out", "sized", "--device", "cpu")
+    assert main([*ask]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "learned from pixels of 0.5 um" in line]
+    assert "finer.tif (0.25 um)" in line
+    assert "same.tif" not in line
+    assert main([*ask, "--instances", "--um-per-px", "0.5"]) == 0
+    assert "learned from pixels" not in capsys.readouterr().out
 
 
 def test_evaluate_reads_other_images_in_the_range_of_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

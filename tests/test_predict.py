@@ -84,6 +84,96 @@ def test_a_bad_image_is_told_and_passed_over(there: Path, tmp_path: Path, capsys
     assert Image.open(tmp_path / "out" / "grey.png").size == (333, 50)
 
 
+def test_every_file_of_a_folder_is_used_or_named_and_counted(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, store = tmp_path / "in", tmp_path / "store"
+    for place in (folder / "slide1", store / "slide2", folder / ".hidden"):
+        place.mkdir(parents=True)
+    picture = Image.fromarray(discs(3, 64, 64)[0])
+    used = ("a.PNG", "b.gif", "c.jp2", "d.j2k", "e.jfif", "slide1/f.webp", "../store/slide2/g.bmp")
+    for name in used:
+        picture.save(folder / name)
+    lost = {"x.dcm": ".dcm", "slide1/y.svs": ".svs", "z": "without an ending", ".h.png": "hidden", "notes.txt": ".txt"}
+    for name in lost:
+        (folder / name).write_bytes(b"something")
+    Path(os.fsdecode(os.fsencode(folder) + b"/no-utf8-\xff.dcm")).write_bytes(b"something")
+    (folder / "lost.png").symlink_to(folder / "nowhere.png")
+    picture.save(folder / ".hidden" / "k.png")
+    for name in ("Thumbs.db", ".DS_Store", "._a.PNG"):  # what systems leave
+        (folder / name).write_bytes(b"something")
+    (folder / "slide2").symlink_to(store / "slide2")
+    (folder / "again").symlink_to(store / "slide2")  # the same folder twice, and a circle
+    (store / "slide2" / "up").symlink_to(folder)
+    assert predict(MODEL, folder, "--out", tmp_path / "out") == 1
+    told = capsys.readouterr()
+    masks = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
+    assert masks == {"a.png", "b.png", "c.png", "d.png", "e.png", "slide1/f.png", "again/g.png"}
+    for name, reason in (lost | {"lost.png": "link that leads nowhere", ".hidden": "hidden folder"}).items():
+        assert any(f"left out, {reason}:" in line and str(folder / name) in line for line in told.err.splitlines()), name
+    assert "._a" not in told.err
+    last = told.out.splitlines()[-1]
+    assert "7 masks" in last
+    assert "8 files" in last
+    assert "2 .dcm" in last
+
+
+def test_a_folder_below_a_link_is_no_place_for_masks(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "in").mkdir()
+    Image.fromarray(discs(3, 64, 64)[0]).save(tmp_path / "store" / "a.png")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "store")
+    assert predict(MODEL, tmp_path / "in", "--out", tmp_path / "store" / "masks") == 2
+    assert "lies in" in capsys.readouterr().err
+
+
+def sized(path: Path, um: float | tuple[float, float] | None) -> None:
+    across, down = um if isinstance(um, tuple) else (um, um)
+    Image.fromarray(discs(100)[0]).save(path, **({"dpi": (25400 / across, 25400 / down)} if um else {}))
+
+
+def counts_of(out: Path) -> dict[str, dict[str, str]]:
+    return {row["image"]: row for row in csv.DictReader((out / "counts.csv").open())}
+
+
+def areas_of(out: Path, name: str) -> list[float]:
+    rows = list(csv.DictReader((out / f"{name}.cells.csv").open()))
+    return [float(row.get("area_um2") or row["area_px"]) for row in rows]
+
+
+def test_areas_and_densities_are_by_the_pixel_size_of_each_file(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name, um in (("quarter", 0.25), ("half", 0.5), ("oblong", (0.25, 0.5)), ("none", None)):
+        sized(folder / f"{name}.png", um)
+    assert predict(MODEL, folder, "--out", out, "--instances") == 0
+    told = capsys.readouterr().out
+    counts, plain = counts_of(out), areas_of(out, "none")
+    num = len(plain)
+    assert num > 0
+    for name, area in (("quarter", 0.0625), ("half", 0.25), ("oblong", 0.125)):
+        assert areas_of(out, name) == pytest.approx([one * area for one in plain], rel=1e-4)
+        assert float(counts[name]["cells_per_mm2"]) == pytest.approx(num / (120 * 160 * area * 1e-6), rel=1e-4)
+        assert float(counts[name]["um_per_px"]) == pytest.approx(area**0.5, rel=1e-4)
+    assert (counts["none"]["cells_per_mm2"], counts["none"]["um_per_px"]) == ("", "")
+    assert float(counts["none"]["cells_per_megapixel"]) == pytest.approx(num / 0.0192, abs=1e-3)
+    assert "0.25 um (1), 0.3536 um (1), 0.5 um (1), not stated (1)" in told
+    assert "not square" in told
+    assert "oblong.png" in told
+    assert "1 of 4 images state no pixel size" in told
+
+
+def test_a_given_pixel_size_overrides_the_files_and_names_those_it_contradicts(there: Path, tmp_path: Path, capsys) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name, um in (("quarter", 0.25), ("half", 0.5), ("none", None)):
+        sized(folder / f"{name}.png", um)
+    assert predict(MODEL, folder, "--out", out, "--instances", "--um-per-px", 0.5) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("--um-per-px"))
+    assert "quarter.png (0.25 um)" in line
+    assert "half" not in line
+    assert {row["um_per_px"] for row in counts_of(out).values()} == {"0.5"}
+    assert areas_of(out, "quarter") == areas_of(out, "half") == areas_of(out, "none")
+
+
 def test_names_that_differ_in_their_ending_alone_keep_it(there: Path, tmp_path: Path) -> None:
     for seed, name in enumerate(("a.png", "a.jpg", "sub/a.png")):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ LAYERS = (
         | {"results", "lineup", "evidence", "leaderboard", "learning", "chapters", "colophon"}
         | {"samplers", "study", "study_figures"},
     ),
-    ("a run in use", {"winners", "segmenter", "outlines", "outputs", "exported", "onnx_file", "serving"}),
+    ("a run in use", {"winners", "segmenter", "inputs", "outlines", "outputs", "exported", "onnx_file", "serving"}),
     ("what is tried out", {"estimate", "naive", "trials", "bench", "scaling", "contracts/"}),
     (
         "verbs",

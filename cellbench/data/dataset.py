@@ -63,6 +63,8 @@ class Dataset:
     """Classes that no mask holds, in no split."""
     reading: Reading = field(default_factory=Reading)
     """What all its images are read by."""
+    um_per_px: float | None = None
+    """The side of a pixel by the files' own statement, where all that state one state the same."""
     digest: str = ""
     """Over every pixel file, the splits and the classes: what a finished run was trained on."""
     notes: tuple[str, ...] = ()

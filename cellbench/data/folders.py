@@ -18,7 +18,7 @@ from cellbench.data.layouts import listing_of
 from cellbench.data.listing import Listing, unused
 from cellbench.data.manifest import NAMES
 from cellbench.data.splits import Grouping, Splits, given, split_of
-from cellbench.data.uniformity import doubts_of, facts_of, reading_of
+from cellbench.data.uniformity import common_um, doubts_of, facts_of, reading_of
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
 from cellbench.registry import DatasetCard, load, with_defaults
@@ -62,6 +62,10 @@ def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[Data
     images = {sample.image: sample.name for part in SPLITS for sample in listing.parts.get(part, ())}
     facts = facts_of(list(images), card.channels)
     listing.reading, listing.reading_words = reading_of(facts.values(), card.range, card.channels)
+    listing.um_per_px = common_um(facts.values())
+    if listing.um_per_px is not None:
+        num = sum(one.pixel is not None for one in facts.values())
+        listing.reading_words.append(f"pixels of {listing.um_per_px:.4g} um, as {num} of {len(facts)} images state")
     doubts, notes = unused(listing, (OWN_CARD, folder.name, *NAMES))
     listing.doubts += doubts
     listing.notes += notes
@@ -88,7 +92,7 @@ def split(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: Grouping
     """The listed samples as a dataset in its three splits; nothing is written yet. ``grouped``: who finds images that show the same."""
     grouped = grouped or partial(alike.grouped, reading=listing.reading)
     meaning = {name: getattr(card, name) for name in ("classes", "values", "thresholds", "colors")}
-    dataset = Dataset(name=card.id, root=listing.root, train=(), val=(), test=(), reading=listing.reading, **meaning)
+    dataset = Dataset(name=card.id, root=listing.root, train=(), val=(), test=(), reading=listing.reading, um_per_px=listing.um_per_px, **meaning)
     parts = {part: listing.parts.get(part, ()) for part in SPLITS}
     if card.draw and spec.group == "auto":
         grouped = tuple  # what is drawn is never the same twice

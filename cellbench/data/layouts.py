@@ -77,10 +77,12 @@ def _pairs(root: Path, images: str, masks: str) -> Listing:
             if stem in labels:
                 samples.append(Sample(name=path.name, image=path, mask=labels[stem]))
                 continue
+            out.reported.add(path)
             said = f"{root.name}/{here}: '{path.name}' has no mask. Expected {there}/{stem}.png"
             out.problems.append(Problem(kind="missing-mask", name=path.name, said=said, todo="Add it, or move the image out."))
         spare = sorted(set(labels) - set(pictures))
         unread = {path.stem: path for path in others(root / here) if path.stem in spare}
+        out.reported |= {*unread.values(), *(labels[stem] for stem in spare)}
         for path in unread.values():
             said = f"{root.name}/{here}: '{path.name}' has a mask, but is of no format that is read"
             todo = f"Save it as one of {', '.join(sorted(EXTENSIONS))}, or move it and its mask out."

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from cellbench.data.dataset import Sample
+from cellbench.data.image_files import shown_name
 from cellbench.data.images import EXTENSIONS
 from cellbench.data.intensity import Reading
 from cellbench.errors import CellbenchError, quoted
@@ -56,8 +57,12 @@ class Listing:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     doubts: list[Doubt] = field(default_factory=list)
+    reported: set[Path] = field(default_factory=set)
+    """Files that a problem or doubt names already."""
     reading: Reading = field(default_factory=Reading)
     """What the images are read by, once it is decided."""
+    um_per_px: float | None = None
+    """The side of a pixel that all images state which state any, in micrometres; None where they differ or none does."""
     reading_words: list[str] = field(default_factory=list)
     """That in words, where it is not as usual."""
 
@@ -141,7 +146,7 @@ def unfit(entry: os.DirEntry[str]) -> str:
     if not entry.is_file():
         return "link that leads nowhere" if entry.is_symlink() else "no regular file"
     extension = os.path.splitext(entry.name)[1]
-    return "" if extension.lower() in EXTENSIONS else extension or "without an ending"
+    return "" if extension.lower() in EXTENSIONS else (extension if extension.isprintable() else ascii(extension)) or "without an ending"
 
 
 def others(folder: Path) -> list[Path]:
@@ -160,7 +165,6 @@ def unused(listing: Listing, known: Iterable[str]) -> tuple[list[Doubt], list[st
     samples = [sample for part in listing.parts.values() for sample in part]
     pictures = {sample.image for sample in samples}
     used = pictures | {sample.mask for sample in samples} | {path for sample in samples for path in getattr(sample.truth, "paths", ())}
-    refused = {problem.name for problem in listing.problems} | {name for doubt in listing.doubts for name in doubt.names}
     homes = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
     folders, words = {path.parent for path in pictures}, {path.parent.name for path in pictures if path.parent != root}
     holders = folders | {path.parent for path in used}
@@ -172,7 +176,7 @@ def unused(listing: Listing, known: Iterable[str]) -> tuple[list[Doubt], list[st
         path = Path(entry.path)
         if not entry.is_dir():
             split = entry.name.startswith("splits") and entry.name.endswith(".json")
-            if not split and path not in used and entry.name not in known and entry.name not in refused:
+            if not split and path not in used and path not in listing.reported and entry.name not in known:
                 if root in holders:
                     lost.append(LeftOut(path=path, reason=unfit(entry) or NO_SAMPLE))
                 else:
@@ -186,7 +190,7 @@ def unused(listing: Listing, known: Iterable[str]) -> tuple[list[Doubt], list[st
         images, left, _ = files_below(path)
         left += [LeftOut(path=image, reason=NO_SAMPLE) for image in images if image not in used]
         for one in left:
-            if one.path.name in refused or one.path.name in known:
+            if one.path in listing.reported or one.path.name in known:
                 continue
             chosen = listing.layout.startswith("manifest") and one.reason == NO_SAMPLE  # a table may name some images on purpose
             if not chosen and (one.path.parent in holders or folders & set(one.path.parents) or one.path.parent.name in words):
@@ -196,7 +200,7 @@ def unused(listing: Listing, known: Iterable[str]) -> tuple[list[Doubt], list[st
     doubts = []
     if lost:
         said = f"Files that are not used: {counted(lost)}. Convert them, or move them out"
-        doubts.append(Doubt(kind="left out", said=said, names=tuple(one.path.relative_to(root).as_posix() for one in lost)))
+        doubts.append(Doubt(kind="left out", said=said, names=tuple(shown_name(one.path.relative_to(root).as_posix()) for one in lost)))
     more = f" and {len(elsewhere) - 10} more" if len(elsewhere) > 10 else ""
     shown = ", ".join(f"{quoted(name)} ({num} files)" if num > 1 else quoted(name) for name, num in list(elsewhere.items())[:10])
     return doubts, [f"not used in {root.name}: {shown}{more}"] if elsewhere else []

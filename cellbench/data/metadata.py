@@ -113,14 +113,19 @@ def stated_range(picture: Picture) -> tuple[float, float] | None:
         return (low, high) if low < high and math.isfinite(high - low) else None
     for bits in (_number(_ome_pixels(_description(page)).get("SignificantBits")), page.bitspersample):
         if 8 < bits < 16:
-            return 0.0, 2.0**bits - 1
+            return _from_black(page, 2.0**bits - 1)
     full = 2.0**page.bitspersample - 1
     for tag in (341, 281):
         high = _number(_first(page.tags.valueof(tag)))
         # Writers fill in the type's own largest number where they know nothing.
         if 255 <= high < full:
-            return 0.0, high
+            return _from_black(page, high)
     return None
+
+
+def _from_black(page: Any, high: float) -> tuple[float, float]:
+    """Black and white where ``high`` is the largest number; a picture that counts from white is turned round within 16 bits when decoded."""
+    return (65535 - high, 65535.0) if page.photometric == 0 else (0.0, high)
 
 
 def _description(page: Any) -> str:

@@ -43,6 +43,11 @@ class Pixels:
         return self._dataset.reading
 
     @property
+    def um_per_px(self) -> float | None:
+        """The side of a pixel of the data set's images, where it is known and one."""
+        return self._dataset.um_per_px
+
+    @property
     def sizes_px(self) -> tuple[tuple[int, int], ...]:
         """Height and width of each image, known without decoding."""
         return tuple(sample.size_px for sample in self.samples)

@@ -22,6 +22,8 @@ class Preparation:
     """Fitted to the training images."""
     reading: Reading = field(default_factory=Reading)
     """What image files are read by: that of the data set learned from. Images that are decoded already are as it gives them."""
+    um_per_px: float | None = None
+    """The side of a pixel in the images learned from, in micrometres; None where they state none or several. Nothing is resampled by it."""
 
     @property
     def nothing(self) -> bool:
@@ -40,14 +42,14 @@ class Preparation:
         """As JSON can hold it; :meth:`of` reads it back."""
         kind = next((name for name, made in KINDS.items() if isinstance(self.normaliser, made)), None)
         return {"framing": asdict(self.framing), "normalise": kind, "normaliser": asdict(self.normaliser) if self.normaliser else None,
-                "reading": self.reading.told()}  # fmt: skip
+                "reading": self.reading.told(), "um_per_px": self.um_per_px}  # fmt: skip
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Preparation:
         """What :meth:`told` gave, also after its way through JSON."""
         kind, facts = told["normalise"], told["normaliser"]
         return cls(framing=Framing(**told["framing"]), normaliser=KINDS[kind](**_tuples(facts)) if kind else None,
-                   reading=Reading.of(told.get("reading")))  # fmt: skip
+                   reading=Reading.of(told.get("reading")), um_per_px=told.get("um_per_px"))  # fmt: skip
 
 
 def _tuples(value: Any) -> Any:

@@ -74,6 +74,12 @@ def _agreed(facts: Sequence[ImageFacts]) -> Range | None:
     return only if all(only[0] <= one.low and one.high <= only[1] for one in facts) else None
 
 
+def common_um(facts: Iterable[ImageFacts]) -> float | None:
+    """The side of a pixel, in micrometres, of a set whose images state one size; None where they state several or none."""
+    sides = [one.pixel.side_um for one in facts if one.pixel is not None]
+    return sides[0] if sides and all(same_size(side, sides[0]) for side in sides) else None
+
+
 def doubts_of(facts: Mapping[str, ImageFacts], reading: Reading) -> list[Doubt]:
     """Where the images of a set, by name, differ in what their numbers or pixels mean."""
     sizes = {name: one.pixel for name, one in facts.items() if one.pixel is not None}
