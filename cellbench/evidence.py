@@ -83,17 +83,9 @@ def collect(trackers: Sequence[Tracker], only: Collection[str] | None = None) ->
         raise CellbenchError(f"experiment '{names}': {found}, so there is nothing to compare{why}. `cellbench grid` makes runs.")
     unique = {(run.told["dataset"], *sorted(run.stored.params.items())): run for run in sorted(tested, key=lambda run: run.stored.start_s)}
     if num := len(tested) - len(unique):
-<<<<<<< HEAD
-        left_out.append(f"{_runs(num)} {_is(num)} left out: later ones have the same settings, with other weights or a newer version.")
+        left_out.append(f"{_runs(num)} {_is(num)} left out: later ones have the same settings, with other weights, cards or code, or a newer version.")
     started_s = {run.tags[DATA]: run.last_s for run in sorted(parents, key=lambda run: run.last_s) if DATA in run.tags}
     sets, incomplete = line_up(unique.values(), started_s)
-||||||| 7dde310
-        left_out.append(f"{_runs(num)} {_is(num)} left out: later ones have the same settings, with other weights or a newer version.")
-    sets, incomplete = line_up(unique.values())
-=======
-        left_out.append(f"{_runs(num)} {_is(num)} left out: later ones have the same settings, with other weights, cards or code, or a newer version.")
-    sets, incomplete = line_up(unique.values())
->>>>>>> h5
     left_out += incomplete
     if not sets:
         raise CellbenchError(f"experiment '{names}': no model has all its folds, so there is nothing to compare ({incomplete[0]}). Run the grid to its end.")

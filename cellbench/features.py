@@ -118,20 +118,10 @@ class Features:
 
     @cached_property
     def preparation(self) -> Preparation:
-<<<<<<< HEAD
         """What is done to every image before it is cut. A normaliser is fitted to the training images that are learned from, at first use."""
-        train, run = self.pixels["train"], self.plan.run
-        return Preparation(framing=self.framing, normaliser=train.normaliser(run.normalise, self.plan.seen), reading=train.reading)
-||||||| ab71958
-        """What is done to every image before it is cut. A normaliser is fitted to the training images, at first use."""
         train = self.pixels["train"]
-        return Preparation(framing=self.framing, normaliser=train.normaliser(self.plan.run.normalise), reading=train.reading)
-=======
-        """What is done to every image before it is cut. A normaliser is fitted to the training images, at first use."""
-        train = self.pixels["train"]
-        normaliser = train.normaliser(self.plan.run.normalise)
+        normaliser = train.normaliser(self.plan.run.normalise, self.plan.seen)
         return Preparation(framing=self.framing, normaliser=normaliser, reading=train.reading, um_per_px=train.um_per_px)
->>>>>>> h1
 
     def _places(self, sizes: dict[str, int]) -> dict[str, str]:
         """Where each split's features are kept. Validation first: it comes again every epoch."""

@@ -209,7 +209,7 @@ def _measures(axes: Axes, each: dict[str, np.ndarray], units: Sequence[Hashable]
         range(len(names)), [(MEASURES | SHAPES)[key] for key in names], fontsize=7, rotation=45, ha="right", rotation_mode="anchor"
     )
     axes.set_ylim(0, 1.08)
-    axes.set_title(f"mean over images; {span_words(found)}; hatched: outlines and cells", fontsize=7 if len(found[0].unit) > 5 else 8)
+    axes.set_title(f"mean over images; hatched: outlines and cells\n{span_words(found)}", fontsize=8)
 
 
 def _classes(axes: Axes, pooled: dict[str, dict[str, float]]) -> None:

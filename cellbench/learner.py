@@ -75,25 +75,13 @@ class Learner:
         self.loss_sum = torch.zeros((), device=self.device)
 
     def take(self, chunk: Batch) -> None:
-<<<<<<< HEAD
-        """Learns from as many whole mini-batches as are there; the rest waits for the next chunk."""
-        start, start_cpu = time.perf_counter(), time.thread_time()
-        for batch in self._batches.of(chunk):
-            self._learn(batch)
-||||||| 7dde310
-        """Learns from as many whole mini-batches as are there; the rest waits for the next chunk."""
-        start = time.perf_counter()
-        for batch in self._batches.of(chunk):
-            self._learn(batch)
-=======
         """Learns from as many whole mini-batches as are there; the rest waits for the next chunk. A run that has failed learns no more."""
         if self.ended:
             return
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.thread_time()
         with single_values_fail([self]):
             for batch in self._batches.of(chunk):
                 self._learn(batch)
->>>>>>> h5
         self.train_s += time.perf_counter() - start
         self.train_cpu_s += time.thread_time() - start_cpu
 

@@ -169,14 +169,8 @@ class Files:
         if self._overlay is not None:
             self._overlay.add(outlined(image, found.ids, found.ids[:1], found.classes))
         labels.write(png_bytes(found.ids.astype(np.uint16)))
-<<<<<<< HEAD
         owners = self._wanted.separation.owners
-        table.write(cells(found, image, self._names, self._target.um_per_px, classes, owners).text.encode("utf-8"))
-||||||| ab71958
-        table.write(cells(found, image, self._names, self._target.um_per_px).text.encode("utf-8"))
-=======
-        table.write(cells(found, image, self._names, self._wanted.um_per_px).text.encode("utf-8"))
->>>>>>> h1
+        table.write(cells(found, image, self._names, self._wanted.um_per_px, classes, owners).text.encode("utf-8"))
 
 
 def outlined(image: np.ndarray, numbers: np.ndarray, above: np.ndarray, classes: np.ndarray) -> np.ndarray:

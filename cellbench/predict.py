@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import contextlib
 import csv
-import io
-||||||| ab71958
-import contextlib
-=======
->>>>>>> h1
 import json
 import sys
 from collections import Counter
@@ -27,14 +20,8 @@ from cellbench.data.listing import LeftOut, counted, files_below
 from cellbench.data.metadata import PixelSize
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
-<<<<<<< HEAD
-from cellbench.measure import as_csv, class_counts, density
-||||||| ab71958
-from cellbench.measure import as_csv, density
-=======
 from cellbench.inputs import by_reason, range_of, read_by, sizes_of, sizes_told, some, unlike_learned
-from cellbench.measure import as_csv, density
->>>>>>> h1
+from cellbench.measure import as_csv, class_counts, density
 from cellbench.outlines import coco
 from cellbench.outputs import CELLS, INSTANCES, Files, Target, TooManyCells, Wanted, swept
 from cellbench.segmenter import Refused, Segmenter
@@ -155,58 +142,11 @@ def write_coco(targets: Sequence[Target], out: Path, names: tuple[str, ...]) -> 
     return out / COCO
 
 
-<<<<<<< HEAD
 def write_counts(targets: Sequence[Target], out: Path, names: Sequence[str] = (), owners: Sequence[int] = ()) -> Path:
-    """One line an image: its size, how many cells, their density, the size of a pixel that it is by, and where there are several classes how many
-    of each; from the tables of the cells. A part of a cell (``owners``) is counted in the cells that hold it.
-
-    The density is in square millimetres where the size of a pixel is known, with the size beside it, else in megapixels; where only some
-    images have a size, in both.
-    """
-    known = [target for target in targets if target.um_per_px is not None]
-    columns = ("cells_per_mm2", "um_per_px") if known else ()
-    columns += ("cells_per_megapixel",) if len(known) < len(targets) else ()
-    rows = []
-    for target in targets:
-        cells = list(csv.DictReader(io.StringIO(target.stem.with_name(target.stem.name + CELLS).read_text(encoding="utf-8"))))
-        num = len(cells)
-        height, width = images.size(target.stem.with_name(target.stem.name + INSTANCES))
-        side = target.um_per_px
-        each: dict[str, object] = {"cells_per_megapixel": round(density(num, (height, width)), 3)}
-        if side is not None:
-            each |= {"cells_per_mm2": round(density(num, (height, width), side), 3), "um_per_px": float(f"{side:.6g}")}
-        classes = class_counts(cells, names, owners, side).values()
-        rows.append((str(target.stem.relative_to(out)), width, height, num, *(each.get(column, "") for column in columns), *classes))
-    fixed = ("image", "width_px", "height_px", "cells", *columns)
-    headings = [f"{name} (class)" if name in fixed else name for name in names[1:]] if len(names) > 2 else []
-    write_atomic(out / COUNTS, as_csv((*fixed, *headings), rows))
-||||||| ab71958
-def write_counts(targets: Sequence[Target], out: Path) -> Path:
-    """One line an image: its size, how many cells, their density, and the size of a pixel that it is by; from the tables of the cells.
-
-    The density is in square millimetres where the size of a pixel is known, with the size beside it, else in megapixels; where only some
-    images have a size, in both.
-    """
-    known = [target for target in targets if target.um_per_px is not None]
-    columns = ("cells_per_mm2", "um_per_px") if known else ()
-    columns += ("cells_per_megapixel",) if len(known) < len(targets) else ()
-    rows = []
-    for target in targets:
-        num = target.stem.with_name(target.stem.name + CELLS).read_text(encoding="utf-8").count("\n") - 1
-        height, width = images.size(target.stem.with_name(target.stem.name + INSTANCES))
-        side = target.um_per_px
-        each: dict[str, object] = {"cells_per_megapixel": round(density(num, (height, width)), 3)}
-        if side is not None:
-            each |= {"cells_per_mm2": round(density(num, (height, width), side), 3), "um_per_px": float(f"{side:.6g}")}
-        rows.append((str(target.stem.relative_to(out)), width, height, num, *(each.get(column, "") for column in columns)))
-    write_atomic(out / COUNTS, as_csv(("image", "width_px", "height_px", "cells", *columns), rows))
-=======
-def write_counts(targets: Sequence[Target], out: Path) -> Path:
     """One line an image whose cells are counted; columns that only some images have are empty for the others."""
-    rows = [counts_of(target, out) for target in targets]
+    rows = [counts_of(target, out, names, owners) for target in targets]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     write_atomic(out / COUNTS, as_csv(columns, [[row.get(column, "") for column in columns] for row in rows]))
->>>>>>> h1
     return out / COUNTS
 
 

@@ -205,7 +205,7 @@ def conclude(
     _enter(tracker, first, say)
     _tell(table, record["verdict"], say)
     if first.digest == record["digest"]:
-        tracker.describe(note())
+        tracker.describe(note(), "" if first.limit else views.WHOLE)
     else:
         say(f"`best` and `report` take the newest whole test set of '{tracker.name}', {first.data}; this call's was {record['data']}.")
     top.log({}, tags={NOTE: note(top.address("figures/leaderboard.png")), CONCLUDED: key})

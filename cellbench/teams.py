@@ -91,25 +91,13 @@ class Team:
 
     def take(self, chunk: Batch) -> None:
         """As :meth:`Learner.take`, for all members; each is charged its share of the time."""
-<<<<<<< HEAD
-        start, start_cpu = time.perf_counter(), time.thread_time()
-        for batch in self._batches.of(chunk):
-            self._learn(batch)
-        share_s, share_cpu_s = ((now - then) / len(self.members) for now, then in ((time.perf_counter(), start), (time.thread_time(), start_cpu)))
-||||||| 7dde310
-        start = time.perf_counter()
-        for batch in self._batches.of(chunk):
-            self._learn(batch)
-        share_s = (time.perf_counter() - start) / len(self.members)
-=======
         if self.members[0].ended:
             return
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.thread_time()
         with single_values_fail(self.members):
             for batch in self._batches.of(chunk):
                 self._learn(batch)
-        share_s = (time.perf_counter() - start) / len(self.members)
->>>>>>> h5
+        share_s, share_cpu_s = ((now - then) / len(self.members) for now, then in ((time.perf_counter(), start), (time.thread_time(), start_cpu)))
         for member in self.members:
             member.train_s += share_s
             member.train_cpu_s += share_cpu_s

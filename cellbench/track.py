@@ -152,10 +152,10 @@ class Tracker:
         with told("keeping a report in MLflow"):
             self.client.log_artifacts(run.run_id, str(folder))
 
-    def describe(self, markdown: str) -> None:
-        """The experiment's description in the UI, and the view that lines its runs up."""
+    def describe(self, markdown: str, search: str = "") -> None:
+        """The experiment's description in the UI, and the view that lines its runs up: those that ``search``, in MLflow's words, finds."""
         self.client.set_experiment_tag(self.experiment_id, NOTE, markdown)
-        self.client.set_experiment_tag(self.experiment_id, views.TAG, views.view())
+        self.client.set_experiment_tag(self.experiment_id, views.TAG, views.view(search))
 
     @contextlib.contextmanager
     def run(self, name: str, fingerprint: str, *, parent: str = "", known: Logged | None = None, tags: Mapping[str, str] | None = None) -> Iterator[Run]:
@@ -256,7 +256,7 @@ def newest(*, whole: bool = False) -> str | None:
         page = client.search_runs(
             list(names), f"tags.`{STATUS}` = 'finished'", max_results=100, order_by=["attributes.start_time DESC"], page_token=token
         )
-        # Grids, evaluations and explorations are no models. MLflow's filters cannot ask for a tag that is missing.
+        # Grids, evaluations and explorations are no models. Sorted out here: servers of an older MLflow know no IS NULL.
         found = [stored for run in page if not (stored := stored_of(run)).is_parent]
         first = first or next((stored.run_id for stored in found), None)
         chosen = next((stored.run_id for stored in found if LIMIT not in stored.tags), None) if whole else first

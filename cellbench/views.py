@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from cellbench.logged import VIEW
+from cellbench.logged import LIMIT, VIEW
 
 TAG = f"mlflow.sharedViewState.{VIEW}"
 QUERY = f"viewStateShareKey={VIEW}&workflowType=machine_learning"
@@ -25,9 +25,13 @@ BARS = ("test_image/dice", "test_image/nsd", "test_image/ap50")
 LINES = ("val/dice", "val/loss", "train/loss")
 
 
-def view() -> str:
-    """The tag's value."""
-    state: dict[str, Any] = {"searchFilter": "", "orderByKey": COLUMNS[0], "orderByAsc": False, "startTime": "ALL", "lifecycleFilter": "Active"}
+WHOLE = f"tags.`{LIMIT}` IS NULL"
+"""Shows no quick tries, which would stand on top with the score of a few images."""
+
+
+def view(search: str = "") -> str:
+    """The tag's value. ``search``: the filter that the UI begins with."""
+    state: dict[str, Any] = {"searchFilter": search, "orderByKey": COLUMNS[0], "orderByAsc": False, "startTime": "ALL", "lifecycleFilter": "Active"}
     state |= {"datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": list(COLUMNS), "runsExpanded": {}, "runsPinned": []}
     state |= {"runsHidden": [], "runsHiddenMode": "FIRST_10_RUNS", "groupBy": None, "groupsExpanded": {}, "hideEmptyCharts": True}
     # "Reordered" keeps our sections on top of those that the UI makes of all other metrics.

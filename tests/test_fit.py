@@ -50,7 +50,7 @@ def test_a_pruned_run_does_not_disturb_the_others(dataset):
     assert pruned[1].ended == "pruned"
     assert len(pruned[1].history) == 1
     assert 0 < pruned[1].trunk_s < pruned[0].trunk_s == pruned[2].trunk_s  # the backbone's part of the epochs that it took part in
-    assert all(one.train_cpu_s > 0 and one.trunk_cpu_s > 0 for one in pruned)
+    assert all(min(one.train_cpu_s, one.trunk_cpu_s) > 0 for one in pruned)
     assert same(pruned[0], fitted(dataset, runs[:1])[0])
     assert same(pruned[2], fitted(dataset, runs[2:])[0])
 

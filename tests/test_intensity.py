@@ -282,14 +282,8 @@ def test_greys_change_by_as_much_as_the_exposure_in_every_use_of_a_run(trained: 
             assert grey == pytest.approx(CELL * int(name[1:]) / 100 * 255 / 4095, abs=0.6), name
         assert "e106.tif" in told
         assert "e105.tif" not in told
-<<<<<<< HEAD
-        assert {row["cells"] for row in csv.DictReader(Path(f"out-{run}", "counts.csv").read_text(encoding="utf-8").splitlines())} == {"2"}
-||||||| ab71958
-        assert {row["cells"] for row in csv.DictReader(Path(f"out-{run}", "counts.csv").open())} == {"2"}
-=======
         with Path(f"out-{run}", "counts.csv").open() as counts:
             assert {row["cells"] for row in csv.DictReader(counts)} == {"2"}
->>>>>>> h1
     assert "beyond the range 0..4095" in Segmenter.load("exported", device="cpu").predict("plain/e106.tif").notes[0].said
     assert main(["predict", "otsu · seed 0", "plain/e100.tif", "--out", "again", "--instances", "--range", "0,65535", "--device", "cpu"]) == 0
     assert "0..65535 is used in place of 0..4095" in capsys.readouterr().out

@@ -21,9 +21,8 @@ from told import IMAGES, finished, small_grid, told_of
 from cellbench import leaderboard, moved, page, views, winners
 from cellbench.chapters import build
 from cellbench.evidence import collect
-from cellbench.logged import DATA, LIMIT
 from cellbench.lineup import Model, Tested, TestSet, line_up
-from cellbench.logged import Stored
+from cellbench.logged import DATA, LIMIT, Stored
 from cellbench.report import latex, place
 from cellbench.results import tidy
 from cellbench.run import main
@@ -172,6 +171,8 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
             assert other in chosen
         else:
             assert chosen == "2 runs have this name; this is the newest finished one on whole data."
+    # The view that MLflow's UI opens shows no quick try, whose score would stand on top.
+    assert {run.info.run_id for run in tracker.client.search_runs([tracker.experiment_id], views.WHOLE)} == ids
     if when == "before":
         return
     assert main(["report", "tiny", "--out", "out"]) == 0

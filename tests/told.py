@@ -36,20 +36,12 @@ def told_of(mean: float, seed: int, images: tuple[str, ...] = IMAGES, digest: st
     }
 
 
-<<<<<<< HEAD
-def finished(tracker: Tracker, run: RunSpec, told: dict[str, Any] | None, parent: str = "", name: str = "", **tags: str) -> str:
-    """Writes a finished run; ``told=None`` leaves it without per-image scores. Returns its id."""
-    mean = float(np.mean(told["dice"])) if told else 0.5
-||||||| 0ca8341
-def finished(tracker: Tracker, run: RunSpec, told: dict[str, Any] | None, parent: str = "", name: str = "") -> str:
-    """Writes a finished run; ``told=None`` leaves it without per-image scores. Returns its id."""
-    mean = float(np.mean(told["dice"])) if told else 0.5
-=======
-def finished(tracker: Tracker, run: RunSpec, told: dict[str, Any] | None, parent: str = "", name: str = "", mean: float | None = None) -> str:
+def finished(
+    tracker: Tracker, run: RunSpec, told: dict[str, Any] | None, parent: str = "", name: str = "", mean: float | None = None, **tags: str
+) -> str:
     """Writes a finished run; ``told=None`` leaves it without per-image scores. ``mean``: its Dice; None: of its images. Returns its id."""
     if mean is None:
         mean = float(np.mean(told["dice"])) if told else 0.5
->>>>>>> h3
     metrics = {"test/dice": mean, "test/iou": 0.9, "test/precision": 0.9, "test/recall": 0.9, "cost/train_s": 30.0 + 10 * len(run.model)}
     metrics |= {"cost/images_per_s": 100 / len(run.model), "cost/head_params": 770, "cost/backbone_params": 2.2e7, "cost/peak_mib": 1500}
     digest = told["dataset"] if told else ""

@@ -38,13 +38,7 @@ def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Data
         dataset = replace(dataset, limited=limited, **{part: dataset.samples(part)[: spec.limit] for part in SPLITS})
     dataset = proven(dataset)
     # Only now: a split that names a damaged image would be in the way of whoever takes it out.
-<<<<<<< HEAD
-    return understood(replace(dataset, notes=(*listing.lines, splits.keep())), card)
-||||||| 0ca8341
-    return understood(replace(dataset, notes=(*listing.notes, splits.keep())), card)
-=======
-    return with_class_facts(replace(dataset, notes=(*listing.notes, splits.keep())), card)
->>>>>>> h3
+    return with_class_facts(replace(dataset, notes=(*listing.lines, splits.keep())), card)
 
 
 def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[DatasetCard, Listing]:
