@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
-from cellbench.metrics import image_scores
+from cellbench.metrics import IGNORE, image_scores
 from cellbench.separate import CONNECTED, Parts, Separation
 from cellbench.shapes import SCORES, Agreement, Truth
 
@@ -151,7 +151,8 @@ class Exams:
     def __init__(self, dataset: Dataset, num_runs: int, separations: Sequence[Separation] | None = None) -> None:
         """``separations``: each run's way to tell its cells apart; None: connected regions."""
         self._dataset = dataset
-        self.exams = [Exam(separation=one) for one in separations or [CONNECTED] * num_runs]
+        plain = CONNECTED if dataset.min_cell_px is None else Separation(min_area_px=dataset.min_cell_px)
+        self.exams = [Exam(separation=one) for one in separations or [plain] * num_runs]
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "exam")
         self._waiting: list[Future[None]] = []
 
@@ -181,7 +182,8 @@ class Exams:
         self._waiting = []
 
     def _truth(self, sample: Sample, classes: np.ndarray) -> Truth:
-        return Truth(classes, len(self._dataset.classes), self._dataset.read_instances(sample))
+        ids, least = self._dataset.read_instances(sample), self._dataset.min_cell_px
+        return Truth(classes, len(self._dataset.classes), ids, min_area_px=least)
 
     @staticmethod
     def _mark(
@@ -200,4 +202,6 @@ class Exams:
         exam.connected.append(one.found(parts.instances(0.0, one.min_area_px)))
         exam.keep.offer(image, float(image_scores(counts[None])["dice"][0]), classes, cell)
         if cell is not None:
+            if truth.max(initial=0) == IGNORE:
+                cell, truth = cell[truth != IGNORE], truth[truth != IGNORE]
             exam.levels += np.bincount((cell + np.uint16(256) * (truth > 0)).ravel(), minlength=512).reshape(2, 256)

@@ -206,20 +206,21 @@ def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int,
 class Tuning:
     """Chooses a neck: is shown class maps and their true cells, and says which of ``NECKS`` finds most of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, min_area_px: int = MIN_AREA_PX) -> None:
+        """``min_area_px``: of the separation, until true cells say otherwise."""
         self._found: list[list[float]] = []
-        self._min_area_px, self._learned = MIN_AREA_PX, False
+        self._min_area_px, self._learned = min_area_px, False
 
     def add(self, classes: np.ndarray, relief: np.ndarray | None, truth: Instances, min_area_px: int) -> None:
         """A predicted class map (H, W) uint8, the relief (H, W) uint8 where the model learned one, and the cells that are there."""
         parts, self._learned = Parts(classes, relief), relief is not None
-        self._min_area_px = min(self._min_area_px, min_area_px)
+        self._min_area_px = min_area_px
         self._found.append([float(cell_scores(truth, parts.instances(neck, min_area_px))["ap50"]) for neck in NECKS])
 
     def best(self) -> Separation:
         """The separation with the highest mean AP50; connected regions where nothing was shown."""
         if not self._found:
-            return Separation()
+            return Separation(min_area_px=self._min_area_px)
         means: Sequence[float] = np.mean(self._found, axis=0).round(6).tolist()
         told = {f"{neck:g}": value for neck, value in zip(NECKS, means, strict=True)}
         return Separation(

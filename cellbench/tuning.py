@@ -36,11 +36,11 @@ def tuned(models: Sequence[Model], features: Features, dataset: Dataset) -> list
 
 def separations(dataset: Dataset, num: int, answers: Iterable[tuple[int, Sequence[Answer]]]) -> list[Separation]:
     """The same from the numbers of validation images, in any order, with ``num`` answers to each."""
-    tunings = [Tuning() for _ in range(num)]
+    tunings = [Tuning() if dataset.min_cell_px is None else Tuning(dataset.min_cell_px) for _ in range(num)]
     with ThreadPoolExecutor(min(num, os.cpu_count() or 1), "tuning") as pool:
         for image, found in itertools.islice(answers, MOST_IMAGES):
             sample = dataset.val[image]
-            truth, min_area_px = true_cells(dataset.read_mask(sample), dataset.read_instances(sample))
+            truth, min_area_px = true_cells(dataset.read_mask(sample), dataset.read_instances(sample), dataset.min_cell_px)
             jobs = [pool.submit(one.add, *answer, truth, min_area_px) for one, answer in zip(tunings, found, strict=True)]
             for job in jobs:
                 job.result()

@@ -39,6 +39,8 @@ class Listing:
     parts: dict[str, tuple[Sample, ...]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    classes: tuple[str, ...] = ()
+    """As the data names them, the background first, where the card does not."""
 
     def refuse(self) -> None:
         """Raises the first problem, and how many more are like it."""

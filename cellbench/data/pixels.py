@@ -60,7 +60,11 @@ class Pixels:
         def make() -> tuple[np.ndarray]:
             sample = self.samples[index]
             ids = self._dataset.read_instances(sample)
-            return (aims(framing.mask(self._dataset.read_mask(sample)), framing.numbers(ids) if ids is not None else None),)
+            own, least = self._dataset.read_mask(sample), self._dataset.min_cell_px
+            classes = framing.mask(own)
+            if least is not None:  # in own pixels; a framed one may be of another size
+                least = max(1, round(least * classes.size / own.size))
+            return (aims(classes, framing.numbers(ids) if ids is not None else None, least),)
 
         return self._kept_or((index, framing), make)[0]
 
