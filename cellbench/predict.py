@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from cellbench.data import images
 from cellbench.data.images import EXTENSIONS
+from cellbench.data.png_rows import words_of
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
 from cellbench.measure import as_csv, density
 from cellbench.outlines import coco
-from cellbench.outputs import CELLS, INSTANCES, Files, Target, TooManyCells, Wanted, swept
+from cellbench.outputs import CELLS, INSTANCES, LEFT_OUT, Files, Target, TooManyCells, Wanted, swept
 from cellbench.segmenter import Refused, Segmenter
 
 COCO, COUNTS = "coco.json", "counts.csv"
@@ -55,11 +56,15 @@ def images_of(places: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
     return [(path, out / name) for path, name in named.items()]
 
 
-def targets_of(segmenter: Segmenter, places: Sequence[Path], out: Path, um_per_px: float | None = None) -> list[Target]:
+def targets_of(
+    segmenter: Segmenter, places: Sequence[Path], out: Path, um_per_px: float | None = None, min_cell_px: int | None = None
+) -> list[Target]:
     """The images with what is written inside their masks."""
     made_by = {"run": segmenter.trained.fingerprint or segmenter.trained.name, "model": segmenter.trained.name, "classes": list(segmenter.names)}
     if um_per_px is not None:  # tables in another unit are other tables
         made_by["um_per_px"] = um_per_px
+    if min_cell_px is not None:
+        made_by["min_cell_px"] = min_cell_px
     targets = []
     for image, stem in images_of(places, out):
         about = image.stat()
@@ -117,15 +122,21 @@ def write_coco(targets: Sequence[Target], out: Path, names: tuple[str, ...]) -> 
 
 
 def write_counts(targets: Sequence[Target], out: Path, um_per_px: float | None) -> Path:
-    """One line an image: its size, how many cells, and their density; from the tables of the cells."""
+    """One line an image: its size, how many cells, their density, and how many regions are too small to be cells; from the tables of the cells."""
     unit = "cells_per_mm2" if um_per_px is not None else "cells_per_megapixel"
     rows = []
     for target in targets:
         num = target.stem.with_name(target.stem.name + CELLS).read_text(encoding="utf-8").count("\n") - 1
         height, width = images.size(target.stem.with_name(target.stem.name + INSTANCES))
-        rows.append((str(target.stem.relative_to(out)), width, height, num, round(density(num, (height, width), um_per_px), 3)))
-    write_atomic(out / COUNTS, as_csv(("image", "width_px", "height_px", "cells", unit), rows))
+        rows.append((str(target.stem.relative_to(out)), width, height, num, round(density(num, (height, width), um_per_px), 3), left_out(target)))
+    write_atomic(out / COUNTS, as_csv(("image", "width_px", "height_px", "cells", unit, LEFT_OUT), rows))
     return out / COUNTS
+
+
+def left_out(target: Target) -> int:
+    """How many regions of an image's mask are too small to be cells; written down where the cells are numbered."""
+    words = words_of(target.stem.with_name(target.stem.name + INSTANCES))
+    return int(json.loads(words).get(LEFT_OUT, 0)) if words else 0
 
 
 def too_large(target: Target) -> CellbenchError | None:
@@ -150,6 +161,7 @@ def predict(
     as_coco: bool = False,
     instances: bool = False,
     um_per_px: float | None = None,
+    min_cell_px: int | None = None,
     weights: Path | None = None,
     extra: Path | None = None,
     device: str = "auto",
@@ -159,12 +171,16 @@ def predict(
     """``cellbench predict``. Exit code 0, or 1 where an image was passed over."""
     if um_per_px is not None and not (instances and 0 < um_per_px < 1000):
         raise CellbenchError(f"--um-per-px {um_per_px:g}: the side of a pixel in um, above 0, for the tables that --instances writes. Give both.")
+    if min_cell_px is not None and min_cell_px < 1:
+        raise CellbenchError(f"--min-cell-px {min_cell_px}: the least area of a cell in px, 1 or more.")
     images_of(places, out)  # names first: a run takes a while to open
     segmenter = Segmenter.load(run, weights=weights, registry=extra, device=device, precision=precision)
-    targets = targets_of(segmenter, places, out, um_per_px)
-    wanted = Wanted(probability=probability, overlay=overlay, geojson=geojson or as_coco)
+    targets = targets_of(segmenter, places, out, um_per_px, min_cell_px)
+    how = segmenter.trained.separation
+    how = how if min_cell_px is None else replace(how, min_area_px=min_cell_px)
+    wanted = Wanted(probability=probability, overlay=overlay, geojson=geojson or as_coco, separation=how)
     if instances:
-        wanted = replace(wanted, instances=True, um_per_px=um_per_px, separation=segmenter.trained.separation)
+        wanted = replace(wanted, instances=True, um_per_px=um_per_px)
     swept(make_folder(out))
     todo = [target for target in targets if not target.done(wanted)]
     before = f", {len(targets) - len(todo)} are done already" if len(todo) < len(targets) else ""
@@ -178,7 +194,8 @@ def predict(
     if as_coco and good:
         say(f"{write_coco(good, out, segmenter.names)}: the outlines of {len(good)} images.")
     if instances and good:
-        how = segmenter.trained.separation
         say(f"{write_counts(good, out, um_per_px)}: the cells of {len(good)} images, told apart by {how.words}.")
-    say(f"{out}: {len(good)} masks" + (f"; {len(bad)} images were passed over." if bad else "."))
+    small = sum(map(left_out, good)) if instances else 0
+    told = f"; {small:,} regions below {how.min_area_px} px are not counted as cells (--min-cell-px sets the limit)" if small else ""
+    say(f"{out}: {len(good)} masks{told}" + (f"; {len(bad)} images were passed over." if bad else "."))
     return 1 if bad else 0

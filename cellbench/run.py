@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--geojson", action="store_true", help="also NAME.geojson: outlines for QuPath")
     predict.add_argument("--coco", action="store_true", help="also coco.json: the outlines of all images")
     predict.add_argument("--instances", action="store_true", help="also NAME.instances.png and NAME.cells.csv: single cells; counts.csv for all")
+    predict.add_argument("--min-cell-px", type=int, metavar="N", help="least area of a cell in px (default: the training data's)")
     predict.add_argument("--um-per-px", type=float, metavar="X", help="with --instances: the side of a pixel, for sizes and density in um")
     _about_a_run(predict)
     predict.set_defaults(verb=_predict)
@@ -218,6 +219,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         as_coco=arguments.coco,
         instances=arguments.instances,
         um_per_px=arguments.um_per_px,
+        min_cell_px=arguments.min_cell_px,
         weights=arguments.weights,
         extra=arguments.registry,
         device=arguments.device,

@@ -44,6 +44,8 @@ class MaskFacts:
     """With another value than 0 and the greatest."""
     solid_px: int = 0
     """Of these, in blocks of 2 x 2 of one value: nearly all of them in drawn masks, 1 % in the noise of a JPEG or on smoothed edges."""
+    num_solid: int = 0
+    """Values that have such a block: in drawn masks nearly all."""
     middle_px: int = 0
     """Inside fields of values from a quarter to three quarters of the greatest: of edges between two values there is nothing inside."""
     top_px: int = 0
@@ -68,8 +70,10 @@ def facts_of(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = ()
     rest = (labels > 0) & (labels != top) if len(values) > 1 else np.zeros(0, bool)
     listed = values if len(values) <= MOST_VALUES else np.append(values[:MOST_VALUES], top)
     num_rest = int(np.count_nonzero(rest))
-    solid = int(np.count_nonzero(_solid(labels) & rest)) if num_rest else 0
-    noisy = solid < num_rest / 2
+    blocks = _solid(labels) if num_rest else rest
+    solid = int(np.count_nonzero(blocks & rest))
+    num_solid = len(_counts(labels[blocks])[0]) if num_rest else len(values)
+    noisy = _is_noise(num_rest, solid, len(values), num_solid)
     middle = ndimage.binary_erosion(rest & (labels >= top / 4) & (labels <= top * 3 / 4), np.ones((3, 3), bool)) if noisy else rest[:0]
     return MaskFacts(
         size_px=list(labels.shape),
@@ -79,6 +83,7 @@ def facts_of(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = ()
         torn=[] if noisy else _torn(labels, listed),
         rest_px=num_rest,
         solid_px=solid,
+        num_solid=num_solid,
         middle_px=int(np.count_nonzero(middle)),
         top_px=int(areas[-1]) if len(areas) else 0,
         ignored_px=num_ignored,
@@ -97,6 +102,10 @@ def facts_of_cells(classes: np.ndarray, ids: np.ndarray) -> MaskFacts:
         ignored_px=int(np.count_nonzero(classes == IGNORE)),
         numbered=_histogram(areas),
     )
+
+
+def _is_noise(rest_px: int, solid_px: int, num_values: int, num_solid: int) -> bool:
+    return solid_px < 0.5 * rest_px or num_solid < 0.5 * num_values
 
 
 def _counts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -177,9 +186,10 @@ def decided(facts: Sequence[MaskFacts], kind: str = "", ignore: int | None = Non
     marked = [f for f in facts if f.num_values]
     union = sorted({value for f in marked for value in f.values})
     most, least = max((f.num_values for f in facts), default=0), min((f.num_values for f in facts), default=0)
-    rest, solid = sum(f.rest_px for f in facts), sum(f.solid_px for f in facts)
+    noise = _is_noise(*(sum(getattr(f, name) for f in facts) for name in ("rest_px", "solid_px", "num_values", "num_solid")))
     two = "a cell is a connected region"
-    if kind != "cells" and solid < 0.5 * rest:
+    rising = all(list(f.values) == list(range(1, f.num_values + 1)) for f in marked)
+    if kind != "cells" and noise and not (rising and FEW < most < 255):  # cells of a pixel or two are numbers as well
         top = max(union)
         if top < 65536 and (kind == "binary" or sum(f.middle_px for f in facts) < 0.2 * sum(f.top_px for f in facts)):
             return Meaning(kind="binary", values=(0, top), ignore=ignore, said=f"cell or background, near {top} and 0 with noise or smooth edges; {two}")
@@ -209,7 +219,6 @@ def decided(facts: Sequence[MaskFacts], kind: str = "", ignore: int | None = Non
     if _in_pieces(marked, union):
         return Meaning(kind="classes", ignore=ignore, said=merged, doubt=apart)
     same = all(f.values == marked[0].values for f in marked)
-    rising = all(list(f.values) == list(range(1, f.num_values + 1)) for f in marked)
     disjoint = sum(f.num_values for f in marked) == len(union)
     if most > 2 * FEW or (most > FEW and rising) or (disjoint and len(union) > 2 * FEW) or (not same and (rising or max(union) > 255)):
         return Meaning(kind="cells", ignore=ignore, said=cells)
