@@ -57,7 +57,7 @@ def labelled(trained: Trained, experiment: Experiment, registry: Registry, folde
     parts = listing.parts
     chosen = parts.get("test") or (*parts.get("train", ()), *parts.get("val", ()))
     what = "the folder's test images" if parts.get("test") else "all images of the folder"
-    return proven(replace(own, train=(), val=(), test=tuple(chosen))), what
+    return proven(replace(own, train=(), val=(), test=tuple(chosen), notes=())), what
 
 
 def examine(segmenter: Segmenter, dataset: Dataset, num_shown: int) -> tuple[Result, list[Case]]:
@@ -95,6 +95,8 @@ def evaluate(
     experiment = Experiment.of(tomllib.loads(trained.config), "config.toml")
     dataset, what = labelled(trained, experiment, Registry(extra), data)
     say(f"{trained.name}: {len(dataset.test)} images of {dataset.root} ({what}), on {segmenter.machine.name}.")
+    for note in dataset.notes:
+        say(note)
     result, worst = examine(segmenter, dataset, visualize)
     metrics = results.metrics(dataset, result)
     name = f"evaluate: {trained.name} on {dataset.root.name}"

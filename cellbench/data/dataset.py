@@ -244,7 +244,7 @@ def _smallest(dataset: Dataset, facts: dict[Sample, tuple[str, MaskFacts]]) -> t
     """The least area of a cell in px, and a note on it."""
     own = {sample: _cells(dataset, sample, found) for sample, (_, found) in facts.items()}
     every = [pair for areas in own.values() for pair in areas]
-    limit, why = dataset.min_cell_px, "by the card"
+    limit, why = dataset.min_cell_px, "as set"
     if limit is None:
         limit, why = smallest_px(every), "from the areas of the masks' cells"
         # A cell that a person numbered or outlined is one, however small.

@@ -20,6 +20,10 @@ MOST_VALUES = 64
 """Of one mask, that are listed and looked at one by one: class values are fewer."""
 FEW = 3
 """Values up to which they may be classes as well as cells, each in one piece, if they come again in every mask: nucleus and cytoplasm, say."""
+MARKS = (255, 65535)
+"""The greatest values of 8 and 16 bits, by which tools mark what must not be scored."""
+MOST_NUMBERED = 33
+"""The greatest number of a class in the usual label maps (Pascal VOC has 20, Cityscapes 33)."""
 MOST_CLASSES = 10
 """Values of a set up to which each is looked at by itself."""
 SHARE = 1 / 75
@@ -34,7 +38,6 @@ class MaskFacts:
 
     size_px: Sequence[int]
     """Height, width."""
-    is_8_bit: bool = True
     values: Sequence[int] = ()
     """The distinct ones, rising; the first ``MOST_VALUES``, and the greatest."""
     num_values: int = 0
@@ -77,7 +80,6 @@ def facts_of(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = ()
     middle = ndimage.binary_erosion(rest & (labels >= top / 4) & (labels <= top * 3 / 4), np.ones((3, 3), bool)) if noisy else rest[:0]
     return MaskFacts(
         size_px=list(labels.shape),
-        is_8_bit=labels.dtype == np.uint8,
         values=listed.tolist(),
         num_values=len(values),
         torn=[] if noisy else _torn(labels, listed),
@@ -195,13 +197,14 @@ def decided(facts: Sequence[MaskFacts], kind: str = "", ignore: int | None = Non
             return Meaning(kind="binary", values=(0, top), ignore=ignore, said=f"cell or background, near {top} and 0 with noise or smooth edges; {two}")
         ask = "the values vary from pixel to pixel (a JPEG, or smoothed), around more than two. Write values = [...], that of each class"
         return Meaning(kind="binary", ignore=ignore, said=f"cell or background, anything but 0 being a cell; {two}", ask=ask)
-    small = [[value for value in f.values if value != IGNORE] for f in marked]
-    odd = ignore is None and _looks_ignored(marked, small)
-    low = f"{min(v for s in small for v in s)} to {max(v for s in small for v in s)}" if odd else ""
-    if odd and not kind:
-        doubt = f"255 lies beside the values {low} and is taken for 'ignore'. Write ignore = 255 to confirm, or masks = ... where it is a value like others"
-        return Meaning(kind="", ignore=IGNORE, said="", doubt=doubt)
-    doubt = f"255 lies beside the values {low} and counts as one of them. Write ignore = 255 where it must not count" if odd else ""
+    doubt, odd = "", next((mark for mark in MARKS if ignore is None and _looks_ignored(marked, mark)), None)
+    if odd is not None:
+        others = [value for value in union if value != odd]
+        lies = f"{odd} lies beside the values {min(others)}{f' to {max(others)}' if len(others) > 1 else ''} and"
+        if not kind:
+            doubt = f"{lies} is taken for 'ignore'. Write ignore = {odd} to confirm, or masks = ... where it is a value like others"
+            return Meaning(kind="", ignore=odd, said="", doubt=doubt)
+        doubt = f"{lies} counts as one of them. Write ignore = {odd} where it must not count"
     cells = f"numbers of cells, {f'{least} to ' if least < most else ''}{most} an image"
     if kind == "cells":
         return Meaning(kind="cells", ignore=ignore, said=cells, doubt=doubt)
@@ -227,14 +230,13 @@ def decided(facts: Sequence[MaskFacts], kind: str = "", ignore: int | None = Non
     return Meaning(kind="cells", ignore=ignore, said=f"{cells} (in doubt)", ask=ask)
 
 
-def _looks_ignored(marked: Sequence[MaskFacts], small: Sequence[Sequence[int]]) -> bool:
-    """Whether 255 is there, and all others are small: counted from 1, or the same few everywhere."""
-    there = [f for f in marked if f.is_8_bit and IGNORE in f.values]
+def _looks_ignored(marked: Sequence[MaskFacts], mark: int) -> bool:
+    """Whether ``mark`` is there, and all others are small: counted from 1 in each image, or numbers of classes."""
+    small = [[value for value in f.values if value != mark] for f in marked]
     others = {value for values in small for value in values}
-    if not there or not others or max(others) >= 128 or max(f.num_values for f in marked) == 1:
+    if not any(mark in f.values for f in marked) or not others or max(others) >= 128 or max(f.num_values for f in marked) == 1:
         return False
-    counted = all(list(values) == list(range(1, len(values) + 1)) for values in small)
-    return counted or others <= set(range(1, MOST_CLASSES + 1))
+    return max(others) <= MOST_NUMBERED or all(list(values) == list(range(1, len(values) + 1)) for values in small)
 
 
 def _in_pieces(marked: Sequence[MaskFacts], union: Sequence[int]) -> bool:
