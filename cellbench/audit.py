@@ -53,6 +53,7 @@ class Facts(Protocol):
     shares: tuple[float, ...]
     areas_px: tuple[int, ...]
     num_specks: int
+    min_cell_px: int
     off_share: float
     off_solid: bool
     off_example: int
@@ -133,7 +134,7 @@ def _masks(fit: Sequence[Facts]) -> list[Finding]:
     shared = [f for group in masks.values() if len({f.image_hash for f in group}) > 1 for f in group]
     areas = np.concatenate([np.array(f.areas_px, float) for f in fit]) if fit else np.zeros(0)
     cell_px = float(np.median(areas)) if areas.size else 0.0
-    specks = sum(f.num_specks for f in fit)
+    specks, limit = sum(f.num_specks for f in fit), max((f.min_cell_px for f in fit), default=0)
     all_parts = specks + len(areas)
     return [
         _of("full", Severity.SEVERE, "Every pixel is marked as cell. Replace the mask.", fit, lambda f: share(f) == 1),
@@ -146,7 +147,7 @@ def _masks(fit: Sequence[Facts]) -> list[Finding]:
             lambda f: astray(f) and not inverted(f)),
         _of("border", Severity.LOOK, "Something at the border stands out like a cell and is not marked.", fit,
             lambda f: any(area > 0.25 * cell_px for area in f.missed_border) and cell_px > 0),
-        _of("specks", Severity.LOOK, f"{specks} of {all_parts} marked fields are below 100 px. Cell counts ignore them; pixels count.", fit,
+        _of("specks", Severity.LOOK, f"{specks} of {all_parts} marked fields are below {limit} px. Cell counts ignore them; pixels count.", fit,
             lambda f: f.num_specks > 0 and specks > 0.05 * all_parts),
     ]  # fmt: skip
 

@@ -18,8 +18,8 @@ from cellbench.crops import Marks
 from cellbench.data import alike
 from cellbench.data.classes import absences, owners_of, with_owners
 from cellbench.data.classes import survey as held_in
-from cellbench.data.dataset import SPLITS, Dataset, Sample
-from cellbench.data.folders import listed, split
+from cellbench.data.dataset import SPLITS, Dataset, Sample, understood
+from cellbench.data.folders import listed, split, undivided
 from cellbench.data.survey import Facts, survey
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
@@ -54,10 +54,15 @@ def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, e
     if not any(listing.parts.values()):
         raise CellbenchError(f"--data {folder}: holds no image with a mask. {found[0].said if found else ''}".rstrip())
     samples = tuple(sample for part in SPLITS for sample in listing.parts.get(part, ()))
-    dataset = replace(_undivided(facts_card.id, listing.root, facts_card, samples), reading=listing.reading)
-    owners, said = owners_of(facts_card, list(held_in(dataset).values()))
-    dataset, notes = with_owners(dataset, owners), [*notes, *said]
-    facts = _read(dataset, facts_card.tolerance)
+    dataset = replace(undivided(facts_card, listing.root), train=samples, reading=listing.reading)
+    found_meaning = understood(dataset, samples, broken=[])
+    dataset, notes = found_meaning.dataset, [*notes, *found_meaning.dataset.notes]
+    owners, said_of_parts = owners_of(facts_card, list(held_in(dataset).values()))
+    dataset, notes = with_owners(dataset, owners), [*notes, *said_of_parts]
+    for severity, said in ((Severity.SEVERE, found_meaning.ask), (Severity.LOOK, found_meaning.doubt)):
+        if said:
+            found.append(Finding(kind="meaning", severity=severity, said=f"{said[0].upper()}{said[1:]}.", images=("all masks",)))
+    facts = _read(dataset, dataset.tolerance)
     same = twins(facts)
     first = dict(zip(map(_key, samples), same.first(len(samples)), strict=True))
 
@@ -87,11 +92,6 @@ def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, e
 
 def _key(sample: Sample) -> tuple[Path, Path, str]:
     return sample.image, sample.mask, sample.name
-
-
-def _undivided(name: str, root: Path, card, samples: tuple[Sample, ...]) -> Dataset:
-    meaning = {key: getattr(card, key) for key in ("classes", "values", "thresholds", "colors")}
-    return Dataset(name=name, root=root, train=samples, val=(), test=(), **meaning)
 
 
 def _plain(folder: Path) -> str:

@@ -67,7 +67,7 @@ def labelled(trained: Trained, experiment: Experiment, registry: Registry, folde
     parts = listing.parts
     chosen = parts.get("test") or (*parts.get("train", ()), *parts.get("val", ()))
     what = "the folder's test images" if parts.get("test") else "all images of the folder"
-    other = with_owners(proven(replace(own, train=(), val=(), test=tuple(chosen), owners=(), unused=())), owners)
+    other = with_owners(proven(replace(own, train=(), val=(), test=tuple(chosen), owners=(), unused=(), notes=())), owners)
     return replace(other, unused=unused(other, survey(other).values())), what
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
-from cellbench.metrics import image_scores
+from cellbench.metrics import IGNORE, image_scores
 from cellbench.separate import CONNECTED, Separation
 from cellbench.shapes import COUNTS, SCORES, Agreement, Truth
 
@@ -163,7 +163,10 @@ class Exams:
     def __init__(self, dataset: Dataset, num_runs: int, separations: Sequence[Separation] | None = None) -> None:
         """``separations``: each run's way to tell its cells apart; None: connected regions."""
         self._dataset = dataset
-        self.exams = [Exam(separation=one) for one in separations or [replace(CONNECTED, owners=dataset.owners)] * num_runs]
+        plain = replace(CONNECTED, owners=dataset.owners)
+        if dataset.min_cell_px is not None:
+            plain = replace(plain, min_area_px=dataset.min_cell_px)
+        self.exams = [Exam(separation=one) for one in separations or [plain] * num_runs]
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "exam")
         self._waiting: list[Future[None]] = []
 
@@ -193,7 +196,9 @@ class Exams:
         self._waiting = []
 
     def _truth(self, sample: Sample, classes: np.ndarray) -> Truth:
-        return Truth(classes, len(self._dataset.classes), self._dataset.read_instances(sample), owners=self._dataset.owners, unused=self._dataset.unused)
+        data = self._dataset
+        ids = data.read_instances(sample)
+        return Truth(classes, len(data.classes), ids, owners=data.owners, unused=data.unused, min_area_px=data.min_cell_px)
 
     @staticmethod
     def _mark(
@@ -213,4 +218,6 @@ class Exams:
         exam.connected.append(one.found(parts.instances(0.0, one.min_area_px)))
         exam.keep.offer(image, float(scores["dice"][0]), classes, cell)
         if cell is not None:
+            if truth.max(initial=0) == IGNORE:
+                cell, truth = cell[truth != IGNORE], truth[truth != IGNORE]
             exam.levels += np.bincount((cell + np.uint16(256) * (truth > 0)).ravel(), minlength=512).reshape(2, 256)

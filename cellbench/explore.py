@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from cellbench import figures, figures_explore
 from cellbench.backbones.catalog import open_backbone
-from cellbench.data.dataset import SPLITS, Dataset, Sample
+from cellbench.data.dataset import SPLITS, Dataset, Sample, understood
 from cellbench.data.folders import listed, split
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown
 from cellbench.figures_explore import Panel
@@ -60,6 +60,9 @@ def explore(
         print(line)
     here, _ = split(card, listing, DataSpec())
     pool = [sample for part in SPLITS for sample in here.samples(part)]
+    here = understood(here, pool).dataset
+    for note in here.notes:
+        print(note)
     name = data.absolute().name if data is not None else here.name
     folder = make_folder(out or Path("explored") / name)
     tracker = Tracker(f"explore {name}") if log else None  # now, so that a store that cannot be had is told before the work

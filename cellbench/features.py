@@ -29,6 +29,7 @@ from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
 from cellbench.errors import CellbenchError, one_line
 from cellbench.lanes import Lanes
+from cellbench.metrics import IGNORE
 from cellbench.plan import Plan, View
 from cellbench.shards import Shards, num_shards
 from cellbench.shared import Shared
@@ -39,16 +40,17 @@ from cellbench.trunk import Trunk
 
 class Batch(NamedTuple):
     """What runs learn from. Maps (B, D, h, w) by level index; pixels (B, 3, T, T) float32 in 0..1; target (B, T, T) int64; aims (B, T, T, 2)
-    uint8, where a run of the cohort learns them (``cellbench.targets``)."""
+    uint8, where a run of the cohort learns them (``cellbench.targets``); ``ignoring``: whether some of the target is ``metrics.IGNORE``."""
 
     maps: dict[int, Tensor]
     pixels: Tensor
     target: Tensor
     aims: Tensor | None = None
+    ignoring: bool = False
 
     def __getitem__(self, rows: slice) -> Batch:  # type: ignore[override]
         aims = self.aims[rows] if self.aims is not None else None
-        return Batch({index: x[rows] for index, x in self.maps.items()}, self.pixels[rows], self.target[rows], aims)
+        return Batch({index: x[rows] for index, x in self.maps.items()}, self.pixels[rows], self.target[rows], aims, self.ignoring)
 
     @property
     def num(self) -> int:
@@ -294,7 +296,8 @@ class Features:
 
     def _batch(self, split: str, kept: Rows | None, one: _Cut, pixels: Tensor) -> Batch:
         aims = self._sent(one.aims) if one.aims is not None else None
-        return Batch(self._maps(split, kept, one.rows, pixels), pixels, self._sent(one.masks).long(), aims)
+        ignoring = bool(one.masks.max() == IGNORE)  # here, where the masks are bytes in memory: a GPU would have to be waited for
+        return Batch(self._maps(split, kept, one.rows, pixels), pixels, self._sent(one.masks).long(), aims, ignoring)
 
     def _cut_views(self, views: list[View]) -> list[np.ndarray]:
         tiles = []

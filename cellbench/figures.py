@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 
 from cellbench.exam import shown
+from cellbench.metrics import IGNORE
 from cellbench.significance import Interval, mean_interval
 
 if "matplotlib.pyplot" not in sys.modules:  # a notebook that draws keeps its own way to show
@@ -87,9 +88,14 @@ def curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
 
 
 def error_map(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The picture in grey with found (green), false (red) and missed (blue) cell pixels; a cell of the wrong class is missed. RGB 0..1."""
+    """The picture in grey with found (green), false (red) and missed (blue) cell pixels; a cell of the wrong class is missed. RGB 0..1.
+
+    What counts nowhere is half white.
+    """
     grey = np.repeat((image.mean(-1, keepdims=True) / 255) ** 0.8, 3, axis=-1)
-    out = grey.copy()
+    ignored = truth == IGNORE
+    out = np.where(ignored[..., None], (1 + grey) / 2, grey)
+    truth, classes = np.where(ignored, 0, truth), np.where(ignored, 0, classes)
     marks = {
         "found": (truth > 0) & (classes == truth),
         "false alarm": (truth == 0) & (classes > 0),
@@ -113,7 +119,7 @@ def case(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.nda
         (first, second), (third, fourth) = axes
         first.imshow(image)
         first.set_title("image with the truth's outlines (yellow)")
-        first.contour(truth > 0, levels=[0.5], colors=["#f5c400"], linewidths=0.9)
+        first.contour((truth > 0) & (truth != IGNORE), levels=[0.5], colors=["#f5c400"], linewidths=0.9)
         second.imshow(image)
         second.set_title("image with the prediction's outlines (blue)")
         second.contour(classes > 0, levels=[0.5], colors=["#0a5cff"], linewidths=0.9)

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cellbench.exam import shown
 from cellbench.figures import PALETTE, STYLE
+from cellbench.metrics import IGNORE
 from cellbench.survey import Surveyed
 
 MOST_SAMPLES = 6
@@ -35,10 +36,11 @@ def samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: Sequen
         for column, (name, image, mask) in enumerate(pairs):
             picture, times = _lit(shown(image))
             _picture(panels[0][column], picture)
-            _picture(panels[1][column], shown(mask), cmap="gray" if len(classes) == 2 else "viridis", vmin=0, vmax=len(classes) - 1)
+            drawn = np.ma.masked_equal(shown(mask), IGNORE)  # what counts nowhere is left white
+            _picture(panels[1][column], drawn, cmap="gray" if len(classes) == 2 else "viridis", vmin=0, vmax=len(classes) - 1)
             height, width = mask.shape
             panels[0][column].set_title(_short(name) + (f", {times:.0f} x as bright" if times > 1 else ""), fontsize=8)
-            panels[1][column].set_title(f"{width} x {height} px, {(mask > 0).mean():.0%} cells", fontsize=8)
+            panels[1][column].set_title(f"{width} x {height} px, {((mask > 0) & (mask != IGNORE)).mean():.0%} cells", fontsize=8)
     return figure
 
 

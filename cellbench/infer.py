@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cellbench.features import Batch, Features
 from cellbench.lanes import Lanes
-from cellbench.metrics import confusion
+from cellbench.metrics import IGNORE, confusion
 from cellbench.model import Model
 from cellbench.targets import relief
 from cellbench.tiles import Stitcher
@@ -184,14 +184,18 @@ class _Judge:
             with self._features.trunk.machine.autocast():
                 logits = self._model.decode(batch)
             self._watch(logits, batch)
-            self._judge(logits[:, : len(self.counts)], batch.target, places)
+            self._judge(logits[:, : len(self.counts)], batch, places)
         self._model.seconds += time.perf_counter() - start
 
-    def _judge(self, logits_BKTT: Tensor, target_BTT: Tensor, places: Sequence[_Place]) -> None:
+    def _judge(self, logits_BKTT: Tensor, batch: Batch, places: Sequence[_Place]) -> None:
+        target_BTT = batch.target
         own_BTT = torch.zeros(target_BTT.shape, dtype=torch.bool)
         for own_TT, place in zip(own_BTT, places, strict=True):
             own_TT[place.rows, place.columns] = True
-        self.counts += judged(logits_BKTT, target_BTT, own_BTT.to(target_BTT.device))
+        own_BTT = own_BTT.to(target_BTT.device)
+        if batch.ignoring:
+            own_BTT &= target_BTT != IGNORE
+        self.counts += judged(logits_BKTT, target_BTT, own_BTT)
 
 
 class _FramedJudge(_Judge):
@@ -199,7 +203,7 @@ class _FramedJudge(_Judge):
 
     _left = 0
 
-    def _judge(self, logits_BKTT: Tensor, target_BTT: Tensor, places: Sequence[_Place]) -> None:
+    def _judge(self, logits_BKTT: Tensor, batch: Batch, places: Sequence[_Place]) -> None:
         found_BKTT = foreground(logits_BKTT)
         for found_KTT, place in zip(found_BKTT, places, strict=True):
             if not self._left:

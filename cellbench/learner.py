@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cellbench.features import Batch, Features
 from cellbench.losses import loss_of
-from cellbench.metrics import pooled_classes, scores
+from cellbench.metrics import IGNORE, pooled_classes, scores
 from cellbench.model import Model
 from cellbench.spec import RunSpec
 from cellbench.targets import aims_loss
@@ -109,11 +109,12 @@ class Learner:
         it, the N losses."""
         num, aims = self.model.num_classes, self.model.aims
         if not aims:
-            return self._loss(logits, batch.target)
+            return self._loss(logits, batch.target, batch.ignoring)
         assert batch.aims is not None
         if logits.dim() > 4:
             return torch.stack([self.loss(one, batch) for one in logits])
-        return self._loss(logits[:, :num], batch.target) + aims_loss(logits[:, num:], batch.aims, aims)
+        kept = batch.target != IGNORE if batch.ignoring else None
+        return self._loss(logits[:, :num], batch.target, batch.ignoring) + aims_loss(logits[:, num:], batch.aims, aims, kept)
 
     def lr(self, step: int) -> float:
         """The learning rate of a step: a linear warm-up, then a cosine to zero or a constant."""
@@ -266,4 +267,5 @@ def joined(parts: Sequence[Batch]) -> Batch:
         torch.cat([part.pixels for part in parts]),
         torch.cat([part.target for part in parts]),
         torch.cat(aims) if len(aims := [part.aims for part in parts if part.aims is not None]) == len(parts) else None,
+        any(part.ignoring for part in parts),
     )

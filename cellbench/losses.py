@@ -12,22 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cellbench.metrics import IGNORE
 from cellbench.spec import loss_weights
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def loss_of(text: str) -> Loss:
+def loss_of(text: str) -> Callable[..., Tensor]:
     """The loss that ``text`` writes, for example ``0.5 ce + 0.5 dice``: (logits (B, C, H, W), target (B, H, W) int64) -> scalar; or,
     for N models that see the same tiles, (logits (N, B, C, H, W), the same target) -> (N,).
 
     ``ce`` is cross-entropy over classes, ``bce`` binary cross-entropy of each class against the rest; the others are smp's
     multi-class losses. Dice, Jaccard and Tversky there sum over the batch, so their value depends on the batch's size.
+
+    With a third argument True, pixels whose target is ``IGNORE`` are left out, as if the batch had no such pixels; 0 where it has no others.
+    It must be True where there are any: a GPU would have to wait for the answer if this were looked up here.
     """
     weights = {name: weight for name, weight in loss_weights(text).items() if weight}
     terms = [(weight, _term(name)) for name, weight in weights.items()]
 
-    def total(logits_BCHW: Tensor, target_BHW: Tensor) -> Tensor:
+    def total(logits_BCHW: Tensor, target_BHW: Tensor, ignoring: bool = False) -> Tensor:
+        if ignoring:
+            kept_BHW = target_BHW != IGNORE
+            if not kept_BHW.any():
+                return 0 * logits_BCHW.float().flatten(-4).sum(-1)
+            # One row of pixels: all terms are means or sums over the batch's pixels, wherever these lie.
+            logits_BCHW = logits_BCHW.movedim(-3, -1).flatten(-4, -2)[..., kept_BHW.flatten(), :].movedim(-1, -2)[..., None, :, :, None]
+            target_BHW = target_BHW[kept_BHW][None, :, None]
         if logits_BCHW.shape[-3] == 2 and weights.keys() <= {"ce", "dice"}:
             return two_classes(logits_BCHW, target_BHW, weights.get("ce", 0.0), weights.get("dice", 0.0))
         if logits_BCHW.dim() > 4:

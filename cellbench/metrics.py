@@ -23,12 +23,20 @@ from dataclasses import dataclass
 import numpy as np
 
 MEASURES = ("dice", "iou", "precision", "recall", "accuracy")
+IGNORE = 255
+"""In a truth's class map: this pixel counts nowhere, neither in losses nor in scores nor as part of a cell. Class numbers are below it."""
 
 
 def confusion(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
-    """Pixel counts (C, C) int64, rows truth, columns prediction, of two equal-shaped maps of class numbers 0..C-1."""
+    """Pixel counts (C, C) int64, rows truth, columns prediction, of two equal-shaped maps of class numbers 0..C-1.
+
+    Pixels whose truth is ``IGNORE`` are left out, whatever was predicted there.
+    """
     if truth.shape != prediction.shape:
         raise ValueError(f"truth is {truth.shape}, prediction {prediction.shape}")
+    if truth.size and int(truth.max()) == IGNORE:
+        judged = truth != IGNORE
+        truth, prediction = truth[judged], prediction[judged]
     if truth.size and max(int(truth.max()), int(prediction.max())) >= num_classes:
         raise ValueError(f"a class number is not below {num_classes}")
     pairs = truth.ravel().astype(np.int64) * num_classes + prediction.ravel()

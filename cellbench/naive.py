@@ -17,7 +17,7 @@ from cellbench.data.augment import recolour, restain, turn
 from cellbench.data.dataset import Dataset
 from cellbench.learner import batch_sizes
 from cellbench.losses import loss_of
-from cellbench.metrics import confusion, pooled_classes, scores
+from cellbench.metrics import IGNORE, confusion, pooled_classes, scores
 from cellbench.plan import Plan
 from cellbench.spec import RunSpec
 from cellbench.tiles import Grid, cut
@@ -77,7 +77,7 @@ def train(
             optimiser.param_groups[0]["lr"] = rate(step)
             step += 1
             optimiser.zero_grad()
-            loss_fn(head(maps, pixels), target).backward()
+            loss_fn(head(maps, pixels), target, bool((target == IGNORE).any())).backward()
             optimiser.step()
             seen += len(batch)
         dice = _validate(run, head, backbone, indices, val, len(dataset.classes))

@@ -42,8 +42,8 @@ class Shape:
 class Shapes:
     """Rows in, shapes out as soon as no later row can touch them."""
 
-    def __init__(self, num_classes: int) -> None:
-        self._num = num_classes
+    def __init__(self, num_classes: int, min_area_px: int = MIN_AREA_PX) -> None:
+        self._num, self._min_area_px = num_classes, min_area_px
         self._top = 0
         self._open: np.ndarray | None = None
 
@@ -59,7 +59,7 @@ class Shapes:
             for label, box in enumerate(ndimage.find_objects(labels), 1):
                 if label in touching:
                     keep_from = min(keep_from, box[0].start)
-                elif (shape := _shape(number, labels[box] == label, box, self._top)) is not None:
+                elif (shape := _shape(number, labels[box] == label, box, self._top, self._min_area_px)) is not None:
                     yield shape
             # Shapes that were told must not come again when the rows that they share with open ones are looked at once more.
             held = np.where((labels > 0) & ~np.isin(labels, list(touching)), 0, held)
@@ -70,14 +70,14 @@ class Shapes:
 def shapes_of(cells: Instances) -> Iterator[Shape]:
     """The outlines of single cells, touching ones parted, in the order of their numbers."""
     for number, box in enumerate(ndimage.find_objects(cells.ids), 1):
-        shape = _shape(int(cells.classes[number]), cells.ids[box] == number, box, 0)
+        shape = _shape(int(cells.classes[number]), cells.ids[box] == number, box, 0, 1)  # cells, so none is a speck
         if shape is not None:
             yield replace(shape, cell=number)
 
 
-def _shape(number: int, piece: np.ndarray, box: tuple[slice, slice], top: int) -> Shape | None:
+def _shape(number: int, piece: np.ndarray, box: tuple[slice, slice], top: int, min_area_px: int) -> Shape | None:
     area = int(piece.sum())
-    if area < MIN_AREA_PX:
+    if area < min_area_px:
         return None
     y, x = box[0].start + top, box[1].start
     # A rim of one pixel closes every ring; -0.5 brings the coordinates of pixels' middles to their corners' frame.

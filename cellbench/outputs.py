@@ -30,6 +30,8 @@ from cellbench.separate import CONNECTED, Separation
 
 PART = ".cellbench-part"
 INSTANCES, CELLS = ".instances.png", ".cells.csv"
+LEFT_OUT = "left_out"
+"""In the words of ``INSTANCES``: how many regions are too small to be cells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Wanted:
     um_per_px: float | None = None
     """The side of a pixel, for the cells' sizes."""
     separation: Separation = CONNECTED
-    """How touching cells are parted."""
+    """How touching cells are parted, and how small they may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class Files:
             by_ending = {path.name.removeprefix(target.stem.name): files[path] for path in rest}
             self._cell = PngRows(by_ending[".probability.png"], size_px, 1, target.words) if wanted.probability else None
             self._overlay = PngRows(by_ending[".overlay.png"], size_px, 3, target.words) if wanted.overlay else None
-            self._shapes = Shapes(len(names)) if wanted.geojson and not wanted.instances else None
+            self._shapes = Shapes(len(names), wanted.separation.min_area_px) if wanted.geojson and not wanted.instances else None
             self._geojson = by_ending.get(".geojson")
             if self._geojson is not None:
                 self._geojson.write(b'{"type": "FeatureCollection", "features": [')
@@ -168,7 +170,8 @@ class Files:
             self._tell(shapes_of(found))
         if self._overlay is not None:
             self._overlay.add(outlined(image, found.ids, found.ids[:1], found.classes))
-        labels.write(png_bytes(found.ids.astype(np.uint16)))
+        facts = {LEFT_OUT: found.num_left_out, "min_cell_px": self._wanted.separation.min_area_px}
+        labels.write(png_bytes(found.ids.astype(np.uint16), words=json.dumps(facts)))
         owners = self._wanted.separation.owners
         table.write(cells(found, image, self._names, self._wanted.um_per_px, classes, owners).text.encode("utf-8"))
 

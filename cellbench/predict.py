@@ -18,12 +18,13 @@ from cellbench.data.images import EXTENSIONS
 from cellbench.data.intensity import Note, Reading, lines_of
 from cellbench.data.listing import LeftOut, counted, files_below
 from cellbench.data.metadata import PixelSize
+from cellbench.data.png_rows import words_of
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
 from cellbench.inputs import by_reason, range_of, read_by, sizes_of, sizes_told, some, unlike_learned
 from cellbench.measure import as_csv, class_counts, density
 from cellbench.outlines import coco
-from cellbench.outputs import CELLS, INSTANCES, Files, Target, TooManyCells, Wanted, swept
+from cellbench.outputs import CELLS, INSTANCES, LEFT_OUT, Files, Target, TooManyCells, Wanted, swept
 from cellbench.segmenter import Refused, Segmenter
 
 COCO, COUNTS = "coco.json", "counts.csv"
@@ -65,12 +66,18 @@ def images_of(places: Sequence[Path], out: Path) -> tuple[list[tuple[Path, Path]
 
 
 def targets_of(
-    segmenter: Segmenter, found: Sequence[tuple[Path, Path]], sizes: Mapping[Path, PixelSize], um_per_px: float | None = None
+    segmenter: Segmenter,
+    found: Sequence[tuple[Path, Path]],
+    sizes: Mapping[Path, PixelSize],
+    um_per_px: float | None = None,
+    min_cell_px: int | None = None,
 ) -> list[Target]:
     """The images with what is written inside their masks."""
     made_by = {"run": segmenter.trained.fingerprint or segmenter.trained.name, "model": segmenter.trained.name, "classes": list(segmenter.names)}
     if segmenter.trained.preparation.reading != Reading():
         made_by["reading"] = segmenter.trained.preparation.reading.told()
+    if min_cell_px is not None:
+        made_by["min_cell_px"] = min_cell_px
     targets = []
     for image, stem in found:
         about = image.stat()
@@ -151,8 +158,9 @@ def write_counts(targets: Sequence[Target], out: Path, names: Sequence[str] = ()
 
 
 def counts_of(target: Target, out: Path, names: Sequence[str] = (), owners: Sequence[int] = ()) -> dict[str, object]:
-    """An image's line by column: its size, how many cells, their density, the size of a pixel where it is known, and where there are several
-    classes how many of each; from the cells' table. A part of a cell (``owners``) is counted in the cells that hold it."""
+    """An image's line by column: its size, how many cells, their density, the size of a pixel where it is known, where there are several
+    classes how many of each, and how many regions are too small to be cells; from the cells' table. A part of a cell (``owners``) is counted in
+    the cells that hold it."""
     with target.stem.with_name(target.stem.name + CELLS).open(encoding="utf-8", newline="") as file:
         cells = list(csv.DictReader(file))
     height, width = images.size(target.stem.with_name(target.stem.name + INSTANCES))
@@ -160,8 +168,15 @@ def counts_of(target: Target, out: Path, names: Sequence[str] = (), owners: Sequ
     dense = round(density(len(cells), (height, width), side), 3)
     unit = {"cells_per_megapixel": dense} if side is None else {"cells_per_mm2": dense, "um_per_px": float(f"{side:.6g}")}
     row: dict[str, object] = {"image": str(target.stem.relative_to(out)), "width_px": width, "height_px": height, "cells": len(cells), **unit}
+    row |= {LEFT_OUT: left_out(target)}
     each = class_counts(cells, names, owners, side)
     return row | {f"{name} (class)" if name in row else name: num for name, num in each.items()}
+
+
+def left_out(target: Target) -> int:
+    """How many regions of an image's mask are too small to be cells; written down where the cells are numbered."""
+    words = words_of(target.stem.with_name(target.stem.name + INSTANCES))
+    return int(json.loads(words).get(LEFT_OUT, 0)) if words else 0
 
 
 def too_large(target: Target) -> CellbenchError | None:
@@ -187,6 +202,7 @@ def predict(
     instances: bool = False,
     um_per_px: float | None = None,
     range_text: str | None = None,
+    min_cell_px: int | None = None,
     weights: Path | None = None,
     extra: Path | None = None,
     device: str = "auto",
@@ -196,6 +212,8 @@ def predict(
     """``cellbench predict``. Exit code 0, or 1 where an image was passed over or a file of a folder left out."""
     if um_per_px is not None and not (instances and 0 < um_per_px < 1000):
         raise CellbenchError(f"--um-per-px {um_per_px:g}: the side of a pixel in um, above 0, for the tables that --instances writes. Give both.")
+    if min_cell_px is not None and min_cell_px < 1:
+        raise CellbenchError(f"--min-cell-px {min_cell_px}: the least area of a cell in px, 1 or more.")
     black_white = range_of(range_text) if range_text is not None else None
     found, left = images_of(places, out)  # names first: a run takes a while to open
     sizes = sizes_of(path for path, _ in found)
@@ -206,10 +224,12 @@ def predict(
             say(line)
     for line in segmenter.trained.origin:
         say(line)
-    targets = targets_of(segmenter, found, sizes, um_per_px)
-    wanted = Wanted(probability=probability, overlay=overlay, geojson=geojson or as_coco)
+    targets = targets_of(segmenter, found, sizes, um_per_px, min_cell_px)
+    how = segmenter.trained.separation
+    how = how if min_cell_px is None else replace(how, min_area_px=min_cell_px)
+    wanted = Wanted(probability=probability, overlay=overlay, geojson=geojson or as_coco, separation=how)
     if instances:
-        wanted = replace(wanted, instances=True, separation=segmenter.trained.separation)
+        wanted = replace(wanted, instances=True)
     swept(make_folder(out))
     todo = [target for target in targets if not target.done(of_one(wanted, target))]
     before = f", {len(targets) - len(todo)} are done already" if len(todo) < len(targets) else ""
@@ -232,11 +252,12 @@ def predict(
     if as_coco and good:
         say(f"{write_coco(good, out, segmenter.names)}: the outlines of {len(good)} images.")
     if instances and good:
-        how = segmenter.trained.separation
         say(f"{write_counts(good, out, segmenter.names, how.owners)}: the cells of {len(good)} images, told apart by {how.words}.")
+    small = sum(map(left_out, good)) if instances else 0
     lost = [f"{len(bad)} images were skipped"] if bad else []
     lost += [f"{len(left)} files of the folders were left out ({counted(left)})"] if left else []
-    say("; ".join([f"{out}: {len(good)} masks", *lost]) + ".")
+    few = [f"{small:,} regions below {how.min_area_px} px are not counted as cells (--min-cell-px sets the limit)"] if small else []
+    say("; ".join([f"{out}: {len(good)} masks", *few, *lost]) + ".")
     return 1 if lost else 0
 
 

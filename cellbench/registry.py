@@ -15,7 +15,7 @@ import sys
 import tomllib
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -126,11 +126,34 @@ class DatasetCard(Card):
     images: str = ""
     """The folder of images below the dataset's; ``{split}`` stands for ``train`` and ``test``. Empty: the usual layouts are tried."""
     masks: str = ""
+    """The folder of masks, beside ``images``. Where that is empty: ``mask_kind``."""
+    mask_kind: Literal["", "cells", "classes", "binary"] = ""
+    """What the numbers in mask files are: of ``cells``, values of ``classes``, or ``binary``, anything but 0 being a cell. Empty: told by the
+    values, or else by looking at all masks together. ``masks = "cells"`` says the same where ``masks`` names no folder."""
+    ignore: int | tuple[int, int, int] | None = None
+    """The value, or where ``colors`` are given the colour, of mask pixels that count nowhere."""
+    min_cell_px: int | None = Field(None, ge=1)
+    """The least area of a cell: what is smaller is a speck. Empty: from the areas of the training masks' cells."""
+    categories: dict[str, str] = Field(default_factory=dict)
+    """Of a COCO file: the class of each category. ``""`` leaves a category out, ``"ignore"`` lets its regions count nowhere."""
     expected: dict[str, int] = Field(default_factory=dict)
     """How many images the published set holds, by split."""
     how_to_get: str = ""
     draw: dict[str, Scalar] = Field(default_factory=dict)
     """The drawing's settings and their defaults; empty for data that is read from a folder."""
+
+    @model_validator(mode="after")
+    def _masks_are_one_thing(self) -> DatasetCard:
+        valued, kind = bool(self.values or self.thresholds or self.colors), self.kind_of_masks
+        if (kind == "cells" and valued) or (kind == "binary" and len(self.classes) > 2):
+            raise ValueError(f"masks = '{kind}' does not go with {'values of classes' if valued else 'more than two classes'}; keep one")
+        if len(self.classes) > 255:
+            raise ValueError(f"{len(self.classes)} classes; 255 are the most")
+        if self.ignore is not None and isinstance(self.ignore, tuple) != bool(self.colors):
+            raise ValueError(f"ignore must be {'a colour, as colors are' if self.colors else 'a value'}")
+        if (isinstance(self.ignore, int) and self.ignore < (0 if valued else 1)) or self.ignore in (*self.values, *self.colors):
+            raise ValueError(f"ignore = {self.ignore} is also a class or the background")
+        return self
 
     @model_validator(mode="after")
     def _classes_have_one_meaning(self) -> DatasetCard:
@@ -147,6 +170,11 @@ class DatasetCard(Card):
         if self.range is not None and not (self.range[0] < self.range[1] and all(map(math.isfinite, self.range))):
             raise ValueError("range is [BLACK, WHITE], and white is above black")
         return self
+
+    @property
+    def kind_of_masks(self) -> str:
+        """``mask_kind``, or ``masks`` where that says it; empty: all masks together decide."""
+        return self.masks if not self.images and self.masks in ("cells", "classes", "binary") else self.mask_kind
 
 
     @model_validator(mode="after")

@@ -179,7 +179,7 @@ def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
         "num_images": {split: len(dataset.samples(split)) for split in SPLITS},
         "groups": [sample.group for sample in dataset.test],
         "tolerance_px": TOLERANCE_PX,
-        "min_area_px": [MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX for one in exam.agreements],
+        "min_area_px": [dataset.min_cell_px or (MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX) for one in exam.agreements],
         "separation_neck": exam.separation.neck,
         "cells_numbered": [one.numbered for one in exam.agreements],
         "confusion": exam.counts.tolist(),

@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--geojson", action="store_true", help="also NAME.geojson: outlines for QuPath")
     predict.add_argument("--coco", action="store_true", help="also coco.json: the outlines of all images")
     predict.add_argument("--instances", action="store_true", help="also NAME.instances.png and NAME.cells.csv: single cells; counts.csv for all")
+    predict.add_argument("--min-cell-px", type=int, metavar="N", help="least area of a cell in px (default: the training data's)")
     predict.add_argument("--um-per-px", type=float, metavar="X", help="with --instances: the side of a pixel in all images (default: what each file states)")
     predict.add_argument("--range", metavar="BLACK,WHITE", help="of images of more than 8 bits, like 0,4095 (default: that of the images learned from)")
     _about_a_run(predict)
@@ -220,6 +221,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         instances=arguments.instances,
         um_per_px=arguments.um_per_px,
         range_text=arguments.range,
+        min_cell_px=arguments.min_cell_px,
         weights=arguments.weights,
         extra=arguments.registry,
         device=arguments.device,

@@ -216,15 +216,15 @@ def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int,
 class Tuning:
     """Chooses a neck: is shown class maps and their true cells, and says which of ``NECKS`` finds most of them."""
 
-    def __init__(self, *, owners: Sequence[int] = ()) -> None:
-        """``owners``: as in :class:`Separation`."""
+    def __init__(self, min_area_px: int = MIN_AREA_PX, *, owners: Sequence[int] = ()) -> None:
+        """``min_area_px``: of the separation, until true cells say otherwise; ``owners``: as in :class:`Separation`."""
         self._found: list[list[float]] = []
-        self._min_area_px, self._learned, self._owners = MIN_AREA_PX, False, tuple(owners)
+        self._min_area_px, self._learned, self._owners = min_area_px, False, tuple(owners)
 
     def add(self, classes: np.ndarray, relief: np.ndarray | None, truth: Instances, min_area_px: int) -> None:
         """A predicted class map (H, W) uint8, the relief (H, W) uint8 where the model learned one, and the cells that are there."""
         parts, self._learned = Parts(as_objects(classes, self._owners), relief), relief is not None
-        self._min_area_px = min(self._min_area_px, min_area_px)
+        self._min_area_px = min_area_px
         self._found.append([float(cell_scores(truth, parts.instances(neck, min_area_px))["ap50"]) for neck in NECKS])
 
     def best(self) -> Separation:

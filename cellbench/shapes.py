@@ -21,6 +21,10 @@ Decisions, each with its reason:
 - A class may be a *part* of another class's objects, as a nucleus is of a cell: ``owners`` has for each class the class whose object it
   belongs to. Cells are then found after each part has taken its owner's class (``as_objects``); outlines stay those of each class.
 
+Pixels that the truth ignores (``cellbench.metrics.IGNORE``) are in no cell, outline or band: cells are cut there, and what is left of a
+predicted one counts where more than half of it lies outside, as panoptic quality treats void pixels. Beside them, as at the image's frame,
+there is no outline, and within the tolerance of them none is judged.
+
 What is in neither map has no score (NaN); what is in only one scores 0, as in ``cellbench.metrics``. Over several cell classes ``nsd`` and
 ``boundary_dice`` are means of the classes that have a score, while cells are counted together.
 
@@ -36,7 +40,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from cellbench.metrics import nan_mean
+from cellbench.metrics import IGNORE, nan_mean
 
 TOLERANCE_PX = 2.0
 """For contours: what two careful people differ by on a cell of 100 px."""
@@ -91,6 +95,10 @@ class Instances:
     ids: np.ndarray
     areas_px: np.ndarray
     classes: np.ndarray
+    num_left_out: int = 0
+    """Regions below the least area, which are no cells."""
+    ignored: np.ndarray | None = None
+    """Of a truth: the pixels (H, W) bool that count nowhere; None where all count."""
 
     @property
     def num(self) -> int:
@@ -100,7 +108,7 @@ class Instances:
 def instances(classes: np.ndarray, min_area_px: int = MIN_AREA_PX) -> Instances:
     """The connected regions of each class of a class map (H, W), of at least ``min_area_px`` pixels."""
     ids, num = np.zeros(classes.shape, np.int32), 0
-    for label in range(1, (int(classes.max()) if classes.size else 0) + 1):
+    for label in range(1, _highest(classes) + 1):
         part, found = ndimage.label(classes == label)
         if num:
             part[part > 0] += num
@@ -111,16 +119,18 @@ def instances(classes: np.ndarray, min_area_px: int = MIN_AREA_PX) -> Instances:
 def numbered(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 0) -> Instances:
     """Cells by their given numbers (H, W), whole and not negative, 0 being background; a cell's class is that of most of its pixels.
 
-    A number may have several parts: they are one cell, cut by something above it.
+    A number may have several parts: they are one cell, cut by something above it, or by pixels that the class map ignores.
     """
     if ids.shape != classes.shape or ids.dtype.kind not in "iub" or (ids.size and ids.min() < 0):
         raise ValueError(f"cell numbers are whole, from 0, one a pixel: {ids.dtype} {ids.shape} for classes {classes.shape}")
-    flat = ids.ravel()
+    ignored = classes == IGNORE if classes.size and int(classes.max()) == IGNORE else None
+    flat = ids.ravel() if ignored is None else np.where(ignored, 0, ids).ravel()
     if flat.size and int(flat.max()) > 16 * flat.size:  # a count of each number would not fit memory
         flat = np.unique(flat, return_inverse=True)[1] + (0 if (flat == 0).any() else 1)
     areas = np.bincount(flat, minlength=1)
     kept = areas >= max(min_area_px, 1)
     kept[0] = False
+    left_out = int(np.count_nonzero(areas[1:])) - int(kept.sum())
     new = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
     out = new[flat].reshape(ids.shape)
     num = int(kept.sum())
@@ -129,7 +139,27 @@ def numbered(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 0) -> Inst
         inside = np.flatnonzero(out)
         width = int(classes.max()) + 1
         votes = np.bincount(out.ravel()[inside] * width + classes.ravel()[inside], minlength=(num + 1) * width).reshape(num + 1, width)
-    return Instances(ids=out, areas_px=np.concatenate([[0], areas[kept]]), classes=votes.argmax(1).astype(np.uint8))
+    areas = np.concatenate([[0], areas[kept]])
+    return Instances(ids=out, areas_px=areas, classes=votes.argmax(1).astype(np.uint8), num_left_out=left_out, ignored=ignored)
+
+
+def _highest(classes: np.ndarray) -> int:
+    """The greatest class number of a map (H, W), ``IGNORE`` not being one."""
+    highest = int(classes.max()) if classes.size else 0
+    return highest if highest != IGNORE else int(classes[classes != IGNORE].max(initial=0))
+
+
+def judged(found: Instances, ignored: np.ndarray | None) -> Instances:
+    """Predicted cells without what lies in ``ignored`` pixels (H, W) bool: those that lie there by more than half are gone, the others cut."""
+    if ignored is None or not found.num:
+        return found
+    inside = np.bincount(found.ids[ignored], minlength=found.num + 1)
+    kept = 2 * inside <= found.areas_px
+    kept[0] = False
+    new = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
+    areas, none = (found.areas_px - inside)[kept], np.zeros(1, int)
+    ids = np.where(ignored, 0, new[found.ids])
+    return Instances(ids=ids, areas_px=np.concatenate([none, areas]), classes=np.concatenate([found.classes[:1], found.classes[kept]]))
 
 
 def as_objects(classes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
@@ -175,13 +205,22 @@ def with_parts(ids: np.ndarray, classes: np.ndarray, owners: Sequence[int]) -> n
     return new[cells.ids]
 
 
-def true_cells(classes: np.ndarray, ids: np.ndarray | None, *, owners: Sequence[int] = ()) -> tuple[Instances, int]:
+def true_cells(
+    classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()
+) -> tuple[Instances, int]:
     """The cells of a truth (H, W), by its own numbers where it has them, and the least area in px that a predicted cell must then have.
-    ``owners``: as in :func:`as_objects`."""
+
+    ``min_area_px``: the data set's, for both; None: ``MIN_AREA_PX``, or where cells are numbered none for them and ``MIN_AREA_NUMBERED_PX``
+    for predicted ones. ``owners``: as in :func:`as_objects`.
+    """
     objects = as_objects(classes, owners)
     if ids is None:
-        return instances(objects), MIN_AREA_PX
-    return numbered(with_parts(ids, classes, owners), objects), MIN_AREA_NUMBERED_PX
+        least = MIN_AREA_PX if min_area_px is None else min_area_px
+        return instances(objects, least), least
+    ids = with_parts(ids, classes, owners)
+    if min_area_px is None:
+        return numbered(ids, objects), MIN_AREA_NUMBERED_PX
+    return numbered(ids, objects, min_area_px), min_area_px
 
 
 class Truth:
@@ -196,12 +235,15 @@ class Truth:
         owners: Sequence[int] = (),
         unused: Collection[int] = (),
         tolerance_px: float = TOLERANCE_PX,
+        min_area_px: int | None = None,
     ) -> None:
-        """``classes`` below ``num_classes``, 0 the background; ``ids``: the mask's own numbers of cells, where it has them; ``owners``: as in
-        :func:`as_objects`; ``unused``: classes whose outlines are not scored, as in :func:`cellbench.metrics.image_scores`."""
+        """``classes`` below ``num_classes``, 0 the background, or ``IGNORE``; ``ids``: the mask's own numbers of cells, where it has them;
+        ``owners``: as in :func:`as_objects`; ``unused``: classes whose outlines are not scored, as in :func:`cellbench.metrics.image_scores`;
+        ``min_area_px`` as for :func:`true_cells`."""
         self._classes, self._tolerance, self._numbered, self._owners = classes, tolerance_px, ids is not None, tuple(owners)
-        self._cells, self.min_area_px = true_cells(classes, ids, owners=owners)
-        self._outlines = {label: Outline(classes == label, tolerance_px) for label in range(1, num_classes) if label not in unused}
+        self._cells, self.min_area_px = true_cells(classes, ids, min_area_px, owners=owners)
+        ignored = self._cells.ignored
+        self._outlines = {label: Outline(classes == label, tolerance_px, ignored) for label in range(1, num_classes) if label not in unused}
 
     def found(self, cells: Instances) -> dict[str, float | int]:
         """The scores of predicted cells, each of ``min_area_px`` or more, under the names of :class:`Agreement`."""
@@ -211,7 +253,8 @@ class Truth:
         """How well a predicted class map (H, W) agrees; ``cells``: the single cells of it, if not the connected regions of its objects."""
         if classes.shape != self._classes.shape:
             raise ValueError(f"truth is {self._classes.shape}, prediction {classes.shape}")
-        outlines = [outline_scores(truth, Outline(classes == label, self._tolerance)) for label, truth in self._outlines.items()]
+        ignored = self._cells.ignored
+        outlines = [outline_scores(truth, Outline(classes == label, self._tolerance, ignored)) for label, truth in self._outlines.items()]
         nsd, band = (nan_mean(np.array(values)) for values in zip(*outlines, strict=True))
         cells = instances(as_objects(classes, self._owners), self.min_area_px) if cells is None else cells
         return Agreement(nsd=nsd, boundary_dice=band, numbered=self._numbered, **self.found(cells))
@@ -221,14 +264,21 @@ class Truth:
 
 
 class Outline:
-    """A mask (H, W) bool with its contour, the neighbourhood of that, and its band."""
+    """A mask (H, W) bool with its contour, the neighbourhood of that, and its band; without what lies in ``ignored`` pixels (H, W) bool."""
 
-    def __init__(self, mask: np.ndarray, tolerance_px: float) -> None:
-        self.is_empty = not mask.any()
+    def __init__(self, mask: np.ndarray, tolerance_px: float, ignored: np.ndarray | None = None) -> None:
+        self.is_empty = not (mask.any() if ignored is None else mask[~ignored].any())
+        if ignored is not None:
+            mask = mask | ignored  # a neighbour that nobody knows is no outside
         self.mask = mask
         self.contour = contour(mask)
+        if ignored is not None:
+            self.contour &= ~ignored
         self.near = dilated(self.contour, tolerance_px)
         self.band = mask & dilated(~mask, tolerance_px)
+        if ignored is not None:  # so near to them, what answers to a pixel may lie among them
+            away = ~dilated(ignored, tolerance_px)
+            self.mask, self.contour, self.band = mask | ~away, self.contour & away, self.band & away
 
 
 def contour(mask: np.ndarray) -> np.ndarray:
@@ -294,7 +344,9 @@ def overlaps(truth: Instances, found: Instances) -> tuple[np.ndarray, np.ndarray
 
 
 def cell_scores(truth: Instances, found: Instances) -> dict[str, float | int]:
-    """The scores of single cells, under the names of :class:`Agreement`; NaN where there is no cell and none was predicted."""
+    """The scores of single cells, under the names of :class:`Agreement`, of predicted ones as :func:`judged`; NaN where there is no cell and none
+    was predicted."""
+    found = judged(found, truth.ignored)
     t, p, shared, union = overlaps(truth, found)
     both = truth.num + found.num
 

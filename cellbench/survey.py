@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
+from cellbench.metrics import IGNORE
 from cellbench.shapes import true_cells
 
 
@@ -30,20 +31,21 @@ class Surveyed:
 
 
 def surveyed(dataset: Dataset, sample: Sample) -> Surveyed:
-    """Single cells are the mask's own numbers where it has them, else connected regions of at least ``shapes.MIN_AREA_PX``."""
+    """Single cells are the mask's own numbers where it has them, else connected regions, of at least ``min_cell_px``."""
     image, classes = dataset.read(sample)
     ids = dataset.read_instances(sample)
-    cells, _ = true_cells(classes, ids, owners=dataset.owners)
+    cells, _ = true_cells(classes, ids, dataset.min_cell_px, owners=dataset.owners)
+    is_cell = (classes > 0) & (classes != IGNORE)
     whole = np.ones(cells.num + 1, bool)
     whole[np.unique(np.concatenate([cells.ids[0], cells.ids[-1], cells.ids[:, 0], cells.ids[:, -1]]))] = False
     whole[0] = False
     return Surveyed(
         name=sample.name,
         size_px=classes.shape,
-        cell_share=float((classes > 0).mean()),
+        cell_share=float(is_cell.sum() / max(np.count_nonzero(classes != IGNORE), 1)),
         num_cells=cells.num,
         diameters_px=tuple(np.sqrt(cells.areas_px[whole] * 4 / np.pi).tolist()),
-        cell_rgb=_mean(image[classes > 0]),
+        cell_rgb=_mean(image[is_cell]),
         ground_rgb=_mean(image[classes == 0]),
     )
 

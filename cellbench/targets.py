@@ -36,11 +36,12 @@ def asked(targets: str) -> tuple[str, ...]:
     return tuple(aim for aim in AIMS if aim in targets.split("+"))
 
 
-def aims(classes: np.ndarray, ids: np.ndarray | None, *, owners: Sequence[int] = ()) -> np.ndarray:
+def aims(classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()) -> np.ndarray:
     """The truth of both aims (H, W, 2) uint8, 0..255, of a class map (H, W) uint8; ``ids``: the truth's own numbers of its cells, where it has
-    them, else cells are connected regions; ``owners``: which classes are parts of which, as :func:`cellbench.shapes.as_objects` takes them."""
-    cells = true_cells(classes, ids, owners=owners)[0].ids
-    return np.stack([_border(cells), _distance(cells)], axis=-1)
+    them, else cells are connected regions of at least ``min_area_px``; ``owners``: which classes are parts of which, as
+    :func:`cellbench.shapes.as_objects` takes them."""
+    cells = true_cells(classes, ids, min_area_px, owners=owners)[0]
+    return np.stack([_border(cells.ids), _distance(cells.ids, cells.ignored)], axis=-1)
 
 
 def _border(ids: np.ndarray) -> np.ndarray:
@@ -51,22 +52,34 @@ def _border(ids: np.ndarray) -> np.ndarray:
     return np.where((most > 0) & (most != least), FULL, 0).astype(np.uint8)
 
 
-def _distance(ids: np.ndarray) -> np.ndarray:
-    # A pixel that touches another cell is at an edge as well as one that touches background. The image's frame is none.
-    inner = ids > 0
+def _distance(ids: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
+    # A pixel that touches another cell is at an edge as well as one that touches background. The image's frame is none, nor is what is ignored.
+    inner, cells = ids > 0, ids
+    if ignored is not None:
+        inner |= ignored
+        ids = np.where(ignored, -1, ids)
     for first, second in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
         other = ids[first] != ids[second]
+        if ignored is not None:
+            other &= (ids[first] >= 0) & (ids[second] >= 0)
         inner[first] &= ~other
         inner[second] &= ~other
     # A pixel of an edge is half a pixel deep; where a cell fills the image there is no edge to be distant from.
     deep = (ndimage.distance_transform_edt(inner) if not inner.all() else np.ones(ids.shape)) + 0.5
-    highest = np.concatenate([[1.0], ndimage.maximum(deep, ids, np.arange(1, int(ids.max(initial=0)) + 1))])
-    return np.where(ids > 0, np.rint(FULL * deep / highest[ids]), 0).astype(np.uint8)
+    highest = np.concatenate([[1.0], ndimage.maximum(deep, cells, np.arange(1, int(cells.max(initial=0)) + 1))])
+    return np.where(cells > 0, np.rint(FULL * deep / highest[cells]), 0).astype(np.uint8)
 
 
-def aims_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...]) -> Tensor:
-    """Binary cross-entropy of the asked aims, each a mean over all pixels, summed; the truth as :func:`aims` gives it, (B, H, W, 2) uint8."""
+def aims_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...], kept_BHW: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy of the asked aims, each a mean over all pixels, summed; the truth as :func:`aims` gives it, (B, H, W, 2) uint8.
+
+    ``kept_BHW`` bool: the pixels that count; None: all. 0 where none does.
+    """
     wanted = truth_BHW2[..., [AIMS.index(aim) for aim in which]].movedim(-1, 1).float() / FULL
+    if kept_BHW is not None:
+        if not kept_BHW.any():
+            return 0 * logits_BAHW.float().sum()
+        logits_BAHW, wanted = (x.movedim(1, -1)[kept_BHW] for x in (logits_BAHW, wanted))
     return F.binary_cross_entropy_with_logits(logits_BAHW.float(), wanted) * len(which)
 
 

@@ -18,7 +18,7 @@ from cellbench.features import Features
 from cellbench.infer import segment
 from cellbench.model import Model
 from cellbench.separate import Separation, Tuning
-from cellbench.shapes import true_cells
+from cellbench.shapes import MIN_AREA_PX, true_cells
 
 MOST_IMAGES = 16
 """The first of the validation images: one parameter of ten values is settled by a few hundred cells."""
@@ -36,11 +36,14 @@ def tuned(models: Sequence[Model], features: Features, dataset: Dataset) -> list
 
 def separations(dataset: Dataset, num: int, answers: Iterable[tuple[int, Sequence[Answer]]]) -> list[Separation]:
     """The same from the numbers of validation images, in any order, with ``num`` answers to each."""
-    tunings = [Tuning(owners=dataset.owners) for _ in range(num)]
+    least = MIN_AREA_PX if dataset.min_cell_px is None else dataset.min_cell_px
+    tunings = [Tuning(least, owners=dataset.owners) for _ in range(num)]
     with ThreadPoolExecutor(min(num, os.cpu_count() or 1), "tuning") as pool:
         for image, found in itertools.islice(answers, MOST_IMAGES):
             sample = dataset.val[image]
-            truth, min_area_px = true_cells(dataset.read_mask(sample), dataset.read_instances(sample), owners=dataset.owners)
+            truth, min_area_px = true_cells(
+                dataset.read_mask(sample), dataset.read_instances(sample), dataset.min_cell_px, owners=dataset.owners
+            )
             jobs = [pool.submit(one.add, *answer, truth, min_area_px) for one, answer in zip(tunings, found, strict=True)]
             for job in jobs:
                 job.result()

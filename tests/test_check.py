@@ -91,7 +91,7 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "empty": lambda f: change(labels(f), np.zeros_like),
     "inverted": lambda f: change(labels(f), lambda m: 255 - m),
     "same mask": lambda f: shutil.copy(labels(f, "a2"), labels(f)),
-    "noisy": lambda f: change(labels(f), lambda m: np.where(m, m, np.random.default_rng(0).integers(0, 9, m.shape[:2])[..., None]).astype(np.uint8)),
+    "values": lambda f: change(labels(f), lambda m: np.where(m, m, np.random.default_rng(0).integers(0, 60, m.shape[:2])[..., None]).astype(np.uint8)),
     "leak: same": lambda f: [shutil.copy(f / "test" / k / "t1.png", f / "train" / k / "a1.png") for k in ("original", "mask")],
     "leak: near": lambda f: [
         Image.fromarray(turned(np.array(Image.open(f / "test" / k / "t1.png")))).save(f / "train" / k / "a1.png") for k in ("original", "mask")

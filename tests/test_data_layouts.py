@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ from PIL import Image
 from pycocotools import mask as coco
 from skimage.draw import polygon2mask
 
+from cellbench.check import check
 from cellbench.data.annotations import rasterised
 from cellbench.data.dataset import Dataset
 from cellbench.data.folders import open_dataset
 from cellbench.data.layouts import listing_of
 from cellbench.errors import CellbenchError
+from cellbench.metrics import IGNORE
 from cellbench.registry import DatasetCard, Registry
 from cellbench.spec import DataSpec, checked
 
@@ -357,7 +360,7 @@ def test_polygons_cover_what_an_independent_rasteriser_covers(seed: int) -> None
 @pytest.mark.parametrize(
     "wrong",
     [
-        None, [], {}, "abc", [[1, 2, 3]], [[1, 2, 3, 4, 5, float("nan")]], [[0, 0, 1e12, 0, 5, 5]], [["a"] * 6], [[1, 2, 3, 4, 5, True]],
+        {}, "abc", [[1, 2, 3, 4, 5, float("nan")]], [[0, 0, 1e12, 0, 5, 5]], [["a"] * 6], [[1, 2, 3, 4, 5, True]],
         {"size": [40, 60], "counts": [2400, 1]}, {"size": [40, 60], "counts": [-5, 2405]}, {"size": [60, 40], "counts": [2400]},
         {"size": [40, 60], "counts": "ooooooooooo"}, {"size": [40, 60], "counts": "\x00"}, {"size": [40, 60], "counts": [1.5]},
         {"size": [40, 60], "counts": None},
@@ -377,3 +380,115 @@ def test_a_coco_file_whose_image_has_another_size_is_refused(tmp_path: Path) -> 
     tree["images"][0]["width"] = 61
     (folder / "annotations.json").write_text(json.dumps(tree))
     assert "the mask is 61 x 40 px" in refusal(folder)
+
+
+def coco_with(folder: Path, change: Callable[[dict], object], card: str = "") -> Path:
+    """A folder of COCO outlines whose tree was changed; ``card``: a dataset.toml beside it."""
+    folder = coco_folder(folder)
+    tree = coco_tree()
+    change(tree)
+    (folder / "annotations.json").write_text(json.dumps(tree))
+    if card:
+        (folder / "dataset.toml").write_text(card)
+    return folder
+
+
+def categories(*names: str) -> Callable[[dict], None]:
+    """Gives each image's four cells these categories."""
+
+    def change(tree: dict) -> None:
+        kinds = list(dict.fromkeys(names))
+        tree["categories"] = [{"id": 5 + kinds.index(name), "name": name} for name in kinds]
+        for number, annotation in enumerate(tree["annotations"]):
+            annotation["category_id"] = 5 + kinds.index(names[number % 4])
+
+    return change
+
+
+def test_crowds_are_ignored_and_cells_outlined_within_them_are_cells(tmp_path: Path) -> None:
+    def crowd(tree: dict) -> None:
+        heap = [[0, 0, 60, 0, 60, 20, 0, 20]]  # over the first two cells
+        tree["annotations"] += [
+            {"id": 900 + k, "image_id": k, "category_id": 7, "iscrowd": 1, "segmentation": heap} for k in range(6)
+        ]
+        tree["annotations"][2]["iscrowd"] = 1
+
+    data = opened(coco_with(tmp_path / "own", crowd))
+    first, second = everything(data)[:2]
+    expected = np.where(cells(1) > 0, 1, 0)
+    expected[:20][cells(1)[:20] == 0] = IGNORE
+    np.testing.assert_array_equal(data.read_mask(second), expected)
+    np.testing.assert_array_equal(np.unique(data.read_instances(second)), [0, 1, 2, 3, 4])
+    assert (data.read_mask(first)[cells(0) == 3] == IGNORE).all()
+    assert any("7 regions are crowds (iscrowd) and are ignored" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "card", "classes", "labels"),
+    [
+        (("blob",) * 4, "", ("background", "cell"), [0, 1, 1, 1, 1]),
+        (("red", "white", "red", "plate"), "", ("background", "plate", "red", "white"), [0, 2, 3, 2, 1]),
+        (("cell", "cell", "cell", "Background"), "", ("background", "cell"), [0, 1, 1, 1, 0]),
+        (("cell", "cell", "_ignore_", "dirt"), 'categories = { dirt = "" }', ("background", "cell"), [0, 1, 1, IGNORE, 0]),
+        (("red", "white", "red", "dirt"), 'categories = { red = "blood", white = "blood", dirt = "ignore" }', ("background", "blood"), [0, 1, 1, 1, IGNORE]),
+        (("RED", "white", "RED", "white"), 'classes = ["background", "white", "red"]', ("background", "white", "red"), [0, 2, 1, 2, 1]),
+        (("blob",) * 4, 'classes = ["background", "nucleus"]', ("background", "nucleus"), [0, 1, 1, 1, 1]),
+    ],
+)
+def test_each_category_is_a_class_of_its_own_or_what_the_card_says(
+    tmp_path: Path, names: tuple[str, ...], card: str, classes: tuple[str, ...], labels: list[int]
+) -> None:
+    data = opened(coco_with(tmp_path / "own", categories(*names), card))
+    assert data.classes == classes
+    for seed, sample in enumerate(everything(data)):
+        np.testing.assert_array_equal(data.read_mask(sample), np.array(labels)[cells(seed)])
+    told = next(note for note in data.notes if note.startswith("COCO categories"))
+    for name in dict.fromkeys(names):
+        label = labels[1 + names.index(name)]
+        what = {0: "left out", IGNORE: "ignored"}.get(label, f"class '{classes[label % 255]}'")
+        assert f"'{name}' {6 * names.count(name)} ({what})" in told
+
+
+@pytest.mark.parametrize(
+    ("card", "says"),
+    [
+        ('classes = ["background", "red"]', "category 'white' is no class of the card"),
+        ('categories = { red = "cell" }', "category 'white' is no class of the card"),
+        ('classes = ["background", "red"]\ncategories = { white = "wihte" }', "'white' is to be 'wihte', which is no class"),
+        ('categories = { blue = "" }', "holds no category 'blue'"),
+    ],
+)
+def test_categories_of_which_the_card_says_nothing_are_asked_for(tmp_path: Path, card: str, says: str) -> None:
+    assert says in refusal(coco_with(tmp_path / "own", categories("red", "white", "red", "red"), card))
+
+
+@pytest.mark.parametrize("empty", [None, [], [[]], [[1, 2, 3, 4]], [[1, 2, 5, 6, 9, 10]], {"size": [40, 60], "counts": [2400]}])
+def test_an_annotation_without_an_outline_is_skipped_by_its_id(tmp_path: Path, empty: object) -> None:
+    def change(tree: dict) -> None:
+        tree["annotations"][1] |= {"segmentation": empty, "bbox": [1, 1, 4, 4]}
+
+    data = opened(coco_with(tmp_path / "own", change))
+    assert "annotations.json: 1 annotations have no outline and are skipped, 1 of them with a box only: id 2." in data.notes
+    np.testing.assert_array_equal(data.read_mask(everything(data)[0]), (cells(0) > 0) & (cells(0) != 2))
+
+
+def test_a_file_of_boxes_only_is_refused(tmp_path: Path) -> None:
+    def change(tree: dict) -> None:
+        for annotation in tree["annotations"]:
+            annotation |= {"segmentation": [], "bbox": [1, 1, 4, 4]}
+
+    assert "no annotation has an outline, 24 of them with a box only" in refusal(coco_with(tmp_path / "own", change))
+
+
+def test_outlined_cells_that_others_cover_are_said(tmp_path: Path) -> None:
+    def change(tree: dict) -> None:
+        tree["annotations"].append({**tree["annotations"][0], "id": 99})
+
+    assert any("1 outlined cells have no pixel of their own" in note for note in opened(coco_with(tmp_path / "own", change)).notes)
+
+
+def test_check_lists_the_categories(tmp_path: Path) -> None:
+    lines: list[str] = []
+    folder = coco_with(tmp_path / "own", categories("cell", "cell", "cell", "artefact"))
+    check(folder, spec=DataSpec(group="none"), out=tmp_path / "out", say=lines.append)
+    assert any("'cell' 18 (class 'cell'); 'artefact' 6 (class 'artefact')" in line for line in lines)

@@ -11,6 +11,7 @@ from segmentation_models_pytorch import losses as smp
 from torch import Tensor
 
 from cellbench.losses import loss_of
+from cellbench.metrics import IGNORE
 from cellbench.spec import LOSS_TERMS
 
 
@@ -108,3 +109,37 @@ def test_several_models_answers_have_the_losses_of_each(text: str) -> None:
     found, true = (torch.autograd.grad((x * shares).sum(), logits_NBKHW)[0] for x in (losses_N, each))
     torch.testing.assert_close(losses_N, each)
     torch.testing.assert_close(found, true)
+
+
+@pytest.mark.parametrize("text", [*LOSS_TERMS, "0.5 ce + 0.5 dice"])
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_ignored_pixels_are_as_if_they_were_not_there(text: str, num_classes: int) -> None:
+    logits, target = batch(num_classes)
+    rows = torch.arange(9) < 6  # the reference sees these alone
+    ours, theirs = logits.clone().requires_grad_(), logits[:, :, rows].clone().requires_grad_()
+    marked = torch.where(rows[:, None], target, IGNORE)
+    expected = loss_of(text)(theirs, target[:, rows])
+    loss = loss_of(text)(ours, marked, True)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad[:, :, rows], theirs.grad)
+    assert not ours.grad[:, :, ~rows].any()
+    torch.testing.assert_close(loss_of(text)(torch.stack([logits, -logits]), marked, True)[0], expected.detach())
+
+
+@pytest.mark.parametrize("text", ["dice", "ce", "0.5 ce + 0.5 dice"])
+def test_ignoring_is_what_torch_and_smp_do_with_an_ignored_index(text: str) -> None:
+    logits, target = batch(3)
+    target[0, :4] = IGNORE
+    both = (F.cross_entropy(logits, target, ignore_index=IGNORE), smp.DiceLoss("multiclass", ignore_index=IGNORE)(logits, target.clone()))
+    expected = {"ce": both[0], "dice": both[1]}.get(text, sum(both) / 2)
+    torch.testing.assert_close(loss_of(text)(logits, target, True), expected)
+
+
+def test_a_batch_of_ignored_pixels_only_teaches_nothing() -> None:
+    logits = batch(2)[0].requires_grad_()
+    loss = loss_of("0.5 ce + 0.5 dice")(logits, torch.full((3, 9, 11), IGNORE), True)
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()

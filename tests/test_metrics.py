@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellbench.metrics import MEASURES, cell_classes, confusion, image_scores, named, nan_mean, num_empty, scores
+from cellbench.metrics import IGNORE, MEASURES, cell_classes, confusion, image_scores, named, nan_mean, num_empty, scores
 
 SMP = {"dice": "f1_score", "iou": "iou_score", "precision": "precision", "recall": "recall", "accuracy": "accuracy"}
 
@@ -35,6 +35,14 @@ def test_scores_of_each_image_and_class_are_those_of_smp(num_classes: int) -> No
     for name, theirs in SMP.items():
         expected = getattr(smp, theirs)(*stats, reduction="none").numpy()
         np.testing.assert_allclose(getattr(ours, name), expected, rtol=1e-6, err_msg=name)
+
+
+def test_pixels_that_the_truth_ignores_count_nowhere_whatever_was_predicted_there() -> None:
+    truth = np.array([[0, 1, IGNORE], [IGNORE, 1, 2]], np.uint8)
+    for guess in (0, 1, 2):
+        prediction = np.array([[0, 1, guess], [guess, 0, 2]], np.uint8)
+        assert confusion(truth, prediction, 3).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    assert confusion(np.full((2, 2), IGNORE, np.uint8), np.zeros((2, 2), np.uint8), 2).tolist() == [[0, 0], [0, 0]]
 
 
 def test_pooled_scores_are_smp_scores_of_summed_counts_and_not_the_mean_over_images() -> None:

@@ -51,7 +51,7 @@ def test_shape_scores_of_the_exam_are_those_of_the_image(dataset):
     exam = taken(dataset, lambda truth: (np.roll(truth, 3, axis=1), None))
     for k, sample in enumerate(dataset.test):
         truth = dataset.read_mask(sample)
-        assert exam.agreements[k] == Truth(truth, 2).agreement(np.roll(truth, 3, axis=1))
+        assert exam.agreements[k] == Truth(truth, 2, min_area_px=dataset.min_cell_px).agreement(np.roll(truth, 3, axis=1))
     assert exam.calibration() is None
     assert "test/calibration_error" not in results.metrics(dataset, Result(exam=exam, cost={}))
 
@@ -142,29 +142,13 @@ def test_files_of_a_run_are_what_the_report_and_the_ui_read(dataset, tmp_path):
     assert {path.name for path in (out / "figures").iterdir()} == {"scores.png", "worst.png", "best.png"}
 
 
-def test_masks_that_number_their_cells_are_known_from_others(tmp_path, dataset):
-    def mask(array):
-        path = tmp_path / "mask.png"
-        Image.fromarray(array).save(path)
-        return type(dataset.test[0])(name="m", image=path, mask=path)
-
-    ids = np.zeros((40, 40), np.uint16)
-    ids[:10, :10], ids[10:20, :10] = 1, 2
-    assert np.array_equal(dataset.read_instances(mask(ids)), ids)
-    assert dataset.read_instances(mask((ids > 0).astype(np.uint8) * 255)) is None
-    smoothed = np.zeros((40, 40), np.uint8)
-    smoothed[5:35, 5:35] = 255
-    smoothed[5, 5:35] = 128
-    assert dataset.read_instances(mask(smoothed)) is None
-
-
 def test_touching_cells_are_scored_as_the_separation_parts_them(dataset, tmp_path):
     # Two true cells, side by side; the answer is one region with a waist.
     y, x = np.mgrid[:80, :120]
     left, right = np.hypot(y - 40, x - 35) < 25, np.hypot(y - 40, x - 84) < 25
     ids = (left + 2 * (right & ~left)).astype(np.uint16)
     Image.fromarray(ids).save(tmp_path / "mask.png")
-    one = replace(dataset, values=(), test=(replace(dataset.test[0], mask=tmp_path / "mask.png"),))
+    one = replace(dataset, values=(), masks="cells", test=(replace(dataset.test[0], mask=tmp_path / "mask.png"),))
     cut = Separation(neck=0.8, val_ap50={"0": 0.5, "0.8": 0.75}, num_images=3)
     found = {}
     for which in (CONNECTED, cut):

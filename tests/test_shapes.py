@@ -9,7 +9,8 @@ import pytest
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 
-from cellbench.shapes import SCORES, Truth, as_objects, cell_scores, contour, dilated, instances, numbered, overlaps, true_cells
+from cellbench.metrics import IGNORE
+from cellbench.shapes import SCORES, Truth, as_objects, cell_scores, contour, dilated, instances, judged, numbered, overlaps, true_cells
 
 
 def drawn(*boxes, size=(40, 60)):
@@ -293,3 +294,59 @@ def test_a_large_image_takes_a_fraction_of_a_second():
     got = Truth(truth, 2).agreement(found.astype(np.uint8))
     assert time.process_time() - start < 1  # 0.2 s measured; the test's own limit is for a busy machine
     assert got.num_true == 11 * 15
+
+
+# --- pixels that the truth ignores ------------------------------------------------------------------------------------------------------
+
+
+def ignoring(ids, *boxes):
+    """A class map (H, W) of cells' numbers, with boxes (top, left, height, width) that count nowhere."""
+    classes = (ids > 0).astype(np.uint8)
+    for y, x, h, w in boxes:
+        classes[y : y + h, x : x + w] = IGNORE
+    return classes
+
+
+def test_predicted_cells_in_ignored_pixels_are_neither_hits_nor_false():
+    ids = drawn((2, 2, 10, 10), (20, 2, 10, 10))
+    classes = ignoring(ids, (0, 30, 40, 30))
+    within = drawn((2, 2, 10, 10), (20, 2, 10, 10), (5, 40, 10, 10), (25, 28, 10, 10))  # the last by 2 of its 10 columns outside
+    for numbers in (ids, None):
+        truth = Truth(classes, 2, numbers, min_area_px=10)
+        got = truth.agreement((within > 0).astype(np.uint8))
+        assert (got.num_true, got.num_predicted) == (2, 2)
+        assert (got.ap50, got.pq, got.aji, got.nsd, got.boundary_dice) == (1, 1, 1, 1, 1)
+    mostly_outside = drawn((2, 2, 10, 10), (20, 2, 10, 10), (25, 24, 10, 10))
+    got = Truth(classes, 2, ids, min_area_px=10).agreement((mostly_outside > 0).astype(np.uint8))
+    assert (got.num_predicted, got.ap50) == (3, 2 / 3)
+
+
+def test_a_cell_is_judged_by_what_is_left_of_it():
+    ids = drawn((5, 5, 10, 10))
+    classes = ignoring(ids, (5, 5, 10, 4))  # 60 px are left
+    for found in (drawn((5, 5, 10, 10)), drawn((5, 9, 10, 6)), drawn((5, 6, 10, 9))):
+        got = Truth(classes, 2, ids, min_area_px=1).agreement((found > 0).astype(np.uint8))
+        assert (got.num_true, got.num_predicted, got.sq, got.aji) == (1, 1, 1, 1)
+    half = drawn((5, 9, 10, 3))  # 30 of the 60
+    assert Truth(classes, 2, ids, min_area_px=1).found(as_cells(half))["sq"] == 0
+
+
+def test_an_image_of_ignored_pixels_only_has_nothing_to_find():
+    classes = np.full((20, 20), IGNORE, np.uint8)
+    got = Truth(classes, 3).agreement(np.ones((20, 20), np.uint8))
+    assert (got.num_true, got.num_predicted) == (0, 0)
+
+
+def test_nothing_ignored_changes_nothing():
+    ids = blobs(4)
+    cells = as_cells(blobs(5))
+    truth = as_cells(ids)
+    assert truth.ignored is None
+    assert judged(cells, None) is cells
+    assert judged(cells, np.zeros(ids.shape, bool)).areas_px.tolist() == cells.areas_px.tolist()
+
+
+def test_what_is_too_small_to_be_a_cell_is_counted():
+    ids = drawn((0, 0, 3, 3), (10, 10, 4, 4), (20, 20, 9, 9))
+    assert instances((ids > 0).astype(np.uint8), 16).num_left_out == 1
+    assert numbered(ids, (ids > 0).astype(np.uint8), 17).num_left_out == 2

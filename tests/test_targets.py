@@ -15,6 +15,7 @@ from worlds import dataset_of, features_of, learners_of, run_of, same
 
 from cellbench import targets
 from cellbench.lanes import Lanes
+from cellbench.metrics import IGNORE
 from cellbench.run import main
 from cellbench.segmenter import Segmenter
 from cellbench.separate import Parts
@@ -145,3 +146,25 @@ targets = "{BOTH}"
     assert main(["export", "best:more", "--out", "it", "--device", "cpu"]) == 0
     again = Segmenter.load(tmp_path / "it", device="cpu").predict(numbered / "test" / "original" / "100.png")
     assert np.array_equal(again.cells.ids, found.cells.ids)
+
+
+def test_no_edge_is_where_a_cell_meets_ignored_pixels():
+    ids = np.zeros((60, 60), np.int32)
+    ids[20:41, 10:50] = 1
+    classes = (ids > 0).astype(np.uint8)
+    classes[:, 30:] = IGNORE
+    found = targets.aims(classes, ids)[..., 1]
+    # A long bar, cut in the middle: at the cut it is as deep as along the rest of it, full in its middle row.
+    assert found[30, 29] == 255
+    assert found[20, 29] < 30
+    assert not found[:, 30:].any()
+
+
+def test_aims_are_not_learned_from_ignored_pixels():
+    generator = torch.Generator().manual_seed(0)
+    logits, truth = torch.randn(2, 2, 6, 8, generator=generator), torch.randint(0, 256, (2, 6, 8, 2), generator=generator).byte()
+    kept = torch.ones(2, 6, 8, dtype=torch.bool)
+    kept[:, :, 5:] = False
+    whole = targets.aims_loss(logits, truth, targets.AIMS, kept)
+    torch.testing.assert_close(whole, targets.aims_loss(logits[..., :5], truth[:, :, :5], targets.AIMS))
+    assert targets.aims_loss(logits, truth, targets.AIMS, torch.zeros_like(kept)) == 0

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ import numpy as np
 from cellbench.data import images
 from cellbench.errors import CellbenchError, one_line, quoted
 from cellbench.files import hash_of
+from cellbench.metrics import IGNORE
 
 
 class Annotation(Protocol):
@@ -28,7 +30,11 @@ class Annotation(Protocol):
         """Over everything that the truth depends on."""
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Classes (H, W) uint8 and ids (H, W) int32. Raises CellbenchError."""
+        """Classes (H, W) uint8, ``IGNORE`` where pixels count nowhere, and ids (H, W) int32. Raises CellbenchError."""
+
+    @property
+    def num_outlined(self) -> int:
+        """How many cells it outlines; fewer are read where one is covered by others, or smaller than a pixel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,10 @@ class MaskFiles:
 
     def digest(self) -> str:
         return hashlib.sha256("".join(hash_of(path) for path in self.paths).encode()).hexdigest()
+
+    @property
+    def num_outlined(self) -> int:
+        return len(self.paths)
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         ids: np.ndarray | None = None
@@ -57,10 +67,12 @@ class MaskFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """One annotation of a COCO file: polygons or run lengths as JSON, and its class number."""
+    """One annotation of a COCO file: polygons or run lengths as JSON, and its class number, or ``IGNORE`` for a crowd."""
 
     segmentation: str
     label: int
+    id: str
+    """The annotation's, for errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +85,23 @@ class CocoRegions:
     size_px: tuple[int, int]
     regions: tuple[Region, ...]
 
+    @property
+    def num_outlined(self) -> int:
+        return sum(region.label != IGNORE for region in self.regions)
+
     def digest(self) -> str:
         return hashlib.sha256(json.dumps([self.size_px, [(r.segmentation, r.label) for r in self.regions]]).encode()).hexdigest()
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         height, width = self.size_px
         classes, ids = np.zeros((height, width), np.uint8), np.zeros((height, width), np.int32)
-        for number, region in enumerate(self.regions, 1):
+        # What is ignored first: a cell that is outlined within a crowd is one all the same.
+        for number, region in sorted(enumerate(self.regions, 1), key=lambda pair: pair[1].label != IGNORE):
             try:
                 inside = rasterised(json.loads(region.segmentation), height, width)
             except ValueError as error:
-                raise CellbenchError(f"{self.file}: annotation {number} of {quoted(self.name)} {error}. Mend it, or take it out.") from None
-            ids[inside], classes[inside] = number, region.label
+                raise CellbenchError(f"{self.file}: annotation {region.id} of {quoted(self.name)} {error}. Mend it, or take it out.") from None
+            ids[inside], classes[inside] = number if region.label != IGNORE else 0, region.label
         return classes, ids
 
 
@@ -171,22 +188,73 @@ def coco_file(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
     return tree
 
 
-def coco_regions(path: Path, classes: tuple[str, ...]) -> list[CocoRegions]:
-    """The images of a COCO file with their outlines. With two classes every category is a cell; else categories go by their names.
+def with_area(segmentation: Any, height: int, width: int) -> Any:
+    """A segmentation without its polygons that enclose nothing; None where nothing is left. What is malformed stays, to be refused when drawn."""
+    if isinstance(segmentation, list) and all(isinstance(polygon, list) for polygon in segmentation):
+        return [polygon for polygon in segmentation if _encloses(polygon)] or None
+    if isinstance(segmentation, dict) and segmentation.get("size") == [height, width]:
+        try:
+            runs = _uncompressed(segmentation["counts"]) if isinstance(segmentation.get("counts"), str) else segmentation.get("counts")
+        except ValueError:
+            return segmentation
+        if isinstance(runs, list) and all(type(n) is int for n in runs) and sum(runs) == height * width and not any(runs[1::2]):
+            return None
+    return segmentation
+
+
+def _encloses(polygon: list[Any]) -> bool:
+    """Whether a polygon (x, y, x, y, …) has three points that are not on one line; True where it is malformed."""
+    if len(polygon) < 6:
+        return False
+    if len(polygon) % 2 or not all(type(n) in (int, float) for n in polygon):
+        return True
+    x0, y0 = polygon[:2]
+    sides = [(x - x0, y - y0) for x, y in zip(polygon[2::2], polygon[3::2], strict=True)]
+    dx, dy = next((side for side in sides if any(side)), (0, 0))
+    return any(dx * y - dy * x != 0 for x, y in sides)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoFile:
+    """What a COCO file holds, and what of it is no cell."""
+
+    images: tuple[CocoRegions, ...]
+    num_crowds: int = 0
+    """Regions with ``iscrowd``, which are ignored, as COCO's own evaluation does."""
+    empty: tuple[str, ...] = ()
+    """Ids of annotations without an outline, which are skipped."""
+    num_boxes: int = 0
+    """Of these, those that have a box."""
+
+
+def coco_counts(path: Path) -> dict[str, int]:
+    """How many annotations of each category a COCO file holds, by name; crowds are not counted. Raises CellbenchError that names the file."""
+    about = path.stat()
+    tree = coco_file(path, (about.st_size, about.st_mtime_ns))
+    names = {row["id"]: str(row["name"]) for row in tree["categories"]}
+    counts = dict.fromkeys(names.values(), 0)
+    for row in tree["annotations"]:
+        if row["category_id"] in names and not _is_crowd(row):
+            counts[names[row["category_id"]]] += 1
+    return counts
+
+
+def _is_crowd(row: dict[str, Any]) -> bool:
+    return row.get("iscrowd") in (1, "1")  # True is 1
+
+
+def coco_regions(path: Path, labels: Mapping[str, int | None]) -> CocoFile:
+    """The images of a COCO file with their outlines. ``labels``: the class number of each category by its name, ``IGNORE``, or None for one
+    that is left out.
 
     Raises CellbenchError that names the file.
     """
     about = path.stat()
     tree = coco_file(path, (about.st_size, about.st_mtime_ns))
-    label: dict[int | str, int] = {}
-    for row in tree["categories"]:
-        if len(classes) > 2 and row["name"] not in classes:
-            raise CellbenchError(
-                f"{path}: category {quoted(row['name'])} is no class of the card ({', '.join(classes)}). Name it there, or take it out."
-            )
-        label[row["id"]] = classes.index(row["name"]) if len(classes) > 2 else 1
+    label: dict[int | str, int | None] = {row["id"]: labels[str(row["name"])] for row in tree["categories"]}
     limit = images.pixel_limit()
     found: dict[int | str, list[Region]] = {}
+    sizes: dict[int | str, tuple[int, int]] = {}
     for row in tree["images"]:
         if row["id"] in found:
             raise CellbenchError(f"{path}: two images have the id {row['id']!r:.40}. Each needs its own.")
@@ -198,14 +266,24 @@ def coco_regions(path: Path, classes: tuple[str, ...]) -> list[CocoRegions]:
             raise CellbenchError(
                 f"{path}: {quoted(row['file_name'])} has more than {limit / 1e6:g} megapixels there. Export it again, or raise CELLBENCH_MAX_PIXELS."
             )
-        found[row["id"]] = []
-    for row in tree["annotations"]:
+        found[row["id"]], sizes[row["id"]] = [], (row["height"], row["width"])
+    num_crowds, num_boxes, empty = 0, 0, []
+    for number, row in enumerate(tree["annotations"], 1):
         if row["image_id"] not in found or row["category_id"] not in label:
             lost = f"image {row['image_id']!r:.40}" if row["image_id"] not in found else f"category {row['category_id']!r:.40}"
             raise CellbenchError(f"{path}: an annotation is of {lost}, which the file does not hold. Export it again.")
-        region = Region(segmentation=json.dumps(row.get("segmentation")), label=label[row["category_id"]])
-        found[row["image_id"]].append(region)
-    return [
+        mark, name = label[row["category_id"]], f"{row.get('id', f'number {number}')!s:.40}"
+        outline = with_area(row.get("segmentation"), *sizes[row["image_id"]])
+        if outline is None:
+            empty.append(name)
+            num_boxes += bool(row.get("bbox"))
+            continue
+        if _is_crowd(row):
+            num_crowds, mark = num_crowds + 1, IGNORE
+        if mark is not None:
+            found[row["image_id"]].append(Region(segmentation=json.dumps(outline), label=mark, id=name))
+    entries = tuple(
         CocoRegions(file=path, name=row["file_name"], size_px=(row["height"], row["width"]), regions=tuple(found[row["id"]]))
         for row in tree["images"]
-    ]
+    )
+    return CocoFile(images=entries, num_crowds=num_crowds, empty=tuple(empty), num_boxes=num_boxes)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cellbench.data import alike
 from cellbench.data.classes import with_class_facts
-from cellbench.data.dataset import SPLITS, Dataset, Sample, proven
+from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, proven
 from cellbench.data.layouts import listing_of
 from cellbench.data.listing import Listing, unused
 from cellbench.data.manifest import NAMES
@@ -21,11 +21,9 @@ from cellbench.data.splits import Grouping, Splits, given, split_of
 from cellbench.data.uniformity import common_um, doubts_of, facts_of, reading_of
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
+from cellbench.metrics import IGNORE
 from cellbench.registry import DatasetCard, load, with_defaults
 from cellbench.spec import DataSpec, checked
-
-OWN_CARD = "dataset.toml"
-"""A card that lies in the folder of data itself."""
 
 
 def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Dataset:
@@ -38,7 +36,7 @@ def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Data
         dataset = replace(dataset, limited=limited, **{part: dataset.samples(part)[: spec.limit] for part in SPLITS})
     dataset = proven(dataset)
     # Only now: a split that names a damaged image would be in the way of whoever takes it out.
-    return with_class_facts(replace(dataset, notes=(*listing.lines, splits.keep())), card)
+    return with_class_facts(replace(dataset, notes=(*listing.lines, *dataset.notes, splits.keep())), card)
 
 
 def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[DatasetCard, Listing]:
@@ -50,8 +48,8 @@ def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[Data
     if folder is None:
         how = f" How to get it: {card.how_to_get}" if card.how_to_get else ""
         raise CellbenchError(f"dataset '{card.id}' is read from a folder, and none was named. Give --data DIR.{how}")
-    if card.id == "folder" and (folder / OWN_CARD).is_file():
-        card = _own_card(folder / OWN_CARD, card)
+    if card.id == "folder" and (folder / CARD_NAME).is_file():
+        card = _own_card(folder / CARD_NAME, card)
     listing = listing_of(card, folder)
     images = {sample.image: sample.name for part in SPLITS for sample in listing.parts.get(part, ())}
     facts = facts_of(list(images), card.channels)
@@ -60,11 +58,11 @@ def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[Data
     if listing.um_per_px is not None:
         num = sum(one.pixel is not None for one in facts.values())
         listing.reading_words.append(f"pixels of {listing.um_per_px:.4g} um, as {num} of {len(facts)} images state")
-    doubts, notes = unused(listing, (OWN_CARD, folder.name, *NAMES))
+    doubts, notes = unused(listing, (CARD_NAME, folder.name, *NAMES))
     listing.doubts += doubts
     listing.notes += notes
     listing.doubts += doubts_of({images[path]: one for path, one in facts.items()}, listing.reading)
-    return card, listing
+    return (card.model_copy(update={"classes": listing.classes}) if listing.classes else card), listing
 
 
 def _own_card(path: Path, card: DatasetCard) -> DatasetCard:
@@ -82,17 +80,27 @@ def _own_card(path: Path, card: DatasetCard) -> DatasetCard:
     return checked(DatasetCard, {**tree, **given}, str(path))
 
 
+def undivided(card: DatasetCard, root: Path) -> Dataset:
+    """A dataset without samples: what its card says of its masks."""
+    meaning = {key: getattr(card, key) for key in ("classes", "values", "thresholds", "colors", "tolerance", "ignore", "min_cell_px")}
+    kind = card.kind_of_masks
+    if len(card.classes) > 2 and kind != "cells" and not (card.values or card.thresholds or card.colors):
+        meaning |= {"values": tuple(range(len(card.classes))), "tolerance": 0}  # numbers of classes
+    return Dataset(name=card.id, root=root, train=(), val=(), test=(), masks=kind, **meaning)
+
+
 def split(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: Grouping | None = None) -> tuple[Dataset, Splits]:
     """The listed samples as a dataset in its three splits; nothing is written yet. ``grouped``: who finds images that show the same."""
     grouped = grouped or partial(alike.grouped, reading=listing.reading)
-    meaning = {name: getattr(card, name) for name in ("classes", "values", "thresholds", "colors")}
-    dataset = Dataset(name=card.id, root=listing.root, train=(), val=(), test=(), reading=listing.reading, um_per_px=listing.um_per_px, **meaning)
+    dataset = replace(undivided(card, listing.root), reading=listing.reading, um_per_px=listing.um_per_px)
     parts = {part: listing.parts.get(part, ()) for part in SPLITS}
     if card.draw and spec.group == "auto":
         grouped = tuple  # what is drawn is never the same twice
 
     def foreground(sample: Sample) -> float:
-        return float((dataset.read_mask(sample) > 0).mean())
+        classes = dataset.read_mask(sample)
+        known = classes != IGNORE
+        return float((classes[known] > 0).mean()) if known.any() else 0.0
 
     if spec.folds:  # over everything
         splits = split_of(listing.root, (*parts["train"], *parts["val"]), parts["test"], spec, foreground, grouped)

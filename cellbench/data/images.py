@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from cellbench.data.image_files import FileError, Picture, decoded, opened, shown_name, upright
 from cellbench.data.intensity import WHITES, Note, Range, Reading, scaled
 from cellbench.data.metadata import PixelSize, pixel_size, stated_range
+from cellbench.data.png_rows import WORDS
 from cellbench.errors import CellbenchError, one_line
 
 EXTENSIONS = frozenset(
@@ -244,13 +245,16 @@ def write_png(path: str | os.PathLike[str], array: np.ndarray, *, compress_level
         raise CellbenchError(f"{shown_name(path)}: cannot be written ({why}). Check the folder, its rights, the space left.") from error
 
 
-def png_bytes(array: np.ndarray, *, compress_level: int = 1) -> bytes:
-    """A PNG's bytes of (H, W) uint8 or uint16, or (H, W, 3) uint8."""
+def png_bytes(array: np.ndarray, *, compress_level: int = 1, words: str = "") -> bytes:
+    """A PNG's bytes of (H, W) uint8 or uint16, or (H, W, 3) uint8; ``words`` inside it are read by ``png_rows.words_of``."""
     wanted = (array.ndim == 2 and array.dtype in (np.uint8, np.uint16)) or (array.shape[2:] == (3,) and array.dtype == np.uint8)
     if not (wanted and array.size):
         raise ValueError(f"a PNG here is (H, W) uint8 or uint16, or (H, W, 3) uint8, not {array.shape} {array.dtype}")
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG", compress_level=compress_level)
+    told = PngImagePlugin.PngInfo()
+    if words:
+        told.add_itxt(WORDS, words)
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG", compress_level=compress_level, pnginfo=told)
     return buffer.getvalue()
 
 

@@ -7,16 +7,20 @@ are paired by stem, whatever their extensions: a loader that globs ``*.png`` los
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
-from cellbench.data.annotations import MaskFiles, coco_regions
+from cellbench.data.annotations import CocoFile, MaskFiles, coco_counts, coco_regions
 from cellbench.data.dataset import Sample
 from cellbench.data.images import EXTENSIONS
 from cellbench.data.listing import Doubt, Listing, Problem, by_stem, named, others, outside, place
 from cellbench.data.manifest import NAMES, read_manifest
 from cellbench.errors import CellbenchError, quoted
+from cellbench.metrics import IGNORE
 from cellbench.registry import DatasetCard
 
 LAYOUTS = (
@@ -115,9 +119,17 @@ def _mentions(path: Path) -> bool:
 def _coco(card: DatasetCard, root: Path, files: list[Path]) -> Listing:
     out = Listing(root=root, layout=f"COCO {', '.join(file.name for file in files)[:120]}")
     samples: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
-    entries = [(file, _split_of(file, root), image) for file in files for image in coco_regions(file, card.classes)]
+    counts: Counter[str] = Counter()
+    for file in files:
+        counts.update(coco_counts(file))
+    out.classes, labels, told = _categories(card, files[0], counts)
+    out.notes.append(told)
+    read = {file: coco_regions(file, labels) for file in files}
+    entries = [(file, _split_of(file, root), image) for file in files for image in read[file].images]
     if not entries:
         raise CellbenchError(f"{files[0]}: holds no image. Export it again.")
+    for file, held in read.items():
+        out.notes += _left_out(file, held)
     names = named([f"{_split_of(file, root)}/{image.name}" for file, _, image in entries])
     bases: dict[Path, list[Path]] = {}
     for file, split, image in entries:
@@ -144,6 +156,67 @@ def _coco(card: DatasetCard, root: Path, files: list[Path]) -> Listing:
             samples[split].append(sample)
     out.parts = {split: tuple(found) for split, found in samples.items()}
     return out
+
+
+NOT_CELLS = ("background", "bg", "_background_", "__background__")
+NOT_SCORED = ("ignore", "_ignore_", "__ignore__")
+"""Names of categories, in small letters, that are no kind of cell in any tool's export."""
+
+
+def _categories(card: DatasetCard, file: Path, counts: Mapping[str, int]) -> tuple[tuple[str, ...], dict[str, int | None], str]:
+    """The classes, the class number of each category (``IGNORE``; None: left out), and a note on them.
+
+    The card decides, by ``categories`` or by the names of its ``classes``. Where it does neither, one category is the cell, and of several
+    each is a class of its own. Raises CellbenchError for a category that the card does not know.
+    """
+    explicit = "classes" in card.model_fields_set
+    targets = [name for name in dict.fromkeys(card.categories.values()) if name not in ("", "ignore")]
+    labels: dict[str, int | None] = {}
+    if unknown_names := [name for name in card.categories if name not in counts]:
+        raise CellbenchError(f"{file}: holds no category {quoted(unknown_names[0])}, of which the card speaks. It holds {', '.join(counts) or 'none'}.")
+    lower = {name.casefold(): name for name in card.classes} if explicit else {}
+    for name in counts:
+        if name.casefold() in lower or name in card.categories:
+            continue
+        if name.casefold() in (*NOT_CELLS, *NOT_SCORED) or not counts[name]:
+            labels[name] = IGNORE if name.casefold() in NOT_SCORED else None
+    others = [name for name in counts if name not in labels and name not in card.categories]
+    classes = card.classes
+    if not explicit and targets:
+        classes = ("background", *targets)
+    elif not explicit and len(others) > 1:
+        classes = ("background", *sorted(others))
+    single = len(classes) == 2 and len(others) == 1 and not targets
+    for name in others:
+        same = next((index for index, known in enumerate(classes) if known.casefold() == name.casefold()), 1 if single else None)
+        if same is None:
+            raise CellbenchError(
+                f"{file}: category {quoted(name)} is no class of the card ({', '.join(classes)}). Name it there, or say what it is: "
+                f'categories = {{ {json.dumps(name)} = "{classes[-1]}" }}, or "" to leave it out.'
+            )
+        labels[name] = same or None
+    for name, target in card.categories.items():
+        if target not in ("", "ignore", *classes):
+            raise CellbenchError(f"{card.path}: categories: {quoted(name)} is to be {quoted(target)}, which is no class ({', '.join(classes)}).")
+        labels[name] = classes.index(target) or None if target in classes else IGNORE if target else None
+    if len(classes) > IGNORE:
+        raise CellbenchError(f"{file}: {len(classes)} classes; {IGNORE} are the most. Merge some by categories = {{...}} on the card.")
+    words = {None: "left out", IGNORE: "ignored"} | {k: f"class '{name}'" for k, name in enumerate(classes) if k}
+    told = "; ".join(f"{quoted(name)} {num:,} ({words[labels[name]] if num else 'not used'})" for name, num in list(counts.items())[:20])
+    return classes, labels, f"COCO categories: {told}{'; …' if len(counts) > 20 else ''}. `categories` on the card says otherwise."
+
+
+def _left_out(file: Path, held: CocoFile) -> list[str]:
+    notes = []
+    if held.num_crowds:
+        notes.append(f"{file.name}: {held.num_crowds:,} regions are crowds (iscrowd) and are ignored: they are no cells, and nothing in them is scored.")
+    if held.empty:
+        boxes = f", {held.num_boxes:,} of them with a box only" if held.num_boxes else ""
+        shown = ", ".join(held.empty[:10]) + (" …" if len(held.empty) > 10 else "")
+        notes.append(f"{file.name}: {len(held.empty):,} annotations have no outline and are skipped{boxes}: id {shown}.")
+    if held.empty and not any(image.regions for image in held.images):
+        raise CellbenchError(f"{file}: no annotation has an outline{boxes}. Export it with polygons or run lengths (segmentation).")
+    return notes
 
 
 def _split_of(file: Path, root: Path) -> str:

@@ -70,6 +70,8 @@ class Listing:
     def lines(self) -> tuple[str, ...]:
         """Notes, what images are read by, and doubts, for people."""
         return (*self.notes, *self.reading_words, *(doubt.line for doubt in self.doubts))
+    classes: tuple[str, ...] = ()
+    """As the data names them, the background first, where the card does not."""
 
     def refuse(self) -> None:
         """Raises the first problem, and how many more are like it."""

@@ -71,8 +71,11 @@ class Pixels:
         def make() -> tuple[np.ndarray]:
             sample = self.samples[index]
             ids = self._dataset.read_instances(sample)
-            numbers = framing.numbers(ids) if ids is not None else None
-            return (aims(framing.mask(self._dataset.read_mask(sample)), numbers, owners=self._dataset.owners),)
+            own, least = self._dataset.read_mask(sample), self._dataset.min_cell_px
+            classes = framing.mask(own)
+            if least is not None:  # in own pixels; a framed one may be of another size
+                least = max(1, round(least * classes.size / own.size))
+            return (aims(classes, framing.numbers(ids) if ids is not None else None, least, owners=self._dataset.owners),)
 
         return self._kept_or((index, framing), make)[0]
 

@@ -13,10 +13,9 @@ from cellbench.data.dataset import Dataset, Sample
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import hash_of
 from cellbench.likeness import grey, pooled
-from cellbench.shapes import as_objects, instances, numbered, with_parts
+from cellbench.metrics import IGNORE
+from cellbench.shapes import MIN_AREA_PX, as_objects, instances, numbered, with_parts
 
-SPECK_PX = 100
-"""Regions below are specks; not counted where the truth numbers its cells."""
 LOOK_PX = 600
 """The longer side at which polarity and missed cells are looked for."""
 
@@ -44,6 +43,8 @@ class Facts:
     areas_px: tuple[int, ...] = ()
     """Of the cells."""
     num_specks: int = 0
+    min_cell_px: int = MIN_AREA_PX
+    """Regions below are specks."""
     is_numbered: bool = False
     off_share: float = 0.0
     """Pixels whose mask value is further from its class's than the card allows."""
@@ -91,15 +92,19 @@ def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int) -> Fact
     objects = as_objects(classes, dataset.owners)
     cells = instances(objects, 1) if ids is None else numbered(with_parts(ids, classes, dataset.owners), objects)
     areas = cells.areas_px[1:]
-    specks = areas < SPECK_PX if ids is None else np.zeros(len(areas), bool)
+    limit = dataset.min_cell_px or MIN_AREA_PX
+    specks = areas < limit
+    judged = classes != IGNORE
+    pixels = np.bincount(classes[judged], minlength=len(dataset.classes))
     return Facts(
         **known,
-        shares=tuple(float(n) / classes.size for n in np.bincount(classes.ravel(), minlength=len(dataset.classes))),
+        shares=tuple(float(n) / pixels.sum() for n in pixels) if pixels.any() else (1.0, *[0.0] * (len(dataset.classes) - 1)),
+        min_cell_px=limit,
         areas_px=tuple(int(area) for area in areas[~specks]),
         num_specks=int(specks.sum()),
         is_numbered=ids is not None,
         **(_values(labels, classes, dataset, tolerance) if labels is not None else {}),
-        **_look(image, classes > 0),
+        **_look(image, (classes > 0) & judged, judged),
     )
 
 
@@ -124,7 +129,8 @@ def _values(labels: np.ndarray, classes: np.ndarray, dataset: Dataset, tolerance
         alike = (labels[:, 1:] == labels[:, :-1])[(labels[:, 1:] > 0) & (labels[:, :-1] > 0)].mean() if inside.size else 1.0
         # Rims of smoothed masks are a few per cent; a JPEG's noise around 0 is everywhere.
         return {"noisy": not dataset.thresholds and bool(alike < 0.7)}
-    off = np.abs(labels.astype(np.int32) - np.array(dataset.values, np.int32)[classes]) > tolerance
+    known = np.array([*dataset.values, *[0] * (256 - len(dataset.values))], np.int32)
+    off = (np.abs(labels.astype(np.int32) - known[classes]) > tolerance) & (classes != IGNORE)
     share = float(off.mean())
     solid = bool(share) and bool(ndimage.binary_erosion(off, np.ones((3, 3), bool)).any())
     # A mask of 0 and 1 read as 0 and 255: all within tolerance, and not a cell in it.
@@ -136,9 +142,9 @@ def _values(labels: np.ndarray, classes: np.ndarray, dataset: Dataset, tolerance
     }
 
 
-def _look(image: np.ndarray, cell: np.ndarray) -> dict[str, object]:
+def _look(image: np.ndarray, cell: np.ndarray, judged: np.ndarray) -> dict[str, object]:
     step = -(-max(cell.shape) // LOOK_PX)
-    small, cell = image[::step, ::step].astype(np.float32), cell[::step, ::step]
+    small, cell, judged = image[::step, ::step].astype(np.float32), cell[::step, ::step], judged[::step, ::step]
     frame = np.ones(cell.shape, bool)
     frame[1:-1, 1:-1] = False
     found: dict[str, object] = {
@@ -155,14 +161,14 @@ def _look(image: np.ndarray, cell: np.ndarray) -> dict[str, object]:
     threshold, found["seen_contrast"] = _otsu(counts)
     seen = (levels > threshold) if mode <= threshold else (levels <= threshold)
     found["seen_share"] = float(seen.mean())
-    if 0 < seen.mean() < 1 and 0 < cell.mean() < 1:
-        found["agreement"] = float(np.corrcoef(seen.ravel(), cell.ravel())[0, 1])
+    if judged.any() and 0 < seen[judged].mean() < 1 and 0 < cell[judged].mean() < 1:
+        found["agreement"] = float(np.corrcoef(seen[judged], cell[judged])[0, 1])
     parts, num = ndimage.label(ndimage.binary_fill_holes(seen))
     missed = []
     if num and cell.any():
         area = np.bincount(parts.ravel())
         marked = np.bincount(parts.ravel(), cell.ravel().astype(float))
-        near = ndimage.binary_dilation(cell, iterations=2)
+        near = ndimage.binary_dilation(cell | ~judged, iterations=2)
         touching = np.bincount(parts.ravel(), near.ravel().astype(float)) > 0
         for part in np.setdiff1d(np.unique(parts[frame]), [0]):
             if marked[part] < 0.05 * area[part] and not touching[part]:

@@ -1,0 +1,279 @@
+"""What the numbers in a set's masks mean, decided once from all of them, and how small a cell of the set may be.
+
+A mask's numbers are one of three things: numbers of cells (each cell its own), class values (the same few in many places), or cell and
+background. One mask alone often cannot tell: with a single cell it looks like the third, with 0, 1 and 2 like the first two. So each mask is
+summarised (:class:`MaskFacts`), and the set decides (:func:`decided`); where it cannot, it asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from cellbench.metrics import IGNORE
+
+KINDS = ("cells", "classes", "binary")
+MOST_VALUES = 64
+"""Of one mask, that are listed and looked at one by one: class values are fewer."""
+FEW = 3
+"""Values up to which they may be classes as well as cells, each in one piece, if they come again in every mask: nucleus and cytoplasm, say."""
+MARKS = (255, 65535)
+"""The greatest values of 8 and 16 bits, by which tools mark what must not be scored."""
+MOST_NUMBERED = 33
+"""The greatest number of a class in the usual label maps (Pascal VOC has 20, Cityscapes 33)."""
+MOST_CLASSES = 10
+"""Values of a set up to which each is looked at by itself."""
+SHARE = 1 / 75
+"""Of the median area, below which a region is a speck: a ninth of a cell's diameter. 100 px on BCCD, whose cells have 7,700 px."""
+SPECK_PX = 10
+"""What is smaller is a speck also of cells below 750 px, unless it is more than a tenth of their area."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskFacts:
+    """Of one mask (H, W): what the decision needs to know of its numbers, 0 and the ignored value left out, and of its cells."""
+
+    size_px: Sequence[int]
+    """Height, width."""
+    values: Sequence[int] = ()
+    """The distinct ones, rising; the first ``MOST_VALUES``, and the greatest."""
+    num_values: int = 0
+    torn: Sequence[int] = ()
+    """Of ``values``, those of which less than nine tenths are one connected region."""
+    rest_px: int = 0
+    """With another value than 0 and the greatest."""
+    solid_px: int = 0
+    """Of these, in blocks of 2 x 2 of one value: nearly all of them in drawn masks, 1 % in the noise of a JPEG or on smoothed edges."""
+    num_solid: int = 0
+    """Values that have such a block: in drawn masks nearly all."""
+    middle_px: int = 0
+    """Inside fields of values from a quarter to three quarters of the greatest: of edges between two values there is nothing inside."""
+    top_px: int = 0
+    """With the greatest value."""
+    ignored_px: int = 0
+    strays: Sequence[int] = ()
+    """Values further from that of their class than the card allows, in fields of 3 x 3 or more."""
+    regions: Sequence[Sequence[int]] = ()
+    """Areas in px of the connected regions of each class, and how many have each."""
+    numbered: Sequence[Sequence[int]] = ()
+    """The same of each number's pixels."""
+
+
+def facts_of(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = ()) -> MaskFacts:
+    """Of a mask's numbers (H, W), whole, the ignored ones included, and its class map (H, W) uint8."""
+    ignored = classes == IGNORE
+    num_ignored = int(np.count_nonzero(ignored))
+    if num_ignored:
+        labels = np.where(ignored, 0, labels)
+    values, areas = _counts(labels)
+    top = int(values[-1]) if len(values) else 0
+    rest = (labels > 0) & (labels != top) if len(values) > 1 else np.zeros(0, bool)
+    listed = values if len(values) <= MOST_VALUES else np.append(values[:MOST_VALUES], top)
+    num_rest = int(np.count_nonzero(rest))
+    blocks = _solid(labels) if num_rest else rest
+    solid = int(np.count_nonzero(blocks & rest))
+    num_solid = len(_counts(labels[blocks])[0]) if num_rest else len(values)
+    noisy = _is_noise(num_rest, solid, len(values), num_solid)
+    middle = ndimage.binary_erosion(rest & (labels >= top / 4) & (labels <= top * 3 / 4), np.ones((3, 3), bool)) if noisy else rest[:0]
+    return MaskFacts(
+        size_px=list(labels.shape),
+        values=listed.tolist(),
+        num_values=len(values),
+        torn=[] if noisy else _torn(labels, listed),
+        rest_px=num_rest,
+        solid_px=solid,
+        num_solid=num_solid,
+        middle_px=int(np.count_nonzero(middle)),
+        top_px=int(areas[-1]) if len(areas) else 0,
+        ignored_px=num_ignored,
+        strays=list(strays),
+        regions=_histogram(np.concatenate([_areas(classes == k) for k in range(1, _highest(classes) + 1)] or [np.zeros(0, int)])),
+        numbered=_histogram(areas),
+    )
+
+
+def facts_of_cells(classes: np.ndarray, ids: np.ndarray) -> MaskFacts:
+    """The same of a truth that is outlines: its class map (H, W) uint8 and its numbers of cells (H, W)."""
+    values, areas = _counts(np.where(classes == IGNORE, 0, ids))
+    return MaskFacts(
+        size_px=list(ids.shape),
+        num_values=len(values),
+        ignored_px=int(np.count_nonzero(classes == IGNORE)),
+        numbered=_histogram(areas),
+    )
+
+
+def _is_noise(rest_px: int, solid_px: int, num_values: int, num_solid: int) -> bool:
+    return solid_px < 0.5 * rest_px or num_solid < 0.5 * num_values
+
+
+def _counts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct numbers above 0, rising, and their pixels."""
+    if labels.size and int(labels.max()) <= 1 << 20:
+        counts = np.bincount(labels.ravel(), minlength=1)
+        values = np.flatnonzero(counts)
+        counts = counts[values]
+    else:
+        values, counts = np.unique(labels, return_counts=True)
+    return values[values > 0], counts[values > 0]
+
+
+def _highest(classes: np.ndarray) -> int:
+    return int(classes[classes != IGNORE].max(initial=0))
+
+
+def _areas(mask: np.ndarray) -> np.ndarray:
+    return np.bincount(ndimage.label(mask)[0].ravel())[1:]
+
+
+def _histogram(areas: np.ndarray) -> list[list[int]]:
+    found, counts = np.unique(areas, return_counts=True)
+    return np.stack([found, counts], axis=1).tolist()
+
+
+def _solid(labels: np.ndarray) -> np.ndarray:
+    """The pixels (H, W) that are part of a block of 2 x 2 of one number."""
+    corner = labels[:-1, :-1]
+    block = (corner == labels[1:, :-1]) & (corner == labels[:-1, 1:]) & (corner == labels[1:, 1:])
+    out = np.zeros(labels.shape, bool)
+    for rows in (np.s_[:-1], np.s_[1:]):
+        for columns in (np.s_[:-1], np.s_[1:]):
+            out[rows, columns] |= block
+    return out
+
+
+def _torn(labels: np.ndarray, values: np.ndarray) -> list[int]:
+    """The values that are in pieces: cells are of one, save where another lies across."""
+    if len(values) and int(values[-1]) <= 1 << 20:
+        table = np.zeros(int(values[-1]) + 1, np.int32)
+        table[values] = np.arange(1, len(values) + 1)
+        place = table[labels]
+    else:
+        at = np.searchsorted(values, labels).clip(0, max(len(values) - 1, 0)) if len(values) else np.zeros(labels.shape, int)
+        place = np.where(values[at] == labels, at + 1, 0) if len(values) else at
+    torn = []
+    for value, box in zip(values.tolist(), ndimage.find_objects(place, len(values)), strict=True):
+        areas = _areas(labels[box] == value)
+        if areas.max() < 0.9 * areas.sum():
+            torn.append(value)
+    return torn
+
+
+# --- the decision -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meaning:
+    """How the masks of a set are understood."""
+
+    kind: str
+    """One of ``KINDS``."""
+    said: str
+    """In words, for people."""
+    values: tuple[int, ...] = ()
+    """Of background and cell, where masks hold noise around two values."""
+    ignore: int | None = None
+    """The value that counts nowhere."""
+    doubt: str = ""
+    """What a person should confirm."""
+    ask: str = ""
+    """What only a person can say; the rest is then the best guess."""
+
+
+def decided(facts: Sequence[MaskFacts], kind: str = "", ignore: int | None = None) -> Meaning:
+    """The meaning of the masks of one set, of whose values no card says anything; ``kind`` and ``ignore`` as far as the card does."""
+    marked = [f for f in facts if f.num_values]
+    union = sorted({value for f in marked for value in f.values})
+    most, least = max((f.num_values for f in facts), default=0), min((f.num_values for f in facts), default=0)
+    noise = _is_noise(*(sum(getattr(f, name) for f in facts) for name in ("rest_px", "solid_px", "num_values", "num_solid")))
+    two = "a cell is a connected region"
+    rising = all(list(f.values) == list(range(1, f.num_values + 1)) for f in marked)
+    if kind != "cells" and noise and not (rising and FEW < most < 255):  # cells of a pixel or two are numbers as well
+        top = max(union)
+        if top < 65536 and (kind == "binary" or sum(f.middle_px for f in facts) < 0.2 * sum(f.top_px for f in facts)):
+            return Meaning(kind="binary", values=(0, top), ignore=ignore, said=f"cell or background, near {top} and 0 with noise or smooth edges; {two}")
+        ask = "the values vary from pixel to pixel (a JPEG, or smoothed), around more than two. Write values = [...], that of each class"
+        return Meaning(kind="binary", ignore=ignore, said=f"cell or background, anything but 0 being a cell; {two}", ask=ask)
+    doubt, odd = "", next((mark for mark in MARKS if ignore is None and _looks_ignored(marked, mark)), None)
+    if odd is not None:
+        others = [value for value in union if value != odd]
+        lies = f"{odd} lies beside the values {min(others)}{f' to {max(others)}' if len(others) > 1 else ''} and"
+        if not kind:
+            doubt = f"{lies} is taken for 'ignore'. Write ignore = {odd} to confirm, or masks = ... where it is a value like others"
+            return Meaning(kind="", ignore=odd, said="", doubt=doubt)
+        doubt = f"{lies} counts as one of them. Write ignore = {odd} where it must not count"
+    cells = f"numbers of cells, {f'{least} to ' if least < most else ''}{most} an image"
+    if kind == "cells":
+        return Meaning(kind="cells", ignore=ignore, said=cells, doubt=doubt)
+    shown = ", ".join(map(str, union[:8])) + (" …" if len(union) > 8 else "")
+    both = f"cell or background, {f'values 0 and {shown}' if union else 'no cell in any'}; {two}"
+    if kind == "binary":
+        return Meaning(kind="binary", ignore=ignore, said=both, doubt=doubt)
+    merged = f"class values 0, {shown}, of which all but 0 are taken for one class; {two}"
+    apart = f"the values {shown} lie in many places each, so that they are classes and no numbers of cells, and are taken for one class. Write classes "
+    apart += "= [...] and values = [...] to tell them apart"
+    if kind == "classes":
+        return Meaning(kind="classes", ignore=ignore, said=merged, doubt=doubt)
+    if len(union) < 2 or (most == 1 and set(union) <= {1, 255, 65535}):
+        return Meaning(kind="binary", ignore=ignore, said=both)
+    if _in_pieces(marked, union):
+        return Meaning(kind="classes", ignore=ignore, said=merged, doubt=apart)
+    same = all(f.values == marked[0].values for f in marked)
+    disjoint = sum(f.num_values for f in marked) == len(union)
+    if most > 2 * FEW or (most > FEW and rising) or (disjoint and len(union) > 2 * FEW) or (not same and (rising or max(union) > 255)):
+        return Meaning(kind="cells", ignore=ignore, said=cells)
+    ask = f"the masks hold {'the' if same else 'some of the'} values {shown}{' in every image' if same else ''}: numbers of cells, or classes? "
+    ask += 'Write masks = "cells", "classes" or "binary" (all are one kind of cell)'
+    return Meaning(kind="cells", ignore=ignore, said=f"{cells} (in doubt)", ask=ask)
+
+
+def _looks_ignored(marked: Sequence[MaskFacts], mark: int) -> bool:
+    """Whether ``mark`` is there, and all others are small: counted from 1 in each image, or numbers of classes."""
+    small = [[value for value in f.values if value != mark] for f in marked]
+    others = {value for values in small for value in values}
+    if not any(mark in f.values for f in marked) or not others or max(others) >= 128 or max(f.num_values for f in marked) == 1:
+        return False
+    return max(others) <= MOST_NUMBERED or all(list(values) == list(range(1, len(values) + 1)) for values in small)
+
+
+def _in_pieces(marked: Sequence[MaskFacts], union: Sequence[int]) -> bool:
+    """Whether values come in several places of an image as a rule, as classes do and numbers of cells do not."""
+    seen, torn = sum(len(f.values) for f in marked), sum(len(f.torn) for f in marked)
+    if torn > 0.3 * seen:
+        return True
+    if len(union) > MOST_CLASSES:
+        return False
+    for value in union:
+        there = [f for f in marked if value in f.values]
+        if len(there) > 1 and sum(value in f.torn for f in there) > 0.5 * len(there):
+            return True
+    return False
+
+
+# --- the smallest cell ------------------------------------------------------------------------------------------------------------------
+
+
+def smallest_px(areas: Sequence[Sequence[int]]) -> int:
+    """The area below which a region is a speck, from the areas of a set's cells (px, how many); one figure, at least 1.
+
+    A share of the median, in which each counts by its diameter: so neither many specks nor a few clumps of cells decide it.
+
+    >>> smallest_px([(7720, 100), (20, 60)]), smallest_px([(50, 300)]), smallest_px([])
+    (100, 5, 1)
+    """
+    if not len(areas):
+        return 1
+    px, num = np.array(sorted(areas), float).T
+    weights = np.cumsum(np.sqrt(px) * num)
+    median = px[np.searchsorted(weights, weights[-1] / 2)]
+    limit = max(median * SHARE, min(SPECK_PX, median / 10))
+    figure = 10 ** np.floor(np.log10(max(limit, 1)))
+    return max(1, int(np.floor(limit / figure + 0.5) * figure))
+
+
+def num_below(areas: Sequence[Sequence[int]], limit_px: int) -> tuple[int, int]:
+    """How many of the areas (px, how many) are below a limit, and how many there are."""
+    return sum(num for px, num in areas if px < limit_px), sum(num for _, num in areas)
