@@ -31,7 +31,7 @@ def sizes_of(images: Iterable[Path]) -> dict[Path, PixelSize]:
 def sizes_told(sizes: Mapping[Path, PixelSize], num: int, um_per_px: float | None, measured: bool) -> list[str]:
     """What a person should know about the sizes of pixels that files state, of ``num`` images; ``um_per_px``: what is used in their place;
     ``measured``: whether cells are."""
-    lines = [doubt.line for doubt in pixel_doubts({path.name: size for path, size in sizes.items()}, num)]
+    lines = [doubt.line for doubt in pixel_doubts({shown_name(path): size for path, size in sizes.items()}, num)]
     if um_per_px is not None:
         other = [f"{shown_name(path)} ({size} um)" for path, size in sizes.items() if not (size.square and same_size(size.side_um, um_per_px))]
         lines += [f"--um-per-px {um_per_px:g} is used in place of what {len(other)} files state: {some(other)}."] if other else []

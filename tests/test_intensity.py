@@ -76,6 +76,19 @@ def test_a_statement_that_differs_or_is_exceeded_is_not_used() -> None:
     assert reading_of(facts_of(5000, stated=(0.0, 4095.0)))[0].int_range == (0, 16383)
 
 
+def test_decimal_numbers_keep_0_to_1_so_that_a_later_image_that_is_a_little_brighter_is_clipped_and_named(tmp_path: Path) -> None:
+    reading = reading_of(facts_of(0.5, 0.97, dtype="float32"))[0]
+    assert reading == Reading(float_range=(0, 1))
+    tifffile.imwrite(tmp_path / "a.tif", np.array([[0.5, 1.02]], np.float32))
+    image, (note,) = read_noted(tmp_path / "a.tif", reading)
+    assert image[0, :, 0].tolist() == [128, 255]
+    assert "beyond the range 0..1" in note.said
+    assert reading_of(facts_of(0.5, 180, dtype="float32"))[0] == Reading()
+    tifffile.imwrite(tmp_path / "b.tif", np.array([[0.5, 180]], np.float32))
+    assert "another depth" in refused(tmp_path / "b.tif", reading=reading)
+    assert "0..1" in refused(tmp_path / "b.tif")
+
+
 def test_8_bit_images_have_no_range_of_their_own() -> None:
     assert reading_of([ImageFacts(dtype="uint8")])[0] == Reading()
 
@@ -176,6 +189,14 @@ def test_a_data_set_is_read_in_one_range_that_its_notes_name(tmp_path: Path) -> 
     assert data.reading.int_range == (0, 4095)
     assert any("0..4095" in note and str(GROUND) in note for note in data.notes)
     assert {int(data.read(sample)[0][0, 0, 0]) for sample in (*data.train, *data.test)} == {round(GROUND * 255 / 4095)}
+
+
+def test_images_of_one_name_in_two_splits_both_count(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "data")
+    for kind, ending in (("original", "tif"), ("mask", "png")):
+        (root / "train" / kind / f"train0.{ending}").rename(root / "train" / kind / f"test0.{ending}")
+    tifffile.imwrite(root / "train" / "original" / "test0.tif", scene(0)[0] * 16)
+    assert any(note.startswith("range: ") and "'train/test0.tif'" in note for note in opened(root).notes)
 
 
 def test_the_range_does_not_hang_on_the_images_that_a_limit_leaves(tmp_path: Path) -> None:

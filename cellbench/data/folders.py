@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,9 @@ def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[Data
     if card.id == "folder" and (folder / CARD_NAME).is_file():
         card = _own_card(folder / CARD_NAME, card)
     listing = listing_of(card, folder)
-    images = {sample.image: sample.name for part in SPLITS for sample in listing.parts.get(part, ())}
+    here = [(part, sample) for part in SPLITS for sample in listing.parts.get(part, ())]
+    times = Counter(sample.name for _, sample in here)  # unique within a split alone
+    images = {sample.image: sample.name if times[sample.name] == 1 else f"{part}/{sample.name}" for part, sample in here}
     facts = facts_of(list(images), card.channels)
     listing.reading, listing.reading_words = reading_of(facts.values(), card.range, card.channels)
     listing.um_per_px = common_um(facts.values())

@@ -61,8 +61,12 @@ def reading_of(facts: Iterable[ImageFacts], card_range: Range | None = None, cha
         how = "as their files state" if int_range is not None else f"by the largest number of all of them, {high:.6g}"
         int_range = int_range or (0.0, float(white_for(high)))
         said.append(f"black and white of the {len(whole)} images of more than 8 bits: {shown(int_range)}, {how}")
-    if float_range is not None:
-        said.append(f"black and white of the {len(decimal)} images of decimal numbers: {shown(float_range)}, as their files state")
+    if decimal:
+        how = "as their files state" if float_range is not None else "the usual range, which holds all of them"
+        if float_range is None and all(one.low >= 0 and one.high <= 1 for one in decimal):
+            float_range = (0.0, 1.0)
+        if float_range is not None:
+            said.append(f"black and white of the {len(decimal)} images of decimal numbers: {shown(float_range)}, {how}")
     return Reading(int_range=int_range, float_range=float_range, channels=channels), said
 
 
