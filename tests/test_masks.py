@@ -59,7 +59,9 @@ NUMBERS = {
     "16 bit": IDS,
     "8 bit, where the last cell has most of the pixels": [ids.astype(np.uint8) for ids in IDS],
     "counted down from 255": [np.where(ids > 0, 256 - ids.astype(int), 0).astype(np.uint8) for ids in IDS],
-    "32 bit, unique in the set": [np.where(ids > 0, ids.astype(np.int32) + 10**7 * (k + 1), 0).astype(np.int32) for k, ids in enumerate(IDS)],
+    "32 bit, unique in the set": [
+        np.where(ids > 0, ids.astype(np.int32) + 10**7 * (k + 1), 0).astype(np.int32) for k, ids in enumerate(IDS)
+    ],
     "one cell in most images": [scene(0), scene(0), scene(1), scene(0)],
     "one cell in each, numbered over the set": [np.where(scene(0) > 0, k + 1, 0).astype(np.uint8) for k in range(9)],
     "an image without a cell": [IDS[0], np.zeros_like(IDS[0])],

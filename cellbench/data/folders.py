@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tomllib
@@ -11,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cellbench.data import alike
-from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, proven
+from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, proven, understood
 from cellbench.data.layouts import listing_of
 from cellbench.data.listing import Listing
 from cellbench.data.splits import Grouping, Splits, given, split_of
@@ -80,8 +81,12 @@ def split(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: Grouping
     if card.draw and spec.group == "auto":
         grouped = tuple  # what is drawn is never the same twice
 
+    @functools.cache
+    def meant() -> Dataset:
+        return understood(dataset, [sample for part in SPLITS for sample in parts[part]]).dataset
+
     def foreground(sample: Sample) -> float:
-        classes = dataset.read_mask(sample)
+        classes = meant().read_mask(sample)
         known = classes != IGNORE
         return float((classes[known] > 0).mean()) if known.any() else 0.0
 
