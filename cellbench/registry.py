@@ -145,7 +145,7 @@ class DatasetCard(Card):
     @model_validator(mode="after")
     def _masks_are_one_thing(self) -> DatasetCard:
         valued, kind = bool(self.values or self.thresholds or self.colors), self.kind_of_masks
-        if (kind == "cells" and valued) or (kind == "binary" and len(self.classes) > 2):
+        if (kind == "cells" and valued) or (kind in ("cells", "binary") and len(self.classes) > 2):
             raise ValueError(f"masks = '{kind}' does not go with {'values of classes' if valued else 'more than two classes'}; keep one")
         if len(self.classes) > 255:
             raise ValueError(f"{len(self.classes)} classes; 255 are the most")

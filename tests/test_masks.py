@@ -59,7 +59,9 @@ NUMBERS = {
     "16 bit": IDS,
     "8 bit, where the last cell has most of the pixels": [ids.astype(np.uint8) for ids in IDS],
     "counted down from 255": [np.where(ids > 0, 256 - ids.astype(int), 0).astype(np.uint8) for ids in IDS],
-    "32 bit, unique in the set": [np.where(ids > 0, ids.astype(np.int32) + 10**7 * (k + 1), 0).astype(np.int32) for k, ids in enumerate(IDS)],
+    "32 bit, unique in the set": [
+        np.where(ids > 0, ids.astype(np.int32) + 10**7 * (k + 1), 0).astype(np.int32) for k, ids in enumerate(IDS)
+    ],
     "one cell in most images": [scene(0), scene(0), scene(1), scene(0)],
     "one cell in each, numbered over the set": [np.where(scene(0) > 0, k + 1, 0).astype(np.uint8) for k in range(9)],
     "an image without a cell": [IDS[0], np.zeros_like(IDS[0])],
@@ -197,9 +199,9 @@ def test_numbers_of_classes_are_values_where_a_card_names_classes_only(tmp_path:
     masks = [np.where(ids == 10, 1, 2 * (ids > 0)).astype(np.uint8) for ids in SIX]
     data = opened(folder_of(tmp_path / "own", masks, 'classes = ["background", "large", "small"]'))
     assert np.array_equal(data.read_mask(data.train[0]), class_map(masks[int(data.train[0].name[1])], (0, 1, 2)))
-    masks[0][40, 40:90] = masks[0][41, 40:90] = masks[0][42, 40:90] = 7
+    masks[0][40:43, 40:90] = 255
     data = opened(folder_of(tmp_path / "own", masks))
-    assert any("such as 7" in note for note in data.notes)
+    assert any("such as 255: each is taken for the nearest class. Write ignore = 255" in note for note in data.notes)
 
 
 @pytest.mark.parametrize(

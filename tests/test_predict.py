@@ -317,3 +317,20 @@ def test_other_weights_under_the_same_name_are_refused(there: Path, tmp_path: Pa
     other = replace(of_run.trained, backbone_digest="none:0000")
     with pytest.raises(CellbenchError, match="are others"):
         Segmenter(other, Registry(), of_run.machine)
+
+
+def test_what_is_too_small_to_be_a_cell_is_counted_in_the_table_and_the_last_line(
+    there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = np.full((80, 100, 3), 220, np.uint8)
+    for y, x, side in ((5, 5, 20), (40, 10, 20), (10, 60, 4), (60, 80, 3)):
+        picture[y : y + side, x : x + side] = (120, 40, 90)
+    Image.fromarray(picture).save(tmp_path / "plain.png")
+    for limit, cells, small in ((5, 4, 0), (10, 3, 1), (50, 2, 2)):
+        out = tmp_path / str(limit)
+        assert predict("otsu · seed 0", tmp_path / "plain.png", "--out", out, "--instances", "--min-cell-px", limit) == 0
+        row = next(csv.DictReader((out / "counts.csv").open()))
+        assert (row["cells"], row["left_out"]) == (str(cells), str(small))
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert (f"{small} regions below {limit} px are not counted as cells" in last) == (small > 0)
+    assert predict("otsu · seed 0", tmp_path / "plain.png", "--out", tmp_path / "no", "--min-cell-px", 0) == 2

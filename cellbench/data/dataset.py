@@ -17,7 +17,7 @@ from tqdm import tqdm
 from cellbench.data import images
 from cellbench.data.annotations import Annotation
 from cellbench.data.intensity import Reading
-from cellbench.data.masks import MaskFacts, decided, facts_of, facts_of_cells, num_below, smallest_px
+from cellbench.data.masks import MARKS, MaskFacts, decided, facts_of, facts_of_cells, num_below, smallest_px
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import Remembered, hash_of
 from cellbench.metrics import IGNORE
@@ -148,7 +148,7 @@ def _strays(labels: np.ndarray, classes: np.ndarray, dataset: Dataset) -> list[i
     known = np.array([*dataset.values, *[0] * (256 - len(dataset.values))], np.int32)  # whatever is ignored is at its place
     off = (np.abs(labels.astype(np.int32) - known[classes]) > dataset.tolerance) & (classes != IGNORE)
     inside = ndimage.binary_erosion(off, np.ones((3, 3), bool)) if off.any() else off
-    return labels[inside][:1].tolist()
+    return [int(labels[inside].max())] if inside.any() else []
 
 
 def _truth(dataset: Dataset, sample: Sample) -> list[Any]:
@@ -229,6 +229,7 @@ def understood(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample]
         notes.append(f"masks: {_by_card(dataset)}; a cell is a connected region")
         if strays := [found.strays[0] for found in files if found.strays]:
             doubt = f"{len(strays)} masks hold fields of values that the card does not know, such as {strays[0]}: each is taken for the nearest class"
+            doubt += f". Write ignore = {strays[0]} where it must not count" if strays[0] in MARKS and dataset.ignore is None else ""
     else:
         dataset = replace(dataset, masks="cells")
     if outlined:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tomllib
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from cellbench.data import alike
 from cellbench.data.classes import with_class_facts
-from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, proven
+from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, proven, understood
 from cellbench.data.layouts import listing_of
 from cellbench.data.listing import Listing, unused
 from cellbench.data.manifest import NAMES
@@ -100,8 +101,12 @@ def split(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: Grouping
     if card.draw and spec.group == "auto":
         grouped = tuple  # what is drawn is never the same twice
 
+    @functools.cache
+    def meant() -> Dataset:
+        return understood(dataset, [sample for part in SPLITS for sample in parts[part]]).dataset
+
     def foreground(sample: Sample) -> float:
-        classes = dataset.read_mask(sample)
+        classes = meant().read_mask(sample)
         known = classes != IGNORE
         return float((classes[known] > 0).mean()) if known.any() else 0.0
 

@@ -78,11 +78,17 @@ def facts_of(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = ()
     num_solid = len(_counts(labels[blocks])[0]) if num_rest else len(values)
     noisy = _is_noise(num_rest, solid, len(values), num_solid)
     middle = ndimage.binary_erosion(rest & (labels >= top / 4) & (labels <= top * 3 / 4), np.ones((3, 3), bool)) if noisy else rest[:0]
+    regions = np.concatenate([_areas(classes == k) for k in range(1, _highest(classes) + 1)] or [np.zeros(0, int)])
+    torn: list[int] = []
+    if len(values) > 1 and not noisy:
+        torn = _torn(labels, listed)
+    elif len(values) == 1 and _in_parts(regions):  # the most usual mask: its regions are those of its value
+        torn = values.tolist()
     return MaskFacts(
         size_px=list(labels.shape),
         values=listed.tolist(),
         num_values=len(values),
-        torn=[] if noisy else _torn(labels, listed),
+        torn=torn,
         rest_px=num_rest,
         solid_px=solid,
         num_solid=num_solid,
@@ -90,7 +96,7 @@ def facts_of(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = ()
         top_px=int(areas[-1]) if len(areas) else 0,
         ignored_px=num_ignored,
         strays=list(strays),
-        regions=_histogram(np.concatenate([_areas(classes == k) for k in range(1, _highest(classes) + 1)] or [np.zeros(0, int)])),
+        regions=_histogram(regions),
         numbered=_histogram(areas),
     )
 
@@ -156,10 +162,13 @@ def _torn(labels: np.ndarray, values: np.ndarray) -> list[int]:
         place = np.where(values[at] == labels, at + 1, 0) if len(values) else at
     torn = []
     for value, box in zip(values.tolist(), ndimage.find_objects(place, len(values)), strict=True):
-        areas = _areas(labels[box] == value)
-        if areas.max() < 0.9 * areas.sum():
+        if _in_parts(_areas(labels[box] == value)):
             torn.append(value)
     return torn
+
+
+def _in_parts(areas: np.ndarray) -> bool:
+    return bool(areas.max(initial=0) < 0.9 * areas.sum())
 
 
 # --- the decision -----------------------------------------------------------------------------------------------------------------------
@@ -194,7 +203,12 @@ def decided(facts: Sequence[MaskFacts], kind: str = "", ignore: int | None = Non
     if kind != "cells" and noise and not (rising and FEW < most < 255):  # cells of a pixel or two are numbers as well
         top = max(union)
         if top < 65536 and (kind == "binary" or sum(f.middle_px for f in facts) < 0.2 * sum(f.top_px for f in facts)):
-            return Meaning(kind="binary", values=(0, top), ignore=ignore, said=f"cell or background, near {top} and 0 with noise or smooth edges; {two}")
+            return Meaning(
+                kind="binary",
+                values=(0, top),
+                ignore=ignore,
+                said=f"cell or background, near {top} and 0 with noise or smooth edges; {two}",
+            )
         ask = "the values vary from pixel to pixel (a JPEG, or smoothed), around more than two. Write values = [...], that of each class"
         return Meaning(kind="binary", ignore=ignore, said=f"cell or background, anything but 0 being a cell; {two}", ask=ask)
     doubt, odd = "", next((mark for mark in MARKS if ignore is None and _looks_ignored(marked, mark)), None)
