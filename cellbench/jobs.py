@@ -12,7 +12,7 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.folders import open_dataset
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
 from cellbench.framing import Framing
-from cellbench.registry import BackboneCard, Card, Registry, digest_of
+from cellbench.registry import BackboneCard, Registry, digest_of
 from cellbench.spec import Experiment, RunSpec, expand, fingerprint, labels
 
 
@@ -61,29 +61,23 @@ def jobs_of(
             digests[name] = identity(registry.backbone(name), weights, download)
         except WeightsUnavailable as error:
             reasons[name], digests[name] = one_line(error), "unavailable"
-    cards = {_part(run): _card(run, registry) for run in runs}
-    # A method that learns nothing computes with no network, in whatever precision of its own.
-    parts = {
-        part: json.dumps([digests.get(part[0]), digest_of(card), precision if trained.get(part[2], True) else ""]) for part, card in cards.items()
-    }
+    cards = {(run.head, run.baseline): registry.baseline(run.baseline) if run.baseline else registry.head(run.head or "") for run in runs}
+    heads = {part: digest_of(card) for part, card in cards.items()}
+
+    def parts(run: RunSpec) -> str:
+        learns = trained.get(run.baseline or "", True)  # else it is a function, in whatever precision of its own
+        return json.dumps([digests.get(run.backbone or ""), heads[run.head, run.baseline], precision if learns else ""])
+
     return [
         Job(
             run=run,
             name=name,
-            fingerprint=fingerprint(run, datasets[run.fold].digest, parts[_part(run)]),
+            fingerprint=fingerprint(run, datasets[run.fold].digest, parts(run)),
             precision=precision,
             unavailable=reasons.get(run.backbone or "", ""),
         )
         for run, name in zip(runs, labels(runs), strict=True)
     ]
-
-
-def _part(run: RunSpec) -> tuple[str, str, str]:
-    return run.backbone or "", run.head or "", run.baseline or ""
-
-
-def _card(run: RunSpec, registry: Registry) -> Card:
-    return registry.baseline(run.baseline) if run.baseline else registry.head(run.head or "")
 
 
 def identity(card: BackboneCard, weights: Path | None, download: bool = True) -> str:

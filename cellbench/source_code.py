@@ -42,10 +42,11 @@ def _closure(module: str, folder: Path) -> dict[str, Path]:
     seen: set[str] = set()
     waiting = [module]
     if module.endswith(".py"):
-        if not (folder / module).is_file():
+        file = folder / module
+        if not file.is_file():
             return {}
-        files[module] = folder / module
-        waiting = list(_imports(folder / module, ""))
+        files[module], folder = file, file.parent
+        waiting = list(_imports(file, ""))
     while waiting:
         name = waiting.pop()
         for part in _parts(name):
