@@ -189,7 +189,10 @@ class TestSet:
 
     @property
     def num_units(self) -> int:
-        return len(set(self.images if self.groups is None else self.groups))
+        """Images, or groups of them, that any model has a score for: those without a cell and without a find tell models apart in nothing."""
+        empty = np.all([model.scores().empty for model in self.models], axis=0)
+        labels = self.images if self.groups is None else self.groups
+        return len({label for label, none in zip(labels, empty, strict=True) if not none})
 
     @property
     def num_pairs(self) -> int:
