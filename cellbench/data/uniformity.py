@@ -142,7 +142,9 @@ def pixel_doubts(stated: Mapping[str, PixelSize], num: int) -> list[Doubt]:
         counted = ", ".join(f"{side:.4g} um ({len(names)})" for side, names in sorted(groups.items()))
         said = f"Pixels are of different sizes by the files' own statement: {counted}{f', not stated ({missing})' if missing else ''}. "
         said += "Cells of one size have different sizes in pixels; resample to one"
-        found.append(Doubt(kind="pixel size", said=said, names=tuple(name for side, names in groups.items() if side != usual for name in names)))
+        most = sum(len(names) == len(groups[usual]) for names in groups.values())  # where several are as frequent, all are named
+        odd = [name for side, names in groups.items() if side != usual or most > 1 for name in names]
+        found.append(Doubt(kind="pixel size", said=said, names=tuple(odd)))
     oblong = tuple(name for name, size in stated.items() if not size.square)
     if oblong:
         said = f"Pixels are not square by the files' own statement, such as {stated[oblong[0]]} um (width x height). Shapes are distorted; resample"
