@@ -26,14 +26,17 @@ def write(place: Path, state: dict[str, Any]) -> None:
 
 
 def read(place: Path) -> dict[str, Any] | None:
-    """The state, on the CPU, or None where there is none that can be read: the run then starts anew."""
+    """The state, on the CPU, or None where there is none that can be read, or its weights are NaN: the run then starts anew."""
     if not place.is_file():
         return None
     try:
-        return torch.load(place, map_location="cpu", weights_only=True)
+        state = torch.load(place, map_location="cpu", weights_only=True)
+        if not any(bool(x.isnan().any()) for x in state["model"].values() if x.is_floating_point()):
+            return state
     except (OSError, RuntimeError, EOFError, ValueError, KeyError):  # a damaged file costs the epochs it held
-        forget(place)
-        return None
+        pass
+    forget(place)
+    return None
 
 
 def forget(place: Path) -> None:

@@ -22,10 +22,10 @@ from cellbench.backbones.base import Backbone
 from cellbench.backbones.catalog import open_backbone, weights_digest
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
-from cellbench.errors import WeightsUnavailable, one_line
+from cellbench.errors import WeightsUnavailable, one_line, quoted
 from cellbench.estimate import latencies_ms
 from cellbench.exam import Exams
-from cellbench.features import Features, Keeping
+from cellbench.features import Features, Keeping, unfinite
 from cellbench.infer import score
 from cellbench.jobs import Job, identity
 from cellbench.learner import Learner
@@ -160,7 +160,9 @@ class Runner:
             try:
                 self._within_memory(opened, title, out)
             except WeightsUnavailable as error:
-                self._fail([run for _, run in opened], jobs, one_line(error), out)
+                self._skip(opened, one_line(error), out)
+                more = f"{len(jobs)} runs ({jobs[0].name}, …)" if len(jobs) > 1 else jobs[0].name
+                self.say(f"skipped {more}: {one_line(error)}")
         give_back()
         out.num_new += len(opened)
 
@@ -221,6 +223,12 @@ class Runner:
                 out.failed[job.name] = reason
                 self.say(f"failed {job.name}: {reason}")
 
+    def _skip(self, opened: list[tuple[Job, Run]], reason: str, out: Outcome) -> None:
+        for job, run in opened:
+            if not run.ended:
+                run.end("skipped", reason)
+                out.skipped[job.name] = reason
+
     def _untrained(self, opened: list[tuple[Job, Run]], out: Outcome) -> None:
         for job, run in opened:
             card = self.registry.baseline(job.run.baseline or "")
@@ -254,9 +262,7 @@ class Runner:
                 self.say(f"{job.name} goes on after epoch {learner.epoch}.")
             learners.append(learner)
         if reason := frames_too_large([job.run for job in jobs], [learner.model for learner in learners], features):
-            for job, run in opened:
-                run.end("skipped", reason)
-                out.skipped[job.name] = reason
+            self._skip(opened, reason, out)
             self.say(f"{title}: skipped: {reason}")
             return
         what = f"{first.backbone or first.baseline}, {len(jobs)} run{'s' if len(jobs) > 1 else ''}"
@@ -279,8 +285,9 @@ class Runner:
 
     def _ended(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, out: Outcome) -> None:
         lost = [k for k, learner in enumerate(learners) if learner.ended.startswith("failed")]
+        cause = unfinite(features) if lost else ""  # every run of the cohort reads these, and no learning rate mends them
         for k in lost:
-            self._fail([opened[k][1]], [opened[k][0]], learners[k].ended.removeprefix("failed: "), out)
+            self._fail([opened[k][1]], [opened[k][0]], cause or learners[k].ended.removeprefix("failed: "), out)
         live = [k for k in range(len(learners)) if k not in lost]
         if not live:
             return
@@ -324,11 +331,18 @@ class Runner:
         train_trunk_s, features.trunk.seconds = features.trunk.seconds, 0.0
         for m in models:
             m.seconds = 0.0
+        bad: dict[int, str] = {}
         bar = tqdm(score(models, features, "test"), total=len(self.dataset.test), desc=f"{title}: test", unit="image", leave=False)
         with Exams(self.dataset, len(learners), parted) as exams:
             for image, found, answers in bar:
                 exams.take(image, self._pixels["test"][image][1], found, [(a.classes, a.cell, a.relief) for a in answers])
+                for k, answer in enumerate(answers):
+                    if not answer.finite:
+                        bad.setdefault(k, f"its scores for the test image {quoted(self.dataset.test[image].name)} are not finite (NaN or infinite)")
         for place, ((job, run), learner) in enumerate(zip(opened, learners, strict=True)):
+            if place in bad:
+                self._fail([run], [job], bad[place], out)
+                continue
             cost = self._cost(learner, features, train_trunk_s)
             cost["cost/images_per_s"] = len(self.dataset.test) * self.machine.lanes / max(features.trunk.seconds + models[place].seconds, 1e-9)
             result = Result(exam=exams.exams[place], cost=cost, learner=learner, preparation=features.preparation)
