@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import parts
 import pytest
 import torch
 from conftest import MODEL, write_pair
@@ -14,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from worlds import REGISTRY, dataset_of, features_of, learners_of, run_of
 
-import parts
 from cellbench.backbones.catalog import open_backbone, shallow
 from cellbench.backbones.checkpoint import check_values
 from cellbench.errors import CellbenchError, WeightsUnavailable
@@ -191,7 +191,8 @@ def test_a_run_whose_test_scores_are_not_finite_fails_with_that_reason(tmp_path:
     Image.new("RGB", (64, 64)).save(tmp_path / "smears" / "test" / "original" / "black.png")
     Image.new("L", (64, 64)).save(tmp_path / "smears" / "test" / "mask" / "black.png")
     own = parts.head(tmp_path / "mine", "Dark", pixels=True)
-    more = "\n\nclass Dark(Sound):\n    def forward(self, maps, pixels_BCHW):\n        return super().forward(maps, pixels_BCHW) / pixels_BCHW.amax((1, 2, 3), True)\n"
+    more = "\n\nclass Dark(Sound):\n    def forward(self, maps, pixels_BCHW):\n"
+    more += "        return super().forward(maps, pixels_BCHW) / pixels_BCHW.amax((1, 2, 3), True)\n"
     path = own / "heads" / "my_head.py"
     path.write_text(path.read_text() + more)
     grid = 'experiment = "dark"\ndataset = "folder"\n[grid]\nbackbone = ["vit-tiny-random"]\nhead = ["my-head", "bilinear"]\n'

@@ -175,11 +175,10 @@ def check_values(
             continue
         low, high = (float(value) for value in torch.aminmax(x))  # NaN if any value is
         trained = name in parameters
+        as_built = built is not None and low == high and name in built and bool((built[name] == low).all())
         if low != low or high == math.inf or (low == -math.inf and trained):
             what = f"holds {int((~torch.isfinite(x)).sum())} of {x.numel()} values that are not finite (NaN or infinite)"
-        elif not trained or not name.endswith("weight") or not is_matrix(x):
-            continue
-        elif built is not None and low == high and name in built and bool((built[name] == low).all()):
+        elif as_built or not trained or not name.endswith("weight") or not is_matrix(x):
             continue
         elif low == high == 0:
             what = "holds zeros only, where the network has a matrix of weights"
