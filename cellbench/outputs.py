@@ -2,7 +2,7 @@
 
 - ``NAME.png``: 0 and 255 where there are two classes, else the class numbers. Says inside which run made it from which file.
 - ``NAME.probability.png``: of not being background, 0..255. ``NAME.overlay.png``: the image with outlines. ``NAME.geojson``: outlines for
-  QuPath. Outlines are those of single cells where these are numbered, else of connected pieces.
+  QuPath, of single cells. Outlines in the overlay are of single cells too where these are asked for, else of what is not background.
 - ``NAME.instances.png``: 16 bit, one number a cell, touching ones parted. ``NAME.cells.csv``: a line for each of them.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,9 +23,10 @@ from cellbench.data.png_rows import PngRows, words_of
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, told
 from cellbench.measure import cells
-from cellbench.outlines import Shape, Shapes, colour, feature, shapes_of
+from cellbench.outlines import colour, feature, shapes_of
 from cellbench.segmenter import Band
 from cellbench.separate import CONNECTED, Separation
+from cellbench.shapes import Instances
 
 PART = ".cellbench-part"
 INSTANCES, CELLS = ".instances.png", ".cells.csv"
@@ -44,6 +44,11 @@ class Wanted:
     """The side of a pixel, for the cells' sizes."""
     separation: Separation = CONNECTED
     """How touching cells are parted."""
+
+    @property
+    def cells(self) -> bool:
+        """Whether single cells are told apart, which takes the whole mask."""
+        return self.instances or self.geojson
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +96,9 @@ class Files:
             by_ending = {path.name.removeprefix(target.stem.name): files[path] for path in rest}
             self._cell = PngRows(by_ending[".probability.png"], size_px, 1, target.words) if wanted.probability else None
             self._overlay = PngRows(by_ending[".overlay.png"], size_px, 3, target.words) if wanted.overlay else None
-            self._shapes = Shapes(len(names)) if wanted.geojson and not wanted.instances else None
-            self._geojson = by_ending.get(".geojson")
-            if self._geojson is not None:
-                self._geojson.write(b'{"type": "FeatureCollection", "features": [')
-        self._cells = (by_ending[INSTANCES], by_ending[CELLS]) if wanted.instances else None
+            self._geojson, self._labels, self._table = by_ending.get(".geojson"), by_ending.get(INSTANCES), by_ending.get(CELLS)
         self._rows: list[tuple[np.ndarray | None, ...]] = []
-        self._num_shapes, self._above = 0, None
+        self._above: np.ndarray | None = None
         self._size_px = size_px
 
     def __enter__(self) -> Files:
@@ -120,54 +121,46 @@ class Files:
             self._mask.add(band.classes * np.uint8(self._full))
             if self._cell is not None:
                 self._cell.add(band.probability if band.probability is not None else (band.classes > 0) * np.uint8(255))
-            if self._overlay is not None and self._cells is None:
+            if self._overlay is not None and not self._wanted.cells:
                 picture = band.source.rows(band.top, band.top + len(band.classes))
                 above = band.classes[:1] if self._above is None else self._above
                 self._overlay.add(outlined(picture, band.classes, above, np.arange(len(self._names))))
                 self._above = band.classes[-1:].copy()
-            if self._shapes is not None:
-                self._outline(band)
-            if self._cells is not None:  # cells are parted by the whole mask
+            if self._wanted.cells:  # they are parted by the whole mask
                 self._rows.append((band.classes, band.source.rows(band.top, band.top + len(band.classes)), band.relief))
-
-    def _outline(self, band: Band) -> None:
-        assert self._shapes is not None
-        self._tell(self._shapes.add(band.classes, band.last))
-
-    def _tell(self, shapes: Iterable[Shape]) -> None:
-        assert self._geojson is not None
-        for shape in shapes:
-            text = json.dumps(feature(shape, self._names), separators=(",", ":"))
-            self._geojson.write((",\n" if self._num_shapes else "\n").encode() + text.encode())
-            self._num_shapes += 1
 
     def keep(self) -> None:
         """All rows are in: the files appear, the mask last. Raises TooManyCells, and then leaves nothing."""
         with told(f"writing {self._all[-1]}"):
-            if self._cells is not None:
-                self._count(*self._cells)
+            if self._wanted.cells:
+                self._count()
             for rows in (self._mask, self._cell, self._overlay):
                 if rows is not None:
                     rows.end()
-            if self._geojson is not None:
-                facts = {"file": self._target.image.name, "size_px": list(self._size_px)}
-                self._geojson.write(b"\n],\n" + b'"cellbench": ' + json.dumps(facts).encode() + b"}\n")
             self._stack.close()
             for part, path in zip(self._parts, self._all, strict=True):
                 os.replace(part, path)
             self._parts = []
 
-    def _count(self, labels: BinaryIO, table: BinaryIO) -> None:
+    def _count(self) -> None:
         classes, image, relief = (np.concatenate(parts) if parts[0] is not None else None for parts in zip(*self._rows, strict=True))
         found = self._wanted.separation.instances(classes, relief)
-        if found.num > 65535:
+        if self._labels is not None and found.num > 65535:
             raise TooManyCells(f"{self._target.image}: {found.num} cells, where 16 bits number 65535. Cut the image into pieces.")
         if self._geojson is not None:  # single cells, as they are counted
-            self._tell(shapes_of(found))
+            self._geojson.write(self._collection(found))
         if self._overlay is not None:
             self._overlay.add(outlined(image, found.ids, found.ids[:1], found.classes))
-        labels.write(png_bytes(found.ids.astype(np.uint16)))
-        table.write(cells(found, image, self._names, self._wanted.um_per_px).text.encode("utf-8"))
+        if self._labels is not None:
+            self._labels.write(png_bytes(found.ids.astype(np.uint16)))
+        if self._table is not None:
+            self._table.write(cells(found, image, self._names, self._wanted.um_per_px).text.encode("utf-8"))
+
+    def _collection(self, found: Instances) -> bytes:
+        """GeoJSON of the cells, one on a line."""
+        features = ",\n".join(json.dumps(feature(shape, self._names), separators=(",", ":")) for shape in shapes_of(found))
+        facts = {"file": self._target.image.name, "size_px": list(self._size_px)}
+        return f'{{"type": "FeatureCollection", "features": [\n{features}\n],\n"cellbench": {json.dumps(facts)}}}\n'.encode()
 
 
 def outlined(image: np.ndarray, numbers: np.ndarray, above: np.ndarray, classes: np.ndarray) -> np.ndarray:
