@@ -48,11 +48,12 @@ def shapes_of(cells: Instances) -> Iterator[Shape]:
             continue
         inside = cells.ids[box] == cell
         y, x = box[0].start, box[1].start
+        corner = np.array([x, y])
         yield Shape(
             number=int(cells.classes[cell]),
             area_px=int(inside.sum()),
             box_px=(x, y, inside.shape[1], inside.shape[0]),
-            pieces=tuple(tuple(((*ring, x, y)).round(2).tolist() for ring in rings) for rings in pieces(inside)),
+            pieces=tuple(tuple((ring + corner).round(2).tolist() for ring in rings) for rings in pieces(inside)),
             cell=cell,
         )
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import psutil
@@ -29,7 +30,9 @@ from cellbench.separate import CONNECTED, Separation
 from cellbench.shapes import Instances
 
 PART = ".cellbench-part"
-INSTANCES, CELLS = ".instances.png", ".cells.csv"
+PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS = ".probability.png", ".overlay.png", ".geojson", ".instances.png", ".cells.csv"
+ENDINGS = (PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS)
+"""Of what may lie beside a mask ``NAME.png``, behind ``NAME``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,15 @@ class Wanted:
         """Whether single cells are told apart, which takes the whole mask."""
         return self.instances or self.geojson
 
+    @property
+    def how(self) -> dict[str, object]:
+        """How cells are told apart and measured, as it is written into the mask."""
+        return {"neck": self.separation.neck, "min_area_px": self.separation.min_area_px, "um_per_px": self.um_per_px}
+
+    def agrees(self, how: Mapping[str, object] | None) -> bool:
+        """Whether cells told apart as ``how`` says are those that are wanted."""
+        return how is not None and all(how.get(key) == value for key, value in self.how.items() if key != "um_per_px" or self.instances)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -57,22 +69,68 @@ class Target:
 
     image: Path
     stem: Path
-    words: str
-    """Inside the mask: which run, which file, of which size and time."""
+    facts: Mapping[str, object] = field(hash=False)
+    """Written into the mask: which run, which file, of which size and time, and from where."""
 
     def files(self, wanted: Wanted) -> list[Path]:
         """What is written, the mask last."""
-        kinds = [(wanted.probability, ".probability.png"), (wanted.overlay, ".overlay.png"), (wanted.geojson, ".geojson")]
-        kinds += [(wanted.instances, INSTANCES), (wanted.instances, CELLS), (True, ".png")]
-        return [self.stem.with_name(self.stem.name + ending) for asked, ending in kinds if asked]
+        asked = (wanted.probability, wanted.overlay, wanted.geojson, wanted.instances, wanted.instances)
+        return [beside(self.stem, ending) for ending, is_asked in zip(ENDINGS, asked, strict=True) if is_asked] + [beside(self.stem, ".png")]
+
+    @property
+    def before(self) -> dict[str, Any] | None:
+        """What the mask that is there already says; None where there is none. Raises CellbenchError where its place holds something else."""
+        mask = beside(self.stem, ".png")
+        if not mask.exists():
+            return None
+        if (facts := facts_of(mask)) is None:
+            raise CellbenchError(f"{mask}: is there already and is no prediction of cellbench. Name another --out, or move it away.")
+        return facts
+
+    def is_of(self, before: Mapping[str, object] | None) -> bool:
+        """Whether what a mask says is of this run and this very file, which may have been moved."""
+        return before is not None and all(before.get(key) == value for key, value in self.facts.items() if key != "place")
 
     def done(self, wanted: Wanted) -> bool:
-        """Whether all of it is there, of this run and this very file. Raises CellbenchError where the mask's place holds something else."""
+        """Whether all that is wanted is there, of this run and this very file. Raises CellbenchError as ``before`` does."""
+        before = self.before
+        if before is None or not self.is_of(before) or (wanted.cells and not wanted.agrees(before.get("cells"))):
+            return False
+        return all(file.exists() for file in self.files(wanted))
+
+    def renewed(self, wanted: Wanted) -> tuple[dict[str, object], list[Path]]:
+        """What a new mask says, and the files beside the old one that would no longer belong to it."""
+        before = self.before if self.is_of(self.before) else None
+        old = before.get("cells") if before is not None else None
+        cells, stale = old, () if before is not None else ENDINGS
+        if wanted.cells:
+            cells = wanted.how
+            if not wanted.agrees(old):
+                stale = stale or (GEOJSON, INSTANCES, CELLS)
+            elif not wanted.instances:  # the tables that are there stay as they are
+                cells = old
         files = self.files(wanted)
-        words = words_of(files[-1]) if files[-1].exists() else None
-        if words is None and files[-1].exists():
-            raise CellbenchError(f"{files[-1]}: is there already and is no prediction of cellbench. Name another --out, or move it away.")
-        return words == self.words and all(file.exists() for file in files)
+        return {**self.facts, **({"cells": cells} if cells else {})}, [path for ending in stale if (path := beside(self.stem, ending)) not in files]
+
+
+def beside(stem: Path, ending: str) -> Path:
+    """``NAME`` with an ending, whatever dots are in the name."""
+    return stem.with_name(stem.name + ending)
+
+
+def facts_of(mask: Path) -> dict[str, Any] | None:
+    """What a mask of ours says of itself; None for any other file, and for what lies beside a mask."""
+    try:
+        facts = json.loads(words_of(mask) or "")
+    except ValueError:
+        return None
+    return facts if isinstance(facts, dict) and "run" in facts and "what" not in facts else None
+
+
+def made(out: Path) -> dict[Path, dict[str, Any]]:
+    """The masks below a folder and what they say of themselves, by their paths without ``.png``, sorted."""
+    shown = [path for path in sorted(out.rglob("*.png")) if not any(part.startswith(".") for part in path.relative_to(out).parts)]
+    return {path.with_name(path.name.removesuffix(".png")): facts for path in shown if (facts := facts_of(path)) is not None}
 
 
 class TooManyCells(CellbenchError):
@@ -89,14 +147,16 @@ class Files:
         self._stack = contextlib.ExitStack()
         self._parts: list[Path] = []
         make_folder(target.stem.parent)
+        facts, self._stale = target.renewed(wanted)
         with told(f"writing {self._all[-1]}"):
             files = {path: self._open(path) for path in self._all}
             mask, *rest = reversed(self._all)
-            self._mask = PngRows(files[mask], size_px, 1, target.words)
+            self._mask = PngRows(files[mask], size_px, 1, json.dumps(facts, sort_keys=True))
             by_ending = {path.name.removeprefix(target.stem.name): files[path] for path in rest}
-            self._cell = PngRows(by_ending[".probability.png"], size_px, 1, target.words) if wanted.probability else None
-            self._overlay = PngRows(by_ending[".overlay.png"], size_px, 3, target.words) if wanted.overlay else None
-            self._geojson, self._labels, self._table = by_ending.get(".geojson"), by_ending.get(INSTANCES), by_ending.get(CELLS)
+            words = {what: json.dumps({**facts, "what": what}, sort_keys=True) for what in ("probability", "overlay")}
+            self._cell = PngRows(by_ending[PROBABILITY], size_px, 1, words["probability"]) if wanted.probability else None
+            self._overlay = PngRows(by_ending[OVERLAY], size_px, 3, words["overlay"]) if wanted.overlay else None
+            self._geojson, self._labels, self._table = by_ending.get(GEOJSON), by_ending.get(INSTANCES), by_ending.get(CELLS)
         self._rows: list[tuple[np.ndarray | None, ...]] = []
         self._above: np.ndarray | None = None
         self._size_px = size_px
@@ -138,6 +198,8 @@ class Files:
                 if rows is not None:
                     rows.end()
             self._stack.close()
+            for path in self._stale:
+                path.unlink(missing_ok=True)
             for part, path in zip(self._parts, self._all, strict=True):
                 os.replace(part, path)
             self._parts = []

@@ -83,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the masks go, as NAME.png")
     predict.add_argument("--probability", action="store_true", help="also NAME.probability.png, 0..255")
     predict.add_argument("--overlay", action="store_true", help="also NAME.overlay.png: the image with outlines")
-    predict.add_argument("--geojson", action="store_true", help="also NAME.geojson: outlines for QuPath")
-    predict.add_argument("--coco", action="store_true", help="also coco.json: the outlines of all images")
-    predict.add_argument("--instances", action="store_true", help="also NAME.instances.png and NAME.cells.csv: single cells; counts.csv for all")
+    predict.add_argument("--geojson", action="store_true", help="also NAME.geojson: outlines of single cells for QuPath")
+    predict.add_argument("--coco", action="store_true", help="also coco.json: the outlines of single cells of all images in DIR")
+    predict.add_argument("--instances", action="store_true", help="also NAME.instances.png and NAME.cells.csv: single cells; counts.csv for all in DIR")
     predict.add_argument("--um-per-px", type=float, metavar="X", help="with --instances: the side of a pixel, for sizes and density in um")
     _about_a_run(predict)
     predict.set_defaults(verb=_predict)
@@ -201,7 +201,7 @@ def _about_a_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
 
 
-_PREDICT = "The same command again goes on where it stopped. An image that cannot be read is passed over, and the exit code is then 1."
+_PREDICT = "The same command again goes on where it stopped. An image that cannot be read is skipped, and the exit code is then 1."
 
 
 def _predict(arguments: argparse.Namespace) -> int:
