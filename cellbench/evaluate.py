@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 import time
 import tomllib
@@ -20,6 +19,7 @@ from cellbench.data.folders import listed, split
 from cellbench.data.pixels import Pixels
 from cellbench.errors import CellbenchError
 from cellbench.exam import Case, Exams
+from cellbench.files import file_name
 from cellbench.metrics import confusion, image_scores
 from cellbench.registry import Registry
 from cellbench.results import Result
@@ -115,7 +115,7 @@ def evaluate(
                 picture, truth = pixels[case.image]
                 file = dataset.test[case.image].name
                 title = f"{rank}. worst of {len(dataset.test)}: {file}, Dice {case.dice:.4f}"
-                stem = re.sub(r"[^\w.-]+", "-", Path(file).stem)[:60]
+                stem = file_name(Path(file).stem)
                 figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"worst-{rank:03d}-{stem}.png")
             run.artifacts(folder)
         run.log(metrics, tags=results.tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png")))

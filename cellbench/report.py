@@ -12,7 +12,6 @@ import importlib.metadata
 import io
 import json
 import platform
-import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from cellbench import entries, leaderboard, moved, views
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, one_line
 from cellbench.evidence import Evidence, collect
-from cellbench.files import make_folder, told
+from cellbench.files import file_name, make_folder, told
 from cellbench.lineup import TestSet
 from cellbench.logged import NOTE, stored_of
 from cellbench.refusals import command
@@ -119,10 +118,7 @@ def latex(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def place(name: str) -> Path:
     """Where a report goes when nobody says: ``reports/<experiment>``, for names with slashes or emoji too."""
-    slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80]
-    if not slug:
-        slug = "experiment"
-    return Path("reports") / slug
+    return Path("reports") / file_name(name)
 
 
 def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> int:

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from cellbench import imports, making, moved, views
 from cellbench.errors import CellbenchError, one_line, unknown
-from cellbench.files import make_folder, told
+from cellbench.files import file_name, make_folder, told
 from cellbench.logged import (
     EXPERIMENT,
     FINGERPRINT,
@@ -39,6 +39,7 @@ from cellbench.logged import (
     owner_here,
     stored_of,
 )
+from cellbench.outbox import say
 from cellbench.refusals import Client
 
 for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration", "urllib3.connectionpool"):
@@ -74,9 +75,9 @@ class Tracker:
             raise unknown("experiment", self.name, names)
         # MLflow would resolve its default root against whatever folder it is started from; a remote server knows its own.
         local = not self.mlflow.get_tracking_uri().startswith(("http:", "https:", "databricks"))
-        place = Path.cwd() / "mlruns" / (re.sub(r"[^\w.-]+", "-", self.name)[:60] or "experiment")
+        folder = file_name(self.name)
         # An old file store's folders are all digits, and one such below mlruns/ would make MLflow refuse to start.
-        place = place.with_name(f"e-{place.name}") if place.name.isdigit() else place
+        place = Path.cwd() / "mlruns" / (file_name(f"\0{self.name}") if folder.isdigit() else folder)
         if local:
             make_folder(place)
         return self.client.create_experiment(
@@ -265,13 +266,22 @@ def _reader() -> Client:
         return client
 
 
+_healed: set[Path | None] = set()
+"""The stores that this process has set right."""
+
+
 @contextlib.contextmanager
 def _store(make: bool) -> Iterator[tuple[Any, Client]]:
     """MLflow and the client of its store, which is locked inside ``with``. Raises CellbenchError."""
     with imports.kept():
         import mlflow  # 1 to 2 s, which `--help` and `list` must not pay
 
-    with told("opening MLflow's store here"), moved.lock(mlflow.get_tracking_uri()):
+    uri = mlflow.get_tracking_uri()
+    if (file := moved.store_file(uri)) not in _healed:  # whatever opens a store first, a copy must not write into the original
+        for line in moved.heal(uri):
+            say(line)
+        _healed.add(file)
+    with told("opening MLflow's store here"), moved.lock(uri):
         with imports.kept():  # of the store
             client = making.opened(mlflow, make)
         yield mlflow, client

@@ -106,7 +106,10 @@ def by_stem(folder: Path, root: Path, problems: list[Problem]) -> dict[str, Path
 
 
 def named(paths: Sequence[str]) -> dict[str, str]:
-    """A name for each relative path: the file's own, or where two share it the whole path with ``__`` for its folders."""
+    """A name for each relative path: the file's own, or where two share it the whole path with ``__`` for its folders; as it is where that is
+    another file's name."""
     last = [PurePosixPath(path).name for path in paths]
     twice = {name for name, num in Counter(last).items() if num > 1}
-    return {path: path.replace("/", "__") if name in twice else name for path, name in zip(paths, last, strict=True)}
+    out = {path: path.replace("/", "__") if name in twice else name for path, name in zip(paths, last, strict=True)}
+    again = {name for name, num in Counter(out.values()).items() if num > 1}  # a/b.png beside a__b.png
+    return {path: path if name in again else name for path, name in out.items()}
