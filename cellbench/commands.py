@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import tomllib
@@ -63,7 +64,7 @@ def read_experiment(name: str, changes: Sequence[str] = (), data: Path | None = 
     """
     path, tree = read_tree(name, changes, limit)
     if "space" in tree:
-        raise CellbenchError(f"{path}: asks for a search. `cellbench search {name}` runs it.")
+        raise CellbenchError(f"{path}: asks for a search. `cellbench search {shlex.quote(str(name))}` runs it.")
     experiment = Experiment.of(tree, str(path))
     registry = registry or Registry()
     card = registry.dataset(experiment.dataset)

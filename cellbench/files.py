@@ -53,9 +53,14 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def nfc(text: str) -> str:
+    """The text in Unicode's composed form: ``é`` is one name, whether written as one character (Linux, Windows) or as two (macOS)."""
+    return unicodedata.normalize("NFC", text)
+
+
 def folded(name: str) -> str:
     """What two names have in common that some file system, or a person, takes for the same: Unicode form (NFC) and case left aside."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return nfc(nfc(name).casefold())
 
 
 def file_name(name: str, most: int = 60) -> str:
@@ -68,7 +73,7 @@ def file_name(name: str, most: int = 60) -> str:
     """
     if len(name) <= most and re.fullmatch(r"[a-z0-9_][a-z0-9_.-]*(?<!\.)", name) and name.partition(".")[0] not in _RESERVED:
         return name
-    name = unicodedata.normalize("NFC", name)
+    name = nfc(name)
     plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[: most - 9]
     return f"{plain}~{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cellbench import escaping
 from cellbench.lineup import MEASURES, Line, Model, TestSet
 from cellbench.ranking import verdict
 from cellbench.scored import Difference, flipped
@@ -200,8 +201,8 @@ def class_words(classes: Sequence[str]) -> list[str]:
 
 def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table for a README or MLflow's notes; the first column is text."""
-    out = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
-    return "\n".join(out + ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines])
+    out = ["| " + " | ".join(map(escaping.markdown, headings)) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    return "\n".join(out + ["| " + " | ".join(map(escaping.markdown, line)) + " |" for line in lines])
 
 
 def as_json(table: Sequence[Row]) -> list[dict[str, Any]]:

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from cellbench.data import images
 from cellbench.data.images import EXTENSIONS
 from cellbench.errors import CellbenchError
+from cellbench.escaping import csv_text, printable
 from cellbench.files import file_name, folded, make_folder, write_atomic
-from cellbench.measure import as_csv, density
+from cellbench.measure import density
 from cellbench.outlines import coco
 from cellbench.outputs import CELLS, ENDINGS, GEOJSON, INSTANCES, Files, Target, TooManyCells, Wanted, beside, made, swept
 from cellbench.segmenter import Refused, Segmenter
@@ -152,7 +153,7 @@ def masks(segmenter: Segmenter, targets: Sequence[Target], wanted: Wanted, tell:
                 target = targets[event.number]
                 if isinstance(event, Refused):
                     bad[target] = event.error
-                    tell(f"skipped: {event.error}")
+                    tell(printable(f"skipped: {event.error}"))
                     if files is not None:
                         files.__exit__()
                         files = None
@@ -169,7 +170,7 @@ def masks(segmenter: Segmenter, targets: Sequence[Target], wanted: Wanted, tell:
                         files.keep()
                     except TooManyCells as error:
                         bad[target] = error
-                        tell(f"skipped: {error}")
+                        tell(printable(f"skipped: {error}"))
                         files.__exit__()
                     files = None
         finally:
@@ -218,7 +219,7 @@ def write_counts(answers: Sequence[Answer], out: Path) -> Path:
     """One line an image whose cells are counted; columns that only some images have are empty for the others."""
     rows = [counts_of(answer) for answer in answers]
     columns = list(dict.fromkeys(column for row in rows for column in row)) or ["image"]
-    write_atomic(out / COUNTS, as_csv(columns, [[row.get(column, "") for column in columns] for row in rows]))
+    write_atomic(out / COUNTS, csv_text(columns, [[row.get(column, "") for column in columns] for row in rows]))
     return out / COUNTS
 
 
@@ -297,7 +298,7 @@ def predict(
     say(f"{segmenter.trained.name}: {len(todo)} images on {segmenter.machine.name}{before}.")
     bad = {target: error for target in todo if wanted.cells and (error := too_large(target)) is not None}
     for error in bad.values():
-        tqdm.write(f"skipped: {error}", file=sys.stderr)
+        tqdm.write(printable(f"skipped: {error}"), file=sys.stderr)
     todo = [target for target in todo if target not in bad]
     try:
         bad |= masks(segmenter, todo, wanted, lambda text: tqdm.write(text, file=sys.stderr))

@@ -6,10 +6,8 @@ runs of older versions have shorter reports.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import importlib.metadata
-import io
 import json
 import platform
 import tempfile
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cellbench import entries, leaderboard, moved, views
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, one_line
+from cellbench.escaping import csv_text
 from cellbench.evidence import Evidence, collect
 from cellbench.files import file_name, make_folder, told
 from cellbench.lineup import TestSet
@@ -73,9 +72,7 @@ def write(report: Report, folder: Path) -> Path:
     make_folder(folder / "figures")
     with told(f"writing the report to {folder}"):
         for name, (headings, lines) in report.tables.items():
-            out = io.StringIO()
-            csv.writer(out, lineterminator="\n").writerows([headings, *lines])
-            (folder / f"{name}.csv").write_text(out.getvalue(), encoding="utf-8")
+            (folder / f"{name}.csv").write_text(csv_text(headings, lines), encoding="utf-8")
             (folder / f"{name}.md").write_text(leaderboard.markdown(headings, lines) + "\n", encoding="utf-8")
             (folder / f"{name}.tex").write_text(latex(headings, lines), encoding="utf-8")
         for name, data in report.pictures.items():

@@ -18,6 +18,7 @@ from cellbench import imports, views
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
+from cellbench.escaping import markdown
 from cellbench.exam import Exam
 from cellbench.learner import Learner
 from cellbench.logged import NOTE, TABLES
@@ -195,7 +196,7 @@ def note(name: str, values: dict[str, float], worst: str = "") -> str:
     ]
     parts = [
         # The UI shows five lines of a note before it asks for more: the answer comes first.
-        f"**{name}**: test Dice **{values['test/dice']:.4f}** over all pixels, {values['test_image/dice']:.4f}{interval} in the mean of the images.",
+        f"**{markdown(name)}**: test Dice **{values['test/dice']:.4f}** over all pixels, {values['test_image/dice']:.4f}{interval} in the mean of the images.",
         views.columns(("what", "score"), lines),
         f"*Artifacts*: `{TABLE}` (each image, worst first), `figures/`, weights, and `config.toml`, which repeats this run.",
     ]

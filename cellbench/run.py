@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from cellbench import imports
 from cellbench.errors import CellbenchError
+from cellbench.escaping import printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.verb(arguments)
     except CellbenchError as error:
-        print(f"cellbench: {error}", file=sys.stderr)
+        print(printable(f"cellbench: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cellbench: stopped. What is finished is kept; the same command goes on from here.", file=sys.stderr)

@@ -7,6 +7,7 @@ No tracking URI is ever set: MLflow's default (``./mlflow.db`` and ``./mlruns/``
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import tempfile
@@ -22,7 +23,7 @@ from filelock import FileLock
 
 from cellbench import imports, making, moved, views
 from cellbench.errors import CellbenchError, one_line, unknown, unlocked
-from cellbench.files import file_name, make_folder, told
+from cellbench.files import file_name, make_folder, nfc, told
 from cellbench.logged import (
     EXPERIMENT,
     FINGERPRINT,
@@ -55,7 +56,7 @@ class Tracker:
     """One experiment in MLflow's store, made on first use; with ``make=False`` one that is there already."""
 
     def __init__(self, experiment: str, *, make: bool = True) -> None:
-        self.name = experiment
+        self.name = nfc(experiment)
         with _store(make) as (self.mlflow, self.client):
             self.experiment_id = self._experiment(make)
             self.client.send_left()
@@ -66,6 +67,8 @@ class Tracker:
 
     def _experiment(self, make: bool) -> str:
         found = self.client.get_experiment_by_name(self.name)
+        if found is None and not self.name.isascii():  # one of an older version, or made by hand, in another Unicode form
+            found = next((one for one in self.client.search_experiments() if nfc(one.name) == self.name), None)
         if found is not None and found.lifecycle_stage == "deleted":
             raise CellbenchError(f"the experiment '{self.name}' was deleted in MLflow. Restore it there, or give the experiment file another name.")
         if found is not None:
@@ -234,7 +237,7 @@ class Run:
     def data(self, name: str, digest: str, source: str, context: str) -> None:
         """Says which data was used, by name and content, without reading it."""
         entities = self._tracker.mlflow.entities
-        dataset = entities.Dataset(name=name, digest=digest, source_type="local", source=f'{{"uri": "{source}"}}')
+        dataset = entities.Dataset(name=name, digest=digest, source_type="local", source=json.dumps({"uri": source}))
         self._tracker.client.log_inputs(
             self.run_id, datasets=[entities.DatasetInput(dataset, tags=[entities.InputTag("mlflow.data.context", context)])]
         )

@@ -13,6 +13,7 @@ from cellbench import moved
 from cellbench.data.prepare import Preparation
 from cellbench.errors import CellbenchError, unknown
 from cellbench.evidence import collect
+from cellbench.files import nfc
 from cellbench.framing import Framing
 from cellbench.logged import WEIGHTS, Stored
 from cellbench.registry import Registry
@@ -44,7 +45,7 @@ def find(asked: str) -> tuple[Tracker, Stored]:
         for run in tracker.stored():
             if run.fingerprint and not run.is_parent:
                 names.add(run.name)
-                if run.name == asked:
+                if nfc(run.name) == nfc(asked):
                     found.append((run.status == "finished", run.start_s, tracker, run))
     if not found:
         raise unknown("run", asked, sorted(names)[:12])

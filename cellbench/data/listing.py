@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from cellbench.data.dataset import Sample
 from cellbench.data.images import EXTENSIONS
 from cellbench.errors import CellbenchError, quoted
+from cellbench.files import nfc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,22 @@ def place(root: Path, name: str) -> Path | None:
         return None
     if too_long:  # no file system has such names
         return None
-    path = root.joinpath(*parts.parts)
+    path = _as_written(root, parts.parts)
     return path if inside(root, path) else None
+
+
+def _as_written(root: Path, parts: Sequence[str]) -> Path:
+    """The path of a relative name as the disk has it, where that is another Unicode form of the same."""
+    path = root.joinpath(*parts)
+    if "".join(parts).isascii() or path.exists():
+        return path
+    path = root
+    for part in parts:
+        here = path / part
+        if not here.exists() and path.is_dir():
+            here = next((one for one in path.iterdir() if nfc(one.name) == nfc(part)), here)
+        path = here
+    return path
 
 
 def outside(root: Path, name: str) -> Problem:
@@ -83,7 +98,7 @@ def by_stem(folder: Path, root: Path, problems: list[Problem]) -> dict[str, Path
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
-        stem, extension = os.path.splitext(entry.name)
+        stem, extension = os.path.splitext(nfc(entry.name))
         if extension.lower() not in EXTENSIONS or entry.name.startswith("."):
             continue
         path = Path(entry.path)
