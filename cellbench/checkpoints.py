@@ -31,7 +31,7 @@ def write(place: Path, state: dict[str, Any]) -> None:
 
 
 def read(place: Path) -> dict[str, Any] | None:
-    """The state of a run, on the CPU, or None where there is none that can be read: the run then starts anew."""
+    """The state of a run, on the CPU, or None where there is none that can be read, or its weights are NaN: the run then starts anew."""
     state = _read(place)
     if state is None:  # a damaged file costs the epochs it held
         forget(place)
@@ -53,9 +53,11 @@ def _read(place: Path) -> dict[str, Any] | None:
     if not place.is_file():
         return None
     try:
-        return torch.load(place, map_location="cpu", weights_only=True)
+        state = torch.load(place, map_location="cpu", weights_only=True)
+        finite = not any(bool(x.isnan().any()) for x in state["model"].values() if x.is_floating_point())
     except (OSError, RuntimeError, EOFError, ValueError, KeyError):
         return None
+    return state if finite else None
 
 
 def forget(place: Path) -> None:

@@ -77,7 +77,7 @@ def read_asked(
     asked = read_tree(name, changes, limit)
     path, tree = asked.path, asked.tree
     if "space" in tree:
-        raise CellbenchError(f"{path}: asks for a search. `cellbench search {name}` runs it.")
+        raise CellbenchError(f"{path}: asks for a search. `cellbench search {shlex.quote(str(name))}` runs it.")
     experiment = Experiment.of(tree, str(path))
     registry = registry or Registry()
     card = registry.dataset(experiment.dataset)

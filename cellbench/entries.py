@@ -15,6 +15,7 @@ from typing import Any
 from cellbench.errors import CellbenchError
 from cellbench.files import told
 from cellbench.logged import EXPERIMENT, FINGERPRINT, MODEL, NOTE, VERDICT, Stored
+from cellbench.outbox import Absent
 from cellbench.track import Tracker
 
 EPOCH_METRICS = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
@@ -115,7 +116,7 @@ def name_of(run: str) -> str:
 def _there(tracker: Tracker, model_id: str) -> bool:
     try:
         return tracker.client.get_logged_model(model_id).status == "READY"
-    except CellbenchError:  # deleted in the UI
+    except Absent:  # deleted in the UI
         return False
 
 

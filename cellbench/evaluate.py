@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import tempfile
 import time
 import tomllib
@@ -23,6 +22,7 @@ from cellbench.data.intensity import Note, lines_of
 from cellbench.data.pixels import Pixels
 from cellbench.errors import CellbenchError
 from cellbench.exam import Case, Exams
+from cellbench.files import file_name
 from cellbench.load import Load
 from cellbench.metrics import confusion, image_scores
 from cellbench.registry import Registry
@@ -139,7 +139,7 @@ def evaluate(
                 picture, truth = pixels[case.image]
                 file = dataset.test[case.image].name
                 title = f"{rank}. worst of {len(dataset.test)}: {file}, {case.score}\n{outcome_words(asdict(result.exam.agreements[case.image]))}"
-                stem = re.sub(r"[^\w.-]+", "-", Path(file).stem)[:60]
+                stem = file_name(Path(file).stem)
                 figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"worst-{rank:03d}-{stem}.png")
             run.artifacts(folder)
         run.log(metrics, tags=results.tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png")))

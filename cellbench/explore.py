@@ -16,7 +16,7 @@ from cellbench.data.dataset import SPLITS, Dataset, Sample, understood
 from cellbench.data.folders import listed, split
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown
 from cellbench.figures_explore import Panel
-from cellbench.files import make_folder
+from cellbench.files import make_folder, nfc
 from cellbench.framing import Framing
 from cellbench.machine import Machine, machine
 from cellbench.registry import Registry
@@ -83,7 +83,7 @@ def explore(
 
 
 def _named(pool: Sequence[Sample], image: str) -> Sample:
-    found = [sample for sample in pool if not image or image in (sample.name, Path(sample.name).stem)]
+    found = [sample for sample in pool if not image or nfc(image) in (nfc(sample.name), nfc(Path(sample.name).stem))]
     if not found:
         raise unknown("image", image, [sample.name for sample in pool])
     return found[0]

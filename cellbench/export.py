@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def export(
         from cellbench.serving import save  # MLflow, which the rest does without
 
         save(out / "mlflow", out)
-        say(f"{out / 'mlflow'}: `mlflow models serve -m {out / 'mlflow'} --env-manager local` answers with masks.")
+        say(f"{out / 'mlflow'}: `mlflow models serve -m {shlex.quote(str(out / 'mlflow'))} --env-manager local` answers with masks.")
     if onnx:
         from cellbench.onnx_file import write_onnx
 

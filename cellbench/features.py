@@ -10,6 +10,7 @@ Letters: B tiles, D features, h x w places of a map, T x T a tile (which need no
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import threading
@@ -55,6 +56,21 @@ class Batch(NamedTuple):
     @property
     def num(self) -> int:
         return len(self.pixels)
+
+
+def unfinite(features: Features) -> str:
+    """What is wrong where the backbone's maps hold values that are not finite: no head can learn from them. Empty where nothing is.
+
+    Looks through the validation tiles and an epoch of training views, so it is for runs that failed.
+    """
+    if features.trunk.backbone is None:
+        return ""
+    with Lanes(features.trunk.machine.lanes) as lanes:
+        for batch in itertools.chain((batch for batch, _ in features.tiles("val", lanes)), features.train(0, lanes)):
+            if not all(bool(torch.isfinite(x).all()) for x in batch.maps.values()):
+                hint = "" if features.trunk.machine.precision == torch.float32 else " Try --precision fp32."
+                return f"the backbone's features are not finite (NaN or infinite).{hint}"
+    return ""
 
 
 class _Cut(NamedTuple):

@@ -40,6 +40,7 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.titlelocation": "left",
     "legend.frameon": False,
+    "text.parse_math": False,  # a name with two dollars is no formula
 }
 
 PALETTE = sns.color_palette("colorblind")

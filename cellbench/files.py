@@ -7,7 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
@@ -49,6 +51,35 @@ def make_folder(folder: Path) -> Path:
     with told(f"making the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def nfc(text: str) -> str:
+    """The text in Unicode's composed form: ``é`` is one name, whether written as one character (Linux, Windows) or as two (macOS)."""
+    return unicodedata.normalize("NFC", text)
+
+
+def folded(name: str) -> str:
+    """What two names have in common that some file system, or a person, takes for the same: Unicode form (NFC) and case left aside."""
+    return nfc(nfc(name).casefold())
+
+
+def file_name(name: str, most: int = 60) -> str:
+    """A name of at most ``most`` characters for a file or folder, which no other name is given on any file system.
+
+    A plain lower-case name is its own; of any other the plain letters are kept, with a hash of the whole behind a ``~``.
+
+    >>> file_name("bccd"), file_name("a/b"), file_name("a-b")
+    ('bccd', 'a-b~c14cddc0', 'a-b')
+    """
+    if len(name) <= most and re.fullmatch(r"[a-z0-9_][a-z0-9_.-]*(?<!\.)", name) and name.partition(".")[0] not in _RESERVED:
+        return name
+    name = nfc(name)
+    plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[: most - 9]
+    return f"{plain}~{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+
+
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+"""Names that Windows gives to devices."""
 
 
 def write_atomic(path: Path, data: bytes | str | Callable[[BinaryIO], object]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,8 @@ class Segmented:
     """(H, W) uint8: the probability of not being background, 0..255."""
     relief: np.ndarray | None = None
     """(H, W) uint8: how high each pixel lies in its cell, 0..255, where the model learned it (``cellbench.targets``)."""
+    finite: bool = True
+    """Whether all scores were; where not, the rest is no answer."""
 
 
 def foreground(logits_BKHW: Tensor) -> Tensor:
@@ -48,9 +50,18 @@ def foreground(logits_BKHW: Tensor) -> Tensor:
 
 
 def drawn(logits_BCTT: Tensor, model: Model) -> Tensor:
-    """What is blended of a model's output: the foreground's probabilities (B, K-1, T, T), then the relief (B, 1, T, T) where it learned one."""
+    """What is blended of a model's output: the foreground's probabilities (B, K-1, T, T), then the relief (B, 1, T, T) where it learned one.
+
+    NaN at each pixel with a score that is not finite, which a softmax would turn into a probability of 0 or 1.
+    """
     found = foreground(logits_BCTT[:, : model.num_classes])
-    return torch.cat([found, relief(logits_BCTT[:, model.num_classes :], model.aims)], 1) if model.aims else found
+    found = torch.cat([found, relief(logits_BCTT[:, model.num_classes :], model.aims)], 1) if model.aims else found
+    return found + unfinite(logits_BCTT)
+
+
+def unfinite(logits_BCHW: Tensor) -> Tensor:
+    """Zeros (B, 1, H, W) float32, and NaN at each pixel with a score that is not finite."""
+    return (logits_BCHW.float() * 0).sum(1, keepdim=True)
 
 
 def bytes_of(share_HW: Tensor) -> np.ndarray:
@@ -99,7 +110,7 @@ class _Sheets:
                 mine = [k for k, other in enumerate(images) if other == image]
                 self._draw(found_BKTT[mine[0] : mine[-1] + 1])
                 if not self._missing:
-                    done.append(self._answer)
+                    done.append(self._answer if self._finite else replace(self._answer, finite=False))
         self._model.seconds += time.perf_counter() - start
         self._model.cpu_seconds += time.thread_time() - start_cpu
         return done
@@ -109,6 +120,7 @@ class _Sheets:
         self._now, self._missing = image, len(self._grid)
         made = [np.empty(self._size_px, np.uint8) for _ in range(3 if self._model.aims else 2)]
         self._answer = Segmented(classes=made[0], cell=made[1], relief=made[2] if self._model.aims else None)
+        self._finite = True
         self._stitcher = Stitcher(self._grid, self._num + bool(self._model.aims), self._features.trunk.machine.device)
         self._bands: list[Tensor] = []
 
@@ -125,6 +137,7 @@ class _Sheets:
 
     def _write(self, y: int, band_KHW: Tensor) -> None:
         rows = slice(y, y + band_KHW.shape[1])
+        self._finite &= bool(torch.isfinite(band_KHW).all())
         self._answer.classes[rows] = likeliest(band_KHW[: self._num]).cpu().numpy()
         self._answer.cell[rows] = bytes_of(band_KHW[: self._num].sum(0))
         if self._answer.relief is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cellbench import escaping
 from cellbench.lineup import MEASURES, Line, Model, TestSet
 from cellbench.load import words as words_of_load
 from cellbench.ranking import verdict
@@ -319,8 +320,8 @@ def outcomes(here: TestSet) -> list[list[str]]:
 
 def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table for a README or MLflow's notes; the first column is text."""
-    out = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
-    return "\n".join(out + ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines])
+    out = ["| " + " | ".join(map(escaping.markdown, headings)) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    return "\n".join(out + ["| " + " | ".join(map(escaping.markdown, line)) + " |" for line in lines])
 
 
 def as_json(table: Sequence[Row]) -> list[dict[str, Any]]:

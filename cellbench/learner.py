@@ -156,6 +156,8 @@ class Learner:
         self.epoch += 1
         if not math.isfinite(row["train/loss"]):
             self.ended = f"failed: the training loss became {row['train/loss']} in epoch {self.epoch}; a smaller lr than {self.run.lr:g} may help"
+        elif not math.isfinite(row["val/loss"]):
+            self.ended = f"failed: the validation loss became {row['val/loss']} in epoch {self.epoch}: its scores are not finite"
         elif not go_on:
             self.ended = "pruned"
         elif self.epoch >= self.run.epochs:

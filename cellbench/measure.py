@@ -5,14 +5,13 @@ Lengths and areas are in pixels, or in um where the image's scale is given; plac
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from skimage.measure import regionprops_table
 
+from cellbench.escaping import csv_text
 from cellbench.shapes import Instances
 
 _ASKED = ("label", "centroid", "bbox", "area", "equivalent_diameter_area", "eccentricity", "intensity_mean")
@@ -28,7 +27,7 @@ class Cells:
     @property
     def text(self) -> str:
         """The table as CSV."""
-        return as_csv(self.columns, self.rows)
+        return csv_text(self.columns, self.rows)
 
 
 def cells(
@@ -110,12 +109,3 @@ def density(num: int, size_px: tuple[int, int], um_per_px: float | None = None) 
     """
     pixels = size_px[0] * size_px[1]
     return num / (pixels / 1e6 if um_per_px is None else pixels * um_per_px**2 / 1e6)
-
-
-def as_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows with a heading, comma-separated, each line ended by a newline."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return buffer.getvalue()

@@ -1,7 +1,9 @@
-"""A project that was copied or renamed: MLflow's SQLite store holds absolute paths, so every artifact would be lost. Found again here.
+"""A project that was copied, moved or renamed: MLflow's SQLite store holds absolute paths, so that artifacts would be lost, or those of a copy
+would be written into the original. Set right here.
 
 Only three columns hold them (measured on MLflow 3.17.2): ``experiments.artifact_location``, ``runs.artifact_uri`` and
-``logged_models.artifact_location``. They are changed only where the recorded folder is gone and one of that name lies beside the store.
+``logged_models.artifact_location``. A store's artifacts are in the ``mlruns`` beside it. The recorded folder of an experiment is replaced by
+the one there where that exists, or where the recorded one is gone; and it stays where people keep a store and its artifacts apart.
 """
 
 from __future__ import annotations
@@ -48,17 +50,20 @@ def lock(uri: str | None = None) -> FileLock:
     """One for each store and person: held while the store is made, healed, or runs are claimed."""
     uri = uri or store()
     file = store_file(uri)
-    # The name of a file is for everybody to read, and an address may hold a password.
-    key = re.sub(r"\W+", "-", str(file))[-150:] if file else hashlib.sha256(uri.encode()).hexdigest()[:16]
+    # A hash: the name of a file is for everybody to read, and an address may hold a password.
+    key = hashlib.sha256((str(file) if file else uri).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return FileLock(Path(tempfile.gettempdir()) / f"cellbench-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock")
 
 
-def heal() -> list[str]:
-    """Sets the places of artifacts right where the project was moved; says what was done, one sentence a folder."""
-    path = store_file()
+def heal(uri: str | None = None) -> list[str]:
+    """Sets the places of artifacts right where the project was copied or moved; says what was done, one sentence a folder.
+
+    Raises CellbenchError for a copy that was made without its artifacts.
+    """
+    path = store_file(uri)
     if path is None or not path.is_file():
         return []
-    with lock():
+    with lock(uri):
         try:
             return _healed(path)
         except sqlite3.Error as error:
@@ -81,26 +86,63 @@ def experiments(most: int = 8) -> list[tuple[str, str]]:
 def _healed(path: Path) -> list[str]:
     told = []
     with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection:
-        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        known = [(table, column) for table, column in COLUMNS if table in tables]
-        places = {place for table, column in known for (place,) in connection.execute(f"SELECT DISTINCT {column} FROM {table}") if place}
-        roots = sorted({root for place in places if (root := _root(place))})
-        for root in roots:
-            old = Path(_local(root))
-            new = path.parent / old.name
-            if old.is_dir() or not new.is_dir():
+        known, places = _places(connection)
+        moves: dict[str, Path] = {}
+        folders = sorted({folder for place in places if (folder := _folder(place))})
+        roots = {folder: Path(_local(_root(folder) or "")) for folder in folders}  # a folder may be written as a path and as a URI
+        for old_root in dict.fromkeys(roots.values()):
+            new_root = path.parent / old_root.name
+            if old_root.resolve() == new_root.resolve():
                 continue
-            fresh = new.as_uri() if root.startswith("file:") else str(new)
-            with connection:
+            ways = {folder: (old := Path(_local(folder)), new_root / old.relative_to(old_root)) for folder in folders if roots[folder] == old_root}
+            here = new_root.is_dir() and (not old_root.is_dir() or any(new.is_dir() for _, new in ways.values()))
+            for folder, (old, new) in ways.items():
+                if here and (new.is_dir() or not old.is_dir()):
+                    moves[folder] = new
+                elif (original := _original(old, old_root, path)) is not None:
+                    raise CellbenchError(
+                        f"{path}: is a copy of {original}, and its artifacts in {old} are that store's. Copy that folder to {new} too, or go to the original."
+                    )
+            if here:
+                words = "copied" if old_root.is_dir() else "moved"
+                told.append(f"this project was {words}: artifacts that MLflow looked for in {old_root} are found in {new_root} again.")
+        with connection:
+            for folder, new in moves.items():
+                fresh = new.as_uri() if folder.startswith("file:") else str(new)
                 for table, column in known:
                     # By length, not LIKE: a path may hold % and _.
                     connection.execute(
                         f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
-                        (fresh, len(root) + 1, len(root) + 1, root + "/"),
+                        (fresh, len(folder) + 1, len(folder) + 1, folder + "/"),
                     )
-                    connection.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (fresh, root))
-            told.append(f"this project was moved: artifacts that MLflow looked for in {old} are found in {new} again.")
-    return list(dict.fromkeys(told))  # once, though a folder may be written as a path and as a URI
+                    connection.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (fresh, folder))
+    return told
+
+
+def _places(connection: sqlite3.Connection) -> tuple[list[tuple[str, str]], set[str]]:
+    """The columns that hold places of artifacts in this store, and the places."""
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    known = [(table, column) for table, column in COLUMNS if table in tables]
+    return known, {place for table, column in known for (place,) in connection.execute(f"SELECT DISTINCT {column} FROM {table}") if place}
+
+
+def _original(old: Path, old_root: Path, path: Path) -> Path | None:
+    """The store that this one is a copy of: it lies beside the artifacts under the same name and knows the folder as its own."""
+    store = old_root.parent / path.name
+    if not old.is_dir() or not store.is_file() or store.samefile(path):
+        return None
+    try:
+        with contextlib.closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
+            _, places = _places(connection)
+    except sqlite3.Error:
+        return None
+    return store if any(folder and Path(_local(folder)) == old for folder in map(_folder, places)) else None
+
+
+def _folder(place: str) -> str | None:
+    """The folder of an experiment within ``mlruns`` that a place lies in, as it is written."""
+    root = _root(place)
+    return None if root is None else "/".join([root, *place.removeprefix(root).strip("/").split("/")[:1]]).rstrip("/")
 
 
 def _root(place: str) -> str | None:

@@ -1,7 +1,7 @@
 """Backbone and head as one ONNX file, compared with torch before it is kept.
 
-In: ``pixels`` (B, 3, T, T) float32, RGB in 0..1, T the run's tile, any B. Out: ``probabilities`` (B, K, T, T) float32 of the classes. Tiling,
-blending, scaling and stain normalisation are the caller's.
+In: ``pixels`` (B, 3, T, T) float32, RGB in 0..1, T the run's tile, any B. Out: ``probabilities`` (B, K, T, T) float32 of the classes, NaN
+where a score is not finite. Tiling, blending, scaling and stain normalisation are the caller's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features import Batch
+from cellbench.infer import unfinite
 from cellbench.segmenter import Segmenter
 from cellbench.trunk import TOKENS
 
@@ -41,7 +42,8 @@ class _Whole(nn.Module):
             else:
                 found = self.backbone.maps(x, self._indices)
             maps |= dict(zip(self._indices, found, strict=True))
-        return self.model(Batch(maps, pixels, pixels))[:, : self.model.num_classes].softmax(1)
+        logits = self.model(Batch(maps, pixels, pixels))
+        return logits[:, : self.model.num_classes].softmax(1) + unfinite(logits)
 
 
 def write_onnx(path: Path, segmenter: Segmenter) -> float:

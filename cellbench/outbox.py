@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, one_line
 from cellbench.files import cache_dir, told
 from cellbench.logged import Logged, owner_here
 
@@ -36,6 +36,14 @@ Letter = dict[str, Any]
 
 class Away(Exception):
     """The server does not answer now; the same call may well be taken later."""
+
+
+class Rejected(CellbenchError):
+    """The store does not take a call, and never will: its arguments are wrong, or what it is about is gone."""
+
+
+class Absent(Rejected):
+    """What was asked for is not there: the store answered, and says so."""
 
 
 class Outbox:
@@ -71,11 +79,13 @@ class Outbox:
             return self._changed.wait_for(lambda: not self._letters, patience_s)
 
     def take(self, letter: Letter, folder: Path) -> None:
-        """Sends one, and removes what it carried. Raises Away."""
+        """Sends one, and removes what it carried. Raises Away, also where the server refuses for now, as it does without a log-in."""
         try:
             self._send({**letter, "folder": str(folder / letter["folder"])} if "folder" in letter else letter)
-        except CellbenchError as error:
+        except Rejected as error:
             say(f"MLflow refuses what was kept for it: {error}")  # a run that was deleted meanwhile, say
+        except CellbenchError as error:
+            raise Away(one_line(error)) from error
         if "folder" in letter:
             shutil.rmtree(folder / letter["folder"], ignore_errors=True)
 

@@ -2,7 +2,7 @@
 
 - ``NAME.png``: 0 and 255 where there are two classes, else the class numbers. Says inside which run made it from which file.
 - ``NAME.probability.png``: of not being background, 0..255. ``NAME.overlay.png``: the image with outlines. ``NAME.geojson``: outlines for
-  QuPath. Outlines are those of single cells where these are numbered, else of connected pieces.
+  QuPath, of single cells. Outlines in the overlay are of single cells too where these are asked for, else of what is not background.
 - ``NAME.instances.png``: 16 bit, one number a cell, touching ones parted. ``NAME.cells.csv``: a line for each of them.
 """
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import psutil
@@ -24,14 +24,17 @@ from cellbench.data.png_rows import PngRows, words_of
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, told
 from cellbench.measure import cells
-from cellbench.outlines import Shape, Shapes, colour, feature, shapes_of
+from cellbench.outlines import colour, feature, shapes_of
 from cellbench.segmenter import Band
 from cellbench.separate import CONNECTED, Separation
+from cellbench.shapes import Instances
 
 PART = ".cellbench-part"
-INSTANCES, CELLS = ".instances.png", ".cells.csv"
+PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS = ".probability.png", ".overlay.png", ".geojson", ".instances.png", ".cells.csv"
 LEFT_OUT = "left_out"
 """In the words of ``INSTANCES``: how many regions are too small to be cells."""
+ENDINGS = (PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS)
+"""Of what may lie beside a mask ``NAME.png``, behind ``NAME``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,20 @@ class Wanted:
     separation: Separation = CONNECTED
     """How touching cells are parted, and how small they may be."""
 
+    @property
+    def cells(self) -> bool:
+        """Whether single cells are told apart, which takes the whole mask."""
+        return self.instances or self.geojson
+
+    @property
+    def how(self) -> dict[str, object]:
+        """How cells are told apart and measured, as it is written into the mask."""
+        return {"neck": self.separation.neck, "min_area_px": self.separation.min_area_px, "um_per_px": self.um_per_px}
+
+    def agrees(self, how: Mapping[str, object] | None) -> bool:
+        """Whether cells told apart as ``how`` says are those that are wanted."""
+        return how is not None and all(how.get(key) == value for key, value in self.how.items() if key != "um_per_px" or self.instances)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -54,24 +71,70 @@ class Target:
 
     image: Path
     stem: Path
-    words: str
-    """Inside the mask: which run, which file, of which size and time."""
+    facts: Mapping[str, object] = field(hash=False)
+    """Written into the mask: which run, which file, of which size and time, and from where."""
     um_per_px: float | None = None
     """The side of a pixel, for the cells' sizes; None: not known, and they are in pixels."""
 
     def files(self, wanted: Wanted) -> list[Path]:
         """What is written, the mask last."""
-        kinds = [(wanted.probability, ".probability.png"), (wanted.overlay, ".overlay.png"), (wanted.geojson, ".geojson")]
-        kinds += [(wanted.instances, INSTANCES), (wanted.instances, CELLS), (True, ".png")]
-        return [self.stem.with_name(self.stem.name + ending) for asked, ending in kinds if asked]
+        asked = (wanted.probability, wanted.overlay, wanted.geojson, wanted.instances, wanted.instances)
+        return [beside(self.stem, ending) for ending, is_asked in zip(ENDINGS, asked, strict=True) if is_asked] + [beside(self.stem, ".png")]
+
+    @property
+    def before(self) -> dict[str, Any] | None:
+        """What the mask that is there already says; None where there is none. Raises CellbenchError where its place holds something else."""
+        mask = beside(self.stem, ".png")
+        if not mask.exists():
+            return None
+        if (facts := facts_of(mask)) is None:
+            raise CellbenchError(f"{mask}: is there already and is no prediction of cellbench. Name another --out, or move it away.")
+        return facts
+
+    def is_of(self, before: Mapping[str, object] | None) -> bool:
+        """Whether what a mask says is of this run and this very file, which may have been moved."""
+        return before is not None and all(before.get(key) == value for key, value in self.facts.items() if key != "place")
 
     def done(self, wanted: Wanted) -> bool:
-        """Whether all of it is there, of this run and this very file. Raises CellbenchError where the mask's place holds something else."""
+        """Whether all that is wanted is there, of this run and this very file. Raises CellbenchError as ``before`` does."""
+        before = self.before
+        if before is None or not self.is_of(before) or (wanted.cells and not wanted.agrees(before.get("cells"))):
+            return False
+        return all(file.exists() for file in self.files(wanted))
+
+    def renewed(self, wanted: Wanted) -> tuple[dict[str, object], list[Path]]:
+        """What a new mask says, and the files beside the old one that would no longer belong to it."""
+        before = self.before if self.is_of(self.before) else None
+        old = before.get("cells") if before is not None else None
+        cells, stale = old, () if before is not None else ENDINGS
+        if wanted.cells:
+            cells = wanted.how
+            if not wanted.agrees(old):
+                stale = stale or (GEOJSON, INSTANCES, CELLS)
+            elif not wanted.instances:  # the tables that are there stay as they are
+                cells = old
         files = self.files(wanted)
-        words = words_of(files[-1]) if files[-1].exists() else None
-        if words is None and files[-1].exists():
-            raise CellbenchError(f"{files[-1]}: is there already and is no prediction of cellbench. Name another --out, or move it away.")
-        return words == self.words and all(file.exists() for file in files)
+        return {**self.facts, **({"cells": cells} if cells else {})}, [path for ending in stale if (path := beside(self.stem, ending)) not in files]
+
+
+def beside(stem: Path, ending: str) -> Path:
+    """``NAME`` with an ending, whatever dots are in the name."""
+    return stem.with_name(stem.name + ending)
+
+
+def facts_of(mask: Path) -> dict[str, Any] | None:
+    """What a mask of ours says of itself; None for any other file, and for what lies beside a mask."""
+    try:
+        facts = json.loads(words_of(mask) or "")
+    except ValueError:
+        return None
+    return facts if isinstance(facts, dict) and "run" in facts and "what" not in facts else None
+
+
+def made(out: Path) -> dict[Path, dict[str, Any]]:
+    """The masks below a folder and what they say of themselves, by their paths without ``.png``, sorted."""
+    shown = [path for path in sorted(out.rglob("*.png")) if not any(part.startswith(".") for part in path.relative_to(out).parts)]
+    return {path.with_name(path.name.removesuffix(".png")): facts for path in shown if (facts := facts_of(path)) is not None}
 
 
 class TooManyCells(CellbenchError):
@@ -88,20 +151,18 @@ class Files:
         self._stack = contextlib.ExitStack()
         self._parts: list[Path] = []
         make_folder(target.stem.parent)
+        facts, self._stale = target.renewed(wanted)
         with told(f"writing {self._all[-1]}"):
             files = {path: self._open(path) for path in self._all}
             mask, *rest = reversed(self._all)
-            self._mask = PngRows(files[mask], size_px, 1, target.words)
+            self._mask = PngRows(files[mask], size_px, 1, json.dumps(facts, sort_keys=True))
             by_ending = {path.name.removeprefix(target.stem.name): files[path] for path in rest}
-            self._cell = PngRows(by_ending[".probability.png"], size_px, 1, target.words) if wanted.probability else None
-            self._overlay = PngRows(by_ending[".overlay.png"], size_px, 3, target.words) if wanted.overlay else None
-            self._shapes = Shapes(len(names), wanted.separation.min_area_px) if wanted.geojson and not wanted.instances else None
-            self._geojson = by_ending.get(".geojson")
-            if self._geojson is not None:
-                self._geojson.write(b'{"type": "FeatureCollection", "features": [')
-        self._cells = (by_ending[INSTANCES], by_ending[CELLS]) if wanted.instances else None
+            words = {what: json.dumps({**facts, "what": what}, sort_keys=True) for what in ("probability", "overlay")}
+            self._cell = PngRows(by_ending[PROBABILITY], size_px, 1, words["probability"]) if wanted.probability else None
+            self._overlay = PngRows(by_ending[OVERLAY], size_px, 3, words["overlay"]) if wanted.overlay else None
+            self._geojson, self._labels, self._table = by_ending.get(GEOJSON), by_ending.get(INSTANCES), by_ending.get(CELLS)
         self._rows: list[tuple[np.ndarray | None, ...]] = []
-        self._num_shapes, self._above = 0, None
+        self._above: np.ndarray | None = None
         self._size_px = size_px
 
     def __enter__(self) -> Files:
@@ -124,56 +185,50 @@ class Files:
             self._mask.add(band.classes * np.uint8(self._full))
             if self._cell is not None:
                 self._cell.add(band.probability if band.probability is not None else (band.classes > 0) * np.uint8(255))
-            if self._overlay is not None and self._cells is None:
+            if self._overlay is not None and not self._wanted.cells:
                 picture = band.source.rows(band.top, band.top + len(band.classes))
                 above = band.classes[:1] if self._above is None else self._above
                 self._overlay.add(outlined(picture, band.classes, above, np.arange(len(self._names))))
                 self._above = band.classes[-1:].copy()
-            if self._shapes is not None:
-                self._outline(band)
-            if self._cells is not None:  # cells are parted by the whole mask
+            if self._wanted.cells:  # they are parted by the whole mask
                 self._rows.append((band.classes, band.source.rows(band.top, band.top + len(band.classes)), band.relief))
-
-    def _outline(self, band: Band) -> None:
-        assert self._shapes is not None
-        self._tell(self._shapes.add(band.classes, band.last))
-
-    def _tell(self, shapes: Iterable[Shape]) -> None:
-        assert self._geojson is not None
-        for shape in shapes:
-            text = json.dumps(feature(shape, self._names), separators=(",", ":"))
-            self._geojson.write((",\n" if self._num_shapes else "\n").encode() + text.encode())
-            self._num_shapes += 1
 
     def keep(self) -> None:
         """All rows are in: the files appear, the mask last. Raises TooManyCells, and then leaves nothing."""
         with told(f"writing {self._all[-1]}"):
-            if self._cells is not None:
-                self._count(*self._cells)
+            if self._wanted.cells:
+                self._count()
             for rows in (self._mask, self._cell, self._overlay):
                 if rows is not None:
                     rows.end()
-            if self._geojson is not None:
-                facts = {"file": self._target.image.name, "size_px": list(self._size_px)}
-                self._geojson.write(b"\n],\n" + b'"cellbench": ' + json.dumps(facts).encode() + b"}\n")
             self._stack.close()
+            for path in self._stale:
+                path.unlink(missing_ok=True)
             for part, path in zip(self._parts, self._all, strict=True):
                 os.replace(part, path)
             self._parts = []
 
-    def _count(self, labels: BinaryIO, table: BinaryIO) -> None:
+    def _count(self) -> None:
         classes, image, relief = (np.concatenate(parts) if parts[0] is not None else None for parts in zip(*self._rows, strict=True))
         found = self._wanted.separation.instances(classes, relief)
-        if found.num > 65535:
+        if self._labels is not None and found.num > 65535:
             raise TooManyCells(f"{self._target.image}: {found.num} cells, where 16 bits number 65535. Cut the image into pieces.")
         if self._geojson is not None:  # single cells, as they are counted
-            self._tell(shapes_of(found))
+            self._geojson.write(self._collection(found))
         if self._overlay is not None:
             self._overlay.add(outlined(image, found.ids, found.ids[:1], found.classes))
-        facts = {LEFT_OUT: found.num_left_out, "min_cell_px": self._wanted.separation.min_area_px}
-        labels.write(png_bytes(found.ids.astype(np.uint16), words=json.dumps(facts)))
-        owners = self._wanted.separation.owners
-        table.write(cells(found, image, self._names, self._wanted.um_per_px, classes, owners).text.encode("utf-8"))
+        if self._labels is not None:
+            facts = {LEFT_OUT: found.num_left_out, "min_cell_px": self._wanted.separation.min_area_px}
+            self._labels.write(png_bytes(found.ids.astype(np.uint16), words=json.dumps(facts)))
+        if self._table is not None:
+            owners = self._wanted.separation.owners
+            self._table.write(cells(found, image, self._names, self._wanted.um_per_px, classes, owners).text.encode("utf-8"))
+
+    def _collection(self, found: Instances) -> bytes:
+        """GeoJSON of the cells, one on a line."""
+        features = ",\n".join(json.dumps(feature(shape, self._names), separators=(",", ":")) for shape in shapes_of(found))
+        facts = {"file": self._target.image.name, "size_px": list(self._size_px)}
+        return f'{{"type": "FeatureCollection", "features": [\n{features}\n],\n"cellbench": {json.dumps(facts)}}}\n'.encode()
 
 
 def outlined(image: np.ndarray, numbers: np.ndarray, above: np.ndarray, classes: np.ndarray) -> np.ndarray:

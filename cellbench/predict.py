@@ -1,14 +1,21 @@
-"""``predict``: a run's masks of images and folders of images, one file beside the other, going on where it stopped."""
+"""``predict``: a run's masks of images and folders of images, one file beside the other, going on where it stopped.
+
+A folder holds the masks of one run. Its tables, ``counts.csv`` and ``coco.json``, are made anew of all that lies there after each call.
+"""
 
 from __future__ import annotations
 
 import csv
+import functools
+import hashlib
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,23 +27,27 @@ from cellbench.data.listing import LeftOut, counted, files_below
 from cellbench.data.metadata import PixelSize
 from cellbench.data.png_rows import words_of
 from cellbench.errors import CellbenchError
-from cellbench.files import make_folder, write_atomic
+from cellbench.escaping import csv_text, printable
+from cellbench.files import file_name, folded, make_folder, write_atomic
 from cellbench.inputs import by_reason, range_of, read_by, sizes_of, sizes_told, some, unlike_learned
-from cellbench.measure import as_csv, class_counts, density
+from cellbench.measure import class_counts, density
 from cellbench.outlines import coco
-from cellbench.outputs import CELLS, INSTANCES, LEFT_OUT, Files, Target, TooManyCells, Wanted, swept
+from cellbench.outputs import CELLS, ENDINGS, GEOJSON, INSTANCES, LEFT_OUT, Files, Target, TooManyCells, Wanted, beside, made, swept
 from cellbench.segmenter import Refused, Segmenter
+from cellbench.spec import NUMERICS
 
 COCO, COUNTS = "coco.json", "counts.csv"
 MOST_PX = 100_000_000
-"""Of an image whose cells are numbered: its whole mask is in memory then, with some 50 bytes a pixel."""
+"""Of an image whose cells are told apart: its whole mask is in memory then, with some 50 bytes a pixel."""
+MOST_BYTES = 255 - max(map(len, ENDINGS))
+"""Of a mask's name without ``.png``: file systems take 255 bytes."""
 
 
 def images_of(places: Sequence[Path], out: Path) -> tuple[list[tuple[Path, Path]], list[LeftOut]]:
     """Each image of files and folders, with the path of its answer below ``out``, without an ending; and what else lies in the folders.
 
     Folders are looked through to the bottom, links to folders too.
-    Images whose names would be the same without their extensions keep them: ``a.jpg.png`` and ``a.tif.png``. Raises CellbenchError.
+    Names are those of :func:`stems`. Raises CellbenchError.
     """
     found: dict[Path, Path] = {}
     left: list[LeftOut] = []
@@ -56,36 +67,52 @@ def images_of(places: Sequence[Path], out: Path) -> tuple[list[tuple[Path, Path]
             found[place] = Path(place.name)
         else:
             raise CellbenchError(f"{place}: there is no such file or folder.")
-    plain = Counter(name.with_suffix("") for name in found.values())
-    named = {path: name if plain[name.with_suffix("")] > 1 else name.with_suffix("") for path, name in found.items()}
-    twice = [name for name, num in Counter(named.values()).items() if num > 1]
+    return [(path, out / name) for path, name in stems(found).items()], left
+
+
+def stems(names: Mapping[Path, Path]) -> dict[Path, Path]:
+    """For each image, with its path below the folder given, the path of its mask without ``.png``; no two share a file on any file system.
+
+    It is the image's own without its extension, and with it where two would differ in nothing else or it ends as what lies beside a mask
+    does. Names that still differ in case or Unicode form alone, or are too long for an ending, get a hash. Raises CellbenchError.
+    """
+    beside_masks = tuple(ending.removesuffix(".png") for ending in ENDINGS if ending.endswith(".png"))
+
+    def shared(all_names: Iterable[Path]) -> Counter[str]:
+        return Counter(folded(name.as_posix()) for name in all_names)
+
+    plain = shared(name.with_suffix("") for name in names.values())
+    keeps = {
+        path: name if plain[folded(name.with_suffix("").as_posix())] > 1 or folded(name.stem).endswith(beside_masks) else name.with_suffix("")
+        for path, name in names.items()
+    }
+    alike = shared(keeps.values())
+    out: dict[Path, Path] = {}
+    for path, name in keeps.items():
+        if alike[folded(name.as_posix())] > 1:
+            mark = hashlib.sha256(os.fsencode(names[path])).hexdigest()[:8]
+            name = name.with_name(f"{name.name}~{mark}")
+        if len(os.fsencode(name.name)) > MOST_BYTES:
+            name = name.with_name(file_name(name.name))
+        out[path] = name
+    twice = [name for name, num in Counter(out.values()).items() if num > 1]
     if twice:
-        both = [str(path) for path, name in named.items() if name == twice[0]]
+        both = [str(path) for path, name in out.items() if name == twice[0]]
         raise CellbenchError(f"{both[0]} and {both[1]} would both become {twice[0]}.png. Name the folder that holds both, or call twice with two --out.")
-    return [(path, out / name) for path, name in named.items()], left
+    return out
 
 
 def targets_of(
-    segmenter: Segmenter,
-    found: Sequence[tuple[Path, Path]],
-    sizes: Mapping[Path, PixelSize],
-    um_per_px: float | None = None,
-    min_cell_px: int | None = None,
+    segmenter: Segmenter, found: Sequence[tuple[Path, Path]], out: Path, sizes: Mapping[Path, PixelSize], um_per_px: float | None = None
 ) -> list[Target]:
-    """The images with what is written inside their masks."""
-    made_by = {"run": segmenter.trained.fingerprint or segmenter.trained.name, "model": segmenter.trained.name, "classes": list(segmenter.names)}
-    if segmenter.trained.preparation.reading != Reading():
-        made_by["reading"] = segmenter.trained.preparation.reading.told()
-    if min_cell_px is not None:
-        made_by["min_cell_px"] = min_cell_px
+    """The images with what is written inside their masks. ``um_per_px`` takes the place of what the files state (``sizes``)."""
+    maker = maker_of(segmenter)
     targets = []
     for image, stem in found:
         about = image.stat()
         side = um_per_px if um_per_px is not None else sizes[image].side_um if image in sizes else None
-        facts = {"image": image.name, "bytes": about.st_size, "mtime_ns": about.st_mtime_ns}
-        if side is not None:  # tables in another unit are other tables
-            facts["um_per_px"] = round(side, 6)
-        targets.append(Target(image=image, stem=stem, words=json.dumps({**made_by, **facts}, sort_keys=True), um_per_px=side))
+        facts = {"image": image.name, "bytes": about.st_size, "mtime_ns": about.st_mtime_ns, "place": _from(out, image)}
+        targets.append(Target(image=image, stem=stem, facts={**maker, **facts}, um_per_px=None if side is None else round(side, 6)))
     return targets
 
 
@@ -94,12 +121,53 @@ def of_one(wanted: Wanted, target: Target) -> Wanted:
     return replace(wanted, um_per_px=target.um_per_px)
 
 
+def maker_of(segmenter: Segmenter) -> dict[str, object]:
+    """What the masks of one run have in common."""
+    trained = segmenter.trained
+    maker = {"run": trained.fingerprint or trained.name, "model": trained.name, "classes": list(segmenter.names), "numerics": NUMERICS}
+    reading = trained.preparation.reading
+    return maker | ({"reading": reading.told()} if reading != Reading() else {})
+
+
+def _from(out: Path, image: Path) -> str:
+    """Where the image lies, from the folder of the masks: the same when both are moved."""
+    try:
+        return Path(os.path.relpath(image.resolve(), out.resolve())).as_posix()
+    except ValueError:  # another drive
+        return image.resolve().as_posix()
+
+
+def refuse_mixture(targets: Sequence[Target], maker: Mapping[str, object], wanted: Wanted, out: Path) -> None:
+    """Raises CellbenchError where the folder's tables would mix runs or ways to tell cells apart, or a mask would take the place of another
+    image's."""
+    mine = {target.stem: target for target in targets}
+    for stem, facts in made(out).items():
+        mask = beside(stem, ".png")
+        if any(facts.get(key) != maker.get(key) for key in ("run", "classes", "numerics", "reading")):
+            raise CellbenchError(
+                f"--out {out}: holds the mask {mask.relative_to(out)} that another run ('{facts.get('model')}'), another range or another version of cellbench "
+                "made, and a folder's tables are of one run. Name another --out."
+            )
+        target = mine.get(stem)
+        if target is not None and not target.is_of(facts) and facts.get("place") != target.facts["place"]:
+            raise CellbenchError(
+                f"{target.image}: {mask} is the mask of another image of this name ({facts.get('place')}, from there). Name another --out, or the "
+                "folder that holds both images."
+            )
+        how = facts.get("cells")
+        if target is None and wanted.cells and how and not replace(wanted, instances=False).agrees(how):
+            raise CellbenchError(
+                f"--out {out}: the cells of {mask.relative_to(out)} were told apart otherwise (neck {how['neck']:g}, from {how['min_area_px']} px), "
+                "and a folder's tables are of one way. Name another --out."
+            )
+
+
 def masks(
     segmenter: Segmenter, targets: Sequence[Target], wanted: Wanted, tell: Callable[[str], None]
 ) -> tuple[dict[Target, CellbenchError], list[tuple[str, Note]]]:
-    """Writes the answers; returns the images that were passed over, with the reason, and notes on how the others were read, by their files.
+    """Writes the answers; returns the images that were skipped, with the reason, and notes on how the others were read, by their files.
 
-    Bad ones are told at once.
+    Bad ones are reported at once.
     """
     bad: dict[Target, CellbenchError] = {}
     notes: list[tuple[str, Note]] = []
@@ -110,7 +178,7 @@ def masks(
                 target = targets[event.number]
                 if isinstance(event, Refused):
                     bad[target] = event.error
-                    tell(f"passed over: {event.error}")
+                    tell(f"skipped: {event.error}")
                     if files is not None:
                         files.__exit__()
                         files = None
@@ -128,7 +196,7 @@ def masks(
                         files.keep()
                     except TooManyCells as error:
                         bad[target] = error
-                        tell(f"passed over: {error}")
+                        tell(f"skipped: {error}")
                         files.__exit__()
                     files = None
         finally:
@@ -137,46 +205,86 @@ def masks(
     return bad, notes
 
 
-def write_coco(targets: Sequence[Target], out: Path, names: tuple[str, ...]) -> Path:
-    """One file for all images, from their outlines."""
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A mask in the folder, of this call or an earlier one, and what it says of itself."""
+
+    stem: Path
+    name: str
+    """Its path below the folder, without ``.png``."""
+    facts: Mapping[str, Any]
+
+    @property
+    def outlined(self) -> bool:
+        return "cells" in self.facts and beside(self.stem, GEOJSON).exists()
+
+    @property
+    def counted(self) -> bool:
+        return "cells" in self.facts and all(beside(self.stem, ending).exists() for ending in (INSTANCES, CELLS))
+
+
+def answers_in(out: Path, but: Collection[Path] = ()) -> list[Answer]:
+    """All masks in a folder, sorted by name, without those ``but`` whose images could not be segmented now."""
+    return [Answer(stem=stem, name=stem.relative_to(out).as_posix(), facts=facts) for stem, facts in made(out).items() if stem not in but]
+
+
+def write_coco(answers: Sequence[Answer], out: Path, names: tuple[str, ...]) -> Path:
+    """One file for all images with outlines, from these. Images are named with their folders below the one given."""
 
     def told() -> Iterator[tuple[str, tuple[int, int], dict]]:
-        for target in targets:
-            tree = json.loads(target.stem.with_name(target.stem.name + ".geojson").read_bytes())
-            yield str(target.image.name), tuple(tree["cellbench"]["size_px"]), tree
+        for answer in answers:
+            tree = json.loads(beside(answer.stem, GEOJSON).read_bytes())
+            name = (Path(answer.name).parent / answer.facts["image"]).as_posix()
+            yield name, tuple(tree["cellbench"]["size_px"]), tree
 
     write_atomic(out / COCO, json.dumps(coco(told(), names)))
     return out / COCO
 
 
-def write_counts(targets: Sequence[Target], out: Path, names: Sequence[str] = (), owners: Sequence[int] = ()) -> Path:
+def write_counts(answers: Sequence[Answer], out: Path, names: Sequence[str] = (), owners: Sequence[int] = ()) -> Path:
     """One line an image whose cells are counted; columns that only some images have are empty for the others."""
-    rows = [counts_of(target, out, names, owners) for target in targets]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    write_atomic(out / COUNTS, as_csv(columns, [[row.get(column, "") for column in columns] for row in rows]))
+    rows = [counts_of(answer, names, owners) for answer in answers]
+    columns = list(dict.fromkeys(column for row in rows for column in row)) or ["image"]
+    write_atomic(out / COUNTS, csv_text(columns, [[row.get(column, "") for column in columns] for row in rows]))
     return out / COUNTS
 
 
-def counts_of(target: Target, out: Path, names: Sequence[str] = (), owners: Sequence[int] = ()) -> dict[str, object]:
-    """An image's line by column: its size, how many cells, their density, the size of a pixel where it is known, where there are several
-    classes how many of each, and how many regions are too small to be cells; from the cells' table. A part of a cell (``owners``) is counted in
-    the cells that hold it."""
-    with target.stem.with_name(target.stem.name + CELLS).open(encoding="utf-8", newline="") as file:
+def counts_of(answer: Answer, names: Sequence[str] = (), owners: Sequence[int] = ()) -> dict[str, object]:
+    """An image's line by column: its size, how many cells, their density, the size of a pixel where it is known, how many regions are too small
+    to be cells, and where there are several classes how many of each; from the cells' table. A part of a cell (``owners``) is counted in the
+    cells that hold it."""
+    with beside(answer.stem, CELLS).open(encoding="utf-8", newline="") as file:
         cells = list(csv.DictReader(file))
-    height, width = images.size(target.stem.with_name(target.stem.name + INSTANCES))
-    side = target.um_per_px
+    height, width = images.size(beside(answer.stem, INSTANCES))
+    side = answer.facts["cells"]["um_per_px"]
     dense = round(density(len(cells), (height, width), side), 3)
     unit = {"cells_per_megapixel": dense} if side is None else {"cells_per_mm2": dense, "um_per_px": float(f"{side:.6g}")}
-    row: dict[str, object] = {"image": str(target.stem.relative_to(out)), "width_px": width, "height_px": height, "cells": len(cells), **unit}
-    row |= {LEFT_OUT: left_out(target)}
+    row: dict[str, object] = {"image": answer.name, "width_px": width, "height_px": height, "cells": len(cells), **unit, LEFT_OUT: left_out(answer)}
     each = class_counts(cells, names, owners, side)
     return row | {f"{name} (class)" if name in row else name: num for name, num in each.items()}
 
 
-def left_out(target: Target) -> int:
+def left_out(answer: Answer) -> int:
     """How many regions of an image's mask are too small to be cells; written down where the cells are numbered."""
-    words = words_of(target.stem.with_name(target.stem.name + INSTANCES))
+    words = words_of(beside(answer.stem, INSTANCES))
     return int(json.loads(words).get(LEFT_OUT, 0)) if words else 0
+
+
+def write_tables(out: Path, bad: Collection[Path], wanted: Wanted, as_coco: bool, names: tuple[str, ...], say: Callable[[str], None]) -> int:
+    """The tables of all that lies in the folder: those asked for, and those of an earlier call, which must not fall behind.
+
+    Returns how many regions are too small to be cells, in all images whose cells are counted.
+    """
+    answers = answers_in(out, bad)
+    outlined, numbered = [one for one in answers if one.outlined], [one for one in answers if one.counted]
+    for asked, place, found, write, what in (
+        (as_coco, COCO, outlined, functools.partial(write_coco, names=names), "the outlines"),
+        (wanted.instances, COUNTS, numbered, functools.partial(write_counts, names=names, owners=wanted.separation.owners), "the cells"),
+    ):
+        if (asked and found) or (out / place).exists():
+            more = f"; {len(answers) - len(found)} other masks there have none" if len(found) < len(answers) else ""
+            say(f"{write(found, out)}: {what} of all {len(found)} images in the folder, told apart by {wanted.separation.words}{more}.")
+    return sum(map(left_out, numbered)) if wanted.instances else 0
 
 
 def too_large(target: Target) -> CellbenchError | None:
@@ -187,7 +295,9 @@ def too_large(target: Target) -> CellbenchError | None:
         return None
     if height * width <= MOST_PX:
         return None
-    return CellbenchError(f"{target.image}: {width} x {height} px, where --instances takes {MOST_PX // 10**6} megapixels. Cut it, or leave that out.")
+    return CellbenchError(
+        f"{target.image}: {width} x {height} px, where --instances, --geojson and --coco take {MOST_PX // 10**6} megapixels. Cut it, or leave them out."
+    )
 
 
 def predict(
@@ -209,7 +319,7 @@ def predict(
     precision: str = "auto",
     say: Callable[[str], None] = print,
 ) -> int:
-    """``cellbench predict``. Exit code 0, or 1 where an image was passed over or a file of a folder left out."""
+    """``cellbench predict``. Exit code 0, or 1 where an image was skipped or a file of a folder left out."""
     if um_per_px is not None and not (instances and 0 < um_per_px < 1000):
         raise CellbenchError(f"--um-per-px {um_per_px:g}: the side of a pixel in um, above 0, for the tables that --instances writes. Give both.")
     if min_cell_px is not None and min_cell_px < 1:
@@ -224,40 +334,37 @@ def predict(
             say(line)
     for line in segmenter.trained.origin:
         say(line)
-    targets = targets_of(segmenter, found, sizes, um_per_px, min_cell_px)
+    targets = targets_of(segmenter, found, out, sizes, um_per_px)
     how = segmenter.trained.separation
     how = how if min_cell_px is None else replace(how, min_area_px=min_cell_px)
-    wanted = Wanted(probability=probability, overlay=overlay, geojson=geojson or as_coco, separation=how)
-    if instances:
-        wanted = replace(wanted, instances=True)
+    wanted = Wanted(probability=probability, overlay=overlay, geojson=geojson or as_coco, instances=instances, separation=how)
     swept(make_folder(out))
+    refuse_mixture(targets, maker_of(segmenter), wanted, out)
     todo = [target for target in targets if not target.done(of_one(wanted, target))]
     before = f", {len(targets) - len(todo)} are done already" if len(todo) < len(targets) else ""
     say(f"{segmenter.trained.name}: {len(todo)} images on {segmenter.machine.name}{before}.")
-    for line in sizes_told(sizes, len(targets), um_per_px, instances):
+    for line in (*sizes_told(sizes, len(targets), um_per_px, instances), *unlike_learned(sizes, segmenter.trained, um_per_px)):
         say(line)
-    for line in unlike_learned(sizes, segmenter.trained, um_per_px):
-        say(line)
+
+    def warn(line: str) -> None:
+        tqdm.write(printable(line), file=sys.stderr)
+
     for reason, paths in by_reason(left).items():
-        tqdm.write(f"left out, {reason}: {some(paths)}", file=sys.stderr)
-    large = {target: error for target in todo if instances and (error := too_large(target)) is not None}
-    for error in large.values():
-        tqdm.write(f"passed over: {error}", file=sys.stderr)
-    todo = [target for target in todo if target not in large]
-    passed, notes = masks(segmenter, todo, wanted, lambda text: tqdm.write(text, file=sys.stderr))
-    bad = large | passed
-    for line in lines_of(notes):
-        tqdm.write(line, file=sys.stderr)
-    good = [target for target in targets if target not in bad]
-    if as_coco and good:
-        say(f"{write_coco(good, out, segmenter.names)}: the outlines of {len(good)} images.")
-    if instances and good:
-        say(f"{write_counts(good, out, segmenter.names, how.owners)}: the cells of {len(good)} images, told apart by {how.words}.")
-    small = sum(map(left_out, good)) if instances else 0
+        warn(f"left out, {reason}: {some(paths)}")
+    bad = {target: error for target in todo if wanted.cells and (error := too_large(target)) is not None}
+    for error in bad.values():
+        warn(f"skipped: {error}")
+    todo = [target for target in todo if target not in bad]
+    small = 0
+    try:
+        skipped, notes = masks(segmenter, todo, wanted, warn)
+        bad |= skipped
+        for line in lines_of(notes):
+            warn(line)
+    finally:  # also where a person stops it: what is in the folder by then is in its tables
+        small = write_tables(out, {target.stem for target in bad}, wanted, as_coco, segmenter.names, say)
     lost = [f"{len(bad)} images were skipped"] if bad else []
     lost += [f"{len(left)} files of the folders were left out ({counted(left)})"] if left else []
     few = [f"{small:,} regions below {how.min_area_px} px are not counted as cells (--min-cell-px sets the limit)"] if small else []
-    say("; ".join([f"{out}: {len(good)} masks", *few, *lost]) + ".")
+    say("; ".join([f"{out}: {len(targets) - len(bad)} masks", *few, *lost]) + ".")
     return 1 if lost else 0
-
-

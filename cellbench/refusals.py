@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cellbench.errors import CellbenchError, one_line, unlocked
-from cellbench.outbox import EVERY_S, PATIENCE_S, Away, Letter, left, outbox, say
+from cellbench.outbox import EVERY_S, PATIENCE_S, Absent, Away, Letter, Rejected, left, outbox, say
 
 TELLS = {"log_batch", "set_tag", "set_terminated", "log_artifacts"}
 """Calls that need no answer, and do no harm when they come twice."""
@@ -85,7 +85,9 @@ class Client:
             try:
                 self._call(name, arguments, named)
                 return
-            except Away:
+            except Rejected:
+                raise
+            except (Away, CellbenchError):  # the latter for now only: a log-in that has expired, say
                 pass
         if name == "set_terminated":
             named = {**named, "end_time": int(time.time() * 1000)}
@@ -99,25 +101,49 @@ class Client:
         self._call(letter["call"], arguments, {key: _lively(value, entities) for key, value in letter["named"].items()})
 
     def _call(self, name: str, arguments: Any, named: Any) -> Any:
-        """Raises Away, or CellbenchError."""
+        """Raises Away, Absent, Rejected, or CellbenchError for any other trouble."""
         try:
             return getattr(self._client, name)(*arguments, **named)
         except (self._mlflow.exceptions.MlflowException, OSError) as error:
             if is_away(error):
                 raise Away(one_line(error)) from error
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and _status(error) is None:
                 raise
             raise refused(error, self._uri) from error
 
 
 def is_away(error: Exception) -> bool:
-    """Whether a server may take the same call later: it does not answer, is starting, or has lost its database for now."""
-    status = getattr(getattr(error, "response", None), "status_code", None)  # of requests, for artifacts
-    if status is not None:
-        return status in (500, 502, 503, 504)
-    if getattr(error, "error_code", "") == "TEMPORARILY_UNAVAILABLE":
+    """Whether a server may take the same call later: it does not answer, is starting, has too much to do, or has lost its database for now."""
+    if (status := _status(error)) is not None:
+        return status in (429, 500, 502, 503, 504)
+    if type(error).__module__.partition(".")[0] in ("requests", "urllib3"):  # no answer at all
         return True
-    return bool(re.search(r"API request to \S+ failed with (timeout )?exception|failed with error code 50[0234]", str(error)))
+    if getattr(error, "error_code", "") in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):
+        return True
+    # The last two are those of a file, in the words of requests, which MLflow collects into one error of its own.
+    signs = (
+        r"API request to \S+ failed with (timeout )?exception",
+        r"failed with error code (50[0234]|429)",
+        r"\b(50[0234] Server|429 Client) Error",
+        r"HTTPS?ConnectionPool\(|Connection aborted|RemoteDisconnected|Read timed out",
+    )
+    return bool(re.search("|".join(signs), str(error)))
+
+
+def _status(error: Exception) -> int | None:
+    """The status with which a server answered, of an error of requests."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+_REJECTED = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST", "MALFORMED_REQUEST"}
+"""What MLflow calls errors that are the caller's."""
+
+
+def _kind(error: Exception) -> type[CellbenchError]:
+    code, status = getattr(error, "error_code", ""), _status(error)
+    if code == "RESOURCE_DOES_NOT_EXIST" or status == 404:
+        return Absent
+    return Rejected if code in _REJECTED or status == 400 else CellbenchError
 
 
 _FIELDS = {"Metric": ("key", "value", "timestamp", "step"), "Param": ("key", "value"), "RunTag": ("key", "value")}
@@ -150,7 +176,7 @@ def refused(error: Exception, uri: str) -> CellbenchError:
     for sign, words in _REFUSALS.items():
         if sign in text:
             return CellbenchError(f"MLflow's store {uri}: {words} What is logged already is kept; the same command goes on.")
-    return CellbenchError(f"MLflow at {uri}: {text[:300]}. Mend it, or name another MLFLOW_TRACKING_URI.")
+    return _kind(error)(f"MLflow at {uri}: {text[:300]}. Mend it, or name another MLFLOW_TRACKING_URI.")
 
 
 _REFUSALS = {

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 
 from cellbench import imports, source_code
 from cellbench.errors import CellbenchError, unknown
+from cellbench.files import nfc
 from cellbench.spec import Record, RunSpec, Scalar, checked
 
 
@@ -255,6 +256,8 @@ class Registry:
     def _read(self, kind: str, name: str) -> Any:
         for folder in self._folders:
             path = folder / kind / f"{name}.toml"
+            if not name.isascii() and not path.is_file():
+                path = next((one for one in (folder / kind).glob("*.toml") if nfc(one.stem) == nfc(name)), path)
             if "/" not in name and path.is_file():
                 return read_card(path, KINDS[kind])
         raise unknown(kind.removesuffix("s"), name, self.names(kind))

@@ -7,13 +7,10 @@ runs of older versions have shorter reports.
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import importlib.metadata
-import io
 import json
 import platform
-import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -23,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from cellbench import entries, leaderboard, moved, views
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, one_line
+from cellbench.escaping import csv_text
 from cellbench.evidence import Evidence, collect
-from cellbench.files import make_folder, told
+from cellbench.files import file_name, make_folder, told
 from cellbench.lineup import TestSet
 from cellbench.logged import NOTE, Stored, stored_of
 from cellbench.refusals import command
@@ -91,9 +89,7 @@ def write(report: Report, folder: Path) -> Path:
     make_folder(folder / "figures")
     with told(f"writing the report to {folder}"):
         for name, (headings, lines) in report.tables.items():
-            out = io.StringIO()
-            csv.writer(out, lineterminator="\n").writerows([headings, *lines])
-            (folder / f"{name}.csv").write_text(out.getvalue(), encoding="utf-8")
+            (folder / f"{name}.csv").write_text(csv_text(headings, lines), encoding="utf-8")
             (folder / f"{name}.md").write_text(leaderboard.markdown(headings, lines) + "\n", encoding="utf-8")
             (folder / f"{name}.tex").write_text(latex(headings, lines), encoding="utf-8")
         for name, data in report.pictures.items():
@@ -137,10 +133,7 @@ def latex(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def place(name: str) -> Path:
     """Where a report goes when nobody says: ``reports/<experiment>``, for names with slashes or emoji too."""
-    slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80]
-    if not slug:
-        slug = "experiment"
-    return Path("reports") / slug
+    return Path("reports") / file_name(name)
 
 
 def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> int:

@@ -19,6 +19,7 @@ from cellbench import imports, load, views
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
+from cellbench.escaping import markdown
 from cellbench.exam import Exam
 from cellbench.learner import Learner
 from cellbench.logged import NOTE, TABLES
@@ -246,7 +247,8 @@ def note(name: str, values: dict[str, float], worst: str = "") -> str:
         lines.append(["costs were measured", load.words(max(loads))])
     parts = [
         # The UI shows five lines of a note before it asks for more: the answer comes first.
-        f"**{name}**: test Dice **{score(values, 'test/dice')}** over all pixels, {score(values, 'test_image/dice')}{interval} in the mean of the images.",
+        f"**{markdown(name)}**: test Dice **{score(values, 'test/dice')}** over all pixels, {score(values, 'test_image/dice')}{interval} in the "
+        "mean of the images.",
         views.columns(("what", "score"), lines),
         f"*Artifacts*: `{TABLE}` (each image, worst first), `figures/`, weights, and `config.toml`, which repeats this run.",
     ]

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from cellbench import imports
 from cellbench.errors import CellbenchError
+from cellbench.escaping import printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.verb(arguments)
     except CellbenchError as error:
-        print(f"cellbench: {error}", file=sys.stderr)
+        print(printable(f"cellbench: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cellbench: stopped. What is finished is kept; the same command goes on from here.", file=sys.stderr)
@@ -83,9 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the masks go, as NAME.png")
     predict.add_argument("--probability", action="store_true", help="also NAME.probability.png, 0..255")
     predict.add_argument("--overlay", action="store_true", help="also NAME.overlay.png: the image with outlines")
-    predict.add_argument("--geojson", action="store_true", help="also NAME.geojson: outlines for QuPath")
-    predict.add_argument("--coco", action="store_true", help="also coco.json: the outlines of all images")
-    predict.add_argument("--instances", action="store_true", help="also NAME.instances.png and NAME.cells.csv: single cells; counts.csv for all")
+    predict.add_argument("--geojson", action="store_true", help="also NAME.geojson: outlines of single cells for QuPath")
+    predict.add_argument("--coco", action="store_true", help="also coco.json: the outlines of single cells of all images in DIR")
+    predict.add_argument("--instances", action="store_true", help="also NAME.instances.png and NAME.cells.csv: single cells; counts.csv for all in DIR")
     predict.add_argument("--min-cell-px", type=int, metavar="N", help="least area of a cell in px (default: the training data's)")
     predict.add_argument("--um-per-px", type=float, metavar="X", help="with --instances: the side of a pixel in all images (default: what each file states)")
     predict.add_argument("--range", metavar="BLACK,WHITE", help="of images of more than 8 bits, like 0,4095 (default: that of the images learned from)")
@@ -203,7 +204,7 @@ def _about_a_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
 
 
-_PREDICT = "The same command again goes on where it stopped. What cannot be read is named, and the exit code is then 1."
+_PREDICT = "The same command again goes on where it stopped. What cannot be read is skipped and named, and the exit code is then 1."
 
 
 def _predict(arguments: argparse.Namespace) -> int:

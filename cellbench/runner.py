@@ -23,10 +23,10 @@ from cellbench.backbones.catalog import open_backbone, weights_digest
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
-from cellbench.errors import WeightsUnavailable, one_line
+from cellbench.errors import WeightsUnavailable, one_line, quoted
 from cellbench.estimate import Speed, latencies_ms, reset, speeds
 from cellbench.exam import Exams
-from cellbench.features import Features, Keeping
+from cellbench.features import Features, Keeping, unfinite
 from cellbench.framing import Framing
 from cellbench.infer import score
 from cellbench.jobs import Job, identity
@@ -165,7 +165,9 @@ class Runner:
             try:
                 self._within_memory(opened, title, out)
             except WeightsUnavailable as error:
-                self._fail([run for _, run in opened], jobs, one_line(error), out)
+                self._skip(opened, one_line(error), out)
+                more = f"{len(jobs)} runs ({jobs[0].name}, …)" if len(jobs) > 1 else jobs[0].name
+                self.say(f"skipped {more}: {one_line(error)}")
         give_back()
         out.num_new += len(opened)
 
@@ -226,6 +228,12 @@ class Runner:
                 out.failed[job.name] = reason
                 self.say(f"failed {job.name}: {reason}")
 
+    def _skip(self, opened: list[tuple[Job, Run]], reason: str, out: Outcome) -> None:
+        for job, run in opened:
+            if not run.ended:
+                run.end("skipped", reason)
+                out.skipped[job.name] = reason
+
     def _untrained(self, opened: list[tuple[Job, Run]], out: Outcome) -> None:
         for job, run in opened:
             card = self.registry.baseline(job.run.baseline or "")
@@ -265,9 +273,7 @@ class Runner:
                 self.say(f"{job.name} goes on after epoch {learner.epoch}{', from a checkpoint of the same run in another store' if foreign else ''}.")
             learners.append(learner)
         if reason := frames_too_large([job.run for job in jobs], [learner.model for learner in learners], features):
-            for job, run in opened:
-                run.end("skipped", reason)
-                out.skipped[job.name] = reason
+            self._skip(opened, reason, out)
             self.say(f"{title}: skipped: {reason}")
             return
         what = f"{first.backbone or first.baseline}, {len(jobs)} run{'s' if len(jobs) > 1 else ''}"
@@ -291,8 +297,9 @@ class Runner:
     def _ended(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
         """``load``: of the machine while they learned, as a metric."""
         lost = [k for k, learner in enumerate(learners) if learner.ended.startswith("failed")]
+        cause = unfinite(features) if lost else ""  # every run of the cohort reads these, and no learning rate mends them
         for k in lost:
-            self._fail([opened[k][1]], [opened[k][0]], learners[k].ended.removeprefix("failed: "), out)
+            self._fail([opened[k][1]], [opened[k][0]], cause or learners[k].ended.removeprefix("failed: "), out)
         live = [k for k in range(len(learners)) if k not in lost]
         if not live:
             return
@@ -347,13 +354,20 @@ class Runner:
         parted = tuned(models, features, self.dataset)
         costs, tested = self._costs(learners, features, load), Load()
         reset(features.trunk, models)
+        bad: dict[int, str] = {}
         bar = tqdm(score(models, features, "test"), total=len(self.dataset.test), desc=f"{title}: test", unit="image", leave=False)
         with Exams(self.dataset, len(learners), parted) as exams:
             for image, found, answers in bar:
                 exams.take(image, self._pixels["test"][image][1], found, [(a.classes, a.cell, a.relief) for a in answers])
+                for k, answer in enumerate(answers):
+                    if not answer.finite:
+                        bad.setdefault(k, f"its scores for the test image {quoted(self.dataset.test[image].name)} are not finite (NaN or infinite)")
         each = speeds(models, features)
         now = _load_metric("cost/test_other_load_pct", tested)
         for place, ((job, run), learner, speed) in enumerate(zip(opened, learners, each, strict=True)):
+            if place in bad:
+                self._fail([run], [job], bad[place], out)
+                continue
             cost = costs[place] | now
             cost |= {"cost/images_per_s": self.machine.lanes / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s * self.machine.cores_of_one}
             result = Result(exam=exams.exams[place], cost=cost, learner=learner, preparation=features.preparation)

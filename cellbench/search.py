@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -213,7 +214,7 @@ def read_space(file: str, changes: Sequence[str], data: Path | None, limit: int 
     asked = read_tree(file, changes, limit)
     path, tree = asked.path, asked.tree
     if "space" not in tree:
-        raise CellbenchError(f"{path}: has no [space] in which to search. `cellbench grid {file}` runs it as it is.")
+        raise CellbenchError(f"{path}: has no [space] in which to search. `cellbench grid {shlex.quote(str(file))}` runs it as it is.")
     space = Space.of(tree, str(path), registry)
     if data is not None and registry.dataset(space.dataset).draw:
         asked = asked.on(data)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cellbench.backbones.base import Backbone
 from cellbench.backbones.catalog import open_backbone, weights_digest
+from cellbench.backbones.checkpoint import check_types, check_values
 from cellbench.data.intensity import Note
 from cellbench.data.sources import Source, Whole, open_source
 from cellbench.errors import CellbenchError, one_line
@@ -95,7 +96,7 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """An image that could not be read, or not to its end."""
+    """An image that could not be read, or not to its end, or whose scores are not finite."""
 
     number: int
     error: CellbenchError
@@ -116,6 +117,10 @@ class Segmenter:
         self.model = None
         if self._function is None:
             self.model = model(run, registry, self.trunk, len(trained.classes))
+            built = {name: x.clone() for name, x in self.model.state_dict().items()}
+            where, remedy = f"'{trained.name}': its head.safetensors", "It is damaged: put a sound copy there, export it again, or run it again."
+            check_types(trained.weights, built, where, remedy)
+            check_values(trained.weights, dict(self.model.named_parameters()).keys(), where, remedy, built=built)
             try:
                 self.model.load_state_dict(dict(trained.weights))
             except RuntimeError as error:
@@ -274,7 +279,7 @@ class _Sheet:
     """One image's answer, growing band by band as its tiles come."""
 
     def __init__(self, number: int, segmenter: Segmenter, image: Image) -> None:
-        self.number, self._segmenter = number, segmenter
+        self.number, self._image, self._segmenter, self._finite = number, image, segmenter, True
         self.error: CellbenchError | None = None
         try:
             self.source = Whole(checked(image)) if isinstance(image, np.ndarray) else open_source(image, segmenter.trained.preparation.reading)
@@ -321,7 +326,12 @@ class _Sheet:
             self._stitcher = Stitcher(self.grid, found_BKTT.shape[1], found_BKTT.device)
         for top, band_KHW in self._stitcher.add(found_BKTT):
             last = top + band_KHW.shape[1] == self.grid.height_px
-            if framing.exact:
+            self._finite &= bool(torch.isfinite(band_KHW).all())
+            if not self._finite:
+                self._bands = []
+                if last:  # not before: its other tiles may still be read at this moment
+                    yield Refused(number=self.number, error=self._unfinite())
+            elif framing.exact:
                 yield self._band(top, band_KHW, last)
             else:
                 self._bands.append(band_KHW)  # the whole framed image is needed: a band alone would be resized without its neighbours
@@ -329,6 +339,11 @@ class _Sheet:
                     yield self._band(0, framing.back(torch.cat(self._bands, 1), self.size_px), last)
             if last:
                 self._close()
+
+    def _unfinite(self) -> CellbenchError:
+        what = self._image if isinstance(self._image, str | os.PathLike) else "an image"
+        hint = " Try --precision fp32." if self._segmenter.machine.precision != torch.float32 else ""
+        return CellbenchError(f"{what}: the scores of '{self._segmenter.trained.name}' are not finite (NaN or infinite), so they are no answer.{hint}")
 
     def _band(self, top: int, band_KHW: Tensor, last: bool) -> Band:
         num = len(self._segmenter.names) - 1

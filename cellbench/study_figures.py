@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -14,6 +12,7 @@ from matplotlib.category import StrCategoryFormatter
 from matplotlib.ticker import NullFormatter
 from optuna.visualization import matplotlib as draw
 
+from cellbench.escaping import csv_text
 from cellbench.figures import STYLE, png
 from cellbench.space import Space
 from cellbench.study import Study, Told
@@ -77,7 +76,8 @@ def _curves(axes: Any, name: str) -> Any:
 
 
 def _drawn(make: Callable[[], Any], size_inches: tuple[float, float], layout: Literal["none", "constrained"] = "none") -> bytes:
-    with plt.rc_context(STYLE), warnings.catch_warnings():  # Optuna changes the style for everybody
+    # Optuna's axes have powers of ten in TeX's words, and no name of anybody's files.
+    with plt.rc_context({**STYLE, "text.parse_math": True}), warnings.catch_warnings():  # Optuna changes the style for everybody
         warnings.simplefilter("ignore")
         made = make()
         figure = (made.flat[0] if hasattr(made, "flat") else made).figure
@@ -88,12 +88,10 @@ def _drawn(make: Callable[[], Any], size_inches: tuple[float, float], layout: Li
 
 def table(told: Sequence[Told], space: Space) -> str:
     """All trials as CSV."""
-    out = io.StringIO()
     names = [one.name for one in space.dimensions]
     metrics = sorted({name for t in told for name in t.metrics})
-    writer = csv.writer(out)
-    writer.writerow(["trial", "state", *names, *metrics, "seconds", "mlflow_run", "reason"])
+    rows: list[list[object]] = []
     for t in told:
         row = [t.point.get(name, "") for name in names] + [t.metrics.get(name, "") for name in metrics]
-        writer.writerow([t.number, t.state, *row, round(t.seconds, 1), t.run_id, t.reason])
-    return out.getvalue()
+        rows.append([t.number, t.state, *row, round(t.seconds, 1), t.run_id, t.reason])
+    return csv_text(["trial", "state", *names, *metrics, "seconds", "mlflow_run", "reason"], rows)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from cellbench.escaping import markdown
 from cellbench.logged import LIMIT, VIEW
 
 TAG = f"mlflow.sharedViewState.{VIEW}"
@@ -67,5 +68,5 @@ def _id(section: str) -> str:
 
 def columns(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table for MLflow's notes, where cells have no room around them: a wide space that its parser does not strip gives them some."""
-    out = ["| " + " | ".join(f"{heading}&emsp;" for heading in headings) + " |", "|:---" * len(headings) + "|"]
-    return "\n".join(out + ["| " + " | ".join(cell.replace("|", "\\|") + "&emsp;" for cell in line) + " |" for line in lines])
+    out = ["| " + " | ".join(f"{markdown(heading)}&emsp;" for heading in headings) + " |", "|:---" * len(headings) + "|"]
+    return "\n".join(out + ["| " + " | ".join(f"{markdown(cell)}&emsp;" for cell in line) + " |" for line in lines])

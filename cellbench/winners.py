@@ -13,6 +13,7 @@ from cellbench import leaderboard, moved
 from cellbench.data.prepare import Preparation
 from cellbench.errors import CellbenchError, unknown
 from cellbench.evidence import collect
+from cellbench.files import nfc
 from cellbench.framing import Framing
 from cellbench.lineup import limit_words, words_of
 from cellbench.logged import LIMIT, WEIGHTS, Stored
@@ -54,7 +55,7 @@ def find(asked: str) -> tuple[Tracker, Stored, str]:
         for run in tracker.stored():
             if run.fingerprint and not run.is_parent:
                 names.add(run.name)
-                if run.name == asked:
+                if nfc(run.name) == nfc(asked):
                     found.append((run.status == "finished", LIMIT not in run.tags, run.start_s, tracker, run))
     if not found:
         raise unknown("run", asked, sorted(names)[:12])

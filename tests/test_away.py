@@ -6,6 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,7 @@ from server import Server
 from cellbench.errors import CellbenchError
 from cellbench.refusals import Client, is_away
 from cellbench.run import main
-from cellbench.track import Tracker
+from cellbench.track import Tracker, experiment_of
 
 FEW = ["--set", "grid.seed=[0]", "--set", 'grid.backbone=["vit-tiny-random"]', "--set", "baselines=[]"]
 
@@ -75,7 +78,7 @@ def test_what_a_killed_process_could_not_send_is_sent_by_the_next_one(tmp_path, 
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
     code = """
 import os, pathlib, sys
-from cellbench.track import Tracker
+from cellbench.track import Tracker, experiment_of
 pathlib.Path("files/figures").mkdir(parents=True)
 pathlib.Path("files/figures/a.txt").write_text("seen")
 with Tracker("small").run("one", "f1") as run:
@@ -136,6 +139,10 @@ def _mlflow(uri: str, calls: object) -> SimpleNamespace:
         ("API request to http://x/api failed with timeout exception timed out. To increase the timeout", "INTERNAL_ERROR", True),
         ("API request to endpoint /api failed with error code 503 != 200. Response body: 'starting'", "INTERNAL_ERROR", True),
         ("(psycopg.OperationalError) the database system is shutting down", "TEMPORARILY_UNAVAILABLE", True),
+        ("API request to endpoint /api failed with error code 429 != 200. Response body: ''", "INTERNAL_ERROR", True),
+        ("failures occurred while downloading: 503 Server Error: SERVICE UNAVAILABLE for url: http://x", "INTERNAL_ERROR", True),
+        ("failures occurred while downloading: HTTPConnectionPool(host='x', port=1): Max retries exceeded", "INTERNAL_ERROR", True),
+        ("failures occurred while downloading: 404 Client Error: NOT FOUND for url: http://x", "INTERNAL_ERROR", False),
         ("Run 'a' not found", "RESOURCE_DOES_NOT_EXIST", False),
         ("API request to endpoint /api failed with error code 403 != 200. Response body: 'no'", "PERMISSION_DENIED", False),
     ],
@@ -143,3 +150,95 @@ def _mlflow(uri: str, calls: object) -> SimpleNamespace:
 def test_what_may_be_sent_later_is_told_from_what_is_refused(text, code, away):
     code = getattr(mlflow.protos.databricks_pb2, code)
     assert is_away(mlflow.exceptions.MlflowException(text, error_code=code)) == away
+
+
+class _Proxy:
+    """Before a server: answers with ``status`` instead where it is set and the path holds ``on``; with 0 it ends the connection."""
+
+    def __init__(self, server: Server) -> None:
+        proxy, self.status, self.on = self, None, "mlflow-artifacts"
+
+        class Handler(BaseHTTPRequestHandler):
+            def _pass(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if proxy.status == 0 and proxy.on in self.path:
+                    self.close_connection = True
+                    return
+                if proxy.status is not None and proxy.on in self.path:
+                    code, data = proxy.status, b"no"
+                else:
+                    headers = {name: self.headers[name] for name in ("Content-Type", "Host") if name in self.headers}
+                    asked = urllib.request.Request(server.address + self.path, body or None, headers, method=self.command)
+                    try:
+                        with urllib.request.urlopen(asked, timeout=60) as answer:
+                            code, data = answer.status, answer.read()
+                    except urllib.error.HTTPError as error:
+                        code, data = error.code, error.read()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = do_PUT = do_PATCH = _pass  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def proxy(server, monkeypatch):
+    one = _Proxy(server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", one.address)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("cellbench.refusals.PATIENCE_S", 0.2)
+    monkeypatch.setattr("cellbench.outbox.EVERY_S", 0.05)
+    monkeypatch.setattr("cellbench.refusals.EVERY_S", 0.05)
+    yield one
+    one.stop()
+
+
+def test_trouble_of_a_server_is_never_taken_for_lost_data(proxy, tmp_path):
+    tracker = Tracker("trouble")
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / "head.safetensors").write_bytes(b"weights")
+    with tracker.run("one", "f2") as run:
+        run.artifacts(tmp_path / "left")
+    (stored,) = tracker.stored()
+    assert tracker.artifact(stored, "head.safetensors") == b"weights"
+    assert tracker.artifact(stored, "preparation.json") is None  # it really has none
+    for status in (0, 401, 429, 503):
+        proxy.status, proxy.on = status, "mlflow-artifacts"
+        for name in ("head.safetensors", "preparation.json"):
+            with pytest.raises(CellbenchError, match="MLflow at"):
+                tracker.artifact(stored, name)
+        proxy.on = f"{stored.run_id}/artifacts/head"  # it lists the file and does not send it
+        with pytest.raises(CellbenchError, match="MLflow at"):
+            tracker.artifact(stored, "head.safetensors")
+        proxy.on = "runs/get"
+        with pytest.raises(CellbenchError, match="MLflow at"):
+            experiment_of(stored.run_id)
+    proxy.status = None
+    assert experiment_of(stored.run_id) == "trouble"
+    assert experiment_of("0" * 32) is None
+
+
+def test_what_is_told_while_nobody_is_let_in_is_sent_later(proxy, tmp_path, monkeypatch):
+    monkeypatch.setattr("cellbench.refusals.PATIENCE_S", 20.0)
+    tracker = Tracker("barred")
+    with tracker.run("one", "f3") as run:
+        proxy.status, proxy.on = 401, "runs/log-batch"
+        run.log({"val/dice": 0.25})
+        proxy.status = None
+    tracker.settle()
+    (stored,) = tracker.stored()
+    assert stored.metrics["val/dice"] == 0.25
+    assert stored.status == "finished"

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -277,7 +278,7 @@ def test_a_scale_without_cells_and_an_image_too_large_for_them_are_refused(there
     assert "--instances" in capsys.readouterr().err
     monkeypatch.setattr("cellbench.predict.MOST_PX", 10)
     assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out", "--instances") == 1
-    assert "passed over" in capsys.readouterr().err
+    assert "skipped" in capsys.readouterr().err
 
 
 def test_outlines_are_of_the_cells_that_are_counted(there: Path, tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def test_outlines_are_of_the_cells_that_are_counted(there: Path, tmp_path: Path)
     table = {int(row["cell"]): float(row["area_px"]) for row in csv.DictReader((out / "t0.cells.csv").open())}
     told = [one["properties"] for one in json.loads((out / "t0.geojson").read_text())["features"]]
     shapes = {int(one["name"]): one["measurements"]["Area px^2"] for one in told}
-    assert shapes == {cell: area for cell, area in table.items() if area >= 16}
+    assert shapes == table
     assert len(json.loads((out / "coco.json").read_text())["annotations"]) == len(shapes)
     ids = np.array(Image.open(out / "t0.instances.png")).astype(int)
     drawn = (np.array(Image.open(out / "t0.overlay.png")) != np.array(Image.open("smears/test/original/t0.png"))).any(axis=2)
@@ -334,3 +335,103 @@ def test_what_is_too_small_to_be_a_cell_is_counted_in_the_table_and_the_last_lin
         last = capsys.readouterr().out.splitlines()[-1]
         assert (f"{small} regions below {limit} px are not counted as cells" in last) == (small > 0)
     assert predict("otsu · seed 0", tmp_path / "plain.png", "--out", tmp_path / "no", "--min-cell-px", 0) == 2
+
+
+# --- one folder, several calls
+
+
+def _days(folder: Path) -> None:
+    for seed, name in enumerate(("monday/m1.png", "monday/m2.png", "tuesday/t1.png")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(discs(seed)[0]).save(folder / name)
+
+
+def _told(out: Path) -> tuple[list[str], list[str]]:
+    """The images of counts.csv and of coco.json."""
+    with (out / "counts.csv").open(newline="") as file:
+        counted = [row["image"] for row in csv.DictReader(file)]
+    return counted, [one["file_name"] for one in json.loads((out / "coco.json").read_text())["images"]]
+
+
+def test_the_tables_hold_all_that_the_run_left_in_the_folder(there: Path, tmp_path: Path, capsys) -> None:
+    _days(tmp_path)
+    out = tmp_path / "out"
+    assert predict(MODEL, tmp_path / "monday", "--out", out, "--instances", "--coco") == 0
+    first = (out / "counts.csv").read_text().splitlines()
+    assert predict(MODEL, tmp_path / "tuesday", "--out", out, "--instances", "--coco") == 0
+    assert _told(out) == (["m1", "m2", "t1"], ["m1.png", "m2.png", "t1.png"])
+    assert (out / "counts.csv").read_text().splitlines()[:3] == first
+    told = json.loads((out / "coco.json").read_text())
+    ids = [one["id"] for one in told["annotations"]]
+    assert ids == list(range(1, len(ids) + 1))
+    with (out / "counts.csv").open(newline="") as file:
+        cells = {row["image"]: int(row["cells"]) for row in csv.DictReader(file)}
+    names = {one["id"]: one["file_name"].removesuffix(".png") for one in told["images"]}
+    assert {name: sum(one["image_id"] == k for one in told["annotations"]) for k, name in names.items()} == cells
+    capsys.readouterr()
+    (tmp_path / "monday" / "m3.png").write_bytes((tmp_path / "monday" / "m1.png").read_bytes())
+    assert predict(MODEL, tmp_path / "monday", "--out", out) == 0  # plain: the tables that are there say who is not in them
+    assert "1 other masks there have none" in capsys.readouterr().out
+    assert _told(out)[0] == ["m1", "m2", "t1"]
+
+
+def test_each_image_keeps_its_unit(there: Path, tmp_path: Path) -> None:
+    _days(tmp_path)
+    out = tmp_path / "out"
+    assert predict(MODEL, tmp_path / "monday", "--out", out, "--instances", "--um-per-px", 0.5) == 0
+    assert predict(MODEL, tmp_path / "tuesday", "--out", out, "--instances") == 0
+    with (out / "counts.csv").open(newline="") as file:
+        rows = {row["image"]: row for row in csv.DictReader(file)}
+    assert float(rows["m1"]["cells_per_mm2"]) == pytest.approx(int(rows["m1"]["cells"]) / (120 * 160 * 0.25e-6), abs=1e-3)
+    assert rows["m1"]["cells_per_megapixel"] == ""
+    assert float(rows["t1"]["cells_per_megapixel"]) == pytest.approx(int(rows["t1"]["cells"]) / 0.0192, abs=1e-3)
+
+
+def test_a_folder_is_one_runs_and_a_name_one_images(there: Path, tmp_path: Path, capsys) -> None:
+    _days(tmp_path)
+    out = tmp_path / "out"
+    assert predict(MODEL, tmp_path / "monday", "--out", out, "--instances") == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "wednesday").mkdir()
+    Image.fromarray(discs(9)[0]).save(tmp_path / "wednesday" / "m1.png")
+    assert predict(MODEL, tmp_path / "wednesday", "--out", out, "--instances") == 2
+    assert "is the mask of another image of this name" in capsys.readouterr().err
+    assert predict("otsu · seed 0", tmp_path / "tuesday", "--out", out, "--instances") == 2
+    assert "that another run" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_changed_image_leaves_no_table_of_the_old_one(there: Path, tmp_path: Path) -> None:
+    _days(tmp_path)
+    out = tmp_path / "out"
+    assert predict(MODEL, tmp_path / "monday", "--out", out, "--instances", "--geojson", "--probability") == 0
+    Image.fromarray(discs(12)[0]).save(tmp_path / "monday" / "m1.png")
+    assert predict(MODEL, tmp_path / "monday", "--out", out) == 0
+    assert {path.name for path in out.glob("m1*")} == {"m1.png"}
+    assert len(list(out.glob("m2*"))) == 5
+    assert [row["image"] for row in csv.DictReader((out / "counts.csv").open())] == ["m2"]
+
+
+def test_outlines_are_of_single_cells_without_their_numbers_too(there: Path, tmp_path: Path) -> None:
+    for out, more in (("plain", ()), ("numbered", ("--instances",))):
+        assert predict(MODEL, "smears/test/original/t0.png", "--out", tmp_path / out, "--geojson", "--coco", *more) == 0
+    assert (tmp_path / "plain" / "t0.geojson").read_bytes() == (tmp_path / "numbered" / "t0.geojson").read_bytes()
+    assert (tmp_path / "plain" / "coco.json").read_bytes() == (tmp_path / "numbered" / "coco.json").read_bytes()
+
+
+TWINS = ["a.png", "A.png", "caf\u00e9.png", "cafe\u0301.png", "b.tif", "b.png", "c.png", "c.probability.png", "c.overlay.png", f"{'x' * 245}.png"]
+
+
+def test_images_whose_names_differ_share_no_file_on_any_file_system(there: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for seed, name in enumerate(TWINS):
+        Image.fromarray(discs(seed, 64, 64)[0]).save(tmp_path / "in" / name)
+    out = tmp_path / "out"
+    assert predict(MODEL, tmp_path / "in", "--out", out, "--instances", "--probability", "--overlay") == 0
+    names = [path.name for path in out.iterdir()]
+    assert len({unicodedata.normalize("NFC", name).casefold() for name in names}) == len(names) == 5 * len(TWINS) + 1
+    with (out / "counts.csv").open(newline="") as file:
+        assert len({row["image"] for row in csv.DictReader(file)}) == len(TWINS)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "counts.csv"}
+    assert predict(MODEL, tmp_path / "in", "--out", out, "--instances", "--probability", "--overlay") == 0
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "counts.csv"} == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -20,6 +21,7 @@ from told import IMAGES, finished, small_grid, told_of
 
 from cellbench import leaderboard, moved, page, views, winners
 from cellbench.chapters import build
+from cellbench.errors import CellbenchError
 from cellbench.evidence import collect
 from cellbench.lineup import Model, Tested, TestSet, line_up
 from cellbench.logged import DATA, LIMIT, Stored
@@ -399,10 +401,66 @@ def test_a_moved_project_finds_its_artifacts_again(made, tmp_path, monkeypatch, 
     assert str(first) not in " ".join(str(row) for row in sqlite3.connect("mlflow.db").execute("SELECT artifact_uri FROM runs"))
 
 
-def test_a_copy_beside_its_original_is_left_alone(made, tmp_path, monkeypatch):
-    shutil.copytree(made, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
+def _at_home(folder):
+    """The project ``made`` in another folder, as if it had been made there."""
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as store, store:
+        for table, column in moved.COLUMNS:
+            where = f"CASE WHEN {column} LIKE 'file:%' THEN ? ELSE ? END || substr({column}, instr({column}, '/mlruns'))"
+            store.execute(f"UPDATE {table} SET {column} = {where} WHERE {column} LIKE '%/mlruns%'", (folder.as_uri(), str(folder)))
+    return folder
+
+
+def _stamps(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
+
+
+def test_a_copy_writes_into_itself_beside_its_original(made, tmp_path, monkeypatch):
+    first = _at_home(shutil.copytree(made, tmp_path / "first"))
+    second = shutil.copytree(first, tmp_path / "second")
+    before = _stamps(first)
+    monkeypatch.chdir(second)
+    mlflow.set_tracking_uri(None)
+    assert main(["report", NAME]) == 0  # with no word of the copy: the store is opened by any verb
+    tracker = Tracker(NAME, make=False)
+    with tracker.run("one more", "f00") as run:
+        (tmp_path / "left").mkdir()
+        (tmp_path / "left" / "a.txt").write_text("a")
+        run.artifacts(tmp_path / "left")
+    assert _stamps(first) == before
+    assert len(list((second / "mlruns").rglob("a.txt"))) == 1
+    for table, column in moved.COLUMNS:
+        with contextlib.closing(sqlite3.connect("mlflow.db")) as store:
+            assert not [place for (place,) in store.execute(f"SELECT {column} FROM {table}") if "/first/" in place]
     assert moved.heal() == []
+
+
+def test_a_copy_without_its_artifacts_names_both_folders(made, tmp_path, monkeypatch):
+    first = _at_home(shutil.copytree(made, tmp_path / "first"))
+    (tmp_path / "second").mkdir()
+    shutil.copy(first / "mlflow.db", tmp_path / "second")
+    monkeypatch.chdir(tmp_path / "second")
+    with pytest.raises(CellbenchError, match=rf"copy of {first}/mlflow.db, .* Copy that folder to {tmp_path}/second/mlruns/"):
+        moved.heal()
+
+
+def test_a_store_that_people_keep_apart_from_its_artifacts_stays(made, tmp_path, monkeypatch):
+    first = _at_home(shutil.copytree(made, tmp_path / "first"))
+    (tmp_path / "stores" / "mlruns" / "another").mkdir(parents=True)
+    (first / "mlflow.db").rename(tmp_path / "stores" / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/stores/mlflow.db")
+    assert moved.heal() == []
+
+
+def test_experiments_whose_names_differ_share_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/names.db")
+    mlflow.set_tracking_uri(None)
+    names = ["a/b", "a-b", "a_b", "A-b", "a b", "ä", "ö", "x" * 80, "x" * 81, "12", "e-12", "12/", "../a-b", "con"]
+    for name in names:
+        Tracker(name)
+    folders = [path.name for path in (tmp_path / "mlruns").iterdir()]
+    assert len({name.casefold() for name in folders}) == len(names)
+    assert len({str(place(name)).casefold() for name in names}) == len(names)
+    assert {path.name for path in tmp_path.iterdir()} == {"mlruns", "names.db"}
 
 
 def test_the_ui_names_the_experiments_that_have_a_leaderboard(project):

@@ -1,4 +1,4 @@
-"""Large images in little memory: windows of a TIFF are its rows, rows of a PNG its picture, and outlines do not depend on the bands."""
+"""Large images in little memory: windows of a TIFF are its rows, rows of a PNG its picture."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 import tifffile
 from conftest import discs
-from PIL import Image, ImageDraw
-from scipy import ndimage
+from PIL import Image
 
 from cellbench.data import sources
 from cellbench.data.images import read_image
 from cellbench.data.intensity import Reading
 from cellbench.data.png_rows import PngRows, words_of
 from cellbench.errors import CellbenchError
-from cellbench.outlines import MIN_AREA_PX, Shapes
 
 PICTURE = discs(3, 301, 277)[0]
 
@@ -85,37 +83,3 @@ def test_rows_make_the_png(tmp_path: Path, picture: np.ndarray) -> None:
     assert (np.array(Image.open(tmp_path / "a.png")) == picture).all()
     assert words_of(tmp_path / "a.png") == "größe"
     assert words_of(tmp_path) is None
-
-
-@pytest.mark.parametrize("height", [1, 17, 400])
-def test_outlines_do_not_depend_on_the_bands(height: int) -> None:
-    rng = np.random.default_rng(0)
-    classes = ndimage.zoom(rng.integers(0, 3, (25, 20)), 16, order=0).astype(np.uint8)
-    classes[5:300, 100] = 1  # a long one that stays open over many bands
-    whole = list(Shapes(3).add(classes, last=True))
-    banded = Shapes(3)
-    tops = range(0, len(classes), height)
-    found = [shape for top in tops for shape in banded.add(classes[top : top + height], last=top + height >= len(classes))]
-
-    def key(shape: object) -> str:
-        return repr(shape)
-
-    assert sorted(map(key, found)) == sorted(map(key, whole))
-    for number in (1, 2):
-        labels, num = ndimage.label(classes == number, np.ones((3, 3)))
-        areas = [area for area in np.bincount(labels.ravel())[1 : num + 1].tolist() if area >= MIN_AREA_PX]
-        assert sorted(shape.area_px for shape in whole if shape.number == number) == sorted(areas)
-
-
-def test_an_outline_filled_again_is_the_shape() -> None:
-    yy, xx = np.mgrid[:80, :90]
-    ring = ((yy - 40) ** 2 + (xx - 45) ** 2 < 30**2) & ((yy - 40) ** 2 + (xx - 45) ** 2 > 12**2)
-    (shape,) = Shapes(2).add(ring.astype(np.uint8), last=True)
-    assert len(shape.rings) == 2
-    assert shape.box_px == (16, 11, 59, 59)
-    drawn = Image.new("1", (900, 800))  # ten times as fine, so that a corner is a corner
-    draw = ImageDraw.Draw(drawn)
-    for ink, points in zip((1, 0), shape.rings, strict=True):
-        draw.polygon([(x * 10, y * 10) for x, y in points], fill=ink)
-    filled = np.array(drawn).reshape(80, 10, 90, 10).mean((1, 3)) > 0.5
-    assert (filled ^ ring).sum() < 0.02 * ring.sum()

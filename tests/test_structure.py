@@ -16,7 +16,7 @@ PACKAGE = ROOT / "cellbench"
 
 # From the ground up. A module imports from layers below its own, or beside it in its own layer; PARTS says who may look beside.
 LAYERS = (
-    ("words", {"errors", "files", "imports", "source_code", "spec"}),
+    ("words", {"errors", "escaping", "files", "imports", "source_code", "spec"}),
     (
         "facts and mathematics",
         {"registry", "space", "tiles", "framing", "plan", "losses", "metrics", "shapes", "separate", "targets", "measure"}

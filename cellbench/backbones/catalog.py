@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cellbench.backbones.checkpoint import check_types, check_values
 from cellbench.backbones.weights import locate, read_state
 from cellbench.errors import CellbenchError
 from cellbench.files import sha256
@@ -23,8 +24,15 @@ def open_backbone(card: BackboneCard, weights_folder: Path | None = None, downlo
     CellbenchError where card and file disagree. A card with ``weights = "none"`` needs neither file nor network.
     """
     builder = load(card)  # first, so that a card whose code is broken is not found out after a download of 4 GB
-    state = None if card.weights == "none" else read_state(locate(card, weights_folder, download))
+    path = None if card.weights == "none" else locate(card, weights_folder, download)
+    state = None if path is None else read_state(path)
     backbone = builder(card, state).freeze()
+    if state is not None:
+        # Of the built network rather than of the file: heads that only pretraining needed may hold what they like, and a builder of one's
+        # own may have copied whole numbers into it.
+        own = backbone.state_dict()
+        check_types({name: x for name, x in state.items() if name in own}, own, f"{card.id}: {path}")
+        check_values(own, dict(backbone.named_parameters()).keys(), f"{card.id}: {path}", names=state.keys())
     if len(backbone.levels) != card.depth:
         given = len(backbone.levels)
         raise CellbenchError(f"{card.path}: depth = {card.depth}, but {card.builder} gives {given} levels. Correct the card.")

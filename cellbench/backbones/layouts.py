@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from cellbench.backbones.checkpoint import check_types
 from cellbench.errors import CellbenchError
 
 # The patch embedding (or a ConvNet's stem) shows where in a file the network begins.
@@ -115,6 +116,7 @@ def load_strictly(net: nn.Module, state: dict[str, Tensor], where: str) -> None:
         parts = (("lacks", missing), ("has too many:", extra), ("has another shape:", odd))
         told = "; ".join(f"{what} {listed(keys, 'key')}" for what, keys in parts if keys)
         raise CellbenchError(f"{where}: does not fit the network that the card describes: {told}. Is it the right file for this card?")
+    check_types(state, wanted, where)
     own = {key: state[key].detach().to(torch.float32, copy=True).contiguous() for key in wanted}
     net.load_state_dict(own, strict=True, assign=True)
     stranded = [name for name, tensor in (*net.named_parameters(), *net.named_buffers()) if tensor.is_meta]

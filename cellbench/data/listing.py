@@ -13,6 +13,7 @@ from cellbench.data.image_files import shown_name
 from cellbench.data.images import EXTENSIONS
 from cellbench.data.intensity import Reading
 from cellbench.errors import CellbenchError, quoted
+from cellbench.files import nfc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +227,22 @@ def place(root: Path, name: str) -> Path | None:
         return None
     if too_long:  # no file system has such names
         return None
-    path = root.joinpath(*parts.parts)
+    path = _as_written(root, parts.parts)
     return path if inside(root, path) else None
+
+
+def _as_written(root: Path, parts: Sequence[str]) -> Path:
+    """The path of a relative name as the disk has it, where that is another Unicode form of the same."""
+    path = root.joinpath(*parts)
+    if "".join(parts).isascii() or path.exists():
+        return path
+    path = root
+    for part in parts:
+        here = path / part
+        if not here.exists() and path.is_dir():
+            here = next((one for one in path.iterdir() if nfc(one.name) == nfc(part)), here)
+        path = here
+    return path
 
 
 def outside(root: Path, name: str) -> Problem:
@@ -244,7 +259,7 @@ def by_stem(folder: Path, root: Path, problems: list[Problem]) -> dict[str, Path
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
-        stem, extension = os.path.splitext(entry.name)
+        stem, extension = os.path.splitext(nfc(entry.name))
         if extension.lower() not in EXTENSIONS or entry.name.startswith("."):
             continue
         path = Path(entry.path)
@@ -267,7 +282,10 @@ def by_stem(folder: Path, root: Path, problems: list[Problem]) -> dict[str, Path
 
 
 def named(paths: Sequence[str]) -> dict[str, str]:
-    """A name for each relative path: the file's own, or where two share it the whole path with ``__`` for its folders."""
+    """A name for each relative path: the file's own, or where two share it the whole path with ``__`` for its folders; as it is where that is
+    another file's name."""
     last = [PurePosixPath(path).name for path in paths]
     twice = {name for name, num in Counter(last).items() if num > 1}
-    return {path: path.replace("/", "__") if name in twice else name for path, name in zip(paths, last, strict=True)}
+    out = {path: path.replace("/", "__") if name in twice else name for path, name in zip(paths, last, strict=True)}
+    again = {name for name, num in Counter(out.values()).items() if num > 1}  # a/b.png beside a__b.png
+    return {path: path if name in again else name for path, name in out.items()}

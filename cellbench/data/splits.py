@@ -18,7 +18,7 @@ from cellbench.data import alike, images
 from cellbench.data.allocation import allocate
 from cellbench.data.dataset import Sample
 from cellbench.errors import CellbenchError
-from cellbench.files import cache_dir, writable, write_atomic
+from cellbench.files import cache_dir, nfc, writable, write_atomic
 from cellbench.spec import DataSpec
 
 Grouping = Callable[[tuple[Sample, ...]], tuple[Sample, ...]]
@@ -261,23 +261,23 @@ def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Sp
         raise CellbenchError(
             f'{place}: cannot be read as a split ({error}). Expected {{"train": [names], "val": [names]}}. Mend or remove it.'
         ) from None
-    known = {Path(sample.name).stem: sample for sample in pool} | {sample.name: sample for sample in pool}  # a.png.png has the stem a.png
+    known = {nfc(Path(sample.name).stem): sample for sample in pool} | {nfc(sample.name): sample for sample in pool}  # a.png.png: stem a.png
     chosen: dict[str, list[Sample]] = {}
     for part in ("train", "val") if test else ("train", "val", "test"):
-        strangers = [name for name in parts[part] if Path(name).name not in known]
+        strangers = [name for name in parts[part] if nfc(Path(name).name) not in known]
         if strangers:
             raise CellbenchError(
                 f"{place}: names '{strangers[0]}' in '{part}', which is not among the images ({len(strangers)} such names). Remove the file to split anew."
             )
-        chosen[part] = [known[Path(name).name] for name in parts[part]]
+        chosen[part] = [known[nfc(Path(name).name)] for name in parts[part]]
         if not chosen[part]:
             raise CellbenchError(f"{place}: '{part}' is empty. Name images there, or remove the file to split anew.")
     names = [sample.name for samples in chosen.values() for sample in samples]
     if len(names) != len(set(names)):
         twice = next(name for name in names if names.count(name) > 1)
         raise CellbenchError(f"{place}: '{twice}' stands in two splits or twice in one. Each image belongs to one split.")
-    group = {name: f"like {names[0]}" for names in together for name in names}
-    chosen = {part: [replace(s, group=s.group or group.get(s.name, "")) for s in samples] for part, samples in chosen.items()}
+    group = {nfc(name): f"like {names[0]}" for names in together for name in names}
+    chosen = {part: [replace(s, group=s.group or group.get(nfc(s.name), "")) for s in samples] for part, samples in chosen.items()}
     unused = len(pool) - len(names)
     if unused:
         raise CellbenchError(

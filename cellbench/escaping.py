@@ -1,0 +1,61 @@
+"""Text that people wrote, made safe for a format that gives some characters a meaning. Names of files, classes and runs are data everywhere.
+
+Formats with a writer of their own (JSON, TOML, HTML, SQL parameters, shell lines by ``shlex``) are written by that and need nothing here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""A spreadsheet computes a cell that begins with one of these, quoted or not."""
+
+
+def csv_text(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows with a heading, comma-separated, each line ended by a newline.
+
+    A text that a spreadsheet would compute gets an apostrophe in front (OWASP, CSV injection); one that is a number does not. Undecodable
+    bytes of a file's name are written as ``\\xNN``.
+
+    >>> print(csv_text(["image", "cells"], [["=1+1", 3], ["-0.5", -2]]), end="")
+    image,cells
+    '=1+1,3
+    -0.5,-2
+    """
+    buffer = io.StringIO()
+    for row in (columns, *rows):
+        cells = [_cell(value) for value in row]
+        # Python's writer quotes a carriage return only where it ends lines itself.
+        quoting = csv.QUOTE_ALL if any("\r" in cell for cell in cells if isinstance(cell, str)) else csv.QUOTE_MINIMAL
+        csv.writer(buffer, lineterminator="\n", quoting=quoting).writerow(cells)
+    return buffer.getvalue()
+
+
+def _cell(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    text = value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    is_number = re.fullmatch(r"[+-]?(\d[\d ,]*)?(\.\d+)?([eE][+-]?\d+)?", text) is not None
+    return f"'{text}" if text.startswith(FORMULA) and not is_number else text
+
+
+def markdown(text: str) -> str:
+    """Text in a line of Markdown or a cell of its tables.
+
+    >>> markdown("a|b *c* <d>")
+    'a\\\\|b \\\\*c\\\\* &lt;d&gt;'
+    """
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|$])", r"\\\1", text)
+
+
+def printable(text: str) -> str:
+    """One line that changes nothing on a terminal: other characters than letters, signs and spaces as Python writes them, ``\\n``.
+
+    >>> printable("a\\nb\\x1b[2J")
+    'a\\\\nb\\\\x1b[2J'
+    """
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
