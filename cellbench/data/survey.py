@@ -13,6 +13,7 @@ from cellbench.data.dataset import Dataset, Sample
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import hash_of
 from cellbench.likeness import grey, pooled
+from cellbench.placement import Maps, maps
 from cellbench.shapes import instances, numbered
 
 SPECK_PX = 100
@@ -68,12 +69,16 @@ class Facts:
     """How well it does: variance between both sides as a share of all, 0..1."""
     agreement: float = 0.0
     """Correlation of what the threshold sets apart and what is marked, -1..1."""
+    maps: Maps | None = None
+    """By which it is told whether the mask lies on what the image shows."""
+    exif_turn: int = 1
+    """The orientation that the image file asks for, 1 (upright) to 8."""
     missed_border: tuple[int, ...] = ()
     """Areas, in px, of fields at the frame that stand out like cells and are not marked."""
 
 
-def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int) -> Facts:
-    """Reads and measures one sample; what is wrong with its files is in ``error``, never raised."""
+def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int, with_marks: bool = True) -> Facts:
+    """Reads and measures one sample; what is wrong with its files is in ``error``, never raised. ``with_marks``: also what its parts are known by."""
     known = {"name": sample.name, "split": split, "group": sample.group}
     try:
         image = images.read_image(sample.image)
@@ -85,7 +90,7 @@ def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int) -> Fact
     sizes = {"size_px": image.shape[:2], "mask_px": classes.shape}
     known |= {**hashes, **sizes, "stain": _mean_colour(image)}
     plain = grey(image)
-    known |= {"small": pooled(plain), "marks": marks(plain)}
+    known |= {"small": pooled(plain), "marks": marks(plain) if with_marks else NOTHING, "exif_turn": images.exif_turn(sample.image)}
     if image.shape[:2] != classes.shape:
         return Facts(**known)
     cells = instances(classes, 1) if ids is None else numbered(ids, classes)
@@ -154,6 +159,7 @@ def _look(image: np.ndarray, cell: np.ndarray) -> dict[str, object]:
     threshold, found["seen_contrast"] = _otsu(counts)
     seen = (levels > threshold) if mode <= threshold else (levels <= threshold)
     found["seen_share"] = float(seen.mean())
+    found["maps"] = maps(small, cell, seen)
     if 0 < seen.mean() < 1 and 0 < cell.mean() < 1:
         found["agreement"] = float(np.corrcoef(seen.ravel(), cell.ravel())[0, 1])
     parts, num = ndimage.label(ndimage.binary_fill_holes(seen))
