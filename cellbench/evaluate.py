@@ -15,11 +15,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cellbench import figures, results
+from cellbench.data import seen_images
 from cellbench.data.dataset import Dataset, proven
 from cellbench.data.folders import listed, split
 from cellbench.data.pixels import Pixels
 from cellbench.errors import CellbenchError
 from cellbench.exam import Case, Exams
+from cellbench.logged import EVALUATED, EVALUATION, INDEPENDENT, NOTE, SEEN
 from cellbench.metrics import confusion, image_scores
 from cellbench.registry import Registry
 from cellbench.results import Result
@@ -27,8 +29,6 @@ from cellbench.segmenter import Segmenter
 from cellbench.spec import DataSpec, Experiment
 from cellbench.track import Tracker
 from cellbench.trained import Trained
-
-EVALUATION = "evaluation"
 
 
 def labelled(trained: Trained, experiment: Experiment, registry: Registry, folder: Path | None) -> tuple[Dataset, str]:
@@ -95,21 +95,33 @@ def evaluate(
     experiment = Experiment.of(tomllib.loads(trained.config), "config.toml")
     dataset, what = labelled(trained, experiment, Registry(extra), data)
     say(f"{trained.name}: {len(dataset.test)} images of {dataset.root} ({what}), on {segmenter.machine.name}.")
+    seen = seen_images.found_again(trained.seen, dataset.test) if trained.seen is not None else None
+    if seen is None:
+        warning = f"'{trained.name}' keeps no record of its training images (an older version), so these were not compared with them."
+    else:
+        warning = seen_images.told(seen)
+    if warning:
+        say(f"Warning: {warning}")
     result, worst = examine(segmenter, dataset, visualize)
     metrics = results.metrics(dataset, result)
     name = f"evaluate: {trained.name} on {dataset.root.name}"
     tracker = Tracker(trained.experiment or "evaluations")
     key = hashlib.sha256(json.dumps([EVALUATION, trained.fingerprint, dataset.digest]).encode()).hexdigest()[:16]
-    tags = {"cellbench.kind": EVALUATION, "cellbench.evaluated": trained.run_id, "model": trained.run.model, "dataset": dataset.name}
+    tags = {"cellbench.kind": EVALUATION, EVALUATED: trained.run_id or trained.name, "model": trained.run.model, "dataset": dataset.name}
     known = next((run for run in tracker.stored() if run.fingerprint == key), None)
     with tracker.run(name, key, parent=trained.run_id, known=known, tags=tags) as run:
         if known is None:
             run.log({}, params={"evaluated": trained.name, "dataset": dataset.name, "images": len(dataset.test)})
+            if seen is not None:
+                run.log({}, params={f"images_{word}": seen.count(part) for part, word in (("train", "trained_on"), ("val", "validated_on"))})
             run.data(dataset.name, dataset.digest, str(dataset.root), "testing")
         with tempfile.TemporaryDirectory(prefix="cellbench-") as place:
             folder, pixels = Path(place), Pixels(dataset, "test", 2**28)
             plain = experiment.model_copy(update={"data": DataSpec()})
             results.write(folder, name, trained.run.model_copy(update={"fold": 0}), plain, [dataset], pixels, result)
+            if seen is not None:
+                listed_images = {part: [s.name for s, one in zip(dataset.test, seen, strict=True) if one == part] for part in seen_images.PARTS}
+                (folder / SEEN).write_text(json.dumps(listed_images), encoding="utf-8")
             (folder / "config.toml").write_text(trained.config, encoding="utf-8")
             for rank, case in enumerate(worst, 1):
                 picture, truth = pixels[case.image]
@@ -118,10 +130,16 @@ def evaluate(
                 stem = re.sub(r"[^\w.-]+", "-", Path(file).stem)[:60]
                 figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"worst-{rank:03d}-{stem}.png")
             run.artifacts(folder)
-        run.log(metrics, tags=results.tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png")))
+        told = results.tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png"))
+        independent = "unknown" if seen is None else "no" if any(seen) else "yes"
+        told |= {INDEPENDENT: independent, NOTE: f"**Warning:** {warning}\n\n{told[NOTE]}" if warning else told[NOTE]}
+        run.log(metrics, tags=told)
     mean = f"{metrics['test_image/dice']:.4f}"
     if "test_image/dice_low" in metrics:
         mean += f" (95 % {metrics['test_image/dice_low']:.4f} to {metrics['test_image/dice_high']:.4f})"
     say(f"Dice {metrics['test/dice']:.4f} over all pixels, {mean} in the mean of the images; IoU {metrics['test/iou']:.4f}.")
+    if seen is not None and any(seen) and (new := [k for k, part in enumerate(seen) if not part]):
+        dice = image_scores(result.exam.counts[new])["dice"].mean()
+        say(f"Dice {dice:.4f} in the mean of the {len(new)} images that the run has not seen.")
     say(f"logged as '{name}' in the experiment '{tracker.name}', under the run that it tests: metrics, figures and error maps.")
     return 0

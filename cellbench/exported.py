@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cellbench.backbones.weights import locate
 from cellbench.data.prepare import Preparation
+from cellbench.data.seen_images import without_paths
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import make_folder, told, write_atomic
 from cellbench.registry import BackboneCard, Card, Registry
@@ -78,6 +79,7 @@ def write_folder(folder: Path, trained: Trained, registry: Registry, weights: Pa
         "run_id": trained.run_id,
         "experiment": trained.experiment,
         "config": trained.config,
+        "seen": without_paths(trained.seen) if trained.seen is not None else None,
         "backbone": said,
     }
     write_atomic(folder / RUN, json.dumps(facts, indent=1))  # last: a folder without it is none
@@ -106,6 +108,7 @@ def read_folder(folder: Path) -> Trained:
         weights=weights,
         separation=Separation(**facts["separation"]),
         backbone_digest=facts.get("backbone_digest", ""),
+        seen=facts.get("seen"),
         **{key: facts[key] for key in ("fingerprint", "dataset_digest", "run_id", "experiment", "config")},
     )
 

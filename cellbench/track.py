@@ -24,6 +24,7 @@ from cellbench import imports, making, moved, views
 from cellbench.errors import CellbenchError, one_line, unknown
 from cellbench.files import make_folder, told
 from cellbench.logged import (
+    EVALUATION,
     EXPERIMENT,
     FINGERPRINT,
     HEARTBEAT,
@@ -239,9 +240,17 @@ def newest() -> str | None:
     """The experiment with the newest finished run of ours in MLflow's store; None where there is none."""
     client = _reader()
     names = {one.experiment_id: one.name for one in client.search_experiments()}
-    found = client.search_runs(list(names), f"tags.`{STATUS}` = 'finished'", max_results=100, order_by=["attributes.start_time DESC"])
-    # Explorations hold no scores. MLflow's filters cannot ask for a tag that is missing or another.
-    return next((names[run.info.experiment_id] for run in found if run.data.tags.get("cellbench.kind") != "explore"), None)
+    token = None
+    while True:
+        found = client.search_runs(
+            list(names), f"tags.`{STATUS}` = 'finished'", max_results=100, page_token=token, order_by=["attributes.start_time DESC"]
+        )
+        # Explorations hold no scores, and an evaluation is no model. MLflow's filters cannot ask for a tag that is missing or another.
+        for run in found:
+            if run.data.tags.get("cellbench.kind") not in ("explore", EVALUATION):
+                return names[run.info.experiment_id]
+        if not (token := found.token):
+            return None
 
 
 def experiments() -> list[str]:

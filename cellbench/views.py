@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from cellbench.logged import VIEW
+from cellbench.logged import EVALUATED, VIEW
 
 TAG = f"mlflow.sharedViewState.{VIEW}"
 QUERY = f"viewStateShareKey={VIEW}&workflowType=machine_learning"
@@ -21,13 +21,15 @@ COLUMNS = (
     *(f"params.`{name}`" for name in ("backbone", "head", "seed")),
 )
 """The first sorts; five metrics leave room for the params on a laptop's screen."""
+FILTER = f"tags.`{EVALUATED}` IS NULL"
+"""Evaluations have other test images, so their scores do not stand in one column with those of the runs."""
 BARS = ("test_image/dice", "test_image/nsd", "test_image/ap50")
 LINES = ("val/dice", "val/loss", "train/loss")
 
 
 def view() -> str:
     """The tag's value."""
-    state: dict[str, Any] = {"searchFilter": "", "orderByKey": COLUMNS[0], "orderByAsc": False, "startTime": "ALL", "lifecycleFilter": "Active"}
+    state: dict[str, Any] = {"searchFilter": FILTER, "orderByKey": COLUMNS[0], "orderByAsc": False, "startTime": "ALL", "lifecycleFilter": "Active"}
     state |= {"datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": list(COLUMNS), "runsExpanded": {}, "runsPinned": []}
     state |= {"runsHidden": [], "runsHiddenMode": "FIRST_10_RUNS", "groupBy": None, "groupsExpanded": {}, "hideEmptyCharts": True}
     # "Reordered" keeps our sections on top of those that the UI makes of all other metrics.

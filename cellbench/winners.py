@@ -14,7 +14,7 @@ from cellbench.data.prepare import Preparation
 from cellbench.errors import CellbenchError, unknown
 from cellbench.evidence import collect
 from cellbench.framing import Framing
-from cellbench.logged import WEIGHTS, Stored
+from cellbench.logged import EVALUATION, SEEN, WEIGHTS, Stored
 from cellbench.registry import Registry
 from cellbench.separate import CONNECTED, Separation
 from cellbench.spec import Experiment, RunSpec, expand
@@ -54,7 +54,7 @@ def find(asked: str) -> tuple[Tracker, Stored]:
 
 def open_run(tracker: Tracker, stored: Stored, registry: Registry) -> Trained:
     """The run's record. Raises CellbenchError for one that is not finished, is no model, or has lost what it left."""
-    if stored.tags.get("cellbench.kind") == "evaluation":
+    if stored.tags.get("cellbench.kind") == EVALUATION:
         raise CellbenchError(f"'{stored.name}' is an evaluation of '{stored.params.get('evaluated', 'a run')}'. Name that run.")
     if stored.is_parent:
         raise CellbenchError(f"'{stored.name}' is the parent of other runs, not a model. Name one of its runs, or best:{tracker.name}.")
@@ -67,6 +67,7 @@ def open_run(tracker: Tracker, stored: Stored, registry: Registry) -> Trained:
     if prepared is None and run.normalise != "none" and run.backbone is not None:
         raise CellbenchError(f"'{stored.name}' normalises stains, but has lost its preparation.json in MLflow. Run it again.")
     separation = tracker.artifact(stored, "separation.json")
+    seen = tracker.artifact(stored, SEEN)
     data = tracker.artifact(stored, "head.safetensors")
     learns = run.baseline is None or registry.baseline(run.baseline).trained
     if data is None and learns:
@@ -81,6 +82,7 @@ def open_run(tracker: Tracker, stored: Stored, registry: Registry) -> Trained:
         fingerprint=stored.fingerprint,
         backbone_digest=stored.tags.get(WEIGHTS, ""),
         dataset_digest=str(told["dataset"]),
+        seen=json.loads(seen) if seen is not None else None,
         run_id=stored.run_id,
         experiment=tracker.name,
         config=config,
