@@ -253,7 +253,8 @@ class _Evidence:
     num_fields: int
     """Fields with edges in one of both."""
     agreement: float
-    """The share of them, by the strength of their edges, in which both correlate. Of true copies 0.98 to 1, of different pictures with one layout 0.93 at most, measured."""
+    """The share of them, by the strength of their edges, in which both correlate. Of true copies 0.98 to 1, of different pictures with one layout
+    0.93 at most, measured."""
     texture: float | None
     """The correlation, -1..1, of what lies between the edges; None where there is none, or one of both has lost its own (JPEG, smoothing)."""
     share: float
@@ -266,9 +267,11 @@ class _Evidence:
     @property
     def proves(self) -> bool:
         if self.texture is not None and self.texture > 0.5:
-            return not self.num_fields or self.agreement >= 0.5  # a label or a scale bar hides what lies below it
-        # A few round edges coincide by chance; where a hundred fields do, a second photograph of the same place has another noise.
-        return self.num_fields > 0 and self.agreement >= (0.98 if self.denies else 0.95) and (not self.denies or self.num_fields >= 100)
+            return not self.num_fields or self.agreement >= 0.3  # a label or a scale bar hides what lies below it
+        if self.num_fields >= 100 and self.agreement >= 0.98:
+            return True  # whatever the texture: a second photograph of the same place has another noise
+        # A few round edges coincide by chance, mostly those of a small part.
+        return self.num_fields > 0 and self.agreement >= 0.95 and not self.denies and self.share > 1 / 3
 
 
 def _compared(one_HW: np.ndarray, other_HW: np.ndarray, matrix: np.ndarray, similar: bool = True) -> _Evidence | None:

@@ -122,7 +122,10 @@ def placed(all_maps: Sequence[Maps], contrasts: Sequence[float]) -> Placement:
     anothers = ~wrong & _much_better(theirs, own) & (others.argmax(0)[whose] == np.arange(num))
     if anothers.sum() >= 2:
         wrong |= anothers
-        clauses.append(f"{_num(int(anothers.sum()), num)} fit another image")
+        if clauses and "another image" in clauses[0]:
+            clauses = [f"{_num(int(wrong.sum()), num)} fit another image, most of them {words.rpartition('each ')[2]}"]
+        else:
+            clauses.append(f"{_num(int(anothers.sum()), num)} fit another image")
     gain = own - (fit.sum(1) - own) / (num - 1)
     unrelated = gain.mean() < min(0.1, 2 * gain.std(ddof=1) / np.sqrt(num))
     if unrelated and wrong.mean() <= 0.5 and np.median([contrasts[k] for k in telling]) > 0.7:  # of noise alone it is 2 / pi
