@@ -11,8 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from cellbench.crops import Marks, shared
-from cellbench.likeness import clusters, near_pairs
+from cellbench.crops import Marks, shared, whole
+from cellbench.likeness import clusters
+from cellbench.placement import Maps, placed
 
 
 class Severity(enum.Enum):
@@ -66,6 +67,8 @@ class Facts(Protocol):
     seen_share: float
     seen_contrast: float
     agreement: float
+    maps: Maps | None
+    exif_turn: int
     missed_border: tuple[int, ...]
 
 
@@ -127,6 +130,13 @@ def _masks(fit: Sequence[Facts]) -> list[Finding]:
         # On the real sets 0.86 to 0.93 in the median; the least of all 0.27 in truth, 0.18 at most where a mask is moved by half the image.
         return len(fit) >= 5 and typical > 0.6 and 0 < share(f) < 1 and f.agreement < 0.25 * typical and f.seen_contrast > 0.6
 
+    mapped = [f for f in fit if f.maps is not None and not inverted(f)]
+    place = placed([f.maps for f in mapped if f.maps is not None], [f.seen_contrast for f in mapped])
+    misplaced = [mapped[k] for k in place.wrong]
+    turned = ""
+    if "turned" in place.said + place.said.replace("mirrored", "turned") and sum(f.exif_turn > 1 for f in misplaced) > 0.5 * len(misplaced):
+        turned = " The images carry an EXIF orientation, which whatever drew the masks ignored."
+
     masks: dict[str, list[Facts]] = defaultdict(list)
     for f in fit:
         if 0 < share(f) < 1:
@@ -143,8 +153,11 @@ def _masks(fit: Sequence[Facts]) -> list[Finding]:
         _of("no cell", Severity.LOOK, "No pixel is marked. Right where the image has no cell.", fit, lambda f: plain_empty(f) and not has_cells(f)),
         _of("inverted", Severity.SEVERE, "Cells and background are exchanged in the mask. Invert it.", fit, inverted),
         _of("same mask", Severity.SEVERE, "Different images have the very same mask. One of them is another's.", shared, lambda f: True),
-        _of("astray", Severity.LOOK, "What is marked is not what stands out: another image's mask, or a shifted one?", fit,
-            lambda f: astray(f) and not inverted(f)),
+        _of("misplaced", Severity.SEVERE, f"The masks do not lie on what their images show: {place.said}.{turned} Put them right.",
+            misplaced if place.most else (), lambda f: True),
+        _of("astray", Severity.LOOK, "What is marked is not what stands out: another image's mask, or a shifted one?"
+            + (f" Of the masks {place.said}.{turned}" if place.said else ""), () if place.most else fit,
+            lambda f: (astray(f) and not inverted(f)) or f in misplaced),
         _of("border", Severity.LOOK, "Something at the border stands out like a cell and is not marked.", fit,
             lambda f: any(area > 0.25 * cell_px for area in f.missed_border) and cell_px > 0),
         _of("specks", Severity.LOOK, f"{specks} of {all_parts} marked fields are below {limit} px. Cell counts ignore them; pixels count.", fit,
@@ -175,12 +188,13 @@ def twins(facts: Sequence[Facts]) -> Twins:
         if not f.error:
             same[f.image_hash].append(k)
     once = [numbers[0] for numbers in same.values()]
-    whole = [(once[i], once[j]) for i, j, _ in near_pairs([facts[k].small for k in once])]
-    part = [(once[pair.first], once[pair.second]) for pair in shared([facts[k].marks for k in once])]
+    all_marks = [facts[k].marks for k in once]
+    near = [(once[i], once[j]) for i, j in whole(all_marks, [facts[k].small for k in once])]
+    part = [(once[pair.first], once[pair.second]) for pair in shared(all_marks)]
     return Twins(
         same=tuple(pair for numbers in same.values() for pair in itertools.pairwise(numbers)),
-        whole=tuple(whole),
-        part=tuple(pair for pair in part if pair not in set(whole)),
+        whole=tuple(near),
+        part=tuple(pair for pair in part if pair not in set(near)),
     )
 
 

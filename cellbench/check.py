@@ -23,6 +23,7 @@ from cellbench.data.folders import listed, split, undivided
 from cellbench.data.survey import Facts, survey
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
+from cellbench.placement import Maps
 from cellbench.registry import Registry
 from cellbench.spec import DataSpec
 
@@ -139,7 +140,7 @@ def _lines(verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Fin
 
 
 def _json(verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Finding], notes: Sequence[str], facts: Sequence[Facts]) -> str:
-    rows = [{key: value for key, value in vars(f).items() if not isinstance(value, np.ndarray | Marks)} for f in facts]
+    rows = [{key: value for key, value in vars(f).items() if not isinstance(value, np.ndarray | Marks | Maps)} for f in facts]
     told = [{"kind": f.kind, "severity": f.severity.value, "said": f.said, "images": f.images} for f in found]
     return json.dumps({"verdict": verdict, "findings": told, "statistics": dict(numbers), "notes": notes, "images": rows}, indent=1)
 

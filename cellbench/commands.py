@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cellbench import moved, on_ray, ray_cohorts
 from cellbench import workers as processes
 from cellbench.backbones.weights import weights_folder
+from cellbench.data import quick_check
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.folders import open_dataset
 from cellbench.errors import CellbenchError, unknown
@@ -227,6 +228,8 @@ def grid(
         processes.checked(workers, here)
     datasets = open_folds(experiment, registry, data)
     for line in dict.fromkeys(line for dataset in datasets for line in dataset.notes):
+        say(line)
+    for line in quick_check.warnings(registry.dataset(experiment.dataset), datasets[0]):
         say(line)
     jobs = jobs_of(experiment, registry, datasets, weights, file, precision=here.precision_name, download=not dry_run)
     dataset = datasets[0]

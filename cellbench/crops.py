@@ -1,8 +1,9 @@
 """Which images show a part of the same picture: a crop of another, or fields that overlap, at any scale, turned or mirrored.
 
-Lowe's features (SIFT: places, sizes, directions and what they look like) find candidates; places must agree on one similarity transform, and the
-pixels that both pictures share must correlate, all over. Features are looked up by visual words (Sivic and Zisserman 2003), so that the work grows
-with the number of images and not with its square.
+Lowe's features (SIFT: places, sizes, directions and what they look like) find candidates; places must agree on one similarity transform. That alone
+proves nothing: round cells and regular layouts agree by chance. So the pictures are aligned to a fraction of a pixel (Evangelidis and Psarakis 2008)
+and compared pixel by pixel: the edges must coincide all over, and the texture between them must not be another one. Features are looked up by visual
+words (Sivic and Zisserman 2003), so that the work grows with the number of images and not with its square.
 
 Legend: N features of one image, M of all. A place is a complex number x + iy in pixels of the small picture; a transform takes z to ``c z + t``,
 mirrored to ``c conj(z) + t``.
@@ -10,12 +11,14 @@ mirrored to ``c conj(z) + t``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
-from scipy import ndimage
+
+from cellbench.likeness import near_pairs, standard, turned
 
 SIDE_PX = 400
 """The longer side at which features are looked for. A crop of 0.3 of the sides still fills 120 px."""
@@ -27,11 +30,14 @@ ALIKE = 0.9
 """Cosine of two descriptors. Of one spot in two pictures 0.95 to 1, of the nearest spot in another smear 0.85 at most for nine of ten."""
 LEAST = 5
 """Features that agree on one transform. Of true crops 6 to 80, of other pairs of the three real sets 4 at most."""
-CORRELATION = 0.8
-"""Of what both pictures show, its slow waves taken out: the median over fields with structure, so that a scale bar or a label that all images
-bear neither makes a crop nor hides one."""
 TRIES = 3
 """Transforms tried of one pair: a label that all images bear agrees with itself before the cells do."""
+MOST_PAIRS = 40
+"""Candidate pairs tried of an image, those with most features in common first: where a layout is common to all images, every pair is one."""
+_WAVE_PX = 4
+"""Of the small picture. Slower waves are taken out: a round edge that is 2 px off correlates at 0.9 with them, and not at all without."""
+_FIELD_PX = 16
+"""The side of the fields in which edges are compared."""
 _WORD = 150
 """Features a visual word, about."""
 
@@ -70,7 +76,8 @@ class Shared:
 
     first: int
     second: int
-    correlation: float
+    agreement: float
+    """The share of edges that coincide, 0..1."""
     share: float
     """Of the one that has less of its own, what the other shows too."""
 
@@ -83,7 +90,7 @@ def marks(grey_HW: np.ndarray) -> Marks:
     sift = cv2.SIFT_create(contrastThreshold=CONTRAST)
     found = sorted(sift.detect(stretched, None), key=lambda one: -one.size)[:MOST]
     if not found:
-        return NOTHING
+        return replace(NOTHING, picture=picture.astype(np.uint8))
     found, looks = sift.compute(stretched, found)
     return Marks(
         places=np.array([complex(*one.pt) for one in found], np.complex64),
@@ -105,12 +112,36 @@ def _small(grey_HW: np.ndarray) -> np.ndarray:
 def shared(all_marks: Sequence[Marks]) -> list[Shared]:
     """Every pair of images that show a part of the same, in their order."""
     found: dict[tuple[int, int], Shared] = {}
-    for first, second, mirrored, ones, others in _candidates(all_marks):
+    num_tried: Counter[int] = Counter()
+    for first, second, mirrored, ones, others in sorted(_candidates(all_marks), key=lambda one: -len(one[3])):
+        if (first, second) in found or min(num_tried[first], num_tried[second]) >= MOST_PAIRS:
+            continue
+        num_tried.update((first, second))
         pair = _settled(all_marks, first, second, mirrored, ones, others)
-        known = found.get((first, second))
-        if pair is not None and (known is None or known.correlation < pair.correlation):
+        if pair is not None:
             found[first, second] = pair
     return [found[pair] for pair in sorted(found)]
+
+
+def whole(all_marks: Sequence[Marks], small_NTT: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+    """Pairs (i < j) of images that are one picture, turned, resized or saved anew. ``small_NTT``: ``likeness.small_grey`` of each.
+
+    ``likeness.near_pairs`` proposes them; those whose pixels say otherwise are left out: the same empty plate photographed twice, say.
+    """
+    found = []
+    for i, j, _ in near_pairs(small_NTT):
+        mine = standard(small_NTT[i])
+        way = int(np.argmax([float(mine @ standard(other)) for other in turned(small_NTT[j])]))
+        one, other = all_marks[i].picture, np.ascontiguousarray(turned(all_marks[j].picture)[way])
+        if not one.size or not other.size:
+            found.append((i, j))
+            continue
+        across, down = other.shape[1] / one.shape[1], other.shape[0] / one.shape[0]
+        evidence = _compared(one, other, np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2]]), similar=False)
+        # Where a plain picture has neither edges nor texture, the small pictures' correlation is all there is.
+        if evidence is None or evidence.proves or not (evidence.num_fields or evidence.denies):
+            found.append((i, j))
+    return found
 
 
 def _settled(all_marks: Sequence[Marks], first: int, second: int, mirrored: bool, ones: np.ndarray, others: np.ndarray) -> Shared | None:
@@ -120,9 +151,10 @@ def _settled(all_marks: Sequence[Marks], first: int, second: int, mirrored: bool
         if placed is None:
             return None
         c, t, inside = placed
-        correlation, share = _proof(one.picture, other.picture, mirrored, c, t)
-        if correlation >= CORRELATION:
-            return Shared(first=first, second=second, correlation=correlation, share=share)
+        matrix = np.array([[c.real, -c.imag, t.real], [c.imag, c.real, t.imag]]) @ np.diag([1, -1 if mirrored else 1, 1])
+        evidence = _compared(one.picture, other.picture, matrix)
+        if evidence is not None and evidence.proves:
+            return Shared(first=first, second=second, agreement=evidence.agreement, share=evidence.share)
         ones, others = ones[~inside], others[~inside]
     return None
 
@@ -214,32 +246,108 @@ def _spots(z: np.ndarray, w: np.ndarray) -> int:
     return min(len(np.unique(z.round())), len(np.unique(w.round())))
 
 
-def _proof(one_HW: np.ndarray, other_HW: np.ndarray, mirrored: bool, c: complex, t: complex) -> tuple[float, float]:
-    """How well the pictures correlate where both show the same (-1..1), and how much of the smaller one that is (0..1)."""
-    if abs(c) < 1:  # the other way round, so that the finer picture is the one that is resampled
-        turned = (1 / np.conj(c), -np.conj(t / c)) if mirrored else (1 / c, -t / c)
-        return _proof(other_HW, one_HW, mirrored, *turned)
-    rows, columns = np.indices(one_HW.shape)
-    z = columns + 1j * rows
-    w = c * (z.conj() if mirrored else z) + t
-    inside = (w.real >= 0) & (w.real <= other_HW.shape[1] - 1) & (w.imag >= 0) & (w.imag <= other_HW.shape[0] - 1)
-    if inside.sum() < 400:
-        return 0.0, 0.0
-    weight = inside.astype(np.float32)
-    known = np.maximum(ndimage.gaussian_filter(weight, 12), 1e-3)
+@dataclass(frozen=True, kw_only=True)
+class _Evidence:
+    """What the pixels of two aligned pictures say."""
 
-    def fast(picture: np.ndarray) -> np.ndarray:
-        return (picture - ndimage.gaussian_filter(picture * weight, 12) / known) * weight
+    num_fields: int
+    """Fields with edges in one of both."""
+    agreement: float
+    """The share of them, by the strength of their edges, in which both correlate. Of true copies 0.98 to 1, of different pictures with one layout
+    0.93 at most, measured."""
+    texture: float | None
+    """The correlation, -1..1, of what lies between the edges; None where there is none, or one of both has lost its own (JPEG, smoothing)."""
+    share: float
 
-    finer = ndimage.gaussian_filter(other_HW.astype(np.float32), abs(c))
-    a = fast(ndimage.gaussian_filter(one_HW.astype(np.float32), 1))
-    b = fast(ndimage.map_coordinates(finer, [w.imag, w.real], order=1, mode="nearest"))
-    field = (rows // 24) * (one_HW.shape[1] // 24 + 1) + columns // 24
+    @property
+    def denies(self) -> bool:
+        """Whether the texture is another one. Of true copies 0.23 or more, of different pictures 0.1 at most, measured."""
+        return self.texture is not None and self.texture < 0.2
+
+    @property
+    def proves(self) -> bool:
+        if self.texture is not None and self.texture > 0.5:
+            return not self.num_fields or self.agreement >= 0.3  # a label or a scale bar hides what lies below it
+        if self.texture is not None and not self.denies and self.agreement >= 0.7:
+            return True  # saved anew at other sizes, sharpened or smoothed
+        if self.num_fields >= 100 and self.agreement >= 0.98:
+            return True  # whatever the texture: a second photograph of the same place has another noise
+        # A few round edges coincide by chance, mostly those of a small part.
+        return self.num_fields > 0 and self.agreement >= 0.95 and not self.denies and self.share > 1 / 3
+
+
+def _compared(one_HW: np.ndarray, other_HW: np.ndarray, matrix: np.ndarray, similar: bool = True) -> _Evidence | None:
+    """The evidence for ``matrix`` (2, 3), which takes (x, y, 1) of the first picture, uint8, to (x, y) of the second; None where both share less
+    than 400 px, or where they only fit when sheared (``similar``)."""
+    if (scale := _scale(matrix)) < 1:  # the other way round, so that the finer picture is the one that is resampled
+        return _compared(other_HW, one_HW, cv2.invertAffineTransform(matrix), similar) if scale > 0 else None
+    one = cv2.GaussianBlur(one_HW.astype(np.float32), (0, 0), 1)
+    other = cv2.GaussianBlur(other_HW.astype(np.float32), (0, 0), scale)
+    matrix = _aligned(one, other, matrix)
+    longest, shortest = np.linalg.svd(matrix[:, :2])[1]
+    if similar and longest > 1.03 * shortest:
+        return None
+    flags, size = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, one.shape[::-1]
+    other = cv2.warpAffine(other, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    inside = cv2.warpAffine(np.ones(other_HW.shape, np.float32), matrix, size, flags=flags) > 0.999
+    if (area_px := int(inside.sum())) < 400:
+        return None
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    weight = inside[box].astype(np.float32)
+    known = np.maximum(cv2.GaussianBlur(weight, (0, 0), _WAVE_PX), 1e-3)
+    a, b = ((picture[box] - cv2.GaussianBlur(picture[box] * weight, (0, 0), _WAVE_PX) / known) * weight for picture in (one, other))
+    height, width = weight.shape
+    field = np.arange(height)[:, None] // _FIELD_PX * (width // _FIELD_PX + 1) + np.arange(width) // _FIELD_PX
     product, energy_a, energy_b, num = (np.bincount(field.ravel(), values.ravel()) for values in (a * b, a * a, b * b, weight))
-    # Three grey levels of 255: what is left of a plain ground is noise.
-    structured = (num >= 100) & (np.maximum(energy_a, energy_b) > 9 * num)
-    share = inside.sum() / min(inside.size, other_HW.size / abs(c) ** 2)
-    if not structured.any():
-        return 0.0, float(min(share, 1))
-    correlations = product[structured] / np.sqrt(np.maximum(energy_a * energy_b, 1e-6))[structured]
-    return float(np.median(correlations)), float(min(share, 1))
+    # Three grey levels of 255: what is left of a plain ground is noise, and compression changes what is weaker. Dim pictures have weaker edges.
+    least = np.clip(0.05 * np.ptp(np.percentile(one_HW, (1, 99))), 1.5, 3)
+    edges = (num >= 0.4 * _FIELD_PX**2) & (np.maximum(energy_a, energy_b) > least**2 * num)
+    strength = np.sqrt(np.maximum(energy_a, energy_b) / np.maximum(num, 1))[edges]
+    agrees = product[edges] > 0.7 * np.sqrt(energy_a * energy_b)[edges]
+    near_edge = cv2.dilate((cv2.GaussianBlur(np.maximum(a * a, b * b), (0, 0), 2) > 6).astype(np.uint8), np.ones((13, 13), np.uint8)) > 0
+    return _Evidence(
+        num_fields=int(edges.sum()),
+        agreement=float(np.average(agrees, weights=strength)) if edges.any() else 0.0,
+        texture=_texture(a[~near_edge & (weight > 0)], b[~near_edge & (weight > 0)]),
+        share=min(1.0, area_px / min(inside.size, other_HW.size / _scale(matrix) ** 2)),
+    )
+
+
+def _texture(a: np.ndarray, b: np.ndarray) -> float | None:
+    if a.size < 1000:
+        return None
+    power_a, power_b = float((a * a).mean()), float((b * b).mean())
+    # Rounding to whole grey levels alone leaves 0.01; a copy that lost three quarters of its texture cannot be asked for it.
+    if min(power_a, power_b) < max(0.1, 0.25 * max(power_a, power_b)):
+        return None
+    return float((a * b).mean() / np.sqrt(power_a * power_b))
+
+
+def _aligned(one: np.ndarray, other: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """The affine transform near ``matrix`` under which both pictures correlate best, found at half their size or less; ``matrix`` where none is."""
+    size = [max(16, side // 2) if min(one.shape) >= 150 else side for side in one.shape[::-1]]
+    scale = _scale(matrix)
+    coarse = [min(full, max(16, round(full * size[0] / one.shape[1] / scale))) for full in other.shape[::-1]]
+    into_one, into_other = _resizing(one.shape[::-1], size), _resizing(other.shape[::-1], coarse)
+    start = into_other @ np.vstack([matrix, [0, 0, 1]]) @ np.linalg.inv(into_one)
+    stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 20, 1e-4)
+    pictures = (cv2.resize(picture, to, interpolation=cv2.INTER_AREA) for picture, to in ((one, size), (other, coarse)))
+    try:
+        _, found = cv2.findTransformECC(*pictures, start[:2].astype(np.float32), cv2.MOTION_AFFINE, stop, None, 1)
+    except cv2.error:  # it did not converge
+        return matrix
+    better = (np.linalg.inv(into_other) @ np.vstack([found, [0, 0, 1]]) @ into_one)[:2]
+    height, width = one.shape
+    moved = np.abs((better - matrix) @ np.array([[0, width, 0, width], [0, 0, height, height], [1, 1, 1, 1]])).max()
+    return better if moved < 8 * max(scale, 1) else matrix
+
+
+def _resizing(full: Sequence[int], to: Sequence[int]) -> np.ndarray:
+    """(3, 3): from a pixel's place in a picture of (width, height) to its place in the resized one; places are of pixels' centres."""
+    across, down = to[0] / full[0], to[1] / full[1]
+    return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
+
+
+def _scale(matrix: np.ndarray) -> float:
+    return float(np.sqrt(abs(np.linalg.det(matrix[:, :2]))))

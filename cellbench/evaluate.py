@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cellbench import figures, results
+from cellbench.data import seen_images
 from cellbench.data.classes import survey, unused, with_owners
 from cellbench.data.dataset import Dataset, proven
 from cellbench.data.folders import listed, split
@@ -24,7 +25,8 @@ from cellbench.errors import CellbenchError
 from cellbench.exam import Case, Exams
 from cellbench.files import file_name
 from cellbench.load import Load
-from cellbench.metrics import confusion, image_scores
+from cellbench.logged import EVALUATED, EVALUATION, INDEPENDENT, NOTE, SEEN
+from cellbench.metrics import confusion, image_scores, nan_mean
 from cellbench.registry import Registry
 from cellbench.results import Result
 from cellbench.segmenter import Segmenter
@@ -32,8 +34,6 @@ from cellbench.shapes import outcome_words
 from cellbench.spec import DataSpec, Experiment
 from cellbench.track import Tracker
 from cellbench.trained import Trained
-
-EVALUATION = "evaluation"
 
 
 def labelled(trained: Trained, experiment: Experiment, registry: Registry, folder: Path | None) -> tuple[Dataset, str]:
@@ -117,6 +117,13 @@ def evaluate(
     say(f"{trained.name}: {len(dataset.test)} images of {dataset.root} ({what}), on {segmenter.machine.name}.")
     for line in dataset.notes:
         say(line)
+    seen = seen_images.found_again(trained.seen, dataset.test) if trained.seen is not None else None
+    if seen is None:
+        warning = f"'{trained.name}' keeps no record of its training images (an older version), so these were not compared with them."
+    else:
+        warning = seen_images.told(seen)
+    if warning:
+        say(f"Warning: {warning}")
     result, worst, lines = examine(segmenter, dataset, visualize)
     for line in lines:
         say(line)
@@ -124,16 +131,21 @@ def evaluate(
     name = f"evaluate: {trained.name} on {dataset.root.name}"
     tracker = Tracker(trained.experiment or "evaluations")
     key = hashlib.sha256(json.dumps([EVALUATION, trained.fingerprint, dataset.digest, segmenter.machine.precision_name]).encode()).hexdigest()[:16]
-    tags = {"cellbench.kind": EVALUATION, "cellbench.evaluated": trained.run_id, "model": trained.run.model, "dataset": dataset.name}
+    tags = {"cellbench.kind": EVALUATION, EVALUATED: trained.run_id or trained.name, "model": trained.run.model, "dataset": dataset.name}
     known = next((run for run in tracker.stored() if run.fingerprint == key), None)
     with tracker.run(name, key, parent=trained.run_id, known=known, tags=tags) as run:
         if known is None:
             run.log({}, params={"evaluated": trained.name, "dataset": dataset.name, "images": len(dataset.test), "precision": segmenter.machine.precision_name})
+            if seen is not None:
+                run.log({}, params={f"images_{word}": seen.count(part) for part, word in (("train", "trained_on"), ("val", "validated_on"))})
             run.data(dataset.name, dataset.digest, str(dataset.root), "testing")
         with tempfile.TemporaryDirectory(prefix="cellbench-") as place:
             folder, pixels = Path(place), Pixels(dataset, "test", 2**28)
             plain = experiment.model_copy(update={"data": DataSpec()})
             results.write(folder, name, trained.run.model_copy(update={"fold": 0}), plain, [dataset], pixels, result)
+            if seen is not None:
+                listed_images = {part: [s.name for s, one in zip(dataset.test, seen, strict=True) if one == part] for part in seen_images.PARTS}
+                (folder / SEEN).write_text(json.dumps(listed_images), encoding="utf-8")
             (folder / "config.toml").write_text(trained.config, encoding="utf-8")
             for rank, case in enumerate(worst, 1):
                 picture, truth = pixels[case.image]
@@ -142,12 +154,18 @@ def evaluate(
                 stem = file_name(Path(file).stem)
                 figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"worst-{rank:03d}-{stem}.png")
             run.artifacts(folder)
-        run.log(metrics, tags=results.tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png")))
+        told = results.tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png"))
+        independent = "unknown" if seen is None else "no" if any(seen) else "yes"
+        told |= {INDEPENDENT: independent, NOTE: f"**Warning:** {warning}\n\n{told[NOTE]}" if warning else told[NOTE]}
+        run.log(metrics, tags=told)
     mean = f"{results.score(metrics, 'test_image/dice')}{results.interval_words(metrics)}"
     say(f"Dice {results.score(metrics, 'test/dice')} over all pixels, {mean} in the mean of the images; IoU {results.score(metrics, 'test/iou')}.")
     say(f"{outcome_words({key.removeprefix('test/'): value for key, value in metrics.items()})}.")
     if metrics["test/num_empty"]:
         empty, found = metrics["test/num_empty"], metrics["test/num_empty_found"]
         say(f"{empty:g} of {len(dataset.test)} images have no cell; something was found in {found:g} of them. Means leave out the others.")
+    if seen is not None and any(seen) and (new := [k for k, part in enumerate(seen) if not part]):
+        dice = nan_mean(image_scores(result.exam.counts[new], unused=dataset.unused)["dice"])
+        say(f"Dice {dice:.4f} in the mean of the {len(new)} images that the run has not seen.")
     say(f"logged as '{name}' in the experiment '{tracker.name}', under the run that it tests: metrics, figures and error maps.")
     return 0

@@ -15,7 +15,7 @@ import numpy as np
 
 from cellbench.errors import CellbenchError
 from cellbench.lineup import MEASURES, Tested, TestSet, line_up
-from cellbench.logged import DATA, Stored
+from cellbench.logged import DATA, EVALUATION, Stored
 from cellbench.track import Tracker
 
 
@@ -51,7 +51,7 @@ def collect(trackers: Sequence[Tracker], only: Collection[str] | None = None) ->
         latest: dict[str, Stored] = {}
         for run in tracker.stored():
             if run.is_parent:
-                if run.tags["cellbench.kind"] != "evaluation":  # a run tested once more, on data that others were not tested on
+                if run.tags["cellbench.kind"] != EVALUATION:  # a run tested once more, on data that others were not tested on
                     parents.append(run)
             elif not run.fingerprint:
                 num_foreign += 1

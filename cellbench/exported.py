@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from cellbench.backbones.weights import locate
 from cellbench.data.prepare import Preparation
+from cellbench.data.seen_images import without_paths
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import make_folder, told, write_atomic
 from cellbench.registry import BackboneCard, Card, Registry
@@ -80,6 +81,7 @@ def write_folder(folder: Path, trained: Trained, registry: Registry, weights: Pa
         "config": trained.config,
         "data": trained.data,
         "chosen": trained.chosen,
+        "seen": without_paths(trained.seen) if trained.seen is not None else None,
         "backbone": said,
     }
     write_atomic(folder / RUN, json.dumps(facts, indent=1))  # last: a folder without it is none
@@ -110,6 +112,7 @@ def read_folder(folder: Path) -> Trained:
         backbone_digest=facts.get("backbone_digest", ""),
         data=facts.get("data", ""),
         chosen=facts.get("chosen", ""),
+        seen=facts.get("seen"),
         **{key: facts[key] for key in ("fingerprint", "dataset_digest", "run_id", "experiment", "config")},
     )
 

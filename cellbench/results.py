@@ -22,7 +22,7 @@ from cellbench.data.prepare import Preparation
 from cellbench.escaping import markdown
 from cellbench.exam import Exam
 from cellbench.learner import Learner
-from cellbench.logged import NOTE, TABLES
+from cellbench.logged import NOTE, SEEN, TABLES
 from cellbench.metrics import image_scores, named, nan_mean, num_empty, scores
 from cellbench.plan import num_seen
 from cellbench.shapes import COUNTS, MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX, outcome_words
@@ -117,15 +117,24 @@ def tidy(name: str, value: float) -> float:
 
 
 def write(
-    folder: Path, name: str, run: RunSpec, experiment: Experiment, datasets: Sequence[Dataset], pixels: Pixels, result: Result
+    folder: Path,
+    name: str,
+    run: RunSpec,
+    experiment: Experiment,
+    datasets: Sequence[Dataset],
+    pixels: Pixels,
+    result: Result,
+    seen: dict[str, Any] | None = None,
 ) -> None:
     """``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json``, ``head.safetensors`` and
     ``figures/*.png`` into a folder.
 
-    ``datasets``: one, or one a fold.
+    ``datasets``: one, or one a fold. ``seen``: what the run keeps of the images that it learned from, as ``seen_images.json``.
     """
     from cellbench import figures
 
+    if seen is not None:
+        (folder / SEEN).write_text(json.dumps(seen), encoding="utf-8")
     dataset = datasets[run.fold]
     told = per_image(dataset, result)
     if result.learner is not None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from cellbench import checkpoints, estimate, results
 from cellbench.backbones.base import Backbone
 from cellbench.backbones.catalog import open_backbone, weights_digest
+from cellbench.data import seen_images
 from cellbench.data.dataset import Dataset
 from cellbench.data.pixels import Pixels
 from cellbench.data.prepare import Preparation
@@ -399,10 +400,14 @@ class Runner:
             self._backbones[name] = open_backbone(self.registry.backbone(name), self.weights)
         return self._backbones[name]
 
+    def _trained_on(self, run: RunSpec, result: Result) -> Sequence[int]:
+        return Plan(self._pixels["train"].sizes_px, run).seen if result.learner is not None else ()
+
     def _keep(self, job: Job, run: Run, result: Result, out: Outcome) -> None:
         """Logs a run's test and ends it as finished: the mark is written last."""
         with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
-            results.write(Path(folder), job.name, job.run, self.experiment, self.datasets, self._pixels["test"], result)
+            seen = seen_images.record(self.dataset, self._trained_on(job.run, result))
+            results.write(Path(folder), job.name, job.run, self.experiment, self.datasets, self._pixels["test"], result, seen)
             run.artifacts(Path(folder))
         metrics = results.metrics(self.dataset, result)
         # At step 0: a single value there is a bar in the UI's charts, at any other step a lone dot. ``best/epoch`` says which epoch it was.

@@ -27,6 +27,7 @@ from cellbench import workers as processes
 from cellbench.backbones.weights import weights_folder
 from cellbench.batches import Worker
 from cellbench.commands import cache_budget, open_folds, read_tree, say
+from cellbench.data import quick_check
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError
 from cellbench.grid import Crew, alone, parent
@@ -125,7 +126,7 @@ def search(
     datasets = open_folds(experiment, registry, data)
     dataset = datasets[space.fold]
     backbones(space, registry, datasets, weights, file, whole.precision_name)
-    for line in () if helper else (*dataset.notes, *moved.heal()):
+    for line in () if helper else (*dataset.notes, *quick_check.warnings(registry.dataset(experiment.dataset), dataset), *moved.heal()):
         say(line)
     url = storage or os.environ.get("OPTUNA_STORAGE") or DEFAULT
     if url.startswith("sqlite:///"):  # a process elsewhere may have another folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -33,6 +34,8 @@ class Trained:
     run_id: str = ""
     """In MLflow."""
     experiment: str = ""
+    seen: Mapping[str, Any] | None = None
+    """What ``data.seen_images`` recorded of its training and validation images; None for a run of an older version."""
     config: str = ""
     """An experiment file that repeats the run."""
     data: str = ""

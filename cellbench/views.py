@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cellbench.escaping import markdown
-from cellbench.logged import LIMIT, VIEW
+from cellbench.logged import EVALUATED, LIMIT, VIEW
 
 TAG = f"mlflow.sharedViewState.{VIEW}"
 QUERY = f"viewStateShareKey={VIEW}&workflowType=machine_learning"
@@ -22,6 +22,8 @@ COLUMNS = (
     *(f"params.`{name}`" for name in ("backbone", "head", "seed")),
 )
 """The first sorts; five metrics leave room for the params on a laptop's screen."""
+FILTER = f"tags.`{EVALUATED}` IS NULL"
+"""Evaluations have other test images, so their scores do not stand in one column with those of the runs."""
 BARS = ("test_image/dice", "test_image/nsd", "test_image/ap50")
 LINES = ("val/dice", "val/loss", "train/loss")
 
@@ -31,8 +33,9 @@ WHOLE = f"tags.`{LIMIT}` IS NULL"
 
 
 def view(search: str = "") -> str:
-    """The tag's value. ``search``: the filter that the UI begins with."""
-    state: dict[str, Any] = {"searchFilter": search, "orderByKey": COLUMNS[0], "orderByAsc": False, "startTime": "ALL", "lifecycleFilter": "Active"}
+    """The tag's value. ``search``: what the filter that the UI begins with asks beside ``FILTER``."""
+    asked = " AND ".join(part for part in (FILTER, search) if part)
+    state: dict[str, Any] = {"searchFilter": asked, "orderByKey": COLUMNS[0], "orderByAsc": False, "startTime": "ALL", "lifecycleFilter": "Active"}
     state |= {"datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": list(COLUMNS), "runsExpanded": {}, "runsPinned": []}
     state |= {"runsHidden": [], "runsHiddenMode": "FIRST_10_RUNS", "groupBy": None, "groupsExpanded": {}, "hideEmptyCharts": True}
     # "Reordered" keeps our sections on top of those that the UI makes of all other metrics.

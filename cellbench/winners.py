@@ -16,7 +16,7 @@ from cellbench.evidence import collect
 from cellbench.files import nfc
 from cellbench.framing import Framing
 from cellbench.lineup import limit_words, words_of
-from cellbench.logged import LIMIT, WEIGHTS, Stored
+from cellbench.logged import EVALUATION, LIMIT, SEEN, WEIGHTS, Stored
 from cellbench.registry import Registry
 from cellbench.separate import CONNECTED, Separation
 from cellbench.spec import Experiment, RunSpec, expand
@@ -69,7 +69,7 @@ def open_run(tracker: Tracker, stored: Stored, registry: Registry, chosen: str =
     """The run's record; ``chosen``: how it was chosen, as :func:`find` says.
 
     Raises CellbenchError for one that is not finished, is no model, or has lost what it left."""
-    if stored.tags.get("cellbench.kind") == "evaluation":
+    if stored.tags.get("cellbench.kind") == EVALUATION:
         raise CellbenchError(f"'{stored.name}' is an evaluation of '{stored.params.get('evaluated', 'a run')}'. Name that run.")
     if stored.is_parent:
         raise CellbenchError(f"'{stored.name}' is the parent of other runs, not a model. Name one of its runs, or best:{tracker.name}.")
@@ -82,6 +82,7 @@ def open_run(tracker: Tracker, stored: Stored, registry: Registry, chosen: str =
     if prepared is None and run.normalise != "none" and run.backbone is not None:
         raise CellbenchError(f"'{stored.name}' normalises stains, but has lost its preparation.json in MLflow. Run it again.")
     separation = tracker.artifact(stored, "separation.json")
+    seen = tracker.artifact(stored, SEEN)
     data = tracker.artifact(stored, "head.safetensors")
     learns = run.baseline is None or registry.baseline(run.baseline).trained
     if data is None and learns:
@@ -96,6 +97,7 @@ def open_run(tracker: Tracker, stored: Stored, registry: Registry, chosen: str =
         fingerprint=stored.fingerprint,
         backbone_digest=stored.tags.get(WEIGHTS, ""),
         dataset_digest=str(told["dataset"]),
+        seen=json.loads(seen) if seen is not None else None,
         run_id=stored.run_id,
         experiment=tracker.name,
         config=config,

@@ -10,6 +10,7 @@ import pytest
 from conftest import MODEL, write_pair
 from PIL import Image
 
+from cellbench import views
 from cellbench.evidence import collect
 from cellbench.run import main
 from cellbench.track import Tracker
@@ -49,3 +50,38 @@ def test_other_classes_are_refused(there: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "three" / "dataset.toml").write_text('classes = ["background", "nucleus", "cytoplasm"]\nvalues = [0, 128, 255]\n')
     assert main(["evaluate", MODEL, "--data", str(tmp_path / "three"), "--device", "cpu"]) == 2
     assert "its classes are background, nucleus, cytoplasm" in capsys.readouterr().err
+
+
+def test_images_that_the_run_has_seen_are_known_however_they_are_packed(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two training images one is renamed and one turned and saved as JPEG; the validation image is brightened; one image is new."""
+    from cellbench.data.folders import open_dataset
+    from cellbench.registry import Registry
+    from cellbench.spec import DataSpec
+
+    known = open_dataset(Registry().dataset("folder"), there / "smears", DataSpec())
+    packed = [
+        (known.train[0], "x0.bmp", lambda pixels: pixels),
+        (known.train[1], "x1.jpg", lambda pixels: np.rot90(pixels)),
+        (known.val[0], "x2.png", lambda pixels: (pixels * 0.9 + 5).astype(np.uint8)),
+    ]
+    for sample, name, how in packed:
+        write_pair(tmp_path / "again", name, 0)
+        pixels, mask = known.read(sample)
+        Image.fromarray(how(pixels)).save(tmp_path / "again" / "original" / name)
+        mask = np.rot90(mask) if name == "x1.jpg" else mask
+        Image.fromarray((mask * 255).astype(np.uint8)).save(tmp_path / "again" / "mask" / f"{Path(name).stem}.png")
+    write_pair(tmp_path / "again", "x3.png", 77)
+    assert main(["evaluate", MODEL, "--data", str(tmp_path / "again"), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "Warning: 2 of 4 images were trained on, 1 validated on" in said
+    assert "in the mean of the 1 images that the run has not seen" in said
+    (run,) = [run for run in runs() if run.info.run_name.endswith("on again")]
+    assert run.data.tags["cellbench.independent"] == "no"
+    assert (run.data.params["images_trained_on"], run.data.params["images_validated_on"]) == ("2", "1")
+
+
+def test_evaluations_leave_the_leaderboard_and_the_choice_of_the_best(there: Path) -> None:
+    assert main(["evaluate", MODEL, "--data", "smears", "--device", "cpu"]) == 0
+    shown = mlflow.search_runs(experiment_names=["small"], filter_string=views.FILTER, output_format="list")
+    assert {run.data.tags.get("cellbench.kind") for run in shown} == {None, "grid"}
+    assert MODEL in {run.info.run_name for run in shown}

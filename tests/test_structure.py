@@ -20,7 +20,7 @@ LAYERS = (
     (
         "facts and mathematics",
         {"registry", "space", "tiles", "framing", "plan", "losses", "metrics", "shapes", "separate", "targets", "measure"}
-        | {"likeness", "crops", "audit", "significance", "scored", "stats", "ranking"},
+        | {"likeness", "crops", "placement", "audit", "significance", "scored", "stats", "ranking"},
     ),
     ("parts", {"backbones/", "heads/", "baselines/", "data/"}),
     (

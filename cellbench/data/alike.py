@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cellbench.crops import Marks, marks, shared
+from cellbench.crops import Marks, marks, shared, whole
 from cellbench.data import images
 from cellbench.data.dataset import Sample
 from cellbench.data.intensity import Reading
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
-from cellbench.likeness import clusters, grey, near_pairs, pooled
+from cellbench.likeness import clusters, grey, pooled
 
-_FOUND_AS = 2
+_FOUND_AS = 3
 """Counts up when what is found changes."""
 
 
@@ -68,8 +68,9 @@ def _first_alike(paths: Sequence[Path], reading: Reading) -> list[int]:
         told = list(tqdm(jobs, desc="comparing images, once", total=len(paths), unit="image", leave=False, disable=len(paths) < 20))
     read = [k for k, one in enumerate(told) if one is not None]
     seen = [one for one in told if one is not None]
-    pairs = [(i, j) for i, j, _ in near_pairs([small for small, _ in seen])]
-    pairs += [(pair.first, pair.second) for pair in shared([parts for _, parts in seen])]
+    all_marks = [parts for _, parts in seen]
+    pairs = whole(all_marks, [small for small, _ in seen])
+    pairs += [(pair.first, pair.second) for pair in shared(all_marks)]
     return clusters(len(paths), [(read[i], read[j]) for i, j in pairs])
 
 

@@ -39,6 +39,12 @@ def size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return picture.shape
 
 
+def exif_turn(path: str | os.PathLike[str]) -> int:
+    """The orientation that the file asks for, 1 (upright) to 8 as EXIF counts them, from the header alone."""
+    with opened(path, sys.maxsize) as picture:
+        return picture.turn
+
+
 def read_image(path: str | os.PathLike[str], reading: Reading | None = None, *, max_pixels: int | None = None) -> np.ndarray:
     """The picture as (height, width, 3) uint8 RGB, C-contiguous and owned by the caller.
 

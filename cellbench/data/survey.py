@@ -14,6 +14,7 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.files import hash_of
 from cellbench.likeness import grey, pooled
 from cellbench.metrics import IGNORE
+from cellbench.placement import Maps, maps
 from cellbench.shapes import MIN_AREA_PX, as_objects, instances, numbered, with_parts
 
 LOOK_PX = 600
@@ -69,12 +70,16 @@ class Facts:
     """How well it does: variance between both sides as a share of all, 0..1."""
     agreement: float = 0.0
     """Correlation of what the threshold sets apart and what is marked, -1..1."""
+    maps: Maps | None = None
+    """By which it is told whether the mask lies on what the image shows."""
+    exif_turn: int = 1
+    """The orientation that the image file asks for, 1 (upright) to 8."""
     missed_border: tuple[int, ...] = ()
     """Areas, in px, of fields at the frame that stand out like cells and are not marked."""
 
 
-def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int) -> Facts:
-    """Reads and measures one sample; what is wrong with its files is in ``error``, never raised."""
+def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int, with_marks: bool = True) -> Facts:
+    """Reads and measures one sample; what is wrong with its files is in ``error``, never raised. ``with_marks``: also what its parts are known by."""
     known = {"name": sample.name, "split": split, "group": sample.group}
     try:
         image = images.read_image(sample.image, dataset.reading)
@@ -86,7 +91,7 @@ def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int) -> Fact
     sizes = {"size_px": image.shape[:2], "mask_px": classes.shape}
     known |= {**hashes, **sizes, "stain": _mean_colour(image)}
     plain = grey(image)
-    known |= {"small": pooled(plain), "marks": marks(plain)}
+    known |= {"small": pooled(plain), "marks": marks(plain) if with_marks else NOTHING, "exif_turn": images.exif_turn(sample.image)}
     if image.shape[:2] != classes.shape:
         return Facts(**known)
     objects = as_objects(classes, dataset.owners)
@@ -161,6 +166,7 @@ def _look(image: np.ndarray, cell: np.ndarray, judged: np.ndarray) -> dict[str, 
     threshold, found["seen_contrast"] = _otsu(counts)
     seen = (levels > threshold) if mode <= threshold else (levels <= threshold)
     found["seen_share"] = float(seen.mean())
+    found["maps"] = maps(small, cell, seen)
     if judged.any() and 0 < seen[judged].mean() < 1 and 0 < cell[judged].mean() < 1:
         found["agreement"] = float(np.corrcoef(seen[judged], cell[judged])[0, 1])
     parts, num = ndimage.label(ndimage.binary_fill_holes(seen))

@@ -1,0 +1,133 @@
+"""Which images a run was trained and validated on, in so few bytes that the run keeps them, and whether other images are the same.
+
+An image is known again by its pixels (whatever the file is called and how it is packed) and, turned, mirrored, resized or saved anew, by its
+perceptual hash (``cellbench.likeness``). Parts of an image are only found while the training images still lie where they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cellbench.crops import marks, shared
+from cellbench.data import images
+from cellbench.data.dataset import Dataset, Sample
+from cellbench.errors import CellbenchError
+from cellbench.files import Remembered
+from cellbench.likeness import grey, signs, small_grey, turned
+
+FORMAT = 1
+PARTS = ("train", "val")
+NEAR_BITS = 24
+"""Of 256. Saving as JPEG, resizing and brightening change 10 at most; different pictures of one layout differ in some 60, others in 128."""
+MOST_COMPARED = 400
+"""Training images that are searched for parts: about 0.05 s each."""
+
+
+def record(dataset: Dataset, trained_on: Collection[int] | None = None) -> dict[str, Any]:
+    """What a run keeps (about 150 bytes an image, as JSON): name, digest of the pixels and hash of its training and validation images.
+
+    ``trained_on``: the numbers of the training images that were used, where not all were.
+    """
+    parts = {"train": dataset.train, "val": dataset.val}
+    if trained_on is not None:
+        parts["train"] = tuple(dataset.train[k] for k in sorted(trained_on))
+    rows = {
+        part: [[sample.name, str(sample.image.absolute()), *found] for sample, found in zip(samples, _looks(samples), strict=True)]
+        for part, samples in parts.items()
+    }
+    return {"format": FORMAT, **rows}
+
+
+def without_paths(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The record for others: without the folders of this machine."""
+    return {"format": FORMAT, **{part: [[row[0], "", *row[2:]] for row in known[part]] for part in PARTS}}
+
+
+def found_again(known: Mapping[str, Any], samples: Sequence[Sample]) -> list[str]:
+    """For each image ``train``, ``val``, or an empty string where the run has seen neither it nor a part of it. Training counts first."""
+    looks = _looks(samples)
+    out = [""] * len(samples)
+    for part in reversed(PARTS):
+        if not known[part]:
+            continue
+        pixels = {row[2] for row in known[part]}
+        hashes = np.stack([_bits(row[3]) for row in known[part]]).astype(np.float32)
+        for k, (sample, (digest, _)) in enumerate(zip(samples, looks, strict=True)):
+            if digest in pixels or (hashes @ _all_ways(sample).T).max() >= hashes.shape[1] - 2 * NEAR_BITS:
+                out[k] = part
+    rest = [k for k, part in enumerate(out) if not part]
+    for k, part in _parts_of(known, [samples[k] for k in rest]).items():
+        out[rest[k]] = part
+    return out
+
+
+def _looks(samples: Sequence[Sample]) -> list[list[str]]:
+    with Remembered("looks", _look) as remembered:
+        new = [sample.image for sample in samples if not remembered.knows(sample.image)]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(remembered.__getitem__, new))
+        return [remembered[sample.image] for sample in samples]
+
+
+def _look(path: Path) -> list[str]:
+    image = images.read_image(path)
+    digest = hashlib.sha256(str(image.shape).encode())
+    digest.update(image)
+    return [digest.hexdigest()[:16], np.packbits(signs(small_grey(image)) > 0).tobytes().hex()]
+
+
+def _bits(text: str) -> np.ndarray:
+    return np.where(np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8)) > 0, 1, -1)
+
+
+def _all_ways(sample: Sample) -> np.ndarray:
+    """(8, 256) float32: the hash of the image, turned in every way."""
+    return np.stack([signs(one) for one in turned(small_grey(images.read_image(sample.image)))]).astype(np.float32)
+
+
+def _parts_of(known: Mapping[str, Any], samples: Sequence[Sample]) -> dict[int, str]:
+    """Those that show a part of an image of the run, where these can still be read and are what they were."""
+    rows = [(part, row) for part in PARTS for row in known[part] if row[1] and Path(row[1]).is_file()][:MOST_COMPARED]
+    if not rows or not samples:
+        return {}
+    files = [Path(row[1]) for _, row in rows] + [sample.image for sample in samples]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = pool.map(_marks, files)
+        found = list(tqdm(jobs, desc="comparing with the training images", total=len(files), unit="image", leave=False, disable=len(files) < 20))
+    out: dict[int, str] = {}
+    read = [k for k, one in enumerate(found) if one is not None]
+    for pair in shared([found[k] for k in read]):
+        first, second = read[pair.first], read[pair.second]
+        if first < len(rows) <= second:
+            part = rows[first][0]
+            out[second - len(rows)] = "train" if "train" in (part, out.get(second - len(rows))) else part
+    return out
+
+
+def _marks(path: Path):
+    try:
+        return marks(grey(images.read_image(path)))
+    except (CellbenchError, OSError):
+        return None
+
+
+def told(found: Sequence[str]) -> str:
+    """One sentence; empty where no image was seen.
+
+    >>> told(["train", "val", "train", ""])
+    '2 of 4 images were trained on, 1 validated on: for these the scores say nothing of new images.'
+    """
+    num = {part: sum(one == part for one in found) for part in PARTS}
+    words = [f"{num[part]} {verb}" for part, verb in (("train", "trained on"), ("val", "validated on")) if num[part]]
+    if not words:
+        return ""
+    first, space, rest = words[0].partition(" ")
+    words[0] = f"{first} of {len(found)} images {'was' if first == '1' else 'were'}{space}{rest}"
+    return f"{', '.join(words)}: for these the scores say nothing of new images."

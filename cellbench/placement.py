@@ -1,0 +1,184 @@
+"""Do the masks of a set lie on what their images show? If not: turned by what, or whose mask is it?
+
+Each image is described by maps that need no training (colours, contrast, what a threshold sets apart), pooled to 64 x 64. How well a mask fits an
+image is the multiple correlation of the mask with these maps, 0..1: whether cells are darker or brighter does not matter, nor does a plane of
+light. Images whose cells hardly stand out fit any mask badly, so a mask is only called wrong where another place fits it much better, or where the
+masks of a set fit their own images no better than those of others, although something stands out.
+
+Legend: N images, F maps, T the side of a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from cellbench.likeness import pooled, turned
+
+SIDE = 64
+MARGIN = 0.15
+"""By which another place must fit better than the mask's own. Right masks of three real sets and many drawn ones stay below."""
+LEAST_FIT = 0.4
+"""How well it must fit there: a mask of another image fits 0.1 to 0.3 by chance."""
+FEWEST = 5
+"""Images with cells; of fewer nothing is said of the set."""
+MOST = 400
+"""Images that are compared with one another, in runs of neighbours."""
+WAYS = (
+    "as it is",
+    "turned by 90 degrees to the left",
+    "turned by 180 degrees",
+    "turned by 90 degrees to the right",
+    "mirrored at the diagonal",
+    "mirrored upside down",
+    "mirrored at the other diagonal",
+    "mirrored left to right",
+)
+"""What is done to a mask, in the order of ``likeness.turned``."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Maps:
+    """One image and its mask, pooled."""
+
+    basis: np.ndarray
+    """(F, T * T) float32, orthonormal, each of mean 0: the span of the image's maps."""
+    mask: np.ndarray
+    """(T, T) float32: the share of each field that is marked."""
+    square: bool
+    """Whether it can be turned by a quarter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What is wrong with the masks of a set."""
+
+    said: str
+    """What fits instead, as a clause; empty where nothing is wrong."""
+    wrong: tuple[int, ...]
+    """The images whose masks lie wrong."""
+    most: bool
+    """Whether these are more than half of the images with cells."""
+
+
+def maps(image_HW3: np.ndarray, cell_HW: np.ndarray, seen_HW: np.ndarray) -> Maps:
+    """Of an image uint8, its cells bool, and what a threshold sets apart in it, bool; all of one size, a thinned image will do."""
+    colours = image_HW3.astype(np.float32)
+    plain = colours.mean(2)
+    mean = ndimage.uniform_filter(plain, 5)
+    contrast = np.sqrt(np.maximum(ndimage.uniform_filter(plain * plain, 5) - mean * mean, 0))
+    features = [*np.moveaxis(colours, 2, 0), contrast, seen_HW]
+    rows = np.stack([pooled(one, SIDE).ravel() for one in features]).astype(np.float64)
+    places = np.indices((SIDE, SIDE)).reshape(2, -1)
+    plane = _orthonormal(np.stack([np.ones(SIDE * SIDE), *places]))
+    rows -= rows @ plane.T @ plane
+    height, width = cell_HW.shape
+    return Maps(basis=_orthonormal(rows).astype(np.float32), mask=pooled(cell_HW, SIDE), square=abs(height - width) <= 1)
+
+
+def _orthonormal(rows: np.ndarray) -> np.ndarray:
+    """An orthonormal basis of what the rows span, of which nearly nothing is left out."""
+    _, strength, basis = np.linalg.svd(rows, full_matrices=False)
+    return basis[strength > max(1e-3 * strength[0], 1e-6)]
+
+
+def _unit(mask_TT: np.ndarray) -> np.ndarray:
+    flat = mask_TT.ravel() - mask_TT.mean()
+    return flat / max(float(np.linalg.norm(flat)), 1e-6)
+
+
+def placed(all_maps: Sequence[Maps], contrasts: Sequence[float]) -> Placement:
+    """Looks for masks that lie wrong. ``contrasts``: how clearly something stands out in each image (``Facts.seen_contrast``).
+
+    Only images with some cells, and not full of them, say anything.
+    """
+    telling = _sampled([k for k, one in enumerate(all_maps) if 0.002 < float(one.mask.mean()) < 0.98 and len(one.basis)])
+    num = len(telling)
+    if num < FEWEST:
+        return Placement(said="", wrong=(), most=False)
+    kept = [all_maps[k] for k in telling]
+    masks = np.stack([_unit(one.mask) for one in kept]).astype(np.float32)
+    fit = np.stack([np.linalg.norm(one.basis @ masks.T, axis=0) for one in kept])  # fit[i, j]: mask j on image i
+    own = fit.diagonal().copy()
+    # One place for all: a lone image may by chance fit turned, a set does not.
+    places = {f"fit when {WAYS[way]}": np.array([_turned_fit(one, way) for one in kept]) for way in range(1, 8)}
+    moved, by = _shifted(kept)
+    places[f"fit when moved by {by}"] = moved
+    # Mask i - 1 on image i: it fits the next one.
+    for words, elsewhere in (("next one", np.roll(fit, 1, axis=1).diagonal()), ("one before", np.roll(fit, -1, axis=1).diagonal())):
+        if _better(elsewhere, own).mean() > 0.5:
+            places[f"fit another image, each the {words}"] = elsewhere
+    wrong, clauses = np.zeros(num, bool), []
+    words, elsewhere = max(places.items(), key=lambda item: (int(_better(item[1], own).sum()), float(item[1].mean())))
+    if (votes := _better(elsewhere, own)).sum() >= max(2, 0.1 * num):
+        wrong |= votes
+        clauses.append(f"{_num(int(votes.sum()), num)} {words}")
+    # Another's mask counts where both choose each other: of many masks one always fits a little.
+    others = fit - 2 * np.eye(num)
+    theirs, whose = others.max(1), others.argmax(1)
+    anothers = ~wrong & _much_better(theirs, own) & (others.argmax(0)[whose] == np.arange(num))
+    if anothers.sum() >= 2:
+        wrong |= anothers
+        if clauses and "another image" in clauses[0]:
+            clauses = [f"{_num(int(wrong.sum()), num)} fit another image, most of them {words.rpartition('each ')[2]}"]
+        else:
+            clauses.append(f"{_num(int(anothers.sum()), num)} fit another image")
+    gain = own - (fit.sum(1) - own) / (num - 1)
+    unrelated = gain.mean() < min(0.1, 2 * gain.std(ddof=1) / np.sqrt(num))
+    if unrelated and wrong.mean() <= 0.5 and np.median([contrasts[k] for k in telling]) > 0.7:  # of noise alone it is 2 / pi
+        wrong[:] = True
+        clauses = ["they fit their own images no better than others, and neither turned, moved nor exchanged"]
+    return Placement(
+        said=" and ".join(clauses), wrong=tuple(k for k, one in zip(telling, wrong, strict=True) if one), most=bool(wrong.mean() > 0.5)
+    )
+
+
+def _much_better(fits: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Which of the images a mask fits so much better in another place that it cannot be chance."""
+    halved = (1 - fits**2 < 0.6 * (1 - own**2)) & (fits > 0.6)
+    return ((fits > own + MARGIN) & (fits > LEAST_FIT)) | halved
+
+
+def _better(fits: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """The same of one place for all images; where nine of ten in a dozen fit better there, a little better is enough."""
+    better = fits > own
+    if len(own) >= 12 and better.mean() >= 0.9 and np.median(fits - own) > 0.02:
+        return better
+    return _much_better(fits, own)
+
+
+def _shifted(kept: Sequence[Maps]) -> tuple[np.ndarray, str]:
+    """How well each mask fits when all are moved alike, by what is best for all, and that in words."""
+    found = np.zeros((len(kept), SIDE, SIDE), np.float32)
+    for k, one in enumerate(kept):
+        mask = np.fft.rfft2(_unit(one.mask).reshape(SIDE, SIDE))
+        maps = np.fft.rfft2(one.basis.reshape(-1, SIDE, SIDE))
+        found[k] = np.sqrt((np.fft.irfft2(maps * mask.conj(), s=(SIDE, SIDE)) ** 2).sum(0))
+    down, across = np.unravel_index(found.mean(0).argmax(), (SIDE, SIDE))
+    parts = []
+    for steps, words, side in ((int(down), ("down", "up"), "height"), (int(across), ("to the right", "to the left"), "width")):
+        steps = steps - SIDE if steps > SIDE // 2 else steps
+        if steps:
+            parts.append(f"{abs(steps) / SIDE:.0%} of the {side} {words[steps < 0]}")
+    return found[:, down, across], " and ".join(parts) or "nothing"
+
+
+def _num(some: int, num: int) -> str:
+    return "they" if some == num else f"{some} of {num}"
+
+
+def _turned_fit(one: Maps, way: int) -> float:
+    if way in (1, 3, 4, 6) and not one.square:
+        return 0.0
+    return float(np.linalg.norm(one.basis @ _unit(turned(one.mask)[way]).astype(np.float32)))
+
+
+def _sampled(numbers: list[int]) -> list[int]:
+    if len(numbers) <= MOST:
+        return numbers
+    run = MOST // 8
+    starts = np.linspace(0, len(numbers) - run, 8).astype(int)
+    return sorted({numbers[k] for start in starts for k in range(start, start + run)})
