@@ -54,7 +54,7 @@ def _read(place: Path) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(place, map_location="cpu", weights_only=True)
-        finite = not any(bool(x.isnan().any()) for x in state["model"].values() if x.is_floating_point())
+        finite = not any(bool(x.isnan().any()) for x in state.get("model", {}).values() if x.is_floating_point())
     except (OSError, RuntimeError, EOFError, ValueError, KeyError):
         return None
     return state if finite else None

@@ -121,8 +121,9 @@ def _healed(path: Path) -> list[str]:
 
 def _places(connection: sqlite3.Connection) -> tuple[list[tuple[str, str]], set[str]]:
     """The columns that hold places of artifacts in this store, and the places."""
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    known = [(table, column) for table, column in COLUMNS if table in tables]
+    # A store that was never made to its end lacks some; `making` has the words for it.
+    asked = "SELECT 1 FROM pragma_table_info(?) WHERE name = ?"
+    known = [pair for pair in COLUMNS if connection.execute(asked, pair).fetchone()]
     return known, {place for table, column in known for (place,) in connection.execute(f"SELECT DISTINCT {column} FROM {table}") if place}
 
 

@@ -126,7 +126,8 @@ def maker_of(segmenter: Segmenter) -> dict[str, object]:
     trained = segmenter.trained
     maker = {"run": trained.fingerprint or trained.name, "model": trained.name, "classes": list(segmenter.names), "numerics": NUMERICS}
     reading = trained.preparation.reading
-    return maker | ({"reading": reading.told()} if reading != Reading() else {})
+    # As JSON gives it back, where a tuple is a list.
+    return maker | ({"reading": json.loads(json.dumps(reading.told()))} if reading != Reading() else {})
 
 
 def _from(out: Path, image: Path) -> str:

@@ -18,7 +18,7 @@ from cellbench.errors import CellbenchError
 from cellbench.machine import machine
 from cellbench.measure import class_counts
 from cellbench.outputs import Wanted
-from cellbench.predict import masks, targets_of, write_counts
+from cellbench.predict import answers_in, images_of, masks, targets_of, write_counts
 from cellbench.registry import DatasetCard, Registry
 from cellbench.segmenter import Segmenter
 from cellbench.separate import Separation
@@ -196,9 +196,9 @@ def test_counts_are_of_cells_and_of_each_class(nested, tmp_path, monkeypatch):
         monkeypatch.setattr(one, "_function", lambda image, num, truth=truth, **options: next(truth))
         out = tmp_path / f"out{len(owner)}"
         out.mkdir()
-        targets = targets_of(one, [nested / "test" / "original"], out)
-        assert masks(one, targets, Wanted(instances=True, separation=one.trained.separation), print) == {}
-        with write_counts(targets, out, None, NESTED, owner).open(encoding="utf-8") as file:
+        targets = targets_of(one, images_of([nested / "test" / "original"], out)[0], out, {})
+        assert masks(one, targets, Wanted(instances=True, separation=one.trained.separation), print) == ({}, [])
+        with write_counts(answers_in(out), out, NESTED, owner).open(encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
         assert [[line["cells"], line["cytoplasm"], line["nucleus"]] for line in lines] == [[cells, *columns]] * 2
         table = (out / "test0.cells.csv").read_text().splitlines()
