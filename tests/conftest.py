@@ -20,7 +20,10 @@ MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLO
 SETTINGS = ("CELLBENCH_CACHE_URL", "CELLBENCH_WEIGHTS", "CELLBENCH_MAX_PIXELS", *MLFLOW)
 
 
-LONGEST = ("on_ray", "notebook", "workers", "away", "shards", "bench", "grid", "check", "search", "fit", "folds", "export", "planted", "lanes")
+LONGEST = (
+    *("on_ray", "notebook", "workers", "grid", "check", "golden", "away", "shards", "bench", "contracts", "search", "fit", "folds", "export"),
+    *("planted", "predict", "lanes", "randomness", "weight_values", "checkpoints", "masks", "report", "commands", "crops", "intensity"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
