@@ -356,7 +356,6 @@ def predict(
     for error in bad.values():
         warn(f"skipped: {error}")
     todo = [target for target in todo if target not in bad]
-    small = 0
     try:
         skipped, notes = masks(segmenter, todo, wanted, warn)
         bad |= skipped

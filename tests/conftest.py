@@ -142,18 +142,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from cellbench.run import main
 
     with pytest.MonkeyPatch.context() as patch:
-        _enter(folder, patch)
+        enter(folder, patch)
         assert main(["grid", "small.toml", "--data", "smears", "--device", "cpu"]) == 0
     return folder
 
 
 @pytest.fixture
 def there(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    _enter(trained, monkeypatch)
+    enter(trained, monkeypatch)
     return trained
 
 
-def _enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
+def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Works in a folder with a store and a cache of its own."""
     patch.chdir(folder)
     patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     patch.setenv("CELLBENCH_CACHE", str(folder / "cache"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from conftest import enter
 from pictures import chunk, png, refused
 from PIL import Image
 from worlds import features_of, run_of
@@ -261,21 +262,15 @@ def of_12_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder_of(folder / "data", resolution=(20_000, 20_000), resolutionunit="CENTIMETER")  # 0.5 um
     (folder / "tiny.toml").write_text('experiment = "tiny"\ndataset = "folder"\nbaselines = ["otsu"]\n[data]\ngroup = "none"\n')
     with pytest.MonkeyPatch.context() as patch:
-        _enter(folder, patch)
+        enter(folder, patch)
         assert main(["grid", "tiny.toml", "--data", "data", "--device", "cpu"]) == 0
     return folder
 
 
 @pytest.fixture
 def trained(of_12_bits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    _enter(of_12_bits, monkeypatch)
+    enter(of_12_bits, monkeypatch)
     return of_12_bits
-
-
-def _enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.chdir(folder)
-    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-    patch.setenv("CELLBENCH_CACHE", str(folder / "cache"))
 
 
 def test_what_heads_learn_from_keeps_the_range_of_its_data_set(tmp_path: Path) -> None:
