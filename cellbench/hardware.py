@@ -26,7 +26,7 @@ class Machine:
     memory_bytes: int
     """How much may be spent on decoded images and features."""
     lanes: int = 1
-    """How many pieces of work go on side by side (`cellbench.lanes`), each on :attr:`threads` cores."""
+    """How many pieces of work go on side by side (`cellbench.parallel`), each on :attr:`threads` cores."""
     threads: int = 1
     """Cores for one operation: always as many, since their number can change the last bit of a sum."""
     halvings: int = 0
@@ -40,7 +40,7 @@ class Machine:
 
     @property
     def most_as_one(self) -> int:
-        """How many heads of one kind learn as one at most (`cellbench.teams`): 1 where there is no GPU, since cores are kept busy by lanes."""
+        """How many heads of one kind learn as one at most (`cellbench.training.stacked_heads`): 1 where there is no GPU, since cores are kept busy by lanes."""
         return max(1, 16 >> self.halvings) if self.device.type == "cuda" else 1
 
     def shares(self, num: int) -> list[Machine]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cellbench import imports
+from cellbench import startup
 from cellbench.errors import CellbenchError
 from cellbench.escaping import printable
 
@@ -208,8 +208,8 @@ _PREDICT = "The same command again goes on where it stopped. What cannot be read
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    with imports.kept():
-        from cellbench.predict import predict
+    with startup.kept():
+        from cellbench.cli.predict import predict
 
     return predict(
         arguments.run,
@@ -234,8 +234,8 @@ _EVALUATE = "Logged in MLflow as a run of its own below the run that it tests; t
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    with imports.kept():
-        from cellbench.evaluate import evaluate
+    with startup.kept():
+        from cellbench.cli.evaluate import evaluate
 
     return evaluate(
         arguments.run,
@@ -252,8 +252,8 @@ _EXPORT = "The folder holds safetensors, cards and settings. `predict DIR IMAGE`
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    with imports.kept():
-        from cellbench.export import export
+    with startup.kept():
+        from cellbench.cli.export import export
 
     return export(
         arguments.run,
@@ -275,10 +275,10 @@ _DOCTOR = "Nothing is downloaded. Exit code 0, or 1 where a file, a card, an out
 
 def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.services:
-        from cellbench.services import services
+        from cellbench.cli.services import services
 
         return services()
-    from cellbench.doctor import doctor
+    from cellbench.cli.doctor import doctor
 
     return doctor(
         arguments.names,
@@ -298,8 +298,8 @@ def _trained_on(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _grid(arguments: argparse.Namespace) -> int:
-    with imports.kept():
-        from cellbench.commands import grid
+    with startup.kept():
+        from cellbench.cli.grid import grid
 
     return grid(
         arguments.file,
@@ -318,8 +318,8 @@ _SEARCH = (
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    with imports.kept():
-        from cellbench.search import search
+    with startup.kept():
+        from cellbench.search.driver import search
 
     return search(
         arguments.file,
@@ -340,8 +340,8 @@ _BENCH = "Measures in one process, checks equalities on the way, and prints rati
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    with imports.kept():
-        from cellbench.commands import bench
+    with startup.kept():
+        from cellbench.cli.grid import bench
 
     return bench(
         backbone=arguments.backbone,
@@ -359,16 +359,16 @@ _CHECK = "Exit code 0 where the data is fit, 1 where a finding would falsify a r
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    with imports.kept():
-        from cellbench.check import check
-        from cellbench.commands import data_spec
+    with startup.kept():
+        from cellbench.cli.check import check
+        from cellbench.cli.grid import data_spec
 
     spec = data_spec(arguments.set)
     return check(arguments.data, card=arguments.dataset, spec=spec, extra=arguments.registry, out=arguments.out)
 
 
 def _cache(arguments: argparse.Namespace) -> int:
-    from cellbench.catalogue import kept
+    from cellbench.cli.catalog import kept
 
     print(kept(arguments.cache, arguments.prune, arguments.older_than))
     return 0
@@ -378,8 +378,8 @@ _EXPLORE = "Reads images and masks; writes nothing to their folder. `check` says
 
 
 def _explore(arguments: argparse.Namespace) -> int:
-    with imports.kept():
-        from cellbench.explore import explore
+    with startup.kept():
+        from cellbench.cli.explore import explore
 
     return explore(
         arguments.data,
@@ -406,27 +406,27 @@ _UI = "Ends with Ctrl-C. Where the folder was moved, the places of the artifacts
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    with imports.kept():
-        from cellbench.report import report
+    with startup.kept():
+        from cellbench.reporting.report import report
 
     return report(arguments.experiments, arguments.out)
 
 
 def _ui(arguments: argparse.Namespace) -> int:
-    from cellbench.ui import ui
+    from cellbench.cli.ui import ui
 
     return ui(arguments.port)
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from cellbench.catalogue import listing
+    from cellbench.cli.catalog import listing
 
     print(listing(arguments.kind, arguments.registry))
     return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from cellbench.catalogue import shown
+    from cellbench.cli.catalog import shown
 
     print(shown(arguments.name, arguments.registry))
     return 0

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
-    from cellbench.track import Tracker
+    from cellbench.tracking.tracker import Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("CELLBENCH_SHARED") or ROOT.parent / "shared" / "data")
@@ -37,10 +37,10 @@ def one_thread() -> None:
     """Small tensors, and a machine that others use too: beside a busy process test_heads.py took 87 s with two threads, 17 s with one."""
     import torch
 
-    from cellbench import estimate
+    from cellbench.training import cost_estimate
 
     torch.set_num_threads(1)
-    estimate.MEASURED_S = 0.0  # what is timed here need not be exact: a second for each cohort would be minutes
+    cost_estimate.MEASURED_S = 0.0  # what is timed here need not be exact: a second for each cohort would be minutes
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +70,7 @@ def tracker(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     """For all tests of a module a store of its own, in it the experiment that the module names as ``EXPERIMENT``."""
     import mlflow
 
-    from cellbench.track import Tracker
+    from cellbench.tracking.tracker import Tracker
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

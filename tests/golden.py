@@ -135,7 +135,7 @@ def main() -> None:
     """Writes all numbers anew."""
     import torch
 
-    from cellbench.spec import NUMERICS
+    from cellbench.config.run import NUMERICS
 
     torch.set_num_threads(1)
     out: dict[str, object] = {"numerics": NUMERICS}

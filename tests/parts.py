@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cellbench.backbones.base import Level
-from cellbench.heads.base import Head, conv_bn_relu, resize
+from cellbench.models.backbones.base import Level
+from cellbench.models.heads.base import Head, conv_bn_relu, resize
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cellbench.backbones.base import Backbone, Level
-from cellbench.registry import BackboneCard
+from cellbench.models.backbones.base import Backbone, Level
+from cellbench.config.registry import BackboneCard
 
 
 class Patches(Backbone):

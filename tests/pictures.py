@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cellbench.data.images import read_image
+from cellbench.data.io.images import read_image
 from cellbench.errors import CellbenchError
 
 RNG = np.random.default_rng(7)

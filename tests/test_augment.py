@@ -11,8 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms.v2 import functional as tv
 
-from cellbench.data.augment import recolour, restain, turn
-from cellbench.plan import UNTOUCHED
+from cellbench.data.transforms.augmentation import recolour, restain, turn
+from cellbench.data.transforms.sampling import UNTOUCHED
 
 TILE = np.arange(75, dtype=np.uint8).reshape(5, 5, 3)
 MILD = 0.35 + 0.3 * torch.rand(3, 3, 8, 9, generator=torch.Generator().manual_seed(0))  # far enough from 0 and 1 that nothing clips

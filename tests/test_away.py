@@ -18,9 +18,9 @@ from questions import QUESTION, answers, place
 from server import Server
 
 from cellbench.errors import CellbenchError
-from cellbench.refusals import Client, is_away
 from cellbench.run import main
-from cellbench.track import Tracker, experiment_of
+from cellbench.tracking.client import Client, is_away
+from cellbench.tracking.tracker import Tracker, experiment_of
 
 FEW = ["--set", "grid.seed=[0]", "--set", 'grid.backbone=["vit-tiny-random"]', "--set", "baselines=[]"]
 
@@ -39,7 +39,7 @@ def test_a_grid_goes_on_while_the_server_is_away_and_nothing_is_missing_when_it_
     alone, curves = answers(), _curves()
     place(tmp_path / "served", monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
-    monkeypatch.setattr("cellbench.outbox.EVERY_S", 0.5)
+    monkeypatch.setattr("cellbench.tracking.offline_queue.EVERY_S", 0.5)
     letters = tmp_path / "served" / "cache" / "outbox"
 
     def interrupt() -> None:
@@ -78,7 +78,7 @@ def test_what_a_killed_process_could_not_send_is_sent_by_the_next_one(tmp_path, 
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
     code = """
 import os, pathlib, sys
-from cellbench.track import Tracker, experiment_of
+from cellbench.tracking.tracker import Tracker, experiment_of
 pathlib.Path("files/figures").mkdir(parents=True)
 pathlib.Path("files/figures/a.txt").write_text("seen")
 with Tracker("small").run("one", "f1") as run:
@@ -103,8 +103,8 @@ with Tracker("small").run("one", "f1") as run:
 
 
 def test_a_server_that_was_never_there_is_told_soon_and_one_that_stays_away_says_where_the_rest_lies(tmp_path, monkeypatch):
-    monkeypatch.setattr("cellbench.refusals.PATIENCE_S", 0.2)
-    monkeypatch.setattr("cellbench.outbox.EVERY_S", 0.05)
+    monkeypatch.setattr("cellbench.tracking.client.PATIENCE_S", 0.2)
+    monkeypatch.setattr("cellbench.tracking.offline_queue.EVERY_S", 0.05)
     calls = SimpleNamespace(get_run=lambda run: f"found {run}", log_batch=lambda *_, **__: None, there=False)
 
     def away(*_: object, **__: object) -> None:
@@ -199,9 +199,9 @@ def proxy(server, monkeypatch):
     one = _Proxy(server)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", one.address)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("cellbench.refusals.PATIENCE_S", 0.2)
-    monkeypatch.setattr("cellbench.outbox.EVERY_S", 0.05)
-    monkeypatch.setattr("cellbench.refusals.EVERY_S", 0.05)
+    monkeypatch.setattr("cellbench.tracking.client.PATIENCE_S", 0.2)
+    monkeypatch.setattr("cellbench.tracking.offline_queue.EVERY_S", 0.05)
+    monkeypatch.setattr("cellbench.tracking.client.EVERY_S", 0.05)
     yield one
     one.stop()
 
@@ -232,7 +232,7 @@ def test_trouble_of_a_server_is_never_taken_for_lost_data(proxy, tmp_path):
 
 
 def test_what_is_told_while_nobody_is_let_in_is_sent_later(proxy, tmp_path, monkeypatch):
-    monkeypatch.setattr("cellbench.refusals.PATIENCE_S", 20.0)
+    monkeypatch.setattr("cellbench.tracking.client.PATIENCE_S", 20.0)
     tracker = Tracker("barred")
     with tracker.run("one", "f3") as run:
         proxy.status, proxy.on = 401, "runs/log-batch"

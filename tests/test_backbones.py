@@ -14,10 +14,10 @@ from conftest import SHARED
 from dinov2 import published_state
 from torch import Tensor
 
-from cellbench.backbones.base import Backbone
-from cellbench.backbones.catalog import open_backbone, weights_digest
+from cellbench.config.registry import BackboneCard, Registry, load
 from cellbench.errors import WeightsUnavailable
-from cellbench.registry import BackboneCard, Registry, load
+from cellbench.models.backbones.base import Backbone
+from cellbench.models.backbones.build import open_backbone, weights_digest
 
 CARDS = {name: Registry().backbone(name) for name in Registry().names("backbones")}
 VIT_TINY = SHARED / "weights" / "vit_tiny_patch16_224.safetensors"
@@ -110,9 +110,9 @@ def test_the_real_vit_tiny_gives_timms_features_and_the_known_numbers() -> None:
 COST = """
 import json, sys, time
 from pathlib import Path
-import torch, cellbench.backbones.timm_vit
-from cellbench.backbones.catalog import open_backbone
-from cellbench.registry import Registry
+import torch, cellbench.models.backbones.timm_vit
+from cellbench.models.backbones.build import open_backbone
+from cellbench.config.registry import Registry
 card = Registry().backbone("dinobloom-s").model_copy(update={"sha256": ""})
 def peak(): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 open("/proc/self/clear_refs", "w").write("5")

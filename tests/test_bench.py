@@ -7,30 +7,30 @@ import json
 import pytest
 from worlds import REGISTRY, dataset_of, fitted, run_of
 
-from cellbench import bench, scaling
-from cellbench.machine import machine
+from cellbench.diagnostics import scaling, speed
+from cellbench.features.disk_cache import entries
+from cellbench.hardware import machine
 from cellbench.run import main
-from cellbench.store import entries
 
 
 @pytest.fixture
 def result(small_folder, monkeypatch):
-    monkeypatch.setattr(bench, "HEADS", ("bilinear", "fpn"))
-    monkeypatch.setattr(bench, "RATES", (1e-3, 2e-3))
-    world = bench.World(
+    monkeypatch.setattr(speed, "HEADS", ("bilinear", "fpn"))
+    monkeypatch.setattr(speed, "RATES", (1e-3, 2e-3))
+    world = speed.World(
         registry=REGISTRY, dataset=dataset_of(small_folder), machine=machine("cpu", "fp32").smaller(3), backbone="vit-tiny-random", weights=None,
         epochs=1, crops=2, quick=True, say=lambda _: None,
     )  # fmt: skip
-    return bench.measure(world)
+    return speed.measure(world)
 
 
 def test_bench_checks_equalities_and_names_the_naive_protocol(result):
     assert all(result.checks.values()), result.checks
     assert any("alone and in a cohort" in name for name in result.checks)
-    printed = bench.table(result)
+    printed = speed.table(result)
     assert "naive: the cohort is" in printed
     assert "of the bare forward" in printed
-    facts = json.loads(bench.as_json(result))["facts"]
+    facts = json.loads(speed.as_json(result))["facts"]
     assert facts["alone_s"] > 0
     assert 0 < facts["pass_over_bare"] < 3
     assert facts["naive_dice_gap"] < 1e-3  # the same views, weights and precision: only the order of sums differs
@@ -54,7 +54,7 @@ def test_cache_shows_what_is_kept_and_prunes_it(small_folder, capsys):
 def test_scaling_counts_images_and_runs_and_watches_memory(small_folder, monkeypatch):
     monkeypatch.setattr(scaling, "NUM_RUNS", (1, 3))
     monkeypatch.setattr(scaling, "REPEATS", (1, 2))
-    world = bench.World(
+    world = speed.World(
         registry=REGISTRY, dataset=dataset_of(small_folder), machine=machine("cpu", "fp32"), backbone="vit-tiny-random", weights=None,
         epochs=1, crops=2, say=lambda _: None,
     )  # fmt: skip

@@ -12,15 +12,15 @@ import pytest
 from conftest import discs, write_pair
 from PIL import Image
 
-from cellbench.check import check
-from cellbench.crops import marks
-from cellbench.crops import shared as shared_parts
-from cellbench.data.folders import open_dataset
+from cellbench.cli.check import check
+from cellbench.config.registry import Registry
+from cellbench.config.run import DataSpec
+from cellbench.data.audit.keypoint_matching import marks
+from cellbench.data.audit.keypoint_matching import shared as shared_parts
+from cellbench.data.audit.perceptual_hash import grey, near_pairs, small_grey
+from cellbench.data.loading import open_dataset
 from cellbench.errors import CellbenchError
-from cellbench.likeness import grey, near_pairs, small_grey
-from cellbench.registry import Registry
 from cellbench.run import main
-from cellbench.spec import DataSpec
 
 SEVERE = {
     "unreadable",

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import write_pair
 
-from cellbench import checkpoints
-from cellbench.learner import Learner
 from cellbench.run import main
+from cellbench.training import checkpoints
+from cellbench.training.trainer import Learner
 
 EXPERIMENT = """experiment = "same"
 dataset = "folder"
@@ -51,7 +51,7 @@ def ask(question: list[str], project: Path, monkeypatch: pytest.MonkeyPatch, unt
     with monkeypatch.context() as patch:
         patch.chdir(project)
         patch.setattr(Learner, "begin", ends)
-        patch.setattr("cellbench.commands.conclude", lambda *_: None)  # the report: half of the time, and not the question here
+        patch.setattr("cellbench.cli.grid.conclude", lambda *_: None)  # the report: half of the time, and not the question here
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / 'mlflow.db'}")
         try:
             return main(question)

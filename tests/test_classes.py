@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cellbench.check import check
+from cellbench.cli.check import check
+from cellbench.cli.predict import answers_in, images_of, masks, targets_of, write_counts
+from cellbench.config.registry import DatasetCard, Registry
+from cellbench.config.run import DataSpec, RunSpec, checked
 from cellbench.data.classes import absences, held, owners_of
 from cellbench.data.dataset import Dataset
-from cellbench.data.folders import open_dataset
+from cellbench.data.loading import open_dataset
 from cellbench.errors import CellbenchError
-from cellbench.machine import machine
-from cellbench.measure import class_counts
-from cellbench.outputs import Wanted
-from cellbench.predict import answers_in, images_of, masks, targets_of, write_counts
-from cellbench.registry import DatasetCard, Registry
-from cellbench.segmenter import Segmenter
-from cellbench.separate import Separation
-from cellbench.spec import DataSpec, RunSpec, checked
-from cellbench.trained import Preparation, Trained
+from cellbench.hardware import machine
+from cellbench.inference.segmenter import Segmenter
+from cellbench.inference.trained_run import Preparation, Trained
+from cellbench.inference.writers import Wanted
+from cellbench.metrics.measurements import class_counts
+from cellbench.metrics.separation import Separation
 
 Y, X = np.mgrid[:120, :160]
 NESTED = ("background", "cytoplasm", "nucleus")
@@ -181,7 +181,7 @@ def test_parts_are_in_the_digest_of_the_data_and_nothing_else_is(nested):
 
 def segmenter_of(owners=()) -> Segmenter:
     run = Registry().complete(RunSpec(baseline="otsu"))
-    from cellbench.framing import Framing
+    from cellbench.data.transforms.framing import Framing
 
     trained = Trained(
         name="otsu", run=run, classes=NESTED, preparation=Preparation(framing=Framing.of(run)), separation=Separation(owners=owners), fingerprint="f"

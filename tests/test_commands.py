@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cellbench import commands, sought
-from cellbench.commands import read_asked, read_experiment
-from cellbench.evidence import collect
+from cellbench.cli import grid
+from cellbench.cli.grid import read_asked, read_experiment
+from cellbench.reporting.collect import collect
 from cellbench.run import main
-from cellbench.track import Tracker
+from cellbench.search import results as search_results
+from cellbench.tracking.tracker import Tracker
 
 QUESTION = """# Is a threshold enough?
 # It costs nothing.
@@ -47,15 +48,15 @@ def logged(name: str) -> tuple[str, dict, str]:
 def damage(monkeypatch, file: Path, change) -> None:
     """The file is changed when what it asks was logged and the runs begin to train."""
 
-    def during(runner, *more, original=commands.everything):
+    def during(runner, *more, original=grid.everything):
         parent = next(run for run in runner.tracker.stored() if run.run_id == runner.parent_id)
         assert runner.tracker.artifact(parent, "experiment.toml")
         assert runner.tracker.artifact(parent, "about.json")
         change(file)
         return original(runner, *more)
 
-    monkeypatch.setattr(commands, "everything", during)
-    monkeypatch.setattr(sought, "everything", during)
+    monkeypatch.setattr(grid, "everything", during)
+    monkeypatch.setattr(search_results, "everything", during)
 
 
 def test_an_experiment_that_is_edited_while_it_runs_is_reported_as_it_ran(small_folder, monkeypatch):

@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cellbench.backbones.base import Backbone
-from cellbench.backbones.catalog import open_backbone
-from cellbench.contracts import BACKBONE, HEAD, small, verdicts
-from cellbench.contracts.backbones import agrees_with_card
-from cellbench.features import Batch
-from cellbench.machine import Machine
-from cellbench.model import model
-from cellbench.registry import Registry
+from cellbench.config.registry import Registry
+from cellbench.config.run import RunSpec
+from cellbench.diagnostics.backbone_checks import agrees_with_card
+from cellbench.diagnostics.plugin_checks import BACKBONE, HEAD, small, verdicts
+from cellbench.features.extractor import Batch
+from cellbench.features.frozen_backbone import Trunk
+from cellbench.hardware import Machine
+from cellbench.models.backbones.base import Backbone
+from cellbench.models.backbones.build import open_backbone
 from cellbench.run import main
-from cellbench.spec import RunSpec
-from cellbench.trunk import Trunk
+from cellbench.training.model import model
 
 CARDS = {name: Registry().backbone(name) for name in Registry().names("backbones")}
 HEADS = {name: Registry().head(name) for name in Registry().names("heads")}

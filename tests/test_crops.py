@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from cellbench.crops import marks, shared, whole
-from cellbench.likeness import grey, small_grey
+from cellbench.data.audit.keypoint_matching import marks, shared, whole
+from cellbench.data.audit.perceptual_hash import grey, small_grey
 
 FIVE = ((35, 35), (35, 120), (80, 78), (125, 35), (125, 120))
 

@@ -13,15 +13,15 @@ from PIL import Image
 from pycocotools import mask as coco
 from skimage.draw import polygon2mask
 
-from cellbench.check import check
+from cellbench.cli.check import check
+from cellbench.config.registry import DatasetCard, Registry
+from cellbench.config.run import DataSpec, checked
 from cellbench.data.annotations import rasterised
 from cellbench.data.dataset import Dataset
-from cellbench.data.folders import open_dataset
 from cellbench.data.layouts import listing_of
+from cellbench.data.loading import open_dataset
 from cellbench.errors import CellbenchError
-from cellbench.metrics import IGNORE
-from cellbench.registry import DatasetCard, Registry
-from cellbench.spec import DataSpec, checked
+from cellbench.metrics.pixel import IGNORE
 
 FOLDER = Registry().dataset("folder")
 SIZE = (40, 60)

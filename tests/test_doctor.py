@@ -17,11 +17,11 @@ import torch
 from standin import StandIn
 from weight_files import PTH, REPO, SAFE, card, digest, empty_machine
 
-from cellbench import doctor
-from cellbench.backbones.catalog import open_backbone
-from cellbench.backbones.weights import locate
-from cellbench.contracts import probe
-from cellbench.registry import BackboneCard, Registry, shipped
+from cellbench.cli import doctor
+from cellbench.config.registry import BackboneCard, Registry, shipped
+from cellbench.diagnostics import probe
+from cellbench.models.backbones.build import open_backbone
+from cellbench.models.backbones.weights import locate
 from cellbench.run import main
 
 VIT_TINY = "vit_tiny_patch16_224.safetensors"

@@ -13,14 +13,16 @@ import pytest
 from conftest import MODEL, discs, write_pair
 from PIL import Image
 
-from cellbench import figures, leaderboard, views
-from cellbench.data.folders import open_dataset
+from cellbench.config.registry import Registry
+from cellbench.config.run import DataSpec
+from cellbench.data.loading import open_dataset
 from cellbench.data.manifest import place
 from cellbench.escaping import csv_text, markdown, printable
 from cellbench.files import file_name
-from cellbench.registry import Registry
+from cellbench.reporting import leaderboard
+from cellbench.reporting.plots import run as run_plots
 from cellbench.run import main
-from cellbench.spec import DataSpec
+from cellbench.tracking import ui_view
 
 NASTY = ["=1+1", "+A1", "-x", "@SUM(A1)", "\tx", "\rx", 'a,"b"', "a;b|c", "<b>&amp;", "$x$ and $y", "a_b%#{}", "zelle ä"]
 
@@ -44,7 +46,7 @@ def test_bytes_that_are_no_text_and_control_characters_can_be_written_anywhere()
 
 @pytest.mark.parametrize("name", NASTY)
 def test_a_name_stays_in_its_cell_of_a_markdown_table(name: str) -> None:
-    for table in (leaderboard.markdown(["a", "b"], [[name, "1"]]), views.columns(["a", "b"], [[name, "1"]])):
+    for table in (leaderboard.markdown(["a", "b"], [[name, "1"]]), ui_view.columns(["a", "b"], [[name, "1"]])):
         last = table.split("\n")
         assert len(last) == 3
         cells = last[2].replace("\\|", "").split("|")
@@ -57,7 +59,7 @@ def test_a_figure_draws_dollars_as_they_are() -> None:
     image = np.zeros((20, 20, 3), np.uint8)
     mask = np.zeros((20, 20), np.uint8)
     for name in ("$x$", r"$\frac{$", "a_$b^$"):
-        assert figures.png(figures.case(image, mask, mask, None, name)).startswith(b"\x89PNG")
+        assert run_plots.png(run_plots.case(image, mask, mask, None, name)).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("first", "second"), [("a/b", "a_b"), ("a/b", "a-b"), ("A", "a"), ("x" * 90, "x" * 91), ("a b", "a  b"), ("con", "con~"), ("", ".")])

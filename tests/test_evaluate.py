@@ -10,10 +10,10 @@ import pytest
 from conftest import MODEL, write_pair
 from PIL import Image
 
-from cellbench import views
-from cellbench.evidence import collect
+from cellbench.reporting.collect import collect
 from cellbench.run import main
-from cellbench.track import Tracker
+from cellbench.tracking import ui_view
+from cellbench.tracking.tracker import Tracker
 
 
 def runs() -> list[mlflow.entities.Run]:
@@ -54,9 +54,9 @@ def test_other_classes_are_refused(there: Path, tmp_path: Path, capsys: pytest.C
 
 def test_images_that_the_run_has_seen_are_known_however_they_are_packed(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of two training images one is renamed and one turned and saved as JPEG; the validation image is brightened; one image is new."""
-    from cellbench.data.folders import open_dataset
-    from cellbench.registry import Registry
-    from cellbench.spec import DataSpec
+    from cellbench.config.registry import Registry
+    from cellbench.config.run import DataSpec
+    from cellbench.data.loading import open_dataset
 
     known = open_dataset(Registry().dataset("folder"), there / "smears", DataSpec())
     packed = [
@@ -82,6 +82,6 @@ def test_images_that_the_run_has_seen_are_known_however_they_are_packed(there: P
 
 def test_evaluations_leave_the_leaderboard_and_the_choice_of_the_best(there: Path) -> None:
     assert main(["evaluate", MODEL, "--data", "smears", "--device", "cpu"]) == 0
-    shown = mlflow.search_runs(experiment_names=["small"], filter_string=views.FILTER, output_format="list")
+    shown = mlflow.search_runs(experiment_names=["small"], filter_string=ui_view.FILTER, output_format="list")
     assert {run.data.tags.get("cellbench.kind") for run in shown} == {None, "grid"}
     assert MODEL in {run.info.run_name for run in shown}

@@ -12,16 +12,16 @@ import torch
 from scipy import ndimage
 from worlds import FP32, dataset_of, features_of, learners_of, run_of
 
-from cellbench import figures_explore
-from cellbench.backbones.catalog import open_backbone
-from cellbench.framing import Framing
-from cellbench.registry import Registry
-from cellbench.room import _kept_bytes
+from cellbench.config.registry import Registry
+from cellbench.data.audit.image_statistics import summary, survey
+from cellbench.data.transforms.framing import Framing
+from cellbench.features.frozen_backbone import Trunk
+from cellbench.features.token_maps import coloured, likeness, seen
+from cellbench.models.backbones.build import open_backbone
+from cellbench.reporting.plots import dataset as dataset_plots
 from cellbench.run import main
-from cellbench.survey import summary, survey
-from cellbench.tokens import coloured, likeness, seen
-from cellbench.track import newest
-from cellbench.trunk import Trunk
+from cellbench.tracking.tracker import newest
+from cellbench.training.memory_check import _kept_bytes
 
 WAYS = [("tile", 1.0), ("tile", 2.0), ("tile", 0.5), ("pad", 1.0), ("resize", 1.0)]
 
@@ -142,7 +142,7 @@ def test_what_cannot_be_shown_is_said_in_one_line(small_folder, capsys, more, sa
 
 def test_whole_images_that_do_not_fit_are_skipped_in_words_while_tiles_go_on(small_folder, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.setattr("cellbench.room.free_bytes", lambda _: 2**20)
+    monkeypatch.setattr("cellbench.training.memory_check.free_bytes", lambda _: 2**20)
     (tmp_path / "p.toml").write_text(
         "experiment = 'p'\ndataset = 'folder'\n[grid]\nbackbone = ['vit-tiny-random']\nhead = ['bilinear']\nframing = ['pad', 'tile']\n"
         "[run]\ntile_px = 64\nepochs = 1\ncrops_per_image = 2\n"
@@ -174,7 +174,7 @@ def test_a_heads_memory_is_counted_and_the_model_is_left_as_it_was(small_folder)
 
 def test_a_dark_picture_is_shown_brighter_and_says_how_much():
     dark, mask = np.full((8, 8, 3), 30, np.uint8), np.zeros((8, 8), np.uint8)
-    with_cells = figures_explore.samples([("dark.png", dark, mask), ("light.png", dark * 8, mask)], ("background", "cell")).axes
+    with_cells = dataset_plots.samples([("dark.png", dark, mask), ("light.png", dark * 8, mask)], ("background", "cell")).axes
     titles, shown = [axes.get_title(loc="left") for axes in with_cells[:2]], [axes.images[0].get_array() for axes in with_cells[:2]]
     assert titles == ["dark.png, 8 x as bright", "light.png"]
     assert np.array_equal(shown[0], shown[1])

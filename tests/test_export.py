@@ -14,11 +14,11 @@ import pytest
 from conftest import MODEL
 from PIL import Image
 
-from cellbench import exported, onnx_file
+from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
-from cellbench.registry import Registry
+from cellbench.inference import export, onnx
+from cellbench.inference.segmenter import Segmenter
 from cellbench.run import main
-from cellbench.segmenter import Segmenter
 
 IMAGE = "smears/test/original/t0.png"
 
@@ -39,7 +39,7 @@ def test_the_folder_works_without_mlflow_and_is_refused_when_damaged(there: Path
 import sys
 sys.modules["mlflow"] = None
 import numpy as np
-from cellbench.segmenter import Segmenter
+from cellbench.inference.segmenter import Segmenter
 found = Segmenter.load({str(folder)!r}, device="cpu").predict({str(there / IMAGE)!r})
 assert (found.probability == np.load({str(tmp_path / "expected.npy")!r})).all()
 """
@@ -55,16 +55,16 @@ assert (found.probability == np.load({str(tmp_path / "expected.npy")!r})).all()
 
 def test_a_licence_that_forbids_copies_is_kept(there: Path, tmp_path: Path) -> None:
     registry = Registry()
-    assert not exported.may_copy(registry.backbone("uni"))
-    assert exported.may_copy(registry.backbone("vit-tiny-in1k"))
-    free = {name for name in registry.names("backbones") if exported.may_copy(registry.backbone(name))}
-    assert all(registry.backbone(name).license in exported.FREE and not registry.backbone(name).gated for name in free)
+    assert not export.may_copy(registry.backbone("uni"))
+    assert export.may_copy(registry.backbone("vit-tiny-in1k"))
+    free = {name for name in registry.names("backbones") if export.may_copy(registry.backbone(name))}
+    assert all(registry.backbone(name).license in export.FREE and not registry.backbone(name).gated for name in free)
     trained_run = Segmenter.load(MODEL, device="cpu").trained
     of_uni = trained_run.__class__(**{**trained_run.__dict__, "run": trained_run.run.model_copy(update={"backbone": "uni"})})
     with pytest.raises(CellbenchError, match="CC-BY-NC-ND"):
-        exported.write_folder(tmp_path / "a", of_uni, registry, None, "embed")
+        export.write_folder(tmp_path / "a", of_uni, registry, None, "embed")
     assert not (tmp_path / "a").exists()
-    assert "named, not copied" in exported.write_folder(tmp_path / "b", of_uni, registry, None, "auto")
+    assert "named, not copied" in export.write_folder(tmp_path / "b", of_uni, registry, None, "auto")
 
 
 def test_onnx_gives_what_torch_gives(there: Path, tmp_path: Path) -> None:
@@ -75,12 +75,12 @@ def test_onnx_gives_what_torch_gives(there: Path, tmp_path: Path) -> None:
 
     tiles = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     expected = segmenter.tiles(tiles).numpy()
-    assert onnx_file.write_onnx(tmp_path / "m.onnx", segmenter) <= onnx_file.TOLERANCE
+    assert onnx.write_onnx(tmp_path / "m.onnx", segmenter) <= onnx.TOLERANCE
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
     given = tiles.permute(0, 3, 1, 2).float().div(255).numpy()
     assert np.abs(session.run(None, {"pixels": given})[0][:, 1:] - expected).max() <= 1e-3
     with pytest.raises(CellbenchError, match="no network"):
-        onnx_file.write_onnx(tmp_path / "o.onnx", Segmenter.load("otsu · seed 0", device="cpu"))
+        onnx.write_onnx(tmp_path / "o.onnx", Segmenter.load("otsu · seed 0", device="cpu"))
 
 
 def test_mlflow_answers_bytes_with_a_mask(there: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from standin import MEMBER, PAGE, StandIn
 from weight_files import PTH, REPO, SAFE, card, digest, empty_machine, told
 
-from cellbench.backbones.weights import locate
+from cellbench.models.backbones.weights import locate
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_offline_mode_is_told_apart_from_a_lost_network(web: StandIn, monkeypatc
 
 
 def test_finding_and_fetching_weights_needs_no_torch() -> None:
-    code = "import sys, cellbench.backbones.catalog, cellbench.backbones.weights; sys.exit('torch' in sys.modules)"
+    code = "import sys, cellbench.models.backbones.build, cellbench.models.backbones.weights; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cellbench import figures, figures_many, figures_tests
-from cellbench.figures_many import Line, front_of
-from cellbench.ranking import critical_difference
-from cellbench.scored import Scores
-from cellbench.significance import Interval, mean_interval
-from cellbench.stats import compare_all
+from cellbench.reporting.plots import comparison as comparison_plots
+from cellbench.reporting.plots import run as run_plots
+from cellbench.reporting.plots import significance as significance_plots
+from cellbench.reporting.plots.comparison import Line, front_of
+from cellbench.statistics.comparison import compare_all
+from cellbench.statistics.hypothesis_tests import Interval, mean_interval
+from cellbench.statistics.ranking import critical_difference
+from cellbench.statistics.scores import Scores
 
 
 def pixels(figure):
     """The drawn picture (H, W, 3), 0..255."""
-    return np.asarray(Image.open(io.BytesIO(figures.png(figure))).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(run_plots.png(figure))).convert("RGB"))
 
 
 def uncut(figure):
@@ -47,39 +49,39 @@ def lines(num, **more):
 @pytest.mark.parametrize(("num", "images"), [(1, 1), (2, 40), (9, 2), (40, 12)])
 def test_pictures_of_few_and_many_models_on_few_and_many_images_are_whole(num, images):
     here = lines(num, images=images)
-    assert uncut(figures_many.scoreboard(here))
-    assert uncut(figures_many.distributions([line.model for line in here], [m.per_image for m in models(num, images)]))
+    assert uncut(comparison_plots.scoreboard(here))
+    assert uncut(comparison_plots.distributions([line.model for line in here], [m.per_image for m in models(num, images)]))
     costs = {"training, s": [0.0, *range(1, num)], "prediction, s an image": [0.1 * (k + 1) for k in range(num)]}
-    assert uncut(figures_many.pareto(here, costs))
+    assert uncut(comparison_plots.pareto(here, costs))
 
 
 @pytest.mark.parametrize("num", [2, 20])
 def test_differences_and_ranks_are_whole(num):
     found = compare_all(models(num), against=models(num)[0].model)
-    assert uncut(figures_tests.pairs([m.model for m in models(num)], compare_all(models(num))))
-    assert uncut(figures_tests.forest(found, models(num)[0].model))
+    assert uncut(significance_plots.pairs([m.model for m in models(num)], compare_all(models(num))))
+    assert uncut(significance_plots.forest(found, models(num)[0].model))
     if num > 2:
-        assert uncut(figures_tests.critical(critical_difference(models(num))))
-        assert uncut(figures_tests.critical(critical_difference(models(num, spread=0))))
+        assert uncut(significance_plots.critical(critical_difference(models(num))))
+        assert uncut(significance_plots.critical(critical_difference(models(num, spread=0))))
 
 
 def test_equal_scores_and_missing_intervals_are_drawn():
     flat = Interval(mean=1.0, low=None, high=None, num=1, note="one image")
     here = [Line(model=name, baseline=False, measures={"Dice": flat, "AP50": flat}) for name in "ab"]
-    assert uncut(figures_many.scoreboard(here))
-    assert uncut(figures_many.measures(here))
+    assert uncut(comparison_plots.scoreboard(here))
+    assert uncut(comparison_plots.measures(here))
 
 
 def test_a_heat_map_with_holes_is_whole():
     values = np.array([[0.9, np.nan], [np.nan, 0.8]])
-    assert uncut(figures_many.heatmap(["uni", "dinobloom-s"], ["fpn", "bilinear"], values))
+    assert uncut(comparison_plots.heatmap(["uni", "dinobloom-s"], ["fpn", "bilinear"], values))
 
 
 def test_names_with_dollars_and_emoji_are_drawn_as_they_are():
     here = [
         Line(model=name, baseline=False, measures={"Dice": Interval(mean=0.9, low=0.8, high=0.95, num=3)}) for name in ("a$b$c", "x, y/z_{")
     ]
-    assert uncut(figures_many.scoreboard(here))
+    assert uncut(comparison_plots.scoreboard(here))
 
 
 def test_the_pareto_front_holds_what_nothing_beats_in_both():
@@ -90,25 +92,25 @@ def test_the_pareto_front_holds_what_nothing_beats_in_both():
 @pytest.mark.parametrize(("num", "num_classes"), [(1, 2), (3, 5), (159, 3)])
 def test_a_report_card_is_whole(num, num_classes):
     rng = np.random.default_rng(0)
-    each = {name: rng.uniform(0.5, 1, num) for name in (*figures.MEASURES, *figures.SHAPES)}
-    pooled = {f"class {k}": dict.fromkeys(figures.MEASURES, 0.9) for k in range(num_classes)}
+    each = {name: rng.uniform(0.5, 1, num) for name in (*run_plots.MEASURES, *run_plots.SHAPES)}
+    pooled = {f"class {k}": dict.fromkeys(run_plots.MEASURES, 0.9) for k in range(num_classes)}
     calibration = {"pixels": [10] * 20, "probability": np.linspace(0, 1, 20).tolist(), "share_cell": np.linspace(0, 1, 20).tolist()}
-    assert uncut(figures.report_card("a run", each, pooled, calibration))
-    assert figures.expected_error(calibration) == 0
+    assert uncut(run_plots.report_card("a run", each, pooled, calibration))
+    assert run_plots.expected_error(calibration) == 0
 
 
 def test_a_method_without_probabilities_has_a_card_and_a_case(tmp_path):
     each = {"dice": np.array([1.0, 1.0])}
-    figures.report_card("otsu", each, {"cell": dict.fromkeys(figures.MEASURES, 1.0)}, None)
+    run_plots.report_card("otsu", each, {"cell": dict.fromkeys(run_plots.MEASURES, 1.0)}, None)
     blank = np.zeros((30, 40), np.uint8)
-    figures.save(figures.case(np.full((30, 40, 3), 200, np.uint8), blank, blank, None, "nothing in either"), tmp_path / "x.png")
+    run_plots.save(run_plots.case(np.full((30, 40, 3), 200, np.uint8), blank, blank, None, "nothing in either"), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
 def test_errors_differ_in_grey_too():
     image = np.full((2, 3, 3), 150, np.uint8)
     truth, classes = np.array([[1, 0, 1], [0, 0, 0]]), np.array([[1, 1, 0], [0, 0, 0]])
-    grey = figures.error_map(image, truth, classes) @ [0.299, 0.587, 0.114]
+    grey = run_plots.error_map(image, truth, classes) @ [0.299, 0.587, 0.114]
     found, false, missed = grey[0]
     assert found - false > 0.08
     assert false - missed > 0.15
@@ -116,6 +118,6 @@ def test_errors_differ_in_grey_too():
 
 def test_curves_mark_the_best_epoch():
     history = [{"train/loss": 1 / (k + 1), "val/loss": 1 / (k + 1), "val/dice": 0.9 - 0.01 * abs(k - 3)} for k in range(8)]
-    figure = figures.curves(history, 3)
+    figure = run_plots.curves(history, 3)
     assert "epoch 4" in figure.axes[1].get_title(loc="left")
     assert uncut(figure)

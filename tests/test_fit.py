@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from worlds import FP32, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
 
-from cellbench import figures
-from cellbench.features import Batch
-from cellbench.infer import score, tile_counts
-from cellbench.lanes import Lanes
-from cellbench.learner import Learner, MiniBatches, batch_sizes
-from cellbench.machine import Machine
-from cellbench.store import features_dir
-from cellbench.train import fit
+from cellbench.features.disk_cache import features_dir
+from cellbench.features.extractor import Batch
+from cellbench.hardware import Machine
+from cellbench.parallel import Lanes
+from cellbench.reporting.plots import run as run_plots
+from cellbench.training.fit import fit
+from cellbench.training.tiled_inference import score, tile_counts
+from cellbench.training.trainer import Learner, MiniBatches, batch_sizes
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_disk_that_fills_up_is_told_and_features_are_streamed(dataset, monkeyp
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("cellbench.store._reserve", full)
+    monkeypatch.setattr("cellbench.features.disk_cache._reserve", full)
     assert same(streamed[0], fitted(dataset, runs, **DISK, tell=said.append)[0])
     assert any("No space left" in line for line in said)
     assert not list(features_dir().rglob("*.bin*"))
@@ -221,7 +221,7 @@ def test_where_no_validation_image_has_a_cell_the_loss_chooses_the_epoch(dataset
     assert learner.best_epoch == int(np.argmin([row["val/loss"] for row in learner.history]))
     assert not any("val/dice" in row for row in learner.history)
     assert learner.best_weights
-    figures.save(figures.curves(learner.history, learner.best_epoch), tmp_path / "curves.png")
+    run_plots.save(run_plots.curves(learner.history, learner.best_epoch), tmp_path / "curves.png")
 
 
 def test_early_stopping_waits_as_long_as_asked(dataset):

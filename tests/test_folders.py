@@ -12,12 +12,12 @@ import pytest
 from conftest import write_pair
 from PIL import Image
 
+from cellbench.config.registry import Registry
+from cellbench.config.run import DataSpec
 from cellbench.data.dataset import Dataset
-from cellbench.data.folders import open_dataset
+from cellbench.data.loading import open_dataset
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
-from cellbench.registry import Registry
-from cellbench.spec import DataSpec
 
 BCCD, FOLDER = Registry().dataset("bccd"), Registry().dataset("folder")
 
@@ -197,7 +197,7 @@ def test_drawn_smears_are_drawn_once_and_read_like_any_folder(monkeypatch: pytes
     data = opened(None, Registry().dataset("smears"), draw=draw)
     assert [len(names(data, split)) for split in ("train", "val", "test")] == [2, 1, 1]
     assert cache_dir() in data.root.parents
-    monkeypatch.setattr("cellbench.data.folders.load", lambda card: pytest.fail("drawn again"))
+    monkeypatch.setattr("cellbench.data.loading.load", lambda card: pytest.fail("drawn again"))
     assert opened(None, Registry().dataset("smears"), draw=draw).digest == data.digest
 
 

@@ -9,9 +9,9 @@ import mlflow
 import pytest
 from conftest import write_pair
 
-from cellbench.evidence import collect
+from cellbench.reporting.collect import collect
 from cellbench.run import main
-from cellbench.track import Tracker
+from cellbench.tracking.tracker import Tracker
 
 EXPERIMENT = """# A question over folds
 experiment = "folded"

@@ -8,12 +8,12 @@ import torch
 from conftest import write_pair
 from worlds import dataset_of, features_of, fitted, learners_of, run_of, same
 
-from cellbench.framing import Framing
-from cellbench.infer import score, tile_counts
-from cellbench.lanes import Lanes
-from cellbench.plan import Plan
-from cellbench.spec import RunSpec
-from cellbench.tiles import Stitcher, cut
+from cellbench.config.run import RunSpec
+from cellbench.data.transforms.framing import Framing
+from cellbench.data.transforms.sampling import Plan
+from cellbench.data.transforms.tiling import Stitcher, cut
+from cellbench.parallel import Lanes
+from cellbench.training.tiled_inference import score, tile_counts
 
 FRAMINGS = [("tile", 0.5), ("tile", 1.0), ("tile", 2.0), ("tile", 0.7), ("pad", 0.5), ("pad", 1.0), ("pad", 2.0), ("resize", 1.0), ("resize", 2.0)]
 SIZES = [(1200, 1600), (333, 200), (64, 64), (50, 30)]

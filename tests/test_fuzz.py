@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from test_data_layouts import FOLDER, SIZE, coco_folder, coco_tree, manifest
 
-from cellbench.data.folders import listed, split
-from cellbench.data.listing import Listing
+from cellbench.config.run import DataSpec
+from cellbench.data.loading import listed, split
+from cellbench.data.scan import Listing
 from cellbench.errors import CellbenchError
-from cellbench.spec import DataSpec
 
 NUM = int(os.environ.get("CELLBENCH_FUZZ", "150"))
 NASTY: list[Any] = [

@@ -7,7 +7,7 @@ import json
 import golden
 import pytest
 
-from cellbench.spec import NUMERICS
+from cellbench.config.run import NUMERICS
 
 WRITTEN = json.loads(golden.FILE.read_text())
 

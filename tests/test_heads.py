@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cellbench.backbones.base import Level
-from cellbench.baselines.otsu import otsu
+from cellbench.config.registry import Registry, load
 from cellbench.errors import CellbenchError
-from cellbench.heads.base import Head
-from cellbench.registry import Registry, load
+from cellbench.models.backbones.base import Level
+from cellbench.models.baselines.otsu import otsu
+from cellbench.models.heads.base import Head
 
 REGISTRY = Registry()
 HEADS = REGISTRY.names("heads")
@@ -258,7 +258,7 @@ def test_a_side_that_is_neither_dark_nor_bright_is_refused() -> None:
 
 def test_otsu_on_real_smears_scores_as_measured(shared) -> None:
     """Issue 2: a mean Dice of 0.958 on the three test images."""
-    from cellbench.data.images import class_map, read_image, read_labels
+    from cellbench.data.io.images import class_map, read_image, read_labels
 
     dices = []
     for path in sorted((shared / "bccd" / "test" / "original").iterdir()):

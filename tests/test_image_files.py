@@ -16,7 +16,7 @@ import tifffile
 from pictures import GREY, IDS, RGB, WIDE, chunk, png, refused, saved
 from PIL import Image, PngImagePlugin
 
-from cellbench.data.images import read_image, read_labels, size
+from cellbench.data.io.images import read_image, read_labels, size
 from cellbench.errors import CellbenchError
 
 # ---- what is refused

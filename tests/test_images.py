@@ -14,8 +14,8 @@ from conftest import SHARED
 from pictures import GREY, IDS, RGB, RNG, WIDE, chunk, png, refused, saved
 from PIL import Image, ImageOps
 
-from cellbench.data.images import EXTENSIONS, class_map, facts, read_image, read_labels, read_noted, size, write_png
-from cellbench.data.intensity import Reading
+from cellbench.data.io.images import EXTENSIONS, class_map, facts, read_image, read_labels, read_noted, size, write_png
+from cellbench.data.io.intensity import Reading
 from cellbench.errors import CellbenchError
 
 

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import weakref
 
-from cellbench import imports
+from cellbench import startup
 
 NEW = """
 import gc
-from cellbench import imports
-with imports.kept():
+from cellbench import startup
+with startup.kept():
     import colorsys, xml.dom.minidom
 print(gc.isenabled(), gc.get_freeze_count() > 0)
 """
@@ -34,7 +34,7 @@ def test_where_nothing_new_is_imported_a_callers_garbage_is_found():
     knot = Knot()
     found = weakref.ref(knot)
     before = gc.get_freeze_count()
-    with imports.kept():
+    with startup.kept():
         pass
     del knot
     gc.collect()
@@ -44,7 +44,7 @@ def test_where_nothing_new_is_imported_a_callers_garbage_is_found():
 def test_a_search_that_was_off_stays_off():
     gc.disable()
     try:
-        with imports.kept():
+        with startup.kept():
             assert not gc.isenabled()
         assert not gc.isenabled()
     finally:

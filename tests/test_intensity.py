@@ -14,15 +14,15 @@ from pictures import chunk, png, refused
 from PIL import Image
 from worlds import features_of, run_of
 
-from cellbench.data.folders import open_dataset
-from cellbench.data.images import ImageFacts, facts, read_image, read_noted
-from cellbench.data.intensity import Reading
-from cellbench.data.prepare import Preparation
+from cellbench.config.registry import Registry
+from cellbench.config.run import DataSpec
+from cellbench.data.io.images import ImageFacts, facts, read_image, read_noted
+from cellbench.data.io.intensity import Reading
+from cellbench.data.loading import open_dataset
+from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.uniformity import reading_of
-from cellbench.registry import Registry
+from cellbench.inference.segmenter import Segmenter
 from cellbench.run import main
-from cellbench.segmenter import Segmenter
-from cellbench.spec import DataSpec
 
 GROUND, CELL = 3900, 1800  # of a camera of 12 bits
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import parts
 import pytest
 
-from cellbench.jobs import identity, jobs_of
-from cellbench.registry import Registry, load
-from cellbench.spec import Experiment
+from cellbench.config.registry import Registry, load
+from cellbench.config.run import Experiment
+from cellbench.execution.planning import identity, jobs_of
 
 HEAD = """# {title}
 builder = "{builder}"
@@ -21,7 +21,7 @@ pixels = {pixels}
 {more}
 """
 BACKBONE = """# {title}
-builder = "cellbench.backbones.filter_bank:filter_bank"
+builder = "cellbench.models.backbones.filter_bank:filter_bank"
 weights = "none"
 patch_px = {patch_px}
 dim = 36
@@ -38,12 +38,12 @@ trained = {trained}
 {more}
 """
 PLAIN = {
-    "heads": (HEAD, {"title": "A", "builder": "cellbench.heads.bilinear:Bilinear", "levels": 1, "pixels": "false", "more": ""}),
+    "heads": (HEAD, {"title": "A", "builder": "cellbench.models.heads.bilinear:Bilinear", "levels": 1, "pixels": "false", "more": ""}),
     "backbones": (
         BACKBONE,
         {"title": "A", "patch_px": 8, "mean": "[0.5, 0.5, 0.5]", "std": "[0.5, 0.5, 0.5]", "sigmas_px": "[1.0, 2.0]", "more": ""},
     ),
-    "baselines": (BASELINE, {"title": "A", "builder": "cellbench.baselines.otsu:otsu", "trained": "false", "more": ""}),
+    "baselines": (BASELINE, {"title": "A", "builder": "cellbench.models.baselines.otsu:otsu", "trained": "false", "more": ""}),
 }
 
 
@@ -74,14 +74,14 @@ def registry(tmp_path: Path) -> Path:
     [
         ("heads", {"levels": 2}),
         ("heads", {"pixels": "true"}),
-        ("heads", {"builder": "cellbench.heads.fpn:FPN"}),
+        ("heads", {"builder": "cellbench.models.heads.fpn:FPN"}),
         ("backbones", {"patch_px": 16}),
         ("backbones", {"mean": "[0.4, 0.5, 0.5]"}),
         ("backbones", {"std": "[0.4, 0.5, 0.5]"}),
         ("backbones", {"sigmas_px": "[1.0, 3.0]"}),
         ("backbones", {"more": "prefix_tokens = 1"}),
         ("baselines", {"trained": "true"}),
-        ("baselines", {"builder": "cellbench.baselines.unet:UNet"}),
+        ("baselines", {"builder": "cellbench.models.baselines.unet:UNet"}),
     ],
     ids=str,
 )
@@ -107,7 +107,7 @@ def test_another_precision_is_another_run_where_a_network_computes(registry: Pat
     network, method = prints(registry, "fp32")
     assert prints(registry, "bf16")[0] != network
     assert prints(registry, "bf16")[1] == method
-    card(registry, "baselines", trained="true", builder="cellbench.baselines.unet:UNet")
+    card(registry, "baselines", trained="true", builder="cellbench.models.baselines.unet:UNet")
     assert prints(registry, "bf16")[1] != prints(registry, "fp32")[1]
 
 
@@ -130,7 +130,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "__init__.py").write_text("")
     (folder / "deep" / "__init__.py").write_text("from .heads import Mine\n")
     (folder / "deep" / "heads.py").write_text(
-        "from cellbench.heads.bilinear import Bilinear\nfrom ..layers import SCALE\nfrom lab_parts import more\nimport other_library\n"
+        "from cellbench.models.heads.bilinear import Bilinear\nfrom ..layers import SCALE\nfrom lab_parts import more\nimport other_library\n"
         "class Mine(Bilinear):\n    scale = SCALE\n"
     )
     (folder / "layers.py").write_text("SCALE = 1\n")
@@ -176,8 +176,8 @@ def test_modules_beside_a_head_and_under_development_are_its_code_too(registry: 
 
 
 def test_the_code_of_a_backbone_and_of_a_baseline_counts_too(registry: Path, package: Path) -> None:
-    (package / "layers.py").write_text("from cellbench.backbones.filter_bank import filter_bank\nfrom cellbench.baselines.otsu import otsu\n")
-    text = BACKBONE.replace("cellbench.backbones.filter_bank:", "lab_parts.layers:").format(**PLAIN["backbones"][1])
+    (package / "layers.py").write_text("from cellbench.models.backbones.filter_bank import filter_bank\nfrom cellbench.models.baselines.otsu import otsu\n")
+    text = BACKBONE.replace("cellbench.models.backbones.filter_bank:", "lab_parts.layers:").format(**PLAIN["backbones"][1])
     (registry / "backbones" / "mine.toml").write_text(text)
     card(registry, "baselines", builder="lab_parts.layers:otsu")
     before = prints(registry)

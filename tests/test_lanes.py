@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from worlds import FP32, dataset_of, features_of, fitted, learners_of, run_of, same
 
-from cellbench.infer import segment
-from cellbench.lanes import Lanes
+from cellbench.parallel import Lanes
+from cellbench.training.tiled_inference import segment
 
 TWO = replace(FP32, lanes=2)
 

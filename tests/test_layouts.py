@@ -14,11 +14,11 @@ from dinov2 import as_transformers, patch_tokens, published_state
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cellbench.backbones.base import Backbone
-from cellbench.backbones.catalog import open_backbone, shallow
-from cellbench.backbones.layouts import to_timm
+from cellbench.config.registry import BackboneCard, Registry, load
 from cellbench.errors import CellbenchError
-from cellbench.registry import BackboneCard, Registry, load
+from cellbench.models.backbones.base import Backbone
+from cellbench.models.backbones.build import open_backbone, shallow
+from cellbench.models.backbones.state_dict import to_timm
 
 DINOBLOOM_HEADS = {"dino_head.mlp.0.weight": torch.zeros(3, 3), "ibot_head.last_layer.weight_g": torch.ones(3, 1)}
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from told import IMAGES, told_of
 
-from cellbench import leaderboard
-from cellbench.lineup import Tested, line_up
-from cellbench.logged import Stored, params_of
-from cellbench.metrics import scores
-from cellbench.scored import Scores
-from cellbench.significance import mean_interval
-from cellbench.spec import RunSpec
-from cellbench.stats import compare_all
+from cellbench.config.run import RunSpec
+from cellbench.metrics.pixel import scores
+from cellbench.reporting import leaderboard
+from cellbench.reporting.model_groups import Tested, line_up
+from cellbench.statistics.comparison import compare_all
+from cellbench.statistics.hypothesis_tests import mean_interval
+from cellbench.statistics.scores import Scores
+from cellbench.tracking.schema import Stored, params_of
 
 
 def scored(head: str, told: dict, seed: int = 0, fold: int | None = None) -> Tested:

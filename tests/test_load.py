@@ -11,9 +11,11 @@ import pytest
 from test_lineup import scored
 from told import told_of
 
-from cellbench import estimate, leaderboard, load
-from cellbench.lineup import line_up
-from cellbench.load import Load
+from cellbench import system_load
+from cellbench.reporting import leaderboard
+from cellbench.reporting.model_groups import line_up
+from cellbench.system_load import Load
+from cellbench.training import cost_estimate
 
 Times = namedtuple("Times", "user nice system idle iowait steal guest")
 
@@ -24,23 +26,23 @@ def test_the_load_by_others_is_what_this_process_did_not_use_of_the_busy_time(mo
 
     def counters(percpu):
         times, own_s = next(readings)
-        monkeypatch.setattr(load.time, "process_time", lambda: own_s)
+        monkeypatch.setattr(system_load.time, "process_time", lambda: own_s)
         return times
 
-    monkeypatch.setattr(load.psutil, "cpu_times", counters)
-    monkeypatch.setattr(load.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(system_load.psutil, "cpu_times", counters)
+    monkeypatch.setattr(system_load.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     # Core 0: 5 s, 4 busy. Core 1: 6 s with the guest's counted once more by psutil, so 5 s, of which 3 idle.
     assert Load().others_pct() == pytest.approx(100 * (4 + 2 - 2) / 10)
 
 
 def test_too_short_a_time_has_no_load(monkeypatch):
-    monkeypatch.setattr(load.psutil, "cpu_times", lambda percpu: [Times(1, 0, 0, 1, 0, 0, 0)])
+    monkeypatch.setattr(system_load.psutil, "cpu_times", lambda percpu: [Times(1, 0, 0, 1, 0, 0, 0)])
     assert Load().others_pct() is None
 
 
 def test_waiting_costs_wall_seconds_and_no_processor_seconds():
     machine = SimpleNamespace(wait=lambda: None)
-    wall_s, cpu_s = estimate._spent(lambda: time.sleep(0.02), machine)
+    wall_s, cpu_s = cost_estimate._spent(lambda: time.sleep(0.02), machine)
     assert wall_s >= 0.02
     assert cpu_s < 0.01
 
@@ -65,27 +67,27 @@ def world(place: str, pass_s: list[float], trunk_s: float):
 
 def test_what_is_timed_in_less_than_a_second_is_timed_again_without_the_cold_first_pass(monkeypatch):
     made, features, segment = world("streamed", [0.8, 0.3, 0.3, 0.3, 0.3], 0.1)
-    monkeypatch.setattr(estimate, "segment", segment)
-    monkeypatch.setattr(estimate, "MEASURED_S", 1.0)
+    monkeypatch.setattr(cost_estimate, "segment", segment)
+    monkeypatch.setattr(cost_estimate, "MEASURED_S", 1.0)
     list(segment([made]))  # the test itself: 0.9 s
-    (speed,) = estimate.speeds([made], features)
+    (speed,) = cost_estimate.speeds([made], features)
     assert (speed.wall_s, speed.cpu_s) == pytest.approx((0.4 / 4, 0.2 / 4))
 
 
 def test_what_takes_a_second_is_timed_once(monkeypatch):
     made, features, segment = world("streamed", [0.9], 0.1)
-    monkeypatch.setattr(estimate, "segment", segment)
-    monkeypatch.setattr(estimate, "MEASURED_S", 1.0)
+    monkeypatch.setattr(cost_estimate, "segment", segment)
+    monkeypatch.setattr(cost_estimate, "MEASURED_S", 1.0)
     list(segment([made]))
-    (speed,) = estimate.speeds([made], features)
+    (speed,) = cost_estimate.speeds([made], features)
     assert speed.wall_s == pytest.approx(1 / 4)
 
 
 def test_features_that_are_kept_do_not_hide_what_the_backbone_takes(monkeypatch):
     made, features, segment = world("on disk", [2.0], 0.0)
-    monkeypatch.setattr(estimate, "segment", segment)
+    monkeypatch.setattr(cost_estimate, "segment", segment)
     list(segment([made]))
-    (speed,) = estimate.speeds([made], features)
+    (speed,) = cost_estimate.speeds([made], features)
     assert speed.wall_s >= 2.0 / 4 + 3 * 0.01 / 2  # three tiles an image, of chunks of two
 
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from segmentation_models_pytorch import losses as smp
 from torch import Tensor
 
-from cellbench.losses import loss_of
-from cellbench.metrics import IGNORE
-from cellbench.spec import LOSS_TERMS
+from cellbench.config.run import LOSS_TERMS
+from cellbench.metrics.pixel import IGNORE
+from cellbench.training.losses import loss_of
 
 
 def batch(num_classes: int, scale: float = 2.0) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import mlflow
 import pytest
 
 from cellbench.errors import CellbenchError
-from cellbench.track import Tracker, newest
+from cellbench.tracking.tracker import Tracker, newest
 
 OTHER = """
 import mlflow, sys

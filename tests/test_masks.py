@@ -11,23 +11,23 @@ import pytest
 from PIL import Image
 from worlds import features_of, learners_of, run_of
 
-from cellbench import results
-from cellbench.check import check
+from cellbench.cli.check import check
+from cellbench.config.registry import Registry
+from cellbench.config.run import DataSpec, Experiment
+from cellbench.data.audit.image_statistics import surveyed
 from cellbench.data.dataset import Dataset
-from cellbench.data.folders import open_dataset
-from cellbench.data.images import class_map
+from cellbench.data.io.images import class_map
+from cellbench.data.loading import open_dataset
 from cellbench.data.masks import MaskFacts, decided, facts_of, num_below, smallest_px
 from cellbench.errors import CellbenchError
-from cellbench.exam import Exams
-from cellbench.infer import score, tile_counts
-from cellbench.lanes import Lanes
-from cellbench.metrics import IGNORE
-from cellbench.registry import Registry
-from cellbench.results import Result
-from cellbench.shapes import numbered
-from cellbench.spec import DataSpec, Experiment
-from cellbench.survey import surveyed
-from cellbench.train import fit
+from cellbench.execution import artifacts
+from cellbench.execution.artifacts import Result
+from cellbench.metrics.instance import numbered
+from cellbench.metrics.pixel import IGNORE
+from cellbench.parallel import Lanes
+from cellbench.training.evaluator import Exams
+from cellbench.training.fit import fit
+from cellbench.training.tiled_inference import score, tile_counts
 
 SIDE = 120
 EXPERIMENT = Experiment.of({"experiment": "a", "dataset": "folder", "grid": {"backbone": ["filter-bank"], "head": ["bilinear"]}}, "here")
@@ -309,7 +309,7 @@ def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, s
     exam = exams.exams[0]
     assert exam.counts.sum() == exam.levels.sum() == known["test"]
     assert {one.num_true for one in exam.agreements} == {10}
-    results.write(tmp_path, "a run", run, EXPERIMENT, [data], features.pixels["test"], Result(exam=exam, cost={}))  # figures and all
+    artifacts.write(tmp_path, "a run", run, EXPERIMENT, [data], features.pixels["test"], Result(exam=exam, cost={}))  # figures and all
     assert json.loads((tmp_path / "separation.json").read_text())["min_area_px"] == data.min_cell_px
     assert set(json.loads((tmp_path / "per_image.json").read_text())["min_area_px"]) == {data.min_cell_px}
 

@@ -8,8 +8,8 @@ import io
 import numpy as np
 import pytest
 
-from cellbench.measure import cells, density
-from cellbench.shapes import numbered
+from cellbench.metrics.instance import numbered
+from cellbench.metrics.measurements import cells, density
 
 
 def table(ids, image=None, um_per_px=None):

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from cellbench.data.images import pixel_size_of
+from cellbench.data.io.images import pixel_size_of
 
 RGB = np.zeros((20, 30, 3), np.uint8)
 GREY = RGB[..., 0]

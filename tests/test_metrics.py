@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellbench.metrics import IGNORE, MEASURES, cell_classes, confusion, image_scores, named, nan_mean, num_empty, scores
+from cellbench.metrics.pixel import IGNORE, MEASURES, cell_classes, confusion, image_scores, named, nan_mean, num_empty, scores
 
 SMP = {"dice": "f1_score", "iou": "iou_score", "precision": "precision", "recall": "recall", "accuracy": "accuracy"}
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from cellbench.outlines import coco, feature, shapes_of
-from cellbench.shapes import Instances
+from cellbench.inference.polygons import coco, feature, shapes_of
+from cellbench.metrics.instance import Instances
 
 YY, XX = np.mgrid[:60, :70]
 

@@ -10,13 +10,13 @@ import pytest
 from conftest import discs, write_pair
 from PIL import Image
 
-from cellbench.check import check
-from cellbench.data.folders import open_dataset
-from cellbench.data.quick_check import warnings
-from cellbench.likeness import turned
-from cellbench.placement import Maps, Placement, maps, placed
-from cellbench.registry import Registry
-from cellbench.spec import DataSpec
+from cellbench.cli.check import check
+from cellbench.config.registry import Registry
+from cellbench.config.run import DataSpec
+from cellbench.data.audit.mask_placement import Maps, Placement, maps, placed
+from cellbench.data.audit.perceptual_hash import turned
+from cellbench.data.audit.quick_check import warnings
+from cellbench.data.loading import open_dataset
 
 NUM = 9
 

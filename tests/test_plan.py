@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cellbench.plan import UNTOUCHED, Plan, View
-from cellbench.spec import STREAM_FIELDS, RunSpec
+from cellbench.config.run import STREAM_FIELDS, RunSpec
+from cellbench.data.transforms.sampling import UNTOUCHED, Plan, View
 
 SIZES = ((120, 160), (64, 64), (30, 200), (300, 65))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cellbench.check import check
+from cellbench.cli.check import check
 
 NUM = {"bccd": 40, "wbc": 40, "dsb2018": 40}
 """Images copied of each set; of BCCD, which has fourteen large ones, quarters."""

@@ -17,13 +17,13 @@ import pytest
 from conftest import MODEL, discs
 from PIL import Image
 
-from cellbench import outputs
+from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
-from cellbench.metrics import confusion
-from cellbench.registry import Registry
+from cellbench.inference import writers
+from cellbench.inference.segmenter import Segmenter
+from cellbench.metrics.instance import Instances
+from cellbench.metrics.pixel import confusion
 from cellbench.run import main
-from cellbench.segmenter import Segmenter
-from cellbench.shapes import Instances
 
 
 def predict(*arguments: object) -> int:
@@ -225,14 +225,14 @@ def test_a_run_without_its_head_is_refused(there: Path, tmp_path: Path, capsys: 
 
 
 def test_a_stop_in_the_middle_leaves_nothing_half_written(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add, calls = outputs.Files.add, []
+    add, calls = writers.Files.add, []
 
-    def stop(self: outputs.Files, band: object) -> None:
+    def stop(self: writers.Files, band: object) -> None:
         calls.append(add(self, band))
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(outputs.Files, "add", stop)
+    monkeypatch.setattr(writers.Files, "add", stop)
     assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out", "--overlay") == 130
     assert list((tmp_path / "out").rglob("*")) == []
 
@@ -276,7 +276,7 @@ def test_single_cells_are_numbered_measured_and_counted(there: Path, tmp_path: P
 def test_a_scale_without_cells_and_an_image_too_large_for_them_are_refused(there: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out", "--um-per-px", 0.5) == 2
     assert "--instances" in capsys.readouterr().err
-    monkeypatch.setattr("cellbench.predict.MOST_PX", 10)
+    monkeypatch.setattr("cellbench.cli.predict.MOST_PX", 10)
     assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out", "--instances") == 1
     assert "skipped" in capsys.readouterr().err
 
@@ -297,7 +297,7 @@ def test_outlines_are_of_the_cells_that_are_counted(there: Path, tmp_path: Path)
 
 def test_more_cells_than_can_be_numbered_are_passed_over(there: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     many = Instances(ids=np.zeros((120, 160), np.int32), areas_px=np.zeros(65537, int), classes=np.zeros(65537, np.uint8))
-    monkeypatch.setattr("cellbench.separate.Separation.instances", lambda *_: many)
+    monkeypatch.setattr("cellbench.metrics.separation.Separation.instances", lambda *_: many)
     assert predict(MODEL, "smears/test/original/t0.png", "--out", tmp_path / "out", "--instances") == 1
     assert "65536 cells" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
@@ -307,9 +307,9 @@ def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getppid()):
-        (tmp_path / f".{pid}-a.png{outputs.PART}").write_bytes(b"half")
-    assert outputs.swept(tmp_path) == 1
-    assert [path.name for path in tmp_path.iterdir()] == [f".{os.getppid()}-a.png{outputs.PART}"]
+        (tmp_path / f".{pid}-a.png{writers.PART}").write_bytes(b"half")
+    assert writers.swept(tmp_path) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [f".{os.getppid()}-a.png{writers.PART}"]
 
 
 def test_other_weights_under_the_same_name_are_refused(there: Path, tmp_path: Path) -> None:

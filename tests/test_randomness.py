@@ -15,15 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from worlds import FP32, REGISTRY, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
 
-from cellbench import randomness
-from cellbench.infer import score
-from cellbench.learner import Learner
-from cellbench.machine import Machine
-from cellbench.randomness import Draws, Seeded
-from cellbench.registry import Registry
-from cellbench.spec import RunSpec
-from cellbench.teams import parties
-from cellbench.train import fit
+from cellbench.config.registry import Registry
+from cellbench.config.run import RunSpec
+from cellbench.hardware import Machine
+from cellbench.training import randomness
+from cellbench.training.fit import fit
+from cellbench.training.randomness import Draws, Seeded
+from cellbench.training.stacked_heads import parties
+from cellbench.training.tiled_inference import score
+from cellbench.training.trainer import Learner
 
 CPU = torch.device("cpu")
 LANES = replace(FP32, lanes=3)

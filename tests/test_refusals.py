@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cellbench.errors import unlocked
-from cellbench.moved import lock
-from cellbench.refusals import refused
+from cellbench.tracking.client import refused
+from cellbench.tracking.relocate import lock
 
 
 @pytest.mark.parametrize("address", ["postgresql://lab:s3cret@db:5432/mlflow", "https://lab:s3cret@mlflow.lab", "postgresql+psycopg2://lab:s3@cret@db/x"])

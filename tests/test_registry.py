@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from cellbench.config.registry import KINDS, HeadCard, Registry, code_of, load, read_card, with_defaults
+from cellbench.config.run import RunSpec
 from cellbench.errors import CellbenchError
-from cellbench.registry import KINDS, HeadCard, Registry, code_of, load, read_card, with_defaults
-from cellbench.spec import RunSpec
 
 EVERY = [(kind, name) for kind in KINDS for name in Registry().names(kind)]
-HEAD = '# A head\nbuilder = "cellbench.heads.bilinear:Bilinear"\n'
+HEAD = '# A head\nbuilder = "cellbench.models.heads.bilinear:Bilinear"\n'
 
 
 def written(folder: Path, text: str, name: str = "mine", kind: str = "heads") -> Path:
@@ -115,7 +115,7 @@ def test_code_beside_a_card_is_found_and_imported_only_when_built(tmp_path: Path
     assert load(card)() == "built"
 
 
-@pytest.mark.parametrize("builder", ["cellbench.heads.bilinear", "cellbench.heads.bilinaer:Bilinear", "cellbench.heads.bilinear:Bilinaer"])
+@pytest.mark.parametrize("builder", ["cellbench.models.heads.bilinear", "cellbench.heads.bilinaer:Bilinear", "cellbench.models.heads.bilinear:Bilinaer"])
 def test_a_builder_that_names_nothing_is_refused_by_its_card(tmp_path: Path, builder: str) -> None:
     written(tmp_path, f'# Mine\nbuilder = "{builder}"\n')
     with pytest.raises(CellbenchError, match=r"mine\.toml: builder = "):

@@ -19,18 +19,20 @@ import numpy as np
 import pytest
 from told import IMAGES, finished, small_grid, told_of
 
-from cellbench import leaderboard, moved, page, views, winners
-from cellbench.chapters import build
+from cellbench.cli.ui import free_port
+from cellbench.config.run import RunSpec
 from cellbench.errors import CellbenchError
-from cellbench.evidence import collect
-from cellbench.lineup import Model, Tested, TestSet, line_up
-from cellbench.logged import DATA, LIMIT, Stored
-from cellbench.report import latex, place
-from cellbench.results import tidy
+from cellbench.execution.artifacts import tidy
+from cellbench.inference import run_lookup
+from cellbench.reporting import html, leaderboard
+from cellbench.reporting.collect import collect
+from cellbench.reporting.model_groups import Model, Tested, TestSet, line_up
+from cellbench.reporting.report import latex, place
+from cellbench.reporting.sections import build
 from cellbench.run import main
-from cellbench.spec import RunSpec
-from cellbench.track import Tracker, newest
-from cellbench.ui import free_port
+from cellbench.tracking import relocate, ui_view
+from cellbench.tracking.schema import DATA, LIMIT, Stored
+from cellbench.tracking.tracker import Tracker, newest
 
 NAME = "cells, a/b & ü 🔬"
 
@@ -57,7 +59,7 @@ def project(made, tmp_path, monkeypatch):
     hidden = made.with_name("hidden")
     made.rename(hidden)  # healing takes place only where the old folder is gone
     try:
-        moved.heal()
+        relocate.heal()
     finally:
         hidden.rename(made)
     return folder
@@ -103,9 +105,9 @@ def test_the_page_needs_nothing_else_and_tables_are_the_same_in_every_format(pro
     said = capsys.readouterr().out
     text = Path("out/report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert page.open == []
-    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
-    words = " ".join(page.words)
+    assert html.open == []
+    assert all(address.startswith(("data:image/", "#")) for address in html.addresses)
+    words = " ".join(html.words)
     assert NAME in words
     for told in ("dinobloom-s · fpn", "Are the differences real?", "Cost", "fingerprint", "d" * 16, "smear-0"):
         assert told in words
@@ -166,7 +168,7 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
     assert (first.limit, second.limit) == ("", "2")
     other = "drawn: 2 training, 2 validation and 2 test images (a part of the data, --limit 2)"
     for asked in ("best", "best:tiny", "uni · fpn · seed 0"):
-        _, stored, chosen = winners.find(asked)
+        _, stored, chosen = run_lookup.find(asked)
         assert stored.run_id in ids
         if asked.startswith("best"):
             assert "chosen by its test score, the highest mean Dice over images among 2 models; the score of the chosen is optimistic" in chosen
@@ -174,7 +176,7 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
         else:
             assert chosen == "2 runs have this name; this is the newest finished one on whole data."
     # The view that MLflow's UI opens shows no quick try, whose score would stand on top.
-    assert {run.info.run_id for run in tracker.client.search_runs([tracker.experiment_id], views.WHOLE)} == ids
+    assert {run.info.run_id for run in tracker.client.search_runs([tracker.experiment_id], ui_view.WHOLE)} == ids
     if when == "before":
         return
     assert main(["report", "tiny", "--out", "out"]) == 0
@@ -196,7 +198,7 @@ def test_where_there_are_quick_tries_only_the_newest_of_them_is_the_best(tmp_pat
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(None)
     run_id = quick_try(Tracker("tiny"))
-    assert winners.find("best")[1].run_id == run_id
+    assert run_lookup.find("best")[1].run_id == run_id
 
 
 def test_neither_a_quick_try_nor_an_evaluation_makes_an_experiment_the_newest(tmp_path, monkeypatch):
@@ -208,7 +210,7 @@ def test_neither_a_quick_try_nor_an_evaluation_makes_an_experiment_the_newest(tm
     with older.run("evaluate: a run", "e", tags={"cellbench.kind": "evaluation"}):
         pass
     assert (newest(), newest(whole=True)) == ("tried", "real")
-    _, stored, chosen = winners.find("best")
+    _, stored, chosen = run_lookup.find("best")
     assert stored.run_id == run_id
     assert "Newer runs, of 'tried', are on a part of their data and are not considered." in chosen
 
@@ -383,20 +385,20 @@ def test_a_moved_project_finds_its_artifacts_again(made, tmp_path, monkeypatch, 
     first = tmp_path / "first"
     shutil.copytree(made, first)
     with sqlite3.connect(first / "mlflow.db") as store:
-        for table, column in moved.COLUMNS:
+        for table, column in relocate.COLUMNS:
             store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (made.as_uri(), first.as_uri()))
             store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(made), str(first)))
     store.close()
     monkeypatch.chdir(first)
-    assert moved.heal() == []
+    assert relocate.heal() == []
     second = tmp_path / name
     monkeypatch.chdir(tmp_path)
     first.rename(second)
     monkeypatch.chdir(second)
     mlflow.set_tracking_uri(None)
-    (said,) = moved.heal()
+    (said,) = relocate.heal()
     assert str(second / "mlruns") in said
-    assert moved.heal() == []
+    assert relocate.heal() == []
     assert evidence().num_runs == 9
     assert str(first) not in " ".join(str(row) for row in sqlite3.connect("mlflow.db").execute("SELECT artifact_uri FROM runs"))
 
@@ -404,7 +406,7 @@ def test_a_moved_project_finds_its_artifacts_again(made, tmp_path, monkeypatch, 
 def _at_home(folder):
     """The project ``made`` in another folder, as if it had been made there."""
     with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as store, store:
-        for table, column in moved.COLUMNS:
+        for table, column in relocate.COLUMNS:
             where = f"CASE WHEN {column} LIKE 'file:%' THEN ? ELSE ? END || substr({column}, instr({column}, '/mlruns'))"
             store.execute(f"UPDATE {table} SET {column} = {where} WHERE {column} LIKE '%/mlruns%'", (folder.as_uri(), str(folder)))
     return folder
@@ -428,10 +430,10 @@ def test_a_copy_writes_into_itself_beside_its_original(made, tmp_path, monkeypat
         run.artifacts(tmp_path / "left")
     assert _stamps(first) == before
     assert len(list((second / "mlruns").rglob("a.txt"))) == 1
-    for table, column in moved.COLUMNS:
+    for table, column in relocate.COLUMNS:
         with contextlib.closing(sqlite3.connect("mlflow.db")) as store:
             assert not [place for (place,) in store.execute(f"SELECT {column} FROM {table}") if "/first/" in place]
-    assert moved.heal() == []
+    assert relocate.heal() == []
 
 
 def test_a_copy_without_its_artifacts_names_both_folders(made, tmp_path, monkeypatch):
@@ -440,7 +442,7 @@ def test_a_copy_without_its_artifacts_names_both_folders(made, tmp_path, monkeyp
     shutil.copy(first / "mlflow.db", tmp_path / "second")
     monkeypatch.chdir(tmp_path / "second")
     with pytest.raises(CellbenchError, match=rf"copy of {first}/mlflow.db, .* Copy that folder to {tmp_path}/second/mlruns/"):
-        moved.heal()
+        relocate.heal()
 
 
 def test_a_store_that_people_keep_apart_from_its_artifacts_stays(made, tmp_path, monkeypatch):
@@ -448,7 +450,7 @@ def test_a_store_that_people_keep_apart_from_its_artifacts_stays(made, tmp_path,
     (tmp_path / "stores" / "mlruns" / "another").mkdir(parents=True)
     (first / "mlflow.db").rename(tmp_path / "stores" / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/stores/mlflow.db")
-    assert moved.heal() == []
+    assert relocate.heal() == []
 
 
 def test_experiments_whose_names_differ_share_no_folder(tmp_path, monkeypatch):
@@ -464,14 +466,14 @@ def test_experiments_whose_names_differ_share_no_folder(tmp_path, monkeypatch):
 
 
 def test_the_ui_names_the_experiments_that_have_a_leaderboard(project):
-    assert moved.experiments() == []
+    assert relocate.experiments() == []
     tracker = Tracker(NAME)
     tracker.describe("**why?**")
-    assert moved.experiments() == [(NAME, tracker.experiment_id)]
+    assert relocate.experiments() == [(NAME, tracker.experiment_id)]
 
 
 def test_the_view_sorts_by_a_shown_column_and_each_chart_has_its_section():
-    told = json.loads(views.view())
+    told = json.loads(ui_view.view())
     state = json.loads(told["state"])
     assert told["name"]
     assert told["createdAt"] > 0
@@ -527,6 +529,6 @@ def test_a_thousand_models_are_compared_in_seconds(monkeypatch):
 
 
 def test_words_stand_left_and_numbers_right_in_a_tables_columns_and_headings():
-    made = page.table(("model", "verdict", "p", "run"), [("a", "better", "< 0.001", "3f9a"), ("b", "cannot tell", "0.40", "77e1")])
+    made = html.table(("model", "verdict", "p", "run"), [("a", "better", "< 0.001", "3f9a"), ("b", "cannot tell", "0.40", "77e1")])
     assert '<td class="words">cannot tell</td><td>0.40</td><td class="words">77e1</td>' in made
     assert '<th class="words">verdict</th><th>p</th>' in made

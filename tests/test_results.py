@@ -12,15 +12,15 @@ from PIL import Image
 from test_lineup import scored
 from worlds import dataset_of, run_of
 
-from cellbench import results
-from cellbench.data.pixels import Pixels
-from cellbench.exam import CANDIDATES, Exams, Keepsake, shown
-from cellbench.lineup import line_up
-from cellbench.metrics import confusion
-from cellbench.results import Result
-from cellbench.separate import CONNECTED, Separation
-from cellbench.shapes import Truth
-from cellbench.spec import Experiment
+from cellbench.config.run import Experiment
+from cellbench.data.image_cache import Pixels
+from cellbench.execution import artifacts
+from cellbench.execution.artifacts import Result
+from cellbench.metrics.instance import Truth
+from cellbench.metrics.pixel import confusion
+from cellbench.metrics.separation import CONNECTED, Separation
+from cellbench.reporting.model_groups import line_up
+from cellbench.training.evaluator import CANDIDATES, Exams, Keepsake, shown
 
 
 def taken(dataset, answers, shorten=False, separation=CONNECTED):
@@ -40,7 +40,7 @@ def dataset(small_folder):
 
 def test_the_truth_as_answer_scores_one_everywhere(dataset):
     exam = taken(dataset, lambda truth: (truth, truth * np.uint8(255)))
-    found = results.metrics(dataset, Result(exam=exam, cost={}))
+    found = artifacts.metrics(dataset, Result(exam=exam, cost={}))
     for name in ("dice", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
         assert found[f"test_image/{name}"] == 1
     assert found["test_image/count_error"] == found["test_image/count_error_abs"] == 0
@@ -53,7 +53,7 @@ def test_shape_scores_of_the_exam_are_those_of_the_image(dataset):
         truth = dataset.read_mask(sample)
         assert exam.agreements[k] == Truth(truth, 2, min_area_px=dataset.min_cell_px).agreement(np.roll(truth, 3, axis=1))
     assert exam.calibration() is None
-    assert "test/calibration_error" not in results.metrics(dataset, Result(exam=exam, cost={}))
+    assert "test/calibration_error" not in artifacts.metrics(dataset, Result(exam=exam, cost={}))
 
 
 def test_calibration_counts_every_pixel_once(dataset):
@@ -63,7 +63,7 @@ def test_calibration_counts_every_pixel_once(dataset):
     assert told["share_cell"][16] == 1
     assert told["share_cell"][4] == 0
     assert told["probability"][16] == pytest.approx(0.8)
-    assert results.metrics(dataset, Result(exam=exam, cost={}))["test/calibration_error"] == pytest.approx(0.2)
+    assert artifacts.metrics(dataset, Result(exam=exam, cost={}))["test/calibration_error"] == pytest.approx(0.2)
 
 
 def test_the_interval_in_mlflow_is_over_groups_as_the_reports_is(dataset):
@@ -74,8 +74,8 @@ def test_the_interval_in_mlflow_is_over_groups_as_the_reports_is(dataset):
         test = tuple(replace(sample, name=name, group=group if grouped else "") for name, group, sample in named)
         one, shift = replace(dataset, test=test), itertools.count()
         exam = taken(one, lambda truth, shift=shift: (np.roll(truth, 2 + 3 * (next(shift) // 2), axis=1), None))
-        metrics = results.metrics(one, Result(exam=exam, cost={}))
-        told = results.per_image(one, Result(exam=exam, cost={}))
+        metrics = artifacts.metrics(one, Result(exam=exam, cost={}))
+        told = artifacts.per_image(one, Result(exam=exam, cost={}))
         (here,), _ = line_up([scored("fpn", told)])
         (reported,) = here.intervals("dice")
         assert (metrics["test_image/dice_low"], metrics["test_image/dice_high"]) == (round(reported.low, 6), round(reported.high, 6))
@@ -131,12 +131,12 @@ def test_files_of_a_run_are_what_the_report_and_the_ui_read(dataset, tmp_path):
     tree = {"experiment": "a / b, ü 🔬", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
     out = tmp_path / "out"
     out.mkdir()
-    results.write(out, "a run", run, Experiment.of(tree, "here"), [dataset], Pixels(dataset, "test", 2**28), Result(exam=exam, cost={}))
+    artifacts.write(out, "a run", run, Experiment.of(tree, "here"), [dataset], Pixels(dataset, "test", 2**28), Result(exam=exam, cost={}))
     told = json.loads((out / "per_image.json").read_text())
     assert told["images"] == [sample.name for sample in dataset.test]
     assert len(told["nsd"]) == len(told["ap50"]) == len(told["num_true"]) == 2
     assert told["tolerance_px"] == 2
-    table = json.loads((out / results.TABLE).read_text())
+    table = json.loads((out / artifacts.TABLE).read_text())
     assert table["columns"][:2] == ["image", "dice"]
     assert [row[1] for row in table["data"]] == sorted(told["dice"])
     assert {path.name for path in (out / "figures").iterdir()} == {"scores.png", "worst.png", "best.png"}
@@ -153,7 +153,7 @@ def test_touching_cells_are_scored_as_the_separation_parts_them(dataset, tmp_pat
     found = {}
     for which in (CONNECTED, cut):
         exam = taken(one, lambda truth: (truth, None), separation=which)
-        found[which.neck] = results.metrics(one, Result(exam=exam, cost={}))
+        found[which.neck] = artifacts.metrics(one, Result(exam=exam, cost={}))
     assert found[0]["test_image/ap50"] == found[0.8]["test_image/ap50_connected"] < 1
     assert found[0.8]["test_image/ap50"] == 1
     assert found[0.8]["test_image/count_error_abs"] == 0
@@ -191,7 +191,7 @@ def everything(truth):
 
 
 def test_whoever_finds_nothing_scores_nothing_however_many_images_are_empty(mostly_empty):
-    found = results.metrics(mostly_empty, Result(exam=taken(mostly_empty, nothing), cost={}))
+    found = artifacts.metrics(mostly_empty, Result(exam=taken(mostly_empty, nothing), cost={}))
     for name in ("dice", "iou", "precision", "recall", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
         assert found[f"test_image/{name}"] == 0
     for name in ("dice", "iou", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
@@ -201,14 +201,14 @@ def test_whoever_finds_nothing_scores_nothing_however_many_images_are_empty(most
 
 
 def test_a_find_in_an_empty_image_scores_nothing_and_is_counted(mostly_empty):
-    found = results.metrics(mostly_empty, Result(exam=taken(mostly_empty, everything), cost={}))
+    found = artifacts.metrics(mostly_empty, Result(exam=taken(mostly_empty, everything), cost={}))
     assert found["test_image/dice"] == pytest.approx(2 * 800 / (4800 + 800) / 4, abs=1e-6)
     assert (found["test/num_empty"], found["test/num_empty_found"]) == (3, 3)
     assert found["test/num_extra"] == 4
 
 
 def test_the_right_answer_to_mostly_empty_images_is_one_of_one_image(mostly_empty):
-    found = results.metrics(mostly_empty, Result(exam=taken(mostly_empty, lambda truth: (truth, truth * np.uint8(255))), cost={}))
+    found = artifacts.metrics(mostly_empty, Result(exam=taken(mostly_empty, lambda truth: (truth, truth * np.uint8(255))), cost={}))
     assert found["test_image/dice"] == found["test_image/ap50"] == found["test/dice"] == 1
     assert "test_image/dice_low" not in found  # one image has no interval
 
@@ -221,16 +221,16 @@ def test_files_and_notes_of_a_test_with_empty_images_hold_no_nan(mostly_empty, t
     run, out = run_of(), tmp_path / "out"
     out.mkdir()
     tree = {"experiment": "e", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
-    results.write(out, "a run", run, Experiment.of(tree, "here"), [one], Pixels(one, "test", 2**28), result)
-    told, table = strict(out / "per_image.json"), strict(out / results.TABLE)
+    artifacts.write(out, "a run", run, Experiment.of(tree, "here"), [one], Pixels(one, "test", 2**28), result)
+    told, table = strict(out / "per_image.json"), strict(out / artifacts.TABLE)
     assert told["dice"][-1] is (None if answer is nothing else told["dice"][-1])
     assert (out / "figures" / "worst.png").exists()
     assert len(table["data"]) == len(one.test)
-    metrics = results.metrics(one, result)
+    metrics = artifacts.metrics(one, result)
     assert np.isfinite(list(metrics.values())).all()
     assert ("test_image/dice" in metrics) == (not all_empty or answer is everything)
-    assert "nan" not in results.note("a run", metrics)
-    assert f"{len(one.test) - (not all_empty)}; something was found in" in results.note("a run", metrics)
+    assert "nan" not in artifacts.note("a run", metrics)
+    assert f"{len(one.test) - (not all_empty)}; something was found in" in artifacts.note("a run", metrics)
 
 
 def test_the_worst_image_is_one_with_a_score(mostly_empty):

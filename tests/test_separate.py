@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cellbench.separate import NECKS, Parts, Separation, Tuning
-from cellbench.shapes import instances, numbered
+from cellbench.metrics.instance import instances, numbered
+from cellbench.metrics.separation import NECKS, Parts, Separation, Tuning
 
 
 def discs(*places, size=(120, 160)):

@@ -9,8 +9,20 @@ import pytest
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 
-from cellbench.metrics import IGNORE
-from cellbench.shapes import SCORES, Truth, as_objects, cell_scores, contour, dilated, instances, judged, numbered, overlaps, true_cells
+from cellbench.metrics.instance import (
+    SCORES,
+    Truth,
+    as_objects,
+    cell_scores,
+    contour,
+    dilated,
+    instances,
+    judged,
+    numbered,
+    overlaps,
+    true_cells,
+)
+from cellbench.metrics.pixel import IGNORE
 
 
 def drawn(*boxes, size=(40, 60)):

@@ -11,18 +11,19 @@ import pytest
 import torch
 from questions import QUESTION, answers, place
 
-from cellbench import ray_cohorts, shards
-from cellbench.commands import read_experiment
-from cellbench.features import Features, Pass
-from cellbench.jobs import Job, jobs_of, open_folds
-from cellbench.machine import Machine, machine
-from cellbench.orders import Hand, Order, order
-from cellbench.registry import Registry
+from cellbench.cli.grid import read_experiment
+from cellbench.config.registry import Registry
+from cellbench.config.run import RunSpec
+from cellbench.execution import ray_grid
+from cellbench.execution.planning import Job, jobs_of, open_folds
+from cellbench.execution.runner import Outcome
+from cellbench.execution.worker_job import Hand, Order, order
+from cellbench.features import sharded_cache
+from cellbench.features.extractor import Features, Pass
+from cellbench.features.sharded_cache import Shards, num_shards
+from cellbench.hardware import Machine, machine
 from cellbench.run import main
-from cellbench.runner import Outcome
-from cellbench.shards import Shards, num_shards
-from cellbench.spec import RunSpec
-from cellbench.track import Tracker
+from cellbench.tracking.tracker import Tracker
 
 ONE = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)
 KEPT = ["--set", "run.views=2", "--set", "run.epochs=3", "--set", "grid.seed=[0]", "--set", "baselines=[]", "--set", "run.crops_per_image=9"]
@@ -30,7 +31,7 @@ KEPT = ["--set", "run.views=2", "--set", "run.epochs=3", "--set", "grid.seed=[0]
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "ROWS", 16)
+    monkeypatch.setattr(sharded_cache, "ROWS", 16)
 
 
 def test_rows_of_several_shards_come_back_as_they_were_put_and_a_damaged_or_absent_shard_does_not(tmp_path, small_shards):
@@ -155,13 +156,13 @@ def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_i
         near[title] = node
         return ray.remote(object).options().remote()
 
-    monkeypatch.setattr(ray_cohorts, "actor", actor)
+    monkeypatch.setattr(ray_grid, "actor", actor)
     runs = [RunSpec(backbone="filter-bank", head="bilinear", tile_px=64, data_seed=seed) for seed in (0, 1)]
     groups = [[Job(run=run, name=f"run {k}", fingerprint=f"f{k}", precision="fp32")] for k, run in enumerate(runs)]
     experiment = SimpleNamespace(experiment="pretended")
     told = Order(experiment=experiment, parent_id="", machine=ONE, cache=tmp_path, store="http://lab", prefer_disk=True)
     runner = SimpleNamespace(registry=Registry(), say=said.append, release=lambda *_: None, give_up=None)
-    ray_cohorts.Crew(ray, told)(runner, groups, Outcome())
+    ray_grid.Crew(ray, told)(runner, groups, Outcome())
     kinds = [kind for kind, _ in ray.noted]
     assert kinds[0] == "passes"
     filled = [what for kind, what in ray.noted if kind == "fill"]

@@ -13,17 +13,17 @@ from fsspec.implementations.local import LocalFileSystem
 from questions import QUESTION, place
 from worlds import dataset_of, fitted, run_of, same
 
-from cellbench import shards
-from cellbench.commands import read_experiment
+from cellbench.cli.grid import read_experiment
+from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
-from cellbench.jobs import jobs_of, open_folds
-from cellbench.machine import machine
-from cellbench.orders import Hand, order
-from cellbench.registry import Registry
+from cellbench.execution.planning import jobs_of, open_folds
+from cellbench.execution.worker_job import Hand, order
+from cellbench.features import sharded_cache
+from cellbench.features.frozen_backbone import Trunk
+from cellbench.features.remote_cache import Shared, set_shared_url
+from cellbench.hardware import machine
 from cellbench.run import main
-from cellbench.shared import Shared, set_shared_url
-from cellbench.track import Tracker
-from cellbench.trunk import Trunk
+from cellbench.tracking.tracker import Tracker
 
 RUNS = [run_of("bilinear", views=1), run_of("fpn", views=1)]
 KEPT = {"disk_bytes": 2**28, "prefer_disk": True, "key": "k", "backbone": "vit"}
@@ -40,7 +40,7 @@ def computed(monkeypatch):
         return whole(self, pixels)
 
     monkeypatch.setattr(Trunk, "maps", maps)
-    monkeypatch.setattr(shards, "ROWS", 16)
+    monkeypatch.setattr(sharded_cache, "ROWS", 16)
     return calls
 
 
@@ -162,7 +162,7 @@ def test_a_full_url_keeps_nothing_half_written_is_told_once_and_still_read(tmp_p
 
 def test_a_url_that_failed_is_asked_again_later(tmp_path, monkeypatch):
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("cellbench.shared.REST_S", 0.0)
+    monkeypatch.setattr("cellbench.features.remote_cache.REST_S", 0.0)
     path, said = tmp_path / "cache" / "a", []
     shared = Shared(f"file://{tmp_path}/there/deeper", said.append)
     path.parent.mkdir()

@@ -9,11 +9,11 @@ from PIL import Image
 from scipy.ndimage import binary_fill_holes
 from skimage.filters import threshold_otsu
 
-from cellbench.data.folders import open_dataset
-from cellbench.data.smears import PLATELET, RED, SPLITS, WHITE, Smears, draw, drawn, image_seed, settings_from, write_dataset
+from cellbench.config.registry import DatasetCard, Registry, load, read_card, shipped
+from cellbench.config.run import DataSpec
+from cellbench.data.loading import open_dataset
+from cellbench.data.synthetic.smears import PLATELET, RED, SPLITS, WHITE, Smears, draw, drawn, image_seed, settings_from, write_dataset
 from cellbench.errors import CellbenchError
-from cellbench.registry import DatasetCard, Registry, load, read_card, shipped
-from cellbench.spec import DataSpec
 
 SMALL = Smears(num_train=2, num_test=1, width_px=320, height_px=240, cells_per_image=22, diameter_px=40)
 PURE = replace(SMALL, sickle_fraction=0, target_fraction=0, burr_fraction=0, white_fraction=0, platelet_fraction=0)

@@ -10,10 +10,10 @@ import tifffile
 from conftest import discs
 from PIL import Image
 
-from cellbench.data import sources
-from cellbench.data.images import read_image
-from cellbench.data.intensity import Reading
-from cellbench.data.png_rows import PngRows, words_of
+from cellbench.data.io import windowed
+from cellbench.data.io.images import read_image
+from cellbench.data.io.intensity import Reading
+from cellbench.data.io.png_stream import PngRows, words_of
 from cellbench.errors import CellbenchError
 
 PICTURE = discs(3, 301, 277)[0]
@@ -29,11 +29,11 @@ PICTURE = discs(3, 301, 277)[0]
     ],
 )
 def test_windows_are_the_rows_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict) -> None:
-    monkeypatch.setattr(sources, "LARGE_PX", 1000 * 48)
+    monkeypatch.setattr(windowed, "LARGE_PX", 1000 * 48)
     for picture in (PICTURE, PICTURE[..., 0]):
         tifffile.imwrite(tmp_path / f"{name}.tif", picture, photometric="rgb" if picture.ndim == 3 else "minisblack", **options)
-        source = sources.open_source(tmp_path / f"{name}.tif")
-        assert isinstance(source, sources.Windowed)
+        source = windowed.open_source(tmp_path / f"{name}.tif")
+        assert isinstance(source, windowed.Windowed)
         assert source.size_px == (301, 277)
         whole = read_image(tmp_path / f"{name}.tif")
         for top, bottom in ((0, 64), (10, 200), (290, 400), (0, 301), (63, 65)):
@@ -43,31 +43,31 @@ def test_windows_are_the_rows_of_the_image(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("mode", ["RGB", "YCbCr", "L"])
 def test_windows_of_jpeg_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    monkeypatch.setattr(sources, "LARGE_PX", 64 * 64)
+    monkeypatch.setattr(windowed, "LARGE_PX", 64 * 64)
     Image.fromarray(PICTURE).convert(mode).save(tmp_path / "a.tif", compression="jpeg", quality=95, tiffinfo={278: 64})  # strips, with common tables
-    source = sources.open_source(tmp_path / "a.tif")
-    assert isinstance(source, sources.Windowed)
+    source = windowed.open_source(tmp_path / "a.tif")
+    assert isinstance(source, windowed.Windowed)
     assert np.abs(source.rows(0, 301).astype(int) - read_image(tmp_path / "a.tif")).max() <= 8  # two decoders of chroma
 
 
 def test_channels_of_no_stated_meaning_are_refused_in_large_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LARGE_PX", 64 * 64)
+    monkeypatch.setattr(windowed, "LARGE_PX", 64 * 64)
     options = {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": ["unspecified"] * 2}
     tifffile.imwrite(tmp_path / "a.tif", PICTURE, **options)
     with pytest.raises(CellbenchError, match="3 channels"):
-        sources.open_source(tmp_path / "a.tif")
-    assert (sources.open_source(tmp_path / "a.tif", Reading(channels=(2, 1, 0))).rows(0, 301) == PICTURE[..., ::-1]).all()
+        windowed.open_source(tmp_path / "a.tif")
+    assert (windowed.open_source(tmp_path / "a.tif", Reading(channels=(2, 1, 0))).rows(0, 301) == PICTURE[..., ::-1]).all()
 
 
 def test_a_window_that_is_not_in_the_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LARGE_PX", 64 * 64)
+    monkeypatch.setattr(windowed, "LARGE_PX", 64 * 64)
     tifffile.imwrite(tmp_path / "a.tif", PICTURE, photometric="rgb", tile=(64, 64), compression="zlib")
     with tifffile.TiffFile(tmp_path / "a.tif") as tif:
         middle = tif.pages[0].dataoffsets[12]
     data = bytearray((tmp_path / "a.tif").read_bytes())
     data[middle : middle + 40] = bytes(40)
     (tmp_path / "a.tif").write_bytes(data)
-    source = sources.open_source(tmp_path / "a.tif")
+    source = windowed.open_source(tmp_path / "a.tif")
     source.rows(0, 64)
     with pytest.raises(CellbenchError, match="cannot be decoded"):
         source.rows(0, 301)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from cellbench.config.registry import Registry, shipped
+from cellbench.config.run import RUN_KEYS, STREAM_FIELDS, DataSpec, Experiment, RunSpec, cohorts, expand, fingerprint, labels, loss_weights
+from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
-from cellbench.registry import Registry, shipped
-from cellbench.space import Space
-from cellbench.spec import RUN_KEYS, STREAM_FIELDS, DataSpec, Experiment, RunSpec, cohorts, expand, fingerprint, labels, loss_weights
 
 RUN = RunSpec(backbone="uni", head="fpn")
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cellbench.data.allocation import allocate
+from cellbench.config.run import DataSpec
 from cellbench.data.dataset import Sample
 from cellbench.data.splits import Splits, split_of
+from cellbench.data.stratify import allocate
 from cellbench.errors import CellbenchError
-from cellbench.spec import DataSpec
 
 
 def pool(num: int, **fields) -> tuple[Sample, ...]:

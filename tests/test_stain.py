@@ -12,12 +12,12 @@ from PIL import Image
 from skimage.color import hed2rgb, rgb2hed, rgb2lab
 from worlds import dataset_of, features_of, fitted, run_of, same
 
-from cellbench.data.augment import restain
-from cellbench.data.prepare import Preparation
-from cellbench.data.stain import Macenko, Reinhard
-from cellbench.framing import Framing
-from cellbench.plan import UNSTAINED, Plan
-from cellbench.spec import RunSpec
+from cellbench.config.run import RunSpec
+from cellbench.data.transforms.augmentation import restain
+from cellbench.data.transforms.framing import Framing
+from cellbench.data.transforms.preprocessing import Preparation
+from cellbench.data.transforms.sampling import UNSTAINED, Plan
+from cellbench.data.transforms.stain import Macenko, Reinhard
 
 AZURE, EOSIN = np.array([0.65, 0.70, 0.29]), np.array([0.33, 0.85, 0.42])  # dense enough in each channel to count as stained
 LILAC, ROSE = np.array([0.55, 0.75, 0.36]), np.array([0.40, 0.70, 0.59])

@@ -11,10 +11,10 @@ import pytest
 import scipy.stats as st
 
 from cellbench.errors import CellbenchError
-from cellbench.ranking import critical_difference, marginal, p_words, sentence, verdict
-from cellbench.scored import Scores
-from cellbench.significance import decidable, fold_test, holm, intervals, mean_interval, signed_rank, smallest_p
-from cellbench.stats import compare, compare_all, same_images
+from cellbench.statistics.comparison import compare, compare_all, same_images
+from cellbench.statistics.hypothesis_tests import decidable, fold_test, holm, intervals, mean_interval, signed_rank, smallest_p
+from cellbench.statistics.ranking import critical_difference, marginal, p_words, sentence, verdict
+from cellbench.statistics.scores import Scores
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -506,7 +506,7 @@ def test_friedman_is_scipys(dice):
 
 
 def test_cliques_are_maximal_and_hold_what_is_close():
-    from cellbench.ranking import _runs
+    from cellbench.statistics.ranking import _runs
 
     assert _runs([1.0, 1.4, 1.9, 2.2, 5.0], 1.0) == [(0, 1, 2), (1, 2, 3)]
 

@@ -145,7 +145,7 @@ def test_the_harness_runs_where_mlflow_and_optuna_are_not_installed() -> None:
     code = """
 import sys
 sys.modules.update(mlflow=None, optuna=None, matplotlib=None, seaborn=None)
-import cellbench.train, cellbench.infer, cellbench.estimate, cellbench.baselines.otsu, cellbench.data.folders
+import cellbench.training.fit, cellbench.training.tiled_inference, cellbench.training.cost_estimate, cellbench.models.baselines.otsu, cellbench.data.loading
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from cellbench.config.registry import Registry
+from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
-from cellbench.registry import Registry
-from cellbench.space import Space
-from cellbench.study import Study, Told
+from cellbench.search.study import Study, Told
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,14 +12,14 @@ from torch import nn
 from torch.utils._pytree import tree_map
 from worlds import FP32, REGISTRY, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of
 
-from cellbench.features import Features
-from cellbench.heads.base import Head
-from cellbench.lanes import Lanes
-from cellbench.learner import Learner, batch_sizes
-from cellbench.machine import Machine
-from cellbench.spec import RunSpec
-from cellbench.teams import Team, parties, stackable
-from cellbench.train import fit
+from cellbench.config.run import RunSpec
+from cellbench.features.extractor import Features
+from cellbench.hardware import Machine
+from cellbench.models.heads.base import Head
+from cellbench.parallel import Lanes
+from cellbench.training.fit import fit
+from cellbench.training.stacked_heads import Team, parties, stackable
+from cellbench.training.trainer import Learner, batch_sizes
 
 
 class Teaming(Machine):

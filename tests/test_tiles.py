@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cellbench import tiles
-from cellbench.tiles import Grid, Stitcher, cut, origins
+from cellbench.data.transforms import tiling
+from cellbench.data.transforms.tiling import Grid, Stitcher, cut, origins
 
 SIZES = [(1200, 1600), (224, 224), (65, 64), (64, 65), (1, 1000), (1000, 1), (1, 1), (50, 30), (200, 333), (223, 225)]
 OVERLAPS = [0.0, 0.1, 0.25, 0.5, 0.75, 0.9]
@@ -30,7 +30,7 @@ def stitched(image: np.ndarray, grid: Grid, batch: int = 5, corners: list[tuple[
 
 
 def test_the_examples_in_the_documentation_hold() -> None:
-    result = doctest.testmod(tiles)
+    result = doctest.testmod(tiling)
     assert result.attempted > 0
     assert result.failed == 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cellbench.track import Tracker
+from cellbench.tracking.tracker import Tracker
 
 EXPERIMENT = "told"
 

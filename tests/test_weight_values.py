@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from worlds import REGISTRY, dataset_of, features_of, learners_of, run_of
 
-from cellbench.backbones.catalog import open_backbone, shallow
-from cellbench.backbones.checkpoint import check_values
+from cellbench.config.registry import BackboneCard, Registry
 from cellbench.errors import CellbenchError, WeightsUnavailable
-from cellbench.infer import segment
-from cellbench.registry import BackboneCard, Registry
+from cellbench.inference.segmenter import Segmenter
+from cellbench.models.backbones.build import open_backbone, shallow
+from cellbench.models.backbones.weight_files import check_values
 from cellbench.run import main
-from cellbench.segmenter import Segmenter
+from cellbench.training.tiled_inference import segment
 
 MATRIX = "blocks.1.mlp.fc1.weight"
 

@@ -11,8 +11,8 @@ import torch
 from standin import PAGE, StandIn
 from weight_files import PTH, REPO, SAFE, STATE, card, digest, empty_machine, told, torch_bytes
 
-from cellbench.backbones.weights import locate, read_state
 from cellbench.errors import CellbenchError, WeightsUnavailable
+from cellbench.models.backbones.weights import locate, read_state
 
 
 @pytest.fixture

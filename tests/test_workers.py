@@ -12,11 +12,11 @@ import pytest
 import torch
 from questions import QUESTION, answers, assassin, place
 
-from cellbench.backbones.base import Backbone
 from cellbench.errors import CellbenchError
-from cellbench.machine import Machine
+from cellbench.execution.multiprocess import checked, cores_of
+from cellbench.hardware import Machine
+from cellbench.models.backbones.base import Backbone
 from cellbench.run import main
-from cellbench.workers import checked, cores_of
 
 TWO = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=1000, lanes=2)
 
@@ -24,7 +24,7 @@ TWO = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=
 @pytest.fixture
 def two_cores(monkeypatch):
     """A machine of two cores for the driver, whatever this one has."""
-    monkeypatch.setattr("cellbench.machine.cores", lambda: 2)
+    monkeypatch.setattr("cellbench.hardware.cores", lambda: 2)
 
 
 def test_two_workers_of_which_one_is_killed_give_the_numbers_of_one_process_to_the_last_bit(tmp_path, monkeypatch, two_cores, capsys):
@@ -49,7 +49,7 @@ def kill(pid: int) -> bool:
 
 
 def test_a_cohort_that_no_worker_survives_is_failed_with_its_reason_and_the_rest_goes_on(tmp_path, monkeypatch, two_cores):
-    monkeypatch.setattr("cellbench.workers._work", lost.work)
+    monkeypatch.setattr("cellbench.execution.multiprocess._work", lost.work)
     place(tmp_path, monkeypatch)
     assert main([*QUESTION, "--set", "baselines=[]", "--set", "grid.seed=[0]", "--workers", "1"]) == 1
     runs = {run.info.run_name: run.data.tags for run in mlflow.search_runs(experiment_names=["small"], output_format="list")}

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from cellbench.logged import params_of
-from cellbench.spec import RunSpec
-from cellbench.track import Tracker
+from cellbench.config.run import RunSpec
+from cellbench.tracking.schema import params_of
+from cellbench.tracking.tracker import Tracker
 
 IMAGES = tuple(f"smear-{k:02d}.png" for k in range(16))
 

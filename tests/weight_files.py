@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from standin import StandIn, standin
 
-from cellbench.backbones.weights import locate
+from cellbench.config.registry import BackboneCard
 from cellbench.errors import WeightsUnavailable
-from cellbench.registry import BackboneCard
+from cellbench.models.backbones.weights import locate
 
 HALF = (0.5, 0.5, 0.5)
 STATE = {"patch_embed.proj.weight": torch.arange(30_000.0), "norm.bias": torch.ones(7)}

@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from cellbench.backbones.catalog import open_backbone
+from cellbench.config.registry import Registry
+from cellbench.config.run import DataSpec, RunSpec
 from cellbench.data.dataset import Dataset
-from cellbench.data.folders import open_dataset
-from cellbench.data.pixels import Pixels
-from cellbench.features import Features, Keeping
-from cellbench.learner import Learner
-from cellbench.machine import Machine
-from cellbench.model import model, num_levels
-from cellbench.plan import Plan
-from cellbench.registry import Registry
-from cellbench.spec import DataSpec, RunSpec
-from cellbench.train import fit
-from cellbench.trunk import Trunk
+from cellbench.data.image_cache import Pixels
+from cellbench.data.loading import open_dataset
+from cellbench.data.transforms.sampling import Plan
+from cellbench.features.extractor import Features, Keeping
+from cellbench.features.frozen_backbone import Trunk
+from cellbench.hardware import Machine
+from cellbench.models.backbones.build import open_backbone
+from cellbench.training.fit import fit
+from cellbench.training.model import model, num_levels
+from cellbench.training.trainer import Learner
 
 REGISTRY = Registry()
 FP32 = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)

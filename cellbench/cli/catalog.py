@@ -5,8 +5,8 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+from cellbench.config.registry import KINDS, BackboneCard, Card, DatasetCard, HeadCard, Registry, shipped
 from cellbench.errors import CellbenchError, unknown
-from cellbench.registry import KINDS, BackboneCard, Card, DatasetCard, HeadCard, Registry, shipped
 
 EXPERIMENTS = "experiments"
 
@@ -72,8 +72,8 @@ def _meaning(card: Card) -> str:
 
 
 def _asks(path: Path) -> str:
-    from cellbench.space import Space
-    from cellbench.spec import Experiment, cohorts, expand
+    from cellbench.config.run import Experiment, cohorts, expand
+    from cellbench.config.search_space import Space
 
     tree = tomllib.loads(path.read_text(encoding="utf-8"))
     if "space" in tree:
@@ -88,7 +88,7 @@ def kept(folder: str | None, remove: bool, older_than_days: float) -> str:
     import os
     import time
 
-    from cellbench.store import entries, features_dir, prune
+    from cellbench.features.disk_cache import entries, features_dir, prune
 
     if folder is not None:
         if not Path(folder).is_dir():

@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cellbench import page
-from cellbench.audit import Finding, Severity, findings, statistics, twins
-from cellbench.crops import Marks
-from cellbench.data import alike
+from cellbench.config.registry import Registry
+from cellbench.config.run import DataSpec
+from cellbench.data.audit import near_duplicates
+from cellbench.data.audit.checks import Finding, Severity, findings, statistics, twins
+from cellbench.data.audit.keypoint_matching import Marks
+from cellbench.data.audit.mask_placement import Maps
+from cellbench.data.audit.mask_statistics import Facts, survey
 from cellbench.data.classes import absences, owners_of, with_owners
 from cellbench.data.classes import survey as held_in
 from cellbench.data.dataset import SPLITS, Dataset, Sample, understood
-from cellbench.data.folders import listed, split, undivided
-from cellbench.data.survey import Facts, survey
+from cellbench.data.loading import listed, split, undivided
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
-from cellbench.placement import Maps
-from cellbench.registry import Registry
-from cellbench.spec import DataSpec
+from cellbench.reporting import html
 
 SHOWN = 5
 """Names told of each finding on the screen; the files have all."""
@@ -68,7 +68,7 @@ def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, e
     first = dict(zip(map(_key, samples), same.first(len(samples)), strict=True))
 
     def grouped(some: tuple[Sample, ...]) -> tuple[Sample, ...]:
-        return alike.named(some, [first[_key(sample)] for sample in some])
+        return near_duplicates.named(some, [first[_key(sample)] for sample in some])
 
     try:
         dataset, splits = split(facts_card, listing, spec or DataSpec(), grouped)
@@ -150,6 +150,6 @@ def _page(folder: Path, verdict: str, numbers: Sequence[tuple[str, str]], found:
         (f.severity.value, f.kind, str(len(f.images)), f.said, ", ".join(f.images[:50]) + (" …" if len(f.images) > 50 else ""))
         for f in found
     ]
-    table = page.table(["how bad", "what", "images", "what it means", "which"], rows, text=(1, 3, 4))
-    sections = [("Findings", table or "<p>None.</p>"), ("What is there", page.facts(numbers)), ("How it was read", page.paragraphs(notes))]
-    return page.page(f"Is {folder.absolute().name} fit to train on?", "cellbench check", sections, page.paragraphs([verdict], "verdict"))
+    table = html.table(["how bad", "what", "images", "what it means", "which"], rows, text=(1, 3, 4))
+    sections = [("Findings", table or "<p>None.</p>"), ("What is there", html.facts(numbers)), ("How it was read", html.paragraphs(notes))]
+    return html.page(f"Is {folder.absolute().name} fit to train on?", "cellbench check", sections, html.paragraphs([verdict], "verdict"))

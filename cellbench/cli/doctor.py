@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cellbench.backbones.checkpoint import check_whole
-from cellbench.backbones.weights import folder_file, in_hub_cache, landing, locate, weights_folder
+from cellbench.config.registry import BackboneCard, HeadCard, Registry
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown
 from cellbench.files import Remembered, hash_of, make_folder, sha256
-from cellbench.registry import BackboneCard, HeadCard, Registry
+from cellbench.models.backbones.weight_files import check_whole
+from cellbench.models.backbones.weights import folder_file, in_hub_cache, landing, locate, weights_folder
 
 if TYPE_CHECKING:
-    from cellbench.machine import Machine
+    from cellbench.hardware import Machine
 
 UNASKED_BYTES = 128 * 2**20
 """Files up to this size are hashed for the table without being asked: half a second each on a slow disk, once."""
@@ -189,7 +189,7 @@ def _cut(text: str, room: int, begin: int | None = None) -> str:
 
 
 def _self_tests(cards: list[BackboneCard], weights: Path | None, device: str) -> int:
-    from cellbench.machine import machine
+    from cellbench.hardware import machine
 
     here = machine(device)
     errors: list[CellbenchError] = []
@@ -208,7 +208,7 @@ def _self_tests(cards: list[BackboneCard], weights: Path | None, device: str) ->
 
 def _self_test(card: BackboneCard, weights: Path | None, here: Machine) -> int:
     """Prints what one backbone is and does here; gives the number of checks that failed."""
-    from cellbench.contracts import probe
+    from cellbench.diagnostics import probe
 
     path = None if card.weights == "none" else locate(card, weights, download=False)
     report = probe.examine(card, weights, here)
@@ -244,7 +244,7 @@ def _parts(registry: Registry, names: Sequence[str], extra: Path | None) -> list
 
 
 def _contracts(cards: list[BackboneCard | HeadCard]) -> int:
-    from cellbench.contracts import verdicts
+    from cellbench.diagnostics.plugin_checks import verdicts
 
     start, num, broken = time.monotonic(), 0, 0
     for card in cards:

@@ -14,26 +14,27 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cellbench import figures, results
-from cellbench.data import seen_images
+from cellbench.config.registry import Registry
+from cellbench.config.run import DataSpec, Experiment
+from cellbench.data.audit import seen_images
 from cellbench.data.classes import survey, unused, with_owners
 from cellbench.data.dataset import Dataset, proven
-from cellbench.data.folders import listed, split
-from cellbench.data.intensity import Note, lines_of
-from cellbench.data.pixels import Pixels
+from cellbench.data.image_cache import Pixels
+from cellbench.data.io.intensity import Note, lines_of
+from cellbench.data.loading import listed, split
 from cellbench.errors import CellbenchError
-from cellbench.exam import Case, Exams
+from cellbench.execution import artifacts
+from cellbench.execution.artifacts import Result
 from cellbench.files import file_name
-from cellbench.load import Load
-from cellbench.logged import EVALUATED, EVALUATION, INDEPENDENT, NOTE, SEEN
-from cellbench.metrics import confusion, image_scores, nan_mean
-from cellbench.registry import Registry
-from cellbench.results import Result
-from cellbench.segmenter import Segmenter
-from cellbench.shapes import outcome_words
-from cellbench.spec import DataSpec, Experiment
-from cellbench.track import Tracker
-from cellbench.trained import Trained
+from cellbench.inference.segmenter import Segmenter
+from cellbench.inference.trained_run import Trained
+from cellbench.metrics.instance import outcome_words
+from cellbench.metrics.pixel import confusion, image_scores, nan_mean
+from cellbench.reporting.plots import run as run_plots
+from cellbench.system_load import Load
+from cellbench.tracking.schema import EVALUATED, EVALUATION, INDEPENDENT, NOTE, SEEN
+from cellbench.tracking.tracker import Tracker
+from cellbench.training.evaluator import Case, Exams
 
 
 def labelled(trained: Trained, experiment: Experiment, registry: Registry, folder: Path | None) -> tuple[Dataset, str]:
@@ -127,7 +128,7 @@ def evaluate(
     result, worst, lines = examine(segmenter, dataset, visualize)
     for line in lines:
         say(line)
-    metrics = results.metrics(dataset, result)
+    metrics = artifacts.metrics(dataset, result)
     name = f"evaluate: {trained.name} on {dataset.root.name}"
     tracker = Tracker(trained.experiment or "evaluations")
     key = hashlib.sha256(json.dumps([EVALUATION, trained.fingerprint, dataset.digest, segmenter.machine.precision_name]).encode()).hexdigest()[:16]
@@ -142,7 +143,7 @@ def evaluate(
         with tempfile.TemporaryDirectory(prefix="cellbench-") as place:
             folder, pixels = Path(place), Pixels(dataset, "test", 2**28)
             plain = experiment.model_copy(update={"data": DataSpec()})
-            results.write(folder, name, trained.run.model_copy(update={"fold": 0}), plain, [dataset], pixels, result)
+            artifacts.write(folder, name, trained.run.model_copy(update={"fold": 0}), plain, [dataset], pixels, result)
             if seen is not None:
                 listed_images = {part: [s.name for s, one in zip(dataset.test, seen, strict=True) if one == part] for part in seen_images.PARTS}
                 (folder / SEEN).write_text(json.dumps(listed_images), encoding="utf-8")
@@ -152,14 +153,14 @@ def evaluate(
                 file = dataset.test[case.image].name
                 title = f"{rank}. worst of {len(dataset.test)}: {file}, {case.score}\n{outcome_words(asdict(result.exam.agreements[case.image]))}"
                 stem = file_name(Path(file).stem)
-                figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"worst-{rank:03d}-{stem}.png")
+                run_plots.save(run_plots.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"worst-{rank:03d}-{stem}.png")
             run.artifacts(folder)
-        told = results.tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png"))
+        told = artifacts.tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png"))
         independent = "unknown" if seen is None else "no" if any(seen) else "yes"
         told |= {INDEPENDENT: independent, NOTE: f"**Warning:** {warning}\n\n{told[NOTE]}" if warning else told[NOTE]}
         run.log(metrics, tags=told)
-    mean = f"{results.score(metrics, 'test_image/dice')}{results.interval_words(metrics)}"
-    say(f"Dice {results.score(metrics, 'test/dice')} over all pixels, {mean} in the mean of the images; IoU {results.score(metrics, 'test/iou')}.")
+    mean = f"{artifacts.score(metrics, 'test_image/dice')}{artifacts.interval_words(metrics)}"
+    say(f"Dice {artifacts.score(metrics, 'test/dice')} over all pixels, {mean} in the mean of the images; IoU {artifacts.score(metrics, 'test/iou')}.")
     say(f"{outcome_words({key.removeprefix('test/'): value for key, value in metrics.items()})}.")
     if metrics["test/num_empty"]:
         empty, found = metrics["test/num_empty"], metrics["test/num_empty_found"]

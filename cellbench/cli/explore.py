@@ -10,22 +10,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cellbench import figures, figures_explore
-from cellbench.backbones.catalog import open_backbone
+from cellbench.config.registry import Registry
+from cellbench.config.run import DataSpec, RunSpec, checked
+from cellbench.data.audit.image_statistics import summary, survey
 from cellbench.data.dataset import SPLITS, Dataset, Sample, understood
-from cellbench.data.folders import listed, split
+from cellbench.data.loading import listed, split
+from cellbench.data.transforms.framing import Framing
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown
-from cellbench.figures_explore import Panel
+from cellbench.features.frozen_backbone import Trunk
+from cellbench.features.token_maps import Seen, coloured, likeness, seen
 from cellbench.files import make_folder, nfc
-from cellbench.framing import Framing
-from cellbench.machine import Machine, machine
-from cellbench.registry import Registry
-from cellbench.room import too_large
-from cellbench.spec import DataSpec, RunSpec, checked
-from cellbench.survey import summary, survey
-from cellbench.tokens import Seen, coloured, likeness, seen
-from cellbench.track import Tracker
-from cellbench.trunk import Trunk
+from cellbench.hardware import Machine, machine
+from cellbench.models.backbones.build import open_backbone
+from cellbench.reporting.plots import dataset as dataset_plots
+from cellbench.reporting.plots import run as run_plots
+from cellbench.reporting.plots.dataset import Panel
+from cellbench.tracking.tracker import Tracker
+from cellbench.training.memory_check import too_large
 
 SURVEYED = 100
 """Images looked at for the statistics, as published."""
@@ -105,9 +106,9 @@ def _statistics(here: Dataset, pool: list[Sample], num_samples: int, seed: int, 
     with tqdm(total=len(drawn), desc="looking at images", unit="image", leave=False) as bar:
         found = survey(here, drawn, bar.update)
     facts = summary(found)
-    pairs = [(sample.name, *here.read(sample)) for sample in drawn[: max(1, min(num_samples, figures_explore.MOST_SAMPLES))]]
-    figures.save(figures_explore.samples(pairs, here.classes), folder / "samples.png")
-    figures.save(figures_explore.statistics(found), folder / "statistics.png")
+    pairs = [(sample.name, *here.read(sample)) for sample in drawn[: max(1, min(num_samples, dataset_plots.MOST_SAMPLES))]]
+    run_plots.save(dataset_plots.samples(pairs, here.classes), folder / "samples.png")
+    run_plots.save(dataset_plots.statistics(found), folder / "statistics.png")
     (folder / "statistics.json").write_text(json.dumps({**facts, "seed": seed, "of": len(pool)}, indent=1), encoding="utf-8")
     shapes = "" if facts["sizes"] == 1 else f", and {facts['sizes'] - 1:.0f} other sizes"
     print(f"{here.name}: {len(pool)} images with masks, {len(found)} looked at (seed {seed})")
@@ -170,12 +171,12 @@ def _features(
         raise CellbenchError("no backbone could be shown. `doctor` says what can be had here; vit-tiny-random and filter-bank need nothing.")
     what = f"{sample.name}, {width} x {height} px"
     told = f"{what}: three principal components of the last map, one colour scale for each backbone"
-    figures.save(figures_explore.compared(image, components, told, point), folder / "features.png")
+    run_plots.save(dataset_plots.compared(image, components, told, point), folder / "features.png")
     print(f"{what}: {', '.join(components)}, each as {', '.join(title for title, _ in ways)}")
     if alike:
         truth = here.classes[classes[point[1], point[0]]] if point is not None else ""
         told = f"{what}: likeness of every place to the one marked ({truth})"
-        figures.save(figures_explore.compared(image, alike, told, point), folder / "likeness.png")
+        run_plots.save(dataset_plots.compared(image, alike, told, point), folder / "likeness.png")
         for name, panels in alike.items():
             for panel in panels:
                 print(f"  {name}, {panel.title}")

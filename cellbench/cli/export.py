@@ -7,10 +7,10 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
-from cellbench.exported import CARDS, write_folder
-from cellbench.registry import Registry
-from cellbench.segmenter import Segmenter
+from cellbench.inference.export import CARDS, write_folder
+from cellbench.inference.segmenter import Segmenter
 
 
 def export(
@@ -38,12 +38,12 @@ def export(
     said = write_folder(out, segmenter.trained, cards, given or inside, backbone)
     say(f"{out}: {segmenter.trained.name}. {said}")
     if serve:
-        from cellbench.serving import save  # MLflow, which the rest does without
+        from cellbench.inference.mlflow_model import save  # MLflow, which the rest does without
 
         save(out / "mlflow", out)
         say(f"{out / 'mlflow'}: `mlflow models serve -m {shlex.quote(str(out / 'mlflow'))} --env-manager local` answers with masks.")
     if onnx:
-        from cellbench.onnx_file import write_onnx
+        from cellbench.inference.onnx import write_onnx
 
         worst = write_onnx(out / "model.onnx", segmenter)
         say(f"{out / 'model.onnx'}: differs from torch by at most {worst:.1g} (onnxruntime, batches of 1 and 3).")

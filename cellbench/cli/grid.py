@@ -19,31 +19,32 @@ from typing import Any
 import tomli_w
 from tqdm import tqdm
 
-from cellbench import moved, on_ray, ray_cohorts
-from cellbench import workers as processes
-from cellbench.backbones.weights import weights_folder
-from cellbench.data import quick_check
+from cellbench.config.registry import Registry, shipped
+from cellbench.config.run import DataSpec, Experiment, checked, cohorts, expand
+from cellbench.data.audit import quick_check
 from cellbench.data.dataset import SPLITS, Dataset
-from cellbench.data.folders import open_dataset
+from cellbench.data.loading import open_dataset
 from cellbench.errors import CellbenchError, unknown
-from cellbench.estimate import cost, duration
-from cellbench.features import Keeping
+from cellbench.execution import multiprocess as processes
+from cellbench.execution import ray_cluster, ray_grid
+from cellbench.execution.artifacts import pool
+from cellbench.execution.grid import Crew, alone, everything, parent
+from cellbench.execution.planning import Job, jobs_of, open_folds
+from cellbench.execution.runner import Runner
+from cellbench.execution.worker_job import order
+from cellbench.features.extractor import Keeping
+from cellbench.features.remote_cache import set_shared_url, shared_url
 from cellbench.files import cache_dir, make_folder, write_atomic
-from cellbench.grid import Crew, alone, everything, parent
-from cellbench.jobs import Job, jobs_of, open_folds
-from cellbench.load import Load
-from cellbench.load import words as load_words
-from cellbench.machine import Machine, is_size, machine, num_bytes
-from cellbench.orders import order
-from cellbench.registry import Registry, shipped
-from cellbench.report import CHANGED, begin, conclude
-from cellbench.results import pool
-from cellbench.room import TooLarge
-from cellbench.runner import Runner
-from cellbench.shared import set_shared_url, shared_url
-from cellbench.spec import DataSpec, Experiment, checked, cohorts, expand
-from cellbench.system import watched
-from cellbench.track import Tracker
+from cellbench.hardware import Machine, is_size, machine, num_bytes
+from cellbench.models.backbones.weights import weights_folder
+from cellbench.reporting.report import CHANGED, begin, conclude
+from cellbench.system_load import Load
+from cellbench.system_load import words as load_words
+from cellbench.tracking import relocate
+from cellbench.tracking.system_metrics import watched
+from cellbench.tracking.tracker import Tracker
+from cellbench.training.cost_estimate import cost, duration
+from cellbench.training.memory_check import TooLarge
 
 
 def say(text: str) -> None:
@@ -222,7 +223,7 @@ def grid(
     if workers is not None and on is not None:
         raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
     if on is not None:
-        on_ray.checked(on, gpu_share)
+        ray_cluster.checked(on, gpu_share)
     here = machine(device, precision, memory, elsewhere=on is not None and not dry_run)
     if workers is not None:
         processes.checked(workers, here)
@@ -239,13 +240,13 @@ def grid(
     if dry_run:
         keeping = Keeping(memory_bytes=here.memory_bytes * 2 // 3, disk_bytes=disk, prefer_disk=prefer_disk, key="estimate")
         return _dry(jobs, registry, datasets, here, weights, keeping)
-    for line in moved.heal():
+    for line in relocate.heal():
         say(line)
     tracker = Tracker(experiment.experiment)
     key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), pool(datasets), here.precision_name], sort_keys=True).encode()).hexdigest()[:16]
     asked = {f"grid.{name}": ", ".join(map(str, values)) for name, values in experiment.grid.items()}
     asked |= {"baselines": ", ".join(experiment.baselines) or "none", "dataset": dataset.name, "precision": here.precision_name}
-    with on_ray.joined(on, here) if on is not None else nullcontext() as ray, parent(tracker, f"grid: {Path(file).stem}", key, asked, pool(datasets)) as top:
+    with ray_cluster.joined(on, here) if on is not None else nullcontext() as ray, parent(tracker, f"grid: {Path(file).stem}", key, asked, pool(datasets)) as top:
         runner = Runner(
             experiment=experiment,
             registry=registry,
@@ -276,7 +277,7 @@ def grid(
             if workers is not None:
                 crew = processes.Crew(workers, told)
             elif ray is not None:
-                crew = ray_cohorts.Crew(ray, told, gpu_share)
+                crew = ray_grid.Crew(ray, told, gpu_share)
             outcome = everything(runner, jobs, crew)
         ids = {logged.run_id for logged in outcome.finished.values()}
         splits = {
@@ -339,8 +340,8 @@ def bench(
     scale: bool = False,
 ) -> int:
     """``cellbench bench``: measures, prints, and writes JSON and a plot to ``out``. Exit code 1 where a check failed."""
-    from cellbench import scaling
-    from cellbench.bench import World, as_json, measure, table
+    from cellbench.diagnostics import scaling
+    from cellbench.diagnostics.speed import World, as_json, measure, table
 
     registry = Registry()
     if out is not None:
@@ -373,9 +374,10 @@ def bench(
     say("")
     say(table(result))
     if out is not None:
-        from cellbench import figures, figures_many
+        from cellbench.reporting.plots import comparison as comparison_plots
+        from cellbench.reporting.plots import run as run_plots
 
         write_atomic(out / "bench.json", as_json(result))
-        figures.save(figures_many.speeds(result.facts), out / "bench.png")
+        run_plots.save(comparison_plots.speeds(result.facts), out / "bench.png")
         say(f"written to {out}/bench.json and bench.png")
     return 0 if all(result.checks.values()) else 1

@@ -19,22 +19,35 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cellbench.data import images
-from cellbench.data.image_files import shown_name
-from cellbench.data.images import EXTENSIONS
-from cellbench.data.intensity import Note, Reading, lines_of
-from cellbench.data.listing import LeftOut, counted, files_below
-from cellbench.data.metadata import PixelSize
-from cellbench.data.png_rows import words_of
+from cellbench.config.run import NUMERICS
+from cellbench.data.io import images
+from cellbench.data.io.decode import shown_name
+from cellbench.data.io.images import EXTENSIONS
+from cellbench.data.io.intensity import Note, Reading, lines_of
+from cellbench.data.io.metadata import PixelSize
+from cellbench.data.io.png_stream import words_of
+from cellbench.data.scan import LeftOut, counted, files_below
 from cellbench.errors import CellbenchError
 from cellbench.escaping import csv_text, printable
 from cellbench.files import file_name, folded, make_folder, write_atomic
-from cellbench.inputs import by_reason, range_of, read_by, sizes_of, sizes_told, some, unlike_learned
-from cellbench.measure import class_counts, density
-from cellbench.outlines import coco
-from cellbench.outputs import CELLS, ENDINGS, GEOJSON, INSTANCES, LEFT_OUT, Files, Target, TooManyCells, Wanted, beside, made, swept
-from cellbench.segmenter import Refused, Segmenter
-from cellbench.spec import NUMERICS
+from cellbench.inference.inputs import by_reason, range_of, read_by, sizes_of, sizes_told, some, unlike_learned
+from cellbench.inference.polygons import coco
+from cellbench.inference.segmenter import Refused, Segmenter
+from cellbench.inference.writers import (
+    CELLS,
+    ENDINGS,
+    GEOJSON,
+    INSTANCES,
+    LEFT_OUT,
+    Files,
+    Target,
+    TooManyCells,
+    Wanted,
+    beside,
+    made,
+    swept,
+)
+from cellbench.metrics.measurements import class_counts, density
 
 COCO, COUNTS = "coco.json", "counts.csv"
 MOST_PX = 100_000_000

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cellbench.errors import CellbenchError, one_line, unlocked
+from cellbench.features.remote_cache import Shared, shared_url
 from cellbench.files import cache_dir, make_folder, told
-from cellbench.moved import store, store_file
-from cellbench.shared import Shared, shared_url
+from cellbench.tracking.relocate import store, store_file
 
 ANSWER_S = 5.0
 

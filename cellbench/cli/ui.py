@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import psutil
 
-from cellbench import moved, views
 from cellbench.errors import CellbenchError
+from cellbench.tracking import relocate, ui_view
 
 PATIENCE_S = 120
 """For the first answer: a cold start on a busy machine has taken half a minute."""
@@ -23,11 +23,11 @@ PATIENCE_S = 120
 
 def ui(port: int = 5000, say: Callable[[str], None] = print) -> int:
     """Serves the store of this folder on the loopback address until Ctrl-C. Raises CellbenchError where there is nothing to serve."""
-    uri = moved.store()
+    uri = relocate.store()
     if uri.startswith(("http:", "https:", "databricks")):
         raise CellbenchError(f"MLFLOW_TRACKING_URI is the server {uri}: open that in a browser. `ui` serves the store of a folder.")
-    moved.present()
-    for line in moved.heal():
+    relocate.present()
+    for line in relocate.heal():
         say(line)
     port = free_port(port)
     # `mlflow ui` does not read MLFLOW_TRACKING_URI, and only the literal "true" ends its telemetry.
@@ -57,8 +57,8 @@ def _serve(server: subprocess.Popen[bytes], port: int, say: Callable[[str], None
             raise CellbenchError(f"MLflow's UI did not answer at {address} within {PATIENCE_S} s.")
         time.sleep(0.2)
     say(f"{address}  (this machine only; Ctrl-C ends it)")
-    for name, number in moved.experiments():
-        say(f"  {name}: {address}/#/experiments/{number}/runs?{views.QUERY}")
+    for name, number in relocate.experiments():
+        say(f"  {name}: {address}/#/experiments/{number}/runs?{ui_view.QUERY}")
     assert server.stdout is not None
     for _ in server.stdout:  # read, or the server would stop at a full pipe; each request is a line nobody needs
         pass

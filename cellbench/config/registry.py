@@ -19,10 +19,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cellbench import imports, source_code
+from cellbench import startup
+from cellbench.config import source_code
+from cellbench.config.run import Record, RunSpec, Scalar, checked
 from cellbench.errors import CellbenchError, unknown
 from cellbench.files import nfc
-from cellbench.spec import Record, RunSpec, Scalar, checked
 
 
 class Card(Record):
@@ -211,7 +212,7 @@ KINDS = MappingProxyType({"backbones": BackboneCard, "heads": HeadCard, "baselin
 
 def shipped(folder: str) -> Path:
     """``registry`` or ``experiments``: inside an installed wheel, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "_shipped" / folder
     return inside if inside.is_dir() else package.parent / folder
 
@@ -308,7 +309,7 @@ def load(card: Card) -> Any:
     if not attribute:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r}. Expected 'module:object' or 'file.py:object'.")
     try:
-        with imports.kept():
+        with startup.kept():
             module = _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
         return getattr(module, attribute)
     except (ImportError, FileNotFoundError, AttributeError) as error:
@@ -316,7 +317,7 @@ def load(card: Card) -> Any:
 
 
 def code_of(card: Card) -> str:
-    """What stands for the code behind a card in fingerprints: the hash of a user's source files (``cellbench.source_code``); empty for the
+    """What stands for the code behind a card in fingerprints: the hash of a user's source files (``cellbench.config.source_code``); empty for the
     package's own, which ``NUMERICS`` stands for."""
     return source_code.digest(card.builder, Path(card.path).parent)
 

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from cellbench.config.registry import Registry
+from cellbench.config.run import RUN_KEYS, DataSpec, Experiment, Record, RunSpec, Scalar, checked, expand
 from cellbench.errors import CellbenchError, unknown
-from cellbench.registry import Registry
-from cellbench.spec import RUN_KEYS, DataSpec, Experiment, Record, RunSpec, Scalar, checked, expand
 
 DIMENSIONS = ("backbone", "head", *(name for name in RUN_KEYS if name not in ("seed", "fold")))
 """What may vary. Neither the seed, for a lucky start is no setting, nor the fold: what one fold tests, another learns from."""

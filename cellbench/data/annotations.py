@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cellbench.data import images
+from cellbench.data.io import images
 from cellbench.errors import CellbenchError, one_line, quoted
 from cellbench.files import hash_of
-from cellbench.metrics import IGNORE
+from cellbench.metrics.pixel import IGNORE
 
 
 class Annotation(Protocol):

@@ -14,13 +14,13 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from cellbench.data import images
 from cellbench.data.annotations import Annotation
-from cellbench.data.intensity import Reading
+from cellbench.data.io import images
+from cellbench.data.io.intensity import Reading
 from cellbench.data.masks import MARKS, MaskFacts, decided, facts_of, facts_of_cells, num_below, smallest_px
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import Remembered, hash_of
-from cellbench.metrics import IGNORE
+from cellbench.metrics.pixel import IGNORE
 
 SPLITS = ("train", "val", "test")
 CARD_NAME = "dataset.toml"

@@ -10,11 +10,11 @@ from typing import TypeVar, cast
 import numpy as np
 
 from cellbench.data.dataset import Dataset
-from cellbench.data.intensity import Reading
-from cellbench.data.prepare import Preparation
-from cellbench.data.stain import KINDS, MOST_IMAGES, Normaliser
-from cellbench.framing import Framing
-from cellbench.targets import aims
+from cellbench.data.io.intensity import Reading
+from cellbench.data.transforms.cell_targets import aims
+from cellbench.data.transforms.framing import Framing
+from cellbench.data.transforms.preprocessing import Preparation
+from cellbench.data.transforms.stain import KINDS, MOST_IMAGES, Normaliser
 
 T = TypeVar("T", bound=tuple[np.ndarray, ...])
 
@@ -66,7 +66,7 @@ class Pixels:
         return self._kept_or((index, preparation), lambda: preparation(self._dataset.read(self.samples[index])))
 
     def aims(self, index: int, framing: Framing) -> np.ndarray:
-        """What heads may learn beside the framed class map, (H', W', 2) uint8, as ``cellbench.targets`` says."""
+        """What heads may learn beside the framed class map, (H', W', 2) uint8, as ``cellbench.data.transforms.cell_targets`` says."""
 
         def make() -> tuple[np.ndarray]:
             sample = self.samples[index]

@@ -14,14 +14,14 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from cellbench.config.registry import DatasetCard
 from cellbench.data.annotations import CocoFile, MaskFiles, coco_counts, coco_regions
 from cellbench.data.dataset import Sample
-from cellbench.data.images import EXTENSIONS
-from cellbench.data.listing import Doubt, Listing, Problem, by_stem, named, others, outside, place
+from cellbench.data.io.images import EXTENSIONS
 from cellbench.data.manifest import NAMES, read_manifest
+from cellbench.data.scan import Doubt, Listing, Problem, by_stem, named, others, outside, place
 from cellbench.errors import CellbenchError, quoted
-from cellbench.metrics import IGNORE
-from cellbench.registry import DatasetCard
+from cellbench.metrics.pixel import IGNORE
 
 LAYOUTS = (
     ("{split}/original", "{split}/mask"),

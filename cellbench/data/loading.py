@@ -13,19 +13,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cellbench.data import alike
+from cellbench.config.registry import DatasetCard, load, with_defaults
+from cellbench.config.run import DataSpec, checked
+from cellbench.data.audit import near_duplicates
 from cellbench.data.classes import with_class_facts
 from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, proven, understood
 from cellbench.data.layouts import listing_of
-from cellbench.data.listing import Listing, unused
 from cellbench.data.manifest import NAMES
+from cellbench.data.scan import Listing, unused
 from cellbench.data.splits import Grouping, Splits, given, split_of
 from cellbench.data.uniformity import common_um, doubts_of, facts_of, reading_of
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
-from cellbench.metrics import IGNORE
-from cellbench.registry import DatasetCard, load, with_defaults
-from cellbench.spec import DataSpec, checked
+from cellbench.metrics.pixel import IGNORE
 
 
 def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Dataset:
@@ -95,7 +95,7 @@ def undivided(card: DatasetCard, root: Path) -> Dataset:
 
 def split(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: Grouping | None = None) -> tuple[Dataset, Splits]:
     """The listed samples as a dataset in its three splits; nothing is written yet. ``grouped``: who finds images that show the same."""
-    grouped = grouped or partial(alike.grouped, reading=listing.reading)
+    grouped = grouped or partial(near_duplicates.grouped, reading=listing.reading)
     dataset = replace(undivided(card, listing.root), reading=listing.reading, um_per_px=listing.um_per_px)
     parts = {part: listing.parts.get(part, ()) for part in SPLITS}
     if card.draw and spec.group == "auto":

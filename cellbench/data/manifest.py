@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cellbench.data.annotations import MaskFiles
 from cellbench.data.dataset import Sample
-from cellbench.data.listing import Listing, Problem, by_stem, named, outside, place
+from cellbench.data.scan import Listing, Problem, by_stem, named, outside, place
 from cellbench.errors import CellbenchError, one_line, quoted
 
 NAMES = ("manifest.csv", "manifest.toml")

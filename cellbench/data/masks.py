@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from cellbench.metrics import IGNORE
+from cellbench.metrics.pixel import IGNORE
 
 KINDS = ("cells", "classes", "binary")
 MOST_VALUES = 64

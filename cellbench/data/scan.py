@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from cellbench.data.dataset import Sample
-from cellbench.data.image_files import shown_name
-from cellbench.data.images import EXTENSIONS
-from cellbench.data.intensity import Reading
+from cellbench.data.io.decode import shown_name
+from cellbench.data.io.images import EXTENSIONS
+from cellbench.data.io.intensity import Reading
 from cellbench.errors import CellbenchError, quoted
 from cellbench.files import nfc
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cellbench.data import alike, images
-from cellbench.data.allocation import allocate
+from cellbench.config.run import DataSpec
+from cellbench.data.audit import near_duplicates
 from cellbench.data.dataset import Sample
+from cellbench.data.io import images
+from cellbench.data.stratify import allocate
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, nfc, writable, write_atomic
-from cellbench.spec import DataSpec
 
 Grouping = Callable[[tuple[Sample, ...]], tuple[Sample, ...]]
 """Gives samples that show the same a common group."""
@@ -49,7 +50,7 @@ def split_of(
     test: tuple[Sample, ...],
     spec: DataSpec,
     foreground: Callable[[Sample], float] = lambda _: 0.0,
-    grouped: Grouping = alike.grouped,
+    grouped: Grouping = near_duplicates.grouped,
 ) -> Splits:
     """The splits of a pool of images and, where the data comes with one, a test folder that training never touches.
 
@@ -103,7 +104,7 @@ def split_of(
     return drawn
 
 
-def given(root: Path, layout: str, parts: Mapping[str, tuple[Sample, ...]], spec: DataSpec, grouped: Grouping = alike.grouped) -> Splits:
+def given(root: Path, layout: str, parts: Mapping[str, tuple[Sample, ...]], spec: DataSpec, grouped: Grouping = near_duplicates.grouped) -> Splits:
     """The splits that the data itself names, all three. Nothing is drawn or written."""
     samples = with_groups((*parts["train"], *parts["val"], *parts["test"]), spec, grouped)
     first, second = len(parts["train"]), len(parts["train"]) + len(parts["val"])
@@ -153,7 +154,7 @@ def _one_pool(root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) ->
     return both
 
 
-def with_groups(samples: tuple[Sample, ...], spec: DataSpec, grouped: Grouping = alike.grouped) -> tuple[Sample, ...]:
+def with_groups(samples: tuple[Sample, ...], spec: DataSpec, grouped: Grouping = near_duplicates.grouped) -> tuple[Sample, ...]:
     """The samples, each with the group (patient, slide, …) that ``spec.group`` gives it; none where images are not grouped.
 
     Raises CellbenchError where groups were asked for and none is found.

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cellbench.data import images
-from cellbench.data.images import ImageFacts
-from cellbench.data.intensity import Range, Reading, is_dark, shown, white_for
-from cellbench.data.listing import Doubt
-from cellbench.data.metadata import PixelSize, same_size
+from cellbench.data.io import images
+from cellbench.data.io.images import ImageFacts
+from cellbench.data.io.intensity import Range, Reading, is_dark, shown, white_for
+from cellbench.data.io.metadata import PixelSize, same_size
+from cellbench.data.scan import Doubt
 from cellbench.errors import CellbenchError
 from cellbench.files import Remembered
 

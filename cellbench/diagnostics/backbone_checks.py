@@ -10,10 +10,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from cellbench.backbones.base import Backbone
-from cellbench.backbones.catalog import shallow
-from cellbench.contracts.base import close
-from cellbench.registry import BackboneCard, load
+from cellbench.config.registry import BackboneCard, load
+from cellbench.diagnostics.common import close
+from cellbench.models.backbones.base import Backbone
+from cellbench.models.backbones.build import shallow
 
 
 def small(card: BackboneCard) -> Backbone:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from cellbench.backbones.base import Backbone, Level
-from cellbench.contracts.base import close, reason
-from cellbench.randomness import Draws
-from cellbench.registry import HeadCard, load
-from cellbench.teams import as_one, has_layers_to_stack
+from cellbench.config.registry import HeadCard, load
+from cellbench.diagnostics.common import close, reason
+from cellbench.models.backbones.base import Backbone, Level
+from cellbench.training.randomness import Draws
+from cellbench.training.stacked_heads import as_one, has_layers_to_stack
 
 # (width, stride in px) of a backbone's levels, and the sides in px of the tiles that are tried with them.
 _SETTINGS = (

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellbench.backbones.base import Backbone
-from cellbench.data.augment import recolour, restain, turn
+from cellbench.config.run import RunSpec
 from cellbench.data.dataset import Dataset
-from cellbench.learner import batch_sizes
-from cellbench.losses import loss_of
-from cellbench.metrics import IGNORE, confusion, pooled_classes, scores
-from cellbench.plan import Plan
-from cellbench.spec import RunSpec
-from cellbench.tiles import Grid, cut
+from cellbench.data.transforms.augmentation import recolour, restain, turn
+from cellbench.data.transforms.sampling import Plan
+from cellbench.data.transforms.tiling import Grid, cut
+from cellbench.metrics.pixel import IGNORE, confusion, pooled_classes, scores
+from cellbench.models.backbones.base import Backbone
+from cellbench.training.losses import loss_of
+from cellbench.training.trainer import batch_sizes
 
 
 class PublishedHead(nn.Module):

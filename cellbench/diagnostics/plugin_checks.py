@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cellbench.backbones.base import Backbone
-from cellbench.contracts.backbones import BACKBONE, small
-from cellbench.contracts.base import reason
-from cellbench.contracts.heads import HEAD
-from cellbench.registry import BackboneCard, HeadCard
+from cellbench.config.registry import BackboneCard, HeadCard
+from cellbench.diagnostics.backbone_checks import BACKBONE, small
+from cellbench.diagnostics.common import reason
+from cellbench.diagnostics.head_checks import HEAD
+from cellbench.models.backbones.base import Backbone
 
 __all__ = ["BACKBONE", "HEAD", "Verdict", "small", "verdicts"]
 

@@ -18,12 +18,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from cellbench.backbones.base import Backbone
-from cellbench.backbones.catalog import open_backbone
-from cellbench.contracts.backbones import frozen
-from cellbench.machine import Machine
-from cellbench.registry import BackboneCard, load
-from cellbench.trunk import Trunk
+from cellbench.config.registry import BackboneCard, load
+from cellbench.diagnostics.backbone_checks import frozen
+from cellbench.features.frozen_backbone import Trunk
+from cellbench.hardware import Machine
+from cellbench.models.backbones.base import Backbone
+from cellbench.models.backbones.build import open_backbone
 
 TILE_PX = 224
 TOLERANCE = 1e-3

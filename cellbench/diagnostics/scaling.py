@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, field, replace
 
 import psutil
 
-from cellbench.bench import HEADS, World
+from cellbench.config.run import RunSpec
 from cellbench.data.dataset import Dataset
-from cellbench.data.pixels import Pixels
-from cellbench.spec import RunSpec
+from cellbench.data.image_cache import Pixels
+from cellbench.diagnostics.speed import HEADS, World
 
 NUM_RUNS = (1, 3, 9, 27)
 REPEATS = (1, 10, 100)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cellbench.learner import Learner
-from cellbench.registry import Registry
-from cellbench.space import Space
-from cellbench.spec import Experiment, RunSpec, expand
-from cellbench.study import Study
+from cellbench.config.registry import Registry
+from cellbench.config.run import Experiment, RunSpec, expand
+from cellbench.config.search_space import Space
+from cellbench.search.study import Study
+from cellbench.training.trainer import Learner
 
 Fitted = Callable[[list[RunSpec]], tuple[float, list[Learner]]]
 """Trains runs of one backbone as a cohort of their own: seconds, and what was learned."""

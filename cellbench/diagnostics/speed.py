@@ -19,26 +19,27 @@ from typing import Any
 
 import torch
 
-from cellbench import checkpoints, naive
-from cellbench.backbones.catalog import open_backbone
+from cellbench.config.registry import Registry
+from cellbench.config.run import RunSpec
 from cellbench.data.dataset import Dataset
-from cellbench.data.pixels import Pixels
-from cellbench.features import Batch, Features, Keeping
-from cellbench.infer import segment
-from cellbench.lanes import Lanes
-from cellbench.learner import Learner
-from cellbench.logged import NOTE, params_of
-from cellbench.machine import Machine
-from cellbench.model import model, num_levels
-from cellbench.plan import Plan
-from cellbench.registry import Registry
-from cellbench.spec import RunSpec
-from cellbench.teams import Team
-from cellbench.tiles import Stitcher
-from cellbench.track import Tracker
-from cellbench.train import fit
-from cellbench.trials import pace
-from cellbench.trunk import Trunk
+from cellbench.data.image_cache import Pixels
+from cellbench.data.transforms.sampling import Plan
+from cellbench.data.transforms.tiling import Stitcher
+from cellbench.diagnostics import naive_reference
+from cellbench.diagnostics.search_throughput import pace
+from cellbench.features.extractor import Batch, Features, Keeping
+from cellbench.features.frozen_backbone import Trunk
+from cellbench.hardware import Machine
+from cellbench.models.backbones.build import open_backbone
+from cellbench.parallel import Lanes
+from cellbench.tracking.schema import NOTE, params_of
+from cellbench.tracking.tracker import Tracker
+from cellbench.training import checkpoints
+from cellbench.training.fit import fit
+from cellbench.training.model import model, num_levels
+from cellbench.training.stacked_heads import Team
+from cellbench.training.tiled_inference import segment
+from cellbench.training.trainer import Learner
 
 HEADS = ("bilinear", "transposed-conv", "fpn")
 RATES = (5e-4, 1e-3, 2e-3)
@@ -195,7 +196,7 @@ def _heads(world: World, out: Bench) -> None:
 
 
 def _as_one(world: World, features: Features, batch: Batch, out: Bench) -> None:
-    """Steps of heads of one kind as a team (`cellbench.teams`), which a GPU wants and a processor does not, against the same one by one."""
+    """Steps of heads of one kind as a team (`cellbench.training.stacked_heads`), which a GPU wants and a processor does not, against the same one by one."""
     runs = [world.run("fpn", rate, batch_size=8) for rate in RATES]
     team, alone = ([world.learner(run, features, num_views=4 * 8) for run in runs] for _ in range(2))
     parties = {"one by one": alone, "as one": [Team(team)]}
@@ -256,12 +257,12 @@ def _naive(world: World, out: Bench) -> None:
         for how in ("held", "reopen"):
             made: torch.nn.Module = model(run, world.registry, trunk, len(world.dataset.classes)).to(memory_format=torch.contiguous_format).head
             if head == "transposed-conv" and how == "reopen":  # as published, weights and all; the held one shows that the Dice is the same
-                made = naive.PublishedHead(trunk.backbone.levels[-1].dim, len(world.dataset.classes))
+                made = naive_reference.PublishedHead(trunk.backbone.levels[-1].dim, len(world.dataset.classes))
             epochs = world.epochs if how == "held" and not world.quick else 1
             start = time.perf_counter()
             rate = world.cohort[k * len(RATES) + 1].lr
             with _as_usual(world.machine):
-                _, dice = naive.train(run, made, world.frozen, trunk.indices, world.dataset, epochs, rate=rate, reopen=how == "reopen")
+                _, dice = naive_reference.train(run, made, world.frozen, trunk.indices, world.dataset, epochs, rate=rate, reopen=how == "reopen")
             threes[how] += (time.perf_counter() - start) * world.epochs / epochs
             if how == "held":
                 gaps.append(abs(dice - world.cohort[k * len(RATES) + 1].history[epochs - 1]["val/dice"]))

@@ -15,19 +15,20 @@ import numpy as np
 import tomli_w
 from safetensors.torch import save_file
 
-from cellbench import imports, load, views
+from cellbench import startup, system_load
+from cellbench.config.run import Experiment, RunSpec
 from cellbench.data.dataset import SPLITS, Dataset
-from cellbench.data.pixels import Pixels
-from cellbench.data.prepare import Preparation
+from cellbench.data.image_cache import Pixels
+from cellbench.data.transforms.preprocessing import Preparation
+from cellbench.data.transforms.sampling import num_seen
 from cellbench.escaping import markdown
-from cellbench.exam import Exam
-from cellbench.learner import Learner
-from cellbench.logged import NOTE, SEEN, TABLES
-from cellbench.metrics import image_scores, named, nan_mean, num_empty, scores
-from cellbench.plan import num_seen
-from cellbench.shapes import COUNTS, MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX, outcome_words
-from cellbench.significance import ROUGH_BELOW, mean_interval, unit_labels
-from cellbench.spec import Experiment, RunSpec
+from cellbench.metrics.instance import COUNTS, MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX, outcome_words
+from cellbench.metrics.pixel import image_scores, named, nan_mean, num_empty, scores
+from cellbench.statistics.hypothesis_tests import ROUGH_BELOW, mean_interval, unit_labels
+from cellbench.tracking import ui_view
+from cellbench.tracking.schema import NOTE, SEEN, TABLES
+from cellbench.training.evaluator import Exam
+from cellbench.training.trainer import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,9 @@ class Result:
 
 def begin() -> None:
     """Imports what draws the pictures: a second that a grid with nothing new need not spend. Best before there is much in memory, since all
-    that is there is held to be of use from then on (:func:`cellbench.imports.kept`)."""
-    with imports.kept():
-        importlib.import_module("cellbench.figures")
+    that is there is held to be of use from then on (:func:`cellbench.startup.kept`)."""
+    with startup.kept():
+        importlib.import_module("cellbench.reporting.plots.run")
 
 
 def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
@@ -78,9 +79,9 @@ def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
     if cut.val_ap50:
         out["separation/val_ap50"] = cut.val_ap50[f"{cut.neck:g}"]
     if (calibration := result.exam.calibration()) is not None:
-        from cellbench import figures
+        from cellbench.reporting.plots import run as run_plots
 
-        out["test/calibration_error"] = figures.expected_error(calibration)
+        out["test/calibration_error"] = run_plots.expected_error(calibration)
     if result.learner is not None:
         best = result.learner.history[result.learner.best_epoch]
         out |= {"best/epoch": result.learner.best_epoch, "best/val_loss": best["val/loss"], "best/val_dice": best.get("val/dice", math.nan)}
@@ -131,7 +132,7 @@ def write(
 
     ``datasets``: one, or one a fold. ``seen``: what the run keeps of the images that it learned from, as ``seen_images.json``.
     """
-    from cellbench import figures
+    from cellbench.reporting.plots import run as run_plots
 
     if seen is not None:
         (folder / SEEN).write_text(json.dumps(seen), encoding="utf-8")
@@ -150,17 +151,17 @@ def write(
     (folder / "figures").mkdir()
     if result.learner is not None:
         save_file({key: x.contiguous() for key, x in result.learner.best_weights.items()}, folder / "head.safetensors")
-        figures.save(figures.curves(result.learner.history, result.learner.best_epoch), folder / "figures" / "curves.png")
+        run_plots.save(run_plots.curves(result.learner.history, result.learner.best_epoch), folder / "figures" / "curves.png")
     exam = result.exam
     each = image_scores(exam.counts, unused=dataset.unused) | {key: values for key, values in exam.shapes().items() if key in SCORES}
     pooled = scores(exam.counts.sum(0))
     by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
-    figures.save(figures.report_card(name, each, by_class, exam.calibration(), units(dataset)), folder / "figures" / "scores.png")
+    run_plots.save(run_plots.report_card(name, each, by_class, exam.calibration(), units(dataset)), folder / "figures" / "scores.png")
     for which, case in exam.keep.cases.items():
         picture, truth = pixels[case.image]
         cells = outcome_words(asdict(exam.agreements[case.image]))
         title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, {case.score}\n{cells}"
-        figures.save(figures.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"{which}.png")
+        run_plots.save(run_plots.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"{which}.png")
 
 
 def pool(datasets: Sequence[Dataset]) -> str:
@@ -175,7 +176,7 @@ TABLE = "images.json"
 
 
 SEPARATION = "separation.json"
-"""The artifact with a run's :class:`~cellbench.separate.Separation`, field by field."""
+"""The artifact with a run's :class:`~cellbench.metrics.separation.Separation`, field by field."""
 
 
 def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
@@ -253,12 +254,12 @@ def note(name: str, values: dict[str, float], worst: str = "") -> str:
         empty, found = values["test/num_empty"], values["test/num_empty_found"]
         lines.append(["test images without a cell", f"{empty:g}; something was found in {found:g} of them; means leave out the others"])
     if loads := [values[name] for name in ("cost/train_other_load_pct", "cost/test_other_load_pct") if name in values]:
-        lines.append(["costs were measured", load.words(max(loads))])
+        lines.append(["costs were measured", system_load.words(max(loads))])
     parts = [
         # The UI shows five lines of a note before it asks for more: the answer comes first.
         f"**{markdown(name)}**: test Dice **{score(values, 'test/dice')}** over all pixels, {score(values, 'test_image/dice')}{interval} in the "
         "mean of the images.",
-        views.columns(("what", "score"), lines),
+        ui_view.columns(("what", "score"), lines),
         f"*Artifacts*: `{TABLE}` (each image, worst first), `figures/`, weights, and `config.toml`, which repeats this run.",
     ]
     return "\n\n".join(parts + ([f"The worst test image:\n\n![the worst test image]({worst})"] if worst else []))

@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from cellbench.jobs import Job
-from cellbench.logged import DATA
-from cellbench.runner import Outcome, Runner
-from cellbench.spec import cohorts
-from cellbench.track import Run, Tracker
+from cellbench.config.run import cohorts
+from cellbench.execution.planning import Job
+from cellbench.execution.runner import Outcome, Runner
+from cellbench.tracking.schema import DATA
+from cellbench.tracking.tracker import Run, Tracker
 
 Crew = Callable[[Runner, Sequence[Sequence[Job]], Outcome], None]
 """Runs cohorts to their ends, in whatever order and wherever, and says in the outcome what became of them."""

@@ -20,10 +20,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
 from cellbench.errors import CellbenchError
-from cellbench.jobs import Job
-from cellbench.machine import Machine
-from cellbench.orders import MOST_DEATHS, Hand, Order, Piece, join, pieces
-from cellbench.runner import Outcome, Runner
+from cellbench.execution.planning import Job
+from cellbench.execution.runner import Outcome, Runner
+from cellbench.execution.worker_job import MOST_DEATHS, Hand, Order, Piece, join, pieces
+from cellbench.hardware import Machine
 
 END_S = 20.0
 """How long a worker may take to mark its runs as interrupted before it is killed."""

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cellbench.backbones.catalog import weights_digest
+from cellbench.config.registry import BackboneCard, Registry, digest_of
+from cellbench.config.run import Experiment, RunSpec, expand, fingerprint, labels
 from cellbench.data.dataset import Dataset
-from cellbench.data.folders import open_dataset
+from cellbench.data.loading import open_dataset
+from cellbench.data.transforms.framing import Framing
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
-from cellbench.framing import Framing
-from cellbench.registry import BackboneCard, Registry, digest_of
-from cellbench.spec import Experiment, RunSpec, expand, fingerprint, labels
+from cellbench.models.backbones.build import weights_digest
 
 
 @dataclass(frozen=True, kw_only=True)

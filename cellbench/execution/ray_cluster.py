@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
+from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError, one_line
-from cellbench.features import Pass
+from cellbench.execution.planning import Job
+from cellbench.execution.worker_job import Hand, Order, same_version, settled, version
+from cellbench.features.extractor import Pass
 from cellbench.files import write_atomic
-from cellbench.jobs import Job
-from cellbench.logged import owner_here
-from cellbench.machine import Machine
-from cellbench.moved import store_file
-from cellbench.orders import Hand, Order, same_version, settled, version
-from cellbench.registry import Registry
+from cellbench.hardware import Machine
+from cellbench.tracking.relocate import store_file
+from cellbench.tracking.schema import owner_here
 
 OBJECTS_BYTES = 200 * 2**20
 """Of a Ray that is started here. What travels is a few kilobytes; features go through the cache folder, not through Ray."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cellbench.errors import CellbenchError
-from cellbench.features import Pass
-from cellbench.jobs import Job
-from cellbench.on_ray import Need, actor, alive, answer, left_in, near, need, share
-from cellbench.orders import MOST_DEATHS, Order, Piece, join, pieces
-from cellbench.runner import Outcome, Runner
-from cellbench.shards import num_shards
+from cellbench.execution.planning import Job
+from cellbench.execution.ray_cluster import Need, actor, alive, answer, left_in, near, need, share
+from cellbench.execution.runner import Outcome, Runner
+from cellbench.execution.worker_job import MOST_DEATHS, Order, Piece, join, pieces
+from cellbench.features.extractor import Pass
+from cellbench.features.sharded_cache import num_shards
 
 LOOK_EVERY_S = 5.0
 """How often it is seen whether nodes have come or gone."""

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from cellbench.errors import CellbenchError
-from cellbench.on_ray import actor, alive, answer, left_in, need_of, share
-from cellbench.orders import MOST_DEATHS, Order
+from cellbench.execution.ray_cluster import actor, alive, answer, left_in, need_of, share
+from cellbench.execution.worker_job import MOST_DEATHS, Order
 
 
 class Helpers:

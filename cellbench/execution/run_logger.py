@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cellbench import checkpoints
-from cellbench.jobs import Job
-from cellbench.track import Run
+from cellbench.execution.planning import Job
+from cellbench.tracking.tracker import Run
+from cellbench.training import checkpoints
 
 
 class Watch(Protocol):

@@ -17,39 +17,40 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cellbench import checkpoints, estimate, results
-from cellbench.backbones.base import Backbone
-from cellbench.backbones.catalog import open_backbone, weights_digest
-from cellbench.data import seen_images
+from cellbench.config.registry import Registry, load
+from cellbench.config.run import NUMERICS, Experiment, RunSpec
+from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
-from cellbench.data.pixels import Pixels
-from cellbench.data.prepare import Preparation
+from cellbench.data.image_cache import Pixels
+from cellbench.data.transforms.cell_targets import asked
+from cellbench.data.transforms.framing import Framing
+from cellbench.data.transforms.preprocessing import Preparation
+from cellbench.data.transforms.sampling import Plan
 from cellbench.errors import WeightsUnavailable, one_line, quoted
-from cellbench.estimate import Speed, latencies_ms, reset, speeds
-from cellbench.exam import Exams
-from cellbench.features import Features, Keeping, unfinite
-from cellbench.framing import Framing
-from cellbench.infer import score
-from cellbench.jobs import Job, identity
-from cellbench.learner import Learner
-from cellbench.load import Load
-from cellbench.logged import LIMIT, WEIGHTS, Logged, params_of
-from cellbench.machine import Machine, give_back, peak_mib, ran_out_of_memory
-from cellbench.metrics import confusion
-from cellbench.model import model, num_levels
-from cellbench.plan import Plan
-from cellbench.recorder import Recorder, Watch
-from cellbench.registry import Registry, load
-from cellbench.results import Result
-from cellbench.room import frames_too_large
-from cellbench.shared import Shared, shared_url
-from cellbench.spec import NUMERICS, Experiment, RunSpec
-from cellbench.system import watched
-from cellbench.targets import asked
-from cellbench.track import Run, Tracker
-from cellbench.train import fit
-from cellbench.trunk import Trunk
-from cellbench.tuning import separations, tuned
+from cellbench.execution import artifacts
+from cellbench.execution.artifacts import Result
+from cellbench.execution.planning import Job, identity
+from cellbench.execution.run_logger import Recorder, Watch
+from cellbench.features.extractor import Features, Keeping, unfinite
+from cellbench.features.frozen_backbone import Trunk
+from cellbench.features.remote_cache import Shared, shared_url
+from cellbench.hardware import Machine, give_back, peak_mib, ran_out_of_memory
+from cellbench.metrics.pixel import confusion
+from cellbench.models.backbones.base import Backbone
+from cellbench.models.backbones.build import open_backbone, weights_digest
+from cellbench.system_load import Load
+from cellbench.tracking.schema import LIMIT, WEIGHTS, Logged, params_of
+from cellbench.tracking.system_metrics import watched
+from cellbench.tracking.tracker import Run, Tracker
+from cellbench.training import checkpoints, cost_estimate
+from cellbench.training.cost_estimate import Speed, latencies_ms, reset, speeds
+from cellbench.training.evaluator import Exams
+from cellbench.training.fit import fit
+from cellbench.training.memory_check import frames_too_large
+from cellbench.training.model import model, num_levels
+from cellbench.training.separation_tuning import separations, tuned
+from cellbench.training.tiled_inference import score
+from cellbench.training.trainer import Learner
 
 MOST_HALVINGS = 3
 """Of the chunks that go through the backbone at once, when memory runs out."""
@@ -161,7 +162,7 @@ class Runner:
                 return
             jobs = [job for job, _ in opened]
             if self.watch is None:
-                results.begin()
+                artifacts.begin()
             stack.enter_context(watched(self.tracker, [run.run_id for _, run in opened]))
             try:
                 self._within_memory(opened, title, out)
@@ -250,8 +251,8 @@ class Runner:
                     exams.take(index, truth, [confusion(truth, classes, num)], [(classes, None, None)])
             cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
             speed = Speed(wall_s=wall_s / len(images), cpu_s=cpu_s / len(images))
-            if wall_s < estimate.MEASURED_S:
-                speed = estimate.function_speed(lambda image, call=segment, num=num, own=job.run.options: call(image, num, **own), images)
+            if wall_s < cost_estimate.MEASURED_S:
+                speed = cost_estimate.function_speed(lambda image, call=segment, num=num, own=job.run.options: call(image, num, **own), images)
             cost |= {"cost/images_per_s": 1 / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s, "cost/peak_mib": peak_mib()}
             cost |= _load_metric("cost/test_other_load_pct", busy)
             # Framing is not used by a method that sees whole images; its files are read all the same.
@@ -407,11 +408,11 @@ class Runner:
         """Logs a run's test and ends it as finished: the mark is written last."""
         with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
             seen = seen_images.record(self.dataset, self._trained_on(job.run, result))
-            results.write(Path(folder), job.name, job.run, self.experiment, self.datasets, self._pixels["test"], result, seen)
+            artifacts.write(Path(folder), job.name, job.run, self.experiment, self.datasets, self._pixels["test"], result, seen)
             run.artifacts(Path(folder))
-        metrics = results.metrics(self.dataset, result)
+        metrics = artifacts.metrics(self.dataset, result)
         # At step 0: a single value there is a bar in the UI's charts, at any other step a lone dot. ``best/epoch`` says which epoch it was.
-        tags = results.tags(job.name, metrics, self.machine.name, run.address("figures/worst.png"))
+        tags = artifacts.tags(job.name, metrics, self.machine.name, run.address("figures/worst.png"))
         run.end("finished", metrics=metrics, tags=tags | {"cellbench.separation": result.exam.separation.words})
         out.finished[job.name] = Logged(run_id=run.run_id, name=job.name, status="finished", metrics=metrics)
 

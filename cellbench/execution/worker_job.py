@@ -18,19 +18,19 @@ from pathlib import Path
 import torch
 
 from cellbench import __version__
+from cellbench.config.registry import Registry
+from cellbench.config.run import Experiment
 from cellbench.errors import CellbenchError
-from cellbench.features import Pass
+from cellbench.execution.planning import Job, jobs_of, open_folds
+from cellbench.execution.runner import Outcome, Runner
+from cellbench.features.extractor import Pass
+from cellbench.features.remote_cache import shared_url
 from cellbench.files import cache_dir
-from cellbench.jobs import Job, jobs_of, open_folds
-from cellbench.lanes import Lanes
-from cellbench.logged import owner_here
-from cellbench.machine import Machine
-from cellbench.moved import store, store_file
-from cellbench.registry import Registry
-from cellbench.runner import Outcome, Runner
-from cellbench.shared import shared_url
-from cellbench.spec import Experiment
-from cellbench.track import Tracker
+from cellbench.hardware import Machine
+from cellbench.parallel import Lanes
+from cellbench.tracking.relocate import store, store_file
+from cellbench.tracking.schema import owner_here
+from cellbench.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def pieces(groups: Sequence[Sequence[Job]], registry: Registry) -> list[Piece]:
 @functools.cache
 def version() -> str:
     """What computes here, for people, with a hash of the package's own code: two checkouts may both be 0.1.0."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py"))))
     libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "numpy"))
     return f"cellbench {__version__} ({code.hexdigest()[:8]}), {libraries}"

@@ -25,23 +25,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellbench.data.augment import recolour, restain, turn
-from cellbench.data.pixels import Pixels
-from cellbench.data.prepare import Preparation
+from cellbench.data.image_cache import Pixels
+from cellbench.data.transforms.augmentation import recolour, restain, turn
+from cellbench.data.transforms.preprocessing import Preparation
+from cellbench.data.transforms.sampling import Plan, View
+from cellbench.data.transforms.tiling import Grid, cut
 from cellbench.errors import CellbenchError, one_line
-from cellbench.lanes import Lanes
-from cellbench.metrics import IGNORE
-from cellbench.plan import Plan, View
-from cellbench.shards import Shards, num_shards
-from cellbench.shared import Shared
-from cellbench.store import InMemory, OnDisk, Rows, features_dir
-from cellbench.tiles import Grid, cut
-from cellbench.trunk import Trunk
+from cellbench.features.disk_cache import InMemory, OnDisk, Rows, features_dir
+from cellbench.features.frozen_backbone import Trunk
+from cellbench.features.remote_cache import Shared
+from cellbench.features.sharded_cache import Shards, num_shards
+from cellbench.metrics.pixel import IGNORE
+from cellbench.parallel import Lanes
 
 
 class Batch(NamedTuple):
     """What runs learn from. Maps (B, D, h, w) by level index; pixels (B, 3, T, T) float32 in 0..1; target (B, T, T) int64; aims (B, T, T, 2)
-    uint8, where a run of the cohort learns them (``cellbench.targets``); ``ignoring``: whether some of the target is ``metrics.IGNORE``."""
+    uint8, where a run of the cohort learns them (``cellbench.data.transforms.cell_targets``); ``ignoring``: whether some of the target is ``metrics.IGNORE``."""
 
     maps: dict[int, Tensor]
     pixels: Tensor

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cellbench.backbones.base import Backbone, Level
-from cellbench.machine import Machine
+from cellbench.hardware import Machine
+from cellbench.models.backbones.base import Backbone, Level
 
 TOKENS = -1
 """The index of a trunk's last tokens, as a map (B, D, N, 1) of all N tokens, prefix tokens included, before any norm."""

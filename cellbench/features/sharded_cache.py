@@ -1,6 +1,6 @@
 """A pass's features in shards: files of some hundred tiles, each written whole or not at all, for processes on many machines to fill and to read.
 
-Where `cellbench.store.OnDisk` grows in place, which asks that all its processes are on one machine, a shard never changes once it has its name:
+Where `cellbench.features.disk_cache.OnDisk` grows in place, which asks that all its processes are on one machine, a shard never changes once it has its name:
 that is safe on a shared file system, and lets it travel whole to machines that share none. A shard counts only where the checksum in it fits.
 
 Letters: N rows, D features, h x w places of a map.
@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cellbench.features.remote_cache import Shared
 from cellbench.files import write_atomic
-from cellbench.shared import Shared
 
 ROWS = 256
 """Tiles of a shard: 128 MB a level of a ViT-L in bf16 at 224 px. A multiple of every chunk that goes through a backbone at once."""
@@ -36,7 +36,7 @@ def num_shards(num: int) -> int:
 
 
 class Shards:
-    """The shards of one pass of ``num`` tiles, in a folder that may lie anywhere that all can read. As `cellbench.store.Rows` they are only read."""
+    """The shards of one pass of ``num`` tiles, in a folder that may lie anywhere that all can read. As `cellbench.features.disk_cache.Rows` they are only read."""
 
     def __init__(self, folder: Path, num: int) -> None:
         self._folder, self._num = folder, num

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellbench.framing import Framing, Size
-from cellbench.tiles import Grid, cut
-from cellbench.trunk import Trunk
+from cellbench.data.transforms.framing import Framing, Size
+from cellbench.data.transforms.tiling import Grid, cut
+from cellbench.features.frozen_backbone import Trunk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from cellbench.backbones.weights import locate
-from cellbench.data.prepare import Preparation
-from cellbench.data.seen_images import without_paths
+from cellbench.config.registry import BackboneCard, Card, Registry
+from cellbench.config.run import RunSpec, checked
+from cellbench.data.audit.seen_images import without_paths
+from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import make_folder, told, write_atomic
-from cellbench.registry import BackboneCard, Card, Registry
-from cellbench.separate import Separation
-from cellbench.spec import RunSpec, checked
-from cellbench.trained import Trained
+from cellbench.inference.trained_run import Trained
+from cellbench.metrics.separation import Separation
+from cellbench.models.backbones.weights import locate
 
 FORMAT = 1
 RUN, HEAD, CARDS = "run.json", "head.safetensors", "registry"

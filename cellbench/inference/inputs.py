@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cellbench.data.image_files import shown_name
-from cellbench.data.images import pixel_size_of
-from cellbench.data.intensity import Range, shown
-from cellbench.data.listing import LeftOut
-from cellbench.data.metadata import PixelSize, same_size
+from cellbench.data.io.decode import shown_name
+from cellbench.data.io.images import pixel_size_of
+from cellbench.data.io.intensity import Range, shown
+from cellbench.data.io.metadata import PixelSize, same_size
+from cellbench.data.scan import LeftOut
 from cellbench.data.uniformity import pixel_doubts
 from cellbench.errors import CellbenchError
-from cellbench.trained import Trained
+from cellbench.inference.trained_run import Trained
 
 
 def sizes_of(images: Iterable[Path]) -> dict[Path, PixelSize]:

@@ -15,8 +15,8 @@ import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
-from cellbench.data.png_rows import PngRows
-from cellbench.segmenter import Segmenter
+from cellbench.data.io.png_stream import PngRows
+from cellbench.inference.segmenter import Segmenter
 
 
 class ServedSegmenter(mlflow.pyfunc.PythonModel):
@@ -46,7 +46,7 @@ class ServedSegmenter(mlflow.pyfunc.PythonModel):
         return pd.DataFrame(rows)
 
 
-SCRIPT = """from cellbench.serving import ServedSegmenter
+SCRIPT = """from cellbench.inference.mlflow_model import ServedSegmenter
 from mlflow.models import set_model
 
 set_model(ServedSegmenter())

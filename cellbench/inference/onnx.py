@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from cellbench.errors import CellbenchError, one_line
-from cellbench.features import Batch
-from cellbench.infer import unfinite
-from cellbench.segmenter import Segmenter
-from cellbench.trunk import TOKENS
+from cellbench.features.extractor import Batch
+from cellbench.features.frozen_backbone import TOKENS
+from cellbench.inference.segmenter import Segmenter
+from cellbench.training.tiled_inference import unfinite
 
 TOLERANCE = 1e-3
 

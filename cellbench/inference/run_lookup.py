@@ -9,19 +9,20 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
-from cellbench import leaderboard, moved
-from cellbench.data.prepare import Preparation
+from cellbench.config.registry import Registry
+from cellbench.config.run import Experiment, RunSpec, expand
+from cellbench.data.transforms.framing import Framing
+from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.errors import CellbenchError, unknown
-from cellbench.evidence import collect
 from cellbench.files import nfc
-from cellbench.framing import Framing
-from cellbench.lineup import limit_words, words_of
-from cellbench.logged import EVALUATION, LIMIT, SEEN, WEIGHTS, Stored
-from cellbench.registry import Registry
-from cellbench.separate import CONNECTED, Separation
-from cellbench.spec import Experiment, RunSpec, expand
-from cellbench.track import Tracker, experiment_of, experiments, newest
-from cellbench.trained import Trained
+from cellbench.inference.trained_run import Trained
+from cellbench.metrics.separation import CONNECTED, Separation
+from cellbench.reporting import leaderboard
+from cellbench.reporting.collect import collect
+from cellbench.reporting.model_groups import limit_words, words_of
+from cellbench.tracking import relocate
+from cellbench.tracking.schema import EVALUATION, LIMIT, SEEN, WEIGHTS, Stored
+from cellbench.tracking.tracker import Tracker, experiment_of, experiments, newest
 
 
 def find(asked: str) -> tuple[Tracker, Stored, str]:
@@ -31,7 +32,7 @@ def find(asked: str) -> tuple[Tracker, Stored, str]:
     whole test set, and of the model's seeds and folds the one with the best validation Dice. Of several runs of one name the newest finished
     one is taken. Runs on a part of the data (``--limit``) come after those on the whole. Raises CellbenchError.
     """
-    moved.present()
+    relocate.present()
     if asked == "best" or asked.startswith("best:"):
         name = asked.removeprefix("best").removeprefix(":") or newest(whole=True)
         if not name:

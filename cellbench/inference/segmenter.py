@@ -21,23 +21,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellbench.backbones.base import Backbone
-from cellbench.backbones.catalog import open_backbone, weights_digest
-from cellbench.backbones.checkpoint import check_types, check_values
-from cellbench.data.intensity import Note
-from cellbench.data.sources import Source, Whole, open_source
+from cellbench.config.registry import BackboneCard, Registry, load
+from cellbench.data.io.intensity import Note
+from cellbench.data.io.windowed import Source, Whole, open_source
+from cellbench.data.transforms.tiling import Grid, Stitcher, cut
 from cellbench.errors import CellbenchError, one_line
-from cellbench.features import Batch
-from cellbench.infer import bytes_of, drawn, likeliest
-from cellbench.lanes import Lanes, ahead
-from cellbench.machine import Machine, machine
-from cellbench.model import model, num_levels
-from cellbench.registry import BackboneCard, Registry, load
-from cellbench.separate import CONNECTED, Separation
-from cellbench.shapes import Instances
-from cellbench.tiles import Grid, Stitcher, cut
-from cellbench.trained import Trained
-from cellbench.trunk import Trunk
+from cellbench.features.extractor import Batch
+from cellbench.features.frozen_backbone import Trunk
+from cellbench.hardware import Machine, machine
+from cellbench.inference.trained_run import Trained
+from cellbench.metrics.instance import Instances
+from cellbench.metrics.separation import CONNECTED, Separation
+from cellbench.models.backbones.base import Backbone
+from cellbench.models.backbones.build import open_backbone, weights_digest
+from cellbench.models.backbones.weight_files import check_types, check_values
+from cellbench.parallel import Lanes, ahead
+from cellbench.training.model import model, num_levels
+from cellbench.training.tiled_inference import bytes_of, drawn, likeliest
 
 Image = str | os.PathLike[str] | np.ndarray
 """A file, or (H, W, 3) or (H, W) uint8 pixels, RGB or grey."""
@@ -160,15 +160,15 @@ class Segmenter:
             raise CellbenchError(f"--weights {folder}: there is no such folder.")
         extra = Registry(Path(registry) if registry is not None else None)
         if Path(run).is_dir():
-            from cellbench.exported import CARDS, read_folder
+            from cellbench.inference.export import CARDS, read_folder
 
             trained = read_folder(Path(run))
             extra, folder = Registry(Path(run) / CARDS), folder or Path(run)
         else:
-            from cellbench import winners  # only here MLflow is needed
+            from cellbench.inference import run_lookup  # only here MLflow is needed
 
-            tracker, stored, chosen = winners.find(str(run))
-            trained = winners.open_run(tracker, stored, extra, chosen)
+            tracker, stored, chosen = run_lookup.find(str(run))
+            trained = run_lookup.open_run(tracker, stored, extra, chosen)
         return cls(trained, extra, machine(device, precision), folder)
 
     def predict(self, image: Image) -> Prediction:

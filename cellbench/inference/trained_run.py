@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from cellbench.data.prepare import Preparation
-from cellbench.separate import CONNECTED, Separation
-from cellbench.spec import RunSpec
+from cellbench.config.run import RunSpec
+from cellbench.data.transforms.preprocessing import Preparation
+from cellbench.metrics.separation import CONNECTED, Separation
 
 
 @dataclass(frozen=True, kw_only=True)

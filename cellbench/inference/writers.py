@@ -19,15 +19,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import psutil
 
-from cellbench.data.images import png_bytes
-from cellbench.data.png_rows import PngRows, words_of
+from cellbench.data.io.images import png_bytes
+from cellbench.data.io.png_stream import PngRows, words_of
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, told
-from cellbench.measure import cells
-from cellbench.outlines import colour, feature, shapes_of
-from cellbench.segmenter import Band
-from cellbench.separate import CONNECTED, Separation
-from cellbench.shapes import Instances
+from cellbench.inference.polygons import colour, feature, shapes_of
+from cellbench.inference.segmenter import Band
+from cellbench.metrics.instance import Instances
+from cellbench.metrics.measurements import cells
+from cellbench.metrics.separation import CONNECTED, Separation
 
 PART = ".cellbench-part"
 PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS = ".probability.png", ".overlay.png", ".geojson", ".instances.png", ".cells.csv"

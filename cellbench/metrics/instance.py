@@ -8,7 +8,7 @@ Decisions, each with its reason:
 - ``nsd`` (normalised surface distance, surface Dice; Nikolov et al. 2021): the share of both contours' pixels that lie within the tolerance
   of the other contour, Euclidean between pixel centres. Contour pixels are counted, lengths are not weighed.
 - ``boundary_dice``: Dice of the bands that each mask has within the tolerance of its outside (boundary IoU's; Cheng et al. 2021).
-- A cell is a connected region of one class, unless the caller parts those that touch (``cellbench.separate``). Neighbours are the four
+- A cell is a connected region of one class, unless the caller parts those that touch (``cellbench.metrics.separation``). Neighbours are the four
   beside a pixel, not the diagonal ones: masks often part touching cells by a line one pixel wide. Regions below a minimum area are specks,
   dropped on both sides. Masks that number their cells are used as such.
 - Two cells match where their intersection is *more* than the threshold of their union and their class is the same. From 0.5 on that is
@@ -21,11 +21,11 @@ Decisions, each with its reason:
 - A class may be a *part* of another class's objects, as a nucleus is of a cell: ``owners`` has for each class the class whose object it
   belongs to. Cells are then found after each part has taken its owner's class (``as_objects``); outlines stay those of each class.
 
-Pixels that the truth ignores (``cellbench.metrics.IGNORE``) are in no cell, outline or band: cells are cut there, and what is left of a
+Pixels that the truth ignores (``cellbench.metrics.pixel.IGNORE``) are in no cell, outline or band: cells are cut there, and what is left of a
 predicted one counts where more than half of it lies outside, as panoptic quality treats void pixels. Beside them, as at the image's frame,
 there is no outline, and within the tolerance of them none is judged.
 
-What is in neither map has no score (NaN); what is in only one scores 0, as in ``cellbench.metrics``. Over several cell classes ``nsd`` and
+What is in neither map has no score (NaN); what is in only one scores 0, as in ``cellbench.metrics.pixel``. Over several cell classes ``nsd`` and
 ``boundary_dice`` are means of the classes that have a score, while cells are counted together.
 
 Letters: K classes, H x W image, T true cells, P predicted cells.
@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from cellbench.metrics import IGNORE, nan_mean
+from cellbench.metrics.pixel import IGNORE, nan_mean
 
 TOLERANCE_PX = 2.0
 """For contours: what two careful people differ by on a cell of 100 px."""
@@ -238,7 +238,7 @@ class Truth:
         min_area_px: int | None = None,
     ) -> None:
         """``classes`` below ``num_classes``, 0 the background, or ``IGNORE``; ``ids``: the mask's own numbers of cells, where it has them;
-        ``owners``: as in :func:`as_objects`; ``unused``: classes whose outlines are not scored, as in :func:`cellbench.metrics.image_scores`;
+        ``owners``: as in :func:`as_objects`; ``unused``: classes whose outlines are not scored, as in :func:`cellbench.metrics.pixel.image_scores`;
         ``min_area_px`` as for :func:`true_cells`."""
         self._classes, self._tolerance, self._numbered, self._owners = classes, tolerance_px, ids is not None, tuple(owners)
         self._cells, self.min_area_px = true_cells(classes, ids, min_area_px, owners=owners)

@@ -5,7 +5,7 @@ Two bulges are two cells where the saddle is below ``neck`` times the lower of t
 no magnification. At 0 cells are connected regions, towards 1 every bulge is a cell. The flooding is done once for all values of it (basins
 are merged afterwards, the highest saddle first), so that tuning it on validation images costs one watershed an image.
 
-A model may have learned a relief of its cells (``cellbench.targets``): it then stands in for the distances, and all else is the same.
+A model may have learned a relief of its cells (``cellbench.data.transforms.cell_targets``): it then stands in for the distances, and all else is the same.
 
 Distances are taken on blocks of ``1/BLOCKS`` of the region's half-width: on 1600x1200 with cells of 100 px that is 0.1 s instead of 0.65.
 Cells that the mask itself parts stay parted to the pixel; only the line of a cut is as coarse as the blocks.
@@ -22,8 +22,8 @@ import numpy as np
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from cellbench.metrics import filled, nan_mean
-from cellbench.shapes import MIN_AREA_PX, Instances, as_objects, cell_scores, contour, numbered
+from cellbench.metrics.instance import MIN_AREA_PX, Instances, as_objects, cell_scores, contour, numbered
+from cellbench.metrics.pixel import filled, nan_mean
 
 NECKS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 """The values that are tried; of equally good ones the smallest, which cuts least."""

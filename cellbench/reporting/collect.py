@@ -1,7 +1,7 @@
 """The finished runs of an experiment, read back from MLflow and sorted: what a leaderboard and a report are made of.
 
 Runs meet only on the same test images: each set of them, known by the digest of its data, is a world of its own
-(:class:`~cellbench.lineup.TestSet`), and nothing is paired across. What cannot be used is left out with a word.
+(:class:`~cellbench.reporting.model_groups.TestSet`), and nothing is paired across. What cannot be used is left out with a word.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from cellbench.errors import CellbenchError
-from cellbench.lineup import MEASURES, Tested, TestSet, line_up
-from cellbench.logged import DATA, EVALUATION, Stored
-from cellbench.track import Tracker
+from cellbench.reporting.model_groups import MEASURES, Tested, TestSet, line_up
+from cellbench.tracking.schema import DATA, EVALUATION, Stored
+from cellbench.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

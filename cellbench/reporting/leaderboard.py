@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from cellbench import escaping
-from cellbench.lineup import MEASURES, Line, Model, TestSet
-from cellbench.load import words as words_of_load
-from cellbench.ranking import verdict
-from cellbench.scored import Difference, flipped
-from cellbench.significance import Interval
-from cellbench.stats import compare_all
+from cellbench.reporting.model_groups import MEASURES, Line, Model, TestSet
+from cellbench.statistics.comparison import compare_all
+from cellbench.statistics.hypothesis_tests import Interval
+from cellbench.statistics.ranking import verdict
+from cellbench.statistics.scores import Difference, flipped
+from cellbench.system_load import words as words_of_load
 
 
 @dataclass(frozen=True, kw_only=True)

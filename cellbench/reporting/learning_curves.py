@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from cellbench.leaderboard import span
-from cellbench.lineup import REPEATS, Model, TestSet
-from cellbench.ranking import p_words
-from cellbench.scored import Difference
-from cellbench.significance import Interval, decidable, undecidable
-from cellbench.stats import compare_all
+from cellbench.reporting.leaderboard import span
+from cellbench.reporting.model_groups import REPEATS, Model, TestSet
+from cellbench.statistics.comparison import compare_all
+from cellbench.statistics.hypothesis_tests import Interval, decidable, undecidable
+from cellbench.statistics.ranking import p_words
+from cellbench.statistics.scores import Difference
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from cellbench.logged import LIMIT, Stored
-from cellbench.metrics import num_empty, pooled_classes, scores
-from cellbench.scored import Difference, Scores
-from cellbench.significance import Interval, decidable, intervals, unit_labels, unit_numbers, unit_sums
-from cellbench.spec import RUN_KEYS
+from cellbench.config.run import RUN_KEYS
+from cellbench.metrics.pixel import num_empty, pooled_classes, scores
+from cellbench.statistics.hypothesis_tests import Interval, decidable, intervals, unit_labels, unit_numbers, unit_sums
+from cellbench.statistics.scores import Difference, Scores
+from cellbench.tracking.schema import LIMIT, Stored
 
 MEASURES = {
     "dice": "Dice", "nsd": "outline (NSD)", "boundary_dice": "boundary Dice", "ap50": "AP50", "ap50_95": "AP50-95", "aji": "AJI", "pq": "PQ",
@@ -146,7 +146,7 @@ class TestSet:
     last_s: float = 0.0
     """When its newest run gave its last sign of life, or a grid on its data was started last, in seconds since 1970."""
     differences: dict[str, list[Difference]] = field(default_factory=dict)
-    """By measure, kept once they are computed (``cellbench.leaderboard.pairs``)."""
+    """By measure, kept once they are computed (``cellbench.reporting.leaderboard.pairs``)."""
     _intervals: dict[str, list[Interval]] = field(default_factory=dict)
 
     @property

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from cellbench import leaderboard, page
-from cellbench.evidence import Evidence
-from cellbench.logged import WEIGHTS
-from cellbench.refusals import command
-from cellbench.significance import FEWEST, ROUGH_BELOW
+from cellbench.reporting import html, leaderboard
+from cellbench.reporting.collect import Evidence
+from cellbench.statistics.hypothesis_tests import FEWEST, ROUGH_BELOW
+from cellbench.tracking.client import command
+from cellbench.tracking.schema import WEIGHTS
 
 
 def data(evidence: Evidence, known: dict[str, Any]) -> str:
     """Of the first test set, which the verdict is about."""
     told = known.get("dataset", {})
     first = evidence.sets[0]
-    return page.facts(
+    return html.facts(
         [
             ("data", first.data),
             ("classes", ", ".join(first.models[0].runs[0].told.get("classes", []))),
@@ -32,7 +32,7 @@ def without(evidence: Evidence) -> str:
     lines = [
         [name, kind, reason] for kind, runs in (("skipped", evidence.skipped), ("failed", evidence.failed)) for name, reason in runs.items()
     ]
-    return page.table(("run", "what", "because"), lines[: page.MOST_LINES], text=(2,)) + page.more(len(lines)) + page.paragraphs(evidence.left_out)
+    return html.table(("run", "what", "because"), lines[: html.MOST_LINES], text=(2,)) + html.more(len(lines)) + html.paragraphs(evidence.left_out)
 
 
 def meaning(evidence: Evidence) -> list[str]:
@@ -84,7 +84,7 @@ def made(evidence: Evidence, known: dict[str, Any]) -> str:
     tags = max(runs, key=lambda run: run.start_s).tags
     machines = sorted({run.tags.get("cellbench.machine", "") for run in runs} - {""})
     weights = {run.params.get("backbone", ""): told for run in runs if (told := run.tags.get(WEIGHTS))}
-    out = page.facts(
+    out = html.facts(
         [
             ("command", known.get("command", "not recorded")),
             ("machine", known.get("machine", "") or ", ".join(machines)),
@@ -94,11 +94,11 @@ def made(evidence: Evidence, known: dict[str, Any]) -> str:
             ("page made by", command()),
         ]
     )
-    out += page.code(known.get("experiment", ""))
+    out += html.code(known.get("experiment", ""))
     lines = [
         [m.name, str(run.seed), run.stored.run_id, run.stored.fingerprint]
         for here in evidence.sets
         for m in here.models
         for run in m.runs
     ]  # fmt: skip
-    return out + page.table(("model", "seed", "MLflow run", "fingerprint"), lines[: page.MOST_LINES]) + page.more(len(lines))
+    return out + html.table(("model", "seed", "MLflow run", "fingerprint"), lines[: html.MOST_LINES]) + html.more(len(lines))

@@ -17,19 +17,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellbench import entries, leaderboard, moved, views
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, one_line
 from cellbench.escaping import csv_text
-from cellbench.evidence import Evidence, collect
 from cellbench.files import file_name, make_folder, told
-from cellbench.lineup import TestSet
-from cellbench.logged import NOTE, Stored, stored_of
-from cellbench.refusals import command
-from cellbench.track import Run, Tracker, newest
+from cellbench.reporting import leaderboard
+from cellbench.reporting.collect import Evidence, collect
+from cellbench.reporting.model_groups import TestSet
+from cellbench.tracking import model_registry, relocate, ui_view
+from cellbench.tracking.client import command
+from cellbench.tracking.schema import NOTE, Stored, stored_of
+from cellbench.tracking.tracker import Run, Tracker, newest
 
 if TYPE_CHECKING:
-    from cellbench.chapters import Report
+    from cellbench.reporting.sections import Report
 
 MOST_NOTED = 15
 """Models in the table of an experiment's description; the report has all."""
@@ -138,15 +139,15 @@ def place(name: str) -> Path:
 
 def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> int:
     """``cellbench report``: the report of one experiment, or of several taken together; of the newest where none is named."""
-    moved.present()
-    for line in moved.heal():
+    relocate.present()
+    for line in relocate.heal():
         say(line)
     if not names:
         latest = newest()
         if latest is None:
             raise CellbenchError("no experiment of MLflow's store here has a finished run. `cellbench grid` makes some.")
         names = [latest]
-    from cellbench.chapters import build
+    from cellbench.reporting.sections import build
 
     trackers = [Tracker(name, make=False) for name in dict.fromkeys(names)]
     evidence = collect(trackers)
@@ -178,7 +179,7 @@ def conclude(
         return
     key = _key(only, known, skipped, failed)
     if (record := _concluded(tracker, top, key)) is None:
-        from cellbench.chapters import build  # matplotlib with it, which nothing before needs
+        from cellbench.reporting.sections import build  # matplotlib with it, which nothing before needs
 
         evidence = collect([tracker], only=only)
         here = evidence.sets[0]
@@ -198,7 +199,7 @@ def conclude(
     _enter(tracker, first, say)
     _tell(table, record["verdict"], say)
     if first.digest == record["digest"]:
-        tracker.describe(note(), "" if first.limit else views.WHOLE)
+        tracker.describe(note(), "" if first.limit else ui_view.WHOLE)
     else:
         say(f"`best` and `report` take the newest whole test set of '{tracker.name}', {first.data}; this call's was {record['data']}.")
     top.log({}, tags={NOTE: note(top.address("figures/leaderboard.png")), CONCLUDED: key})
@@ -233,7 +234,7 @@ NOTE_COLUMNS = ("model", "seeds", "Dice", "Dice/image", "95 %", "AP50", "train s
 def _note(known: Mapping[str, Any], data: str, verdict: Sequence[str], table: Sequence[leaderboard.Row], skipped: Mapping[str, str], picture: str = "") -> str:
     """The answer in Markdown for MLflow, the verdict first: of a run's notes the UI shows five lines before a person asks for more."""
     cells = [dict(zip(leaderboard.HEADINGS, leaderboard.cells(row), strict=True)) for row in table[:MOST_NOTED]]
-    board = views.columns(NOTE_COLUMNS, [[line[name] for name in NOTE_COLUMNS] for line in cells])
+    board = ui_view.columns(NOTE_COLUMNS, [[line[name] for name in NOTE_COLUMNS] for line in cells])
     mind = [sentence for sentence in verdict if sentence.startswith("Mind")]
     said = [sentence for sentence in verdict if sentence not in mind]
     parts = [f"**{known.get('question', '')}**" if known.get("question") else "", " ".join(said[:2]), f"*Data*: {data}"]
@@ -254,12 +255,12 @@ def _enter(tracker: Tracker, here: TestSet, say: Callable[[str], None]) -> None:
         seeds = f" Of its {len(model.runs)} runs this one has the best validation Dice." if len(model.runs) > 1 else ""
         rule = f" {_capital(leaderboard.chosen_by(here))}." if model is best and len(here.models) > 1 else ""
         try:
-            entered.append(entries.enter(tracker, model.chosen.stored, verdict, f"{rule}{seeds} Data: {here.data}."))
+            entered.append(model_registry.enter(tracker, model.chosen.stored, verdict, f"{rule}{seeds} Data: {here.data}."))
         except CellbenchError as error:  # the answers are there; only the entry is not
             say(f"no model entry for {model.name}: {one_line(error)}")
     if entered:
         try:
-            entries.supersede(tracker, entered)
+            model_registry.supersede(tracker, entered)
         except CellbenchError as error:
             say(f"entries of earlier winners are not marked: {one_line(error)}")
 

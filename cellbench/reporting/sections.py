@@ -1,6 +1,6 @@
 """The chapters of a report: from evidence to sentences, tables and pictures.
 
-``cellbench.report`` writes them; ``cellbench.page`` knows how a page looks.
+``cellbench.reporting.report`` writes them; ``cellbench.reporting.html`` knows how a page looks.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cellbench import colophon, figures, figures_many, figures_tests, leaderboard, learning, page
-from cellbench.evidence import Evidence
-from cellbench.leaderboard import Row, short
-from cellbench.lineup import MEASURES, Model, TestSet
-from cellbench.metrics import nan_mean
-from cellbench.ranking import critical_difference, marginal, p_words
-from cellbench.scored import Difference, Scores
-from cellbench.track import Tracker
+from cellbench.metrics.pixel import nan_mean
+from cellbench.reporting import html, leaderboard, learning_curves, provenance
+from cellbench.reporting.collect import Evidence
+from cellbench.reporting.leaderboard import Row, short
+from cellbench.reporting.model_groups import MEASURES, Model, TestSet
+from cellbench.reporting.plots import comparison as comparison_plots
+from cellbench.reporting.plots import run as run_plots
+from cellbench.reporting.plots import significance as significance_plots
+from cellbench.statistics.ranking import critical_difference, marginal, p_words
+from cellbench.statistics.scores import Difference, Scores
+from cellbench.tracking.tracker import Tracker
 
 MOST_RANKED = 20
 """Models in a critical-difference diagram; more are not readable, and the best ones are what is asked about."""
@@ -39,19 +42,19 @@ class Report:
 
 
 def build(evidence: Evidence, trackers: Sequence[Tracker], known: dict[str, Any]) -> Report:
-    """The report of what was collected. ``known``: what :func:`cellbench.report.about` recorded; empty for runs of unknown origin."""
+    """The report of what was collected. ``known``: what :func:`cellbench.reporting.report.about` recorded; empty for runs of unknown origin."""
     report = Report()
     sections: list[tuple[str, str]] = []
     many = len(evidence.sets) > 1
     if many:
-        sections.append(("Different test images", page.paragraphs(_apart(evidence))))
+        sections.append(("Different test images", html.paragraphs(_apart(evidence))))
     for k, here in enumerate(evidence.sets):
         prefix = f"set{k + 1}-" if k else ""
         label = f" ({here.data}; {here.digest[:8]})" if many else ""
         sections += [(heading + label, body) for heading, body in _about_set(here, trackers, report, prefix)]
-    sections.append(("Runs without a result", colophon.without(evidence)))
-    sections.append(("What the measures mean", page.paragraphs(colophon.meaning(evidence))))
-    sections.append(("How it was made", colophon.made(evidence, known)))
+    sections.append(("Runs without a result", provenance.without(evidence)))
+    sections.append(("What the measures mean", html.paragraphs(provenance.meaning(evidence))))
+    sections.append(("How it was made", provenance.made(evidence, known)))
     num_models = sum(len(here.models) for here in evidence.sets)
     subtitle = f"{evidence.num_runs} finished runs, {num_models} models, {_images(evidence)}; made {time.strftime('%Y-%m-%d %H:%M')}"
     report.verdict = leaderboard.words(evidence.sets[0]) + leaderboard.more_words(evidence.sets[0])
@@ -62,9 +65,9 @@ def build(evidence: Evidence, trackers: Sequence[Tracker], known: dict[str, Any]
     busy = leaderboard.rows(evidence.sets[0])
     if max((row.other_load_pct or 0.0 for row in busy), default=0.0) >= leaderboard.BUSY_PCT:
         report.verdict.append(leaderboard.load_words(busy).replace("Costs", "Mind: costs", 1))
-    lead = page.paragraphs([known["question"]]) if known.get("question") else ""
-    lead += page.paragraphs(report.verdict, "verdict") + colophon.data(evidence, known)
-    report.html = page.page(evidence.experiment, subtitle, sections, lead)
+    lead = html.paragraphs([known["question"]]) if known.get("question") else ""
+    lead += html.paragraphs(report.verdict, "verdict") + provenance.data(evidence, known)
+    report.html = html.page(evidence.experiment, subtitle, sections, lead)
     return report
 
 
@@ -90,24 +93,24 @@ def _about_set(here: TestSet, trackers: Sequence[Tracker], report: Report, prefi
     differences = leaderboard.differences(here)
 
     def draw(name: str, figure: Figure, caption: str = "") -> str:
-        report.pictures[prefix + name] = data = figures.png(figure)
-        return page.picture(data, name, caption)
+        report.pictures[prefix + name] = data = run_plots.png(figure)
+        return html.picture(data, name, caption)
 
     cells = [leaderboard.cells(row) for row in table]
     report.tables[f"{prefix}leaderboard"] = (leaderboard.HEADINGS, cells)
     # Cost has a table of its own: these columns fit a page.
     shown = len(leaderboard.HEADINGS) - 3
-    board = page.table(leaderboard.HEADINGS[:shown], [line[:shown] for line in cells[: page.MOST_LINES]]) + page.more(len(cells))
+    board = html.table(leaderboard.HEADINGS[:shown], [line[:shown] for line in cells[: html.MOST_LINES]]) + html.more(len(cells))
     if lines:
-        board += draw("leaderboard", figures_many.scoreboard(lines))
+        board += draw("leaderboard", comparison_plots.scoreboard(lines))
         if len(lines[0].measures) > 1:
-            board += draw("measures", figures_many.measures(lines))
-    board += draw("images", figures_many.distributions([m.name for m in here.models], [m.scores().per_image for m in here.models]))
+            board += draw("measures", comparison_plots.measures(lines))
+    board += draw("images", comparison_plots.distributions([m.name for m in here.models], [m.scores().per_image for m in here.models]))
     board += _heat(here, draw)
     if became := leaderboard.outcomes(here):
         report.tables[f"{prefix}cells"] = (leaderboard.OUTCOME_HEADINGS, became)
         board += "<h3>Single cells of all test images</h3>"
-        board += page.table(leaderboard.OUTCOME_HEADINGS, became[: page.MOST_LINES]) + page.more(len(became))
+        board += html.table(leaderboard.OUTCOME_HEADINGS, became[: html.MOST_LINES]) + html.more(len(became))
     return [
         ("Leaderboard", board),
         ("Are the differences real?", _statistics(here, differences, report, prefix, draw)),
@@ -122,28 +125,28 @@ def _heat(here: TestSet, draw: Draw) -> str:
     rows, columns = (list(dict.fromkeys(getattr(model, name) for model in plain)) for name in ("backbone", "head"))
     if len(rows) < 2 or len(columns) < 2 or all(math.isnan(model.scores().mean) for model in plain):
         return ""
-    rows = rows[: figures_many.MOST]
+    rows = rows[: comparison_plots.MOST]
     values = np.full((len(rows), len(columns)), np.nan)
     for model in plain:
         if model.backbone in rows:
             values[rows.index(model.backbone), columns.index(model.head)] = model.scores().mean
-    return draw("heatmap", figures_many.heatmap(rows, columns, values))
+    return draw("heatmap", comparison_plots.heatmap(rows, columns, values))
 
 
 def _labels(here: TestSet, report: Report, prefix: str, draw: Draw) -> str:
-    found = learning.curves(here)
+    found = learning_curves.curves(here)
     if not found:
         return ""
     counted = all(point.num_train for curve in found for point in curve.points)
     label = "training images learned from" if counted else "share of the training images"
     points = [[(point.num_train if counted else point.fraction, point.dice) for point in curve.points] for curve in found]
-    cells = learning.lines(found)
-    report.tables[f"{prefix}labels"] = (learning.HEADINGS, cells)
+    cells = learning_curves.lines(found)
+    report.tables[f"{prefix}labels"] = (learning_curves.HEADINGS, cells)
     return (
-        page.paragraphs(learning.words(found))
-        + draw("labels", figures_many.learning([curve.model for curve in found], points, label))
-        + page.table(learning.HEADINGS, cells[: page.MOST_LINES])
-        + page.more(len(cells))
+        html.paragraphs(learning_curves.words(found))
+        + draw("labels", comparison_plots.learning([curve.model for curve in found], points, label))
+        + html.table(learning_curves.HEADINGS, cells[: html.MOST_LINES])
+        + html.more(len(cells))
     )
 
 
@@ -177,10 +180,10 @@ def _statistics(here: TestSet, differences: list[Difference], report: Report, pr
     every = leaderboard.pairs(here)
     report.tables[f"{prefix}differences"] = (headings, lines)
     report.tables[f"{prefix}pairs"] = (headings, [_difference(d, folded) for d in every])
-    out = draw("differences", figures_tests.forest(differences, best))
-    out += page.table(headings, lines[: page.MOST_LINES]) + page.more(len(lines))
+    out = draw("differences", significance_plots.forest(differences, best))
+    out += html.table(headings, lines[: html.MOST_LINES]) + html.more(len(lines))
     if len(here.models) > 2 and len(every) > len(differences):
-        out += "<h3>Every pair</h3>" + draw("pairs", figures_tests.pairs([model.name for model in here.models], every))
+        out += "<h3>Every pair</h3>" + draw("pairs", significance_plots.pairs([model.name for model in here.models], every))
     ranked = here.models[:MOST_RANKED]
     if len(ranked) > 2 and here.decidable:
         only = f" of the {MOST_RANKED} best models" if len(here.models) > MOST_RANKED else ""
@@ -199,15 +202,15 @@ def _statistics(here: TestSet, differences: list[Difference], report: Report, pr
 def _ranked(title: str, models: list[Scores], name: str, num_pairs: int, draw: Draw) -> str:
     """``num_pairs``: how many pairs the page compares, so that a diagram separates nothing where the page says that nothing can be decided."""
     ranking = critical_difference(models, num_tests=num_pairs)
-    picture = draw(name, figures_tests.critical(ranking)) if ranking.critical_difference is not None else ""
+    picture = draw(name, significance_plots.critical(ranking)) if ranking.critical_difference is not None else ""
     notes = [f"{note[:1].upper()}{note[1:]}." for note in ranking.notes if note not in models[0].notes]
     test = f"{ranking.test}'s test: {p_words(ranking.p)}." if ranking.p is not None else ""
     means = ", ".join(f"{m.model} {m.mean:.4f}" for m in sorted(models, key=lambda m: -m.mean)) if not picture else ""
     return (
-        f"<h3>{page.escape(title)}</h3>"
-        + page.paragraphs([means + "."] if means else [])
+        f"<h3>{html.escape(title)}</h3>"
+        + html.paragraphs([means + "."] if means else [])
         + picture
-        + page.paragraphs([" ".join([test, *notes])])
+        + html.paragraphs([" ".join([test, *notes])])
     )
 
 
@@ -219,7 +222,7 @@ COST_HEADINGS = (
 )  # fmt: skip
 
 
-def _cost(table: list[Row], lines: list[figures_many.Line], report: Report, prefix: str, draw: Draw) -> str:
+def _cost(table: list[Row], lines: list[comparison_plots.Line], report: Report, prefix: str, draw: Draw) -> str:
     cells = [
         [
             row.model, short(row.backbone_params), short(row.head_params), f"{row.train_s:.1f}", leaderboard.number(row.train_cpu_s, 1),
@@ -244,10 +247,10 @@ def _cost(table: list[Row], lines: list[figures_many.Line], report: Report, pref
         "runs never show less."
     ]
     return (
-        (draw("cost", figures_many.pareto(lines, costs), load) if lines else "")
-        + page.table(COST_HEADINGS, cells[: page.MOST_LINES])
-        + page.more(len(cells))
-        + page.paragraphs(notes)
+        (draw("cost", comparison_plots.pareto(lines, costs), load) if lines else "")
+        + html.table(COST_HEADINGS, cells[: html.MOST_LINES])
+        + html.more(len(cells))
+        + html.paragraphs(notes)
     )
 
 
@@ -265,7 +268,7 @@ def _best(here: TestSet, trackers: Sequence[Tracker]) -> str:
     headings = ("worst images", *(MEASURES[name] for name in names), "mean of all models")
     number = leaderboard.number
     lines = [[here.images[k], *(number(means[name][k], 4) for name in names), number(nan_mean(rivals[:, k]), 4)] for k in order.tolist()]
-    out += page.table(headings, lines)
+    out += html.table(headings, lines)
     trained = next((one for one in here.models if "best/val_dice" in one.runs[0].stored.metrics), None)
     return out if trained in (None, model) else out + _pictures(trained, trackers)
 
@@ -273,9 +276,9 @@ def _best(here: TestSet, trackers: Sequence[Tracker]) -> str:
 def _pictures(model: Model, trackers: Sequence[Tracker]) -> str:
     run = model.runs[0]
     fold = f", fold {run.fold}" if run.fold is not None else ""
-    out = f"<h3>{page.escape(f'{model.name}, seed {run.seed}{fold}')}</h3>"
+    out = f"<h3>{html.escape(f'{model.name}, seed {run.seed}{fold}')}</h3>"
     for name, photo in (("scores", False), ("curves", False), ("worst", True), ("median", True), ("best", True)):
         data = next((found for tracker in trackers if (found := tracker.artifact(run.stored, f"figures/{name}.png"))), None)
         if data is not None:
-            out += page.picture(data, name, photo=photo)
+            out += html.picture(data, name, photo=photo)
     return out

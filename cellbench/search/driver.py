@@ -22,28 +22,30 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cellbench import moved, on_ray, ray_cohorts, ray_helpers, sought
-from cellbench import workers as processes
-from cellbench.backbones.weights import weights_folder
-from cellbench.batches import Worker
-from cellbench.commands import cache_budget, open_folds, read_tree, say
-from cellbench.data import quick_check
+from cellbench.cli.grid import cache_budget, open_folds, read_tree, say
+from cellbench.config.registry import Registry
+from cellbench.config.run import Experiment, RunSpec
+from cellbench.config.search_space import Space
+from cellbench.data.audit import quick_check
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError
-from cellbench.grid import Crew, alone, parent
-from cellbench.jobs import jobs_of
-from cellbench.logged import Logged
-from cellbench.machine import Machine, machine
-from cellbench.orders import Order, order
-from cellbench.registry import Registry
-from cellbench.report import begin
-from cellbench.results import pool
-from cellbench.runner import Runner
-from cellbench.space import Space
-from cellbench.spec import Experiment, RunSpec
-from cellbench.study import DEFAULT, Study
-from cellbench.system import watched
-from cellbench.track import Tracker
+from cellbench.execution import multiprocess as processes
+from cellbench.execution import ray_cluster, ray_grid, ray_search
+from cellbench.execution.artifacts import pool
+from cellbench.execution.grid import Crew, alone, parent
+from cellbench.execution.planning import jobs_of
+from cellbench.execution.runner import Runner
+from cellbench.execution.worker_job import Order, order
+from cellbench.hardware import Machine, machine
+from cellbench.models.backbones.weights import weights_folder
+from cellbench.reporting.report import begin
+from cellbench.search import results as search_results
+from cellbench.search.study import DEFAULT, Study
+from cellbench.search.worker import Worker
+from cellbench.tracking import relocate
+from cellbench.tracking.schema import Logged
+from cellbench.tracking.system_metrics import watched
+from cellbench.tracking.tracker import Tracker
 
 
 @dataclass(kw_only=True)
@@ -118,7 +120,7 @@ def search(
     if workers != 1 and on is not None:
         raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
     if on is not None:
-        on_ray.checked(on, gpu_share)
+        ray_cluster.checked(on, gpu_share)
     whole = here or machine(device, precision, memory, elsewhere=on is not None)
     shares = whole.shares(processes.checked(workers, whole))
     pins = processes.cores_of(shares) if workers > 1 else [[]]
@@ -126,7 +128,7 @@ def search(
     datasets = open_folds(experiment, registry, data)
     dataset = datasets[space.fold]
     backbones(space, registry, datasets, weights, file, whole.precision_name)
-    for line in () if helper else (*dataset.notes, *quick_check.warnings(registry.dataset(experiment.dataset), dataset), *moved.heal()):
+    for line in () if helper else (*dataset.notes, *quick_check.warnings(registry.dataset(experiment.dataset), dataset), *relocate.heal()):
         say(line)
     url = storage or os.environ.get("OPTUNA_STORAGE") or DEFAULT
     if url.startswith("sqlite:///"):  # a process elsewhere may have another folder
@@ -134,7 +136,7 @@ def search(
     asked = {**space.asked, "images": dataset.digest, "precision": whole.precision_name}
     tracker = Tracker(space.experiment)
     with (
-        on_ray.joined(on, whole) if on is not None else contextlib.nullcontext() as ray,
+        ray_cluster.joined(on, whole) if on is not None else contextlib.nullcontext() as ray,
         Study(url, space.experiment, space.settings, space.dimensions, asked, epochs(space)) as study,
         Stop(deadline_s=deadline_s).heard() as stop,
     ):
@@ -168,7 +170,7 @@ def search(
                 f"{space.experiment}: {space.settings.trials} trials, {len(before)} of them told already, in batches of {space.settings.batch}, "
                 f"on {dataset.name} ({len(dataset.train)} training and {len(dataset.val)} validation images), on {whole.name}."
             )
-            for sentence in sought.reconcile(study, tracker):
+            for sentence in search_results.reconcile(study, tracker):
                 say(sentence)
             try:
                 total, desc = space.settings.trials, space.experiment
@@ -177,7 +179,7 @@ def search(
                     if ray is not None:
                         params_m = max(registry.backbone(str(name)).params_m for name in _named(space))
                         num = -(-(space.settings.trials - len(before)) // space.settings.batch)
-                        with ray_helpers.Helpers(ray, told, url, work, num, params_m, gpu_share) as helpers:
+                        with ray_search.Helpers(ray, told, url, work, num, params_m, gpu_share) as helpers:
                             _followed(helpers, study, stop, worker, bar)
                     else:
                         with _helpers(workers, stop, text), processes.pinned(pins[0]):
@@ -185,7 +187,7 @@ def search(
                             _wait(study, stop, worker, bar)
             finally:
                 with contextlib.suppress(CellbenchError):
-                    sought.picture(space, study, run)
+                    search_results.picture(space, study, run)
             left = space.settings.trials - sum(t.state != "running" for t in study.told())
             if stop.asked or left > 0:
                 why = "Ctrl-C" if stop.asked else "the time is over"
@@ -195,9 +197,9 @@ def search(
             runner = replace(runner, watch=None, machine=whole)
 
             def crew_of(best: Experiment) -> Crew:
-                return ray_cohorts.Crew(ray, replace(told, experiment=best), gpu_share) if ray is not None else alone
+                return ray_grid.Crew(ray, replace(told, experiment=best), gpu_share) if ray is not None else alone
 
-            return sought.test(space, study, runner, run, known, crew_of)
+            return search_results.test(space, study, runner, run, known, crew_of)
 
 
 def helped(
@@ -286,7 +288,7 @@ def _wait(study: Study, stop: Stop, worker: Worker, bar: tqdm) -> None:
         worker.work(stop.over, bar)
 
 
-def _followed(helpers: ray_helpers.Helpers, study: Study, stop: Stop, worker: Worker, bar: tqdm) -> None:
+def _followed(helpers: ray_search.Helpers, study: Study, stop: Stop, worker: Worker, bar: tqdm) -> None:
     """Until the trials are told by processes elsewhere, or Ctrl-C ends those: what they were at goes on from its checkpoints."""
     while not stop.over() and helpers.working:
         if words := helpers.look(2.0):

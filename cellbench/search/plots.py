@@ -12,10 +12,10 @@ from matplotlib.category import StrCategoryFormatter
 from matplotlib.ticker import NullFormatter
 from optuna.visualization import matplotlib as draw
 
+from cellbench.config.search_space import Space
 from cellbench.escaping import csv_text
-from cellbench.figures import STYLE, png
-from cellbench.space import Space
-from cellbench.study import Study, Told
+from cellbench.reporting.plots.run import STYLE, png
+from cellbench.search.study import Study, Told
 
 
 def pictures(study: Study, space: Space) -> Iterator[tuple[str, bytes]]:

@@ -10,18 +10,18 @@ from typing import Any
 
 import tomli_w
 
-from cellbench.commands import say
+from cellbench.cli.grid import say
+from cellbench.config.run import Experiment
+from cellbench.config.search_space import Space
 from cellbench.data.dataset import SPLITS
-from cellbench.grid import Crew, everything
-from cellbench.jobs import jobs_of
-from cellbench.logged import STATE, STATUS, STUDY
-from cellbench.report import conclude
-from cellbench.runner import Runner
-from cellbench.space import Space
-from cellbench.spec import Experiment
-from cellbench.study import Study, Told
-from cellbench.study_figures import pictures, table
-from cellbench.track import Run, Tracker
+from cellbench.execution.grid import Crew, everything
+from cellbench.execution.planning import jobs_of
+from cellbench.execution.runner import Runner
+from cellbench.reporting.report import conclude
+from cellbench.search.plots import pictures, table
+from cellbench.search.study import Study, Told
+from cellbench.tracking.schema import STATE, STATUS, STUDY
+from cellbench.tracking.tracker import Run, Tracker
 
 
 def reconcile(study: Study, tracker: Tracker) -> list[str]:
@@ -80,7 +80,7 @@ def best_file(space: Space, best: Told) -> str:
 
 
 def test(space: Space, study: Study, runner: Runner, run: Run, known: dict[str, Any], crew_of: Callable[[Experiment], Crew]) -> int:
-    """The best trial's setting, and no other, is tested: as a grid, with its seeds. ``known``: what :func:`cellbench.report.begin` recorded."""
+    """The best trial's setting, and no other, is tested: as a grid, with its seeds. ``known``: what :func:`cellbench.reporting.report.begin` recorded."""
     best = study.best()
     if not best:
         say("no trial was told that keeps the bounds, so there is no best one to test.")

@@ -15,7 +15,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner,
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from cellbench.space import Dimension, Settings
+from cellbench.config.search_space import Dimension, Settings
 
 PAIR = ("backbone", "head")
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cellbench.config.run import Experiment, cohorts
+from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
-from cellbench.jobs import Job, jobs_of
-from cellbench.logged import STUDY, TRIAL, params_of
-from cellbench.runner import Outcome, Runner
-from cellbench.space import Space
-from cellbench.spec import Experiment, cohorts
-from cellbench.study import REASON, RUN_ID, SAME, Pending, Study, Told
-from cellbench.track import Run
+from cellbench.execution.planning import Job, jobs_of
+from cellbench.execution.runner import Outcome, Runner
+from cellbench.search.study import REASON, RUN_ID, SAME, Pending, Study, Told
+from cellbench.tracking.schema import STUDY, TRIAL, params_of
+from cellbench.tracking.tracker import Run
 
 
 @dataclass(kw_only=True)

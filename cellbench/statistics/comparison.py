@@ -2,7 +2,7 @@
 
 Images are the sample: models meet on the same images and are paired by image id; where images come in groups (a patient, a slide), the
 group is the unit. Seeds are repeats of one measurement, averaged per image before anything is tested. Nothing here gives NaN: where
-numbers cannot say, a note does. ``cellbench.ranking`` goes on from pairs to whole tables.
+numbers cannot say, a note does. ``cellbench.statistics.ranking`` goes on from pairs to whole tables.
 
 Decisions, each with its reason:
 
@@ -11,7 +11,7 @@ Decisions, each with its reason:
   dropping them first would hide. Up to 50 unequal units p is exact, with ties too; above, normal with tie correction.
 - Effect size is the matched-pairs rank-biserial correlation (Kerby 2014), -1 to 1, over the ranks of *all* units: ties pull it to 0.
 - An image that is empty for both models of a pair (no cell, none found: NaN) is left out. Where only one of them found something, the other
-  scores best there (``cellbench.metrics.filled``): a false alarm on an empty image is never dropped from a comparison.
+  scores best there (``cellbench.metrics.pixel.filled``): a false alarm on an empty image is never dropped from a comparison.
 - Scores are compared at 12 decimals, so that a mean over seeds does not break a tie by its last bit.
 
 Shapes: M models, P pairs, I images, U units (images or groups), B resamples, F folds.
@@ -26,9 +26,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cellbench.errors import CellbenchError
-from cellbench.metrics import nan_mean
-from cellbench.scored import Difference, Scores, seed_sd
-from cellbench.significance import (
+from cellbench.metrics.pixel import nan_mean
+from cellbench.statistics.hypothesis_tests import (
     DECIMALS,
     RESAMPLES,
     decidable,
@@ -40,6 +39,7 @@ from cellbench.significance import (
     unit_numbers,
     unit_sums,
 )
+from cellbench.statistics.scores import Difference, Scores, seed_sd
 
 MANY_PAIRS = 50_000
 

@@ -2,7 +2,7 @@
 
 Bootstrap intervals are BCa (Efron 1987) on scipy's definitions: with one score a unit and the same seed the ends equal
 ``scipy.stats.bootstrap``'s, but all rows share one matrix of resamples, so that 630 pairs of models cost one draw and one matrix product.
-Never NaN: a note says why an interval is missing, a point, or rough. ``cellbench.stats`` gives these numbers names.
+Never NaN: a note says why an interval is missing, a point, or rough. ``cellbench.statistics.comparison`` gives these numbers names.
 
 Shapes: M rows (models), P rows or pairs of rows, I images, U units (images or groups of images), B resamples, F folds.
 """

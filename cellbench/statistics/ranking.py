@@ -1,6 +1,6 @@
 """From pairs to a table: who ranks where, which models no test tells apart, and the verdict in words.
 
-``cellbench.stats`` holds the scores and the paired comparisons. Two answers, for two readers: the Holm-adjusted pairs decide, the critical
+``cellbench.statistics.comparison`` holds the scores and the paired comparisons. Two answers, for two readers: the Holm-adjusted pairs decide, the critical
 difference gives the picture. They can differ, because mean ranks of two models also depend on which others are in the pool
 (Benavoli, Corani & Mangili 2016).
 """
@@ -14,10 +14,10 @@ import numpy as np
 from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
 from cellbench.errors import CellbenchError
-from cellbench.metrics import filled
-from cellbench.scored import Difference, Scores
-from cellbench.significance import DECIMALS, Interval, decidable, negative, undecidable
-from cellbench.stats import align, compare_all
+from cellbench.metrics.pixel import filled
+from cellbench.statistics.comparison import align, compare_all
+from cellbench.statistics.hypothesis_tests import DECIMALS, Interval, decidable, negative, undecidable
+from cellbench.statistics.scores import Difference, Scores
 
 FEW = 10  # units; below, the chi-squared of Friedman's test is rough (Demsar 2006 asks for more than 10)
 Labels = Sequence[Hashable] | Callable[[Scores], Hashable]
@@ -50,7 +50,7 @@ def critical_difference(models: Sequence[Scores], *, num_tests: int | None = Non
 
     Where Friedman's test does not reject, all models are one clique, whatever their ranks. Two models are compared as a pair instead.
     ``num_tests``: how many pairs are compared in all, where these models are some of them. Where the images are too few to decide any of
-    these pairs (``cellbench.significance.decidable``), nothing is tested and all models are one clique: chi-squared and the studentized
+    these pairs (``cellbench.statistics.hypothesis_tests.decidable``), nothing is tested and all models are one clique: chi-squared and the studentized
     range are limits for many images, and would tell models apart on three.
     Raises CellbenchError for fewer than two models, two of one name, or no common image.
     """

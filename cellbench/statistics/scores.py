@@ -1,4 +1,4 @@
-"""What is compared, and what comes of it: the scores of one model, and the difference of two. ``cellbench.stats`` makes one of the other."""
+"""What is compared, and what comes of it: the scores of one model, and the difference of two. ``cellbench.statistics.comparison`` makes one of the other."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cellbench.errors import CellbenchError
-from cellbench.metrics import filled, nan_mean
-from cellbench.significance import DECIMALS, RESAMPLES, Interval, mean_interval, negative
+from cellbench.metrics.pixel import filled, nan_mean
+from cellbench.statistics.hypothesis_tests import DECIMALS, RESAMPLES, Interval, mean_interval, negative
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,7 +21,7 @@ class Scores:
     Ids pair images, so they must mean the same image in every model: compare within one test set.
 
     NaN: no score, because the image has no cell and none was found. Means leave it out. Where only some seeds found something, the others
-    score best (:func:`cellbench.metrics.filled`), so that NaN is the whole image's or nobody's.
+    score best (:func:`cellbench.metrics.pixel.filled`), so that NaN is the whole image's or nobody's.
     """
 
     model: str

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cellbench.errors import CellbenchError, one_line, unlocked
-from cellbench.outbox import EVERY_S, PATIENCE_S, Absent, Away, Letter, Rejected, left, outbox, say
+from cellbench.tracking.offline_queue import EVERY_S, PATIENCE_S, Absent, Away, Letter, Rejected, left, outbox, say
 
 TELLS = {"log_batch", "set_tag", "set_terminated", "log_artifacts"}
 """Calls that need no answer, and do no harm when they come twice."""

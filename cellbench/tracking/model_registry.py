@@ -14,9 +14,9 @@ from typing import Any
 
 from cellbench.errors import CellbenchError
 from cellbench.files import told
-from cellbench.logged import EXPERIMENT, FINGERPRINT, MODEL, NOTE, VERDICT, Stored
-from cellbench.outbox import Absent
-from cellbench.track import Tracker
+from cellbench.tracking.offline_queue import Absent
+from cellbench.tracking.schema import EXPERIMENT, FINGERPRINT, MODEL, NOTE, VERDICT, Stored
+from cellbench.tracking.tracker import Tracker
 
 EPOCH_METRICS = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
 """One value an epoch; all other metrics of a run have one value."""

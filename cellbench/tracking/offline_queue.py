@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import cache_dir, told
-from cellbench.logged import Logged, owner_here
+from cellbench.tracking.schema import Logged, owner_here
 
 EVERY_S = 5.0
 """How often a server that does not answer is tried."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from cellbench.spec import RunSpec
+from cellbench.config.run import RunSpec
 
 FINGERPRINT, STATUS, REASON, EXPERIMENT = "cellbench.fingerprint", "cellbench.status", "cellbench.reason", "cellbench.experiment"
 OWNER, HEARTBEAT = "cellbench.owner", "cellbench.heartbeat"

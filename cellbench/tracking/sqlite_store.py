@@ -16,8 +16,8 @@ from typing import Any
 
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, told
-from cellbench.moved import store_file
-from cellbench.refusals import Client, refused
+from cellbench.tracking.client import Client, refused
+from cellbench.tracking.relocate import store_file
 
 MAKING_S, STILL_S = 60.0, 5.0
 """How long another program may take over the whole store, and over one of its steps."""

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 
 from cellbench.errors import CellbenchError
-from cellbench.logged import HEARTBEAT
-from cellbench.track import Tracker
+from cellbench.tracking.schema import HEARTBEAT
+from cellbench.tracking.tracker import Tracker
 
 EVERY_S = 20.0
 WRITTEN_EVERY_S = 300.0

@@ -21,10 +21,13 @@ from urllib.request import url2pathname
 
 from filelock import FileLock
 
-from cellbench import imports, making, moved, views
+from cellbench import startup
 from cellbench.errors import CellbenchError, one_line, unknown, unlocked
 from cellbench.files import file_name, make_folder, nfc, told
-from cellbench.logged import (
+from cellbench.tracking import relocate, sqlite_store, ui_view
+from cellbench.tracking.client import Client, refused
+from cellbench.tracking.offline_queue import Absent, say
+from cellbench.tracking.schema import (
     EXPERIMENT,
     FINGERPRINT,
     HEARTBEAT,
@@ -41,8 +44,6 @@ from cellbench.logged import (
     owner_here,
     stored_of,
 )
-from cellbench.outbox import Absent, say
-from cellbench.refusals import Client, refused
 
 for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration", "urllib3.connectionpool"):
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # what goes wrong there is raised as well, and told in one line
@@ -64,7 +65,7 @@ class Tracker:
 
     def lock(self) -> FileLock:
         """Held while the store is made (four processes that make it at once break it: measured, 5 of 5) and while runs are claimed."""
-        return moved.lock(self.mlflow.get_tracking_uri())
+        return relocate.lock(self.mlflow.get_tracking_uri())
 
     def _experiment(self, make: bool) -> str:
         found = self.client.get_experiment_by_name(self.name)
@@ -181,7 +182,7 @@ class Tracker:
     def describe(self, markdown: str, search: str = "") -> None:
         """The experiment's description in the UI, and the view that lines its runs up: those that ``search``, in MLflow's words, finds."""
         self.client.set_experiment_tag(self.experiment_id, NOTE, markdown)
-        self.client.set_experiment_tag(self.experiment_id, views.TAG, views.view(search))
+        self.client.set_experiment_tag(self.experiment_id, ui_view.TAG, ui_view.view(search))
 
     @contextlib.contextmanager
     def run(self, name: str, fingerprint: str, *, parent: str = "", known: Logged | None = None, tags: Mapping[str, str] | None = None) -> Iterator[Run]:
@@ -227,7 +228,7 @@ class Run:
     def key(self) -> str:
         """Names this run and the store that it is in: a copy of a project has runs of the same ids."""
         uri = self._tracker.mlflow.get_tracking_uri()
-        return f"{moved.store_file(uri) or uri} {self.run_id}"
+        return f"{relocate.store_file(uri) or uri} {self.run_id}"
 
     def steps(self, metric: str) -> set[int]:
         """The steps at which the store holds a value of a metric."""
@@ -320,17 +321,17 @@ _healed: set[Path | None] = set()
 @contextlib.contextmanager
 def _store(make: bool) -> Iterator[tuple[Any, Client]]:
     """MLflow and the client of its store, which is locked inside ``with``. Raises CellbenchError."""
-    with imports.kept():
+    with startup.kept():
         import mlflow  # 1 to 2 s, which `--help` and `list` must not pay
 
     uri = mlflow.get_tracking_uri()
-    if (file := moved.store_file(uri)) not in _healed:  # whatever opens a store first, a copy must not write into the original
-        for line in moved.heal(uri):
+    if (file := relocate.store_file(uri)) not in _healed:  # whatever opens a store first, a copy must not write into the original
+        for line in relocate.heal(uri):
             say(line)
         _healed.add(file)
-    with told("opening MLflow's store here"), moved.lock(uri):
-        with imports.kept():  # of the store
-            client = making.opened(mlflow, make)
+    with told("opening MLflow's store here"), relocate.lock(uri):
+        with startup.kept():  # of the store
+            client = sqlite_store.opened(mlflow, make)
         yield mlflow, client
 
 

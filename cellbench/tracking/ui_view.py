@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cellbench.escaping import markdown
-from cellbench.logged import EVALUATED, LIMIT, VIEW
+from cellbench.tracking.schema import EVALUATED, LIMIT, VIEW
 
 TAG = f"mlflow.sharedViewState.{VIEW}"
 QUERY = f"viewStateShareKey={VIEW}&workflowType=machine_learning"

@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
-from cellbench.backbones.catalog import open_backbone
+from cellbench.config.registry import Registry
+from cellbench.config.run import RunSpec
 from cellbench.data.dataset import Dataset
-from cellbench.data.pixels import Pixels
-from cellbench.features import Batch, Features, Keeping
-from cellbench.infer import segment
-from cellbench.learner import Learner
-from cellbench.machine import Machine
-from cellbench.model import Model, model, num_levels
-from cellbench.plan import Plan
-from cellbench.registry import Registry
-from cellbench.room import TooLarge, frames_too_large
-from cellbench.spec import RunSpec
-from cellbench.targets import asked
-from cellbench.trunk import Trunk
+from cellbench.data.image_cache import Pixels
+from cellbench.data.transforms.cell_targets import asked
+from cellbench.data.transforms.sampling import Plan
+from cellbench.features.extractor import Batch, Features, Keeping
+from cellbench.features.frozen_backbone import Trunk
+from cellbench.hardware import Machine
+from cellbench.models.backbones.build import open_backbone
+from cellbench.training.memory_check import TooLarge, frames_too_large
+from cellbench.training.model import Model, model, num_levels
+from cellbench.training.tiled_inference import segment
+from cellbench.training.trainer import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Speed:
 
 
 def speeds(models: Sequence[Model], features: Features) -> list[Speed]:
-    """What a test image takes each model, from the clocks of a pass over the test images (``cellbench.infer.score``) that was the first since
+    """What a test image takes each model, from the clocks of a pass over the test images (``cellbench.training.tiled_inference.score``) that was the first since
     they were set to zero.
 
     Where some model took less than ``MEASURED_S``, the pass is repeated, and that first one, while everything was cold, does not count.

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
-from cellbench.metrics import IGNORE, image_scores
-from cellbench.separate import CONNECTED, Separation
-from cellbench.shapes import COUNTS, SCORES, Agreement, Truth
+from cellbench.metrics.instance import COUNTS, SCORES, Agreement, Truth
+from cellbench.metrics.pixel import IGNORE, image_scores
+from cellbench.metrics.separation import CONNECTED, Separation
 
 BINS = 20
 """Of the probability of a cell, for the reliability diagram."""

@@ -1,7 +1,7 @@
 """``fit``: all runs of a cohort learn from one stream of features, each with its own head, loss, optimiser, schedule and end.
 
 ``fit([a, b])`` gives the same numbers as ``fit([a])`` and ``fit([b])``, to the last bit on a CPU. On a GPU, heads of one kind learn as one
-(``cellbench.teams``), and the numbers agree to rounding.
+(``cellbench.training.stacked_heads``), and the numbers agree to rounding.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from cellbench.features import Batch, Features
-from cellbench.infer import tile_counts
-from cellbench.lanes import Lanes
-from cellbench.learner import Learner
-from cellbench.teams import parties
+from cellbench.features.extractor import Batch, Features
+from cellbench.parallel import Lanes
+from cellbench.training.stacked_heads import parties
+from cellbench.training.tiled_inference import tile_counts
+from cellbench.training.trainer import Learner
 
 
 class Progress(Protocol):

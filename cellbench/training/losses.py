@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cellbench.metrics import IGNORE
-from cellbench.spec import loss_weights
+from cellbench.config.run import loss_weights
+from cellbench.metrics.pixel import IGNORE
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -14,13 +14,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from cellbench.config.run import RunSpec
+from cellbench.data.transforms.framing import Size
 from cellbench.errors import CellbenchError
-from cellbench.features import Batch, Features
-from cellbench.framing import Size
-from cellbench.losses import loss_of
-from cellbench.model import Model
-from cellbench.spec import RunSpec
-from cellbench.trunk import Trunk
+from cellbench.features.extractor import Batch, Features
+from cellbench.features.frozen_backbone import Trunk
+from cellbench.training.losses import loss_of
+from cellbench.training.model import Model
 
 
 class TooLarge(CellbenchError):

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cellbench.backbones.base import Level
+from cellbench.config.registry import BaselineCard, HeadCard, Registry, load
+from cellbench.config.run import RunSpec
+from cellbench.data.transforms.cell_targets import asked
 from cellbench.errors import CellbenchError, one_line
-from cellbench.features import Batch
-from cellbench.heads.base import Head
-from cellbench.randomness import Draws
-from cellbench.registry import BaselineCard, HeadCard, Registry, load
-from cellbench.spec import RunSpec
-from cellbench.targets import asked
-from cellbench.trunk import TOKENS, Trunk
+from cellbench.features.extractor import Batch
+from cellbench.features.frozen_backbone import TOKENS, Trunk
+from cellbench.models.backbones.base import Level
+from cellbench.models.heads.base import Head
+from cellbench.training.randomness import Draws
 
 
 class Model(nn.Module):

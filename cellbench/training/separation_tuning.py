@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from cellbench.data.dataset import Dataset
-from cellbench.features import Features
-from cellbench.infer import segment
-from cellbench.model import Model
-from cellbench.separate import Separation, Tuning
-from cellbench.shapes import MIN_AREA_PX, true_cells
+from cellbench.features.extractor import Features
+from cellbench.metrics.instance import MIN_AREA_PX, true_cells
+from cellbench.metrics.separation import Separation, Tuning
+from cellbench.training.model import Model
+from cellbench.training.tiled_inference import segment
 
 MOST_IMAGES = 16
 """The first of the validation images: one parameter of ten values is settled by a few hundred cells."""

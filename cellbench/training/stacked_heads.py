@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from cellbench.features import Batch, Features
-from cellbench.learner import Learner, MiniBatches, single_values_fail
-from cellbench.model import Model
+from cellbench.features.extractor import Batch, Features
+from cellbench.training.model import Model
+from cellbench.training.trainer import Learner, MiniBatches, single_values_fail
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellbench.features import Batch, Features
-from cellbench.lanes import Lanes
-from cellbench.metrics import IGNORE, confusion
-from cellbench.model import Model
-from cellbench.targets import relief
-from cellbench.tiles import Stitcher
+from cellbench.data.transforms.cell_targets import relief
+from cellbench.data.transforms.tiling import Stitcher
+from cellbench.features.extractor import Batch, Features
+from cellbench.metrics.pixel import IGNORE, confusion
+from cellbench.parallel import Lanes
+from cellbench.training.model import Model
 
 Watch = Callable[[int, Tensor, Batch], None]
 
@@ -36,7 +36,7 @@ class Segmented:
     cell: np.ndarray
     """(H, W) uint8: the probability of not being background, 0..255."""
     relief: np.ndarray | None = None
-    """(H, W) uint8: how high each pixel lies in its cell, 0..255, where the model learned it (``cellbench.targets``)."""
+    """(H, W) uint8: how high each pixel lies in its cell, 0..255, where the model learned it (``cellbench.data.transforms.cell_targets``)."""
     finite: bool = True
     """Whether all scores were; where not, the rest is no answer."""
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellbench.features import Batch, Features
-from cellbench.losses import loss_of
-from cellbench.metrics import IGNORE, pooled_classes, scores
-from cellbench.model import Model
-from cellbench.spec import RunSpec
-from cellbench.targets import aims_loss
+from cellbench.config.run import RunSpec
+from cellbench.data.transforms.cell_targets import aims_loss
+from cellbench.features.extractor import Batch, Features
+from cellbench.metrics.pixel import IGNORE, pooled_classes, scores
+from cellbench.training.losses import loss_of
+from cellbench.training.model import Model
 
 
 class Recorder(Protocol):

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from cellbench.crops import Marks, shared, whole
-from cellbench.likeness import clusters
-from cellbench.placement import Maps, placed
+from cellbench.data.audit.keypoint_matching import Marks, shared, whole
+from cellbench.data.audit.mask_placement import Maps, placed
+from cellbench.data.audit.perceptual_hash import clusters
 
 
 class Severity(enum.Enum):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
-from cellbench.metrics import IGNORE
-from cellbench.shapes import true_cells
+from cellbench.metrics.instance import true_cells
+from cellbench.metrics.pixel import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)

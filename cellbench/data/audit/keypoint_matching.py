@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from cellbench.likeness import near_pairs, standard, turned
+from cellbench.data.audit.perceptual_hash import near_pairs, standard, turned
 
 SIDE_PX = 400
 """The longer side at which features are looked for. A crop of 0.3 of the sides still fills 120 px."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from cellbench.likeness import pooled, turned
+from cellbench.data.audit.perceptual_hash import pooled, turned
 
 SIDE = 64
 MARGIN = 0.15

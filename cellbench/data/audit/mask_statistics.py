@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
-from cellbench.crops import NOTHING, Marks, marks
-from cellbench.data import images
+from cellbench.data.audit.keypoint_matching import NOTHING, Marks, marks
+from cellbench.data.audit.mask_placement import Maps, maps
+from cellbench.data.audit.perceptual_hash import grey, pooled
 from cellbench.data.dataset import Dataset, Sample
+from cellbench.data.io import images
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import hash_of
-from cellbench.likeness import grey, pooled
-from cellbench.metrics import IGNORE
-from cellbench.placement import Maps, maps
-from cellbench.shapes import MIN_AREA_PX, as_objects, instances, numbered, with_parts
+from cellbench.metrics.instance import MIN_AREA_PX, as_objects, instances, numbered, with_parts
+from cellbench.metrics.pixel import IGNORE
 
 LOOK_PX = 600
 """The longer side at which polarity and missed cells are looked for."""

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cellbench.crops import Marks, marks, shared, whole
-from cellbench.data import images
+from cellbench.data.audit.keypoint_matching import Marks, marks, shared, whole
+from cellbench.data.audit.perceptual_hash import clusters, grey, pooled
 from cellbench.data.dataset import Sample
-from cellbench.data.intensity import Reading
+from cellbench.data.io import images
+from cellbench.data.io.intensity import Reading
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
-from cellbench.likeness import clusters, grey, pooled
 
 _FOUND_AS = 3
 """Counts up when what is found changes."""

@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from cellbench.audit import Finding, Severity, Twins, findings
+from cellbench.config.registry import DatasetCard
+from cellbench.data.audit.checks import Finding, Severity, Twins, findings
+from cellbench.data.audit.mask_statistics import survey
 from cellbench.data.dataset import SPLITS, Dataset, Sample
-from cellbench.data.survey import survey
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
-from cellbench.registry import DatasetCard
 
 MOST_PX = 40_000_000
 _FOUND_AS = 1

@@ -1,7 +1,7 @@
 """Which images a run was trained and validated on, in so few bytes that the run keeps them, and whether other images are the same.
 
 An image is known again by its pixels (whatever the file is called and how it is packed) and, turned, mirrored, resized or saved anew, by its
-perceptual hash (``cellbench.likeness``). Parts of an image are only found while the training images still lie where they were.
+perceptual hash (``cellbench.data.audit.perceptual_hash``). Parts of an image are only found while the training images still lie where they were.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cellbench.crops import marks, shared
-from cellbench.data import images
+from cellbench.data.audit.keypoint_matching import marks, shared
+from cellbench.data.audit.perceptual_hash import grey, signs, small_grey, turned
 from cellbench.data.dataset import Dataset, Sample
+from cellbench.data.io import images
 from cellbench.errors import CellbenchError
 from cellbench.files import Remembered
-from cellbench.likeness import grey, signs, small_grey, turned
 
 FORMAT = 1
 PARTS = ("train", "val")

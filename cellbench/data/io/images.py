@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from cellbench.data.image_files import FileError, Picture, decoded, opened, shown_name, upright
-from cellbench.data.intensity import WHITES, Note, Range, Reading, scaled
-from cellbench.data.metadata import PixelSize, pixel_size, stated_range
-from cellbench.data.png_rows import WORDS
+from cellbench.data.io.decode import FileError, Picture, decoded, opened, shown_name, upright
+from cellbench.data.io.intensity import WHITES, Note, Range, Reading, scaled
+from cellbench.data.io.metadata import PixelSize, pixel_size, stated_range
+from cellbench.data.io.png_stream import WORDS
 from cellbench.errors import CellbenchError, one_line
 
 EXTENSIONS = frozenset(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cellbench.data.image_files import FileError
+from cellbench.data.io.decode import FileError
 
 Range = tuple[float, float]
 """The numbers that are read as black and as white."""

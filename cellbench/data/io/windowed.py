@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from cellbench.data.image_files import check_channels
-from cellbench.data.images import read_noted
-from cellbench.data.intensity import Note, Reading
+from cellbench.data.io.decode import check_channels
+from cellbench.data.io.images import read_noted
+from cellbench.data.io.intensity import Note, Reading
 from cellbench.errors import CellbenchError, one_line
 
 LARGE_PX = 50_000_000

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from cellbench.data import _shapes as shapes
-from cellbench.data._shapes import Form
+from cellbench.config.registry import with_defaults
+from cellbench.config.run import Scalar
+from cellbench.data.synthetic import shapes
+from cellbench.data.synthetic.shapes import Form
 from cellbench.errors import CellbenchError, one_line
-from cellbench.registry import with_defaults
-from cellbench.spec import Scalar
 
 RED, WHITE, PLATELET = 1, 2, 3
 SPLITS = ("train", "test")

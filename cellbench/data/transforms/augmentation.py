@@ -9,7 +9,7 @@ import torch
 from skimage.color import hed_from_rgb, rgb_from_hed
 from torch import Tensor
 
-from cellbench.plan import UNSTAINED, UNTOUCHED
+from cellbench.data.transforms.sampling import UNSTAINED, UNTOUCHED
 
 # RGB to YIQ (NTSC, 1953): a turn of hue is a rotation of I and Q, linear, where HSV's hue would need a branch at every pixel.
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=torch.float64)

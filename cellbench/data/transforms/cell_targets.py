@@ -4,7 +4,7 @@
 however large (Naylor et al. 2019, doi 10.1109/TMI.2018.2865709). ``border``: pixels within ``BORDER_PX`` of two cells (Caicedo et al. 2019,
 doi 10.1002/cyto.a.23863). Each is one more output channel and one more term of the loss, binary cross-entropy. In the answer the two make one
 *relief*, distance where there is no border, which takes the place of the mask's own distances when basins are flooded
-(``cellbench.separate``).
+(``cellbench.metrics.separation``).
 
 Letters: B tiles, H x W pixels, A aims.
 """
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from cellbench.shapes import true_cells
+from cellbench.metrics.instance import true_cells
 
 AIMS = ("border", "distance")
 """In the order of the channels of :func:`aims`."""
@@ -39,7 +39,7 @@ def asked(targets: str) -> tuple[str, ...]:
 def aims(classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()) -> np.ndarray:
     """The truth of both aims (H, W, 2) uint8, 0..255, of a class map (H, W) uint8; ``ids``: the truth's own numbers of its cells, where it has
     them, else cells are connected regions of at least ``min_area_px``; ``owners``: which classes are parts of which, as
-    :func:`cellbench.shapes.as_objects` takes them."""
+    :func:`cellbench.metrics.instance.as_objects` takes them."""
     cells = true_cells(classes, ids, min_area_px, owners=owners)[0]
     return np.stack([_border(cells.ids), _distance(cells.ids, cells.ignored)], axis=-1)
 

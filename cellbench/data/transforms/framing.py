@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cellbench.spec import RunSpec
-from cellbench.tiles import Grid
+from cellbench.config.run import RunSpec
+from cellbench.data.transforms.tiling import Grid
 
 Size = tuple[int, int]
 """Height, width."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from cellbench.data.intensity import Reading
-from cellbench.data.stain import KINDS, Normaliser
-from cellbench.framing import Framing
+from cellbench.data.io.intensity import Reading
+from cellbench.data.transforms.framing import Framing
+from cellbench.data.transforms.stain import KINDS, Normaliser
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cellbench.framing import Framing
-from cellbench.spec import RunSpec
+from cellbench.config.run import RunSpec
+from cellbench.data.transforms.framing import Framing
 
 
 class View(NamedTuple):

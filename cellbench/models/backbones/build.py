@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cellbench.backbones.checkpoint import check_types, check_values
-from cellbench.backbones.weights import locate, read_state
+from cellbench.config.registry import BackboneCard, load
 from cellbench.errors import CellbenchError
 from cellbench.files import sha256
-from cellbench.registry import BackboneCard, load
+from cellbench.models.backbones.weight_files import check_types, check_values
+from cellbench.models.backbones.weights import locate, read_state
 
 if TYPE_CHECKING:
-    from cellbench.backbones.base import Backbone
+    from cellbench.models.backbones.base import Backbone
 
 
 def open_backbone(card: BackboneCard, weights_folder: Path | None = None, download: bool = True) -> Backbone:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cellbench.backbones.base import Backbone, Level
-from cellbench.registry import BackboneCard
+from cellbench.config.registry import BackboneCard
+from cellbench.models.backbones.base import Backbone, Level
 
 RESPONSES = 6
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from cellbench.backbones.checkpoint import check_types
 from cellbench.errors import CellbenchError
+from cellbench.models.backbones.weight_files import check_types
 
 # The patch embedding (or a ConvNet's stem) shows where in a file the network begins.
 ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "stem.0.weight", "stem_0.weight")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cellbench.backbones.base import Backbone, Level
-from cellbench.backbones.layouts import load_strictly, to_timm
+from cellbench.config.registry import BackboneCard
 from cellbench.errors import CellbenchError, unknown
-from cellbench.registry import BackboneCard
+from cellbench.models.backbones.base import Backbone, Level
+from cellbench.models.backbones.state_dict import load_strictly, to_timm
 
 
 class TimmPyramid(Backbone):

@@ -16,10 +16,10 @@ import torch
 from timm.layers import LayerNorm, SwiGLUPacked
 from torch import Tensor, nn
 
-from cellbench.backbones.base import Backbone, Level
-from cellbench.backbones.layouts import load_strictly, native_px, to_timm
+from cellbench.config.registry import BackboneCard
 from cellbench.errors import CellbenchError, unknown
-from cellbench.registry import BackboneCard
+from cellbench.models.backbones.base import Backbone, Level
+from cellbench.models.backbones.state_dict import load_strictly, native_px, to_timm
 
 # What [arch] may say, beside the name of a timm model: its arguments, in timm's words where they are numbers.
 NUMBERS = (

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from cellbench.backbones import fetch
-from cellbench.backbones.checkpoint import SUFFIXES, check_whole, read_state
+from cellbench.config.registry import BackboneCard
 from cellbench.errors import CellbenchError, WeightsUnavailable
 from cellbench.files import cache_dir, make_folder, sha256, told, write_atomic
-from cellbench.registry import BackboneCard
+from cellbench.models.backbones import download
+from cellbench.models.backbones.weight_files import SUFFIXES, check_whole, read_state
 
 __all__ = ["folder_file", "in_hub_cache", "landing", "locate", "read_state", "weights_folder", "where_to_get"]
 
@@ -119,7 +119,7 @@ def _from_https(card: BackboneCard, folder: Path | None, download: bool) -> Path
         if not download:
             raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {where_to_get(card, folder)}")
         try:
-            fetch.https(fetch.Source(url=card.weights, shown=card.weights, sha256=card.sha256), landed, check_whole)
+            download.https(download.Source(url=card.weights, shown=card.weights, sha256=card.sha256), landed, check_whole)
         except WeightsUnavailable as error:
             raise WeightsUnavailable(f"{card.id}: {error} {where_to_get(card, folder)}") from error
     return _checked(card, landed, card.weights, card.sha256)
@@ -132,7 +132,7 @@ def _from_hub(card: BackboneCard, folder: Path | None, download: bool) -> Path:
         raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {where_to_get(card, folder)}")
     wanted = HubFile.of(card.weights, card.file)
     try:
-        path, name = fetch.hub(wanted.repo, wanted.names, card.revision or None, check_whole)
+        path, name = download.hub(wanted.repo, wanted.names, card.revision or None, check_whole)
     except WeightsUnavailable as error:
         raise WeightsUnavailable(f"{card.id}: {error} {where_to_get(card, folder)}") from error
     return _checked(card, path, f"hf-hub:{wanted.repo}/{name}", card.sha256)
@@ -144,7 +144,7 @@ def in_hub_cache(card: BackboneCard) -> Iterator[tuple[Path, str, bool]]:
     sources += [(HubFile.of(text), "", False) for text in card.alternatives]
     for wanted, revision, published in sources:
         for name in wanted.names:
-            if path := fetch.cached(wanted.repo, name, revision or None):
+            if path := download.cached(wanted.repo, name, revision or None):
                 yield path, f"hf-hub:{wanted.repo}/{name}", published
 
 
@@ -173,7 +173,7 @@ def _trust_first(card: BackboneCard, path: Path, key: str, found: str) -> None:
     """Records the hash of a file of unknown hash, and refuses a different one the next time."""
     known_at = cache_dir() / "weights" / "known_hashes.json"
     make_folder(known_at.parent)
-    with told(f"recording the hash of {path.name} in {known_at}"), fetch.locked(known_at.with_suffix(".lock")):
+    with told(f"recording the hash of {path.name} in {known_at}"), download.locked(known_at.with_suffix(".lock")):
         try:
             known = json.loads(known_at.read_text())
         except FileNotFoundError:

@@ -6,8 +6,8 @@ import segmentation_models_pytorch as smp
 import torch.nn.functional as F
 from torch import Tensor
 
-from cellbench.backbones.base import Level
-from cellbench.heads.base import Head
+from cellbench.models.backbones.base import Level
+from cellbench.models.heads.base import Head
 
 
 class UNet(Head):

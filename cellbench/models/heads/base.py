@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellbench.backbones.base import Level
+from cellbench.models.backbones.base import Level
 
 
 class Head(nn.Module):
@@ -20,7 +20,7 @@ class Head(nn.Module):
 
     stackable = False
     """A subclass says True where ``forward`` draws no random numbers, decides nothing by the values in a tensor and keeps its weights in
-    convolutions and batch norms: several heads of one kind then learn as one on a GPU (``cellbench.teams``)."""
+    convolutions and batch norms: several heads of one kind then learn as one on a GPU (``cellbench.training.stacked_heads``)."""
 
     def __init__(self, levels: tuple[Level, ...], num_classes: int) -> None:
         super().__init__()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cellbench.backbones.base import Level
-from cellbench.heads.base import Head, resize
+from cellbench.models.backbones.base import Level
+from cellbench.models.heads.base import Head, resize
 
 
 class Bilinear(Head):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellbench.backbones.base import Level
-from cellbench.heads.base import Head, conv_bn_relu, resize
+from cellbench.models.backbones.base import Level
+from cellbench.models.heads.base import Head, conv_bn_relu, resize
 
 
 class Detail(Head):

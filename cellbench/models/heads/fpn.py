@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cellbench.backbones.base import Level
-from cellbench.heads.base import Head, conv_bn_relu, resize
+from cellbench.models.backbones.base import Level
+from cellbench.models.heads.base import Head, conv_bn_relu, resize
 
 
 class FPN(Head):

@@ -7,8 +7,8 @@ import math
 
 from torch import Tensor, nn
 
-from cellbench.backbones.base import Level
-from cellbench.heads.base import Head, conv_bn_relu, resize
+from cellbench.models.backbones.base import Level
+from cellbench.models.heads.base import Head, conv_bn_relu, resize
 
 
 class TransposedConv(Head):

@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
-from cellbench.figures import PALETTE, STYLE, draw_span, span_words
-from cellbench.lineup import Line
-from cellbench.significance import Interval
+from cellbench.reporting.model_groups import Line
+from cellbench.reporting.plots.run import PALETTE, STYLE, draw_span, span_words
+from cellbench.statistics.hypothesis_tests import Interval
 
 MOST = 30
 """Models in one picture: as many lines as a page holds."""

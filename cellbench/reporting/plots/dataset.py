@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cellbench.exam import shown
-from cellbench.figures import PALETTE, STYLE
-from cellbench.metrics import IGNORE
-from cellbench.survey import Surveyed
+from cellbench.data.audit.image_statistics import Surveyed
+from cellbench.metrics.pixel import IGNORE
+from cellbench.reporting.plots.run import PALETTE, STYLE
+from cellbench.training.evaluator import shown
 
 MOST_SAMPLES = 6
 

@@ -1,7 +1,7 @@
 """Pictures of one run: how it learned, how it scored, and where it fails.
 
 Sized for a page, readable at the size they are shown, colour-blind safe, and still told apart in grey: shapes, hatches and line styles say
-what colours say. ``cellbench.figures_many`` lines runs up.
+what colours say. ``cellbench.reporting.plots.comparison`` lines runs up.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import matplotlib
 
-from cellbench.exam import shown
-from cellbench.metrics import IGNORE
-from cellbench.significance import Interval, mean_interval
+from cellbench.metrics.pixel import IGNORE
+from cellbench.statistics.hypothesis_tests import Interval, mean_interval
+from cellbench.training.evaluator import shown
 
 if "matplotlib.pyplot" not in sys.modules:  # a notebook that draws keeps its own way to show
     matplotlib.use("Agg")
@@ -111,7 +111,7 @@ def error_map(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.n
 def case(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.ndarray | None, title: str) -> Figure:
     """One image four ways: as it is, with the truth's and the prediction's outlines, the probability of a cell, and the errors.
 
-    ``image`` (H, W, 3) and ``truth`` (H, W) at full size; ``classes`` and ``cell`` as :func:`cellbench.exam.shown` gives them.
+    ``image`` (H, W, 3) and ``truth`` (H, W) at full size; ``classes`` and ``cell`` as :func:`cellbench.training.evaluator.shown` gives them.
     """
     image, truth = shown(image), shown(truth)
     tall = image.shape[0] / image.shape[1]

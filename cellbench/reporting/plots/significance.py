@@ -8,11 +8,11 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cellbench.figures import STYLE, draw_span, span_words
-from cellbench.figures_many import BLUE, most_of
-from cellbench.ranking import Ranking, p_words
-from cellbench.scored import Difference
-from cellbench.significance import negative
+from cellbench.reporting.plots.comparison import BLUE, most_of
+from cellbench.reporting.plots.run import STYLE, draw_span, span_words
+from cellbench.statistics.hypothesis_tests import negative
+from cellbench.statistics.ranking import Ranking, p_words
+from cellbench.statistics.scores import Difference
 
 LIGHT_BLUE, LIGHT_ORANGE = (0.62, 0.8, 0.92), (0.98, 0.82, 0.6)
 MOST_PAIRED = 16

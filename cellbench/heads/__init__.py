@@ -1,1 +1,0 @@
-"""Trainable decoders from a backbone's maps to class scores at every pixel; ``base`` says what each promises."""
