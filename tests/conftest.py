@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-from PIL import Image
+from small_data import QUESTION, SHARED, enter, write_pair
 
 if TYPE_CHECKING:
     from cellbench.tracking.tracker import Tracker
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("CELLBENCH_SHARED") or ROOT.parent / "shared" / "data")
 MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
 SETTINGS = ("CELLBENCH_CACHE_URL", "CELLBENCH_WEIGHTS", "CELLBENCH_MAX_PIXELS", *MLFLOW)
 
 
 LONGEST = (
-    *("on_ray", "notebook", "workers", "grid", "check", "golden", "away", "shards", "bench", "contracts", "search", "fit", "folds", "export"),
-    *("planted", "predict", "lanes", "randomness", "weight_values", "checkpoints", "masks", "report", "commands", "crops", "intensity"),
+    *("ray", "notebook", "multiprocess", "grid", "check", "golden", "server_away", "sharded_cache", "bench", "plugin_checks", "search"),
+    *("fit", "folds", "export", "planted", "predict", "parallel", "randomness", "weight_values", "checkpoints", "masks", "report"),
+    *("commands", "keypoint_matching", "intensity"),
 )
 
 
@@ -81,27 +78,6 @@ def tracker(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     mlflow.set_tracking_uri(None)
 
 
-def discs(seed: int, height_px: int = 120, width_px: int = 160) -> tuple[np.ndarray, np.ndarray]:
-    """An image (H, W, 3) uint8 of dark discs on a pale ground, and its mask (H, W) uint8 of 0 and 255."""
-    rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[:height_px, :width_px]
-    cell = np.zeros((height_px, width_px), bool)
-    for _ in range(7):
-        y, x, radius = rng.uniform(0, height_px), rng.uniform(0, width_px), rng.uniform(9, 20)
-        cell |= (rows - y) ** 2 + (columns - x) ** 2 < radius**2
-    image = np.where(cell[..., None], (170, 90, 130), (225, 215, 220)) + rng.normal(0, 5, (height_px, width_px, 3))
-    return image.clip(0, 255).astype(np.uint8), np.where(cell, 255, 0).astype(np.uint8)
-
-
-def write_pair(folder: Path, name: str, seed: int, image: str = "original", mask: str = "mask", **size_px: int) -> None:
-    """``original/NAME`` and its RGB mask ``mask/STEM.png`` below ``folder``; JPEG where the name says so."""
-    pixels, labels = discs(seed, **size_px)
-    for inner in (image, mask):
-        (folder / inner).mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(folder / image / name, quality=95)
-    Image.fromarray(np.repeat(labels[..., None], 3, axis=2)).save(folder / mask / f"{Path(name).stem}.png")
-
-
 @pytest.fixture
 def small_folder(tmp_path: Path) -> Path:
     """Drawn images in BCCD's layout: 6 to train and 2 to test, 160 x 120 px, PNG and JPEG originals mixed, RGB masks."""
@@ -111,23 +87,6 @@ def small_folder(tmp_path: Path) -> Path:
     for seed, name in enumerate(("t0.png", "t1.jpg"), 100):
         write_pair(folder / "test", name, seed)
     return folder
-
-
-QUESTION = """# A small question
-experiment = "small"
-dataset    = "folder"
-baselines  = ["otsu"]
-[grid]
-backbone = ["vit-tiny-random"]
-head     = ["detail"]
-[run]
-tile_px = 64
-epochs  = 2
-crops_per_image = 8
-lr = 5e-3
-normalise = "reinhard"
-"""
-MODEL = "vit-tiny-random · detail · seed 0"
 
 
 @pytest.fixture(scope="session")
@@ -151,10 +110,3 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def there(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     enter(trained, monkeypatch)
     return trained
-
-
-def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Works in a folder with a store and a cache of its own."""
-    patch.chdir(folder)
-    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-    patch.setenv("CELLBENCH_CACHE", str(folder / "cache"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import write_pair
+from small_data import write_pair
 
 EXPERIMENT = """# Two cohorts and a threshold
 experiment = "small"

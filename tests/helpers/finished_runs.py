@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from cellbench.config.run import RunSpec
-from cellbench.tracking.schema import params_of
+from cellbench.reporting.model_groups import Tested
+from cellbench.tracking.schema import Stored, params_of
 from cellbench.tracking.tracker import Tracker
 
 IMAGES = tuple(f"smear-{k:02d}.png" for k in range(16))
@@ -34,6 +35,14 @@ def told_of(mean: float, seed: int, images: tuple[str, ...] = IMAGES, digest: st
         "num_true": [90] * len(images),
         "num_predicted": [91] * len(images),
     }
+
+
+def scored(head: str, told: dict, seed: int = 0, fold: int | None = None) -> Tested:
+    params = {name: str(value) for name, value in params_of(RunSpec(backbone="uni", head=head, seed=seed), "drawn", "fp32").items()}
+    if fold is not None:
+        params["fold"] = str(fold)
+    metrics = {"test/dice": 0.9, "test/iou": 0.8, "test/precision": 0.9, "test/recall": 0.9, "best/val_dice": 0.9}
+    return Tested(stored=Stored(run_id=f"{head} {seed} {fold}", name=head, status="finished", metrics=metrics, params=params), told=told)
 
 
 def finished(

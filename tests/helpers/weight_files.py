@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import StandIn, standin
 from safetensors.torch import save as safetensors_bytes
-from standin import StandIn, standin
 
 from cellbench.config.registry import BackboneCard
 from cellbench.errors import WeightsUnavailable

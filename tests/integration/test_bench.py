@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from worlds import REGISTRY, dataset_of, fitted, run_of
+from cohorts import REGISTRY, dataset_of, fitted, run_of
 
 from cellbench.diagnostics import scaling, speed
 from cellbench.features.disk_cache import entries

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import discs, write_pair
 from PIL import Image
+from small_data import discs, write_pair
 
 from cellbench.cli.check import check
 from cellbench.config.registry import Registry

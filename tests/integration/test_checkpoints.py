@@ -9,7 +9,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from conftest import write_pair
+from small_data import write_pair
 
 from cellbench.run import main
 from cellbench.training import checkpoints

@@ -7,8 +7,8 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import MODEL, write_pair
 from PIL import Image
+from small_data import MODEL, write_pair
 
 from cellbench.reporting.collect import collect
 from cellbench.run import main

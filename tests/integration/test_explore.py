@@ -9,8 +9,8 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from cohorts import FP32, dataset_of, features_of, learners_of, run_of
 from scipy import ndimage
-from worlds import FP32, dataset_of, features_of, learners_of, run_of
 
 from cellbench.config.registry import Registry
 from cellbench.data.audit.image_statistics import summary, survey

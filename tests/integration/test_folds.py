@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import write_pair
+from small_data import write_pair
 
 from cellbench.reporting.collect import collect
 from cellbench.run import main

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import write_pair
 from safetensors.torch import load_file
+from small_data import write_pair
 
 from cellbench.run import main
 

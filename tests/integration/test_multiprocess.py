@@ -6,11 +6,11 @@ import multiprocessing
 import os
 import signal
 
-import lost
+import lost_process
 import mlflow
 import pytest
 import torch
-from questions import QUESTION, answers, assassin, place
+from experiment_files import QUESTION, answers, assassin, place
 
 from cellbench.errors import CellbenchError
 from cellbench.execution.multiprocess import checked, cores_of
@@ -49,7 +49,7 @@ def kill(pid: int) -> bool:
 
 
 def test_a_cohort_that_no_worker_survives_is_failed_with_its_reason_and_the_rest_goes_on(tmp_path, monkeypatch, two_cores):
-    monkeypatch.setattr("cellbench.execution.multiprocess._work", lost.work)
+    monkeypatch.setattr("cellbench.execution.multiprocess._work", lost_process.work)
     place(tmp_path, monkeypatch)
     assert main([*QUESTION, "--set", "baselines=[]", "--set", "grid.seed=[0]", "--workers", "1"]) == 1
     runs = {run.info.run_name: run.data.tags for run in mlflow.search_runs(experiment_names=["small"], output_format="list")}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
 from nbclient import NotebookClient
+from small_data import ROOT
 
 TOUR = ROOT / "experiments" / "tour.ipynb"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MODEL, discs
 from PIL import Image
+from small_data import MODEL, discs
 
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError

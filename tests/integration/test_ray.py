@@ -19,7 +19,7 @@ import mlflow
 import psutil
 import pytest
 import torch
-from questions import QUESTION, SEARCH, answers, assassin, place
+from experiment_files import QUESTION, SEARCH, answers, assassin, place
 
 from cellbench.cli.grid import read_experiment
 from cellbench.config.registry import Registry

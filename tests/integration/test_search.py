@@ -16,7 +16,7 @@ from pathlib import Path
 import mlflow
 import optuna
 import pytest
-from conftest import write_pair
+from small_data import ROOT, write_pair
 
 from cellbench.config.registry import Registry
 from cellbench.data.image_cache import Pixels
@@ -220,7 +220,7 @@ def test_trials_that_all_fail_stop_the_search_with_the_first_error(tmp_path, mon
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     call = [sys.executable, "-m", "cellbench.run", *CALL, *more]
     return subprocess.Popen(call, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

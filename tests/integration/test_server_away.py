@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import mlflow
 import pytest
-from questions import QUESTION, answers, place
-from server import Server
+from experiment_files import QUESTION, answers, place
+from mlflow_server import Server
 
 from cellbench.errors import CellbenchError
 from cellbench.run import main

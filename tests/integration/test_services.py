@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 import pytest
-from questions import SEARCH
+from experiment_files import SEARCH
+from small_data import ROOT
 
 from cellbench.run import main
 
@@ -203,7 +204,7 @@ def test_a_search_kept_on_postgresql_goes_on_there_and_its_password_is_written_n
 def test_the_composed_services_listen_here_alone_and_hold_no_password():
     import yaml
 
-    services = yaml.safe_load((Path(__file__).resolve().parents[1] / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
     assert all(port.startswith("127.0.0.1:") for one in services.values() for port in one["ports"])
     assert services["postgresql"]["environment"]["POSTGRES_PASSWORD"].startswith("${CELLBENCH_DB_PASSWORD:?")
     assert "${CELLBENCH_DB_PASSWORD}@" in services["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"]

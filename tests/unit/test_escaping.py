@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MODEL, discs, write_pair
 from PIL import Image
+from small_data import MODEL, discs, write_pair
 
 from cellbench.config.registry import Registry
 from cellbench.config.run import DataSpec

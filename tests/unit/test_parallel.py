@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from worlds import FP32, dataset_of, features_of, fitted, learners_of, run_of, same
+from cohorts import FP32, dataset_of, features_of, fitted, learners_of, run_of, same
 
 from cellbench.parallel import Lanes
 from cellbench.training.tiled_inference import segment

@@ -8,8 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from test_lineup import scored
-from told import told_of
+from finished_runs import scored, told_of
 
 from cellbench import system_load
 from cellbench.reporting import leaderboard

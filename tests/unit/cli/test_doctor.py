@@ -14,7 +14,7 @@ from pathlib import Path
 import parts
 import pytest
 import torch
-from standin import StandIn
+from fake_hub import StandIn
 from weight_files import PTH, REPO, SAFE, card, digest, empty_machine
 
 from cellbench.cli import doctor

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_data_layouts import FOLDER, SIZE, coco_folder, coco_tree, manifest
+from labelled_folders import FOLDER, SIZE, coco_folder, coco_tree, manifest
 
 from cellbench.config.run import DataSpec
 from cellbench.data.loading import listed, split

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_pair
 from PIL import Image
+from small_data import write_pair
 
 from cellbench.config.registry import Registry
 from cellbench.config.run import DataSpec

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cohorts import features_of, learners_of, run_of
 from PIL import Image
-from worlds import features_of, learners_of, run_of
 
 from cellbench.cli.check import check
 from cellbench.config.registry import Registry

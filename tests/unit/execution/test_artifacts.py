@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cohorts import dataset_of, run_of
+from finished_runs import scored
 from PIL import Image
-from test_lineup import scored
-from worlds import dataset_of, run_of
 
 from cellbench.config.run import Experiment
 from cellbench.data.image_cache import Pixels

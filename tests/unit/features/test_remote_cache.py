@@ -9,9 +9,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from cohorts import dataset_of, fitted, run_of, same
+from experiment_files import QUESTION, place
 from fsspec.implementations.local import LocalFileSystem
-from questions import QUESTION, place
-from worlds import dataset_of, fitted, run_of, same
 
 from cellbench.cli.grid import read_experiment
 from cellbench.config.registry import Registry

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from questions import QUESTION, answers, place
+from experiment_files import QUESTION, answers, place
 
 from cellbench.cli.grid import read_experiment
 from cellbench.config.registry import Registry

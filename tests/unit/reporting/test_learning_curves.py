@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from told import IMAGES, finished, told_of
+from finished_runs import IMAGES, finished, told_of
 
 from cellbench.config.run import RunSpec
 from cellbench.reporting import learning_curves

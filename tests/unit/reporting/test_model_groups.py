@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from told import IMAGES, told_of
+from finished_runs import IMAGES, scored, told_of
 
-from cellbench.config.run import RunSpec
 from cellbench.metrics.pixel import scores
 from cellbench.reporting import leaderboard
 from cellbench.reporting.model_groups import Tested, line_up
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.hypothesis_tests import mean_interval
 from cellbench.statistics.scores import Scores
-from cellbench.tracking.schema import Stored, params_of
-
-
-def scored(head: str, told: dict, seed: int = 0, fold: int | None = None) -> Tested:
-    params = {name: str(value) for name, value in params_of(RunSpec(backbone="uni", head=head, seed=seed), "drawn", "fp32").items()}
-    if fold is not None:
-        params["fold"] = str(fold)
-    metrics = {"test/dice": 0.9, "test/iou": 0.8, "test/precision": 0.9, "test/recall": 0.9, "best/val_dice": 0.9}
-    return Tested(stored=Stored(run_id=f"{head} {seed} {fold}", name=head, status="finished", metrics=metrics, params=params), told=told)
 
 
 def fold_of(head: str, mean: float, fold: int, seed: int = 0, num: int = 4) -> Tested:

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 import mlflow
 import numpy as np
 import pytest
-from told import IMAGES, finished, small_grid, told_of
+from finished_runs import IMAGES, finished, small_grid, told_of
 
 from cellbench.cli.ui import free_port
 from cellbench.config.run import RunSpec
@@ -105,9 +105,9 @@ def test_the_page_needs_nothing_else_and_tables_are_the_same_in_every_format(pro
     said = capsys.readouterr().out
     text = Path("out/report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert html.open == []
-    assert all(address.startswith(("data:image/", "#")) for address in html.addresses)
-    words = " ".join(html.words)
+    assert page.open == []
+    assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
+    words = " ".join(page.words)
     assert NAME in words
     for told in ("dinobloom-s · fpn", "Are the differences real?", "Cost", "fingerprint", "d" * 16, "smear-0"):
         assert told in words

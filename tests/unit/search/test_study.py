@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_data import ROOT
 
 from cellbench.config.registry import Registry
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
 from cellbench.search.study import Study, Told
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def space_of(space: dict[str, Any] | None = None, **settings: Any) -> Space:
@@ -95,7 +94,7 @@ with study:
     study.tell(batch[0], t.metrics(batch[0].point))
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'helpers'}{os.pathsep}{Path(__file__).parent}"}
     assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == -9
     told = study_of(space_of()).told()
     assert [t.state for t in told] == ["complete", "running", "running", "running"]

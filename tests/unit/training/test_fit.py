@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cohorts import FP32, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
 from PIL import Image
-from worlds import FP32, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
 
 from cellbench.features.disk_cache import features_dir
 from cellbench.features.extractor import Batch

@@ -9,11 +9,11 @@ import parts
 import pytest
 import torch
 import torch.nn.functional as F
+from cohorts import FP32, REGISTRY, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from worlds import FP32, REGISTRY, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
 
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from cohorts import FP32, REGISTRY, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of
 from torch import nn
 from torch.utils._pytree import tree_map
-from worlds import FP32, REGISTRY, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of
 
 from cellbench.config.run import RunSpec
 from cellbench.features.extractor import Features

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 import tifffile
-from pictures import GREY, IDS, RGB, WIDE, chunk, png, refused, saved
+from image_samples import GREY, IDS, RGB, WIDE, chunk, png, refused, saved
 from PIL import Image, PngImagePlugin
 
 from cellbench.data.io.images import read_image, read_labels, size

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from conftest import SHARED
-from pictures import GREY, IDS, RGB, RNG, WIDE, chunk, png, refused, saved
+from image_samples import GREY, IDS, RGB, RNG, WIDE, chunk, png, refused, saved
 from PIL import Image, ImageOps
+from small_data import SHARED
 
 from cellbench.data.io.images import EXTENSIONS, class_map, facts, read_image, read_labels, read_noted, size, write_png
 from cellbench.data.io.intensity import Reading

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from conftest import enter
-from pictures import chunk, png, refused
+from cohorts import features_of, run_of
+from image_samples import chunk, png, refused
 from PIL import Image
-from worlds import features_of, run_of
+from small_data import enter
 
 from cellbench.config.registry import Registry
 from cellbench.config.run import DataSpec

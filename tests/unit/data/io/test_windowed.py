@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from conftest import discs
 from PIL import Image
+from small_data import discs
 
 from cellbench.data.io import windowed
 from cellbench.data.io.images import read_image

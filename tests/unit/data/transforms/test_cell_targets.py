@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import discs
+from cohorts import dataset_of, features_of, learners_of, run_of, same
 from PIL import Image
 from scipy import ndimage
-from worlds import dataset_of, features_of, learners_of, run_of, same
+from small_data import discs
 
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms import cell_targets

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import write_pair
-from worlds import dataset_of, features_of, fitted, learners_of, run_of, same
+from cohorts import dataset_of, features_of, fitted, learners_of, run_of, same
+from small_data import write_pair
 
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.framing import Framing

@@ -8,9 +8,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from cohorts import dataset_of, features_of, fitted, run_of, same
 from PIL import Image
 from skimage.color import hed2rgb, rgb2hed, rgb2lab
-from worlds import dataset_of, features_of, fitted, run_of, same
 
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.augmentation import restain

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED
-from dinov2 import published_state
+from dinov2_weights import published_state
+from small_data import SHARED
 from torch import Tensor
 
 from cellbench.config.registry import BackboneCard, Registry, load

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from standin import MEMBER, PAGE, StandIn
+from fake_hub import MEMBER, PAGE, StandIn
 from weight_files import PTH, REPO, SAFE, card, digest, empty_machine, told
 
 from cellbench.models.backbones.weights import locate

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dinov2 import as_transformers, patch_tokens, published_state
+from dinov2_weights import as_transformers, patch_tokens, published_state
 from safetensors.torch import save_file
 from torch import Tensor
 

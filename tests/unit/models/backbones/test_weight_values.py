@@ -9,11 +9,11 @@ from pathlib import Path
 import parts
 import pytest
 import torch
-from conftest import MODEL, write_pair
+from cohorts import REGISTRY, dataset_of, features_of, learners_of, run_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_data import MODEL, write_pair
 from torch import Tensor, nn
-from worlds import REGISTRY, dataset_of, features_of, learners_of, run_of
 
 from cellbench.config.registry import BackboneCard, Registry
 from cellbench.errors import CellbenchError, WeightsUnavailable

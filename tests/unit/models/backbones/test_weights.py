@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from standin import PAGE, StandIn
+from fake_hub import PAGE, StandIn
 from weight_files import PTH, REPO, SAFE, STATE, card, digest, empty_machine, told, torch_bytes
 
 from cellbench.errors import CellbenchError, WeightsUnavailable
