@@ -15,7 +15,7 @@ class WeightsUnavailable(CellbenchError):
     """The weights of a backbone cannot be had here and now. A grid marks the run *skipped* with this reason and goes on."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> CellbenchError:
+def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> CellbenchError:
     """The error for a misspelt name, with the nearest known one.
 
     >>> print(unknown("head", "bilinaer", ["fpn", "bilinear"]))
@@ -34,7 +34,7 @@ def one_line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-def unlocked(text: str) -> str:
+def redact_passwords(text: str) -> str:
     """The text without the passwords of the addresses in it.
 
     >>> unlocked("postgresql://lab:secret@db/mlflow does not answer")
@@ -43,7 +43,7 @@ def unlocked(text: str) -> str:
     return re.sub(r"(\w+://[^\s/:@]*):\S*@", r"\1:***@", text)
 
 
-def quoted(name: object) -> str:
+def quote_name(name: object) -> str:
     """A name from a file, for an error of one line: short, and with nothing that breaks it."""
     text = str(name)
     text = text if len(text) <= 100 else f"{text[:99]}…"

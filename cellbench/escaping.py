@@ -14,7 +14,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 """A spreadsheet computes a cell that begins with one of these, quoted or not."""
 
 
-def csv_text(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def to_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Rows with a heading, comma-separated, each line ended by a newline.
 
     A text that a spreadsheet would compute gets an apostrophe in front (OWASP, CSV injection); one that is a number does not. Undecodable
@@ -42,17 +42,17 @@ def _cell(value: object) -> object:
     return f"'{text}" if text.startswith(FORMULA) and not is_number else text
 
 
-def markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text in a line of Markdown or a cell of its tables.
 
     >>> markdown("a|b *c* <d>")
     'a\\\\|b \\\\*c\\\\* &lt;d&gt;'
     """
-    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = to_printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|$])", r"\\\1", text)
 
 
-def printable(text: str) -> str:
+def to_printable(text: str) -> str:
     """One line that changes nothing on a terminal: other characters than letters, signs and spaces as Python writes them, ``\\n``.
 
     >>> printable("a\\nb\\x1b[2J")

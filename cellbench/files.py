@@ -24,13 +24,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("CELLBENCH_CACHE") or Path.home() / ".cache" / "cellbench").expanduser().absolute()
 
 
-def writable(folder: Path) -> bool:
+def is_writable(folder: Path) -> bool:
     """Whether files may be put there. A folder without a write bit counts as read-only for root too, who could write all the same."""
     return folder.is_dir() and bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
 @contextlib.contextmanager
-def told(doing: str) -> Iterator[None]:
+def os_errors_as(doing: str) -> Iterator[None]:
     """Turns the operating system's refusals (no space, no permission) into one line that says what was being done and what to do."""
     try:
         yield
@@ -48,19 +48,19 @@ def told(doing: str) -> Iterator[None]:
 
 def make_folder(folder: Path) -> Path:
     """The folder, made with its parents. Raises CellbenchError where that is not permitted."""
-    with told(f"making the folder {folder}"):
+    with os_errors_as(f"making the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def nfc(text: str) -> str:
+def to_nfc(text: str) -> str:
     """The text in Unicode's composed form: ``é`` is one name, whether written as one character (Linux, Windows) or as two (macOS)."""
     return unicodedata.normalize("NFC", text)
 
 
-def folded(name: str) -> str:
+def case_folded(name: str) -> str:
     """What two names have in common that some file system, or a person, takes for the same: Unicode form (NFC) and case left aside."""
-    return nfc(nfc(name).casefold())
+    return to_nfc(to_nfc(name).casefold())
 
 
 def file_name(name: str, most: int = 60) -> str:
@@ -73,7 +73,7 @@ def file_name(name: str, most: int = 60) -> str:
     """
     if len(name) <= most and re.fullmatch(r"[a-z0-9_][a-z0-9_.-]*(?<!\.)", name) and name.partition(".")[0] not in _RESERVED:
         return name
-    name = nfc(name)
+    name = to_nfc(name)
     plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[: most - 9]
     return f"{plain}~{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
@@ -87,14 +87,14 @@ def write_atomic(path: Path, data: bytes | str | Callable[[BinaryIO], object]) -
 
     ``data`` may be what writes into an open file, so that a large file never lies in memory as a whole.
     """
-    with told(f"writing {path}"), beside(path) as temporary, temporary.open("wb") as file:
+    with os_errors_as(f"writing {path}"), atomic_file(path) as temporary, temporary.open("wb") as file:
         data(file) if callable(data) else file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """An empty file beside ``path``, which takes its place where the block ends well, and is removed where it does not."""
     handle, name = tempfile.mkstemp(dir=make_folder(path.parent), prefix=f".{path.name[:40]}.")
     os.close(handle)
@@ -116,17 +116,17 @@ def _umask() -> int:
 
 def sha256(path: Path) -> str:
     """The content hash of a file as 64 hex digits; remembered by size and time of change, so that large files are read once."""
-    with Remembered("hashes", hash_of) as hashes:
+    with FileFactCache("hashes", compute_sha256) as hashes:
         return hashes[path]
 
 
-def hash_of(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     """The content hash of a file, read now."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Remembered(Generic[T]):
+class FileFactCache(Generic[T]):
     """What a function found out about files, kept in the cache folder by each file's path, size and time of change.
 
     ``with Remembered("hashes", hash_of) as hashes: hashes[path]``; what was learned is saved on leaving, also on leaving by an error.
@@ -146,7 +146,7 @@ class Remembered(Generic[T]):
             return {}  # a damaged memory costs a second reading, nothing else
         return known if isinstance(known, dict) else {}
 
-    def __enter__(self) -> Remembered[T]:
+    def __enter__(self) -> FileFactCache[T]:
         return self
 
     def knows(self, path: Path) -> bool:
@@ -162,7 +162,7 @@ class Remembered(Generic[T]):
 
     def __exit__(self, *_: object) -> None:
         folder = self._path.parent
-        if self._learned and (writable(folder) or not folder.exists()):
+        if self._learned and (is_writable(folder) or not folder.exists()):
             with contextlib.suppress(CellbenchError):  # only a memory: a full disk must not stop a run
                 write_atomic(self._path, json.dumps({**self._load(), **self._learned}))
             self._learned = {}

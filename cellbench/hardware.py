@@ -16,7 +16,7 @@ from cellbench.errors import CellbenchError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class Hardware:
     """Where and how the tensors live. Of it only the precision belongs to a run's identity: in one precision numbers agree to rounding on all
     machines."""
 
@@ -43,7 +43,7 @@ class Machine:
         """How many heads of one kind learn as one at most (`cellbench.training.stacked_heads`): 1 where there is no GPU, since cores are kept busy by lanes."""
         return max(1, 16 >> self.halvings) if self.device.type == "cuda" else 1
 
-    def shares(self, num: int) -> list[Machine]:
+    def shares(self, num: int) -> list[Hardware]:
         """This machine's cores and memory dealt out to ``num`` processes, which give the numbers that one would. Raises ValueError.
 
         An operation keeps its number of cores, so a processor has at most as many shares as lanes.
@@ -59,7 +59,7 @@ class Machine:
         lanes = [self.lanes // num + (k < self.lanes % num) for k in range(num)]
         return [replace(self, lanes=mine, memory_bytes=memory) for mine in lanes]
 
-    def smaller(self, halvings: int) -> Machine:
+    def smaller(self, halvings: int) -> Hardware:
         """The same machine with everything that takes memory at once halved so often."""
         return replace(self, halvings=self.halvings + halvings)
 
@@ -96,7 +96,7 @@ class Machine:
         return f"{what}, {self.precision_name}"
 
 
-def machine(device: str = "auto", precision: str = "auto", memory: str = "auto", *, elsewhere: bool = False) -> Machine:
+def detect_hardware(device: str = "auto", precision: str = "auto", memory: str = "auto", *, elsewhere: bool = False) -> Hardware:
     """The machine as asked for: ``auto``, or ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``fp32`` or ``bf16``; ``4G``. Raises CellbenchError.
 
     From here on each of torch's operations uses the machine's ``threads`` cores. ``elsewhere``: the work is for other machines, which may have a
@@ -107,13 +107,13 @@ def machine(device: str = "auto", precision: str = "auto", memory: str = "auto",
     if precision not in kinds:
         raise CellbenchError(f"--precision {precision}: expected one of {', '.join(kinds)}.")
     # Half of what is free: the rest is for the network, the optimisers and whatever else the person runs.
-    budget = psutil.virtual_memory().available // 2 if memory == "auto" else num_bytes(memory, "--memory")
+    budget = psutil.virtual_memory().available // 2 if memory == "auto" else parse_bytes(memory, "--memory")
     # Four lanes keep every core busy with any cohort; more would only take longer over a lone run's steps.
-    threads = max(1, cores() // 4) if where.type == "cpu" else cores()
+    threads = max(1, num_cores() // 4) if where.type == "cpu" else num_cores()
     torch.set_num_threads(threads)
     _few_arenas()
-    lanes = cores() // threads if where.type == "cpu" else 1  # a GPU is one lane: its work is handed over, not done here
-    return Machine(device=where, precision=kinds[precision], memory_bytes=budget, lanes=lanes, threads=threads)
+    lanes = num_cores() // threads if where.type == "cpu" else 1  # a GPU is one lane: its work is handed over, not done here
+    return Hardware(device=where, precision=kinds[precision], memory_bytes=budget, lanes=lanes, threads=threads)
 
 
 M_ARENA_MAX = -8  # of glibc's malloc.h
@@ -125,7 +125,7 @@ def _few_arenas() -> None:
         mallopt(M_ARENA_MAX, 2)
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Gives freed memory back to the system. glibc keeps it, for each lane's thread by itself: 300 MB after a small cohort."""
     gc.collect()
     if sys.platform == "linux":
@@ -134,7 +134,7 @@ def give_back() -> None:
             trim(0)
 
 
-def peak_mib() -> float:
+def peak_memory_mib() -> float:
     """The most memory that this process has held so far: the GPU's where one was used, else resident memory."""
     if peak := max((torch.cuda.max_memory_allocated(k) for k in range(torch.cuda.device_count())), default=0):
         return peak / 2**20
@@ -146,12 +146,12 @@ def peak_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def ran_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether that is what an error means: the GPU's memory, the processor's as torch tells it, or Python's."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def cores() -> int:
+def num_cores() -> int:
     """How many cores this process may use: those that it is pinned to, or fewer where ``OMP_NUM_THREADS`` says so."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
@@ -167,7 +167,7 @@ def is_size(text: str) -> bool:
     return match is not None and bool(match[2])
 
 
-def num_bytes(text: str, what: str) -> int:
+def parse_bytes(text: str, what: str) -> int:
     """``4G`` as bytes. Raises CellbenchError."""
     match = _SIZE.fullmatch(text)
     if not match:

@@ -18,14 +18,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Lanes:
+class WorkerPool:
     """A pool of ``num`` lanes. With one lane everything runs in the caller's thread, save what is made ahead. Use in ``with``."""
 
     def __init__(self, num: int) -> None:
         self.num = num
         self._pool = ThreadPoolExecutor(num, "lane") if num > 1 else None
 
-    def __enter__(self) -> Lanes:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,7 +50,7 @@ class Lanes:
         (decoding and cutting go on while the network computes) and worked on by the caller.
         """
         if self._pool is None:
-            for ready in ahead(prepare(item) for item in items):
+            for ready in prefetch(prepare(item) for item in items):
                 yield work(ready)
             return
         under_way: deque[Future[R]] = deque()
@@ -75,7 +75,7 @@ def _all(jobs: Sequence[Future[R]]) -> list[R]:
     return [job.result() for job in jobs]
 
 
-def ahead(items: Iterable[T], num: int = 2) -> Iterator[T]:
+def prefetch(items: Iterable[T], num: int = 2) -> Iterator[T]:
     """The same items, made up to ``num`` in advance by a thread."""
     made: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(maxsize=num)
     stop = threading.Event()

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from cellbench import startup
 from cellbench.errors import CellbenchError
-from cellbench.escaping import printable
+from cellbench.escaping import to_printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.verb(arguments)
     except CellbenchError as error:
-        print(printable(f"cellbench: {error}"), file=sys.stderr)
+        print(to_printable(f"cellbench: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("cellbench: stopped. What is finished is kept; the same command goes on from here.", file=sys.stderr)
@@ -208,7 +208,7 @@ _PREDICT = "The same command again goes on where it stopped. What cannot be read
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    with startup.kept():
+    with startup.no_gc_during_import():
         from cellbench.cli.predict import predict
 
     return predict(
@@ -234,7 +234,7 @@ _EVALUATE = "Logged in MLflow as a run of its own below the run that it tests; t
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    with startup.kept():
+    with startup.no_gc_during_import():
         from cellbench.cli.evaluate import evaluate
 
     return evaluate(
@@ -252,7 +252,7 @@ _EXPORT = "The folder holds safetensors, cards and settings. `predict DIR IMAGE`
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    with startup.kept():
+    with startup.no_gc_during_import():
         from cellbench.cli.export import export
 
     return export(
@@ -298,7 +298,7 @@ def _trained_on(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _grid(arguments: argparse.Namespace) -> int:
-    with startup.kept():
+    with startup.no_gc_during_import():
         from cellbench.cli.grid import grid
 
     return grid(
@@ -318,7 +318,7 @@ _SEARCH = (
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    with startup.kept():
+    with startup.no_gc_during_import():
         from cellbench.search.driver import search
 
     return search(
@@ -340,7 +340,7 @@ _BENCH = "Measures in one process, checks equalities on the way, and prints rati
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    with startup.kept():
+    with startup.no_gc_during_import():
         from cellbench.cli.grid import bench
 
     return bench(
@@ -359,7 +359,7 @@ _CHECK = "Exit code 0 where the data is fit, 1 where a finding would falsify a r
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    with startup.kept():
+    with startup.no_gc_during_import():
         from cellbench.cli.check import check
         from cellbench.cli.grid import data_spec
 
@@ -368,9 +368,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _cache(arguments: argparse.Namespace) -> int:
-    from cellbench.cli.catalog import kept
+    from cellbench.cli.catalog import list_cache
 
-    print(kept(arguments.cache, arguments.prune, arguments.older_than))
+    print(list_cache(arguments.cache, arguments.prune, arguments.older_than))
     return 0
 
 
@@ -378,7 +378,7 @@ _EXPLORE = "Reads images and masks; writes nothing to their folder. `check` says
 
 
 def _explore(arguments: argparse.Namespace) -> int:
-    with startup.kept():
+    with startup.no_gc_during_import():
         from cellbench.cli.explore import explore
 
     return explore(
@@ -406,7 +406,7 @@ _UI = "Ends with Ctrl-C. Where the folder was moved, the places of the artifacts
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    with startup.kept():
+    with startup.no_gc_during_import():
         from cellbench.reporting.report import report
 
     return report(arguments.experiments, arguments.out)
@@ -419,16 +419,16 @@ def _ui(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from cellbench.cli.catalog import listing
+    from cellbench.cli.catalog import list_components
 
-    print(listing(arguments.kind, arguments.registry))
+    print(list_components(arguments.kind, arguments.registry))
     return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from cellbench.cli.catalog import shown
+    from cellbench.cli.catalog import show_component
 
-    print(shown(arguments.name, arguments.registry))
+    print(show_component(arguments.name, arguments.registry))
     return 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
+def no_gc_during_import() -> Iterator[None]:
     """For imports inside: torch and MLflow make so many objects that looking for garbage among them takes a fifth of the time of importing
     them, and half a second every time from then on. Afterwards nobody looks there again."""
     was, before = gc.isenabled(), len(sys.modules)

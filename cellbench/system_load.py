@@ -11,7 +11,7 @@ SHORTEST_S = 0.1
 """The system counts in hundredths of a second: of less the share would be chance."""
 
 
-class Load:
+class SystemLoad:
     """The load by others since it was made, of the cores that this process may use. Two readings of the system's counters; no thread."""
 
     def __init__(self) -> None:
@@ -40,6 +40,6 @@ def _counters() -> tuple[float, float, float]:
     return total_s, total_s - idle_s, time.process_time()
 
 
-def words(pct: float | None) -> str:
+def describe_load(pct: float | None) -> str:
     """``while other processes used 45 % of the processor``; empty where that is not known."""
     return "" if pct is None else f"while other processes used {pct:.0f} % of the processor"

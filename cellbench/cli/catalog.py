@@ -6,17 +6,17 @@ import tomllib
 from pathlib import Path
 
 from cellbench.config.registry import KINDS, BackboneCard, Card, DatasetCard, HeadCard, Registry, shipped
-from cellbench.errors import CellbenchError, unknown
+from cellbench.errors import CellbenchError, unknown_name
 
 EXPERIMENTS = "experiments"
 
 
-def listing(kind: str | None, extra: Path | None) -> str:
+def list_components(kind: str | None, extra: Path | None) -> str:
     """The names of one kind, or of all, each with its card's first line."""
     registry = Registry(extra)
     kinds = [*KINDS, EXPERIMENTS]
     if kind is not None and kind not in kinds:
-        raise unknown("kind", kind, kinds)
+        raise unknown_name("kind", kind, kinds)
     blocks = []
     for one in kinds if kind is None else [kind]:
         lines = _experiments() if one == EXPERIMENTS else [(name, _brief(registry.card(one, name))) for name in registry.names(one)]
@@ -38,18 +38,18 @@ def _experiments() -> list[tuple[str, str]]:
     return [(path.stem, path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")) for path in paths]
 
 
-def shown(name: str, extra: Path | None) -> str:
+def show_component(name: str, extra: Path | None) -> str:
     """A card or experiment file as it lies on disk, under its path, with what the code makes of it."""
     registry = Registry(extra)
     kind, _, rest = name.rpartition("/")
     if kind and kind not in (*KINDS, EXPERIMENTS):
-        raise unknown("kind", kind, (*KINDS, EXPERIMENTS))
+        raise unknown_name("kind", kind, (*KINDS, EXPERIMENTS))
     holders = [k for k in KINDS if rest in registry.names(k) and kind in ("", k)]
     if kind in ("", EXPERIMENTS) and rest in dict(_experiments()):
         holders.append(EXPERIMENTS)
     if not holders:
         known = [n for k in KINDS for n in registry.names(k)] if not kind else dict(_experiments()) if kind == EXPERIMENTS else registry.names(kind)
-        raise unknown(kind.removesuffix("s") or "card", rest, known)
+        raise unknown_name(kind.removesuffix("s") or "card", rest, known)
     if len(holders) > 1:
         raise CellbenchError(f"'{rest}' is the name of several: {', '.join(f'{k}/{rest}' for k in holders)}. Name one of them.")
     if holders[0] == EXPERIMENTS:
@@ -83,21 +83,21 @@ def _asks(path: Path) -> str:
     return f"{len(runs)} runs in {len(cohorts(runs))} cohorts."
 
 
-def kept(folder: str | None, remove: bool, older_than_days: float) -> str:
+def list_cache(folder: str | None, remove: bool, older_than_days: float) -> str:
     """The features kept on disk, the longest unused first; or, with ``remove``, what was removed of them."""
     import os
     import time
 
-    from cellbench.features.disk_cache import entries, features_dir, prune
+    from cellbench.features.disk_cache import cache_entries, features_dir, remove_entries
 
     if folder is not None:
         if not Path(folder).is_dir():
             raise CellbenchError(f"--cache {folder}: there is no such folder.")
         os.environ["CELLBENCH_CACHE"] = str(Path(folder).absolute())
-    found = entries()
+    found = cache_entries()
     if remove:
         chosen = [entry for entry in found if time.time() - entry.used >= older_than_days * 86400]
-        freed = prune(chosen)
+        freed = remove_entries(chosen)
         return f"removed {len(chosen)} of {len(found)} kept passes from {features_dir()}: {freed / 2**20:,.0f} MiB free again."
     if not found:
         return f"no features are kept in {features_dir()}. `grid --cache SIZE` keeps them for later calls."

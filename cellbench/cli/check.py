@@ -15,14 +15,14 @@ from tqdm import tqdm
 from cellbench.config.registry import Registry
 from cellbench.config.run import DataSpec
 from cellbench.data.audit import near_duplicates
-from cellbench.data.audit.checks import Finding, Severity, findings, statistics, twins
-from cellbench.data.audit.keypoint_matching import Marks
-from cellbench.data.audit.mask_placement import Maps
-from cellbench.data.audit.mask_statistics import Facts, survey
-from cellbench.data.classes import absences, owners_of, with_owners
-from cellbench.data.classes import survey as held_in
-from cellbench.data.dataset import SPLITS, Dataset, Sample, understood
-from cellbench.data.loading import listed, split, undivided
+from cellbench.data.audit.checks import Finding, Severity, find_duplicates, findings, statistics
+from cellbench.data.audit.keypoint_matching import Keypoints
+from cellbench.data.audit.mask_placement import PlacementFeatures
+from cellbench.data.audit.mask_statistics import SampleFacts, measure_sample
+from cellbench.data.classes import describe_absent_classes, infer_owners, with_owners
+from cellbench.data.classes import survey_classes as held_in
+from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
+from cellbench.data.loading import dataset_of_card, scan_dataset, split_dataset
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
 from cellbench.reporting import html
@@ -37,7 +37,7 @@ def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, e
 
     Raises CellbenchError where it cannot look. Nothing is written into the folder; ``out``: where the files go.
     """
-    facts_card, listing = listed(Registry(extra).dataset(card), folder, spec or DataSpec())
+    facts_card, listing = scan_dataset(Registry(extra).dataset(card), folder, spec or DataSpec())
     problems: dict[str, list[str]] = {}
     for problem in listing.problems:
         problems.setdefault(problem.kind, []).append(problem.name)
@@ -55,23 +55,23 @@ def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, e
     if not any(listing.parts.values()):
         raise CellbenchError(f"--data {folder}: holds no image with a mask. {found[0].said if found else ''}".rstrip())
     samples = tuple(sample for part in SPLITS for sample in listing.parts.get(part, ()))
-    dataset = replace(undivided(facts_card, listing.root), train=samples, reading=listing.reading)
-    found_meaning = understood(dataset, samples, broken=[])
+    dataset = replace(dataset_of_card(facts_card, listing.root), train=samples, reading=listing.reading)
+    found_meaning = interpret_masks(dataset, samples, broken=[])
     dataset, notes = found_meaning.dataset, [*notes, *found_meaning.dataset.notes]
-    owners, said_of_parts = owners_of(facts_card, list(held_in(dataset).values()))
+    owners, said_of_parts = infer_owners(facts_card, list(held_in(dataset).values()))
     dataset, notes = with_owners(dataset, owners), [*notes, *said_of_parts]
     for severity, said in ((Severity.SEVERE, found_meaning.ask), (Severity.LOOK, found_meaning.doubt)):
         if said:
             found.append(Finding(kind="meaning", severity=severity, said=f"{said[0].upper()}{said[1:]}.", images=("all masks",)))
     facts = _read(dataset, dataset.tolerance)
-    same = twins(facts)
+    same = find_duplicates(facts)
     first = dict(zip(map(_key, samples), same.first(len(samples)), strict=True))
 
     def grouped(some: tuple[Sample, ...]) -> tuple[Sample, ...]:
-        return near_duplicates.named(some, [first[_key(sample)] for sample in some])
+        return near_duplicates.group_by_first(some, [first[_key(sample)] for sample in some])
 
     try:
-        dataset, splits = split(facts_card, listing, spec or DataSpec(), grouped)
+        dataset, splits = split_dataset(facts_card, listing, spec or DataSpec(), grouped)
         notes.append(f"split {'as drawn from the seed' if splits.record else f'read from {splits.place}'}")
         home = {_key(sample): {"split": part, "group": sample.group} for part in SPLITS for sample in dataset.samples(part)}
         facts = [replace(f, **home[_key(sample)]) for f, sample in zip(facts, samples, strict=True)]
@@ -99,21 +99,21 @@ def _plain(folder: Path) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in folder.absolute().name)[:80] or "data"
 
 
-def _read(dataset: Dataset, tolerance: int) -> list[Facts]:
+def _read(dataset: Dataset, tolerance: int) -> list[SampleFacts]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding and numpy free the interpreter's lock
-        jobs = [pool.submit(survey, dataset, sample, "train", tolerance) for sample in dataset.train]
+        jobs = [pool.submit(measure_sample, dataset, sample, "train", tolerance) for sample in dataset.train]
         try:
             return [job.result() for job in tqdm(jobs, desc=f"checking {dataset.name}", unit="image", leave=False)]
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _absent(facts: Sequence[Facts], classes: Sequence[str]) -> list[Finding]:
+def _absent(facts: Sequence[SampleFacts], classes: Sequence[str]) -> list[Finding]:
     pixels = {split: np.array([f.shares for f in facts if f.split == split and f.shares]) for split in SPLITS}
-    return [Finding(kind="class", severity=Severity.LOOK, said=said, images=(name,)) for name, said in absences(classes, pixels)]
+    return [Finding(kind="class", severity=Severity.LOOK, said=said, images=(name,)) for name, said in describe_absent_classes(classes, pixels)]
 
 
-def _expected(expected: dict[str, int], facts: Sequence[Facts]) -> list[Finding]:
+def _expected(expected: dict[str, int], facts: Sequence[SampleFacts]) -> list[Finding]:
     found = {"train": sum(f.split != "test" for f in facts), "test": sum(f.split == "test" for f in facts), "all": len(facts)}
     wrong = [f"{part}: {found.get(part, 0)} of {num}" for part, num in expected.items() if found.get(part, 0) != num]
     said = "The published set has another number of images: a part, or a loader's loss?"
@@ -139,8 +139,8 @@ def _lines(verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Fin
     return [*lines, *(f"  {note}" for note in notes)]
 
 
-def _json(verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Finding], notes: Sequence[str], facts: Sequence[Facts]) -> str:
-    rows = [{key: value for key, value in vars(f).items() if not isinstance(value, np.ndarray | Marks | Maps)} for f in facts]
+def _json(verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Finding], notes: Sequence[str], facts: Sequence[SampleFacts]) -> str:
+    rows = [{key: value for key, value in vars(f).items() if not isinstance(value, np.ndarray | Keypoints | PlacementFeatures)} for f in facts]
     told = [{"kind": f.kind, "severity": f.severity.value, "said": f.said, "images": f.images} for f in found]
     return json.dumps({"verdict": verdict, "findings": told, "statistics": dict(numbers), "notes": notes, "images": rows}, indent=1)
 
@@ -150,6 +150,6 @@ def _page(folder: Path, verdict: str, numbers: Sequence[tuple[str, str]], found:
         (f.severity.value, f.kind, str(len(f.images)), f.said, ", ".join(f.images[:50]) + (" …" if len(f.images) > 50 else ""))
         for f in found
     ]
-    table = html.table(["how bad", "what", "images", "what it means", "which"], rows, text=(1, 3, 4))
-    sections = [("Findings", table or "<p>None.</p>"), ("What is there", html.facts(numbers)), ("How it was read", html.paragraphs(notes))]
-    return html.page(f"Is {folder.absolute().name} fit to train on?", "cellbench check", sections, html.paragraphs([verdict], "verdict"))
+    table = html.render_table(["how bad", "what", "images", "what it means", "which"], rows, text=(1, 3, 4))
+    sections = [("Findings", table or "<p>None.</p>"), ("What is there", html.render_facts(numbers)), ("How it was read", html.render_paragraphs(notes))]
+    return html.render_page(f"Is {folder.absolute().name} fit to train on?", "cellbench check", sections, html.render_paragraphs([verdict], "verdict"))

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellbench.config.registry import BackboneCard, HeadCard, Registry
-from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown
-from cellbench.files import Remembered, hash_of, make_folder, sha256
+from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown_name
+from cellbench.files import FileFactCache, compute_sha256, make_folder, sha256
 from cellbench.models.backbones.weight_files import check_whole
-from cellbench.models.backbones.weights import folder_file, in_hub_cache, landing, locate, weights_folder
+from cellbench.models.backbones.weights import download_path, find_in_hub_cache, folder_file, locate, weights_folder
 
 if TYPE_CHECKING:
-    from cellbench.hardware import Machine
+    from cellbench.hardware import Hardware
 
 UNASKED_BYTES = 128 * 2**20
 """Files up to this size are hashed for the table without being asked: half a second each on a slow disk, once."""
@@ -108,7 +108,7 @@ def row(card: BackboneCard, folder: Path | None, deep: bool = False) -> Row:
     except WeightsUnavailable as error:
         return Row(**facts, here="broken", hash="", problem=f"{card.id}: {one_line(error)}")
     path = path.resolve()  # as it is hashed: in the hub's cache the name is a link
-    with Remembered("hashes", hash_of) as hashes:
+    with FileFactCache("hashes", compute_sha256) as hashes:
         if not deep and path.stat().st_size > UNASKED_BYTES and not hashes.knows(path):
             return Row(**facts, here=here, hash="not read")
     try:
@@ -122,9 +122,9 @@ def _file(card: BackboneCard, folder: Path | None) -> tuple[str, Path] | None:
     """Where ``locate`` would find the card's file on this machine; unchecked."""
     if own := folder_file(card, folder):
         return "in the folder", own
-    if card.weights.startswith("http") and landing(card).is_file():
-        return "downloaded", landing(card)
-    return next((("in the hub cache", path) for path, _, _ in in_hub_cache(card)), None)
+    if card.weights.startswith("http") and download_path(card).is_file():
+        return "downloaded", download_path(card)
+    return next((("in the hub cache", path) for path, _, _ in find_in_hub_cache(card)), None)
 
 
 def _short(path: Path) -> str:
@@ -189,9 +189,9 @@ def _cut(text: str, room: int, begin: int | None = None) -> str:
 
 
 def _self_tests(cards: list[BackboneCard], weights: Path | None, device: str) -> int:
-    from cellbench.hardware import machine
+    from cellbench.hardware import detect_hardware
 
-    here = machine(device)
+    here = detect_hardware(device)
     errors: list[CellbenchError] = []
     wrong = 0
     for card in cards:
@@ -206,12 +206,12 @@ def _self_tests(cards: list[BackboneCard], weights: Path | None, device: str) ->
     return 1 if wrong else 0
 
 
-def _self_test(card: BackboneCard, weights: Path | None, here: Machine) -> int:
+def _self_test(card: BackboneCard, weights: Path | None, here: Hardware) -> int:
     """Prints what one backbone is and does here; gives the number of checks that failed."""
     from cellbench.diagnostics import probe
 
     path = None if card.weights == "none" else locate(card, weights, download=False)
-    report = probe.examine(card, weights, here)
+    report = probe.probe_backbone(card, weights, here)
     print(f"{card.id} on {here.name}")
     if path is not None:
         stated = "the one on the card" if card.sha256 and sha256(path) == card.sha256 else "recorded, the card states none"
@@ -233,7 +233,7 @@ def _parts(registry: Registry, names: Sequence[str], extra: Path | None) -> list
     known = [(kind, name) for kind in ("backbones", "heads") for name in registry.names(kind)]
     for name in names:
         if name not in {each for _, each in known}:
-            raise unknown("backbone or head", name, {each for _, each in known})
+            raise unknown_name("backbone or head", name, {each for _, each in known})
     cards = [registry.card(kind, name) for kind, name in known if not names or name in names]
     if names or extra is None:
         return cards

@@ -12,21 +12,21 @@ from tqdm import tqdm
 
 from cellbench.config.registry import Registry
 from cellbench.config.run import DataSpec, RunSpec, checked
-from cellbench.data.audit.image_statistics import summary, survey
-from cellbench.data.dataset import SPLITS, Dataset, Sample, understood
-from cellbench.data.loading import listed, split
+from cellbench.data.audit.image_statistics import measure_images, summarize
+from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
+from cellbench.data.loading import scan_dataset, split_dataset
 from cellbench.data.transforms.framing import Framing
-from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown
-from cellbench.features.frozen_backbone import Trunk
-from cellbench.features.token_maps import Seen, coloured, likeness, seen
-from cellbench.files import make_folder, nfc
-from cellbench.hardware import Machine, machine
+from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown_name
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.features.token_maps import FeatureMaps, cosine_map, feature_maps, pca_rgb
+from cellbench.files import make_folder, to_nfc
+from cellbench.hardware import Hardware, detect_hardware
 from cellbench.models.backbones.build import open_backbone
 from cellbench.reporting.plots import dataset as dataset_plots
 from cellbench.reporting.plots import run as run_plots
 from cellbench.reporting.plots.dataset import Panel
 from cellbench.tracking.tracker import Tracker
-from cellbench.training.memory_check import too_large
+from cellbench.training.memory_check import why_too_large
 
 SURVEYED = 100
 """Images looked at for the statistics, as published."""
@@ -55,13 +55,13 @@ def explore(
 ) -> int:
     """``cellbench explore``: prints figures and writes pictures; with ``log`` also an MLflow run. Exit code 0."""
     registry = Registry(extra)
-    card, listing = listed(registry.dataset(dataset or ("folder" if data is not None else "smears")), data, DataSpec())
+    card, listing = scan_dataset(registry.dataset(dataset or ("folder" if data is not None else "smears")), data, DataSpec())
     listing.refuse()
     for line in listing.lines:
         print(line)
-    here, _ = split(card, listing, DataSpec())
+    here, _ = split_dataset(card, listing, DataSpec())
     pool = [sample for part in SPLITS for sample in here.samples(part)]
-    here = understood(here, pool).dataset
+    here = interpret_masks(here, pool).dataset
     for note in here.notes:
         print(note)
     name = data.absolute().name if data is not None else here.name
@@ -69,7 +69,7 @@ def explore(
     tracker = Tracker(f"explore {name}") if log else None  # now, so that a store that cannot be had is told before the work
     if features:
         at = _point(point) if point else None
-        facts = _features(here, _named(pool, image), registry, backbones, framings, at, tile_px, machine(device), weights, folder)
+        facts = _features(here, _named(pool, image), registry, backbones, framings, at, tile_px, detect_hardware(device), weights, folder)
     else:
         facts = _statistics(here, pool, num_samples, seed, folder)
     print(f"pictures are in {folder}")
@@ -84,9 +84,9 @@ def explore(
 
 
 def _named(pool: Sequence[Sample], image: str) -> Sample:
-    found = [sample for sample in pool if not image or nfc(image) in (nfc(sample.name), nfc(Path(sample.name).stem))]
+    found = [sample for sample in pool if not image or to_nfc(image) in (to_nfc(sample.name), to_nfc(Path(sample.name).stem))]
     if not found:
-        raise unknown("image", image, [sample.name for sample in pool])
+        raise unknown_name("image", image, [sample.name for sample in pool])
     return found[0]
 
 
@@ -104,11 +104,11 @@ def _statistics(here: Dataset, pool: list[Sample], num_samples: int, seed: int, 
     order = np.random.default_rng(seed).permutation(len(pool))
     drawn = [pool[k] for k in order[:SURVEYED]]
     with tqdm(total=len(drawn), desc="looking at images", unit="image", leave=False) as bar:
-        found = survey(here, drawn, bar.update)
-    facts = summary(found)
+        found = measure_images(here, drawn, bar.update)
+    facts = summarize(found)
     pairs = [(sample.name, *here.read(sample)) for sample in drawn[: max(1, min(num_samples, dataset_plots.MOST_SAMPLES))]]
-    run_plots.save(dataset_plots.samples(pairs, here.classes), folder / "samples.png")
-    run_plots.save(dataset_plots.statistics(found), folder / "statistics.png")
+    run_plots.save_figure(dataset_plots.plot_samples(pairs, here.classes), folder / "samples.png")
+    run_plots.save_figure(dataset_plots.plot_statistics(found), folder / "statistics.png")
     (folder / "statistics.json").write_text(json.dumps({**facts, "seed": seed, "of": len(pool)}, indent=1), encoding="utf-8")
     shapes = "" if facts["sizes"] == 1 else f", and {facts['sizes'] - 1:.0f} other sizes"
     print(f"{here.name}: {len(pool)} images with masks, {len(found)} looked at (seed {seed})")
@@ -130,7 +130,7 @@ def _features(
     framings: Sequence[str],
     point: tuple[int, int] | None,
     tile_px: int,
-    where: Machine,
+    where: Hardware,
     weights: Path | None,
     folder: Path,
 ) -> dict[str, float]:
@@ -144,25 +144,25 @@ def _features(
     facts: dict[str, float] = {}
     for name in _to_show(registry, backbones, weights):
         try:
-            trunk = Trunk(open_backbone(registry.backbone(name), weights, download=bool(backbones)), where, [1])
+            trunk = FrozenBackbone(open_backbone(registry.backbone(name), weights, download=bool(backbones)), where, [1])
         except WeightsUnavailable as error:
             print(f"skipped {name}: {one_line(error)}")
             continue
-        views: list[tuple[str, Seen]] = []
+        views: list[tuple[str, FeatureMaps]] = []
         for title, way in tqdm(ways, desc=name, unit="framing", leave=False):
-            if reason := too_large(trunk, way.tile_px([(height, width)])) or _unfit(trunk, way):
+            if reason := why_too_large(trunk, way.tile_px([(height, width)])) or _unfit(trunk, way):
                 print(f"skipped {name}, {title}: {reason}")
             else:
-                views.append((title, seen(trunk, way, image)))
+                views.append((title, feature_maps(trunk, way, image)))
         if not views:
             continue
-        pictures = coloured([view for _, view in views])
+        pictures = pca_rgb([view for _, view in views])
         components[name] = [Panel(title=f"{title}: {_places(view)}", picture=picture) for (title, view), picture in zip(views, pictures, strict=True)]
         if point is None:
             continue
         alike[name] = []
         for title, view in views:
-            cosine = likeness(view, point[1], point[0])
+            cosine = cosine_map(view, point[1], point[0])
             near = cosine >= np.quantile(cosine, 0.95)
             share = float((classes[near] == classes[point[1], point[0]]).mean())
             facts[f"alike_{name}_{title}".replace(" ", "_")] = share
@@ -171,12 +171,12 @@ def _features(
         raise CellbenchError("no backbone could be shown. `doctor` says what can be had here; vit-tiny-random and filter-bank need nothing.")
     what = f"{sample.name}, {width} x {height} px"
     told = f"{what}: three principal components of the last map, one colour scale for each backbone"
-    run_plots.save(dataset_plots.compared(image, components, told, point), folder / "features.png")
+    run_plots.save_figure(dataset_plots.plot_feature_maps(image, components, told, point), folder / "features.png")
     print(f"{what}: {', '.join(components)}, each as {', '.join(title for title, _ in ways)}")
     if alike:
         truth = here.classes[classes[point[1], point[0]]] if point is not None else ""
         told = f"{what}: likeness of every place to the one marked ({truth})"
-        run_plots.save(dataset_plots.compared(image, alike, told, point), folder / "likeness.png")
+        run_plots.save_figure(dataset_plots.plot_feature_maps(image, alike, told, point), folder / "likeness.png")
         for name, panels in alike.items():
             for panel in panels:
                 print(f"  {name}, {panel.title}")
@@ -211,10 +211,10 @@ def _framing(text: str, tile_px: int) -> tuple[str, Framing]:
     return text.replace(":", " "), Framing.of(checked(RunSpec, settings, f"--framing {text}"))
 
 
-def _unfit(trunk: Trunk, way: Framing) -> str:
+def _unfit(trunk: FrozenBackbone, way: Framing) -> str:
     multiple = trunk.backbone.tile_multiple_px if trunk.backbone is not None else 1
     return f"frames of {way.side_px} px are no multiple of its {multiple} px. Set --tile-px." if way.side_px % multiple else ""
 
 
-def _places(view: Seen) -> str:
+def _places(view: FeatureMaps) -> str:
     return f"{len(view.tokens):,} places"

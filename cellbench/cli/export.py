@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
-from cellbench.inference.export import CARDS, write_folder
+from cellbench.inference.export import CARDS, write_export
 from cellbench.inference.segmenter import Segmenter
 
 
@@ -35,12 +35,12 @@ def export(
     given = weights or (Path(os.environ["CELLBENCH_WEIGHTS"]) if os.environ.get("CELLBENCH_WEIGHTS") else None)
     inside = Path(asked) if Path(asked).is_dir() else None
     cards = Registry(inside / CARDS if inside else extra)
-    said = write_folder(out, segmenter.trained, cards, given or inside, backbone)
+    said = write_export(out, segmenter.trained, cards, given or inside, backbone)
     say(f"{out}: {segmenter.trained.name}. {said}")
     if serve:
-        from cellbench.inference.mlflow_model import save  # MLflow, which the rest does without
+        from cellbench.inference.mlflow_model import save_model  # MLflow, which the rest does without
 
-        save(out / "mlflow", out)
+        save_model(out / "mlflow", out)
         say(f"{out / 'mlflow'}: `mlflow models serve -m {shlex.quote(str(out / 'mlflow'))} --env-manager local` answers with masks.")
     if onnx:
         from cellbench.inference.onnx import write_onnx

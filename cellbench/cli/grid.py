@@ -24,27 +24,27 @@ from cellbench.config.run import DataSpec, Experiment, checked, cohorts, expand
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.loading import open_dataset
-from cellbench.errors import CellbenchError, unknown
+from cellbench.errors import CellbenchError, unknown_name
 from cellbench.execution import multiprocess as processes
 from cellbench.execution import ray_cluster, ray_grid
-from cellbench.execution.artifacts import pool
-from cellbench.execution.grid import Crew, alone, everything, parent
-from cellbench.execution.planning import Job, jobs_of, open_folds
+from cellbench.execution.artifacts import pool_folds
+from cellbench.execution.grid import Executor, parent_run, run_all, run_sequential
+from cellbench.execution.planning import PlannedRun, open_folds, planned_runs
 from cellbench.execution.runner import Runner
-from cellbench.execution.worker_job import order
-from cellbench.features.extractor import Keeping
+from cellbench.execution.worker_job import job_spec
+from cellbench.features.extractor import CachePolicy
 from cellbench.features.remote_cache import set_shared_url, shared_url
 from cellbench.files import cache_dir, make_folder, write_atomic
-from cellbench.hardware import Machine, is_size, machine, num_bytes
+from cellbench.hardware import Hardware, detect_hardware, is_size, parse_bytes
 from cellbench.models.backbones.weights import weights_folder
-from cellbench.reporting.report import CHANGED, begin, conclude
-from cellbench.system_load import Load
-from cellbench.system_load import words as load_words
+from cellbench.reporting.report import CHANGED, log_request, write_report
+from cellbench.system_load import SystemLoad
+from cellbench.system_load import describe_load as load_words
 from cellbench.tracking import relocate
-from cellbench.tracking.system_metrics import watched
+from cellbench.tracking.system_metrics import log_system_metrics
 from cellbench.tracking.tracker import Tracker
-from cellbench.training.cost_estimate import cost, duration
-from cellbench.training.memory_check import TooLarge
+from cellbench.training.cost_estimate import estimate_cost, format_duration
+from cellbench.training.memory_check import InsufficientMemoryError
 
 
 def say(text: str) -> None:
@@ -60,7 +60,7 @@ def experiment_path(name: str) -> Path:
         return path
     inside = shipped("experiments") / f"{path.name.removesuffix('.toml')}.toml"
     if not inside.is_file() or path.parent != Path("."):
-        raise unknown("experiment file", name, [p.stem for p in shipped("experiments").glob("*.toml")])
+        raise unknown_name("experiment file", name, [p.stem for p in shipped("experiments").glob("*.toml")])
     return inside
 
 
@@ -69,10 +69,10 @@ def read_experiment(name: str, changes: Sequence[str] = (), data: Path | None = 
 
     A drawn dataset gives way to ``--data``: the same questions are then asked of the person's own folder.
     """
-    return read_asked(name, changes, data, limit, registry)[0]
+    return read_request(name, changes, data, limit, registry)[0]
 
 
-def read_asked(
+def read_request(
     name: str, changes: Sequence[str] = (), data: Path | None = None, limit: int | None = None, registry: Registry | None = None
 ) -> tuple[Experiment, str]:
     """As :func:`read_experiment`, and the experiment as a file that asks the same without any change of the call. The file is read once."""
@@ -97,7 +97,7 @@ def read_asked(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class GridRequest:
     """What a call asks, read once when it starts: a file that is edited or deleted later changes nothing."""
 
     path: Path
@@ -108,7 +108,7 @@ class Asked:
     changes: tuple[str, ...] = ()
     """Those changes, as they were given."""
 
-    def on(self, data: Path) -> Asked:
+    def on(self, data: Path) -> GridRequest:
         """The same question on a folder of one's own in place of drawn data."""
         settings = {name: value for name, value in self.tree.get("data", {}).items() if name != "draw"}
         tree = {**self.tree, "dataset": "folder", "experiment": f"{self.tree['experiment']} on {data.absolute().name}"}
@@ -126,7 +126,7 @@ class Asked:
         return "\n".join([*head, f"{CHANGED}{' '.join(' '.join(self.changes).split())}\n", tomli_w.dumps(self.tree)])
 
 
-def read_tree(name: str, changes: Sequence[str] = (), limit: int | None = None) -> Asked:
+def read_tree(name: str, changes: Sequence[str] = (), limit: int | None = None) -> GridRequest:
     """What an experiment's or search's file asks, with ``--set`` changes. Raises CellbenchError."""
     path = experiment_path(name)
     try:
@@ -139,7 +139,7 @@ def read_tree(name: str, changes: Sequence[str] = (), limit: int | None = None) 
     if limit is not None:
         _change(tree, f"data.limit={limit}")
     given = [*(f"--set {shlex.quote(change)}" for change in changes), *([f"--limit {limit}"] if limit is not None else [])]
-    return Asked(path=path, text=text, tree=tree, changes=tuple(given))
+    return GridRequest(path=path, text=text, tree=tree, changes=tuple(given))
 
 
 def _change(tree: dict[str, Any], change: str) -> None:
@@ -165,7 +165,7 @@ def data_spec(changes: Sequence[str]) -> DataSpec:
         _change(tree, change)
     for key in tree:
         if key != "data":
-            raise unknown("table", key, ["data"], where="--set")
+            raise unknown_name("table", key, ["data"], where="--set")
     return checked(DataSpec, tree.get("data", {}), "[data]")
 
 
@@ -190,7 +190,7 @@ def cache_budget(text: str | None, url: str | None = None) -> tuple[int, bool]:
     if folder is not None:
         os.environ["CELLBENCH_CACHE"] = str(make_folder(Path(folder).absolute()))
     if size is not None:
-        return num_bytes(size, "--cache"), True
+        return parse_bytes(size, "--cache"), True
     there = cache_dir()
     while not there.exists():
         there = there.parent
@@ -218,35 +218,35 @@ def grid(
     """``cellbench grid``: runs an experiment and prints its leaderboard. Exit code 0, or 1 where a run failed."""
     disk, prefer_disk = cache_budget(cache, cache_url)
     registry = Registry(extra)
-    experiment, text = read_asked(file, changes, data, limit, registry)
+    experiment, text = read_request(file, changes, data, limit, registry)
     weights = weights_folder(weights)
     if workers is not None and on is not None:
         raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
     if on is not None:
-        ray_cluster.checked(on, gpu_share)
-    here = machine(device, precision, memory, elsewhere=on is not None and not dry_run)
+        ray_cluster.check_address(on, gpu_share)
+    here = detect_hardware(device, precision, memory, elsewhere=on is not None and not dry_run)
     if workers is not None:
-        processes.checked(workers, here)
+        processes.check_num_workers(workers, here)
     datasets = open_folds(experiment, registry, data)
     for line in dict.fromkeys(line for dataset in datasets for line in dataset.notes):
         say(line)
-    for line in quick_check.warnings(registry.dataset(experiment.dataset), datasets[0]):
+    for line in quick_check.severe_findings(registry.dataset(experiment.dataset), datasets[0]):
         say(line)
-    jobs = jobs_of(experiment, registry, datasets, weights, file, precision=here.precision_name, download=not dry_run)
+    jobs = planned_runs(experiment, registry, datasets, weights, file, precision=here.precision_name, download=not dry_run)
     dataset = datasets[0]
     sizes = f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} test images"
     folds = f" in each of {len(datasets)} folds, or one more or less" if len(datasets) > 1 else ""
     say(f"{experiment.experiment}: {len(jobs)} runs on {dataset.name} ({sizes}{folds}), on {here.name}.")
     if dry_run:
-        keeping = Keeping(memory_bytes=here.memory_bytes * 2 // 3, disk_bytes=disk, prefer_disk=prefer_disk, key="estimate")
+        keeping = CachePolicy(memory_bytes=here.memory_bytes * 2 // 3, disk_bytes=disk, prefer_disk=prefer_disk, key="estimate")
         return _dry(jobs, registry, datasets, here, weights, keeping)
-    for line in relocate.heal():
+    for line in relocate.fix_artifact_paths():
         say(line)
     tracker = Tracker(experiment.experiment)
-    key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), pool(datasets), here.precision_name], sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), pool_folds(datasets), here.precision_name], sort_keys=True).encode()).hexdigest()[:16]
     asked = {f"grid.{name}": ", ".join(map(str, values)) for name, values in experiment.grid.items()}
     asked |= {"baselines": ", ".join(experiment.baselines) or "none", "dataset": dataset.name, "precision": here.precision_name}
-    with ray_cluster.joined(on, here) if on is not None else nullcontext() as ray, parent(tracker, f"grid: {Path(file).stem}", key, asked, pool(datasets)) as top:
+    with ray_cluster.connect(on, here) if on is not None else nullcontext() as ray, parent_run(tracker, f"grid: {Path(file).stem}", key, asked, pool_folds(datasets)) as top:
         runner = Runner(
             experiment=experiment,
             registry=registry,
@@ -260,9 +260,9 @@ def grid(
             say=say,
         )
         top.log({"grid/runs": len(jobs)})
-        known = begin(top, text, dataset, here.name)
-        with watched(tracker, [top.run_id]):
-            told = order(
+        known = log_request(top, text, dataset, here.name)
+        with log_system_metrics(tracker, [top.run_id]):
+            told = job_spec(
                 experiment,
                 top.run_id,
                 here,
@@ -273,19 +273,19 @@ def grid(
                 disk_bytes=disk,
                 prefer_disk=prefer_disk,
             )
-            crew: Crew = alone
+            crew: Executor = run_sequential
             if workers is not None:
-                crew = processes.Crew(workers, told)
+                crew = processes.ProcessExecutor(workers, told)
             elif ray is not None:
-                crew = ray_grid.Crew(ray, told, gpu_share)
-            outcome = everything(runner, jobs, crew)
+                crew = ray_grid.RayExecutor(ray, told, gpu_share)
+            outcome = run_all(runner, jobs, crew)
         ids = {logged.run_id for logged in outcome.finished.values()}
         splits = {
             f"fold {fold}: {split}" if len(datasets) > 1 else split: [sample.name for sample in one.samples(split)]
             for fold, one in enumerate(datasets)
             for split in SPLITS
         }
-        conclude(tracker, top, ids, known, splits, outcome.skipped, outcome.failed, say)
+        write_report(tracker, top, ids, known, splits, outcome.skipped, outcome.failed, say)
         top.log({f"grid/{name}": len(runs) for name, runs in (("finished", ids), ("skipped", outcome.skipped), ("failed", outcome.failed))})
         if outcome.skipped or outcome.failed or outcome.busy:
             say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} with another process.")
@@ -295,10 +295,10 @@ def grid(
     return 1 if outcome.failed else 0
 
 
-def _dry(jobs: list[Job], registry: Registry, datasets: Sequence[Dataset], here: Machine, weights: Path | None, keeping: Keeping) -> int:
+def _dry(jobs: list[PlannedRun], registry: Registry, datasets: Sequence[Dataset], here: Hardware, weights: Path | None, keeping: CachePolicy) -> int:
     for job in jobs:
         say(f"  {job.name}" + (f"  skipped: {job.unavailable}" if job.unavailable else ""))
-    wall, memory, disk, busy = 0.0, 0.0, 0.0, Load()
+    wall, memory, disk, busy = 0.0, 0.0, 0.0, SystemLoad()
     known = {id(job.run): job for job in jobs}
     for number, group in enumerate(cohorts(job.run for job in jobs), 1):
         first = group[0]
@@ -310,19 +310,19 @@ def _dry(jobs: list[Job], registry: Registry, datasets: Sequence[Dataset], here:
             say(f"{title}: nothing to train")
             continue
         try:
-            one = cost(group, registry, datasets[first.fold], here, weights, keeping)
-        except TooLarge as error:
+            one = estimate_cost(group, registry, datasets[first.fold], here, weights, keeping)
+        except InsufficientMemoryError as error:
             say(f"{title}: would be skipped: {error}")
             continue
         speed = f", backbone {one.trunk_tiles_per_s:.0f} tiles/s" if first.backbone else ""
         say(
             f"{title}: {one.train_tiles} training tiles an epoch, {one.val_tiles} validation and {one.test_tiles} test tiles{speed}; "
-            f"about {duration(one.wall_s)}, {one.memory_mib / 1024:.1f} GiB of memory; {one.source}"
+            f"about {format_duration(one.wall_s)}, {one.memory_mib / 1024:.1f} GiB of memory; {one.source}"
         )
         wall, memory, disk = wall + one.wall_s, max(memory, one.memory_mib), disk + one.disk_mib
     busy_words = load_words(busy.others_pct())
     say(
-        f"in all about {duration(wall)}, up to {memory / 1024:.1f} GiB of memory and {disk:.0f} MiB of disk for results "
+        f"in all about {format_duration(wall)}, up to {memory / 1024:.1f} GiB of memory and {disk:.0f} MiB of disk for results "
         f"(from a few tiles timed now{', ' if busy_words else ''}{busy_words})"
     )
     return 0
@@ -341,7 +341,7 @@ def bench(
 ) -> int:
     """``cellbench bench``: measures, prints, and writes JSON and a plot to ``out``. Exit code 1 where a check failed."""
     from cellbench.diagnostics import scaling
-    from cellbench.diagnostics.speed import World, as_json, measure, table
+    from cellbench.diagnostics.speed import BenchmarkSetup, as_json, measure, table
 
     registry = Registry()
     if out is not None:
@@ -351,10 +351,10 @@ def bench(
         backbone = "vit-tiny-in1k" if there else "vit-tiny-random"
     spec = DataSpec(limit=3 if quick else None, draw={} if data else {"num_train": 8, "num_test": 2})
     dataset = open_dataset(registry.dataset("folder" if data else "smears"), data, spec)
-    world = World(
+    world = BenchmarkSetup(
         registry=registry,
         dataset=dataset,
-        machine=machine(device, precision),
+        machine=detect_hardware(device, precision),
         backbone=backbone,
         weights=weights,
         epochs=2 if quick else 3,
@@ -378,6 +378,6 @@ def bench(
         from cellbench.reporting.plots import run as run_plots
 
         write_atomic(out / "bench.json", as_json(result))
-        run_plots.save(comparison_plots.speeds(result.facts), out / "bench.png")
+        run_plots.save_figure(comparison_plots.plot_speeds(result.facts), out / "bench.png")
         say(f"written to {out}/bench.json and bench.png")
     return 0 if all(result.checks.values()) else 1

@@ -17,10 +17,10 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cellbench.errors import CellbenchError, one_line, unlocked
-from cellbench.features.remote_cache import Shared, shared_url
-from cellbench.files import cache_dir, make_folder, told
-from cellbench.tracking.relocate import store, store_file
+from cellbench.errors import CellbenchError, one_line, redact_passwords
+from cellbench.features.remote_cache import RemoteCache, shared_url
+from cellbench.files import cache_dir, make_folder, os_errors_as
+from cellbench.tracking.relocate import store_file, store_uri
 
 ANSWER_S = 5.0
 
@@ -45,7 +45,7 @@ def services() -> int:
 
 def findings() -> list[Finding]:
     """What each of the services said."""
-    tracking, storage = store(), os.environ.get("OPTUNA_STORAGE", "")
+    tracking, storage = store_uri(), os.environ.get("OPTUNA_STORAGE", "")
     found = [_asked("MLflow", lambda: _tracking(tracking)), _asked("Optuna", lambda: _storage(storage))]
     if "://" in storage and storage == tracking and not store_file(tracking):
         found.append(Finding(service="Optuna", good=False, text="has MLflow's database; their tables mix. Give it one of its own: createdb optuna."))
@@ -57,9 +57,9 @@ def findings() -> list[Finding]:
 
 def _asked(service: str, ask: Callable[[], str]) -> Finding:
     try:
-        return Finding(service=service, good=True, text=unlocked(ask()))
+        return Finding(service=service, good=True, text=redact_passwords(ask()))
     except CellbenchError as error:
-        return Finding(service=service, good=False, text=unlocked(str(error)))
+        return Finding(service=service, good=False, text=redact_passwords(str(error)))
 
 
 def _tracking(uri: str) -> str:
@@ -103,14 +103,14 @@ def _database(url: str) -> str:
 
 def _cache() -> str:
     folder = make_folder(cache_dir())
-    with told(f"writing into the cache folder {folder}"), tempfile.NamedTemporaryFile(dir=folder):
+    with os_errors_as(f"writing into the cache folder {folder}"), tempfile.NamedTemporaryFile(dir=folder):
         free = shutil.disk_usage(folder).free / 2**30
     nodes = "Nodes of a cluster may have others." if shared_url() else "On a cluster all nodes must share it."
     return f"{folder} can be written to, {free:.0f} GiB free. {nodes}"
 
 
 def _shared(url: str) -> str:
-    shared = Shared(url, print)
+    shared = RemoteCache(url, print)
     shared.probe()
     return f"{shared.shown} takes files and gives them back."
 

@@ -23,11 +23,11 @@ PATIENCE_S = 120
 
 def ui(port: int = 5000, say: Callable[[str], None] = print) -> int:
     """Serves the store of this folder on the loopback address until Ctrl-C. Raises CellbenchError where there is nothing to serve."""
-    uri = relocate.store()
+    uri = relocate.store_uri()
     if uri.startswith(("http:", "https:", "databricks")):
         raise CellbenchError(f"MLFLOW_TRACKING_URI is the server {uri}: open that in a browser. `ui` serves the store of a folder.")
-    relocate.present()
-    for line in relocate.heal():
+    relocate.require_store()
+    for line in relocate.fix_artifact_paths():
         say(line)
     port = free_port(port)
     # `mlflow ui` does not read MLFLOW_TRACKING_URI, and only the literal "true" ends its telemetry.
@@ -48,7 +48,7 @@ def _serve(server: subprocess.Popen[bytes], port: int, say: Callable[[str], None
     address = f"http://127.0.0.1:{port}"
     say("starting MLflow's UI ...")
     deadline = time.monotonic() + PATIENCE_S
-    while not answers(f"{address}/health"):
+    while not responds(f"{address}/health"):
         if server.poll() is not None:
             assert server.stdout is not None
             lines = server.stdout.read().decode(errors="replace").strip().splitlines()
@@ -57,7 +57,7 @@ def _serve(server: subprocess.Popen[bytes], port: int, say: Callable[[str], None
             raise CellbenchError(f"MLflow's UI did not answer at {address} within {PATIENCE_S} s.")
         time.sleep(0.2)
     say(f"{address}  (this machine only; Ctrl-C ends it)")
-    for name, number in relocate.experiments():
+    for name, number in relocate.experiment_names():
         say(f"  {name}: {address}/#/experiments/{number}/runs?{ui_view.QUERY}")
     assert server.stdout is not None
     for _ in server.stdout:  # read, or the server would stop at a full pipe; each request is a line nobody needs
@@ -65,7 +65,7 @@ def _serve(server: subprocess.Popen[bytes], port: int, say: Callable[[str], None
     return server.wait()
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as reply:
             return reply.status == 200

@@ -21,12 +21,12 @@ from pydantic import Field, model_validator
 
 from cellbench import startup
 from cellbench.config import source_code
-from cellbench.config.run import Record, RunSpec, Scalar, checked
-from cellbench.errors import CellbenchError, unknown
-from cellbench.files import nfc
+from cellbench.config.run import RunSpec, Scalar, StrictModel, checked
+from cellbench.errors import CellbenchError, unknown_name
+from cellbench.files import to_nfc
 
 
-class Card(Record):
+class Card(StrictModel):
     """What all cards share. ``id`` is the file's name, ``title`` its first comment line."""
 
     DESCRIPTIVE: ClassVar[frozenset[str]] = frozenset({"id", "title", "path", "license", "source", "notes"})
@@ -246,7 +246,7 @@ class Registry:
 
     def card(self, kind: str, name: str) -> Card:
         if kind not in KINDS:
-            raise unknown("kind of card", kind, KINDS)
+            raise unknown_name("kind of card", kind, KINDS)
         return self._card(kind, name)
 
     def _card(self, kind: str, name: str) -> Any:
@@ -258,10 +258,10 @@ class Registry:
         for folder in self._folders:
             path = folder / kind / f"{name}.toml"
             if not name.isascii() and not path.is_file():
-                path = next((one for one in (folder / kind).glob("*.toml") if nfc(one.stem) == nfc(name)), path)
+                path = next((one for one in (folder / kind).glob("*.toml") if to_nfc(one.stem) == to_nfc(name)), path)
             if "/" not in name and path.is_file():
                 return read_card(path, KINDS[kind])
-        raise unknown(kind.removesuffix("s"), name, self.names(kind))
+        raise unknown_name(kind.removesuffix("s"), name, self.names(kind))
 
     def complete(self, run: RunSpec) -> RunSpec:
         """The run with every option of its head or baseline filled in from the card. Raises CellbenchError for an option that the card lacks."""
@@ -276,7 +276,7 @@ def with_defaults(defaults: dict[str, Scalar], given: dict[str, Scalar], where: 
     """``given`` over ``defaults``; a name that has no default, or a value of another type, is a CellbenchError."""
     for key, value in given.items():
         if key not in defaults:
-            raise unknown("setting", key, defaults, where=f"[{where}]")
+            raise unknown_name("setting", key, defaults, where=f"[{where}]")
         default = defaults[key]
         fits = isinstance(value, type(default)) or (isinstance(default, float) and isinstance(value, int))
         if not fits or isinstance(value, bool) != isinstance(default, bool):
@@ -309,14 +309,14 @@ def load(card: Card) -> Any:
     if not attribute:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r}. Expected 'module:object' or 'file.py:object'.")
     try:
-        with startup.kept():
+        with startup.no_gc_during_import():
             module = _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
         return getattr(module, attribute)
     except (ImportError, FileNotFoundError, AttributeError) as error:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r} cannot be imported: {error}.") from error
 
 
-def code_of(card: Card) -> str:
+def code_digest(card: Card) -> str:
     """What stands for the code behind a card in fingerprints: the hash of a user's source files (``cellbench.config.source_code``); empty for the
     package's own, which ``NUMERICS`` stands for."""
     return source_code.digest(card.builder, Path(card.path).parent)
@@ -325,7 +325,7 @@ def code_of(card: Card) -> str:
 def digest_of(card: Card) -> str:
     """Sixteen hex digits over what can change numbers of a card: its facts, apart from descriptions, and the code behind it."""
     facts = card.model_dump(mode="json", exclude=set(card.DESCRIPTIVE))
-    return hashlib.sha256(json.dumps([facts, code_of(card)], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([facts, code_digest(card)], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _from_file(path: Path) -> Any:

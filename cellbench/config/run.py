@@ -15,24 +15,24 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cellbench.errors import CellbenchError, unknown
+from cellbench.errors import CellbenchError, unknown_name
 
 Scalar = bool | int | float | str
 T = TypeVar("T", bound=BaseModel)
 
 # Raised whenever a change of code changes the numbers of an unchanged spec: finished runs of older numerics are then not taken for these.
-NUMERICS = 4
+NUMERICS_VERSION = 4
 
 LOSS_TERMS = ("bce", "ce", "dice", "focal", "jaccard", "lovasz", "tversky")
 
 
-class Record(BaseModel):
+class StrictModel(BaseModel):
     """A frozen record that refuses unknown keys and does not read numbers out of strings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class RunSpec(Record):
+class RunSpec(StrictModel):
     """Everything about one run that can change its numbers, apart from the data and the weights themselves."""
 
     backbone: str | None = None
@@ -117,10 +117,10 @@ class RunSpec(Record):
     @property
     def stream(self) -> tuple[Any, ...]:
         """What decides which tiles are seen through which backbone: runs with equal streams are one cohort."""
-        return tuple(getattr(self, name) for name in STREAM_FIELDS)
+        return tuple(getattr(self, name) for name in SAMPLING_FIELDS)
 
 
-STREAM_FIELDS = (
+SAMPLING_FIELDS = (
     "backbone", "framing", "tile_px", "tile_scale", "val_overlap", "overlap", "sampling", "crops_per_image", "views", "flips", "rotations",
     "brightness", "contrast", "saturation", "hue", "hed", "normalise", "data_seed", "fraction", "fold", "unfreeze",
 )  # fmt: skip
@@ -130,7 +130,7 @@ RUN_KEYS = tuple(name for name in RunSpec.model_fields if name not in ("backbone
 GRID_KEYS = ("backbone", "head", *RUN_KEYS)
 
 
-class DataSpec(Record):
+class DataSpec(StrictModel):
     """How the images are split and, for drawn data, drawn. ``draw`` holds the drawing's own settings, by the names on its card."""
 
     val_fraction: float = Field(0.2, gt=0, lt=1)
@@ -172,7 +172,7 @@ class DataSpec(Record):
         return self
 
 
-class Experiment(Record):
+class Experiment(StrictModel):
     """One question: which backbones, heads and settings are to be compared on which data."""
 
     experiment: str = Field(min_length=1, max_length=200)
@@ -191,7 +191,7 @@ class Experiment(Record):
         for table, allowed in (("grid", GRID_KEYS), ("run", RUN_KEYS)):
             for key in getattr(experiment, table):
                 if key not in allowed:
-                    raise unknown("setting", key, allowed, where=f"{where}: [{table}]")
+                    raise unknown_name("setting", key, allowed, where=f"{where}: [{table}]")
         for key, values in experiment.grid.items():
             if not values:
                 raise CellbenchError(f"{where}: [grid] {key} is an empty list. Name at least one value, or remove the line.")
@@ -287,7 +287,7 @@ def labels(runs: list[RunSpec]) -> list[str]:
 def fingerprint(run: RunSpec, dataset_digest: str, parts_digest: str) -> str:
     """Sixteen hex digits over everything that can change a run's numbers; not device, paths or workers. ``parts_digest`` stands for the weights,
     the cards and their code, and the precision."""
-    facts = {"numerics": NUMERICS, "run": run.model_dump(), "dataset": dataset_digest, "parts": parts_digest}
+    facts = {"numerics": NUMERICS_VERSION, "run": run.model_dump(), "dataset": dataset_digest, "parts": parts_digest}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -304,7 +304,7 @@ def loss_weights(text: str) -> dict[str, float]:
             raise ValueError(f"a loss is written like '0.5 ce + 0.5 dice', not {text!r}")
         weight, name = float(match[1] or 1), match[2]
         if name not in LOSS_TERMS:
-            raise ValueError(str(unknown("loss", name, LOSS_TERMS)))
+            raise ValueError(str(unknown_name("loss", name, LOSS_TERMS)))
         if name in weights:
             raise ValueError(f"'{name}' stands twice in {text!r}")
         weights[name] = weight
@@ -330,7 +330,7 @@ def _told(record: type[BaseModel], error: ValidationError, where: str) -> Cellbe
         for part in first["loc"][:-1]:
             inner = record.model_fields[str(part)].annotation
             fields = getattr(inner, "model_fields", ())
-        return unknown("setting", str(first["loc"][-1]), fields, where=where)
+        return unknown_name("setting", str(first["loc"][-1]), fields, where=where)
     if first["type"] == "missing":
         return CellbenchError(f"{where}: '{path}' is missing.")
     message = first["msg"].removeprefix("Value error, ")

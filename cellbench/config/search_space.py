@@ -18,8 +18,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from cellbench.config.registry import Registry
-from cellbench.config.run import RUN_KEYS, DataSpec, Experiment, Record, RunSpec, Scalar, checked, expand
-from cellbench.errors import CellbenchError, unknown
+from cellbench.config.run import RUN_KEYS, DataSpec, Experiment, RunSpec, Scalar, StrictModel, checked, expand
+from cellbench.errors import CellbenchError, unknown_name
 
 DIMENSIONS = ("backbone", "head", *(name for name in RUN_KEYS if name not in ("seed", "fold")))
 """What may vary. Neither the seed, for a lucky start is no setting, nor the fold: what one fold tests, another learns from."""
@@ -38,7 +38,7 @@ METRICS: Mapping[str, str] = {
 }
 
 
-class Settings(Record):
+class Settings(StrictModel):
     """What ``[search]`` says."""
 
     trials: int = Field(40, ge=1, le=1_000_000)
@@ -77,7 +77,7 @@ class Settings(Record):
         return over | {f"min {name}": bound - metrics[name] for name, bound in self.min.items()}
 
 
-class Dimension(Record):
+class Dimension(StrictModel):
     """One thing that varies: ``choices``, or a range from ``low`` to ``high``, both included."""
 
     name: str
@@ -104,14 +104,14 @@ class Dimension(Record):
         return f"{self.low:g} to {self.high:g}" + (", log" if self.log else "") + (f", step {self.step:g}" if self.step else "")
 
 
-class _Range(Record):
+class _Range(StrictModel):
     low: int | float
     high: int | float
     log: bool = False
     step: int | float | None = None
 
 
-class _File(Record):
+class _File(StrictModel):
     experiment: str = Field(min_length=1, max_length=200)
     dataset: str
     data: DataSpec = DataSpec()
@@ -144,12 +144,12 @@ class Space:
         for name in file.space:
             if name not in DIMENSIONS:
                 why = " A seed is no setting: repeat_best repeats the best one." if name == "seed" else ""
-                raise CellbenchError(f"{unknown('setting', name, DIMENSIONS, where=f'{where}: [space]')}{why}")
+                raise CellbenchError(f"{unknown_name('setting', name, DIMENSIONS, where=f'{where}: [space]')}{why}")
             if name in file.run:
                 raise CellbenchError(f"{where}: '{name}' stands in [space] and in [run]. Keep one of them.")
         for name in file.run:
             if name not in RUN_KEYS:
-                raise unknown("setting", name, RUN_KEYS, where=f"{where}: [run]")
+                raise unknown_name("setting", name, RUN_KEYS, where=f"{where}: [run]")
         if missing := {"backbone", "head"} - set(file.space):
             raise CellbenchError(f"{where}: [space] needs a list of {' and of '.join(sorted(missing))}, of one name at least.")
         order = ["backbone", "head", *(name for name in file.space if name not in ("backbone", "head"))]
@@ -167,7 +167,7 @@ class Space:
                 elif head in heads:
                     kind = type(card.options[name]) if name in card.options else _kind(name) if name in RUN_KEYS else None
                     if kind is None:
-                        raise unknown("setting", name, card.options, where=f"{where}: [head.{head}]")
+                        raise unknown_name("setting", name, card.options, where=f"{where}: [head.{head}]")
                     dimensions.append(_dimension(f"{head}.{name}", head, value, kind, f"{where}: [head.{head}] {name}"))
         made = cls(
             experiment=file.experiment, dataset=file.dataset, data=file.data, settings=file.search, dimensions=tuple(dimensions),
@@ -263,7 +263,7 @@ def _check_objectives(settings: Settings, where: str) -> None:
                 f"{place} '{name}': the test images judge the best trial alone, at the end. Seek val/dice, or another of: {', '.join(METRICS)}."
             )
         if name not in METRICS:
-            raise unknown("metric", name, METRICS, where=place)
+            raise unknown_name("metric", name, METRICS, where=place)
     if not names or len(set(names)) != len(names):
         raise CellbenchError(f"{place} objective = {settings.objective!r}: one metric, or several different ones, are expected.")
     if len(settings.directions) != len(names) or not set(settings.directions) <= {"maximize", "minimize"}:

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from cellbench.data.io import images
-from cellbench.errors import CellbenchError, one_line, quoted
-from cellbench.files import hash_of
+from cellbench.errors import CellbenchError, one_line, quote_name
+from cellbench.files import compute_sha256
 from cellbench.metrics.pixel import IGNORE
 
 
@@ -44,7 +44,7 @@ class MaskFiles:
     paths: tuple[Path, ...]
 
     def digest(self) -> str:
-        return hashlib.sha256("".join(hash_of(path) for path in self.paths).encode()).hexdigest()
+        return hashlib.sha256("".join(compute_sha256(path) for path in self.paths).encode()).hexdigest()
 
     @property
     def num_outlined(self) -> int:
@@ -98,14 +98,14 @@ class CocoRegions:
         # What is ignored first: a cell that is outlined within a crowd is one all the same.
         for number, region in sorted(enumerate(self.regions, 1), key=lambda pair: pair[1].label != IGNORE):
             try:
-                inside = rasterised(json.loads(region.segmentation), height, width)
+                inside = rasterize(json.loads(region.segmentation), height, width)
             except ValueError as error:
-                raise CellbenchError(f"{self.file}: annotation {region.id} of {quoted(self.name)} {error}. Mend it, or take it out.") from None
+                raise CellbenchError(f"{self.file}: annotation {region.id} of {quote_name(self.name)} {error}. Mend it, or take it out.") from None
             ids[inside], classes[inside] = number if region.label != IGNORE else 0, region.label
         return classes, ids
 
 
-def rasterised(segmentation: Any, height: int, width: int) -> np.ndarray:
+def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
     """The pixels (H, W) bool of COCO's polygons (lists of x, y, x, y, …) or run lengths (counts down columns, compressed or not).
 
     Raises ValueError, whose words follow the name of the annotation, for what is neither or does not fit the image.
@@ -165,7 +165,7 @@ def _uncompressed(text: str) -> list[int]:
 
 
 @functools.lru_cache(maxsize=4)
-def coco_file(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
+def load_coco_json(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
     """The tree of a COCO file, its skeleton checked; ``stamp`` (size, time) keeps a changed file from being answered from memory."""
     try:
         tree = json.loads(path.read_bytes())
@@ -188,7 +188,7 @@ def coco_file(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
     return tree
 
 
-def with_area(segmentation: Any, height: int, width: int) -> Any:
+def drop_empty_polygons(segmentation: Any, height: int, width: int) -> Any:
     """A segmentation without its polygons that enclose nothing; None where nothing is left. What is malformed stays, to be refused when drawn."""
     if isinstance(segmentation, list) and all(isinstance(polygon, list) for polygon in segmentation):
         return [polygon for polygon in segmentation if _encloses(polygon)] or None
@@ -227,10 +227,10 @@ class CocoFile:
     """Of these, those that have a box."""
 
 
-def coco_counts(path: Path) -> dict[str, int]:
+def count_coco_categories(path: Path) -> dict[str, int]:
     """How many annotations of each category a COCO file holds, by name; crowds are not counted. Raises CellbenchError that names the file."""
     about = path.stat()
-    tree = coco_file(path, (about.st_size, about.st_mtime_ns))
+    tree = load_coco_json(path, (about.st_size, about.st_mtime_ns))
     names = {row["id"]: str(row["name"]) for row in tree["categories"]}
     counts = dict.fromkeys(names.values(), 0)
     for row in tree["annotations"]:
@@ -243,14 +243,14 @@ def _is_crowd(row: dict[str, Any]) -> bool:
     return row.get("iscrowd") in (1, "1")  # True is 1
 
 
-def coco_regions(path: Path, labels: Mapping[str, int | None]) -> CocoFile:
+def read_coco(path: Path, labels: Mapping[str, int | None]) -> CocoFile:
     """The images of a COCO file with their outlines. ``labels``: the class number of each category by its name, ``IGNORE``, or None for one
     that is left out.
 
     Raises CellbenchError that names the file.
     """
     about = path.stat()
-    tree = coco_file(path, (about.st_size, about.st_mtime_ns))
+    tree = load_coco_json(path, (about.st_size, about.st_mtime_ns))
     label: dict[int | str, int | None] = {row["id"]: labels[str(row["name"])] for row in tree["categories"]}
     limit = images.pixel_limit()
     found: dict[int | str, list[Region]] = {}
@@ -260,11 +260,11 @@ def coco_regions(path: Path, labels: Mapping[str, int | None]) -> CocoFile:
             raise CellbenchError(f"{path}: two images have the id {row['id']!r:.40}. Each needs its own.")
         if row["height"] < 1 or row["width"] < 1:
             raise CellbenchError(
-                f"{path}: {quoted(row['file_name'])} is {row['width']:.3g} x {row['height']:.3g} px there. Export it again."
+                f"{path}: {quote_name(row['file_name'])} is {row['width']:.3g} x {row['height']:.3g} px there. Export it again."
             )
         if row["height"] * row["width"] > limit:
             raise CellbenchError(
-                f"{path}: {quoted(row['file_name'])} has more than {limit / 1e6:g} megapixels there. Export it again, or raise CELLBENCH_MAX_PIXELS."
+                f"{path}: {quote_name(row['file_name'])} has more than {limit / 1e6:g} megapixels there. Export it again, or raise CELLBENCH_MAX_PIXELS."
             )
         found[row["id"]], sizes[row["id"]] = [], (row["height"], row["width"])
     num_crowds, num_boxes, empty = 0, 0, []
@@ -273,7 +273,7 @@ def coco_regions(path: Path, labels: Mapping[str, int | None]) -> CocoFile:
             lost = f"image {row['image_id']!r:.40}" if row["image_id"] not in found else f"category {row['category_id']!r:.40}"
             raise CellbenchError(f"{path}: an annotation is of {lost}, which the file does not hold. Export it again.")
         mark, name = label[row["category_id"]], f"{row.get('id', f'number {number}')!s:.40}"
-        outline = with_area(row.get("segmentation"), *sizes[row["image_id"]])
+        outline = drop_empty_polygons(row.get("segmentation"), *sizes[row["image_id"]])
         if outline is None:
             empty.append(name)
             num_boxes += bool(row.get("bbox"))

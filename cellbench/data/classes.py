@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cellbench.config.registry import DatasetCard
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.errors import CellbenchError
-from cellbench.files import Remembered
+from cellbench.files import FileFactCache
 from cellbench.metrics.instance import has_parts
 
 PART_SHARE = 0.75
@@ -39,7 +39,7 @@ WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Held:
+class ClassContent:
     """What masks hold, summed over any number of them; int64 each."""
 
     pixels: np.ndarray
@@ -51,11 +51,11 @@ class Held:
     areas_px: np.ndarray
     """(K, K): and their area."""
 
-    def __add__(self, other: Held) -> Held:
-        return Held(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
+    def __add__(self, other: ClassContent) -> ClassContent:
+        return ClassContent(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
 
 
-def held(classes: np.ndarray, num: int) -> Held:
+def class_content(classes: np.ndarray, num: int) -> ClassContent:
     """Of one class map (H, W); pixels that are not below ``num`` count nowhere."""
     known = classes < num
     pixels = np.bincount(classes[known], minlength=num)[:num].astype(np.int64)
@@ -75,29 +75,29 @@ def held(classes: np.ndarray, num: int) -> Held:
                     touching = np.unique(parts[ndimage.binary_dilation(classes == other)])
                     touching = touching[touching > 0]
                     regions[label, other], areas[label, other] = len(touching), size[touching].sum()
-    return Held(pixels=pixels, contacts=contacts, regions=regions, areas_px=areas)
+    return ClassContent(pixels=pixels, contacts=contacts, regions=regions, areas_px=areas)
 
 
-def survey(dataset: Dataset) -> dict[Sample, Held]:
+def survey_classes(dataset: Dataset) -> dict[Sample, ClassContent]:
     """Each sample's mask, but for those that cannot be read. What was read is remembered by the file's size and time of change."""
     num = len(dataset.classes)
     meaning = {f.name: getattr(dataset, f.name) for f in fields(dataset) if f.name not in (*SPLITS, "name", "root", "digest", "notes", "owners", "unused")}
     key = hashlib.sha256(repr(sorted(meaning.items())).encode()).hexdigest()[:8]
 
     def listed(path: Path) -> list[list]:
-        one = held(dataset.read_mask(Sample(name=path.name, image=path, mask=path)), num)
-        return [getattr(one, field.name).tolist() for field in fields(Held)]
+        one = class_content(dataset.read_mask(Sample(name=path.name, image=path, mask=path)), num)
+        return [getattr(one, field.name).tolist() for field in fields(ClassContent)]
 
-    out: dict[Sample, Held] = {}
-    with Remembered(f"classes-{key}", listed) as known:
+    out: dict[Sample, ClassContent] = {}
+    with FileFactCache(f"classes-{key}", listed) as known:
 
         def read(sample: Sample) -> None:
             with contextlib.suppress(CellbenchError, OSError):
                 if sample.truth is not None:
-                    out[sample] = held(dataset.read_mask(sample), num)
+                    out[sample] = class_content(dataset.read_mask(sample), num)
                 else:
-                    values = zip(fields(Held), known[sample.mask], strict=True)
-                    out[sample] = Held(**{field.name: np.array(value, np.int64) for field, value in values})
+                    values = zip(fields(ClassContent), known[sample.mask], strict=True)
+                    out[sample] = ClassContent(**{field.name: np.array(value, np.int64) for field, value in values})
 
         todo = [sample for split in SPLITS for sample in dataset.samples(split)]
         with ThreadPoolExecutor(2) as pool:  # decoding frees the interpreter's lock
@@ -105,7 +105,7 @@ def survey(dataset: Dataset) -> dict[Sample, Held]:
     return out
 
 
-def owners_of(card: DatasetCard, found: Sequence[Held]) -> tuple[tuple[int, ...], list[str]]:
+def infer_owners(card: DatasetCard, found: Sequence[ClassContent]) -> tuple[tuple[int, ...], list[str]]:
     """For each class the class of the object that it belongs to, by the card and else by the masks; and what a person should know about it.
 
     Empty where every class is an object. Raises CellbenchError where the card leaves open which object a part belongs to, and the masks do too.
@@ -132,7 +132,7 @@ def owners_of(card: DatasetCard, found: Sequence[Held]) -> tuple[tuple[int, ...]
     return (tuple(owners) if has_parts(owners) else ()), notes
 
 
-def _asked(names: Sequence[str], total: Held) -> tuple[list[int], list[str]]:
+def _asked(names: Sequence[str], total: ClassContent) -> tuple[list[int], list[str]]:
     outline = total.contacts.sum(1)
     shares = np.divide(total.contacts, outline[:, None], out=np.zeros(total.contacts.shape), where=outline[:, None] > 0)
     shares[:, 0] = 0
@@ -166,7 +166,7 @@ def with_owners(dataset: Dataset, owners: Sequence[int]) -> Dataset:
     return replace(dataset, owners=tuple(owners), digest=digest)
 
 
-def absences(classes: Sequence[str], pixels: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
+def describe_absent_classes(classes: Sequence[str], pixels: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
     """Classes without a pixel somewhere: (class, sentence). ``pixels``: by split, (N, K) for its N images; splits without images say nothing."""
     there = {split: counts.sum(0) > 0 for split, counts in pixels.items() if len(counts)}
     out = []
@@ -183,8 +183,8 @@ def absences(classes: Sequence[str], pixels: Mapping[str, np.ndarray]) -> list[t
     return out
 
 
-def empties(pixels: Mapping[str, np.ndarray]) -> list[str]:
-    """A sentence about images without a cell, if there are any; ``pixels`` as for :func:`absences`."""
+def describe_empty_images(pixels: Mapping[str, np.ndarray]) -> list[str]:
+    """A sentence about images without a cell, if there are any; ``pixels`` as for :func:`describe_absent_classes`."""
     num = {split: int((counts[:, 1:].sum(1) == 0).sum()) for split, counts in pixels.items() if len(counts)}
     told = [f"{n} of {len(pixels[split])} {WORDS[split]} images" for split, n in num.items() if n]
     if not told:
@@ -195,16 +195,16 @@ def empties(pixels: Mapping[str, np.ndarray]) -> list[str]:
     return out
 
 
-def unused(dataset: Dataset, found: Iterable[Held]) -> tuple[int, ...]:
+def unused_classes(dataset: Dataset, found: Iterable[ClassContent]) -> tuple[int, ...]:
     """The classes that none of the masks holds; none where there is no cell at all, which is nothing about single classes."""
     pixels = sum((one.pixels for one in found), np.zeros(len(dataset.classes), np.int64))
     return tuple(k for k in range(1, len(pixels)) if not pixels[k]) if pixels[1:].any() else ()
 
 
 def with_class_facts(dataset: Dataset, card: DatasetCard) -> Dataset:
-    """The dataset with what its masks say of its classes: ``owners``, ``unused``, and notes. Raises CellbenchError as :func:`owners_of` does."""
-    found = survey(dataset)
-    owners, notes = owners_of(card, list(found.values()))
+    """The dataset with what its masks say of its classes: ``owners``, ``unused``, and notes. Raises CellbenchError as :func:`infer_owners` does."""
+    found = survey_classes(dataset)
+    owners, notes = infer_owners(card, list(found.values()))
     pixels = {split: np.array([found[sample].pixels for sample in dataset.samples(split) if sample in found]) for split in SPLITS}
-    notes += [sentence for _, sentence in absences(dataset.classes, pixels)] + empties(pixels)
-    return replace(with_owners(dataset, owners), unused=unused(dataset, found.values()), notes=(*dataset.notes, *notes))
+    notes += [sentence for _, sentence in describe_absent_classes(dataset.classes, pixels)] + describe_empty_images(pixels)
+    return replace(with_owners(dataset, owners), unused=unused_classes(dataset, found.values()), notes=(*dataset.notes, *notes))

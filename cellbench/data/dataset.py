@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from cellbench.data.annotations import Annotation
 from cellbench.data.io import images
-from cellbench.data.io.intensity import Reading
-from cellbench.data.masks import MARKS, MaskFacts, decided, facts_of, facts_of_cells, num_below, smallest_px
+from cellbench.data.io.intensity import IntensityScaling
+from cellbench.data.masks import MARKS, MaskFacts, count_below, decide_meaning, mask_facts, mask_facts_of_cells, min_cell_area
 from cellbench.errors import CellbenchError, one_line
-from cellbench.files import Remembered, hash_of
+from cellbench.files import FileFactCache, compute_sha256
 from cellbench.metrics.pixel import IGNORE
 
 SPLITS = ("train", "val", "test")
@@ -68,7 +68,7 @@ class Dataset:
     """For each class the class of the object that it is a part of, its own for an object; empty: every class is an object."""
     unused: tuple[int, ...] = ()
     """Classes that no mask holds, in no split."""
-    reading: Reading = field(default_factory=Reading)
+    reading: IntensityScaling = field(default_factory=IntensityScaling)
     """What all its images are read by."""
     um_per_px: float | None = None
     """The side of a pixel by the files' own statement, where all that state one state the same."""
@@ -76,7 +76,7 @@ class Dataset:
     """How far from its class's value a mask's value may lie."""
     masks: str = ""
     """How mask files are meant: numbers of ``cells``, values of ``classes``, or ``binary``; empty: undecided, and then no numbers of cells.
-    :func:`understood` decides."""
+    :func:`interpret_masks` decides."""
     ignore: int | tuple[int, int, int] | None = None
     """The mask value (or colour) of pixels that count nowhere: ``IGNORE`` in class maps."""
     min_cell_px: int | None = None
@@ -112,7 +112,7 @@ class Dataset:
 
     def meaning(self, labels: np.ndarray) -> np.ndarray:
         """The class map (H, W) uint8 of a mask's numbers."""
-        classes = np.digitize(labels, self.thresholds).astype(np.uint8) if self.thresholds else images.class_map(labels, self.values)
+        classes = np.digitize(labels, self.thresholds).astype(np.uint8) if self.thresholds else images.labels_to_classes(labels, self.values)
         if self.ignore is not None and not self.colors:
             classes[labels == self.ignore] = IGNORE
         return classes
@@ -130,15 +130,15 @@ class Dataset:
         return labels if self.ignore is None else np.where(labels == self.ignore, 0, labels)
 
 
-def _inspect_image(path: Path, reading: Reading) -> list[object]:
+def _inspect_image(path: Path, reading: IntensityScaling) -> list[object]:
     height, width = images.read_image(path, reading).shape[:2]  # first, because it tells people what is wrong with a file
-    return [hash_of(path), height, width]
+    return [compute_sha256(path), height, width]
 
 
 def _inspect_mask(path: Path, dataset: Dataset) -> list[Any]:
     labels = images.read_labels(path, colors=dataset.color_table)
     classes = labels.astype(np.uint8) if dataset.colors else dataset.meaning(labels)
-    return [hash_of(path), vars(facts_of(labels, classes, _strays(labels, classes, dataset)))]
+    return [compute_sha256(path), vars(mask_facts(labels, classes, _strays(labels, classes, dataset)))]
 
 
 def _strays(labels: np.ndarray, classes: np.ndarray, dataset: Dataset) -> list[int]:
@@ -154,10 +154,10 @@ def _strays(labels: np.ndarray, classes: np.ndarray, dataset: Dataset) -> list[i
 def _truth(dataset: Dataset, sample: Sample) -> list[Any]:
     """As for a mask file, of a truth that is none; read anew each time, because it may be many files or part of one."""
     assert sample.truth is not None
-    return [sample.truth.digest(), vars(facts_of_cells(*sample.truth.read()))]
+    return [sample.truth.digest(), vars(mask_facts_of_cells(*sample.truth.read()))]
 
 
-def mask_facts(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample] | None = None) -> dict[Sample, tuple[str, MaskFacts]]:
+def read_mask_facts(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample] | None = None) -> dict[Sample, tuple[str, MaskFacts]]:
     """The hash and facts of each sample's mask. One that cannot be read is a CellbenchError, or is left out and listed in ``broken``.
 
     What was read is remembered by size and time of change, so that only the first call on new files takes long.
@@ -165,7 +165,7 @@ def mask_facts(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample]
     key = [dataset.values, dataset.thresholds, dataset.colors, dataset.ignore, dataset.tolerance]
     name = f"mask-facts-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
     out: dict[Sample, tuple[str, MaskFacts]] = {}
-    with Remembered(name, lambda path: _inspect_mask(path, dataset)) as known, ThreadPoolExecutor(2) as pool:
+    with FileFactCache(name, lambda path: _inspect_mask(path, dataset)) as known, ThreadPoolExecutor(2) as pool:
 
         def inspect(sample: Sample) -> None:
             try:
@@ -191,7 +191,7 @@ def mask_facts(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Understood:
+class MaskInterpretation:
     """A dataset whose masks' meaning is decided, and what the decision rests on."""
 
     dataset: Dataset
@@ -203,26 +203,26 @@ class Understood:
     """What a person should confirm."""
 
 
-def understood(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample] | None = None) -> Understood:
+def interpret_masks(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample] | None = None) -> MaskInterpretation:
     """How the masks of a set are meant and how small its cells may be, from all of them together, as far as its card does not say.
 
-    Notes for people are added to the dataset's. ``broken``: as for :func:`mask_facts`.
+    Notes for people are added to the dataset's. ``broken``: as for :func:`read_mask_facts`.
     """
-    facts = mask_facts(dataset, samples, broken)
+    facts = read_mask_facts(dataset, samples, broken)
     files = [found for sample, (_, found) in facts.items() if sample.truth is None]
     outlined = [found for sample, (_, found) in facts.items() if sample.truth is not None]
     notes, ask, doubt = [], "", ""
     if files and not (dataset.values or dataset.thresholds or dataset.colors):
-        meaning = decided(files, dataset.masks, dataset.ignore)
+        meaning = decide_meaning(files, dataset.masks, dataset.ignore)
         doubt = meaning.doubt
         if not meaning.kind:  # an ignored value was found: the others are looked at without it
             dataset = replace(dataset, ignore=meaning.ignore)
-            facts = mask_facts(dataset, samples, broken and [*broken])
+            facts = read_mask_facts(dataset, samples, broken and [*broken])
             files = [found for sample, (_, found) in facts.items() if sample.truth is None]
-            meaning = decided(files, dataset.masks, dataset.ignore)
+            meaning = decide_meaning(files, dataset.masks, dataset.ignore)
         dataset, ask = replace(dataset, masks=meaning.kind, values=meaning.values), meaning.ask
         if meaning.values:
-            facts = mask_facts(dataset, samples, broken and [*broken])
+            facts = read_mask_facts(dataset, samples, broken and [*broken])
         notes.append(f"masks: {meaning.said}")
     elif files:
         dataset = replace(dataset, masks="classes" if len(dataset.classes) > 2 else "binary")
@@ -243,7 +243,7 @@ def understood(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample]
         notes.append(f"ignored: {share:.2%} of the pixels count nowhere, neither in training nor in scores")
     limit, told = _smallest(dataset, facts)
     notes += [told, *([f"doubt: {doubt}"] if doubt else [])]
-    return Understood(dataset=replace(dataset, min_cell_px=limit, notes=(*dataset.notes, *notes)), facts=facts, ask=ask, doubt=doubt)
+    return MaskInterpretation(dataset=replace(dataset, min_cell_px=limit, notes=(*dataset.notes, *notes)), facts=facts, ask=ask, doubt=doubt)
 
 
 def _by_card(dataset: Dataset) -> str:
@@ -258,11 +258,11 @@ def _smallest(dataset: Dataset, facts: dict[Sample, tuple[str, MaskFacts]]) -> t
     every = [pair for areas in own.values() for pair in areas]
     limit, why = dataset.min_cell_px, "as set"
     if limit is None:
-        limit, why = smallest_px(every), "from the areas of the masks' cells"
+        limit, why = min_cell_area(every), "from the areas of the masks' cells"
         # A cell that a person numbered or outlined is one, however small.
         counted = [px for sample, areas in own.items() if _is_numbered(dataset, sample) for px, _ in areas]
         limit = min([limit, *counted])
-    few, num = num_below(every, limit)
+    few, num = count_below(every, limit)
     left = f"{few:,} of {num:,} marked regions are smaller and are not counted as cells" if few else "none of the masks' is smaller"
     return limit, f"smallest cell: {limit} px, {why} (min_cell_px on the card sets it); {left}"
 
@@ -275,7 +275,7 @@ def _cells(dataset: Dataset, sample: Sample, found: MaskFacts) -> Sequence[Seque
     return found.numbered if _is_numbered(dataset, sample) else found.regions
 
 
-def proven(dataset: Dataset) -> Dataset:
+def validated(dataset: Dataset) -> Dataset:
     """The dataset with sizes, digest, and the meaning of its masks, after every file was decoded once and every mask fits its image.
 
     Raises CellbenchError; also where only a person can say what the masks mean. What was read is remembered by size and time of change, so
@@ -283,8 +283,8 @@ def proven(dataset: Dataset) -> Dataset:
     """
     everything = [s for split in SPLITS for s in dataset.samples(split)]
     read_as = dataset.reading.told()
-    seen = "images" if dataset.reading == Reading() else f"images-{hashlib.sha256(json.dumps(read_as).encode()).hexdigest()[:8]}"
-    with Remembered(seen, lambda path: _inspect_image(path, dataset.reading)) as image_facts:
+    seen = "images" if dataset.reading == IntensityScaling() else f"images-{hashlib.sha256(json.dumps(read_as).encode()).hexdigest()[:8]}"
+    with FileFactCache(seen, lambda path: _inspect_image(path, dataset.reading)) as image_facts:
         new = [s for s in everything if not image_facts.knows(s.image)]
         with ThreadPoolExecutor(2) as pool:  # decoding frees the interpreter's lock
             jobs = [pool.submit(image_facts.__getitem__, sample.image) for sample in new]
@@ -293,7 +293,7 @@ def proven(dataset: Dataset) -> Dataset:
                     job.result()
             finally:
                 pool.shutdown(cancel_futures=True)
-        found = understood(dataset, everything)
+        found = interpret_masks(dataset, everything)
         dataset = found.dataset
         lines, parts = [], {}
         for split in SPLITS:
@@ -313,6 +313,6 @@ def proven(dataset: Dataset) -> Dataset:
         raise CellbenchError(f"{dataset.root}: {found.ask}, on the data set's card ({CARD_NAME} beside the data).")
     # What came later is left out where it is not used, so that finished runs are still found.
     meaning = [dataset.classes, dataset.values, *(more for more in (dataset.thresholds, dataset.colors) if more)]
-    meaning += [read_as] if dataset.reading != Reading() else []
+    meaning += [read_as] if dataset.reading != IntensityScaling() else []
     facts = json.dumps([*meaning, dataset.masks, dataset.ignore, dataset.min_cell_px, sorted(lines)])
     return replace(dataset, digest=hashlib.sha256(facts.encode()).hexdigest()[:16], **parts)

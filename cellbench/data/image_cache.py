@@ -10,8 +10,8 @@ from typing import TypeVar, cast
 import numpy as np
 
 from cellbench.data.dataset import Dataset
-from cellbench.data.io.intensity import Reading
-from cellbench.data.transforms.cell_targets import aims
+from cellbench.data.io.intensity import IntensityScaling
+from cellbench.data.transforms.cell_targets import make_targets
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.stain import KINDS, MOST_IMAGES, Normaliser
@@ -23,7 +23,7 @@ Key = tuple[int, Preparation | Framing | None]
 """An image's number, and what was made of it: an image and class map as they are or as prepared, or aims in a framing."""
 
 
-class Pixels:
+class ImageCache:
     """Images (H, W, 3) uint8 and class maps (H, W) uint8 of one split, as they are and as they were prepared, the most recently used within
     ``budget_bytes``.
 
@@ -38,7 +38,7 @@ class Pixels:
         self._normalisers: dict[tuple[str, tuple[int, ...]], Normaliser | None] = {}
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> IntensityScaling:
         """What the images are read by."""
         return self._dataset.reading
 
@@ -75,7 +75,7 @@ class Pixels:
             classes = framing.mask(own)
             if least is not None:  # in own pixels; a framed one may be of another size
                 least = max(1, round(least * classes.size / own.size))
-            return (aims(classes, framing.numbers(ids) if ids is not None else None, least, owners=self._dataset.owners),)
+            return (make_targets(classes, framing.numbers(ids) if ids is not None else None, least, owners=self._dataset.owners),)
 
         return self._kept_or((index, framing), make)[0]
 

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cellbench.config.registry import DatasetCard
-from cellbench.data.annotations import CocoFile, MaskFiles, coco_counts, coco_regions
+from cellbench.data.annotations import CocoFile, MaskFiles, count_coco_categories, read_coco
 from cellbench.data.dataset import Sample
 from cellbench.data.io.images import EXTENSIONS
 from cellbench.data.manifest import NAMES, read_manifest
-from cellbench.data.scan import Doubt, Listing, Problem, by_stem, named, others, outside, place
-from cellbench.errors import CellbenchError, quoted
+from cellbench.data.scan import FileWarning, Listing, UnusableImage, by_stem, check_outside, other_files, resolve_inside, unique_names
+from cellbench.errors import CellbenchError, quote_name
 from cellbench.metrics.pixel import IGNORE
 
 LAYOUTS = (
@@ -33,7 +33,7 @@ LAYOUTS = (
 )
 
 
-def listing_of(card: DatasetCard, where: Path) -> Listing:
+def scan_folder(card: DatasetCard, where: Path) -> Listing:
     """What lies in a folder, or in that of a manifest or COCO file. Raises CellbenchError where it is laid out in no known way."""
     if where.is_file():
         if where.suffix.lower() in (".csv", ".toml"):
@@ -75,7 +75,7 @@ def _pairs(root: Path, images: str, masks: str) -> Listing:
         pictures, labels = by_stem(root / here, root, out.problems), by_stem(root / there, root, out.problems)
         if not pictures:
             expected = f"Expected files that end in {', '.join(sorted(EXTENSIONS))}."
-            out.problems.append(Problem(kind="empty", name=here, said=f"{root / here}: holds no image", todo=expected))
+            out.problems.append(UnusableImage(kind="empty", name=here, said=f"{root / here}: holds no image", todo=expected))
         samples = []
         for stem, path in pictures.items():
             if stem in labels:
@@ -83,18 +83,18 @@ def _pairs(root: Path, images: str, masks: str) -> Listing:
                 continue
             out.reported.add(path)
             said = f"{root.name}/{here}: '{path.name}' has no mask. Expected {there}/{stem}.png"
-            out.problems.append(Problem(kind="missing-mask", name=path.name, said=said, todo="Add it, or move the image out."))
+            out.problems.append(UnusableImage(kind="missing-mask", name=path.name, said=said, todo="Add it, or move the image out."))
         spare = sorted(set(labels) - set(pictures))
-        unread = {path.stem: path for path in others(root / here) if path.stem in spare}
+        unread = {path.stem: path for path in other_files(root / here) if path.stem in spare}
         out.reported |= {*unread.values(), *(labels[stem] for stem in spare)}
         for path in unread.values():
             said = f"{root.name}/{here}: '{path.name}' has a mask, but is of no format that is read"
             todo = f"Save it as one of {', '.join(sorted(EXTENSIONS))}, or move it and its mask out."
-            out.problems.append(Problem(kind="format", name=path.name, said=said, todo=todo))
+            out.problems.append(UnusableImage(kind="format", name=path.name, said=said, todo=todo))
         spare = [stem for stem in spare if stem not in unread]
         if spare:
             said = f"{root.name}/{there}: {len(spare)} masks have no image and are not used"
-            out.doubts.append(Doubt(kind="no image", said=said, names=tuple(labels[stem].name for stem in spare)))
+            out.doubts.append(FileWarning(kind="no image", said=said, names=tuple(labels[stem].name for stem in spare)))
         out.parts[split] = tuple(samples)
     return out
 
@@ -121,16 +121,16 @@ def _coco(card: DatasetCard, root: Path, files: list[Path]) -> Listing:
     samples: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
     counts: Counter[str] = Counter()
     for file in files:
-        counts.update(coco_counts(file))
+        counts.update(count_coco_categories(file))
     out.classes, labels, told = _categories(card, files[0], counts)
     out.notes.append(told)
-    read = {file: coco_regions(file, labels) for file in files}
+    read = {file: read_coco(file, labels) for file in files}
     entries = [(file, _split_of(file, root), image) for file in files for image in read[file].images]
     if not entries:
         raise CellbenchError(f"{files[0]}: holds no image. Export it again.")
     for file, held in read.items():
         out.notes += _left_out(file, held)
-    names = named([f"{_split_of(file, root)}/{image.name}" for file, _, image in entries])
+    names = unique_names([f"{_split_of(file, root)}/{image.name}" for file, _, image in entries])
     bases: dict[Path, list[Path]] = {}
     for file, split, image in entries:
         if file not in bases:
@@ -143,12 +143,12 @@ def _coco(card: DatasetCard, root: Path, files: list[Path]) -> Listing:
                 root / "valid",
             ]
             bases[file] = [file.parent, root, *words]
-        there = [path for base in bases[file] if (path := place(base, image.name)) is not None and path.is_file()]
-        if place(root, image.name) is None:
-            out.problems.append(outside(root, image.name))
+        there = [path for base in bases[file] if (path := resolve_inside(base, image.name)) is not None and path.is_file()]
+        if resolve_inside(root, image.name) is None:
+            out.problems.append(check_outside(root, image.name))
         elif not there or not there[0].resolve().is_relative_to(root.resolve()):
-            said = f"{file}: names the image {quoted(image.name)}, which is not there"
-            out.problems.append(Problem(kind="missing-image", name=image.name, said=said, todo="Put it beside the file or into images/."))
+            said = f"{file}: names the image {quote_name(image.name)}, which is not there"
+            out.problems.append(UnusableImage(kind="missing-image", name=image.name, said=said, todo="Put it beside the file or into images/."))
         else:
             bases[file].insert(0, bases[file].pop(bases[file].index(next(base for base in bases[file] if there[0].is_relative_to(base)))))
             name = names[f"{split}/{image.name}"]
@@ -173,7 +173,7 @@ def _categories(card: DatasetCard, file: Path, counts: Mapping[str, int]) -> tup
     targets = [name for name in dict.fromkeys(card.categories.values()) if name not in ("", "ignore")]
     labels: dict[str, int | None] = {}
     if unknown_names := [name for name in card.categories if name not in counts]:
-        raise CellbenchError(f"{file}: holds no category {quoted(unknown_names[0])}, of which the card speaks. It holds {', '.join(counts) or 'none'}.")
+        raise CellbenchError(f"{file}: holds no category {quote_name(unknown_names[0])}, of which the card speaks. It holds {', '.join(counts) or 'none'}.")
     lower = {name.casefold(): name for name in card.classes} if explicit else {}
     for name in counts:
         if name.casefold() in lower or name in card.categories:
@@ -191,18 +191,18 @@ def _categories(card: DatasetCard, file: Path, counts: Mapping[str, int]) -> tup
         same = next((index for index, known in enumerate(classes) if known.casefold() == name.casefold()), 1 if single else None)
         if same is None:
             raise CellbenchError(
-                f"{file}: category {quoted(name)} is no class of the card ({', '.join(classes)}). Name it there, or say what it is: "
+                f"{file}: category {quote_name(name)} is no class of the card ({', '.join(classes)}). Name it there, or say what it is: "
                 f'categories = {{ {json.dumps(name)} = "{classes[-1]}" }}, or "" to leave it out.'
             )
         labels[name] = same or None
     for name, target in card.categories.items():
         if target not in ("", "ignore", *classes):
-            raise CellbenchError(f"{card.path}: categories: {quoted(name)} is to be {quoted(target)}, which is no class ({', '.join(classes)}).")
+            raise CellbenchError(f"{card.path}: categories: {quote_name(name)} is to be {quote_name(target)}, which is no class ({', '.join(classes)}).")
         labels[name] = classes.index(target) or None if target in classes else IGNORE if target else None
     if len(classes) > IGNORE:
         raise CellbenchError(f"{file}: {len(classes)} classes; {IGNORE} are the most. Merge some by categories = {{...}} on the card.")
     words = {None: "left out", IGNORE: "ignored"} | {k: f"class '{name}'" for k, name in enumerate(classes) if k}
-    told = "; ".join(f"{quoted(name)} {num:,} ({words[labels[name]] if num else 'not used'})" for name, num in list(counts.items())[:20])
+    told = "; ".join(f"{quote_name(name)} {num:,} ({words[labels[name]] if num else 'not used'})" for name, num in list(counts.items())[:20])
     return classes, labels, f"COCO categories: {told}{'; …' if len(counts) > 20 else ''}. `categories` on the card says otherwise."
 
 
@@ -246,11 +246,11 @@ def _nuclei(root: Path) -> Listing | None:
             if len(pictures) != 1:
                 said = f"{folder}: holds {len(pictures)} images, one was expected"
                 out.problems.append(
-                    Problem(kind="not-one", name=folder.name, said=said, todo="Take it out, or use images/ and masks/ of many images.")
+                    UnusableImage(kind="not-one", name=folder.name, said=said, todo="Take it out, or use images/ and masks/ of many images.")
                 )
             elif not masks:
                 said = f"{root.name}: '{pictures[0].name}' has no mask. Expected files in {folder.relative_to(root)}/masks"
-                out.problems.append(Problem(kind="missing-mask", name=pictures[0].name, said=said, todo="Add them, or move the image out."))
+                out.problems.append(UnusableImage(kind="missing-mask", name=pictures[0].name, said=said, todo="Add them, or move the image out."))
             else:
                 samples.append(Sample(name=pictures[0].name, image=pictures[0], mask=folder / "masks", truth=MaskFiles(paths=masks)))
         if samples or split == "train":

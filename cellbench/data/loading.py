@@ -17,12 +17,12 @@ from cellbench.config.registry import DatasetCard, load, with_defaults
 from cellbench.config.run import DataSpec, checked
 from cellbench.data.audit import near_duplicates
 from cellbench.data.classes import with_class_facts
-from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, proven, understood
-from cellbench.data.layouts import listing_of
+from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, interpret_masks, validated
+from cellbench.data.layouts import scan_folder
 from cellbench.data.manifest import NAMES
-from cellbench.data.scan import Listing, unused
-from cellbench.data.splits import Grouping, Splits, given, split_of
-from cellbench.data.uniformity import common_um, doubts_of, facts_of, reading_of
+from cellbench.data.scan import Listing, find_unused
+from cellbench.data.splits import Grouping, Splits, given_splits, split_of
+from cellbench.data.uniformity import common_pixel_size, decide_scaling, find_inconsistencies, read_all_image_facts
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
 from cellbench.metrics.pixel import IGNORE
@@ -30,21 +30,21 @@ from cellbench.metrics.pixel import IGNORE
 
 def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Dataset:
     """The dataset of a card: drawn, or read from ``folder`` (or a manifest or COCO file). Every file is proven readable. Raises CellbenchError."""
-    card, listing = listed(card, folder, spec)
+    card, listing = scan_dataset(card, folder, spec)
     listing.refuse()
-    dataset, splits = split(card, listing, spec)
+    dataset, splits = split_dataset(card, listing, spec)
     if spec.limit:
         limited = any(len(dataset.samples(part)) > spec.limit for part in SPLITS)
         dataset = replace(dataset, limited=limited, **{part: dataset.samples(part)[: spec.limit] for part in SPLITS})
-    dataset = proven(dataset)
+    dataset = validated(dataset)
     # Only now: a split that names a damaged image would be in the way of whoever takes it out.
     return with_class_facts(replace(dataset, notes=(*listing.lines, *dataset.notes, splits.keep())), card)
 
 
-def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[DatasetCard, Listing]:
+def scan_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[DatasetCard, Listing]:
     """The card that holds for the folder and what lies there, with what all its images are read by. Raises CellbenchError."""
     if card.draw:
-        return card, listing_of(card, _drawn(card, spec))
+        return card, scan_folder(card, _drawn(card, spec))
     if spec.draw:
         raise CellbenchError(f"[data.draw] is for drawn datasets, but '{card.id}' is read from a folder. Remove the table.")
     if folder is None:
@@ -52,20 +52,20 @@ def listed(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[Data
         raise CellbenchError(f"dataset '{card.id}' is read from a folder, and none was named. Give --data DIR.{how}")
     if card.id == "folder" and (folder / CARD_NAME).is_file():
         card = _own_card(folder / CARD_NAME, card)
-    listing = listing_of(card, folder)
+    listing = scan_folder(card, folder)
     here = [(part, sample) for part in SPLITS for sample in listing.parts.get(part, ())]
     times = Counter(sample.name for _, sample in here)  # unique within a split alone
     images = {sample.image: sample.name if times[sample.name] == 1 else f"{part}/{sample.name}" for part, sample in here}
-    facts = facts_of(list(images), card.channels)
-    listing.reading, listing.reading_words = reading_of(facts.values(), card.range, card.channels)
-    listing.um_per_px = common_um(facts.values())
+    facts = read_all_image_facts(list(images), card.channels)
+    listing.reading, listing.reading_words = decide_scaling(facts.values(), card.range, card.channels)
+    listing.um_per_px = common_pixel_size(facts.values())
     if listing.um_per_px is not None:
         num = sum(one.pixel is not None for one in facts.values())
         listing.reading_words.append(f"pixels of {listing.um_per_px:.4g} um, as {num} of {len(facts)} images state")
-    doubts, notes = unused(listing, (CARD_NAME, folder.name, *NAMES))
+    doubts, notes = find_unused(listing, (CARD_NAME, folder.name, *NAMES))
     listing.doubts += doubts
     listing.notes += notes
-    listing.doubts += doubts_of({images[path]: one for path, one in facts.items()}, listing.reading)
+    listing.doubts += find_inconsistencies({images[path]: one for path, one in facts.items()}, listing.reading)
     return (card.model_copy(update={"classes": listing.classes}) if listing.classes else card), listing
 
 
@@ -84,7 +84,7 @@ def _own_card(path: Path, card: DatasetCard) -> DatasetCard:
     return checked(DatasetCard, {**tree, **given}, str(path))
 
 
-def undivided(card: DatasetCard, root: Path) -> Dataset:
+def dataset_of_card(card: DatasetCard, root: Path) -> Dataset:
     """A dataset without samples: what its card says of its masks."""
     meaning = {key: getattr(card, key) for key in ("classes", "values", "thresholds", "colors", "tolerance", "ignore", "min_cell_px")}
     kind = card.kind_of_masks
@@ -93,17 +93,17 @@ def undivided(card: DatasetCard, root: Path) -> Dataset:
     return Dataset(name=card.id, root=root, train=(), val=(), test=(), masks=kind, **meaning)
 
 
-def split(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: Grouping | None = None) -> tuple[Dataset, Splits]:
+def split_dataset(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: Grouping | None = None) -> tuple[Dataset, Splits]:
     """The listed samples as a dataset in its three splits; nothing is written yet. ``grouped``: who finds images that show the same."""
-    grouped = grouped or partial(near_duplicates.grouped, reading=listing.reading)
-    dataset = replace(undivided(card, listing.root), reading=listing.reading, um_per_px=listing.um_per_px)
+    grouped = grouped or partial(near_duplicates.group_near_duplicates, reading=listing.reading)
+    dataset = replace(dataset_of_card(card, listing.root), reading=listing.reading, um_per_px=listing.um_per_px)
     parts = {part: listing.parts.get(part, ()) for part in SPLITS}
     if card.draw and spec.group == "auto":
         grouped = tuple  # what is drawn is never the same twice
 
     @functools.cache
     def meant() -> Dataset:
-        return understood(dataset, [sample for part in SPLITS for sample in parts[part]]).dataset
+        return interpret_masks(dataset, [sample for part in SPLITS for sample in parts[part]]).dataset
 
     def foreground(sample: Sample) -> float:
         classes = meant().read_mask(sample)
@@ -113,7 +113,7 @@ def split(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: Grouping
     if spec.folds:  # over everything
         splits = split_of(listing.root, (*parts["train"], *parts["val"]), parts["test"], spec, foreground, grouped)
     elif parts["val"]:
-        splits = given(listing.root, listing.layout, parts, spec, grouped)
+        splits = given_splits(listing.root, listing.layout, parts, spec, grouped)
     else:
         splits = split_of(listing.root, parts["train"], parts["test"], spec, foreground, grouped)
     return replace(dataset, train=splits.train, val=splits.val, test=splits.test), splits

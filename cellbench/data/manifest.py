@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cellbench.data.annotations import MaskFiles
 from cellbench.data.dataset import Sample
-from cellbench.data.scan import Listing, Problem, by_stem, named, outside, place
-from cellbench.errors import CellbenchError, one_line, quoted
+from cellbench.data.scan import Listing, UnusableImage, by_stem, check_outside, resolve_inside, unique_names
+from cellbench.errors import CellbenchError, one_line, quote_name
 
 NAMES = ("manifest.csv", "manifest.toml")
 COLUMNS = ("image", "mask", "split", "group", "label")
@@ -42,20 +42,20 @@ def read_manifest(path: Path, root: Path) -> Listing:
         raise CellbenchError(
             f"{path}: some rows name a split and others none. Name train, val or test in each, or in none to have it drawn."
         )
-    names = named([row["image"] for row in rows])
+    names = unique_names([row["image"] for row in rows])
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
         if row["split"].lower() not in SPLITS:
             raise CellbenchError(f"{path}: row {number} has split = {row['split']!r:.40}. Expected train, val or test.")
         if row["image"] in seen:
             out.problems.append(
-                Problem(kind="twice", name=row["image"], said=f"{path}: names {quoted(row['image'])} twice", todo="Keep one of the rows.")
+                UnusableImage(kind="twice", name=row["image"], said=f"{path}: names {quote_name(row['image'])} twice", todo="Keep one of the rows.")
             )
             continue
         seen.add(row["image"])
-        files = {key: place(root, row[key]) for key in ("image", "mask")}
+        files = {key: resolve_inside(root, row[key]) for key in ("image", "mask")}
         if None in files.values():
-            out.problems.append(outside(root, row["image"] if files["image"] is None else row["mask"]))
+            out.problems.append(check_outside(root, row["image"] if files["image"] is None else row["mask"]))
             continue
         image, mask = files["image"], files["mask"]
         assert image is not None
@@ -67,8 +67,8 @@ def read_manifest(path: Path, root: Path) -> Listing:
             key for key, file in (("image", image), ("mask", mask)) if not file.is_file() and not (key == "mask" and truth and truth.paths)
         ]
         if lost:
-            said = f"{path}: row {number} names the {lost[0]} {quoted(row[lost[0]])}, which is not there"
-            out.problems.append(Problem(kind=f"missing-{lost[0]}", name=row["image"], said=said, todo="Add it, or take the row out."))
+            said = f"{path}: row {number} names the {lost[0]} {quote_name(row[lost[0]])}, which is not there"
+            out.problems.append(UnusableImage(kind=f"missing-{lost[0]}", name=row["image"], said=said, todo="Add it, or take the row out."))
             continue
         sample = Sample(name=names[row["image"]], image=image, mask=mask, truth=truth, group=row["group"], label=row["label"])
         parts[SPLITS[row["split"].lower()]].append(sample)
@@ -99,7 +99,7 @@ def _csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
         row = dict(zip(heads, (cell.strip() for cell in cells), strict=True))
         rows.append({key: row.get(key, "") for key in COLUMNS})
     other = [head for head in heads if head not in COLUMNS]
-    return rows, [f"{path.name}: columns not used: {quoted(', '.join(other))}"] if other else []
+    return rows, [f"{path.name}: columns not used: {quote_name(', '.join(other))}"] if other else []
 
 
 def _toml(path: Path) -> tuple[list[dict[str, str]], list[str]]:
@@ -114,6 +114,6 @@ def _toml(path: Path) -> tuple[list[dict[str, str]], list[str]]:
         wrong = [key for key, value in row.items() if key not in COLUMNS or not isinstance(value, str)]
         if wrong or not {"image", "mask"} <= set(row):
             raise CellbenchError(
-                f"{path}: an [[image]] has {f'{quoted(wrong[0])} = {row[wrong[0]]!r:.60}' if wrong else 'no image or no mask'}. Strings are expected."
+                f"{path}: an [[image]] has {f'{quote_name(wrong[0])} = {row[wrong[0]]!r:.60}' if wrong else 'no image or no mask'}. Strings are expected."
             )
     return [{key: row.get(key, "") for key in COLUMNS} for row in rows], []

@@ -2,7 +2,7 @@
 
 A mask's numbers are one of three things: numbers of cells (each cell its own), class values (the same few in many places), or cell and
 background. One mask alone often cannot tell: with a single cell it looks like the third, with 0, 1 and 2 like the first two. So each mask is
-summarised (:class:`MaskFacts`), and the set decides (:func:`decided`); where it cannot, it asks.
+summarised (:class:`MaskFacts`), and the set decides (:func:`decide_meaning`); where it cannot, it asks.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class MaskFacts:
     """The same of each number's pixels."""
 
 
-def facts_of(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = ()) -> MaskFacts:
+def mask_facts(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = ()) -> MaskFacts:
     """Of a mask's numbers (H, W), whole, the ignored ones included, and its class map (H, W) uint8."""
     ignored = classes == IGNORE
     num_ignored = int(np.count_nonzero(ignored))
@@ -101,7 +101,7 @@ def facts_of(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = ()
     )
 
 
-def facts_of_cells(classes: np.ndarray, ids: np.ndarray) -> MaskFacts:
+def mask_facts_of_cells(classes: np.ndarray, ids: np.ndarray) -> MaskFacts:
     """The same of a truth that is outlines: its class map (H, W) uint8 and its numbers of cells (H, W)."""
     values, areas = _counts(np.where(classes == IGNORE, 0, ids))
     return MaskFacts(
@@ -175,7 +175,7 @@ def _in_parts(areas: np.ndarray) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meaning:
+class MaskMeaning:
     """How the masks of a set are understood."""
 
     kind: str
@@ -192,7 +192,7 @@ class Meaning:
     """What only a person can say; the rest is then the best guess."""
 
 
-def decided(facts: Sequence[MaskFacts], kind: str = "", ignore: int | None = None) -> Meaning:
+def decide_meaning(facts: Sequence[MaskFacts], kind: str = "", ignore: int | None = None) -> MaskMeaning:
     """The meaning of the masks of one set, of whose values no card says anything; ``kind`` and ``ignore`` as far as the card does."""
     marked = [f for f in facts if f.num_values]
     union = sorted({value for f in marked for value in f.values})
@@ -203,45 +203,45 @@ def decided(facts: Sequence[MaskFacts], kind: str = "", ignore: int | None = Non
     if kind != "cells" and noise and not (rising and FEW < most < 255):  # cells of a pixel or two are numbers as well
         top = max(union)
         if top < 65536 and (kind == "binary" or sum(f.middle_px for f in facts) < 0.2 * sum(f.top_px for f in facts)):
-            return Meaning(
+            return MaskMeaning(
                 kind="binary",
                 values=(0, top),
                 ignore=ignore,
                 said=f"cell or background, near {top} and 0 with noise or smooth edges; {two}",
             )
         ask = "the values vary from pixel to pixel (a JPEG, or smoothed), around more than two. Write values = [...], that of each class"
-        return Meaning(kind="binary", ignore=ignore, said=f"cell or background, anything but 0 being a cell; {two}", ask=ask)
+        return MaskMeaning(kind="binary", ignore=ignore, said=f"cell or background, anything but 0 being a cell; {two}", ask=ask)
     doubt, odd = "", next((mark for mark in MARKS if ignore is None and _looks_ignored(marked, mark)), None)
     if odd is not None:
         others = [value for value in union if value != odd]
         lies = f"{odd} lies beside the values {min(others)}{f' to {max(others)}' if len(others) > 1 else ''} and"
         if not kind:
             doubt = f"{lies} is taken for 'ignore'. Write ignore = {odd} to confirm, or masks = ... where it is a value like others"
-            return Meaning(kind="", ignore=odd, said="", doubt=doubt)
+            return MaskMeaning(kind="", ignore=odd, said="", doubt=doubt)
         doubt = f"{lies} counts as one of them. Write ignore = {odd} where it must not count"
     cells = f"numbers of cells, {f'{least} to ' if least < most else ''}{most} an image"
     if kind == "cells":
-        return Meaning(kind="cells", ignore=ignore, said=cells, doubt=doubt)
+        return MaskMeaning(kind="cells", ignore=ignore, said=cells, doubt=doubt)
     shown = ", ".join(map(str, union[:8])) + (" …" if len(union) > 8 else "")
     both = f"cell or background, {f'values 0 and {shown}' if union else 'no cell in any'}; {two}"
     if kind == "binary":
-        return Meaning(kind="binary", ignore=ignore, said=both, doubt=doubt)
+        return MaskMeaning(kind="binary", ignore=ignore, said=both, doubt=doubt)
     merged = f"class values 0, {shown}, of which all but 0 are taken for one class; {two}"
     apart = f"the values {shown} lie in many places each, so that they are classes and no numbers of cells, and are taken for one class. Write classes "
     apart += "= [...] and values = [...] to tell them apart"
     if kind == "classes":
-        return Meaning(kind="classes", ignore=ignore, said=merged, doubt=doubt)
+        return MaskMeaning(kind="classes", ignore=ignore, said=merged, doubt=doubt)
     if len(union) < 2 or (most == 1 and set(union) <= {1, 255, 65535}):
-        return Meaning(kind="binary", ignore=ignore, said=both)
+        return MaskMeaning(kind="binary", ignore=ignore, said=both)
     if _in_pieces(marked, union):
-        return Meaning(kind="classes", ignore=ignore, said=merged, doubt=apart)
+        return MaskMeaning(kind="classes", ignore=ignore, said=merged, doubt=apart)
     same = all(f.values == marked[0].values for f in marked)
     disjoint = sum(f.num_values for f in marked) == len(union)
     if most > 2 * FEW or (most > FEW and rising) or (disjoint and len(union) > 2 * FEW) or (not same and (rising or max(union) > 255)):
-        return Meaning(kind="cells", ignore=ignore, said=cells)
+        return MaskMeaning(kind="cells", ignore=ignore, said=cells)
     ask = f"the masks hold {'the' if same else 'some of the'} values {shown}{' in every image' if same else ''}: numbers of cells, or classes? "
     ask += 'Write masks = "cells", "classes" or "binary" (all are one kind of cell)'
-    return Meaning(kind="cells", ignore=ignore, said=f"{cells} (in doubt)", ask=ask)
+    return MaskMeaning(kind="cells", ignore=ignore, said=f"{cells} (in doubt)", ask=ask)
 
 
 def _looks_ignored(marked: Sequence[MaskFacts], mark: int) -> bool:
@@ -270,7 +270,7 @@ def _in_pieces(marked: Sequence[MaskFacts], union: Sequence[int]) -> bool:
 # --- the smallest cell ------------------------------------------------------------------------------------------------------------------
 
 
-def smallest_px(areas: Sequence[Sequence[int]]) -> int:
+def min_cell_area(areas: Sequence[Sequence[int]]) -> int:
     """The area below which a region is a speck, from the areas of a set's cells (px, how many); one figure, at least 1.
 
     A share of the median, in which each counts by its diameter: so neither many specks nor a few clumps of cells decide it.
@@ -288,6 +288,6 @@ def smallest_px(areas: Sequence[Sequence[int]]) -> int:
     return max(1, int(np.floor(limit / figure + 0.5) * figure))
 
 
-def num_below(areas: Sequence[Sequence[int]], limit_px: int) -> tuple[int, int]:
+def count_below(areas: Sequence[Sequence[int]], limit_px: int) -> tuple[int, int]:
     """How many of the areas (px, how many) are below a limit, and how many there are."""
     return sum(num for px, num in areas if px < limit_px), sum(num for _, num in areas)

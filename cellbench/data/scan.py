@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from cellbench.data.dataset import Sample
-from cellbench.data.io.decode import shown_name
+from cellbench.data.io.decode import printable_path
 from cellbench.data.io.images import EXTENSIONS
-from cellbench.data.io.intensity import Reading
-from cellbench.errors import CellbenchError, quoted
-from cellbench.files import nfc
+from cellbench.data.io.intensity import IntensityScaling
+from cellbench.errors import CellbenchError, quote_name
+from cellbench.files import to_nfc
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class UnusableImage:
     """Something that keeps an image from being used."""
 
     kind: str
@@ -33,7 +33,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doubt:
+class FileWarning:
     """Something about files that does not keep images from use, and that a person should look at."""
 
     kind: str
@@ -44,7 +44,7 @@ class Doubt:
     def line(self) -> str:
         """As one line, with the first names."""
         more = f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
-        return f"{self.kind}: {self.said}: {', '.join(quoted(name) for name in self.names[:5])}{more}."
+        return f"{self.kind}: {self.said}: {', '.join(quote_name(name) for name in self.names[:5])}{more}."
 
 
 @dataclass(kw_only=True)
@@ -55,12 +55,12 @@ class Listing:
     layout: str
     """In words, for people."""
     parts: dict[str, tuple[Sample, ...]] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[UnusableImage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    doubts: list[Doubt] = field(default_factory=list)
+    doubts: list[FileWarning] = field(default_factory=list)
     reported: set[Path] = field(default_factory=set)
     """Files that a problem or doubt names already."""
-    reading: Reading = field(default_factory=Reading)
+    reading: IntensityScaling = field(default_factory=IntensityScaling)
     """What the images are read by, once it is decided."""
     um_per_px: float | None = None
     """The side of a pixel that all images state which state any, in micrometres; None where they differ or none does."""
@@ -87,7 +87,7 @@ CLUTTER = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeftOut:
+class IgnoredFile:
     """A file, or a folder as a whole, that is not used."""
 
     path: Path
@@ -95,7 +95,7 @@ class LeftOut:
     """In a word or two, after a number: ``.dcm``, ``hidden``."""
 
 
-def counted(left: Iterable[LeftOut]) -> str:
+def count_reasons(left: Iterable[IgnoredFile]) -> str:
     """How many there are for each reason, the most frequent first.
 
     >>> counted([LeftOut(path=Path("a.dcm"), reason=".dcm"), LeftOut(path=Path("b.dcm"), reason=".dcm")])
@@ -104,13 +104,13 @@ def counted(left: Iterable[LeftOut]) -> str:
     return ", ".join(f"{num} {reason}" for reason, num in Counter(one.reason for one in left).most_common())
 
 
-def files_below(folder: Path) -> tuple[list[Path], list[LeftOut], set[Path]]:
+def files_below(folder: Path) -> tuple[list[Path], list[IgnoredFile], set[Path]]:
     """All images of a folder and its subfolders, sorted; what else lies there; and the real folders that were looked into.
 
     Links to folders are followed, after all real folders, and each real folder is looked into once, so that circles end.
     """
     images: list[Path] = []
-    left: list[LeftOut] = []
+    left: list[IgnoredFile] = []
     seen: set[Path] = set()
     todo, links = [folder], []
     while todo or links:
@@ -123,18 +123,18 @@ def files_below(folder: Path) -> tuple[list[Path], list[LeftOut], set[Path]]:
             with os.scandir(here) as entries:
                 listed = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            left.append(LeftOut(path=here, reason=f"folder that cannot be opened ({error.strerror})"))
+            left.append(IgnoredFile(path=here, reason=f"folder that cannot be opened ({error.strerror})"))
             continue
         for entry in listed:
             path = Path(entry.path)
             if _is_clutter(entry.name):
                 continue
             if entry.name.startswith("."):
-                left.append(LeftOut(path=path, reason="hidden folder" if entry.is_dir() else "hidden"))
+                left.append(IgnoredFile(path=path, reason="hidden folder" if entry.is_dir() else "hidden"))
             elif entry.is_dir():
                 (links if entry.is_symlink() else todo).append(path)
-            elif reason := unfit(entry):
-                left.append(LeftOut(path=path, reason=reason))
+            elif reason := why_unreadable(entry):
+                left.append(IgnoredFile(path=path, reason=reason))
             else:
                 images.append(path)
     return sorted(images), sorted(left, key=lambda one: one.path), seen
@@ -144,7 +144,7 @@ def _is_clutter(name: str) -> bool:
     return name.lower() in CLUTTER or name.startswith("._")
 
 
-def unfit(entry: os.DirEntry[str]) -> str:
+def why_unreadable(entry: os.DirEntry[str]) -> str:
     """Why an entry that is no folder is not read as an image; empty where it is."""
     if not entry.is_file():
         return "link that leads nowhere" if entry.is_symlink() else "no regular file"
@@ -152,13 +152,13 @@ def unfit(entry: os.DirEntry[str]) -> str:
     return "" if extension.lower() in EXTENSIONS else (extension if extension.isprintable() else ascii(extension)) or "without an ending"
 
 
-def others(folder: Path) -> list[Path]:
+def other_files(folder: Path) -> list[Path]:
     """The files of a folder itself that are not read as images, by their names."""
     with os.scandir(folder) as entries:
-        return sorted(Path(entry.path) for entry in entries if not entry.is_dir() and not _is_clutter(entry.name) and unfit(entry))
+        return sorted(Path(entry.path) for entry in entries if not entry.is_dir() and not _is_clutter(entry.name) and why_unreadable(entry))
 
 
-def unused(listing: Listing, known: Iterable[str]) -> tuple[list[Doubt], list[str]]:
+def find_unused(listing: Listing, known: Iterable[str]) -> tuple[list[FileWarning], list[str]]:
     """What lies in a data folder and is in no sample: where the samples lie as a doubt, elsewhere as a note.
 
     ``known``: names of files that say how the folder is read. Of folders that hold no sample only the name is given, unless one is named as
@@ -171,7 +171,7 @@ def unused(listing: Listing, known: Iterable[str]) -> tuple[list[Doubt], list[st
     homes = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
     folders, words = {path.parent for path in pictures}, {path.parent.name for path in pictures if path.parent != root}
     holders = folders | {path.parent for path in used}
-    lost: list[LeftOut] = []
+    lost: list[IgnoredFile] = []
     elsewhere: dict[str, int] = Counter()
     with os.scandir(root) as entries:
         top = sorted((entry for entry in entries if not _is_clutter(entry.name)), key=lambda entry: entry.name)
@@ -181,7 +181,7 @@ def unused(listing: Listing, known: Iterable[str]) -> tuple[list[Doubt], list[st
             split = entry.name.startswith("splits") and entry.name.endswith(".json")
             if not split and path not in used and path not in listing.reported and entry.name not in known:
                 if root in holders:
-                    lost.append(LeftOut(path=path, reason=unfit(entry) or NO_SAMPLE))
+                    lost.append(IgnoredFile(path=path, reason=why_unreadable(entry) or NO_SAMPLE))
                 else:
                     elsewhere[entry.name] += 1
             continue
@@ -191,7 +191,7 @@ def unused(listing: Listing, known: Iterable[str]) -> tuple[list[Doubt], list[st
         if entry.name.startswith(".") or (entry.is_symlink() and not inside(root, path)):
             continue  # no folder of data, or a problem of its own
         images, left, _ = files_below(path)
-        left += [LeftOut(path=image, reason=NO_SAMPLE) for image in images if image not in used]
+        left += [IgnoredFile(path=image, reason=NO_SAMPLE) for image in images if image not in used]
         for one in left:
             if one.path in listing.reported or one.path.name in known:
                 continue
@@ -202,10 +202,10 @@ def unused(listing: Listing, known: Iterable[str]) -> tuple[list[Doubt], list[st
                 elsewhere[f"{one.path.parent.relative_to(root).as_posix()}/"] += 1
     doubts = []
     if lost:
-        said = f"Files that are not used: {counted(lost)}. Convert them, or move them out"
-        doubts.append(Doubt(kind="left out", said=said, names=tuple(shown_name(one.path.relative_to(root).as_posix()) for one in lost)))
+        said = f"Files that are not used: {count_reasons(lost)}. Convert them, or move them out"
+        doubts.append(FileWarning(kind="left out", said=said, names=tuple(printable_path(one.path.relative_to(root).as_posix()) for one in lost)))
     more = f" and {len(elsewhere) - 10} more" if len(elsewhere) > 10 else ""
-    shown = ", ".join(f"{quoted(name)} ({num} files)" if num > 1 else quoted(name) for name, num in list(elsewhere.items())[:10])
+    shown = ", ".join(f"{quote_name(name)} ({num} files)" if num > 1 else quote_name(name) for name, num in list(elsewhere.items())[:10])
     return doubts, [f"not used in {root.name}: {shown}{more}"] if elsewhere else []
 
 
@@ -216,7 +216,7 @@ def inside(root: Path, path: Path) -> bool:
     return path.resolve().is_relative_to(root.resolve())
 
 
-def place(root: Path, name: str) -> Path | None:
+def resolve_inside(root: Path, name: str) -> Path | None:
     """The file of a relative name, with / or \\ between folders; None where it would leave ``root``."""
     parts = PurePosixPath(name.replace("\\", "/"))
     if not name or "\0" in name or parts.is_absolute() or ".." in parts.parts or ":" in (parts.parts or ("",))[0]:
@@ -240,36 +240,36 @@ def _as_written(root: Path, parts: Sequence[str]) -> Path:
     for part in parts:
         here = path / part
         if not here.exists() and path.is_dir():
-            here = next((one for one in path.iterdir() if nfc(one.name) == nfc(part)), here)
+            here = next((one for one in path.iterdir() if to_nfc(one.name) == to_nfc(part)), here)
         path = here
     return path
 
 
-def outside(root: Path, name: str) -> Problem:
+def check_outside(root: Path, name: str) -> UnusableImage:
     todo = "Only files inside it are read: copy it there, or set CELLBENCH_FOLLOW_LINKS=1 where links are meant."
-    return Problem(kind="outside", name=name, said=f"{root.name}: {quoted(name)} leads out of the folder", todo=todo)
+    return UnusableImage(kind="outside", name=name, said=f"{root.name}: {quote_name(name)} leads out of the folder", todo=todo)
 
 
-def by_stem(folder: Path, root: Path, problems: list[Problem]) -> dict[str, Path]:
+def by_stem(folder: Path, root: Path, problems: list[UnusableImage]) -> dict[str, Path]:
     """The pictures of a folder by stem, sorted by name. A link that leads out of ``root``, or a stem that two share, is a problem."""
     found: dict[str, Path] = {}
     if not inside(root, folder):
-        problems.append(outside(root, str(folder.relative_to(root))))
+        problems.append(check_outside(root, str(folder.relative_to(root))))
         return found
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
-        stem, extension = os.path.splitext(nfc(entry.name))
+        stem, extension = os.path.splitext(to_nfc(entry.name))
         if extension.lower() not in EXTENSIONS or entry.name.startswith("."):
             continue
         path = Path(entry.path)
         if entry.is_symlink() and not inside(root, path):
-            problems.append(outside(root, str(path.relative_to(root))))
+            problems.append(check_outside(root, str(path.relative_to(root))))
         elif not entry.is_file():
             continue
         elif stem in found:
             problems.append(
-                Problem(
+                UnusableImage(
                     kind="same-stem",
                     name=entry.name,
                     said=f"{folder}: '{found[stem].name}' and '{entry.name}' share a stem, so their masks cannot be told apart",
@@ -281,7 +281,7 @@ def by_stem(folder: Path, root: Path, problems: list[Problem]) -> dict[str, Path
     return found
 
 
-def named(paths: Sequence[str]) -> dict[str, str]:
+def unique_names(paths: Sequence[str]) -> dict[str, str]:
     """A name for each relative path: the file's own, or where two share it the whole path with ``__`` for its folders; as it is where that is
     another file's name."""
     last = [PurePosixPath(path).name for path in paths]

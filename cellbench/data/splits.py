@@ -20,7 +20,7 @@ from cellbench.data.dataset import Sample
 from cellbench.data.io import images
 from cellbench.data.stratify import allocate
 from cellbench.errors import CellbenchError
-from cellbench.files import cache_dir, nfc, writable, write_atomic
+from cellbench.files import cache_dir, is_writable, to_nfc, write_atomic
 
 Grouping = Callable[[tuple[Sample, ...]], tuple[Sample, ...]]
 """Gives samples that show the same a common group."""
@@ -50,7 +50,7 @@ def split_of(
     test: tuple[Sample, ...],
     spec: DataSpec,
     foreground: Callable[[Sample], float] = lambda _: 0.0,
-    grouped: Grouping = near_duplicates.grouped,
+    grouped: Grouping = near_duplicates.group_near_duplicates,
 ) -> Splits:
     """The splits of a pool of images and, where the data comes with one, a test folder that training never touches.
 
@@ -98,13 +98,13 @@ def split_of(
         **{part: [sample.name for sample in samples] for part, samples in parts.items() if samples or part != "test"},
         **({_TOGETHER: together} if together else {}),
     }
-    place = root / name if writable(root) else _elsewhere(root, name)
+    place = root / name if is_writable(root) else _elsewhere(root, name)
     drawn = Splits(train=parts["train"], val=parts["val"], test=test or parts["test"], place=place, record=json.dumps(record, indent=1))
     _refuse_torn(root, drawn)  # by a test folder that came with the data
     return drawn
 
 
-def given(root: Path, layout: str, parts: Mapping[str, tuple[Sample, ...]], spec: DataSpec, grouped: Grouping = near_duplicates.grouped) -> Splits:
+def given_splits(root: Path, layout: str, parts: Mapping[str, tuple[Sample, ...]], spec: DataSpec, grouped: Grouping = near_duplicates.group_near_duplicates) -> Splits:
     """The splits that the data itself names, all three. Nothing is drawn or written."""
     samples = with_groups((*parts["train"], *parts["val"], *parts["test"]), spec, grouped)
     first, second = len(parts["train"]), len(parts["train"]) + len(parts["val"])
@@ -154,7 +154,7 @@ def _one_pool(root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) ->
     return both
 
 
-def with_groups(samples: tuple[Sample, ...], spec: DataSpec, grouped: Grouping = near_duplicates.grouped) -> tuple[Sample, ...]:
+def with_groups(samples: tuple[Sample, ...], spec: DataSpec, grouped: Grouping = near_duplicates.group_near_duplicates) -> tuple[Sample, ...]:
     """The samples, each with the group (patient, slide, …) that ``spec.group`` gives it; none where images are not grouped.
 
     Raises CellbenchError where groups were asked for and none is found.
@@ -246,7 +246,7 @@ def _strata(pool: tuple[Sample, ...], spec: DataSpec, foreground: Callable[[Samp
             )
         return [sample.label for sample in pool]
     if spec.stratify == "size":
-        return [str(images.size(sample.image)) for sample in pool]
+        return [str(images.image_size(sample.image)) for sample in pool]
     if spec.stratify == "foreground":
         shares = np.array([foreground(sample) for sample in pool])
         return [str(int(fifth)) for fifth in np.searchsorted(np.quantile(shares, [0.2, 0.4, 0.6, 0.8]), shares, side="right")]
@@ -262,23 +262,23 @@ def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Sp
         raise CellbenchError(
             f'{place}: cannot be read as a split ({error}). Expected {{"train": [names], "val": [names]}}. Mend or remove it.'
         ) from None
-    known = {nfc(Path(sample.name).stem): sample for sample in pool} | {nfc(sample.name): sample for sample in pool}  # a.png.png: stem a.png
+    known = {to_nfc(Path(sample.name).stem): sample for sample in pool} | {to_nfc(sample.name): sample for sample in pool}  # a.png.png: stem a.png
     chosen: dict[str, list[Sample]] = {}
     for part in ("train", "val") if test else ("train", "val", "test"):
-        strangers = [name for name in parts[part] if nfc(Path(name).name) not in known]
+        strangers = [name for name in parts[part] if to_nfc(Path(name).name) not in known]
         if strangers:
             raise CellbenchError(
                 f"{place}: names '{strangers[0]}' in '{part}', which is not among the images ({len(strangers)} such names). Remove the file to split anew."
             )
-        chosen[part] = [known[nfc(Path(name).name)] for name in parts[part]]
+        chosen[part] = [known[to_nfc(Path(name).name)] for name in parts[part]]
         if not chosen[part]:
             raise CellbenchError(f"{place}: '{part}' is empty. Name images there, or remove the file to split anew.")
     names = [sample.name for samples in chosen.values() for sample in samples]
     if len(names) != len(set(names)):
         twice = next(name for name in names if names.count(name) > 1)
         raise CellbenchError(f"{place}: '{twice}' stands in two splits or twice in one. Each image belongs to one split.")
-    group = {nfc(name): f"like {names[0]}" for names in together for name in names}
-    chosen = {part: [replace(s, group=s.group or group.get(nfc(s.name), "")) for s in samples] for part, samples in chosen.items()}
+    group = {to_nfc(name): f"like {names[0]}" for names in together for name in names}
+    chosen = {part: [replace(s, group=s.group or group.get(to_nfc(s.name), "")) for s in samples] for part, samples in chosen.items()}
     unused = len(pool) - len(names)
     if unused:
         raise CellbenchError(

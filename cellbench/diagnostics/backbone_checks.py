@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from cellbench.config.registry import BackboneCard, load
-from cellbench.diagnostics.common import close
+from cellbench.diagnostics.common import all_close
 from cellbench.models.backbones.base import Backbone
-from cellbench.models.backbones.build import shallow
+from cellbench.models.backbones.build import truncate_card
 
 
-def small(card: BackboneCard) -> Backbone:
+def small_backbone(card: BackboneCard) -> Backbone:
     """The card's backbone with random weights and at most two blocks (one where they are wide), frozen."""
-    return load(card)(shallow(card, 2 if card.dim < 768 else 1), None).freeze()
+    return load(card)(truncate_card(card, 2 if card.dim < 768 else 1), None).freeze()
 
 
 def _pixels(backbone: Backbone, rows: int, columns: int, batch: int = 1, unit_px: int = 8) -> Tensor:
@@ -33,7 +33,7 @@ def _indices(backbone: Backbone) -> tuple[int, ...]:
 
 def agrees_with_card(card: BackboneCard, backbone: Backbone) -> str:
     """Parameters, depth, width and stride are those on the card; levels go from shallow to deep, numbered from 0."""
-    if shallow(card) is not card:  # the whole depth, on a device that holds no values
+    if truncate_card(card) is not card:  # the whole depth, on a device that holds no values
         with torch.device("meta"):
             backbone = load(card)(card, None)
     millions = sum(p.numel() for p in backbone.parameters()) / 1e6
@@ -63,7 +63,7 @@ def shape(card: BackboneCard, backbone: Backbone) -> str:
                 return f"level {level.index} holds values that are not finite"
             if rows > 1 and not found.std() > 0:
                 return f"level {level.index} holds one value only"
-    if not close(maps[-1], backbone(x, (levels[-1].index,))[0]):
+    if not all_close(maps[-1], backbone(x, (levels[-1].index,))[0]):
         return f"level {levels[-1].index} differs when it is asked for alone"
     return ""
 
@@ -89,7 +89,7 @@ def batch_independence(card: BackboneCard, backbone: Backbone) -> str:
     """A tile gives the same maps alone and in a batch."""
     x = _pixels(backbone, 4, 6, batch=3)
     for level, many, one in zip(backbone.levels, backbone(x, _indices(backbone)), backbone(x[1:2], _indices(backbone)), strict=True):
-        if not close(many[1:2], one):
+        if not all_close(many[1:2], one):
             return f"level {level.index} of a tile differs by up to {(many[1:2] - one).abs().max():.2g} with the others of its batch"
     return ""
 
@@ -112,7 +112,7 @@ def repeatable(card: BackboneCard, backbone: Backbone) -> str:
         return ""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        again = small(card).state_dict()
+        again = small_backbone(card).state_dict()
     other = [name for name, value in backbone.state_dict().items() if not torch.equal(value, again[name])]
     return f"{', '.join(other[:4])}: drawn anew at each building; draw within torch.random.fork_rng from a fixed seed" if other else ""
 

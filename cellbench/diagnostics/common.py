@@ -10,7 +10,7 @@ from torch import Tensor
 from cellbench.errors import one_line
 
 
-def reason(contract: Callable[[], str]) -> str:
+def failure_reason(contract: Callable[[], str]) -> str:
     """What the contract says, or, where the code under it raises, what it raised."""
     try:
         return contract()
@@ -18,6 +18,6 @@ def reason(contract: Callable[[], str]) -> str:
         return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
-def close(a: Tensor, b: Tensor) -> bool:
+def all_close(a: Tensor, b: Tensor) -> bool:
     """The same to 1e-4: batches of another size sum in another order, which costs about 1e-6 in float32."""
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from cellbench.config.registry import HeadCard, load
-from cellbench.diagnostics.common import close, reason
+from cellbench.diagnostics.common import all_close, failure_reason
 from cellbench.models.backbones.base import Backbone, Level
-from cellbench.training.randomness import Draws
-from cellbench.training.stacked_heads import as_one, has_layers_to_stack
+from cellbench.training.randomness import ModelRandomness
+from cellbench.training.stacked_heads import has_layers_to_stack, stack
 
 # (width, stride in px) of a backbone's levels, and the sides in px of the tiles that are tried with them.
 _SETTINGS = (
@@ -30,7 +30,7 @@ _SETTINGS = (
 )
 
 
-class World(NamedTuple):
+class HeadTestCase(NamedTuple):
     """What a head is made for and given: its levels, their maps (2, D, h, w) and the pixels (2, 3, H, W) of two tiles."""
 
     levels: tuple[Level, ...]
@@ -38,7 +38,7 @@ class World(NamedTuple):
     pixels: Tensor
 
 
-def _worlds(num_levels: int) -> Iterator[World]:
+def _worlds(num_levels: int) -> Iterator[HeadTestCase]:
     source = torch.Generator().manual_seed(2)
     for facts, tiles in _SETTINGS:
         backbone = Backbone((0.5,) * 3, (0.5,) * 3)
@@ -46,16 +46,16 @@ def _worlds(num_levels: int) -> Iterator[World]:
         levels = backbone.pick(num_levels)
         for height, width in tiles:
             maps = [torch.randn(2, each.dim, height // each.stride_px, width // each.stride_px, generator=source) for each in levels]
-            yield World(levels, maps, torch.rand(2, 3, height, width, generator=source))
+            yield HeadTestCase(levels, maps, torch.rand(2, 3, height, width, generator=source))
 
 
-def everywhere(contract: Callable[[HeadCard, World], str]) -> Callable[[HeadCard], str]:
+def for_all_cases(contract: Callable[[HeadCard, HeadTestCase], str]) -> Callable[[HeadCard], str]:
     """The contract for every kind of backbone and tile, the reason under the place where it was broken."""
 
     @functools.wraps(contract)
     def on_card(card: HeadCard) -> str:
         for world in _worlds(card.levels):
-            if broken := reason(lambda world=world: contract(card, world)):
+            if broken := failure_reason(lambda world=world: contract(card, world)):
                 strides = ", ".join(str(stride) for stride in sorted({level.stride_px for level in world.levels}))
                 height, width = world.pixels.shape[2:]
                 return f"{broken} (maps of stride {strides} px, tile of {height} x {width} px)"
@@ -83,8 +83,8 @@ def options_on_card(card: HeadCard) -> str:
     return ""
 
 
-@everywhere
-def scores(card: HeadCard, world: World) -> str:
+@for_all_cases
+def scores(card: HeadCard, world: HeadTestCase) -> str:
     """Scores (B, K, H, W), float32, finite: for several strides, tile sizes and numbers of classes, training or not."""
     for num_classes in (1, 3):
         for training in (True, False):
@@ -97,16 +97,16 @@ def scores(card: HeadCard, world: World) -> str:
     return ""
 
 
-@everywhere
-def half_precision(card: HeadCard, world: World) -> str:
+@for_all_cases
+def half_precision(card: HeadCard, world: HeadTestCase) -> str:
     """Under autocast, with maps in bfloat16 and pixels in float32, as the harness calls it on machines that have it: finite scores."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = _make(card, world.levels)([m.bfloat16() for m in world.maps], world.pixels)
     return "" if found.isfinite().all() else "its scores are not finite in bfloat16"
 
 
-@everywhere
-def gradient(card: HeadCard, world: World) -> str:
+@for_all_cases
+def gradient(card: HeadCard, world: HeadTestCase) -> str:
     """A gradient reaches every parameter, and every level that the card asks for."""
     noise = torch.Generator().manual_seed(3)
     head = _make(card, world.levels).train()
@@ -123,8 +123,8 @@ def gradient(card: HeadCard, world: World) -> str:
     return ""
 
 
-@everywhere
-def head_grid_order(card: HeadCard, world: World) -> str:
+@for_all_cases
+def head_grid_order(card: HeadCard, world: HeadTestCase) -> str:
     """Maps changed in a corner change the scores of that corner most."""
     head = _make(card, world.levels).eval()
     for down, right in ((False, True), (True, False)):
@@ -140,8 +140,8 @@ def head_grid_order(card: HeadCard, world: World) -> str:
     return ""
 
 
-@everywhere
-def pixels_as_on_card(card: HeadCard, world: World) -> str:
+@for_all_cases
+def pixels_as_on_card(card: HeadCard, world: HeadTestCase) -> str:
     """The scores hang on the tile's pixels if and only if the card says ``pixels = true``."""
     head = _make(card, world.levels).eval()
     with torch.no_grad():
@@ -149,24 +149,24 @@ def pixels_as_on_card(card: HeadCard, world: World) -> str:
     return "" if reads == card.pixels else f"pixels = {str(card.pixels).lower()} on the card, but it {'reads' if reads else 'ignores'} them"
 
 
-@everywhere
-def head_batch_independence(card: HeadCard, world: World) -> str:
+@for_all_cases
+def head_batch_independence(card: HeadCard, world: HeadTestCase) -> str:
     """In eval mode a tile gives the same scores alone and in a batch."""
     head = _make(card, world.levels)
     head.train()(world.maps, world.pixels)
     head.eval()
     with torch.no_grad():
         many, one = head(world.maps, world.pixels)[1:], head([m[1:] for m in world.maps], world.pixels[1:])
-    return "" if close(many, one) else f"a tile's scores differ by up to {(many - one).abs().max():.2g} with the others of its batch"
+    return "" if all_close(many, one) else f"a tile's scores differ by up to {(many - one).abs().max():.2g} with the others of its batch"
 
 
-@everywhere
-def stacked(card: HeadCard, world: World) -> str:
+@for_all_cases
+def stacked(card: HeadCard, world: HeadTestCase) -> str:
     """A head that calls itself stackable gives, as one of two that learn as one, the scores and gradients that it gives alone."""
     heads = [_make(card, world.levels, seed=seed).train() for seed in (0, 1)]
     if not getattr(heads[0], "stackable", False) or not has_layers_to_stack(heads[0]):
         return ""
-    together = as_one(heads[0])
+    together = stack(heads[0])
     own = {name: torch.stack([head.state_dict()[name] for head in heads]) for name in heads[0].state_dict()}
     weights = {name: own[name].requires_grad_() for name, _ in heads[0].named_parameters()}
     found = vmap(lambda one: functional_call(together, one, (world.maps, world.pixels)))(own)
@@ -174,7 +174,7 @@ def stacked(card: HeadCard, world: World) -> str:
     gradients = dict(zip(weights, torch.autograd.grad((found * noise).sum(), list(weights.values())), strict=True))
     for k, head in enumerate(heads):
         alone = head(world.maps, world.pixels)
-        if not close(found[k], alone):
+        if not all_close(found[k], alone):
             return f"stackable = True, but as one of two its scores differ by up to {(found[k] - alone).abs().max():.2g}"
         (alone * noise).sum().backward()
         for name, weight in head.named_parameters():
@@ -183,16 +183,16 @@ def stacked(card: HeadCard, world: World) -> str:
     return ""
 
 
-@everywhere
-def seeded(card: HeadCard, world: World) -> str:
+@for_all_cases
+def seeded(card: HeadCard, world: HeadTestCase) -> str:
     """The same seed of torch gives the same head."""
     first, second = (_make(card, world.levels).state_dict() for _ in range(2))
     other = [name for name, value in first.items() if not torch.equal(value, second[name])]
     return f"{', '.join(other[:4])}: not the same for the same seed; draw with torch's own generator" if other else ""
 
 
-@everywhere
-def repeatable(card: HeadCard, world: World) -> str:
+@for_all_cases
+def repeatable(card: HeadCard, world: HeadTestCase) -> str:
     """Trained for three steps and trained again, resumed from its weights after the first: the same weights, and the same scores in eval mode."""
     start = {name: value.clone() for name, value in _make(card, world.levels).state_dict().items()}
     (weights, scores), (again, others) = (_trained(card, world, start, resumed_after) for resumed_after in (0, 1))
@@ -201,14 +201,14 @@ def repeatable(card: HeadCard, world: World) -> str:
     return "" if torch.equal(scores, others) else "its scores in eval mode are not the same the second time; draw while training only"
 
 
-def _trained(card: HeadCard, world: World, weights: dict[str, Tensor], resumed_after: int) -> tuple[dict[str, Tensor], Tensor]:
+def _trained(card: HeadCard, world: HeadTestCase, weights: dict[str, Tensor], resumed_after: int) -> tuple[dict[str, Tensor], Tensor]:
     """Weights and scores after three steps of gradient descent, each seeded as the harness seeds it, in another head from this step on."""
     for step in range(3):
         if step in (0, resumed_after):
             head = _make(card, world.levels, seed=step).train()
             head.load_state_dict(weights)
             weights = head.state_dict()  # no copy: it follows the steps
-        with Draws(head).seeded(0, 0, step):
+        with ModelRandomness(head).seeded(0, 0, step):
             head(world.maps, world.pixels).square().mean().backward()
         with torch.no_grad():
             for parameter in head.parameters():
@@ -216,7 +216,7 @@ def _trained(card: HeadCard, world: World, weights: dict[str, Tensor], resumed_a
                     parameter.sub_(0.01 * parameter.grad)
                     parameter.grad = None
     head.eval()
-    with torch.no_grad(), Draws(head).fixed():
+    with torch.no_grad(), ModelRandomness(head).fixed():
         return head.state_dict(), head(world.maps, world.pixels)
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from cellbench.config.run import RunSpec
 from cellbench.data.dataset import Dataset
-from cellbench.data.transforms.augmentation import recolour, restain, turn
-from cellbench.data.transforms.sampling import Plan
-from cellbench.data.transforms.tiling import Grid, cut
-from cellbench.metrics.pixel import IGNORE, confusion, pooled_classes, scores
+from cellbench.data.transforms.augmentation import jitter_colour, jitter_stain, rotate_flip
+from cellbench.data.transforms.sampling import SamplingPlan
+from cellbench.data.transforms.tiling import TileGrid, cut_tile
+from cellbench.metrics.pixel import IGNORE, confusion_matrix, pixel_scores, pooled_classes
 from cellbench.models.backbones.base import Backbone
-from cellbench.training.losses import loss_of
+from cellbench.training.losses import parse_loss
 from cellbench.training.trainer import batch_sizes
 
 
@@ -57,20 +57,20 @@ def train(
 
     ``reopen`` opens an image anew for every crop, as the published data loader does; without it, decoded images are held.
     """
-    plan = Plan(tuple(sample.size_px for sample in dataset.train), run)
+    plan = SamplingPlan(tuple(sample.size_px for sample in dataset.train), run)
     held = {} if reopen else {k: dataset.read(sample) for k, sample in enumerate(dataset.train)}
     val = [dataset.read(sample) for sample in dataset.val]
     optimiser = torch.optim.AdamW(head.parameters(), lr=run.lr, weight_decay=run.weight_decay)
-    loss_fn, seen, step, dice = loss_of(run.loss), 0, 0, 0.0
+    loss_fn, seen, step, dice = parse_loss(run.loss), 0, 0, 0.0
     for epoch in range(num_epochs):
         head.train()
         views, order = plan.views(plan.cycle(epoch)), plan.order(epoch)
         for rows in torch.from_numpy(order).split(batch_sizes(len(order), run.batch_size)):
             batch = [views[k] for k in rows]
             pairs = [held[view.image] if held else dataset.read(dataset.train[view.image]) for view in batch]
-            tiles = [(turn(cut(a, v.y, v.x, run.tile_px), v.turn), turn(cut(m, v.y, v.x, run.tile_px), v.turn)) for (a, m), v in zip(pairs, batch, strict=True)]
+            tiles = [(rotate_flip(cut_tile(a, v.y, v.x, run.tile_px), v.turn), rotate_flip(cut_tile(m, v.y, v.x, run.tile_px), v.turn)) for (a, m), v in zip(pairs, batch, strict=True)]
             pixels = torch.stack([torch.from_numpy(tile.copy()) for tile, _ in tiles]).permute(0, 3, 1, 2).float() / 255
-            pixels = recolour(restain(pixels, [view.stain for view in batch]), [view.colour for view in batch])
+            pixels = jitter_colour(jitter_stain(pixels, [view.stain for view in batch]), [view.colour for view in batch])
             target = torch.stack([torch.from_numpy(mask.copy()) for _, mask in tiles]).long()
             with torch.no_grad():
                 maps = [m.clone() for m in backbone(pixels, indices)]
@@ -89,9 +89,9 @@ def _validate(run: RunSpec, head: nn.Module, backbone: Backbone, indices: tuple[
     head.eval()
     counts = 0
     for image, mask in val:
-        grid = Grid.over(*mask.shape, run.tile_px, run.val_overlap)
+        grid = TileGrid.over(*mask.shape, run.tile_px, run.val_overlap)
         for (y, x), own in zip(grid, grid.owned(), strict=True):
-            pixels = torch.from_numpy(cut(image, y, x, run.tile_px).copy()).permute(2, 0, 1)[None].float() / 255
+            pixels = torch.from_numpy(cut_tile(image, y, x, run.tile_px).copy()).permute(2, 0, 1)[None].float() / 255
             found = head([m.clone() for m in backbone(pixels, indices)], pixels).argmax(1)[0].byte().numpy()
-            counts = counts + confusion(cut(mask, y, x, run.tile_px)[own], found[own], num_classes)
-    return scores(counts).of(pooled_classes(counts))["dice"]
+            counts = counts + confusion_matrix(cut_tile(mask, y, x, run.tile_px)[own], found[own], num_classes)
+    return pixel_scores(counts).of(pooled_classes(counts))["dice"]

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cellbench.config.registry import BackboneCard, HeadCard
-from cellbench.diagnostics.backbone_checks import BACKBONE, small
-from cellbench.diagnostics.common import reason
+from cellbench.diagnostics.backbone_checks import BACKBONE, small_backbone
+from cellbench.diagnostics.common import failure_reason
 from cellbench.diagnostics.head_checks import HEAD
 from cellbench.models.backbones.base import Backbone
 
-__all__ = ["BACKBONE", "HEAD", "Verdict", "small", "verdicts"]
+__all__ = ["BACKBONE", "HEAD", "Verdict", "small_backbone", "verdicts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,9 @@ def verdicts(card: BackboneCard | HeadCard) -> Iterator[Verdict]:
     """The verdict on every contract of a card's kind; for a backbone that cannot be built, that one alone."""
     if isinstance(card, HeadCard):
         for name, contract in HEAD.items():
-            yield Verdict(card=f"heads/{card.id}", contract=name, reason=reason(lambda contract=contract: contract(card)))
+            yield Verdict(card=f"heads/{card.id}", contract=name, reason=failure_reason(lambda contract=contract: contract(card)))
         return
     made: list[Backbone] = []
-    yield Verdict(card=f"backbones/{card.id}", contract="can be built", reason=reason(lambda: made.append(small(card)) or ""))
+    yield Verdict(card=f"backbones/{card.id}", contract="can be built", reason=failure_reason(lambda: made.append(small_backbone(card)) or ""))
     for name, contract in BACKBONE.items() if made else ():
-        yield Verdict(card=f"backbones/{card.id}", contract=name, reason=reason(lambda contract=contract: contract(card, made[0])))
+        yield Verdict(card=f"backbones/{card.id}", contract=name, reason=failure_reason(lambda contract=contract: contract(card, made[0])))

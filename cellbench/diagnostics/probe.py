@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cellbench.config.registry import BackboneCard, load
 from cellbench.diagnostics.backbone_checks import frozen
-from cellbench.features.frozen_backbone import Trunk
-from cellbench.hardware import Machine
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.hardware import Hardware
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone
 
@@ -32,7 +32,7 @@ NUM = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class ProbeCheck:
     """One line of a self-test. ``holds`` is None where there is nothing to compare with."""
 
     name: str
@@ -41,10 +41,10 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class ProbeReport:
     """What ``examine`` found. ``peak_mib`` is None where the system does not tell."""
 
-    checks: tuple[Check, ...]
+    checks: tuple[ProbeCheck, ...]
     load_s: float
     tile_px: int
     batch: int
@@ -52,7 +52,7 @@ class Report:
     peak_mib: float | None
 
 
-def drawn_tile(side_px: int) -> Tensor:
+def test_tile(side_px: int) -> Tensor:
     """A tile (1, 3, H, W) in 0..1 by arithmetic alone, so that it is the same everywhere: ramps, waves and a disc with soft edges.
 
     No two quadrants and no two colours are alike.
@@ -71,7 +71,7 @@ def fingerprint(backbone: Backbone) -> tuple[float, ...]:
     Number i is of channel i*D/8, over the quadrant i mod 4 (top left, top right, bottom left, bottom right): a wrong weight, colour, block
     or order of places changes it.
     """
-    pixels = drawn_tile(tile_px(backbone)).to(backbone.mean.device)
+    pixels = test_tile(tile_px(backbone)).to(backbone.mean.device)
     map_Dhw = backbone(pixels, (backbone.levels[-1].index,))[0][0].float().cpu()
     quadrants = [part for half in map_Dhw.chunk(2, 1) for part in half.chunk(2, 2)]
     return tuple(round(quadrants[i % 4][i * len(map_Dhw) // NUM].mean().item(), 5) for i in range(NUM))
@@ -82,7 +82,7 @@ def tile_px(backbone: Backbone) -> int:
     return -(-TILE_PX // backbone.tile_multiple_px) * backbone.tile_multiple_px
 
 
-def examine(card: BackboneCard, weights: Path | None, here: Machine) -> Report:
+def probe_backbone(card: BackboneCard, weights: Path | None, here: Hardware) -> ProbeReport:
     """Loads, checks and times a backbone. Downloads nothing: raises WeightsUnavailable for weights that are not on this machine."""
     load(card)  # so that the time to load is not the time to import
     if here.device.type == "cuda":
@@ -90,18 +90,18 @@ def examine(card: BackboneCard, weights: Path | None, here: Machine) -> Report:
     gc.collect()
     with _peak(here.device) as peak:
         start = time.perf_counter()
-        trunk = Trunk(open_backbone(card, weights, download=False), here, [1])
+        trunk = FrozenBackbone(open_backbone(card, weights, download=False), here, [1])
         load_s = time.perf_counter() - start
         assert trunk.backbone is not None
         checks = tuple(_checks(card, trunk.backbone))
         batch, tiles_per_s = _speed(trunk)
-    return Report(checks=checks, load_s=load_s, tile_px=tile_px(trunk.backbone), batch=batch, tiles_per_s=tiles_per_s, peak_mib=peak.mib)
+    return ProbeReport(checks=checks, load_s=load_s, tile_px=tile_px(trunk.backbone), batch=batch, tiles_per_s=tiles_per_s, peak_mib=peak.mib)
 
 
-def _checks(card: BackboneCard, backbone: Backbone) -> list[Check]:
+def _checks(card: BackboneCard, backbone: Backbone) -> list[ProbeCheck]:
     side, last = tile_px(backbone), backbone.levels[-1]
     millions = sum(p.numel() for p in backbone.parameters()) / 1e6
-    maps = backbone(drawn_tile(side).to(backbone.mean.device), tuple(level.index for level in backbone.levels))
+    maps = backbone(test_tile(side).to(backbone.mean.device), tuple(level.index for level in backbone.levels))
     expected = (1, card.dim, side // card.patch_px, side // card.patch_px)
     finite = all(bool(found.isfinite().all()) for found in maps)
     trouble = frozen(card, backbone)
@@ -115,18 +115,18 @@ def _checks(card: BackboneCard, backbone: Backbone) -> list[Check]:
     given, stated = tuple(maps[-1].shape[1:]), expected[1:]
     shape = f"{len(maps)} level{'s' * (len(maps) > 1)}, the last {given} for {side} x {side} px; {card.depth} and {stated} by the card"
     return [
-        Check(name="parameters", told=size, holds=abs(millions - card.params_m) <= max(0.01 * millions, 0.001)),
-        Check(name="shape", told=shape, holds=maps[-1].shape == expected and last.stride_px == card.patch_px and len(maps) == card.depth),
-        Check(name="values", told="finite at every level" if finite else "some are not finite", holds=finite),
-        Check(name="frozen", told=trouble or "eval mode, no gradient", holds=not trouble),
-        Check(name="probe", told=told, holds=same if card.probe else None),
+        ProbeCheck(name="parameters", told=size, holds=abs(millions - card.params_m) <= max(0.01 * millions, 0.001)),
+        ProbeCheck(name="shape", told=shape, holds=maps[-1].shape == expected and last.stride_px == card.patch_px and len(maps) == card.depth),
+        ProbeCheck(name="values", told="finite at every level" if finite else "some are not finite", holds=finite),
+        ProbeCheck(name="frozen", told=trouble or "eval mode, no gradient", holds=not trouble),
+        ProbeCheck(name="probe", told=told, holds=same if card.probe else None),
     ]
 
 
-def _speed(trunk: Trunk) -> tuple[int, float]:
+def _speed(trunk: FrozenBackbone) -> tuple[int, float]:
     """Tiles in a batch and tiles per second, as a cohort would run them: a second of batches, at least two; small ones where slow."""
     assert trunk.backbone is not None
-    tile = drawn_tile(tile_px(trunk.backbone)).to(trunk.machine.device)
+    tile = test_tile(tile_px(trunk.backbone)).to(trunk.machine.device)
     one = min(_seconds(trunk, tile) for _ in range(3))
     batch = max(1, min(trunk.machine.chunk, int(5 / one)))
     tiles = tile.expand(batch, -1, -1, -1).contiguous()
@@ -136,7 +136,7 @@ def _speed(trunk: Trunk) -> tuple[int, float]:
     return batch, batch / statistics.median(walls)
 
 
-def _seconds(trunk: Trunk, tiles: Tensor) -> float:
+def _seconds(trunk: FrozenBackbone, tiles: Tensor) -> float:
     start = time.perf_counter()
     for found in trunk.maps(tiles).values():
         found.flatten()[:1].cpu()  # on a GPU: waits for it

@@ -17,8 +17,8 @@ import psutil
 
 from cellbench.config.run import RunSpec
 from cellbench.data.dataset import Dataset
-from cellbench.data.image_cache import Pixels
-from cellbench.diagnostics.speed import HEADS, World
+from cellbench.data.image_cache import ImageCache
+from cellbench.diagnostics.speed import HEADS, BenchmarkSetup
 
 NUM_RUNS = (1, 3, 9, 27)
 REPEATS = (1, 10, 100)
@@ -27,7 +27,7 @@ PIXELS_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class CohortCost:
     """One cohort: what it was, and what it cost."""
 
     num_runs: int
@@ -42,18 +42,18 @@ class Point:
 
 
 @dataclass
-class Scaling:
+class ScalingResult:
     """What was measured, by what was varied."""
 
     machine: str
     backbone: str
-    runs: list[Point] = field(default_factory=list)
-    images: list[Point] = field(default_factory=list)
+    runs: list[CohortCost] = field(default_factory=list)
+    images: list[CohortCost] = field(default_factory=list)
 
 
-def measure(world: World, say: Callable[[str], None]) -> Scaling:
+def measure(world: BenchmarkSetup, say: Callable[[str], None]) -> ScalingResult:
     """Both tables; ``world`` gives the machine, the backbone and the images, all of which are trained on but one to validate."""
-    out = Scaling(machine=world.machine.name, backbone=world.backbone)
+    out = ScalingResult(machine=world.machine.name, backbone=world.backbone)
     given = world.dataset
     small = _repeated(given, 1)
     _point(world, small, _runs(world, 1, crops=1))  # warms up
@@ -67,7 +67,7 @@ def measure(world: World, say: Callable[[str], None]) -> Scaling:
     return out
 
 
-def _runs(world: World, num: int, crops: int) -> list[RunSpec]:
+def _runs(world: BenchmarkSetup, num: int, crops: int) -> list[RunSpec]:
     """Every head as often as the others, at rates of their own."""
     heads = itertools.islice(itertools.cycle(HEADS), num)
     return [world.run(head, 1e-3 * (1 + k / 100), epochs=1, crops_per_image=crops) for k, head in enumerate(heads)]
@@ -80,12 +80,12 @@ def _repeated(dataset: Dataset, times: int) -> Dataset:
     return replace(dataset, train=train, val=dataset.val[:1], test=dataset.test[:1])
 
 
-def _point(world: World, dataset: Dataset, runs: list[RunSpec]) -> Point:
-    world.dataset, world.pixels = dataset, {split: Pixels(dataset, split, PIXELS_BYTES) for split in ("train", "val", "test")}
+def _point(world: BenchmarkSetup, dataset: Dataset, runs: list[RunSpec]) -> CohortCost:
+    world.dataset, world.pixels = dataset, {split: ImageCache(dataset, split, PIXELS_BYTES) for split in ("train", "val", "test")}
     with _peak() as peak:
         wall_s, learners = world.fitted(runs)
     num_tiles = len(dataset.train) * runs[0].crops_per_image
-    return Point(
+    return CohortCost(
         num_runs=len(runs),
         num_images=len(dataset.train),
         num_tiles=num_tiles,
@@ -115,7 +115,7 @@ def _peak() -> Iterator[list[float]]:
         seen[0] = max(seen[0], process.memory_info().rss / 2**20)
 
 
-def table(found: Scaling) -> str:
+def table(found: ScalingResult) -> str:
     """The measurements as text."""
     lines = [f"{found.backbone} on {found.machine}, one epoch each", ""]
     first = found.runs[0]
@@ -129,6 +129,6 @@ def table(found: Scaling) -> str:
     return "\n".join(lines)
 
 
-def as_json(found: Scaling) -> str:
+def as_json(found: ScalingResult) -> str:
     """The measurements for a machine."""
     return json.dumps(asdict(found), indent=1)

@@ -12,14 +12,14 @@ from cellbench.config.registry import Registry
 from cellbench.config.run import Experiment, RunSpec, expand
 from cellbench.config.search_space import Space
 from cellbench.search.study import Study
-from cellbench.training.trainer import Learner
+from cellbench.training.trainer import HeadTrainer
 
-Fitted = Callable[[list[RunSpec]], tuple[float, list[Learner]]]
+LinearFit = Callable[[list[RunSpec]], tuple[float, list[HeadTrainer]]]
 """Trains runs of one backbone as a cohort of their own: seconds, and what was learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class Throughput:
     """Trials a minute, asked, trained, validated and told."""
 
     num: int
@@ -30,7 +30,7 @@ class Pace:
     """Whether both ways asked the same trials and told the same values."""
 
 
-def pace(registry: Registry, backbone: str, heads: tuple[str, ...], run: Mapping[str, Any], fitted: Fitted, num: int = 8, tolerance: float = 0.0) -> Pace:
+def measure_throughput(registry: Registry, backbone: str, heads: tuple[str, ...], run: Mapping[str, Any], fitted: LinearFit, num: int = 8, tolerance: float = 0.0) -> Throughput:
     """Two small random searches of ``num`` trials each: one in a single batch, one trial by trial. Values within ``tolerance`` are the same."""
     tree = {
         "experiment": "bench",
@@ -45,10 +45,10 @@ def pace(registry: Registry, backbone: str, heads: tuple[str, ...], run: Mapping
         asked == asked_alone and all(abs(x - y) <= tolerance for x, y in zip(told, told_alone, strict=True))
         for (*asked, told), (*asked_alone, told_alone) in zip(together, alone, strict=True)
     )
-    return Pace(num=num, together=60 * num / together_s, alone=60 * num / alone_s, same=same)
+    return Throughput(num=num, together=60 * num / together_s, alone=60 * num / alone_s, same=same)
 
 
-def _searched(space: Space, registry: Registry, fitted: Fitted) -> tuple[float, list[tuple[Any, ...]]]:
+def _searched(space: Space, registry: Registry, fitted: LinearFit) -> tuple[float, list[tuple[Any, ...]]]:
     with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
         study = Study(f"sqlite:///{folder}/optuna.db", space.experiment, space.settings, space.dimensions, space.asked, int(space.run["epochs"]))
         start = time.perf_counter()

@@ -22,24 +22,24 @@ import torch
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.data.dataset import Dataset
-from cellbench.data.image_cache import Pixels
-from cellbench.data.transforms.sampling import Plan
+from cellbench.data.image_cache import ImageCache
+from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.data.transforms.tiling import Stitcher
 from cellbench.diagnostics import naive_reference
-from cellbench.diagnostics.search_throughput import pace
-from cellbench.features.extractor import Batch, Features, Keeping
-from cellbench.features.frozen_backbone import Trunk
-from cellbench.hardware import Machine
+from cellbench.diagnostics.search_throughput import measure_throughput
+from cellbench.features.extractor import Batch, CachePolicy, Features
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.hardware import Hardware
 from cellbench.models.backbones.build import open_backbone
-from cellbench.parallel import Lanes
-from cellbench.tracking.schema import NOTE, params_of
+from cellbench.parallel import WorkerPool
+from cellbench.tracking.schema import NOTE, run_params
 from cellbench.tracking.tracker import Tracker
 from cellbench.training import checkpoints
 from cellbench.training.fit import fit
-from cellbench.training.model import model, num_levels
-from cellbench.training.stacked_heads import Team
-from cellbench.training.tiled_inference import segment
-from cellbench.training.trainer import Learner
+from cellbench.training.model import build_model, num_levels
+from cellbench.training.stacked_heads import StackedHeads
+from cellbench.training.tiled_inference import segment_images
+from cellbench.training.trainer import HeadTrainer
 
 HEADS = ("bilinear", "transposed-conv", "fpn")
 RATES = (5e-4, 1e-3, 2e-3)
@@ -48,7 +48,7 @@ CHUNKS = 12
 
 
 @dataclass
-class Bench:
+class BenchmarkResult:
     """What was measured. ``rows`` are (name, value, unit, ratio in words)."""
 
     machine: str
@@ -62,12 +62,12 @@ class Bench:
 
 
 @dataclass(kw_only=True)
-class World:
+class BenchmarkSetup:
     """What all measurements share. After :meth:`fitted`, ``trunk_s`` is what its backbone took."""
 
     registry: Registry
     dataset: Dataset
-    machine: Machine
+    machine: Hardware
     backbone: str
     weights: Path | None
     epochs: int
@@ -78,7 +78,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.frozen = open_backbone(self.registry.backbone(self.backbone), self.weights)
-        self.pixels = {split: Pixels(self.dataset, split, 2**31) for split in ("train", "val", "test")}
+        self.pixels = {split: ImageCache(self.dataset, split, 2**31) for split in ("train", "val", "test")}
         self.runs = [self.run(head, rate) for head in HEADS for rate in RATES]
 
     @property
@@ -91,14 +91,14 @@ class World:
         return self.registry.complete(RunSpec(backbone=self.backbone, head=head, lr=rate, **settings))
 
     def features(self, runs: list[RunSpec], memory_bytes: int = 2**33) -> Features:
-        trunk = Trunk(self.frozen, self.machine, [num_levels(run, self.registry) for run in runs])
-        return Features(trunk, Plan(self.pixels["train"].sizes_px, runs[0]), self.pixels, Keeping(memory_bytes=memory_bytes))
+        trunk = FrozenBackbone(self.frozen, self.machine, [num_levels(run, self.registry) for run in runs])
+        return Features(trunk, SamplingPlan(self.pixels["train"].sizes_px, runs[0]), self.pixels, CachePolicy(memory_bytes=memory_bytes))
 
-    def learner(self, run: RunSpec, features: Features, num_views: int) -> Learner:
-        made = model(run, self.registry, features.trunk, len(self.dataset.classes))
-        return Learner(run=run, model=made, recorder=_Nobody(), num_views=num_views).on(features)
+    def learner(self, run: RunSpec, features: Features, num_views: int) -> HeadTrainer:
+        made = build_model(run, self.registry, features.trunk, len(self.dataset.classes))
+        return HeadTrainer(run=run, model=made, recorder=_Nobody(), num_views=num_views).on(features)
 
-    def fitted(self, runs: list[RunSpec], memory_bytes: int = 2**33) -> tuple[float, list[Learner]]:
+    def fitted(self, runs: list[RunSpec], memory_bytes: int = 2**33) -> tuple[float, list[HeadTrainer]]:
         """Seconds of a whole ``fit``, and the learners."""
         features = self.features(runs, memory_bytes)
         learners = [self.learner(run, features, features.plan.num_views) for run in runs]
@@ -116,9 +116,9 @@ class _Nobody:
         pass
 
 
-def measure(world: World) -> Bench:
+def measure(world: BenchmarkSetup) -> BenchmarkResult:
     """Everything, in an order in which each part warms up the next."""
-    out = Bench(machine=world.machine.name, backbone=world.backbone)
+    out = BenchmarkResult(machine=world.machine.name, backbone=world.backbone)
     for title, part in (
         ("the frozen pass", _passes),
         ("heads", _heads),
@@ -133,7 +133,7 @@ def measure(world: World) -> Bench:
     return out
 
 
-def _passes(world: World, out: Bench) -> None:
+def _passes(world: BenchmarkSetup, out: BenchmarkResult) -> None:
     chunk = world.machine.chunk
     # Whole chunks, and enough of them that all lanes are busy to the end.
     crops = chunk * -(-CHUNKS // len(world.pixels["train"]))
@@ -151,7 +151,7 @@ def _passes(world: World, out: Bench) -> None:
         world.machine.wait()
 
     def one_pass() -> None:
-        with Lanes(world.machine.lanes) as lanes:
+        with WorkerPool(world.machine.lanes) as lanes:
             for _ in features.train(0, lanes):
                 pass
         world.machine.wait()
@@ -176,15 +176,15 @@ def _passes(world: World, out: Bench) -> None:
             out.add(f"bare timm forward, {num} at once in place of {chunk}", speed, "tiles/s", f"{speed / bare_speed:.0%}")
 
 
-def _heads(world: World, out: Bench) -> None:
+def _heads(world: BenchmarkSetup, out: BenchmarkResult) -> None:
     runs = [world.run(head, 1e-3) for head in world.registry.names("heads")]
     features = world.features(runs)
-    with Lanes(1) as lanes:
+    with WorkerPool(1) as lanes:
         batch = next(iter(features.train(0, lanes)))
     for run in runs:
         learner = world.learner(run, features, batch.num)
 
-        def steps(learner: Learner = learner) -> None:
+        def steps(learner: HeadTrainer = learner) -> None:
             learner.begin()
             learner.take(batch)
             world.machine.wait()
@@ -195,11 +195,11 @@ def _heads(world: World, out: Bench) -> None:
     _as_one(world, features, batch, out)
 
 
-def _as_one(world: World, features: Features, batch: Batch, out: Bench) -> None:
+def _as_one(world: BenchmarkSetup, features: Features, batch: Batch, out: BenchmarkResult) -> None:
     """Steps of heads of one kind as a team (`cellbench.training.stacked_heads`), which a GPU wants and a processor does not, against the same one by one."""
     runs = [world.run("fpn", rate, batch_size=8) for rate in RATES]
     team, alone = ([world.learner(run, features, num_views=4 * 8) for run in runs] for _ in range(2))
-    parties = {"one by one": alone, "as one": [Team(team)]}
+    parties = {"one by one": alone, "as one": [StackedHeads(team)]}
     for party in (*alone, *parties["as one"]):
         party.begin()
 
@@ -221,7 +221,7 @@ def _as_one(world: World, features: Features, batch: Batch, out: Bench) -> None:
     out.add(f"{len(runs)} heads of one kind (fpn), a step of all as one", best["as one"], "s", f"{faster}, on {world.machine.name}")
 
 
-def _cohorts(world: World, out: Bench) -> None:
+def _cohorts(world: BenchmarkSetup, out: BenchmarkResult) -> None:
     together_s, cohort = world.fitted(world.runs)
     places = range(1, len(world.runs), len(RATES)) if world.quick else range(len(world.runs))  # one of each head, or all
     alone = {k: world.fitted([world.runs[k]]) for k in places}
@@ -238,24 +238,24 @@ def _cohorts(world: World, out: Bench) -> None:
     world.cohort = cohort
 
 
-def _trials(world: World, out: Bench) -> None:
+def _trials(world: BenchmarkSetup, out: BenchmarkResult) -> None:
     settings = {"epochs": world.epochs, "crops_per_image": world.crops, "patience": 0, "overlap": 0.25, "views": 1}
-    speed = pace(world.registry, world.backbone, HEADS, settings, world.fitted, num=4 if world.quick else 8, tolerance=world.tolerance)
+    speed = measure_throughput(world.registry, world.backbone, HEADS, settings, world.fitted, num=4 if world.quick else 8, tolerance=world.tolerance)
     out.facts |= {"trials_per_minute": speed.together, "trials_per_minute_alone": speed.alone}
     out.checks["a trial is the same alone and in its batch"] = speed.same
     out.add(f"search, {speed.num} trials in a batch", speed.together, "trials/min", f"{speed.together / speed.alone:.1f} x one at a time")
     out.add("search, one trial at a time", speed.alone, "trials/min")
 
 
-def _naive(world: World, out: Bench) -> None:
+def _naive(world: BenchmarkSetup, out: BenchmarkResult) -> None:
     """Each head for one run, fp32; nine runs are three times the three. Fewer epochs where they are all alike, multiplied out."""
-    fp32 = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=0)
+    fp32 = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=0)
     threes, gaps = {"reopen": 0.0, "held": 0.0}, []
     for k, head in enumerate(HEADS):
         run = world.run(head, RATES[1])
-        trunk = Trunk(world.frozen.to("cpu"), fp32, [num_levels(run, world.registry)])
+        trunk = FrozenBackbone(world.frozen.to("cpu"), fp32, [num_levels(run, world.registry)])
         for how in ("held", "reopen"):
-            made: torch.nn.Module = model(run, world.registry, trunk, len(world.dataset.classes)).to(memory_format=torch.contiguous_format).head
+            made: torch.nn.Module = build_model(run, world.registry, trunk, len(world.dataset.classes)).to(memory_format=torch.contiguous_format).head
             if head == "transposed-conv" and how == "reopen":  # as published, weights and all; the held one shows that the Dice is the same
                 made = naive_reference.PublishedHead(trunk.backbone.levels[-1].dim, len(world.dataset.classes))
             epochs = world.epochs if how == "held" and not world.quick else 1
@@ -277,11 +277,11 @@ def _naive(world: World, out: Bench) -> None:
     out.checks[f"the naive protocol's validation Dice agrees (largest gap {max(gaps):.4f})"] = max(gaps) < 0.01
 
 
-def _testing(world: World, out: Bench) -> None:
+def _testing(world: BenchmarkSetup, out: BenchmarkResult) -> None:
     features = world.features(world.runs)
     made = [learner.model for learner in world.cohort]
     start = time.perf_counter()
-    num = sum(1 for _ in segment(made, features, "test"))
+    num = sum(1 for _ in segment_images(made, features, "test"))
     each = (time.perf_counter() - start) / num
     trunk_share = features.trunk.seconds / num
     grid = features.grid("test", 0)
@@ -299,7 +299,7 @@ def _testing(world: World, out: Bench) -> None:
     out.add("blending one run's image", blend_s, "s", f"{blend_s / trunk_share:.1%} of the backbone's forward")
 
 
-def _mlflow(world: World, out: Bench) -> None:
+def _mlflow(world: BenchmarkSetup, out: BenchmarkResult) -> None:
     import os
 
     before = os.environ.get("MLFLOW_TRACKING_URI")
@@ -319,11 +319,11 @@ def _mlflow(world: World, out: Bench) -> None:
     out.add("MLflow, all that a run tells it", run_s, "s", f"{share:.1%} of the cohort's wall time; under 1 % where a run takes {100 * run_s:.1f} s or more")
 
 
-def _told(tracker: Tracker, world: World, num: int) -> None:
+def _told(tracker: Tracker, world: BenchmarkSetup, num: int) -> None:
     """All that a run of the cohort tells MLflow: its params, its epochs ``num`` times, and what a finished one leaves, pictures aside."""
     row = {"train/loss": 1.0, "val/loss": 1.0, "val/dice": 0.5, "val/iou": 0.5, "lr": 1e-3}
     with tracker.run("bench", "bench") as run, tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
-        run.log({}, params=params_of(world.runs[0], world.dataset.name, world.machine.precision_name))
+        run.log({}, params=run_params(world.runs[0], world.dataset.name, world.machine.precision_name))
         run.data(world.dataset.name, world.dataset.digest, str(world.dataset.root), "training")
         for told in range(num):
             run.keep(told, row)
@@ -333,7 +333,7 @@ def _told(tracker: Tracker, world: World, num: int) -> None:
         run.end("finished", metrics={f"test/{k}": 0.5 for k in range(60)}, tags={NOTE: "."})
 
 
-def _same(world: World, a: Learner, b: Learner) -> bool:
+def _same(world: BenchmarkSetup, a: HeadTrainer, b: HeadTrainer) -> bool:
     """To the last bit on a processor. On a GPU numbers agree to rounding, which learning enlarges: the first epoch's loss tells."""
     if world.tolerance:
         return math.isclose(a.history[0]["train/loss"], b.history[0]["train/loss"], rel_tol=world.tolerance)
@@ -348,7 +348,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 @contextlib.contextmanager
-def _as_usual(machine: Machine) -> Iterator[None]:
+def _as_usual(machine: Hardware) -> Iterator[None]:
     """Each operation on all cores, as torch does by itself: how others would run it."""
     torch.set_num_threads(machine.lanes * machine.threads)
     try:
@@ -357,7 +357,7 @@ def _as_usual(machine: Machine) -> Iterator[None]:
         torch.set_num_threads(machine.threads)
 
 
-def table(result: Bench) -> str:
+def table(result: BenchmarkResult) -> str:
     """The measurements as text."""
     wide = max(len(name) for name, *_ in result.rows)
     lines = [f"{result.backbone} on {result.machine}", ""]
@@ -370,6 +370,6 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.4f}"
 
 
-def as_json(result: Bench) -> str:
+def as_json(result: BenchmarkResult) -> str:
     """The measurements for a machine."""
     return json.dumps(asdict(result), indent=1)

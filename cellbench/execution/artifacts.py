@@ -18,55 +18,55 @@ from safetensors.torch import save_file
 from cellbench import startup, system_load
 from cellbench.config.run import Experiment, RunSpec
 from cellbench.data.dataset import SPLITS, Dataset
-from cellbench.data.image_cache import Pixels
+from cellbench.data.image_cache import ImageCache
 from cellbench.data.transforms.preprocessing import Preparation
-from cellbench.data.transforms.sampling import num_seen
-from cellbench.escaping import markdown
-from cellbench.metrics.instance import COUNTS, MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX, outcome_words
-from cellbench.metrics.pixel import image_scores, named, nan_mean, num_empty, scores
+from cellbench.data.transforms.sampling import num_used_images
+from cellbench.escaping import escape_markdown
+from cellbench.metrics.instance import COUNTS, MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX, describe_outcomes
+from cellbench.metrics.pixel import count_empty_images, named_scores, nan_mean, per_image_scores, pixel_scores
 from cellbench.statistics.hypothesis_tests import ROUGH_BELOW, mean_interval, unit_labels
 from cellbench.tracking import ui_view
 from cellbench.tracking.schema import NOTE, SEEN, TABLES
-from cellbench.training.evaluator import Exam
-from cellbench.training.trainer import Learner
+from cellbench.training.evaluator import RunEvaluation
+from cellbench.training.trainer import HeadTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class TestResult:
     """A run's test."""
 
-    exam: Exam
+    exam: RunEvaluation
     cost: dict[str, float]
-    learner: Learner | None = None
+    learner: HeadTrainer | None = None
     preparation: Preparation | None = None
     """What was done to every image; None for a method that sees images as they are."""
 
 
-def begin() -> None:
+def import_plotting() -> None:
     """Imports what draws the pictures: a second that a grid with nothing new need not spend. Best before there is much in memory, since all
-    that is there is held to be of use from then on (:func:`cellbench.startup.kept`)."""
-    with startup.kept():
+    that is there is held to be of use from then on (:func:`cellbench.startup.no_gc_during_import`)."""
+    with startup.no_gc_during_import():
         importlib.import_module("cellbench.reporting.plots.run")
 
 
-def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
+def final_metrics(dataset: Dataset, result: TestResult) -> dict[str, float]:
     """Everything that is logged at the end of a run: pooled scores, means over images with their interval, cells, cost, the best epoch.
 
     Means go over the images that have a score; ``…_empty1`` are the same with 1 for what has none, as older publications have them. Names
     without a value (a class in neither truth nor prediction) are left out.
     """
     counts, shapes = result.exam.counts, result.exam.shapes()
-    out = named("test", counts, dataset.classes) | result.cost
-    each = image_scores(counts, unused=dataset.unused)
+    out = named_scores("test", counts, dataset.classes) | result.cost
+    each = per_image_scores(counts, unused=dataset.unused)
     out |= {f"test_image/{name}": nan_mean(values) for name, values in each.items()}
-    known, own = np.flatnonzero(~np.isnan(each["dice"])), units(dataset)
+    known, own = np.flatnonzero(~np.isnan(each["dice"])), resampling_units(dataset)
     if known.size:
         interval = mean_interval(each["dice"][known], groups=None if own is None else [own[k] for k in known])
         if interval.low is not None and interval.high is not None:
             out |= {"test_image/dice_low": interval.low, "test_image/dice_high": interval.high, "test_image/dice_units": interval.num}
     out |= {f"test_image/{name}": nan_mean(shapes[name]) for name in SCORES}
     out |= {f"test_image/{name}_empty1": float(values.mean()) for name, values in _empty1(counts, shapes, dataset.unused).items()}
-    out["test/num_empty"], out["test/num_empty_found"] = num_empty(counts)
+    out["test/num_empty"], out["test/num_empty_found"] = count_empty_images(counts)
     out |= {f"test/{name}": int(shapes[name].sum()) for name in COUNTS}
     errors = shapes["num_predicted"] - shapes["num_true"]
     # The mean of signed errors is a bias, in which too many and too few cancel out; the other is how far a count is off.
@@ -81,16 +81,16 @@ def metrics(dataset: Dataset, result: Result) -> dict[str, float]:
     if (calibration := result.exam.calibration()) is not None:
         from cellbench.reporting.plots import run as run_plots
 
-        out["test/calibration_error"] = run_plots.expected_error(calibration)
+        out["test/calibration_error"] = run_plots.expected_calibration_error(calibration)
     if result.learner is not None:
         best = result.learner.history[result.learner.best_epoch]
         out |= {"best/epoch": result.learner.best_epoch, "best/val_loss": best["val/loss"], "best/val_dice": best.get("val/dice", math.nan)}
-    return {key: tidy(key, value) for key, value in out.items() if not math.isnan(value)}
+    return {key: round_metric(key, value) for key, value in out.items() if not math.isnan(value)}
 
 
 def _empty1(counts: np.ndarray, shapes: Mapping[str, np.ndarray], unused: Collection[int]) -> dict[str, np.ndarray]:
     """Per-image scores (N,) by the older rule: a class in neither truth nor prediction scores 1, and so do the cells of an image without any."""
-    old = image_scores(counts, absent=1.0)
+    old = per_image_scores(counts, absent=1.0)
     num = counts.shape[-1] - 1
     scored = [k for k in range(1, num + 1) if k not in unused]
     present = ((counts.sum(1) + counts.sum(2)) > 0)[:, scored].sum(1)
@@ -99,7 +99,7 @@ def _empty1(counts: np.ndarray, shapes: Mapping[str, np.ndarray], unused: Collec
     return {"dice": old["dice"], "iou": old["iou"], **outlines, **cells}
 
 
-def units(dataset: Dataset) -> tuple[Hashable, ...] | None:
+def resampling_units(dataset: Dataset) -> tuple[Hashable, ...] | None:
     """What an interval over the test images resamples: their groups, as the report does; None for the images themselves."""
     return unit_labels([sample.name for sample in dataset.test], [sample.group for sample in dataset.test])
 
@@ -112,19 +112,19 @@ def interval_words(values: Mapping[str, float]) -> str:
     return f" (95 % {rough}{values['test_image/dice_low']:.4f} to {values['test_image/dice_high']:.4f})"
 
 
-def tidy(name: str, value: float) -> float:
+def round_metric(name: str, value: float) -> float:
     """Six decimals of a score and four figures of a cost: what the numbers are worth, and what a column of the UI can show."""
     return float(f"{value:.4g}") if name.startswith("cost/") and not name.endswith("_params") else round(float(value), 6)
 
 
-def write(
+def write_artifacts(
     folder: Path,
     name: str,
     run: RunSpec,
     experiment: Experiment,
     datasets: Sequence[Dataset],
-    pixels: Pixels,
-    result: Result,
+    pixels: ImageCache,
+    result: TestResult,
     seen: dict[str, Any] | None = None,
 ) -> None:
     """``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json``, ``head.safetensors`` and
@@ -137,34 +137,34 @@ def write(
     if seen is not None:
         (folder / SEEN).write_text(json.dumps(seen), encoding="utf-8")
     dataset = datasets[run.fold]
-    told = per_image(dataset, result)
+    told = per_image_record(dataset, result)
     if result.learner is not None:
-        told["num_train"] = num_seen(len(dataset.train), run.fraction)
+        told["num_train"] = num_used_images(len(dataset.train), run.fraction)
     if experiment.data.folds:
-        told |= {"fold": run.fold, "num_folds": experiment.data.folds, "pool": pool(datasets)}
-    (folder / "config.toml").write_text(tomli_w.dumps(alone(run, experiment)), encoding="utf-8")
+        told |= {"fold": run.fold, "num_folds": experiment.data.folds, "pool": pool_folds(datasets)}
+    (folder / "config.toml").write_text(tomli_w.dumps(single_run_experiment(run, experiment)), encoding="utf-8")
     (folder / "per_image.json").write_text(json.dumps(told, allow_nan=False), encoding="utf-8")
     (folder / SEPARATION).write_text(json.dumps(asdict(result.exam.separation)), encoding="utf-8")
-    (folder / TABLE).write_text(json.dumps(table(told), allow_nan=False), encoding="utf-8")
+    (folder / TABLE).write_text(json.dumps(per_image_table(told), allow_nan=False), encoding="utf-8")
     if result.preparation is not None:
         (folder / "preparation.json").write_text(json.dumps(result.preparation.told()), encoding="utf-8")
     (folder / "figures").mkdir()
     if result.learner is not None:
         save_file({key: x.contiguous() for key, x in result.learner.best_weights.items()}, folder / "head.safetensors")
-        run_plots.save(run_plots.curves(result.learner.history, result.learner.best_epoch), folder / "figures" / "curves.png")
+        run_plots.save_figure(run_plots.plot_curves(result.learner.history, result.learner.best_epoch), folder / "figures" / "curves.png")
     exam = result.exam
-    each = image_scores(exam.counts, unused=dataset.unused) | {key: values for key, values in exam.shapes().items() if key in SCORES}
-    pooled = scores(exam.counts.sum(0))
+    each = per_image_scores(exam.counts, unused=dataset.unused) | {key: values for key, values in exam.shapes().items() if key in SCORES}
+    pooled = pixel_scores(exam.counts.sum(0))
     by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
-    run_plots.save(run_plots.report_card(name, each, by_class, exam.calibration(), units(dataset)), folder / "figures" / "scores.png")
+    run_plots.save_figure(run_plots.plot_scores(name, each, by_class, exam.calibration(), resampling_units(dataset)), folder / "figures" / "scores.png")
     for which, case in exam.keep.cases.items():
         picture, truth = pixels[case.image]
-        cells = outcome_words(asdict(exam.agreements[case.image]))
+        cells = describe_outcomes(asdict(exam.agreements[case.image]))
         title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, {case.score}\n{cells}"
-        run_plots.save(run_plots.case(picture, truth, case.classes, case.cell, title), folder / "figures" / f"{which}.png")
+        run_plots.save_figure(run_plots.plot_example(picture, truth, case.classes, case.cell, title), folder / "figures" / f"{which}.png")
 
 
-def pool(datasets: Sequence[Dataset]) -> str:
+def pool_folds(datasets: Sequence[Dataset]) -> str:
     """What stands for the data of all folds together: files, classes, and how they were cut. Of one dataset, its own digest."""
     if len(datasets) == 1:
         return datasets[0].digest
@@ -176,10 +176,10 @@ TABLE = "images.json"
 
 
 SEPARATION = "separation.json"
-"""The artifact with a run's :class:`~cellbench.metrics.separation.Separation`, field by field."""
+"""The artifact with a run's :class:`~cellbench.metrics.separation.SeparationParams`, field by field."""
 
 
-def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
+def per_image_record(dataset: Dataset, result: TestResult) -> dict[str, object]:
     """The scores of each test image and the counts they come from; any other overlap can be had from those."""
     exam, shapes = result.exam, result.exam.shapes()
     return {
@@ -194,7 +194,7 @@ def per_image(dataset: Dataset, result: Result) -> dict[str, object]:
         "separation_neck": exam.separation.neck,
         "cells_numbered": [one.numbered for one in exam.agreements],
         "confusion": exam.counts.tolist(),
-        **{name: _rounded(values) for name, values in image_scores(exam.counts, unused=dataset.unused).items()},
+        **{name: _rounded(values) for name, values in per_image_scores(exam.counts, unused=dataset.unused).items()},
         **{name: _rounded(shapes[name]) for name in SCORES},
         **{name: shapes[name].tolist() for name in COUNTS},
         "calibration": exam.calibration(),
@@ -209,13 +209,13 @@ def _rounded(values: np.ndarray) -> list[float | None]:
 COLUMNS = ("dice", "iou", "precision", "recall", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq", *COUNTS)
 
 
-def table(told: dict[str, Any]) -> dict[str, object]:
+def per_image_table(told: dict[str, Any]) -> dict[str, object]:
     """``per_image`` as the UI's table: worst image first, since that is the one to look at; those without a score last."""
     order = np.argsort(np.array(told["dice"], np.float64), kind="stable").tolist()
     return {"columns": ["image", *COLUMNS], "data": [[told["images"][k], *(told[name][k] for name in COLUMNS)] for k in order]}
 
 
-def alone(run: RunSpec, experiment: Experiment) -> dict[str, object]:
+def single_run_experiment(run: RunSpec, experiment: Experiment) -> dict[str, object]:
     """An experiment file that asks for this run only: ``grid config.toml`` repeats it."""
     plain = run.model_dump(exclude={"backbone", "head", "baseline", "options", "seed"})
     data = {key: value for key, value in experiment.data.model_dump().items() if value not in (None, {})}
@@ -227,39 +227,39 @@ def alone(run: RunSpec, experiment: Experiment) -> dict[str, object]:
     return {**tree, **part, "data": data}
 
 
-def tags(name: str, metrics: dict[str, float], machine: str, worst: str) -> dict[str, str]:
+def run_tags(name: str, metrics: dict[str, float], machine: str, worst: str) -> dict[str, str]:
     """What a tested run's page in the UI shows beside its numbers: the machine, notes, and ``TABLE`` as MLflow's own log_table would name it,
     in 100 ms more. ``worst``: the address of the worst image's picture."""
     named = json.dumps([{"path": TABLE, "type": "table"}])
-    return {"cellbench.machine": machine, TABLES: named, NOTE: note(name, metrics, worst=worst)}
+    return {"cellbench.machine": machine, TABLES: named, NOTE: run_note(name, metrics, worst=worst)}
 
 
-def score(values: Mapping[str, float], name: str) -> str:
+def format_score(values: Mapping[str, float], name: str) -> str:
     """A score as text, where the run has it."""
     return f"{values[name]:.4f}" if name in values else "none (no cell)"
 
 
-def note(name: str, values: dict[str, float], worst: str = "") -> str:
+def run_note(name: str, values: dict[str, float], worst: str = "") -> str:
     """A run's notes in MLflow, in Markdown. ``worst``: the address of the worst case's picture."""
     interval = interval_words(values)
     lines = [
-        ["test Dice, all pixels pooled", score(values, "test/dice")],
-        ["test Dice, mean over images", f"{score(values, 'test_image/dice')}{interval}"],
-        [f"outlines within {TOLERANCE_PX:g} px (NSD)", score(values, "test_image/nsd")],
-        ["AP50", f"{score(values, 'test_image/ap50')} ({score(values, 'test_image/ap50_connected')} where touching cells are not parted)"],
-        ["cells of all test images", outcome_words({name.removeprefix("test/"): value for name, value in values.items()})],
+        ["test Dice, all pixels pooled", format_score(values, "test/dice")],
+        ["test Dice, mean over images", f"{format_score(values, 'test_image/dice')}{interval}"],
+        [f"outlines within {TOLERANCE_PX:g} px (NSD)", format_score(values, "test_image/nsd")],
+        ["AP50", f"{format_score(values, 'test_image/ap50')} ({format_score(values, 'test_image/ap50_connected')} where touching cells are not parted)"],
+        ["cells of all test images", describe_outcomes({name.removeprefix("test/"): value for name, value in values.items()})],
         ["cells counted, predicted minus true", f"{values['test_image/count_error']:+.1f} an image"],
     ]
     if values["test/num_empty"]:
         empty, found = values["test/num_empty"], values["test/num_empty_found"]
         lines.append(["test images without a cell", f"{empty:g}; something was found in {found:g} of them; means leave out the others"])
     if loads := [values[name] for name in ("cost/train_other_load_pct", "cost/test_other_load_pct") if name in values]:
-        lines.append(["costs were measured", system_load.words(max(loads))])
+        lines.append(["costs were measured", system_load.describe_load(max(loads))])
     parts = [
         # The UI shows five lines of a note before it asks for more: the answer comes first.
-        f"**{markdown(name)}**: test Dice **{score(values, 'test/dice')}** over all pixels, {score(values, 'test_image/dice')}{interval} in the "
+        f"**{escape_markdown(name)}**: test Dice **{format_score(values, 'test/dice')}** over all pixels, {format_score(values, 'test_image/dice')}{interval} in the "
         "mean of the images.",
-        ui_view.columns(("what", "score"), lines),
+        ui_view.padded_table(("what", "score"), lines),
         f"*Artifacts*: `{TABLE}` (each image, worst first), `figures/`, weights, and `config.toml`, which repeats this run.",
     ]
     return "\n\n".join(parts + ([f"The worst test image:\n\n![the worst test image]({worst})"] if worst else []))

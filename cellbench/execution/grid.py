@@ -7,26 +7,26 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from cellbench.config.run import cohorts
-from cellbench.execution.planning import Job
+from cellbench.execution.planning import PlannedRun
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.tracking.schema import DATA
 from cellbench.tracking.tracker import Run, Tracker
 
-Crew = Callable[[Runner, Sequence[Sequence[Job]], Outcome], None]
+Executor = Callable[[Runner, Sequence[Sequence[PlannedRun]], Outcome], None]
 """Runs cohorts to their ends, in whatever order and wherever, and says in the outcome what became of them."""
 
 
-def alone(runner: Runner, groups: Sequence[Sequence[Job]], out: Outcome) -> None:
+def run_sequential(runner: Runner, groups: Sequence[Sequence[PlannedRun]], out: Outcome) -> None:
     """The crew of one: cohort by cohort in this process."""
     for number, group in enumerate(groups, 1):
         runner.cohort(list(group), f"cohort {number} of {len(groups)}", out)
 
 
-def everything(runner: Runner, jobs: list[Job], crew: Crew = alone) -> Outcome:
+def run_all(runner: Runner, jobs: list[PlannedRun], crew: Executor = run_sequential) -> Outcome:
     """Runs what is not finished yet."""
     out = Outcome()
     known = runner.tracker.known()
-    todo: list[Job] = []
+    todo: list[PlannedRun] = []
     for job in jobs:
         old = known.get(job.fingerprint)
         if old is not None and old.status == "finished":
@@ -47,7 +47,7 @@ def everything(runner: Runner, jobs: list[Job], crew: Crew = alone) -> Outcome:
 
 
 @contextlib.contextmanager
-def parent(tracker: Tracker, name: str, fingerprint: str, asked: Mapping[str, str], data: str, kind: str = "grid") -> Iterator[Run]:
+def parent_run(tracker: Tracker, name: str, fingerprint: str, asked: Mapping[str, str], data: str, kind: str = "grid") -> Iterator[Run]:
     """The parent run of a grid or search: the same one whenever the same one is started again. ``asked``: its params, for people to read;
     ``data``: the digest of its data."""
     old = tracker.known(fingerprint).get(fingerprint)

@@ -20,16 +20,16 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
 from cellbench.errors import CellbenchError
-from cellbench.execution.planning import Job
+from cellbench.execution.planning import PlannedRun
 from cellbench.execution.runner import Outcome, Runner
-from cellbench.execution.worker_job import MOST_DEATHS, Hand, Order, Piece, join, pieces
-from cellbench.hardware import Machine
+from cellbench.execution.worker_job import MOST_DEATHS, CohortWorker, JobSpec, WorkItem, merge_outcomes, work_items
+from cellbench.hardware import Hardware
 
 END_S = 20.0
 """How long a worker may take to mark its runs as interrupted before it is killed."""
 
 
-def checked(num: int, machine: Machine) -> int:
+def check_num_workers(num: int, machine: Hardware) -> int:
     """``num`` as a number of workers that this machine can keep busy. Raises CellbenchError."""
     if num < 1:
         raise CellbenchError(f"--workers {num}: expected 1 or more.")
@@ -40,22 +40,22 @@ def checked(num: int, machine: Machine) -> int:
     return num
 
 
-class Crew:
+class ProcessExecutor:
     """``num`` worker processes for the cohorts of one grid."""
 
-    def __init__(self, num: int, order: Order) -> None:
+    def __init__(self, num: int, order: JobSpec) -> None:
         self._num, self._order = num, order
 
-    def __call__(self, runner: Runner, groups: Sequence[Sequence[Job]], out: Outcome) -> None:
+    def __call__(self, runner: Runner, groups: Sequence[Sequence[PlannedRun]], out: Outcome) -> None:
         """Runs the cohorts to their ends. What a worker says is said by ``runner``, which also marks what no worker could finish."""
         num = min(self._num, len(groups))  # a worker without a cohort would only keep cores from the others
         if num == 0:
             return
-        waiting = deque(pieces(groups, runner.registry))
+        waiting = deque(work_items(groups, runner.registry))
         orders = [
             replace(self._order, machine=machine, disk_bytes=self._order.disk_bytes // num) for machine in self._order.machine.shares(num)
         ]
-        workers = [_Worker(mine, cores) for mine, cores in zip(orders, cores_of([one.machine for one in orders]), strict=True)]
+        workers = [_Worker(mine, cores) for mine, cores in zip(orders, assign_cores([one.machine for one in orders]), strict=True)]
         runner.say(f"{num} worker{'s' * (num > 1)}, each {orders[0].machine.name}.")
         try:
             for worker in workers:
@@ -71,7 +71,7 @@ class Crew:
             for worker in workers:
                 worker.join(end - time.monotonic())
 
-    def _hear(self, worker: _Worker, waiting: deque[Piece], runner: Runner, out: Outcome) -> None:
+    def _hear(self, worker: _Worker, waiting: deque[WorkItem], runner: Runner, out: Outcome) -> None:
         """One message of a worker, or its end."""
         piece = worker.piece
         assert piece is not None
@@ -90,7 +90,7 @@ class Crew:
         if kind == "say":
             runner.say(what)
         elif kind == "done":
-            join(out, what)
+            merge_outcomes(out, what)
             worker.take(waiting)
         elif kind == "refused":
             raise CellbenchError(what)
@@ -101,13 +101,13 @@ class Crew:
 class _Worker:
     """The driver's side of one process, which is started when there is something to do."""
 
-    def __init__(self, order: Order, cores: Sequence[int]) -> None:
+    def __init__(self, order: JobSpec, cores: Sequence[int]) -> None:
         self._order, self._cores = order, cores
         self._process: Any = None
         self.pipe: Connection[Any, Any]
-        self.piece: Piece | None = None
+        self.piece: WorkItem | None = None
 
-    def take(self, waiting: deque[Piece]) -> None:
+    def take(self, waiting: deque[WorkItem]) -> None:
         """The next cohort, if there is one; else the process may go, and its memory with it."""
         self.piece = waiting.popleft() if waiting else None
         if self.piece is None:
@@ -157,7 +157,7 @@ class _Worker:
         self.pipe.close()
 
 
-def cores_of(machines: Sequence[Machine]) -> list[list[int]]:
+def assign_cores(machines: Sequence[Hardware]) -> list[list[int]]:
     """The processors that each worker is pinned to, none twice; empty lists where the system cannot pin."""
     if not hasattr(os, "sched_getaffinity"):
         return [[] for _ in machines]
@@ -171,7 +171,7 @@ def cores_of(machines: Sequence[Machine]) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def pinned(cores: Sequence[int]) -> Iterator[None]:
+def pin_to_cores(cores: Sequence[int]) -> Iterator[None]:
     """Inside ``with``, this thread and those that it starts keep to these processors; with none named, nothing is changed."""
     if not cores:
         yield
@@ -198,7 +198,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _work(pipe: Connection[Any, Any], order: Order, cores: Sequence[int]) -> None:
+def _work(pipe: Connection[Any, Any], order: JobSpec, cores: Sequence[int]) -> None:
     """A worker process, from its start to its end."""
     if cores:
         os.sched_setaffinity(0, cores)
@@ -206,7 +206,7 @@ def _work(pipe: Connection[Any, Any], order: Order, cores: Sequence[int]) -> Non
     signal.signal(signal.SIGINT, _told_to_end)
     threading.Thread(target=_outlive_no_driver, daemon=True).start()
     try:
-        hand = Hand(order, lambda text: pipe.send(("say", text)))
+        hand = CohortWorker(order, lambda text: pipe.send(("say", text)))
         while (asked := pipe.recv()) is not None:
             pipe.send(("done", hand.cohort(*asked)))
     except CellbenchError as error:

@@ -17,7 +17,7 @@ from cellbench.models.backbones.build import weights_digest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PlannedRun:
     """One run to be: what it is, what it is called, and by what it is known again."""
 
     run: RunSpec
@@ -35,7 +35,7 @@ def open_folds(experiment: Experiment, registry: Registry, data: Path | None) ->
     return [open_dataset(card, data, spec.model_copy(update={"fold": fold})) for fold in range(max(spec.folds, 1))]
 
 
-def jobs_of(
+def planned_runs(
     experiment: Experiment,
     registry: Registry,
     datasets: Sequence[Dataset],
@@ -44,7 +44,7 @@ def jobs_of(
     *,
     precision: str,
     download: bool = True,
-) -> list[Job]:
+) -> list[PlannedRun]:
     """The runs of an experiment with their fingerprints. Raises CellbenchError for a name or setting that no card knows.
 
     ``datasets``: one, or one a fold. ``precision``: that of the machine which will run them, ``fp32`` or ``bf16``. Weights that are not here are
@@ -58,7 +58,7 @@ def jobs_of(
     digests: dict[str, str] = {}
     for name in {run.backbone for run in runs if run.backbone}:
         try:
-            digests[name] = identity(registry.backbone(name), weights, download)
+            digests[name] = backbone_identity(registry.backbone(name), weights, download)
         except WeightsUnavailable as error:
             reasons[name], digests[name] = one_line(error), "unavailable"
     cards = {(run.head, run.baseline): registry.baseline(run.baseline) if run.baseline else registry.head(run.head or "") for run in runs}
@@ -69,7 +69,7 @@ def jobs_of(
         return json.dumps([digests.get(run.backbone or ""), heads[run.head, run.baseline], precision if learns else ""])
 
     return [
-        Job(
+        PlannedRun(
             run=run,
             name=name,
             fingerprint=fingerprint(run, datasets[run.fold].digest, parts(run)),
@@ -80,7 +80,7 @@ def jobs_of(
     ]
 
 
-def identity(card: BackboneCard, weights: Path | None, download: bool = True) -> str:
+def backbone_identity(card: BackboneCard, weights: Path | None, download: bool = True) -> str:
     """What stands for a backbone in fingerprints and for the features that are kept of it: its weights, and what the card makes of them."""
     return f"{weights_digest(card, weights, download)}:{digest_of(card)}"
 

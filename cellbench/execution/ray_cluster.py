@@ -20,13 +20,13 @@ import torch
 
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError, one_line
-from cellbench.execution.planning import Job
-from cellbench.execution.worker_job import Hand, Order, same_version, settled, version
-from cellbench.features.extractor import Pass
+from cellbench.execution.planning import PlannedRun
+from cellbench.execution.worker_job import CohortWorker, JobSpec, apply_job_environment, check_same_version, code_version
+from cellbench.features.extractor import FeaturePass
 from cellbench.files import write_atomic
-from cellbench.hardware import Machine
+from cellbench.hardware import Hardware
 from cellbench.tracking.relocate import store_file
-from cellbench.tracking.schema import owner_here
+from cellbench.tracking.schema import this_owner
 
 OBJECTS_BYTES = 200 * 2**20
 """Of a Ray that is started here. What travels is a few kilobytes; features go through the cache folder, not through Ray."""
@@ -38,7 +38,7 @@ HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """Of HTTP/2, with empty settings, which a gRPC server answers with its own: a frame whose fourth byte is 4 (RFC 9113)."""
 
 
-def checked(on: str, gpu_share: float = 1.0) -> str:
+def check_address(on: str, gpu_share: float = 1.0) -> str:
     """``on`` where it can be joined, as it seems. Raises CellbenchError. Ray itself would try a dead address for a minute."""
     if not 0 < gpu_share <= 1:
         raise CellbenchError(f"--gpu-share {gpu_share:g}: expected more than 0 and at most 1.")
@@ -65,8 +65,8 @@ def checked(on: str, gpu_share: float = 1.0) -> str:
 
 
 @contextlib.contextmanager
-def joined(on: str, machine: Machine) -> Iterator[Any]:
-    """Ray, inside ``with``: started here for ``ray``, or joined at ``ray://ADDRESS``, as :func:`checked`. Raises CellbenchError."""
+def connect(on: str, machine: Hardware) -> Iterator[Any]:
+    """Ray, inside ``with``: started here for ``ray``, or joined at ``ray://ADDRESS``, as :func:`check_address`. Raises CellbenchError."""
     address = on.removeprefix("ray").removeprefix("://")
     if not address:
         # Read where Ray is imported. Without it a Ray that is started here listens to the whole network, whatever address it is given.
@@ -93,7 +93,7 @@ Node = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
+class ResourceRequest:
     """What a cohort asks of a node."""
 
     cpus: int
@@ -111,19 +111,19 @@ class Need:
         return f"{gpus}{self.cpus} core{'s' * (self.cpus > 1)} and {self.memory_bytes / 2**30:.1f} GiB of memory"
 
 
-def need(jobs: Sequence[Job], registry: Registry, machine: Machine, gpu_share: float) -> Need:
+def resources_for(jobs: Sequence[PlannedRun], registry: Registry, machine: Hardware, gpu_share: float) -> ResourceRequest:
     """For a cohort on such a share of a machine: its memory is what a process takes, the backbone's weights and the share's budget."""
     backbone = jobs[0].run.backbone
-    return need_of(registry.backbone(backbone).params_m if backbone else 0.0, machine, gpu_share)
+    return resources_for_size(registry.backbone(backbone).params_m if backbone else 0.0, machine, gpu_share)
 
 
-def need_of(params_m: float, machine: Machine, gpu_share: float) -> Need:
+def resources_for_size(params_m: float, machine: Hardware, gpu_share: float) -> ResourceRequest:
     gpus = gpu_share if machine.device.type == "cuda" else 0.0
     memory = PROCESS_BYTES + int(params_m * 4e6) + machine.memory_bytes
-    return Need(cpus=machine.lanes * machine.threads, gpus=gpus, memory_bytes=memory)
+    return ResourceRequest(cpus=machine.lanes * machine.threads, gpus=gpus, memory_bytes=memory)
 
 
-def share(machine: Machine, nodes: Sequence[Node], num: int, gpu_share: float) -> Machine:
+def resource_share(machine: Hardware, nodes: Sequence[Node], num: int, gpu_share: float) -> Hardware:
     """What of its node one of ``num`` cohorts gets. Raises CellbenchError where that is more than any node has.
 
     On processors as many lanes as keep the cluster's cores busy, of the driver's threads each; on GPUs one lane, and of its node's cores as
@@ -148,7 +148,7 @@ def share(machine: Machine, nodes: Sequence[Node], num: int, gpu_share: float) -
     return replace(machine, lanes=lanes, memory_bytes=max(2**26, min(machine.memory_bytes, (memory - PROCESS_BYTES) // 2)))
 
 
-class RayHand:
+class RayWorker:
     """The actor's class: a `Hand` on some node, and what it said."""
 
     def __init__(self, order: bytes, theirs: str, token: str) -> None:
@@ -156,21 +156,21 @@ class RayHand:
 
     def where(self) -> tuple[str, str]:
         """Its name as the owner of runs, and its node."""
-        return owner_here(), _node_here()
+        return this_owner(), _node_here()
 
     def cohort(self, fingerprints: list[str], title: str, halvings: int) -> tuple[str, Any, list[str]]:
         """``done`` and the outcome, or ``refused`` and why; and the lines for people."""
-        return self._do(lambda order, say: Hand(order, say).cohort(fingerprints, title, halvings))
+        return self._do(lambda order, say: CohortWorker(order, say).cohort(fingerprints, title, halvings))
 
     def passes(self, cohorts: list[list[str]]) -> tuple[str, Any, list[str]]:
         """Of each cohort the passes that it will keep on disk."""
-        return self._do(lambda order, say: Hand(order, say).passes(cohorts))
+        return self._do(lambda order, say: CohortWorker(order, say).passes(cohorts))
 
-    def fill(self, fingerprints: list[str], more: list[str], shards: list[tuple[Pass, int]]) -> tuple[str, Any, list[str]]:
+    def fill(self, fingerprints: list[str], more: list[str], shards: list[tuple[FeaturePass, int]]) -> tuple[str, Any, list[str]]:
         """Computes shards of a cohort's passes. The outcome is whether the cache folder that they lie in now is the driver's."""
 
-        def fill(order: Order, say: Callable[[str], None]) -> bool:
-            Hand(order, say).fill(fingerprints, more, shards)
+        def fill(order: JobSpec, say: Callable[[str], None]) -> bool:
+            CohortWorker(order, say).fill(fingerprints, more, shards)
             return self._shares(order)
 
         return self._do(fill)
@@ -179,26 +179,26 @@ class RayHand:
         """Does a pickled work that takes the order."""
         return self._do(lambda order, say: pickle.loads(work)(order))
 
-    def _do(self, work: Callable[[Order, Callable[[str], None]], Any]) -> tuple[str, Any, list[str]]:
+    def _do(self, work: Callable[[JobSpec, Callable[[str], None]], Any]) -> tuple[str, Any, list[str]]:
         lines: list[str] = []
         try:
             return "done", work(self._fit(), lines.append), lines
         except CellbenchError as error:
             return "refused", str(error), lines
 
-    def _fit(self) -> Order:
+    def _fit(self) -> JobSpec:
         """The order, where this node can carry it out. Raises CellbenchError."""
-        same_version(self._theirs)  # before anything of another version is unpickled
-        order: Order = pickle.loads(self._order)
+        check_same_version(self._theirs)  # before anything of another version is unpickled
+        order: JobSpec = pickle.loads(self._order)
         if not order.cache_url and not self._shares(order):
             raise CellbenchError(
-                f"{owner_here()} does not see the cache folder {order.cache}. Name one that all nodes share with --cache, or a URL with --cache-url."
+                f"{this_owner()} does not see the cache folder {order.cache}. Name one that all nodes share with --cache, or a URL with --cache-url."
             )
         if order.machine.device.type == "cuda" and not torch.cuda.is_available():
-            raise CellbenchError(f"{owner_here()} was given a GPU, but torch sees none there. Mend its driver, or use --device cpu.")
-        return settled(order)
+            raise CellbenchError(f"{this_owner()} was given a GPU, but torch sees none there. Mend its driver, or use --device cpu.")
+        return apply_job_environment(order)
 
-    def _shares(self, order: Order) -> bool:
+    def _shares(self, order: JobSpec) -> bool:
         return (order.cache / self._token).is_file()
 
 
@@ -208,7 +208,7 @@ def _node_here() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def alive(ray: Any, *stores: str) -> dict[str, Node]:
+def live_nodes(ray: Any, *stores: str) -> dict[str, Node]:
     """What each node has that is alive, by its id. Raises CellbenchError where machines cannot share a store, one of these URLs."""
     there = [node for node in ray.nodes() if node["Alive"]]
     if len({node["NodeManagerHostname"] for node in there}) > 1:
@@ -220,14 +220,14 @@ def alive(ray: Any, *stores: str) -> dict[str, Node]:
     return {node["NodeID"]: node["Resources"] for node in there}
 
 
-def left_in(cache: Path) -> str:
+def leave_marker(cache: Path) -> str:
     """The name of a new file there, by which nodes see that they share the folder."""
     token = f".ray-{uuid.uuid4().hex}"
     write_atomic(cache / token, "nodes that see this file share the cache folder")
     return token
 
 
-def near(held: Mapping[str, int], free: Mapping[str, int]) -> str:
+def nearest_node(held: Mapping[str, int], free: Mapping[str, int]) -> str:
     """The node that holds the most of some shards, of those with room; empty where none has both. ``free``: for how many more each has room.
 
     >>> near({"a": 3, "b": 5, "c": 9}, {"a": 1, "b": 2, "c": 0})
@@ -236,7 +236,7 @@ def near(held: Mapping[str, int], free: Mapping[str, int]) -> str:
     return max((node for node in held if free.get(node, 0) > 0), key=lambda node: held[node], default="")
 
 
-def actor(ray: Any, wish: Need, order: Order, token: str, title: str, node: str = "") -> Any:
+def start_actor(ray: Any, wish: ResourceRequest, order: JobSpec, token: str, title: str, node: str = "") -> Any:
     """A process on the cluster, as soon as there is room: on this node, while it is there, else on any."""
     threads = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(order.machine.threads)}
     asked: dict[str, Any] = {"num_cpus": wish.cpus, "num_gpus": wish.gpus, "memory": wish.memory_bytes, "runtime_env": {"env_vars": threads}}
@@ -244,11 +244,11 @@ def actor(ray: Any, wish: Need, order: Order, token: str, title: str, node: str 
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         asked["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
-    made = ray.remote(RayHand).options(**asked, max_restarts=0, max_task_retries=0, name=f"{title}, {uuid.uuid4().hex[:6]}")
-    return made.remote(pickle.dumps(order), version(), token)
+    made = ray.remote(RayWorker).options(**asked, max_restarts=0, max_task_retries=0, name=f"{title}, {uuid.uuid4().hex[:6]}")
+    return made.remote(pickle.dumps(order), code_version(), token)
 
 
-def answer(ray: Any, one: Any) -> tuple[str, Any, list[str]] | str:
+def actor_result(ray: Any, one: Any) -> tuple[str, Any, list[str]] | str:
     """What an actor came to: ``done`` or ``refused``, and so on; or how it was lost. Raises CellbenchError where it could not even be made."""
     errors = ray.exceptions
     try:

@@ -8,30 +8,30 @@ from dataclasses import replace
 from typing import Any
 
 from cellbench.errors import CellbenchError
-from cellbench.execution.ray_cluster import actor, alive, answer, left_in, need_of, share
-from cellbench.execution.worker_job import MOST_DEATHS, Order
+from cellbench.execution.ray_cluster import actor_result, leave_marker, live_nodes, resource_share, resources_for_size, start_actor
+from cellbench.execution.worker_job import MOST_DEATHS, JobSpec
 
 
-class Helpers:
+class SearchHelpers:
     """Processes that share a search's trials on the Ray that was joined. Inside ``with`` they work; one that is lost is replaced.
 
     ``work`` takes the order with the process's share of a machine, and can be pickled. ``num``: how many are of use; ``params_m``: of the
     largest backbone.
     """
 
-    def __init__(self, ray: Any, order: Order, url: str, work: Callable[[Order], None], num: int, params_m: float, gpu_share: float) -> None:
-        nodes = list(alive(ray, order.store, url).values())
+    def __init__(self, ray: Any, order: JobSpec, url: str, work: Callable[[JobSpec], None], num: int, params_m: float, gpu_share: float) -> None:
+        nodes = list(live_nodes(ray, order.store, url).values())
         self._ray, self._work = ray, pickle.dumps(work)
-        self._order = replace(order, machine=share(order.machine, nodes, num, gpu_share))
-        self._need = need_of(params_m, self._order.machine, gpu_share)
+        self._order = replace(order, machine=resource_share(order.machine, nodes, num, gpu_share))
+        self._need = resources_for_size(params_m, self._order.machine, gpu_share)
         self.num = min(num, sum(self._need.times(node) for node in nodes))
         if not self.num:
             raise CellbenchError(f"--on ray: no node has {self._need.words}. A smaller --memory asks for less; `ray status` shows what there is.")
         self._actors: dict[Any, Any] = {}
         self._losses = 0
 
-    def __enter__(self) -> Helpers:
-        self._token = left_in(self._order.cache)
+    def __enter__(self) -> SearchHelpers:
+        self._token = leave_marker(self._order.cache)
         for _ in range(self.num):
             self._begin()
         return self
@@ -42,7 +42,7 @@ class Helpers:
         (self._order.cache / self._token).unlink(missing_ok=True)
 
     def _begin(self) -> None:
-        made = actor(self._ray, self._need, self._order, self._token, "search")
+        made = start_actor(self._ray, self._need, self._order, self._token, "search")
         self._actors[made.help.remote(self._work)] = made
 
     def look(self, wait_s: float) -> str:
@@ -50,7 +50,7 @@ class Helpers:
         ready, _ = self._ray.wait(list(self._actors), timeout=wait_s) if self._actors else ([], [])
         for one in ready:
             del self._actors[one]
-            came = answer(self._ray, one)
+            came = actor_result(self._ray, one)
             if isinstance(came, str):
                 self._losses += 1
                 if self._losses >= MOST_DEATHS * self.num:

@@ -7,37 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cellbench.execution.planning import Job
+from cellbench.execution.planning import PlannedRun
 from cellbench.tracking.tracker import Run
 from cellbench.training import checkpoints
 
 
-class Watch(Protocol):
+class TrialCallback(Protocol):
     """Who follows runs that end after validation: the test images are never read for them."""
 
-    def opened(self, job: Job, run: Run) -> None:
+    def opened(self, job: PlannedRun, run: Run) -> None:
         """Told of each run as it begins or goes on."""
 
-    def epoch(self, job: Job, epoch: int, metrics: dict[str, float]) -> bool:
+    def epoch(self, job: PlannedRun, epoch: int, metrics: dict[str, float]) -> bool:
         """Told each epoch's metrics; False ends the run as pruned."""
 
 
 @dataclass
-class Recorder:
+class RunLogger:
     """A run's numbers to MLflow, its state to the cache."""
 
-    job: Job
+    job: PlannedRun
     run: Run
     place: Path
-    watch: Watch | None = None
+    watch: TrialCallback | None = None
     _written_s: float = 0.0
 
     def resumed(self) -> tuple[dict[str, Any] | None, bool]:
         """The state from which the run is resumed, None for a run from its start; and whether that state was written for another run of the
         same fingerprint, in another store say. Its epochs are then logged here too."""
-        if (state := checkpoints.read(self.place)) is not None:
+        if (state := checkpoints.read_checkpoint(self.place)) is not None:
             return state, False
-        if (state := checkpoints.of_another(self.place)) is None:
+        if (state := checkpoints.read_other_store(self.place)) is None:
             return None, False
         history = list(enumerate(state["progress"]["history"]))
         if self.watch is not None and not all(self.watch.epoch(self.job, epoch, row) for epoch, row in history):
@@ -58,5 +58,5 @@ class Recorder:
         # together, MLflow first: of what a checkpoint has, none is missing there, however the process ends.
         if state["progress"]["ended"] or time.monotonic() - self._written_s > checkpoints.EVERY_S:
             self.run.log({})
-            checkpoints.write(self.place, state)
+            checkpoints.write_checkpoint(self.place, state)
             self._written_s = time.monotonic()

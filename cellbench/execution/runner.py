@@ -18,39 +18,39 @@ import torch
 from tqdm import tqdm
 
 from cellbench.config.registry import Registry, load
-from cellbench.config.run import NUMERICS, Experiment, RunSpec
+from cellbench.config.run import NUMERICS_VERSION, Experiment, RunSpec
 from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
-from cellbench.data.image_cache import Pixels
-from cellbench.data.transforms.cell_targets import asked
+from cellbench.data.image_cache import ImageCache
+from cellbench.data.transforms.cell_targets import requested
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
-from cellbench.data.transforms.sampling import Plan
-from cellbench.errors import WeightsUnavailable, one_line, quoted
+from cellbench.data.transforms.sampling import SamplingPlan
+from cellbench.errors import WeightsUnavailable, one_line, quote_name
 from cellbench.execution import artifacts
-from cellbench.execution.artifacts import Result
-from cellbench.execution.planning import Job, identity
-from cellbench.execution.run_logger import Recorder, Watch
-from cellbench.features.extractor import Features, Keeping, unfinite
-from cellbench.features.frozen_backbone import Trunk
-from cellbench.features.remote_cache import Shared, shared_url
-from cellbench.hardware import Machine, give_back, peak_mib, ran_out_of_memory
-from cellbench.metrics.pixel import confusion
+from cellbench.execution.artifacts import TestResult
+from cellbench.execution.planning import PlannedRun, backbone_identity
+from cellbench.execution.run_logger import RunLogger, TrialCallback
+from cellbench.features.extractor import CachePolicy, Features, non_finite_reason
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.features.remote_cache import RemoteCache, shared_url
+from cellbench.hardware import Hardware, is_out_of_memory, peak_memory_mib, release_memory
+from cellbench.metrics.pixel import confusion_matrix
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone, weights_digest
-from cellbench.system_load import Load
-from cellbench.tracking.schema import LIMIT, WEIGHTS, Logged, params_of
-from cellbench.tracking.system_metrics import watched
+from cellbench.system_load import SystemLoad
+from cellbench.tracking.schema import LIMIT, WEIGHTS, RunState, run_params
+from cellbench.tracking.system_metrics import log_system_metrics
 from cellbench.tracking.tracker import Run, Tracker
 from cellbench.training import checkpoints, cost_estimate
-from cellbench.training.cost_estimate import Speed, latencies_ms, reset, speeds
-from cellbench.training.evaluator import Exams
+from cellbench.training.cost_estimate import InferenceSpeed, inference_speeds, latencies_ms, reset_timers
+from cellbench.training.evaluator import CohortEvaluator
 from cellbench.training.fit import fit
-from cellbench.training.memory_check import frames_too_large
-from cellbench.training.model import model, num_levels
-from cellbench.training.separation_tuning import separations, tuned
-from cellbench.training.tiled_inference import score
-from cellbench.training.trainer import Learner
+from cellbench.training.memory_check import why_frames_too_large
+from cellbench.training.model import build_model, num_levels
+from cellbench.training.separation_tuning import choose_separations, tune_separation
+from cellbench.training.tiled_inference import score_images
+from cellbench.training.trainer import HeadTrainer
 
 MOST_HALVINGS = 3
 """Of the chunks that go through the backbone at once, when memory runs out."""
@@ -60,11 +60,11 @@ MOST_HALVINGS = 3
 class Outcome:
     """What became of an experiment's runs."""
 
-    finished: dict[str, Logged] = field(default_factory=dict)
+    finished: dict[str, RunState] = field(default_factory=dict)
     """By run name."""
-    validated: dict[str, Logged] = field(default_factory=dict)
+    validated: dict[str, RunState] = field(default_factory=dict)
     """Runs that were to be validated only, and were."""
-    pruned: dict[str, Logged] = field(default_factory=dict)
+    pruned: dict[str, RunState] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     busy: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Runner:
     registry: Registry
     datasets: Sequence[Dataset]
     """One, or one a fold."""
-    machine: Machine
+    machine: Hardware
     weights: Path | None
     tracker: Tracker
     parent_id: str
@@ -88,12 +88,12 @@ class Runner:
     """What may be spent on features in the cache folder."""
     prefer_disk: bool = False
     say: Callable[[str], None] = print
-    watch: Watch | None = None
+    watch: TrialCallback | None = None
     """Given for runs that are to be validated and not tested."""
 
     def __post_init__(self) -> None:
         self._backbones: dict[str, Backbone] = {}
-        self._shared = Shared(url, self.say) if (url := shared_url()) else None
+        self._shared = RemoteCache(url, self.say) if (url := shared_url()) else None
         self._turn_to(self.datasets[0])
 
     def _turn_to(self, dataset: Dataset) -> None:
@@ -102,16 +102,16 @@ class Runner:
         # A third for decoded images; features get the rest. Both are upper bounds, not reservations.
         third = self.machine.memory_bytes // 3
         share = {"train": 0.6, "val": 0.2, "test": 0.2}
-        self._pixels = {split: Pixels(dataset, split, int(third * part)) for split, part in share.items()}
+        self._pixels = {split: ImageCache(dataset, split, int(third * part)) for split, part in share.items()}
 
-    def skip(self, job: Job, old: Logged | None) -> None:
+    def skip(self, job: PlannedRun, old: RunState | None) -> None:
         """Marks a run that cannot be had, once for each reason."""
         if old is not None and old.status == "skipped" and old.reason == job.unavailable[:4000]:
             return
         with self._run(job, old) as run:
             run.end("skipped", job.unavailable)
 
-    def give_up(self, jobs: list[Job], reason: str, out: Outcome) -> None:
+    def give_up(self, jobs: list[PlannedRun], reason: str, out: Outcome) -> None:
         """Marks what is not finished of a cohort as failed, when the processes that were at it are lost."""
         with self.tracker.lock():
             known = self.tracker.known()
@@ -123,7 +123,7 @@ class Runner:
                 with self._run(job, old) as run:
                     self._fail([run], [job], reason, out)
 
-    def release(self, jobs: list[Job], owner: str) -> None:
+    def release(self, jobs: list[PlannedRun], owner: str) -> None:
         """Sets the runs free that a lost process elsewhere, ``owner``, was at: the next one takes them up at once."""
         with self.tracker.lock():
             known = self.tracker.known()
@@ -133,15 +133,15 @@ class Runner:
                     self.tracker.interrupted(old)
 
     @contextlib.contextmanager
-    def _run(self, job: Job, old: Logged | None) -> Iterator[Run]:
+    def _run(self, job: PlannedRun, old: RunState | None) -> Iterator[Run]:
         """A job's run, open inside ``with``: a new one with its params, or the one that MLflow knows gone on with."""
         with self.tracker.run(job.name, job.fingerprint, parent=self.parent_id, known=old, tags=self._tags(job.run)) as run:
             if old is None:
-                run.log({}, params=params_of(job.run, self.dataset.name, job.precision))
+                run.log({}, params=run_params(job.run, self.dataset.name, job.precision))
             yield run
 
     def _tags(self, run: RunSpec) -> dict[str, str]:
-        params = params_of(run, self.dataset.name, self.machine.precision_name)
+        params = run_params(run, self.dataset.name, self.machine.precision_name)
         tags = {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": run.model}
         if self.dataset.limited:
             tags[LIMIT] = str(self.experiment.data.limit)
@@ -152,7 +152,7 @@ class Runner:
 
     # --- one cohort ---------------------------------------------------------------------------------------------------------------
 
-    def cohort(self, jobs: list[Job], title: str, out: Outcome) -> None:
+    def cohort(self, jobs: list[PlannedRun], title: str, out: Outcome) -> None:
         """Runs the jobs of one cohort to their ends, and says in ``out`` what became of each."""
         if self.datasets[jobs[0].run.fold] is not self.dataset:
             self._turn_to(self.datasets[jobs[0].run.fold])
@@ -162,18 +162,18 @@ class Runner:
                 return
             jobs = [job for job, _ in opened]
             if self.watch is None:
-                artifacts.begin()
-            stack.enter_context(watched(self.tracker, [run.run_id for _, run in opened]))
+                artifacts.import_plotting()
+            stack.enter_context(log_system_metrics(self.tracker, [run.run_id for _, run in opened]))
             try:
                 self._within_memory(opened, title, out)
             except WeightsUnavailable as error:
                 self._skip(opened, one_line(error), out)
                 more = f"{len(jobs)} runs ({jobs[0].name}, …)" if len(jobs) > 1 else jobs[0].name
                 self.say(f"skipped {more}: {one_line(error)}")
-        give_back()
+        release_memory()
         out.num_new += len(opened)
 
-    def _within_memory(self, opened: list[tuple[Job, Run]], title: str, out: Outcome) -> None:
+    def _within_memory(self, opened: list[tuple[PlannedRun, Run]], title: str, out: Outcome) -> None:
         """Runs the cohort, from its checkpoints again with smaller chunks where memory runs out, and fails it where that is not enough."""
         whole = self.machine
         try:
@@ -182,7 +182,7 @@ class Runner:
                     self._untrained(opened, out) if self._is_untrained(opened[0][0].run) else self._trained(opened, title, out)
                     return
                 except (RuntimeError, MemoryError) as error:
-                    if not ran_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     opened = [(job, run) for job, run in opened if not run.ended]
                     if not opened or self.machine.chunk == 1 or self.machine.halvings >= MOST_HALVINGS:
@@ -196,7 +196,7 @@ class Runner:
         finally:
             self.machine = whole
 
-    def _open(self, jobs: list[Job], stack: contextlib.ExitStack, out: Outcome) -> list[tuple[Job, Run]]:
+    def _open(self, jobs: list[PlannedRun], stack: contextlib.ExitStack, out: Outcome) -> list[tuple[PlannedRun, Run]]:
         """Claims and opens the cohort's runs, except those that another process is at."""
         opened = []
         with self.tracker.lock():
@@ -222,59 +222,59 @@ class Runner:
     def _is_untrained(self, run: RunSpec) -> bool:
         return run.baseline is not None and not self.registry.baseline(run.baseline).trained
 
-    def _fail(self, runs: list[Run], jobs: list[Job], reason: str, out: Outcome) -> None:
+    def _fail(self, runs: list[Run], jobs: list[PlannedRun], reason: str, out: Outcome) -> None:
         for job, run in zip(jobs, runs, strict=True):
             if not run.ended:
                 run.end("failed", reason)
-                checkpoints.forget(checkpoints.path(job.fingerprint, run.key))
+                checkpoints.delete_checkpoint(checkpoints.checkpoint_path(job.fingerprint, run.key))
                 out.failed[job.name] = reason
                 self.say(f"failed {job.name}: {reason}")
 
-    def _skip(self, opened: list[tuple[Job, Run]], reason: str, out: Outcome) -> None:
+    def _skip(self, opened: list[tuple[PlannedRun, Run]], reason: str, out: Outcome) -> None:
         for job, run in opened:
             if not run.ended:
                 run.end("skipped", reason)
                 out.skipped[job.name] = reason
 
-    def _untrained(self, opened: list[tuple[Job, Run]], out: Outcome) -> None:
+    def _untrained(self, opened: list[tuple[PlannedRun, Run]], out: Outcome) -> None:
         for job, run in opened:
             card = self.registry.baseline(job.run.baseline or "")
             segment = load(card)
-            num, images, busy, wall_s, cpu_s = len(self.dataset.classes), self._pixels["test"], Load(), 0.0, 0.0
+            num, images, busy, wall_s, cpu_s = len(self.dataset.classes), self._pixels["test"], SystemLoad(), 0.0, 0.0
             answers = ((k, [(segment(self._pixels["val"][k][0], num, **job.run.options), None)]) for k in range(len(self.dataset.val)))
-            with Exams(self.dataset, 1, separations(self.dataset, 1, answers)) as exams:
+            with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, 1, answers)) as exams:
                 for index in tqdm(range(len(self.dataset.test)), desc=job.name, unit="image", leave=False):
                     image, truth = images[index]
                     start, start_cpu = time.perf_counter(), time.thread_time()
                     classes = segment(image, num, **job.run.options)
                     wall_s, cpu_s = wall_s + time.perf_counter() - start, cpu_s + time.thread_time() - start_cpu
-                    exams.take(index, truth, [confusion(truth, classes, num)], [(classes, None, None)])
+                    exams.take(index, truth, [confusion_matrix(truth, classes, num)], [(classes, None, None)])
             cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
-            speed = Speed(wall_s=wall_s / len(images), cpu_s=cpu_s / len(images))
+            speed = InferenceSpeed(wall_s=wall_s / len(images), cpu_s=cpu_s / len(images))
             if wall_s < cost_estimate.MEASURED_S:
                 speed = cost_estimate.function_speed(lambda image, call=segment, num=num, own=job.run.options: call(image, num, **own), images)
-            cost |= {"cost/images_per_s": 1 / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s, "cost/peak_mib": peak_mib()}
+            cost |= {"cost/images_per_s": 1 / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s, "cost/peak_mib": peak_memory_mib()}
             cost |= _load_metric("cost/test_other_load_pct", busy)
             # Framing is not used by a method that sees whole images; its files are read all the same.
             preparation = Preparation(framing=Framing.of(job.run), reading=self.dataset.reading, um_per_px=self.dataset.um_per_px)
-            self._keep(job, run, Result(exam=exams.exams[0], cost=cost, preparation=preparation), out)
+            self._keep(job, run, TestResult(exam=exams.exams[0], cost=cost, preparation=preparation), out)
 
-    def _trained(self, opened: list[tuple[Job, Run]], title: str, out: Outcome) -> None:
-        jobs, first, load = [job for job, _ in opened], opened[0][0].run, Load()
+    def _trained(self, opened: list[tuple[PlannedRun, Run]], title: str, out: Outcome) -> None:
+        jobs, first, load = [job for job, _ in opened], opened[0][0].run, SystemLoad()
         num = len(self.dataset.classes)
         features = self.features([job.run for job in jobs])
         trunk, plan = features.trunk, features.plan
         learners = []
         for job, run in opened:
-            made = model(job.run, self.registry, trunk, num)
-            recorder = Recorder(job, run, checkpoints.path(job.fingerprint, run.key), self.watch)
-            learner = Learner(run=job.run, model=made, recorder=recorder, num_views=plan.num_views)
+            made = build_model(job.run, self.registry, trunk, num)
+            recorder = RunLogger(job, run, checkpoints.checkpoint_path(job.fingerprint, run.key), self.watch)
+            learner = HeadTrainer(run=job.run, model=made, recorder=recorder, num_views=plan.num_views)
             state, foreign = recorder.resumed()
             if state is not None:
                 learner.restore(state)
                 self.say(f"{job.name} goes on after epoch {learner.epoch}{', from a checkpoint of the same run in another store' if foreign else ''}.")
             learners.append(learner)
-        if reason := frames_too_large([job.run for job in jobs], [learner.model for learner in learners], features):
+        if reason := why_frames_too_large([job.run for job in jobs], [learner.model for learner in learners], features):
             self._skip(opened, reason, out)
             self.say(f"{title}: skipped: {reason}")
             return
@@ -283,7 +283,7 @@ class Runner:
         epochs = max(learner.run.epochs - learner.epoch for learner in learners)
         with tqdm(total=epochs * plan.num_views, desc=f"{title}: {what}", unit="tile", leave=False, smoothing=0.05) as bar:
             fit(learners, features, bar)
-        give_back()
+        release_memory()
         self._ended(opened, learners, features, title, _load_metric("cost/train_other_load_pct", load), out)
 
     def features(self, runs: Sequence[RunSpec], more: Sequence[RunSpec] = ()) -> Features:
@@ -292,14 +292,14 @@ class Runner:
         if self.datasets[first.fold] is not self.dataset:
             self._turn_to(self.datasets[first.fold])
         levels = [n for run in (*runs, *more) if (n := num_levels(run, self.registry))]
-        trunk = Trunk(self._backbone(first.backbone), self.machine, levels, first.unfreeze)
-        plan = Plan(self._pixels["train"].sizes_px, first)
-        return Features(trunk, plan, self._pixels, self._keeping(first.backbone), any(asked(run.targets) for run in runs))
+        trunk = FrozenBackbone(self._backbone(first.backbone), self.machine, levels, first.unfreeze)
+        plan = SamplingPlan(self._pixels["train"].sizes_px, first)
+        return Features(trunk, plan, self._pixels, self._keeping(first.backbone), any(requested(run.targets) for run in runs))
 
-    def _ended(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
+    def _ended(self, opened: list[tuple[PlannedRun, Run]], learners: list[HeadTrainer], features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
         """``load``: of the machine while they learned, as a metric."""
         lost = [k for k, learner in enumerate(learners) if learner.ended.startswith("failed")]
-        cause = unfinite(features) if lost else ""  # every run of the cohort reads these, and no learning rate mends them
+        cause = non_finite_reason(features) if lost else ""  # every run of the cohort reads these, and no learning rate mends them
         for k in lost:
             self._fail([opened[k][1]], [opened[k][0]], cause or learners[k].ended.removeprefix("failed: "), out)
         live = [k for k in range(len(learners)) if k not in lost]
@@ -311,7 +311,7 @@ class Runner:
             self._tested([opened[k] for k in live], [learners[k] for k in live], features, title, load, out)
 
     def _validated(
-        self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, load: dict[str, float], out: Outcome
+        self, opened: list[tuple[PlannedRun, Run]], learners: list[HeadTrainer], features: Features, load: dict[str, float], out: Outcome
     ) -> None:
         """Ends runs with what validation says of their best epochs, and what they cost."""
         costs = self._costs(learners, features, load)
@@ -324,16 +324,16 @@ class Runner:
             status = "pruned" if learner.ended == "pruned" else "validated"
             reason = f"in epoch {learner.epoch} of {learner.run.epochs}" if status == "pruned" else ""
             run.end(status, reason, metrics=kept | cost, tags={"cellbench.machine": self.machine.name})
-            ended = Logged(run_id=run.run_id, name=job.name, status=status, metrics=kept | cost)
+            ended = RunState(run_id=run.run_id, name=job.name, status=status, metrics=kept | cost)
             (out.pruned if status == "pruned" else out.validated)[job.name] = ended
-            checkpoints.forget(checkpoints.path(job.fingerprint, run.key))
+            checkpoints.delete_checkpoint(checkpoints.checkpoint_path(job.fingerprint, run.key))
 
-    def _costs(self, learners: list[Learner], features: Features, load: dict[str, float]) -> list[dict[str, float]]:
+    def _costs(self, learners: list[HeadTrainer], features: Features, load: dict[str, float]) -> list[dict[str, float]]:
         """What it took to train each run; ``load``: of the machine meanwhile, as a metric."""
         backbone, cores = features.trunk.backbone, self.machine.cores_of_one
         shared = {
             "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
-            "cost/peak_mib": peak_mib(),
+            "cost/peak_mib": peak_memory_mib(),
             "cost/features_mib": features.kept_bytes / 2**20,
             **load,
         }
@@ -351,20 +351,20 @@ class Runner:
             for learner in learners
         ]
 
-    def _tested(self, opened: list[tuple[Job, Run]], learners: list[Learner], features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
+    def _tested(self, opened: list[tuple[PlannedRun, Run]], learners: list[HeadTrainer], features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
         models = [learner.model for learner in learners]
-        parted = tuned(models, features, self.dataset)
-        costs, tested = self._costs(learners, features, load), Load()
-        reset(features.trunk, models)
+        parted = tune_separation(models, features, self.dataset)
+        costs, tested = self._costs(learners, features, load), SystemLoad()
+        reset_timers(features.trunk, models)
         bad: dict[int, str] = {}
-        bar = tqdm(score(models, features, "test"), total=len(self.dataset.test), desc=f"{title}: test", unit="image", leave=False)
-        with Exams(self.dataset, len(learners), parted) as exams:
+        bar = tqdm(score_images(models, features, "test"), total=len(self.dataset.test), desc=f"{title}: test", unit="image", leave=False)
+        with CohortEvaluator(self.dataset, len(learners), parted) as exams:
             for image, found, answers in bar:
                 exams.take(image, self._pixels["test"][image][1], found, [(a.classes, a.cell, a.relief) for a in answers])
                 for k, answer in enumerate(answers):
                     if not answer.finite:
-                        bad.setdefault(k, f"its scores for the test image {quoted(self.dataset.test[image].name)} are not finite (NaN or infinite)")
-        each = speeds(models, features)
+                        bad.setdefault(k, f"its scores for the test image {quote_name(self.dataset.test[image].name)} are not finite (NaN or infinite)")
+        each = inference_speeds(models, features)
         now = _load_metric("cost/test_other_load_pct", tested)
         for place, ((job, run), learner, speed) in enumerate(zip(opened, learners, each, strict=True)):
             if place in bad:
@@ -372,17 +372,17 @@ class Runner:
                 continue
             cost = costs[place] | now
             cost |= {"cost/images_per_s": self.machine.lanes / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s * self.machine.cores_of_one}
-            result = Result(exam=exams.exams[place], cost=cost, learner=learner, preparation=features.preparation)
+            result = TestResult(exam=exams.exams[place], cost=cost, learner=learner, preparation=features.preparation)
             self._keep(job, run, result, out)
-            checkpoints.forget(checkpoints.path(job.fingerprint, run.key))
+            checkpoints.delete_checkpoint(checkpoints.checkpoint_path(job.fingerprint, run.key))
 
-    def _keeping(self, backbone: str | None) -> Keeping:
+    def _keeping(self, backbone: str | None) -> CachePolicy:
         key = ""
         if backbone is not None:
             # Another torch or timm may round differently, and kept features must equal fresh ones to the last bit.
-            versions = [torch.__version__, importlib.metadata.version("timm"), NUMERICS, self.machine.device.type, self.machine.threads, self.machine.chunk]
-            key = json.dumps([identity(self.registry.backbone(backbone), self.weights), *versions])
-        return Keeping(
+            versions = [torch.__version__, importlib.metadata.version("timm"), NUMERICS_VERSION, self.machine.device.type, self.machine.threads, self.machine.chunk]
+            key = json.dumps([backbone_identity(self.registry.backbone(backbone), self.weights), *versions])
+        return CachePolicy(
             memory_bytes=self.machine.memory_bytes * 2 // 3,
             disk_bytes=self.disk_bytes,
             prefer_disk=self.prefer_disk,
@@ -401,22 +401,22 @@ class Runner:
             self._backbones[name] = open_backbone(self.registry.backbone(name), self.weights)
         return self._backbones[name]
 
-    def _trained_on(self, run: RunSpec, result: Result) -> Sequence[int]:
-        return Plan(self._pixels["train"].sizes_px, run).seen if result.learner is not None else ()
+    def _trained_on(self, run: RunSpec, result: TestResult) -> Sequence[int]:
+        return SamplingPlan(self._pixels["train"].sizes_px, run).seen if result.learner is not None else ()
 
-    def _keep(self, job: Job, run: Run, result: Result, out: Outcome) -> None:
+    def _keep(self, job: PlannedRun, run: Run, result: TestResult, out: Outcome) -> None:
         """Logs a run's test and ends it as finished: the mark is written last."""
         with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
-            seen = seen_images.record(self.dataset, self._trained_on(job.run, result))
-            artifacts.write(Path(folder), job.name, job.run, self.experiment, self.datasets, self._pixels["test"], result, seen)
+            seen = seen_images.record_seen_images(self.dataset, self._trained_on(job.run, result))
+            artifacts.write_artifacts(Path(folder), job.name, job.run, self.experiment, self.datasets, self._pixels["test"], result, seen)
             run.artifacts(Path(folder))
-        metrics = artifacts.metrics(self.dataset, result)
+        metrics = artifacts.final_metrics(self.dataset, result)
         # At step 0: a single value there is a bar in the UI's charts, at any other step a lone dot. ``best/epoch`` says which epoch it was.
-        tags = artifacts.tags(job.name, metrics, self.machine.name, run.address("figures/worst.png"))
+        tags = artifacts.run_tags(job.name, metrics, self.machine.name, run.address("figures/worst.png"))
         run.end("finished", metrics=metrics, tags=tags | {"cellbench.separation": result.exam.separation.words})
-        out.finished[job.name] = Logged(run_id=run.run_id, name=job.name, status="finished", metrics=metrics)
+        out.finished[job.name] = RunState(run_id=run.run_id, name=job.name, status="finished", metrics=metrics)
 
 
-def _load_metric(name: str, load: Load) -> dict[str, float]:
+def _load_metric(name: str, load: SystemLoad) -> dict[str, float]:
     """The load by other processes as a metric; none where it is not known."""
     return {} if (pct := load.others_pct()) is None else {name: pct}

@@ -21,25 +21,25 @@ from cellbench import __version__
 from cellbench.config.registry import Registry
 from cellbench.config.run import Experiment
 from cellbench.errors import CellbenchError
-from cellbench.execution.planning import Job, jobs_of, open_folds
+from cellbench.execution.planning import PlannedRun, open_folds, planned_runs
 from cellbench.execution.runner import Outcome, Runner
-from cellbench.features.extractor import Pass
+from cellbench.features.extractor import FeaturePass
 from cellbench.features.remote_cache import shared_url
 from cellbench.files import cache_dir
-from cellbench.hardware import Machine
-from cellbench.parallel import Lanes
-from cellbench.tracking.relocate import store, store_file
-from cellbench.tracking.schema import owner_here
+from cellbench.hardware import Hardware
+from cellbench.parallel import WorkerPool
+from cellbench.tracking.relocate import store_file, store_uri
+from cellbench.tracking.schema import this_owner
 from cellbench.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class JobSpec:
     """One grid as its workers are told of it. Paths are absolute; credentials are in no fields but ``store`` and ``cache_url``, which nothing shows."""
 
     experiment: Experiment
     parent_id: str
-    machine: Machine
+    machine: Hardware
     """Of the driver, or a worker's share of it."""
     where: str = ""
     """The experiment's file, for messages."""
@@ -58,10 +58,10 @@ class Order:
         return f"Order({self.experiment.experiment!r})"
 
 
-def order(
+def job_spec(
     experiment: Experiment,
     parent_id: str,
-    machine: Machine,
+    machine: Hardware,
     *,
     where: str,
     data: Path | None,
@@ -69,10 +69,10 @@ def order(
     extra: Path | None,
     disk_bytes: int,
     prefer_disk: bool,
-) -> Order:
+) -> JobSpec:
     """The order of a grid that was started here."""
     file = store_file()
-    return Order(
+    return JobSpec(
         experiment=experiment,
         parent_id=parent_id,
         machine=machine,
@@ -83,16 +83,16 @@ def order(
         disk_bytes=disk_bytes,
         prefer_disk=prefer_disk,
         cache=cache_dir(),
-        store=f"sqlite:///{file}" if file else store(),
+        store=f"sqlite:///{file}" if file else store_uri(),
         cache_url=shared_url(),
     )
 
 
 @dataclass(kw_only=True)
-class Piece:
+class WorkItem:
     """A cohort on its way: handed to one worker after the other until its runs have ended."""
 
-    jobs: list[Job]
+    jobs: list[PlannedRun]
     title: str
     deaths: list[str]
     """How the workers ended that were lost over it."""
@@ -106,19 +106,19 @@ class Piece:
 MOST_DEATHS = 3
 
 
-def pieces(groups: Sequence[Sequence[Job]], registry: Registry) -> list[Piece]:
+def work_items(groups: Sequence[Sequence[PlannedRun]], registry: Registry) -> list[WorkItem]:
     """The cohorts, the dearest first, so that the workers end together."""
 
-    def price(jobs: Sequence[Job]) -> float:
+    def price(jobs: Sequence[PlannedRun]) -> float:
         params_m = registry.backbone(jobs[0].run.backbone).params_m if jobs[0].run.backbone else 0.0
         return (10 + params_m) * max(job.run.epochs for job in jobs) + sum(job.run.epochs for job in jobs)
 
-    made = [Piece(jobs=list(jobs), title=f"cohort {k} of {len(groups)}", deaths=[]) for k, jobs in enumerate(groups, 1)]
+    made = [WorkItem(jobs=list(jobs), title=f"cohort {k} of {len(groups)}", deaths=[]) for k, jobs in enumerate(groups, 1)]
     return sorted(made, key=lambda piece: -price(piece.jobs))
 
 
 @functools.cache
-def version() -> str:
+def code_version() -> str:
     """What computes here, for people, with a hash of the package's own code: two checkouts may both be 0.1.0."""
     folder = Path(__file__).parents[1]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py"))))
@@ -126,28 +126,28 @@ def version() -> str:
     return f"cellbench {__version__} ({code.hexdigest()[:8]}), {libraries}"
 
 
-def same_version(theirs: str) -> None:
+def check_same_version(theirs: str) -> None:
     """Raises CellbenchError where the process that started the grid has another version."""
-    if version() != theirs:
-        raise CellbenchError(f"{owner_here()} has {version()}; the grid was started with {theirs}. Install the same on all machines.")
+    if code_version() != theirs:
+        raise CellbenchError(f"{this_owner()} has {code_version()}; the grid was started with {theirs}. Install the same on all machines.")
 
 
-def settled(order: Order) -> Order:
+def apply_job_environment(order: JobSpec) -> JobSpec:
     """The order, once this process has its cache folder, store and cores."""
     os.environ |= {"CELLBENCH_CACHE": str(order.cache), "CELLBENCH_CACHE_URL": order.cache_url, "MLFLOW_TRACKING_URI": order.store}
     torch.set_num_threads(order.machine.threads)
     return order
 
 
-class Hand:
+class CohortWorker:
     """A worker's side: the runner of an order, made once, and the cohorts that it is handed."""
 
-    def __init__(self, order: Order, say: Callable[[str], None]) -> None:
-        settled(order)
+    def __init__(self, order: JobSpec, say: Callable[[str], None]) -> None:
+        apply_job_environment(order)
         registry = Registry(order.extra)
         datasets = open_folds(order.experiment, registry, order.data)
         precision = order.machine.precision_name
-        jobs = jobs_of(order.experiment, registry, datasets, order.weights, order.where, precision=precision, download=False)
+        jobs = planned_runs(order.experiment, registry, datasets, order.weights, order.where, precision=precision, download=False)
         self._jobs = {job.fingerprint: job for job in jobs}
         self._machine = order.machine
         self._runner = Runner(
@@ -171,31 +171,31 @@ class Hand:
         self._runner.tracker.settle()  # whoever gave the order reads there what became of it
         return out
 
-    def passes(self, cohorts: Sequence[Sequence[str]]) -> list[list[Pass]]:
+    def passes(self, cohorts: Sequence[Sequence[str]]) -> list[list[FeaturePass]]:
         """Of each cohort what it will keep on disk. Raises CellbenchError."""
-        out: list[list[Pass]] = []
+        out: list[list[FeaturePass]] = []
         for fingerprints in cohorts:
             runs = [job.run for job in self._mine(fingerprints, "a cohort")]
             reads = runs[0].backbone is not None
             out.append(self._runner.features(runs).passes(max(run.epochs for run in runs)) if reads else [])
         return out
 
-    def fill(self, fingerprints: Sequence[str], more: Sequence[str], shards: Sequence[tuple[Pass, int]]) -> int:
+    def fill(self, fingerprints: Sequence[str], more: Sequence[str], shards: Sequence[tuple[FeaturePass, int]]) -> int:
         """Computes these shards of a cohort's passes, with the levels that ``more`` runs read, but those that are there. Says how many were not."""
         runs, others = ([job.run for job in self._mine(some, "a cohort")] for some in (fingerprints, more))
         features = self._runner.features(runs, others)
-        with Lanes(self._machine.lanes) as lanes:
+        with WorkerPool(self._machine.lanes) as lanes:
             return sum(features.fill(one, shard, lanes) for one, shard in shards)
 
-    def _mine(self, fingerprints: Sequence[str], title: str) -> list[Job]:
+    def _mine(self, fingerprints: Sequence[str], title: str) -> list[PlannedRun]:
         if strange := [f for f in fingerprints if f not in self._jobs or self._jobs[f].unavailable]:
             reasons = Counter(self._jobs[f].unavailable for f in strange if f in self._jobs)
             why = next(iter(reasons), "its cellbench, cards, data or weights are not those of the process that started the grid")
-            raise CellbenchError(f"{owner_here()} cannot run {title}: {why}. Give all machines the same version, paths and files.")
+            raise CellbenchError(f"{this_owner()} cannot run {title}: {why}. Give all machines the same version, paths and files.")
         return [self._jobs[f] for f in fingerprints]
 
 
-def join(out: Outcome, more: Outcome) -> None:
+def merge_outcomes(out: Outcome, more: Outcome) -> None:
     """Adds what one worker's cohort came to."""
     for field in fields(Outcome):
         mine, other = getattr(out, field.name), getattr(more, field.name)

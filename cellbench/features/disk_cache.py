@@ -27,7 +27,7 @@ from torch import Tensor
 from cellbench.files import cache_dir, write_atomic
 
 
-class Rows(Protocol):
+class FeatureCache(Protocol):
     """The kept features of one pass."""
 
     def put(self, rows: np.ndarray, maps: Mapping[int, Tensor]) -> None:
@@ -38,7 +38,7 @@ class Rows(Protocol):
 
 
 @dataclass
-class InMemory:
+class MemoryCache:
     """Rows in memory, filled in as they are first computed."""
 
     num: int
@@ -61,7 +61,7 @@ class InMemory:
         return {i: self.maps[i][index].permute(0, 3, 1, 2) for i in indices}
 
 
-class OnDisk:
+class DiskCache:
     """Rows in a folder, one file a level and one of checksums beside it. Raises ``OSError`` on a full disk, before anything is half-kept."""
 
     def __init__(self, folder: Path, num: int, facts: Mapping[str, Any]) -> None:
@@ -186,7 +186,7 @@ def features_dir() -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CacheEntry:
     """One kept pass."""
 
     folder: Path
@@ -199,14 +199,14 @@ class Entry:
     """Seconds since the epoch, of the last use."""
 
 
-def entries() -> list[Entry]:
+def cache_entries() -> list[CacheEntry]:
     """All kept passes, the longest unused first. A folder that is not ours is left out."""
     found = []
     for path in sorted(features_dir().glob("*/*/facts.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
             facts = json.loads(path.read_text())
             found.append(
-                Entry(
+                CacheEntry(
                     folder=path.parent,
                     backbone=facts["backbone"],
                     dataset=facts["dataset"],
@@ -219,7 +219,7 @@ def entries() -> list[Entry]:
     return sorted(found, key=lambda entry: entry.used)
 
 
-def prune(chosen: list[Entry]) -> int:
+def remove_entries(chosen: list[CacheEntry]) -> int:
     """Removes kept passes; returns the bytes freed."""
     for entry in chosen:
         shutil.rmtree(entry.folder, ignore_errors=True)

@@ -25,18 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellbench.data.image_cache import Pixels
-from cellbench.data.transforms.augmentation import recolour, restain, turn
+from cellbench.data.image_cache import ImageCache
+from cellbench.data.transforms.augmentation import jitter_colour, jitter_stain, rotate_flip
 from cellbench.data.transforms.preprocessing import Preparation
-from cellbench.data.transforms.sampling import Plan, View
-from cellbench.data.transforms.tiling import Grid, cut
+from cellbench.data.transforms.sampling import SamplingPlan, TileSample
+from cellbench.data.transforms.tiling import TileGrid, cut_tile
 from cellbench.errors import CellbenchError, one_line
-from cellbench.features.disk_cache import InMemory, OnDisk, Rows, features_dir
-from cellbench.features.frozen_backbone import Trunk
-from cellbench.features.remote_cache import Shared
-from cellbench.features.sharded_cache import Shards, num_shards
+from cellbench.features.disk_cache import DiskCache, FeatureCache, MemoryCache, features_dir
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.features.remote_cache import RemoteCache
+from cellbench.features.sharded_cache import ShardedCache, num_shards
 from cellbench.metrics.pixel import IGNORE
-from cellbench.parallel import Lanes
+from cellbench.parallel import WorkerPool
 
 
 class Batch(NamedTuple):
@@ -58,14 +58,14 @@ class Batch(NamedTuple):
         return len(self.pixels)
 
 
-def unfinite(features: Features) -> str:
+def non_finite_reason(features: Features) -> str:
     """What is wrong where the backbone's maps hold values that are not finite: no head can learn from them. Empty where nothing is.
 
     Looks through the validation tiles and an epoch of training views, so it is for runs that failed.
     """
     if features.trunk.backbone is None:
         return ""
-    with Lanes(features.trunk.machine.lanes) as lanes:
+    with WorkerPool(features.trunk.machine.lanes) as lanes:
         for batch in itertools.chain((batch for batch, _ in features.tiles("val", lanes)), features.train(0, lanes)):
             if not all(bool(torch.isfinite(x).all()) for x in batch.maps.values()):
                 hint = "" if features.trunk.machine.precision == torch.float32 else " Try --precision fp32."
@@ -87,7 +87,7 @@ def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keeping:
+class CachePolicy:
     """Where features may be kept, how much of it, and what tells these features from all others."""
 
     memory_bytes: int = 0
@@ -98,14 +98,14 @@ class Keeping:
     """Stands for backbone, weights and versions; empty: nothing is kept on disk."""
     backbone: str = ""
     dataset: str = ""
-    shared: Shared | None = None
+    shared: RemoteCache | None = None
     """Where machines without a folder in common find each other's features; passes on disk are then kept in shards."""
     tell: Callable[[str], None] = print
     """Told where something could not be kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
+class FeaturePass:
     """A fixed list of tiles that go through a trunk, and the folder where their features are kept."""
 
     split: str
@@ -118,14 +118,14 @@ class Pass:
 class Features:
     """The batches of one cohort. ``pixels`` are the decoded images by split; with ``aims`` the batches of training and validation hold them."""
 
-    def __init__(self, trunk: Trunk, plan: Plan, pixels: dict[str, Pixels], keeping: Keeping, aims: bool = False) -> None:
+    def __init__(self, trunk: FrozenBackbone, plan: SamplingPlan, pixels: dict[str, ImageCache], keeping: CachePolicy, aims: bool = False) -> None:
         self.trunk, self.plan, self.pixels, self._keeping, self._aims = trunk, plan, pixels, keeping, aims
         self.framing = plan.framing
         self.tile_px = {split: self.framing.tile_px(pixels[split].sizes_px) for split in pixels} | {"train": plan.tile_px}
         """Height and width of the tiles of each split."""
         if self.framing.whole:
             trunk.chunk = 1  # whole images: one of 1600x1200 has the tokens of 40 tiles
-        self._passes: dict[tuple[str, int], Rows | None] = {}
+        self._passes: dict[tuple[str, int], FeatureCache | None] = {}
         sizes = {
             split: trunk.map_bytes(self.tile_px[split]) * sum(len(self.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")
         }
@@ -171,28 +171,28 @@ class Features:
         """Of features kept in memory or on disk for this cohort, all splits together; 0 where all are streamed."""
         return sum(self.bytes_by_split[split] for split, place in self.place.items() if place != "streamed")
 
-    def grid(self, split: str, image: int) -> Grid:
+    def grid(self, split: str, image: int) -> TileGrid:
         """Where the tiles of an image lie in validation or test, in framed pixels."""
         overlap = self.plan.run.val_overlap if split == "val" else self.plan.run.overlap
         return self.framing.grid(self.pixels[split].sizes_px[image], self.tile_px[split], overlap)
 
-    def train(self, epoch: int, lanes: Lanes) -> Iterator[Batch]:
+    def train(self, epoch: int, lanes: WorkerPool) -> Iterator[Batch]:
         """The training views of an epoch in its order, in chunks of the machine's size, made ahead in ``lanes``."""
         cycle = self.plan.cycle(epoch)
         views, order = self.plan.views(cycle), self.plan.order(epoch)
         yield from self._seen(views, _chunks(order, self._chunk), self._pass("train", cycle, views, lanes), lanes)
 
-    def _seen(self, views: list[View], chunks: list[np.ndarray], kept: Rows | None, lanes: Lanes) -> Iterator[Batch]:
+    def _seen(self, views: list[TileSample], chunks: list[np.ndarray], kept: FeatureCache | None, lanes: WorkerPool) -> Iterator[Batch]:
         def cut_out(rows: np.ndarray) -> _Cut:
             return _Cut(rows, *self._cut_views([views[k] for k in rows]))
 
         def mapped(one: _Cut) -> Batch:
-            pixels = recolour(restain(self._pixels(one.tiles), [views[k].stain for k in one.rows]), [views[k].colour for k in one.rows])
+            pixels = jitter_colour(jitter_stain(self._pixels(one.tiles), [views[k].stain for k in one.rows]), [views[k].colour for k in one.rows])
             return self._batch("train", kept, one, pixels)
 
         return lanes.ahead(chunks, cut_out, mapped)
 
-    def tiles(self, split: str, lanes: Lanes) -> Iterator[tuple[Batch, list[int]]]:
+    def tiles(self, split: str, lanes: WorkerPool) -> Iterator[tuple[Batch, list[int]]]:
         """All tiles of all images of ``val`` or ``test``, image by image in the order of each grid, and which image each is of."""
         corners = self._corners(split)
         chunks = _chunks(np.arange(len(corners)), self._chunk)
@@ -202,7 +202,7 @@ class Features:
     def _corners(self, split: str) -> list[tuple[int, int, int]]:
         return [(image, y, x) for image in range(len(self.pixels[split])) for y, x in self.grid(split, image)]
 
-    def _laid(self, split: str, corners: list[tuple[int, int, int]], chunks: list[np.ndarray], kept: Rows | None, lanes: Lanes) -> Iterator[Batch]:
+    def _laid(self, split: str, corners: list[tuple[int, int, int]], chunks: list[np.ndarray], kept: FeatureCache | None, lanes: WorkerPool) -> Iterator[Batch]:
         def cut_out(rows: np.ndarray) -> _Cut:
             return _Cut(rows, *self._cut_corners(split, [corners[k] for k in rows]))
 
@@ -213,22 +213,22 @@ class Features:
 
     # --- passes in shards -----------------------------------------------------------------------------------------------------------
 
-    def passes(self, epochs: int) -> list[Pass]:
+    def passes(self, epochs: int) -> list[FeaturePass]:
         """What this cohort will keep on disk in so many epochs."""
         cycles = range(min(epochs, self.plan.run.views))
         keys = [("val", 0), *(("train", cycle) for cycle in cycles), ("test", 0)]
         return [self._pass_of(*key) for key in keys if self.place[key[0]] == "on disk"]
 
-    def _pass_of(self, split: str, number: int) -> Pass:
+    def _pass_of(self, split: str, number: int) -> FeaturePass:
         tiles = self._tiles_of(split, number)
-        return Pass(split=split, number=number, num=len(tiles), folder=str(self._folder(split, tiles)))
+        return FeaturePass(split=split, number=number, num=len(tiles), folder=str(self._folder(split, tiles)))
 
-    def fill(self, one: Pass, shard: int, lanes: Lanes) -> bool:
+    def fill(self, one: FeaturePass, shard: int, lanes: WorkerPool) -> bool:
         """Sees to it that a shard of a pass is there, with all levels of this trunk: found here, else in the shared cache, else computed and sent
         there. Says whether it was computed. Raises CellbenchError."""
-        return self._fill(one, Shards(Path(one.folder), one.num), shard, lanes) == "computed"
+        return self._fill(one, ShardedCache(Path(one.folder), one.num), shard, lanes) == "computed"
 
-    def _fill(self, one: Pass, shards: Shards, number: int, lanes: Lanes) -> str:
+    def _fill(self, one: FeaturePass, shards: ShardedCache, number: int, lanes: WorkerPool) -> str:
         keys, shared, facts = self.trunk.keys, self._keeping.shared, self._facts(one.split, one.num)
         if shards.holds(number, keys):
             return "here"
@@ -242,9 +242,9 @@ class Features:
             shards.send(number, keys, shared)
         return "computed"
 
-    def _filled(self, one: Pass, shared: Shared, lanes: Lanes) -> Shards:
+    def _filled(self, one: FeaturePass, shared: RemoteCache, lanes: WorkerPool) -> ShardedCache:
         """All shards of a pass. Raises CellbenchError."""
-        shards, num = Shards(Path(one.folder), one.num), num_shards(one.num)
+        shards, num = ShardedCache(Path(one.folder), one.num), num_shards(one.num)
         first = random.SystemRandom().randrange(num) if num else 0  # machines that begin at once begin elsewhere, and meet what others made
         did = Counter(self._fill(one, shards, (first + k) % num, lanes) for k in range(num))
         self._keeping.tell(
@@ -259,7 +259,7 @@ class Features:
     def _chunk(self) -> int:
         return self.trunk.chunk
 
-    def _pass(self, split: str, number: int, tiles: Sequence[object], lanes: Lanes) -> Rows | None:
+    def _pass(self, split: str, number: int, tiles: Sequence[object], lanes: WorkerPool) -> FeatureCache | None:
         """Where the features of a pass are kept, opened at its first use."""
         if (split, number) not in self._passes:
             self._passes[split, number] = self._open(split, number, tiles, lanes)
@@ -275,20 +275,20 @@ class Features:
         keeping = self._keeping
         return {"backbone": keeping.backbone, "dataset": keeping.dataset, "what": split, "num": num, "tile_px": self.tile_px[split]}
 
-    def _open(self, split: str, number: int, tiles: Sequence[object], lanes: Lanes) -> Rows | None:
+    def _open(self, split: str, number: int, tiles: Sequence[object], lanes: WorkerPool) -> FeatureCache | None:
         num = len(tiles)
         if self.place[split] == "on disk":
             folder = self._folder(split, tiles)
             try:
                 if self._keeping.shared is not None:
-                    return self._filled(Pass(split=split, number=number, num=num, folder=str(folder)), self._keeping.shared, lanes)
-                shards = Shards(folder, num)
+                    return self._filled(FeaturePass(split=split, number=number, num=num, folder=str(folder)), self._keeping.shared, lanes)
+                shards = ShardedCache(folder, num)
                 if not shards.missing(self.trunk.keys):
                     return shards
-                return OnDisk(folder, num, self._facts(split, num))
+                return DiskCache(folder, num, self._facts(split, num))
             except (OSError, CellbenchError) as error:
                 self._give_up(split, error)
-        return InMemory(num) if self.place[split] == "in memory" else None
+        return MemoryCache(num) if self.place[split] == "in memory" else None
 
     def _give_up(self, split: str, error: Exception) -> None:
         self.place[split] = "streamed"
@@ -296,7 +296,7 @@ class Features:
             self._passes[key] = None
         self._keeping.tell(f"{split} features cannot be kept on disk ({one_line(error)}) and are streamed.")
 
-    def _maps(self, split: str, kept: Rows | None, rows: np.ndarray, pixels: Tensor) -> dict[int, Tensor]:
+    def _maps(self, split: str, kept: FeatureCache | None, rows: np.ndarray, pixels: Tensor) -> dict[int, Tensor]:
         found = kept.get(rows, self.trunk.keys) if kept is not None else None
         if found is not None:
             return {i: m.to(pixels.device, non_blocking=True) for i, m in found.items()}
@@ -310,20 +310,20 @@ class Features:
                         self._give_up(split, error)
         return maps
 
-    def _batch(self, split: str, kept: Rows | None, one: _Cut, pixels: Tensor) -> Batch:
+    def _batch(self, split: str, kept: FeatureCache | None, one: _Cut, pixels: Tensor) -> Batch:
         aims = self._sent(one.aims) if one.aims is not None else None
         ignoring = bool(one.masks.max() == IGNORE)  # here, where the masks are bytes in memory: a GPU would have to be waited for
         return Batch(self._maps(split, kept, one.rows, pixels), pixels, self._sent(one.masks).long(), aims, ignoring)
 
-    def _cut_views(self, views: list[View]) -> list[np.ndarray]:
+    def _cut_views(self, views: list[TileSample]) -> list[np.ndarray]:
         tiles = []
         for view in views:
             framed = self._framed("train", view.image)
-            tiles.append([turn(cut(array, view.y, view.x, self.tile_px["train"]), view.turn) for array in framed])
+            tiles.append([rotate_flip(cut_tile(array, view.y, view.x, self.tile_px["train"]), view.turn) for array in framed])
         return [np.stack(alike) for alike in zip(*tiles, strict=True)]
 
     def _cut_corners(self, split: str, corners: list[tuple[int, int, int]]) -> list[np.ndarray]:
-        tiles = [[cut(array, y, x, self.tile_px[split]) for array in self._framed(split, index)] for index, y, x in corners]
+        tiles = [[cut_tile(array, y, x, self.tile_px[split]) for array in self._framed(split, index)] for index, y, x in corners]
         return [np.stack(alike) for alike in zip(*tiles, strict=True)]
 
     def _framed(self, split: str, image: int) -> tuple[np.ndarray, ...]:

@@ -12,21 +12,21 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from cellbench.hardware import Machine
+from cellbench.hardware import Hardware
 from cellbench.models.backbones.base import Backbone, Level
 
 TOKENS = -1
 """The index of a trunk's last tokens, as a map (B, D, N, 1) of all N tokens, prefix tokens included, before any norm."""
 
 
-class Trunk:
+class FrozenBackbone:
     """The frozen part of a backbone on a device, and the levels of it that a cohort's heads read.
 
     ``backbone`` is None for runs that read pixels only. With ``unfreeze = n`` the trunk ends n blocks early: what it gives is the tokens
     there (under the index ``TOKENS``) and the levels before; the rest is each run's own tail.
     """
 
-    def __init__(self, backbone: Backbone | None, machine: Machine, num_levels: Iterable[int], unfreeze: int = 0) -> None:
+    def __init__(self, backbone: Backbone | None, machine: Hardware, num_levels: Iterable[int], unfreeze: int = 0) -> None:
         self.machine, self.unfreeze = machine, unfreeze
         self.backbone = backbone.freeze().to(machine.device) if backbone is not None else None
         self._end = len(backbone.levels) - unfreeze if backbone is not None else 0

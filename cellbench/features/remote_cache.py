@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cellbench.errors import CellbenchError, one_line, unlocked
-from cellbench.files import beside, cache_dir
+from cellbench.errors import CellbenchError, one_line, redact_passwords
+from cellbench.files import atomic_file, cache_dir
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class _Damaged(Exception):
     """What was fetched does not fit."""
 
 
-class Shared:
+class RemoteCache:
     """The files below a URL, under the names that they have below the cache folder."""
 
     def __init__(self, url: str, tell: Callable[[str], None]) -> None:
@@ -55,7 +55,7 @@ class Shared:
     @property
     def shown(self) -> str:
         """The URL for people."""
-        return unlocked(self._url)
+        return redact_passwords(self._url)
 
     def fetch(self, path: Path, fits: Callable[[Path], bool]) -> bool:
         """Copies a file of the cache folder here, where it is there and ``fits``; one that does not fit is removed there. Says whether it did."""
@@ -98,7 +98,7 @@ class Shared:
     def _fetched(self, path: Path, fits: Callable[[Path], bool]) -> bool:
         fs, place = self._place(_name(path))
         try:
-            with beside(path) as temporary:
+            with atomic_file(path) as temporary:
                 fs.get_file(place, str(temporary))
                 if not fits(temporary):
                     raise _Damaged
@@ -138,7 +138,7 @@ class Shared:
 
     @staticmethod
     def _why(error: Exception) -> str:
-        return f"{type(error).__name__}: {unlocked(one_line(error))[:200].rstrip('.')}"
+        return f"{type(error).__name__}: {redact_passwords(one_line(error))[:200].rstrip('.')}"
 
 
 def _name(path: Path) -> str:

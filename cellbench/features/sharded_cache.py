@@ -1,6 +1,6 @@
 """A pass's features in shards: files of some hundred tiles, each written whole or not at all, for processes on many machines to fill and to read.
 
-Where `cellbench.features.disk_cache.OnDisk` grows in place, which asks that all its processes are on one machine, a shard never changes once it has its name:
+Where `cellbench.features.disk_cache.DiskCache` grows in place, which asks that all its processes are on one machine, a shard never changes once it has its name:
 that is safe on a shared file system, and lets it travel whole to machines that share none. A shard counts only where the checksum in it fits.
 
 Letters: N rows, D features, h x w places of a map.
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cellbench.features.remote_cache import Shared
+from cellbench.features.remote_cache import RemoteCache
 from cellbench.files import write_atomic
 
 ROWS = 256
@@ -35,8 +35,8 @@ def num_shards(num: int) -> int:
     return -(-num // ROWS)
 
 
-class Shards:
-    """The shards of one pass of ``num`` tiles, in a folder that may lie anywhere that all can read. As `cellbench.features.disk_cache.Rows` they are only read."""
+class ShardedCache:
+    """The shards of one pass of ``num`` tiles, in a folder that may lie anywhere that all can read. As `cellbench.features.disk_cache.FeatureCache` they are only read."""
 
     def __init__(self, folder: Path, num: int) -> None:
         self._folder, self._num = folder, num
@@ -55,7 +55,7 @@ class Shards:
         """Whether a shard holds all of these levels, undamaged: all of it is read."""
         return all(self._shard(number, index) is not None for index in indices)
 
-    def fetch(self, number: int, indices: Iterable[int], shared: Shared, facts: Mapping[str, Any]) -> bool:
+    def fetch(self, number: int, indices: Iterable[int], shared: RemoteCache, facts: Mapping[str, Any]) -> bool:
         """Takes what a shard lacks of these levels from the shared cache, where it is. Says whether it now holds all of them."""
         self._describe(facts)
         lacking = [index for index in indices if self._shard(number, index) is None]
@@ -64,7 +64,7 @@ class Shards:
             shared.fetch(self._path(number, index), lambda path: self._read(path, number) is not None)
         return self.holds(number, lacking)
 
-    def send(self, number: int, indices: Iterable[int], shared: Shared) -> None:
+    def send(self, number: int, indices: Iterable[int], shared: RemoteCache) -> None:
         """Gives a shard's levels to the shared cache."""
         for index in indices:
             shared.send(self._path(number, index))

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from cellbench.data.transforms.framing import Framing, Size
-from cellbench.data.transforms.tiling import Grid, cut
-from cellbench.features.frozen_backbone import Trunk
+from cellbench.data.transforms.tiling import TileGrid, cut_tile
+from cellbench.features.frozen_backbone import FrozenBackbone
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class FeatureMaps:
     """What a backbone sees in an image, and where."""
 
     framing: Framing
     size_px: Size
     """Of the image itself."""
-    grid: Grid
+    grid: TileGrid
     """Of its tiles, in framed pixels."""
     maps: Tensor
     """(B, D, h, w) float32, on the CPU."""
@@ -59,7 +59,7 @@ class Seen:
         raise AssertionError("tiles own every pixel")
 
 
-def seen(trunk: Trunk, framing: Framing, image: np.ndarray) -> Seen:
+def feature_maps(trunk: FrozenBackbone, framing: Framing, image: np.ndarray) -> FeatureMaps:
     """The last map of an image (H, W, 3) uint8, in tiles that overlap as little as they can."""
     size = image.shape[:2]
     tile_px = framing.tile_px([size])
@@ -67,13 +67,13 @@ def seen(trunk: Trunk, framing: Framing, image: np.ndarray) -> Seen:
     trunk.chunk = 1 if framing.whole else trunk.machine.chunk
     corners, maps = list(grid), []
     for start in range(0, len(corners), trunk.chunk):
-        tiles = np.stack([cut(framed, y, x, tile_px) for y, x in corners[start : start + trunk.chunk]])
+        tiles = np.stack([cut_tile(framed, y, x, tile_px) for y, x in corners[start : start + trunk.chunk]])
         pixels = torch.from_numpy(tiles).to(trunk.machine.device).permute(0, 3, 1, 2).float().div_(255)
         maps.append(trunk.maps(pixels)[trunk.indices[-1]].float().cpu())
-    return Seen(framing=framing, size_px=size, grid=grid, maps=torch.cat(maps))
+    return FeatureMaps(framing=framing, size_px=size, grid=grid, maps=torch.cat(maps))
 
 
-def coloured(views: Sequence[Seen]) -> list[np.ndarray]:
+def pca_rgb(views: Sequence[FeatureMaps]) -> list[np.ndarray]:
     """The first three principal components of each view's places as pictures (H, W, 3) in 0..1, red the first.
 
     One PCA for all views, each counted alike however many places it has: of one backbone, so that a colour means the same in all of its
@@ -91,7 +91,7 @@ def coloured(views: Sequence[Seen]) -> list[np.ndarray]:
     return [view.laid(((p - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)) for view, p in zip(views, projected, strict=True)]
 
 
-def likeness(view: Seen, y_px: float, x_px: float) -> np.ndarray:
+def cosine_map(view: FeatureMaps, y_px: float, x_px: float) -> np.ndarray:
     """How alike every place is to the one that shows this pixel: cosine, -1 to 1, as a picture (H, W)."""
     tokens = torch.nn.functional.normalize(view.tokens, dim=1)
     return view.laid((tokens @ tokens[view.place(y_px, x_px)])[:, None])[..., 0]

@@ -18,9 +18,9 @@ from cellbench.config.run import RunSpec, checked
 from cellbench.data.audit.seen_images import without_paths
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.errors import CellbenchError, one_line
-from cellbench.files import make_folder, told, write_atomic
-from cellbench.inference.trained_run import Trained
-from cellbench.metrics.separation import Separation
+from cellbench.files import make_folder, os_errors_as, write_atomic
+from cellbench.inference.trained_run import TrainedRun
+from cellbench.metrics.separation import SeparationParams
 from cellbench.models.backbones.weights import locate
 
 FORMAT = 1
@@ -29,12 +29,12 @@ FREE = ("Apache-2.0", "MIT", "BSD-3-Clause")
 """Licences that allow copies. One that is in doubt on its card, or allows them under conditions, is none of these."""
 
 
-def may_copy(card: BackboneCard) -> bool:
+def may_embed_weights(card: BackboneCard) -> bool:
     """Whether the weights may lie in an exported folder. What needs a login to be had is never passed on."""
     return card.license in FREE and not card.gated
 
 
-def write_folder(folder: Path, trained: Trained, registry: Registry, weights: Path | None, backbone: str) -> str:
+def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights: Path | None, backbone: str) -> str:
     """Writes the folder; returns a sentence on the backbone. ``backbone``: ``auto``, ``embed`` or ``reference``.
 
     Raises CellbenchError for ``embed`` where the licence forbids it.
@@ -46,19 +46,19 @@ def write_folder(folder: Path, trained: Trained, registry: Registry, weights: Pa
     if card is not None and card.weights == "none":
         said = f"{card.id} needs no weights."
     elif card is not None:
-        if backbone == "embed" and not may_copy(card):
+        if backbone == "embed" and not may_embed_weights(card):
             raise CellbenchError(
                 f"--backbone embed: the licence of {card.id} ({card.license}{', gated' if card.gated else ''}) does not allow that its weights "
                 "are passed on. Export by reference; whoever uses the folder gets them from the publisher."
             )
-        if backbone == "reference" or not may_copy(card):
-            why = "" if may_copy(card) else f", since its licence ({card.license}{', gated' if card.gated else ''}) allows no copies"
+        if backbone == "reference" or not may_embed_weights(card):
+            why = "" if may_embed_weights(card) else f", since its licence ({card.license}{', gated' if card.gated else ''}) allows no copies"
             said = f"{card.id} is named, not copied{why}: give --weights DIR there, or let it be fetched from {card.weights}."
         else:
             copied = locate(card, weights)
             said = f"{card.id}'s weights are in it ({card.license})."
     make_folder(folder)
-    with told(f"writing {folder}"):
+    with os_errors_as(f"writing {folder}"):
         _card(folder, "heads", registry.head(run.head)) if run.head else _card(folder, "baselines", registry.baseline(run.baseline or ""))
         if card is not None:
             _card(folder, "backbones", card)
@@ -88,7 +88,7 @@ def write_folder(folder: Path, trained: Trained, registry: Registry, weights: Pa
     return said
 
 
-def read_folder(folder: Path) -> Trained:
+def read_export(folder: Path) -> TrainedRun:
     """The run of an exported folder. Raises CellbenchError where it is none, damaged, or of a newer version."""
     try:
         facts = json.loads((folder / RUN).read_bytes())
@@ -102,13 +102,13 @@ def read_folder(folder: Path) -> Trained:
         weights = load_file(folder / HEAD) if (folder / HEAD).exists() else {}
     except Exception as error:  # a damaged file, whatever safetensors calls it
         raise CellbenchError(f"{folder / HEAD}: is damaged ({one_line(error)[:80]}). Export it again.") from None
-    return Trained(
+    return TrainedRun(
         name=facts["name"],
         run=checked(RunSpec, facts["run"], str(folder / RUN)),
         classes=tuple(facts["classes"]),
         preparation=Preparation.of(facts["preparation"]),
         weights=weights,
-        separation=Separation(**facts["separation"]),
+        separation=SeparationParams(**facts["separation"]),
         backbone_digest=facts.get("backbone_digest", ""),
         data=facts.get("data", ""),
         chosen=facts.get("chosen", ""),

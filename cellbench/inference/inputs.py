@@ -8,39 +8,39 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cellbench.data.io.decode import shown_name
-from cellbench.data.io.images import pixel_size_of
-from cellbench.data.io.intensity import Range, shown
+from cellbench.data.io.decode import printable_path
+from cellbench.data.io.images import read_pixel_size
+from cellbench.data.io.intensity import Range, format_range
 from cellbench.data.io.metadata import PixelSize, same_size
-from cellbench.data.scan import LeftOut
-from cellbench.data.uniformity import pixel_doubts
+from cellbench.data.scan import IgnoredFile
+from cellbench.data.uniformity import find_pixel_size_inconsistencies
 from cellbench.errors import CellbenchError
-from cellbench.inference.trained_run import Trained
+from cellbench.inference.trained_run import TrainedRun
 
 
-def sizes_of(images: Iterable[Path]) -> dict[Path, PixelSize]:
+def stated_pixel_sizes(images: Iterable[Path]) -> dict[Path, PixelSize]:
     """The size of a pixel by each file's own statement; without those that state none or cannot be opened."""
     found = {}
     for path in images:
         with contextlib.suppress(CellbenchError):  # told when it is segmented
-            if (size := pixel_size_of(path)) is not None:
+            if (size := read_pixel_size(path)) is not None:
                 found[path] = size
     return found
 
 
-def sizes_told(sizes: Mapping[Path, PixelSize], num: int, um_per_px: float | None, measured: bool) -> list[str]:
+def describe_pixel_sizes(sizes: Mapping[Path, PixelSize], num: int, um_per_px: float | None, measured: bool) -> list[str]:
     """What a person should know about the sizes of pixels that files state, of ``num`` images; ``um_per_px``: what is used in their place;
     ``measured``: whether cells are."""
-    lines = [doubt.line for doubt in pixel_doubts({shown_name(path): size for path, size in sizes.items()}, num)]
+    lines = [doubt.line for doubt in find_pixel_size_inconsistencies({printable_path(path): size for path, size in sizes.items()}, num)]
     if um_per_px is not None:
-        other = [f"{shown_name(path)} ({size} um)" for path, size in sizes.items() if not (size.square and same_size(size.side_um, um_per_px))]
-        lines += [f"--um-per-px {um_per_px:g} is used in place of what {len(other)} files state: {some(other)}."] if other else []
+        other = [f"{printable_path(path)} ({size} um)" for path, size in sizes.items() if not (size.square and same_size(size.side_um, um_per_px))]
+        lines += [f"--um-per-px {um_per_px:g} is used in place of what {len(other)} files state: {first_names(other)}."] if other else []
     elif measured and sizes and len(sizes) < num:
         lines.append(f"{num - len(sizes)} of {num} images state no pixel size: their areas are in pixels. Give --um-per-px for one size of all.")
     return lines
 
 
-def unlike_learned(sizes: Mapping[Path, PixelSize], trained: Trained, um_per_px: float | None) -> list[str]:
+def describe_magnification(sizes: Mapping[Path, PixelSize], trained: TrainedRun, um_per_px: float | None) -> list[str]:
     """A word on images of another magnification than those that the run learned from."""
     side = trained.preparation.um_per_px
     if side is None:
@@ -48,24 +48,24 @@ def unlike_learned(sizes: Mapping[Path, PixelSize], trained: Trained, um_per_px:
     learned = f"{trained.name} learned from pixels of {side:.4g} um, and cells look larger or smaller in"
     if um_per_px is not None:
         return [] if same_size(um_per_px, side) else [f"{learned} these of {um_per_px:g} um."]
-    other = [f"{shown_name(path)} ({size} um)" for path, size in sizes.items() if not same_size(size.side_um, side)]
-    return [f"{learned} {len(other)} images of others: {some(other)}."] if other else []
+    other = [f"{printable_path(path)} ({size} um)" for path, size in sizes.items() if not same_size(size.side_um, side)]
+    return [f"{learned} {len(other)} images of others: {first_names(other)}."] if other else []
 
 
-def some(names: Sequence[str], most: int = 20) -> str:
+def first_names(names: Sequence[str], most: int = 20) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def by_reason(left: Iterable[LeftOut]) -> dict[str, list[str]]:
+def names_by_reason(left: Iterable[IgnoredFile]) -> dict[str, list[str]]:
     """The names of what was left out for each reason."""
     found: dict[str, list[str]] = {}
     for one in left:
-        found.setdefault(one.reason, []).append(shown_name(one.path))
+        found.setdefault(one.reason, []).append(printable_path(one.path))
     return found
 
 
-def range_of(text: str) -> Range:
+def parse_range(text: str) -> Range:
     """Black and white of ``--range``, like ``0,4095``. Raises CellbenchError."""
     try:
         black, white = (float(part) for part in text.split(","))
@@ -76,10 +76,10 @@ def range_of(text: str) -> Range:
     return black, white
 
 
-def read_by(trained: Trained, black_white: Range) -> tuple[Trained, list[str]]:
+def with_range(trained: TrainedRun, black_white: Range) -> tuple[TrainedRun, list[str]]:
     """The run, its images of more than 8 bits read by this range; and a word where it has another."""
     reading = trained.preparation.reading
     given = replace(reading, int_range=black_white, float_range=black_white)
-    known = [shown(one) for one in (reading.int_range, reading.float_range) if one not in (None, black_white)]
-    said = f"--range {shown(black_white)} is used in place of {known[0]}, by which the images were read that {trained.name} learned from." if known else ""
+    known = [format_range(one) for one in (reading.int_range, reading.float_range) if one not in (None, black_white)]
+    said = f"--range {format_range(black_white)} is used in place of {known[0]}, by which the images were read that {trained.name} learned from." if known else ""
     return replace(trained, preparation=replace(trained.preparation, reading=given)), [said] if said else []

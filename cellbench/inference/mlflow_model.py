@@ -15,7 +15,7 @@ import pandas as pd
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
-from cellbench.data.io.png_stream import PngRows
+from cellbench.data.io.png_stream import PngWriter
 from cellbench.inference.segmenter import Segmenter
 
 
@@ -36,7 +36,7 @@ class ServedSegmenter(mlflow.pyfunc.PythonModel):
                 file.flush()
                 found = self.segmenter.predict(file.name)
             out = io.BytesIO()
-            png = PngRows(out, found.classes.shape, 1, self.segmenter.trained.name)
+            png = PngWriter(out, found.classes.shape, 1, self.segmenter.trained.name)
             png.add(found.classes * np.uint8(255 if len(found.names) == 2 else 1))
             png.end()
             height, width = found.classes.shape
@@ -54,7 +54,7 @@ set_model(ServedSegmenter())
 """What MLflow keeps of the code: a file to read instead of a pickle that could run anything."""
 
 
-def save(folder: Path, exported: Path) -> None:
+def save_model(folder: Path, exported: Path) -> None:
     """Writes MLflow's model of an exported folder, with a copy of that inside; ``folder`` appears whole or not at all."""
     outputs = [ColSpec("string", "mask"), ColSpec("long", "height_px"), ColSpec("long", "width_px"), ColSpec("double", "share"), ColSpec("string", "notes")]
     with tempfile.TemporaryDirectory(dir=folder.parent.parent, prefix=".cellbench-") as name:

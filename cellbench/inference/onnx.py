@@ -20,7 +20,7 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import TOKENS
 from cellbench.inference.segmenter import Segmenter
-from cellbench.training.tiled_inference import unfinite
+from cellbench.training.tiled_inference import mark_non_finite
 
 TOLERANCE = 1e-3
 
@@ -43,7 +43,7 @@ class _Whole(nn.Module):
                 found = self.backbone.maps(x, self._indices)
             maps |= dict(zip(self._indices, found, strict=True))
         logits = self.model(Batch(maps, pixels, pixels))
-        return logits[:, : self.model.num_classes].softmax(1) + unfinite(logits)
+        return logits[:, : self.model.num_classes].softmax(1) + mark_non_finite(logits)
 
 
 def write_onnx(path: Path, segmenter: Segmenter) -> float:

@@ -27,7 +27,7 @@ Ring = list[list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class CellOutline:
     """One cell."""
 
     number: int
@@ -41,7 +41,7 @@ class Shape:
     """Its number among the cells of the image."""
 
 
-def shapes_of(cells: Instances) -> Iterator[Shape]:
+def cell_outlines(cells: Instances) -> Iterator[CellOutline]:
     """The outlines of single cells, touching ones parted, in the order of their numbers: one for each cell, however small."""
     for cell, box in enumerate(ndimage.find_objects(cells.ids), 1):
         if box is None:
@@ -49,16 +49,16 @@ def shapes_of(cells: Instances) -> Iterator[Shape]:
         inside = cells.ids[box] == cell
         y, x = box[0].start, box[1].start
         corner = np.array([x, y])
-        yield Shape(
+        yield CellOutline(
             number=int(cells.classes[cell]),
             area_px=int(inside.sum()),
             box_px=(x, y, inside.shape[1], inside.shape[0]),
-            pieces=tuple(tuple((ring + corner).round(2).tolist() for ring in rings) for rings in pieces(inside)),
+            pieces=tuple(tuple((ring + corner).round(2).tolist() for ring in rings) for rings in outline_pieces(inside)),
             cell=cell,
         )
 
 
-def pieces(inside: np.ndarray) -> list[list[np.ndarray]]:
+def outline_pieces(inside: np.ndarray) -> list[list[np.ndarray]]:
     """The outlines of what is True in (h, w) bool, by piece, the largest first: rings (n, 2) of (x, y) as the module says.
 
     Raw outlines go through the middles of the edges between pixels, each at most once, so that they cannot cross. Simplified ones
@@ -142,12 +142,12 @@ def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 COLOURS = ((200, 30, 30), (30, 90, 200), (20, 140, 70), (180, 120, 0), (130, 50, 160), (0, 140, 150), (90, 90, 90))
 
 
-def colour(number: int) -> tuple[int, int, int]:
+def class_colour(number: int) -> tuple[int, int, int]:
     """Of a class's outlines, red, green, blue."""
     return COLOURS[(number - 1) % len(COLOURS)]
 
 
-def feature(shape: Shape, names: tuple[str, ...]) -> dict[str, Any]:
+def to_geojson(shape: CellOutline, names: tuple[str, ...]) -> dict[str, Any]:
     """A shape as QuPath reads it: a detection with its class, its colour and its area as a measurement; its name is its cell's number."""
     told = [list(rings) for rings in shape.pieces]
     return {
@@ -156,14 +156,14 @@ def feature(shape: Shape, names: tuple[str, ...]) -> dict[str, Any]:
         "properties": {
             "objectType": "detection",
             "name": str(shape.cell),
-            "classification": {"name": names[shape.number], "color": list(colour(shape.number))},
+            "classification": {"name": names[shape.number], "color": list(class_colour(shape.number))},
             "measurements": {"Area px^2": shape.area_px},
             "cellbench": {"class": shape.number, "box_px": list(shape.box_px)},
         },
     }
 
 
-def coco(images: Iterable[tuple[str, tuple[int, int], dict[str, Any]]], names: tuple[str, ...]) -> dict[str, Any]:
+def to_coco(images: Iterable[tuple[str, tuple[int, int], dict[str, Any]]], names: tuple[str, ...]) -> dict[str, Any]:
     """COCO's instances of images (file name, (H, W), GeoJSON): one polygon a piece, its corners named once. A polygon there cannot have holes:
     the outer edge is given, the area is without them."""
     out: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": k, "name": name} for k, name in enumerate(names) if k]}

@@ -23,21 +23,21 @@ from torch import Tensor
 
 from cellbench.config.registry import BackboneCard, Registry, load
 from cellbench.data.io.intensity import Note
-from cellbench.data.io.windowed import Source, Whole, open_source
-from cellbench.data.transforms.tiling import Grid, Stitcher, cut
+from cellbench.data.io.windowed import ArraySource, ImageSource, open_source
+from cellbench.data.transforms.tiling import Stitcher, TileGrid, cut_tile
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features.extractor import Batch
-from cellbench.features.frozen_backbone import Trunk
-from cellbench.hardware import Machine, machine
-from cellbench.inference.trained_run import Trained
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.hardware import Hardware, detect_hardware
+from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.instance import Instances
-from cellbench.metrics.separation import CONNECTED, Separation
+from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone, weights_digest
 from cellbench.models.backbones.weight_files import check_types, check_values
-from cellbench.parallel import Lanes, ahead
-from cellbench.training.model import model, num_levels
-from cellbench.training.tiled_inference import bytes_of, drawn, likeliest
+from cellbench.parallel import WorkerPool, prefetch
+from cellbench.training.model import build_model, num_levels
+from cellbench.training.tiled_inference import argmax_classes, output_channels, to_uint8
 
 Image = str | os.PathLike[str] | np.ndarray
 """A file, or (H, W, 3) or (H, W) uint8 pixels, RGB or grey."""
@@ -53,7 +53,7 @@ class Prediction:
     """(H, W) uint8: the probability of not being background, 0..255; None for a method that gives none (a threshold)."""
     names: tuple[str, ...]
     """Of the classes, by their numbers."""
-    separation: Separation = CONNECTED
+    separation: SeparationParams = CONNECTED
     """How touching cells are parted: as tuned for the run."""
     relief: np.ndarray | None = None
     """(H, W) uint8: how high each pixel lies in its cell, 0..255, for a run that learned it; else None."""
@@ -77,7 +77,7 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Band:
+class MaskStrip:
     """Some rows of an answer, as soon as they are final; the bands of an image come from top to bottom."""
 
     number: int
@@ -89,13 +89,13 @@ class Band:
     """(h, W) uint8, or None."""
     relief: np.ndarray | None
     """(h, W) uint8, or None."""
-    source: Source
+    source: ImageSource
     """Of the image's own pixels; open until its last band was taken."""
     last: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused:
+class FailedImage:
     """An image that could not be read, or not to its end, or whose scores are not finite."""
 
     number: int
@@ -105,18 +105,18 @@ class Refused:
 class Segmenter:
     """A run's backbone and head on a device. Make one with :meth:`load`."""
 
-    def __init__(self, trained: Trained, registry: Registry, here: Machine, weights: Path | None = None, download: bool = True) -> None:
+    def __init__(self, trained: TrainedRun, registry: Registry, here: Hardware, weights: Path | None = None, download: bool = True) -> None:
         self.trained, self.machine, run = trained, here, trained.run
         self.names = trained.classes
         self._function = load(registry.baseline(run.baseline)) if run.baseline and not registry.baseline(run.baseline).trained else None
         backbone = self._backbone(registry.backbone(run.backbone), weights, download) if run.backbone else None
         num = num_levels(run, registry)
-        self.trunk = Trunk(backbone, here, [num] if num else [], run.unfreeze)
+        self.trunk = FrozenBackbone(backbone, here, [num] if num else [], run.unfreeze)
         if trained.preparation.framing.whole:
             self.trunk.chunk = 1
         self.model = None
         if self._function is None:
-            self.model = model(run, registry, self.trunk, len(trained.classes))
+            self.model = build_model(run, registry, self.trunk, len(trained.classes))
             built = {name: x.clone() for name, x in self.model.state_dict().items()}
             where, remedy = f"'{trained.name}': its head.safetensors", "It is damaged: put a sound copy there, export it again, or run it again."
             check_types(trained.weights, built, where, remedy)
@@ -160,16 +160,16 @@ class Segmenter:
             raise CellbenchError(f"--weights {folder}: there is no such folder.")
         extra = Registry(Path(registry) if registry is not None else None)
         if Path(run).is_dir():
-            from cellbench.inference.export import CARDS, read_folder
+            from cellbench.inference.export import CARDS, read_export
 
-            trained = read_folder(Path(run))
+            trained = read_export(Path(run))
             extra, folder = Registry(Path(run) / CARDS), folder or Path(run)
         else:
             from cellbench.inference import run_lookup  # only here MLflow is needed
 
-            tracker, stored, chosen = run_lookup.find(str(run))
+            tracker, stored, chosen = run_lookup.find_run(str(run))
             trained = run_lookup.open_run(tracker, stored, extra, chosen)
-        return cls(trained, extra, machine(device, precision), folder)
+        return cls(trained, extra, detect_hardware(device, precision), folder)
 
     def predict(self, image: Image) -> Prediction:
         """One image, whole in memory. Raises CellbenchError for a file that cannot be read, or pixels of another shape or type."""
@@ -177,9 +177,9 @@ class Segmenter:
 
     def predict_all(self, images: Iterable[Image]) -> Iterator[Prediction]:
         """Many images, in their order; faster than one by one where they are small. Raises CellbenchError at the first that cannot be read."""
-        rows: list[Band] = []
+        rows: list[MaskStrip] = []
         for event in self.stream(images):
-            if isinstance(event, Refused):
+            if isinstance(event, FailedImage):
                 raise event.error
             rows.append(event)
             if event.last:
@@ -195,12 +195,12 @@ class Segmenter:
                 )
                 rows = []
 
-    def stream(self, images: Iterable[Image]) -> Iterator[Band | Refused]:
-        """The answers band by band, image by image in their order; a bad image is :class:`Refused` and the others go on."""
+    def stream(self, images: Iterable[Image]) -> Iterator[MaskStrip | FailedImage]:
+        """The answers band by band, image by image in their order; a bad image is :class:`FailedImage` and the others go on."""
         chunks = self._whole(images) if self._function is not None else self._chunks(images)
-        with Lanes(self.machine.lanes) as lanes:
+        with WorkerPool(self.machine.lanes) as lanes:
             # One lane prepares in a thread of its own anyway; for several, reading would wait until the caller asks for the next.
-            ready = ahead(chunks) if lanes.num > 1 else chunks
+            ready = prefetch(chunks) if lanes.num > 1 else chunks
             with closing(ready), closing(lanes.ahead(ready, lambda chunk: chunk, self._found)) as work:
                 for chunk in work:
                     for sheet, entries in itertools.groupby(chunk.entries, key=lambda entry: entry.sheet):
@@ -255,7 +255,7 @@ class Segmenter:
         with self.machine.autocast():
             logits = self.model.decode(batch)
         self.model.seconds += time.perf_counter() - start
-        return drawn(logits, self.model)
+        return output_channels(logits, self.model)
 
 
 @dataclass
@@ -282,7 +282,7 @@ class _Sheet:
         self.number, self._image, self._segmenter, self._finite = number, image, segmenter, True
         self.error: CellbenchError | None = None
         try:
-            self.source = Whole(checked(image)) if isinstance(image, np.ndarray) else open_source(image, segmenter.trained.preparation.reading)
+            self.source = ArraySource(check_pixels(image)) if isinstance(image, np.ndarray) else open_source(image, segmenter.trained.preparation.reading)
         except CellbenchError as error:
             self.error = error
             return
@@ -298,29 +298,29 @@ class _Sheet:
         preparation = self._segmenter.trained.preparation
         framing, framed = preparation.framing, self.source
         tall, wide = tile_px = framing.tile_px([self.size_px])
-        self.grid: Grid = framing.grid(self.size_px, tile_px, self._segmenter.trained.run.overlap)
+        self.grid: TileGrid = framing.grid(self.size_px, tile_px, self._segmenter.trained.run.overlap)
         try:
             if not preparation.nothing:
-                framed = Whole(preparation.image(self.source.rows(0, self.size_px[0])))
+                framed = ArraySource(preparation.image(self.source.rows(0, self.size_px[0])))
             for y in self.grid.ys:
                 rows = framed.rows(y, y + tall)
                 for x in self.grid.xs:
-                    yield cut(rows, 0, x, (tall, wide))
+                    yield cut_tile(rows, 0, x, (tall, wide))
         except CellbenchError as error:
             yield error
 
-    def take(self, entries: list[_Entry], found: Tensor | np.ndarray | None) -> Iterator[Band | Refused]:
+    def take(self, entries: list[_Entry], found: Tensor | np.ndarray | None) -> Iterator[MaskStrip | FailedImage]:
         """The bands that these tiles complete."""
         if (error := entries[-1].error) is not None:
             self._close()
-            yield Refused(number=self.number, error=error)
+            yield FailedImage(number=self.number, error=error)
         elif isinstance(found, np.ndarray):
-            yield Band(number=self.number, top=0, classes=found, probability=None, relief=None, source=self.source, last=True)
+            yield MaskStrip(number=self.number, top=0, classes=found, probability=None, relief=None, source=self.source, last=True)
             self._close()
         elif found is not None:
             yield from self._stitched(found[entries[0].row : entries[-1].row + 1])
 
-    def _stitched(self, found_BKTT: Tensor) -> Iterator[Band]:
+    def _stitched(self, found_BKTT: Tensor) -> Iterator[MaskStrip]:
         framing = self._segmenter.trained.preparation.framing
         if self._stitcher is None:
             self._stitcher = Stitcher(self.grid, found_BKTT.shape[1], found_BKTT.device)
@@ -330,7 +330,7 @@ class _Sheet:
             if not self._finite:
                 self._bands = []
                 if last:  # not before: its other tiles may still be read at this moment
-                    yield Refused(number=self.number, error=self._unfinite())
+                    yield FailedImage(number=self.number, error=self._unfinite())
             elif framing.exact:
                 yield self._band(top, band_KHW, last)
             else:
@@ -345,14 +345,14 @@ class _Sheet:
         hint = " Try --precision fp32." if self._segmenter.machine.precision != torch.float32 else ""
         return CellbenchError(f"{what}: the scores of '{self._segmenter.trained.name}' are not finite (NaN or infinite), so they are no answer.{hint}")
 
-    def _band(self, top: int, band_KHW: Tensor, last: bool) -> Band:
+    def _band(self, top: int, band_KHW: Tensor, last: bool) -> MaskStrip:
         num = len(self._segmenter.names) - 1
-        return Band(
+        return MaskStrip(
             number=self.number,
             top=top,
-            classes=likeliest(band_KHW[:num]).cpu().numpy(),
-            probability=bytes_of(band_KHW[:num].sum(0)),
-            relief=bytes_of(band_KHW[num]) if len(band_KHW) > num else None,
+            classes=argmax_classes(band_KHW[:num]).cpu().numpy(),
+            probability=to_uint8(band_KHW[:num].sum(0)),
+            relief=to_uint8(band_KHW[num]) if len(band_KHW) > num else None,
             source=self.source,
             last=last,
         )
@@ -362,7 +362,7 @@ class _Sheet:
             self.source.close()
 
 
-def checked(image: np.ndarray) -> np.ndarray:
+def check_pixels(image: np.ndarray) -> np.ndarray:
     """Pixels (H, W, 3) uint8 of an array that is that, or grey (H, W) uint8. Raises CellbenchError for any other: floats have no known white."""
     if image.dtype != np.uint8 or not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
         raise CellbenchError(

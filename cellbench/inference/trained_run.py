@@ -10,11 +10,11 @@ from torch import Tensor
 
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.preprocessing import Preparation
-from cellbench.metrics.separation import CONNECTED, Separation
+from cellbench.metrics.separation import CONNECTED, SeparationParams
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainedRun:
     """One run, as MLflow or an exported folder remembers it."""
 
     name: str
@@ -24,7 +24,7 @@ class Trained:
     preparation: Preparation
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     """Of head and tail, by name; empty for a method that learns nothing."""
-    separation: Separation = CONNECTED
+    separation: SeparationParams = CONNECTED
     """How its cells are told apart."""
     fingerprint: str = ""
     dataset_digest: str = ""

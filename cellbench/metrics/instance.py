@@ -52,11 +52,11 @@ THRESHOLDS = tuple(range(10, 20))
 """Of the intersection over union, in twentieths: 0.50, 0.55 … 0.95."""
 SCORES = ("nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq")
 COUNTS = ("num_true", "num_predicted", "num_found", "num_missed", "num_split", "num_merged", "num_extra")
-"""Of an image's cells, as :func:`outcomes` defines them."""
+"""Of an image's cells, as :func:`cell_outcomes` defines them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class InstanceScores:
     """One prediction against one truth. All but the counts in 0..1, higher is better; NaN where there is nothing to score."""
 
     nsd: float
@@ -105,7 +105,7 @@ class Instances:
         return len(self.areas_px) - 1
 
 
-def instances(classes: np.ndarray, min_area_px: int = MIN_AREA_PX) -> Instances:
+def connected_instances(classes: np.ndarray, min_area_px: int = MIN_AREA_PX) -> Instances:
     """The connected regions of each class of a class map (H, W), of at least ``min_area_px`` pixels."""
     ids, num = np.zeros(classes.shape, np.int32), 0
     for label in range(1, _highest(classes) + 1):
@@ -113,10 +113,10 @@ def instances(classes: np.ndarray, min_area_px: int = MIN_AREA_PX) -> Instances:
         if num:
             part[part > 0] += num
         ids, num = (np.maximum(ids, part) if num else part), num + found
-    return numbered(ids, classes, min_area_px)
+    return numbered_instances(ids, classes, min_area_px)
 
 
-def numbered(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 0) -> Instances:
+def numbered_instances(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 0) -> Instances:
     """Cells by their given numbers (H, W), whole and not negative, 0 being background; a cell's class is that of most of its pixels.
 
     A number may have several parts: they are one cell, cut by something above it, or by pixels that the class map ignores.
@@ -149,7 +149,7 @@ def _highest(classes: np.ndarray) -> int:
     return highest if highest != IGNORE else int(classes[classes != IGNORE].max(initial=0))
 
 
-def judged(found: Instances, ignored: np.ndarray | None) -> Instances:
+def drop_ignored(found: Instances, ignored: np.ndarray | None) -> Instances:
     """Predicted cells without what lies in ``ignored`` pixels (H, W) bool: those that lie there by more than half are gone, the others cut."""
     if ignored is None or not found.num:
         return found
@@ -162,7 +162,7 @@ def judged(found: Instances, ignored: np.ndarray | None) -> Instances:
     return Instances(ids=ids, areas_px=np.concatenate([none, areas]), classes=np.concatenate([found.classes[:1], found.classes[kept]]))
 
 
-def as_objects(classes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
+def merge_parts_into_objects(classes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
     """A class map (H, W) uint8 in which each part has the class of the object that it belongs to. ``owners``: for each class the class of its
     object, its own for an object; empty: every class is an object.
 
@@ -181,15 +181,15 @@ def has_parts(owners: Sequence[int]) -> bool:
     return any(owner != label for label, owner in enumerate(owners))
 
 
-def with_parts(ids: np.ndarray, classes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
+def merge_part_ids(ids: np.ndarray, classes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
     """The cells' numbers (H, W) after each numbered part has taken the number of the object that it touches along most of its outline.
 
-    For truths that number a nucleus and its cell separately. ``classes`` (H, W) as they are in the truth, parts not yet :func:`as_objects`.
+    For truths that number a nucleus and its cell separately. ``classes`` (H, W) as they are in the truth, parts not yet :func:`merge_parts_into_objects`.
     A part that touches no object of its own keeps its number.
     """
     if not has_parts(owners):
         return ids
-    cells = numbered(ids, classes)
+    cells = numbered_instances(ids, classes)
     owner = np.asarray(owners)[cells.classes]
     is_part = owner != cells.classes
     pairs = []
@@ -205,25 +205,25 @@ def with_parts(ids: np.ndarray, classes: np.ndarray, owners: Sequence[int]) -> n
     return new[cells.ids]
 
 
-def true_cells(
+def reference_instances(
     classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()
 ) -> tuple[Instances, int]:
     """The cells of a truth (H, W), by its own numbers where it has them, and the least area in px that a predicted cell must then have.
 
     ``min_area_px``: the data set's, for both; None: ``MIN_AREA_PX``, or where cells are numbered none for them and ``MIN_AREA_NUMBERED_PX``
-    for predicted ones. ``owners``: as in :func:`as_objects`.
+    for predicted ones. ``owners``: as in :func:`merge_parts_into_objects`.
     """
-    objects = as_objects(classes, owners)
+    objects = merge_parts_into_objects(classes, owners)
     if ids is None:
         least = MIN_AREA_PX if min_area_px is None else min_area_px
-        return instances(objects, least), least
-    ids = with_parts(ids, classes, owners)
+        return connected_instances(objects, least), least
+    ids = merge_part_ids(ids, classes, owners)
     if min_area_px is None:
-        return numbered(ids, objects), MIN_AREA_NUMBERED_PX
-    return numbered(ids, objects, min_area_px), min_area_px
+        return numbered_instances(ids, objects), MIN_AREA_NUMBERED_PX
+    return numbered_instances(ids, objects, min_area_px), min_area_px
 
 
-class Truth:
+class ReferenceMask:
     """The truth of one image (H, W), prepared once and compared with the answers of many runs. May be asked from several threads."""
 
     def __init__(
@@ -238,32 +238,32 @@ class Truth:
         min_area_px: int | None = None,
     ) -> None:
         """``classes`` below ``num_classes``, 0 the background, or ``IGNORE``; ``ids``: the mask's own numbers of cells, where it has them;
-        ``owners``: as in :func:`as_objects`; ``unused``: classes whose outlines are not scored, as in :func:`cellbench.metrics.pixel.image_scores`;
-        ``min_area_px`` as for :func:`true_cells`."""
+        ``owners``: as in :func:`merge_parts_into_objects`; ``unused``: classes whose outlines are not scored, as in :func:`cellbench.metrics.pixel.per_image_scores`;
+        ``min_area_px`` as for :func:`reference_instances`."""
         self._classes, self._tolerance, self._numbered, self._owners = classes, tolerance_px, ids is not None, tuple(owners)
-        self._cells, self.min_area_px = true_cells(classes, ids, min_area_px, owners=owners)
+        self._cells, self.min_area_px = reference_instances(classes, ids, min_area_px, owners=owners)
         ignored = self._cells.ignored
-        self._outlines = {label: Outline(classes == label, tolerance_px, ignored) for label in range(1, num_classes) if label not in unused}
+        self._outlines = {label: MaskBoundary(classes == label, tolerance_px, ignored) for label in range(1, num_classes) if label not in unused}
 
     def found(self, cells: Instances) -> dict[str, float | int]:
-        """The scores of predicted cells, each of ``min_area_px`` or more, under the names of :class:`Agreement`."""
-        return cell_scores(self._cells, cells)
+        """The scores of predicted cells, each of ``min_area_px`` or more, under the names of :class:`InstanceScores`."""
+        return instance_scores(self._cells, cells)
 
-    def agreement(self, classes: np.ndarray, cells: Instances | None = None) -> Agreement:
+    def agreement(self, classes: np.ndarray, cells: Instances | None = None) -> InstanceScores:
         """How well a predicted class map (H, W) agrees; ``cells``: the single cells of it, if not the connected regions of its objects."""
         if classes.shape != self._classes.shape:
             raise ValueError(f"truth is {self._classes.shape}, prediction {classes.shape}")
         ignored = self._cells.ignored
-        outlines = [outline_scores(truth, Outline(classes == label, self._tolerance, ignored)) for label, truth in self._outlines.items()]
+        outlines = [boundary_scores(truth, MaskBoundary(classes == label, self._tolerance, ignored)) for label, truth in self._outlines.items()]
         nsd, band = (nan_mean(np.array(values)) for values in zip(*outlines, strict=True))
-        cells = instances(as_objects(classes, self._owners), self.min_area_px) if cells is None else cells
-        return Agreement(nsd=nsd, boundary_dice=band, numbered=self._numbered, **self.found(cells))
+        cells = connected_instances(merge_parts_into_objects(classes, self._owners), self.min_area_px) if cells is None else cells
+        return InstanceScores(nsd=nsd, boundary_dice=band, numbered=self._numbered, **self.found(cells))
 
 
 # --- outlines ---------------------------------------------------------------------------------------------------------------------------
 
 
-class Outline:
+class MaskBoundary:
     """A mask (H, W) bool with its contour, the neighbourhood of that, and its band; without what lies in ``ignored`` pixels (H, W) bool."""
 
     def __init__(self, mask: np.ndarray, tolerance_px: float, ignored: np.ndarray | None = None) -> None:
@@ -271,17 +271,17 @@ class Outline:
         if ignored is not None:
             mask = mask | ignored  # a neighbour that nobody knows is no outside
         self.mask = mask
-        self.contour = contour(mask)
+        self.contour = boundary_pixels(mask)
         if ignored is not None:
             self.contour &= ~ignored
-        self.near = dilated(self.contour, tolerance_px)
-        self.band = mask & dilated(~mask, tolerance_px)
+        self.near = dilate(self.contour, tolerance_px)
+        self.band = mask & dilate(~mask, tolerance_px)
         if ignored is not None:  # so near to them, what answers to a pixel may lie among them
-            away = ~dilated(ignored, tolerance_px)
+            away = ~dilate(ignored, tolerance_px)
             self.mask, self.contour, self.band = mask | ~away, self.contour & away, self.band & away
 
 
-def contour(mask: np.ndarray) -> np.ndarray:
+def boundary_pixels(mask: np.ndarray) -> np.ndarray:
     """The pixels of a mask (H, W) bool that have one of their four neighbours outside it; the image's frame counts as inside."""
     inner = mask.copy()
     inner[1:] &= mask[:-1]
@@ -291,7 +291,7 @@ def contour(mask: np.ndarray) -> np.ndarray:
     return mask ^ inner
 
 
-def dilated(mask: np.ndarray, radius_px: float) -> np.ndarray:
+def dilate(mask: np.ndarray, radius_px: float) -> np.ndarray:
     """Every pixel within ``radius_px`` of a pixel of the mask, centre to centre.
 
     A disc is a stack of lines: 4 passes a pixel of radius, 3 ms on 1600x1200 where a distance transform takes 200.
@@ -311,7 +311,7 @@ def dilated(mask: np.ndarray, radius_px: float) -> np.ndarray:
     return out
 
 
-def outline_scores(truth: Outline, found: Outline) -> tuple[float, float]:
+def boundary_scores(truth: MaskBoundary, found: MaskBoundary) -> tuple[float, float]:
     """``nsd`` and ``boundary_dice`` of two masks: NaN where both are empty. Where neither has a contour, it is whether they are the same."""
     lengths = np.count_nonzero(truth.contour) + np.count_nonzero(found.contour)
     if not lengths:
@@ -327,7 +327,7 @@ def outline_scores(truth: Outline, found: Outline) -> tuple[float, float]:
 # --- cells ------------------------------------------------------------------------------------------------------------------------------
 
 
-def overlaps(truth: Instances, found: Instances) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def pairwise_overlaps(truth: Instances, found: Instances) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Of every pair of cells of one class that share a pixel: number of the true and of the found cell, intersection and union in px."""
     both = np.flatnonzero((truth.ids > 0) & (found.ids > 0))
     codes = truth.ids.ravel()[both].astype(np.int64) * (found.num + 1) + found.ids.ravel()[both]
@@ -343,11 +343,11 @@ def overlaps(truth: Instances, found: Instances) -> tuple[np.ndarray, np.ndarray
     return t, p, shared, truth.areas_px[t] + found.areas_px[p] - shared
 
 
-def cell_scores(truth: Instances, found: Instances) -> dict[str, float | int]:
-    """The scores of single cells, under the names of :class:`Agreement`, of predicted ones as :func:`judged`; NaN where there is no cell and none
+def instance_scores(truth: Instances, found: Instances) -> dict[str, float | int]:
+    """The scores of single cells, under the names of :class:`InstanceScores`, of predicted ones as :func:`drop_ignored`; NaN where there is no cell and none
     was predicted."""
-    found = judged(found, truth.ignored)
-    t, p, shared, union = overlaps(truth, found)
+    found = drop_ignored(found, truth.ignored)
+    t, p, shared, union = pairwise_overlaps(truth, found)
     both = truth.num + found.num
 
     def hits(threshold: int) -> np.ndarray:
@@ -367,11 +367,11 @@ def cell_scores(truth: Instances, found: Instances) -> dict[str, float | int]:
         "pq": dq * sq,
         "dq": dq,
         "sq": sq,
-        **outcomes(truth, found, t, p, shared, matched),
+        **cell_outcomes(truth, found, t, p, shared, matched),
     }
 
 
-def outcomes(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, matched: np.ndarray) -> dict[str, int]:
+def cell_outcomes(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, matched: np.ndarray) -> dict[str, int]:
     """What became of every cell; a cell lies *mostly* in another where more than half of its own pixels do.
 
     - ``num_found``: true cells matched by a predicted cell of their class with an IoU above 0.5.
@@ -381,7 +381,7 @@ def outcomes(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, s
     - ``num_extra``: predicted cells that match no true cell: false alarms, and the pieces and mergers of the cells above.
 
     So found + merged + split + missed = ``num_true``, and found + extra = ``num_predicted``. Pairs ``t``, ``p``, ``shared`` as
-    :func:`overlaps` gives them, of one class; ``matched`` (pairs,) bool: which of them match.
+    :func:`pairwise_overlaps` gives them, of one class; ``matched`` (pairs,) bool: which of them match.
     """
     is_found = np.zeros(truth.num + 1, bool)
     is_found[t[matched]] = True
@@ -404,8 +404,8 @@ def outcomes(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, s
     }
 
 
-def outcome_words(counts: Mapping[str, float]) -> str:
-    """The counts of :func:`outcomes` as a phrase.
+def describe_outcomes(counts: Mapping[str, float]) -> str:
+    """The counts of :func:`cell_outcomes` as a phrase.
 
     >>> outcome_words({"num_true": 50, "num_found": 44, "num_missed": 1, "num_split": 2, "num_merged": 3, "num_extra": 6})
     '44 of 50 cells found, 1 missed, 2 split, 3 merged; 6 extra'

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from skimage.measure import regionprops_table
 
-from cellbench.escaping import csv_text
+from cellbench.escaping import to_csv
 from cellbench.metrics.instance import Instances
 
 _ASKED = ("label", "centroid", "bbox", "area", "equivalent_diameter_area", "eccentricity", "intensity_mean")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cells:
+class CellTable:
     """A table of the N cells of one image (H, W): ``rows`` under ``columns``, as they are written."""
 
     columns: tuple[str, ...]
@@ -27,20 +27,20 @@ class Cells:
     @property
     def text(self) -> str:
         """The table as CSV."""
-        return csv_text(self.columns, self.rows)
+        return to_csv(self.columns, self.rows)
 
 
-def cells(
+def measure_cells(
     found: Instances,
     image: np.ndarray,
     names: Sequence[str],
     um_per_px: float | None = None,
     classes: np.ndarray | None = None,
     owners: Sequence[int] = (),
-) -> Cells:
+) -> CellTable:
     """The table of the cells found in an image (H, W, 3) uint8 RGB; ``names`` of the classes, ``um_per_px`` the side of a pixel.
 
-    Where some classes are parts of others (``owners``, as :func:`cellbench.metrics.instance.as_objects` takes them), ``classes`` (H, W) is the class map,
+    Where some classes are parts of others (``owners``, as :func:`cellbench.metrics.instance.merge_parts_into_objects` takes them), ``classes`` (H, W) is the class map,
     and each part has a column with its area in the cell, 0 where the cell has none: ``nucleus_area_px``.
 
     ``cell`` is the number in the label image, ``x_px`` and ``y_px`` the centroid from the upper left, ``diameter`` that of a disc of the same
@@ -49,12 +49,12 @@ def cells(
     """
     unit, side = ("px", 1.0) if um_per_px is None else ("um", um_per_px)
     columns = ("cell", "class", "x_px", "y_px", f"area_{unit}" + "2" * (unit == "um"), f"diameter_{unit}", "eccentricity", "at_edge")
-    columns = (*columns, "red", "green", "blue", *(part_column(names[k], um_per_px) for k in parts_of(owners)))
+    columns = (*columns, "red", "green", "blue", *(part_column(names[k], um_per_px) for k in part_classes(owners)))
     if not found.num:  # scikit-image's columns would be other ones
-        return Cells(columns=columns, rows=())
+        return CellTable(columns=columns, rows=())
     told = regionprops_table(found.ids, image, properties=_ASKED)
     height, width = found.ids.shape
-    inside = [np.bincount(found.ids[classes == k], minlength=found.num + 1) for k in parts_of(owners)]
+    inside = [np.bincount(found.ids[classes == k], minlength=found.num + 1) for k in part_classes(owners)]
     at_edge = (told["bbox-0"] == 0) | (told["bbox-1"] == 0) | (told["bbox-2"] == height) | (told["bbox-3"] == width)
     rows = tuple(
         (
@@ -71,10 +71,10 @@ def cells(
         )
         for k, number in enumerate(told["label"])
     )
-    return Cells(columns=columns, rows=rows)
+    return CellTable(columns=columns, rows=rows)
 
 
-def parts_of(owners: Sequence[int]) -> list[int]:
+def part_classes(owners: Sequence[int]) -> list[int]:
     """The classes that are parts of another class's objects."""
     return [label for label, owner in enumerate(owners) if owner != label]
 
@@ -84,7 +84,7 @@ def part_column(name: str, um_per_px: float | None = None) -> str:
     return f"{name}_area_{'px' if um_per_px is None else 'um2'}"
 
 
-def class_counts(rows: Sequence[Mapping[str, str]], names: Sequence[str], owners: Sequence[int] = (), um_per_px: float | None = None) -> dict[str, int]:
+def count_by_class(rows: Sequence[Mapping[str, str]], names: Sequence[str], owners: Sequence[int] = (), um_per_px: float | None = None) -> dict[str, int]:
     """Of the lines of a table of cells: how many cells each class has, and for a part how many cells hold one; nothing where there is one class.
 
     >>> rows = [{"class": "cytoplasm", "nucleus_area_px": "90.0"}, {"class": "cytoplasm", "nucleus_area_px": "0.0"}]
@@ -93,7 +93,7 @@ def class_counts(rows: Sequence[Mapping[str, str]], names: Sequence[str], owners
     """
     if len(names) < 3:
         return {}
-    parts = parts_of(owners)
+    parts = part_classes(owners)
     return {
         name: sum(float(row[part_column(name, um_per_px)]) > 0 if k in parts else row["class"] == name for row in rows)
         for k, name in enumerate(names)

@@ -27,7 +27,7 @@ IGNORE = 255
 """In a truth's class map: this pixel counts nowhere, neither in losses nor in scores nor as part of a cell. Class numbers are below it."""
 
 
-def confusion(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
     """Pixel counts (C, C) int64, rows truth, columns prediction, of two equal-shaped maps of class numbers 0..C-1.
 
     Pixels whose truth is ``IGNORE`` are left out, whatever was predicted there.
@@ -44,7 +44,7 @@ def confusion(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
+class PixelScores:
     """The five measures, each an array over classes in 0..1. ``accuracy`` is one class against the rest: (tp + tn) / all."""
 
     dice: np.ndarray
@@ -65,7 +65,7 @@ def nan_mean(values: np.ndarray) -> float:
     return float(known.mean()) if known.size else math.nan
 
 
-def filled(scores_MI: np.ndarray, best: float = 1.0) -> np.ndarray:
+def impute_missing(scores_MI: np.ndarray, best: float = 1.0) -> np.ndarray:
     """Scores of M answers to the same I images, made comparable: (M, I) float64.
 
     Where an image is empty for one answer (NaN: no cell, none found) and not for another (something was found), finding nothing was right and
@@ -79,7 +79,7 @@ def filled(scores_MI: np.ndarray, best: float = 1.0) -> np.ndarray:
     return np.where(missing & ~missing.all(axis=0), best, values)
 
 
-def scores(counts: np.ndarray, absent: float = math.nan) -> Scores:
+def pixel_scores(counts: np.ndarray, absent: float = math.nan) -> PixelScores:
     """The measures of confusion matrices (..., C, C); arrays (..., C). ``absent``: what a class in neither truth nor prediction scores."""
     counts = np.asarray(counts, dtype=np.float64)
     hit = np.diagonal(counts, axis1=-2, axis2=-1)
@@ -90,7 +90,7 @@ def scores(counts: np.ndarray, absent: float = math.nan) -> Scores:
     def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
         return np.where(nowhere, absent, np.divide(part, whole, out=np.zeros_like(part), where=whole > 0))
 
-    return Scores(
+    return PixelScores(
         dice=ratio(2 * hit, predicted + present),
         iou=ratio(hit, predicted + present - hit),
         precision=ratio(hit, predicted),
@@ -110,7 +110,7 @@ def pooled_classes(counts: np.ndarray, first: int = 1) -> list[int]:
     return (truth if len(truth) else predicted).tolist()
 
 
-def named(prefix: str, counts: np.ndarray, classes: tuple[str, ...]) -> dict[str, float]:
+def named_scores(prefix: str, counts: np.ndarray, classes: tuple[str, ...]) -> dict[str, float]:
     """Pooled scores of images' confusion matrices (N, C, C) under the contract's names; NaN where there is nothing to score.
 
     ``test/dice`` is the cell class (mean over classes that are not background), ``test_background/dice`` and so on each class, and
@@ -118,9 +118,9 @@ def named(prefix: str, counts: np.ndarray, classes: tuple[str, ...]) -> dict[str
     older rule.
     """
     total = np.asarray(counts).sum(0)
-    pooled = scores(total)
+    pooled = pixel_scores(total)
     out = {f"{prefix}/{name}": value for name, value in pooled.of(pooled_classes(total)).items()}
-    old = scores(total, absent=1.0).of(cell_classes(len(classes)))
+    old = pixel_scores(total, absent=1.0).of(cell_classes(len(classes)))
     out |= {f"{prefix}/{name}_empty1": old[name] for name in ("dice", "iou")}
     others = enumerate(classes) if len(classes) > 2 else [(0, classes[0])]
     for index, name in others:
@@ -128,16 +128,16 @@ def named(prefix: str, counts: np.ndarray, classes: tuple[str, ...]) -> dict[str
     return out | {f"{prefix}_mean/{measure}": value for measure, value in pooled.of(pooled_classes(total, 0)).items()}
 
 
-def image_scores(counts: np.ndarray, absent: float = math.nan, unused: Collection[int] = ()) -> dict[str, np.ndarray]:
+def per_image_scores(counts: np.ndarray, absent: float = math.nan, unused: Collection[int] = ()) -> dict[str, np.ndarray]:
     """Per-image scores (N,) of the cell class from confusion matrices (N, C, C): means over the cell classes in truth or prediction; NaN for
-    an image that has none in either. ``absent``: as in :func:`scores`; ``unused``: classes that no mask of the whole data set holds, which are
+    an image that has none in either. ``absent``: as in :func:`pixel_scores`; ``unused``: classes that no mask of the whole data set holds, which are
     left out even where they are predicted, since nothing could teach them."""
-    each = scores(counts, absent)
+    each = pixel_scores(counts, absent)
     here = [k for k in range(1, np.shape(counts)[-1]) if k not in unused]
     return {name: np.array([nan_mean(row) for row in getattr(each, name)[:, here]]) for name in MEASURES}
 
 
-def num_empty(counts: np.ndarray) -> tuple[int, int]:
+def count_empty_images(counts: np.ndarray) -> tuple[int, int]:
     """Of images' confusion matrices (N, C, C): how many have no cell pixel in their truth, and in how many of those one was predicted."""
     counts = np.asarray(counts)
     empty = counts[:, 1:].sum((1, 2)) == 0

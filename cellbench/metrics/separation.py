@@ -22,10 +22,17 @@ import numpy as np
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from cellbench.metrics.instance import MIN_AREA_PX, Instances, as_objects, cell_scores, contour, numbered
-from cellbench.metrics.pixel import filled, nan_mean
+from cellbench.metrics.instance import (
+    MIN_AREA_PX,
+    Instances,
+    boundary_pixels,
+    instance_scores,
+    merge_parts_into_objects,
+    numbered_instances,
+)
+from cellbench.metrics.pixel import impute_missing, nan_mean
 
-NECKS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+SADDLE_RATIOS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 """The values that are tried; of equally good ones the smallest, which cuts least."""
 BLOCKS = 12
 """Blocks to the half-width of a region: an outline's pixel noise and a cut's steps are then below a tenth of a cell's radius."""
@@ -34,7 +41,7 @@ SMOOTH_BLOCKS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Separation:
+class SeparationParams:
     """How single cells are told from a class map: ``neck`` in 0..1; 0: connected regions, nothing is cut."""
 
     neck: float = 0.0
@@ -52,9 +59,9 @@ class Separation:
     def __post_init__(self) -> None:
         object.__setattr__(self, "owners", tuple(self.owners))  # JSON knows lists only
 
-    def parts(self, classes: np.ndarray, relief: np.ndarray | None = None) -> Parts:
+    def parts(self, classes: np.ndarray, relief: np.ndarray | None = None) -> DistanceWatershed:
         """The basins of the objects of a class map (H, W) uint8."""
-        return Parts(as_objects(classes, self.owners), relief)
+        return DistanceWatershed(merge_parts_into_objects(classes, self.owners), relief)
 
     def instances(self, classes: np.ndarray, relief: np.ndarray | None = None) -> Instances:
         """The cells of a class map (H, W) uint8; ``relief`` (H, W) uint8 where the model learned one."""
@@ -66,11 +73,11 @@ class Separation:
         return f"watershed{' of the learned relief' * self.learned}, neck {self.neck:g}" if self.neck else "connected regions"
 
 
-CONNECTED = Separation()
+CONNECTED = SeparationParams()
 """Nothing is cut."""
 
 
-class Parts:
+class DistanceWatershed:
     """The basins of a class map (H, W), flooded once, when first needed; ``instances`` merges them for any neck.
 
     ``relief`` (H, W) uint8: how high each pixel lies in its cell, as a model learned it; None: the distance to the background, in blocks.
@@ -90,7 +97,7 @@ class Parts:
             part = flood.ids(neck)
             ids[part > 0] = part[part > 0] + num
             num = max(num, int(ids.max()))
-        return numbered(ids, self._classes, min_area_px)
+        return numbered_instances(ids, self._classes, min_area_px)
 
 
 class _Flood:
@@ -105,7 +112,7 @@ class _Flood:
         mask, self._flooded = self._mask, True
         self._step, self._basins, self._peaks = max(mask.shape), np.ones((1, 1), np.int32), np.zeros(2)
         self._saddles: list[tuple[float, int, int]] = []
-        if edge_px := np.count_nonzero(contour(mask)):  # else all of the image, which is distant from nothing
+        if edge_px := np.count_nonzero(boundary_pixels(mask)):  # else all of the image, which is distant from nothing
             # Twice the area over the outline's length is the radius of a disc, and half of the width of anything longer.
             self._step = min(8, max(1, int(2 * np.count_nonzero(mask) / edge_px / BLOCKS)))
             full_hw, any_hw = _blocks(mask, self._step)
@@ -213,29 +220,29 @@ def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int,
     return [(float(height[k]), int(code[k] // num), int(code[k] % num)) for k in first]
 
 
-class Tuning:
-    """Chooses a neck: is shown class maps and their true cells, and says which of ``NECKS`` finds most of them."""
+class SeparationTuner:
+    """Chooses a neck: is shown class maps and their true cells, and says which of ``SADDLE_RATIOS`` finds most of them."""
 
     def __init__(self, min_area_px: int = MIN_AREA_PX, *, owners: Sequence[int] = ()) -> None:
-        """``min_area_px``: of the separation, until true cells say otherwise; ``owners``: as in :class:`Separation`."""
+        """``min_area_px``: of the separation, until true cells say otherwise; ``owners``: as in :class:`SeparationParams`."""
         self._found: list[list[float]] = []
         self._min_area_px, self._learned, self._owners = min_area_px, False, tuple(owners)
 
     def add(self, classes: np.ndarray, relief: np.ndarray | None, truth: Instances, min_area_px: int) -> None:
         """A predicted class map (H, W) uint8, the relief (H, W) uint8 where the model learned one, and the cells that are there."""
-        parts, self._learned = Parts(as_objects(classes, self._owners), relief), relief is not None
+        parts, self._learned = DistanceWatershed(merge_parts_into_objects(classes, self._owners), relief), relief is not None
         self._min_area_px = min_area_px
-        self._found.append([float(cell_scores(truth, parts.instances(neck, min_area_px))["ap50"]) for neck in NECKS])
+        self._found.append([float(instance_scores(truth, parts.instances(neck, min_area_px))["ap50"]) for neck in SADDLE_RATIOS])
 
-    def best(self) -> Separation:
+    def best(self) -> SeparationParams:
         """The separation with the highest mean AP50; connected regions where no image has a cell or a predicted one."""
-        found = filled(np.array(self._found, dtype=np.float64).reshape(-1, len(NECKS)).T)
+        found = impute_missing(np.array(self._found, dtype=np.float64).reshape(-1, len(SADDLE_RATIOS)).T)
         means: Sequence[float] = [round(nan_mean(values), 6) for values in found]
         if np.isnan(means).any():
-            return Separation(min_area_px=self._min_area_px, learned=self._learned, owners=self._owners)
-        told = {f"{neck:g}": value for neck, value in zip(NECKS, means, strict=True)}
-        return Separation(
-            neck=NECKS[int(np.argmax(means))],
+            return SeparationParams(min_area_px=self._min_area_px, learned=self._learned, owners=self._owners)
+        told = {f"{neck:g}": value for neck, value in zip(SADDLE_RATIOS, means, strict=True)}
+        return SeparationParams(
+            neck=SADDLE_RATIOS[int(np.argmax(means))],
             val_ap50=told,
             num_images=len(self._found),
             min_area_px=self._min_area_px,

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from cellbench.errors import CellbenchError
-from cellbench.reporting.model_groups import MEASURES, Tested, TestSet, line_up
-from cellbench.tracking.schema import DATA, EVALUATION, Stored
+from cellbench.reporting.model_groups import MEASURES, FinishedRun, TestSet, group_models
+from cellbench.tracking.schema import DATA, EVALUATION, RunRecord
 from cellbench.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Evidence:
+class ExperimentResults:
     """An experiment's finished runs by test set, the newest whole one first, and what became of the others."""
 
     experiment: str
@@ -30,7 +30,7 @@ class Evidence:
     failed: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     """Sentences about runs that are not in the tables, and why."""
-    parents: tuple[Stored, ...] = ()
+    parents: tuple[RunRecord, ...] = ()
     """The grids and searches behind the runs, the one that was started last first."""
 
     @property
@@ -38,17 +38,17 @@ class Evidence:
         return sum(len(model.runs) for one in self.sets for model in one.models)
 
 
-def collect(trackers: Sequence[Tracker], only: Collection[str] | None = None) -> Evidence:
+def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = None) -> ExperimentResults:
     """The evidence of one experiment, or of several taken together; ``only``: no other runs than these ids.
 
     Raises CellbenchError where there is no finished run with per-image scores.
     """
-    tested: list[Tested] = []
+    tested: list[FinishedRun] = []
     skipped, failed, parents, left_out = {}, {}, [], []
     names = " + ".join(tracker.name for tracker in trackers)
     num_finished = num_foreign = num_open = 0
     for tracker in trackers:
-        latest: dict[str, Stored] = {}
+        latest: dict[str, RunRecord] = {}
         for run in tracker.stored():
             if run.is_parent:
                 if run.tags["cellbench.kind"] != EVALUATION:  # a run tested once more, on data that others were not tested on
@@ -66,7 +66,7 @@ def collect(trackers: Sequence[Tracker], only: Collection[str] | None = None) ->
                 if isinstance(told, str):
                     left_out.append(f"'{run.name}' is left out: {told}.")
                 else:
-                    tested.append(Tested(stored=run, told=told))
+                    tested.append(FinishedRun(stored=run, told=told))
             elif run.status in ("skipped", "failed"):
                 (skipped if run.status == "skipped" else failed)[run.name] = run.reason
             else:
@@ -85,11 +85,11 @@ def collect(trackers: Sequence[Tracker], only: Collection[str] | None = None) ->
     if num := len(tested) - len(unique):
         left_out.append(f"{_runs(num)} {_is(num)} left out: later ones have the same settings, with other weights, cards or code, or a newer version.")
     started_s = {run.tags[DATA]: run.last_s for run in sorted(parents, key=lambda run: run.last_s) if DATA in run.tags}
-    sets, incomplete = line_up(unique.values(), started_s)
+    sets, incomplete = group_models(unique.values(), started_s)
     left_out += incomplete
     if not sets:
         raise CellbenchError(f"experiment '{names}': no model has all its folds, so there is nothing to compare ({incomplete[0]}). Run the grid to its end.")
-    return Evidence(
+    return ExperimentResults(
         experiment=names,
         sets=tuple(sets),
         skipped=skipped,
@@ -99,7 +99,7 @@ def collect(trackers: Sequence[Tracker], only: Collection[str] | None = None) ->
     )
 
 
-def _per_image(tracker: Tracker, run: Stored) -> dict[str, Any] | str:
+def _per_image(tracker: Tracker, run: RunRecord) -> dict[str, Any] | str:
     """The run's per-image scores, or why there are none."""
     data = tracker.artifact(run, "per_image.json")
     if data is None:
@@ -111,19 +111,19 @@ def _per_image(tracker: Tracker, run: Stored) -> dict[str, Any] | str:
             return "its per_image.json does not hold one score an image"
         if np.isinf(np.asarray(told["dice"], float)).any():
             return "its per_image.json holds what is no number"
-    except NotFinite:
+    except NonFiniteValueError:
         return "its per_image.json holds what is no number"
     except (ValueError, KeyError, TypeError):
         return "its per_image.json is damaged"
     return told
 
 
-class NotFinite(ValueError):
+class NonFiniteValueError(ValueError):
     """NaN or an infinity in JSON."""
 
 
 def _refused(constant: str) -> float:
-    raise NotFinite(constant)
+    raise NonFiniteValueError(constant)
 
 
 def _runs(num: int) -> str:

@@ -47,12 +47,12 @@ MOST_LINES = 200
 """Lines of a table in the page; the CSV has them all."""
 
 
-def more(num: int) -> str:
+def rows_not_shown(num: int) -> str:
     """A word about the lines of a table that are not shown."""
-    return paragraphs([f"{num - MOST_LINES} more lines are in the CSV file."]) if num > MOST_LINES else ""
+    return render_paragraphs([f"{num - MOST_LINES} more lines are in the CSV file."]) if num > MOST_LINES else ""
 
 
-def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]], lead: str = "") -> str:
+def render_page(title: str, subtitle: str, sections: Sequence[tuple[str, str]], lead: str = "") -> str:
     """The whole page. ``sections``: heading and HTML; empty ones are left out. ``lead``: HTML before the first."""
     kept = [(f"s{k}", heading, body) for k, (heading, body) in enumerate(sections) if body]
     contents = "".join(f'<a href="#{key}">{escape(heading)}</a>' for key, heading, _ in kept)
@@ -65,12 +65,12 @@ def page(title: str, subtitle: str, sections: Sequence[tuple[str, str]], lead: s
     )
 
 
-def paragraphs(sentences: Sequence[str], kind: str = "") -> str:
+def render_paragraphs(sentences: Sequence[str], kind: str = "") -> str:
     inner = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
     return f'<div class="{kind}">{inner}</div>' if kind and inner else inner
 
 
-def table(headings: Sequence[str], lines: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
+def render_table(headings: Sequence[str], lines: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
     """Numbers to the right, words to the left, each heading as its column; the columns numbered in ``text`` hold sentences and may break."""
     if not lines:
         return ""
@@ -94,16 +94,16 @@ def _is_words(cells: Sequence[str]) -> bool:
     return 2 * sum(not _NUMBER.match(cell) for cell in told) > len(told)
 
 
-def facts(pairs: Sequence[tuple[str, str]]) -> str:
+def render_facts(pairs: Sequence[tuple[str, str]]) -> str:
     """Names and values, one a line; empty values are left out."""
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs if value) + "</dl>"
 
 
-def code(text: str) -> str:
+def render_code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>" if text else ""
 
 
-def picture(data: bytes, alt: str, caption: str = "", *, photo: bool = False) -> str:
+def render_picture(data: bytes, alt: str, caption: str = "", *, photo: bool = False) -> str:
     """A PNG as it is, or with ``photo`` as JPEG, which is a tenth of it for a micrograph."""
     kind = "png"
     if photo:

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from cellbench import escaping
-from cellbench.reporting.model_groups import MEASURES, Line, Model, TestSet
+from cellbench.reporting.model_groups import MEASURES, ModelGroup, PlotRow, TestSet
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.hypothesis_tests import Interval
-from cellbench.statistics.ranking import verdict
-from cellbench.statistics.scores import Difference, flipped
-from cellbench.system_load import words as words_of_load
+from cellbench.statistics.ranking import describe_verdict
+from cellbench.statistics.scores import Difference, swap_sides
+from cellbench.system_load import describe_load as words_of_load
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class LeaderboardRow:
     """One model: the mean over its seeds of each score. None: its runs have no such score."""
 
     model: str
@@ -64,12 +64,12 @@ class Row:
     """The most of the processor that other processes used, in training or testing any of its runs."""
 
 
-def rows(here: TestSet) -> list[Row]:
+def leaderboard_rows(here: TestSet) -> list[LeaderboardRow]:
     """The models of one test set, best mean Dice first."""
     return [_row(model, interval) for model, interval in zip(here.models, here.intervals("dice"), strict=True)]
 
 
-def _row(model: Model, interval: Interval) -> Row:
+def _row(model: ModelGroup, interval: Interval) -> LeaderboardRow:
     pooled = model.pooled("dice")
 
     def cost(name: str) -> float:
@@ -78,7 +78,7 @@ def _row(model: Model, interval: Interval) -> Row:
     names = ("cost/train_other_load_pct", "cost/test_other_load_pct")
     loads = [run.stored.metrics[name] for run in model.runs for name in names if name in run.stored.metrics]
 
-    return Row(
+    return LeaderboardRow(
         model=model.name,
         backbone=model.backbone,
         head=model.head,
@@ -115,7 +115,7 @@ ALL_PAIRS = 40
 """Up to so many models every pair is compared, 0.8 s a measure; of more, each with the best."""
 
 
-def pairs(here: TestSet, measure: str = "dice") -> list[Difference]:
+def pairwise_differences(here: TestSet, measure: str = "dice") -> list[Difference]:
     """Every pair of models, or with more than ``ALL_PAIRS`` models each with the best; p is adjusted for every pair either way."""
     if measure not in here.differences:
         models = [model.scores(measure) for model in here.models]
@@ -124,24 +124,24 @@ def pairs(here: TestSet, measure: str = "dice") -> list[Difference]:
         elif len(models) <= ALL_PAIRS:
             here.differences[measure] = compare_all(models)
         else:
-            here.differences[measure] = compare_all(models, against=best_by(here, measure), picked=True)
+            here.differences[measure] = compare_all(models, against=best_model(here, measure), picked=True)
     return here.differences[measure]
 
 
-def differences(here: TestSet, measure: str = "dice") -> list[Difference]:
+def differences_to_best(here: TestSet, measure: str = "dice") -> list[Difference]:
     """Every model against the best by this measure, the best as second; empty for a single model.
 
     The best was picked by the scores that are tested, so p is adjusted for every pair that might have been asked about, not for these alone.
     """
-    best = best_by(here, measure)
-    return [d if d.b == best else flipped(d) for d in pairs(here, measure) if best in (d.a, d.b)]
+    best = best_model(here, measure)
+    return [d if d.b == best else swap_sides(d) for d in pairwise_differences(here, measure) if best in (d.a, d.b)]
 
 
 BUSY_PCT = 10.0
 """From so much load by other processes on, seconds are said to be longer than they need be."""
 
 
-def load_words(table: Sequence[Row]) -> str:
+def describe_load(table: Sequence[LeaderboardRow]) -> str:
     """How busy other processes kept the machine while the costs were measured, in a sentence."""
     loads = [row.other_load_pct for row in table if row.other_load_pct is not None]
     if not loads:
@@ -154,32 +154,32 @@ def load_words(table: Sequence[Row]) -> str:
     return f"Costs were {said}{least}{few}: on an idle machine seconds would be fewer. Processor seconds depend on that least: compare those."
 
 
-def best_by(here: TestSet, measure: str) -> str:
+def best_model(here: TestSet, measure: str) -> str:
     """The model with the highest mean over images."""
     return max(here.models, key=lambda model: model.rating(measure)).name
 
 
-def winners(here: TestSet, most: int = 3) -> list[Model]:
+def tied_winners(here: TestSet, most: int = 3) -> list[ModelGroup]:
     """The best model and, best first, those that do not differ significantly from it, up to ``most`` in all.
 
     The best alone where the images are too few to decide anything: there a useless model does not differ significantly either.
     """
-    tied = {d.a for d in differences(here) if d.better is None} if here.decidable else set()
+    tied = {d.a for d in differences_to_best(here) if d.better is None} if here.decidable else set()
     return [model for model in here.models if model is here.best or model.name in tied][:most]
 
 
-def words(here: TestSet) -> list[str]:
+def describe(here: TestSet) -> list[str]:
     """What the data can tell about the best model against the others, in sentences, and by which rule it is the best."""
     if all(model.scores().empty.all() for model in here.models):
         return ["No test image has a cell, and no model found one: there is nothing to compare."]
-    found = differences(here)
+    found = differences_to_best(here)
     if not found:
         return ["One model alone: there is nothing to compare."]
-    said = verdict(found, what="Dice")
-    return [*said[:2], f"{here.best.name} was {chosen_by(here)}.", *said[2:]]
+    said = describe_verdict(found, what="Dice")
+    return [*said[:2], f"{here.best.name} was {describe_ranking_rule(here)}.", *said[2:]]
 
 
-def chosen_by(here: TestSet) -> str:
+def describe_ranking_rule(here: TestSet) -> str:
     """By which rule the best model is the best; empty for one model alone."""
     num = len(here.models)
     if num < 2:
@@ -187,7 +187,7 @@ def chosen_by(here: TestSet) -> str:
     return f"chosen by its test score, the highest mean Dice over images among {num} models; the score of the chosen is optimistic"
 
 
-def apart(sets: Sequence[TestSet]) -> list[str]:
+def describe_test_sets(sets: Sequence[TestSet]) -> list[str]:
     """Of several test sets, which one is meant by the best and the verdict, and what the others are; nothing to say of a single one."""
     if len(sets) < 2:
         return []
@@ -202,11 +202,11 @@ MOST_SETS = 4
 """Test sets that a sentence names."""
 
 
-def more_words(here: TestSet) -> list[str]:
+def describe_other_winners(here: TestSet) -> list[str]:
     """One sentence a measure where outlines or cells name another winner than Dice, or the same."""
     out = []
     for measure in (name for name in ("nsd", "ap50", "pq") if name in here.measures()):
-        found = differences(here, measure)
+        found = differences_to_best(here, measure)
         if not found:
             continue
         best = found[0].b
@@ -228,35 +228,35 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def cells(row: Row) -> list[str]:
+def format_row(row: LeaderboardRow) -> list[str]:
     """A row as text, under ``HEADINGS``."""
     return [
         row.model + (" (baseline)" if row.baseline else ""),
         str(row.num_seeds),
-        number(row.dice, 4),
-        number(row.seed_sd, 4),
-        number(row.image_dice, 4),
-        span(row.low, row.high, row.rough),
-        number(row.iou, 4),
-        number(row.precision, 4),
-        number(row.recall, 4),
-        number(row.nsd, 3),
-        number(row.ap50, 3),
-        short(row.head_params),
+        format_number(row.dice, 4),
+        format_number(row.seed_sd, 4),
+        format_number(row.image_dice, 4),
+        format_interval(row.low, row.high, row.rough),
+        format_number(row.iou, 4),
+        format_number(row.precision, 4),
+        format_number(row.recall, 4),
+        format_number(row.nsd, 3),
+        format_number(row.ap50, 3),
+        format_count(row.head_params),
         f"{row.train_s:.0f}",
         f"{row.images_per_s:.2f}",
     ]
 
 
-def text(table: Sequence[Row]) -> str:
+def format_table(table: Sequence[LeaderboardRow]) -> str:
     """The leaderboard for a terminal."""
-    lines = [list(HEADINGS), *(cells(row) for row in table)]
+    lines = [list(HEADINGS), *(format_row(row) for row in table)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(HEADINGS))]
     out = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]) for line in lines]
     return "\n".join([out[0], "-" * len(out[0]), *out[1:]])
 
 
-def class_words(classes: Sequence[str]) -> list[str]:
+def describe_class_mean(classes: Sequence[str]) -> list[str]:
     """What one number of several cell classes is; nothing to say where there is one. ``classes``: the background first.
 
     >>> class_words(["background", "cytoplasm", "nucleus"])
@@ -267,7 +267,7 @@ def class_words(classes: Sequence[str]) -> list[str]:
     return [f"Dice and the other measures are means over {', '.join(classes[1:])}; MLflow has each alone, as test_{classes[1]}/dice."]
 
 
-def empty_words(here: TestSet) -> list[str]:
+def describe_empty_images(here: TestSet) -> list[str]:
     """Test images without a cell, and classes that no test mask holds: how many, and which models found something there all the same."""
     num, out = here.models[0].empty()[0], []
     if num:
@@ -284,7 +284,7 @@ def empty_words(here: TestSet) -> list[str]:
     return out
 
 
-def absent_classes(model: Model) -> list[str]:
+def absent_classes(model: ModelGroup) -> list[str]:
     """Of several classes of cells those that no test mask holds; none where runs did not record their pixel counts."""
     if not model.has("confusion") or len(model.runs[0].told["classes"]) < 3:
         return []
@@ -293,7 +293,7 @@ def absent_classes(model: Model) -> list[str]:
     return [names[k] for k in range(1, len(truth)) if not truth[k]]
 
 
-def _predicted(model: Model, name: str) -> float:
+def _predicted(model: ModelGroup, name: str) -> float:
     """Test images in which a class is predicted, in the mean of the seeds."""
     k = model.runs[0].told["classes"].index(name)
     return float(np.mean([sum(np.count_nonzero(np.sum(run.told["confusion"], axis=1)[:, k]) for run in runs) for runs in model.by_seed]))
@@ -306,7 +306,7 @@ def _some(items: Sequence[str], most: int = 6) -> str:
 OUTCOME_HEADINGS = ("model", "cells", "found", "missed", "split", "merged", "extra")
 
 
-def outcomes(here: TestSet) -> list[list[str]]:
+def outcome_rows(here: TestSet) -> list[list[str]]:
     """What became of the cells of all test images, one line a model, the mean of its seeds; under ``OUTCOME_HEADINGS``. Models of older versions
     are left out."""
     names = ("num_true", "num_found", "num_missed", "num_split", "num_merged", "num_extra")
@@ -318,13 +318,13 @@ def outcomes(here: TestSet) -> list[list[str]]:
     return lines
 
 
-def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def to_markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table for a README or MLflow's notes; the first column is text."""
-    out = ["| " + " | ".join(map(escaping.markdown, headings)) + " |", "|---|" + "---:|" * (len(headings) - 1)]
-    return "\n".join(out + ["| " + " | ".join(map(escaping.markdown, line)) + " |" for line in lines])
+    out = ["| " + " | ".join(map(escaping.escape_markdown, headings)) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    return "\n".join(out + ["| " + " | ".join(map(escaping.escape_markdown, line)) + " |" for line in lines])
 
 
-def as_json(table: Sequence[Row]) -> list[dict[str, Any]]:
+def to_json(table: Sequence[LeaderboardRow]) -> list[dict[str, Any]]:
     """The rows, with None for what has no value."""
 
     def plain(value: Any) -> Any:
@@ -335,12 +335,12 @@ def as_json(table: Sequence[Row]) -> list[dict[str, Any]]:
     return [{name: plain(value) for name, value in asdict(row).items()} for row in table]
 
 
-def lines(here: TestSet) -> list[Line]:
+def plot_rows(here: TestSet) -> list[PlotRow]:
     """What the pictures draw of each model: the measures that all have, with intervals. Models without any score are left out."""
     names = [name for name in ("dice", "nsd", "ap50", "pq") if name in here.measures()]
     names = [name for name in names if name == "dice" or not any(math.isnan(one.mean) for one in here.intervals(name))]
     return [
-        Line(
+        PlotRow(
             model=model.name,
             baseline=model.baseline,
             backbone=model.backbone,
@@ -351,7 +351,7 @@ def lines(here: TestSet) -> list[Line]:
     ]
 
 
-def span(low: float | None, high: float | None, rough: bool, style: str = ".3f") -> str:
+def format_interval(low: float | None, high: float | None, rough: bool, style: str = ".3f") -> str:
     """An interval as text, a rough one marked; empty where there is none.
 
     >>> span(0.9, 0.95, True)
@@ -360,11 +360,11 @@ def span(low: float | None, high: float | None, rough: bool, style: str = ".3f")
     return "" if low is None or high is None else f"{'≈ ' * rough}{low:{style}} to {high:{style}}"
 
 
-def number(value: float | None, digits: int) -> str:
+def format_number(value: float | None, digits: int) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def short(num: int) -> str:
+def format_count(num: int) -> str:
     """A count as people say it.
 
     >>> short(22_056_576), short(37_000), short(0)

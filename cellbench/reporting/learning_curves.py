@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from cellbench.reporting.leaderboard import span
-from cellbench.reporting.model_groups import REPEATS, Model, TestSet
+from cellbench.reporting.leaderboard import format_interval
+from cellbench.reporting.model_groups import REPEATS, ModelGroup, TestSet
 from cellbench.statistics.comparison import compare_all
-from cellbench.statistics.hypothesis_tests import Interval, decidable, undecidable
-from cellbench.statistics.ranking import p_words
+from cellbench.statistics.hypothesis_tests import Interval, describe_undecidable, is_decidable
+from cellbench.statistics.ranking import format_p
 from cellbench.statistics.scores import Difference
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class CurvePoint:
     """One model on its curve."""
 
     fraction: float
@@ -27,19 +27,19 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class LearningCurve:
     """One model at several shares of the training images, the smallest first."""
 
     model: str
-    points: tuple[Point, ...]
+    points: tuple[CurvePoint, ...]
 
 
 HEADINGS = ("model", "share", "training images", "Dice/image", "95 %", "minus the largest share", "p (adjusted)", "verdict")
 
 
-def curves(here: TestSet) -> list[Curve]:
+def learning_curves(here: TestSet) -> list[LearningCurve]:
     """The models that were run at two shares or more, best first."""
-    together: dict[tuple[tuple[str, str], ...], list[tuple[float, Model, Interval]]] = {}
+    together: dict[tuple[tuple[str, str], ...], list[tuple[float, ModelGroup, Interval]]] = {}
     for model, interval in zip(here.models, here.intervals("dice"), strict=True):
         params = dict(model.runs[0].stored.params)
         fraction = float(params.pop("fraction", 1.0))
@@ -50,19 +50,19 @@ def curves(here: TestSet) -> list[Curve]:
     return [_curve(sorted(members, key=lambda one: one[0])) for members in together.values() if len(members) > 1]
 
 
-def _curve(members: list[tuple[float, Model, Interval]]) -> Curve:
+def _curve(members: list[tuple[float, ModelGroup, Interval]]) -> LearningCurve:
     named = [replace(model.scores(), model=f"{fraction:g}") for fraction, model, _ in members]
     # The largest share was chosen before any score was seen, so the questions are only those against it.
     found = compare_all(named, against=named[-1].model)
     points = [
-        Point(fraction=fraction, num_train=int(model.runs[0].told.get("num_train", 0)), dice=interval, against_most=difference)
+        CurvePoint(fraction=fraction, num_train=int(model.runs[0].told.get("num_train", 0)), dice=interval, against_most=difference)
         for (fraction, model, interval), difference in zip(members, [*found, None], strict=True)
     ]
     parts = members[-1][1].name.split(" \u00b7 ")
-    return Curve(model=" \u00b7 ".join(part for part in parts if not part.startswith("fraction ")), points=tuple(points))
+    return LearningCurve(model=" \u00b7 ".join(part for part in parts if not part.startswith("fraction ")), points=tuple(points))
 
 
-def lines(found: list[Curve]) -> list[list[str]]:
+def table_rows(found: list[LearningCurve]) -> list[list[str]]:
     """The table under ``HEADINGS``."""
     out = []
     for curve in found:
@@ -74,22 +74,22 @@ def lines(found: list[Curve]) -> list[list[str]]:
                     f"{point.fraction:.0%}" if point.fraction >= 0.01 else f"{point.fraction:.2%}",
                     str(point.num_train or ""),
                     "" if math.isnan(point.dice.mean) else f"{point.dice.mean:.4f}",
-                    span(point.dice.low, point.dice.high, point.dice.rough),
+                    format_interval(point.dice.low, point.dice.high, point.dice.rough),
                     f"{d.interval.mean:+.4f}" if d else "",
-                    p_words(d.p_adjusted).removeprefix("p = ").removeprefix("p ") if d else "",
+                    format_p(d.p_adjusted).removeprefix("p = ").removeprefix("p ") if d else "",
                     "" if d is None else "cannot tell" if d.better is None else "worse" if d.better == d.b else "better",
                 ]
             )
     return out
 
 
-def words(found: list[Curve]) -> list[str]:
+def describe_curves(found: list[LearningCurve]) -> list[str]:
     """For each curve, from which share on this data cannot tell it from the largest. That is no proof that they are equal."""
     out = []
     for curve in found:
         last = curve.points[-1]
-        if not decidable(last.dice.num, len(curve.points) - 1):
-            out.append(f"{curve.model}: {undecidable(last.dice.num, len(curve.points) - 1, last.dice.unit)}.")
+        if not is_decidable(last.dice.num, len(curve.points) - 1):
+            out.append(f"{curve.model}: {describe_undecidable(last.dice.num, len(curve.points) - 1, last.dice.unit)}.")
             continue
         worse = [point for point in curve.points[:-1] if point.against_most is not None and point.against_most.better == point.against_most.b]
         above = [point for point in curve.points[:-1] if not worse or point.fraction > worse[-1].fraction]

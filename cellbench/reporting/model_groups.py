@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from cellbench.config.run import RUN_KEYS
-from cellbench.metrics.pixel import num_empty, pooled_classes, scores
-from cellbench.statistics.hypothesis_tests import Interval, decidable, intervals, unit_labels, unit_numbers, unit_sums
-from cellbench.statistics.scores import Difference, Scores
-from cellbench.tracking.schema import LIMIT, Stored
+from cellbench.metrics.pixel import count_empty_images, pixel_scores, pooled_classes
+from cellbench.statistics.hypothesis_tests import Interval, bootstrap_intervals, is_decidable, unit_labels, unit_numbers, unit_sums
+from cellbench.statistics.scores import Difference, ModelScores
+from cellbench.tracking.schema import LIMIT, RunRecord
 
 MEASURES = {
     "dice": "Dice", "nsd": "outline (NSD)", "boundary_dice": "boundary Dice", "ap50": "AP50", "ap50_95": "AP50-95", "aji": "AJI", "pq": "PQ",
@@ -28,12 +28,12 @@ REPEATS = ("seed", "fold")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Tested:
+class FinishedRun:
     """A finished run and what it scored on each image."""
 
     __test__ = False  # not pytest's
 
-    stored: Stored
+    stored: RunRecord
     told: dict[str, Any]
     """Its ``per_image.json``."""
 
@@ -55,7 +55,7 @@ class Tested:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Model:
+class ModelGroup:
     """Runs that differ in seed and fold alone, in the order of both."""
 
     name: str
@@ -64,14 +64,14 @@ class Model:
     baseline: bool
     plain: bool
     """Whether backbone and head say all that tells it from the others."""
-    runs: tuple[Tested, ...]
+    runs: tuple[FinishedRun, ...]
     groups: tuple[Hashable, ...] | None = None
     """The patient, slide or smear of each image, where known."""
 
     @property
-    def by_seed(self) -> list[list[Tested]]:
+    def by_seed(self) -> list[list[FinishedRun]]:
         """The runs of each seed: one, or one a fold."""
-        seeds: dict[int, list[Tested]] = {}
+        seeds: dict[int, list[FinishedRun]] = {}
         for run in self.runs:
             seeds.setdefault(run.seed, []).append(run)
         return list(seeds.values())
@@ -90,11 +90,11 @@ class Model:
     def has(self, measure: str) -> bool:
         return all(measure in run.told for run in self.runs)
 
-    def scores(self, measure: str = "dice") -> Scores:
+    def scores(self, measure: str = "dice") -> ModelScores:
         """Per-image scores, one row a seed."""
         # null: the image has no cell and none was found
         values = [np.concatenate([np.array(run.told[measure], np.float64) for run in runs]) for runs in self.by_seed]
-        return Scores(model=self.name, images=self.images, values=np.array(values), groups=self.groups, folds=self.folds)
+        return ModelScores(model=self.name, images=self.images, values=np.array(values), groups=self.groups, folds=self.folds)
 
     def rating(self, measure: str = "dice") -> float:
         """What models are sorted by: the mean over images, or 1 where no image has a cell and none was found."""
@@ -105,11 +105,11 @@ class Model:
         """How many test images have no cell, and in how many of them one was found, in the mean of the seeds; 0 where it is not recorded."""
         if not self.has("confusion"):
             return 0, 0.0
-        each = [num_empty(np.concatenate([np.array(run.told["confusion"]) for run in runs])) for runs in self.by_seed]
+        each = [count_empty_images(np.concatenate([np.array(run.told["confusion"]) for run in runs])) for runs in self.by_seed]
         return each[0][0], float(np.mean([found for _, found in each]))
 
     @property
-    def chosen(self) -> Tested:
+    def chosen(self) -> FinishedRun:
         """The run to use: the one with the best validation Dice, since the test is not to choose by."""
         return max(self.runs, key=lambda run: run.stored.metrics.get("best/val_dice", 0.0))
 
@@ -118,7 +118,7 @@ class Model:
         if self.folds is None:
             return [run.stored.metrics.get(f"test/{measure}", math.nan) for run in self.runs]
         counts = [np.sum([np.sum(run.told["confusion"], axis=0) for run in runs], axis=0) for runs in self.by_seed]
-        return [scores(one).of(pooled_classes(one))[measure] for one in counts]
+        return [pixel_scores(one).of(pooled_classes(one))[measure] for one in counts]
 
     def mean(self, metric: str) -> float | None:
         """The mean over runs of a logged metric; None where a run has none."""
@@ -135,7 +135,7 @@ class TestSet:
     dataset: str
     digest: str
     images: tuple[str, ...]
-    models: tuple[Model, ...]
+    models: tuple[ModelGroup, ...]
     groups: tuple[Hashable, ...] | None = None
     num_folds: int = 0
     """0 where every model had one test."""
@@ -146,7 +146,7 @@ class TestSet:
     last_s: float = 0.0
     """When its newest run gave its last sign of life, or a grid on its data was started last, in seconds since 1970."""
     differences: dict[str, list[Difference]] = field(default_factory=dict)
-    """By measure, kept once they are computed (``cellbench.reporting.leaderboard.pairs``)."""
+    """By measure, kept once they are computed (``cellbench.reporting.leaderboard.pairwise_differences``)."""
     _intervals: dict[str, list[Interval]] = field(default_factory=dict)
 
     @property
@@ -155,11 +155,11 @@ class TestSet:
         if self.num_folds:
             counted = f"{len(self.images)} images in {self.num_folds} folds"
         else:
-            counted = words_of(self.num_images) or f"{len(self.images)} test image{'s' * (len(self.images) != 1)}"
-        return f"{self.dataset}: {counted}{limit_words(self.limit)}"
+            counted = describe_sizes(self.num_images) or f"{len(self.images)} test image{'s' * (len(self.images) != 1)}"
+        return f"{self.dataset}: {counted}{describe_limit(self.limit)}"
 
     @property
-    def best(self) -> Model:
+    def best(self) -> ModelGroup:
         """By the mean over images, which is what is tested; the table is sorted by it too."""
         return self.models[0]
 
@@ -176,7 +176,7 @@ class TestSet:
                 kept = ~np.isnan(values_MI[members[0]])
                 if kept.any():
                     unit_I = unit_numbers(labels[kept].tolist())
-                    some = intervals(unit_sums(values_MI[members][:, kept], unit_I), np.bincount(unit_I), word=self.unit)
+                    some = bootstrap_intervals(unit_sums(values_MI[members][:, kept], unit_I), np.bincount(unit_I), word=self.unit)
                     for k, interval in zip(members, some, strict=True):
                         found[k] = interval
             self._intervals[measure] = found
@@ -202,29 +202,29 @@ class TestSet:
     @property
     def decidable(self) -> bool:
         """Whether its images can decide anything between its models."""
-        return decidable(self.num_units, self.num_pairs)
+        return is_decidable(self.num_units, self.num_pairs)
 
     def measures(self) -> list[str]:
         """The per-image scores that every model has: runs of older versions lack some."""
         return [measure for measure in MEASURES if all(model.has(measure) for model in self.models)]
 
 
-def words_of(num_images: Mapping[str, int]) -> str:
+def describe_sizes(num_images: Mapping[str, int]) -> str:
     """``19 training, 5 validation and 6 test images``; empty where they were not recorded."""
     if not num_images:
         return ""
     return f"{num_images['train']} training, {num_images['val']} validation and {num_images['test']} test images"
 
 
-def limit_words(limit: str) -> str:
+def describe_limit(limit: str) -> str:
     """Says of a part of the data that it is one."""
     return f" (a part of the data, --limit {limit})" if limit else ""
 
 
-def line_up(runs: Iterable[Tested], started_s: Mapping[str, float] | None = None) -> tuple[list[TestSet], list[str]]:
+def group_models(runs: Iterable[FinishedRun], started_s: Mapping[str, float] | None = None) -> tuple[list[TestSet], list[str]]:
     """Test sets, whole ones before those under ``--limit``, of each kind the newest first, and sentences about runs that are left out because
     folds are missing. ``started_s``: when a grid was last started on data of this digest."""
-    worlds: dict[str, list[Tested]] = {}
+    worlds: dict[str, list[FinishedRun]] = {}
     for run in runs:
         worlds.setdefault(run.world, []).append(run)
     sets, told = [], []
@@ -237,12 +237,12 @@ def line_up(runs: Iterable[Tested], started_s: Mapping[str, float] | None = None
     return sorted(sets, key=lambda one: (bool(one.limit), -one.last_s)), told
 
 
-def _whole(runs: list[Tested]) -> tuple[list[Tested], list[str]]:
+def _whole(runs: list[FinishedRun]) -> tuple[list[FinishedRun], list[str]]:
     """Without the seeds that lack a fold: their images would be fewer than the others'."""
     if runs[0].fold is None:
         return runs, []
     asked = {run.fold for run in runs}  # a person may run some folds only
-    seeds: dict[tuple[Hashable, ...], list[Tested]] = {}
+    seeds: dict[tuple[Hashable, ...], list[FinishedRun]] = {}
     for run in runs:
         seeds.setdefault((_settings(run), run.seed), []).append(run)
     kept, told = [], []
@@ -256,7 +256,7 @@ def _whole(runs: list[Tested]) -> tuple[list[Tested], list[str]]:
     return kept, told
 
 
-def _test_set(runs: list[Tested]) -> TestSet:
+def _test_set(runs: list[FinishedRun]) -> TestSet:
     groups = _groups(runs)
     models = tuple(sorted(_models(runs, groups), key=lambda model: -model.rating()))
     first = models[0]
@@ -273,7 +273,7 @@ def _test_set(runs: list[Tested]) -> TestSet:
     )
 
 
-def _groups(runs: list[Tested]) -> dict[str, Hashable]:
+def _groups(runs: list[FinishedRun]) -> dict[str, Hashable]:
     """The group of each image, as the newest run that knows any tells them."""
     found: dict[str, Hashable] = {}
     for run in sorted(runs, key=lambda run: run.stored.start_s):
@@ -281,14 +281,14 @@ def _groups(runs: list[Tested]) -> dict[str, Hashable]:
     return found
 
 
-def _settings(run: Tested) -> tuple[tuple[str, str], ...]:
+def _settings(run: FinishedRun) -> tuple[tuple[str, str], ...]:
     ignored = {*REPEATS, "dataset"}  # a set has one dataset, under whatever name
     return tuple(sorted((name, value) for name, value in run.stored.params.items() if name not in ignored))
 
 
-def _models(runs: list[Tested], groups: dict[str, Hashable]) -> list[Model]:
+def _models(runs: list[FinishedRun], groups: dict[str, Hashable]) -> list[ModelGroup]:
     """Runs put together by all their settings but seed and fold, and named by what tells them apart."""
-    together: dict[tuple[tuple[str, str], ...], list[Tested]] = {}
+    together: dict[tuple[tuple[str, str], ...], list[FinishedRun]] = {}
     for run in runs:
         together.setdefault(_settings(run), []).append(run)
     settings = [dict(key) for key in together]
@@ -302,7 +302,7 @@ def _models(runs: list[Tested], groups: dict[str, Hashable]) -> list[Model]:
         varied = [name for name in (*RUN_KEYS, "precision") if name not in REPEATS and len({one.get(name) for one in rivals}) > 1]
         varied += sorted({name for one in own for name in one if "." in name and len({other.get(name) for other in own}) > 1})
         out.append(
-            Model(
+            ModelGroup(
                 name=" · ".join([part, *(f"{name} {mine.get(name, '?')}" for name in varied)]),
                 backbone=mine["backbone"],
                 head=mine["head"],
@@ -323,7 +323,7 @@ def _part(params: dict[str, str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class PlotRow:
     """One model as it is drawn: ``measures`` by label, each the interval of its mean over images."""
 
     model: str

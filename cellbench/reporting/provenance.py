@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from cellbench.reporting import html, leaderboard
-from cellbench.reporting.collect import Evidence
+from cellbench.reporting.collect import ExperimentResults
 from cellbench.statistics.hypothesis_tests import FEWEST, ROUGH_BELOW
-from cellbench.tracking.client import command
+from cellbench.tracking.client import command_line
 from cellbench.tracking.schema import WEIGHTS
 
 
-def data(evidence: Evidence, known: dict[str, Any]) -> str:
+def describe_data(evidence: ExperimentResults, known: dict[str, Any]) -> str:
     """Of the first test set, which the verdict is about."""
     told = known.get("dataset", {})
     first = evidence.sets[0]
-    return html.facts(
+    return html.render_facts(
         [
             ("data", first.data),
             ("classes", ", ".join(first.models[0].runs[0].told.get("classes", []))),
@@ -28,14 +28,14 @@ def data(evidence: Evidence, known: dict[str, Any]) -> str:
     )
 
 
-def without(evidence: Evidence) -> str:
+def describe_missing_runs(evidence: ExperimentResults) -> str:
     lines = [
         [name, kind, reason] for kind, runs in (("skipped", evidence.skipped), ("failed", evidence.failed)) for name, reason in runs.items()
     ]
-    return html.table(("run", "what", "because"), lines[: html.MOST_LINES], text=(2,)) + html.more(len(lines)) + html.paragraphs(evidence.left_out)
+    return html.render_table(("run", "what", "because"), lines[: html.MOST_LINES], text=(2,)) + html.rows_not_shown(len(lines)) + html.render_paragraphs(evidence.left_out)
 
 
-def meaning(evidence: Evidence) -> list[str]:
+def glossary(evidence: ExperimentResults) -> list[str]:
     first = evidence.sets[0]
     told_by = first.models[0].runs[0].told
     unit = "images" if first.groups is None else "groups of images"
@@ -78,27 +78,27 @@ def meaning(evidence: Evidence) -> list[str]:
     return out
 
 
-def made(evidence: Evidence, known: dict[str, Any]) -> str:
+def describe_environment(evidence: ExperimentResults, known: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())
     runs = [run.stored for here in evidence.sets for model in here.models for run in model.runs]
     tags = max(runs, key=lambda run: run.start_s).tags
     machines = sorted({run.tags.get("cellbench.machine", "") for run in runs} - {""})
     weights = {run.params.get("backbone", ""): told for run in runs if (told := run.tags.get(WEIGHTS))}
-    out = html.facts(
+    out = html.render_facts(
         [
             ("command", known.get("command", "not recorded")),
             ("machine", known.get("machine", "") or ", ".join(machines)),
             ("versions", versions or "not recorded"),
             ("weights", ", ".join(f"{name} {told}" for name, told in sorted(weights.items()))),
             ("code", tags.get("mlflow.source.git.commit", "")),
-            ("page made by", command()),
+            ("page made by", command_line()),
         ]
     )
-    out += html.code(known.get("experiment", ""))
+    out += html.render_code(known.get("experiment", ""))
     lines = [
         [m.name, str(run.seed), run.stored.run_id, run.stored.fingerprint]
         for here in evidence.sets
         for m in here.models
         for run in m.runs
     ]  # fmt: skip
-    return out + html.table(("model", "seed", "MLflow run", "fingerprint"), lines[: html.MOST_LINES]) + html.more(len(lines))
+    return out + html.render_table(("model", "seed", "MLflow run", "fingerprint"), lines[: html.MOST_LINES]) + html.rows_not_shown(len(lines))

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, one_line
-from cellbench.escaping import csv_text
-from cellbench.files import file_name, make_folder, told
+from cellbench.escaping import to_csv
+from cellbench.files import file_name, make_folder, os_errors_as
 from cellbench.reporting import leaderboard
-from cellbench.reporting.collect import Evidence, collect
+from cellbench.reporting.collect import ExperimentResults, collect_runs
 from cellbench.reporting.model_groups import TestSet
 from cellbench.tracking import model_registry, relocate, ui_view
-from cellbench.tracking.client import command
-from cellbench.tracking.schema import NOTE, Stored, stored_of
-from cellbench.tracking.tracker import Run, Tracker, newest
+from cellbench.tracking.client import command_line
+from cellbench.tracking.schema import NOTE, RunRecord, to_record
+from cellbench.tracking.tracker import Run, Tracker, newest_experiment
 
 if TYPE_CHECKING:
     from cellbench.reporting.sections import Report
@@ -45,9 +45,9 @@ CHANGED = "# Changed by the call: "
 """Begins the comment in it that names them."""
 
 
-def begin(top: Run, text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
-    """Logs to a parent run, before anything is trained, what it asks; returns that, as :func:`about`, for :func:`conclude`."""
-    known = about(text, dataset, machine)
+def log_request(top: Run, text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
+    """Logs to a parent run, before anything is trained, what it asks; returns that, as :func:`report_metadata`, for :func:`write_report`."""
+    known = report_metadata(text, dataset, machine)
     with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
         (Path(name) / ASKED).write_text(text, encoding="utf-8")
         (Path(name) / ABOUT).write_text(json.dumps(known, indent=1), encoding="utf-8")
@@ -55,7 +55,7 @@ def begin(top: Run, text: str, dataset: Dataset, machine: str) -> dict[str, Any]
     return known
 
 
-def about(text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
+def report_metadata(text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
     """What the grid knows and no run does. ``text``: the experiment as it runs, whose first comment line is the question."""
     lines = [line for line in text.lstrip().splitlines() if line.startswith("#") and not line.startswith(CHANGED)]
     comments = [line.lstrip("# ").rstrip() for line in lines]
@@ -64,7 +64,7 @@ def about(text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
         "question": comments[0] if comments else "",
         "comments": comments[1:],
         "experiment": text,
-        "command": command(),
+        "command": command_line(),
         "machine": machine,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
         "dataset": {
@@ -85,21 +85,21 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def write(report: Report, folder: Path) -> Path:
+def write_files(report: Report, folder: Path) -> Path:
     """Everything into a folder, made if need be; returns the page's path. Raises CellbenchError where that is not permitted."""
     make_folder(folder / "figures")
-    with told(f"writing the report to {folder}"):
+    with os_errors_as(f"writing the report to {folder}"):
         for name, (headings, lines) in report.tables.items():
-            (folder / f"{name}.csv").write_text(csv_text(headings, lines), encoding="utf-8")
-            (folder / f"{name}.md").write_text(leaderboard.markdown(headings, lines) + "\n", encoding="utf-8")
-            (folder / f"{name}.tex").write_text(latex(headings, lines), encoding="utf-8")
+            (folder / f"{name}.csv").write_text(to_csv(headings, lines), encoding="utf-8")
+            (folder / f"{name}.md").write_text(leaderboard.to_markdown(headings, lines) + "\n", encoding="utf-8")
+            (folder / f"{name}.tex").write_text(to_latex(headings, lines), encoding="utf-8")
         for name, data in report.pictures.items():
             (folder / "figures" / f"{name}.png").write_bytes(data)
         (folder / "report.html").write_text(report.html, encoding="utf-8")
     return folder / "report.html"
 
 
-def _known(evidence: Evidence, trackers: Sequence[Tracker]) -> tuple[dict[str, Any], Stored | None]:
+def _known(evidence: ExperimentResults, trackers: Sequence[Tracker]) -> tuple[dict[str, Any], RunRecord | None]:
     """What the grid recorded that was last started on the first test set's data, and its run; nothing of grids on other data."""
     mine = {run.told["dataset"] for model in evidence.sets[0].models for run in model.runs}
     for parent in evidence.parents:
@@ -111,7 +111,7 @@ def _known(evidence: Evidence, trackers: Sequence[Tracker]) -> tuple[dict[str, A
     return {}, None
 
 
-def latex(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def to_latex(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table for a paper; needs ``\\usepackage{booktabs}``."""
     marks = {
         "\\": r"\textbackslash{}",
@@ -132,28 +132,28 @@ def latex(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{row(headings)}\n\\midrule\n{inner}\n\\bottomrule\n\\end{{tabular}}\n"
 
 
-def place(name: str) -> Path:
+def report_dir(name: str) -> Path:
     """Where a report goes when nobody says: ``reports/<experiment>``, for names with slashes or emoji too."""
     return Path("reports") / file_name(name)
 
 
 def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> int:
     """``cellbench report``: the report of one experiment, or of several taken together; of the newest where none is named."""
-    relocate.present()
-    for line in relocate.heal():
+    relocate.require_store()
+    for line in relocate.fix_artifact_paths():
         say(line)
     if not names:
-        latest = newest()
+        latest = newest_experiment()
         if latest is None:
             raise CellbenchError("no experiment of MLflow's store here has a finished run. `cellbench grid` makes some.")
         names = [latest]
-    from cellbench.reporting.sections import build
+    from cellbench.reporting.sections import build_report
 
     trackers = [Tracker(name, make=False) for name in dict.fromkeys(names)]
-    evidence = collect(trackers)
+    evidence = collect_runs(trackers)
     known, parent = _known(evidence, trackers)
-    made = build(evidence, trackers, known)
-    path = write(made, out or place(evidence.experiment))
+    made = build_report(evidence, trackers, known)
+    path = write_files(made, out or report_dir(evidence.experiment))
     for sentence in (*made.verdict, *evidence.left_out):
         say(sentence)
     if len(trackers) == 1 and evidence.parents:
@@ -162,7 +162,7 @@ def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = 
     return 0
 
 
-def conclude(
+def write_report(
     tracker: Tracker,
     top: Run,
     only: Collection[str],
@@ -179,23 +179,23 @@ def conclude(
         return
     key = _key(only, known, skipped, failed)
     if (record := _concluded(tracker, top, key)) is None:
-        from cellbench.reporting.sections import build  # matplotlib with it, which nothing before needs
+        from cellbench.reporting.sections import build_report  # matplotlib with it, which nothing before needs
 
-        evidence = collect([tracker], only=only)
+        evidence = collect_runs([tracker], only=only)
         here = evidence.sets[0]
         with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
             folder = Path(name)
-            made = build(evidence, [tracker], known)
-            write(made, folder)
-            record = {"leaderboard": leaderboard.as_json(leaderboard.rows(here)), "verdict": made.verdict, "data": here.data, "digest": here.digest}
+            made = build_report(evidence, [tracker], known)
+            write_files(made, folder)
+            record = {"leaderboard": leaderboard.to_json(leaderboard.leaderboard_rows(here)), "verdict": made.verdict, "data": here.data, "digest": here.digest}
             record |= {"skipped": dict(skipped), "failed": dict(failed)}
             (folder / BOARD).write_text(json.dumps(record, indent=1), encoding="utf-8")
             (folder / "splits.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
             top.artifacts(folder)
-    table = [leaderboard.Row(**row) for row in record["leaderboard"]]
+    table = [leaderboard.LeaderboardRow(**row) for row in record["leaderboard"]]
     note = partial(_note, known, record["data"], record["verdict"], table, skipped)
     # The experiment's models and description are of the set that `report` and `best` take, with the models of earlier calls.
-    first = collect([tracker]).sets[0]
+    first = collect_runs([tracker]).sets[0]
     _enter(tracker, first, say)
     _tell(table, record["verdict"], say)
     if first.digest == record["digest"]:
@@ -205,9 +205,9 @@ def conclude(
     top.log({}, tags={NOTE: note(top.address("figures/leaderboard.png")), CONCLUDED: key})
 
 
-def _tell(table: Sequence[leaderboard.Row], verdict: Sequence[str], say: Callable[[str], None]) -> None:
+def _tell(table: Sequence[leaderboard.LeaderboardRow], verdict: Sequence[str], say: Callable[[str], None]) -> None:
     say("")
-    say(leaderboard.text(table))
+    say(leaderboard.format_table(table))
     say("")
     for sentence in verdict:
         say(sentence)
@@ -223,7 +223,7 @@ def _key(only: Collection[str], known: Mapping[str, Any], skipped: Mapping[str, 
 
 def _concluded(tracker: Tracker, top: Run, key: str) -> dict[str, Any] | None:
     """The conclusion of the same runs that lies on the parent run already: drawing it again takes seconds."""
-    stored = stored_of(tracker.client.get_run(top.run_id))
+    stored = to_record(tracker.client.get_run(top.run_id))
     data = tracker.artifact(stored, BOARD) if stored.tags.get(CONCLUDED) == key else None
     return json.loads(data) if data is not None else None
 
@@ -231,10 +231,10 @@ def _concluded(tracker: Tracker, top: Run, key: str) -> dict[str, Any] | None:
 NOTE_COLUMNS = ("model", "seeds", "Dice", "Dice/image", "95 %", "AP50", "train s")
 
 
-def _note(known: Mapping[str, Any], data: str, verdict: Sequence[str], table: Sequence[leaderboard.Row], skipped: Mapping[str, str], picture: str = "") -> str:
+def _note(known: Mapping[str, Any], data: str, verdict: Sequence[str], table: Sequence[leaderboard.LeaderboardRow], skipped: Mapping[str, str], picture: str = "") -> str:
     """The answer in Markdown for MLflow, the verdict first: of a run's notes the UI shows five lines before a person asks for more."""
-    cells = [dict(zip(leaderboard.HEADINGS, leaderboard.cells(row), strict=True)) for row in table[:MOST_NOTED]]
-    board = ui_view.columns(NOTE_COLUMNS, [[line[name] for name in NOTE_COLUMNS] for line in cells])
+    cells = [dict(zip(leaderboard.HEADINGS, leaderboard.format_row(row), strict=True)) for row in table[:MOST_NOTED]]
+    board = ui_view.padded_table(NOTE_COLUMNS, [[line[name] for name in NOTE_COLUMNS] for line in cells])
     mind = [sentence for sentence in verdict if sentence.startswith("Mind")]
     said = [sentence for sentence in verdict if sentence not in mind]
     parts = [f"**{known.get('question', '')}**" if known.get("question") else "", " ".join(said[:2]), f"*Data*: {data}"]
@@ -250,17 +250,17 @@ def _note(known: Mapping[str, Any], data: str, verdict: Sequence[str], table: Se
 def _enter(tracker: Tracker, here: TestSet, say: Callable[[str], None]) -> None:
     """Winners go into MLflow's list of models; entries of earlier calls that are none any more say so."""
     best, entered = here.best, []
-    for model in leaderboard.winners(here):
+    for model in leaderboard.tied_winners(here):
         verdict = "the best" if model is best else f"not significantly different from {best.name}"
         seeds = f" Of its {len(model.runs)} runs this one has the best validation Dice." if len(model.runs) > 1 else ""
-        rule = f" {_capital(leaderboard.chosen_by(here))}." if model is best and len(here.models) > 1 else ""
+        rule = f" {_capital(leaderboard.describe_ranking_rule(here))}." if model is best and len(here.models) > 1 else ""
         try:
-            entered.append(model_registry.enter(tracker, model.chosen.stored, verdict, f"{rule}{seeds} Data: {here.data}."))
+            entered.append(model_registry.register(tracker, model.chosen.stored, verdict, f"{rule}{seeds} Data: {here.data}."))
         except CellbenchError as error:  # the answers are there; only the entry is not
             say(f"no model entry for {model.name}: {one_line(error)}")
     if entered:
         try:
-            model_registry.supersede(tracker, entered)
+            model_registry.mark_superseded(tracker, entered)
         except CellbenchError as error:
             say(f"entries of earlier winners are not marked: {one_line(error)}")
 

@@ -31,25 +31,25 @@ from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError
 from cellbench.execution import multiprocess as processes
 from cellbench.execution import ray_cluster, ray_grid, ray_search
-from cellbench.execution.artifacts import pool
-from cellbench.execution.grid import Crew, alone, parent
-from cellbench.execution.planning import jobs_of
+from cellbench.execution.artifacts import pool_folds
+from cellbench.execution.grid import Executor, parent_run, run_sequential
+from cellbench.execution.planning import planned_runs
 from cellbench.execution.runner import Runner
-from cellbench.execution.worker_job import Order, order
-from cellbench.hardware import Machine, machine
+from cellbench.execution.worker_job import JobSpec, job_spec
+from cellbench.hardware import Hardware, detect_hardware
 from cellbench.models.backbones.weights import weights_folder
-from cellbench.reporting.report import begin
+from cellbench.reporting.report import log_request
 from cellbench.search import results as search_results
 from cellbench.search.study import DEFAULT, Study
-from cellbench.search.worker import Worker
+from cellbench.search.worker import SearchWorker
 from cellbench.tracking import relocate
-from cellbench.tracking.schema import Logged
-from cellbench.tracking.system_metrics import watched
+from cellbench.tracking.schema import RunState
+from cellbench.tracking.system_metrics import log_system_metrics
 from cellbench.tracking.tracker import Tracker
 
 
 @dataclass(kw_only=True)
-class Stop:
+class StopRequest:
     """When a search ends before its trials do: at its deadline, or with Ctrl-C, once after the batch that runs, twice at once."""
 
     deadline_s: float = float("inf")
@@ -64,7 +64,7 @@ class Stop:
         return self.asked or time.monotonic() > self.deadline_s or (self.leader > 0 and os.getppid() != self.leader)
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[Stop]:
+    def heard(self) -> Iterator[StopRequest]:
         before = signal.signal(signal.SIGINT, self._interrupted)
         try:
             yield self
@@ -90,7 +90,7 @@ def search(
     helper: int = 0,
     on: str | None = None,
     gpu_share: float = 1.0,
-    here: Machine | None = None,
+    here: Hardware | None = None,
     changes: Sequence[str] = (),
     data: Path | None = None,
     weights: Path | None = None,
@@ -120,15 +120,15 @@ def search(
     if workers != 1 and on is not None:
         raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
     if on is not None:
-        ray_cluster.checked(on, gpu_share)
-    whole = here or machine(device, precision, memory, elsewhere=on is not None)
-    shares = whole.shares(processes.checked(workers, whole))
-    pins = processes.cores_of(shares) if workers > 1 else [[]]
+        ray_cluster.check_address(on, gpu_share)
+    whole = here or detect_hardware(device, precision, memory, elsewhere=on is not None)
+    shares = whole.shares(processes.check_num_workers(workers, whole))
+    pins = processes.assign_cores(shares) if workers > 1 else [[]]
     experiment = Experiment.of(space.tree({one.name: one.ends[0] for one in space.dimensions if not one.head}), file)
     datasets = open_folds(experiment, registry, data)
     dataset = datasets[space.fold]
-    backbones(space, registry, datasets, weights, file, whole.precision_name)
-    for line in () if helper else (*dataset.notes, *quick_check.warnings(registry.dataset(experiment.dataset), dataset), *relocate.heal()):
+    check_backbones(space, registry, datasets, weights, file, whole.precision_name)
+    for line in () if helper else (*dataset.notes, *quick_check.severe_findings(registry.dataset(experiment.dataset), dataset), *relocate.fix_artifact_paths()):
         say(line)
     url = storage or os.environ.get("OPTUNA_STORAGE") or DEFAULT
     if url.startswith("sqlite:///"):  # a process elsewhere may have another folder
@@ -136,58 +136,58 @@ def search(
     asked = {**space.asked, "images": dataset.digest, "precision": whole.precision_name}
     tracker = Tracker(space.experiment)
     with (
-        ray_cluster.joined(on, whole) if on is not None else contextlib.nullcontext() as ray,
-        Study(url, space.experiment, space.settings, space.dimensions, asked, epochs(space)) as study,
-        Stop(deadline_s=deadline_s).heard() as stop,
+        ray_cluster.connect(on, whole) if on is not None else contextlib.nullcontext() as ray,
+        Study(url, space.experiment, space.settings, space.dimensions, asked, max_epochs(space)) as study,
+        StopRequest(deadline_s=deadline_s).heard() as stop,
     ):
         key = space.digest([dataset.digest])
         top = (
             _top_of(tracker, key)
             if helper
-            else parent(tracker, f"search: {Path(file).stem}", key, _params(space, dataset), pool(datasets), kind="search")
+            else parent_run(tracker, f"search: {Path(file).stem}", key, _params(space, dataset), pool_folds(datasets), kind="search")
         )
         with top as run:
             runner = Runner(
                 experiment=experiment, registry=registry, datasets=datasets, machine=shares[helper if here is None else 0], weights=weights, tracker=tracker,
                 parent_id=run.run_id, disk_bytes=disk, prefer_disk=True, say=say,
             )  # fmt: skip
-            worker = Worker(space=space, study=study, runner=runner, where=file)
+            worker = SearchWorker(space=space, study=study, runner=runner, where=file)
             if helper:
                 stop.leader = os.getppid()
-                with tqdm(disable=True) as bar, processes.pinned(pins[helper] if here is None else []):
+                with tqdm(disable=True) as bar, processes.pin_to_cores(pins[helper] if here is None else []):
                     worker.work(stop.over, bar)
                 return 0
-            known = begin(run, text, dataset, whole.name)
-            told = order(
+            known = log_request(run, text, dataset, whole.name)
+            told = job_spec(
                 experiment, run.run_id, whole, where=file, data=data, weights=weights, extra=extra, disk_bytes=disk, prefer_disk=True
             )  # fmt: skip
             place = str(Path(file).absolute()) if Path(file).is_file() else file
             work = partial(
-                helped, file=place, text=text, storage=url, seconds=timeout_s and deadline_s - time.monotonic()
+                help_search, file=place, text=text, storage=url, seconds=timeout_s and deadline_s - time.monotonic()
             )  # fmt: skip
             before = [t for t in study.told() if t.state != "running"]
             say(
                 f"{space.experiment}: {space.settings.trials} trials, {len(before)} of them told already, in batches of {space.settings.batch}, "
                 f"on {dataset.name} ({len(dataset.train)} training and {len(dataset.val)} validation images), on {whole.name}."
             )
-            for sentence in search_results.reconcile(study, tracker):
+            for sentence in search_results.sync_study(study, tracker):
                 say(sentence)
             try:
                 total, desc = space.settings.trials, space.experiment
                 bar = tqdm(total=total, initial=len(before), desc=desc, unit="trial", dynamic_ncols=True)
-                with watched(tracker, [run.run_id]), bar:
+                with log_system_metrics(tracker, [run.run_id]), bar:
                     if ray is not None:
                         params_m = max(registry.backbone(str(name)).params_m for name in _named(space))
                         num = -(-(space.settings.trials - len(before)) // space.settings.batch)
-                        with ray_search.Helpers(ray, told, url, work, num, params_m, gpu_share) as helpers:
+                        with ray_search.SearchHelpers(ray, told, url, work, num, params_m, gpu_share) as helpers:
                             _followed(helpers, study, stop, worker, bar)
                     else:
-                        with _helpers(workers, stop, text), processes.pinned(pins[0]):
+                        with _helpers(workers, stop, text), processes.pin_to_cores(pins[0]):
                             worker.work(stop.over, bar)
                             _wait(study, stop, worker, bar)
             finally:
                 with contextlib.suppress(CellbenchError):
-                    search_results.picture(space, study, run)
+                    search_results.log_progress(space, study, run)
             left = space.settings.trials - sum(t.state != "running" for t in study.told())
             if stop.asked or left > 0:
                 why = "Ctrl-C" if stop.asked else "the time is over"
@@ -196,14 +196,14 @@ def search(
                 return 130 if stop.asked else 0
             runner = replace(runner, watch=None, machine=whole)
 
-            def crew_of(best: Experiment) -> Crew:
-                return ray_grid.Crew(ray, replace(told, experiment=best), gpu_share) if ray is not None else alone
+            def crew_of(best: Experiment) -> Executor:
+                return ray_grid.RayExecutor(ray, replace(told, experiment=best), gpu_share) if ray is not None else run_sequential
 
-            return search_results.test(space, study, runner, run, known, crew_of)
+            return search_results.test_best(space, study, runner, run, known, crew_of)
 
 
-def helped(
-    order: Order, *, file: str, text: str, storage: str, seconds: float | None
+def help_search(
+    order: JobSpec, *, file: str, text: str, storage: str, seconds: float | None
 ) -> None:  # fmt: skip
     """Works on the trials of a search that was started elsewhere, until all are told. Raises CellbenchError."""
     search(
@@ -225,7 +225,7 @@ def read_space(file: str, changes: Sequence[str], data: Path | None, limit: int 
     return space, asked.resolved
 
 
-def epochs(space: Space) -> int:
+def max_epochs(space: Space) -> int:
     """The most that a trial may take."""
     for one in space.dimensions:
         if one.name == "epochs":
@@ -237,11 +237,11 @@ def _named(space: Space) -> Sequence[Any]:
     return next(one.choices for one in space.dimensions if one.name == "backbone")
 
 
-def backbones(space: Space, registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str, precision: str) -> None:
+def check_backbones(space: Space, registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str, precision: str) -> None:
     """Refuses a space with a backbone that cannot be had: its trials would all fail."""
     base = {one.name: one.ends[0] for one in space.dimensions if not one.head}
     for name in _named(space):
-        (job,) = jobs_of(Experiment.of(space.tree({**base, "backbone": name}), where), registry, datasets, weights, where, precision=precision)
+        (job,) = planned_runs(Experiment.of(space.tree({**base, "backbone": name}), where), registry, datasets, weights, where, precision=precision)
         if job.unavailable:
             raise CellbenchError(f"{where}: [space] backbone '{name}': {job.unavailable} Or take it out of the list.")
 
@@ -251,7 +251,7 @@ def _params(space: Space, dataset: Dataset) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _top_of(tracker: Tracker, key: str) -> Iterator[Logged]:
+def _top_of(tracker: Tracker, key: str) -> Iterator[RunState]:
     """The parent run that the first worker holds open."""
     found = tracker.known().get(key)
     if found is None:
@@ -260,7 +260,7 @@ def _top_of(tracker: Tracker, key: str) -> Iterator[Logged]:
 
 
 @contextlib.contextmanager
-def _helpers(workers: int, stop: Stop, text: str) -> Iterator[None]:
+def _helpers(workers: int, stop: StopRequest, text: str) -> Iterator[None]:
     """The other workers, as processes of this same command, which read ``text`` instead of the file; they end with their search."""
     call = [sys.executable, "-m", "cellbench.run", *sys.argv[1:], "--helper"]
     numbers = range(1, workers)
@@ -281,14 +281,14 @@ def _helpers(workers: int, stop: Stop, text: str) -> Iterator[None]:
             process.wait()
 
 
-def _wait(study: Study, stop: Stop, worker: Worker, bar: tqdm) -> None:
+def _wait(study: Study, stop: StopRequest, worker: SearchWorker, bar: tqdm) -> None:
     """Until the other workers' trials are told, too; those of a worker that died meanwhile are taken up."""
     while not stop.over() and any(t.state == "running" for t in study.told()):
         time.sleep(2)
         worker.work(stop.over, bar)
 
 
-def _followed(helpers: ray_search.Helpers, study: Study, stop: Stop, worker: Worker, bar: tqdm) -> None:
+def _followed(helpers: ray_search.SearchHelpers, study: Study, stop: StopRequest, worker: SearchWorker, bar: tqdm) -> None:
     """Until the trials are told by processes elsewhere, or Ctrl-C ends those: what they were at goes on from its checkpoints."""
     while not stop.over() and helpers.working:
         if words := helpers.look(2.0):

@@ -13,12 +13,12 @@ from matplotlib.ticker import NullFormatter
 from optuna.visualization import matplotlib as draw
 
 from cellbench.config.search_space import Space
-from cellbench.escaping import csv_text
-from cellbench.reporting.plots.run import STYLE, png
-from cellbench.search.study import Study, Told
+from cellbench.escaping import to_csv
+from cellbench.reporting.plots.run import STYLE, to_png
+from cellbench.search.study import CompletedTrial, Study
 
 
-def pictures(study: Study, space: Space) -> Iterator[tuple[str, bytes]]:
+def plot_study(study: Study, space: Space) -> Iterator[tuple[str, bytes]]:
     """Name and PNG of each picture that the told trials allow."""
     done = [t for t in study.told() if t.state == "complete"]
     if len(done) < 2:
@@ -83,10 +83,10 @@ def _drawn(make: Callable[[], Any], size_inches: tuple[float, float], layout: Li
         figure = (made.flat[0] if hasattr(made, "flat") else made).figure
         figure.set_size_inches(*size_inches)
         figure.set_layout_engine(layout)  # Optuna's own places where a constrained layout cannot have them, as the parallel axes
-        return png(figure)
+        return to_png(figure)
 
 
-def table(told: Sequence[Told], space: Space) -> str:
+def trials_table(told: Sequence[CompletedTrial], space: Space) -> str:
     """All trials as CSV."""
     names = [one.name for one in space.dimensions]
     metrics = sorted({name for t in told for name in t.metrics})
@@ -94,4 +94,4 @@ def table(told: Sequence[Told], space: Space) -> str:
     for t in told:
         row = [t.point.get(name, "") for name in names] + [t.metrics.get(name, "") for name in metrics]
         rows.append([t.number, t.state, *row, round(t.seconds, 1), t.run_id, t.reason])
-    return csv_text(["trial", "state", *names, *metrics, "seconds", "mlflow_run", "reason"], rows)
+    return to_csv(["trial", "state", *names, *metrics, "seconds", "mlflow_run", "reason"], rows)

@@ -14,17 +14,17 @@ from cellbench.cli.grid import say
 from cellbench.config.run import Experiment
 from cellbench.config.search_space import Space
 from cellbench.data.dataset import SPLITS
-from cellbench.execution.grid import Crew, everything
-from cellbench.execution.planning import jobs_of
+from cellbench.execution.grid import Executor, run_all
+from cellbench.execution.planning import planned_runs
 from cellbench.execution.runner import Runner
-from cellbench.reporting.report import conclude
-from cellbench.search.plots import pictures, table
-from cellbench.search.study import Study, Told
+from cellbench.reporting.report import write_report
+from cellbench.search.plots import plot_study, trials_table
+from cellbench.search.study import CompletedTrial, Study
 from cellbench.tracking.schema import STATE, STATUS, STUDY
 from cellbench.tracking.tracker import Run, Tracker
 
 
-def reconcile(study: Study, tracker: Tracker) -> list[str]:
+def sync_study(study: Study, tracker: Tracker) -> list[str]:
     """Marks what only one of the two stores still has, and removes nothing. Gives sentences for people."""
     trials = {t.number: t for t in study.told()}
     runs = {run.run_id: run for run in tracker.stored() if run.tags.get(STUDY) == study.name}
@@ -46,7 +46,7 @@ def reconcile(study: Study, tracker: Tracker) -> list[str]:
     return sentences
 
 
-def picture(space: Space, study: Study, run: Run) -> None:
+def log_progress(space: Space, study: Study, run: Run) -> None:
     """The study so far onto its parent run: curves, pictures, the table, and the best setting as a file that ``grid`` runs."""
     told, best = study.told(), study.best()
     sign, record = (1 if space.settings.directions[0] == "maximize" else -1), None
@@ -61,16 +61,16 @@ def picture(space: Space, study: Study, run: Run) -> None:
     run.log({f"search/{state}": sum(t.state == state for t in told) for state in ("complete", "pruned", "failed")})
     with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
         folder = Path(name)
-        (folder / "trials.csv").write_text(table(told, space), encoding="utf-8")
+        (folder / "trials.csv").write_text(trials_table(told, space), encoding="utf-8")
         if best:
-            (folder / "best.toml").write_text(best_file(space, best[0]), encoding="utf-8")
+            (folder / "best.toml").write_text(best_experiment(space, best[0]), encoding="utf-8")
         (folder / "figures").mkdir()
-        for title, data in pictures(study, space):
+        for title, data in plot_study(study, space):
             (folder / "figures" / f"{title}.png").write_bytes(data)
         run.artifacts(folder)
 
 
-def best_file(space: Space, best: Told) -> str:
+def best_experiment(space: Space, best: CompletedTrial) -> str:
     """The best setting as an experiment file, for ``grid``."""
     seed = int(space.run.get("seed", 0))
     tree = space.tree(best.point, seeds=range(seed, seed + space.settings.repeat_best))
@@ -79,8 +79,8 @@ def best_file(space: Space, best: Told) -> str:
     return f"{head}\n#   python -m cellbench.run grid best.toml\n{tomli_w.dumps(tree)}"
 
 
-def test(space: Space, study: Study, runner: Runner, run: Run, known: dict[str, Any], crew_of: Callable[[Experiment], Crew]) -> int:
-    """The best trial's setting, and no other, is tested: as a grid, with its seeds. ``known``: what :func:`cellbench.reporting.report.begin` recorded."""
+def test_best(space: Space, study: Study, runner: Runner, run: Run, known: dict[str, Any], crew_of: Callable[[Experiment], Executor]) -> int:
+    """The best trial's setting, and no other, is tested: as a grid, with its seeds. ``known``: what :func:`cellbench.reporting.report.log_request` recorded."""
     best = study.best()
     if not best:
         say("no trial was told that keeps the bounds, so there is no best one to test.")
@@ -88,7 +88,7 @@ def test(space: Space, study: Study, runner: Runner, run: Run, known: dict[str, 
     seed = int(space.run.get("seed", 0))
     experiment = Experiment.of(space.tree(best[0].point, seeds=range(seed, seed + space.settings.repeat_best)), "best.toml")
     runner = replace(runner, experiment=experiment)
-    jobs = jobs_of(
+    jobs = planned_runs(
         experiment, runner.registry, runner.datasets, runner.weights, "best.toml", precision=runner.machine.precision_name
     )  # fmt: skip
     found = ", ".join(f"{name} {value:.4f}" for name, value in zip(space.settings.objectives, best[0].values, strict=True))
@@ -96,10 +96,10 @@ def test(space: Space, study: Study, runner: Runner, run: Run, known: dict[str, 
     say(f"best is trial {best[0].number}: {found} ({setting}). It is now trained with {len(jobs)} seeds and tested.")
     if len(space.settings.objectives) > 1:
         say(f"{len(best)} trials are on the front of {' and '.join(space.settings.objectives)}: figures/pareto.png, trials.csv.")
-    outcome = everything(runner, jobs, crew_of(experiment))
+    outcome = run_all(runner, jobs, crew_of(experiment))
     ids = {logged.run_id for logged in outcome.finished.values()}
     splits = {split: [sample.name for sample in runner.datasets[space.fold].samples(split)] for split in SPLITS}
-    conclude(runner.tracker, run, ids, known, splits, outcome.skipped, outcome.failed, say)
+    write_report(runner.tracker, run, ids, known, splits, outcome.skipped, outcome.failed, say)
     tests = [logged.metrics["test/dice"] for logged in outcome.finished.values() if "test/dice" in logged.metrics]
     if tests:
         run.log({"search/test_dice": sum(tests) / len(tests)})

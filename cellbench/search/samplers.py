@@ -20,7 +20,7 @@ from cellbench.config.search_space import Dimension, Settings
 PAIR = ("backbone", "head")
 
 
-def pruner(settings: Settings, epochs: int) -> BasePruner:
+def make_pruner(settings: Settings, epochs: int) -> BasePruner:
     match settings.pruner:
         case "median":
             # Not in the first third: a head that sees more than tokens starts slowly and ends above those that it trailed (seen on BCCD, where
@@ -34,7 +34,7 @@ def pruner(settings: Settings, epochs: int) -> BasePruner:
     return NopPruner()
 
 
-class Seeded(BaseSampler):
+class SeededSampler(BaseSampler):
     """A sampler that is made anew for each trial, from the study's seed and the trial's number.
 
     The start-up trials of ``tpe`` and ``gp`` take the pairs of backbone and head in turn, in an order by chance, so that none is judged by

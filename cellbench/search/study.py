@@ -27,8 +27,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from cellbench.config.run import Scalar
 from cellbench.config.search_space import Dimension, Settings
 from cellbench.errors import CellbenchError, one_line
-from cellbench.files import told
-from cellbench.search.samplers import Seeded, pruner
+from cellbench.files import os_errors_as
+from cellbench.search.samplers import SeededSampler, make_pruner
 from cellbench.tracking import relocate
 
 DEFAULT = "sqlite:///mlruns/optuna.db"
@@ -42,7 +42,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)  # one line a trial is what t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pending:
+class ProposedTrial:
     """A trial that was asked for and is not told yet."""
 
     number: int
@@ -51,7 +51,7 @@ class Pending:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class CompletedTrial:
     """A trial as the study remembers it."""
 
     number: int
@@ -84,8 +84,8 @@ class Study:
                 study_name=name,
                 directions=list(settings.directions),
                 load_if_exists=True,
-                sampler=Seeded(settings, dimensions),
-                pruner=pruner(settings, epochs),
+                sampler=SeededSampler(settings, dimensions),
+                pruner=make_pruner(settings, epochs),
             )
             self._check(dict(asked))
         self._stop = threading.Event()
@@ -94,14 +94,14 @@ class Study:
 
     def lock(self) -> FileLock:
         """Held by this machine's processes while the storage is made (workers that make it at once break it) and while trials are asked."""
-        return relocate.lock(self.url)
+        return relocate.store_lock(self.url)
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
         import sqlalchemy.exc
 
         try:
-            with told(f"opening the study's storage {_shown(self.url)}"):
+            with os_errors_as(f"opening the study's storage {_shown(self.url)}"):
                 yield
         except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
             text = one_line(error.__cause__ or error)[:300]
@@ -157,7 +157,7 @@ class Study:
 
     # --- ask and tell -------------------------------------------------------------------------------------------------------------
 
-    def ask(self) -> list[Pending]:
+    def ask(self) -> list[ProposedTrial]:
         """The next batch: what a dead worker left, in its own batch, else new trials. Empty where all are asked."""
         with self._refusals(), self.lock():
             trials = self.optuna.get_trials(deepcopy=False)
@@ -190,7 +190,7 @@ class Study:
     def _is_shared(self) -> bool:
         return not self.url.startswith(("sqlite:", "journal:"))
 
-    def _ask(self, batch: int) -> Pending:
+    def _ask(self, batch: int) -> ProposedTrial:
         trial = self.optuna.ask()
         trial.set_user_attr(OWNER, self.owner)
         if BATCH not in trial.user_attrs:
@@ -199,14 +199,14 @@ class Study:
         for one in self._dimensions:
             if one.head in ("", point.get("head")):
                 point[one.name] = _suggested(trial, one)
-        return Pending(number=trial.number, point=point, trial=trial)
+        return ProposedTrial(number=trial.number, point=point, trial=trial)
 
-    def note(self, pending: Pending, name: str, value: Any) -> None:
+    def note(self, pending: ProposedTrial, name: str, value: Any) -> None:
         """Writes a fact onto a trial that is not told yet."""
         with self._refusals():
             pending.trial.set_user_attr(name, value)
 
-    def goes_on(self, pending: Pending, epoch: int, value: float) -> bool:
+    def goes_on(self, pending: ProposedTrial, epoch: int, value: float) -> bool:
         """Reports an epoch's value; False where the pruner ends the trial. An epoch that is reported again is answered as before."""
         with self._refusals():
             known = self._storage.get_trial(pending.trial._trial_id)
@@ -218,7 +218,7 @@ class Study:
             pending.trial.set_user_attr(PRUNED, epoch + 1)
             return False
 
-    def tell(self, pending: Pending, metrics: Mapping[str, float]) -> None:
+    def tell(self, pending: ProposedTrial, metrics: Mapping[str, float]) -> None:
         """A trial that was trained and validated to its end."""
         with self._refusals():
             for name, over in self.settings.excess(metrics).items():
@@ -226,25 +226,25 @@ class Study:
             pending.trial.set_user_attr(METRICS, dict(metrics))
             self.optuna.tell(pending.trial, [metrics[name] for name in self.settings.objectives])
 
-    def tell_pruned(self, pending: Pending, metrics: Mapping[str, float], reason: str) -> None:
+    def tell_pruned(self, pending: ProposedTrial, metrics: Mapping[str, float], reason: str) -> None:
         with self._refusals():
             pending.trial.set_user_attr(METRICS, dict(metrics))
             pending.trial.set_user_attr(REASON, reason)
             self.optuna.tell(pending.trial, state=TrialState.PRUNED)
 
-    def tell_failed(self, pending: Pending, reason: str) -> None:
+    def tell_failed(self, pending: ProposedTrial, reason: str) -> None:
         with self._refusals():
             pending.trial.set_user_attr(REASON, reason)
             self.optuna.tell(pending.trial, state=TrialState.FAIL)
 
     # --- what was found -----------------------------------------------------------------------------------------------------------
 
-    def told(self) -> list[Told]:
+    def told(self) -> list[CompletedTrial]:
         """All trials by number, those that run now too."""
         with self._refusals():
             return [_told(t) for t in self.optuna.get_trials(deepcopy=False)]
 
-    def best(self) -> list[Told]:
+    def best(self) -> list[CompletedTrial]:
         """The trials that no other surpasses, within the bounds: one, or with several objectives the front, the best by the first of them first."""
         done = [t for t in self.told() if t.state == "complete" and all(over <= 0 for over in self.settings.excess(t.metrics).values())]
         signs = [1 if way == "maximize" else -1 for way in self.settings.directions]
@@ -269,8 +269,8 @@ _STATES = {
 }  # fmt: skip
 
 
-def _told(t: FrozenTrial) -> Told:
-    return Told(
+def _told(t: FrozenTrial) -> CompletedTrial:
+    return CompletedTrial(
         number=t.number,
         state=_STATES[t.state],
         point=t.params,
@@ -315,5 +315,5 @@ def _storage(url: str) -> BaseStorage:
 
 
 def _folder(path: Path, url: str) -> None:
-    with told(f"making a folder for the study's storage {url}"):
+    with os_errors_as(f"making a folder for the study's storage {url}"):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ Decisions, each with its reason:
   dropping them first would hide. Up to 50 unequal units p is exact, with ties too; above, normal with tie correction.
 - Effect size is the matched-pairs rank-biserial correlation (Kerby 2014), -1 to 1, over the ranks of *all* units: ties pull it to 0.
 - An image that is empty for both models of a pair (no cell, none found: NaN) is left out. Where only one of them found something, the other
-  scores best there (``cellbench.metrics.pixel.filled``): a false alarm on an empty image is never dropped from a comparison.
+  scores best there (``cellbench.metrics.pixel.impute_missing``): a false alarm on an empty image is never dropped from a comparison.
 - Scores are compared at 12 decimals, so that a mean over seeds does not break a tie by its last bit.
 
 Shapes: M models, P pairs, I images, U units (images or groups), B resamples, F folds.
@@ -30,22 +30,22 @@ from cellbench.metrics.pixel import nan_mean
 from cellbench.statistics.hypothesis_tests import (
     DECIMALS,
     RESAMPLES,
-    decidable,
+    bootstrap_intervals,
+    describe_undecidable,
     fold_test,
-    holm,
-    intervals,
-    signed_rank,
-    undecidable,
+    holm_adjust,
+    is_decidable,
     unit_numbers,
     unit_sums,
+    wilcoxon_test,
 )
-from cellbench.statistics.scores import Difference, Scores, seed_sd
+from cellbench.statistics.scores import Difference, ModelScores, seed_sd
 
 MANY_PAIRS = 50_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Aligned:
+class AlignedScores:
     """Models on their common images."""
 
     images: tuple[str, ...]
@@ -68,7 +68,7 @@ class Aligned:
         return unit_sums(self.values_MI, self.unit_I) / np.bincount(self.unit_I)
 
 
-def align(models: Sequence[Scores]) -> Aligned:
+def align_images(models: Sequence[ModelScores]) -> AlignedScores:
     """Put models on their common images, without those that are empty for all, in the first one's order.
 
     Raises CellbenchError where they share none or mean different things."""
@@ -102,7 +102,7 @@ def align(models: Sequence[Scores]) -> Aligned:
         rows.append(values.mean(axis=0))
         sds.append(seed_sd(values))
         folds.add(None if m.folds is None else m.folds if where is None else tuple(m.folds[i] for i in take))
-    return Aligned(
+    return AlignedScores(
         images=images,
         values_MI=np.array(rows),
         means=tuple(means),
@@ -114,13 +114,13 @@ def align(models: Sequence[Scores]) -> Aligned:
     )
 
 
-def compare(a: Scores, b: Scores, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
+def compare(a: ModelScores, b: ModelScores, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
     """``a`` minus ``b``, paired by image. Raises CellbenchError where they share no image."""
     return compare_all([a, b], level=level, resamples=resamples, seed=seed)[0]
 
 
 def compare_all(
-    models: Sequence[Scores],
+    models: Sequence[ModelScores],
     *,
     against: str | None = None,
     picked: bool = False,
@@ -165,35 +165,35 @@ def compare_all(
     differences = [found[n] for n in range(len(pairs))]
     if num_tests > len(pairs):
         return [replace(d, p_adjusted=min(1.0, d.p * num_tests)) for d in differences]
-    return [replace(d, p_adjusted=p) for d, p in zip(differences, holm(d.p for d in differences), strict=True)]
+    return [replace(d, p_adjusted=p) for d, p in zip(differences, holm_adjust(d.p for d in differences), strict=True)]
 
 
-def same_images(models: Iterable[Scores]) -> list[list[Scores]]:
+def group_by_images(models: Iterable[ModelScores]) -> list[list[ModelScores]]:
     """Models sorted apart by the set of images they were scored on, largest company first."""
-    sets: dict[frozenset[str], list[Scores]] = {}
+    sets: dict[frozenset[str], list[ModelScores]] = {}
     for m in models:
         sets.setdefault(frozenset(m.images), []).append(m)
     return sorted(sets.values(), key=len, reverse=True)
 
 
 def _differences(
-    models: Sequence[Scores], pairs: list[tuple[int, int]], num_tests: int, alone: bool, level: float, resamples: int, seed: int
+    models: Sequence[ModelScores], pairs: list[tuple[int, int]], num_tests: int, alone: bool, level: float, resamples: int, seed: int
 ) -> list[Difference]:
     """Pairs of models that all lie on the same images. ``alone``: these pairs are the whole family."""
     used = sorted({i for pair in pairs for i in pair})
-    here = align([models[i] for i in used])
+    here = align_images([models[i] for i in used])
     local = {i: n for n, i in enumerate(used)}
     pairs_P2 = np.array([(local[i], local[j]) for i, j in pairs])
     counts_U = np.bincount(here.unit_I)
     num_units = len(counts_U)
-    each = intervals(
+    each = bootstrap_intervals(
         unit_sums(here.values_MI, here.unit_I), counts_U, pairs_P2=pairs_P2, word=here.word, level=level, resamples=resamples, seed=seed
     )
     p, effect, higher, lower, p_folds = [], [], [], [], []
     for start in range(0, len(pairs), 2048):
         first, second = pairs_P2[start : start + 2048].T
         d_PI = np.round(here.values_MI[first] - here.values_MI[second], DECIMALS)
-        p_P, effect_P = signed_rank(np.round(unit_sums(d_PI, here.unit_I) / counts_U, DECIMALS))
+        p_P, effect_P = wilcoxon_test(np.round(unit_sums(d_PI, here.unit_I) / counts_U, DECIMALS))
         p += p_P.tolist()
         effect += effect_P.tolist()
         higher += np.count_nonzero(d_PI > 0, axis=1).tolist()
@@ -202,8 +202,8 @@ def _differences(
 
     family = num_tests if alone else 1
     shared = []
-    if not decidable(num_units, family, round(1 - level, DECIMALS)):
-        shared.append(undecidable(num_units, family, here.word))
+    if not is_decidable(num_units, family, round(1 - level, DECIMALS)):
+        shared.append(describe_undecidable(num_units, family, here.word))
     if resamples < RESAMPLES and num_tests > MANY_PAIRS:
         shared.append(f"{num_tests} pairs: intervals from {resamples} resamples")
     num_folds = max(len(set(models[i].folds or ())) for i in used)

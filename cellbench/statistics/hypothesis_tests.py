@@ -49,7 +49,7 @@ class Interval:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def negative(one: Interval) -> Interval:
+def negate(one: Interval) -> Interval:
     """The interval of minus the mean."""
     ends = (None, None) if one.low is None or one.high is None else (-one.high + 0.0, -one.low + 0.0)
     return replace(one, mean=-one.mean + 0.0, low=ends[0], high=ends[1])
@@ -78,7 +78,7 @@ def mean_interval(
         raise ValueError(f"{len(groups)} groups for {len(x)} scores")
     unit_I = unit_numbers(range(len(x)) if groups is None else groups)
     word = "image" if groups is None else "group"
-    return intervals(unit_sums(x[None], unit_I), np.bincount(unit_I), word=word, level=level, resamples=resamples, seed=seed)[0]
+    return bootstrap_intervals(unit_sums(x[None], unit_I), np.bincount(unit_I), word=word, level=level, resamples=resamples, seed=seed)[0]
 
 
 def unit_labels(images: Sequence[Hashable], groups: Sequence[Hashable]) -> tuple[Hashable, ...] | None:
@@ -97,7 +97,7 @@ def smallest_p(num_units: int, num_tests: int = 1) -> float:
     return min(1.0, num_tests * 2.0 ** (1 - num_units))
 
 
-def decidable(num_units: int, num_tests: int = 1, alpha: float = 0.05) -> bool:
+def is_decidable(num_units: int, num_tests: int = 1, alpha: float = 0.05) -> bool:
     """Whether so many images, or groups of images, can decide anything among so many comparisons: tables, words and pictures ask here.
 
     >>> [decidable(num) for num in (3, 5, 6)], [decidable(num, 36) for num in (10, 11)]
@@ -106,7 +106,7 @@ def decidable(num_units: int, num_tests: int = 1, alpha: float = 0.05) -> bool:
     return smallest_p(num_units, num_tests) < alpha
 
 
-def undecidable(num_units: int, num_tests: int = 1, word: str = "image") -> str:
+def describe_undecidable(num_units: int, num_tests: int = 1, word: str = "image") -> str:
     """That nothing can be decided, in words."""
     over = f" over {num_tests} pairs" if num_tests > 1 else ""
     least = smallest_p(num_units, num_tests)
@@ -127,7 +127,7 @@ def unit_sums(x_PI: np.ndarray, unit_I: np.ndarray) -> np.ndarray:
     return np.add.reduceat(x_PI[:, order], np.flatnonzero(np.diff(unit_I[order], prepend=-1)), axis=1)
 
 
-def intervals(
+def bootstrap_intervals(
     sums_MU: np.ndarray,
     counts_U: np.ndarray,
     *,
@@ -225,7 +225,7 @@ def _bca(mean_P: np.ndarray, boot_PB: np.ndarray, acceleration_P: np.ndarray, le
     return ends[0], ends[1]
 
 
-def signed_rank(differences_PU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def wilcoxon_test(differences_PU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Wilcoxon's two-sided p and the rank-biserial correlation of each row. Zeros as Pratt; all zero gives p = 1 and effect 0."""
     num = differences_PU.shape[1]
     ranks_PU = rankdata(np.abs(differences_PU), axis=1)
@@ -266,7 +266,7 @@ def fold_test(differences_PI: np.ndarray, folds: Sequence[Hashable]) -> list[flo
     return [p if varies else None for p, varies in zip((2 * stdtr(num - 1, -np.abs(t_P))).tolist(), varies_P.tolist(), strict=True)]
 
 
-def holm(p_values: Iterable[float]) -> list[float]:
+def holm_adjust(p_values: Iterable[float]) -> list[float]:
     """Holm's step-down adjustment (1979), in the order given: keeps the chance of any false claim below alpha, whatever the dependence.
 
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]

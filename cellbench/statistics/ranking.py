@@ -14,17 +14,17 @@ import numpy as np
 from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
 from cellbench.errors import CellbenchError
-from cellbench.metrics.pixel import filled
-from cellbench.statistics.comparison import align, compare_all
-from cellbench.statistics.hypothesis_tests import DECIMALS, Interval, decidable, negative, undecidable
-from cellbench.statistics.scores import Difference, Scores
+from cellbench.metrics.pixel import impute_missing
+from cellbench.statistics.comparison import align_images, compare_all
+from cellbench.statistics.hypothesis_tests import DECIMALS, Interval, describe_undecidable, is_decidable, negate
+from cellbench.statistics.scores import Difference, ModelScores
 
 FEW = 10  # units; below, the chi-squared of Friedman's test is rough (Demsar 2006 asks for more than 10)
-Labels = Sequence[Hashable] | Callable[[Scores], Hashable]
+Labels = Sequence[Hashable] | Callable[[ModelScores], Hashable]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranking:
+class CriticalDifference:
     """Models from best to worst, by mean rank over images (1 is best, ties share)."""
 
     models: tuple[str, ...]
@@ -45,19 +45,19 @@ class Ranking:
     notes: tuple[str, ...]
 
 
-def critical_difference(models: Sequence[Scores], *, num_tests: int | None = None, alpha: float = 0.05) -> Ranking:
+def critical_difference(models: Sequence[ModelScores], *, num_tests: int | None = None, alpha: float = 0.05) -> CriticalDifference:
     """Friedman's test over all models and Nemenyi's critical difference between them (Demsar 2006), on the images that all share.
 
     Where Friedman's test does not reject, all models are one clique, whatever their ranks. Two models are compared as a pair instead.
     ``num_tests``: how many pairs are compared in all, where these models are some of them. Where the images are too few to decide any of
-    these pairs (``cellbench.statistics.hypothesis_tests.decidable``), nothing is tested and all models are one clique: chi-squared and the studentized
+    these pairs (``cellbench.statistics.hypothesis_tests.is_decidable``), nothing is tested and all models are one clique: chi-squared and the studentized
     range are limits for many images, and would tell models apart on three.
     Raises CellbenchError for fewer than two models, two of one name, or no common image.
     """
     names = [m.model for m in models]
     if len(names) < 2 or len(set(names)) < len(names):
         raise CellbenchError(f"a ranking needs two or more models of different names; got {', '.join(names) or 'none'}.")
-    here = align(models)
+    here = align_images(models)
     # Rounded, so that the last bit of a mean over seeds breaks no tie.
     scores_MU = np.round(here.units_MU, DECIMALS)
     ranks_MU = rankdata(scores_MU if models[0].lower_is_better else -scores_MU, axis=0)
@@ -73,8 +73,8 @@ def critical_difference(models: Sequence[Scores], *, num_tests: int | None = Non
     if num_units == 1:
         notes.append(f"1 {here.word}: nothing to test")
         cliques = [tuple(range(num_models))]
-    elif not decidable(num_units, num_tests, alpha):
-        notes.append(undecidable(num_units, num_tests, here.word))
+    elif not is_decidable(num_units, num_tests, alpha):
+        notes.append(describe_undecidable(num_units, num_tests, here.word))
         cliques = [tuple(range(num_models))]
     elif num_models == 2:
         pair = compare_all(models, level=1 - alpha)[0]
@@ -97,7 +97,7 @@ def critical_difference(models: Sequence[Scores], *, num_tests: int | None = Non
         else:
             cliques = [tuple(range(num_models))]
             notes.append(f"Friedman's test does not tell the models apart (p = {p:.2g})")
-    return Ranking(
+    return CriticalDifference(
         models=tuple(names[i] for i in order),
         ranks=tuple(rank_M[order].tolist()),
         num_images=len(here.images),
@@ -124,7 +124,7 @@ def _runs(sorted_ranks: Sequence[float], apart: float) -> list[tuple[int, ...]]:
     return out
 
 
-def marginal(models: Sequence[Scores], factor: Labels, *, over: Labels) -> list[Scores]:
+def marginal_scores(models: Sequence[ModelScores], factor: Labels, *, over: Labels) -> list[ModelScores]:
     """One Scores for each label of ``factor`` (a backbone), averaged per image over the labels of ``over`` (the heads).
 
     Only over what is complete: labels of ``over`` that every label of ``factor`` has been run with; where there is none, the ``factor``
@@ -132,7 +132,7 @@ def marginal(models: Sequence[Scores], factor: Labels, *, over: Labels) -> list[
     have equally many, else first, and then ``seed_sd`` is None. ``factor`` and ``over``: one label a model, or what finds it.
     """
     rows, columns = _labels(models, factor), _labels(models, over)
-    cells: dict[tuple[Hashable, Hashable], Scores] = {}
+    cells: dict[tuple[Hashable, Hashable], ModelScores] = {}
     for row, column, m in zip(rows, columns, models, strict=True):
         if (row, column) in cells:
             raise CellbenchError(
@@ -162,14 +162,14 @@ def marginal(models: Sequence[Scores], factor: Labels, *, over: Labels) -> list[
             parts.append(m.values[:, [where[image] for image in take]])
         # An image that is empty for one of them and not for another: finding nothing was right.
         rows_of = np.cumsum([len(part) for part in parts])[:-1]
-        parts = np.split(filled(np.concatenate(parts), first.best), rows_of)
+        parts = np.split(impute_missing(np.concatenate(parts), first.best), rows_of)
         if len({len(part) for part in parts}) > 1:
             parts = [part.mean(axis=0, keepdims=True) for part in parts]
         where = {image: n for n, image in enumerate(first.images)}
         groups, folds = (None if x is None else tuple(x[where[image]] for image in take) for x in (first.groups, first.folds))
         few = (f"{len(first.images) - len(take)} images of {row} that not all models have: left out",) * (len(take) < len(first.images))
         out.append(
-            Scores(
+            ModelScores(
                 model=str(row),
                 images=tuple(take),
                 values=np.mean(parts, axis=0),
@@ -182,14 +182,14 @@ def marginal(models: Sequence[Scores], factor: Labels, *, over: Labels) -> list[
     return out
 
 
-def _labels(models: Sequence[Scores], labels: Labels) -> list[Hashable]:
+def _labels(models: Sequence[ModelScores], labels: Labels) -> list[Hashable]:
     found = [labels(m) for m in models] if callable(labels) else list(labels)
     if len(found) != len(models):
         raise ValueError(f"{len(found)} labels for {len(models)} models")
     return found
 
 
-def sentence(d: Difference, what: str = "Dice") -> str:
+def describe_difference(d: Difference, what: str = "Dice") -> str:
     """The comparison in plain words, winner first. The p told is the adjusted one."""
     num = d.num_images
     if d.ties == num:
@@ -205,7 +205,7 @@ def sentence(d: Difference, what: str = "Dice") -> str:
     if d.better == d.b:
         wins, other = d.losses, d.a
     if i.mean < 0:
-        i = negative(i)
+        i = negate(i)
     size, rest = _evidence(i, d.p_adjusted, sure=True).split(", ", 1)
     lower = "lower is better, " if d.lower_is_better else ""
     groups = f" in {i.num} groups" if i.num != num else ""
@@ -220,10 +220,10 @@ def _evidence(i: Interval, p: float, sure: bool = False) -> str:
         digits += 1
     told = [f"{round(x, digits) + 0.0:.{digits}f}" for x in numbers]
     span = i.note if len(told) == 1 else f"{100 * i.level:g} % {'roughly ' if i.rough else ''}{told[1]} to {told[2]}"
-    return f"{told[0]}, {span}, {p_words(p)}"
+    return f"{told[0]}, {span}, {format_p(p)}"
 
 
-def p_words(p: float) -> str:
+def format_p(p: float) -> str:
     """Three decimals below 0.1, two above, and as many as it takes not to round up to 0.05.
 
     >>> p_words(0.00004), p_words(0.0016), p_words(0.049996), p_words(0.213), p_words(1.0)
@@ -235,7 +235,7 @@ def p_words(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.{digits}f}"
 
 
-def verdict(differences: Iterable[Difference], ranking: Ranking | None = None, *, what: str = "Dice", most: int = 4) -> list[str]:
+def describe_verdict(differences: Iterable[Difference], ranking: CriticalDifference | None = None, *, what: str = "Dice", most: int = 4) -> list[str]:
     """A short paragraph, one sentence an item: the best model, whom it beats for certain, with whom it ties, and what to mind.
 
     ``differences``: what ``compare_all`` gave, over all pairs. ``most``: how many models a sentence spells out before it counts the rest.
@@ -264,14 +264,14 @@ def verdict(differences: Iterable[Difference], ranking: Ranking | None = None, *
     else:
         out.append(f"It beats {len(beaten)} of {len(own)} others for certain.")
     for some, rest in ((beaten, "further behind"), (tied, "that this data cannot tell from it")):
-        out += [f"{_capital(sentence(d, what))}." for d in some[:most]]
+        out += [f"{_capital(describe_difference(d, what))}." for d in some[:most]]
         if len(some) > most:
             out.append(f"{len(some) - most} more {rest}: {_listed([d.b if d.a == best else d.a for d in some[most:]], 3 * most)}.")
     if ranking is not None and ranking.critical_difference is not None and ranking.p is not None:
         top = next((c for c in ranking.cliques if ranking.models[0] in c), (ranking.models[0],))
         with_top = _listed(top, 3 * most) if len(top) > 1 else "none of the others"
         out.append(
-            f"By mean rank, {ranking.models[0]} leads with {ranking.ranks[0]:.2f} (Friedman {p_words(ranking.p)}; ranks less than "
+            f"By mean rank, {ranking.models[0]} leads with {ranking.ranks[0]:.2f} (Friedman {format_p(ranking.p)}; ranks less than "
             f"{ranking.critical_difference:.2f} apart are not told apart: {with_top})."
         )
     minded: dict[str, list[str]] = {}

@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cellbench.errors import CellbenchError
-from cellbench.metrics.pixel import filled, nan_mean
-from cellbench.statistics.hypothesis_tests import DECIMALS, RESAMPLES, Interval, mean_interval, negative
+from cellbench.metrics.pixel import impute_missing, nan_mean
+from cellbench.statistics.hypothesis_tests import DECIMALS, RESAMPLES, Interval, mean_interval, negate
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Scores:
+class ModelScores:
     """One model's score on each image, once per seed. Raises CellbenchError for infinite scores, repeated images and lengths that do not fit.
 
     ``values``: (num_seeds, num_images), or (num_images,) for one seed. Pool scores of k folds into one row: each image is tested once.
     Ids pair images, so they must mean the same image in every model: compare within one test set.
 
     NaN: no score, because the image has no cell and none was found. Means leave it out. Where only some seeds found something, the others
-    score best (:func:`cellbench.metrics.pixel.filled`), so that NaN is the whole image's or nobody's.
+    score best (:func:`cellbench.metrics.pixel.impute_missing`), so that NaN is the whole image's or nobody's.
     """
 
     model: str
@@ -37,7 +37,7 @@ class Scores:
     def __post_init__(self) -> None:
         values = np.array(self.values, dtype=np.float64, ndmin=2)
         if values.ndim == 2:
-            values = filled(values, self.best)
+            values = impute_missing(values, self.best)
         values.flags.writeable = False
         object.__setattr__(self, "values", values)
         for name in ("images", "groups", "folds"):
@@ -150,7 +150,7 @@ class Difference:
         return (self.a if (self.interval.mean > 0) != self.lower_is_better else self.b) if self.decided else None
 
 
-def flipped(d: Difference) -> Difference:
+def swap_sides(d: Difference) -> Difference:
     """The same comparison asked the other way round."""
     return replace(
         d,
@@ -160,7 +160,7 @@ def flipped(d: Difference) -> Difference:
         mean_b=d.mean_a,
         num_a=d.num_b,
         num_b=d.num_a,
-        interval=negative(d.interval),
+        interval=negate(d.interval),
         effect=-d.effect + 0.0,
         wins=d.losses,
         losses=d.wins,

@@ -13,28 +13,38 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cellbench.errors import CellbenchError, one_line, unlocked
-from cellbench.tracking.offline_queue import EVERY_S, PATIENCE_S, Absent, Away, Letter, Rejected, left, outbox, say
+from cellbench.errors import CellbenchError, one_line, redact_passwords
+from cellbench.tracking.offline_queue import (
+    EVERY_S,
+    PATIENCE_S,
+    CallRejectedError,
+    NotFoundError,
+    QueuedCall,
+    ServerUnavailableError,
+    abandoned_queues,
+    offline_queue,
+    print_warning,
+)
 
-TELLS = {"log_batch", "set_tag", "set_terminated", "log_artifacts"}
+FIRE_AND_FORGET = {"log_batch", "set_tag", "set_terminated", "log_artifacts"}
 """Calls that need no answer, and do no harm when they come twice."""
 
 
-class Client:
+class ResilientClient:
     """``mlflow.MlflowClient``; each call of it raises CellbenchError where MLflow raises its own."""
 
     def __init__(self, mlflow: Any) -> None:
         self._client, self._mlflow = mlflow.MlflowClient(), mlflow
         self._uri = mlflow.get_tracking_uri()
-        self._shown = unlocked(self._uri)
-        self._outbox = outbox(self._uri, self._send, self._shown) if self._uri.startswith(("http:", "https:")) else None
+        self._shown = redact_passwords(self._uri)
+        self._outbox = offline_queue(self._uri, self._send, self._shown) if self._uri.startswith(("http:", "https:")) else None
         self._met = False
 
     def __getattr__(self, name: str) -> Any:
         getattr(self._client, name)  # AttributeError, here
 
         def told_call(*arguments: Any, **named: Any) -> Any:
-            if name in TELLS and self._outbox is not None:
+            if name in FIRE_AND_FORGET and self._outbox is not None:
                 return self._tell(name, arguments, named)
             return self._ask(name, arguments, named)
 
@@ -52,14 +62,14 @@ class Client:
         """Sends what processes that are gone could not. Raises CellbenchError where the server does not answer."""
         if self._outbox is None:
             return
-        for folder, letters in left(self._uri):
+        for folder, letters in abandoned_queues(self._uri):
             try:
                 for letter in letters:
                     self._outbox.take(letter, folder)
-            except Away as error:
-                raise refused(error, self._uri) from error
+            except ServerUnavailableError as error:
+                raise to_error(error, self._uri) from error
             shutil.rmtree(folder, ignore_errors=True)
-            say(f"MLflow is told what an earlier process could not: {len(letters)} calls.")
+            print_warning(f"MLflow is told what an earlier process could not: {len(letters)} calls.")
 
     def _ask(self, name: str, arguments: Any, named: Any) -> Any:
         """The answer, waited for once the server has answered before: it then is known to be there."""
@@ -71,11 +81,11 @@ class Client:
                 answer = self._call(name, arguments, named)
                 self._met = True
                 return answer
-            except Away as error:
+            except ServerUnavailableError as error:
                 if time.monotonic() > end:
-                    raise refused(error, self._uri) from error
+                    raise to_error(error, self._uri) from error
             if not silent:
-                say(f"MLflow at {self._shown} does not answer. It is asked again for {PATIENCE_S / 60:.0f} minutes.")
+                print_warning(f"MLflow at {self._shown} does not answer. It is asked again for {PATIENCE_S / 60:.0f} minutes.")
                 silent = True
             time.sleep(EVERY_S)
 
@@ -85,9 +95,9 @@ class Client:
             try:
                 self._call(name, arguments, named)
                 return
-            except Rejected:
+            except CallRejectedError:
                 raise
-            except (Away, CellbenchError):  # the latter for now only: a log-in that has expired, say
+            except (ServerUnavailableError, CellbenchError):  # the latter for now only: a log-in that has expired, say
                 pass
         if name == "set_terminated":
             named = {**named, "end_time": int(time.time() * 1000)}
@@ -95,7 +105,7 @@ class Client:
         plain = [_plain(one) for one in (arguments[:1] if carries else arguments)]
         self._outbox.put({"call": name, "arguments": plain, "named": {key: _plain(value) for key, value in named.items()}}, carries)
 
-    def _send(self, letter: Letter) -> None:
+    def _send(self, letter: QueuedCall) -> None:
         entities = self._mlflow.entities
         arguments = [*letter["arguments"], *([letter["folder"]] if "folder" in letter else [])]
         self._call(letter["call"], arguments, {key: _lively(value, entities) for key, value in letter["named"].items()})
@@ -105,14 +115,14 @@ class Client:
         try:
             return getattr(self._client, name)(*arguments, **named)
         except (self._mlflow.exceptions.MlflowException, OSError) as error:
-            if is_away(error):
-                raise Away(one_line(error)) from error
+            if is_unavailable(error):
+                raise ServerUnavailableError(one_line(error)) from error
             if isinstance(error, OSError) and _status(error) is None:
                 raise
-            raise refused(error, self._uri) from error
+            raise to_error(error, self._uri) from error
 
 
-def is_away(error: Exception) -> bool:
+def is_unavailable(error: Exception) -> bool:
     """Whether a server may take the same call later: it does not answer, is starting, has too much to do, or has lost its database for now."""
     if (status := _status(error)) is not None:
         return status in (429, 500, 502, 503, 504)
@@ -142,8 +152,8 @@ _REJECTED = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXIST
 def _kind(error: Exception) -> type[CellbenchError]:
     code, status = getattr(error, "error_code", ""), _status(error)
     if code == "RESOURCE_DOES_NOT_EXIST" or status == 404:
-        return Absent
-    return Rejected if code in _REJECTED or status == 400 else CellbenchError
+        return NotFoundError
+    return CallRejectedError if code in _REJECTED or status == 400 else CellbenchError
 
 
 _FIELDS = {"Metric": ("key", "value", "timestamp", "step"), "Param": ("key", "value"), "RunTag": ("key", "value")}
@@ -166,13 +176,13 @@ def _lively(value: Any, entities: Any) -> Any:
     return value
 
 
-def command() -> str:
+def command_line() -> str:
     """This process's command line as pages and runs may keep it: without passwords."""
-    return unlocked(shlex.join(["cellbench", *sys.argv[1:]]))
+    return redact_passwords(shlex.join(["cellbench", *sys.argv[1:]]))
 
 
-def refused(error: Exception, uri: str) -> CellbenchError:
-    text, uri = unlocked(one_line(error)), unlocked(uri)
+def to_error(error: Exception, uri: str) -> CellbenchError:
+    text, uri = redact_passwords(one_line(error)), redact_passwords(uri)
     for sign, words in _REFUSALS.items():
         if sign in text:
             return CellbenchError(f"MLflow's store {uri}: {words} What is logged already is kept; the same command goes on.")

@@ -1,7 +1,7 @@
 """Entries for winners in MLflow's list of models: weights, signature, and the metrics of the epoch that was kept.
 
 MLflow's own ``log_model`` copies the metrics of step 0 unless told otherwise (measured on 3.17.2: a model's Dice was the first epoch's)
-and needs an active run. What an entry holds is decided in one place, :func:`fill`.
+and needs an active run. What an entry holds is decided in one place, :func:`write_model_files`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from cellbench.errors import CellbenchError
-from cellbench.files import told
-from cellbench.tracking.offline_queue import Absent
-from cellbench.tracking.schema import EXPERIMENT, FINGERPRINT, MODEL, NOTE, VERDICT, Stored
+from cellbench.files import os_errors_as
+from cellbench.tracking.offline_queue import NotFoundError
+from cellbench.tracking.schema import EXPERIMENT, FINGERPRINT, MODEL, NOTE, VERDICT, RunRecord
 from cellbench.tracking.tracker import Tracker
 
 EPOCH_METRICS = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
@@ -23,7 +23,7 @@ EPOCH_METRICS = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
 FILES = ("config.toml", "head.safetensors", "preparation.json", "separation.json")
 
 
-def enter(tracker: Tracker, run: Stored, verdict: str, more: str = "") -> str:
+def register(tracker: Tracker, run: RunRecord, verdict: str, more: str = "") -> str:
     """Makes the entry of a finished run, once; returns its id. Raises CellbenchError where the run has lost what it left.
 
     ``verdict``: what the run is an entry for, "the best"; shown in the model's description, with ``more``: sentences on how it was chosen.
@@ -36,15 +36,15 @@ def enter(tracker: Tracker, run: Stored, verdict: str, more: str = "") -> str:
     best = int(run.metrics.get("best/epoch", 0))
     model = client.create_logged_model(
         tracker.experiment_id,
-        name=name_of(run.name),
+        name=model_name(run.name),
         source_run_id=run.run_id,
         params=dict(run.params),
         tags={EXPERIMENT: tracker.name, FINGERPRINT: run.fingerprint, **said},
         model_type="segmentation",
     )
     try:
-        with tempfile.TemporaryDirectory(prefix="cellbench-") as name, told("making a model's entry"):
-            fill(Path(name), tracker, run, model.model_id)
+        with tempfile.TemporaryDirectory(prefix="cellbench-") as name, os_errors_as("making a model's entry"):
+            write_model_files(Path(name), tracker, run, model.model_id)
             client.log_model_artifacts(model.model_id, name)
         client.log_outputs(run.run_id, [entities.LoggedModelOutput(model.model_id, step=best)])
         tracker.log(run.run_id, _metrics(tracker, run, model.model_id, best), tags={MODEL: model.model_id})
@@ -59,7 +59,7 @@ SUPERSEDED = "superseded"
 """The verdict of an entry whose model was a winner once: among fewer models, or on other data."""
 
 
-def supersede(tracker: Tracker, winners: Collection[str]) -> None:
+def mark_superseded(tracker: Tracker, winners: Collection[str]) -> None:
     """Marks the experiment's entries that are no winners any more; ``winners``: the ids of those that are."""
     token = None
     while True:
@@ -74,7 +74,7 @@ def supersede(tracker: Tracker, winners: Collection[str]) -> None:
             return
 
 
-def fill(folder: Path, tracker: Tracker, run: Stored, model_id: str) -> None:
+def write_model_files(folder: Path, tracker: Tracker, run: RunRecord, model_id: str) -> None:
     """Writes what an entry holds: what the run left that segmenting needs (``FILES``), and MLflow's ``MLmodel`` with the signature.
 
     Raises CellbenchError where the run has no ``config.toml``; a method that trains nothing has no weights.
@@ -87,12 +87,12 @@ def fill(folder: Path, tracker: Tracker, run: Stored, model_id: str) -> None:
             (folder / name).write_bytes(data)
         elif name == "config.toml":
             raise CellbenchError(f"'{run.name}' has lost its {name} in MLflow, so that it cannot have a model's entry. Run it again.")
-    model = Model(run_id=run.run_id, model_id=model_id, signature=signature())
+    model = Model(run_id=run.run_id, model_id=model_id, signature=model_signature())
     model.add_flavor("cellbench", config="config.toml", weights="head.safetensors" if (folder / "head.safetensors").exists() else "")
     model.save(str(folder / "MLmodel"))
 
 
-def signature() -> Any:
+def model_signature() -> Any:
     """Images (N, H, W, 3) uint8 RGB in; class numbers and the probability of a cell, 0..255, both (N, H, W) uint8, out."""
     import numpy as np
     from mlflow.models import ModelSignature
@@ -104,7 +104,7 @@ def signature() -> Any:
     return ModelSignature(inputs=Schema([spec("image", -1, -1, 3)]), outputs=Schema([spec("classes", -1, -1), spec("cell", -1, -1)]))
 
 
-def name_of(run: str) -> str:
+def model_name(run: str) -> str:
     """A run's name as MLflow takes it for a model: it refuses some characters.
 
     >>> name_of("vit-tiny-in1k · fpn · lr 0.001 / a")
@@ -116,11 +116,11 @@ def name_of(run: str) -> str:
 def _there(tracker: Tracker, model_id: str) -> bool:
     try:
         return tracker.client.get_logged_model(model_id).status == "READY"
-    except Absent:  # deleted in the UI
+    except NotFoundError:  # deleted in the UI
         return False
 
 
-def _metrics(tracker: Tracker, run: Stored, model_id: str, best: int) -> list[Any]:
+def _metrics(tracker: Tracker, run: RunRecord, model_id: str, best: int) -> list[Any]:
     """The run's own values with the model's id: same time and step, so that the run itself gets no second value."""
     client, metric = tracker.client, tracker.mlflow.entities.Metric
     inputs = client.get_run(run.run_id).inputs.dataset_inputs

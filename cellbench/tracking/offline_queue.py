@@ -22,45 +22,45 @@ from typing import Any
 from tqdm import tqdm
 
 from cellbench.errors import CellbenchError, one_line
-from cellbench.files import cache_dir, told
-from cellbench.tracking.schema import Logged, owner_here
+from cellbench.files import cache_dir, os_errors_as
+from cellbench.tracking.schema import RunState, this_owner
 
 EVERY_S = 5.0
 """How often a server that does not answer is tried."""
 PATIENCE_S = 600.0
 """How long what needs an answer waits for one."""
 
-Letter = dict[str, Any]
+QueuedCall = dict[str, Any]
 """``call``, its ``arguments``, in plain JSON; and ``folder``, where it carries files."""
 
 
-class Away(Exception):
+class ServerUnavailableError(Exception):
     """The server does not answer now; the same call may well be taken later."""
 
 
-class Rejected(CellbenchError):
+class CallRejectedError(CellbenchError):
     """The store does not take a call, and never will: its arguments are wrong, or what it is about is gone."""
 
 
-class Absent(Rejected):
+class NotFoundError(CallRejectedError):
     """What was asked for is not there: the store answered, and says so."""
 
 
-class Outbox:
+class OfflineQueue:
     """The letters of one process to one server, sent by a thread of its own while there are any."""
 
-    def __init__(self, folder: Path, send: Callable[[Letter], None], uri: str) -> None:
+    def __init__(self, folder: Path, send: Callable[[QueuedCall], None], uri: str) -> None:
         self.folder, self._send, self._uri = folder, send, uri
-        self._letters: deque[Letter] = deque()
+        self._letters: deque[QueuedCall] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def __len__(self) -> int:
         return len(self._letters)
 
-    def put(self, letter: Letter, carries: Path | None = None) -> None:
+    def put(self, letter: QueuedCall, carries: Path | None = None) -> None:
         """Keeps a letter, with a copy of all files below ``carries``. Raises CellbenchError where the disk refuses."""
-        with self._changed, told(f"keeping in {self.folder} what MLflow is to be told"):
+        with self._changed, os_errors_as(f"keeping in {self.folder} what MLflow is to be told"):
             self.folder.mkdir(parents=True, exist_ok=True)
             if carries is not None:
                 letter = {**letter, "folder": uuid.uuid4().hex}
@@ -69,7 +69,7 @@ class Outbox:
                 file.write(json.dumps(letter) + "\n")
             self._letters.append(letter)
             if self._thread is None or not self._thread.is_alive():
-                say(f"MLflow at {self._uri} does not answer. What is logged is kept in {self.folder} and sent when it is back.")
+                print_warning(f"MLflow at {self._uri} does not answer. What is logged is kept in {self.folder} and sent when it is back.")
                 self._thread = threading.Thread(target=self._go, daemon=True, name="outbox")
                 self._thread.start()
 
@@ -78,14 +78,14 @@ class Outbox:
         with self._changed:
             return self._changed.wait_for(lambda: not self._letters, patience_s)
 
-    def take(self, letter: Letter, folder: Path) -> None:
+    def take(self, letter: QueuedCall, folder: Path) -> None:
         """Sends one, and removes what it carried. Raises Away, also where the server refuses for now, as it does without a log-in."""
         try:
             self._send({**letter, "folder": str(folder / letter["folder"])} if "folder" in letter else letter)
-        except Rejected as error:
-            say(f"MLflow refuses what was kept for it: {error}")  # a run that was deleted meanwhile, say
+        except CallRejectedError as error:
+            print_warning(f"MLflow refuses what was kept for it: {error}")  # a run that was deleted meanwhile, say
         except CellbenchError as error:
-            raise Away(one_line(error)) from error
+            raise ServerUnavailableError(one_line(error)) from error
         if "folder" in letter:
             shutil.rmtree(folder / letter["folder"], ignore_errors=True)
 
@@ -94,7 +94,7 @@ class Outbox:
         while True:
             try:
                 self.take(self._letters[0], self.folder)
-            except Away:
+            except ServerUnavailableError:
                 time.sleep(EVERY_S)
                 continue
             num += 1
@@ -102,13 +102,13 @@ class Outbox:
                 self._letters.popleft()
                 if not self._letters:
                     shutil.rmtree(self.folder, ignore_errors=True)
-                    say(f"MLflow answers again: {num} kept calls are sent.")
+                    print_warning(f"MLflow answers again: {num} kept calls are sent.")
                     self._thread = None
                     self._changed.notify_all()
                     return
 
 
-def say(text: str) -> None:
+def print_warning(text: str) -> None:
     """For people, beside what a verb prints: it may be one of several processes that cannot reach the server."""
     tqdm.write(text, file=sys.stderr)
 
@@ -118,17 +118,17 @@ def _root(uri: str) -> Path:
     return cache_dir() / "outbox" / hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
-def outbox(uri: str, send: Callable[[Letter], None], shown: str) -> Outbox:
+def offline_queue(uri: str, send: Callable[[QueuedCall], None], shown: str) -> OfflineQueue:
     """A new one, for letters to a server. ``shown``: its address for people."""
-    owner = owner_here().replace(":", "@")  # which Windows does not take in a name
-    return Outbox(_root(uri) / f"{owner}@{uuid.uuid4().hex[:6]}", send, shown)
+    owner = this_owner().replace(":", "@")  # which Windows does not take in a name
+    return OfflineQueue(_root(uri) / f"{owner}@{uuid.uuid4().hex[:6]}", send, shown)
 
 
-def left(uri: str) -> Iterator[tuple[Path, list[Letter]]]:
+def abandoned_queues(uri: str) -> Iterator[tuple[Path, list[QueuedCall]]]:
     """The letters that processes left which are gone, each with their folder, the oldest first. Those that were read are the caller's to remove."""
     for folder in sorted(_root(uri).glob("*@*@*"), key=lambda path: path.stat().st_mtime):
         owner = ":".join(folder.name.rsplit("@", 2)[:2])
-        if owner == owner_here() or Logged(run_id="", name="", status="running", owner=owner, heartbeat_s=folder.stat().st_mtime).alive:
+        if owner == this_owner() or RunState(run_id="", name="", status="running", owner=owner, heartbeat_s=folder.stat().st_mtime).alive:
             continue
         with contextlib.suppress(FileNotFoundError):
             lines = (folder / "letters.jsonl").read_text(encoding="utf-8").splitlines()

@@ -24,14 +24,14 @@ from cellbench.errors import CellbenchError
 COLUMNS = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
 
 
-def store() -> str:
+def store_uri() -> str:
     """The tracking URI, as MLflow takes it, without importing MLflow."""
     return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
 def store_file(uri: str | None = None) -> Path | None:
     """The SQLite file of the store; None for a server or another database."""
-    uri = uri or store()
+    uri = uri or store_uri()
     if not uri.startswith("sqlite:///"):
         return None
     path = Path(uri.removeprefix("sqlite:///")).absolute()
@@ -39,23 +39,23 @@ def store_file(uri: str | None = None) -> Path | None:
     return path if path.is_file() or "%" not in uri else Path(unquote(str(path)))
 
 
-def present() -> None:
+def require_store() -> None:
     """Raises CellbenchError where the store that is set is a SQLite file and not there: what only reads makes none."""
     file = store_file()
     if file is not None and not file.is_file():
         raise CellbenchError(f"there is no MLflow store at {file}. Go to the folder where `grid` was run, or run it here first.")
 
 
-def lock(uri: str | None = None) -> FileLock:
+def store_lock(uri: str | None = None) -> FileLock:
     """One for each store and person: held while the store is made, healed, or runs are claimed."""
-    uri = uri or store()
+    uri = uri or store_uri()
     file = store_file(uri)
     # A hash: the name of a file is for everybody to read, and an address may hold a password.
     key = hashlib.sha256((str(file) if file else uri).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return FileLock(Path(tempfile.gettempdir()) / f"cellbench-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock")
 
 
-def heal(uri: str | None = None) -> list[str]:
+def fix_artifact_paths(uri: str | None = None) -> list[str]:
     """Sets the places of artifacts right where the project was copied or moved; says what was done, one sentence a folder.
 
     Raises CellbenchError for a copy that was made without its artifacts.
@@ -63,14 +63,14 @@ def heal(uri: str | None = None) -> list[str]:
     path = store_file(uri)
     if path is None or not path.is_file():
         return []
-    with lock(uri):
+    with store_lock(uri):
         try:
             return _healed(path)
         except sqlite3.Error as error:
             raise CellbenchError(f"{path}: MLflow's store cannot be read: {error}. Put a backup in its place, or move it away.") from None
 
 
-def experiments(most: int = 8) -> list[tuple[str, str]]:
+def experiment_names(most: int = 8) -> list[tuple[str, str]]:
     """Names and numbers of the newest experiments that a grid has described, read without MLflow."""
     path = store_file()
     if path is None or not path.is_file():

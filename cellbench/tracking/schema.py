@@ -46,7 +46,7 @@ STALE_S = 15 * 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logged:
+class RunState:
     """A run as MLflow remembers it."""
 
     run_id: str
@@ -60,7 +60,7 @@ class Logged:
     @property
     def alive(self) -> bool:
         """Whether another process is at it now."""
-        if self.status != "running" or self.owner == owner_here():
+        if self.status != "running" or self.owner == this_owner():
             return False
         host, _, pid = self.owner.rpartition(":")
         if host == socket.gethostname():
@@ -69,7 +69,7 @@ class Logged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored(Logged):
+class RunRecord(RunState):
     """A run with everything that MLflow holds of it but its artifacts."""
 
     fingerprint: str = ""
@@ -89,9 +89,9 @@ class Stored(Logged):
         return max(self.start_s, self.heartbeat_s)
 
 
-def stored_of(run: Any) -> Stored:
+def to_record(run: Any) -> RunRecord:
     tags = run.data.tags
-    return Stored(
+    return RunRecord(
         run_id=run.info.run_id,
         name=run.info.run_name or run.info.run_id,
         status=tags.get(STATUS, ""),
@@ -108,7 +108,7 @@ def stored_of(run: Any) -> Stored:
     )
 
 
-def params_of(run: RunSpec, dataset: str, precision: str) -> dict[str, object]:
+def run_params(run: RunSpec, dataset: str, precision: str) -> dict[str, object]:
     """A run's settings under the contract's names; a head's own settings as ``head.width``."""
     part = "baseline" if run.baseline else "head"
     plain = {name: value for name, value in run.model_dump().items() if name != "options"}
@@ -116,6 +116,6 @@ def params_of(run: RunSpec, dataset: str, precision: str) -> dict[str, object]:
     return {**plain, "dataset": dataset, "precision": precision, **{f"{part}.{name}": value for name, value in run.options.items()}}
 
 
-def owner_here() -> str:
+def this_owner() -> str:
     """This machine and process, as a run's owner."""
     return f"{socket.gethostname()}:{os.getpid()}"

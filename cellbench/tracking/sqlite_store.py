@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from cellbench.errors import CellbenchError
-from cellbench.files import make_folder, told
-from cellbench.tracking.client import Client, refused
+from cellbench.files import make_folder, os_errors_as
+from cellbench.tracking.client import ResilientClient, to_error
 from cellbench.tracking.relocate import store_file
 
 MAKING_S, STILL_S = 60.0, 5.0
 """How long another program may take over the whole store, and over one of its steps."""
 
 
-def opened(mlflow: Any, make: bool) -> Client:
+def open_or_create(mlflow: Any, make: bool) -> ResilientClient:
     """The client of the store that is set, once nobody is making it; with ``make`` it is made where there is none.
 
     The caller holds the store's lock. Raises CellbenchError.
@@ -40,12 +40,12 @@ def opened(mlflow: Any, make: bool) -> Client:
             end = time.monotonic() + MAKING_S
             while file.exists() and not _whole(file) and time.monotonic() < end and time.time() - _changed(file) < STILL_S:
                 time.sleep(0.2)
-        return Client(mlflow)
+        return ResilientClient(mlflow)
     except (mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError) as error:
         if file is not None and file.exists() and not _whole(file):
             why = "was begun and never made to its end, or is damaged. Move it away, and a new one is made; or put a backup in its place."
             raise CellbenchError(f"MLflow's store {file} {why}") from error
-        raise refused(error, uri) from error
+        raise to_error(error, uri) from error
 
 
 def _make(file: Path, uri: str, mlflow: Any) -> None:
@@ -53,7 +53,7 @@ def _make(file: Path, uri: str, mlflow: Any) -> None:
     beside_uri = f"{uri.removesuffix(name)}.{name}.making"  # written as the URI is, which MLflow reads in a way of its own
     beside = store_file(beside_uri)
     assert beside is not None
-    with told(f"making MLflow's store in {make_folder(file.parent)}"):
+    with os_errors_as(f"making MLflow's store in {make_folder(file.parent)}"):
         for left in (beside, _journal(beside)):  # by one who was killed over it: we hold the lock
             left.unlink(missing_ok=True)
         beside.touch()  # MLflow would try for minutes where nothing can be made

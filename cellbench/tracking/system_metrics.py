@@ -26,7 +26,7 @@ FIRST_S = 1.0
 
 
 @contextlib.contextmanager
-def watched(tracker: Tracker, run_ids: Sequence[str]) -> Iterator[None]:
+def log_system_metrics(tracker: Tracker, run_ids: Sequence[str]) -> Iterator[None]:
     """Inside ``with``, what the machine does is logged to all of these runs."""
     watch = _Watch(tracker, run_ids)
     try:

@@ -22,11 +22,11 @@ from urllib.request import url2pathname
 from filelock import FileLock
 
 from cellbench import startup
-from cellbench.errors import CellbenchError, one_line, unknown, unlocked
-from cellbench.files import file_name, make_folder, nfc, told
+from cellbench.errors import CellbenchError, one_line, redact_passwords, unknown_name
+from cellbench.files import file_name, make_folder, os_errors_as, to_nfc
 from cellbench.tracking import relocate, sqlite_store, ui_view
-from cellbench.tracking.client import Client, refused
-from cellbench.tracking.offline_queue import Absent, say
+from cellbench.tracking.client import ResilientClient, to_error
+from cellbench.tracking.offline_queue import NotFoundError, print_warning
 from cellbench.tracking.schema import (
     EXPERIMENT,
     FINGERPRINT,
@@ -39,10 +39,10 @@ from cellbench.tracking.schema import (
     REASON,
     STATUS,
     TERMINAL,
-    Logged,
-    Stored,
-    owner_here,
-    stored_of,
+    RunRecord,
+    RunState,
+    this_owner,
+    to_record,
 )
 
 for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration", "urllib3.connectionpool"):
@@ -58,26 +58,26 @@ class Tracker:
     """One experiment in MLflow's store, made on first use; with ``make=False`` one that is there already."""
 
     def __init__(self, experiment: str, *, make: bool = True) -> None:
-        self.name = nfc(experiment)
+        self.name = to_nfc(experiment)
         with _store(make) as (self.mlflow, self.client):
             self.experiment_id = self._experiment(make)
             self.client.send_left()
 
     def lock(self) -> FileLock:
         """Held while the store is made (four processes that make it at once break it: measured, 5 of 5) and while runs are claimed."""
-        return relocate.lock(self.mlflow.get_tracking_uri())
+        return relocate.store_lock(self.mlflow.get_tracking_uri())
 
     def _experiment(self, make: bool) -> str:
         found = self.client.get_experiment_by_name(self.name)
         if found is None and not self.name.isascii():  # one of an older version, or made by hand, in another Unicode form
-            found = next((one for one in self.client.search_experiments() if nfc(one.name) == self.name), None)
+            found = next((one for one in self.client.search_experiments() if to_nfc(one.name) == self.name), None)
         if found is not None and found.lifecycle_stage == "deleted":
             raise CellbenchError(f"the experiment '{self.name}' was deleted in MLflow. Restore it there, or give the experiment file another name.")
         if found is not None:
             return found.experiment_id
         if not make:
             names = [one.name for one in self.client.search_experiments() if one.name != "Default"]
-            raise unknown("experiment", self.name, names)
+            raise unknown_name("experiment", self.name, names)
         # MLflow would resolve its default root against whatever folder it is started from; a remote server knows its own.
         local = not self.mlflow.get_tracking_uri().startswith(("http:", "https:", "databricks"))
         folder = file_name(self.name)
@@ -89,16 +89,16 @@ class Tracker:
             self.name, artifact_location=place.as_uri() if local else None, tags={KIND: "custom_model_development"}
         )
 
-    def known(self, fingerprint: str = "") -> dict[str, Logged]:
+    def known(self, fingerprint: str = "") -> dict[str, RunState]:
         """The runs of this experiment by fingerprint, or only that of one; where one has several, the finished one, else the latest."""
-        found: dict[str, Logged] = {}
+        found: dict[str, RunState] = {}
         token, wanted = None, f"= '{fingerprint}'" if fingerprint else "!= ''"
         while True:
             page = self.client.search_runs(
                 [self.experiment_id], f"tags.`{FINGERPRINT}` {wanted}", max_results=1000, page_token=token, order_by=["attributes.start_time ASC"]
             )
             for run in page:
-                logged = stored_of(run)
+                logged = to_record(run)
                 old = found.get(logged.fingerprint)
                 if old is None or old.status != "finished":
                     found[logged.fingerprint] = logged
@@ -106,13 +106,13 @@ class Tracker:
             if not token:
                 return found
 
-    def stored(self) -> list[Stored]:
+    def stored(self) -> list[RunRecord]:
         """All runs of this experiment that were not deleted, the oldest first; other people's too."""
-        found: list[Stored] = []
+        found: list[RunRecord] = []
         token = None
         while True:
             page = self.client.search_runs([self.experiment_id], max_results=1000, page_token=token, order_by=["attributes.start_time ASC"])
-            found += [stored_of(run) for run in page]
+            found += [to_record(run) for run in page]
             token = page.token
             if not token:
                 return found
@@ -121,7 +121,7 @@ class Tracker:
         """Runs that were deleted in the UI and not yet cleared away."""
         return len(self.client.search_runs([self.experiment_id], run_view_type=self.mlflow.entities.ViewType.DELETED_ONLY, max_results=1000))
 
-    def artifact(self, run: Stored, name: str) -> bytes | None:
+    def artifact(self, run: RunRecord, name: str) -> bytes | None:
         """The bytes of an artifact; None where the run has none of that name, or has lost it.
 
         Raises CellbenchError where that is not known: a server that does not answer or lets nobody in, a file that may not be read.
@@ -129,7 +129,7 @@ class Tracker:
         if run.artifact_uri.startswith(("file:", "/")):  # 40 times faster than through MLflow: 1,000 runs in 1 s
             path = Path(_path(run.artifact_uri)) / name
             try:
-                with told(f"reading {path}"):
+                with os_errors_as(f"reading {path}"):
                     return path.read_bytes()
             except CellbenchError as error:
                 if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError | IsADirectoryError):
@@ -142,25 +142,25 @@ class Tracker:
             # MLflow says "does not exist" of whatever it could not download (measured on 3.17.2). What is there, its listing says.
             if not self._lists(run, name):
                 return None
-            uri = unlocked(self.mlflow.get_tracking_uri())
+            uri = redact_passwords(self.mlflow.get_tracking_uri())
             raise CellbenchError(f"MLflow at {uri}: lists {name} of '{run.name}' but does not send it. Try again, or see to its storage.") from error
 
-    def _lists(self, run: Stored, name: str) -> bool:
+    def _lists(self, run: RunRecord, name: str) -> bool:
         """Whether a run has an artifact of this name. Raises CellbenchError where that is not known."""
         try:
             return any(one.path == name for one in self.client.list_artifacts(run.run_id, name.rpartition("/")[0] or None))
-        except Absent:
+        except NotFoundError:
             return False
         except CellbenchError:
             raise
         except Exception as error:  # each kind of storage has errors of its own
-            raise refused(error, self.mlflow.get_tracking_uri()) from error
+            raise to_error(error, self.mlflow.get_tracking_uri()) from error
 
     def settle(self) -> None:
         """Waits until a server that was away has been told everything. Raises CellbenchError."""
         self.client.settle()
 
-    def interrupted(self, run: Logged) -> None:
+    def interrupted(self, run: RunState) -> None:
         """Marks a run whose process is gone."""
         self.client.set_tag(run.run_id, STATUS, "interrupted")
         self.client.set_terminated(run.run_id, TERMINAL["interrupted"])
@@ -174,20 +174,20 @@ class Tracker:
         given = [entities.Param(name, str(value)) for name, value in (params or {}).items()]
         self.client.log_batch(run_id, metrics=metrics, params=given, tags=[entities.RunTag(name, value) for name, value in (tags or {}).items()])
 
-    def attach(self, run: Stored, folder: Path) -> None:
+    def attach(self, run: RunRecord, folder: Path) -> None:
         """Everything below a folder, as artifacts of a run that has ended."""
-        with told("keeping a report in MLflow"):
+        with os_errors_as("keeping a report in MLflow"):
             self.client.log_artifacts(run.run_id, str(folder))
 
     def describe(self, markdown: str, search: str = "") -> None:
         """The experiment's description in the UI, and the view that lines its runs up: those that ``search``, in MLflow's words, finds."""
         self.client.set_experiment_tag(self.experiment_id, NOTE, markdown)
-        self.client.set_experiment_tag(self.experiment_id, ui_view.TAG, ui_view.view(search))
+        self.client.set_experiment_tag(self.experiment_id, ui_view.TAG, ui_view.leaderboard_view_url(search))
 
     @contextlib.contextmanager
-    def run(self, name: str, fingerprint: str, *, parent: str = "", known: Logged | None = None, tags: Mapping[str, str] | None = None) -> Iterator[Run]:
+    def run(self, name: str, fingerprint: str, *, parent: str = "", known: RunState | None = None, tags: Mapping[str, str] | None = None) -> Iterator[Run]:
         """A run that is open inside ``with``: a new one, or ``known`` gone on with. Whatever ends the block ends the run, with its reason."""
-        told_tags = {**(tags or {}), FINGERPRINT: fingerprint, EXPERIMENT: self.name, STATUS: "running", OWNER: owner_here(), HEARTBEAT: str(time.time())}
+        told_tags = {**(tags or {}), FINGERPRINT: fingerprint, EXPERIMENT: self.name, STATUS: "running", OWNER: this_owner(), HEARTBEAT: str(time.time())}
         if parent:
             told_tags[PARENT] = parent
         if known is None:
@@ -260,7 +260,7 @@ class Run:
 
     def artifacts(self, folder: Path) -> None:
         """Everything below a folder, under the same names."""
-        with told("keeping a run's artifacts"):
+        with os_errors_as("keeping a run's artifacts"):
             self._tracker.client.log_artifacts(self.run_id, str(folder))
 
     def end(self, status: str, reason: str = "", *, metrics: Mapping[str, float] | None = None, tags: Mapping[str, str] | None = None) -> None:
@@ -273,7 +273,7 @@ class Run:
         self._tracker.client.set_terminated(self.run_id, TERMINAL[status])
 
 
-def newest(*, whole: bool = False) -> str | None:
+def newest_experiment(*, whole: bool = False) -> str | None:
     """The experiment with the newest finished run of ours in MLflow's store; None where there is none. ``whole``: runs on a part of their data
     (``--limit``) count only where there are no others."""
     client = _reader()
@@ -284,7 +284,7 @@ def newest(*, whole: bool = False) -> str | None:
             list(names), f"tags.`{STATUS}` = 'finished'", max_results=100, order_by=["attributes.start_time DESC"], page_token=token
         )
         # Grids, evaluations and explorations are no models. Sorted out here: servers of an older MLflow know no IS NULL.
-        found = [stored for run in page if not (stored := stored_of(run)).is_parent]
+        found = [stored for run in page if not (stored := to_record(run)).is_parent]
         first = first or next((stored.run_id for stored in found), None)
         chosen = next((stored.run_id for stored in found if LIMIT not in stored.tags), None) if whole else first
         token = page.token
@@ -293,7 +293,7 @@ def newest(*, whole: bool = False) -> str | None:
     return None if (run_id := chosen or first) is None else names[client.get_run(run_id).info.experiment_id]
 
 
-def experiments() -> list[str]:
+def all_experiments() -> list[str]:
     """The names of all experiments in MLflow's store."""
     return [one.name for one in _reader().search_experiments()]
 
@@ -303,12 +303,12 @@ def experiment_of(run_id: str) -> str | None:
     if not re.fullmatch(r"[0-9a-f]{32}", run_id):  # not asked of the store: a run's name may hold anything
         return None
     client = _reader()
-    with contextlib.suppress(Absent):
+    with contextlib.suppress(NotFoundError):
         return client.get_experiment(client.get_run(run_id).info.experiment_id).name
     return None
 
 
-def _reader() -> Client:
+def _reader() -> ResilientClient:
     """The store's client, for what may make none."""
     with _store(make=False) as (_, client):
         return client
@@ -319,19 +319,19 @@ _healed: set[Path | None] = set()
 
 
 @contextlib.contextmanager
-def _store(make: bool) -> Iterator[tuple[Any, Client]]:
+def _store(make: bool) -> Iterator[tuple[Any, ResilientClient]]:
     """MLflow and the client of its store, which is locked inside ``with``. Raises CellbenchError."""
-    with startup.kept():
+    with startup.no_gc_during_import():
         import mlflow  # 1 to 2 s, which `--help` and `list` must not pay
 
     uri = mlflow.get_tracking_uri()
     if (file := relocate.store_file(uri)) not in _healed:  # whatever opens a store first, a copy must not write into the original
-        for line in relocate.heal(uri):
-            say(line)
+        for line in relocate.fix_artifact_paths(uri):
+            print_warning(line)
         _healed.add(file)
-    with told("opening MLflow's store here"), relocate.lock(uri):
-        with startup.kept():  # of the store
-            client = sqlite_store.opened(mlflow, make)
+    with os_errors_as("opening MLflow's store here"), relocate.store_lock(uri):
+        with startup.no_gc_during_import():  # of the store
+            client = sqlite_store.open_or_create(mlflow, make)
         yield mlflow, client
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from cellbench.escaping import markdown
+from cellbench.escaping import escape_markdown
 from cellbench.tracking.schema import EVALUATED, LIMIT, VIEW
 
 TAG = f"mlflow.sharedViewState.{VIEW}"
@@ -32,7 +32,7 @@ WHOLE = f"tags.`{LIMIT}` IS NULL"
 """Shows no quick tries, which would stand on top with the score of a few images."""
 
 
-def view(search: str = "") -> str:
+def leaderboard_view_url(search: str = "") -> str:
     """The tag's value. ``search``: what the filter that the UI begins with asks beside ``FILTER``."""
     asked = " AND ".join(part for part in (FILTER, search) if part)
     state: dict[str, Any] = {"searchFilter": asked, "orderByKey": COLUMNS[0], "orderByAsc": False, "startTime": "ALL", "lifecycleFilter": "Active"}
@@ -69,7 +69,7 @@ def _id(section: str) -> str:
     return f"cellbench-{section.replace(' ', '-').lower()}"
 
 
-def columns(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def padded_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table for MLflow's notes, where cells have no room around them: a wide space that its parser does not strip gives them some."""
-    out = ["| " + " | ".join(f"{markdown(heading)}&emsp;" for heading in headings) + " |", "|:---" * len(headings) + "|"]
-    return "\n".join(out + ["| " + " | ".join(f"{markdown(cell)}&emsp;" for cell in line) + " |" for line in lines])
+    out = ["| " + " | ".join(f"{escape_markdown(heading)}&emsp;" for heading in headings) + " |", "|:---" * len(headings) + "|"]
+    return "\n".join(out + ["| " + " | ".join(f"{escape_markdown(cell)}&emsp;" for cell in line) + " |" for line in lines])

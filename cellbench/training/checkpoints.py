@@ -20,25 +20,25 @@ EVERY_S = 30.0
 """What a lost process may have to do again."""
 
 
-def path(fingerprint: str, run: str) -> Path:
+def checkpoint_path(fingerprint: str, run: str) -> Path:
     """The file of a run: ``run`` names it and the store that it is in. Neither can be read in the name, which may hold a password."""
     return cache_dir() / "checkpoints" / f"{fingerprint}-{hashlib.sha256(run.encode()).hexdigest()[:16]}.pt"
 
 
-def write(place: Path, state: dict[str, Any]) -> None:
+def write_checkpoint(place: Path, state: dict[str, Any]) -> None:
     """Tensors, numbers and strings. Raises CellbenchError where the disk is full."""
     write_atomic(place, functools.partial(torch.save, state))
 
 
-def read(place: Path) -> dict[str, Any] | None:
+def read_checkpoint(place: Path) -> dict[str, Any] | None:
     """The state of a run, on the CPU, or None where there is none that can be read, or its weights are NaN: the run then starts anew."""
     state = _read(place)
     if state is None:  # a damaged file costs the epochs it held
-        forget(place)
+        delete_checkpoint(place)
     return state
 
 
-def of_another(place: Path) -> dict[str, Any] | None:
+def read_other_store(place: Path) -> dict[str, Any] | None:
     """The state of the run of the same fingerprint that has come furthest, which another store may hold; None where there is none.
 
     A run that was pruned is not one of them: that was the decision of another search.
@@ -60,7 +60,7 @@ def _read(place: Path) -> dict[str, Any] | None:
     return state if finite else None
 
 
-def forget(place: Path) -> None:
+def delete_checkpoint(place: Path) -> None:
     """Removes the file of a finished run."""
     with contextlib.suppress(FileNotFoundError):
         place.unlink()

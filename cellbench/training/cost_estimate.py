@@ -14,17 +14,17 @@ import torch
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.data.dataset import Dataset
-from cellbench.data.image_cache import Pixels
-from cellbench.data.transforms.cell_targets import asked
-from cellbench.data.transforms.sampling import Plan
-from cellbench.features.extractor import Batch, Features, Keeping
-from cellbench.features.frozen_backbone import Trunk
-from cellbench.hardware import Machine
+from cellbench.data.image_cache import ImageCache
+from cellbench.data.transforms.cell_targets import requested
+from cellbench.data.transforms.sampling import SamplingPlan
+from cellbench.features.extractor import Batch, CachePolicy, Features
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.hardware import Hardware
 from cellbench.models.backbones.build import open_backbone
-from cellbench.training.memory_check import TooLarge, frames_too_large
-from cellbench.training.model import Model, model, num_levels
-from cellbench.training.tiled_inference import segment
-from cellbench.training.trainer import Learner
+from cellbench.training.memory_check import InsufficientMemoryError, why_frames_too_large
+from cellbench.training.model import SegmentationModel, build_model, num_levels
+from cellbench.training.tiled_inference import segment_images
+from cellbench.training.trainer import HeadTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,24 +52,24 @@ class _Nobody:
         pass
 
 
-def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Machine, weights: Path | None, keeping: Keeping) -> Cost:
+def estimate_cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Hardware, weights: Path | None, keeping: CachePolicy) -> Cost:
     """Times one chunk through the trunk and one step of each head, and multiplies out. Raises TooLarge, before anything is computed, for
     whole images that would not fit."""
     first = runs[0]
     backbone = open_backbone(registry.backbone(first.backbone), weights) if first.backbone else None
-    trunk = Trunk(backbone, machine, [n for run in runs if (n := num_levels(run, registry))], first.unfreeze)
-    pixels = {split: Pixels(dataset, split, 0) for split in ("train", "val", "test")}
-    plan = Plan(pixels["train"].sizes_px, first)
+    trunk = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(run, registry))], first.unfreeze)
+    pixels = {split: ImageCache(dataset, split, 0) for split in ("train", "val", "test")}
+    plan = SamplingPlan(pixels["train"].sizes_px, first)
     features = Features(trunk, plan, pixels, keeping)
     tiles = {split: sum(len(features.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")}
 
-    all_made = [model(run, registry, trunk, len(dataset.classes)) for run in runs]
-    if reason := frames_too_large(runs, all_made, features):
-        raise TooLarge(reason)
+    all_made = [build_model(run, registry, trunk, len(dataset.classes)) for run in runs]
+    if reason := why_frames_too_large(runs, all_made, features):
+        raise InsufficientMemoryError(reason)
     tile = torch.rand(trunk.chunk, 3, *features.tile_px["train"], device=machine.device)
     target = torch.zeros(tile.shape[0], *features.tile_px["train"], dtype=torch.long, device=machine.device)
     trunk_s = _seconds(lambda: trunk.maps(tile), machine) / len(tile)
-    aims = torch.zeros(*target.shape, 2, dtype=torch.uint8, device=machine.device) if any(asked(run.targets) for run in runs) else None
+    aims = torch.zeros(*target.shape, 2, dtype=torch.uint8, device=machine.device) if any(requested(run.targets) for run in runs) else None
     batch = Batch(trunk.maps(tile), tile, target, aims)
     epochs = max(run.epochs for run in runs)
     again = {"val": epochs, "train": epochs}
@@ -78,7 +78,7 @@ def cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Mac
     wall = trunk_s * (sum(tiles[split] * times for split, times in passes.items()) + tiles["test"])
     disk = 0.0
     for run, made in zip(runs, all_made, strict=True):
-        learner = Learner(run=run, model=made, recorder=_Nobody(), num_views=batch.num).on(features)
+        learner = HeadTrainer(run=run, model=made, recorder=_Nobody(), num_views=batch.num).on(features)
         step_s = _seconds(lambda learner=learner: (learner.begin(), learner.take(batch)), machine) / batch.num
         made.eval()
         decode_s = _seconds(lambda made=made: _decode(made, batch, machine), machine) / batch.num
@@ -108,7 +108,7 @@ MOST_PASSES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speed:
+class InferenceSpeed:
     """What an image takes a model, the backbone's part included, in one lane."""
 
     wall_s: float
@@ -116,8 +116,8 @@ class Speed:
     """Of the lane's own thread."""
 
 
-def speeds(models: Sequence[Model], features: Features) -> list[Speed]:
-    """What a test image takes each model, from the clocks of a pass over the test images (``cellbench.training.tiled_inference.score``) that was the first since
+def inference_speeds(models: Sequence[SegmentationModel], features: Features) -> list[InferenceSpeed]:
+    """What a test image takes each model, from the clocks of a pass over the test images (``cellbench.training.tiled_inference.score_images``) that was the first since
     they were set to zero.
 
     Where some model took less than ``MEASURED_S``, the pass is repeated, and that first one, while everything was cold, does not count.
@@ -129,10 +129,10 @@ def speeds(models: Sequence[Model], features: Features) -> list[Speed]:
         return min(trunk.seconds + made.seconds for made in models)
 
     if shortest() < MEASURED_S:
-        reset(trunk, models)
+        reset_timers(trunk, models)
         passes, begun = 0, time.perf_counter()
         while not passes or (shortest() < MEASURED_S and passes < MOST_PASSES and time.perf_counter() - begun < 3 * MEASURED_S):
-            for _ in segment(models, features, "test"):
+            for _ in segment_images(models, features, "test"):
                 pass
             passes += 1
     trunk_s, trunk_cpu_s = trunk.seconds / passes / num, trunk.cpu_seconds / passes / num
@@ -141,12 +141,12 @@ def speeds(models: Sequence[Model], features: Features) -> list[Speed]:
         tiles = sum(len(features.grid("test", k)) for k in range(num)) / num
         trunk_s, trunk_cpu_s = (tiles * spent / trunk.chunk for spent in _spent(lambda: trunk.maps(tile), trunk.machine))
     return [
-        Speed(wall_s=trunk_s + made.seconds / passes / num, cpu_s=trunk_cpu_s + made.cpu_seconds / passes / num) for made in models
+        InferenceSpeed(wall_s=trunk_s + made.seconds / passes / num, cpu_s=trunk_cpu_s + made.cpu_seconds / passes / num) for made in models
     ]
 
 
-def function_speed(work: Callable[[Any], object], images: Pixels) -> Speed:
-    """As :func:`speeds`, of a method that learns nothing, after a first pass over the images: passes of ``MEASURED_S`` in all."""
+def function_speed(work: Callable[[Any], object], images: ImageCache) -> InferenceSpeed:
+    """As :func:`inference_speeds`, of a method that learns nothing, after a first pass over the images: passes of ``MEASURED_S`` in all."""
     wall_s = cpu_s = 0.0
     passes = 0
     while not passes or (wall_s < MEASURED_S and passes < MOST_PASSES):
@@ -156,17 +156,17 @@ def function_speed(work: Callable[[Any], object], images: Pixels) -> Speed:
             work(image)
             wall_s, cpu_s = wall_s + time.perf_counter() - start, cpu_s + time.thread_time() - start_cpu
         passes += 1
-    return Speed(wall_s=wall_s / passes / len(images), cpu_s=cpu_s / passes / len(images))
+    return InferenceSpeed(wall_s=wall_s / passes / len(images), cpu_s=cpu_s / passes / len(images))
 
 
-def reset(trunk: Trunk, models: Sequence[Model]) -> None:
+def reset_timers(trunk: FrozenBackbone, models: Sequence[SegmentationModel]) -> None:
     """Sets the clocks to zero."""
     trunk.seconds = trunk.cpu_seconds = 0.0
     for made in models:
         made.seconds = made.cpu_seconds = 0.0
 
 
-def latencies_ms(models: Sequence[Model], features: Features) -> list[float]:
+def latencies_ms(models: Sequence[SegmentationModel], features: Features) -> list[float]:
     """Milliseconds that each model takes for the validation image of middle size: all its tiles, at the test's overlap, through backbone and
     head. From one chunk timed now; decoding the file and blending tiles are not in it."""
     trunk, sizes = features.trunk, sorted(features.pixels["val"].sizes_px, key=math.prod)
@@ -182,19 +182,19 @@ def latencies_ms(models: Sequence[Model], features: Features) -> list[float]:
 
 
 @torch.no_grad()
-def _decode(made: Any, batch: Batch, machine: Machine) -> None:
+def _decode(made: Any, batch: Batch, machine: Hardware) -> None:
     with machine.autocast():
         made(batch).float().softmax(1)
 
 
-def _seconds(work: Callable[[], object], machine: Machine) -> float:
+def _seconds(work: Callable[[], object], machine: Hardware) -> float:
     return _spent(work, machine)[0]
 
 
 SHORT_S, MOST_GOES = 0.1, 5
 
 
-def _spent(work: Callable[[], object], machine: Machine) -> tuple[float, float]:
+def _spent(work: Callable[[], object], machine: Hardware) -> tuple[float, float]:
     """Wall and processor seconds of the fastest of two goes, or, of what is short, up to five, after one to warm up."""
     goes: list[tuple[float, float]] = []
     while len(goes) < 3 or (len(goes) <= MOST_GOES and sum(wall_s for wall_s, _ in goes[1:]) < SHORT_S):
@@ -205,7 +205,7 @@ def _spent(work: Callable[[], object], machine: Machine) -> tuple[float, float]:
     return min(goes[1:])
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """``95 s``, ``12 min`` or ``3.4 h``."""
     if seconds < 120:
         return f"{seconds:.0f} s"

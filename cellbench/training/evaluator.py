@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
-from cellbench.metrics.instance import COUNTS, SCORES, Agreement, Truth
-from cellbench.metrics.pixel import IGNORE, image_scores
-from cellbench.metrics.separation import CONNECTED, Separation
+from cellbench.metrics.instance import COUNTS, SCORES, InstanceScores, ReferenceMask
+from cellbench.metrics.pixel import IGNORE, per_image_scores
+from cellbench.metrics.separation import CONNECTED, SeparationParams
 
 BINS = 20
 """Of the probability of a cell, for the reliability diagram."""
@@ -27,18 +27,18 @@ SHOWN_PX = 600
 CANDIDATES = 10
 """Answers held while the median is not known, twice: the nearest to it so far, and some drawn by chance."""
 
-Answer = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+Prediction = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 """A class map, the probability of a cell, and the relief of the cells, each (H, W) uint8 or, but for the first, what a method does not give."""
 
 
-def shown(array: np.ndarray) -> np.ndarray:
+def thumbnail(array: np.ndarray) -> np.ndarray:
     """Every n-th pixel of an image or map (H, W, ...), so that its longer side is at most ``SHOWN_PX``."""
     step = -(-max(array.shape[:2]) // SHOWN_PX)
     return array[::step, ::step]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class ExamplePrediction:
     """A run's answer for one image, at the size it is shown in, compressed: some 50 kB instead of 4 MB."""
 
     image: int
@@ -49,9 +49,9 @@ class Case:
     packed_cell: bytes | None
 
     @classmethod
-    def of(cls, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None) -> Case:
-        small = shown(classes)
-        pack = [None if x is None else zlib.compress(np.ascontiguousarray(shown(x)), 1) for x in (classes, cell)]
+    def of(cls, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None) -> ExamplePrediction:
+        small = thumbnail(classes)
+        pack = [None if x is None else zlib.compress(np.ascontiguousarray(thumbnail(x)), 1) for x in (classes, cell)]
         return cls(image=image, dice=dice, shape=small.shape, packed=pack[0] or b"", packed_cell=pack[1])
 
     @property
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def classes(self) -> np.ndarray:
-        """(H, W) uint8, as :func:`shown` gives it."""
+        """(H, W) uint8, as :func:`thumbnail` gives it."""
         return np.frombuffer(zlib.decompress(self.packed), np.uint8).reshape(self.shape)
 
     @property
@@ -71,7 +71,7 @@ class Case:
 
 
 @dataclass
-class Keepsake:
+class ExampleKeeper:
     """The answers for the worst, the median and the best image, so that no image is segmented twice to be shown.
 
     Images without a score (no cell, none found) are kept only where there is no other. The median is known at the end only. Held are the
@@ -79,20 +79,20 @@ class Keepsake:
     the images. The nearest of all these is shown, under its own score.
     """
 
-    worst: Case | None = None
-    best: Case | None = None
-    _empty: Case | None = None
-    _middle: list[Case] = field(default_factory=list)
-    _drawn: list[Case] = field(default_factory=list)
+    worst: ExamplePrediction | None = None
+    best: ExamplePrediction | None = None
+    _empty: ExamplePrediction | None = None
+    _middle: list[ExamplePrediction] = field(default_factory=list)
+    _drawn: list[ExamplePrediction] = field(default_factory=list)
     _chance: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     _dices: list[float] = field(default_factory=list)
 
     def offer(self, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None) -> None:
         """An image's answer; kept if it is to be."""
         if math.isnan(dice):
-            self._empty = self._empty or Case.of(image, dice, classes, cell)
+            self._empty = self._empty or ExamplePrediction.of(image, dice, classes, cell)
             return
-        case = Case.of(image, dice, classes, cell)
+        case = ExamplePrediction.of(image, dice, classes, cell)
         self._dices.append(dice)
         self._middle.append(case)
         if self.worst is None or dice < self.worst.dice:
@@ -108,7 +108,7 @@ class Keepsake:
             self._middle.remove(max(self._middle, key=lambda one: abs(one.dice - now)))
 
     @property
-    def cases(self) -> dict[str, Case]:
+    def cases(self) -> dict[str, ExamplePrediction]:
         """``worst``, ``median``, ``best``, as far as they are different images."""
         if self.worst is None or self.best is None:
             return {} if self._empty is None else {"worst": self._empty}
@@ -120,18 +120,18 @@ class Keepsake:
 
 
 @dataclass
-class Exam:
+class RunEvaluation:
     """One run's test so far, N images."""
 
-    separation: Separation = field(default_factory=Separation)
+    separation: SeparationParams = field(default_factory=SeparationParams)
     """How its cells are told apart."""
     matrices: list[np.ndarray] = field(default_factory=list)
-    agreements: list[Agreement] = field(default_factory=list)
+    agreements: list[InstanceScores] = field(default_factory=list)
     connected: list[dict[str, float | int]] = field(default_factory=list)
     """The scores of single cells where nothing is cut: what the separation is worth."""
     levels: np.ndarray = field(default_factory=lambda: np.zeros((2, 256), np.int64))
     """Pixels by truth (0 background, 1 cell) and predicted probability of a cell (0..255)."""
-    keep: Keepsake = field(default_factory=Keepsake)
+    keep: ExampleKeeper = field(default_factory=ExampleKeeper)
 
     @property
     def counts(self) -> np.ndarray:
@@ -157,20 +157,20 @@ class Exam:
         }
 
 
-class Exams:
+class CohortEvaluator:
     """The exams of the runs of one cohort, taken side by side. Use in ``with``: leaving waits for the last answers."""
 
-    def __init__(self, dataset: Dataset, num_runs: int, separations: Sequence[Separation] | None = None) -> None:
+    def __init__(self, dataset: Dataset, num_runs: int, separations: Sequence[SeparationParams] | None = None) -> None:
         """``separations``: each run's way to tell its cells apart; None: connected regions."""
         self._dataset = dataset
         plain = replace(CONNECTED, owners=dataset.owners)
         if dataset.min_cell_px is not None:
             plain = replace(plain, min_area_px=dataset.min_cell_px)
-        self.exams = [Exam(separation=one) for one in separations or [plain] * num_runs]
+        self.exams = [RunEvaluation(separation=one) for one in separations or [plain] * num_runs]
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "exam")
         self._waiting: list[Future[None]] = []
 
-    def __enter__(self) -> Exams:
+    def __enter__(self) -> CohortEvaluator:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -180,13 +180,13 @@ class Exams:
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def take(self, image: int, truth: np.ndarray, matrices: Sequence[np.ndarray], answers: Sequence[Answer]) -> None:
+    def take(self, image: int, truth: np.ndarray, matrices: Sequence[np.ndarray], answers: Sequence[Prediction]) -> None:
         """An image's truth (H, W), and each run's confusion matrix and answer."""
         self._settle()  # one image is under way at a time: answers for hundreds would fill the memory
         prepared = self._pool.submit(self._truth, self._dataset.test[image], truth)
         # In the pool's order the truth comes first, so no thread waits for one that cannot start.
         self._waiting = [
-            self._pool.submit(self._mark, exam, image, truth, prepared, counts, image_scores(counts[None], unused=self._dataset.unused), *answer)
+            self._pool.submit(self._mark, exam, image, truth, prepared, counts, per_image_scores(counts[None], unused=self._dataset.unused), *answer)
             for exam, counts, answer in zip(self.exams, matrices, answers, strict=True)
         ]
 
@@ -195,17 +195,17 @@ class Exams:
             job.result()
         self._waiting = []
 
-    def _truth(self, sample: Sample, classes: np.ndarray) -> Truth:
+    def _truth(self, sample: Sample, classes: np.ndarray) -> ReferenceMask:
         data = self._dataset
         ids = data.read_instances(sample)
-        return Truth(classes, len(data.classes), ids, owners=data.owners, unused=data.unused, min_area_px=data.min_cell_px)
+        return ReferenceMask(classes, len(data.classes), ids, owners=data.owners, unused=data.unused, min_area_px=data.min_cell_px)
 
     @staticmethod
     def _mark(
-        exam: Exam,
+        exam: RunEvaluation,
         image: int,
         truth: np.ndarray,
-        prepared: Future[Truth],
+        prepared: Future[ReferenceMask],
         counts: np.ndarray,
         scores: dict[str, np.ndarray],
         classes: np.ndarray,

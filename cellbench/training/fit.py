@@ -13,10 +13,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from cellbench.features.extractor import Batch, Features
-from cellbench.parallel import Lanes
-from cellbench.training.stacked_heads import parties
-from cellbench.training.tiled_inference import tile_counts
-from cellbench.training.trainer import Learner
+from cellbench.parallel import WorkerPool
+from cellbench.training.stacked_heads import group_stackable
+from cellbench.training.tiled_inference import score_tiles
+from cellbench.training.trainer import HeadTrainer
 
 
 class Progress(Protocol):
@@ -25,17 +25,17 @@ class Progress(Protocol):
     def update(self, n: int = 1) -> Any: ...
 
 
-def fit(learners: Sequence[Learner], features: Features, progress: Progress | None = None) -> None:
+def fit(learners: Sequence[HeadTrainer], features: Features, progress: Progress | None = None) -> None:
     """Trains the learners of one cohort to their ends. A learner that was restored takes part from its own next epoch on.
 
     ``progress`` is told of every view that went through the trunk. Weights of the best epoch are in each learner's model afterwards.
     """
     learners = [learner.on(features) for learner in learners]
-    with Lanes(features.trunk.machine.lanes) as lanes:
+    with WorkerPool(features.trunk.machine.lanes) as lanes:
         while active := [learner for learner in learners if not learner.ended]:
             epoch = min(learner.epoch for learner in active)
             active = [learner for learner in active if learner.epoch == epoch]
-            teams = parties(active, features)
+            teams = group_stackable(active, features)
             for team in teams:
                 team.begin()
             for chunk in features.train(epoch, lanes):
@@ -50,12 +50,12 @@ def fit(learners: Sequence[Learner], features: Features, progress: Progress | No
             learner.load_best()
 
 
-def validate(learners: Sequence[Learner], features: Features, lanes: Lanes) -> None:
+def validate(learners: Sequence[HeadTrainer], features: Features, lanes: WorkerPool) -> None:
     """Scores the learners on the whole validation images and ends their epoch."""
 
     def watch(k: int, logits: Tensor, batch: Batch) -> None:
         learners[k].watch(logits, batch)
 
-    counts = tile_counts([learner.model for learner in learners], features, "val", watch, lanes)
+    counts = score_tiles([learner.model for learner in learners], features, "val", watch, lanes)
     for learner, mine in zip(learners, counts, strict=True):
         learner.finish(mine)

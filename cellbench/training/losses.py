@@ -18,7 +18,7 @@ from cellbench.metrics.pixel import IGNORE
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def loss_of(text: str) -> Callable[..., Tensor]:
+def parse_loss(text: str) -> Callable[..., Tensor]:
     """The loss that ``text`` writes, for example ``0.5 ce + 0.5 dice``: (logits (B, C, H, W), target (B, H, W) int64) -> scalar; or,
     for N models that see the same tiles, (logits (N, B, C, H, W), the same target) -> (N,).
 

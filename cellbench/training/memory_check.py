@@ -18,12 +18,12 @@ from cellbench.config.run import RunSpec
 from cellbench.data.transforms.framing import Size
 from cellbench.errors import CellbenchError
 from cellbench.features.extractor import Batch, Features
-from cellbench.features.frozen_backbone import Trunk
-from cellbench.training.losses import loss_of
-from cellbench.training.model import Model
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.training.losses import parse_loss
+from cellbench.training.model import SegmentationModel
 
 
-class TooLarge(CellbenchError):
+class InsufficientMemoryError(CellbenchError):
     """Says what a whole image needs, what is there, and what to do."""
 
 
@@ -38,16 +38,16 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def trunk_bytes(trunk: Trunk, frame_px: Size) -> int:
+def backbone_bytes(trunk: FrozenBackbone, frame_px: Size) -> int:
     """At the peak of one frame's pass."""
     if trunk.backbone is None:
         return 0
     return max(BYTES_PER_VALUE * level.dim * (frame_px[0] // level.stride_px) * (frame_px[1] // level.stride_px) for level in trunk.backbone.levels)
 
 
-def too_large(trunk: Trunk, frame_px: Size, more_bytes: int = 0) -> str:
+def why_too_large(trunk: FrozenBackbone, frame_px: Size, more_bytes: int = 0) -> str:
     """Why one frame (and ``more_bytes`` beside it) cannot be computed here; empty where it can."""
-    needed, there = trunk_bytes(trunk, frame_px) + more_bytes, free_bytes(trunk.machine.device)
+    needed, there = backbone_bytes(trunk, frame_px) + more_bytes, free_bytes(trunk.machine.device)
     if needed <= there:
         return ""
     return (
@@ -56,7 +56,7 @@ def too_large(trunk: Trunk, frame_px: Size, more_bytes: int = 0) -> str:
     )
 
 
-def frames_too_large(runs: Sequence[RunSpec], models: Sequence[Model], features: Features) -> str:
+def why_frames_too_large(runs: Sequence[RunSpec], models: Sequence[SegmentationModel], features: Features) -> str:
     """Why the runs of a cohort that see whole images cannot be trained here; empty where they can, or see tiles."""
     if not features.framing.whole:
         return ""
@@ -64,10 +64,10 @@ def frames_too_large(runs: Sequence[RunSpec], models: Sequence[Model], features:
     area = frame_px[0] * frame_px[1]
     # A batch is learned from at once; one run after the other.
     most = max(run.batch_size * area * _kept_bytes(run, model, features) for run, model in zip(runs, models, strict=True))
-    return too_large(features.trunk, frame_px, int(most))
+    return why_too_large(features.trunk, frame_px, int(most))
 
 
-def _kept_bytes(run: RunSpec, model: Model, features: Features) -> float:
+def _kept_bytes(run: RunSpec, model: SegmentationModel, features: Features) -> float:
     """What a training step of a head keeps, in bytes for each pixel of a frame, its maps included."""
     side = features.framing.side_px
     device = features.trunk.machine.device
@@ -84,5 +84,5 @@ def _kept_bytes(run: RunSpec, model: Model, features: Features) -> float:
     with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         with features.trunk.machine.autocast():
             logits = probe(batch)
-        loss_of(run.loss)(logits[:, : probe.num_classes], batch.target)
+        parse_loss(run.loss)(logits[:, : probe.num_classes], batch.target)
     return sum(kept.values()) / side**2

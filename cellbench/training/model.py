@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from cellbench.config.registry import BaselineCard, HeadCard, Registry, load
 from cellbench.config.run import RunSpec
-from cellbench.data.transforms.cell_targets import asked
+from cellbench.data.transforms.cell_targets import requested
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features.extractor import Batch
-from cellbench.features.frozen_backbone import TOKENS, Trunk
+from cellbench.features.frozen_backbone import TOKENS, FrozenBackbone
 from cellbench.models.backbones.base import Level
 from cellbench.models.heads.base import Head
-from cellbench.training.randomness import Draws
+from cellbench.training.randomness import ModelRandomness
 
 
-class Model(nn.Module):
+class SegmentationModel(nn.Module):
     """A head, the indices of the levels that it reads, and, where the run trains the backbone's last blocks, its tail."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Model(nn.Module):
         """Spent by this model alone in decoding whole images so far."""
         self.cpu_seconds = 0.0
         """Of the processor, by the threads that decoded."""
-        self.draws = Draws(self)
+        self.draws = ModelRandomness(self)
 
     def forward(self, batch: Batch) -> Tensor:
         """Class scores (B, K, T, T) before softmax, for every pixel of the batch's tiles; then a channel before the sigmoid for each aim."""
@@ -73,11 +73,11 @@ def num_levels(run: RunSpec, registry: Registry) -> int:
     return 0 if run.baseline else registry.head(run.head or "").levels
 
 
-def model(run: RunSpec, registry: Registry, trunk: Trunk, num_classes: int) -> Model:
+def build_model(run: RunSpec, registry: Registry, trunk: FrozenBackbone, num_classes: int) -> SegmentationModel:
     """The run's trainable part, with weights that depend on its seed alone, on the trunk's device."""
     card: HeadCard | BaselineCard = registry.baseline(run.baseline) if run.baseline else registry.head(run.head or "")
     levels = trunk.levels(num_levels(run, registry)) if not run.baseline else ()
-    build, aims = load(card), asked(run.targets)
+    build, aims = load(card), requested(run.targets)
     with torch.random.fork_rng(devices=[]):  # nobody else's random numbers depend on how many heads were made
         torch.manual_seed(run.seed)
         try:
@@ -86,4 +86,4 @@ def model(run: RunSpec, registry: Registry, trunk: Trunk, num_classes: int) -> M
             raise CellbenchError(f"{card.path}: cannot be built with {run.options or 'no options'}: {one_line(error)}.") from error
     tail = trunk.backbone.tail(run.unfreeze) if run.unfreeze and trunk.backbone is not None else None
     num_frozen = len(trunk.backbone.levels) - run.unfreeze if trunk.backbone is not None else 0
-    return Model(head, levels, tail, num_frozen, aims).to(trunk.machine.device, memory_format=torch.channels_last)
+    return SegmentationModel(head, levels, tail, num_frozen, aims).to(trunk.machine.device, memory_format=torch.channels_last)

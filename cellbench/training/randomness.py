@@ -39,7 +39,7 @@ _ON_DEVICE = ("_", "rrelu", "rnn", "lstm", "gru", "miopen")
 """Operations, by how their names begin, that draw where their tensors are: fused ones, which no processor has in the same form."""
 
 
-class Draws:
+class ModelRandomness:
     """The random numbers of one model."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -49,13 +49,13 @@ class Draws:
         """Whether its next step may draw: unknown for a layer that is not ours until a step has drawn nothing."""
 
     @contextlib.contextmanager
-    def seeded(self, *seed: int) -> Iterator[Seeded | None]:
+    def seeded(self, *seed: int) -> Iterator[SeededDraws | None]:
         """For one step, backward pass included: what is drawn inside follows from ``seed`` alone, non-negative whole numbers. None where nothing
         can be drawn."""
         if self._never:
             yield None
             return
-        with Seeded(seed, self._device, at_once=self.expected) as drawing:
+        with SeededDraws(seed, self._device, at_once=self.expected) as drawing:
             yield drawing
         self.expected = drawing.drew
 
@@ -65,7 +65,7 @@ class Draws:
         if self._never:
             yield
             return
-        with Seeded((), self._device):
+        with SeededDraws((), self._device):
             yield
 
     @property
@@ -73,7 +73,7 @@ class Draws:
         return self._weight.device
 
 
-class Seeded(TorchDispatchMode):
+class SeededDraws(TorchDispatchMode):
     """Inside ``with``, this thread's random operations of torch draw from generators that are seeded with ``seed`` at the first of them, or
     ``at_once``: needed where the state of the generators is read before anything is drawn, as activation checkpointing does."""
 
@@ -83,7 +83,7 @@ class Seeded(TorchDispatchMode):
         self._begun = contextlib.ExitStack()
         self._is_begun = self._is_open = self.drew = False
 
-    def __enter__(self) -> Seeded:
+    def __enter__(self) -> SeededDraws:
         if self._at_once:
             self._begin()
         super().__enter__()
@@ -129,10 +129,10 @@ class Seeded(TorchDispatchMode):
         args, kwargs = tree_map(lambda x: None if isinstance(x, torch.Generator) else x, (tuple(args), dict(kwargs)))
         if self._device.type == "cpu" or func._schema.name.removeprefix("aten::").startswith(_ON_DEVICE):
             return func(*args, **kwargs)
-        return on_cpu(func, args, kwargs, self._device)
+        return draw_on_cpu(func, args, kwargs, self._device)
 
 
-def on_cpu(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Any:
+def draw_on_cpu(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Any:
     """What ``func`` gives with the numbers that it would draw on a processor, on ``device``. It may change its first argument in place, no other."""
     copies: list[tuple[Tensor, Tensor]] = []
 

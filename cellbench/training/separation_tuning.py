@@ -15,10 +15,10 @@ import numpy as np
 
 from cellbench.data.dataset import Dataset
 from cellbench.features.extractor import Features
-from cellbench.metrics.instance import MIN_AREA_PX, true_cells
-from cellbench.metrics.separation import Separation, Tuning
-from cellbench.training.model import Model
-from cellbench.training.tiled_inference import segment
+from cellbench.metrics.instance import MIN_AREA_PX, reference_instances
+from cellbench.metrics.separation import SeparationParams, SeparationTuner
+from cellbench.training.model import SegmentationModel
+from cellbench.training.tiled_inference import segment_images
 
 MOST_IMAGES = 16
 """The first of the validation images: one parameter of ten values is settled by a few hundred cells."""
@@ -27,21 +27,21 @@ Answer = tuple[np.ndarray, np.ndarray | None]
 """A class map (H, W) uint8, and the relief (H, W) uint8 where the model learned one."""
 
 
-def tuned(models: Sequence[Model], features: Features, dataset: Dataset) -> list[Separation]:
+def tune_separation(models: Sequence[SegmentationModel], features: Features, dataset: Dataset) -> list[SeparationParams]:
     """For each model the separation that finds most cells of the validation images in its own answers."""
     # Closed as soon as enough was seen: the other images' tiles are never decoded.
-    with contextlib.closing(segment(models, features, "val")) as answers:
-        return separations(dataset, len(models), ((image, [(one.classes, one.relief) for one in found]) for image, found in answers))
+    with contextlib.closing(segment_images(models, features, "val")) as answers:
+        return choose_separations(dataset, len(models), ((image, [(one.classes, one.relief) for one in found]) for image, found in answers))
 
 
-def separations(dataset: Dataset, num: int, answers: Iterable[tuple[int, Sequence[Answer]]]) -> list[Separation]:
+def choose_separations(dataset: Dataset, num: int, answers: Iterable[tuple[int, Sequence[Answer]]]) -> list[SeparationParams]:
     """The same from the numbers of validation images, in any order, with ``num`` answers to each."""
     least = MIN_AREA_PX if dataset.min_cell_px is None else dataset.min_cell_px
-    tunings = [Tuning(least, owners=dataset.owners) for _ in range(num)]
+    tunings = [SeparationTuner(least, owners=dataset.owners) for _ in range(num)]
     with ThreadPoolExecutor(min(num, os.cpu_count() or 1), "tuning") as pool:
         for image, found in itertools.islice(answers, MOST_IMAGES):
             sample = dataset.val[image]
-            truth, min_area_px = true_cells(
+            truth, min_area_px = reference_instances(
                 dataset.read_mask(sample), dataset.read_instances(sample), dataset.min_cell_px, owners=dataset.owners
             )
             jobs = [pool.submit(one.add, *answer, truth, min_area_px) for one, answer in zip(tunings, found, strict=True)]

@@ -23,30 +23,30 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from cellbench.features.extractor import Batch, Features
-from cellbench.training.model import Model
-from cellbench.training.trainer import Learner, MiniBatches, single_values_fail
+from cellbench.training.model import SegmentationModel
+from cellbench.training.trainer import HeadTrainer, MiniBatches, fail_single_values
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def parties(learners: Sequence[Learner], features: Features) -> list[Learner | Team]:
-    """Who steps together in an epoch: teams where the machine wants them, of learners that are :func:`alike`, and the others alone."""
+def group_stackable(learners: Sequence[HeadTrainer], features: Features) -> list[HeadTrainer | StackedHeads]:
+    """Who steps together in an epoch: teams where the machine wants them, of learners that are :func:`same_architecture`, and the others alone."""
     most = features.trunk.machine.most_as_one if not features.framing.whole else 1  # a whole image keeps a GPU busy, and takes its memory
-    groups: dict[Hashable, list[Learner]] = {}
+    groups: dict[Hashable, list[HeadTrainer]] = {}
     for k, learner in enumerate(learners):
-        groups.setdefault(alike(learner) if stackable(learner.model) else k, []).append(learner)
+        groups.setdefault(same_architecture(learner) if stackable(learner.model) else k, []).append(learner)
     parts = [group[at : at + most] for group in groups.values() for at in range(0, len(group), most)]
-    return [Team(part) if len(part) > 1 else part[0] for part in parts]
+    return [StackedHeads(part) if len(part) > 1 else part[0] for part in parts]
 
 
-def alike(learner: Learner) -> Hashable:
+def same_architecture(learner: HeadTrainer) -> Hashable:
     """The same for learners of one cohort whose heads are built alike and learn the same from the same mini-batches."""
     run = learner.run
     weights = tuple((name, x.shape, x.dtype) for name, x in learner.model.state_dict().items())
     return run.head, run.baseline, repr(run.options), run.targets, run.loss, run.batch_size, learner.num_views, weights
 
 
-def stackable(model: Model) -> bool:
+def stackable(model: SegmentationModel) -> bool:
     """Whether a model can be a member: its head says so and draws no random numbers, all its weights learn and are in layers that can be made
     one, and it trains no backbone's blocks."""
     learns = all(weight.requires_grad for weight in model.parameters())
@@ -66,10 +66,10 @@ def _plain(layer: nn.Module) -> bool:
     return layer.groups == 1 and layer.padding_mode == "zeros"
 
 
-class Team:
-    """Two or more learners that are :func:`alike` and :func:`stackable`, for one epoch."""
+class StackedHeads:
+    """Two or more learners that are :func:`same_architecture` and :func:`stackable`, for one epoch."""
 
-    def __init__(self, members: Sequence[Learner]) -> None:
+    def __init__(self, members: Sequence[HeadTrainer]) -> None:
         self.members = list(members)
 
     @property
@@ -83,18 +83,18 @@ class Team:
             member.begin()
         first, models = self.members[0], [member.model for member in self.members]
         self._batches = MiniBatches(first.num_views, first.run.batch_size)
-        self._model = as_one(first.model)
+        self._model = stack(first.model)
         self._buffers = {name: torch.stack([model.get_buffer(name) for model in models]) for name, _ in first.model.named_buffers()}
         self._names = [name for name, _ in first.model.named_parameters()]
         self._optimiser = _Optimiser(self.members)
         self._sums_N = torch.zeros(len(models), device=first.device)
 
     def take(self, chunk: Batch) -> None:
-        """As :meth:`Learner.take`, for all members; each is charged its share of the time."""
+        """As :meth:`HeadTrainer.take`, for all members; each is charged its share of the time."""
         if self.members[0].ended:
             return
         start, start_cpu = time.perf_counter(), time.thread_time()
-        with single_values_fail(self.members):
+        with fail_single_values(self.members):
             for batch in self._batches.of(chunk):
                 self._learn(batch)
         share_s, share_cpu_s = ((now - then) / len(self.members) for now, then in ((time.perf_counter(), start), (time.thread_time(), start_cpu)))
@@ -127,7 +127,7 @@ class _Optimiser:
     operations then, however many weights and members there are.
     """
 
-    def __init__(self, members: Sequence[Learner]) -> None:
+    def __init__(self, members: Sequence[HeadTrainer]) -> None:
         self._members, self._at = members, 0
         self._columns = list(zip(*(member.model.parameters() for member in members), strict=True))
         defaults = members[0].optimiser.defaults
@@ -202,7 +202,7 @@ def _in_order(x: Tensor) -> Tensor:
 # --- the layers of all members as one ---------------------------------------------------------------------------------------------------------
 
 
-def as_one(module: M) -> M:
+def stack(module: M) -> M:
     """A copy of a model or head whose layers, under ``vmap``, do the work of all members in one operation."""
     made = copy.deepcopy(module).train()
     for layer in made.modules():
@@ -212,7 +212,7 @@ def as_one(module: M) -> M:
     return made
 
 
-class _AsOne(torch.autograd.Function):
+class _StackedModule(torch.autograd.Function):
     """``work(x, N, *weights)`` under ``vmap``. Torch's own rules for these layers know no autocast: a convolution refuses mixed precision, and a
     batch norm becomes four operations (torch 2.14)."""
 
@@ -242,7 +242,7 @@ def _given(*weights: Tensor | None) -> list[Tensor]:
 
 class _Conv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return _AsOne.apply(self._work, x, *_given(self.weight, self.bias))
+        return _StackedModule.apply(self._work, x, *_given(self.weight, self.bias))
 
     def _work(self, x: Tensor, num: int, weight_NOChw: Tensor, bias_NO: Tensor | None = None) -> Tensor:
         shared = x.dim() == 4  # read once, for all members' channels
@@ -253,7 +253,7 @@ class _Conv(nn.Conv2d):
 
 class _Transposed(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:
-        return _AsOne.apply(self._work, x, *_given(self.weight, self.bias))
+        return _StackedModule.apply(self._work, x, *_given(self.weight, self.bias))
 
     def _work(self, x: Tensor, num: int, weight_NCOhw: Tensor, bias_NO: Tensor | None = None) -> Tensor:
         bias = None if bias_NO is None else bias_NO.flatten()
@@ -264,7 +264,7 @@ class _Transposed(nn.ConvTranspose2d):
 class _Norm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         self.num_batches_tracked.add_(1)
-        return _AsOne.apply(self._work, x, self.weight, self.bias, self.running_mean, self.running_var)
+        return _StackedModule.apply(self._work, x, self.weight, self.bias, self.running_mean, self.running_var)
 
     def _work(self, x: Tensor, num: int, *weights_NC: Tensor) -> Tensor:
         weight, bias, mean, var = (x_NC.flatten() for x_NC in weights_NC)  # views: the running statistics are changed in place

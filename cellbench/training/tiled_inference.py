@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellbench.data.transforms.cell_targets import relief
+from cellbench.data.transforms.cell_targets import boundary_depth
 from cellbench.data.transforms.tiling import Stitcher
 from cellbench.features.extractor import Batch, Features
-from cellbench.metrics.pixel import IGNORE, confusion
-from cellbench.parallel import Lanes
-from cellbench.training.model import Model
+from cellbench.metrics.pixel import IGNORE, confusion_matrix
+from cellbench.parallel import WorkerPool
+from cellbench.training.model import SegmentationModel
 
-Watch = Callable[[int, Tensor, Batch], None]
+ValidationCallback = Callable[[int, Tensor, Batch], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segmented:
+class SegmentedImage:
     """One model's answer for one image."""
 
     classes: np.ndarray
@@ -41,7 +41,7 @@ class Segmented:
     """Whether all scores were; where not, the rest is no answer."""
 
 
-def foreground(logits_BKHW: Tensor) -> Tensor:
+def foreground_probabilities(logits_BKHW: Tensor) -> Tensor:
     """The probabilities (B, K-1, H, W), float32, of all classes but the background, whose own is what is missing to one."""
     logits = logits_BKHW.float()
     if logits.shape[1] == 2:  # half the exponentials, and half of everything after
@@ -49,36 +49,36 @@ def foreground(logits_BKHW: Tensor) -> Tensor:
     return logits.softmax(1)[:, 1:]
 
 
-def drawn(logits_BCTT: Tensor, model: Model) -> Tensor:
+def output_channels(logits_BCTT: Tensor, model: SegmentationModel) -> Tensor:
     """What is blended of a model's output: the foreground's probabilities (B, K-1, T, T), then the relief (B, 1, T, T) where it learned one.
 
     NaN at each pixel with a score that is not finite, which a softmax would turn into a probability of 0 or 1.
     """
-    found = foreground(logits_BCTT[:, : model.num_classes])
-    found = torch.cat([found, relief(logits_BCTT[:, model.num_classes :], model.aims)], 1) if model.aims else found
-    return found + unfinite(logits_BCTT)
+    found = foreground_probabilities(logits_BCTT[:, : model.num_classes])
+    found = torch.cat([found, boundary_depth(logits_BCTT[:, model.num_classes :], model.aims)], 1) if model.aims else found
+    return found + mark_non_finite(logits_BCTT)
 
 
-def unfinite(logits_BCHW: Tensor) -> Tensor:
+def mark_non_finite(logits_BCHW: Tensor) -> Tensor:
     """Zeros (B, 1, H, W) float32, and NaN at each pixel with a score that is not finite."""
     return (logits_BCHW.float() * 0).sum(1, keepdim=True)
 
 
-def bytes_of(share_HW: Tensor) -> np.ndarray:
+def to_uint8(share_HW: Tensor) -> np.ndarray:
     """Numbers from 0 to 1 as (H, W) uint8."""
     return (share_HW * 255).round_().clamp_(0, 255).byte().cpu().numpy()
 
 
-def likeliest(foreground_KHW: Tensor) -> Tensor:
+def argmax_classes(foreground_KHW: Tensor) -> Tensor:
     """The class numbers (H, W) uint8 of blended foreground probabilities (K-1, H, W); a tie goes to the lower number."""
     if len(foreground_KHW) == 1:
         return (foreground_KHW[0] > 0.5).byte()
     return torch.cat([1 - foreground_KHW.sum(0, keepdim=True), foreground_KHW]).argmax(0).byte()
 
 
-def segment(models: Sequence[Model], features: Features, split: str) -> Iterator[tuple[int, list[Segmented]]]:
+def segment_images(models: Sequence[SegmentationModel], features: Features, split: str) -> Iterator[tuple[int, list[SegmentedImage]]]:
     """For each image of a split, in order: its number and each model's answer, blended from its tiles."""
-    with Lanes(features.trunk.machine.lanes) as lanes:
+    with WorkerPool(features.trunk.machine.lanes) as lanes:
         sheets = [_Sheets(model.eval(), features, split) for model in models]
         done, missing = 0, len(features.grid(split, 0))
         for batch, images in features.tiles(split, lanes):
@@ -93,17 +93,17 @@ def segment(models: Sequence[Model], features: Features, split: str) -> Iterator
 class _Sheets:
     """One model's answers for image after image, each growing band by band as its tiles come."""
 
-    def __init__(self, model: Model, features: Features, split: str) -> None:
+    def __init__(self, model: SegmentationModel, features: Features, split: str) -> None:
         self._model, self._features, self._split = model, features, split
         self._now, self._num = -1, model.num_classes - 1
 
-    def add(self, batch: Batch, images: list[int]) -> list[Segmented]:
+    def add(self, batch: Batch, images: list[int]) -> list[SegmentedImage]:
         """Takes the next tiles and the images that they are of; gives the answers that became whole."""
         start, start_cpu, done = time.perf_counter(), time.thread_time(), []
         with torch.inference_mode():
             with self._features.trunk.machine.autocast():
                 logits_BKTT = self._model.decode(batch)
-            found_BKTT = drawn(logits_BKTT, self._model)
+            found_BKTT = output_channels(logits_BKTT, self._model)
             for image in dict.fromkeys(images):
                 if image != self._now:
                     self._begin(image)
@@ -119,7 +119,7 @@ class _Sheets:
         self._grid, self._size_px = self._features.grid(self._split, image), self._features.pixels[self._split].sizes_px[image]
         self._now, self._missing = image, len(self._grid)
         made = [np.empty(self._size_px, np.uint8) for _ in range(3 if self._model.aims else 2)]
-        self._answer = Segmented(classes=made[0], cell=made[1], relief=made[2] if self._model.aims else None)
+        self._answer = SegmentedImage(classes=made[0], cell=made[1], relief=made[2] if self._model.aims else None)
         self._finite = True
         self._stitcher = Stitcher(self._grid, self._num + bool(self._model.aims), self._features.trunk.machine.device)
         self._bands: list[Tensor] = []
@@ -138,23 +138,23 @@ class _Sheets:
     def _write(self, y: int, band_KHW: Tensor) -> None:
         rows = slice(y, y + band_KHW.shape[1])
         self._finite &= bool(torch.isfinite(band_KHW).all())
-        self._answer.classes[rows] = likeliest(band_KHW[: self._num]).cpu().numpy()
-        self._answer.cell[rows] = bytes_of(band_KHW[: self._num].sum(0))
+        self._answer.classes[rows] = argmax_classes(band_KHW[: self._num]).cpu().numpy()
+        self._answer.cell[rows] = to_uint8(band_KHW[: self._num].sum(0))
         if self._answer.relief is not None:
-            self._answer.relief[rows] = bytes_of(band_KHW[self._num])
+            self._answer.relief[rows] = to_uint8(band_KHW[self._num])
 
 
-def score(models: Sequence[Model], features: Features, split: str) -> Iterator[tuple[int, list[np.ndarray], list[Segmented]]]:
+def score_images(models: Sequence[SegmentationModel], features: Features, split: str) -> Iterator[tuple[int, list[np.ndarray], list[SegmentedImage]]]:
     """For each image of a split: its number, each model's confusion matrix (K, K) and answer."""
-    for image, answers in segment(models, features, split):
+    for image, answers in segment_images(models, features, split):
         truth = features.pixels[split][image][1]
-        yield image, [confusion(truth, a.classes, m.num_classes) for a, m in zip(answers, models, strict=True)], answers
+        yield image, [confusion_matrix(truth, a.classes, m.num_classes) for a, m in zip(answers, models, strict=True)], answers
 
 
-def tile_counts(models: Sequence[Model], features: Features, split: str, watch: Watch, lanes: Lanes) -> list[np.ndarray]:
+def score_tiles(models: Sequence[SegmentationModel], features: Features, split: str, watch: ValidationCallback, lanes: WorkerPool) -> list[np.ndarray]:
     """Each model's confusion matrix (K, K) over all pixels of a split, every pixel judged once, by the tile whose middle is nearest.
 
-    For validation, where nobody looks at a seam: without blending it costs a third of :func:`score`. Where framed pixels are not the
+    For validation, where nobody looks at a seam: without blending it costs a third of :func:`score_images`. Where framed pixels are not the
     image's own, its scores are put together, unblended, and judged at its own pixels, so that framings can be compared. ``watch`` is
     shown each model's number, logits and batch, in one of the ``lanes``.
     """
@@ -185,7 +185,7 @@ class _Place(NamedTuple):
 class _Judge:
     """One model's confusion matrix, tile by tile, at the tiles' own pixels."""
 
-    def __init__(self, model: Model, features: Features, split: str, watch: Callable[[Tensor, Batch], None]) -> None:
+    def __init__(self, model: SegmentationModel, features: Features, split: str, watch: Callable[[Tensor, Batch], None]) -> None:
         self._model, self._features, self._split, self._watch = model, features, split, watch
         num = model.num_classes
         self.counts = np.zeros((num, num), np.int64)
@@ -208,7 +208,7 @@ class _Judge:
         own_BTT = own_BTT.to(target_BTT.device)
         if batch.ignoring:
             own_BTT &= target_BTT != IGNORE
-        self.counts += judged(logits_BKTT, target_BTT, own_BTT)
+        self.counts += masked_confusion(logits_BKTT, target_BTT, own_BTT)
 
 
 class _FramedJudge(_Judge):
@@ -217,7 +217,7 @@ class _FramedJudge(_Judge):
     _left = 0
 
     def _judge(self, logits_BKTT: Tensor, batch: Batch, places: Sequence[_Place]) -> None:
-        found_BKTT = foreground(logits_BKTT)
+        found_BKTT = foreground_probabilities(logits_BKTT)
         for found_KTT, place in zip(found_BKTT, places, strict=True):
             if not self._left:
                 grid = self._features.grid(self._split, place.image)
@@ -228,11 +228,11 @@ class _FramedJudge(_Judge):
             self._left -= 1
             if not self._left:
                 truth = self._features.pixels[self._split][place.image][1]
-                classes = likeliest(self._features.framing.back(self._sheet_KHW, truth.shape)).cpu().numpy()
-                self.counts += confusion(truth, classes, len(self.counts))
+                classes = argmax_classes(self._features.framing.back(self._sheet_KHW, truth.shape)).cpu().numpy()
+                self.counts += confusion_matrix(truth, classes, len(self.counts))
 
 
-def judged(logits_BKHW: Tensor, target_BHW: Tensor, where_BHW: Tensor) -> np.ndarray:
+def masked_confusion(logits_BKHW: Tensor, target_BHW: Tensor, where_BHW: Tensor) -> np.ndarray:
     """The confusion matrix (K, K) int64 of the likeliest classes over the pixels ``where_BHW``; a tie goes to the lower number."""
     num = logits_BKHW.shape[1]
     if num == 2:  # sums of bytes, a quarter of the cost of counting pairs of numbers

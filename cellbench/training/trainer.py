@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from cellbench.config.run import RunSpec
-from cellbench.data.transforms.cell_targets import aims_loss
+from cellbench.data.transforms.cell_targets import targets_loss
 from cellbench.features.extractor import Batch, Features
-from cellbench.metrics.pixel import IGNORE, pooled_classes, scores
-from cellbench.training.losses import loss_of
-from cellbench.training.model import Model
+from cellbench.metrics.pixel import IGNORE, pixel_scores, pooled_classes
+from cellbench.training.losses import parse_loss
+from cellbench.training.model import SegmentationModel
 
 
 class Recorder(Protocol):
@@ -34,11 +34,11 @@ class Recorder(Protocol):
 
 
 @dataclass
-class Learner:
+class HeadTrainer:
     """One run on its way: its model, what trains it, and how far it has come."""
 
     run: RunSpec
-    model: Model
+    model: SegmentationModel
     recorder: Recorder
     num_views: int
     """Views an epoch."""
@@ -59,7 +59,7 @@ class Learner:
     """Why it stopped: ``done``, ``stopped early``, ``pruned`` or ``failed: …``; empty while it learns."""
 
     def __post_init__(self) -> None:
-        self._loss = loss_of(self.run.loss)
+        self._loss = parse_loss(self.run.loss)
         self.optimiser = torch.optim.AdamW(self.model.groups(self.run), lr=self.run.lr, weight_decay=self.run.weight_decay)
         self.num_steps = len(batch_sizes(self.num_views, self.run.batch_size))
         """An epoch."""
@@ -79,7 +79,7 @@ class Learner:
         if self.ended:
             return
         start, start_cpu = time.perf_counter(), time.thread_time()
-        with single_values_fail([self]):
+        with fail_single_values([self]):
             for batch in self._batches.of(chunk):
                 self._learn(batch)
         self.train_s += time.perf_counter() - start
@@ -114,7 +114,7 @@ class Learner:
         if logits.dim() > 4:
             return torch.stack([self.loss(one, batch) for one in logits])
         kept = batch.target != IGNORE if batch.ignoring else None
-        return self._loss(logits[:, :num], batch.target, batch.ignoring) + aims_loss(logits[:, num:], batch.aims, aims, kept)
+        return self._loss(logits[:, :num], batch.target, batch.ignoring) + targets_loss(logits[:, num:], batch.aims, aims, kept)
 
     def lr(self, step: int) -> float:
         """The learning rate of a step: a linear warm-up, then a cosine to zero or a constant."""
@@ -144,7 +144,7 @@ class Learner:
         }
         # Over the classes that validation masks hold, so that every epoch is judged by the same ones; where none holds a cell, the loss judges.
         if counts[1:].any():
-            pooled = scores(counts).of(pooled_classes(counts))
+            pooled = pixel_scores(counts).of(pooled_classes(counts))
             row |= {"val/dice": pooled["dice"], "val/iou": pooled["iou"]}
         self._val_sum, self._val_num = torch.zeros(()), 0
         self.history.append(row)
@@ -198,7 +198,7 @@ class Learner:
         """The context in which its model computes."""
         return self._machine.autocast()
 
-    def on(self, features: Features) -> Learner:
+    def on(self, features: Features) -> HeadTrainer:
         """Tells the learner where it computes; returns itself."""
         self._trunk, self._machine = features.trunk, features.trunk.machine
         return self
@@ -220,7 +220,7 @@ def batch_sizes(num_views: int, batch_size: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def single_values_fail(learners: Sequence[Learner]) -> Iterator[None]:
+def fail_single_values(learners: Sequence[HeadTrainer]) -> Iterator[None]:
     """Ends these learners as failed where batch norm is given a single value of each channel, of which it can take no statistics: one tile with
     a map of one place, which is a matter of their settings."""
     try:
@@ -259,10 +259,10 @@ class MiniBatches:
             else:
                 self._held[0] = head[num:]
             num -= parts[-1].num
-        return parts[0] if len(parts) == 1 else joined(parts)
+        return parts[0] if len(parts) == 1 else concat_batches(parts)
 
 
-def joined(parts: Sequence[Batch]) -> Batch:
+def concat_batches(parts: Sequence[Batch]) -> Batch:
     """Several batches as one."""
     return Batch(
         {index: torch.cat([part.maps[index] for part in parts]) for index in parts[0].maps},

@@ -10,19 +10,19 @@ import torch
 from cellbench.config.registry import Registry
 from cellbench.config.run import DataSpec, RunSpec
 from cellbench.data.dataset import Dataset
-from cellbench.data.image_cache import Pixels
+from cellbench.data.image_cache import ImageCache
 from cellbench.data.loading import open_dataset
-from cellbench.data.transforms.sampling import Plan
-from cellbench.features.extractor import Features, Keeping
-from cellbench.features.frozen_backbone import Trunk
-from cellbench.hardware import Machine
+from cellbench.data.transforms.sampling import SamplingPlan
+from cellbench.features.extractor import CachePolicy, Features
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.hardware import Hardware
 from cellbench.models.backbones.build import open_backbone
 from cellbench.training.fit import fit
-from cellbench.training.model import model, num_levels
-from cellbench.training.trainer import Learner
+from cellbench.training.model import build_model, num_levels
+from cellbench.training.trainer import HeadTrainer
 
 REGISTRY = Registry()
-FP32 = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)
+FP32 = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)
 SMALL = {"tile_px": 64, "epochs": 3, "crops_per_image": 5, "batch_size": 4, "overlap": 0.25, "lr": 5e-3, "patience": 0}
 
 
@@ -55,22 +55,22 @@ class Listener:
         self.states.append(torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state))
 
 
-def features_of(dataset: Dataset, runs: list[RunSpec], machine: Machine = FP32, aims: bool = False, **settings: Any) -> Features:
+def features_of(dataset: Dataset, runs: list[RunSpec], machine: Hardware = FP32, aims: bool = False, **settings: Any) -> Features:
     """The stream of a cohort."""
     first = runs[0]
     backbone = open_backbone(REGISTRY.backbone(first.backbone)) if first.backbone else None
-    trunk = Trunk(backbone, machine, [n for run in runs if (n := num_levels(run, REGISTRY))], first.unfreeze)
-    pixels = {split: Pixels(dataset, split, 2**28) for split in ("train", "val", "test")}
-    keeping = Keeping(**{"memory_bytes": machine.memory_bytes, **settings})
-    return Features(trunk, Plan(pixels["train"].sizes_px, first), pixels, keeping, aims)
+    trunk = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(run, REGISTRY))], first.unfreeze)
+    pixels = {split: ImageCache(dataset, split, 2**28) for split in ("train", "val", "test")}
+    keeping = CachePolicy(**{"memory_bytes": machine.memory_bytes, **settings})
+    return Features(trunk, SamplingPlan(pixels["train"].sizes_px, first), pixels, keeping, aims)
 
 
-def learners_of(dataset: Dataset, runs: list[RunSpec], features: Features, most: dict[int, int] | None = None) -> list[Learner]:
+def learners_of(dataset: Dataset, runs: list[RunSpec], features: Features, most: dict[int, int] | None = None) -> list[HeadTrainer]:
     """Fresh learners; ``most`` prunes some after so many epochs."""
     return [
-        Learner(
+        HeadTrainer(
             run=run,
-            model=model(run, REGISTRY, features.trunk, len(dataset.classes)),
+            model=build_model(run, REGISTRY, features.trunk, len(dataset.classes)),
             recorder=Listener((most or {}).get(k, 10**6)),
             num_views=features.plan.num_views,
         )
@@ -78,7 +78,7 @@ def learners_of(dataset: Dataset, runs: list[RunSpec], features: Features, most:
     ]
 
 
-def fitted(dataset: Dataset, runs: list[RunSpec], most: dict[int, int] | None = None, **settings: Any) -> list[Learner]:
+def fitted(dataset: Dataset, runs: list[RunSpec], most: dict[int, int] | None = None, **settings: Any) -> list[HeadTrainer]:
     """Learners after ``fit``."""
     features = features_of(dataset, runs, **settings)
     learners = learners_of(dataset, runs, features, most)
@@ -86,7 +86,7 @@ def fitted(dataset: Dataset, runs: list[RunSpec], most: dict[int, int] | None = 
     return learners
 
 
-def same(a: Learner, b: Learner) -> bool:
+def same(a: HeadTrainer, b: HeadTrainer) -> bool:
     """Whether two learners have the same history and weights, to the last bit."""
     weights_a, weights_b = a.model.state_dict(), b.model.state_dict()
     return a.history == b.history and all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)

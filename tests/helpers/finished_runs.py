@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from cellbench.config.run import RunSpec
-from cellbench.reporting.model_groups import Tested
-from cellbench.tracking.schema import Stored, params_of
+from cellbench.reporting.model_groups import FinishedRun
+from cellbench.tracking.schema import RunRecord, run_params
 from cellbench.tracking.tracker import Tracker
 
 IMAGES = tuple(f"smear-{k:02d}.png" for k in range(16))
@@ -37,12 +37,12 @@ def told_of(mean: float, seed: int, images: tuple[str, ...] = IMAGES, digest: st
     }
 
 
-def scored(head: str, told: dict, seed: int = 0, fold: int | None = None) -> Tested:
-    params = {name: str(value) for name, value in params_of(RunSpec(backbone="uni", head=head, seed=seed), "drawn", "fp32").items()}
+def scored(head: str, told: dict, seed: int = 0, fold: int | None = None) -> FinishedRun:
+    params = {name: str(value) for name, value in run_params(RunSpec(backbone="uni", head=head, seed=seed), "drawn", "fp32").items()}
     if fold is not None:
         params["fold"] = str(fold)
     metrics = {"test/dice": 0.9, "test/iou": 0.8, "test/precision": 0.9, "test/recall": 0.9, "best/val_dice": 0.9}
-    return Tested(stored=Stored(run_id=f"{head} {seed} {fold}", name=head, status="finished", metrics=metrics, params=params), told=told)
+    return FinishedRun(stored=RunRecord(run_id=f"{head} {seed} {fold}", name=head, status="finished", metrics=metrics, params=params), told=told)
 
 
 def finished(
@@ -56,7 +56,7 @@ def finished(
     digest = told["dataset"] if told else ""
     fingerprint = f"{run.model} {run.seed} {run.epochs} {run.fraction} {digest}"
     with tracker.run(name or f"{run.model} · seed {run.seed}", fingerprint, parent=parent, tags={"model": run.model} | tags) as opened:
-        opened.log(metrics, params=params_of(run, "drawn", "fp32"))
+        opened.log(metrics, params=run_params(run, "drawn", "fp32"))
         if told is not None:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "per_image.json").write_text(json.dumps(told))

@@ -1,6 +1,6 @@
 """Golden numbers: small grids whose every number is written down in ``golden.json``.
 
-They hold still as long as the numerics do. Where a change of code changes them on purpose, raise ``NUMERICS`` and write new ones::
+They hold still as long as the numerics do. Where a change of code changes them on purpose, raise ``NUMERICS_VERSION`` and write new ones::
 
     python tests/golden.py
 
@@ -135,10 +135,10 @@ def main() -> None:
     """Writes all numbers anew."""
     import torch
 
-    from cellbench.config.run import NUMERICS
+    from cellbench.config.run import NUMERICS_VERSION
 
     torch.set_num_threads(1)
-    out: dict[str, object] = {"numerics": NUMERICS}
+    out: dict[str, object] = {"numerics": NUMERICS_VERSION}
     for name in GRIDS:
         with tempfile.TemporaryDirectory() as place:
             os.chdir(place)

@@ -8,8 +8,8 @@ import pytest
 from cohorts import REGISTRY, dataset_of, fitted, run_of
 
 from cellbench.diagnostics import scaling, speed
-from cellbench.features.disk_cache import entries
-from cellbench.hardware import machine
+from cellbench.features.disk_cache import cache_entries
+from cellbench.hardware import detect_hardware
 from cellbench.run import main
 
 
@@ -17,8 +17,8 @@ from cellbench.run import main
 def result(small_folder, monkeypatch):
     monkeypatch.setattr(speed, "HEADS", ("bilinear", "fpn"))
     monkeypatch.setattr(speed, "RATES", (1e-3, 2e-3))
-    world = speed.World(
-        registry=REGISTRY, dataset=dataset_of(small_folder), machine=machine("cpu", "fp32").smaller(3), backbone="vit-tiny-random", weights=None,
+    world = speed.BenchmarkSetup(
+        registry=REGISTRY, dataset=dataset_of(small_folder), machine=detect_hardware("cpu", "fp32").smaller(3), backbone="vit-tiny-random", weights=None,
         epochs=1, crops=2, quick=True, say=lambda _: None,
     )  # fmt: skip
     return speed.measure(world)
@@ -48,14 +48,14 @@ def test_cache_shows_what_is_kept_and_prunes_it(small_folder, capsys):
     assert main(["cache", "--prune", "--older-than", "1"]) == 0
     assert "removed 0 of" in capsys.readouterr().out
     assert main(["cache", "--prune"]) == 0
-    assert entries() == []
+    assert cache_entries() == []
 
 
 def test_scaling_counts_images_and_runs_and_watches_memory(small_folder, monkeypatch):
     monkeypatch.setattr(scaling, "NUM_RUNS", (1, 3))
     monkeypatch.setattr(scaling, "REPEATS", (1, 2))
-    world = speed.World(
-        registry=REGISTRY, dataset=dataset_of(small_folder), machine=machine("cpu", "fp32"), backbone="vit-tiny-random", weights=None,
+    world = speed.BenchmarkSetup(
+        registry=REGISTRY, dataset=dataset_of(small_folder), machine=detect_hardware("cpu", "fp32"), backbone="vit-tiny-random", weights=None,
         epochs=1, crops=2, say=lambda _: None,
     )  # fmt: skip
     found = scaling.measure(world, lambda _: None)

@@ -15,9 +15,9 @@ from small_data import discs, write_pair
 from cellbench.cli.check import check
 from cellbench.config.registry import Registry
 from cellbench.config.run import DataSpec
-from cellbench.data.audit.keypoint_matching import marks
-from cellbench.data.audit.keypoint_matching import shared as shared_parts
-from cellbench.data.audit.perceptual_hash import grey, near_pairs, small_grey
+from cellbench.data.audit.keypoint_matching import find_shared_regions as shared_parts
+from cellbench.data.audit.keypoint_matching import keypoints
+from cellbench.data.audit.perceptual_hash import find_near_pairs, thumbnail_grey, to_grey
 from cellbench.data.loading import open_dataset
 from cellbench.errors import CellbenchError
 from cellbench.run import main
@@ -221,7 +221,7 @@ def test_a_picture_is_known_again_turned_resized_and_compressed(tmp_path: Path, 
     again = image.resize((112, 84)).transpose(way - 1) if way else image.resize((112, 84))
     again.point(lambda v: int(v * 0.9) + 10).save(tmp_path / "again.jpg", quality=60)
     pictures = [image, Image.open(tmp_path / "again.jpg"), *(Image.fromarray(discs(seed)[0]) for seed in range(10, 30))]
-    pairs = near_pairs([small_grey(np.array(picture)) for picture in pictures])
+    pairs = find_near_pairs([thumbnail_grey(np.array(picture)) for picture in pictures])
     assert [(i, j) for i, j, _ in pairs] == [(0, 1)]
 
 
@@ -236,7 +236,7 @@ def test_a_part_of_a_picture_is_known_again_turned_enlarged_and_compressed(tmp_p
     images = [Image.fromarray(crowd(seed)) for seed in range(8)]
     part = images[5].crop((60, 30, 360, 200)).resize((450, 255))
     (part.transpose(way - 1) if way else part).point(lambda v: int(v * 0.9) + 10).save(tmp_path / "part.jpg", quality=75)
-    found = shared_parts([marks(grey(np.array(image))) for image in (*images, Image.open(tmp_path / "part.jpg"))])
+    found = shared_parts([keypoints(to_grey(np.array(image))) for image in (*images, Image.open(tmp_path / "part.jpg"))])
     assert [(pair.first, pair.second) for pair in found] == [(5, 8)]
     assert found[0].share > 0.9
 
@@ -248,7 +248,7 @@ def test_fields_that_overlap_are_known_and_a_label_in_every_image_is_not_taken_f
         for k in range(9):
             image[210:234, 10 + 16 * k : 10 + 16 * k + 3 + k] = 0
             image[210 : 214 + 2 * k, 12 + 16 * k : 22 + 16 * k] = 0
-    found = shared_parts([marks(grey(image)) for image in images])
+    found = shared_parts([keypoints(to_grey(image)) for image in images])
     assert [(pair.first, pair.second) for pair in found] == [(0, 1)]
 
 

@@ -13,7 +13,7 @@ from small_data import write_pair
 
 from cellbench.run import main
 from cellbench.training import checkpoints
-from cellbench.training.trainer import Learner
+from cellbench.training.trainer import HeadTrainer
 
 EXPERIMENT = """experiment = "same"
 dataset = "folder"
@@ -41,16 +41,16 @@ def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def ask(question: list[str], project: Path, monkeypatch: pytest.MonkeyPatch, until: int = 5) -> int:
     """Asks in a project of its own; ended as by Ctrl-C before epoch ``until``. Gives the exit code."""
     project.mkdir(exist_ok=True)
-    begin = Learner.begin
+    begin = HeadTrainer.begin
 
-    def ends(self: Learner) -> None:
+    def ends(self: HeadTrainer) -> None:
         if self.epoch == until:
             raise KeyboardInterrupt
         begin(self)
 
     with monkeypatch.context() as patch:
         patch.chdir(project)
-        patch.setattr(Learner, "begin", ends)
+        patch.setattr(HeadTrainer, "begin", ends)
         patch.setattr("cellbench.cli.grid.conclude", lambda *_: None)  # the report: half of the time, and not the question here
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / 'mlflow.db'}")
         try:
@@ -98,25 +98,25 @@ def test_a_copied_project_resumes_without_taking_the_originals_checkpoint(questi
 
 
 def test_another_runs_damaged_file_is_skipped_and_left(tmp_path):
-    mine, other, third = (checkpoints.path("f" * 16, name) for name in ("a", "b", "c"))
-    assert checkpoints.of_another(mine) is None
-    checkpoints.write(third, {"progress": {"epoch": 2, "ended": ""}, "x": torch.ones(2)})
+    mine, other, third = (checkpoints.checkpoint_path("f" * 16, name) for name in ("a", "b", "c"))
+    assert checkpoints.read_other_store(mine) is None
+    checkpoints.write_checkpoint(third, {"progress": {"epoch": 2, "ended": ""}, "x": torch.ones(2)})
     other.write_bytes(third.read_bytes()[:-20])
-    found = checkpoints.of_another(mine)
+    found = checkpoints.read_other_store(mine)
     assert found is not None
     assert found["progress"]["epoch"] == 2
     assert other.is_file()
     other.write_bytes(third.read_bytes())
     os.remove(third)
-    checkpoints.write(other, {"progress": {"epoch": 4, "ended": "pruned"}})
-    assert checkpoints.of_another(mine) is None
+    checkpoints.write_checkpoint(other, {"progress": {"epoch": 4, "ended": "pruned"}})
+    assert checkpoints.read_other_store(mine) is None
 
 
 def test_the_state_that_has_come_furthest_is_taken_and_no_other_fingerprints():
-    mine = checkpoints.path("f" * 16, "mine")
+    mine = checkpoints.checkpoint_path("f" * 16, "mine")
     for name, epoch, fingerprint in (("a", 3, "f" * 16), ("b", 7, "f" * 16), ("c", 5, "f" * 16), ("d", 9, "e" * 16)):
-        checkpoints.write(checkpoints.path(fingerprint, name), {"progress": {"epoch": epoch, "ended": ""}})
-    checkpoints.write(mine, {"progress": {"epoch": 8, "ended": ""}})
-    found = checkpoints.of_another(mine)
+        checkpoints.write_checkpoint(checkpoints.checkpoint_path(fingerprint, name), {"progress": {"epoch": epoch, "ended": ""}})
+    checkpoints.write_checkpoint(mine, {"progress": {"epoch": 8, "ended": ""}})
+    found = checkpoints.read_other_store(mine)
     assert found is not None
     assert found["progress"]["epoch"] == 7

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cellbench.cli import grid
-from cellbench.cli.grid import read_asked, read_experiment
-from cellbench.reporting.collect import collect
+from cellbench.cli.grid import read_experiment, read_request
+from cellbench.reporting.collect import collect_runs
 from cellbench.run import main
 from cellbench.search import results as search_results
 from cellbench.tracking.tracker import Tracker
@@ -40,7 +40,7 @@ crops_per_image = 1
 def logged(name: str) -> tuple[str, dict, str]:
     """Of an experiment's parent run: the experiment as it ran, what was recorded of it, and the page."""
     tracker = Tracker(name, make=False)
-    (parent,) = collect([tracker]).parents
+    (parent,) = collect_runs([tracker]).parents
     text, about, page = (tracker.artifact(parent, name) for name in ("experiment.toml", "about.json", "report.html"))
     return text.decode(), json.loads(about), page.decode()
 
@@ -89,7 +89,7 @@ def test_the_experiment_as_it_ran_asks_the_same_without_any_change(tmp_path, cha
     file = tmp_path / "drawn.toml"
     file.write_text('# Why?\nexperiment = "drawn"\ndataset = "smears"\nbaselines = ["otsu"]\n[data.draw]\nnum_train = 8\n')
     for data, limit in ((None, None), (Path("mine"), None), (None, 3)):
-        experiment, text = read_asked(str(file), changes, data, limit)
+        experiment, text = read_request(str(file), changes, data, limit)
         (tmp_path / "resolved.toml").write_text(text)
         assert read_experiment(str(tmp_path / "resolved.toml"), data=data) == experiment
         assert text.startswith("# Why?\n")

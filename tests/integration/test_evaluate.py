@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from small_data import MODEL, write_pair
 
-from cellbench.reporting.collect import collect
+from cellbench.reporting.collect import collect_runs
 from cellbench.run import main
 from cellbench.tracking import ui_view
 from cellbench.tracking.tracker import Tracker
@@ -22,14 +22,14 @@ def runs() -> list[mlflow.entities.Run]:
 
 def test_on_its_own_data_a_run_scores_what_its_test_scored(there: Path) -> None:
     (tested,) = [run for run in runs() if run.info.run_name == MODEL]
-    before = len(collect([Tracker("small")]).parents)
+    before = len(collect_runs([Tracker("small")]).parents)
     for _ in range(2):
         assert main(["evaluate", MODEL, "--data", "smears", "--device", "cpu"]) == 0
     (again,) = [run for run in runs() if run.data.tags.get("cellbench.kind") == "evaluation"]
     assert again.data.tags["mlflow.parentRunId"] == tested.info.run_id
     scores = {name: value for name, value in tested.data.metrics.items() if name.startswith("test")}
     assert {name: again.data.metrics[name] for name in scores} == scores
-    evidence = collect([Tracker("small")])
+    evidence = collect_runs([Tracker("small")])
     assert (evidence.num_runs, len(evidence.parents)) == (2, before)
 
 

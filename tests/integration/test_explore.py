@@ -13,22 +13,22 @@ from cohorts import FP32, dataset_of, features_of, learners_of, run_of
 from scipy import ndimage
 
 from cellbench.config.registry import Registry
-from cellbench.data.audit.image_statistics import summary, survey
+from cellbench.data.audit.image_statistics import measure_images, summarize
 from cellbench.data.transforms.framing import Framing
-from cellbench.features.frozen_backbone import Trunk
-from cellbench.features.token_maps import coloured, likeness, seen
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.features.token_maps import cosine_map, feature_maps, pca_rgb
 from cellbench.models.backbones.build import open_backbone
 from cellbench.reporting.plots import dataset as dataset_plots
 from cellbench.run import main
-from cellbench.tracking.tracker import newest
+from cellbench.tracking.tracker import newest_experiment
 from cellbench.training.memory_check import _kept_bytes
 
 WAYS = [("tile", 1.0), ("tile", 2.0), ("tile", 0.5), ("pad", 1.0), ("resize", 1.0)]
 
 
 def views(image: np.ndarray, kinds=WAYS):
-    trunk = Trunk(open_backbone(Registry().backbone("vit-tiny-random")), FP32, [1])
-    return [seen(trunk, Framing.of(run_of(framing=kind, tile_scale=scale)), image) for kind, scale in kinds]
+    trunk = FrozenBackbone(open_backbone(Registry().backbone("vit-tiny-random")), FP32, [1])
+    return [feature_maps(trunk, Framing.of(run_of(framing=kind, tile_scale=scale)), image) for kind, scale in kinds]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def image() -> np.ndarray:
 
 def test_the_figures_are_those_of_the_masks(small_folder) -> None:
     dataset = dataset_of(small_folder)
-    found = survey(dataset, dataset.test)
+    found = measure_images(dataset, dataset.test)
     for one, sample in zip(found, dataset.test, strict=True):
         picture, mask = dataset.read(sample)
         regions, _ = ndimage.label(mask)
@@ -49,7 +49,7 @@ def test_the_figures_are_those_of_the_masks(small_folder) -> None:
         edge = set(np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]]).tolist())
         inner = [area for number, area in enumerate(areas, 1) if area >= 100 and number not in edge]
         assert sorted(one.diameters_px) == pytest.approx(sorted(np.sqrt(4 * np.array(inner) / np.pi)))
-    facts = summary(found)
+    facts = summarize(found)
     assert (facts["images"], facts["width_px"], facts["height_px"], facts["sizes"]) == (2, 160, 120, 1)
 
 
@@ -79,11 +79,11 @@ def test_a_patch_is_seen_where_it_is(image) -> None:
 
 def test_colours_are_principal_components_shared_by_all_views_and_the_same_again(image) -> None:
     some = views(image, [("tile", 1.0), ("pad", 1.0)])
-    pictures = coloured(some)
+    pictures = pca_rgb(some)
     assert all(picture.shape == (100, 170, 3) and 0 <= picture.min() <= picture.max() <= 1 for picture in pictures)
-    assert all(np.array_equal(a, b) for a, b in zip(pictures, coloured(some), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, pca_rgb(some), strict=True))
     # Against numpy's SVD of the one view alone: the same plane, so each shown channel follows one component.
-    alone = coloured(some[:1])[0]
+    alone = pca_rgb(some[:1])[0]
     tokens = some[0].tokens.double().numpy()
     _, _, axes = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
     for channel in range(3):
@@ -94,7 +94,7 @@ def test_colours_are_principal_components_shared_by_all_views_and_the_same_again
 
 def test_the_likest_place_is_the_place_itself(image) -> None:
     for view in views(image, WAYS[:1]):
-        found = likeness(view, 50, 80)
+        found = cosine_map(view, 50, 80)
         assert found[50, 80] == pytest.approx(1, abs=1e-5)
         assert found.max() <= 1 + 1e-5
         assert (found < 0.999).any()
@@ -118,7 +118,7 @@ def test_explore_writes_pictures_logs_when_asked_and_leaves_the_data_alone(small
     assert content(small_folder) == before
     runs = mlflow.search_runs(experiment_names=["explore smears"], output_format="list")
     assert len(runs) == 2
-    assert newest() is None  # there is nothing in them that a report could be made of
+    assert newest_experiment() is None  # there is nothing in them that a report could be made of
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_heads_memory_is_counted_and_the_model_is_left_as_it_was(small_folder)
 
 def test_a_dark_picture_is_shown_brighter_and_says_how_much():
     dark, mask = np.full((8, 8, 3), 30, np.uint8), np.zeros((8, 8), np.uint8)
-    with_cells = dataset_plots.samples([("dark.png", dark, mask), ("light.png", dark * 8, mask)], ("background", "cell")).axes
+    with_cells = dataset_plots.plot_samples([("dark.png", dark, mask), ("light.png", dark * 8, mask)], ("background", "cell")).axes
     titles, shown = [axes.get_title(loc="left") for axes in with_cells[:2]], [axes.images[0].get_array() for axes in with_cells[:2]]
     assert titles == ["dark.png, 8 x as bright", "light.png"]
     assert np.array_equal(shown[0], shown[1])

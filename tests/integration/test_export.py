@@ -56,16 +56,16 @@ assert (found.probability == np.load({str(tmp_path / "expected.npy")!r})).all()
 
 def test_a_licence_that_forbids_copies_is_kept(there: Path, tmp_path: Path) -> None:
     registry = Registry()
-    assert not export_module.may_copy(registry.backbone("uni"))
-    assert export_module.may_copy(registry.backbone("vit-tiny-in1k"))
-    free = {name for name in registry.names("backbones") if export_module.may_copy(registry.backbone(name))}
+    assert not export_module.may_embed_weights(registry.backbone("uni"))
+    assert export_module.may_embed_weights(registry.backbone("vit-tiny-in1k"))
+    free = {name for name in registry.names("backbones") if export_module.may_embed_weights(registry.backbone(name))}
     assert all(registry.backbone(name).license in export_module.FREE and not registry.backbone(name).gated for name in free)
     trained_run = Segmenter.load(MODEL, device="cpu").trained
     of_uni = trained_run.__class__(**{**trained_run.__dict__, "run": trained_run.run.model_copy(update={"backbone": "uni"})})
     with pytest.raises(CellbenchError, match="CC-BY-NC-ND"):
-        export_module.write_folder(tmp_path / "a", of_uni, registry, None, "embed")
+        export_module.write_export(tmp_path / "a", of_uni, registry, None, "embed")
     assert not (tmp_path / "a").exists()
-    assert "named, not copied" in export_module.write_folder(tmp_path / "b", of_uni, registry, None, "auto")
+    assert "named, not copied" in export_module.write_export(tmp_path / "b", of_uni, registry, None, "auto")
 
 
 def test_onnx_gives_what_torch_gives(there: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import mlflow
 import pytest
 from small_data import write_pair
 
-from cellbench.reporting.collect import collect
+from cellbench.reporting.collect import collect_runs
 from cellbench.run import main
 from cellbench.tracking.tracker import Tracker
 
@@ -42,7 +42,7 @@ def question(tmp_path, monkeypatch) -> list[str]:
 def test_every_image_is_tested_once_and_the_folds_make_one_test(question, capsys) -> None:
     assert main(question) == 0
     printed = capsys.readouterr().out
-    (here,) = collect([Tracker("folded")]).sets
+    (here,) = collect_runs([Tracker("folded")]).sets
     assert here.num_folds == 3
     assert sorted(here.images) == [*(f"a{k}.png" for k in range(5)), "t0.png"]
     assert {model.name: len(model.runs) for model in here.models} == {"otsu": 3, "vit-tiny-random · bilinear": 3}

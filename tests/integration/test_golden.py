@@ -7,13 +7,13 @@ import json
 import golden
 import pytest
 
-from cellbench.config.run import NUMERICS
+from cellbench.config.run import NUMERICS_VERSION
 
 WRITTEN = json.loads(golden.FILE.read_text())
 
 
 def test_the_written_numbers_are_of_these_numerics():
-    assert WRITTEN["numerics"] == NUMERICS, "NUMERICS was raised: write new numbers with `python tests/golden.py`"
+    assert WRITTEN["numerics"] == NUMERICS_VERSION, "NUMERICS was raised: write new numbers with `python tests/golden.py`"
 
 
 @pytest.mark.parametrize("name", golden.GRIDS)

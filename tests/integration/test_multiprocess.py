@@ -13,18 +13,18 @@ import torch
 from experiment_files import QUESTION, answers, assassin, place
 
 from cellbench.errors import CellbenchError
-from cellbench.execution.multiprocess import checked, cores_of
-from cellbench.hardware import Machine
+from cellbench.execution.multiprocess import assign_cores, check_num_workers
+from cellbench.hardware import Hardware
 from cellbench.models.backbones.base import Backbone
 from cellbench.run import main
 
-TWO = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=1000, lanes=2)
+TWO = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=1000, lanes=2)
 
 
 @pytest.fixture
 def two_cores(monkeypatch):
     """A machine of two cores for the driver, whatever this one has."""
-    monkeypatch.setattr("cellbench.hardware.cores", lambda: 2)
+    monkeypatch.setattr("cellbench.hardware.num_cores", lambda: 2)
 
 
 def test_two_workers_of_which_one_is_killed_give_the_numbers_of_one_process_to_the_last_bit(tmp_path, monkeypatch, two_cores, capsys):
@@ -61,20 +61,20 @@ def test_a_cohort_that_no_worker_survives_is_failed_with_its_reason_and_the_rest
 
 def test_shares_are_the_whole_machine_and_no_core_is_in_two(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    eight = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=1000, lanes=4, threads=2)
+    eight = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=1000, lanes=4, threads=2)
     for num in range(1, 5):
         shares = eight.shares(num)
         assert sum(one.lanes for one in shares) == 4
         assert {one.threads for one in shares} == {2}  # or the last bit would change
-        pinned = [core for cores in cores_of(shares) for core in cores]
+        pinned = [core for cores in assign_cores(shares) for core in cores]
         assert sorted(pinned) == list(range(8))
 
 
 @pytest.mark.parametrize(("num", "told"), [(0, "expected 1 or more"), (3, "at most 2 here")])
 def test_more_workers_than_the_cores_can_feed_are_refused(num, told):
     with pytest.raises(CellbenchError, match=told):
-        checked(num, TWO)
-    assert checked(2, TWO) == 2
+        check_num_workers(num, TWO)
+    assert check_num_workers(2, TWO) == 2
 
 
 def test_memory_that_runs_out_is_met_with_smaller_chunks_and_failed_where_that_is_not_enough(tmp_path, monkeypatch, capsys):

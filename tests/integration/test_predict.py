@@ -22,7 +22,7 @@ from cellbench.errors import CellbenchError
 from cellbench.inference import writers
 from cellbench.inference.segmenter import Segmenter
 from cellbench.metrics.instance import Instances
-from cellbench.metrics.pixel import confusion
+from cellbench.metrics.pixel import confusion_matrix
 from cellbench.run import main
 
 
@@ -43,7 +43,7 @@ def test_the_masks_are_those_of_the_test(there: Path, tmp_path: Path, run: str) 
         found = np.array(Image.open(tmp_path / "out" / f"{Path(name).stem}.png"))
         truth = np.array(Image.open(f"smears/test/mask/{Path(name).stem}.png"))[..., 0]
         assert set(np.unique(found)) <= {0, 255}
-        assert (confusion((truth > 0).astype(np.uint8), (found > 0).astype(np.uint8), 2) == counts).all()
+        assert (confusion_matrix((truth > 0).astype(np.uint8), (found > 0).astype(np.uint8), 2) == counts).all()
 
 
 def test_everything_asked_for_is_written_and_agrees(there: Path, tmp_path: Path) -> None:
@@ -225,14 +225,14 @@ def test_a_run_without_its_head_is_refused(there: Path, tmp_path: Path, capsys: 
 
 
 def test_a_stop_in_the_middle_leaves_nothing_half_written(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add, calls = writers.Files.add, []
+    add, calls = writers.PredictionWriter.add, []
 
-    def stop(self: writers.Files, band: object) -> None:
+    def stop(self: writers.PredictionWriter, band: object) -> None:
         calls.append(add(self, band))
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(writers.Files, "add", stop)
+    monkeypatch.setattr(writers.PredictionWriter, "add", stop)
     assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out", "--overlay") == 130
     assert list((tmp_path / "out").rglob("*")) == []
 
@@ -308,7 +308,7 @@ def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
     dead.wait()
     for pid in (dead.pid, os.getppid()):
         (tmp_path / f".{pid}-a.png{writers.PART}").write_bytes(b"half")
-    assert writers.swept(tmp_path) == 1
+    assert writers.remove_partial_files(tmp_path) == 1
     assert [path.name for path in tmp_path.iterdir()] == [f".{os.getppid()}-a.png{writers.PART}"]
 
 

@@ -25,21 +25,21 @@ from cellbench.cli.grid import read_experiment
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
 from cellbench.execution import ray_cluster, ray_grid, ray_search
-from cellbench.execution.planning import jobs_of, open_folds
-from cellbench.execution.worker_job import Order, order, version
+from cellbench.execution.planning import open_folds, planned_runs
+from cellbench.execution.worker_job import JobSpec, code_version, job_spec
 from cellbench.files import write_atomic
-from cellbench.hardware import Machine
+from cellbench.hardware import Hardware
 from cellbench.run import main
 from cellbench.tracking.tracker import Tracker
 
-TWO = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30, lanes=2)
+TWO = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30, lanes=2)
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'cellbench[ray]'")
 
 
 @pytest.fixture
 def two_nodes(monkeypatch):
     """Two nodes of one core on this machine, both with little memory for objects."""
-    monkeypatch.setattr("cellbench.hardware.cores", lambda: 2)
+    monkeypatch.setattr("cellbench.hardware.num_cores", lambda: 2)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     from ray.cluster_utils import Cluster
 
@@ -129,7 +129,7 @@ def test_an_address_where_no_cluster_is_is_told_at_once(on, told, deaf):
     for name, port in deaf.items():
         on = on.replace(name, str(port))
     with pytest.raises(CellbenchError, match=told):
-        ray_cluster.checked(on)
+        ray_cluster.check_address(on)
 
 
 @needs_ray
@@ -151,19 +151,19 @@ with ray_cluster.joined("ray", two):
 
 def test_a_cohort_gets_what_keeps_the_cluster_busy_and_never_more_than_a_node_has():
     nodes = [{"CPU": 8.0, "memory": 64e9}, {"CPU": 4.0, "memory": 16e9}]
-    assert [ray_cluster.share(TWO, nodes, num, 1.0).lanes for num in (1, 2, 4, 100)] == [8, 6, 3, 1]
+    assert [ray_cluster.resource_share(TWO, nodes, num, 1.0).lanes for num in (1, 2, 4, 100)] == [8, 6, 3, 1]
     with pytest.raises(CellbenchError, match="no node has the 1 cores"):
-        ray_cluster.share(TWO, [{"CPU": 0.0}], 1, 1.0)
+        ray_cluster.resource_share(TWO, [{"CPU": 0.0}], 1, 1.0)
 
 
 def test_a_share_of_a_gpu_brings_its_part_of_the_nodes_cores_and_where_no_node_has_it_the_answer_says_so():
     gpu = replace(TWO, device=torch.device("cuda"), memory_bytes=2**40)
     nodes = [{"CPU": 32.0, "GPU": 2.0, "memory": 256e9}, {"CPU": 64.0, "memory": 1e9}]
-    whole, third = (ray_cluster.share(gpu, nodes, 10, part) for part in (1.0, 1 / 3))
+    whole, third = (ray_cluster.resource_share(gpu, nodes, 10, part) for part in (1.0, 1 / 3))
     assert (whole.threads, third.threads) == (16, 5)
     assert whole.memory_bytes + ray_cluster.PROCESS_BYTES < 128e9
     with pytest.raises(CellbenchError, match=r"no node has 0\.5 of a GPU"):
-        ray_cluster.share(gpu, nodes[1:], 10, 0.5)
+        ray_cluster.resource_share(gpu, nodes[1:], 10, 0.5)
 
 
 @pytest.fixture
@@ -175,21 +175,21 @@ def asked(tmp_path, monkeypatch):
     with tracker.run("grid", "parent") as top:
         pass
     precision = TWO.precision_name
-    jobs = jobs_of(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
-    told = order(experiment, top.run_id, TWO, where="small.toml", data=data, weights=None, extra=None, disk_bytes=0, prefer_disk=False)
+    jobs = planned_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
+    told = job_spec(experiment, top.run_id, TWO, where="small.toml", data=data, weights=None, extra=None, disk_bytes=0, prefer_disk=False)
     write_atomic(told.cache / "token", "seen")
     return told, jobs[0].fingerprint
 
 
 def test_a_node_of_another_version_without_the_cache_or_with_other_data_refuses_in_one_line(asked):
     told, known = asked
-    theirs = version().replace("torch 2", "torch 1")
+    theirs = code_version().replace("torch 2", "torch 1")
     for order_, versions, token, fingerprint, words in (
         (b"not even read", theirs, "token", known, "Install the same on all machines"),
-        (pickle.dumps(told), version(), "unseen", known, "does not see the cache folder"),
-        (pickle.dumps(told), version(), "token", "0123456789abcdef", "its cellbench, cards, data or weights are not those"),
+        (pickle.dumps(told), code_version(), "unseen", known, "does not see the cache folder"),
+        (pickle.dumps(told), code_version(), "token", "0123456789abcdef", "its cellbench, cards, data or weights are not those"),
     ):
-        kind, why, _ = ray_cluster.RayHand(order_, versions, token).cohort([fingerprint], "cohort 1 of 1", 0)
+        kind, why, _ = ray_cluster.RayWorker(order_, versions, token).cohort([fingerprint], "cohort 1 of 1", 0)
         assert kind == "refused"
         assert words in why
         assert "\n" not in why
@@ -198,15 +198,15 @@ def test_a_node_of_another_version_without_the_cache_or_with_other_data_refuses_
 @pytest.mark.parametrize("part", [0.0, -1.0, 1.5, float("nan")])
 def test_a_gpu_share_that_is_none_is_refused(part):
     with pytest.raises(CellbenchError, match="more than 0 and at most 1"):
-        ray_cluster.checked("ray", part)
+        ray_cluster.check_address("ray", part)
 
 
 def test_several_machines_are_not_let_loose_on_a_file():
     nodes = [{"Alive": True, "NodeManagerHostname": name, "NodeID": name, "Resources": {"CPU": 1.0}} for name in ("a", "b")]
     ray = SimpleNamespace(nodes=lambda: nodes)
     with pytest.raises(CellbenchError, match="several machines cannot keep their runs in"):
-        ray_cluster.alive(ray, "http://lab:5000", "sqlite:////lab/optuna.db")
-    assert len(ray_cluster.alive(ray, "http://lab:5000", "postgresql://lab/optuna")) == 2
+        ray_cluster.live_nodes(ray, "http://lab:5000", "sqlite:////lab/optuna.db")
+    assert len(ray_cluster.live_nodes(ray, "http://lab:5000", "postgresql://lab/optuna")) == 2
 
 
 def test_a_lost_process_of_a_search_is_replaced_until_too_many_are_and_a_refusal_ends_it(tmp_path):
@@ -227,8 +227,8 @@ def test_a_lost_process_of_a_search_is_replaced_until_too_many_are_and_a_refusal
     nodes = [{"Alive": True, "NodeManagerHostname": "a", "NodeID": "a", "Resources": {"CPU": 2.0, "memory": 8e9}}]
     ray = SimpleNamespace(nodes=lambda: nodes, get=get, kill=lambda _: None, wait=lambda all_, timeout: (all_[:1], all_[1:]), exceptions=lost)
     ray.remote = lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: made))
-    told = Order(experiment=SimpleNamespace(experiment="sought"), parent_id="", machine=TWO, cache=tmp_path, store="http://lab")
-    with ray_search.Helpers(ray, told, "postgresql://lab/optuna", print, 5, 0.0, 1.0) as helpers:
+    told = JobSpec(experiment=SimpleNamespace(experiment="sought"), parent_id="", machine=TWO, cache=tmp_path, store="http://lab")
+    with ray_search.SearchHelpers(ray, told, "postgresql://lab/optuna", print, 5, 0.0, 1.0) as helpers:
         assert (helpers.num, len(begun)) == (2, 2)  # of five that would be of use the cluster has room for two
         assert "was lost (RayActorError); another one" in helpers.look(0)
         assert len(begun) == 3
@@ -255,10 +255,10 @@ def test_a_run_set_free_is_taken_up_at_once(tmp_path, monkeypatch):
 
 
 def test_a_cohort_prefers_the_node_that_holds_most_of_its_features_and_has_room():
-    crew = ray_grid.Crew(SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError), get=lambda where, timeout: where), None)
+    crew = ray_grid.RayExecutor(SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError), get=lambda where, timeout: where), None)
     crew._nodes = {name: {"CPU": 2, "memory": 8} for name in ("a", "b", "c")}
     crew._at = {"one": Counter(a=2, b=3), "two": Counter(a=2), "another": Counter(c=9)}
-    wish = ray_cluster.Need(cpus=2, gpus=0, memory_bytes=1)
+    wish = ray_cluster.ResourceRequest(cpus=2, gpus=0, memory_bytes=1)
     crew._running = {}
     assert crew._near({"one", "two"}, wish) == "a"
     crew._running = {0: SimpleNamespace(where=("me", "a"), node="")}  # has taken the two cores there

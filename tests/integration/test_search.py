@@ -19,7 +19,7 @@ import pytest
 from small_data import ROOT, write_pair
 
 from cellbench.config.registry import Registry
-from cellbench.data.image_cache import Pixels
+from cellbench.data.image_cache import ImageCache
 from cellbench.run import main
 from cellbench.search import driver
 from cellbench.search import results as search_results
@@ -71,7 +71,7 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("done")
     small(folder)
     read = []
-    whole, really = Pixels.prepared, search_results.test
+    whole, really = ImageCache.prepared, search_results.test_best
 
     def prepared(self, index, preparation):
         read.append(self.samples[0].mask.parents[1].name)
@@ -79,7 +79,7 @@ def done(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         enter(folder, patch)
-        patch.setattr(Pixels, "prepared", prepared)
+        patch.setattr(ImageCache, "prepared", prepared)
         patch.setattr(search_results, "test", lambda *given: (read.append("END"), really(*given))[1])
         code = main(CALL)
     (folder / "printed.txt").write_text(printed.getvalue())
@@ -258,7 +258,7 @@ def test_a_worker_beside_the_first_takes_up_trials_on_its_share_of_the_cores(don
 
     shutil.copytree(done, tmp_path / "copy")
     enter(tmp_path / "copy", monkeypatch)
-    monkeypatch.setattr("cellbench.hardware.cores", lambda: 2)
+    monkeypatch.setattr("cellbench.hardware.num_cores", lambda: 2)
     given = driver.read_space(CALL[1], ["search.trials=8"], None, None, Registry())[1]
     held = Path(CALL[1]).rename("held.toml")  # a worker is handed what the first one read
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
@@ -273,7 +273,7 @@ def test_a_worker_beside_the_first_takes_up_trials_on_its_share_of_the_cores(don
 
 
 def test_ctrl_c_is_heard_once_and_obeyed_at_once_the_second_time(capsys):
-    stop = driver.Stop()
+    stop = driver.StopRequest()
     with stop.heard():
         helper = subprocess.Popen(["sleep", "60"], start_new_session=True)
         stop.helpers.append(helper)

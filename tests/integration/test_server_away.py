@@ -19,7 +19,7 @@ from mlflow_server import Server
 
 from cellbench.errors import CellbenchError
 from cellbench.run import main
-from cellbench.tracking.client import Client, is_away
+from cellbench.tracking.client import ResilientClient, is_unavailable
 from cellbench.tracking.tracker import Tracker, experiment_of
 
 FEW = ["--set", "grid.seed=[0]", "--set", 'grid.backbone=["vit-tiny-random"]', "--set", "baselines=[]"]
@@ -110,14 +110,14 @@ def test_a_server_that_was_never_there_is_told_soon_and_one_that_stays_away_says
     def away(*_: object, **__: object) -> None:
         raise mlflow.exceptions.MlflowException("API request to http://127.0.0.1:1/api failed with exception refused")
 
-    client = Client(_mlflow("http://lab:s3cret@127.0.0.1:1", calls))
+    client = ResilientClient(_mlflow("http://lab:s3cret@127.0.0.1:1", calls))
     assert client.get_run("a") == "found a"
     calls.log_batch = calls.get_run = away
     client.log_batch("a", metrics=[mlflow.entities.Metric("x", 1.0, 2, 3)])
     with pytest.raises(CellbenchError, match=r"1 calls are kept in \S+: the same command sends them first") as stayed:
         client.get_run("a")
     assert "s3cret" not in str(stayed.value)
-    never = Client(_mlflow("http://127.0.0.1:1", calls))
+    never = ResilientClient(_mlflow("http://127.0.0.1:1", calls))
     with pytest.raises(CellbenchError, match="Mend it, or name another"):
         never.get_run("a")
     sent = []
@@ -149,7 +149,7 @@ def _mlflow(uri: str, calls: object) -> SimpleNamespace:
 )
 def test_what_may_be_sent_later_is_told_from_what_is_refused(text, code, away):
     code = getattr(mlflow.protos.databricks_pb2, code)
-    assert is_away(mlflow.exceptions.MlflowException(text, error_code=code)) == away
+    assert is_unavailable(mlflow.exceptions.MlflowException(text, error_code=code)) == away
 
 
 class _Proxy:

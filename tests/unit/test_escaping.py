@@ -17,7 +17,7 @@ from cellbench.config.registry import Registry
 from cellbench.config.run import DataSpec
 from cellbench.data.loading import open_dataset
 from cellbench.data.manifest import place
-from cellbench.escaping import csv_text, markdown, printable
+from cellbench.escaping import escape_markdown, to_csv, to_printable
 from cellbench.files import file_name
 from cellbench.reporting import leaderboard
 from cellbench.reporting.plots import run as run_plots
@@ -29,37 +29,37 @@ NASTY = ["=1+1", "+A1", "-x", "@SUM(A1)", "\tx", "\rx", 'a,"b"', "a;b|c", "<b>&a
 
 @pytest.mark.parametrize("name", NASTY)
 def test_a_spreadsheet_reads_each_name_as_text(name: str) -> None:
-    (heading, row) = csv.reader(io.StringIO(csv_text(["image", name], [[name, -2.5]]), newline=""))
+    (heading, row) = csv.reader(io.StringIO(to_csv(["image", name], [[name, -2.5]]), newline=""))
     assert row[0].removeprefix("'") == heading[1].removeprefix("'") == name
     assert row[0][0] not in "=+-@\t\r"
     assert row[1] == "-2.5"
 
 
 def test_numbers_written_as_text_stay_numbers() -> None:
-    assert csv_text(["d"], [["-0.012"], ["+3"], ["1e-3"], ["-1,234.5"]]) == 'd\n-0.012\n+3\n1e-3\n"-1,234.5"\n'
+    assert to_csv(["d"], [["-0.012"], ["+3"], ["1e-3"], ["-1,234.5"]]) == 'd\n-0.012\n+3\n1e-3\n"-1,234.5"\n'
 
 
 def test_bytes_that_are_no_text_and_control_characters_can_be_written_anywhere() -> None:
-    assert csv_text(["a"], [["caf\udce9"]]) == "a\ncaf\\xe9\n"
-    assert printable("a\nb\x1b[31m\udce9 ä") == "a\\nb\\x1b[31m\\udce9 ä"
+    assert to_csv(["a"], [["caf\udce9"]]) == "a\ncaf\\xe9\n"
+    assert to_printable("a\nb\x1b[31m\udce9 ä") == "a\\nb\\x1b[31m\\udce9 ä"
 
 
 @pytest.mark.parametrize("name", NASTY)
 def test_a_name_stays_in_its_cell_of_a_markdown_table(name: str) -> None:
-    for table in (leaderboard.markdown(["a", "b"], [[name, "1"]]), ui_view.columns(["a", "b"], [[name, "1"]])):
+    for table in (leaderboard.to_markdown(["a", "b"], [[name, "1"]]), ui_view.padded_table(["a", "b"], [[name, "1"]])):
         last = table.split("\n")
         assert len(last) == 3
         cells = last[2].replace("\\|", "").split("|")
         assert len(cells) == 4
         assert "<" not in last[2]
-    assert markdown("vit-tiny · fpn") == "vit-tiny · fpn"
+    assert escape_markdown("vit-tiny · fpn") == "vit-tiny · fpn"
 
 
 def test_a_figure_draws_dollars_as_they_are() -> None:
     image = np.zeros((20, 20, 3), np.uint8)
     mask = np.zeros((20, 20), np.uint8)
     for name in ("$x$", r"$\frac{$", "a_$b^$"):
-        assert run_plots.png(run_plots.case(image, mask, mask, None, name)).startswith(b"\x89PNG")
+        assert run_plots.to_png(run_plots.plot_example(image, mask, mask, None, name)).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("first", "second"), [("a/b", "a_b"), ("a/b", "a-b"), ("A", "a"), ("x" * 90, "x" * 91), ("a b", "a  b"), ("con", "con~"), ("", ".")])

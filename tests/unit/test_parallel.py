@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from cohorts import FP32, dataset_of, features_of, fitted, learners_of, run_of, same
 
-from cellbench.parallel import Lanes
-from cellbench.training.tiled_inference import segment
+from cellbench.parallel import WorkerPool
+from cellbench.training.tiled_inference import segment_images
 
 TWO = replace(FP32, lanes=2)
 
@@ -23,7 +23,7 @@ def test_results_come_in_order_whoever_is_done_first(num):
         assert num == 1 or gate.wait(10)  # with several lanes, the second finishes before the first
         return 1
 
-    with Lanes(num) as lanes:
+    with WorkerPool(num) as lanes:
         assert lanes.each([first, lambda: gate.set() or 2, lambda: 3]) == [1, 2, 3]
         assert list(lanes.ahead(range(20), lambda n: n + 1, lambda n: n * 10)) == [(n + 1) * 10 for n in range(20)]
 
@@ -35,7 +35,7 @@ def test_a_failure_in_a_lane_is_raised_where_its_result_was_due(num):
             raise ValueError("four")
         return n
 
-    with Lanes(num) as lanes:
+    with WorkerPool(num) as lanes:
         seen = []
         with pytest.raises(ValueError, match="four"):
             seen.extend(lanes.ahead(range(9), lambda n: n, fail))
@@ -46,7 +46,7 @@ def test_a_failure_in_a_lane_is_raised_where_its_result_was_due(num):
 
 def test_who_stops_listening_leaves_no_work_behind():
     begun = []
-    with Lanes(2) as lanes:
+    with WorkerPool(2) as lanes:
         for _ in lanes.ahead(range(1000), lambda n: n, begun.append):
             break
     assert len(begun) < 10
@@ -68,7 +68,7 @@ def test_images_are_segmented_the_same_in_two_lanes_as_in_one(small_folder):
     for machine in (FP32, TWO):
         features = features_of(dataset, runs, machine=machine)
         models = [learner.model for learner in learners_of(dataset, runs, features)]
-        answers.append(list(segment(models, features, "test")))
+        answers.append(list(segment_images(models, features, "test")))
     for (index, found), (other, again) in zip(*answers, strict=True):
         assert index == other
         assert all(np.array_equal(a.cell, b.cell) for a, b in zip(found, again, strict=True))

@@ -34,7 +34,7 @@ def test_where_nothing_new_is_imported_a_callers_garbage_is_found():
     knot = Knot()
     found = weakref.ref(knot)
     before = gc.get_freeze_count()
-    with startup.kept():
+    with startup.no_gc_during_import():
         pass
     del knot
     gc.collect()
@@ -44,7 +44,7 @@ def test_where_nothing_new_is_imported_a_callers_garbage_is_found():
 def test_a_search_that_was_off_stays_off():
     gc.disable()
     try:
-        with startup.kept():
+        with startup.no_gc_during_import():
             assert not gc.isenabled()
         assert not gc.isenabled()
     finally:

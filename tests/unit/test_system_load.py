@@ -12,8 +12,8 @@ from finished_runs import scored, told_of
 
 from cellbench import system_load
 from cellbench.reporting import leaderboard
-from cellbench.reporting.model_groups import line_up
-from cellbench.system_load import Load
+from cellbench.reporting.model_groups import group_models
+from cellbench.system_load import SystemLoad
 from cellbench.training import cost_estimate
 
 Times = namedtuple("Times", "user nice system idle iowait steal guest")
@@ -31,12 +31,12 @@ def test_the_load_by_others_is_what_this_process_did_not_use_of_the_busy_time(mo
     monkeypatch.setattr(system_load.psutil, "cpu_times", counters)
     monkeypatch.setattr(system_load.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     # Core 0: 5 s, 4 busy. Core 1: 6 s with the guest's counted once more by psutil, so 5 s, of which 3 idle.
-    assert Load().others_pct() == pytest.approx(100 * (4 + 2 - 2) / 10)
+    assert SystemLoad().others_pct() == pytest.approx(100 * (4 + 2 - 2) / 10)
 
 
 def test_too_short_a_time_has_no_load(monkeypatch):
     monkeypatch.setattr(system_load.psutil, "cpu_times", lambda percpu: [Times(1, 0, 0, 1, 0, 0, 0)])
-    assert Load().others_pct() is None
+    assert SystemLoad().others_pct() is None
 
 
 def test_waiting_costs_wall_seconds_and_no_processor_seconds():
@@ -69,7 +69,7 @@ def test_what_is_timed_in_less_than_a_second_is_timed_again_without_the_cold_fir
     monkeypatch.setattr(cost_estimate, "segment", segment)
     monkeypatch.setattr(cost_estimate, "MEASURED_S", 1.0)
     list(segment([made]))  # the test itself: 0.9 s
-    (speed,) = cost_estimate.speeds([made], features)
+    (speed,) = cost_estimate.inference_speeds([made], features)
     assert (speed.wall_s, speed.cpu_s) == pytest.approx((0.4 / 4, 0.2 / 4))
 
 
@@ -78,7 +78,7 @@ def test_what_takes_a_second_is_timed_once(monkeypatch):
     monkeypatch.setattr(cost_estimate, "segment", segment)
     monkeypatch.setattr(cost_estimate, "MEASURED_S", 1.0)
     list(segment([made]))
-    (speed,) = cost_estimate.speeds([made], features)
+    (speed,) = cost_estimate.inference_speeds([made], features)
     assert speed.wall_s == pytest.approx(1 / 4)
 
 
@@ -86,16 +86,16 @@ def test_features_that_are_kept_do_not_hide_what_the_backbone_takes(monkeypatch)
     made, features, segment = world("on disk", [2.0], 0.0)
     monkeypatch.setattr(cost_estimate, "segment", segment)
     list(segment([made]))
-    (speed,) = cost_estimate.speeds([made], features)
+    (speed,) = cost_estimate.inference_speeds([made], features)
     assert speed.wall_s >= 2.0 / 4 + 3 * 0.01 / 2  # three tiles an image, of chunks of two
 
 
 def test_the_load_is_said_with_the_costs():
-    (here,), _ = line_up([scored(head, told_of(mean, 0)) for head, mean in (("fpn", 0.9), ("bilinear", 0.8))])
-    first, second = leaderboard.rows(here)
-    assert leaderboard.load_words([first, second]) == "How busy other processes kept the machine is not recorded."
+    (here,), _ = group_models([scored(head, told_of(mean, 0)) for head, mean in (("fpn", 0.9), ("bilinear", 0.8))])
+    first, second = leaderboard.leaderboard_rows(here)
+    assert leaderboard.describe_load([first, second]) == "How busy other processes kept the machine is not recorded."
     idle = [replace(row, other_load_pct=3.0) for row in (first, second)]
-    assert leaderboard.load_words(idle) == "Costs were measured while other processes used 3 % of the processor at most."
-    busy = leaderboard.load_words([replace(first, other_load_pct=45.0), second])
+    assert leaderboard.describe_load(idle) == "Costs were measured while other processes used 3 % of the processor at most."
+    busy = leaderboard.describe_load([replace(first, other_load_pct=45.0), second])
     assert busy.startswith("Costs were measured while other processes used 45 % of the processor (not recorded for 1 of 2 models)")
     assert "Processor seconds" in busy

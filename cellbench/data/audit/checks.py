@@ -11,9 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from cellbench.data.audit.keypoint_matching import Marks, shared, whole
-from cellbench.data.audit.mask_placement import Maps, placed
-from cellbench.data.audit.perceptual_hash import clusters
+from cellbench.data.audit.keypoint_matching import Keypoints, find_same_images, find_shared_regions
+from cellbench.data.audit.mask_placement import PlacementFeatures, check_placement
+from cellbench.data.audit.perceptual_hash import connected_groups
 
 
 class Severity(enum.Enum):
@@ -37,7 +37,7 @@ class Finding:
     images: tuple[str, ...] = ()
 
 
-class Facts(Protocol):
+class ImageFacts(Protocol):
     """What is read of `data.survey`'s record."""
 
     name: str
@@ -49,7 +49,7 @@ class Facts(Protocol):
     image_hash: str
     mask_hash: str
     small: np.ndarray
-    marks: Marks
+    marks: Keypoints
     stain: tuple[float, float, float]
     shares: tuple[float, ...]
     areas_px: tuple[int, ...]
@@ -67,12 +67,12 @@ class Facts(Protocol):
     seen_share: float
     seen_contrast: float
     agreement: float
-    maps: Maps | None
+    maps: PlacementFeatures | None
     exif_turn: int
     missed_border: tuple[int, ...]
 
 
-def findings(facts: Sequence[Facts], same: Twins) -> list[Finding]:
+def findings(facts: Sequence[ImageFacts], same: DuplicatePairs) -> list[Finding]:
     """All findings, the severe first. ``same``: as ``twins`` found them."""
     read = [f for f in facts if not f.error]
     fit = [f for f in read if f.size_px == f.mask_px]
@@ -81,11 +81,11 @@ def findings(facts: Sequence[Facts], same: Twins) -> list[Finding]:
     return sorted((finding for finding in found if finding.images), key=lambda finding: order.index(finding.severity))
 
 
-def _of(kind: str, severity: Severity, said: str, facts: Sequence[Facts], wrong: Callable[[Facts], bool]) -> Finding:
+def _of(kind: str, severity: Severity, said: str, facts: Sequence[ImageFacts], wrong: Callable[[ImageFacts], bool]) -> Finding:
     return Finding(kind=kind, severity=severity, said=said, images=tuple(f.name for f in facts if wrong(f)))
 
 
-def _files(facts: Sequence[Facts], read: Sequence[Facts]) -> list[Finding]:
+def _files(facts: Sequence[ImageFacts], read: Sequence[ImageFacts]) -> list[Finding]:
     errors = [f for f in facts if f.error]
     first = f" First: {errors[0].error}" if errors else ""
     return [
@@ -94,7 +94,7 @@ def _files(facts: Sequence[Facts], read: Sequence[Facts]) -> list[Finding]:
     ]
 
 
-def _values(fit: Sequence[Facts]) -> list[Finding]:
+def _values(fit: Sequence[ImageFacts]) -> list[Finding]:
     example = next((f.off_example for f in fit if f.off_solid), 0)
     said = f"The mask holds fields of values that the card does not know, such as {example}. Correct the mask, or the card's values."
     smooth = "The mask's edges are smoothed: values between those of the card. Each pixel takes the nearest; save masks without smoothing."
@@ -108,36 +108,36 @@ def _values(fit: Sequence[Facts]) -> list[Finding]:
     ]
 
 
-def _masks(fit: Sequence[Facts]) -> list[Finding]:
-    def share(f: Facts) -> float:
+def _masks(fit: Sequence[ImageFacts]) -> list[Finding]:
+    def share(f: ImageFacts) -> float:
         return 1 - f.shares[0]
 
     usual = float(np.median([share(f) for f in fit])) if fit else 0.0
     agreements = [f.agreement for f in fit if 0 < share(f) < 1]
     typical = float(np.median(agreements)) if agreements else 0.0
 
-    def inverted(f: Facts) -> bool:
+    def inverted(f: ImageFacts) -> bool:
         return 0 < share(f) < 1 and f.frame_share > 0.6 and f.holes >= max(1, 2 * f.islands) and f.mode_in_cell > 0.8
 
-    def plain_empty(f: Facts) -> bool:
+    def plain_empty(f: ImageFacts) -> bool:
         return share(f) == 0 and not f.lost_share
 
-    def has_cells(f: Facts) -> bool:
+    def has_cells(f: ImageFacts) -> bool:
         # What a threshold finds is about as much as cells usually are, and clearly apart.
         return f.seen_contrast > 0.6 and f.seen_share > 0.3 * usual > 0
 
-    def astray(f: Facts) -> bool:
+    def astray(f: ImageFacts) -> bool:
         # On the real sets 0.86 to 0.93 in the median; the least of all 0.27 in truth, 0.18 at most where a mask is moved by half the image.
         return len(fit) >= 5 and typical > 0.6 and 0 < share(f) < 1 and f.agreement < 0.25 * typical and f.seen_contrast > 0.6
 
     mapped = [f for f in fit if f.maps is not None and not inverted(f)]
-    place = placed([f.maps for f in mapped if f.maps is not None], [f.seen_contrast for f in mapped])
+    place = check_placement([f.maps for f in mapped if f.maps is not None], [f.seen_contrast for f in mapped])
     misplaced = [mapped[k] for k in place.wrong]
     turned = ""
     if "turned" in place.said + place.said.replace("mirrored", "turned") and sum(f.exif_turn > 1 for f in misplaced) > 0.5 * len(misplaced):
         turned = " The images carry an EXIF orientation, which whatever drew the masks ignored."
 
-    masks: dict[str, list[Facts]] = defaultdict(list)
+    masks: dict[str, list[ImageFacts]] = defaultdict(list)
     for f in fit:
         if 0 < share(f) < 1:
             masks[f.mask_hash].append(f)
@@ -166,7 +166,7 @@ def _masks(fit: Sequence[Facts]) -> list[Finding]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Twins:
+class DuplicatePairs:
     """Pairs of images, by their numbers among the facts, that show the same."""
 
     same: tuple[tuple[int, int], ...]
@@ -178,10 +178,10 @@ class Twins:
 
     def first(self, num: int) -> list[int]:
         """For each of ``num`` images the number of the first that pairs join it to."""
-        return clusters(num, (*self.same, *self.whole, *self.part))
+        return connected_groups(num, (*self.same, *self.whole, *self.part))
 
 
-def twins(facts: Sequence[Facts]) -> Twins:
+def find_duplicates(facts: Sequence[ImageFacts]) -> DuplicatePairs:
     """Finds them among the images that could be read."""
     same: dict[str, list[int]] = defaultdict(list)
     for k, f in enumerate(facts):
@@ -189,16 +189,16 @@ def twins(facts: Sequence[Facts]) -> Twins:
             same[f.image_hash].append(k)
     once = [numbers[0] for numbers in same.values()]
     all_marks = [facts[k].marks for k in once]
-    near = [(once[i], once[j]) for i, j in whole(all_marks, [facts[k].small for k in once])]
-    part = [(once[pair.first], once[pair.second]) for pair in shared(all_marks)]
-    return Twins(
+    near = [(once[i], once[j]) for i, j in find_same_images(all_marks, [facts[k].small for k in once])]
+    part = [(once[pair.first], once[pair.second]) for pair in find_shared_regions(all_marks)]
+    return DuplicatePairs(
         same=tuple(pair for numbers in same.values() for pair in itertools.pairwise(numbers)),
         whole=tuple(near),
         part=tuple(pair for pair in part if pair not in set(near)),
     )
 
 
-def _twins(facts: Sequence[Facts], found: Twins) -> list[Finding]:
+def _twins(facts: Sequence[ImageFacts], found: DuplicatePairs) -> list[Finding]:
     """Same and near-same images, within a split and, worse, across."""
     splits: dict[str, set[str]] = defaultdict(set)
     for f in facts:
@@ -257,7 +257,7 @@ def _twins(facts: Sequence[Facts], found: Twins) -> list[Finding]:
     ]
 
 
-def _odd(fit: Sequence[Facts]) -> list[Finding]:
+def _odd(fit: Sequence[ImageFacts]) -> list[Finding]:
     if len(fit) < 5:
         return []
     size, num = Counter(f.size_px for f in fit).most_common(1)[0]
@@ -278,7 +278,7 @@ def _odd(fit: Sequence[Facts]) -> list[Finding]:
     ]
 
 
-def statistics(facts: Sequence[Facts], classes: Sequence[str]) -> list[tuple[str, str]]:
+def statistics(facts: Sequence[ImageFacts], classes: Sequence[str]) -> list[tuple[str, str]]:
     """Names and values for a table: images, sizes, class balance, cells, areas and diameters."""
     fit = [f for f in facts if not f.error and f.size_px == f.mask_px]
     out = [("images", ", ".join(f"{num} {split}" for split, num in Counter(f.split for f in facts).items()))]

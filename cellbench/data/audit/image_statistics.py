@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
-from cellbench.metrics.instance import true_cells
+from cellbench.metrics.instance import reference_instances
 from cellbench.metrics.pixel import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surveyed:
+class ImageStatistics:
     """One image."""
 
     name: str
@@ -30,16 +30,16 @@ class Surveyed:
     """Mean colour of what is no cell; nan where there is nothing else."""
 
 
-def surveyed(dataset: Dataset, sample: Sample) -> Surveyed:
+def measure_image(dataset: Dataset, sample: Sample) -> ImageStatistics:
     """Single cells are the mask's own numbers where it has them, else connected regions, of at least ``min_cell_px``."""
     image, classes = dataset.read(sample)
     ids = dataset.read_instances(sample)
-    cells, _ = true_cells(classes, ids, dataset.min_cell_px, owners=dataset.owners)
+    cells, _ = reference_instances(classes, ids, dataset.min_cell_px, owners=dataset.owners)
     is_cell = (classes > 0) & (classes != IGNORE)
     whole = np.ones(cells.num + 1, bool)
     whole[np.unique(np.concatenate([cells.ids[0], cells.ids[-1], cells.ids[:, 0], cells.ids[:, -1]]))] = False
     whole[0] = False
-    return Surveyed(
+    return ImageStatistics(
         name=sample.name,
         size_px=classes.shape,
         cell_share=float(is_cell.sum() / max(np.count_nonzero(classes != IGNORE), 1)),
@@ -50,16 +50,16 @@ def surveyed(dataset: Dataset, sample: Sample) -> Surveyed:
     )
 
 
-def survey(dataset: Dataset, samples: Sequence[Sample], progress: Callable[[], object] = lambda: None) -> list[Surveyed]:
+def measure_images(dataset: Dataset, samples: Sequence[Sample], progress: Callable[[], object] = lambda: None) -> list[ImageStatistics]:
     """Each of the samples; ``progress`` is called after each."""
     out = []
     for sample in samples:
-        out.append(surveyed(dataset, sample))
+        out.append(measure_image(dataset, sample))
         progress()
     return out
 
 
-def summary(images: Sequence[Surveyed]) -> dict[str, float]:
+def summarize(images: Sequence[ImageStatistics]) -> dict[str, float]:
     """The figures that the published exploration tells, and some more, over these images."""
     sizes = sorted({one.size_px for one in images}, key=lambda size: -sum(one.size_px == size for one in images))
     diameters = np.concatenate([one.diameters_px for one in images]) if images else np.zeros(0)

@@ -18,21 +18,21 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from cellbench.data.audit.perceptual_hash import near_pairs, standard, turned
+from cellbench.data.audit.perceptual_hash import eight_orientations, find_near_pairs, high_pass
 
 SIDE_PX = 400
 """The longer side at which features are looked for. A crop of 0.3 of the sides still fills 120 px."""
-MOST = 400
+MAX_KEYPOINTS = 400
 """Features kept of an image, the largest first: they outlive resizing and compression."""
 CONTRAST = 0.01
 """Of a feature: a quarter of OpenCV's own, since a single stained cell has few. Of planted halves of single cells 44 of 50 are found, not 26."""
-ALIKE = 0.9
+MAX_RATIO = 0.9
 """Cosine of two descriptors. Of one spot in two pictures 0.95 to 1, of the nearest spot in another smear 0.85 at most for nine of ten."""
-LEAST = 5
+MIN_MATCHES = 5
 """Features that agree on one transform. Of true crops 6 to 80, of other pairs of the three real sets 4 at most."""
-TRIES = 3
+RANSAC_TRIALS = 3
 """Transforms tried of one pair: a label that all images bear agrees with itself before the cells do."""
-MOST_PAIRS = 40
+MAX_PAIRS = 40
 """Candidate pairs tried of an image, those with most features in common first: where a layout is common to all images, every pair is one."""
 _WAVE_PX = 4
 """Of the small picture. Slower waves are taken out: a round edge that is 2 px off correlates at 0.9 with them, and not at all without."""
@@ -46,7 +46,7 @@ _MIRRORED = np.arange(128).reshape(4, 4, 8)[::-1][:, :, -np.arange(8) % 8].ravel
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Marks:
+class Keypoints:
     """What the parts of an image are known again by."""
 
     places: np.ndarray
@@ -61,7 +61,7 @@ class Marks:
     """(H, W) uint8, the grey picture, its longer side ``SIDE_PX`` at most"""
 
 
-NOTHING = Marks(
+NO_KEYPOINTS = Keypoints(
     places=np.zeros(0, np.complex64),
     sizes=np.zeros(0, np.float32),
     ways=np.zeros(0, np.complex64),
@@ -71,7 +71,7 @@ NOTHING = Marks(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
+class SharedRegion:
     """Two images, ``first < second``, that show the same."""
 
     first: int
@@ -82,17 +82,17 @@ class Shared:
     """Of the one that has less of its own, what the other shows too."""
 
 
-def marks(grey_HW: np.ndarray) -> Marks:
+def keypoints(grey_HW: np.ndarray) -> Keypoints:
     """The marks of a grey image float32, 0..255 (``likeness.grey``). About 40 ms of a core for any size, 180 kB."""
     picture = _small(grey_HW)
     low, high = np.percentile(picture, (1, 99))
     stretched = ((picture - low) * (255 / max(high - low, 24))).clip(0, 255).astype(np.uint8)
     sift = cv2.SIFT_create(contrastThreshold=CONTRAST)
-    found = sorted(sift.detect(stretched, None), key=lambda one: -one.size)[:MOST]
+    found = sorted(sift.detect(stretched, None), key=lambda one: -one.size)[:MAX_KEYPOINTS]
     if not found:
-        return replace(NOTHING, picture=picture.astype(np.uint8))
+        return replace(NO_KEYPOINTS, picture=picture.astype(np.uint8))
     found, looks = sift.compute(stretched, found)
-    return Marks(
+    return Keypoints(
         places=np.array([complex(*one.pt) for one in found], np.complex64),
         sizes=np.array([one.size for one in found], np.float32),
         ways=np.exp(1j * np.radians([one.angle for one in found])).astype(np.complex64),
@@ -109,12 +109,12 @@ def _small(grey_HW: np.ndarray) -> np.ndarray:
     return cv2.resize(np.ascontiguousarray(grey_HW), size, interpolation=cv2.INTER_LINEAR if factor > 1 else cv2.INTER_AREA).clip(0, 255)
 
 
-def shared(all_marks: Sequence[Marks]) -> list[Shared]:
+def find_shared_regions(all_marks: Sequence[Keypoints]) -> list[SharedRegion]:
     """Every pair of images that show a part of the same, in their order."""
-    found: dict[tuple[int, int], Shared] = {}
+    found: dict[tuple[int, int], SharedRegion] = {}
     num_tried: Counter[int] = Counter()
     for first, second, mirrored, ones, others in sorted(_candidates(all_marks), key=lambda one: -len(one[3])):
-        if (first, second) in found or min(num_tried[first], num_tried[second]) >= MOST_PAIRS:
+        if (first, second) in found or min(num_tried[first], num_tried[second]) >= MAX_PAIRS:
             continue
         num_tried.update((first, second))
         pair = _settled(all_marks, first, second, mirrored, ones, others)
@@ -123,16 +123,16 @@ def shared(all_marks: Sequence[Marks]) -> list[Shared]:
     return [found[pair] for pair in sorted(found)]
 
 
-def whole(all_marks: Sequence[Marks], small_NTT: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+def find_same_images(all_marks: Sequence[Keypoints], small_NTT: Sequence[np.ndarray]) -> list[tuple[int, int]]:
     """Pairs (i < j) of images that are one picture, turned, resized or saved anew. ``small_NTT``: ``likeness.small_grey`` of each.
 
     ``likeness.near_pairs`` proposes them; those whose pixels say otherwise are left out: the same empty plate photographed twice, say.
     """
     found = []
-    for i, j, _ in near_pairs(small_NTT):
-        mine = standard(small_NTT[i])
-        way = int(np.argmax([float(mine @ standard(other)) for other in turned(small_NTT[j])]))
-        one, other = all_marks[i].picture, np.ascontiguousarray(turned(all_marks[j].picture)[way])
+    for i, j, _ in find_near_pairs(small_NTT):
+        mine = high_pass(small_NTT[i])
+        way = int(np.argmax([float(mine @ high_pass(other)) for other in eight_orientations(small_NTT[j])]))
+        one, other = all_marks[i].picture, np.ascontiguousarray(eight_orientations(all_marks[j].picture)[way])
         if not one.size or not other.size:
             found.append((i, j))
             continue
@@ -144,9 +144,9 @@ def whole(all_marks: Sequence[Marks], small_NTT: Sequence[np.ndarray]) -> list[t
     return found
 
 
-def _settled(all_marks: Sequence[Marks], first: int, second: int, mirrored: bool, ones: np.ndarray, others: np.ndarray) -> Shared | None:
+def _settled(all_marks: Sequence[Keypoints], first: int, second: int, mirrored: bool, ones: np.ndarray, others: np.ndarray) -> SharedRegion | None:
     one, other = all_marks[first], all_marks[second]
-    for _ in range(TRIES):
+    for _ in range(RANSAC_TRIALS):
         placed = _placed(one, other, mirrored, ones, others)
         if placed is None:
             return None
@@ -154,13 +154,13 @@ def _settled(all_marks: Sequence[Marks], first: int, second: int, mirrored: bool
         matrix = np.array([[c.real, -c.imag, t.real], [c.imag, c.real, t.imag]]) @ np.diag([1, -1 if mirrored else 1, 1])
         evidence = _compared(one.picture, other.picture, matrix)
         if evidence is not None and evidence.proves:
-            return Shared(first=first, second=second, agreement=evidence.agreement, share=evidence.share)
+            return SharedRegion(first=first, second=second, agreement=evidence.agreement, share=evidence.share)
         ones, others = ones[~inside], others[~inside]
     return None
 
 
-def _candidates(all_marks: Sequence[Marks]):
-    """(first, second, mirrored, features of the first, features of the second) of pairs in which ``LEAST`` features have a like."""
+def _candidates(all_marks: Sequence[Keypoints]):
+    """(first, second, mirrored, features of the first, features of the second) of pairs in which ``MIN_MATCHES`` features have a like."""
     image_M = np.repeat(np.arange(len(all_marks)), [len(one.places) for one in all_marks])
     if len(image_M) < 2:
         return
@@ -176,7 +176,7 @@ def _candidates(all_marks: Sequence[Marks]):
     starts = np.flatnonzero(np.any(np.diff(keys, axis=0, prepend=-1), axis=1))
     for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
         end = min(end, start + 300)
-        if end - start >= LEAST:
+        if end - start >= MIN_MATCHES:
             first, second, mirrored = keys[start].tolist()
             yield first, second, bool(mirrored), within_M[alike[start:end, 1]], within_M[alike[start:end, 2]]
 
@@ -201,7 +201,7 @@ def _alike(looks_MD: np.ndarray, image_M: np.ndarray, mirrored: bool) -> np.ndar
         cosine = asked_MD[asking] @ looks_MD[known].T
         cosine[image_M[asking][:, None] == image_M[known][None]] = 0
         best = np.argpartition(-cosine, 1, axis=1)[:, :2] if len(known) > 2 else np.tile(np.arange(len(known)), (len(asking), 1))
-        row, column = np.nonzero(np.take_along_axis(cosine, best, 1) >= ALIKE)
+        row, column = np.nonzero(np.take_along_axis(cosine, best, 1) >= MAX_RATIO)
         one, other = asking[row], known[best[row, column]]
         found.append(np.stack([np.full(len(one), mirrored, np.int64), np.minimum(one, other), np.maximum(one, other)], 1))
     return np.concatenate(found)
@@ -216,12 +216,12 @@ def _nearest(looks_MD: np.ndarray, words: np.ndarray, num: int, chunk: int = 409
     return found
 
 
-def _placed(one: Marks, other: Marks, mirrored: bool, ones: np.ndarray, others: np.ndarray) -> tuple[complex, complex, np.ndarray] | None:
-    """The similarity transform on which most features agree, fitted to them, and which do; None where fewer than ``LEAST`` do.
+def _placed(one: Keypoints, other: Keypoints, mirrored: bool, ones: np.ndarray, others: np.ndarray) -> tuple[complex, complex, np.ndarray] | None:
+    """The similarity transform on which most features agree, fitted to them, and which do; None where fewer than ``MIN_MATCHES`` do.
 
     Each pair of features proposes one: by its places, sizes and directions (Lowe 2004).
     """
-    if len(ones) < LEAST:
+    if len(ones) < MIN_MATCHES:
         return None
     z, w = one.places[ones].astype(complex), other.places[others].astype(complex)
     way = one.ways[ones]
@@ -234,11 +234,11 @@ def _placed(one: Marks, other: Marks, mirrored: bool, ones: np.ndarray, others: 
     fits = (off < 4) & (np.abs(np.log(np.abs(turned))) < 0.4) & (np.abs(np.angle(turned)) < 0.35)
     inside = fits[fits.sum(1).argmax()]
     for _ in range(2):
-        if _spots(z[inside], w[inside]) < LEAST:
+        if _spots(z[inside], w[inside]) < MIN_MATCHES:
             return None
         scale, shift = np.linalg.lstsq(np.stack([z[inside], np.ones(inside.sum())], 1), w[inside], rcond=None)[0]
         inside = np.abs(scale * z + shift - w) < 3 * max(1, abs(scale))
-    return (complex(scale), complex(shift), inside) if _spots(z[inside], w[inside]) >= LEAST and scale else None
+    return (complex(scale), complex(shift), inside) if _spots(z[inside], w[inside]) >= MIN_MATCHES and scale else None
 
 
 def _spots(z: np.ndarray, w: np.ndarray) -> int:

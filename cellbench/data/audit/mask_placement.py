@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from cellbench.data.audit.perceptual_hash import pooled, turned
+from cellbench.data.audit.perceptual_hash import eight_orientations, mean_pool
 
 SIDE = 64
 MARGIN = 0.15
@@ -41,7 +41,7 @@ WAYS = (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Maps:
+class PlacementFeatures:
     """One image and its mask, pooled."""
 
     basis: np.ndarray
@@ -64,19 +64,19 @@ class Placement:
     """Whether these are more than half of the images with cells."""
 
 
-def maps(image_HW3: np.ndarray, cell_HW: np.ndarray, seen_HW: np.ndarray) -> Maps:
+def describe(image_HW3: np.ndarray, cell_HW: np.ndarray, seen_HW: np.ndarray) -> PlacementFeatures:
     """Of an image uint8, its cells bool, and what a threshold sets apart in it, bool; all of one size, a thinned image will do."""
     colours = image_HW3.astype(np.float32)
     plain = colours.mean(2)
     mean = ndimage.uniform_filter(plain, 5)
     contrast = np.sqrt(np.maximum(ndimage.uniform_filter(plain * plain, 5) - mean * mean, 0))
     features = [*np.moveaxis(colours, 2, 0), contrast, seen_HW]
-    rows = np.stack([pooled(one, SIDE).ravel() for one in features]).astype(np.float64)
+    rows = np.stack([mean_pool(one, SIDE).ravel() for one in features]).astype(np.float64)
     places = np.indices((SIDE, SIDE)).reshape(2, -1)
     plane = _orthonormal(np.stack([np.ones(SIDE * SIDE), *places]))
     rows -= rows @ plane.T @ plane
     height, width = cell_HW.shape
-    return Maps(basis=_orthonormal(rows).astype(np.float32), mask=pooled(cell_HW, SIDE), square=abs(height - width) <= 1)
+    return PlacementFeatures(basis=_orthonormal(rows).astype(np.float32), mask=mean_pool(cell_HW, SIDE), square=abs(height - width) <= 1)
 
 
 def _orthonormal(rows: np.ndarray) -> np.ndarray:
@@ -90,7 +90,7 @@ def _unit(mask_TT: np.ndarray) -> np.ndarray:
     return flat / max(float(np.linalg.norm(flat)), 1e-6)
 
 
-def placed(all_maps: Sequence[Maps], contrasts: Sequence[float]) -> Placement:
+def check_placement(all_maps: Sequence[PlacementFeatures], contrasts: Sequence[float]) -> Placement:
     """Looks for masks that lie wrong. ``contrasts``: how clearly something stands out in each image (``Facts.seen_contrast``).
 
     Only images with some cells, and not full of them, say anything.
@@ -150,7 +150,7 @@ def _better(fits: np.ndarray, own: np.ndarray) -> np.ndarray:
     return _much_better(fits, own)
 
 
-def _shifted(kept: Sequence[Maps]) -> tuple[np.ndarray, str]:
+def _shifted(kept: Sequence[PlacementFeatures]) -> tuple[np.ndarray, str]:
     """How well each mask fits when all are moved alike, by what is best for all, and that in words."""
     found = np.zeros((len(kept), SIDE, SIDE), np.float32)
     for k, one in enumerate(kept):
@@ -170,10 +170,10 @@ def _num(some: int, num: int) -> str:
     return "they" if some == num else f"{some} of {num}"
 
 
-def _turned_fit(one: Maps, way: int) -> float:
+def _turned_fit(one: PlacementFeatures, way: int) -> float:
     if way in (1, 3, 4, 6) and not one.square:
         return 0.0
-    return float(np.linalg.norm(one.basis @ _unit(turned(one.mask)[way]).astype(np.float32)))
+    return float(np.linalg.norm(one.basis @ _unit(eight_orientations(one.mask)[way]).astype(np.float32)))
 
 
 def _sampled(numbers: list[int]) -> list[int]:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
-from cellbench.data.audit.keypoint_matching import NOTHING, Marks, marks
-from cellbench.data.audit.mask_placement import Maps, maps
-from cellbench.data.audit.perceptual_hash import grey, pooled
+from cellbench.data.audit.keypoint_matching import NO_KEYPOINTS, Keypoints, keypoints
+from cellbench.data.audit.mask_placement import PlacementFeatures, describe
+from cellbench.data.audit.perceptual_hash import mean_pool, to_grey
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io import images
 from cellbench.errors import CellbenchError, one_line
-from cellbench.files import hash_of
-from cellbench.metrics.instance import MIN_AREA_PX, as_objects, instances, numbered, with_parts
+from cellbench.files import compute_sha256
+from cellbench.metrics.instance import MIN_AREA_PX, connected_instances, merge_part_ids, merge_parts_into_objects, numbered_instances
 from cellbench.metrics.pixel import IGNORE
 
 LOOK_PX = 600
@@ -22,7 +22,7 @@ LOOK_PX = 600
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Facts:
+class SampleFacts:
     """Of one sample. Where ``error`` is not empty the rest is as it is by default."""
 
     name: str
@@ -35,7 +35,7 @@ class Facts:
     mask_hash: str = ""
     small: np.ndarray = field(default_factory=lambda: np.zeros((64, 64), np.float32))
     """Grey, 64 x 64."""
-    marks: Marks = NOTHING
+    marks: Keypoints = NO_KEYPOINTS
     """What parts of the image are known again by."""
     stain: tuple[float, float, float] = (0, 0, 0)
     """Mean red, green and blue, 0..255."""
@@ -70,7 +70,7 @@ class Facts:
     """How well it does: variance between both sides as a share of all, 0..1."""
     agreement: float = 0.0
     """Correlation of what the threshold sets apart and what is marked, -1..1."""
-    maps: Maps | None = None
+    maps: PlacementFeatures | None = None
     """By which it is told whether the mask lies on what the image shows."""
     exif_turn: int = 1
     """The orientation that the image file asks for, 1 (upright) to 8."""
@@ -78,30 +78,30 @@ class Facts:
     """Areas, in px, of fields at the frame that stand out like cells and are not marked."""
 
 
-def survey(dataset: Dataset, sample: Sample, split: str, tolerance: int, with_marks: bool = True) -> Facts:
+def measure_sample(dataset: Dataset, sample: Sample, split: str, tolerance: int, with_marks: bool = True) -> SampleFacts:
     """Reads and measures one sample; what is wrong with its files is in ``error``, never raised. ``with_marks``: also what its parts are known by."""
     known = {"name": sample.name, "split": split, "group": sample.group}
     try:
         image = images.read_image(sample.image, dataset.reading)
         labels = images.read_labels(sample.mask) if sample.truth is None and not dataset.colors else None
         classes, ids = _truth(dataset, sample, labels)
-        hashes = {"image_hash": hash_of(sample.image), "mask_hash": hash_of(sample.mask) if sample.truth is None else sample.truth.digest()}
+        hashes = {"image_hash": compute_sha256(sample.image), "mask_hash": compute_sha256(sample.mask) if sample.truth is None else sample.truth.digest()}
     except (CellbenchError, OSError) as error:
-        return Facts(**known, error=one_line(error))
+        return SampleFacts(**known, error=one_line(error))
     sizes = {"size_px": image.shape[:2], "mask_px": classes.shape}
     known |= {**hashes, **sizes, "stain": _mean_colour(image)}
-    plain = grey(image)
-    known |= {"small": pooled(plain), "marks": marks(plain) if with_marks else NOTHING, "exif_turn": images.exif_turn(sample.image)}
+    plain = to_grey(image)
+    known |= {"small": mean_pool(plain), "marks": keypoints(plain) if with_marks else NO_KEYPOINTS, "exif_turn": images.exif_turn(sample.image)}
     if image.shape[:2] != classes.shape:
-        return Facts(**known)
-    objects = as_objects(classes, dataset.owners)
-    cells = instances(objects, 1) if ids is None else numbered(with_parts(ids, classes, dataset.owners), objects)
+        return SampleFacts(**known)
+    objects = merge_parts_into_objects(classes, dataset.owners)
+    cells = connected_instances(objects, 1) if ids is None else numbered_instances(merge_part_ids(ids, classes, dataset.owners), objects)
     areas = cells.areas_px[1:]
     limit = dataset.min_cell_px or MIN_AREA_PX
     specks = areas < limit
     judged = classes != IGNORE
     pixels = np.bincount(classes[judged], minlength=len(dataset.classes))
-    return Facts(
+    return SampleFacts(
         **known,
         shares=tuple(float(n) / pixels.sum() for n in pixels) if pixels.any() else (1.0, *[0.0] * (len(dataset.classes) - 1)),
         min_cell_px=limit,
@@ -166,7 +166,7 @@ def _look(image: np.ndarray, cell: np.ndarray, judged: np.ndarray) -> dict[str, 
     threshold, found["seen_contrast"] = _otsu(counts)
     seen = (levels > threshold) if mode <= threshold else (levels <= threshold)
     found["seen_share"] = float(seen.mean())
-    found["maps"] = maps(small, cell, seen)
+    found["maps"] = describe(small, cell, seen)
     if judged.any() and 0 < seen[judged].mean() < 1 and 0 < cell[judged].mean() < 1:
         found["agreement"] = float(np.corrcoef(seen[judged], cell[judged])[0, 1])
     parts, num = ndimage.label(ndimage.binary_fill_holes(seen))

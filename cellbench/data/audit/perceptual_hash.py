@@ -20,7 +20,7 @@ CORRELATION = 0.97
 """Of the small pictures, their slow half taken out."""
 
 
-def pooled(grey_HW: np.ndarray, side: int = SIDE) -> np.ndarray:
+def mean_pool(grey_HW: np.ndarray, side: int = SIDE) -> np.ndarray:
     """Means of ``side`` x ``side`` equal fields, (side, side) float32. Fields share the pixels on their edges, so that a turned picture gives
     the turned result."""
     return _fields(grey_HW.shape[0], side) @ grey_HW.astype(np.float32) @ _fields(grey_HW.shape[1], side).T
@@ -35,29 +35,29 @@ def _fields(length: int, side: int) -> np.ndarray:
     return (np.maximum(shared, 0) * side / length).astype(np.float32)
 
 
-def grey(image_HW3: np.ndarray) -> np.ndarray:
+def to_grey(image_HW3: np.ndarray) -> np.ndarray:
     """(H, W) float32, 0..255, of an image uint8, half of it green, where stains differ most."""
     return image_HW3[..., 1] / np.float32(2) + image_HW3[..., 0] / np.float32(4) + image_HW3[..., 2] / np.float32(4)
 
 
-def small_grey(image_HW3: np.ndarray) -> np.ndarray:
+def thumbnail_grey(image_HW3: np.ndarray) -> np.ndarray:
     """A grey picture (64, 64) float32 of an image uint8."""
-    return pooled(grey(image_HW3))
+    return mean_pool(to_grey(image_HW3))
 
 
-def turned(picture_TT: np.ndarray) -> list[np.ndarray]:
+def eight_orientations(picture_TT: np.ndarray) -> list[np.ndarray]:
     """The eight flips and right-angle rotations; the first is the picture itself."""
     return [np.rot90(one, k) for one in (picture_TT, picture_TT.T) for k in range(4)]
 
 
-def signs(picture_TT: np.ndarray) -> np.ndarray:
+def hash_signs(picture_TT: np.ndarray) -> np.ndarray:
     """The hash as ±1, (256,) int8: whether each slow cosine coefficient is above their median (pHash)."""
     slow = dctn(picture_TT, norm="ortho")[:BITS, :BITS].ravel()
     slow[0] = 0  # brightness
     return np.where(slow > np.median(slow), 1, -1).astype(np.int8)
 
 
-def standard(picture_TT: np.ndarray) -> np.ndarray:
+def high_pass(picture_TT: np.ndarray) -> np.ndarray:
     """Without its slowest waves, of length 1: correlations of what is left tell pictures that only share light and layout apart."""
     waves = dctn(picture_TT, norm="ortho")
     waves[:3, :3] = 0
@@ -65,12 +65,12 @@ def standard(picture_TT: np.ndarray) -> np.ndarray:
     return (flat / max(float(np.linalg.norm(flat)), 1e-6)).astype(np.float32)
 
 
-def near_pairs(small_NTT: Sequence[np.ndarray], chunk: int = 512) -> list[tuple[int, int, float]]:
+def find_near_pairs(small_NTT: Sequence[np.ndarray], chunk: int = 512) -> list[tuple[int, int, float]]:
     """Pairs (i < j) of small pictures that are one picture however turned, with their correlation (0..1)."""
     if len(small_NTT) < 2:
         return []
-    plain = np.stack([signs(picture) for picture in small_NTT]).astype(np.float32)
-    all_8 = np.stack([[signs(one) for one in turned(picture)] for picture in small_NTT]).astype(np.float32)
+    plain = np.stack([hash_signs(picture) for picture in small_NTT]).astype(np.float32)
+    all_8 = np.stack([[hash_signs(one) for one in eight_orientations(picture)] for picture in small_NTT]).astype(np.float32)
     bound = BITS * BITS - 2 * NEAR_BITS
     best: dict[tuple[int, int], float] = {}
     for start in range(0, len(plain), chunk):
@@ -79,13 +79,13 @@ def near_pairs(small_NTT: Sequence[np.ndarray], chunk: int = 512) -> list[tuple[
             for i, j in np.argwhere(close):
                 i = int(i) + start
                 if i < j:
-                    correlation = float(standard(small_NTT[i]) @ standard(turned(small_NTT[j])[way]))
+                    correlation = float(high_pass(small_NTT[i]) @ high_pass(eight_orientations(small_NTT[j])[way]))
                     if correlation >= CORRELATION:
                         best[i, int(j)] = max(correlation, best.get((i, int(j)), 0))
     return sorted((i, j, correlation) for (i, j), correlation in best.items())
 
 
-def clusters(num: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+def connected_groups(num: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     """For each of ``num`` things the smallest number among all that pairs join it to, itself included.
 
     >>> clusters(5, [(1, 2), (2, 4)])

@@ -17,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from cellbench.config.registry import DatasetCard
-from cellbench.data.audit.checks import Finding, Severity, Twins, findings
-from cellbench.data.audit.mask_statistics import survey
+from cellbench.data.audit.checks import DuplicatePairs, Finding, Severity, findings
+from cellbench.data.audit.mask_statistics import measure_sample
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
@@ -28,7 +28,7 @@ _FOUND_AS = 1
 """Counts up when what is found changes."""
 
 
-def warnings(card: DatasetCard, dataset: Dataset) -> list[str]:
+def severe_findings(card: DatasetCard, dataset: Dataset) -> list[str]:
     """One line a severe finding; none for a drawn set, or one that is fit. ``dataset`` is proven (its digest known)."""
     if card.draw:
         return []
@@ -40,9 +40,9 @@ def warnings(card: DatasetCard, dataset: Dataset) -> list[str]:
     home = {sample: split for split in SPLITS for sample in dataset.samples(split)}
     some = _sampled(sorted(home, key=lambda sample: (str(sample.image), sample.name)))
     with ThreadPoolExecutor(2) as pool:
-        jobs = pool.map(lambda sample: survey(dataset, sample, home[sample], dataset.tolerance, with_marks=False), some)
+        jobs = pool.map(lambda sample: measure_sample(dataset, sample, home[sample], dataset.tolerance, with_marks=False), some)
         facts = list(tqdm(jobs, desc=f"checking {dataset.name}, once", total=len(some), unit="image", leave=False, disable=len(some) < 20))
-    found = [one for one in findings(facts, Twins(same=(), whole=(), part=())) if one.severity is Severity.SEVERE]
+    found = [one for one in findings(facts, DuplicatePairs(same=(), whole=(), part=())) if one.severity is Severity.SEVERE]
     found += _leaks(dataset)
     sample = f" (of {len(some)} of the {len(home)} images)" if len(some) < len(home) else ""
     lines = [f"Warning: NOT FIT to train on: {one.kind} ({len(one.images)}): {one.said}{sample} `cellbench check` says more." for one in found]

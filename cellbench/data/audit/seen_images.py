@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cellbench.data.audit.keypoint_matching import marks, shared
-from cellbench.data.audit.perceptual_hash import grey, signs, small_grey, turned
+from cellbench.data.audit.keypoint_matching import find_shared_regions, keypoints
+from cellbench.data.audit.perceptual_hash import eight_orientations, hash_signs, thumbnail_grey, to_grey
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io import images
 from cellbench.errors import CellbenchError
-from cellbench.files import Remembered
+from cellbench.files import FileFactCache
 
 FORMAT = 1
 PARTS = ("train", "val")
@@ -30,7 +30,7 @@ MOST_COMPARED = 400
 """Training images that are searched for parts: about 0.05 s each."""
 
 
-def record(dataset: Dataset, trained_on: Collection[int] | None = None) -> dict[str, Any]:
+def record_seen_images(dataset: Dataset, trained_on: Collection[int] | None = None) -> dict[str, Any]:
     """What a run keeps (about 150 bytes an image, as JSON): name, digest of the pixels and hash of its training and validation images.
 
     ``trained_on``: the numbers of the training images that were used, where not all were.
@@ -50,7 +50,7 @@ def without_paths(known: Mapping[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, **{part: [[row[0], "", *row[2:]] for row in known[part]] for part in PARTS}}
 
 
-def found_again(known: Mapping[str, Any], samples: Sequence[Sample]) -> list[str]:
+def match_seen_images(known: Mapping[str, Any], samples: Sequence[Sample]) -> list[str]:
     """For each image ``train``, ``val``, or an empty string where the run has seen neither it nor a part of it. Training counts first."""
     looks = _looks(samples)
     out = [""] * len(samples)
@@ -69,7 +69,7 @@ def found_again(known: Mapping[str, Any], samples: Sequence[Sample]) -> list[str
 
 
 def _looks(samples: Sequence[Sample]) -> list[list[str]]:
-    with Remembered("looks", _look) as remembered:
+    with FileFactCache("looks", _look) as remembered:
         new = [sample.image for sample in samples if not remembered.knows(sample.image)]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(remembered.__getitem__, new))
@@ -80,7 +80,7 @@ def _look(path: Path) -> list[str]:
     image = images.read_image(path)
     digest = hashlib.sha256(str(image.shape).encode())
     digest.update(image)
-    return [digest.hexdigest()[:16], np.packbits(signs(small_grey(image)) > 0).tobytes().hex()]
+    return [digest.hexdigest()[:16], np.packbits(hash_signs(thumbnail_grey(image)) > 0).tobytes().hex()]
 
 
 def _bits(text: str) -> np.ndarray:
@@ -89,7 +89,7 @@ def _bits(text: str) -> np.ndarray:
 
 def _all_ways(sample: Sample) -> np.ndarray:
     """(8, 256) float32: the hash of the image, turned in every way."""
-    return np.stack([signs(one) for one in turned(small_grey(images.read_image(sample.image)))]).astype(np.float32)
+    return np.stack([hash_signs(one) for one in eight_orientations(thumbnail_grey(images.read_image(sample.image)))]).astype(np.float32)
 
 
 def _parts_of(known: Mapping[str, Any], samples: Sequence[Sample]) -> dict[int, str]:
@@ -103,7 +103,7 @@ def _parts_of(known: Mapping[str, Any], samples: Sequence[Sample]) -> dict[int, 
         found = list(tqdm(jobs, desc="comparing with the training images", total=len(files), unit="image", leave=False, disable=len(files) < 20))
     out: dict[int, str] = {}
     read = [k for k, one in enumerate(found) if one is not None]
-    for pair in shared([found[k] for k in read]):
+    for pair in find_shared_regions([found[k] for k in read]):
         first, second = read[pair.first], read[pair.second]
         if first < len(rows) <= second:
             part = rows[first][0]
@@ -113,12 +113,12 @@ def _parts_of(known: Mapping[str, Any], samples: Sequence[Sample]) -> dict[int, 
 
 def _marks(path: Path):
     try:
-        return marks(grey(images.read_image(path)))
+        return keypoints(to_grey(images.read_image(path)))
     except (CellbenchError, OSError):
         return None
 
 
-def told(found: Sequence[str]) -> str:
+def describe_seen(found: Sequence[str]) -> str:
     """One sentence; empty where no image was seen.
 
     >>> told(["train", "val", "train", ""])

@@ -57,7 +57,7 @@ class FileError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class OpenImage:
     """An open file with a believable header. ``shape`` is (height, width) upright; ``turn`` the EXIF orientation, 1 to 8."""
 
     fp: BinaryIO
@@ -76,14 +76,14 @@ class Picture:
     """Of each number as the camera gave them, where a PNG or JPEG 2000 states it; else 0."""
 
 
-def shown_name(path: str | os.PathLike[str]) -> str:
+def printable_path(path: str | os.PathLike[str]) -> str:
     """The path for an error of one line, which line breaks and bytes that are no UTF-8 would spoil."""
     text = os.fspath(path)
     return text if text.isprintable() else ascii(text)
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str], limit: int, stack: bool = False) -> Iterator[Picture]:
+def open_image(path: str | os.PathLike[str], limit: int, stack: bool = False) -> Iterator[OpenImage]:
     """The file behind its header, which may claim ``limit`` pixels at most. With ``stack`` a TIFF may hold each channel as a page.
 
     Whatever goes wrong with the file, inside the ``with`` as well, becomes one `CellbenchError`.
@@ -111,17 +111,17 @@ def opened(path: str | os.PathLike[str], limit: int, stack: bool = False) -> Ite
                 )
             yield picture
     except FileError as error:
-        raise CellbenchError(f"{shown_name(path)}: {error}.") from None
+        raise CellbenchError(f"{printable_path(path)}: {error}.") from None
     except MemoryError as error:
-        raise CellbenchError(f"{shown_name(path)}: does not fit into memory. Crop it, or free some memory.") from error
+        raise CellbenchError(f"{printable_path(path)}: does not fit into memory. Crop it, or free some memory.") from error
     except Image.DecompressionBombError:
         raise CellbenchError(
-            f"{shown_name(path)}: is larger than the reader of {kind} allows. Crop it, or save it as PNG or TIFF."
+            f"{printable_path(path)}: is larger than the reader of {kind} allows. Crop it, or save it as PNG or TIFF."
         ) from None
     except OSError as error:
         if error.errno is None:  # Pillow's own
             raise CellbenchError(_damaged(path, kind, error)) from error
-        raise CellbenchError(f"{shown_name(path)}: cannot be opened ({error.strerror}). Check the name and the rights.") from error
+        raise CellbenchError(f"{printable_path(path)}: cannot be opened ({error.strerror}). Check the name and the rights.") from error
     except Exception as error:
         # Decoders raise a dozen kinds on damaged files (struct.error, SyntaxError, KeyError, zlib.error, ...): one thing to a person.
         raise CellbenchError(_damaged(path, kind, error)) from error
@@ -129,7 +129,7 @@ def opened(path: str | os.PathLike[str], limit: int, stack: bool = False) -> Ite
 
 def _damaged(path: str | os.PathLike[str], kind: str, error: Exception) -> str:
     why = one_line(error)[:160].rstrip(".")
-    return f"{shown_name(path)}: cannot be read as {kind} ({why}). It is damaged or of a rare kind: copy it again, or save it as PNG."
+    return f"{printable_path(path)}: cannot be read as {kind} ({why}). It is damaged or of a rare kind: copy it again, or save it as PNG."
 
 
 def _hush() -> None:
@@ -161,11 +161,11 @@ def _reader(fp: BinaryIO, kind: str) -> ImageFile.ImageFile:
     return image
 
 
-def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> Picture:
+def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> OpenImage:
     if kind == "TIFF":
         page = _tiff_page(fp, stack)
         turn, shape = page.tags.valueof(274, 1), (page.imagelength, page.imagewidth)
-        return Picture(fp=fp, kind=kind, num_bytes=num_bytes, page=page, turn=turn, shape=shape[::-1] if turn in (5, 6, 7, 8) else shape)
+        return OpenImage(fp=fp, kind=kind, num_bytes=num_bytes, page=page, turn=turn, shape=shape[::-1] if turn in (5, 6, 7, 8) else shape)
     image = _reader(fp, kind)
     if kind in ("PNG", "WebP", "GIF") and getattr(image, "n_frames", 1) > 1:
         raise FileError(f"is an animation of {image.n_frames} pictures. Save each as a file of its own")
@@ -183,7 +183,7 @@ def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> Picture:
         with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):  # no number: no size
             image.info["dpi"] = tuple(float(exif[tag]) * (2.54 if exif.get(296, 2) == 3 else 1) for tag in (282, 283))
     shape = image.size if turn in (5, 6, 7, 8) else image.size[::-1]
-    return Picture(fp=fp, kind=kind, num_bytes=num_bytes, turn=turn, shape=shape, info=dict(image.info), mode=image.mode,
+    return OpenImage(fp=fp, kind=kind, num_bytes=num_bytes, turn=turn, shape=shape, info=dict(image.info), mode=image.mode,
                    wide=kind == "PNG" and bool(image.tile) and "16" in image.tile[0].args, bits=bits)  # fmt: skip
 
 
@@ -230,7 +230,7 @@ def _check_tiff(page: Any, fp: BinaryIO, num_bytes: int) -> None:
                 raise FileError("is damaged: its JPEG data are smaller than their place. Copy it again")
 
 
-def decoded(picture: Picture, channels: tuple[int, ...] = ()) -> Image.Image | np.ndarray:
+def decode_pixels(picture: OpenImage, channels: tuple[int, ...] = ()) -> Image.Image | np.ndarray:
     """Up to 8 bits a loaded image as Pillow gives it; else numbers, upright, (H, W, 1 to 4), a 2nd or 4th channel being alpha.
 
     With ``channels`` always numbers, of these channels alone. Raises FileError for channels of no known meaning that are not asked for.
@@ -238,7 +238,7 @@ def decoded(picture: Picture, channels: tuple[int, ...] = ()) -> Image.Image | n
     return _chosen(picture, channels) if channels else _decoded(picture)
 
 
-def _decoded(picture: Picture, any_channels: bool = False) -> Image.Image | np.ndarray:
+def _decoded(picture: OpenImage, any_channels: bool = False) -> Image.Image | np.ndarray:
     fp, page = picture.fp, picture.page
     if page is not None:
         _check_tiff(page, fp, picture.num_bytes)
@@ -267,7 +267,7 @@ def _decoded(picture: Picture, any_channels: bool = False) -> Image.Image | np.n
         last = np.asarray(image.crop((0, image.height - 1, image.width, image.height))) if wide is None else wide[-1]
         if image.info.get("interlace") or not last.any():
             _check_png_stream(fp, picture.num_bytes)
-    return image if wide is None else upright(wide, picture)
+    return image if wide is None else to_upright(wide, picture)
 
 
 def check_channels(page: Any) -> None:
@@ -286,7 +286,7 @@ def check_channels(page: Any) -> None:
         )
 
 
-def _chosen(picture: Picture, channels: tuple[int, ...]) -> np.ndarray:
+def _chosen(picture: OpenImage, channels: tuple[int, ...]) -> np.ndarray:
     """(H, W, C) numbers of these channels of a file, upright; alpha is a channel like any other."""
     pixels = _all_channels(picture) if picture.page is not None else None
     if pixels is None:
@@ -295,7 +295,7 @@ def _chosen(picture: Picture, channels: tuple[int, ...]) -> np.ndarray:
             clear = image.has_transparency_data or image.mode in ("La", "RGBa")
             grey = image.mode in ("1", "L", "LA", "La")
             wanted = ("LA" if grey else "RGBA") if clear else ("L" if grey else "RGB")
-            pixels = upright(np.array(image if image.mode == wanted else image.convert(wanted)), picture)
+            pixels = to_upright(np.array(image if image.mode == wanted else image.convert(wanted)), picture)
         else:
             pixels = image
     if pixels.shape[2] <= max(channels):
@@ -303,7 +303,7 @@ def _chosen(picture: Picture, channels: tuple[int, ...]) -> np.ndarray:
     return pixels[..., list(channels)]
 
 
-def _all_channels(picture: Picture) -> np.ndarray | None:
+def _all_channels(picture: OpenImage) -> np.ndarray | None:
     """(H, W, C) numbers of a TIFF, upright, its channels in one page or each in its own; None where it is plain grey or RGB."""
     page, tif = picture.page, picture.page.parent
     axis, series = _channel_axis(tif), tif.series[0]
@@ -325,10 +325,10 @@ def _all_channels(picture: Picture) -> np.ndarray | None:
     order = [series.axes.index("Y"), series.axes.index("X"), axis]
     pixels = series.asarray(maxworkers=1).transpose(*order, *(k for k in range(len(series.axes)) if k not in order))
     pixels = pixels.reshape(pixels.shape[:3])  # all other axes are of length 1
-    return upright(_turned(pixels.astype(pixels.dtype.newbyteorder("="), copy=False), picture.turn), picture)
+    return to_upright(_turned(pixels.astype(pixels.dtype.newbyteorder("="), copy=False), picture.turn), picture)
 
 
-def upright(pixels: np.ndarray, picture: Picture) -> np.ndarray:
+def to_upright(pixels: np.ndarray, picture: OpenImage) -> np.ndarray:
     """(H, W, C) as seen, of pixels as stored; those of a TIFF are turned where they are decoded."""
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     pixels = pixels if picture.kind == "TIFF" else _turned(pixels, picture.turn)
@@ -344,7 +344,7 @@ def _turned(pixels: np.ndarray, turn: int) -> np.ndarray:
     return pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
 
 
-def _wide(picture: Picture) -> np.ndarray:
+def _wide(picture: OpenImage) -> np.ndarray:
     """More than 8 bits through Pillow, which hands out only the upper byte of 16-bit colours: so each byte is read by itself."""
     image = _reader(picture.fp, picture.kind)
     raw = image.tile[0].args if picture.kind == "PNG" else image.tile[0].args[0]
@@ -371,7 +371,7 @@ def _wide(picture: Picture) -> np.ndarray:
     return pixels
 
 
-def _bytes_as(picture: Picture, raw: str) -> np.ndarray:
+def _bytes_as(picture: OpenImage, raw: str) -> np.ndarray:
     image = _reader(picture.fp, picture.kind)
     args = image.tile[0].args
     image.tile = [image.tile[0]._replace(args=raw if isinstance(args, str) else (raw, *args[1:]))]
@@ -379,7 +379,7 @@ def _bytes_as(picture: Picture, raw: str) -> np.ndarray:
     return np.array(image)
 
 
-def _wide_tiff(picture: Picture) -> np.ndarray:
+def _wide_tiff(picture: OpenImage) -> np.ndarray:
     """(H, W, C) numbers of a TIFF of more than 8 bits: through tifffile where it needs no further package, else (LZW) through Pillow."""
     page = picture.page
     if page.photometric not in (0, 1, 2):
@@ -397,7 +397,7 @@ def _wide_tiff(picture: Picture) -> np.ndarray:
         if pixels.dtype != np.uint16:
             raise FileError("counts brightness from white and has more than 16 bits. Save it with 0 as black")
         pixels = 65535 - pixels
-    return upright(pixels, picture)
+    return to_upright(pixels, picture)
 
 
 def _png_chunks(fp: BinaryIO, num_bytes: int) -> Iterator[tuple[bytes, int, int]]:
@@ -443,7 +443,7 @@ def _check_png_stream(fp: BinaryIO, num_bytes: int) -> None:
         raise FileError("is truncated: its data end before its last row. Copy it again")
 
 
-def _bmp_alpha(picture: Picture) -> np.ndarray | None:
+def _bmp_alpha(picture: OpenImage) -> np.ndarray | None:
     """The fourth bytes (H, W) of a BMP of 32 bits a pixel, which Pillow drops; None where it has none, or they are one value: not in use."""
     picture.fp.seek(0)
     head = picture.fp.read(34)
@@ -489,7 +489,7 @@ def _jpeg2000_bits(fp: BinaryIO, num_bytes: int) -> int:
     return bits[0]
 
 
-def _check_jpeg2000(picture: Picture, image: Image.Image, any_channels: bool) -> None:
+def _check_jpeg2000(picture: OpenImage, image: Image.Image, any_channels: bool) -> None:
     """The codestream must have its end marker, which occurs nowhere else in it; a 2nd or 4th channel must be said to be alpha."""
     start, bits = _jpeg2000_size(picture.fp, picture.num_bytes)
     picture.fp.seek(start)
@@ -523,7 +523,7 @@ def _check_jpeg(data: bytes) -> tuple[int, int]:
     return frame
 
 
-def _check_deflate(picture: Picture, page: Any) -> None:
+def _check_deflate(picture: OpenImage, page: Any) -> None:
     """No strip or tile may inflate to more than a picture: tifffile, without imagecodecs, inflates without a bound."""
     bound = max(2**22, 4 * math.prod(page.shape) * page.dtype.itemsize)
     for start, count in zip(page.dataoffsets, page.databytecounts, strict=False):

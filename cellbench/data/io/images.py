@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from cellbench.data.io.decode import FileError, Picture, decoded, opened, shown_name, upright
-from cellbench.data.io.intensity import WHITES, Note, Range, Reading, scaled
+from cellbench.data.io.decode import FileError, OpenImage, decode_pixels, open_image, printable_path, to_upright
+from cellbench.data.io.intensity import WHITES, IntensityScaling, Note, Range, scale_to_uint8
 from cellbench.data.io.metadata import PixelSize, pixel_size, stated_range
-from cellbench.data.io.png_stream import WORDS
+from cellbench.data.io.png_stream import TEXT_KEY
 from cellbench.errors import CellbenchError, one_line
 
 EXTENSIONS = frozenset(
@@ -33,19 +33,19 @@ EXTENSIONS = frozenset(
 MAX_PIXELS = 500_000_000
 
 
-def size(path: str | os.PathLike[str]) -> tuple[int, int]:
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(height, width) in pixels as the picture is meant to be seen, from the header alone: no limit, nothing decoded."""
-    with opened(path, sys.maxsize) as picture:
+    with open_image(path, sys.maxsize) as picture:
         return picture.shape
 
 
 def exif_turn(path: str | os.PathLike[str]) -> int:
     """The orientation that the file asks for, 1 (upright) to 8 as EXIF counts them, from the header alone."""
-    with opened(path, sys.maxsize) as picture:
+    with open_image(path, sys.maxsize) as picture:
         return picture.turn
 
 
-def read_image(path: str | os.PathLike[str], reading: Reading | None = None, *, max_pixels: int | None = None) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], reading: IntensityScaling | None = None, *, max_pixels: int | None = None) -> np.ndarray:
     """The picture as (height, width, 3) uint8 RGB, C-contiguous and owned by the caller.
 
     Grey gives three equal channels, 1 bit gives 0 and 255, palettes become RGB, and transparency is laid over white. Files that are not grey or
@@ -56,21 +56,21 @@ def read_image(path: str | os.PathLike[str], reading: Reading | None = None, *, 
     Raises `CellbenchError`, in one line: missing, empty, truncated, damaged, no picture, too large, of many pages, of no stated meaning, of
     another depth than ``reading``.
     """
-    return read_noted(path, reading, max_pixels=max_pixels)[0]
+    return read_image_with_notes(path, reading, max_pixels=max_pixels)[0]
 
 
-def read_noted(
-    path: str | os.PathLike[str], reading: Reading | None = None, *, max_pixels: int | None = None
+def read_image_with_notes(
+    path: str | os.PathLike[str], reading: IntensityScaling | None = None, *, max_pixels: int | None = None
 ) -> tuple[np.ndarray, tuple[Note, ...]]:
     """`read_image`, and what should be known about how the numbers were read: clipped, assumed, transparent."""
-    reading = reading or Reading()
-    with opened(path, _limit(max_pixels), stack=bool(reading.channels)) as picture:
+    reading = reading or IntensityScaling()
+    with open_image(path, _limit(max_pixels), stack=bool(reading.channels)) as picture:
         colour, alpha = _numbers(picture, reading.channels)
         notes: list[Note] = []
         if colour.dtype != np.uint8:
             stated = stated_range(picture)
             white = reading.range_of(colour.dtype, float(colour.max()), stated)[0][1]
-            colour, notes = scaled(colour, reading, stated)
+            colour, notes = scale_to_uint8(colour, reading, stated)
             alpha = _eight_bit_alpha(alpha, white) if alpha is not None else None
         elif reading.int_range is not None or reading.float_range is not None:
             notes.append(Note(said="has 8 bits, where the images that the range was chosen for have more: read as 0..255"))
@@ -83,14 +83,14 @@ def read_noted(
         return np.ascontiguousarray(colour if colour.shape[2] == 3 else np.repeat(colour, 3, axis=2)), tuple(notes)
 
 
-def _numbers(picture: Picture, channels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+def _numbers(picture: OpenImage, channels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
     """A picture's colours (H, W, 1 or 3) of any type of numbers, upright, and its alpha (H, W) where it has one."""
-    pixels = decoded(picture, channels)
+    pixels = decode_pixels(picture, channels)
     if isinstance(pixels, Image.Image):
         clear = pixels.has_transparency_data or pixels.mode in ("La", "RGBa")
         pixels = pixels.convert("LA") if pixels.mode == "La" else pixels
         mode = "RGBA" if clear else "RGB"
-        pixels = upright(np.array(pixels if pixels.mode == mode else pixels.convert(mode)), picture)
+        pixels = to_upright(np.array(pixels if pixels.mode == mode else pixels.convert(mode)), picture)
     if not channels and pixels.shape[2] in (2, 4):
         return pixels[..., :-1], pixels[..., -1]
     return pixels, None
@@ -135,9 +135,9 @@ class ImageFacts:
         return cls(**{**told, "pixel": PixelSize(**pixel) if pixel else None, "stated": tuple(stated) if stated else None})
 
 
-def facts(path: str | os.PathLike[str], channels: tuple[int, ...] = ()) -> ImageFacts:
+def read_image_facts(path: str | os.PathLike[str], channels: tuple[int, ...] = ()) -> ImageFacts:
     """The facts of an image file; pixels are decoded only where they are wider than 8 bits or may be transparent. Raises `CellbenchError`."""
-    with opened(path, _limit(None), stack=bool(channels)) as picture:
+    with open_image(path, _limit(None), stack=bool(channels)) as picture:
         size = pixel_size(picture)
         if _surely_plain(picture):
             return ImageFacts(dtype="uint8", pixel=size)
@@ -155,16 +155,16 @@ def _opaque(alpha: np.ndarray) -> bool:
     return bool(low == alpha.max() and low in full)
 
 
-def _surely_plain(picture: Picture) -> bool:
+def _surely_plain(picture: OpenImage) -> bool:
     """Whether the header alone tells 8 bits and no alpha."""
     if picture.page is not None:
         return picture.page.dtype == np.uint8 and picture.page.samplesperpixel in (1, 3)
     return picture.kind != "BMP" and picture.mode in ("1", "L", "P", "RGB", "YCbCr") and "transparency" not in picture.info and not picture.wide
 
 
-def pixel_size_of(path: str | os.PathLike[str]) -> PixelSize | None:
+def read_pixel_size(path: str | os.PathLike[str]) -> PixelSize | None:
     """The size of a pixel that a file states, from its header alone; None where it states none. Raises `CellbenchError`."""
-    with opened(path, sys.maxsize, stack=True) as picture:
+    with open_image(path, sys.maxsize, stack=True) as picture:
         return pixel_size(picture)
 
 
@@ -180,10 +180,10 @@ def read_labels(
 
     With ``colors``, every mask of up to 8 bits is read as RGB and each colour must be listed. Raises `CellbenchError` as `read_image` does.
     """
-    with opened(path, _limit(max_pixels)) as picture:
-        pixels = decoded(picture)
+    with open_image(path, _limit(max_pixels)) as picture:
+        pixels = decode_pixels(picture)
         if isinstance(pixels, Image.Image):
-            pixels = upright(_plain(pixels, as_colours=colors is not None), picture)
+            pixels = to_upright(_plain(pixels, as_colours=colors is not None), picture)
         channels = pixels.shape[2]
         if channels in (2, 4):
             full = 255 if pixels.dtype == np.uint8 else np.iinfo(pixels.dtype).max if pixels.dtype.kind in "iu" else 1
@@ -206,7 +206,7 @@ def read_labels(
         return pixels.astype(np.int32)
 
 
-def class_map(labels: np.ndarray, values: tuple[int, ...] = ()) -> np.ndarray:
+def labels_to_classes(labels: np.ndarray, values: tuple[int, ...] = ()) -> np.ndarray:
     """Class of each pixel, uint8, shaped like ``labels`` (integers): the position of the nearest in ``values``, the first of two as near.
 
     Without ``values``, labels are object ids: 0 is background (class 0), anything else is class 1.
@@ -248,7 +248,7 @@ def write_png(path: str | os.PathLike[str], array: np.ndarray, *, compress_level
                 os.unlink(part)
     except OSError as error:
         why = error.strerror or one_line(error)
-        raise CellbenchError(f"{shown_name(path)}: cannot be written ({why}). Check the folder, its rights, the space left.") from error
+        raise CellbenchError(f"{printable_path(path)}: cannot be written ({why}). Check the folder, its rights, the space left.") from error
 
 
 def png_bytes(array: np.ndarray, *, compress_level: int = 1, words: str = "") -> bytes:
@@ -259,7 +259,7 @@ def png_bytes(array: np.ndarray, *, compress_level: int = 1, words: str = "") ->
     buffer = io.BytesIO()
     told = PngImagePlugin.PngInfo()
     if words:
-        told.add_itxt(WORDS, words)
+        told.add_itxt(TEXT_KEY, words)
     Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG", compress_level=compress_level, pnginfo=told)
     return buffer.getvalue()
 

@@ -34,7 +34,7 @@ class Note:
     """What differs from image to image, such as its largest number."""
 
 
-def lines_of(notes: Iterable[tuple[str, Note]]) -> list[str]:
+def format_notes(notes: Iterable[tuple[str, Note]]) -> list[str]:
     """Notes on many files as one line for each kind, with the names of its files."""
     found: dict[str, list[str]] = {}
     for name, note in notes:
@@ -43,7 +43,7 @@ def lines_of(notes: Iterable[tuple[str, Note]]) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class IntensityScaling:
     """What all images of a data set are read by. A trained run keeps it, so that later images are read as those that it learned from."""
 
     int_range: Range | None = None
@@ -68,7 +68,7 @@ class Reading:
         return {"int_range": self.int_range, "float_range": self.float_range, "channels": self.channels}
 
     @classmethod
-    def of(cls, told: Mapping[str, Any] | None) -> Reading:
+    def of(cls, told: Mapping[str, Any] | None) -> IntensityScaling:
         """What :meth:`told` gave, also after its way through JSON; of None, the default."""
         return cls(**{key: tuple(value) if value is not None else None for key, value in (told or {}).items()})
 
@@ -87,7 +87,7 @@ def is_dark(low_high: tuple[float, float], black_white: Range) -> bool:
     return low_high[0] < low_high[1] and (low_high[1] - black_white[0]) * _DARK < black_white[1] - black_white[0]
 
 
-def shown(black_white: Range) -> str:
+def format_range(black_white: Range) -> str:
     """A range in words.
 
     >>> shown((0.0, 4095.0))
@@ -96,7 +96,7 @@ def shown(black_white: Range) -> str:
     return f"{black_white[0]:.6g}..{black_white[1]:.6g}"
 
 
-def scaled(pixels: np.ndarray, reading: Reading, stated: Range | None = None) -> tuple[np.ndarray, list[Note]]:
+def scale_to_uint8(pixels: np.ndarray, reading: IntensityScaling, stated: Range | None = None) -> tuple[np.ndarray, list[Note]]:
     """(H, W, C) numbers of more than 8 bits as uint8 with what should be known about it; numbers beyond the range become black or white.
 
     Raises FileError for numbers whose black and white are unknown, and for an image far beyond the range, which is of another depth.
@@ -120,20 +120,20 @@ def scaled(pixels: np.ndarray, reading: Reading, stated: Range | None = None) ->
         far = np.count_nonzero((pixels > white + span) | (pixels < black - span)) / pixels.size
         if far > _HOT_SHARE:
             raise FileError(
-                f"holds numbers from {low:.6g} to {high:.6g}, where images are read as {shown((black, white))}: it has another depth. "
+                f"holds numbers from {low:.6g} to {high:.6g}, where images are read as {format_range((black, white))}: it has another depth. "
                 "Convert it, or give range = [BLACK, WHITE] on the dataset's card (`predict`: --range BLACK,WHITE)"
             )
         share = np.count_nonzero((pixels > white) | (pixels < black)) / pixels.size
         notes.append(
-            Note(said=f"beyond the range {shown((black, white))}, clipped", detail=f"{low:.6g} to {high:.6g}, {max(share, 0.0001):.2%} of it")
+            Note(said=f"beyond the range {format_range((black, white))}, clipped", detail=f"{low:.6g} to {high:.6g}, {max(share, 0.0001):.2%} of it")
         )
     if assumed:
-        notes.append(Note(said=f"read as {shown((black, white))}, an assumption: neither the file nor the images learned from say its range"))
+        notes.append(Note(said=f"read as {format_range((black, white))}, an assumption: neither the file nor the images learned from say its range"))
     elif stated is not None and stated != (black, white):
-        notes.append(Note(said=f"read as {shown((black, white))}, though the file states another range", detail=shown(stated)))
+        notes.append(Note(said=f"read as {format_range((black, white))}, though the file states another range", detail=format_range(stated)))
     if is_dark((low, high), (black, white)):
         notes.append(
-            Note(said=f"uses less than a sixteenth of the range {shown((black, white))}: very dark, or of another depth", detail=f"up to {high:.6g}")
+            Note(said=f"uses less than a sixteenth of the range {format_range((black, white))}: very dark, or of another depth", detail=f"up to {high:.6g}")
         )
     if pixels.dtype == np.uint16:
         table = (np.clip(np.arange(65536.0), black, white) - black) * (255 / span)

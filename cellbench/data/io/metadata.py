@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cellbench.data.io.decode import Picture
+from cellbench.data.io.decode import OpenImage
 
 _UM = {"": 1.0, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0, "micrometre": 1.0, "\\u00b5m": 1.0,
        "pm": 1e-6, "å": 1e-4, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "dm": 1e5, "m": 1e6, "inch": 25400.0, "in": 25400.0}  # fmt: skip
@@ -48,7 +48,7 @@ def same_size(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=SAME)
 
 
-def pixel_size(picture: Picture) -> PixelSize | None:
+def pixel_size(picture: OpenImage) -> PixelSize | None:
     """The size that the file states first of OME-XML, description, resolution tags; None where it states none that a microscope could have."""
     stated = _of_tiff(picture.page) if picture.page is not None else _of_info(picture.info)
     if not stated:
@@ -102,7 +102,7 @@ def _believable(where: str, height: float, width: float) -> bool:
     return all(_FINEST_UM < side < most for side in (height, width))  # nan is not
 
 
-def stated_range(picture: Picture) -> tuple[float, float] | None:
+def stated_range(picture: OpenImage) -> tuple[float, float] | None:
     """Black and white of an image of more than 8 bits by the file's own statement; None where it states no more than its type does."""
     if picture.page is None:
         bits = picture.bits or 16

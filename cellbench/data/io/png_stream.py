@@ -11,18 +11,18 @@ import numpy as np
 from PIL import PngImagePlugin
 
 _COLOUR = {1: 0, 3: 2}  # channels: PNG's colour type
-WORDS = "cellbench"
+TEXT_KEY = "cellbench"
 """The key of the words in the file."""
 
 
-class PngRows:
+class PngWriter:
     """Rows of (H, W) or (H, W, 3) uint8 into an open file. ``end`` must be called once all are in."""
 
     def __init__(self, file: BinaryIO, size_px: tuple[int, int], channels: int, words: str) -> None:
         self._file, self._left, self._channels = file, size_px[0], channels
         file.write(b"\x89PNG\r\n\x1a\n")
         self._chunk(b"IHDR", struct.pack(">IIBBBBB", size_px[1], size_px[0], 8, _COLOUR[channels], 0, 0, 0))
-        self._chunk(b"iTXt", WORDS.encode() + b"\0\0\0\0\0" + words.encode("utf-8"))
+        self._chunk(b"iTXt", TEXT_KEY.encode() + b"\0\0\0\0\0" + words.encode("utf-8"))
         self._packer = zlib.compressobj(1)
 
     def add(self, rows: np.ndarray) -> None:
@@ -50,10 +50,10 @@ class PngRows:
         self._file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
 
 
-def words_of(path: str | os.PathLike[str]) -> str | None:
+def read_png_text(path: str | os.PathLike[str]) -> str | None:
     """The words inside a PNG of ours; None for any other file."""
     try:
         with open(path, "rb") as file:
-            return PngImagePlugin.PngImageFile(file).info.get(WORDS)
+            return PngImagePlugin.PngImageFile(file).info.get(TEXT_KEY)
     except (OSError, SyntaxError, ValueError, struct.error):
         return None

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from cellbench.data.io.decode import check_channels
-from cellbench.data.io.images import read_noted
-from cellbench.data.io.intensity import Note, Reading
+from cellbench.data.io.images import read_image_with_notes
+from cellbench.data.io.intensity import IntensityScaling, Note
 from cellbench.errors import CellbenchError, one_line
 
 LARGE_PX = 50_000_000
@@ -29,7 +29,7 @@ _ROWS_KEPT = 3
 _PLAIN, _DEFLATE, _JPEG = (1, 32773), (8, 32946), 7
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """An image that gives its rows."""
 
     size_px: tuple[int, int]
@@ -44,7 +44,7 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-class Whole:
+class ArraySource:
     """An image (H, W, 3) uint8 in memory."""
 
     def __init__(self, image: np.ndarray, notes: tuple[Note, ...] = ()) -> None:
@@ -58,7 +58,7 @@ class Whole:
         """Nothing is open."""
 
 
-class Windowed:
+class WindowedTiff:
     """A TIFF of 8-bit grey or RGB whose tiles or strips are decoded as they are needed."""
 
     notes: tuple[Note, ...] = ()
@@ -125,18 +125,18 @@ class Windowed:
         return 255 - part if page.photometric == 0 else part
 
 
-def open_source(path: str | PathLike[str], reading: Reading | None = None) -> Source:
+def open_source(path: str | PathLike[str], reading: IntensityScaling | None = None) -> ImageSource:
     """An image file, in windows where it is a TIFF of ``LARGE_PX`` or more that can be. Raises CellbenchError that names the file."""
-    path, reading = Path(path), reading or Reading()
+    path, reading = Path(path), reading or IntensityScaling()
     # Windows are of plain 8-bit images alone, which every reading without channels takes as they are.
     if path.suffix.lower() in (".tif", ".tiff") and path.is_file() and not reading.channels:
         found = _windowed(path)
         if found is not None:
             return found
-    return Whole(*read_noted(path, reading))
+    return ArraySource(*read_image_with_notes(path, reading))
 
 
-def _windowed(path: Path) -> Windowed | None:
+def _windowed(path: Path) -> WindowedTiff | None:
     """The TIFF in windows; None where it is small, or of a kind that only `read_image` reads, which says then what is wrong with it."""
     import tifffile
 
@@ -152,7 +152,7 @@ def _windowed(path: Path) -> Windowed | None:
     if not fits:
         tif.close()
         return None
-    return Windowed(path, tif)
+    return WindowedTiff(path, tif)
 
 
 def _fits(tif: Any) -> bool:

@@ -140,7 +140,7 @@ def draw(seed: int, settings: Smears) -> Smear:
     return Smear(image=image, instances=numbers[owners], classes=np.array(kinds, np.uint8)[owners])
 
 
-def drawn(folder: Path, values: Mapping[str, Scalar], progress: Callable[[], object] | None = None) -> None:
+def draw_dataset(folder: Path, values: Mapping[str, Scalar], progress: Callable[[], object] | None = None) -> None:
     """What the card names: :func:`write_dataset` with the settings as an experiment file writes them."""
     write_dataset(folder, settings_from(values), progress)
 

@@ -16,12 +16,12 @@ _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115,
 _RGB = torch.linalg.inv(_YIQ)
 
 
-def turn(tile: np.ndarray, code: int) -> np.ndarray:
+def rotate_flip(tile: np.ndarray, code: int) -> np.ndarray:
     """A tile (T, T, ...) turned by ``code % 4`` quarter turns counter-clockwise, after a left-right mirror from 4 on."""
     return np.rot90(tile[:, ::-1] if code >= 4 else tile, code % 4)
 
 
-def restain(pixels_BCHW: Tensor, stains: list[tuple[float, float, float, float, float, float]]) -> Tensor:
+def jitter_stain(pixels_BCHW: Tensor, stains: list[tuple[float, float, float, float, float, float]]) -> Tensor:
     """Tiles (B, 3, H, W) in 0..1 with each one's haematoxylin, eosin and DAB multiplied by three factors and shifted by three densities.
 
     Ruifrok and Johnston's stain vectors, by skimage (Tellez et al. 2018, doi 10.1109/TMI.2018.2820199, varied the same three). Amounts are
@@ -40,7 +40,7 @@ def restain(pixels_BCHW: Tensor, stains: list[tuple[float, float, float, float, 
     return changed.neg_().exp_().clamp_(0, 1).view_as(pixels_BCHW)
 
 
-def recolour(pixels_BCHW: Tensor, colours: list[tuple[float, float, float, float]]) -> Tensor:
+def jitter_colour(pixels_BCHW: Tensor, colours: list[tuple[float, float, float, float]]) -> Tensor:
     """Tiles (B, 3, H, W) in 0..1 with each one's brightness, contrast, saturation and hue changed; clipped to 0..1.
 
     In that order, as torchvision's ColorJitter names them: a factor; a blend with the tile's mean grey; a blend with each pixel's grey;

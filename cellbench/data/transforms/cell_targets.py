@@ -18,29 +18,29 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from cellbench.metrics.instance import true_cells
+from cellbench.metrics.instance import reference_instances
 
-AIMS = ("border", "distance")
-"""In the order of the channels of :func:`aims`."""
+TARGETS = ("border", "distance")
+"""In the order of the channels of :func:`make_targets`."""
 BORDER_PX = 2
 """Half of what a border is wide: where cells lie wall to wall it is four pixels, of which masks leave out none, one or two."""
 FULL = 255
 
 
-def asked(targets: str) -> tuple[str, ...]:
+def requested(targets: str) -> tuple[str, ...]:
     """The aims of a run's ``targets``, in the order of their output channels.
 
     >>> asked("cell+border+distance")
     ('border', 'distance')
     """
-    return tuple(aim for aim in AIMS if aim in targets.split("+"))
+    return tuple(aim for aim in TARGETS if aim in targets.split("+"))
 
 
-def aims(classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()) -> np.ndarray:
+def make_targets(classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()) -> np.ndarray:
     """The truth of both aims (H, W, 2) uint8, 0..255, of a class map (H, W) uint8; ``ids``: the truth's own numbers of its cells, where it has
     them, else cells are connected regions of at least ``min_area_px``; ``owners``: which classes are parts of which, as
-    :func:`cellbench.metrics.instance.as_objects` takes them."""
-    cells = true_cells(classes, ids, min_area_px, owners=owners)[0]
+    :func:`cellbench.metrics.instance.merge_parts_into_objects` takes them."""
+    cells = reference_instances(classes, ids, min_area_px, owners=owners)[0]
     return np.stack([_border(cells.ids), _distance(cells.ids, cells.ignored)], axis=-1)
 
 
@@ -70,12 +70,12 @@ def _distance(ids: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
     return np.where(cells > 0, np.rint(FULL * deep / highest[cells]), 0).astype(np.uint8)
 
 
-def aims_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...], kept_BHW: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy of the asked aims, each a mean over all pixels, summed; the truth as :func:`aims` gives it, (B, H, W, 2) uint8.
+def targets_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...], kept_BHW: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy of the asked aims, each a mean over all pixels, summed; the truth as :func:`make_targets` gives it, (B, H, W, 2) uint8.
 
     ``kept_BHW`` bool: the pixels that count; None: all. 0 where none does.
     """
-    wanted = truth_BHW2[..., [AIMS.index(aim) for aim in which]].movedim(-1, 1).float() / FULL
+    wanted = truth_BHW2[..., [TARGETS.index(aim) for aim in which]].movedim(-1, 1).float() / FULL
     if kept_BHW is not None:
         if not kept_BHW.any():
             return 0 * logits_BAHW.float().sum()
@@ -83,7 +83,7 @@ def aims_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...], k
     return F.binary_cross_entropy_with_logits(logits_BAHW.float(), wanted) * len(which)
 
 
-def relief(logits_BAHW: Tensor, which: tuple[str, ...]) -> Tensor:
+def boundary_depth(logits_BAHW: Tensor, which: tuple[str, ...]) -> Tensor:
     """How high each pixel lies in its cell (B, 1, H, W), float32, 0..1: high in the middle, low at the edge and where cells meet."""
     found = logits_BAHW.float().sigmoid()
     height = found[:, [which.index("distance")]]

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cellbench.config.run import RunSpec
-from cellbench.data.transforms.tiling import Grid
+from cellbench.data.transforms.tiling import TileGrid
 
 Size = tuple[int, int]
 """Height, width."""
@@ -69,9 +69,9 @@ class Framing:
         tall, wide = (-(-max(lengths) // self.side_px) * self.side_px for lengths in zip(*framed, strict=True))
         return tall, wide
 
-    def grid(self, size_px: Size, tile_px: Size, overlap: float) -> Grid:
+    def grid(self, size_px: Size, tile_px: Size, overlap: float) -> TileGrid:
         """Where the tiles of an image of this size lie, in framed pixels; ``tile_px`` as :meth:`tile_px` gives it."""
-        return Grid.over(*self.framed_px(size_px), tile_px, 0.0 if self.whole else overlap)
+        return TileGrid.over(*self.framed_px(size_px), tile_px, 0.0 if self.whole else overlap)
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """The framed image (H', W', 3) of an image (H, W, 3), both uint8: bilinear, and where it shrinks each pixel a mean of those it covers."""

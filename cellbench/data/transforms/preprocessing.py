@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cellbench.data.io.intensity import Reading
+from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.stain import KINDS, Normaliser
 
@@ -20,7 +20,7 @@ class Preparation:
     framing: Framing
     normaliser: Normaliser | None = None
     """Fitted to the training images."""
-    reading: Reading = field(default_factory=Reading)
+    reading: IntensityScaling = field(default_factory=IntensityScaling)
     """What image files are read by: that of the data set learned from. Images that are decoded already are as it gives them."""
     um_per_px: float | None = None
     """The side of a pixel in the images learned from, in micrometres; None where they state none or several. Nothing is resampled by it."""
@@ -49,7 +49,7 @@ class Preparation:
         """What :meth:`told` gave, also after its way through JSON."""
         kind, facts = told["normalise"], told["normaliser"]
         return cls(framing=Framing(**told["framing"]), normaliser=KINDS[kind](**_tuples(facts)) if kind else None,
-                   reading=Reading.of(told.get("reading")), um_per_px=told.get("um_per_px"))  # fmt: skip
+                   reading=IntensityScaling.of(told.get("reading")), um_per_px=told.get("um_per_px"))  # fmt: skip
 
 
 def _tuples(value: Any) -> Any:

@@ -15,7 +15,7 @@ from cellbench.config.run import RunSpec
 from cellbench.data.transforms.framing import Framing
 
 
-class View(NamedTuple):
+class TileSample(NamedTuple):
     """One training tile: where it lies, in framed pixels, and how it is turned and coloured."""
 
     image: int
@@ -30,12 +30,12 @@ class View(NamedTuple):
 
 
 UNTOUCHED = (1.0, 1.0, 1.0, 0.0)
-UNSTAINED = View._field_defaults["stain"]
+UNSTAINED = TileSample._field_defaults["stain"]
 ADDED = 0.25
 """What is added to a stain at most, in optical density, for each unit of ``hed``: a quarter of what a factor changes at a density of 1."""
 
 
-def num_seen(num_images: int, fraction: float) -> int:
+def num_used_images(num_images: int, fraction: float) -> int:
     """How many of the training images a share of them is: at least one, halves rounded up.
 
     >>> [num_seen(9, fraction) for fraction in (0.01, 0.1, 0.5, 1.0)]
@@ -45,7 +45,7 @@ def num_seen(num_images: int, fraction: float) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """The training views of every epoch. ``sizes_px`` are the (height, width) of the training images, in their order."""
 
     sizes_px: tuple[tuple[int, int], ...]
@@ -65,7 +65,7 @@ class Plan:
     def seen(self) -> tuple[int, ...]:
         """The numbers of the images that are learned from. Those of a smaller share are among those of a larger one."""
         order = np.random.default_rng([self.run.data_seed, 2**31 + 1]).permutation(len(self.sizes_px))
-        return tuple(sorted(order[: num_seen(len(self.sizes_px), self.run.fraction)].tolist()))
+        return tuple(sorted(order[: num_used_images(len(self.sizes_px), self.run.fraction)].tolist()))
 
     @property
     def num_views(self) -> int:
@@ -83,13 +83,13 @@ class Plan:
         """Which set of views an epoch sees: its own, or one of ``views`` that take turns."""
         return epoch % self.run.views if self.run.views else epoch
 
-    def views(self, cycle: int) -> list[View]:
+    def views(self, cycle: int) -> list[TileSample]:
         """All views of a cycle, image by image."""
-        out: list[View] = []
+        out: list[TileSample] = []
         for turn, image in enumerate(self._turns(cycle)):
             rng = np.random.default_rng([self.run.data_seed, cycle, turn])
             for y, x in self._corners(self.sizes_px[image], rng):
-                out.append(View(image, y, x, self._turn(rng), self._colour(rng), self._stain(rng)))
+                out.append(TileSample(image, y, x, self._turn(rng), self._colour(rng), self._stain(rng)))
         return out
 
     def order(self, epoch: int) -> np.ndarray:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from skimage.color import lab2rgb, rgb2lab
 
-Three = tuple[float, float, float]
+ThreeFloats = tuple[float, float, float]
 MOST_IMAGES = 200
 """That a normaliser is fitted to, evenly spaced: their mean moves no more."""
 LIGHT, BETA, ALPHA = 240, 0.15, 1.0
 """Macenko's light through empty glass in grey levels, the density below which a pixel counts as glass, and the percentile taken as extreme."""
-FEW = 100
+MIN_IMAGES = 100
 """Stained pixels below which an image shows no stain to speak of."""
 
 
@@ -24,8 +24,8 @@ FEW = 100
 class Reinhard:
     """Each CIELAB channel's mean and deviation over an image, moved to these (Reinhard et al. 2001, in the colour space that pathology uses)."""
 
-    mean: Three
-    deviation: Three
+    mean: ThreeFloats
+    deviation: ThreeFloats
 
     @classmethod
     def fitted(cls, images: Iterable[np.ndarray]) -> Reinhard:
@@ -52,7 +52,7 @@ class Macenko:
     Made for haematoxylin and eosin; Giemsa's azure and eosin are two stains as well.
     """
 
-    stains: tuple[Three, Three]
+    stains: tuple[ThreeFloats, ThreeFloats]
     """Unit vectors of optical density; the first has more red in it, as haematoxylin and azure do."""
     most: tuple[float, float]
     """99th percentile of each stain's amount."""
@@ -65,7 +65,7 @@ class Macenko:
     @classmethod
     def _of(cls, densities_N3: np.ndarray) -> Macenko | None:
         stained = densities_N3[(densities_N3 >= BETA).all(axis=1)]
-        if len(stained) < FEW:
+        if len(stained) < MIN_IMAGES:
             return None
         _, vectors = np.linalg.eigh(np.cov(stained.T))
         plane = vectors[:, :0:-1]
@@ -107,7 +107,7 @@ def _amounts(densities_N3: np.ndarray, stains_23: np.ndarray) -> np.ndarray:
     return densities_N3 @ np.linalg.pinv(stains_23).astype(np.float32)
 
 
-def _three(values: np.ndarray) -> Three:
+def _three(values: np.ndarray) -> ThreeFloats:
     first, second, third = (float(value) for value in values)
     return first, second, third
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 
-def origins(length_px: int, tile_px: int, overlap_px: int) -> list[int]:
+def tile_origins(length_px: int, tile_px: int, overlap_px: int) -> list[int]:
     """Left edges of the fewest equally spaced tiles that cover ``length_px`` and overlap by at least ``overlap_px``.
 
     Even spacing, so that the last tile is never a sliver (Isensee et al., nnU-Net, 2021).
@@ -35,7 +35,7 @@ def origins(length_px: int, tile_px: int, overlap_px: int) -> list[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class TileGrid:
     """Where the tiles of one image lie: ``ys`` x ``xs``, row by row."""
 
     height_px: int
@@ -46,11 +46,11 @@ class Grid:
     xs: tuple[int, ...]
 
     @classmethod
-    def over(cls, height_px: int, width_px: int, tile_px: int | tuple[int, int], overlap: float) -> Grid:
+    def over(cls, height_px: int, width_px: int, tile_px: int | tuple[int, int], overlap: float) -> TileGrid:
         """The grid over an image; ``tile_px`` is a tile's side or its (height, width), ``overlap`` the share of a tile (0 to 0.9) that its
         neighbour covers at least."""
         tall, wide = _sides(tile_px)
-        ys, xs = (tuple(origins(length, side, round(side * overlap))) for length, side in ((height_px, tall), (width_px, wide)))
+        ys, xs = (tuple(tile_origins(length, side, round(side * overlap))) for length, side in ((height_px, tall), (width_px, wide)))
         return cls(height_px=height_px, width_px=width_px, tile_px=(tall, wide), ys=ys, xs=xs)
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ def _sides(tile_px: int | tuple[int, int]) -> tuple[int, int]:
     return tile_px if isinstance(tile_px, tuple) else (tile_px, tile_px)
 
 
-def cut(image: np.ndarray, y: int, x: int, tile_px: int | tuple[int, int]) -> np.ndarray:
+def cut_tile(image: np.ndarray, y: int, x: int, tile_px: int | tuple[int, int]) -> np.ndarray:
     """The tile (T, T, ...) whose upper left corner is (y, x). What lies beyond the lower or right edge is mirrored in."""
     tall, wide = _sides(tile_px)
     tile = image[y : y + tall, x : x + wide]
@@ -110,7 +110,7 @@ class Stitcher:
     Tiles must come in the grid's order. Holds one row of tiles: (C, T, W) float32.
     """
 
-    def __init__(self, grid: Grid, num_classes: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, grid: TileGrid, num_classes: int, device: torch.device | str = "cpu") -> None:
         self._grid = grid
         rows, columns = grid.weights
         self._rows, self._columns = rows.to(device), columns.to(device)

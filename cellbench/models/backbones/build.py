@@ -39,7 +39,7 @@ def open_backbone(card: BackboneCard, weights_folder: Path | None = None, downlo
     return backbone
 
 
-def shallow(card: BackboneCard, depth: int = 2) -> BackboneCard:
+def truncate_card(card: BackboneCard, depth: int = 2) -> BackboneCard:
     """The same card with only ``depth`` blocks, for checks on random weights; unchanged where its [arch] is no timm transformer."""
     if not card.builder.endswith(":timm_vit") or card.depth <= depth:
         return card

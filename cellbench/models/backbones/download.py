@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from cellbench.errors import WeightsUnavailable, one_line
-from cellbench.files import make_folder, sha256, told
+from cellbench.files import make_folder, os_errors_as, sha256
 
 TIMEOUT_S = 30
 TRIES = 3
@@ -30,7 +30,7 @@ BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class DownloadSource:
     """A file to be had over https. ``shown`` stands for it in messages, since the hub's own addresses carry signatures."""
 
     url: str
@@ -42,7 +42,7 @@ class Source:
 
 
 @contextlib.contextmanager
-def locked(lock: Path) -> Iterator[None]:
+def hold_lock(lock: Path) -> Iterator[None]:
     """Held by one process at a time; the others wait. The lock file stays, since removing it is where such schemes break."""
     import filelock
 
@@ -51,19 +51,19 @@ def locked(lock: Path) -> Iterator[None]:
         yield
 
 
-def https(source: Source, to: Path, check: Callable[[Path], None], lock: Path | None = None) -> None:
+def download_https(source: DownloadSource, to: Path, check: Callable[[Path], None], lock: Path | None = None) -> None:
     """Puts a file at ``to``, or leaves ``to`` as it was. ``check`` sees the finished file before it lands.
 
     A broken download stays as ``<name>.part`` and is gone on with the next time. Raises WeightsUnavailable.
     """
     make_folder(to.parent)
-    with locked(lock or to.with_name(to.name + ".lock")):
+    with hold_lock(lock or to.with_name(to.name + ".lock")):
         if to.is_file():
             return  # another process fetched it while this one waited
         part, hidden = to.with_name(to.name + ".part"), to.with_name(f".{to.name}")
         for left in reversed(range(TRIES)):
             try:
-                with told(f"downloading {source.shown} to {part}"):
+                with os_errors_as(f"downloading {source.shown} to {part}"):
                     _fetch(source, part)
                 break
             except _BrokenOffError as error:
@@ -84,7 +84,7 @@ class _BrokenOffError(Exception):
     """The connection ended before the file did."""
 
 
-def _fetch(source: Source, part: Path) -> None:
+def _fetch(source: DownloadSource, part: Path) -> None:
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(source.url, headers={"User-Agent": "cellbench", **({"Range": f"bytes={have}-"} if have else {})})
     if source.token:
@@ -142,7 +142,7 @@ def _progress(shown: str, start: int, total: int | None) -> contextlib.AbstractC
     return tqdm(desc=name, initial=start, total=total, file=sys.stderr, disable=None, **look)  # None: silent in a log file
 
 
-def _check_hash(source: Source, path: Path) -> None:
+def _check_hash(source: DownloadSource, path: Path) -> None:
     """Against the card's sha256, else against the md5 that Zenodo lists beside each file; elsewhere nothing is known yet."""
     if source.sha256:
         found, wanted = sha256(path), source.sha256
@@ -173,7 +173,7 @@ def _zenodo_md5(url: str) -> str:
     return stated.removeprefix("md5:") if stated.startswith("md5:") else ""
 
 
-def cached(repo: str, name: str, revision: str | None) -> Path | None:
+def find_cached(repo: str, name: str, revision: str | None) -> Path | None:
     """The file in the hub's own cache, or None; no network."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -181,7 +181,7 @@ def cached(repo: str, name: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def hub(repo: str, names: tuple[str, ...], revision: str | None, check: Callable[[Path], None]) -> tuple[Path, str]:
+def download_from_hub(repo: str, names: tuple[str, ...], revision: str | None, check: Callable[[Path], None]) -> tuple[Path, str]:
     """Downloads the first of ``names`` that the repository has into the hub's cache, from ``HF_ENDPOINT`` where that is set.
 
     Gives where it lies and its name; ``check`` sees it before it lands. Raises WeightsUnavailable.
@@ -191,7 +191,7 @@ def hub(repo: str, names: tuple[str, ...], revision: str | None, check: Callable
     endpoint = os.environ.get("HF_ENDPOINT") or None
     for name in names:
         try:
-            with told(f"downloading {repo}/{name}"):
+            with os_errors_as(f"downloading {repo}/{name}"):
                 # Asked for first without retries: hf_hub_download tries an unreachable host for 30 s, for each card of a grid.
                 url = hf_hub_url(repo, name, revision=revision, endpoint=endpoint)
                 facts = get_hf_file_metadata(url, timeout=TIMEOUT_S, endpoint=endpoint)
@@ -232,8 +232,8 @@ def _hub_blob(shown: str, url: str, location: str, etag: str, check: Callable[[P
         return
     folder = "models--" + "--".join(shown.split("/")[:2])
     same_host = urlsplit(location).netloc == urlsplit(url).netloc
-    source = Source(url=location, shown=shown, sha256=etag, token=(get_token() or "") if same_host else "")
-    https(source, _hub_cache() / folder / "blobs" / etag, check, lock=_hub_cache() / ".locks" / folder / f"{etag}.lock")
+    source = DownloadSource(url=location, shown=shown, sha256=etag, token=(get_token() or "") if same_host else "")
+    download_https(source, _hub_cache() / folder / "blobs" / etag, check, lock=_hub_cache() / ".locks" / folder / f"{etag}.lock")
 
 
 def _hub_cache() -> Path:

@@ -41,7 +41,7 @@ TRANSFORMERS = (
 )
 
 
-def to_timm(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+def to_timm_names(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """The network's tensors under timm's names; ``where`` names the file in errors.
 
     Knows timm's own layout, DINOv2's (SwiGLU's ``w12``/``w3``, ``register_tokens``), training checkpoints with a ``teacher``, and
@@ -50,7 +50,7 @@ def to_timm(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     root = _root(state, where)
     outside = [key for key in state if not key.startswith(root) and not HEADS.fullmatch(key)]
     if outside:
-        raise CellbenchError(f"{where}: {listed(outside, 'key')} beside the network '{root}*', not known to be training heads.")
+        raise CellbenchError(f"{where}: {list_names(outside, 'key')} beside the network '{root}*', not known to be training heads.")
     inside = {key[len(root) :]: value for key, value in state.items() if key.startswith(root)}
     inside = {key: value for key, value in inside.items() if not HEADS.fullmatch(key)}
     if ANCHORS[1] in inside:
@@ -70,7 +70,7 @@ def _root(state: dict[str, Tensor], where: str) -> str:
     roots = teachers or {root for root in roots if not root.startswith("student")}
     if len(roots) != 1:
         found = "no vision network that is known here" if not roots else f"{len(roots)} networks ({', '.join(sorted(roots))})"
-        raise CellbenchError(f"{where}: holds {found}. Expected one patch embedding; its keys begin {listed(list(state), 'key')}.")
+        raise CellbenchError(f"{where}: holds {found}. Expected one patch embedding; its keys begin {list_names(list(state), 'key')}.")
     return roots.pop()
 
 
@@ -91,7 +91,7 @@ def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def native_px(state: dict[str, Tensor], patch_px: int) -> int | None:
+def pretrained_tile_px(state: dict[str, Tensor], patch_px: int) -> int | None:
     """The tile side that a timm state's position grid stands for; None where it has no grid, or no square one."""
     if "pos_embed" not in state:
         return None
@@ -114,7 +114,7 @@ def load_strictly(net: nn.Module, state: dict[str, Tensor], where: str) -> None:
     odd = [f"{k} {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in wanted if k in state and state[k].shape != wanted[k].shape]
     if missing or extra or odd:
         parts = (("lacks", missing), ("has too many:", extra), ("has another shape:", odd))
-        told = "; ".join(f"{what} {listed(keys, 'key')}" for what, keys in parts if keys)
+        told = "; ".join(f"{what} {list_names(keys, 'key')}" for what, keys in parts if keys)
         raise CellbenchError(f"{where}: does not fit the network that the card describes: {told}. Is it the right file for this card?")
     check_types(state, wanted, where)
     own = {key: state[key].detach().to(torch.float32, copy=True).contiguous() for key in wanted}
@@ -123,7 +123,7 @@ def load_strictly(net: nn.Module, state: dict[str, Tensor], where: str) -> None:
     assert not stranded, f"left without values: {stranded}"
 
 
-def listed(names: Iterable[str], noun: str) -> str:
+def list_names(names: Iterable[str], noun: str) -> str:
     """The first five names and how many there are in all.
 
     >>> listed(["a", "b"], "key")

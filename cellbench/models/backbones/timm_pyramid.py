@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cellbench.config.registry import BackboneCard
-from cellbench.errors import CellbenchError, unknown
+from cellbench.errors import CellbenchError, unknown_name
 from cellbench.models.backbones.base import Backbone, Level
-from cellbench.models.backbones.state_dict import load_strictly, to_timm
+from cellbench.models.backbones.state_dict import load_strictly, to_timm_names
 
 
 class TimmPyramid(Backbone):
@@ -53,7 +53,7 @@ def timm_pyramid(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbon
     """
     for key in card.arch:
         if key not in ("name", "seed"):
-            raise unknown("setting", key, ("name", "seed"), where=f"{card.path}: [arch]")
+            raise unknown_name("setting", key, ("name", "seed"), where=f"{card.path}: [arch]")
     name = card.arch.get("name")
     if not isinstance(name, str) or not timm.is_model(name):
         raise CellbenchError(f"{card.path}: [arch] name = {name!r}: timm {timm.__version__} has no such model; timm.list_models() has.")
@@ -63,7 +63,7 @@ def timm_pyramid(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbon
             net = _network(name, None)
     else:
         net = _network(name, "meta")
-        load_strictly(net, to_timm(state, card.id), card.id)
+        load_strictly(net, to_timm_names(state, card.id), card.id)
     last = net.feature_info[-1]
     built = {"dim": last["num_chs"], "patch_px": last["reduction"], "depth": len(net.feature_info), "prefix_tokens": 0}
     wrong = [f"{key} = {getattr(card, key)}, the network has {value}" for key, value in built.items() if getattr(card, key) != value]

@@ -17,9 +17,9 @@ from timm.layers import LayerNorm, SwiGLUPacked
 from torch import Tensor, nn
 
 from cellbench.config.registry import BackboneCard
-from cellbench.errors import CellbenchError, unknown
+from cellbench.errors import CellbenchError, unknown_name
 from cellbench.models.backbones.base import Backbone, Level
-from cellbench.models.backbones.state_dict import load_strictly, native_px, to_timm
+from cellbench.models.backbones.state_dict import load_strictly, pretrained_tile_px, to_timm_names
 
 # What [arch] may say, beside the name of a timm model: its arguments, in timm's words where they are numbers.
 NUMBERS = (
@@ -62,15 +62,15 @@ class TimmViT(Backbone):
         for index, block in enumerate(net.blocks[:num_blocks]):
             x_BND = block(x_BND)
             if index in indices:
-                found[index] = as_map(net.norm(x_BND), net.num_prefix_tokens, (height // self.levels[0].stride_px, width // self.levels[0].stride_px))
+                found[index] = tokens_to_map(net.norm(x_BND), net.num_prefix_tokens, (height // self.levels[0].stride_px, width // self.levels[0].stride_px))
         return [found[index] for index in indices], x_BND
 
-    def tail(self, num_blocks: int) -> Tail:
+    def tail(self, num_blocks: int) -> TrainableTail:
         """See ``Backbone.tail``."""
         self._must_cut()
         if num_blocks >= len(self.levels):
             raise CellbenchError(f"unfreeze = {num_blocks}: the backbone has {len(self.levels)} blocks, and at least the first must stay frozen.")
-        return Tail(self.net, num_blocks)
+        return TrainableTail(self.net, num_blocks)
 
     def _must_cut(self) -> None:
         # Networks with rotary positions pass them to every block; a tail would need them too.
@@ -78,7 +78,7 @@ class TimmViT(Backbone):
             raise CellbenchError(f"a {type(self.net).__name__} cannot be cut between two blocks. Set unfreeze = 0 for this backbone.")
 
 
-class Tail(nn.Module):
+class TrainableTail(nn.Module):
     """The last blocks of a transformer and its final norm, copied, to be trained by one run."""
 
     def __init__(self, net: nn.Module, num_blocks: int) -> None:
@@ -93,11 +93,11 @@ class Tail(nn.Module):
         for index, block in enumerate(self.blocks, self._first):
             x_BND = block(x_BND)
             if index in indices:
-                found[index] = as_map(self.norm(x_BND), self._prefix, places)
+                found[index] = tokens_to_map(self.norm(x_BND), self._prefix, places)
         return [found[index] for index in indices]
 
 
-def as_map(x_BND: Tensor, num_prefix: int, places: tuple[int, int]) -> Tensor:
+def tokens_to_map(x_BND: Tensor, num_prefix: int, places: tuple[int, int]) -> Tensor:
     """Tokens (B, N, D) without their first ``num_prefix`` as a map (B, D, h, w), channels-last."""
     return x_BND[:, num_prefix:].unflatten(1, places).permute(0, 3, 1, 2)
 
@@ -115,8 +115,8 @@ def timm_vit(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbone:
             torch.manual_seed(int(card.arch.get("seed", 0)))
             net = _network(card, None)
     else:
-        state = to_timm(state, card.id)
-        grid_px = native_px(state, card.patch_px)
+        state = to_timm_names(state, card.id)
+        grid_px = pretrained_tile_px(state, card.patch_px)
         net = _network(card, "meta", grid_px)
         kept = net.state_dict().keys()
         if any(name not in kept for name, _ in net.named_buffers()):
@@ -134,10 +134,10 @@ def _network(card: BackboneCard, device: str | None, grid_px: int | None = None)
             arguments[key] = value
         elif key in WORDS:
             if value not in WORDS[key]:
-                raise unknown(key, str(value), WORDS[key], where=f"{card.path}: [arch]")
+                raise unknown_name(key, str(value), WORDS[key], where=f"{card.path}: [arch]")
             arguments[key] = WORDS[key][value]
         elif key not in OURS or (key == "dynamic_img_size" and value is not True):
-            raise unknown("setting", key, (*NUMBERS, *WORDS, *OURS), where=f"{card.path}: [arch]")
+            raise unknown_name("setting", key, (*NUMBERS, *WORDS, *OURS), where=f"{card.path}: [arch]")
     if "norm_eps" in card.arch:
         arguments["norm_layer"] = functools.partial(LayerNorm, eps=card.arch["norm_eps"])
     name = card.arch.get("name")

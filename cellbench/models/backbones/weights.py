@@ -18,11 +18,11 @@ from urllib.parse import unquote, urlsplit
 
 from cellbench.config.registry import BackboneCard
 from cellbench.errors import CellbenchError, WeightsUnavailable
-from cellbench.files import cache_dir, make_folder, sha256, told, write_atomic
+from cellbench.files import cache_dir, make_folder, os_errors_as, sha256, write_atomic
 from cellbench.models.backbones import download
 from cellbench.models.backbones.weight_files import SUFFIXES, check_whole, read_state
 
-__all__ = ["folder_file", "in_hub_cache", "landing", "locate", "read_state", "weights_folder", "where_to_get"]
+__all__ = ["download_path", "find_in_hub_cache", "folder_file", "how_to_get", "locate", "read_state", "weights_folder"]
 
 # Names that tell nothing: a file of such a name counts as a card's only in a folder of the card's name.
 COMMON_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "model.bin")
@@ -104,7 +104,7 @@ def _extra_names(card: BackboneCard) -> list[str]:
     return [f"{stem}{suffix}" for stem in dict.fromkeys((tag, tag.split(".")[0])) for suffix in SUFFIXES]
 
 
-def landing(card: BackboneCard) -> Path:
+def download_path(card: BackboneCard) -> Path:
     """Where a file that is published over https lands. Its address stands in the name: a card whose address changes must not be served the
     old file."""
     address = hashlib.sha256(card.weights.encode()).hexdigest()[:8]
@@ -112,39 +112,39 @@ def landing(card: BackboneCard) -> Path:
 
 
 def _from_https(card: BackboneCard, folder: Path | None, download: bool) -> Path:
-    landed = landing(card)
+    landed = download_path(card)
     if not landed.is_file():
-        for path, source, _ in in_hub_cache(card):
+        for path, source, _ in find_in_hub_cache(card):
             return _checked(card, path, source, "")
         if not download:
-            raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {where_to_get(card, folder)}")
+            raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {how_to_get(card, folder)}")
         try:
             download.https(download.Source(url=card.weights, shown=card.weights, sha256=card.sha256), landed, check_whole)
         except WeightsUnavailable as error:
-            raise WeightsUnavailable(f"{card.id}: {error} {where_to_get(card, folder)}") from error
+            raise WeightsUnavailable(f"{card.id}: {error} {how_to_get(card, folder)}") from error
     return _checked(card, landed, card.weights, card.sha256)
 
 
 def _from_hub(card: BackboneCard, folder: Path | None, download: bool) -> Path:
-    for path, source, published in in_hub_cache(card):
+    for path, source, published in find_in_hub_cache(card):
         return _checked(card, path, source, card.sha256 if published else "")
     if not download:
-        raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {where_to_get(card, folder)}")
+        raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {how_to_get(card, folder)}")
     wanted = HubFile.of(card.weights, card.file)
     try:
         path, name = download.hub(wanted.repo, wanted.names, card.revision or None, check_whole)
     except WeightsUnavailable as error:
-        raise WeightsUnavailable(f"{card.id}: {error} {where_to_get(card, folder)}") from error
+        raise WeightsUnavailable(f"{card.id}: {error} {how_to_get(card, folder)}") from error
     return _checked(card, path, f"hf-hub:{wanted.repo}/{name}", card.sha256)
 
 
-def in_hub_cache(card: BackboneCard) -> Iterator[tuple[Path, str, bool]]:
+def find_in_hub_cache(card: BackboneCard) -> Iterator[tuple[Path, str, bool]]:
     """The card's file (True), then its alternatives (False), with their sources, as far as the hub's cache holds them; no network."""
     sources = [(HubFile.of(card.weights, card.file), card.revision, True)] if card.weights.startswith("hf-hub:") else []
     sources += [(HubFile.of(text), "", False) for text in card.alternatives]
     for wanted, revision, published in sources:
         for name in wanted.names:
-            if path := download.cached(wanted.repo, name, revision or None):
+            if path := download.find_cached(wanted.repo, name, revision or None):
                 yield path, f"hf-hub:{wanted.repo}/{name}", published
 
 
@@ -173,7 +173,7 @@ def _trust_first(card: BackboneCard, path: Path, key: str, found: str) -> None:
     """Records the hash of a file of unknown hash, and refuses a different one the next time."""
     known_at = cache_dir() / "weights" / "known_hashes.json"
     make_folder(known_at.parent)
-    with told(f"recording the hash of {path.name} in {known_at}"), download.locked(known_at.with_suffix(".lock")):
+    with os_errors_as(f"recording the hash of {path.name} in {known_at}"), download.hold_lock(known_at.with_suffix(".lock")):
         try:
             known = json.loads(known_at.read_text())
         except FileNotFoundError:
@@ -189,7 +189,7 @@ def _trust_first(card: BackboneCard, path: Path, key: str, found: str) -> None:
             )
 
 
-def where_to_get(card: BackboneCard, folder: Path | None) -> str:
+def how_to_get(card: BackboneCard, folder: Path | None) -> str:
     """What a person can do to have these weights here, as a sentence."""
     given = folder or os.environ.get("CELLBENCH_WEIGHTS") or "DIR"
     name = _published(card) or "the weights file"

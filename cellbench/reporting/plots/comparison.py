@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
-from cellbench.reporting.model_groups import Line
-from cellbench.reporting.plots.run import PALETTE, STYLE, draw_span, span_words
+from cellbench.reporting.model_groups import PlotRow
+from cellbench.reporting.plots.run import PALETTE, STYLE, describe_intervals, draw_span
 from cellbench.statistics.hypothesis_tests import Interval
 
 MOST = 30
@@ -26,13 +26,13 @@ BLUE, GREY = PALETTE[0], PALETTE[7]
 MARKERS = "osD^vP*X<>hp"
 
 
-def scoreboard(lines: Sequence[Line], measure: str = "Dice") -> Figure:
+def plot_leaderboard(lines: Sequence[PlotRow], measure: str = "Dice") -> Figure:
     """Each model's mean over the test images with its 95 % interval, best on top; baselines hatched."""
-    lines, left_out = most_of(lines)
+    lines, left_out = first_that_fit(lines)
     means = [line.measures[measure] for line in lines]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 0.3 * len(lines) + 1.1), layout="constrained")
-        low = min(lower(one) for one in means)
+        low = min(lower_end(one) for one in means)
         start = max(0.0, low - 0.25 * (1 - low))
         for y, (line, one) in enumerate(zip(lines, means, strict=True)):
             axes.barh(
@@ -40,7 +40,7 @@ def scoreboard(lines: Sequence[Line], measure: str = "Dice") -> Figure:
                 edgecolor="white", height=0.7,
             )  # fmt: skip
             draw_span(axes, y, one, color="black", linewidth=1.2)
-        right = max(upper(one) for one in means)
+        right = max(upper_end(one) for one in means)
         span = right - start or 1.0
         for y, one in enumerate(means):
             axes.text(right + 0.02 * span, y, f"{one.mean:.4f}", va="center")
@@ -48,13 +48,13 @@ def scoreboard(lines: Sequence[Line], measure: str = "Dice") -> Figure:
         _models(axes, lines)
         zero = "" if start == 0 else " (the axis does not start at 0)"
         axes.set_xlabel(f"test {measure}, mean over images{zero}")
-        axes.set_title(f"{span_words(means)}; hatched: baselines{left_out}", fontsize=8, color="0.35")
+        axes.set_title(f"{describe_intervals(means)}; hatched: baselines{left_out}", fontsize=8, color="0.35")
     return figure
 
 
-def measures(lines: Sequence[Line]) -> Figure:
+def plot_metrics(lines: Sequence[PlotRow]) -> Figure:
     """Several measures side by side, one panel each, models in the same order: where Dice hardly differs, cells and outlines may."""
-    lines, left_out = most_of(lines)
+    lines, left_out = first_that_fit(lines)
     names = [name for name in lines[0].measures if all(name in line.measures for line in lines)]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(names), figsize=(9, 0.27 * len(lines) + 1.2), sharey=True, layout="constrained", squeeze=False)
@@ -71,14 +71,14 @@ def measures(lines: Sequence[Line]) -> Figure:
             axes.margins(x=0.12)
             axes.tick_params(axis="y", length=0)
         _models(panels[0][0], lines)
-        said = span_words([lines[0].measures[names[0]]])
+        said = describe_intervals([lines[0].measures[names[0]]])
         figure.supxlabel(f"mean over images; {said}; dotted: the best; squares: baselines{left_out}", fontsize=8, color="0.35")
     return figure
 
 
-def distributions(names: Sequence[str], values: Sequence[np.ndarray], measure: str = "Dice") -> Figure:
+def plot_distributions(names: Sequence[str], values: Sequence[np.ndarray], measure: str = "Dice") -> Figure:
     """The scores of the single images, one box and its images a model, best mean on top."""
-    names, left_out = most_of(names)
+    names, left_out = first_that_fit(names)
     values = [np.asarray(one)[~np.isnan(one)] for one in values[: len(names)]]  # images without a cell or a find have no score
     rng = np.random.default_rng(0)
     with plt.rc_context(STYLE):
@@ -102,7 +102,7 @@ def distributions(names: Sequence[str], values: Sequence[np.ndarray], measure: s
     return figure
 
 
-def heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, measure: str = "Dice") -> Figure:
+def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, measure: str = "Dice") -> Figure:
     """Backbones (rows) by heads (columns); NaN where a pair has not been run."""
     with plt.rc_context(STYLE):
         size = (min(9.0, 2.6 + 1.15 * len(columns)), 0.36 * len(rows) + 1.3)
@@ -121,7 +121,7 @@ def heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, mea
     return figure
 
 
-def pareto(lines: Sequence[Line], costs: Mapping[str, Sequence[float]], measure: str = "Dice") -> Figure:
+def plot_pareto(lines: Sequence[PlotRow], costs: Mapping[str, Sequence[float]], measure: str = "Dice") -> Figure:
     """Score against cost, one panel a cost (its label says the unit; lower is better), the Pareto front as a line with names."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(costs), figsize=(9, 4.9), sharey=True, layout="constrained", squeeze=False)
@@ -134,7 +134,7 @@ def pareto(lines: Sequence[Line], costs: Mapping[str, Sequence[float]], measure:
             for k, line in enumerate(lines):
                 colour, marker = look.get(line.backbone, ("0.35", "x") if line.baseline else ("0.7", "."))
                 axes.plot(cost[k], score[k], marker, color=colour, markersize=6.5, alpha=0.85)
-            front = front_of(cost, score)
+            front = pareto_front(cost, score)
             axes.plot(cost[front], score[front], color="black", linewidth=0.9, drawstyle="steps-post", zorder=0)
             positive = cost[cost > 0]
             if len(positive) and positive.max() > 20 * positive.min():
@@ -164,16 +164,16 @@ def pareto(lines: Sequence[Line], costs: Mapping[str, Sequence[float]], measure:
     return figure
 
 
-def learning(names: Sequence[str], curves: Sequence[Sequence[tuple[float, Interval]]], label: str, measure: str = "Dice") -> Figure:
+def plot_learning_curves(names: Sequence[str], curves: Sequence[Sequence[tuple[float, Interval]]], label: str, measure: str = "Dice") -> Figure:
     """Score by the number (or share) of training images, one line a model with its 95 % intervals; the axis is logarithmic."""
-    names, left_out = most_of(names)
+    names, left_out = first_that_fit(names)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
         for k, (name, points) in enumerate(zip(names, curves, strict=False)):
             x = np.array([one for one, _ in points], float) * 1.015 ** (k - (len(names) - 1) / 2)  # side by side, or intervals hide each other
             mean = np.array([interval.mean for _, interval in points])
             some = all(interval.low is not None for _, interval in points)
-            ends = np.array([[interval.mean - lower(interval), upper(interval) - interval.mean] for _, interval in points]).T if some else None
+            ends = np.array([[interval.mean - lower_end(interval), upper_end(interval) - interval.mean] for _, interval in points]).T if some else None
             axes.errorbar(
                 x, mean, ends, color=PALETTE[k % len(PALETTE)], marker=MARKERS[k % len(MARKERS)], linestyle=("-", "--", ":", "-.")[k % 4],
                 markersize=5.5, linewidth=1.4, elinewidth=0.9, capsize=2.5, label=name,
@@ -184,14 +184,14 @@ def learning(names: Sequence[str], curves: Sequence[Sequence[tuple[float, Interv
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(label)
         axes.set_ylabel(f"test {measure}, mean over images")
-        said = span_words([interval for points in curves for _, interval in points], "bars").replace("dashed bars", "bars")
+        said = describe_intervals([interval for points in curves for _, interval in points], "bars").replace("dashed bars", "bars")
         axes.set_title(f"{said}{left_out}", fontsize=8, color="0.35")
         axes.grid(axis="y", color="0.92", linewidth=0.6)
         figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
-def speeds(facts: Mapping[str, float]) -> Figure:
+def plot_speeds(facts: Mapping[str, float]) -> Figure:
     """What ``bench`` measured: seconds for the same nine runs four ways, and tiles a second through each part."""
     ways = [
         ("naive, images opened each time", "naive_reopen_s"),
@@ -223,7 +223,7 @@ def speeds(facts: Mapping[str, float]) -> Figure:
     return figure
 
 
-def front_of(cost: np.ndarray, score: np.ndarray) -> list[int]:
+def pareto_front(cost: np.ndarray, score: np.ndarray) -> list[int]:
     """The numbers of the points that no other point beats in both, cheapest first."""
     front: list[int] = []
     for k in np.lexsort((-score, cost)).tolist():
@@ -232,21 +232,21 @@ def front_of(cost: np.ndarray, score: np.ndarray) -> list[int]:
     return front
 
 
-def _models(axes: Axes, lines: Sequence[Line]) -> None:
+def _models(axes: Axes, lines: Sequence[PlotRow]) -> None:
     axes.set_yticks(range(len(lines)), [line.model for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
 
 
-def most_of(items: Sequence) -> tuple[list, str]:
+def first_that_fit(items: Sequence) -> tuple[list, str]:
     """What one picture can hold, and a word about the rest."""
     return list(items[:MOST]), f"; {len(items) - MOST} more are not drawn" if len(items) > MOST else ""
 
 
-def lower(one: Interval) -> float:
+def lower_end(one: Interval) -> float:
     """The lower end, or the mean where there is no interval."""
     return one.mean if one.low is None else one.low
 
 
-def upper(one: Interval) -> float:
+def upper_end(one: Interval) -> float:
     """The upper end, or the mean where there is no interval."""
     return one.mean if one.high is None else one.high

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cellbench.data.audit.image_statistics import Surveyed
+from cellbench.data.audit.image_statistics import ImageStatistics
 from cellbench.metrics.pixel import IGNORE
 from cellbench.reporting.plots.run import PALETTE, STYLE
-from cellbench.training.evaluator import shown
+from cellbench.training.evaluator import thumbnail
 
 MOST_SAMPLES = 6
 
@@ -28,15 +28,15 @@ class Panel:
     scale: tuple[float, float] | None = None
 
 
-def samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: Sequence[str]) -> Figure:
+def plot_samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: Sequence[str]) -> Figure:
     """Images (H, W, 3) uint8 in the upper row, their class maps (H, W) below; (name, image, classes) each."""
     pairs = pairs[:MOST_SAMPLES]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(2, len(pairs), figsize=(min(11, 2.8 * len(pairs)), 4.6), layout="constrained", squeeze=False)
         for column, (name, image, mask) in enumerate(pairs):
-            picture, times = _lit(shown(image))
+            picture, times = _lit(thumbnail(image))
             _picture(panels[0][column], picture)
-            drawn = np.ma.masked_equal(shown(mask), IGNORE)  # what counts nowhere is left white
+            drawn = np.ma.masked_equal(thumbnail(mask), IGNORE)  # what counts nowhere is left white
             _picture(panels[1][column], drawn, cmap="gray" if len(classes) == 2 else "viridis", vmin=0, vmax=len(classes) - 1)
             height, width = mask.shape
             panels[0][column].set_title(_short(name) + (f", {times:.0f} x as bright" if times > 1 else ""), fontsize=8)
@@ -44,7 +44,7 @@ def samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: Sequen
     return figure
 
 
-def statistics(images: Sequence[Surveyed]) -> Figure:
+def plot_statistics(images: Sequence[ImageStatistics]) -> Figure:
     """Share of cell pixels, cells an image, diameters, and the mean colours of cells and ground, each image one point."""
     diameters = np.concatenate([one.diameters_px for one in images]) if images else np.zeros(0)
     with plt.rc_context(STYLE):
@@ -63,7 +63,7 @@ def statistics(images: Sequence[Surveyed]) -> Figure:
     return figure
 
 
-def compared(image: np.ndarray, rows: Mapping[str, Sequence[Panel]], title: str, point: tuple[float, float] | None = None) -> Figure:
+def plot_feature_maps(image: np.ndarray, rows: Mapping[str, Sequence[Panel]], title: str, point: tuple[float, float] | None = None) -> Figure:
     """One image seen by several backbones (rows, by name) in several framings (columns): the image stands first in each row.
 
     ``point``: (x, y) in pixels of the image, marked everywhere.
@@ -76,11 +76,11 @@ def compared(image: np.ndarray, rows: Mapping[str, Sequence[Panel]], title: str,
         )
         drawn = None
         for line, (name, panels) in zip(grid, rows.items(), strict=True):
-            _picture(line[0], shown(image))
+            _picture(line[0], thumbnail(image))
             line[0].set_ylabel(name)
             for axes, panel in zip(line[1:], panels, strict=False):
                 low, high = panel.scale or (None, None)
-                drawn = _picture(axes, shown(panel.picture), cmap="cividis", vmin=low, vmax=high)
+                drawn = _picture(axes, thumbnail(panel.picture), cmap="cividis", vmin=low, vmax=high)
                 axes.set_title(panel.title, fontsize=8)
             for axes in line[1 + len(panels) :]:
                 axes.axis("off")

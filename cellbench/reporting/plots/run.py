@@ -16,7 +16,7 @@ import matplotlib
 
 from cellbench.metrics.pixel import IGNORE
 from cellbench.statistics.hypothesis_tests import Interval, mean_interval
-from cellbench.training.evaluator import shown
+from cellbench.training.evaluator import thumbnail
 
 if "matplotlib.pyplot" not in sys.modules:  # a notebook that draws keeps its own way to show
     matplotlib.use("Agg")
@@ -46,12 +46,12 @@ STYLE: dict[str, Any] = {
 PALETTE = sns.color_palette("colorblind")
 
 
-def save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """As PNG; closes the figure."""
-    path.write_bytes(png(figure))
+    path.write_bytes(to_png(figure))
 
 
-def png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
     """As the bytes of a PNG; closes the figure."""
     out = io.BytesIO()
     # A constrained layout leaves nothing outside; cutting to size would lay it out and draw it a second time.
@@ -61,7 +61,7 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
+def plot_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
     """Training and validation loss, and validation Dice, over epochs, the best epoch marked."""
     epochs = np.arange(1, len(history) + 1)
     with plt.rc_context(STYLE):
@@ -88,7 +88,7 @@ def curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
     return figure
 
 
-def error_map(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def error_overlay(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """The picture in grey with found (green), false (red) and missed (blue) cell pixels; a cell of the wrong class is missed. RGB 0..1.
 
     What counts nowhere is half white.
@@ -108,12 +108,12 @@ def error_map(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.n
     return out
 
 
-def case(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.ndarray | None, title: str) -> Figure:
+def plot_example(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.ndarray | None, title: str) -> Figure:
     """One image four ways: as it is, with the truth's and the prediction's outlines, the probability of a cell, and the errors.
 
-    ``image`` (H, W, 3) and ``truth`` (H, W) at full size; ``classes`` and ``cell`` as :func:`cellbench.training.evaluator.shown` gives them.
+    ``image`` (H, W, 3) and ``truth`` (H, W) at full size; ``classes`` and ``cell`` as :func:`cellbench.training.evaluator.thumbnail` gives them.
     """
-    image, truth = shown(image), shown(truth)
+    image, truth = thumbnail(image), thumbnail(truth)
     tall = image.shape[0] / image.shape[1]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(9, 9 * tall + 0.9), dpi=100, layout="constrained")  # three of these a run
@@ -131,7 +131,7 @@ def case(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.nda
         else:
             third.imshow(classes, cmap="viridis", interpolation="nearest")
             third.set_title("predicted classes (this method gives no probability)")
-        fourth.imshow(error_map(image, truth, classes))
+        fourth.imshow(error_overlay(image, truth, classes))
         fourth.set_title("errors")
         fourth.legend(
             handles=[Patch(color=colour, label=name) for name, colour in ERROR_COLOURS.items()],
@@ -147,7 +147,7 @@ MEASURES = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "r
 SHAPES = {"nsd": "NSD", "boundary_dice": "boundary Dice", "ap50": "AP50", "ap50_95": "AP50-95", "aji": "AJI", "pq": "PQ"}
 
 
-def report_card(
+def plot_scores(
     name: str,
     each: dict[str, np.ndarray],
     pooled: dict[str, dict[str, float]],
@@ -178,7 +178,7 @@ def draw_span(axes: Axes, at: float, interval: Interval, *, upright: bool = Fals
     axes.plot(*((here, ends) if upright else (ends, here)), linestyle=style, **look)
 
 
-def span_words(found: Iterable[Interval], line: str = "line") -> str:
+def describe_intervals(found: Iterable[Interval], line: str = "line") -> str:
     """What a picture says of the intervals in it, which are all of the same images.
 
     >>> few, some = (Interval(mean=0.9, low=low, high=low, num=num) for low, num in ((None, 3), (0.8, 9)))
@@ -216,7 +216,7 @@ def _measures(axes: Axes, each: dict[str, np.ndarray], units: Sequence[Hashable]
         range(len(names)), [(MEASURES | SHAPES)[key] for key in names], fontsize=7, rotation=45, ha="right", rotation_mode="anchor"
     )
     axes.set_ylim(0, 1.08)
-    axes.set_title(f"mean over images; hatched: outlines and cells\n{span_words(found)}", fontsize=8)
+    axes.set_title(f"mean over images; hatched: outlines and cells\n{describe_intervals(found)}", fontsize=8)
 
 
 def _classes(axes: Axes, pooled: dict[str, dict[str, float]]) -> None:
@@ -270,7 +270,7 @@ def _reliability(axes: Axes, calibration: dict[str, list[float]] | None) -> None
     pixels, said, was = (np.array(calibration[key]) for key in ("pixels", "probability", "share_cell"))
     filled = pixels > 0
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--", label="perfect")
-    label = f"this run, off by {expected_error(calibration):.3f} in the mean"
+    label = f"this run, off by {expected_calibration_error(calibration):.3f} in the mean"
     axes.plot(said[filled], was[filled], "o-", color=PALETTE[0], markersize=4, label=label)
     # A quarter of the height is all pixels: a background for the curve, not a second reading.
     axes.bar((np.arange(len(pixels)) + 0.5) / len(pixels), pixels / pixels.sum() / 4, 0.9 / len(pixels), color="0.82", zorder=0)
@@ -281,7 +281,7 @@ def _reliability(axes: Axes, calibration: dict[str, list[float]] | None) -> None
     axes.legend(fontsize=7, loc="best")
 
 
-def expected_error(calibration: dict[str, list[float]]) -> float:
+def expected_calibration_error(calibration: dict[str, list[float]]) -> float:
     """Expected calibration error, 0..1: how far probability and truth lie apart in each bin, weighed by its pixels (Naeini et al. 2015)."""
     pixels, said, was = (np.array(calibration[key]) for key in ("pixels", "probability", "share_cell"))
     return float((pixels * np.abs(said - was)).sum() / pixels.sum())

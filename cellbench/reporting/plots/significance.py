@@ -8,10 +8,10 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cellbench.reporting.plots.comparison import BLUE, most_of
-from cellbench.reporting.plots.run import STYLE, draw_span, span_words
-from cellbench.statistics.hypothesis_tests import negative
-from cellbench.statistics.ranking import Ranking, p_words
+from cellbench.reporting.plots.comparison import BLUE, first_that_fit
+from cellbench.reporting.plots.run import STYLE, describe_intervals, draw_span
+from cellbench.statistics.hypothesis_tests import negate
+from cellbench.statistics.ranking import CriticalDifference, format_p
 from cellbench.statistics.scores import Difference
 
 LIGHT_BLUE, LIGHT_ORANGE = (0.62, 0.8, 0.92), (0.98, 0.82, 0.6)
@@ -19,19 +19,19 @@ MOST_PAIRED = 16
 """Models in the picture of all pairs: the numbers must be readable on a page."""
 
 
-def forest(differences: Sequence[Difference], best: str, measure: str = "Dice") -> Figure:
+def plot_differences(differences: Sequence[Difference], best: str, measure: str = "Dice") -> Figure:
     """Each model minus the best, paired by image, with its 95 % interval; filled where the difference is certain."""
     order = sorted(differences, key=lambda d: abs(d.interval.mean))
-    order, left_out = most_of(order)
+    order, left_out = first_that_fit(order)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 0.3 * len(order) + 1.3), layout="constrained")
         axes.axvline(0, color="black", linewidth=1)
         for y, d in enumerate(order):
-            one, other = (d.interval, d.a) if d.b == best else (negative(d.interval), d.b)
+            one, other = (d.interval, d.a) if d.b == best else (negate(d.interval), d.b)
             colour = BLUE if d.decided else "0.45"
             draw_span(axes, y, one, color=colour, linewidth=1.6)
             axes.plot(one.mean, y, "o", color=colour, markerfacecolor=colour if d.decided else "white", markersize=6)
-            said = f"{one.mean:+.4f}   {p_words(d.p_adjusted)}"
+            said = f"{one.mean:+.4f}   {format_p(d.p_adjusted)}"
             axes.annotate(said, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
             axes.annotate(other, (-0.01, y), xycoords=("axes fraction", "data"), va="center", ha="right", fontsize=9, annotation_clip=False)
         axes.set_yticks([])
@@ -39,12 +39,12 @@ def forest(differences: Sequence[Difference], best: str, measure: str = "Dice") 
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(f"difference in {measure} to {best}, paired by image")
-        said = span_words([d.interval for d in order])
+        said = describe_intervals([d.interval for d in order])
         axes.set_title(f"filled: certain (p adjusted for every pair); open: this data cannot tell{left_out}\n{said}", fontsize=8, color="0.35")
     return figure
 
 
-def pairs(names: Sequence[str], differences: Sequence[Difference], measure: str = "Dice") -> Figure:
+def plot_pairs(names: Sequence[str], differences: Sequence[Difference], measure: str = "Dice") -> Figure:
     """Every pair: the line's model minus the column's. Blue where the line's is certainly better, orange where worse, empty where not told apart.
 
     ``names``: the models to show, best first; the first ``MOST_PAIRED`` are drawn.
@@ -78,7 +78,7 @@ def pairs(names: Sequence[str], differences: Sequence[Difference], measure: str 
     return figure
 
 
-def critical(ranking: Ranking, measure: str = "Dice") -> Figure:
+def plot_critical_difference(ranking: CriticalDifference, measure: str = "Dice") -> Figure:
     """The critical-difference diagram (Demsar 2006): mean ranks on a line, bars over what Nemenyi's test does not tell apart."""
     names, ranks = list(ranking.models), list(ranking.ranks)
     half = -(-len(names) // 2)

@@ -253,7 +253,7 @@ def test_the_probe_changes_with_the_order_of_places_the_block_and_the_weights() 
 
 
 def test_the_drawn_tile_is_in_range_and_no_two_quadrants_or_colours_are_alike() -> None:
-    tile = probe.drawn_tile(224)
+    tile = probe.test_tile(224)
     assert tile.shape == (1, 3, 224, 224)
     assert tile.dtype == torch.float32
     assert tile.min() >= 0

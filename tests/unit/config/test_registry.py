@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cellbench.config.registry import KINDS, HeadCard, Registry, code_of, load, read_card, with_defaults
+from cellbench.config.registry import KINDS, HeadCard, Registry, code_digest, load, read_card, with_defaults
 from cellbench.config.run import RunSpec
 from cellbench.errors import CellbenchError
 
@@ -157,6 +157,6 @@ def test_changed_code_of_ones_own_is_another_part(tmp_path):
     digests = []
     for text in ("class Mine: ...", "class Mine: pass"):
         (tmp_path / "heads" / "mine.py").write_text(text)
-        digests.append(code_of(Registry(tmp_path).head("mine")))
+        digests.append(code_digest(Registry(tmp_path).head("mine")))
     assert digests[0] != digests[1]
-    assert code_of(Registry().head("fpn")) == ""
+    assert code_digest(Registry().head("fpn")) == ""

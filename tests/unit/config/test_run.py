@@ -9,7 +9,18 @@ import pytest
 from pydantic import ValidationError
 
 from cellbench.config.registry import Registry, shipped
-from cellbench.config.run import RUN_KEYS, STREAM_FIELDS, DataSpec, Experiment, RunSpec, cohorts, expand, fingerprint, labels, loss_weights
+from cellbench.config.run import (
+    RUN_KEYS,
+    SAMPLING_FIELDS,
+    DataSpec,
+    Experiment,
+    RunSpec,
+    cohorts,
+    expand,
+    fingerprint,
+    labels,
+    loss_weights,
+)
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
 
@@ -150,13 +161,13 @@ def test_every_field_has_another_value_to_be_tried_with() -> None:
 def test_every_field_changes_a_runs_fingerprint_and_the_streams_alone_its_cohort(key: str) -> None:
     changed = RunSpec.model_validate({**RUN.model_dump(), key: OTHER[key]})
     assert fingerprint(changed, "d", "w") != fingerprint(RUN, "d", "w")
-    assert (changed.stream != RUN.stream) == (key in STREAM_FIELDS)
+    assert (changed.stream != RUN.stream) == (key in SAMPLING_FIELDS)
 
 
 def test_a_cohort_is_not_split_by_what_only_heads_and_training_read() -> None:
     own = {"head", "options", "seed", "epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "patience"}
     own |= {"loss", "select", "tail_lr_scale", "layer_decay", "targets"}
-    assert FIELDS - set(STREAM_FIELDS) == own & FIELDS
+    assert FIELDS - set(SAMPLING_FIELDS) == own & FIELDS
 
 
 def test_a_fingerprint_depends_on_data_and_weights_and_on_nothing_else() -> None:

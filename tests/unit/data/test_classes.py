@@ -11,19 +11,19 @@ import pytest
 from PIL import Image
 
 from cellbench.cli.check import check
-from cellbench.cli.predict import answers_in, images_of, masks, targets_of, write_counts
+from cellbench.cli.predict import existing_masks, find_images, output_paths, write_counts, write_masks
 from cellbench.config.registry import DatasetCard, Registry
 from cellbench.config.run import DataSpec, RunSpec, checked
-from cellbench.data.classes import absences, held, owners_of
+from cellbench.data.classes import class_content, describe_absent_classes, infer_owners
 from cellbench.data.dataset import Dataset
 from cellbench.data.loading import open_dataset
 from cellbench.errors import CellbenchError
-from cellbench.hardware import machine
+from cellbench.hardware import detect_hardware
 from cellbench.inference.segmenter import Segmenter
-from cellbench.inference.trained_run import Preparation, Trained
-from cellbench.inference.writers import Wanted
-from cellbench.metrics.measurements import class_counts
-from cellbench.metrics.separation import Separation
+from cellbench.inference.trained_run import Preparation, TrainedRun
+from cellbench.inference.writers import OutputFormats
+from cellbench.metrics.measurements import count_by_class
+from cellbench.metrics.separation import SeparationParams
 
 Y, X = np.mgrid[:120, :160]
 NESTED = ("background", "cytoplasm", "nucleus")
@@ -49,7 +49,7 @@ def card_of(classes=NESTED, **keys):
 
 def owners(*maps, card=None, num=3):
     card = card or card_of(NESTED[:num] if num <= 3 else (*NESTED, *(f"class {k}" for k in range(3, num))))
-    return owners_of(card, [held(one, len(card.classes)) for one in maps])
+    return infer_owners(card, [class_content(one, len(card.classes)) for one in maps])
 
 
 CENTRES = ((30, 30), (30, 100), (85, 60))
@@ -183,10 +183,10 @@ def segmenter_of(owners=()) -> Segmenter:
     run = Registry().complete(RunSpec(baseline="otsu"))
     from cellbench.data.transforms.framing import Framing
 
-    trained = Trained(
-        name="otsu", run=run, classes=NESTED, preparation=Preparation(framing=Framing.of(run)), separation=Separation(owners=owners), fingerprint="f"
+    trained = TrainedRun(
+        name="otsu", run=run, classes=NESTED, preparation=Preparation(framing=Framing.of(run)), separation=SeparationParams(owners=owners), fingerprint="f"
     )
-    return Segmenter(trained, Registry(), machine("cpu", "fp32"))
+    return Segmenter(trained, Registry(), detect_hardware("cpu", "fp32"))
 
 
 def test_counts_are_of_cells_and_of_each_class(nested, tmp_path, monkeypatch):
@@ -196,9 +196,9 @@ def test_counts_are_of_cells_and_of_each_class(nested, tmp_path, monkeypatch):
         monkeypatch.setattr(one, "_function", lambda image, num, truth=truth, **options: next(truth))
         out = tmp_path / f"out{len(owner)}"
         out.mkdir()
-        targets = targets_of(one, images_of([nested / "test" / "original"], out)[0], out, {})
-        assert masks(one, targets, Wanted(instances=True, separation=one.trained.separation), print) == ({}, [])
-        with write_counts(answers_in(out), out, NESTED, owner).open(encoding="utf-8") as file:
+        targets = output_paths(one, find_images([nested / "test" / "original"], out)[0], out, {})
+        assert write_masks(one, targets, OutputFormats(instances=True, separation=one.trained.separation), print) == ({}, [])
+        with write_counts(existing_masks(out), out, NESTED, owner).open(encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
         assert [[line["cells"], line["cytoplasm"], line["nucleus"]] for line in lines] == [[cells, *columns]] * 2
         table = (out / "test0.cells.csv").read_text().splitlines()
@@ -208,8 +208,8 @@ def test_counts_are_of_cells_and_of_each_class(nested, tmp_path, monkeypatch):
 
 def test_a_cell_without_its_part_is_no_cell_less():
     rows = [{"class": "cytoplasm", "nucleus_area_um2": area} for area in ("12.5", "0.0", "3.0")]
-    assert class_counts(rows, NESTED, (0, 1, 1), 0.5) == {"cytoplasm": 3, "nucleus": 2}
-    assert class_counts(rows, ("background", "cell")) == {}
+    assert count_by_class(rows, NESTED, (0, 1, 1), 0.5) == {"cytoplasm": 3, "nucleus": 2}
+    assert count_by_class(rows, ("background", "cell")) == {}
 
 
 # --- what is not there --------------------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_a_cell_without_its_part_is_no_cell_less():
 
 def test_classes_that_are_missing_somewhere_are_named_with_the_consequence():
     pixels = {"train": np.array([[9, 1, 0, 0]]), "val": np.array([[9, 0, 1, 0]]), "test": np.array([[9, 1, 1, 0], [9, 0, 0, 0]])}
-    assert absences(("background", "red", "white", "platelet"), pixels) == [
+    assert describe_absent_classes(("background", "red", "white", "platelet"), pixels) == [
         ("red", "class 'red' is in no validation mask: it has no part in choosing epochs."),
         ("white", "class 'white' is in no training mask: no model can learn it."),
         ("platelet", "class 'platelet' is in no mask of this data. It has no score, and means leave it out."),

@@ -16,7 +16,7 @@ import pytest
 from labelled_folders import FOLDER, SIZE, coco_folder, coco_tree, manifest
 
 from cellbench.config.run import DataSpec
-from cellbench.data.loading import listed, split
+from cellbench.data.loading import scan_dataset, split_dataset
 from cellbench.data.scan import Listing
 from cellbench.errors import CellbenchError
 
@@ -67,10 +67,10 @@ def tree_mutated(tree: Any, rng: np.random.Generator) -> Any:
 
 def read(folder: Path) -> int:
     """Images read to the end; every class map and id map has its image's size, every file lies inside."""
-    card, listing = listed(FOLDER, folder, DataSpec())
+    card, listing = scan_dataset(FOLDER, folder, DataSpec())
     assert isinstance(listing, Listing)
     listing.refuse()
-    dataset, _ = split(card, listing, DataSpec())
+    dataset, _ = split_dataset(card, listing, DataSpec())
     num = 0
     for sample in (*dataset.train, *dataset.val, *dataset.test):
         assert sample.image.resolve().is_relative_to(folder.resolve())

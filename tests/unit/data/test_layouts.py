@@ -16,9 +16,9 @@ from skimage.draw import polygon2mask
 from cellbench.cli.check import check
 from cellbench.config.registry import DatasetCard
 from cellbench.config.run import DataSpec, checked
-from cellbench.data.annotations import rasterised
+from cellbench.data.annotations import rasterize
 from cellbench.data.dataset import Dataset
-from cellbench.data.layouts import listing_of
+from cellbench.data.layouts import scan_folder
 from cellbench.data.loading import open_dataset
 from cellbench.errors import CellbenchError
 from cellbench.metrics.pixel import IGNORE
@@ -239,7 +239,7 @@ def test_many_files_are_listed_by_names_alone(tmp_path: Path) -> None:
         (tmp_path / "own" / inner).mkdir(parents=True)
         for number in range(10_000):
             (tmp_path / "own" / inner / f"{number}.png").touch()
-    assert len(listing_of(FOLDER, tmp_path / "own").parts["train"]) == 10_000
+    assert len(scan_folder(FOLDER, tmp_path / "own").parts["train"]) == 10_000
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_polygons_cover_what_an_independent_rasteriser_covers(seed: int) -> None
     angles = np.sort(rng.uniform(0, 2 * np.pi, 12))
     points = np.stack([70 + rng.uniform(30, 45, 12) * np.cos(angles), 50 + rng.uniform(20, 40, 12) * np.sin(angles)], 1)
     points[:, 0] -= 40 * (seed % 2)  # some leave the image on the left
-    ours = rasterised([points.ravel().tolist()], 100, 140)
+    ours = rasterize([points.ravel().tolist()], 100, 140)
     theirs = polygon2mask((100, 140), points[:, ::-1] - 0.5)
     assert ours.shape == (100, 140)
     assert 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()) > 0.97

@@ -14,20 +14,20 @@ from PIL import Image
 from cellbench.cli.check import check
 from cellbench.config.registry import Registry
 from cellbench.config.run import DataSpec, Experiment
-from cellbench.data.audit.image_statistics import surveyed
+from cellbench.data.audit.image_statistics import measure_image
 from cellbench.data.dataset import Dataset
-from cellbench.data.io.images import class_map
+from cellbench.data.io.images import labels_to_classes
 from cellbench.data.loading import open_dataset
-from cellbench.data.masks import MaskFacts, decided, facts_of, num_below, smallest_px
+from cellbench.data.masks import MaskFacts, count_below, decide_meaning, mask_facts, min_cell_area
 from cellbench.errors import CellbenchError
 from cellbench.execution import artifacts
-from cellbench.execution.artifacts import Result
-from cellbench.metrics.instance import numbered
+from cellbench.execution.artifacts import TestResult
+from cellbench.metrics.instance import numbered_instances
 from cellbench.metrics.pixel import IGNORE
-from cellbench.parallel import Lanes
-from cellbench.training.evaluator import Exams
+from cellbench.parallel import WorkerPool
+from cellbench.training.evaluator import CohortEvaluator
 from cellbench.training.fit import fit
-from cellbench.training.tiled_inference import score, tile_counts
+from cellbench.training.tiled_inference import score_images, score_tiles
 
 SIDE = 120
 EXPERIMENT = Experiment.of({"experiment": "a", "dataset": "folder", "grid": {"backbone": ["filter-bank"], "head": ["bilinear"]}}, "here")
@@ -51,7 +51,7 @@ def jpeg(mask: np.ndarray) -> np.ndarray:
 
 
 def facts(masks: list[np.ndarray]) -> list[MaskFacts]:
-    return [facts_of(mask, class_map(mask)) for mask in masks]
+    return [mask_facts(mask, labels_to_classes(mask)) for mask in masks]
 
 
 IDS = [scene(shift=k) for k in range(4)]
@@ -71,7 +71,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("masks", NUMBERS.values(), ids=list(NUMBERS))
 def test_numbers_of_cells_are_known_as_such(masks: list[np.ndarray]) -> None:
-    found = decided(facts(masks))
+    found = decide_meaning(facts(masks))
     nums = [len(np.unique(mask[mask > 0])) for mask in masks]
     assert (found.kind, found.ask) == ("cells", "")
     assert f"{f'{min(nums)} to ' if min(nums) < max(nums) else ''}{max(nums)} an image" in found.said
@@ -88,7 +88,7 @@ BINARY = {
 
 @pytest.mark.parametrize("masks", BINARY.values(), ids=list(BINARY))
 def test_one_value_beside_the_background_is_binary(masks: list[np.ndarray]) -> None:
-    found = decided(facts(masks))
+    found = decide_meaning(facts(masks))
     assert (found.kind, found.values, found.ask, found.doubt) == ("binary", (), "", "")
 
 
@@ -100,16 +100,16 @@ def test_noise_and_smooth_edges_between_two_values_are_rounded_off(how: str) -> 
     else:
         small = [np.array(Image.fromarray(mask).resize((90, 90), Image.Resampling.BILINEAR)) for mask in clean]
         masks = small if how == "smoothed" else [*clean[1:], small[0]]
-    found = decided(facts(masks))
+    found = decide_meaning(facts(masks))
     assert (found.kind, found.values, found.ask) == ("binary", (0, 255), "")
     if how == "jpeg":
         for mask, true in zip(masks, clean, strict=True):
-            assert np.array_equal(class_map(mask, found.values), true > 0)
+            assert np.array_equal(labels_to_classes(mask, found.values), true > 0)
 
 
 def test_class_values_are_not_taken_for_cells() -> None:
     masks = [np.where(ids == 10, 1, 2 * (ids > 0)).astype(np.uint8) for ids in IDS]  # 1 the large cell, 2 nine small ones
-    found = decided(facts(masks))
+    found = decide_meaning(facts(masks))
     assert (found.kind, found.ask) == ("classes", "")
     assert "1, 2" in found.said
     assert "classes = [...]" in found.doubt
@@ -124,16 +124,16 @@ AMBIGUOUS = {
 
 @pytest.mark.parametrize("masks", AMBIGUOUS.values(), ids=list(AMBIGUOUS))
 def test_what_only_a_person_can_say_is_asked(masks: list[np.ndarray]) -> None:
-    assert "Write" in decided(facts(masks)).ask
+    assert "Write" in decide_meaning(facts(masks)).ask
 
 
 def test_255_beside_small_numbers_is_named_and_left_out() -> None:
     ignored = np.hypot(*np.mgrid[-68:52, -60:60]) < 20
     masks = [np.where(ignored, 255, ids).astype(np.uint8) for ids in IDS]
-    found = decided(facts(masks))
+    found = decide_meaning(facts(masks))
     assert found.ignore == IGNORE
     assert "255 lies beside the values 1 to 10" in found.doubt
-    said = decided(facts(masks), kind="cells")
+    said = decide_meaning(facts(masks), kind="cells")
     assert (said.kind, said.ignore) == ("cells", None)
     assert "255" in said.doubt
 
@@ -162,7 +162,7 @@ def opened(folder: Path) -> Dataset:
 
 def num_cells(data: Dataset) -> set[int]:
     samples = (*data.train, *data.val, *data.test)
-    return {numbered(ids, data.read_mask(sample)).num for sample in samples if (ids := data.read_instances(sample)) is not None}
+    return {numbered_instances(ids, data.read_mask(sample)).num for sample in samples if (ids := data.read_instances(sample)) is not None}
 
 
 SIX = [scene(shift=k).astype(np.uint8) for k in range(6)]
@@ -198,7 +198,7 @@ def test_the_card_overrides_what_masks_mean(tmp_path: Path, card: str, kind: str
 def test_numbers_of_classes_are_values_where_a_card_names_classes_only(tmp_path: Path) -> None:
     masks = [np.where(ids == 10, 1, 2 * (ids > 0)).astype(np.uint8) for ids in SIX]
     data = opened(folder_of(tmp_path / "own", masks, 'classes = ["background", "large", "small"]'))
-    assert np.array_equal(data.read_mask(data.train[0]), class_map(masks[int(data.train[0].name[1])], (0, 1, 2)))
+    assert np.array_equal(data.read_mask(data.train[0]), labels_to_classes(masks[int(data.train[0].name[1])], (0, 1, 2)))
     masks[0][40:43, 40:90] = 255
     data = opened(folder_of(tmp_path / "own", masks))
     assert any("such as 255: each is taken for the nearest class. Write ignore = 255" in note for note in data.notes)
@@ -264,11 +264,11 @@ def test_doubtful_masks_are_a_question_before_training_and_a_severe_finding(tmp_
     ],
 )
 def test_the_smallest_cell_follows_the_median_whatever_specks_and_clumps_there_are(areas: list[tuple[int, int]], expected: int) -> None:
-    assert smallest_px(areas) == expected
+    assert min_cell_area(areas) == expected
 
 
 def test_what_is_below_a_limit_is_counted() -> None:
-    assert num_below([(5, 2), (10, 3), (11, 1)], 10) == (2, 6)
+    assert count_below([(5, 2), (10, 3), (11, 1)], 10) == (2, 6)
 
 
 def test_small_cells_count_in_truth_and_prediction(tmp_path: Path) -> None:
@@ -300,16 +300,16 @@ def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, s
     fit([learner], features)
     assert all(np.isfinite(value) for value in learner.history[0].values())
     known = {split: sum(int((data.read_mask(sample) != IGNORE).sum()) for sample in data.samples(split)) for split in ("val", "test")}
-    with Lanes(1) as lanes:
-        counts = tile_counts([learner.model], features, "val", lambda *_: None, lanes)[0]
+    with WorkerPool(1) as lanes:
+        counts = score_tiles([learner.model], features, "val", lambda *_: None, lanes)[0]
     assert counts.sum() == known["val"]
-    with Exams(data, 1) as exams:
-        for image, matrices, answers in score([learner.model], features, "test"):
+    with CohortEvaluator(data, 1) as exams:
+        for image, matrices, answers in score_images([learner.model], features, "test"):
             exams.take(image, features.pixels["test"][image][1], matrices, [(a.classes, a.cell, a.relief) for a in answers])
     exam = exams.exams[0]
     assert exam.counts.sum() == exam.levels.sum() == known["test"]
     assert {one.num_true for one in exam.agreements} == {10}
-    artifacts.write(tmp_path, "a run", run, EXPERIMENT, [data], features.pixels["test"], Result(exam=exam, cost={}))  # figures and all
+    artifacts.write_artifacts(tmp_path, "a run", run, EXPERIMENT, [data], features.pixels["test"], TestResult(exam=exam, cost={}))  # figures and all
     assert json.loads((tmp_path / "separation.json").read_text())["min_area_px"] == data.min_cell_px
     assert set(json.loads((tmp_path / "per_image.json").read_text())["min_area_px"]) == {data.min_cell_px}
 
@@ -320,5 +320,5 @@ def test_statistics_of_a_set_leave_ignored_pixels_out(tmp_path: Path) -> None:
     shares = np.concatenate([(mask > 0)[mask != 255] for mask in WITH_IGNORED])
     assert any(f"background {1 - shares.mean():.1%}, cell {shares.mean():.1%}" in line for line in lines)
     data = opened(tmp_path / "own")
-    assert surveyed(data, data.train[0]).cell_share == pytest.approx(shares.mean(), abs=1e-3)
-    assert surveyed(data, data.train[0]).num_cells == 10
+    assert measure_image(data, data.train[0]).cell_share == pytest.approx(shares.mean(), abs=1e-3)
+    assert measure_image(data, data.train[0]).num_cells == 10

@@ -17,12 +17,12 @@ from cellbench.config.run import RunSpec
 from cellbench.diagnostics.backbone_checks import agrees_with_card
 from cellbench.diagnostics.plugin_checks import BACKBONE, HEAD, small, verdicts
 from cellbench.features.extractor import Batch
-from cellbench.features.frozen_backbone import Trunk
-from cellbench.hardware import Machine
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.hardware import Hardware
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone
 from cellbench.run import main
-from cellbench.training.model import model
+from cellbench.training.model import build_model
 
 CARDS = {name: Registry().backbone(name) for name in Registry().names("backbones")}
 HEADS = {name: Registry().head(name) for name in Registry().names("heads")}
@@ -163,9 +163,9 @@ def test_a_head_and_a_backbone_beside_their_cards_are_found_built_and_joined(tmp
     assert {"my-backbone", "uni"} <= set(registry.names("backbones"))
     run = registry.complete(RunSpec(backbone="my-backbone", head="my-head", tile_px=64))
     assert run.options == {"width": 16}
-    here = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**28)
-    trunk = Trunk(open_backbone(registry.backbone("my-backbone")), here, [2])
-    made = model(run, registry, trunk, 3)
+    here = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**28)
+    trunk = FrozenBackbone(open_backbone(registry.backbone("my-backbone")), here, [2])
+    made = build_model(run, registry, trunk, 3)
     maps = trunk.maps(torch.rand(2, 3, 64, 96))
     assert [tuple(m.shape) for m in maps.values()] == [(2, 24, 8, 12)]
     assert made(Batch(maps, torch.rand(2, 3, 64, 96), torch.zeros(2, 64, 96))).shape == (2, 3, 64, 96)

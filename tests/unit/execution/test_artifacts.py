@@ -13,23 +13,23 @@ from finished_runs import scored
 from PIL import Image
 
 from cellbench.config.run import Experiment
-from cellbench.data.image_cache import Pixels
+from cellbench.data.image_cache import ImageCache
 from cellbench.execution import artifacts
-from cellbench.execution.artifacts import Result
-from cellbench.metrics.instance import Truth
-from cellbench.metrics.pixel import confusion
-from cellbench.metrics.separation import CONNECTED, Separation
-from cellbench.reporting.model_groups import line_up
-from cellbench.training.evaluator import CANDIDATES, Exams, Keepsake, shown
+from cellbench.execution.artifacts import TestResult
+from cellbench.metrics.instance import ReferenceMask
+from cellbench.metrics.pixel import confusion_matrix
+from cellbench.metrics.separation import CONNECTED, SeparationParams
+from cellbench.reporting.model_groups import group_models
+from cellbench.training.evaluator import CANDIDATES, CohortEvaluator, ExampleKeeper, thumbnail
 
 
 def taken(dataset, answers, shorten=False, separation=CONNECTED):
     """The exam of one run whose answer for each image is given; ``shorten`` hands in a map of another size."""
-    with Exams(dataset, 1, [separation]) as exams:
+    with CohortEvaluator(dataset, 1, [separation]) as exams:
         for k, sample in enumerate(dataset.test):
             truth = dataset.read_mask(sample)
             classes, cell = answers(truth)
-            exams.take(k, truth, [confusion(truth, classes, 2)], [(classes[:5] if shorten else classes, cell, None)])
+            exams.take(k, truth, [confusion_matrix(truth, classes, 2)], [(classes[:5] if shorten else classes, cell, None)])
     return exams.exams[0]
 
 
@@ -40,7 +40,7 @@ def dataset(small_folder):
 
 def test_the_truth_as_answer_scores_one_everywhere(dataset):
     exam = taken(dataset, lambda truth: (truth, truth * np.uint8(255)))
-    found = artifacts.metrics(dataset, Result(exam=exam, cost={}))
+    found = artifacts.final_metrics(dataset, TestResult(exam=exam, cost={}))
     for name in ("dice", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
         assert found[f"test_image/{name}"] == 1
     assert found["test_image/count_error"] == found["test_image/count_error_abs"] == 0
@@ -51,9 +51,9 @@ def test_shape_scores_of_the_exam_are_those_of_the_image(dataset):
     exam = taken(dataset, lambda truth: (np.roll(truth, 3, axis=1), None))
     for k, sample in enumerate(dataset.test):
         truth = dataset.read_mask(sample)
-        assert exam.agreements[k] == Truth(truth, 2, min_area_px=dataset.min_cell_px).agreement(np.roll(truth, 3, axis=1))
+        assert exam.agreements[k] == ReferenceMask(truth, 2, min_area_px=dataset.min_cell_px).agreement(np.roll(truth, 3, axis=1))
     assert exam.calibration() is None
-    assert "test/calibration_error" not in artifacts.metrics(dataset, Result(exam=exam, cost={}))
+    assert "test/calibration_error" not in artifacts.final_metrics(dataset, TestResult(exam=exam, cost={}))
 
 
 def test_calibration_counts_every_pixel_once(dataset):
@@ -63,7 +63,7 @@ def test_calibration_counts_every_pixel_once(dataset):
     assert told["share_cell"][16] == 1
     assert told["share_cell"][4] == 0
     assert told["probability"][16] == pytest.approx(0.8)
-    assert artifacts.metrics(dataset, Result(exam=exam, cost={}))["test/calibration_error"] == pytest.approx(0.2)
+    assert artifacts.final_metrics(dataset, TestResult(exam=exam, cost={}))["test/calibration_error"] == pytest.approx(0.2)
 
 
 def test_the_interval_in_mlflow_is_over_groups_as_the_reports_is(dataset):
@@ -74,9 +74,9 @@ def test_the_interval_in_mlflow_is_over_groups_as_the_reports_is(dataset):
         test = tuple(replace(sample, name=name, group=group if grouped else "") for name, group, sample in named)
         one, shift = replace(dataset, test=test), itertools.count()
         exam = taken(one, lambda truth, shift=shift: (np.roll(truth, 2 + 3 * (next(shift) // 2), axis=1), None))
-        metrics = artifacts.metrics(one, Result(exam=exam, cost={}))
-        told = artifacts.per_image(one, Result(exam=exam, cost={}))
-        (here,), _ = line_up([scored("fpn", told)])
+        metrics = artifacts.final_metrics(one, TestResult(exam=exam, cost={}))
+        told = artifacts.per_image_record(one, TestResult(exam=exam, cost={}))
+        (here,), _ = group_models([scored("fpn", told)])
         (reported,) = here.intervals("dice")
         assert (metrics["test_image/dice_low"], metrics["test_image/dice_high"]) == (round(reported.low, 6), round(reported.high, 6))
         assert metrics["test_image/dice_units"] == reported.num == (5 if grouped else 10)
@@ -92,7 +92,7 @@ def test_a_failure_in_a_thread_is_told(dataset):
 @pytest.mark.parametrize("num", [1, 2, 3, 15, 159])
 def test_worst_median_and_best_are_kept(num):
     dices = np.random.default_rng(num).permutation(np.linspace(0.5, 0.99, num))
-    keep = Keepsake()
+    keep = ExampleKeeper()
     for image, dice in enumerate(dices.tolist()):
         keep.offer(image, dice, np.full((4, 6), image, np.uint8), None)
     cases = keep.cases
@@ -107,7 +107,7 @@ def test_worst_median_and_best_are_kept(num):
 
 
 def test_the_median_is_near_even_where_scores_drift():
-    keep = Keepsake()
+    keep = ExampleKeeper()
     for image, dice in enumerate(np.linspace(0.5, 0.99, 200).tolist()):
         keep.offer(image, dice, np.zeros((4, 6), np.uint8), None)
     assert len(keep._middle) + len(keep._drawn) <= 2 * CANDIDATES
@@ -117,11 +117,11 @@ def test_the_median_is_near_even_where_scores_drift():
 def test_kept_answers_are_as_shown_and_small():
     classes = np.zeros((1200, 1600), np.uint8)
     classes[300:600, 400:900] = 1
-    keep = Keepsake()
+    keep = ExampleKeeper()
     keep.offer(0, 0.9, classes, classes * np.uint8(200))
     case = keep.cases["worst"]
-    assert np.array_equal(case.classes, shown(classes))
-    assert np.array_equal(case.cell, shown(classes) * 200)
+    assert np.array_equal(case.classes, thumbnail(classes))
+    assert np.array_equal(case.cell, thumbnail(classes) * 200)
     assert len(case.packed) + len(case.packed_cell) < 100_000
 
 
@@ -131,7 +131,7 @@ def test_files_of_a_run_are_what_the_report_and_the_ui_read(dataset, tmp_path):
     tree = {"experiment": "a / b, ü 🔬", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
     out = tmp_path / "out"
     out.mkdir()
-    artifacts.write(out, "a run", run, Experiment.of(tree, "here"), [dataset], Pixels(dataset, "test", 2**28), Result(exam=exam, cost={}))
+    artifacts.write_artifacts(out, "a run", run, Experiment.of(tree, "here"), [dataset], ImageCache(dataset, "test", 2**28), TestResult(exam=exam, cost={}))
     told = json.loads((out / "per_image.json").read_text())
     assert told["images"] == [sample.name for sample in dataset.test]
     assert len(told["nsd"]) == len(told["ap50"]) == len(told["num_true"]) == 2
@@ -149,11 +149,11 @@ def test_touching_cells_are_scored_as_the_separation_parts_them(dataset, tmp_pat
     ids = (left + 2 * (right & ~left)).astype(np.uint16)
     Image.fromarray(ids).save(tmp_path / "mask.png")
     one = replace(dataset, values=(), masks="cells", test=(replace(dataset.test[0], mask=tmp_path / "mask.png"),))
-    cut = Separation(neck=0.8, val_ap50={"0": 0.5, "0.8": 0.75}, num_images=3)
+    cut = SeparationParams(neck=0.8, val_ap50={"0": 0.5, "0.8": 0.75}, num_images=3)
     found = {}
     for which in (CONNECTED, cut):
         exam = taken(one, lambda truth: (truth, None), separation=which)
-        found[which.neck] = artifacts.metrics(one, Result(exam=exam, cost={}))
+        found[which.neck] = artifacts.final_metrics(one, TestResult(exam=exam, cost={}))
     assert found[0]["test_image/ap50"] == found[0.8]["test_image/ap50_connected"] < 1
     assert found[0.8]["test_image/ap50"] == 1
     assert found[0.8]["test_image/count_error_abs"] == 0
@@ -191,7 +191,7 @@ def everything(truth):
 
 
 def test_whoever_finds_nothing_scores_nothing_however_many_images_are_empty(mostly_empty):
-    found = artifacts.metrics(mostly_empty, Result(exam=taken(mostly_empty, nothing), cost={}))
+    found = artifacts.final_metrics(mostly_empty, TestResult(exam=taken(mostly_empty, nothing), cost={}))
     for name in ("dice", "iou", "precision", "recall", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
         assert found[f"test_image/{name}"] == 0
     for name in ("dice", "iou", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
@@ -201,14 +201,14 @@ def test_whoever_finds_nothing_scores_nothing_however_many_images_are_empty(most
 
 
 def test_a_find_in_an_empty_image_scores_nothing_and_is_counted(mostly_empty):
-    found = artifacts.metrics(mostly_empty, Result(exam=taken(mostly_empty, everything), cost={}))
+    found = artifacts.final_metrics(mostly_empty, TestResult(exam=taken(mostly_empty, everything), cost={}))
     assert found["test_image/dice"] == pytest.approx(2 * 800 / (4800 + 800) / 4, abs=1e-6)
     assert (found["test/num_empty"], found["test/num_empty_found"]) == (3, 3)
     assert found["test/num_extra"] == 4
 
 
 def test_the_right_answer_to_mostly_empty_images_is_one_of_one_image(mostly_empty):
-    found = artifacts.metrics(mostly_empty, Result(exam=taken(mostly_empty, lambda truth: (truth, truth * np.uint8(255))), cost={}))
+    found = artifacts.final_metrics(mostly_empty, TestResult(exam=taken(mostly_empty, lambda truth: (truth, truth * np.uint8(255))), cost={}))
     assert found["test_image/dice"] == found["test_image/ap50"] == found["test/dice"] == 1
     assert "test_image/dice_low" not in found  # one image has no interval
 
@@ -217,20 +217,20 @@ def test_the_right_answer_to_mostly_empty_images_is_one_of_one_image(mostly_empt
 @pytest.mark.parametrize("all_empty", [False, True])
 def test_files_and_notes_of_a_test_with_empty_images_hold_no_nan(mostly_empty, tmp_path, answer, all_empty):
     one = replace(mostly_empty, test=mostly_empty.test[1:]) if all_empty else mostly_empty
-    result = Result(exam=taken(one, answer), cost={})
+    result = TestResult(exam=taken(one, answer), cost={})
     run, out = run_of(), tmp_path / "out"
     out.mkdir()
     tree = {"experiment": "e", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
-    artifacts.write(out, "a run", run, Experiment.of(tree, "here"), [one], Pixels(one, "test", 2**28), result)
+    artifacts.write_artifacts(out, "a run", run, Experiment.of(tree, "here"), [one], ImageCache(one, "test", 2**28), result)
     told, table = strict(out / "per_image.json"), strict(out / artifacts.TABLE)
     assert told["dice"][-1] is (None if answer is nothing else told["dice"][-1])
     assert (out / "figures" / "worst.png").exists()
     assert len(table["data"]) == len(one.test)
-    metrics = artifacts.metrics(one, result)
+    metrics = artifacts.final_metrics(one, result)
     assert np.isfinite(list(metrics.values())).all()
     assert ("test_image/dice" in metrics) == (not all_empty or answer is everything)
-    assert "nan" not in artifacts.note("a run", metrics)
-    assert f"{len(one.test) - (not all_empty)}; something was found in" in artifacts.note("a run", metrics)
+    assert "nan" not in artifacts.run_note("a run", metrics)
+    assert f"{len(one.test) - (not all_empty)}; something was found in" in artifacts.run_note("a run", metrics)
 
 
 def test_the_worst_image_is_one_with_a_score(mostly_empty):

@@ -12,7 +12,7 @@ import pytest
 
 from cellbench.config.registry import Registry, load
 from cellbench.config.run import Experiment
-from cellbench.execution.planning import identity, jobs_of
+from cellbench.execution.planning import backbone_identity, planned_runs
 
 HEAD = """# {title}
 builder = "{builder}"
@@ -57,7 +57,7 @@ def prints(registry: Path, precision: str = "fp32", head: str = "mine", backbone
     """The fingerprints of a run of this head on this backbone, and of this baseline."""
     tree = {"experiment": "e", "dataset": "folder", "baselines": [baseline], "grid": {"backbone": [backbone], "head": [head]}}
     experiment = Experiment.of({**tree, "run": {"tile_px": 64}}, "e.toml")
-    jobs = jobs_of(experiment, Registry(registry), [SimpleNamespace(digest="d")], None, "e.toml", precision=precision)
+    jobs = planned_runs(experiment, Registry(registry), [SimpleNamespace(digest="d")], None, "e.toml", precision=precision)
     assert not any(job.unavailable for job in jobs)
     return [job.fingerprint for job in jobs]
 
@@ -115,7 +115,7 @@ def test_features_are_kept_under_the_same_facts(registry: Path) -> None:
     found = set()
     for change in ({}, {"patch_px": 16}, {"mean": "[0.4, 0.5, 0.5]"}, {"sigmas_px": "[1.0, 3.0]"}, {"more": "prefix_tokens = 1"}):
         card(registry, "backbones", **change)
-        found.add(identity(Registry(registry).backbone("mine"), None))
+        found.add(backbone_identity(Registry(registry).backbone("mine"), None))
     assert len(found) == 5
 
 

@@ -16,12 +16,12 @@ from fsspec.implementations.local import LocalFileSystem
 from cellbench.cli.grid import read_experiment
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
-from cellbench.execution.planning import jobs_of, open_folds
-from cellbench.execution.worker_job import Hand, order
+from cellbench.execution.planning import open_folds, planned_runs
+from cellbench.execution.worker_job import CohortWorker, job_spec
 from cellbench.features import sharded_cache
-from cellbench.features.frozen_backbone import Trunk
-from cellbench.features.remote_cache import Shared, set_shared_url
-from cellbench.hardware import machine
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.features.remote_cache import RemoteCache, set_shared_url
+from cellbench.hardware import detect_hardware
 from cellbench.run import main
 from cellbench.tracking.tracker import Tracker
 
@@ -33,13 +33,13 @@ KEPT = {"disk_bytes": 2**28, "prefer_disk": True, "key": "k", "backbone": "vit"}
 def computed(monkeypatch):
     """The number of tiles of each call of a backbone."""
     calls: list[int] = []
-    whole = Trunk.maps
+    whole = FrozenBackbone.maps
 
     def maps(self, pixels):
         calls.append(len(pixels))
         return whole(self, pixels)
 
-    monkeypatch.setattr(Trunk, "maps", maps)
+    monkeypatch.setattr(FrozenBackbone, "maps", maps)
     monkeypatch.setattr(sharded_cache, "ROWS", 16)
     return calls
 
@@ -51,7 +51,7 @@ def learn(small_folder, tmp_path, monkeypatch):
     def learn(name: str, url: str, runs=RUNS, said: list[str] | None = None):
         monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / name))
         tell = (said if said is not None else []).append
-        return fitted(dataset_of(small_folder), runs, **KEPT, shared=Shared(url, tell), tell=tell)
+        return fitted(dataset_of(small_folder), runs, **KEPT, shared=RemoteCache(url, tell), tell=tell)
 
     return learn
 
@@ -145,7 +145,7 @@ def test_a_full_url_keeps_nothing_half_written_is_told_once_and_still_read(tmp_p
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
     fsspec.register_implementation("full", Full, clobber=True)
     said: list[str] = []
-    shared, there = Shared(f"full://{tmp_path}/there", said.append), tmp_path / "there"
+    shared, there = RemoteCache(f"full://{tmp_path}/there", said.append), tmp_path / "there"
     for name in ("a", "b"):
         path = tmp_path / "cache" / "features" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def test_a_url_that_failed_is_asked_again_later(tmp_path, monkeypatch):
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("cellbench.features.remote_cache.REST_S", 0.0)
     path, said = tmp_path / "cache" / "a", []
-    shared = Shared(f"file://{tmp_path}/there/deeper", said.append)
+    shared = RemoteCache(f"file://{tmp_path}/there/deeper", said.append)
     path.parent.mkdir()
     path.write_text("a")
     (tmp_path / "there").write_text("a file where a folder belongs")
@@ -184,14 +184,14 @@ def test_the_flag_reaches_processes_elsewhere_of_which_the_second_computes_nothi
     experiment, data, registry = read_experiment("small.toml", few, data=Path("smears")), Path("smears").absolute(), Registry()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
-    told = order(
-        experiment, top.run_id, machine("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
+    told = job_spec(
+        experiment, top.run_id, detect_hardware("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
     )  # fmt: skip
     folds, precision = open_folds(experiment, registry, data), told.machine.precision_name
-    prints = [job.fingerprint for job in jobs_of(experiment, registry, folds, None, "small.toml", precision=precision)]
+    prints = [job.fingerprint for job in planned_runs(experiment, registry, folds, None, "small.toml", precision=precision)]
     for name, num in (("one", 3), ("two", 0)):
         monkeypatch.delenv("CELLBENCH_CACHE_URL", raising=False)
-        hand = Hand(replace(told, cache=tmp_path / name), print)
+        hand = CohortWorker(replace(told, cache=tmp_path / name), print)
         (passes,) = hand.passes([prints])
         assert {one.split for one in passes} == {"train", "val", "test"}
         assert hand.fill(prints, [], [(one, 0) for one in passes]) == num

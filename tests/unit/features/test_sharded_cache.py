@@ -15,17 +15,17 @@ from cellbench.cli.grid import read_experiment
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.execution import ray_grid
-from cellbench.execution.planning import Job, jobs_of, open_folds
+from cellbench.execution.planning import PlannedRun, open_folds, planned_runs
 from cellbench.execution.runner import Outcome
-from cellbench.execution.worker_job import Hand, Order, order
+from cellbench.execution.worker_job import CohortWorker, JobSpec, job_spec
 from cellbench.features import sharded_cache
-from cellbench.features.extractor import Features, Pass
-from cellbench.features.sharded_cache import Shards, num_shards
-from cellbench.hardware import Machine, machine
+from cellbench.features.extractor import FeaturePass, Features
+from cellbench.features.sharded_cache import ShardedCache, num_shards
+from cellbench.hardware import Hardware, detect_hardware
 from cellbench.run import main
 from cellbench.tracking.tracker import Tracker
 
-ONE = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)
+ONE = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)
 KEPT = ["--set", "run.views=2", "--set", "run.epochs=3", "--set", "grid.seed=[0]", "--set", "baselines=[]", "--set", "run.crops_per_image=9"]
 
 
@@ -36,7 +36,7 @@ def small_shards(monkeypatch):
 
 def test_rows_of_several_shards_come_back_as_they_were_put_and_a_damaged_or_absent_shard_does_not(tmp_path, small_shards):
     maps = torch.rand(40, 5, 3, 2).bfloat16()
-    kept = Shards(tmp_path, 40)
+    kept = ShardedCache(tmp_path, 40)
     assert num_shards(40) == 3
     for k in (2, 0):
         kept.write(k, {11: maps[kept.rows(k)]}, {"what": "val"})
@@ -51,7 +51,7 @@ def test_rows_of_several_shards_come_back_as_they_were_put_and_a_damaged_or_abse
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert Shards(tmp_path, 40).get(np.array([39]), (11,)) is None
+    assert ShardedCache(tmp_path, 40).get(np.array([39]), (11,)) is None
 
 
 def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_computes_no_tile(tmp_path, monkeypatch, small_shards):
@@ -63,12 +63,12 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
     experiment, data = read_experiment("small.toml", KEPT[1::2], data=Path("smears")), Path("smears").absolute()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
-    told = order(
-        experiment, top.run_id, machine("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
+    told = job_spec(
+        experiment, top.run_id, detect_hardware("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
     )  # fmt: skip
     precision = told.machine.precision_name
-    jobs = jobs_of(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
-    hand = Hand(told, print)
+    jobs = planned_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
+    hand = CohortWorker(told, print)
     prints = [[job.fingerprint] for job in jobs]
     for mine, passes in zip(prints, hand.passes(prints), strict=True):
         work = [(one, k) for one in passes for k in reversed(range(num_shards(one.num)))]
@@ -95,10 +95,10 @@ def test_a_shard_holds_the_levels_of_all_who_want_it(tmp_path, monkeypatch, smal
     experiment, data = read_experiment("small.toml", changes, data=Path("smears")), Path("smears").absolute()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
-    told = order(experiment, top.run_id, ONE, where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True)
+    told = job_spec(experiment, top.run_id, ONE, where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True)
     precision = told.machine.precision_name
-    jobs = jobs_of(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
-    hand = Hand(told, print)
+    jobs = planned_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
+    hand = CohortWorker(told, print)
     (few,) = hand.passes([[jobs[0].fingerprint]])
     (many,) = hand.passes([[jobs[1].fingerprint]])
     assert few == many  # what is kept does not hang on who reads how much of it
@@ -116,7 +116,7 @@ class Pretended:
     """A Ray of two nodes of one core that does what it is asked at once, notes it, and loses the first shards that it is asked for.
     ``apart``: its nodes have a cache folder each, and all shards come to the first one."""
 
-    def __init__(self, passes: list[list[Pass]], apart: bool = False) -> None:
+    def __init__(self, passes: list[list[FeaturePass]], apart: bool = False) -> None:
         self.noted: list[tuple[str, object]] = []
         self._passes, self._lost, self._apart = passes, False, apart
         names = ("RayActorError", "OutOfMemoryError", "WorkerCrashedError", "NodeDiedError", "RayTaskError", "RayError")
@@ -149,7 +149,7 @@ class Pretended:
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_its_own_near_them(tmp_path, monkeypatch, apart):
-    val, *train = (Pass(split=split, number=0, num=600, folder=split) for split in ("val", "train a", "train b"))
+    val, *train = (FeaturePass(split=split, number=0, num=600, folder=split) for split in ("val", "train a", "train b"))
     ray, said, near = Pretended([[val, train[0]], [val, train[1]]], apart), [], {}
 
     def actor(ray, wish, order, token, title, node=""):
@@ -158,11 +158,11 @@ def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_i
 
     monkeypatch.setattr(ray_grid, "actor", actor)
     runs = [RunSpec(backbone="filter-bank", head="bilinear", tile_px=64, data_seed=seed) for seed in (0, 1)]
-    groups = [[Job(run=run, name=f"run {k}", fingerprint=f"f{k}", precision="fp32")] for k, run in enumerate(runs)]
+    groups = [[PlannedRun(run=run, name=f"run {k}", fingerprint=f"f{k}", precision="fp32")] for k, run in enumerate(runs)]
     experiment = SimpleNamespace(experiment="pretended")
-    told = Order(experiment=experiment, parent_id="", machine=ONE, cache=tmp_path, store="http://lab", prefer_disk=True)
+    told = JobSpec(experiment=experiment, parent_id="", machine=ONE, cache=tmp_path, store="http://lab", prefer_disk=True)
     runner = SimpleNamespace(registry=Registry(), say=said.append, release=lambda *_: None, give_up=None)
-    ray_grid.Crew(ray, told)(runner, groups, Outcome())
+    ray_grid.RayExecutor(ray, told)(runner, groups, Outcome())
     kinds = [kind for kind, _ in ray.noted]
     assert kinds[0] == "passes"
     filled = [what for kind, what in ray.noted if kind == "fill"]

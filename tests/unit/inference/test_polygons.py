@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from cellbench.inference.polygons import coco, feature, shapes_of
+from cellbench.inference.polygons import cell_outlines, to_coco, to_geojson
 from cellbench.metrics.instance import Instances
 
 YY, XX = np.mgrid[:60, :70]
@@ -84,8 +84,8 @@ def _around(point: tuple[int, int], ring: list[tuple[int, int]]) -> bool:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_a_cell_is_one_valid_geometry(name: str) -> None:
-    (shape,) = shapes_of(cells_of(CELLS[name]))
-    geometry = feature(shape, ("background", "cell"))["geometry"]
+    (shape,) = cell_outlines(cells_of(CELLS[name]))
+    geometry = to_geojson(shape, ("background", "cell"))["geometry"]
     polygons = [[_whole(ring) for ring in rings] for rings in _rings(geometry)]
     assert geometry["type"] == ("Polygon" if len(polygons) == 1 else "MultiPolygon")
     assert len(polygons) == ndimage.label(CELLS[name], np.ones((3, 3)))[1]  # no piece is lost
@@ -106,15 +106,15 @@ def test_a_cell_is_one_valid_geometry(name: str) -> None:
 @pytest.mark.parametrize("name", CELLS)
 def test_shapely_finds_each_geometry_valid(name: str) -> None:
     geometry = pytest.importorskip("shapely.geometry")
-    (shape,) = shapes_of(cells_of(CELLS[name]))
-    found = geometry.shape(feature(shape, ("background", "cell"))["geometry"])
+    (shape,) = cell_outlines(cells_of(CELLS[name]))
+    found = geometry.shape(to_geojson(shape, ("background", "cell"))["geometry"])
     assert found.is_valid
     assert found.area == pytest.approx(shape.area_px, rel=0.1, abs=0.6 * found.length)
 
 
 def test_each_cell_has_its_outline_however_small() -> None:
     masks = [disc(20, 20, 9), disc(20, 36, 9) & ~disc(20, 20, 9), _block((50, 52, 10, 12))]
-    found = list(shapes_of(cells_of(*masks)))
+    found = list(cell_outlines(cells_of(*masks)))
     assert [shape.cell for shape in found] == [1, 2, 3]
     assert [shape.area_px for shape in found] == [int(mask.sum()) for mask in masks]
     assert found[2].box_px == (10, 50, 2, 2)
@@ -122,7 +122,7 @@ def test_each_cell_has_its_outline_however_small() -> None:
 
 def test_an_outline_filled_again_is_the_cell() -> None:
     ring = disc(30, 32, 26) & ~disc(30, 32, 12)
-    (shape,) = shapes_of(cells_of(ring))
+    (shape,) = cell_outlines(cells_of(ring))
     ((outer, hole),) = shape.pieces
     assert shape.box_px == (7, 5, 51, 51)
     drawn = Image.new("1", (700, 600))  # ten times as fine, so that a corner is a corner
@@ -135,8 +135,8 @@ def test_an_outline_filled_again_is_the_cell() -> None:
 
 def test_coco_has_a_polygon_for_each_piece_and_the_cells_area_and_box() -> None:
     mask = CELLS["two pieces"]
-    tree = {"features": [feature(shape, ("background", "cell")) for shape in shapes_of(cells_of(mask))]}
-    (told,) = coco([("a.png", mask.shape, tree)], ("background", "cell"))["annotations"]
+    tree = {"features": [to_geojson(shape, ("background", "cell")) for shape in cell_outlines(cells_of(mask))]}
+    (told,) = to_coco([("a.png", mask.shape, tree)], ("background", "cell"))["annotations"]
     rows, columns = np.nonzero(mask)
     assert told["bbox"] == [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
     assert told["area"] == mask.sum()

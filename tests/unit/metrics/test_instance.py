@@ -11,16 +11,16 @@ from scipy.optimize import linear_sum_assignment
 
 from cellbench.metrics.instance import (
     SCORES,
-    Truth,
-    as_objects,
-    cell_scores,
-    contour,
-    dilated,
-    instances,
-    judged,
-    numbered,
-    overlaps,
-    true_cells,
+    ReferenceMask,
+    boundary_pixels,
+    connected_instances,
+    dilate,
+    drop_ignored,
+    instance_scores,
+    merge_parts_into_objects,
+    numbered_instances,
+    pairwise_overlaps,
+    reference_instances,
 )
 from cellbench.metrics.pixel import IGNORE
 
@@ -34,11 +34,11 @@ def drawn(*boxes, size=(40, 60)):
 
 
 def as_cells(ids):
-    return numbered(ids, (ids > 0).astype(np.uint8))
+    return numbered_instances(ids, (ids > 0).astype(np.uint8))
 
 
 def agreement(truth, found, num_classes=2, **more):
-    return Truth(truth.astype(np.uint8), num_classes, **more).agreement(found.astype(np.uint8))
+    return ReferenceMask(truth.astype(np.uint8), num_classes, **more).agreement(found.astype(np.uint8))
 
 
 def blobs(seed, num=12, size=(80, 90)):
@@ -56,13 +56,13 @@ def blobs(seed, num=12, size=(80, 90)):
 @pytest.mark.parametrize("radius", [0, 0.5, 1, 1.5, 2, 2.9, 5, 100])
 def test_dilation_is_the_distance_transform_cut_at_the_radius(radius):
     mask = np.random.default_rng(0).random((30, 47)) < 0.01
-    assert np.array_equal(dilated(mask, radius), distance_transform_edt(~mask) <= radius)
+    assert np.array_equal(dilate(mask, radius), distance_transform_edt(~mask) <= radius)
 
 
 def test_contour_is_the_mask_without_its_erosion_and_the_frame_is_none():
     mask = blobs(1) > 0
-    assert np.array_equal(contour(mask), mask & ~binary_erosion(mask, border_value=1))
-    assert not contour(np.ones((5, 5), bool)).any()
+    assert np.array_equal(boundary_pixels(mask), mask & ~binary_erosion(mask, border_value=1))
+    assert not boundary_pixels(np.ones((5, 5), bool)).any()
 
 
 @pytest.mark.parametrize("tolerance", [1, 2, 3.5])
@@ -104,7 +104,7 @@ def test_a_wrong_class_is_a_missing_outline_and_a_missing_cell():
 def test_cell_scores_by_hand():
     truth = as_cells(drawn((0, 0, 10, 10), (0, 20, 10, 10), (20, 0, 10, 10)))  # 100 px each
     found = as_cells(drawn((0, 0, 10, 10), (0, 20, 10, 7), (30, 40, 5, 10)))  # the same; 70 of 100; one where none is (50 px)
-    got = cell_scores(truth, found)
+    got = instance_scores(truth, found)
     assert got["num_true"] == got["num_predicted"] == 3
     assert got["ap50"] == 2 / 4  # 2 hits, 1 false, 1 missed
     # IoU 1 and 0.7: two hits at 0.50 to 0.65, one from 0.70 on (more than the threshold is asked for).
@@ -117,7 +117,7 @@ def test_cell_scores_by_hand():
 
 def test_half_and_half_matches_nothing():
     halves = drawn((0, 0, 10, 10), (0, 10, 10, 10))
-    assert cell_scores(as_cells((halves > 0).astype(np.int32)), as_cells(halves))["ap50"] == 0
+    assert instance_scores(as_cells((halves > 0).astype(np.int32)), as_cells(halves))["ap50"] == 0
 
 
 def test_two_cells_grown_together_cost_both_of_them_but_no_dice():
@@ -155,14 +155,14 @@ OUTCOMES = ("num_true", "num_found", "num_missed", "num_split", "num_merged", "n
     ],
 )
 def test_what_became_of_each_cell_by_hand(truth, found, outcomes):
-    got = cell_scores(as_cells(drawn(*truth)), as_cells(drawn(*found)))
+    got = instance_scores(as_cells(drawn(*truth)), as_cells(drawn(*found)))
     assert tuple(got[name] for name in OUTCOMES) == outcomes
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_every_cell_is_counted_once_and_found_are_the_matches_of_ap50(seed):
     truth, found = as_cells(blobs(seed)), as_cells(np.roll(blobs(seed), 2, axis=seed % 2) | blobs(seed + 50) * (seed % 3 > 0))
-    got = cell_scores(truth, found)
+    got = instance_scores(truth, found)
     assert got["num_found"] + got["num_missed"] + got["num_split"] + got["num_merged"] == got["num_true"] == truth.num
     assert got["num_found"] + got["num_extra"] == got["num_predicted"] == found.num
     assert got["ap50"] == pytest.approx(got["num_found"] / (truth.num + found.num - got["num_found"]))
@@ -180,8 +180,8 @@ def nested(size=(60, 80)):
 
 def test_an_object_and_its_parts_are_one_cell_of_the_objects_class():
     classes = nested()
-    assert instances(classes).num == 6
-    cells, _ = true_cells(classes, None, owners=(0, 1, 1, 3))
+    assert connected_instances(classes).num == 6
+    cells, _ = reference_instances(classes, None, owners=(0, 1, 1, 3))
     assert sorted(zip(cells.classes[1:].tolist(), cells.areas_px[1:].tolist(), strict=True)) == [(1, 225), (1, 400), (1, 400), (3, 260)]
     got = agreement(classes, classes, num_classes=4, owners=(0, 1, 1, 3))
     assert (got.num_true, got.num_found, got.ap50, got.pq, got.nsd) == (4, 4, 1, 1, 1)
@@ -189,7 +189,7 @@ def test_an_object_and_its_parts_are_one_cell_of_the_objects_class():
     got = agreement(classes, np.where(classes == 2, 1, classes), num_classes=4, owners=(0, 1, 1, 3))
     assert (got.num_found, got.ap50) == (4, 1)
     assert got.nsd < 1
-    assert np.array_equal(as_objects(classes, ()), classes)
+    assert np.array_equal(merge_parts_into_objects(classes, ()), classes)
 
 
 def test_a_truth_that_numbers_parts_gives_them_the_number_of_their_object():
@@ -199,7 +199,7 @@ def test_a_truth_that_numbers_parts_gives_them_the_number_of_their_object():
         ids[rows, columns] = number
     for number, (rows, columns) in enumerate(((np.s_[10:20], np.s_[10:20]), (np.s_[10:20], np.s_[45:55]), (np.s_[35:50], np.s_[5:20])), 4):
         ids[rows, columns] = number
-    cells, _ = true_cells(classes, ids, owners=(0, 1, 1, 3))
+    cells, _ = reference_instances(classes, ids, owners=(0, 1, 1, 3))
     assert sorted(zip(cells.classes[1:].tolist(), cells.areas_px[1:].tolist(), strict=True)) == [(1, 225), (1, 400), (1, 400), (3, 260)]
 
 
@@ -221,7 +221,7 @@ def test_matching_is_what_an_assignment_solver_finds(seed):
         for j in range(found.num):
             a, b = truth.ids == i + 1, found.ids == j + 1
             iou[i, j] = (a & b).sum() / (a | b).sum()
-    got = cell_scores(truth, found)
+    got = instance_scores(truth, found)
     precisions = []
     for threshold in np.arange(10, 20) / 20:
         hit = iou > threshold
@@ -249,14 +249,14 @@ def test_matching_is_what_an_assignment_solver_finds(seed):
 
 def test_overlaps_sum_to_the_common_pixels():
     truth, found = as_cells(blobs(5)), as_cells(blobs(6))
-    shared = overlaps(truth, found)[2]
+    shared = pairwise_overlaps(truth, found)[2]
     assert shared.sum() == ((truth.ids > 0) & (found.ids > 0)).sum()
 
 
 def test_many_cells_on_both_sides_fit_memory_and_agree_with_themselves():
     ids = np.arange(1, 10_001, dtype=np.int32).reshape(100, 100)
     cells = as_cells(np.kron(ids, np.ones((2, 2), np.int32)))
-    got = cell_scores(cells, cells)
+    got = instance_scores(cells, cells)
     assert got["num_true"] == 10_000
     assert got["ap50_95"] == got["aji"] == got["pq"] == 1
 
@@ -274,10 +274,10 @@ def test_nothing_in_both_has_no_score_and_in_one_is_wrong(truth, found, expected
 def test_specks_are_no_cells_and_diagonal_neighbours_are_two():
     classes = np.zeros((40, 60), np.uint8)
     classes[0:10, 0:10] = classes[10:20, 10:20] = classes[30:39, 30:41] = 1  # 100, 100 and 99 px
-    cells = instances(classes, 100)
+    cells = connected_instances(classes, 100)
     assert cells.num == 2
     assert cells.areas_px.tolist() == [0, 100, 100]
-    assert instances(classes, 1).num == 3
+    assert connected_instances(classes, 1).num == 3
 
 
 def test_numbers_of_a_mask_are_used_as_they_are():
@@ -288,9 +288,9 @@ def test_numbers_of_a_mask_are_used_as_they_are():
     assert got.num_true == 3
     assert got.num_predicted == 2  # touching cells are one to connected regions; 12 px are enough where cells are numbered
     strange = np.where(ids == 3, 2**40, ids.astype(np.int64))
-    assert numbered(strange, classes).num == 3
+    assert numbered_instances(strange, classes).num == 3
     with pytest.raises(ValueError, match="from 0"):
-        numbered(-ids, classes)
+        numbered_instances(-ids, classes)
 
 
 def test_a_large_image_takes_a_fraction_of_a_second():
@@ -303,7 +303,7 @@ def test_a_large_image_takes_a_fraction_of_a_second():
             truth[y : y + 99, x : x + 99] |= disc
     found = np.roll(truth, 2, 1) ^ (rng.random(truth.shape) < 0.002)
     start = time.process_time()
-    got = Truth(truth, 2).agreement(found.astype(np.uint8))
+    got = ReferenceMask(truth, 2).agreement(found.astype(np.uint8))
     assert time.process_time() - start < 1  # 0.2 s measured; the test's own limit is for a busy machine
     assert got.num_true == 11 * 15
 
@@ -324,12 +324,12 @@ def test_predicted_cells_in_ignored_pixels_are_neither_hits_nor_false():
     classes = ignoring(ids, (0, 30, 40, 30))
     within = drawn((2, 2, 10, 10), (20, 2, 10, 10), (5, 40, 10, 10), (25, 28, 10, 10))  # the last by 2 of its 10 columns outside
     for numbers in (ids, None):
-        truth = Truth(classes, 2, numbers, min_area_px=10)
+        truth = ReferenceMask(classes, 2, numbers, min_area_px=10)
         got = truth.agreement((within > 0).astype(np.uint8))
         assert (got.num_true, got.num_predicted) == (2, 2)
         assert (got.ap50, got.pq, got.aji, got.nsd, got.boundary_dice) == (1, 1, 1, 1, 1)
     mostly_outside = drawn((2, 2, 10, 10), (20, 2, 10, 10), (25, 24, 10, 10))
-    got = Truth(classes, 2, ids, min_area_px=10).agreement((mostly_outside > 0).astype(np.uint8))
+    got = ReferenceMask(classes, 2, ids, min_area_px=10).agreement((mostly_outside > 0).astype(np.uint8))
     assert (got.num_predicted, got.ap50) == (3, 2 / 3)
 
 
@@ -337,15 +337,15 @@ def test_a_cell_is_judged_by_what_is_left_of_it():
     ids = drawn((5, 5, 10, 10))
     classes = ignoring(ids, (5, 5, 10, 4))  # 60 px are left
     for found in (drawn((5, 5, 10, 10)), drawn((5, 9, 10, 6)), drawn((5, 6, 10, 9))):
-        got = Truth(classes, 2, ids, min_area_px=1).agreement((found > 0).astype(np.uint8))
+        got = ReferenceMask(classes, 2, ids, min_area_px=1).agreement((found > 0).astype(np.uint8))
         assert (got.num_true, got.num_predicted, got.sq, got.aji) == (1, 1, 1, 1)
     half = drawn((5, 9, 10, 3))  # 30 of the 60
-    assert Truth(classes, 2, ids, min_area_px=1).found(as_cells(half))["sq"] == 0
+    assert ReferenceMask(classes, 2, ids, min_area_px=1).found(as_cells(half))["sq"] == 0
 
 
 def test_an_image_of_ignored_pixels_only_has_nothing_to_find():
     classes = np.full((20, 20), IGNORE, np.uint8)
-    got = Truth(classes, 3).agreement(np.ones((20, 20), np.uint8))
+    got = ReferenceMask(classes, 3).agreement(np.ones((20, 20), np.uint8))
     assert (got.num_true, got.num_predicted) == (0, 0)
 
 
@@ -354,11 +354,11 @@ def test_nothing_ignored_changes_nothing():
     cells = as_cells(blobs(5))
     truth = as_cells(ids)
     assert truth.ignored is None
-    assert judged(cells, None) is cells
-    assert judged(cells, np.zeros(ids.shape, bool)).areas_px.tolist() == cells.areas_px.tolist()
+    assert drop_ignored(cells, None) is cells
+    assert drop_ignored(cells, np.zeros(ids.shape, bool)).areas_px.tolist() == cells.areas_px.tolist()
 
 
 def test_what_is_too_small_to_be_a_cell_is_counted():
     ids = drawn((0, 0, 3, 3), (10, 10, 4, 4), (20, 20, 9, 9))
-    assert instances((ids > 0).astype(np.uint8), 16).num_left_out == 1
-    assert numbered(ids, (ids > 0).astype(np.uint8), 17).num_left_out == 2
+    assert connected_instances((ids > 0).astype(np.uint8), 16).num_left_out == 1
+    assert numbered_instances(ids, (ids > 0).astype(np.uint8), 17).num_left_out == 2

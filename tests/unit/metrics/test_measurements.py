@@ -8,14 +8,14 @@ import io
 import numpy as np
 import pytest
 
-from cellbench.metrics.instance import numbered
-from cellbench.metrics.measurements import cells, density
+from cellbench.metrics.instance import numbered_instances
+from cellbench.metrics.measurements import density, measure_cells
 
 
 def table(ids, image=None, um_per_px=None):
     classes = (ids > 0).astype(np.uint8)
     image = np.zeros((*ids.shape, 3), np.uint8) if image is None else image
-    return list(csv.DictReader(io.StringIO(cells(numbered(ids, classes), image, ("background", "cell"), um_per_px).text)))
+    return list(csv.DictReader(io.StringIO(measure_cells(numbered_instances(ids, classes), image, ("background", "cell"), um_per_px).text)))
 
 
 def test_a_disc_and_a_bar_measure_what_they_are():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cellbench.metrics.instance import instances, numbered
-from cellbench.metrics.separation import NECKS, Parts, Separation, Tuning
+from cellbench.metrics.instance import connected_instances, numbered_instances
+from cellbench.metrics.separation import SADDLE_RATIOS, DistanceWatershed, SeparationParams, SeparationTuner
 
 
 def discs(*places, size=(120, 160)):
@@ -17,7 +17,7 @@ def discs(*places, size=(120, 160)):
 
 
 def cells(ids, neck, min_area_px=10):
-    return Separation(neck=neck, min_area_px=min_area_px).instances((ids > 0).astype(np.uint8))
+    return SeparationParams(neck=neck, min_area_px=min_area_px).instances((ids > 0).astype(np.uint8))
 
 
 TOUCHING = discs((40, 40, 22), (40, 79, 22), (76, 60, 22), (90, 120, 15))
@@ -37,13 +37,13 @@ def test_touching_discs_are_parted_where_they_touch_at_any_magnification(scale):
 @pytest.mark.parametrize("scale", [1, 4])
 def test_a_region_is_cut_and_never_shrunk(scale):
     truth = np.kron(TOUCHING, np.ones((scale, scale), np.int32))
-    for neck in NECKS:
+    for neck in SADDLE_RATIOS:
         assert np.array_equal(cells(truth, neck, 0).ids > 0, truth > 0)
 
 
 def test_a_neck_of_nought_is_connected_regions():
     classes = (np.random.default_rng(0).random((90, 110)) < 0.6).astype(np.uint8) * np.random.default_rng(1).integers(1, 3, (90, 110), np.uint8)
-    found, wanted = Parts(classes).instances(0.0, 5), instances(classes, 5)
+    found, wanted = DistanceWatershed(classes).instances(0.0, 5), connected_instances(classes, 5)
     assert found.num == wanted.num > 3
     assert np.array_equal(found.areas_px, wanted.areas_px)
     assert len(np.unique(np.stack([found.ids, wanted.ids]).reshape(2, -1), axis=1).T) == wanted.num + 1  # the same cells, each its number
@@ -65,60 +65,60 @@ def test_convex_cells_are_not_cut():
     bar = np.zeros((200, 200), np.int32)
     bar[90:110, 10:190] = 1
     for shape in (ellipse, bar, discs((60, 60, 50))):
-        assert [cells(shape, neck).num for neck in NECKS if neck <= 0.9] == [1] * (len(NECKS) - 1)
+        assert [cells(shape, neck).num for neck in SADDLE_RATIOS if neck <= 0.9] == [1] * (len(SADDLE_RATIOS) - 1)
 
 
 def test_more_neck_never_gives_fewer_cells():
-    num = [cells(TOUCHING, neck).num for neck in NECKS]
+    num = [cells(TOUCHING, neck).num for neck in SADDLE_RATIOS]
     assert num == sorted(num)
     assert num[0] == 2
 
 
 @pytest.mark.parametrize("classes", [np.zeros((9, 7), np.uint8), np.ones((9, 7), np.uint8), np.eye(9, dtype=np.uint8), np.zeros((0, 5), np.uint8)])
 def test_empty_full_and_thin_maps_are_taken(classes):
-    num = instances(classes, 0).num
-    assert [Parts(classes).instances(neck, 0).num for neck in (0.0, 0.8)] == [num, num]
+    num = connected_instances(classes, 0).num
+    assert [DistanceWatershed(classes).instances(neck, 0).num for neck in (0.0, 0.8)] == [num, num]
 
 
 def test_touching_cells_of_two_classes_are_two_cells_and_keep_their_class():
     classes = np.zeros((40, 60), np.uint8)
     classes[10:30, 10:30], classes[10:30, 30:50] = 2, 1
-    found = Parts(classes).instances(0.9, 10)
+    found = DistanceWatershed(classes).instances(0.9, 10)
     assert sorted(found.classes[1:].tolist()) == [1, 2]
 
 
 def test_tuning_finds_the_neck_that_parts_and_leaves_alone_what_is_whole():
-    touching, whole = Tuning(), Tuning()
+    touching, whole = SeparationTuner(), SeparationTuner()
     dumbbell = discs((60, 50, 30), (60, 110, 30))
     dumbbell[50:70, 50:110] = 1
-    touching.add((TOUCHING > 0).astype(np.uint8), None, numbered(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
+    touching.add((TOUCHING > 0).astype(np.uint8), None, numbered_instances(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
     one = (dumbbell > 0).astype(np.uint8)
-    whole.add(one, None, instances(one), 10)
+    whole.add(one, None, connected_instances(one), 10)
     assert 0 < touching.best().neck < 1
     assert touching.best().val_ap50[f"{touching.best().neck:g}"] == 1
     assert whole.best().neck == 0
-    assert Tuning().best() == Separation()
+    assert SeparationTuner().best() == SeparationParams()
 
 
 def test_a_neck_beyond_its_range_is_refused():
     with pytest.raises(ValueError, match="ratio"):
-        Parts(np.ones((4, 4), np.uint8)).instances(1.5, 0)
+        DistanceWatershed(np.ones((4, 4), np.uint8)).instances(1.5, 0)
 
 
 def test_an_image_without_a_cell_tunes_only_where_something_was_found_in_it():
     one = (TOUCHING > 0).astype(np.uint8)
     nothing = np.zeros_like(one)
-    empty, both = Tuning(), Tuning()
-    empty.add(nothing, None, instances(nothing), 10)
+    empty, both = SeparationTuner(), SeparationTuner()
+    empty.add(nothing, None, connected_instances(nothing), 10)
     assert empty.best().val_ap50 == {}
-    both.add(one, None, numbered(TOUCHING, one), 10)
+    both.add(one, None, numbered_instances(TOUCHING, one), 10)
     alone = both.best()
-    both.add(nothing, None, instances(nothing), 10)
+    both.add(nothing, None, connected_instances(nothing), 10)
     assert both.best().val_ap50 == alone.val_ap50
     # A find in it scores 0 at every neck that keeps it, and 1 at one that cuts it into specks.
     bars = np.zeros_like(one)
     bars[20:30, 20:30] = bars[24:26, 30:34] = bars[20:30, 34:44] = 1
-    both.add(bars, None, instances(nothing), 150)
+    both.add(bars, None, connected_instances(nothing), 150)
     found = both.best().val_ap50
     assert [round(found[f"{neck:g}"] * 2 - alone.val_ap50[f"{neck:g}"]) for neck in (0.0, 0.8)] == [0, 1]
 
@@ -127,11 +127,11 @@ def test_a_cell_and_its_nucleus_are_parted_from_a_touching_neighbour_together():
     classes = (TOUCHING > 0).astype(np.uint8)
     for cy, cx in ((40, 40), (40, 79), (76, 60), (90, 120)):
         classes[cy - 6 : cy + 6, cx - 6 : cx + 6] = 2
-    assert Separation(neck=0.8, min_area_px=10).instances(classes).num > 4
-    found = Separation(neck=0.8, min_area_px=10, owners=[0, 1, 1]).instances(classes)
+    assert SeparationParams(neck=0.8, min_area_px=10).instances(classes).num > 4
+    found = SeparationParams(neck=0.8, min_area_px=10, owners=[0, 1, 1]).instances(classes)
     assert found.num == 4
     assert set(found.classes[1:].tolist()) == {1}
-    tuning = Tuning(owners=(0, 1, 1))
-    tuning.add(classes, None, numbered(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
+    tuning = SeparationTuner(owners=(0, 1, 1))
+    tuning.add(classes, None, numbered_instances(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
     assert tuning.best().owners == (0, 1, 1)
     assert tuning.best().val_ap50["0.8"] == 1

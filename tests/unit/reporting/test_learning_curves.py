@@ -10,7 +10,7 @@ from finished_runs import IMAGES, finished, told_of
 
 from cellbench.config.run import RunSpec
 from cellbench.reporting import learning_curves
-from cellbench.reporting.collect import collect
+from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.plots import comparison as comparison_plots
 from cellbench.reporting.plots import run as run_plots
 from cellbench.run import main
@@ -27,11 +27,11 @@ def here(tmp_path, monkeypatch):
                 told = told_of(full - lost, seed) | {"num_train": int(40 * fraction)}
                 finished(tracker, RunSpec(backbone="uni", head=head, seed=seed, fraction=fraction), told, name=f"{head} {fraction} {seed}")
     finished(tracker, RunSpec(baseline="otsu"), told_of(0.8, 0))
-    return collect([tracker]).sets[0]
+    return collect_runs([tracker]).sets[0]
 
 
 def test_shares_of_one_model_make_one_curve_and_baselines_none(here) -> None:
-    found = learning_curves.curves(here)
+    found = learning_curves.learning_curves(here)
     assert [curve.model for curve in found] == ["uni · fpn", "uni · bilinear"]
     for curve in found:
         assert [point.num_train for point in curve.points] == [4, 10, 20, 40]
@@ -40,15 +40,15 @@ def test_shares_of_one_model_make_one_curve_and_baselines_none(here) -> None:
 
 
 def test_the_smallest_share_that_is_not_worse_is_named(here) -> None:
-    found = learning_curves.curves(here)
-    assert [line[-1] for line in learning_curves.lines(found)] == ["worse", "worse", "cannot tell", ""] * 2
-    for sentence in learning_curves.words(found):
+    found = learning_curves.learning_curves(here)
+    assert [line[-1] for line in learning_curves.table_rows(found)] == ["worse", "worse", "cannot tell", ""] * 2
+    for sentence in learning_curves.describe_curves(found):
         assert "20 of 40 images" in sentence
         assert "fewer are worse for certain" in sentence
 
 
 def test_differences_are_those_of_paired_images(here) -> None:
-    curve = learning_curves.curves(here)[0]
+    curve = learning_curves.learning_curves(here)[0]
     by_share = {model.runs[0].stored.params["fraction"]: model.scores().per_image for model in here.models if "fpn" in model.name}
     assert len(by_share["1.0"]) == len(IMAGES)
     for point in curve.points[:-1]:
@@ -67,6 +67,6 @@ def test_the_report_has_the_chapter_only_where_there_is_a_curve(here) -> None:
 
 
 def test_the_picture_can_be_drawn_without_intervals(here) -> None:
-    curves = learning_curves.curves(here)
+    curves = learning_curves.learning_curves(here)
     points = [[(point.fraction, point.dice) for point in curve.points] for curve in curves]
-    assert len(run_plots.png(comparison_plots.learning([curve.model for curve in curves], points, "share"))) > 5000
+    assert len(run_plots.to_png(comparison_plots.plot_learning_curves([curve.model for curve in curves], points, "share"))) > 5000

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from finished_runs import IMAGES, scored, told_of
 
-from cellbench.metrics.pixel import scores
+from cellbench.metrics.pixel import pixel_scores
 from cellbench.reporting import leaderboard
-from cellbench.reporting.model_groups import Tested, line_up
+from cellbench.reporting.model_groups import FinishedRun, group_models
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.hypothesis_tests import mean_interval
-from cellbench.statistics.scores import Scores
+from cellbench.statistics.scores import ModelScores
 
 
-def fold_of(head: str, mean: float, fold: int, seed: int = 0, num: int = 4) -> Tested:
+def fold_of(head: str, mean: float, fold: int, seed: int = 0, num: int = 4) -> FinishedRun:
     """The run that tested a quarter of the images."""
     told = told_of(mean, seed, IMAGES, f"fold {fold}")
     mine = slice(fold, None, num)
@@ -25,7 +25,7 @@ def fold_of(head: str, mean: float, fold: int, seed: int = 0, num: int = 4) -> T
 
 def test_the_folds_of_a_seed_are_one_row_over_all_images():
     runs = [fold_of(head, mean, fold, seed) for head, mean in (("fpn", 0.9), ("bilinear", 0.8)) for seed in (0, 1) for fold in (2, 0, 3, 1)]
-    (here,), told = line_up(runs)
+    (here,), told = group_models(runs)
     assert told == []
     assert here.num_folds == 4
     assert sorted(here.images) == sorted(IMAGES)
@@ -38,29 +38,29 @@ def test_the_folds_of_a_seed_are_one_row_over_all_images():
 
 def test_pooled_scores_over_folds_come_from_all_counts_and_not_from_a_mean_of_folds():
     runs = [fold_of("fpn", 0.9, fold) for fold in range(4)]
-    ((model,),) = [here.models for here in line_up(runs)[0]]
+    ((model,),) = [here.models for here in group_models(runs)[0]]
     counts = np.concatenate([run.told["confusion"] for run in runs]).sum(0)
     assert model.pooled("dice") == [pytest.approx(2 * counts[1, 1] / (2 * counts[1, 1] + counts[0, 1] + counts[1, 0]))]
-    each = [scores(np.sum(run.told["confusion"], axis=0)).dice[1] for run in runs]
+    each = [pixel_scores(np.sum(run.told["confusion"], axis=0)).dice[1] for run in runs]
     assert model.pooled("dice")[0] != pytest.approx(np.mean(each), abs=1e-9)
 
 
 def test_a_seed_that_lacks_a_fold_is_left_out_and_that_is_said():
     runs = [fold_of("fpn", 0.9, fold, seed) for seed in (0, 1) for fold in range(4)]
-    (here,), told = line_up(runs[:-1])
+    (here,), told = group_models(runs[:-1])
     assert len(here.best.by_seed) == 1
     assert told == ["uni · fpn, seed 1, is left out: fold 3 is missing."]
 
 
 def test_scores_over_folds_and_over_one_test_are_never_paired():
     runs = [fold_of("fpn", 0.9, fold) for fold in range(4)] + [scored("fpn", told_of(0.9, 0))]
-    assert len(line_up(runs)[0]) == 2
+    assert len(group_models(runs)[0]) == 2
 
 
 def test_folds_are_told_with_the_differences():
     runs = [fold_of(head, mean, fold) for head, mean in (("fpn", 0.9), ("bilinear", 0.8)) for fold in range(4)]
-    (here,), _ = line_up(runs)
-    (d,) = leaderboard.differences(here)
+    (here,), _ = group_models(runs)
+    (d,) = leaderboard.differences_to_best(here)
     assert d.p_folds is not None
     assert "scores from 4 folds, whose training images overlap: p is optimistic" in d.notes
 
@@ -68,25 +68,25 @@ def test_folds_are_told_with_the_differences():
 def test_images_of_a_group_are_resampled_as_one():
     groups = [f"patient-{k // 4}" for k in range(len(IMAGES))]
     runs = [scored(head, told_of(mean, 0) | {"groups": groups}) for head, mean in (("fpn", 0.9), ("bilinear", 0.8))]
-    (here,), _ = line_up(runs)
+    (here,), _ = group_models(runs)
     interval = here.intervals("dice")[0]
     assert interval == mean_interval(here.best.scores().per_image, groups=groups)
     assert interval.num == 4
-    (d,) = leaderboard.differences(here)
+    (d,) = leaderboard.differences_to_best(here)
     assert d.interval.num == 4
     assert any("4 groups" in note for note in d.notes)
 
 
 def test_images_without_a_group_stand_for_themselves():
     runs = [scored("fpn", told_of(0.9, 0) | {"groups": ["a", "a", *[""] * (len(IMAGES) - 2)]})]
-    assert line_up(runs)[0][0].intervals("dice")[0].num == len(IMAGES) - 1
+    assert group_models(runs)[0][0].intervals("dice")[0].num == len(IMAGES) - 1
     runs = [scored("fpn", told_of(0.9, 0) | {"groups": [""] * len(IMAGES)})]
-    assert line_up(runs)[0][0].groups is None
+    assert group_models(runs)[0][0].groups is None
 
 
-def noisy(num: int) -> list[Scores]:
+def noisy(num: int) -> list[ModelScores]:
     rng = np.random.default_rng(3)
-    return [Scores(model=f"m{k}", images=tuple(map(str, range(30))), values=rng.normal(0.9, 0.02, 30)) for k in range(num)]
+    return [ModelScores(model=f"m{k}", images=tuple(map(str, range(30))), values=rng.normal(0.9, 0.02, 30)) for k in range(num)]
 
 
 def test_a_best_that_was_picked_is_adjusted_for_all_pairs_that_might_have_been_asked():
@@ -104,7 +104,7 @@ def test_where_nothing_differs_a_picked_best_rarely_wins():
     rng, wrong, naive = np.random.default_rng(0), 0, 0
     images = tuple(map(str, range(20)))
     for _ in range(200):
-        models = [Scores(model=f"m{k}", images=images, values=rng.normal(0.9, 0.02, 20)) for k in range(12)]
+        models = [ModelScores(model=f"m{k}", images=images, values=rng.normal(0.9, 0.02, 20)) for k in range(12)]
         best = max(models, key=lambda one: one.mean).model
         wrong += any(d.better for d in compare_all(models, against=best, picked=True, resamples=199))
         naive += any(d.better for d in compare_all(models, against=best, resamples=199))
@@ -114,23 +114,23 @@ def test_where_nothing_differs_a_picked_best_rarely_wins():
 
 def test_the_pairs_of_many_models_are_those_with_the_best(monkeypatch):
     runs = [scored(f"h{k}", told_of(0.7 + k / 50, k)) for k in range(5)]
-    (here,), _ = line_up(runs)
-    assert len(leaderboard.pairs(here)) == 10
+    (here,), _ = group_models(runs)
+    assert len(leaderboard.pairwise_differences(here)) == 10
     monkeypatch.setattr(leaderboard, "ALL_PAIRS", 3)
-    (here,), _ = line_up(runs)
-    found = leaderboard.pairs(here)
+    (here,), _ = group_models(runs)
+    found = leaderboard.pairwise_differences(here)
     assert len(found) == 4
     assert {d.num_tests for d in found} == {10}
-    assert {d.b for d in leaderboard.differences(here)} == {here.best.name}
+    assert {d.b for d in leaderboard.differences_to_best(here)} == {here.best.name}
 
 
 def test_winners_are_few_and_never_those_that_are_plainly_worse():
     few = IMAGES[:4]  # so few that no test can decide
     runs = [scored(head, told_of(mean, seed, few)) for seed, (head, mean) in enumerate((("a", 0.9), ("b", 0.9003), ("c", 0.3)))]
-    (here,), _ = line_up(runs)
-    assert all(d.better is None for d in leaderboard.differences(here))
-    assert "uni · c" not in [model.name for model in leaderboard.winners(here)]
-    assert leaderboard.winners(here) == [here.best]
+    (here,), _ = group_models(runs)
+    assert all(d.better is None for d in leaderboard.differences_to_best(here))
+    assert "uni · c" not in [model.name for model in leaderboard.tied_winners(here)]
+    assert leaderboard.tied_winners(here) == [here.best]
 
 
 def test_winners_are_the_best_and_those_that_do_not_differ_significantly_in_order_of_rank():
@@ -139,9 +139,9 @@ def test_winners_are_the_best_and_those_that_do_not_differ_significantly_in_orde
     base = rng.uniform(0.85, 0.9, len(IMAGES))
     steps = {"a": 0.0, "b": rng.normal(-0.001, 0.0015, len(IMAGES)), "c": rng.normal(-0.003, 0.02, len(IMAGES)), "d": -0.3}
     runs = [scored(head, told_of(0.9, 0) | {"dice": (base + step).tolist()}) for head, step in steps.items()]
-    (here,), _ = line_up(runs)
-    second, third, last = leaderboard.differences(here)
+    (here,), _ = group_models(runs)
+    second, third, last = leaderboard.differences_to_best(here)
     assert second.interval.excludes_zero
     assert (second.better, third.better, last.better) == (None, None, "uni · a")
-    assert [model.name for model in leaderboard.winners(here)] == ["uni · a", "uni · b", "uni · c"]
-    assert [model.name for model in leaderboard.winners(here, most=2)] == ["uni · a", "uni · b"]
+    assert [model.name for model in leaderboard.tied_winners(here)] == ["uni · a", "uni · b", "uni · c"]
+    assert [model.name for model in leaderboard.tied_winners(here, most=2)] == ["uni · a", "uni · b"]

@@ -11,16 +11,16 @@ from PIL import Image
 from cellbench.reporting.plots import comparison as comparison_plots
 from cellbench.reporting.plots import run as run_plots
 from cellbench.reporting.plots import significance as significance_plots
-from cellbench.reporting.plots.comparison import Line, front_of
+from cellbench.reporting.plots.comparison import Line, pareto_front
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.hypothesis_tests import Interval, mean_interval
 from cellbench.statistics.ranking import critical_difference
-from cellbench.statistics.scores import Scores
+from cellbench.statistics.scores import ModelScores
 
 
 def pixels(figure):
     """The drawn picture (H, W, 3), 0..255."""
-    return np.asarray(Image.open(io.BytesIO(run_plots.png(figure))).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(run_plots.to_png(figure))).convert("RGB"))
 
 
 def uncut(figure):
@@ -36,7 +36,7 @@ def models(num, images=12, spread=0.01):
     rng = np.random.default_rng(0)
     hard = rng.normal(0, 0.03, images)
     names = [f"backbone-{k} · a-rather-long-head" for k in range(num)]
-    return [Scores(model=name, images=[str(n) for n in range(images)], values=0.9 - spread * k + hard) for k, name in enumerate(names)]
+    return [ModelScores(model=name, images=[str(n) for n in range(images)], values=0.9 - spread * k + hard) for k, name in enumerate(names)]
 
 
 def lines(num, **more):
@@ -49,44 +49,44 @@ def lines(num, **more):
 @pytest.mark.parametrize(("num", "images"), [(1, 1), (2, 40), (9, 2), (40, 12)])
 def test_pictures_of_few_and_many_models_on_few_and_many_images_are_whole(num, images):
     here = lines(num, images=images)
-    assert uncut(comparison_plots.scoreboard(here))
-    assert uncut(comparison_plots.distributions([line.model for line in here], [m.per_image for m in models(num, images)]))
+    assert uncut(comparison_plots.plot_leaderboard(here))
+    assert uncut(comparison_plots.plot_distributions([line.model for line in here], [m.per_image for m in models(num, images)]))
     costs = {"training, s": [0.0, *range(1, num)], "prediction, s an image": [0.1 * (k + 1) for k in range(num)]}
-    assert uncut(comparison_plots.pareto(here, costs))
+    assert uncut(comparison_plots.plot_pareto(here, costs))
 
 
 @pytest.mark.parametrize("num", [2, 20])
 def test_differences_and_ranks_are_whole(num):
     found = compare_all(models(num), against=models(num)[0].model)
-    assert uncut(significance_plots.pairs([m.model for m in models(num)], compare_all(models(num))))
-    assert uncut(significance_plots.forest(found, models(num)[0].model))
+    assert uncut(significance_plots.plot_pairs([m.model for m in models(num)], compare_all(models(num))))
+    assert uncut(significance_plots.plot_differences(found, models(num)[0].model))
     if num > 2:
-        assert uncut(significance_plots.critical(critical_difference(models(num))))
-        assert uncut(significance_plots.critical(critical_difference(models(num, spread=0))))
+        assert uncut(significance_plots.plot_critical_difference(critical_difference(models(num))))
+        assert uncut(significance_plots.plot_critical_difference(critical_difference(models(num, spread=0))))
 
 
 def test_equal_scores_and_missing_intervals_are_drawn():
     flat = Interval(mean=1.0, low=None, high=None, num=1, note="one image")
     here = [Line(model=name, baseline=False, measures={"Dice": flat, "AP50": flat}) for name in "ab"]
-    assert uncut(comparison_plots.scoreboard(here))
-    assert uncut(comparison_plots.measures(here))
+    assert uncut(comparison_plots.plot_leaderboard(here))
+    assert uncut(comparison_plots.plot_metrics(here))
 
 
 def test_a_heat_map_with_holes_is_whole():
     values = np.array([[0.9, np.nan], [np.nan, 0.8]])
-    assert uncut(comparison_plots.heatmap(["uni", "dinobloom-s"], ["fpn", "bilinear"], values))
+    assert uncut(comparison_plots.plot_heatmap(["uni", "dinobloom-s"], ["fpn", "bilinear"], values))
 
 
 def test_names_with_dollars_and_emoji_are_drawn_as_they_are():
     here = [
         Line(model=name, baseline=False, measures={"Dice": Interval(mean=0.9, low=0.8, high=0.95, num=3)}) for name in ("a$b$c", "x, y/z_{")
     ]
-    assert uncut(comparison_plots.scoreboard(here))
+    assert uncut(comparison_plots.plot_leaderboard(here))
 
 
 def test_the_pareto_front_holds_what_nothing_beats_in_both():
     cost, score = np.array([1.0, 2.0, 2.0, 3.0, 4.0]), np.array([0.5, 0.7, 0.6, 0.7, 0.9])
-    assert front_of(cost, score) == [0, 1, 4]
+    assert pareto_front(cost, score) == [0, 1, 4]
 
 
 @pytest.mark.parametrize(("num", "num_classes"), [(1, 2), (3, 5), (159, 3)])
@@ -95,22 +95,22 @@ def test_a_report_card_is_whole(num, num_classes):
     each = {name: rng.uniform(0.5, 1, num) for name in (*run_plots.MEASURES, *run_plots.SHAPES)}
     pooled = {f"class {k}": dict.fromkeys(run_plots.MEASURES, 0.9) for k in range(num_classes)}
     calibration = {"pixels": [10] * 20, "probability": np.linspace(0, 1, 20).tolist(), "share_cell": np.linspace(0, 1, 20).tolist()}
-    assert uncut(run_plots.report_card("a run", each, pooled, calibration))
-    assert run_plots.expected_error(calibration) == 0
+    assert uncut(run_plots.plot_scores("a run", each, pooled, calibration))
+    assert run_plots.expected_calibration_error(calibration) == 0
 
 
 def test_a_method_without_probabilities_has_a_card_and_a_case(tmp_path):
     each = {"dice": np.array([1.0, 1.0])}
-    run_plots.report_card("otsu", each, {"cell": dict.fromkeys(run_plots.MEASURES, 1.0)}, None)
+    run_plots.plot_scores("otsu", each, {"cell": dict.fromkeys(run_plots.MEASURES, 1.0)}, None)
     blank = np.zeros((30, 40), np.uint8)
-    run_plots.save(run_plots.case(np.full((30, 40, 3), 200, np.uint8), blank, blank, None, "nothing in either"), tmp_path / "x.png")
+    run_plots.save_figure(run_plots.plot_example(np.full((30, 40, 3), 200, np.uint8), blank, blank, None, "nothing in either"), tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
 def test_errors_differ_in_grey_too():
     image = np.full((2, 3, 3), 150, np.uint8)
     truth, classes = np.array([[1, 0, 1], [0, 0, 0]]), np.array([[1, 1, 0], [0, 0, 0]])
-    grey = run_plots.error_map(image, truth, classes) @ [0.299, 0.587, 0.114]
+    grey = run_plots.error_overlay(image, truth, classes) @ [0.299, 0.587, 0.114]
     found, false, missed = grey[0]
     assert found - false > 0.08
     assert false - missed > 0.15
@@ -118,6 +118,6 @@ def test_errors_differ_in_grey_too():
 
 def test_curves_mark_the_best_epoch():
     history = [{"train/loss": 1 / (k + 1), "val/loss": 1 / (k + 1), "val/dice": 0.9 - 0.01 * abs(k - 3)} for k in range(8)]
-    figure = run_plots.curves(history, 3)
+    figure = run_plots.plot_curves(history, 3)
     assert "epoch 4" in figure.axes[1].get_title(loc="left")
     assert uncut(figure)

@@ -22,17 +22,17 @@ from finished_runs import IMAGES, finished, small_grid, told_of
 from cellbench.cli.ui import free_port
 from cellbench.config.run import RunSpec
 from cellbench.errors import CellbenchError
-from cellbench.execution.artifacts import tidy
+from cellbench.execution.artifacts import round_metric
 from cellbench.inference import run_lookup
 from cellbench.reporting import html, leaderboard
-from cellbench.reporting.collect import collect
-from cellbench.reporting.model_groups import Model, Tested, TestSet, line_up
-from cellbench.reporting.report import latex, place
-from cellbench.reporting.sections import build
+from cellbench.reporting.collect import collect_runs
+from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, group_models
+from cellbench.reporting.report import report_dir, to_latex
+from cellbench.reporting.sections import build_report
 from cellbench.run import main
 from cellbench.tracking import relocate, ui_view
-from cellbench.tracking.schema import DATA, LIMIT, Stored
-from cellbench.tracking.tracker import Tracker, newest
+from cellbench.tracking.schema import DATA, LIMIT, RunRecord
+from cellbench.tracking.tracker import Tracker, newest_experiment
 
 NAME = "cells, a/b & ü 🔬"
 
@@ -59,14 +59,14 @@ def project(made, tmp_path, monkeypatch):
     hidden = made.with_name("hidden")
     made.rename(hidden)  # healing takes place only where the old folder is gone
     try:
-        relocate.heal()
+        relocate.fix_artifact_paths()
     finally:
         hidden.rename(made)
     return folder
 
 
 def evidence():
-    return collect([Tracker(NAME, make=False)])
+    return collect_runs([Tracker(NAME, make=False)])
 
 
 class Page(HTMLParser):
@@ -93,11 +93,11 @@ def test_seeds_are_one_model_and_the_best_comes_first(project):
     (here,) = evidence().sets
     assert [model.name for model in here.models] == ["dinobloom-s · fpn", "dinobloom-s · bilinear", "uni · fpn", "uni · bilinear", "otsu"]
     assert [len(model.runs) for model in here.models] == [2, 2, 2, 2, 1]
-    best = leaderboard.rows(here)[0]
+    best = leaderboard.leaderboard_rows(here)[0]
     scores = here.best.scores()
     assert best.image_dice == pytest.approx(scores.values.mean())
     assert (best.low, best.high) == (scores.interval().low, scores.interval().high)
-    assert all(d.b == "dinobloom-s · fpn" and d.better == d.b for d in leaderboard.differences(here))
+    assert all(d.b == "dinobloom-s · fpn" and d.better == d.b for d in leaderboard.differences_to_best(here))
 
 
 def test_the_page_needs_nothing_else_and_tables_are_the_same_in_every_format(project, capsys):
@@ -130,7 +130,7 @@ def test_the_report_is_kept_on_the_parent_run(tmp_path, monkeypatch):
     with tracker.run("grid: kept", "parent", tags={"cellbench.kind": "grid"}) as top:
         finished(tracker, RunSpec(backbone="uni", head="fpn"), told_of(0.9, 0), top.run_id)
     main(["report", "kept", "--out", "out"])
-    (parent,) = collect([tracker]).parents
+    (parent,) = collect_runs([tracker]).parents
     assert tracker.artifact(parent, "report.html") == Path("out/report.html").read_bytes()
 
 
@@ -141,8 +141,8 @@ def test_runs_on_other_images_are_never_paired_and_that_is_said(project, capsys)
     newest, older = evidence().sets
     assert older.best.name == "dinobloom-s · fpn"
     assert [model.name for model in newest.models] == ["uni · fpn"]
-    assert len(leaderboard.differences(older)) == 4
-    assert leaderboard.differences(newest) == []
+    assert len(leaderboard.differences_to_best(older)) == 4
+    assert leaderboard.differences_to_best(newest) == []
     assert main(["report", NAME, "--out", "out"]) == 0
     assert "Scores are paired within one set only" in Path("out/report.html").read_text(encoding="utf-8")
 
@@ -164,11 +164,11 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
     ids = {finished(tracker, RunSpec(backbone="uni", head=head), told_of(mean, 0) | whole) for head, mean in (("fpn", 0.9), ("bilinear", 0.7))}
     if when == "after":
         quick_try(tracker, "fpn")
-    first, second = collect([tracker]).sets
+    first, second = collect_runs([tracker]).sets
     assert (first.limit, second.limit) == ("", "2")
     other = "drawn: 2 training, 2 validation and 2 test images (a part of the data, --limit 2)"
     for asked in ("best", "best:tiny", "uni · fpn · seed 0"):
-        _, stored, chosen = run_lookup.find(asked)
+        _, stored, chosen = run_lookup.find_run(asked)
         assert stored.run_id in ids
         if asked.startswith("best"):
             assert "chosen by its test score, the highest mean Dice over images among 2 models; the score of the chosen is optimistic" in chosen
@@ -190,7 +190,7 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
     assert "<dt>data</dt><dd>drawn: 19 training, 5 validation and 16 test images</dd>" in lead
     assert "a" * 16 not in lead
     assert [line.split(",")[4] for line in Path("out/leaderboard.csv").read_text().splitlines()[1:]] == [
-        f"{row.image_dice:.4f}" for row in leaderboard.rows(first)
+        f"{row.image_dice:.4f}" for row in leaderboard.leaderboard_rows(first)
     ]
 
 
@@ -198,7 +198,7 @@ def test_where_there_are_quick_tries_only_the_newest_of_them_is_the_best(tmp_pat
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(None)
     run_id = quick_try(Tracker("tiny"))
-    assert run_lookup.find("best")[1].run_id == run_id
+    assert run_lookup.find_run("best")[1].run_id == run_id
 
 
 def test_neither_a_quick_try_nor_an_evaluation_makes_an_experiment_the_newest(tmp_path, monkeypatch):
@@ -209,8 +209,8 @@ def test_neither_a_quick_try_nor_an_evaluation_makes_an_experiment_the_newest(tm
     older = Tracker("evaluated")
     with older.run("evaluate: a run", "e", tags={"cellbench.kind": "evaluation"}):
         pass
-    assert (newest(), newest(whole=True)) == ("tried", "real")
-    _, stored, chosen = run_lookup.find("best")
+    assert (newest_experiment(), newest_experiment(whole=True)) == ("tried", "real")
+    _, stored, chosen = run_lookup.find_run("best")
     assert stored.run_id == run_id
     assert "Newer runs, of 'tried', are on a part of their data and are not considered." in chosen
 
@@ -232,7 +232,7 @@ def test_of_two_whole_sets_the_one_whose_grid_was_started_last_comes_first(tmp_p
 
     for digest, name in (("a" * 16, "first"), ("b" * 16, "second"), ("a" * 16, "first")):
         grid(digest, name)
-        assert collect([tracker]).sets[0].digest == digest
+        assert collect_runs([tracker]).sets[0].digest == digest
         assert main(["report", "two", "--out", "out"]) == 0
         lead, *_ = Path("out/report.html").read_text(encoding="utf-8").partition("<section")
         assert f"<dd>{name}</dd>" in lead  # what is said of the data is of the same set
@@ -292,7 +292,7 @@ def test_a_page_that_says_that_nothing_can_be_decided_separates_no_models(tmp_pa
     tracker = Tracker("few")
     for k, (backbone, head) in enumerate(itertools.product(("dinobloom-s", "uni", "gpfm"), ("fpn", "bilinear", "detail"))):
         finished(tracker, RunSpec(backbone=backbone, head=head), told_of(0.9 - 0.02 * k, 0, IMAGES[:3]))
-    made = build(collect([tracker]), [tracker], {})
+    made = build_report(collect_runs([tracker]), [tracker], {})
     assert "3 images: p over 36 pairs cannot fall below 1, so nothing can be decided" in made.html
     assert not {"ranks", "ranks-backbones", "ranks-heads"} & set(made.pictures)
     assert {line[leaderboard.HEADINGS.index("95 %")] for line in made.tables["leaderboard"][1]} == {""}
@@ -320,29 +320,29 @@ def test_empty_images_are_counted_beside_the_means_and_a_find_in_one_is_never_fr
     said = capsys.readouterr().out
     assert "Mind: 4 of 16 test images have no cell. Something was found there by uni · detail (2): these images score 0." in said
     assert "2 images without a cell where only one of the two found something" in said
-    (here,) = collect([Tracker("empty", make=False)]).sets
+    (here,) = collect_runs([Tracker("empty", make=False)]).sets
     assert [model.name for model in here.models] == ["uni · fpn", "uni · detail"]
-    first, second = leaderboard.rows(here)
+    first, second = leaderboard.leaderboard_rows(here)
     scored = np.array(silent["dice"][4:])
     assert (first.image_dice, first.num_empty, first.num_empty_found) == (pytest.approx(scored.mean()), 4, 0)
     assert (second.image_dice, second.num_empty_found) == (pytest.approx(scored.sum() / 14), 2)
-    (d,) = leaderboard.pairs(here)
+    (d,) = leaderboard.pairwise_differences(here)
     assert (d.interval.mean, d.wins, d.ties) == (pytest.approx(2 / 14), 2, 12)
     page = re.sub(r"base64,[^\"]*", "", (tmp_path / "out" / "report.html").read_text())
     assert not re.search(r"\bnan\b", page, re.IGNORECASE)
     assert (tmp_path / "out" / "cells.csv").read_text().splitlines()[1] == "uni · fpn,120,84,12,24,0,36"
-    json.dumps(leaderboard.as_json(leaderboard.rows(here)), allow_nan=False)
+    json.dumps(leaderboard.to_json(leaderboard.leaderboard_rows(here)), allow_nan=False)
 
 
 def test_a_class_that_no_test_mask_holds_is_named_with_who_predicts_it():
     stray, clean = [[90, 1, 1], [0, 8, 0], [0, 0, 0]], [[90, 2, 0], [0, 8, 0], [0, 0, 0]]
     told = told_of(0.9, 0) | {"classes": ["background", "red", "white"], "confusion": [stray] * 3 + [clean] * 13}
-    stored = Stored(run_id="r", name="n", status="finished", params={"baseline": "otsu"})
-    ((here,), _) = line_up([Tested(stored=stored, told=told)])
-    (words,) = leaderboard.empty_words(here)
+    stored = RunRecord(run_id="r", name="n", status="finished", params={"baseline": "otsu"})
+    ((here,), _) = group_models([FinishedRun(stored=stored, told=told)])
+    (words,) = leaderboard.describe_empty_images(here)
     assert words.startswith("Mind: no test mask holds 'white'; of 16 test images some have it predicted: otsu (3). Pooled means leave it out")
-    ((here,), _) = line_up([Tested(stored=stored, told=told | {"unused": ["white"], "confusion": [clean] * 16})])
-    assert leaderboard.empty_words(here) == ["Mind: no mask of the data holds 'white'; no model predicts it. Means leave it out."]
+    ((here,), _) = group_models([FinishedRun(stored=stored, told=told | {"unused": ["white"], "confusion": [clean] * 16})])
+    assert leaderboard.describe_empty_images(here) == ["Mind: no mask of the data holds 'white'; no model predicts it. Means leave it out."]
 
 
 def test_of_several_cell_classes_the_words_say_what_one_number_is(tmp_path, monkeypatch, capsys):
@@ -375,7 +375,7 @@ def test_a_folder_without_a_store_is_told_and_gets_none(tmp_path, monkeypatch, c
 
 def test_experiments_together_are_one_comparison(project):
     finished(Tracker("second"), RunSpec(backbone="gpfm", head="fpn"), told_of(0.97, 3))
-    found = collect([Tracker(NAME, make=False), Tracker("second", make=False)])
+    found = collect_runs([Tracker(NAME, make=False), Tracker("second", make=False)])
     assert found.sets[0].best.name == "gpfm · fpn"
     assert len(found.sets[0].models) == 6
 
@@ -390,15 +390,15 @@ def test_a_moved_project_finds_its_artifacts_again(made, tmp_path, monkeypatch, 
             store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(made), str(first)))
     store.close()
     monkeypatch.chdir(first)
-    assert relocate.heal() == []
+    assert relocate.fix_artifact_paths() == []
     second = tmp_path / name
     monkeypatch.chdir(tmp_path)
     first.rename(second)
     monkeypatch.chdir(second)
     mlflow.set_tracking_uri(None)
-    (said,) = relocate.heal()
+    (said,) = relocate.fix_artifact_paths()
     assert str(second / "mlruns") in said
-    assert relocate.heal() == []
+    assert relocate.fix_artifact_paths() == []
     assert evidence().num_runs == 9
     assert str(first) not in " ".join(str(row) for row in sqlite3.connect("mlflow.db").execute("SELECT artifact_uri FROM runs"))
 
@@ -433,7 +433,7 @@ def test_a_copy_writes_into_itself_beside_its_original(made, tmp_path, monkeypat
     for table, column in relocate.COLUMNS:
         with contextlib.closing(sqlite3.connect("mlflow.db")) as store:
             assert not [place for (place,) in store.execute(f"SELECT {column} FROM {table}") if "/first/" in place]
-    assert relocate.heal() == []
+    assert relocate.fix_artifact_paths() == []
 
 
 def test_a_copy_without_its_artifacts_names_both_folders(made, tmp_path, monkeypatch):
@@ -442,7 +442,7 @@ def test_a_copy_without_its_artifacts_names_both_folders(made, tmp_path, monkeyp
     shutil.copy(first / "mlflow.db", tmp_path / "second")
     monkeypatch.chdir(tmp_path / "second")
     with pytest.raises(CellbenchError, match=rf"copy of {first}/mlflow.db, .* Copy that folder to {tmp_path}/second/mlruns/"):
-        relocate.heal()
+        relocate.fix_artifact_paths()
 
 
 def test_a_store_that_people_keep_apart_from_its_artifacts_stays(made, tmp_path, monkeypatch):
@@ -450,7 +450,7 @@ def test_a_store_that_people_keep_apart_from_its_artifacts_stays(made, tmp_path,
     (tmp_path / "stores" / "mlruns" / "another").mkdir(parents=True)
     (first / "mlflow.db").rename(tmp_path / "stores" / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/stores/mlflow.db")
-    assert relocate.heal() == []
+    assert relocate.fix_artifact_paths() == []
 
 
 def test_experiments_whose_names_differ_share_no_folder(tmp_path, monkeypatch):
@@ -461,19 +461,19 @@ def test_experiments_whose_names_differ_share_no_folder(tmp_path, monkeypatch):
         Tracker(name)
     folders = [path.name for path in (tmp_path / "mlruns").iterdir()]
     assert len({name.casefold() for name in folders}) == len(names)
-    assert len({str(place(name)).casefold() for name in names}) == len(names)
+    assert len({str(report_dir(name)).casefold() for name in names}) == len(names)
     assert {path.name for path in tmp_path.iterdir()} == {"mlruns", "names.db"}
 
 
 def test_the_ui_names_the_experiments_that_have_a_leaderboard(project):
-    assert relocate.experiments() == []
+    assert relocate.experiment_names() == []
     tracker = Tracker(NAME)
     tracker.describe("**why?**")
-    assert relocate.experiments() == [(NAME, tracker.experiment_id)]
+    assert relocate.experiment_names() == [(NAME, tracker.experiment_id)]
 
 
 def test_the_view_sorts_by_a_shown_column_and_each_chart_has_its_section():
-    told = json.loads(ui_view.view())
+    told = json.loads(ui_view.leaderboard_view_url())
     state = json.loads(told["state"])
     assert told["name"]
     assert told["createdAt"] > 0
@@ -484,9 +484,9 @@ def test_the_view_sorts_by_a_shown_column_and_each_chart_has_its_section():
 
 
 def test_metrics_are_as_exact_as_they_are_worth_and_counts_stay_whole():
-    assert tidy("test/dice", 2 / 3) == 0.666667
-    assert tidy("cost/train_s", 123.456) == 123.5
-    assert tidy("cost/backbone_params", 303_350_784) == 303_350_784
+    assert round_metric("test/dice", 2 / 3) == 0.666667
+    assert round_metric("cost/train_s", 123.456) == 123.5
+    assert round_metric("cost/backbone_params", 303_350_784) == 303_350_784
 
 
 def test_the_ui_takes_the_next_free_port():
@@ -498,14 +498,14 @@ def test_the_ui_takes_the_next_free_port():
 
 
 def test_latex_escapes_what_it_must():
-    assert latex(["a_b", "±"], [["50 % & more", "$x^2$ #1 {y} \\z ~"]]).splitlines()[4] == (
+    assert to_latex(["a_b", "±"], [["50 % & more", "$x^2$ #1 {y} \\z ~"]]).splitlines()[4] == (
         r"50 \% \& more & \$x\textasciicircum{}2\$ \#1 \{y\} \textbackslash{}z \textasciitilde{} \\"
     )
 
 
 @pytest.mark.parametrize("name", ["a/b", "../..", "🔬", "x" * 300, "cells, ü"])
 def test_a_report_of_any_name_lies_below_reports(name):
-    where = place(name)
+    where = report_dir(name)
     assert where.parent == Path("reports")
     assert where.name not in ("", ".", "..")
     assert len(where.name) <= 80
@@ -515,20 +515,20 @@ def test_a_thousand_models_are_compared_in_seconds(monkeypatch):
     import time
 
     names = tuple(f"{k}.png" for k in range(60))
-    stored = Stored(run_id="r", name="n", status="finished", metrics={"test/dice": 0.9})
-    told = [Tested(stored=stored, told=told_of(0.8 + k / 1e4, k, names)) for k in range(1000)]
+    stored = RunRecord(run_id="r", name="n", status="finished", metrics={"test/dice": 0.9})
+    told = [FinishedRun(stored=stored, told=told_of(0.8 + k / 1e4, k, names)) for k in range(1000)]
     models = tuple(
-        Model(name=f"m{k}", backbone="b", head=f"h{k}", baseline=False, plain=True, runs=(one,)) for k, one in enumerate(told)
+        ModelGroup(name=f"m{k}", backbone="b", head=f"h{k}", baseline=False, plain=True, runs=(one,)) for k, one in enumerate(told)
     )[::-1]  # fmt: skip
     here = TestSet(dataset="d", digest="e", images=names, models=models)
     start = time.process_time()
-    assert len(leaderboard.rows(here)) == 1000
-    assert leaderboard.words(here)[0].startswith("Best on average is m999")
+    assert len(leaderboard.leaderboard_rows(here)) == 1000
+    assert leaderboard.describe(here)[0].startswith("Best on average is m999")
     assert time.process_time() - start < 20  # 3 s measured; np.random and ranks, on a busy machine
-    assert np.isfinite([row.low for row in leaderboard.rows(here)]).all()
+    assert np.isfinite([row.low for row in leaderboard.leaderboard_rows(here)]).all()
 
 
 def test_words_stand_left_and_numbers_right_in_a_tables_columns_and_headings():
-    made = html.table(("model", "verdict", "p", "run"), [("a", "better", "< 0.001", "3f9a"), ("b", "cannot tell", "0.40", "77e1")])
+    made = html.render_table(("model", "verdict", "p", "run"), [("a", "better", "< 0.001", "3f9a"), ("b", "cannot tell", "0.40", "77e1")])
     assert '<td class="words">cannot tell</td><td>0.40</td><td class="words">77e1</td>' in made
     assert '<th class="words">verdict</th><th>p</th>' in made

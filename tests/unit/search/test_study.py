@@ -15,7 +15,7 @@ from small_data import ROOT
 from cellbench.config.registry import Registry
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
-from cellbench.search.study import Study, Told
+from cellbench.search.study import CompletedTrial, Study
 
 
 def space_of(space: dict[str, Any] | None = None, **settings: Any) -> Space:
@@ -47,7 +47,7 @@ def metrics(point: dict[str, Any]) -> dict[str, float]:
     return {"val/dice": value(point), "cost/latency_ms": 10.0 * point["epochs"]}
 
 
-def finish(study: Study, most: int = 10**6) -> list[Told]:
+def finish(study: Study, most: int = 10**6) -> list[CompletedTrial]:
     """Asks and tells, as a search does, until all is told or the worker dies after ``most`` tellings."""
     with study:
         while batch := study.ask():
@@ -59,7 +59,7 @@ def finish(study: Study, most: int = 10**6) -> list[Told]:
     return study.told()
 
 
-def shown(told: list[Told]) -> list[tuple[int, str, dict[str, Any]]]:
+def shown(told: list[CompletedTrial]) -> list[tuple[int, str, dict[str, Any]]]:
     return [(t.number, t.state, dict(t.point)) for t in told]
 
 

@@ -11,10 +11,18 @@ import pytest
 import scipy.stats as st
 
 from cellbench.errors import CellbenchError
-from cellbench.statistics.comparison import compare, compare_all, same_images
-from cellbench.statistics.hypothesis_tests import decidable, fold_test, holm, intervals, mean_interval, signed_rank, smallest_p
-from cellbench.statistics.ranking import critical_difference, marginal, p_words, sentence, verdict
-from cellbench.statistics.scores import Scores
+from cellbench.statistics.comparison import compare, compare_all, group_by_images
+from cellbench.statistics.hypothesis_tests import (
+    bootstrap_intervals,
+    fold_test,
+    holm_adjust,
+    is_decidable,
+    mean_interval,
+    smallest_p,
+    wilcoxon_test,
+)
+from cellbench.statistics.ranking import critical_difference, describe_difference, describe_verdict, format_p, marginal_scores
+from cellbench.statistics.scores import ModelScores
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -35,7 +43,7 @@ DEMSAR = np.array(
 
 def scores(name, values, **more):
     values = np.atleast_2d(values)
-    return Scores(**{"model": name, "images": [f"{n}.png" for n in range(values.shape[1])], "values": values} | more)
+    return ModelScores(**{"model": name, "images": [f"{n}.png" for n in range(values.shape[1])], "values": values} | more)
 
 
 @pytest.fixture
@@ -105,7 +113,7 @@ def test_groups_of_one_image_change_nothing(rng):
 
 @pytest.mark.parametrize(("num", "least"), [(10, 0.86), (40, 0.91), (159, 0.92)])
 def test_intervals_cover_the_truth_about_as_often_as_they_say(rng, num, least):
-    found = intervals(rng.beta(20, 2, (1000, num)), np.ones(num), resamples=999)
+    found = bootstrap_intervals(rng.beta(20, 2, (1000, num)), np.ones(num), resamples=999)
     covered = np.mean([i.low <= 20 / 22 <= i.high for i in found])
     assert least < covered < 0.97
 
@@ -146,7 +154,7 @@ def test_what_can_be_decided_follows_from_the_least_p_of_the_signed_rank_test(nu
     """The least p is scipy's, of differences that all point one way; Holm's first step multiplies it by the number of pairs."""
     least = st.wilcoxon(np.arange(num_units) + 1.0, mode="exact").pvalue
     assert smallest_p(num_units, num_tests) == min(1, least * num_tests)
-    assert decidable(num_units, num_tests) == (least * num_tests < 0.05)
+    assert is_decidable(num_units, num_tests) == (least * num_tests < 0.05)
 
 
 @pytest.mark.parametrize("bad", [[], [0.9, math.nan], [math.inf, 0.1], [[0.1, 0.2]]])
@@ -165,14 +173,14 @@ def test_wilcoxon_of_a_textbook():
 
 def test_wilcoxon_of_cramers_maize():
     """Heights of 15 pairs of Zea mays, as in scipy's own documentation."""
-    p, _ = signed_rank(np.array([[6, 8, 14, 16, 23, 24, 28, 29, 41, -48, 49, 56, 60, -67, 75]]))
+    p, _ = wilcoxon_test(np.array([[6, 8, 14, 16, 23, 24, 28, 29, 41, -48, 49, 56, 60, -67, 75]]))
     assert p[0] == pytest.approx(0.041259765625)
 
 
 @pytest.mark.parametrize("num", [1, 2, 7, 30, 50])
 def test_wilcoxon_is_scipys_exact_one_without_ties(rng, num):
     d = rng.normal(0.3, 1, num)
-    assert signed_rank(d[None])[0][0] == pytest.approx(st.wilcoxon(d, method="exact").pvalue)
+    assert wilcoxon_test(d[None])[0][0] == pytest.approx(st.wilcoxon(d, method="exact").pvalue)
 
 
 @pytest.mark.parametrize("_", range(3))
@@ -180,24 +188,24 @@ def test_wilcoxon_is_exact_with_ties_and_zeros(rng, _):
     """Against scipy's full enumeration of signs."""
     d = np.array([0.0, *rng.integers(-2, 5, 8)])
     enumerated = st.wilcoxon(d, zero_method="pratt", method=st.PermutationMethod(n_resamples=2**9))
-    assert signed_rank(d[None])[0][0] == pytest.approx(enumerated.pvalue)
+    assert wilcoxon_test(d[None])[0][0] == pytest.approx(enumerated.pvalue)
 
 
 def test_wilcoxon_is_scipys_pratt_for_many_images(rng):
     d = np.round(rng.normal(0.1, 1, (6, 300)), 1)  # ties and zeros
     scipys = st.wilcoxon(d, zero_method="pratt", method="asymptotic", correction=False, axis=1)
     assert (d == 0).any()
-    assert signed_rank(d)[0] == pytest.approx(scipys.pvalue)
+    assert wilcoxon_test(d)[0] == pytest.approx(scipys.pvalue)
 
 
 def test_exact_and_normal_wilcoxon_meet_where_one_hands_over(rng):
     d = rng.normal(0.3, 1, 50)
     normal = st.wilcoxon(d, method="asymptotic").pvalue
-    assert signed_rank(d[None])[0][0] == pytest.approx(normal, rel=0.1)
+    assert wilcoxon_test(d[None])[0][0] == pytest.approx(normal, rel=0.1)
 
 
 def test_wilcoxon_finds_nothing_in_noise_as_often_as_it_says(rng):
-    p, _ = signed_rank(rng.normal(size=(4000, 25)))
+    p, _ = wilcoxon_test(rng.normal(size=(4000, 25)))
     assert 0.035 < np.mean(p < 0.05) < 0.065
 
 
@@ -237,14 +245,14 @@ def test_a_difference_within_the_spread_of_seeds_is_said(rng):
 def test_images_are_paired_by_id_not_by_place(rng):
     x = rng.normal(size=20)
     a, order = scores("a", x), rng.permutation(20)
-    b = Scores(model="b", images=[a.images[n] for n in order], values=x[order])
+    b = ModelScores(model="b", images=[a.images[n] for n in order], values=x[order])
     assert compare(a, b).ties == 20
 
 
 def test_only_common_images_are_compared_and_the_rest_counted(rng):
     x = rng.normal(size=20)
     a = scores("a", x)
-    b = Scores(model="b", images=[*a.images[:15], "other.png"], values=[*(x[:15] - 1), 50])
+    b = ModelScores(model="b", images=[*a.images[:15], "other.png"], values=[*(x[:15] - 1), 50])
     d = compare(a, b)
     assert (d.num_images, d.num_dropped, d.interval.mean) == (15, 6, pytest.approx(1))
 
@@ -301,7 +309,7 @@ def test_models_that_find_nothing_where_nothing_is_are_equal():
 
 def test_averaging_over_heads_keeps_a_false_alarm_on_an_empty_image():
     models = [scores("x1", [0.8, math.nan]), scores("x2", [0.6, 0.0]), scores("y1", [0.8, math.nan]), scores("y2", [0.6, math.nan])]
-    x, y = marginal(models, ["x", "x", "y", "y"], over=["1", "2", "1", "2"])
+    x, y = marginal_scores(models, ["x", "x", "y", "y"], over=["1", "2", "1", "2"])
     assert x.per_image.tolist() == pytest.approx([0.7, 0.5])
     assert y.empty.tolist() == [False, True]
 
@@ -392,24 +400,24 @@ def test_models_of_other_folds_have_no_fold_test(rng):
 
 
 def test_holm_of_a_worked_example():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm_adjust([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
 def test_holm_is_statsmodels(rng):
     from statsmodels.stats.multitest import multipletests
 
     p = np.round(rng.random(200) ** 4, 3)  # with ties
-    assert holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+    assert holm_adjust(p) == pytest.approx(multipletests(p, method="holm")[1])
 
 
 def test_holm_of_nothing_is_nothing():
-    assert holm([]) == []
+    assert holm_adjust([]) == []
 
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.1])
 def test_holm_refuses_what_is_no_p(bad):
     with pytest.raises(ValueError, match=r"0\.\.1"):
-        holm([0.1, bad])
+        holm_adjust([0.1, bad])
 
 
 def test_all_pairs_equal_each_pair_alone(dice):
@@ -425,7 +433,7 @@ def test_all_pairs_equal_each_pair_alone(dice):
 
 def test_pairs_are_adjusted_over_the_family(dice):
     found = compare_all([scores(f"m{n}", x) for n, x in enumerate(dice[:5])])
-    assert [d.p_adjusted for d in found] == holm(d.p for d in found)
+    assert [d.p_adjusted for d in found] == holm_adjust(d.p for d in found)
 
 
 def test_against_one_model_asks_fewer_questions(dice):
@@ -467,7 +475,7 @@ def test_many_images_are_drawn_in_pieces_of_one_stream(rng):
 
 def test_models_of_other_images_are_sorted_apart():
     a, b, c = scores("a", [1, 2]), scores("b", [1, 2, 3]), scores("c", [3, 4])
-    assert [[m.model for m in part] for part in same_images([a, b, c])] == [["a", "c"], ["b"]]
+    assert [[m.model for m in part] for part in group_by_images([a, b, c])] == [["a", "c"], ["b"]]
 
 
 # Rankings
@@ -584,25 +592,25 @@ def head(m):
 
 def test_a_margin_is_the_mean_over_the_other_factor(rng):
     models = grid(rng)
-    found = marginal(models, backbone, over=head)
+    found = marginal_scores(models, backbone, over=head)
     assert [m.model for m in found] == ["dino", "uni", "floor"]
     assert found[1].per_image == pytest.approx(np.mean([m.per_image for m in models[3:6]], axis=0))
 
 
 def test_a_margin_keeps_the_spread_between_seeds(rng):
     models = grid(rng)
-    found = marginal(models, [head(m) for m in models], over=backbone)
+    found = marginal_scores(models, [head(m) for m in models], over=backbone)
     assert found[0].seed_sd == pytest.approx(np.std([np.mean([models[n].values[s] for n in (0, 3, 6)]) for s in (0, 1)], ddof=1))
 
 
 def test_a_margin_is_over_complete_combinations_and_says_what_is_not(rng):
-    found = marginal(grid(rng, missing={("uni", "fpn")}), backbone, over=head)
+    found = marginal_scores(grid(rng, missing={("uni", "fpn")}), backbone, over=head)
     assert found[0].notes == ("averaged over linear, detail", "left out as incomplete: fpn")
 
 
 def test_a_margin_without_a_complete_column_leaves_out_a_row(rng):
     missing = {("floor", "fpn"), ("floor", "linear"), ("uni", "detail")}
-    found = marginal(grid(rng, missing), backbone, over=head)
+    found = marginal_scores(grid(rng, missing), backbone, over=head)
     assert [m.model for m in found] == ["dino", "uni"]
     assert "left out as incomplete: floor, detail" in found[0].notes
 
@@ -610,7 +618,7 @@ def test_a_margin_without_a_complete_column_leaves_out_a_row(rng):
 def test_a_combination_twice_is_refused(rng):
     models = grid(rng)
     with pytest.raises(CellbenchError, match="dino x fpn is there twice"):
-        marginal([*models, models[0]], backbone, over=head)
+        marginal_scores([*models, models[0]], backbone, over=head)
 
 
 # Words
@@ -621,38 +629,38 @@ def test_sentence_of_a_win(rng):
     y = x - 0.006
     y[:18] = x[:18] + 0.002
     d = compare(scores("bilinear", y), scores("fpn", x))
-    assert sentence(d) == "fpn beats bilinear by 0.005 Dice (95 % 0.005 to 0.005, p < 0.001, 141 of 159 images)"
+    assert describe_difference(d) == "fpn beats bilinear by 0.005 Dice (95 % 0.005 to 0.005, p < 0.001, 141 of 159 images)"
 
 
 def test_sentence_of_a_draw(dice):
     d = compare(scores("fpn", dice[0]), scores("detail", dice[0] + np.resize([0.01, -0.01], 159)))
-    assert sentence(d).startswith("between fpn and detail this data cannot tell (difference 0.000, 95 %")
+    assert describe_difference(d).startswith("between fpn and detail this data cannot tell (difference 0.000, 95 %")
 
 
 def test_sentence_of_the_same(dice):
-    assert sentence(compare(scores("a", dice[0]), scores("b", dice[0]))) == "a and b score the same on each of the 159 images"
+    assert describe_difference(compare(scores("a", dice[0]), scores("b", dice[0]))) == "a and b score the same on each of the 159 images"
 
 
 def test_sentence_of_one_image():
     d = compare(scores("a", [0.9]), scores("b", [0.8]))
-    assert sentence(d) == "between a and b this data cannot tell (difference 0.100, 1 image: no interval, p = 1.00)"
+    assert describe_difference(d) == "between a and b this data cannot tell (difference 0.100, 1 image: no interval, p = 1.00)"
 
 
 def test_a_sure_difference_never_reads_as_zero(rng):
     x = rng.random(100)
-    told = sentence(compare(scores("a", x + 2e-5 + rng.normal(0, 1e-5, 100)), scores("b", x)))
+    told = describe_difference(compare(scores("a", x + 2e-5 + rng.normal(0, 1e-5, 100)), scores("b", x)))
     assert told.startswith("a beats b by 0.00002 Dice (95 % 0.00002 to 0.00002")
 
 
 @pytest.mark.parametrize("p", [0.0499, 0.04999, 0.049999])
 def test_a_p_is_never_told_on_the_other_side_of_a_twentieth(p):
-    assert float(p_words(p).removeprefix("p = ")) < 0.05
+    assert float(format_p(p).removeprefix("p = ")) < 0.05
 
 
 def test_verdict_names_the_best_whom_it_beats_and_whom_not(dice):
     detail, bilinear = dice[0] + np.resize([0.01, -0.01], 159), dice[1] - 0.02
     models = [scores("fpn", dice[0]), scores("bilinear", bilinear), scores("detail", detail)]
-    told = " ".join(verdict(compare_all(models), critical_difference(models)))
+    told = " ".join(describe_verdict(compare_all(models), critical_difference(models)))
     assert "Best on average is detail" in told
     assert "detail beats bilinear by 0.0" in told
     assert "etween fpn and detail this data cannot tell" in told
@@ -660,7 +668,7 @@ def test_verdict_names_the_best_whom_it_beats_and_whom_not(dice):
 
 
 def test_verdict_of_one_model_says_there_is_nothing_to_compare():
-    assert verdict([]) == ["One model alone: there is nothing to compare."]
+    assert describe_verdict([]) == ["One model alone: there is nothing to compare."]
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 8])
@@ -676,7 +684,7 @@ def test_nothing_is_ever_nan_and_nothing_warns(rng, num, make):
         warnings.simplefilter("error")
         models = [scores(f"m{n}", kinds[make](n), folds=np.resize([0, 1], num).tolist()) for n in range(4)]
         found, ranking = compare_all(models), critical_difference(models)
-        told = " ".join(verdict(found, ranking))
+        told = " ".join(describe_verdict(found, ranking))
     assert all(math.isfinite(x) for record in (*found, ranking, models[0].interval()) for x in numbers(record))
     assert "nan" not in told.lower()
     assert "-0.000" not in told

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from cellbench.errors import unlocked
-from cellbench.tracking.client import refused
-from cellbench.tracking.relocate import lock
+from cellbench.errors import redact_passwords
+from cellbench.tracking.client import to_error
+from cellbench.tracking.relocate import store_lock
 
 
 @pytest.mark.parametrize("address", ["postgresql://lab:s3cret@db:5432/mlflow", "https://lab:s3cret@mlflow.lab", "postgresql+psycopg2://lab:s3@cret@db/x"])
 def test_a_refusal_names_the_address_without_its_password(address):
-    told = str(refused(RuntimeError(f"connection to {address} failed"), address))
+    told = str(to_error(RuntimeError(f"connection to {address} failed"), address))
     assert "cret" not in told
     assert told.count("lab:***@") == 2
 
 
 def test_an_address_without_a_password_is_named_as_it_is():
     for text in ("sqlite:////home/me/mlflow.db", "http://127.0.0.1:5000", "https://mlflow.lab/api", "C:/x@y: no"):
-        assert unlocked(text) == text
+        assert redact_passwords(text) == text
 
 
 def test_the_locks_name_holds_no_password():
-    place = str(lock("postgresql://lab:s3cret@db/mlflow").lock_file)
+    place = str(store_lock("postgresql://lab:s3cret@db/mlflow").lock_file)
     assert "s3cret" not in place
-    assert place != str(lock("postgresql://lab:s3cret@db/other").lock_file)
+    assert place != str(store_lock("postgresql://lab:s3cret@db/other").lock_file)

@@ -10,14 +10,14 @@ import pytest
 
 from cellbench.errors import CellbenchError
 from cellbench.tracking import model_registry, system_metrics
-from cellbench.tracking.schema import Stored
+from cellbench.tracking.schema import RunRecord
 from cellbench.tracking.tracker import Tracker
 
 EXPERIMENT = "entries, a/b 🔬"
 DICES = (0.5, 0.9, 0.7)
 
 
-def trained(tracker: Tracker, tmp_path: Path, name: str, files: tuple[str, ...]) -> Stored:
+def trained(tracker: Tracker, tmp_path: Path, name: str, files: tuple[str, ...]) -> RunRecord:
     """A run of three epochs, the second the best, as a grid leaves it."""
     with tracker.run(name, name) as run:
         run.data("smears", "d" * 16, "drawn", "training")
@@ -34,7 +34,7 @@ def trained(tracker: Tracker, tmp_path: Path, name: str, files: tuple[str, ...])
 
 def test_a_winner_has_the_metrics_of_the_epoch_that_was_kept(tracker, tmp_path):
     run = trained(tracker, tmp_path, "a / b · lr 0.1", ("config.toml", "head.safetensors"))
-    model = tracker.client.get_logged_model(model_registry.enter(tracker, run, "the best"))
+    model = tracker.client.get_logged_model(model_registry.register(tracker, run, "the best"))
     found = {one.key: (one.value, one.step, one.dataset_name) for one in model.metrics}
     assert found["val/dice"] == (0.9, 1, None)
     assert found["train/loss"] == (pytest.approx(0.1), 1, None)
@@ -48,7 +48,7 @@ def test_a_winner_has_the_metrics_of_the_epoch_that_was_kept(tracker, tmp_path):
 
 def test_an_entry_holds_what_is_needed_to_use_it_and_says_what_goes_in_and_out(tracker, tmp_path):
     run = trained(tracker, tmp_path, "whole", ("config.toml", "head.safetensors"))
-    folder = Path(mlflow.artifacts.download_artifacts("models:/" + model_registry.enter(tracker, run, "the best"), dst_path=str(tmp_path / "out")))
+    folder = Path(mlflow.artifacts.download_artifacts("models:/" + model_registry.register(tracker, run, "the best"), dst_path=str(tmp_path / "out")))
     assert {"MLmodel", "config.toml", "head.safetensors"} <= {path.name for path in folder.iterdir()}
     signature = mlflow.models.Model.load(str(folder)).signature
     assert [one.name for one in signature.inputs] == ["image"]
@@ -58,21 +58,21 @@ def test_an_entry_holds_what_is_needed_to_use_it_and_says_what_goes_in_and_out(t
 def test_an_entry_is_made_once_and_anew_where_a_person_deleted_it(tracker, tmp_path):
     name = "once"
     run = trained(tracker, tmp_path, name, ("config.toml",))
-    first = model_registry.enter(tracker, run, "the best")
+    first = model_registry.register(tracker, run, "the best")
     (run,) = (one for one in tracker.stored() if one.run_id == run.run_id)
-    assert model_registry.enter(tracker, run, "the best") == first
+    assert model_registry.register(tracker, run, "the best") == first
     tracker.client.delete_logged_model(first)
-    assert model_registry.enter(tracker, run, "the best") != first
+    assert model_registry.register(tracker, run, "the best") != first
 
 
 def test_an_entry_that_is_no_winner_any_more_says_so(tracker, tmp_path):
     run = trained(tracker, tmp_path, "was the best", ("config.toml",))
-    first = model_registry.enter(tracker, run, "the best", " Chosen by its test score among 3 models.")
+    first = model_registry.register(tracker, run, "the best", " Chosen by its test score among 3 models.")
     assert tracker.client.get_logged_model(first).tags["mlflow.note.content"] == (
         f"In '{EXPERIMENT}': the best. Chosen by its test score among 3 models."
     )
-    second = model_registry.enter(tracker, trained(tracker, tmp_path, "is the best", ("config.toml",)), "the best")
-    model_registry.supersede(tracker, [second])
+    second = model_registry.register(tracker, trained(tracker, tmp_path, "is the best", ("config.toml",)), "the best")
+    model_registry.mark_superseded(tracker, [second])
     assert tracker.client.get_logged_model(first).tags["cellbench.verdict"] == "superseded"
     assert tracker.client.get_logged_model(second).tags["cellbench.verdict"] == "the best"
 
@@ -80,13 +80,13 @@ def test_an_entry_that_is_no_winner_any_more_says_so(tracker, tmp_path):
 def test_a_run_that_lost_its_files_gets_no_entry_and_that_is_said(tracker, tmp_path):
     run = trained(tracker, tmp_path, "lost", ("head.safetensors",))
     with pytest.raises(CellbenchError, match=r"'lost' has lost its config\.toml"):
-        model_registry.enter(tracker, run, "the best")
+        model_registry.register(tracker, run, "the best")
     assert [one.status for one in tracker.client.search_logged_models([tracker.experiment_id]) if one.name == "lost"] == ["FAILED"]
 
 
 def test_the_machines_load_is_logged_to_every_run_that_is_open(tracker, monkeypatch):
     monkeypatch.setattr(system_metrics, "FIRST_S", 0.01)
-    with tracker.run("one", "one") as one, tracker.run("two", "two") as two, system_metrics.watched(tracker, [one.run_id, two.run_id]):
+    with tracker.run("one", "one") as one, tracker.run("two", "two") as two, system_metrics.log_system_metrics(tracker, [one.run_id, two.run_id]):
         time.sleep(0.2)
     histories = [tracker.client.get_metric_history(run.run_id, "system/process_memory_megabytes") for run in (one, two)]
     assert len(histories[0]) >= 2
@@ -95,6 +95,6 @@ def test_the_machines_load_is_logged_to_every_run_that_is_open(tracker, monkeypa
 
 
 def test_a_very_short_run_has_a_value_too(tracker):
-    with tracker.run("short", "short") as run, system_metrics.watched(tracker, [run.run_id]):
+    with tracker.run("short", "short") as run, system_metrics.log_system_metrics(tracker, [run.run_id]):
         pass
     assert tracker.client.get_run(run.run_id).data.metrics["system/process_memory_megabytes"] > 10

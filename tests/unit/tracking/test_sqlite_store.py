@@ -14,7 +14,7 @@ import mlflow
 import pytest
 
 from cellbench.errors import CellbenchError
-from cellbench.tracking.tracker import Tracker, newest
+from cellbench.tracking.tracker import Tracker, newest_experiment
 
 OTHER = """
 import mlflow, sys
@@ -73,7 +73,7 @@ def test_an_experiment_of_the_same_name_elsewhere_is_no_damaged_store(store):
     assert "ove it away" not in str(told.value)
 
 
-@pytest.mark.parametrize("opens", [newest, partial(Tracker, "mine"), partial(Tracker, "mine", make=False)], ids=["reader", "maker", "looker"])
+@pytest.mark.parametrize("opens", [newest_experiment, partial(Tracker, "mine"), partial(Tracker, "mine", make=False)], ids=["reader", "maker", "looker"])
 def test_an_address_of_no_kind_that_mlflow_knows_is_told(monkeypatch, opens):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "carrier-pigeon://loft")
     with pytest.raises(CellbenchError, match=r"MLflow at carrier-pigeon://loft: .* or name another MLFLOW_TRACKING_URI\.$"):

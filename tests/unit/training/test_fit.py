@@ -14,12 +14,12 @@ from PIL import Image
 
 from cellbench.features.disk_cache import features_dir
 from cellbench.features.extractor import Batch
-from cellbench.hardware import Machine
-from cellbench.parallel import Lanes
+from cellbench.hardware import Hardware
+from cellbench.parallel import WorkerPool
 from cellbench.reporting.plots import run as run_plots
 from cellbench.training.fit import fit
-from cellbench.training.tiled_inference import score, tile_counts
-from cellbench.training.trainer import Learner, MiniBatches, batch_sizes
+from cellbench.training.tiled_inference import score_images, score_tiles
+from cellbench.training.trainer import HeadTrainer, MiniBatches, batch_sizes
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_pruned_run_does_not_disturb_the_others(dataset):
 
 
 DISK = {"memory_bytes": 0, "disk_bytes": 2**30, "key": "test", "backbone": "vit-tiny-random"}
-BF16 = Machine(device=torch.device("cpu"), precision=torch.bfloat16, memory_bytes=2**30)
+BF16 = Hardware(device=torch.device("cpu"), precision=torch.bfloat16, memory_bytes=2**30)
 
 
 @pytest.mark.parametrize("machine", [FP32, BF16], ids=["fp32", "bf16"])
@@ -119,7 +119,7 @@ def test_a_cut_trunk_gives_what_the_whole_backbone_gives(dataset, unfreeze):
     for run in (whole, cut):
         features = features_of(dataset, [run])
         models.append(learners_of(dataset, [run], features)[0].model.eval())
-        batches.append(next(iter(features.tiles("test", Lanes(1))))[0])
+        batches.append(next(iter(features.tiles("test", WorkerPool(1))))[0])
     with torch.no_grad():
         assert torch.equal(models[0](batches[0]), models[1](batches[1]))
 
@@ -203,7 +203,7 @@ def test_the_best_epoch_is_kept(dataset):
     best = max(range(len(learner.history)), key=lambda e: learner.history[e]["val/dice"])
     assert learner.best_epoch == best
     features = features_of(dataset, [learner.run])
-    counts = tile_counts([learner.model], features, "val", lambda *_: None, Lanes(1))[0]
+    counts = score_tiles([learner.model], features, "val", lambda *_: None, WorkerPool(1))[0]
     dice = 2 * counts[1, 1] / (counts[1].sum() + counts[:, 1].sum())
     assert dice == pytest.approx(learner.history[best]["val/dice"], abs=1e-12)
 
@@ -221,7 +221,7 @@ def test_where_no_validation_image_has_a_cell_the_loss_chooses_the_epoch(dataset
     assert learner.best_epoch == int(np.argmin([row["val/loss"] for row in learner.history]))
     assert not any("val/dice" in row for row in learner.history)
     assert learner.best_weights
-    run_plots.save(run_plots.curves(learner.history, learner.best_epoch), tmp_path / "curves.png")
+    run_plots.save_figure(run_plots.plot_curves(learner.history, learner.best_epoch), tmp_path / "curves.png")
 
 
 def test_early_stopping_waits_as_long_as_asked(dataset):
@@ -274,8 +274,8 @@ def test_mini_batches_do_not_depend_on_the_chunks_in_which_views_come(chunks):
 
 def test_no_step_of_an_epoch_sees_fewer_tiles_than_another_by_more_than_one(dataset, monkeypatch):
     sizes = []
-    learn = Learner._learn
-    monkeypatch.setattr(Learner, "_learn", lambda self, batch: (sizes.append(batch.num), learn(self, batch))[1])
+    learn = HeadTrainer._learn
+    monkeypatch.setattr(HeadTrainer, "_learn", lambda self, batch: (sizes.append(batch.num), learn(self, batch))[1])
     run = run_of(epochs=1, batch_size=16)  # the machine's chunks are of 16
     learner = fitted(dataset, [run])[0]
     assert learner.num_views % 16 not in (0, 15)
@@ -312,6 +312,6 @@ def test_the_whole_image_is_judged_also_where_it_is_smaller_than_a_tile(dataset)
     run = run_of("bilinear", tile_px=224)
     features = features_of(dataset, [run], FP32)
     learner = learners_of(dataset, [run], features)[0]
-    for _, matrices, answers in score([learner.model], features, "test"):
+    for _, matrices, answers in score_images([learner.model], features, "test"):
         height, width = answers[0].classes.shape
         assert matrices[0].sum() == height * width

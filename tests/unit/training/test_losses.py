@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cellbench.config.run import LOSS_TERMS
 from cellbench.metrics.pixel import IGNORE
-from cellbench.training.losses import loss_of
+from cellbench.training.losses import parse_loss
 
 
 def batch(num_classes: int, scale: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def test_every_loss_that_can_be_written_has_a_reference_here() -> None:
 def test_a_loss_and_its_gradient_are_the_references(name: str, num_classes: int) -> None:
     logits, target = batch(num_classes)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    loss, expected = loss_of(name)(ours, target), REFERENCES[name](theirs, target)
+    loss, expected = parse_loss(name)(ours, target), REFERENCES[name](theirs, target)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     expected.backward()
@@ -58,12 +58,12 @@ def test_a_loss_and_its_gradient_are_the_references(name: str, num_classes: int)
 def test_a_written_sum_is_the_weighted_sum() -> None:
     logits, target = batch(3)
     expected = 0.5 * REFERENCES["ce"](logits, target) + 0.25 * REFERENCES["dice"](logits, target) + REFERENCES["focal"](logits, target)
-    torch.testing.assert_close(loss_of("0.5 ce + .25 * dice + focal")(logits, target), expected)
+    torch.testing.assert_close(parse_loss("0.5 ce + .25 * dice + focal")(logits, target), expected)
 
 
 def test_a_term_of_weight_zero_is_not_computed() -> None:
     logits, target = batch(2)
-    torch.testing.assert_close(loss_of("ce + 0 lovasz")(logits, target), F.cross_entropy(logits, target))
+    torch.testing.assert_close(parse_loss("ce + 0 lovasz")(logits, target), F.cross_entropy(logits, target))
 
 
 def test_dice_of_two_classes_from_its_definition() -> None:
@@ -71,14 +71,14 @@ def test_dice_of_two_classes_from_its_definition() -> None:
     logits, target = batch(2)
     p, t = logits.softmax(1), F.one_hot(target, 2).movedim(-1, 1).float()
     dice = 2 * (p * t).sum((0, 2, 3)) / (p + t).sum((0, 2, 3))
-    torch.testing.assert_close(loss_of("dice")(logits, target), (1 - dice).mean())
+    torch.testing.assert_close(parse_loss("dice")(logits, target), (1 - dice).mean())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", LOSS_TERMS)
 def test_half_precision_scores_give_a_finite_float32_loss(name: str, dtype: torch.dtype) -> None:
     logits, target = batch(2, scale=8.0)
-    loss = loss_of(name)(logits.to(dtype), target)
+    loss = parse_loss(name)(logits.to(dtype), target)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, REFERENCES[name](logits.to(dtype).float(), target))
 
@@ -87,14 +87,14 @@ def test_half_precision_scores_give_a_finite_float32_loss(name: str, dtype: torc
 def test_a_perfect_answer_costs_next_to_nothing_and_the_opposite_much(name: str) -> None:
     _, target = batch(2)
     right = 30.0 * (F.one_hot(target, 2).movedim(-1, 1).float() - 0.5)
-    assert loss_of(name)(right, target) < 0.01
-    assert loss_of(name)(-right, target) > 0.5
+    assert parse_loss(name)(right, target) < 0.01
+    assert parse_loss(name)(-right, target) > 0.5
 
 
 @pytest.mark.parametrize("name", LOSS_TERMS)
 def test_a_tile_without_cells_gives_a_finite_loss_and_gradient(name: str) -> None:
     logits = batch(2)[0].requires_grad_()
-    loss = loss_of(name)(logits, torch.zeros(3, 9, 11, dtype=torch.long))
+    loss = parse_loss(name)(logits, torch.zeros(3, 9, 11, dtype=torch.long))
     loss.backward()
     assert loss.isfinite()
     assert logits.grad.isfinite().all()
@@ -103,8 +103,8 @@ def test_a_tile_without_cells_gives_a_finite_loss_and_gradient(name: str) -> Non
 @pytest.mark.parametrize("text", ["0.5 ce + 0.5 dice", "1 ce + 1 lovasz"])
 def test_several_models_answers_have_the_losses_of_each(text: str) -> None:
     logits_NBKHW, target_BHW = torch.randn(3, 2, 2, 8, 9, requires_grad=True), (torch.rand(2, 8, 9) > 0.7).long()
-    losses_N = loss_of(text)(logits_NBKHW, target_BHW)
-    each = torch.stack([loss_of(text)(logits_BKHW, target_BHW) for logits_BKHW in logits_NBKHW])
+    losses_N = parse_loss(text)(logits_NBKHW, target_BHW)
+    each = torch.stack([parse_loss(text)(logits_BKHW, target_BHW) for logits_BKHW in logits_NBKHW])
     shares = torch.tensor([1.0, 2.0, 3.0])  # another for each, so that none is mistaken for its neighbour's
     found, true = (torch.autograd.grad((x * shares).sum(), logits_NBKHW)[0] for x in (losses_N, each))
     torch.testing.assert_close(losses_N, each)
@@ -118,14 +118,14 @@ def test_ignored_pixels_are_as_if_they_were_not_there(text: str, num_classes: in
     rows = torch.arange(9) < 6  # the reference sees these alone
     ours, theirs = logits.clone().requires_grad_(), logits[:, :, rows].clone().requires_grad_()
     marked = torch.where(rows[:, None], target, IGNORE)
-    expected = loss_of(text)(theirs, target[:, rows])
-    loss = loss_of(text)(ours, marked, True)
+    expected = parse_loss(text)(theirs, target[:, rows])
+    loss = parse_loss(text)(ours, marked, True)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     expected.backward()
     torch.testing.assert_close(ours.grad[:, :, rows], theirs.grad)
     assert not ours.grad[:, :, ~rows].any()
-    torch.testing.assert_close(loss_of(text)(torch.stack([logits, -logits]), marked, True)[0], expected.detach())
+    torch.testing.assert_close(parse_loss(text)(torch.stack([logits, -logits]), marked, True)[0], expected.detach())
 
 
 @pytest.mark.parametrize("text", ["dice", "ce", "0.5 ce + 0.5 dice"])
@@ -134,12 +134,12 @@ def test_ignoring_is_what_torch_and_smp_do_with_an_ignored_index(text: str) -> N
     target[0, :4] = IGNORE
     both = (F.cross_entropy(logits, target, ignore_index=IGNORE), smp.DiceLoss("multiclass", ignore_index=IGNORE)(logits, target.clone()))
     expected = {"ce": both[0], "dice": both[1]}.get(text, sum(both) / 2)
-    torch.testing.assert_close(loss_of(text)(logits, target, True), expected)
+    torch.testing.assert_close(parse_loss(text)(logits, target, True), expected)
 
 
 def test_a_batch_of_ignored_pixels_only_teaches_nothing() -> None:
     logits = batch(2)[0].requires_grad_()
-    loss = loss_of("0.5 ce + 0.5 dice")(logits, torch.full((3, 9, 11), IGNORE), True)
+    loss = parse_loss("0.5 ce + 0.5 dice")(logits, torch.full((3, 9, 11), IGNORE), True)
     loss.backward()
     assert loss == 0
     assert not logits.grad.any()

@@ -17,13 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
-from cellbench.hardware import Machine
+from cellbench.hardware import Hardware
 from cellbench.training import randomness
 from cellbench.training.fit import fit
-from cellbench.training.randomness import Draws, Seeded
-from cellbench.training.stacked_heads import parties
-from cellbench.training.tiled_inference import score
-from cellbench.training.trainer import Learner
+from cellbench.training.randomness import ModelRandomness, SeededDraws
+from cellbench.training.stacked_heads import group_stackable
+from cellbench.training.tiled_inference import score_images
+from cellbench.training.trainer import HeadTrainer
 
 CPU = torch.device("cpu")
 LANES = replace(FP32, lanes=3)
@@ -68,7 +68,7 @@ def test_a_head_that_draws_learns_the_same_alone_in_a_cohort_and_resumed(dataset
 
 
 def test_a_trained_tail_with_drop_path_learns_the_same_alone_and_in_a_cohort(dataset):
-    def learned(runs: list[RunSpec], machine: Machine) -> list[Learner]:
+    def learned(runs: list[RunSpec], machine: Hardware) -> list[HeadTrainer]:
         features = features_of(dataset, runs, machine)
         learners = learners_of(dataset, runs, features)
         for learner in learners:
@@ -102,7 +102,7 @@ def test_shipped_heads_draw_nothing_and_are_not_even_watched(dataset, run, monke
 def test_a_model_that_draws_even_in_eval_mode_gives_the_same_twice(dataset, mine):
     features = features_of(dataset, [run := mine("AlwaysDropping")])
     (learner,) = learners_of(dataset, [run], features)
-    first, second = ([matrices[0].tolist() for _, matrices, _ in score([learner.model], features, "test")] for _ in range(2))
+    first, second = ([matrices[0].tolist() for _, matrices, _ in score_images([learner.model], features, "test")] for _ in range(2))
     assert first == second
 
 
@@ -113,7 +113,7 @@ def test_heads_of_ones_own_learn_as_one_once_they_are_known_to_draw_nothing(data
     for expected, num in ((True, 2), (False, 1)):
         for learner in learners:
             learner.model.draws.expected = expected
-        assert len(parties(learners, features)) == num
+        assert len(group_stackable(learners, features)) == num
 
 
 # --- Seeded alone ---------------------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ QUIET = {
 
 
 def drawn(work: Callable[[], Tensor], *seed: int, at_once: bool = False) -> tuple[Tensor, bool]:
-    with Seeded(seed, CPU, at_once=at_once) as drawing:
+    with SeededDraws(seed, CPU, at_once=at_once) as drawing:
         return work(), drawing.drew
 
 
@@ -167,7 +167,7 @@ def test_what_is_computed_again_in_the_backward_pass_draws_the_same_again():
     gradients = []
     for work in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
         layer.zero_grad()
-        with Draws(layer).seeded(0, 0, 0) as drawing:
+        with ModelRandomness(layer).seeded(0, 0, 0) as drawing:
             loss = work(X).square().sum()
             drawing.backward()
             loss.backward()
@@ -183,7 +183,7 @@ def test_the_fused_dropout_of_a_gpu_drops_what_a_processors_drops():
 
 def test_a_gpus_numbers_are_drawn_on_the_processor(monkeypatch):
     """With tensors that have a device and no values: which operations see which device is all that can be known without one."""
-    monkeypatch.setattr(Seeded, "_begin", lambda self: None)
+    monkeypatch.setattr(SeededDraws, "_begin", lambda self: None)
     seen: list[set[str]] = []
 
     def on_cpu(func, args, kwargs, device):
@@ -193,11 +193,11 @@ def test_a_gpus_numbers_are_drawn_on_the_processor(monkeypatch):
 
         return real(spied, args, kwargs, device)
 
-    real = randomness.on_cpu
+    real = randomness.draw_on_cpu
     monkeypatch.setattr(randomness, "on_cpu", on_cpu)
     with FakeTensorMode():
         x = torch.empty(2, 8, 4, 4, device="cuda").to(memory_format=torch.channels_last)
-        with Seeded((0,), torch.device("cuda")):
+        with SeededDraws((0,), torch.device("cuda")):
             found = [F.dropout(x, 0.3), F.dropout2d(x, 0.3), torch.rand_like(x), torch.rand(3, device="cuda"), x.bernoulli_(0.5)]
     assert seen == [{"cpu"}] * 5
     assert {one.device.type for one in found} == {"cuda"}

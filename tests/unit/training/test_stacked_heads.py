@@ -14,15 +14,15 @@ from torch.utils._pytree import tree_map
 
 from cellbench.config.run import RunSpec
 from cellbench.features.extractor import Features
-from cellbench.hardware import Machine
+from cellbench.hardware import Hardware
 from cellbench.models.heads.base import Head
-from cellbench.parallel import Lanes
+from cellbench.parallel import WorkerPool
 from cellbench.training.fit import fit
-from cellbench.training.stacked_heads import Team, parties, stackable
-from cellbench.training.trainer import Learner, batch_sizes
+from cellbench.training.stacked_heads import StackedHeads, group_stackable, stackable
+from cellbench.training.trainer import HeadTrainer, batch_sizes
 
 
-class Teaming(Machine):
+class Teaming(Hardware):
     """A processor that wants teams, as a GPU does."""
 
     most_as_one = 16
@@ -47,23 +47,23 @@ def three(head: str, **same: Any) -> list[RunSpec]:
     ]
 
 
-def as_team(dataset, runs: list[RunSpec], **settings: Any) -> tuple[list[Learner], Features]:
+def as_team(dataset, runs: list[RunSpec], **settings: Any) -> tuple[list[HeadTrainer], Features]:
     """Fresh learners that will learn as one."""
     features = features_of(dataset, runs, TEAMS, **settings)
     learners = [learner.on(features) for learner in learners_of(dataset, runs, features)]
-    assert [len(party.members) for party in parties(learners, features)] == [len(runs)]
+    assert [len(party.members) for party in group_stackable(learners, features)] == [len(runs)]
     return learners, features
 
 
-def an_epoch(party: Team | Learner, features: Features) -> None:
+def an_epoch(party: StackedHeads | HeadTrainer, features: Features) -> None:
     party.begin()
-    with Lanes(1) as lanes:
+    with WorkerPool(1) as lanes:
         for chunk in features.train(0, lanes):
             party.take(chunk)
     party.end()
 
 
-def assert_alike(a: Learner, b: Learner) -> None:
+def assert_alike(a: HeadTrainer, b: HeadTrainer) -> None:
     """The same weights, running statistics and moments of AdamW, each to 0.005 of the largest of its tensor: it divides by roots of
     squares, so that what is rounding in a gradient near zero is more in a weight."""
     for mine, other in zip(tensors(a.state()), tensors(b.state()), strict=True):
@@ -84,7 +84,7 @@ def test_members_learn_what_each_learns_alone(dataset, head, settings):
     aims = "targets" in settings
     members, features = as_team(dataset, runs, aims=aims)
     assert batch_sizes(features.plan.num_views, 2)[-1] == 1  # the last mini-batch is one tile, whose strides once misled torch
-    (team,) = parties(members, features)
+    (team,) = group_stackable(members, features)
     an_epoch(team, features)
     for member, lone in zip(members, learners_of(dataset, runs, features), strict=True):
         an_epoch(lone.on(features), features)
@@ -97,14 +97,14 @@ def test_members_learn_in_mixed_precision_as_each_does_alone(dataset):
     runs = three("fpn")
     features = features_of(dataset, runs, replace(TEAMS, precision=torch.bfloat16))
     members = learners_of(dataset, runs, features)
-    (team,) = parties([member.on(features) for member in members], features)
+    (team,) = group_stackable([member.on(features) for member in members], features)
     an_epoch(team, features)
     for member, lone in zip(members, learners_of(dataset, runs, features), strict=True):
         an_epoch(lone.on(features), features)
         assert float(member.loss_sum) == pytest.approx(float(lone.loss_sum), rel=0.01)  # bf16 has three digits
 
 
-def assert_told_alike(a: Learner, b: Learner) -> None:
+def assert_told_alike(a: HeadTrainer, b: HeadTrainer) -> None:
     assert a.ended == b.ended
     assert len(a.history) == len(b.history)
     for mine, other in zip(a.history, b.history, strict=True):
@@ -148,7 +148,7 @@ def test_a_run_goes_on_alone_from_a_teams_state_and_the_other_way_round(dataset)
 def test_a_state_has_the_same_form_from_a_team_as_from_a_run_alone(dataset):
     runs = three("transposed-conv")
     members, features = as_team(dataset, runs)
-    (team,) = parties(members, features)
+    (team,) = group_stackable(members, features)
     an_epoch(team, features)
     lone = learners_of(dataset, runs[:1], features)[0].on(features)
     an_epoch(lone, features)
@@ -165,7 +165,7 @@ def test_teams_are_of_runs_that_differ_only_in_what_members_may(dataset):
     others = [run_of(batch_size=7), run_of(loss="ce"), run_of("detail"), run_of("fpn", options={"width": 8}), run_of("fpn", options={"width": 16})]
     runs = [alike[0], *others, *alike[1:], run_of("detail", seed=1)]
     features = features_of(dataset, runs, TEAMS)
-    found = [[run.run for run in getattr(party, "members", [party])] for party in parties(learners_of(dataset, runs, features), features)]
+    found = [[run.run for run in getattr(party, "members", [party])] for party in group_stackable(learners_of(dataset, runs, features), features)]
     assert found == [alike, [others[0]], [others[1]], [others[2], runs[-1]], [others[3]], [others[4]]]
 
 
@@ -204,7 +204,7 @@ def test_a_head_that_cannot_be_stacked_goes_alone(dataset, kind):
     learners = learners_of(dataset, runs, features)
     for learner in learners:
         learner.model.head = kind(learner.model.head.levels, 2)
-    assert parties(learners, features) == learners
+    assert group_stackable(learners, features) == learners
 
 
 @pytest.mark.parametrize("run", [baseline_of("unet", {"width": 4}), run_of(unfreeze=1)], ids=["baseline", "tail"])
@@ -217,15 +217,15 @@ def test_there_are_teams_on_a_gpu_and_nowhere_else_and_smaller_ones_where_memory
     runs = [run_of(seed=seed) for seed in range(5)]
     features = features_of(dataset, runs)
     learners = learners_of(dataset, runs, features)
-    assert parties(learners, features) == learners
+    assert group_stackable(learners, features) == learners
     gpu = replace(FP32, device=torch.device("cuda"))
     for machine, sizes in ((gpu, [5]), (gpu.smaller(3), [2, 2, 1])):
         features.trunk.machine = machine
-        assert [len(getattr(party, "members", [party])) for party in parties(learners, features)] == sizes
+        assert [len(getattr(party, "members", [party])) for party in group_stackable(learners, features)] == sizes
 
 
 def test_whole_images_are_learned_from_by_one_run_after_the_other(dataset):
     runs = [run_of(seed=seed, framing="pad") for seed in range(2)]
     features = features_of(dataset, runs, TEAMS)
     learners = learners_of(dataset, runs, features)
-    assert parties(learners, features) == learners
+    assert group_stackable(learners, features) == learners

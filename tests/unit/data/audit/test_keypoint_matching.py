@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from cellbench.data.audit.keypoint_matching import marks, shared, whole
-from cellbench.data.audit.perceptual_hash import grey, small_grey
+from cellbench.data.audit.keypoint_matching import find_same_images, find_shared_regions, keypoints
+from cellbench.data.audit.perceptual_hash import thumbnail_grey, to_grey
 
 FIVE = ((35, 35), (35, 120), (80, 78), (125, 35), (125, 120))
 
@@ -63,9 +63,9 @@ def lines(rng: np.random.Generator) -> np.ndarray:
 def test_pictures_of_one_layout_are_different_pictures(drawn: Callable[[np.random.Generator], np.ndarray]) -> None:
     rng = np.random.default_rng(28)
     pictures = [drawn(rng) for _ in range(6)]
-    all_marks = [marks(grey(picture)) for picture in pictures]
-    assert shared(all_marks) == []
-    assert whole(all_marks, [small_grey(picture) for picture in pictures]) == []
+    all_marks = [keypoints(to_grey(picture)) for picture in pictures]
+    assert find_shared_regions(all_marks) == []
+    assert find_same_images(all_marks, [thumbnail_grey(picture) for picture in pictures]) == []
 
 
 @pytest.mark.parametrize("drawn", [chip, array, dish], ids=lambda drawn: drawn.__name__)
@@ -74,7 +74,7 @@ def test_a_crop_of_one_picture_of_a_layout_is_found_among_the_others(drawn: Call
     pictures = [drawn(rng) for _ in range(5)]
     side = len(pictures[2])
     pictures.append(np.rot90(pictures[2][side // 8 :, : side - side // 8]).astype(np.uint8))
-    found = shared([marks(grey(np.ascontiguousarray(picture))) for picture in pictures])
+    found = find_shared_regions([keypoints(to_grey(np.ascontiguousarray(picture))) for picture in pictures])
     assert [(pair.first, pair.second) for pair in found] == [(2, 5)]
 
 
@@ -83,5 +83,5 @@ def test_two_photographs_of_one_empty_plate_are_not_one_picture() -> None:
     shade = 200 - 40 * np.hypot(*(np.indices((128, 128)) - 64))[..., None] / 90
     pictures = [(shade + rng.normal(0, 3, (128, 128, 3))).clip(0, 255).astype(np.uint8) for _ in range(3)]
     pictures.append(np.ascontiguousarray(pictures[0][::-1]))
-    small = [small_grey(picture) for picture in pictures]
-    assert whole([marks(grey(picture)) for picture in pictures], small) == [(0, 3)]
+    small = [thumbnail_grey(picture) for picture in pictures]
+    assert find_same_images([keypoints(to_grey(picture)) for picture in pictures], small) == [(0, 3)]

@@ -13,56 +13,56 @@ from small_data import discs, write_pair
 from cellbench.cli.check import check
 from cellbench.config.registry import Registry
 from cellbench.config.run import DataSpec
-from cellbench.data.audit.mask_placement import Maps, Placement, maps, placed
-from cellbench.data.audit.perceptual_hash import turned
-from cellbench.data.audit.quick_check import warnings
+from cellbench.data.audit.mask_placement import Placement, PlacementFeatures, check_placement, describe
+from cellbench.data.audit.perceptual_hash import eight_orientations
+from cellbench.data.audit.quick_check import severe_findings
 from cellbench.data.loading import open_dataset
 
 NUM = 9
 
 
 @pytest.fixture(scope="module")
-def right() -> list[Maps]:
+def right() -> list[PlacementFeatures]:
     found = []
     for seed in range(NUM):
         image, mask = discs(seed, 120, 120)
-        found.append(maps(image, mask > 0, image[..., 1] < 150))
+        found.append(describe(image, mask > 0, image[..., 1] < 150))
     return found
 
 
-def with_masks(all_maps: list[Maps], masks: list[np.ndarray]) -> Placement:
-    return placed([replace(one, mask=mask) for one, mask in zip(all_maps, masks, strict=True)], [0.9] * len(all_maps))
+def with_masks(all_maps: list[PlacementFeatures], masks: list[np.ndarray]) -> Placement:
+    return check_placement([replace(one, mask=mask) for one, mask in zip(all_maps, masks, strict=True)], [0.9] * len(all_maps))
 
 
-def test_right_masks_fit(right: list[Maps]) -> None:
-    assert placed(right, [0.9] * NUM) == Placement(said="", wrong=(), most=False)
+def test_right_masks_fit(right: list[PlacementFeatures]) -> None:
+    assert check_placement(right, [0.9] * NUM) == Placement(said="", wrong=(), most=False)
 
 
 @pytest.mark.parametrize(
     ("way", "said"), [(1, "turned by 90 degrees to the right"), (2, "turned by 180 degrees"), (5, "mirrored upside down"), (7, "mirrored left to right")]
 )
-def test_turned_masks_are_wrong_and_the_way_back_is_named(right: list[Maps], way: int, said: str) -> None:
-    found = with_masks(right, [turned(one.mask)[way] for one in right])
+def test_turned_masks_are_wrong_and_the_way_back_is_named(right: list[PlacementFeatures], way: int, said: str) -> None:
+    found = with_masks(right, [eight_orientations(one.mask)[way] for one in right])
     assert (found.most, found.wrong) == (True, tuple(range(NUM)))
     assert found.said == f"they fit when {said}"
 
 
 @pytest.mark.parametrize(("step", "said"), [(1, "next one"), (-1, "one before")])
-def test_masks_of_the_neighbour_are_wrong_and_the_neighbour_is_named(right: list[Maps], step: int, said: str) -> None:
+def test_masks_of_the_neighbour_are_wrong_and_the_neighbour_is_named(right: list[PlacementFeatures], step: int, said: str) -> None:
     masks = [one.mask for one in right]
     found = with_masks(right, [masks[(k + step) % NUM] for k in range(NUM)])
     assert found.most
     assert said in found.said
 
 
-def test_exchanged_moved_and_foreign_masks_are_wrong(right: list[Maps]) -> None:
+def test_exchanged_moved_and_foreign_masks_are_wrong(right: list[PlacementFeatures]) -> None:
     masks = [one.mask for one in right]
     exchanged = with_masks(right, [masks[k] for k in (4, 7, 1, 8, 2, 0, 3, 5, 6)])
     assert exchanged.most
     assert "another image" in exchanged.said
     moved = with_masks(right, [np.roll(mask, (8, -4), (0, 1)) for mask in masks])
     assert (moved.most, moved.said) == (True, "they fit when moved by 12% of the height up and 6% of the width to the right")
-    foreign = with_masks(right, [maps(*_shape(100 + k)).mask for k in range(NUM)])
+    foreign = with_masks(right, [describe(*_shape(100 + k)).mask for k in range(NUM)])
     assert (foreign.most, "no better than others" in foreign.said) == (True, True)
 
 
@@ -77,8 +77,8 @@ def test_cells_that_hardly_show_are_not_called_misplaced() -> None:
     for seed in range(NUM):
         cell = discs(seed, 120, 120)[1] > 0
         image = np.repeat((rng.normal(128, 10, (120, 120)) + 4 * cell).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-        found.append(maps(image, cell, image[..., 0] > 128))
-    assert not placed(found, [0.63] * NUM).wrong
+        found.append(describe(image, cell, image[..., 0] > 128))
+    assert not check_placement(found, [0.63] * NUM).wrong
 
 
 def test_check_and_grid_say_that_all_masks_are_turned_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +96,6 @@ def test_check_and_grid_say_that_all_masks_are_turned_and_why(tmp_path: Path, ca
     assert "they fit when turned by 90 degrees to the right. The images carry an EXIF orientation" in said
     card, spec = Registry().dataset("folder"), DataSpec()
     for _ in range(2):  # found, and remembered
-        (warning,) = warnings(card, open_dataset(card, tmp_path / "own", spec))
+        (warning,) = severe_findings(card, open_dataset(card, tmp_path / "own", spec))
         assert "NOT FIT to train on: misplaced (11)" in warning
         assert "turned by 90 degrees to the right" in warning

@@ -16,7 +16,7 @@ import tifffile
 from image_samples import GREY, IDS, RGB, WIDE, chunk, png, refused, saved
 from PIL import Image, PngImagePlugin
 
-from cellbench.data.io.images import read_image, read_labels, size
+from cellbench.data.io.images import image_size, read_image, read_labels
 from cellbench.errors import CellbenchError
 
 # ---- what is refused
@@ -39,7 +39,7 @@ def test_what_is_no_picture_is_named(tmp_path, content, word):
     path.write_bytes(content)
     assert word in refused(path)
     assert word in refused(path, read_labels)
-    refused(path, size)
+    refused(path, image_size)
 
 
 def test_a_missing_file_a_folder_and_a_pipe_are_named(tmp_path):
@@ -280,7 +280,7 @@ def test_no_mutation_gets_through_but_as_an_error_or_a_picture_of_its_headers_si
                 assert "\n" not in str(got)
                 stopped += 1
             else:
-                assert got.shape[:2] == size(path)
+                assert got.shape[:2] == image_size(path)
                 assert got.size > 0
                 given += 1
     assert given > 40

@@ -14,8 +14,17 @@ from image_samples import GREY, IDS, RGB, RNG, WIDE, chunk, png, refused, saved
 from PIL import Image, ImageOps
 from small_data import SHARED
 
-from cellbench.data.io.images import EXTENSIONS, class_map, facts, read_image, read_labels, read_noted, size, write_png
-from cellbench.data.io.intensity import Reading
+from cellbench.data.io.images import (
+    EXTENSIONS,
+    image_size,
+    labels_to_classes,
+    read_image,
+    read_image_facts,
+    read_image_with_notes,
+    read_labels,
+    write_png,
+)
+from cellbench.data.io.intensity import IntensityScaling
 from cellbench.errors import CellbenchError
 
 
@@ -34,7 +43,7 @@ def test_lossless_kinds_give_back_every_pixel(tmp_path, suffix):
     assert got.flags.c_contiguous
     assert got.flags.writeable
     np.testing.assert_array_equal(got, RGB)
-    assert size(path) == (30, 41)
+    assert image_size(path) == (30, 41)
 
 
 def test_a_jpeg_reads_as_pillow_reads_it_and_a_wrong_suffix_does_not_matter(tmp_path):
@@ -130,9 +139,9 @@ def test_wide_numbers_are_scaled_by_the_range_of_their_set(tmp_path, array, colo
         deflate = {"compression": "zlib", "predictor": True} if kind == "tif-deflate" else {}
         tifffile.imwrite(path, array, byteorder=">" if kind == "tif-big-endian" else "<", **deflate)
     want = to_8(array, scale)
-    got = read_image(path, Reading(int_range=(0, top)))
+    got = read_image(path, IntensityScaling(int_range=(0, top)))
     np.testing.assert_array_equal(got, want if want.ndim == 3 else np.dstack([want] * 3))
-    assert size(path) == array.shape[:2]
+    assert image_size(path) == array.shape[:2]
     if array.ndim == 2:
         labels = read_labels(path)
         assert labels.dtype == np.uint16
@@ -209,7 +218,7 @@ def test_channels_without_a_meaning_are_refused_with_a_word(tmp_path):
 # ---- channels: one rule for all formats and depths
 
 PLANES = RNG.integers(0, 256, (30, 41, 6), dtype=np.uint8)
-ALL_PLANES = Reading(int_range=(0, 65535), channels=(4, 1, 0))
+ALL_PLANES = IntensityScaling(int_range=(0, 65535), channels=(4, 1, 0))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -234,9 +243,9 @@ def test_the_channels_that_a_card_names_are_read_in_its_order(tmp_path, scale, k
         options = {"planarconfig": "separate"} if kind == "planar" else {"metadata": {"axes": "CYX"}, "ome": kind == "ome", "imagej": kind == "imagej"}
         tifffile.imwrite(path, first, photometric="minisblack", **options)
     np.testing.assert_array_equal(read_image(path, ALL_PLANES), PLANES[..., [4, 1, 0]])
-    np.testing.assert_array_equal(read_image(path, Reading(channels=(5,), int_range=(0, 65535))), np.dstack([PLANES[..., 5]] * 3))
+    np.testing.assert_array_equal(read_image(path, IntensityScaling(channels=(5,), int_range=(0, 65535))), np.dstack([PLANES[..., 5]] * 3))
     refused(path)
-    assert "6 channels" in refused(path, reading=Reading(channels=(6,)))
+    assert "6 channels" in refused(path, reading=IntensityScaling(channels=(6,)))
 
 
 def test_a_stack_in_depth_is_refused_whatever_the_channels(tmp_path):
@@ -248,9 +257,9 @@ def test_channels_of_a_plain_picture_take_alpha_as_one_of_them(tmp_path):
     rgba = PLANES[..., :4].copy()
     for name, options in (("a.png", {}), ("a.webp", {"lossless": True, "exact": True}), ("a.tif", {"compression": "tiff_lzw"}), ("a.jp2", {}), ("a.j2k", {})):
         path = saved(tmp_path / name, rgba, **options)
-        np.testing.assert_array_equal(read_image(path, Reading(channels=(0, 1, 2))), rgba[..., :3])
-        np.testing.assert_array_equal(read_image(path, Reading(channels=(3,)))[..., 0], rgba[..., 3])
-    assert "channels" in refused(saved(tmp_path / "b.png", RGB), reading=Reading(channels=(3,)))
+        np.testing.assert_array_equal(read_image(path, IntensityScaling(channels=(0, 1, 2))), rgba[..., :3])
+        np.testing.assert_array_equal(read_image(path, IntensityScaling(channels=(3,)))[..., 0], rgba[..., 3])
+    assert "channels" in refused(saved(tmp_path / "b.png", RGB), reading=IntensityScaling(channels=(3,)))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "a.bmp", "a.jp2"])
@@ -258,13 +267,13 @@ def test_alpha_that_is_not_opaque_is_laid_over_white_and_named_in_every_format(t
     rgba = PLANES[..., :4].copy()
     rgba[0, 0, 3] = 0
     lossless = {"lossless": True, "exact": True} if name == "a.webp" else {}
-    image, (note,) = read_noted(saved(tmp_path / name, rgba, **lossless))
+    image, (note,) = read_image_with_notes(saved(tmp_path / name, rgba, **lossless))
     want = rgba[..., :3] * (rgba[..., 3:] / 255) + 255 - rgba[..., 3:].astype(float)
     np.testing.assert_allclose(image, want, atol=0.51)
     assert "transparent" in note.said
-    assert facts(tmp_path / name).clear
+    assert read_image_facts(tmp_path / name).clear
     rgba[..., 3] = 255
-    image, notes = read_noted(saved(tmp_path / name, rgba, **lossless))
+    image, notes = read_image_with_notes(saved(tmp_path / name, rgba, **lossless))
     np.testing.assert_array_equal(image, rgba[..., :3])
     assert notes == ()
 
@@ -290,7 +299,7 @@ def test_exif_orientation_is_obeyed_as_pillow_does(tmp_path, name, turn):
     with Image.open(path) as image:
         want = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     np.testing.assert_array_equal(read_image(path), want)
-    assert size(path) == want.shape[:2]
+    assert image_size(path) == want.shape[:2]
     if turn in (1, 3, 6):
         assert np.array_equal(want, np.rot90(RGB, {1: 0, 3: 2, 6: -1}[turn])) or name in ("a.jpg", "a.webp")
 
@@ -305,7 +314,7 @@ def test_orientation_of_wide_pictures_and_behind_the_pixels_is_obeyed(tmp_path, 
     lookup = np.asarray(ImageOps.exif_transpose(_oriented(np.arange(GREY.size, dtype=np.int32).reshape(GREY.shape), exif)))
     for name in ("a.png", "a.tif"):
         np.testing.assert_array_equal(read_labels(tmp_path / name), IDS.ravel()[lookup])
-        assert size(tmp_path / name) == want.shape
+        assert image_size(tmp_path / name) == want.shape
 
 
 def _oriented(array, exif):
@@ -372,40 +381,40 @@ def test_a_jpeg_mask_is_near_its_values_and_class_map_sets_it_right(tmp_path):
     mask[13:45, 9:40] = 255  # not on the 8-pixel blocks
     labels = read_labels(saved(tmp_path / "a.jpg", mask, "RGB", quality=60))
     assert set(np.unique(labels)) != {0, 255}
-    np.testing.assert_array_equal(class_map(labels, (0, 255)), mask // 255)
+    np.testing.assert_array_equal(labels_to_classes(labels, (0, 255)), mask // 255)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
 def test_class_map_takes_the_nearest_value(dtype):
     labels = np.arange(256, dtype=dtype).reshape(8, 32)
     want = np.abs(labels[..., None].astype(int) - np.array([0, 128, 255])).argmin(axis=-1)
-    got = class_map(labels, (0, 128, 255))
+    got = labels_to_classes(labels, (0, 128, 255))
     assert got.dtype == np.uint8
     assert got.flags.writeable
     np.testing.assert_array_equal(got, want)
 
 
 def test_class_map_takes_the_last_value_beyond_it():
-    assert class_map(np.array([-5, 300, 2_000_000_000], np.int32), (0, 255)).tolist() == [0, 1, 1]
+    assert labels_to_classes(np.array([-5, 300, 2_000_000_000], np.int32), (0, 255)).tolist() == [0, 1, 1]
 
 
 def test_class_map_without_values_parts_objects_from_background():
-    assert class_map(np.array([[0, 1, 256, 65_535]], np.uint16)).tolist() == [[0, 1, 1, 1]]
+    assert labels_to_classes(np.array([[0, 1, 256, 65_535]], np.uint16)).tolist() == [[0, 1, 1, 1]]
 
 
 def test_class_map_refuses_what_it_cannot_mean():
     for labels, values in ((np.zeros(3), (0, 255)), (np.zeros(3, np.uint8), (0, 0)), (np.zeros(3, np.uint8), (-1, 1))):
         with pytest.raises(ValueError, match="labels must be"):
-            class_map(labels, values)
+            labels_to_classes(labels, values)
 
 
 def test_class_map_is_fast():
     labels = np.zeros((1200, 1600), np.uint8)
-    class_map(labels, (0, 128, 255))
+    labels_to_classes(labels, (0, 128, 255))
 
     def wall_s():
         start = time.perf_counter()
-        class_map(labels, (0, 128, 255))
+        labels_to_classes(labels, (0, 128, 255))
         return time.perf_counter() - start
 
     assert min(wall_s() for _ in range(10)) < 0.010  # 2 ms measured; the best of ten, as the machine may be busy
@@ -462,14 +471,14 @@ def real(*parts: str) -> list[Path]:
 def test_bccd_masks_hold_0_and_255():
     for path in real("bccd", "train", "mask")[:3]:
         labels = read_labels(path)
-        assert labels.shape == size(path) == (1200, 1600)
+        assert labels.shape == image_size(path) == (1200, 1600)
         assert np.unique(labels).tolist() == [0, 255]
 
 
 def test_wbc_masks_give_their_three_classes():
     for path in real("wbc", "mask")[:30]:
         labels, want = read_labels(path), np.asarray(Image.open(path)).astype(int)
-        classes = class_map(labels, (0, 128, 255))
+        classes = labels_to_classes(labels, (0, 128, 255))
         assert set(np.unique(classes)) == {0, 1, 2}
         np.testing.assert_array_equal(classes, np.digitize(want, [64.5, 192]))
 
@@ -479,7 +488,7 @@ def test_dsb2018_masks_keep_their_ids():
         labels = read_labels(path)
         assert labels.dtype == np.uint16
         np.testing.assert_array_equal(labels, np.asarray(Image.open(path)))
-        assert size(path) == size(path.parents[1] / "original" / path.name)
+        assert image_size(path) == image_size(path.parents[1] / "original" / path.name)
 
 
 @pytest.mark.parametrize("folder", ["bccd/test/original", "wbc/original", "dsb2018/original"])

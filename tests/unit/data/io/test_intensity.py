@@ -16,11 +16,11 @@ from small_data import enter
 
 from cellbench.config.registry import Registry
 from cellbench.config.run import DataSpec
-from cellbench.data.io.images import ImageFacts, facts, read_image, read_noted
-from cellbench.data.io.intensity import Reading
+from cellbench.data.io.images import ImageFacts, read_image, read_image_facts, read_image_with_notes
+from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.loading import open_dataset
 from cellbench.data.transforms.preprocessing import Preparation
-from cellbench.data.uniformity import reading_of
+from cellbench.data.uniformity import decide_scaling
 from cellbench.inference.segmenter import Segmenter
 from cellbench.run import main
 
@@ -61,42 +61,42 @@ def facts_of(*highs: float, stated=None, dtype: str = "uint16") -> list[ImageFac
 
 
 def test_the_range_comes_from_the_largest_number_of_all_images_and_not_of_one() -> None:
-    assert reading_of(facts_of(300, 3950, 900))[0].int_range == (0, 4095)
-    assert reading_of(facts_of(300, 4108, 900))[0].int_range == (0, 16383)
-    assert reading_of(facts_of(200, 250))[0].int_range == (0, 255)
+    assert decide_scaling(facts_of(300, 3950, 900))[0].int_range == (0, 4095)
+    assert decide_scaling(facts_of(300, 4108, 900))[0].int_range == (0, 16383)
+    assert decide_scaling(facts_of(200, 250))[0].int_range == (0, 255)
 
 
 def test_what_all_files_state_alike_goes_before_the_largest_number_and_the_card_before_both() -> None:
     found = facts_of(300, 900, stated=(0.0, 4095.0))
-    assert reading_of(found)[0].int_range == (0, 4095)
-    assert reading_of(found, (100, 2000))[0].int_range == (100, 2000)
+    assert decide_scaling(found)[0].int_range == (0, 4095)
+    assert decide_scaling(found, (100, 2000))[0].int_range == (100, 2000)
 
 
 def test_a_statement_that_differs_or_is_exceeded_is_not_used() -> None:
-    assert reading_of([*facts_of(900, stated=(0.0, 1023.0)), *facts_of(3000, stated=(0.0, 3000.0))])[0].int_range == (0, 4095)
-    assert reading_of(facts_of(5000, stated=(0.0, 4095.0)))[0].int_range == (0, 16383)
+    assert decide_scaling([*facts_of(900, stated=(0.0, 1023.0)), *facts_of(3000, stated=(0.0, 3000.0))])[0].int_range == (0, 4095)
+    assert decide_scaling(facts_of(5000, stated=(0.0, 4095.0)))[0].int_range == (0, 16383)
 
 
 def test_decimal_numbers_keep_0_to_1_so_that_a_later_image_that_is_a_little_brighter_is_clipped_and_named(tmp_path: Path) -> None:
-    reading = reading_of(facts_of(0.5, 0.97, dtype="float32"))[0]
-    assert reading == Reading(float_range=(0, 1))
+    reading = decide_scaling(facts_of(0.5, 0.97, dtype="float32"))[0]
+    assert reading == IntensityScaling(float_range=(0, 1))
     tifffile.imwrite(tmp_path / "a.tif", np.array([[0.5, 1.02]], np.float32))
-    image, (note,) = read_noted(tmp_path / "a.tif", reading)
+    image, (note,) = read_image_with_notes(tmp_path / "a.tif", reading)
     assert image[0, :, 0].tolist() == [128, 255]
     assert "beyond the range 0..1" in note.said
-    assert reading_of(facts_of(0.5, 180, dtype="float32"))[0] == Reading()
+    assert decide_scaling(facts_of(0.5, 180, dtype="float32"))[0] == IntensityScaling()
     tifffile.imwrite(tmp_path / "b.tif", np.array([[0.5, 180]], np.float32))
     assert "another depth" in refused(tmp_path / "b.tif", reading=reading)
     assert "0..1" in refused(tmp_path / "b.tif")
 
 
 def test_8_bit_images_have_no_range_of_their_own() -> None:
-    assert reading_of([ImageFacts(dtype="uint8")])[0] == Reading()
+    assert decide_scaling([ImageFacts(dtype="uint8")])[0] == IntensityScaling()
 
 
 def test_a_range_comes_back_from_its_file() -> None:
-    reading = Reading(int_range=(0, 4095), float_range=(0.0, 2.0), channels=(1, 2, 3))
-    assert Reading.of(reading.told()) == reading
+    reading = IntensityScaling(int_range=(0, 4095), float_range=(0.0, 2.0), channels=(1, 2, 3))
+    assert IntensityScaling.of(reading.told()) == reading
 
 
 # ---- what files state
@@ -113,14 +113,14 @@ def test_statements_of_12_bits_are_read_from_tags_ome_and_png(tmp_path: Path) ->
         tifffile.imwrite(tmp_path / name, field, **options)
     png(tmp_path / "sbit.png", field, 0, before=chunk(b"sBIT", b"\x0c"))
     for name in (*files, "sbit.png"):
-        assert facts(tmp_path / name).stated == (0, 4095), name
+        assert read_image_facts(tmp_path / name).stated == (0, 4095), name
         assert read_image(tmp_path / name)[0, 0, 0] == round(GROUND * 255 / 4095)
 
 
 def test_numbers_that_a_type_fills_in_by_itself_state_nothing(tmp_path: Path) -> None:
     for number, options in enumerate(({}, {"extratags": [(281, "H", 1, 65535, True)]}, {"metadata": {"axes": "YX", "SignificantBits": 16}})):
         tifffile.imwrite(tmp_path / f"{number}.ome.tif" if number == 2 else tmp_path / f"{number}.tif", scene(1)[0], **options)
-    assert [facts(path).stated for path in sorted(tmp_path.iterdir())] == [None] * 3
+    assert [read_image_facts(path).stated for path in sorted(tmp_path.iterdir())] == [None] * 3
 
 
 # ---- reading
@@ -136,7 +136,7 @@ def test_numbers_beyond_the_range_are_clipped_and_named(tmp_path: Path) -> None:
     field = scene(1)[0]
     field[0, :48] = 4108
     tifffile.imwrite(tmp_path / "a.tif", field)
-    image, notes = read_noted(tmp_path / "a.tif", Reading(int_range=(0, 4095)))
+    image, notes = read_image_with_notes(tmp_path / "a.tif", IntensityScaling(int_range=(0, 4095)))
     assert image[0, 0, 0] == 255
     assert image[5, 0, 0] == round(GROUND * 255 / 4095)
     (note,) = notes
@@ -147,22 +147,22 @@ def test_numbers_beyond_the_range_are_clipped_and_named(tmp_path: Path) -> None:
 
 def test_an_image_far_beyond_the_range_is_of_another_depth_and_refused_but_a_hot_pixel_is_not(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", scene(1)[0] * 16)
-    assert "another depth" in refused(tmp_path / "a.tif", reading=Reading(int_range=(0, 4095)))
+    assert "another depth" in refused(tmp_path / "a.tif", reading=IntensityScaling(int_range=(0, 4095)))
     field = scene(1)[0]
     field[3, 3] = 65535
     tifffile.imwrite(tmp_path / "b.tif", field)
-    assert read_image(tmp_path / "b.tif", Reading(int_range=(0, 4095)))[3, 3, 0] == 255
+    assert read_image(tmp_path / "b.tif", IntensityScaling(int_range=(0, 4095)))[3, 3, 0] == 255
 
 
 def test_an_image_that_uses_a_fraction_of_the_range_is_named(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", scene(1)[0])
-    (note,) = read_noted(tmp_path / "a.tif", Reading(int_range=(0, 65535)))[1]
+    (note,) = read_image_with_notes(tmp_path / "a.tif", IntensityScaling(int_range=(0, 65535)))[1]
     assert "sixteenth" in note.said
 
 
 def test_an_assumed_range_is_named(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", scene(1)[0] * 16)
-    image, (note,) = read_noted(tmp_path / "a.tif")
+    image, (note,) = read_image_with_notes(tmp_path / "a.tif")
     assert image[0, 0, 0] == round(GROUND * 16 * 255 / 65535)
     assert "0..65535, an assumption" in note.said
 
@@ -170,13 +170,13 @@ def test_an_assumed_range_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("numbers", "reading"),
     [
-        (lambda field: field.astype(np.int16) - 2000, Reading(int_range=(-2000, 2095))),
-        (lambda field: field.astype(np.uint32) * 100, Reading(int_range=(0, 409500))),
-        (lambda field: field.astype(np.float32) / 16, Reading(float_range=(0, 4095 / 16))),
+        (lambda field: field.astype(np.int16) - 2000, IntensityScaling(int_range=(-2000, 2095))),
+        (lambda field: field.astype(np.uint32) * 100, IntensityScaling(int_range=(0, 409500))),
+        (lambda field: field.astype(np.float32) / 16, IntensityScaling(float_range=(0, 4095 / 16))),
     ],
     ids=["signed", "32-bit", "float"],
 )
-def test_a_range_gives_signed_wide_and_decimal_numbers_their_meaning(tmp_path: Path, numbers, reading: Reading) -> None:
+def test_a_range_gives_signed_wide_and_decimal_numbers_their_meaning(tmp_path: Path, numbers, reading: IntensityScaling) -> None:
     field = scene(1)[0]
     tifffile.imwrite(tmp_path / "a.tif", numbers(field))
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif", reading)[..., 0], np.rint(field * (255 / 4095)))

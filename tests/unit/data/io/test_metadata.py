@@ -9,7 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from cellbench.data.io.images import pixel_size_of
+from cellbench.data.io.images import read_pixel_size
 
 RGB = np.zeros((20, 30, 3), np.uint8)
 GREY = RGB[..., 0]
@@ -53,7 +53,7 @@ def ome(**pixels: object) -> dict:
     ],
 )
 def test_the_side_of_a_pixel_is_a_quarter_micrometre(tmp_path: Path, name: str, options: dict) -> None:
-    size = pixel_size_of(written(tmp_path, name, **options))
+    size = read_pixel_size(written(tmp_path, name, **options))
     assert size is not None
     assert (size.height_um, size.width_um) == pytest.approx((0.25, 0.25), rel=1e-3)
     assert size.square
@@ -62,7 +62,7 @@ def test_the_side_of_a_pixel_is_a_quarter_micrometre(tmp_path: Path, name: str, 
 @pytest.mark.parametrize("dpi", [1, 72, 96, 150, 300, 600, 1200, 2400])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp", "pillow.tiff"])
 def test_a_resolution_for_screens_print_or_scanners_is_no_size(tmp_path: Path, name: str, dpi: int) -> None:
-    assert pixel_size_of(written(tmp_path, name, dpi=(dpi, dpi))) is None
+    assert read_pixel_size(written(tmp_path, name, dpi=(dpi, dpi))) is None
 
 
 @pytest.mark.parametrize(
@@ -79,21 +79,21 @@ def test_a_resolution_for_screens_print_or_scanners_is_no_size(tmp_path: Path, n
     ],
 )
 def test_what_states_no_size_gives_none(tmp_path: Path, name: str, options: dict) -> None:
-    assert pixel_size_of(written(tmp_path, name, **options)) is None
+    assert read_pixel_size(written(tmp_path, name, **options)) is None
 
 
 def test_pixels_that_are_not_square_keep_both_sides_also_where_the_picture_is_turned(tmp_path: Path) -> None:
-    size = pixel_size_of(written(tmp_path, "a.png", dpi=(25400 / 0.25, 25400 / 0.5)))
+    size = read_pixel_size(written(tmp_path, "a.png", dpi=(25400 / 0.25, 25400 / 0.5)))
     assert (size.width_um, size.height_um, size.square) == (pytest.approx(0.25), pytest.approx(0.5), False)
     assert size.side_um == pytest.approx((0.25 * 0.5) ** 0.5)
     turned = Image.Exif()
     turned[274] = 6  # a quarter turn
-    size = pixel_size_of(written(tmp_path, "a.jpg", dpi=(25400, 50800), exif=turned))
+    size = read_pixel_size(written(tmp_path, "a.jpg", dpi=(25400, 50800), exif=turned))
     assert (size.width_um, size.height_um) == pytest.approx((0.5, 1.0))
 
 
 def test_of_two_sizes_in_one_file_the_first_is_taken_and_the_other_named(tmp_path: Path) -> None:
     tags = {"resolution": (40_000, 40_000), "resolutionunit": "CENTIMETER"}
-    size = pixel_size_of(written(tmp_path, "a.ome.tif", **tags, **ome(PhysicalSizeX=0.5, PhysicalSizeY=0.5)))
+    size = read_pixel_size(written(tmp_path, "a.ome.tif", **tags, **ome(PhysicalSizeX=0.5, PhysicalSizeY=0.5)))
     assert size.side_um == 0.5
     assert "resolution tags 0.25" in size.contradicted

@@ -12,7 +12,18 @@ from skimage.filters import threshold_otsu
 from cellbench.config.registry import DatasetCard, Registry, load, read_card, shipped
 from cellbench.config.run import DataSpec
 from cellbench.data.loading import open_dataset
-from cellbench.data.synthetic.smears import PLATELET, RED, SPLITS, WHITE, Smears, draw, drawn, image_seed, settings_from, write_dataset
+from cellbench.data.synthetic.smears import (
+    PLATELET,
+    RED,
+    SPLITS,
+    WHITE,
+    Smears,
+    draw,
+    draw_dataset,
+    image_seed,
+    settings_from,
+    write_dataset,
+)
 from cellbench.errors import CellbenchError
 
 SMALL = Smears(num_train=2, num_test=1, width_px=320, height_px=240, cells_per_image=22, diameter_px=40)
@@ -235,7 +246,7 @@ def test_the_card_names_the_builder_and_every_default():
     assert card.draw == asdict(Smears())
     assert {name: type(value) for name, value in card.draw.items()} == {name: type(value) for name, value in asdict(Smears()).items()}
     assert settings_from(card.draw) == Smears()
-    assert load(card) is drawn
+    assert load(card) is draw_dataset
     assert card.title
     assert (card.classes, card.values) == (("background", "cell"), (0, 255))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms.v2 import functional as tv
 
-from cellbench.data.transforms.augmentation import recolour, restain, turn
+from cellbench.data.transforms.augmentation import jitter_colour, jitter_stain, rotate_flip
 from cellbench.data.transforms.sampling import UNTOUCHED
 
 TILE = np.arange(75, dtype=np.uint8).reshape(5, 5, 3)
@@ -19,7 +19,7 @@ MILD = 0.35 + 0.3 * torch.rand(3, 3, 8, 9, generator=torch.Generator().manual_se
 
 
 def changed(pixels: Tensor, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0) -> Tensor:
-    return recolour(pixels, [(brightness, contrast, saturation, hue)] * len(pixels))
+    return jitter_colour(pixels, [(brightness, contrast, saturation, hue)] * len(pixels))
 
 
 def test_turns_are_the_eight_symmetries_of_a_square() -> None:
@@ -27,7 +27,7 @@ def test_turns_are_the_eight_symmetries_of_a_square() -> None:
     centred = np.stack(np.meshgrid(np.arange(-2, 3), np.arange(-2, 3), indexing="ij"), -1)
     moves = set()
     for code in range(8):
-        where = turn(centred, code)
+        where = rotate_flip(centred, code)
         # Where an output pixel came from is linear in its place: read the matrix off two unit steps, then hold it everywhere.
         matrix = np.stack([where[3, 2], where[2, 3]], 1)
         np.testing.assert_array_equal(where, centred @ matrix.T)
@@ -37,21 +37,21 @@ def test_turns_are_the_eight_symmetries_of_a_square() -> None:
 
 
 def test_code_zero_changes_nothing_and_four_mirrors_left_to_right() -> None:
-    np.testing.assert_array_equal(turn(TILE, 0), TILE)
-    np.testing.assert_array_equal(turn(TILE, 4), TILE[:, ::-1])
+    np.testing.assert_array_equal(rotate_flip(TILE, 0), TILE)
+    np.testing.assert_array_equal(rotate_flip(TILE, 4), TILE[:, ::-1])
 
 
 def test_image_and_mask_turn_together() -> None:
     for code in range(8):
-        np.testing.assert_array_equal(turn(TILE, code)[..., 0], turn(TILE[..., 0], code))
+        np.testing.assert_array_equal(rotate_flip(TILE, code)[..., 0], rotate_flip(TILE[..., 0], code))
 
 
 def test_untouched_colours_are_the_very_same_tiles() -> None:
-    assert recolour(MILD, [UNTOUCHED] * 3) is MILD
+    assert jitter_colour(MILD, [UNTOUCHED] * 3) is MILD
 
 
 def test_an_untouched_tile_beside_a_changed_one_keeps_its_colours() -> None:
-    out = recolour(MILD, [UNTOUCHED, (1.1, 0.9, 1.2, 0.1), UNTOUCHED])
+    out = jitter_colour(MILD, [UNTOUCHED, (1.1, 0.9, 1.2, 0.1), UNTOUCHED])
     torch.testing.assert_close(out[[0, 2]], MILD[[0, 2]])
     assert (out[1] - MILD[1]).abs().max() > 0.01
 
@@ -94,7 +94,7 @@ def test_hue_turns_about_as_far_as_torchvisions(hue: float) -> None:
 
 def test_grey_stays_grey() -> None:
     grey = torch.linspace(0, 1, 72).view(1, 1, 8, 9).expand(2, 3, 8, 9)
-    out = recolour(grey, [(1.2, 0.8, 1.1, 0.05), (0.7, 1.3, 0.5, -0.4)])
+    out = jitter_colour(grey, [(1.2, 0.8, 1.1, 0.05), (0.7, 1.3, 0.5, -0.4)])
     torch.testing.assert_close(out[:, :1].expand_as(out), out, atol=1e-6, rtol=0)
 
 
@@ -105,9 +105,9 @@ def test_saturation_and_hue_leave_a_grey_tile_as_it_is() -> None:
 
 def test_each_tile_has_its_own_colour() -> None:
     colours = [(0.9, 1.1, 1.0, 0.0), (1.1, 0.9, 1.2, 0.02), (1.0, 1.0, 0.8, -0.05)]
-    together = recolour(MILD, colours)
+    together = jitter_colour(MILD, colours)
     for k, colour in enumerate(colours):
-        torch.testing.assert_close(together[k : k + 1], recolour(MILD[k : k + 1], [colour]))
+        torch.testing.assert_close(together[k : k + 1], jitter_colour(MILD[k : k + 1], [colour]))
 
 
 def test_results_stay_within_zero_and_one_and_the_tiles_given_are_not_changed() -> None:
@@ -127,5 +127,5 @@ def test_colours_are_changed_where_the_pixels_are() -> None:
     """On a GPU that only pretends: its tensors hold no values, but refuse to meet those of another device as real ones do."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         pixels = torch.rand(2, 3, 8, 8, device="cuda")
-        assert recolour(pixels, [(1.1, 0.9, 1.1, 0.1)] * 2).device.type == "cuda"
-        assert restain(pixels, [(1.1, 0.9, 1.0, 0.1, 0.0, 0.0)] * 2).device.type == "cuda"
+        assert jitter_colour(pixels, [(1.1, 0.9, 1.1, 0.1)] * 2).device.type == "cuda"
+        assert jitter_stain(pixels, [(1.1, 0.9, 1.0, 0.1, 0.0, 0.0)] * 2).device.type == "cuda"

@@ -17,8 +17,8 @@ from cellbench.config.run import RunSpec
 from cellbench.data.transforms import cell_targets
 from cellbench.inference.segmenter import Segmenter
 from cellbench.metrics.pixel import IGNORE
-from cellbench.metrics.separation import Parts
-from cellbench.parallel import Lanes
+from cellbench.metrics.separation import DistanceWatershed
+from cellbench.parallel import WorkerPool
 from cellbench.run import main
 from cellbench.training.fit import fit
 
@@ -36,7 +36,7 @@ def touching(height_px: int = 90, width_px: int = 140) -> np.ndarray:
 
 def test_the_distance_is_each_cell_s_own_with_one_hill_a_cell():
     ids = touching()
-    found = cell_targets.aims((ids > 0).astype(np.uint8), ids)[..., 1].astype(float)
+    found = cell_targets.make_targets((ids > 0).astype(np.uint8), ids)[..., 1].astype(float)
     for number in range(1, 5):
         # Alone on a sheet that goes on beyond the frame, as if mirrored, a cell has only its own edges.
         alone = np.pad(ids == number, 60, mode="symmetric")
@@ -49,7 +49,7 @@ def test_the_distance_is_each_cell_s_own_with_one_hill_a_cell():
 
 def test_the_border_is_what_is_near_two_cells():
     ids = touching()
-    found = cell_targets.aims((ids > 0).astype(np.uint8), ids)[..., 0]
+    found = cell_targets.make_targets((ids > 0).astype(np.uint8), ids)[..., 0]
     square = np.ones((5, 5), bool)
     near = sum(ndimage.binary_dilation(ids == number, square).astype(int) for number in range(1, 5))
     assert set(np.unique(found)) == {0, 255}
@@ -58,8 +58,8 @@ def test_the_border_is_what_is_near_two_cells():
 
 def test_an_image_without_cells_and_one_that_is_a_cell_have_targets():
     none, whole = np.zeros((9, 9), np.uint8), np.ones((9, 9), np.uint8)
-    assert not cell_targets.aims(none, None).any()
-    assert (cell_targets.aims(whole, whole.astype(np.int32))[..., 1] == 255).all()
+    assert not cell_targets.make_targets(none, None).any()
+    assert (cell_targets.make_targets(whole, whole.astype(np.int32))[..., 1] == 255).all()
 
 
 def test_the_loss_is_the_cross_entropy_of_each_aim():
@@ -67,18 +67,18 @@ def test_the_loss_is_the_cross_entropy_of_each_aim():
     truth = torch.randint(0, 256, (2, 5, 6, 2), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     p, t = logits.double().sigmoid(), truth.double().movedim(-1, 1) / 255
     per_pixel = -(t * p.log() + (1 - t) * (1 - p).log())
-    assert cell_targets.aims_loss(logits, truth, ("border", "distance")).item() == pytest.approx(per_pixel.mean((0, 2, 3)).sum().item(), rel=1e-5)
-    assert cell_targets.aims_loss(logits[:, 1:], truth, ("distance",)).item() == pytest.approx(per_pixel[:, 1].mean().item(), rel=1e-5)
+    assert cell_targets.targets_loss(logits, truth, ("border", "distance")).item() == pytest.approx(per_pixel.mean((0, 2, 3)).sum().item(), rel=1e-5)
+    assert cell_targets.targets_loss(logits[:, 1:], truth, ("distance",)).item() == pytest.approx(per_pixel[:, 1].mean().item(), rel=1e-5)
 
 
 def test_a_learned_relief_parts_what_the_mask_alone_cannot():
     mask = np.zeros((60, 120), np.uint8)
     mask[10:50, 10:110] = 1  # two square cells wall to wall: no neck at all
     ids = mask * np.where(np.arange(120) < 60, 1, 2)[None].astype(np.int32)
-    border, distance = np.moveaxis(cell_targets.aims(mask, ids).astype(float) / 255, -1, 0)
+    border, distance = np.moveaxis(cell_targets.make_targets(mask, ids).astype(float) / 255, -1, 0)
     relief = np.rint(255 * distance * (1 - border)).astype(np.uint8)
-    assert Parts(mask).instances(0.8, 10).num == 1
-    found = Parts(mask, relief).instances(0.8, 10)
+    assert DistanceWatershed(mask).instances(0.8, 10).num == 1
+    found = DistanceWatershed(mask, relief).instances(0.8, 10)
     assert found.num == 2
     assert min(np.mean(found.ids[ids == number] == np.bincount(found.ids[ids == number]).argmax()) for number in (1, 2)) > 0.95
 
@@ -100,7 +100,7 @@ def numbered(tmp_path: Path) -> Path:
 def test_aims_lie_where_their_cells_lie_in_every_view(numbered, settings):
     run = run_of(targets=BOTH, **settings)
     features = features_of(dataset_of(numbered), [run], aims=True)
-    with Lanes(1) as lanes:
+    with WorkerPool(1) as lanes:
         for batch in features.train(0, lanes):
             assert torch.equal(batch.aims[..., 1] > 0, batch.target > 0)
             assert batch.aims.shape == (*batch.target.shape, 2)
@@ -153,7 +153,7 @@ def test_no_edge_is_where_a_cell_meets_ignored_pixels():
     ids[20:41, 10:50] = 1
     classes = (ids > 0).astype(np.uint8)
     classes[:, 30:] = IGNORE
-    found = cell_targets.aims(classes, ids)[..., 1]
+    found = cell_targets.make_targets(classes, ids)[..., 1]
     # A long bar, cut in the middle: at the cut it is as deep as along the rest of it, full in its middle row.
     assert found[30, 29] == 255
     assert found[20, 29] < 30
@@ -165,6 +165,6 @@ def test_aims_are_not_learned_from_ignored_pixels():
     logits, truth = torch.randn(2, 2, 6, 8, generator=generator), torch.randint(0, 256, (2, 6, 8, 2), generator=generator).byte()
     kept = torch.ones(2, 6, 8, dtype=torch.bool)
     kept[:, :, 5:] = False
-    whole = cell_targets.aims_loss(logits, truth, cell_targets.AIMS, kept)
-    torch.testing.assert_close(whole, cell_targets.aims_loss(logits[..., :5], truth[:, :, :5], cell_targets.AIMS))
-    assert cell_targets.aims_loss(logits, truth, cell_targets.AIMS, torch.zeros_like(kept)) == 0
+    whole = cell_targets.targets_loss(logits, truth, cell_targets.TARGETS, kept)
+    torch.testing.assert_close(whole, cell_targets.targets_loss(logits[..., :5], truth[:, :, :5], cell_targets.TARGETS))
+    assert cell_targets.targets_loss(logits, truth, cell_targets.TARGETS, torch.zeros_like(kept)) == 0

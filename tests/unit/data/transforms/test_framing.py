@@ -10,10 +10,10 @@ from small_data import write_pair
 
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.framing import Framing
-from cellbench.data.transforms.sampling import Plan
-from cellbench.data.transforms.tiling import Stitcher, cut
-from cellbench.parallel import Lanes
-from cellbench.training.tiled_inference import score, tile_counts
+from cellbench.data.transforms.sampling import SamplingPlan
+from cellbench.data.transforms.tiling import Stitcher, cut_tile
+from cellbench.parallel import WorkerPool
+from cellbench.training.tiled_inference import score_images, score_tiles
 
 FRAMINGS = [("tile", 0.5), ("tile", 1.0), ("tile", 2.0), ("tile", 0.7), ("pad", 0.5), ("pad", 1.0), ("pad", 2.0), ("resize", 1.0), ("resize", 2.0)]
 SIZES = [(1200, 1600), (333, 200), (64, 64), (50, 30)]
@@ -31,7 +31,7 @@ def through(image_HWC: np.ndarray, way: Framing, overlap: float = 0.25) -> np.nd
     assert framed.shape[:2] == (grid.height_px, grid.width_px)
     stitcher, bands = Stitcher(grid, image_HWC.shape[2]), []
     for y, x in grid:
-        tile = torch.from_numpy(np.ascontiguousarray(cut(framed, y, x, tile_px))).permute(2, 0, 1).float()
+        tile = torch.from_numpy(np.ascontiguousarray(cut_tile(framed, y, x, tile_px))).permute(2, 0, 1).float()
         bands += [band for _, band in stitcher.add(tile[None])]
     return way.back(torch.cat(bands, 1), size).permute(1, 2, 0).numpy()
 
@@ -89,7 +89,7 @@ def test_sizes_are_what_the_words_say() -> None:
 
 def test_a_frame_that_is_not_square_is_never_turned_on_its_side() -> None:
     def turns(size: tuple[int, int]) -> set[int]:
-        plan = Plan((size,) * 3, RunSpec(backbone="uni", head="fpn", framing="pad", tile_px=64, crops_per_image=40))
+        plan = SamplingPlan((size,) * 3, RunSpec(backbone="uni", head="fpn", framing="pad", tile_px=64, crops_per_image=40))
         return {view.turn for view in plan.views(0)}
 
     assert turns((120, 60)) == {0, 2, 4, 6}
@@ -127,8 +127,8 @@ def test_every_own_pixel_is_judged_once_in_validation_and_test(dataset, way) -> 
     for split in ("val", "test"):
         pixels = sum(h * w for h, w in features.pixels[split].sizes_px)
         cells = sum(int(features.pixels[split][k][1].sum()) for k in range(len(features.pixels[split])))
-        (counts,) = tile_counts([model], features, split, lambda *_: None, Lanes(1))
-        tested = sum(matrices[0] for _, matrices, _ in score([model], features, split))
+        (counts,) = score_tiles([model], features, split, lambda *_: None, WorkerPool(1))
+        tested = sum(matrices[0] for _, matrices, _ in score_images([model], features, split))
         for found in (counts, tested):
             assert found.sum() == pixels
             assert found[1].sum() == cells
@@ -146,7 +146,7 @@ def test_a_head_that_reads_the_colour_finds_the_cells_in_their_own_place(dataset
         return torch.cat([-cell, cell], 1)
 
     model.forward = seen
-    (counts,) = tile_counts([model], features, "val", lambda *_: None, Lanes(1))
-    tested = sum(matrices[0] for _, matrices, _ in score([model], features, "test"))
+    (counts,) = score_tiles([model], features, "val", lambda *_: None, WorkerPool(1))
+    tested = sum(matrices[0] for _, matrices, _ in score_images([model], features, "test"))
     for found in (counts, tested):
         assert 2 * found[1, 1] / (found[1].sum() + found[:, 1].sum()) > (0.93 if "resize" in str(way) else 0.97)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cellbench.config.run import STREAM_FIELDS, RunSpec
-from cellbench.data.transforms.sampling import UNTOUCHED, Plan, View
+from cellbench.config.run import SAMPLING_FIELDS, RunSpec
+from cellbench.data.transforms.sampling import UNTOUCHED, SamplingPlan, TileSample
 
 SIZES = ((120, 160), (64, 64), (30, 200), (300, 65))
 
 
-def plan(sizes: tuple[tuple[int, int], ...] = SIZES, **settings) -> Plan:
-    return Plan(sizes, RunSpec(**{"backbone": "uni", "head": "fpn", "tile_px": 64, "crops_per_image": 6, **settings}))
+def plan(sizes: tuple[tuple[int, int], ...] = SIZES, **settings) -> SamplingPlan:
+    return SamplingPlan(sizes, RunSpec(**{"backbone": "uni", "head": "fpn", "tile_px": 64, "crops_per_image": 6, **settings}))
 
 
 def test_the_data_seed_decides_the_views_and_the_order() -> None:
@@ -28,7 +28,7 @@ def test_the_data_seed_decides_the_views_and_the_order() -> None:
     ids=lambda settings: next(iter(settings)),
 )
 def test_what_is_a_runs_own_has_no_say(settings: dict) -> None:
-    assert not set(settings) & set(STREAM_FIELDS)
+    assert not set(settings) & set(SAMPLING_FIELDS)
     assert plan(**settings).views(2) == plan().views(2)
     assert plan(**settings).order(2).tolist() == plan().order(2).tolist()
 
@@ -125,7 +125,7 @@ def test_without_reach_colours_are_untouched() -> None:
 
 def test_a_view_holds_plain_numbers() -> None:
     """numpy's would not survive a JSON fingerprint, and compare by float32 luck."""
-    view: View = plan().views(0)[0]
+    view: TileSample = plan().views(0)[0]
     assert {type(value) for value in (view.image, view.y, view.x, view.turn)} == {int}
     assert {type(value) for value in view.colour} == {float}
 

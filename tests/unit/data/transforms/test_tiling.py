@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from cellbench.data.transforms import tiling
-from cellbench.data.transforms.tiling import Grid, Stitcher, cut, origins
+from cellbench.data.transforms.tiling import Stitcher, TileGrid, cut_tile, tile_origins
 
 SIZES = [(1200, 1600), (224, 224), (65, 64), (64, 65), (1, 1000), (1000, 1), (1, 1), (50, 30), (200, 333), (223, 225)]
 OVERLAPS = [0.0, 0.1, 0.25, 0.5, 0.75, 0.9]
 SEEN = np.random.default_rng(0).random((1200, 1600, 2), dtype=np.float32)  # two channels that no shift or transposition leaves alike
 
 
-def stitched(image: np.ndarray, grid: Grid, batch: int = 5, corners: list[tuple[int, int]] | None = None) -> np.ndarray:
+def stitched(image: np.ndarray, grid: TileGrid, batch: int = 5, corners: list[tuple[int, int]] | None = None) -> np.ndarray:
     """The image (H, W, C) cut into tiles and put back, as prediction does it; rows that never came stay NaN."""
     stitcher = Stitcher(grid, image.shape[2])
     out = np.full_like(image, np.nan)
     corners = corners or list(grid)
     for i in range(0, len(corners), batch):
-        cuts = np.stack([cut(image, y, x, grid.tile_px) for y, x in corners[i : i + batch]])
+        cuts = np.stack([cut_tile(image, y, x, grid.tile_px) for y, x in corners[i : i + batch]])
         for y, band_CHW in stitcher.add(torch.from_numpy(cuts).permute(0, 3, 1, 2)):
             assert np.isnan(out[y : y + band_CHW.shape[1]]).all(), "a row came twice"
             out[y : y + band_CHW.shape[1]] = band_CHW.permute(1, 2, 0).numpy()
@@ -41,22 +41,22 @@ def test_what_is_cut_comes_back_for_every_overlap(size: tuple[int, int], tile_px
     image = SEEN[: size[0], : size[1]]
     for overlap in OVERLAPS:
         if overlap < 0.9 or tile_px == 64:  # a hundredfold coverage: enough with one size of tiles
-            np.testing.assert_allclose(stitched(image, Grid.over(*size, tile_px, overlap)), image, atol=1e-5, err_msg=f"overlap {overlap}")
+            np.testing.assert_allclose(stitched(image, TileGrid.over(*size, tile_px, overlap)), image, atol=1e-5, err_msg=f"overlap {overlap}")
 
 
 def test_a_whole_smear_comes_back() -> None:
-    np.testing.assert_allclose(stitched(SEEN, Grid.over(1200, 1600, 224, 0.25)), SEEN, atol=1e-5)
+    np.testing.assert_allclose(stitched(SEEN, TileGrid.over(1200, 1600, 224, 0.25)), SEEN, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 1000])
 def test_how_tiles_are_batched_changes_nothing(batch: int) -> None:
-    image, grid = SEEN[:100, :170], Grid.over(100, 170, 32, 0.5)
+    image, grid = SEEN[:100, :170], TileGrid.over(100, 170, 32, 0.5)
     np.testing.assert_array_equal(stitched(image, grid, batch), stitched(image, grid, 3))
 
 
 def test_a_wrong_row_major_index_would_be_seen() -> None:
     """The error that the style sheet names: tile number read as ``row * num_rows + column`` on a grid that is not square."""
-    image, grid = SEEN[:100, :170], Grid.over(100, 170, 32, 0.25)
+    image, grid = SEEN[:100, :170], TileGrid.over(100, 170, 32, 0.25)
     assert len(grid.ys) != len(grid.xs)
     right = list(grid)
     wrong = [(grid.ys[k % len(grid.ys)], grid.xs[k // len(grid.ys)]) for k in range(len(grid))]
@@ -67,7 +67,7 @@ def test_a_wrong_row_major_index_would_be_seen() -> None:
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("size", SIZES)
 def test_weights_are_positive_and_sum_to_one_at_every_pixel(size: tuple[int, int], overlap: float) -> None:
-    grid = Grid.over(*size, 64, overlap)
+    grid = TileGrid.over(*size, 64, overlap)
     for starts, weights, length in zip((grid.ys, grid.xs), grid.weights, size, strict=True):
         assert weights.min() > 0
         total = np.zeros(max(length, 64))
@@ -77,7 +77,7 @@ def test_weights_are_positive_and_sum_to_one_at_every_pixel(size: tuple[int, int
 
 
 def test_a_tile_counts_most_in_its_middle() -> None:
-    rows, _ = Grid.over(160, 160, 64, 0.5).weights
+    rows, _ = TileGrid.over(160, 160, 64, 0.5).weights
     assert (rows[1].diff()[:31] >= 0).all()
     assert rows[1][32] > 10 * rows[1][0]
 
@@ -86,7 +86,7 @@ def test_a_tile_counts_most_in_its_middle() -> None:
 @pytest.mark.parametrize("tile_px", [64])
 def test_origins_cover_reach_both_ends_overlap_enough_and_are_the_fewest(tile_px: int, overlap_px: int) -> None:
     for length in range(1, 400):
-        starts = origins(length, tile_px, overlap_px)
+        starts = tile_origins(length, tile_px, overlap_px)
         assert starts[0] == 0
         if length <= tile_px:
             assert starts == [0]
@@ -102,13 +102,13 @@ def test_origins_cover_reach_both_ends_overlap_enough_and_are_the_fewest(tile_px
 @pytest.mark.parametrize(("length", "tile", "overlap"), [(0, 64, 0), (10, 64, 64), (10, 64, -1), (10, 0, 0)])
 def test_impossible_tilings_are_refused(length: int, tile: int, overlap: int) -> None:
     with pytest.raises(ValueError, match="cannot be cut"):
-        origins(length, tile, overlap)
+        tile_origins(length, tile, overlap)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_pixel_is_covered_and_owned_by_one_tile(size: tuple[int, int], overlap: float) -> None:
-    grid = Grid.over(*size, 64, overlap)
+    grid = TileGrid.over(*size, 64, overlap)
     covered, owned = np.zeros(size, int), np.zeros(size, int)
     corners, mine = list(grid), list(grid.owned())
     assert len(grid) == len(corners) == len(mine)
@@ -122,7 +122,7 @@ def test_every_pixel_is_covered_and_owned_by_one_tile(size: tuple[int, int], ove
 
 
 def test_a_pixel_is_owned_by_the_tile_whose_middle_is_nearest() -> None:
-    grid = Grid.over(64, 1000, 64, 0.5)
+    grid = TileGrid.over(64, 1000, 64, 0.5)
     middles = np.array(grid.xs) + 31.5
     for k, (_, columns) in enumerate(grid.owned()):
         x = np.arange(columns.start, columns.stop) + grid.xs[k]
@@ -133,7 +133,7 @@ def test_a_pixel_is_owned_by_the_tile_whose_middle_is_nearest() -> None:
 @pytest.mark.parametrize("size", [(5, 7), (1, 7), (40, 20)])
 def test_a_tile_beyond_the_edge_is_filled_by_mirroring(size: tuple[int, int]) -> None:
     image = SEEN[: size[0], : size[1]]
-    tile = cut(image, 0, 0, 32)
+    tile = cut_tile(image, 0, 0, 32)
     assert tile.shape == (32, 32, 2)
     ys, xs = (np.r_[np.arange(n), np.arange(n)[::-1]] for n in size)  # edge pixels repeated, then back
     np.testing.assert_array_equal(tile, image[np.resize(ys, 32)][:, np.resize(xs, 32)])
@@ -141,13 +141,13 @@ def test_a_tile_beyond_the_edge_is_filled_by_mirroring(size: tuple[int, int]) ->
 
 def test_cutting_keeps_the_type_and_works_on_masks() -> None:
     mask = np.arange(200, dtype=np.uint8).reshape(10, 20)
-    assert cut(mask, 0, 4, 16).dtype == np.uint8
-    np.testing.assert_array_equal(cut(mask, 0, 4, 16)[:10], mask[:, 4:])
+    assert cut_tile(mask, 0, 4, 16).dtype == np.uint8
+    np.testing.assert_array_equal(cut_tile(mask, 0, 4, 16)[:10], mask[:, 4:])
 
 
 def test_memory_grows_with_the_width_and_not_with_the_area() -> None:
     bands = []
-    grid = Grid.over(4000, 64, 32, 0.5)
+    grid = TileGrid.over(4000, 64, 32, 0.5)
     stitcher = Stitcher(grid, 1)
     for _ in range(len(grid)):
         bands += [band.shape[1] for _, band in stitcher.add(torch.zeros(1, 1, 32, 32))]

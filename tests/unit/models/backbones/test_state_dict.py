@@ -17,8 +17,8 @@ from torch import Tensor
 from cellbench.config.registry import BackboneCard, Registry, load
 from cellbench.errors import CellbenchError
 from cellbench.models.backbones.base import Backbone
-from cellbench.models.backbones.build import open_backbone, shallow
-from cellbench.models.backbones.state_dict import to_timm
+from cellbench.models.backbones.build import open_backbone, truncate_card
+from cellbench.models.backbones.state_dict import to_timm_names
 
 DINOBLOOM_HEADS = {"dino_head.mlp.0.weight": torch.zeros(3, 3), "ibot_head.last_layer.weight_g": torch.ones(3, 1)}
 
@@ -65,7 +65,7 @@ WHOLE_OR_SHORTER = [("dinobloom-s", 6, 12), ("dinobloom-b", 12, 12), ("dinobloom
 
 @pytest.mark.parametrize(("name", "heads", "depth"), WHOLE_OR_SHORTER)
 def test_dinobloom_as_published_gives_the_numbers_of_an_independent_forward(name: str, heads: int, depth: int, tmp_path: Path) -> None:
-    it = shallow(card(name, sha256=""), depth)
+    it = truncate_card(card(name, sha256=""), depth)
     state = published_state(it.dim, depth, swiglu=4096 if name == "dinobloom-g" else 0)
     dinobloom_file(tmp_path / f"{name}.pth", state)
     backbone = open_backbone(it, tmp_path, download=False)
@@ -74,7 +74,7 @@ def test_dinobloom_as_published_gives_the_numbers_of_an_independent_forward(name
 
 
 def test_dinobloom_in_the_layouts_of_its_ports(tmp_path: Path) -> None:
-    it = shallow(card("dinobloom-s", sha256=""))
+    it = truncate_card(card("dinobloom-s", sha256=""))
     state = published_state(384, 2)
     torch.save(state, tmp_path / "dinobloom-s.bin")  # MarrLab/DinoBloom: flat
     same_maps(open_backbone(it, tmp_path), state, 6, (28, 42))
@@ -94,7 +94,7 @@ def test_dinobloom_in_the_layouts_of_its_ports(tmp_path: Path) -> None:
     ],
 )
 def test_transformers_layouts_load_to_the_same_numbers(name: str, heads: int, options: dict[str, int], eps: float, tmp_path: Path) -> None:
-    it = shallow(card(name), 1)
+    it = truncate_card(card(name), 1)
     state = published_state(it.dim, 1, **options)
     save_file(as_transformers(state, vit=name == "phikon"), tmp_path / f"{name}.safetensors")
     backbone = open_backbone(it, tmp_path)
@@ -104,7 +104,7 @@ def test_transformers_layouts_load_to_the_same_numbers(name: str, heads: int, op
 
 @pytest.mark.parametrize("name", ["dinov2-small", "dinov2-small-reg"])
 def test_positions_of_518_px_are_kept_and_resampled_once(name: str, tmp_path: Path) -> None:
-    it = shallow(card(name))
+    it = truncate_card(card(name))
     state = published_state(384, 2, side=37, registers=4 if name.endswith("reg") else 0)
     torch.save(state, tmp_path / f"{name}.pth")
     backbone = open_backbone(it, tmp_path)
@@ -115,14 +115,14 @@ def test_positions_of_518_px_are_kept_and_resampled_once(name: str, tmp_path: Pa
 def test_a_position_grid_of_another_size_than_the_card_states_is_refused(tmp_path: Path) -> None:
     torch.save(published_state(384, 2, side=37), tmp_path / "dinobloom-s.pth")
     with pytest.raises(CellbenchError, match=r"has another shape: 1 key \(pos_embed \(1, 1370, 384\) for \(1, 257, 384\)\)"):
-        open_backbone(shallow(card("dinobloom-s", sha256="")), tmp_path)
+        open_backbone(truncate_card(card("dinobloom-s", sha256="")), tmp_path)
 
 
 def test_timm_layouts_load_to_timms_own_numbers(tmp_path: Path) -> None:
     import timm
 
     for name, arch in (("dinov3-small", "vit_small_patch16_dinov3"), ("convnext-tiny", "convnext_tiny")):
-        it = shallow(card(name))
+        it = truncate_card(card(name))
         torch.manual_seed(3)
         net = timm.create_model(arch, pretrained=False, **({"depth": 2} if name == "dinov3-small" else {})).eval()
         save_file(net.state_dict(), tmp_path / f"{name}.safetensors")
@@ -140,7 +140,7 @@ def test_timm_layouts_load_to_timms_own_numbers(tmp_path: Path) -> None:
 
 
 def test_a_key_too_many_and_a_key_too_few_are_listed(tmp_path: Path) -> None:
-    it, state = shallow(card("dinobloom-s", sha256="")), published_state(384, 2)
+    it, state = truncate_card(card("dinobloom-s", sha256="")), published_state(384, 2)
     lost = [key for key in state if key.startswith("blocks.1.mlp") or key == "norm.weight"]
     for key in lost:
         del state[key]
@@ -156,11 +156,11 @@ def test_a_key_too_many_and_a_key_too_few_are_listed(tmp_path: Path) -> None:
 
 def test_one_key_too_many_alone_is_refused() -> None:
     with pytest.raises(CellbenchError, match=r"the card describes: has too many: 1 key \(blocks.2.norm1.bias\)"):
-        built(shallow(card("dinobloom-s")), published_state(384, 2) | {"blocks.2.norm1.bias": torch.zeros(384)})
+        built(truncate_card(card("dinobloom-s")), published_state(384, 2) | {"blocks.2.norm1.bias": torch.zeros(384)})
 
 
 def test_weights_of_another_network_or_of_none_are_refused() -> None:
-    it = shallow(card("dinobloom-s"))
+    it = truncate_card(card("dinobloom-s"))
     with pytest.raises(CellbenchError, match="has another shape"):
         built(it, published_state(768, 2))
     with pytest.raises(CellbenchError, match="holds no vision network that is known here"):
@@ -172,12 +172,12 @@ def test_weights_of_another_network_or_of_none_are_refused() -> None:
 def test_of_student_and_teacher_the_teacher_is_taken() -> None:
     teacher, student = published_state(384, 1, seed=1), published_state(384, 1, seed=2)
     both = {f"student.backbone.{k}": v for k, v in student.items()} | {f"teacher.backbone.{k}": v for k, v in teacher.items()}
-    assert torch.equal(to_timm(both, "x")["norm.bias"], teacher["norm.bias"])
+    assert torch.equal(to_timm_names(both, "x")["norm.bias"], teacher["norm.bias"])
 
 
 def test_a_card_that_contradicts_its_network_is_refused() -> None:
     with pytest.raises(CellbenchError, match="prefix_tokens = 5, the network has 1"):
-        built(shallow(card("dinobloom-s", prefix_tokens=5)), None)
+        built(truncate_card(card("dinobloom-s", prefix_tokens=5)), None)
     with pytest.raises(CellbenchError, match=r"no setting called 'patchsize'. Did you mean 'patch_size'"):
         built(card("dinobloom-s", arch={"name": "vit_small_patch14_dinov2", "patchsize": 14}))
     with pytest.raises(CellbenchError, match=r"timm .* has no such model"):
@@ -185,7 +185,7 @@ def test_a_card_that_contradicts_its_network_is_refused() -> None:
 
 
 def test_sizes_and_levels_that_do_not_exist_are_refused() -> None:
-    backbone = built(shallow(card("dinobloom-s")))
+    backbone = built(truncate_card(card("dinobloom-s")))
     with pytest.raises(ValueError, match="multiples of the 14 px patch"):
         backbone(torch.rand(1, 3, 224, 230), (0,))
     with pytest.raises(ValueError, match="there are 0 to 1"):

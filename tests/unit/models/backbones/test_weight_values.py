@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from cellbench.config.registry import BackboneCard, Registry
 from cellbench.errors import CellbenchError, WeightsUnavailable
 from cellbench.inference.segmenter import Segmenter
-from cellbench.models.backbones.build import open_backbone, shallow
+from cellbench.models.backbones.build import open_backbone, truncate_card
 from cellbench.models.backbones.weight_files import check_values
 from cellbench.run import main
-from cellbench.training.tiled_inference import segment
+from cellbench.training.tiled_inference import segment_images
 
 MATRIX = "blocks.1.mlp.fc1.weight"
 
@@ -29,12 +29,12 @@ MATRIX = "blocks.1.mlp.fc1.weight"
 @pytest.fixture(scope="module")
 def sound() -> dict[str, Tensor]:
     """A vision transformer's tensors as a file holds them, two blocks."""
-    net = open_backbone(shallow(REGISTRY.backbone("vit-tiny-random"))).net
+    net = open_backbone(truncate_card(REGISTRY.backbone("vit-tiny-random"))).net
     return {name: x.clone() for name, x in net.state_dict().items()}
 
 
 def card() -> BackboneCard:
-    it = shallow(REGISTRY.backbone("vit-tiny-random"))
+    it = truncate_card(REGISTRY.backbone("vit-tiny-random"))
     return it.model_copy(update={"id": "mine", "weights": "https://example.org/mine.safetensors"})
 
 
@@ -172,7 +172,7 @@ def test_an_infinite_score_is_no_answer_though_its_probability_is_a_number(small
     dataset, run = dataset_of(small_folder), run_of()
     features = features_of(dataset, [run])
     made = learners_of(dataset, [run], features)[0].model
-    assert all(answers[0].finite for _, answers in segment([made], features, "test"))
+    assert all(answers[0].finite for _, answers in segment_images([made], features, "test"))
 
     class Sure(type(made.head)):
         def forward(self, maps: list[Tensor], pixels_BCHW: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def test_an_infinite_score_is_no_answer_though_its_probability_is_a_number(small
             return out
 
     made.head.__class__ = Sure
-    assert not any(answers[0].finite for _, answers in segment([made], features, "test"))
+    assert not any(answers[0].finite for _, answers in segment_images([made], features, "test"))
 
 
 def test_a_run_whose_test_scores_are_not_finite_fails_with_that_reason(tmp_path: Path, capsys) -> None:

@@ -258,11 +258,11 @@ def test_a_side_that_is_neither_dark_nor_bright_is_refused() -> None:
 
 def test_otsu_on_real_smears_scores_as_measured(shared) -> None:
     """Issue 2: a mean Dice of 0.958 on the three test images."""
-    from cellbench.data.io.images import class_map, read_image, read_labels
+    from cellbench.data.io.images import labels_to_classes, read_image, read_labels
 
     dices = []
     for path in sorted((shared / "bccd" / "test" / "original").iterdir()):
-        truth = class_map(read_labels(shared / "bccd" / "test" / "mask" / path.name), (0, 255))
+        truth = labels_to_classes(read_labels(shared / "bccd" / "test" / "mask" / path.name), (0, 255))
         found = otsu(read_image(path), 2, cells="dark")
         dices.append(2 * np.sum(truth & found) / (truth.sum(dtype=int) + found.sum(dtype=int)))
     assert len(dices) == 3
