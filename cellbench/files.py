@@ -36,7 +36,9 @@ def os_errors_as(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CellbenchError(f"{doing}: no space left on the device. Free some, or name another folder; nothing half-written remains.") from error
+            raise CellbenchError(
+                f"{doing}: no space left on the device. Free some, or name another folder; nothing half-written remains."
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise CellbenchError(f"{doing}: not permitted ({error.strerror}). Make the folder writable, or name another one.") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):

@@ -114,4 +114,3 @@ def prefetch(items: Iterable[T], num: int = 2) -> Iterator[T]:
     finally:
         stop.set()
         thread.join()
-

@@ -22,7 +22,9 @@ from cellbench.escaping import to_printable
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    atexit.register(gc.freeze)  # what is there at the end need not be searched for garbage: a second and a half, with torch and MLflow loaded
+    atexit.register(
+        gc.freeze
+    )  # what is there at the end need not be searched for garbage: a second and a half, with torch and MLflow loaded
     signal.signal(signal.SIGTERM, _terminated)
     try:
         return arguments.verb(arguments)
@@ -56,29 +58,51 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     grid = verbs.add_parser("grid", help="train, test and compare every run of an experiment", description=_GRID)
-    grid.add_argument("file", nargs="?", default="quickstart", help="an experiment file, or the name of a shipped one (default: quickstart)")
+    grid.add_argument(
+        "file", nargs="?", default="quickstart", help="an experiment file, or the name of a shipped one (default: quickstart)"
+    )
     _about_training(grid, size="; with a size like 50G, features are kept there")
-    grid.add_argument("--dry-run", action="store_true", help="print the runs, the cohorts and an estimate of time, memory and disk; train nothing")
-    grid.add_argument("--workers", type=int, metavar="N", help="N processes side by side, each on its share of the cores (default: this one alone)")
+    grid.add_argument(
+        "--dry-run", action="store_true", help="print the runs, the cohorts and an estimate of time, memory and disk; train nothing"
+    )
+    grid.add_argument(
+        "--workers", type=int, metavar="N", help="N processes side by side, each on its share of the cores (default: this one alone)"
+    )
     grid.add_argument("--on", metavar="ray[://ADDRESS]", help="run on Ray: one that is started here, or the cluster at ray://HOST:PORT")
-    grid.add_argument("--gpu-share", type=float, default=1.0, metavar="X", help="with --on: the part of a GPU that a cohort asks for (default: 1)")
-    grid.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like run.epochs=3; repeatable")
+    grid.add_argument(
+        "--gpu-share", type=float, default=1.0, metavar="X", help="with --on: the part of a GPU that a cohort asks for (default: 1)"
+    )
+    grid.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like run.epochs=3; repeatable"
+    )
     grid.set_defaults(verb=_grid)
 
-    search = verbs.add_parser("search", help="seek the best setting within a space, many trials to each pass of a backbone", description=_SEARCH)
+    search = verbs.add_parser(
+        "search", help="seek the best setting within a space, many trials to each pass of a backbone", description=_SEARCH
+    )
     search.add_argument("file", nargs="?", default="search", help="a search's file, or the name of a shipped one (default: search)")
-    search.add_argument("--trials", type=int, metavar="N", help="how many in all, those of earlier calls included (default: as the file says)")
+    search.add_argument(
+        "--trials", type=int, metavar="N", help="how many in all, those of earlier calls included (default: as the file says)"
+    )
     search.add_argument("--timeout", type=float, metavar="S", help="ask for no more trials after so many seconds")
     search.add_argument("--workers", type=int, default=1, metavar="N", help="processes here that share trials and cores (default: 1)")
-    search.add_argument("--storage", metavar="URL", help="where the study is kept (default: OPTUNA_STORAGE, else sqlite:///mlruns/optuna.db)")
+    search.add_argument(
+        "--storage", metavar="URL", help="where the study is kept (default: OPTUNA_STORAGE, else sqlite:///mlruns/optuna.db)"
+    )
     search.add_argument("--on", metavar="ray[://ADDRESS]", help="run on Ray: one that is started here, or the cluster at ray://HOST:PORT")
-    search.add_argument("--gpu-share", type=float, default=1.0, metavar="X", help="with --on: the part of a GPU that a process asks for (default: 1)")
+    search.add_argument(
+        "--gpu-share", type=float, default=1.0, metavar="X", help="with --on: the part of a GPU that a process asks for (default: 1)"
+    )
     search.add_argument("--helper", type=int, default=0, help=argparse.SUPPRESS)
     _about_training(search, size=" and how much of features may be kept there")
-    search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like search.sampler=gp; repeatable")
+    search.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting for this call, like search.sampler=gp; repeatable"
+    )
     search.set_defaults(verb=_search)
 
-    predict = verbs.add_parser("predict", help="masks of your images by a run: `best`, a run's name or id, or an exported folder", description=_PREDICT)
+    predict = verbs.add_parser(
+        "predict", help="masks of your images by a run: `best`, a run's name or id, or an exported folder", description=_PREDICT
+    )
     predict.add_argument("run", metavar="RUN", help="best, best:EXPERIMENT, a run's name or MLflow id, or an exported folder")
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files and folders of them")
     predict.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the masks go, as NAME.png")
@@ -86,10 +110,16 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--overlay", action="store_true", help="also NAME.overlay.png: the image with outlines")
     predict.add_argument("--geojson", action="store_true", help="also NAME.geojson: outlines of single cells for QuPath")
     predict.add_argument("--coco", action="store_true", help="also coco.json: the outlines of single cells of all images in DIR")
-    predict.add_argument("--instances", action="store_true", help="also NAME.instances.png and NAME.cells.csv: single cells; counts.csv for all in DIR")
+    predict.add_argument(
+        "--instances", action="store_true", help="also NAME.instances.png and NAME.cells.csv: single cells; counts.csv for all in DIR"
+    )
     predict.add_argument("--min-cell-px", type=int, metavar="N", help="least area of a cell in px (default: the training data's)")
-    predict.add_argument("--um-per-px", type=float, metavar="X", help="with --instances: the side of a pixel in all images (default: what each file states)")
-    predict.add_argument("--range", metavar="BLACK,WHITE", help="of images of more than 8 bits, like 0,4095 (default: that of the images learned from)")
+    predict.add_argument(
+        "--um-per-px", type=float, metavar="X", help="with --instances: the side of a pixel in all images (default: what each file states)"
+    )
+    predict.add_argument(
+        "--range", metavar="BLACK,WHITE", help="of images of more than 8 bits, like 0,4095 (default: that of the images learned from)"
+    )
     _about_a_run(predict)
     predict.set_defaults(verb=_predict)
 
@@ -100,26 +130,44 @@ def _parser() -> argparse.ArgumentParser:
     _about_a_run(evaluate)
     evaluate.set_defaults(verb=_evaluate)
 
-    export = verbs.add_parser("export", help="a run as a folder that works elsewhere; as ONNX; as a model that MLflow serves", description=_EXPORT)
+    export = verbs.add_parser(
+        "export", help="a run as a folder that works elsewhere; as ONNX; as a model that MLflow serves", description=_EXPORT
+    )
     export.add_argument("run", metavar="RUN", help="best, best:EXPERIMENT, a run's name or MLflow id, or an exported folder")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     export.add_argument("--onnx", action="store_true", help="also model.onnx: backbone and head, checked against torch")
     export.add_argument("--mlflow", action="store_true", help="also mlflow/, for `mlflow models serve -m DIR/mlflow --env-manager local`")
-    export.add_argument("--backbone", choices=("auto", "embed", "reference"), default="auto", help="copy its weights: where the licence allows (auto)")
+    export.add_argument(
+        "--backbone", choices=("auto", "embed", "reference"), default="auto", help="copy its weights: where the licence allows (auto)"
+    )
     _about_a_run(export)
     export.set_defaults(verb=_export)
 
-    report = verbs.add_parser("report", help="what an experiment found: one HTML file, and tables as Markdown, CSV and LaTeX", description=_REPORT)
-    report.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="its name in MLflow (default: the one with the newest finished run)")
+    report = verbs.add_parser(
+        "report", help="what an experiment found: one HTML file, and tables as Markdown, CSV and LaTeX", description=_REPORT
+    )
+    report.add_argument(
+        "experiments", nargs="*", metavar="EXPERIMENT", help="its name in MLflow (default: the one with the newest finished run)"
+    )
     report.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: reports/EXPERIMENT)")
     report.set_defaults(verb=_report)
 
     explore = verbs.add_parser("explore", help="pictures and statistics of a dataset, or of what backbones see in it", description=_EXPLORE)
     explore.add_argument("data", nargs="?", type=Path, metavar="DIR", help="the folder of images and masks (default: drawn smears)")
     explore.add_argument("--dataset", default="", metavar="CARD", help="how to read it (default: folder)")
-    explore.add_argument("--features", action="store_true", help="the last maps of backbones, in several framings of one image, side by side")
-    explore.add_argument("--backbone", action="append", default=[], metavar="NAME", help="with --features; repeatable (default: those that are here)")
-    explore.add_argument("--framing", action="append", default=[], metavar="KIND[:SCALE]", help="tile, pad, resize, tile:0.5; repeatable (default: all three)")
+    explore.add_argument(
+        "--features", action="store_true", help="the last maps of backbones, in several framings of one image, side by side"
+    )
+    explore.add_argument(
+        "--backbone", action="append", default=[], metavar="NAME", help="with --features; repeatable (default: those that are here)"
+    )
+    explore.add_argument(
+        "--framing",
+        action="append",
+        default=[],
+        metavar="KIND[:SCALE]",
+        help="tile, pad, resize, tile:0.5; repeatable (default: all three)",
+    )
     explore.add_argument("--image", default="", metavar="NAME", help="the image to look at (default: the first)")
     explore.add_argument("--point", default="", metavar="X,Y", help="a pixel of the image: how alike is every other place to it")
     explore.add_argument("--tile-px", type=int, default=224, metavar="N", help="the tile's side (default: 224)")
@@ -147,12 +195,18 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--scale", action="store_true", help="instead: 1 to 27 runs, and the images up to a hundred times over, with memory")
     bench.set_defaults(verb=_bench)
 
-    check = verbs.add_parser("check", help="is this data fit to train on? reads every image once, finds faults and leaks", description=_CHECK)
+    check = verbs.add_parser(
+        "check", help="is this data fit to train on? reads every image once, finds faults and leaks", description=_CHECK
+    )
     check.add_argument("data", type=Path, metavar="DIR", help="the folder of images and masks, or a manifest or COCO file")
-    check.add_argument("--dataset", default="folder", metavar="CARD", help="the card that says what masks mean, like bccd (default: folder)")
+    check.add_argument(
+        "--dataset", default="folder", metavar="CARD", help="the card that says what masks mean, like bccd (default: folder)"
+    )
     check.add_argument("--out", type=Path, metavar="DIR", help="where check.json and check.html go (default: reports/check-NAME)")
     check.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
-    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="how it is split, like data.group=prefix; repeatable")
+    check.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="how it is split, like data.group=prefix; repeatable"
+    )
     check.set_defaults(verb=_check)
 
     cache = verbs.add_parser("cache", help="what features are kept on disk, and pruning them")
@@ -179,7 +233,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--cache", type=Path, metavar="DIR", help="for downloads and hashes (default: ~/.cache/cellbench)")
     doctor.add_argument("--deep", action="store_true", help="for the table: also read large files to compare their hashes, once")
     doctor.add_argument("--contracts", action="store_true", help="test what every part must keep: those named, of --registry, or all")
-    doctor.add_argument("--services", action="store_true", help="ask what is configured: MLflow's server, the databases, the cache folder, Ray")
+    doctor.add_argument(
+        "--services", action="store_true", help="ask what is configured: MLflow's server, the databases, the cache folder, Ray"
+    )
     doctor.set_defaults(verb=_doctor)
     return parser
 
@@ -190,9 +246,13 @@ def _about_training(verb: argparse.ArgumentParser, size: str) -> None:
     verb.add_argument("--weights", type=Path, metavar="DIR", help="where backbone weights lie, as <backbone>.safetensors, .pth or .bin")
     verb.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     verb.add_argument("--precision", default="auto", help="auto, fp32 or bf16 (default: bf16 where the processor has it)")
-    verb.add_argument("--memory", default="auto", metavar="SIZE", help="for decoded images and features, like 4G (default: half of what is free)")
+    verb.add_argument(
+        "--memory", default="auto", metavar="SIZE", help="for decoded images and features, like 4G (default: half of what is free)"
+    )
     verb.add_argument("--cache", metavar="DIR[:SIZE]", help=f"the cache folder (default: ~/.cache/cellbench){size}")
-    verb.add_argument("--cache-url", metavar="URL", help="features that machines share, like s3://bucket/folder (default: CELLBENCH_CACHE_URL)")
+    verb.add_argument(
+        "--cache-url", metavar="URL", help="features that machines share, like s3://bucket/folder (default: CELLBENCH_CACHE_URL)"
+    )
     verb.add_argument("--registry", type=Path, metavar="DIR", help="a folder of your own cards, laid over the shipped ones")
     verb.add_argument("--limit", type=int, metavar="N", help="at most N images of each of train, validation and test, for a quick try")
 
@@ -355,7 +415,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     )
 
 
-_CHECK = "Exit code 0 where the data is fit, 1 where a finding would falsify a result, 2 where it could not look. Nothing is written into DIR."
+_CHECK = (
+    "Exit code 0 where the data is fit, 1 where a finding would falsify a result, 2 where it could not look. Nothing is written into DIR."
+)
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -26,7 +26,8 @@ LAYERS = (
     (
         "the one harness",
         {"machine", "load", "checkpoints", "lanes", "randomness", "store", "shards", "shared"}
-        | {"trunk", "features", "model", "infer", "learner", "teams", "train", "tuning", "exam"} | {"trained", "room", "survey", "tokens"},
+        | {"trunk", "features", "model", "infer", "learner", "teams", "train", "tuning", "exam"}
+        | {"trained", "room", "survey", "tokens"},
     ),
     (
         "doors and what is told",
@@ -55,7 +56,8 @@ DOORS = {
     "matplotlib": {"figures.py", "figures_many.py", "figures_tests.py", "figures_explore.py", "study_figures.py"}
     | {"chapters.py"},  # chapters: the word Figure in its signatures
     "seaborn": {"figures.py", "figures_many.py", "figures_tests.py"},
-    "PIL": {f"data/{name}.py" for name in ("image_files", "images", "smears", "_shapes", "sources", "png_rows")} | {"page.py"},  # page: into HTML
+    "PIL": {f"data/{name}.py" for name in ("image_files", "images", "smears", "_shapes", "sources", "png_rows")}
+    | {"page.py"},  # page: into HTML
     "tifffile": {"data/image_files.py", "data/sources.py"},
     "pycocotools": {"data/annotations.py"},
     "segmentation_models_pytorch": {"losses.py", "baselines/unet.py"},

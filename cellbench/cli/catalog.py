@@ -48,7 +48,13 @@ def show_component(name: str, extra: Path | None) -> str:
     if kind in ("", EXPERIMENTS) and rest in dict(_experiments()):
         holders.append(EXPERIMENTS)
     if not holders:
-        known = [n for k in KINDS for n in registry.names(k)] if not kind else dict(_experiments()) if kind == EXPERIMENTS else registry.names(kind)
+        known = (
+            [n for k in KINDS for n in registry.names(k)]
+            if not kind
+            else dict(_experiments())
+            if kind == EXPERIMENTS
+            else registry.names(kind)
+        )
         raise unknown_name(kind.removesuffix("s") or "card", rest, known)
     if len(holders) > 1:
         raise CellbenchError(f"'{rest}' is the name of several: {', '.join(f'{k}/{rest}' for k in holders)}. Name one of them.")
@@ -62,7 +68,11 @@ def show_component(name: str, extra: Path | None) -> str:
 
 def _meaning(card: Card) -> str:
     if isinstance(card, BackboneCard):
-        cost = "needs no weights" if card.weights == "none" else f"weights: --weights DIR with {card.id}.safetensors, .pth or .bin, else {card.weights}"
+        cost = (
+            "needs no weights"
+            if card.weights == "none"
+            else f"weights: --weights DIR with {card.id}.safetensors, .pth or .bin, else {card.weights}"
+        )
         return f"{cost}; a 224-px tile becomes {224 // card.patch_px} x {224 // card.patch_px} vectors of {card.dim}."
     if isinstance(card, HeadCard):
         return f"reads {card.levels} depth{'s' if card.levels > 1 else ''} of the backbone{' and the pixels' if card.pixels else ''}."

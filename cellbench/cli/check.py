@@ -110,7 +110,9 @@ def _read(dataset: Dataset, tolerance: int) -> list[SampleFacts]:
 
 def _absent(facts: Sequence[SampleFacts], classes: Sequence[str]) -> list[Finding]:
     pixels = {split: np.array([f.shares for f in facts if f.split == split and f.shares]) for split in SPLITS}
-    return [Finding(kind="class", severity=Severity.LOOK, said=said, images=(name,)) for name, said in describe_absent_classes(classes, pixels)]
+    return [
+        Finding(kind="class", severity=Severity.LOOK, said=said, images=(name,)) for name, said in describe_absent_classes(classes, pixels)
+    ]
 
 
 def _expected(expected: dict[str, int], facts: Sequence[SampleFacts]) -> list[Finding]:
@@ -139,8 +141,12 @@ def _lines(verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Fin
     return [*lines, *(f"  {note}" for note in notes)]
 
 
-def _json(verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Finding], notes: Sequence[str], facts: Sequence[SampleFacts]) -> str:
-    rows = [{key: value for key, value in vars(f).items() if not isinstance(value, np.ndarray | Keypoints | PlacementFeatures)} for f in facts]
+def _json(
+    verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Finding], notes: Sequence[str], facts: Sequence[SampleFacts]
+) -> str:
+    rows = [
+        {key: value for key, value in vars(f).items() if not isinstance(value, np.ndarray | Keypoints | PlacementFeatures)} for f in facts
+    ]
     told = [{"kind": f.kind, "severity": f.severity.value, "said": f.said, "images": f.images} for f in found]
     return json.dumps({"verdict": verdict, "findings": told, "statistics": dict(numbers), "notes": notes, "images": rows}, indent=1)
 
@@ -151,5 +157,11 @@ def _page(folder: Path, verdict: str, numbers: Sequence[tuple[str, str]], found:
         for f in found
     ]
     table = html.render_table(["how bad", "what", "images", "what it means", "which"], rows, text=(1, 3, 4))
-    sections = [("Findings", table or "<p>None.</p>"), ("What is there", html.render_facts(numbers)), ("How it was read", html.render_paragraphs(notes))]
-    return html.render_page(f"Is {folder.absolute().name} fit to train on?", "cellbench check", sections, html.render_paragraphs([verdict], "verdict"))
+    sections = [
+        ("Findings", table or "<p>None.</p>"),
+        ("What is there", html.render_facts(numbers)),
+        ("How it was read", html.render_paragraphs(notes)),
+    ]
+    return html.render_page(
+        f"Is {folder.absolute().name} fit to train on?", "cellbench check", sections, html.render_paragraphs([verdict], "verdict")
+    )

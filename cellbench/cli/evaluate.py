@@ -60,7 +60,9 @@ def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Regi
     # What is one cell is what the run learned as one.
     owners = trained.separation.owners
     own = with_owners(validated(own), owners)
-    own = replace(own, unused=unused_classes(own, survey_classes(own).values()), notes=(*listing.notes, *(doubt.line for doubt in listing.doubts)))
+    own = replace(
+        own, unused=unused_classes(own, survey_classes(own).values()), notes=(*listing.notes, *(doubt.line for doubt in listing.doubts))
+    )
     if own.digest == trained.dataset_digest:
         return replace(own, train=(), val=()), "the run's own test images"
     # The run's model sees these images as its own; so do the pictures of its worst answers.
@@ -86,7 +88,11 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_shown: int) -
             truth = dataset.read_mask(dataset.test[index])
             counts = confusion_matrix(truth, found.classes, num)
             exams.take(index, truth, [counts], [(found.classes, found.probability, found.relief)])
-            worst.append(ExamplePrediction.of(index, float(per_image_scores(counts[None], unused=dataset.unused)["dice"][0]), found.classes, found.probability))
+            worst.append(
+                ExamplePrediction.of(
+                    index, float(per_image_scores(counts[None], unused=dataset.unused)["dice"][0]), found.classes, found.probability
+                )
+            )
             worst = sorted(worst, key=lambda case: math.inf if math.isnan(case.dice) else case.dice)[:num_shown]
             start = time.perf_counter()  # reading the truth and scoring are not the model's
     cost = {"cost/images_per_s": timed / max(seconds, 1e-9)}
@@ -131,21 +137,35 @@ def evaluate(
     metrics = artifacts.final_metrics(dataset, result)
     name = f"evaluate: {trained.name} on {dataset.root.name}"
     tracker = Tracker(trained.experiment or "evaluations")
-    key = hashlib.sha256(json.dumps([EVALUATION, trained.fingerprint, dataset.digest, segmenter.machine.precision_name]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        json.dumps([EVALUATION, trained.fingerprint, dataset.digest, segmenter.machine.precision_name]).encode()
+    ).hexdigest()[:16]
     tags = {"cellbench.kind": EVALUATION, EVALUATED: trained.run_id or trained.name, "model": trained.run.model, "dataset": dataset.name}
     known = next((run for run in tracker.stored() if run.fingerprint == key), None)
     with tracker.run(name, key, parent=trained.run_id, known=known, tags=tags) as run:
         if known is None:
-            run.log({}, params={"evaluated": trained.name, "dataset": dataset.name, "images": len(dataset.test), "precision": segmenter.machine.precision_name})
+            run.log(
+                {},
+                params={
+                    "evaluated": trained.name,
+                    "dataset": dataset.name,
+                    "images": len(dataset.test),
+                    "precision": segmenter.machine.precision_name,
+                },
+            )
             if seen is not None:
-                run.log({}, params={f"images_{word}": seen.count(part) for part, word in (("train", "trained_on"), ("val", "validated_on"))})
+                run.log(
+                    {}, params={f"images_{word}": seen.count(part) for part, word in (("train", "trained_on"), ("val", "validated_on"))}
+                )
             run.data(dataset.name, dataset.digest, str(dataset.root), "testing")
         with tempfile.TemporaryDirectory(prefix="cellbench-") as place:
             folder, pixels = Path(place), ImageCache(dataset, "test", 2**28)
             plain = experiment.model_copy(update={"data": DataSpec()})
             artifacts.write_artifacts(folder, name, trained.run.model_copy(update={"fold": 0}), plain, [dataset], pixels, result)
             if seen is not None:
-                listed_images = {part: [s.name for s, one in zip(dataset.test, seen, strict=True) if one == part] for part in seen_images.PARTS}
+                listed_images = {
+                    part: [s.name for s, one in zip(dataset.test, seen, strict=True) if one == part] for part in seen_images.PARTS
+                }
                 (folder / SEEN).write_text(json.dumps(listed_images), encoding="utf-8")
             (folder / "config.toml").write_text(trained.config, encoding="utf-8")
             for rank, case in enumerate(worst, 1):
@@ -153,14 +173,19 @@ def evaluate(
                 file = dataset.test[case.image].name
                 title = f"{rank}. worst of {len(dataset.test)}: {file}, {case.score}\n{describe_outcomes(asdict(result.exam.agreements[case.image]))}"
                 stem = file_name(Path(file).stem)
-                run_plots.save_figure(run_plots.plot_example(picture, truth, case.classes, case.cell, title), folder / "figures" / f"worst-{rank:03d}-{stem}.png")
+                run_plots.save_figure(
+                    run_plots.plot_example(picture, truth, case.classes, case.cell, title),
+                    folder / "figures" / f"worst-{rank:03d}-{stem}.png",
+                )
             run.artifacts(folder)
         told = artifacts.run_tags(name, metrics, segmenter.machine.name, run.address("figures/worst.png"))
         independent = "unknown" if seen is None else "no" if any(seen) else "yes"
         told |= {INDEPENDENT: independent, NOTE: f"**Warning:** {warning}\n\n{told[NOTE]}" if warning else told[NOTE]}
         run.log(metrics, tags=told)
     mean = f"{artifacts.format_score(metrics, 'test_image/dice')}{artifacts.interval_words(metrics)}"
-    say(f"Dice {artifacts.format_score(metrics, 'test/dice')} over all pixels, {mean} in the mean of the images; IoU {artifacts.format_score(metrics, 'test/iou')}.")
+    say(
+        f"Dice {artifacts.format_score(metrics, 'test/dice')} over all pixels, {mean} in the mean of the images; IoU {artifacts.format_score(metrics, 'test/iou')}."
+    )
     say(f"{describe_outcomes({key.removeprefix('test/'): value for key, value in metrics.items()})}.")
     if metrics["test/num_empty"]:
         empty, found = metrics["test/num_empty"], metrics["test/num_empty_found"]

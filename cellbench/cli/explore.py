@@ -74,7 +74,9 @@ def explore(
         facts = _statistics(here, pool, num_samples, seed, folder)
     print(f"pictures are in {folder}")
     if tracker is not None:
-        key = hashlib.sha256(json.dumps([features, *map(str, (data, backbones, framings, image, point, tile_px, seed))]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(
+            json.dumps([features, *map(str, (data, backbones, framings, image, point, tile_px, seed))]).encode()
+        ).hexdigest()[:16]
         title = f"features of {_named(pool, image).name}" if features else f"{len(pool)} images"
         with tracker.run(title, key, known=tracker.known().get(key), tags={"cellbench.kind": "explore"}) as run:
             run.log({f"data/{fact}": value for fact, value in facts.items() if not np.isnan(value)})
@@ -157,7 +159,9 @@ def _features(
         if not views:
             continue
         pictures = pca_rgb([view for _, view in views])
-        components[name] = [Panel(title=f"{title}: {_places(view)}", picture=picture) for (title, view), picture in zip(views, pictures, strict=True)]
+        components[name] = [
+            Panel(title=f"{title}: {_places(view)}", picture=picture) for (title, view), picture in zip(views, pictures, strict=True)
+        ]
         if point is None:
             continue
         alike[name] = []
@@ -168,7 +172,9 @@ def _features(
             facts[f"alike_{name}_{title}".replace(" ", "_")] = share
             alike[name].append(Panel(title=f"{title}: {share:.0%} of the likest 5 % in its class", picture=cosine, scale=(0.0, 1.0)))
     if not components:
-        raise CellbenchError("no backbone could be shown. `doctor` says what can be had here; vit-tiny-random and filter-bank need nothing.")
+        raise CellbenchError(
+            "no backbone could be shown. `doctor` says what can be had here; vit-tiny-random and filter-bank need nothing."
+        )
     what = f"{sample.name}, {width} x {height} px"
     told = f"{what}: three principal components of the last map, one colour scale for each backbone"
     run_plots.save_figure(dataset_plots.plot_feature_maps(image, components, told, point), folder / "features.png")

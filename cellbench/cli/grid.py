@@ -64,7 +64,9 @@ def experiment_path(name: str) -> Path:
     return inside
 
 
-def read_experiment(name: str, changes: Sequence[str] = (), data: Path | None = None, limit: int | None = None, registry: Registry | None = None) -> Experiment:
+def read_experiment(
+    name: str, changes: Sequence[str] = (), data: Path | None = None, limit: int | None = None, registry: Registry | None = None
+) -> Experiment:
     """The experiment of a file, or of a shipped file's name, with ``--set`` changes. Raises CellbenchError.
 
     A drawn dataset gives way to ``--data``: the same questions are then asked of the person's own folder.
@@ -243,10 +245,15 @@ def grid(
     for line in relocate.fix_artifact_paths():
         say(line)
     tracker = Tracker(experiment.experiment)
-    key = hashlib.sha256(json.dumps([experiment.model_dump(mode="json"), pool_folds(datasets), here.precision_name], sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        json.dumps([experiment.model_dump(mode="json"), pool_folds(datasets), here.precision_name], sort_keys=True).encode()
+    ).hexdigest()[:16]
     asked = {f"grid.{name}": ", ".join(map(str, values)) for name, values in experiment.grid.items()}
     asked |= {"baselines": ", ".join(experiment.baselines) or "none", "dataset": dataset.name, "precision": here.precision_name}
-    with ray_cluster.connect(on, here) if on is not None else nullcontext() as ray, parent_run(tracker, f"grid: {Path(file).stem}", key, asked, pool_folds(datasets)) as top:
+    with (
+        ray_cluster.connect(on, here) if on is not None else nullcontext() as ray,
+        parent_run(tracker, f"grid: {Path(file).stem}", key, asked, pool_folds(datasets)) as top,
+    ):
         runner = Runner(
             experiment=experiment,
             registry=registry,
@@ -288,14 +295,20 @@ def grid(
         write_report(tracker, top, ids, known, splits, outcome.skipped, outcome.failed, say)
         top.log({f"grid/{name}": len(runs) for name, runs in (("finished", ids), ("skipped", outcome.skipped), ("failed", outcome.failed))})
         if outcome.skipped or outcome.failed or outcome.busy:
-            say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} with another process.")
-        say(f"everything is in MLflow: `cellbench ui` or `mlflow ui` here, experiment '{experiment.experiment}'; its parent run has report.html.")
+            say(
+                f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} with another process."
+            )
+        say(
+            f"everything is in MLflow: `cellbench ui` or `mlflow ui` here, experiment '{experiment.experiment}'; its parent run has report.html."
+        )
         if outcome.failed:
             top.end("failed", f"{len(outcome.failed)} runs failed")
     return 1 if outcome.failed else 0
 
 
-def _dry(jobs: list[PlannedRun], registry: Registry, datasets: Sequence[Dataset], here: Hardware, weights: Path | None, keeping: CachePolicy) -> int:
+def _dry(
+    jobs: list[PlannedRun], registry: Registry, datasets: Sequence[Dataset], here: Hardware, weights: Path | None, keeping: CachePolicy
+) -> int:
     for job in jobs:
         say(f"  {job.name}" + (f"  skipped: {job.unavailable}" if job.unavailable else ""))
     wall, memory, disk, busy = 0.0, 0.0, 0.0, SystemLoad()

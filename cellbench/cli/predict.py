@@ -76,7 +76,9 @@ def find_images(places: Sequence[Path], out: Path) -> tuple[list[tuple[Path, Pat
         if place.is_dir():
             inside, other, seen = files_below(place)
             if seen & {out.resolve(), *out.resolve().parents}:
-                raise CellbenchError(f"--out {out}: lies in {place}, so that masks would be taken for images next time. Name a folder outside.")
+                raise CellbenchError(
+                    f"--out {out}: lies in {place}, so that masks would be taken for images next time. Name a folder outside."
+                )
             if not inside:
                 there = f" Found: {count_reasons(other)}." if other else ""
                 raise CellbenchError(f"{place}: holds no image. Expected files that end in {', '.join(sorted(EXTENSIONS))}.{there}")
@@ -104,7 +106,9 @@ def mask_stems(names: Mapping[Path, Path]) -> dict[Path, Path]:
 
     plain = shared(name.with_suffix("") for name in names.values())
     keeps = {
-        path: name if plain[case_folded(name.with_suffix("").as_posix())] > 1 or case_folded(name.stem).endswith(beside_masks) else name.with_suffix("")
+        path: name
+        if plain[case_folded(name.with_suffix("").as_posix())] > 1 or case_folded(name.stem).endswith(beside_masks)
+        else name.with_suffix("")
         for path, name in names.items()
     }
     alike = shared(keeps.values())
@@ -119,7 +123,9 @@ def mask_stems(names: Mapping[Path, Path]) -> dict[Path, Path]:
     twice = [name for name, num in Counter(out.values()).items() if num > 1]
     if twice:
         both = [str(path) for path, name in out.items() if name == twice[0]]
-        raise CellbenchError(f"{both[0]} and {both[1]} would both become {twice[0]}.png. Name the folder that holds both, or call twice with two --out.")
+        raise CellbenchError(
+            f"{both[0]} and {both[1]} would both become {twice[0]}.png. Name the folder that holds both, or call twice with two --out."
+        )
     return out
 
 
@@ -145,7 +151,12 @@ def formats_for(wanted: OutputFormats, target: OutputPaths) -> OutputFormats:
 def provenance_of(segmenter: Segmenter) -> dict[str, object]:
     """What the masks of one run have in common."""
     trained = segmenter.trained
-    maker = {"run": trained.fingerprint or trained.name, "model": trained.name, "classes": list(segmenter.names), "numerics": NUMERICS_VERSION}
+    maker = {
+        "run": trained.fingerprint or trained.name,
+        "model": trained.name,
+        "classes": list(segmenter.names),
+        "numerics": NUMERICS_VERSION,
+    }
     reading = trained.preparation.reading
     # As JSON gives it back, where a tuple is a list.
     return maker | ({"reading": json.loads(json.dumps(reading.told()))} if reading != IntensityScaling() else {})
@@ -247,7 +258,11 @@ class ExistingMask:
 
 def existing_masks(out: Path, but: Collection[Path] = ()) -> list[ExistingMask]:
     """All masks in a folder, sorted by name, without those ``but`` whose images could not be segmented now."""
-    return [ExistingMask(stem=stem, name=stem.relative_to(out).as_posix(), facts=facts) for stem, facts in find_masks(out).items() if stem not in but]
+    return [
+        ExistingMask(stem=stem, name=stem.relative_to(out).as_posix(), facts=facts)
+        for stem, facts in find_masks(out).items()
+        if stem not in but
+    ]
 
 
 def write_coco(answers: Sequence[ExistingMask], out: Path, names: tuple[str, ...]) -> Path:
@@ -281,7 +296,14 @@ def count_row(answer: ExistingMask, names: Sequence[str] = (), owners: Sequence[
     side = answer.facts["cells"]["um_per_px"]
     dense = round(density(len(cells), (height, width), side), 3)
     unit = {"cells_per_megapixel": dense} if side is None else {"cells_per_mm2": dense, "um_per_px": float(f"{side:.6g}")}
-    row: dict[str, object] = {"image": answer.name, "width_px": width, "height_px": height, "cells": len(cells), **unit, LEFT_OUT: num_below_min_area(answer)}
+    row: dict[str, object] = {
+        "image": answer.name,
+        "width_px": width,
+        "height_px": height,
+        "cells": len(cells),
+        **unit,
+        LEFT_OUT: num_below_min_area(answer),
+    }
     each = count_by_class(cells, names, owners, side)
     return row | {f"{name} (class)" if name in row else name: num for name, num in each.items()}
 
@@ -292,7 +314,9 @@ def num_below_min_area(answer: ExistingMask) -> int:
     return int(json.loads(words).get(LEFT_OUT, 0)) if words else 0
 
 
-def write_tables(out: Path, bad: Collection[Path], wanted: OutputFormats, as_coco: bool, names: tuple[str, ...], say: Callable[[str], None]) -> int:
+def write_tables(
+    out: Path, bad: Collection[Path], wanted: OutputFormats, as_coco: bool, names: tuple[str, ...], say: Callable[[str], None]
+) -> int:
     """The tables of all that lies in the folder: those asked for, and those of an earlier call, which must not fall behind.
 
     Returns how many regions are too small to be cells, in all images whose cells are counted.
@@ -343,7 +367,9 @@ def predict(
 ) -> int:
     """``cellbench predict``. Exit code 0, or 1 where an image was skipped or a file of a folder left out."""
     if um_per_px is not None and not (instances and 0 < um_per_px < 1000):
-        raise CellbenchError(f"--um-per-px {um_per_px:g}: the side of a pixel in um, above 0, for the tables that --instances writes. Give both.")
+        raise CellbenchError(
+            f"--um-per-px {um_per_px:g}: the side of a pixel in um, above 0, for the tables that --instances writes. Give both."
+        )
     if min_cell_px is not None and min_cell_px < 1:
         raise CellbenchError(f"--min-cell-px {min_cell_px}: the least area of a cell in px, 1 or more.")
     black_white = parse_range(range_text) if range_text is not None else None
@@ -365,7 +391,10 @@ def predict(
     todo = [target for target in targets if not target.done(formats_for(wanted, target))]
     before = f", {len(targets) - len(todo)} are done already" if len(todo) < len(targets) else ""
     say(f"{segmenter.trained.name}: {len(todo)} images on {segmenter.machine.name}{before}.")
-    for line in (*describe_pixel_sizes(sizes, len(targets), um_per_px, instances), *describe_magnification(sizes, segmenter.trained, um_per_px)):
+    for line in (
+        *describe_pixel_sizes(sizes, len(targets), um_per_px, instances),
+        *describe_magnification(sizes, segmenter.trained, um_per_px),
+    ):
         say(line)
 
     def warn(line: str) -> None:

@@ -48,7 +48,9 @@ def findings() -> list[Finding]:
     tracking, storage = store_uri(), os.environ.get("OPTUNA_STORAGE", "")
     found = [_asked("MLflow", lambda: _tracking(tracking)), _asked("Optuna", lambda: _storage(storage))]
     if "://" in storage and storage == tracking and not store_file(tracking):
-        found.append(Finding(service="Optuna", good=False, text="has MLflow's database; their tables mix. Give it one of its own: createdb optuna."))
+        found.append(
+            Finding(service="Optuna", good=False, text="has MLflow's database; their tables mix. Give it one of its own: createdb optuna.")
+        )
     found.append(_asked("cache", _cache))
     if url := shared_url():
         found.append(_asked("cache-url", lambda: _shared(url)))
@@ -96,7 +98,9 @@ def _database(url: str) -> str:
         with engine.connect() as connection:
             return f"{url} answers, {engine.dialect.name} {'.'.join(map(str, connection.dialect.server_version_info or ()))}."
     except sqlalchemy.exc.SQLAlchemyError as error:
-        raise CellbenchError(f"{url}: {one_line(error).split(' (Background')[0][:200]}. Is the database up, made and named right?") from None
+        raise CellbenchError(
+            f"{url}: {one_line(error).split(' (Background')[0][:200]}. Is the database up, made and named right?"
+        ) from None
     except ModuleNotFoundError as error:
         raise CellbenchError(f"{url}: {error.name} is not installed. `pip install 'cellbench[postgresql]'`.") from None
 

@@ -31,10 +31,25 @@ def ui(port: int = 5000, say: Callable[[str], None] = print) -> int:
         say(line)
     port = free_port(port)
     # `mlflow ui` does not read MLFLOW_TRACKING_URI, and only the literal "true" ends its telemetry.
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     # Its own session: Ctrl-C reaches us, and we end the server with all it started, in order.
-    server = subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    server = subprocess.Popen(
+        command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
     try:
         return _serve(server, port, say)
     except KeyboardInterrupt:

@@ -178,7 +178,6 @@ class DatasetCard(Card):
         """``mask_kind``, or ``masks`` where that says it; empty: all masks together decide."""
         return self.masks if not self.images and self.masks in ("cells", "classes", "binary") else self.mask_kind
 
-
     @model_validator(mode="after")
     def _parts_belong_to_objects(self) -> DatasetCard:
         for key in ("objects", "parts"):
@@ -222,9 +221,13 @@ class Registry:
 
     def __init__(self, extra: Path | None = None) -> None:
         if extra is not None and not extra.is_dir():
-            raise CellbenchError(f"--registry {extra}: there is no such folder. Expected one with backbones/, heads/, baselines/ or datasets/.")
+            raise CellbenchError(
+                f"--registry {extra}: there is no such folder. Expected one with backbones/, heads/, baselines/ or datasets/."
+            )
         if extra is not None and not any((extra / kind).is_dir() for kind in KINDS):
-            raise CellbenchError(f"--registry {extra}: holds none of {', '.join(k + '/' for k in KINDS)}. Put cards into folders of these names.")
+            raise CellbenchError(
+                f"--registry {extra}: holds none of {', '.join(k + '/' for k in KINDS)}. Put cards into folders of these names."
+            )
         self._folders = [folder for folder in (extra, shipped("registry")) if folder is not None]
         self._cards: dict[tuple[str, str], Any] = {}
 
@@ -310,7 +313,9 @@ def load(card: Card) -> Any:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r}. Expected 'module:object' or 'file.py:object'.")
     try:
         with startup.no_gc_during_import():
-            module = _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+            module = (
+                _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+            )
         return getattr(module, attribute)
     except (ImportError, FileNotFoundError, AttributeError) as error:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r} cannot be imported: {error}.") from error

@@ -212,7 +212,9 @@ class Experiment(StrictModel):
                 if key not in ("seed", "fold"):
                     raise CellbenchError(f"{where}: [grid] {key} is for backbones with heads. Baselines take it from [run].")
         if experiment.data.fold:
-            raise CellbenchError(f"{where}: [data] fold = {experiment.data.fold}: a grid runs all folds. For some of them set [grid] fold or [run] fold.")
+            raise CellbenchError(
+                f"{where}: [data] fold = {experiment.data.fold}: a grid runs all folds. For some of them set [grid] fold or [run] fold."
+            )
         seen: set[str] = set()
         for run in expand(experiment, where):  # every value is checked now, not when its turn comes
             if run.fold >= max(experiment.data.folds, 1):
@@ -235,7 +237,9 @@ def expand(experiment: Experiment, where: str = "experiment", trained: Mapping[s
     in each fold.
     """
     runs: list[RunSpec] = []
-    folds = experiment.grid.get("fold", [experiment.run["fold"]] if "fold" in experiment.run else list(range(max(experiment.data.folds, 1))))
+    folds = experiment.grid.get(
+        "fold", [experiment.run["fold"]] if "fold" in experiment.run else list(range(max(experiment.data.folds, 1)))
+    )
     if "backbone" in experiment.grid:
         grid = {**experiment.grid, "fold": folds}
         names = list(grid)

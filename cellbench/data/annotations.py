@@ -100,7 +100,9 @@ class CocoRegions:
             try:
                 inside = rasterize(json.loads(region.segmentation), height, width)
             except ValueError as error:
-                raise CellbenchError(f"{self.file}: annotation {region.id} of {quote_name(self.name)} {error}. Mend it, or take it out.") from None
+                raise CellbenchError(
+                    f"{self.file}: annotation {region.id} of {quote_name(self.name)} {error}. Mend it, or take it out."
+                ) from None
             ids[inside], classes[inside] = number if region.label != IGNORE else 0, region.label
         return classes, ids
 

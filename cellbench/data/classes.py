@@ -81,7 +81,11 @@ def class_content(classes: np.ndarray, num: int) -> ClassContent:
 def survey_classes(dataset: Dataset) -> dict[Sample, ClassContent]:
     """Each sample's mask, but for those that cannot be read. What was read is remembered by the file's size and time of change."""
     num = len(dataset.classes)
-    meaning = {f.name: getattr(dataset, f.name) for f in fields(dataset) if f.name not in (*SPLITS, "name", "root", "digest", "notes", "owners", "unused")}
+    meaning = {
+        f.name: getattr(dataset, f.name)
+        for f in fields(dataset)
+        if f.name not in (*SPLITS, "name", "root", "digest", "notes", "owners", "unused")
+    }
     key = hashlib.sha256(repr(sorted(meaning.items())).encode()).hexdigest()[:8]
 
     def listed(path: Path) -> list[list]:
@@ -101,7 +105,16 @@ def survey_classes(dataset: Dataset) -> dict[Sample, ClassContent]:
 
         todo = [sample for split in SPLITS for sample in dataset.samples(split)]
         with ThreadPoolExecutor(2) as pool:  # decoding frees the interpreter's lock
-            list(tqdm(pool.map(read, todo), total=len(todo), desc=f"classes of {dataset.name}", unit="image", leave=False, disable=len(todo) < 200))
+            list(
+                tqdm(
+                    pool.map(read, todo),
+                    total=len(todo),
+                    desc=f"classes of {dataset.name}",
+                    unit="image",
+                    leave=False,
+                    disable=len(todo) < 200,
+                )
+            )
     return out
 
 
@@ -177,7 +190,11 @@ def describe_absent_classes(classes: Sequence[str], pixels: Mapping[str, np.ndar
         if len(missing) == len(there):
             out.append((name, f"class '{name}' is in no mask of this data. It has no score, and means leave it out."))
             continue
-        then = {"train": "no model can learn it", "val": "it has no part in choosing epochs", "test": "it has no score, and means leave it out"}
+        then = {
+            "train": "no model can learn it",
+            "val": "it has no part in choosing epochs",
+            "test": "it has no score, and means leave it out",
+        }
         where = " and ".join(f"in no {WORDS[split]} mask" for split in missing)
         out.append((name, f"class '{name}' is {where}: {'; '.join(then[split] for split in missing)}."))
     return out

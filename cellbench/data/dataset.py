@@ -112,7 +112,9 @@ class Dataset:
 
     def meaning(self, labels: np.ndarray) -> np.ndarray:
         """The class map (H, W) uint8 of a mask's numbers."""
-        classes = np.digitize(labels, self.thresholds).astype(np.uint8) if self.thresholds else images.labels_to_classes(labels, self.values)
+        classes = (
+            np.digitize(labels, self.thresholds).astype(np.uint8) if self.thresholds else images.labels_to_classes(labels, self.values)
+        )
         if self.ignore is not None and not self.colors:
             classes[labels == self.ignore] = IGNORE
         return classes
@@ -236,14 +238,18 @@ def interpret_masks(dataset: Dataset, samples: Sequence[Sample], broken: list[Sa
         nums = [found.num_values for found in outlined]
         notes.append(f"masks: outlines of cells, {f'{min(nums)} to ' if min(nums) < max(nums) else ''}{max(nums)} an image")
         if lost := sum(sample.truth.num_outlined for sample in facts if sample.truth is not None) - sum(nums):
-            notes.append(f"masks: {lost:,} outlined cells have no pixel of their own (below one in size, or covered by others) and are none")
+            notes.append(
+                f"masks: {lost:,} outlined cells have no pixel of their own (below one in size, or covered by others) and are none"
+            )
     everything = [found for _, found in facts.values()]
     if ignored_px := sum(found.ignored_px for found in everything):
         share = ignored_px / sum(found.size_px[0] * found.size_px[1] for found in everything)
         notes.append(f"ignored: {share:.2%} of the pixels count nowhere, neither in training nor in scores")
     limit, told = _smallest(dataset, facts)
     notes += [told, *([f"doubt: {doubt}"] if doubt else [])]
-    return MaskInterpretation(dataset=replace(dataset, min_cell_px=limit, notes=(*dataset.notes, *notes)), facts=facts, ask=ask, doubt=doubt)
+    return MaskInterpretation(
+        dataset=replace(dataset, min_cell_px=limit, notes=(*dataset.notes, *notes)), facts=facts, ask=ask, doubt=doubt
+    )
 
 
 def _by_card(dataset: Dataset) -> str:

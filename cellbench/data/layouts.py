@@ -148,7 +148,9 @@ def _coco(card: DatasetCard, root: Path, files: list[Path]) -> Listing:
             out.problems.append(check_outside(root, image.name))
         elif not there or not there[0].resolve().is_relative_to(root.resolve()):
             said = f"{file}: names the image {quote_name(image.name)}, which is not there"
-            out.problems.append(UnusableImage(kind="missing-image", name=image.name, said=said, todo="Put it beside the file or into images/."))
+            out.problems.append(
+                UnusableImage(kind="missing-image", name=image.name, said=said, todo="Put it beside the file or into images/.")
+            )
         else:
             bases[file].insert(0, bases[file].pop(bases[file].index(next(base for base in bases[file] if there[0].is_relative_to(base)))))
             name = names[f"{split}/{image.name}"]
@@ -173,7 +175,9 @@ def _categories(card: DatasetCard, file: Path, counts: Mapping[str, int]) -> tup
     targets = [name for name in dict.fromkeys(card.categories.values()) if name not in ("", "ignore")]
     labels: dict[str, int | None] = {}
     if unknown_names := [name for name in card.categories if name not in counts]:
-        raise CellbenchError(f"{file}: holds no category {quote_name(unknown_names[0])}, of which the card speaks. It holds {', '.join(counts) or 'none'}.")
+        raise CellbenchError(
+            f"{file}: holds no category {quote_name(unknown_names[0])}, of which the card speaks. It holds {', '.join(counts) or 'none'}."
+        )
     lower = {name.casefold(): name for name in card.classes} if explicit else {}
     for name in counts:
         if name.casefold() in lower or name in card.categories:
@@ -197,19 +201,25 @@ def _categories(card: DatasetCard, file: Path, counts: Mapping[str, int]) -> tup
         labels[name] = same or None
     for name, target in card.categories.items():
         if target not in ("", "ignore", *classes):
-            raise CellbenchError(f"{card.path}: categories: {quote_name(name)} is to be {quote_name(target)}, which is no class ({', '.join(classes)}).")
+            raise CellbenchError(
+                f"{card.path}: categories: {quote_name(name)} is to be {quote_name(target)}, which is no class ({', '.join(classes)})."
+            )
         labels[name] = classes.index(target) or None if target in classes else IGNORE if target else None
     if len(classes) > IGNORE:
         raise CellbenchError(f"{file}: {len(classes)} classes; {IGNORE} are the most. Merge some by categories = {{...}} on the card.")
     words = {None: "left out", IGNORE: "ignored"} | {k: f"class '{name}'" for k, name in enumerate(classes) if k}
-    told = "; ".join(f"{quote_name(name)} {num:,} ({words[labels[name]] if num else 'not used'})" for name, num in list(counts.items())[:20])
+    told = "; ".join(
+        f"{quote_name(name)} {num:,} ({words[labels[name]] if num else 'not used'})" for name, num in list(counts.items())[:20]
+    )
     return classes, labels, f"COCO categories: {told}{'; …' if len(counts) > 20 else ''}. `categories` on the card says otherwise."
 
 
 def _left_out(file: Path, held: CocoFile) -> list[str]:
     notes = []
     if held.num_crowds:
-        notes.append(f"{file.name}: {held.num_crowds:,} regions are crowds (iscrowd) and are ignored: they are no cells, and nothing in them is scored.")
+        notes.append(
+            f"{file.name}: {held.num_crowds:,} regions are crowds (iscrowd) and are ignored: they are no cells, and nothing in them is scored."
+        )
     if held.empty:
         boxes = f", {held.num_boxes:,} of them with a box only" if held.num_boxes else ""
         shown = ", ".join(held.empty[:10]) + (" …" if len(held.empty) > 10 else "")
@@ -246,11 +256,15 @@ def _nuclei(root: Path) -> Listing | None:
             if len(pictures) != 1:
                 said = f"{folder}: holds {len(pictures)} images, one was expected"
                 out.problems.append(
-                    UnusableImage(kind="not-one", name=folder.name, said=said, todo="Take it out, or use images/ and masks/ of many images.")
+                    UnusableImage(
+                        kind="not-one", name=folder.name, said=said, todo="Take it out, or use images/ and masks/ of many images."
+                    )
                 )
             elif not masks:
                 said = f"{root.name}: '{pictures[0].name}' has no mask. Expected files in {folder.relative_to(root)}/masks"
-                out.problems.append(UnusableImage(kind="missing-mask", name=pictures[0].name, said=said, todo="Add them, or move the image out."))
+                out.problems.append(
+                    UnusableImage(kind="missing-mask", name=pictures[0].name, said=said, todo="Add them, or move the image out.")
+                )
             else:
                 samples.append(Sample(name=pictures[0].name, image=pictures[0], mask=folder / "masks", truth=MaskFiles(paths=masks)))
         if samples or split == "train":

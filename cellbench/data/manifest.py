@@ -49,7 +49,9 @@ def read_manifest(path: Path, root: Path) -> Listing:
             raise CellbenchError(f"{path}: row {number} has split = {row['split']!r:.40}. Expected train, val or test.")
         if row["image"] in seen:
             out.problems.append(
-                UnusableImage(kind="twice", name=row["image"], said=f"{path}: names {quote_name(row['image'])} twice", todo="Keep one of the rows.")
+                UnusableImage(
+                    kind="twice", name=row["image"], said=f"{path}: names {quote_name(row['image'])} twice", todo="Keep one of the rows."
+                )
             )
             continue
         seen.add(row["image"])

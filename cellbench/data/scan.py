@@ -71,6 +71,7 @@ class Listing:
     def lines(self) -> tuple[str, ...]:
         """Notes, what images are read by, and doubts, for people."""
         return (*self.notes, *self.reading_words, *(doubt.line for doubt in self.doubts))
+
     classes: tuple[str, ...] = ()
     """As the data names them, the background first, where the card does not."""
 
@@ -203,7 +204,9 @@ def find_unused(listing: Listing, known: Iterable[str]) -> tuple[list[FileWarnin
     doubts = []
     if lost:
         said = f"Files that are not used: {count_reasons(lost)}. Convert them, or move them out"
-        doubts.append(FileWarning(kind="left out", said=said, names=tuple(printable_path(one.path.relative_to(root).as_posix()) for one in lost)))
+        doubts.append(
+            FileWarning(kind="left out", said=said, names=tuple(printable_path(one.path.relative_to(root).as_posix()) for one in lost))
+        )
     more = f" and {len(elsewhere) - 10} more" if len(elsewhere) > 10 else ""
     shown = ", ".join(f"{quote_name(name)} ({num} files)" if num > 1 else quote_name(name) for name, num in list(elsewhere.items())[:10])
     return doubts, [f"not used in {root.name}: {shown}{more}"] if elsewhere else []

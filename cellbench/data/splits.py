@@ -104,7 +104,13 @@ def split_of(
     return drawn
 
 
-def given_splits(root: Path, layout: str, parts: Mapping[str, tuple[Sample, ...]], spec: DataSpec, grouped: Grouping = near_duplicates.group_near_duplicates) -> Splits:
+def given_splits(
+    root: Path,
+    layout: str,
+    parts: Mapping[str, tuple[Sample, ...]],
+    spec: DataSpec,
+    grouped: Grouping = near_duplicates.group_near_duplicates,
+) -> Splits:
     """The splits that the data itself names, all three. Nothing is drawn or written."""
     samples = with_groups((*parts["train"], *parts["val"], *parts["test"]), spec, grouped)
     first, second = len(parts["train"]), len(parts["train"]) + len(parts["val"])
@@ -154,7 +160,9 @@ def _one_pool(root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) ->
     return both
 
 
-def with_groups(samples: tuple[Sample, ...], spec: DataSpec, grouped: Grouping = near_duplicates.group_near_duplicates) -> tuple[Sample, ...]:
+def with_groups(
+    samples: tuple[Sample, ...], spec: DataSpec, grouped: Grouping = near_duplicates.group_near_duplicates
+) -> tuple[Sample, ...]:
     """The samples, each with the group (patient, slide, …) that ``spec.group`` gives it; none where images are not grouped.
 
     Raises CellbenchError where groups were asked for and none is found.
@@ -262,7 +270,9 @@ def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Sp
         raise CellbenchError(
             f'{place}: cannot be read as a split ({error}). Expected {{"train": [names], "val": [names]}}. Mend or remove it.'
         ) from None
-    known = {to_nfc(Path(sample.name).stem): sample for sample in pool} | {to_nfc(sample.name): sample for sample in pool}  # a.png.png: stem a.png
+    known = {to_nfc(Path(sample.name).stem): sample for sample in pool} | {
+        to_nfc(sample.name): sample for sample in pool
+    }  # a.png.png: stem a.png
     chosen: dict[str, list[Sample]] = {}
     for part in ("train", "val") if test else ("train", "val", "test"):
         strangers = [name for name in parts[part] if to_nfc(Path(name).name) not in known]

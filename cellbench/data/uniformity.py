@@ -39,13 +39,17 @@ def read_all_image_facts(paths: Sequence[Path], channels: tuple[int, ...] = ()) 
                 return
 
         with ThreadPoolExecutor(2) as pool:  # decoding frees the interpreter's lock
-            bar = tqdm(pool.map(look, paths), desc="comparing depths", total=len(paths), unit="image", leave=False, disable=len(paths) < 100)
+            bar = tqdm(
+                pool.map(look, paths), desc="comparing depths", total=len(paths), unit="image", leave=False, disable=len(paths) < 100
+            )
             for _ in bar:
                 pass
     return {path: found[path] for path in paths if path in found}
 
 
-def decide_scaling(facts: Iterable[ImageFacts], card_range: Range | None = None, channels: tuple[int, ...] = ()) -> tuple[IntensityScaling, list[str]]:
+def decide_scaling(
+    facts: Iterable[ImageFacts], card_range: Range | None = None, channels: tuple[int, ...] = ()
+) -> tuple[IntensityScaling, list[str]]:
     """What a set's images are read by, and that in words. ``card_range``: black and white by the dataset's card."""
     found = list(facts)
     wide = [one for one in found if one.dtype != "uint8"]
@@ -54,7 +58,9 @@ def decide_scaling(facts: Iterable[ImageFacts], card_range: Range | None = None,
     if card_range is not None:
         kinds = "more than 8 bits" if wide else "more than 8 bits, of which there are none"
         said.append(f"black and white of images of {kinds}: {format_range(card_range)}, as the card says")
-        return IntensityScaling(int_range=card_range if whole else None, float_range=card_range if decimal else None, channels=channels), said
+        return IntensityScaling(
+            int_range=card_range if whole else None, float_range=card_range if decimal else None, channels=channels
+        ), said
     int_range, float_range = _agreed(whole), _agreed(decimal)
     if whole:
         high = max(one.high for one in whole)
@@ -113,13 +119,20 @@ def _depths(facts: Mapping[str, ImageFacts], reading: IntensityScaling) -> list[
         said = f"The largest numbers in images of more than 8 bits fit different depths: {counted}. If the camera has one depth, name it on the card"
         said += ", such as range = [0, 4095]; else export all with one depth"
         found.append(FileWarning(kind="range", said=said, names=tuple(name for name, most in white.items() if most != usual)))
-    elif dark := [name for name, one in wide.items() if is_dark((one.low, one.high), reading.range_of(np.dtype(one.dtype), one.high, one.stated)[0])]:
+    elif dark := [
+        name for name, one in wide.items() if is_dark((one.low, one.high), reading.range_of(np.dtype(one.dtype), one.high, one.stated)[0])
+    ]:
         said = "Images that use less than a sixteenth of the range they are read in: very dark, or of another depth"
         found.append(FileWarning(kind="range", said=said, names=tuple(dark)))
     stated = Counter(one.stated for one in wide.values() if one.stated is not None)
     differ = len(stated) > 1 or (stated and len(wide) > sum(stated.values()))
     if stated and (differ or any(one != reading.int_range and one != reading.float_range for one in stated)):
-        counted = ", ".join([*(f"{format_range(one)} ({num})" for one, num in stated.most_common()), *(["nothing"] if len(wide) > sum(stated.values()) else [])])
+        counted = ", ".join(
+            [
+                *(f"{format_range(one)} ({num})" for one, num in stated.most_common()),
+                *(["nothing"] if len(wide) > sum(stated.values()) else []),
+            ]
+        )
         said = f"What the files state of their range is not what they are read in: {counted}"
         unlike = (name for name, one in wide.items() if one.stated not in (reading.int_range, reading.float_range))
         found.append(FileWarning(kind="stated range", said=said, names=tuple(unlike)))

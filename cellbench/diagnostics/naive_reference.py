@@ -68,7 +68,10 @@ def train(
         for rows in torch.from_numpy(order).split(batch_sizes(len(order), run.batch_size)):
             batch = [views[k] for k in rows]
             pairs = [held[view.image] if held else dataset.read(dataset.train[view.image]) for view in batch]
-            tiles = [(rotate_flip(cut_tile(a, v.y, v.x, run.tile_px), v.turn), rotate_flip(cut_tile(m, v.y, v.x, run.tile_px), v.turn)) for (a, m), v in zip(pairs, batch, strict=True)]
+            tiles = [
+                (rotate_flip(cut_tile(a, v.y, v.x, run.tile_px), v.turn), rotate_flip(cut_tile(m, v.y, v.x, run.tile_px), v.turn))
+                for (a, m), v in zip(pairs, batch, strict=True)
+            ]
             pixels = torch.stack([torch.from_numpy(tile.copy()) for tile, _ in tiles]).permute(0, 3, 1, 2).float() / 255
             pixels = jitter_colour(jitter_stain(pixels, [view.stain for view in batch]), [view.colour for view in batch])
             target = torch.stack([torch.from_numpy(mask.copy()) for _, mask in tiles]).long()

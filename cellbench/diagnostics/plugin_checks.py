@@ -34,6 +34,8 @@ def verdicts(card: BackboneCard | HeadCard) -> Iterator[Verdict]:
             yield Verdict(card=f"heads/{card.id}", contract=name, reason=failure_reason(lambda contract=contract: contract(card)))
         return
     made: list[Backbone] = []
-    yield Verdict(card=f"backbones/{card.id}", contract="can be built", reason=failure_reason(lambda: made.append(small_backbone(card)) or ""))
+    yield Verdict(
+        card=f"backbones/{card.id}", contract="can be built", reason=failure_reason(lambda: made.append(small_backbone(card)) or "")
+    )
     for name, contract in BACKBONE.items() if made else ():
         yield Verdict(card=f"backbones/{card.id}", contract=name, reason=failure_reason(lambda contract=contract: contract(card, made[0])))

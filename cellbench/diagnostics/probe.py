@@ -95,7 +95,9 @@ def probe_backbone(card: BackboneCard, weights: Path | None, here: Hardware) -> 
         assert trunk.backbone is not None
         checks = tuple(_checks(card, trunk.backbone))
         batch, tiles_per_s = _speed(trunk)
-    return ProbeReport(checks=checks, load_s=load_s, tile_px=tile_px(trunk.backbone), batch=batch, tiles_per_s=tiles_per_s, peak_mib=peak.mib)
+    return ProbeReport(
+        checks=checks, load_s=load_s, tile_px=tile_px(trunk.backbone), batch=batch, tiles_per_s=tiles_per_s, peak_mib=peak.mib
+    )
 
 
 def _checks(card: BackboneCard, backbone: Backbone) -> list[ProbeCheck]:
@@ -116,7 +118,9 @@ def _checks(card: BackboneCard, backbone: Backbone) -> list[ProbeCheck]:
     shape = f"{len(maps)} level{'s' * (len(maps) > 1)}, the last {given} for {side} x {side} px; {card.depth} and {stated} by the card"
     return [
         ProbeCheck(name="parameters", told=size, holds=abs(millions - card.params_m) <= max(0.01 * millions, 0.001)),
-        ProbeCheck(name="shape", told=shape, holds=maps[-1].shape == expected and last.stride_px == card.patch_px and len(maps) == card.depth),
+        ProbeCheck(
+            name="shape", told=shape, holds=maps[-1].shape == expected and last.stride_px == card.patch_px and len(maps) == card.depth
+        ),
         ProbeCheck(name="values", told="finite at every level" if finite else "some are not finite", holds=finite),
         ProbeCheck(name="frozen", told=trouble or "eval mode, no gradient", holds=not trouble),
         ProbeCheck(name="probe", told=told, holds=same if card.probe else None),

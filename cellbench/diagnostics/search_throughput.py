@@ -30,7 +30,15 @@ class Throughput:
     """Whether both ways asked the same trials and told the same values."""
 
 
-def measure_throughput(registry: Registry, backbone: str, heads: tuple[str, ...], run: Mapping[str, Any], fitted: LinearFit, num: int = 8, tolerance: float = 0.0) -> Throughput:
+def measure_throughput(
+    registry: Registry,
+    backbone: str,
+    heads: tuple[str, ...],
+    run: Mapping[str, Any],
+    fitted: LinearFit,
+    num: int = 8,
+    tolerance: float = 0.0,
+) -> Throughput:
     """Two small random searches of ``num`` trials each: one in a single batch, one trial by trial. Values within ``tolerance`` are the same."""
     tree = {
         "experiment": "bench",
@@ -39,7 +47,10 @@ def measure_throughput(registry: Registry, backbone: str, heads: tuple[str, ...]
         "space": {"backbone": [backbone], "head": list(heads), "lr": {"low": 3e-4, "high": 3e-3, "log": True}},
         "run": dict(run),
     }
-    found = [_searched(Space.of({**tree, "search": {**tree["search"], "batch": batch}}, "bench", registry), registry, fitted) for batch in (num, 1)]
+    found = [
+        _searched(Space.of({**tree, "search": {**tree["search"], "batch": batch}}, "bench", registry), registry, fitted)
+        for batch in (num, 1)
+    ]
     (together_s, together), (alone_s, alone) = found
     same = all(
         asked == asked_alone and all(abs(x - y) <= tolerance for x, y in zip(told, told_alone, strict=True))
@@ -50,7 +61,9 @@ def measure_throughput(registry: Registry, backbone: str, heads: tuple[str, ...]
 
 def _searched(space: Space, registry: Registry, fitted: LinearFit) -> tuple[float, list[tuple[Any, ...]]]:
     with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
-        study = Study(f"sqlite:///{folder}/optuna.db", space.experiment, space.settings, space.dimensions, space.asked, int(space.run["epochs"]))
+        study = Study(
+            f"sqlite:///{folder}/optuna.db", space.experiment, space.settings, space.dimensions, space.asked, int(space.run["epochs"])
+        )
         start = time.perf_counter()
         with study:
             while batch := study.ask():

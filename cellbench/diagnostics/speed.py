@@ -240,7 +240,9 @@ def _cohorts(world: BenchmarkSetup, out: BenchmarkResult) -> None:
 
 def _trials(world: BenchmarkSetup, out: BenchmarkResult) -> None:
     settings = {"epochs": world.epochs, "crops_per_image": world.crops, "patience": 0, "overlap": 0.25, "views": 1}
-    speed = measure_throughput(world.registry, world.backbone, HEADS, settings, world.fitted, num=4 if world.quick else 8, tolerance=world.tolerance)
+    speed = measure_throughput(
+        world.registry, world.backbone, HEADS, settings, world.fitted, num=4 if world.quick else 8, tolerance=world.tolerance
+    )
     out.facts |= {"trials_per_minute": speed.together, "trials_per_minute_alone": speed.alone}
     out.checks["a trial is the same alone and in its batch"] = speed.same
     out.add(f"search, {speed.num} trials in a batch", speed.together, "trials/min", f"{speed.together / speed.alone:.1f} x one at a time")
@@ -255,14 +257,18 @@ def _naive(world: BenchmarkSetup, out: BenchmarkResult) -> None:
         run = world.run(head, RATES[1])
         trunk = FrozenBackbone(world.frozen.to("cpu"), fp32, [num_levels(run, world.registry)])
         for how in ("held", "reopen"):
-            made: torch.nn.Module = build_model(run, world.registry, trunk, len(world.dataset.classes)).to(memory_format=torch.contiguous_format).head
+            made: torch.nn.Module = (
+                build_model(run, world.registry, trunk, len(world.dataset.classes)).to(memory_format=torch.contiguous_format).head
+            )
             if head == "transposed-conv" and how == "reopen":  # as published, weights and all; the held one shows that the Dice is the same
                 made = naive_reference.PublishedHead(trunk.backbone.levels[-1].dim, len(world.dataset.classes))
             epochs = world.epochs if how == "held" and not world.quick else 1
             start = time.perf_counter()
             rate = world.cohort[k * len(RATES) + 1].lr
             with _as_usual(world.machine):
-                _, dice = naive_reference.train(run, made, world.frozen, trunk.indices, world.dataset, epochs, rate=rate, reopen=how == "reopen")
+                _, dice = naive_reference.train(
+                    run, made, world.frozen, trunk.indices, world.dataset, epochs, rate=rate, reopen=how == "reopen"
+                )
             threes[how] += (time.perf_counter() - start) * world.epochs / epochs
             if how == "held":
                 gaps.append(abs(dice - world.cohort[k * len(RATES) + 1].history[epochs - 1]["val/dice"]))
@@ -316,7 +322,12 @@ def _mlflow(world: BenchmarkSetup, out: BenchmarkResult) -> None:
             os.environ.pop("MLFLOW_TRACKING_URI") if before is None else os.environ.update(MLFLOW_TRACKING_URI=before)
     share = run_s * len(world.runs) / out.facts["cohort_s"]
     out.facts |= {"mlflow_run_s": run_s, "mlflow_share": share}
-    out.add("MLflow, all that a run tells it", run_s, "s", f"{share:.1%} of the cohort's wall time; under 1 % where a run takes {100 * run_s:.1f} s or more")
+    out.add(
+        "MLflow, all that a run tells it",
+        run_s,
+        "s",
+        f"{share:.1%} of the cohort's wall time; under 1 % where a run takes {100 * run_s:.1f} s or more",
+    )
 
 
 def _told(tracker: Tracker, world: BenchmarkSetup, num: int) -> None:

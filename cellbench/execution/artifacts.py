@@ -156,7 +156,9 @@ def write_artifacts(
     each = per_image_scores(exam.counts, unused=dataset.unused) | {key: values for key, values in exam.shapes().items() if key in SCORES}
     pooled = pixel_scores(exam.counts.sum(0))
     by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
-    run_plots.save_figure(run_plots.plot_scores(name, each, by_class, exam.calibration(), resampling_units(dataset)), folder / "figures" / "scores.png")
+    run_plots.save_figure(
+        run_plots.plot_scores(name, each, by_class, exam.calibration(), resampling_units(dataset)), folder / "figures" / "scores.png"
+    )
     for which, case in exam.keep.cases.items():
         picture, truth = pixels[case.image]
         cells = describe_outcomes(asdict(exam.agreements[case.image]))
@@ -246,7 +248,10 @@ def run_note(name: str, values: dict[str, float], worst: str = "") -> str:
         ["test Dice, all pixels pooled", format_score(values, "test/dice")],
         ["test Dice, mean over images", f"{format_score(values, 'test_image/dice')}{interval}"],
         [f"outlines within {TOLERANCE_PX:g} px (NSD)", format_score(values, "test_image/nsd")],
-        ["AP50", f"{format_score(values, 'test_image/ap50')} ({format_score(values, 'test_image/ap50_connected')} where touching cells are not parted)"],
+        [
+            "AP50",
+            f"{format_score(values, 'test_image/ap50')} ({format_score(values, 'test_image/ap50_connected')} where touching cells are not parted)",
+        ],
         ["cells of all test images", describe_outcomes({name.removeprefix("test/"): value for name, value in values.items()})],
         ["cells counted, predicted minus true", f"{values['test_image/count_error']:+.1f} an image"],
     ]

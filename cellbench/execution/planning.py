@@ -94,4 +94,6 @@ def _check_tile(run: RunSpec, registry: Registry) -> None:
         )
     if side % patch:
         below = run.tile_px // patch * patch
-        raise CellbenchError(f"tile_px = {run.tile_px}: {run.backbone} reads patches of {patch} px. Use a multiple, such as {below} or {below + patch}.")
+        raise CellbenchError(
+            f"tile_px = {run.tile_px}: {run.backbone} reads patches of {patch} px. Use a multiple, such as {below} or {below + patch}."
+        )

@@ -44,23 +44,33 @@ def check_address(on: str, gpu_share: float = 1.0) -> str:
         raise CellbenchError(f"--gpu-share {gpu_share:g}: expected more than 0 and at most 1.")
     name, slashes, address = on.partition("://")
     if name != "ray" or bool(slashes) != bool(address):
-        raise CellbenchError(f"--on {on}: expected ray, or ray://HOST:PORT for a cluster that is there (ray://auto: the one of this machine).")
+        raise CellbenchError(
+            f"--on {on}: expected ray, or ray://HOST:PORT for a cluster that is there (ray://auto: the one of this machine)."
+        )
     if importlib.util.find_spec("ray") is None:
-        raise CellbenchError(f"--on {on}: Ray is not installed. `pip install 'cellbench[ray]'` installs it; --workers N needs nothing more.")
+        raise CellbenchError(
+            f"--on {on}: Ray is not installed. `pip install 'cellbench[ray]'` installs it; --workers N needs nothing more."
+        )
     if not address or address == "auto":
         return on
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         raise CellbenchError(f"--on {on}: expected ray://HOST:PORT, as in `ray start --address HOST:PORT`.")
     if int(port) == CLIENT_PORT:
-        raise CellbenchError(f"--on {on}: that is the port of Ray's client. Name the cluster's own, as in `ray start --address HOST:PORT` (6379).")
+        raise CellbenchError(
+            f"--on {on}: that is the port of Ray's client. Name the cluster's own, as in `ray start --address HOST:PORT` (6379)."
+        )
     try:
         with socket.create_connection((host, int(port)), timeout=ANSWER_S) as there:
             there.sendall(HELLO)
             if there.recv(4)[3:] != b"\4":
-                raise CellbenchError(f"--on {on}: what listens at {host}:{port} is not a Ray cluster. `ray status` on its head node names the port.")
+                raise CellbenchError(
+                    f"--on {on}: what listens at {host}:{port} is not a Ray cluster. `ray status` on its head node names the port."
+                )
     except OSError as error:
-        raise CellbenchError(f"--on {on}: {host}:{port} does not answer ({error.strerror or error}). Is the cluster up, and its port open?") from None
+        raise CellbenchError(
+            f"--on {on}: {host}:{port} does not answer ({error.strerror or error}). Is the cluster up, and its port open?"
+        ) from None
     return on
 
 
@@ -140,7 +150,9 @@ def resource_share(machine: Hardware, nodes: Sequence[Node], num: int, gpu_share
     else:
         slots = [int(node.get("CPU", 0)) // machine.threads for node in nodes]
         if not any(slots):
-            raise CellbenchError(f"--on ray: no node has the {machine.threads} cores that an operation uses here. Set OMP_NUM_THREADS to fewer.")
+            raise CellbenchError(
+                f"--on ray: no node has the {machine.threads} cores that an operation uses here. Set OMP_NUM_THREADS to fewer."
+            )
         lanes = max(1, min(max(slots), sum(slots) // max(1, num)))
         part = [lanes / n if n >= lanes else 0.0 for n in slots]
     # Nodes need not be like the driver's machine: the part of the smallest node's memory, and never more than the driver would use.
@@ -239,7 +251,12 @@ def nearest_node(held: Mapping[str, int], free: Mapping[str, int]) -> str:
 def start_actor(ray: Any, wish: ResourceRequest, order: JobSpec, token: str, title: str, node: str = "") -> Any:
     """A process on the cluster, as soon as there is room: on this node, while it is there, else on any."""
     threads = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(order.machine.threads)}
-    asked: dict[str, Any] = {"num_cpus": wish.cpus, "num_gpus": wish.gpus, "memory": wish.memory_bytes, "runtime_env": {"env_vars": threads}}
+    asked: dict[str, Any] = {
+        "num_cpus": wish.cpus,
+        "num_gpus": wish.gpus,
+        "memory": wish.memory_bytes,
+        "runtime_env": {"env_vars": threads},
+    }
     if node:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

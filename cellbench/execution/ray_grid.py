@@ -172,7 +172,9 @@ class RayExecutor:
             self._runner.say(f"{work.title}: its process or node was lost ({how}); another one goes on from what is there.")
             waiting.append(work)
         elif isinstance(work, CacheFillTask):
-            self._runner.say(f"{work.title}: its process or node was lost {MOST_DEATHS} times ({how}). Its cohorts compute what is missing.")
+            self._runner.say(
+                f"{work.title}: its process or node was lost {MOST_DEATHS} times ({how}). Its cohorts compute what is missing."
+            )
         else:
             self._runner.give_up(work.jobs, f"its process or node was lost {MOST_DEATHS} times ({how}). Is there enough memory?", self._out)
 
@@ -216,7 +218,9 @@ class RayExecutor:
             fills += self._fills(cohorts[k], first, more)
         num = sum(len(fill.shards) for fill in fills)
         if num:
-            self._runner.say(f"{num} shard{'s' * (num > 1)} of features, in {len(fills)} task{'s' * (len(fills) > 1)}; a cohort starts when its own are there.")
+            self._runner.say(
+                f"{num} shard{'s' * (num > 1)} of features, in {len(fills)} task{'s' * (len(fills) > 1)}; a cohort starts when its own are there."
+            )
         return fills, [{one.folder for one in mine} for mine in passes]
 
     def _fills(self, piece: WorkItem, passes: Sequence[FeaturePass], more: list[str]) -> list[CacheFillTask]:

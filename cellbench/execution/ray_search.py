@@ -19,14 +19,18 @@ class SearchHelpers:
     largest backbone.
     """
 
-    def __init__(self, ray: Any, order: JobSpec, url: str, work: Callable[[JobSpec], None], num: int, params_m: float, gpu_share: float) -> None:
+    def __init__(
+        self, ray: Any, order: JobSpec, url: str, work: Callable[[JobSpec], None], num: int, params_m: float, gpu_share: float
+    ) -> None:
         nodes = list(live_nodes(ray, order.store, url).values())
         self._ray, self._work = ray, pickle.dumps(work)
         self._order = replace(order, machine=resource_share(order.machine, nodes, num, gpu_share))
         self._need = resources_for_size(params_m, self._order.machine, gpu_share)
         self.num = min(num, sum(self._need.times(node) for node in nodes))
         if not self.num:
-            raise CellbenchError(f"--on ray: no node has {self._need.words}. A smaller --memory asks for less; `ray status` shows what there is.")
+            raise CellbenchError(
+                f"--on ray: no node has {self._need.words}. A smaller --memory asks for less; `ray status` shows what there is."
+            )
         self._actors: dict[Any, Any] = {}
         self._losses = 0
 

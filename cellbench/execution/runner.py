@@ -252,7 +252,9 @@ class Runner:
             cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
             speed = InferenceSpeed(wall_s=wall_s / len(images), cpu_s=cpu_s / len(images))
             if wall_s < cost_estimate.MEASURED_S:
-                speed = cost_estimate.function_speed(lambda image, call=segment, num=num, own=job.run.options: call(image, num, **own), images)
+                speed = cost_estimate.function_speed(
+                    lambda image, call=segment, num=num, own=job.run.options: call(image, num, **own), images
+                )
             cost |= {"cost/images_per_s": 1 / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s, "cost/peak_mib": peak_memory_mib()}
             cost |= _load_metric("cost/test_other_load_pct", busy)
             # Framing is not used by a method that sees whole images; its files are read all the same.
@@ -272,7 +274,9 @@ class Runner:
             state, foreign = recorder.resumed()
             if state is not None:
                 learner.restore(state)
-                self.say(f"{job.name} goes on after epoch {learner.epoch}{', from a checkpoint of the same run in another store' if foreign else ''}.")
+                self.say(
+                    f"{job.name} goes on after epoch {learner.epoch}{', from a checkpoint of the same run in another store' if foreign else ''}."
+                )
             learners.append(learner)
         if reason := why_frames_too_large([job.run for job in jobs], [learner.model for learner in learners], features):
             self._skip(opened, reason, out)
@@ -296,7 +300,15 @@ class Runner:
         plan = SamplingPlan(self._pixels["train"].sizes_px, first)
         return Features(trunk, plan, self._pixels, self._keeping(first.backbone), any(requested(run.targets) for run in runs))
 
-    def _ended(self, opened: list[tuple[PlannedRun, Run]], learners: list[HeadTrainer], features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
+    def _ended(
+        self,
+        opened: list[tuple[PlannedRun, Run]],
+        learners: list[HeadTrainer],
+        features: Features,
+        title: str,
+        load: dict[str, float],
+        out: Outcome,
+    ) -> None:
         """``load``: of the machine while they learned, as a metric."""
         lost = [k for k, learner in enumerate(learners) if learner.ended.startswith("failed")]
         cause = non_finite_reason(features) if lost else ""  # every run of the cohort reads these, and no learning rate mends them
@@ -351,7 +363,15 @@ class Runner:
             for learner in learners
         ]
 
-    def _tested(self, opened: list[tuple[PlannedRun, Run]], learners: list[HeadTrainer], features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
+    def _tested(
+        self,
+        opened: list[tuple[PlannedRun, Run]],
+        learners: list[HeadTrainer],
+        features: Features,
+        title: str,
+        load: dict[str, float],
+        out: Outcome,
+    ) -> None:
         models = [learner.model for learner in learners]
         parted = tune_separation(models, features, self.dataset)
         costs, tested = self._costs(learners, features, load), SystemLoad()
@@ -363,7 +383,9 @@ class Runner:
                 exams.take(image, self._pixels["test"][image][1], found, [(a.classes, a.cell, a.relief) for a in answers])
                 for k, answer in enumerate(answers):
                     if not answer.finite:
-                        bad.setdefault(k, f"its scores for the test image {quote_name(self.dataset.test[image].name)} are not finite (NaN or infinite)")
+                        bad.setdefault(
+                            k, f"its scores for the test image {quote_name(self.dataset.test[image].name)} are not finite (NaN or infinite)"
+                        )
         each = inference_speeds(models, features)
         now = _load_metric("cost/test_other_load_pct", tested)
         for place, ((job, run), learner, speed) in enumerate(zip(opened, learners, each, strict=True)):
@@ -371,7 +393,10 @@ class Runner:
                 self._fail([run], [job], bad[place], out)
                 continue
             cost = costs[place] | now
-            cost |= {"cost/images_per_s": self.machine.lanes / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s * self.machine.cores_of_one}
+            cost |= {
+                "cost/images_per_s": self.machine.lanes / max(speed.wall_s, 1e-9),
+                "cost/image_cpu_s": speed.cpu_s * self.machine.cores_of_one,
+            }
             result = TestResult(exam=exams.exams[place], cost=cost, learner=learner, preparation=features.preparation)
             self._keep(job, run, result, out)
             checkpoints.delete_checkpoint(checkpoints.checkpoint_path(job.fingerprint, run.key))
@@ -380,7 +405,14 @@ class Runner:
         key = ""
         if backbone is not None:
             # Another torch or timm may round differently, and kept features must equal fresh ones to the last bit.
-            versions = [torch.__version__, importlib.metadata.version("timm"), NUMERICS_VERSION, self.machine.device.type, self.machine.threads, self.machine.chunk]
+            versions = [
+                torch.__version__,
+                importlib.metadata.version("timm"),
+                NUMERICS_VERSION,
+                self.machine.device.type,
+                self.machine.threads,
+                self.machine.chunk,
+            ]
             key = json.dumps([backbone_identity(self.registry.backbone(backbone), self.weights), *versions])
         return CachePolicy(
             memory_bytes=self.machine.memory_bytes * 2 // 3,

@@ -88,8 +88,10 @@ class DiskCache:
 
     def _level(self, index: int, shape: tuple[int, ...] = (), dtype: torch.dtype | None = None, make: bool = False) -> Any:
         if index not in self._levels:
-            level = _LevelFile.open(self._folder / f"level-{index}", self._num, shape, dtype) if make else _LevelFile.found(
-                self._folder / f"level-{index}", self._num
+            level = (
+                _LevelFile.open(self._folder / f"level-{index}", self._num, shape, dtype)
+                if make
+                else _LevelFile.found(self._folder / f"level-{index}", self._num)
             )
             if level is None:
                 return None

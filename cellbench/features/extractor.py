@@ -118,7 +118,9 @@ class FeaturePass:
 class Features:
     """The batches of one cohort. ``pixels`` are the decoded images by split; with ``aims`` the batches of training and validation hold them."""
 
-    def __init__(self, trunk: FrozenBackbone, plan: SamplingPlan, pixels: dict[str, ImageCache], keeping: CachePolicy, aims: bool = False) -> None:
+    def __init__(
+        self, trunk: FrozenBackbone, plan: SamplingPlan, pixels: dict[str, ImageCache], keeping: CachePolicy, aims: bool = False
+    ) -> None:
         self.trunk, self.plan, self.pixels, self._keeping, self._aims = trunk, plan, pixels, keeping, aims
         self.framing = plan.framing
         self.tile_px = {split: self.framing.tile_px(pixels[split].sizes_px) for split in pixels} | {"train": plan.tile_px}
@@ -127,7 +129,8 @@ class Features:
             trunk.chunk = 1  # whole images: one of 1600x1200 has the tokens of 40 tiles
         self._passes: dict[tuple[str, int], FeatureCache | None] = {}
         sizes = {
-            split: trunk.map_bytes(self.tile_px[split]) * sum(len(self.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")
+            split: trunk.map_bytes(self.tile_px[split]) * sum(len(self.grid(split, i)) for i in range(len(pixels[split])))
+            for split in ("val", "test")
         }
         sizes["train"] = trunk.map_bytes(self.tile_px["train"]) * plan.num_views * plan.run.views
         self._keeping_lock = threading.Lock()
@@ -187,7 +190,9 @@ class Features:
             return _Cut(rows, *self._cut_views([views[k] for k in rows]))
 
         def mapped(one: _Cut) -> Batch:
-            pixels = jitter_colour(jitter_stain(self._pixels(one.tiles), [views[k].stain for k in one.rows]), [views[k].colour for k in one.rows])
+            pixels = jitter_colour(
+                jitter_stain(self._pixels(one.tiles), [views[k].stain for k in one.rows]), [views[k].colour for k in one.rows]
+            )
             return self._batch("train", kept, one, pixels)
 
         return lanes.ahead(chunks, cut_out, mapped)
@@ -202,7 +207,9 @@ class Features:
     def _corners(self, split: str) -> list[tuple[int, int, int]]:
         return [(image, y, x) for image in range(len(self.pixels[split])) for y, x in self.grid(split, image)]
 
-    def _laid(self, split: str, corners: list[tuple[int, int, int]], chunks: list[np.ndarray], kept: FeatureCache | None, lanes: WorkerPool) -> Iterator[Batch]:
+    def _laid(
+        self, split: str, corners: list[tuple[int, int, int]], chunks: list[np.ndarray], kept: FeatureCache | None, lanes: WorkerPool
+    ) -> Iterator[Batch]:
         def cut_out(rows: np.ndarray) -> _Cut:
             return _Cut(rows, *self._cut_corners(split, [corners[k] for k in rows]))
 

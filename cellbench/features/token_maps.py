@@ -87,7 +87,9 @@ def pca_rgb(views: Sequence[FeatureMaps]) -> list[np.ndarray]:
     # The sign of a component means nothing; fixed, so that two calls give the same colours.
     axes_D3 = axes_D3 * axes_D3[axes_D3.abs().argmax(0), range(axes_D3.shape[1])].sign()
     projected = [t @ axes_D3 for t in centred]
-    low, high = torch.cat([torch.quantile(p[:: -(-len(p) // 4000)], torch.tensor([0.02, 0.98]), dim=0) for p in projected]).view(-1, 2, 3).mean(0)
+    low, high = (
+        torch.cat([torch.quantile(p[:: -(-len(p) // 4000)], torch.tensor([0.02, 0.98]), dim=0) for p in projected]).view(-1, 2, 3).mean(0)
+    )
     return [view.laid(((p - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)) for view, p in zip(views, projected, strict=True)]
 
 

@@ -52,7 +52,9 @@ def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights:
                 "are passed on. Export by reference; whoever uses the folder gets them from the publisher."
             )
         if backbone == "reference" or not may_embed_weights(card):
-            why = "" if may_embed_weights(card) else f", since its licence ({card.license}{', gated' if card.gated else ''}) allows no copies"
+            why = (
+                "" if may_embed_weights(card) else f", since its licence ({card.license}{', gated' if card.gated else ''}) allows no copies"
+            )
             said = f"{card.id} is named, not copied{why}: give --weights DIR there, or let it be fetched from {card.weights}."
         else:
             copied = locate(card, weights)
@@ -97,7 +99,9 @@ def read_export(folder: Path) -> TrainedRun:
     except ValueError as error:
         raise CellbenchError(f"{folder / RUN}: is damaged ({one_line(error)[:80]}). Export it again.") from None
     if facts.get("format") != FORMAT:
-        raise CellbenchError(f"{folder / RUN}: is of format {facts.get('format')}, this version reads {FORMAT}. Update cellbench, or export it again.")
+        raise CellbenchError(
+            f"{folder / RUN}: is of format {facts.get('format')}, this version reads {FORMAT}. Update cellbench, or export it again."
+        )
     try:
         weights = load_file(folder / HEAD) if (folder / HEAD).exists() else {}
     except Exception as error:  # a damaged file, whatever safetensors calls it

@@ -33,10 +33,16 @@ def describe_pixel_sizes(sizes: Mapping[Path, PixelSize], num: int, um_per_px: f
     ``measured``: whether cells are."""
     lines = [doubt.line for doubt in find_pixel_size_inconsistencies({printable_path(path): size for path, size in sizes.items()}, num)]
     if um_per_px is not None:
-        other = [f"{printable_path(path)} ({size} um)" for path, size in sizes.items() if not (size.square and same_size(size.side_um, um_per_px))]
+        other = [
+            f"{printable_path(path)} ({size} um)"
+            for path, size in sizes.items()
+            if not (size.square and same_size(size.side_um, um_per_px))
+        ]
         lines += [f"--um-per-px {um_per_px:g} is used in place of what {len(other)} files state: {first_names(other)}."] if other else []
     elif measured and sizes and len(sizes) < num:
-        lines.append(f"{num - len(sizes)} of {num} images state no pixel size: their areas are in pixels. Give --um-per-px for one size of all.")
+        lines.append(
+            f"{num - len(sizes)} of {num} images state no pixel size: their areas are in pixels. Give --um-per-px for one size of all."
+        )
     return lines
 
 
@@ -81,5 +87,9 @@ def with_range(trained: TrainedRun, black_white: Range) -> tuple[TrainedRun, lis
     reading = trained.preparation.reading
     given = replace(reading, int_range=black_white, float_range=black_white)
     known = [format_range(one) for one in (reading.int_range, reading.float_range) if one not in (None, black_white)]
-    said = f"--range {format_range(black_white)} is used in place of {known[0]}, by which the images were read that {trained.name} learned from." if known else ""
+    said = (
+        f"--range {format_range(black_white)} is used in place of {known[0]}, by which the images were read that {trained.name} learned from."
+        if known
+        else ""
+    )
     return replace(trained, preparation=replace(trained.preparation, reading=given)), [said] if said else []

@@ -56,7 +56,13 @@ set_model(ServedSegmenter())
 
 def save_model(folder: Path, exported: Path) -> None:
     """Writes MLflow's model of an exported folder, with a copy of that inside; ``folder`` appears whole or not at all."""
-    outputs = [ColSpec("string", "mask"), ColSpec("long", "height_px"), ColSpec("long", "width_px"), ColSpec("double", "share"), ColSpec("string", "notes")]
+    outputs = [
+        ColSpec("string", "mask"),
+        ColSpec("long", "height_px"),
+        ColSpec("long", "width_px"),
+        ColSpec("double", "share"),
+        ColSpec("string", "notes"),
+    ]
     with tempfile.TemporaryDirectory(dir=folder.parent.parent, prefix=".cellbench-") as name:
         script = Path(name) / "model.py"
         script.write_text(SCRIPT, encoding="utf-8")

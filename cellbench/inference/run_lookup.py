@@ -36,7 +36,9 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
     if asked == "best" or asked.startswith("best:"):
         name = asked.removeprefix("best").removeprefix(":") or newest_experiment(whole=True)
         if not name:
-            raise CellbenchError("no experiment of MLflow's store here has a finished run, so there is no best. `cellbench grid` makes some.")
+            raise CellbenchError(
+                "no experiment of MLflow's store here has a finished run, so there is no best. `cellbench grid` makes some."
+            )
         tracker = Tracker(name, make=False)
         sets = collect_runs([tracker]).sets
         best = sets[0].best
@@ -76,7 +78,9 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         raise CellbenchError(f"'{stored.name}' is the parent of other runs, not a model. Name one of its runs, or best:{tracker.name}.")
     if stored.status != "finished":
         why = f" ({stored.reason[:200]})" if stored.reason else ""
-        raise CellbenchError(f"'{stored.name}' is {stored.status or 'not a run of cellbench'}{why}, so it left no model. Name a finished run, or best.")
+        raise CellbenchError(
+            f"'{stored.name}' is {stored.status or 'not a run of cellbench'}{why}, so it left no model. Name a finished run, or best."
+        )
     config, told = _text(tracker, stored, "config.toml"), json.loads(_text(tracker, stored, "per_image.json"))
     run = _run_of(config, registry)
     prepared = tracker.artifact(stored, "preparation.json")

@@ -118,13 +118,18 @@ class Segmenter:
         if self._function is None:
             self.model = build_model(run, registry, self.trunk, len(trained.classes))
             built = {name: x.clone() for name, x in self.model.state_dict().items()}
-            where, remedy = f"'{trained.name}': its head.safetensors", "It is damaged: put a sound copy there, export it again, or run it again."
+            where, remedy = (
+                f"'{trained.name}': its head.safetensors",
+                "It is damaged: put a sound copy there, export it again, or run it again.",
+            )
             check_types(trained.weights, built, where, remedy)
             check_values(trained.weights, dict(self.model.named_parameters()).keys(), where, remedy, built=built)
             try:
                 self.model.load_state_dict(dict(trained.weights))
             except RuntimeError as error:
-                raise CellbenchError(f"'{trained.name}': its weights do not fit its head as it is built here: {one_line(error)[:300]}.") from None
+                raise CellbenchError(
+                    f"'{trained.name}': its weights do not fit its head as it is built here: {one_line(error)[:300]}."
+                ) from None
             self.model.eval()
 
     def _backbone(self, card: BackboneCard, weights: Path | None, download: bool) -> Backbone:
@@ -282,7 +287,11 @@ class _Sheet:
         self.number, self._image, self._segmenter, self._finite = number, image, segmenter, True
         self.error: CellbenchError | None = None
         try:
-            self.source = ArraySource(check_pixels(image)) if isinstance(image, np.ndarray) else open_source(image, segmenter.trained.preparation.reading)
+            self.source = (
+                ArraySource(check_pixels(image))
+                if isinstance(image, np.ndarray)
+                else open_source(image, segmenter.trained.preparation.reading)
+            )
         except CellbenchError as error:
             self.error = error
             return
@@ -343,7 +352,9 @@ class _Sheet:
     def _unfinite(self) -> CellbenchError:
         what = self._image if isinstance(self._image, str | os.PathLike) else "an image"
         hint = " Try --precision fp32." if self._segmenter.machine.precision != torch.float32 else ""
-        return CellbenchError(f"{what}: the scores of '{self._segmenter.trained.name}' are not finite (NaN or infinite), so they are no answer.{hint}")
+        return CellbenchError(
+            f"{what}: the scores of '{self._segmenter.trained.name}' are not finite (NaN or infinite), so they are no answer.{hint}"
+        )
 
     def _band(self, top: int, band_KHW: Tensor, last: bool) -> MaskStrip:
         num = len(self._segmenter.names) - 1

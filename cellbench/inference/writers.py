@@ -79,7 +79,9 @@ class OutputPaths:
     def files(self, wanted: OutputFormats) -> list[Path]:
         """What is written, the mask last."""
         asked = (wanted.probability, wanted.overlay, wanted.geojson, wanted.instances, wanted.instances)
-        return [output_path(self.stem, ending) for ending, is_asked in zip(ENDINGS, asked, strict=True) if is_asked] + [output_path(self.stem, ".png")]
+        return [output_path(self.stem, ending) for ending, is_asked in zip(ENDINGS, asked, strict=True) if is_asked] + [
+            output_path(self.stem, ".png")
+        ]
 
     @property
     def before(self) -> dict[str, Any] | None:
@@ -114,7 +116,9 @@ class OutputPaths:
             elif not wanted.instances:  # the tables that are there stay as they are
                 cells = old
         files = self.files(wanted)
-        return {**self.facts, **({"cells": cells} if cells else {})}, [path for ending in stale if (path := output_path(self.stem, ending)) not in files]
+        return {**self.facts, **({"cells": cells} if cells else {})}, [
+            path for ending in stale if (path := output_path(self.stem, ending)) not in files
+        ]
 
 
 def output_path(stem: Path, ending: str) -> Path:

@@ -243,7 +243,9 @@ class ReferenceMask:
         self._classes, self._tolerance, self._numbered, self._owners = classes, tolerance_px, ids is not None, tuple(owners)
         self._cells, self.min_area_px = reference_instances(classes, ids, min_area_px, owners=owners)
         ignored = self._cells.ignored
-        self._outlines = {label: MaskBoundary(classes == label, tolerance_px, ignored) for label in range(1, num_classes) if label not in unused}
+        self._outlines = {
+            label: MaskBoundary(classes == label, tolerance_px, ignored) for label in range(1, num_classes) if label not in unused
+        }
 
     def found(self, cells: Instances) -> dict[str, float | int]:
         """The scores of predicted cells, each of ``min_area_px`` or more, under the names of :class:`InstanceScores`."""
@@ -254,7 +256,9 @@ class ReferenceMask:
         if classes.shape != self._classes.shape:
             raise ValueError(f"truth is {self._classes.shape}, prediction {classes.shape}")
         ignored = self._cells.ignored
-        outlines = [boundary_scores(truth, MaskBoundary(classes == label, self._tolerance, ignored)) for label, truth in self._outlines.items()]
+        outlines = [
+            boundary_scores(truth, MaskBoundary(classes == label, self._tolerance, ignored)) for label, truth in self._outlines.items()
+        ]
         nsd, band = (nan_mean(np.array(values)) for values in zip(*outlines, strict=True))
         cells = connected_instances(merge_parts_into_objects(classes, self._owners), self.min_area_px) if cells is None else cells
         return InstanceScores(nsd=nsd, boundary_dice=band, numbered=self._numbered, **self.found(cells))
@@ -371,7 +375,9 @@ def instance_scores(truth: Instances, found: Instances) -> dict[str, float | int
     }
 
 
-def cell_outcomes(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, matched: np.ndarray) -> dict[str, int]:
+def cell_outcomes(
+    truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, matched: np.ndarray
+) -> dict[str, int]:
     """What became of every cell; a cell lies *mostly* in another where more than half of its own pixels do.
 
     - ``num_found``: true cells matched by a predicted cell of their class with an IoU above 0.5.

@@ -84,7 +84,9 @@ def part_column(name: str, um_per_px: float | None = None) -> str:
     return f"{name}_area_{'px' if um_per_px is None else 'um2'}"
 
 
-def count_by_class(rows: Sequence[Mapping[str, str]], names: Sequence[str], owners: Sequence[int] = (), um_per_px: float | None = None) -> dict[str, int]:
+def count_by_class(
+    rows: Sequence[Mapping[str, str]], names: Sequence[str], owners: Sequence[int] = (), um_per_px: float | None = None
+) -> dict[str, int]:
     """Of the lines of a table of cells: how many cells each class has, and for a part how many cells hold one; nothing where there is one class.
 
     >>> rows = [{"class": "cytoplasm", "nucleus_area_px": "90.0"}, {"class": "cytoplasm", "nucleus_area_px": "0.0"}]

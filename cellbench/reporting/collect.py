@@ -83,12 +83,16 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
         raise CellbenchError(f"experiment '{names}': {found}, so there is nothing to compare{why}. `cellbench grid` makes runs.")
     unique = {(run.told["dataset"], *sorted(run.stored.params.items())): run for run in sorted(tested, key=lambda run: run.stored.start_s)}
     if num := len(tested) - len(unique):
-        left_out.append(f"{_runs(num)} {_is(num)} left out: later ones have the same settings, with other weights, cards or code, or a newer version.")
+        left_out.append(
+            f"{_runs(num)} {_is(num)} left out: later ones have the same settings, with other weights, cards or code, or a newer version."
+        )
     started_s = {run.tags[DATA]: run.last_s for run in sorted(parents, key=lambda run: run.last_s) if DATA in run.tags}
     sets, incomplete = group_models(unique.values(), started_s)
     left_out += incomplete
     if not sets:
-        raise CellbenchError(f"experiment '{names}': no model has all its folds, so there is nothing to compare ({incomplete[0]}). Run the grid to its end.")
+        raise CellbenchError(
+            f"experiment '{names}': no model has all its folds, so there is nothing to compare ({incomplete[0]}). Run the grid to its end."
+        )
     return ExperimentResults(
         experiment=names,
         sets=tuple(sets),

@@ -74,7 +74,9 @@ def render_table(headings: Sequence[str], lines: Sequence[Sequence[str]], text: 
     """Numbers to the right, words to the left, each heading as its column; the columns numbered in ``text`` hold sentences and may break."""
     if not lines:
         return ""
-    kinds = [' class="text"' if k in text else ' class="words"' if _is_words([line[k] for line in lines]) else "" for k in range(len(headings))]
+    kinds = [
+        ' class="text"' if k in text else ' class="words"' if _is_words([line[k] for line in lines]) else "" for k in range(len(headings))
+    ]
     head = "".join(f"<th{kind}>{escape(one)}</th>" for kind, one in zip(kinds, headings, strict=True))
     rows = ("".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, line, strict=True)) for line in lines)
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)

@@ -151,7 +151,9 @@ def describe_load(table: Sequence[LeaderboardRow]) -> str:
     if max(loads) < BUSY_PCT:
         return f"Costs were {said} at most{few}."
     least = f", for some models only {min(loads):.0f} %" if min(loads) < max(loads) / 2 else ""
-    return f"Costs were {said}{least}{few}: on an idle machine seconds would be fewer. Processor seconds depend on that least: compare those."
+    return (
+        f"Costs were {said}{least}{few}: on an idle machine seconds would be fewer. Processor seconds depend on that least: compare those."
+    )
 
 
 def best_model(here: TestSet, measure: str) -> str:
@@ -195,7 +197,9 @@ def describe_test_sets(sets: Sequence[TestSet]) -> list[str]:
     kind = "newest whole test set" if not first.limit else "newest test set"
     listed = "; ".join(f"{here.data}, best {here.best.name} with {here.best.scores().mean:.3f}" for here in others[:MOST_SETS])
     more = f"; {len(others) - MOST_SETS} more" if len(others) > MOST_SETS else ""
-    return [f"This is about the {kind}, {first.data}. {len(others)} more {'is' if len(others) == 1 else 'are'} not compared with it: {listed}{more}."]
+    return [
+        f"This is about the {kind}, {first.data}. {len(others)} more {'is' if len(others) == 1 else 'are'} not compared with it: {listed}{more}."
+    ]
 
 
 MOST_SETS = 4

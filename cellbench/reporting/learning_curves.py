@@ -91,7 +91,9 @@ def describe_curves(found: list[LearningCurve]) -> list[str]:
         if not is_decidable(last.dice.num, len(curve.points) - 1):
             out.append(f"{curve.model}: {describe_undecidable(last.dice.num, len(curve.points) - 1, last.dice.unit)}.")
             continue
-        worse = [point for point in curve.points[:-1] if point.against_most is not None and point.against_most.better == point.against_most.b]
+        worse = [
+            point for point in curve.points[:-1] if point.against_most is not None and point.against_most.better == point.against_most.b
+        ]
         above = [point for point in curve.points[:-1] if not worse or point.fraction > worse[-1].fraction]
         images = f"{last.num_train} images" if last.num_train else f"{last.fraction:.0%}"
         if not above:

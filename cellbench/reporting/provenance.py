@@ -32,7 +32,11 @@ def describe_missing_runs(evidence: ExperimentResults) -> str:
     lines = [
         [name, kind, reason] for kind, runs in (("skipped", evidence.skipped), ("failed", evidence.failed)) for name, reason in runs.items()
     ]
-    return html.render_table(("run", "what", "because"), lines[: html.MOST_LINES], text=(2,)) + html.rows_not_shown(len(lines)) + html.render_paragraphs(evidence.left_out)
+    return (
+        html.render_table(("run", "what", "because"), lines[: html.MOST_LINES], text=(2,))
+        + html.rows_not_shown(len(lines))
+        + html.render_paragraphs(evidence.left_out)
+    )
 
 
 def glossary(evidence: ExperimentResults) -> list[str]:
@@ -57,13 +61,19 @@ def glossary(evidence: ExperimentResults) -> list[str]:
             "optimistic; 'p over folds' is the corrected resampled t-test (Nadeau and Bengio 2003), which allows for that."
         )
     if first.groups is not None:
-        out.append(f"Images come in groups ({len(set(first.groups))} of them): a group is resampled and ranked as one, since its images are alike.")
+        out.append(
+            f"Images come in groups ({len(set(first.groups))} of them): a group is resampled and ranked as one, since its images are alike."
+        )
     if "nsd" in told_by:
         numbered = any(told_by.get("cells_numbered", []))
         cells = "the mask's own numbers" if numbered else "connected regions (neighbours beside, not diagonal)"
         area = min(told_by["min_area_px"])
         necks = sorted({f"{neck:g}" for model in first.models for run in model.runs if (neck := run.told.get("separation_neck"))})
-        parted = f", and predicted cells that touch are parted by a watershed tuned on validation images (necks {', '.join(necks)})" if necks else ""
+        parted = (
+            f", and predicted cells that touch are parted by a watershed tuned on validation images (necks {', '.join(necks)})"
+            if necks
+            else ""
+        )
         out.append(
             f"NSD: the share of both outlines' pixels within {told_by['tolerance_px']:g} px of the other outline. Single cells are {cells} of at "
             f"least {area} px{parted}; two match where they share more than half of their union. AP50 is TP / (TP + FP + FN) at that threshold, PQ "
@@ -101,4 +111,6 @@ def describe_environment(evidence: ExperimentResults, known: dict[str, Any]) -> 
         for m in here.models
         for run in m.runs
     ]  # fmt: skip
-    return out + html.render_table(("model", "seed", "MLflow run", "fingerprint"), lines[: html.MOST_LINES]) + html.rows_not_shown(len(lines))
+    return (
+        out + html.render_table(("model", "seed", "MLflow run", "fingerprint"), lines[: html.MOST_LINES]) + html.rows_not_shown(len(lines))
+    )

@@ -187,7 +187,12 @@ def write_report(
             folder = Path(name)
             made = build_report(evidence, [tracker], known)
             write_files(made, folder)
-            record = {"leaderboard": leaderboard.to_json(leaderboard.leaderboard_rows(here)), "verdict": made.verdict, "data": here.data, "digest": here.digest}
+            record = {
+                "leaderboard": leaderboard.to_json(leaderboard.leaderboard_rows(here)),
+                "verdict": made.verdict,
+                "data": here.data,
+                "digest": here.digest,
+            }
             record |= {"skipped": dict(skipped), "failed": dict(failed)}
             (folder / BOARD).write_text(json.dumps(record, indent=1), encoding="utf-8")
             (folder / "splits.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
@@ -231,7 +236,14 @@ def _concluded(tracker: Tracker, top: Run, key: str) -> dict[str, Any] | None:
 NOTE_COLUMNS = ("model", "seeds", "Dice", "Dice/image", "95 %", "AP50", "train s")
 
 
-def _note(known: Mapping[str, Any], data: str, verdict: Sequence[str], table: Sequence[leaderboard.LeaderboardRow], skipped: Mapping[str, str], picture: str = "") -> str:
+def _note(
+    known: Mapping[str, Any],
+    data: str,
+    verdict: Sequence[str],
+    table: Sequence[leaderboard.LeaderboardRow],
+    skipped: Mapping[str, str],
+    picture: str = "",
+) -> str:
     """The answer in Markdown for MLflow, the verdict first: of a run's notes the UI shows five lines before a person asks for more."""
     cells = [dict(zip(leaderboard.HEADINGS, leaderboard.format_row(row), strict=True)) for row in table[:MOST_NOTED]]
     board = ui_view.padded_table(NOTE_COLUMNS, [[line[name] for name in NOTE_COLUMNS] for line in cells])

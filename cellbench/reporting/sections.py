@@ -60,7 +60,9 @@ def build_report(evidence: ExperimentResults, trackers: Sequence[Tracker], known
     report.verdict = leaderboard.describe(evidence.sets[0]) + leaderboard.describe_other_winners(evidence.sets[0])
     report.verdict += leaderboard.describe_empty_images(evidence.sets[0])
     absent = leaderboard.absent_classes(evidence.sets[0].models[0])
-    report.verdict += leaderboard.describe_class_mean([name for name in evidence.sets[0].models[0].runs[0].told.get("classes", []) if name not in absent])
+    report.verdict += leaderboard.describe_class_mean(
+        [name for name in evidence.sets[0].models[0].runs[0].told.get("classes", []) if name not in absent]
+    )
     report.verdict += leaderboard.describe_test_sets(evidence.sets)
     busy = leaderboard.leaderboard_rows(evidence.sets[0])
     if max((row.other_load_pct or 0.0 for row in busy), default=0.0) >= leaderboard.BUSY_PCT:
@@ -100,7 +102,9 @@ def _about_set(here: TestSet, trackers: Sequence[Tracker], report: Report, prefi
     report.tables[f"{prefix}leaderboard"] = (leaderboard.HEADINGS, cells)
     # Cost has a table of its own: these columns fit a page.
     shown = len(leaderboard.HEADINGS) - 3
-    board = html.render_table(leaderboard.HEADINGS[:shown], [line[:shown] for line in cells[: html.MOST_LINES]]) + html.rows_not_shown(len(cells))
+    board = html.render_table(leaderboard.HEADINGS[:shown], [line[:shown] for line in cells[: html.MOST_LINES]]) + html.rows_not_shown(
+        len(cells)
+    )
     if lines:
         board += draw("leaderboard", comparison_plots.plot_leaderboard(lines))
         if len(lines[0].measures) > 1:
@@ -244,7 +248,7 @@ def _cost(table: list[LeaderboardRow], lines: list[comparison_plots.Line], repor
         "over took. The load by others is the largest share of the processor that other processes used while a run was trained or tested.",
         "Training seconds are computing time, summed over the lanes that work side by side, and hold the backbone's pass, which runs of one "
         "cohort share: each is charged all of it, and of the features kept too. Peak memory is the whole process's up to that run, so later "
-        "runs never show less."
+        "runs never show less.",
     ]
     return (
         (draw("cost", comparison_plots.plot_pareto(lines, costs), load) if lines else "")

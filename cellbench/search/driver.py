@@ -128,7 +128,11 @@ def search(
     datasets = open_folds(experiment, registry, data)
     dataset = datasets[space.fold]
     check_backbones(space, registry, datasets, weights, file, whole.precision_name)
-    for line in () if helper else (*dataset.notes, *quick_check.severe_findings(registry.dataset(experiment.dataset), dataset), *relocate.fix_artifact_paths()):
+    for line in (
+        ()
+        if helper
+        else (*dataset.notes, *quick_check.severe_findings(registry.dataset(experiment.dataset), dataset), *relocate.fix_artifact_paths())
+    ):
         say(line)
     url = storage or os.environ.get("OPTUNA_STORAGE") or DEFAULT
     if url.startswith("sqlite:///"):  # a process elsewhere may have another folder
@@ -237,11 +241,15 @@ def _named(space: Space) -> Sequence[Any]:
     return next(one.choices for one in space.dimensions if one.name == "backbone")
 
 
-def check_backbones(space: Space, registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str, precision: str) -> None:
+def check_backbones(
+    space: Space, registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str, precision: str
+) -> None:
     """Refuses a space with a backbone that cannot be had: its trials would all fail."""
     base = {one.name: one.ends[0] for one in space.dimensions if not one.head}
     for name in _named(space):
-        (job,) = planned_runs(Experiment.of(space.tree({**base, "backbone": name}), where), registry, datasets, weights, where, precision=precision)
+        (job,) = planned_runs(
+            Experiment.of(space.tree({**base, "backbone": name}), where), registry, datasets, weights, where, precision=precision
+        )
         if job.unavailable:
             raise CellbenchError(f"{where}: [space] backbone '{name}': {job.unavailable} Or take it out of the list.")
 
@@ -294,5 +302,3 @@ def _followed(helpers: ray_search.SearchHelpers, study: Study, stop: StopRequest
         if words := helpers.look(2.0):
             say(words)
         worker.show(study.told(), bar)
-
-

@@ -36,7 +36,11 @@ def plot_study(study: Study, space: Space) -> Iterator[tuple[str, bytes]]:
         yield f"history{mark}", _drawn(lambda about=about: _legend_inside(draw.plot_optimization_history(study.optuna, **about)), (7, 4))
         yield (
             f"slice{mark}",
-            _drawn(lambda about=about: _legible(draw.plot_slice(study.optuna, params=always, **about)), (max(5, 2 * len(always) + 1), 3.8), apart),
+            _drawn(
+                lambda about=about: _legible(draw.plot_slice(study.optuna, params=always, **about)),
+                (max(5, 2 * len(always) + 1), 3.8),
+                apart,
+            ),
         )
         yield f"parallel{mark}", _drawn(lambda about=about: draw.plot_parallel_coordinate(study.optuna, params=always, **about), (11, 5))
         values = {t.values[k] for t in done}

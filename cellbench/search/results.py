@@ -79,7 +79,9 @@ def best_experiment(space: Space, best: CompletedTrial) -> str:
     return f"{head}\n#   python -m cellbench.run grid best.toml\n{tomli_w.dumps(tree)}"
 
 
-def test_best(space: Space, study: Study, runner: Runner, run: Run, known: dict[str, Any], crew_of: Callable[[Experiment], Executor]) -> int:
+def test_best(
+    space: Space, study: Study, runner: Runner, run: Run, known: dict[str, Any], crew_of: Callable[[Experiment], Executor]
+) -> int:
     """The best trial's setting, and no other, is tested: as a grid, with its seeds. ``known``: what :func:`cellbench.reporting.report.log_request` recorded."""
     best = study.best()
     if not best:

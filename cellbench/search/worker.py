@@ -79,7 +79,9 @@ class SearchWorker:
         """A trial's run, and the fingerprint that it shares with trials that would give equal numbers."""
         experiment = Experiment.of(self.space.tree(pending.point), self.where)
         runner = self.runner
-        (job,) = planned_runs(experiment, runner.registry, runner.datasets, runner.weights, self.where, precision=runner.machine.precision_name)
+        (job,) = planned_runs(
+            experiment, runner.registry, runner.datasets, runner.weights, self.where, precision=runner.machine.precision_name
+        )
         # Of this trial in this study: a run of a grid with these settings is tested, and this one must not be.
         own = hashlib.sha256(f"{job.fingerprint}:{self.study.name}:{pending.number}".encode()).hexdigest()[:16]
         return replace(job, name=f"trial {pending.number} · {job.run.model}", fingerprint=own), job.fingerprint

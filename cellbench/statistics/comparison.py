@@ -219,7 +219,9 @@ def _differences(
         notes = list(dict.fromkeys([*a.notes, *b.notes, *shared]))
         filled = here.num_filled[local[i]] + here.num_filled[local[j]]
         if filled and filled < 2 * num_images:
-            notes.append(f"{filled} image{'s' * (filled > 1)} without a cell where only one of the two found something: the other is right there")
+            notes.append(
+                f"{filled} image{'s' * (filled > 1)} without a cell where only one of the two found something: the other is right there"
+            )
         if num_dropped:
             notes.append(f"{num_dropped} image{'s' * (num_dropped > 1)} that only one of the two has: left out")
         if ties == num_images:

@@ -235,7 +235,9 @@ def format_p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.{digits}f}"
 
 
-def describe_verdict(differences: Iterable[Difference], ranking: CriticalDifference | None = None, *, what: str = "Dice", most: int = 4) -> list[str]:
+def describe_verdict(
+    differences: Iterable[Difference], ranking: CriticalDifference | None = None, *, what: str = "Dice", most: int = 4
+) -> list[str]:
     """A short paragraph, one sentence an item: the best model, whom it beats for certain, with whom it ties, and what to mind.
 
     ``differences``: what ``compare_all`` gave, over all pairs. ``most``: how many models a sentence spells out before it counts the rest.

@@ -94,7 +94,11 @@ def _healed(path: Path) -> list[str]:
             new_root = path.parent / old_root.name
             if old_root.resolve() == new_root.resolve():
                 continue
-            ways = {folder: (old := Path(_local(folder)), new_root / old.relative_to(old_root)) for folder in folders if roots[folder] == old_root}
+            ways = {
+                folder: (old := Path(_local(folder)), new_root / old.relative_to(old_root))
+                for folder in folders
+                if roots[folder] == old_root
+            }
             here = new_root.is_dir() and (not old_root.is_dir() or any(new.is_dir() for _, new in ways.values()))
             for folder, (old, new) in ways.items():
                 if here and (new.is_dir() or not old.is_dir()):

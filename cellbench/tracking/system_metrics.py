@@ -71,7 +71,10 @@ class _Watch:
         self._step += 1
 
     def _write(self) -> None:
-        metric, alive = self._tracker.mlflow.entities.Metric, {HEARTBEAT: str(time.time())}  # an epoch may be longer than a run may be silent
+        metric, alive = (
+            self._tracker.mlflow.entities.Metric,
+            {HEARTBEAT: str(time.time())},
+        )  # an epoch may be longer than a run may be silent
         values = [metric(f"system/{name}", float(v), now, step) for now, step, found in self._samples for name, v in found.items()]
         self._samples = []
         with contextlib.suppress(CellbenchError):  # a full or locked store stops a run where its scores are written, not here

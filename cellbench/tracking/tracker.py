@@ -72,7 +72,9 @@ class Tracker:
         if found is None and not self.name.isascii():  # one of an older version, or made by hand, in another Unicode form
             found = next((one for one in self.client.search_experiments() if to_nfc(one.name) == self.name), None)
         if found is not None and found.lifecycle_stage == "deleted":
-            raise CellbenchError(f"the experiment '{self.name}' was deleted in MLflow. Restore it there, or give the experiment file another name.")
+            raise CellbenchError(
+                f"the experiment '{self.name}' was deleted in MLflow. Restore it there, or give the experiment file another name."
+            )
         if found is not None:
             return found.experiment_id
         if not make:
@@ -95,7 +97,11 @@ class Tracker:
         token, wanted = None, f"= '{fingerprint}'" if fingerprint else "!= ''"
         while True:
             page = self.client.search_runs(
-                [self.experiment_id], f"tags.`{FINGERPRINT}` {wanted}", max_results=1000, page_token=token, order_by=["attributes.start_time ASC"]
+                [self.experiment_id],
+                f"tags.`{FINGERPRINT}` {wanted}",
+                max_results=1000,
+                page_token=token,
+                order_by=["attributes.start_time ASC"],
             )
             for run in page:
                 logged = to_record(run)
@@ -119,7 +125,9 @@ class Tracker:
 
     def num_deleted(self) -> int:
         """Runs that were deleted in the UI and not yet cleared away."""
-        return len(self.client.search_runs([self.experiment_id], run_view_type=self.mlflow.entities.ViewType.DELETED_ONLY, max_results=1000))
+        return len(
+            self.client.search_runs([self.experiment_id], run_view_type=self.mlflow.entities.ViewType.DELETED_ONLY, max_results=1000)
+        )
 
     def artifact(self, run: RunRecord, name: str) -> bytes | None:
         """The bytes of an artifact; None where the run has none of that name, or has lost it.
@@ -143,7 +151,9 @@ class Tracker:
             if not self._lists(run, name):
                 return None
             uri = redact_passwords(self.mlflow.get_tracking_uri())
-            raise CellbenchError(f"MLflow at {uri}: lists {name} of '{run.name}' but does not send it. Try again, or see to its storage.") from error
+            raise CellbenchError(
+                f"MLflow at {uri}: lists {name} of '{run.name}' but does not send it. Try again, or see to its storage."
+            ) from error
 
     def _lists(self, run: RunRecord, name: str) -> bool:
         """Whether a run has an artifact of this name. Raises CellbenchError where that is not known."""
@@ -165,14 +175,18 @@ class Tracker:
         self.client.set_tag(run.run_id, STATUS, "interrupted")
         self.client.set_terminated(run.run_id, TERMINAL["interrupted"])
 
-    def log(self, run_id: str, metrics: Sequence[Any], *, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None) -> None:
+    def log(
+        self, run_id: str, metrics: Sequence[Any], *, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None
+    ) -> None:
         """MLflow's metrics, params and tags of a run in one commit, or in a few: MLflow takes at most 1,000 things at once."""
         entities = self.mlflow.entities
         while len(metrics) > MOST_AT_ONCE:
             self.client.log_batch(run_id, metrics=metrics[:MOST_AT_ONCE])
             metrics = metrics[MOST_AT_ONCE:]
         given = [entities.Param(name, str(value)) for name, value in (params or {}).items()]
-        self.client.log_batch(run_id, metrics=metrics, params=given, tags=[entities.RunTag(name, value) for name, value in (tags or {}).items()])
+        self.client.log_batch(
+            run_id, metrics=metrics, params=given, tags=[entities.RunTag(name, value) for name, value in (tags or {}).items()]
+        )
 
     def attach(self, run: RunRecord, folder: Path) -> None:
         """Everything below a folder, as artifacts of a run that has ended."""
@@ -185,9 +199,18 @@ class Tracker:
         self.client.set_experiment_tag(self.experiment_id, ui_view.TAG, ui_view.leaderboard_view_url(search))
 
     @contextlib.contextmanager
-    def run(self, name: str, fingerprint: str, *, parent: str = "", known: RunState | None = None, tags: Mapping[str, str] | None = None) -> Iterator[Run]:
+    def run(
+        self, name: str, fingerprint: str, *, parent: str = "", known: RunState | None = None, tags: Mapping[str, str] | None = None
+    ) -> Iterator[Run]:
         """A run that is open inside ``with``: a new one, or ``known`` gone on with. Whatever ends the block ends the run, with its reason."""
-        told_tags = {**(tags or {}), FINGERPRINT: fingerprint, EXPERIMENT: self.name, STATUS: "running", OWNER: this_owner(), HEARTBEAT: str(time.time())}
+        told_tags = {
+            **(tags or {}),
+            FINGERPRINT: fingerprint,
+            EXPERIMENT: self.name,
+            STATUS: "running",
+            OWNER: this_owner(),
+            HEARTBEAT: str(time.time()),
+        }
         if parent:
             told_tags[PARENT] = parent
         if known is None:
@@ -234,7 +257,14 @@ class Run:
         """The steps at which the store holds a value of a metric."""
         return {one.step for one in self._tracker.client.get_metric_history(self.run_id, metric)}
 
-    def log(self, metrics: Mapping[str, float], *, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None, step: int = 0) -> None:
+    def log(
+        self,
+        metrics: Mapping[str, float],
+        *,
+        params: Mapping[str, object] | None = None,
+        tags: Mapping[str, str] | None = None,
+        step: int = 0,
+    ) -> None:
         """What was kept, metrics, params and tags in one commit, now and then with a sign of life."""
         given = dict(tags or {})
         if time.monotonic() - self._beat_s > BEAT_S:  # a tag costs as much as all metrics together
@@ -263,7 +293,9 @@ class Run:
         with os_errors_as("keeping a run's artifacts"):
             self._tracker.client.log_artifacts(self.run_id, str(folder))
 
-    def end(self, status: str, reason: str = "", *, metrics: Mapping[str, float] | None = None, tags: Mapping[str, str] | None = None) -> None:
+    def end(
+        self, status: str, reason: str = "", *, metrics: Mapping[str, float] | None = None, tags: Mapping[str, str] | None = None
+    ) -> None:
         """Ends the run once, with what is left to say of it. MLflow writes metrics before tags, so that the mark of our own is the last of it;
         it comes before MLflow's, so that a crash between them reads as unfinished to no one."""
         if self.ended:

@@ -35,11 +35,27 @@ WHOLE = f"tags.`{LIMIT}` IS NULL"
 def leaderboard_view_url(search: str = "") -> str:
     """The tag's value. ``search``: what the filter that the UI begins with asks beside ``FILTER``."""
     asked = " AND ".join(part for part in (FILTER, search) if part)
-    state: dict[str, Any] = {"searchFilter": asked, "orderByKey": COLUMNS[0], "orderByAsc": False, "startTime": "ALL", "lifecycleFilter": "Active"}
-    state |= {"datasetsFilter": [], "modelVersionFilter": "All Runs", "selectedColumns": list(COLUMNS), "runsExpanded": {}, "runsPinned": []}
+    state: dict[str, Any] = {
+        "searchFilter": asked,
+        "orderByKey": COLUMNS[0],
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+    }
+    state |= {
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": list(COLUMNS),
+        "runsExpanded": {},
+        "runsPinned": [],
+    }
     state |= {"runsHidden": [], "runsHiddenMode": "FIRST_10_RUNS", "groupBy": None, "groupsExpanded": {}, "hideEmptyCharts": True}
     # "Reordered" keeps our sections on top of those that the UI makes of all other metrics.
-    state |= {"compareRunCharts": _charts(), "compareRunSections": [_section("Side by side"), _section("While learning")], "isAccordionReordered": True}
+    state |= {
+        "compareRunCharts": _charts(),
+        "compareRunSections": [_section("Side by side"), _section("While learning")],
+        "isAccordionReordered": True,
+    }
     now_ms = int(time.time() * 1000)
     return json.dumps({"name": VIEW, "createdAt": now_ms, "updatedAt": now_ms, "state": json.dumps(state)})
 

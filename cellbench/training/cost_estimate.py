@@ -52,7 +52,9 @@ class _Nobody:
         pass
 
 
-def estimate_cost(runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Hardware, weights: Path | None, keeping: CachePolicy) -> Cost:
+def estimate_cost(
+    runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Hardware, weights: Path | None, keeping: CachePolicy
+) -> Cost:
     """Times one chunk through the trunk and one step of each head, and multiplies out. Raises TooLarge, before anything is computed, for
     whole images that would not fit."""
     first = runs[0]

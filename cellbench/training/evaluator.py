@@ -114,7 +114,11 @@ class ExampleKeeper:
             return {} if self._empty is None else {"worst": self._empty}
         # The lower of two middle ones: a median that is an image, not a mean of two.
         middle = float(np.quantile(self._dices, 0.5, method="lower"))
-        all_three = {"worst": self.worst, "median": min(self._middle + self._drawn, key=lambda one: abs(one.dice - middle)), "best": self.best}
+        all_three = {
+            "worst": self.worst,
+            "median": min(self._middle + self._drawn, key=lambda one: abs(one.dice - middle)),
+            "best": self.best,
+        }
         first = {case.image: which for which, case in reversed(all_three.items())}
         return {which: case for which, case in all_three.items() if first[case.image] == which}
 
@@ -186,7 +190,9 @@ class CohortEvaluator:
         prepared = self._pool.submit(self._truth, self._dataset.test[image], truth)
         # In the pool's order the truth comes first, so no thread waits for one that cannot start.
         self._waiting = [
-            self._pool.submit(self._mark, exam, image, truth, prepared, counts, per_image_scores(counts[None], unused=self._dataset.unused), *answer)
+            self._pool.submit(
+                self._mark, exam, image, truth, prepared, counts, per_image_scores(counts[None], unused=self._dataset.unused), *answer
+            )
             for exam, counts, answer in zip(self.exams, matrices, answers, strict=True)
         ]
 

@@ -42,7 +42,9 @@ def backbone_bytes(trunk: FrozenBackbone, frame_px: Size) -> int:
     """At the peak of one frame's pass."""
     if trunk.backbone is None:
         return 0
-    return max(BYTES_PER_VALUE * level.dim * (frame_px[0] // level.stride_px) * (frame_px[1] // level.stride_px) for level in trunk.backbone.levels)
+    return max(
+        BYTES_PER_VALUE * level.dim * (frame_px[0] // level.stride_px) * (frame_px[1] // level.stride_px) for level in trunk.backbone.levels
+    )
 
 
 def why_too_large(trunk: FrozenBackbone, frame_px: Size, more_bytes: int = 0) -> str:

@@ -166,5 +166,8 @@ def _is_random(func: Any) -> bool:
 
 def _switches(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """The values of an operation's switches, as far as they are given or have a default."""
-    named = [(one.name, args[place] if place < len(args) else kwargs.get(one.name, one.default_value)) for place, one in enumerate(func._schema.arguments)]
+    named = [
+        (one.name, args[place] if place < len(args) else kwargs.get(one.name, one.default_value))
+        for place, one in enumerate(func._schema.arguments)
+    ]
     return [value for name, value in named if name in _SWITCHES and value is not None]

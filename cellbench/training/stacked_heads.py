@@ -97,7 +97,9 @@ class StackedHeads:
         with fail_single_values(self.members):
             for batch in self._batches.of(chunk):
                 self._learn(batch)
-        share_s, share_cpu_s = ((now - then) / len(self.members) for now, then in ((time.perf_counter(), start), (time.thread_time(), start_cpu)))
+        share_s, share_cpu_s = (
+            (now - then) / len(self.members) for now, then in ((time.perf_counter(), start), (time.thread_time(), start_cpu))
+        )
         for member in self.members:
             member.train_s += share_s
             member.train_cpu_s += share_cpu_s
@@ -105,7 +107,9 @@ class StackedHeads:
     def _learn(self, batch: Batch) -> None:
         first, weights = self.members[0], self._optimiser.weights
         with first.autocast():
-            logits_NBKTT = vmap(lambda own: functional_call(self._model, own, (batch,)))(dict(zip(self._names, weights, strict=True)) | self._buffers)
+            logits_NBKTT = vmap(lambda own: functional_call(self._model, own, (batch,)))(
+                dict(zip(self._names, weights, strict=True)) | self._buffers
+            )
         losses_N = first.loss(logits_NBKTT, batch)
         self._optimiser.step(torch.autograd.grad(losses_N.sum(), weights))
         self._sums_N += losses_N.detach() * batch.num
@@ -136,7 +140,12 @@ class _Optimiser:
         self._steps = [int(state.get("step", 0)) for state in states[0]]
         self._row = self._joined(self._columns)
         self._mean, self._square = (
-            self._joined([[state.get(name, torch.zeros_like(x)) for state, x in zip(*both, strict=True)] for both in zip(states, self._columns, strict=True)])
+            self._joined(
+                [
+                    [state.get(name, torch.zeros_like(x)) for state, x in zip(*both, strict=True)]
+                    for both in zip(states, self._columns, strict=True)
+                ]
+            )
             for name in _MOMENTS
         )
         self.weights = [x.requires_grad_() for x in self._pieces(self._row)]

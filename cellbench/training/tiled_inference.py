@@ -144,14 +144,18 @@ class _Sheets:
             self._answer.relief[rows] = to_uint8(band_KHW[self._num])
 
 
-def score_images(models: Sequence[SegmentationModel], features: Features, split: str) -> Iterator[tuple[int, list[np.ndarray], list[SegmentedImage]]]:
+def score_images(
+    models: Sequence[SegmentationModel], features: Features, split: str
+) -> Iterator[tuple[int, list[np.ndarray], list[SegmentedImage]]]:
     """For each image of a split: its number, each model's confusion matrix (K, K) and answer."""
     for image, answers in segment_images(models, features, split):
         truth = features.pixels[split][image][1]
         yield image, [confusion_matrix(truth, a.classes, m.num_classes) for a, m in zip(answers, models, strict=True)], answers
 
 
-def score_tiles(models: Sequence[SegmentationModel], features: Features, split: str, watch: ValidationCallback, lanes: WorkerPool) -> list[np.ndarray]:
+def score_tiles(
+    models: Sequence[SegmentationModel], features: Features, split: str, watch: ValidationCallback, lanes: WorkerPool
+) -> list[np.ndarray]:
     """Each model's confusion matrix (K, K) over all pixels of a split, every pixel judged once, by the tile whose middle is nearest.
 
     For validation, where nobody looks at a seam: without blending it costs a third of :func:`score_images`. Where framed pixels are not the

@@ -155,7 +155,9 @@ class HeadTrainer:
             self.best_weights = {name: x.detach().to("cpu", copy=True) for name, x in self.model.state_dict().items()}
         self.epoch += 1
         if not math.isfinite(row["train/loss"]):
-            self.ended = f"failed: the training loss became {row['train/loss']} in epoch {self.epoch}; a smaller lr than {self.run.lr:g} may help"
+            self.ended = (
+                f"failed: the training loss became {row['train/loss']} in epoch {self.epoch}; a smaller lr than {self.run.lr:g} may help"
+            )
         elif not math.isfinite(row["val/loss"]):
             self.ended = f"failed: the validation loss became {row['val/loss']} in epoch {self.epoch}: its scores are not finite"
         elif not go_on:

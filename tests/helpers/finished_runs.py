@@ -22,7 +22,9 @@ def told_of(mean: float, seed: int, images: tuple[str, ...] = IMAGES, digest: st
     hard = np.random.default_rng(0).normal(0, 0.03, len(images))
     noise = np.random.default_rng(seed + int(mean * 1e6)).normal(0, 0.002, len(images))
     dice = np.clip(mean + hard + noise, 0, 1)
-    plain = {name: dice.tolist() for name in ("dice", "iou", "precision", "recall", "accuracy", "nsd", "boundary_dice", "ap50_95", "aji", "pq")}
+    plain = {
+        name: dice.tolist() for name in ("dice", "iou", "precision", "recall", "accuracy", "nsd", "boundary_dice", "ap50_95", "aji", "pq")
+    }
     return {
         "classes": ["background", "cell"],
         "images": list(images),
@@ -42,7 +44,9 @@ def scored(head: str, told: dict, seed: int = 0, fold: int | None = None) -> Fin
     if fold is not None:
         params["fold"] = str(fold)
     metrics = {"test/dice": 0.9, "test/iou": 0.8, "test/precision": 0.9, "test/recall": 0.9, "best/val_dice": 0.9}
-    return FinishedRun(stored=RunRecord(run_id=f"{head} {seed} {fold}", name=head, status="finished", metrics=metrics, params=params), told=told)
+    return FinishedRun(
+        stored=RunRecord(run_id=f"{head} {seed} {fold}", name=head, status="finished", metrics=metrics, params=params), told=told
+    )
 
 
 def finished(

@@ -29,8 +29,6 @@ normalise = "reinhard"
 MODEL = "vit-tiny-random · detail · seed 0"
 
 
-
-
 def discs(seed: int, height_px: int = 120, width_px: int = 160) -> tuple[np.ndarray, np.ndarray]:
     """An image (H, W, 3) uint8 of dark discs on a pale ground, and its mask (H, W) uint8 of 0 and 255."""
     rng = np.random.default_rng(seed)

@@ -84,7 +84,7 @@ def test_a_search_whose_file_is_deleted_while_it_runs_is_reported_with_its_chang
     assert "repeat_best = 1" in page
 
 
-@pytest.mark.parametrize("changes", [[], ["run.epochs=3"], ["experiment='a # b'", 'grid.seed=[0, 1]']])
+@pytest.mark.parametrize("changes", [[], ["run.epochs=3"], ["experiment='a # b'", "grid.seed=[0, 1]"]])
 def test_the_experiment_as_it_ran_asks_the_same_without_any_change(tmp_path, changes):
     file = tmp_path / "drawn.toml"
     file.write_text('# Why?\nexperiment = "drawn"\ndataset = "smears"\nbaselines = ["otsu"]\n[data.draw]\nnum_train = 8\n')

@@ -52,7 +52,9 @@ def test_other_classes_are_refused(there: Path, tmp_path: Path, capsys: pytest.C
     assert "its classes are background, nucleus, cytoplasm" in capsys.readouterr().err
 
 
-def test_images_that_the_run_has_seen_are_known_however_they_are_packed(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_the_run_has_seen_are_known_however_they_are_packed(
+    there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of two training images one is renamed and one turned and saved as JPEG; the validation image is brightened; one image is new."""
     from cellbench.config.registry import Registry
     from cellbench.config.run import DataSpec

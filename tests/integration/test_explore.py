@@ -72,7 +72,9 @@ def test_a_patch_is_seen_where_it_is(image) -> None:
         change = before.laid((after.tokens - before.tokens).norm(dim=1)[:, None])[..., 0]
         y, x = np.unravel_index(change.argmax(), change.shape)
         # Half the block, and a place of the map in own pixels.
-        reach = 8 + before.stride_px * max(own / framed for own, framed in zip(image.shape, before.framing.framed_px((100, 170)), strict=False))
+        reach = 8 + before.stride_px * max(
+            own / framed for own, framed in zip(image.shape, before.framing.framed_px((100, 170)), strict=False)
+        )
         assert abs(y - 56) <= reach
         assert abs(x - 120) <= reach
 

@@ -28,7 +28,9 @@ def export(out: Path, *arguments: str) -> int:
     return main(["export", MODEL, "--out", str(out), "--device", "cpu", *arguments])
 
 
-def test_the_folder_works_without_mlflow_and_is_refused_when_damaged(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_folder_works_without_mlflow_and_is_refused_when_damaged(
+    there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "it"
     assert export(folder) == 0
     assert export(folder) == 2  # not over what is there

@@ -47,9 +47,15 @@ def test_every_image_is_tested_once_and_the_folds_make_one_test(question, capsys
     assert sorted(here.images) == [*(f"a{k}.png" for k in range(5)), "t0.png"]
     assert {model.name: len(model.runs) for model in here.models} == {"otsu": 3, "vit-tiny-random · bilinear": 3}
     assert "3 folds" in printed
-    children = [run for run in mlflow.search_runs(experiment_names=["folded"], output_format="list") if "mlflow.parentRunId" in run.data.tags]
-    assert {(run.data.params["fold"], run.data.params["baseline"]) for run in children} == {(str(k), b) for k in range(3) for b in ("none", "otsu")}
-    (top,) = [run for run in mlflow.search_runs(experiment_names=["folded"], output_format="list") if "mlflow.parentRunId" not in run.data.tags]
+    children = [
+        run for run in mlflow.search_runs(experiment_names=["folded"], output_format="list") if "mlflow.parentRunId" in run.data.tags
+    ]
+    assert {(run.data.params["fold"], run.data.params["baseline"]) for run in children} == {
+        (str(k), b) for k in range(3) for b in ("none", "otsu")
+    }
+    (top,) = [
+        run for run in mlflow.search_runs(experiment_names=["folded"], output_format="list") if "mlflow.parentRunId" not in run.data.tags
+    ]
     splits = json.loads((Path(top.info.artifact_uri.removeprefix("file://")) / "splits.json").read_text())
     for fold in range(3):
         parts = [splits[f"fold {fold}: {part}"] for part in ("train", "val", "test")]

@@ -23,5 +23,7 @@ def test_a_grid_gives_the_written_numbers(name, tmp_path, monkeypatch):
     assert found.keys() == WRITTEN[name].keys()
     for run, row in WRITTEN[name].items():
         assert found[run].keys() == row.keys(), run
-        wrong = {k: (found[run][k], value) for k, value in row.items() if found[run][k] != pytest.approx(value, abs=golden.tolerance(name, k))}
+        wrong = {
+            k: (found[run][k], value) for k, value in row.items() if found[run][k] != pytest.approx(value, abs=golden.tolerance(name, k))
+        }
         assert not wrong, f"{run}: {wrong}. If the numerics changed on purpose, raise NUMERICS and run `python tests/golden.py`"

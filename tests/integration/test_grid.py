@@ -102,7 +102,9 @@ def test_every_run_is_logged_by_the_contract(inside):
         "backbone": "vit-tiny-random", "head": "detail", "seed": "1", "framing": "tile", "epochs": "2", "tile_px": "64",
         "dataset": "folder", "head.width": "64",
     }  # fmt: skip
-    assert {"backbone", "head", "seed", "dataset", "cellbench.experiment", "cellbench.fingerprint", "cellbench.weights"} <= set(run.data.tags)
+    assert {"backbone", "head", "seed", "dataset", "cellbench.experiment", "cellbench.fingerprint", "cellbench.weights"} <= set(
+        run.data.tags
+    )
     assert run.data.tags["cellbench.status"] == "finished"
     for name in ("train/loss", "val/loss", "val/dice", "val/iou", "lr", "test/dice", "test/iou", "test/precision", "test/recall", "test/accuracy",
                  "test_background/dice", "test_mean/dice", "test_image/dice", "cost/train_s", "cost/train_cpu_s",
@@ -135,8 +137,9 @@ def test_the_winner_is_a_model_in_mlflow_with_its_best_epochs_score(inside):
 def test_per_image_scores_and_pooled_scores_come_from_the_same_counts(inside):
     run = runs_of()["vit-tiny-random · bilinear · seed 0"]
     record = json.loads((artifacts(run) / "per_image.json").read_text())
-    (_, fp), (fn, tp) = (sum(column) for column in zip(*[m[0] for m in record["confusion"]], strict=True)), (
-        sum(column) for column in zip(*[m[1] for m in record["confusion"]], strict=True)
+    (_, fp), (fn, tp) = (
+        (sum(column) for column in zip(*[m[0] for m in record["confusion"]], strict=True)),
+        (sum(column) for column in zip(*[m[1] for m in record["confusion"]], strict=True)),
     )
     assert run.data.metrics["test/dice"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
     assert run.data.metrics["test_image/dice"] == pytest.approx(sum(record["dice"]) / len(record["dice"]), abs=1e-6)
@@ -174,7 +177,11 @@ def test_another_precision_is_another_run_and_is_told_apart(question, capsys):
     assert "2 of 2 runs are finished already" in capsys.readouterr().out  # fp32 again
     found = mlflow.search_runs(experiment_names=["small"], output_format="list")
     runs = [run for run in found if "mlflow.parentRunId" in run.data.tags]
-    assert sorted((run.data.params["baseline"], run.data.params["precision"]) for run in runs) == [("none", "bf16"), ("none", "fp32"), ("otsu", "fp32")]
+    assert sorted((run.data.params["baseline"], run.data.params["precision"]) for run in runs) == [
+        ("none", "bf16"),
+        ("none", "fp32"),
+        ("otsu", "fp32"),
+    ]
     assert len({run.data.metrics["val/loss"] for run in runs if run.data.params["head"] != "none"}) == 2
     assert main(["report", "small"]) == 0
     printed = capsys.readouterr().out

@@ -180,7 +180,11 @@ def test_names_that_differ_in_their_ending_alone_keep_it(there: Path, tmp_path: 
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(discs(seed, 64, 64)[0]).save(tmp_path / "in" / name)
     assert predict(MODEL, tmp_path / "in", "--out", tmp_path / "out") == 0
-    assert {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")} == {"a.png.png", "a.jpg.png", "sub/a.png"}
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")} == {
+        "a.png.png",
+        "a.jpg.png",
+        "sub/a.png",
+    }
 
 
 def test_what_cannot_be_asked_is_refused_in_a_line(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -419,7 +423,18 @@ def test_outlines_are_of_single_cells_without_their_numbers_too(there: Path, tmp
     assert (tmp_path / "plain" / "coco.json").read_bytes() == (tmp_path / "numbered" / "coco.json").read_bytes()
 
 
-TWINS = ["a.png", "A.png", "caf\u00e9.png", "cafe\u0301.png", "b.tif", "b.png", "c.png", "c.probability.png", "c.overlay.png", f"{'x' * 245}.png"]
+TWINS = [
+    "a.png",
+    "A.png",
+    "caf\u00e9.png",
+    "cafe\u0301.png",
+    "b.tif",
+    "b.png",
+    "c.png",
+    "c.probability.png",
+    "c.overlay.png",
+    f"{'x' * 245}.png",
+]
 
 
 def test_images_whose_names_differ_share_no_file_on_any_file_system(there: Path, tmp_path: Path) -> None:

@@ -225,7 +225,9 @@ def test_a_lost_process_of_a_search_is_replaced_until_too_many_are_and_a_refusal
         return answer
 
     nodes = [{"Alive": True, "NodeManagerHostname": "a", "NodeID": "a", "Resources": {"CPU": 2.0, "memory": 8e9}}]
-    ray = SimpleNamespace(nodes=lambda: nodes, get=get, kill=lambda _: None, wait=lambda all_, timeout: (all_[:1], all_[1:]), exceptions=lost)
+    ray = SimpleNamespace(
+        nodes=lambda: nodes, get=get, kill=lambda _: None, wait=lambda all_, timeout: (all_[:1], all_[1:]), exceptions=lost
+    )
     ray.remote = lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: made))
     told = JobSpec(experiment=SimpleNamespace(experiment="sought"), parent_id="", machine=TWO, cache=tmp_path, store="http://lab")
     with ray_search.SearchHelpers(ray, told, "postgresql://lab/optuna", print, 5, 0.0, 1.0) as helpers:

@@ -135,7 +135,11 @@ def _mlflow(uri: str, calls: object) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("text", "code", "away"),
     [
-        ("API request to http://x/api failed with exception HTTPConnectionPool(host='x', port=1): Max retries exceeded", "INTERNAL_ERROR", True),
+        (
+            "API request to http://x/api failed with exception HTTPConnectionPool(host='x', port=1): Max retries exceeded",
+            "INTERNAL_ERROR",
+            True,
+        ),
         ("API request to http://x/api failed with timeout exception timed out. To increase the timeout", "INTERNAL_ERROR", True),
         ("API request to endpoint /api failed with error code 503 != 200. Response body: 'starting'", "INTERNAL_ERROR", True),
         ("(psycopg.OperationalError) the database system is shutting down", "TEMPORARILY_UNAVAILABLE", True),

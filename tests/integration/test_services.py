@@ -177,7 +177,9 @@ def test_postgresql_is_asked_and_two_services_in_one_database_are_wrong(asked, p
     assert "wr0ng" not in "".join(lines.values())
 
 
-def test_a_search_kept_on_postgresql_goes_on_there_and_its_password_is_written_nowhere(small_folder, tmp_path, monkeypatch, postgresql, capsys):
+def test_a_search_kept_on_postgresql_goes_on_there_and_its_password_is_written_nowhere(
+    small_folder, tmp_path, monkeypatch, postgresql, capsys
+):
     import psycopg
 
     Path("sought.toml").write_text(SEARCH.format(trials=4, batch=2))

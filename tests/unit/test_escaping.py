@@ -62,7 +62,9 @@ def test_a_figure_draws_dollars_as_they_are() -> None:
         assert run_plots.to_png(run_plots.plot_example(image, mask, mask, None, name)).startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("first", "second"), [("a/b", "a_b"), ("a/b", "a-b"), ("A", "a"), ("x" * 90, "x" * 91), ("a b", "a  b"), ("con", "con~"), ("", ".")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("a/b", "a_b"), ("a/b", "a-b"), ("A", "a"), ("x" * 90, "x" * 91), ("a b", "a  b"), ("con", "con~"), ("", ".")]
+)
 def test_names_that_differ_have_files_that_differ(first: str, second: str) -> None:
     assert file_name(first).casefold() != file_name(second).casefold()
     assert len(file_name(first)) <= 60

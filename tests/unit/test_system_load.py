@@ -51,7 +51,9 @@ def world(place: str, pass_s: list[float], trunk_s: float):
     trunk = SimpleNamespace(seconds=0.0, cpu_seconds=0.0, backbone=object(), chunk=2, maps=lambda tile: time.sleep(0.01))
     trunk.machine = SimpleNamespace(device="cpu", wait=lambda: None)
     made = SimpleNamespace(seconds=0.0, cpu_seconds=0.0)
-    features = SimpleNamespace(trunk=trunk, pixels={"test": range(4)}, place={"test": place}, tile_px={"test": (8, 8)}, grid=lambda *_: range(3))
+    features = SimpleNamespace(
+        trunk=trunk, pixels={"test": range(4)}, place={"test": place}, tile_px={"test": (8, 8)}, grid=lambda *_: range(3)
+    )
     passes = iter(pass_s)
 
     def segment(models, *_):

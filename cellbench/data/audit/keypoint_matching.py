@@ -144,7 +144,9 @@ def find_same_images(all_marks: Sequence[Keypoints], small_NTT: Sequence[np.ndar
     return found
 
 
-def _settled(all_marks: Sequence[Keypoints], first: int, second: int, mirrored: bool, ones: np.ndarray, others: np.ndarray) -> SharedRegion | None:
+def _settled(
+    all_marks: Sequence[Keypoints], first: int, second: int, mirrored: bool, ones: np.ndarray, others: np.ndarray
+) -> SharedRegion | None:
     one, other = all_marks[first], all_marks[second]
     for _ in range(RANSAC_TRIALS):
         placed = _placed(one, other, mirrored, ones, others)
@@ -216,7 +218,9 @@ def _nearest(looks_MD: np.ndarray, words: np.ndarray, num: int, chunk: int = 409
     return found
 
 
-def _placed(one: Keypoints, other: Keypoints, mirrored: bool, ones: np.ndarray, others: np.ndarray) -> tuple[complex, complex, np.ndarray] | None:
+def _placed(
+    one: Keypoints, other: Keypoints, mirrored: bool, ones: np.ndarray, others: np.ndarray
+) -> tuple[complex, complex, np.ndarray] | None:
     """The similarity transform on which most features agree, fitted to them, and which do; None where fewer than ``MIN_MATCHES`` do.
 
     Each pair of features proposes one: by its places, sizes and directions (Lowe 2004).

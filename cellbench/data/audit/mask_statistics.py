@@ -85,13 +85,20 @@ def measure_sample(dataset: Dataset, sample: Sample, split: str, tolerance: int,
         image = images.read_image(sample.image, dataset.reading)
         labels = images.read_labels(sample.mask) if sample.truth is None and not dataset.colors else None
         classes, ids = _truth(dataset, sample, labels)
-        hashes = {"image_hash": compute_sha256(sample.image), "mask_hash": compute_sha256(sample.mask) if sample.truth is None else sample.truth.digest()}
+        hashes = {
+            "image_hash": compute_sha256(sample.image),
+            "mask_hash": compute_sha256(sample.mask) if sample.truth is None else sample.truth.digest(),
+        }
     except (CellbenchError, OSError) as error:
         return SampleFacts(**known, error=one_line(error))
     sizes = {"size_px": image.shape[:2], "mask_px": classes.shape}
     known |= {**hashes, **sizes, "stain": _mean_colour(image)}
     plain = to_grey(image)
-    known |= {"small": mean_pool(plain), "marks": keypoints(plain) if with_marks else NO_KEYPOINTS, "exif_turn": images.exif_turn(sample.image)}
+    known |= {
+        "small": mean_pool(plain),
+        "marks": keypoints(plain) if with_marks else NO_KEYPOINTS,
+        "exif_turn": images.exif_turn(sample.image),
+    }
     if image.shape[:2] != classes.shape:
         return SampleFacts(**known)
     objects = merge_parts_into_objects(classes, dataset.owners)

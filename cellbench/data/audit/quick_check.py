@@ -45,7 +45,9 @@ def severe_findings(card: DatasetCard, dataset: Dataset) -> list[str]:
     found = [one for one in findings(facts, DuplicatePairs(same=(), whole=(), part=())) if one.severity is Severity.SEVERE]
     found += _leaks(dataset)
     sample = f" (of {len(some)} of the {len(home)} images)" if len(some) < len(home) else ""
-    lines = [f"Warning: NOT FIT to train on: {one.kind} ({len(one.images)}): {one.said}{sample} `cellbench check` says more." for one in found]
+    lines = [
+        f"Warning: NOT FIT to train on: {one.kind} ({len(one.images)}): {one.said}{sample} `cellbench check` says more." for one in found
+    ]
     with contextlib.suppress(CellbenchError):  # only a memory: a full disk must not stop a run
         write_atomic(place, json.dumps(lines))
     return lines

@@ -100,7 +100,9 @@ def _parts_of(known: Mapping[str, Any], samples: Sequence[Sample]) -> dict[int, 
     files = [Path(row[1]) for _, row in rows] + [sample.image for sample in samples]
     with ThreadPoolExecutor(2) as pool:
         jobs = pool.map(_marks, files)
-        found = list(tqdm(jobs, desc="comparing with the training images", total=len(files), unit="image", leave=False, disable=len(files) < 20))
+        found = list(
+            tqdm(jobs, desc="comparing with the training images", total=len(files), unit="image", leave=False, disable=len(files) < 20)
+        )
     out: dict[int, str] = {}
     read = [k for k, one in enumerate(found) if one is not None]
     for pair in find_shared_regions([found[k] for k in read]):

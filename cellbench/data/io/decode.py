@@ -299,7 +299,9 @@ def _chosen(picture: OpenImage, channels: tuple[int, ...]) -> np.ndarray:
         else:
             pixels = image
     if pixels.shape[2] <= max(channels):
-        raise FileError(f"has {pixels.shape[2]} channels, where channels {list(channels)} (counted from 0) are to be read. Correct the card")
+        raise FileError(
+            f"has {pixels.shape[2]} channels, where channels {list(channels)} (counted from 0) are to be read. Correct the card"
+        )
     return pixels[..., list(channels)]
 
 
@@ -383,7 +385,9 @@ def _wide_tiff(picture: OpenImage) -> np.ndarray:
     """(H, W, C) numbers of a TIFF of more than 8 bits: through tifffile where it needs no further package, else (LZW) through Pillow."""
     page = picture.page
     if page.photometric not in (0, 1, 2):
-        raise FileError(f"is in {getattr(page.photometric, 'name', page.photometric)} colours of {page.bitspersample} bits. Save it as grey or RGB")
+        raise FileError(
+            f"is in {getattr(page.photometric, 'name', page.photometric)} colours of {page.bitspersample} bits. Save it as grey or RGB"
+        )
     if page.compression in (1, 8, 32946, 32773) and page.predictor in (1, 2) and page.bitspersample % 8 == 0:
         if page.compression in (8, 32946):
             _check_deflate(picture, page)
@@ -485,7 +489,9 @@ def _jpeg2000_bits(fp: BinaryIO, num_bytes: int) -> int:
     """The bits of each number. Raises FileError for those that Pillow does not give whole: colours of more than 8 bits, less than 8, signed."""
     bits = _jpeg2000_size(fp, num_bytes)[1]
     if len(set(bits)) != 1 or not (8 <= bits[0] <= 16) or (len(bits) > 1 and bits[0] != 8):
-        raise FileError(f"is a JPEG 2000 of {', '.join(map(str, bits[:6]))} bits a channel. Read are 8, and up to 16 in grey. Save it as PNG or TIFF")
+        raise FileError(
+            f"is a JPEG 2000 of {', '.join(map(str, bits[:6]))} bits a channel. Read are 8, and up to 16 in grey. Save it as PNG or TIFF"
+        )
     return bits[0]
 
 

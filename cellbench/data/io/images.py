@@ -75,7 +75,9 @@ def read_image_with_notes(
         elif reading.int_range is not None or reading.float_range is not None:
             notes.append(Note(said="has 8 bits, where the images that the range was chosen for have more: read as 0..255"))
         if alpha is not None and alpha.min() < 255:
-            notes.append(Note(said="has transparent parts, laid over white", detail=f"{np.count_nonzero(alpha < 255) / alpha.size:.2%} of it"))
+            notes.append(
+                Note(said="has transparent parts, laid over white", detail=f"{np.count_nonzero(alpha < 255) / alpha.size:.2%} of it")
+            )
             weight = alpha[..., None].astype(np.uint16)
             premultiplied = picture.page is not None and picture.page.dtype != np.uint8 and 1 in tuple(picture.page.extrasamples)
             over = colour.astype(np.uint16) if premultiplied else (colour * weight + 127) // 255
@@ -159,7 +161,12 @@ def _surely_plain(picture: OpenImage) -> bool:
     """Whether the header alone tells 8 bits and no alpha."""
     if picture.page is not None:
         return picture.page.dtype == np.uint8 and picture.page.samplesperpixel in (1, 3)
-    return picture.kind != "BMP" and picture.mode in ("1", "L", "P", "RGB", "YCbCr") and "transparency" not in picture.info and not picture.wide
+    return (
+        picture.kind != "BMP"
+        and picture.mode in ("1", "L", "P", "RGB", "YCbCr")
+        and "transparency" not in picture.info
+        and not picture.wide
+    )
 
 
 def read_pixel_size(path: str | os.PathLike[str]) -> PixelSize | None:

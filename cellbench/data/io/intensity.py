@@ -125,15 +125,25 @@ def scale_to_uint8(pixels: np.ndarray, reading: IntensityScaling, stated: Range 
             )
         share = np.count_nonzero((pixels > white) | (pixels < black)) / pixels.size
         notes.append(
-            Note(said=f"beyond the range {format_range((black, white))}, clipped", detail=f"{low:.6g} to {high:.6g}, {max(share, 0.0001):.2%} of it")
+            Note(
+                said=f"beyond the range {format_range((black, white))}, clipped",
+                detail=f"{low:.6g} to {high:.6g}, {max(share, 0.0001):.2%} of it",
+            )
         )
     if assumed:
-        notes.append(Note(said=f"read as {format_range((black, white))}, an assumption: neither the file nor the images learned from say its range"))
+        notes.append(
+            Note(said=f"read as {format_range((black, white))}, an assumption: neither the file nor the images learned from say its range")
+        )
     elif stated is not None and stated != (black, white):
-        notes.append(Note(said=f"read as {format_range((black, white))}, though the file states another range", detail=format_range(stated)))
+        notes.append(
+            Note(said=f"read as {format_range((black, white))}, though the file states another range", detail=format_range(stated))
+        )
     if is_dark((low, high), (black, white)):
         notes.append(
-            Note(said=f"uses less than a sixteenth of the range {format_range((black, white))}: very dark, or of another depth", detail=f"up to {high:.6g}")
+            Note(
+                said=f"uses less than a sixteenth of the range {format_range((black, white))}: very dark, or of another depth",
+                detail=f"up to {high:.6g}",
+            )
         )
     if pixels.dtype == np.uint16:
         table = (np.clip(np.arange(65536.0), black, white) - black) * (255 / span)

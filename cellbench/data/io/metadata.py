@@ -54,7 +54,9 @@ def pixel_size(picture: OpenImage) -> PixelSize | None:
     if not stated:
         return None
     where, height, width = stated[0]
-    other = next((f"{word} {w:.4g}, {where} {width:.4g}" for word, h, w in stated[1:] if not (same_size(h, height) and same_size(w, width))), "")
+    other = next(
+        (f"{word} {w:.4g}, {where} {width:.4g}" for word, h, w in stated[1:] if not (same_size(h, height) and same_size(w, width))), ""
+    )
     if picture.turn in (5, 6, 7, 8):
         height, width = width, height
     return PixelSize(height_um=height, width_um=width, contradicted=other)

@@ -62,6 +62,7 @@ class WindowedTiff:
     """A TIFF of 8-bit grey or RGB whose tiles or strips are decoded as they are needed."""
 
     notes: tuple[Note, ...] = ()
+
     def __init__(self, path: Path, tif: Any) -> None:
         self._path, self._tif, self._page = path, tif, tif.pages[0]
         page = self._page

@@ -77,7 +77,9 @@ class Macenko:
         if np.linalg.matrix_rank(extremes, tol=1e-3) < 2:  # one colour alone
             return None
         most = np.percentile(_amounts(densities_N3, extremes), 99, axis=0)
-        return cls(stains=(_three(extremes[0]), _three(extremes[1])), most=(float(most[0]), float(most[1]))) if (most > 1e-3).all() else None
+        return (
+            cls(stains=(_three(extremes[0]), _three(extremes[1])), most=(float(most[0]), float(most[1]))) if (most > 1e-3).all() else None
+        )
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """The image (H, W, 3) uint8 in the new stains; one that shows no stain as it is."""

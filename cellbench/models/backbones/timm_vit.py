@@ -52,7 +52,6 @@ class TimmViT(Backbone):
         found = dict(zip(wanted, maps, strict=True))
         return [found[index] for index in indices]
 
-
     def begin(self, x_BCHW: Tensor, indices: tuple[int, ...], num_blocks: int) -> tuple[list[Tensor], Tensor]:
         """See ``Backbone.until``. Block by block as timm's own forward runs them, so that the cut changes no number."""
         self._must_cut()
@@ -62,14 +61,18 @@ class TimmViT(Backbone):
         for index, block in enumerate(net.blocks[:num_blocks]):
             x_BND = block(x_BND)
             if index in indices:
-                found[index] = tokens_to_map(net.norm(x_BND), net.num_prefix_tokens, (height // self.levels[0].stride_px, width // self.levels[0].stride_px))
+                found[index] = tokens_to_map(
+                    net.norm(x_BND), net.num_prefix_tokens, (height // self.levels[0].stride_px, width // self.levels[0].stride_px)
+                )
         return [found[index] for index in indices], x_BND
 
     def tail(self, num_blocks: int) -> TrainableTail:
         """See ``Backbone.tail``."""
         self._must_cut()
         if num_blocks >= len(self.levels):
-            raise CellbenchError(f"unfreeze = {num_blocks}: the backbone has {len(self.levels)} blocks, and at least the first must stay frozen.")
+            raise CellbenchError(
+                f"unfreeze = {num_blocks}: the backbone has {len(self.levels)} blocks, and at least the first must stay frozen."
+            )
         return TrainableTail(self.net, num_blocks)
 
     def _must_cut(self) -> None:

@@ -138,7 +138,9 @@ def check_scales(state: Mapping[str, Tensor], where: str) -> None:
         return
     for name, x in state.items():
         if x.element_size() == 1 and is_matrix(x) and str(x.dtype) != "torch.bool":
-            raise WeightsUnavailable(f"{where}: {name} holds {_type(x)} numbers, and the file no scales for them: it is quantised. {PUBLISHED}")
+            raise WeightsUnavailable(
+                f"{where}: {name} holds {_type(x)} numbers, and the file no scales for them: it is quantised. {PUBLISHED}"
+            )
 
 
 def check_types(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, remedy: str = PUBLISHED) -> None:

@@ -43,4 +43,6 @@ def resize(x_BDhw: Tensor, size: tuple[int, int]) -> Tensor:
 
 def conv_bn_relu(dim_in: int, dim_out: int, kernel: int = 3) -> nn.Sequential:
     """Convolution that keeps the size, batch norm, ReLU."""
-    return nn.Sequential(nn.Conv2d(dim_in, dim_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(dim_out), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Conv2d(dim_in, dim_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(dim_out), nn.ReLU(inplace=True)
+    )

@@ -164,16 +164,24 @@ def plot_pareto(lines: Sequence[PlotRow], costs: Mapping[str, Sequence[float]], 
     return figure
 
 
-def plot_learning_curves(names: Sequence[str], curves: Sequence[Sequence[tuple[float, Interval]]], label: str, measure: str = "Dice") -> Figure:
+def plot_learning_curves(
+    names: Sequence[str], curves: Sequence[Sequence[tuple[float, Interval]]], label: str, measure: str = "Dice"
+) -> Figure:
     """Score by the number (or share) of training images, one line a model with its 95 % intervals; the axis is logarithmic."""
     names, left_out = first_that_fit(names)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
         for k, (name, points) in enumerate(zip(names, curves, strict=False)):
-            x = np.array([one for one, _ in points], float) * 1.015 ** (k - (len(names) - 1) / 2)  # side by side, or intervals hide each other
+            x = np.array([one for one, _ in points], float) * 1.015 ** (
+                k - (len(names) - 1) / 2
+            )  # side by side, or intervals hide each other
             mean = np.array([interval.mean for _, interval in points])
             some = all(interval.low is not None for _, interval in points)
-            ends = np.array([[interval.mean - lower_end(interval), upper_end(interval) - interval.mean] for _, interval in points]).T if some else None
+            ends = (
+                np.array([[interval.mean - lower_end(interval), upper_end(interval) - interval.mean] for _, interval in points]).T
+                if some
+                else None
+            )
             axes.errorbar(
                 x, mean, ends, color=PALETTE[k % len(PALETTE)], marker=MARKERS[k % len(MARKERS)], linestyle=("-", "--", ":", "-.")[k % 4],
                 markersize=5.5, linewidth=1.4, elinewidth=0.9, capsize=2.5, label=name,

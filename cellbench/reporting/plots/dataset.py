@@ -52,7 +52,10 @@ def plot_statistics(images: Sequence[ImageStatistics]) -> Figure:
         _histogram(a, [100 * one.cell_share for one in images], "cell pixels, % of an image", "images")
         _histogram(b, [one.num_cells for one in images], "cells in an image", "images")
         _histogram(c, diameters, "diameter of a cell, px (not cut by the border)", "cells")
-        for label, marker, colours in (("cells", "o", [one.cell_rgb for one in images]), ("background", "s", [one.ground_rgb for one in images])):
+        for label, marker, colours in (
+            ("cells", "o", [one.cell_rgb for one in images]),
+            ("background", "s", [one.ground_rgb for one in images]),
+        ):
             rgb = np.array([colour for colour in colours if np.isfinite(colour).all()]).reshape(-1, 3)
             # Red minus blue tells rose from violet; a dot has the colour that it stands for.
             d.scatter(rgb[:, 0] - rgb[:, 2], rgb.mean(1), c=rgb / 255, marker=marker, s=42, edgecolors="0.2", linewidths=0.7, label=label)
@@ -63,7 +66,9 @@ def plot_statistics(images: Sequence[ImageStatistics]) -> Figure:
     return figure
 
 
-def plot_feature_maps(image: np.ndarray, rows: Mapping[str, Sequence[Panel]], title: str, point: tuple[float, float] | None = None) -> Figure:
+def plot_feature_maps(
+    image: np.ndarray, rows: Mapping[str, Sequence[Panel]], title: str, point: tuple[float, float] | None = None
+) -> Figure:
     """One image seen by several backbones (rows, by name) in several framings (columns): the image stands first in each row.
 
     ``point``: (x, y) in pixels of the image, marked everywhere.
@@ -72,7 +77,11 @@ def plot_feature_maps(image: np.ndarray, rows: Mapping[str, Sequence[Panel]], ti
     height, width = image.shape[:2]
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
-            len(rows), columns, figsize=(2.9 * columns, 2.75 * height / width * len(rows) + 0.3 * len(rows) + 0.3), layout="constrained", squeeze=False
+            len(rows),
+            columns,
+            figsize=(2.9 * columns, 2.75 * height / width * len(rows) + 0.3 * len(rows) + 0.3),
+            layout="constrained",
+            squeeze=False,
         )
         drawn = None
         for line, (name, panels) in zip(grid, rows.items(), strict=True):

@@ -40,7 +40,9 @@ def plot_differences(differences: Sequence[Difference], best: str, measure: str 
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(f"difference in {measure} to {best}, paired by image")
         said = describe_intervals([d.interval for d in order])
-        axes.set_title(f"filled: certain (p adjusted for every pair); open: this data cannot tell{left_out}\n{said}", fontsize=8, color="0.35")
+        axes.set_title(
+            f"filled: certain (p adjusted for every pair); open: this data cannot tell{left_out}\n{said}", fontsize=8, color="0.35"
+        )
     return figure
 
 

@@ -195,7 +195,9 @@ def test_missing_weights_are_one_line_with_the_remedy(web: StandIn, tmp_path: Pa
     assert main(["doctor", "uni"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("cellbench: uni: its weights are not on this machine. Accept the licence at https://huggingface.co/MahmoodLab/uni")
+    assert err.startswith(
+        "cellbench: uni: its weights are not on this machine. Accept the licence at https://huggingface.co/MahmoodLab/uni"
+    )
     assert err.count("\n") == 1
     assert main(["doctor", "filter-bank", "uni", "gpfm", "--device", "cpu"]) == 2
     out, err = capsys.readouterr()

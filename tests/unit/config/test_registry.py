@@ -115,7 +115,9 @@ def test_code_beside_a_card_is_found_and_imported_only_when_built(tmp_path: Path
     assert load(card)() == "built"
 
 
-@pytest.mark.parametrize("builder", ["cellbench.models.heads.bilinear", "cellbench.heads.bilinaer:Bilinear", "cellbench.models.heads.bilinear:Bilinaer"])
+@pytest.mark.parametrize(
+    "builder", ["cellbench.models.heads.bilinear", "cellbench.heads.bilinaer:Bilinear", "cellbench.models.heads.bilinear:Bilinaer"]
+)
 def test_a_builder_that_names_nothing_is_refused_by_its_card(tmp_path: Path, builder: str) -> None:
     written(tmp_path, f'# Mine\nbuilder = "{builder}"\n')
     with pytest.raises(CellbenchError, match=r"mine\.toml: builder = "):

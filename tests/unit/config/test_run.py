@@ -253,4 +253,3 @@ def test_folds_are_all_run_by_baselines_too_unless_some_are_named() -> None:
 )
 def test_folds_and_squares_that_do_not_exist_are_refused(text: str, says: list[str]) -> None:
     assert all(word in refusal(text) for word in says)
-

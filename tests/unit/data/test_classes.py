@@ -98,7 +98,12 @@ def test_lobes_of_a_nucleus_and_a_nucleolus_are_parts_of_the_same_cell():
 def test_the_card_decides_where_it_says_something():
     nested = cells_with_nuclei(*CENTRES)
     assert owners(nested, card=card_of(objects=["cytoplasm", "nucleus"]))[0] == ()
-    for keys in ({"objects": ["cytoplasm"]}, {"parts": ["nucleus"]}, {"parts": {"nucleus": "cytoplasm"}}, {"objects": ["cytoplasm"], "parts": ["nucleus"]}):
+    for keys in (
+        {"objects": ["cytoplasm"]},
+        {"parts": ["nucleus"]},
+        {"parts": {"nucleus": "cytoplasm"}},
+        {"objects": ["cytoplasm"], "parts": ["nucleus"]},
+    ):
         assert owners(np.zeros(Y.shape, np.uint8), card=card_of(**keys))[0] == (0, 1, 1)
     # The other way round: a cell is named after its nucleus.
     assert owners(nested, card=card_of(objects=["nucleus"]))[0] == (0, 2, 2)
@@ -184,7 +189,12 @@ def segmenter_of(owners=()) -> Segmenter:
     from cellbench.data.transforms.framing import Framing
 
     trained = TrainedRun(
-        name="otsu", run=run, classes=NESTED, preparation=Preparation(framing=Framing.of(run)), separation=SeparationParams(owners=owners), fingerprint="f"
+        name="otsu",
+        run=run,
+        classes=NESTED,
+        preparation=Preparation(framing=Framing.of(run)),
+        separation=SeparationParams(owners=owners),
+        fingerprint="f",
     )
     return Segmenter(trained, Registry(), detect_hardware("cpu", "fp32"))
 
@@ -235,6 +245,10 @@ def test_a_missing_class_and_empty_images_are_reported_by_grid_and_check(tmp_pat
     assert "class 'white' is in no" in notes
     assert "2 of 3 test images" in notes
     check(folder, out=tmp_path / "report", spec=DataSpec(group="none"))
-    said = {finding["images"][0] for finding in json.loads((tmp_path / "report" / "check.json").read_text())["findings"] if finding["kind"] == "class"}
+    said = {
+        finding["images"][0]
+        for finding in json.loads((tmp_path / "report" / "check.json").read_text())["findings"]
+        if finding["kind"] == "class"
+    }
     assert said == {"white", "platelet"}
     assert "class 'platelet' is in no mask of this data" in capsys.readouterr().out

@@ -329,9 +329,7 @@ def categories(*names: str) -> Callable[[dict], None]:
 def test_crowds_are_ignored_and_cells_outlined_within_them_are_cells(tmp_path: Path) -> None:
     def crowd(tree: dict) -> None:
         heap = [[0, 0, 60, 0, 60, 20, 0, 20]]  # over the first two cells
-        tree["annotations"] += [
-            {"id": 900 + k, "image_id": k, "category_id": 7, "iscrowd": 1, "segmentation": heap} for k in range(6)
-        ]
+        tree["annotations"] += [{"id": 900 + k, "image_id": k, "category_id": 7, "iscrowd": 1, "segmentation": heap} for k in range(6)]
         tree["annotations"][2]["iscrowd"] = 1
 
     data = opened(coco_with(tmp_path / "own", crowd))
@@ -351,7 +349,12 @@ def test_crowds_are_ignored_and_cells_outlined_within_them_are_cells(tmp_path: P
         (("red", "white", "red", "plate"), "", ("background", "plate", "red", "white"), [0, 2, 3, 2, 1]),
         (("cell", "cell", "cell", "Background"), "", ("background", "cell"), [0, 1, 1, 1, 0]),
         (("cell", "cell", "_ignore_", "dirt"), 'categories = { dirt = "" }', ("background", "cell"), [0, 1, 1, IGNORE, 0]),
-        (("red", "white", "red", "dirt"), 'categories = { red = "blood", white = "blood", dirt = "ignore" }', ("background", "blood"), [0, 1, 1, 1, IGNORE]),
+        (
+            ("red", "white", "red", "dirt"),
+            'categories = { red = "blood", white = "blood", dirt = "ignore" }',
+            ("background", "blood"),
+            [0, 1, 1, 1, IGNORE],
+        ),
         (("RED", "white", "RED", "white"), 'classes = ["background", "white", "red"]', ("background", "white", "red"), [0, 2, 1, 2, 1]),
         (("blob",) * 4, 'classes = ["background", "nucleus"]', ("background", "nucleus"), [0, 1, 1, 1, 1]),
     ],

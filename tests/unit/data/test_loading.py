@@ -125,7 +125,13 @@ def test_an_image_of_a_format_that_is_not_read_is_refused_where_it_has_a_mask(sm
 def test_what_lies_in_a_data_folder_and_is_in_no_sample_is_named(small_folder: Path) -> None:
     before = opened(small_folder)
     assert not any("not used" in note for note in before.notes)
-    for name in ("train/original/x.dcm", "train/mask/notes.txt", "val/original/v.png", "train/original/deeper/d.png", "train/original/.h.png"):
+    for name in (
+        "train/original/x.dcm",
+        "train/mask/notes.txt",
+        "val/original/v.png",
+        "train/original/deeper/d.png",
+        "train/original/.h.png",
+    ):
         (small_folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(small_folder / name, format="PNG")
     (small_folder / "extra").mkdir()

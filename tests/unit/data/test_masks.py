@@ -309,7 +309,9 @@ def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, s
     exam = exams.exams[0]
     assert exam.counts.sum() == exam.levels.sum() == known["test"]
     assert {one.num_true for one in exam.agreements} == {10}
-    artifacts.write_artifacts(tmp_path, "a run", run, EXPERIMENT, [data], features.pixels["test"], TestResult(exam=exam, cost={}))  # figures and all
+    artifacts.write_artifacts(
+        tmp_path, "a run", run, EXPERIMENT, [data], features.pixels["test"], TestResult(exam=exam, cost={})
+    )  # figures and all
     assert json.loads((tmp_path / "separation.json").read_text())["min_area_px"] == data.min_cell_px
     assert set(json.loads((tmp_path / "per_image.json").read_text())["min_area_px"]) == {data.min_cell_px}
 

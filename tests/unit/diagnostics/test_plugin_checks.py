@@ -139,7 +139,9 @@ def test_a_broken_backbone_is_told_by_the_contract_that_it_breaks(tmp_path: Path
     assert says in "\n".join(found.values())
 
 
-@pytest.mark.parametrize(("facts", "says"), [({"params_m": 1.0}, "params_m = 1 on the card, the network has 0.00463"), ({"depth": 2}, "depth = 2")])
+@pytest.mark.parametrize(
+    ("facts", "says"), [({"params_m": 1.0}, "params_m = 1 on the card, the network has 0.00463"), ({"depth": 2}, "depth = 2")]
+)
 def test_a_backbone_card_of_wrong_facts_is_told(tmp_path: Path, facts: dict[str, float], says: str) -> None:
     found = broken(parts.backbone(tmp_path, **facts), "backbones")
     assert set(found) == {"agrees with its card"}

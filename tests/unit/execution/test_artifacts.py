@@ -131,7 +131,9 @@ def test_files_of_a_run_are_what_the_report_and_the_ui_read(dataset, tmp_path):
     tree = {"experiment": "a / b, ü 🔬", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
     out = tmp_path / "out"
     out.mkdir()
-    artifacts.write_artifacts(out, "a run", run, Experiment.of(tree, "here"), [dataset], ImageCache(dataset, "test", 2**28), TestResult(exam=exam, cost={}))
+    artifacts.write_artifacts(
+        out, "a run", run, Experiment.of(tree, "here"), [dataset], ImageCache(dataset, "test", 2**28), TestResult(exam=exam, cost={})
+    )
     told = json.loads((out / "per_image.json").read_text())
     assert told["images"] == [sample.name for sample in dataset.test]
     assert len(told["nsd"]) == len(told["ap50"]) == len(told["num_true"]) == 2
@@ -178,7 +180,9 @@ def mostly_empty(dataset, tmp_path):
     for k in range(4):
         for kind, pixels in (("image", np.full((60, 80), 200, np.uint8)), ("mask", cells * np.uint8(k == 0))):
             Image.fromarray(pixels).save(tmp_path / f"{kind}{k}.png")
-        samples.append(type(dataset.test[0])(name=f"{k}.png", image=tmp_path / f"image{k}.png", mask=tmp_path / f"mask{k}.png", size_px=(60, 80)))
+        samples.append(
+            type(dataset.test[0])(name=f"{k}.png", image=tmp_path / f"image{k}.png", mask=tmp_path / f"mask{k}.png", size_px=(60, 80))
+        )
     return replace(dataset, test=tuple(samples))
 
 
@@ -208,7 +212,9 @@ def test_a_find_in_an_empty_image_scores_nothing_and_is_counted(mostly_empty):
 
 
 def test_the_right_answer_to_mostly_empty_images_is_one_of_one_image(mostly_empty):
-    found = artifacts.final_metrics(mostly_empty, TestResult(exam=taken(mostly_empty, lambda truth: (truth, truth * np.uint8(255))), cost={}))
+    found = artifacts.final_metrics(
+        mostly_empty, TestResult(exam=taken(mostly_empty, lambda truth: (truth, truth * np.uint8(255))), cost={})
+    )
     assert found["test_image/dice"] == found["test_image/ap50"] == found["test/dice"] == 1
     assert "test_image/dice_low" not in found  # one image has no interval
 

@@ -95,7 +95,12 @@ def test_a_fact_on_a_card_that_changes_numbers_makes_another_run(registry: Path,
 @pytest.mark.parametrize("kind", PLAIN)
 def test_words_on_a_card_make_no_other_run(registry: Path, kind: str) -> None:
     before, more = prints(registry), 'license = "MIT"\nsource = "a paper"\nnotes = "slow"'
-    card(registry, kind, title="Another title", more=more + ("\ngated = true\npage = 'https://x.org'\nparams_m = 3.0" if kind == "backbones" else ""))
+    card(
+        registry,
+        kind,
+        title="Another title",
+        more=more + ("\ngated = true\npage = 'https://x.org'\nparams_m = 3.0" if kind == "backbones" else ""),
+    )
     assert prints(registry) == before
 
 
@@ -157,10 +162,14 @@ def test_a_changed_module_behind_an_installed_head_makes_another_run(registry: P
     assert "lab_parts" not in sys.modules  # nothing is run to find out
 
 
-def test_modules_beside_a_head_and_under_development_are_its_code_too(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_beside_a_head_and_under_development_are_its_code_too(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts.head(registry)
     head = registry / "heads" / "my_head.py"
-    head.write_text(f"import beside_it\nfrom lab_library.blocks import block\n{head.read_text().replace('from __future__ import annotations', '')}")
+    head.write_text(
+        f"import beside_it\nfrom lab_library.blocks import block\n{head.read_text().replace('from __future__ import annotations', '')}"
+    )
     (registry / "heads" / "beside_it.py").write_text("")
     library = tmp_path / "src" / "lab_library"
     library.mkdir(parents=True)
@@ -176,7 +185,9 @@ def test_modules_beside_a_head_and_under_development_are_its_code_too(registry: 
 
 
 def test_the_code_of_a_backbone_and_of_a_baseline_counts_too(registry: Path, package: Path) -> None:
-    (package / "layers.py").write_text("from cellbench.models.backbones.filter_bank import filter_bank\nfrom cellbench.models.baselines.otsu import otsu\n")
+    (package / "layers.py").write_text(
+        "from cellbench.models.backbones.filter_bank import filter_bank\nfrom cellbench.models.baselines.otsu import otsu\n"
+    )
     text = BACKBONE.replace("cellbench.models.backbones.filter_bank:", "lab_parts.layers:").format(**PLAIN["backbones"][1])
     (registry / "backbones" / "mine.toml").write_text(text)
     card(registry, "baselines", builder="lab_parts.layers:otsu")

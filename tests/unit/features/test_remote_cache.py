@@ -180,7 +180,12 @@ def test_the_flag_reaches_processes_elsewhere_of_which_the_second_computes_nothi
     few = ["run.views=1", "run.epochs=1", "grid.seed=[0]", "baselines=[]", 'grid.backbone=["vit-tiny-random"]']
     monkeypatch.setenv("CELLBENCH_CACHE_URL", "")  # put back afterwards
     place(tmp_path, monkeypatch)
-    assert main([*QUESTION, *[part for change in few for part in ("--set", change)], "--dry-run", "--cache-url", f"file://{tmp_path / 'there'}"]) == 0
+    assert (
+        main(
+            [*QUESTION, *[part for change in few for part in ("--set", change)], "--dry-run", "--cache-url", f"file://{tmp_path / 'there'}"]
+        )
+        == 0
+    )
     experiment, data, registry = read_experiment("small.toml", few, data=Path("smears")), Path("smears").absolute(), Registry()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass

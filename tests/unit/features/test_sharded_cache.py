@@ -26,7 +26,18 @@ from cellbench.run import main
 from cellbench.tracking.tracker import Tracker
 
 ONE = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)
-KEPT = ["--set", "run.views=2", "--set", "run.epochs=3", "--set", "grid.seed=[0]", "--set", "baselines=[]", "--set", "run.crops_per_image=9"]
+KEPT = [
+    "--set",
+    "run.views=2",
+    "--set",
+    "run.epochs=3",
+    "--set",
+    "grid.seed=[0]",
+    "--set",
+    "baselines=[]",
+    "--set",
+    "run.crops_per_image=9",
+]
 
 
 @pytest.fixture
@@ -127,7 +138,9 @@ class Pretended:
         return [{"Alive": True, "NodeManagerHostname": "here", "NodeID": str(k), "Resources": resources} for k in range(2)]
 
     def remote(self, _: type) -> SimpleNamespace:
-        calls = {name: SimpleNamespace(remote=lambda *given, name=name: Asked(name, given)) for name in ("where", "passes", "fill", "cohort")}
+        calls = {
+            name: SimpleNamespace(remote=lambda *given, name=name: Asked(name, given)) for name in ("where", "passes", "fill", "cohort")
+        }
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: SimpleNamespace(**calls)))
 
     def wait(self, refs: list[object], timeout: float) -> tuple[list[object], list[object]]:

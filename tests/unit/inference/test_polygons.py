@@ -24,7 +24,9 @@ def cells_of(*masks: np.ndarray) -> Instances:
     ids = np.zeros(masks[0].shape, np.int32)
     for number, mask in enumerate(masks, 1):
         ids[mask] = number
-    return Instances(ids=ids, areas_px=np.bincount(ids.ravel(), minlength=len(masks) + 1), classes=np.array([0] + [1] * len(masks), np.uint8))
+    return Instances(
+        ids=ids, areas_px=np.bincount(ids.ravel(), minlength=len(masks) + 1), classes=np.array([0] + [1] * len(masks), np.uint8)
+    )
 
 
 def _noise(seed: int, smooth: float) -> np.ndarray:
@@ -39,7 +41,9 @@ def _block(*spans: tuple[int, int, int, int]) -> np.ndarray:
 
 
 PUZZLE = _block((5, 45, 5, 55))
-PUZZLE[10:15, 10:15] = PUZZLE[15:20, 15:20] = PUZZLE[5:8, 30:33] = PUZZLE[30, 30] = False  # holes that meet at corners, a notch, a hole of 1 px
+PUZZLE[10:15, 10:15] = PUZZLE[15:20, 15:20] = PUZZLE[5:8, 30:33] = PUZZLE[30, 30] = (
+    False  # holes that meet at corners, a notch, a hole of 1 px
+)
 CELLS = {
     "a disc": disc(30, 30, 14),
     "a ring": disc(30, 30, 20) & ~disc(30, 30, 8),
@@ -69,7 +73,12 @@ def _turn(a: tuple[int, int], b: tuple[int, int], c: tuple[int, int]) -> int:
 
 
 def _meet(a: tuple, b: tuple, c: tuple, d: tuple) -> bool:
-    if max(a[0], b[0]) < min(c[0], d[0]) or max(c[0], d[0]) < min(a[0], b[0]) or max(a[1], b[1]) < min(c[1], d[1]) or max(c[1], d[1]) < min(a[1], b[1]):
+    if (
+        max(a[0], b[0]) < min(c[0], d[0])
+        or max(c[0], d[0]) < min(a[0], b[0])
+        or max(a[1], b[1]) < min(c[1], d[1])
+        or max(c[1], d[1]) < min(a[1], b[1])
+    ):
         return False
     return _turn(a, b, c) * _turn(a, b, d) <= 0 and _turn(c, d, a) * _turn(c, d, b) <= 0
 
@@ -77,7 +86,9 @@ def _meet(a: tuple, b: tuple, c: tuple, d: tuple) -> bool:
 def _around(point: tuple[int, int], ring: list[tuple[int, int]]) -> bool:
     inside = False
     for (x1, y1), (x2, y2) in pairwise(ring):
-        if (y1 > point[1]) != (y2 > point[1]) and (point[0] - x1) * (y2 - y1) * (1 if y2 > y1 else -1) < (x2 - x1) * (point[1] - y1) * (1 if y2 > y1 else -1):
+        if (y1 > point[1]) != (y2 > point[1]) and (point[0] - x1) * (y2 - y1) * (1 if y2 > y1 else -1) < (x2 - x1) * (point[1] - y1) * (
+            1 if y2 > y1 else -1
+        ):
             inside = not inside
     return inside
 

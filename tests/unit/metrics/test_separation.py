@@ -42,7 +42,9 @@ def test_a_region_is_cut_and_never_shrunk(scale):
 
 
 def test_a_neck_of_nought_is_connected_regions():
-    classes = (np.random.default_rng(0).random((90, 110)) < 0.6).astype(np.uint8) * np.random.default_rng(1).integers(1, 3, (90, 110), np.uint8)
+    classes = (np.random.default_rng(0).random((90, 110)) < 0.6).astype(np.uint8) * np.random.default_rng(1).integers(
+        1, 3, (90, 110), np.uint8
+    )
     found, wanted = DistanceWatershed(classes).instances(0.0, 5), connected_instances(classes, 5)
     assert found.num == wanted.num > 3
     assert np.array_equal(found.areas_px, wanted.areas_px)
@@ -74,7 +76,9 @@ def test_more_neck_never_gives_fewer_cells():
     assert num[0] == 2
 
 
-@pytest.mark.parametrize("classes", [np.zeros((9, 7), np.uint8), np.ones((9, 7), np.uint8), np.eye(9, dtype=np.uint8), np.zeros((0, 5), np.uint8)])
+@pytest.mark.parametrize(
+    "classes", [np.zeros((9, 7), np.uint8), np.ones((9, 7), np.uint8), np.eye(9, dtype=np.uint8), np.zeros((0, 5), np.uint8)]
+)
 def test_empty_full_and_thin_maps_are_taken(classes):
     num = connected_instances(classes, 0).num
     assert [DistanceWatershed(classes).instances(neck, 0).num for neck in (0.0, 0.8)] == [num, num]

@@ -103,7 +103,9 @@ def test_a_method_without_probabilities_has_a_card_and_a_case(tmp_path):
     each = {"dice": np.array([1.0, 1.0])}
     run_plots.plot_scores("otsu", each, {"cell": dict.fromkeys(run_plots.MEASURES, 1.0)}, None)
     blank = np.zeros((30, 40), np.uint8)
-    run_plots.save_figure(run_plots.plot_example(np.full((30, 40, 3), 200, np.uint8), blank, blank, None, "nothing in either"), tmp_path / "x.png")
+    run_plots.save_figure(
+        run_plots.plot_example(np.full((30, 40, 3), 200, np.uint8), blank, blank, None, "nothing in either"), tmp_path / "x.png"
+    )
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 

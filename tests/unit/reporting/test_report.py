@@ -161,7 +161,9 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
     whole = {"num_images": {"train": 19, "val": 5, "test": 16}}
     if when == "before":
         quick_try(tracker, "fpn")
-    ids = {finished(tracker, RunSpec(backbone="uni", head=head), told_of(mean, 0) | whole) for head, mean in (("fpn", 0.9), ("bilinear", 0.7))}
+    ids = {
+        finished(tracker, RunSpec(backbone="uni", head=head), told_of(mean, 0) | whole) for head, mean in (("fpn", 0.9), ("bilinear", 0.7))
+    }
     if when == "after":
         quick_try(tracker, "fpn")
     first, second = collect_runs([tracker]).sets
@@ -171,7 +173,10 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
         _, stored, chosen = run_lookup.find_run(asked)
         assert stored.run_id in ids
         if asked.startswith("best"):
-            assert "chosen by its test score, the highest mean Dice over images among 2 models; the score of the chosen is optimistic" in chosen
+            assert (
+                "chosen by its test score, the highest mean Dice over images among 2 models; the score of the chosen is optimistic"
+                in chosen
+            )
             assert other in chosen
         else:
             assert chosen == "2 runs have this name; this is the newest finished one on whole data."
@@ -266,7 +271,14 @@ def test_what_cannot_be_used_is_left_out_with_a_word(project, capsys):
     found = evidence()
     assert sum(len(model.runs) for model in found.sets[0].models) == 9
     said = " ".join(found.left_out)
-    for told in ("is gone", "one score an image", "no number", "1 run in the experiment is not cellbench's", "1 run of", "deleted in MLflow"):
+    for told in (
+        "is gone",
+        "one score an image",
+        "no number",
+        "1 run in the experiment is not cellbench's",
+        "1 run of",
+        "deleted in MLflow",
+    ):
         assert told in said
     assert nan not in {run.stored.run_id for model in found.sets[0].models for run in model.runs}
     main(["report", NAME, "--out", "out"])
@@ -340,7 +352,9 @@ def test_a_class_that_no_test_mask_holds_is_named_with_who_predicts_it():
     stored = RunRecord(run_id="r", name="n", status="finished", params={"baseline": "otsu"})
     ((here,), _) = group_models([FinishedRun(stored=stored, told=told)])
     (words,) = leaderboard.describe_empty_images(here)
-    assert words.startswith("Mind: no test mask holds 'white'; of 16 test images some have it predicted: otsu (3). Pooled means leave it out")
+    assert words.startswith(
+        "Mind: no test mask holds 'white'; of 16 test images some have it predicted: otsu (3). Pooled means leave it out"
+    )
     ((here,), _) = group_models([FinishedRun(stored=stored, told=told | {"unused": ["white"], "confusion": [clean] * 16})])
     assert leaderboard.describe_empty_images(here) == ["Mind: no mask of the data holds 'white'; no model predicts it. Means leave it out."]
 
@@ -355,7 +369,11 @@ def test_of_several_cell_classes_the_words_say_what_one_number_is(tmp_path, monk
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(["cells, a/b & u"], "Did you mean 'cells, a/b & ü 🔬'?"), (["empty"], "no finished run"), ([NAME, "nothing like it"], "no experiment called")],
+    [
+        (["cells, a/b & u"], "Did you mean 'cells, a/b & ü 🔬'?"),
+        (["empty"], "no finished run"),
+        ([NAME, "nothing like it"], "no experiment called"),
+    ],
 )
 def test_a_question_without_an_answer_is_one_line(project, capsys, arguments, told):
     Tracker("empty")

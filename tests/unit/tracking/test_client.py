@@ -9,7 +9,9 @@ from cellbench.tracking.client import to_error
 from cellbench.tracking.relocate import store_lock
 
 
-@pytest.mark.parametrize("address", ["postgresql://lab:s3cret@db:5432/mlflow", "https://lab:s3cret@mlflow.lab", "postgresql+psycopg2://lab:s3@cret@db/x"])
+@pytest.mark.parametrize(
+    "address", ["postgresql://lab:s3cret@db:5432/mlflow", "https://lab:s3cret@mlflow.lab", "postgresql+psycopg2://lab:s3@cret@db/x"]
+)
 def test_a_refusal_names_the_address_without_its_password(address):
     told = str(to_error(RuntimeError(f"connection to {address} failed"), address))
     assert "cret" not in told

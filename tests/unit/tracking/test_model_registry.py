@@ -48,7 +48,9 @@ def test_a_winner_has_the_metrics_of_the_epoch_that_was_kept(tracker, tmp_path):
 
 def test_an_entry_holds_what_is_needed_to_use_it_and_says_what_goes_in_and_out(tracker, tmp_path):
     run = trained(tracker, tmp_path, "whole", ("config.toml", "head.safetensors"))
-    folder = Path(mlflow.artifacts.download_artifacts("models:/" + model_registry.register(tracker, run, "the best"), dst_path=str(tmp_path / "out")))
+    folder = Path(
+        mlflow.artifacts.download_artifacts("models:/" + model_registry.register(tracker, run, "the best"), dst_path=str(tmp_path / "out"))
+    )
     assert {"MLmodel", "config.toml", "head.safetensors"} <= {path.name for path in folder.iterdir()}
     signature = mlflow.models.Model.load(str(folder)).signature
     assert [one.name for one in signature.inputs] == ["image"]
@@ -86,7 +88,11 @@ def test_a_run_that_lost_its_files_gets_no_entry_and_that_is_said(tracker, tmp_p
 
 def test_the_machines_load_is_logged_to_every_run_that_is_open(tracker, monkeypatch):
     monkeypatch.setattr(system_metrics, "FIRST_S", 0.01)
-    with tracker.run("one", "one") as one, tracker.run("two", "two") as two, system_metrics.log_system_metrics(tracker, [one.run_id, two.run_id]):
+    with (
+        tracker.run("one", "one") as one,
+        tracker.run("two", "two") as two,
+        system_metrics.log_system_metrics(tracker, [one.run_id, two.run_id]),
+    ):
         time.sleep(0.2)
     histories = [tracker.client.get_metric_history(run.run_id, "system/process_memory_megabytes") for run in (one, two)]
     assert len(histories[0]) >= 2

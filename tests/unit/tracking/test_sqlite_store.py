@@ -33,7 +33,9 @@ def store(tmp_path, monkeypatch):
 @pytest.mark.parametrize("ahead_s", [0.0, 0.4])
 def test_a_store_that_another_program_makes_at_the_same_time_serves_both(store, ahead_s):
     call = [sys.executable, "-c", OTHER]
-    with subprocess.Popen(call, env=os.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as other:
+    with subprocess.Popen(
+        call, env=os.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as other:
         assert other.stdout.readline() == "ready\n"
         other.stdin.write("go\n")
         other.stdin.flush()
@@ -73,7 +75,9 @@ def test_an_experiment_of_the_same_name_elsewhere_is_no_damaged_store(store):
     assert "ove it away" not in str(told.value)
 
 
-@pytest.mark.parametrize("opens", [newest_experiment, partial(Tracker, "mine"), partial(Tracker, "mine", make=False)], ids=["reader", "maker", "looker"])
+@pytest.mark.parametrize(
+    "opens", [newest_experiment, partial(Tracker, "mine"), partial(Tracker, "mine", make=False)], ids=["reader", "maker", "looker"]
+)
 def test_an_address_of_no_kind_that_mlflow_knows_is_told(monkeypatch, opens):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "carrier-pigeon://loft")
     with pytest.raises(CellbenchError, match=r"MLflow at carrier-pigeon://loft: .* or name another MLFLOW_TRACKING_URI\.$"):

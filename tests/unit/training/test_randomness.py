@@ -89,7 +89,9 @@ def test_a_baseline_that_draws_is_repeatable(dataset):
     assert same(a, b)
 
 
-@pytest.mark.parametrize("run", [*(run_of(head, **QUICK) for head in REGISTRY.names("heads")), run_of(unfreeze=1, **QUICK)], ids=lambda run: run.head)
+@pytest.mark.parametrize(
+    "run", [*(run_of(head, **QUICK) for head in REGISTRY.names("heads")), run_of(unfreeze=1, **QUICK)], ids=lambda run: run.head
+)
 def test_shipped_heads_draw_nothing_and_are_not_even_watched(dataset, run, monkeypatch):
     if not run.unfreeze:
         monkeypatch.setattr(randomness, "Seeded", None)

@@ -77,7 +77,11 @@ def tensors(state: dict[str, Any]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("head", "settings"),
-    [*((name, {}) for name in REGISTRY.names("heads")), ("bilinear", {"loss": "0.5 bce + 1 dice"}), ("fpn", {"targets": "cell+border+distance"})],
+    [
+        *((name, {}) for name in REGISTRY.names("heads")),
+        ("bilinear", {"loss": "0.5 bce + 1 dice"}),
+        ("fpn", {"targets": "cell+border+distance"}),
+    ],
 )
 def test_members_learn_what_each_learns_alone(dataset, head, settings):
     runs = three(head, batch_size=2, **settings)
@@ -162,10 +166,18 @@ def test_a_state_has_the_same_form_from_a_team_as_from_a_run_alone(dataset):
 
 def test_teams_are_of_runs_that_differ_only_in_what_members_may(dataset):
     alike = three("bilinear")
-    others = [run_of(batch_size=7), run_of(loss="ce"), run_of("detail"), run_of("fpn", options={"width": 8}), run_of("fpn", options={"width": 16})]
+    others = [
+        run_of(batch_size=7),
+        run_of(loss="ce"),
+        run_of("detail"),
+        run_of("fpn", options={"width": 8}),
+        run_of("fpn", options={"width": 16}),
+    ]
     runs = [alike[0], *others, *alike[1:], run_of("detail", seed=1)]
     features = features_of(dataset, runs, TEAMS)
-    found = [[run.run for run in getattr(party, "members", [party])] for party in group_stackable(learners_of(dataset, runs, features), features)]
+    found = [
+        [run.run for run in getattr(party, "members", [party])] for party in group_stackable(learners_of(dataset, runs, features), features)
+    ]
     assert found == [alike, [others[0]], [others[1]], [others[2], runs[-1]], [others[3]], [others[4]]]
 
 

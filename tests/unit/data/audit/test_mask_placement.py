@@ -39,7 +39,8 @@ def test_right_masks_fit(right: list[PlacementFeatures]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "said"), [(1, "turned by 90 degrees to the right"), (2, "turned by 180 degrees"), (5, "mirrored upside down"), (7, "mirrored left to right")]
+    ("way", "said"),
+    [(1, "turned by 90 degrees to the right"), (2, "turned by 180 degrees"), (5, "mirrored upside down"), (7, "mirrored left to right")],
 )
 def test_turned_masks_are_wrong_and_the_way_back_is_named(right: list[PlacementFeatures], way: int, said: str) -> None:
     found = with_masks(right, [eight_orientations(one.mask)[way] for one in right])

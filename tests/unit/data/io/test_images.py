@@ -240,7 +240,11 @@ def test_the_channels_that_a_card_names_are_read_in_its_order(tmp_path, scale, k
         tifffile.imwrite(path, planes, photometric="minisblack", planarconfig="contig", compression="zlib" if kind == "deflate" else None)
     else:
         first = np.moveaxis(planes, -1, 0).copy()
-        options = {"planarconfig": "separate"} if kind == "planar" else {"metadata": {"axes": "CYX"}, "ome": kind == "ome", "imagej": kind == "imagej"}
+        options = (
+            {"planarconfig": "separate"}
+            if kind == "planar"
+            else {"metadata": {"axes": "CYX"}, "ome": kind == "ome", "imagej": kind == "imagej"}
+        )
         tifffile.imwrite(path, first, photometric="minisblack", **options)
     np.testing.assert_array_equal(read_image(path, ALL_PLANES), PLANES[..., [4, 1, 0]])
     np.testing.assert_array_equal(read_image(path, IntensityScaling(channels=(5,), int_range=(0, 65535))), np.dstack([PLANES[..., 5]] * 3))
@@ -255,7 +259,13 @@ def test_a_stack_in_depth_is_refused_whatever_the_channels(tmp_path):
 
 def test_channels_of_a_plain_picture_take_alpha_as_one_of_them(tmp_path):
     rgba = PLANES[..., :4].copy()
-    for name, options in (("a.png", {}), ("a.webp", {"lossless": True, "exact": True}), ("a.tif", {"compression": "tiff_lzw"}), ("a.jp2", {}), ("a.j2k", {})):
+    for name, options in (
+        ("a.png", {}),
+        ("a.webp", {"lossless": True, "exact": True}),
+        ("a.tif", {"compression": "tiff_lzw"}),
+        ("a.jp2", {}),
+        ("a.j2k", {}),
+    ):
         path = saved(tmp_path / name, rgba, **options)
         np.testing.assert_array_equal(read_image(path, IntensityScaling(channels=(0, 1, 2))), rgba[..., :3])
         np.testing.assert_array_equal(read_image(path, IntensityScaling(channels=(3,)))[..., 0], rgba[..., 3])

@@ -118,7 +118,9 @@ def test_statements_of_12_bits_are_read_from_tags_ome_and_png(tmp_path: Path) ->
 
 
 def test_numbers_that_a_type_fills_in_by_itself_state_nothing(tmp_path: Path) -> None:
-    for number, options in enumerate(({}, {"extratags": [(281, "H", 1, 65535, True)]}, {"metadata": {"axes": "YX", "SignificantBits": 16}})):
+    for number, options in enumerate(
+        ({}, {"extratags": [(281, "H", 1, 65535, True)]}, {"metadata": {"axes": "YX", "SignificantBits": 16}})
+    ):
         tifffile.imwrite(tmp_path / f"{number}.ome.tif" if number == 2 else tmp_path / f"{number}.tif", scene(1)[0], **options)
     assert [read_image_facts(path).stated for path in sorted(tmp_path.iterdir())] == [None] * 3
 
@@ -301,7 +303,9 @@ def test_greys_change_by_as_much_as_the_exposure_in_every_use_of_a_run(trained: 
         with Path(f"out-{run}", "counts.csv").open() as counts:
             assert {row["cells"] for row in csv.DictReader(counts)} == {"2"}
     assert "beyond the range 0..4095" in Segmenter.load("exported", device="cpu").predict("plain/e106.tif").notes[0].said
-    assert main(["predict", "otsu · seed 0", "plain/e100.tif", "--out", "again", "--instances", "--range", "0,65535", "--device", "cpu"]) == 0
+    assert (
+        main(["predict", "otsu · seed 0", "plain/e100.tif", "--out", "again", "--instances", "--range", "0,65535", "--device", "cpu"]) == 0
+    )
     assert "0..65535 is used in place of 0..4095" in capsys.readouterr().out
     assert cell_greys(Path("again"))["e100"] == round(CELL * 255 / 65535)
     assert main(["predict", "otsu · seed 0", "plain/e100.tif", "--out", "again", "--range", "9,1"]) == 2

@@ -44,7 +44,9 @@ def test_windows_are_the_rows_of_the_image(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("mode", ["RGB", "YCbCr", "L"])
 def test_windows_of_jpeg_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setattr(windowed, "LARGE_PX", 64 * 64)
-    Image.fromarray(PICTURE).convert(mode).save(tmp_path / "a.tif", compression="jpeg", quality=95, tiffinfo={278: 64})  # strips, with common tables
+    Image.fromarray(PICTURE).convert(mode).save(
+        tmp_path / "a.tif", compression="jpeg", quality=95, tiffinfo={278: 64}
+    )  # strips, with common tables
     source = windowed.open_source(tmp_path / "a.tif")
     assert isinstance(source, windowed.WindowedTiff)
     assert np.abs(source.rows(0, 301).astype(int) - read_image(tmp_path / "a.tif")).max() <= 8  # two decoders of chroma

@@ -67,7 +67,9 @@ def test_the_loss_is_the_cross_entropy_of_each_aim():
     truth = torch.randint(0, 256, (2, 5, 6, 2), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     p, t = logits.double().sigmoid(), truth.double().movedim(-1, 1) / 255
     per_pixel = -(t * p.log() + (1 - t) * (1 - p).log())
-    assert cell_targets.targets_loss(logits, truth, ("border", "distance")).item() == pytest.approx(per_pixel.mean((0, 2, 3)).sum().item(), rel=1e-5)
+    assert cell_targets.targets_loss(logits, truth, ("border", "distance")).item() == pytest.approx(
+        per_pixel.mean((0, 2, 3)).sum().item(), rel=1e-5
+    )
     assert cell_targets.targets_loss(logits[:, 1:], truth, ("distance",)).item() == pytest.approx(per_pixel[:, 1].mean().item(), rel=1e-5)
 
 

@@ -15,7 +15,17 @@ from cellbench.data.transforms.tiling import Stitcher, cut_tile
 from cellbench.parallel import WorkerPool
 from cellbench.training.tiled_inference import score_images, score_tiles
 
-FRAMINGS = [("tile", 0.5), ("tile", 1.0), ("tile", 2.0), ("tile", 0.7), ("pad", 0.5), ("pad", 1.0), ("pad", 2.0), ("resize", 1.0), ("resize", 2.0)]
+FRAMINGS = [
+    ("tile", 0.5),
+    ("tile", 1.0),
+    ("tile", 2.0),
+    ("tile", 0.7),
+    ("pad", 0.5),
+    ("pad", 1.0),
+    ("pad", 2.0),
+    ("resize", 1.0),
+    ("resize", 2.0),
+]
 SIZES = [(1200, 1600), (333, 200), (64, 64), (50, 30)]
 
 
@@ -111,7 +121,10 @@ WAYS = [{"framing": "pad"}, {"framing": "pad", "tile_scale": 0.5}, {"framing": "
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_run_learns_the_same_alone_in_a_cohort_and_from_kept_features(dataset, way) -> None:
-    runs = [run_of("bilinear", epochs=2, views=1, crops_per_image=2, **way), run_of("fpn", epochs=2, views=1, crops_per_image=2, batch_size=3, **way)]
+    runs = [
+        run_of("bilinear", epochs=2, views=1, crops_per_image=2, **way),
+        run_of("fpn", epochs=2, views=1, crops_per_image=2, batch_size=3, **way),
+    ]
     streamed = fitted(dataset, runs, memory_bytes=0)
     assert same(streamed[1], fitted(dataset, runs[1:])[0])
     disk = {"memory_bytes": 0, "disk_bytes": 2**30, "key": "test", "backbone": "vit-tiny-random"}

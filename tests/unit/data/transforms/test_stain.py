@@ -33,7 +33,9 @@ def slide(seed: int, stains: tuple[np.ndarray, np.ndarray] = (AZURE, EOSIN), str
 
 
 def test_varied_stains_are_skimages() -> None:
-    amounts = np.random.default_rng(0).uniform(0.005, 0.04, (9, 8, 3))  # in skimage's unit, 13.8 of optical density; none is cut off at zero
+    amounts = np.random.default_rng(0).uniform(
+        0.005, 0.04, (9, 8, 3)
+    )  # in skimage's unit, 13.8 of optical density; none is cut off at zero
     factors, shifts = np.array([1.15, 0.9, 1.05]), np.array([0.02, 0.0, 0.05])
     expected = hed2rgb(amounts * factors + shifts / -np.log(1e-6))
     tile = torch.from_numpy(hed2rgb(amounts)).permute(2, 0, 1)[None]
@@ -89,7 +91,11 @@ def test_reinhard_brings_each_channel_to_the_training_images_mean_and_deviation(
     np.testing.assert_allclose(out.std(0), target.deviation, atol=2)
 
 
-BLANKS = {"white": np.full((40, 50, 3), 255, np.uint8), "black": np.zeros((40, 50, 3), np.uint8), "rose": np.full((40, 50, 3), (200, 90, 130), np.uint8)}
+BLANKS = {
+    "white": np.full((40, 50, 3), 255, np.uint8),
+    "black": np.zeros((40, 50, 3), np.uint8),
+    "rose": np.full((40, 50, 3), (200, 90, 130), np.uint8),
+}
 
 
 @pytest.mark.parametrize("name", BLANKS)

@@ -41,7 +41,9 @@ def test_what_is_cut_comes_back_for_every_overlap(size: tuple[int, int], tile_px
     image = SEEN[: size[0], : size[1]]
     for overlap in OVERLAPS:
         if overlap < 0.9 or tile_px == 64:  # a hundredfold coverage: enough with one size of tiles
-            np.testing.assert_allclose(stitched(image, TileGrid.over(*size, tile_px, overlap)), image, atol=1e-5, err_msg=f"overlap {overlap}")
+            np.testing.assert_allclose(
+                stitched(image, TileGrid.over(*size, tile_px, overlap)), image, atol=1e-5, err_msg=f"overlap {overlap}"
+            )
 
 
 def test_a_whole_smear_comes_back() -> None:
