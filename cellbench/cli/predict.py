@@ -190,7 +190,7 @@ def refuse_mixed_outputs(targets: Sequence[OutputPaths], maker: Mapping[str, obj
         how = facts.get("cells")
         if target is None and wanted.cells and how and not replace(wanted, instances=False).agrees(how):
             raise CellbenchError(
-                f"--out {out}: the cells of {mask.relative_to(out)} were told apart otherwise (neck {how['neck']:g}, from {how['min_area_px']} px), "
+                f"--out {out}: the cells of {mask.relative_to(out)} were told apart otherwise (saddle_ratio {how['saddle_ratio']:g}, from {how['min_area_px']} px), "
                 "and a folder's tables are of one way. Name another --out."
             )
 

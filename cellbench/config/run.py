@@ -54,7 +54,7 @@ class RunSpec(StrictModel):
     sampling: Literal["crops", "tiles"] = "crops"
     """``crops``: random places, anew each epoch. ``tiles``: every tile of every image once an epoch."""
     crops_per_image: int = Field(1, ge=1, le=10_000)
-    views: int = Field(0, ge=0, le=1000)
+    repeat_views_every: int = Field(0, ge=0, le=1000)
     """Training views repeat every so many epochs; 0: never. Lets augmentation and a feature cache live together."""
     flips: bool = True
     rotations: bool = True
@@ -121,7 +121,7 @@ class RunSpec(StrictModel):
 
 
 SAMPLING_FIELDS = (
-    "backbone", "framing", "tile_px", "tile_scale", "val_overlap", "overlap", "sampling", "crops_per_image", "views", "flips", "rotations",
+    "backbone", "framing", "tile_px", "tile_scale", "val_overlap", "overlap", "sampling", "crops_per_image", "repeat_views_every", "flips", "rotations",
     "brightness", "contrast", "saturation", "hue", "hed", "normalise", "data_seed", "fraction", "fold", "unfreeze",
 )  # fmt: skip
 

@@ -20,7 +20,7 @@ T = TypeVar("T", bound=tuple[np.ndarray, ...])
 
 Pair = tuple[np.ndarray, np.ndarray]
 Key = tuple[int, Preparation | Framing | None]
-"""An image's number, and what was made of it: an image and class map as they are or as prepared, or aims in a framing."""
+"""An image's number, and what was made of it: an image and class map as they are or as prepared, or auxiliary targets in a framing."""
 
 
 class ImageCache:
@@ -65,7 +65,7 @@ class ImageCache:
         # From the file, not from self[index]: the unprepared image would take the memory of another prepared one.
         return self._kept_or((index, preparation), lambda: preparation(self._dataset.read(self.samples[index])))
 
-    def aims(self, index: int, framing: Framing) -> np.ndarray:
+    def auxiliary_targets(self, index: int, framing: Framing) -> np.ndarray:
         """What heads may learn beside the framed class map, (H', W', 2) uint8, as ``cellbench.data.transforms.cell_targets`` says."""
 
         def make() -> tuple[np.ndarray]:

@@ -75,9 +75,9 @@ def final_metrics(dataset: Dataset, result: TestResult) -> dict[str, float]:
     # What cutting is worth: the same answers, their cells taken as connected regions.
     joined = [one["num_predicted"] - one["num_true"] for one in result.exam.connected]
     out |= {"test_image/ap50_connected": nan_mean(np.array([one["ap50"] for one in result.exam.connected]))}
-    out |= {"test_image/count_error_abs_connected": float(np.abs(joined).mean()), "separation/neck": cut.neck}
+    out |= {"test_image/count_error_abs_connected": float(np.abs(joined).mean()), "separation/saddle_ratio": cut.saddle_ratio}
     if cut.val_ap50:
-        out["separation/val_ap50"] = cut.val_ap50[f"{cut.neck:g}"]
+        out["separation/val_ap50"] = cut.val_ap50[f"{cut.saddle_ratio:g}"]
     if (calibration := result.exam.calibration()) is not None:
         from cellbench.reporting.plots import run as run_plots
 
@@ -193,7 +193,7 @@ def per_image_record(dataset: Dataset, result: TestResult) -> dict[str, object]:
         "groups": [sample.group for sample in dataset.test],
         "tolerance_px": TOLERANCE_PX,
         "min_area_px": [dataset.min_cell_px or (MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX) for one in exam.agreements],
-        "separation_neck": exam.separation.neck,
+        "separation_saddle_ratio": exam.separation.saddle_ratio,
         "cells_numbered": [one.numbered for one in exam.agreements],
         "confusion": exam.counts.tolist(),
         **{name: _rounded(values) for name, values in per_image_scores(exam.counts, unused=dataset.unused).items()},

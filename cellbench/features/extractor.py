@@ -40,18 +40,18 @@ from cellbench.parallel import WorkerPool
 
 
 class Batch(NamedTuple):
-    """What runs learn from. Maps (B, D, h, w) by level index; pixels (B, 3, T, T) float32 in 0..1; target (B, T, T) int64; aims (B, T, T, 2)
+    """What runs learn from. Maps (B, D, h, w) by level index; pixels (B, 3, T, T) float32 in 0..1; target (B, T, T) int64; auxiliary_targets (B, T, T, 2)
     uint8, where a run of the cohort learns them (``cellbench.data.transforms.cell_targets``); ``ignoring``: whether some of the target is ``metrics.IGNORE``."""
 
     maps: dict[int, Tensor]
     pixels: Tensor
     target: Tensor
-    aims: Tensor | None = None
+    auxiliary_targets: Tensor | None = None
     ignoring: bool = False
 
     def __getitem__(self, rows: slice) -> Batch:  # type: ignore[override]
-        aims = self.aims[rows] if self.aims is not None else None
-        return Batch({index: x[rows] for index, x in self.maps.items()}, self.pixels[rows], self.target[rows], aims, self.ignoring)
+        auxiliary_targets = self.auxiliary_targets[rows] if self.auxiliary_targets is not None else None
+        return Batch({index: x[rows] for index, x in self.maps.items()}, self.pixels[rows], self.target[rows], auxiliary_targets, self.ignoring)
 
     @property
     def num(self) -> int:
@@ -74,12 +74,12 @@ def non_finite_reason(features: Features) -> str:
 
 
 class _Cut(NamedTuple):
-    """Rows of a pass, and their tiles (B, T, T, 3), masks (B, T, T) and aims (B, T, T, 2), uint8."""
+    """Rows of a pass, and their tiles (B, T, T, 3), masks (B, T, T) and auxiliary targets (B, T, T, 2), uint8."""
 
     rows: np.ndarray
     tiles: np.ndarray
     masks: np.ndarray
-    aims: np.ndarray | None = None
+    auxiliary_targets: np.ndarray | None = None
 
 
 def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -116,12 +116,12 @@ class FeaturePass:
 
 
 class Features:
-    """The batches of one cohort. ``pixels`` are the decoded images by split; with ``aims`` the batches of training and validation hold them."""
+    """The batches of one cohort. ``pixels`` are the decoded images by split; with ``auxiliary_targets`` the batches of training and validation hold them."""
 
     def __init__(
-        self, trunk: FrozenBackbone, plan: SamplingPlan, pixels: dict[str, ImageCache], keeping: CachePolicy, aims: bool = False
+        self, trunk: FrozenBackbone, plan: SamplingPlan, pixels: dict[str, ImageCache], keeping: CachePolicy, auxiliary_targets: bool = False
     ) -> None:
-        self.trunk, self.plan, self.pixels, self._keeping, self._aims = trunk, plan, pixels, keeping, aims
+        self.trunk, self.plan, self.pixels, self._keeping, self._auxiliary_targets = trunk, plan, pixels, keeping, auxiliary_targets
         self.framing = plan.framing
         self.tile_px = {split: self.framing.tile_px(pixels[split].sizes_px) for split in pixels} | {"train": plan.tile_px}
         """Height and width of the tiles of each split."""
@@ -132,7 +132,7 @@ class Features:
             split: trunk.map_bytes(self.tile_px[split]) * sum(len(self.grid(split, i)) for i in range(len(pixels[split])))
             for split in ("val", "test")
         }
-        sizes["train"] = trunk.map_bytes(self.tile_px["train"]) * plan.num_views * plan.run.views
+        sizes["train"] = trunk.map_bytes(self.tile_px["train"]) * plan.num_views * plan.run.repeat_views_every
         self._keeping_lock = threading.Lock()
         self.bytes_by_split = sizes
         self.place = self._places(sizes) if any(sizes.values()) else dict.fromkeys(sizes, "streamed")
@@ -222,7 +222,7 @@ class Features:
 
     def passes(self, epochs: int) -> list[FeaturePass]:
         """What this cohort will keep on disk in so many epochs."""
-        cycles = range(min(epochs, self.plan.run.views))
+        cycles = range(min(epochs, self.plan.run.repeat_views_every))
         keys = [("val", 0), *(("train", cycle) for cycle in cycles), ("test", 0)]
         return [self._pass_of(*key) for key in keys if self.place[key[0]] == "on disk"]
 
@@ -318,9 +318,9 @@ class Features:
         return maps
 
     def _batch(self, split: str, kept: FeatureCache | None, one: _Cut, pixels: Tensor) -> Batch:
-        aims = self._sent(one.aims) if one.aims is not None else None
+        auxiliary_targets = self._sent(one.auxiliary_targets) if one.auxiliary_targets is not None else None
         ignoring = bool(one.masks.max() == IGNORE)  # here, where the masks are bytes in memory: a GPU would have to be waited for
-        return Batch(self._maps(split, kept, one.rows, pixels), pixels, self._sent(one.masks).long(), aims, ignoring)
+        return Batch(self._maps(split, kept, one.rows, pixels), pixels, self._sent(one.masks).long(), auxiliary_targets, ignoring)
 
     def _cut_views(self, views: list[TileSample]) -> list[np.ndarray]:
         tiles = []
@@ -334,10 +334,10 @@ class Features:
         return [np.stack(alike) for alike in zip(*tiles, strict=True)]
 
     def _framed(self, split: str, image: int) -> tuple[np.ndarray, ...]:
-        """The framed image and class map, and its aims where somebody learns them: the test's are nobody's."""
+        """The framed image and class map, and its auxiliary targets where somebody learns them: the test's are nobody's."""
         pixels = self.pixels[split]
         pair = pixels.prepared(image, self.preparation)
-        return (*pair, pixels.aims(image, self.framing)) if self._aims and split != "test" else pair
+        return (*pair, pixels.auxiliary_targets(image, self.framing)) if self._auxiliary_targets and split != "test" else pair
 
     def _pixels(self, tiles_BTTC: np.ndarray) -> Tensor:
         return self._sent(tiles_BTTC).permute(0, 3, 1, 2).float().div_(255)

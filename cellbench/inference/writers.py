@@ -58,7 +58,7 @@ class OutputFormats:
     @property
     def how(self) -> dict[str, object]:
         """How cells are told apart and measured, as it is written into the mask."""
-        return {"neck": self.separation.neck, "min_area_px": self.separation.min_area_px, "um_per_px": self.um_per_px}
+        return {"saddle_ratio": self.separation.saddle_ratio, "min_area_px": self.separation.min_area_px, "um_per_px": self.um_per_px}
 
     def agrees(self, how: Mapping[str, object] | None) -> bool:
         """Whether cells told apart as ``how`` says are those that are wanted."""

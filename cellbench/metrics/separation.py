@@ -42,11 +42,11 @@ SMOOTH_BLOCKS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class SeparationParams:
-    """How single cells are told from a class map: ``neck`` in 0..1; 0: connected regions, nothing is cut."""
+    """How single cells are told from a class map: ``saddle_ratio`` in 0..1; 0: connected regions, nothing is cut."""
 
-    neck: float = 0.0
+    saddle_ratio: float = 0.0
     val_ap50: dict[str, float] = field(default_factory=dict, hash=False)
-    """What it was tuned on: mean AP50 over the validation images for each neck that was tried. Empty: not tuned."""
+    """What it was tuned on: mean AP50 over the validation images for each saddle_ratio that was tried. Empty: not tuned."""
     num_images: int = 0
     """Validation images that it was tuned on."""
     min_area_px: int = MIN_AREA_PX
@@ -65,12 +65,12 @@ class SeparationParams:
 
     def instances(self, classes: np.ndarray, relief: np.ndarray | None = None) -> Instances:
         """The cells of a class map (H, W) uint8; ``relief`` (H, W) uint8 where the model learned one."""
-        return self.parts(classes, relief).instances(self.neck, self.min_area_px)
+        return self.parts(classes, relief).instances(self.saddle_ratio, self.min_area_px)
 
     @property
     def words(self) -> str:
         """For people and for MLflow's tags."""
-        return f"watershed{' of the learned relief' * self.learned}, neck {self.neck:g}" if self.neck else "connected regions"
+        return f"watershed{' of the learned relief' * self.learned}, saddle_ratio {self.saddle_ratio:g}" if self.saddle_ratio else "connected regions"
 
 
 CONNECTED = SeparationParams()
@@ -78,7 +78,7 @@ CONNECTED = SeparationParams()
 
 
 class DistanceWatershed:
-    """The basins of a class map (H, W), flooded once, when first needed; ``instances`` merges them for any neck.
+    """The basins of a class map (H, W), flooded once, when first needed; ``instances`` merges them for any saddle_ratio.
 
     ``relief`` (H, W) uint8: how high each pixel lies in its cell, as a model learned it; None: the distance to the background, in blocks.
     """
@@ -88,13 +88,13 @@ class DistanceWatershed:
         masks = [classes == label for label in range(1, (int(classes.max()) if classes.size else 0) + 1)]
         self._floods = [_Flood(mask, relief) for mask in masks if mask.any()]
 
-    def instances(self, neck: float, min_area_px: int) -> Instances:
-        """The cells at this ``neck``, each of at least ``min_area_px`` pixels."""
-        if not 0 <= neck <= 1:
-            raise ValueError(f"a neck is a ratio from 0 to 1: {neck}")
+    def instances(self, saddle_ratio: float, min_area_px: int) -> Instances:
+        """The cells at this ``saddle_ratio``, each of at least ``min_area_px`` pixels."""
+        if not 0 <= saddle_ratio <= 1:
+            raise ValueError(f"a saddle_ratio is a ratio from 0 to 1: {saddle_ratio}")
         ids, num = np.zeros(self._classes.shape, np.int32), 0
         for flood in self._floods:
-            part = flood.ids(neck)
+            part = flood.ids(saddle_ratio)
             ids[part > 0] = part[part > 0] + num
             num = max(num, int(ids.max()))
         return numbered_instances(ids, self._classes, min_area_px)
@@ -127,7 +127,7 @@ class _Flood:
         self._pieces()
 
     def _pieces(self) -> None:
-        """A piece is what is of one region and one basin: cells are put together from pieces, whatever the neck."""
+        """A piece is what is of one region and one basin: cells are put together from pieces, whatever the saddle_ratio."""
         height, width = self._regions.shape
         rows, columns = np.arange(height) // self._step, np.arange(width) // self._step
         num_basins = len(self._peaks)
@@ -150,13 +150,13 @@ class _Flood:
         np.maximum.at(most, self._basin, inside)
         self._crumb = inside < most[self._basin]
 
-    def ids(self, neck: float) -> np.ndarray:
+    def ids(self, saddle_ratio: float) -> np.ndarray:
         """Numbers of cells (H, W), 0 being background; not without gaps."""
-        if not neck:
+        if not saddle_ratio:
             return self._regions
         if not self._flooded:
             self._flood()
-        cells, cell = np.unique(self._region * len(self._peaks) + self._merged(neck)[self._basin], return_inverse=True)
+        cells, cell = np.unique(self._region * len(self._peaks) + self._merged(saddle_ratio)[self._basin], return_inverse=True)
         region = cells // len(self._peaks)
         areas = np.bincount(cell, self._areas_px * ~self._crumb, len(cells))
         # The largest cell of each region: the last of its run when sorted by region, then area.
@@ -167,7 +167,7 @@ class _Flood:
         numbers[self._region == 0] = 0
         return numbers.astype(np.int32)[self._piece]
 
-    def _merged(self, neck: float) -> np.ndarray:
+    def _merged(self, saddle_ratio: float) -> np.ndarray:
         """For each basin the one that it is part of."""
         parent, peaks = list(range(len(self._peaks))), self._peaks.tolist()
 
@@ -179,7 +179,7 @@ class _Flood:
 
         for height, a, b in self._saddles:
             a, b = root(a), root(b)
-            if a != b and height >= neck * min(peaks[a], peaks[b]):
+            if a != b and height >= saddle_ratio * min(peaks[a], peaks[b]):
                 low, high = (a, b) if peaks[a] < peaks[b] else (b, a)
                 parent[low] = high
         return np.array([root(k) for k in range(len(parent))])
@@ -221,7 +221,7 @@ def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int,
 
 
 class SeparationTuner:
-    """Chooses a neck: is shown class maps and their true cells, and says which of ``SADDLE_RATIOS`` finds most of them."""
+    """Chooses a saddle_ratio: is shown class maps and their true cells, and says which of ``SADDLE_RATIOS`` finds most of them."""
 
     def __init__(self, min_area_px: int = MIN_AREA_PX, *, owners: Sequence[int] = ()) -> None:
         """``min_area_px``: of the separation, until true cells say otherwise; ``owners``: as in :class:`SeparationParams`."""
@@ -232,7 +232,7 @@ class SeparationTuner:
         """A predicted class map (H, W) uint8, the relief (H, W) uint8 where the model learned one, and the cells that are there."""
         parts, self._learned = DistanceWatershed(merge_parts_into_objects(classes, self._owners), relief), relief is not None
         self._min_area_px = min_area_px
-        self._found.append([float(instance_scores(truth, parts.instances(neck, min_area_px))["ap50"]) for neck in SADDLE_RATIOS])
+        self._found.append([float(instance_scores(truth, parts.instances(saddle_ratio, min_area_px))["ap50"]) for saddle_ratio in SADDLE_RATIOS])
 
     def best(self) -> SeparationParams:
         """The separation with the highest mean AP50; connected regions where no image has a cell or a predicted one."""
@@ -240,9 +240,9 @@ class SeparationTuner:
         means: Sequence[float] = [round(nan_mean(values), 6) for values in found]
         if np.isnan(means).any():
             return SeparationParams(min_area_px=self._min_area_px, learned=self._learned, owners=self._owners)
-        told = {f"{neck:g}": value for neck, value in zip(SADDLE_RATIOS, means, strict=True)}
+        told = {f"{saddle_ratio:g}": value for saddle_ratio, value in zip(SADDLE_RATIOS, means, strict=True)}
         return SeparationParams(
-            neck=SADDLE_RATIOS[int(np.argmax(means))],
+            saddle_ratio=SADDLE_RATIOS[int(np.argmax(means))],
             val_ap50=told,
             num_images=len(self._found),
             min_area_px=self._min_area_px,

@@ -68,10 +68,10 @@ def glossary(evidence: ExperimentResults) -> list[str]:
         numbered = any(told_by.get("cells_numbered", []))
         cells = "the mask's own numbers" if numbered else "connected regions (neighbours beside, not diagonal)"
         area = min(told_by["min_area_px"])
-        necks = sorted({f"{neck:g}" for model in first.models for run in model.runs if (neck := run.told.get("separation_neck"))})
+        saddle_ratios = sorted({f"{saddle_ratio:g}" for model in first.models for run in model.runs if (saddle_ratio := run.told.get("separation_saddle_ratio"))})
         parted = (
-            f", and predicted cells that touch are parted by a watershed tuned on validation images (necks {', '.join(necks)})"
-            if necks
+            f", and predicted cells that touch are parted by a watershed tuned on validation images (saddle_ratios {', '.join(saddle_ratios)})"
+            if saddle_ratios
             else ""
         )
         out.append(

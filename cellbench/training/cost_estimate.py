@@ -71,12 +71,12 @@ def estimate_cost(
     tile = torch.rand(trunk.chunk, 3, *features.tile_px["train"], device=machine.device)
     target = torch.zeros(tile.shape[0], *features.tile_px["train"], dtype=torch.long, device=machine.device)
     trunk_s = _seconds(lambda: trunk.maps(tile), machine) / len(tile)
-    aims = torch.zeros(*target.shape, 2, dtype=torch.uint8, device=machine.device) if any(requested(run.targets) for run in runs) else None
-    batch = Batch(trunk.maps(tile), tile, target, aims)
+    auxiliary_targets = torch.zeros(*target.shape, 2, dtype=torch.uint8, device=machine.device) if any(requested(run.targets) for run in runs) else None
+    batch = Batch(trunk.maps(tile), tile, target, auxiliary_targets)
     epochs = max(run.epochs for run in runs)
     again = {"val": epochs, "train": epochs}
     passes = {split: 1 if features.place[split] != "streamed" else again[split] for split in again}
-    tiles["train"] = plan.num_views * (min(epochs, plan.run.views) if features.place["train"] != "streamed" else 1)
+    tiles["train"] = plan.num_views * (min(epochs, plan.run.repeat_views_every) if features.place["train"] != "streamed" else 1)
     wall = trunk_s * (sum(tiles[split] * times for split, times in passes.items()) + tiles["test"])
     disk = 0.0
     for run, made in zip(runs, all_made, strict=True):

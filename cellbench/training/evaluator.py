@@ -220,7 +220,7 @@ class CohortEvaluator:
     ) -> None:
         exam.matrices.append(counts)
         one, parts = prepared.result(), exam.separation.parts(classes, relief)
-        exam.agreements.append(one.agreement(classes, parts.instances(exam.separation.neck, one.min_area_px)))
+        exam.agreements.append(one.agreement(classes, parts.instances(exam.separation.saddle_ratio, one.min_area_px)))
         exam.connected.append(one.found(parts.instances(0.0, one.min_area_px)))
         exam.keep.offer(image, float(scores["dice"][0]), classes, cell)
         if cell is not None:

@@ -22,13 +22,13 @@ class SegmentationModel(nn.Module):
     """A head, the indices of the levels that it reads, and, where the run trains the backbone's last blocks, its tail."""
 
     def __init__(
-        self, head: Head, levels: tuple[Level, ...], tail: nn.Module | None = None, num_frozen: int = 0, aims: tuple[str, ...] = ()
+        self, head: Head, levels: tuple[Level, ...], tail: nn.Module | None = None, num_frozen: int = 0, auxiliary_targets: tuple[str, ...] = ()
     ) -> None:
         super().__init__()
         self.head, self.tail = head, tail
-        self.aims = aims
+        self.auxiliary_targets = auxiliary_targets
         """What it learns beside the classes; each the output channel at its place after those of the classes."""
-        self.num_classes = head.num_classes - len(aims)
+        self.num_classes = head.num_classes - len(auxiliary_targets)
         self._levels, self._num_frozen = levels, num_frozen
         self.seconds = 0.0
         """Spent by this model alone in decoding whole images so far."""
@@ -77,13 +77,13 @@ def build_model(run: RunSpec, registry: Registry, trunk: FrozenBackbone, num_cla
     """The run's trainable part, with weights that depend on its seed alone, on the trunk's device."""
     card: HeadCard | BaselineCard = registry.baseline(run.baseline) if run.baseline else registry.head(run.head or "")
     levels = trunk.levels(num_levels(run, registry)) if not run.baseline else ()
-    build, aims = load(card), requested(run.targets)
+    build, auxiliary_targets = load(card), requested(run.targets)
     with torch.random.fork_rng(devices=[]):  # nobody else's random numbers depend on how many heads were made
         torch.manual_seed(run.seed)
         try:
-            head = build(levels, num_classes + len(aims), **run.options)
+            head = build(levels, num_classes + len(auxiliary_targets), **run.options)
         except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:  # what libraries say to a width of 0
             raise CellbenchError(f"{card.path}: cannot be built with {run.options or 'no options'}: {one_line(error)}.") from error
     tail = trunk.backbone.tail(run.unfreeze) if run.unfreeze and trunk.backbone is not None else None
     num_frozen = len(trunk.backbone.levels) - run.unfreeze if trunk.backbone is not None else 0
-    return SegmentationModel(head, levels, tail, num_frozen, aims).to(trunk.machine.device, memory_format=torch.channels_last)
+    return SegmentationModel(head, levels, tail, num_frozen, auxiliary_targets).to(trunk.machine.device, memory_format=torch.channels_last)

@@ -55,7 +55,7 @@ def output_channels(logits_BCTT: Tensor, model: SegmentationModel) -> Tensor:
     NaN at each pixel with a score that is not finite, which a softmax would turn into a probability of 0 or 1.
     """
     found = foreground_probabilities(logits_BCTT[:, : model.num_classes])
-    found = torch.cat([found, boundary_depth(logits_BCTT[:, model.num_classes :], model.aims)], 1) if model.aims else found
+    found = torch.cat([found, boundary_depth(logits_BCTT[:, model.num_classes :], model.auxiliary_targets)], 1) if model.auxiliary_targets else found
     return found + mark_non_finite(logits_BCTT)
 
 
@@ -118,10 +118,10 @@ class _Sheets:
     def _begin(self, image: int) -> None:
         self._grid, self._size_px = self._features.grid(self._split, image), self._features.pixels[self._split].sizes_px[image]
         self._now, self._missing = image, len(self._grid)
-        made = [np.empty(self._size_px, np.uint8) for _ in range(3 if self._model.aims else 2)]
-        self._answer = SegmentedImage(classes=made[0], cell=made[1], relief=made[2] if self._model.aims else None)
+        made = [np.empty(self._size_px, np.uint8) for _ in range(3 if self._model.auxiliary_targets else 2)]
+        self._answer = SegmentedImage(classes=made[0], cell=made[1], relief=made[2] if self._model.auxiliary_targets else None)
         self._finite = True
-        self._stitcher = Stitcher(self._grid, self._num + bool(self._model.aims), self._features.trunk.machine.device)
+        self._stitcher = Stitcher(self._grid, self._num + bool(self._model.auxiliary_targets), self._features.trunk.machine.device)
         self._bands: list[Tensor] = []
 
     def _draw(self, found_BKTT: Tensor) -> None:

@@ -107,14 +107,14 @@ class HeadTrainer:
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The run's loss, a scalar float32, of what its model answers to a batch (B, K, T, T); of (N, B, K, T, T), the answers of N models like
         it, the N losses."""
-        num, aims = self.model.num_classes, self.model.aims
-        if not aims:
+        num, auxiliary_targets = self.model.num_classes, self.model.auxiliary_targets
+        if not auxiliary_targets:
             return self._loss(logits, batch.target, batch.ignoring)
-        assert batch.aims is not None
+        assert batch.auxiliary_targets is not None
         if logits.dim() > 4:
             return torch.stack([self.loss(one, batch) for one in logits])
         kept = batch.target != IGNORE if batch.ignoring else None
-        return self._loss(logits[:, :num], batch.target, batch.ignoring) + targets_loss(logits[:, num:], batch.aims, aims, kept)
+        return self._loss(logits[:, :num], batch.target, batch.ignoring) + targets_loss(logits[:, num:], batch.auxiliary_targets, auxiliary_targets, kept)
 
     def lr(self, step: int) -> float:
         """The learning rate of a step: a linear warm-up, then a cosine to zero or a constant."""
@@ -270,6 +270,6 @@ def concat_batches(parts: Sequence[Batch]) -> Batch:
         {index: torch.cat([part.maps[index] for part in parts]) for index in parts[0].maps},
         torch.cat([part.pixels for part in parts]),
         torch.cat([part.target for part in parts]),
-        torch.cat(aims) if len(aims := [part.aims for part in parts if part.aims is not None]) == len(parts) else None,
+        torch.cat(auxiliary_targets) if len(auxiliary_targets := [part.auxiliary_targets for part in parts if part.auxiliary_targets is not None]) == len(parts) else None,
         any(part.ignoring for part in parts),
     )

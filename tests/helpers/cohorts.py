@@ -55,14 +55,14 @@ class Listener:
         self.states.append(torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state))
 
 
-def features_of(dataset: Dataset, runs: list[RunSpec], machine: Hardware = FP32, aims: bool = False, **settings: Any) -> Features:
+def features_of(dataset: Dataset, runs: list[RunSpec], machine: Hardware = FP32, auxiliary_targets: bool = False, **settings: Any) -> Features:
     """The stream of a cohort."""
     first = runs[0]
     backbone = open_backbone(REGISTRY.backbone(first.backbone)) if first.backbone else None
     trunk = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(run, REGISTRY))], first.unfreeze)
     pixels = {split: ImageCache(dataset, split, 2**28) for split in ("train", "val", "test")}
     keeping = CachePolicy(**{"memory_bytes": machine.memory_bytes, **settings})
-    return Features(trunk, SamplingPlan(pixels["train"].sizes_px, first), pixels, keeping, aims)
+    return Features(trunk, SamplingPlan(pixels["train"].sizes_px, first), pixels, keeping, auxiliary_targets)
 
 
 def learners_of(dataset: Dataset, runs: list[RunSpec], features: Features, most: dict[int, int] | None = None) -> list[HeadTrainer]:

@@ -46,7 +46,7 @@ pixel_width = 8
 [run]
 tile_px = 64
 epochs  = 3
-views   = 1
+repeat_views_every = 1
 crops_per_image = 3
 """
 CALL = ["search", "small.toml", "--data", "smears", "--device", "cpu"]

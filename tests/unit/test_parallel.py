@@ -52,7 +52,7 @@ def test_who_stops_listening_leaves_no_work_behind():
     assert len(begun) < 10
 
 
-@pytest.mark.parametrize("settings", [{}, {"views": 1}, {"unfreeze": 1}], ids=["streamed", "kept", "unfrozen"])
+@pytest.mark.parametrize("settings", [{}, {"repeat_views_every": 1}, {"unfreeze": 1}], ids=["streamed", "kept", "unfrozen"])
 def test_runs_learn_the_same_in_two_lanes_as_in_one(small_folder, settings):
     dataset = dataset_of(small_folder)
     runs = [run_of(head, batch_size=size, **settings) for head, size in (("bilinear", 4), ("fpn", 7), ("detail", 3))]

@@ -6,7 +6,7 @@ doi 10.1002/cyto.a.23863). Each is one more output channel and one more term of 
 *relief*, distance where there is no border, which takes the place of the mask's own distances when basins are flooded
 (``cellbench.metrics.separation``).
 
-Letters: B tiles, H x W pixels, A aims.
+Letters: B tiles, H x W pixels, A auxiliary targets.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FULL = 255
 
 
 def requested(targets: str) -> tuple[str, ...]:
-    """The aims of a run's ``targets``, in the order of their output channels.
+    """The targets of a run's ``targets``, in the order of their output channels.
 
     >>> asked("cell+border+distance")
     ('border', 'distance')
@@ -37,7 +37,7 @@ def requested(targets: str) -> tuple[str, ...]:
 
 
 def make_targets(classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()) -> np.ndarray:
-    """The truth of both aims (H, W, 2) uint8, 0..255, of a class map (H, W) uint8; ``ids``: the truth's own numbers of its cells, where it has
+    """The truth of both targets (H, W, 2) uint8, 0..255, of a class map (H, W) uint8; ``ids``: the truth's own numbers of its cells, where it has
     them, else cells are connected regions of at least ``min_area_px``; ``owners``: which classes are parts of which, as
     :func:`cellbench.metrics.instance.merge_parts_into_objects` takes them."""
     cells = reference_instances(classes, ids, min_area_px, owners=owners)[0]
@@ -71,7 +71,7 @@ def _distance(ids: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
 
 
 def targets_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...], kept_BHW: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy of the asked aims, each a mean over all pixels, summed; the truth as :func:`make_targets` gives it, (B, H, W, 2) uint8.
+    """Binary cross-entropy of the requested targets, each a mean over all pixels, summed; the truth as :func:`make_targets` gives it, (B, H, W, 2) uint8.
 
     ``kept_BHW`` bool: the pixels that count; None: all. 0 where none does.
     """

@@ -77,11 +77,11 @@ class SamplingPlan:
     @property
     def repeats(self) -> bool:
         """Whether an epoch's views come again later."""
-        return self.run.views > 0
+        return self.run.repeat_views_every > 0
 
     def cycle(self, epoch: int) -> int:
         """Which set of views an epoch sees: its own, or one of ``views`` that take turns."""
-        return epoch % self.run.views if self.run.views else epoch
+        return epoch % self.run.repeat_views_every if self.run.repeat_views_every else epoch
 
     def views(self, cycle: int) -> list[TileSample]:
         """All views of a cycle, image by image."""

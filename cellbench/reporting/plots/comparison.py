@@ -206,7 +206,7 @@ def plot_speeds(facts: Mapping[str, float]) -> Figure:
         ("naive, decoded images held", "naive_held_s"),
         ("this harness, one by one", "alone_s"),
         ("one cohort, fresh views", "cohort_s"),
-        ("one cohort, views = 1", "cohort_kept_s"),
+        ("one cohort, repeat_views_every = 1", "cohort_kept_s"),
     ]
     heads = [(name[5:-12], value) for name, value in facts.items() if name.startswith("head_")]
     parts = [("bare forward", facts["bare_tiles_per_s"]), ("feature pass", facts["pass_tiles_per_s"]), *heads]

@@ -295,7 +295,7 @@ def test_a_numbered_cell_is_one_however_small(tmp_path: Path) -> None:
 def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, settings: dict[str, object]) -> None:
     data = opened(folder_of(tmp_path / "own", WITH_IGNORED, "ignore = 255"))
     run = run_of(backbone="filter-bank", **{"epochs": 1, "crops_per_image": 2, **settings})
-    features = features_of(data, [run], aims="targets" in settings)
+    features = features_of(data, [run], auxiliary_targets="targets" in settings)
     learner = learners_of(data, [run], features)[0]
     fit([learner], features)
     assert all(np.isfinite(value) for value in learner.history[0].values())

@@ -151,11 +151,11 @@ def test_touching_cells_are_scored_as_the_separation_parts_them(dataset, tmp_pat
     ids = (left + 2 * (right & ~left)).astype(np.uint16)
     Image.fromarray(ids).save(tmp_path / "mask.png")
     one = replace(dataset, values=(), masks="cells", test=(replace(dataset.test[0], mask=tmp_path / "mask.png"),))
-    cut = SeparationParams(neck=0.8, val_ap50={"0": 0.5, "0.8": 0.75}, num_images=3)
+    cut = SeparationParams(saddle_ratio=0.8, val_ap50={"0": 0.5, "0.8": 0.75}, num_images=3)
     found = {}
     for which in (CONNECTED, cut):
         exam = taken(one, lambda truth: (truth, None), separation=which)
-        found[which.neck] = artifacts.final_metrics(one, TestResult(exam=exam, cost={}))
+        found[which.saddle_ratio] = artifacts.final_metrics(one, TestResult(exam=exam, cost={}))
     assert found[0]["test_image/ap50"] == found[0.8]["test_image/ap50_connected"] < 1
     assert found[0.8]["test_image/ap50"] == 1
     assert found[0.8]["test_image/count_error_abs"] == 0

@@ -25,7 +25,7 @@ from cellbench.hardware import detect_hardware
 from cellbench.run import main
 from cellbench.tracking.tracker import Tracker
 
-RUNS = [run_of("bilinear", views=1), run_of("fpn", views=1)]
+RUNS = [run_of("bilinear", repeat_views_every=1), run_of("fpn", repeat_views_every=1)]
 KEPT = {"disk_bytes": 2**28, "prefer_disk": True, "key": "k", "backbone": "vit"}
 
 
@@ -177,7 +177,7 @@ def test_a_url_that_failed_is_asked_again_later(tmp_path, monkeypatch):
 
 
 def test_the_flag_reaches_processes_elsewhere_of_which_the_second_computes_nothing(tmp_path, monkeypatch):
-    few = ["run.views=1", "run.epochs=1", "grid.seed=[0]", "baselines=[]", 'grid.backbone=["vit-tiny-random"]']
+    few = ["run.repeat_views_every=1", "run.epochs=1", "grid.seed=[0]", "baselines=[]", 'grid.backbone=["vit-tiny-random"]']
     monkeypatch.setenv("CELLBENCH_CACHE_URL", "")  # put back afterwards
     place(tmp_path, monkeypatch)
     assert (

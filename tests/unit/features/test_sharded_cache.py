@@ -28,7 +28,7 @@ from cellbench.tracking.tracker import Tracker
 ONE = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)
 KEPT = [
     "--set",
-    "run.views=2",
+    "run.repeat_views_every=2",
     "--set",
     "run.epochs=3",
     "--set",

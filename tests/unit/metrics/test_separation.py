@@ -16,8 +16,8 @@ def discs(*places, size=(120, 160)):
     return np.where(reach.min(0) < 1, reach.argmin(0) + 1, 0).astype(np.int32)
 
 
-def cells(ids, neck, min_area_px=10):
-    return SeparationParams(neck=neck, min_area_px=min_area_px).instances((ids > 0).astype(np.uint8))
+def cells(ids, saddle_ratio, min_area_px=10):
+    return SeparationParams(saddle_ratio=saddle_ratio, min_area_px=min_area_px).instances((ids > 0).astype(np.uint8))
 
 
 TOUCHING = discs((40, 40, 22), (40, 79, 22), (76, 60, 22), (90, 120, 15))
@@ -37,8 +37,8 @@ def test_touching_discs_are_parted_where_they_touch_at_any_magnification(scale):
 @pytest.mark.parametrize("scale", [1, 4])
 def test_a_region_is_cut_and_never_shrunk(scale):
     truth = np.kron(TOUCHING, np.ones((scale, scale), np.int32))
-    for neck in SADDLE_RATIOS:
-        assert np.array_equal(cells(truth, neck, 0).ids > 0, truth > 0)
+    for saddle_ratio in SADDLE_RATIOS:
+        assert np.array_equal(cells(truth, saddle_ratio, 0).ids > 0, truth > 0)
 
 
 def test_a_neck_of_nought_is_connected_regions():
@@ -56,8 +56,8 @@ def test_cells_that_the_mask_parts_stay_parted_to_the_pixel(gap_px):
     mask = np.zeros((300, 300), np.int32)
     mask[20:280, 20:280] = 1
     mask[:, 150 : 150 + gap_px] = 0  # far narrower than a block
-    for neck in (0.0, 0.5, 0.9):
-        found = cells(mask, neck)
+    for saddle_ratio in (0.0, 0.5, 0.9):
+        found = cells(mask, saddle_ratio)
         assert sorted(found.areas_px[1:]) == sorted([260 * 130, 260 * (130 - gap_px)])
 
 
@@ -67,11 +67,11 @@ def test_convex_cells_are_not_cut():
     bar = np.zeros((200, 200), np.int32)
     bar[90:110, 10:190] = 1
     for shape in (ellipse, bar, discs((60, 60, 50))):
-        assert [cells(shape, neck).num for neck in SADDLE_RATIOS if neck <= 0.9] == [1] * (len(SADDLE_RATIOS) - 1)
+        assert [cells(shape, saddle_ratio).num for saddle_ratio in SADDLE_RATIOS if saddle_ratio <= 0.9] == [1] * (len(SADDLE_RATIOS) - 1)
 
 
 def test_more_neck_never_gives_fewer_cells():
-    num = [cells(TOUCHING, neck).num for neck in SADDLE_RATIOS]
+    num = [cells(TOUCHING, saddle_ratio).num for saddle_ratio in SADDLE_RATIOS]
     assert num == sorted(num)
     assert num[0] == 2
 
@@ -81,7 +81,7 @@ def test_more_neck_never_gives_fewer_cells():
 )
 def test_empty_full_and_thin_maps_are_taken(classes):
     num = connected_instances(classes, 0).num
-    assert [DistanceWatershed(classes).instances(neck, 0).num for neck in (0.0, 0.8)] == [num, num]
+    assert [DistanceWatershed(classes).instances(saddle_ratio, 0).num for saddle_ratio in (0.0, 0.8)] == [num, num]
 
 
 def test_touching_cells_of_two_classes_are_two_cells_and_keep_their_class():
@@ -98,9 +98,9 @@ def test_tuning_finds_the_neck_that_parts_and_leaves_alone_what_is_whole():
     touching.add((TOUCHING > 0).astype(np.uint8), None, numbered_instances(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
     one = (dumbbell > 0).astype(np.uint8)
     whole.add(one, None, connected_instances(one), 10)
-    assert 0 < touching.best().neck < 1
-    assert touching.best().val_ap50[f"{touching.best().neck:g}"] == 1
-    assert whole.best().neck == 0
+    assert 0 < touching.best().saddle_ratio < 1
+    assert touching.best().val_ap50[f"{touching.best().saddle_ratio:g}"] == 1
+    assert whole.best().saddle_ratio == 0
     assert SeparationTuner().best() == SeparationParams()
 
 
@@ -119,20 +119,20 @@ def test_an_image_without_a_cell_tunes_only_where_something_was_found_in_it():
     alone = both.best()
     both.add(nothing, None, connected_instances(nothing), 10)
     assert both.best().val_ap50 == alone.val_ap50
-    # A find in it scores 0 at every neck that keeps it, and 1 at one that cuts it into specks.
+    # A find in it scores 0 at every saddle_ratio that keeps it, and 1 at one that cuts it into specks.
     bars = np.zeros_like(one)
     bars[20:30, 20:30] = bars[24:26, 30:34] = bars[20:30, 34:44] = 1
     both.add(bars, None, connected_instances(nothing), 150)
     found = both.best().val_ap50
-    assert [round(found[f"{neck:g}"] * 2 - alone.val_ap50[f"{neck:g}"]) for neck in (0.0, 0.8)] == [0, 1]
+    assert [round(found[f"{saddle_ratio:g}"] * 2 - alone.val_ap50[f"{saddle_ratio:g}"]) for saddle_ratio in (0.0, 0.8)] == [0, 1]
 
 
 def test_a_cell_and_its_nucleus_are_parted_from_a_touching_neighbour_together():
     classes = (TOUCHING > 0).astype(np.uint8)
     for cy, cx in ((40, 40), (40, 79), (76, 60), (90, 120)):
         classes[cy - 6 : cy + 6, cx - 6 : cx + 6] = 2
-    assert SeparationParams(neck=0.8, min_area_px=10).instances(classes).num > 4
-    found = SeparationParams(neck=0.8, min_area_px=10, owners=[0, 1, 1]).instances(classes)
+    assert SeparationParams(saddle_ratio=0.8, min_area_px=10).instances(classes).num > 4
+    found = SeparationParams(saddle_ratio=0.8, min_area_px=10, owners=[0, 1, 1]).instances(classes)
     assert found.num == 4
     assert set(found.classes[1:].tolist()) == {1}
     tuning = SeparationTuner(owners=(0, 1, 1))

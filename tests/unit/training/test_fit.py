@@ -62,7 +62,7 @@ BF16 = Hardware(device=torch.device("cpu"), precision=torch.bfloat16, memory_byt
 @pytest.mark.parametrize("machine", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("views", [1, 2])
 def test_kept_features_equal_streamed_ones(dataset, views, machine):
-    runs = [run_of("fpn", views=views, epochs=4), run_of("detail", views=views, epochs=4)]
+    runs = [run_of("fpn", repeat_views_every=views, epochs=4), run_of("detail", repeat_views_every=views, epochs=4)]
     streamed, in_memory = fitted(dataset, runs, machine=machine, memory_bytes=0), fitted(dataset, runs, machine=machine)
     on_disk, from_disk = fitted(dataset, runs, machine=machine, **DISK), fitted(dataset, runs, machine=machine, **DISK)
     for learners in (in_memory, on_disk, from_disk):
@@ -70,7 +70,7 @@ def test_kept_features_equal_streamed_ones(dataset, views, machine):
 
 
 def test_features_on_disk_serve_the_next_call_without_the_trunk(dataset):
-    runs = [run_of("fpn", views=2)]
+    runs = [run_of("fpn", repeat_views_every=2)]
     first = fitted(dataset, runs, **DISK)
     features = features_of(dataset, runs, **DISK)
     features.trunk.maps = None  # would raise if it were asked
@@ -80,7 +80,7 @@ def test_features_on_disk_serve_the_next_call_without_the_trunk(dataset):
 
 
 def test_damaged_features_are_computed_again(dataset):
-    runs = [run_of("fpn", views=1)]
+    runs = [run_of("fpn", repeat_views_every=1)]
     first = fitted(dataset, runs, **DISK)
     for file in features_dir().rglob("level-*.bin"):
         data = bytearray(file.read_bytes())
@@ -91,7 +91,7 @@ def test_damaged_features_are_computed_again(dataset):
 
 @pytest.mark.parametrize("suffix", ["bin", "crc", "json"])
 def test_a_truncated_or_foreign_file_is_made_anew(dataset, suffix):
-    runs = [run_of("bilinear", views=1)]
+    runs = [run_of("bilinear", repeat_views_every=1)]
     first = fitted(dataset, runs, **DISK)
     for file in features_dir().rglob(f"level-*.{suffix}"):
         file.write_bytes(b"{}" if suffix == "json" else file.read_bytes()[:-8])
@@ -99,7 +99,7 @@ def test_a_truncated_or_foreign_file_is_made_anew(dataset, suffix):
 
 
 def test_a_disk_that_fills_up_is_told_and_features_are_streamed(dataset, monkeypatch):
-    runs = [run_of("fpn", views=1)]
+    runs = [run_of("fpn", repeat_views_every=1)]
     streamed = fitted(dataset, runs, memory_bytes=0)
     said = []
 
@@ -159,7 +159,7 @@ def test_the_trunk_runs_once_a_view_however_many_runs_learn(dataset):
 
 
 def test_repeated_views_pass_the_trunk_once_in_a_whole_training(dataset):
-    runs = [run_of(views=1, epochs=4)]
+    runs = [run_of(repeat_views_every=1, epochs=4)]
     features = features_of(dataset, runs)
     counts = []
     inner = features.trunk.maps

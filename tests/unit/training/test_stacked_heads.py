@@ -85,8 +85,8 @@ def tensors(state: dict[str, Any]) -> list[torch.Tensor]:
 )
 def test_members_learn_what_each_learns_alone(dataset, head, settings):
     runs = three(head, batch_size=2, **settings)
-    aims = "targets" in settings
-    members, features = as_team(dataset, runs, aims=aims)
+    auxiliary_targets = "targets" in settings
+    members, features = as_team(dataset, runs, auxiliary_targets=auxiliary_targets)
     assert batch_sizes(features.plan.num_views, 2)[-1] == 1  # the last mini-batch is one tile, whose strides once misled torch
     (team,) = group_stackable(members, features)
     an_epoch(team, features)

@@ -101,18 +101,18 @@ def numbered(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("settings", [{}, {"tile_scale": 0.5, "framing": "resize", "tile_px": 128}], ids=["tile", "resize"])
 def test_aims_lie_where_their_cells_lie_in_every_view(numbered, settings):
     run = run_of(targets=BOTH, **settings)
-    features = features_of(dataset_of(numbered), [run], aims=True)
+    features = features_of(dataset_of(numbered), [run], auxiliary_targets=True)
     with WorkerPool(1) as lanes:
         for batch in features.train(0, lanes):
-            assert torch.equal(batch.aims[..., 1] > 0, batch.target > 0)
-            assert batch.aims.shape == (*batch.target.shape, 2)
+            assert torch.equal(batch.auxiliary_targets[..., 1] > 0, batch.target > 0)
+            assert batch.auxiliary_targets.shape == (*batch.target.shape, 2)
 
 
 def test_who_learns_more_disturbs_nobody_and_is_the_same_alone(numbered):
     dataset, runs = dataset_of(numbered), [run_of("bilinear"), run_of("bilinear", targets=BOTH), run_of("detail", targets="cell+distance")]
 
-    def fitted(runs: list[RunSpec], aims: bool) -> list:
-        features = features_of(dataset, runs, aims=aims)
+    def fitted(runs: list[RunSpec], auxiliary_targets: bool) -> list:
+        features = features_of(dataset, runs, auxiliary_targets=auxiliary_targets)
         learners = learners_of(dataset, runs, features)
         fit(learners, features)
         return learners

@@ -122,8 +122,8 @@ WAYS = [{"framing": "pad"}, {"framing": "pad", "tile_scale": 0.5}, {"framing": "
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_run_learns_the_same_alone_in_a_cohort_and_from_kept_features(dataset, way) -> None:
     runs = [
-        run_of("bilinear", epochs=2, views=1, crops_per_image=2, **way),
-        run_of("fpn", epochs=2, views=1, crops_per_image=2, batch_size=3, **way),
+        run_of("bilinear", epochs=2, repeat_views_every=1, crops_per_image=2, **way),
+        run_of("fpn", epochs=2, repeat_views_every=1, crops_per_image=2, batch_size=3, **way),
     ]
     streamed = fitted(dataset, runs, memory_bytes=0)
     assert same(streamed[1], fitted(dataset, runs[1:])[0])

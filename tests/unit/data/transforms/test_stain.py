@@ -148,11 +148,11 @@ def test_a_normaliser_is_not_fitted_to_training_images_beyond_the_runs_fraction(
 @pytest.mark.parametrize("way", [{"hed": 0.2}, {"normalise": "macenko"}, {"normalise": "reinhard", "tile_scale": 0.5}], ids=str)
 def test_kept_features_equal_streamed_ones_and_cohorts_change_nothing(small_folder, way) -> None:
     dataset = dataset_of(small_folder)
-    runs = [run_of("bilinear", epochs=2, views=1, **way), run_of("detail", epochs=2, views=1, **way)]
+    runs = [run_of("bilinear", epochs=2, repeat_views_every=1, **way), run_of("detail", epochs=2, repeat_views_every=1, **way)]
     streamed = fitted(dataset, runs, memory_bytes=0)
     assert same(streamed[1], fitted(dataset, runs[1:])[0])
     disk = {"memory_bytes": 0, "disk_bytes": 2**30, "key": "test", "backbone": "vit-tiny-random"}
     for _ in range(2):
         assert all(same(a, b) for a, b in zip(streamed, fitted(dataset, runs, **disk), strict=True))
-    plain = fitted(dataset, [run_of("bilinear", epochs=2, views=1)], **disk)  # beside the others' files
+    plain = fitted(dataset, [run_of("bilinear", epochs=2, repeat_views_every=1)], **disk)  # beside the others' files
     assert not same(plain[0], streamed[0])
