@@ -5,7 +5,8 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from cellbench.config.registry import KINDS, BackboneCard, Card, DatasetCard, HeadCard, Registry, shipped
+from cellbench.config.cards import KINDS, BackboneCard, Card, DatasetCard, HeadCard
+from cellbench.config.registry import Registry, shipped
 from cellbench.errors import CellbenchError, unknown_name
 
 EXPERIMENTS = "experiments"
@@ -82,7 +83,7 @@ def _meaning(card: Card) -> str:
 
 
 def _asks(path: Path) -> str:
-    from cellbench.config.run import Experiment, cohorts, expand
+    from cellbench.config.experiment import Experiment, cohorts, expand
     from cellbench.config.search_space import Space
 
     tree = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -98,7 +99,7 @@ def list_cache(folder: str | None, remove: bool, older_than_days: float) -> str:
     import os
     import time
 
-    from cellbench.features.disk_cache import cache_entries, features_dir, remove_entries
+    from cellbench.features.cache_admin import cache_entries, features_dir, remove_entries
 
     if folder is not None:
         if not Path(folder).is_dir():

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
-from cellbench.config.run import DataSpec
 from cellbench.data.audit import near_duplicates
 from cellbench.data.audit.checks import Finding, Severity, find_duplicates, findings, statistics
 from cellbench.data.audit.keypoint_matching import Keypoints

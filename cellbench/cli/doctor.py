@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cellbench.config.registry import BackboneCard, HeadCard, Registry
+from cellbench.config.cards import BackboneCard, HeadCard
+from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown_name
-from cellbench.files import FileFactCache, compute_sha256, make_folder, sha256
+from cellbench.file_cache import FileFactCache, sha256
+from cellbench.files import compute_sha256, make_folder
 from cellbench.models.backbones.weight_files import check_whole
 from cellbench.models.backbones.weights import download_path, find_in_hub_cache, folder_file, locate, weights_folder
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cellbench.config.experiment import DataSpec, Experiment
 from cellbench.config.registry import Registry
-from cellbench.config.run import DataSpec, Experiment
 from cellbench.data.audit import seen_images
 from cellbench.data.classes import survey_classes, unused_classes, with_owners
 from cellbench.data.dataset import Dataset, validated
@@ -31,6 +31,7 @@ from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.instance import describe_outcomes
 from cellbench.metrics.pixel import confusion_matrix, nan_mean, per_image_scores
 from cellbench.reporting.plots import run as run_plots
+from cellbench.reporting.plots import style
 from cellbench.system_load import SystemLoad
 from cellbench.tracking.schema import EVALUATED, EVALUATION, INDEPENDENT, NOTE, SEEN
 from cellbench.tracking.tracker import Tracker
@@ -173,7 +174,7 @@ def evaluate(
                 file = dataset.test[case.image].name
                 title = f"{rank}. worst of {len(dataset.test)}: {file}, {case.score}\n{describe_outcomes(asdict(result.exam.agreements[case.image]))}"
                 stem = file_name(Path(file).stem)
-                run_plots.save_figure(
+                style.save_figure(
                     run_plots.plot_example(picture, truth, case.classes, case.cell, title),
                     folder / "figures" / f"worst-{rank:03d}-{stem}.png",
                 )

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from cellbench.config.base import checked
+from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
-from cellbench.config.run import DataSpec, RunSpec, checked
+from cellbench.config.run import RunSpec
 from cellbench.data.audit.image_statistics import measure_images, summarize
 from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
 from cellbench.data.loading import scan_dataset, split_dataset
@@ -23,7 +25,7 @@ from cellbench.files import make_folder, to_nfc
 from cellbench.hardware import Hardware, detect_hardware
 from cellbench.models.backbones.build import open_backbone
 from cellbench.reporting.plots import dataset as dataset_plots
-from cellbench.reporting.plots import run as run_plots
+from cellbench.reporting.plots import style
 from cellbench.reporting.plots.dataset import Panel
 from cellbench.tracking.tracker import Tracker
 from cellbench.training.memory_check import why_too_large
@@ -109,8 +111,8 @@ def _statistics(here: Dataset, pool: list[Sample], num_samples: int, seed: int, 
         found = measure_images(here, drawn, bar.update)
     facts = summarize(found)
     pairs = [(sample.name, *here.read(sample)) for sample in drawn[: max(1, min(num_samples, dataset_plots.MOST_SAMPLES))]]
-    run_plots.save_figure(dataset_plots.plot_samples(pairs, here.classes), folder / "samples.png")
-    run_plots.save_figure(dataset_plots.plot_statistics(found), folder / "statistics.png")
+    style.save_figure(dataset_plots.plot_samples(pairs, here.classes), folder / "samples.png")
+    style.save_figure(dataset_plots.plot_statistics(found), folder / "statistics.png")
     (folder / "statistics.json").write_text(json.dumps({**facts, "seed": seed, "of": len(pool)}, indent=1), encoding="utf-8")
     shapes = "" if facts["sizes"] == 1 else f", and {facts['sizes'] - 1:.0f} other sizes"
     print(f"{here.name}: {len(pool)} images with masks, {len(found)} looked at (seed {seed})")
@@ -177,12 +179,12 @@ def _features(
         )
     what = f"{sample.name}, {width} x {height} px"
     told = f"{what}: three principal components of the last map, one colour scale for each backbone"
-    run_plots.save_figure(dataset_plots.plot_feature_maps(image, components, told, point), folder / "features.png")
+    style.save_figure(dataset_plots.plot_feature_maps(image, components, told, point), folder / "features.png")
     print(f"{what}: {', '.join(components)}, each as {', '.join(title for title, _ in ways)}")
     if alike:
         truth = here.classes[classes[point[1], point[0]]] if point is not None else ""
         told = f"{what}: likeness of every place to the one marked ({truth})"
-        run_plots.save_figure(dataset_plots.plot_feature_maps(image, alike, told, point), folder / "likeness.png")
+        style.save_figure(dataset_plots.plot_feature_maps(image, alike, told, point), folder / "likeness.png")
         for name, panels in alike.items():
             for panel in panels:
                 print(f"  {name}, {panel.title}")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from cellbench.errors import CellbenchError, one_line, redact_passwords
 from cellbench.features.remote_cache import RemoteCache, shared_url
 from cellbench.files import cache_dir, make_folder, os_errors_as
-from cellbench.tracking.relocate import store_file, store_uri
+from cellbench.tracking.sqlite_store import store_file, store_uri
 
 ANSWER_S = 5.0
 

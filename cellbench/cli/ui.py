@@ -15,7 +15,7 @@ from collections.abc import Callable
 import psutil
 
 from cellbench.errors import CellbenchError
-from cellbench.tracking import relocate, ui_view
+from cellbench.tracking import relocate, sqlite_store, ui_view
 
 PATIENCE_S = 120
 """For the first answer: a cold start on a busy machine has taken half a minute."""
@@ -23,10 +23,10 @@ PATIENCE_S = 120
 
 def ui(port: int = 5000, say: Callable[[str], None] = print) -> int:
     """Serves the store of this folder on the loopback address until Ctrl-C. Raises CellbenchError where there is nothing to serve."""
-    uri = relocate.store_uri()
+    uri = sqlite_store.store_uri()
     if uri.startswith(("http:", "https:", "databricks")):
         raise CellbenchError(f"MLFLOW_TRACKING_URI is the server {uri}: open that in a browser. `ui` serves the store of a folder.")
-    relocate.require_store()
+    sqlite_store.require_store()
     for line in relocate.fix_artifact_paths():
         say(line)
     port = free_port(port)

@@ -1,0 +1,1 @@
+"""What a run is: cards, experiments, search spaces, and reading them from TOML."""

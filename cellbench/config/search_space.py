@@ -17,8 +17,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from cellbench.config.base import Scalar, StrictModel, checked
+from cellbench.config.experiment import DataSpec, Experiment, expand
 from cellbench.config.registry import Registry
-from cellbench.config.run import RUN_KEYS, DataSpec, Experiment, RunSpec, Scalar, StrictModel, checked, expand
+from cellbench.config.run import RUN_KEYS, RunSpec
 from cellbench.errors import CellbenchError, unknown_name
 
 DIMENSIONS = ("backbone", "head", *(name for name in RUN_KEYS if name not in ("seed", "fold")))

@@ -1,0 +1,1 @@
+"""Images with masks: reading, splitting, checking, transforming and drawing them."""

@@ -20,11 +20,11 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from cellbench.config.registry import DatasetCard
+from cellbench.config.cards import DatasetCard
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.errors import CellbenchError
-from cellbench.files import FileFactCache
-from cellbench.metrics.instance import has_parts
+from cellbench.file_cache import FileFactCache
+from cellbench.metrics.instances import has_parts
 
 PART_SHARE = 0.75
 """Of a class's outline along one other class, from which on it is a part. White blood cells (Zheng 2018): nuclei 1.00, cytoplasm 0.47 along

@@ -19,7 +19,8 @@ from cellbench.data.io import images
 from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.masks import MARKS, MaskFacts, count_below, decide_meaning, mask_facts, mask_facts_of_cells, min_cell_area
 from cellbench.errors import CellbenchError, one_line
-from cellbench.files import FileFactCache, compute_sha256
+from cellbench.file_cache import FileFactCache
+from cellbench.files import compute_sha256
 from cellbench.metrics.pixel import IGNORE
 
 SPLITS = ("train", "val", "test")

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from cellbench.config.registry import DatasetCard
+from cellbench.config.cards import DatasetCard
 from cellbench.data.annotations import CocoFile, MaskFiles, count_coco_categories, read_coco
 from cellbench.data.dataset import Sample
 from cellbench.data.io.images import EXTENSIONS

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cellbench.config.registry import DatasetCard, load, with_defaults
-from cellbench.config.run import DataSpec, checked
+from cellbench.config.base import checked
+from cellbench.config.cards import DatasetCard
+from cellbench.config.experiment import DataSpec
+from cellbench.config.registry import load, with_defaults
 from cellbench.data.audit import near_duplicates
 from cellbench.data.classes import with_class_facts
 from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, interpret_masks, validated

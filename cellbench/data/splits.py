@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellbench.config.run import DataSpec
+from cellbench.config.experiment import DataSpec
 from cellbench.data.audit import near_duplicates
 from cellbench.data.dataset import Sample
 from cellbench.data.io import images

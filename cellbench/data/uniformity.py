@@ -20,7 +20,7 @@ from cellbench.data.io.intensity import IntensityScaling, Range, format_range, i
 from cellbench.data.io.metadata import PixelSize, same_size
 from cellbench.data.scan import FileWarning
 from cellbench.errors import CellbenchError
-from cellbench.files import FileFactCache
+from cellbench.file_cache import FileFactCache
 
 
 def read_all_image_facts(paths: Sequence[Path], channels: tuple[int, ...] = ()) -> dict[Path, ImageFacts]:

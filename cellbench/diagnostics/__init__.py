@@ -1,0 +1,1 @@
+"""Speed, self-tests of backbones and the checks that plug-ins must pass."""

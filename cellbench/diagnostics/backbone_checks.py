@@ -10,7 +10,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from cellbench.config.registry import BackboneCard, load
+from cellbench.config.cards import BackboneCard
+from cellbench.config.registry import load
 from cellbench.diagnostics.common import all_close
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import truncate_card

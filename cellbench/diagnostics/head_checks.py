@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from cellbench.config.registry import HeadCard, load
+from cellbench.config.cards import HeadCard
+from cellbench.config.registry import load
 from cellbench.diagnostics.common import all_close, failure_reason
 from cellbench.models.backbones.base import Backbone, Level
 from cellbench.training.randomness import ModelRandomness

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cellbench.config.registry import BackboneCard, HeadCard
+from cellbench.config.cards import BackboneCard, HeadCard
 from cellbench.diagnostics.backbone_checks import BACKBONE, small_backbone
 from cellbench.diagnostics.common import failure_reason
 from cellbench.diagnostics.head_checks import HEAD

@@ -18,7 +18,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from cellbench.config.registry import BackboneCard, load
+from cellbench.config.cards import BackboneCard
+from cellbench.config.registry import load
 from cellbench.diagnostics.backbone_checks import frozen
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware

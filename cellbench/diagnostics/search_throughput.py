@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cellbench.config.experiment import Experiment, expand
 from cellbench.config.registry import Registry
-from cellbench.config.run import Experiment, RunSpec, expand
+from cellbench.config.run import RunSpec
 from cellbench.config.search_space import Space
 from cellbench.search.study import Study
 from cellbench.training.trainer import HeadTrainer

@@ -1,0 +1,1 @@
+"""Planned runs carried out: in this process, in local processes or on Ray."""

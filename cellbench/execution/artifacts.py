@@ -16,15 +16,18 @@ import tomli_w
 from safetensors.torch import save_file
 
 from cellbench import startup, system_load
-from cellbench.config.run import Experiment, RunSpec
+from cellbench.config.experiment import Experiment
+from cellbench.config.run import RunSpec
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import num_used_images
 from cellbench.escaping import escape_markdown
-from cellbench.metrics.instance import COUNTS, MIN_AREA_NUMBERED_PX, MIN_AREA_PX, SCORES, TOLERANCE_PX, describe_outcomes
+from cellbench.metrics.boundary import TOLERANCE_PX
+from cellbench.metrics.instance import COUNTS, SCORES, describe_outcomes
+from cellbench.metrics.instances import MIN_AREA_NUMBERED_PX, MIN_AREA_PX
 from cellbench.metrics.pixel import count_empty_images, named_scores, nan_mean, per_image_scores, pixel_scores
-from cellbench.statistics.hypothesis_tests import ROUGH_BELOW, mean_interval, unit_labels
+from cellbench.statistics.bootstrap import ROUGH_BELOW, mean_interval, unit_labels
 from cellbench.tracking import ui_view
 from cellbench.tracking.schema import NOTE, SEEN, TABLES
 from cellbench.training.evaluator import RunEvaluation
@@ -79,9 +82,9 @@ def final_metrics(dataset: Dataset, result: TestResult) -> dict[str, float]:
     if cut.val_ap50:
         out["separation/val_ap50"] = cut.val_ap50[f"{cut.saddle_ratio:g}"]
     if (calibration := result.exam.calibration()) is not None:
-        from cellbench.reporting.plots import run as run_plots
+        from cellbench.metrics import calibration
 
-        out["test/calibration_error"] = run_plots.expected_calibration_error(calibration)
+        out["test/calibration_error"] = calibration.expected_calibration_error(calibration)
     if result.learner is not None:
         best = result.learner.history[result.learner.best_epoch]
         out |= {"best/epoch": result.learner.best_epoch, "best/val_loss": best["val/loss"], "best/val_dice": best.get("val/dice", math.nan)}
@@ -133,6 +136,7 @@ def write_artifacts(
     ``datasets``: one, or one a fold. ``seen``: what the run keeps of the images that it learned from, as ``seen_images.json``.
     """
     from cellbench.reporting.plots import run as run_plots
+    from cellbench.reporting.plots import style
 
     if seen is not None:
         (folder / SEEN).write_text(json.dumps(seen), encoding="utf-8")
@@ -151,19 +155,19 @@ def write_artifacts(
     (folder / "figures").mkdir()
     if result.learner is not None:
         save_file({key: x.contiguous() for key, x in result.learner.best_weights.items()}, folder / "head.safetensors")
-        run_plots.save_figure(run_plots.plot_curves(result.learner.history, result.learner.best_epoch), folder / "figures" / "curves.png")
+        style.save_figure(run_plots.plot_curves(result.learner.history, result.learner.best_epoch), folder / "figures" / "curves.png")
     exam = result.exam
     each = per_image_scores(exam.counts, unused=dataset.unused) | {key: values for key, values in exam.shapes().items() if key in SCORES}
     pooled = pixel_scores(exam.counts.sum(0))
     by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
-    run_plots.save_figure(
+    style.save_figure(
         run_plots.plot_scores(name, each, by_class, exam.calibration(), resampling_units(dataset)), folder / "figures" / "scores.png"
     )
     for which, case in exam.keep.cases.items():
         picture, truth = pixels[case.image]
         cells = describe_outcomes(asdict(exam.agreements[case.image]))
         title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, {case.score}\n{cells}"
-        run_plots.save_figure(run_plots.plot_example(picture, truth, case.classes, case.cell, title), folder / "figures" / f"{which}.png")
+        style.save_figure(run_plots.plot_example(picture, truth, case.classes, case.cell, title), folder / "figures" / f"{which}.png")
 
 
 def pool_folds(datasets: Sequence[Dataset]) -> str:

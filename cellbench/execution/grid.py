@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from cellbench.config.run import cohorts
+from cellbench.config.experiment import cohorts
 from cellbench.execution.planning import PlannedRun
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.tracking.schema import DATA

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cellbench.config.registry import BackboneCard, Registry, digest_of
-from cellbench.config.run import Experiment, RunSpec, expand, fingerprint, labels
+from cellbench.config.cards import BackboneCard
+from cellbench.config.experiment import Experiment, expand, labels
+from cellbench.config.registry import Registry, digest_of
+from cellbench.config.run import RunSpec, fingerprint
 from cellbench.data.dataset import Dataset
 from cellbench.data.loading import open_dataset
 from cellbench.data.transforms.framing import Framing

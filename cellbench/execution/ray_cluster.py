@@ -25,8 +25,8 @@ from cellbench.execution.worker_job import CohortWorker, JobSpec, apply_job_envi
 from cellbench.features.extractor import FeaturePass
 from cellbench.files import write_atomic
 from cellbench.hardware import Hardware
-from cellbench.tracking.relocate import store_file
 from cellbench.tracking.schema import this_owner
+from cellbench.tracking.sqlite_store import store_file
 
 OBJECTS_BYTES = 200 * 2**20
 """Of a Ray that is started here. What travels is a few kilobytes; features go through the cache folder, not through Ray."""

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry, load
-from cellbench.config.run import NUMERICS_VERSION, Experiment, RunSpec
+from cellbench.config.run import NUMERICS_VERSION, RunSpec
 from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from cellbench import __version__
+from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry
-from cellbench.config.run import Experiment
 from cellbench.errors import CellbenchError
 from cellbench.execution.planning import PlannedRun, open_folds, planned_runs
 from cellbench.execution.runner import Outcome, Runner
@@ -28,8 +28,8 @@ from cellbench.features.remote_cache import shared_url
 from cellbench.files import cache_dir
 from cellbench.hardware import Hardware
 from cellbench.parallel import WorkerPool
-from cellbench.tracking.relocate import store_file, store_uri
 from cellbench.tracking.schema import this_owner
+from cellbench.tracking.sqlite_store import store_file, store_uri
 from cellbench.tracking.tracker import Tracker
 
 

@@ -16,49 +16,14 @@ import shutil
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cellbench.files import cache_dir, write_atomic
-
-
-class FeatureCache(Protocol):
-    """The kept features of one pass."""
-
-    def put(self, rows: np.ndarray, maps: Mapping[int, Tensor]) -> None:
-        """Keeps the maps (B, D, h, w) of these rows, by level index."""
-
-    def get(self, rows: np.ndarray, indices: tuple[int, ...]) -> dict[int, Tensor] | None:
-        """The maps of these rows on the CPU, channels-last, or None where any is missing."""
-
-
-@dataclass
-class MemoryCache:
-    """Rows in memory, filled in as they are first computed."""
-
-    num: int
-    maps: dict[int, Tensor] = field(default_factory=dict)
-    filled: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-
-    def put(self, rows: np.ndarray, maps: Mapping[int, Tensor]) -> None:
-        if not len(self.filled):
-            self.filled = np.zeros(self.num, bool)
-            # Rows of (h, w, D): a gather of rows is then channels-last without a copy.
-            self.maps = {i: torch.empty((self.num, *m.shape[2:], m.shape[1]), dtype=m.dtype) for i, m in maps.items()}
-        for i, m in maps.items():
-            self.maps[i][torch.from_numpy(rows)] = m.permute(0, 2, 3, 1).to("cpu")
-        self.filled[rows] = True
-
-    def get(self, rows: np.ndarray, indices: tuple[int, ...]) -> dict[int, Tensor] | None:
-        if not len(self.filled) or not self.filled[rows].all():
-            return None
-        index = torch.from_numpy(rows)
-        return {i: self.maps[i][index].permute(0, 3, 1, 2) for i in indices}
+from cellbench.files import write_atomic
 
 
 class DiskCache:
@@ -182,49 +147,9 @@ def _reserve(handle: int, folder: Path, size: int) -> None:
 # --- what lies in the cache folder -----------------------------------------------------------------------------------------------------
 
 
-def features_dir() -> Path:
-    """Where kept features lie."""
-    return cache_dir() / "features"
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheEntry:
-    """One kept pass."""
-
-    folder: Path
-    backbone: str
-    dataset: str
-    what: str
-    num_tiles: int
-    size_bytes: int
-    used: float
-    """Seconds since the epoch, of the last use."""
 
 
-def cache_entries() -> list[CacheEntry]:
-    """All kept passes, the longest unused first. A folder that is not ours is left out."""
-    found = []
-    for path in sorted(features_dir().glob("*/*/facts.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            facts = json.loads(path.read_text())
-            found.append(
-                CacheEntry(
-                    folder=path.parent,
-                    backbone=facts["backbone"],
-                    dataset=facts["dataset"],
-                    what=facts["what"],
-                    num_tiles=facts["num"],
-                    size_bytes=sum(f.stat().st_size for f in path.parent.iterdir()),
-                    used=path.stat().st_mtime,
-                )
-            )
-    return sorted(found, key=lambda entry: entry.used)
 
 
-def remove_entries(chosen: list[CacheEntry]) -> int:
-    """Removes kept passes; returns the bytes freed."""
-    for entry in chosen:
-        shutil.rmtree(entry.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            entry.folder.parent.rmdir()  # only when empty
-    return sum(entry.size_bytes for entry in chosen)

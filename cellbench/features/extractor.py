@@ -31,8 +31,10 @@ from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import SamplingPlan, TileSample
 from cellbench.data.transforms.tiling import TileGrid, cut_tile
 from cellbench.errors import CellbenchError, one_line
-from cellbench.features.disk_cache import DiskCache, FeatureCache, MemoryCache, features_dir
+from cellbench.features.cache_admin import features_dir
+from cellbench.features.disk_cache import DiskCache
 from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.features.memory_cache import FeatureCache, MemoryCache
 from cellbench.features.remote_cache import RemoteCache
 from cellbench.features.sharded_cache import ShardedCache, num_shards
 from cellbench.metrics.pixel import IGNORE

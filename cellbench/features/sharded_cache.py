@@ -36,7 +36,7 @@ def num_shards(num: int) -> int:
 
 
 class ShardedCache:
-    """The shards of one pass of ``num`` tiles, in a folder that may lie anywhere that all can read. As `cellbench.features.disk_cache.FeatureCache` they are only read."""
+    """The shards of one pass of ``num`` tiles, in a folder that may lie anywhere that all can read. As `cellbench.features.memory_cache.FeatureCache` they are only read."""
 
     def __init__(self, folder: Path, num: int) -> None:
         self._folder, self._num = folder, num

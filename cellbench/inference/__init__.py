@@ -1,0 +1,1 @@
+"""A trained run in use: segmenting images, writing masks and tables, exporting."""

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from cellbench.config.registry import BackboneCard, Card, Registry
-from cellbench.config.run import RunSpec, checked
+from cellbench.config.base import checked
+from cellbench.config.cards import BackboneCard, Card
+from cellbench.config.registry import Registry
+from cellbench.config.run import RunSpec
 from cellbench.data.audit.seen_images import without_paths
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.errors import CellbenchError, one_line

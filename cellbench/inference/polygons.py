@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.measure import approximate_polygon, find_contours, points_in_poly
 
-from cellbench.metrics.instance import Instances
+from cellbench.metrics.instances import Instances
 
 TOLERANCE_PX = 0.5
 """How far an outline may lie from the pixels' own."""

@@ -9,8 +9,9 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
+from cellbench.config.experiment import Experiment, expand
 from cellbench.config.registry import Registry
-from cellbench.config.run import Experiment, RunSpec, expand
+from cellbench.config.run import RunSpec
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.errors import CellbenchError, unknown_name
@@ -20,7 +21,7 @@ from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.reporting import leaderboard
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import describe_limit, describe_sizes
-from cellbench.tracking import relocate
+from cellbench.tracking import sqlite_store
 from cellbench.tracking.schema import EVALUATION, LIMIT, SEEN, WEIGHTS, RunRecord
 from cellbench.tracking.tracker import Tracker, all_experiments, experiment_of, newest_experiment
 
@@ -32,7 +33,7 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
     whole test set, and of the model's seeds and folds the one with the best validation Dice. Of several runs of one name the newest finished
     one is taken. Runs on a part of the data (``--limit``) come after those on the whole. Raises CellbenchError.
     """
-    relocate.require_store()
+    sqlite_store.require_store()
     if asked == "best" or asked.startswith("best:"):
         name = asked.removeprefix("best").removeprefix(":") or newest_experiment(whole=True)
         if not name:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellbench.config.registry import BackboneCard, Registry, load
+from cellbench.config.cards import BackboneCard
+from cellbench.config.registry import Registry, load
 from cellbench.data.io.intensity import Note
 from cellbench.data.io.windowed import ArraySource, ImageSource, open_source
 from cellbench.data.transforms.tiling import Stitcher, TileGrid, cut_tile
@@ -30,7 +31,7 @@ from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware, detect_hardware
 from cellbench.inference.trained_run import TrainedRun
-from cellbench.metrics.instance import Instances
+from cellbench.metrics.instances import Instances
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone, weights_digest

@@ -25,7 +25,7 @@ from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, os_errors_as
 from cellbench.inference.polygons import cell_outlines, class_colour, to_geojson
 from cellbench.inference.segmenter import MaskStrip
-from cellbench.metrics.instance import Instances
+from cellbench.metrics.instances import Instances
 from cellbench.metrics.measurements import measure_cells
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 

@@ -1,0 +1,1 @@
+"""Scores of one image: pixels, boundaries, single cells; no torch."""

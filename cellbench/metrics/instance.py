@@ -38,16 +38,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
 
-from cellbench.metrics.pixel import IGNORE, nan_mean
+from cellbench.metrics.boundary import TOLERANCE_PX, MaskBoundary, boundary_scores
+from cellbench.metrics.instances import Instances, connected_instances, drop_ignored, merge_parts_into_objects, reference_instances
+from cellbench.metrics.pixel import nan_mean
 
-TOLERANCE_PX = 2.0
-"""For contours: what two careful people differ by on a cell of 100 px."""
-MIN_AREA_PX = 100
-"""For cells found as connected regions: 23 % of the components of BCCD's masks are specks below it; the median cell has 7,720 px."""
-MIN_AREA_NUMBERED_PX = 10
-"""For predicted cells where the truth numbers its own, of which none is then dropped: a nucleus at low magnification may have 30 px."""
 THRESHOLDS = tuple(range(10, 20))
 """Of the intersection over union, in twentieths: 0.50, 0.55 … 0.95."""
 SCORES = ("nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq")
@@ -88,139 +83,22 @@ class InstanceScores:
         return self.count_error / self.num_true if self.num_true else None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Instances:
-    """Single cells of an image. ``ids`` (H, W) int32: 0 is background, 1..num the cells; ``areas_px`` and ``classes``: (num + 1,)."""
-
-    ids: np.ndarray
-    areas_px: np.ndarray
-    classes: np.ndarray
-    num_left_out: int = 0
-    """Regions below the least area, which are no cells."""
-    ignored: np.ndarray | None = None
-    """Of a truth: the pixels (H, W) bool that count nowhere; None where all count."""
-
-    @property
-    def num(self) -> int:
-        return len(self.areas_px) - 1
 
 
-def connected_instances(classes: np.ndarray, min_area_px: int = MIN_AREA_PX) -> Instances:
-    """The connected regions of each class of a class map (H, W), of at least ``min_area_px`` pixels."""
-    ids, num = np.zeros(classes.shape, np.int32), 0
-    for label in range(1, _highest(classes) + 1):
-        part, found = ndimage.label(classes == label)
-        if num:
-            part[part > 0] += num
-        ids, num = (np.maximum(ids, part) if num else part), num + found
-    return numbered_instances(ids, classes, min_area_px)
 
 
-def numbered_instances(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 0) -> Instances:
-    """Cells by their given numbers (H, W), whole and not negative, 0 being background; a cell's class is that of most of its pixels.
-
-    A number may have several parts: they are one cell, cut by something above it, or by pixels that the class map ignores.
-    """
-    if ids.shape != classes.shape or ids.dtype.kind not in "iub" or (ids.size and ids.min() < 0):
-        raise ValueError(f"cell numbers are whole, from 0, one a pixel: {ids.dtype} {ids.shape} for classes {classes.shape}")
-    ignored = classes == IGNORE if classes.size and int(classes.max()) == IGNORE else None
-    flat = ids.ravel() if ignored is None else np.where(ignored, 0, ids).ravel()
-    if flat.size and int(flat.max()) > 16 * flat.size:  # a count of each number would not fit memory
-        flat = np.unique(flat, return_inverse=True)[1] + (0 if (flat == 0).any() else 1)
-    areas = np.bincount(flat, minlength=1)
-    kept = areas >= max(min_area_px, 1)
-    kept[0] = False
-    left_out = int(np.count_nonzero(areas[1:])) - int(kept.sum())
-    new = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
-    out = new[flat].reshape(ids.shape)
-    num = int(kept.sum())
-    votes = np.zeros((num + 1, 1), np.int64)
-    if num:
-        inside = np.flatnonzero(out)
-        width = int(classes.max()) + 1
-        votes = np.bincount(out.ravel()[inside] * width + classes.ravel()[inside], minlength=(num + 1) * width).reshape(num + 1, width)
-    areas = np.concatenate([[0], areas[kept]])
-    return Instances(ids=out, areas_px=areas, classes=votes.argmax(1).astype(np.uint8), num_left_out=left_out, ignored=ignored)
 
 
-def _highest(classes: np.ndarray) -> int:
-    """The greatest class number of a map (H, W), ``IGNORE`` not being one."""
-    highest = int(classes.max()) if classes.size else 0
-    return highest if highest != IGNORE else int(classes[classes != IGNORE].max(initial=0))
 
 
-def drop_ignored(found: Instances, ignored: np.ndarray | None) -> Instances:
-    """Predicted cells without what lies in ``ignored`` pixels (H, W) bool: those that lie there by more than half are gone, the others cut."""
-    if ignored is None or not found.num:
-        return found
-    inside = np.bincount(found.ids[ignored], minlength=found.num + 1)
-    kept = 2 * inside <= found.areas_px
-    kept[0] = False
-    new = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
-    areas, none = (found.areas_px - inside)[kept], np.zeros(1, int)
-    ids = np.where(ignored, 0, new[found.ids])
-    return Instances(ids=ids, areas_px=np.concatenate([none, areas]), classes=np.concatenate([found.classes[:1], found.classes[kept]]))
 
 
-def merge_parts_into_objects(classes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
-    """A class map (H, W) uint8 in which each part has the class of the object that it belongs to. ``owners``: for each class the class of its
-    object, its own for an object; empty: every class is an object.
-
-    >>> as_objects(np.array([[0, 1, 2, 3]], np.uint8), (0, 1, 1, 3)).tolist()
-    [[0, 1, 1, 3]]
-    """
-    if not has_parts(owners) or not classes.size:
-        return classes
-    table = np.arange(256, dtype=np.uint8)  # other values, such as pixels to ignore, stay as they are
-    table[: len(owners)] = owners
-    return table[classes]
 
 
-def has_parts(owners: Sequence[int]) -> bool:
-    """Whether any class is a part of another's objects."""
-    return any(owner != label for label, owner in enumerate(owners))
 
 
-def merge_part_ids(ids: np.ndarray, classes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
-    """The cells' numbers (H, W) after each numbered part has taken the number of the object that it touches along most of its outline.
-
-    For truths that number a nucleus and its cell separately. ``classes`` (H, W) as they are in the truth, parts not yet :func:`merge_parts_into_objects`.
-    A part that touches no object of its own keeps its number.
-    """
-    if not has_parts(owners):
-        return ids
-    cells = numbered_instances(ids, classes)
-    owner = np.asarray(owners)[cells.classes]
-    is_part = owner != cells.classes
-    pairs = []
-    for first, second in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-        a, b = cells.ids[first].ravel(), cells.ids[second].ravel()
-        for part, other in ((a, b), (b, a)):
-            at = is_part[part] & (other > 0) & (cells.classes[other] == owner[part])
-            pairs.append(part[at].astype(np.int64) * (cells.num + 1) + other[at])
-    code, length = np.unique(np.concatenate(pairs), return_counts=True)
-    new = np.arange(cells.num + 1, dtype=np.int32)
-    order = np.argsort(length, kind="stable")  # the longest contact is written last
-    new[code[order] // (cells.num + 1)] = code[order] % (cells.num + 1)
-    return new[cells.ids]
 
 
-def reference_instances(
-    classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()
-) -> tuple[Instances, int]:
-    """The cells of a truth (H, W), by its own numbers where it has them, and the least area in px that a predicted cell must then have.
-
-    ``min_area_px``: the data set's, for both; None: ``MIN_AREA_PX``, or where cells are numbered none for them and ``MIN_AREA_NUMBERED_PX``
-    for predicted ones. ``owners``: as in :func:`merge_parts_into_objects`.
-    """
-    objects = merge_parts_into_objects(classes, owners)
-    if ids is None:
-        least = MIN_AREA_PX if min_area_px is None else min_area_px
-        return connected_instances(objects, least), least
-    ids = merge_part_ids(ids, classes, owners)
-    if min_area_px is None:
-        return numbered_instances(ids, objects), MIN_AREA_NUMBERED_PX
-    return numbered_instances(ids, objects, min_area_px), min_area_px
 
 
 class ReferenceMask:
@@ -267,65 +145,12 @@ class ReferenceMask:
 # --- outlines ---------------------------------------------------------------------------------------------------------------------------
 
 
-class MaskBoundary:
-    """A mask (H, W) bool with its contour, the neighbourhood of that, and its band; without what lies in ``ignored`` pixels (H, W) bool."""
-
-    def __init__(self, mask: np.ndarray, tolerance_px: float, ignored: np.ndarray | None = None) -> None:
-        self.is_empty = not (mask.any() if ignored is None else mask[~ignored].any())
-        if ignored is not None:
-            mask = mask | ignored  # a neighbour that nobody knows is no outside
-        self.mask = mask
-        self.contour = boundary_pixels(mask)
-        if ignored is not None:
-            self.contour &= ~ignored
-        self.near = dilate(self.contour, tolerance_px)
-        self.band = mask & dilate(~mask, tolerance_px)
-        if ignored is not None:  # so near to them, what answers to a pixel may lie among them
-            away = ~dilate(ignored, tolerance_px)
-            self.mask, self.contour, self.band = mask | ~away, self.contour & away, self.band & away
 
 
-def boundary_pixels(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a mask (H, W) bool that have one of their four neighbours outside it; the image's frame counts as inside."""
-    inner = mask.copy()
-    inner[1:] &= mask[:-1]
-    inner[:-1] &= mask[1:]
-    inner[:, 1:] &= mask[:, :-1]
-    inner[:, :-1] &= mask[:, 1:]
-    return mask ^ inner
 
 
-def dilate(mask: np.ndarray, radius_px: float) -> np.ndarray:
-    """Every pixel within ``radius_px`` of a pixel of the mask, centre to centre.
-
-    A disc is a stack of lines: 4 passes a pixel of radius, 3 ms on 1600x1200 where a distance transform takes 200.
-    """
-    reach = math.floor(radius_px)
-    out, line, width = mask.copy(), mask.copy(), 0
-    for up in range(reach, -1, -1):
-        while width < math.floor(math.sqrt(radius_px**2 - up**2)):
-            width += 1
-            line[:, width:] |= mask[:, :-width]
-            line[:, :-width] |= mask[:, width:]
-        if up == 0:
-            out |= line
-        elif up < len(mask):
-            out[up:] |= line[:-up]
-            out[:-up] |= line[up:]
-    return out
 
 
-def boundary_scores(truth: MaskBoundary, found: MaskBoundary) -> tuple[float, float]:
-    """``nsd`` and ``boundary_dice`` of two masks: NaN where both are empty. Where neither has a contour, it is whether they are the same."""
-    lengths = np.count_nonzero(truth.contour) + np.count_nonzero(found.contour)
-    if not lengths:
-        if truth.is_empty and found.is_empty:
-            return math.nan, math.nan
-        same = float((truth.mask == found.mask).all())
-        return same, same
-    close = np.count_nonzero(truth.contour & found.near) + np.count_nonzero(found.contour & truth.near)
-    bands = np.count_nonzero(truth.band) + np.count_nonzero(found.band)
-    return close / lengths, 2 * np.count_nonzero(truth.band & found.band) / bands
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 from skimage.measure import regionprops_table
 
 from cellbench.escaping import to_csv
-from cellbench.metrics.instance import Instances
+from cellbench.metrics.instances import Instances
 
 _ASKED = ("label", "centroid", "bbox", "area", "equivalent_diameter_area", "eccentricity", "intensity_mean")
 
@@ -40,7 +40,7 @@ def measure_cells(
 ) -> CellTable:
     """The table of the cells found in an image (H, W, 3) uint8 RGB; ``names`` of the classes, ``um_per_px`` the side of a pixel.
 
-    Where some classes are parts of others (``owners``, as :func:`cellbench.metrics.instance.merge_parts_into_objects` takes them), ``classes`` (H, W) is the class map,
+    Where some classes are parts of others (``owners``, as :func:`cellbench.metrics.instances.merge_parts_into_objects` takes them), ``classes`` (H, W) is the class map,
     and each part has a column with its area in the cell, 0 where the cell has none: ``nucleus_area_px``.
 
     ``cell`` is the number in the label image, ``x_px`` and ``y_px`` the centroid from the upper left, ``diameter`` that of a disc of the same

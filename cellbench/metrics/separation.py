@@ -22,14 +22,9 @@ import numpy as np
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from cellbench.metrics.instance import (
-    MIN_AREA_PX,
-    Instances,
-    boundary_pixels,
-    instance_scores,
-    merge_parts_into_objects,
-    numbered_instances,
-)
+from cellbench.metrics.boundary import boundary_pixels
+from cellbench.metrics.instance import instance_scores
+from cellbench.metrics.instances import MIN_AREA_PX, Instances, merge_parts_into_objects, numbered_instances
 from cellbench.metrics.pixel import impute_missing, nan_mean
 
 SADDLE_RATIOS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)

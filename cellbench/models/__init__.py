@@ -1,0 +1,1 @@
+"""What is compared: backbones, heads and baselines, built from their cards."""

@@ -1,0 +1,1 @@
+"""Finished runs as leaderboards, verdicts, figures and reports; no torch, and nothing is run."""

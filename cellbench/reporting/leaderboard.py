@@ -11,9 +11,9 @@ import numpy as np
 
 from cellbench import escaping
 from cellbench.reporting.model_groups import MEASURES, ModelGroup, PlotRow, TestSet
+from cellbench.reporting.verdict import describe_verdict
+from cellbench.statistics.bootstrap import Interval
 from cellbench.statistics.comparison import compare_all
-from cellbench.statistics.hypothesis_tests import Interval
-from cellbench.statistics.ranking import describe_verdict
 from cellbench.statistics.scores import Difference, swap_sides
 from cellbench.system_load import describe_load as words_of_load
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from cellbench.reporting.leaderboard import format_interval
 from cellbench.reporting.model_groups import REPEATS, ModelGroup, TestSet
+from cellbench.reporting.verdict import format_p
+from cellbench.statistics.bootstrap import Interval
 from cellbench.statistics.comparison import compare_all
-from cellbench.statistics.hypothesis_tests import Interval, describe_undecidable, is_decidable
-from cellbench.statistics.ranking import format_p
+from cellbench.statistics.hypothesis_tests import describe_undecidable, is_decidable
 from cellbench.statistics.scores import Difference
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from cellbench.config.run import RUN_KEYS
 from cellbench.metrics.pixel import count_empty_images, pixel_scores, pooled_classes
-from cellbench.statistics.hypothesis_tests import Interval, bootstrap_intervals, is_decidable, unit_labels, unit_numbers, unit_sums
+from cellbench.statistics.bootstrap import Interval, bootstrap_intervals, unit_labels, unit_numbers, unit_sums
+from cellbench.statistics.hypothesis_tests import is_decidable
 from cellbench.statistics.scores import Difference, ModelScores
 from cellbench.tracking.schema import LIMIT, RunRecord
 

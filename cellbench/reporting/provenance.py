@@ -6,7 +6,7 @@ from typing import Any
 
 from cellbench.reporting import html, leaderboard
 from cellbench.reporting.collect import ExperimentResults
-from cellbench.statistics.hypothesis_tests import FEWEST, ROUGH_BELOW
+from cellbench.statistics.bootstrap import FEWEST, ROUGH_BELOW
 from cellbench.tracking.client import command_line
 from cellbench.tracking.schema import WEIGHTS
 

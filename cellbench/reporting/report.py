@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cellbench.config.loading import CHANGED
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, one_line
 from cellbench.escaping import to_csv
@@ -24,10 +25,10 @@ from cellbench.files import file_name, make_folder, os_errors_as
 from cellbench.reporting import leaderboard
 from cellbench.reporting.collect import ExperimentResults, collect_runs
 from cellbench.reporting.model_groups import TestSet
-from cellbench.tracking import model_registry, relocate, ui_view
+from cellbench.tracking import model_registry, ui_view
 from cellbench.tracking.client import command_line
 from cellbench.tracking.schema import NOTE, RunRecord, to_record
-from cellbench.tracking.tracker import Run, Tracker, newest_experiment
+from cellbench.tracking.tracker import Run, Tracker
 
 if TYPE_CHECKING:
     from cellbench.reporting.sections import Report
@@ -41,7 +42,6 @@ ABOUT = "about.json"
 """On the parent run: what was asked, of which data, by which command, with which versions."""
 ASKED = "experiment.toml"
 """On the parent run: the experiment as it ran, with the changes of the call."""
-CHANGED = "# Changed by the call: "
 """Begins the comment in it that names them."""
 
 
@@ -137,29 +137,6 @@ def report_dir(name: str) -> Path:
     return Path("reports") / file_name(name)
 
 
-def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> int:
-    """``cellbench report``: the report of one experiment, or of several taken together; of the newest where none is named."""
-    relocate.require_store()
-    for line in relocate.fix_artifact_paths():
-        say(line)
-    if not names:
-        latest = newest_experiment()
-        if latest is None:
-            raise CellbenchError("no experiment of MLflow's store here has a finished run. `cellbench grid` makes some.")
-        names = [latest]
-    from cellbench.reporting.sections import build_report
-
-    trackers = [Tracker(name, make=False) for name in dict.fromkeys(names)]
-    evidence = collect_runs(trackers)
-    known, parent = _known(evidence, trackers)
-    made = build_report(evidence, trackers, known)
-    path = write_files(made, out or report_dir(evidence.experiment))
-    for sentence in (*made.verdict, *evidence.left_out):
-        say(sentence)
-    if len(trackers) == 1 and evidence.parents:
-        trackers[0].attach(parent or evidence.parents[0], path.parent)
-    say(f"{path}: {evidence.num_runs} runs; tables and pictures beside it.")
-    return 0
 
 
 def write_report(

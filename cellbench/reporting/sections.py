@@ -20,9 +20,10 @@ from cellbench.reporting.collect import ExperimentResults
 from cellbench.reporting.leaderboard import LeaderboardRow, format_count
 from cellbench.reporting.model_groups import MEASURES, ModelGroup, TestSet
 from cellbench.reporting.plots import comparison as comparison_plots
-from cellbench.reporting.plots import run as run_plots
 from cellbench.reporting.plots import significance as significance_plots
-from cellbench.statistics.ranking import critical_difference, format_p, marginal_scores
+from cellbench.reporting.plots import style
+from cellbench.reporting.verdict import format_p
+from cellbench.statistics.ranking import critical_difference, marginal_scores
 from cellbench.statistics.scores import Difference, ModelScores
 from cellbench.tracking.tracker import Tracker
 
@@ -95,7 +96,7 @@ def _about_set(here: TestSet, trackers: Sequence[Tracker], report: Report, prefi
     differences = leaderboard.differences_to_best(here)
 
     def draw(name: str, figure: Figure, caption: str = "") -> str:
-        report.pictures[prefix + name] = data = run_plots.to_png(figure)
+        report.pictures[prefix + name] = data = style.to_png(figure)
         return html.render_picture(data, name, caption)
 
     cells = [leaderboard.format_row(row) for row in table]

@@ -1,0 +1,1 @@
+"""Hyperparameter search, and the only package that knows Optuna."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,10 +21,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cellbench.cli.grid import cache_budget, open_folds, read_tree, say
+from cellbench.config.experiment import Experiment
+from cellbench.config.loading import read_space
 from cellbench.config.registry import Registry
-from cellbench.config.run import Experiment, RunSpec
+from cellbench.config.run import RunSpec
 from cellbench.config.search_space import Space
+from cellbench.console import say
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError
@@ -33,9 +34,10 @@ from cellbench.execution import multiprocess as processes
 from cellbench.execution import ray_cluster, ray_grid, ray_search
 from cellbench.execution.artifacts import pool_folds
 from cellbench.execution.grid import Executor, parent_run, run_sequential
-from cellbench.execution.planning import planned_runs
+from cellbench.execution.planning import open_folds, planned_runs
 from cellbench.execution.runner import Runner
 from cellbench.execution.worker_job import JobSpec, job_spec
+from cellbench.features.cache_admin import cache_budget
 from cellbench.hardware import Hardware, detect_hardware
 from cellbench.models.backbones.weights import weights_folder
 from cellbench.reporting.report import log_request
@@ -216,17 +218,6 @@ def help_search(
     )  # fmt: skip
 
 
-def read_space(file: str, changes: Sequence[str], data: Path | None, limit: int | None, registry: Registry) -> tuple[Space, str]:
-    """The space of a file, or of a shipped file's name, and a file that asks the same without any change. Raises CellbenchError."""
-    asked = read_tree(file, changes, limit)
-    path, tree = asked.path, asked.tree
-    if "space" not in tree:
-        raise CellbenchError(f"{path}: has no [space] in which to search. `cellbench grid {shlex.quote(str(file))}` runs it as it is.")
-    space = Space.of(tree, str(path), registry)
-    if data is not None and registry.dataset(space.dataset).draw:
-        asked = asked.on(data)
-        space = Space.of(asked.tree, str(path), registry)
-    return space, asked.resolved
 
 
 def max_epochs(space: Space) -> int:

@@ -14,7 +14,7 @@ from optuna.visualization import matplotlib as draw
 
 from cellbench.config.search_space import Space
 from cellbench.escaping import to_csv
-from cellbench.reporting.plots.run import STYLE, to_png
+from cellbench.reporting.plots.style import STYLE, to_png
 from cellbench.search.study import CompletedTrial, Study
 
 

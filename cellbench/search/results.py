@@ -10,9 +10,9 @@ from typing import Any
 
 import tomli_w
 
-from cellbench.cli.grid import say
-from cellbench.config.run import Experiment
+from cellbench.config.experiment import Experiment
 from cellbench.config.search_space import Space
+from cellbench.console import say
 from cellbench.data.dataset import SPLITS
 from cellbench.execution.grid import Executor, run_all
 from cellbench.execution.planning import planned_runs

@@ -24,12 +24,12 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from cellbench.config.run import Scalar
+from cellbench.config.base import Scalar
 from cellbench.config.search_space import Dimension, Settings
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import os_errors_as
 from cellbench.search.samplers import SeededSampler, make_pruner
-from cellbench.tracking import relocate
+from cellbench.tracking import sqlite_store
 
 DEFAULT = "sqlite:///mlruns/optuna.db"
 OWNER, BATCH, RUN_ID, METRICS, REASON, SAME, PRUNED = "owner", "batch", "mlflow_run_id", "metrics", "reason", "fingerprint", "pruned_at"
@@ -94,7 +94,7 @@ class Study:
 
     def lock(self) -> FileLock:
         """Held by this machine's processes while the storage is made (workers that make it at once break it) and while trials are asked."""
-        return relocate.store_lock(self.url)
+        return sqlite_store.store_lock(self.url)
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cellbench.config.run import Experiment, cohorts
+from cellbench.config.experiment import Experiment, cohorts
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
 from cellbench.execution.planning import PlannedRun, planned_runs

@@ -1,0 +1,1 @@
+"""Whether differences are real: intervals, paired tests, rankings; no torch."""

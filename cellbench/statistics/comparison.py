@@ -27,18 +27,8 @@ import numpy as np
 
 from cellbench.errors import CellbenchError
 from cellbench.metrics.pixel import nan_mean
-from cellbench.statistics.hypothesis_tests import (
-    DECIMALS,
-    RESAMPLES,
-    bootstrap_intervals,
-    describe_undecidable,
-    fold_test,
-    holm_adjust,
-    is_decidable,
-    unit_numbers,
-    unit_sums,
-    wilcoxon_test,
-)
+from cellbench.statistics.bootstrap import RESAMPLES, bootstrap_intervals, unit_numbers, unit_sums
+from cellbench.statistics.hypothesis_tests import DECIMALS, describe_undecidable, fold_test, holm_adjust, is_decidable, wilcoxon_test
 from cellbench.statistics.scores import Difference, ModelScores, seed_sd
 
 MANY_PAIRS = 50_000

@@ -10,7 +10,8 @@ import numpy as np
 
 from cellbench.errors import CellbenchError
 from cellbench.metrics.pixel import impute_missing, nan_mean
-from cellbench.statistics.hypothesis_tests import DECIMALS, RESAMPLES, Interval, mean_interval, negate
+from cellbench.statistics.bootstrap import RESAMPLES, Interval, mean_interval, negate
+from cellbench.statistics.hypothesis_tests import DECIMALS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,1 @@
+"""MLflow, and the only package that knows it."""

@@ -7,17 +7,21 @@ MLflow makes it in some forty steps, for seconds, in place and without a lock: t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+
+from filelock import FileLock
 
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, os_errors_as
 from cellbench.tracking.client import ResilientClient, to_error
-from cellbench.tracking.relocate import store_file
 
 MAKING_S, STILL_S = 60.0, 5.0
 """How long another program may take over the whole store, and over one of its steps."""
@@ -102,3 +106,34 @@ def _changed(file: Path) -> float:
 
 def _journal(file: Path) -> Path:
     return file.with_name(f"{file.name}-journal")
+
+
+def store_uri() -> str:
+    """The tracking URI, as MLflow takes it, without importing MLflow."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+def store_file(uri: str | None = None) -> Path | None:
+    """The SQLite file of the store; None for a server or another database."""
+    uri = uri or store_uri()
+    if not uri.startswith("sqlite:///"):
+        return None
+    path = Path(uri.removeprefix("sqlite:///")).absolute()
+    # MLflow writes its default with %20 for a space, and opens the folder with the space.
+    return path if path.is_file() or "%" not in uri else Path(unquote(str(path)))
+
+
+def require_store() -> None:
+    """Raises CellbenchError where the store that is set is a SQLite file and not there: what only reads makes none."""
+    file = store_file()
+    if file is not None and not file.is_file():
+        raise CellbenchError(f"there is no MLflow store at {file}. Go to the folder where `grid` was run, or run it here first.")
+
+
+def store_lock(uri: str | None = None) -> FileLock:
+    """One for each store and person: held while the store is made, healed, or runs are claimed."""
+    uri = uri or store_uri()
+    file = store_file(uri)
+    # A hash: the name of a file is for everybody to read, and an address may hold a password.
+    key = hashlib.sha256((str(file) if file else uri).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return FileLock(Path(tempfile.gettempdir()) / f"cellbench-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock")

@@ -65,7 +65,7 @@ class Tracker:
 
     def lock(self) -> FileLock:
         """Held while the store is made (four processes that make it at once break it: measured, 5 of 5) and while runs are claimed."""
-        return relocate.store_lock(self.mlflow.get_tracking_uri())
+        return sqlite_store.store_lock(self.mlflow.get_tracking_uri())
 
     def _experiment(self, make: bool) -> str:
         found = self.client.get_experiment_by_name(self.name)
@@ -251,7 +251,7 @@ class Run:
     def key(self) -> str:
         """Names this run and the store that it is in: a copy of a project has runs of the same ids."""
         uri = self._tracker.mlflow.get_tracking_uri()
-        return f"{relocate.store_file(uri) or uri} {self.run_id}"
+        return f"{sqlite_store.store_file(uri) or uri} {self.run_id}"
 
     def steps(self, metric: str) -> set[int]:
         """The steps at which the store holds a value of a metric."""
@@ -357,11 +357,11 @@ def _store(make: bool) -> Iterator[tuple[Any, ResilientClient]]:
         import mlflow  # 1 to 2 s, which `--help` and `list` must not pay
 
     uri = mlflow.get_tracking_uri()
-    if (file := relocate.store_file(uri)) not in _healed:  # whatever opens a store first, a copy must not write into the original
+    if (file := sqlite_store.store_file(uri)) not in _healed:  # whatever opens a store first, a copy must not write into the original
         for line in relocate.fix_artifact_paths(uri):
             print_warning(line)
         _healed.add(file)
-    with os_errors_as("opening MLflow's store here"), relocate.store_lock(uri):
+    with os_errors_as("opening MLflow's store here"), sqlite_store.store_lock(uri):
         with startup.no_gc_during_import():  # of the store
             client = sqlite_store.open_or_create(mlflow, make)
         yield mlflow, client

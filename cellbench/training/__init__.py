@@ -1,0 +1,1 @@
+"""The harness: heads on frozen features, trained, validated and tested by tiles."""

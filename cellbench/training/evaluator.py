@@ -16,14 +16,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
+from cellbench.data.io.images import thumbnail
 from cellbench.metrics.instance import COUNTS, SCORES, InstanceScores, ReferenceMask
 from cellbench.metrics.pixel import IGNORE, per_image_scores
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 
 BINS = 20
 """Of the probability of a cell, for the reliability diagram."""
-SHOWN_PX = 600
-"""The longer side of a kept answer: more than a figure's panel shows."""
 CANDIDATES = 10
 """Answers held while the median is not known, twice: the nearest to it so far, and some drawn by chance."""
 
@@ -31,10 +30,6 @@ Prediction = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 """A class map, the probability of a cell, and the relief of the cells, each (H, W) uint8 or, but for the first, what a method does not give."""
 
 
-def thumbnail(array: np.ndarray) -> np.ndarray:
-    """Every n-th pixel of an image or map (H, W, ...), so that its longer side is at most ``SHOWN_PX``."""
-    step = -(-max(array.shape[:2]) // SHOWN_PX)
-    return array[::step, ::step]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cellbench.config.run import loss_weights
+from cellbench.data.transforms.cell_targets import FULL, TARGETS
 from cellbench.metrics.pixel import IGNORE
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -111,3 +112,16 @@ def _term(name: str) -> Loss:
 
     kinds = {"dice": smp.DiceLoss, "jaccard": smp.JaccardLoss, "tversky": smp.TverskyLoss, "focal": smp.FocalLoss, "lovasz": smp.LovaszLoss}
     return kinds[name](mode="multiclass")
+
+
+def targets_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...], kept_BHW: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy of the requested targets, each a mean over all pixels, summed; the truth as :func:`make_targets` gives it, (B, H, W, 2) uint8.
+
+    ``kept_BHW`` bool: the pixels that count; None: all. 0 where none does.
+    """
+    wanted = truth_BHW2[..., [TARGETS.index(aim) for aim in which]].movedim(-1, 1).float() / FULL
+    if kept_BHW is not None:
+        if not kept_BHW.any():
+            return 0 * logits_BAHW.float().sum()
+        logits_BAHW, wanted = (x.movedim(1, -1)[kept_BHW] for x in (logits_BAHW, wanted))
+    return F.binary_cross_entropy_with_logits(logits_BAHW.float(), wanted) * len(which)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cellbench.config.registry import BaselineCard, HeadCard, Registry, load
+from cellbench.config.cards import BaselineCard, HeadCard
+from cellbench.config.registry import Registry, load
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.cell_targets import requested
 from cellbench.errors import CellbenchError, one_line

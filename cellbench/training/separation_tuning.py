@@ -15,7 +15,7 @@ import numpy as np
 
 from cellbench.data.dataset import Dataset
 from cellbench.features.extractor import Features
-from cellbench.metrics.instance import MIN_AREA_PX, reference_instances
+from cellbench.metrics.instances import MIN_AREA_PX, reference_instances
 from cellbench.metrics.separation import SeparationParams, SeparationTuner
 from cellbench.training.model import SegmentationModel
 from cellbench.training.tiled_inference import segment_images

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from cellbench.config.run import RunSpec
-from cellbench.data.transforms.cell_targets import targets_loss
 from cellbench.features.extractor import Batch, Features
 from cellbench.metrics.pixel import IGNORE, pixel_scores, pooled_classes
-from cellbench.training.losses import parse_loss
+from cellbench.training.losses import parse_loss, targets_loss
 from cellbench.training.model import SegmentationModel
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
-from cellbench.config.run import DataSpec, RunSpec
+from cellbench.config.run import RunSpec
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.loading import open_dataset

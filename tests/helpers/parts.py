@@ -215,7 +215,7 @@ import torch
 from torch import Tensor, nn
 
 from cellbench.models.backbones.base import Backbone, Level
-from cellbench.config.registry import BackboneCard
+from cellbench.config.cards import BackboneCard
 
 
 class Patches(Backbone):

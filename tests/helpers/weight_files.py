@@ -13,7 +13,7 @@ import torch
 from fake_hub import StandIn, standin
 from safetensors.torch import save as safetensors_bytes
 
-from cellbench.config.registry import BackboneCard
+from cellbench.config.cards import BackboneCard
 from cellbench.errors import WeightsUnavailable
 from cellbench.models.backbones.weights import locate
 

@@ -8,7 +8,7 @@ import pytest
 from cohorts import REGISTRY, dataset_of, fitted, run_of
 
 from cellbench.diagnostics import scaling, speed
-from cellbench.features.disk_cache import cache_entries
+from cellbench.features.cache_admin import cache_entries
 from cellbench.hardware import detect_hardware
 from cellbench.run import main
 

@@ -13,8 +13,8 @@ from PIL import Image
 from small_data import discs, write_pair
 
 from cellbench.cli.check import check
+from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
-from cellbench.config.run import DataSpec
 from cellbench.data.audit.keypoint_matching import find_shared_regions as shared_parts
 from cellbench.data.audit.keypoint_matching import keypoints
 from cellbench.data.audit.perceptual_hash import find_near_pairs, thumbnail_grey, to_grey

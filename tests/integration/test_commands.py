@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cellbench.cli import grid
-from cellbench.cli.grid import read_experiment, read_request
+from cellbench.config.loading import read_experiment, read_request
 from cellbench.reporting.collect import collect_runs
 from cellbench.run import main
 from cellbench.search import results as search_results

@@ -56,8 +56,8 @@ def test_images_that_the_run_has_seen_are_known_however_they_are_packed(
     there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of two training images one is renamed and one turned and saved as JPEG; the validation image is brightened; one image is new."""
+    from cellbench.config.experiment import DataSpec
     from cellbench.config.registry import Registry
-    from cellbench.config.run import DataSpec
     from cellbench.data.loading import open_dataset
 
     known = open_dataset(Registry().dataset("folder"), there / "smears", DataSpec())

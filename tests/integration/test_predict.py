@@ -21,7 +21,7 @@ from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
 from cellbench.inference import writers
 from cellbench.inference.segmenter import Segmenter
-from cellbench.metrics.instance import Instances
+from cellbench.metrics.instances import Instances
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.run import main
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from experiment_files import QUESTION, SEARCH, answers, assassin, place
 
-from cellbench.cli.grid import read_experiment
+from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
 from cellbench.execution import ray_cluster, ray_grid, ray_search

@@ -13,14 +13,15 @@ import pytest
 from PIL import Image
 from small_data import MODEL, discs, write_pair
 
+from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
-from cellbench.config.run import DataSpec
 from cellbench.data.loading import open_dataset
 from cellbench.data.manifest import place
 from cellbench.escaping import escape_markdown, to_csv, to_printable
 from cellbench.files import file_name
 from cellbench.reporting import leaderboard
 from cellbench.reporting.plots import run as run_plots
+from cellbench.reporting.plots import style
 from cellbench.run import main
 from cellbench.tracking import ui_view
 
@@ -59,7 +60,7 @@ def test_a_figure_draws_dollars_as_they_are() -> None:
     image = np.zeros((20, 20, 3), np.uint8)
     mask = np.zeros((20, 20), np.uint8)
     for name in ("$x$", r"$\frac{$", "a_$b^$"):
-        assert run_plots.to_png(run_plots.plot_example(image, mask, mask, None, name)).startswith(b"\x89PNG")
+        assert style.to_png(run_plots.plot_example(image, mask, mask, None, name)).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Whether a dataset is fit to compare models on."""

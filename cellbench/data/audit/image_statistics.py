@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
-from cellbench.metrics.instance import reference_instances
+from cellbench.metrics.instances import reference_instances
 from cellbench.metrics.pixel import IGNORE
 
 

@@ -14,7 +14,7 @@ from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io import images
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import compute_sha256
-from cellbench.metrics.instance import MIN_AREA_PX, connected_instances, merge_part_ids, merge_parts_into_objects, numbered_instances
+from cellbench.metrics.instances import MIN_AREA_PX, connected_instances, merge_part_ids, merge_parts_into_objects, numbered_instances
 from cellbench.metrics.pixel import IGNORE
 
 LOOK_PX = 600

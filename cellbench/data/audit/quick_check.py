@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from cellbench.config.registry import DatasetCard
+from cellbench.config.cards import DatasetCard
 from cellbench.data.audit.checks import DuplicatePairs, Finding, Severity, findings
 from cellbench.data.audit.mask_statistics import measure_sample
 from cellbench.data.dataset import SPLITS, Dataset, Sample

@@ -20,7 +20,7 @@ from cellbench.data.audit.perceptual_hash import eight_orientations, hash_signs,
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io import images
 from cellbench.errors import CellbenchError
-from cellbench.files import FileFactCache
+from cellbench.file_cache import FileFactCache
 
 FORMAT = 1
 PARTS = ("train", "val")

@@ -323,3 +323,13 @@ def _coloured(pixels: np.ndarray, colors: Mapping[tuple[int, int, int], int]) ->
 
 def _colour(pixel: np.ndarray) -> str:
     return f"({', '.join(str(int(part)) for part in np.broadcast_to(pixel, 3))})"
+
+
+SHOWN_PX = 600
+"""The longer side of a kept answer: more than a figure's panel shows."""
+
+
+def thumbnail(array: np.ndarray) -> np.ndarray:
+    """Every n-th pixel of an image or map (H, W, ...), so that its longer side is at most ``SHOWN_PX``."""
+    step = -(-max(array.shape[:2]) // SHOWN_PX)
+    return array[::step, ::step]

@@ -1,0 +1,1 @@
+"""Drawn blood smears, for tests and a first run without data."""

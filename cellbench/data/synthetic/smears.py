@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from cellbench.config.base import Scalar
 from cellbench.config.registry import with_defaults
-from cellbench.config.run import Scalar
 from cellbench.data.synthetic import shapes
 from cellbench.data.synthetic.shapes import Form
 from cellbench.errors import CellbenchError, one_line

@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from cellbench.metrics.instance import reference_instances
+from cellbench.metrics.instances import reference_instances
 
 TARGETS = ("border", "distance")
 """In the order of the channels of :func:`make_targets`."""
@@ -39,7 +38,7 @@ def requested(targets: str) -> tuple[str, ...]:
 def make_targets(classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()) -> np.ndarray:
     """The truth of both targets (H, W, 2) uint8, 0..255, of a class map (H, W) uint8; ``ids``: the truth's own numbers of its cells, where it has
     them, else cells are connected regions of at least ``min_area_px``; ``owners``: which classes are parts of which, as
-    :func:`cellbench.metrics.instance.merge_parts_into_objects` takes them."""
+    :func:`cellbench.metrics.instances.merge_parts_into_objects` takes them."""
     cells = reference_instances(classes, ids, min_area_px, owners=owners)[0]
     return np.stack([_border(cells.ids), _distance(cells.ids, cells.ignored)], axis=-1)
 
@@ -70,17 +69,6 @@ def _distance(ids: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
     return np.where(cells > 0, np.rint(FULL * deep / highest[cells]), 0).astype(np.uint8)
 
 
-def targets_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...], kept_BHW: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy of the requested targets, each a mean over all pixels, summed; the truth as :func:`make_targets` gives it, (B, H, W, 2) uint8.
-
-    ``kept_BHW`` bool: the pixels that count; None: all. 0 where none does.
-    """
-    wanted = truth_BHW2[..., [TARGETS.index(aim) for aim in which]].movedim(-1, 1).float() / FULL
-    if kept_BHW is not None:
-        if not kept_BHW.any():
-            return 0 * logits_BAHW.float().sum()
-        logits_BAHW, wanted = (x.movedim(1, -1)[kept_BHW] for x in (logits_BAHW, wanted))
-    return F.binary_cross_entropy_with_logits(logits_BAHW.float(), wanted) * len(which)
 
 
 def boundary_depth(logits_BAHW: Tensor, which: tuple[str, ...]) -> Tensor:

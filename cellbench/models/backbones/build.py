@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cellbench.config.registry import BackboneCard, load
+from cellbench.config.cards import BackboneCard
+from cellbench.config.registry import load
 from cellbench.errors import CellbenchError
-from cellbench.files import sha256
+from cellbench.file_cache import sha256
 from cellbench.models.backbones.weight_files import check_types, check_values
 from cellbench.models.backbones.weights import locate, read_state
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from cellbench.errors import WeightsUnavailable, one_line
-from cellbench.files import make_folder, os_errors_as, sha256
+from cellbench.file_cache import sha256
+from cellbench.files import make_folder, os_errors_as
 
 TIMEOUT_S = 30
 TRIES = 3

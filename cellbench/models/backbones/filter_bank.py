@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cellbench.config.registry import BackboneCard
+from cellbench.config.cards import BackboneCard
 from cellbench.models.backbones.base import Backbone, Level
 
 RESPONSES = 6

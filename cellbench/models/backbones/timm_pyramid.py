@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cellbench.config.registry import BackboneCard
+from cellbench.config.cards import BackboneCard
 from cellbench.errors import CellbenchError, unknown_name
 from cellbench.models.backbones.base import Backbone, Level
 from cellbench.models.backbones.state_dict import load_strictly, to_timm_names

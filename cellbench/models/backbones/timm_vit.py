@@ -16,7 +16,7 @@ import torch
 from timm.layers import LayerNorm, SwiGLUPacked
 from torch import Tensor, nn
 
-from cellbench.config.registry import BackboneCard
+from cellbench.config.cards import BackboneCard
 from cellbench.errors import CellbenchError, unknown_name
 from cellbench.models.backbones.base import Backbone, Level
 from cellbench.models.backbones.state_dict import load_strictly, pretrained_tile_px, to_timm_names

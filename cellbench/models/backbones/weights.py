@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from cellbench.config.registry import BackboneCard
+from cellbench.config.cards import BackboneCard
 from cellbench.errors import CellbenchError, WeightsUnavailable
-from cellbench.files import cache_dir, make_folder, os_errors_as, sha256, write_atomic
+from cellbench.file_cache import sha256
+from cellbench.files import cache_dir, make_folder, os_errors_as, write_atomic
 from cellbench.models.backbones import download
 from cellbench.models.backbones.weight_files import SUFFIXES, check_whole, read_state
 

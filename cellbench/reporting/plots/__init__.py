@@ -1,0 +1,1 @@
+"""Figures: of one run, of a comparison, of its tests, of a dataset."""

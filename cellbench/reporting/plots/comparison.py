@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from cellbench.reporting.model_groups import PlotRow
-from cellbench.reporting.plots.run import PALETTE, STYLE, describe_intervals, draw_span
-from cellbench.statistics.hypothesis_tests import Interval
+from cellbench.reporting.plots.style import PALETTE, STYLE, describe_intervals, draw_span
+from cellbench.statistics.bootstrap import Interval
 
 MOST = 30
 """Models in one picture: as many lines as a page holds."""

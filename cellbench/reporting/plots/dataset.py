@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cellbench.data.audit.image_statistics import ImageStatistics
+from cellbench.data.io.images import thumbnail
 from cellbench.metrics.pixel import IGNORE
-from cellbench.reporting.plots.run import PALETTE, STYLE
-from cellbench.training.evaluator import thumbnail
+from cellbench.reporting.plots.style import PALETTE, STYLE
 
 MOST_SAMPLES = 6
 

@@ -6,61 +6,36 @@ what colours say. ``cellbench.reporting.plots.comparison`` lines runs up.
 
 from __future__ import annotations
 
-import io
 import sys
-from collections.abc import Hashable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import matplotlib
 
+from cellbench.data.io.images import thumbnail
 from cellbench.metrics.pixel import IGNORE
-from cellbench.statistics.hypothesis_tests import Interval, mean_interval
-from cellbench.training.evaluator import thumbnail
+from cellbench.statistics.bootstrap import mean_interval
 
 if "matplotlib.pyplot" not in sys.modules:  # a notebook that draws keeps its own way to show
     matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from cellbench.metrics.calibration import expected_calibration_error
+from cellbench.reporting.plots.style import PALETTE, STYLE, describe_intervals, draw_span
 
 # True positive, false positive, false negative as published: green, red, blue; here a light, a middle and a dark one, so that grey tells
 # them apart too. Blended over the grey picture, so that shapes stay visible.
 ERROR_COLOURS = {"found": (0.0, 0.66, 0.42), "false alarm": (0.9, 0.19, 0.1), "missed": (0.0, 0.13, 0.66)}
 
-STYLE: dict[str, Any] = {
-    "figure.dpi": 130,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "text.parse_math": False,  # a name with two dollars is no formula
-}
-
-PALETTE = sns.color_palette("colorblind")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """As PNG; closes the figure."""
-    path.write_bytes(to_png(figure))
 
 
-def to_png(figure: Figure) -> bytes:
-    """As the bytes of a PNG; closes the figure."""
-    out = io.BytesIO()
-    # A constrained layout leaves nothing outside; cutting to size would lay it out and draw it a second time.
-    # Level 1 packs a micrograph in a third of the time, 14 % larger.
-    figure.savefig(
-        out, bbox_inches="tight" if figure.get_layout_engine() is None else None, facecolor="white", pil_kwargs={"compress_level": 1}
-    )
-    plt.close(figure)
-    return out.getvalue()
+
 
 
 def plot_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
@@ -113,7 +88,7 @@ def error_overlay(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> 
 def plot_example(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.ndarray | None, title: str) -> Figure:
     """One image four ways: as it is, with the truth's and the prediction's outlines, the probability of a cell, and the errors.
 
-    ``image`` (H, W, 3) and ``truth`` (H, W) at full size; ``classes`` and ``cell`` as :func:`cellbench.training.evaluator.thumbnail` gives them.
+    ``image`` (H, W, 3) and ``truth`` (H, W) at full size; ``classes`` and ``cell`` as :func:`cellbench.data.io.images.thumbnail` gives them.
     """
     image, truth = thumbnail(image), thumbnail(truth)
     tall = image.shape[0] / image.shape[1]
@@ -171,29 +146,8 @@ def plot_scores(
     return figure
 
 
-def draw_span(axes: Axes, at: float, interval: Interval, *, upright: bool = False, **look: Any) -> None:
-    """An interval as a line at height ``at``, or ``upright`` at that place; a rough one is dashed, and where there is none nothing is drawn."""
-    if interval.low is None or interval.high is None:
-        return
-    ends, here = [interval.low, interval.high], [at, at]
-    style = (0, (2.5, 1.2)) if interval.rough else "-"
-    axes.plot(*((here, ends) if upright else (ends, here)), linestyle=style, **look)
 
 
-def describe_intervals(found: Iterable[Interval], line: str = "line") -> str:
-    """What a picture says of the intervals in it, which are all of the same images.
-
-    >>> few, some = (Interval(mean=0.9, low=low, high=low, num=num) for low, num in ((None, 3), (0.8, 9)))
-    >>> span_words([few]), span_words([some])
-    ('no intervals: 3 images are too few', 'dashed line: 95 % interval, rough, of 9 images')
-    """
-    one = next(iter(found), None)
-    if one is None:
-        return "no image has a score"
-    units = f"{one.num} {'images' if one.unit == 'image' else 'groups of images'}" if one.num > 1 else f"1 {one.unit}"
-    if one.low is None:
-        return f"no intervals: {units} {'are' if one.num > 1 else 'is'} too few"
-    return f"dashed {line}: 95 % interval, rough, of {units}" if one.rough else f"{line}: 95 % interval over {units}"
 
 
 def _measures(axes: Axes, each: dict[str, np.ndarray], units: Sequence[Hashable] | None) -> None:
@@ -288,7 +242,3 @@ def _reliability(axes: Axes, calibration: dict[str, list[float]] | None) -> None
     axes.legend(fontsize=7, loc="best")
 
 
-def expected_calibration_error(calibration: dict[str, list[float]]) -> float:
-    """Expected calibration error, 0..1: how far probability and truth lie apart in each bin, weighed by its pixels (Naeini et al. 2015)."""
-    pixels, said, was = (np.array(calibration[key]) for key in ("pixels", "probability", "share_cell"))
-    return float((pixels * np.abs(said - was)).sum() / pixels.sum())

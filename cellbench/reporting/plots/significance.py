@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cellbench.reporting.plots.comparison import BLUE, first_that_fit
-from cellbench.reporting.plots.run import STYLE, describe_intervals, draw_span
-from cellbench.statistics.hypothesis_tests import negate
-from cellbench.statistics.ranking import CriticalDifference, format_p
+from cellbench.reporting.plots.style import STYLE, describe_intervals, draw_span
+from cellbench.reporting.verdict import format_p
+from cellbench.statistics.bootstrap import negate
+from cellbench.statistics.ranking import CriticalDifference
 from cellbench.statistics.scores import Difference
 
 LIGHT_BLUE, LIGHT_ORANGE = (0.62, 0.8, 0.92), (0.98, 0.82, 0.6)

@@ -18,7 +18,8 @@ from fake_hub import StandIn
 from weight_files import PTH, REPO, SAFE, card, digest, empty_machine
 
 from cellbench.cli import doctor
-from cellbench.config.registry import BackboneCard, Registry, shipped
+from cellbench.config.cards import BackboneCard
+from cellbench.config.registry import Registry, shipped
 from cellbench.diagnostics import probe
 from cellbench.models.backbones.build import open_backbone
 from cellbench.models.backbones.weights import locate

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cellbench.config.registry import KINDS, Registry, shipped
+from cellbench.config.cards import KINDS
+from cellbench.config.registry import Registry, shipped
 from cellbench.run import main
 
 HEAVY = ("torch", "mlflow", "numpy", "scipy", "matplotlib", "timm", "huggingface_hub", "PIL", "skimage", "optuna")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cellbench.config.registry import KINDS, HeadCard, Registry, code_digest, load, read_card, with_defaults
+from cellbench.config.cards import KINDS, HeadCard, read_card
+from cellbench.config.registry import Registry, code_digest, load, with_defaults
 from cellbench.config.run import RunSpec
 from cellbench.errors import CellbenchError
 

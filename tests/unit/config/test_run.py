@@ -8,19 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from cellbench.config.experiment import DataSpec, Experiment, cohorts, expand, labels
 from cellbench.config.registry import Registry, shipped
-from cellbench.config.run import (
-    RUN_KEYS,
-    SAMPLING_FIELDS,
-    DataSpec,
-    Experiment,
-    RunSpec,
-    cohorts,
-    expand,
-    fingerprint,
-    labels,
-    loss_weights,
-)
+from cellbench.config.run import RUN_KEYS, SAMPLING_FIELDS, RunSpec, fingerprint, loss_weights
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
 

@@ -12,8 +12,11 @@ from PIL import Image
 
 from cellbench.cli.check import check
 from cellbench.cli.predict import existing_masks, find_images, output_paths, write_counts, write_masks
-from cellbench.config.registry import DatasetCard, Registry
-from cellbench.config.run import DataSpec, RunSpec, checked
+from cellbench.config.base import checked
+from cellbench.config.cards import DatasetCard
+from cellbench.config.experiment import DataSpec
+from cellbench.config.registry import Registry
+from cellbench.config.run import RunSpec
 from cellbench.data.classes import class_content, describe_absent_classes, infer_owners
 from cellbench.data.dataset import Dataset
 from cellbench.data.loading import open_dataset

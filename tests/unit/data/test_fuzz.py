@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from labelled_folders import FOLDER, SIZE, coco_folder, coco_tree, manifest
 
-from cellbench.config.run import DataSpec
+from cellbench.config.experiment import DataSpec
 from cellbench.data.loading import scan_dataset, split_dataset
 from cellbench.data.scan import Listing
 from cellbench.errors import CellbenchError

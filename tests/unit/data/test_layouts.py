@@ -14,8 +14,9 @@ from PIL import Image
 from skimage.draw import polygon2mask
 
 from cellbench.cli.check import check
-from cellbench.config.registry import DatasetCard
-from cellbench.config.run import DataSpec, checked
+from cellbench.config.base import checked
+from cellbench.config.cards import DatasetCard
+from cellbench.config.experiment import DataSpec
 from cellbench.data.annotations import rasterize
 from cellbench.data.dataset import Dataset
 from cellbench.data.layouts import scan_folder

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from small_data import write_pair
 
+from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
-from cellbench.config.run import DataSpec
 from cellbench.data.dataset import Dataset
 from cellbench.data.loading import open_dataset
 from cellbench.errors import CellbenchError

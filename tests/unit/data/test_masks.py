@@ -12,8 +12,8 @@ from cohorts import features_of, learners_of, run_of
 from PIL import Image
 
 from cellbench.cli.check import check
+from cellbench.config.experiment import DataSpec, Experiment
 from cellbench.config.registry import Registry
-from cellbench.config.run import DataSpec, Experiment
 from cellbench.data.audit.image_statistics import measure_image
 from cellbench.data.dataset import Dataset
 from cellbench.data.io.images import labels_to_classes
@@ -22,7 +22,7 @@ from cellbench.data.masks import MaskFacts, count_below, decide_meaning, mask_fa
 from cellbench.errors import CellbenchError
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import TestResult
-from cellbench.metrics.instance import numbered_instances
+from cellbench.metrics.instances import numbered_instances
 from cellbench.metrics.pixel import IGNORE
 from cellbench.parallel import WorkerPool
 from cellbench.training.evaluator import CohortEvaluator

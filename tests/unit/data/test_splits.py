@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cellbench.config.run import DataSpec
+from cellbench.config.experiment import DataSpec
 from cellbench.data.dataset import Sample
 from cellbench.data.splits import Splits, split_of
 from cellbench.data.stratify import allocate

@@ -12,15 +12,16 @@ from cohorts import dataset_of, run_of
 from finished_runs import scored
 from PIL import Image
 
-from cellbench.config.run import Experiment
+from cellbench.config.experiment import Experiment
 from cellbench.data.image_cache import ImageCache
+from cellbench.data.io.images import thumbnail
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import TestResult
 from cellbench.metrics.instance import ReferenceMask
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.reporting.model_groups import group_models
-from cellbench.training.evaluator import CANDIDATES, CohortEvaluator, ExampleKeeper, thumbnail
+from cellbench.training.evaluator import CANDIDATES, CohortEvaluator, ExampleKeeper
 
 
 def taken(dataset, answers, shorten=False, separation=CONNECTED):

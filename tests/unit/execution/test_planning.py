@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import parts
 import pytest
 
+from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry, load
-from cellbench.config.run import Experiment
 from cellbench.execution.planning import backbone_identity, planned_runs
 
 HEAD = """# {title}

@@ -13,7 +13,7 @@ from cohorts import dataset_of, fitted, run_of, same
 from experiment_files import QUESTION, place
 from fsspec.implementations.local import LocalFileSystem
 
-from cellbench.cli.grid import read_experiment
+from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
 from cellbench.execution.planning import open_folds, planned_runs

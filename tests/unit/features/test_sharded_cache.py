@@ -11,7 +11,7 @@ import pytest
 import torch
 from experiment_files import QUESTION, answers, place
 
-from cellbench.cli.grid import read_experiment
+from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.execution import ray_grid

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from cellbench.inference.polygons import cell_outlines, to_coco, to_geojson
-from cellbench.metrics.instance import Instances
+from cellbench.metrics.instances import Instances
 
 YY, XX = np.mgrid[:60, :70]
 

@@ -9,19 +9,9 @@ import pytest
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 
-from cellbench.metrics.instance import (
-    SCORES,
-    ReferenceMask,
-    boundary_pixels,
-    connected_instances,
-    dilate,
-    drop_ignored,
-    instance_scores,
-    merge_parts_into_objects,
-    numbered_instances,
-    pairwise_overlaps,
-    reference_instances,
-)
+from cellbench.metrics.boundary import boundary_pixels, dilate
+from cellbench.metrics.instance import SCORES, ReferenceMask, instance_scores, pairwise_overlaps
+from cellbench.metrics.instances import connected_instances, drop_ignored, merge_parts_into_objects, numbered_instances, reference_instances
 from cellbench.metrics.pixel import IGNORE
 
 

@@ -8,7 +8,7 @@ import io
 import numpy as np
 import pytest
 
-from cellbench.metrics.instance import numbered_instances
+from cellbench.metrics.instances import numbered_instances
 from cellbench.metrics.measurements import density, measure_cells
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cellbench.metrics.instance import connected_instances, numbered_instances
+from cellbench.metrics.instances import connected_instances, numbered_instances
 from cellbench.metrics.separation import SADDLE_RATIOS, DistanceWatershed, SeparationParams, SeparationTuner
 
 

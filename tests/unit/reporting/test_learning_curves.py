@@ -12,7 +12,7 @@ from cellbench.config.run import RunSpec
 from cellbench.reporting import learning_curves
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.plots import comparison as comparison_plots
-from cellbench.reporting.plots import run as run_plots
+from cellbench.reporting.plots import style
 from cellbench.run import main
 from cellbench.tracking.tracker import Tracker
 
@@ -69,4 +69,4 @@ def test_the_report_has_the_chapter_only_where_there_is_a_curve(here) -> None:
 def test_the_picture_can_be_drawn_without_intervals(here) -> None:
     curves = learning_curves.learning_curves(here)
     points = [[(point.fraction, point.dice) for point in curve.points] for curve in curves]
-    assert len(run_plots.to_png(comparison_plots.plot_learning_curves([curve.model for curve in curves], points, "share"))) > 5000
+    assert len(style.to_png(comparison_plots.plot_learning_curves([curve.model for curve in curves], points, "share"))) > 5000

@@ -9,8 +9,8 @@ from finished_runs import IMAGES, scored, told_of
 from cellbench.metrics.pixel import pixel_scores
 from cellbench.reporting import leaderboard
 from cellbench.reporting.model_groups import FinishedRun, group_models
+from cellbench.statistics.bootstrap import mean_interval
 from cellbench.statistics.comparison import compare_all
-from cellbench.statistics.hypothesis_tests import mean_interval
 from cellbench.statistics.scores import ModelScores
 
 

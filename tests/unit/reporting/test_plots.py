@@ -11,16 +11,17 @@ from PIL import Image
 from cellbench.reporting.plots import comparison as comparison_plots
 from cellbench.reporting.plots import run as run_plots
 from cellbench.reporting.plots import significance as significance_plots
+from cellbench.reporting.plots import style
 from cellbench.reporting.plots.comparison import Line, pareto_front
+from cellbench.statistics.bootstrap import Interval, mean_interval
 from cellbench.statistics.comparison import compare_all
-from cellbench.statistics.hypothesis_tests import Interval, mean_interval
 from cellbench.statistics.ranking import critical_difference
 from cellbench.statistics.scores import ModelScores
 
 
 def pixels(figure):
     """The drawn picture (H, W, 3), 0..255."""
-    return np.asarray(Image.open(io.BytesIO(run_plots.to_png(figure))).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(style.to_png(figure))).convert("RGB"))
 
 
 def uncut(figure):
@@ -96,14 +97,14 @@ def test_a_report_card_is_whole(num, num_classes):
     pooled = {f"class {k}": dict.fromkeys(run_plots.MEASURES, 0.9) for k in range(num_classes)}
     calibration = {"pixels": [10] * 20, "probability": np.linspace(0, 1, 20).tolist(), "share_cell": np.linspace(0, 1, 20).tolist()}
     assert uncut(run_plots.plot_scores("a run", each, pooled, calibration))
-    assert run_plots.expected_calibration_error(calibration) == 0
+    assert calibration.expected_calibration_error(calibration) == 0
 
 
 def test_a_method_without_probabilities_has_a_card_and_a_case(tmp_path):
     each = {"dice": np.array([1.0, 1.0])}
     run_plots.plot_scores("otsu", each, {"cell": dict.fromkeys(run_plots.MEASURES, 1.0)}, None)
     blank = np.zeros((30, 40), np.uint8)
-    run_plots.save_figure(
+    style.save_figure(
         run_plots.plot_example(np.full((30, 40, 3), 200, np.uint8), blank, blank, None, "nothing in either"), tmp_path / "x.png"
     )
     assert (tmp_path / "x.png").stat().st_size > 1000

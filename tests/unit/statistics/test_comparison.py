@@ -11,17 +11,11 @@ import pytest
 import scipy.stats as st
 
 from cellbench.errors import CellbenchError
+from cellbench.reporting.verdict import describe_difference, describe_verdict, format_p
+from cellbench.statistics.bootstrap import bootstrap_intervals, mean_interval
 from cellbench.statistics.comparison import compare, compare_all, group_by_images
-from cellbench.statistics.hypothesis_tests import (
-    bootstrap_intervals,
-    fold_test,
-    holm_adjust,
-    is_decidable,
-    mean_interval,
-    smallest_p,
-    wilcoxon_test,
-)
-from cellbench.statistics.ranking import critical_difference, describe_difference, describe_verdict, format_p, marginal_scores
+from cellbench.statistics.hypothesis_tests import fold_test, holm_adjust, is_decidable, smallest_p, wilcoxon_test
+from cellbench.statistics.ranking import critical_difference, marginal_scores
 from cellbench.statistics.scores import ModelScores
 
 pytestmark = pytest.mark.filterwarnings("error")

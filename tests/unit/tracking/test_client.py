@@ -6,7 +6,7 @@ import pytest
 
 from cellbench.errors import redact_passwords
 from cellbench.tracking.client import to_error
-from cellbench.tracking.relocate import store_lock
+from cellbench.tracking.sqlite_store import store_lock
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import torch
 from cohorts import FP32, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
 from PIL import Image
 
-from cellbench.features.disk_cache import features_dir
+from cellbench.features.cache_admin import features_dir
 from cellbench.features.extractor import Batch
 from cellbench.hardware import Hardware
 from cellbench.parallel import WorkerPool
 from cellbench.reporting.plots import run as run_plots
+from cellbench.reporting.plots import style
 from cellbench.training.fit import fit
 from cellbench.training.tiled_inference import score_images, score_tiles
 from cellbench.training.trainer import HeadTrainer, MiniBatches, batch_sizes
@@ -221,7 +222,7 @@ def test_where_no_validation_image_has_a_cell_the_loss_chooses_the_epoch(dataset
     assert learner.best_epoch == int(np.argmin([row["val/loss"] for row in learner.history]))
     assert not any("val/dice" in row for row in learner.history)
     assert learner.best_weights
-    run_plots.save_figure(run_plots.plot_curves(learner.history, learner.best_epoch), tmp_path / "curves.png")
+    style.save_figure(run_plots.plot_curves(learner.history, learner.best_epoch), tmp_path / "curves.png")
 
 
 def test_early_stopping_waits_as_long_as_asked(dataset):

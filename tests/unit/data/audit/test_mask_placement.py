@@ -11,8 +11,8 @@ from PIL import Image
 from small_data import discs, write_pair
 
 from cellbench.cli.check import check
+from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
-from cellbench.config.run import DataSpec
 from cellbench.data.audit.mask_placement import Placement, PlacementFeatures, check_placement, describe
 from cellbench.data.audit.perceptual_hash import eight_orientations
 from cellbench.data.audit.quick_check import severe_findings

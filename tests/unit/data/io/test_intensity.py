@@ -14,8 +14,8 @@ from image_samples import chunk, png, refused
 from PIL import Image
 from small_data import enter
 
+from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
-from cellbench.config.run import DataSpec
 from cellbench.data.io.images import ImageFacts, read_image, read_image_facts, read_image_with_notes
 from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.loading import open_dataset

@@ -9,8 +9,9 @@ from PIL import Image
 from scipy.ndimage import binary_fill_holes
 from skimage.filters import threshold_otsu
 
-from cellbench.config.registry import DatasetCard, Registry, load, read_card, shipped
-from cellbench.config.run import DataSpec
+from cellbench.config.cards import DatasetCard, read_card
+from cellbench.config.experiment import DataSpec
+from cellbench.config.registry import Registry, load, shipped
 from cellbench.data.loading import open_dataset
 from cellbench.data.synthetic.smears import (
     PLATELET,

@@ -14,7 +14,8 @@ from dinov2_weights import published_state
 from small_data import SHARED
 from torch import Tensor
 
-from cellbench.config.registry import BackboneCard, Registry, load
+from cellbench.config.cards import BackboneCard
+from cellbench.config.registry import Registry, load
 from cellbench.errors import WeightsUnavailable
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone, weights_digest

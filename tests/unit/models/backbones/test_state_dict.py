@@ -14,7 +14,8 @@ from dinov2_weights import as_transformers, patch_tokens, published_state
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cellbench.config.registry import BackboneCard, Registry, load
+from cellbench.config.cards import BackboneCard
+from cellbench.config.registry import Registry, load
 from cellbench.errors import CellbenchError
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone, truncate_card

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from small_data import MODEL, write_pair
 from torch import Tensor, nn
 
-from cellbench.config.registry import BackboneCard, Registry
+from cellbench.config.cards import BackboneCard
+from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError, WeightsUnavailable
 from cellbench.inference.segmenter import Segmenter
 from cellbench.models.backbones.build import open_backbone, truncate_card

@@ -1,0 +1,48 @@
+"""The strict base of every record that a person writes: unknown keys and numbers written as text are refused, with one line that says where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cellbench.errors import CellbenchError, unknown_name
+
+Scalar = bool | int | float | str
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class StrictModel(BaseModel):
+    """A frozen record that refuses unknown keys and does not read numbers out of strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def checked(record: type[T], tree: Mapping[str, Any], where: str) -> T:
+    """``record`` from a tree, or one CellbenchError that names the place, the value and what would be right."""
+    try:
+        # Through JSON, where strictness still takes a list for a tuple; TOML's dates become strings and are refused as such.
+        return record.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        raise _told(record, error, where) from None
+
+
+def _told(record: type[BaseModel], error: ValidationError, where: str) -> CellbenchError:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        fields: Iterable[str] = record.model_fields
+        for part in first["loc"][:-1]:
+            inner = record.model_fields[str(part)].annotation
+            fields = getattr(inner, "model_fields", ())
+        return unknown_name("setting", str(first["loc"][-1]), fields, where=where)
+    if first["type"] == "missing":
+        return CellbenchError(f"{where}: '{path}' is missing.")
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if first["type"] == "value_error" and not path else f" = {first['input']!r}"
+    more = f" ({len(error.errors()) - 1} more like it.)" if len(error.errors()) > 1 else ""
+    return CellbenchError(f"{where}: {path}{given}: {message[:1].lower() + message[1:].rstrip('.')}.{more}")

@@ -1,0 +1,212 @@
+"""Cards: the facts about a backbone, a head, a baseline or a dataset, one TOML file each."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from cellbench.config.base import Scalar, StrictModel, checked
+from cellbench.errors import CellbenchError
+
+
+class Card(StrictModel):
+    """What all cards share. ``id`` is the file's name, ``title`` its first comment line."""
+
+    DESCRIPTIVE: ClassVar[frozenset[str]] = frozenset({"id", "title", "path", "license", "source", "notes"})
+    """Keys that change no number. All others enter the fingerprints of runs."""
+
+    id: str
+    title: str
+    path: str
+    builder: str
+    """``module:object``, or ``file.py:object`` for a file beside the card; imported when built, not when listed."""
+    license: str = ""
+    source: str = ""
+    """Where the facts come from: a paper, a DOI, a page."""
+    notes: str = ""
+
+
+class BackboneCard(Card):
+    """A frozen feature extractor. Maps have ``dim`` channels, one vector for each ``patch_px`` x ``patch_px`` pixels."""
+
+    # Where the weights come from is descriptive too: the hash of the file stands for them.
+    DESCRIPTIVE = Card.DESCRIPTIVE | {
+        "weights", "file", "revision", "sha256", "file_mib", "params_m", "gated", "page", "probe", "alternatives",
+    }  # fmt: skip
+
+    weights: str
+    """``hf-hub:OWNER/NAME``, ``https://…``, or ``none`` for a floor that needs no weights."""
+    file: str = ""
+    """The file within a hub repository."""
+    revision: str = ""
+    """The hub commit that the facts here were read from; empty: not known."""
+    sha256: str = ""
+    """Of the weights file; empty: not known, recorded at first use."""
+    file_mib: float = Field(0, ge=0)
+    """Size of the published file, where it holds more than the network's parameters in float32 (training heads, a teacher); 0: it does not."""
+    patch_px: int = Field(ge=1, le=64)
+    dim: int = Field(ge=1)
+    depth: int = Field(ge=1)
+    """Blocks, that is, the number of maps that heads can choose from."""
+    prefix_tokens: int = Field(0, ge=0)
+    """Class and register tokens that stand before the patch tokens."""
+    params_m: float = Field(0, ge=0)
+    """Millions of parameters."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    gated: bool = False
+    page: str = ""
+    """Where a person logs in and accepts the licence, or reads what the publisher says; empty: the hub repository's own page."""
+    probe: tuple[float, ...] = ()
+    """Eight means of the last map of a drawn tile, by which `doctor NAME` knows the right output; empty: not known, and measured there."""
+    alternatives: tuple[str, ...] = ()
+    """The same weights published elsewhere, ``hf-hub:OWNER/NAME/FILE``: used where already in the hub's cache, never downloaded unasked."""
+    arch: dict[str, Any] = Field(default_factory=dict)
+    """What the builder needs to make the network, in its own words."""
+
+
+class HeadCard(Card):
+    """A decoder from a backbone's maps to class scores at every pixel."""
+
+    DESCRIPTIVE = Card.DESCRIPTIVE | {"options"}  # a run has its own, with the card's filled in
+
+    levels: int = Field(1, ge=1, le=8)
+    """How many depths of the backbone it reads, evenly spaced, the last one included."""
+    pixels: bool = False
+    """Whether it also sees the tile itself."""
+    options: dict[str, Scalar] = Field(default_factory=dict)
+
+
+class BaselineCard(Card):
+    """A whole segmenter, with no backbone of ours in it: what a foundation model must beat."""
+
+    DESCRIPTIVE = Card.DESCRIPTIVE | {"options"}
+
+    trained: bool
+    """Whether it learns from the training images; if not, it is one function from image to mask."""
+    options: dict[str, Scalar] = Field(default_factory=dict)
+
+
+class DatasetCard(Card):
+    """Images with masks. ``classes`` are in the order of the class numbers, the background first."""
+
+    classes: tuple[str, ...] = Field(("background", "cell"), min_length=2)
+    values: tuple[int, ...] = ()
+    """The mask value of each class; a pixel belongs to the nearest. Empty: 0 is background, anything else a cell."""
+    tolerance: int = Field(20, ge=0, lt=32768)
+    """How far from its class's value a mask's value may lie before `check` doubts it: noisy masks are taken to the nearest all the same."""
+    thresholds: tuple[int, ...] = ()
+    """In place of ``values``: class k begins at the k-th of these mask values, class 0 below the first."""
+    colors: tuple[tuple[int, int, int], ...] = ()
+    """In place of ``values``: the mask's colour of each class, red, green and blue from 0 to 255."""
+    objects: tuple[str, ...] = ()
+    """The classes that are objects, counted one by one; all others are parts of them. Empty, and no ``parts``: the masks are asked."""
+    parts: tuple[str, ...] | dict[str, str] = ()
+    """The classes that are parts of objects, as a nucleus is of a cell: ``["nucleus"]``, or ``{ nucleus = "cytoplasm" }`` where there are several
+    classes of objects. A part of the list belongs to the class of objects that it touches most."""
+    range: tuple[float, float] | None = None
+    """The numbers that are black and white in images of more than 8 bits. None: what the files state, else by the largest number of all."""
+    channels: tuple[Annotated[int, Field(ge=0, lt=64)], ...] = ()
+    """Which channels of each image file are read, counted from 0: one or three. Empty: files must be grey or RGB, perhaps with alpha."""
+    images: str = ""
+    """The folder of images below the dataset's; ``{split}`` stands for ``train`` and ``test``. Empty: the usual layouts are tried."""
+    masks: str = ""
+    """The folder of masks, beside ``images``. Where that is empty: ``mask_kind``."""
+    mask_kind: Literal["", "cells", "classes", "binary"] = ""
+    """What the numbers in mask files are: of ``cells``, values of ``classes``, or ``binary``, anything but 0 being a cell. Empty: told by the
+    values, or else by looking at all masks together. ``masks = "cells"`` says the same where ``masks`` names no folder."""
+    ignore: int | tuple[int, int, int] | None = None
+    """The value, or where ``colors`` are given the colour, of mask pixels that count nowhere."""
+    min_cell_px: int | None = Field(None, ge=1)
+    """The least area of a cell: what is smaller is a speck. Empty: from the areas of the training masks' cells."""
+    categories: dict[str, str] = Field(default_factory=dict)
+    """Of a COCO file: the class of each category. ``""`` leaves a category out, ``"ignore"`` lets its regions count nowhere."""
+    expected: dict[str, int] = Field(default_factory=dict)
+    """How many images the published set holds, by split."""
+    how_to_get: str = ""
+    draw: dict[str, Scalar] = Field(default_factory=dict)
+    """The drawing's settings and their defaults; empty for data that is read from a folder."""
+
+    @model_validator(mode="after")
+    def _masks_are_one_thing(self) -> DatasetCard:
+        valued, kind = bool(self.values or self.thresholds or self.colors), self.kind_of_masks
+        if (kind == "cells" and valued) or (kind in ("cells", "binary") and len(self.classes) > 2):
+            raise ValueError(f"masks = '{kind}' does not go with {'values of classes' if valued else 'more than two classes'}; keep one")
+        if len(self.classes) > 255:
+            raise ValueError(f"{len(self.classes)} classes; 255 are the most")
+        if self.ignore is not None and isinstance(self.ignore, tuple) != bool(self.colors):
+            raise ValueError(f"ignore must be {'a colour, as colors are' if self.colors else 'a value'}")
+        if (isinstance(self.ignore, int) and self.ignore < (0 if valued else 1)) or self.ignore in (*self.values, *self.colors):
+            raise ValueError(f"ignore = {self.ignore} is also a class or the background")
+        return self
+
+    @model_validator(mode="after")
+    def _classes_have_one_meaning(self) -> DatasetCard:
+        given = [name for name in ("values", "thresholds", "colors") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} say the same in two ways; keep one")
+        wanted = len(self.classes) - (given == ["thresholds"])
+        if given and (len(getattr(self, given[0])) != wanted or len(set(getattr(self, given[0]))) != wanted):
+            raise ValueError(f"{given[0]} must name {wanted} different ones, for {len(self.classes)} classes")
+        if list(self.thresholds) != sorted(self.thresholds) or any(not 0 <= part < 256 for color in self.colors for part in color):
+            raise ValueError("thresholds rise, and colours lie in 0..255")
+        if len(self.channels) not in (0, 1, 3):
+            raise ValueError("channels names one channel, read as grey, or three, read as red, green and blue")
+        if self.range is not None and not (self.range[0] < self.range[1] and all(map(math.isfinite, self.range))):
+            raise ValueError("range is [BLACK, WHITE], and white is above black")
+        return self
+
+    @property
+    def kind_of_masks(self) -> str:
+        """``mask_kind``, or ``masks`` where that says it; empty: all masks together decide."""
+        return self.masks if not self.images and self.masks in ("cells", "classes", "binary") else self.mask_kind
+
+    @model_validator(mode="after")
+    def _parts_belong_to_objects(self) -> DatasetCard:
+        for key in ("objects", "parts"):
+            for name in getattr(self, key):
+                if name not in self.classes[1:]:
+                    raise ValueError(f"{key} names '{name}'; the classes of cells are {', '.join(self.classes[1:])}")
+        given = self.part_of() or {}
+        if both := set(given) & set(self.objects):
+            raise ValueError(f"'{min(both)}' stands in objects and in parts; keep one")
+        if self.objects and (lost := set(self.classes[1:]) - set(self.objects) - set(given)):
+            raise ValueError(f"'{min(lost)}' is neither in objects nor in parts")
+        if given and not set(self.classes[1:]) - set(given):
+            raise ValueError("all classes are parts, and none is an object")
+        if wrong := [owner for owner in given.values() if owner is not None and (owner in given or owner not in self.classes[1:])]:
+            raise ValueError(f"a part belongs to a class of objects, which '{wrong[0]}' is not")
+        return self
+
+    def part_of(self) -> dict[str, str | None] | None:
+        """Each part's class of objects, None where the masks have to tell; None in all where the card says nothing of objects or parts."""
+        if not self.objects and not self.parts:
+            return None
+        if isinstance(self.parts, dict):
+            return dict(self.parts)
+        parts = self.parts or tuple(name for name in self.classes[1:] if name not in self.objects)
+        objects = [name for name in self.classes[1:] if name not in parts]
+        return {part: objects[0] if len(objects) == 1 else None for part in parts}
+
+
+KINDS = MappingProxyType({"backbones": BackboneCard, "heads": HeadCard, "baselines": BaselineCard, "datasets": DatasetCard})
+
+
+def read_card(path: Path, record: type[Card]) -> Card:
+    """One card. Raises CellbenchError that names the file for bad TOML, an unknown key or a value out of range."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CellbenchError(f"{path}: cannot be read as a card: {error}.") from None
+    first = text.lstrip().splitlines()[0] if text.strip() else ""
+    title = first.lstrip("# ").strip() if first.startswith("#") else ""
+    for reserved in ("id", "title", "path"):
+        if reserved in tree:
+            raise CellbenchError(f"{path}: '{reserved}' is not a key of a card: the file's name is the id and its first comment the title.")
+    return checked(record, {**tree, "id": path.stem, "title": title, "path": str(path)}, str(path))

@@ -1,0 +1,45 @@
+"""What a feature cache promises, and the one in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class FeatureCache(Protocol):
+    """The kept features of one pass."""
+
+    def put(self, rows: np.ndarray, maps: Mapping[int, Tensor]) -> None:
+        """Keeps the maps (B, D, h, w) of these rows, by level index."""
+
+    def get(self, rows: np.ndarray, indices: tuple[int, ...]) -> dict[int, Tensor] | None:
+        """The maps of these rows on the CPU, channels-last, or None where any is missing."""
+
+
+@dataclass
+class MemoryCache:
+    """Rows in memory, filled in as they are first computed."""
+
+    num: int
+    maps: dict[int, Tensor] = field(default_factory=dict)
+    filled: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+    def put(self, rows: np.ndarray, maps: Mapping[int, Tensor]) -> None:
+        if not len(self.filled):
+            self.filled = np.zeros(self.num, bool)
+            # Rows of (h, w, D): a gather of rows is then channels-last without a copy.
+            self.maps = {i: torch.empty((self.num, *m.shape[2:], m.shape[1]), dtype=m.dtype) for i, m in maps.items()}
+        for i, m in maps.items():
+            self.maps[i][torch.from_numpy(rows)] = m.permute(0, 2, 3, 1).to("cpu")
+        self.filled[rows] = True
+
+    def get(self, rows: np.ndarray, indices: tuple[int, ...]) -> dict[int, Tensor] | None:
+        if not len(self.filled) or not self.filled[rows].all():
+            return None
+        index = torch.from_numpy(rows)
+        return {i: self.maps[i][index].permute(0, 3, 1, 2) for i in indices}

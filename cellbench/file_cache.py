@@ -1,0 +1,67 @@
+"""Facts about files, remembered by size and time of change."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from cellbench.errors import CellbenchError
+from cellbench.files import cache_dir, compute_sha256, is_writable, write_atomic
+
+T = TypeVar("T")
+
+
+def sha256(path: Path) -> str:
+    """The content hash of a file as 64 hex digits; remembered by size and time of change, so that large files are read once."""
+    with FileFactCache("hashes", compute_sha256) as hashes:
+        return hashes[path]
+
+
+class FileFactCache(Generic[T]):
+    """What a function found out about files, kept in the cache folder by each file's path, size and time of change.
+
+    ``with Remembered("hashes", hash_of) as hashes: hashes[path]``; what was learned is saved on leaving, also on leaving by an error.
+    Values must survive JSON. Losing a race with another process costs a second reading, nothing else.
+    """
+
+    def __init__(self, name: str, learn: Callable[[Path], T]) -> None:
+        self._path = cache_dir() / f"{name}.json"
+        self._learn = learn
+        self._learned: dict[str, list[Any]] = {}
+        self._known: dict[str, list[Any]] = self._load()
+
+    def _load(self) -> dict[str, list[Any]]:
+        try:
+            known = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}  # a damaged memory costs a second reading, nothing else
+        return known if isinstance(known, dict) else {}
+
+    def __enter__(self) -> FileFactCache[T]:
+        return self
+
+    def knows(self, path: Path) -> bool:
+        known = self._known.get(str(path.absolute()))
+        return isinstance(known, list) and known[:2] == _stamp(path)
+
+    def __getitem__(self, path: Path) -> T:
+        name = str(path.absolute())
+        if not self.knows(path):
+            stamp = _stamp(path)  # before the reading: a file that changes meanwhile is read again next time
+            self._known[name] = self._learned[name] = [*stamp, self._learn(path)]
+        return self._known[name][2]
+
+    def __exit__(self, *_: object) -> None:
+        folder = self._path.parent
+        if self._learned and (is_writable(folder) or not folder.exists()):
+            with contextlib.suppress(CellbenchError):  # only a memory: a full disk must not stop a run
+                write_atomic(self._path, json.dumps({**self._load(), **self._learned}))
+            self._learned = {}
+
+
+def _stamp(path: Path) -> list[int]:
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns]
