@@ -92,6 +92,18 @@ class BaselineCard(Card):
     options: dict[str, Scalar] = Field(default_factory=dict)
 
 
+class MetricCard(Card):
+    """A score of one test image: a function from :class:`cellbench.metrics.catalog.ScoredImage` to a number, NaN where there is nothing to score."""
+
+    label: str = ""
+    """In headings and figures; empty: the card's name."""
+    unit: str = ""
+    direction: Literal["maximize", "minimize"] = "maximize"
+    in_leaderboard: bool = True
+    searchable: bool = False
+    """Whether a search may optimise it, as ``val/NAME``. Costs one pass over the validation images for each run of a search."""
+
+
 class DatasetCard(Card):
     """Images with masks. ``classes`` are in the order of the class numbers, the background first."""
 
@@ -194,7 +206,9 @@ class DatasetCard(Card):
         return {part: objects[0] if len(objects) == 1 else None for part in parts}
 
 
-KINDS = MappingProxyType({"backbones": BackboneCard, "heads": HeadCard, "baselines": BaselineCard, "datasets": DatasetCard})
+KINDS = MappingProxyType(
+    {"backbones": BackboneCard, "heads": HeadCard, "baselines": BaselineCard, "datasets": DatasetCard, "metrics": MetricCard}
+)
 
 
 def read_card(path: Path, record: type[Card]) -> Card:

@@ -17,7 +17,7 @@ from typing import Any
 from cellbench import startup
 from cellbench.config import source_code
 from cellbench.config.base import Scalar
-from cellbench.config.cards import KINDS, BackboneCard, BaselineCard, Card, DatasetCard, HeadCard, read_card
+from cellbench.config.cards import KINDS, BackboneCard, BaselineCard, Card, DatasetCard, HeadCard, MetricCard, read_card
 from cellbench.config.run import RunSpec
 from cellbench.errors import CellbenchError, unknown_name
 from cellbench.files import to_nfc
@@ -36,7 +36,7 @@ class Registry:
     def __init__(self, extra: Path | None = None) -> None:
         if extra is not None and not extra.is_dir():
             raise CellbenchError(
-                f"--registry {extra}: there is no such folder. Expected one with backbones/, heads/, baselines/ or datasets/."
+                f"--registry {extra}: there is no such folder. Expected one with {', '.join(k + '/' for k in KINDS)}."
             )
         if extra is not None and not any((extra / kind).is_dir() for kind in KINDS):
             raise CellbenchError(
@@ -60,6 +60,9 @@ class Registry:
 
     def dataset(self, name: str) -> DatasetCard:
         return self._card("datasets", name)
+
+    def metric(self, name: str) -> MetricCard:
+        return self._card("metrics", name)
 
     def card(self, kind: str, name: str) -> Card:
         if kind not in KINDS:
