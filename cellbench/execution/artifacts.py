@@ -82,9 +82,9 @@ def final_metrics(dataset: Dataset, result: TestResult) -> dict[str, float]:
     if cut.val_ap50:
         out["separation/val_ap50"] = cut.val_ap50[f"{cut.saddle_ratio:g}"]
     if (calibration := result.exam.calibration()) is not None:
-        from cellbench.metrics import calibration
+        from cellbench.metrics.calibration import expected_calibration_error
 
-        out["test/calibration_error"] = calibration.expected_calibration_error(calibration)
+        out["test/calibration_error"] = expected_calibration_error(calibration)
     if result.learner is not None:
         best = result.learner.history[result.learner.best_epoch]
         out |= {"best/epoch": result.learner.best_epoch, "best/val_loss": best["val/loss"], "best/val_dice": best.get("val/dice", math.nan)}

@@ -18,7 +18,7 @@ from cellbench.metrics.pixel import nan_mean
 from cellbench.reporting import html, leaderboard, learning_curves, provenance
 from cellbench.reporting.collect import ExperimentResults
 from cellbench.reporting.leaderboard import LeaderboardRow, format_count
-from cellbench.reporting.model_groups import MEASURES, ModelGroup, TestSet
+from cellbench.reporting.model_groups import MEASURES, ModelGroup, PlotRow, TestSet
 from cellbench.reporting.plots import comparison as comparison_plots
 from cellbench.reporting.plots import significance as significance_plots
 from cellbench.reporting.plots import style
@@ -227,7 +227,7 @@ COST_HEADINGS = (
 )  # fmt: skip
 
 
-def _cost(table: list[LeaderboardRow], lines: list[comparison_plots.Line], report: Report, prefix: str, draw: Draw) -> str:
+def _cost(table: list[LeaderboardRow], lines: list[PlotRow], report: Report, prefix: str, draw: Draw) -> str:
     cells = [
         [
             row.model, format_count(row.backbone_params), format_count(row.head_params), f"{row.train_s:.1f}", leaderboard.format_number(row.train_cpu_s, 1),

@@ -51,7 +51,7 @@ def ask(question: list[str], project: Path, monkeypatch: pytest.MonkeyPatch, unt
     with monkeypatch.context() as patch:
         patch.chdir(project)
         patch.setattr(HeadTrainer, "begin", ends)
-        patch.setattr("cellbench.cli.grid.conclude", lambda *_: None)  # the report: half of the time, and not the question here
+        patch.setattr("cellbench.cli.grid.write_report", lambda *_: None)  # the report: half of the time, and not the question here
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / 'mlflow.db'}")
         try:
             return main(question)

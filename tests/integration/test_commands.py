@@ -48,15 +48,15 @@ def logged(name: str) -> tuple[str, dict, str]:
 def damage(monkeypatch, file: Path, change) -> None:
     """The file is changed when what it asks was logged and the runs begin to train."""
 
-    def during(runner, *more, original=grid.everything):
+    def during(runner, *more, original=grid.run_all):
         parent = next(run for run in runner.tracker.stored() if run.run_id == runner.parent_id)
         assert runner.tracker.artifact(parent, "experiment.toml")
         assert runner.tracker.artifact(parent, "about.json")
         change(file)
         return original(runner, *more)
 
-    monkeypatch.setattr(grid, "everything", during)
-    monkeypatch.setattr(search_results, "everything", during)
+    monkeypatch.setattr(grid, "run_all", during)
+    monkeypatch.setattr(search_results, "run_all", during)
 
 
 def test_an_experiment_that_is_edited_while_it_runs_is_reported_as_it_ran(small_folder, monkeypatch):

@@ -301,7 +301,7 @@ def test_outlines_are_of_the_cells_that_are_counted(there: Path, tmp_path: Path)
 
 def test_more_cells_than_can_be_numbered_are_passed_over(there: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     many = Instances(ids=np.zeros((120, 160), np.int32), areas_px=np.zeros(65537, int), classes=np.zeros(65537, np.uint8))
-    monkeypatch.setattr("cellbench.metrics.separation.Separation.instances", lambda *_: many)
+    monkeypatch.setattr("cellbench.metrics.separation.SeparationParams.instances", lambda *_: many)
     assert predict(MODEL, "smears/test/original/t0.png", "--out", tmp_path / "out", "--instances") == 1
     assert "65536 cells" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []

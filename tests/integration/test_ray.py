@@ -137,9 +137,9 @@ def test_a_ray_that_is_started_here_listens_to_this_machine_alone():
     code = """
 import psutil, torch
 from cellbench.execution import ray_cluster
-from cellbench.hardware import Machine
-two = Machine(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30, lanes=2)
-with ray_cluster.joined("ray", two):
+from cellbench.hardware import Hardware
+two = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30, lanes=2)
+with ray_cluster.connect("ray", two):
     for process in psutil.Process().children(recursive=True):
         for one in process.net_connections("tcp"):
             if one.status == psutil.CONN_LISTEN:

@@ -81,7 +81,7 @@ def done(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         enter(folder, patch)
         patch.setattr(ImageCache, "prepared", prepared)
-        patch.setattr(search_results, "test", lambda *given: (read.append("END"), really(*given))[1])
+        patch.setattr(search_results, "test_best", lambda *given: (read.append("END"), really(*given))[1])
         code = main(CALL)
     (folder / "printed.txt").write_text(printed.getvalue())
     (folder / "read.txt").write_text(" ".join(read))

@@ -16,7 +16,7 @@ from small_data import MODEL, discs, write_pair
 from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
 from cellbench.data.loading import open_dataset
-from cellbench.data.manifest import place
+from cellbench.data.scan import resolve_inside
 from cellbench.escaping import escape_markdown, to_csv, to_printable
 from cellbench.files import file_name
 from cellbench.reporting import leaderboard
@@ -91,7 +91,7 @@ def test_a_manifest_may_name_a_file_in_the_other_unicode_form(tmp_path: Path) ->
     file = tmp_path / unicodedata.normalize("NFD", name)
     file.parent.mkdir()
     file.write_bytes(b"x")
-    assert place(tmp_path, unicodedata.normalize("NFC", name)) == file
+    assert resolve_inside(tmp_path, unicodedata.normalize("NFC", name)) == file
 
 
 def test_predict_writes_nasty_names_into_tables_that_read_back(there: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from cellbench import startup
 NEW = """
 import gc
 from cellbench import startup
-with startup.kept():
+with startup.no_gc_during_import():
     import colorsys, xml.dom.minidom
 print(gc.isenabled(), gc.get_freeze_count() > 0)
 """

@@ -68,7 +68,7 @@ def world(place: str, pass_s: list[float], trunk_s: float):
 
 def test_what_is_timed_in_less_than_a_second_is_timed_again_without_the_cold_first_pass(monkeypatch):
     made, features, segment = world("streamed", [0.8, 0.3, 0.3, 0.3, 0.3], 0.1)
-    monkeypatch.setattr(cost_estimate, "segment", segment)
+    monkeypatch.setattr(cost_estimate, "segment_images", segment)
     monkeypatch.setattr(cost_estimate, "MEASURED_S", 1.0)
     list(segment([made]))  # the test itself: 0.9 s
     (speed,) = cost_estimate.inference_speeds([made], features)
@@ -77,7 +77,7 @@ def test_what_is_timed_in_less_than_a_second_is_timed_again_without_the_cold_fir
 
 def test_what_takes_a_second_is_timed_once(monkeypatch):
     made, features, segment = world("streamed", [0.9], 0.1)
-    monkeypatch.setattr(cost_estimate, "segment", segment)
+    monkeypatch.setattr(cost_estimate, "segment_images", segment)
     monkeypatch.setattr(cost_estimate, "MEASURED_S", 1.0)
     list(segment([made]))
     (speed,) = cost_estimate.inference_speeds([made], features)
@@ -86,7 +86,7 @@ def test_what_takes_a_second_is_timed_once(monkeypatch):
 
 def test_features_that_are_kept_do_not_hide_what_the_backbone_takes(monkeypatch):
     made, features, segment = world("on disk", [2.0], 0.0)
-    monkeypatch.setattr(cost_estimate, "segment", segment)
+    monkeypatch.setattr(cost_estimate, "segment_images", segment)
     list(segment([made]))
     (speed,) = cost_estimate.inference_speeds([made], features)
     assert speed.wall_s >= 2.0 / 4 + 3 * 0.01 / 2  # three tiles an image, of chunks of two

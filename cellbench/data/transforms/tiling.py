@@ -23,7 +23,7 @@ def tile_origins(length_px: int, tile_px: int, overlap_px: int) -> list[int]:
 
     Even spacing, so that the last tile is never a sliver (Isensee et al., nnU-Net, 2021).
 
-    >>> origins(500, 224, 32)
+    >>> tile_origins(500, 224, 32)
     [0, 138, 276]
     """
     if not 0 <= overlap_px < tile_px or length_px < 1:

@@ -20,7 +20,7 @@ from cellbench.config.cards import BackboneCard
 from cellbench.errors import CellbenchError, WeightsUnavailable
 from cellbench.file_cache import sha256
 from cellbench.files import cache_dir, make_folder, os_errors_as, write_atomic
-from cellbench.models.backbones import download
+from cellbench.models.backbones import download as downloads
 from cellbench.models.backbones.weight_files import SUFFIXES, check_whole, read_state
 
 __all__ = ["download_path", "find_in_hub_cache", "folder_file", "how_to_get", "locate", "read_state", "weights_folder"]
@@ -120,7 +120,7 @@ def _from_https(card: BackboneCard, folder: Path | None, download: bool) -> Path
         if not download:
             raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {how_to_get(card, folder)}")
         try:
-            download.https(download.Source(url=card.weights, shown=card.weights, sha256=card.sha256), landed, check_whole)
+            downloads.download_https(downloads.DownloadSource(url=card.weights, shown=card.weights, sha256=card.sha256), landed, check_whole)
         except WeightsUnavailable as error:
             raise WeightsUnavailable(f"{card.id}: {error} {how_to_get(card, folder)}") from error
     return _checked(card, landed, card.weights, card.sha256)
@@ -133,7 +133,7 @@ def _from_hub(card: BackboneCard, folder: Path | None, download: bool) -> Path:
         raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {how_to_get(card, folder)}")
     wanted = HubFile.of(card.weights, card.file)
     try:
-        path, name = download.hub(wanted.repo, wanted.names, card.revision or None, check_whole)
+        path, name = downloads.download_from_hub(wanted.repo, wanted.names, card.revision or None, check_whole)
     except WeightsUnavailable as error:
         raise WeightsUnavailable(f"{card.id}: {error} {how_to_get(card, folder)}") from error
     return _checked(card, path, f"hf-hub:{wanted.repo}/{name}", card.sha256)
@@ -145,7 +145,7 @@ def find_in_hub_cache(card: BackboneCard) -> Iterator[tuple[Path, str, bool]]:
     sources += [(HubFile.of(text), "", False) for text in card.alternatives]
     for wanted, revision, published in sources:
         for name in wanted.names:
-            if path := download.find_cached(wanted.repo, name, revision or None):
+            if path := downloads.find_cached(wanted.repo, name, revision or None):
                 yield path, f"hf-hub:{wanted.repo}/{name}", published
 
 
@@ -174,7 +174,7 @@ def _trust_first(card: BackboneCard, path: Path, key: str, found: str) -> None:
     """Records the hash of a file of unknown hash, and refuses a different one the next time."""
     known_at = cache_dir() / "weights" / "known_hashes.json"
     make_folder(known_at.parent)
-    with os_errors_as(f"recording the hash of {path.name} in {known_at}"), download.hold_lock(known_at.with_suffix(".lock")):
+    with os_errors_as(f"recording the hash of {path.name} in {known_at}"), downloads.hold_lock(known_at.with_suffix(".lock")):
         try:
             known = json.loads(known_at.read_text())
         except FileNotFoundError:

@@ -449,7 +449,7 @@ def test_another_split_name_or_meaning_of_the_masks_changes_the_digest(small_fol
 
 def test_files_are_decoded_once_and_again_only_when_they_change(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = opened(small_folder)
-    monkeypatch.setattr("cellbench.data.dataset.hash_of", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr("cellbench.data.dataset.compute_sha256", lambda path: pytest.fail(f"{path} was read again"))
     assert opened(small_folder).digest == first.digest
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.diagnostics.backbone_checks import agrees_with_card
-from cellbench.diagnostics.plugin_checks import BACKBONE, HEAD, small, verdicts
+from cellbench.diagnostics.plugin_checks import BACKBONE, HEAD, small_backbone, verdicts
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=sorted(NETWORKS.values()))
 def built(request: pytest.FixtureRequest) -> tuple[str, Backbone]:
-    return request.param, small(CARDS[request.param])
+    return request.param, small_backbone(CARDS[request.param])
 
 
 @pytest.mark.parametrize("contract", BACKBONE)
@@ -152,7 +152,7 @@ def test_a_shipped_card_of_wrong_facts_is_told_at_its_whole_depth() -> None:
     it = CARDS["dinobloom-s"]
     for wrong in ({"params_m": 22.6}, {"arch": {**it.arch, "depth": 11}, "depth": 11}):
         changed = it.model_copy(update=wrong)
-        assert "params_m" in agrees_with_card(changed, small(changed))
+        assert "params_m" in agrees_with_card(changed, small_backbone(changed))
 
 
 # --- parts of one's own, used

@@ -169,7 +169,7 @@ def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_i
         near[title] = node
         return ray.remote(object).options().remote()
 
-    monkeypatch.setattr(ray_grid, "actor", actor)
+    monkeypatch.setattr(ray_grid, "start_actor", actor)
     runs = [RunSpec(backbone="filter-bank", head="bilinear", tile_px=64, data_seed=seed) for seed in (0, 1)]
     groups = [[PlannedRun(run=run, name=f"run {k}", fingerprint=f"f{k}", precision="fp32")] for k, run in enumerate(runs)]
     experiment = SimpleNamespace(experiment="pretended")

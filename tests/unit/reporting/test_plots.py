@@ -12,7 +12,7 @@ from cellbench.reporting.plots import comparison as comparison_plots
 from cellbench.reporting.plots import run as run_plots
 from cellbench.reporting.plots import significance as significance_plots
 from cellbench.reporting.plots import style
-from cellbench.reporting.plots.comparison import Line, pareto_front
+from cellbench.reporting.plots.comparison import PlotRow, pareto_front
 from cellbench.statistics.bootstrap import Interval, mean_interval
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.ranking import critical_difference
@@ -42,7 +42,7 @@ def models(num, images=12, spread=0.01):
 
 def lines(num, **more):
     return [
-        Line(model=m.model, baseline=k == num - 1, backbone=m.model.split(" ")[0], measures={"Dice": mean_interval(m.per_image)})
+        PlotRow(model=m.model, baseline=k == num - 1, backbone=m.model.split(" ")[0], measures={"Dice": mean_interval(m.per_image)})
         for k, m in enumerate(models(num, **more))
     ]
 
@@ -68,7 +68,7 @@ def test_differences_and_ranks_are_whole(num):
 
 def test_equal_scores_and_missing_intervals_are_drawn():
     flat = Interval(mean=1.0, low=None, high=None, num=1, note="one image")
-    here = [Line(model=name, baseline=False, measures={"Dice": flat, "AP50": flat}) for name in "ab"]
+    here = [PlotRow(model=name, baseline=False, measures={"Dice": flat, "AP50": flat}) for name in "ab"]
     assert uncut(comparison_plots.plot_leaderboard(here))
     assert uncut(comparison_plots.plot_metrics(here))
 
@@ -80,7 +80,7 @@ def test_a_heat_map_with_holes_is_whole():
 
 def test_names_with_dollars_and_emoji_are_drawn_as_they_are():
     here = [
-        Line(model=name, baseline=False, measures={"Dice": Interval(mean=0.9, low=0.8, high=0.95, num=3)}) for name in ("a$b$c", "x, y/z_{")
+        PlotRow(model=name, baseline=False, measures={"Dice": Interval(mean=0.9, low=0.8, high=0.95, num=3)}) for name in ("a$b$c", "x, y/z_{")
     ]
     assert uncut(comparison_plots.plot_leaderboard(here))
 

@@ -44,7 +44,7 @@ def mine(tmp_path, monkeypatch) -> Callable[..., RunSpec]:
         (parts.head(folder, name) / "heads" / "my-head.toml").rename(folder / "heads" / f"{name}.toml")
         for other in tmp_path.glob("*/heads/*.toml"):  # several in one registry
             (folder / "heads" / other.name).write_text(other.read_text())
-        monkeypatch.setattr("worlds.REGISTRY", Registry(folder))
+        monkeypatch.setattr("cohorts.REGISTRY", Registry(folder))
         return run_of(name, **{**QUICK, **settings})
 
     return make
@@ -94,7 +94,7 @@ def test_a_baseline_that_draws_is_repeatable(dataset):
 )
 def test_shipped_heads_draw_nothing_and_are_not_even_watched(dataset, run, monkeypatch):
     if not run.unfreeze:
-        monkeypatch.setattr(randomness, "Seeded", None)
+        monkeypatch.setattr(randomness, "SeededDraws", None)
         fitted(dataset, [run])
         monkeypatch.undo()
     monkeypatch.setattr(randomness, "_is_quiet", lambda module: False)
@@ -196,7 +196,7 @@ def test_a_gpus_numbers_are_drawn_on_the_processor(monkeypatch):
         return real(spied, args, kwargs, device)
 
     real = randomness.draw_on_cpu
-    monkeypatch.setattr(randomness, "on_cpu", on_cpu)
+    monkeypatch.setattr(randomness, "draw_on_cpu", on_cpu)
     with FakeTensorMode():
         x = torch.empty(2, 8, 4, 4, device="cuda").to(memory_format=torch.channels_last)
         with SeededDraws((0,), torch.device("cuda")):

@@ -52,7 +52,7 @@ def test_epochs_differ_in_views_and_order() -> None:
 
 @pytest.mark.parametrize("num", [1, 3])
 def test_views_repeat_every_so_many_epochs_in_a_new_order(num: int) -> None:
-    one = plan(views=num)
+    one = plan(repeat_views_every=num)
     assert one.repeats
     assert [one.cycle(epoch) for epoch in range(7)] == [epoch % num for epoch in range(7)]
     assert one.order(0).tolist() != one.order(num).tolist()

@@ -58,9 +58,9 @@ def test_two_processes_download_a_file_once(web: StandIn, tmp_path: Path) -> Non
     url = web.zenodo("Net.pth", PTH)
     web.pause_s = 0.1
     code = (
-        "import sys; from pathlib import Path; from cellbench.backbones import checkpoint, fetch\n"
-        "source = fetch.Source(url=sys.argv[1], shown='Net.pth', sha256=sys.argv[3])\n"
-        "fetch.https(source, Path(sys.argv[2]), checkpoint.check_whole)"
+        "import sys; from pathlib import Path; from cellbench.models.backbones import download, weight_files\n"
+        "source = download.DownloadSource(url=sys.argv[1], shown='Net.pth', sha256=sys.argv[3])\n"
+        "download.download_https(source, Path(sys.argv[2]), weight_files.check_whole)"
     )
     call = [sys.executable, "-c", code, url, str(tmp_path / "once" / "net.pth"), digest(PTH)]
     both = [subprocess.Popen(call) for _ in range(2)]
