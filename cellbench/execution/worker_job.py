@@ -119,7 +119,7 @@ def work_items(groups: Sequence[Sequence[PlannedRun]], registry: Registry) -> li
 
 @functools.cache
 def code_version() -> str:
-    """What computes here, for people, with a hash of the package's own code: two checkouts may both be 0.1.0."""
+    """What computes here, for people, with a hash of the package's own code: two checkouts may both be 0.2.0."""
     folder = Path(__file__).parents[1]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py"))))
     libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "numpy"))
