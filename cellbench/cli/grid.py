@@ -18,8 +18,8 @@ from cellbench.errors import CellbenchError
 from cellbench.execution import multiprocess as processes
 from cellbench.execution import ray_cluster, ray_grid
 from cellbench.execution.artifacts import pool_folds
-from cellbench.execution.grid import Executor, parent_run, run_all, run_sequential
-from cellbench.execution.planning import PlannedRun, open_folds, planned_runs
+from cellbench.execution.grid import Executor, InProcessExecutor, parent_run, run_all
+from cellbench.execution.planning import ResolvedRun, open_folds, resolve_runs
 from cellbench.execution.runner import Runner
 from cellbench.execution.worker_job import job_spec
 from cellbench.features.cache_admin import cache_budget
@@ -71,7 +71,7 @@ def grid(
         say(line)
     for line in quick_check.severe_findings(registry.dataset(experiment.dataset), datasets[0]):
         say(line)
-    jobs = planned_runs(experiment, registry, datasets, weights, file, precision=here.precision_name, download=not dry_run)
+    jobs = resolve_runs(experiment, registry, datasets, weights, file, precision=here.precision_name, download=not dry_run)
     dataset = datasets[0]
     sizes = f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} test images"
     folds = f" in each of {len(datasets)} folds, or one more or less" if len(datasets) > 1 else ""
@@ -117,7 +117,7 @@ def grid(
                 disk_bytes=disk,
                 prefer_disk=prefer_disk,
             )
-            crew: Executor = run_sequential
+            crew: Executor = InProcessExecutor()
             if workers is not None:
                 crew = processes.ProcessExecutor(workers, told)
             elif ray is not None:
@@ -144,7 +144,7 @@ def grid(
 
 
 def _dry(
-    jobs: list[PlannedRun], registry: Registry, datasets: Sequence[Dataset], here: Hardware, weights: Path | None, keeping: CachePolicy
+    jobs: list[ResolvedRun], registry: Registry, datasets: Sequence[Dataset], here: Hardware, weights: Path | None, keeping: CachePolicy
 ) -> int:
     for job in jobs:
         say(f"  {job.name}" + (f"  skipped: {job.unavailable}" if job.unavailable else ""))

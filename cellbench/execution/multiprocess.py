@@ -1,28 +1,29 @@
-"""A grid's cohorts side by side on one machine: processes, each pinned to its share of the cores, fed by the driver, replaced when they die.
+"""A grid's cohorts in parallel on one machine: processes, each pinned to its share of the cores, started and stopped by the driver.
 
-Started afresh (``spawn``), since a copy of a process in which torch has threads may hang. A worker that is lost costs what it did since its
-last checkpoint: the next one takes up the same runs. When the driver is gone, its workers end themselves.
+Started afresh (``spawn``), since a fork of a process in which torch has threads may deadlock. When the driver is gone, its workers end
+themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
 from cellbench.errors import CellbenchError
-from cellbench.execution.planning import PlannedRun
+from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.runner import Outcome, Runner
-from cellbench.execution.worker_job import MOST_DEATHS, CohortWorker, JobSpec, WorkItem, merge_outcomes, work_items
+from cellbench.execution.work_queue import Message, WorkItem, WorkQueue
+from cellbench.execution.worker_job import CohortWorker, JobSpec
 from cellbench.hardware import Hardware
 
 END_S = 20.0
@@ -43,103 +44,103 @@ def check_num_workers(num: int, machine: Hardware) -> int:
 class ProcessExecutor:
     """``num`` worker processes for the cohorts of one grid."""
 
-    def __init__(self, num: int, order: JobSpec) -> None:
-        self._num, self._order = num, order
+    def __init__(self, num: int, job: JobSpec) -> None:
+        self._num, self._job = num, job
 
-    def __call__(self, runner: Runner, groups: Sequence[Sequence[PlannedRun]], out: Outcome) -> None:
-        """Runs the cohorts to their ends. What a worker says is said by ``runner``, which also marks what no worker could finish."""
-        num = min(self._num, len(groups))  # a worker without a cohort would only keep cores from the others
+    def run(self, runner: Runner, cohorts: Sequence[Sequence[ResolvedRun]], out: Outcome) -> None:
+        num = min(self._num, len(cohorts))  # a worker without a cohort would only keep cores from the others
         if num == 0:
             return
-        waiting = deque(work_items(groups, runner.registry))
-        orders = [
-            replace(self._order, machine=machine, disk_bytes=self._order.disk_bytes // num) for machine in self._order.machine.shares(num)
-        ]
-        workers = [_Worker(mine, cores) for mine, cores in zip(orders, assign_cores([one.machine for one in orders]), strict=True)]
-        runner.say(f"{num} worker{'s' * (num > 1)}, each {orders[0].machine.name}.")
-        try:
-            for worker in workers:
-                worker.take(waiting)
-            while busy := [worker for worker in workers if worker.piece is not None]:
-                for pipe in wait([worker.pipe for worker in busy]):
-                    worker = next(one for one in busy if one.pipe is pipe)
-                    self._hear(worker, waiting, runner, out)
-        finally:
-            for worker in workers:
-                worker.leave(kindly=worker.piece is None)
-            end = time.monotonic() + END_S
-            for worker in workers:
-                worker.join(end - time.monotonic())
+        machines = self._job.machine.shares(num)
+        runner.say(f"{num} worker{'s' * (num > 1)}, each {machines[0].name}.")
+        jobs = [replace(self._job, machine=machine, disk_bytes=self._job.disk_bytes // num) for machine in machines]
+        workers = [_Worker(job, cores) for job, cores in zip(jobs, assign_cores(machines), strict=True)]
+        WorkQueue(runner, cohorts, out).run(_LocalWorkers(workers))
 
-    def _hear(self, worker: _Worker, waiting: deque[WorkItem], runner: Runner, out: Outcome) -> None:
-        """One message of a worker, or its end."""
-        piece = worker.piece
-        assert piece is not None
-        try:
-            kind, what = worker.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            ended = worker.buried()
-            piece.deaths.append(ended)
-            if len(piece.deaths) < MOST_DEATHS:
-                runner.say(f"{piece.title}: its worker {ended}; another one goes on from the checkpoints.")
-                waiting.appendleft(piece)
-            else:
-                runner.give_up(piece.jobs, f"its process was lost {MOST_DEATHS} times, the last one {ended}. Is there enough memory?", out)
-            worker.take(waiting)
-            return
-        if kind == "say":
-            runner.say(what)
-        elif kind == "done":
-            merge_outcomes(out, what)
-            worker.take(waiting)
-        elif kind == "refused":
-            raise CellbenchError(what)
-        else:
-            raise RuntimeError(f"in a worker process:\n{what}")  # our own bug
+
+class _LocalWorkers:
+    def __init__(self, workers: Sequence[_Worker]) -> None:
+        self._workers = workers
+
+    def assign(self, queue: WorkQueue) -> None:
+        for worker in self._workers:
+            if worker.item is None and not worker.left:
+                if (item := queue.take()) is not None:
+                    worker.give(item)
+                elif worker.running:
+                    worker.leave()  # and its memory with it
+
+    def messages(self) -> Iterator[Message]:
+        busy = {worker.pipe: worker for worker in self._workers if worker.item is not None}
+        for pipe in wait(list(busy)):
+            yield busy[pipe].receive()  # type: ignore[index]
+
+    def stop(self) -> list[tuple[WorkItem, str]]:
+        for worker in self._workers:
+            worker.leave(now=worker.item is not None)
+        end = time.monotonic() + END_S
+        for worker in self._workers:
+            worker.join(end - time.monotonic())
+        return []  # they marked their own runs as interrupted
 
 
 class _Worker:
     """The driver's side of one process, which is started when there is something to do."""
 
-    def __init__(self, order: JobSpec, cores: Sequence[int]) -> None:
-        self._order, self._cores = order, cores
+    def __init__(self, job: JobSpec, cores: Sequence[int]) -> None:
+        self._job, self._cores = job, cores
         self._process: Any = None
         self.pipe: Connection[Any, Any]
-        self.piece: WorkItem | None = None
+        self.item: WorkItem | None = None
+        self.left = False
+        """It was asked to end, and gets no more work."""
 
-    def take(self, waiting: deque[WorkItem]) -> None:
-        """The next cohort, if there is one; else the process may go, and its memory with it."""
-        self.piece = waiting.popleft() if waiting else None
-        if self.piece is None:
-            self.leave(kindly=True)
-            return
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
+    def give(self, item: WorkItem) -> None:
+        self.item = item
         if self._process is None:
             self._start()
-        with contextlib.suppress(BrokenPipeError):  # it died just now: told by the pipe's end
-            self.pipe.send(([job.fingerprint for job in self.piece.jobs], self.piece.title, self.piece.halvings))
+        with contextlib.suppress(BrokenPipeError):  # it died just now: the pipe's end is a message too
+            self.pipe.send((item.fingerprints, item.title, item.halvings))
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        num_threads = str(self._order.machine.threads)
+        num_threads = str(self._job.machine.threads)
         # Before torch is imported there: several progress bars would overwrite each other, and a library's own threads count too.
         with _environment({"TQDM_DISABLE": "1", "OMP_NUM_THREADS": num_threads}):
-            self._process = context.Process(target=_work, args=(theirs, self._order, self._cores), daemon=True, name="cellbench worker")
+            self._process = context.Process(target=_work, args=(theirs, self._job, self._cores), daemon=True, name="cellbench worker")
             self._process.start()
         theirs.close()
 
-    def buried(self) -> str:
-        """How the dead process ended. Waited for, since its runs count as alive while the system knows its number."""
+    def receive(self) -> Message:
+        """The next message about its item; its death is one too."""
+        item = self.item
+        assert item is not None
+        try:
+            kind, content = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            kind, content = "lost", self._reap()
+        if kind != "say":
+            self.item = None
+        return Message(item=item, kind=kind, content=content)
+
+    def _reap(self) -> str:
+        """How the dead process ended. Waited for, since its runs count as alive while its process id exists."""
         self._process.join()
         code, self._process = self._process.exitcode, None
         self.pipe.close()
-        return f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
+        return f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
-    def leave(self, kindly: bool = False) -> None:
+    def leave(self, now: bool = False) -> None:
         """Asks the process to end: after its work, or now."""
+        self.left = True
         if self._process is None:
             return
-        if kindly:
+        if not now:
             with contextlib.suppress(BrokenPipeError):
                 self.pipe.send(None)
         elif self._process.is_alive():
@@ -161,18 +162,13 @@ def assign_cores(machines: Sequence[Hardware]) -> list[list[int]]:
     """The processors that each worker is pinned to, none twice; empty lists where the system cannot pin."""
     if not hasattr(os, "sched_getaffinity"):
         return [[] for _ in machines]
-    there = sorted(os.sched_getaffinity(0))
-    out, first = [], 0
-    for machine in machines:
-        num = machine.lanes * machine.threads
-        out.append(there[first : first + num])
-        first += num
-    return out
+    free = iter(sorted(os.sched_getaffinity(0)))
+    return [list(itertools.islice(free, machine.lanes * machine.threads)) for machine in machines]
 
 
 @contextlib.contextmanager
 def pin_to_cores(cores: Sequence[int]) -> Iterator[None]:
-    """Inside ``with``, this thread and those that it starts keep to these processors; with none named, nothing is changed."""
+    """Inside ``with``, this thread and those that it starts keep to these processors; without any, nothing is changed."""
     if not cores:
         yield
         return
@@ -198,34 +194,34 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _work(pipe: Connection[Any, Any], order: JobSpec, cores: Sequence[int]) -> None:
+def _work(pipe: Connection[Any, Any], job: JobSpec, cores: Sequence[int]) -> None:
     """A worker process, from its start to its end."""
     if cores:
         os.sched_setaffinity(0, cores)
-    signal.signal(signal.SIGTERM, _told_to_end)
-    signal.signal(signal.SIGINT, _told_to_end)
-    threading.Thread(target=_outlive_no_driver, daemon=True).start()
+    signal.signal(signal.SIGTERM, _exit_once)
+    signal.signal(signal.SIGINT, _exit_once)
+    threading.Thread(target=_end_with_driver, daemon=True).start()
     try:
-        hand = CohortWorker(order, lambda text: pipe.send(("say", text)))
-        while (asked := pipe.recv()) is not None:
-            pipe.send(("done", hand.cohort(*asked)))
+        worker = CohortWorker(job, lambda text: pipe.send(("say", text)))
+        while (task := pipe.recv()) is not None:
+            pipe.send(("done", worker.cohort(*task)))
     except CellbenchError as error:
         pipe.send(("refused", str(error)))
     except (EOFError, BrokenPipeError):
         return  # the driver is gone
-    except Exception:  # a bug: its traceback is told where somebody reads it
-        pipe.send(("broke", traceback.format_exc()))
+    except Exception:  # a bug: its traceback is shown where somebody reads it
+        pipe.send(("error", traceback.format_exc()))
 
 
-def _told_to_end(number: int, frame: object) -> NoReturn:
+def _exit_once(number: int, frame: object) -> NoReturn:
     # Once: what follows marks the runs as interrupted, and Ctrl-C reaches a worker both from the terminal and from its driver.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
-def _outlive_no_driver() -> None:
-    """Ends the process as if it were told to, when its driver was killed."""
+def _end_with_driver() -> None:
+    """Ends the process as SIGTERM does, when its driver was killed."""
     driver = multiprocessing.parent_process()
     assert driver is not None
     driver.join()

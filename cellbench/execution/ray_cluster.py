@@ -1,6 +1,7 @@
-"""Ray's one door: a cluster is joined or started, its nodes are looked at, and processes on them are asked for what a cohort needs.
+"""The only module that imports Ray: joins or starts a cluster, lists its nodes, and starts workers on them with the resources they need.
 
-Ray's own retries are off: whoever hands work out hands it out again. Every node opens data, weights, cards and the store by the driver's paths.
+Ray's own retries are off: lost work is handed out again by ``work_queue``. Every node opens data, weights, cards and the store by the driver's
+paths.
 """
 
 from __future__ import annotations
@@ -14,13 +15,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError, one_line
-from cellbench.execution.planning import PlannedRun
 from cellbench.execution.worker_job import CohortWorker, JobSpec, apply_job_environment, check_same_version, code_version
 from cellbench.features.extractor import FeaturePass
 from cellbench.files import write_atomic
@@ -29,17 +28,17 @@ from cellbench.tracking.schema import this_owner
 from cellbench.tracking.sqlite_store import store_file
 
 OBJECTS_BYTES = 200 * 2**20
-"""Of a Ray that is started here. What travels is a few kilobytes; features go through the cache folder, not through Ray."""
+"""Object store of a Ray that is started here. Messages are a few kilobytes; features go through the cache folder, not through Ray."""
 PROCESS_BYTES = 700 * 2**20
 """Python with torch, MLflow and the drawing libraries loaded, measured."""
-ANSWER_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
 CLIENT_PORT = 10001
-HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""Of HTTP/2, with empty settings, which a gRPC server answers with its own: a frame whose fourth byte is 4 (RFC 9113)."""
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""Of HTTP/2, with empty settings. A gRPC server answers with its own settings: a frame whose fourth byte is 4 (RFC 9113)."""
 
 
 def check_address(on: str, gpu_share: float = 1.0) -> str:
-    """``on`` where it can be joined, as it seems. Raises CellbenchError. Ray itself would try a dead address for a minute."""
+    """``on``, if it looks like a cluster that can be joined. Raises CellbenchError. Ray itself would try a dead address for a minute."""
     if not 0 < gpu_share <= 1:
         raise CellbenchError(f"--gpu-share {gpu_share:g}: expected more than 0 and at most 1.")
     name, slashes, address = on.partition("://")
@@ -61,8 +60,8 @@ def check_address(on: str, gpu_share: float = 1.0) -> str:
             f"--on {on}: that is the port of Ray's client. Name the cluster's own, as in `ray start --address HOST:PORT` (6379)."
         )
     try:
-        with socket.create_connection((host, int(port)), timeout=ANSWER_S) as there:
-            there.sendall(HELLO)
+        with socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S) as there:
+            there.sendall(HTTP2_PREFACE)
             if there.recv(4)[3:] != b"\4":
                 raise CellbenchError(
                     f"--on {on}: what listens at {host}:{port} is not a Ray cluster. `ray status` on its head node names the port."
@@ -83,7 +82,7 @@ def connect(on: str, machine: Hardware) -> Iterator[Any]:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": "CRITICAL"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
     try:
         if address:
             ray.init(address=address, **quiet)
@@ -99,45 +98,43 @@ def connect(on: str, machine: Hardware) -> Iterator[Any]:
 
 
 Node = dict[str, float]
-"""What one node of the cluster has: ``CPU``, ``GPU`` and ``memory`` (bytes)."""
+"""Resources of one node of the cluster: ``CPU``, ``GPU`` and ``memory`` (bytes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceRequest:
-    """What a cohort asks of a node."""
+    """What a worker needs of a node."""
 
     cpus: int
     gpus: float
     memory_bytes: int
 
     def times(self, node: Node) -> int:
-        """How many of these a node has."""
-        asked = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory_bytes}
-        return min(int(node.get(name, 0) / num + 1e-6) for name, num in asked.items() if num)
+        """How many of these fit onto a node."""
+        needed = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory_bytes}
+        return min(int(node.get(name, 0) / num + 1e-6) for name, num in needed.items() if num)
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         gpus = f"{self.gpus:g} of a GPU, " if self.gpus else ""
         return f"{gpus}{self.cpus} core{'s' * (self.cpus > 1)} and {self.memory_bytes / 2**30:.1f} GiB of memory"
 
 
-def resources_for(jobs: Sequence[PlannedRun], registry: Registry, machine: Hardware, gpu_share: float) -> ResourceRequest:
-    """For a cohort on such a share of a machine: its memory is what a process takes, the backbone's weights and the share's budget."""
-    backbone = jobs[0].run.backbone
-    return resources_for_size(registry.backbone(backbone).params_m if backbone else 0.0, machine, gpu_share)
+def resources_for(params_m: float, machine: Hardware, gpu_share: float) -> ResourceRequest:
+    """For a worker on such a share of a machine and a backbone of ``params_m`` million parameters.
 
-
-def resources_for_size(params_m: float, machine: Hardware, gpu_share: float) -> ResourceRequest:
+    Its memory is that of a process, the backbone's weights and the share's budget.
+    """
     gpus = gpu_share if machine.device.type == "cuda" else 0.0
     memory = PROCESS_BYTES + int(params_m * 4e6) + machine.memory_bytes
     return ResourceRequest(cpus=machine.lanes * machine.threads, gpus=gpus, memory_bytes=memory)
 
 
 def resource_share(machine: Hardware, nodes: Sequence[Node], num: int, gpu_share: float) -> Hardware:
-    """What of its node one of ``num`` cohorts gets. Raises CellbenchError where that is more than any node has.
+    """The part of a node for one of ``num`` workers. Raises CellbenchError where that is more than any node has.
 
-    On processors as many lanes as keep the cluster's cores busy, of the driver's threads each; on GPUs one lane, and of its node's cores as
-    many as its part of the node's GPUs.
+    On CPUs as many lanes as keep the cluster's cores busy, of the driver's threads each; on GPUs one lane, with the same part of the node's
+    cores as of its GPUs.
     """
     if machine.device.type == "cuda":
         slots = [int(node.get("GPU", 0) / gpu_share + 1e-6) for node in nodes]  # three times a third is one
@@ -160,58 +157,62 @@ def resource_share(machine: Hardware, nodes: Sequence[Node], num: int, gpu_share
     return replace(machine, lanes=lanes, memory_bytes=max(2**26, min(machine.memory_bytes, (memory - PROCESS_BYTES) // 2)))
 
 
-class RayWorker:
-    """The actor's class: a `Hand` on some node, and what it said."""
+Reply = tuple[Literal["done", "refused", "error", "lost"], Any, list[str]]
+"""Of a worker: what it returned, or a text that says why it did not; and lines for people."""
 
-    def __init__(self, order: bytes, theirs: str, token: str) -> None:
-        self._order, self._theirs, self._token = order, theirs, token
+
+class RayWorker:
+    """The actor's class: a :class:`CohortWorker` on some node."""
+
+    def __init__(self, job: bytes, version: str, token: str) -> None:
+        self._job, self._version, self._token = job, version, token
 
     def where(self) -> tuple[str, str]:
         """Its name as the owner of runs, and its node."""
         return this_owner(), _node_here()
 
-    def cohort(self, fingerprints: list[str], title: str, halvings: int) -> tuple[str, Any, list[str]]:
-        """``done`` and the outcome, or ``refused`` and why; and the lines for people."""
-        return self._do(lambda order, say: CohortWorker(order, say).cohort(fingerprints, title, halvings))
+    def cohort(self, fingerprints: list[str], title: str, halvings: int) -> Reply:
+        """Runs a cohort; returns its outcome."""
+        return self._reply(lambda job, say: CohortWorker(job, say).cohort(fingerprints, title, halvings))
 
-    def passes(self, cohorts: list[list[str]]) -> tuple[str, Any, list[str]]:
-        """Of each cohort the passes that it will keep on disk."""
-        return self._do(lambda order, say: CohortWorker(order, say).passes(cohorts))
+    def passes(self, cohorts: list[list[str]]) -> Reply:
+        """Returns the passes that each cohort will keep on disk."""
+        return self._reply(lambda job, say: CohortWorker(job, say).passes(cohorts))
 
-    def fill(self, fingerprints: list[str], more: list[str], shards: list[tuple[FeaturePass, int]]) -> tuple[str, Any, list[str]]:
-        """Computes shards of a cohort's passes. The outcome is whether the cache folder that they lie in now is the driver's."""
+    def fill(self, fingerprints: list[str], readers: list[str], shards: list[tuple[FeaturePass, int]]) -> Reply:
+        """Computes shards of a cohort's passes. Returns whether the cache folder that holds them is the driver's."""
 
-        def fill(order: JobSpec, say: Callable[[str], None]) -> bool:
-            CohortWorker(order, say).fill(fingerprints, more, shards)
-            return self._shares(order)
+        def fill(job: JobSpec, say: Callable[[str], None]) -> bool:
+            CohortWorker(job, say).fill(fingerprints, readers, shards)
+            return self._shares_cache(job)
 
-        return self._do(fill)
+        return self._reply(fill)
 
-    def help(self, work: bytes) -> tuple[str, Any, list[str]]:
-        """Does a pickled work that takes the order."""
-        return self._do(lambda order, say: pickle.loads(work)(order))
+    def call(self, function: bytes) -> Reply:
+        """Calls a pickled function with the job."""
+        return self._reply(lambda job, say: pickle.loads(function)(job))
 
-    def _do(self, work: Callable[[JobSpec, Callable[[str], None]], Any]) -> tuple[str, Any, list[str]]:
+    def _reply(self, work: Callable[[JobSpec, Callable[[str], None]], Any]) -> Reply:
         lines: list[str] = []
         try:
-            return "done", work(self._fit(), lines.append), lines
+            return "done", work(self._checked_job(), lines.append), lines
         except CellbenchError as error:
             return "refused", str(error), lines
 
-    def _fit(self) -> JobSpec:
-        """The order, where this node can carry it out. Raises CellbenchError."""
-        check_same_version(self._theirs)  # before anything of another version is unpickled
-        order: JobSpec = pickle.loads(self._order)
-        if not order.cache_url and not self._shares(order):
+    def _checked_job(self) -> JobSpec:
+        """The job, if this node can execute it. Raises CellbenchError."""
+        check_same_version(self._version)  # before anything of another version is unpickled
+        job: JobSpec = pickle.loads(self._job)
+        if not job.cache_url and not self._shares_cache(job):
             raise CellbenchError(
-                f"{this_owner()} does not see the cache folder {order.cache}. Name one that all nodes share with --cache, or a URL with --cache-url."
+                f"{this_owner()} does not see the cache folder {job.cache}. Name one that all nodes share with --cache, or a URL with --cache-url."
             )
-        if order.machine.device.type == "cuda" and not torch.cuda.is_available():
-            raise CellbenchError(f"{this_owner()} was given a GPU, but torch sees none there. Mend its driver, or use --device cpu.")
-        return apply_job_environment(order)
+        if job.machine.device.type == "cuda" and not torch.cuda.is_available():
+            raise CellbenchError(f"{this_owner()} was given a GPU, but torch finds none there. Repair its driver, or use --device cpu.")
+        return apply_job_environment(job)
 
-    def _shares(self, order: JobSpec) -> bool:
-        return (order.cache / self._token).is_file()
+    def _shares_cache(self, job: JobSpec) -> bool:
+        return (job.cache / self._token).is_file()
 
 
 def _node_here() -> str:
@@ -232,48 +233,95 @@ def live_nodes(ray: Any, *stores: str) -> dict[str, Node]:
     return {node["NodeID"]: node["Resources"] for node in there}
 
 
-def leave_marker(cache: Path) -> str:
-    """The name of a new file there, by which nodes see that they share the folder."""
-    token = f".ray-{uuid.uuid4().hex}"
-    write_atomic(cache / token, "nodes that see this file share the cache folder")
-    return token
-
-
 def nearest_node(held: Mapping[str, int], free: Mapping[str, int]) -> str:
-    """The node that holds the most of some shards, of those with room; empty where none has both. ``free``: for how many more each has room.
+    """The node that holds the most shards, of those with room; empty where none has both. ``free``: for how many more workers each has room.
 
-    >>> near({"a": 3, "b": 5, "c": 9}, {"a": 1, "b": 2, "c": 0})
+    >>> nearest_node({"a": 3, "b": 5, "c": 9}, {"a": 1, "b": 2, "c": 0})
     'b'
     """
     return max((node for node in held if free.get(node, 0) > 0), key=lambda node: held[node], default="")
 
 
-def start_actor(ray: Any, wish: ResourceRequest, order: JobSpec, token: str, title: str, node: str = "") -> Any:
-    """A process on the cluster, as soon as there is room: on this node, while it is there, else on any."""
-    threads = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(order.machine.threads)}
-    asked: dict[str, Any] = {
-        "num_cpus": wish.cpus,
-        "num_gpus": wish.gpus,
-        "memory": wish.memory_bytes,
-        "runtime_env": {"env_vars": threads},
-    }
-    if node:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ActorTask:
+    """A worker on the cluster and its one task."""
 
-        asked["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
-    made = ray.remote(RayWorker).options(**asked, max_restarts=0, max_task_retries=0, name=f"{title}, {uuid.uuid4().hex[:6]}")
-    return made.remote(pickle.dumps(order), code_version(), token)
+    item: Any
+    """What the caller started it for."""
+    request: ResourceRequest
+    actor: Any
+    result: Any
+    """Ray's reference to its reply."""
+    where: Any
+    """Ray's reference to its owner's name and its node."""
+    node: str
+    """The node that was asked for; empty: any."""
 
 
-def actor_result(ray: Any, one: Any) -> tuple[str, Any, list[str]] | str:
-    """What an actor came to: ``done`` or ``refused``, and so on; or how it was lost. Raises CellbenchError where it could not even be made."""
-    errors = ray.exceptions
-    try:
-        return ray.get(one)
-    except (errors.RayActorError, errors.OutOfMemoryError, errors.WorkerCrashedError, errors.NodeDiedError) as error:
-        if "creation task" in str(error):
-            why = one_line(RuntimeError(str(error).strip().splitlines()[-1]))[:200]
-            raise CellbenchError(f"--on ray: a node cannot load cellbench ({why}). Install the same version on all nodes.") from None
-        return type(error).__name__
-    except errors.RayTaskError as error:
-        raise RuntimeError(f"in a process on Ray:\n{error}") from error  # our own bug
+class ActorPool:
+    """Workers of one driver on the cluster, each with one task. A file in the cache folder shows them whether they share it."""
+
+    def __init__(self, ray: Any, cache: Path) -> None:
+        self._ray = ray
+        self.tasks: dict[Any, ActorTask] = {}
+        self._marker = cache / f".ray-{uuid.uuid4().hex}"
+        write_atomic(self._marker, "nodes that see this file share the cache folder")
+
+    def close(self) -> list[ActorTask]:
+        """Kills all workers. Gives the tasks that were not done."""
+        left = list(self.tasks.values())
+        for task in left:
+            self.kill(task)
+        self._marker.unlink(missing_ok=True)
+        return left
+
+    def kill(self, task: ActorTask) -> None:
+        self._ray.kill(task.actor)
+        self.tasks.pop(task.result, None)
+
+    def start(self, job: JobSpec, request: ResourceRequest, title: str, method: str, *args: Any, item: Any = None, node: str = "") -> None:
+        """Starts a worker that calls a method of :class:`RayWorker`, as soon as there is room: on this node while it exists, else on any."""
+        environment = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(job.machine.threads)}
+        options: dict[str, Any] = {
+            "num_cpus": request.cpus,
+            "num_gpus": request.gpus,
+            "memory": request.memory_bytes,
+            "runtime_env": {"env_vars": environment},
+        }
+        if node:
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
+        name = f"{title}, {uuid.uuid4().hex[:6]}"
+        remote = self._ray.remote(RayWorker).options(**options, max_restarts=0, max_task_retries=0, name=name)
+        actor = remote.remote(pickle.dumps(job), code_version(), self._marker.name)
+        where, result = actor.where.remote(), getattr(actor, method).remote(*args)
+        self.tasks[result] = ActorTask(item=item, request=request, actor=actor, result=result, where=where, node=node)
+
+    def wait(self, timeout_s: float | None) -> Iterator[tuple[ActorTask, Reply]]:
+        """The tasks that are over after at most ``timeout_s``, with their replies."""
+        ready, _ = self._ray.wait(list(self.tasks), timeout=timeout_s) if self.tasks else ([], [])
+        for result in ready:
+            task = self.tasks.pop(result)
+            reply = self._reply(task)
+            if reply[0] != "lost":
+                self._ray.kill(task.actor)
+            yield task, reply
+
+    def _reply(self, task: ActorTask) -> Reply:
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(task.result)
+        except (errors.RayActorError, errors.OutOfMemoryError, errors.WorkerCrashedError, errors.NodeDiedError) as error:
+            if "creation task" in str(error):
+                why = one_line(RuntimeError(str(error).strip().splitlines()[-1]))[:200]
+                return "refused", f"--on ray: a node cannot load cellbench ({why}). Install the same version on all nodes.", []
+            return "lost", type(error).__name__, []
+        except errors.RayTaskError as error:  # a bug of ours
+            return "error", str(error), []
+
+    def place(self, task: ActorTask) -> tuple[str, str]:
+        """The owner's name and node of a worker; empty strings where it has not started yet."""
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            return self._ray.get(task.where, timeout=0)
+        return "", ""

@@ -1,4 +1,4 @@
-"""A search on Ray: processes that ask its study for trials, until all are told."""
+"""A search on Ray: workers that take trials from its study until all are done."""
 
 from __future__ import annotations
 
@@ -8,63 +8,60 @@ from dataclasses import replace
 from typing import Any
 
 from cellbench.errors import CellbenchError
-from cellbench.execution.ray_cluster import actor_result, leave_marker, live_nodes, resource_share, resources_for_size, start_actor
-from cellbench.execution.worker_job import MOST_DEATHS, JobSpec
+from cellbench.execution.ray_cluster import ActorPool, live_nodes, resource_share, resources_for
+from cellbench.execution.work_queue import MAX_LOSSES
+from cellbench.execution.worker_job import JobSpec
 
 
 class SearchHelpers:
-    """Processes that share a search's trials on the Ray that was joined. Inside ``with`` they work; one that is lost is replaced.
+    """Workers that share a search's trials on the Ray that was joined. They run inside ``with``; one that is lost is replaced.
 
-    ``work`` takes the order with the process's share of a machine, and can be pickled. ``num``: how many are of use; ``params_m``: of the
+    ``work`` takes the job with the worker's share of a machine, and can be pickled. ``num``: how many are useful; ``params_m``: of the
     largest backbone.
     """
 
     def __init__(
-        self, ray: Any, order: JobSpec, url: str, work: Callable[[JobSpec], None], num: int, params_m: float, gpu_share: float
+        self, ray: Any, job: JobSpec, url: str, work: Callable[[JobSpec], None], num: int, params_m: float, gpu_share: float
     ) -> None:
-        nodes = list(live_nodes(ray, order.store, url).values())
+        nodes = list(live_nodes(ray, job.store, url).values())
         self._ray, self._work = ray, pickle.dumps(work)
-        self._order = replace(order, machine=resource_share(order.machine, nodes, num, gpu_share))
-        self._need = resources_for_size(params_m, self._order.machine, gpu_share)
-        self.num = min(num, sum(self._need.times(node) for node in nodes))
+        self._job = replace(job, machine=resource_share(job.machine, nodes, num, gpu_share))
+        self._request = resources_for(params_m, self._job.machine, gpu_share)
+        self.num = min(num, sum(self._request.times(node) for node in nodes))
         if not self.num:
             raise CellbenchError(
-                f"--on ray: no node has {self._need.words}. A smaller --memory asks for less; `ray status` shows what there is."
+                f"--on ray: no node has {self._request.description}. A smaller --memory requests less; `ray status` shows the nodes."
             )
-        self._actors: dict[Any, Any] = {}
         self._losses = 0
 
     def __enter__(self) -> SearchHelpers:
-        self._token = leave_marker(self._order.cache)
+        self._pool = ActorPool(self._ray, self._job.cache)
         for _ in range(self.num):
-            self._begin()
+            self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for made in self._actors.values():
-            self._ray.kill(made)
-        (self._order.cache / self._token).unlink(missing_ok=True)
+        self._pool.close()
 
-    def _begin(self) -> None:
-        made = start_actor(self._ray, self._need, self._order, self._token, "search")
-        self._actors[made.help.remote(self._work)] = made
+    def _start(self) -> None:
+        self._pool.start(self._job, self._request, "search", "call", self._work)
 
     def look(self, wait_s: float) -> str:
-        """What is to be told after at most ``wait_s``: a process that was lost. Raises CellbenchError where one refuses, or many are lost."""
-        ready, _ = self._ray.wait(list(self._actors), timeout=wait_s) if self._actors else ([], [])
-        for one in ready:
-            del self._actors[one]
-            came = actor_result(self._ray, one)
-            if isinstance(came, str):
+        """A line for people after at most ``wait_s``, if a worker was lost. Raises CellbenchError where one refuses, or many are lost."""
+        lines = []
+        for _, (kind, content, _) in self._pool.wait(wait_s):
+            if kind == "lost":
                 self._losses += 1
-                if self._losses >= MOST_DEATHS * self.num:
-                    raise CellbenchError(f"--on ray: {self._losses} processes of the search were lost ({came}). Is there enough memory?")
-                self._begin()
-                return f"a process of the search or its node was lost ({came}); another one takes up its trials."
-            if came[0] == "refused":
-                raise CellbenchError(came[1])
-        return ""
+                if self._losses >= MAX_LOSSES * self.num:
+                    raise CellbenchError(f"--on ray: {self._losses} workers of the search were lost ({content}). Is there enough memory?")
+                self._start()
+                lines.append(f"a worker of the search was lost ({content}); another one resumes its trials.")
+            elif kind == "refused":
+                raise CellbenchError(content)
+            elif kind == "error":
+                raise RuntimeError(f"in a worker process:\n{content}")
+        return "\n".join(lines)
 
     @property
     def working(self) -> bool:
-        return bool(self._actors)
+        return bool(self._pool.tasks)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cellbench.execution.planning import PlannedRun
+from cellbench.execution.planning import ResolvedRun
 from cellbench.tracking.tracker import Run
 from cellbench.training import checkpoints
 
@@ -15,10 +15,10 @@ from cellbench.training import checkpoints
 class TrialCallback(Protocol):
     """Who follows runs that end after validation: the test images are never read for them."""
 
-    def opened(self, job: PlannedRun, run: Run) -> None:
+    def opened(self, job: ResolvedRun, run: Run) -> None:
         """Told of each run as it begins or goes on."""
 
-    def epoch(self, job: PlannedRun, epoch: int, metrics: dict[str, float]) -> bool:
+    def epoch(self, job: ResolvedRun, epoch: int, metrics: dict[str, float]) -> bool:
         """Told each epoch's metrics; False ends the run as pruned."""
 
 
@@ -26,7 +26,7 @@ class TrialCallback(Protocol):
 class RunLogger:
     """A run's numbers to MLflow, its state to the cache."""
 
-    job: PlannedRun
+    job: ResolvedRun
     run: Run
     place: Path
     watch: TrialCallback | None = None

@@ -1,6 +1,6 @@
-"""Runs cohorts: each through one frozen pass, every run trained, tested and kept in MLflow, its mark as finished written last.
+"""Runs cohorts: each through one frozen pass, every run trained, tested and logged to MLflow, its status ``finished`` written last.
 
-What was interrupted goes on from its checkpoint; what another process is at is left to it.
+An interrupted run is resumed from its checkpoint; a run that another process is executing is left to that process.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry, load
-from cellbench.config.run import NUMERICS_VERSION, RunSpec
+from cellbench.config.run import NUMERICS_VERSION
 from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
@@ -30,7 +31,7 @@ from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.errors import WeightsUnavailable, one_line, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import TestResult
-from cellbench.execution.planning import PlannedRun, backbone_identity
+from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.run_logger import RunLogger, TrialCallback
 from cellbench.features.extractor import CachePolicy, Features, non_finite_reason
 from cellbench.features.frozen_backbone import FrozenBackbone
@@ -38,7 +39,7 @@ from cellbench.features.remote_cache import RemoteCache, shared_url
 from cellbench.hardware import Hardware, is_out_of_memory, peak_memory_mib, release_memory
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.models.backbones.base import Backbone
-from cellbench.models.backbones.build import open_backbone, weights_digest
+from cellbench.models.backbones.build import open_backbone
 from cellbench.system_load import SystemLoad
 from cellbench.tracking.schema import LIMIT, WEIGHTS, RunState, run_params
 from cellbench.tracking.system_metrics import log_system_metrics
@@ -48,34 +49,52 @@ from cellbench.training.cost_estimate import InferenceSpeed, inference_speeds, l
 from cellbench.training.evaluator import CohortEvaluator
 from cellbench.training.fit import fit
 from cellbench.training.memory_check import why_frames_too_large
-from cellbench.training.model import build_model, num_levels
+from cellbench.training.model import build_model
 from cellbench.training.separation_tuning import choose_separations, tune_separation
 from cellbench.training.tiled_inference import score_images
 from cellbench.training.trainer import HeadTrainer
 
-MOST_HALVINGS = 3
+MAX_HALVINGS = 3
 """Of the chunks that go through the backbone at once, when memory runs out."""
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What became of an experiment's runs."""
+    """The result of an experiment's runs, by run name."""
 
     finished: dict[str, RunState] = field(default_factory=dict)
-    """By run name."""
     validated: dict[str, RunState] = field(default_factory=dict)
-    """Runs that were to be validated only, and were."""
+    """Trials of a search: trained and validated, not tested."""
     pruned: dict[str, RunState] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     busy: list[str] = field(default_factory=list)
-    """Being run by another process at this moment."""
+    """Being executed by another process at this moment."""
     num_new: int = 0
 
 
 @dataclass(kw_only=True)
+class ActiveRun:
+    """A run of the cohort that is being executed: resolved, and open in MLflow."""
+
+    resolved: ResolvedRun
+    run: Run
+
+    @property
+    def name(self) -> str:
+        return self.resolved.name
+
+    @property
+    def checkpoint(self) -> Path:
+        return checkpoints.checkpoint_path(self.resolved.fingerprint, self.run.key)
+
+
+Trained = list[tuple[ActiveRun, HeadTrainer]]
+
+
+@dataclass(kw_only=True)
 class Runner:
-    """Everything that the cohorts of one call share."""
+    """What the cohorts of one call share."""
 
     experiment: Experiment
     registry: Registry
@@ -86,108 +105,163 @@ class Runner:
     tracker: Tracker
     parent_id: str
     disk_bytes: int = 0
-    """What may be spent on features in the cache folder."""
+    """Limit for features in the cache folder."""
     prefer_disk: bool = False
     say: Callable[[str], None] = print
     watch: TrialCallback | None = None
-    """Given for runs that are to be validated and not tested."""
+    """Set for the trials of a search, which are validated and not tested."""
 
     def __post_init__(self) -> None:
-        self._backbones: dict[str, Backbone] = {}
+        self._backbone: tuple[str, Backbone] | None = None
         self._shared = RemoteCache(url, self.say) if (url := shared_url()) else None
-        self._turn_to(self.datasets[0])
+        self._select(self.datasets[0])
 
-    def _turn_to(self, dataset: Dataset) -> None:
+    def _select(self, dataset: Dataset) -> None:
         """The data of the next cohort."""
         self.dataset = dataset
         # A third for decoded images; features get the rest. Both are upper bounds, not reservations.
         third = self.machine.memory_bytes // 3
         share = {"train": 0.6, "val": 0.2, "test": 0.2}
-        self._pixels = {split: ImageCache(dataset, split, int(third * part)) for split, part in share.items()}
+        self._images = {split: ImageCache(dataset, split, int(third * part)) for split, part in share.items()}
 
-    def skip(self, job: PlannedRun, old: RunState | None) -> None:
-        """Marks a run that cannot be had, once for each reason."""
-        if old is not None and old.status == "skipped" and old.reason == job.unavailable[:4000]:
+    # --- the store ----------------------------------------------------------------------------------------------------------------
+
+    def skip(self, resolved: ResolvedRun, old: RunState | None) -> None:
+        """Marks a run as skipped, once for each reason."""
+        if old is not None and old.status == "skipped" and old.reason == resolved.unavailable[:4000]:
             return
-        with self._run(job, old) as run:
-            run.end("skipped", job.unavailable)
+        with self._open(resolved, old) as run:
+            run.end("skipped", resolved.unavailable)
 
-    def give_up(self, jobs: list[PlannedRun], reason: str, out: Outcome) -> None:
-        """Marks what is not finished of a cohort as failed, when the processes that were at it are lost."""
+    def give_up(self, cohort: Sequence[ResolvedRun], reason: str, out: Outcome) -> None:
+        """Marks the unfinished runs of a cohort as failed, after its workers were lost."""
         with self.tracker.lock():
             known = self.tracker.known()
-            for job in jobs:
-                old = known.get(job.fingerprint)
+            for resolved in cohort:
+                old = known.get(resolved.fingerprint)
                 if old is not None and old.status == "finished":
-                    out.finished[job.name] = old
+                    out.finished[resolved.name] = old
                     continue
-                with self._run(job, old) as run:
-                    self._fail([run], [job], reason, out)
+                with self._open(resolved, old) as run:
+                    self._fail(ActiveRun(resolved=resolved, run=run), reason, out)
 
-    def release(self, jobs: list[PlannedRun], owner: str) -> None:
-        """Sets the runs free that a lost process elsewhere, ``owner``, was at: the next one takes them up at once."""
+    def release(self, cohort: Sequence[ResolvedRun], owner: str) -> None:
+        """Marks the runs of ``owner``, a lost process elsewhere, as interrupted, so that the next worker can claim them at once."""
         with self.tracker.lock():
             known = self.tracker.known()
-            for job in jobs:
-                old = known.get(job.fingerprint)
+            for resolved in cohort:
+                old = known.get(resolved.fingerprint)
                 if old is not None and old.status == "running" and old.owner == owner:
                     self.tracker.interrupted(old)
 
     @contextlib.contextmanager
-    def _run(self, job: PlannedRun, old: RunState | None) -> Iterator[Run]:
-        """A job's run, open inside ``with``: a new one with its params, or the one that MLflow knows gone on with."""
-        with self.tracker.run(job.name, job.fingerprint, parent=self.parent_id, known=old, tags=self._tags(job.run)) as run:
-            if old is None:
-                run.log({}, params=run_params(job.run, self.dataset.name, job.precision))
-            yield run
-
-    def _tags(self, run: RunSpec) -> dict[str, str]:
-        params = run_params(run, self.dataset.name, self.machine.precision_name)
-        tags = {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": run.model}
+    def _open(self, resolved: ResolvedRun, old: RunState | None) -> Iterator[Run]:
+        """The run in MLflow, open inside ``with``: a new one with its params, or ``old``, resumed."""
+        params = run_params(resolved.run, self.dataset.name, resolved.precision)
+        tags = {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": resolved.run.model}
         if self.dataset.limited:
             tags[LIMIT] = str(self.experiment.data.limit)
-        with contextlib.suppress(WeightsUnavailable):
-            if run.backbone is not None:
-                tags[WEIGHTS] = weights_digest(self.registry.backbone(run.backbone), self.weights, download=False)
-        return tags
+        if resolved.weights_digest:
+            tags[WEIGHTS] = resolved.weights_digest
+        with self.tracker.run(resolved.name, resolved.fingerprint, parent=self.parent_id, known=old, tags=tags) as run:
+            if old is None:
+                run.log({}, params=params)
+            yield run
+
+    def _claim(self, cohort: Sequence[ResolvedRun], stack: contextlib.ExitStack, out: Outcome) -> list[ActiveRun]:
+        """Opens the cohort's runs, except those that have ended or that another process is executing."""
+        active = []
+        with self.tracker.lock():
+            known = self.tracker.known()
+            for resolved in cohort:
+                old = known.get(resolved.fingerprint)
+                if old is not None and old.status == "finished":
+                    out.finished[resolved.name] = old
+                elif old is not None and self.watch is not None and old.status in ("validated", "pruned"):
+                    (out.validated if old.status == "validated" else out.pruned)[resolved.name] = old
+                elif old is not None and old.alive:
+                    out.busy.append(resolved.name)
+                    self.say(f"{resolved.name} is being run by {old.owner} at this moment and is left to it.")
+                else:
+                    run = stack.enter_context(self._open(resolved, old))
+                    if old is None:
+                        run.data(self.dataset.name, self.dataset.digest, str(self.dataset.root), "training")
+                    if self.watch is not None:
+                        self.watch.opened(resolved, run)
+                    active.append(ActiveRun(resolved=resolved, run=run))
+        return active
+
+    def _fail(self, one: ActiveRun, reason: str, out: Outcome) -> None:
+        if not one.run.ended:
+            one.run.end("failed", reason)
+            checkpoints.delete_checkpoint(one.checkpoint)
+            out.failed[one.name] = reason
+            self.say(f"failed {one.name}: {reason}")
+
+    @staticmethod
+    def _skip(active: Sequence[ActiveRun], reason: str, out: Outcome) -> None:
+        for one in active:
+            if not one.run.ended:
+                one.run.end("skipped", reason)
+                out.skipped[one.name] = reason
+
+    def _finish(self, one: ActiveRun, result: TestResult, out: Outcome) -> None:
+        """Logs a run's test; the status ``finished`` is written last."""
+        plan = SamplingPlan(self._images["train"].sizes_px, one.resolved.run) if result.learner is not None else None
+        with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
+            seen = seen_images.record_seen_images(self.dataset, plan.seen if plan else ())
+            artifacts.write_artifacts(
+                Path(folder), one.name, one.resolved.run, self.experiment, self.datasets, self._images["test"], result, seen
+            )
+            one.run.artifacts(Path(folder))
+        metrics = artifacts.final_metrics(self.dataset, result)
+        # At step 0: a single value there is a bar in the UI's charts, at any other step a lone dot. ``best/epoch`` says which epoch it was.
+        tags = artifacts.run_tags(one.name, metrics, self.machine.name, one.run.address("figures/worst.png"))
+        one.run.end("finished", metrics=metrics, tags=tags | {"cellbench.separation": result.exam.separation.words})
+        checkpoints.delete_checkpoint(one.checkpoint)
+        out.finished[one.name] = RunState(run_id=one.run.run_id, name=one.name, status="finished", metrics=metrics)
 
     # --- one cohort ---------------------------------------------------------------------------------------------------------------
 
-    def cohort(self, jobs: list[PlannedRun], title: str, out: Outcome) -> None:
-        """Runs the jobs of one cohort to their ends, and says in ``out`` what became of each."""
-        if self.datasets[jobs[0].run.fold] is not self.dataset:
-            self._turn_to(self.datasets[jobs[0].run.fold])
+    def cohort(self, cohort: Sequence[ResolvedRun], title: str, out: Outcome) -> None:
+        """Executes the runs of one cohort and adds their results to ``out``."""
+        if (dataset := self.datasets[cohort[0].run.fold]) is not self.dataset:
+            self._select(dataset)
         with contextlib.ExitStack() as stack:
-            opened = self._open(jobs, stack, out)
-            if not opened:
+            active = self._claim(cohort, stack, out)
+            if not active:
                 return
-            jobs = [job for job, _ in opened]
             if self.watch is None:
                 artifacts.import_plotting()
-            stack.enter_context(log_system_metrics(self.tracker, [run.run_id for _, run in opened]))
+            stack.enter_context(log_system_metrics(self.tracker, [one.run.run_id for one in active]))
             try:
-                self._within_memory(opened, title, out)
+                self._within_memory(active, title, out)
             except WeightsUnavailable as error:
-                self._skip(opened, one_line(error), out)
-                more = f"{len(jobs)} runs ({jobs[0].name}, …)" if len(jobs) > 1 else jobs[0].name
+                self._skip(active, one_line(error), out)
+                more = f"{len(active)} runs ({active[0].name}, …)" if len(active) > 1 else active[0].name
                 self.say(f"skipped {more}: {one_line(error)}")
         release_memory()
-        out.num_new += len(opened)
+        out.num_new += len(active)
 
-    def _within_memory(self, opened: list[tuple[PlannedRun, Run]], title: str, out: Outcome) -> None:
-        """Runs the cohort, from its checkpoints again with smaller chunks where memory runs out, and fails it where that is not enough."""
+    def _within_memory(self, active: list[ActiveRun], title: str, out: Outcome) -> None:
+        """Executes the cohort; where memory runs out, resumes from the checkpoints with smaller chunks, and fails where that is not enough."""
         whole = self.machine
         try:
             while True:
                 try:
-                    self._untrained(opened, out) if self._is_untrained(opened[0][0].run) else self._trained(opened, title, out)
+                    if active[0].resolved.trained:
+                        self._train(active, title, out)
+                    else:
+                        for one in active:
+                            self._apply(one, out)
                     return
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    opened = [(job, run) for job, run in opened if not run.ended]
-                    if not opened or self.machine.chunk == 1 or self.machine.halvings >= MOST_HALVINGS:
-                        self._fail([run for _, run in opened], [job for job, _ in opened], f"out of memory: {one_line(error)}", out)
+                    active = [one for one in active if not one.run.ended]
+                    if not active or self.machine.chunk == 1 or self.machine.halvings >= MAX_HALVINGS:
+                        for one in active:
+                            self._fail(one, f"out of memory: {one_line(error)}", out)
                         return
                 # Out here, where the error no longer holds the tensors of its frames.
                 self.machine = self.machine.smaller(1)
@@ -197,152 +271,157 @@ class Runner:
         finally:
             self.machine = whole
 
-    def _open(self, jobs: list[PlannedRun], stack: contextlib.ExitStack, out: Outcome) -> list[tuple[PlannedRun, Run]]:
-        """Claims and opens the cohort's runs, except those that another process is at."""
-        opened = []
-        with self.tracker.lock():
-            known = self.tracker.known()
-            for job in jobs:
-                old = known.get(job.fingerprint)
-                if old is not None and old.status == "finished":
-                    out.finished[job.name] = old
-                elif old is not None and self.watch is not None and old.status in ("validated", "pruned"):
-                    (out.validated if old.status == "validated" else out.pruned)[job.name] = old
-                elif old is not None and old.alive:
-                    out.busy.append(job.name)
-                    self.say(f"{job.name} is being run by {old.owner} at this moment and is left to it.")
-                else:
-                    run = stack.enter_context(self._run(job, old))
-                    if old is None:
-                        run.data(self.dataset.name, self.dataset.digest, str(self.dataset.root), "training")
-                    if self.watch is not None:
-                        self.watch.opened(job, run)
-                    opened.append((job, run))
-        return opened
+    # --- baselines that learn nothing ---------------------------------------------------------------------------------------------
 
-    def _is_untrained(self, run: RunSpec) -> bool:
-        return run.baseline is not None and not self.registry.baseline(run.baseline).trained
+    def _apply(self, one: ActiveRun, out: Outcome) -> None:
+        method, run, num = load(one.resolved.card), one.resolved.run, len(self.dataset.classes)
 
-    def _fail(self, runs: list[Run], jobs: list[PlannedRun], reason: str, out: Outcome) -> None:
-        for job, run in zip(jobs, runs, strict=True):
-            if not run.ended:
-                run.end("failed", reason)
-                checkpoints.delete_checkpoint(checkpoints.checkpoint_path(job.fingerprint, run.key))
-                out.failed[job.name] = reason
-                self.say(f"failed {job.name}: {reason}")
+        def segment(image: Any) -> Any:
+            return method(image, num, **run.options)
 
-    def _skip(self, opened: list[tuple[PlannedRun, Run]], reason: str, out: Outcome) -> None:
-        for job, run in opened:
-            if not run.ended:
-                run.end("skipped", reason)
-                out.skipped[job.name] = reason
+        val, test, busy, wall_s, cpu_s = self._images["val"], self._images["test"], SystemLoad(), 0.0, 0.0
+        predictions = ((k, [(segment(val[k][0]), None)]) for k in range(len(val)))
+        with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, 1, predictions)) as exams:
+            for index in tqdm(range(len(test)), desc=one.name, unit="image", leave=False):
+                image, truth = test[index]
+                start, start_cpu = time.perf_counter(), time.thread_time()
+                classes = segment(image)
+                wall_s, cpu_s = wall_s + time.perf_counter() - start, cpu_s + time.thread_time() - start_cpu
+                exams.take(index, truth, [confusion_matrix(truth, classes, num)], [(classes, None, None)])
+        speed = InferenceSpeed(wall_s=wall_s / len(test), cpu_s=cpu_s / len(test))
+        if wall_s < cost_estimate.MEASURED_S:
+            speed = cost_estimate.function_speed(segment, test)
+        cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
+        cost |= {"cost/images_per_s": 1 / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s, "cost/peak_mib": peak_memory_mib()}
+        cost |= _load_metric("cost/test_other_load_pct", busy)
+        # It sees whole images, so framing is not used; its files are read in the same way.
+        preparation = Preparation(framing=Framing.of(run), reading=self.dataset.reading, um_per_px=self.dataset.um_per_px)
+        self._finish(one, TestResult(exam=exams.exams[0], cost=cost, preparation=preparation), out)
 
-    def _untrained(self, opened: list[tuple[PlannedRun, Run]], out: Outcome) -> None:
-        for job, run in opened:
-            card = self.registry.baseline(job.run.baseline or "")
-            segment = load(card)
-            num, images, busy, wall_s, cpu_s = len(self.dataset.classes), self._pixels["test"], SystemLoad(), 0.0, 0.0
-            answers = ((k, [(segment(self._pixels["val"][k][0], num, **job.run.options), None)]) for k in range(len(self.dataset.val)))
-            with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, 1, answers)) as exams:
-                for index in tqdm(range(len(self.dataset.test)), desc=job.name, unit="image", leave=False):
-                    image, truth = images[index]
-                    start, start_cpu = time.perf_counter(), time.thread_time()
-                    classes = segment(image, num, **job.run.options)
-                    wall_s, cpu_s = wall_s + time.perf_counter() - start, cpu_s + time.thread_time() - start_cpu
-                    exams.take(index, truth, [confusion_matrix(truth, classes, num)], [(classes, None, None)])
-            cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
-            speed = InferenceSpeed(wall_s=wall_s / len(images), cpu_s=cpu_s / len(images))
-            if wall_s < cost_estimate.MEASURED_S:
-                speed = cost_estimate.function_speed(
-                    lambda image, call=segment, num=num, own=job.run.options: call(image, num, **own), images
-                )
-            cost |= {"cost/images_per_s": 1 / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s, "cost/peak_mib": peak_memory_mib()}
-            cost |= _load_metric("cost/test_other_load_pct", busy)
-            # Framing is not used by a method that sees whole images; its files are read all the same.
-            preparation = Preparation(framing=Framing.of(job.run), reading=self.dataset.reading, um_per_px=self.dataset.um_per_px)
-            self._keep(job, run, TestResult(exam=exams.exams[0], cost=cost, preparation=preparation), out)
+    # --- heads, and baselines that learn --------------------------------------------------------------------------------------------
 
-    def _trained(self, opened: list[tuple[PlannedRun, Run]], title: str, out: Outcome) -> None:
-        jobs, first, load = [job for job, _ in opened], opened[0][0].run, SystemLoad()
-        num = len(self.dataset.classes)
-        features = self.features([job.run for job in jobs])
-        trunk, plan = features.trunk, features.plan
-        learners = []
-        for job, run in opened:
-            made = build_model(job.run, self.registry, trunk, num)
-            recorder = RunLogger(job, run, checkpoints.checkpoint_path(job.fingerprint, run.key), self.watch)
-            learner = HeadTrainer(run=job.run, model=made, recorder=recorder, num_views=plan.num_views)
-            state, foreign = recorder.resumed()
-            if state is not None:
-                learner.restore(state)
-                self.say(
-                    f"{job.name} goes on after epoch {learner.epoch}{', from a checkpoint of the same run in another store' if foreign else ''}."
-                )
-            learners.append(learner)
-        if reason := why_frames_too_large([job.run for job in jobs], [learner.model for learner in learners], features):
-            self._skip(opened, reason, out)
+    def features(self, cohort: Sequence[ResolvedRun], more: Sequence[ResolvedRun] = ()) -> Features:
+        """The features of a cohort, with the levels that ``more`` runs of its backbone read too."""
+        first = cohort[0]
+        if (dataset := self.datasets[first.run.fold]) is not self.dataset:
+            self._select(dataset)
+        levels = [one.num_levels for one in (*cohort, *more) if one.num_levels]
+        trunk = FrozenBackbone(self._open_backbone(first), self.machine, levels, first.run.unfreeze)
+        plan = SamplingPlan(self._images["train"].sizes_px, first.run)
+        return Features(trunk, plan, self._images, self._cache_policy(first), any(requested(one.run.targets) for one in cohort))
+
+    def _open_backbone(self, resolved: ResolvedRun) -> Backbone | None:
+        card = resolved.backbone
+        if card is None:
+            return None
+        if self._backbone is None or self._backbone[0] != card.id:
+            self._backbone = None  # one in memory at a time: a giant one is 4.5 GB
+            self._backbone = card.id, open_backbone(card, self.weights)
+        return self._backbone[1]
+
+    def _cache_policy(self, resolved: ResolvedRun) -> CachePolicy:
+        machine, key = self.machine, ""
+        if resolved.backbone is not None:
+            # Another torch or timm may round differently, and cached features must equal fresh ones to the last bit.
+            versions = [torch.__version__, importlib.metadata.version("timm"), NUMERICS_VERSION]
+            key = json.dumps([resolved.backbone_identity, *versions, machine.device.type, machine.threads, machine.chunk])
+        return CachePolicy(
+            memory_bytes=machine.memory_bytes * 2 // 3,
+            disk_bytes=self.disk_bytes,
+            prefer_disk=self.prefer_disk,
+            key=key,
+            backbone=resolved.run.backbone or "",
+            dataset=self.dataset.name,
+            shared=self._shared,
+            tell=self.say,
+        )
+
+    def _trainer(self, one: ActiveRun, features: Features) -> HeadTrainer:
+        """The run's trainer, as it was at its last checkpoint."""
+        run = one.resolved.run
+        model = build_model(run, self.registry, features.trunk, len(self.dataset.classes))
+        logger = RunLogger(one.resolved, one.run, one.checkpoint, self.watch)
+        trainer = HeadTrainer(run=run, model=model, recorder=logger, num_views=features.plan.num_views)
+        state, foreign = logger.resumed()
+        if state is not None:
+            trainer.restore(state)
+            where = ", from a checkpoint of the same run in another store" if foreign else ""
+            self.say(f"{one.name} resumes after epoch {trainer.epoch}{where}.")
+        return trainer
+
+    def _train(self, active: list[ActiveRun], title: str, out: Outcome) -> None:
+        busy, runs = SystemLoad(), [one.resolved.run for one in active]
+        features = self.features([one.resolved for one in active])
+        trainers = [self._trainer(one, features) for one in active]
+        if reason := why_frames_too_large(runs, [trainer.model for trainer in trainers], features):
+            self._skip(active, reason, out)
             self.say(f"{title}: skipped: {reason}")
             return
-        what = f"{first.backbone or first.baseline}, {len(jobs)} run{'s' if len(jobs) > 1 else ''}"
-        self.say(f"{title}: {what}, {plan.num_views} tiles an epoch, {features.source}.")
-        epochs = max(learner.run.epochs - learner.epoch for learner in learners)
-        with tqdm(total=epochs * plan.num_views, desc=f"{title}: {what}", unit="tile", leave=False, smoothing=0.05) as bar:
-            fit(learners, features, bar)
+        num_views = features.plan.num_views
+        what = f"{runs[0].backbone or runs[0].baseline}, {len(runs)} run{'s' if len(runs) > 1 else ''}"
+        self.say(f"{title}: {what}, {num_views} tiles an epoch, {features.source}.")
+        epochs = max(run.epochs - trainer.epoch for run, trainer in zip(runs, trainers, strict=True))
+        with tqdm(total=epochs * num_views, desc=f"{title}: {what}", unit="tile", leave=False, smoothing=0.05) as bar:
+            fit(trainers, features, bar)
         release_memory()
-        self._ended(opened, learners, features, title, _load_metric("cost/train_other_load_pct", load), out)
+        load = _load_metric("cost/train_other_load_pct", busy)
+        failed = [trainer.ended.startswith("failed") for trainer in trainers]
+        # All runs of the cohort read the same features; where those are not finite, no learning rate helps.
+        cause = non_finite_reason(features) if any(failed) else ""
+        trained: Trained = []
+        for one, trainer, bad in zip(active, trainers, failed, strict=True):
+            if bad:
+                self._fail(one, cause or trainer.ended.removeprefix("failed: "), out)
+            else:
+                trained.append((one, trainer))
+        if trained and self.watch is not None:
+            self._validate(trained, features, load, out)
+        elif trained:
+            self._test(trained, features, title, load, out)
 
-    def features(self, runs: Sequence[RunSpec], more: Sequence[RunSpec] = ()) -> Features:
-        """The features of a cohort, with the levels that ``more`` runs of its backbone read too."""
-        first = runs[0]
-        if self.datasets[first.fold] is not self.dataset:
-            self._turn_to(self.datasets[first.fold])
-        levels = [n for run in (*runs, *more) if (n := num_levels(run, self.registry))]
-        trunk = FrozenBackbone(self._backbone(first.backbone), self.machine, levels, first.unfreeze)
-        plan = SamplingPlan(self._pixels["train"].sizes_px, first)
-        return Features(trunk, plan, self._pixels, self._keeping(first.backbone), any(requested(run.targets) for run in runs))
-
-    def _ended(
-        self,
-        opened: list[tuple[PlannedRun, Run]],
-        learners: list[HeadTrainer],
-        features: Features,
-        title: str,
-        load: dict[str, float],
-        out: Outcome,
-    ) -> None:
-        """``load``: of the machine while they learned, as a metric."""
-        lost = [k for k, learner in enumerate(learners) if learner.ended.startswith("failed")]
-        cause = non_finite_reason(features) if lost else ""  # every run of the cohort reads these, and no learning rate mends them
-        for k in lost:
-            self._fail([opened[k][1]], [opened[k][0]], cause or learners[k].ended.removeprefix("failed: "), out)
-        live = [k for k in range(len(learners)) if k not in lost]
-        if not live:
-            return
-        if self.watch is not None:
-            self._validated([opened[k] for k in live], [learners[k] for k in live], features, load, out)
-        else:
-            self._tested([opened[k] for k in live], [learners[k] for k in live], features, title, load, out)
-
-    def _validated(
-        self, opened: list[tuple[PlannedRun, Run]], learners: list[HeadTrainer], features: Features, load: dict[str, float], out: Outcome
-    ) -> None:
-        """Ends runs with what validation says of their best epochs, and what they cost."""
-        costs = self._costs(learners, features, load)
-        latencies = latencies_ms([learner.model for learner in learners], features)
-        for (job, run), learner, cost, latency_ms in zip(opened, learners, costs, latencies, strict=True):
-            best = {name: value for name, value in learner.history[learner.best_epoch].items() if name.startswith("val/")}
-            cost |= {"cost/latency_ms": latency_ms}
+    def _validate(self, trained: Trained, features: Features, load: dict[str, float], out: Outcome) -> None:
+        """Ends trials with the validation scores of their best epochs, and their costs."""
+        costs = self._training_costs(trained, features, load)
+        latencies = latencies_ms([trainer.model for _, trainer in trained], features)
+        for (one, trainer), cost, latency_ms in zip(trained, costs, latencies, strict=True):
+            best = {name: value for name, value in trainer.history[trainer.best_epoch].items() if name.startswith("val/")}
             # Its curves hold the validation by epoch; under "best/" stands what is compared.
-            kept = {f"best/{name.replace('/', '_')}": value for name, value in best.items()} | {"best/epoch": learner.best_epoch}
-            status = "pruned" if learner.ended == "pruned" else "validated"
-            reason = f"in epoch {learner.epoch} of {learner.run.epochs}" if status == "pruned" else ""
-            run.end(status, reason, metrics=kept | cost, tags={"cellbench.machine": self.machine.name})
-            ended = RunState(run_id=run.run_id, name=job.name, status=status, metrics=kept | cost)
-            (out.pruned if status == "pruned" else out.validated)[job.name] = ended
-            checkpoints.delete_checkpoint(checkpoints.checkpoint_path(job.fingerprint, run.key))
+            metrics = {f"best/{name.replace('/', '_')}": value for name, value in best.items()} | {"best/epoch": trainer.best_epoch}
+            metrics |= cost | {"cost/latency_ms": latency_ms}
+            status = "pruned" if trainer.ended == "pruned" else "validated"
+            reason = f"in epoch {trainer.epoch} of {trainer.run.epochs}" if status == "pruned" else ""
+            one.run.end(status, reason, metrics=metrics, tags={"cellbench.machine": self.machine.name})
+            checkpoints.delete_checkpoint(one.checkpoint)
+            ended = RunState(run_id=one.run.run_id, name=one.name, status=status, metrics=metrics)
+            (out.pruned if status == "pruned" else out.validated)[one.name] = ended
 
-    def _costs(self, learners: list[HeadTrainer], features: Features, load: dict[str, float]) -> list[dict[str, float]]:
-        """What it took to train each run; ``load``: of the machine meanwhile, as a metric."""
+    def _test(self, trained: Trained, features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
+        models, test = [trainer.model for _, trainer in trained], self._images["test"]
+        separations = tune_separation(models, features, self.dataset)
+        costs, busy = self._training_costs(trained, features, load), SystemLoad()
+        reset_timers(features.trunk, models)
+        not_finite: dict[int, str] = {}
+        bar = tqdm(score_images(models, features, "test"), total=len(test), desc=f"{title}: test", unit="image", leave=False)
+        with CohortEvaluator(self.dataset, len(models), separations) as exams:
+            for image, counts, answers in bar:
+                exams.take(image, test[image][1], counts, [(a.classes, a.cell, a.relief) for a in answers])
+                for k, answer in enumerate(answers):
+                    if not answer.finite:
+                        not_finite.setdefault(k, self.dataset.test[image].name)
+        speeds = inference_speeds(models, features)
+        test_load = _load_metric("cost/test_other_load_pct", busy)
+        for k, ((one, trainer), speed, cost) in enumerate(zip(trained, speeds, costs, strict=True)):
+            if k in not_finite:
+                self._fail(one, f"its scores for the test image {quote_name(not_finite[k])} are not finite (NaN or infinite)", out)
+                continue
+            cost |= test_load | {
+                "cost/images_per_s": self.machine.lanes / max(speed.wall_s, 1e-9),
+                "cost/image_cpu_s": speed.cpu_s * self.machine.cores_of_one,
+            }
+            self._finish(one, TestResult(exam=exams.exams[k], cost=cost, learner=trainer, preparation=features.preparation), out)
+
+    def _training_costs(self, trained: Trained, features: Features, load: dict[str, float]) -> list[dict[str, float]]:
+        """What each run's training took; ``load``: by other processes meanwhile, as a metric."""
         backbone, cores = features.trunk.backbone, self.machine.cores_of_one
         shared = {
             "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
@@ -353,103 +432,18 @@ class Runner:
         return [
             {
                 **shared,
-                "cost/train_s": learner.train_s + learner.trunk_s,
-                "cost/train_cpu_s": (learner.train_cpu_s + learner.trunk_cpu_s) * cores,
-                "cost/head_s": learner.train_s,
-                "cost/head_cpu_s": learner.train_cpu_s * cores,
-                "cost/trunk_s": learner.trunk_s,
-                "cost/trunk_cpu_s": learner.trunk_cpu_s * cores,
-                "cost/head_params": learner.model.num_params,
+                "cost/train_s": trainer.train_s + trainer.trunk_s,
+                "cost/train_cpu_s": (trainer.train_cpu_s + trainer.trunk_cpu_s) * cores,
+                "cost/head_s": trainer.train_s,
+                "cost/head_cpu_s": trainer.train_cpu_s * cores,
+                "cost/trunk_s": trainer.trunk_s,
+                "cost/trunk_cpu_s": trainer.trunk_cpu_s * cores,
+                "cost/head_params": trainer.model.num_params,
             }
-            for learner in learners
+            for _, trainer in trained
         ]
-
-    def _tested(
-        self,
-        opened: list[tuple[PlannedRun, Run]],
-        learners: list[HeadTrainer],
-        features: Features,
-        title: str,
-        load: dict[str, float],
-        out: Outcome,
-    ) -> None:
-        models = [learner.model for learner in learners]
-        parted = tune_separation(models, features, self.dataset)
-        costs, tested = self._costs(learners, features, load), SystemLoad()
-        reset_timers(features.trunk, models)
-        bad: dict[int, str] = {}
-        bar = tqdm(score_images(models, features, "test"), total=len(self.dataset.test), desc=f"{title}: test", unit="image", leave=False)
-        with CohortEvaluator(self.dataset, len(learners), parted) as exams:
-            for image, found, answers in bar:
-                exams.take(image, self._pixels["test"][image][1], found, [(a.classes, a.cell, a.relief) for a in answers])
-                for k, answer in enumerate(answers):
-                    if not answer.finite:
-                        bad.setdefault(
-                            k, f"its scores for the test image {quote_name(self.dataset.test[image].name)} are not finite (NaN or infinite)"
-                        )
-        each = inference_speeds(models, features)
-        now = _load_metric("cost/test_other_load_pct", tested)
-        for place, ((job, run), learner, speed) in enumerate(zip(opened, learners, each, strict=True)):
-            if place in bad:
-                self._fail([run], [job], bad[place], out)
-                continue
-            cost = costs[place] | now
-            cost |= {
-                "cost/images_per_s": self.machine.lanes / max(speed.wall_s, 1e-9),
-                "cost/image_cpu_s": speed.cpu_s * self.machine.cores_of_one,
-            }
-            result = TestResult(exam=exams.exams[place], cost=cost, learner=learner, preparation=features.preparation)
-            self._keep(job, run, result, out)
-            checkpoints.delete_checkpoint(checkpoints.checkpoint_path(job.fingerprint, run.key))
-
-    def _keeping(self, backbone: str | None) -> CachePolicy:
-        key = ""
-        if backbone is not None:
-            # Another torch or timm may round differently, and kept features must equal fresh ones to the last bit.
-            versions = [
-                torch.__version__,
-                importlib.metadata.version("timm"),
-                NUMERICS_VERSION,
-                self.machine.device.type,
-                self.machine.threads,
-                self.machine.chunk,
-            ]
-            key = json.dumps([backbone_identity(self.registry.backbone(backbone), self.weights), *versions])
-        return CachePolicy(
-            memory_bytes=self.machine.memory_bytes * 2 // 3,
-            disk_bytes=self.disk_bytes,
-            prefer_disk=self.prefer_disk,
-            key=key,
-            backbone=backbone or "",
-            dataset=self.dataset.name,
-            shared=self._shared,
-            tell=self.say,
-        )
-
-    def _backbone(self, name: str | None) -> Backbone | None:
-        if name is None:
-            return None
-        if name not in self._backbones:
-            self._backbones.clear()  # one in memory at a time: a giant one is 4.5 GB
-            self._backbones[name] = open_backbone(self.registry.backbone(name), self.weights)
-        return self._backbones[name]
-
-    def _trained_on(self, run: RunSpec, result: TestResult) -> Sequence[int]:
-        return SamplingPlan(self._pixels["train"].sizes_px, run).seen if result.learner is not None else ()
-
-    def _keep(self, job: PlannedRun, run: Run, result: TestResult, out: Outcome) -> None:
-        """Logs a run's test and ends it as finished: the mark is written last."""
-        with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
-            seen = seen_images.record_seen_images(self.dataset, self._trained_on(job.run, result))
-            artifacts.write_artifacts(Path(folder), job.name, job.run, self.experiment, self.datasets, self._pixels["test"], result, seen)
-            run.artifacts(Path(folder))
-        metrics = artifacts.final_metrics(self.dataset, result)
-        # At step 0: a single value there is a bar in the UI's charts, at any other step a lone dot. ``best/epoch`` says which epoch it was.
-        tags = artifacts.run_tags(job.name, metrics, self.machine.name, run.address("figures/worst.png"))
-        run.end("finished", metrics=metrics, tags=tags | {"cellbench.separation": result.exam.separation.words})
-        out.finished[job.name] = RunState(run_id=run.run_id, name=job.name, status="finished", metrics=metrics)
 
 
 def _load_metric(name: str, load: SystemLoad) -> dict[str, float]:
-    """The load by other processes as a metric; none where it is not known."""
+    """The load by other processes as a metric; none where it is unknown."""
     return {} if (pct := load.others_pct()) is None else {name: pct}

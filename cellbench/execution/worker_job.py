@@ -1,7 +1,7 @@
-"""What a process elsewhere needs to run cohorts of the same grid: small, picklable, and held against the driver's fingerprints.
+"""What a worker process needs to run cohorts of a grid: small, picklable, and checked against the driver's fingerprints.
 
-A worker opens the data, the cards and the weights itself, from the same paths. Where they, or the code, are not the driver's, its runs have
-other fingerprints, and it refuses: two versions of an experiment never end in one table.
+A worker opens data, cards and weights itself, from the same paths. Where they, or the code, differ from the driver's, its runs have other
+fingerprints, and it refuses: two versions of an experiment never end in one table.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import functools
 import hashlib
 import importlib.metadata
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from cellbench import __version__
 from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
-from cellbench.execution.planning import PlannedRun, open_folds, planned_runs
+from cellbench.execution.planning import ResolvedRun, open_folds, resolve_runs
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.features.extractor import FeaturePass
 from cellbench.features.remote_cache import shared_url
@@ -35,7 +34,7 @@ from cellbench.tracking.tracker import Tracker
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """One grid as its workers are told of it. Paths are absolute; credentials are in no fields but ``store`` and ``cache_url``, which nothing shows."""
+    """One grid, for its workers. Paths are absolute; only ``store`` and ``cache_url``, which are never shown, may hold credentials."""
 
     experiment: Experiment
     parent_id: str
@@ -52,10 +51,10 @@ class JobSpec:
     cache: Path
     store: str
     cache_url: str = ""
-    """Of the shared cache. Where there is one, machines may have a cache folder each."""
+    """Of the shared cache. With one, each machine may have a cache folder of its own."""
 
     def __repr__(self) -> str:
-        return f"Order({self.experiment.experiment!r})"
+        return f"JobSpec({self.experiment.experiment!r})"
 
 
 def job_spec(
@@ -70,7 +69,7 @@ def job_spec(
     disk_bytes: int,
     prefer_disk: bool,
 ) -> JobSpec:
-    """The order of a grid that was started here."""
+    """The job of a grid that is started here."""
     file = store_file()
     return JobSpec(
         experiment=experiment,
@@ -88,38 +87,9 @@ def job_spec(
     )
 
 
-@dataclass(kw_only=True)
-class WorkItem:
-    """A cohort on its way: handed to one worker after the other until its runs have ended."""
-
-    jobs: list[PlannedRun]
-    title: str
-    deaths: list[str]
-    """How the workers ended that were lost over it."""
-
-    @property
-    def halvings(self) -> int:
-        """The first loss may be chance; after another it is taken for a lack of memory."""
-        return max(0, len(self.deaths) - 1)
-
-
-MOST_DEATHS = 3
-
-
-def work_items(groups: Sequence[Sequence[PlannedRun]], registry: Registry) -> list[WorkItem]:
-    """The cohorts, the dearest first, so that the workers end together."""
-
-    def price(jobs: Sequence[PlannedRun]) -> float:
-        params_m = registry.backbone(jobs[0].run.backbone).params_m if jobs[0].run.backbone else 0.0
-        return (10 + params_m) * max(job.run.epochs for job in jobs) + sum(job.run.epochs for job in jobs)
-
-    made = [WorkItem(jobs=list(jobs), title=f"cohort {k} of {len(groups)}", deaths=[]) for k, jobs in enumerate(groups, 1)]
-    return sorted(made, key=lambda piece: -price(piece.jobs))
-
-
 @functools.cache
 def code_version() -> str:
-    """What computes here, for people, with a hash of the package's own code: two checkouts may both be 0.2.0."""
+    """The versions that compute here, with a hash of the package's own code: two checkouts may both be 0.1.0."""
     folder = Path(__file__).parents[1]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py"))))
     libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "numpy"))
@@ -132,76 +102,64 @@ def check_same_version(theirs: str) -> None:
         raise CellbenchError(f"{this_owner()} has {code_version()}; the grid was started with {theirs}. Install the same on all machines.")
 
 
-def apply_job_environment(order: JobSpec) -> JobSpec:
-    """The order, once this process has its cache folder, store and cores."""
-    os.environ |= {"CELLBENCH_CACHE": str(order.cache), "CELLBENCH_CACHE_URL": order.cache_url, "MLFLOW_TRACKING_URI": order.store}
-    torch.set_num_threads(order.machine.threads)
-    return order
+def apply_job_environment(job: JobSpec) -> JobSpec:
+    """The job, after this process has taken over its cache folder, store and cores."""
+    os.environ |= {"CELLBENCH_CACHE": str(job.cache), "CELLBENCH_CACHE_URL": job.cache_url, "MLFLOW_TRACKING_URI": job.store}
+    torch.set_num_threads(job.machine.threads)
+    return job
 
 
 class CohortWorker:
-    """A worker's side: the runner of an order, made once, and the cohorts that it is handed."""
+    """A worker's side of a job: one runner, and the cohorts that it is handed, by their runs' fingerprints."""
 
-    def __init__(self, order: JobSpec, say: Callable[[str], None]) -> None:
-        apply_job_environment(order)
-        registry = Registry(order.extra)
-        datasets = open_folds(order.experiment, registry, order.data)
-        precision = order.machine.precision_name
-        jobs = planned_runs(order.experiment, registry, datasets, order.weights, order.where, precision=precision, download=False)
-        self._jobs = {job.fingerprint: job for job in jobs}
-        self._machine = order.machine
+    def __init__(self, job: JobSpec, say: Callable[[str], None]) -> None:
+        apply_job_environment(job)
+        registry = Registry(job.extra)
+        datasets = open_folds(job.experiment, registry, job.data)
+        precision = job.machine.precision_name
+        runs = resolve_runs(job.experiment, registry, datasets, job.weights, job.where, precision=precision, download=False)
+        self._runs = {one.fingerprint: one for one in runs}
+        self._machine = job.machine
         self._runner = Runner(
-            experiment=order.experiment,
+            experiment=job.experiment,
             registry=registry,
             datasets=datasets,
-            machine=order.machine,
-            weights=order.weights,
-            tracker=Tracker(order.experiment.experiment, make=False),
-            parent_id=order.parent_id,
-            disk_bytes=order.disk_bytes,
-            prefer_disk=order.prefer_disk,
+            machine=job.machine,
+            weights=job.weights,
+            tracker=Tracker(job.experiment.experiment, make=False),
+            parent_id=job.parent_id,
+            disk_bytes=job.disk_bytes,
+            prefer_disk=job.prefer_disk,
             say=say,
         )
 
     def cohort(self, fingerprints: Sequence[str], title: str, halvings: int) -> Outcome:
-        """Runs the cohort of these runs, with chunks halved so often. Raises CellbenchError where they are not the same runs here."""
+        """Runs a cohort, with chunks halved so often. Raises CellbenchError where its runs have other fingerprints here."""
         self._runner.machine = self._machine.smaller(halvings)
         out = Outcome()
-        self._runner.cohort(self._mine(fingerprints, title), title, out)
-        self._runner.tracker.settle()  # whoever gave the order reads there what became of it
+        self._runner.cohort(self._resolved(fingerprints, title), title, out)
+        self._runner.tracker.settle()  # the driver reads the results in the store
         return out
 
     def passes(self, cohorts: Sequence[Sequence[str]]) -> list[list[FeaturePass]]:
-        """Of each cohort what it will keep on disk. Raises CellbenchError."""
+        """What each cohort will keep on disk. Raises CellbenchError."""
         out: list[list[FeaturePass]] = []
         for fingerprints in cohorts:
-            runs = [job.run for job in self._mine(fingerprints, "a cohort")]
-            reads = runs[0].backbone is not None
-            out.append(self._runner.features(runs).passes(max(run.epochs for run in runs)) if reads else [])
+            cohort = self._resolved(fingerprints, "a cohort")
+            epochs = max(one.run.epochs for one in cohort)
+            out.append(self._runner.features(cohort).passes(epochs) if cohort[0].backbone else [])
         return out
 
-    def fill(self, fingerprints: Sequence[str], more: Sequence[str], shards: Sequence[tuple[FeaturePass, int]]) -> int:
-        """Computes these shards of a cohort's passes, with the levels that ``more`` runs read, but those that are there. Says how many were not."""
-        runs, others = ([job.run for job in self._mine(some, "a cohort")] for some in (fingerprints, more))
-        features = self._runner.features(runs, others)
+    def fill(self, fingerprints: Sequence[str], readers: Sequence[str], shards: Sequence[tuple[FeaturePass, int]]) -> int:
+        """Computes the missing ones of these shards of a cohort's passes, with the levels that ``readers`` need. Gives their number."""
+        cohort, others = (self._resolved(some, "a cohort") for some in (fingerprints, readers))
+        features = self._runner.features(cohort, others)
         with WorkerPool(self._machine.lanes) as lanes:
             return sum(features.fill(one, shard, lanes) for one, shard in shards)
 
-    def _mine(self, fingerprints: Sequence[str], title: str) -> list[PlannedRun]:
-        if strange := [f for f in fingerprints if f not in self._jobs or self._jobs[f].unavailable]:
-            reasons = Counter(self._jobs[f].unavailable for f in strange if f in self._jobs)
-            why = next(iter(reasons), "its cellbench, cards, data or weights are not those of the process that started the grid")
-            raise CellbenchError(f"{this_owner()} cannot run {title}: {why}. Give all machines the same version, paths and files.")
-        return [self._jobs[f] for f in fingerprints]
-
-
-def merge_outcomes(out: Outcome, more: Outcome) -> None:
-    """Adds what one worker's cohort came to."""
-    for field in fields(Outcome):
-        mine, other = getattr(out, field.name), getattr(more, field.name)
-        if isinstance(mine, dict):
-            mine.update(other)
-        elif isinstance(mine, list):
-            mine.extend(other)
-        else:
-            setattr(out, field.name, mine + other)
+    def _resolved(self, fingerprints: Sequence[str], title: str) -> list[ResolvedRun]:
+        for one in fingerprints:
+            unknown = "its cellbench, cards, data or weights differ from those of the process that started the grid"
+            if reason := self._runs[one].unavailable if one in self._runs else unknown:
+                raise CellbenchError(f"{this_owner()} cannot run {title}: {reason}. Give all machines the same version, paths and files.")
+        return [self._runs[one] for one in fingerprints]

@@ -33,8 +33,8 @@ from cellbench.errors import CellbenchError
 from cellbench.execution import multiprocess as processes
 from cellbench.execution import ray_cluster, ray_grid, ray_search
 from cellbench.execution.artifacts import pool_folds
-from cellbench.execution.grid import Executor, parent_run, run_sequential
-from cellbench.execution.planning import open_folds, planned_runs
+from cellbench.execution.grid import Executor, InProcessExecutor, parent_run
+from cellbench.execution.planning import open_folds, resolve_runs
 from cellbench.execution.runner import Runner
 from cellbench.execution.worker_job import JobSpec, job_spec
 from cellbench.features.cache_admin import cache_budget
@@ -203,7 +203,7 @@ def search(
             runner = replace(runner, watch=None, machine=whole)
 
             def crew_of(best: Experiment) -> Executor:
-                return ray_grid.RayExecutor(ray, replace(told, experiment=best), gpu_share) if ray is not None else run_sequential
+                return ray_grid.RayExecutor(ray, replace(told, experiment=best), gpu_share) if ray is not None else InProcessExecutor()
 
             return search_results.test_best(space, study, runner, run, known, crew_of)
 
@@ -238,7 +238,7 @@ def check_backbones(
     """Refuses a space with a backbone that cannot be had: its trials would all fail."""
     base = {one.name: one.ends[0] for one in space.dimensions if not one.head}
     for name in _named(space):
-        (job,) = planned_runs(
+        (job,) = resolve_runs(
             Experiment.of(space.tree({**base, "backbone": name}), where), registry, datasets, weights, where, precision=precision
         )
         if job.unavailable:

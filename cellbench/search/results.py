@@ -15,7 +15,7 @@ from cellbench.config.search_space import Space
 from cellbench.console import say
 from cellbench.data.dataset import SPLITS
 from cellbench.execution.grid import Executor, run_all
-from cellbench.execution.planning import planned_runs
+from cellbench.execution.planning import resolve_runs
 from cellbench.execution.runner import Runner
 from cellbench.reporting.report import write_report
 from cellbench.search.plots import plot_study, trials_table
@@ -90,7 +90,7 @@ def test_best(
     seed = int(space.run.get("seed", 0))
     experiment = Experiment.of(space.tree(best[0].point, seeds=range(seed, seed + space.settings.repeat_best)), "best.toml")
     runner = replace(runner, experiment=experiment)
-    jobs = planned_runs(
+    jobs = resolve_runs(
         experiment, runner.registry, runner.datasets, runner.weights, "best.toml", precision=runner.machine.precision_name
     )  # fmt: skip
     found = ", ".join(f"{name} {value:.4f}" for name, value in zip(space.settings.objectives, best[0].values, strict=True))

@@ -283,7 +283,7 @@ def _told(t: FrozenTrial) -> CompletedTrial:
     )
 
 
-def _suggested(trial: Trial, one: Dimension) -> Scalar:
+def _suggested(trial: Trial, one: Dimension) -> Any:
     if one.choices:
         return trial.suggest_categorical(one.name, list(one.choices))
     if one.whole:

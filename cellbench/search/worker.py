@@ -9,10 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cellbench.config.experiment import Experiment, cohorts
+from cellbench.config.experiment import Experiment
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
-from cellbench.execution.planning import PlannedRun, planned_runs
+from cellbench.execution.planning import ResolvedRun, group_cohorts, resolve_runs
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.search.study import REASON, RUN_ID, SAME, CompletedTrial, ProposedTrial, Study
 from cellbench.tracking.schema import STUDY, TRIAL, run_params
@@ -30,7 +30,7 @@ class SearchWorker:
 
     def __post_init__(self) -> None:
         self.runner.watch = self
-        self._by_job: dict[str, ProposedTrial] = {}
+        self._trial_of: dict[str, ProposedTrial] = {}
 
     def work(self, over: Callable[[], bool], bar: tqdm) -> None:
         """Until all trials are told, or ``over`` says before a batch that it is. Raises CellbenchError where the first trials all fail."""
@@ -55,7 +55,7 @@ class SearchWorker:
     # --- one batch ----------------------------------------------------------------------------------------------------------------
 
     def _batch(self, batch: Sequence[ProposedTrial]) -> None:
-        jobs: list[tuple[ProposedTrial, PlannedRun]] = []
+        jobs: list[tuple[ProposedTrial, ResolvedRun]] = []
         seen = {t.same for t in self.study.told() if t.state == "complete"}
         again = []
         for pending in batch:
@@ -75,30 +75,27 @@ class SearchWorker:
             first = told.get(same_of[pending.number])
             self._train([(pending, job)]) if first is None else self._copy(pending, job, first)
 
-    def _job(self, pending: ProposedTrial) -> tuple[PlannedRun, str]:
+    def _job(self, pending: ProposedTrial) -> tuple[ResolvedRun, str]:
         """A trial's run, and the fingerprint that it shares with trials that would give equal numbers."""
         experiment = Experiment.of(self.space.tree(pending.point), self.where)
         runner = self.runner
-        (job,) = planned_runs(
+        (job,) = resolve_runs(
             experiment, runner.registry, runner.datasets, runner.weights, self.where, precision=runner.machine.precision_name
         )
         # Of this trial in this study: a run of a grid with these settings is tested, and this one must not be.
         own = hashlib.sha256(f"{job.fingerprint}:{self.study.name}:{pending.number}".encode()).hexdigest()[:16]
         return replace(job, name=f"trial {pending.number} · {job.run.model}", fingerprint=own), job.fingerprint
 
-    def _train(self, jobs: Sequence[tuple[ProposedTrial, PlannedRun]]) -> None:
-        self._by_job = {job.fingerprint: pending for pending, job in jobs}
-        by_run = {id(job.run): (pending, job) for pending, job in jobs}
-        groups = cohorts(job.run for _, job in jobs)
-        for group in groups:
-            members = [by_run[id(run)] for run in group]
-            out = Outcome()
-            numbers = ", ".join(str(pending.number) for pending, _ in members)
-            self.runner.cohort([job for _, job in members], f"trial{'s' * (len(members) > 1)} {numbers}", out)
-            for pending, job in members:
-                self._tell(pending, job, out)
+    def _train(self, batch: Sequence[tuple[ProposedTrial, ResolvedRun]]) -> None:
+        self._trial_of = {resolved.fingerprint: trial for trial, resolved in batch}
+        for cohort in group_cohorts([resolved for _, resolved in batch]):
+            trials, out = [self._trial_of[one.fingerprint] for one in cohort], Outcome()
+            numbers = ", ".join(str(trial.number) for trial in trials)
+            self.runner.cohort(cohort, f"trial{'s' * (len(trials) > 1)} {numbers}", out)
+            for trial, resolved in zip(trials, cohort, strict=True):
+                self._tell(trial, resolved, out)
 
-    def _tell(self, pending: ProposedTrial, job: PlannedRun, out: Outcome) -> None:
+    def _tell(self, pending: ProposedTrial, job: ResolvedRun, out: Outcome) -> None:
         if job.name in out.busy:
             return  # its run is another process's: so is its trial
         ended = out.validated.get(job.name) or out.pruned.get(job.name)
@@ -111,7 +108,7 @@ class SearchWorker:
         else:
             self.study.tell(pending, search_metrics(ended.metrics))
 
-    def _copy(self, pending: ProposedTrial, job: PlannedRun, first: CompletedTrial) -> None:
+    def _copy(self, pending: ProposedTrial, job: ResolvedRun, first: CompletedTrial) -> None:
         """The trial has the settings of one that is told: the same numbers would come of it, so they are taken."""
         tracker, metrics = self.runner.tracker, {name.replace("val/", "best/val_"): value for name, value in first.metrics.items()}
         with tracker.run(job.name, job.fingerprint, parent=self.runner.parent_id, known=tracker.known().get(job.fingerprint)) as run:
@@ -122,17 +119,17 @@ class SearchWorker:
 
     # --- followed by the runner ---------------------------------------------------------------------------------------------------
 
-    def opened(self, job: PlannedRun, run: Run, pending: ProposedTrial | None = None) -> None:
+    def opened(self, job: ResolvedRun, run: Run, pending: ProposedTrial | None = None) -> None:
         """Each half learns of the other before anything is trained."""
-        pending = pending or self._by_job[job.fingerprint]
+        pending = pending or self._trial_of[job.fingerprint]
         self.study.note(pending, RUN_ID, run.run_id)
         run.log({}, tags={STUDY: self.study.name, TRIAL: str(pending.number)})
 
-    def epoch(self, job: PlannedRun, epoch: int, metrics: dict[str, float]) -> bool:
+    def epoch(self, job: ResolvedRun, epoch: int, metrics: dict[str, float]) -> bool:
         objective = self.space.settings.objectives[0]
         if self.space.settings.pruner == "none" or objective not in metrics:
             return True
-        return self.study.goes_on(self._by_job[job.fingerprint], epoch, metrics[objective])
+        return self.study.goes_on(self._trial_of[job.fingerprint], epoch, metrics[objective])
 
 
 def search_metrics(metrics: Any) -> dict[str, float]:

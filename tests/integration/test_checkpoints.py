@@ -79,7 +79,7 @@ def test_a_run_that_starts_from_another_stores_checkpoint_has_its_whole_curve_an
     assert "after epoch 3, from a checkpoint of the same run in another store" in capsys.readouterr().out
     assert kept(tmp_path) == before  # the first's is still there, the second's own is gone
     assert ask(question, first, monkeypatch) == 0
-    assert "goes on after epoch 3.\n" in capsys.readouterr().out
+    assert "resumes after epoch 3.\n" in capsys.readouterr().out
     assert kept(tmp_path) == []
     assert [step for step, _ in curve(first)] == [0, 1, 2, 3, 4]
     assert curve(second) == curve(first)

@@ -309,7 +309,7 @@ def test_a_killed_grid_goes_on_and_takes_up_the_same_run(question, start, how):
         printed += line
     process.send_signal(signal.SIGTERM)
     process.wait(60)
-    assert "goes on after epoch" in printed or how == signal.SIGKILL
+    assert "resumes after epoch" in printed or how == signal.SIGKILL
     after = runs_of()
     assert before == {run.info.run_id for run in after.values()}
 

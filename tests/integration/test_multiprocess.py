@@ -37,7 +37,7 @@ def test_two_workers_of_which_one_is_killed_give_the_numbers_of_one_process_to_t
     printed = capsys.readouterr().out
     assert "2 workers, each cpu, 1 core" in printed
     assert killed
-    assert "its worker was killed by signal 9; another one goes on" in printed
+    assert "its worker was lost (killed by signal 9); another one resumes it" in printed
     assert len(alone) == 5
     assert answers() == alone
     assert not multiprocessing.active_children()
@@ -53,7 +53,7 @@ def test_a_cohort_that_no_worker_survives_is_failed_with_its_reason_and_the_rest
     place(tmp_path, monkeypatch)
     assert main([*QUESTION, "--set", "baselines=[]", "--set", "grid.seed=[0]", "--workers", "1"]) == 1
     runs = {run.info.run_name: run.data.tags for run in mlflow.search_runs(experiment_names=["small"], output_format="list")}
-    assert "lost 3 times, the last one was killed by signal 9" in runs["vit-tiny-random · bilinear · seed 0"]["cellbench.reason"]
+    assert "lost 3 times (killed by signal 9)" in runs["vit-tiny-random · bilinear · seed 0"]["cellbench.reason"]
     assert runs["vit-tiny-random · bilinear · seed 0"]["cellbench.status"] == "failed"
     handed = (tmp_path / "handed.txt").read_text().splitlines()
     assert handed == ["cohort 1 of 2: 0", "cohort 1 of 2: 0", "cohort 1 of 2: 1", "cohort 2 of 2: 0"]  # in smaller chunks the last time

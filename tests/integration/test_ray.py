@@ -25,7 +25,8 @@ from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
 from cellbench.execution import ray_cluster, ray_grid, ray_search
-from cellbench.execution.planning import open_folds, planned_runs
+from cellbench.execution.planning import open_folds, resolve_runs
+from cellbench.execution.work_queue import WorkItem
 from cellbench.execution.worker_job import JobSpec, code_version, job_spec
 from cellbench.files import write_atomic
 from cellbench.hardware import Hardware
@@ -71,7 +72,7 @@ def test_two_nodes_of_which_one_is_killed_give_the_numbers_of_one_process_to_the
     printed = capsys.readouterr().out
     assert "Ray: 2 nodes with 2 cores; a cohort gets cpu, 1 core" in printed
     assert killed
-    assert "its process or node was lost" in printed
+    assert "its worker was lost" in printed
     assert len(alone) == 2
     assert answers() == alone
 
@@ -175,7 +176,7 @@ def asked(tmp_path, monkeypatch):
     with tracker.run("grid", "parent") as top:
         pass
     precision = TWO.precision_name
-    jobs = planned_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
+    jobs = resolve_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
     told = job_spec(experiment, top.run_id, TWO, where="small.toml", data=data, weights=None, extra=None, disk_bytes=0, prefer_disk=False)
     write_atomic(told.cache / "token", "seen")
     return told, jobs[0].fingerprint
@@ -187,7 +188,7 @@ def test_a_node_of_another_version_without_the_cache_or_with_other_data_refuses_
     for order_, versions, token, fingerprint, words in (
         (b"not even read", theirs, "token", known, "Install the same on all machines"),
         (pickle.dumps(told), code_version(), "unseen", known, "does not see the cache folder"),
-        (pickle.dumps(told), code_version(), "token", "0123456789abcdef", "its cellbench, cards, data or weights are not those"),
+        (pickle.dumps(told), code_version(), "token", "0123456789abcdef", "its cellbench, cards, data or weights differ from those"),
     ):
         kind, why, _ = ray_cluster.RayWorker(order_, versions, token).cohort([fingerprint], "cohort 1 of 1", 0)
         assert kind == "refused"
@@ -216,7 +217,9 @@ def test_a_lost_process_of_a_search_is_replaced_until_too_many_are_and_a_refusal
     answers, begun = [RayActorError(), ("done", None, []), *[RayActorError() for _ in range(5)]], []
     lost = SimpleNamespace(RayActorError=RayActorError, OutOfMemoryError=OSError, WorkerCrashedError=OSError, NodeDiedError=OSError)
     lost.RayTaskError = OSError
-    made = SimpleNamespace(help=SimpleNamespace(remote=lambda _: begun.append(object()) or begun[-1]))
+    made = SimpleNamespace(
+        call=SimpleNamespace(remote=lambda _: begun.append(object()) or begun[-1]), where=SimpleNamespace(remote=lambda: "where")
+    )
 
     def get(_: object) -> object:
         answer = answers.pop(0)
@@ -237,10 +240,10 @@ def test_a_lost_process_of_a_search_is_replaced_until_too_many_are_and_a_refusal
         assert helpers.look(0) == ""  # one is done
         for _ in range(4):
             helpers.look(0)
-        with pytest.raises(CellbenchError, match="6 processes of the search were lost"):
+        with pytest.raises(CellbenchError, match="6 workers of the search were lost"):
             helpers.look(0)
         answers.append(("refused", "the first 3 trials have all failed", []))
-        helpers._begin()
+        helpers._start()
         with pytest.raises(CellbenchError, match="have all failed"):
             helpers.look(0)
     assert list(tmp_path.iterdir()) == []
@@ -256,13 +259,15 @@ def test_a_run_set_free_is_taken_up_at_once(tmp_path, monkeypatch):
         assert not tracker.known()["f1"].alive
 
 
-def test_a_cohort_prefers_the_node_that_holds_most_of_its_features_and_has_room():
-    crew = ray_grid.RayExecutor(SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError), get=lambda where, timeout: where), None)
-    crew._nodes = {name: {"CPU": 2, "memory": 8} for name in ("a", "b", "c")}
-    crew._at = {"one": Counter(a=2, b=3), "two": Counter(a=2), "another": Counter(c=9)}
-    wish = ray_cluster.ResourceRequest(cpus=2, gpus=0, memory_bytes=1)
-    crew._running = {}
-    assert crew._near({"one", "two"}, wish) == "a"
-    crew._running = {0: SimpleNamespace(where=("me", "a"), node="")}  # has taken the two cores there
-    assert crew._near({"one", "two"}, wish) == "b"
-    assert crew._near({"unknown"}, wish) == ""
+def test_a_cohort_prefers_the_node_that_holds_most_of_its_features_and_has_room(tmp_path):
+    ray = SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError), get=lambda where, timeout: where)
+    told = JobSpec(experiment=SimpleNamespace(experiment="e"), parent_id="", machine=TWO, cache=tmp_path, store="http://lab")
+    nodes = {name: {"CPU": 2.0, "memory": 8e9} for name in ("a", "b", "c")}
+    workers = ray_grid.RayWorkers(ray, told, 1.0, nodes, 1)
+    workers._shards_at = {"one": Counter(a=2, b=3), "two": Counter(a=2), "another": Counter(c=9)}
+    both, neither = (WorkItem(cohort=[], title="", waits_for=frozenset(folders)) for folders in (("one", "two"), ("unknown",)))
+    request = ray_cluster.ResourceRequest(cpus=2, gpus=0, memory_bytes=1)
+    assert workers._nearest(both, request) == "a"
+    workers._pool.tasks = {0: SimpleNamespace(where=("me", "a"), node="")}  # has taken the two cores there
+    assert workers._nearest(both, request) == "b"
+    assert workers._nearest(neither, request) == ""

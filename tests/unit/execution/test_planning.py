@@ -12,7 +12,7 @@ import pytest
 
 from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry, load
-from cellbench.execution.planning import backbone_identity, planned_runs
+from cellbench.execution.planning import ResolvedRun, resolve_runs
 
 HEAD = """# {title}
 builder = "{builder}"
@@ -53,13 +53,20 @@ def card(registry: Path, kind: str, name: str = "mine", **changes: object) -> No
     (registry / kind / f"{name}.toml").write_text(text.format(**{**facts, **changes}), encoding="utf-8")
 
 
-def prints(registry: Path, precision: str = "fp32", head: str = "mine", backbone: str = "mine", baseline: str = "mine") -> list[str]:
-    """The fingerprints of a run of this head on this backbone, and of this baseline."""
+def resolved(
+    registry: Path, precision: str = "fp32", head: str = "mine", backbone: str = "mine", baseline: str = "mine"
+) -> list[ResolvedRun]:
+    """A run of this head on this backbone, and one of this baseline."""
     tree = {"experiment": "e", "dataset": "folder", "baselines": [baseline], "grid": {"backbone": [backbone], "head": [head]}}
     experiment = Experiment.of({**tree, "run": {"tile_px": 64}}, "e.toml")
-    jobs = planned_runs(experiment, Registry(registry), [SimpleNamespace(digest="d")], None, "e.toml", precision=precision)
-    assert not any(job.unavailable for job in jobs)
-    return [job.fingerprint for job in jobs]
+    runs = resolve_runs(experiment, Registry(registry), [SimpleNamespace(digest="d")], None, "e.toml", precision=precision)
+    assert not any(one.unavailable for one in runs)
+    return runs
+
+
+def prints(registry: Path, precision: str = "fp32", **names: str) -> list[str]:
+    """Their fingerprints."""
+    return [one.fingerprint for one in resolved(registry, precision, **names)]
 
 
 @pytest.fixture
@@ -120,7 +127,7 @@ def test_features_are_kept_under_the_same_facts(registry: Path) -> None:
     found = set()
     for change in ({}, {"patch_px": 16}, {"mean": "[0.4, 0.5, 0.5]"}, {"sigmas_px": "[1.0, 3.0]"}, {"more": "prefix_tokens = 1"}):
         card(registry, "backbones", **change)
-        found.add(backbone_identity(Registry(registry).backbone("mine"), None))
+        found.add(resolved(registry)[0].backbone_identity)
     assert len(found) == 5
 
 

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
-from cellbench.execution.planning import open_folds, planned_runs
+from cellbench.execution.planning import open_folds, resolve_runs
 from cellbench.execution.worker_job import CohortWorker, job_spec
 from cellbench.features import sharded_cache
 from cellbench.features.frozen_backbone import FrozenBackbone
@@ -193,7 +193,7 @@ def test_the_flag_reaches_processes_elsewhere_of_which_the_second_computes_nothi
         experiment, top.run_id, detect_hardware("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
     )  # fmt: skip
     folds, precision = open_folds(experiment, registry, data), told.machine.precision_name
-    prints = [job.fingerprint for job in planned_runs(experiment, registry, folds, None, "small.toml", precision=precision)]
+    prints = [job.fingerprint for job in resolve_runs(experiment, registry, folds, None, "small.toml", precision=precision)]
     for name, num in (("one", 3), ("two", 0)):
         monkeypatch.delenv("CELLBENCH_CACHE_URL", raising=False)
         hand = CohortWorker(replace(told, cache=tmp_path / name), print)

@@ -14,8 +14,8 @@ from experiment_files import QUESTION, answers, place
 from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
-from cellbench.execution import ray_grid
-from cellbench.execution.planning import PlannedRun, open_folds, planned_runs
+from cellbench.execution import ray_cluster, ray_grid
+from cellbench.execution.planning import ResolvedRun, open_folds, resolve_runs
 from cellbench.execution.runner import Outcome
 from cellbench.execution.worker_job import CohortWorker, JobSpec, job_spec
 from cellbench.features import sharded_cache
@@ -78,7 +78,7 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
         experiment, top.run_id, detect_hardware("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
     )  # fmt: skip
     precision = told.machine.precision_name
-    jobs = planned_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
+    jobs = resolve_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
     hand = CohortWorker(told, print)
     prints = [[job.fingerprint] for job in jobs]
     for mine, passes in zip(prints, hand.passes(prints), strict=True):
@@ -108,7 +108,7 @@ def test_a_shard_holds_the_levels_of_all_who_want_it(tmp_path, monkeypatch, smal
         pass
     told = job_spec(experiment, top.run_id, ONE, where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True)
     precision = told.machine.precision_name
-    jobs = planned_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
+    jobs = resolve_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
     hand = CohortWorker(told, print)
     (few,) = hand.passes([[jobs[0].fingerprint]])
     (many,) = hand.passes([[jobs[1].fingerprint]])
@@ -164,18 +164,20 @@ class Pretended:
 def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_its_own_near_them(tmp_path, monkeypatch, apart):
     val, *train = (FeaturePass(split=split, number=0, num=600, folder=split) for split in ("val", "train a", "train b"))
     ray, said, near = Pretended([[val, train[0]], [val, train[1]]], apart), [], {}
+    start = ray_cluster.ActorPool.start
 
-    def actor(ray, wish, order, token, title, node=""):
+    def noted(self, job, request, title, method, *args, node="", **more):
         near[title] = node
-        return ray.remote(object).options().remote()
+        start(self, job, request, title, method, *args, **more)
 
-    monkeypatch.setattr(ray_grid, "start_actor", actor)
+    monkeypatch.setattr(ray_cluster.ActorPool, "start", noted)
     runs = [RunSpec(backbone="filter-bank", head="bilinear", tile_px=64, data_seed=seed) for seed in (0, 1)]
-    groups = [[PlannedRun(run=run, name=f"run {k}", fingerprint=f"f{k}", precision="fp32")] for k, run in enumerate(runs)]
+    card = Registry().head("bilinear")
+    groups = [[ResolvedRun(run=run, name=f"run {k}", fingerprint=f"f{k}", precision="fp32", card=card)] for k, run in enumerate(runs)]
     experiment = SimpleNamespace(experiment="pretended")
     told = JobSpec(experiment=experiment, parent_id="", machine=ONE, cache=tmp_path, store="http://lab", prefer_disk=True)
-    runner = SimpleNamespace(registry=Registry(), say=said.append, release=lambda *_: None, give_up=None)
-    ray_grid.RayExecutor(ray, told)(runner, groups, Outcome())
+    runner = SimpleNamespace(say=said.append, release=lambda *_: None, give_up=None)
+    ray_grid.RayExecutor(ray, told).run(runner, groups, Outcome())
     kinds = [kind for kind, _ in ray.noted]
     assert kinds[0] == "passes"
     filled = [what for kind, what in ray.noted if kind == "fill"]

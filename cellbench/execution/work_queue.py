@@ -1,0 +1,167 @@
+"""Cohorts for workers in other processes, and the policy for a worker that is lost: one for local processes and for Ray.
+
+The cohort of a lost worker is handed out again and resumes from its checkpoints. The first loss may be chance; after another one, lack of
+memory is assumed, and the next worker gets smaller chunks. After ``MAX_LOSSES`` the cohort's runs fail.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol
+
+from cellbench.errors import CellbenchError
+from cellbench.execution.planning import ResolvedRun
+from cellbench.execution.runner import Outcome, Runner
+from cellbench.features.extractor import FeaturePass
+
+MAX_LOSSES = 3
+
+Shard = tuple[FeaturePass, int]
+
+
+@dataclass(kw_only=True, eq=False)
+class WorkItem:
+    """A cohort, or shards of the features that cohorts read, to be handed to workers until it is done."""
+
+    cohort: list[ResolvedRun]
+    title: str
+    shards: list[Shard] = field(default_factory=list)
+    """To be computed; empty: the cohort is to be run."""
+    readers: list[str] = field(default_factory=list)
+    """Fingerprints of all runs that read these shards."""
+    waits_for: frozenset[str] = frozenset()
+    """Folders of the passes that must be complete before it starts."""
+    losses: int = 0
+
+    @property
+    def fingerprints(self) -> list[str]:
+        return [one.fingerprint for one in self.cohort]
+
+    @property
+    def folders(self) -> set[str]:
+        """Of the passes that its shards belong to."""
+        return {one.folder for one, _ in self.shards}
+
+    @property
+    def halvings(self) -> int:
+        """How often the worker halves its chunks."""
+        return max(0, self.losses - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """What a worker, or its end, says about its item."""
+
+    item: WorkItem
+    kind: Literal["say", "done", "refused", "error", "lost"]
+    content: Any = None
+    """The outcome, or a text: a line, the reason of a refusal, a traceback, how the worker was lost."""
+    lines: Sequence[str] = ()
+    """For people, before it."""
+    owner: str = ""
+    """The owner of the item's runs in the store, where only this message shows that it is gone."""
+
+
+class Workers(Protocol):
+    """Starts and stops workers and passes messages. Decides nothing about the work."""
+
+    def assign(self, queue: WorkQueue) -> None:
+        """Hands items that are ready to workers."""
+
+    def messages(self) -> Iterable[Message]:
+        """What workers said since the last call; waits a while for it."""
+
+    def stop(self) -> Sequence[tuple[WorkItem, str]]:
+        """Ends all workers. Gives the items of those that were killed at work, with the owner of their runs in the store."""
+
+
+class WorkQueue:
+    """The items of one grid, those with the highest cost first, so that the workers end together."""
+
+    def __init__(self, runner: Runner, cohorts: Sequence[Sequence[ResolvedRun]], out: Outcome) -> None:
+        self.runner, self._out = runner, out
+        items = [WorkItem(cohort=list(cohort), title=f"cohort {k} of {len(cohorts)}") for k, cohort in enumerate(cohorts, 1)]
+        self.waiting = deque(sorted(items, key=lambda item: -_relative_cost(item.cohort)))
+        self.running: list[WorkItem] = []
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def run(self, workers: Workers) -> None:
+        """Until every item is done. Raises CellbenchError where a worker refuses its work."""
+        try:
+            while len(self):
+                workers.assign(self)
+                for message in workers.messages():
+                    self._handle(message)
+        finally:
+            for item, owner in workers.stop():
+                self._release(item, owner)
+
+    def take(self) -> WorkItem | None:
+        """The next item that waits for no other; None where there is none now."""
+        unfinished = {folder for item in (*self.waiting, *self.running) for folder in item.folders}
+        item = next((one for one in self.waiting if not one.waits_for & unfinished), None)
+        if item is not None:
+            self.waiting.remove(item)
+            self.running.append(item)
+        return item
+
+    def put_back(self, item: WorkItem) -> None:
+        self.running.remove(item)
+        self.waiting.appendleft(item)
+
+    def _handle(self, message: Message) -> None:
+        item = message.item
+        for line in message.lines:
+            self.runner.say(line)
+        self._release(item, message.owner)
+        match message.kind:
+            case "say":
+                self.runner.say(message.content)
+            case "done":
+                self.running.remove(item)
+                if not item.shards:
+                    _merge(self._out, message.content)
+            case "lost":
+                self._lost(item, message.content)
+            case "refused":
+                raise CellbenchError(message.content)
+            case "error":  # a bug of ours
+                raise RuntimeError(f"in a worker process:\n{message.content}")
+
+    def _release(self, item: WorkItem, owner: str) -> None:
+        if owner and not item.shards:
+            self.runner.release(item.cohort, owner)
+
+    def _lost(self, item: WorkItem, how: str) -> None:
+        item.losses += 1
+        self.put_back(item)
+        if item.losses < MAX_LOSSES:
+            self.runner.say(f"{item.title}: its worker was lost ({how}); another one resumes it.")
+            return
+        self.waiting.remove(item)
+        reason = f"its worker was lost {MAX_LOSSES} times ({how})."
+        if item.shards:
+            self.runner.say(f"{item.title}: {reason} Its cohorts compute what is missing.")
+        else:
+            self.runner.give_up(item.cohort, f"{reason} Is there enough memory?", self._out)
+
+
+def _relative_cost(cohort: Sequence[ResolvedRun]) -> float:
+    params_m = cohort[0].backbone.params_m if cohort[0].backbone else 0.0
+    return (10 + params_m) * max(one.run.epochs for one in cohort) + sum(one.run.epochs for one in cohort)
+
+
+def _merge(out: Outcome, more: Outcome) -> None:
+    """Adds the outcome of one worker's cohort."""
+    for one in fields(Outcome):
+        mine, other = getattr(out, one.name), getattr(more, one.name)
+        if isinstance(mine, dict):
+            mine.update(other)
+        elif isinstance(mine, list):
+            mine.extend(other)
+        else:
+            setattr(out, one.name, mine + other)
