@@ -17,9 +17,9 @@ PACKAGE = ROOT / "cellbench"
 DOORS = {
     "mlflow": {"tracking/", "inference/mlflow_model.py"},
     "optuna": {"search/"},
-    "matplotlib": {"reporting/plots/", "search/plots.py", "reporting/sections.py"},  # sections: the word Figure in its signatures
+    "matplotlib": {"reporting/plots/", "search/plots.py"},
     "seaborn": {"reporting/plots/"},
-    "PIL": {"data/io/", "data/synthetic/", "reporting/html.py"},
+    "PIL": {"data/io/", "data/synthetic/", "reporting/render.py"},
     "tifffile": {"data/io/"},
     "pycocotools": {"data/annotations.py"},
     "segmentation_models_pytorch": {"training/losses.py", "models/baselines/unet.py"},

@@ -25,7 +25,8 @@ from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
 from cellbench.data.loading import dataset_of_card, scan_dataset, split_dataset
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
-from cellbench.reporting import html
+from cellbench.reporting import render
+from cellbench.reporting.report_data import Facts, Page, Section, Table, Text
 
 SHOWN = 5
 """Names told of each finding on the screen; the files have all."""
@@ -156,12 +157,11 @@ def _page(folder: Path, verdict: str, numbers: Sequence[tuple[str, str]], found:
         (f.severity.value, f.kind, str(len(f.images)), f.said, ", ".join(f.images[:50]) + (" …" if len(f.images) > 50 else ""))
         for f in found
     ]
-    table = html.render_table(["how bad", "what", "images", "what it means", "which"], rows, text=(1, 3, 4))
+    table = Table(headings=("how bad", "what", "images", "what it means", "which"), rows=rows, sentence_columns=(1, 3, 4))
     sections = [
-        ("Findings", table or "<p>None.</p>"),
-        ("What is there", html.render_facts(numbers)),
-        ("How it was read", html.render_paragraphs(notes)),
+        Section("Findings", [table] if rows else [Text(["None."])]),
+        Section("What is there", [Facts(numbers)]),
+        Section("How it was read", [Text(notes)] if notes else []),
     ]
-    return html.render_page(
-        f"Is {folder.absolute().name} fit to train on?", "cellbench check", sections, html.render_paragraphs([verdict], "verdict")
-    )
+    page = Page(title=f"Is {folder.absolute().name} fit to train on?", subtitle="cellbench check", verdict=[verdict], sections=sections)
+    return render.to_html(page)

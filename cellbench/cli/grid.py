@@ -104,7 +104,7 @@ def grid(
             say=say,
         )
         top.log({"grid/runs": len(jobs)})
-        known = log_request(top, text, dataset, here.name)
+        request = log_request(top, text, dataset, here.name)
         with log_system_metrics(tracker, [top.run_id]):
             told = job_spec(
                 experiment,
@@ -129,7 +129,7 @@ def grid(
             for fold, one in enumerate(datasets)
             for split in SPLITS
         }
-        write_report(tracker, top, ids, known, splits, outcome.skipped, outcome.failed, say)
+        write_report(tracker, top, ids, request, splits, outcome.skipped, outcome.failed, say)
         top.log({f"grid/{name}": len(runs) for name, runs in (("finished", ids), ("skipped", outcome.skipped), ("failed", outcome.failed))})
         if outcome.skipped or outcome.failed or outcome.busy:
             say(

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cellbench.errors import CellbenchError
-from cellbench.reporting.collect import collect_runs
+from cellbench.reporting.collect import collect_report
+from cellbench.reporting.report import report_dir
 from cellbench.tracking import relocate, sqlite_store
 from cellbench.tracking.tracker import Tracker, newest_experiment
-
-if TYPE_CHECKING:
-    pass
-from cellbench.reporting.report import _known, report_dir, write_files
 
 
 def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> int:
@@ -26,16 +22,16 @@ def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = 
         if latest is None:
             raise CellbenchError("no experiment of MLflow's store here has a finished run. `cellbench grid` makes some.")
         names = [latest]
+    from cellbench.reporting.render import write_report_files
     from cellbench.reporting.sections import build_report
 
     trackers = [Tracker(name, make=False) for name in dict.fromkeys(names)]
-    evidence = collect_runs(trackers)
-    known, parent = _known(evidence, trackers)
-    made = build_report(evidence, trackers, known)
-    path = write_files(made, out or report_dir(evidence.experiment))
-    for sentence in (*made.verdict, *evidence.left_out):
+    results = collect_report(trackers)
+    made = build_report(results)
+    path = write_report_files(made, out or report_dir(results.experiment))
+    for sentence in (*made.verdict, *results.left_out):
         say(sentence)
-    if len(trackers) == 1 and evidence.parents:
-        trackers[0].attach(parent or evidence.parents[0], path.parent)
-    say(f"{path}: {evidence.num_runs} runs; tables and pictures beside it.")
+    if len(trackers) == 1 and results.parent is not None:
+        trackers[0].attach(results.parent, path.parent)
+    say(f"{path}: {results.num_runs} runs; tables and figures beside it.")
     return 0

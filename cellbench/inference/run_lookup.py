@@ -18,7 +18,7 @@ from cellbench.errors import CellbenchError, unknown_name
 from cellbench.files import to_nfc
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.separation import CONNECTED, SeparationParams
-from cellbench.reporting import leaderboard
+from cellbench.reporting import verdict
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import describe_limit, describe_sizes
 from cellbench.tracking import sqlite_store
@@ -43,13 +43,13 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
         tracker = Tracker(name, make=False)
         sets = collect_runs([tracker]).sets
         best = sets[0].best
-        rule = leaderboard.describe_ranking_rule(sets[0]) or "the only model of its test set"
+        rule = verdict.describe_ranking_rule(sets[0]) or "the only model of its test set"
         said = [f"The best of '{name}', {rule}."]
         if len(best.runs) > 1:
             said.append(f"Of its {len(best.runs)} runs the one with the best validation Dice is used.")
         if ":" not in asked and (last := newest_experiment()) != name:
             said.append(f"Newer runs, of '{last}', are on a part of their data and are not considered.")
-        return tracker, best.chosen.stored, " ".join((*said, *leaderboard.describe_test_sets(sets)))
+        return tracker, best.chosen.record, " ".join((*said, *verdict.describe_test_sets(sets)))
     if (name := experiment_of(asked)) is not None:
         tracker = Tracker(name, make=False)
         return tracker, next(run for run in tracker.stored() if run.run_id == asked), ""

@@ -1,22 +1,53 @@
-"""The finished runs of an experiment, read back from MLflow and sorted: what a leaderboard and a report are made of.
+"""Reads the finished runs of an experiment back from MLflow and sorts them by test set: the first station of every report.
 
-Runs meet only on the same test images: each set of them, known by the digest of its data, is a world of its own
-(:class:`~cellbench.reporting.model_groups.TestSet`), and nothing is paired across. What cannot be used is left out with a word.
+Models are compared only on the same test images: each set of them, known by the digest of its data, is one
+:class:`~cellbench.reporting.model_groups.TestSet`, and nothing is paired across sets. Runs that cannot be used are left out, with a sentence.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from cellbench.errors import CellbenchError
-from cellbench.reporting.model_groups import MEASURES, FinishedRun, TestSet, group_models
+from cellbench.metrics import catalog
+from cellbench.reporting.model_groups import FinishedRun, TestSet, group_models
 from cellbench.tracking.schema import DATA, EVALUATION, RunRecord
 from cellbench.tracking.tracker import Tracker
+
+REQUEST_FILE = "about.json"
+"""On the parent run: its :class:`RunRequest`."""
+EXAMPLE_FIGURES = ("scores", "curves", "worst", "median", "best")
+"""Figures of a run that the report shows of the best model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What a grid or search was asked, of which data, by which command, with which versions. Empty where it was not recorded."""
+
+    question: str = ""
+    comments: Sequence[str] = ()
+    experiment: str = ""
+    """The experiment file as it ran, with the changes of the call."""
+    command: str = ""
+    machine: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    dataset: Mapping[str, Any] = field(default_factory=dict)
+    """``name``, ``digest``, ``root``, ``classes``, ``images`` by split, ``notes``."""
+
+    @classmethod
+    def from_json(cls, data: bytes | None) -> RunRequest:
+        """The record; empty for no data, and for data that is no such record."""
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if data is not None:
+                values = json.loads(data)
+                return cls(**{name.name: values[name.name] for name in fields(cls) if name.name in values})
+        return cls()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,13 +56,18 @@ class ExperimentResults:
 
     experiment: str
     sets: tuple[TestSet, ...]
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
     """Run name: reason."""
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     """Sentences about runs that are not in the tables, and why."""
     parents: tuple[RunRecord, ...] = ()
     """The grids and searches behind the runs, the one that was started last first."""
+    parent: RunRecord | None = None
+    """The one that ``request`` was recorded by; where none recorded it, the one that was started last."""
+    request: RunRequest = RunRequest()
+    examples: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
+    """PNGs of ``EXAMPLE_FIGURES``, by run id and name; of the runs that the report shows."""
 
     @property
     def num_runs(self) -> int:
@@ -39,7 +75,7 @@ class ExperimentResults:
 
 
 def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = None) -> ExperimentResults:
-    """The evidence of one experiment, or of several taken together; ``only``: no other runs than these ids.
+    """The results of one experiment, or of several taken together; ``only``: no other runs than these ids.
 
     Raises CellbenchError where there is no finished run with per-image scores.
     """
@@ -51,7 +87,7 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
         latest: dict[str, RunRecord] = {}
         for run in tracker.stored():
             if run.is_parent:
-                if run.tags["cellbench.kind"] != EVALUATION:  # a run tested once more, on data that others were not tested on
+                if run.tags["cellbench.kind"] != EVALUATION:  # an evaluation has other test images
                     parents.append(run)
             elif not run.fingerprint:
                 num_foreign += 1
@@ -62,31 +98,33 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
         for run in latest.values():
             if run.status == "finished":
                 num_finished += 1
-                told = _per_image(tracker, run)
-                if isinstance(told, str):
-                    left_out.append(f"'{run.name}' is left out: {told}.")
+                per_image = _per_image(tracker, run)
+                if isinstance(per_image, str):
+                    left_out.append(f"'{run.name}' is left out: {per_image}.")
                 else:
-                    tested.append(FinishedRun(stored=run, told=told))
+                    tested.append(FinishedRun(record=run, per_image=per_image))
             elif run.status in ("skipped", "failed"):
                 (skipped if run.status == "skipped" else failed)[run.name] = run.reason
             else:
                 num_open += 1
         if only is None and (num := tracker.num_deleted()):
-            left_out.append(f"{_runs(num)} of '{tracker.name}' {_were(num)} deleted in MLflow and {_is(num)} left out.")
+            left_out.append(f"{_runs(num)} of '{tracker.name}' {_were(num)} deleted in MLflow and {_are(num)} left out.")
     if num_open:
-        left_out.append(f"{_runs(num_open)} {_is(num_open)} not finished: running, pruned or interrupted.")
+        left_out.append(f"{_runs(num_open)} {_are(num_open)} not finished: running, pruned or interrupted.")
     if num_foreign:
-        left_out.append(f"{_runs(num_foreign)} in the experiment {_is(num_foreign)} not cellbench's and {_is(num_foreign)} ignored.")
+        left_out.append(f"{_runs(num_foreign)} in the experiment {_are(num_foreign)} not cellbench's and {_are(num_foreign)} ignored.")
     if not tested:
         found = f"{num_finished} finished without usable scores" if num_finished else "no finished run"
         why = f" ({left_out[0]})" if left_out else ""
         raise CellbenchError(f"experiment '{names}': {found}, so there is nothing to compare{why}. `cellbench grid` makes runs.")
-    unique = {(run.told["dataset"], *sorted(run.stored.params.items())): run for run in sorted(tested, key=lambda run: run.stored.start_s)}
+    tested.sort(key=lambda run: run.record.start_s)
+    unique = {(run.per_image["dataset"], *sorted(run.record.params.items())): run for run in tested}
     if num := len(tested) - len(unique):
         left_out.append(
-            f"{_runs(num)} {_is(num)} left out: later ones have the same settings, with other weights, cards or code, or a newer version."
+            f"{_runs(num)} {_are(num)} left out: later ones have the same settings, with other weights, cards or code, or a newer version."
         )
-    started_s = {run.tags[DATA]: run.last_s for run in sorted(parents, key=lambda run: run.last_s) if DATA in run.tags}
+    parents.sort(key=lambda run: run.last_s)
+    started_s = {run.tags[DATA]: run.last_s for run in parents if DATA in run.tags}
     sets, incomplete = group_models(unique.values(), started_s)
     left_out += incomplete
     if not sets:
@@ -94,13 +132,33 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
             f"experiment '{names}': no model has all its folds, so there is nothing to compare ({incomplete[0]}). Run the grid to its end."
         )
     return ExperimentResults(
-        experiment=names,
-        sets=tuple(sets),
-        skipped=skipped,
-        failed=failed,
-        left_out=tuple(left_out),
-        parents=tuple(sorted(parents, key=lambda run: -run.last_s)),
+        experiment=names, sets=tuple(sets), skipped=skipped, failed=failed, left_out=tuple(left_out), parents=tuple(reversed(parents))
     )
+
+
+def collect_report(
+    trackers: Sequence[Tracker], *, only: Collection[str] | None = None, request: RunRequest | None = None
+) -> ExperimentResults:
+    """All that a report shows: the runs, what was requested (read back where it is not given), and figures of the best models."""
+    results = collect_runs(trackers, only)
+    read = trackers[0].artifact  # of any experiment in the store
+    parent = next(iter(results.parents), None)
+    if request is None:
+        request = RunRequest()
+        digests = {run.per_image["dataset"] for model in results.sets[0].models for run in model.runs}
+        for run in results.parents:
+            found = RunRequest.from_json(read(run, REQUEST_FILE))
+            if found.dataset.get("digest") in digests:
+                request, parent = found, run
+                break
+    examples = {
+        model.runs[0].record.run_id: {
+            name: png for name in EXAMPLE_FIGURES if (png := read(model.runs[0].record, f"figures/{name}.png")) is not None
+        }
+        for here in results.sets
+        for model in here.example_models
+    }
+    return replace(results, request=request, parent=parent, examples=examples)
 
 
 def _per_image(tracker: Tracker, run: RunRecord) -> dict[str, Any] | str:
@@ -109,24 +167,25 @@ def _per_image(tracker: Tracker, run: RunRecord) -> dict[str, Any] | str:
     if data is None:
         return "its per_image.json is gone"
     try:
-        told = json.loads(data, parse_constant=_refused)  # null is an image without a score, NaN is a fault
-        num = len(told["images"])
-        if not num or not isinstance(told["dataset"], str) or any(len(told[key]) != num for key in MEASURES if key in told):
+        record = json.loads(data, parse_constant=_refuse_constant)  # null is an image without a score, NaN is an error
+        keys = [metric.key for metric in catalog.per_image(catalog.from_record(record.get("own_metrics", ())))]
+        num = len(record["images"])
+        if not num or not isinstance(record["dataset"], str) or any(len(record[key]) != num for key in keys if key in record):
             return "its per_image.json does not hold one score an image"
-        if np.isinf(np.asarray(told["dice"], float)).any():
-            return "its per_image.json holds what is no number"
+        if np.isinf(np.asarray(record["dice"], float)).any():
+            return "its per_image.json holds an infinite score"
     except NonFiniteValueError:
-        return "its per_image.json holds what is no number"
-    except (ValueError, KeyError, TypeError):
+        return "its per_image.json holds NaN or an infinite score"
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "its per_image.json is damaged"
-    return told
+    return record
 
 
 class NonFiniteValueError(ValueError):
     """NaN or an infinity in JSON."""
 
 
-def _refused(constant: str) -> float:
+def _refuse_constant(constant: str) -> float:
     raise NonFiniteValueError(constant)
 
 
@@ -134,7 +193,7 @@ def _runs(num: int) -> str:
     return f"{num} run{'s' * (num != 1)}"
 
 
-def _is(num: int) -> str:
+def _are(num: int) -> str:
     return "is" if num == 1 else "are"
 
 

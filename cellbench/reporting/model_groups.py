@@ -1,75 +1,82 @@
-"""Runs lined up: those that differ in seed and fold alone are one model, and models of the same test images one test set.
+"""Groups finished runs: runs that differ only in seed and fold are one model, and models with the same test images are one test set.
 
-Seeds are repeats. Folds are parts: each image is tested once, by the run that did not learn from it, so the folds of one seed make one row
-of scores over all images. Pooled scores are had from the counts of all folds, not as a mean of the folds' scores.
+Seeds are repeats. Folds are parts: each image is tested once, by the run that was not trained on it, so the folds of one seed make one row
+of scores over all images. Pooled scores come from the summed pixel counts of all folds, not from a mean over folds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from cellbench.config.run import RUN_KEYS
+from cellbench.metrics import catalog
+from cellbench.metrics.catalog import Metric
 from cellbench.metrics.pixel import count_empty_images, pixel_scores, pooled_classes
 from cellbench.statistics.bootstrap import Interval, bootstrap_intervals, unit_labels, unit_numbers, unit_sums
+from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.hypothesis_tests import is_decidable
-from cellbench.statistics.scores import Difference, ModelScores
+from cellbench.statistics.scores import Difference, ModelScores, swap_sides
 from cellbench.tracking.schema import LIMIT, RunRecord
 
-MEASURES = {
-    "dice": "Dice", "nsd": "outline (NSD)", "boundary_dice": "boundary Dice", "ap50": "AP50", "ap50_95": "AP50-95", "aji": "AJI", "pq": "PQ",
-}  # fmt: skip
-"""Per-image scores that models are compared by, as they are called in print; higher is better."""
 REPEATS = ("seed", "fold")
-"""Params that tell runs of one model apart."""
+"""Params that distinguish runs of one model."""
+MAX_MODELS_ALL_PAIRS = 40
+"""Up to so many models every pair is compared (0.8 s a metric); of more, each with the best."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FinishedRun:
-    """A finished run and what it scored on each image."""
+    """A finished run and its scores of each image."""
 
     __test__ = False  # not pytest's
 
-    stored: RunRecord
-    told: dict[str, Any]
+    record: RunRecord
+    per_image: Mapping[str, Any]
     """Its ``per_image.json``."""
 
     @property
     def seed(self) -> int:
-        return int(self.stored.params.get("seed", 0))
+        return int(self.record.params.get("seed", 0))
 
     @property
     def fold(self) -> int | None:
-        """The part of the data that it was tested on; None where there is one test for all."""
-        return self.told.get("fold")
+        """The fold that it was tested on; None without folds."""
+        return self.per_image.get("fold")
 
     @property
-    def world(self) -> str:
-        """What runs must share to be compared: the same test images, or the same data cut into the same folds."""
+    def test_set_key(self) -> str:
+        """Equal for runs that may be compared: the same test images, or the same data cut into the same folds."""
         if self.fold is not None:
-            return f"{self.told['pool']} {self.told['num_folds']} folds"
-        return f"{self.told['dataset']} {hash(tuple(self.told['images']))}"
+            return f"{self.per_image['pool']} {self.per_image['num_folds']} folds"
+        return f"{self.per_image['dataset']} {hash(tuple(self.per_image['images']))}"
+
+    @property
+    def settings(self) -> tuple[tuple[str, str], ...]:
+        """Params that distinguish models. Not the dataset's name: a test set has one dataset, under whatever name."""
+        return tuple(sorted((name, value) for name, value in self.record.params.items() if name not in (*REPEATS, "dataset")))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelGroup:
-    """Runs that differ in seed and fold alone, in the order of both."""
+    """The runs of one model, sorted by seed and fold."""
 
     name: str
     backbone: str
     head: str
     baseline: bool
     plain: bool
-    """Whether backbone and head say all that tells it from the others."""
+    """Whether backbone and head alone distinguish it from the others."""
     runs: tuple[FinishedRun, ...]
     groups: tuple[Hashable, ...] | None = None
     """The patient, slide or smear of each image, where known."""
 
-    @property
+    @cached_property
     def by_seed(self) -> list[list[FinishedRun]]:
         """The runs of each seed: one, or one a fold."""
         seeds: dict[int, list[FinishedRun]] = {}
@@ -79,51 +86,83 @@ class ModelGroup:
 
     @property
     def images(self) -> tuple[str, ...]:
-        return tuple(image for run in self.by_seed[0] for image in run.told["images"])
+        return tuple(image for run in self.by_seed[0] for image in run.per_image["images"])
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.runs[0].per_image.get("classes", []))
 
     @property
     def folds(self) -> tuple[int, ...] | None:
         """The fold that tested each image; None without folds."""
         if self.runs[0].fold is None:
             return None
-        return tuple(run.fold for run in self.by_seed[0] for _ in run.told["images"] if run.fold is not None)
+        return tuple(run.fold for run in self.by_seed[0] for _ in run.per_image["images"] if run.fold is not None)
 
-    def has(self, measure: str) -> bool:
-        return all(measure in run.told for run in self.runs)
+    @property
+    def own_metrics(self) -> tuple[Metric, ...]:
+        """The metrics of a user that its runs recorded."""
+        return catalog.from_record(self.runs[0].per_image.get("own_metrics", ()))
 
-    def scores(self, measure: str = "dice") -> ModelScores:
-        """Per-image scores, one row a seed."""
-        # null: the image has no cell and none was found
-        values = [np.concatenate([np.array(run.told[measure], np.float64) for run in runs]) for runs in self.by_seed]
-        return ModelScores(model=self.name, images=self.images, values=np.array(values), groups=self.groups, folds=self.folds)
+    def has(self, *keys: str) -> bool:
+        return all(key in run.per_image for key in keys for run in self.runs)
 
-    def rating(self, measure: str = "dice") -> float:
-        """What models are sorted by: the mean over images, or 1 where no image has a cell and none was found."""
-        mean = self.scores(measure).mean
-        return 1.0 if math.isnan(mean) else mean
+    def scores(self, metric: str = "dice") -> ModelScores:
+        """Scores of each image, one row a seed. NaN: the image has no cell and none was found."""
+        values = [np.concatenate([np.array(run.per_image[metric], np.float64) for run in runs]) for runs in self.by_seed]
+        lower_is_better = catalog.metric(metric, self.own_metrics).direction == "minimize"
+        return ModelScores(
+            model=self.name,
+            images=self.images,
+            values=np.array(values),
+            groups=self.groups,
+            folds=self.folds,
+            lower_is_better=lower_is_better,
+        )
 
-    def empty(self) -> tuple[int, float]:
-        """How many test images have no cell, and in how many of them one was found, in the mean of the seeds; 0 where it is not recorded."""
+    def sort_key(self, metric: str = "dice") -> float:
+        """Ascending from the best model: by the mean over images, or the ideal score where no image has a cell and none was found."""
+        scores = self.scores(metric)
+        mean = scores.best if math.isnan(scores.mean) else scores.mean
+        return mean if scores.lower_is_better else -mean
+
+    @cached_property
+    def empty_images(self) -> tuple[int, float]:
+        """The number of test images without a cell, and in how many of them one was found, mean over seeds; 0 where it is not recorded."""
         if not self.has("confusion"):
             return 0, 0.0
-        each = [count_empty_images(np.concatenate([np.array(run.told["confusion"]) for run in runs])) for runs in self.by_seed]
-        return each[0][0], float(np.mean([found for _, found in each]))
+        each = [count_empty_images(np.concatenate([np.array(run.per_image["confusion"]) for run in runs])) for runs in self.by_seed]
+        return each[0][0], float(np.mean([num_found for _, num_found in each]))
+
+    @cached_property
+    def absent_classes(self) -> list[str]:
+        """Of several classes of cells those that no test mask holds; none where runs did not record their pixel counts."""
+        if not self.has("confusion") or len(self.classes) < 3:
+            return []
+        truth = np.sum([np.sum(run.per_image["confusion"], axis=(0, 2)) for run in self.by_seed[0]], axis=0)
+        return [name for k, name in enumerate(self.classes) if k and not truth[k]]
+
+    def num_predicted_images(self, name: str) -> float:
+        """Test images in which a class is predicted, mean over seeds."""
+        k = self.classes.index(name)
+        each = [sum(np.count_nonzero(np.sum(run.per_image["confusion"], axis=1)[:, k]) for run in runs) for runs in self.by_seed]
+        return float(np.mean(each))
 
     @property
     def chosen(self) -> FinishedRun:
-        """The run to use: the one with the best validation Dice, since the test is not to choose by."""
-        return max(self.runs, key=lambda run: run.stored.metrics.get("best/val_dice", 0.0))
+        """The run to use: the one with the best validation Dice, since the test set must not choose."""
+        return max(self.runs, key=lambda run: run.record.metrics.get("best/val_dice", 0.0))
 
-    def pooled(self, measure: str) -> list[float]:
-        """Dice, IoU, precision, recall or accuracy of the cell class over all pixels, one a seed."""
+    def pooled(self, metric: str) -> list[float]:
+        """An overlap score of the cell class over all pixels, one a seed."""
         if self.folds is None:
-            return [run.stored.metrics.get(f"test/{measure}", math.nan) for run in self.runs]
-        counts = [np.sum([np.sum(run.told["confusion"], axis=0) for run in runs], axis=0) for runs in self.by_seed]
-        return [pixel_scores(one).of(pooled_classes(one))[measure] for one in counts]
+            return [run.record.metrics.get(f"test/{metric}", math.nan) for run in self.runs]
+        counts = [np.sum([np.sum(run.per_image["confusion"], axis=0) for run in runs], axis=0) for runs in self.by_seed]
+        return [pixel_scores(one).of(pooled_classes(one))[metric] for one in counts]
 
-    def mean(self, metric: str) -> float | None:
-        """The mean over runs of a logged metric; None where a run has none."""
-        values = [run.stored.metrics.get(metric) for run in self.runs]
+    def mean(self, name: str) -> float | None:
+        """The mean over runs of a metric in MLflow; None where a run lacks it."""
+        values = [run.record.metrics.get(name) for run in self.runs]
         return None if None in values else float(np.mean(np.array(values, float)))
 
 
@@ -139,37 +178,54 @@ class TestSet:
     models: tuple[ModelGroup, ...]
     groups: tuple[Hashable, ...] | None = None
     num_folds: int = 0
-    """0 where every model had one test."""
+    """0 without folds."""
     num_images: Mapping[str, int] = field(default_factory=dict)
-    """Of each split; with folds, of the first one's. Empty for runs that did not record it."""
+    """By split; with folds, of the first one. Empty for runs that did not record it."""
     limit: str = ""
-    """Of images of each split, where a part of the data was tried; empty for whole data."""
+    """The ``--limit`` on images of each split; empty for whole data."""
     last_s: float = 0.0
-    """When its newest run gave its last sign of life, or a grid on its data was started last, in seconds since 1970."""
-    differences: dict[str, list[Difference]] = field(default_factory=dict)
-    """By measure, kept once they are computed (``cellbench.reporting.leaderboard.pairwise_differences``)."""
+    """The last sign of life of its newest run, or the last start of a grid on its data, in seconds since 1970."""
     _intervals: dict[str, list[Interval]] = field(default_factory=dict)
+    _differences: dict[str, list[Difference]] = field(default_factory=dict)
 
     @property
-    def data(self) -> str:
-        """What was learned from and tested, in words: ``folder: 19 training, 5 validation and 6 test images``."""
+    def description(self) -> str:
+        """The data and its size: ``folder: 19 training, 5 validation and 6 test images``."""
         if self.num_folds:
-            counted = f"{len(self.images)} images in {self.num_folds} folds"
+            size = f"{len(self.images)} images in {self.num_folds} folds"
         else:
-            counted = describe_sizes(self.num_images) or f"{len(self.images)} test image{'s' * (len(self.images) != 1)}"
-        return f"{self.dataset}: {counted}{describe_limit(self.limit)}"
+            size = describe_sizes(self.num_images) or f"{len(self.images)} test image{'s' * (len(self.images) != 1)}"
+        return f"{self.dataset}: {size}{describe_limit(self.limit)}"
 
     @property
     def best(self) -> ModelGroup:
-        """By the mean over images, which is what is tested; the table is sorted by it too."""
+        """By the mean Dice over images, which is what the tests are about."""
         return self.models[0]
 
-    def intervals(self, measure: str) -> list[Interval]:
+    @property
+    def example_models(self) -> list[ModelGroup]:
+        """The models whose figures a report shows: the best, and where that was not trained the best that was."""
+        trained = next((model for model in self.models if "best/val_dice" in model.runs[0].record.metrics), self.best)
+        return list(dict.fromkeys((self.best, trained)))
+
+    def best_by(self, metric: str) -> ModelGroup:
+        return min(self.models, key=lambda model: model.sort_key(metric))
+
+    @property
+    def own_metrics(self) -> tuple[Metric, ...]:
+        """The metrics of users that any of its models recorded."""
+        return tuple({metric.key: metric for model in self.models for metric in model.own_metrics}.values())
+
+    def compared_metrics(self) -> list[Metric]:
+        """The per-image scores that every model has; runs of older versions lack some."""
+        return [metric for metric in catalog.compared(self.own_metrics) if all(model.has(metric.key) for model in self.models)]
+
+    def intervals(self, metric: str = "dice") -> list[Interval]:
         """Each model's mean over the images with its 95 % interval; all at once, since they share their resamples."""
-        if measure not in self._intervals:
-            values_MI = np.stack([model.scores(measure).per_image for model in self.models])
+        if metric not in self._intervals:
+            values_MI = np.stack([model.scores(metric).per_image for model in self.models])
             labels = np.arange(len(self.images)) if self.groups is None else unit_numbers(self.groups)
-            found = [Interval(mean=math.nan, low=None, high=None, num=0, note="no image has a score")] * len(self.models)
+            intervals = [Interval(mean=math.nan, low=None, high=None, num=0, note="no image has a score")] * len(self.models)
             patterns: dict[bytes, list[int]] = {}
             for k, row_I in enumerate(~np.isnan(values_MI)):
                 patterns.setdefault(row_I.tobytes(), []).append(k)
@@ -179,9 +235,37 @@ class TestSet:
                     unit_I = unit_numbers(labels[kept].tolist())
                     some = bootstrap_intervals(unit_sums(values_MI[members][:, kept], unit_I), np.bincount(unit_I), word=self.unit)
                     for k, interval in zip(members, some, strict=True):
-                        found[k] = interval
-            self._intervals[measure] = found
-        return self._intervals[measure]
+                        intervals[k] = interval
+            self._intervals[metric] = intervals
+        return self._intervals[metric]
+
+    def differences(self, metric: str = "dice") -> list[Difference]:
+        """Every pair of models, or of more than ``MAX_MODELS_ALL_PAIRS`` each with the best; p is adjusted for every pair either way."""
+        if metric not in self._differences:
+            scores = [model.scores(metric) for model in self.models]
+            if len(scores) < 2:
+                self._differences[metric] = []
+            elif len(scores) <= MAX_MODELS_ALL_PAIRS:
+                self._differences[metric] = compare_all(scores)
+            else:
+                self._differences[metric] = compare_all(scores, against=self.best_by(metric).name, picked=True)
+        return self._differences[metric]
+
+    def differences_to_best(self, metric: str = "dice") -> list[Difference]:
+        """Every model against the best by this metric, the best as second; empty for a single model.
+
+        The best was picked by the scores that are tested, so p is adjusted for every pair of models, not for these pairs alone.
+        """
+        best = self.best_by(metric).name
+        return [d if d.b == best else swap_sides(d) for d in self.differences(metric) if best in (d.a, d.b)]
+
+    def tied_winners(self, most: int = 3) -> list[ModelGroup]:
+        """The best model and, best first, those that do not differ significantly from it, up to ``most`` in all.
+
+        Only the best where the images are too few for a significant difference: there no model, however bad, differs significantly.
+        """
+        tied = {d.a for d in self.differences_to_best() if d.better is None} if self.decidable else set()
+        return [model for model in self.models if model is self.best or model.name in tied][:most]
 
     @property
     def unit(self) -> str:
@@ -190,24 +274,20 @@ class TestSet:
 
     @property
     def num_units(self) -> int:
-        """Images, or groups of them, that any model has a score for: those without a cell and without a find tell models apart in nothing."""
+        """Images, or groups of them, that any model has a score for."""
         empty = np.all([model.scores().empty for model in self.models], axis=0)
         labels = self.images if self.groups is None else self.groups
         return len({label for label, none in zip(labels, empty, strict=True) if not none})
 
     @property
     def num_pairs(self) -> int:
-        """Of models: what p is adjusted for."""
+        """Pairs of models: what p is adjusted for."""
         return len(self.models) * (len(self.models) - 1) // 2
 
     @property
     def decidable(self) -> bool:
-        """Whether its images can decide anything between its models."""
+        """Whether it has enough images for a significant difference."""
         return is_decidable(self.num_units, self.num_pairs)
-
-    def measures(self) -> list[str]:
-        """The per-image scores that every model has: runs of older versions lack some."""
-        return [measure for measure in MEASURES if all(model.has(measure) for model in self.models)]
 
 
 def describe_sizes(num_images: Mapping[str, int]) -> str:
@@ -218,106 +298,95 @@ def describe_sizes(num_images: Mapping[str, int]) -> str:
 
 
 def describe_limit(limit: str) -> str:
-    """Says of a part of the data that it is one."""
     return f" (a part of the data, --limit {limit})" if limit else ""
 
 
 def group_models(runs: Iterable[FinishedRun], started_s: Mapping[str, float] | None = None) -> tuple[list[TestSet], list[str]]:
-    """Test sets, whole ones before those under ``--limit``, of each kind the newest first, and sentences about runs that are left out because
-    folds are missing. ``started_s``: when a grid was last started on data of this digest."""
-    worlds: dict[str, list[FinishedRun]] = {}
+    """Test sets of whole data before those under ``--limit``, the newest first, and sentences about runs left out because folds are missing.
+
+    ``started_s``: when a grid was last started on the data of a digest."""
+    by_test_set: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        worlds.setdefault(run.world, []).append(run)
-    sets, told = [], []
-    for members in worlds.values():
-        kept, words = _whole(members)
-        told += words
+        by_test_set.setdefault(run.test_set_key, []).append(run)
+    sets, left_out = [], []
+    for members in by_test_set.values():
+        kept, sentences = _with_all_folds(members)
+        left_out += sentences
         if kept:
             sets.append(_test_set(kept))
     sets = [replace(one, last_s=max(one.last_s, (started_s or {}).get(one.digest, 0.0))) for one in sets]
-    return sorted(sets, key=lambda one: (bool(one.limit), -one.last_s)), told
+    return sorted(sets, key=lambda one: (bool(one.limit), -one.last_s)), left_out
 
 
-def _whole(runs: list[FinishedRun]) -> tuple[list[FinishedRun], list[str]]:
-    """Without the seeds that lack a fold: their images would be fewer than the others'."""
+def _with_all_folds(runs: list[FinishedRun]) -> tuple[list[FinishedRun], list[str]]:
+    """Without the seeds that lack a fold: they would have fewer images than the others."""
     if runs[0].fold is None:
         return runs, []
-    asked = {run.fold for run in runs}  # a person may run some folds only
+    folds = {run.fold for run in runs}  # a person may run some folds only
     seeds: dict[tuple[Hashable, ...], list[FinishedRun]] = {}
     for run in runs:
-        seeds.setdefault((_settings(run), run.seed), []).append(run)
-    kept, told = [], []
+        seeds.setdefault((run.settings, run.seed), []).append(run)
+    kept, left_out = [], []
     for members in seeds.values():
-        if missing := sorted(str(fold) for fold in asked - {run.fold for run in members}):
-            name = _part(dict(members[0].stored.params))
-            what = f"fold{'s' * (len(missing) > 1)} {', '.join(missing)}"
-            told.append(f"{name}, seed {members[0].seed}, is left out: {what} {'are' if len(missing) > 1 else 'is'} missing.")
+        if missing := sorted(str(fold) for fold in folds - {run.fold for run in members}):
+            name = _base_name(dict(members[0].record.params))
+            which = f"folds {', '.join(missing)} are" if len(missing) > 1 else f"fold {missing[0]} is"
+            left_out.append(f"{name}, seed {members[0].seed}, is left out: {which} missing.")
         else:
             kept += members
-    return kept, told
+    return kept, left_out
 
 
 def _test_set(runs: list[FinishedRun]) -> TestSet:
-    groups = _groups(runs)
-    models = tuple(sorted(_models(runs, groups), key=lambda model: -model.rating()))
+    groups: dict[str, Hashable] = {}
+    for run in sorted(runs, key=lambda run: run.record.start_s):  # the newest run that knows an image's group decides
+        pairs = zip(run.per_image["images"], run.per_image.get("groups") or (), strict=False)
+        groups |= {image: group for image, group in pairs if group}
+    models = tuple(sorted(_models(runs, groups), key=ModelGroup.sort_key))
     first = models[0]
     return TestSet(
-        dataset=runs[0].stored.params.get("dataset", "?"),
-        digest=runs[0].told["dataset"] if first.folds is None else runs[0].told["pool"],
+        dataset=runs[0].record.params.get("dataset", "?"),
+        digest=runs[0].per_image["dataset" if first.folds is None else "pool"],
         images=first.images,
         models=models,
         groups=first.groups,
         num_folds=len(set(first.folds or ())),
-        num_images=next((told for run in runs if (told := run.told.get("num_images"))), {}),
-        limit=next((limit for run in runs if (limit := run.stored.tags.get(LIMIT))), ""),
-        last_s=max(run.stored.last_s for run in runs),
+        num_images=next((sizes for run in runs if (sizes := run.per_image.get("num_images"))), {}),
+        limit=next((limit for run in runs if (limit := run.record.tags.get(LIMIT))), ""),
+        last_s=max(run.record.last_s for run in runs),
     )
 
 
-def _groups(runs: list[FinishedRun]) -> dict[str, Hashable]:
-    """The group of each image, as the newest run that knows any tells them."""
-    found: dict[str, Hashable] = {}
-    for run in sorted(runs, key=lambda run: run.stored.start_s):
-        found |= {image: group for image, group in zip(run.told["images"], run.told.get("groups") or (), strict=False) if group}
-    return found
-
-
-def _settings(run: FinishedRun) -> tuple[tuple[str, str], ...]:
-    ignored = {*REPEATS, "dataset"}  # a set has one dataset, under whatever name
-    return tuple(sorted((name, value) for name, value in run.stored.params.items() if name not in ignored))
-
-
-def _models(runs: list[FinishedRun], groups: dict[str, Hashable]) -> list[ModelGroup]:
-    """Runs put together by all their settings but seed and fold, and named by what tells them apart."""
+def _models(runs: Sequence[FinishedRun], groups: Mapping[str, Hashable]) -> list[ModelGroup]:
+    """Runs with equal settings together, named by the settings that vary."""
     together: dict[tuple[tuple[str, str], ...], list[FinishedRun]] = {}
     for run in runs:
-        together.setdefault(_settings(run), []).append(run)
+        together.setdefault(run.settings, []).append(run)
     settings = [dict(key) for key in together]
-    parts = [_part(one) for one in settings]
+    names = [_base_name(one) for one in settings]
     out = []
-    for mine, part, members in zip(settings, parts, together.values(), strict=True):
+    for mine, name, members in zip(settings, names, together.values(), strict=True):
         trained = mine["baseline"] == "none"
-        rivals = [one for one, other in zip(settings, parts, strict=True) if other == part or (trained and one["baseline"] == "none")]
-        # Settings of a head are compared within its own head, since others have none of that name.
-        own = [one for one, other in zip(settings, parts, strict=True) if other == part]
-        varied = [name for name in (*RUN_KEYS, "precision") if name not in REPEATS and len({one.get(name) for one in rivals}) > 1]
-        varied += sorted({name for one in own for name in one if "." in name and len({other.get(name) for other in own}) > 1})
-        out.append(
-            ModelGroup(
-                name=" · ".join([part, *(f"{name} {mine.get(name, '?')}" for name in varied)]),
-                backbone=mine["backbone"],
-                head=mine["head"],
-                baseline=mine["baseline"] != "none",
-                plain=len(own) == 1,
-                runs=tuple(sorted(members, key=lambda run: (run.seed, run.fold or 0))),
-            )
+        rivals = [one for one, other in zip(settings, names, strict=True) if other == name or (trained and one["baseline"] == "none")]
+        # A head's own settings are compared within this head: others have none of that name.
+        own = [one for one, other in zip(settings, names, strict=True) if other == name]
+        varied = [key for key in (*RUN_KEYS, "precision") if key not in REPEATS and len({one.get(key) for one in rivals}) > 1]
+        varied += sorted({key for one in own for key in one if "." in key and len({other.get(key) for other in own}) > 1})
+        model = ModelGroup(
+            name=" · ".join([name, *(f"{key} {mine.get(key, '?')}" for key in varied)]),
+            backbone=mine["backbone"],
+            head=mine["head"],
+            baseline=not trained,
+            plain=len(own) == 1,
+            runs=tuple(sorted(members, key=lambda run: (run.seed, run.fold or 0))),
         )
-    if not groups:
-        return out
-    return [replace(one, groups=unit_labels(one.images, [groups.get(image, "") for image in one.images])) for one in out]
+        if groups:
+            model = replace(model, groups=unit_labels(model.images, [groups.get(image, "") for image in model.images]))
+        out.append(model)
+    return out
 
 
-def _part(params: dict[str, str]) -> str:
+def _base_name(params: dict[str, str]) -> str:
     for name in ("backbone", "head", "baseline"):
         params.setdefault(name, "none")
     return params["baseline"] if params["baseline"] != "none" else f"{params['backbone']} · {params['head']}"
@@ -325,9 +394,25 @@ def _part(params: dict[str, str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotRow:
-    """One model as it is drawn: ``measures`` by label, each the interval of its mean over images."""
+    """One model as figures show it: ``metrics`` by label, each the interval of its mean over images."""
 
     model: str
     baseline: bool
-    measures: Mapping[str, Interval]
+    metrics: Mapping[str, Interval]
     backbone: str = ""
+
+
+def plot_rows(here: TestSet) -> list[PlotRow]:
+    """The metrics of figures that all models have, with intervals. Models without any score are left out."""
+    metrics = [metric for metric in here.compared_metrics() if metric.in_figures]
+    metrics = [metric for metric in metrics if metric.key == "dice" or not any(math.isnan(one.mean) for one in here.intervals(metric.key))]
+    return [
+        PlotRow(
+            model=model.name,
+            baseline=model.baseline,
+            backbone=model.backbone,
+            metrics={metric.label: here.intervals(metric.key)[k] for metric in metrics},
+        )
+        for k, model in enumerate(here.models)
+        if not math.isnan(here.intervals()[k].mean)
+    ]

@@ -1,116 +1,106 @@
-"""What a report says of itself: the data, the runs that are not in it, what its words mean, and how it was made."""
+"""What a report says about itself: the data, the runs without a result, what its terms mean, and how it was made."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from cellbench.reporting import html, leaderboard
+from cellbench.metrics import catalog
 from cellbench.reporting.collect import ExperimentResults
+from cellbench.reporting.model_groups import MAX_MODELS_ALL_PAIRS
+from cellbench.reporting.report_data import Block, Code, Facts, Table, Text
 from cellbench.statistics.bootstrap import FEWEST, ROUGH_BELOW
 from cellbench.tracking.client import command_line
-from cellbench.tracking.schema import WEIGHTS
+from cellbench.tracking.schema import MACHINE, WEIGHTS
 
 
-def describe_data(evidence: ExperimentResults, known: dict[str, Any]) -> str:
-    """Of the first test set, which the verdict is about."""
-    told = known.get("dataset", {})
-    first = evidence.sets[0]
-    return html.render_facts(
+def data_facts(results: ExperimentResults) -> Facts:
+    """The data of the first test set, which the verdict is about."""
+    first, dataset = results.sets[0], results.request.dataset
+    return Facts(
         [
-            ("data", first.data),
-            ("classes", ", ".join(first.models[0].runs[0].told.get("classes", []))),
+            ("data", first.description),
+            ("classes", ", ".join(first.models[0].classes)),
             ("digest", first.digest),
             ("folds", f"{first.num_folds}; each image is tested once" if first.num_folds else ""),
             ("groups", f"{len(set(first.groups))} for {len(first.images)} test images" if first.groups is not None else ""),
-            ("read from", told.get("root", "")),
-            ("notes", " ".join(told.get("notes", []))),
+            ("read from", dataset.get("root", "")),
+            ("notes", " ".join(dataset.get("notes", []))),
         ]
     )
 
 
-def describe_missing_runs(evidence: ExperimentResults) -> str:
-    lines = [
-        [name, kind, reason] for kind, runs in (("skipped", evidence.skipped), ("failed", evidence.failed)) for name, reason in runs.items()
-    ]
-    return (
-        html.render_table(("run", "what", "because"), lines[: html.MOST_LINES], text=(2,))
-        + html.rows_not_shown(len(lines))
-        + html.render_paragraphs(evidence.left_out)
-    )
+def missing_runs(results: ExperimentResults) -> list[Block]:
+    rows = [[name, "skipped", reason] for name, reason in results.skipped.items()]
+    rows += [[name, "failed", reason] for name, reason in results.failed.items()]
+    blocks: list[Block] = [Table(headings=("run", "status", "reason"), rows=rows, sentence_columns=(2,))] if rows else []
+    return blocks + ([Text(results.left_out)] if results.left_out else [])
 
 
-def glossary(evidence: ExperimentResults) -> list[str]:
-    first = evidence.sets[0]
-    told_by = first.models[0].runs[0].told
+def glossary(results: ExperimentResults) -> list[Block]:
+    """How models are compared, and what the metrics mean."""
+    first = results.sets[0]
+    record = first.models[0].runs[0].per_image
     unit = "images" if first.groups is None else "groups of images"
-    correction = "Holm" if len(first.models) <= leaderboard.ALL_PAIRS else "Bonferroni"
+    correction = "Holm" if len(first.models) <= MAX_MODELS_ALL_PAIRS else "Bonferroni"
     out = [
-        "Dice is pooled over all pixels of all test images; Dice/image is the mean of each image's own Dice, and what intervals and tests are "
-        f"about. Intervals are 95 % BCa bootstrap intervals over {unit}; fewer than {FEWEST} {unit} give none, fewer than {ROUGH_BELOW} a rough "
-        f"one, likely too narrow (≈ in tables, dashed in pictures). Differences are paired by image and tested by Wilcoxon's signed-rank "
-        f"test over {unit}; p is adjusted for every pair of models ({correction}), because the best was picked by these same scores. The "
-        "interval of a difference is of that pair alone. 'For certain' and 'better' mean: adjusted p below 0.05, the interval excludes 0, and "
-        "mean and ranks point the same way. The effect is the rank-biserial correlation, from -1 to 1. Seeds are averaged per image first: "
-        "they are repeats, not images. All of this speaks of images like these and of these training runs: another laboratory's stain, or "
-        "another seed where only one was run, may answer otherwise.",
+        "Dice is pooled over all pixels of all test images. Dice/image is the mean of each image's own Dice; intervals and tests are about it. "
+        f"Intervals are 95 % BCa bootstrap intervals over {unit}. Fewer than {FEWEST} {unit} give no interval, fewer than {ROUGH_BELOW} a rough "
+        "one, likely too narrow (≈ in tables, dashed in figures).",
+        f"Differences are paired by image and tested by Wilcoxon's signed-rank test over {unit}. p is adjusted for every pair of models "
+        f"({correction}), because the best was picked by these same scores. The interval of a difference is of that pair alone. A difference is "
+        "called significant where the adjusted p is below 0.05, the interval excludes 0, and mean and ranks have the same sign. The effect is "
+        "the rank-biserial correlation, from -1 to 1. Seeds are averaged per image first: they are repeats, not images. The conclusions hold for "
+        "images like these and for these training runs: another laboratory's stain, or another seed where only one was run, may give another result.",
     ]
     if first.num_folds:
         out.append(
-            f"The data was cut into {told_by['num_folds']} folds, of which {first.num_folds} were tested: each of their images once, by the run "
-            "that had not learned from it, and the folds of one seed make one row of scores. The folds' training images overlap, so that p is "
-            "optimistic; 'p over folds' is the corrected resampled t-test (Nadeau and Bengio 2003), which allows for that."
+            f"The data was cut into {record['num_folds']} folds, of which {first.num_folds} were tested. Each of their images was tested once, by "
+            "the run that was not trained on it, and the folds of one seed make one row of scores. The training images of the folds overlap, so p "
+            "is optimistic; 'p over folds' is the corrected resampled t-test (Nadeau and Bengio 2003), which allows for that."
         )
     if first.groups is not None:
         out.append(
-            f"Images come in groups ({len(set(first.groups))} of them): a group is resampled and ranked as one, since its images are alike."
+            f"Images come in {len(set(first.groups))} groups. A group is resampled and ranked as one unit, since its images are alike."
         )
-    if "nsd" in told_by:
-        numbered = any(told_by.get("cells_numbered", []))
-        cells = "the mask's own numbers" if numbered else "connected regions (neighbours beside, not diagonal)"
-        area = min(told_by["min_area_px"])
-        saddle_ratios = sorted({f"{saddle_ratio:g}" for model in first.models for run in model.runs if (saddle_ratio := run.told.get("separation_saddle_ratio"))})
-        parted = (
-            f", and predicted cells that touch are parted by a watershed tuned on validation images (saddle_ratios {', '.join(saddle_ratios)})"
-            if saddle_ratios
+    if "nsd" in record:
+        numbered = any(record.get("cells_numbered", []))
+        cells = "the mask's own numbers" if numbered else "connected regions (4-neighbours)"
+        ratios = sorted({f"{ratio:g}" for model in first.models for run in model.runs if (ratio := run.per_image.get("separation_saddle_ratio"))})
+        separated = (
+            f" Predicted cells that touch are separated by a watershed tuned on validation images (saddle_ratio {', '.join(ratios)})."
+            if ratios
             else ""
         )
         out.append(
-            f"NSD: the share of both outlines' pixels within {told_by['tolerance_px']:g} px of the other outline. Single cells are {cells} of at "
-            f"least {area} px{parted}; two match where they share more than half of their union. AP50 is TP / (TP + FP + FN) at that threshold, PQ "
-            "panoptic quality. Found: matched so. Merged: not found, and mostly inside a predicted cell that holds another true cell too. Split: not "
-            "found, and two or more predicted cells lie mostly inside it. Missed: the other true cells. Extra: predicted cells without a match."
+            f"The tolerance of NSD is {record['tolerance_px']:g} px. Single cells are {cells} of at least {min(record['min_area_px'])} px."
+            f"{separated} A true and a predicted cell match where their IoU is above 0.5. Found, merged, split and missed cells exclude each other."
         )
     out.append(
-        "A class in neither truth nor prediction of an image has no score there, and an image without any is left out of means: finding nothing "
-        "where nothing is would otherwise count as 1. In a difference, an image without a cell counts where at least one of the two models found "
-        "something: 0 for that one, 1 for the other. The older rule, 1 for nothing in both, is in MLflow under names that end in _empty1."
+        "A class in neither truth nor prediction of an image has no score there, and an image without any score is left out of means: otherwise "
+        "predicting nothing where nothing is would count as 1. In a difference, an image without a cell counts where at least one of the two models "
+        "predicts a cell: 0 for that one, 1 for the other. The older rule, 1 where both have nothing, is in MLflow under names that end in _empty1."
     )
-    return out
+    own = first.own_metrics
+    keys = {metric.key: metric for metric in (*catalog.leaderboard(own), *first.compared_metrics(), *catalog.counts())}
+    return [Text(out), Facts([(metric.label, metric.meaning) for metric in keys.values()])]
 
 
-def describe_environment(evidence: ExperimentResults, known: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())
-    runs = [run.stored for here in evidence.sets for model in here.models for run in model.runs]
-    tags = max(runs, key=lambda run: run.start_s).tags
-    machines = sorted({run.tags.get("cellbench.machine", "") for run in runs} - {""})
-    weights = {run.params.get("backbone", ""): told for run in runs if (told := run.tags.get(WEIGHTS))}
-    out = html.render_facts(
+def environment(results: ExperimentResults) -> list[Block]:
+    """Command, machine, versions, the experiment file and every run."""
+    request = results.request
+    models = [model for here in results.sets for model in here.models]
+    runs = [run.record for model in models for run in model.runs]
+    newest = max(runs, key=lambda run: run.start_s)
+    machines = sorted({run.tags.get(MACHINE, "") for run in runs} - {""})
+    weights = {run.params.get("backbone", ""): digest for run in runs if (digest := run.tags.get(WEIGHTS))}
+    facts = Facts(
         [
-            ("command", known.get("command", "not recorded")),
-            ("machine", known.get("machine", "") or ", ".join(machines)),
-            ("versions", versions or "not recorded"),
-            ("weights", ", ".join(f"{name} {told}" for name, told in sorted(weights.items()))),
-            ("code", tags.get("mlflow.source.git.commit", "")),
+            ("command", request.command or "not recorded"),
+            ("machine", request.machine or ", ".join(machines)),
+            ("versions", ", ".join(f"{name} {version}" for name, version in request.versions.items()) or "not recorded"),
+            ("weights", ", ".join(f"{name} {digest}" for name, digest in sorted(weights.items()))),
+            ("code", newest.tags.get("mlflow.source.git.commit", "")),
             ("page made by", command_line()),
         ]
     )
-    out += html.render_code(known.get("experiment", ""))
-    lines = [
-        [m.name, str(run.seed), run.stored.run_id, run.stored.fingerprint]
-        for here in evidence.sets
-        for m in here.models
-        for run in m.runs
-    ]  # fmt: skip
-    return (
-        out + html.render_table(("model", "seed", "MLflow run", "fingerprint"), lines[: html.MOST_LINES]) + html.rows_not_shown(len(lines))
-    )
+    rows = [[model.name, str(run.seed), run.record.run_id, run.record.fingerprint] for model in models for run in model.runs]
+    experiment = [Code(request.experiment)] if request.experiment else []
+    return [facts, *experiment, Table(headings=("model", "seed", "MLflow run", "fingerprint"), rows=rows)]

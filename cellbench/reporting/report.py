@@ -1,73 +1,66 @@
-"""``report``: what an experiment found, in one HTML file, and its tables as Markdown, CSV and LaTeX.
+"""The end of a grid or search: its report, kept on the parent run in MLflow, the leaderboard in the terminal, and the winners' model entries.
 
-Everything is read back from MLflow: a report can be made again at any time, from any process. What is not recorded is not invented, so
-runs of older versions have shorter reports.
+Everything is read back from MLflow, so a report can be made again at any time, from any process. What a run did not record is not in it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 import platform
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cellbench.config.loading import CHANGED
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, one_line
-from cellbench.escaping import to_csv
-from cellbench.files import file_name, make_folder, os_errors_as
-from cellbench.reporting import leaderboard
-from cellbench.reporting.collect import ExperimentResults, collect_runs
+from cellbench.files import file_name
+from cellbench.metrics import catalog
+from cellbench.metrics.catalog import Metric
+from cellbench.reporting.collect import REQUEST_FILE, RunRequest, collect_report, collect_runs
+from cellbench.reporting.leaderboard import LeaderboardRow, format_row, format_table, to_json
 from cellbench.reporting.model_groups import TestSet
+from cellbench.reporting.verdict import describe_ranking_rule
 from cellbench.tracking import model_registry, ui_view
 from cellbench.tracking.client import command_line
-from cellbench.tracking.schema import NOTE, RunRecord, to_record
+from cellbench.tracking.schema import NOTE, to_record
 from cellbench.tracking.tracker import Run, Tracker
 
-if TYPE_CHECKING:
-    from cellbench.reporting.sections import Report
-
-MOST_NOTED = 15
-"""Models in the table of an experiment's description; the report has all."""
-BOARD = "leaderboard.json"
-CONCLUDED = "cellbench.concluded"
-"""The parent run's tag: of which runs its report is."""
-ABOUT = "about.json"
-"""On the parent run: what was asked, of which data, by which command, with which versions."""
-ASKED = "experiment.toml"
+SUMMARY_FILE = "leaderboard.json"
+REPORTED_RUNS = "cellbench.concluded"
+"""The parent run's tag: a digest of the runs that its report is about."""
+EXPERIMENT_FILE = "experiment.toml"
 """On the parent run: the experiment as it ran, with the changes of the call."""
-"""Begins the comment in it that names them."""
+VERSIONS = ("cellbench", "torch", "torchvision", "timm", "segmentation-models-pytorch", "mlflow", "numpy", "scipy", "scikit-image")
 
 
-def log_request(top: Run, text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
-    """Logs to a parent run, before anything is trained, what it asks; returns that, as :func:`report_metadata`, for :func:`write_report`."""
-    known = report_metadata(text, dataset, machine)
+def log_request(top: Run, text: str, dataset: Dataset, machine: str) -> RunRequest:
+    """Logs what a grid or search was asked to its run, before anything is trained. ``text``: the experiment as it runs."""
+    request = _request(text, dataset, machine)
     with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
-        (Path(name) / ASKED).write_text(text, encoding="utf-8")
-        (Path(name) / ABOUT).write_text(json.dumps(known, indent=1), encoding="utf-8")
+        (Path(name) / EXPERIMENT_FILE).write_text(text, encoding="utf-8")
+        (Path(name) / REQUEST_FILE).write_text(json.dumps(asdict(request), indent=1), encoding="utf-8")
         top.artifacts(Path(name))
-    return known
+    return request
 
 
-def report_metadata(text: str, dataset: Dataset, machine: str) -> dict[str, Any]:
-    """What the grid knows and no run does. ``text``: the experiment as it runs, whose first comment line is the question."""
+def _request(text: str, dataset: Dataset, machine: str) -> RunRequest:
+    """The first comment line of the experiment is the question."""
     lines = [line for line in text.lstrip().splitlines() if line.startswith("#") and not line.startswith(CHANGED)]
     comments = [line.lstrip("# ").rstrip() for line in lines]
-    names = ("cellbench", "torch", "torchvision", "timm", "segmentation-models-pytorch", "mlflow", "numpy", "scipy", "scikit-image")
-    return {
-        "question": comments[0] if comments else "",
-        "comments": comments[1:],
-        "experiment": text,
-        "command": command_line(),
-        "machine": machine,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
-        "dataset": {
+    return RunRequest(
+        question=comments[0] if comments else "",
+        comments=comments[1:],
+        experiment=text,
+        command=command_line(),
+        machine=machine,
+        versions={"python": platform.python_version(), **{name: _version(name) for name in VERSIONS}},
+        dataset={
             "name": dataset.name,
             "digest": dataset.digest,
             "root": str(dataset.root),
@@ -75,7 +68,7 @@ def report_metadata(text: str, dataset: Dataset, machine: str) -> dict[str, Any]
             "images": {split: len(dataset.samples(split)) for split in ("train", "val", "test")},
             "notes": list(dataset.notes),
         },
-    }
+    )
 
 
 def _version(name: str) -> str:
@@ -85,174 +78,143 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def write_files(report: Report, folder: Path) -> Path:
-    """Everything into a folder, made if need be; returns the page's path. Raises CellbenchError where that is not permitted."""
-    make_folder(folder / "figures")
-    with os_errors_as(f"writing the report to {folder}"):
-        for name, (headings, lines) in report.tables.items():
-            (folder / f"{name}.csv").write_text(to_csv(headings, lines), encoding="utf-8")
-            (folder / f"{name}.md").write_text(leaderboard.to_markdown(headings, lines) + "\n", encoding="utf-8")
-            (folder / f"{name}.tex").write_text(to_latex(headings, lines), encoding="utf-8")
-        for name, data in report.pictures.items():
-            (folder / "figures" / f"{name}.png").write_bytes(data)
-        (folder / "report.html").write_text(report.html, encoding="utf-8")
-    return folder / "report.html"
-
-
-def _known(evidence: ExperimentResults, trackers: Sequence[Tracker]) -> tuple[dict[str, Any], RunRecord | None]:
-    """What the grid recorded that was last started on the first test set's data, and its run; nothing of grids on other data."""
-    mine = {run.told["dataset"] for model in evidence.sets[0].models for run in model.runs}
-    for parent in evidence.parents:
-        for tracker in trackers:
-            data = tracker.artifact(parent, ABOUT)
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if data is not None and (known := json.loads(data))["dataset"]["digest"] in mine:
-                    return known, parent
-    return {}, None
-
-
-def to_latex(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table for a paper; needs ``\\usepackage{booktabs}``."""
-    marks = {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "±": r"$\pm$",
-        "·": r"$\cdot$",
-        "≈": r"$\approx$",
-        "×": r"$\times$",
-    }
-    marks |= {one: f"\\{one}" for one in "&%$#_{}"}
-
-    def row(cells: Sequence[str]) -> str:
-        return " & ".join("".join(marks.get(c, c) for c in cell) for cell in cells) + r" \\"
-
-    columns = "l" + "r" * (len(headings) - 1)
-    inner = "\n".join(row(line) for line in lines)
-    return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{row(headings)}\n\\midrule\n{inner}\n\\bottomrule\n\\end{{tabular}}\n"
-
-
 def report_dir(name: str) -> Path:
-    """Where a report goes when nobody says: ``reports/<experiment>``, for names with slashes or emoji too."""
+    """The default folder of a report: ``reports/<experiment>``, for names with slashes or emoji too."""
     return Path("reports") / file_name(name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """``leaderboard.json`` of the parent run: the report in short."""
+
+    leaderboard: Sequence[Mapping[str, Any]]
+    verdict: Sequence[str]
+    data: str
+    """The test set and its size."""
+    digest: str
+    skipped: Mapping[str, str]
+    failed: Mapping[str, str]
+    own_metrics: Sequence[Mapping[str, Any]] = ()
+    """Declarations of the metrics of users among the leaderboard's scores."""
+
+    @property
+    def rows(self) -> list[LeaderboardRow]:
+        return [LeaderboardRow(**row) for row in self.leaderboard]
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return catalog.from_record(self.own_metrics)
 
 
 def write_report(
     tracker: Tracker,
     top: Run,
     only: Collection[str],
-    known: dict[str, Any],
+    request: RunRequest,
     splits: Mapping[str, Sequence[str]],
     skipped: Mapping[str, str],
     failed: Mapping[str, str],
     say: Callable[[str], None],
 ) -> None:
-    """The end of a grid or search: the leaderboard in the terminal, and the report on the parent run ``top``. ``only``: ids of its runs;
-    ``splits``: the names of the images of each split."""
+    """Prints the leaderboard and keeps the report on the parent run ``top``. ``only``: ids of its runs; ``splits``: image names by split."""
     if not only:
         say("no run is finished, so there is nothing to compare.")
         return
-    key = _key(only, known, skipped, failed)
-    if (record := _concluded(tracker, top, key)) is None:
-        from cellbench.reporting.sections import build_report  # matplotlib with it, which nothing before needs
-
-        evidence = collect_runs([tracker], only=only)
-        here = evidence.sets[0]
-        with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
-            folder = Path(name)
-            made = build_report(evidence, [tracker], known)
-            write_files(made, folder)
-            record = {
-                "leaderboard": leaderboard.to_json(leaderboard.leaderboard_rows(here)),
-                "verdict": made.verdict,
-                "data": here.data,
-                "digest": here.digest,
-            }
-            record |= {"skipped": dict(skipped), "failed": dict(failed)}
-            (folder / BOARD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-            (folder / "splits.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
-            top.artifacts(folder)
-    table = [leaderboard.LeaderboardRow(**row) for row in record["leaderboard"]]
-    note = partial(_note, known, record["data"], record["verdict"], table, skipped)
-    # The experiment's models and description are of the set that `report` and `best` take, with the models of earlier calls.
+    key = _key(only, request, skipped, failed)
+    if (summary := _stored_summary(tracker, top, key)) is None:
+        summary = _draw_report(tracker, top, only, request, splits, skipped, failed)
+    cells = [format_row(row, summary.metrics) for row in summary.rows]
+    for line in ("", format_table(cells), "", *summary.verdict):
+        say(line)
+    # Model entries and the experiment's description are about the set that `report` and `best` take, with the models of earlier calls.
     first = collect_runs([tracker]).sets[0]
-    _enter(tracker, first, say)
-    _tell(table, record["verdict"], say)
-    if first.digest == record["digest"]:
-        tracker.describe(note(), "" if first.limit else ui_view.WHOLE)
+    _register_winners(tracker, first, say)
+    note = partial(_note, request, summary)
+    if first.digest == summary.digest:
+        tracker.describe(note(), catalog.view_columns(first.own_metrics), "" if first.limit else ui_view.WHOLE)
     else:
-        say(f"`best` and `report` take the newest whole test set of '{tracker.name}', {first.data}; this call's was {record['data']}.")
-    top.log({}, tags={NOTE: note(top.address("figures/leaderboard.png")), CONCLUDED: key})
+        say(f"`best` and `report` take the newest whole test set of '{tracker.name}', {first.description}; this call's was {summary.data}.")
+    top.log({}, tags={NOTE: note(top.address("figures/leaderboard.png")), REPORTED_RUNS: key})
 
 
-def _tell(table: Sequence[leaderboard.LeaderboardRow], verdict: Sequence[str], say: Callable[[str], None]) -> None:
-    say("")
-    say(leaderboard.format_table(table))
-    say("")
-    for sentence in verdict:
-        say(sentence)
+def _draw_report(
+    tracker: Tracker,
+    top: Run,
+    only: Collection[str],
+    request: RunRequest,
+    splits: Mapping[str, Sequence[str]],
+    skipped: Mapping[str, str],
+    failed: Mapping[str, str],
+) -> Summary:
+    from cellbench.reporting.render import write_report_files
+    from cellbench.reporting.sections import build_report  # imports matplotlib, which nothing before needs
+
+    results = collect_report([tracker], only=only, request=request)
+    first = results.sets[0]
+    report = build_report(results)
+    summary = Summary(
+        leaderboard=to_json(report.leaderboard),
+        verdict=report.verdict,
+        data=first.description,
+        digest=first.digest,
+        skipped=dict(skipped),
+        failed=dict(failed),
+        own_metrics=catalog.to_record(first.own_metrics),
+    )
+    with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
+        folder = Path(name)
+        write_report_files(report, folder)
+        (folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=1), encoding="utf-8")
+        (folder / "splits.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
+        top.artifacts(folder)
+    return summary
 
 
-def _key(only: Collection[str], known: Mapping[str, Any], skipped: Mapping[str, str], failed: Mapping[str, str]) -> str:
-    """What a conclusion hangs on: its runs, and what is said of them, but for the words of the call and of reading the data: the first call
-    writes a split that the next one reads."""
-    said = {**known, "command": "", "dataset": {**known["dataset"], "notes": []}}
-    facts = [sorted(only), said, skipped, failed]
+def _key(only: Collection[str], request: RunRequest, skipped: Mapping[str, str], failed: Mapping[str, str]) -> str:
+    """A digest of what a report depends on. Not of the command and the notes on reading the data: the first call writes a split that the next
+    one reads."""
+    asked = replace(request, command="", dataset={**request.dataset, "notes": []})
+    layout = [field.name for field in fields(LeaderboardRow)]  # a summary of an older version cannot be read
+    facts = [sorted(only), asdict(asked), skipped, failed, layout]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _concluded(tracker: Tracker, top: Run, key: str) -> dict[str, Any] | None:
-    """The conclusion of the same runs that lies on the parent run already: drawing it again takes seconds."""
-    stored = to_record(tracker.client.get_run(top.run_id))
-    data = tracker.artifact(stored, BOARD) if stored.tags.get(CONCLUDED) == key else None
-    return json.loads(data) if data is not None else None
+def _stored_summary(tracker: Tracker, top: Run, key: str) -> Summary | None:
+    """The summary of the same runs, where the parent run has it: drawing the report again takes seconds."""
+    record = to_record(tracker.client.get_run(top.run_id))
+    data = tracker.artifact(record, SUMMARY_FILE) if record.tags.get(REPORTED_RUNS) == key else None
+    return None if data is None else Summary(**json.loads(data))
 
 
-NOTE_COLUMNS = ("model", "seeds", "Dice", "Dice/image", "95 %", "AP50", "train s")
+def _note(request: RunRequest, summary: Summary, picture: str = "") -> str:
+    from cellbench.reporting.render import to_note
+
+    return to_note(
+        question=request.question,
+        data=summary.data,
+        verdict=summary.verdict,
+        rows=summary.rows,
+        skipped=summary.skipped,
+        picture=picture,
+    )
 
 
-def _note(
-    known: Mapping[str, Any],
-    data: str,
-    verdict: Sequence[str],
-    table: Sequence[leaderboard.LeaderboardRow],
-    skipped: Mapping[str, str],
-    picture: str = "",
-) -> str:
-    """The answer in Markdown for MLflow, the verdict first: of a run's notes the UI shows five lines before a person asks for more."""
-    cells = [dict(zip(leaderboard.HEADINGS, leaderboard.format_row(row), strict=True)) for row in table[:MOST_NOTED]]
-    board = ui_view.padded_table(NOTE_COLUMNS, [[line[name] for name in NOTE_COLUMNS] for line in cells])
-    mind = [sentence for sentence in verdict if sentence.startswith("Mind")]
-    said = [sentence for sentence in verdict if sentence not in mind]
-    parts = [f"**{known.get('question', '')}**" if known.get("question") else "", " ".join(said[:2]), f"*Data*: {data}"]
-    parts += ["\n".join(f"- {sentence}" for sentence in said[2:]), board]
-    parts += [f"{len(table) - MOST_NOTED} more in `report.html`."] if len(table) > MOST_NOTED else []
-    parts += [f"![leaderboard]({picture})"] if picture else []
-    parts += ["*" + " ".join(mind) + "*"] if mind else []
-    parts += ["\n".join(f"- skipped: {name}: {reason}" for name, reason in skipped.items())] if skipped else []
-    parts.append("All of it is in `report.html`, an artifact of the parent run.")
-    return "\n\n".join(part for part in parts if part)[:7900]
-
-
-def _enter(tracker: Tracker, here: TestSet, say: Callable[[str], None]) -> None:
-    """Winners go into MLflow's list of models; entries of earlier calls that are none any more say so."""
-    best, entered = here.best, []
-    for model in leaderboard.tied_winners(here):
-        verdict = "the best" if model is best else f"not significantly different from {best.name}"
-        seeds = f" Of its {len(model.runs)} runs this one has the best validation Dice." if len(model.runs) > 1 else ""
-        rule = f" {_capital(leaderboard.describe_ranking_rule(here))}." if model is best and len(here.models) > 1 else ""
+def _register_winners(tracker: Tracker, here: TestSet, say: Callable[[str], None]) -> None:
+    """Adds the winners to MLflow's list of models, and marks entries of earlier calls that are no winners any more."""
+    entries = []
+    for model in here.tied_winners():
+        verdict = "the best" if model is here.best else f"not significantly different from {here.best.name}"
+        rule = describe_ranking_rule(here) if model is here.best else ""
+        sentences = [f"{rule[:1].upper()}{rule[1:]}."] if rule else []
+        if len(model.runs) > 1:
+            sentences.append(f"Of its {len(model.runs)} runs this one has the best validation Dice.")
         try:
-            entered.append(model_registry.register(tracker, model.chosen.stored, verdict, f"{rule}{seeds} Data: {here.data}."))
-        except CellbenchError as error:  # the answers are there; only the entry is not
+            more = "".join(f" {sentence}" for sentence in (*sentences, f"Data: {here.description}."))
+            entries.append(model_registry.register(tracker, model.chosen.record, verdict, more))
+        except CellbenchError as error:  # the results are there; only the entry is not
             say(f"no model entry for {model.name}: {one_line(error)}")
-    if entered:
+    if entries:
         try:
-            model_registry.mark_superseded(tracker, entered)
+            model_registry.mark_superseded(tracker, entries)
         except CellbenchError as error:
             say(f"entries of earlier winners are not marked: {one_line(error)}")
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -1,289 +1,272 @@
-"""The chapters of a report: from evidence to sentences, tables and pictures.
-
-``cellbench.reporting.report`` writes them; ``cellbench.reporting.html`` knows how a page looks.
-"""
+"""Analyses the collected runs: from results to the report's records. A new figure is one line here and its function in ``plots/``."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from cellbench.metrics import catalog
 from cellbench.metrics.pixel import nan_mean
-from cellbench.reporting import html, leaderboard, learning_curves, provenance
-from cellbench.reporting.collect import ExperimentResults
-from cellbench.reporting.leaderboard import LeaderboardRow, format_count
-from cellbench.reporting.model_groups import MEASURES, ModelGroup, PlotRow, TestSet
-from cellbench.reporting.plots import comparison as comparison_plots
-from cellbench.reporting.plots import significance as significance_plots
-from cellbench.reporting.plots import style
-from cellbench.reporting.verdict import format_p
+from cellbench.reporting import provenance
+from cellbench.reporting.collect import EXAMPLE_FIGURES, ExperimentResults
+from cellbench.reporting.leaderboard import (
+    LeaderboardRow,
+    format_interval,
+    format_metric,
+    format_number,
+    format_row,
+    leaderboard_rows,
+    outcome_rows,
+)
+from cellbench.reporting.learning_curves import LearningCurve, learning_curves
+from cellbench.reporting.model_groups import ModelGroup, TestSet, plot_rows
+from cellbench.reporting.plots import comparison, significance
+from cellbench.reporting.plots.style import Drawing
+from cellbench.reporting.report_data import Block, Figure, Heading, ReportData, Section, StoredImage, Table, Text
+from cellbench.reporting.verdict import (
+    conclude,
+    describe_costs_load,
+    describe_learning_curves,
+    describe_outcome,
+    format_p,
+    format_p_cell,
+    list_test_sets,
+)
 from cellbench.statistics.ranking import critical_difference, marginal_scores
 from cellbench.statistics.scores import Difference, ModelScores
-from cellbench.tracking.tracker import Tracker
 
-MOST_RANKED = 20
-"""Models in a critical-difference diagram; more are not readable, and the best ones are what is asked about."""
-Draw = Callable[..., str]
-
-
-@dataclass(kw_only=True)
-class Report:
-    """A page of HTML; tables by name, headings and lines; pictures by name, PNG; the verdict, one sentence an item."""
-
-    html: str = ""
-    tables: dict[str, tuple[Sequence[str], list[list[str]]]] = field(default_factory=dict)
-    pictures: dict[str, bytes] = field(default_factory=dict)
-    verdict: list[str] = field(default_factory=list)
+MAX_RANKED = 20
+"""Models in a critical-difference diagram; more are not readable."""
+NUM_WORST_IMAGES = 10
+COSTS = ("backbone_params", "head_params", "train_s", "train_cpu_s", "images_per_s", "image_cpu_s", "peak_mib", "features_mib")
+"""Columns of the table of costs."""
 
 
-def build_report(evidence: ExperimentResults, trackers: Sequence[Tracker], known: dict[str, Any]) -> Report:
-    """The report of what was collected. ``known``: what :func:`cellbench.reporting.report.report_metadata` recorded; empty for runs of unknown origin."""
-    report = Report()
-    sections: list[tuple[str, str]] = []
-    many = len(evidence.sets) > 1
-    if many:
-        sections.append(("Different test images", html.render_paragraphs(_apart(evidence))))
-    for k, here in enumerate(evidence.sets):
-        prefix = f"set{k + 1}-" if k else ""
-        label = f" ({here.data}; {here.digest[:8]})" if many else ""
-        sections += [(heading + label, body) for heading, body in _about_set(here, trackers, report, prefix)]
-    sections.append(("Runs without a result", provenance.describe_missing_runs(evidence)))
-    sections.append(("What the measures mean", html.render_paragraphs(provenance.glossary(evidence))))
-    sections.append(("How it was made", provenance.describe_environment(evidence, known)))
-    num_models = sum(len(here.models) for here in evidence.sets)
-    subtitle = f"{evidence.num_runs} finished runs, {num_models} models, {_images(evidence)}; made {time.strftime('%Y-%m-%d %H:%M')}"
-    report.verdict = leaderboard.describe(evidence.sets[0]) + leaderboard.describe_other_winners(evidence.sets[0])
-    report.verdict += leaderboard.describe_empty_images(evidence.sets[0])
-    absent = leaderboard.absent_classes(evidence.sets[0].models[0])
-    report.verdict += leaderboard.describe_class_mean(
-        [name for name in evidence.sets[0].models[0].runs[0].told.get("classes", []) if name not in absent]
-    )
-    report.verdict += leaderboard.describe_test_sets(evidence.sets)
-    busy = leaderboard.leaderboard_rows(evidence.sets[0])
-    if max((row.other_load_pct or 0.0 for row in busy), default=0.0) >= leaderboard.BUSY_PCT:
-        report.verdict.append(leaderboard.describe_load(busy).replace("Costs", "Mind: costs", 1))
-    lead = html.render_paragraphs([known["question"]]) if known.get("question") else ""
-    lead += html.render_paragraphs(report.verdict, "verdict") + provenance.describe_data(evidence, known)
-    report.html = html.render_page(evidence.experiment, subtitle, sections, lead)
-    return report
-
-
-def _images(evidence: ExperimentResults) -> str:
-    num = len(evidence.sets[0].images)
-    return f"{num} test image{'s' * (num != 1)}" + (f" and {len(evidence.sets) - 1} other sets" if len(evidence.sets) > 1 else "")
-
-
-def _apart(evidence: ExperimentResults) -> list[str]:
-    out = [
-        "The runs were tested on different images. Scores are paired within one set only; across sets no difference is computed or tested. "
-        "The newest set of whole data comes first: the verdict and `best` are about it. Sets under --limit come last."
-    ]
-    for here in evidence.sets:
-        num, when = sum(len(model.runs) for model in here.models), time.strftime("%Y-%m-%d %H:%M", time.localtime(here.last_s))
-        out.append(f"{here.data}; data {here.digest}, last run {when}: {num} run{'s' * (num != 1)}, best {here.best.name}.")
-    return out
-
-
-def _about_set(here: TestSet, trackers: Sequence[Tracker], report: Report, prefix: str) -> list[tuple[str, str]]:
-    table = leaderboard.leaderboard_rows(here)
-    lines = leaderboard.plot_rows(here)
-    differences = leaderboard.differences_to_best(here)
-
-    def draw(name: str, figure: Figure, caption: str = "") -> str:
-        report.pictures[prefix + name] = data = style.to_png(figure)
-        return html.render_picture(data, name, caption)
-
-    cells = [leaderboard.format_row(row) for row in table]
-    report.tables[f"{prefix}leaderboard"] = (leaderboard.HEADINGS, cells)
-    # Cost has a table of its own: these columns fit a page.
-    shown = len(leaderboard.HEADINGS) - 3
-    board = html.render_table(leaderboard.HEADINGS[:shown], [line[:shown] for line in cells[: html.MOST_LINES]]) + html.rows_not_shown(
-        len(cells)
-    )
-    if lines:
-        board += draw("leaderboard", comparison_plots.plot_leaderboard(lines))
-        if len(lines[0].measures) > 1:
-            board += draw("measures", comparison_plots.plot_metrics(lines))
-    board += draw("images", comparison_plots.plot_distributions([m.name for m in here.models], [m.scores().per_image for m in here.models]))
-    board += _heat(here, draw)
-    if became := leaderboard.outcome_rows(here):
-        report.tables[f"{prefix}cells"] = (leaderboard.OUTCOME_HEADINGS, became)
-        board += "<h3>Single cells of all test images</h3>"
-        board += html.render_table(leaderboard.OUTCOME_HEADINGS, became[: html.MOST_LINES]) + html.rows_not_shown(len(became))
-    return [
-        ("Leaderboard", board),
-        ("Are the differences real?", _statistics(here, differences, report, prefix, draw)),
-        ("How few labels are enough?", _labels(here, report, prefix, draw)),
-        ("Cost", _cost(table, lines, report, prefix, draw)),
-        ("The best model, image by image", _best(here, trackers)),
-    ]
-
-
-def _heat(here: TestSet, draw: Draw) -> str:
-    plain = [model for model in here.models if model.plain and not model.baseline]
-    rows, columns = (list(dict.fromkeys(getattr(model, name) for model in plain)) for name in ("backbone", "head"))
-    if len(rows) < 2 or len(columns) < 2 or all(math.isnan(model.scores().mean) for model in plain):
-        return ""
-    rows = rows[: comparison_plots.MOST]
-    values = np.full((len(rows), len(columns)), np.nan)
-    for model in plain:
-        if model.backbone in rows:
-            values[rows.index(model.backbone), columns.index(model.head)] = model.scores().mean
-    return draw("heatmap", comparison_plots.plot_heatmap(rows, columns, values))
-
-
-def _labels(here: TestSet, report: Report, prefix: str, draw: Draw) -> str:
-    found = learning_curves.learning_curves(here)
-    if not found:
-        return ""
-    counted = all(point.num_train for curve in found for point in curve.points)
-    label = "training images learned from" if counted else "share of the training images"
-    points = [[(point.num_train if counted else point.fraction, point.dice) for point in curve.points] for curve in found]
-    cells = learning_curves.table_rows(found)
-    report.tables[f"{prefix}labels"] = (learning_curves.HEADINGS, cells)
-    return (
-        html.render_paragraphs(learning_curves.describe_curves(found))
-        + draw("labels", comparison_plots.plot_learning_curves([curve.model for curve in found], points, label))
-        + html.render_table(learning_curves.HEADINGS, cells[: html.MOST_LINES])
-        + html.rows_not_shown(len(cells))
+def build_report(results: ExperimentResults) -> ReportData:
+    """The records of a report."""
+    first, *others = results.sets
+    rows = leaderboard_rows(first)
+    sections, files_only = [], []
+    if others:
+        sections.append(Section("Different test images", [Text(list_test_sets(results.sets))]))
+    for k, here in enumerate(results.sets):
+        one = _TestSetReport(here, rows if here is first else leaderboard_rows(here), results, f"set{k + 1}-" if k else "")
+        label = f" ({here.description}; {here.digest[:8]})" if others else ""
+        sections += [Section(title + label, blocks) for title, blocks in one.sections()]
+        files_only += one.files_only()
+    sections.append(Section("Runs without a result", provenance.missing_runs(results)))
+    sections.append(Section("What the metrics mean", provenance.glossary(results)))
+    sections.append(Section("How it was made", provenance.environment(results)))
+    num_models = sum(len(here.models) for here in results.sets)
+    num_images = f"{len(first.images)} test image{'s' * (len(first.images) != 1)}"
+    more = f" and {len(others)} other test set{'s' * (len(others) != 1)}" if others else ""
+    return ReportData(
+        title=results.experiment,
+        subtitle=f"{results.num_runs} finished runs, {num_models} models, {num_images}{more}; made {time.strftime('%Y-%m-%d %H:%M')}",
+        question=results.request.question,
+        verdict=conclude(results.sets, rows),
+        lead=[provenance.data_facts(results)],
+        sections=sections,
+        leaderboard=rows,
+        files_only=files_only,
     )
 
 
-# --- statistics -------------------------------------------------------------------------------------------------------------------------
+class _TestSetReport:
+    """The sections about one test set. ``prefix``: of the names of its files."""
 
-DIFFERENCE_HEADINGS = ("model", "minus", "difference", "95 %", "p (adjusted)", "effect", "better on", "equal on", "verdict")
+    def __init__(self, here: TestSet, rows: Sequence[LeaderboardRow], results: ExperimentResults, prefix: str) -> None:
+        self.here, self.rows, self.results, self.prefix = here, rows, results, prefix
+        self.plotted = plot_rows(here)
 
-
-def _difference(d: Difference, folded: bool) -> list[str]:
-    """A comparison as text, under the headings above; with folds the p of the folds' own test stands last."""
-    return [
-        d.a,
-        d.b,
-        f"{d.interval.mean:+.4f}",
-        leaderboard.format_interval(d.interval.low, d.interval.high, d.interval.rough, "+.4f") or "none",
-        format_p(d.p_adjusted).removeprefix("p = ").removeprefix("p "),
-        f"{d.effect:+.2f}",
-        f"{d.wins} of {d.num_images}",
-        str(d.ties),
-        "cannot tell" if d.better is None else "better" if d.better == d.a else "worse",
-        *([f"{d.p_folds:.3f}" if d.p_folds is not None else ""] if folded else []),
-    ]
-
-
-def _statistics(here: TestSet, differences: list[Difference], report: Report, prefix: str, draw: Draw) -> str:
-    if not differences:
-        return ""
-    best, folded = differences[0].b, here.num_folds > 1
-    headings = (*DIFFERENCE_HEADINGS, *(("p over folds",) if folded else ()))
-    lines = [_difference(d, folded) for d in sorted(differences, key=lambda d: -d.interval.mean)]
-    every = leaderboard.pairwise_differences(here)
-    report.tables[f"{prefix}differences"] = (headings, lines)
-    report.tables[f"{prefix}pairs"] = (headings, [_difference(d, folded) for d in every])
-    out = draw("differences", significance_plots.plot_differences(differences, best))
-    out += html.render_table(headings, lines[: html.MOST_LINES]) + html.rows_not_shown(len(lines))
-    if len(here.models) > 2 and len(every) > len(differences):
-        out += "<h3>Every pair</h3>" + draw("pairs", significance_plots.plot_pairs([model.name for model in here.models], every))
-    ranked = here.models[:MOST_RANKED]
-    if len(ranked) > 2 and here.decidable:
-        only = f" of the {MOST_RANKED} best models" if len(here.models) > MOST_RANKED else ""
-        out += _ranked(f"Mean ranks{only}", [model.scores() for model in ranked], "ranks", here.num_pairs, draw)
-    plain = [model for model in here.models if model.plain and not model.baseline]
-    scores = [model.scores() for model in plain]
-    for one, other in (("backbone", "head"), ("head", "backbone")):
-        own = [getattr(model, one) for model in plain]
-        if 1 < len(set(own)) <= MOST_RANKED and len(plain) > 2:
-            averaged = marginal_scores(scores, own, over=[getattr(model, other) for model in plain])
-            if len(averaged) > 1:
-                out += _ranked(f"{one.capitalize()}s, {'; '.join(averaged[0].notes)}", averaged, f"ranks-{one}s", here.num_pairs, draw)
-    return out
-
-
-def _ranked(title: str, models: list[ModelScores], name: str, num_pairs: int, draw: Draw) -> str:
-    """``num_pairs``: how many pairs the page compares, so that a diagram separates nothing where the page says that nothing can be decided."""
-    ranking = critical_difference(models, num_tests=num_pairs)
-    picture = draw(name, significance_plots.plot_critical_difference(ranking)) if ranking.critical_difference is not None else ""
-    notes = [f"{note[:1].upper()}{note[1:]}." for note in ranking.notes if note not in models[0].notes]
-    test = f"{ranking.test}'s test: {format_p(ranking.p)}." if ranking.p is not None else ""
-    means = ", ".join(f"{m.model} {m.mean:.4f}" for m in sorted(models, key=lambda m: -m.mean)) if not picture else ""
-    return (
-        f"<h3>{html.escape(title)}</h3>"
-        + html.render_paragraphs([means + "."] if means else [])
-        + picture
-        + html.render_paragraphs([" ".join([test, *notes])])
-    )
-
-
-# --- cost -------------------------------------------------------------------------------------------------------------------------------
-
-COST_HEADINGS = (
-    "model", "backbone", "trained", "training s", "processor s", "images/s", "processor s an image", "load by others", "peak MiB",
-    "features kept MiB", "Dice/image",
-)  # fmt: skip
-
-
-def _cost(table: list[LeaderboardRow], lines: list[PlotRow], report: Report, prefix: str, draw: Draw) -> str:
-    cells = [
-        [
-            row.model, format_count(row.backbone_params), format_count(row.head_params), f"{row.train_s:.1f}", leaderboard.format_number(row.train_cpu_s, 1),
-            f"{row.images_per_s:.2f}", leaderboard.format_number(row.image_cpu_s, 3), "" if row.other_load_pct is None else f"{row.other_load_pct:.0f} %",
-            f"{row.peak_mib:.0f}", f"{row.features_mib:.0f}", leaderboard.format_number(row.image_dice, 4),
+    def sections(self) -> list[tuple[str, list[Block]]]:
+        return [
+            ("Leaderboard", self.leaderboard()),
+            ("Are the differences significant?", self.differences()),
+            ("How few training images are enough?", self.learning_curves()),
+            ("Cost", self.cost()),
+            ("The best model, image by image", self.examples()),
         ]
-        for row in table
-    ]  # fmt: skip
-    report.tables[f"{prefix}cost"] = (COST_HEADINGS, cells)
-    drawn = {line.model for line in lines}
-    costs = {
-        "training, s (trunk and head)": [row.train_s for row in table if row.model in drawn],
-        "prediction, s an image": [1 / row.images_per_s if row.images_per_s else 0.0 for row in table if row.model in drawn],
+
+    def figure(self, name: str, plot: Callable[..., Drawing], *arguments: object, caption: str = "") -> Figure:
+        return Figure(name=self.prefix + name, draw=partial(plot, *arguments), caption=caption)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, str]], page_columns: int | None = None) -> Table:
+        """A table that is a file too; ``rows``: cells by heading."""
+        headings = list(rows[0]) if rows else []
+        return Table(name=self.prefix + name, headings=headings, rows=[list(row.values()) for row in rows], page_columns=page_columns)
+
+    def leaderboard(self) -> list[Block]:
+        here = self.here
+        cells = [format_row(row, here.own_metrics) for row in self.rows]
+        num_costs = sum(not metric.per_image for metric in catalog.leaderboard())  # they are in a table of their own
+        blocks: list[Block] = [self.table("leaderboard", cells, page_columns=len(cells[0]) - num_costs)]
+        if self.plotted:
+            blocks.append(self.figure("leaderboard", comparison.plot_leaderboard, self.plotted))
+            if len(self.plotted[0].metrics) > 1:
+                blocks.append(self.figure("measures", comparison.plot_metrics, self.plotted))
+        names, per_image = [model.name for model in here.models], [model.scores().per_image for model in here.models]
+        blocks.append(self.figure("images", comparison.plot_distributions, names, per_image))
+        if (grid := _backbones_by_heads(here)) is not None:
+            blocks.append(self.figure("heatmap", comparison.plot_heatmap, *grid))
+        if outcomes := outcome_rows(here):
+            blocks += [Heading("Single cells of all test images"), self.table("cells", outcomes)]
+        return blocks
+
+    def differences(self) -> list[Block]:
+        here, differences, pairs = self.here, self.here.differences_to_best(), self.here.differences()
+        if not differences:
+            return []
+        rows = [_difference_row(d, here.num_folds > 1) for d in sorted(differences, key=lambda d: -d.interval.mean)]
+        blocks: list[Block] = [
+            self.figure("differences", significance.plot_differences, differences, differences[0].b),
+            self.table("differences", rows),
+        ]
+        if len(pairs) > len(differences):
+            names = [model.name for model in here.models]
+            blocks += [Heading("Every pair"), self.figure("pairs", significance.plot_pairs, names, pairs)]
+        ranked = here.models[:MAX_RANKED]
+        if len(ranked) > 2 and here.decidable:
+            only = f" of the {MAX_RANKED} best models" if len(here.models) > MAX_RANKED else ""
+            blocks += self.ranking(f"Mean ranks{only}", [model.scores() for model in ranked], "ranks")
+        plain = [model for model in here.models if model.plain and not model.baseline]
+        for one, other in (("backbone", "head"), ("head", "backbone")):
+            labels = [getattr(model, one) for model in plain]
+            if 1 < len(set(labels)) <= MAX_RANKED and len(plain) > 2:
+                averaged = marginal_scores([model.scores() for model in plain], labels, over=[getattr(model, other) for model in plain])
+                if len(averaged) > 1:
+                    blocks += self.ranking(f"{one.capitalize()}s, {'; '.join(averaged[0].notes)}", averaged, f"ranks-{one}s")
+        return blocks
+
+    def ranking(self, title: str, models: Sequence[ModelScores], name: str) -> list[Block]:
+        # Of all pairs that the page compares: a diagram must not separate models where the page says that no difference can be significant.
+        ranking = critical_difference(models, num_tests=self.here.num_pairs)
+        blocks: list[Block] = [Heading(title)]
+        if ranking.critical_difference is not None:
+            blocks.append(self.figure(name, significance.plot_critical_difference, ranking))
+        else:
+            blocks.append(Text([", ".join(f"{m.model} {m.mean:.4f}" for m in sorted(models, key=lambda m: -m.mean)) + "."]))
+        test = [f"{ranking.test}'s test: {format_p(ranking.p)}."] if ranking.p is not None else []
+        notes = [f"{note[:1].upper()}{note[1:]}." for note in ranking.notes if note not in models[0].notes]
+        return [*blocks, Text([" ".join([*test, *notes])])]
+
+    def learning_curves(self) -> list[Block]:
+        curves = learning_curves(self.here)
+        if not curves:
+            return []
+        by_number = all(point.num_train for curve in curves for point in curve.points)
+        label = "training images" if by_number else "share of the training images"
+        points = [[(point.num_train if by_number else point.fraction, point.dice) for point in curve.points] for curve in curves]
+        return [
+            Text(describe_learning_curves(curves)),
+            self.figure("labels", comparison.plot_learning_curves, [curve.model for curve in curves], points, label),
+            self.table("labels", _curve_rows(curves)),
+        ]
+
+    def cost(self) -> list[Block]:
+        load = describe_costs_load(self.rows)
+        plotted = {row.model for row in self.plotted}
+        costs = [row.costs for row in self.rows if row.model in plotted]
+        axes = {
+            "training, s (backbone and head)": [cost["train_s"] or 0.0 for cost in costs],
+            "prediction, s an image": [1 / speed if (speed := cost["images_per_s"]) else 0.0 for cost in costs],
+        }
+        blocks: list[Block] = [self.figure("cost", comparison.plot_pareto, self.plotted, axes, caption=load)] if self.plotted else []
+        notes = [
+            load,
+            "Backbone and head: parameters, of the head those that were trained. CPU seconds are the processor time of a run's threads; on a "
+            "GPU, of handing the work over. Other load is the largest share of the processor that other processes used while a run was trained "
+            "or tested.",
+            "Training seconds are computing time, summed over threads that work side by side. They hold the backbone's pass, which the runs of a "
+            "cohort share: each run is charged all of it, and all of the kept features. Peak memory is the whole process's up to that run, so "
+            "later runs never show less.",
+        ]
+        return [*blocks, self.table("cost", [_cost_row(row) for row in self.rows]), Text(notes)]
+
+    def examples(self) -> list[Block]:
+        """Figures of the best model's first run and its worst images; where it was not trained, figures of the best that was."""
+        here, best = self.here, self.here.best
+        metrics = [metric for metric in catalog.compared(here.own_metrics) if best.has(metric.key)]
+        per_image = {metric.label: best.scores(metric.key).per_image for metric in metrics}
+        all_models = np.array([model.scores().per_image for model in here.models])
+        rows = [
+            [here.images[k], *(format_number(scores[k], 4) for scores in per_image.values()), format_number(nan_mean(all_models[:, k]), 4)]
+            for k in np.argsort(best.scores().per_image, kind="stable")[:NUM_WORST_IMAGES].tolist()
+        ]
+        worst = Table(headings=("worst images", *per_image, "mean of all models"), rows=rows)
+        first, *others = (self.example_figures(model) for model in here.example_models)
+        return [*first, worst, *(block for blocks in others for block in blocks)]
+
+    def example_figures(self, model: ModelGroup) -> list[Block]:
+        run = model.runs[0]
+        fold = f", fold {run.fold}" if run.fold is not None else ""
+        images = self.results.examples.get(run.record.run_id, {})
+        return [
+            Heading(f"{model.name}, seed {run.seed}{fold}"),
+            *(
+                StoredImage(name=name, png=images[name], photo=name not in ("scores", "curves"))
+                for name in EXAMPLE_FIGURES
+                if name in images
+            ),
+        ]
+
+    def files_only(self) -> list[Table]:
+        pairs = [_difference_row(d, self.here.num_folds > 1) for d in self.here.differences()]
+        return [self.table("pairs", pairs)] if pairs else []
+
+
+def _backbones_by_heads(here: TestSet) -> tuple[list[str], list[str], np.ndarray] | None:
+    """Backbones, heads, and mean Dice of each pair, NaN where it was not run; None for a single backbone or head."""
+    plain = [model for model in here.models if model.plain and not model.baseline]
+    backbones, heads = list(dict.fromkeys(model.backbone for model in plain)), list(dict.fromkeys(model.head for model in plain))
+    if len(backbones) < 2 or len(heads) < 2 or all(math.isnan(model.scores().mean) for model in plain):
+        return None
+    backbones = backbones[: comparison.MOST]
+    values = np.full((len(backbones), len(heads)), np.nan)
+    for model in plain:
+        if model.backbone in backbones:
+            values[backbones.index(model.backbone), heads.index(model.head)] = model.scores().mean
+    return backbones, heads, values
+
+
+def _difference_row(d: Difference, folds: bool) -> dict[str, str]:
+    row = {
+        "model": d.a,
+        "minus": d.b,
+        "difference": f"{d.interval.mean:+.4f}",
+        "95 %": format_interval(d.interval.low, d.interval.high, d.interval.rough, "+.4f") or "none",
+        "p (adjusted)": format_p_cell(d.p_adjusted),
+        "effect": f"{d.effect:+.2f}",
+        "better on": f"{d.wins} of {d.num_images}",
+        "equal on": str(d.ties),
+        "verdict": describe_outcome(d),
     }
-    load = leaderboard.describe_load(table)
-    notes = [
-        load,
-        "Backbone and trained: parameters. Processor seconds are what the threads of a run used of the processor; on a GPU, what handing the work "
-        "over took. The load by others is the largest share of the processor that other processes used while a run was trained or tested.",
-        "Training seconds are computing time, summed over the lanes that work side by side, and hold the backbone's pass, which runs of one "
-        "cohort share: each is charged all of it, and of the features kept too. Peak memory is the whole process's up to that run, so later "
-        "runs never show less.",
+    return row | ({"p over folds": format_number(d.p_folds, 3)} if folds else {})
+
+
+def _curve_rows(curves: Sequence[LearningCurve]) -> list[dict[str, str]]:
+    return [
+        {
+            "model": curve.model,
+            "share": f"{point.fraction:.0%}" if point.fraction >= 0.01 else f"{point.fraction:.2%}",
+            "training images": str(point.num_train or ""),
+            "Dice/image": format_number(point.dice.mean, 4),
+            "95 %": format_interval(point.dice.low, point.dice.high, point.dice.rough),
+            "minus the largest share": f"{d.interval.mean:+.4f}" if d else "",
+            "p (adjusted)": format_p_cell(d.p_adjusted) if d else "",
+            "verdict": describe_outcome(d) if d else "",
+        }
+        for curve in curves
+        for point in curve.points
+        for d in [point.to_largest]
     ]
-    return (
-        (draw("cost", comparison_plots.plot_pareto(lines, costs), load) if lines else "")
-        + html.render_table(COST_HEADINGS, cells[: html.MOST_LINES])
-        + html.rows_not_shown(len(cells))
-        + html.render_paragraphs(notes)
-    )
 
 
-def _best(here: TestSet, trackers: Sequence[Tracker]) -> str:
-    """Pictures that the best model's first run left, and its worst images by name; where it learned nothing, the best that did as well."""
-    model = here.best
-    out = _pictures(model, trackers)
-    scores = model.scores()
-    per_image = scores.per_image
-    order = np.argsort(per_image, kind="stable")[:10]
-    names = [name for name in ("dice", *MEASURES) if model.has(name)]
-    names = list(dict.fromkeys(names))
-    means = {name: model.scores(name).per_image for name in names}
-    rivals = np.array([one.scores().per_image for one in here.models])
-    headings = ("worst images", *(MEASURES[name] for name in names), "mean of all models")
-    number = leaderboard.format_number
-    lines = [[here.images[k], *(number(means[name][k], 4) for name in names), number(nan_mean(rivals[:, k]), 4)] for k in order.tolist()]
-    out += html.render_table(headings, lines)
-    trained = next((one for one in here.models if "best/val_dice" in one.runs[0].stored.metrics), None)
-    return out if trained in (None, model) else out + _pictures(trained, trackers)
-
-
-def _pictures(model: ModelGroup, trackers: Sequence[Tracker]) -> str:
-    run = model.runs[0]
-    fold = f", fold {run.fold}" if run.fold is not None else ""
-    out = f"<h3>{html.escape(f'{model.name}, seed {run.seed}{fold}')}</h3>"
-    for name, photo in (("scores", False), ("curves", False), ("worst", True), ("median", True), ("best", True)):
-        data = next((found for tracker in trackers if (found := tracker.artifact(run.stored, f"figures/{name}.png"))), None)
-        if data is not None:
-            out += html.render_picture(data, name, photo=photo)
-    return out
+def _cost_row(row: LeaderboardRow) -> dict[str, str]:
+    costs = {metric.label: format_metric(metric, row.costs[key]) for key in COSTS for metric in [catalog.metric(key)]}
+    load = "" if row.other_load_pct is None else f"{row.other_load_pct:.0f} %"
+    return {"model": row.model, **costs, "other load": load, "Dice/image": format_number(row.image_dice, 4)}

@@ -1,53 +1,124 @@
-"""The comparison of models in sentences."""
+"""The English sentences of a report: which model is the best, which differences are significant, and what limits the conclusion."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 
+from cellbench.reporting.leaderboard import LeaderboardRow
+from cellbench.reporting.learning_curves import LearningCurve
+from cellbench.reporting.model_groups import TestSet
 from cellbench.statistics.bootstrap import Interval, negate
-from cellbench.statistics.hypothesis_tests import DECIMALS
-from cellbench.statistics.ranking import CriticalDifference
+from cellbench.statistics.hypothesis_tests import DECIMALS, describe_undecidable, is_decidable
 from cellbench.statistics.scores import Difference
+from cellbench.system_load import describe_load
+
+MAX_PAIRS_LISTED = 4
+"""Models that are compared with the best in a sentence each, before the rest is counted."""
+MAX_SETS_LISTED = 4
+MAX_MODELS_LISTED = 6
+BUSY_PCT = 10.0
+"""From this load by other processes on, costs come with a warning."""
 
 
-def describe_difference(d: Difference, what: str = "Dice") -> str:
-    """The comparison in plain words, winner first. The p told is the adjusted one."""
+def conclude(sets: Sequence[TestSet], rows: Sequence[LeaderboardRow]) -> list[str]:
+    """The verdict about the first of these test sets, the most important sentence first; ``rows``: its leaderboard."""
+    here = sets[0]
+    sentences = describe_best(here) + describe_other_winners(here) + describe_empty_images(here) + describe_absent_classes(here)
+    sentences += describe_class_mean(here) + describe_test_sets(sets)
+    if max((row.other_load_pct or 0.0 for row in rows), default=0.0) >= BUSY_PCT:
+        sentences.append("Note: " + _lower_first(describe_costs_load(rows)))
+    return sentences
+
+
+def describe_best(here: TestSet) -> list[str]:
+    """The best model, how it was chosen, and whether it differs significantly from the others."""
+    if all(model.scores().empty.all() for model in here.models):
+        return ["No test image has a cell, and no model found one: there is nothing to compare."]
+    differences = here.differences_to_best()
+    if not differences:
+        return ["There is only one model: there is nothing to compare."]
+    first, *rest = describe_verdict(differences)
+    return [first, rest[0], f"{here.best.name} was {describe_ranking_rule(here)}.", *rest[1:]]
+
+
+def describe_ranking_rule(here: TestSet) -> str:
+    """How the best model was chosen; empty for a single model."""
+    num = len(here.models)
+    if num < 2:
+        return ""
+    return f"chosen by its test score, the highest mean Dice over images among {num} models; the score of the chosen is optimistic"
+
+
+def describe_verdict(differences: Sequence[Difference], metric: str = "Dice") -> list[str]:
+    """The best model and its differences to the others. ``differences``: each model minus the best, so ``b`` is always the best."""
+    best = differences[0].b
+    num_images = min(d.num_b for d in differences)
+    significant = sorted((d for d in differences if d.better == best), key=lambda d: abs(d.interval.mean))
+    tied = sorted((d for d in differences if d.better != best), key=lambda d: abs(d.interval.mean))
+    out = [f"Best on average is {best}: {metric} {differences[0].mean_b:.3f} over {num_images} image{'s' * (num_images > 1)}."]
+    if not significant:
+        p = format_p(min(d.p_adjusted for d in tied))
+        one = len(differences) == 1
+        out.append(f"{'The difference to the other model is not' if one else 'No difference to another model is'} significant ({p}).")
+    elif not tied:
+        others = "the other model" if len(differences) == 1 else f"each of the {len(differences)} other models"
+        out.append(f"It is significantly better than {others}.")
+    else:
+        out.append(f"It is significantly better than {len(significant)} of {len(differences)} other models.")
+    for some, rest in ((significant, "significantly worse"), (tied, "not significantly different")):
+        out += [f"{describe_difference(d, metric)}." for d in some[:MAX_PAIRS_LISTED]]
+        if len(some) > MAX_PAIRS_LISTED:
+            names = _list([d.a for d in some[MAX_PAIRS_LISTED:]], 3 * MAX_PAIRS_LISTED)
+            out.append(f"{len(some) - MAX_PAIRS_LISTED} more, {rest}: {names}.")
+    by_note: dict[str, list[str]] = {}
+    for d in differences:
+        for note in dict.fromkeys((d.interval.note, *d.notes)):
+            by_note.setdefault(note, []).append(d.a)
+    for note, names in by_note.items():
+        if note:
+            about = "" if len(names) == len(differences) else f" on {_list(names, MAX_PAIRS_LISTED)}"
+            out.append(f"Note{about}: {note}.")
+    return out
+
+
+def describe_difference(d: Difference, metric: str = "Dice") -> str:
+    """One comparison in a sentence without a full stop, the winner first; p is the adjusted one."""
     num = d.num_images
     if d.ties == num:
         return f"{d.a} and {d.b} score the same on {'the one image' if num == 1 else f'each of the {num} images'}"
     if d.better is None:
         why = ""
         if d.p_adjusted < d.alpha:
-            why = ", but the test and the mean disagree"
+            why = "; the test and the mean disagree"
         elif d.interval.excludes_zero and d.num_tests > 1:
-            why = f" after {d.num_tests} pairs"
-        return f"between {d.a} and {d.b} this data cannot tell (difference {_evidence(d.interval, d.p_adjusted)}{why})"
-    i, wins, other = d.interval, d.wins, d.b
-    if d.better == d.b:
-        wins, other = d.losses, d.a
-    if i.mean < 0:
-        i = negate(i)
-    size, rest = _evidence(i, d.p_adjusted, sure=True).split(", ", 1)
+            why = f" after adjustment for {d.num_tests} pairs"
+        evidence = _evidence(d.interval, d.p_adjusted)
+        return f"{d.a} and {d.b}: the difference is not significant ({evidence}{why})"
+    interval, wins, other = (d.interval, d.wins, d.b) if d.better == d.a else (d.interval, d.losses, d.a)
+    if interval.mean < 0:
+        interval = negate(interval)
+    size, rest = _evidence(interval, d.p_adjusted, never_zero=True).split(", ", 1)
     lower = "lower is better, " if d.lower_is_better else ""
-    groups = f" in {i.num} groups" if i.num != num else ""
-    return f"{d.better} beats {other} by {size} {what} ({lower}{rest}, {wins} of {num} images{groups})"
+    groups = f" in {interval.num} groups" if interval.num != num else ""
+    return f"{d.better} is better than {other} by {size} {metric} ({lower}{rest}, better on {wins} of {num} images{groups})"
 
 
-def _evidence(i: Interval, p: float, sure: bool = False) -> str:
-    numbers = [i.mean] if i.low is None or i.high is None else [i.mean, i.low, i.high]
+def _evidence(interval: Interval, p: float, never_zero: bool = False) -> str:
+    """Mean, interval and p. ``never_zero``: with so many digits that neither the mean nor an end of the interval reads as 0.000."""
+    numbers = [interval.mean] if interval.low is None or interval.high is None else [interval.mean, interval.low, interval.high]
     digits = 3 if max(map(abs, numbers)) < 10 else 1
-    # A sure difference never reads "by 0.000" or "0.000 to ...".
-    while sure and digits < DECIMALS and min(abs(round(x, digits)) for x in numbers) == 0:
+    while never_zero and digits < DECIMALS and min(abs(round(x, digits)) for x in numbers) == 0:
         digits += 1
-    told = [f"{round(x, digits) + 0.0:.{digits}f}" for x in numbers]
-    span = i.note if len(told) == 1 else f"{100 * i.level:g} % {'roughly ' if i.rough else ''}{told[1]} to {told[2]}"
-    return f"{told[0]}, {span}, {format_p(p)}"
+    mean, *ends = (f"{round(x, digits) + 0.0:.{digits}f}" for x in numbers)
+    span = f"{100 * interval.level:g} % {'roughly ' if interval.rough else ''}{' to '.join(ends)}" if ends else interval.note
+    return f"{mean}, {span}, {format_p(p)}"
 
 
 def format_p(p: float) -> str:
     """Three decimals below 0.1, two above, and as many as it takes not to round up to 0.05.
 
-    >>> p_words(0.00004), p_words(0.0016), p_words(0.049996), p_words(0.213), p_words(1.0)
+    >>> format_p(0.00004), format_p(0.0016), format_p(0.049996), format_p(0.213), format_p(1.0)
     ('p < 0.001', 'p = 0.002', 'p = 0.049996', 'p = 0.21', 'p = 1.00')
     """
     digits = 3 if p < 0.1 else 2
@@ -56,61 +127,129 @@ def format_p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.{digits}f}"
 
 
-def describe_verdict(
-    differences: Iterable[Difference], ranking: CriticalDifference | None = None, *, what: str = "Dice", most: int = 4
-) -> list[str]:
-    """A short paragraph, one sentence an item: the best model, whom it beats for certain, with whom it ties, and what to mind.
+def format_p_cell(p: float) -> str:
+    """p for a table's cell: ``0.213``, ``< 0.001``."""
+    return format_p(p).removeprefix("p = ").removeprefix("p ")
 
-    ``differences``: what ``compare_all`` gave, over all pairs. ``most``: how many models a sentence spells out before it counts the rest.
-    """
-    pairs = list(differences)
-    if not pairs:
-        return ["One model alone: there is nothing to compare."]
-    gains: dict[str, list[float]] = {}
-    means: dict[str, float] = {}
-    for d in pairs:
-        up = -d.interval.mean if d.lower_is_better else d.interval.mean
-        gains.setdefault(d.a, []).append(up)
-        gains.setdefault(d.b, []).append(-up)
-        means[d.a], means[d.b] = d.mean_a, d.mean_b
-    # Mean gain over the others, not the mean itself: on unequal image sets only pairs are fair.
-    best = max(gains, key=lambda name: sum(gains[name]) / len(gains[name]))
-    own = [d for d in pairs if best in (d.a, d.b)]
-    beaten = sorted((d for d in own if d.better == best), key=lambda d: abs(d.interval.mean))
-    tied = sorted((d for d in own if d.better is None), key=lambda d: abs(d.interval.mean))
-    num_images = min(d.num_a if best == d.a else d.num_b for d in own)
-    out = [f"Best on average is {best}: {what} {means[best]:.3f} over {num_images} image{'s' * (num_images > 1)}."]
-    if not tied:
-        out.append(f"It beats {'the other model' if len(own) == 1 else f'each of the {len(own)} others'} for certain.")
-    elif not beaten:
-        out.append("It beats no other model for certain.")
-    else:
-        out.append(f"It beats {len(beaten)} of {len(own)} others for certain.")
-    for some, rest in ((beaten, "further behind"), (tied, "that this data cannot tell from it")):
-        out += [f"{_capital(describe_difference(d, what))}." for d in some[:most]]
-        if len(some) > most:
-            out.append(f"{len(some) - most} more {rest}: {_listed([d.b if d.a == best else d.a for d in some[most:]], 3 * most)}.")
-    if ranking is not None and ranking.critical_difference is not None and ranking.p is not None:
-        top = next((c for c in ranking.cliques if ranking.models[0] in c), (ranking.models[0],))
-        with_top = _listed(top, 3 * most) if len(top) > 1 else "none of the others"
+
+def describe_outcome(d: Difference) -> str:
+    """Of the first model, for a table's cell."""
+    return "not significant" if d.better is None else "better" if d.better == d.a else "worse"
+
+
+def describe_other_winners(here: TestSet) -> list[str]:
+    """The best model by each other metric of the figures, a sentence each."""
+    out = []
+    for metric in here.compared_metrics():
+        differences = here.differences_to_best(metric.key) if metric.in_figures and metric.key != "dice" else []
+        if not differences or all(model.scores(metric.key).empty.all() for model in here.models):
+            continue
+        best, score = differences[0].b, differences[0].mean_b
+        num = sum(d.better == best for d in differences)
+        spread = max(abs(score - d.mean_a) for d in differences)
+        others = f"{num} of {len(differences)} others" if num else "none of the others"
         out.append(
-            f"By mean rank, {ranking.models[0]} leads with {ranking.ranks[0]:.2f} (Friedman {format_p(ranking.p)}; ranks less than "
-            f"{ranking.critical_difference:.2f} apart are not told apart: {with_top})."
+            f"By {metric.label} the best is {best} with {score:.3f}: significantly better than {others}; best and last are {spread:.3f} apart."
         )
-    minded: dict[str, list[str]] = {}
-    for d in own:
-        for note in dict.fromkeys((d.interval.note, *d.notes)):
-            minded.setdefault(note, []).append(d.b if d.a == best else d.a)
-    for note, others in minded.items():
-        if note:
-            out.append(f"Mind{'' if len(others) == len(own) else ', against ' + _listed(others, most)}: {note}.")
-    return out + [f"Mind: {note}." for note in (ranking.notes if ranking else ()) if note not in minded]
+    return out
 
 
-def _listed(names: Sequence[str], most: int) -> str:
+def describe_test_sets(sets: Sequence[TestSet]) -> list[str]:
+    """Which of several test sets the verdict is about, and what the others are; empty for a single one."""
+    if len(sets) < 2:
+        return []
+    first, *others = sets
+    kind = "newest whole test set" if not first.limit else "newest test set"
+    listed = "; ".join(
+        f"{here.description}, best {here.best.name} with {here.best.scores().mean:.3f}" for here in others[:MAX_SETS_LISTED]
+    )
+    more = f"; {len(others) - MAX_SETS_LISTED} more" if len(others) > MAX_SETS_LISTED else ""
+    verb = "is" if len(others) == 1 else "are"
+    return [f"This is about the {kind}, {first.description}. {len(others)} more {verb} not compared with it: {listed}{more}."]
+
+
+def list_test_sets(sets: Sequence[TestSet]) -> list[str]:
+    """Several test sets, a sentence each, after what they mean for the comparison."""
+    out = [
+        "The runs were tested on different images. Scores are paired within one set only; across sets no difference is computed or tested. "
+        "The newest set of whole data comes first: the verdict and `best` are about it. Sets under --limit come last."
+    ]
+    for here in sets:
+        num, when = sum(len(model.runs) for model in here.models), time.strftime("%Y-%m-%d %H:%M", time.localtime(here.last_s))
+        out.append(f"{here.description}; data {here.digest}, last run {when}: {num} run{'s' * (num != 1)}, best {here.best.name}.")
+    return out
+
+
+def describe_class_mean(here: TestSet) -> list[str]:
+    """Over which classes scores are means; empty where there is one class of cells."""
+    model = here.models[0]
+    classes = [name for name in model.classes[1:] if name not in model.absent_classes]
+    if len(classes) < 2:
+        return []
+    return [f"Dice and the other metrics are means over {', '.join(classes)}; MLflow has each class as well, as test_{classes[0]}/dice."]
+
+
+def describe_empty_images(here: TestSet) -> list[str]:
+    """Test images without a cell, and the models that predict a cell there."""
+    num = here.models[0].empty_images[0]
+    if not num:
+        return []
+    names = [f"{model.name} ({model.empty_images[1]:g})" for model in here.models if model.empty_images[1]]
+    found = f"Cells were predicted there by {_list(names, MAX_MODELS_LISTED)}: these images score 0" if names else "No model predicts any there"
+    return [f"Note: {num} of {len(here.images)} test images have no cell. {found}. Means leave out those where nothing is predicted."]
+
+
+def describe_absent_classes(here: TestSet) -> list[str]:
+    """Classes that no test mask holds, and the models that predict them."""
+    out = []
+    first = here.models[0]
+    for name in first.absent_classes:
+        unused = name in first.runs[0].per_image.get("unused", [])
+        names = [f"{model.name} ({num:g})" for model in here.models if (num := model.num_predicted_images(name))]
+        by = f"of {len(here.images)} test images some have it predicted: {_list(names, MAX_MODELS_LISTED)}" if names else "no model predicts it"
+        means = "Means leave it out." if unused else "Pooled means leave it out; an image in which it is predicted scores 0 for it."
+        out.append(f"Note: no {'mask of the data' if unused else 'test mask'} holds '{name}'; {by}. {means}")
+    return out
+
+
+def describe_costs_load(rows: Sequence[LeaderboardRow]) -> str:
+    """How busy other processes kept the machine while the costs were measured."""
+    loads = [row.other_load_pct for row in rows if row.other_load_pct is not None]
+    if not loads:
+        return "How busy other processes kept the machine is not recorded."
+    few = f" (not recorded for {len(rows) - len(loads)} of {len(rows)} models)" if len(loads) < len(rows) else ""
+    measured = f"Costs were measured {describe_load(max(loads))}"
+    if max(loads) < BUSY_PCT:
+        return f"{measured} at most{few}."
+    least = f", for some models only {min(loads):.0f} %" if min(loads) < max(loads) / 2 else ""
+    return f"{measured}{least}{few}: an idle machine needs fewer seconds. Processor seconds depend least on the load: compare those."
+
+
+def describe_learning_curves(curves: Sequence[LearningCurve]) -> list[str]:
+    """For each curve, from which share on the difference to the largest share is not significant. That is no proof that they are equal."""
+    out = []
+    for curve in curves:
+        last = curve.points[-1]
+        if not is_decidable(last.dice.num, len(curve.points) - 1):
+            out.append(f"{curve.model}: {describe_undecidable(last.dice.num, len(curve.points) - 1, last.dice.unit)}.")
+            continue
+        worse = [point for point in curve.points if point.to_largest is not None and point.to_largest.better == point.to_largest.b]
+        above = [point for point in curve.points[:-1] if not worse or point.fraction > worse[-1].fraction]
+        images = f"{last.num_train} images" if last.num_train else f"{last.fraction:.0%}"
+        if not above:
+            out.append(f"{curve.model}: each smaller share is significantly worse than {images}; more training images may still help.")
+            continue
+        first, difference = above[0], above[0].to_largest
+        share = f"{first.num_train} of {images}" if first.num_train and last.num_train else f"a share of {first.fraction:g}"
+        size = f" ({difference.interval.mean:+.4f})" if difference is not None else ""
+        fewer = "significantly worse" if worse else "not tried"
+        out.append(f"{curve.model}: with {share} the difference to the largest share{size} is not significant; fewer are {fewer}.")
+    return out
+
+
+def _list(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _capital(text: str) -> str:
-    """Model names are ids and keep their case."""
-    return "B" + text[1:] if text.startswith("between ") else text
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -163,7 +163,7 @@ def search(
                 with tqdm(disable=True) as bar, processes.pin_to_cores(pins[helper] if here is None else []):
                     worker.work(stop.over, bar)
                 return 0
-            known = log_request(run, text, dataset, whole.name)
+            request = log_request(run, text, dataset, whole.name)
             told = job_spec(
                 experiment, run.run_id, whole, where=file, data=data, weights=weights, extra=extra, disk_bytes=disk, prefer_disk=True
             )  # fmt: skip
@@ -205,7 +205,7 @@ def search(
             def crew_of(best: Experiment) -> Executor:
                 return ray_grid.RayExecutor(ray, replace(told, experiment=best), gpu_share) if ray is not None else InProcessExecutor()
 
-            return search_results.test_best(space, study, runner, run, known, crew_of)
+            return search_results.test_best(space, study, runner, run, request, crew_of)
 
 
 def help_search(

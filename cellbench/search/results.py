@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
@@ -17,6 +16,7 @@ from cellbench.data.dataset import SPLITS
 from cellbench.execution.grid import Executor, run_all
 from cellbench.execution.planning import resolve_runs
 from cellbench.execution.runner import Runner
+from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import write_report
 from cellbench.search.plots import plot_study, trials_table
 from cellbench.search.study import CompletedTrial, Study
@@ -80,9 +80,9 @@ def best_experiment(space: Space, best: CompletedTrial) -> str:
 
 
 def test_best(
-    space: Space, study: Study, runner: Runner, run: Run, known: dict[str, Any], crew_of: Callable[[Experiment], Executor]
+    space: Space, study: Study, runner: Runner, run: Run, request: RunRequest, crew_of: Callable[[Experiment], Executor]
 ) -> int:
-    """The best trial's setting, and no other, is tested: as a grid, with its seeds. ``known``: what :func:`cellbench.reporting.report.log_request` recorded."""
+    """The best trial's setting, and no other, is tested: as a grid, with its seeds.."""
     best = study.best()
     if not best:
         say("no trial was told that keeps the bounds, so there is no best one to test.")
@@ -101,7 +101,7 @@ def test_best(
     outcome = run_all(runner, jobs, crew_of(experiment))
     ids = {logged.run_id for logged in outcome.finished.values()}
     splits = {split: [sample.name for sample in runner.datasets[space.fold].samples(split)] for split in SPLITS}
-    write_report(runner.tracker, run, ids, known, splits, outcome.skipped, outcome.failed, say)
+    write_report(runner.tracker, run, ids, request, splits, outcome.skipped, outcome.failed, say)
     tests = [logged.metrics["test/dice"] for logged in outcome.finished.values() if "test/dice" in logged.metrics]
     if tests:
         run.log({"search/test_dice": sum(tests) / len(tests)})

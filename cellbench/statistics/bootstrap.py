@@ -1,4 +1,11 @@
-"""Bootstrap confidence intervals of mean scores over images, or over groups of images."""
+"""Bootstrap confidence intervals of mean scores over images, or over groups of images.
+
+Intervals are BCa (Efron 1987) by scipy's definitions: with one score a unit and the same seed the ends equal those of
+``scipy.stats.bootstrap``, but all rows share one matrix of resamples, so that 630 pairs of models cost one draw and one matrix product.
+Never NaN: a note says why an interval is missing, a point, or rough.
+
+Shapes: M rows (models), P rows or pairs of rows, I images, U units (images or groups of images), B resamples.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +17,8 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 RESAMPLES = 9999
-
-
-FEWEST = 4  # units; fewer give no interval: of two or three it would miss the mean in half or a third of all cases
-
-
-ROUGH_BELOW = 10  # units; the coverage is in ``mean_interval``
-
-
+FEWEST = 4  # units; fewer give no interval: with two or three it would miss the mean in half or a third of all cases
+ROUGH_BELOW = 10  # units; see the coverage in ``mean_interval``
 CHUNK = 256  # pairs at a time: 256 x 9999 resampled differences are 20 MiB
 
 
@@ -78,7 +79,7 @@ def mean_interval(
 
 
 def unit_labels(images: Sequence[Hashable], groups: Sequence[Hashable]) -> tuple[Hashable, ...] | None:
-    """What counts as one observation, a label an image: its group, or itself where it has none. None where no image has a group.
+    """The unit of observation of each image: its group, or the image itself where it has none. None where no image has a group.
 
     >>> unit_labels(["a", "b", "c"], ["p", "p", ""])
     ('p', 'p', ('image', 'c'))
@@ -158,7 +159,7 @@ def _resampled_means(sums_MU: np.ndarray, counts_U: np.ndarray, resamples: int, 
 
 
 def _draws(num: int, resamples: int, seed: int, step: int) -> Iterator[np.ndarray]:
-    """How often each unit is in each resample: (at most ``step``, num) a piece. A count above 255 does not happen: its mean is 1."""
+    """How often each unit is in each resample, in arrays of at most ``step`` resamples: (step, num). A count above 255 does not occur: its mean is 1."""
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
@@ -166,7 +167,7 @@ def _draws(num: int, resamples: int, seed: int, step: int) -> Iterator[np.ndarra
         yield np.bincount(drawn.ravel(), minlength=rows * num).reshape(rows, num).astype(np.uint8)
 
 
-@lru_cache(maxsize=4)  # pairs of lopsided image sets are resampled one by one, mostly at the same few sizes
+@lru_cache(maxsize=4)  # pairs with different image sets are resampled one by one, mostly at the same few sizes
 def _draw(num: int, resamples: int, seed: int) -> np.ndarray:
     return next(_draws(num, resamples, seed, resamples))
 
@@ -189,7 +190,7 @@ def _bca(mean_P: np.ndarray, boot_PB: np.ndarray, acceleration_P: np.ndarray, le
     bias_P = ndtri(np.clip((below + upto) / (2 * num), 0.5 / num, 1 - 0.5 / num))
     ends = []
     for z in (ndtri((1 - level) / 2), ndtri((1 + level) / 2)):
-        # |acceleration| <= 1/6, so only levels near 1 with a badly lopsided sample could reach the clip.
+        # |acceleration| <= 1/6, so only levels near 1 with a very skewed sample could reach the clip.
         z_P = bias_P + (bias_P + z) / np.maximum(1 - acceleration_P * (bias_P + z), 0.05)
         at = ndtr(z_P) * (num - 1)
         under = np.floor(at).astype(int)

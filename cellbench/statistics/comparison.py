@@ -1,12 +1,12 @@
-"""Is the difference real? Per-image scores in, intervals and paired tests out.
+"""Compares models pairwise by their per-image scores: intervals and paired tests.
 
-Images are the sample: models meet on the same images and are paired by image id; where images come in groups (a patient, a slide), the
-group is the unit. Seeds are repeats of one measurement, averaged per image before anything is tested. Nothing here gives NaN: where
-numbers cannot say, a note does. ``cellbench.statistics.ranking`` goes on from pairs to whole tables.
+Images are the sample: models are paired by image id; where images come in groups (a patient, a slide), the group is the unit. Seeds are
+repeats of one measurement, averaged per image before any test. Nothing here gives NaN: a note says why a number is missing.
+``cellbench.statistics.ranking`` ranks more than two models.
 
 Decisions, each with its reason:
 
-- Intervals are BCa bootstrap intervals (Efron 1987), the same resamples for every model and pair, so that runs compare alike.
+- Intervals are BCa bootstrap intervals (Efron 1987), with the same resamples for every model and pair.
 - Wilcoxon signed-rank, two-sided. Equal images are ranked, then dropped (Pratt 1959): they count as evidence of no difference, which
   dropping them first would hide. Up to 50 unequal units p is exact, with ties too; above, normal with tie correction.
 - Effect size is the matched-pairs rank-biserial correlation (Kerby 2014), -1 to 1, over the ranks of *all* units: ties pull it to 0.
@@ -20,7 +20,7 @@ Shapes: M models, P pairs, I images, U units (images or groups), B resamples, F 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,9 +59,9 @@ class AlignedScores:
 
 
 def align_images(models: Sequence[ModelScores]) -> AlignedScores:
-    """Put models on their common images, without those that are empty for all, in the first one's order.
+    """Reduces models to their common images, without those that are empty for all, in the first one's order.
 
-    Raises CellbenchError where they share none or mean different things."""
+    Raises CellbenchError where they share none or their scores have different directions."""
     first = models[0]
     if len({m.lower_is_better for m in models}) > 1:
         raise CellbenchError("some scores are better when lower, others when higher: compare one metric at a time.")
@@ -70,7 +70,7 @@ def align_images(models: Sequence[ModelScores]) -> AlignedScores:
         names = ", ".join(sorted({m.model for m in models})[:4])
         raise CellbenchError(f"no image is scored by all of {names}: nothing to pair. Compare models of the same test images.")
     empty = set.intersection(*({image for image, missing in zip(m.images, m.empty, strict=True) if missing} for m in models))
-    # Where all of them are empty for all, all models are right everywhere: equal, and not without a comparison.
+    # Where all images are empty for all, all models are right everywhere: they are equal, and can be compared.
     common = common - empty or common
     images = tuple(image for image in first.images if image in common)
     units: dict[str, Hashable] = {}
@@ -120,11 +120,11 @@ def compare_all(
 ) -> list[Difference]:
     """Every pair of models, in the order given, Holm-adjusted over all of them.
 
-    ``against``: only the pairs with this model, as second of each pair. Fewer questions, so each is answered with more power, but only where
-    the model was named before the scores were seen. ``picked``: it was picked by them, as the best of all. Then every pair might have been
-    asked, and p is adjusted for all of them (Bonferroni, since the others' p are not known; Holm over all pairs is never stricter).
+    ``against``: only the pairs with this model, as second of each pair. Fewer tests have more power, but this is valid only where the model was
+    chosen before the scores were seen. ``picked``: it was chosen by them, as the best of all; then p is adjusted for every pair (Bonferroni,
+    since the other p-values are not known; Holm over all pairs is never stricter).
     Over 50,000 pairs (317 models) 999 resamples do, and a note says so: 1,000 models would take two minutes otherwise.
-    Raises CellbenchError for two models of one name, and for a pair without common images (``same_images`` sorts models apart).
+    Raises CellbenchError for two models of one name, and for a pair without common images.
     """
     names = [m.model for m in models]
     if len(set(names)) < len(names):
@@ -138,7 +138,7 @@ def compare_all(
         pairs = [(i, names.index(against)) for i in range(len(models)) if names[i] != against]
     resamples = min(resamples, 999) if len(pairs) > MANY_PAIRS else resamples
     num_tests = len(models) * (len(models) - 1) // 2 if picked else len(pairs)
-    # Pairs whose models lie alike (same images, folds) share one resampling: 630 pairs then cost one draw and one matrix product.
+    # Pairs of models with the same images and folds share one resampling: 630 pairs then cost one draw and one matrix product.
     layouts: dict[Hashable, int] = {}
     keys = [
         (frozenset(m.images), frozenset(zip(m.images, m.folds or (), strict=False)), frozenset(np.array(m.images, object)[m.empty]))
@@ -158,18 +158,10 @@ def compare_all(
     return [replace(d, p_adjusted=p) for d, p in zip(differences, holm_adjust(d.p for d in differences), strict=True)]
 
 
-def group_by_images(models: Iterable[ModelScores]) -> list[list[ModelScores]]:
-    """Models sorted apart by the set of images they were scored on, largest company first."""
-    sets: dict[frozenset[str], list[ModelScores]] = {}
-    for m in models:
-        sets.setdefault(frozenset(m.images), []).append(m)
-    return sorted(sets.values(), key=len, reverse=True)
-
-
 def _differences(
     models: Sequence[ModelScores], pairs: list[tuple[int, int]], num_tests: int, alone: bool, level: float, resamples: int, seed: int
 ) -> list[Difference]:
-    """Pairs of models that all lie on the same images. ``alone``: these pairs are the whole family."""
+    """Pairs of models that all have the same images. ``alone``: these pairs are the whole family."""
     used = sorted({i for pair in pairs for i in pair})
     here = align_images([models[i] for i in used])
     local = {i: n for n, i in enumerate(used)}
@@ -210,18 +202,18 @@ def _differences(
         filled = here.num_filled[local[i]] + here.num_filled[local[j]]
         if filled and filled < 2 * num_images:
             notes.append(
-                f"{filled} image{'s' * (filled > 1)} without a cell where only one of the two found something: the other is right there"
+                f"{filled} image{'s' * (filled > 1)} without a cell where only one of the two predicts a cell: the other scores best there"
             )
         if num_dropped:
             notes.append(f"{num_dropped} image{'s' * (num_dropped > 1)} that only one of the two has: left out")
         if ties == num_images:
             notes.append("the same score on every image")
         if effect[n] * interval.mean < 0 and interval.excludes_zero:
-            notes.append("mean and ranks point in opposite directions: a few images carry the mean")
+            notes.append("mean and ranks have opposite signs: a few images dominate the mean")
         if sd_a is None and sd_b is None:
-            notes.append("one seed each: another seed may answer otherwise")
+            notes.append("one seed each: another seed may give another result")
         elif abs(interval.mean) < 2 * np.sqrt((sd_a or 0) ** 2 / len(a.values) + (sd_b or 0) ** 2 / len(b.values)):
-            notes.append("within two standard errors of the spread between seeds: another set of seeds may answer otherwise")
+            notes.append("within two standard errors of the spread between seeds: other seeds may give another result")
         out.append(
             Difference(
                 a=a.model,

@@ -1,10 +1,6 @@
-"""Intervals and p-values of means and paired differences: arrays in, numbers out.
+"""p-values of paired differences: Wilcoxon's signed-rank test, the corrected t-test over folds, Holm's adjustment.
 
-Bootstrap intervals are BCa (Efron 1987) on scipy's definitions: with one score a unit and the same seed the ends equal
-``scipy.stats.bootstrap``'s, but all rows share one matrix of resamples, so that 630 pairs of models cost one draw and one matrix product.
-Never NaN: a note says why an interval is missing, a point, or rough. ``cellbench.statistics.comparison`` gives these numbers names.
-
-Shapes: M rows (models), P rows or pairs of rows, I images, U units (images or groups of images), B resamples, F folds.
+Shapes: P pairs of models, I images, U units (images or groups of images), F folds.
 """
 
 from __future__ import annotations
@@ -18,54 +14,31 @@ from scipy.stats import rankdata
 
 from cellbench.statistics.bootstrap import unit_numbers, unit_sums
 
-DECIMALS = 12  # differences are compared at, so that a mean over seeds does not break a tie by its last bit
-EXACT_UP_TO = 50  # unequal units; where scipy's wilcoxon turns to the normal approximation too
-
-
-
-
-
-
-
-
+DECIMALS = 12  # scores are rounded to so many, so that the last bit of a mean over seeds does not break a tie
+EXACT_UP_TO = 50  # unequal units; above, the normal approximation, as in scipy
 
 
 def smallest_p(num_units: int, num_tests: int = 1) -> float:
-    """The smallest adjusted p that the signed-rank test can give, where every unit speaks for the same model: 2 ** (1 - n), times the number
-    of comparisons (Holm's first step, and Bonferroni)."""
+    """The smallest adjusted p of the signed-rank test, where every unit favours the same model: 2 ** (1 - n), times the number of tests
+    (Holm's first step, and Bonferroni)."""
     return min(1.0, num_tests * 2.0 ** (1 - num_units))
 
 
 def is_decidable(num_units: int, num_tests: int = 1, alpha: float = 0.05) -> bool:
-    """Whether so many images, or groups of images, can decide anything among so many comparisons: tables, words and pictures ask here.
+    """Whether any difference can be significant with so many images, or groups of images, and so many tests.
 
-    >>> [decidable(num) for num in (3, 5, 6)], [decidable(num, 36) for num in (10, 11)]
+    >>> [is_decidable(num) for num in (3, 5, 6)], [is_decidable(num, 36) for num in (10, 11)]
     ([False, False, True], [False, True])
     """
     return smallest_p(num_units, num_tests) < alpha
 
 
 def describe_undecidable(num_units: int, num_tests: int = 1, word: str = "image") -> str:
-    """That nothing can be decided, in words."""
+    """That no difference can be significant, and why, without a full stop."""
+    units = f"{num_units} {'test image' if word == 'image' else 'group of test images'}"
+    units = units if num_units == 1 else units.replace("image", "images") if word == "image" else units.replace("group", "groups")
     over = f" over {num_tests} pairs" if num_tests > 1 else ""
-    least = smallest_p(num_units, num_tests)
-    return f"{num_units} {word}{'s' * (num_units > 1)}: p{over} cannot fall below {least:.2g}, so nothing can be decided"
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+    return f"with {units} no difference can be significant (p{over} cannot fall below {smallest_p(num_units, num_tests):.2g})"
 
 
 def wilcoxon_test(differences_PU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +85,7 @@ def fold_test(differences_PI: np.ndarray, folds: Sequence[Hashable]) -> list[flo
 def holm_adjust(p_values: Iterable[float]) -> list[float]:
     """Holm's step-down adjustment (1979), in the order given: keeps the chance of any false claim below alpha, whatever the dependence.
 
-    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
+    >>> [round(p, 3) for p in holm_adjust([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
     """
     p = np.array(list(p_values), dtype=np.float64)

@@ -1,13 +1,12 @@
-"""From pairs to a table: who ranks where, which models no test tells apart, and the verdict in words.
+"""Ranks of many models: Friedman's test and critical differences, and averages over backbones or heads.
 
-``cellbench.statistics.comparison`` holds the scores and the paired comparisons. Two answers, for two readers: the Holm-adjusted pairs decide, the critical
-difference gives the picture. They can differ, because mean ranks of two models also depend on which others are in the pool
-(Benavoli, Corani & Mangili 2016).
+The Holm-adjusted pairs of ``cellbench.statistics.comparison`` decide what is significant; the critical difference gives the overview. They can
+differ, because mean ranks of two models also depend on the other models (Benavoli, Corani & Mangili 2016).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,6 @@ from cellbench.statistics.hypothesis_tests import DECIMALS, describe_undecidable
 from cellbench.statistics.scores import ModelScores
 
 FEW = 10  # units; below, the chi-squared of Friedman's test is rough (Demsar 2006 asks for more than 10)
-Labels = Sequence[Hashable] | Callable[[ModelScores], Hashable]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +36,9 @@ class CriticalDifference:
     """Friedman's chi-squared, corrected for ties, with len(models) - 1 degrees of freedom; None where not tested so."""
     p: float | None
     critical_difference: float | None
-    """Nemenyi: mean ranks less than this apart are not distinguishable. None for two models, and for images too few to decide anything."""
+    """Nemenyi: mean ranks less than this apart do not differ significantly. None for two models, and where the images are too few."""
     cliques: tuple[tuple[str, ...], ...]
-    """Largest groups of neighbours that are not distinguishable, two or more models each: the bars of the diagram."""
+    """Largest groups of neighbours without a significant difference, two or more models each: the bars of the diagram."""
     alpha: float
     notes: tuple[str, ...]
 
@@ -49,9 +47,9 @@ def critical_difference(models: Sequence[ModelScores], *, num_tests: int | None 
     """Friedman's test over all models and Nemenyi's critical difference between them (Demsar 2006), on the images that all share.
 
     Where Friedman's test does not reject, all models are one clique, whatever their ranks. Two models are compared as a pair instead.
-    ``num_tests``: how many pairs are compared in all, where these models are some of them. Where the images are too few to decide any of
-    these pairs (``cellbench.statistics.hypothesis_tests.is_decidable``), nothing is tested and all models are one clique: chi-squared and the studentized
-    range are limits for many images, and would tell models apart on three.
+    ``num_tests``: how many pairs are compared in all, where these models are some of them. Where the images are too few for any significant
+    difference (``cellbench.statistics.hypothesis_tests.is_decidable``), nothing is tested and all models are one clique: chi-squared and the studentized
+    range are limits for many images, and would separate models on three.
     Raises CellbenchError for fewer than two models, two of one name, or no common image.
     """
     names = [m.model for m in models]
@@ -78,8 +76,8 @@ def critical_difference(models: Sequence[ModelScores], *, num_tests: int | None 
         cliques = [tuple(range(num_models))]
     elif num_models == 2:
         pair = compare_all(models, level=1 - alpha)[0]
-        p, together = pair.p, not pair.decided
-        notes.append("two models: the paired test stands in for Friedman's")
+        p, together = pair.p, not pair.significant
+        notes.append("two models: the paired test instead of Friedman's")
         cliques = [(0, 1)] if together else []
     else:
         if (ranks_MU == ranks_MU[:, :1]).all() and len(set(rank_M.tolist())) == 1:
@@ -96,7 +94,7 @@ def critical_difference(models: Sequence[ModelScores], *, num_tests: int | None 
             cliques = _runs([rank_M[i] for i in order], apart)
         else:
             cliques = [tuple(range(num_models))]
-            notes.append(f"Friedman's test does not tell the models apart (p = {p:.2g})")
+            notes.append(f"Friedman's test finds no significant difference (p = {p:.2g})")
     return CriticalDifference(
         models=tuple(names[i] for i in order),
         ranks=tuple(rank_M[order].tolist()),
@@ -124,23 +122,22 @@ def _runs(sorted_ranks: Sequence[float], apart: float) -> list[tuple[int, ...]]:
     return out
 
 
-def marginal_scores(models: Sequence[ModelScores], factor: Labels, *, over: Labels) -> list[ModelScores]:
-    """One Scores for each label of ``factor`` (a backbone), averaged per image over the labels of ``over`` (the heads).
+def marginal_scores(models: Sequence[ModelScores], factor: Sequence[Hashable], *, over: Sequence[Hashable]) -> list[ModelScores]:
+    """The scores of each label of ``factor`` (a backbone), averaged per image over the labels of ``over`` (the heads).
 
     Only over what is complete: labels of ``over`` that every label of ``factor`` has been run with; where there is none, the ``factor``
-    label with the fewest runs is left out until there is. What was left out stands in ``notes``. Seeds are averaged row by row where all
-    have equally many, else first, and then ``seed_sd`` is None. ``factor`` and ``over``: one label a model, or what finds it.
+    label with the fewest runs is left out until there is. What was left out is in ``notes``. Seeds are averaged row by row where all
+    have equally many, else first, and then ``seed_sd`` is None. ``factor`` and ``over``: one label a model.
     """
-    rows, columns = _labels(models, factor), _labels(models, over)
     cells: dict[tuple[Hashable, Hashable], ModelScores] = {}
-    for row, column, m in zip(rows, columns, models, strict=True):
+    for row, column, m in zip(factor, over, models, strict=True):
         if (row, column) in cells:
             raise CellbenchError(
-                f"{row} x {column} is there twice ({cells[row, column].model}, {m.model}). Give seeds as rows of one; "
+                f"{row} x {column} occurs twice ({cells[row, column].model}, {m.model}). Give seeds as rows of one; "
                 "keep apart what differs otherwise."
             )
         cells[row, column] = m
-    kept, all_columns = list(dict.fromkeys(rows)), list(dict.fromkeys(columns))
+    kept, all_columns = list(dict.fromkeys(factor)), list(dict.fromkeys(over))
 
     def complete() -> list[Hashable]:
         return [column for column in all_columns if all((row, column) in cells for row in kept)]
@@ -151,7 +148,7 @@ def marginal_scores(models: Sequence[ModelScores], factor: Labels, *, over: Labe
     images = set.intersection(*(set(cells[row, column].images) for row in kept for column in shared)) if cells else set()
     if not images:
         raise CellbenchError(f"no image is scored by all {len(cells)} models to average. Compare models of the same test images.")
-    lost = [f"{gone}" for gone in (*dict.fromkeys(rows), *all_columns) if gone not in kept and gone not in shared]
+    lost = [f"{gone}" for gone in (*dict.fromkeys(factor), *all_columns) if gone not in kept and gone not in shared]
     notes = (f"averaged over {', '.join(map(str, shared))}",) + ((f"left out as incomplete: {', '.join(lost)}",) if lost else ())
     out = []
     for row in kept:
@@ -180,22 +177,3 @@ def marginal_scores(models: Sequence[ModelScores], factor: Labels, *, over: Labe
             )
         )
     return out
-
-
-def _labels(models: Sequence[ModelScores], labels: Labels) -> list[Hashable]:
-    found = [labels(m) for m in models] if callable(labels) else list(labels)
-    if len(found) != len(models):
-        raise ValueError(f"{len(found)} labels for {len(models)} models")
-    return found
-
-
-
-
-
-
-
-
-
-
-
-

@@ -1,4 +1,4 @@
-"""What is compared, and what comes of it: the scores of one model, and the difference of two. ``cellbench.statistics.comparison`` makes one of the other."""
+"""The records of a comparison: the scores of one model, and the difference between two."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ModelScores:
     Ids pair images, so they must mean the same image in every model: compare within one test set.
 
     NaN: no score, because the image has no cell and none was found. Means leave it out. Where only some seeds found something, the others
-    score best (:func:`cellbench.metrics.pixel.impute_missing`), so that NaN is the whole image's or nobody's.
+    score best (:func:`cellbench.metrics.pixel.impute_missing`), so an image is NaN for all seeds or for none.
     """
 
     model: str
@@ -50,16 +50,16 @@ class ModelScores:
             raise CellbenchError(f"scores of {self.model}: no images. Score at least one.")
         if len(set(self.images)) < len(self.images):
             twice = next(image for image in self.images if self.images.count(image) > 1)
-            raise CellbenchError(f"scores of {self.model}: image '{twice}' is there twice. Give seeds as rows, images once.")
+            raise CellbenchError(f"scores of {self.model}: image '{twice}' occurs twice. Give seeds as rows, images once.")
         if len(bad := np.flatnonzero(np.isinf(values).any(axis=0))):
             raise CellbenchError(
                 f"scores of {self.model}: not a finite number on {len(bad)} of {len(self.images)} images, first '{self.images[bad[0]]}'. "
-                "Leave such images out, or decide what they score."
+                "Leave such images out, or define their score."
             )
 
     @property
     def best(self) -> float:
-        """What a right answer to an image without a cell scores in a comparison."""
+        """The score, in a comparison, of predicting nothing in an image without a cell."""
         return 0.0 if self.lower_is_better else 1.0
 
     @property
@@ -130,29 +130,24 @@ class Difference:
         return self.wins + self.ties + self.losses
 
     @property
-    def win_rate(self) -> float:
-        """0 to 1: the share of images where ``a`` is better, ties counted half."""
-        return (self.wins + self.ties / 2) / self.num_images
-
-    @property
     def alpha(self) -> float:
         """1 - level, without the last bit that makes 1 - 0.95 more than 0.05."""
         return round(1 - self.interval.level, DECIMALS)
 
     @property
-    def decided(self) -> bool:
-        """Adjusted p below alpha, and the interval excludes 0, and mean and ranks point the same way."""
+    def significant(self) -> bool:
+        """Whether it is significant: adjusted p below alpha, the interval excludes 0, and mean and ranks have the same sign."""
         same_way = self.effect * self.interval.mean > 0
         return self.p_adjusted < self.alpha and self.interval.excludes_zero and same_way
 
     @property
     def better(self) -> str | None:
-        """The model that wins for certain, or None."""
-        return (self.a if (self.interval.mean > 0) != self.lower_is_better else self.b) if self.decided else None
+        """The significantly better model, or None."""
+        return (self.a if (self.interval.mean > 0) != self.lower_is_better else self.b) if self.significant else None
 
 
 def swap_sides(d: Difference) -> Difference:
-    """The same comparison asked the other way round."""
+    """The same comparison with ``a`` and ``b`` exchanged."""
     return replace(
         d,
         a=d.b,

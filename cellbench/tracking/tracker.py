@@ -193,10 +193,10 @@ class Tracker:
         with os_errors_as("keeping a report in MLflow"):
             self.client.log_artifacts(run.run_id, str(folder))
 
-    def describe(self, markdown: str, search: str = "") -> None:
-        """The experiment's description in the UI, and the view that lines its runs up: those that ``search``, in MLflow's words, finds."""
+    def describe(self, markdown: str, columns: Sequence[str], search: str = "") -> None:
+        """Sets the experiment's description in MLflow's UI, and its view: metrics as ``columns``, and the runs that the filter ``search`` finds."""
         self.client.set_experiment_tag(self.experiment_id, NOTE, markdown)
-        self.client.set_experiment_tag(self.experiment_id, ui_view.TAG, ui_view.leaderboard_view_url(search))
+        self.client.set_experiment_tag(self.experiment_id, ui_view.TAG, ui_view.leaderboard_view_url(columns, search))
 
     @contextlib.contextmanager
     def run(

@@ -148,7 +148,7 @@ def test_per_image_scores_and_pooled_scores_come_from_the_same_counts(inside):
 
 def test_a_second_call_runs_nothing_again_and_draws_no_report_again(inside, capsys, monkeypatch):
     before = {name: run.info.run_id for name, run in runs_of().items()}
-    monkeypatch.setattr("cellbench.reporting.report.write_files", lambda *_: pytest.fail("a report that is there was drawn again"))
+    monkeypatch.setattr("cellbench.reporting.render.write_report_files", lambda *_: pytest.fail("a report that is there was drawn again"))
     assert main(QUESTION) == 0
     assert {name: run.info.run_id for name, run in runs_of().items()} == before
     assert "5 of 5 runs are finished already" in capsys.readouterr().out

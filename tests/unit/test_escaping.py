@@ -19,9 +19,10 @@ from cellbench.data.loading import open_dataset
 from cellbench.data.scan import resolve_inside
 from cellbench.escaping import escape_markdown, to_csv, to_printable
 from cellbench.files import file_name
-from cellbench.reporting import leaderboard
 from cellbench.reporting.plots import run as run_plots
 from cellbench.reporting.plots import style
+from cellbench.reporting.render import to_markdown
+from cellbench.reporting.report_data import Table
 from cellbench.run import main
 from cellbench.tracking import ui_view
 
@@ -47,7 +48,7 @@ def test_bytes_that_are_no_text_and_control_characters_can_be_written_anywhere()
 
 @pytest.mark.parametrize("name", NASTY)
 def test_a_name_stays_in_its_cell_of_a_markdown_table(name: str) -> None:
-    for table in (leaderboard.to_markdown(["a", "b"], [[name, "1"]]), ui_view.padded_table(["a", "b"], [[name, "1"]])):
+    for table in (to_markdown(Table(headings=["a", "b"], rows=[[name, "1"]])), ui_view.padded_table(["a", "b"], [[name, "1"]])):
         last = table.split("\n")
         assert len(last) == 3
         cells = last[2].replace("\\|", "").split("|")

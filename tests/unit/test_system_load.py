@@ -8,11 +8,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from finished_runs import scored, told_of
+from finished_runs import finished_run, per_image_scores
 
 from cellbench import system_load
-from cellbench.reporting import leaderboard
+from cellbench.reporting.leaderboard import leaderboard_rows
 from cellbench.reporting.model_groups import group_models
+from cellbench.reporting.verdict import describe_costs_load
 from cellbench.system_load import SystemLoad
 from cellbench.training import cost_estimate
 
@@ -93,11 +94,11 @@ def test_features_that_are_kept_do_not_hide_what_the_backbone_takes(monkeypatch)
 
 
 def test_the_load_is_said_with_the_costs():
-    (here,), _ = group_models([scored(head, told_of(mean, 0)) for head, mean in (("fpn", 0.9), ("bilinear", 0.8))])
-    first, second = leaderboard.leaderboard_rows(here)
-    assert leaderboard.describe_load([first, second]) == "How busy other processes kept the machine is not recorded."
+    (here,), _ = group_models([finished_run(head, per_image_scores(mean, 0)) for head, mean in (("fpn", 0.9), ("bilinear", 0.8))])
+    first, second = leaderboard_rows(here)
+    assert describe_costs_load([first, second]) == "How busy other processes kept the machine is not recorded."
     idle = [replace(row, other_load_pct=3.0) for row in (first, second)]
-    assert leaderboard.describe_load(idle) == "Costs were measured while other processes used 3 % of the processor at most."
-    busy = leaderboard.describe_load([replace(first, other_load_pct=45.0), second])
+    assert describe_costs_load(idle) == "Costs were measured while other processes used 3 % of the processor at most."
+    busy = describe_costs_load([replace(first, other_load_pct=45.0), second])
     assert busy.startswith("Costs were measured while other processes used 45 % of the processor (not recorded for 1 of 2 models)")
     assert "Processor seconds" in busy

@@ -1,4 +1,4 @@
-"""Pictures of many runs side by side: who leads, by how much, on which images, and what it costs.
+"""Figures that compare models: scores with intervals, distributions over images, backbones by heads, costs, learning curves.
 
 Each draws at most ``MOST`` models, the best first, and says how many it leaves out. Colours mean the same everywhere: a model of a backbone
 with a head is blue, a baseline grey and hatched; shapes and fills repeat what colours say.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,16 +21,17 @@ from cellbench.reporting.model_groups import PlotRow
 from cellbench.reporting.plots.style import PALETTE, STYLE, describe_intervals, draw_span
 from cellbench.statistics.bootstrap import Interval
 
+T = TypeVar("T")
 MOST = 30
-"""Models in one picture: as many lines as a page holds."""
+"""Models in one figure: as many rows as a page holds."""
 BLUE, GREY = PALETTE[0], PALETTE[7]
 MARKERS = "osD^vP*X<>hp"
 
 
-def plot_leaderboard(lines: Sequence[PlotRow], measure: str = "Dice") -> Figure:
+def plot_leaderboard(lines: Sequence[PlotRow], metric: str = "Dice") -> Figure:
     """Each model's mean over the test images with its 95 % interval, best on top; baselines hatched."""
     lines, left_out = first_that_fit(lines)
-    means = [line.measures[measure] for line in lines]
+    means = [line.metrics[metric] for line in lines]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 0.3 * len(lines) + 1.1), layout="constrained")
         low = min(lower_end(one) for one in means)
@@ -45,41 +47,41 @@ def plot_leaderboard(lines: Sequence[PlotRow], measure: str = "Dice") -> Figure:
         for y, one in enumerate(means):
             axes.text(right + 0.02 * span, y, f"{one.mean:.4f}", va="center")
         axes.set_xlim(start, right + 0.12 * span)
-        _models(axes, lines)
+        _model_axis(axes, lines)
         zero = "" if start == 0 else " (the axis does not start at 0)"
-        axes.set_xlabel(f"test {measure}, mean over images{zero}")
+        axes.set_xlabel(f"test {metric}, mean over images{zero}")
         axes.set_title(f"{describe_intervals(means)}; hatched: baselines{left_out}", fontsize=8, color="0.35")
     return figure
 
 
 def plot_metrics(lines: Sequence[PlotRow]) -> Figure:
-    """Several measures side by side, one panel each, models in the same order: where Dice hardly differs, cells and outlines may."""
+    """Several metrics, one panel each, models in the same order: where Dice hardly differs, single cells and outlines may."""
     lines, left_out = first_that_fit(lines)
-    names = [name for name in lines[0].measures if all(name in line.measures for line in lines)]
+    names = [name for name in lines[0].metrics if all(name in line.metrics for line in lines)]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(names), figsize=(9, 0.27 * len(lines) + 1.2), sharey=True, layout="constrained", squeeze=False)
         for axes, name in zip(panels[0], names, strict=True):
             for y, line in enumerate(lines):
-                one = line.measures[name]
+                one = line.metrics[name]
                 draw_span(axes, y, one, color="0.45", linewidth=1.4, zorder=1)
                 axes.plot(one.mean, y, "s" if line.baseline else "o", color=GREY if line.baseline else BLUE, markersize=4.5, zorder=2)
-            best = max(line.measures[name].mean for line in lines)
+            best = max(line.metrics[name].mean for line in lines)
             axes.axvline(best, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
             axes.set_title(name, fontsize=9)
             axes.grid(axis="y", color="0.92", linewidth=0.6)
             axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.margins(x=0.12)
             axes.tick_params(axis="y", length=0)
-        _models(panels[0][0], lines)
-        said = describe_intervals([lines[0].measures[names[0]]])
-        figure.supxlabel(f"mean over images; {said}; dotted: the best; squares: baselines{left_out}", fontsize=8, color="0.35")
+        _model_axis(panels[0][0], lines)
+        caption = describe_intervals([lines[0].metrics[names[0]]])
+        figure.supxlabel(f"mean over images; {caption}; dotted: the best; squares: baselines{left_out}", fontsize=8, color="0.35")
     return figure
 
 
-def plot_distributions(names: Sequence[str], values: Sequence[np.ndarray], measure: str = "Dice") -> Figure:
+def plot_distributions(names: Sequence[str], values: Sequence[np.ndarray], metric: str = "Dice") -> Figure:
     """The scores of the single images, one box and its images a model, best mean on top."""
     names, left_out = first_that_fit(names)
-    values = [np.asarray(one)[~np.isnan(one)] for one in values[: len(names)]]  # images without a cell or a find have no score
+    values = [np.asarray(one)[~np.isnan(one)] for one in values[: len(names)]]  # images without any cell have no score
     rng = np.random.default_rng(0)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 0.34 * len(names) + 1.2), layout="constrained")
@@ -96,20 +98,20 @@ def plot_distributions(names: Sequence[str], values: Sequence[np.ndarray], measu
                 axes.plot(one.mean(), y, "D", color="white", markeredgecolor="black", markersize=5)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlabel(f"{measure} of each test image")
+        axes.set_xlabel(f"{metric} of each test image")
         axes.set_title(f"dots: images; box: the middle half, its line the median; diamond: the mean{left_out}", fontsize=8, color="0.35")
         axes.grid(axis="x", color="0.92", linewidth=0.6)
     return figure
 
 
-def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, measure: str = "Dice") -> Figure:
+def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, metric: str = "Dice") -> Figure:
     """Backbones (rows) by heads (columns); NaN where a pair has not been run."""
     with plt.rc_context(STYLE):
         size = (min(9.0, 2.6 + 1.15 * len(columns)), 0.36 * len(rows) + 1.3)
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         sns.heatmap(
             values, mask=np.isnan(values), annot=True, fmt=".4f", cmap="cividis", xticklabels=list(columns), yticklabels=list(rows), linewidths=1,
-            cbar_kws={"label": f"test {measure}"}, annot_kws={"fontsize": 8}, ax=axes,
+            cbar_kws={"label": f"test {metric}"}, annot_kws={"fontsize": 8}, ax=axes,
         )  # fmt: skip
         axes.set_facecolor("0.9")
         axes.tick_params(axis="y", rotation=0, length=0)
@@ -121,13 +123,13 @@ def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray
     return figure
 
 
-def plot_pareto(lines: Sequence[PlotRow], costs: Mapping[str, Sequence[float]], measure: str = "Dice") -> Figure:
+def plot_pareto(lines: Sequence[PlotRow], costs: Mapping[str, Sequence[float]], metric: str = "Dice") -> Figure:
     """Score against cost, one panel a cost (its label says the unit; lower is better), the Pareto front as a line with names."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(costs), figsize=(9, 4.9), sharey=True, layout="constrained", squeeze=False)
         backbones = list(dict.fromkeys(line.backbone for line in lines if not line.baseline))
         look = {name: (PALETTE[k % len(PALETTE)], MARKERS[k % len(MARKERS)]) for k, name in enumerate(backbones[: len(MARKERS)])}
-        score = np.array([line.measures[measure].mean for line in lines])
+        score = np.array([line.metrics[metric].mean for line in lines])
         for axes, (label, values) in zip(panels[0], costs.items(), strict=True):
             cost = np.maximum(np.asarray(values, float), 0)
             zero = bool((cost <= 0).any())
@@ -153,7 +155,7 @@ def plot_pareto(lines: Sequence[PlotRow], costs: Mapping[str, Sequence[float]], 
             axes.set_xlabel(f"{label}\n" + "\n".join(textwrap.wrap(names, 62)[:5]), linespacing=1.4)
             axes.grid(color="0.93", linewidth=0.6)
             axes.margins(x=0.12, y=0.12)
-        panels[0][0].set_ylabel(f"test {measure}, mean over images")
+        panels[0][0].set_ylabel(f"test {metric}, mean over images")
         handles = [plt.Line2D([], [], linestyle="", marker=m, color=c, label=name) for name, (c, m) in look.items()]
         if any(line.baseline for line in lines):
             handles.append(plt.Line2D([], [], linestyle="", marker="x", color="0.35", label="baseline"))
@@ -165,7 +167,7 @@ def plot_pareto(lines: Sequence[PlotRow], costs: Mapping[str, Sequence[float]], 
 
 
 def plot_learning_curves(
-    names: Sequence[str], curves: Sequence[Sequence[tuple[float, Interval]]], label: str, measure: str = "Dice"
+    names: Sequence[str], curves: Sequence[Sequence[tuple[float, Interval]]], label: str, metric: str = "Dice"
 ) -> Figure:
     """Score by the number (or share) of training images, one line a model with its 95 % intervals; the axis is logarithmic."""
     names, left_out = first_that_fit(names)
@@ -191,16 +193,16 @@ def plot_learning_curves(
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(label)
-        axes.set_ylabel(f"test {measure}, mean over images")
-        said = describe_intervals([interval for points in curves for _, interval in points], "bars").replace("dashed bars", "bars")
-        axes.set_title(f"{said}{left_out}", fontsize=8, color="0.35")
+        axes.set_ylabel(f"test {metric}, mean over images")
+        caption = describe_intervals([interval for points in curves for _, interval in points], "bars").replace("dashed bars", "bars")
+        axes.set_title(f"{caption}{left_out}", fontsize=8, color="0.35")
         axes.grid(axis="y", color="0.92", linewidth=0.6)
         figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
 def plot_speeds(facts: Mapping[str, float]) -> Figure:
-    """What ``bench`` measured: seconds for the same nine runs four ways, and tiles a second through each part."""
+    """What ``bench`` measured: seconds for the same nine runs, five ways, and tiles per second of each part."""
     ways = [
         ("naive, images opened each time", "naive_reopen_s"),
         ("naive, decoded images held", "naive_held_s"),
@@ -212,7 +214,7 @@ def plot_speeds(facts: Mapping[str, float]) -> Figure:
     parts = [("bare forward", facts["bare_tiles_per_s"]), ("feature pass", facts["pass_tiles_per_s"]), *heads]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained")
-        colours = sns.color_palette("colorblind")
+        colours = PALETTE
         seconds = [facts[key] for _, key in ways]
         left.barh(range(len(ways)), seconds, color=[colours[7]] * 3 + [colours[0]] * 2)
         for y, value in enumerate(seconds):
@@ -225,7 +227,7 @@ def plot_speeds(facts: Mapping[str, float]) -> Figure:
             right.text(value, y, f" {value:,.0f}", va="center")
         right.set_yticks(range(len(parts)), [name for name, _ in parts])
         right.set_xlim(0, max(value for _, value in parts) * 1.2)
-        right.set_xlabel("tiles a second (green: a head's training step)")
+        right.set_xlabel("tiles per second (green: a head's training step)")
         for axes in (left, right):
             axes.invert_yaxis()
     return figure
@@ -240,13 +242,13 @@ def pareto_front(cost: np.ndarray, score: np.ndarray) -> list[int]:
     return front
 
 
-def _models(axes: Axes, lines: Sequence[PlotRow]) -> None:
+def _model_axis(axes: Axes, lines: Sequence[PlotRow]) -> None:
     axes.set_yticks(range(len(lines)), [line.model for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
 
 
-def first_that_fit(items: Sequence) -> tuple[list, str]:
-    """What one picture can hold, and a word about the rest."""
+def first_that_fit(items: Sequence[T]) -> tuple[list[T], str]:
+    """What one figure can hold, and a note about the rest."""
     return list(items[:MOST]), f"; {len(items) - MOST} more are not drawn" if len(items) > MOST else ""
 
 

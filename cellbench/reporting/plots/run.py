@@ -1,22 +1,11 @@
-"""Pictures of one run: how it learned, how it scored, and where it fails.
+"""Figures of one run: training curves, scores, and example images with their errors.
 
-Sized for a page, readable at the size they are shown, colour-blind safe, and still told apart in grey: shapes, hatches and line styles say
-what colours say. ``cellbench.reporting.plots.comparison`` lines runs up.
+Sized for a page, safe for colour-blind readers and readable in grey: shapes, hatches and line styles repeat what colours say.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Hashable, Sequence
-
-import matplotlib
-
-from cellbench.data.io.images import thumbnail
-from cellbench.metrics.pixel import IGNORE
-from cellbench.statistics.bootstrap import mean_interval
-
-if "matplotlib.pyplot" not in sys.modules:  # a notebook that draws keeps its own way to show
-    matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,18 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from cellbench.data.io.images import thumbnail
+from cellbench.metrics import catalog
 from cellbench.metrics.calibration import expected_calibration_error
+from cellbench.metrics.catalog import Metric
+from cellbench.metrics.pixel import IGNORE
 from cellbench.reporting.plots.style import PALETTE, STYLE, describe_intervals, draw_span
+from cellbench.statistics.bootstrap import mean_interval
 
-# True positive, false positive, false negative as published: green, red, blue; here a light, a middle and a dark one, so that grey tells
-# them apart too. Blended over the grey picture, so that shapes stay visible.
+# True positive, false positive, false negative: green, red, blue as usual, and light, middle, dark so that they differ in grey too.
 ERROR_COLOURS = {"found": (0.0, 0.66, 0.42), "false alarm": (0.9, 0.19, 0.1), "missed": (0.0, 0.13, 0.66)}
-
-
-
-
-
-
 
 
 def plot_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
@@ -66,9 +53,9 @@ def plot_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
 
 
 def error_overlay(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The picture in grey with found (green), false (red) and missed (blue) cell pixels; a cell of the wrong class is missed. RGB 0..1.
+    """The image in grey with found (green), false (red) and missed (blue) cell pixels; a cell of the wrong class is missed. RGB 0..1.
 
-    What counts nowhere is half white.
+    Ignored pixels are half white.
     """
     grey = np.repeat((image.mean(-1, keepdims=True) / 255) ** 0.8, 3, axis=-1)
     ignored = truth == IGNORE
@@ -86,7 +73,7 @@ def error_overlay(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> 
 
 
 def plot_example(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.ndarray | None, title: str) -> Figure:
-    """One image four ways: as it is, with the truth's and the prediction's outlines, the probability of a cell, and the errors.
+    """One image four times: with the true outlines, with the predicted outlines, the probability of a cell, and the errors.
 
     ``image`` (H, W, 3) and ``truth`` (H, W) at full size; ``classes`` and ``cell`` as :func:`cellbench.data.io.images.thumbnail` gives them.
     """
@@ -96,10 +83,10 @@ def plot_example(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell
         figure, axes = plt.subplots(2, 2, figsize=(9, 9 * tall + 0.9), dpi=100, layout="constrained")  # three of these a run
         (first, second), (third, fourth) = axes
         first.imshow(image)
-        first.set_title("image with the truth's outlines (yellow)")
+        first.set_title("image with the true outlines (yellow)")
         first.contour((truth > 0) & (truth != IGNORE), levels=[0.5], colors=["#f5c400"], linewidths=0.9)
         second.imshow(image)
-        second.set_title("image with the prediction's outlines (blue)")
+        second.set_title("image with the predicted outlines (blue)")
         second.contour(classes > 0, levels=[0.5], colors=["#0a5cff"], linewidths=0.9)
         if cell is not None:
             heat = third.imshow(cell / 255, cmap="viridis", vmin=0, vmax=1)
@@ -120,8 +107,8 @@ def plot_example(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell
     return figure
 
 
-MEASURES = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall", "accuracy": "accuracy"}
-SHAPES = {"nsd": "NSD", "boundary_dice": "boundary Dice", "ap50": "AP50", "ap50_95": "AP50-95", "aji": "AJI", "pq": "PQ"}
+POOLED = {metric.key: metric.label for metric in catalog.per_image() if metric.pooled}
+"""Labels of the overlap scores."""
 
 
 def plot_scores(
@@ -130,15 +117,16 @@ def plot_scores(
     pooled: dict[str, dict[str, float]],
     calibration: dict[str, list[float]] | None,
     units: Sequence[Hashable] | None = None,
+    own: Sequence[Metric] = (),
 ) -> Figure:
-    """A run's scores on a page: measures with intervals, each class, the spread over images, and whether probabilities can be believed.
+    """A run's scores: metrics with intervals, each class, the distribution over images, and the calibration of probabilities.
 
-    ``each``: scores of each image by name, (N,); ``pooled``: the five measures over all pixels, by class name; ``units``: the group of each
-    image, over which the intervals are.
+    ``each``: scores of each image by metric, (N,); ``pooled``: the overlap scores over all pixels, by class name; ``units``: the group of each
+    image, over which the intervals are; ``own``: metrics of a user among ``each``.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
-        _measures(axes[0, 0], each, units)
+        _metrics(axes[0, 0], each, units, own)
         _classes(axes[0, 1], pooled)
         _distribution(axes[1, 0], each["dice"])
         _reliability(axes[1, 1], calibration)
@@ -146,19 +134,16 @@ def plot_scores(
     return figure
 
 
-
-
-
-
-def _measures(axes: Axes, each: dict[str, np.ndarray], units: Sequence[Hashable] | None) -> None:
-    known = {key: ~np.isnan(each[key]) for key in (*MEASURES, *SHAPES) if key in each}
-    names = [key for key, there in known.items() if there.any()]
+def _metrics(axes: Axes, each: dict[str, np.ndarray], units: Sequence[Hashable] | None, own: Sequence[Metric]) -> None:
+    labels = {metric.key: metric.label for metric in catalog.per_image(own)}
+    known = {key: ~np.isnan(each[key]) for key in labels if key in each}
+    names = [key for key, scored in known.items() if scored.any()]
     found = [
         mean_interval(each[key][known[key]], groups=None if units is None else [units[k] for k in np.flatnonzero(known[key])])
         for key in names
     ]
     for x, (key, interval) in enumerate(zip(names, found, strict=True)):
-        pixels = key in MEASURES
+        pixels = key in POOLED
         axes.bar(
             x,
             interval.mean,
@@ -172,28 +157,28 @@ def _measures(axes: Axes, each: dict[str, np.ndarray], units: Sequence[Hashable]
         top = max(interval.mean, interval.high or 0)
         axes.text(x, top + 0.015, f"{interval.mean:.3f}".replace("0.", "."), ha="center", va="bottom", fontsize=7)
     axes.set_xticks(
-        range(len(names)), [(MEASURES | SHAPES)[key] for key in names], fontsize=7, rotation=45, ha="right", rotation_mode="anchor"
+        range(len(names)), [labels[key] for key in names], fontsize=7, rotation=45, ha="right", rotation_mode="anchor"
     )
     axes.set_ylim(0, 1.08)
     axes.set_title(f"mean over images; hatched: outlines and cells\n{describe_intervals(found)}", fontsize=8)
 
 
 def _classes(axes: Axes, pooled: dict[str, dict[str, float]]) -> None:
-    pooled = {name: values for name, values in pooled.items() if not np.isnan(list(values.values())).any()}  # absent classes have no score
+    pooled = {name: values for name, values in pooled.items() if not np.isnan(list(values.values())).any()}  # absent classes
     names = list(pooled)
     width = 0.8 / len(names)
     lowest = min(min(values.values()) for values in pooled.values())
     start = max(0.0, lowest - 0.3 * (1 - lowest) - 0.02)
     for k, name in enumerate(names):
-        at = np.arange(len(MEASURES)) + (k - (len(names) - 1) / 2) * width
-        heights = [pooled[name][key] for key in MEASURES]
+        at = np.arange(len(POOLED)) + (k - (len(names) - 1) / 2) * width
+        heights = [pooled[name][key] for key in POOLED]
         bars = axes.bar(
             at, np.array(heights) - start, width * 0.94, bottom=start, color=PALETTE[(7, 0, 1, 2, 4, 5, 8)[k % 7]], alpha=0.8, label=name,
             hatch=(None, "///", "...", "xxx")[k % 4], edgecolor="white",
         )  # fmt: skip
         if len(names) <= 3:
             axes.bar_label(bars, [f"{h:.3f}".replace("0.", ".") for h in heights], fontsize=6.5, padding=1)
-    axes.set_xticks(range(len(MEASURES)), list(MEASURES.values()))
+    axes.set_xticks(range(len(POOLED)), list(POOLED.values()))
     axes.set_ylim(start, 1 + 0.16 * (1 - start))
     axes.set_title(f"each class, over all pixels (the axis starts at {start:.2f})" if start else "each class, over all pixels", fontsize=8)
     axes.legend(ncols=len(names), loc="upper left", fontsize=7, borderaxespad=0)
@@ -203,7 +188,7 @@ def _distribution(axes: Axes, dice: np.ndarray) -> None:
     num_images, dice = len(dice), dice[~np.isnan(dice)]
     num = len(dice)
     axes.set_title(
-        f"{num_images} test images" + (f", {num_images - num} of them without a cell or a find" if num < num_images else ""), fontsize=8
+        f"{num_images} test images" + (f", {num_images - num} of them without any cell" if num < num_images else ""), fontsize=8
     )
     if not num:
         axes.set_axis_off()
@@ -211,7 +196,7 @@ def _distribution(axes: Axes, dice: np.ndarray) -> None:
     if num >= 12:
         axes.hist(dice, bins=min(30, max(6, int(np.sqrt(num) * 2))), color=PALETTE[0], alpha=0.7, edgecolor="white")
         axes.set_ylabel("images")
-    else:  # bars of one image each say less than the images themselves
+    else:  # a histogram of so few is bars of one image each
         axes.plot(dice, np.zeros(num), "o", color=PALETTE[0], markersize=7, alpha=0.7)
         axes.set_yticks([])
         axes.set_ylim(-1, 1)
@@ -223,22 +208,20 @@ def _distribution(axes: Axes, dice: np.ndarray) -> None:
 
 
 def _reliability(axes: Axes, calibration: dict[str, list[float]] | None) -> None:
-    axes.set_title("can the probabilities be believed?", fontsize=8)
+    axes.set_title("calibration of the probabilities", fontsize=8)
     if calibration is None:
         axes.text(0.5, 0.5, "this method gives no probability", ha="center", va="center", color="0.4")
         axes.set_axis_off()
         return
-    pixels, said, was = (np.array(calibration[key]) for key in ("pixels", "probability", "share_cell"))
+    pixels, predicted, observed = (np.array(calibration[key]) for key in ("pixels", "probability", "share_cell"))
     filled = pixels > 0
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--", label="perfect")
-    label = f"this run, off by {expected_calibration_error(calibration):.3f} in the mean"
-    axes.plot(said[filled], was[filled], "o-", color=PALETTE[0], markersize=4, label=label)
-    # A quarter of the height is all pixels: a background for the curve, not a second reading.
+    label = f"this run, mean error {expected_calibration_error(calibration):.3f}"
+    axes.plot(predicted[filled], observed[filled], "o-", color=PALETTE[0], markersize=4, label=label)
+    # All pixels together are a quarter of the height: a background for the curve.
     axes.bar((np.arange(len(pixels)) + 0.5) / len(pixels), pixels / pixels.sum() / 4, 0.9 / len(pixels), color="0.82", zorder=0)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("probability of a cell (grey bars: share of the pixels)")
     axes.set_ylabel("share that is cell")
     axes.legend(fontsize=7, loc="best")
-
-

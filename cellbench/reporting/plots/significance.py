@@ -1,4 +1,4 @@
-"""Pictures of what the tests say: each model against the best, every pair, and mean ranks with what is not told apart."""
+"""Figures of the tests: each model against the best, every pair, and mean ranks with the critical difference."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cellbench.statistics.scores import Difference
 
 LIGHT_BLUE, LIGHT_ORANGE = (0.62, 0.8, 0.92), (0.98, 0.82, 0.6)
 MOST_PAIRED = 16
-"""Models in the picture of all pairs: the numbers must be readable on a page."""
+"""Models in the figure of all pairs: the numbers must be readable on a page."""
 
 
-def plot_differences(differences: Sequence[Difference], best: str, measure: str = "Dice") -> Figure:
-    """Each model minus the best, paired by image, with its 95 % interval; filled where the difference is certain."""
+def plot_differences(differences: Sequence[Difference], best: str, metric: str = "Dice") -> Figure:
+    """Each model minus the best, paired by image, with its 95 % interval; filled where the difference is significant."""
     order = sorted(differences, key=lambda d: abs(d.interval.mean))
     order, left_out = first_that_fit(order)
     with plt.rc_context(STYLE):
@@ -29,26 +29,26 @@ def plot_differences(differences: Sequence[Difference], best: str, measure: str 
         axes.axvline(0, color="black", linewidth=1)
         for y, d in enumerate(order):
             one, other = (d.interval, d.a) if d.b == best else (negate(d.interval), d.b)
-            colour = BLUE if d.decided else "0.45"
+            colour = BLUE if d.significant else "0.45"
             draw_span(axes, y, one, color=colour, linewidth=1.6)
-            axes.plot(one.mean, y, "o", color=colour, markerfacecolor=colour if d.decided else "white", markersize=6)
-            said = f"{one.mean:+.4f}   {format_p(d.p_adjusted)}"
-            axes.annotate(said, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
+            axes.plot(one.mean, y, "o", color=colour, markerfacecolor=colour if d.significant else "white", markersize=6)
+            numbers = f"{one.mean:+.4f}   {format_p(d.p_adjusted)}"
+            axes.annotate(numbers, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
             axes.annotate(other, (-0.01, y), xycoords=("axes fraction", "data"), va="center", ha="right", fontsize=9, annotation_clip=False)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.set_ylim(len(order) - 0.4, -0.6)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(f"difference in {measure} to {best}, paired by image")
-        said = describe_intervals([d.interval for d in order])
+        axes.set_xlabel(f"difference in {metric} to {best}, paired by image")
+        caption = describe_intervals([d.interval for d in order])
         axes.set_title(
-            f"filled: certain (p adjusted for every pair); open: this data cannot tell{left_out}\n{said}", fontsize=8, color="0.35"
+            f"filled: significant (p adjusted for every pair); open: not significant{left_out}\n{caption}", fontsize=8, color="0.35"
         )
     return figure
 
 
-def plot_pairs(names: Sequence[str], differences: Sequence[Difference], measure: str = "Dice") -> Figure:
-    """Every pair: the line's model minus the column's. Blue where the line's is certainly better, orange where worse, empty where not told apart.
+def plot_pairs(names: Sequence[str], differences: Sequence[Difference], metric: str = "Dice") -> Figure:
+    """Every pair: the row's model minus the column's. Blue where the row's is significantly better, orange where worse, else empty.
 
     ``names``: the models to show, best first; the first ``MOST_PAIRED`` are drawn.
     """
@@ -61,12 +61,12 @@ def plot_pairs(names: Sequence[str], differences: Sequence[Difference], measure:
             if d.a not in place or d.b not in place:
                 continue
             for row, column, value in ((place[d.a], place[d.b], d.interval.mean), (place[d.b], place[d.a], -d.interval.mean)):
-                # Told apart or not is said by the fill, and by the weight of the number, which grey shows as well.
+                # The weight of the number repeats what the fill says, for grey.
                 fill = "white" if d.better is None else LIGHT_BLUE if d.better == names[row] else LIGHT_ORANGE
                 axes.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=fill, edgecolor="0.85", linewidth=0.8))
                 look = {"color": "0.55"} if d.better is None else {"weight": "bold"}
-                said = f"{value:+.3f}".replace("0.", ".") if abs(value) >= 0.0005 else "0"
-                axes.text(column, row, said, ha="center", va="center", fontsize=7, **look)
+                text = f"{value:+.3f}".replace("0.", ".") if abs(value) >= 0.0005 else "0"
+                axes.text(column, row, text, ha="center", va="center", fontsize=7, **look)
         for k in range(num):
             axes.add_patch(plt.Rectangle((k - 0.5, k - 0.5), 1, 1, facecolor="0.93", edgecolor="0.85", linewidth=0.8))
         axes.set_xlim(-0.5, num - 0.5)
@@ -77,12 +77,12 @@ def plot_pairs(names: Sequence[str], differences: Sequence[Difference], measure:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         left_out = f"; {rest} more are not drawn" if rest > 0 else ""
-        figure.supxlabel(f"{measure} of the line minus the column; bold and filled: certain{left_out}", fontsize=8, color="0.35")
+        figure.supxlabel(f"{metric} of the row minus the column; bold and filled: significant{left_out}", fontsize=8, color="0.35")
     return figure
 
 
-def plot_critical_difference(ranking: CriticalDifference, measure: str = "Dice") -> Figure:
-    """The critical-difference diagram (Demsar 2006): mean ranks on a line, bars over what Nemenyi's test does not tell apart."""
+def plot_critical_difference(ranking: CriticalDifference, metric: str = "Dice") -> Figure:
+    """The critical-difference diagram (Demsar 2006): mean ranks on a line, bars over models whose ranks do not differ significantly (Nemenyi's test)."""
     names, ranks = list(ranking.models), list(ranking.ranks)
     half = -(-len(names) // 2)
     cliques = [(ranks[names.index(c[0])], ranks[names.index(c[-1])]) for c in ranking.cliques]
@@ -110,14 +110,14 @@ def plot_critical_difference(ranking: CriticalDifference, measure: str = "Dice")
             y = first + line * (n if on_left else len(names) - 1 - n)
             edge = axes.get_xlim()[0 if on_left else 1]
             axes.plot([rank, rank, edge], [0, y, y], color="0.4", linewidth=0.9)
-            told = f"{name}  {rank:.2f}" if on_left else f"{rank:.2f}  {name}"
+            label = f"{name}  {rank:.2f}" if on_left else f"{rank:.2f}  {name}"
             place = {
                 "xytext": (-4 if on_left else 4, 0),
                 "textcoords": "offset points",
                 "ha": "right" if on_left else "left",
                 "va": "center",
             }
-            axes.annotate(told, (edge, y), fontsize=8, annotation_clip=False, **place)
+            axes.annotate(label, (edge, y), fontsize=8, annotation_clip=False, **place)
         for k, row in enumerate(bars):
             for a, b in row:
                 axes.plot([a - 0.008 * high, b + 0.008 * high], [0.15 + 0.16 * k] * 2, color="black", linewidth=4, solid_capstyle="round")
@@ -126,6 +126,6 @@ def plot_critical_difference(ranking: CriticalDifference, measure: str = "Dice")
             place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
             axes.annotate(f"critical difference {apart:.2f}", (low + apart, -0.5), fontsize=8, **place)
         unit = "images" if ranking.num_units == ranking.num_images else "groups of images"
-        told = f"mean rank by {measure} over {ranking.num_units} {unit}, 1 is best; thick bars: not told apart"
-        figure.text(0.5, 0.08 / height, told, fontsize=8, color="0.35", ha="center", va="bottom")
+        caption = f"mean rank by {metric} over {ranking.num_units} {unit}, 1 is best; thick bars: no significant difference"
+        figure.text(0.5, 0.08 / height, caption, fontsize=8, color="0.35", ha="center", va="bottom")
     return figure

@@ -1,16 +1,22 @@
-"""The look that all figures share."""
+"""The style that all figures share."""
 
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+if "matplotlib.pyplot" not in sys.modules:  # a notebook that draws keeps its own backend
+    matplotlib.use("Agg")
+
 import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Drawing
 
 from cellbench.statistics.bootstrap import Interval
 
@@ -24,17 +30,15 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "text.parse_math": False,  # a name with two dollars is no formula
 }
-
-
 PALETTE = sns.color_palette("colorblind")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Drawing, path: Path) -> None:
     """As PNG; closes the figure."""
     path.write_bytes(to_png(figure))
 
 
-def to_png(figure: Figure) -> bytes:
+def to_png(figure: Drawing) -> bytes:
     """As the bytes of a PNG; closes the figure."""
     out = io.BytesIO()
     # A constrained layout leaves nothing outside; cutting to size would lay it out and draw it a second time.
@@ -47,7 +51,7 @@ def to_png(figure: Figure) -> bytes:
 
 
 def draw_span(axes: Axes, at: float, interval: Interval, *, upright: bool = False, **look: Any) -> None:
-    """An interval as a line at height ``at``, or ``upright`` at that place; a rough one is dashed, and where there is none nothing is drawn."""
+    """Draws an interval as a line at height ``at``, or ``upright`` at that x; a rough one dashed, a missing one not at all."""
     if interval.low is None or interval.high is None:
         return
     ends, here = [interval.low, interval.high], [at, at]
@@ -56,10 +60,10 @@ def draw_span(axes: Axes, at: float, interval: Interval, *, upright: bool = Fals
 
 
 def describe_intervals(found: Iterable[Interval], line: str = "line") -> str:
-    """What a picture says of the intervals in it, which are all of the same images.
+    """The caption of a figure's intervals, which are all of the same images.
 
     >>> few, some = (Interval(mean=0.9, low=low, high=low, num=num) for low, num in ((None, 3), (0.8, 9)))
-    >>> span_words([few]), span_words([some])
+    >>> describe_intervals([few]), describe_intervals([some])
     ('no intervals: 3 images are too few', 'dashed line: 95 % interval, rough, of 9 images')
     """
     one = next(iter(found), None)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cohorts import dataset_of, run_of
-from finished_runs import scored
+from finished_runs import finished_run
 from PIL import Image
 
 from cellbench.config.experiment import Experiment
@@ -77,7 +77,7 @@ def test_the_interval_in_mlflow_is_over_groups_as_the_reports_is(dataset):
         exam = taken(one, lambda truth, shift=shift: (np.roll(truth, 2 + 3 * (next(shift) // 2), axis=1), None))
         metrics = artifacts.final_metrics(one, TestResult(exam=exam, cost={}))
         told = artifacts.per_image_record(one, TestResult(exam=exam, cost={}))
-        (here,), _ = group_models([scored("fpn", told)])
+        (here,), _ = group_models([finished_run("fpn", told)])
         (reported,) = here.intervals("dice")
         assert (metrics["test_image/dice_low"], metrics["test_image/dice_high"]) == (round(reported.low, 6), round(reported.high, 6))
         assert metrics["test_image/dice_units"] == reported.num == (5 if grouped else 10)

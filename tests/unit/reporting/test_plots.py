@@ -1,4 +1,4 @@
-"""Claims about pictures: they can be drawn from the worst that runs leave, nothing is cut, and grey tells apart what colours do."""
+"""Figures: they can be drawn from the fewest and worst scores, nothing is cut off, and they are readable in grey."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cellbench.metrics import catalog
+from cellbench.reporting.model_groups import PlotRow
 from cellbench.reporting.plots import comparison as comparison_plots
 from cellbench.reporting.plots import run as run_plots
 from cellbench.reporting.plots import significance as significance_plots
 from cellbench.reporting.plots import style
-from cellbench.reporting.plots.comparison import PlotRow, pareto_front
+from cellbench.reporting.plots.comparison import pareto_front
 from cellbench.statistics.bootstrap import Interval, mean_interval
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.ranking import critical_difference
@@ -42,7 +44,7 @@ def models(num, images=12, spread=0.01):
 
 def lines(num, **more):
     return [
-        PlotRow(model=m.model, baseline=k == num - 1, backbone=m.model.split(" ")[0], measures={"Dice": mean_interval(m.per_image)})
+        PlotRow(model=m.model, baseline=k == num - 1, backbone=m.model.split(" ")[0], metrics={"Dice": mean_interval(m.per_image)})
         for k, m in enumerate(models(num, **more))
     ]
 
@@ -68,7 +70,7 @@ def test_differences_and_ranks_are_whole(num):
 
 def test_equal_scores_and_missing_intervals_are_drawn():
     flat = Interval(mean=1.0, low=None, high=None, num=1, note="one image")
-    here = [PlotRow(model=name, baseline=False, measures={"Dice": flat, "AP50": flat}) for name in "ab"]
+    here = [PlotRow(model=name, baseline=False, metrics={"Dice": flat, "AP50": flat}) for name in "ab"]
     assert uncut(comparison_plots.plot_leaderboard(here))
     assert uncut(comparison_plots.plot_metrics(here))
 
@@ -80,7 +82,7 @@ def test_a_heat_map_with_holes_is_whole():
 
 def test_names_with_dollars_and_emoji_are_drawn_as_they_are():
     here = [
-        PlotRow(model=name, baseline=False, measures={"Dice": Interval(mean=0.9, low=0.8, high=0.95, num=3)}) for name in ("a$b$c", "x, y/z_{")
+        PlotRow(model=name, baseline=False, metrics={"Dice": Interval(mean=0.9, low=0.8, high=0.95, num=3)}) for name in ("a$b$c", "x, y/z_{")
     ]
     assert uncut(comparison_plots.plot_leaderboard(here))
 
@@ -93,8 +95,8 @@ def test_the_pareto_front_holds_what_nothing_beats_in_both():
 @pytest.mark.parametrize(("num", "num_classes"), [(1, 2), (3, 5), (159, 3)])
 def test_a_report_card_is_whole(num, num_classes):
     rng = np.random.default_rng(0)
-    each = {name: rng.uniform(0.5, 1, num) for name in (*run_plots.MEASURES, *run_plots.SHAPES)}
-    pooled = {f"class {k}": dict.fromkeys(run_plots.MEASURES, 0.9) for k in range(num_classes)}
+    each = {name: rng.uniform(0.5, 1, num) for name in [metric.key for metric in catalog.per_image()]}
+    pooled = {f"class {k}": dict.fromkeys(run_plots.POOLED, 0.9) for k in range(num_classes)}
     calibration = {"pixels": [10] * 20, "probability": np.linspace(0, 1, 20).tolist(), "share_cell": np.linspace(0, 1, 20).tolist()}
     assert uncut(run_plots.plot_scores("a run", each, pooled, calibration))
     assert calibration.expected_calibration_error(calibration) == 0
@@ -102,7 +104,7 @@ def test_a_report_card_is_whole(num, num_classes):
 
 def test_a_method_without_probabilities_has_a_card_and_a_case(tmp_path):
     each = {"dice": np.array([1.0, 1.0])}
-    run_plots.plot_scores("otsu", each, {"cell": dict.fromkeys(run_plots.MEASURES, 1.0)}, None)
+    run_plots.plot_scores("otsu", each, {"cell": dict.fromkeys(run_plots.POOLED, 1.0)}, None)
     blank = np.zeros((30, 40), np.uint8)
     style.save_figure(
         run_plots.plot_example(np.full((30, 40, 3), 200, np.uint8), blank, blank, None, "nothing in either"), tmp_path / "x.png"

@@ -1,4 +1,4 @@
-"""Claims about evidence, leaderboard and report: fair pairing, everything left out is said, one page that needs nothing else."""
+"""Collecting and reporting: fair pairing, everything left out is named, one page that needs nothing else."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from urllib.parse import unquote
 import mlflow
 import numpy as np
 import pytest
-from finished_runs import IMAGES, finished, small_grid, told_of
+from finished_runs import IMAGES, log_finished_run, per_image_scores, small_grid
 
 from cellbench.cli.ui import free_port
 from cellbench.config.run import RunSpec
 from cellbench.errors import CellbenchError
 from cellbench.execution.artifacts import round_metric
 from cellbench.inference import run_lookup
-from cellbench.reporting import html, leaderboard
+from cellbench.metrics import catalog
 from cellbench.reporting.collect import collect_runs
+from cellbench.reporting.leaderboard import leaderboard_rows, to_json
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, group_models
-from cellbench.reporting.report import report_dir, to_latex
+from cellbench.reporting.render import to_html, to_latex
+from cellbench.reporting.report import report_dir
+from cellbench.reporting.report_data import Page, Section, Table
 from cellbench.reporting.sections import build_report
+from cellbench.reporting.verdict import describe_absent_classes, describe_best
 from cellbench.run import main
 from cellbench.tracking import relocate, ui_view
 from cellbench.tracking.schema import DATA, LIMIT, RunRecord
@@ -65,11 +69,11 @@ def project(made, tmp_path, monkeypatch):
     return folder
 
 
-def evidence():
+def results():
     return collect_runs([Tracker(NAME, make=False)])
 
 
-class Page(HTMLParser):
+class ParsedPage(HTMLParser):
     """What a page refers to, and whether its elements are closed."""
 
     def __init__(self, text):
@@ -90,26 +94,26 @@ class Page(HTMLParser):
 
 
 def test_seeds_are_one_model_and_the_best_comes_first(project):
-    (here,) = evidence().sets
+    (here,) = results().sets
     assert [model.name for model in here.models] == ["dinobloom-s · fpn", "dinobloom-s · bilinear", "uni · fpn", "uni · bilinear", "otsu"]
     assert [len(model.runs) for model in here.models] == [2, 2, 2, 2, 1]
-    best = leaderboard.leaderboard_rows(here)[0]
+    best = leaderboard_rows(here)[0]
     scores = here.best.scores()
     assert best.image_dice == pytest.approx(scores.values.mean())
     assert (best.low, best.high) == (scores.interval().low, scores.interval().high)
-    assert all(d.b == "dinobloom-s · fpn" and d.better == d.b for d in leaderboard.differences_to_best(here))
+    assert all(d.b == "dinobloom-s · fpn" and d.better == d.b for d in here.differences_to_best())
 
 
 def test_the_page_needs_nothing_else_and_tables_are_the_same_in_every_format(project, capsys):
     assert main(["report", NAME, "--out", "out"]) == 0
     said = capsys.readouterr().out
     text = Path("out/report.html").read_text(encoding="utf-8")
-    page = Page(text)
+    page = ParsedPage(text)
     assert page.open == []
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     words = " ".join(page.words)
     assert NAME in words
-    for told in ("dinobloom-s · fpn", "Are the differences real?", "Cost", "fingerprint", "d" * 16, "smear-0"):
+    for told in ("dinobloom-s · fpn", "Are the differences significant?", "Cost", "fingerprint", "d" * 16, "smear-0"):
         assert told in words
     assert "Best on average is dinobloom-s · fpn" in said
     assert "Best on average is dinobloom-s · fpn" in words
@@ -128,7 +132,7 @@ def test_the_report_is_kept_on_the_parent_run(tmp_path, monkeypatch):
     mlflow.set_tracking_uri(None)
     tracker = Tracker("kept")
     with tracker.run("grid: kept", "parent", tags={"cellbench.kind": "grid"}) as top:
-        finished(tracker, RunSpec(backbone="uni", head="fpn"), told_of(0.9, 0), top.run_id)
+        log_finished_run(tracker, RunSpec(backbone="uni", head="fpn"), per_image_scores(0.9, 0), top.run_id)
     main(["report", "kept", "--out", "out"])
     (parent,) = collect_runs([tracker]).parents
     assert tracker.artifact(parent, "report.html") == Path("out/report.html").read_bytes()
@@ -137,20 +141,20 @@ def test_the_report_is_kept_on_the_parent_run(tmp_path, monkeypatch):
 def test_runs_on_other_images_are_never_paired_and_that_is_said(project, capsys):
     other = tuple(f"other-{k}.png" for k in range(20))
     for seed in (0, 1):
-        finished(Tracker(NAME), RunSpec(backbone="uni", head="fpn", seed=seed), told_of(0.99, seed, other, "e" * 16))
-    newest, older = evidence().sets
+        log_finished_run(Tracker(NAME), RunSpec(backbone="uni", head="fpn", seed=seed), per_image_scores(0.99, seed, other, "e" * 16))
+    newest, older = results().sets
     assert older.best.name == "dinobloom-s · fpn"
     assert [model.name for model in newest.models] == ["uni · fpn"]
-    assert len(leaderboard.differences_to_best(older)) == 4
-    assert leaderboard.differences_to_best(newest) == []
+    assert len(older.differences_to_best()) == 4
+    assert newest.differences_to_best() == []
     assert main(["report", NAME, "--out", "out"]) == 0
     assert "Scores are paired within one set only" in Path("out/report.html").read_text(encoding="utf-8")
 
 
 def quick_try(tracker, head="detail"):
     """A finished run on two images of each split, with a score that no other reaches."""
-    told = told_of(0.999, 5, ("smear-00.png", "smear-01.png"), "a" * 16) | {"num_images": {"train": 2, "val": 2, "test": 2}}
-    return finished(tracker, RunSpec(backbone="uni", head=head, seed=0), told, **{LIMIT: "2"})
+    told = per_image_scores(0.999, 5, ("smear-00.png", "smear-01.png"), "a" * 16) | {"num_images": {"train": 2, "val": 2, "test": 2}}
+    return log_finished_run(tracker, RunSpec(backbone="uni", head=head, seed=0), told, **{LIMIT: "2"})
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -162,7 +166,7 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
     if when == "before":
         quick_try(tracker, "fpn")
     ids = {
-        finished(tracker, RunSpec(backbone="uni", head=head), told_of(mean, 0) | whole) for head, mean in (("fpn", 0.9), ("bilinear", 0.7))
+        log_finished_run(tracker, RunSpec(backbone="uni", head=head), per_image_scores(mean, 0) | whole) for head, mean in (("fpn", 0.9), ("bilinear", 0.7))
     }
     if when == "after":
         quick_try(tracker, "fpn")
@@ -195,7 +199,7 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
     assert "<dt>data</dt><dd>drawn: 19 training, 5 validation and 16 test images</dd>" in lead
     assert "a" * 16 not in lead
     assert [line.split(",")[4] for line in Path("out/leaderboard.csv").read_text().splitlines()[1:]] == [
-        f"{row.image_dice:.4f}" for row in leaderboard.leaderboard_rows(first)
+        f"{row.image_dice:.4f}" for row in leaderboard_rows(first)
     ]
 
 
@@ -209,7 +213,7 @@ def test_where_there_are_quick_tries_only_the_newest_of_them_is_the_best(tmp_pat
 def test_neither_a_quick_try_nor_an_evaluation_makes_an_experiment_the_newest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(None)
-    run_id = finished(Tracker("real"), RunSpec(backbone="uni", head="fpn"), told_of(0.9, 0))
+    run_id = log_finished_run(Tracker("real"), RunSpec(backbone="uni", head="fpn"), per_image_scores(0.9, 0))
     quick_try(Tracker("tried"))
     older = Tracker("evaluated")
     with older.run("evaluate: a run", "e", tags={"cellbench.kind": "evaluation"}):
@@ -233,7 +237,7 @@ def test_of_two_whole_sets_the_one_whose_grid_was_started_last_comes_first(tmp_p
             (tmp_path / name / "about.json").write_text(json.dumps(about))
             top.artifacts(tmp_path / name)
             if known is None:
-                finished(tracker, RunSpec(backbone="uni", head="fpn"), told_of(0.9, 0, digest=digest), top.run_id)
+                log_finished_run(tracker, RunSpec(backbone="uni", head="fpn"), per_image_scores(0.9, 0, digest=digest), top.run_id)
 
     for digest, name in (("a" * 16, "first"), ("b" * 16, "second"), ("a" * 16, "first")):
         grid(digest, name)
@@ -245,8 +249,8 @@ def test_of_two_whole_sets_the_one_whose_grid_was_started_last_comes_first(tmp_p
 
 
 def test_settings_that_differ_name_models_and_are_no_seeds(project):
-    finished(Tracker(NAME), RunSpec(backbone="uni", head="fpn", seed=0, epochs=3), told_of(0.95, 7))
-    (here,) = evidence().sets
+    log_finished_run(Tracker(NAME), RunSpec(backbone="uni", head="fpn", seed=0, epochs=3), per_image_scores(0.95, 7))
+    (here,) = results().sets
     names = {model.name: len(model.runs) for model in here.models}
     assert names["uni · fpn · epochs 3"] == 1
     assert names["uni · fpn · epochs 20"] == 2
@@ -255,45 +259,45 @@ def test_settings_that_differ_name_models_and_are_no_seeds(project):
 
 def test_what_cannot_be_used_is_left_out_with_a_word(project, capsys):
     tracker = Tracker(NAME)
-    finished(tracker, RunSpec(backbone="uni", head="detail", seed=0), None)
-    damaged = finished(tracker, RunSpec(backbone="uni", head="detail", seed=1), told_of(0.9, 0))
+    log_finished_run(tracker, RunSpec(backbone="uni", head="detail", seed=0), None)
+    damaged = log_finished_run(tracker, RunSpec(backbone="uni", head="detail", seed=1), per_image_scores(0.9, 0))
     stored = {run.run_id: run for run in tracker.stored()}
     path = Path(unquote(stored[damaged].artifact_uri.removeprefix("file://"))) / "per_image.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "dice": [0.5]}))
-    nan = finished(tracker, RunSpec(backbone="uni", head="detail", seed=2), {**told_of(0.9, 0), "dice": [float("nan")] * len(IMAGES)})
+    nan = log_finished_run(tracker, RunSpec(backbone="uni", head="detail", seed=2), {**per_image_scores(0.9, 0), "dice": [float("nan")] * len(IMAGES)})
     with tracker.run("uni · gated · seed 0", "skip") as run:
         run.end("skipped", "log in | first & <b>")
     mlflow.set_tracking_uri(None)
     with mlflow.start_run(experiment_id=tracker.experiment_id, run_name="someone's notebook"):
         mlflow.log_metric("test/dice", 1.0)
-    gone = finished(tracker, RunSpec(backbone="uni", head="fpn", seed=9), told_of(0.9, 0))
+    gone = log_finished_run(tracker, RunSpec(backbone="uni", head="fpn", seed=9), per_image_scores(0.9, 0))
     mlflow.MlflowClient().delete_run(gone)
-    found = evidence()
+    found = results()
     assert sum(len(model.runs) for model in found.sets[0].models) == 9
     said = " ".join(found.left_out)
     for told in (
         "is gone",
         "one score an image",
-        "no number",
+        "NaN",
         "1 run in the experiment is not cellbench's",
         "1 run of",
         "deleted in MLflow",
     ):
         assert told in said
-    assert nan not in {run.stored.run_id for model in found.sets[0].models for run in model.runs}
+    assert nan not in {run.record.run_id for model in found.sets[0].models for run in model.runs}
     main(["report", NAME, "--out", "out"])
     text = Path("out/report.html").read_text(encoding="utf-8")
     assert "log in | first &amp; &lt;b&gt;" in text
-    assert "not cellbench&#x27;s" in text or "not cellbench's" in text
+    assert "not cellbench&#39;s" in text
 
 
 def test_one_model_alone_is_reported_without_tests(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(None)
-    finished(Tracker("alone"), RunSpec(backbone="uni", head="fpn"), told_of(0.9, 0, images=("one.png",)))
+    log_finished_run(Tracker("alone"), RunSpec(backbone="uni", head="fpn"), per_image_scores(0.9, 0, images=("one.png",)))
     assert main(["report"]) == 0
     text = (tmp_path / "reports" / "alone" / "report.html").read_text(encoding="utf-8")
-    assert "One model alone" in text
+    assert "There is only one model" in text
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower()
 
 
@@ -303,16 +307,17 @@ def test_a_page_that_says_that_nothing_can_be_decided_separates_no_models(tmp_pa
     mlflow.set_tracking_uri(None)
     tracker = Tracker("few")
     for k, (backbone, head) in enumerate(itertools.product(("dinobloom-s", "uni", "gpfm"), ("fpn", "bilinear", "detail"))):
-        finished(tracker, RunSpec(backbone=backbone, head=head), told_of(0.9 - 0.02 * k, 0, IMAGES[:3]))
-    made = build_report(collect_runs([tracker]), [tracker], {})
-    assert "3 images: p over 36 pairs cannot fall below 1, so nothing can be decided" in made.html
-    assert not {"ranks", "ranks-backbones", "ranks-heads"} & set(made.pictures)
-    assert {line[leaderboard.HEADINGS.index("95 %")] for line in made.tables["leaderboard"][1]} == {""}
+        log_finished_run(tracker, RunSpec(backbone=backbone, head=head), per_image_scores(0.9 - 0.02 * k, 0, IMAGES[:3]))
+    made = build_report(collect_runs([tracker]))
+    assert "With 3 test images no difference can be significant (p over 36 pairs cannot fall below 1)" in to_html(made)
+    assert not {"ranks", "ranks-backbones", "ranks-heads"} & {figure.name for figure in made.figures()}
+    (table,) = (table for table in made.tables() if table.name == "leaderboard")
+    assert {row[table.headings.index("95 %")] for row in table.rows} == {""}
 
 
 def told_with_empties(mean, seed, num_found):
     """Scores of a model on images of which the first four have no cell; it finds something in ``num_found`` of them."""
-    told = told_of(mean, seed)
+    told = per_image_scores(mean, seed)
     empty = [0.0] * num_found + [None] * (4 - num_found)
     for name in ("dice", "iou", "precision", "recall", "accuracy", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
         told[name] = empty + told[name][4:]
@@ -327,42 +332,42 @@ def test_empty_images_are_counted_beside_the_means_and_a_find_in_one_is_never_fr
     for head, told in (("fpn", silent), ("detail", alarmed)):
         metrics_of = {**told, "dice": [value for value in told["dice"] if value is not None]}
         run = RunSpec(backbone="uni", head=head)
-        finished(Tracker("empty"), run, told, mean=float(np.mean(metrics_of["dice"])))
+        log_finished_run(Tracker("empty"), run, told, mean=float(np.mean(metrics_of["dice"])))
     assert main(["report", "empty", "--out", "out"]) == 0
     said = capsys.readouterr().out
-    assert "Mind: 4 of 16 test images have no cell. Something was found there by uni · detail (2): these images score 0." in said
-    assert "2 images without a cell where only one of the two found something" in said
+    assert "Note: 4 of 16 test images have no cell. Cells were predicted there by uni · detail (2): these images score 0." in said
+    assert "2 images without a cell where only one of the two predicts a cell" in said
     (here,) = collect_runs([Tracker("empty", make=False)]).sets
     assert [model.name for model in here.models] == ["uni · fpn", "uni · detail"]
-    first, second = leaderboard.leaderboard_rows(here)
+    first, second = leaderboard_rows(here)
     scored = np.array(silent["dice"][4:])
     assert (first.image_dice, first.num_empty, first.num_empty_found) == (pytest.approx(scored.mean()), 4, 0)
     assert (second.image_dice, second.num_empty_found) == (pytest.approx(scored.sum() / 14), 2)
-    (d,) = leaderboard.pairwise_differences(here)
+    (d,) = here.differences()
     assert (d.interval.mean, d.wins, d.ties) == (pytest.approx(2 / 14), 2, 12)
     page = re.sub(r"base64,[^\"]*", "", (tmp_path / "out" / "report.html").read_text())
     assert not re.search(r"\bnan\b", page, re.IGNORECASE)
-    assert (tmp_path / "out" / "cells.csv").read_text().splitlines()[1] == "uni · fpn,120,84,12,24,0,36"
-    json.dumps(leaderboard.to_json(leaderboard.leaderboard_rows(here)), allow_nan=False)
+    assert (tmp_path / "out" / "cells.csv").read_text().splitlines()[1] == "uni · fpn,120,1456,84,12,24,0,36"
+    json.dumps(to_json(leaderboard_rows(here)), allow_nan=False)
 
 
 def test_a_class_that_no_test_mask_holds_is_named_with_who_predicts_it():
     stray, clean = [[90, 1, 1], [0, 8, 0], [0, 0, 0]], [[90, 2, 0], [0, 8, 0], [0, 0, 0]]
-    told = told_of(0.9, 0) | {"classes": ["background", "red", "white"], "confusion": [stray] * 3 + [clean] * 13}
+    told = per_image_scores(0.9, 0) | {"classes": ["background", "red", "white"], "confusion": [stray] * 3 + [clean] * 13}
     stored = RunRecord(run_id="r", name="n", status="finished", params={"baseline": "otsu"})
-    ((here,), _) = group_models([FinishedRun(stored=stored, told=told)])
-    (words,) = leaderboard.describe_empty_images(here)
+    ((here,), _) = group_models([FinishedRun(record=stored, per_image=told)])
+    (words,) = describe_absent_classes(here)
     assert words.startswith(
-        "Mind: no test mask holds 'white'; of 16 test images some have it predicted: otsu (3). Pooled means leave it out"
+        "Note: no test mask holds 'white'; of 16 test images some have it predicted: otsu (3). Pooled means leave it out"
     )
-    ((here,), _) = group_models([FinishedRun(stored=stored, told=told | {"unused": ["white"], "confusion": [clean] * 16})])
-    assert leaderboard.describe_empty_images(here) == ["Mind: no mask of the data holds 'white'; no model predicts it. Means leave it out."]
+    ((here,), _) = group_models([FinishedRun(record=stored, per_image=told | {"unused": ["white"], "confusion": [clean] * 16})])
+    assert describe_absent_classes(here) == ["Note: no mask of the data holds 'white'; no model predicts it. Means leave it out."]
 
 
 def test_of_several_cell_classes_the_words_say_what_one_number_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    told = told_of(0.9, 0) | {"classes": ["background", "cytoplasm", "nucleus"]}
-    finished(Tracker("three"), RunSpec(baseline="otsu"), told)
+    told = per_image_scores(0.9, 0) | {"classes": ["background", "cytoplasm", "nucleus"]}
+    log_finished_run(Tracker("three"), RunSpec(baseline="otsu"), told)
     assert main(["report", "three"]) == 0
     assert "means over cytoplasm, nucleus" in capsys.readouterr().out
 
@@ -392,7 +397,7 @@ def test_a_folder_without_a_store_is_told_and_gets_none(tmp_path, monkeypatch, c
 
 
 def test_experiments_together_are_one_comparison(project):
-    finished(Tracker("second"), RunSpec(backbone="gpfm", head="fpn"), told_of(0.97, 3))
+    log_finished_run(Tracker("second"), RunSpec(backbone="gpfm", head="fpn"), per_image_scores(0.97, 3))
     found = collect_runs([Tracker(NAME, make=False), Tracker("second", make=False)])
     assert found.sets[0].best.name == "gpfm · fpn"
     assert len(found.sets[0].models) == 6
@@ -417,7 +422,7 @@ def test_a_moved_project_finds_its_artifacts_again(made, tmp_path, monkeypatch, 
     (said,) = relocate.fix_artifact_paths()
     assert str(second / "mlruns") in said
     assert relocate.fix_artifact_paths() == []
-    assert evidence().num_runs == 9
+    assert results().num_runs == 9
     assert str(first) not in " ".join(str(row) for row in sqlite3.connect("mlflow.db").execute("SELECT artifact_uri FROM runs"))
 
 
@@ -486,12 +491,12 @@ def test_experiments_whose_names_differ_share_no_folder(tmp_path, monkeypatch):
 def test_the_ui_names_the_experiments_that_have_a_leaderboard(project):
     assert relocate.experiment_names() == []
     tracker = Tracker(NAME)
-    tracker.describe("**why?**")
+    tracker.describe("**why?**", catalog.view_columns())
     assert relocate.experiment_names() == [(NAME, tracker.experiment_id)]
 
 
 def test_the_view_sorts_by_a_shown_column_and_each_chart_has_its_section():
-    told = json.loads(ui_view.leaderboard_view_url())
+    told = json.loads(ui_view.leaderboard_view_url(catalog.view_columns()))
     state = json.loads(told["state"])
     assert told["name"]
     assert told["createdAt"] > 0
@@ -516,7 +521,7 @@ def test_the_ui_takes_the_next_free_port():
 
 
 def test_latex_escapes_what_it_must():
-    assert to_latex(["a_b", "±"], [["50 % & more", "$x^2$ #1 {y} \\z ~"]]).splitlines()[4] == (
+    assert to_latex(Table(headings=["a_b", "±"], rows=[["50 % & more", "$x^2$ #1 {y} \\z ~"]])).splitlines()[4] == (
         r"50 \% \& more & \$x\textasciicircum{}2\$ \#1 \{y\} \textbackslash{}z \textasciitilde{} \\"
     )
 
@@ -534,19 +539,20 @@ def test_a_thousand_models_are_compared_in_seconds(monkeypatch):
 
     names = tuple(f"{k}.png" for k in range(60))
     stored = RunRecord(run_id="r", name="n", status="finished", metrics={"test/dice": 0.9})
-    told = [FinishedRun(stored=stored, told=told_of(0.8 + k / 1e4, k, names)) for k in range(1000)]
+    told = [FinishedRun(record=stored, per_image=per_image_scores(0.8 + k / 1e4, k, names)) for k in range(1000)]
     models = tuple(
         ModelGroup(name=f"m{k}", backbone="b", head=f"h{k}", baseline=False, plain=True, runs=(one,)) for k, one in enumerate(told)
     )[::-1]  # fmt: skip
     here = TestSet(dataset="d", digest="e", images=names, models=models)
     start = time.process_time()
-    assert len(leaderboard.leaderboard_rows(here)) == 1000
-    assert leaderboard.describe(here)[0].startswith("Best on average is m999")
+    assert len(leaderboard_rows(here)) == 1000
+    assert describe_best(here)[0].startswith("Best on average is m999")
     assert time.process_time() - start < 20  # 3 s measured; np.random and ranks, on a busy machine
-    assert np.isfinite([row.low for row in leaderboard.leaderboard_rows(here)]).all()
+    assert np.isfinite([row.low for row in leaderboard_rows(here)]).all()
 
 
-def test_words_stand_left_and_numbers_right_in_a_tables_columns_and_headings():
-    made = html.render_table(("model", "verdict", "p", "run"), [("a", "better", "< 0.001", "3f9a"), ("b", "cannot tell", "0.40", "77e1")])
-    assert '<td class="words">cannot tell</td><td>0.40</td><td class="words">77e1</td>' in made
+def test_words_stand_on_the_left_and_numbers_on_the_right_in_tables():
+    table = Table(headings=("model", "verdict", "p", "run"), rows=[("a", "better", "< 0.001", "3f9a"), ("b", "worse", "0.40", "77e1")])
+    made = to_html(Page(title="t", subtitle="", verdict=[], sections=[Section("a", [table])]))
+    assert '<td class="words">worse</td><td>0.40</td><td class="words">77e1</td>' in made
     assert '<th class="words">verdict</th><th>p</th>' in made

@@ -1,0 +1,138 @@
+"""Writes a report's records in each format: one self-contained HTML page, Markdown, CSV, LaTeX, and the note for MLflow.
+
+The page needs no network: figures are embedded. Jinja2 escapes every text in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+
+from cellbench.escaping import escape_markdown, to_csv
+from cellbench.files import make_folder, os_errors_as
+from cellbench.reporting.leaderboard import LeaderboardRow, format_row
+from cellbench.reporting.report_data import Page, ReportData, Table
+from cellbench.tracking.ui_view import padded_table
+
+MAX_PAGE_ROWS = 200
+"""Rows of a table in the page; its CSV file has them all."""
+MAX_NOTE_MODELS = 15
+MAX_NOTE_CHARS = 7900
+NOTE_COLUMNS = ("model", "seeds", "Dice", "Dice/image", "95 %", "AP50", "train s")
+
+
+def write_report_files(report: ReportData, folder: Path) -> Path:
+    """Writes page, tables and figures into a folder, which is made if need be; returns the page's path. Raises CellbenchError."""
+    make_folder(folder / "figures")
+    with os_errors_as(f"writing the report to {folder}"):
+        for table in report.tables():
+            (folder / f"{table.name}.csv").write_text(to_csv(table.headings, table.rows), encoding="utf-8")
+            (folder / f"{table.name}.md").write_text(to_markdown(table) + "\n", encoding="utf-8")
+            (folder / f"{table.name}.tex").write_text(to_latex(table), encoding="utf-8")
+        for figure in report.figures():
+            (folder / "figures" / f"{figure.name}.png").write_bytes(figure.png)
+        (folder / "report.html").write_text(to_html(report), encoding="utf-8")
+    return folder / "report.html"
+
+
+def to_html(page: Page) -> str:
+    """The whole page."""
+    return _templates().get_template("page.html.j2").render(page=page, max_rows=MAX_PAGE_ROWS, column_classes=_column_classes)
+
+
+def to_note(
+    *, question: str, data: str, verdict: Sequence[str], rows: Sequence[LeaderboardRow], skipped: Mapping[str, str], picture: str = ""
+) -> str:
+    """The report in short, as Markdown for MLflow. ``picture``: the address of a figure."""
+    notes = [sentence for sentence in verdict if sentence.startswith("Note")]
+    cells = [format_row(row) for row in rows[:MAX_NOTE_MODELS]]
+    table = padded_table(NOTE_COLUMNS, [[line[name] for name in NOTE_COLUMNS] for line in cells])
+    text = _templates().get_template("note.md.j2").render(
+        question=question,
+        data=data,
+        verdict=[sentence for sentence in verdict if sentence not in notes],
+        notes=notes,
+        table=table,
+        num_more=max(0, len(rows) - MAX_NOTE_MODELS),
+        skipped=skipped,
+        picture=picture,
+    )  # fmt: skip
+    return re.sub(r"\n{3,}", "\n\n", text).strip()[:MAX_NOTE_CHARS]
+
+
+def to_markdown(table: Table) -> str:
+    """The first column is text."""
+    lines = [table.headings, *table.rows]
+    head, *rows = ("| " + " | ".join(map(escape_markdown, line)) + " |" for line in lines)
+    return "\n".join([head, "|---|" + "---:|" * (len(table.headings) - 1), *rows])
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "·": r"$\cdot$",
+    "≈": r"$\approx$",
+    "×": r"$\times$",
+    **{one: f"\\{one}" for one in "&%$#_{}"},
+}
+
+
+def to_latex(table: Table) -> str:
+    r"""A table for a paper; needs ``\usepackage{booktabs}``."""
+
+    def row(cells: Sequence[str]) -> str:
+        return " & ".join("".join(_LATEX.get(c, c) for c in cell) for cell in cells) + r" \\"
+
+    columns = "l" + "r" * (len(table.headings) - 1)
+    rows = "\n".join(map(row, table.rows))
+    return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{row(table.headings)}\n\\midrule\n{rows}\n\\bottomrule\n\\end{{tabular}}\n"
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        undefined=jinja2.StrictUndefined,
+    )
+    templates.filters["data_uri"] = _data_uri
+    return templates
+
+
+def _data_uri(png: bytes, *, jpeg: bool = False) -> str:
+    kind = "png"
+    if jpeg:
+        out = io.BytesIO()
+        Image.open(io.BytesIO(png)).convert("RGB").save(out, "JPEG", quality=85)
+        png, kind = out.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(png).decode()}"
+
+
+def _column_classes(table: Table) -> list[Markup]:
+    """The class attribute of each column: numbers stand on the right, words on the left, sentences may break into lines."""
+    columns = zip(*table.rows, strict=True)
+    classes = ("text" if k in table.sentence_columns else "words" if _is_words(cells) else "" for k, cells in enumerate(columns))
+    return [Markup(f' class="{one}"' if one else "") for one in classes]
+
+
+_NUMBER = re.compile(r"[<>≈~±]?\s*[-+−–]?\.?\d[\d.,]*(e[-+]\d+)?(\s|%|$)")
+
+
+def _is_words(cells: Sequence[str]) -> bool:
+    """Whether most cells of a column are no numbers; ranges and numbers with a unit are numbers, hashes are words.
+
+    >>> _is_words(["better", "", "no"]), _is_words(["0.96 to 0.97", "213 k", "< 0.001", "skipped"]), _is_words(["3f9a", "77e1"])
+    (True, False, True)
+    """
+    filled = [cell.strip() for cell in cells if cell.strip(" –-")]
+    return 2 * sum(not _NUMBER.match(cell) for cell in filled) > len(filled)
