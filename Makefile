@@ -3,13 +3,15 @@ PYTHON ?= python3
 BIN    := .venv/bin
 ARGS   ?=
 
-.PHONY: help setup grid test check lock
+.PHONY: help setup grid test test-fast check format lock
 help:
-	@echo "make setup   build .venv from requirements.lock"
-	@echo "make grid    run experiments/quickstart.toml on drawn blood smears (about two minutes), then look with: $(BIN)/mlflow ui"
-	@echo "make test    run the tests"
-	@echo "make check   run ruff"
-	@echo "make lock    resolve the dependencies of pyproject.toml anew"
+	@echo "make setup      build .venv from requirements.lock"
+	@echo "make grid       run experiments/quickstart.toml on drawn blood smears (about two minutes), then look with: $(BIN)/mlflow ui"
+	@echo "make test       run the tests"
+	@echo "make test-fast  run the tests that take less than a second each"
+	@echo "make check      formatter, linter, type checker and import rules"
+	@echo "make format     let ruff format the code"
+	@echo "make lock       resolve the dependencies of pyproject.toml anew"
 
 setup: .venv/.ready
 
@@ -31,8 +33,18 @@ test: setup
 	@echo "running the tests"
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-fast: setup
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
 check: setup
+	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: setup
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
 
 lock:
 	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv

@@ -5,7 +5,7 @@ Importing the package only switches off the telemetry of the libraries behind it
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Measured: MLflow looks up a host of its own and writes an installation id at its first event unless this is set before its import.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

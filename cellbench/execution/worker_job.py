@@ -89,7 +89,7 @@ def job_spec(
 
 @functools.cache
 def code_version() -> str:
-    """The versions that compute here, with a hash of the package's own code: two checkouts may both be 0.1.0."""
+    """The versions that compute here, with a hash of the package's own code: two checkouts may both be 0.2.0."""
     folder = Path(__file__).parents[1]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py"))))
     libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "numpy"))

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+<<<<<<< /tmp/h1/ours
 from cellbench.metrics import catalog
 from cellbench.reporting.model_groups import PlotRow
+||||||| /tmp/h1/base
+=======
+from cellbench.metrics.calibration import expected_calibration_error
+>>>>>>> /tmp/h1/theirs
 from cellbench.reporting.plots import comparison as comparison_plots
 from cellbench.reporting.plots import run as run_plots
 from cellbench.reporting.plots import significance as significance_plots
@@ -99,7 +104,7 @@ def test_a_report_card_is_whole(num, num_classes):
     pooled = {f"class {k}": dict.fromkeys(run_plots.POOLED, 0.9) for k in range(num_classes)}
     calibration = {"pixels": [10] * 20, "probability": np.linspace(0, 1, 20).tolist(), "share_cell": np.linspace(0, 1, 20).tolist()}
     assert uncut(run_plots.plot_scores("a run", each, pooled, calibration))
-    assert calibration.expected_calibration_error(calibration) == 0
+    assert expected_calibration_error(calibration) == 0
 
 
 def test_a_method_without_probabilities_has_a_card_and_a_case(tmp_path):
