@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-<<<<<<< /tmp/h1/ours
 from cellbench.metrics import catalog
-from cellbench.reporting.model_groups import PlotRow
-||||||| /tmp/h1/base
-=======
 from cellbench.metrics.calibration import expected_calibration_error
->>>>>>> /tmp/h1/theirs
+from cellbench.reporting.model_groups import PlotRow
 from cellbench.reporting.plots import comparison as comparison_plots
 from cellbench.reporting.plots import run as run_plots
 from cellbench.reporting.plots import significance as significance_plots
