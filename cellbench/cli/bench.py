@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from cellbench.config.experiment import DataSpec
@@ -25,7 +27,8 @@ def bench(
 ) -> int:
     """``cellbench bench``: measures, prints, and writes JSON and a plot to ``out``. Exit code 1 where a check failed."""
     from cellbench.diagnostics import scaling
-    from cellbench.diagnostics.speed import BenchmarkSetup, as_json, measure, table
+    from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
+    from cellbench.diagnostics.speed import measure, table
 
     registry = Registry()
     if out is not None:
@@ -35,7 +38,7 @@ def bench(
         backbone = "vit-tiny-in1k" if there else "vit-tiny-random"
     spec = DataSpec(limit=3 if quick else None, draw={} if data else {"num_train": 8, "num_test": 2})
     dataset = open_dataset(registry.dataset("folder" if data else "smears"), data, spec)
-    world = BenchmarkSetup(
+    setup = BenchmarkSetup(
         registry=registry,
         dataset=dataset,
         machine=detect_hardware(device, precision),
@@ -47,21 +50,21 @@ def bench(
         say=say,
     )
     if scale:
-        found = scaling.measure(world, say)
+        found = scaling.measure(setup)
         say("")
         say(scaling.table(found))
         if out is not None:
-            write_atomic(out / "scale.json", scaling.as_json(found))
+            write_atomic(out / "scale.json", json.dumps(asdict(found), indent=1))
             say(f"written to {out}/scale.json")
         return 0
-    result = measure(world)
+    result = measure(setup)
     say("")
     say(table(result))
     if out is not None:
         from cellbench.reporting.plots import comparison as comparison_plots
         from cellbench.reporting.plots import style
 
-        write_atomic(out / "bench.json", as_json(result))
+        write_atomic(out / "bench.json", json.dumps(asdict(result), indent=1))
         style.save_figure(comparison_plots.plot_speeds(result.facts), out / "bench.png")
         say(f"written to {out}/bench.json and bench.png")
     return 0 if all(result.checks.values()) else 1

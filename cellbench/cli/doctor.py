@@ -219,10 +219,9 @@ def _self_test(card: BackboneCard, weights: Path | None, here: Hardware) -> int:
         stated = "the one on the card" if card.sha256 and sha256(path) == card.sha256 else "recorded, the card states none"
         print(f"  weights     {path}, {path.stat().st_size / 2**20:,.0f} MiB; its sha256 is {stated}")
     for check in report.checks:
-        print(f"  {check.name:<11} {check.told}{'' if check.holds is None else '; ok' if check.holds else '; WRONG'}")
+        print(f"  {check.name:<11} {check.finding}{'' if check.holds is None else '; ok' if check.holds else '; WRONG'}")
     print(f"  speed       {report.tiles_per_s:,.1f} tiles/s of {report.tile_px} px in batches of {report.batch}, last level only")
-    if report.peak_mib is not None:
-        print(f"  memory      {report.peak_mib:,.0f} MiB more than before, at the peak of loading and running")
+    print(f"  memory      {report.peak_mib:,.0f} MiB more than before, at the peak of loading and running")
     print(f"  loading     {report.load_s:.2f} s\n")
     return sum(check.holds is False for check in report.checks)
 

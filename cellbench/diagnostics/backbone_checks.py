@@ -1,20 +1,37 @@
-"""What every backbone must keep; each contract takes a card and its ``small`` backbone.
+"""The contracts that every backbone must keep. Each one takes a card and its ``small_backbone``.
 
 Letters: B tiles, D features, h x w places of a map, H x W pixels of a tile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MappingProxyType
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
 from cellbench.config.cards import BackboneCard
 from cellbench.config.registry import load
-from cellbench.diagnostics.common import all_close
+from cellbench.errors import one_line
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import truncate_card
+
+P = ParamSpec("P")
+
+
+def failure_reason(contract: Callable[P, str], *args: P.args, **kwargs: P.kwargs) -> str:
+    """The reason that a contract returns, or the exception that the checked code raises."""
+    try:
+        return contract(*args, **kwargs)
+    except Exception as error:  # third-party code may raise anything, and any exception breaks the contract
+        return f"{type(error).__name__}: {one_line(error)[:200]}"
+
+
+def all_close(a: Tensor, b: Tensor) -> bool:
+    """Equal to 1e-4. Batches of different sizes sum in a different order, which costs about 1e-6 in float32."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def small_backbone(card: BackboneCard) -> Backbone:
@@ -23,7 +40,7 @@ def small_backbone(card: BackboneCard) -> Backbone:
 
 
 def _pixels(backbone: Backbone, rows: int, columns: int, batch: int = 1, unit_px: int = 8) -> Tensor:
-    """Grey tiles with a little noise; sides in units of the least multiple of what the backbone takes that has ``unit_px``."""
+    """Grey tiles with a little noise, ``rows`` x ``columns`` units; a unit is at least ``unit_px`` and a multiple of ``tile_multiple_px``."""
     unit = -(-unit_px // backbone.tile_multiple_px) * backbone.tile_multiple_px
     return 0.4 + 0.2 * torch.rand(batch, 3, rows * unit, columns * unit, generator=torch.Generator().manual_seed(1))
 
@@ -33,8 +50,8 @@ def _indices(backbone: Backbone) -> tuple[int, ...]:
 
 
 def agrees_with_card(card: BackboneCard, backbone: Backbone) -> str:
-    """Parameters, depth, width and stride are those on the card; levels go from shallow to deep, numbered from 0."""
-    if truncate_card(card) is not card:  # the whole depth, on a device that holds no values
+    """Parameters, depth, width and stride match the card; levels are numbered from 0, shallow to deep."""
+    if truncate_card(card) is not card:  # at full depth, on a device that holds no values
         with torch.device("meta"):
             backbone = load(card)(card, None)
     millions = sum(p.numel() for p in backbone.parameters()) / 1e6
@@ -42,20 +59,20 @@ def agrees_with_card(card: BackboneCard, backbone: Backbone) -> str:
     if abs(card.params_m - millions) > max(0.01 * millions, 0.001):
         return f"params_m = {card.params_m:g} on the card, the network has {millions:.4g}"
     if _indices(backbone) != tuple(range(card.depth)):
-        return f"depth = {card.depth} on the card, the levels have the numbers {list(_indices(backbone))}"
+        return f"depth = {card.depth} on the card, the levels are numbered {list(_indices(backbone))}"
     if (last.dim, last.stride_px) != (card.dim, card.patch_px):
         return f"dim = {card.dim} and patch_px = {card.patch_px} on the card, the last level has {last.dim} and {last.stride_px}"
     return ""
 
 
 def shape(card: BackboneCard, backbone: Backbone) -> str:
-    """Maps (B, D, h, w), float32, finite, in the order asked for, of tiles of any multiple of ``tile_multiple_px``, square or not."""
+    """Maps are (B, D, h, w) float32, finite and in the requested order, for tiles of any multiple of ``tile_multiple_px``, square or not."""
     for rows, columns in ((1, 1), (3, 5), (7, 2)):
         x = _pixels(backbone, rows, columns, batch=2, unit_px=1)
         levels = backbone.levels[::-1]
         maps = backbone(x, tuple(level.index for level in levels))
         if len(maps) != len(levels):
-            return f"{len(levels)} levels were asked for, {len(maps)} maps came"
+            return f"{len(levels)} levels were requested, {len(maps)} maps returned"
         for level, found in zip(levels, maps, strict=True):
             expected = (2, level.dim, x.shape[2] // level.stride_px, x.shape[3] // level.stride_px)
             if found.shape != expected or found.dtype != torch.float32:
@@ -65,15 +82,15 @@ def shape(card: BackboneCard, backbone: Backbone) -> str:
             if rows > 1 and not found.std() > 0:
                 return f"level {level.index} holds one value only"
     if not all_close(maps[-1], backbone(x, (levels[-1].index,))[0]):
-        return f"level {levels[-1].index} differs when it is asked for alone"
+        return f"level {levels[-1].index} differs when it is requested alone"
     return ""
 
 
 def grid_order(card: BackboneCard, backbone: Backbone) -> str:
-    """A bright square in a corner lights that corner of every map: rows go down, columns to the right."""
+    """A bright square in a corner changes that corner of every map most: rows go down, columns to the right."""
     x = _pixels(backbone, 4, 6)
     side, before = x.shape[2] // 4, backbone(x, _indices(backbone))
-    for down, right in ((False, True), (True, False)):  # these two corners tell rows from columns and each end from the other
+    for down, right in ((False, True), (True, False)):  # two corners that tell rows from columns and start from end
         lit = x.clone()
         lit[:, :, -side if down else 0 :, -side if right else 0 :][:, :, :side, :side] = 1.0
         for level, dark, bright in zip(backbone.levels, before, backbone(lit, _indices(backbone)), strict=True):
@@ -96,26 +113,26 @@ def batch_independence(card: BackboneCard, backbone: Backbone) -> str:
 
 
 def frozen(card: BackboneCard, backbone: Backbone) -> str:
-    """No parameter asks for a gradient, no map carries one, and ``train()`` leaves every module in eval mode."""
+    """No parameter requires a gradient, no map carries one, and ``train()`` leaves every module in eval mode."""
     backbone.train()
     if training := [name or "the backbone" for name, module in backbone.named_modules() if module.training]:
         return f"train() puts {len(training)} modules into training mode, first {training[0]}"
     if learning := [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]:
-        return f"{len(learning)} parameters ask for a gradient after freeze(), first {learning[0]}"
+        return f"{len(learning)} parameters require a gradient after freeze(), first {learning[0]}"
     if backbone(_pixels(backbone, 4, 6).requires_grad_(), (0,))[0].requires_grad:
         return "its maps carry a gradient"
     return ""
 
 
 def repeatable(card: BackboneCard, backbone: Backbone) -> str:
-    """What needs no weights is the same each time: its card alone stands for it in the fingerprints of runs."""
+    """A backbone without a weights file is the same at each build: only its card enters the fingerprints of runs."""
     if card.weights != "none":
         return ""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         again = small_backbone(card).state_dict()
     other = [name for name, value in backbone.state_dict().items() if not torch.equal(value, again[name])]
-    return f"{', '.join(other[:4])}: drawn anew at each building; draw within torch.random.fork_rng from a fixed seed" if other else ""
+    return f"{', '.join(other[:4])}: different at each build; draw within torch.random.fork_rng from a fixed seed" if other else ""
 
 
 BACKBONE = MappingProxyType({

@@ -1,13 +1,14 @@
-"""The published protocol, written as most people write it: what ``bench`` measures the harness against. Nothing else uses it.
+"""The published protocol in its usual form, as the baseline of ``bench``.
 
-One run at a time; at every step the images of the batch are opened, cropped, sent through the frozen backbone in float32 and decoded
-by a head whose last convolution stands after the resize, as published. It sees the same views in the same order as the harness.
+One run at a time; at every step the images of the batch are opened, cropped, passed through the frozen backbone in float32 and decoded. It
+sees the same views in the same order as a run of cellbench.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from cellbench.training.trainer import batch_sizes
 
 
 class PublishedHead(nn.Module):
-    """1x1 to 256, three times [transposed 4x4, 3x3], a bilinear resize, and only then the 1x1 to classes."""
+    """1x1 to 256, three times [transposed 4x4, 3x3], a bilinear resize, and after it the 1x1 to classes."""
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -50,18 +51,17 @@ def train(
     *,
     rate: Callable[[int], float],
     reopen: bool,
-) -> tuple[int, float]:
-    """Trains one run for some epochs and validates after each; returns the tiles learned from and the last validation Dice.
+) -> float:
+    """Trains one run and validates after each epoch; returns the last validation Dice.
 
-    ``rate`` gives the learning rate of each step.
-
-    ``reopen`` opens an image anew for every crop, as the published data loader does; without it, decoded images are held.
+    ``rate`` gives the learning rate of each step. ``reopen`` opens an image for every crop, as the published data loader does; else decoded
+    images are held in memory.
     """
     plan = SamplingPlan(tuple(sample.size_px for sample in dataset.train), run)
     held = {} if reopen else {k: dataset.read(sample) for k, sample in enumerate(dataset.train)}
     val = [dataset.read(sample) for sample in dataset.val]
     optimiser = torch.optim.AdamW(head.parameters(), lr=run.lr, weight_decay=run.weight_decay)
-    loss_fn, seen, step, dice = parse_loss(run.loss), 0, 0, 0.0
+    loss_fn, step, dice = parse_loss(run.loss), 0, 0.0
     for epoch in range(num_epochs):
         head.train()
         views, order = plan.views(plan.cycle(epoch)), plan.order(epoch)
@@ -82,17 +82,18 @@ def train(
             optimiser.zero_grad()
             loss_fn(head(maps, pixels), target, bool((target == IGNORE).any())).backward()
             optimiser.step()
-            seen += len(batch)
         dice = _validate(run, head, backbone, indices, val, len(dataset.classes))
-    return seen, dice
+    return dice
 
 
 @torch.no_grad()
-def _validate(run: RunSpec, head: nn.Module, backbone: Backbone, indices: tuple[int, ...], val: list, num_classes: int) -> float:
+def _validate(
+    run: RunSpec, head: nn.Module, backbone: Backbone, indices: tuple[int, ...], val: list[tuple[np.ndarray, np.ndarray]], num_classes: int
+) -> float:
     head.eval()
-    counts = 0
+    counts = np.zeros((num_classes, num_classes), np.int64)
     for image, mask in val:
-        grid = TileGrid.over(*mask.shape, run.tile_px, run.val_overlap)
+        grid = TileGrid.over(mask.shape[0], mask.shape[1], run.tile_px, run.val_overlap)
         for (y, x), own in zip(grid, grid.owned(), strict=True):
             pixels = torch.from_numpy(cut_tile(image, y, x, run.tile_px).copy()).permute(2, 0, 1)[None].float() / 255
             found = head([m.clone() for m in backbone(pixels, indices)], pixels).argmax(1)[0].byte().numpy()

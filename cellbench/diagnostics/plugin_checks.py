@@ -1,7 +1,7 @@
-"""What every backbone and every head must keep. Our tests put the shipped cards through it, ``doctor --contracts`` anybody's own.
+"""The contracts that every backbone and head must keep. Tests run them on the shipped cards, ``doctor --contracts`` on a user's own.
 
-A contract is a function that gives the empty string where it is kept, else the reason why not. Backbones are built with random weights and
-few blocks, heads with the seed 0, all on the CPU in float32: nothing is downloaded, and a card takes a second or two.
+A contract is a function that returns the empty string, or the reason why it is broken. Backbones are built with random weights and few
+blocks, heads with seed 0, all on the CPU in float32: nothing is downloaded, and a card takes a second or two.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cellbench.config.cards import BackboneCard, HeadCard
-from cellbench.diagnostics.backbone_checks import BACKBONE, small_backbone
-from cellbench.diagnostics.common import failure_reason
+from cellbench.diagnostics.backbone_checks import BACKBONE, failure_reason, small_backbone
 from cellbench.diagnostics.head_checks import HEAD
-from cellbench.models.backbones.base import Backbone
-
-__all__ = ["BACKBONE", "HEAD", "Verdict", "small_backbone", "verdicts"]
+from cellbench.errors import one_line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One contract of one card (``heads/fpn``); ``reason`` is empty where it is kept."""
+    """The result of one contract on one card (``heads/fpn``); ``reason`` is empty where it is kept."""
 
     card: str
     contract: str
@@ -28,14 +25,16 @@ class Verdict:
 
 
 def verdicts(card: BackboneCard | HeadCard) -> Iterator[Verdict]:
-    """The verdict on every contract of a card's kind; for a backbone that cannot be built, that one alone."""
+    """The result of every contract of a card's kind; for a backbone that cannot be built, that one alone."""
     if isinstance(card, HeadCard):
-        for name, contract in HEAD.items():
-            yield Verdict(card=f"heads/{card.id}", contract=name, reason=failure_reason(lambda contract=contract: contract(card)))
+        for name, head_contract in HEAD.items():
+            yield Verdict(card=f"heads/{card.id}", contract=name, reason=failure_reason(head_contract, card))
         return
-    made: list[Backbone] = []
-    yield Verdict(
-        card=f"backbones/{card.id}", contract="can be built", reason=failure_reason(lambda: made.append(small_backbone(card)) or "")
-    )
-    for name, contract in BACKBONE.items() if made else ():
-        yield Verdict(card=f"backbones/{card.id}", contract=name, reason=failure_reason(lambda contract=contract: contract(card, made[0])))
+    try:
+        backbone = small_backbone(card)
+    except Exception as error:  # third-party code may raise anything
+        yield Verdict(card=f"backbones/{card.id}", contract="can be built", reason=f"{type(error).__name__}: {one_line(error)[:200]}")
+        return
+    yield Verdict(card=f"backbones/{card.id}", contract="can be built", reason="")
+    for name, contract in BACKBONE.items():
+        yield Verdict(card=f"backbones/{card.id}", contract=name, reason=failure_reason(contract, card, backbone))

@@ -1,1 +1,1 @@
-"""What is compared: backbones, heads and baselines, built from their cards."""
+"""The models that are compared: backbones, heads and baselines, built from their cards."""

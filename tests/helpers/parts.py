@@ -123,13 +123,6 @@ class OwnDice(Sound):
             self.score.bias.copy_(torch.from_numpy(np.random.default_rng().random(num_classes)))
 
 
-class ByChance(Sound):
-    stackable = True
-
-    def forward(self, maps, pixels_BCHW):
-        return nn.functional.dropout(super().forward(maps, pixels_BCHW), 0.1, self.training)
-
-
 class WithDropout(Sound):
     def __init__(self, levels, num_classes, *, width):
         super().__init__(levels, num_classes, width=width)
@@ -180,14 +173,6 @@ class OwnGenerator(Sound):
 
     def forward(self, maps, pixels_BCHW):
         return super().forward(maps, pixels_BCHW) * (1 + self.source.random() * self.training)
-
-
-class ByValue(Sound):
-    stackable = True
-
-    def forward(self, maps, pixels_BCHW):
-        scores = super().forward(maps, pixels_BCHW)
-        return scores * 2 if self.training and scores.detach().amax().item() > 0 else scores
 
 
 class NoSuchImport(Sound):

@@ -23,8 +23,8 @@ REPO = "lab/net"
 
 
 def card(weights: str, **facts: object) -> BackboneCard:
-    told = {"id": "net", "title": "", "path": "net.toml", "builder": "x:y", "patch_px": 16, "dim": 8, "depth": 2, "mean": HALF, "std": HALF}
-    return BackboneCard(**{**told, "weights": weights, **facts})
+    defaults = {"id": "net", "title": "", "path": "net.toml", "builder": "x:y", "patch_px": 16, "dim": 8, "depth": 2, "mean": HALF, "std": HALF}
+    return BackboneCard(**{**defaults, "weights": weights, **facts})
 
 
 def torch_bytes(tree: object) -> bytes:
@@ -56,7 +56,7 @@ def empty_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sta
         yield state
 
 
-def told(it: BackboneCard, folder: Path | None = None, download: bool = True) -> str:
+def refusal(it: BackboneCard, folder: Path | None = None, download: bool = True) -> str:
     """The one line with which these weights are refused."""
     with pytest.raises(WeightsUnavailable) as caught:
         locate(it, folder, download)

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import json
-
-import pytest
 from cohorts import REGISTRY, dataset_of, fitted, run_of
 
 from cellbench.diagnostics import scaling, speed
+from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
 from cellbench.features.cache_admin import cache_entries
 from cellbench.hardware import detect_hardware
 from cellbench.run import main
 
 
-@pytest.fixture
-def result(small_folder, monkeypatch):
-    monkeypatch.setattr(speed, "HEADS", ("bilinear", "fpn"))
-    monkeypatch.setattr(speed, "RATES", (1e-3, 2e-3))
-    world = speed.BenchmarkSetup(
-        registry=REGISTRY, dataset=dataset_of(small_folder), machine=detect_hardware("cpu", "fp32").smaller(3), backbone="vit-tiny-random", weights=None,
-        epochs=1, crops=2, quick=True, say=lambda _: None,
-    )  # fmt: skip
-    return speed.measure(world)
+def setup_of(folder, machine, **more):
+    facts = {"registry": REGISTRY, "dataset": dataset_of(folder), "machine": machine, "backbone": "vit-tiny-random", "weights": None}
+    return BenchmarkSetup(**facts, epochs=1, crops=2, say=lambda _: None, **more)
 
 
-def test_bench_checks_equalities_and_names_the_naive_protocol(result):
+def test_bench_checks_equalities_and_names_the_naive_protocol(small_folder):
+    machine = detect_hardware("cpu", "fp32").smaller(3)
+    result = speed.measure(setup_of(small_folder, machine, quick=True, heads=("bilinear", "fpn"), rates=(1e-3, 2e-3)))
     assert all(result.checks.values()), result.checks
     assert any("alone and in a cohort" in name for name in result.checks)
     printed = speed.table(result)
     assert "naive: the cohort is" in printed
     assert "of the bare forward" in printed
-    facts = json.loads(speed.as_json(result))["facts"]
-    assert facts["alone_s"] > 0
-    assert 0 < facts["pass_over_bare"] < 3
-    assert facts["naive_dice_gap"] < 1e-3  # the same views, weights and precision: only the order of sums differs
+    assert result.facts["alone_s"] > 0
+    assert 0 < result.facts["pass_over_bare"] < 3
+    assert result.facts["naive_dice_gap"] < 1e-3  # the same views, weights and precision: only the order of sums differs
 
 
 def test_cache_shows_what_is_kept_and_prunes_it(small_folder, capsys):
@@ -54,11 +47,7 @@ def test_cache_shows_what_is_kept_and_prunes_it(small_folder, capsys):
 def test_scaling_counts_images_and_runs_and_watches_memory(small_folder, monkeypatch):
     monkeypatch.setattr(scaling, "NUM_RUNS", (1, 3))
     monkeypatch.setattr(scaling, "REPEATS", (1, 2))
-    world = speed.BenchmarkSetup(
-        registry=REGISTRY, dataset=dataset_of(small_folder), machine=detect_hardware("cpu", "fp32"), backbone="vit-tiny-random", weights=None,
-        epochs=1, crops=2, say=lambda _: None,
-    )  # fmt: skip
-    found = scaling.measure(world, lambda _: None)
+    found = scaling.measure(setup_of(small_folder, detect_hardware("cpu", "fp32")))
     assert [point.num_runs for point in found.runs] == [1, 3]
     assert [point.num_images for point in found.images] == [8, 16]  # all images of the folder, once and twice
     assert all(point.trunk_s > 0 and point.head_s > 0 and point.peak_mib > 100 for point in found.runs + found.images)

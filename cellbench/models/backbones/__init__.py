@@ -1,1 +1,1 @@
-"""Frozen feature extractors: how each is built, where its weights come from, and what it promises (``base``)."""
+"""Frozen feature extractors: their interface (``base``), how they are built, and where their weights come from."""

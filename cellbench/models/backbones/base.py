@@ -1,6 +1,9 @@
-"""What every backbone is to the rest of cellbench: a frozen function from a batch of tiles to maps at several depths.
+"""The interface of a backbone: a frozen function from a batch of tiles to feature maps at several depths.
 
-Letters: B tiles, C=3 channels, H x W pixels of a tile, D features, h x w places of a map.
+Letters: B tiles, C=3 channels, H x W pixels of a tile, D features, h x w places of a map, N tokens.
+
+A backbone of your own subclasses :class:`Backbone`, sets ``levels`` and ``tile_multiple_px`` and implements :meth:`Backbone.maps`. A
+builder function ``(card, state) -> Backbone`` beside its card makes it; ``doctor --contracts`` checks it.
 """
 
 from __future__ import annotations
@@ -15,24 +18,35 @@ from cellbench.errors import CellbenchError
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """One depth of a backbone: its map has ``dim`` channels and one place for each ``stride_px`` x ``stride_px`` pixels."""
+    """One depth of a backbone. Its map of a tile of H x W px is (B, ``dim``, H // ``stride_px``, W // ``stride_px``)."""
 
     index: int
+    """Its place in ``Backbone.levels``, from 0 (shallow)."""
     dim: int
+    """Channels D of its map."""
     stride_px: int
+    """Side in pixels of the square that one place of the map covers: the patch size of a plain ViT."""
 
 
 class Backbone(nn.Module):
-    """A frozen feature extractor. Subclasses set ``levels`` and give ``maps``.
+    """A frozen feature extractor. Subclasses set ``levels`` and ``tile_multiple_px`` and implement :meth:`maps`.
 
-    ``forward`` takes pixels in 0..1 (float32, RGB, BCHW) and normalises them with the card's mean and standard deviation itself, so that
-    no caller can forget to. Frozen means eval and no gradient: ``train()`` leaves the module in eval mode.
+    Calling a backbone takes pixels in 0..1 and normalises them itself, so callers must not. Frozen means no gradient and eval mode:
+    ``train()`` has no effect on dropout, drop path or batch norm.
+
+    Args:
+        mean: of each RGB channel, for pixels in 0..1, as in pretraining; the ``mean`` of the card.
+        std: standard deviation of each RGB channel, likewise.
     """
 
     levels: tuple[Level, ...]
-    """Every depth that can be asked for, shallow to deep. A plain ViT has one a block, all of one stride."""
+    """All depths, shallow to deep: the blocks of a plain ViT (all of one stride), the stages of a hierarchical network."""
     tile_multiple_px: int
-    """Tiles must be a multiple of this high and wide."""
+    """Height and width of a tile must be multiples of this."""
+    mean: Tensor
+    """(1, 3, 1, 1) float32."""
+    std: Tensor
+    """(1, 3, 1, 1) float32."""
 
     def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
         super().__init__()
@@ -40,40 +54,52 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
-        """The maps (B, D, h, w) of normalised tiles at these levels, in this order; the network's final norm applied to each of a ViT."""
-        raise AssertionError(f"{type(self).__name__} gives no maps")
+        """The feature maps of normalised tiles. To be implemented by subclasses.
+
+        Args:
+            x_BCHW: (B, 3, H, W), RGB, normalised by ``mean`` and ``std``; H and W are multiples of ``tile_multiple_px`` and may differ.
+            indices: of the levels wanted, in any order.
+
+        Returns:
+            A map (B, D, h, w) for each index, in the order of ``indices``, of D = ``dim``, h = H // ``stride_px`` and w = W // ``stride_px``
+            of its level; float32 outside of autocast. Row 0 is the top of the tile, column 0 its left edge. Without class and register
+            tokens; a ViT applies its final norm to each level. A tile's maps do not depend on the rest of the batch.
+        """
+        raise NotImplementedError
 
     @torch.inference_mode()
     def forward(self, pixels_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
-        """The maps of tiles whose pixels are in 0..1, row 0 of a map at the tile's top, column 0 at its left."""
+        """:meth:`maps` of tiles (B, 3, H, W) float32, RGB in 0..1."""
         return self.maps((pixels_BCHW - self.mean) / self.std, indices)
 
     @torch.inference_mode()
     def until(self, pixels_BCHW: Tensor, indices: tuple[int, ...], num_blocks: int) -> tuple[list[Tensor], Tensor]:
-        """The maps at levels before block ``num_blocks``, and all tokens (B, N, D) as they enter it, for runs that train the rest."""
+        """:meth:`begin` of tiles (B, 3, H, W) float32, RGB in 0..1, for runs that train the remaining blocks."""
         return self.begin((pixels_BCHW - self.mean) / self.std, indices, num_blocks)
 
     def begin(self, x_BCHW: Tensor, indices: tuple[int, ...], num_blocks: int) -> tuple[list[Tensor], Tensor]:
-        """What ``until`` gives, from normalised tiles; for backbones that can be cut between two blocks."""
+        """The first ``num_blocks`` blocks on normalised tiles: the maps at ``indices`` (all below ``num_blocks``), as :meth:`maps` gives them,
+        and all tokens (B, N, D) that enter the next block, before any norm. Optional, for runs with ``unfreeze``."""
         raise CellbenchError(f"{type(self).__name__} cannot be cut between two blocks. Set unfreeze = 0, or take a plain transformer.")
 
     def tail(self, num_blocks: int) -> nn.Module:
-        """A trainable copy of the last ``num_blocks`` blocks and the final norm: ``(tokens (B, N, D), indices, (h, w)) -> maps``."""
+        """A trainable copy of the last ``num_blocks`` blocks and the final norm: ``(tokens (B, N, D), indices, (h, w)) -> maps``. Optional,
+        for runs with ``unfreeze``."""
         raise CellbenchError(f"{type(self).__name__} cannot be cut between two blocks. Set unfreeze = 0, or take a plain transformer.")
 
     def train(self, mode: bool = True) -> Backbone:
-        """Frozen means eval, dropout and drop-path included: ``mode`` is ignored."""
+        """Ignores ``mode``: frozen means eval mode, dropout and drop path included."""
         return super().train(False)
 
     def freeze(self) -> Backbone:
-        """No gradient, eval mode; returns itself."""
+        """Turns off gradients, sets eval mode and returns itself."""
         self.requires_grad_(False)
         return self.train()
 
     def pick(self, num: int) -> tuple[Level, ...]:
-        """``num`` levels evenly spaced over the depth, the last one included; all of them where there are fewer.
+        """``num`` levels evenly spaced over the depth, the last one included; all levels where there are fewer.
 
-        A ViT of 12 blocks gives 2, 5, 8, 11 for four, as DPT and UNETR-style decoders read it.
+        For a ViT of 12 blocks and ``num`` = 4: 2, 5, 8 and 11, as in DPT and UNETR decoders.
         """
         depth = len(self.levels)
         num = min(num, depth)

@@ -1,4 +1,4 @@
-"""From a card to a backbone that is ready to use, and to the string that stands for its weights in fingerprints."""
+"""From a card to a backbone that is ready to use, and to the digest of its weights for fingerprints."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from cellbench.config.cards import BackboneCard
 from cellbench.config.registry import load
 from cellbench.errors import CellbenchError
 from cellbench.file_cache import sha256
-from cellbench.models.backbones.weight_files import check_types, check_values
-from cellbench.models.backbones.weights import locate, read_state
+from cellbench.models.backbones.weight_files import check_types, check_values, read_state
+from cellbench.models.backbones.weights import locate
 
 if TYPE_CHECKING:
     from cellbench.models.backbones.base import Backbone
@@ -21,16 +21,15 @@ if TYPE_CHECKING:
 def open_backbone(card: BackboneCard, weights_folder: Path | None = None, download: bool = True) -> Backbone:
     """The frozen backbone of a card, in eval mode, on the CPU, float32.
 
-    Its weights are found or fetched, checked, read and loaded strictly. Raises WeightsUnavailable where they cannot be had here and now,
-    CellbenchError where card and file disagree. A card with ``weights = "none"`` needs neither file nor network.
+    Its weights are found or downloaded, checked, and loaded strictly. Raises WeightsUnavailable where they are unavailable, CellbenchError
+    where card and file disagree. A card with ``weights = "none"`` needs neither file nor network.
     """
-    builder = load(card)  # first, so that a card whose code is broken is not found out after a download of 4 GB
+    builder = load(card)  # first: broken code should fail before a download of 4 GB
     path = None if card.weights == "none" else locate(card, weights_folder, download)
     state = None if path is None else read_state(path)
     backbone = builder(card, state).freeze()
     if state is not None:
-        # Of the built network rather than of the file: heads that only pretraining needed may hold what they like, and a builder of one's
-        # own may have copied whole numbers into it.
+        # The built network, not the file: pretraining heads in the file do not matter, and a user's builder may have copied integers.
         own = backbone.state_dict()
         check_types({name: x for name, x in state.items() if name in own}, own, f"{card.id}: {path}")
         check_values(own, dict(backbone.named_parameters()).keys(), f"{card.id}: {path}", names=state.keys())
@@ -41,14 +40,14 @@ def open_backbone(card: BackboneCard, weights_folder: Path | None = None, downlo
 
 
 def truncate_card(card: BackboneCard, depth: int = 2) -> BackboneCard:
-    """The same card with only ``depth`` blocks, for checks on random weights; unchanged where its [arch] is no timm transformer."""
+    """The same card with only ``depth`` blocks, for checks on random weights; unchanged where it is no timm transformer."""
     if not card.builder.endswith(":timm_vit") or card.depth <= depth:
         return card
     return card.model_copy(update={"depth": depth, "arch": {**card.arch, "depth": depth}})
 
 
 def weights_digest(card: BackboneCard, folder: Path | None = None, download: bool = True) -> str:
-    """What stands for a backbone's weights: the file's sha256, or, where there is no file, a hash of what the card builds them from."""
+    """Identifies a backbone's weights: the file's sha256, or, without a file, a hash of what the card builds them from."""
     if card.weights == "none":
         facts = {"builder": card.builder, "arch": card.arch, "mean": card.mean, "std": card.std}
         return "none:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,4 @@
-"""A floor that needs no weights: colour filters at several scales, in the manner of ilastik's pixel features.
-
-A foundation model that does not beat Gaussians has not been shown to help.
-"""
+"""A baseline without weights: colour filters at several scales, like ilastik's pixel features."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ class FilterBank(Backbone):
     """For each colour channel and scale: smoothed value, gradient magnitude, Laplacian, both eigenvalues of the Hessian, local deviation.
 
     The set of Berg et al. 2019 (ilastik, doi 10.1038/s41592-019-0582-9), averaged to one vector for each ``patch_px`` x ``patch_px``
-    pixels. Wide filters work on an averaged-down tile, as in an image pyramid. One level: nothing here is shallow or deep.
+    pixels. Wide filters work on a downsampled tile, as in an image pyramid. It has one level.
     """
 
     def __init__(self, card: BackboneCard, sigmas_px: list[float]) -> None:
@@ -36,7 +33,7 @@ class FilterBank(Backbone):
     def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
         # In half precision the variance, a difference of two squares, would be noise.
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            # Tile by tile: sixteen at once took 300 MB more, and longer, since nothing stayed in the cache.
+            # Tile by tile: sixteen at once took 300 MB more and were slower, since nothing stayed in the CPU cache.
             tiles = [torch.cat([self._responses(x, sigma, by) for sigma, by in self._scales], 1) for x in x_BCHW.float().split(1)]
         pooled = torch.cat(tiles)
         return [pooled for _ in indices]
@@ -46,7 +43,7 @@ class FilterBank(Backbone):
         sigma = sigma_px / by
         smooth = _blur(x, sigma)
         deviation = (_blur(x**2, sigma) - smooth**2).clamp_min_(0).sqrt_()
-        # Scale-normalised derivatives (Lindeberg 1998), so that responses of all scales have comparable size.
+        # Scale-normalised derivatives (Lindeberg 1998): responses of all scales have a comparable size.
         dy, dx = (sigma * d for d in _slopes(smooth))
         (dyy, dyx), (_, dxx) = ([sigma * d for d in _slopes(d)] for d in (dy, dx))
         middle, spread = (dyy + dxx) / 2, (((dyy - dxx) / 2) ** 2 + dyx**2).sqrt_()
@@ -55,7 +52,7 @@ class FilterBank(Backbone):
 
 
 def _reduction(sigma_px: float, patch_px: int) -> int:
-    """How far a tile may be averaged down before a Gaussian of this width: it must stay wider than 1.4 places, or it is not one."""
+    """Downsampling factor before a Gaussian: its sigma must stay at least 1.4 places, or it is no longer a Gaussian."""
     by = 1
     while by * 2 <= patch_px and patch_px % (by * 2) == 0 and sigma_px / (by * 2) >= 1.4:
         by *= 2
@@ -71,7 +68,7 @@ def _blur(x_BCHW: Tensor, sigma: float) -> Tensor:
 def _band(length: int, sigma: float) -> Tensor:
     """A Gaussian along one axis as a matrix (length, length), the edge pixel repeated beyond the edge.
 
-    As a matrix product, because depthwise convolutions with long one-dimensional kernels ran 50 times slower on a CPU.
+    A matrix product: depthwise convolutions with long one-dimensional kernels were 50 times slower on a CPU.
     """
     radius = math.ceil(3 * sigma)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
@@ -90,5 +87,5 @@ def _slopes(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def filter_bank(card: BackboneCard, state: dict[str, Any] | None) -> FilterBank:
-    """Builds the bank of a card; there is no state to load."""
+    """The filter bank of a card; ``state`` is ignored."""
     return FilterBank(card, card.arch["sigmas_px"])

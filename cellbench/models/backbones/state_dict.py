@@ -1,7 +1,7 @@
-"""Published weight files, put into timm's names, and put into a network so that nothing is left over on either side.
+"""Renames the tensors of published weight files to timm's names, and loads them strictly.
 
-Every rename below is one publisher's habit. What may be left out is named here too (training heads, mask tokens, poolers); any other key
-that the network does not have, any key that it lacks, and any shape that differs is an error that lists them.
+Training heads, mask tokens and poolers may be left out. Any other key that the network does not have, any key that it lacks, and any shape
+that differs is an error that lists them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from cellbench.errors import CellbenchError
 from cellbench.models.backbones.weight_files import check_types
 
-# The patch embedding (or a ConvNet's stem) shows where in a file the network begins.
+# The patch embedding (or a ConvNet's stem) shows under which prefix a file holds the network.
 ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "stem.0.weight", "stem_0.weight")
 
-# Parts that only training or classification needs, beside the network or inside it.
+# Parts for training or classification only, beside the network or inside it.
 HEADS = re.compile(r"(.*\.)?(dino_head|ibot_head|dino_loss|ibot_patch_loss|head|classifier|pooler)\..*|(.*\.)?mask_token|student\..*")
 
 # transformers' ViTModel and Dinov2Model (also Hibou's own copy of the latter) -> timm, after q, k and v are joined.
@@ -57,7 +57,7 @@ def to_timm_names(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
         inside = _from_transformers(inside)
     inside = {re.sub(r"\.mlp\.w3\.", ".mlp.fc2.", re.sub(r"\.mlp\.w12\.", ".mlp.fc1.", key)): value for key, value in inside.items()}
     if "register_tokens" in inside and {"cls_token", "pos_embed"} <= inside.keys():
-        # DINOv2 adds a position to the class token and none to the registers; timm's reg4 models keep positions for patches alone.
+        # DINOv2 adds a position to the class token and none to the registers; timm's reg4 models keep positions for patches only.
         position = inside.pop("pos_embed")
         inside |= {"reg_token": inside.pop("register_tokens"), "pos_embed": position[:, 1:]}
         inside["cls_token"] = inside["cls_token"] + position[:, :1]
@@ -69,7 +69,7 @@ def _root(state: dict[str, Tensor], where: str) -> str:
     teachers = {root for root in roots if root.startswith("teacher")}
     roots = teachers or {root for root in roots if not root.startswith("student")}
     if len(roots) != 1:
-        found = "no vision network that is known here" if not roots else f"{len(roots)} networks ({', '.join(sorted(roots))})"
+        found = "no known vision network" if not roots else f"{len(roots)} networks ({', '.join(sorted(roots))})"
         raise CellbenchError(f"{where}: holds {found}. Expected one patch embedding; its keys begin {list_names(list(state), 'key')}.")
     return roots.pop()
 
@@ -80,9 +80,9 @@ def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         match = re.fullmatch(r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)", key)
         if match:
             name = f"blocks.{match[1]}.attn.qkv.{match[3]}"
-            thirds = [state.get(key.replace(f".{match[2]}.", f".{part}.")) for part in ("query", "key", "value")]
-            if name not in renamed and all(third is not None for third in thirds):
-                renamed[name] = torch.cat(thirds)
+            names = [key.replace(f".{match[2]}.", f".{part}.") for part in ("query", "key", "value")]
+            if name not in renamed and all(part in state for part in names):
+                renamed[name] = torch.cat([state[part] for part in names])
             if name in renamed:
                 continue
         for pattern, name in TRANSFORMERS:
@@ -92,7 +92,7 @@ def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pretrained_tile_px(state: dict[str, Tensor], patch_px: int) -> int | None:
-    """The tile side that a timm state's position grid stands for; None where it has no grid, or no square one."""
+    """The tile side in px of a timm state's position grid; None without a square grid."""
     if "pos_embed" not in state:
         return None
     tokens = state["pos_embed"].shape[1]
@@ -105,17 +105,19 @@ def pretrained_tile_px(state: dict[str, Tensor], patch_px: int) -> int | None:
 
 
 def load_strictly(net: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Gives ``net``, wherever it is, its own float32 copy of ``state``; both must name the same tensors in the same shapes.
+    """Loads a float32 copy of ``state`` into ``net``, on any device; both must have the same tensor names and shapes.
 
-    Copies rather than keeps the mapped file, so that a file overwritten during a run cannot change the run. Peak: the file and one copy.
+    A copy, since a mapped file that is overwritten would change the run. Peak memory: the file and one copy.
     """
     wanted = net.state_dict()
     missing, extra = [k for k in wanted if k not in state], [k for k in state if k not in wanted]
     odd = [f"{k} {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in wanted if k in state and state[k].shape != wanted[k].shape]
     if missing or extra or odd:
         parts = (("lacks", missing), ("has too many:", extra), ("has another shape:", odd))
-        told = "; ".join(f"{what} {list_names(keys, 'key')}" for what, keys in parts if keys)
-        raise CellbenchError(f"{where}: does not fit the network that the card describes: {told}. Is it the right file for this card?")
+        differences = "; ".join(f"{what} {list_names(keys, 'key')}" for what, keys in parts if keys)
+        raise CellbenchError(
+            f"{where}: does not fit the network that the card describes: {differences}. Is it the right file for this card?"
+        )
     check_types(state, wanted, where)
     own = {key: state[key].detach().to(torch.float32, copy=True).contiguous() for key in wanted}
     net.load_state_dict(own, strict=True, assign=True)
@@ -124,9 +126,9 @@ def load_strictly(net: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
 
 def list_names(names: Iterable[str], noun: str) -> str:
-    """The first five names and how many there are in all.
+    """The number of names and the first five.
 
-    >>> listed(["a", "b"], "key")
+    >>> list_names(["a", "b"], "key")
     '2 keys (a, b)'
     """
     names = list(names)

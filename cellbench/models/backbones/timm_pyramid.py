@@ -1,11 +1,12 @@
-"""Hierarchical networks (ConvNeXt and its kin), built by timm from a card: each level has its own width and stride.
+"""Hierarchical networks (ConvNeXt and similar), built by timm from a card: each level has its own width and stride.
 
-``forward(pixels, indices)`` gives the output of each stage asked for as a map (B, D, h, w), float32, coarser from stage to stage. Such
-networks have no final norm that fits all stages (ConvNeXt's own stands behind the pooling), so every map is brought to mean 0 and
-variance 1 over the channels of each place, without learned factors: the same footing as a transformer's normed tokens.
+The map of a stage is its output. Such networks have no final norm that fits all stages (ConvNeXt's comes after pooling), so every map is
+normalised to mean 0 and variance 1 over the channels of each place, without learned factors, to be comparable to a ViT's normed tokens.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import timm
 import torch
@@ -21,7 +22,9 @@ from cellbench.models.backbones.state_dict import load_strictly, to_timm_names
 class TimmPyramid(Backbone):
     """A timm network in stages. ``tile_multiple_px`` is the stride of the last one."""
 
-    def __init__(self, net: nn.Module, card: BackboneCard) -> None:
+    net: Any
+
+    def __init__(self, net: Any, card: BackboneCard) -> None:
         super().__init__(card.mean, card.std)
         self.net = net
         stages = enumerate(net.feature_info)
@@ -29,7 +32,7 @@ class TimmPyramid(Backbone):
         self.tile_multiple_px = self.levels[-1].stride_px
 
     def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
-        """See ``Backbone.maps``; stages deeper than asked for are not run. Raises ValueError for a level or a size that it has not."""
+        """See ``Backbone.maps``. Skips stages behind the deepest level asked for. Raises ValueError for an unknown level or a wrong size."""
         height, width = x_BCHW.shape[-2:]
         if height % self.tile_multiple_px or width % self.tile_multiple_px:
             raise ValueError(f"a tile of {height} x {width} px: sides must be multiples of {self.tile_multiple_px} px")
@@ -47,7 +50,7 @@ def _normed(map_BDhw: Tensor) -> Tensor:
 
 
 def timm_pyramid(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbone:
-    """The card's network with the weights of ``state``, or, for None, with random ones from ``[arch] seed``; not yet frozen.
+    """The card's network, not yet frozen, with the weights of ``state``, or with random ones from ``[arch] seed`` for None.
 
     The card's ``dim`` and ``patch_px`` are those of the last stage, ``depth`` the number of stages. Raises CellbenchError.
     """
@@ -72,7 +75,7 @@ def timm_pyramid(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbon
     return TimmPyramid(net, card)
 
 
-def _network(name: str, device: str | None) -> nn.Module:
-    net = timm.create_model(name, pretrained=False, num_classes=0, device=None if device is None else torch.device(device))
-    net.head = nn.Identity()  # holds a norm of its own, for pooled features, that no map passes through
+def _network(name: str, device: str | None) -> Any:
+    net: Any = timm.create_model(name, pretrained=False, num_classes=0, device=None if device is None else torch.device(device))
+    net.head = nn.Identity()  # has a norm for pooled features that no map passes through
     return net

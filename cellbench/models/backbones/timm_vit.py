@@ -1,8 +1,8 @@
 """Plain vision transformers, built by timm from a card and filled from a state in any published layout.
 
-``forward(pixels, indices)`` gives for each block asked for its patch tokens as a map (B, D, h, w), float32: the network's final norm
-applied, class and register tokens dropped, row 0 at the tile's top. Positions are kept on the grid that they were trained on and resampled
-to the tile's grid in each pass, once (timm's bicubic, antialiased); at the native tile size they are used as they are.
+The map of a block holds its patch tokens after the network's final norm, without class and register tokens. Position embeddings stay on
+the grid that they were trained on and are resampled to the tile's grid once a pass (timm's antialiased bicubic); at the native tile size
+they are used unchanged.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from cellbench.errors import CellbenchError, unknown_name
 from cellbench.models.backbones.base import Backbone, Level
 from cellbench.models.backbones.state_dict import load_strictly, pretrained_tile_px, to_timm_names
 
-# What [arch] may say, beside the name of a timm model: its arguments, in timm's words where they are numbers.
+# The keys of [arch] beside the name of a timm model: numbers are passed on as timm's arguments of the same name.
 NUMBERS = (
     "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "reg_tokens", "no_embed_class",
 )  # fmt: skip
-WORDS = {"mlp_layer": {"SwiGLUPacked": SwiGLUPacked}, "act_layer": {"SiLU": nn.SiLU, "GELU": nn.GELU}}
-OURS = ("name", "seed", "norm_eps", "dynamic_img_size")
+CHOICES: dict[str, dict[str, Any]] = {"mlp_layer": {"SwiGLUPacked": SwiGLUPacked}, "act_layer": {"SiLU": nn.SiLU, "GELU": nn.GELU}}
+OWN = ("name", "seed", "norm_eps", "dynamic_img_size")
 
 
 class TimmViT(Backbone):
     """A timm transformer with ``forward_intermediates``. Levels are its blocks, all of one width and one stride."""
+
+    net: Any
 
     def __init__(self, net: nn.Module, card: BackboneCard) -> None:
         super().__init__(card.mean, card.std)
@@ -39,13 +41,13 @@ class TimmViT(Backbone):
         self.tile_multiple_px = card.patch_px
 
     def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
-        """See ``Backbone.maps``; blocks deeper than asked for are not run. Raises ValueError for a level or a size that it has not."""
+        """See ``Backbone.maps``. Skips blocks behind the deepest level asked for. Raises ValueError for an unknown level or a wrong size."""
         height, width = x_BCHW.shape[-2:]
         if height % self.tile_multiple_px or width % self.tile_multiple_px:
             raise ValueError(f"a tile of {height} x {width} px: sides must be multiples of the {self.tile_multiple_px} px patch")
         if not all(0 <= index < len(self.levels) for index in indices):
             raise ValueError(f"levels {indices}: there are 0 to {len(self.levels) - 1}")
-        wanted = sorted(set(indices))  # timm gives them shallow to deep, whatever the order asked for
+        wanted = sorted(set(indices))  # timm returns them shallow to deep
         maps = self.net.forward_intermediates(
             x_BCHW, indices=wanted, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
@@ -53,8 +55,8 @@ class TimmViT(Backbone):
         return [found[index] for index in indices]
 
     def begin(self, x_BCHW: Tensor, indices: tuple[int, ...], num_blocks: int) -> tuple[list[Tensor], Tensor]:
-        """See ``Backbone.until``. Block by block as timm's own forward runs them, so that the cut changes no number."""
-        self._must_cut()
+        """See ``Backbone.begin``. Runs the blocks as timm's forward does, so that the cut changes no number."""
+        self._check_can_cut()
         net, (height, width) = self.net, x_BCHW.shape[-2:]
         x_BND = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(x_BCHW))))
         found = {}
@@ -68,23 +70,23 @@ class TimmViT(Backbone):
 
     def tail(self, num_blocks: int) -> TrainableTail:
         """See ``Backbone.tail``."""
-        self._must_cut()
+        self._check_can_cut()
         if num_blocks >= len(self.levels):
             raise CellbenchError(
                 f"unfreeze = {num_blocks}: the backbone has {len(self.levels)} blocks, and at least the first must stay frozen."
             )
         return TrainableTail(self.net, num_blocks)
 
-    def _must_cut(self) -> None:
-        # Networks with rotary positions pass them to every block; a tail would need them too.
+    def _check_can_cut(self) -> None:
+        # Networks with rotary positions pass them to every block, so a tail would need them too.
         if not isinstance(self.net, timm.models.VisionTransformer):
             raise CellbenchError(f"a {type(self.net).__name__} cannot be cut between two blocks. Set unfreeze = 0 for this backbone.")
 
 
 class TrainableTail(nn.Module):
-    """The last blocks of a transformer and its final norm, copied, to be trained by one run."""
+    """A copy of a transformer's last blocks and final norm, trained by one run."""
 
-    def __init__(self, net: nn.Module, num_blocks: int) -> None:
+    def __init__(self, net: Any, num_blocks: int) -> None:
         super().__init__()
         self._first, self._prefix = len(net.blocks) - num_blocks, net.num_prefix_tokens
         self.blocks = copy.deepcopy(net.blocks[self._first :]).requires_grad_(True)
@@ -106,11 +108,10 @@ def tokens_to_map(x_BND: Tensor, num_prefix: int, places: tuple[int, int]) -> Te
 
 
 def timm_vit(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbone:
-    """The card's network with the weights of ``state``, or, for None, with random ones from ``[arch] seed``; not yet frozen.
+    """The card's network, not yet frozen, with the weights of ``state``, or with random ones from ``[arch] seed`` for None.
 
-    Random ones are drawn on torch's default device: within ``with torch.device("meta"):`` none are, and a large network costs nothing.
-    Where the card states no ``img_size``, the position grid of the file decides. Raises CellbenchError where card, network and file
-    disagree.
+    Random weights are drawn on torch's default device: within ``with torch.device("meta"):`` a large network costs nothing. Without
+    ``img_size`` on the card, the position grid of the file decides. Raises CellbenchError where card, network and file disagree.
     """
     where = f"{card.id} ({card.path})"
     if state is None:
@@ -123,38 +124,38 @@ def timm_vit(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbone:
         net = _network(card, "meta", grid_px)
         kept = net.state_dict().keys()
         if any(name not in kept for name, _ in net.named_buffers()):
-            # Rotary positions (DINOv3) are computed when built and stand in no file: on the meta device they would have no values.
+            # Rotary positions (DINOv3) are computed at construction and are in no file: on the meta device they would have no values.
             net = _network(card, "cpu", grid_px)
         load_strictly(net, state, card.id)
-    _agree(card, net, where)
+    _check_card(card, net, where)
     return TimmViT(net, card)
 
 
-def _network(card: BackboneCard, device: str | None, grid_px: int | None = None) -> nn.Module:
+def _network(card: BackboneCard, device: str | None, grid_px: int | None = None) -> Any:
     arguments: dict[str, Any] = {} if grid_px is None or "img_size" in card.arch else {"img_size": grid_px}
     for key, value in card.arch.items():
         if key in NUMBERS:
             arguments[key] = value
-        elif key in WORDS:
-            if value not in WORDS[key]:
-                raise unknown_name(key, str(value), WORDS[key], where=f"{card.path}: [arch]")
-            arguments[key] = WORDS[key][value]
-        elif key not in OURS or (key == "dynamic_img_size" and value is not True):
-            raise unknown_name("setting", key, (*NUMBERS, *WORDS, *OURS), where=f"{card.path}: [arch]")
+        elif key in CHOICES:
+            if value not in CHOICES[key]:
+                raise unknown_name(key, str(value), CHOICES[key], where=f"{card.path}: [arch]")
+            arguments[key] = CHOICES[key][value]
+        elif key not in OWN or (key == "dynamic_img_size" and value is not True):
+            raise unknown_name("setting", key, (*NUMBERS, *CHOICES, *OWN), where=f"{card.path}: [arch]")
     if "norm_eps" in card.arch:
         arguments["norm_layer"] = functools.partial(LayerNorm, eps=card.arch["norm_eps"])
     name = card.arch.get("name")
     if not isinstance(name, str) or not timm.is_model(name):
         raise CellbenchError(f"{card.path}: [arch] name = {name!r}: timm {timm.__version__} has no such model; timm.list_models() has.")
-    # No pooling, or timm would move the final norm behind it; no classes, or a head would be made.
-    fixed = {"pretrained": False, "num_classes": 0, "global_pool": "", "dynamic_img_size": True}
-    return timm.create_model(name, **fixed, device=None if device is None else torch.device(device), **arguments)
+    # Without pooling, or timm would move the final norm behind it.
+    arguments |= {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
+    return timm.create_model(name, pretrained=False, device=None if device is None else torch.device(device), **arguments)
 
 
-def _agree(card: BackboneCard, net: nn.Module, where: str) -> None:
-    """Refuses a card whose facts are not those of its network: every number downstream rests on them."""
+def _check_card(card: BackboneCard, net: Any, where: str) -> None:
+    """Refuses a card whose facts are not those of its network: all later sizes depend on them."""
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "blocks"):
-        raise CellbenchError(f"{where}: {card.arch['name']} is no plain transformer. For a ConvNet or Swin use timm_pyramid.")
+        raise CellbenchError(f"{where}: {card.arch['name']} is not a plain transformer. For a ConvNet or Swin use timm_pyramid.")
     built = {
         "dim": net.embed_dim,
         "depth": len(net.blocks),

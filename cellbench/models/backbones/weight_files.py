@@ -1,6 +1,6 @@
-"""Weight files on disk: is this one whole, what tensors does it hold, and can their values be those of a trained network.
+"""Weight files on disk: whether a file is complete, its tensors, and whether their values can be those of a trained network.
 
-Only safetensors, or torch files read with ``weights_only=True`` and mapped into memory. Nothing in a weights file is ever run.
+Reads safetensors, and torch files with ``weights_only=True``, mapped into memory. Code in a weights file is never run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def check_whole(path: Path) -> None:
-    """Reads the two ends of a file. Raises WeightsUnavailable for an error page, a Git LFS pointer, an empty, cut or unknown file."""
+    """Reads the two ends of a file. Raises WeightsUnavailable for a web page, a Git LFS pointer, an empty, truncated or unknown file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(1024)
@@ -33,7 +33,7 @@ def check_whole(path: Path) -> None:
         raise WeightsUnavailable(f"{path}: the file is empty. Delete it and download it again.")
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise WeightsUnavailable(
-            f"{path}: is a web page, not weights: a log-in or error page was saved under this name. "
+            f"{path}: is a web page, not weights: a login or error page was saved under this name. "
             "Delete it, and download the file itself (in a browser: its own download link, when logged in)."
         )
     if text.startswith(b"version https://git-lfs"):
@@ -41,15 +41,15 @@ def check_whole(path: Path) -> None:
     if is_safetensors(path):
         _check_safetensors(path, size)
     elif head.startswith(b"PK"):
-        # A torch file is a zip whose table of contents stands at the end: without it, the end is missing.
+        # A torch file is a zip file with its table of contents at the end.
         if not zipfile.is_zipfile(path):
-            raise _cut(path, size)
+            raise _truncated(path, size)
     elif not head.startswith(b"\x80"):
         raise WeightsUnavailable(f"{path}: is neither a torch file nor safetensors (it begins {head[:8]!r}). Put the published file there.")
 
 
 def is_safetensors(path: Path) -> bool:
-    """By content, not by name: the length of a JSON header, then the header. The hub's cache keeps files without their endings."""
+    """By content (the length of a JSON header, then the header), since files in the hub's cache have no suffix."""
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{" and struct.unpack("<Q", head[:8])[0] < 100_000_000
@@ -60,27 +60,27 @@ def _check_safetensors(path: Path, size: int) -> None:
         length = struct.unpack("<Q", file.read(8))[0]
         header = file.read(length)
     if len(header) < length:
-        raise _cut(path, size)
+        raise _truncated(path, size)
     try:
         table = json.loads(header)
         expected = 8 + length + max((row["data_offsets"][1] for name, row in table.items() if name != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise WeightsUnavailable(f"{path}: its safetensors header cannot be read. Delete the file and download it again.") from None
     if size < expected:
-        raise _cut(path, size, expected)
+        raise _truncated(path, size, expected)
     if size > expected:
-        raise WeightsUnavailable(f"{path}: {size - expected} bytes stand behind the last tensor. Delete the file and download it again.")
+        raise WeightsUnavailable(f"{path}: {size - expected} bytes follow the last tensor. Delete the file and download it again.")
 
 
-def _cut(path: Path, size: int, expected: int = 0) -> WeightsUnavailable:
+def _truncated(path: Path, size: int, expected: int = 0) -> WeightsUnavailable:
     whole = f" of {expected}" if expected else ""
     return WeightsUnavailable(f"{path}: is truncated: it ends after {size}{whole} bytes. Delete it and download it again.")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, on the CPU, mapped rather than read; nested tables are joined with dots (``teacher.backbone.…``).
+    """The tensors of a file by name, on the CPU, memory-mapped; names of nested dicts are joined with dots (``teacher.backbone.…``).
 
-    Values that are no tensors (an epoch number) are left out. Raises WeightsUnavailable for a file that is damaged or would run code.
+    Other values (an epoch number) are left out. Raises WeightsUnavailable for a file that is damaged or would run code.
     """
     check_whole(path)
     if is_safetensors(path):
@@ -92,15 +92,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
     import torch
 
     with path.open("rb") as file:
-        mapped = file.read(2) == b"PK"  # torch files from before 1.6 are plain pickles, which cannot be mapped
+        mapped = file.read(2) == b"PK"  # torch before 1.6 wrote plain pickles, which cannot be mapped
     try:
         tree = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         what = f"the object {name[1]}" if name else "objects"
         raise WeightsUnavailable(
-            f"{path}: holds {what} beside tensors, which loading would have to build by running code; cellbench never does. "
-            "Ask the publisher for safetensors, or save its state_dict alone where you trust it."
+            f"{path}: holds {what} beside tensors, which can only be loaded by running code; cellbench never does. "
+            "Ask the publisher for safetensors, or, if you trust the file, save its state_dict alone."
         ) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
         why = one_line(error)[:120]
@@ -130,21 +130,18 @@ PUBLISHED = "The file is damaged or was converted wrongly: delete it and get the
 
 
 def check_scales(state: Mapping[str, Tensor], where: str) -> None:
-    """Refuses matrices of 8-bit numbers in a file that holds no scale for them: they are a quantised network's, and mean nothing alone.
-
-    Raises WeightsUnavailable.
-    """
+    """Raises WeightsUnavailable for a quantised file (matrices of 8-bit numbers) that lacks the scales."""
     if any("scale" in name or "absmax" in name for name in state):
         return
     for name, x in state.items():
         if x.element_size() == 1 and is_matrix(x) and str(x.dtype) != "torch.bool":
             raise WeightsUnavailable(
-                f"{where}: {name} holds {_type(x)} numbers, and the file no scales for them: it is quantised. {PUBLISHED}"
+                f"{where}: {name} holds {_type(x)} numbers, and the file has no scales for them: it is quantised. {PUBLISHED}"
             )
 
 
 def check_types(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, remedy: str = PUBLISHED) -> None:
-    """Refuses a tensor of whole or 8-bit numbers where the network's own, ``wanted``, is floating-point. Raises WeightsUnavailable."""
+    """Raises WeightsUnavailable for an integer or 8-bit tensor where the network's, ``wanted``, is floating-point."""
     for name, x in state.items():
         if name in wanted and wanted[name].is_floating_point() and (not x.is_floating_point() or x.element_size() == 1):
             raise WeightsUnavailable(f"{where}: {name} holds {_type(x)} numbers where the network has floating-point weights. {remedy}")
@@ -159,15 +156,14 @@ def check_values(
     names: Collection[str] = (),
     built: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Refuses values that no training leaves behind. Raises WeightsUnavailable with the tensor's name.
+    """Raises WeightsUnavailable, with the tensor's name, for values that no training produces.
 
-    These are values that are not finite, weight matrices of zeros (a file that was never filled) or of nothing but whole numbers (quantised,
-    without scales), and a network all of whose matrices hold one value each. Vectors, position tables and gates may well be zero; buffers may
-    hold -inf, as masks of attention do.
+    These are values that are not finite, weight matrices of zeros (a file that was never filled) or of integers only (quantised, without
+    scales), and a network all of whose matrices are constant. Vectors, position tables and gates may be zero; buffers may hold -inf, as
+    attention masks do.
 
-    ``parameters``: the names in ``state`` that are trained, the others being buffers. ``names``: those in the file, where a tensor may have
-    another one than in the network. ``built``: the network's tensors before loading; a constant matrix that it was built with is its own.
-    One pass over the values: 0.2 s for 10**9 of them.
+    ``parameters``: the names in ``state`` that are trained; the others are buffers. ``names``: those in the file, for the message.
+    ``built``: the network's tensors before loading; a matrix that was constant already is allowed. Takes 0.2 s for 10**9 values.
     """
     import torch
 
@@ -183,9 +179,9 @@ def check_values(
         elif as_built or not trained or not name.endswith("weight") or not is_matrix(x):
             continue
         elif low == high == 0:
-            what = "holds zeros only, where the network has a matrix of weights"
-        elif max(-low, high) < 2**16 and _all_whole(x):  # floats above 2**24 are whole anyway
-            what = f"holds whole numbers only ({low:g} to {high:g}), as a quantised file without its scales does"
+            what = "holds only zeros, where the network has a matrix of weights"
+        elif max(-low, high) < 2**16 and _all_integers(x):  # all floats above 2**24 are integers
+            what = f"holds only integers ({low:g} to {high:g}), as a quantised file without its scales does"
         else:
             constant[name] = low == high
             continue
@@ -196,13 +192,13 @@ def check_values(
 
 
 def is_matrix(x: Tensor) -> bool:
-    """Whether a tensor has two axes or more that are longer than 1: the weights of a layer rather than a vector, gate or token."""
+    """Whether a tensor has at least two axes longer than 1: the weights of a layer, not a vector, gate or token."""
     return sum(side > 1 for side in x.shape) > 1
 
 
-def _all_whole(x: Tensor) -> bool:
+def _all_integers(x: Tensor) -> bool:
     flat = x.flatten()
-    some = flat[:: max(1, len(flat) // 1024)]  # nearly always enough to see a fraction
+    some = flat[:: max(1, len(flat) // 1024)]  # nearly always enough to find a fraction
     return bool((some == some.round()).all()) and bool((flat == flat.round()).all())
 
 

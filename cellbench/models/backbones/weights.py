@@ -1,8 +1,8 @@
-"""Which file holds a backbone's weights: found here, or fetched, and never taken before it is checked.
+"""Finds or downloads the file of a backbone's weights, and checks it.
 
-Looked for in this order: the ``--weights`` folder (or ``CELLBENCH_WEIGHTS``), what was downloaded before, the Hugging Face cache, and then
-the card's source. A file must be whole and have the hash that the card states; where it states none, the hash seen first is recorded and
-a different file is refused later. What cannot be had is WeightsUnavailable, with what to do; never a net of random weights.
+The order: the ``--weights`` folder (or ``CELLBENCH_WEIGHTS``), earlier downloads, the Hugging Face cache, the card's source. A file must be
+complete and have the hash on the card; without one there, the first hash is recorded and a different file is refused later. Unavailable
+weights raise WeightsUnavailable with the remedy; random weights are never used instead.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from cellbench.config.cards import BackboneCard
 from cellbench.errors import CellbenchError, WeightsUnavailable
 from cellbench.file_cache import sha256
 from cellbench.files import cache_dir, make_folder, os_errors_as, write_atomic
-from cellbench.models.backbones import download as downloads
-from cellbench.models.backbones.weight_files import SUFFIXES, check_whole, read_state
+from cellbench.models.backbones.download import download_from_hub, download_https, find_cached, hold_lock
+from cellbench.models.backbones.weight_files import SUFFIXES, check_whole
 
-__all__ = ["download_path", "find_in_hub_cache", "folder_file", "how_to_get", "locate", "read_state", "weights_folder"]
-
-# Names that tell nothing: a file of such a name counts as a card's only in a folder of the card's name.
+# Generic names: a file of such a name is a card's only in a folder of the card's name.
 COMMON_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "model.bin")
 
 
@@ -35,7 +33,7 @@ class HubFile:
 
     repo: str
     names: tuple[str, ...]
-    """The names that it may have; the first that exists is taken."""
+    """Its possible names; the first that exists is used."""
 
     @classmethod
     def of(cls, text: str, file: str = "") -> HubFile:
@@ -54,14 +52,30 @@ def locate(card: BackboneCard, folder: Path | None, download: bool = True) -> Pa
     if card.weights == "none":
         raise CellbenchError(f'{card.id}: has no weights file: its card says weights = "none".')
     if own := folder_file(card, folder):
-        # The card's hash is that of the published file; another format of the same weights can only be recognised the next time.
+        # The card's hash is that of the published file; a file of another format is held to the hash of its first use.
         same_format = own.suffix == Path(_published(card)).suffix
         return _checked(card, own, f"folder {own.name}", card.sha256 if same_format else "")
-    if card.weights.startswith("https://") or card.weights.startswith("http://"):
-        return _from_https(card, folder, download)
-    if card.weights.startswith("hf-hub:"):
-        return _from_hub(card, folder, download)
-    raise CellbenchError(f"{card.path}: weights = {card.weights!r}. Expected 'hf-hub:OWNER/NAME', 'https://…' or 'none'.")
+    https = card.weights.startswith(("https://", "http://"))
+    if not https and not card.weights.startswith("hf-hub:"):
+        raise CellbenchError(f"{card.path}: weights = {card.weights!r}. Expected 'hf-hub:OWNER/NAME', 'https://…' or 'none'.")
+    landed = download_path(card)
+    if https and landed.is_file():
+        return _checked(card, landed, card.weights, card.sha256)
+    for path, source, published in find_in_hub_cache(card):
+        return _checked(card, path, source, card.sha256 if published else "")
+    if not download:
+        raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {how_to_get(card, folder)}")
+    try:
+        if https:
+            download_https(card.weights, landed, check_whole, card.sha256)
+            path, source = landed, card.weights
+        else:
+            wanted = HubFile.of(card.weights, card.file)
+            path, name = download_from_hub(wanted.repo, wanted.names, card.revision or None, check_whole)
+            source = f"hf-hub:{wanted.repo}/{name}"
+    except WeightsUnavailable as error:
+        raise WeightsUnavailable(f"{card.id}: {error} {how_to_get(card, folder)}") from error
+    return _checked(card, path, source, card.sha256)
 
 
 def weights_folder(folder: Path | None) -> Path | None:
@@ -98,7 +112,7 @@ def _suffix(card: BackboneCard) -> str:
 
 
 def _extra_names(card: BackboneCard) -> list[str]:
-    """A timm tag's weights are also passed on as ``<model>.safetensors``: ``vit_tiny_patch16_224.safetensors``."""
+    """The weights of a timm tag are often shared as ``<model>.safetensors``: ``vit_tiny_patch16_224.safetensors``."""
     if not card.weights.startswith("hf-hub:timm/"):
         return []
     tag = card.weights.removeprefix("hf-hub:timm/")
@@ -106,58 +120,30 @@ def _extra_names(card: BackboneCard) -> list[str]:
 
 
 def download_path(card: BackboneCard) -> Path:
-    """Where a file that is published over https lands. Its address stands in the name: a card whose address changes must not be served the
-    old file."""
+    """Where a file published over https is stored. The name contains a hash of its address, so that a new address gets a new file."""
     address = hashlib.sha256(card.weights.encode()).hexdigest()[:8]
     return cache_dir() / "weights" / f"{card.id}-{address}{_suffix(card)}"
 
 
-def _from_https(card: BackboneCard, folder: Path | None, download: bool) -> Path:
-    landed = download_path(card)
-    if not landed.is_file():
-        for path, source, _ in find_in_hub_cache(card):
-            return _checked(card, path, source, "")
-        if not download:
-            raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {how_to_get(card, folder)}")
-        try:
-            downloads.download_https(downloads.DownloadSource(url=card.weights, shown=card.weights, sha256=card.sha256), landed, check_whole)
-        except WeightsUnavailable as error:
-            raise WeightsUnavailable(f"{card.id}: {error} {how_to_get(card, folder)}") from error
-    return _checked(card, landed, card.weights, card.sha256)
-
-
-def _from_hub(card: BackboneCard, folder: Path | None, download: bool) -> Path:
-    for path, source, published in find_in_hub_cache(card):
-        return _checked(card, path, source, card.sha256 if published else "")
-    if not download:
-        raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {how_to_get(card, folder)}")
-    wanted = HubFile.of(card.weights, card.file)
-    try:
-        path, name = downloads.download_from_hub(wanted.repo, wanted.names, card.revision or None, check_whole)
-    except WeightsUnavailable as error:
-        raise WeightsUnavailable(f"{card.id}: {error} {how_to_get(card, folder)}") from error
-    return _checked(card, path, f"hf-hub:{wanted.repo}/{name}", card.sha256)
-
-
 def find_in_hub_cache(card: BackboneCard) -> Iterator[tuple[Path, str, bool]]:
-    """The card's file (True), then its alternatives (False), with their sources, as far as the hub's cache holds them; no network."""
+    """Files in the hub's cache, with their sources: the published one (True), then the card's alternatives (False); no network."""
     sources = [(HubFile.of(card.weights, card.file), card.revision, True)] if card.weights.startswith("hf-hub:") else []
     sources += [(HubFile.of(text), "", False) for text in card.alternatives]
     for wanted, revision, published in sources:
         for name in wanted.names:
-            if path := downloads.find_cached(wanted.repo, name, revision or None):
+            if path := find_cached(wanted.repo, name, revision or None):
                 yield path, f"hf-hub:{wanted.repo}/{name}", published
 
 
 def _checked(card: BackboneCard, path: Path, source: str, expected: str) -> Path:
-    """The same path, if the file is whole and is the one expected. ``source`` is the name under which a first hash is kept."""
-    path = path.resolve()  # in the hub's cache a link: what has to be deleted there is the file behind it
+    """The resolved path of a complete file with the ``expected`` sha256; without one, ``source`` is the key of its first hash."""
+    path = path.resolve()  # in the hub's cache a link; a person has to delete the file behind it
     try:
         check_whole(path)
     except WeightsUnavailable as error:
         raise WeightsUnavailable(f"{card.id}: {error}") from error
     found = sha256(path)
-    # The hub keeps a large file under its own sha256; a blob that no longer has it was damaged on disk or on the way.
+    # The hub's cache names a large file by its sha256; a file that no longer has it is damaged.
     named = path.name if re.fullmatch("[0-9a-f]{64}", path.name) else ""
     for wanted, who in ((expected, "the card"), (named, "the hub")):
         if wanted and found != wanted:
@@ -171,16 +157,18 @@ def _checked(card: BackboneCard, path: Path, source: str, expected: str) -> Path
 
 
 def _trust_first(card: BackboneCard, path: Path, key: str, found: str) -> None:
-    """Records the hash of a file of unknown hash, and refuses a different one the next time."""
+    """Records the hash of a file without a known one, and refuses a different file the next time."""
     known_at = cache_dir() / "weights" / "known_hashes.json"
     make_folder(known_at.parent)
-    with os_errors_as(f"recording the hash of {path.name} in {known_at}"), downloads.hold_lock(known_at.with_suffix(".lock")):
+    with os_errors_as(f"recording the hash of {path.name} in {known_at}"), hold_lock(known_at.with_suffix(".lock")):
         try:
             known = json.loads(known_at.read_text())
         except FileNotFoundError:
             known = {}
         except ValueError:
-            raise CellbenchError(f"{known_at}: is damaged. It holds the hashes seen first; delete it to trust what is here now.") from None
+            raise CellbenchError(
+                f"{known_at}: is damaged. It holds the hashes of first use; delete it to trust the present files."
+            ) from None
         if key not in known:
             write_atomic(known_at, json.dumps({**known, key: found}, indent=1, sort_keys=True) + "\n")
         elif known[key] != found:
@@ -191,7 +179,7 @@ def _trust_first(card: BackboneCard, path: Path, key: str, found: str) -> None:
 
 
 def how_to_get(card: BackboneCard, folder: Path | None) -> str:
-    """What a person can do to have these weights here, as a sentence."""
+    """How a user can make these weights available, as a sentence."""
     given = folder or os.environ.get("CELLBENCH_WEIGHTS") or "DIR"
     name = _published(card) or "the weights file"
     place = f"{Path(given) / (card.id + _suffix(card))}" + ("" if given != "DIR" else " and pass --weights DIR")
@@ -199,4 +187,4 @@ def how_to_get(card: BackboneCard, folder: Path | None) -> str:
     page = card.page or hub_page
     if card.gated:
         return f"Accept the licence at {page} and log in (hf auth login), or put {name} at {place}."
-    return f"Where there is a network it is downloaded at first use; else put {name} (from {page}) at {place}."
+    return f"With a network they are downloaded at first use; without one, put {name} (from {page}) at {place}."

@@ -1,1 +1,1 @@
-"""Whole segmenters with no backbone of ours in them: what a foundation model must beat."""
+"""Segmenters without a backbone of ours, which a foundation model must beat."""

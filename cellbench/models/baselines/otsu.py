@@ -1,4 +1,4 @@
-"""Otsu's threshold with filled holes: nothing trained, and on blood smears hard to beat."""
+"""Otsu's threshold with filled holes: no training, and on blood smears hard to beat."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from cellbench.errors import CellbenchError
 
 
 def otsu(image: np.ndarray, num_classes: int, *, cells: str) -> np.ndarray:
-    """Class numbers (H, W) uint8 of an RGB image (H, W, 3) uint8, from its green channel, where Giemsa and H&E stain darkest.
+    """Class numbers (H, W) uint8 of an RGB image (H, W, 3) uint8, from the green channel, where Giemsa and H&E stain darkest.
 
-    Two classes: the side that ``cells`` names (``dark`` or ``bright``) of Otsu's threshold, holes filled (pale centres of red cells are
-    holes). More: multi-level Otsu, each class darker (or brighter) than the one before. An image of one colour is all background.
+    Two classes: the ``cells`` side (``dark`` or ``bright``) of Otsu's threshold, with holes filled (the pale centres of red cells). More
+    classes: multi-level Otsu, each class darker (or brighter) than the one before. An image of one colour is all background.
     """
     if cells not in ("dark", "bright"):
         raise CellbenchError(f"[baseline.otsu] cells = {cells!r}: 'dark' or 'bright' is expected.")

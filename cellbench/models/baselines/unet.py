@@ -1,4 +1,4 @@
-"""smp's U-Net as a head that reads no backbone, so that the one harness trains it on the same tiles as everything else."""
+"""smp's U-Net as a head that reads pixels only, trained on the same tiles as all other heads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cellbench.models.heads.base import Head
 
 
 class UNet(Head):
-    """Trained end to end from random weights. Sides that are no multiple of 32 are padded with edge pixels and cropped again."""
+    """Trained end to end from random weights. Sides are padded with edge pixels to a multiple of 32 and cropped again."""
 
     def __init__(self, levels: tuple[Level, ...], num_classes: int, *, encoder: str, width: int) -> None:
         super().__init__(levels, num_classes)
@@ -21,5 +21,7 @@ class UNet(Head):
     def forward(self, maps: list[Tensor], pixels_BCHW: Tensor) -> Tensor:
         height, width = pixels_BCHW.shape[-2:]
         below, right = -height % 32, -width % 32
-        x = F.pad((pixels_BCHW - 0.5) / 0.25, (0, right, 0, below), mode="replicate") if below or right else (pixels_BCHW - 0.5) / 0.25
+        x = (pixels_BCHW - 0.5) / 0.25
+        if below or right:
+            x = F.pad(x, (0, right, 0, below), mode="replicate")
         return self.net(x)[..., :height, :width]

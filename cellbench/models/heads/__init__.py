@@ -1,1 +1,1 @@
-"""Trainable decoders from a backbone's maps to class scores at every pixel; ``base`` says what each promises."""
+"""Trainable decoders from a backbone's feature maps to class scores of each pixel; ``base`` is their interface."""

@@ -1,10 +1,9 @@
-"""What every head is: a small trainable function from a backbone's maps, and perhaps the tile's pixels, to class scores at every pixel.
+"""The interface of a head: a small trainable function from a backbone's feature maps, and perhaps the tile's pixels, to class scores.
 
 Letters: B tiles, K classes, D features, h x w places of a map, H x W pixels of a tile.
 
-A head never learns which backbone it reads: it is told the levels (channels and stride of each map) and copes with any number of them,
-any patch size and any tile size. Pointwise convolutions stand before a resize rather than after it: the two commute, and before it there
-are up to 196 times fewer places.
+A head gets levels (channels and stride of each map), not a backbone: it must work with any number of them, any stride and any tile size.
+The shipped heads put pointwise convolutions before a resize: the two commute, and there are up to 196 times fewer places before it.
 """
 
 from __future__ import annotations
@@ -16,26 +15,40 @@ from cellbench.models.backbones.base import Level
 
 
 class Head(nn.Module):
-    """Subclasses take ``(levels, num_classes, **options)``; the options are those on the card, each with its default there."""
+    """A decoder. Subclasses take ``(levels, num_classes, **options)`` with keyword-only options, and implement :meth:`forward`.
 
-    stackable = False
-    """A subclass says True where ``forward`` draws no random numbers, decides nothing by the values in a tensor and keeps its weights in
-    convolutions and batch norms: several heads of one kind then learn as one on a GPU (``cellbench.training.stacked_heads``)."""
+    Args:
+        levels: what the maps of :meth:`forward` will be, shallow to deep: as many as ``levels`` on the head's card, fewer where the backbone
+            has fewer. A map of level ``l`` has ``l.dim`` channels and one place for each ``l.stride_px`` x ``l.stride_px`` pixels.
+        num_classes: K, with the background as class 0.
+
+    The options are those under ``[options]`` on the card, each with its default there. Weights are initialised with torch's global generator,
+    which is seeded from the run.
+    """
 
     def __init__(self, levels: tuple[Level, ...], num_classes: int) -> None:
         super().__init__()
         self.levels, self.num_classes = levels, num_classes
 
     def forward(self, maps: list[Tensor], pixels_BCHW: Tensor) -> Tensor:
-        """Scores (B, K, H, W) before softmax. ``maps`` are (B, D, h, w), shallow to deep; pixels are RGB in 0..1.
+        """Class scores of each pixel. To be implemented by subclasses.
 
-        Random numbers are drawn while training only, with torch's functions: they are then seeded for each step, and the run is repeatable.
+        Args:
+            maps: one (B, D, h, w) for each of ``levels``, in their order; float32, or bfloat16 under autocast.
+            pixels_BCHW: (B, 3, H, W) float32, RGB in 0..1, not normalised. A head that reads their values, not only their size, has
+                ``pixels = true`` on its card.
+
+        Returns:
+            Logits (B, K, H, W), before softmax, finite, row 0 at the top of the tile.
+
+        Random numbers may be drawn in training mode only, with torch's functions: they are seeded at each step, so that a run is repeatable.
+        State that must survive a resume belongs in ``state_dict()``.
         """
-        raise AssertionError(f"{type(self).__name__} gives no scores")
+        raise NotImplementedError
 
 
-def resize(x_BDhw: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, half-pixel centres, as every resize of the heads."""
+def resize(x_BDhw: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(B, D, h, w) to (B, D, H, W), bilinear with half-pixel centres, as all heads resize."""
     if x_BDhw.shape[-2:] == size:
         return x_BDhw
     return F.interpolate(x_BDhw, size=size, mode="bilinear", align_corners=False)

@@ -11,12 +11,10 @@ from cellbench.models.heads.base import Head, resize
 class Bilinear(Head):
     """Batch norm and a 1x1 convolution at token resolution, resized to the tile: DINOv2's linear segmentation head."""
 
-    stackable = True
-
     def __init__(self, levels: tuple[Level, ...], num_classes: int) -> None:
         super().__init__(levels, num_classes)
         self.norm = nn.BatchNorm2d(levels[-1].dim)
         self.score = nn.Conv2d(levels[-1].dim, num_classes, 1)
 
     def forward(self, maps: list[Tensor], pixels_BCHW: Tensor) -> Tensor:
-        return resize(self.score(self.norm(maps[-1])), tuple(pixels_BCHW.shape[-2:]))
+        return resize(self.score(self.norm(maps[-1])), pixels_BCHW.shape[-2:])

@@ -1,4 +1,4 @@
-"""A head that also sees the tile: tokens say what is there, pixels say where it ends, because 14 to 16 px tokens blur cell borders."""
+"""A head that reads maps and pixels: tokens of 14 to 16 px blur cell borders, pixels keep them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from cellbench.models.heads.base import Head, conv_bn_relu, resize
 
 
 class Detail(Head):
-    """A small U-shaped net whose bottom is the backbone.
+    """A small U-Net with the backbone at its bottom.
 
-    Each 2x2 block of pixels becomes one place of 12 channels, and at the end each place gives the scores of its four pixels (Shi et al.
-    2016, sub-pixel convolution): borders at full resolution for a quarter of the work. The backbone's depths are projected, summed at
-    token resolution and joined at 1/4 of the tile.
+    Each 2x2 block of pixels becomes one place of 12 channels, and the last layer gives each place the scores of its four pixels (sub-pixel
+    convolution, Shi et al. 2016): full resolution for a quarter of the work. The maps are projected, summed at token resolution and joined at
+    1/4 of the tile.
     """
-
-    stackable = True
 
     def __init__(self, levels: tuple[Level, ...], num_classes: int, *, width: int, pixel_width: int) -> None:
         super().__init__(levels, num_classes)
@@ -37,9 +35,9 @@ class Detail(Head):
         even = F.pad(pixels_BCHW, (0, width % 2, 0, height % 2), mode="replicate") if height % 2 or width % 2 else pixels_BCHW
         x2 = self.down2(F.pixel_unshuffle((even - 0.5) / 0.25, 2))
         x4 = self.down4(x2)
-        finest = max((tuple(m.shape[-2:]) for m in maps), key=lambda size: size[0])
-        tokens = sum(resize(norm(lateral(m)), finest) for m, lateral, norm in zip(maps, self.laterals, self.norms, strict=True))
-        y = resize(self.tokens(tokens), tuple(x4.shape[-2:]))
+        finest = max((m.shape[-2:] for m in maps), key=lambda size: size[0])
+        lateral = [resize(norm(layer(m)), finest) for m, layer, norm in zip(maps, self.laterals, self.norms, strict=True)]
+        y = resize(self.tokens(sum(lateral)), x4.shape[-2:])
         y = self.join4(torch.cat([y, x4], 1))
-        y = self.join2(torch.cat([resize(y, tuple(x2.shape[-2:])), x2], 1))
+        y = self.join2(torch.cat([resize(y, x2.shape[-2:]), x2], 1))
         return F.pixel_shuffle(self.score(y), 2)[..., :height, :width]

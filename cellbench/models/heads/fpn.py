@@ -1,4 +1,4 @@
-"""A feature pyramid over several depths of the backbone: fine maps from shallow blocks, coarse ones from deep blocks."""
+"""A feature pyramid over several depths of the backbone: fine maps from shallow levels, coarse ones from deep levels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from cellbench.models.heads.base import Head, conv_bn_relu, resize
 
 
 class FPN(Head):
-    """Lateral 1x1 of each depth, summed top-down, a 3x3 at each scale, merged by a sum at the finest scale, scored and resized.
+    """A lateral 1x1 at each level, a top-down sum, a 3x3 at each scale, and a sum at the finest scale that is scored and resized.
 
-    A plain ViT has one stride, so the pyramid is made: shallow maps are enlarged (x4, x2), deep ones kept, as in ViTDet's simple pyramid
-    and in Panoptic FPN's semantic branch. Own code, because smp's ``FPNDecoder`` doubles by fixed factors and fails on odd token grids
-    (36 against 37 places at 518 px); every resize here is to a size.
+    The maps of a plain ViT have one stride, so shallow ones are enlarged (x4, x2), as in ViTDet's simple pyramid and the semantic branch of
+    Panoptic FPN. smp's ``FPNDecoder`` doubles by fixed factors and fails on odd token grids (36 against 37 places at 518 px); every resize
+    here is to a given size.
     """
-
-    stackable = True
 
     def __init__(self, levels: tuple[Level, ...], num_classes: int, *, width: int) -> None:
         super().__init__(levels, num_classes)
@@ -35,9 +33,9 @@ class FPN(Head):
             top = x if top is None else x + F.interpolate(top, size=places[i], mode="nearest")
             smooth = self.smooth[i](top)
             merged = smooth if merged is None else smooth + resize(merged, places[i])
-        return resize(self.score(merged), tuple(pixels_BCHW.shape[-2:]))
+        return resize(self.score(merged), pixels_BCHW.shape[-2:])
 
 
 def _enlargements(levels: tuple[Level, ...]) -> list[int]:
-    """How many times each map is enlarged: the shallowest to a stride of about 4 px, the next of about 8; never below 1, never above 4."""
+    """Factor of each map: the shallowest to a stride of about 4 px, the next to about 8; between 1 and 4."""
     return [max(1, min(4, round(level.stride_px / (4 * 2**i)))) for i, level in enumerate(levels)]

@@ -12,21 +12,19 @@ from cellbench.models.heads.base import Head, conv_bn_relu, resize
 
 
 class TransposedConv(Head):
-    """1x1 to ``width``, then doublings (transposed 4x4 stride 2, and a 3x3), each halving the channels, then 1x1 to classes and a resize.
+    """1x1 to ``width``, then doublings (transposed 4x4 with stride 2, and a 3x3) that halve the channels, then 1x1 to classes and a resize.
 
-    As published for 14-px patches: 16 -> 32 -> 64 -> 128 places, resized to 224. A fourth doubling would overshoot to 256. A finer
-    backbone enters at the stage of its own stride, with that stage's channels, and the tile's own size is never passed. The last 1x1
-    stands before the resize, where it commutes with it, and not after it as published.
+    As published for 14-px patches: 16 -> 32 -> 64 -> 128 places, resized to 224; a fourth doubling would overshoot to 256. A backbone with a
+    finer stride starts at the stage of its stride, with that stage's channels, and never exceeds the tile's size. The last 1x1 is before the
+    resize, with which it commutes, and not after it as published.
     """
-
-    stackable = True
 
     def __init__(self, levels: tuple[Level, ...], num_classes: int, *, width: int, doublings: int) -> None:
         super().__init__(levels, num_classes)
         level = levels[-1]
         steps = min(doublings, int(math.log2(level.stride_px)))
-        entered = max(0, round(math.log2(16 / level.stride_px)))
-        dims = [max(width >> step, 8) for step in range(entered, entered + steps + 1)]
+        first = max(0, round(math.log2(16 / level.stride_px)))
+        dims = [max(width >> step, 8) for step in range(first, first + steps + 1)]
         self.project = conv_bn_relu(level.dim, dims[0], 1)
         self.up = nn.Sequential(*(self._doubling(a, b) for a, b in itertools.pairwise(dims)))
         self.score = nn.Conv2d(dims[-1], num_classes, 1)
@@ -41,4 +39,4 @@ class TransposedConv(Head):
         )
 
     def forward(self, maps: list[Tensor], pixels_BCHW: Tensor) -> Tensor:
-        return resize(self.score(self.up(self.project(maps[-1]))), tuple(pixels_BCHW.shape[-2:]))
+        return resize(self.score(self.up(self.project(maps[-1]))), pixels_BCHW.shape[-2:])

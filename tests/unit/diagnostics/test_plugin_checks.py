@@ -1,4 +1,4 @@
-"""Every shipped part keeps its contracts, each contract can be broken, and parts of one's own work without touching the package."""
+"""Every shipped part keeps its contracts, each contract can be broken, and a user's own parts work without a change to the package."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
-from cellbench.diagnostics.backbone_checks import agrees_with_card
-from cellbench.diagnostics.plugin_checks import BACKBONE, HEAD, small_backbone, verdicts
+from cellbench.diagnostics.backbone_checks import BACKBONE, agrees_with_card, small_backbone
+from cellbench.diagnostics.head_checks import HEAD
+from cellbench.diagnostics.plugin_checks import verdicts
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
@@ -56,8 +57,8 @@ def test_every_shipped_network_keeps(contract: str, built: tuple[str, Backbone])
 def test_every_other_card_of_a_network_agrees_with_it(name: str) -> None:
     it = CARDS[name]
     first = CARDS[NETWORKS[json.dumps([it.builder, it.arch], sort_keys=True)]]
-    told = ("dim", "depth", "patch_px", "prefix_tokens")
-    assert {key: getattr(it, key) for key in told} == {key: getattr(first, key) for key in told}
+    facts = ("dim", "depth", "patch_px", "prefix_tokens")
+    assert {key: getattr(it, key) for key in facts} == {key: getattr(first, key) for key in facts}
     assert it.params_m == pytest.approx(first.params_m, rel=0.01)
 
 
@@ -75,7 +76,7 @@ def broken(registry: Path, kind: str) -> dict[str, str]:
     return {verdict.contract: verdict.reason for verdict in verdicts(card) if verdict.reason}
 
 
-def test_sound_parts_of_ones_own_keep_every_contract(tmp_path: Path) -> None:
+def test_sound_user_parts_keep_every_contract(tmp_path: Path) -> None:
     assert broken(parts.head(tmp_path), "heads") == {}
     assert broken(parts.head(tmp_path, "WithDropout"), "heads") == {}
     assert broken(parts.backbone(tmp_path), "backbones") == {}
@@ -97,21 +98,19 @@ def test_sound_parts_of_ones_own_keep_every_contract(tmp_path: Path) -> None:
         ("AnyOption", {"options on its card"}, "**kwargs"),
         ("ThroughNumpy", {"half precision"}, "BFloat16"),
         ("OwnDice", {"seed"}, "score.bias"),
-        ("ByChance", {"as one of several"}, "random"),
-        ("ByValue", {"as one of several"}, ".item()"),
         ("NumpyNoise", {"repeatable"}, "draw with torch's functions"),
         ("OwnGenerator", {"repeatable"}, "keep no state outside of state_dict()"),
         ("AlwaysDropping", {"batch independence", "pixels as on its card"}, "with the others of its batch"),
         ("NoSuchImport", set(HEAD) - {"options on its card"}, "einops"),
     ],
 )
-def test_a_broken_head_is_told_by_the_contract_that_it_breaks(tmp_path: Path, name: str, breaks: set[str], says: str) -> None:
+def test_a_broken_head_fails_the_contract_that_it_breaks(tmp_path: Path, name: str, breaks: set[str], says: str) -> None:
     found = broken(parts.head(tmp_path, name), "heads")
     assert set(found) == breaks
     assert says in "\n".join(found.values())
 
 
-def test_a_head_card_that_promises_too_much_is_told(tmp_path: Path) -> None:
+def test_a_head_card_that_promises_too_much_fails(tmp_path: Path) -> None:
     assert "has colour, which Sound does not take" in broken(parts.head(tmp_path, more='colour = "red"'), "heads")["options on its card"]
     assert set(broken(parts.head(tmp_path, pixels=True), "heads")) == {"pixels as on its card"}
     assert "cannot be imported" in broken(parts.head(tmp_path, "Nothing"), "heads")["shape"]
@@ -123,17 +122,17 @@ def test_a_head_card_that_promises_too_much_is_told(tmp_path: Path) -> None:
         ("scrambled", {"grid order"}, "a square lit at the top right changes level 0 most at row"),
         ("mirrored", {"grid order"}, "column"),
         ("centred", {"batch independence"}, "with the others of its batch"),
-        ("learning", {"frozen"}, "2 parameters ask for a gradient after freeze(), first project.weight"),
+        ("learning", {"frozen"}, "2 parameters require a gradient after freeze(), first project.weight"),
         ("training", {"frozen"}, "into training mode"),
         ("half", {"shape"}, "bfloat16"),
         ("narrow", {"shape"}, "(2, 20, 1, 1)"),
-        ("one_too_many", {"shape", "grid order", "batch independence"}, "1 levels were asked for, 2 maps came"),
+        ("one_too_many", {"shape", "grid order", "batch independence"}, "1 levels were requested, 2 maps returned"),
         ("drawn_anew", {"repeatable"}, "project.weight"),
         ("raises", {"can be built"}, "ZeroDivisionError: no patches"),
         ("missing", {"can be built"}, "cannot be imported"),
     ],
 )
-def test_a_broken_backbone_is_told_by_the_contract_that_it_breaks(tmp_path: Path, name: str, breaks: set[str], says: str) -> None:
+def test_a_broken_backbone_fails_the_contract_that_it_breaks(tmp_path: Path, name: str, breaks: set[str], says: str) -> None:
     found = broken(parts.backbone(tmp_path, name), "backbones")
     assert set(found) == breaks
     assert says in "\n".join(found.values())
@@ -142,20 +141,20 @@ def test_a_broken_backbone_is_told_by_the_contract_that_it_breaks(tmp_path: Path
 @pytest.mark.parametrize(
     ("facts", "says"), [({"params_m": 1.0}, "params_m = 1 on the card, the network has 0.00463"), ({"depth": 2}, "depth = 2")]
 )
-def test_a_backbone_card_of_wrong_facts_is_told(tmp_path: Path, facts: dict[str, float], says: str) -> None:
+def test_a_backbone_card_of_wrong_facts_fails(tmp_path: Path, facts: dict[str, float], says: str) -> None:
     found = broken(parts.backbone(tmp_path, **facts), "backbones")
     assert set(found) == {"agrees with its card"}
     assert says in found["agrees with its card"]
 
 
-def test_a_shipped_card_of_wrong_facts_is_told_at_its_whole_depth() -> None:
+def test_a_shipped_card_of_wrong_facts_fails_at_full_depth() -> None:
     it = CARDS["dinobloom-s"]
     for wrong in ({"params_m": 22.6}, {"arch": {**it.arch, "depth": 11}, "depth": 11}):
         changed = it.model_copy(update=wrong)
         assert "params_m" in agrees_with_card(changed, small_backbone(changed))
 
 
-# --- parts of one's own, used
+# --- a user's own parts, used
 
 
 def test_a_head_and_a_backbone_beside_their_cards_are_found_built_and_joined(tmp_path: Path) -> None:
@@ -173,7 +172,7 @@ def test_a_head_and_a_backbone_beside_their_cards_are_found_built_and_joined(tmp
     assert made(Batch(maps, torch.rand(2, 3, 64, 96), torch.zeros(2, 64, 96))).shape == (2, 3, 64, 96)
 
 
-def test_a_backbone_of_ones_own_reads_its_weights_from_the_folder(tmp_path: Path) -> None:
+def test_a_backbone_of_the_user_reads_its_weights_from_the_folder(tmp_path: Path) -> None:
     card = Registry(parts.backbone(tmp_path, weights="https://example.org/mine.safetensors")).backbone("my-backbone")
     state = {"project.weight": torch.full((24, 3, 8, 8), 0.5), "project.bias": torch.ones(24)}
     (tmp_path / "weights").mkdir()
@@ -182,13 +181,13 @@ def test_a_backbone_of_ones_own_reads_its_weights_from_the_folder(tmp_path: Path
     assert torch.equal(backbone.project.weight, state["project.weight"])
 
 
-def test_a_part_of_ones_own_takes_the_place_of_a_shipped_one_of_its_name(tmp_path: Path) -> None:
+def test_a_part_of_the_user_replaces_a_shipped_one_of_its_name(tmp_path: Path) -> None:
     folder = parts.head(tmp_path)
     (folder / "heads" / "my-head.toml").rename(folder / "heads" / "bilinear.toml")
     assert Registry(folder).head("bilinear").builder == "my_head.py:Sound"
 
 
-def test_grid_trains_a_head_of_ones_own_on_a_backbone_of_ones_own(
+def test_grid_trains_a_head_of_the_user_on_a_backbone_of_the_user(
     tmp_path: Path, small_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = parts.backbone(parts.head(tmp_path / "mine"))
@@ -199,15 +198,15 @@ def test_grid_trains_a_head_of_ones_own_on_a_backbone_of_ones_own(
     )
     call = ["grid", str(tmp_path / "mine.toml"), "--data", str(small_folder), "--registry", str(folder), "--device", "cpu"]
     assert main(call) == 0
-    told = capsys.readouterr().out
-    assert "my-backbone · my-head" in told
-    assert "skipped" not in told
+    printed = capsys.readouterr().out
+    assert "my-backbone · my-head" in printed
+    assert "skipped" not in printed
 
 
 # --- the command
 
 
-def test_the_contracts_of_ones_own_folder_are_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_contracts_of_the_user_folder_are_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = parts.backbone(parts.head(tmp_path, "SharedStatistics"))
     assert main(["doctor", "--contracts", "--registry", str(folder)]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -221,9 +220,9 @@ def test_the_contracts_of_ones_own_folder_are_one_command(tmp_path: Path, capsys
 
 def test_contracts_of_shipped_parts_are_run_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--contracts", "bilinear", "filter-bank"]) == 0
-    told = capsys.readouterr().out
-    assert "ok    heads/bilinear  gradient" in told
-    assert "ok    backbones/filter-bank  frozen" in told
+    printed = capsys.readouterr().out
+    assert "ok    heads/bilinear  gradient" in printed
+    assert "ok    backbones/filter-bank  frozen" in printed
     assert main(["doctor", "--contracts", "bilinaer"]) == 2
     assert "no backbone or head called 'bilinaer'. Did you mean 'bilinear'?" in capsys.readouterr().err
 

@@ -164,7 +164,7 @@ def test_weights_of_another_network_or_of_none_are_refused() -> None:
     it = truncate_card(card("dinobloom-s"))
     with pytest.raises(CellbenchError, match="has another shape"):
         built(it, published_state(768, 2))
-    with pytest.raises(CellbenchError, match="holds no vision network that is known here"):
+    with pytest.raises(CellbenchError, match="holds no known vision network"):
         built(it, {"encoder.weight": torch.zeros(1)})
     with pytest.raises(CellbenchError, match="beside the network 'backbone"):
         built(it, {f"backbone.{k}": v for k, v in published_state(384, 2).items()} | {"decoder.weight": torch.zeros(1)})

@@ -61,11 +61,11 @@ BAD = {
     "a NaN": (MATRIX, with_one(float("nan")), "1 of .* not finite"),
     "an infinity": ("norm.bias", with_one(float("-inf")), "1 of .* not finite"),
     "a half-precision overflow": (MATRIX, lambda x: (x * 1e9).half(), "not finite"),
-    "a matrix of zeros": (MATRIX, torch.zeros_like, "zeros only"),
+    "a matrix of zeros": (MATRIX, torch.zeros_like, "only zeros"),
     "int8 without scales": (MATRIX, lambda x: (x * 100).to(torch.int8), "int8 numbers"),
     "int64": (MATRIX, lambda x: (x * 100).to(torch.int64), "int64 numbers"),
     "fp8 without scales": (MATRIX, lambda x: (x * 100).to(torch.float8_e4m3fn), "float8_e4m3fn numbers"),
-    "int8 kept as floats": (MATRIX, lambda x: (x * 1000).round(), "whole numbers only"),
+    "int8 kept as floats": (MATRIX, lambda x: (x * 1000).round(), "only integers"),
     "a vector of int32": ("norm.bias", lambda x: x.to(torch.int32), "int32 numbers"),
 }
 
@@ -111,7 +111,7 @@ def test_a_matrix_that_is_built_as_zeros_and_a_mask_of_infinities_are_sound() ->
     built = {name: x.clone() for name, x in net.state_dict().items()}
     parameters = dict(net.named_parameters()).keys()
     check_values(net.state_dict(), parameters, "it", built=built)
-    with pytest.raises(WeightsUnavailable, match=r"0\.weight holds zeros"):
+    with pytest.raises(WeightsUnavailable, match=r"0\.weight holds only zeros"):
         check_values({**net.state_dict(), "0.weight": torch.zeros(4, 3)}, parameters, "it", built=built)
 
 
@@ -125,7 +125,7 @@ def test_a_grid_skips_the_backbone_and_names_the_tensor(sound: dict[str, Tensor]
     assert main(asked) == 0  # as for weights that are not here
     printed = capsys.readouterr().out
     assert "skipped my-backbone · bilinear · seed 0" in printed
-    assert "project.weight holds zeros only" in printed
+    assert "project.weight holds only zeros" in printed
 
 
 # --- learned weights --------------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def _damage(folder: Path, make: Callable[[str, Tensor], Tensor]) -> None:
     ("make", "words"),
     [
         (lambda x: x * float("nan"), "not finite"),
-        (torch.zeros_like, "zeros only"),
+        (torch.zeros_like, "only zeros"),
         (lambda x: (x * 100).to(torch.int8), "int8 numbers"),
     ],
 )
@@ -161,9 +161,9 @@ def test_an_image_whose_scores_are_not_finite_is_skipped_and_not_counted(exporte
     _damage(exported, lambda _, x: x * 1e30 if x.is_floating_point() and x.dim() > 1 else x)
     image = "smears/test/original/t0.png"
     assert main(["predict", str(exported), image, "--out", str(tmp_path / "out"), "--instances", "--device", "cpu"]) == 1
-    told = capsys.readouterr()
-    assert "t0.png: the scores of" in told.err
-    assert "not finite" in told.err
+    printed = capsys.readouterr()
+    assert "t0.png: the scores of" in printed.err
+    assert "not finite" in printed.err
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(CellbenchError, match="not finite"):
         Segmenter.load(exported, device="cpu").predict(image)

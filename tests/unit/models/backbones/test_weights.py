@@ -1,4 +1,4 @@
-"""Weight files are found in the stated order and checked; what cannot be had says why and what to do."""
+"""Weight files are found in the stated order and checked; errors give the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from fake_hub import PAGE, StandIn
-from weight_files import PTH, REPO, SAFE, STATE, card, digest, empty_machine, told, torch_bytes
+from weight_files import PTH, REPO, SAFE, STATE, card, digest, empty_machine, refusal, torch_bytes
 
 from cellbench.errors import CellbenchError, WeightsUnavailable
-from cellbench.models.backbones.weights import locate, read_state
+from cellbench.models.backbones.weight_files import read_state
+from cellbench.models.backbones.weights import locate
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_own_folder_may_use_the_id_or_the_published_name(web: StandIn, tmp_path:
 
 def test_a_name_that_tells_nothing_is_not_taken_for_a_card(web: StandIn, tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(PTH)
-    told(card(f"hf-hub:{REPO}", file="pytorch_model.bin"), tmp_path, download=False)
+    refusal(card(f"hf-hub:{REPO}", file="pytorch_model.bin"), tmp_path, download=False)
 
 
 def test_the_environment_names_the_folder_too(web: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +57,7 @@ def test_the_environment_names_the_folder_too(web: StandIn, tmp_path: Path, monk
 
 
 def test_weights_that_are_nowhere_say_where_to_put_them(web: StandIn, tmp_path: Path) -> None:
-    line = told(card(f"hf-hub:{REPO}", file="pytorch_model.bin", gated=True), tmp_path, download=False)
+    line = refusal(card(f"hf-hub:{REPO}", file="pytorch_model.bin", gated=True), tmp_path, download=False)
     assert f"Accept the licence at https://huggingface.co/{REPO}" in line
     assert f"put pytorch_model.bin at {tmp_path / 'net.bin'}" in line
     assert not web.asked
@@ -86,14 +87,14 @@ def test_both_formats_read_to_the_same_tensors(web: StandIn, tmp_path: Path) -> 
         ("net.pth", PTH[:-1000], "is truncated: it ends after"),
         ("net.safetensors", SAFE[:-1000], f"is truncated: it ends after {len(SAFE) - 1000} of {len(SAFE)} bytes"),
         ("net.safetensors", SAFE[:40], "is truncated"),
-        ("net.safetensors", SAFE + b"tail", "4 bytes stand behind the last tensor"),
+        ("net.safetensors", SAFE + b"tail", "4 bytes follow the last tensor"),
         ("net.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
         ("net.pth", b"not weights at all", "is neither a torch file nor safetensors"),
     ],
 )
 def test_each_kind_of_bad_file_has_a_message_of_its_own(web: StandIn, tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
-    assert message in told(card(f"hf-hub:{REPO}"), tmp_path)
+    assert message in refusal(card(f"hf-hub:{REPO}"), tmp_path)
 
 
 class Bomb:
@@ -110,7 +111,7 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(web: StandIn, tmp_path: P
 def test_a_wrong_hash_names_both_and_another_format_is_not_held_to_it(web: StandIn, tmp_path: Path) -> None:
     it = card("https://nowhere.invalid/Net.pth", sha256=digest(PTH))
     (tmp_path / "net.pth").write_bytes(PTH[:5000] + b"XXXX" + PTH[5004:])
-    assert f"the card says {digest(PTH)[:16]}" in told(it, tmp_path)
+    assert f"the card says {digest(PTH)[:16]}" in refusal(it, tmp_path)
     (tmp_path / "net.safetensors").write_bytes(SAFE)
     assert locate(it, tmp_path).name == "net.safetensors"
 
@@ -121,7 +122,7 @@ def test_the_hash_seen_first_is_the_one_trusted(web: StandIn, tmp_path: Path) ->
     locate(it, tmp_path)
     assert json.loads(kept.read_text()) == {"net folder net.pth": digest(PTH)}
     path.write_bytes(torch_bytes(STATE))
-    line = told(it, tmp_path)
+    line = refusal(it, tmp_path)
     assert "has changed since it was first used" in line
     assert f"delete the line 'net folder net.pth' in {kept}" in line
     kept.unlink()

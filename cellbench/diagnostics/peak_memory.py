@@ -1,0 +1,52 @@
+"""The largest memory that a block of code takes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+EVERY_S = 0.01
+
+
+class PeakMemory:
+    """Of the GPU for CUDA, else the resident memory of this process, in MiB. Complete when the block of ``watch_memory`` ends."""
+
+    def __init__(self, start_mib: float) -> None:
+        self.start_mib = self.peak_mib = start_mib
+
+    @property
+    def grown_mib(self) -> float:
+        """The peak beyond what was held before the block."""
+        return self.peak_mib - self.start_mib
+
+
+@contextlib.contextmanager
+def watch_memory(device: torch.device | None = None) -> Iterator[PeakMemory]:
+    """Measures the block. Resident memory is sampled every 10 ms: Linux alone has a high-water mark that can be reset."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        peak = PeakMemory(torch.cuda.memory_allocated(device) / 2**20)
+        yield peak
+        peak.peak_mib = torch.cuda.max_memory_allocated(device) / 2**20
+        return
+    process, over = psutil.Process(), threading.Event()
+    peak = PeakMemory(process.memory_info().rss / 2**20)
+
+    def sample() -> None:
+        while True:
+            peak.peak_mib = max(peak.peak_mib, process.memory_info().rss / 2**20)
+            if over.wait(EVERY_S):
+                return
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+        peak.peak_mib = max(peak.peak_mib, process.memory_info().rss / 2**20)
