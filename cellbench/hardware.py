@@ -30,18 +30,13 @@ class Hardware:
     threads: int = 1
     """Cores for one operation: always as many, since their number can change the last bit of a sum."""
     halvings: int = 0
-    """How often :attr:`chunk` and :attr:`most_as_one` were halved, since memory ran out."""
+    """How often :attr:`chunk` was halved, since memory ran out."""
 
     @property
     def chunk(self) -> int:
         """Tiles that go through the backbone at once. Fixed for a device, since results must not hang on who else is in a cohort; only
         where memory ran out is it less, and numbers then agree to rounding."""
         return max(1, (16 if self.device.type == "cpu" else 128) >> self.halvings)
-
-    @property
-    def most_as_one(self) -> int:
-        """How many heads of one kind learn as one at most (`cellbench.training.stacked_heads`): 1 where there is no GPU, since cores are kept busy by lanes."""
-        return max(1, 16 >> self.halvings) if self.device.type == "cuda" else 1
 
     def shares(self, num: int) -> list[Hardware]:
         """This machine's cores and memory dealt out to ``num`` processes, which give the numbers that one would. Raises ValueError.

@@ -92,6 +92,14 @@ class BaselineCard(Card):
     options: dict[str, Scalar] = Field(default_factory=dict)
 
 
+class LossCard(Card):
+    """A term of a run's loss: a function (logits (B, K, H, W) float32, target (B, H, W) int64) -> scalar."""
+
+
+class AugmentationCard(Card):
+    """A change of colours of training tiles; its builder is a class as ``cellbench.data.transforms.augmentation.Augmentation`` says."""
+
+
 class MetricCard(Card):
     """A score of one test image: a function from :class:`cellbench.metrics.catalog.ScoredImage` to a number, NaN where there is nothing to score."""
 
@@ -207,7 +215,8 @@ class DatasetCard(Card):
 
 
 KINDS = MappingProxyType(
-    {"backbones": BackboneCard, "heads": HeadCard, "baselines": BaselineCard, "datasets": DatasetCard, "metrics": MetricCard}
+    {"backbones": BackboneCard, "heads": HeadCard, "baselines": BaselineCard, "datasets": DatasetCard, "losses": LossCard,
+     "augmentations": AugmentationCard, "metrics": MetricCard}
 )
 
 

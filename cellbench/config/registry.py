@@ -17,8 +17,19 @@ from typing import Any
 from cellbench import startup
 from cellbench.config import source_code
 from cellbench.config.base import Scalar
-from cellbench.config.cards import KINDS, BackboneCard, BaselineCard, Card, DatasetCard, HeadCard, MetricCard, read_card
-from cellbench.config.run import RunSpec
+from cellbench.config.cards import (
+    KINDS,
+    AugmentationCard,
+    BackboneCard,
+    BaselineCard,
+    Card,
+    DatasetCard,
+    HeadCard,
+    LossCard,
+    MetricCard,
+    read_card,
+)
+from cellbench.config.run import RunSpec, weighted_terms
 from cellbench.errors import CellbenchError, unknown_name
 from cellbench.files import to_nfc
 
@@ -61,6 +72,12 @@ class Registry:
     def dataset(self, name: str) -> DatasetCard:
         return self._card("datasets", name)
 
+    def loss(self, name: str) -> LossCard:
+        return self._card("losses", name)
+
+    def augmentation(self, name: str) -> AugmentationCard:
+        return self._card("augmentations", name)
+
     def metric(self, name: str) -> MetricCard:
         return self._card("metrics", name)
 
@@ -81,15 +98,26 @@ class Registry:
                 path = next((one for one in (folder / kind).glob("*.toml") if to_nfc(one.stem) == to_nfc(name)), path)
             if "/" not in name and path.is_file():
                 return read_card(path, KINDS[kind])
-        raise unknown_name(kind.removesuffix("s"), name, self.names(kind))
+        raise unknown_name({"losses": "loss"}.get(kind, kind.removesuffix("s")), name, self.names(kind))
 
     def complete(self, run: RunSpec) -> RunSpec:
-        """The run with every option of its head or baseline filled in from the card. Raises CellbenchError for an option that the card lacks."""
+        """The run with every option of its head or baseline filled in from the card. Raises CellbenchError for an option that the card lacks,
+        and for an unknown loss or augmentation."""
         card = self.baseline(run.baseline) if run.baseline else self.head(run.head or "")
         if run.backbone:
             self.backbone(run.backbone)
         options = with_defaults(card.options, run.options, f"{'baseline' if run.baseline else 'head'}.{card.id}")
+        self.terms(run)
         return run.model_copy(update={"options": options})
+
+    def terms(self, run: RunSpec) -> list[Card]:
+        """The cards of the losses and own augmentations that a run names. Raises CellbenchError for an unknown name."""
+        return [self.loss(name) for name in weighted_terms(run.loss)] + [self.augmentation(name) for name in run.own_augmentations]
+
+    def extensions(self, run: RunSpec) -> list[Card]:
+        """The user's own losses, augmentations and metrics that can change what a run logs."""
+        cards = [*self.terms(run), *(self.metric(name) for name in self.names("metrics"))]
+        return [card for card in cards if Path(card.path).parents[1] != shipped("registry")]
 
 
 def with_defaults(defaults: dict[str, Scalar], given: dict[str, Scalar], where: str) -> dict[str, Scalar]:

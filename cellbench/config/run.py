@@ -9,25 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from cellbench.config.base import Scalar, StrictModel
-from cellbench.errors import unknown_name
 
 # Raised whenever a change of code changes the numbers of an unchanged spec: finished runs of older numerics are then not taken for these.
 NUMERICS_VERSION = 4
 
-LOSS_TERMS = ("bce", "ce", "dice", "focal", "jaccard", "lovasz", "tversky")
-
+_COHORT = "cohort"
+"""Marks the fields of a run that decide which tiles are seen, in which colours, through which backbone."""
 
 
 
 class RunSpec(StrictModel):
     """Everything about one run that can change its numbers, apart from the data and the weights themselves."""
 
-    backbone: str | None = None
+    backbone: Annotated[str | None, _COHORT] = None
     head: str | None = None
     baseline: str | None = None
     options: dict[str, Scalar] = Field(default_factory=dict)
@@ -35,36 +34,38 @@ class RunSpec(StrictModel):
     seed: int = Field(0, ge=0, lt=2**31)
     """Starts the head's weights, nothing else: which tiles are seen in which order is ``data_seed``'s."""
 
-    framing: Literal["tile", "pad", "resize"] = "tile"
+    framing: Annotated[Literal["tile", "pad", "resize"], _COHORT] = "tile"
     """``tile``: cut into squares. ``pad``: whole, padded to multiples of ``tile_px``. ``resize``: whole, squeezed into one square."""
-    tile_px: int = Field(224, ge=16, le=4096)
-    tile_scale: float = Field(1.0, ge=0.25, le=4)
+    tile_px: Annotated[int, _COHORT] = Field(224, ge=16, le=4096)
+    tile_scale: Annotated[float, _COHORT] = Field(1.0, ge=0.25, le=4)
     """The image is scaled by it first: at 2 a tile shows a quarter of the area, each cell twice as wide. ``resize``: the square is so much larger."""
-    overlap: float = Field(0.5, ge=0, le=0.9)
+    overlap: Annotated[float, _COHORT] = Field(0.5, ge=0, le=0.9)
     """Share of a tile that its neighbour also covers, in testing and prediction."""
-    val_overlap: float = Field(0.0, ge=0, le=0.9)
-    sampling: Literal["crops", "tiles"] = "crops"
+    val_overlap: Annotated[float, _COHORT] = Field(0.0, ge=0, le=0.9)
+    sampling: Annotated[Literal["crops", "tiles"], _COHORT] = "crops"
     """``crops``: random places, anew each epoch. ``tiles``: every tile of every image once an epoch."""
-    crops_per_image: int = Field(1, ge=1, le=10_000)
-    repeat_views_every: int = Field(0, ge=0, le=1000)
+    crops_per_image: Annotated[int, _COHORT] = Field(1, ge=1, le=10_000)
+    repeat_views_every: Annotated[int, _COHORT] = Field(0, ge=0, le=1000)
     """Training views repeat every so many epochs; 0: never. Lets augmentation and a feature cache live together."""
-    flips: bool = True
-    rotations: bool = True
+    flips: Annotated[bool, _COHORT] = True
+    rotations: Annotated[bool, _COHORT] = True
     """Right angles only: they cost no interpolation."""
-    brightness: float = Field(0.2, ge=0, lt=1)
-    contrast: float = Field(0.2, ge=0, lt=1)
-    saturation: float = Field(0.1, ge=0, lt=1)
-    hue: float = Field(0.05, ge=0, le=0.5)
-    hed: float = Field(0.0, ge=0, le=1)
+    brightness: Annotated[float, _COHORT] = Field(0.2, ge=0, lt=1)
+    contrast: Annotated[float, _COHORT] = Field(0.2, ge=0, lt=1)
+    saturation: Annotated[float, _COHORT] = Field(0.1, ge=0, lt=1)
+    hue: Annotated[float, _COHORT] = Field(0.05, ge=0, le=0.5)
+    hed: Annotated[float, _COHORT] = Field(0.0, ge=0, le=1)
     """How far training tiles vary in their stains: each of haematoxylin, eosin and DAB times 1 - ``hed`` to 1 + ``hed``, and shifted. 0.05 is
     light, 0.2 strong."""
-    normalise: Literal["none", "reinhard", "macenko"] = "none"
+    augmentations: Annotated[str, _COHORT] = "none"
+    """The user's own augmentations, each with its strength: ``0.3 blur + 0.1 noise``. They follow the shipped ones, in this order."""
+    normalise: Annotated[Literal["none", "reinhard", "macenko"], _COHORT] = "none"
     """All images are brought to the colours of the run's training images first. Baselines that learn nothing see images as they are."""
-    data_seed: int = Field(2026, ge=0, lt=2**31)
-    fraction: float = Field(1.0, gt=0, le=1)
+    data_seed: Annotated[int, _COHORT] = Field(2026, ge=0, lt=2**31)
+    fraction: Annotated[float, _COHORT] = Field(1.0, gt=0, le=1)
     """Share of the training images that are learned from, smaller shares within larger ones. An epoch stays as long: those images come oftener."""
 
-    fold: int = Field(0, ge=0)
+    fold: Annotated[int, _COHORT] = Field(0, ge=0)
     """Which of ``[data] folds`` is the test, from 0."""
 
     epochs: int = Field(20, ge=1, le=10_000)
@@ -78,7 +79,7 @@ class RunSpec(StrictModel):
     loss: str = "0.5 ce + 0.5 dice"
     targets: Literal["cell", "cell+distance", "cell+border+distance"] = "cell"
     """What the head learns beside the classes, so that touching cells part better: how deep in its cell a pixel lies, and where two meet."""
-    unfreeze: int = Field(0, ge=0, le=100)
+    unfreeze: Annotated[int, _COHORT] = Field(0, ge=0, le=100)
     """The backbone's last so many blocks are trained too, each run its own copy; what comes before stays frozen and shared."""
     tail_lr_scale: float = Field(0.01, gt=0, le=1)
     """The learning rate of the last block of an unfrozen tail, as a share of ``lr``."""
@@ -88,8 +89,15 @@ class RunSpec(StrictModel):
 
     @field_validator("loss")
     @classmethod
-    def _loss_is_known(cls, value: str) -> str:
-        loss_weights(value)
+    def _loss_can_be_read(cls, value: str) -> str:
+        weighted_terms(value)
+        return value
+
+    @field_validator("augmentations")
+    @classmethod
+    def _augmentations_can_be_read(cls, value: str) -> str:
+        if value != "none":
+            weighted_terms(value)
         return value
 
     @model_validator(mode="after")
@@ -107,15 +115,17 @@ class RunSpec(StrictModel):
         return self.baseline or f"{self.backbone} · {self.head}"
 
     @property
+    def own_augmentations(self) -> dict[str, float]:
+        """The strength of each of the user's augmentations."""
+        return {} if self.augmentations == "none" else weighted_terms(self.augmentations)
+
+    @property
     def stream(self) -> tuple[Any, ...]:
         """What decides which tiles are seen through which backbone: runs with equal streams are one cohort."""
         return tuple(getattr(self, name) for name in SAMPLING_FIELDS)
 
 
-SAMPLING_FIELDS = (
-    "backbone", "framing", "tile_px", "tile_scale", "val_overlap", "overlap", "sampling", "crops_per_image", "repeat_views_every", "flips", "rotations",
-    "brightness", "contrast", "saturation", "hue", "hed", "normalise", "data_seed", "fraction", "fold", "unfreeze",
-)  # fmt: skip
+SAMPLING_FIELDS = tuple(name for name, field in RunSpec.model_fields.items() if _COHORT in field.metadata)
 
 # What [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that part alone.
 RUN_KEYS = tuple(name for name in RunSpec.model_fields if name not in ("backbone", "head", "baseline", "options"))
@@ -136,31 +146,26 @@ RUN_KEYS = tuple(name for name in RunSpec.model_fields if name not in ("backbone
 def fingerprint(run: RunSpec, dataset_digest: str, parts_digest: str) -> str:
     """Sixteen hex digits over everything that can change a run's numbers; not device, paths or workers. ``parts_digest`` stands for the weights,
     the cards and their code, and the precision."""
-    facts = {"numerics": NUMERICS_VERSION, "run": run.model_dump(), "dataset": dataset_digest, "parts": parts_digest}
+    unused = {"augmentations"} if run.augmentations == "none" else None  # runs of before there were any keep their fingerprints
+    facts = {"numerics": NUMERICS_VERSION, "run": run.model_dump(exclude=unused), "dataset": dataset_digest, "parts": parts_digest}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def loss_weights(text: str) -> dict[str, float]:
-    """The terms of a loss and their weights.
+def weighted_terms(text: str) -> dict[str, float]:
+    """The names in a sum, such as a run's loss, and their weights.
 
-    >>> loss_weights("0.5 ce + 0.5 dice")
+    >>> weighted_terms("0.5 ce + 0.5 dice")
     {'ce': 0.5, 'dice': 0.5}
     """
     weights: dict[str, float] = {}
     for term in text.split("+"):
-        match = re.fullmatch(r"\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*\*?\s+)?([a-z]+)\s*", term)
+        match = re.fullmatch(r"\s*(?:(\d+(?:\.\d*)?|\.\d+)\s*\*?\s+)?([a-z][a-z0-9_-]*)\s*", term)
         if not match:
-            raise ValueError(f"a loss is written like '0.5 ce + 0.5 dice', not {text!r}")
+            raise ValueError(f"a sum like '0.5 ce + 0.5 dice' is expected, not {text!r}")
         weight, name = float(match[1] or 1), match[2]
-        if name not in LOSS_TERMS:
-            raise ValueError(str(unknown_name("loss", name, LOSS_TERMS)))
         if name in weights:
             raise ValueError(f"'{name}' stands twice in {text!r}")
         weights[name] = weight
     if not any(weights.values()):
         raise ValueError(f"all weights of {text!r} are 0")
     return weights
-
-
-
-

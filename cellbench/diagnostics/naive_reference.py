@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cellbench.config.run import RunSpec
 from cellbench.data.dataset import Dataset
-from cellbench.data.transforms.augmentation import jitter_colour, jitter_stain, rotate_flip
+from cellbench.data.transforms.augmentation import apply_all, rotate_flip
 from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.data.transforms.tiling import TileGrid, cut_tile
 from cellbench.metrics.pixel import IGNORE, confusion_matrix, pixel_scores, pooled_classes
@@ -73,7 +73,7 @@ def train(
                 for (a, m), v in zip(pairs, batch, strict=True)
             ]
             pixels = torch.stack([torch.from_numpy(tile.copy()) for tile, _ in tiles]).permute(0, 3, 1, 2).float() / 255
-            pixels = jitter_colour(jitter_stain(pixels, [view.stain for view in batch]), [view.colour for view in batch])
+            pixels = apply_all(plan.augmentations, pixels, [view.draws for view in batch])
             target = torch.stack([torch.from_numpy(mask.copy()) for _, mask in tiles]).long()
             with torch.no_grad():
                 maps = [m.clone() for m in backbone(pixels, indices)]

@@ -123,8 +123,8 @@ def _heads(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
         learner = setup.learner(run, features, batch.num)
 
         def steps(learner: HeadTrainer = learner) -> None:
-            learner.begin()
-            learner.take(batch)
+            learner.start_epoch()
+            learner.train_on(batch)
             setup.machine.wait()
 
         out.add(f"head_{run.head}_tiles_per_s", f"head alone: {run.head}", batch.num / min(seconds(steps) for _ in range(4)), "tiles/s")

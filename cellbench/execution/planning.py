@@ -85,7 +85,8 @@ def resolve_runs(
     def resolved(spec: RunSpec, name: str, card: HeadCard | BaselineCard) -> ResolvedRun:
         backbone = backbones.get(spec.backbone or "")
         learns = isinstance(card, HeadCard) or card.trained  # else it is a function, in whatever precision of its own
-        parts = json.dumps([backbone.identity if backbone else None, digests[card.path], precision if learns else ""])
+        own = [digest_of(one) for one in registry.extensions(spec)]
+        parts = json.dumps([backbone.identity if backbone else None, digests[card.path], precision if learns else "", *own])
         return ResolvedRun(
             run=spec,
             name=name,

@@ -307,7 +307,7 @@ class Runner:
             self._select(dataset)
         levels = [one.num_levels for one in (*cohort, *more) if one.num_levels]
         trunk = FrozenBackbone(self._open_backbone(first), self.machine, levels, first.run.unfreeze)
-        plan = SamplingPlan(self._images["train"].sizes_px, first.run)
+        plan = SamplingPlan(self._images["train"].sizes_px, first.run, self.registry)
         return Features(trunk, plan, self._images, self._cache_policy(first), any(requested(one.run.targets) for one in cohort))
 
     def _open_backbone(self, resolved: ResolvedRun) -> Backbone | None:
@@ -341,7 +341,7 @@ class Runner:
         run = one.resolved.run
         model = build_model(run, self.registry, features.trunk, len(self.dataset.classes))
         logger = RunLogger(one.resolved, one.run, one.checkpoint, self.watch)
-        trainer = HeadTrainer(run=run, model=model, recorder=logger, num_views=features.plan.num_views)
+        trainer = HeadTrainer(run=run, model=model, recorder=logger, num_views=features.plan.num_views, registry=self.registry)
         state, foreign = logger.resumed()
         if state is not None:
             trainer.restore(state)

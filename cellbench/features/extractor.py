@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from cellbench.data.image_cache import ImageCache
-from cellbench.data.transforms.augmentation import jitter_colour, jitter_stain, rotate_flip
+from cellbench.data.transforms.augmentation import apply_all, rotate_flip
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import SamplingPlan, TileSample
 from cellbench.data.transforms.tiling import TileGrid, cut_tile
@@ -192,9 +192,7 @@ class Features:
             return _Cut(rows, *self._cut_views([views[k] for k in rows]))
 
         def mapped(one: _Cut) -> Batch:
-            pixels = jitter_colour(
-                jitter_stain(self._pixels(one.tiles), [views[k].stain for k in one.rows]), [views[k].colour for k in one.rows]
-            )
+            pixels = apply_all(self.plan.augmentations, self._pixels(one.tiles), [views[k].draws for k in one.rows])
             return self._batch("train", kept, one, pixels)
 
         return lanes.ahead(chunks, cut_out, mapped)
@@ -277,7 +275,7 @@ class Features:
     def _folder(self, split: str, tiles: Sequence[object]) -> Path:
         """Named by everything that a pass's features hang on."""
         keeping, images = self._keeping, [sample.digest for sample in self.pixels[split].samples]
-        made = [keeping.key, str(self.trunk.machine.precision), self.tile_px[split], self.trunk.unfreeze, self.preparation.told()]
+        made = [keeping.key, str(self.trunk.machine.precision), self.tile_px[split], self.trunk.unfreeze, self.preparation.told(), *self.plan.own_code]
         return features_dir() / keeping.backbone / hashlib.sha256(json.dumps([*made, images, tiles]).encode()).hexdigest()[:24]
 
     def _facts(self, split: str, num: int) -> dict[str, Any]:

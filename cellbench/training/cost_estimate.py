@@ -61,7 +61,7 @@ def estimate_cost(
     backbone = open_backbone(registry.backbone(first.backbone), weights) if first.backbone else None
     trunk = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(run, registry))], first.unfreeze)
     pixels = {split: ImageCache(dataset, split, 0) for split in ("train", "val", "test")}
-    plan = SamplingPlan(pixels["train"].sizes_px, first)
+    plan = SamplingPlan(pixels["train"].sizes_px, first, registry)
     features = Features(trunk, plan, pixels, keeping)
     tiles = {split: sum(len(features.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")}
 
@@ -80,8 +80,8 @@ def estimate_cost(
     wall = trunk_s * (sum(tiles[split] * times for split, times in passes.items()) + tiles["test"])
     disk = 0.0
     for run, made in zip(runs, all_made, strict=True):
-        learner = HeadTrainer(run=run, model=made, recorder=_Nobody(), num_views=batch.num).on(features)
-        step_s = _seconds(lambda learner=learner: (learner.begin(), learner.take(batch)), machine) / batch.num
+        learner = HeadTrainer(run=run, model=made, recorder=_Nobody(), num_views=batch.num, registry=registry).on(features)
+        step_s = _seconds(lambda learner=learner: (learner.start_epoch(), learner.train_on(batch)), machine) / batch.num
         made.eval()
         decode_s = _seconds(lambda made=made: _decode(made, batch, machine), machine) / batch.num
         wall += run.epochs * (plan.num_views * step_s + tiles["val"] * decode_s) + tiles["test"] * decode_s

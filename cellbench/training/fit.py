@@ -1,7 +1,6 @@
-"""``fit``: all runs of a cohort learn from one stream of features, each with its own head, loss, optimiser, schedule and end.
+"""``fit``: all runs of a cohort train on one stream of features, each with its own head, loss, optimiser, schedule and end.
 
-``fit([a, b])`` gives the same numbers as ``fit([a])`` and ``fit([b])``, to the last bit on a CPU. On a GPU, heads of one kind learn as one
-(``cellbench.training.stacked_heads``), and the numbers agree to rounding.
+``fit([a, b])`` gives the same numbers as ``fit([a])`` and ``fit([b])``, to the last bit on a CPU.
 """
 
 from __future__ import annotations
@@ -14,48 +13,44 @@ from torch import Tensor
 
 from cellbench.features.extractor import Batch, Features
 from cellbench.parallel import WorkerPool
-from cellbench.training.stacked_heads import group_stackable
 from cellbench.training.tiled_inference import score_tiles
 from cellbench.training.trainer import HeadTrainer
 
 
 class Progress(Protocol):
-    """A bar that is told of each step, as tqdm is."""
+    """A progress bar, such as tqdm's."""
 
     def update(self, n: int = 1) -> Any: ...
 
 
-def fit(learners: Sequence[HeadTrainer], features: Features, progress: Progress | None = None) -> None:
-    """Trains the learners of one cohort to their ends. A learner that was restored takes part from its own next epoch on.
+def fit(trainers: Sequence[HeadTrainer], features: Features, progress: Progress | None = None) -> None:
+    """Trains the runs of one cohort to their ends. A restored one joins at its own next epoch.
 
-    ``progress`` is told of every view that went through the trunk. Weights of the best epoch are in each learner's model afterwards.
+    ``progress`` counts the tiles that went through the backbone. Afterwards each model has the weights of its best epoch.
     """
-    learners = [learner.on(features) for learner in learners]
+    trainers = [trainer.on(features) for trainer in trainers]
     with WorkerPool(features.trunk.machine.lanes) as lanes:
-        while active := [learner for learner in learners if not learner.ended]:
-            epoch = min(learner.epoch for learner in active)
-            active = [learner for learner in active if learner.epoch == epoch]
-            teams = group_stackable(active, features)
-            for team in teams:
-                team.begin()
+        while active := [trainer for trainer in trainers if not trainer.ended]:
+            epoch = min(trainer.epoch for trainer in active)
+            active = [trainer for trainer in active if trainer.epoch == epoch]
+            for trainer in active:
+                trainer.start_epoch()
             for chunk in features.train(epoch, lanes):
-                lanes.each([functools.partial(team.take, chunk) for team in teams], [team.train_s for team in teams])
+                lanes.each([functools.partial(trainer.train_on, chunk) for trainer in active], [trainer.train_s for trainer in active])
                 if progress is not None:
                     progress.update(chunk.num)
-            for team in teams:
-                team.end()
-            validate([learner for learner in active if not learner.ended], features, lanes)
-    for learner in learners:
-        if learner.best_weights:
-            learner.load_best()
+            validate([trainer for trainer in active if not trainer.ended], features, lanes)
+    for trainer in trainers:
+        if trainer.best_weights:
+            trainer.load_best()
 
 
-def validate(learners: Sequence[HeadTrainer], features: Features, lanes: WorkerPool) -> None:
-    """Scores the learners on the whole validation images and ends their epoch."""
+def validate(trainers: Sequence[HeadTrainer], features: Features, lanes: WorkerPool) -> None:
+    """Scores the runs on the whole validation images and ends their epoch."""
 
-    def watch(k: int, logits: Tensor, batch: Batch) -> None:
-        learners[k].watch(logits, batch)
+    def add(k: int, logits: Tensor, batch: Batch) -> None:
+        trainers[k].add_validation(logits, batch)
 
-    counts = score_tiles([learner.model for learner in learners], features, "val", watch, lanes)
-    for learner, mine in zip(learners, counts, strict=True):
-        learner.finish(mine)
+    counts = score_tiles([trainer.model for trainer in trainers], features, "val", add, lanes)
+    for trainer, own in zip(trainers, counts, strict=True):
+        trainer.end_epoch(own)

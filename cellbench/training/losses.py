@@ -1,10 +1,14 @@
-"""Losses over class scores, from segmentation-models-pytorch, weighted by name as the experiment file writes them.
+"""Losses over class scores, weighted and added as a run's ``loss`` says, for example ``0.5 ce + 0.5 dice``.
+
+Each name is a card in ``registry/losses``, whose builder is a function: (logits (B, K, H, W) float32, target (B, H, W) int64) -> scalar. A user's
+own come from ``losses/`` of their registry folder.
 
 Always computed in float32: smp's Dice and Lovász give NaN in half precision (measured).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,46 +16,80 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cellbench.config.run import loss_weights
+from cellbench.config.registry import Registry, load
+from cellbench.config.run import weighted_terms
 from cellbench.data.transforms.cell_targets import FULL, TARGETS
 from cellbench.metrics.pixel import IGNORE
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def parse_loss(text: str) -> Callable[..., Tensor]:
-    """The loss that ``text`` writes, for example ``0.5 ce + 0.5 dice``: (logits (B, C, H, W), target (B, H, W) int64) -> scalar; or,
-    for N models that see the same tiles, (logits (N, B, C, H, W), the same target) -> (N,).
-
-    ``ce`` is cross-entropy over classes, ``bce`` binary cross-entropy of each class against the rest; the others are smp's
-    multi-class losses. Dice, Jaccard and Tversky there sum over the batch, so their value depends on the batch's size.
+def parse_loss(text: str, registry: Registry | None = None) -> Callable[..., Tensor]:
+    """The loss that ``text`` writes: (logits (B, K, H, W), target (B, H, W) int64) -> scalar float32. Raises CellbenchError for an unknown name.
 
     With a third argument True, pixels whose target is ``IGNORE`` are left out, as if the batch had no such pixels; 0 where it has no others.
-    It must be True where there are any: a GPU would have to wait for the answer if this were looked up here.
+    It must be True where there are any: looking them up here would make the program wait for a GPU.
     """
-    weights = {name: weight for name, weight in loss_weights(text).items() if weight}
-    terms = [(weight, _term(name)) for name, weight in weights.items()]
+    registry = registry or Registry()
+    weights = {name: weight for name, weight in weighted_terms(text).items() if weight}
+    terms: dict[str, Loss] = {name: load(registry.loss(name)) for name in weights}
+    fused = all({"ce": cross_entropy, "dice": dice}.get(name) is term for name, term in terms.items())
 
-    def total(logits_BCHW: Tensor, target_BHW: Tensor, ignoring: bool = False) -> Tensor:
+    def total(logits_BKHW: Tensor, target_BHW: Tensor, ignoring: bool = False) -> Tensor:
         if ignoring:
             kept_BHW = target_BHW != IGNORE
             if not kept_BHW.any():
-                return 0 * logits_BCHW.float().flatten(-4).sum(-1)
-            # One row of pixels: all terms are means or sums over the batch's pixels, wherever these lie.
-            logits_BCHW = logits_BCHW.movedim(-3, -1).flatten(-4, -2)[..., kept_BHW.flatten(), :].movedim(-1, -2)[..., None, :, :, None]
+                return 0 * logits_BKHW.float().sum()
+            # One column of pixels: a loss must not depend on where in the batch a pixel lies.
+            logits_BKHW = logits_BKHW.movedim(1, -1)[kept_BHW].T[None, ..., None]
             target_BHW = target_BHW[kept_BHW][None, :, None]
-        if logits_BCHW.shape[-3] == 2 and weights.keys() <= {"ce", "dice"}:
-            return two_classes(logits_BCHW, target_BHW, weights.get("ce", 0.0), weights.get("dice", 0.0))
-        if logits_BCHW.dim() > 4:
-            return torch.stack([total(one, target_BHW) for one in logits_BCHW])
-        logits = logits_BCHW.float()
-        return sum((weight * term(logits, target_BHW) for weight, term in terms), start=logits.new_zeros(()))
+        if logits_BKHW.shape[1] == 2 and fused:
+            return two_classes(logits_BKHW, target_BHW, weights.get("ce", 0.0), weights.get("dice", 0.0))
+        logits = logits_BKHW.float()
+        return sum((weights[name] * term(logits, target_BHW) for name, term in terms.items()), start=logits.new_zeros(()))
 
     return total
 
 
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target)
+
+
+def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Of each class against the rest."""
+    return F.binary_cross_entropy_with_logits(logits, F.one_hot(target, logits.shape[1]).movedim(-1, 1).float())
+
+
+def dice(logits: Tensor, target: Tensor) -> Tensor:
+    return _smp("DiceLoss")(logits, target)
+
+
+def jaccard(logits: Tensor, target: Tensor) -> Tensor:
+    return _smp("JaccardLoss")(logits, target)
+
+
+def tversky(logits: Tensor, target: Tensor) -> Tensor:
+    return _smp("TverskyLoss")(logits, target)
+
+
+def focal(logits: Tensor, target: Tensor) -> Tensor:
+    return _smp("FocalLoss")(logits, target)
+
+
+def lovasz(logits: Tensor, target: Tensor) -> Tensor:
+    return _smp("LovaszLoss")(logits, target)
+
+
+@functools.cache
+def _smp(name: str) -> Any:
+    # Imported here: smp imports timm and torchvision, 2 s that cross-entropy does not need.
+    from segmentation_models_pytorch import losses
+
+    return getattr(losses, name)(mode="multiclass")
+
+
 def two_classes(logits_B2HW: Tensor, target_BHW: Tensor, ce: float, dice: float) -> Tensor:
-    """``ce`` times cross-entropy plus ``dice`` times smp's multi-class Dice loss, for two classes; (N,) where the logits are (N, B, 2, H, W).
+    """``ce`` times cross-entropy plus ``dice`` times smp's multi-class Dice loss, for two classes.
 
     The same value and gradient to rounding, for a quarter of the time: two classes have one number that decides, the margin, and their sums
     follow from three. Measured for a tile of 224 px on one core, backwards included: 2.0 ms by torch and smp, nearly as much as the
@@ -64,8 +102,8 @@ class _TwoClasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_B2HW: Tensor, target_BHW: Tensor, ce: float, dice: float) -> Tensor:
         # Wide sums; a Mac's GPU has none wider than its own numbers.
-        wide, pixels = torch.float32 if logits_B2HW.device.type == "mps" else torch.float64, (-3, -2, -1)
-        margin, cell = logits_B2HW.select(-3, 1).float() - logits_B2HW.select(-3, 0).float(), (target_BHW == 1).float()
+        wide, pixels = torch.float32 if logits_B2HW.device.type == "mps" else torch.float64, (0, 1, 2)
+        margin, cell = logits_B2HW[:, 1].float() - logits_B2HW[:, 0].float(), (target_BHW == 1).float()
         found, num = margin.sigmoid(), cell.numel()
         loss = margin.new_zeros((), dtype=wide)
         if ce:
@@ -75,8 +113,8 @@ class _TwoClasses(torch.autograd.Function):
         both, predicted, true = (x.sum(pixels, dtype=wide) for x in (found * cell, found, cell))
         hit = torch.stack([num - predicted - true + both, both])
         sizes = torch.stack([2 * num - predicted - true, predicted + true]).clamp_min(1e-7)
-        # As smp has it, a class that is not there counts as got right.
-        there = (torch.stack([num - true, true]) > 0).view(2, *(1,) * both.dim())
+        # As in smp, a class that is absent counts as right.
+        there = torch.stack([num - true, true]) > 0
         loss = loss + dice * ((1 - 2 * hit / sizes) * there).mean(0)
         ctx.save_for_backward(found, cell, hit, sizes, there)
         ctx.weights, ctx.layout = (ce / num, dice), torch.empty_like(logits_B2HW)
@@ -88,33 +126,16 @@ class _TwoClasses(torch.autograd.Function):
         ce, dice = ctx.weights
         # Of the score 2 hit / size of each class by the probability of "cell" at a pixel: steep + (flat where the pixel is a cell).
         steep = torch.stack([2 * (hit[0] - sizes[0]) / sizes[0] ** 2, -2 * hit[1] / sizes[1] ** 2])
-        steep, flat, grad = (_everywhere(x) for x in ((steep * there).sum(0).float(), (2 / sizes * there).sum(0).float(), grad))
+        steep, flat = (steep * there).sum(0).float(), (2 / sizes * there).sum(0).float()
         by_found = (cell * flat).add_(steep).mul_(-dice / 2)
         by_margin = by_found.mul_(found * (1 - found)).add_(found - cell, alpha=ce).mul_(grad)
         out = ctx.layout
-        out.select(-3, 1).copy_(by_margin)
-        out.select(-3, 0).copy_(by_margin.neg_())
+        out[:, 1].copy_(by_margin)
+        out[:, 0].copy_(by_margin.neg_())
         return out, None, None, None
 
 
-def _everywhere(x: Tensor) -> Tensor:
-    """One number a model, for all its pixels (B, H, W)."""
-    return x[..., None, None, None]
-
-
-def _term(name: str) -> Loss:
-    if name == "ce":
-        return F.cross_entropy
-    if name == "bce":
-        return lambda logits, target: F.binary_cross_entropy_with_logits(logits, F.one_hot(target, logits.shape[1]).movedim(-1, 1).float())
-    # Imported here: smp brings timm and torchvision along, 2 s that cross-entropy does not need.
-    from segmentation_models_pytorch import losses as smp
-
-    kinds = {"dice": smp.DiceLoss, "jaccard": smp.JaccardLoss, "tversky": smp.TverskyLoss, "focal": smp.FocalLoss, "lovasz": smp.LovaszLoss}
-    return kinds[name](mode="multiclass")
-
-
-def targets_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...], kept_BHW: Tensor | None = None) -> Tensor:
+def auxiliary_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...], kept_BHW: Tensor | None = None) -> Tensor:
     """Binary cross-entropy of the requested targets, each a mean over all pixels, summed; the truth as :func:`make_targets` gives it, (B, H, W, 2) uint8.
 
     ``kept_BHW`` bool: the pixels that count; None: all. 0 where none does.

@@ -86,5 +86,5 @@ def _kept_bytes(run: RunSpec, model: SegmentationModel, features: Features) -> f
     with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         with features.trunk.machine.autocast():
             logits = probe(batch)
-        parse_loss(run.loss)(logits[:, : probe.num_classes], batch.target)
+        parse_loss(run.loss, features.plan.registry)(logits[:, : probe.num_classes], batch.target)
     return sum(kept.values()) / side**2

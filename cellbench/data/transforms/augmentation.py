@@ -1,19 +1,52 @@
-"""What a view does to a tile: a right turn or mirror, a change of its stains, and a change of colour, each one linear map a pixel."""
+"""Augmentations of training tiles: right turns and mirrors, changes of stains, changes of colours, and those of the user.
+
+An :class:`Augmentation` of colours is one class: made with its settings of a run, it draws parameters for each tile and applies them to a batch.
+:func:`colour_augmentations` lists those of a run in the order in which they are applied. To add one here: a field of
+``cellbench.config.run.RunSpec``, marked as part of the cohort, and a class in that list.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 import torch
 from skimage.color import hed_from_rgb, rgb_from_hed
 from torch import Tensor
 
-from cellbench.data.transforms.sampling import UNSTAINED, UNTOUCHED
+from cellbench.config.registry import Registry, load
+from cellbench.config.run import RunSpec
+
+Draw = tuple[float, ...]
 
 # RGB to YIQ (NTSC, 1953): a turn of hue is a rotation of I and Q, linear, where HSV's hue would need a branch at every pixel.
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=torch.float64)
 _RGB = torch.linalg.inv(_YIQ)
+
+
+class Augmentation(Protocol):
+    """A change of colours; pixels stay where they are. A user's class takes its strength, the number in front of its name, as only argument."""
+
+    def draw(self, rng: np.random.Generator) -> Draw:
+        """The parameters for one tile: plain floats, always as many draws from ``rng``."""
+
+    def apply(self, pixels_BCHW: Tensor, draws: list[Draw]) -> Tensor:
+        """Tiles (B, 3, H, W) float32 in 0..1, changed in place or not, each with its own parameters; again in 0..1. Draws nothing."""
+
+
+def colour_augmentations(run: RunSpec, registry: Registry) -> list[Augmentation]:
+    """The augmentations of a run, in the order in which they are applied: the shipped ones, then the user's."""
+    shipped: list[Augmentation] = [StainJitter(run.hed), ColourJitter(run.brightness, run.contrast, run.saturation, run.hue)]
+    return shipped + [load(registry.augmentation(name))(strength) for name, strength in run.own_augmentations.items()]
+
+
+def draw_turn(rng: np.random.Generator, *, rotations: bool, flips: bool, square: bool) -> int:
+    """A code for :func:`rotate_flip`, 0 to 7: a quarter turn, or where tiles are not square a half turn, and a mirror."""
+    quarter = int(rng.integers(4)) if rotations else 0
+    if not square:
+        quarter -= quarter % 2
+    return quarter + 4 * (int(rng.integers(2)) if flips else 0)
 
 
 def rotate_flip(tile: np.ndarray, code: int) -> np.ndarray:
@@ -21,45 +54,79 @@ def rotate_flip(tile: np.ndarray, code: int) -> np.ndarray:
     return np.rot90(tile[:, ::-1] if code >= 4 else tile, code % 4)
 
 
-def jitter_stain(pixels_BCHW: Tensor, stains: list[tuple[float, float, float, float, float, float]]) -> Tensor:
-    """Tiles (B, 3, H, W) in 0..1 with each one's haematoxylin, eosin and DAB multiplied by three factors and shifted by three densities.
+class StainJitter:
+    """Factors of the amounts of haematoxylin, eosin and DAB, and what is added to each as natural optical density.
 
     Ruifrok and Johnston's stain vectors, by skimage (Tellez et al. 2018, doi 10.1109/TMI.2018.2820199, varied the same three). Amounts are
     not cut off at zero, as ``skimage.color.rgb2hed`` does: so factors of 1 change nothing, and the whole is one affine map of optical
     densities.
     """
-    if all(stain == UNSTAINED for stain in stains):
-        return pixels_BCHW
-    # skimage multiplies rows of pixels from the left, so a matrix for columns is its transpose.
-    to_hed, to_rgb = (torch.from_numpy(matrix.copy()).double().T for matrix in (hed_from_rgb, rgb_from_hed))
-    factors_B3, shifts_B3 = torch.tensor(stains, dtype=torch.float64).split(3, dim=1)
-    matrix = to_rgb @ torch.diag_embed(factors_B3) @ to_hed
-    offset = shifts_B3 @ to_rgb.T
-    density = pixels_BCHW.clamp_min(1e-6).log_().neg_().flatten(2)  # 1e-6, as skimage: black has no finite density
-    changed = torch.baddbmm(offset.to(pixels_BCHW).unsqueeze(-1), matrix.to(pixels_BCHW), density)
-    return changed.neg_().exp_().clamp_(0, 1).view_as(pixels_BCHW)
+
+    NEUTRAL: Draw = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
+    ADDED = 0.25
+    """Largest addition, in optical density, per unit of ``hed``: a quarter of what a factor changes at a density of 1."""
+
+    def __init__(self, hed: float = 0.0) -> None:
+        self._reach = hed
+
+    def draw(self, rng: np.random.Generator) -> Draw:
+        if not self._reach:
+            return self.NEUTRAL
+        factors, added = (rng.uniform(-self._reach, self._reach, 3) for _ in range(2))
+        return (*(1 + factors).tolist(), *(self.ADDED * added).tolist())
+
+    def apply(self, pixels_BCHW: Tensor, draws: list[Draw]) -> Tensor:
+        if all(stain == self.NEUTRAL for stain in draws):
+            return pixels_BCHW
+        # skimage multiplies rows of pixels from the left, so a matrix for columns is its transpose.
+        to_hed, to_rgb = (torch.from_numpy(matrix.copy()).double().T for matrix in (hed_from_rgb, rgb_from_hed))
+        factors_B3, shifts_B3 = torch.tensor(draws, dtype=torch.float64).split(3, dim=1)
+        matrix = to_rgb @ torch.diag_embed(factors_B3) @ to_hed
+        offset = shifts_B3 @ to_rgb.T
+        density = pixels_BCHW.clamp_min(1e-6).log_().neg_().flatten(2)  # 1e-6, as skimage: black has no finite density
+        changed = torch.baddbmm(offset.to(pixels_BCHW).unsqueeze(-1), matrix.to(pixels_BCHW), density)
+        return changed.neg_().exp_().clamp_(0, 1).view_as(pixels_BCHW)
 
 
-def jitter_colour(pixels_BCHW: Tensor, colours: list[tuple[float, float, float, float]]) -> Tensor:
-    """Tiles (B, 3, H, W) in 0..1 with each one's brightness, contrast, saturation and hue changed; clipped to 0..1.
+class ColourJitter:
+    """Brightness, contrast, saturation and hue, in that order, as torchvision's ColorJitter names them: a factor; a blend with the tile's mean
+    grey; a blend with each pixel's grey; a rotation in the chroma plane, as a share of the circle.
 
-    In that order, as torchvision's ColorJitter names them: a factor; a blend with the tile's mean grey; a blend with each pixel's grey;
-    a rotation in the chroma plane. All four are affine, so the whole is one 3x3 matrix and an offset for each tile.
+    All four are affine, so the whole is one 3x3 matrix and an offset for each tile.
     """
-    if all(colour == UNTOUCHED for colour in colours):
-        return pixels_BCHW
-    grey = _YIQ[0]
-    means = torch.einsum("bc,c->b", pixels_BCHW.mean((2, 3)).cpu().double(), grey)
-    matrices, offsets = [], []
-    for (brightness, contrast, saturation, hue), mean in zip(colours, means, strict=True):
-        angle = 2 * math.pi * hue
-        rotation = torch.eye(3, dtype=torch.float64)
-        rotation[1:, 1:] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        desaturate = saturation * torch.eye(3, dtype=torch.float64) + (1 - saturation) * grey.expand(3, 3)
-        # Grey stays grey under both, so the offset of the contrast passes through them unchanged.
-        matrices.append(brightness * contrast * (_RGB @ rotation @ _YIQ @ desaturate))
-        offsets.append((1 - contrast) * brightness * mean)
-    matrix = torch.stack(matrices).to(pixels_BCHW)
-    offset = torch.stack(offsets).to(pixels_BCHW).view(-1, 1, 1)
-    flat = torch.baddbmm(offset, matrix, pixels_BCHW.flatten(2))
-    return flat.view_as(pixels_BCHW).clamp_(0, 1)
+
+    NEUTRAL: Draw = (1.0, 1.0, 1.0, 0.0)
+
+    def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0) -> None:
+        self._reach = (brightness, contrast, saturation, hue)
+
+    def draw(self, rng: np.random.Generator) -> Draw:
+        if not any(self._reach):
+            return self.NEUTRAL
+        return tuple(float(middle + rng.uniform(-reach, reach)) for middle, reach in zip(self.NEUTRAL, self._reach, strict=True))
+
+    def apply(self, pixels_BCHW: Tensor, draws: list[Draw]) -> Tensor:
+        if all(colour == self.NEUTRAL for colour in draws):
+            return pixels_BCHW
+        grey = _YIQ[0]
+        means = torch.einsum("bc,c->b", pixels_BCHW.mean((2, 3)).cpu().double(), grey)
+        matrices, offsets = [], []
+        for (brightness, contrast, saturation, hue), mean in zip(draws, means, strict=True):
+            angle = 2 * math.pi * hue
+            rotation = torch.eye(3, dtype=torch.float64)
+            rotation[1:, 1:] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+            desaturate = saturation * torch.eye(3, dtype=torch.float64) + (1 - saturation) * grey.expand(3, 3)
+            # Grey stays grey under both, so the offset of the contrast passes through them unchanged.
+            matrices.append(brightness * contrast * (_RGB @ rotation @ _YIQ @ desaturate))
+            offsets.append((1 - contrast) * brightness * mean)
+        matrix = torch.stack(matrices).to(pixels_BCHW)
+        offset = torch.stack(offsets).to(pixels_BCHW).view(-1, 1, 1)
+        flat = torch.baddbmm(offset, matrix, pixels_BCHW.flatten(2))
+        return flat.view_as(pixels_BCHW).clamp_(0, 1)
+
+
+def apply_all(augmentations: list[Augmentation], pixels_BCHW: Tensor, draws: list[tuple[Draw, ...]]) -> Tensor:
+    """Tiles (B, 3, H, W) after all augmentations, each tile with its draws."""
+    for one, of_tiles in zip(augmentations, zip(*draws, strict=True), strict=True):
+        pixels_BCHW = one.apply(pixels_BCHW, list(of_tiles))
+    return pixels_BCHW

@@ -5,34 +5,29 @@ A run's own seed has no say here: all runs of a cohort learn from the same views
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
+from cellbench.config.registry import Registry, digest_of
 from cellbench.config.run import RunSpec
+from cellbench.data.transforms.augmentation import Augmentation, Draw, colour_augmentations, draw_turn
 from cellbench.data.transforms.framing import Framing
 
 
 class TileSample(NamedTuple):
-    """One training tile: where it lies, in framed pixels, and how it is turned and coloured."""
+    """One training tile: where it lies, in framed pixels, and how it is augmented."""
 
     image: int
     y: int
     x: int
     turn: int
-    """0 to 7: the four right rotations, then the same of the left-right mirrored tile."""
-    colour: tuple[float, float, float, float]
-    """Factors of brightness, contrast and saturation, and a turn of hue as a share of the circle; (1, 1, 1, 0) changes nothing."""
-    stain: tuple[float, float, float, float, float, float] = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
-    """Factors of the amounts of haematoxylin, eosin and DAB, then what is added to each as natural optical density."""
-
-
-UNTOUCHED = (1.0, 1.0, 1.0, 0.0)
-UNSTAINED = TileSample._field_defaults["stain"]
-ADDED = 0.25
-"""What is added to a stain at most, in optical density, for each unit of ``hed``: a quarter of what a factor changes at a density of 1."""
+    """0 to 7, for :func:`cellbench.data.transforms.augmentation.rotate_flip`."""
+    draws: tuple[Draw, ...]
+    """Parameters of each of the plan's augmentations."""
 
 
 def num_used_images(num_images: int, fraction: float) -> int:
@@ -50,7 +45,18 @@ class SamplingPlan:
 
     sizes_px: tuple[tuple[int, int], ...]
     run: RunSpec
-    """Any run of the cohort: only its stream is read."""
+    """Any run of the cohort: only its ``stream`` is read."""
+    registry: Registry = field(default_factory=Registry, compare=False)
+    """Where the user's augmentations are looked up."""
+
+    @cached_property
+    def augmentations(self) -> list[Augmentation]:
+        return colour_augmentations(self.run, self.registry)
+
+    @cached_property
+    def own_code(self) -> tuple[str, ...]:
+        """Stands for the code of the user's augmentations."""
+        return tuple(digest_of(self.registry.augmentation(name)) for name in self.run.own_augmentations)
 
     @cached_property
     def framing(self) -> Framing:
@@ -88,8 +94,10 @@ class SamplingPlan:
         out: list[TileSample] = []
         for turn, image in enumerate(self._turns(cycle)):
             rng = np.random.default_rng([self.run.data_seed, cycle, turn])
+            own_rngs = [np.random.default_rng([self.run.data_seed, cycle, turn, zlib.crc32(name.encode())]) for name in self.run.own_augmentations]
             for y, x in self._corners(self.sizes_px[image], rng):
-                out.append(TileSample(image, y, x, self._turn(rng), self._colour(rng), self._stain(rng)))
+                code = draw_turn(rng, rotations=self.run.rotations, flips=self.run.flips, square=self.tile_px[0] == self.tile_px[1])
+                out.append(TileSample(image, y, x, code, self._draws(rng, own_rngs)))
         return out
 
     def order(self, epoch: int) -> np.ndarray:
@@ -109,22 +117,8 @@ class SamplingPlan:
         down, right = (max(length - tile, 0) for length, tile in zip(self.framing.framed_px(size_px), self.tile_px, strict=True))
         return [(int(rng.integers(down + 1)), int(rng.integers(right + 1))) for _ in range(self.run.crops_per_image)]
 
-    def _turn(self, rng: np.random.Generator) -> int:
-        quarter = int(rng.integers(4)) if self.run.rotations else 0
-        if self.tile_px[0] != self.tile_px[1]:
-            quarter -= quarter % 2  # half turns only: on its side the frame would have another shape than the rest of its batch
-        return quarter + 4 * (int(rng.integers(2)) if self.run.flips else 0)
-
-    def _colour(self, rng: np.random.Generator) -> tuple[float, float, float, float]:
-        reach = (self.run.brightness, self.run.contrast, self.run.saturation, self.run.hue)
-        if not any(reach):
-            return UNTOUCHED
-        brightness, contrast, saturation, hue = (middle + rng.uniform(-r, r) for middle, r in zip(UNTOUCHED, reach, strict=True))
-        return float(brightness), float(contrast), float(saturation), float(hue)
-
-    def _stain(self, rng: np.random.Generator) -> tuple[float, float, float, float, float, float]:
-        reach = self.run.hed
-        if not reach:
-            return UNSTAINED
-        a, b, c, d, e, f = (*(1 + rng.uniform(-reach, reach, 3)), *(ADDED * rng.uniform(-reach, reach, 3)))
-        return float(a), float(b), float(c), float(d), float(e), float(f)
+    def _draws(self, rng: np.random.Generator, own_rngs: list[np.random.Generator]) -> tuple[Draw, ...]:
+        """One draw for each augmentation. The user's have generators of their own: adding one changes no draw of the others."""
+        num = len(self.augmentations) - len(own_rngs)
+        shipped = [one.draw(rng) for one in reversed(self.augmentations[:num])]  # colours before stains: golden numbers depend on it
+        return (*reversed(shipped), *(one.draw(own) for one, own in zip(self.augmentations[num:], own_rngs, strict=True)))

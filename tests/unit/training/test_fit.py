@@ -226,10 +226,28 @@ def test_where_no_validation_image_has_a_cell_the_loss_chooses_the_epoch(dataset
 
 
 def test_early_stopping_waits_as_long_as_asked(dataset):
-    learner = fitted(dataset, [run_of(epochs=30, patience=2, lr=0.5)])[0]
-    assert learner.ended in ("stopped early", "done")
-    if learner.ended == "stopped early":
-        assert learner.epoch - 1 - learner.best_epoch == 2
+    run = run_of(epochs=30, patience=2)
+    learner = learners_of(dataset, [run], features_of(dataset, [run]))[0]
+    cell_found_px = [50, 60, 55, 70, 69, 70, 90]  # of 100; best in epochs 0, 1 and 3, and epoch 5 is no better than 3
+    learner.on(features_of(dataset, [run]))
+    for found in cell_found_px:
+        assert not learner.ended
+        learner.start_epoch()
+        learner.end_epoch(np.array([[100, 0], [100 - found, found]]))
+        if learner.ended:
+            break
+    assert (learner.ended, learner.best_epoch, learner.epoch) == ("stopped early", 3, 6)
+
+
+def test_without_patience_no_run_stops_early(dataset):
+    learner = fitted(dataset, [run_of(epochs=4, patience=0, lr=1e-12)])[0]
+    assert (learner.ended, learner.epoch) == ("done", 4)
+
+
+def test_fit_stops_a_run_that_no_longer_gets_better(dataset):
+    learner = fitted(dataset, [run_of(epochs=30, patience=2, select="val/loss", lr=1.0, schedule="constant", warmup_epochs=0)])[0]
+    assert learner.ended == "stopped early"
+    assert len(learner.history) == learner.epoch == learner.best_epoch + 3 < 30
 
 
 def test_a_loss_that_is_no_number_fails_the_run_and_not_the_cohort(dataset):
@@ -275,14 +293,14 @@ def test_mini_batches_do_not_depend_on_the_chunks_in_which_views_come(chunks):
 
 def test_no_step_of_an_epoch_sees_fewer_tiles_than_another_by_more_than_one(dataset, monkeypatch):
     sizes = []
-    learn = HeadTrainer._learn
-    monkeypatch.setattr(HeadTrainer, "_learn", lambda self, batch: (sizes.append(batch.num), learn(self, batch))[1])
+    learn = HeadTrainer._train_step
+    monkeypatch.setattr(HeadTrainer, "_train_step", lambda self, batch: (sizes.append(batch.num), learn(self, batch))[1])
     run = run_of(epochs=1, batch_size=16)  # the machine's chunks are of 16
     learner = fitted(dataset, [run])[0]
     assert learner.num_views % 16 not in (0, 15)
     assert sum(sizes) == learner.num_views
     assert max(sizes) - min(sizes) <= 1
-    assert len(sizes) == learner.num_steps == math.ceil(learner.num_views / 16)
+    assert len(sizes) == learner.steps_per_epoch == math.ceil(learner.num_views / 16)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

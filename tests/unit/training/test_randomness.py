@@ -21,7 +21,6 @@ from cellbench.hardware import Hardware
 from cellbench.training import randomness
 from cellbench.training.fit import fit
 from cellbench.training.randomness import ModelRandomness, SeededDraws
-from cellbench.training.stacked_heads import group_stackable
 from cellbench.training.tiled_inference import score_images
 from cellbench.training.trainer import HeadTrainer
 
@@ -106,16 +105,6 @@ def test_a_model_that_draws_even_in_eval_mode_gives_the_same_twice(dataset, mine
     (learner,) = learners_of(dataset, [run], features)
     first, second = ([matrices[0].tolist() for _, matrices, _ in score_images([learner.model], features, "test")] for _ in range(2))
     assert first == second
-
-
-def test_heads_of_ones_own_learn_as_one_once_they_are_known_to_draw_nothing(dataset, mine):
-    features = features_of(dataset, runs := [mine("ByChance", seed=seed) for seed in (0, 1)])
-    features.trunk.machine = type("Teaming", (type(FP32),), {"most_as_one": 16})(**vars(FP32))
-    learners = learners_of(dataset, runs, features)
-    for expected, num in ((True, 2), (False, 1)):
-        for learner in learners:
-            learner.model.draws.expected = expected
-        assert len(group_stackable(learners, features)) == num
 
 
 # --- Seeded alone ---------------------------------------------------------------------------------------------------------------------------

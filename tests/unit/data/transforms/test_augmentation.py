@@ -11,15 +11,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms.v2 import functional as tv
 
-from cellbench.data.transforms.augmentation import jitter_colour, jitter_stain, rotate_flip
-from cellbench.data.transforms.sampling import UNTOUCHED
+from cellbench.data.transforms.augmentation import ColourJitter, StainJitter, rotate_flip
 
 TILE = np.arange(75, dtype=np.uint8).reshape(5, 5, 3)
 MILD = 0.35 + 0.3 * torch.rand(3, 3, 8, 9, generator=torch.Generator().manual_seed(0))  # far enough from 0 and 1 that nothing clips
 
 
 def changed(pixels: Tensor, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0) -> Tensor:
-    return jitter_colour(pixels, [(brightness, contrast, saturation, hue)] * len(pixels))
+    return ColourJitter().apply(pixels, [(brightness, contrast, saturation, hue)] * len(pixels))
 
 
 def test_turns_are_the_eight_symmetries_of_a_square() -> None:
@@ -47,11 +46,11 @@ def test_image_and_mask_turn_together() -> None:
 
 
 def test_untouched_colours_are_the_very_same_tiles() -> None:
-    assert jitter_colour(MILD, [UNTOUCHED] * 3) is MILD
+    assert ColourJitter().apply(MILD, [ColourJitter.NEUTRAL] * 3) is MILD
 
 
 def test_an_untouched_tile_beside_a_changed_one_keeps_its_colours() -> None:
-    out = jitter_colour(MILD, [UNTOUCHED, (1.1, 0.9, 1.2, 0.1), UNTOUCHED])
+    out = ColourJitter().apply(MILD, [ColourJitter.NEUTRAL, (1.1, 0.9, 1.2, 0.1), ColourJitter.NEUTRAL])
     torch.testing.assert_close(out[[0, 2]], MILD[[0, 2]])
     assert (out[1] - MILD[1]).abs().max() > 0.01
 
@@ -94,7 +93,7 @@ def test_hue_turns_about_as_far_as_torchvisions(hue: float) -> None:
 
 def test_grey_stays_grey() -> None:
     grey = torch.linspace(0, 1, 72).view(1, 1, 8, 9).expand(2, 3, 8, 9)
-    out = jitter_colour(grey, [(1.2, 0.8, 1.1, 0.05), (0.7, 1.3, 0.5, -0.4)])
+    out = ColourJitter().apply(grey, [(1.2, 0.8, 1.1, 0.05), (0.7, 1.3, 0.5, -0.4)])
     torch.testing.assert_close(out[:, :1].expand_as(out), out, atol=1e-6, rtol=0)
 
 
@@ -105,9 +104,9 @@ def test_saturation_and_hue_leave_a_grey_tile_as_it_is() -> None:
 
 def test_each_tile_has_its_own_colour() -> None:
     colours = [(0.9, 1.1, 1.0, 0.0), (1.1, 0.9, 1.2, 0.02), (1.0, 1.0, 0.8, -0.05)]
-    together = jitter_colour(MILD, colours)
+    together = ColourJitter().apply(MILD, colours)
     for k, colour in enumerate(colours):
-        torch.testing.assert_close(together[k : k + 1], jitter_colour(MILD[k : k + 1], [colour]))
+        torch.testing.assert_close(together[k : k + 1], ColourJitter().apply(MILD[k : k + 1], [colour]))
 
 
 def test_results_stay_within_zero_and_one_and_the_tiles_given_are_not_changed() -> None:
@@ -127,5 +126,5 @@ def test_colours_are_changed_where_the_pixels_are() -> None:
     """On a GPU that only pretends: its tensors hold no values, but refuse to meet those of another device as real ones do."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         pixels = torch.rand(2, 3, 8, 8, device="cuda")
-        assert jitter_colour(pixels, [(1.1, 0.9, 1.1, 0.1)] * 2).device.type == "cuda"
-        assert jitter_stain(pixels, [(1.1, 0.9, 1.0, 0.1, 0.0, 0.0)] * 2).device.type == "cuda"
+        assert ColourJitter().apply(pixels, [(1.1, 0.9, 1.1, 0.1)] * 2).device.type == "cuda"
+        assert StainJitter().apply(pixels, [(1.1, 0.9, 1.0, 0.1, 0.0, 0.0)] * 2).device.type == "cuda"

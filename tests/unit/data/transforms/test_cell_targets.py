@@ -68,10 +68,10 @@ def test_the_loss_is_the_cross_entropy_of_each_aim():
     truth = torch.randint(0, 256, (2, 5, 6, 2), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     p, t = logits.double().sigmoid(), truth.double().movedim(-1, 1) / 255
     per_pixel = -(t * p.log() + (1 - t) * (1 - p).log())
-    assert losses.targets_loss(logits, truth, ("border", "distance")).item() == pytest.approx(
+    assert losses.auxiliary_loss(logits, truth, ("border", "distance")).item() == pytest.approx(
         per_pixel.mean((0, 2, 3)).sum().item(), rel=1e-5
     )
-    assert losses.targets_loss(logits[:, 1:], truth, ("distance",)).item() == pytest.approx(per_pixel[:, 1].mean().item(), rel=1e-5)
+    assert losses.auxiliary_loss(logits[:, 1:], truth, ("distance",)).item() == pytest.approx(per_pixel[:, 1].mean().item(), rel=1e-5)
 
 
 def test_a_learned_relief_parts_what_the_mask_alone_cannot():
@@ -168,6 +168,6 @@ def test_aims_are_not_learned_from_ignored_pixels():
     logits, truth = torch.randn(2, 2, 6, 8, generator=generator), torch.randint(0, 256, (2, 6, 8, 2), generator=generator).byte()
     kept = torch.ones(2, 6, 8, dtype=torch.bool)
     kept[:, :, 5:] = False
-    whole = losses.targets_loss(logits, truth, cell_targets.TARGETS, kept)
-    torch.testing.assert_close(whole, losses.targets_loss(logits[..., :5], truth[:, :, :5], cell_targets.TARGETS))
-    assert losses.targets_loss(logits, truth, cell_targets.TARGETS, torch.zeros_like(kept)) == 0
+    whole = losses.auxiliary_loss(logits, truth, cell_targets.TARGETS, kept)
+    torch.testing.assert_close(whole, losses.auxiliary_loss(logits[..., :5], truth[:, :, :5], cell_targets.TARGETS))
+    assert losses.auxiliary_loss(logits, truth, cell_targets.TARGETS, torch.zeros_like(kept)) == 0

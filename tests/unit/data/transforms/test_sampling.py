@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cellbench.config.run import SAMPLING_FIELDS, RunSpec
-from cellbench.data.transforms.sampling import UNTOUCHED, SamplingPlan, TileSample
+from cellbench.data.transforms.augmentation import ColourJitter
+from cellbench.data.transforms.sampling import SamplingPlan, TileSample
 
 SIZES = ((120, 160), (64, 64), (30, 200), (300, 65))
 
@@ -111,23 +112,23 @@ def test_all_turns_occur_with_flips_and_rotations_and_none_without() -> None:
 
 def test_colours_stay_within_their_reach_and_fill_it() -> None:
     reach = {"brightness": 0.3, "contrast": 0.2, "saturation": 0.1, "hue": 0.05}
-    colours = np.array([view.colour for view in plan(crops_per_image=250, **reach).views(0)])
-    away = np.abs(colours - UNTOUCHED)
+    colours = np.array([view.draws[1] for view in plan(crops_per_image=250, **reach).views(0)])
+    away = np.abs(colours - ColourJitter.NEUTRAL)
     assert (away <= list(reach.values())).all()
     assert (away.max(0) > 0.95 * np.array(list(reach.values()))).all()
-    assert np.abs((colours - UNTOUCHED).mean(0) / list(reach.values())).max() < 0.1  # as often darker as brighter
+    assert np.abs((colours - ColourJitter.NEUTRAL).mean(0) / list(reach.values())).max() < 0.1  # as often darker as brighter
 
 
 def test_without_reach_colours_are_untouched() -> None:
     views = plan(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0).views(0)
-    assert {view.colour for view in views} == {UNTOUCHED}
+    assert {view.draws[1] for view in views} == {ColourJitter.NEUTRAL}
 
 
 def test_a_view_holds_plain_numbers() -> None:
     """numpy's would not survive a JSON fingerprint, and compare by float32 luck."""
     view: TileSample = plan().views(0)[0]
     assert {type(value) for value in (view.image, view.y, view.x, view.turn)} == {int}
-    assert {type(value) for value in view.colour} == {float}
+    assert {type(value) for draw in view.draws for value in draw} == {float}
 
 
 def test_a_share_of_the_images_is_seen_smaller_within_larger_in_epochs_as_long() -> None:

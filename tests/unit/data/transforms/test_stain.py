@@ -13,10 +13,10 @@ from PIL import Image
 from skimage.color import hed2rgb, rgb2hed, rgb2lab
 
 from cellbench.config.run import RunSpec
-from cellbench.data.transforms.augmentation import jitter_stain
+from cellbench.data.transforms.augmentation import StainJitter
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
-from cellbench.data.transforms.sampling import UNSTAINED, SamplingPlan
+from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.data.transforms.stain import Macenko, Reinhard
 
 AZURE, EOSIN = np.array([0.65, 0.70, 0.29]), np.array([0.33, 0.85, 0.42])  # dense enough in each channel to count as stained
@@ -40,7 +40,7 @@ def test_varied_stains_are_skimages() -> None:
     expected = hed2rgb(amounts * factors + shifts / -np.log(1e-6))
     tile = torch.from_numpy(hed2rgb(amounts)).permute(2, 0, 1)[None]
     np.testing.assert_allclose(rgb2hed(hed2rgb(amounts)), amounts, atol=1e-6)
-    out = jitter_stain(torch.cat([tile, tile]), [UNSTAINED, (*factors, *shifts)])
+    out = StainJitter().apply(torch.cat([tile, tile]), [StainJitter.NEUTRAL, (*factors, *shifts)])
     np.testing.assert_allclose(out[1].permute(1, 2, 0).numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(out[0].numpy(), tile[0].numpy(), atol=1e-6)
 
@@ -48,8 +48,8 @@ def test_varied_stains_are_skimages() -> None:
 def test_unstained_tiles_are_the_very_same_and_given_ones_are_not_changed() -> None:
     tiles = torch.rand(2, 3, 4, 5)
     before = tiles.clone()
-    assert jitter_stain(tiles, [UNSTAINED] * 2) is tiles
-    out = jitter_stain(tiles, [(2.0, 0.1, 1.0, 3.0, 0.0, -3.0)] * 2)
+    assert StainJitter().apply(tiles, [StainJitter.NEUTRAL] * 2) is tiles
+    out = StainJitter().apply(tiles, [(2.0, 0.1, 1.0, 3.0, 0.0, -3.0)] * 2)
     assert torch.equal(tiles, before)
     assert 0 <= out.min() <= out.max() <= 1
 
@@ -57,9 +57,9 @@ def test_unstained_tiles_are_the_very_same_and_given_ones_are_not_changed() -> N
 def test_views_vary_in_stain_as_far_as_asked_and_only_then() -> None:
     def stains(hed: float) -> np.ndarray:
         plan = SamplingPlan(((64, 64),) * 5, RunSpec(backbone="uni", head="fpn", tile_px=64, crops_per_image=80, hed=hed))
-        return np.array([view.stain for view in plan.views(0)])
+        return np.array([view.draws[0] for view in plan.views(0)])
 
-    assert (stains(0.0) == UNSTAINED).all()
+    assert (stains(0.0) == StainJitter.NEUTRAL).all()
     varied = stains(0.2)
     assert 0.15 < np.abs(varied[:, :3] - 1).max() <= 0.2
     assert 0.04 < np.abs(varied[:, 3:]).max() <= 0.05
