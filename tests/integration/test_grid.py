@@ -6,12 +6,14 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import experiment_files
 import mlflow
 import pytest
 from safetensors.torch import load_file
@@ -262,15 +264,14 @@ def test_a_truncated_image_stops_before_anything_is_trained(question, tmp_path, 
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Starts a grid as a process of its own; none outlives its test."""
+def start():
+    """Starts a grid as a process of its own in the current folder; none outlives its test."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(*arguments: str) -> subprocess.Popen[str]:
         call = [sys.executable, "-m", "cellbench.run", *arguments]
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        with (tmp_path / "stderr.txt").open("w") as errors:
-            started.append(subprocess.Popen(call, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=errors, text=True))
+        with Path("stderr.txt").open("w") as errors:
+            started.append(subprocess.Popen(call, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=errors))
         return started[-1]
 
     yield begin
@@ -279,39 +280,39 @@ def start(tmp_path):
         process.wait()
 
 
-def _wait_for_an_epoch(process: subprocess.Popen[str]) -> None:
-    """That is logged, and kept in a checkpoint, which is written after it."""
-    end = time.monotonic() + 150
-    while time.monotonic() < end and process.poll() is None:
-        kept = list(Path("cache", "checkpoints").glob("*.pt"))
-        if kept and any("val/dice" in run.data.metrics for run in runs_of().values()):
-            return
-        time.sleep(0.3)
-    raise AssertionError(f"no epoch was logged: {Path('stderr.txt').read_text()[-2000:]}")
+LONG = [*QUESTION, *(part for change in (
+    "grid.backbone=['filter-bank']", "grid.head=['bilinear']", "grid.seed=[0]", "baselines=[]", "run.epochs=100", "run.patience=0",
+) for part in ("--set", change))]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_grid_goes_on_and_takes_up_the_same_run(question, start, how):
-    slow = ["--set", "run.epochs=400", "--set", "run.patience=0", "--set", 'grid.head=["bilinear"]', "--set", "grid.seed=[0]"]
-    process = start(*question, *slow)
-    _wait_for_an_epoch(process)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The answers to the long question of a grid that nobody ended."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        experiment_files.place(folder, patch)
+        assert main(LONG) == 0
+        return experiment_files.answers()
+
+
+@pytest.mark.parametrize(("how", "status"), [(signal.SIGKILL, "running"), (signal.SIGTERM, "interrupted")])
+def test_a_grid_killed_after_a_checkpoint_resumes_from_it_and_ends_with_the_numbers_of_an_uninterrupted_one(
+    uninterrupted, tmp_path, monkeypatch, start, capsys, how, status
+):
+    experiment_files.place(tmp_path, monkeypatch)
+    process = start(*LONG)
+    for _ in range(3000):
+        if process.poll() is not None or list(Path("cache", "checkpoints").glob("*.pt")):
+            break
+        time.sleep(0.05)
     process.send_signal(how)
-    process.wait(60)
-    states = {name: run.data.tags["cellbench.status"] for name, run in runs_of().items()}
-    assert ("running" if how == signal.SIGKILL else "interrupted") in states.values()
-    before = {run.info.run_id for run in runs_of().values()}
-    # The same question again, in this process, and ended by a word from the store: it must take up the same run.
-    process = start(*question, *slow)
-    printed = ""
-    while "tiles an epoch" not in printed:
-        line = process.stdout.readline()
-        assert line, printed
-        printed += line
-    process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    assert "resumes after epoch" in printed or how == signal.SIGKILL
-    after = runs_of()
-    assert before == {run.info.run_id for run in after.values()}
+    assert process.wait(60) == (-how if how == signal.SIGKILL else 128 + how), Path("stderr.txt").read_text()[-2000:]
+    before = runs_of()
+    assert [run.data.tags["cellbench.status"] for run in before.values()] == [status]
+    assert main(LONG) == 0
+    assert re.search(r"bilinear · seed 0 resumes after epoch \d+\.", capsys.readouterr().out)
+    assert {name: run.info.run_id for name, run in runs_of().items()} == {name: run.info.run_id for name, run in before.items()}
+    assert experiment_files.answers() == uninterrupted
 
 
 def test_two_grids_at_once_share_the_work_and_nothing_is_run_twice(question, start):
