@@ -94,8 +94,8 @@ class Hardware:
 def detect_hardware(device: str = "auto", precision: str = "auto", memory: str = "auto", *, elsewhere: bool = False) -> Hardware:
     """The machine as asked for: ``auto``, or ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``fp32`` or ``bf16``; ``4G``. Raises CellbenchError.
 
-    From here on each of torch's operations uses the machine's ``threads`` cores. ``elsewhere``: the work is for other machines, which may have a
-    GPU where this one has none.
+    An operation on the processor uses as many threads as torch is set to. ``elsewhere``: the work is for other machines, which may have a GPU
+    where this one has none.
     """
     where = torch.device("cuda") if elsewhere and device == "cuda" else _device(device)
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if _fast_bf16(where) else torch.float32}
@@ -103,21 +103,10 @@ def detect_hardware(device: str = "auto", precision: str = "auto", memory: str =
         raise CellbenchError(f"--precision {precision}: expected one of {', '.join(kinds)}.")
     # Half of what is free: the rest is for the network, the optimisers and whatever else the person runs.
     budget = psutil.virtual_memory().available // 2 if memory == "auto" else parse_bytes(memory, "--memory")
-    # Four lanes keep every core busy with any cohort; more would only take longer over a lone run's steps.
-    threads = max(1, num_cores() // 4) if where.type == "cpu" else num_cores()
-    torch.set_num_threads(threads)
-    _few_arenas()
-    lanes = num_cores() // threads if where.type == "cpu" else 1  # a GPU is one lane: its work is handed over, not done here
+    cores = num_cores()
+    threads = min(torch.get_num_threads(), cores) if where.type == "cpu" else cores
+    lanes = cores // threads if where.type == "cpu" else 1  # a GPU is one lane: its work is handed over, not done here
     return Hardware(device=where, precision=kinds[precision], memory_bytes=budget, lanes=lanes, threads=threads)
-
-
-M_ARENA_MAX = -8  # of glibc's malloc.h
-
-
-def _few_arenas() -> None:
-    """glibc gives each thread a heap of its own, and each keeps what the dearest head once needed: two are enough for a few large tensors."""
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(M_ARENA_MAX, 2)
 
 
 def release_memory() -> None:

@@ -1,17 +1,51 @@
-"""Imports without a search for garbage: what they make stays."""
+"""Settings of the whole process. The command line makes them, and worker processes; importing the package changes nothing."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+from cellbench.errors import CellbenchError
+from cellbench.files import make_folder
+
+# Measured: MLflow looks up a host of its own and writes an installation id at its first event unless this is set before its import.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_DISABLE_AGENT_HINT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # By default MLflow would block for four minutes when its server does not answer; we queue the calls instead.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Switches off the telemetry of libraries, which they read when they are imported. What the user has set stays."""
+M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+def set_environment() -> None:
+    """Sets :data:`ENVIRONMENT`, before any of these libraries is imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def prepare_process() -> None:
+    """What a process of ours does first."""
+    set_environment()
+    # At exit nothing needs to be searched for garbage: 1.5 s, with torch and MLflow loaded.
+    atexit.register(gc.freeze)
 
 
 @contextlib.contextmanager
 def no_gc_during_import() -> Iterator[None]:
-    """For imports inside: torch and MLflow make so many objects that looking for garbage among them takes a fifth of the time of importing
-    them, and half a second every time from then on. Afterwards nobody looks there again."""
+    """For imports inside: torch and MLflow create so many objects that garbage collection takes a fifth of the import time, and half a second
+    every time from then on. Afterwards these objects are never searched again."""
     was, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
@@ -21,3 +55,36 @@ def no_gc_during_import() -> Iterator[None]:
             gc.freeze()
         if was:
             gc.enable()
+
+
+def configure_threads(device: str) -> None:
+    """Sets for this process how many cores one operation of torch uses, before :func:`cellbench.hardware.detect_hardware` counts them.
+
+    On a processor that is a quarter of them: four lanes (:class:`cellbench.parallel.WorkerPool`) keep all cores busy with any cohort, and more
+    lanes would only slow down a single run.
+    """
+    import ctypes
+
+    import torch
+
+    from cellbench.hardware import num_cores
+
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    on_cpu = device == "cpu" or (device == "auto" and not gpu)
+    torch.set_num_threads(max(1, num_cores() // 4) if on_cpu else num_cores())
+    # glibc gives each thread a heap of its own, and each keeps as much as it ever needed: two are enough for a few large tensors.
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_ARENA_MAX, 2)
+
+
+def set_cache(folder: str | os.PathLike[str] | None, url: str | None = None) -> None:
+    """Sets the cache folder, and the URL of the cache that machines share, for this process and those that it starts; None changes nothing.
+
+    Raises CellbenchError.
+    """
+    if folder is not None:
+        os.environ["CELLBENCH_CACHE"] = str(make_folder(Path(folder).absolute()))
+    if url is not None:
+        if "://" not in url:
+            raise CellbenchError(f"--cache-url {url}: expected a URL, as s3://bucket/folder or sftp://host/folder. --cache names a folder.")
+        os.environ["CELLBENCH_CACHE_URL"] = url

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 from small_data import QUESTION, SHARED, enter, write_pair
 
+from cellbench import startup
+
 if TYPE_CHECKING:
     from cellbench.tracking.tracker import Tracker
+
+startup.set_environment()  # as the command line does, before MLflow is imported
 
 MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
 SETTINGS = ("CELLBENCH_CACHE_URL", "CELLBENCH_WEIGHTS", "CELLBENCH_MAX_PIXELS", *MLFLOW)

@@ -1,80 +1,79 @@
-"""``list`` and ``show``: what exists, in words, from the cards alone. No torch."""
+"""``list``, ``show`` and ``cache``: cards, experiments and cached features. No torch."""
 
 from __future__ import annotations
 
+import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
+from cellbench import startup
 from cellbench.config.cards import KINDS, BackboneCard, Card, DatasetCard, HeadCard
+from cellbench.config.experiment import Experiment, cohorts, expand
+from cellbench.config.options import CacheOptions, ListOptions, ShowOptions
 from cellbench.config.registry import Registry, shipped
+from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError, unknown_name
 
 EXPERIMENTS = "experiments"
 
 
-def list_components(kind: str | None, extra: Path | None) -> str:
-    """The names of one kind, or of all, each with its card's first line."""
-    registry = Registry(extra)
+def list_components(options: ListOptions) -> int:
+    """The names of one kind, or of all, each with the first line of its card."""
+    registry = Registry(options.registry)
     kinds = [*KINDS, EXPERIMENTS]
-    if kind is not None and kind not in kinds:
-        raise unknown_name("kind", kind, kinds)
+    if options.kind is not None and options.kind not in kinds:
+        raise unknown_name("kind", options.kind, kinds)
     blocks = []
-    for one in kinds if kind is None else [kind]:
-        lines = _experiments() if one == EXPERIMENTS else [(name, _brief(registry.card(one, name))) for name in registry.names(one)]
-        width = max((len(name) for name, _ in lines), default=0)
-        blocks.append("\n".join([f"{one}:", *(f"  {name.ljust(width)}  {brief}" for name, brief in lines)]))
-    return "\n\n".join(blocks)
+    for kind in kinds if options.kind is None else [options.kind]:
+        lines = _experiments() if kind == EXPERIMENTS else {name: _brief(registry.card(kind, name)) for name in registry.names(kind)}
+        width = max(map(len, lines), default=0)
+        blocks.append("\n".join([f"{kind}:", *(f"  {name.ljust(width)}  {brief}" for name, brief in lines.items())]))
+    print("\n\n".join(blocks))
+    return 0
 
 
 def _brief(card: Card) -> str:
-    facts = []
-    if isinstance(card, BackboneCard):
-        facts = [f"{card.params_m:g} M parameters" if card.params_m else "", card.license, "gated" if card.gated else ""]
-        facts = [fact for fact in facts if fact]
-    return card.title + (f"  [{', '.join(facts)}]" if facts else "")
+    if not isinstance(card, BackboneCard):
+        return card.title
+    facts = [f"{card.params_m:g} M parameters" if card.params_m else "", card.license, "gated" if card.gated else ""]
+    return card.title + (f"  [{', '.join(filter(None, facts))}]" if any(facts) else "")
 
 
-def _experiments() -> list[tuple[str, str]]:
+def _experiments() -> dict[str, str]:
+    """The shipped files by name, with their first lines."""
     paths = sorted(shipped(EXPERIMENTS).glob("*.toml"))
-    return [(path.stem, path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")) for path in paths]
+    return {path.stem: path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for path in paths}
 
 
-def show_component(name: str, extra: Path | None) -> str:
-    """A card or experiment file as it lies on disk, under its path, with what the code makes of it."""
-    registry = Registry(extra)
-    kind, _, rest = name.rpartition("/")
-    if kind and kind not in (*KINDS, EXPERIMENTS):
-        raise unknown_name("kind", kind, (*KINDS, EXPERIMENTS))
-    holders = [k for k in KINDS if rest in registry.names(k) and kind in ("", k)]
-    if kind in ("", EXPERIMENTS) and rest in dict(_experiments()):
-        holders.append(EXPERIMENTS)
+def show_component(options: ShowOptions) -> int:
+    """A card or experiment file as it lies on disk, under its path, with its meaning."""
+    registry = Registry(options.registry)
+    kind, _, name = options.name.rpartition("/")
+    names = {**{one: registry.names(one) for one in KINDS}, EXPERIMENTS: list(_experiments())}
+    if kind and kind not in names:
+        raise unknown_name("kind", kind, names)
+    holders = [one for one, known in names.items() if name in known and kind in ("", one)]
     if not holders:
-        known = (
-            [n for k in KINDS for n in registry.names(k)]
-            if not kind
-            else dict(_experiments())
-            if kind == EXPERIMENTS
-            else registry.names(kind)
-        )
-        raise unknown_name(kind.removesuffix("s") or "card", rest, known)
+        known = names[kind] if kind else [one for kind in KINDS for one in names[kind]]
+        raise unknown_name(kind.removesuffix("s") or "card", name, known)
     if len(holders) > 1:
-        raise CellbenchError(f"'{rest}' is the name of several: {', '.join(f'{k}/{rest}' for k in holders)}. Name one of them.")
+        raise CellbenchError(f"'{name}' is the name of several: {', '.join(f'{one}/{name}' for one in holders)}. Name one of them.")
     if holders[0] == EXPERIMENTS:
-        path = shipped(EXPERIMENTS) / f"{rest}.toml"
-        return f"{path}\n\n{path.read_text(encoding='utf-8').rstrip()}\n\n{_asks(path)}"
-    card = registry.card(holders[0], rest)
-    text = Path(card.path).read_text(encoding="utf-8").rstrip()
-    return f"{card.path}\n\n{text}\n\n{_meaning(card)}".rstrip()
+        path = shipped(EXPERIMENTS) / f"{name}.toml"
+        meaning = _size(path)
+    else:
+        card = registry.card(holders[0], name)
+        path, meaning = Path(card.path), _meaning(card)
+    print(f"{path}\n\n{path.read_text(encoding='utf-8').rstrip()}\n\n{meaning}".rstrip())
+    return 0
 
 
 def _meaning(card: Card) -> str:
     if isinstance(card, BackboneCard):
-        cost = (
-            "needs no weights"
-            if card.weights == "none"
-            else f"weights: --weights DIR with {card.id}.safetensors, .pth or .bin, else {card.weights}"
-        )
-        return f"{cost}; a 224-px tile becomes {224 // card.patch_px} x {224 // card.patch_px} vectors of {card.dim}."
+        weights = f"weights: --weights DIR with {card.id}.safetensors, .pth or .bin, else {card.weights}"
+        side = 224 // card.patch_px
+        return f"{'needs no weights' if card.weights == 'none' else weights}; a 224-px tile becomes {side} x {side} vectors of {card.dim}."
     if isinstance(card, HeadCard):
         return f"reads {card.levels} depth{'s' if card.levels > 1 else ''} of the backbone{' and the pixels' if card.pixels else ''}."
     if isinstance(card, DatasetCard) and card.draw:
@@ -82,10 +81,8 @@ def _meaning(card: Card) -> str:
     return ""
 
 
-def _asks(path: Path) -> str:
-    from cellbench.config.experiment import Experiment, cohorts, expand
-    from cellbench.config.search_space import Space
-
+def _size(path: Path) -> str:
+    """How many runs or trials an experiment file asks for."""
     tree = tomllib.loads(path.read_text(encoding="utf-8"))
     if "space" in tree:
         space = Space.of(tree, str(path), Registry())
@@ -94,29 +91,31 @@ def _asks(path: Path) -> str:
     return f"{len(runs)} runs in {len(cohorts(runs))} cohorts."
 
 
-def list_cache(folder: str | None, remove: bool, older_than_days: float) -> str:
-    """The features kept on disk, the longest unused first; or, with ``remove``, what was removed of them."""
-    import os
-    import time
+def cache(options: CacheOptions) -> int:
+    """Lists the cached features, the longest unused first; or with ``--prune`` removes them."""
+    from cellbench.features.cache_admin import cache_entries, features_dir, remove_entries  # torch with it
 
-    from cellbench.features.cache_admin import cache_entries, features_dir, remove_entries
-
-    if folder is not None:
-        if not Path(folder).is_dir():
-            raise CellbenchError(f"--cache {folder}: there is no such folder.")
-        os.environ["CELLBENCH_CACHE"] = str(Path(folder).absolute())
+    if options.cache is not None and not options.cache.is_dir():
+        raise CellbenchError(f"--cache {options.cache}: there is no such folder.")
+    startup.set_cache(options.cache)
     found = cache_entries()
-    if remove:
-        chosen = [entry for entry in found if time.time() - entry.used >= older_than_days * 86400]
+    if options.prune:
+        chosen = [entry for entry in found if time.time() - entry.used >= options.older_than * 86400]
         freed = remove_entries(chosen)
-        return f"removed {len(chosen)} of {len(found)} kept passes from {features_dir()}: {freed / 2**20:,.0f} MiB free again."
+        print(f"removed {len(chosen)} of {len(found)} cached passes from {features_dir()}: {freed / 2**20:,.0f} MiB freed.")
+        return 0
     if not found:
-        return f"no features are kept in {features_dir()}. `grid --cache SIZE` keeps them for later calls."
+        print(f"no features are cached in {features_dir()}. `grid --cache SIZE` keeps them for later calls.")
+        return 0
     lines = [("backbone", "dataset", "split", "tiles", "MiB", "last used")]
     for entry in found:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         lines.append((entry.backbone, entry.dataset, entry.what, str(entry.num_tiles), f"{entry.size_bytes / 2**20:,.0f}", used))
-    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    total = sum(entry.size_bytes for entry in found) / 2**20
-    rows = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*rows, f"{total:,.0f} MiB in {features_dir()}"])
+    print("\n".join(_aligned(lines)))
+    print(f"{sum(entry.size_bytes for entry in found) / 2**20:,.0f} MiB in {features_dir()}")
+    return 0
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -1,4 +1,4 @@
-"""``cellbench check``: is this data fit to train on? Reads everything once, prints a verdict, writes JSON and a page."""
+"""``check``: is this data fit to train on? Reads everything once, prints a verdict, writes JSON and a page."""
 
 from __future__ import annotations
 
@@ -6,90 +6,132 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from cellbench.config.cards import DatasetCard
 from cellbench.config.experiment import DataSpec
+from cellbench.config.loading import data_spec
+from cellbench.config.options import CheckOptions
 from cellbench.config.registry import Registry
 from cellbench.data.audit import near_duplicates
 from cellbench.data.audit.checks import Finding, Severity, find_duplicates, findings, statistics
 from cellbench.data.audit.keypoint_matching import Keypoints
 from cellbench.data.audit.mask_placement import PlacementFeatures
 from cellbench.data.audit.mask_statistics import SampleFacts, measure_sample
-from cellbench.data.classes import describe_absent_classes, infer_owners, with_owners
-from cellbench.data.classes import survey_classes as held_in
+from cellbench.data.classes import describe_absent_classes, infer_owners, survey_classes, with_owners
 from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
 from cellbench.data.loading import dataset_of_card, scan_dataset, split_dataset
+from cellbench.data.scan import Listing, UnusableImage
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
 from cellbench.reporting import render
 from cellbench.reporting.report_data import Facts, Page, Section, Table, Text
 
 SHOWN = 5
-"""Names told of each finding on the screen; the files have all."""
+"""Names of each finding on the screen; the files have all."""
 
 
-def check(folder: Path, *, card: str = "folder", spec: DataSpec | None = None, extra: Path | None = None, out: Path | None = None,
-          say: Callable[[str], None] = print) -> int:  # fmt: skip
+def check(options: CheckOptions) -> int:
+    return check_folder(
+        options.data,
+        card=options.dataset,
+        spec=data_spec(options.changes),
+        registry=Registry(options.registry),
+        out=options.out,
+    )
+
+
+def check_folder(
+    folder: Path,
+    *,
+    card: str = "folder",
+    spec: DataSpec | None = None,
+    registry: Registry | None = None,
+    out: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> int:
     """Audits a folder (or manifest, or COCO file). Exit code 0 where it is fit, 1 where a finding would falsify a result.
 
-    Raises CellbenchError where it cannot look. Nothing is written into the folder; ``out``: where the files go.
+    Raises CellbenchError where the data cannot be read. Nothing is written into the folder; ``out``: where the files go.
     """
-    facts_card, listing = scan_dataset(Registry(extra).dataset(card), folder, spec or DataSpec())
-    problems: dict[str, list[str]] = {}
-    for problem in listing.problems:
-        problems.setdefault(problem.kind, []).append(problem.name)
-    found = [
-        Finding(
-            kind=kind,
-            severity=Severity.SEVERE,
-            said=next(p for p in listing.problems if p.kind == kind).told(len(names) - 1),
-            images=tuple(names),
-        )
-        for kind, names in problems.items()
-    ]
-    found += [Finding(kind=doubt.kind, severity=Severity.LOOK, said=f"{doubt.said}.", images=doubt.names) for doubt in listing.doubts]
-    notes = [*listing.notes, *listing.reading_words]
+    found = audit((registry or Registry()).dataset(card), folder, spec or DataSpec())
+    for line in _lines(found):
+        say(line)
+    place = make_folder(out or Path("reports") / f"check-{_plain(folder)}")
+    write_atomic(place / "check.json", _json(found))
+    write_atomic(place / "check.html", _page(folder, found))
+    say(f"written to {place / 'check.json'} and check.html")
+    return 1 if any(finding.severity is Severity.SEVERE for finding in found.findings) else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What is known about a dataset after every image and mask was read."""
+
+    verdict: str
+    numbers: Sequence[tuple[str, str]]
+    """Statistics, as label and value."""
+    findings: Sequence[Finding]
+    """The most severe first."""
+    notes: Sequence[str]
+    facts: Sequence[SampleFacts]
+    """Of each image."""
+
+
+def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
+    """Reads everything once. Raises CellbenchError where no image with a mask is found."""
+    card, listing = scan_dataset(card, folder, spec)
+    found = _scan_findings(listing)
     if not any(listing.parts.values()):
         raise CellbenchError(f"--data {folder}: holds no image with a mask. {found[0].said if found else ''}".rstrip())
     samples = tuple(sample for part in SPLITS for sample in listing.parts.get(part, ()))
-    dataset = replace(dataset_of_card(facts_card, listing.root), train=samples, reading=listing.reading)
-    found_meaning = interpret_masks(dataset, samples, broken=[])
-    dataset, notes = found_meaning.dataset, [*notes, *found_meaning.dataset.notes]
-    owners, said_of_parts = infer_owners(facts_card, list(held_in(dataset).values()))
-    dataset, notes = with_owners(dataset, owners), [*notes, *said_of_parts]
-    for severity, said in ((Severity.SEVERE, found_meaning.ask), (Severity.LOOK, found_meaning.doubt)):
+    dataset = replace(dataset_of_card(card, listing.root), train=samples, reading=listing.reading)
+    meaning = interpret_masks(dataset, samples, broken=[])
+    owners, parts_notes = infer_owners(card, list(survey_classes(meaning.dataset).values()))
+    dataset = with_owners(meaning.dataset, owners)
+    notes = [*listing.notes, *listing.reading_words, *meaning.dataset.notes, *parts_notes]
+    for severity, said in ((Severity.SEVERE, meaning.ask), (Severity.LOOK, meaning.doubt)):
         if said:
             found.append(Finding(kind="meaning", severity=severity, said=f"{said[0].upper()}{said[1:]}.", images=("all masks",)))
     facts = _read(dataset, dataset.tolerance)
-    same = find_duplicates(facts)
-    first = dict(zip(map(_key, samples), same.first(len(samples)), strict=True))
+    duplicates = find_duplicates(facts)
+    first = dict(zip(map(_key, samples), duplicates.first(len(samples)), strict=True))
 
     def grouped(some: tuple[Sample, ...]) -> tuple[Sample, ...]:
         return near_duplicates.group_by_first(some, [first[_key(sample)] for sample in some])
 
     try:
-        dataset, splits = split_dataset(facts_card, listing, spec or DataSpec(), grouped)
+        dataset, splits = split_dataset(card, listing, spec, grouped)
         notes.append(f"split {'as drawn from the seed' if splits.record else f'read from {splits.place}'}")
         home = {_key(sample): {"split": part, "group": sample.group} for part in SPLITS for sample in dataset.samples(part)}
         facts = [replace(f, **home[_key(sample)]) for f, sample in zip(facts, samples, strict=True)]
     except CellbenchError as error:
         found.append(Finding(kind="split", severity=Severity.SEVERE, said=str(error), images=("the split",)))
-    order = list(Severity)
-    found += [*findings(facts, same), *_absent(facts, dataset.classes), *_expected(facts_card.expected, facts)]
-    found = sorted(found, key=lambda finding: order.index(finding.severity))
-    numbers = [("layout", listing.layout), *statistics(facts, dataset.classes)]
-    verdict = _verdict(dataset.name, len(facts), found)
-    for line in _lines(verdict, numbers, found, notes):
-        say(line)
-    place = make_folder(out or Path("reports") / f"check-{_plain(folder)}")
-    write_atomic(place / "check.json", _json(verdict, numbers, found, notes, facts))
-    write_atomic(place / "check.html", _page(folder, verdict, numbers, found, notes))
-    say(f"written to {place / 'check.json'} and check.html")
-    return 1 if any(finding.severity is Severity.SEVERE for finding in found) else 0
+    found += [*findings(facts, duplicates), *_absent(facts, dataset.classes), *_expected(card.expected, facts)]
+    found = sorted(found, key=lambda finding: list(Severity).index(finding.severity))
+    return Audit(
+        verdict=_verdict(dataset.name, len(facts), found),
+        numbers=[("layout", listing.layout), *statistics(facts, dataset.classes)],
+        findings=found,
+        notes=notes,
+        facts=facts,
+    )
+
+
+def _scan_findings(listing: Listing) -> list[Finding]:
+    """What was wrong with file names and layout already, a finding a kind."""
+    problems: dict[str, list[UnusableImage]] = {}
+    for problem in listing.problems:
+        problems.setdefault(problem.kind, []).append(problem)
+    found = [
+        Finding(kind=kind, severity=Severity.SEVERE, said=some[0].told(len(some) - 1), images=tuple(one.name for one in some))
+        for kind, some in problems.items()
+    ]
+    return found + [Finding(kind=doubt.kind, severity=Severity.LOOK, said=f"{doubt.said}.", images=doubt.names) for doubt in listing.doubts]
 
 
 def _key(sample: Sample) -> tuple[Path, Path, str]:
@@ -124,44 +166,50 @@ def _expected(expected: dict[str, int], facts: Sequence[SampleFacts]) -> list[Fi
 
 
 def _verdict(name: str, num: int, found: Sequence[Finding]) -> str:
-    severe = [finding for finding in found if finding.severity is Severity.SEVERE]
-    look = [finding for finding in found if finding.severity is Severity.LOOK]
-    if severe:
-        return f"{name}: NOT FIT. {', '.join(f'{f.kind} ({len(f.images)})' for f in severe)} would falsify a result; {num} images read."
-    told = f" Worth a look: {', '.join(f'{f.kind} ({len(f.images)})' for f in look)}." if look else ""
-    return f"{name}: fit to train on; {num} images read.{told}"
+    def listed(severity: Severity) -> str:
+        return ", ".join(f"{f.kind} ({len(f.images)})" for f in found if f.severity is severity)
+
+    if severe := listed(Severity.SEVERE):
+        return f"{name}: NOT FIT. {severe} would falsify a result; {num} images read."
+    look = listed(Severity.LOOK)
+    return f"{name}: fit to train on; {num} images read." + (f" Worth a look: {look}." if look else "")
 
 
-def _lines(verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Finding], notes: Sequence[str]) -> list[str]:
-    width = max(len(name) for name, _ in numbers)
-    lines = [verdict, "", *(f"  {name.ljust(width)}  {value}" for name, value in numbers), ""]
-    for finding in found:
+def _lines(found: Audit) -> list[str]:
+    width = max(len(name) for name, _ in found.numbers)
+    lines = [found.verdict, "", *(f"  {name.ljust(width)}  {value}" for name, value in found.numbers), ""]
+    for finding in found.findings:
         more = f", … {len(finding.images) - SHOWN} more" if len(finding.images) > SHOWN else ""
         names = [name if name.isprintable() else ascii(name) for name in finding.images[:SHOWN]]
         lines += [f"  {finding.severity.value:6}  {finding.kind}: {finding.said}", f"          {', '.join(names)}{more}"]
-    return [*lines, *(f"  {note}" for note in notes)]
+    return [*lines, *(f"  {note}" for note in found.notes)]
 
 
-def _json(
-    verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Finding], notes: Sequence[str], facts: Sequence[SampleFacts]
-) -> str:
-    rows = [
-        {key: value for key, value in vars(f).items() if not isinstance(value, np.ndarray | Keypoints | PlacementFeatures)} for f in facts
+def _json(found: Audit) -> str:
+    images = [
+        {key: value for key, value in vars(f).items() if not isinstance(value, np.ndarray | Keypoints | PlacementFeatures)}
+        for f in found.facts
     ]
-    told = [{"kind": f.kind, "severity": f.severity.value, "said": f.said, "images": f.images} for f in found]
-    return json.dumps({"verdict": verdict, "findings": told, "statistics": dict(numbers), "notes": notes, "images": rows}, indent=1)
+    tree = {
+        "verdict": found.verdict,
+        "findings": [{"kind": f.kind, "severity": f.severity.value, "said": f.said, "images": f.images} for f in found.findings],
+        "statistics": dict(found.numbers),
+        "notes": found.notes,
+        "images": images,
+    }
+    return json.dumps(tree, indent=1)
 
 
-def _page(folder: Path, verdict: str, numbers: Sequence[tuple[str, str]], found: Sequence[Finding], notes: Sequence[str]) -> str:
+def _page(folder: Path, found: Audit) -> str:
     rows = [
         (f.severity.value, f.kind, str(len(f.images)), f.said, ", ".join(f.images[:50]) + (" …" if len(f.images) > 50 else ""))
-        for f in found
+        for f in found.findings
     ]
-    table = Table(headings=("how bad", "what", "images", "what it means", "which"), rows=rows, sentence_columns=(1, 3, 4))
+    table = Table(headings=("severity", "kind", "images", "what it means", "which"), rows=rows, sentence_columns=(1, 3, 4))
     sections = [
         Section("Findings", [table] if rows else [Text(["None."])]),
-        Section("What is there", [Facts(numbers)]),
-        Section("How it was read", [Text(notes)] if notes else []),
+        Section("Statistics", [Facts(found.numbers)]),
+        Section("How it was read", [Text(found.notes)] if found.notes else []),
     ]
-    page = Page(title=f"Is {folder.absolute().name} fit to train on?", subtitle="cellbench check", verdict=[verdict], sections=sections)
-    return render.to_html(page)
+    title = f"Is {folder.absolute().name} fit to train on?"
+    return render.to_html(Page(title=title, subtitle="cellbench check", verdict=[found.verdict], sections=sections))

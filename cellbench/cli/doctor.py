@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cellbench import startup
 from cellbench.config.cards import BackboneCard, HeadCard
+from cellbench.config.options import DoctorOptions
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown_name
 from cellbench.file_cache import FileFactCache, sha256
-from cellbench.files import compute_sha256, make_folder
+from cellbench.files import compute_sha256
 from cellbench.models.backbones.weight_files import check_whole
 from cellbench.models.backbones.weights import download_path, find_in_hub_cache, folder_file, locate, weights_folder
 
@@ -29,28 +31,22 @@ UNASKED_BYTES = 128 * 2**20
 """Files up to this size are hashed for the table without being asked: half a second each on a slow disk, once."""
 
 
-def doctor(
-    names: Sequence[str] = (),
-    *,
-    weights: Path | None = None,
-    extra: Path | None = None,
-    device: str = "auto",
-    cache: Path | None = None,
-    deep: bool = False,
-    contracts: bool = False,
-) -> int:
-    """``cellbench doctor``: the table, the self-test of the backbones named, or the contracts. Exit code 0, or 1 where something is wrong.
+def doctor(options: DoctorOptions) -> int:
+    """The table, the self-test of the backbones named, the contracts, or the services. Exit code 0, or 1 where something is wrong.
 
     Raises CellbenchError for a name that no card has, and WeightsUnavailable, with the remedy, for weights that are not here.
     """
-    if cache is not None:
-        os.environ["CELLBENCH_CACHE"] = str(make_folder(cache.absolute()))
-    registry = Registry(extra)
-    if contracts:
-        return _contracts(_parts(registry, names, extra))
-    if not names:
-        return _table(registry, weights_folder(weights), deep)
-    return _self_tests([registry.backbone(name) for name in names], weights, device)
+    if options.services:
+        from cellbench.cli.services import services
+
+        return services()
+    startup.set_cache(options.cache)
+    registry = Registry(options.registry)
+    if options.contracts:
+        return _contracts(_parts(registry, options.names, options.registry))
+    if not options.names:
+        return _table(registry, weights_folder(options.weights), options.deep)
+    return _self_tests([registry.backbone(name) for name in options.names], options.weights, options.device)
 
 
 # --- the table ----------------------------------------------------------------------------------------------------------------------
@@ -193,6 +189,7 @@ def _cut(text: str, room: int, begin: int | None = None) -> str:
 def _self_tests(cards: list[BackboneCard], weights: Path | None, device: str) -> int:
     from cellbench.hardware import detect_hardware
 
+    startup.configure_threads(device)
     here = detect_hardware(device)
     errors: list[CellbenchError] = []
     wrong = 0
@@ -204,7 +201,7 @@ def _self_tests(cards: list[BackboneCard], weights: Path | None, device: str) ->
             if len(cards) > 1:
                 print(f"{card.id}: cannot be tested. {one_line(error).removeprefix(f'{card.id}: ')}\n")
     if errors:
-        raise errors[0] if len(cards) == 1 else CellbenchError(f"{len(errors)} of {len(cards)} backbones cannot be tested, as told above.")
+        raise errors[0] if len(cards) == 1 else CellbenchError(f"{len(errors)} of {len(cards)} backbones cannot be tested; the reasons are above.")
     return 1 if wrong else 0
 
 

@@ -1,180 +1,201 @@
-"""The verbs behind the command line: from arguments to printed answers."""
+"""``grid``: reads an experiment, plans its runs, executes them and reports."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cellbench.config.experiment import cohorts
+from cellbench import startup
+from cellbench.config.experiment import Experiment
 from cellbench.config.loading import read_request
-from cellbench.config.registry import Registry
+from cellbench.config.options import GridOptions
 from cellbench.console import say
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import SPLITS, Dataset
-from cellbench.errors import CellbenchError
-from cellbench.execution import multiprocess as processes
 from cellbench.execution import ray_cluster, ray_grid
 from cellbench.execution.artifacts import pool_folds
 from cellbench.execution.grid import Executor, InProcessExecutor, parent_run, run_all
-from cellbench.execution.planning import ResolvedRun, open_folds, resolve_runs
-from cellbench.execution.runner import Runner
+from cellbench.execution.multiprocess import ProcessExecutor
+from cellbench.execution.planning import ResolvedRun, group_cohorts, open_folds, resolve_runs
+from cellbench.execution.resources import Resources
+from cellbench.execution.runner import Outcome, Runner
 from cellbench.execution.worker_job import job_spec
-from cellbench.features.cache_admin import cache_budget
+from cellbench.features.cache_admin import parse_cache
 from cellbench.features.extractor import CachePolicy
-from cellbench.hardware import Hardware, detect_hardware
-from cellbench.models.backbones.weights import weights_folder
+from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request, write_report
-from cellbench.system_load import SystemLoad
-from cellbench.system_load import describe_load as load_words
+from cellbench.system_load import SystemLoad, describe_load
 from cellbench.tracking import relocate
 from cellbench.tracking.system_metrics import log_system_metrics
-from cellbench.tracking.tracker import Tracker
+from cellbench.tracking.tracker import Run, Tracker
 from cellbench.training.cost_estimate import estimate_cost, format_duration
 from cellbench.training.memory_check import InsufficientMemoryError
 
 
-def grid(
-    file: str,
-    *,
-    changes: Sequence[str] = (),
-    data: Path | None = None,
-    weights: Path | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-    memory: str = "auto",
-    cache: str | None = None,
-    cache_url: str | None = None,
-    extra: Path | None = None,
-    limit: int | None = None,
-    dry_run: bool = False,
-    workers: int | None = None,
-    on: str | None = None,
-    gpu_share: float = 1.0,
-) -> int:
-    """``cellbench grid``: runs an experiment and prints its leaderboard. Exit code 0, or 1 where a run failed."""
-    disk, prefer_disk = cache_budget(cache, cache_url)
-    registry = Registry(extra)
-    experiment, text = read_request(file, changes, data, limit, registry)
-    weights = weights_folder(weights)
-    if workers is not None and on is not None:
-        raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
-    if on is not None:
-        ray_cluster.check_address(on, gpu_share)
-    here = detect_hardware(device, precision, memory, elsewhere=on is not None and not dry_run)
-    if workers is not None:
-        processes.check_num_workers(workers, here)
-    datasets = open_folds(experiment, registry, data)
-    for line in dict.fromkeys(line for dataset in datasets for line in dataset.notes):
-        say(line)
-    for line in quick_check.severe_findings(registry.dataset(experiment.dataset), datasets[0]):
-        say(line)
-    jobs = resolve_runs(experiment, registry, datasets, weights, file, precision=here.precision_name, download=not dry_run)
-    dataset = datasets[0]
-    sizes = f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} test images"
-    folds = f" in each of {len(datasets)} folds, or one more or less" if len(datasets) > 1 else ""
-    say(f"{experiment.experiment}: {len(jobs)} runs on {dataset.name} ({sizes}{folds}), on {here.name}.")
-    if dry_run:
-        keeping = CachePolicy(memory_bytes=here.memory_bytes * 2 // 3, disk_bytes=disk, prefer_disk=prefer_disk, key="estimate")
-        return _dry(jobs, registry, datasets, here, weights, keeping)
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    experiment: Experiment
+    text: str
+    """The experiment as a file that asks the same without any option."""
+    resources: Resources
+    datasets: list[Dataset]
+    """One, or one a fold."""
+    runs: list[ResolvedRun]
+
+
+def grid(options: GridOptions) -> int:
+    """Exit code 0, or 1 where a run failed."""
+    startup.set_cache(parse_cache(options.cache)[0], options.cache_url)
+    startup.configure_threads(options.device)
+    plan = _prepare(options)
+    if options.dry_run:
+        _estimate(plan)
+        return 0
     for line in relocate.fix_artifact_paths():
         say(line)
-    tracker = Tracker(experiment.experiment)
-    key = hashlib.sha256(
-        json.dumps([experiment.model_dump(mode="json"), pool_folds(datasets), here.precision_name], sort_keys=True).encode()
-    ).hexdigest()[:16]
-    asked = {f"grid.{name}": ", ".join(map(str, values)) for name, values in experiment.grid.items()}
-    asked |= {"baselines": ", ".join(experiment.baselines) or "none", "dataset": dataset.name, "precision": here.precision_name}
+    tracker = Tracker(plan.experiment.experiment)
+    machine = plan.resources.machine
     with (
-        ray_cluster.connect(on, here) if on is not None else nullcontext() as ray,
-        parent_run(tracker, f"grid: {Path(file).stem}", key, asked, pool_folds(datasets)) as top,
+        ray_cluster.connect(options.on, machine) if options.on is not None else nullcontext() as ray,
+        _parent_run(plan, tracker, options) as parent,
     ):
-        runner = Runner(
-            experiment=experiment,
-            registry=registry,
-            datasets=datasets,
-            machine=here,
-            weights=weights,
-            tracker=tracker,
-            parent_id=top.run_id,
-            disk_bytes=disk,
-            prefer_disk=prefer_disk,
-            say=say,
-        )
-        top.log({"grid/runs": len(jobs)})
-        request = log_request(top, text, dataset, here.name)
-        with log_system_metrics(tracker, [top.run_id]):
-            told = job_spec(
-                experiment,
-                top.run_id,
-                here,
-                where=file,
-                data=data,
-                weights=weights,
-                extra=extra,
-                disk_bytes=disk,
-                prefer_disk=prefer_disk,
-            )
-            crew: Executor = InProcessExecutor()
-            if workers is not None:
-                crew = processes.ProcessExecutor(workers, told)
-            elif ray is not None:
-                crew = ray_grid.RayExecutor(ray, told, gpu_share)
-            outcome = run_all(runner, jobs, crew)
-        ids = {logged.run_id for logged in outcome.finished.values()}
-        splits = {
-            f"fold {fold}: {split}" if len(datasets) > 1 else split: [sample.name for sample in one.samples(split)]
-            for fold, one in enumerate(datasets)
-            for split in SPLITS
-        }
-        write_report(tracker, top, ids, request, splits, outcome.skipped, outcome.failed, say)
-        top.log({f"grid/{name}": len(runs) for name, runs in (("finished", ids), ("skipped", outcome.skipped), ("failed", outcome.failed))})
-        if outcome.skipped or outcome.failed or outcome.busy:
-            say(
-                f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} with another process."
-            )
-        say(
-            f"everything is in MLflow: `cellbench ui` or `mlflow ui` here, experiment '{experiment.experiment}'; its parent run has report.html."
-        )
-        if outcome.failed:
-            top.end("failed", f"{len(outcome.failed)} runs failed")
+        request = log_request(parent, plan.text, plan.datasets[0], machine.name)
+        outcome = _execute(plan, options, tracker, parent, ray)
+        _report(plan, tracker, parent, outcome, request)
     return 1 if outcome.failed else 0
 
 
-def _dry(
-    jobs: list[ResolvedRun], registry: Registry, datasets: Sequence[Dataset], here: Hardware, weights: Path | None, keeping: CachePolicy
-) -> int:
-    for job in jobs:
-        say(f"  {job.name}" + (f"  skipped: {job.unavailable}" if job.unavailable else ""))
-    wall, memory, disk, busy = 0.0, 0.0, 0.0, SystemLoad()
-    known = {id(job.run): job for job in jobs}
-    for number, group in enumerate(cohorts(job.run for job in jobs), 1):
-        first = group[0]
-        title = f"cohort {number}: {first.backbone or first.baseline}, {len(group)} run{'s' if len(group) > 1 else ''}"
-        if known[id(first)].unavailable:
+def _prepare(options: GridOptions) -> _Plan:
+    resources = Resources.of(options, elsewhere=options.on is not None and not options.dry_run)
+    registry, machine = resources.registry, resources.machine
+    experiment, text = read_request(options.file, options.changes, options.data, options.limit, registry)
+    datasets = open_folds(experiment, registry, options.data)
+    for line in dict.fromkeys(line for dataset in datasets for line in dataset.notes):
+        say(line)
+    dataset = datasets[0]
+    for line in quick_check.severe_findings(registry.dataset(experiment.dataset), dataset):
+        say(line)
+    runs = resolve_runs(
+        experiment,
+        registry,
+        datasets,
+        resources.weights,
+        options.file,
+        precision=machine.precision_name,
+        download=not options.dry_run,
+    )
+    sizes = f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} test images"
+    folds = f" in each of {len(datasets)} folds, or one more or less" if len(datasets) > 1 else ""
+    say(f"{experiment.experiment}: {len(runs)} runs on {dataset.name} ({sizes}{folds}), on {machine.name}.")
+    return _Plan(experiment=experiment, text=text, resources=resources, datasets=datasets, runs=runs)
+
+
+@contextmanager
+def _parent_run(plan: _Plan, tracker: Tracker, options: GridOptions) -> Iterator[Run]:
+    """The run in MLflow of the grid itself: the same one whenever the same grid is started again."""
+    precision, data = plan.resources.machine.precision_name, pool_folds(plan.datasets)
+    facts = json.dumps([plan.experiment.model_dump(mode="json"), data, precision], sort_keys=True)
+    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    params = {f"grid.{name}": ", ".join(map(str, values)) for name, values in plan.experiment.grid.items()}
+    params |= {"baselines": ", ".join(plan.experiment.baselines) or "none", "dataset": plan.datasets[0].name, "precision": precision}
+    with parent_run(tracker, f"grid: {Path(options.file).stem}", key, params, data) as parent:
+        parent.log({"grid/runs": len(plan.runs)})
+        yield parent
+
+
+def _execute(plan: _Plan, options: GridOptions, tracker: Tracker, parent: Run, ray: Any) -> Outcome:
+    """Runs what is not finished yet: in this process, in processes of this machine, or on Ray."""
+    resources = plan.resources
+    runner = Runner(
+        experiment=plan.experiment,
+        registry=resources.registry,
+        datasets=plan.datasets,
+        machine=resources.machine,
+        weights=resources.weights,
+        tracker=tracker,
+        parent_id=parent.run_id,
+        disk_bytes=resources.disk_bytes,
+        prefer_disk=resources.prefer_disk,
+        say=say,
+    )
+    job = job_spec(
+        plan.experiment,
+        parent.run_id,
+        resources.machine,
+        where=options.file,
+        data=options.data,
+        weights=resources.weights,
+        extra=options.registry,
+        disk_bytes=resources.disk_bytes,
+        prefer_disk=resources.prefer_disk,
+    )
+    executor: Executor = InProcessExecutor()
+    if options.workers is not None:
+        executor = ProcessExecutor(options.workers, job)
+    elif ray is not None:
+        executor = ray_grid.RayExecutor(ray, job, options.gpu_share)
+    with log_system_metrics(tracker, [parent.run_id]):
+        return run_all(runner, plan.runs, executor)
+
+
+def _report(plan: _Plan, tracker: Tracker, parent: Run, outcome: Outcome, request: RunRequest) -> None:
+    ids = {run.run_id for run in outcome.finished.values()}
+    splits = {
+        f"fold {fold}: {split}" if len(plan.datasets) > 1 else split: [sample.name for sample in dataset.samples(split)]
+        for fold, dataset in enumerate(plan.datasets)
+        for split in SPLITS
+    }
+    write_report(tracker, parent, ids, request, splits, outcome.skipped, outcome.failed, say)
+    parent.log({"grid/finished": len(ids), "grid/skipped": len(outcome.skipped), "grid/failed": len(outcome.failed)})
+    if outcome.skipped or outcome.failed or outcome.busy:
+        say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} in another process.")
+    say(f"everything is in MLflow: `cellbench ui` or `mlflow ui` here, experiment '{tracker.name}'; its parent run has report.html.")
+    if outcome.failed:
+        parent.end("failed", f"{len(outcome.failed)} runs failed")
+
+
+# --- dry run --------------------------------------------------------------------------------------------------------------------------
+
+
+def _estimate(plan: _Plan) -> None:
+    """Prints the runs, and of each cohort its tiles, time and memory, from a few tiles timed now."""
+    for resolved in plan.runs:
+        say(f"  {resolved.name}" + (f"  skipped: {resolved.unavailable}" if resolved.unavailable else ""))
+    wall_s, memory_mib, disk_mib, load = 0.0, 0.0, 0.0, SystemLoad()
+    for number, cohort in enumerate(group_cohorts(plan.runs), 1):
+        run = cohort[0].run
+        title = f"cohort {number}: {run.backbone or run.baseline}, {len(cohort)} run{'s' if len(cohort) > 1 else ''}"
+        if cohort[0].unavailable:
             say(f"{title}: skipped")
             continue
-        if first.baseline and not registry.baseline(first.baseline).trained:
+        if not cohort[0].trained:
             say(f"{title}: nothing to train")
             continue
+        resources = plan.resources
+        policy = CachePolicy(
+            memory_bytes=resources.machine.memory_bytes * 2 // 3,
+            disk_bytes=resources.disk_bytes,
+            prefer_disk=resources.prefer_disk,
+            key="estimate",
+        )
         try:
-            one = estimate_cost(group, registry, datasets[first.fold], here, weights, keeping)
+            cost = estimate_cost([one.run for one in cohort], resources.registry, plan.datasets[run.fold], resources.machine, resources.weights, policy)
         except InsufficientMemoryError as error:
             say(f"{title}: would be skipped: {error}")
             continue
-        speed = f", backbone {one.trunk_tiles_per_s:.0f} tiles/s" if first.backbone else ""
+        speed = f", backbone {cost.trunk_tiles_per_s:.0f} tiles/s" if run.backbone else ""
         say(
-            f"{title}: {one.train_tiles} training tiles an epoch, {one.val_tiles} validation and {one.test_tiles} test tiles{speed}; "
-            f"about {format_duration(one.wall_s)}, {one.memory_mib / 1024:.1f} GiB of memory; {one.source}"
+            f"{title}: {cost.train_tiles} training tiles an epoch, {cost.val_tiles} validation and {cost.test_tiles} test tiles{speed}; "
+            f"about {format_duration(cost.wall_s)}, {cost.memory_mib / 1024:.1f} GiB of memory; {cost.source}"
         )
-        wall, memory, disk = wall + one.wall_s, max(memory, one.memory_mib), disk + one.disk_mib
-    busy_words = load_words(busy.others_pct())
+        wall_s, memory_mib, disk_mib = wall_s + cost.wall_s, max(memory_mib, cost.memory_mib), disk_mib + cost.disk_mib
+    load_text = describe_load(load.others_pct())
     say(
-        f"in all about {format_duration(wall)}, up to {memory / 1024:.1f} GiB of memory and {disk:.0f} MiB of disk for results "
-        f"(from a few tiles timed now{', ' if busy_words else ''}{busy_words})"
+        f"in all about {format_duration(wall_s)}, up to {memory_mib / 1024:.1f} GiB of memory and {disk_mib:.0f} MiB of disk for results "
+        f"(from a few tiles timed now{', ' if load_text else ''}{load_text})"
     )
-    return 0
-
-

@@ -1,37 +1,35 @@
-"""cellbench report: the report of one experiment, or of several taken together."""
+"""``report``: the report of one experiment, or of several taken together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-
+from cellbench.config.options import ReportOptions
 from cellbench.errors import CellbenchError
 from cellbench.reporting.collect import collect_report
+from cellbench.reporting.render import write_report_files
 from cellbench.reporting.report import report_dir
+from cellbench.reporting.sections import build_report
 from cellbench.tracking import relocate, sqlite_store
 from cellbench.tracking.tracker import Tracker, newest_experiment
 
 
-def report(names: Sequence[str], out: Path | None, say: Callable[[str], None] = print) -> int:
-    """``cellbench report``: the report of one experiment, or of several taken together; of the newest where none is named."""
+def report(options: ReportOptions) -> int:
+    """Writes the report of one experiment, or of several together; of the newest where none is named. Exit code 0."""
     sqlite_store.require_store()
     for line in relocate.fix_artifact_paths():
-        say(line)
+        print(line)
+    names = options.experiments
     if not names:
         latest = newest_experiment()
         if latest is None:
             raise CellbenchError("no experiment of MLflow's store here has a finished run. `cellbench grid` makes some.")
-        names = [latest]
-    from cellbench.reporting.render import write_report_files
-    from cellbench.reporting.sections import build_report
-
+        names = (latest,)
     trackers = [Tracker(name, make=False) for name in dict.fromkeys(names)]
     results = collect_report(trackers)
     made = build_report(results)
-    path = write_report_files(made, out or report_dir(results.experiment))
+    path = write_report_files(made, options.out or report_dir(results.experiment))
     for sentence in (*made.verdict, *results.left_out):
-        say(sentence)
+        print(sentence)
     if len(trackers) == 1 and results.parent is not None:
         trackers[0].attach(results.parent, path.parent)
-    say(f"{path}: {results.num_runs} runs; tables and figures beside it.")
+    print(f"{path}: {results.num_runs} runs; tables and figures beside it.")
     return 0

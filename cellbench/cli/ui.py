@@ -10,10 +10,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 
 import psutil
 
+from cellbench.config.options import UiOptions
 from cellbench.errors import CellbenchError
 from cellbench.tracking import relocate, sqlite_store, ui_view
 
@@ -21,47 +21,34 @@ PATIENCE_S = 120
 """For the first answer: a cold start on a busy machine has taken half a minute."""
 
 
-def ui(port: int = 5000, say: Callable[[str], None] = print) -> int:
+def ui(options: UiOptions) -> int:
     """Serves the store of this folder on the loopback address until Ctrl-C. Raises CellbenchError where there is nothing to serve."""
     uri = sqlite_store.store_uri()
     if uri.startswith(("http:", "https:", "databricks")):
         raise CellbenchError(f"MLFLOW_TRACKING_URI is the server {uri}: open that in a browser. `ui` serves the store of a folder.")
     sqlite_store.require_store()
     for line in relocate.fix_artifact_paths():
-        say(line)
-    port = free_port(port)
+        print(line)
+    port = free_port(options.port)
     # `mlflow ui` does not read MLFLOW_TRACKING_URI, and only the literal "true" ends its telemetry.
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "ui",
-        "--backend-store-uri",
-        uri,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     # Its own session: Ctrl-C reaches us, and we end the server with all it started, in order.
     server = subprocess.Popen(
         command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
-        return _serve(server, port, say)
+        return _serve(server, port)
     except KeyboardInterrupt:
-        say("stopped.")
+        print("stopped.")
         return 0
     finally:
         _end(server)
 
 
-def _serve(server: subprocess.Popen[bytes], port: int, say: Callable[[str], None]) -> int:
+def _serve(server: subprocess.Popen[bytes], port: int) -> int:
     address = f"http://127.0.0.1:{port}"
-    say("starting MLflow's UI ...")
+    print("starting MLflow's UI ...")
     deadline = time.monotonic() + PATIENCE_S
     while not responds(f"{address}/health"):
         if server.poll() is not None:
@@ -71,9 +58,9 @@ def _serve(server: subprocess.Popen[bytes], port: int, say: Callable[[str], None
         if time.monotonic() > deadline:
             raise CellbenchError(f"MLflow's UI did not answer at {address} within {PATIENCE_S} s.")
         time.sleep(0.2)
-    say(f"{address}  (this machine only; Ctrl-C ends it)")
+    print(f"{address}  (this machine only; Ctrl-C ends it)")
     for name, number in relocate.experiment_names():
-        say(f"  {name}: {address}/#/experiments/{number}/runs?{ui_view.QUERY}")
+        print(f"  {name}: {address}/#/experiments/{number}/runs?{ui_view.QUERY}")
     assert server.stdout is not None
     for _ in server.stdout:  # read, or the server would stop at a full pipe; each request is a line nobody needs
         pass

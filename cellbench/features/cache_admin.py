@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cellbench.features.remote_cache import set_shared_url, shared_url
-from cellbench.files import cache_dir, make_folder
+from cellbench.features.remote_cache import shared_url
+from cellbench.files import cache_dir
 from cellbench.hardware import is_size, parse_bytes
 
 
@@ -62,28 +61,24 @@ def remove_entries(chosen: list[CacheEntry]) -> int:
     return sum(entry.size_bytes for entry in chosen)
 
 
-def cache_budget(text: str | None, url: str | None = None) -> tuple[int, bool]:
-    """What ``--cache`` says: the cache folder, how many bytes of features may lie there, and whether to prefer it to memory.
+def parse_cache(text: str | None) -> tuple[str | None, int | None]:
+    """The folder and the size in bytes of ``--cache``: ``DIR``, ``SIZE`` or ``DIR:SIZE``; None for what is not given. Raises CellbenchError."""
+    if text is None:
+        return None, None
+    if is_size(text):
+        return None, parse_bytes(text, "--cache")
+    folder, _, size = text.rpartition(":")
+    return (folder, parse_bytes(size, "--cache")) if folder and is_size(size) else (text, None)
 
-    ``DIR``, ``SIZE`` or ``DIR:SIZE``. With a size, features are kept there for later calls. Without one they go there only where memory
-    is too small, into at most a fifth of what is free. With ``--cache-url``, which names what machines share, they are kept for those too.
-    Sets ``CELLBENCH_CACHE`` and ``CELLBENCH_CACHE_URL`` for this process.
+
+def disk_budget(size_bytes: int | None) -> tuple[int, bool]:
+    """How many bytes of features may lie in the cache folder, and whether to prefer it to memory.
+
+    With a size, features are kept there for later calls. Without one they go there only where memory is too small, into at most a fifth of the
+    free space. With a shared cache they are kept for other machines too.
     """
-    if url is not None:
-        set_shared_url(url)
-    folder, size = None, None
-    if text is not None:
-        head, colon, tail = text.rpartition(":")
-        if is_size(text):
-            size = text
-        elif colon and is_size(tail) and head:
-            folder, size = head, tail
-        else:
-            folder = text
-    if folder is not None:
-        os.environ["CELLBENCH_CACHE"] = str(make_folder(Path(folder).absolute()))
-    if size is not None:
-        return parse_bytes(size, "--cache"), True
+    if size_bytes is not None:
+        return size_bytes, True
     there = cache_dir()
     while not there.exists():
         there = there.parent

@@ -32,13 +32,6 @@ def shared_url() -> str:
     return os.environ.get("CELLBENCH_CACHE_URL", "")
 
 
-def set_shared_url(url: str) -> None:
-    """Sets it for this process. Raises CellbenchError for what is no URL."""
-    if "://" not in url:
-        raise CellbenchError(f"--cache-url {url}: expected a URL, as s3://bucket/folder or sftp://host/folder. --cache names a folder.")
-    os.environ["CELLBENCH_CACHE_URL"] = url
-
-
 class _Damaged(Exception):
     """What was fetched does not fit."""
 

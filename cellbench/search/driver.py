@@ -1,4 +1,4 @@
-"""``search``: settings are sought instead of listed, many trials to each pass of a backbone.
+"""A search from its file to the test of its best setting: prepare, spawn, follow, conclude.
 
 Its processes work on batches of trials, which end after validation: the best setting alone is tested, at the end, as a grid of its own with
 several seeds.
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from cellbench.config.experiment import Experiment
 from cellbench.config.loading import read_space
+from cellbench.config.options import SearchOptions
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.config.search_space import Space
@@ -30,244 +30,255 @@ from cellbench.console import say
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError
-from cellbench.execution import multiprocess as processes
 from cellbench.execution import ray_cluster, ray_grid, ray_search
 from cellbench.execution.artifacts import pool_folds
 from cellbench.execution.grid import Executor, InProcessExecutor, parent_run
+from cellbench.execution.multiprocess import assign_cores, pin_to_cores
 from cellbench.execution.planning import open_folds, resolve_runs
+from cellbench.execution.resources import Resources
 from cellbench.execution.runner import Runner
 from cellbench.execution.worker_job import JobSpec, job_spec
-from cellbench.features.cache_admin import cache_budget
-from cellbench.hardware import Hardware, detect_hardware
-from cellbench.models.backbones.weights import weights_folder
+from cellbench.hardware import Hardware
+from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request
 from cellbench.search import results as search_results
 from cellbench.search.study import DEFAULT, Study
 from cellbench.search.worker import SearchWorker
 from cellbench.tracking import relocate
-from cellbench.tracking.schema import RunState
 from cellbench.tracking.system_metrics import log_system_metrics
-from cellbench.tracking.tracker import Tracker
+from cellbench.tracking.tracker import Run, Tracker
 
 
 @dataclass(kw_only=True)
 class StopRequest:
-    """When a search ends before its trials do: at its deadline, or with Ctrl-C, once after the batch that runs, twice at once."""
+    """Whether a search ends before its trials do: at its deadline, when a person asks for it, or when its first process is gone."""
 
     deadline_s: float = float("inf")
     """On time's monotonic clock."""
     asked: bool = False
+    parent_pid: int = 0
+    """Of a process that helps another one: that process. Without it, its current batch is its last."""
     helpers: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    """They have sessions of their own: the terminal's Ctrl-C reaches them through this process, once."""
-    leader: int = 0
-    """The process that a helper helps; when that is gone, the helper's batch is its last too."""
+    """Processes that this one started. They have sessions of their own, so the terminal's Ctrl-C does not reach them."""
+
+    @classmethod
+    def after(cls, timeout_s: float | None) -> StopRequest:
+        return cls() if timeout_s is None else cls(deadline_s=time.monotonic() + timeout_s)
 
     def over(self) -> bool:
-        return self.asked or time.monotonic() > self.deadline_s or (self.leader > 0 and os.getppid() != self.leader)
-
-    @contextlib.contextmanager
-    def heard(self) -> Iterator[StopRequest]:
-        before = signal.signal(signal.SIGINT, self._interrupted)
-        try:
-            yield self
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _interrupted(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        for process in self.helpers:
-            process.send_signal(signal.SIGINT)
-        say("ending after this batch; Ctrl-C once more ends at once. Nothing that is told is lost either way.")
+        return self.asked or time.monotonic() > self.deadline_s or (self.parent_pid > 0 and os.getppid() != self.parent_pid)
 
 
-def search(
-    file: str,
-    *,
-    trials: int | None = None,
-    timeout_s: float | None = None,
-    workers: int = 1,
-    storage: str | None = None,
-    helper: int = 0,
-    on: str | None = None,
-    gpu_share: float = 1.0,
-    here: Hardware | None = None,
-    changes: Sequence[str] = (),
-    data: Path | None = None,
-    weights: Path | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-    memory: str = "auto",
-    cache: str | None = None,
-    cache_url: str | None = None,
-    extra: Path | None = None,
-    limit: int | None = None,
-    text: str | None = None,
-) -> int:
-    """``cellbench search``. Exit code 0; 130 where Ctrl-C ended it.
+# --- prepare --------------------------------------------------------------------------------------------------------------------------
 
-    ``helper``: of a worker beside the first one, which only works on trials, its number. ``here``: its share of a machine elsewhere. ``text``:
-    what the first one read, changes included; ``file`` is then only its name.
-    """
-    deadline_s = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
-    disk, _ = cache_budget(cache, cache_url)
-    registry = Registry(extra)
-    changes = [*changes, *([f"search.trials={trials}"] if trials is not None else [])]
-    if text is None:
-        space, text = read_space(file, changes, data, limit, registry)
-    else:
-        space = Space.of(tomllib.loads(text), file, registry)
-    weights = weights_folder(weights)
-    if workers != 1 and on is not None:
-        raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
-    if on is not None:
-        ray_cluster.check_address(on, gpu_share)
-    whole = here or detect_hardware(device, precision, memory, elsewhere=on is not None)
-    shares = whole.shares(processes.check_num_workers(workers, whole))
-    pins = processes.assign_cores(shares) if workers > 1 else [[]]
-    experiment = Experiment.of(space.tree({one.name: one.ends[0] for one in space.dimensions if not one.head}), file)
-    datasets = open_folds(experiment, registry, data)
-    dataset = datasets[space.fold]
-    check_backbones(space, registry, datasets, weights, file, whole.precision_name)
-    for line in (
-        ()
-        if helper
-        else (*dataset.notes, *quick_check.severe_findings(registry.dataset(experiment.dataset), dataset), *relocate.fix_artifact_paths())
-    ):
-        say(line)
-    url = storage or os.environ.get("OPTUNA_STORAGE") or DEFAULT
-    if url.startswith("sqlite:///"):  # a process elsewhere may have another folder
-        url = f"sqlite:///{Path(url.removeprefix('sqlite:///')).absolute()}"
-    asked = {**space.asked, "images": dataset.digest, "precision": whole.precision_name}
-    tracker = Tracker(space.experiment)
-    with (
-        ray_cluster.connect(on, whole) if on is not None else contextlib.nullcontext() as ray,
-        Study(url, space.experiment, space.settings, space.dimensions, asked, max_epochs(space)) as study,
-        StopRequest(deadline_s=deadline_s).heard() as stop,
-    ):
-        key = space.digest([dataset.digest])
-        top = (
-            _top_of(tracker, key)
-            if helper
-            else parent_run(tracker, f"search: {Path(file).stem}", key, _params(space, dataset), pool_folds(datasets), kind="search")
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """A search as its file asks for it, with its data and what it may use."""
+
+    space: Space
+    text: str
+    """The search as a file that asks the same without any option."""
+    file: str
+    """Its path or name."""
+    data: Path | None
+    storage: str
+    """URL of the study's database."""
+    experiment: Experiment
+    """One point of the space."""
+    datasets: list[Dataset]
+    resources: Resources
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.datasets[self.space.fold]
+
+    def study(self) -> Study:
+        asked = {**self.space.asked, "images": self.dataset.digest, "precision": self.resources.machine.precision_name}
+        return Study(self.storage, self.space.experiment, self.space.settings, self.space.dimensions, asked, max_epochs(self.space))
+
+    def worker(self, study: Study, tracker: Tracker, parent_id: str, machine: Hardware) -> SearchWorker:
+        """What trains trials in this process, on ``machine``, its share of the resources."""
+        runner = Runner(
+            experiment=self.experiment,
+            registry=self.resources.registry,
+            datasets=self.datasets,
+            machine=machine,
+            weights=self.resources.weights,
+            tracker=tracker,
+            parent_id=parent_id,
+            disk_bytes=self.resources.disk_bytes,
+            prefer_disk=True,
+            say=say,
         )
-        with top as run:
-            runner = Runner(
-                experiment=experiment, registry=registry, datasets=datasets, machine=shares[helper if here is None else 0], weights=weights, tracker=tracker,
-                parent_id=run.run_id, disk_bytes=disk, prefer_disk=True, say=say,
-            )  # fmt: skip
-            worker = SearchWorker(space=space, study=study, runner=runner, where=file)
-            if helper:
-                stop.leader = os.getppid()
-                with tqdm(disable=True) as bar, processes.pin_to_cores(pins[helper] if here is None else []):
-                    worker.work(stop.over, bar)
-                return 0
-            request = log_request(run, text, dataset, whole.name)
-            told = job_spec(
-                experiment, run.run_id, whole, where=file, data=data, weights=weights, extra=extra, disk_bytes=disk, prefer_disk=True
-            )  # fmt: skip
-            place = str(Path(file).absolute()) if Path(file).is_file() else file
-            work = partial(
-                help_search, file=place, text=text, storage=url, seconds=timeout_s and deadline_s - time.monotonic()
-            )  # fmt: skip
-            before = [t for t in study.told() if t.state != "running"]
-            say(
-                f"{space.experiment}: {space.settings.trials} trials, {len(before)} of them told already, in batches of {space.settings.batch}, "
-                f"on {dataset.name} ({len(dataset.train)} training and {len(dataset.val)} validation images), on {whole.name}."
-            )
-            for sentence in search_results.sync_study(study, tracker):
-                say(sentence)
-            try:
-                total, desc = space.settings.trials, space.experiment
-                bar = tqdm(total=total, initial=len(before), desc=desc, unit="trial", dynamic_ncols=True)
-                with log_system_metrics(tracker, [run.run_id]), bar:
-                    if ray is not None:
-                        params_m = max(registry.backbone(str(name)).params_m for name in _named(space))
-                        num = -(-(space.settings.trials - len(before)) // space.settings.batch)
-                        with ray_search.SearchHelpers(ray, told, url, work, num, params_m, gpu_share) as helpers:
-                            _followed(helpers, study, stop, worker, bar)
-                    else:
-                        with _helpers(workers, stop, text), processes.pin_to_cores(pins[0]):
-                            worker.work(stop.over, bar)
-                            _wait(study, stop, worker, bar)
-            finally:
-                with contextlib.suppress(CellbenchError):
-                    search_results.log_progress(space, study, run)
-            left = space.settings.trials - sum(t.state != "running" for t in study.told())
-            if stop.asked or left > 0:
-                why = "Ctrl-C" if stop.asked else "the time is over"
-                say(f"{why}: {left} trials are left, and the best is not tested yet. The same command goes on.")
-                run.end("interrupted", why)
-                return 130 if stop.asked else 0
-            runner = replace(runner, watch=None, machine=whole)
-
-            def crew_of(best: Experiment) -> Executor:
-                return ray_grid.RayExecutor(ray, replace(told, experiment=best), gpu_share) if ray is not None else InProcessExecutor()
-
-            return search_results.test_best(space, study, runner, run, request, crew_of)
+        return SearchWorker(space=self.space, study=study, runner=runner, where=self.file)
 
 
-def help_search(
-    order: JobSpec, *, file: str, text: str, storage: str, seconds: float | None
-) -> None:  # fmt: skip
-    """Works on the trials of a search that was started elsewhere, until all are told. Raises CellbenchError."""
-    search(
-        file, helper=1, here=order.machine, text=text, storage=storage, timeout_s=seconds,
-        data=order.data, weights=order.weights, extra=order.extra, cache=f"{order.cache}:{order.disk_bytes // 2**20}M",
-    )  # fmt: skip
+def prepare(options: SearchOptions, resources: Resources) -> SearchPlan:
+    """Reads the file and the data, and says what is known about them. Raises CellbenchError, before anything is written."""
+    space, text = read_space(options.file, options.all_changes, options.data, options.limit, resources.registry)
+    plan = plan_search(space, text, options.file, options.data, options.storage, resources)
+    findings = quick_check.severe_findings(resources.registry.dataset(space.dataset), plan.dataset)
+    for line in (*plan.dataset.notes, *findings, *relocate.fix_artifact_paths()):
+        say(line)
+    return plan
 
 
+def plan_search(space: Space, text: str, file: str, data: Path | None, storage: str | None, resources: Resources) -> SearchPlan:
+    url = storage or os.environ.get("OPTUNA_STORAGE") or DEFAULT
+    if url.startswith("sqlite:///"):  # a process elsewhere may have another working folder
+        url = f"sqlite:///{Path(url.removeprefix('sqlite:///')).absolute()}"
+    experiment = Experiment.of(space.tree({one.name: one.ends[0] for one in space.dimensions if not one.head}), file)
+    plan = SearchPlan(
+        space=space,
+        text=text,
+        file=file,
+        data=data,
+        storage=url,
+        experiment=experiment,
+        datasets=open_folds(experiment, resources.registry, data),
+        resources=resources,
+    )
+    _check_backbones(plan)
+    return plan
 
 
 def max_epochs(space: Space) -> int:
-    """The most that a trial may take."""
+    """The most epochs that a trial may take."""
     for one in space.dimensions:
         if one.name == "epochs":
             return int(max(float(x) for x in one.ends))
     return int(space.run.get("epochs", RunSpec.model_fields["epochs"].default))
 
 
-def _named(space: Space) -> Sequence[Any]:
+def _check_backbones(plan: SearchPlan) -> None:
+    """Raises CellbenchError for a backbone without weights: all its trials would fail."""
+    space, resources = plan.space, plan.resources
+    base = {one.name: one.ends[0] for one in space.dimensions if not one.head}
+    for name in _backbones(space):
+        (resolved,) = resolve_runs(
+            Experiment.of(space.tree({**base, "backbone": name}), plan.file),
+            resources.registry,
+            plan.datasets,
+            resources.weights,
+            plan.file,
+            precision=resources.machine.precision_name,
+        )
+        if resolved.unavailable:
+            raise CellbenchError(f"{plan.file}: [space] backbone '{name}': {resolved.unavailable} Or remove it from the list.")
+
+
+def _backbones(space: Space) -> Sequence[Any]:
     return next(one.choices for one in space.dimensions if one.name == "backbone")
 
 
-def check_backbones(
-    space: Space, registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str, precision: str
-) -> None:
-    """Refuses a space with a backbone that cannot be had: its trials would all fail."""
-    base = {one.name: one.ends[0] for one in space.dimensions if not one.head}
-    for name in _named(space):
-        (job,) = resolve_runs(
-            Experiment.of(space.tree({**base, "backbone": name}), where), registry, datasets, weights, where, precision=precision
+# --- the first process ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSession:
+    """A search under way: its study, its parent run in MLflow, and the worker of this process."""
+
+    plan: SearchPlan
+    study: Study
+    parent: Run
+    request: RunRequest
+
+    worker: SearchWorker
+    tracker: Tracker
+    job: JobSpec
+    """For processes elsewhere."""
+    ray: Any = None
+    gpu_share: float = 1.0
+
+    @property
+    def num_left(self) -> int:
+        return self.plan.space.settings.trials - sum(t.state != "running" for t in self.study.told())
+
+
+def search(plan: SearchPlan, options: SearchOptions, stop: StopRequest, progress: Callable[[int, int], tqdm[Any]]) -> int:
+    """Runs a search. ``progress``: a bar of all trials, by how many have ended. Exit code 0; 130 where a person ended it, 1 where a test failed."""
+    with _open(plan, options) as session:
+        try:
+            with progress(plan.space.settings.trials, plan.space.settings.trials - session.num_left) as bar:
+                if session.ray is not None:
+                    _follow_ray(session, stop, bar)
+                else:
+                    _work_with_helpers(session, options.workers or 1, stop, bar)
+        finally:
+            with contextlib.suppress(CellbenchError):
+                search_results.log_progress(plan.space, session.study, session.parent)
+        return _conclude(session, stop)
+
+
+@contextlib.contextmanager
+def _open(plan: SearchPlan, options: SearchOptions) -> Iterator[SearchSession]:
+    space, dataset, resources = plan.space, plan.dataset, plan.resources
+    tracker = Tracker(space.experiment)
+    params = {name: value for name, value in space.asked.items() if not name.startswith(("data.", "run."))} | {"dataset": dataset.name}
+    with (
+        ray_cluster.connect(options.on, resources.machine) if options.on is not None else contextlib.nullcontext() as ray,
+        plan.study() as study,
+        parent_run(tracker, f"search: {Path(plan.file).stem}", _key(plan), params, pool_folds(plan.datasets), kind="search") as parent,
+    ):
+        job = job_spec(
+            plan.experiment,
+            parent.run_id,
+            resources.machine,
+            where=plan.file,
+            data=plan.data,
+            weights=resources.weights,
+            extra=options.registry,
+            disk_bytes=resources.disk_bytes,
+            prefer_disk=True,
         )
-        if job.unavailable:
-            raise CellbenchError(f"{where}: [space] backbone '{name}': {job.unavailable} Or take it out of the list.")
+        session = SearchSession(
+            plan=plan,
+            study=study,
+            parent=parent,
+            request=log_request(parent, plan.text, dataset, resources.machine.name),
+            worker=plan.worker(study, tracker, parent.run_id, resources.machine.shares(options.workers or 1)[0]),
+            tracker=tracker,
+            job=job,
+            ray=ray,
+            gpu_share=options.gpu_share,
+        )
+        settings = space.settings
+        say(
+            f"{space.experiment}: {settings.trials} trials, {settings.trials - session.num_left} of them finished, in batches of {settings.batch}, "
+            f"on {dataset.name} ({len(dataset.train)} training and {len(dataset.val)} validation images), on {resources.machine.name}."
+        )
+        for sentence in search_results.sync_study(study, tracker):
+            say(sentence)
+        with log_system_metrics(tracker, [parent.run_id]):
+            yield session
 
 
-def _params(space: Space, dataset: Dataset) -> dict[str, str]:
-    return {name: value for name, value in space.asked.items() if not name.startswith(("data.", "run."))} | {"dataset": dataset.name}
+def _key(plan: SearchPlan) -> str:
+    return plan.space.digest([plan.dataset.digest])
+
+
+def _work_with_helpers(session: SearchSession, num_workers: int, stop: StopRequest, bar: tqdm[Any]) -> None:
+    """Works on trials beside the other processes, until all have ended; takes over those of a process that died."""
+    cores = assign_cores(session.plan.resources.machine.shares(num_workers))[0] if num_workers > 1 else []
+    with _spawned(num_workers - 1, session.plan.text, stop), pin_to_cores(cores):
+        session.worker.work(stop.over, bar)
+        while not stop.over() and any(t.state == "running" for t in session.study.told()):
+            time.sleep(2)
+            session.worker.work(stop.over, bar)
 
 
 @contextlib.contextmanager
-def _top_of(tracker: Tracker, key: str) -> Iterator[RunState]:
-    """The parent run that the first worker holds open."""
-    found = tracker.known().get(key)
-    if found is None:
-        raise CellbenchError("the search that this worker was to help is not there.")
-    yield found
-
-
-@contextlib.contextmanager
-def _helpers(workers: int, stop: StopRequest, text: str) -> Iterator[None]:
-    """The other workers, as processes of this same command, which read ``text`` instead of the file; they end with their search."""
+def _spawned(num: int, text: str, stop: StopRequest) -> Iterator[None]:
+    """``num`` helpers: processes of this same command that read ``text`` instead of the file. They end with their search."""
     call = [sys.executable, "-m", "cellbench.run", *sys.argv[1:], "--helper"]
-    numbers = range(1, workers)
     stop.helpers = [
-        subprocess.Popen([*call, str(k)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) for k in numbers
+        subprocess.Popen([*call, str(k)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+        for k in range(1, num + 1)
     ]
     for process in stop.helpers:
-        with contextlib.suppress(OSError), process.stdin as pipe:  # one that ended at once says why itself
+        assert process.stdin is not None
+        with contextlib.suppress(OSError), process.stdin as pipe:  # one that ended at once prints the reason itself
             pipe.write(text.encode())
     try:
         yield
@@ -280,16 +291,70 @@ def _helpers(workers: int, stop: StopRequest, text: str) -> Iterator[None]:
             process.wait()
 
 
-def _wait(study: Study, stop: StopRequest, worker: SearchWorker, bar: tqdm) -> None:
-    """Until the other workers' trials are told, too; those of a worker that died meanwhile are taken up."""
-    while not stop.over() and any(t.state == "running" for t in study.told()):
-        time.sleep(2)
-        worker.work(stop.over, bar)
+def _follow_ray(session: SearchSession, stop: StopRequest, bar: tqdm[Any]) -> None:
+    """Waits until processes elsewhere have finished the trials. Ctrl-C ends those processes: their trials resume from checkpoints."""
+    plan, settings = session.plan, session.plan.space.settings
+    place = str(Path(plan.file).absolute()) if Path(plan.file).is_file() else plan.file
+    seconds = None if stop.deadline_s == float("inf") else stop.deadline_s - time.monotonic()
+    work = partial(help_search, file=place, text=plan.text, storage=plan.storage, seconds=seconds)
+    num = -(-session.num_left // settings.batch)
+    params_m = max(plan.resources.registry.backbone(str(name)).params_m for name in _backbones(plan.space))
+    with ray_search.SearchHelpers(session.ray, session.job, plan.storage, work, num, params_m, session.gpu_share) as helpers:
+        while not stop.over() and helpers.working:
+            if words := helpers.look(2.0):
+                say(words)
+            session.worker.show(session.study.told(), bar)
 
 
-def _followed(helpers: ray_search.SearchHelpers, study: Study, stop: StopRequest, worker: SearchWorker, bar: tqdm) -> None:
-    """Until the trials are told by processes elsewhere, or Ctrl-C ends those: what they were at goes on from its checkpoints."""
-    while not stop.over() and helpers.working:
-        if words := helpers.look(2.0):
-            say(words)
-        worker.show(study.told(), bar)
+def _conclude(session: SearchSession, stop: StopRequest) -> int:
+    """Tests the best setting, where all trials have ended."""
+    if stop.asked or session.num_left > 0:
+        why = "Ctrl-C" if stop.asked else "the time is over"
+        say(f"{why}: {session.num_left} trials are left, and the best is not tested yet. The same command resumes.")
+        session.parent.end("interrupted", why)
+        return 130 if stop.asked else 0
+
+    def executor(best: Experiment) -> Executor:
+        if session.ray is None:
+            return InProcessExecutor()
+        return ray_grid.RayExecutor(session.ray, replace(session.job, experiment=best), session.gpu_share)
+
+    runner = replace(session.worker.runner, watch=None, machine=session.plan.resources.machine)
+    return search_results.test_best(session.plan.space, session.study, runner, session.parent, session.request, executor)
+
+
+# --- the other processes --------------------------------------------------------------------------------------------------------------
+
+
+def assist(plan: SearchPlan, machine: Hardware, cores: Sequence[int], stop: StopRequest) -> None:
+    """Works on trials of a search that another process leads, on ``machine``, pinned to ``cores``, until all have ended. Raises CellbenchError."""
+    tracker = Tracker(plan.space.experiment)
+    with plan.study() as study:
+        parent = tracker.known().get(_key(plan))
+        if parent is None:
+            raise CellbenchError(f"the search '{plan.space.experiment}' has no parent run in MLflow's store, so it cannot be assisted.")
+        worker = plan.worker(study, tracker, parent.run_id, machine)
+        with tqdm(disable=True) as bar, pin_to_cores(cores):
+            worker.work(stop.over, bar)
+
+
+def assist_here(options: SearchOptions, resources: Resources, text: str, stop: StopRequest) -> None:
+    """The work of one of ``--workers``. ``text``: the search as the first process read it."""
+    stop.parent_pid = os.getppid()
+    plan = _plan_of(text, options.file, options.data, options.storage, resources)
+    shares = resources.machine.shares(options.workers or 1)
+    assist(plan, shares[options.helper], assign_cores(shares)[options.helper], stop)
+
+
+def help_search(job: JobSpec, *, file: str, text: str, storage: str, seconds: float | None) -> None:
+    """The work of a process on Ray. Raises CellbenchError."""
+    resources = Resources(
+        registry=Registry(job.extra), weights=job.weights, machine=job.machine, disk_bytes=job.disk_bytes, prefer_disk=True
+    )
+    stop = StopRequest.after(seconds)
+    stop.parent_pid = os.getppid()  # Ray's own process on that node
+    assist(_plan_of(text, file, job.data, storage, resources), job.machine, [], stop)
+
+
+def _plan_of(text: str, file: str, data: Path | None, storage: str | None, resources: Resources) -> SearchPlan:
+    return plan_search(Space.of(tomllib.loads(text), file, resources.registry), text, file, data, storage, resources)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from small_data import discs, write_pair
 
-from cellbench.cli.check import check
+from cellbench.cli.check import check_folder
 from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
 from cellbench.data.audit.keypoint_matching import find_shared_regions as shared_parts
@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 def audit(folder: Path, card: str = "folder", **settings) -> tuple[int, dict[str, list[str]], dict]:
     """Exit code, the images of each finding, and all of check.json."""
     out = folder.parent / "audit"
-    code = check(folder, card=card, spec=DataSpec(**settings), out=out, say=lambda line: None)
+    code = check_folder(folder, card=card, spec=DataSpec(**settings), out=out, say=lambda line: None)
     told = json.loads((out / "check.json").read_text())
     return code, {finding["kind"]: finding["images"] for finding in told["findings"]}, told
 
@@ -264,7 +264,7 @@ def test_the_command_says_0_fit_1_not_fit_2_could_not_look(folder: Path, capsys:
         shutil.rmtree(folder / inner / "mask")
         (folder / inner / "mask").mkdir()
     with pytest.raises(CellbenchError, match="holds no image with a mask"):
-        check(folder, out=folder.parent / "o")
+        check_folder(folder, out=folder.parent / "o")
 
 
 # The real images
@@ -272,7 +272,7 @@ def test_the_command_says_0_fit_1_not_fit_2_could_not_look(folder: Path, capsys:
 
 @pytest.mark.parametrize("name", ["bccd", "wbc", "dsb2018"])
 def test_the_real_sets_raise_no_severe_false_alarm(shared: Path, tmp_path: Path, name: str) -> None:
-    code = check(shared / name, card=name, out=tmp_path, say=lambda line: None)
+    code = check_folder(shared / name, card=name, out=tmp_path, say=lambda line: None)
     found = json.loads((tmp_path / "check.json").read_text())["findings"]
     severe = [finding for finding in found if finding["severity"] == "severe"]
     assert (code, severe) == (0, [])
@@ -282,4 +282,4 @@ def test_the_real_sets_raise_no_severe_false_alarm(shared: Path, tmp_path: Path,
     # The published WBC set shows fourteen cells twice: one file, one picture, twelve crops a little larger or smaller (looked at, one by one).
     assert {kind: len(images) for kind, images in twins.items()} == ({"same": 1, "near": 1, "crop": 12} if name == "wbc" else {})
     if name == "wbc":
-        assert check(shared / name, card=name, spec=DataSpec(group="none"), out=tmp_path, say=lambda line: None) == 1
+        assert check_folder(shared / name, card=name, spec=DataSpec(group="none"), out=tmp_path, say=lambda line: None) == 1

@@ -76,7 +76,7 @@ def test_images_that_the_run_has_seen_are_known_however_they_are_packed(
     assert main(["evaluate", MODEL, "--data", str(tmp_path / "again"), "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "Warning: 2 of 4 images were trained on, 1 validated on" in said
-    assert "in the mean of the 1 images that the run has not seen" in said
+    assert "in the mean of the 1 images that the run was not trained or validated on" in said
     (run,) = [run for run in runs() if run.info.run_name.endswith("on again")]
     assert run.data.tags["cellbench.independent"] == "no"
     assert (run.data.params["images_trained_on"], run.data.params["images_validated_on"]) == ("2", "1")

@@ -109,7 +109,7 @@ def test_every_file_of_a_folder_is_used_or_named_and_counted(there: Path, tmp_pa
     masks = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
     assert masks == {"a.png", "b.png", "c.png", "d.png", "e.png", "slide1/f.png", "again/g.png"}
     for name, reason in (lost | {"lost.png": "link that leads nowhere", ".hidden": "hidden folder"}).items():
-        assert any(f"left out, {reason}:" in line and str(folder / name) in line for line in told.err.splitlines()), name
+        assert any(f"ignored, {reason}:" in line and str(folder / name) in line for line in told.err.splitlines()), name
     assert "._a" not in told.err
     last = told.out.splitlines()[-1]
     assert "7 masks" in last
@@ -280,7 +280,7 @@ def test_single_cells_are_numbered_measured_and_counted(there: Path, tmp_path: P
 def test_a_scale_without_cells_and_an_image_too_large_for_them_are_refused(there: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out", "--um-per-px", 0.5) == 2
     assert "--instances" in capsys.readouterr().err
-    monkeypatch.setattr("cellbench.cli.predict.MOST_PX", 10)
+    monkeypatch.setattr("cellbench.inference.prediction.MOST_PX", 10)
     assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out", "--instances") == 1
     assert "skipped" in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ import optuna
 import pytest
 from small_data import ROOT, write_pair
 
+from cellbench.cli.search import stop_at_interrupt
 from cellbench.config import loading
 from cellbench.config.registry import Registry
 from cellbench.data.image_cache import ImageCache
@@ -35,7 +36,7 @@ startup     = 3
 seed        = 3
 pruner      = "halving"
 repeat_best = 2
-[driver.max]
+[search.max]
 "cost/head_params" = 1e9
 [space]
 backbone = ["vit-tiny-random"]
@@ -275,7 +276,7 @@ def test_a_worker_beside_the_first_takes_up_trials_on_its_share_of_the_cores(don
 
 def test_ctrl_c_is_heard_once_and_obeyed_at_once_the_second_time(capsys):
     stop = driver.StopRequest()
-    with stop.heard():
+    with stop_at_interrupt(stop):
         helper = subprocess.Popen(["sleep", "60"], start_new_session=True)
         stop.helpers.append(helper)
         os.kill(os.getpid(), signal.SIGINT)

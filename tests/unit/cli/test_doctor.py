@@ -204,7 +204,7 @@ def test_missing_weights_are_one_line_with_the_remedy(web: StandIn, tmp_path: Pa
     out, err = capsys.readouterr()
     assert "filter-bank on cpu" in out
     assert "uni: cannot be tested. its weights are not on this machine" in out
-    assert err == "cellbench: 2 of 3 backbones cannot be tested, as told above.\n"
+    assert err == "cellbench: 2 of 3 backbones cannot be tested; the reasons are above.\n"
     assert web.asked == []
 
 

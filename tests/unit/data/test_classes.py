@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cellbench.cli.check import check
-from cellbench.cli.predict import existing_masks, find_images, output_paths, write_counts, write_masks
+from cellbench.cli.check import check_folder
 from cellbench.config.base import checked
 from cellbench.config.cards import DatasetCard
 from cellbench.config.experiment import DataSpec
@@ -22,7 +21,9 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.loading import open_dataset
 from cellbench.errors import CellbenchError
 from cellbench.hardware import detect_hardware
+from cellbench.inference.prediction import find_images, output_paths, write_masks
 from cellbench.inference.segmenter import Segmenter
+from cellbench.inference.tables import existing_masks, write_counts
 from cellbench.inference.trained_run import Preparation, TrainedRun
 from cellbench.inference.writers import OutputFormats
 from cellbench.metrics.measurements import count_by_class
@@ -247,7 +248,7 @@ def test_a_missing_class_and_empty_images_are_reported_by_grid_and_check(tmp_pat
     assert "class 'platelet' is in no mask of this data" in notes
     assert "class 'white' is in no" in notes
     assert "2 of 3 test images" in notes
-    check(folder, out=tmp_path / "report", spec=DataSpec(group="none"))
+    check_folder(folder, out=tmp_path / "report", spec=DataSpec(group="none"))
     said = {
         finding["images"][0]
         for finding in json.loads((tmp_path / "report" / "check.json").read_text())["findings"]

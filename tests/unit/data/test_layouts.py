@@ -13,7 +13,7 @@ from labelled_folders import FOLDER, SIZE, cells, coco_folder, coco_tree, manife
 from PIL import Image
 from skimage.draw import polygon2mask
 
-from cellbench.cli.check import check
+from cellbench.cli.check import check_folder
 from cellbench.config.base import checked
 from cellbench.config.cards import DatasetCard
 from cellbench.config.experiment import DataSpec
@@ -415,5 +415,5 @@ def test_outlined_cells_that_others_cover_are_said(tmp_path: Path) -> None:
 def test_check_lists_the_categories(tmp_path: Path) -> None:
     lines: list[str] = []
     folder = coco_with(tmp_path / "own", categories("cell", "cell", "cell", "artefact"))
-    check(folder, spec=DataSpec(group="none"), out=tmp_path / "out", say=lines.append)
+    check_folder(folder, spec=DataSpec(group="none"), out=tmp_path / "out", say=lines.append)
     assert any("'cell' 18 (class 'cell'); 'artefact' 6 (class 'artefact')" in line for line in lines)

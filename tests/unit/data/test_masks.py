@@ -11,7 +11,7 @@ import pytest
 from cohorts import features_of, learners_of, run_of
 from PIL import Image
 
-from cellbench.cli.check import check
+from cellbench.cli.check import check_folder
 from cellbench.config.experiment import DataSpec, Experiment
 from cellbench.config.registry import Registry
 from cellbench.data.audit.image_statistics import measure_image
@@ -243,7 +243,7 @@ def test_doubtful_masks_are_a_question_before_training_and_a_severe_finding(tmp_
     with pytest.raises(CellbenchError, match="the values 1, 2 in every image: numbers of cells, or classes"):
         opened(folder)
     lines: list[str] = []
-    assert check(folder, spec=DataSpec(group="none"), out=tmp_path / "out", say=lines.append) == 1
+    assert check_folder(folder, spec=DataSpec(group="none"), out=tmp_path / "out", say=lines.append) == 1
     assert any("severe  meaning: The masks hold the values 1, 2" in line for line in lines)
     (folder / "dataset.toml").write_text('masks = "cells"')
     assert num_cells(opened(folder)) == {2}
@@ -276,7 +276,7 @@ def test_small_cells_count_in_truth_and_prediction(tmp_path: Path) -> None:
     mask = (((y % 20 - 10) ** 2 + (x % 20 - 10) ** 2) < 16) * np.uint8(255)  # 36 cells of 49 px
     lines: list[str] = []
     folder = folder_of(tmp_path / "own", [np.roll(mask, k, axis=1) for k in range(6)])
-    check(folder, spec=DataSpec(group="none"), out=tmp_path / "out", say=lines.append)
+    check_folder(folder, spec=DataSpec(group="none"), out=tmp_path / "out", say=lines.append)
     assert any("cells an image  36 in the median" in line for line in lines)
     assert opened(folder).min_cell_px == 5
 
@@ -318,7 +318,7 @@ def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, s
 
 def test_statistics_of_a_set_leave_ignored_pixels_out(tmp_path: Path) -> None:
     lines: list[str] = []
-    check(folder_of(tmp_path / "own", WITH_IGNORED, "ignore = 255"), spec=DataSpec(group="none"), out=tmp_path / "out", say=lines.append)
+    check_folder(folder_of(tmp_path / "own", WITH_IGNORED, "ignore = 255"), spec=DataSpec(group="none"), out=tmp_path / "out", say=lines.append)
     shares = np.concatenate([(mask > 0)[mask != 255] for mask in WITH_IGNORED])
     assert any(f"background {1 - shares.mean():.1%}, cell {shares.mean():.1%}" in line for line in lines)
     data = opened(tmp_path / "own")

@@ -13,6 +13,7 @@ from cohorts import dataset_of, fitted, run_of, same
 from experiment_files import QUESTION, place
 from fsspec.implementations.local import LocalFileSystem
 
+from cellbench import startup
 from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
@@ -20,7 +21,7 @@ from cellbench.execution.planning import open_folds, resolve_runs
 from cellbench.execution.worker_job import CohortWorker, job_spec
 from cellbench.features import sharded_cache
 from cellbench.features.frozen_backbone import FrozenBackbone
-from cellbench.features.remote_cache import RemoteCache, set_shared_url
+from cellbench.features.remote_cache import RemoteCache
 from cellbench.hardware import detect_hardware
 from cellbench.run import main
 from cellbench.tracking.tracker import Tracker
@@ -204,4 +205,4 @@ def test_the_flag_reaches_processes_elsewhere_of_which_the_second_computes_nothi
 
 def test_a_folder_without_a_protocol_is_refused_and_the_flag_that_takes_one_is_named():
     with pytest.raises(CellbenchError, match="--cache names a folder"):
-        set_shared_url("/shared/cache")
+        startup.set_cache(None, "/shared/cache")

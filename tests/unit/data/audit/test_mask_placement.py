@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from small_data import discs, write_pair
 
-from cellbench.cli.check import check
+from cellbench.cli.check import check_folder
 from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
 from cellbench.data.audit.mask_placement import Placement, PlacementFeatures, check_placement, describe
@@ -92,7 +92,7 @@ def test_check_and_grid_say_that_all_masks_are_turned_and_why(tmp_path: Path, ca
             place = tmp_path / "own" / part / "original" / name
             Image.open(place).save(place, quality=95, exif=exif)
     lines: list[str] = []
-    assert check(tmp_path / "own", out=tmp_path / "out", say=lines.append) == 1
+    assert check_folder(tmp_path / "own", out=tmp_path / "out", say=lines.append) == 1
     (said,) = (line for line in lines if "severe  misplaced" in line)
     assert "they fit when turned by 90 degrees to the right. The images carry an EXIF orientation" in said
     card, spec = Registry().dataset("folder"), DataSpec()

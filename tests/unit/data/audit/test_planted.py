@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cellbench.cli.check import check
+from cellbench.cli.check import check_folder
 
 NUM = {"bccd": 40, "wbc": 40, "dsb2018": 40}
 """Images copied of each set; of BCCD, which has fourteen large ones, quarters."""
@@ -150,7 +150,7 @@ def test_every_planted_fault_is_found_where_it_lies(shared: Path, tmp_path: Path
     val = [path.name for path in copy.images[copy.used :]][:2]
     record = {"train": [one for one in copy.train if one not in val], "val": val, "test": copy.test}
     (copy.folder / "splits.json").write_text(json.dumps(record))
-    assert check(copy.folder, card=copy.card, out=tmp_path / "out", say=lambda line: None) == 1
+    assert check_folder(copy.folder, card=copy.card, out=tmp_path / "out", say=lambda line: None) == 1
     told = {finding["kind"]: finding for finding in json.loads((tmp_path / "out" / "check.json").read_text())["findings"]}
     missed = [
         kind

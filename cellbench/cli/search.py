@@ -1,0 +1,57 @@
+"""``search``: options, Ctrl-C and the progress bar of a search; the search itself is :mod:`cellbench.search.driver`."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from cellbench import startup
+from cellbench.config.options import SearchOptions
+from cellbench.console import say
+from cellbench.execution.resources import Resources
+from cellbench.features.cache_admin import parse_cache
+from cellbench.search import driver
+from cellbench.search.driver import StopRequest
+
+
+def search(options: SearchOptions) -> int:
+    """Exit code 0; 1 where a test of the best setting failed; 130 where Ctrl-C ended it."""
+    stop = StopRequest.after(options.timeout)
+    startup.set_cache(parse_cache(options.cache)[0], options.cache_url)
+    startup.configure_threads(options.device)
+    resources = Resources.of(options, elsewhere=options.on is not None)
+    if options.helper:
+        with stop_at_interrupt(stop):
+            driver.assist_here(options, resources, sys.stdin.buffer.read().decode(), stop)
+        return 0
+    plan = driver.prepare(options, resources)
+
+    def progress(total: int, done: int) -> tqdm[Any]:
+        return tqdm(total=total, initial=done, desc=plan.space.experiment, unit="trial", dynamic_ncols=True)
+
+    with stop_at_interrupt(stop):
+        return driver.search(plan, options, stop, progress)
+
+
+@contextlib.contextmanager
+def stop_at_interrupt(stop: StopRequest) -> Iterator[None]:
+    """Ctrl-C, once: the search ends after the current batch, here and in its helpers; twice: at once."""
+
+    def interrupted(number: int, frame: object) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+        for process in stop.helpers:
+            process.send_signal(signal.SIGINT)
+        say("ending after this batch; Ctrl-C once more ends at once. Finished trials are kept either way.")
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

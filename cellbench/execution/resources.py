@@ -1,0 +1,45 @@
+"""What a grid or search may use of this machine, by its options: cards, weights, device, memory and disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cellbench.config.options import TrainingOptions
+from cellbench.config.registry import Registry
+from cellbench.errors import CellbenchError
+from cellbench.execution import multiprocess, ray_cluster
+from cellbench.features.cache_admin import disk_budget, parse_cache
+from cellbench.hardware import Hardware, detect_hardware
+from cellbench.models.backbones.weights import weights_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    registry: Registry
+    weights: Path | None
+    machine: Hardware
+    """This one, or what it asks of machines elsewhere."""
+    disk_bytes: int
+    """For features in the cache folder."""
+    prefer_disk: bool
+    """Whether to keep features there although memory would do."""
+
+    @classmethod
+    def of(cls, options: TrainingOptions, *, elsewhere: bool) -> Resources:
+        """``elsewhere``: other machines do the work. Raises CellbenchError for options that this machine does not have."""
+        if options.workers is not None and options.on is not None:
+            raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
+        if options.on is not None:
+            ray_cluster.check_address(options.on, options.gpu_share)
+        machine = detect_hardware(options.device, options.precision, options.memory, elsewhere=elsewhere)
+        if options.workers is not None:
+            multiprocess.check_num_workers(options.workers, machine)
+        disk_bytes, prefer_disk = disk_budget(parse_cache(options.cache)[1])
+        return cls(
+            registry=Registry(options.registry),
+            weights=weights_folder(options.weights),
+            machine=machine,
+            disk_bytes=disk_bytes,
+            prefer_disk=prefer_disk,
+        )

@@ -1,0 +1,96 @@
+"""A trained run tested on labelled images: which ones, and how it does on them."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cellbench.config.experiment import DataSpec, Experiment
+from cellbench.config.registry import Registry
+from cellbench.data.classes import survey_classes, unused_classes, with_owners
+from cellbench.data.dataset import Dataset, validated
+from cellbench.data.io.intensity import Note, format_notes
+from cellbench.data.loading import scan_dataset, split_dataset
+from cellbench.errors import CellbenchError
+from cellbench.inference.segmenter import Segmenter
+from cellbench.inference.trained_run import TrainedRun
+from cellbench.metrics.pixel import confusion_matrix, per_image_scores
+from cellbench.system_load import SystemLoad
+from cellbench.training.evaluator import CohortEvaluator, ExamplePrediction, RunEvaluation
+
+
+def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Registry, folder: Path | None) -> tuple[Dataset, str]:
+    """The images to test on, as a dataset whose ``test`` they are, and a description of them.
+
+    The run's own test images where the folder holds the data that it was trained on; else the folder's test images, or all of it where it has no
+    split. Raises CellbenchError, for classes other than the run's too.
+    """
+    card = registry.dataset(experiment.dataset)
+    if folder is not None and card.draw:
+        card = registry.dataset("folder")
+    spec = experiment.data if card.draw or not experiment.data.draw else experiment.data.model_copy(update={"draw": {}})
+    card, listing = scan_dataset(card, folder, spec)
+    listing.refuse()
+    if card.classes != trained.classes:
+        raise CellbenchError(
+            f"--data {folder}: its classes are {', '.join(card.classes)}; those of '{trained.name}' are {', '.join(trained.classes)}. "
+            "Name a folder with the same classes."
+        )
+    own, _ = split_dataset(card, listing, DataSpec(**{**spec.model_dump(), "fold": trained.run.fold if spec.folds else 0}))
+    if spec.limit:
+        own = replace(own, **{part: own.samples(part)[: spec.limit] for part in ("train", "val", "test")})
+    # What makes up one cell is as in the training data of the run.
+    owners = trained.separation.owners
+    own = with_owners(validated(own), owners)
+    own = replace(
+        own, unused=unused_classes(own, survey_classes(own).values()), notes=(*listing.notes, *(doubt.line for doubt in listing.doubts))
+    )
+    if own.digest == trained.dataset_digest:
+        return replace(own, train=(), val=()), "the run's own test images"
+    # The run's model reads these images like its own; so do the pictures of its worst predictions.
+    own = replace(own, reading=trained.preparation.reading)
+    parts = listing.parts
+    chosen = parts.get("test") or (*parts.get("train", ()), *parts.get("val", ()))
+    what = "the folder's test images" if parts.get("test") else "all images of the folder"
+    other = with_owners(validated(replace(own, train=(), val=(), test=tuple(chosen), owners=(), unused=(), notes=())), owners)
+    return replace(other, unused=unused_classes(other, survey_classes(other).values())), what
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The test of a run on a dataset's test images."""
+
+    scores: RunEvaluation
+    cost: dict[str, float]
+    worst: list[ExamplePrediction]
+    """The worst first."""
+    notes: list[str]
+    """How the images were read, where that is not obvious."""
+
+
+def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -> Evaluation:
+    """Tests a run on a dataset's test images, and keeps the ``num_worst`` worst predictions. Raises CellbenchError for an unreadable image."""
+    worst: list[ExamplePrediction] = []
+    notes: list[tuple[str, Note]] = []
+    load, seconds, num_timed, start = SystemLoad(), 0.0, 0, time.perf_counter()
+    predictions = segmenter.predict_all(sample.image for sample in dataset.test)
+    with CohortEvaluator(dataset, 1, [segmenter.trained.separation]) as evaluator:
+        for index, found in enumerate(tqdm(predictions, total=len(dataset.test), desc="testing", unit="image", leave=False, disable=None)):
+            if index or len(dataset.test) == 1:  # the first one is slower: nothing is warmed up yet
+                seconds, num_timed = seconds + time.perf_counter() - start, num_timed + 1
+            notes += [(dataset.test[index].name, note) for note in found.notes]
+            truth = dataset.read_mask(dataset.test[index])
+            counts = confusion_matrix(truth, found.classes, len(dataset.classes))
+            evaluator.take(index, truth, [counts], [(found.classes, found.probability, found.relief)])
+            dice = float(per_image_scores(counts[None], unused=dataset.unused)["dice"][0])
+            worst.append(ExamplePrediction.of(index, dice, found.classes, found.probability))
+            worst = sorted(worst, key=lambda case: math.inf if math.isnan(case.dice) else case.dice)[:num_worst]
+            start = time.perf_counter()  # reading masks and scoring do not count as the model's time
+    cost = {"cost/images_per_s": num_timed / max(seconds, 1e-9)}
+    if (load_pct := load.others_pct()) is not None:
+        cost["cost/test_other_load_pct"] = load_pct
+    return Evaluation(scores=evaluator.exams[0], cost=cost, worst=worst, notes=format_notes(notes))
