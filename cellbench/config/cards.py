@@ -24,7 +24,7 @@ class Card(StrictModel):
     title: str
     path: str
     builder: str
-    """``module:object``, or ``file.py:object`` for a file beside the card; imported when built, not when listed."""
+    """A name in ``cellbench.config.registry.BUILDERS``, ``module:object``, or ``file.py:object`` for a file beside the card; imported when built."""
     license: str = ""
     source: str = ""
     """Where the facts come from: a paper, a DOI, a page."""
@@ -115,6 +115,8 @@ class MetricCard(Card):
 class DatasetCard(Card):
     """Images with masks. ``classes`` are in the order of the class numbers, the background first."""
 
+    builder: str = ""
+    """Draws the images of a synthetic dataset; empty for data that is read from a folder."""
     classes: tuple[str, ...] = Field(("background", "cell"), min_length=2)
     values: tuple[int, ...] = ()
     """The mask value of each class; a pixel belongs to the nearest. Empty: 0 is background, anything else a cell."""
@@ -151,6 +153,12 @@ class DatasetCard(Card):
     how_to_get: str = ""
     draw: dict[str, Scalar] = Field(default_factory=dict)
     """The drawing's settings and their defaults; empty for data that is read from a folder."""
+
+    @model_validator(mode="after")
+    def _drawn_data_has_a_builder(self) -> DatasetCard:
+        if bool(self.draw) != bool(self.builder):
+            raise ValueError("builder and [draw] belong together: both for a synthetic dataset, neither for data in a folder")
+        return self
 
     @model_validator(mode="after")
     def _masks_are_one_thing(self) -> DatasetCard:

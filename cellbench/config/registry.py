@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cellbench import startup
 from cellbench.config import source_code
 from cellbench.config.base import Scalar
 from cellbench.config.cards import (
@@ -39,6 +38,28 @@ def shipped(folder: str) -> Path:
     package = Path(__file__).resolve().parents[1]
     inside = package / "_shipped" / folder
     return inside if inside.is_dir() else package.parent / folder
+
+
+BUILDERS = {
+    "timm-vit": "cellbench.models.backbones.timm_vit:timm_vit",
+    "timm-pyramid": "cellbench.models.backbones.timm_pyramid:timm_pyramid",
+    "filter-bank": "cellbench.models.backbones.filter_bank:filter_bank",
+    "bilinear": "cellbench.models.heads.bilinear:Bilinear",
+    "detail": "cellbench.models.heads.detail:Detail",
+    "fpn": "cellbench.models.heads.fpn:FPN",
+    "transposed-conv": "cellbench.models.heads.transposed_conv:TransposedConv",
+    "otsu": "cellbench.models.baselines.otsu:otsu",
+    "unet": "cellbench.models.baselines.unet:UNet",
+    "binary-cross-entropy": "cellbench.training.losses:binary_cross_entropy",
+    "cross-entropy": "cellbench.training.losses:cross_entropy",
+    "dice": "cellbench.training.losses:dice",
+    "focal": "cellbench.training.losses:focal",
+    "jaccard": "cellbench.training.losses:jaccard",
+    "lovasz": "cellbench.training.losses:lovasz",
+    "tversky": "cellbench.training.losses:tversky",
+    "smears": "cellbench.data.synthetic.smears:draw_dataset",
+}
+"""The package's own builders. Cards name them by these names, so that fingerprints do not depend on where the code lies."""
 
 
 class Registry:
@@ -140,23 +161,28 @@ def _kind(value: Scalar) -> str:
 
 def load(card: Card) -> Any:
     """The object that a card's ``builder`` names, imported now."""
-    module_name, _, attribute = card.builder.partition(":")
-    if not attribute:
-        raise CellbenchError(f"{card.path}: builder = {card.builder!r}. Expected 'module:object' or 'file.py:object'.")
+    if ":" not in card.builder and card.builder not in BUILDERS:
+        known = f"Expected 'module:object', 'file.py:object' or one of {', '.join(BUILDERS)}."
+        raise CellbenchError(f"{card.path}: builder = {card.builder!r}. {known}")
+    module_name, _, attribute = builder_path(card).partition(":")
     try:
-        with startup.no_gc_during_import():
-            module = (
-                _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
-            )
+        module = (
+            _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+        )
         return getattr(module, attribute)
     except (ImportError, FileNotFoundError, AttributeError) as error:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r} cannot be imported: {error}.") from error
 
 
+def builder_path(card: Card) -> str:
+    """``module:object`` of a card's builder."""
+    return BUILDERS.get(card.builder, card.builder)
+
+
 def code_digest(card: Card) -> str:
     """What stands for the code behind a card in fingerprints: the hash of a user's source files (``cellbench.config.source_code``); empty for the
-    package's own, which ``NUMERICS`` stands for."""
-    return source_code.digest(card.builder, Path(card.path).parent)
+    package's own, which :data:`cellbench.config.run.NUMERICS_VERSION` stands for."""
+    return source_code.digest(builder_path(card), Path(card.path).parent) if card.builder else ""
 
 
 def digest_of(card: Card) -> str:

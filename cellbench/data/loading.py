@@ -82,7 +82,7 @@ def _own_card(path: Path, card: DatasetCard) -> DatasetCard:
             raise CellbenchError(
                 f"{path}: '{key}' is not for a card that lies with its data. Take it out, or lay the card over ours with --registry."
             )
-    given = {"builder": card.builder, "path": str(path), "id": path.absolute().parent.name, "title": card.title}
+    given = {"path": str(path), "id": path.absolute().parent.name, "title": card.title}
     return checked(DatasetCard, {**tree, **given}, str(path))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellbench.config.cards import BackboneCard
-from cellbench.config.registry import load
+from cellbench.config.registry import builder_path, load
 from cellbench.errors import CellbenchError
 from cellbench.file_cache import sha256
 from cellbench.models.backbones.weight_files import check_types, check_values, read_state
@@ -41,7 +41,7 @@ def open_backbone(card: BackboneCard, weights_folder: Path | None = None, downlo
 
 def truncate_card(card: BackboneCard, depth: int = 2) -> BackboneCard:
     """The same card with only ``depth`` blocks, for checks on random weights; unchanged where it is no timm transformer."""
-    if not card.builder.endswith(":timm_vit") or card.depth <= depth:
+    if not builder_path(card).endswith(":timm_vit") or card.depth <= depth:
         return card
     return card.model_copy(update={"depth": depth, "arch": {**card.arch, "depth": depth}})
 

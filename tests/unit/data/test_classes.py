@@ -48,7 +48,7 @@ def cells_with_nuclei(*centres):
 
 
 def card_of(classes=NESTED, **keys):
-    return checked(DatasetCard, {"id": "mine", "title": "", "path": "mine.toml", "builder": "x:y", "classes": classes, **keys}, "mine.toml")
+    return checked(DatasetCard, {"id": "mine", "title": "", "path": "mine.toml", "classes": classes, **keys}, "mine.toml")
 
 
 def owners(*maps, card=None, num=3):

@@ -41,7 +41,7 @@ def refusal(folder: Path, card: DatasetCard = FOLDER) -> str:
 
 
 def card_of(**facts) -> DatasetCard:
-    return checked(DatasetCard, {"id": "mine", "title": "", "path": "", "builder": "x:y", **facts}, "card")
+    return checked(DatasetCard, {"id": "mine", "title": "", "path": "", **facts}, "card")
 
 
 WAYS = {
