@@ -183,7 +183,6 @@ class SearchSession:
     study: Study
     parent: Run
     request: RunRequest
-
     worker: SearchWorker
     tracker: Tracker
     job: JobSpec
