@@ -102,10 +102,10 @@ def _log(tested: _Tested, tracker: Tracker, machine: str, precision: str) -> Non
             if seen is not None:
                 params |= {"images_trained_on": seen.count("train"), "images_validated_on": seen.count("val")}
             run.log({}, params=params)
-            run.data(dataset.name, dataset.digest, str(dataset.root), "testing")
+            run.log_input(dataset.name, dataset.digest, str(dataset.root), "testing")
         with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
             _write_artifacts(tested, Path(name))
-            run.artifacts(Path(name))
+            run.log_artifacts(Path(name))
         run.log(metrics, tags=_tags(tested, run, machine))
 
 

@@ -66,7 +66,7 @@ def explore(options: ExploreOptions) -> int:
         key = hashlib.sha256(json.dumps([options.features, *map(str, choices)]).encode()).hexdigest()[:16]
         with tracker.run(title, key, known=tracker.known().get(key), tags={"cellbench.kind": "explore"}) as run:
             run.log({f"data/{fact}": value for fact, value in facts.items() if not np.isnan(value)})
-            run.artifacts(folder)
+            run.log_artifacts(folder)
         print(f"and in MLflow, experiment '{tracker.name}'")
     return 0
 

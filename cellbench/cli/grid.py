@@ -31,7 +31,6 @@ from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request, write_report
 from cellbench.system_load import SystemLoad, describe_load
 from cellbench.tracking import relocate
-from cellbench.tracking.system_metrics import log_system_metrics
 from cellbench.tracking.tracker import Run, Tracker
 from cellbench.training.cost_estimate import estimate_cost, format_duration
 from cellbench.training.memory_check import InsufficientMemoryError
@@ -139,7 +138,7 @@ def _execute(plan: _Plan, options: GridOptions, tracker: Tracker, parent: Run, r
         executor = ProcessExecutor(options.workers, job)
     elif ray is not None:
         executor = ray_grid.RayExecutor(ray, job, options.gpu_share)
-    with log_system_metrics(tracker, [parent.run_id]):
+    with parent.system_metrics():
         return run_all(runner, plan.runs, executor)
 
 

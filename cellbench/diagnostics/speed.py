@@ -239,12 +239,12 @@ def _log_run(tracker: Tracker, setup: BenchmarkSetup, num_epochs: int) -> None:
     row = {"train/loss": 1.0, "val/loss": 1.0, "val/dice": 0.5, "val/iou": 0.5, "lr": 1e-3}
     with tracker.run("bench", "bench") as run, tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
         run.log({}, params=run_params(setup.runs[0], setup.dataset.name, setup.machine.precision_name))
-        run.data(setup.dataset.name, setup.dataset.digest, str(setup.dataset.root), "training")
+        run.log_input(setup.dataset.name, setup.dataset.digest, str(setup.dataset.root), "training")
         for epoch in range(num_epochs):
-            run.keep(epoch, row)
+            run.buffer(epoch, row)
             run.log({})
         (Path(folder) / "per_image.json").write_text("{}", encoding="utf-8")
-        run.artifacts(Path(folder))
+        run.log_artifacts(Path(folder))
         run.end("finished", metrics={f"test/{k}": 0.5 for k in range(60)}, tags={NOTE: "."})
 
 

@@ -61,4 +61,4 @@ def parent_run(tracker: Tracker, name: str, fingerprint: str, params: Mapping[st
         if old is None:  # a param is written once, and a folder may have another name today
             run.log({}, params=params)
         yield run
-    tracker.settle()
+    tracker.flush()

@@ -45,12 +45,12 @@ class RunLogger:
         held = self.run.steps("train/loss")
         for epoch, row in history:
             if epoch not in held:
-                self.run.keep(epoch, row)
+                self.run.buffer(epoch, row)
         self.run.log({})
         return state, True
 
     def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
-        self.run.keep(epoch, metrics)
+        self.run.buffer(epoch, metrics)
         return self.watch is None or self.watch.epoch(self.job, epoch, metrics)
 
     def checkpoint(self, state: dict[str, Any]) -> None:

@@ -42,7 +42,6 @@ from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone
 from cellbench.system_load import SystemLoad
 from cellbench.tracking.schema import LIMIT, WEIGHTS, RunState, run_params
-from cellbench.tracking.system_metrics import log_system_metrics
 from cellbench.tracking.tracker import Run, Tracker
 from cellbench.training import checkpoints, cost_estimate
 from cellbench.training.cost_estimate import InferenceSpeed, inference_speeds, latencies_ms, reset_timers
@@ -152,7 +151,7 @@ class Runner:
             for resolved in cohort:
                 old = known.get(resolved.fingerprint)
                 if old is not None and old.status == "running" and old.owner == owner:
-                    self.tracker.interrupted(old)
+                    self.tracker.mark_interrupted(old)
 
     @contextlib.contextmanager
     def _open(self, resolved: ResolvedRun, old: RunState | None) -> Iterator[Run]:
@@ -185,7 +184,7 @@ class Runner:
                 else:
                     run = stack.enter_context(self._open(resolved, old))
                     if old is None:
-                        run.data(self.dataset.name, self.dataset.digest, str(self.dataset.root), "training")
+                        run.log_input(self.dataset.name, self.dataset.digest, str(self.dataset.root), "training")
                     if self.watch is not None:
                         self.watch.opened(resolved, run)
                     active.append(ActiveRun(resolved=resolved, run=run))
@@ -213,7 +212,7 @@ class Runner:
             artifacts.write_artifacts(
                 Path(folder), one.name, one.resolved.run, self.experiment, self.datasets, self._images["test"], result, seen
             )
-            one.run.artifacts(Path(folder))
+            one.run.log_artifacts(Path(folder))
         metrics = artifacts.final_metrics(self.dataset, result)
         # At step 0: a single value there is a bar in the UI's charts, at any other step a lone dot. ``best/epoch`` says which epoch it was.
         tags = artifacts.run_tags(one.name, metrics, self.machine.name, one.run.address("figures/worst.png"))
@@ -233,7 +232,6 @@ class Runner:
                 return
             if self.watch is None:
                 artifacts.import_plotting()
-            stack.enter_context(log_system_metrics(self.tracker, [one.run.run_id for one in active]))
             try:
                 self._within_memory(active, title, out)
             except WeightsUnavailable as error:

@@ -138,7 +138,7 @@ class CohortWorker:
         self._runner.machine = self._machine.smaller(halvings)
         out = Outcome()
         self._runner.cohort(self._resolved(fingerprints, title), title, out)
-        self._runner.tracker.settle()  # the driver reads the results in the store
+        self._runner.tracker.flush()  # the driver reads the results in the store
         return out
 
     def passes(self, cohorts: Sequence[Sequence[str]]) -> list[list[FeaturePass]]:

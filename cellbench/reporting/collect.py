@@ -80,7 +80,10 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
     Raises CellbenchError where there is no finished run with per-image scores.
     """
     tested: list[FinishedRun] = []
-    skipped, failed, parents, left_out = {}, {}, [], []
+    skipped: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    parents: list[RunRecord] = []
+    left_out: list[str] = []
     names = " + ".join(tracker.name for tracker in trackers)
     num_finished = num_foreign = num_open = 0
     for tracker in trackers:

@@ -145,7 +145,7 @@ class ModelGroup:
     def num_predicted_images(self, name: str) -> float:
         """Test images in which a class is predicted, mean over seeds."""
         k = self.classes.index(name)
-        each = [sum(np.count_nonzero(np.sum(run.per_image["confusion"], axis=1)[:, k]) for run in runs) for runs in self.by_seed]
+        each = [sum(int(np.count_nonzero(np.sum(run.per_image["confusion"], axis=1)[:, k])) for run in runs) for runs in self.by_seed]
         return float(np.mean(each))
 
     @property

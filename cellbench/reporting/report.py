@@ -45,7 +45,7 @@ def log_request(top: Run, text: str, dataset: Dataset, machine: str) -> RunReque
     with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
         (Path(name) / EXPERIMENT_FILE).write_text(text, encoding="utf-8")
         (Path(name) / REQUEST_FILE).write_text(json.dumps(asdict(request), indent=1), encoding="utf-8")
-        top.artifacts(Path(name))
+        top.log_artifacts(Path(name))
     return request
 
 
@@ -166,7 +166,7 @@ def _draw_report(
         write_report_files(report, folder)
         (folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=1), encoding="utf-8")
         (folder / "splits.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
-        top.artifacts(folder)
+        top.log_artifacts(folder)
     return summary
 
 

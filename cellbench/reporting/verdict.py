@@ -38,8 +38,8 @@ def describe_best(here: TestSet) -> list[str]:
     differences = here.differences_to_best()
     if not differences:
         return ["There is only one model: there is nothing to compare."]
-    first, *rest = describe_verdict(differences)
-    return [first, rest[0], f"{here.best.name} was {describe_ranking_rule(here)}.", *rest[1:]]
+    sentences = describe_verdict(differences)
+    return [*sentences[:2], f"{here.best.name} was {describe_ranking_rule(here)}.", *sentences[2:]]
 
 
 def describe_ranking_rule(here: TestSet) -> str:

@@ -45,7 +45,6 @@ from cellbench.search import results as search_results
 from cellbench.search.study import DEFAULT, Study
 from cellbench.search.worker import SearchWorker
 from cellbench.tracking import relocate
-from cellbench.tracking.system_metrics import log_system_metrics
 from cellbench.tracking.tracker import Run, Tracker
 
 
@@ -249,7 +248,7 @@ def _open(plan: SearchPlan, options: SearchOptions) -> Iterator[SearchSession]:
         )
         for sentence in search_results.sync_study(study, tracker):
             say(sentence)
-        with log_system_metrics(tracker, [parent.run_id]):
+        with parent.system_metrics():
             yield session
 
 

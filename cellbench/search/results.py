@@ -57,7 +57,7 @@ def log_progress(space: Space, study: Study, run: Run) -> None:
             and (record is None or sign * t.values[0] > sign * record)
         ):
             record = t.values[0]
-            run.keep(t.number, {"search/best": record})
+            run.buffer(t.number, {"search/best": record})
     run.log({f"search/{state}": sum(t.state == state for t in told) for state in ("complete", "pruned", "failed")})
     with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
         folder = Path(name)
@@ -67,7 +67,7 @@ def log_progress(space: Space, study: Study, run: Run) -> None:
         (folder / "figures").mkdir()
         for title, data in plot_study(study, space):
             (folder / "figures" / f"{title}.png").write_bytes(data)
-        run.artifacts(folder)
+        run.log_artifacts(folder)
 
 
 def best_experiment(space: Space, best: CompletedTrial) -> str:

@@ -155,7 +155,8 @@ def _resampled_means(sums_MU: np.ndarray, counts_U: np.ndarray, resamples: int, 
     draws = (_draw(num, resamples, seed),) if resamples <= step else _draws(num, resamples, seed, step)
     both = np.vstack([sums_MU, counts_U])  # one pass over the weights: reading them is what costs
     drawn = np.concatenate([both @ weights_BU.T.astype(np.float64) for weights_BU in draws], axis=1)
-    return drawn[:-1] / drawn[-1]
+    means_MB: np.ndarray = drawn[:-1] / drawn[-1]
+    return means_MB
 
 
 def _draws(num: int, resamples: int, seed: int, step: int) -> Iterator[np.ndarray]:
@@ -178,7 +179,8 @@ def _acceleration(sums_PU: np.ndarray, counts_U: np.ndarray) -> np.ndarray:
     d_PU = without_PU.mean(axis=1, keepdims=True) - without_PU
     square_PU = d_PU * d_PU  # ** 3 goes through pow, ten times slower
     squares = square_PU.sum(axis=1)
-    return (square_PU * d_PU).sum(axis=1) / (6 * np.where(squares > 0, squares, 1) ** 1.5)
+    acceleration_P: np.ndarray = (square_PU * d_PU).sum(axis=1) / (6 * np.where(squares > 0, squares, 1) ** 1.5)
+    return acceleration_P
 
 
 def _bca(mean_P: np.ndarray, boot_PB: np.ndarray, acceleration_P: np.ndarray, level: float, same: float) -> tuple[np.ndarray, np.ndarray]:

@@ -83,8 +83,8 @@ def align_images(models: Sequence[ModelScores]) -> AlignedScores:
     rows, means, sds, folds, num_filled = [], [], [], set(), []
     for m in models:
         where = None if m.images == images else {image: i for i, image in enumerate(m.images)}
-        take = slice(None) if where is None else [where[image] for image in images]
-        values = m.values[:, take]
+        take = range(len(images)) if where is None else [where[image] for image in images]
+        values = m.values if where is None else m.values[:, take]
         own = nan_mean(values)
         means.append(m.best if np.isnan(own) else own)
         num_filled.append(int(np.isnan(values).any(axis=0).sum()))
@@ -171,7 +171,8 @@ def _differences(
     each = bootstrap_intervals(
         unit_sums(here.values_MI, here.unit_I), counts_U, pairs_P2=pairs_P2, word=here.word, level=level, resamples=resamples, seed=seed
     )
-    p, effect, higher, lower, p_folds = [], [], [], [], []
+    p, effect, higher, lower = [], [], [], []
+    p_folds: list[float | None] = []
     for start in range(0, len(pairs), 2048):
         first, second = pairs_P2[start : start + 2048].T
         d_PI = np.round(here.values_MI[first] - here.values_MI[second], DECIMALS)
@@ -180,7 +181,7 @@ def _differences(
         effect += effect_P.tolist()
         higher += np.count_nonzero(d_PI > 0, axis=1).tolist()
         lower += np.count_nonzero(d_PI < 0, axis=1).tolist()
-        p_folds += fold_test(d_PI, here.folds) if len(set(here.folds or ())) > 1 else [None] * len(d_PI)
+        p_folds += fold_test(d_PI, here.folds) if here.folds is not None and len(set(here.folds)) > 1 else [None] * len(d_PI)
 
     family = num_tests if alone else 1
     shared = []

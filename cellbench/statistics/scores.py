@@ -65,12 +65,14 @@ class ModelScores:
     @property
     def per_image(self) -> np.ndarray:
         """(num_images,): the mean over seeds; NaN where no seed has a score."""
-        return self.values.mean(axis=0)
+        mean_I: np.ndarray = self.values.mean(axis=0)
+        return mean_I
 
     @property
     def empty(self) -> np.ndarray:
         """(num_images,) bool: the images without a score."""
-        return np.isnan(self.values).any(axis=0)
+        empty_I: np.ndarray = np.isnan(self.values).any(axis=0)
+        return empty_I
 
     @property
     def mean(self) -> float:

@@ -1,6 +1,7 @@
-"""MLflow's client, whose refusals are told in one line: a full disk, a read-only or locked store, a server that does not answer.
+"""MLflow's client with one-line errors: a full disk, a read-only or locked store, a server that does not answer.
 
-A server may be away for a while. What it is only told then waits in an outbox, and training goes on; what it is asked waits for its answer.
+A server may be unavailable for a while. Calls that need no answer then wait in an :class:`OfflineQueue`, and training continues; a question
+waits for its answer.
 """
 
 from __future__ import annotations
@@ -15,161 +16,150 @@ from typing import Any
 
 from cellbench.errors import CellbenchError, one_line, redact_passwords
 from cellbench.tracking.offline_queue import (
-    EVERY_S,
-    PATIENCE_S,
+    RETRY_S,
     CallRejectedError,
     NotFoundError,
+    OfflineQueue,
     QueuedCall,
     ServerUnavailableError,
     abandoned_queues,
-    offline_queue,
     print_warning,
 )
 
 FIRE_AND_FORGET = {"log_batch", "set_tag", "set_terminated", "log_artifacts"}
-"""Calls that need no answer, and do no harm when they come twice."""
+"""Calls that need no answer and may be sent twice."""
+PATIENCE_S = 600.0
+"""How long a question waits for an unavailable server."""
 
 
 class ResilientClient:
-    """``mlflow.MlflowClient``; each call of it raises CellbenchError where MLflow raises its own."""
+    """``mlflow.MlflowClient``; each of its methods raises CellbenchError where MLflow raises its own errors."""
 
     def __init__(self, mlflow: Any) -> None:
         self._client, self._mlflow = mlflow.MlflowClient(), mlflow
         self._uri = mlflow.get_tracking_uri()
-        self._shown = redact_passwords(self._uri)
-        self._outbox = offline_queue(self._uri, self._send, self._shown) if self._uri.startswith(("http:", "https:")) else None
-        self._met = False
+        self._shown_uri = redact_passwords(self._uri)
+        self._queue = OfflineQueue(self._uri, self._replay, self._shown_uri) if self._uri.startswith(("http:", "https:")) else None
+        self._has_answered = False
 
     def __getattr__(self, name: str) -> Any:
         getattr(self._client, name)  # AttributeError, here
 
-        def told_call(*arguments: Any, **named: Any) -> Any:
-            if name in FIRE_AND_FORGET and self._outbox is not None:
-                return self._tell(name, arguments, named)
+        def call(*arguments: Any, **named: Any) -> Any:
+            if name in FIRE_AND_FORGET and self._queue is not None:
+                return self._send_or_queue(self._queue, name, arguments, named)
             return self._ask(name, arguments, named)
 
-        return told_call
+        return call
 
-    def settle(self) -> None:
-        """Waits until the server has been told everything. Raises CellbenchError where it stays away."""
-        if self._outbox is not None and not self._outbox.flushed(PATIENCE_S):
+    def flush(self) -> None:
+        """Waits until all queued calls are sent. Raises CellbenchError where the server stays unavailable."""
+        if self._queue is not None and not self._queue.wait_until_sent(PATIENCE_S):
             raise CellbenchError(
-                f"MLflow at {self._shown} has not answered for {PATIENCE_S / 60:.0f} minutes. {len(self._outbox)} calls are kept in "
-                f"{self._outbox.folder}: the same command sends them first, when it is back."
+                f"MLflow at {self._shown_uri} has not answered for {PATIENCE_S / 60:.0f} minutes. {len(self._queue)} calls are kept in "
+                f"{self._queue.folder}: the same command sends them first, when it is back."
             )
 
-    def send_left(self) -> None:
-        """Sends what processes that are gone could not. Raises CellbenchError where the server does not answer."""
-        if self._outbox is None:
+    def send_abandoned(self) -> None:
+        """Sends the unsent calls of processes that are gone. Raises CellbenchError where the server does not answer."""
+        if self._queue is None:
             return
-        for folder, letters in abandoned_queues(self._uri):
+        for folder, calls in abandoned_queues(self._uri):
             try:
-                for letter in letters:
-                    self._outbox.take(letter, folder)
+                for call in calls:
+                    self._queue.send(call, folder)
             except ServerUnavailableError as error:
                 raise to_error(error, self._uri) from error
             shutil.rmtree(folder, ignore_errors=True)
-            print_warning(f"MLflow is told what an earlier process could not: {len(letters)} calls.")
+            print_warning(f"MLflow has received {len(calls)} calls that an earlier process could not send.")
 
     def _ask(self, name: str, arguments: Any, named: Any) -> Any:
-        """The answer, waited for once the server has answered before: it then is known to be there."""
-        end = time.monotonic() + (PATIENCE_S if self._met and self._outbox is not None else 0)
-        silent = False
+        """The answer. Waits for it only if the server has answered before: else the address may be wrong."""
+        end = time.monotonic() + (PATIENCE_S if self._has_answered and self._queue is not None else 0)
+        warned = False
         while True:
-            self.settle()  # or the answer would not know what was told
+            self.flush()  # the answer depends on the queued calls
             try:
                 answer = self._call(name, arguments, named)
-                self._met = True
+                self._has_answered = True
                 return answer
             except ServerUnavailableError as error:
                 if time.monotonic() > end:
                     raise to_error(error, self._uri) from error
-            if not silent:
-                print_warning(f"MLflow at {self._shown} does not answer. It is asked again for {PATIENCE_S / 60:.0f} minutes.")
-                silent = True
-            time.sleep(EVERY_S)
+            if not warned:
+                print_warning(f"MLflow at {self._shown_uri} does not answer. It is tried for {PATIENCE_S / 60:.0f} minutes.")
+                warned = True
+            time.sleep(RETRY_S)
 
-    def _tell(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        assert self._outbox is not None
-        if not len(self._outbox):  # else it would overtake what waits
+    def _send_or_queue(self, queue: OfflineQueue, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if not len(queue):  # else it would overtake the queued calls
             try:
                 self._call(name, arguments, named)
                 return
             except CallRejectedError:
                 raise
-            except (ServerUnavailableError, CellbenchError):  # the latter for now only: a log-in that has expired, say
+            except (ServerUnavailableError, CellbenchError):  # the latter may be temporary: an expired log-in, for example
                 pass
         if name == "set_terminated":
             named = {**named, "end_time": int(time.time() * 1000)}
-        carries = Path(arguments[1]) if name == "log_artifacts" else None
-        plain = [_plain(one) for one in (arguments[:1] if carries else arguments)]
-        self._outbox.put({"call": name, "arguments": plain, "named": {key: _plain(value) for key, value in named.items()}}, carries)
+        upload = Path(arguments[1]) if name == "log_artifacts" else None
+        plain = [_to_json(one) for one in (arguments[:1] if upload else arguments)]
+        queue.put({"call": name, "arguments": plain, "named": {key: _to_json(value) for key, value in named.items()}}, upload)
 
-    def _send(self, letter: QueuedCall) -> None:
+    def _replay(self, call: QueuedCall) -> None:
         entities = self._mlflow.entities
-        arguments = [*letter["arguments"], *([letter["folder"]] if "folder" in letter else [])]
-        self._call(letter["call"], arguments, {key: _lively(value, entities) for key, value in letter["named"].items()})
+        arguments = [*call["arguments"], *([call["folder"]] if "folder" in call else [])]
+        self._call(call["call"], arguments, {key: _from_json(value, entities) for key, value in call["named"].items()})
 
     def _call(self, name: str, arguments: Any, named: Any) -> Any:
-        """Raises Away, Absent, Rejected, or CellbenchError for any other trouble."""
+        """Raises ServerUnavailableError, NotFoundError, CallRejectedError, or CellbenchError for any other error of MLflow."""
         try:
             return getattr(self._client, name)(*arguments, **named)
         except (self._mlflow.exceptions.MlflowException, OSError) as error:
             if is_unavailable(error):
                 raise ServerUnavailableError(one_line(error)) from error
-            if isinstance(error, OSError) and _status(error) is None:
+            if isinstance(error, OSError) and _http_status(error) is None:
                 raise
             raise to_error(error, self._uri) from error
 
 
+# In the texts of MLflow's errors: the last two are about files, in the words of requests, which MLflow collects into one error of its own.
+_UNAVAILABLE = re.compile(
+    r"API request to \S+ failed with (timeout )?exception"
+    r"|failed with error code (50[0234]|429)"
+    r"|\b(50[0234] Server|429 Client) Error"
+    r"|HTTPS?ConnectionPool\(|Connection aborted|RemoteDisconnected|Read timed out"
+)
+
+
 def is_unavailable(error: Exception) -> bool:
-    """Whether a server may take the same call later: it does not answer, is starting, has too much to do, or has lost its database for now."""
-    if (status := _status(error)) is not None:
+    """Whether the server may take the same call later: it does not answer, is starting or overloaded, or has lost its database for now."""
+    if (status := _http_status(error)) is not None:
         return status in (429, 500, 502, 503, 504)
     if type(error).__module__.partition(".")[0] in ("requests", "urllib3"):  # no answer at all
         return True
-    if getattr(error, "error_code", "") in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"):
-        return True
-    # The last two are those of a file, in the words of requests, which MLflow collects into one error of its own.
-    signs = (
-        r"API request to \S+ failed with (timeout )?exception",
-        r"failed with error code (50[0234]|429)",
-        r"\b(50[0234] Server|429 Client) Error",
-        r"HTTPS?ConnectionPool\(|Connection aborted|RemoteDisconnected|Read timed out",
-    )
-    return bool(re.search("|".join(signs), str(error)))
+    return getattr(error, "error_code", "") in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED") or bool(_UNAVAILABLE.search(str(error)))
 
 
-def _status(error: Exception) -> int | None:
-    """The status with which a server answered, of an error of requests."""
+def _http_status(error: Exception) -> int | None:
+    """Of an error of requests."""
     return getattr(getattr(error, "response", None), "status_code", None)
-
-
-_REJECTED = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST", "MALFORMED_REQUEST"}
-"""What MLflow calls errors that are the caller's."""
-
-
-def _kind(error: Exception) -> type[CellbenchError]:
-    code, status = getattr(error, "error_code", ""), _status(error)
-    if code == "RESOURCE_DOES_NOT_EXIST" or status == 404:
-        return NotFoundError
-    return CallRejectedError if code in _REJECTED or status == 400 else CellbenchError
 
 
 _FIELDS = {"Metric": ("key", "value", "timestamp", "step"), "Param": ("key", "value"), "RunTag": ("key", "value")}
 
 
-def _plain(value: Any) -> Any:
-    """MLflow's numbers, params and tags as JSON has them."""
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
+def _to_json(value: Any) -> Any:
+    """MLflow's metrics, params and tags as plain JSON."""
+    if isinstance(value, list | tuple):
+        return [_to_json(one) for one in value]
     name = type(value).__name__
     return {name: [getattr(value, field) for field in _FIELDS[name]]} if name in _FIELDS else value
 
 
-def _lively(value: Any, entities: Any) -> Any:
+def _from_json(value: Any, entities: Any) -> Any:
     if isinstance(value, list):
-        return [_lively(one, entities) for one in value]
+        return [_from_json(one, entities) for one in value]
     if isinstance(value, dict):
         ((name, fields),) = value.items()
         return getattr(entities, name)(*fields)
@@ -177,21 +167,30 @@ def _lively(value: Any, entities: Any) -> Any:
 
 
 def command_line() -> str:
-    """This process's command line as pages and runs may keep it: without passwords."""
+    """This process's command line without passwords, for reports and runs."""
     return redact_passwords(shlex.join(["cellbench", *sys.argv[1:]]))
 
 
-def to_error(error: Exception, uri: str) -> CellbenchError:
-    text, uri = redact_passwords(one_line(error)), redact_passwords(uri)
-    for sign, words in _REFUSALS.items():
-        if sign in text:
-            return CellbenchError(f"MLflow's store {uri}: {words} What is logged already is kept; the same command goes on.")
-    return _kind(error)(f"MLflow at {uri}: {text[:300]}. Mend it, or name another MLFLOW_TRACKING_URI.")
-
-
-_REFUSALS = {
+_REJECTED = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST", "MALFORMED_REQUEST"}
+"""MLflow's codes of errors that are the caller's."""
+_SQLITE_ERRORS = {
     "disk is full": "no space left on the device. Free some.",
     "readonly database": "it may not be written to. Make the file and its folder writable, or call from another folder.",
-    "unable to open database": "it cannot be made here. Make the folder writable, or call from another folder.",
-    "database is locked": "another process has held it for 20 s. Wait for it, or end it.",
+    "unable to open database": "it cannot be created here. Make the folder writable, or call from another folder.",
+    "database is locked": "another process has locked it for 20 s. Wait for that process, or end it.",
 }
+
+
+def to_error(error: Exception, uri: str) -> CellbenchError:
+    """An error of MLflow in one line, without passwords."""
+    text, uri = redact_passwords(one_line(error)), redact_passwords(uri)
+    for sign, reason in _SQLITE_ERRORS.items():
+        if sign in text:
+            return CellbenchError(f"MLflow's store {uri}: {reason} What is logged already is kept; the same command continues.")
+    code, status = getattr(error, "error_code", ""), _http_status(error)
+    kind: type[CellbenchError] = CellbenchError
+    if code == "RESOURCE_DOES_NOT_EXIST" or status == 404:
+        kind = NotFoundError
+    elif code in _REJECTED or status == 400:
+        kind = CallRejectedError
+    return kind(f"MLflow at {uri}: {text[:300]}. Fix it, or set another MLFLOW_TRACKING_URI.")

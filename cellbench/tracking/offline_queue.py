@@ -1,7 +1,7 @@
-"""What a tracking server is told later, when it does not answer now: letters in a folder, in their order, sent when it is back.
+"""Calls to a tracking server that does not answer now: kept in a folder, in their order, and sent when it answers again.
 
-A letter is one call that only tells: numbers, tags, an end, artifacts. Each may be sent twice, since the server takes the same number twice as once.
-A process that ends with unsent letters leaves them in the cache folder, and the next one that opens this server sends them first.
+Only calls that need no answer are kept: metrics, tags, a run's end, artifacts. Each may be sent twice: the server stores the same value once.
+A process that ends with unsent calls leaves them in the cache folder, and the next one that opens this server sends them first.
 """
 
 from __future__ import annotations
@@ -25,82 +25,83 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.files import cache_dir, os_errors_as
 from cellbench.tracking.schema import RunState, this_owner
 
-EVERY_S = 5.0
-"""How often a server that does not answer is tried."""
-PATIENCE_S = 600.0
-"""How long what needs an answer waits for one."""
+RETRY_S = 5.0
+"""How often an unavailable server is tried."""
+CALLS_FILE = "calls.jsonl"
 
 QueuedCall = dict[str, Any]
-"""``call``, its ``arguments``, in plain JSON; and ``folder``, where it carries files."""
+"""``call``, ``arguments`` and ``named`` in plain JSON, and ``folder`` where it uploads files."""
 
 
 class ServerUnavailableError(Exception):
-    """The server does not answer now; the same call may well be taken later."""
+    """The server does not answer now; it may take the same call later."""
 
 
 class CallRejectedError(CellbenchError):
-    """The store does not take a call, and never will: its arguments are wrong, or what it is about is gone."""
+    """The store will never take this call: its arguments are wrong, or what it is about is gone."""
 
 
 class NotFoundError(CallRejectedError):
-    """What was asked for is not there: the store answered, and says so."""
+    """The store answered that there is no such thing."""
 
 
 class OfflineQueue:
-    """The letters of one process to one server, sent by a thread of its own while there are any."""
+    """The unsent calls of one process to one server; a thread sends them as long as there are any."""
 
-    def __init__(self, folder: Path, send: Callable[[QueuedCall], None], uri: str) -> None:
-        self.folder, self._send, self._uri = folder, send, uri
-        self._letters: deque[QueuedCall] = deque()
+    def __init__(self, uri: str, send: Callable[[QueuedCall], None], shown_uri: str) -> None:
+        owner = this_owner().replace(":", "@")  # which Windows does not take in a name
+        self.folder = _server_folder(uri) / f"{owner}@{uuid.uuid4().hex[:6]}"
+        self._send, self._shown_uri = send, shown_uri
+        self._calls: deque[QueuedCall] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def __len__(self) -> int:
-        return len(self._letters)
+        return len(self._calls)
 
-    def put(self, letter: QueuedCall, carries: Path | None = None) -> None:
-        """Keeps a letter, with a copy of all files below ``carries``. Raises CellbenchError where the disk refuses."""
-        with self._changed, os_errors_as(f"keeping in {self.folder} what MLflow is to be told"):
+    def put(self, call: QueuedCall, upload: Path | None = None) -> None:
+        """Keeps a call, with a copy of all files below ``upload``. Raises CellbenchError where the disk refuses."""
+        with self._changed, os_errors_as(f"keeping in {self.folder} what MLflow does not take now"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if carries is not None:
-                letter = {**letter, "folder": uuid.uuid4().hex}
-                shutil.copytree(carries, self.folder / letter["folder"])
-            with (self.folder / "letters.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(letter) + "\n")
-            self._letters.append(letter)
+            if upload is not None:
+                call = {**call, "folder": uuid.uuid4().hex}
+                shutil.copytree(upload, self.folder / call["folder"])
+            with (self.folder / CALLS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(call) + "\n")
+            self._calls.append(call)
             if self._thread is None or not self._thread.is_alive():
-                print_warning(f"MLflow at {self._uri} does not answer. What is logged is kept in {self.folder} and sent when it is back.")
-                self._thread = threading.Thread(target=self._go, daemon=True, name="outbox")
+                print_warning(f"MLflow at {self._shown_uri} does not answer. What is logged is kept in {self.folder} and sent when it is back.")
+                self._thread = threading.Thread(target=self._send_all, daemon=True, name="offline-queue")
                 self._thread.start()
 
-    def flushed(self, patience_s: float) -> bool:
-        """Whether everything is sent, waited for so long."""
+    def wait_until_sent(self, patience_s: float) -> bool:
+        """Whether all calls were sent within this time."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._letters, patience_s)
+            return self._changed.wait_for(lambda: not self._calls, patience_s)
 
-    def take(self, letter: QueuedCall, folder: Path) -> None:
-        """Sends one, and removes what it carried. Raises Away, also where the server refuses for now, as it does without a log-in."""
+    def send(self, call: QueuedCall, folder: Path) -> None:
+        """Sends one call and removes its files. Raises ServerUnavailableError, also where the server refuses for now, as without a log-in."""
         try:
-            self._send({**letter, "folder": str(folder / letter["folder"])} if "folder" in letter else letter)
+            self._send({**call, "folder": str(folder / call["folder"])} if "folder" in call else call)
         except CallRejectedError as error:
-            print_warning(f"MLflow refuses what was kept for it: {error}")  # a run that was deleted meanwhile, say
+            print_warning(f"MLflow rejects a call that was kept for it: {error}")  # of a run that was deleted meanwhile, for example
         except CellbenchError as error:
             raise ServerUnavailableError(one_line(error)) from error
-        if "folder" in letter:
-            shutil.rmtree(folder / letter["folder"], ignore_errors=True)
+        if "folder" in call:
+            shutil.rmtree(folder / call["folder"], ignore_errors=True)
 
-    def _go(self) -> None:
+    def _send_all(self) -> None:
         num = 0
         while True:
             try:
-                self.take(self._letters[0], self.folder)
+                self.send(self._calls[0], self.folder)
             except ServerUnavailableError:
-                time.sleep(EVERY_S)
+                time.sleep(RETRY_S)
                 continue
             num += 1
             with self._changed:
-                self._letters.popleft()
-                if not self._letters:
+                self._calls.popleft()
+                if not self._calls:
                     shutil.rmtree(self.folder, ignore_errors=True)
                     print_warning(f"MLflow answers again: {num} kept calls are sent.")
                     self._thread = None
@@ -108,32 +109,25 @@ class OfflineQueue:
                     return
 
 
-def print_warning(text: str) -> None:
-    """For people, beside what a verb prints: it may be one of several processes that cannot reach the server."""
-    tqdm.write(text, file=sys.stderr)
-
-
-def _root(uri: str) -> Path:
-    # An address may hold a password, and the name of a folder is for everybody to read.
-    return cache_dir() / "outbox" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-
-
-def offline_queue(uri: str, send: Callable[[QueuedCall], None], shown: str) -> OfflineQueue:
-    """A new one, for letters to a server. ``shown``: its address for people."""
-    owner = this_owner().replace(":", "@")  # which Windows does not take in a name
-    return OfflineQueue(_root(uri) / f"{owner}@{uuid.uuid4().hex[:6]}", send, shown)
-
-
 def abandoned_queues(uri: str) -> Iterator[tuple[Path, list[QueuedCall]]]:
-    """The letters that processes left which are gone, each with their folder, the oldest first. Those that were read are the caller's to remove."""
-    for folder in sorted(_root(uri).glob("*@*@*"), key=lambda path: path.stat().st_mtime):
+    """The unsent calls of processes that are gone, by folder, the oldest first. The caller removes a folder that it has sent."""
+    for folder in sorted(_server_folder(uri).glob("*@*@*"), key=lambda path: path.stat().st_mtime):
         owner = ":".join(folder.name.rsplit("@", 2)[:2])
         if owner == this_owner() or RunState(run_id="", name="", status="running", owner=owner, heartbeat_s=folder.stat().st_mtime).alive:
             continue
         with contextlib.suppress(FileNotFoundError):
-            lines = (folder / "letters.jsonl").read_text(encoding="utf-8").splitlines()
-            letters = []
-            for line in lines:
-                with contextlib.suppress(ValueError):  # the last line of a process that was killed over it
-                    letters.append(json.loads(line))
-            yield folder, letters
+            calls = []
+            for line in (folder / CALLS_FILE).read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the last line of a process that was killed while it wrote
+                    calls.append(json.loads(line))
+            yield folder, calls
+
+
+def print_warning(text: str) -> None:
+    """On standard error, without breaking a progress bar: several processes may fail to reach the server."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def _server_folder(uri: str) -> Path:
+    # A hash: folder names are readable for everybody, and an address may hold a password.
+    return cache_dir() / "offline_queue" / hashlib.sha256(uri.encode()).hexdigest()[:16]

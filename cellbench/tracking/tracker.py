@@ -1,7 +1,7 @@
-"""MLflow, and the only place that knows it: runs with parents, names by the contract, and what is finished already.
+"""An experiment in MLflow and its runs: opening, logging, ending, and finding those that are finished already.
 
-No tracking URI is ever set: MLflow's default (``./mlflow.db`` and ``./mlruns/``) or ``MLFLOW_TRACKING_URI``, so that a bare
-``mlflow ui`` shows the runs. Runs of a cohort learn side by side, so nothing here uses MLflow's active run, which is one a thread.
+No tracking URI is ever set: MLflow's default (``./mlflow.db`` and ``./mlruns/``) or ``MLFLOW_TRACKING_URI`` applies, so that a bare
+``mlflow ui`` shows the runs. The runs of a cohort are open side by side, so nothing here uses MLflow's active run, of which a thread has one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,31 +46,36 @@ from cellbench.tracking.schema import (
     to_record,
 )
 
-for _noisy in ("mlflow.store.db.utils", "mlflow.store.db_migrations", "alembic", "alembic.runtime.migration", "urllib3.connectionpool"):
-    logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # what goes wrong there is raised as well, and told in one line
+for _noisy in (
+    "mlflow.store.db.utils", "mlflow.store.db_migrations", "mlflow.system_metrics", "alembic", "alembic.runtime.migration",
+    "urllib3.connectionpool",
+):  # fmt: skip
+    logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # their errors are raised as well, and reported in one line
 
-MOST_AT_ONCE = 800
-"""Metrics, beside the params and tags of a run."""
-BEAT_S = 60.0
-"""Between signs of life of a run that is logged to: a fifteenth of what makes another machine take it over."""
+MAX_METRICS_PER_CALL = 800
+"""MLflow takes at most 1,000 metrics, params and tags together."""
+HEARTBEAT_S = 120.0
+"""Between heartbeats of an open run; after 15 minutes without one another machine takes the run over."""
+SAMPLE_S, SAMPLES_PER_VALUE = 20.0, 15
+"""How often the machine's load is measured, and how many samples are averaged into one logged value: one every five minutes."""
 
 
 class Tracker:
-    """One experiment in MLflow's store, made on first use; with ``make=False`` one that is there already."""
+    """One experiment in MLflow's store, created on first use; with ``make=False`` it must exist."""
 
     def __init__(self, experiment: str, *, make: bool = True) -> None:
         self.name = to_nfc(experiment)
         with _store(make) as (self.mlflow, self.client):
             self.experiment_id = self._experiment(make)
-            self.client.send_left()
+            self.client.send_abandoned()
 
     def lock(self) -> FileLock:
-        """Held while the store is made (four processes that make it at once break it: measured, 5 of 5) and while runs are claimed."""
+        """Held while the store is created (four processes that create it at once break it: measured, 5 of 5) and while runs are claimed."""
         return sqlite_store.store_lock(self.mlflow.get_tracking_uri())
 
     def _experiment(self, make: bool) -> str:
         found = self.client.get_experiment_by_name(self.name)
-        if found is None and not self.name.isascii():  # one of an older version, or made by hand, in another Unicode form
+        if found is None and not self.name.isascii():  # created by an older version or by hand, in another Unicode form
             found = next((one for one in self.client.search_experiments() if to_nfc(one.name) == self.name), None)
         if found is not None and found.lifecycle_stage == "deleted":
             raise CellbenchError(
@@ -80,10 +86,10 @@ class Tracker:
         if not make:
             names = [one.name for one in self.client.search_experiments() if one.name != "Default"]
             raise unknown_name("experiment", self.name, names)
-        # MLflow would resolve its default root against whatever folder it is started from; a remote server knows its own.
+        # MLflow would resolve its default root against the folder that it is started from; a remote server knows its own.
         local = not self.mlflow.get_tracking_uri().startswith(("http:", "https:", "databricks"))
         folder = file_name(self.name)
-        # An old file store's folders are all digits, and one such below mlruns/ would make MLflow refuse to start.
+        # Folders of MLflow's old file store are all digits; with one such below mlruns/ MLflow refuses to start.
         place = Path.cwd() / "mlruns" / (file_name(f"\0{self.name}") if folder.isdigit() else folder)
         if local:
             make_folder(place)
@@ -92,7 +98,7 @@ class Tracker:
         )
 
     def known(self, fingerprint: str = "") -> dict[str, RunState]:
-        """The runs of this experiment by fingerprint, or only that of one; where one has several, the finished one, else the latest."""
+        """The runs of this experiment by fingerprint, or only those of one; of several the finished one, else the latest."""
         found: dict[str, RunState] = {}
         token, wanted = None, f"= '{fingerprint}'" if fingerprint else "!= ''"
         while True:
@@ -113,7 +119,7 @@ class Tracker:
                 return found
 
     def stored(self) -> list[RunRecord]:
-        """All runs of this experiment that were not deleted, the oldest first; other people's too."""
+        """All runs of this experiment that are not deleted, the oldest first; also those that cellbench did not make."""
         found: list[RunRecord] = []
         token = None
         while True:
@@ -124,15 +130,15 @@ class Tracker:
                 return found
 
     def num_deleted(self) -> int:
-        """Runs that were deleted in the UI and not yet cleared away."""
+        """Runs that were deleted in the UI and are not purged yet."""
         return len(
             self.client.search_runs([self.experiment_id], run_view_type=self.mlflow.entities.ViewType.DELETED_ONLY, max_results=1000)
         )
 
     def artifact(self, run: RunRecord, name: str) -> bytes | None:
-        """The bytes of an artifact; None where the run has none of that name, or has lost it.
+        """The bytes of an artifact; None where the run does not have it.
 
-        Raises CellbenchError where that is not known: a server that does not answer or lets nobody in, a file that may not be read.
+        Raises CellbenchError where that cannot be determined: the server does not answer or refuses, or the file may not be read.
         """
         if run.artifact_uri.startswith(("file:", "/")):  # 40 times faster than through MLflow: 1,000 runs in 1 s
             path = Path(_path(run.artifact_uri)) / name
@@ -147,16 +153,16 @@ class Tracker:
             with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
                 return Path(self.client.download_artifacts(run.run_id, name, folder)).read_bytes()
         except Exception as error:
-            # MLflow says "does not exist" of whatever it could not download (measured on 3.17.2). What is there, its listing says.
+            # MLflow says "does not exist" of anything that it could not download (measured on 3.17.2). Its listing is reliable.
             if not self._lists(run, name):
                 return None
             uri = redact_passwords(self.mlflow.get_tracking_uri())
             raise CellbenchError(
-                f"MLflow at {uri}: lists {name} of '{run.name}' but does not send it. Try again, or see to its storage."
+                f"MLflow at {uri}: lists {name} of '{run.name}' but does not send it. Try again, or check its storage."
             ) from error
 
     def _lists(self, run: RunRecord, name: str) -> bool:
-        """Whether a run has an artifact of this name. Raises CellbenchError where that is not known."""
+        """Whether a run has an artifact of this name. Raises CellbenchError where that cannot be determined."""
         try:
             return any(one.path == name for one in self.client.list_artifacts(run.run_id, name.rpartition("/")[0] or None))
         except NotFoundError:
@@ -166,30 +172,30 @@ class Tracker:
         except Exception as error:  # each kind of storage has errors of its own
             raise to_error(error, self.mlflow.get_tracking_uri()) from error
 
-    def settle(self) -> None:
-        """Waits until a server that was away has been told everything. Raises CellbenchError."""
-        self.client.settle()
+    def flush(self) -> None:
+        """Waits until everything is sent to a server that was unavailable. Raises CellbenchError."""
+        self.client.flush()
 
-    def interrupted(self, run: RunState) -> None:
-        """Marks a run whose process is gone."""
+    def mark_interrupted(self, run: RunState) -> None:
+        """Ends a run whose process is gone."""
         self.client.set_tag(run.run_id, STATUS, "interrupted")
         self.client.set_terminated(run.run_id, TERMINAL["interrupted"])
 
     def log(
         self, run_id: str, metrics: Sequence[Any], *, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None
     ) -> None:
-        """MLflow's metrics, params and tags of a run in one commit, or in a few: MLflow takes at most 1,000 things at once."""
+        """Logs MLflow's metrics, params and tags of a run in as few calls as MLflow takes."""
         entities = self.mlflow.entities
-        while len(metrics) > MOST_AT_ONCE:
-            self.client.log_batch(run_id, metrics=metrics[:MOST_AT_ONCE])
-            metrics = metrics[MOST_AT_ONCE:]
+        while len(metrics) > MAX_METRICS_PER_CALL:
+            self.client.log_batch(run_id, metrics=metrics[:MAX_METRICS_PER_CALL])
+            metrics = metrics[MAX_METRICS_PER_CALL:]
         given = [entities.Param(name, str(value)) for name, value in (params or {}).items()]
         self.client.log_batch(
             run_id, metrics=metrics, params=given, tags=[entities.RunTag(name, value) for name, value in (tags or {}).items()]
         )
 
     def attach(self, run: RunRecord, folder: Path) -> None:
-        """Everything below a folder, as artifacts of a run that has ended."""
+        """Logs everything below a folder as artifacts of a run that has ended."""
         with os_errors_as("keeping a report in MLflow"):
             self.client.log_artifacts(run.run_id, str(folder))
 
@@ -202,8 +208,8 @@ class Tracker:
     def run(
         self, name: str, fingerprint: str, *, parent: str = "", known: RunState | None = None, tags: Mapping[str, str] | None = None
     ) -> Iterator[Run]:
-        """A run that is open inside ``with``: a new one, or ``known`` gone on with. Whatever ends the block ends the run, with its reason."""
-        told_tags = {
+        """A run that is open inside ``with``: a new one, or ``known`` resumed. Whatever ends the block ends the run, with its reason."""
+        all_tags = {
             **(tags or {}),
             FINGERPRINT: fingerprint,
             EXPERIMENT: self.name,
@@ -212,44 +218,59 @@ class Tracker:
             HEARTBEAT: str(time.time()),
         }
         if parent:
-            told_tags[PARENT] = parent
+            all_tags[PARENT] = parent
         if known is None:
             context = self.mlflow.tracking.context.registry.resolve_tags()
-            run_id = self.client.create_run(self.experiment_id, run_name=name, tags={**context, **told_tags}).info.run_id
+            run_id = self.client.create_run(self.experiment_id, run_name=name, tags={**context, **all_tags}).info.run_id
         else:
             run_id = known.run_id
             self.client.update_run(run_id, status="RUNNING")
-            self.client.log_batch(run_id, tags=[self.mlflow.entities.RunTag(k, v) for k, v in {**told_tags, REASON: ""}.items()])
+            self.client.log_batch(run_id, tags=[self.mlflow.entities.RunTag(k, v) for k, v in {**all_tags, REASON: ""}.items()])
         run = Run(run_id=run_id, _tracker=self)
         try:
-            yield run
+            with self._heartbeat(run_id):
+                yield run
         except BaseException as error:
-            # A person's Ctrl-C, a SIGTERM turned into SystemExit, or the disk: the run goes on from its checkpoint next time.
+            # Ctrl-C, or SIGTERM turned into SystemExit: the next call resumes the run from its checkpoint.
             interrupted = not isinstance(error, Exception)
-            with contextlib.suppress(CellbenchError):  # the store may be what failed; the first error is the one to tell
+            with contextlib.suppress(CellbenchError):  # the store may be what failed; the first error matters
                 run.end("interrupted" if interrupted else "failed", one_line(error) or type(error).__name__)
             raise
         run.end("finished")
 
+    @contextlib.contextmanager
+    def _heartbeat(self, run_id: str) -> Iterator[None]:
+        """Shows other machines, inside ``with``, that a process is at the run: an epoch may take longer than they wait."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(HEARTBEAT_S):
+                with contextlib.suppress(CellbenchError):  # a full or locked store stops the run where its scores are logged
+                    self.log(run_id, (), tags={HEARTBEAT: str(time.time())})
+
+        threading.Thread(target=beat, daemon=True, name="heartbeat").start()
+        try:
+            yield
+        finally:
+            over.set()
+
 
 @dataclass
 class Run:
-    """One run in MLflow, told of everything by its id."""
+    """One open run in MLflow."""
 
     run_id: str
     _tracker: Tracker
     ended: str = ""
-    _beat_s: float = field(default_factory=time.monotonic)
-    """When it last gave a sign of life; opening it is one."""
-    _kept: list[Any] = field(default_factory=list)
+    _buffer: list[Any] = field(default_factory=list)
 
-    def keep(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of an epoch, say. They wait for the next :meth:`log` and go with it: a commit costs milliseconds whatever it holds."""
-        self._kept += self._metrics(metrics, step)
+    def buffer(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics, of an epoch for example, to the next :meth:`log`: a commit costs milliseconds, however much is in it."""
+        self._buffer += self._metrics(metrics, step)
 
     @property
     def key(self) -> str:
-        """Names this run and the store that it is in: a copy of a project has runs of the same ids."""
+        """Identifies this run and its store: a copy of a project has runs of the same ids."""
         uri = self._tracker.mlflow.get_tracking_uri()
         return f"{sqlite_store.store_file(uri) or uri} {self.run_id}"
 
@@ -265,39 +286,52 @@ class Run:
         tags: Mapping[str, str] | None = None,
         step: int = 0,
     ) -> None:
-        """What was kept, metrics, params and tags in one commit, now and then with a sign of life."""
-        given = dict(tags or {})
-        if time.monotonic() - self._beat_s > BEAT_S:  # a tag costs as much as all metrics together
-            given[HEARTBEAT], self._beat_s = str(time.time()), time.monotonic()
-        values, self._kept = [*self._kept, *self._metrics(metrics, step)], []
-        self._tracker.log(self.run_id, values, params=params, tags=given)
+        """Logs the buffered metrics and these metrics, params and tags in one commit."""
+        values, self._buffer = [*self._buffer, *self._metrics(metrics, step)], []
+        self._tracker.log(self.run_id, values, params=params, tags=tags)
 
     def _metrics(self, metrics: Mapping[str, float], step: int) -> list[Any]:
         now = int(time.time() * 1000)
         return [self._tracker.mlflow.entities.Metric(name, float(value), now, step) for name, value in metrics.items()]
 
-    def data(self, name: str, digest: str, source: str, context: str) -> None:
-        """Says which data was used, by name and content, without reading it."""
+    def log_input(self, name: str, digest: str, source: str, context: str) -> None:
+        """Logs which data was used, by name and content, without reading it."""
         entities = self._tracker.mlflow.entities
         dataset = entities.Dataset(name=name, digest=digest, source_type="local", source=json.dumps({"uri": source}))
         self._tracker.client.log_inputs(
             self.run_id, datasets=[entities.DatasetInput(dataset, tags=[entities.InputTag("mlflow.data.context", context)])]
         )
 
+    @contextlib.contextmanager
+    def system_metrics(self) -> Iterator[None]:
+        """MLflow's own monitor of processor, memory, disk, network and GPUs of this machine logs to the run inside ``with``."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(self.run_id, SAMPLE_S, SAMPLES_PER_VALUE, resume_logging=True)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
+            # MLflow drops the samples since its last value: all of them in a short run.
+            rest = {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+            with contextlib.suppress(CellbenchError):  # a full or locked store stops the run where its scores are logged
+                self.log(rest, step=monitor._logging_step)
+
     def address(self, name: str) -> str:
-        """Where the UI serves an artifact: for pictures in notes."""
+        """Where the UI serves an artifact: for figures in notes."""
         return f"get-artifact?path={quote(name)}&run_uuid={self.run_id}"
 
-    def artifacts(self, folder: Path) -> None:
-        """Everything below a folder, under the same names."""
+    def log_artifacts(self, folder: Path) -> None:
+        """Logs everything below a folder, under the same names."""
         with os_errors_as("keeping a run's artifacts"):
             self._tracker.client.log_artifacts(self.run_id, str(folder))
 
     def end(
         self, status: str, reason: str = "", *, metrics: Mapping[str, float] | None = None, tags: Mapping[str, str] | None = None
     ) -> None:
-        """Ends the run once, with what is left to say of it. MLflow writes metrics before tags, so that the mark of our own is the last of it;
-        it comes before MLflow's, so that a crash between them reads as unfinished to no one."""
+        """Ends the run, once, with its last metrics and tags. MLflow writes metrics before tags, so our status is written last; it comes before
+        MLflow's own status, so after a crash between the two no one takes the run for unfinished."""
         if self.ended:
             return
         self.log(metrics or {}, tags={**(tags or {}), STATUS: status, REASON: reason[:4000]})

@@ -64,7 +64,7 @@ def log_finished_run(
         if per_image is not None:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "per_image.json").write_text(json.dumps(per_image))
-                opened.artifacts(Path(folder))
+                opened.log_artifacts(Path(folder))
     return opened.run_id
 
 

@@ -255,7 +255,7 @@ def test_a_run_set_free_is_taken_up_at_once(tmp_path, monkeypatch):
     with tracker.run("one", "f1") as run:
         tracker.client.set_tag(run.run_id, "cellbench.owner", "elsewhere:1")
         assert tracker.known()["f1"].alive
-        tracker.interrupted(tracker.known()["f1"])
+        tracker.mark_interrupted(tracker.known()["f1"])
         assert not tracker.known()["f1"].alive
 
 

@@ -1,4 +1,4 @@
-"""A tracking server that is away for a while loses nothing: neither a number of a grid, nor what a process knew that is gone."""
+"""A tracking server that is unavailable for a while loses nothing: no metric of a grid, and no call of a process that is gone."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def server(tmp_path_factory):
     one.stop()
 
 
-def test_a_grid_goes_on_while_the_server_is_away_and_nothing_is_missing_when_it_is_back(tmp_path, monkeypatch, server, capsys):
+def test_a_grid_continues_while_the_server_is_away_and_nothing_is_missing_when_it_is_back(tmp_path, monkeypatch, server, capsys):
     place(tmp_path / "alone", monkeypatch)
     assert main([*QUESTION, *FEW]) == 0
     alone, curves = answers(), _curves()
     place(tmp_path / "served", monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
-    monkeypatch.setattr("cellbench.tracking.offline_queue.EVERY_S", 0.5)
-    letters = tmp_path / "served" / "cache" / "outbox"
+    monkeypatch.setattr("cellbench.tracking.offline_queue.RETRY_S", 0.5)
+    queue = tmp_path / "served" / "cache" / "offline_queue"
 
     def interrupt() -> None:
         while not mlflow.MlflowClient(server.address).search_runs(["1"], "metrics.`val/dice` >= 0"):
             time.sleep(0.1)
         server.stop()
         end = time.monotonic() + 300  # on a machine that others keep busy
-        while not list(letters.glob("*/*/letters.jsonl")) and time.monotonic() < end:
+        while not list(queue.glob("*/*/calls.jsonl")) and time.monotonic() < end:
             time.sleep(0.1)
         server.start()
 
@@ -57,12 +57,12 @@ def test_a_grid_goes_on_while_the_server_is_away_and_nothing_is_missing_when_it_
         assert main([*QUESTION, *FEW]) == 0
     finally:
         thread.join()
-    said = capsys.readouterr().err
-    assert "does not answer. What is logged is kept in" in said
-    assert "MLflow answers again" in said
+    printed = capsys.readouterr().err
+    assert "does not answer. What is logged is kept in" in printed
+    assert "MLflow answers again" in printed
     assert answers() == alone
     assert _curves() == curves
-    assert not list(letters.glob("*/*"))
+    assert not list(queue.glob("*/*"))
 
 
 def _curves() -> dict[str, list[float]]:
@@ -85,7 +85,7 @@ with Tracker("small").run("one", "f1") as run:
     print("ready", flush=True)
     sys.stdin.readline()
     run.log({"val/dice": 0.5, "val/loss": float("nan")}, params={"seed": 3}, step=7)
-    run.artifacts(pathlib.Path("files"))
+    run.log_artifacts(pathlib.Path("files"))
     run.end("finished")
     os._exit(9)
 """
@@ -99,12 +99,12 @@ with Tracker("small").run("one", "f1") as run:
     assert (run.status, run.params["seed"], run.metrics["val/dice"]) == ("finished", "3", 0.5)
     assert mlflow.MlflowClient().get_run(run.run_id).info.status == "FINISHED"
     assert Path(mlflow.artifacts.download_artifacts(run_id=run.run_id, artifact_path="figures/a.txt")).read_text() == "seen"
-    assert not list((tmp_path / "cache" / "outbox").glob("*/*"))
+    assert not list((tmp_path / "cache" / "offline_queue").glob("*/*"))
 
 
-def test_a_server_that_was_never_there_is_told_soon_and_one_that_stays_away_says_where_the_rest_lies(tmp_path, monkeypatch):
+def test_a_server_that_never_answered_fails_soon_and_one_that_stays_away_names_the_kept_calls(tmp_path, monkeypatch):
     monkeypatch.setattr("cellbench.tracking.client.PATIENCE_S", 0.2)
-    monkeypatch.setattr("cellbench.tracking.offline_queue.EVERY_S", 0.05)
+    monkeypatch.setattr("cellbench.tracking.offline_queue.RETRY_S", 0.05)
     calls = SimpleNamespace(get_run=lambda run: f"found {run}", log_batch=lambda *_, **__: None, there=False)
 
     def away(*_: object, **__: object) -> None:
@@ -118,7 +118,7 @@ def test_a_server_that_was_never_there_is_told_soon_and_one_that_stays_away_says
         client.get_run("a")
     assert "s3cret" not in str(stayed.value)
     never = ResilientClient(_mlflow("http://127.0.0.1:1", calls))
-    with pytest.raises(CellbenchError, match="Mend it, or name another"):
+    with pytest.raises(CellbenchError, match="Fix it, or set another"):
         never.get_run("a")
     sent = []
     calls.log_batch, calls.get_run = (lambda *arguments, **named: sent.append((arguments, named))), (lambda run: f"found {run}")
@@ -151,7 +151,7 @@ def _mlflow(uri: str, calls: object) -> SimpleNamespace:
         ("API request to endpoint /api failed with error code 403 != 200. Response body: 'no'", "PERMISSION_DENIED", False),
     ],
 )
-def test_what_may_be_sent_later_is_told_from_what_is_refused(text, code, away):
+def test_temporary_errors_are_distinguished_from_rejected_calls(text, code, away):
     code = getattr(mlflow.protos.databricks_pb2, code)
     assert is_unavailable(mlflow.exceptions.MlflowException(text, error_code=code)) == away
 
@@ -204,18 +204,18 @@ def proxy(server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", one.address)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("cellbench.tracking.client.PATIENCE_S", 0.2)
-    monkeypatch.setattr("cellbench.tracking.offline_queue.EVERY_S", 0.05)
-    monkeypatch.setattr("cellbench.tracking.client.EVERY_S", 0.05)
+    monkeypatch.setattr("cellbench.tracking.offline_queue.RETRY_S", 0.05)
+    monkeypatch.setattr("cellbench.tracking.client.RETRY_S", 0.05)
     yield one
     one.stop()
 
 
-def test_trouble_of_a_server_is_never_taken_for_lost_data(proxy, tmp_path):
+def test_server_errors_are_never_taken_for_lost_data(proxy, tmp_path):
     tracker = Tracker("trouble")
     (tmp_path / "left").mkdir()
     (tmp_path / "left" / "head.safetensors").write_bytes(b"weights")
     with tracker.run("one", "f2") as run:
-        run.artifacts(tmp_path / "left")
+        run.log_artifacts(tmp_path / "left")
     (stored,) = tracker.stored()
     assert tracker.artifact(stored, "head.safetensors") == b"weights"
     assert tracker.artifact(stored, "preparation.json") is None  # it really has none
@@ -235,14 +235,14 @@ def test_trouble_of_a_server_is_never_taken_for_lost_data(proxy, tmp_path):
     assert experiment_of("0" * 32) is None
 
 
-def test_what_is_told_while_nobody_is_let_in_is_sent_later(proxy, tmp_path, monkeypatch):
+def test_what_is_logged_while_the_server_refuses_access_is_sent_later(proxy, tmp_path, monkeypatch):
     monkeypatch.setattr("cellbench.tracking.client.PATIENCE_S", 20.0)
     tracker = Tracker("barred")
     with tracker.run("one", "f3") as run:
         proxy.status, proxy.on = 401, "runs/log-batch"
         run.log({"val/dice": 0.25})
         proxy.status = None
-    tracker.settle()
+    tracker.flush()
     (stored,) = tracker.stored()
     assert stored.metrics["val/dice"] == 0.25
     assert stored.status == "finished"

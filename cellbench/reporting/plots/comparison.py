@@ -116,8 +116,8 @@ def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray
         axes.set_facecolor("0.9")
         axes.tick_params(axis="y", rotation=0, length=0)
         axes.tick_params(axis="x", rotation=20 if len(columns) > 4 else 0, length=0)
-        best = np.unravel_index(np.nanargmax(values), values.shape)
-        axes.add_patch(plt.Rectangle((best[1], best[0]), 1, 1, fill=False, edgecolor="black", linewidth=2, clip_on=False))
+        row, column = divmod(int(np.nanargmax(values)), values.shape[1])
+        axes.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=2, clip_on=False))
         missing = "; empty: not run" if np.isnan(values).any() else ""
         axes.set_title(f"mean over images and seeds; framed: the best{missing}", fontsize=8, color="0.35")
     return figure

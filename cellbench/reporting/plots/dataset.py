@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from cellbench.data.audit.image_statistics import ImageStatistics
@@ -104,7 +106,7 @@ def plot_feature_maps(
     return figure
 
 
-def _picture(axes: Axes, array: np.ndarray, **look: object) -> object:
+def _picture(axes: Axes, array: np.ndarray, **look: Any) -> AxesImage:
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

@@ -139,7 +139,7 @@ def _metrics(axes: Axes, each: dict[str, np.ndarray], units: Sequence[Hashable] 
     known = {key: ~np.isnan(each[key]) for key in labels if key in each}
     names = [key for key, scored in known.items() if scored.any()]
     found = [
-        mean_interval(each[key][known[key]], groups=None if units is None else [units[k] for k in np.flatnonzero(known[key])])
+        mean_interval(each[key][known[key]], groups=None if units is None else [units[k] for k in np.flatnonzero(known[key]).tolist()])
         for key in names
     ]
     for x, (key, interval) in enumerate(zip(names, found, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -64,7 +65,7 @@ def plot_pairs(names: Sequence[str], differences: Sequence[Difference], metric: 
                 # The weight of the number repeats what the fill says, for grey.
                 fill = "white" if d.better is None else LIGHT_BLUE if d.better == names[row] else LIGHT_ORANGE
                 axes.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=fill, edgecolor="0.85", linewidth=0.8))
-                look = {"color": "0.55"} if d.better is None else {"weight": "bold"}
+                look: dict[str, Any] = {"color": "0.55"} if d.better is None else {"weight": "bold"}
                 text = f"{value:+.3f}".replace("0.", ".") if abs(value) >= 0.0005 else "0"
                 axes.text(column, row, text, ha="center", va="center", fontsize=7, **look)
         for k in range(num):
@@ -111,7 +112,7 @@ def plot_critical_difference(ranking: CriticalDifference, metric: str = "Dice") 
             edge = axes.get_xlim()[0 if on_left else 1]
             axes.plot([rank, rank, edge], [0, y, y], color="0.4", linewidth=0.9)
             label = f"{name}  {rank:.2f}" if on_left else f"{rank:.2f}  {name}"
-            place = {
+            place: dict[str, Any] = {
                 "xytext": (-4 if on_left else 4, 0),
                 "textcoords": "offset points",
                 "ha": "right" if on_left else "left",

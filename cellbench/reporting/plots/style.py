@@ -20,7 +20,7 @@ from matplotlib.figure import Figure as Drawing
 
 from cellbench.statistics.bootstrap import Interval
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 130,
     "font.size": 9,
     "axes.titlesize": 10,

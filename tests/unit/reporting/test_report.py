@@ -235,7 +235,7 @@ def test_of_two_whole_sets_the_one_whose_grid_was_started_last_comes_first(tmp_p
             about = {"question": name, "experiment": "", "command": name, "dataset": {"digest": digest, "root": name, "notes": []}}
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / "about.json").write_text(json.dumps(about))
-            top.artifacts(tmp_path / name)
+            top.log_artifacts(tmp_path / name)
             if known is None:
                 log_finished_run(tracker, RunSpec(backbone="uni", head="fpn"), per_image_scores(0.9, 0, digest=digest), top.run_id)
 
@@ -450,7 +450,7 @@ def test_a_copy_writes_into_itself_beside_its_original(made, tmp_path, monkeypat
     with tracker.run("one more", "f00") as run:
         (tmp_path / "left").mkdir()
         (tmp_path / "left" / "a.txt").write_text("a")
-        run.artifacts(tmp_path / "left")
+        run.log_artifacts(tmp_path / "left")
     assert _stamps(first) == before
     assert len(list((second / "mlruns").rglob("a.txt"))) == 1
     for table, column in relocate.COLUMNS:

@@ -1,15 +1,14 @@
-"""Claims about what people find in MLflow beside the runs: winners as models with the kept epoch's metrics, and the machine's load."""
+"""Winners are in MLflow's list of models, with the metrics of the epoch that was kept."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import mlflow
 import pytest
 
 from cellbench.errors import CellbenchError
-from cellbench.tracking import model_registry, system_metrics
+from cellbench.tracking import model_registry
 from cellbench.tracking.schema import RunRecord
 from cellbench.tracking.tracker import Tracker
 
@@ -20,14 +19,14 @@ DICES = (0.5, 0.9, 0.7)
 def trained(tracker: Tracker, tmp_path: Path, name: str, files: tuple[str, ...]) -> RunRecord:
     """A run of three epochs, the second the best, as a grid leaves it."""
     with tracker.run(name, name) as run:
-        run.data("smears", "d" * 16, "drawn", "training")
+        run.log_input("smears", "d" * 16, "drawn", "training")
         for epoch, dice in enumerate(DICES):
-            run.keep(epoch, {"val/dice": dice, "train/loss": 1 - dice})
+            run.buffer(epoch, {"val/dice": dice, "train/loss": 1 - dice})
         folder = tmp_path / name.replace("/", "-")
         folder.mkdir()
         for file in files:
             (folder / file).write_bytes(b"experiment = 'x'\n")
-        run.artifacts(folder)
+        run.log_artifacts(folder)
         run.log({"best/epoch": 1, "test/dice": 0.8}, params={"head": "fpn"})
     return next(one for one in tracker.stored() if one.run_id == run.run_id)
 
@@ -84,23 +83,3 @@ def test_a_run_that_lost_its_files_gets_no_entry_and_that_is_said(tracker, tmp_p
     with pytest.raises(CellbenchError, match=r"'lost' has lost its config\.toml"):
         model_registry.register(tracker, run, "the best")
     assert [one.status for one in tracker.client.search_logged_models([tracker.experiment_id]) if one.name == "lost"] == ["FAILED"]
-
-
-def test_the_machines_load_is_logged_to_every_run_that_is_open(tracker, monkeypatch):
-    monkeypatch.setattr(system_metrics, "FIRST_S", 0.01)
-    with (
-        tracker.run("one", "one") as one,
-        tracker.run("two", "two") as two,
-        system_metrics.log_system_metrics(tracker, [one.run_id, two.run_id]),
-    ):
-        time.sleep(0.2)
-    histories = [tracker.client.get_metric_history(run.run_id, "system/process_memory_megabytes") for run in (one, two)]
-    assert len(histories[0]) >= 2
-    assert [one.value for one in histories[0]] == [one.value for one in histories[1]]
-    assert "system/cpu_utilization_percentage" in tracker.client.get_run(one.run_id).data.metrics
-
-
-def test_a_very_short_run_has_a_value_too(tracker):
-    with tracker.run("short", "short") as run, system_metrics.log_system_metrics(tracker, [run.run_id]):
-        pass
-    assert tracker.client.get_run(run.run_id).data.metrics["system/process_memory_megabytes"] > 10

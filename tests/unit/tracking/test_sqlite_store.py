@@ -80,5 +80,5 @@ def test_an_experiment_of_the_same_name_elsewhere_is_no_damaged_store(store):
 )
 def test_an_address_of_no_kind_that_mlflow_knows_is_told(monkeypatch, opens):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "carrier-pigeon://loft")
-    with pytest.raises(CellbenchError, match=r"MLflow at carrier-pigeon://loft: .* or name another MLFLOW_TRACKING_URI\.$"):
+    with pytest.raises(CellbenchError, match=r"MLflow at carrier-pigeon://loft: .* or set another MLFLOW_TRACKING_URI\.$"):
         opens()

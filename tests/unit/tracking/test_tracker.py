@@ -1,9 +1,12 @@
-"""Claims about what a run tells MLflow, and when: epochs wait for company, and none is lost however the run ends."""
+"""What a run logs to MLflow, and when: epochs wait for the next call, and none is lost however the run ends."""
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from cellbench.tracking import tracker as tracker_module
 from cellbench.tracking.tracker import Tracker
 
 EXPERIMENT = "told"
@@ -17,7 +20,7 @@ def curve(tracker: Tracker, run_id: str) -> list[tuple[int, float]]:
 def test_epochs_go_to_mlflow_with_what_is_logged_next_each_at_its_step(tracker):
     with tracker.run("kept", "kept") as run:
         for epoch in range(3):
-            run.keep(epoch, {"val/dice": epoch / 10})
+            run.buffer(epoch, {"val/dice": epoch / 10})
         assert curve(tracker, run.run_id) == []
         run.log({"test/dice": 0.9})
         assert curve(tracker, run.run_id) == [(0, 0.0), (1, 0.1), (2, 0.2)]
@@ -30,7 +33,7 @@ def test_what_ends_a_run_loses_none_of_its_epochs(tracker, how):
     def ends() -> None:
         with tracker.run("ended", how.__name__) as run:
             runs.append(run.run_id)
-            run.keep(4, {"val/dice": 0.5})
+            run.buffer(4, {"val/dice": 0.5})
             raise how
 
     with pytest.raises(how):
@@ -41,7 +44,7 @@ def test_what_ends_a_run_loses_none_of_its_epochs(tracker, how):
 def test_more_numbers_than_mlflow_takes_at_once_all_arrive(tracker):
     with tracker.run("many", "many") as run:
         for epoch in range(2001):
-            run.keep(epoch, {"val/dice": 0.5})
+            run.buffer(epoch, {"val/dice": 0.5})
         run.end("finished", metrics={"test/dice": 0.7}, tags={"model": "x"})
     assert [step for step, _ in curve(tracker, run.run_id)] == list(range(2001))
     told = tracker.client.get_run(run.run_id)
@@ -52,3 +55,34 @@ def test_a_run_whose_scores_mlflow_refuses_has_failed(tracker):
     with pytest.raises(Exception, match="name"), tracker.run("refused", "refused") as run:
         run.end("finished", metrics={"not a name of a metric ?": 0.5})
     assert tracker.client.get_run(run.run_id).data.tags["cellbench.status"] == "failed"
+
+
+def test_a_run_logs_the_load_of_its_machine_by_mlflows_own_monitor(tracker, monkeypatch):
+    monkeypatch.setattr(tracker_module, "SAMPLE_S", 0.02)
+    monkeypatch.setattr(tracker_module, "SAMPLES_PER_VALUE", 2)
+    with tracker.run("one", "one") as run:
+        for _ in range(2):  # the second time as if the run was resumed
+            with run.system_metrics():
+                time.sleep(0.3)
+    history = tracker.client.get_metric_history(run.run_id, "system/cpu_utilization_percentage")
+    assert len(history) >= 4
+    assert len({one.step for one in history}) == len(history)
+
+
+def test_a_run_of_a_second_has_its_load_too(tracker):
+    with tracker.run("short", "short") as run, run.system_metrics():
+        time.sleep(0.05)
+    metrics = tracker.client.get_run(run.run_id).data.metrics
+    assert metrics["system/system_memory_usage_megabytes"] > 10
+
+
+def test_an_open_run_has_a_heartbeat_though_nothing_is_logged_and_a_closed_one_has_none(tracker, monkeypatch):
+    monkeypatch.setattr(tracker_module, "HEARTBEAT_S", 0.05)
+    with tracker.run("one", "one") as run:
+        first = float(tracker.client.get_run(run.run_id).data.tags["cellbench.heartbeat"])
+        time.sleep(0.5)
+        assert float(tracker.client.get_run(run.run_id).data.tags["cellbench.heartbeat"]) > first
+    time.sleep(0.2)
+    last = tracker.client.get_run(run.run_id).data.tags["cellbench.heartbeat"]
+    time.sleep(0.2)
+    assert tracker.client.get_run(run.run_id).data.tags["cellbench.heartbeat"] == last
