@@ -233,7 +233,7 @@ class TestSet:
                 kept = ~np.isnan(values_MI[members[0]])
                 if kept.any():
                     unit_I = unit_numbers(labels[kept].tolist())
-                    some = bootstrap_intervals(unit_sums(values_MI[members][:, kept], unit_I), np.bincount(unit_I), word=self.unit)
+                    some = bootstrap_intervals(unit_sums(values_MI[members][:, kept], unit_I), np.bincount(unit_I), unit=self.unit)
                     for k, interval in zip(members, some, strict=True):
                         intervals[k] = interval
             self._intervals[metric] = intervals

@@ -63,7 +63,9 @@ def glossary(results: ExperimentResults) -> list[Block]:
     if "nsd" in record:
         numbered = any(record.get("cells_numbered", []))
         cells = "the mask's own numbers" if numbered else "connected regions (4-neighbours)"
-        ratios = sorted({f"{ratio:g}" for model in first.models for run in model.runs if (ratio := run.per_image.get("separation_saddle_ratio"))})
+        ratios = sorted(
+            {f"{ratio:g}" for model in first.models for run in model.runs if (ratio := run.per_image.get("separation_saddle_ratio"))}
+        )
         separated = (
             f" Predicted cells that touch are separated by a watershed tuned on validation images (saddle_ratio {', '.join(ratios)})."
             if ratios

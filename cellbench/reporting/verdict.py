@@ -75,9 +75,9 @@ def describe_verdict(differences: Sequence[Difference], metric: str = "Dice") ->
     for d in differences:
         for note in dict.fromkeys((d.interval.note, *d.notes)):
             by_note.setdefault(note, []).append(d.a)
-    for note, names in by_note.items():
+    for note, models in by_note.items():
         if note:
-            about = "" if len(names) == len(differences) else f" on {_list(names, MAX_PAIRS_LISTED)}"
+            about = "" if len(models) == len(differences) else f" on {_list(models, MAX_PAIRS_LISTED)}"
             out.append(f"Note{about}: {note}.")
     return out
 
@@ -160,9 +160,7 @@ def describe_test_sets(sets: Sequence[TestSet]) -> list[str]:
         return []
     first, *others = sets
     kind = "newest whole test set" if not first.limit else "newest test set"
-    listed = "; ".join(
-        f"{here.description}, best {here.best.name} with {here.best.scores().mean:.3f}" for here in others[:MAX_SETS_LISTED]
-    )
+    listed = "; ".join(f"{here.description}, best {here.best.name} with {here.best.scores().mean:.3f}" for here in others[:MAX_SETS_LISTED])
     more = f"; {len(others) - MAX_SETS_LISTED} more" if len(others) > MAX_SETS_LISTED else ""
     verb = "is" if len(others) == 1 else "are"
     return [f"This is about the {kind}, {first.description}. {len(others)} more {verb} not compared with it: {listed}{more}."]
@@ -195,7 +193,9 @@ def describe_empty_images(here: TestSet) -> list[str]:
     if not num:
         return []
     names = [f"{model.name} ({model.empty_images[1]:g})" for model in here.models if model.empty_images[1]]
-    found = f"Cells were predicted there by {_list(names, MAX_MODELS_LISTED)}: these images score 0" if names else "No model predicts any there"
+    found = (
+        f"Cells were predicted there by {_list(names, MAX_MODELS_LISTED)}: these images score 0" if names else "No model predicts any there"
+    )
     return [f"Note: {num} of {len(here.images)} test images have no cell. {found}. Means leave out those where nothing is predicted."]
 
 
@@ -206,7 +206,11 @@ def describe_absent_classes(here: TestSet) -> list[str]:
     for name in first.absent_classes:
         unused = name in first.runs[0].per_image.get("unused", [])
         names = [f"{model.name} ({num:g})" for model in here.models if (num := model.num_predicted_images(name))]
-        by = f"of {len(here.images)} test images some have it predicted: {_list(names, MAX_MODELS_LISTED)}" if names else "no model predicts it"
+        by = (
+            f"of {len(here.images)} test images some have it predicted: {_list(names, MAX_MODELS_LISTED)}"
+            if names
+            else "no model predicts it"
+        )
         means = "Means leave it out." if unused else "Pooled means leave it out; an image in which it is predicted scores 0 for it."
         out.append(f"Note: no {'mask of the data' if unused else 'test mask'} holds '{name}'; {by}. {means}")
     return out

@@ -74,8 +74,8 @@ def mean_interval(
     if groups is not None and len(groups) != len(x):
         raise ValueError(f"{len(groups)} groups for {len(x)} scores")
     unit_I = unit_numbers(range(len(x)) if groups is None else groups)
-    word = "image" if groups is None else "group"
-    return bootstrap_intervals(unit_sums(x[None], unit_I), np.bincount(unit_I), word=word, level=level, resamples=resamples, seed=seed)[0]
+    unit = "image" if groups is None else "group"
+    return bootstrap_intervals(unit_sums(x[None], unit_I), np.bincount(unit_I), unit=unit, level=level, resamples=resamples, seed=seed)[0]
 
 
 def unit_labels(images: Sequence[Hashable], groups: Sequence[Hashable]) -> tuple[Hashable, ...] | None:
@@ -107,7 +107,7 @@ def bootstrap_intervals(
     counts_U: np.ndarray,
     *,
     pairs_P2: np.ndarray | None = None,
-    word: str = "image",
+    unit: str = "image",
     level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -139,12 +139,12 @@ def bootstrap_intervals(
         mean_P, low_P, high_P = (np.where(np.abs(x) <= same, 0.0, x) for x in (mean_P, low_P, high_P))
         for mean, low, high, constant in zip(mean_P.tolist(), low_P.tolist(), high_P.tolist(), constant_P.tolist(), strict=True):
             if few:
-                note = f"{num} {word}{'s: too few for an' if num > 1 else ': no'} interval"
-                out.append(Interval(mean=mean, low=None, high=None, num=num, note=note, level=level, unit=word))
+                note = f"{num} {unit}{'s: too few for an' if num > 1 else ': no'} interval"
+                out.append(Interval(mean=mean, low=None, high=None, num=num, note=note, level=level, unit=unit))
                 continue
-            rough = f"{num} {word}s: a rough interval, likely too narrow" if num < ROUGH_BELOW else ""
-            note = f"constant over all {num} {word}s: the interval is a point" if constant else rough
-            out.append(Interval(mean=mean, low=low, high=high, num=num, note=note, level=level, unit=word))
+            rough = f"{num} {unit}s: a rough interval, likely too narrow" if num < ROUGH_BELOW else ""
+            note = f"constant over all {num} {unit}s: the interval is a point" if constant else rough
+            out.append(Interval(mean=mean, low=low, high=high, num=num, note=note, level=level, unit=unit))
     return out
 
 

@@ -45,7 +45,7 @@ class AlignedScores:
     seed_sds: tuple[float | None, ...]
     unit_I: np.ndarray  # noqa: N815
     """The number of each image's unit: itself, or its group."""
-    word: str
+    unit: str
     """What a unit is: 'image' or 'group'."""
     folds: tuple[Hashable, ...] | None
     """None unless every model has the same."""
@@ -98,7 +98,7 @@ def align_images(models: Sequence[ModelScores]) -> AlignedScores:
         means=tuple(means),
         seed_sds=tuple(sds),
         unit_I=unit_numbers(labels),
-        word="group" if grouped else "image",
+        unit="group" if grouped else "image",
         folds=folds.pop() if len(folds) == 1 else None,
         num_filled=tuple(num_filled),
     )
@@ -169,7 +169,7 @@ def _differences(
     counts_U = np.bincount(here.unit_I)
     num_units = len(counts_U)
     each = bootstrap_intervals(
-        unit_sums(here.values_MI, here.unit_I), counts_U, pairs_P2=pairs_P2, word=here.word, level=level, resamples=resamples, seed=seed
+        unit_sums(here.values_MI, here.unit_I), counts_U, pairs_P2=pairs_P2, unit=here.unit, level=level, resamples=resamples, seed=seed
     )
     p, effect, higher, lower = [], [], [], []
     p_folds: list[float | None] = []
@@ -186,7 +186,7 @@ def _differences(
     family = num_tests if alone else 1
     shared = []
     if not is_decidable(num_units, family, round(1 - level, DECIMALS)):
-        shared.append(describe_undecidable(num_units, family, here.word))
+        shared.append(describe_undecidable(num_units, family, here.unit))
     if resamples < RESAMPLES and num_tests > MANY_PAIRS:
         shared.append(f"{num_tests} pairs: intervals from {resamples} resamples")
     num_folds = max(len(set(models[i].folds or ())) for i in used)

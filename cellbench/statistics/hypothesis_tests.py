@@ -33,10 +33,10 @@ def is_decidable(num_units: int, num_tests: int = 1, alpha: float = 0.05) -> boo
     return smallest_p(num_units, num_tests) < alpha
 
 
-def describe_undecidable(num_units: int, num_tests: int = 1, word: str = "image") -> str:
+def describe_undecidable(num_units: int, num_tests: int = 1, unit: str = "image") -> str:
     """That no difference can be significant, and why, without a full stop."""
-    units = f"{num_units} {'test image' if word == 'image' else 'group of test images'}"
-    units = units if num_units == 1 else units.replace("image", "images") if word == "image" else units.replace("group", "groups")
+    plural = "s" * (num_units != 1)
+    units = f"{num_units} test image{plural}" if unit == "image" else f"{num_units} group{plural} of test images"
     over = f" over {num_tests} pairs" if num_tests > 1 else ""
     return f"with {units} no difference can be significant (p{over} cannot fall below {smallest_p(num_units, num_tests):.2g})"
 

@@ -66,13 +66,13 @@ def critical_difference(models: Sequence[ModelScores], *, num_tests: int | None 
     notes = list(dict.fromkeys(note for m in models for note in m.notes))
     if num_dropped := len(set().union(*(m.images for m in models))) - len(set.intersection(*(set(m.images) for m in models))):
         notes.append(f"{num_dropped} image{'s' * (num_dropped > 1)} that not every model has: left out")
-    test, statistic, p, apart = "Wilcoxon" if num_models == 2 else "Friedman", None, None, None
+    test, statistic, p, critical = "Wilcoxon" if num_models == 2 else "Friedman", None, None, None
     num_tests = num_models * (num_models - 1) // 2 if num_tests is None else num_tests
     if num_units == 1:
-        notes.append(f"1 {here.word}: nothing to test")
+        notes.append(f"1 {here.unit}: nothing to test")
         cliques = [tuple(range(num_models))]
     elif not is_decidable(num_units, num_tests, alpha):
-        notes.append(describe_undecidable(num_units, num_tests, here.word))
+        notes.append(describe_undecidable(num_units, num_tests, here.unit))
         cliques = [tuple(range(num_models))]
     elif num_models == 2:
         pair = compare_all(models, level=1 - alpha)[0]
@@ -87,11 +87,11 @@ def critical_difference(models: Sequence[ModelScores], *, num_tests: int | None 
             found = friedmanchisquare(*scores_MU)
             statistic, p = float(found.statistic), float(found.pvalue)
         if num_units < FEW:
-            notes.append(f"{num_units} {here.word}{plural}: Friedman's p is rough")
+            notes.append(f"{num_units} {here.unit}{plural}: Friedman's p is rough")
         quantile = studentized_range.ppf(1 - alpha, num_models, np.inf) / np.sqrt(2)
-        apart = float(quantile * np.sqrt(num_models * (num_models + 1) / (6 * num_units)))
+        critical = float(quantile * np.sqrt(num_models * (num_models + 1) / (6 * num_units)))
         if p < alpha:
-            cliques = _runs([rank_M[i] for i in order], apart)
+            cliques = _runs([rank_M[i] for i in order], critical)
         else:
             cliques = [tuple(range(num_models))]
             notes.append(f"Friedman's test finds no significant difference (p = {p:.2g})")
@@ -103,19 +103,19 @@ def critical_difference(models: Sequence[ModelScores], *, num_tests: int | None 
         test=test,
         statistic=statistic,
         p=p,
-        critical_difference=apart,
+        critical_difference=critical,
         cliques=tuple(tuple(names[order[n]] for n in clique) for clique in cliques),
         alpha=alpha,
         notes=tuple(notes),
     )
 
 
-def _runs(sorted_ranks: Sequence[float], apart: float) -> list[tuple[int, ...]]:
-    """Maximal runs of two or more positions whose first and last rank differ by less than ``apart``."""
+def _runs(sorted_ranks: Sequence[float], limit: float) -> list[tuple[int, ...]]:
+    """Maximal runs of two or more positions whose first and last rank differ by less than ``limit``."""
     out: list[tuple[int, ...]] = []
     end = 0
     for start in range(len(sorted_ranks)):
-        stop = max(n for n in range(start, len(sorted_ranks)) if sorted_ranks[n] - sorted_ranks[start] < apart) + 1
+        stop = max(n for n in range(start, len(sorted_ranks)) if sorted_ranks[n] - sorted_ranks[start] < limit) + 1
         if stop > max(end, start + 1):
             out.append(tuple(range(start, stop)))
         end = max(end, stop)
@@ -132,10 +132,7 @@ def marginal_scores(models: Sequence[ModelScores], factor: Sequence[Hashable], *
     cells: dict[tuple[Hashable, Hashable], ModelScores] = {}
     for row, column, m in zip(factor, over, models, strict=True):
         if (row, column) in cells:
-            raise CellbenchError(
-                f"{row} x {column} occurs twice ({cells[row, column].model}, {m.model}). Give seeds as rows of one; "
-                "keep apart what differs otherwise."
-            )
+            raise CellbenchError(f"{row} x {column} occurs twice ({cells[row, column].model}, {m.model}). Give seeds as rows of one model.")
         cells[row, column] = m
     kept, all_columns = list(dict.fromkeys(factor)), list(dict.fromkeys(over))
 

@@ -123,7 +123,7 @@ class ResilientClient:
             raise to_error(error, self._uri) from error
 
 
-# In the texts of MLflow's errors: the last two are about files, in the words of requests, which MLflow collects into one error of its own.
+# In the texts of MLflow's errors. The last two come from requests: MLflow collects errors of files into one of its own.
 _UNAVAILABLE = re.compile(
     r"API request to \S+ failed with (timeout )?exception"
     r"|failed with error code (50[0234]|429)"
@@ -138,7 +138,9 @@ def is_unavailable(error: Exception) -> bool:
         return status in (429, 500, 502, 503, 504)
     if type(error).__module__.partition(".")[0] in ("requests", "urllib3"):  # no answer at all
         return True
-    return getattr(error, "error_code", "") in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED") or bool(_UNAVAILABLE.search(str(error)))
+    return getattr(error, "error_code", "") in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED") or bool(
+        _UNAVAILABLE.search(str(error))
+    )
 
 
 def _http_status(error: Exception) -> int | None:

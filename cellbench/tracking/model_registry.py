@@ -1,7 +1,7 @@
 """Entries for winners in MLflow's list of models: weights, signature, and the metrics of the epoch that was kept.
 
-MLflow's own ``log_model`` copies the metrics of step 0 unless told otherwise (measured on 3.17.2: a model's Dice was the first epoch's)
-and needs an active run. What an entry holds is decided in one place, :func:`write_model_files`.
+Not by MLflow's ``log_model``, which copies the metrics of step 0 (measured on 3.17.2: a model's Dice was that of the first epoch) and needs an
+active run. :func:`write_model_files` defines the content of an entry.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ FILES = ("config.toml", "head.safetensors", "preparation.json", "separation.json
 
 
 def register(tracker: Tracker, run: RunRecord, verdict: str, more: str = "") -> str:
-    """Makes the entry of a finished run, once; returns its id. Raises CellbenchError where the run has lost what it left.
+    """Creates the entry of a finished run, once; returns its id. Raises CellbenchError where artifacts of the run are missing.
 
-    ``verdict``: what the run is an entry for, "the best"; shown in the model's description, with ``more``: sentences on how it was chosen.
+    ``verdict``: why it is a winner, "the best"; shown in the model's description with ``more``, sentences on how it was chosen.
     """
     client, entities = tracker.client, tracker.mlflow.entities
-    said = {VERDICT: verdict, NOTE: f"In '{tracker.name}': {verdict}.{more}"}
-    if (known := run.tags.get(MODEL)) and _there(tracker, known):
-        client.set_logged_model_tags(known, said)  # more runs may have come since
+    tags = {VERDICT: verdict, NOTE: f"In '{tracker.name}': {verdict}.{more}"}
+    if (known := run.tags.get(MODEL)) and _exists(tracker, known):
+        client.set_logged_model_tags(known, tags)  # there may be more runs since
         return known
     best = int(run.metrics.get("best/epoch", 0))
     model = client.create_logged_model(
@@ -39,11 +39,11 @@ def register(tracker: Tracker, run: RunRecord, verdict: str, more: str = "") -> 
         name=model_name(run.name),
         source_run_id=run.run_id,
         params=dict(run.params),
-        tags={EXPERIMENT: tracker.name, FINGERPRINT: run.fingerprint, **said},
+        tags={EXPERIMENT: tracker.name, FINGERPRINT: run.fingerprint, **tags},
         model_type="segmentation",
     )
     try:
-        with tempfile.TemporaryDirectory(prefix="cellbench-") as name, os_errors_as("making a model's entry"):
+        with tempfile.TemporaryDirectory(prefix="cellbench-") as name, os_errors_as("creating a model's entry"):
             write_model_files(Path(name), tracker, run, model.model_id)
             client.log_model_artifacts(model.model_id, name)
         client.log_outputs(run.run_id, [entities.LoggedModelOutput(model.model_id, step=best)])
@@ -56,11 +56,11 @@ def register(tracker: Tracker, run: RunRecord, verdict: str, more: str = "") -> 
 
 
 SUPERSEDED = "superseded"
-"""The verdict of an entry whose model was a winner once: among fewer models, or on other data."""
+"""The verdict of an entry whose model was a winner earlier: among fewer models, or on other data."""
 
 
 def mark_superseded(tracker: Tracker, winners: Collection[str]) -> None:
-    """Marks the experiment's entries that are no winners any more; ``winners``: the ids of those that are."""
+    """Marks the experiment's entries that are no winners any more; ``winners``: ids of those that are."""
     token = None
     while True:
         page = tracker.client.search_logged_models([tracker.experiment_id], page_token=token)
@@ -75,9 +75,9 @@ def mark_superseded(tracker: Tracker, winners: Collection[str]) -> None:
 
 
 def write_model_files(folder: Path, tracker: Tracker, run: RunRecord, model_id: str) -> None:
-    """Writes what an entry holds: what the run left that segmenting needs (``FILES``), and MLflow's ``MLmodel`` with the signature.
+    """Writes the files of an entry: the run's artifacts that inference needs (``FILES``), and MLflow's ``MLmodel`` with the signature.
 
-    Raises CellbenchError where the run has no ``config.toml``; a method that trains nothing has no weights.
+    Raises CellbenchError where the run has no ``config.toml``; a method without training has no weights.
     """
     from mlflow.models import Model
 
@@ -86,7 +86,7 @@ def write_model_files(folder: Path, tracker: Tracker, run: RunRecord, model_id: 
         if data is not None:
             (folder / name).write_bytes(data)
         elif name == "config.toml":
-            raise CellbenchError(f"'{run.name}' has lost its {name} in MLflow, so that it cannot have a model's entry. Run it again.")
+            raise CellbenchError(f"'{run.name}' has no {name} in MLflow any more, so it cannot have a model entry. Run it again.")
     model = Model(run_id=run.run_id, model_id=model_id, signature=model_signature())
     model.add_flavor("cellbench", config="config.toml", weights="head.safetensors" if (folder / "head.safetensors").exists() else "")
     model.save(str(folder / "MLmodel"))
@@ -105,15 +105,15 @@ def model_signature() -> Any:
 
 
 def model_name(run: str) -> str:
-    """A run's name as MLflow takes it for a model: it refuses some characters.
+    """A run's name without the characters that MLflow refuses in a model's name.
 
-    >>> name_of("vit-tiny-in1k · fpn · lr 0.001 / a")
+    >>> model_name("vit-tiny-in1k · fpn · lr 0.001 / a")
     'vit-tiny-in1k · fpn · lr 0-001 - a'
     """
     return re.sub(r"[/:.%\"']", "-", run).strip() or "model"
 
 
-def _there(tracker: Tracker, model_id: str) -> bool:
+def _exists(tracker: Tracker, model_id: str) -> bool:
     try:
         return tracker.client.get_logged_model(model_id).status == "READY"
     except NotFoundError:  # deleted in the UI
@@ -121,14 +121,14 @@ def _there(tracker: Tracker, model_id: str) -> bool:
 
 
 def _metrics(tracker: Tracker, run: RunRecord, model_id: str, best: int) -> list[Any]:
-    """The run's own values with the model's id: same time and step, so that the run itself gets no second value."""
+    """The run's own values with the model's id: with the same time and step, so that the run itself gets no second value."""
     client, metric = tracker.client, tracker.mlflow.entities.Metric
     inputs = client.get_run(run.run_id).inputs.dataset_inputs
     data = (inputs[0].dataset.name, inputs[0].dataset.digest) if inputs else (None, None)
     scores = [name for name in run.metrics if name not in EPOCH_METRICS and not name.startswith("system/")]
-    # Told together at the run's end, so that the time of one is that of all: 140 questions less to MLflow's store.
-    told_ms = [one.timestamp for name in scores[:1] for one in client.get_metric_history(run.run_id, name)][-1:]
-    values = [metric(name, run.metrics[name], now, 0) for now in told_ms for name in scores]
+    # They were logged together at the run's end, so the time of one is that of all: 140 queries less.
+    times_ms = [one.timestamp for name in scores[:1] for one in client.get_metric_history(run.run_id, name)][-1:]
+    values = [metric(name, run.metrics[name], now, 0) for now in times_ms for name in scores]
     for name in EPOCH_METRICS:
         values += [one for one in client.get_metric_history(run.run_id, name) if one.step == best][-1:]
     out = []

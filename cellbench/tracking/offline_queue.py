@@ -70,7 +70,9 @@ class OfflineQueue:
                 file.write(json.dumps(call) + "\n")
             self._calls.append(call)
             if self._thread is None or not self._thread.is_alive():
-                print_warning(f"MLflow at {self._shown_uri} does not answer. What is logged is kept in {self.folder} and sent when it is back.")
+                print_warning(
+                    f"MLflow at {self._shown_uri} does not answer. What is logged is kept in {self.folder} and sent when it is back."
+                )
                 self._thread = threading.Thread(target=self._send_all, daemon=True, name="offline-queue")
                 self._thread.start()
 

@@ -1,6 +1,6 @@
-"""What MLflow remembers of a run, as records: the names of our tags, the states, and whether another process is at a run now.
+"""A run in MLflow as a record: the names of our tags, the states of a run, and whether another process is at it now.
 
-Names are a contract, for people's saved searches and for scripts. Nothing here needs MLflow.
+The names are stable: people's saved searches and scripts use them. Nothing here needs MLflow.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ WEIGHTS = "cellbench.weights"
 MACHINE = "cellbench.machine"
 MODEL, VERDICT = "cellbench.model_entry", "cellbench.verdict"
 EVALUATION, EVALUATED = "evaluation", "cellbench.evaluated"
-"""The kind of a run that tests another once more, and the tag that only such runs have: the id of that other."""
+"""The kind of a run that tests a trained run on other data, and the tag that only such runs have: the id of the trained run."""
 INDEPENDENT = "cellbench.independent"
-"""Of an evaluation: whether the run has seen none of its images, ``yes``, ``no`` or ``unknown``."""
+"""Of an evaluation: whether none of its images was used in training, ``yes``, ``no`` or ``unknown``."""
 SEEN = "seen_images.json"
-"""The artifact by which a run knows its training and validation images again."""
+"""The artifact that lists a run's training and validation images."""
 TABLES = "mlflow.loggedArtifacts"
 VIEW = "leaderboard"
 LIMIT = "cellbench.limit"
-"""Of a run on a part of its data, a quick try: how many images of each split. Whole data has no such tag."""
+"""Of a run on a part of its data: how many images of each split. A run on whole data has no such tag."""
 DATA = "cellbench.data"
-"""Of a grid's or search's run: the digest of its data, by which its runs are found."""
+"""Of the run of a grid or search: the digest of its data."""
 TRIAL, STUDY, STATE = "optuna.trial", "optuna.study", "optuna.state"
-"""Of a trial's run."""
+"""Of the run of a trial."""
 
-# How each of our states is told to MLflow: its own list of states has no "skipped".
+# MLflow's status for each of ours: it has no "skipped".
 TERMINAL = {
     "finished": "FINISHED", "validated": "FINISHED", "skipped": "KILLED", "pruned": "KILLED", "interrupted": "KILLED", "failed": "FAILED",
 }  # fmt: skip
-# Another machine's run without a sign of life for so long is taken over.
 STALE_S = 15 * 60
+"""A run of another machine without a heartbeat for so long is taken over."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """A run as MLflow remembers it."""
+    """A run in MLflow: what it takes to resume it or to leave it alone."""
 
     run_id: str
     name: str
@@ -70,7 +70,7 @@ class RunState:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(RunState):
-    """A run with everything that MLflow holds of it but its artifacts."""
+    """A run with everything that MLflow holds of it except its artifacts."""
 
     fingerprint: str = ""
     """Empty for a run that is not ours."""
@@ -85,7 +85,7 @@ class RunRecord(RunState):
 
     @property
     def last_s(self) -> float:
-        """When it gave its last sign of life."""
+        """Its last heartbeat, in seconds since 1970."""
         return max(self.start_s, self.heartbeat_s)
 
 
@@ -100,7 +100,7 @@ def to_record(run: Any) -> RunRecord:
         heartbeat_s=float(tags.get(HEARTBEAT, 0)),
         metrics=run.data.metrics,
         fingerprint=tags.get(FINGERPRINT, ""),
-        # Runs of older versions say their precision as the machine's name ends: "cpu, 2 cores, bf16".
+        # Runs of older versions have their precision at the end of the machine's name: "cpu, 2 cores, bf16".
         params={"precision": tags[MACHINE].rpartition(", ")[2], **run.data.params} if MACHINE in tags else run.data.params,
         tags=tags,
         start_s=run.info.start_time / 1000,
@@ -109,7 +109,7 @@ def to_record(run: Any) -> RunRecord:
 
 
 def run_params(run: RunSpec, dataset: str, precision: str) -> dict[str, object]:
-    """A run's settings under the contract's names; a head's own settings as ``head.width``."""
+    """A run's settings as MLflow params; a head's own settings as ``head.width``."""
     part = "baseline" if run.baseline else "head"
     plain = {name: value for name, value in run.model_dump().items() if name != "options"}
     plain |= {"backbone": run.backbone or "none", "head": run.head or "none", "baseline": run.baseline or "none"}

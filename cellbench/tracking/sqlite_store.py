@@ -1,7 +1,7 @@
-"""MLflow's SQLite store as a file: made whole or not at all, and waited for while another program makes it.
+"""The file of MLflow's SQLite store: created completely or not at all, and waited for while another program creates it.
 
-MLflow makes it in some forty steps, for seconds, in place and without a lock: two programs that do so at once break it for good
-(measured on 3.17.2), and the other one may be ``mlflow ui``. So ours is made beside its place and moved there.
+MLflow creates it in some forty steps, for seconds, in place and without a lock: two programs that do so at once break it permanently
+(measured on 3.17.2), and the other one may be ``mlflow ui``. So we create it under another name and move it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, os_errors_as
 from cellbench.tracking.client import ResilientClient, to_error
 
-MAKING_S, STILL_S = 60.0, 5.0
-"""How long another program may take over the whole store, and over one of its steps."""
+CREATION_S, STEP_S = 60.0, 5.0
+"""How long another program may take to create the whole store, and for one step of it."""
 
 
 def open_or_create(mlflow: Any, make: bool) -> ResilientClient:
-    """The client of the store that is set, once nobody is making it; with ``make`` it is made where there is none.
+    """The client of the configured store, once no program is creating it; with ``make`` it is created where there is none.
 
     The caller holds the store's lock. Raises CellbenchError.
     """
@@ -40,32 +40,32 @@ def open_or_create(mlflow: Any, make: bool) -> ResilientClient:
     try:
         if file is not None:
             if make and not file.exists():
-                _make(file, uri, mlflow)
-            end = time.monotonic() + MAKING_S
-            while file.exists() and not _whole(file) and time.monotonic() < end and time.time() - _changed(file) < STILL_S:
+                _create(file, uri, mlflow)
+            end = time.monotonic() + CREATION_S
+            while file.exists() and not _is_complete(file) and time.monotonic() < end and time.time() - _changed_s(file) < STEP_S:
                 time.sleep(0.2)
         return ResilientClient(mlflow)
     except (mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError) as error:
-        if file is not None and file.exists() and not _whole(file):
-            why = "was begun and never made to its end, or is damaged. Move it away, and a new one is made; or put a backup in its place."
+        if file is not None and file.exists() and not _is_complete(file):
+            why = "is incomplete or damaged. Move it away, and a new one is created; or put a backup in its place."
             raise CellbenchError(f"MLflow's store {file} {why}") from error
         raise to_error(error, uri) from error
 
 
-def _make(file: Path, uri: str, mlflow: Any) -> None:
+def _create(file: Path, uri: str, mlflow: Any) -> None:
     name = uri.rpartition("/")[2]
-    beside_uri = f"{uri.removesuffix(name)}.{name}.making"  # written as the URI is, which MLflow reads in a way of its own
+    beside_uri = f"{uri.removesuffix(name)}.{name}.making"  # in the form of the URI, which MLflow parses in its own way
     beside = store_file(beside_uri)
     assert beside is not None
-    with os_errors_as(f"making MLflow's store in {make_folder(file.parent)}"):
-        for left in (beside, _journal(beside)):  # by one who was killed over it: we hold the lock
+    with os_errors_as(f"creating MLflow's store in {make_folder(file.parent)}"):
+        for left in (beside, _journal(beside)):  # of a process that was killed: we hold the lock
             left.unlink(missing_ok=True)
-        beside.touch()  # MLflow would try for minutes where nothing can be made
+        beside.touch()  # where no file can be created MLflow would try for minutes
         try:
             with _closed_after_use():
                 mlflow.MlflowClient(beside_uri)
             try:
-                os.link(beside, file)  # which leaves what another program has begun meanwhile
+                os.link(beside, file)  # does not overwrite a store that another program has begun meanwhile
             except FileExistsError:
                 pass
             except OSError:  # a file system without links
@@ -76,7 +76,7 @@ def _make(file: Path, uri: str, mlflow: Any) -> None:
 
 @contextlib.contextmanager
 def _closed_after_use() -> Iterator[None]:
-    """MLflow keeps no connection to a store that is opened inside: Windows moves no open file."""
+    """MLflow keeps no connection to a store that is opened inside ``with``: Windows cannot move an open file."""
     name = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"
     before = os.environ.get(name)
     os.environ[name] = "NullPool"
@@ -86,8 +86,8 @@ def _closed_after_use() -> Iterator[None]:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
-def _whole(file: Path) -> bool:
-    """Whether the last step of its making is done: the experiment *Default* is entered."""
+def _is_complete(file: Path) -> bool:
+    """Whether its last step is done: the experiment *Default* exists."""
     try:
         with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=20)) as store:
             return bool(store.execute("SELECT 1 FROM experiments LIMIT 1").fetchall())
@@ -95,8 +95,8 @@ def _whole(file: Path) -> bool:
         return False
 
 
-def _changed(file: Path) -> float:
-    """When the store was last written to, in seconds since the epoch."""
+def _changed_s(file: Path) -> float:
+    """When the store was last written to, in seconds since 1970."""
     times = []
     for one in (file, _journal(file)):
         with contextlib.suppress(FileNotFoundError):
@@ -124,16 +124,16 @@ def store_file(uri: str | None = None) -> Path | None:
 
 
 def require_store() -> None:
-    """Raises CellbenchError where the store that is set is a SQLite file and not there: what only reads makes none."""
+    """Raises CellbenchError where the configured store is a SQLite file that does not exist: commands that only read create none."""
     file = store_file()
     if file is not None and not file.is_file():
         raise CellbenchError(f"there is no MLflow store at {file}. Go to the folder where `grid` was run, or run it here first.")
 
 
 def store_lock(uri: str | None = None) -> FileLock:
-    """One for each store and person: held while the store is made, healed, or runs are claimed."""
+    """One for each store and user: held while the store is created or its paths are fixed, and while runs are claimed."""
     uri = uri or store_uri()
     file = store_file(uri)
-    # A hash: the name of a file is for everybody to read, and an address may hold a password.
+    # A hash: file names are readable for everybody, and an address may hold a password.
     key = hashlib.sha256((str(file) if file else uri).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return FileLock(Path(tempfile.gettempdir()) / f"cellbench-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock")

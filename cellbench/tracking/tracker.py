@@ -340,8 +340,8 @@ class Run:
 
 
 def newest_experiment(*, whole: bool = False) -> str | None:
-    """The experiment with the newest finished run of ours in MLflow's store; None where there is none. ``whole``: runs on a part of their data
-    (``--limit``) count only where there are no others."""
+    """The experiment with the newest finished run of cellbench in MLflow's store; None where there is none. ``whole``: runs on a part of their
+    data (``--limit``) count only where there are no others."""
     client = _reader()
     names = {one.experiment_id: one.name for one in client.search_experiments()}
     first, token = None, None
@@ -349,7 +349,7 @@ def newest_experiment(*, whole: bool = False) -> str | None:
         page = client.search_runs(
             list(names), f"tags.`{STATUS}` = 'finished'", max_results=100, order_by=["attributes.start_time DESC"], page_token=token
         )
-        # Grids, evaluations and explorations are no models. Sorted out here: servers of an older MLflow know no IS NULL.
+        # Grids, evaluations and explorations are no models. Filtered here: servers of an older MLflow do not know IS NULL.
         found = [stored for run in page if not (stored := to_record(run)).is_parent]
         first = first or next((stored.run_id for stored in found), None)
         chosen = next((stored.run_id for stored in found if LIMIT not in stored.tags), None) if whole else first
@@ -366,7 +366,7 @@ def all_experiments() -> list[str]:
 
 def experiment_of(run_id: str) -> str | None:
     """The name of the experiment that a run belongs to; None where no run has this id."""
-    if not re.fullmatch(r"[0-9a-f]{32}", run_id):  # not asked of the store: a run's name may hold anything
+    if not re.fullmatch(r"[0-9a-f]{32}", run_id):  # a run's name may hold anything: no query with it
         return None
     client = _reader()
     with contextlib.suppress(NotFoundError):
@@ -375,26 +375,26 @@ def experiment_of(run_id: str) -> str | None:
 
 
 def _reader() -> ResilientClient:
-    """The store's client, for what may make none."""
+    """The store's client, for functions that must not create one."""
     with _store(make=False) as (_, client):
         return client
 
 
-_healed: set[Path | None] = set()
-"""The stores that this process has set right."""
+_relocated: set[Path | None] = set()
+"""Stores whose paths this process has checked."""
 
 
 @contextlib.contextmanager
 def _store(make: bool) -> Iterator[tuple[Any, ResilientClient]]:
     """MLflow and the client of its store, which is locked inside ``with``. Raises CellbenchError."""
     with startup.no_gc_during_import():
-        import mlflow  # 1 to 2 s, which `--help` and `list` must not pay
+        import mlflow  # 1 to 2 s, too long for `--help` and `list`
 
     uri = mlflow.get_tracking_uri()
-    if (file := sqlite_store.store_file(uri)) not in _healed:  # whatever opens a store first, a copy must not write into the original
+    if (file := sqlite_store.store_file(uri)) not in _relocated:  # before anything is logged: a copy must not write into its original
         for line in relocate.fix_artifact_paths(uri):
             print_warning(line)
-        _healed.add(file)
+        _relocated.add(file)
     with os_errors_as("opening MLflow's store here"), sqlite_store.store_lock(uri):
         with startup.no_gc_during_import():  # of the store
             client = sqlite_store.open_or_create(mlflow, make)

@@ -50,7 +50,13 @@ def finished_run(head: str, per_image: dict[str, Any], seed: int = 0, fold: int 
 
 
 def log_finished_run(
-    tracker: Tracker, run: RunSpec, per_image: dict[str, Any] | None, parent: str = "", name: str = "", mean: float | None = None, **tags: str
+    tracker: Tracker,
+    run: RunSpec,
+    per_image: dict[str, Any] | None,
+    parent: str = "",
+    name: str = "",
+    mean: float | None = None,
+    **tags: str,
 ) -> str:
     """Writes a finished run; ``per_image=None`` leaves it without per-image scores. ``mean``: its Dice; None: of its images. Returns its id."""
     if mean is None:
@@ -74,6 +80,8 @@ def small_grid(tracker: Tracker) -> str:
         for backbone, good in (("dinobloom-s", 0.93), ("uni", 0.9)):
             for head, better in (("fpn", 0.02), ("bilinear", 0.0)):
                 for seed in (0, 1):
-                    log_finished_run(tracker, RunSpec(backbone=backbone, head=head, seed=seed), per_image_scores(good + better, seed), top.run_id)
+                    log_finished_run(
+                        tracker, RunSpec(backbone=backbone, head=head, seed=seed), per_image_scores(good + better, seed), top.run_id
+                    )
         log_finished_run(tracker, RunSpec(baseline="otsu"), per_image_scores(0.8, 0), top.run_id)
     return top.run_id

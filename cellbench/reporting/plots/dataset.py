@@ -1,4 +1,4 @@
-"""Pictures of a dataset, and of what backbones see in one of its images."""
+"""Figures of a dataset, and of the features of backbones for one of its images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_SAMPLES = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A picture (H, W) or (H, W, 3) under its heading; ``values`` with a scale."""
+    """An image (H, W) or (H, W, 3) with a title; with ``scale``, values between these limits."""
 
     title: str
     picture: np.ndarray
@@ -36,10 +36,10 @@ def plot_samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: S
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(2, len(pairs), figsize=(min(11, 2.8 * len(pairs)), 4.6), layout="constrained", squeeze=False)
         for column, (name, image, mask) in enumerate(pairs):
-            picture, times = _lit(thumbnail(image))
-            _picture(panels[0][column], picture)
-            drawn = np.ma.masked_equal(thumbnail(mask), IGNORE)  # what counts nowhere is left white
-            _picture(panels[1][column], drawn, cmap="gray" if len(classes) == 2 else "viridis", vmin=0, vmax=len(classes) - 1)
+            shown, times = _brightened(thumbnail(image))
+            _show(panels[0][column], shown)
+            drawn = np.ma.masked_equal(thumbnail(mask), IGNORE)  # ignored pixels stay white
+            _show(panels[1][column], drawn, cmap="gray" if len(classes) == 2 else "viridis", vmin=0, vmax=len(classes) - 1)
             height, width = mask.shape
             panels[0][column].set_title(_short(name) + (f", {times:.0f} x as bright" if times > 1 else ""), fontsize=8)
             panels[1][column].set_title(f"{width} x {height} px, {((mask > 0) & (mask != IGNORE)).mean():.0%} cells", fontsize=8)
@@ -47,7 +47,7 @@ def plot_samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: S
 
 
 def plot_statistics(images: Sequence[ImageStatistics]) -> Figure:
-    """Share of cell pixels, cells an image, diameters, and the mean colours of cells and ground, each image one point."""
+    """Share of cell pixels, cells per image, diameters, and the mean colours of cells and background, one point an image."""
     diameters = np.concatenate([one.diameters_px for one in images]) if images else np.zeros(0)
     with plt.rc_context(STYLE):
         figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(9, 5.4), layout="constrained")
@@ -59,7 +59,7 @@ def plot_statistics(images: Sequence[ImageStatistics]) -> Figure:
             ("background", "s", [one.ground_rgb for one in images]),
         ):
             rgb = np.array([colour for colour in colours if np.isfinite(colour).all()]).reshape(-1, 3)
-            # Red minus blue tells rose from violet; a dot has the colour that it stands for.
+            # Red minus blue separates rose from violet. A dot has its own colour.
             d.scatter(rgb[:, 0] - rgb[:, 2], rgb.mean(1), c=rgb / 255, marker=marker, s=42, edgecolors="0.2", linewidths=0.7, label=label)
         d.set_xlabel("red minus blue, levels")
         d.set_ylabel("brightness, levels")
@@ -71,7 +71,7 @@ def plot_statistics(images: Sequence[ImageStatistics]) -> Figure:
 def plot_feature_maps(
     image: np.ndarray, rows: Mapping[str, Sequence[Panel]], title: str, point: tuple[float, float] | None = None
 ) -> Figure:
-    """One image seen by several backbones (rows, by name) in several framings (columns): the image stands first in each row.
+    """Feature maps of one image by several backbones (rows) in several framings (columns), after the image itself.
 
     ``point``: (x, y) in pixels of the image, marked everywhere.
     """
@@ -87,11 +87,11 @@ def plot_feature_maps(
         )
         drawn = None
         for line, (name, panels) in zip(grid, rows.items(), strict=True):
-            _picture(line[0], thumbnail(image))
+            _show(line[0], thumbnail(image))
             line[0].set_ylabel(name)
             for axes, panel in zip(line[1:], panels, strict=False):
                 low, high = panel.scale or (None, None)
-                drawn = _picture(axes, thumbnail(panel.picture), cmap="cividis", vmin=low, vmax=high)
+                drawn = _show(axes, thumbnail(panel.picture), cmap="cividis", vmin=low, vmax=high)
                 axes.set_title(panel.title, fontsize=8)
             for axes in line[1 + len(panels) :]:
                 axes.axis("off")
@@ -106,7 +106,7 @@ def plot_feature_maps(
     return figure
 
 
-def _picture(axes: Axes, array: np.ndarray, **look: Any) -> AxesImage:
+def _show(axes: Axes, array: np.ndarray, **look: Any) -> AxesImage:
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -114,11 +114,11 @@ def _picture(axes: Axes, array: np.ndarray, **look: Any) -> AxesImage:
     return axes.imshow(array, interpolation="nearest", **look)
 
 
-def _lit(picture: np.ndarray) -> tuple[np.ndarray, float]:
-    """A dark picture made brighter, so that a person sees what is in it, and how many times; others as they are."""
-    bright = float(np.percentile(picture, 99.5))
+def _brightened(image: np.ndarray) -> tuple[np.ndarray, float]:
+    """A dark image times a power of 2, and that power; other images unchanged."""
+    bright = float(np.percentile(image, 99.5))
     times = 2.0 ** np.floor(np.log2(255 / max(bright, 8)))
-    return (picture.astype(np.float32) * times).clip(0, 255).astype(np.uint8) if times > 1 else picture, float(max(times, 1))
+    return (image.astype(np.float32) * times).clip(0, 255).astype(np.uint8) if times > 1 else image, float(max(times, 1))
 
 
 def _histogram(axes: Axes, values: Sequence[float] | np.ndarray, label: str, what: str) -> None:

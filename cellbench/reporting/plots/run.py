@@ -156,9 +156,7 @@ def _metrics(axes: Axes, each: dict[str, np.ndarray], units: Sequence[Hashable] 
         draw_span(axes, x, interval, upright=True, color="black", linewidth=1.2)
         top = max(interval.mean, interval.high or 0)
         axes.text(x, top + 0.015, f"{interval.mean:.3f}".replace("0.", "."), ha="center", va="bottom", fontsize=7)
-    axes.set_xticks(
-        range(len(names)), [labels[key] for key in names], fontsize=7, rotation=45, ha="right", rotation_mode="anchor"
-    )
+    axes.set_xticks(range(len(names)), [labels[key] for key in names], fontsize=7, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_ylim(0, 1.08)
     axes.set_title(f"mean over images; hatched: outlines and cells\n{describe_intervals(found)}", fontsize=8)
 
@@ -187,9 +185,7 @@ def _classes(axes: Axes, pooled: dict[str, dict[str, float]]) -> None:
 def _distribution(axes: Axes, dice: np.ndarray) -> None:
     num_images, dice = len(dice), dice[~np.isnan(dice)]
     num = len(dice)
-    axes.set_title(
-        f"{num_images} test images" + (f", {num_images - num} of them without any cell" if num < num_images else ""), fontsize=8
-    )
+    axes.set_title(f"{num_images} test images" + (f", {num_images - num} of them without any cell" if num < num_images else ""), fontsize=8)
     if not num:
         axes.set_axis_off()
         return

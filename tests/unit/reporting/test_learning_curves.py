@@ -26,7 +26,9 @@ def here(tmp_path, monkeypatch):
         for fraction, lost in ((0.1, 0.05), (0.25, 0.02), (0.5, 0.0), (1.0, 0.0)):
             for seed in (0, 1):
                 scores = per_image_scores(full - lost, seed) | {"num_train": int(40 * fraction)}
-                log_finished_run(tracker, RunSpec(backbone="uni", head=head, seed=seed, fraction=fraction), scores, name=f"{head} {fraction} {seed}")
+                log_finished_run(
+                    tracker, RunSpec(backbone="uni", head=head, seed=seed, fraction=fraction), scores, name=f"{head} {fraction} {seed}"
+                )
     log_finished_run(tracker, RunSpec(baseline="otsu"), per_image_scores(0.8, 0))
     return collect_runs([tracker]).sets[0]
 

@@ -126,7 +126,9 @@ def test_the_pairs_of_many_models_are_those_with_the_best(monkeypatch):
 
 def test_winners_are_few_and_never_those_that_are_plainly_worse():
     few = IMAGES[:4]  # so few that no test can decide
-    runs = [finished_run(head, per_image_scores(mean, seed, few)) for seed, (head, mean) in enumerate((("a", 0.9), ("b", 0.9003), ("c", 0.3)))]
+    runs = [
+        finished_run(head, per_image_scores(mean, seed, few)) for seed, (head, mean) in enumerate((("a", 0.9), ("b", 0.9003), ("c", 0.3)))
+    ]
     (here,), _ = group_models(runs)
     assert all(d.better is None for d in here.differences_to_best())
     assert "uni · c" not in [model.name for model in here.tied_winners()]

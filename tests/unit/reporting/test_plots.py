@@ -83,7 +83,8 @@ def test_a_heat_map_with_holes_is_whole():
 
 def test_names_with_dollars_and_emoji_are_drawn_as_they_are():
     here = [
-        PlotRow(model=name, baseline=False, metrics={"Dice": Interval(mean=0.9, low=0.8, high=0.95, num=3)}) for name in ("a$b$c", "x, y/z_{")
+        PlotRow(model=name, baseline=False, metrics={"Dice": Interval(mean=0.9, low=0.8, high=0.95, num=3)})
+        for name in ("a$b$c", "x, y/z_{")
     ]
     assert uncut(comparison_plots.plot_leaderboard(here))
 

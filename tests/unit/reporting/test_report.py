@@ -56,12 +56,12 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def project(made, tmp_path, monkeypatch):
-    """A copy of that folder, healed, to add runs to; the working folder."""
+    """A copy of that folder, with its paths fixed, to add runs to; it is the working folder."""
     folder = tmp_path / "project"
     shutil.copytree(made, folder)
     monkeypatch.chdir(folder)
     hidden = made.with_name("hidden")
-    made.rename(hidden)  # healing takes place only where the old folder is gone
+    made.rename(hidden)  # paths are fixed only where the old folder is gone
     try:
         relocate.fix_artifact_paths()
     finally:
@@ -166,7 +166,8 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
     if when == "before":
         quick_try(tracker, "fpn")
     ids = {
-        log_finished_run(tracker, RunSpec(backbone="uni", head=head), per_image_scores(mean, 0) | whole) for head, mean in (("fpn", 0.9), ("bilinear", 0.7))
+        log_finished_run(tracker, RunSpec(backbone="uni", head=head), per_image_scores(mean, 0) | whole)
+        for head, mean in (("fpn", 0.9), ("bilinear", 0.7))
     }
     if when == "after":
         quick_try(tracker, "fpn")
@@ -264,7 +265,9 @@ def test_what_cannot_be_used_is_left_out_with_a_word(project, capsys):
     stored = {run.run_id: run for run in tracker.stored()}
     path = Path(unquote(stored[damaged].artifact_uri.removeprefix("file://"))) / "per_image.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "dice": [0.5]}))
-    nan = log_finished_run(tracker, RunSpec(backbone="uni", head="detail", seed=2), {**per_image_scores(0.9, 0), "dice": [float("nan")] * len(IMAGES)})
+    nan = log_finished_run(
+        tracker, RunSpec(backbone="uni", head="detail", seed=2), {**per_image_scores(0.9, 0), "dice": [float("nan")] * len(IMAGES)}
+    )
     with tracker.run("uni · gated · seed 0", "skip") as run:
         run.end("skipped", "log in | first & <b>")
     mlflow.set_tracking_uri(None)

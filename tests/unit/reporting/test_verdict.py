@@ -33,7 +33,9 @@ def test_a_significant_difference_names_the_winner_first(rng):
     y = x - 0.006
     y[:18] = x[:18] + 0.002
     d = compare(scores("bilinear", y), scores("fpn", x))
-    assert describe_difference(d) == "fpn is better than bilinear by 0.005 Dice (95 % 0.005 to 0.005, p < 0.001, better on 141 of 159 images)"
+    assert (
+        describe_difference(d) == "fpn is better than bilinear by 0.005 Dice (95 % 0.005 to 0.005, p < 0.001, better on 141 of 159 images)"
+    )
 
 
 def test_a_difference_that_is_not_significant_is_called_so(dice):
