@@ -14,6 +14,7 @@ from cellbench.config.options import CacheOptions, ListOptions, ShowOptions
 from cellbench.config.registry import Registry, shipped
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError, unknown_name
+from cellbench.metrics.catalog import search_objectives
 
 EXPERIMENTS = "experiments"
 
@@ -85,7 +86,7 @@ def _size(path: Path) -> str:
     """How many runs or trials an experiment file asks for."""
     tree = tomllib.loads(path.read_text(encoding="utf-8"))
     if "space" in tree:
-        space = Space.of(tree, str(path), Registry())
+        space = Space.of(tree, str(path), Registry(), search_objectives(Registry()))
         return f"{space.settings.trials} trials in {len(space.dimensions)} dimensions: {', '.join(one.name for one in space.dimensions)}."
     runs = expand(Experiment.of(tree, str(path)))
     return f"{len(runs)} runs in {len(cohorts(runs))} cohorts."

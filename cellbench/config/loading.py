@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shlex
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,14 +139,16 @@ def data_spec(changes: Sequence[str]) -> DataSpec:
     return checked(DataSpec, tree.get("data", {}), "[data]")
 
 
-def read_space(file: str, changes: Sequence[str], data: Path | None, limit: int | None, registry: Registry) -> tuple[Space, str]:
+def read_space(
+    file: str, changes: Sequence[str], data: Path | None, limit: int | None, registry: Registry, objectives: Mapping[str, str]
+) -> tuple[Space, str]:
     """The space of a file, or of a shipped file's name, and a file that asks the same without any change. Raises CellbenchError."""
     asked = read_tree(file, changes, limit)
     path, tree = asked.path, asked.tree
     if "space" not in tree:
         raise CellbenchError(f"{path}: has no [space] in which to search. `cellbench grid {shlex.quote(str(file))}` runs it as it is.")
-    space = Space.of(tree, str(path), registry)
+    space = Space.of(tree, str(path), registry, objectives)
     if data is not None and registry.dataset(space.dataset).draw:
         asked = asked.on(data)
-        space = Space.of(asked.tree, str(path), registry)
+        space = Space.of(asked.tree, str(path), registry, objectives)
     return space, asked.resolved

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -25,19 +25,6 @@ from cellbench.errors import CellbenchError, unknown_name
 
 DIMENSIONS = ("backbone", "head", *(name for name in RUN_KEYS if name not in ("seed", "fold")))
 """What may vary. Neither the seed, for a lucky start is no setting, nor the fold: what one fold tests, another learns from."""
-
-# What a search may seek or bound, and which way is better. Of the best epoch, on the validation images; never of the test.
-METRICS: Mapping[str, str] = {
-    "val/dice": "maximize",
-    "val/iou": "maximize",
-    "val/loss": "minimize",
-    "cost/latency_ms": "minimize",
-    "cost/head_params": "minimize",
-    "cost/backbone_params": "minimize",
-    "cost/train_s": "minimize",
-    "cost/train_cpu_s": "minimize",
-    "cost/features_mib": "minimize",
-}
 
 
 class Settings(StrictModel):
@@ -66,12 +53,6 @@ class Settings(StrictModel):
     @property
     def objectives(self) -> tuple[str, ...]:
         return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective)
-
-    @property
-    def directions(self) -> tuple[str, ...]:
-        if self.direction is None:
-            return tuple(METRICS[name] for name in self.objectives)
-        return (self.direction,) if isinstance(self.direction, str) else tuple(self.direction)
 
     def excess(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """By how much each bound is passed; at most 0 where it is kept."""
@@ -137,12 +118,17 @@ class Space:
     """What is fixed."""
     head: Mapping[str, Mapping[str, Any]]
     """What is fixed for one head."""
+    directions: tuple[str, ...]
+    """``maximize`` or ``minimize``, of each objective."""
 
     @classmethod
-    def of(cls, tree: Mapping[str, Any], where: str, registry: Registry) -> Space:
-        """A space from the tree of a TOML file, every end of every dimension tried. Raises CellbenchError."""
+    def of(cls, tree: Mapping[str, Any], where: str, registry: Registry, objectives: Mapping[str, str]) -> Space:
+        """A space from the tree of a TOML file, every end of every dimension tried. Raises CellbenchError.
+
+        ``objectives``: what a search may optimise, with the better direction, as :func:`cellbench.metrics.catalog.search_objectives` gives it.
+        """
         file = checked(_File, tree, where)
-        _check_objectives(file.search, where)
+        directions = _directions(file.search, where, objectives, {f"val/{name}" for name in registry.names("metrics")})
         for name in file.space:
             if name not in DIMENSIONS:
                 why = " A seed is no setting: repeat_best repeats the best one." if name == "seed" else ""
@@ -173,7 +159,7 @@ class Space:
                     dimensions.append(_dimension(f"{head}.{name}", head, value, kind, f"{where}: [head.{head}] {name}"))
         made = cls(
             experiment=file.experiment, dataset=file.dataset, data=file.data, settings=file.search, dimensions=tuple(dimensions),
-            run=file.run, head=fixed,
+            run=file.run, head=fixed, directions=directions,
         )  # fmt: skip
         made._check(where, registry)
         return made
@@ -256,24 +242,27 @@ def _dimension(name: str, head: str, value: Any, kind: type | None, where: str) 
     return Dimension(name=name, head=head, choices=tuple(choices))
 
 
-def _check_objectives(settings: Settings, where: str) -> None:
+def _directions(settings: Settings, where: str, known: Mapping[str, str], own: Set[str]) -> tuple[str, ...]:
     place = f"{where}: [search]"
     names = settings.objectives
     for name in (*names, *settings.max, *settings.min):
         if name.startswith("test"):
             raise CellbenchError(
-                f"{place} '{name}': the test images judge the best trial alone, at the end. Seek val/dice, or another of: {', '.join(METRICS)}."
+                f"{place} '{name}': the test images judge the best trial alone, at the end. Seek val/dice, or another of: {', '.join(known)}."
             )
-        if name not in METRICS:
-            raise unknown_name("metric", name, METRICS, where=place)
+        if name not in known:
+            raise unknown_name("metric", name, known, where=place)
     if not names or len(set(names)) != len(names):
         raise CellbenchError(f"{place} objective = {settings.objective!r}: one metric, or several different ones, are expected.")
-    if len(settings.directions) != len(names) or not set(settings.directions) <= {"maximize", "minimize"}:
+    given = settings.direction
+    directions = tuple(known[name] for name in names) if given is None else (given,) if isinstance(given, str) else tuple(given)
+    if len(directions) != len(names) or not set(directions) <= {"maximize", "minimize"}:
         raise CellbenchError(f"{place} direction = {settings.direction!r}: 'maximize' or 'minimize' is expected for each objective.")
-    if settings.pruner != "none" and (len(names) > 1 or not names[0].startswith("val/")):
+    if settings.pruner != "none" and (len(names) > 1 or not names[0].startswith("val/") or names[0] in own):
         raise CellbenchError(
-            f"{place} pruner = '{settings.pruner}': pruning follows one objective of validation over the epochs. Use pruner = 'none'."
+            f"{place} pruner = '{settings.pruner}': pruning follows one objective that is validated each epoch, which own metrics are not. Use pruner = 'none'."
         )
     for name in set(settings.max) & set(settings.min):
         if settings.min[name] > settings.max[name]:
             raise CellbenchError(f"{place} {name}: min {settings.min[name]} is above max {settings.max[name]}: nothing can be found.")
+    return directions

@@ -12,6 +12,7 @@ from cellbench.config.experiment import Experiment, expand
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.config.search_space import Space
+from cellbench.metrics.catalog import objectives
 from cellbench.search.study import Study
 from cellbench.training.trainer import HeadTrainer
 
@@ -49,7 +50,7 @@ def measure_throughput(
         "run": dict(run),
     }
     (together_s, together), (alone_s, alone) = (
-        _search(Space.of({**tree, "search": {**search, "batch": batch}}, "bench", registry), registry, fit_cohort) for batch in (num, 1)
+        _search(Space.of({**tree, "search": {**search, "batch": batch}}, "bench", registry, objectives()), registry, fit_cohort) for batch in (num, 1)
     )
     same = all(
         trial == trial_alone and all(abs(x - y) <= tolerance for x, y in zip(values, values_alone, strict=True))
@@ -60,9 +61,7 @@ def measure_throughput(
 
 def _search(space: Space, registry: Registry, fit_cohort: FitCohort) -> tuple[float, list[tuple[Any, ...]]]:
     with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
-        study = Study(
-            f"sqlite:///{folder}/optuna.db", space.experiment, space.settings, space.dimensions, space.asked, int(space.run["epochs"])
-        )
+        study = Study(f"sqlite:///{folder}/optuna.db", space, space.asked, int(space.run["epochs"]))
         start = time.perf_counter()
         with study:
             while batch := study.ask():

@@ -23,6 +23,7 @@ from cellbench.data.image_cache import ImageCache
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import num_used_images
 from cellbench.escaping import escape_markdown
+from cellbench.metrics import catalog
 from cellbench.metrics.boundary import TOLERANCE_PX
 from cellbench.metrics.instance import COUNTS, SCORES, describe_outcomes
 from cellbench.metrics.instances import MIN_AREA_NUMBERED_PX, MIN_AREA_PX
@@ -58,20 +59,18 @@ def final_metrics(dataset: Dataset, result: TestResult) -> dict[str, float]:
     Means go over the images that have a score; ``…_empty1`` are the same with 1 for what has none, as older publications have them. Names
     without a value (a class in neither truth nor prediction) are left out.
     """
-    counts, shapes = result.exam.counts, result.exam.shapes()
+    counts, each, outcomes = result.exam.counts, result.exam.per_image(), result.exam.outcomes()
     out = named_scores("test", counts, dataset.classes) | result.cost
-    each = per_image_scores(counts, unused=dataset.unused)
     out |= {f"test_image/{name}": nan_mean(values) for name, values in each.items()}
     known, own = np.flatnonzero(~np.isnan(each["dice"])), resampling_units(dataset)
     if known.size:
         interval = mean_interval(each["dice"][known], groups=None if own is None else [own[k] for k in known])
         if interval.low is not None and interval.high is not None:
             out |= {"test_image/dice_low": interval.low, "test_image/dice_high": interval.high, "test_image/dice_units": interval.num}
-    out |= {f"test_image/{name}": nan_mean(shapes[name]) for name in SCORES}
-    out |= {f"test_image/{name}_empty1": float(values.mean()) for name, values in _empty1(counts, shapes, dataset.unused).items()}
+    out |= {f"test_image/{name}_empty1": float(values.mean()) for name, values in _empty1(counts, each, dataset.unused).items()}
     out["test/num_empty"], out["test/num_empty_found"] = count_empty_images(counts)
-    out |= {f"test/{name}": int(shapes[name].sum()) for name in COUNTS}
-    errors = shapes["num_predicted"] - shapes["num_true"]
+    out |= {f"test/{name}": int(values.sum()) for name, values in outcomes.items()}
+    errors = outcomes["num_predicted"] - outcomes["num_true"]
     # The mean of signed errors is a bias, in which too many and too few cancel out; the other is how far a count is off.
     out |= {"test_image/count_error": float(errors.mean()), "test_image/count_error_abs": float(np.abs(errors).mean())}
     cut = result.exam.separation
@@ -91,14 +90,14 @@ def final_metrics(dataset: Dataset, result: TestResult) -> dict[str, float]:
     return {key: round_metric(key, value) for key, value in out.items() if not math.isnan(value)}
 
 
-def _empty1(counts: np.ndarray, shapes: Mapping[str, np.ndarray], unused: Collection[int]) -> dict[str, np.ndarray]:
+def _empty1(counts: np.ndarray, each: Mapping[str, np.ndarray], unused: Collection[int]) -> dict[str, np.ndarray]:
     """Per-image scores (N,) by the older rule: a class in neither truth nor prediction scores 1, and so do the cells of an image without any."""
     old = per_image_scores(counts, absent=1.0)
     num = counts.shape[-1] - 1
     scored = [k for k in range(1, num + 1) if k not in unused]
     present = ((counts.sum(1) + counts.sum(2)) > 0)[:, scored].sum(1)
-    outlines = {name: (np.nan_to_num(shapes[name]) * present + num - present) / num for name in ("nsd", "boundary_dice")}
-    cells = {name: np.nan_to_num(shapes[name], nan=1.0) for name in SCORES if name not in outlines}
+    outlines = {name: (np.nan_to_num(each[name]) * present + num - present) / num for name in ("nsd", "boundary_dice")}
+    cells = {name: np.nan_to_num(each[name], nan=1.0) for name in SCORES if name not in outlines}
     return {"dice": old["dice"], "iou": old["iou"], **outlines, **cells}
 
 
@@ -157,11 +156,13 @@ def write_artifacts(
         save_file({key: x.contiguous() for key, x in result.learner.best_weights.items()}, folder / "head.safetensors")
         style.save_figure(run_plots.plot_curves(result.learner.history, result.learner.best_epoch), folder / "figures" / "curves.png")
     exam = result.exam
-    each = per_image_scores(exam.counts, unused=dataset.unused) | {key: values for key, values in exam.shapes().items() if key in SCORES}
     pooled = pixel_scores(exam.counts.sum(0))
     by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
     style.save_figure(
-        run_plots.plot_scores(name, each, by_class, exam.calibration(), resampling_units(dataset)), folder / "figures" / "scores.png"
+        run_plots.plot_scores(
+            name, exam.per_image(), by_class, exam.calibration(), resampling_units(dataset), [one for one in exam.own_metrics if not one.unit]
+        ),
+        folder / "figures" / "scores.png",
     )
     for which, case in exam.keep.cases.items():
         picture, truth = pixels[case.image]
@@ -187,7 +188,7 @@ SEPARATION = "separation.json"
 
 def per_image_record(dataset: Dataset, result: TestResult) -> dict[str, object]:
     """The scores of each test image and the counts they come from; any other overlap can be had from those."""
-    exam, shapes = result.exam, result.exam.shapes()
+    exam = result.exam
     return {
         "classes": list(dataset.classes),
         "unused": [dataset.classes[k] for k in dataset.unused],
@@ -200,9 +201,9 @@ def per_image_record(dataset: Dataset, result: TestResult) -> dict[str, object]:
         "separation_saddle_ratio": exam.separation.saddle_ratio,
         "cells_numbered": [one.numbered for one in exam.agreements],
         "confusion": exam.counts.tolist(),
-        **{name: _rounded(values) for name, values in per_image_scores(exam.counts, unused=dataset.unused).items()},
-        **{name: _rounded(shapes[name]) for name in SCORES},
-        **{name: shapes[name].tolist() for name in COUNTS},
+        **{name: _rounded(values) for name, values in exam.per_image().items()},
+        **{name: values.tolist() for name, values in exam.outcomes().items()},
+        "own_metrics": catalog.to_record(exam.own_metrics),
         "calibration": exam.calibration(),
     }
 
@@ -212,13 +213,12 @@ def _rounded(values: np.ndarray) -> list[float | None]:
     return [None if math.isnan(value) else round(value, 6) for value in values.tolist()]
 
 
-COLUMNS = ("dice", "iou", "precision", "recall", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq", *COUNTS)
-
-
 def per_image_table(told: dict[str, Any]) -> dict[str, object]:
     """``per_image`` as the UI's table: worst image first, since that is the one to look at; those without a score last."""
     order = np.argsort(np.array(told["dice"], np.float64), kind="stable").tolist()
-    return {"columns": ["image", *COLUMNS], "data": [[told["images"][k], *(told[name][k] for name in COLUMNS)] for k in order]}
+    columns = [metric.key for metric in catalog.per_image(catalog.from_record(told["own_metrics"])) if metric.key != "accuracy"]  # next to 1
+    columns += COUNTS
+    return {"columns": ["image", *columns], "data": [[told["images"][k], *(told[name][k] for name in columns)] for k in order]}
 
 
 def single_run_experiment(run: RunSpec, experiment: Experiment) -> dict[str, object]:

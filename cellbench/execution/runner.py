@@ -37,6 +37,7 @@ from cellbench.features.extractor import CachePolicy, Features, non_finite_reaso
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.remote_cache import RemoteCache, shared_url
 from cellbench.hardware import Hardware, is_out_of_memory, peak_memory_mib, release_memory
+from cellbench.metrics import catalog
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone
@@ -45,7 +46,7 @@ from cellbench.tracking.schema import LIMIT, WEIGHTS, RunState, run_params
 from cellbench.tracking.tracker import Run, Tracker
 from cellbench.training import checkpoints, cost_estimate
 from cellbench.training.cost_estimate import InferenceSpeed, inference_speeds, latencies_ms, reset_timers
-from cellbench.training.evaluator import CohortEvaluator
+from cellbench.training.evaluator import CohortEvaluator, score_validation
 from cellbench.training.fit import fit
 from cellbench.training.memory_check import why_frames_too_large
 from cellbench.training.model import build_model
@@ -113,6 +114,7 @@ class Runner:
     def __post_init__(self) -> None:
         self._backbone: tuple[str, Backbone] | None = None
         self._shared = RemoteCache(url, self.say) if (url := shared_url()) else None
+        self._own_metrics = catalog.own_metrics(self.registry)
         self._select(self.datasets[0])
 
     def _select(self, dataset: Dataset) -> None:
@@ -279,7 +281,7 @@ class Runner:
 
         val, test, busy, wall_s, cpu_s = self._images["val"], self._images["test"], SystemLoad(), 0.0, 0.0
         predictions = ((k, [(segment(val[k][0]), None)]) for k in range(len(val)))
-        with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, 1, predictions)) as exams:
+        with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, 1, predictions), self._own_metrics) as exams:
             for index in tqdm(range(len(test)), desc=one.name, unit="image", leave=False):
                 image, truth = test[index]
                 start, start_cpu = time.perf_counter(), time.thread_time()
@@ -380,11 +382,14 @@ class Runner:
     def _validate(self, trained: Trained, features: Features, load: dict[str, float], out: Outcome) -> None:
         """Ends trials with the validation scores of their best epochs, and their costs."""
         costs = self._training_costs(trained, features, load)
-        latencies = latencies_ms([trainer.model for _, trainer in trained], features)
-        for (one, trainer), cost, latency_ms in zip(trained, costs, latencies, strict=True):
+        models = [trainer.model for _, trainer in trained]
+        latencies = latencies_ms(models, features)
+        own_scores = score_validation(models, features, self.dataset, [metric for metric in self._own_metrics if metric.searchable])
+        for (one, trainer), cost, latency_ms, own in zip(trained, costs, latencies, own_scores, strict=True):
             best = {name: value for name, value in trainer.history[trainer.best_epoch].items() if name.startswith("val/")}
             # Its curves hold the validation by epoch; under "best/" stands what is compared.
             metrics = {f"best/{name.replace('/', '_')}": value for name, value in best.items()} | {"best/epoch": trainer.best_epoch}
+            metrics |= {f"best/val_{key}": value for key, value in own.items()}
             metrics |= cost | {"cost/latency_ms": latency_ms}
             status = "pruned" if trainer.ended == "pruned" else "validated"
             reason = f"in epoch {trainer.epoch} of {trainer.run.epochs}" if status == "pruned" else ""
@@ -400,7 +405,7 @@ class Runner:
         reset_timers(features.trunk, models)
         not_finite: dict[int, str] = {}
         bar = tqdm(score_images(models, features, "test"), total=len(test), desc=f"{title}: test", unit="image", leave=False)
-        with CohortEvaluator(self.dataset, len(models), separations) as exams:
+        with CohortEvaluator(self.dataset, len(models), separations, self._own_metrics) as exams:
             for image, counts, answers in bar:
                 exams.take(image, test[image][1], counts, [(a.classes, a.cell, a.relief) for a in answers])
                 for k, answer in enumerate(answers):

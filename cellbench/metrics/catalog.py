@@ -14,17 +14,20 @@ metrics take such metrics as ``own`` and list them after the shipped ones.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from cellbench.config.cards import MetricCard
 from cellbench.config.registry import Registry, load
-from cellbench.errors import CellbenchError
-from cellbench.metrics.instance import InstanceScores
-from cellbench.metrics.instances import Instances
+from cellbench.errors import CellbenchError, one_line
+
+if TYPE_CHECKING:  # the command line lists metrics without importing numpy and scipy
+    import numpy as np
+
+    from cellbench.metrics.instance import InstanceScores
+    from cellbench.metrics.instances import Instances
 
 Direction = Literal["maximize", "minimize", ""]
 
@@ -237,10 +240,29 @@ def objectives(own: Iterable[Metric] = ()) -> dict[str, Direction]:
     return {one.objective: one.direction for one in (*METRICS, *own) if one.searchable}
 
 
+def search_objectives(registry: Registry) -> dict[str, Direction]:
+    """:func:`objectives` with the user's metrics of a registry folder, whose code is not imported."""
+    return objectives(from_card(registry.metric(name)) for name in registry.names("metrics"))
+
+
 def view_columns(own: Iterable[Metric] = ()) -> tuple[str, ...]:
     """Names in MLflow of what its view shows: mean Dice first, by which it sorts, pooled Dice, other compared scores of the leaderboard, time."""
     scores = [f"test_image/{one.key}" for one in leaderboard(own) if one.compared]
     return (scores[0], "test/dice", *scores[1:], "cost/train_s")
+
+
+def score(image: ScoredImage, own: Iterable[Metric] = ()) -> dict[str, float]:
+    """Every per-image metric of an image. Raises CellbenchError where a user's metric fails."""
+    out = {one.key: one.compute(image) for one in METRICS if one.compute is not None}
+    for one in own:
+        assert one.compute is not None
+        try:
+            out[one.key] = float(one.compute(image))
+        except Exception as error:  # a stranger's code may raise anything
+            raise CellbenchError(f"metric '{one.key}': {type(error).__name__}: {one_line(error)}") from error
+        if math.isinf(out[one.key]):
+            raise CellbenchError(f"metric '{one.key}' is infinite. Return NaN where there is nothing to score.")
+    return out
 
 
 # --- metrics of a user ------------------------------------------------------------------------------------------------------------------

@@ -119,21 +119,21 @@ class ReferenceMask:
         ``owners``: as in :func:`merge_parts_into_objects`; ``unused``: classes whose outlines are not scored, as in :func:`cellbench.metrics.pixel.per_image_scores`;
         ``min_area_px`` as for :func:`reference_instances`."""
         self._classes, self._tolerance, self._numbered, self._owners = classes, tolerance_px, ids is not None, tuple(owners)
-        self._cells, self.min_area_px = reference_instances(classes, ids, min_area_px, owners=owners)
-        ignored = self._cells.ignored
+        self.cells, self.min_area_px = reference_instances(classes, ids, min_area_px, owners=owners)
+        ignored = self.cells.ignored
         self._outlines = {
             label: MaskBoundary(classes == label, tolerance_px, ignored) for label in range(1, num_classes) if label not in unused
         }
 
     def found(self, cells: Instances) -> dict[str, float | int]:
         """The scores of predicted cells, each of ``min_area_px`` or more, under the names of :class:`InstanceScores`."""
-        return instance_scores(self._cells, cells)
+        return instance_scores(self.cells, cells)
 
     def agreement(self, classes: np.ndarray, cells: Instances | None = None) -> InstanceScores:
         """How well a predicted class map (H, W) agrees; ``cells``: the single cells of it, if not the connected regions of its objects."""
         if classes.shape != self._classes.shape:
             raise ValueError(f"truth is {self._classes.shape}, prediction {classes.shape}")
-        ignored = self._cells.ignored
+        ignored = self.cells.ignored
         outlines = [
             boundary_scores(truth, MaskBoundary(classes == label, self._tolerance, ignored)) for label, truth in self._outlines.items()
         ]

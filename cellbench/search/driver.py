@@ -39,6 +39,7 @@ from cellbench.execution.resources import Resources
 from cellbench.execution.runner import Runner
 from cellbench.execution.worker_job import JobSpec, job_spec
 from cellbench.hardware import Hardware
+from cellbench.metrics.catalog import search_objectives
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request
 from cellbench.search import results as search_results
@@ -94,7 +95,7 @@ class SearchPlan:
 
     def study(self) -> Study:
         asked = {**self.space.asked, "images": self.dataset.digest, "precision": self.resources.machine.precision_name}
-        return Study(self.storage, self.space.experiment, self.space.settings, self.space.dimensions, asked, max_epochs(self.space))
+        return Study(self.storage, self.space, asked, max_epochs(self.space))
 
     def worker(self, study: Study, tracker: Tracker, parent_id: str, machine: Hardware) -> SearchWorker:
         """What trains trials in this process, on ``machine``, its share of the resources."""
@@ -115,7 +116,8 @@ class SearchPlan:
 
 def prepare(options: SearchOptions, resources: Resources) -> SearchPlan:
     """Reads the file and the data, and says what is known about them. Raises CellbenchError, before anything is written."""
-    space, text = read_space(options.file, options.all_changes, options.data, options.limit, resources.registry)
+    registry = resources.registry
+    space, text = read_space(options.file, options.all_changes, options.data, options.limit, registry, search_objectives(registry))
     plan = plan_search(space, text, options.file, options.data, options.storage, resources)
     findings = quick_check.severe_findings(resources.registry.dataset(space.dataset), plan.dataset)
     for line in (*plan.dataset.notes, *findings, *relocate.fix_artifact_paths()):
@@ -355,4 +357,5 @@ def help_search(job: JobSpec, *, file: str, text: str, storage: str, seconds: fl
 
 
 def _plan_of(text: str, file: str, data: Path | None, storage: str | None, resources: Resources) -> SearchPlan:
-    return plan_search(Space.of(tomllib.loads(text), file, resources.registry), text, file, data, storage, resources)
+    space = Space.of(tomllib.loads(text), file, resources.registry, search_objectives(resources.registry))
+    return plan_search(space, text, file, data, storage, resources)

@@ -49,7 +49,7 @@ def sync_study(study: Study, tracker: Tracker) -> list[str]:
 def log_progress(space: Space, study: Study, run: Run) -> None:
     """The study so far onto its parent run: curves, pictures, the table, and the best setting as a file that ``grid`` runs."""
     told, best = study.told(), study.best()
-    sign, record = (1 if space.settings.directions[0] == "maximize" else -1), None
+    sign, record = (1 if space.directions[0] == "maximize" else -1), None
     for t in told:
         if (
             t.state == "complete"

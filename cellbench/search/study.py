@@ -22,10 +22,11 @@ import psutil
 from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from cellbench.config.base import Scalar
-from cellbench.config.search_space import Dimension, Settings
+from cellbench.config.search_space import Dimension, Space
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import os_errors_as
 from cellbench.search.samplers import SeededSampler, make_pruner
@@ -71,21 +72,19 @@ class CompletedTrial:
 class Study:
     """One study in a storage, made on first use. Use in ``with``: a worker gives signs of life inside."""
 
-    def __init__(
-        self, url: str, name: str, settings: Settings, dimensions: Sequence[Dimension], asked: Mapping[str, str], epochs: int
-    ) -> None:
-        self.url, self.name, self.settings = url, name, settings
-        self._dimensions = dimensions
+    def __init__(self, url: str, space: Space, asked: Mapping[str, str], epochs: int) -> None:
+        self.url, self.name, self.settings = url, space.experiment, space.settings
+        self._dimensions = space.dimensions
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
         with self._refusals(), self.lock():
             self._storage = _storage(url)
             self.optuna = optuna.create_study(
                 storage=self._storage,
-                study_name=name,
-                directions=list(settings.directions),
+                study_name=self.name,
+                directions=list(space.directions),
                 load_if_exists=True,
-                sampler=SeededSampler(settings, dimensions),
-                pruner=make_pruner(settings, epochs),
+                sampler=SeededSampler(self.settings, self._dimensions),
+                pruner=make_pruner(self.settings, epochs),
             )
             self._check(dict(asked))
         self._stop = threading.Event()
@@ -247,7 +246,7 @@ class Study:
     def best(self) -> list[CompletedTrial]:
         """The trials that no other surpasses, within the bounds: one, or with several objectives the front, the best by the first of them first."""
         done = [t for t in self.told() if t.state == "complete" and all(over <= 0 for over in self.settings.excess(t.metrics).values())]
-        signs = [1 if way == "maximize" else -1 for way in self.settings.directions]
+        signs = [1 if way == StudyDirection.MAXIMIZE else -1 for way in self.optuna.directions]
         scores = {t.number: tuple(sign * value for sign, value in zip(signs, t.values, strict=True)) for t in done}
         front = [t for t in done if not any(_surpasses(scores[o.number], scores[t.number]) for o in done)]
         front.sort(key=lambda t: ([-x for x in scores[t.number]], t.number))

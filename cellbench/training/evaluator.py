@@ -1,7 +1,7 @@
-"""A run's test, image by image: what is counted, what is scored, and which answers are kept to be shown.
+"""The test of a run, image by image: pixel counts, scores, and the predictions that are kept as examples.
 
-The runs of a cohort sit the same exam: an image's truth is prepared once, and every run's answer is compared with it in a few threads
-while the network is at the next image. Measured on 1600x1200 and one core: 0.06 s for the truth, 0.1 s an answer.
+An image's truth is prepared once for all runs of a cohort. Predictions are compared with it in a few threads, while the network computes the next
+image. Measured on 1600x1200 and one core: 0.06 s for the truth, 0.1 s a prediction.
 """
 
 from __future__ import annotations
@@ -17,24 +17,28 @@ import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io.images import thumbnail
-from cellbench.metrics.instance import COUNTS, SCORES, InstanceScores, ReferenceMask
-from cellbench.metrics.pixel import IGNORE, per_image_scores
+from cellbench.features.extractor import Features
+from cellbench.metrics import catalog
+from cellbench.metrics.catalog import Metric, ScoredImage
+from cellbench.metrics.instance import COUNTS, InstanceScores, ReferenceMask
+from cellbench.metrics.pixel import IGNORE, nan_mean, per_image_scores
 from cellbench.metrics.separation import CONNECTED, SeparationParams
+from cellbench.training.model import SegmentationModel
+from cellbench.training.separation_tuning import tune_separation
+from cellbench.training.tiled_inference import score_images
 
 BINS = 20
-"""Of the probability of a cell, for the reliability diagram."""
+"""Bins of the reliability diagram."""
 CANDIDATES = 10
-"""Answers held while the median is not known, twice: the nearest to it so far, and some drawn by chance."""
+"""Predictions held while the median is not known, twice: the nearest to it so far, and a random sample."""
 
 Prediction = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
-"""A class map, the probability of a cell, and the relief of the cells, each (H, W) uint8 or, but for the first, what a method does not give."""
-
-
+"""A class map, the probability of a cell and the depth within cells, each (H, W) uint8; the last two are None where a method has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExamplePrediction:
-    """A run's answer for one image, at the size it is shown in, compressed: some 50 kB instead of 4 MB."""
+    """A run's prediction for one image, at the size it is shown in, compressed: some 50 kB instead of 4 MB."""
 
     image: int
     dice: float
@@ -67,11 +71,11 @@ class ExamplePrediction:
 
 @dataclass
 class ExampleKeeper:
-    """The answers for the worst, the median and the best image, so that no image is segmented twice to be shown.
+    """The predictions of the worst, the median and the best image, so that no image is segmented twice.
 
-    Images without a score (no cell, none found) are kept only where there is no other. The median is known at the end only. Held are the
-    answers nearest to the median so far, which nearly always hold it, and as many drawn by chance, for scores that drift with the order of
-    the images. The nearest of all these is shown, under its own score.
+    Images without a score (no cell, none found) are kept only where there is no other. The median is known only at the end. Held are the
+    predictions nearest to the median so far, which nearly always include it, and a random sample as large, for scores that drift with the order
+    of the images. The nearest of all these is shown, with its own score.
     """
 
     worst: ExamplePrediction | None = None
@@ -83,7 +87,7 @@ class ExampleKeeper:
     _dices: list[float] = field(default_factory=list)
 
     def offer(self, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None) -> None:
-        """An image's answer; kept if it is to be."""
+        """Keeps an image's prediction if it may be one of the three."""
         if math.isnan(dice):
             self._empty = self._empty or ExamplePrediction.of(image, dice, classes, cell)
             return
@@ -123,11 +127,15 @@ class RunEvaluation:
     """One run's test so far, N images."""
 
     separation: SeparationParams = field(default_factory=SeparationParams)
-    """How its cells are told apart."""
+    """How touching cells are separated."""
+    own_metrics: Sequence[Metric] = ()
+    """The user's metrics."""
     matrices: list[np.ndarray] = field(default_factory=list)
     agreements: list[InstanceScores] = field(default_factory=list)
     connected: list[dict[str, float | int]] = field(default_factory=list)
-    """The scores of single cells where nothing is cut: what the separation is worth."""
+    """The scores of single cells without separation."""
+    scores: list[dict[str, float]] = field(default_factory=list)
+    """Of each image, every per-image metric of the catalog, then the user's."""
     levels: np.ndarray = field(default_factory=lambda: np.zeros((2, 256), np.int64))
     """Pixels by truth (0 background, 1 cell) and predicted probability of a cell (0..255)."""
     keep: ExampleKeeper = field(default_factory=ExampleKeeper)
@@ -137,12 +145,16 @@ class RunEvaluation:
         """Confusion matrices (N, K, K)."""
         return np.stack(self.matrices)
 
-    def shapes(self) -> dict[str, np.ndarray]:
-        """Outline and cell scores by name, each (N,), NaN where there is nothing to score; and what became of the cells, ``COUNTS``."""
-        return {name: np.array([getattr(one, name) for one in self.agreements]) for name in (*SCORES, *COUNTS)}
+    def per_image(self) -> dict[str, np.ndarray]:
+        """The scores by metric, each (N,), NaN where there is nothing to score."""
+        return {key: np.array([scores[key] for scores in self.scores]) for key in self.scores[0]} if self.scores else {}
+
+    def outcomes(self) -> dict[str, np.ndarray]:
+        """What became of the cells, ``COUNTS``, each (N,)."""
+        return {name: np.array([getattr(one, name) for one in self.agreements]) for name in COUNTS}
 
     def calibration(self) -> dict[str, list[float]] | None:
-        """Probabilities against what was there, in ``BINS`` bins of equal width; None for a method that gives no probability."""
+        """Predicted probabilities against observed shares, in ``BINS`` bins of equal width; None for a method without probabilities."""
         if not self.levels.any():
             return None
         value = np.arange(256) / 255
@@ -157,15 +169,22 @@ class RunEvaluation:
 
 
 class CohortEvaluator:
-    """The exams of the runs of one cohort, taken side by side. Use in ``with``: leaving waits for the last answers."""
+    """Tests the runs of one cohort side by side. Use in ``with``: leaving waits for the last predictions."""
 
-    def __init__(self, dataset: Dataset, num_runs: int, separations: Sequence[SeparationParams] | None = None) -> None:
-        """``separations``: each run's way to tell its cells apart; None: connected regions."""
-        self._dataset = dataset
+    def __init__(
+        self,
+        dataset: Dataset,
+        num_runs: int,
+        separations: Sequence[SeparationParams] | None = None,
+        own_metrics: Sequence[Metric] = (),
+        split: str = "test",
+    ) -> None:
+        """``separations``: how each run separates touching cells; None: connected regions. ``own_metrics``: of the user, with their code."""
+        self._dataset, self._samples = dataset, dataset.samples(split)
         plain = replace(CONNECTED, owners=dataset.owners)
         if dataset.min_cell_px is not None:
             plain = replace(plain, min_area_px=dataset.min_cell_px)
-        self.exams = [RunEvaluation(separation=one) for one in separations or [plain] * num_runs]
+        self.exams = [RunEvaluation(separation=one, own_metrics=own_metrics) for one in separations or [plain] * num_runs]
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "exam")
         self._waiting: list[Future[None]] = []
 
@@ -180,14 +199,12 @@ class CohortEvaluator:
             self._pool.shutdown(cancel_futures=True)
 
     def take(self, image: int, truth: np.ndarray, matrices: Sequence[np.ndarray], answers: Sequence[Prediction]) -> None:
-        """An image's truth (H, W), and each run's confusion matrix and answer."""
-        self._settle()  # one image is under way at a time: answers for hundreds would fill the memory
-        prepared = self._pool.submit(self._truth, self._dataset.test[image], truth)
+        """An image's truth (H, W), and each run's confusion matrix and prediction."""
+        self._settle()  # one image at a time: predictions of hundreds would fill the memory
+        prepared = self._pool.submit(self._truth, self._samples[image], truth)
         # In the pool's order the truth comes first, so no thread waits for one that cannot start.
         self._waiting = [
-            self._pool.submit(
-                self._mark, exam, image, truth, prepared, counts, per_image_scores(counts[None], unused=self._dataset.unused), *answer
-            )
+            self._pool.submit(self._score, exam, image, truth, prepared, counts, *answer)
             for exam, counts, answer in zip(self.exams, matrices, answers, strict=True)
         ]
 
@@ -201,24 +218,51 @@ class CohortEvaluator:
         ids = data.read_instances(sample)
         return ReferenceMask(classes, len(data.classes), ids, owners=data.owners, unused=data.unused, min_area_px=data.min_cell_px)
 
-    @staticmethod
-    def _mark(
+    def _score(
+        self,
         exam: RunEvaluation,
         image: int,
         truth: np.ndarray,
         prepared: Future[ReferenceMask],
         counts: np.ndarray,
-        scores: dict[str, np.ndarray],
         classes: np.ndarray,
         cell: np.ndarray | None,
         relief: np.ndarray | None,
     ) -> None:
         exam.matrices.append(counts)
-        one, parts = prepared.result(), exam.separation.parts(classes, relief)
-        exam.agreements.append(one.agreement(classes, parts.instances(exam.separation.saddle_ratio, one.min_area_px)))
-        exam.connected.append(one.found(parts.instances(0.0, one.min_area_px)))
-        exam.keep.offer(image, float(scores["dice"][0]), classes, cell)
+        reference, parts = prepared.result(), exam.separation.parts(classes, relief)
+        cells = parts.instances(exam.separation.saddle_ratio, reference.min_area_px)
+        exam.agreements.append(reference.agreement(classes, cells))
+        exam.connected.append(reference.found(parts.instances(0.0, reference.min_area_px)))
+        scored = ScoredImage(
+            truth=truth,
+            prediction=classes,
+            probability=cell,
+            classes=self._dataset.classes,
+            true_cells=reference.cells,
+            found_cells=cells,
+            pixels={name: float(one[0]) for name, one in per_image_scores(counts[None], unused=self._dataset.unused).items()},
+            instances=exam.agreements[-1],
+        )
+        exam.scores.append(catalog.score(scored, exam.own_metrics))
+        exam.keep.offer(image, exam.scores[-1]["dice"], classes, cell)
         if cell is not None:
             if truth.max(initial=0) == IGNORE:
                 cell, truth = cell[truth != IGNORE], truth[truth != IGNORE]
             exam.levels += np.bincount((cell + np.uint16(256) * (truth > 0)).ravel(), minlength=512).reshape(2, 256)
+
+
+def score_validation(
+    models: Sequence[SegmentationModel], features: Features, dataset: Dataset, metrics: Sequence[Metric]
+) -> list[dict[str, float]]:
+    """The mean of each of the user's metrics over the validation images, by model; without one where no image has a score.
+
+    One pass over the validation images, and none without metrics.
+    """
+    if not metrics:
+        return [{} for _ in models]
+    with CohortEvaluator(dataset, len(models), tune_separation(models, features, dataset), metrics, "val") as evaluator:
+        for image, counts, answers in score_images(models, features, "val"):
+            evaluator.take(image, features.pixels["val"][image][1], counts, [(one.classes, one.cell, one.relief) for one in answers])
+    found = [{metric.key: nan_mean(exam.per_image()[metric.key]) for metric in metrics} for exam in evaluator.exams]
+    return [{key: value for key, value in scores.items() if not math.isnan(value)} for scores in found]

@@ -22,6 +22,7 @@ from cellbench.cli.search import stop_at_interrupt
 from cellbench.config import loading
 from cellbench.config.registry import Registry
 from cellbench.data.image_cache import ImageCache
+from cellbench.metrics.catalog import objectives
 from cellbench.run import main
 from cellbench.search import driver
 from cellbench.search import results as search_results
@@ -261,7 +262,7 @@ def test_a_worker_beside_the_first_takes_up_trials_on_its_share_of_the_cores(don
     shutil.copytree(done, tmp_path / "copy")
     enter(tmp_path / "copy", monkeypatch)
     monkeypatch.setattr("cellbench.hardware.num_cores", lambda: 2)
-    given = loading.read_space(CALL[1], ["search.trials=8"], None, None, Registry())[1]
+    given = loading.read_space(CALL[1], ["search.trials=8"], None, None, Registry(), objectives())[1]
     held = Path(CALL[1]).rename("held.toml")  # a worker is handed what the first one read
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
     assert main([*CALL, "--trials", "8", "--workers", "2", "--helper", "1"]) == 0

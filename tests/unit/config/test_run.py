@@ -13,6 +13,7 @@ from cellbench.config.registry import Registry, shipped
 from cellbench.config.run import RUN_KEYS, SAMPLING_FIELDS, RunSpec, fingerprint, weighted_terms
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
+from cellbench.metrics.catalog import objectives
 
 RUN = RunSpec(backbone="uni", head="fpn")
 
@@ -208,7 +209,7 @@ def test_shipped_experiments_are_read_and_headed_by_what_they_ask(path: Path) ->
     assert text.startswith("# ")
     assert "cellbench.run" in text  # the command
     tree = tomllib.loads(text)
-    assert Space.of(tree, path.name, Registry()).dimensions if "space" in tree else expand(Experiment.of(tree, path.name))
+    assert Space.of(tree, path.name, Registry(), objectives()).dimensions if "space" in tree else expand(Experiment.of(tree, path.name))
 
 
 def test_every_run_key_can_be_asked_of_all_runs() -> None:

@@ -15,6 +15,7 @@ from small_data import ROOT
 from cellbench.config.registry import Registry
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
+from cellbench.metrics.catalog import objectives
 from cellbench.search.study import CompletedTrial, Study
 
 
@@ -32,11 +33,11 @@ def space_of(space: dict[str, Any] | None = None, **settings: Any) -> Space:
         "space": {**varied, **(space or {})},
         "head": {"fpn": {"width": [32, 64, 128]}},
     }
-    return Space.of(tree, "s.toml", Registry())
+    return Space.of(tree, "s.toml", Registry(), objectives())
 
 
 def study_of(space: Space, url: str = "sqlite:///optuna.db", **asked: str) -> Study:
-    return Study(url, space.experiment, space.settings, space.dimensions, {**space.asked, **asked}, 9)
+    return Study(url, space, {**space.asked, **asked}, 9)
 
 
 def value(point: dict[str, Any]) -> float:
