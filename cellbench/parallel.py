@@ -10,11 +10,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
+M = TypeVar("M")
 R = TypeVar("R")
 
 
@@ -43,7 +44,7 @@ class WorkerPool:
         begun = {k: self._pool.submit(works[k]) for k in order}
         return _all([begun[k] for k in range(len(works))])
 
-    def ahead(self, items: Iterable[T], prepare: Callable[[T], R], work: Callable[[R], R]) -> Iterator[R]:
+    def ahead(self, items: Iterable[T], prepare: Callable[[T], M], work: Callable[[M], R]) -> Generator[R, None, None]:
         """``work(prepare(item))`` for each item, in their order, made a little in advance.
 
         With several lanes each item is prepared and worked on in one of them; with one, items are prepared by a thread of their own
@@ -75,7 +76,7 @@ def _all(jobs: Sequence[Future[R]]) -> list[R]:
     return [job.result() for job in jobs]
 
 
-def prefetch(items: Iterable[T], num: int = 2) -> Iterator[T]:
+def prefetch(items: Iterable[T], num: int = 2) -> Generator[T, None, None]:
     """The same items, made up to ``num`` in advance by a thread."""
     made: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(maxsize=num)
     stop = threading.Event()

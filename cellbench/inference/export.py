@@ -1,7 +1,7 @@
-"""A run as a folder that works elsewhere, without MLflow and without the registry that it was trained with.
+"""A run as a folder that works on other machines, without MLflow and without the registry that it was trained with.
 
-``run.json`` says what it is, ``head.safetensors`` holds what it learned, ``registry/`` the cards of its parts with a person's own code beside
-them, and ``<backbone>.safetensors`` (or as it was published) the backbone's weights, where their licence allows copies.
+``run.json`` holds the settings, ``head.safetensors`` the trained weights, ``registry/`` the cards of its parts and a user's own code, and
+``<backbone>.safetensors`` (or the published suffix) the backbone's weights, where their licence allows copies.
 """
 
 from __future__ import annotations
@@ -28,44 +28,46 @@ from cellbench.models.backbones.weights import locate
 FORMAT = 1
 RUN, HEAD, CARDS = "run.json", "head.safetensors", "registry"
 FREE = ("Apache-2.0", "MIT", "BSD-3-Clause")
-"""Licences that allow copies. One that is in doubt on its card, or allows them under conditions, is none of these."""
+"""Licences that allow copies without further conditions."""
 
 
 def may_embed_weights(card: BackboneCard) -> bool:
-    """Whether the weights may lie in an exported folder. What needs a login to be had is never passed on."""
+    """Whether the weights may be copied into an exported folder. Gated weights never are."""
     return card.license in FREE and not card.gated
 
 
 def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights: Path | None, backbone: str) -> str:
-    """Writes the folder; returns a sentence on the backbone. ``backbone``: ``auto``, ``embed`` or ``reference``.
+    """Writes the folder; returns a sentence about the backbone. ``backbone``: ``auto``, ``embed`` or ``reference``.
 
     Raises CellbenchError for ``embed`` where the licence forbids it.
     """
     run = trained.run
     card = registry.backbone(run.backbone) if run.backbone else None
-    said = "It needs no backbone."
+    note = "It needs no backbone."
     copied: Path | None = None
     if card is not None and card.weights == "none":
-        said = f"{card.id} needs no weights."
+        note = f"{card.id} needs no weights."
     elif card is not None:
         if backbone == "embed" and not may_embed_weights(card):
             raise CellbenchError(
-                f"--backbone embed: the licence of {card.id} ({card.license}{', gated' if card.gated else ''}) does not allow that its weights "
-                "are passed on. Export by reference; whoever uses the folder gets them from the publisher."
+                f"--backbone embed: the licence of {card.id} ({card.license}{', gated' if card.gated else ''}) does not allow to share its "
+                "weights. Export by reference; users of the folder get them from the publisher."
             )
         if backbone == "reference" or not may_embed_weights(card):
             why = (
                 "" if may_embed_weights(card) else f", since its licence ({card.license}{', gated' if card.gated else ''}) allows no copies"
             )
-            said = f"{card.id} is named, not copied{why}: give --weights DIR there, or let it be fetched from {card.weights}."
+            note = f"{card.id} is named, not copied{why}: give --weights DIR there, or let it be downloaded from {card.weights}."
         else:
             copied = locate(card, weights)
-            said = f"{card.id}'s weights are in it ({card.license})."
+            note = f"{card.id}'s weights are in it ({card.license})."
     make_folder(folder)
     with os_errors_as(f"writing {folder}"):
-        _card(folder, "heads", registry.head(run.head)) if run.head else _card(folder, "baselines", registry.baseline(run.baseline or ""))
+        _copy_card(folder, "heads", registry.head(run.head)) if run.head else _copy_card(
+            folder, "baselines", registry.baseline(run.baseline or "")
+        )
         if card is not None:
-            _card(folder, "backbones", card)
+            _copy_card(folder, "backbones", card)
         if copied is not None and card is not None:
             shutil.copyfile(copied, folder / f"{card.id}{copied.suffix}")
         if trained.weights:
@@ -86,23 +88,23 @@ def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights:
         "data": trained.data,
         "chosen": trained.chosen,
         "seen": without_paths(trained.seen) if trained.seen is not None else None,
-        "backbone": said,
+        "backbone": note,
     }
-    write_atomic(folder / RUN, json.dumps(facts, indent=1))  # last: a folder without it is none
-    return said
+    write_atomic(folder / RUN, json.dumps(facts, indent=1))  # last: it marks a complete folder
+    return note
 
 
 def read_export(folder: Path) -> TrainedRun:
-    """The run of an exported folder. Raises CellbenchError where it is none, damaged, or of a newer version."""
+    """The run of an exported folder. Raises CellbenchError for any other folder, a damaged one, or one of a newer version."""
     try:
         facts = json.loads((folder / RUN).read_bytes())
     except FileNotFoundError:
-        raise CellbenchError(f"{folder}: is a folder without {RUN}, so `cellbench export` did not make it, or not to its end.") from None
+        raise CellbenchError(f"{folder}: has no {RUN}, so it is no complete folder of `cellbench export`.") from None
     except ValueError as error:
         raise CellbenchError(f"{folder / RUN}: is damaged ({one_line(error)[:80]}). Export it again.") from None
     if facts.get("format") != FORMAT:
         raise CellbenchError(
-            f"{folder / RUN}: is of format {facts.get('format')}, this version reads {FORMAT}. Update cellbench, or export it again."
+            f"{folder / RUN}: has format {facts.get('format')}, this version reads {FORMAT}. Update cellbench, or export it again."
         )
     try:
         weights = load_file(folder / HEAD) if (folder / HEAD).exists() else {}
@@ -123,8 +125,8 @@ def read_export(folder: Path) -> TrainedRun:
     )
 
 
-def _card(folder: Path, kind: str, card: Card) -> None:
-    """A card, and the code beside it that it names."""
+def _copy_card(folder: Path, kind: str, card: Card) -> None:
+    """Copies a card and the code beside it that it names."""
     place = make_folder(folder / CARDS / kind)
     shutil.copyfile(card.path, place / Path(card.path).name)
     module = card.builder.partition(":")[0]

@@ -1,4 +1,4 @@
-"""What `predict` is given: the sizes of pixels that its files state, the range they are read in, and what of a folder is left out."""
+"""Input files of `predict`: their pixel sizes, the intensity range they are read in, and ignored files."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from cellbench.inference.trained_run import TrainedRun
 
 
 def stated_pixel_sizes(images: Iterable[Path]) -> dict[Path, PixelSize]:
-    """The size of a pixel by each file's own statement; without those that state none or cannot be opened."""
+    """The pixel size that each file states; without files that state none or cannot be opened."""
     found = {}
     for path in images:
-        with contextlib.suppress(CellbenchError):  # told when it is segmented
+        with contextlib.suppress(CellbenchError):  # reported when it is segmented
             if (size := read_pixel_size(path)) is not None:
                 found[path] = size
     return found
 
 
 def describe_pixel_sizes(sizes: Mapping[Path, PixelSize], num: int, um_per_px: float | None, measured: bool) -> list[str]:
-    """What a person should know about the sizes of pixels that files state, of ``num`` images; ``um_per_px``: what is used in their place;
-    ``measured``: whether cells are."""
+    """Remarks on the pixel sizes that files state, of ``num`` images.
+
+    ``um_per_px``: the size used instead; ``measured``: whether cells are measured.
+    """
     lines = [doubt.line for doubt in find_pixel_size_inconsistencies({printable_path(path): size for path, size in sizes.items()}, num)]
     if um_per_px is not None:
         other = [
@@ -38,33 +40,37 @@ def describe_pixel_sizes(sizes: Mapping[Path, PixelSize], num: int, um_per_px: f
             for path, size in sizes.items()
             if not (size.square and same_size(size.side_um, um_per_px))
         ]
-        lines += [f"--um-per-px {um_per_px:g} is used in place of what {len(other)} files state: {first_names(other)}."] if other else []
+        lines += (
+            [f"--um-per-px {um_per_px:g} is used instead of the sizes that {len(other)} files state: {first_names(other)}."]
+            if other
+            else []
+        )
     elif measured and sizes and len(sizes) < num:
         lines.append(
-            f"{num - len(sizes)} of {num} images state no pixel size: their areas are in pixels. Give --um-per-px for one size of all."
+            f"{num - len(sizes)} of {num} images state no pixel size: their areas are in pixels. Give --um-per-px to set one size for all."
         )
     return lines
 
 
 def describe_magnification(sizes: Mapping[Path, PixelSize], trained: TrainedRun, um_per_px: float | None) -> list[str]:
-    """A word on images of another magnification than those that the run learned from."""
+    """A remark on images of another magnification than the training images."""
     side = trained.preparation.um_per_px
     if side is None:
         return []
-    learned = f"{trained.name} learned from pixels of {side:.4g} um, and cells look larger or smaller in"
+    learned = f"{trained.name} was trained on pixels of {side:.4g} um, and cells look larger or smaller in"
     if um_per_px is not None:
-        return [] if same_size(um_per_px, side) else [f"{learned} these of {um_per_px:g} um."]
+        return [] if same_size(um_per_px, side) else [f"{learned} these images of {um_per_px:g} um."]
     other = [f"{printable_path(path)} ({size} um)" for path, size in sizes.items() if not same_size(size.side_um, side)]
-    return [f"{learned} {len(other)} images of others: {first_names(other)}."] if other else []
+    return [f"{learned} {len(other)} images with other sizes: {first_names(other)}."] if other else []
 
 
 def first_names(names: Sequence[str], most: int = 20) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def names_by_reason(left: Iterable[IgnoredFile]) -> dict[str, list[str]]:
-    """The names of what was left out for each reason."""
+    """The names of ignored files, by reason."""
     found: dict[str, list[str]] = {}
     for one in left:
         found.setdefault(one.reason, []).append(printable_path(one.path))
@@ -72,7 +78,7 @@ def names_by_reason(left: Iterable[IgnoredFile]) -> dict[str, list[str]]:
 
 
 def parse_range(text: str) -> Range:
-    """Black and white of ``--range``, like ``0,4095``. Raises CellbenchError."""
+    """The black and white of ``--range``, like ``0,4095``. Raises CellbenchError."""
     try:
         black, white = (float(part) for part in text.split(","))
         if not (math.isfinite(black) and math.isfinite(white) and black < white):
@@ -83,13 +89,11 @@ def parse_range(text: str) -> Range:
 
 
 def with_range(trained: TrainedRun, black_white: Range) -> tuple[TrainedRun, list[str]]:
-    """The run, its images of more than 8 bits read by this range; and a word where it has another."""
+    """The run, with this range for images of more than 8 bits; and a remark where it replaces another range."""
     reading = trained.preparation.reading
     given = replace(reading, int_range=black_white, float_range=black_white)
     known = [format_range(one) for one in (reading.int_range, reading.float_range) if one not in (None, black_white)]
-    said = (
-        f"--range {format_range(black_white)} is used in place of {known[0]}, by which the images were read that {trained.name} learned from."
-        if known
-        else ""
-    )
-    return replace(trained, preparation=replace(trained.preparation, reading=given)), [said] if said else []
+    changed = replace(trained, preparation=replace(trained.preparation, reading=given))
+    if not known:
+        return changed, []
+    return changed, [f"--range {format_range(black_white)} is used instead of {known[0]}, the range of {trained.name}'s training images."]

@@ -1,4 +1,4 @@
-"""A run as a model that ``mlflow models serve`` answers with: bytes of an image file in, a mask as PNG out."""
+"""A run as a model for ``mlflow models serve``: the bytes of an image file in, a mask as PNG out."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 from mlflow.models import ModelSignature
+from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, Schema
 
 from cellbench.data.io.png_stream import PngWriter
 from cellbench.inference.segmenter import Segmenter
 
 
-class ServedSegmenter(mlflow.pyfunc.PythonModel):
-    """Holds an exported folder as MLflow's artifact ``run``. The environment must have cellbench installed."""
+class ServedSegmenter(PythonModel):
+    """Loads an exported folder, MLflow's artifact ``run``. The environment must have cellbench installed."""
 
     def load_context(self, context: Any) -> None:
         self.segmenter = Segmenter.load(context.artifacts["run"])
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """``image`` (bytes of a PNG, JPEG, TIFF, BMP or WebP file) to ``mask`` (a PNG in base64: 0 and 255, or class numbers where there are more
-        than two), ``height_px``, ``width_px``, ``share`` (of the pixels that are not background) and ``notes`` (how the file's numbers were read, where that
-        is not as usual)."""
+        """Segments the column ``image``: the bytes of PNG, JPEG, TIFF, BMP or WebP files.
+
+        Returns ``mask`` (a PNG in base64: 0 and 255, or class numbers for more than two classes), ``height_px``, ``width_px``, ``share`` (of
+        the pixels that are not background) and ``notes`` (remarks on how the file's values were read).
+        """
         rows = []
         for data in model_input["image"]:
             with tempfile.NamedTemporaryFile(suffix=".image") as file:
@@ -51,28 +54,25 @@ from mlflow.models import set_model
 
 set_model(ServedSegmenter())
 """
-"""What MLflow keeps of the code: a file to read instead of a pickle that could run anything."""
+"""The model's code in MLflow: readable, unlike a pickle."""
 
 
 def save_model(folder: Path, exported: Path) -> None:
-    """Writes MLflow's model of an exported folder, with a copy of that inside; ``folder`` appears whole or not at all."""
-    outputs = [
-        ColSpec("string", "mask"),
-        ColSpec("long", "height_px"),
-        ColSpec("long", "width_px"),
-        ColSpec("double", "share"),
-        ColSpec("string", "notes"),
-    ]
+    """Writes the MLflow model of an exported folder, with a copy of it inside; ``folder`` appears complete or not at all."""
+    outputs = {"mask": "string", "height_px": "long", "width_px": "long", "share": "double", "notes": "string"}
+    signature = ModelSignature(
+        inputs=Schema([ColSpec("binary", "image")]), outputs=Schema([ColSpec(kind, name) for name, kind in outputs.items()])
+    )
     with tempfile.TemporaryDirectory(dir=folder.parent.parent, prefix=".cellbench-") as name:
         script = Path(name) / "model.py"
         script.write_text(SCRIPT, encoding="utf-8")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that an input example is missing: it would be a whole image
+            warnings.simplefilter("ignore")  # about a missing input example, which would be a whole image
             mlflow.pyfunc.save_model(
                 str(Path(name) / "model"),
                 python_model=str(script),
                 artifacts={"run": str(exported)},
-                signature=ModelSignature(inputs=Schema([ColSpec("binary", "image")]), outputs=Schema(outputs)),
+                signature=signature,
                 pip_requirements=["cellbench"],
             )
         (Path(name) / "model").replace(folder)

@@ -1,7 +1,7 @@
-"""Backbone and head as one ONNX file, compared with torch before it is kept.
+"""Backbone and head as one ONNX file, which is compared with torch before it is kept.
 
-In: ``pixels`` (B, 3, T, T) float32, RGB in 0..1, T the run's tile, any B. Out: ``probabilities`` (B, K, T, T) float32 of the classes, NaN
-where a score is not finite. Tiling, blending, scaling and stain normalisation are the caller's.
+Input: ``pixels`` (B, 3, T, T) float32, RGB in 0..1, T the run's tile, any B. Output: ``probabilities`` (B, K, T, T) float32 of the classes,
+NaN where a score is not finite. Tiling, blending, scaling and stain normalisation are left to the caller.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from cellbench.inference.segmenter import Segmenter
 from cellbench.training.tiled_inference import mark_non_finite
 
 TOLERANCE = 1e-3
+"""Largest difference of a probability between onnxruntime and torch."""
 
 
-class _Whole(nn.Module):
+class _Network(nn.Module):
     def __init__(self, segmenter: Segmenter) -> None:
         super().__init__()
         assert segmenter.model is not None
@@ -42,22 +43,24 @@ class _Whole(nn.Module):
             else:
                 found = self.backbone.maps(x, self._indices)
             maps |= dict(zip(self._indices, found, strict=True))
-        logits = self.model(Batch(maps, pixels, pixels))
+        logits: Tensor = self.model(Batch(maps, pixels, pixels))
         return logits[:, : self.model.num_classes].softmax(1) + mark_non_finite(logits)
 
 
 def write_onnx(path: Path, segmenter: Segmenter) -> float:
-    """Writes the file; returns the largest difference to torch over batches of 1 and 3. Raises CellbenchError above ``TOLERANCE``, and for what
-    cannot be written so: a method without a network, whole images (``pad``), a missing package."""
+    """Writes the file; returns the largest difference to torch over batches of 1 and 3.
+
+    Raises CellbenchError above ``TOLERANCE``, for a method without a network, for whole images (``pad``) and for a missing package.
+    """
     run = segmenter.trained.run
     if segmenter.model is None or run.framing == "pad":
-        raise CellbenchError(f"--onnx: '{segmenter.trained.name}' has no network of tiles of one size. Export it without --onnx.")
+        raise CellbenchError(f"--onnx: '{segmenter.trained.name}' has no network for tiles of one size. Export it without --onnx.")
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  torch's exporter needs it, and says so in twenty lines
+        import onnxscript  # noqa: F401  needed by torch's exporter, whose error takes twenty lines
     except ImportError as error:
         raise CellbenchError(f"--onnx: {error.name} is not installed. `pip install onnx onnxscript onnxruntime`, then again.") from None
-    whole = _Whole(segmenter).eval().float().to("cpu")
+    network = _Network(segmenter).eval().float().to("cpu")
     side = segmenter.trained.preparation.framing.side_px
     pixels = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -65,7 +68,7 @@ def write_onnx(path: Path, segmenter: Segmenter) -> float:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                whole,
+                network,
                 (pixels[:2],),
                 str(path),
                 input_names=["pixels"],
@@ -74,14 +77,14 @@ def write_onnx(path: Path, segmenter: Segmenter) -> float:
                 dynamo=True,
                 external_data=False,
             )
-    except Exception as error:  # torch wraps whatever a network does in kinds of its own
+    except Exception as error:  # torch's exporter wraps any error of the network in its own kinds
         path.unlink(missing_ok=True)
         raise CellbenchError(f"--onnx: torch cannot write '{segmenter.trained.name}' as ONNX: {one_line(error)[:300]}.") from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
     for num in (1, 3):
         with torch.no_grad():
-            expected = whole(pixels[:num]).numpy()
+            expected = network(pixels[:num]).numpy()
         worst = max(worst, float(np.abs(session.run(None, {"pixels": pixels[:num].numpy()})[0] - expected).max()))
     if not worst <= TOLERANCE:
         path.unlink()

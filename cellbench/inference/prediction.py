@@ -24,7 +24,8 @@ from cellbench.data.io.metadata import PixelSize
 from cellbench.data.scan import IgnoredFile, count_reasons, files_below
 from cellbench.errors import CellbenchError
 from cellbench.files import case_folded, file_name
-from cellbench.inference.segmenter import FailedImage, Segmenter
+from cellbench.inference.pipeline import FailedImage
+from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.writers import ENDINGS, OutputFormats, OutputPaths, PredictionWriter, TooManyCellsError, find_masks, output_path
 
 MOST_PX = 100_000_000

@@ -1,4 +1,4 @@
-"""Which run a person means, and the run itself from MLflow: a run id, a run's name, ``best``, or ``best:EXPERIMENT``."""
+"""Finds a run in MLflow by a run id, a run's name, ``best`` or ``best:EXPERIMENT``, and reads it."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from cellbench.tracking.tracker import Tracker, all_experiments, experiment_of, 
 
 
 def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
-    """The run that ``asked`` means, its experiment, and how it was chosen where several could be meant, in words.
+    """The run that ``asked`` names, its experiment, and how it was chosen among several, in words.
 
-    ``best`` is the report's best model of the experiment with the newest finished run, ``best:EXPERIMENT`` that of a named one: on the newest
-    whole test set, and of the model's seeds and folds the one with the best validation Dice. Of several runs of one name the newest finished
-    one is taken. Runs on a part of the data (``--limit``) come after those on the whole. Raises CellbenchError.
+    ``best`` is the best model in the report of the experiment with the newest finished run, ``best:EXPERIMENT`` that of a named one: on the
+    newest complete test set, and of the model's seeds and folds the one with the best validation Dice. Of several runs of one name, the newest
+    finished one is used. Runs on a part of the data (``--limit``) rank after those on all data. Raises CellbenchError.
     """
     sqlite_store.require_store()
     if asked == "best" or asked.startswith("best:"):
         name = asked.removeprefix("best").removeprefix(":") or newest_experiment(whole=True)
         if not name:
             raise CellbenchError(
-                "no experiment of MLflow's store here has a finished run, so there is no best. `cellbench grid` makes some."
+                "no experiment in MLflow's store has a finished run, so there is no best one. `cellbench grid` trains some."
             )
         tracker = Tracker(name, make=False)
         sets = collect_runs([tracker]).sets
         best = sets[0].best
         rule = verdict.describe_ranking_rule(sets[0]) or "the only model of its test set"
-        said = [f"The best of '{name}', {rule}."]
+        notes = [f"The best of '{name}', {rule}."]
         if len(best.runs) > 1:
-            said.append(f"Of its {len(best.runs)} runs the one with the best validation Dice is used.")
+            notes.append(f"Of its {len(best.runs)} runs the one with the best validation Dice is used.")
         if ":" not in asked and (last := newest_experiment()) != name:
-            said.append(f"Newer runs, of '{last}', are on a part of their data and are not considered.")
-        return tracker, best.chosen.record, " ".join((*said, *verdict.describe_test_sets(sets)))
+            notes.append(f"Newer runs, of '{last}', are on a part of their data and are not considered.")
+        return tracker, best.chosen.record, " ".join((*notes, *verdict.describe_test_sets(sets)))
     if (name := experiment_of(asked)) is not None:
         tracker = Tracker(name, make=False)
         return tracker, next(run for run in tracker.stored() if run.run_id == asked), ""
@@ -64,15 +64,15 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
     if not found:
         raise unknown_name("run", asked, sorted(names)[:12])
     *_, tracker, run = max(found, key=lambda one: one[:3])
-    whole = " on whole data" if any(LIMIT in one.tags for *_, one in found) and LIMIT not in run.tags else ""
-    said = f"{len(found)} runs have this name; this is the newest finished one{whole}." if len(found) > 1 else ""
-    return tracker, run, said
+    whole = " on all data" if any(LIMIT in one.tags for *_, one in found) and LIMIT not in run.tags else ""
+    return tracker, run, f"{len(found)} runs have this name; this is the newest finished one{whole}." if len(found) > 1 else ""
 
 
 def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: str = "") -> TrainedRun:
-    """The run's record; ``chosen``: how it was chosen, as :func:`find_run` says.
+    """The run with its weights; ``chosen``: how :func:`find_run` chose it.
 
-    Raises CellbenchError for one that is not finished, is no model, or has lost what it left."""
+    Raises CellbenchError for one that is not finished, is no model, or has lost its files.
+    """
     if stored.tags.get("cellbench.kind") == EVALUATION:
         raise CellbenchError(f"'{stored.name}' is an evaluation of '{stored.params.get('evaluated', 'a run')}'. Name that run.")
     if stored.is_parent:
@@ -82,39 +82,39 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         raise CellbenchError(
             f"'{stored.name}' is {stored.status or 'not a run of cellbench'}{why}, so it left no model. Name a finished run, or best."
         )
-    config, told = _text(tracker, stored, "config.toml"), json.loads(_text(tracker, stored, "per_image.json"))
+    config, results = _text(tracker, stored, "config.toml"), json.loads(_text(tracker, stored, "per_image.json"))
     run = _run_of(config, registry)
     prepared = tracker.artifact(stored, "preparation.json")
     if prepared is None and run.normalise != "none" and run.backbone is not None:
-        raise CellbenchError(f"'{stored.name}' normalises stains, but has lost its preparation.json in MLflow. Run it again.")
+        raise CellbenchError(f"'{stored.name}' normalises stains, but its preparation.json is missing in MLflow. Run it again.")
     separation = tracker.artifact(stored, "separation.json")
     seen = tracker.artifact(stored, SEEN)
     data = tracker.artifact(stored, "head.safetensors")
     learns = run.baseline is None or registry.baseline(run.baseline).trained
     if data is None and learns:
-        raise CellbenchError(f"'{stored.name}' has lost its head.safetensors in MLflow, and there is no model without it. Run it again.")
+        raise CellbenchError(f"'{stored.name}': its head.safetensors is missing in MLflow, and there is no model without it. Run it again.")
     return TrainedRun(
         name=stored.name,
         run=run,
-        classes=tuple(told["classes"]),
+        classes=tuple(results["classes"]),
         preparation=Preparation(framing=Framing.of(run)) if prepared is None else Preparation.of(json.loads(prepared)),
         weights=load_tensors(data, stored.name) if data is not None else {},
         separation=SeparationParams(**json.loads(separation)) if separation is not None else CONNECTED,
         fingerprint=stored.fingerprint,
         backbone_digest=stored.tags.get(WEIGHTS, ""),
-        dataset_digest=str(told["dataset"]),
+        dataset_digest=str(results["dataset"]),
         seen=json.loads(seen) if seen is not None else None,
         run_id=stored.run_id,
         experiment=tracker.name,
         config=config,
-        data=_data(stored, told),
+        data=_data(stored, results),
         chosen=chosen,
     )
 
 
-def _data(stored: RunRecord, told: dict[str, Any]) -> str:
-    counted = describe_sizes(told.get("num_images", {})) or f"{len(told['images'])} test images"
-    fold = f", fold {told['fold']} of {told['num_folds']}" if "fold" in told else ""
+def _data(stored: RunRecord, results: dict[str, Any]) -> str:
+    counted = describe_sizes(results.get("num_images", {})) or f"{len(results['images'])} test images"
+    fold = f", fold {results['fold']} of {results['num_folds']}" if "fold" in results else ""
     return f"{stored.params.get('dataset', '?')}, {counted}{fold}{describe_limit(stored.tags.get(LIMIT, ''))}"
 
 
@@ -129,11 +129,11 @@ def load_tensors(data: bytes, name: str) -> dict[str, Any]:
 def _text(tracker: Tracker, stored: RunRecord, name: str) -> str:
     data = tracker.artifact(stored, name)
     if data is None:
-        raise CellbenchError(f"'{stored.name}' has lost its {name} in MLflow, so it cannot be used. Run it again.")
+        raise CellbenchError(f"'{stored.name}': its {name} is missing in MLflow, so it cannot be used. Run it again.")
     return data.decode("utf-8")
 
 
 def _run_of(config: str, registry: Registry) -> RunSpec:
-    """The one run that a run's ``config.toml`` asks for."""
+    """The run of a run's ``config.toml``."""
     runs = expand(Experiment.of(tomllib.loads(config), "config.toml"), "config.toml")
     return registry.complete(runs[0])

@@ -1,19 +1,18 @@
 """A trained run that segments images: ``Segmenter.load("best").predict("smear.png")``.
 
-Tiles, framing and blending are the test's, so an image gets the mask that it got in the test. Images stream through one after the other, the
-tiles of small ones together in one batch; of a large TIFF only some rows are in memory.
+Tiles, framing and blending are those of testing, so an image gets the same mask as in the test. Images are processed as a stream, the tiles of
+small ones in a common batch; of a large TIFF only some rows are in memory.
 
-Letters: K classes, H x W image (H' x W' framed), B tiles of T x T.
+Letters: K classes, H x W pixels of an image, B tiles of T x T.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -24,12 +23,11 @@ from torch import Tensor
 from cellbench.config.cards import BackboneCard
 from cellbench.config.registry import Registry, load
 from cellbench.data.io.intensity import Note
-from cellbench.data.io.windowed import ArraySource, ImageSource, open_source
-from cellbench.data.transforms.tiling import Stitcher, TileGrid, cut_tile
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware, detect_hardware
+from cellbench.inference.pipeline import FailedImage, Image, MaskStrip, TileBatch, tile_batches, whole_images
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.instances import Instances
 from cellbench.metrics.separation import CONNECTED, SeparationParams
@@ -38,69 +36,40 @@ from cellbench.models.backbones.build import open_backbone, weights_digest
 from cellbench.models.backbones.weight_files import check_types, check_values
 from cellbench.parallel import WorkerPool, prefetch
 from cellbench.training.model import build_model, num_levels
-from cellbench.training.tiled_inference import argmax_classes, output_channels, to_uint8
-
-Image = str | os.PathLike[str] | np.ndarray
-"""A file, or (H, W, 3) or (H, W) uint8 pixels, RGB or grey."""
+from cellbench.training.tiled_inference import output_channels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What was found in one image, at the image's own pixels."""
+    """The mask of one image, at the image's own pixels."""
 
     classes: np.ndarray
-    """(H, W) uint8: the likeliest class of each pixel; 0 is background."""
+    """(H, W) uint8: the most probable class of each pixel; 0 is background."""
     probability: np.ndarray | None
-    """(H, W) uint8: the probability of not being background, 0..255; None for a method that gives none (a threshold)."""
+    """(H, W) uint8: the probability of not being background, as 0..255; None for a method without probabilities (a threshold)."""
     names: tuple[str, ...]
-    """Of the classes, by their numbers."""
+    """The classes' names, by number."""
     separation: SeparationParams = CONNECTED
-    """How touching cells are parted: as tuned for the run."""
+    """How touching cells are separated, as tuned for the run."""
     relief: np.ndarray | None = None
-    """(H, W) uint8: how high each pixel lies in its cell, 0..255, for a run that learned it; else None."""
+    """(H, W) uint8: the depth of each pixel in its cell (low at the border, high in the middle), for a run that learned it; else None."""
     notes: tuple[Note, ...] = ()
-    """What should be known about how the file's numbers were read, such as that some were clipped."""
+    """Remarks on how the file's values were read, such as that some were clipped."""
 
     @cached_property
     def cells(self) -> Instances:
-        """The single cells: ``.num`` of them, ``.ids`` (H, W) int32 with 0 the background, ``.areas_px`` and ``.classes`` (num + 1,)."""
+        """The single cells: ``num``, ``ids`` (H, W) int32 with background 0, ``areas_px`` and ``classes`` (num + 1,)."""
         return self.separation.instances(self.classes, self.relief)
 
     @property
     def mask(self) -> np.ndarray:
-        """(H, W) bool: what is not background."""
+        """(H, W) bool: True where it is not background."""
         return self.classes > 0
 
     @property
     def share(self) -> float:
-        """Of the image's pixels that are not background, 0..1."""
+        """The share of pixels that are not background, 0..1."""
         return float(self.mask.mean())
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskStrip:
-    """Some rows of an answer, as soon as they are final; the bands of an image come from top to bottom."""
-
-    number: int
-    """Of the image, in the order given."""
-    top: int
-    classes: np.ndarray
-    """(h, W) uint8."""
-    probability: np.ndarray | None
-    """(h, W) uint8, or None."""
-    relief: np.ndarray | None
-    """(h, W) uint8, or None."""
-    source: ImageSource
-    """Of the image's own pixels; open until its last band was taken."""
-    last: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class FailedImage:
-    """An image that could not be read, or not to its end, or whose scores are not finite."""
-
-    number: int
-    error: CellbenchError
 
 
 class Segmenter:
@@ -121,7 +90,7 @@ class Segmenter:
             built = {name: x.clone() for name, x in self.model.state_dict().items()}
             where, remedy = (
                 f"'{trained.name}': its head.safetensors",
-                "It is damaged: put a sound copy there, export it again, or run it again.",
+                "It is damaged: replace it by a good copy, export it again, or run it again.",
             )
             check_types(trained.weights, built, where, remedy)
             check_values(trained.weights, dict(self.model.named_parameters()).keys(), where, remedy, built=built)
@@ -134,11 +103,11 @@ class Segmenter:
             self.model.eval()
 
     def _backbone(self, card: BackboneCard, weights: Path | None, download: bool) -> Backbone:
-        """The backbone that the run learned on. Raises CellbenchError for another one under the same name: its head would find nonsense in it."""
+        """The backbone that the run was trained on. Raises CellbenchError where its weights are different ones: the mask would be nonsense."""
         wanted = self.trained.backbone_digest
         if wanted and (found := weights_digest(card, weights, download)) != wanted:
             raise CellbenchError(
-                f"'{self.trained.name}': the weights of {card.id} here are others ({found[:19]}…) than those that it learned on ({wanted[:19]}…). "
+                f"'{self.trained.name}': the weights of {card.id} here ({found[:19]}…) are not those that it was trained on ({wanted[:19]}…). "
                 "Give --weights with the folder that it was trained with."
             )
         return open_backbone(card, weights, download)
@@ -153,11 +122,16 @@ class Segmenter:
         device: str = "auto",
         precision: str = "auto",
     ) -> Segmenter:
-        """The segmenter of a run in MLflow (a run id, a run's name, ``best``, ``best:EXPERIMENT``) or of an exported folder.
+        """The segmenter of a run in MLflow or of an exported folder.
 
-        ``weights``: a folder of backbone weights (default: ``CELLBENCH_WEIGHTS``, the hub's cache, a download); ``registry``: a folder of
-        cards of your own; ``device``: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps``; ``precision``: ``auto``, ``fp32``, ``bf16``.
-        Raises CellbenchError, in one line, for a run that is none, failed or lost its head, and for weights that cannot be had.
+        Args:
+            run: a run id, a run's name, ``best``, ``best:EXPERIMENT``, or an exported folder.
+            weights: a folder of backbone weights; default: ``CELLBENCH_WEIGHTS``, earlier downloads, a download.
+            registry: a folder of your own cards.
+            device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+            precision: ``auto``, ``fp32`` or ``bf16``.
+
+        Raises CellbenchError for a run that does not exist, failed or lost its head, and for unavailable weights.
         """
         if weights is None and os.environ.get("CELLBENCH_WEIGHTS"):
             weights = os.environ["CELLBENCH_WEIGHTS"]
@@ -171,88 +145,64 @@ class Segmenter:
             trained = read_export(Path(run))
             extra, folder = Registry(Path(run) / CARDS), folder or Path(run)
         else:
-            from cellbench.inference import run_lookup  # only here MLflow is needed
+            from cellbench.inference import run_lookup  # MLflow is needed only here
 
             tracker, stored, chosen = run_lookup.find_run(str(run))
             trained = run_lookup.open_run(tracker, stored, extra, chosen)
         return cls(trained, extra, detect_hardware(device, precision), folder)
 
     def predict(self, image: Image) -> Prediction:
-        """One image, whole in memory. Raises CellbenchError for a file that cannot be read, or pixels of another shape or type."""
+        """The mask of one image, kept in memory. Raises CellbenchError for an unreadable file, or pixels of another shape or type."""
         return next(self.predict_all([image]))
 
     def predict_all(self, images: Iterable[Image]) -> Iterator[Prediction]:
-        """Many images, in their order; faster than one by one where they are small. Raises CellbenchError at the first that cannot be read."""
-        rows: list[MaskStrip] = []
+        """The masks of many images, in their order; faster than one by one for small ones. Raises CellbenchError at the first unreadable one."""
+        strips: list[MaskStrip] = []
         for event in self.stream(images):
             if isinstance(event, FailedImage):
                 raise event.error
-            rows.append(event)
+            strips.append(event)
             if event.last:
-                cell = [row.probability for row in rows if row.probability is not None]
-                relief = [row.relief for row in rows if row.relief is not None]
+                probability = [strip.probability for strip in strips if strip.probability is not None]
+                relief = [strip.relief for strip in strips if strip.relief is not None]
                 yield Prediction(
-                    classes=np.concatenate([row.classes for row in rows]),
-                    probability=np.concatenate(cell) if cell else None,
+                    classes=np.concatenate([strip.classes for strip in strips]),
+                    probability=np.concatenate(probability) if probability else None,
                     names=self.names,
                     separation=self.trained.separation,
                     relief=np.concatenate(relief) if relief else None,
                     notes=event.source.notes,
                 )
-                rows = []
+                strips = []
 
     def stream(self, images: Iterable[Image]) -> Iterator[MaskStrip | FailedImage]:
-        """The answers band by band, image by image in their order; a bad image is :class:`FailedImage` and the others go on."""
-        chunks = self._whole(images) if self._function is not None else self._chunks(images)
-        with WorkerPool(self.machine.lanes) as lanes:
-            # One lane prepares in a thread of its own anyway; for several, reading would wait until the caller asks for the next.
-            ready = prefetch(chunks) if lanes.num > 1 else chunks
-            with closing(ready), closing(lanes.ahead(ready, lambda chunk: chunk, self._found)) as work:
-                for chunk in work:
-                    for sheet, entries in itertools.groupby(chunk.entries, key=lambda entry: entry.sheet):
-                        yield from sheet.take(list(entries), chunk.found)
-
-    def _whole(self, images: Iterable[Image]) -> Iterator[_Chunk]:
-        """Each image alone, for a method that is a function of the whole image."""
-        for number, image in enumerate(images):
-            sheet = _Sheet(number, self, image)
-            yield _Chunk(entries=[_Entry(sheet=sheet, row=0, error=sheet.error)])
-
-    def _chunks(self, images: Iterable[Image]) -> Iterator[_Chunk]:
-        """Tiles of one size in batches of the machine's size, those of several images together; what could not be read where it would have come."""
-        chunk = _Chunk()
-        for number, image in enumerate(images):
-            sheet = _Sheet(number, self, image)
-            for tile in sheet.tiles():
-                if isinstance(tile, CellbenchError):
-                    chunk.entries.append(_Entry(sheet=sheet, row=0, error=tile))
-                    continue
-                if len(chunk.tiles) == self.trunk.chunk or (chunk.tiles and chunk.tiles[0].shape != tile.shape):
-                    yield chunk
-                    chunk = _Chunk()
-                chunk.entries.append(_Entry(sheet=sheet, row=len(chunk.tiles)))
-                chunk.tiles.append(tile)
-        if chunk.entries:
-            yield chunk
-
-    @torch.inference_mode()
-    def _found(self, chunk: _Chunk) -> _Chunk:
-        """The chunk with what is found in its tiles, as :meth:`tiles` says."""
+        """The masks strip by strip, image by image in their order; a bad image is a :class:`FailedImage` and does not stop the others."""
         if self._function is not None:
-            entry = chunk.entries[0]
-            if entry.error is None:
-                image = entry.sheet.source.rows(0, entry.sheet.size_px[0])
-                chunk.found = self._function(image, len(self.names), **self.trained.run.options)
-            return chunk
-        if chunk.tiles:
-            chunk.found = self.tiles(torch.from_numpy(np.stack(chunk.tiles)))
-            chunk.tiles = []
-        return chunk
+            batches = whole_images(images, self.trained, self.machine.precision)
+        else:
+            batches = tile_batches(images, self.trained, self.machine.precision, self.trunk.chunk)
+        with WorkerPool(self.machine.lanes) as lanes:
+            # A single lane prepares batches in its own thread; with several, reading would wait for the caller's next request.
+            ready = prefetch(batches) if lanes.num > 1 else batches
+            with closing(ready), closing(lanes.ahead(ready, lambda batch: batch, self._segmented)) as done:
+                for batch in done:
+                    yield from batch.finished()
+
+    def _segmented(self, batch: TileBatch) -> TileBatch:
+        """The batch with ``found`` filled in."""
+        image, row = batch.entries[0]
+        if self._function is None:
+            if batch.tiles:
+                batch.found = self.tiles(torch.from_numpy(np.stack(batch.tiles)))
+                batch.tiles = []
+        elif not isinstance(row, CellbenchError):
+            batch.found = self._function(image.whole(), len(self.names), **self.trained.run.options)
+        return batch
 
     @torch.inference_mode()
     def tiles(self, tiles_BTTC: Tensor) -> Tensor:
-        """The probabilities (B, K-1, T, T), float32, of all classes but the background for framed tiles (B, T, T, 3) uint8; then the relief
-        (B, 1, T, T) where the run learned one."""
+        """For framed tiles (B, T, T, 3) uint8: the probabilities (B, K-1, T, T) float32 of all classes but the background, followed by the
+        relief (B, 1, T, T) where the run learned one."""
         assert self.model is not None
         sent = tiles_BTTC.to(self.machine.device)
         pixels = sent.permute(0, 3, 1, 2).float().div_(255)
@@ -262,122 +212,3 @@ class Segmenter:
             logits = self.model.decode(batch)
         self.model.seconds += time.perf_counter() - start
         return output_channels(logits, self.model)
-
-
-@dataclass
-class _Entry:
-    """A tile of an image: its row in the chunk; or what went wrong in its stead."""
-
-    sheet: _Sheet
-    row: int
-    error: CellbenchError | None = None
-
-
-@dataclass
-class _Chunk:
-    entries: list[_Entry] = field(default_factory=list)
-    tiles: list[np.ndarray] = field(default_factory=list)
-    found: Tensor | np.ndarray | None = None
-    """What :meth:`Segmenter.tiles` gives, or the (H, W) classes of one image by a method that is a function of it."""
-
-
-class _Sheet:
-    """One image's answer, growing band by band as its tiles come."""
-
-    def __init__(self, number: int, segmenter: Segmenter, image: Image) -> None:
-        self.number, self._image, self._segmenter, self._finite = number, image, segmenter, True
-        self.error: CellbenchError | None = None
-        try:
-            self.source = (
-                ArraySource(check_pixels(image))
-                if isinstance(image, np.ndarray)
-                else open_source(image, segmenter.trained.preparation.reading)
-            )
-        except CellbenchError as error:
-            self.error = error
-            return
-        self.size_px = self.source.size_px
-        self._stitcher: Stitcher | None = None
-        self._bands: list[Tensor] = []
-
-    def tiles(self) -> Iterator[np.ndarray | CellbenchError]:
-        """The tiles of the image's grid (T, T, 3) uint8 in order; an error is the last item."""
-        if self.error is not None:
-            yield self.error
-            return
-        preparation = self._segmenter.trained.preparation
-        framing, framed = preparation.framing, self.source
-        tall, wide = tile_px = framing.tile_px([self.size_px])
-        self.grid: TileGrid = framing.grid(self.size_px, tile_px, self._segmenter.trained.run.overlap)
-        try:
-            if not preparation.nothing:
-                framed = ArraySource(preparation.image(self.source.rows(0, self.size_px[0])))
-            for y in self.grid.ys:
-                rows = framed.rows(y, y + tall)
-                for x in self.grid.xs:
-                    yield cut_tile(rows, 0, x, (tall, wide))
-        except CellbenchError as error:
-            yield error
-
-    def take(self, entries: list[_Entry], found: Tensor | np.ndarray | None) -> Iterator[MaskStrip | FailedImage]:
-        """The bands that these tiles complete."""
-        if (error := entries[-1].error) is not None:
-            self._close()
-            yield FailedImage(number=self.number, error=error)
-        elif isinstance(found, np.ndarray):
-            yield MaskStrip(number=self.number, top=0, classes=found, probability=None, relief=None, source=self.source, last=True)
-            self._close()
-        elif found is not None:
-            yield from self._stitched(found[entries[0].row : entries[-1].row + 1])
-
-    def _stitched(self, found_BKTT: Tensor) -> Iterator[MaskStrip]:
-        framing = self._segmenter.trained.preparation.framing
-        if self._stitcher is None:
-            self._stitcher = Stitcher(self.grid, found_BKTT.shape[1], found_BKTT.device)
-        for top, band_KHW in self._stitcher.add(found_BKTT):
-            last = top + band_KHW.shape[1] == self.grid.height_px
-            self._finite &= bool(torch.isfinite(band_KHW).all())
-            if not self._finite:
-                self._bands = []
-                if last:  # not before: its other tiles may still be read at this moment
-                    yield FailedImage(number=self.number, error=self._unfinite())
-            elif framing.exact:
-                yield self._band(top, band_KHW, last)
-            else:
-                self._bands.append(band_KHW)  # the whole framed image is needed: a band alone would be resized without its neighbours
-                if last:
-                    yield self._band(0, framing.back(torch.cat(self._bands, 1), self.size_px), last)
-            if last:
-                self._close()
-
-    def _unfinite(self) -> CellbenchError:
-        what = self._image if isinstance(self._image, str | os.PathLike) else "an image"
-        hint = " Try --precision fp32." if self._segmenter.machine.precision != torch.float32 else ""
-        return CellbenchError(
-            f"{what}: the scores of '{self._segmenter.trained.name}' are not finite (NaN or infinite), so they are no answer.{hint}"
-        )
-
-    def _band(self, top: int, band_KHW: Tensor, last: bool) -> MaskStrip:
-        num = len(self._segmenter.names) - 1
-        return MaskStrip(
-            number=self.number,
-            top=top,
-            classes=argmax_classes(band_KHW[:num]).cpu().numpy(),
-            probability=to_uint8(band_KHW[:num].sum(0)),
-            relief=to_uint8(band_KHW[num]) if len(band_KHW) > num else None,
-            source=self.source,
-            last=last,
-        )
-
-    def _close(self) -> None:
-        if self.error is None:
-            self.source.close()
-
-
-def check_pixels(image: np.ndarray) -> np.ndarray:
-    """Pixels (H, W, 3) uint8 of an array that is that, or grey (H, W) uint8. Raises CellbenchError for any other: floats have no known white."""
-    if image.dtype != np.uint8 or not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
-        raise CellbenchError(
-            f"an image here is (H, W, 3) or (H, W) uint8, RGB or grey, not {image.shape} {image.dtype}. Convert it, or give the file's path."
-        )
-    return np.ascontiguousarray(image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2))

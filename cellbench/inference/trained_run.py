@@ -1,4 +1,4 @@
-"""A finished run as something to use: what it is, what it learned, and how images are prepared for it. Where it came from does not matter."""
+"""A finished run for inference, read from MLflow or from an exported folder: settings, weights and preparation of images."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from cellbench.metrics.separation import CONNECTED, SeparationParams
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """One run, as MLflow or an exported folder remembers it."""
+    """One run."""
 
     name: str
     run: RunSpec
     classes: tuple[str, ...]
-    """In the order of the class numbers, the background first."""
+    """By class number, the background first."""
     preparation: Preparation
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """Of head and tail, by name; empty for a method that learns nothing."""
+    """Of head and tail, by name; empty for a method without training."""
     separation: SeparationParams = CONNECTED
-    """How its cells are told apart."""
+    """How touching cells are separated."""
     fingerprint: str = ""
     dataset_digest: str = ""
-    """Of the data that it learned from."""
+    """Of its training data."""
     backbone_digest: str = ""
-    """Of the backbone's weights that it learned on; empty where nobody wrote it down."""
+    """Of the backbone's weights in training; empty where not recorded."""
     run_id: str = ""
     """In MLflow."""
     experiment: str = ""
     seen: Mapping[str, Any] | None = None
-    """What ``data.seen_images`` recorded of its training and validation images; None for a run of an older version."""
+    """The record of its training and validation images (``data.audit.seen_images``); None for a run of an older version."""
     config: str = ""
     """An experiment file that repeats the run."""
     data: str = ""
-    """What it was trained, validated and tested on, in words."""
+    """Its training, validation and test data, in words."""
     chosen: str = ""
-    """How it was chosen, where several runs could be meant, in words."""
+    """How it was chosen among several runs, in words."""
 
     @property
     def origin(self) -> list[str]:
-        """Which run this is, what it learned from and how it was chosen, in sentences for people."""
+        """The run's identity, its data and how it was chosen, in sentences."""
         if not self.run_id:
             return []
         data = f": {self.data}" if self.data else ""

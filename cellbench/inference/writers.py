@@ -1,9 +1,10 @@
-"""What is kept of one image's prediction: files that grow band by band and appear whole, the mask last, as the mark that all is there.
+"""Writes the files of one image's prediction. They grow strip by strip and appear complete; the mask comes last, as the mark of completeness.
 
-- ``NAME.png``: 0 and 255 where there are two classes, else the class numbers. Says inside which run made it from which file.
-- ``NAME.probability.png``: of not being background, 0..255. ``NAME.overlay.png``: the image with outlines. ``NAME.geojson``: outlines for
-  QuPath, of single cells. Outlines in the overlay are of single cells too where these are asked for, else of what is not background.
-- ``NAME.instances.png``: 16 bit, one number a cell, touching ones parted. ``NAME.cells.csv``: a line for each of them.
+- ``NAME.png``: 0 and 255 for two classes, else the class numbers. Its metadata say which run made it from which file.
+- ``NAME.probability.png``: probability of not being background, as 0..255.
+- ``NAME.overlay.png``: the image with outlines, of single cells where cell files are written too, else of everything but background.
+- ``NAME.geojson``: outlines of single cells, for QuPath.
+- ``NAME.instances.png``: 16 bit, the number of each pixel's cell, touching cells separated. ``NAME.cells.csv``: one line a cell.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,111 +24,109 @@ from cellbench.data.io.images import png_bytes
 from cellbench.data.io.png_stream import PngWriter, read_png_text
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, os_errors_as
+from cellbench.inference.pipeline import MaskStrip
 from cellbench.inference.polygons import cell_outlines, class_colour, to_geojson
-from cellbench.inference.segmenter import MaskStrip
 from cellbench.metrics.instances import Instances
 from cellbench.metrics.measurements import measure_cells
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 
 PART = ".cellbench-part"
+MASK = ".png"
 PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS = ".probability.png", ".overlay.png", ".geojson", ".instances.png", ".cells.csv"
 LEFT_OUT = "left_out"
-"""In the words of ``INSTANCES``: how many regions are too small to be cells."""
+"""In the metadata of ``INSTANCES``: the number of regions too small to be cells."""
 ENDINGS = (PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS)
-"""Of what may lie beside a mask ``NAME.png``, behind ``NAME``."""
+"""Of the files that may accompany a mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputFormats:
-    """What is written beside the mask."""
+    """The files that are written beside the mask."""
 
     probability: bool = False
     overlay: bool = False
     geojson: bool = False
     instances: bool = False
     um_per_px: float | None = None
-    """The side of a pixel, for the cells' sizes."""
+    """Side of a pixel, for the cells' sizes."""
     separation: SeparationParams = CONNECTED
-    """How touching cells are parted, and how small they may be."""
+    """How touching cells are separated, and the smallest cell."""
 
     @property
     def cells(self) -> bool:
-        """Whether single cells are told apart, which takes the whole mask."""
+        """Whether single cells are separated, which needs the whole mask."""
         return self.instances or self.geojson
 
     @property
     def how(self) -> dict[str, object]:
-        """How cells are told apart and measured, as it is written into the mask."""
+        """How cells are separated and measured, for the mask's metadata."""
         return {"saddle_ratio": self.separation.saddle_ratio, "min_area_px": self.separation.min_area_px, "um_per_px": self.um_per_px}
 
     def agrees(self, how: Mapping[str, object] | None) -> bool:
-        """Whether cells told apart as ``how`` says are those that are wanted."""
+        """Whether cells separated by ``how`` are the wanted ones."""
         return how is not None and all(how.get(key) == value for key, value in self.how.items() if key != "um_per_px" or self.instances)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputPaths:
-    """An image and where its answer goes: ``stem`` is the path of the mask without ``.png``."""
+    """An image and the place of its files: ``stem`` is the path of the mask without ``.png``."""
 
     image: Path
     stem: Path
     facts: Mapping[str, object] = field(hash=False)
-    """Written into the mask: which run, which file, of which size and time, and from where."""
+    """The mask's metadata: the run, and the image file with its size, time and place."""
     um_per_px: float | None = None
-    """The side of a pixel, for the cells' sizes; None: not known, and they are in pixels."""
+    """Side of a pixel, for the cells' sizes; None: unknown, and sizes are in pixels."""
 
     def files(self, wanted: OutputFormats) -> list[Path]:
-        """What is written, the mask last."""
-        asked = (wanted.probability, wanted.overlay, wanted.geojson, wanted.instances, wanted.instances)
-        return [output_path(self.stem, ending) for ending, is_asked in zip(ENDINGS, asked, strict=True) if is_asked] + [
-            output_path(self.stem, ".png")
-        ]
+        """The files to write, the mask last."""
+        chosen = (wanted.probability, wanted.overlay, wanted.geojson, wanted.instances, wanted.instances)
+        endings = [ending for ending, is_chosen in zip(ENDINGS, chosen, strict=True) if is_chosen]
+        return [output_path(self.stem, ending) for ending in (*endings, MASK)]
 
     @property
     def before(self) -> dict[str, Any] | None:
-        """What the mask that is there already says; None where there is none. Raises CellbenchError where its place holds something else."""
-        mask = output_path(self.stem, ".png")
+        """The metadata of an existing mask; None where there is none. Raises CellbenchError where another file has its name."""
+        mask = output_path(self.stem, MASK)
         if not mask.exists():
             return None
         if (facts := read_mask_metadata(mask)) is None:
-            raise CellbenchError(f"{mask}: is there already and is no prediction of cellbench. Name another --out, or move it away.")
+            raise CellbenchError(f"{mask}: exists and is no prediction of cellbench. Choose another --out, or move it away.")
         return facts
 
     def is_of(self, before: Mapping[str, object] | None) -> bool:
-        """Whether what a mask says is of this run and this very file, which may have been moved."""
+        """Whether a mask's metadata are of this run and this file, which may have been moved."""
         return before is not None and all(before.get(key) == value for key, value in self.facts.items() if key != "place")
 
     def done(self, wanted: OutputFormats) -> bool:
-        """Whether all that is wanted is there, of this run and this very file. Raises CellbenchError as ``before`` does."""
+        """Whether all wanted files exist, of this run and this image file. Raises CellbenchError as ``before`` does."""
         before = self.before
         if before is None or not self.is_of(before) or (wanted.cells and not wanted.agrees(before.get("cells"))):
             return False
         return all(file.exists() for file in self.files(wanted))
 
     def renewed(self, wanted: OutputFormats) -> tuple[dict[str, object], list[Path]]:
-        """What a new mask says, and the files beside the old one that would no longer belong to it."""
-        before = self.before if self.is_of(self.before) else None
-        old = before.get("cells") if before is not None else None
-        cells, stale = old, () if before is not None else ENDINGS
-        if wanted.cells:
-            cells = wanted.how
-            if not wanted.agrees(old):
-                stale = stale or (GEOJSON, INSTANCES, CELLS)
-            elif not wanted.instances:  # the tables that are there stay as they are
-                cells = old
+        """The metadata of a new mask, and the files beside the old one that no longer belong to it."""
+        before = self.before
+        kept = before is not None and self.is_of(before)
+        old = before.get("cells") if before is not None and kept else None
+        # Cell tables that exist and agree stay, with their pixel size, unless they are written again.
+        cells = old if not wanted.cells or (wanted.agrees(old) and not wanted.instances) else wanted.how
+        stale: Sequence[str] = () if kept else ENDINGS
+        if kept and wanted.cells and not wanted.agrees(old):
+            stale = (GEOJSON, INSTANCES, CELLS)
         files = self.files(wanted)
-        return {**self.facts, **({"cells": cells} if cells else {})}, [
-            path for ending in stale if (path := output_path(self.stem, ending)) not in files
-        ]
+        facts = {**self.facts, **({"cells": cells} if cells else {})}
+        return facts, [path for ending in stale if (path := output_path(self.stem, ending)) not in files]
 
 
 def output_path(stem: Path, ending: str) -> Path:
-    """``NAME`` with an ending, whatever dots are in the name."""
+    """``NAME`` with an ending; ``NAME`` may contain dots."""
     return stem.with_name(stem.name + ending)
 
 
 def read_mask_metadata(mask: Path) -> dict[str, Any] | None:
-    """What a mask of ours says of itself; None for any other file, and for what lies beside a mask."""
+    """The metadata of a mask; None for any other file, the files beside a mask included."""
     try:
         facts = json.loads(read_png_text(mask) or "")
     except ValueError:
@@ -136,7 +135,7 @@ def read_mask_metadata(mask: Path) -> dict[str, Any] | None:
 
 
 def find_masks(out: Path) -> dict[Path, dict[str, Any]]:
-    """The masks below a folder and what they say of themselves, by their paths without ``.png``, sorted."""
+    """The metadata of the masks below a folder, by their paths without ``.png``, sorted."""
     shown = [path for path in sorted(out.rglob("*.png")) if not any(part.startswith(".") for part in path.relative_to(out).parts)]
     return {path.with_name(path.name.removesuffix(".png")): facts for path in shown if (facts := read_mask_metadata(path)) is not None}
 
@@ -146,28 +145,23 @@ class TooManyCellsError(CellbenchError):
 
 
 class PredictionWriter:
-    """The files of one image while they are written. Use in ``with``: leaving without :meth:`keep` leaves nothing."""
+    """Writes the files of one image. Use in ``with``: leaving without :meth:`keep` leaves no file."""
 
     def __init__(self, target: OutputPaths, wanted: OutputFormats, size_px: tuple[int, int], names: tuple[str, ...]) -> None:
-        self._target, self._wanted, self._names = target, wanted, names
+        self._target, self._wanted, self._names, self._size_px = target, wanted, names, size_px
         self._all = target.files(wanted)
-        self._full = 255 if len(names) == 2 else 1
         self._stack = contextlib.ExitStack()
         self._parts: list[Path] = []
+        self._strips: list[MaskStrip] = []
+        self._images: list[np.ndarray] = []
+        self._above: np.ndarray | None = None
         make_folder(target.stem.parent)
         facts, self._stale = target.renewed(wanted)
         with os_errors_as(f"writing {self._all[-1]}"):
-            files = {path: self._open(path) for path in self._all}
-            mask, *rest = reversed(self._all)
-            self._mask = PngWriter(files[mask], size_px, 1, json.dumps(facts, sort_keys=True))
-            by_ending = {path.name.removeprefix(target.stem.name): files[path] for path in rest}
-            words = {what: json.dumps({**facts, "what": what}, sort_keys=True) for what in ("probability", "overlay")}
-            self._cell = PngWriter(by_ending[PROBABILITY], size_px, 1, words["probability"]) if wanted.probability else None
-            self._overlay = PngWriter(by_ending[OVERLAY], size_px, 3, words["overlay"]) if wanted.overlay else None
-            self._geojson, self._labels, self._table = by_ending.get(GEOJSON), by_ending.get(INSTANCES), by_ending.get(CELLS)
-        self._rows: list[tuple[np.ndarray | None, ...]] = []
-        self._above: np.ndarray | None = None
-        self._size_px = size_px
+            self._files = {path.name.removeprefix(target.stem.name): self._open(path) for path in self._all}
+            self._mask = PngWriter(self._files[MASK], size_px, 1, json.dumps(facts, sort_keys=True))
+            self._probability = self._png(PROBABILITY, 1, {**facts, "what": "probability"})
+            self._overlay = self._png(OVERLAY, 3, {**facts, "what": "overlay"})
 
     def __enter__(self) -> PredictionWriter:
         return self
@@ -183,28 +177,33 @@ class PredictionWriter:
         self._parts.append(part)
         return file
 
-    def add(self, band: MaskStrip) -> None:
-        """The next rows."""
+    def _png(self, ending: str, channels: int, facts: Mapping[str, object]) -> PngWriter | None:
+        file = self._files.get(ending)
+        return PngWriter(file, self._size_px, channels, json.dumps(facts, sort_keys=True)) if file is not None else None
+
+    def add(self, strip: MaskStrip) -> None:
+        """Writes the next rows."""
         with os_errors_as(f"writing {self._all[-1]}"):
-            self._mask.add(band.classes * np.uint8(self._full))
-            if self._cell is not None:
-                self._cell.add(band.probability if band.probability is not None else (band.classes > 0) * np.uint8(255))
-            if self._overlay is not None and not self._wanted.cells:
-                picture = band.source.rows(band.top, band.top + len(band.classes))
-                above = band.classes[:1] if self._above is None else self._above
-                self._overlay.add(draw_outlines(picture, band.classes, above, np.arange(len(self._names))))
-                self._above = band.classes[-1:].copy()
-            if self._wanted.cells:  # they are parted by the whole mask
-                self._rows.append((band.classes, band.source.rows(band.top, band.top + len(band.classes)), band.relief))
+            self._mask.add(strip.classes * np.uint8(255 if len(self._names) == 2 else 1))
+            if self._probability is not None:
+                self._probability.add(strip.probability if strip.probability is not None else (strip.classes > 0) * np.uint8(255))
+            if self._wanted.cells:  # cells are separated in the whole mask
+                self._strips.append(strip)
+                self._images.append(strip.source.rows(strip.top, strip.top + len(strip.classes)))
+            elif self._overlay is not None:
+                image = strip.source.rows(strip.top, strip.top + len(strip.classes))
+                above = strip.classes[:1] if self._above is None else self._above
+                self._overlay.add(draw_outlines(image, strip.classes, above, np.arange(len(self._names))))
+                self._above = strip.classes[-1:].copy()
 
     def keep(self) -> None:
-        """All rows are in: the files appear, the mask last. Raises TooManyCells, and then leaves nothing."""
+        """Completes the files, the mask last. Raises TooManyCellsError, and then leaves no file."""
         with os_errors_as(f"writing {self._all[-1]}"):
             if self._wanted.cells:
-                self._count()
-            for rows in (self._mask, self._cell, self._overlay):
-                if rows is not None:
-                    rows.end()
+                self._write_cells()
+            for png in (self._mask, self._probability, self._overlay):
+                if png is not None:
+                    png.end()
             self._stack.close()
             for path in self._stale:
                 path.unlink(missing_ok=True)
@@ -212,33 +211,34 @@ class PredictionWriter:
                 os.replace(part, path)
             self._parts = []
 
-    def _count(self) -> None:
-        classes, image, relief = (np.concatenate(parts) if parts[0] is not None else None for parts in zip(*self._rows, strict=True))
-        found = self._wanted.separation.instances(classes, relief)
-        if self._labels is not None and found.num > 65535:
-            raise TooManyCellsError(f"{self._target.image}: {found.num} cells, where 16 bits number 65535. Cut the image into pieces.")
-        if self._geojson is not None:  # single cells, as they are counted
-            self._geojson.write(self._collection(found))
+    def _write_cells(self) -> None:
+        separation = self._wanted.separation
+        classes, image = np.concatenate([strip.classes for strip in self._strips]), np.concatenate(self._images)
+        reliefs = [strip.relief for strip in self._strips if strip.relief is not None]
+        cells = separation.instances(classes, np.concatenate(reliefs) if reliefs else None)
+        if self._wanted.instances and cells.num > 65535:
+            raise TooManyCellsError(f"{self._target.image}: {cells.num} cells, but 16 bits hold 65535 numbers. Cut the image into pieces.")
         if self._overlay is not None:
-            self._overlay.add(draw_outlines(image, found.ids, found.ids[:1], found.classes))
-        if self._labels is not None:
-            facts = {LEFT_OUT: found.num_left_out, "min_cell_px": self._wanted.separation.min_area_px}
-            self._labels.write(png_bytes(found.ids.astype(np.uint16), words=json.dumps(facts)))
-        if self._table is not None:
-            owners = self._wanted.separation.owners
-            self._table.write(measure_cells(found, image, self._names, self._wanted.um_per_px, classes, owners).text.encode("utf-8"))
+            self._overlay.add(draw_outlines(image, cells.ids, cells.ids[:1], cells.classes))
+        if self._wanted.geojson:
+            self._files[GEOJSON].write(self._collection(cells))
+        if self._wanted.instances:
+            facts = {LEFT_OUT: cells.num_left_out, "min_cell_px": separation.min_area_px}
+            self._files[INSTANCES].write(png_bytes(cells.ids.astype(np.uint16), words=json.dumps(facts)))
+            table = measure_cells(cells, image, self._names, self._wanted.um_per_px, classes, separation.owners)
+            self._files[CELLS].write(table.text.encode("utf-8"))
 
-    def _collection(self, found: Instances) -> bytes:
+    def _collection(self, cells: Instances) -> bytes:
         """GeoJSON of the cells, one on a line."""
-        features = ",\n".join(json.dumps(to_geojson(shape, self._names), separators=(",", ":")) for shape in cell_outlines(found))
+        features = ",\n".join(json.dumps(to_geojson(cell, self._names), separators=(",", ":")) for cell in cell_outlines(cells))
         facts = {"file": self._target.image.name, "size_px": list(self._size_px)}
         return f'{{"type": "FeatureCollection", "features": [\n{features}\n],\n"cellbench": {json.dumps(facts)}}}\n'.encode()
 
 
 def draw_outlines(image: np.ndarray, numbers: np.ndarray, above: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Rows of an image (h, W, 3) uint8 with the edges of what is numbered in them drawn over, two pixels wide.
+    """Rows of an image (h, W, 3) uint8 with the borders of numbered regions drawn on them, two pixels wide.
 
-    ``numbers`` (h, W), 0 the background; ``above`` (1, W): the row before; ``classes``: of each number, for its colour.
+    ``numbers`` (h, W), 0 the background; ``above`` (1, W): the row before; ``classes``: the class of each number, for its colour.
     """
     before = np.concatenate([above, numbers[:-1]])
     edge = before != numbers
@@ -254,8 +254,8 @@ def draw_outlines(image: np.ndarray, numbers: np.ndarray, above: np.ndarray, cla
 
 
 def remove_partial_files(folder: Path) -> int:
-    """Removes what a process that was killed left half-written below a folder; returns how many files."""
-    # Each is named after its process. One of another machine may have the number of one that lives here: it stays until a later call.
+    """Removes the unfinished files of killed processes below a folder; returns their number."""
+    # Each is named by its process. A process here may have the number of one on another machine: then the file stays until a later call.
     parts = [path for path in folder.rglob(f".*{PART}") if path.is_file() and not _pid_exists(path.name[1:].partition("-")[0])]
     for part in parts:
         part.unlink(missing_ok=True)

@@ -220,7 +220,7 @@ def test_a_run_without_its_head_is_refused(there: Path, tmp_path: Path, capsys: 
     head = next(there.glob("mlruns/small/*/artifacts/head.safetensors"))
     whole = head.read_bytes()
     try:
-        for data, words in ((None, "has lost its head.safetensors"), (whole[: len(whole) // 2], "is damaged")):
+        for data, words in ((None, "head.safetensors is missing"), (whole[: len(whole) // 2], "is damaged")):
             head.unlink() if data is None else head.write_bytes(data)
             assert predict(MODEL, "smears/test/original", "--out", tmp_path / "out") == 2
             assert words in capsys.readouterr().err

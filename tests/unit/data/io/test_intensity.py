@@ -306,7 +306,7 @@ def test_greys_change_by_as_much_as_the_exposure_in_every_use_of_a_run(trained: 
     assert (
         main(["predict", "otsu · seed 0", "plain/e100.tif", "--out", "again", "--instances", "--range", "0,65535", "--device", "cpu"]) == 0
     )
-    assert "0..65535 is used in place of 0..4095" in capsys.readouterr().out
+    assert "0..65535 is used instead of 0..4095" in capsys.readouterr().out
     assert cell_greys(Path("again"))["e100"] == round(CELL * 255 / 65535)
     assert main(["predict", "otsu · seed 0", "plain/e100.tif", "--out", "again", "--range", "9,1"]) == 2
 
@@ -316,11 +316,11 @@ def test_images_of_another_magnification_than_those_learned_from_are_named(train
         tifffile.imwrite(tmp_path / f"{name}.tif", scene(30)[0], resolution=(per_cm, per_cm), resolutionunit="CENTIMETER")
     ask = ("predict", "otsu · seed 0", str(tmp_path / "same.tif"), str(tmp_path / "finer.tif"), "--out", "sized", "--device", "cpu")
     assert main([*ask]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "learned from pixels of 0.5 um" in line]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "trained on pixels of 0.5 um" in line]
     assert "finer.tif (0.25 um)" in line
     assert "same.tif" not in line
     assert main([*ask, "--instances", "--um-per-px", "0.5"]) == 0
-    assert "learned from pixels" not in capsys.readouterr().out
+    assert "trained on pixels" not in capsys.readouterr().out
 
 
 def test_evaluate_reads_other_images_in_the_range_of_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

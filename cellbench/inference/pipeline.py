@@ -1,0 +1,192 @@
+"""The stream from images to masks: images are cut into tiles, tiles of several images share a batch, masks are assembled strip by strip.
+
+Letters: K classes, B tiles of T x T, H x W the framed image.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cellbench.data.io.windowed import ArraySource, ImageSource, open_source
+from cellbench.data.transforms.tiling import Stitcher, TileGrid, cut_tile
+from cellbench.errors import CellbenchError
+from cellbench.inference.trained_run import TrainedRun
+from cellbench.training.tiled_inference import argmax_classes, to_uint8
+
+Image = str | os.PathLike[str] | np.ndarray
+"""A file, or (H, W, 3) or (H, W) uint8 pixels, RGB or grey."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskStrip:
+    """Some rows of a mask, as soon as they are final; the strips of an image come from top to bottom."""
+
+    number: int
+    """Of the image, in the order given."""
+    top: int
+    classes: np.ndarray
+    """(h, W) uint8."""
+    probability: np.ndarray | None
+    """(h, W) uint8, or None."""
+    relief: np.ndarray | None
+    """(h, W) uint8, or None."""
+    source: ImageSource
+    """Of the image's pixels; closed after its last strip."""
+    last: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedImage:
+    """An image that could not be read completely, or whose scores are not finite."""
+
+    number: int
+    error: CellbenchError
+
+
+@dataclass
+class TileBatch:
+    """Tiles (T, T, 3) uint8 of one size. An entry is a tile's image and its row in the batch, or an image and its error."""
+
+    entries: list[tuple[ImageAssembly, int | CellbenchError]] = field(default_factory=list)
+    tiles: list[np.ndarray] = field(default_factory=list)
+    found: Tensor | np.ndarray | None = None
+    """What ``Segmenter.tiles`` returns for the tiles; or the classes (H, W) of one whole image."""
+
+    def finished(self) -> Iterator[MaskStrip | FailedImage]:
+        """The strips that these tiles complete."""
+        for image, entries in itertools.groupby(self.entries, key=lambda entry: entry[0]):
+            yield from image.add([row for _, row in entries], self.found)
+
+
+def tile_batches(images: Iterable[Image], trained: TrainedRun, precision: torch.dtype, size: int) -> Generator[TileBatch, None, None]:
+    """The tiles of all images in order, in batches of at most ``size``; errors take the place of the missing tiles."""
+    batch = TileBatch()
+    for number, image in enumerate(images):
+        assembly = ImageAssembly(number, image, trained, precision)
+        for tile in assembly.tiles():
+            if isinstance(tile, CellbenchError):
+                batch.entries.append((assembly, tile))
+                continue
+            if len(batch.tiles) == size or (batch.tiles and batch.tiles[0].shape != tile.shape):
+                yield batch
+                batch = TileBatch()
+            batch.entries.append((assembly, len(batch.tiles)))
+            batch.tiles.append(tile)
+    if batch.entries:
+        yield batch
+
+
+def whole_images(images: Iterable[Image], trained: TrainedRun, precision: torch.dtype) -> Generator[TileBatch, None, None]:
+    """Each image as a batch without tiles, for a method that takes whole images."""
+    for number, image in enumerate(images):
+        assembly = ImageAssembly(number, image, trained, precision)
+        yield TileBatch(entries=[(assembly, assembly.error or 0)])
+
+
+class ImageAssembly:
+    """Cuts an image into tiles and assembles its mask from their scores."""
+
+    def __init__(self, number: int, image: Image, trained: TrainedRun, precision: torch.dtype) -> None:
+        self.number, self._image, self._trained, self._precision = number, image, trained, precision
+        self.error: CellbenchError | None = None
+        try:
+            if isinstance(image, np.ndarray):
+                self.source: ImageSource = ArraySource(check_pixels(image))
+            else:
+                self.source = open_source(image, trained.preparation.reading)
+        except CellbenchError as error:
+            self.error = error
+            return
+        self.size_px = self.source.size_px
+        self._stitcher: Stitcher | None = None
+        self._strips: list[Tensor] = []
+        self._finite = True
+
+    def tiles(self) -> Iterator[np.ndarray | CellbenchError]:
+        """The tiles of the image's grid (T, T, 3) uint8 in order; an error is the last item."""
+        if self.error is not None:
+            yield self.error
+            return
+        preparation = self._trained.preparation
+        tile_px = preparation.framing.tile_px([self.size_px])
+        self.grid: TileGrid = preparation.framing.grid(self.size_px, tile_px, self._trained.run.overlap)
+        try:
+            framed = self.source
+            if not preparation.nothing:
+                framed = ArraySource(preparation.image(self.whole()))
+            for y in self.grid.ys:
+                rows = framed.rows(y, y + tile_px[0])
+                for x in self.grid.xs:
+                    yield cut_tile(rows, 0, x, tile_px)
+        except CellbenchError as error:
+            yield error
+
+    def whole(self) -> np.ndarray:
+        """All pixels (H, W, 3) uint8. Raises CellbenchError."""
+        return self.source.rows(0, self.size_px[0])
+
+    def add(self, rows: list[int | CellbenchError], found: Tensor | np.ndarray | None) -> Iterator[MaskStrip | FailedImage]:
+        """The strips that the image's next tiles, at ``rows`` of a batch, complete."""
+        first, last = rows[0], rows[-1]
+        if isinstance(last, CellbenchError):
+            if self.error is None:
+                self.source.close()
+            yield FailedImage(number=self.number, error=last)
+        elif isinstance(found, np.ndarray):
+            yield MaskStrip(number=self.number, top=0, classes=found, probability=None, relief=None, source=self.source, last=True)
+            self.source.close()
+        elif found is not None and not isinstance(first, CellbenchError):
+            yield from self._stitched(found[first : last + 1])
+
+    def _stitched(self, found_BKTT: Tensor) -> Iterator[MaskStrip | FailedImage]:
+        framing = self._trained.preparation.framing
+        if self._stitcher is None:
+            self._stitcher = Stitcher(self.grid, found_BKTT.shape[1], found_BKTT.device)
+        for top, strip_KHW in self._stitcher.add(found_BKTT):
+            last = top + strip_KHW.shape[1] == self.grid.height_px
+            self._finite &= bool(torch.isfinite(strip_KHW).all())
+            if not self._finite:
+                self._strips = []
+                if last:  # not before: a thread may still read its other tiles
+                    yield FailedImage(number=self.number, error=self._not_finite())
+            elif framing.exact:
+                yield self._strip(top, strip_KHW, last)
+            else:
+                self._strips.append(strip_KHW)  # resizing needs the whole framed image: a strip alone lacks its neighbours
+                if last:
+                    yield self._strip(0, framing.back(torch.cat(self._strips, 1), self.size_px), last)
+            if last:
+                self.source.close()
+
+    def _not_finite(self) -> CellbenchError:
+        what = self._image if isinstance(self._image, str | os.PathLike) else "an image"
+        hint = " Try --precision fp32." if self._precision != torch.float32 else ""
+        return CellbenchError(f"{what}: the scores of '{self._trained.name}' are not finite (NaN or infinite), so it has no mask.{hint}")
+
+    def _strip(self, top: int, strip_KHW: Tensor, last: bool) -> MaskStrip:
+        num = len(self._trained.classes) - 1
+        return MaskStrip(
+            number=self.number,
+            top=top,
+            classes=argmax_classes(strip_KHW[:num]).cpu().numpy(),
+            probability=to_uint8(strip_KHW[:num].sum(0)),
+            relief=to_uint8(strip_KHW[num]) if len(strip_KHW) > num else None,
+            source=self.source,
+            last=last,
+        )
+
+
+def check_pixels(image: np.ndarray) -> np.ndarray:
+    """An array (H, W, 3) or, for grey, (H, W) uint8 as (H, W, 3) uint8. Raises CellbenchError for any other: floats have no known white."""
+    if image.dtype != np.uint8 or not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+        raise CellbenchError(
+            f"an image here is (H, W, 3) or (H, W) uint8, RGB or grey, not {image.shape} {image.dtype}. Convert it, or give the file's path."
+        )
+    return np.ascontiguousarray(image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2))
