@@ -52,7 +52,7 @@ assert (found.probability == np.load({str(tmp_path / "expected.npy")!r})).all()
     with pytest.raises(CellbenchError, match="is damaged"):
         Segmenter.load(folder)
     (folder / "run.json").unlink()
-    with pytest.raises(CellbenchError, match="is a folder without"):
+    with pytest.raises(CellbenchError, match="no complete folder"):
         Segmenter.load(folder)
 
 

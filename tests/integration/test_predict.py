@@ -320,7 +320,7 @@ def test_other_weights_under_the_same_name_are_refused(there: Path, tmp_path: Pa
     of_run = Segmenter.load(MODEL, device="cpu")
     assert of_run.trained.backbone_digest
     other = replace(of_run.trained, backbone_digest="none:0000")
-    with pytest.raises(CellbenchError, match="are others"):
+    with pytest.raises(CellbenchError, match="not those that it was trained on"):
         Segmenter(other, Registry(), of_run.machine)
 
 
