@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,25 @@ BUILDERS = {
 """The package's own builders. Cards name them by these names, so that fingerprints do not depend on where the code lies."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """A run, every option filled in, and the cards that it refers to."""
+
+    registry: Registry
+    run: RunSpec
+    card: HeadCard | BaselineCard
+    backbone: BackboneCard | None
+
+    @property
+    def digests(self) -> list[str]:
+        """Of the head or baseline, then of the user's own losses, augmentations and metrics."""
+        return [self.registry.digest(card) for card in (self.card, *self.registry.extensions(self.run))]
+
+    @property
+    def backbone_digest(self) -> str:
+        return self.registry.digest(self.backbone) if self.backbone else ""
+
+
 class Registry:
     """The cards of the shipped folder and of the user's own folder, each read once, when first asked for: an edit during a run changes nothing."""
 
@@ -76,6 +96,7 @@ class Registry:
             )
         self._folders = [folder for folder in (extra, shipped("registry")) if folder is not None]
         self._cards: dict[tuple[str, str], Any] = {}
+        self._digests: dict[str, str] = {}
 
     def names(self, kind: str) -> list[str]:
         """The ids of all cards of a kind, sorted."""
@@ -121,19 +142,31 @@ class Registry:
                 return read_card(path, KINDS[kind])
         raise unknown_name({"losses": "loss"}.get(kind, kind.removesuffix("s")), name, self.names(kind))
 
+    def part(self, run: RunSpec) -> HeadCard | BaselineCard:
+        """The card of the run's head or baseline."""
+        return self.baseline(run.baseline) if run.baseline else self.head(run.head or "")
+
     def complete(self, run: RunSpec) -> RunSpec:
-        """The run with every option of its head or baseline filled in from the card. Raises CellbenchError for an option that the card lacks,
-        and for an unknown loss or augmentation."""
-        card = self.baseline(run.baseline) if run.baseline else self.head(run.head or "")
-        if run.backbone:
-            self.backbone(run.backbone)
+        """The run with every option of its head or baseline filled in from the card. Raises CellbenchError, as :meth:`resolve`."""
+        return self.resolve(run).run
+
+    def resolve(self, run: RunSpec) -> RunParts:
+        """What a run refers to. Raises CellbenchError for an option that the card lacks, and for an unknown backbone, loss or augmentation."""
+        card = self.part(run)
         options = with_defaults(card.options, run.options, f"{'baseline' if run.baseline else 'head'}.{card.id}")
+        backbone = self.backbone(run.backbone) if run.backbone else None
         self.terms(run)
-        return run.model_copy(update={"options": options})
+        return RunParts(registry=self, run=run.model_copy(update={"options": options}), card=card, backbone=backbone)
 
     def terms(self, run: RunSpec) -> list[Card]:
         """The cards of the losses and own augmentations that a run names. Raises CellbenchError for an unknown name."""
         return [self.loss(name) for name in weighted_terms(run.loss)] + [self.augmentation(name) for name in run.own_augmentations]
+
+    def digest(self, card: Card) -> str:
+        """:func:`digest_of`, computed once for each card."""
+        if card.path not in self._digests:
+            self._digests[card.path] = digest_of(card)
+        return self._digests[card.path]
 
     def extensions(self, run: RunSpec) -> list[Card]:
         """The user's own losses, augmentations and metrics that can change what a run logs."""

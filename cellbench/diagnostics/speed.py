@@ -170,9 +170,9 @@ def _naive(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrainer
     wall_s, gaps = {"held": 0.0, "reopen": 0.0}, []
     for k, head in enumerate(setup.heads):
         run, twin = setup.run(head, setup.rates[1]), cohort[k * len(setup.rates) + 1]
-        trunk = FrozenBackbone(setup.frozen.to("cpu"), fp32, [num_levels(run, setup.registry)])
+        trunk = FrozenBackbone(setup.frozen.to("cpu"), fp32, [num_levels(setup.registry.part(run))])
         for how in ("held", "reopen"):
-            model: torch.nn.Module = build_model(run, setup.registry, trunk, len(setup.dataset.classes)).head
+            model: torch.nn.Module = build_model(run, setup.registry.part(run), trunk, len(setup.dataset.classes)).head
             if head == "transposed-conv" and how == "reopen":  # the published head; with images held ours, whose Dice is compared
                 model = naive_reference.PublishedHead(setup.frozen.levels[-1].dim, len(setup.dataset.classes))
             model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

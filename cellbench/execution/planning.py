@@ -6,11 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cellbench.config import experiment as experiments
 from cellbench.config.cards import BackboneCard, BaselineCard, HeadCard
 from cellbench.config.experiment import Experiment
-from cellbench.config.registry import Registry, digest_of
+from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec, fingerprint
 from cellbench.data.dataset import Dataset
 from cellbench.data.loading import open_dataset
@@ -44,11 +45,6 @@ class ResolvedRun:
         """False for a baseline that is a plain function of the image."""
         return isinstance(self.card, HeadCard) or self.card.trained
 
-    @property
-    def num_levels(self) -> int:
-        """How many depths of the backbone it reads; 0 for a baseline."""
-        return self.card.levels if isinstance(self.card, HeadCard) else 0
-
 
 def open_folds(experiment: Experiment, registry: Registry, data: Path | None) -> list[Dataset]:
     """The experiment's dataset, or one for each of its folds, in their order. Raises CellbenchError."""
@@ -71,57 +67,55 @@ def resolve_runs(
     ``datasets``: one, or one a fold. ``precision``: that of the machine which will run them, ``fp32`` or ``bf16``. Missing weights are downloaded
     now, or with ``download=False`` reported as unavailable.
     """
-    baselines = {name: registry.baseline(name) for name in experiment.baselines}
-    expanded = experiments.expand(experiment, where, {name: card.trained for name, card in baselines.items()})
-    specs = [registry.complete(run) for run in expanded]
-    heads = {name: registry.head(name) for name in {spec.head for spec in specs if spec.head}}
-    backbone_cards = {name: registry.backbone(name) for name in {spec.backbone for spec in specs if spec.backbone}}
-    for spec in specs:
-        _check_tile(spec, backbone_cards[spec.backbone].patch_px if spec.backbone else 1)
-    backbones = {name: _Backbone.of(card, weights, download) for name, card in backbone_cards.items()}
-    cards: list[HeadCard | BaselineCard] = [heads[spec.head] if spec.head else baselines[spec.baseline or ""] for spec in specs]
-    digests = {card.path: digest_of(card) for card in cards}
-
-    def resolved(spec: RunSpec, name: str, card: HeadCard | BaselineCard) -> ResolvedRun:
-        backbone = backbones.get(spec.backbone or "")
-        learns = isinstance(card, HeadCard) or card.trained  # else it is a function, in whatever precision of its own
-        own = [digest_of(one) for one in registry.extensions(spec)]
-        parts = json.dumps([backbone.identity if backbone else None, digests[card.path], precision if learns else "", *own])
-        return ResolvedRun(
-            run=spec,
-            name=name,
-            fingerprint=fingerprint(spec, datasets[spec.fold].digest, parts),
-            precision=precision,
-            card=card,
-            backbone=backbone.card if backbone else None,
-            weights_digest=backbone.digest if backbone else "",
-            backbone_identity=backbone.identity if backbone else "",
-            unavailable=backbone.unavailable if backbone else "",
+    trained = {name: registry.baseline(name).trained for name in experiment.baselines}
+    specs = experiments.expand(experiment, where, trained)
+    parts = [registry.resolve(spec) for spec in specs]
+    for one in parts:
+        _check_tile(one.run, one.backbone.patch_px if one.backbone else 1)
+    backbones = {one.backbone.id: one.backbone for one in parts if one.backbone}
+    weights_of = {name: _Weights.of(card, weights, download) for name, card in backbones.items()}
+    out = []
+    for one, name in zip(parts, experiments.labels(specs), strict=True):
+        run, found = one.run, weights_of[one.backbone.id] if one.backbone else _Weights()
+        identity = f"{found.digest}:{one.backbone_digest}" if found.digest else "unavailable"
+        learns = trained.get(run.baseline or "", True)  # else it is a function, in whatever precision of its own
+        card_digest, *own_digests = one.digests
+        identities = json.dumps([identity if one.backbone else None, card_digest, precision if learns else "", *own_digests])
+        out.append(
+            ResolvedRun(
+                run=run,
+                name=name,
+                fingerprint=fingerprint(run, datasets[run.fold].digest, identities),
+                precision=precision,
+                card=one.card,
+                backbone=one.backbone,
+                weights_digest=found.digest,
+                backbone_identity=identity if found.digest else "",
+                unavailable=found.unavailable,
+            )
         )
-
-    return [resolved(*parts) for parts in zip(specs, experiments.labels(specs), cards, strict=True)]
+    return out
 
 
 def group_cohorts(runs: Sequence[ResolvedRun]) -> list[list[ResolvedRun]]:
-    """The runs grouped by what they can share: one pass of one backbone over one stream of tiles."""
-    by_spec = {id(one.run): one for one in runs}
-    return [[by_spec[id(spec)] for spec in group] for group in experiments.cohorts(one.run for one in runs)]
+    """The runs grouped by what they can share: one pass of one backbone over one stream of tiles. Order is kept."""
+    groups: dict[tuple[Any, ...], list[ResolvedRun]] = {}
+    for one in runs:
+        groups.setdefault((one.run.stream, one.run.baseline), []).append(one)
+    return list(groups.values())
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Backbone:
-    card: BackboneCard
+class _Weights:
     digest: str = ""
-    identity: str = "unavailable"
     unavailable: str = ""
 
     @classmethod
-    def of(cls, card: BackboneCard, weights: Path | None, download: bool) -> _Backbone:
+    def of(cls, card: BackboneCard, folder: Path | None, download: bool) -> _Weights:
         try:
-            digest = weights_digest(card, weights, download)
+            return cls(digest=weights_digest(card, folder, download))
         except WeightsUnavailable as error:
-            return cls(card=card, unavailable=one_line(error))
-        return cls(card=card, digest=digest, identity=f"{digest}:{digest_of(card)}")
+            return cls(unavailable=one_line(error))
 
 
 def _check_tile(run: RunSpec, patch: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cellbench.config.cards import HeadCard
 from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry, load
 from cellbench.config.run import NUMERICS_VERSION
@@ -206,11 +207,10 @@ class Runner:
                 one.run.end("skipped", reason)
                 out.skipped[one.name] = reason
 
-    def _finish(self, one: ActiveRun, result: TestResult, out: Outcome) -> None:
-        """Logs a run's test; the status ``finished`` is written last."""
-        plan = SamplingPlan(self._images["train"].sizes_px, one.resolved.run) if result.learner is not None else None
+    def _finish(self, one: ActiveRun, result: TestResult, out: Outcome, trained_on: Sequence[int] = ()) -> None:
+        """Logs a run's test; the status ``finished`` is written last. ``trained_on``: numbers of training images."""
         with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
-            seen = seen_images.record_seen_images(self.dataset, plan.seen if plan else ())
+            seen = seen_images.record_seen_images(self.dataset, trained_on)
             artifacts.write_artifacts(
                 Path(folder), one.name, one.resolved.run, self.experiment, self.datasets, self._images["test"], result, seen
             )
@@ -305,7 +305,7 @@ class Runner:
         first = cohort[0]
         if (dataset := self.datasets[first.run.fold]) is not self.dataset:
             self._select(dataset)
-        levels = [one.num_levels for one in (*cohort, *more) if one.num_levels]
+        levels = [one.card.levels for one in (*cohort, *more) if isinstance(one.card, HeadCard)]
         trunk = FrozenBackbone(self._open_backbone(first), self.machine, levels, first.run.unfreeze)
         plan = SamplingPlan(self._images["train"].sizes_px, first.run, self.registry)
         return Features(trunk, plan, self._images, self._cache_policy(first), any(requested(one.run.targets) for one in cohort))
@@ -339,7 +339,7 @@ class Runner:
     def _trainer(self, one: ActiveRun, features: Features) -> HeadTrainer:
         """The run's trainer, as it was at its last checkpoint."""
         run = one.resolved.run
-        model = build_model(run, self.registry, features.trunk, len(self.dataset.classes))
+        model = build_model(run, one.resolved.card, features.trunk, len(self.dataset.classes))
         logger = RunLogger(one.resolved, one.run, one.checkpoint, self.watch)
         trainer = HeadTrainer(run=run, model=model, recorder=logger, num_views=features.plan.num_views, registry=self.registry)
         state, foreign = logger.resumed()
@@ -421,7 +421,7 @@ class Runner:
                 "cost/images_per_s": self.machine.lanes / max(speed.wall_s, 1e-9),
                 "cost/image_cpu_s": speed.cpu_s * self.machine.cores_of_one,
             }
-            self._finish(one, TestResult(exam=exams.exams[k], cost=cost, learner=trainer, preparation=features.preparation), out)
+            self._finish(one, TestResult(exam=exams.exams[k], cost=cost, learner=trainer, preparation=features.preparation), out, features.plan.seen)
 
     def _training_costs(self, trained: Trained, features: Features, load: dict[str, float]) -> list[dict[str, float]]:
         """What each run's training took; ``load``: by other processes meanwhile, as a metric."""

@@ -80,13 +80,13 @@ class Segmenter:
         self.names = trained.classes
         self._function = load(registry.baseline(run.baseline)) if run.baseline and not registry.baseline(run.baseline).trained else None
         backbone = self._backbone(registry.backbone(run.backbone), weights, download) if run.backbone else None
-        num = num_levels(run, registry)
+        num = num_levels(registry.part(run))
         self.trunk = FrozenBackbone(backbone, here, [num] if num else [], run.unfreeze)
         if trained.preparation.framing.whole:
             self.trunk.chunk = 1
         self.model = None
         if self._function is None:
-            self.model = build_model(run, registry, self.trunk, len(trained.classes))
+            self.model = build_model(run, registry.part(run), self.trunk, len(trained.classes))
             built = {name: x.clone() for name, x in self.model.state_dict().items()}
             where, remedy = (
                 f"'{trained.name}': its head.safetensors",

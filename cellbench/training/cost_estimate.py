@@ -59,13 +59,13 @@ def estimate_cost(
     whole images that would not fit."""
     first = runs[0]
     backbone = open_backbone(registry.backbone(first.backbone), weights) if first.backbone else None
-    trunk = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(run, registry))], first.unfreeze)
+    trunk = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(registry.part(run)))], first.unfreeze)
     pixels = {split: ImageCache(dataset, split, 0) for split in ("train", "val", "test")}
     plan = SamplingPlan(pixels["train"].sizes_px, first, registry)
     features = Features(trunk, plan, pixels, keeping)
     tiles = {split: sum(len(features.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")}
 
-    all_made = [build_model(run, registry, trunk, len(dataset.classes)) for run in runs]
+    all_made = [build_model(run, registry.part(run), trunk, len(dataset.classes)) for run in runs]
     if reason := why_frames_too_large(runs, all_made, features):
         raise InsufficientMemoryError(reason)
     tile = torch.rand(trunk.chunk, 3, *features.tile_px["train"], device=machine.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cellbench.config.cards import BaselineCard, HeadCard
-from cellbench.config.registry import Registry, load
+from cellbench.config.registry import load
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.cell_targets import requested
 from cellbench.errors import CellbenchError, one_line
@@ -69,15 +69,14 @@ class SegmentationModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def num_levels(run: RunSpec, registry: Registry) -> int:
-    """How many depths of the backbone a run reads; 0 for a baseline."""
-    return 0 if run.baseline else registry.head(run.head or "").levels
+def num_levels(card: HeadCard | BaselineCard) -> int:
+    """How many depths of the backbone a run of this card reads; 0 for a baseline."""
+    return card.levels if isinstance(card, HeadCard) else 0
 
 
-def build_model(run: RunSpec, registry: Registry, trunk: FrozenBackbone, num_classes: int) -> SegmentationModel:
-    """The run's trainable part, with weights that depend on its seed alone, on the trunk's device."""
-    card: HeadCard | BaselineCard = registry.baseline(run.baseline) if run.baseline else registry.head(run.head or "")
-    levels = trunk.levels(num_levels(run, registry)) if not run.baseline else ()
+def build_model(run: RunSpec, card: HeadCard | BaselineCard, trunk: FrozenBackbone, num_classes: int) -> SegmentationModel:
+    """The run's trainable part from the card of its head or baseline, with weights that depend on its seed alone, on the trunk's device."""
+    levels = () if run.baseline else trunk.levels(num_levels(card))
     build, auxiliary_targets = load(card), requested(run.targets)
     with torch.random.fork_rng(devices=[]):  # nobody else's random numbers depend on how many heads were made
         torch.manual_seed(run.seed)

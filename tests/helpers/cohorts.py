@@ -60,7 +60,7 @@ def features_of(dataset: Dataset, runs: list[RunSpec], machine: Hardware = FP32,
     """The stream of a cohort."""
     first = runs[0]
     backbone = open_backbone(REGISTRY.backbone(first.backbone)) if first.backbone else None
-    trunk = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(run, REGISTRY))], first.unfreeze)
+    trunk = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(REGISTRY.part(run)))], first.unfreeze)
     pixels = {split: ImageCache(dataset, split, 2**28) for split in ("train", "val", "test")}
     keeping = CachePolicy(**{"memory_bytes": machine.memory_bytes, **settings})
     return Features(trunk, SamplingPlan(pixels["train"].sizes_px, first), pixels, keeping, auxiliary_targets)
@@ -71,7 +71,7 @@ def learners_of(dataset: Dataset, runs: list[RunSpec], features: Features, most:
     return [
         HeadTrainer(
             run=run,
-            model=build_model(run, REGISTRY, features.trunk, len(dataset.classes)),
+            model=build_model(run, REGISTRY.part(run), features.trunk, len(dataset.classes)),
             recorder=Listener((most or {}).get(k, 10**6)),
             num_views=features.plan.num_views,
         )
