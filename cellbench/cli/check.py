@@ -21,8 +21,8 @@ from cellbench.data.audit import near_duplicates
 from cellbench.data.audit.checks import Finding, Severity, find_duplicates, findings, statistics
 from cellbench.data.audit.keypoint_matching import Keypoints
 from cellbench.data.audit.mask_placement import PlacementFeatures
-from cellbench.data.audit.mask_statistics import SampleFacts, measure_sample
-from cellbench.data.classes import describe_absent_classes, infer_owners, survey_classes, with_owners
+from cellbench.data.audit.image_statistics import SampleFacts, measure_sample
+from cellbench.data.classes import describe_absent_classes, infer_owners, with_owners
 from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
 from cellbench.data.loading import dataset_of_card, scan_dataset, split_dataset
 from cellbench.data.scan import Listing, UnusableImage
@@ -87,19 +87,19 @@ def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
     card, listing = scan_dataset(card, folder, spec)
     found = _scan_findings(listing)
     if not any(listing.parts.values()):
-        raise CellbenchError(f"--data {folder}: holds no image with a mask. {found[0].said if found else ''}".rstrip())
+        raise CellbenchError(f"--data {folder}: holds no image with a mask. {found[0].message if found else ''}".rstrip())
     samples = tuple(sample for part in SPLITS for sample in listing.parts.get(part, ()))
     dataset = replace(dataset_of_card(card, listing.root), train=samples, reading=listing.reading)
     meaning = interpret_masks(dataset, samples, broken=[])
-    owners, parts_notes = infer_owners(card, list(survey_classes(meaning.dataset).values()))
+    owners, parts_notes = infer_owners(card, [facts.class_content for facts in meaning.facts.values()])
     dataset = with_owners(meaning.dataset, owners)
-    notes = [*listing.notes, *listing.reading_words, *meaning.dataset.notes, *parts_notes]
-    for severity, said in ((Severity.SEVERE, meaning.ask), (Severity.LOOK, meaning.doubt)):
-        if said:
-            found.append(Finding(kind="meaning", severity=severity, said=f"{said[0].upper()}{said[1:]}.", images=("all masks",)))
-    facts = _read(dataset, dataset.tolerance)
+    notes = [*listing.notes, *listing.reading_notes, *meaning.dataset.notes, *parts_notes]
+    for severity, message in ((Severity.SEVERE, meaning.ask), (Severity.LOOK, meaning.doubt)):
+        if message:
+            found.append(Finding(kind="meaning", severity=severity, message=f"{message[0].upper()}{message[1:]}.", images=("all masks",)))
+    facts = _read(dataset)
     duplicates = find_duplicates(facts)
-    first = dict(zip(map(_key, samples), duplicates.first(len(samples)), strict=True))
+    first = dict(zip(map(_key, samples), duplicates.groups(len(samples)), strict=True))
 
     def grouped(some: tuple[Sample, ...]) -> tuple[Sample, ...]:
         return near_duplicates.group_by_first(some, [first[_key(sample)] for sample in some])
@@ -110,7 +110,7 @@ def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
         home = {_key(sample): {"split": part, "group": sample.group} for part in SPLITS for sample in dataset.samples(part)}
         facts = [replace(f, **home[_key(sample)]) for f, sample in zip(facts, samples, strict=True)]
     except CellbenchError as error:
-        found.append(Finding(kind="split", severity=Severity.SEVERE, said=str(error), images=("the split",)))
+        found.append(Finding(kind="split", severity=Severity.SEVERE, message=str(error), images=("the split",)))
     found += [*findings(facts, duplicates), *_absent(facts, dataset.classes), *_expected(card.expected, facts)]
     found = sorted(found, key=lambda finding: list(Severity).index(finding.severity))
     return Audit(
@@ -128,10 +128,10 @@ def _scan_findings(listing: Listing) -> list[Finding]:
     for problem in listing.problems:
         problems.setdefault(problem.kind, []).append(problem)
     found = [
-        Finding(kind=kind, severity=Severity.SEVERE, said=some[0].told(len(some) - 1), images=tuple(one.name for one in some))
+        Finding(kind=kind, severity=Severity.SEVERE, message=some[0].describe(len(some) - 1), images=tuple(one.name for one in some))
         for kind, some in problems.items()
     ]
-    return found + [Finding(kind=doubt.kind, severity=Severity.LOOK, said=f"{doubt.said}.", images=doubt.names) for doubt in listing.doubts]
+    return found + [Finding(kind=doubt.kind, severity=Severity.LOOK, message=f"{doubt.message}.", images=doubt.names) for doubt in listing.doubts]
 
 
 def _key(sample: Sample) -> tuple[Path, Path, str]:
@@ -142,9 +142,9 @@ def _plain(folder: Path) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in folder.absolute().name)[:80] or "data"
 
 
-def _read(dataset: Dataset, tolerance: int) -> list[SampleFacts]:
+def _read(dataset: Dataset) -> list[SampleFacts]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding and numpy free the interpreter's lock
-        jobs = [pool.submit(measure_sample, dataset, sample, "train", tolerance) for sample in dataset.train]
+        jobs = [pool.submit(measure_sample, dataset, sample, "train") for sample in dataset.train]
         try:
             return [job.result() for job in tqdm(jobs, desc=f"checking {dataset.name}", unit="image", leave=False)]
         finally:
@@ -154,15 +154,15 @@ def _read(dataset: Dataset, tolerance: int) -> list[SampleFacts]:
 def _absent(facts: Sequence[SampleFacts], classes: Sequence[str]) -> list[Finding]:
     pixels = {split: np.array([f.shares for f in facts if f.split == split and f.shares]) for split in SPLITS}
     return [
-        Finding(kind="class", severity=Severity.LOOK, said=said, images=(name,)) for name, said in describe_absent_classes(classes, pixels)
+        Finding(kind="class", severity=Severity.LOOK, message=message, images=(name,)) for name, message in describe_absent_classes(classes, pixels)
     ]
 
 
 def _expected(expected: dict[str, int], facts: Sequence[SampleFacts]) -> list[Finding]:
     found = {"train": sum(f.split != "test" for f in facts), "test": sum(f.split == "test" for f in facts), "all": len(facts)}
     wrong = [f"{part}: {found.get(part, 0)} of {num}" for part, num in expected.items() if found.get(part, 0) != num]
-    said = "The published set has another number of images: a part, or a loader's loss?"
-    return [Finding(kind="count", severity=Severity.NOTE, said=said, images=tuple(wrong))] if wrong else []
+    message = "The published set has another number of images: a part, or a loader's loss?"
+    return [Finding(kind="count", severity=Severity.NOTE, message=message, images=tuple(wrong))] if wrong else []
 
 
 def _verdict(name: str, num: int, found: Sequence[Finding]) -> str:
@@ -181,7 +181,7 @@ def _lines(found: Audit) -> list[str]:
     for finding in found.findings:
         more = f", … {len(finding.images) - SHOWN} more" if len(finding.images) > SHOWN else ""
         names = [name if name.isprintable() else ascii(name) for name in finding.images[:SHOWN]]
-        lines += [f"  {finding.severity.value:6}  {finding.kind}: {finding.said}", f"          {', '.join(names)}{more}"]
+        lines += [f"  {finding.severity.value:6}  {finding.kind}: {finding.message}", f"          {', '.join(names)}{more}"]
     return [*lines, *(f"  {note}" for note in found.notes)]
 
 
@@ -192,7 +192,7 @@ def _json(found: Audit) -> str:
     ]
     tree = {
         "verdict": found.verdict,
-        "findings": [{"kind": f.kind, "severity": f.severity.value, "said": f.said, "images": f.images} for f in found.findings],
+        "findings": [{"kind": f.kind, "severity": f.severity.value, "said": f.message, "images": f.images} for f in found.findings],
         "statistics": dict(found.numbers),
         "notes": found.notes,
         "images": images,
@@ -202,7 +202,7 @@ def _json(found: Audit) -> str:
 
 def _page(folder: Path, found: Audit) -> str:
     rows = [
-        (f.severity.value, f.kind, str(len(f.images)), f.said, ", ".join(f.images[:50]) + (" …" if len(f.images) > 50 else ""))
+        (f.severity.value, f.kind, str(len(f.images)), f.message, ", ".join(f.images[:50]) + (" …" if len(f.images) > 50 else ""))
         for f in found.findings
     ]
     table = Table(headings=("severity", "kind", "images", "what it means", "which"), rows=rows, sentence_columns=(1, 3, 4))

@@ -44,7 +44,7 @@ def explore(options: ExploreOptions) -> int:
     registry = Registry(options.registry)
     card = registry.dataset(options.dataset or ("folder" if options.data is not None else "smears"))
     card, listing = scan_dataset(card, options.data, DataSpec())
-    listing.refuse()
+    listing.raise_first()
     for line in listing.lines:
         print(line)
     dataset, _ = split_dataset(card, listing, DataSpec())

@@ -77,7 +77,7 @@ def _prepare(options: GridOptions) -> _Plan:
     for line in dict.fromkeys(line for dataset in datasets for line in dataset.notes):
         say(line)
     dataset = datasets[0]
-    for line in quick_check.severe_findings(registry.dataset(experiment.dataset), dataset):
+    for line in quick_check.severe_findings(dataset):
         say(line)
     runs = resolve_runs(
         experiment,

@@ -116,7 +116,8 @@ class DatasetCard(Card):
     """Images with masks. ``classes`` are in the order of the class numbers, the background first."""
 
     builder: str = ""
-    """Draws the images of a synthetic dataset; empty for data that is read from a folder."""
+    """Empty: the folder is read in one of the known layouts. Else ``builder(folder, card)`` returns its ``cellbench.data.scan.Listing``, or with
+    ``draw`` ``builder(folder, settings, progress)`` draws the images into the folder."""
     classes: tuple[str, ...] = Field(("background", "cell"), min_length=2)
     values: tuple[int, ...] = ()
     """The mask value of each class; a pixel belongs to the nearest. Empty: 0 is background, anything else a cell."""

@@ -120,7 +120,7 @@ def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
         whole = isinstance(runs, list) and all(type(n) is int and 0 <= n <= height * width for n in runs)
         if not whole or sum(runs) != height * width:
             raise ValueError("has run lengths that do not add up to its image")
-        flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+        flat = np.repeat(np.arange(len(runs)) % 2 == 1, np.array(runs))
         return flat.reshape(width, height).T
     if not (isinstance(segmentation, list) and segmentation and all(isinstance(polygon, list) for polygon in segmentation)):
         raise ValueError("has neither polygons nor run lengths")

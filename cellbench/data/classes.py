@@ -1,6 +1,6 @@
-"""What the masks of a dataset hold: which classes are in which split, how many images are empty, and which class is a part of which.
+"""Which classes occur in which split, how many images are empty, and which class is a part of which.
 
-A nucleus and its cytoplasm are two classes and one cell. The card says so (``objects``, ``parts``); where it does not, the masks are asked: a
+A nucleus and its cytoplasm are two classes and one cell. The card says so (``objects``, ``parts``); where it does not, the masks decide: a
 class whose outline lies almost wholly along one other class is a part of that class's objects.
 
 Letters: K classes.
@@ -8,120 +8,35 @@ Letters: K classes.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
-from scipy import ndimage
-from tqdm import tqdm
 
 from cellbench.config.cards import DatasetCard
+from cellbench.data.class_content import ClassContent
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.errors import CellbenchError
-from cellbench.file_cache import FileFactCache
 from cellbench.metrics.instances import has_parts
 
 PART_SHARE = 0.75
-"""Of a class's outline along one other class, from which on it is a part. White blood cells (Zheng 2018): nuclei 1.00, cytoplasm 0.47 along
-its nucleus; red cells, white cells and platelets that touch in drawn smears: 0.01."""
+"""A class is a part of another from this share of its outline along the other. White blood cells (Zheng 2018): nuclei 1.00, cytoplasm 0.47
+along its nucleus; red cells, white cells and platelets that touch in drawn smears: 0.01."""
 DOUBT_SHARE = 0.4
-"""From which on it is reported that they were *not* taken as parts."""
+"""From this share a note says that the class was *not* taken as a part."""
 THICK_PX = 3
-"""Mean thickness of what encloses a part. Rims of a smoothed mask, whose values pass through another class's, are thinner."""
+"""Least mean thickness of the enclosing class. Rims of a smoothed mask, whose values pass through another class's, are thinner."""
 MOST_PARTS = 4
-"""Of a class in one region of another, in the mean: more are cells in a sheet of others (lobes of a nucleus: 2 to 3)."""
+"""Most regions of a part in one region of its object, on average: more are cells in a sheet of others (lobes of a nucleus: 2 to 3)."""
 WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ClassContent:
-    """What masks hold, summed over any number of them; int64 each."""
-
-    pixels: np.ndarray
-    """(K,)."""
-    contacts: np.ndarray
-    """(K, K), symmetric: pairs of neighbouring pixels (of four) by their two classes."""
-    regions: np.ndarray
-    """(K, K): connected regions of the row's class that touch the column's."""
-    areas_px: np.ndarray
-    """(K, K): and their area."""
-
-    def __add__(self, other: ClassContent) -> ClassContent:
-        return ClassContent(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
-
-
-def class_content(classes: np.ndarray, num: int) -> ClassContent:
-    """Of one class map (H, W); pixels that are not below ``num`` count nowhere."""
-    known = classes < num
-    pixels = np.bincount(classes[known], minlength=num)[:num].astype(np.int64)
-    contacts, regions, areas = (np.zeros((num, num), np.int64) for _ in range(3))
-    present = [label for label in range(1, num) if pixels[label]]
-    if len(present) > 1:  # nothing to be part of otherwise
-        for first, second in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
-            a, b = classes[first], classes[second]
-            at = (a != b) & known[first] & known[second]
-            pairs = np.bincount(a[at].astype(np.int64) * num + b[at], minlength=num * num).reshape(num, num)
-            contacts += pairs + pairs.T
-        for label in present:
-            parts, count = ndimage.label(classes == label)
-            size = np.bincount(parts.ravel(), minlength=count + 1)
-            for other in present:
-                if other != label and contacts[label, other]:
-                    touching = np.unique(parts[ndimage.binary_dilation(classes == other)])
-                    touching = touching[touching > 0]
-                    regions[label, other], areas[label, other] = len(touching), size[touching].sum()
-    return ClassContent(pixels=pixels, contacts=contacts, regions=regions, areas_px=areas)
-
-
-def survey_classes(dataset: Dataset) -> dict[Sample, ClassContent]:
-    """Each sample's mask, but for those that cannot be read. What was read is remembered by the file's size and time of change."""
-    num = len(dataset.classes)
-    meaning = {
-        f.name: getattr(dataset, f.name)
-        for f in fields(dataset)
-        if f.name not in (*SPLITS, "name", "root", "digest", "notes", "owners", "unused")
-    }
-    key = hashlib.sha256(repr(sorted(meaning.items())).encode()).hexdigest()[:8]
-
-    def listed(path: Path) -> list[list]:
-        one = class_content(dataset.read_mask(Sample(name=path.name, image=path, mask=path)), num)
-        return [getattr(one, field.name).tolist() for field in fields(ClassContent)]
-
-    out: dict[Sample, ClassContent] = {}
-    with FileFactCache(f"classes-{key}", listed) as known:
-
-        def read(sample: Sample) -> None:
-            with contextlib.suppress(CellbenchError, OSError):
-                if sample.truth is not None:
-                    out[sample] = class_content(dataset.read_mask(sample), num)
-                else:
-                    values = zip(fields(ClassContent), known[sample.mask], strict=True)
-                    out[sample] = ClassContent(**{field.name: np.array(value, np.int64) for field, value in values})
-
-        todo = [sample for split in SPLITS for sample in dataset.samples(split)]
-        with ThreadPoolExecutor(2) as pool:  # decoding frees the interpreter's lock
-            list(
-                tqdm(
-                    pool.map(read, todo),
-                    total=len(todo),
-                    desc=f"classes of {dataset.name}",
-                    unit="image",
-                    leave=False,
-                    disable=len(todo) < 200,
-                )
-            )
-    return out
-
-
 def infer_owners(card: DatasetCard, found: Sequence[ClassContent]) -> tuple[tuple[int, ...], list[str]]:
-    """For each class the class of the object that it belongs to, by the card and else by the masks; and what a person should know about it.
+    """For each class the class of its object, by the card or else by the masks, and notes for the user.
 
-    Empty where every class is an object. Raises CellbenchError where the card leaves open which object a part belongs to, and the masks do too.
+    Empty where every class is an object. Raises CellbenchError where neither card nor masks say which object a part belongs to.
     """
     names, num = card.classes, len(card.classes)
     total = sum(found[1:], found[0]) if found else None
@@ -135,17 +50,17 @@ def infer_owners(card: DatasetCard, found: Sequence[ClassContent]) -> tuple[tupl
                 if not touching.any():
                     raise CellbenchError(
                         f"{card.path}: parts: '{part}' touches none of {', '.join(names[j] for j in objects)}, so its object is not known. "
-                        f"Write it as parts = {{ {part} = 'CLASS' }}."
+                        f"Write parts = {{ {part} = 'CLASS' }}."
                     )
                 owner = names[objects[int(touching.argmax())]]
             owners[k] = names.index(owner)
             notes.append(f"'{part}' is a part of '{owner}': one object together, as the card says.")
     elif total is not None:
-        owners, notes = _asked(names, total)
+        owners, notes = _owners_by_contact(names, total)
     return (tuple(owners) if has_parts(owners) else ()), notes
 
 
-def _asked(names: Sequence[str], total: ClassContent) -> tuple[list[int], list[str]]:
+def _owners_by_contact(names: Sequence[str], total: ClassContent) -> tuple[list[int], list[str]]:
     outline = total.contacts.sum(1)
     shares = np.divide(total.contacts, outline[:, None], out=np.zeros(total.contacts.shape), where=outline[:, None] > 0)
     shares[:, 0] = 0
@@ -158,12 +73,12 @@ def _asked(names: Sequence[str], total: ClassContent) -> tuple[list[int], list[s
             continue
         thick = total.areas_px[owner, part] >= THICK_PX * total.contacts[owner, part]
         few = total.regions[part, owner] <= MOST_PARTS * total.regions[owner, part]
-        said = f"{share:.0%} of the outline of '{names[part]}' lies along '{names[owner]}'"
+        fact = f"{share:.0%} of the outline of '{names[part]}' lies along '{names[owner]}'"
         if share >= PART_SHARE and thick and few:
             owners[part] = owner
-            notes.append(f"{said}: taken as a part of it, one object together. If that is wrong, give `objects` on the card.")
+            notes.append(f"{fact}: taken as a part of it, one object together. If that is wrong, give `objects` on the card.")
         elif thick:
-            notes.append(f"{said}: taken as an object of its own. If it is a part of it, give `parts` on the card.")
+            notes.append(f"{fact}: taken as an object of its own. If it is a part of it, give `parts` on the card.")
     for part in range(len(names)):  # a part of a part is of the same object
         while owners[owners[part]] != owners[part]:
             owners[part] = owners[owners[part]]
@@ -171,7 +86,7 @@ def _asked(names: Sequence[str], total: ClassContent) -> tuple[list[int], list[s
 
 
 def with_owners(dataset: Dataset, owners: Sequence[int]) -> Dataset:
-    """The dataset whose cells are found so: its digest tells it from one where every class is an object."""
+    """The dataset with these owners; its digest differs from one where every class is an object."""
     if not has_parts(owners):
         return dataset
     facts = json.dumps([dataset.digest, "parts", list(owners)])
@@ -180,7 +95,7 @@ def with_owners(dataset: Dataset, owners: Sequence[int]) -> Dataset:
 
 
 def describe_absent_classes(classes: Sequence[str], pixels: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
-    """Classes without a pixel somewhere: (class, sentence). ``pixels``: by split, (N, K) for its N images; splits without images say nothing."""
+    """(class, sentence) for each class that is absent from a split. ``pixels``: by split, (N, K) for its N images; empty splits do not count."""
     there = {split: counts.sum(0) > 0 for split, counts in pixels.items() if len(counts)}
     out = []
     for k, name in enumerate(classes):
@@ -201,27 +116,26 @@ def describe_absent_classes(classes: Sequence[str], pixels: Mapping[str, np.ndar
 
 
 def describe_empty_images(pixels: Mapping[str, np.ndarray]) -> list[str]:
-    """A sentence about images without a cell, if there are any; ``pixels`` as for :func:`describe_absent_classes`."""
+    """Sentences on images without a cell; ``pixels`` as for :func:`describe_absent_classes`."""
     num = {split: int((counts[:, 1:].sum(1) == 0).sum()) for split, counts in pixels.items() if len(counts)}
-    told = [f"{n} of {len(pixels[split])} {WORDS[split]} images" for split, n in num.items() if n]
-    if not told:
+    counts = [f"{n} of {len(pixels[split])} {WORDS[split]} images" for split, n in num.items() if n]
+    if not counts:
         return []
-    out = [f"without a cell: {', '.join(told)}. Means leave out those where nothing is found; a find there scores 0."]
+    out = [f"without a cell: {', '.join(counts)}. Means leave out those where nothing is found; a find there scores 0."]
     if num.get("val") and num["val"] == len(pixels["val"]):
         out.append("no validation image has a cell: epochs are chosen by the validation loss.")
     return out
 
 
 def unused_classes(dataset: Dataset, found: Iterable[ClassContent]) -> tuple[int, ...]:
-    """The classes that none of the masks holds; none where there is no cell at all, which is nothing about single classes."""
+    """The classes that occur in no mask; none where there is no cell at all, which says nothing about single classes."""
     pixels = sum((one.pixels for one in found), np.zeros(len(dataset.classes), np.int64))
     return tuple(k for k in range(1, len(pixels)) if not pixels[k]) if pixels[1:].any() else ()
 
 
-def with_class_facts(dataset: Dataset, card: DatasetCard) -> Dataset:
-    """The dataset with what its masks say of its classes: ``owners``, ``unused``, and notes. Raises CellbenchError as :func:`infer_owners` does."""
-    found = survey_classes(dataset)
-    owners, notes = infer_owners(card, list(found.values()))
-    pixels = {split: np.array([found[sample].pixels for sample in dataset.samples(split) if sample in found]) for split in SPLITS}
+def with_class_facts(dataset: Dataset, contents: Mapping[Sample, ClassContent], card: DatasetCard) -> Dataset:
+    """The dataset with ``owners``, ``unused`` and notes on its classes. Raises CellbenchError as :func:`infer_owners` does."""
+    owners, notes = infer_owners(card, list(contents.values()))
+    pixels = {split: np.array([contents[sample].pixels for sample in dataset.samples(split)]) for split in SPLITS}
     notes += [sentence for _, sentence in describe_absent_classes(dataset.classes, pixels)] + describe_empty_images(pixels)
-    return replace(with_owners(dataset, owners), unused=unused_classes(dataset, found.values()), notes=(*dataset.notes, *notes))
+    return replace(with_owners(dataset, owners), unused=unused_classes(dataset, contents.values()), notes=(*dataset.notes, *notes))

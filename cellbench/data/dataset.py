@@ -1,10 +1,10 @@
-"""A dataset as the harness sees it: named images with masks in three splits, proven readable before anything is trained."""
+"""A dataset: named images with masks in three splits, every file decoded once before training starts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +15,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from cellbench.data.annotations import Annotation
+from cellbench.data.class_content import ClassContent
 from cellbench.data.io import images
 from cellbench.data.io.intensity import IntensityScaling
-from cellbench.data.masks import MARKS, MaskFacts, count_below, decide_meaning, mask_facts, mask_facts_of_cells, min_cell_area
+from cellbench.data.masks import MARKS, MaskFacts, count_below, decide_meaning, mask_facts, mask_facts_of_cells, min_cell_area, off_values
 from cellbench.errors import CellbenchError, one_line
 from cellbench.file_cache import FileFactCache
 from cellbench.files import compute_sha256
@@ -36,23 +37,22 @@ class Sample:
     """The image's file name; unique within its split."""
     image: Path
     mask: Path
-    """The mask's file, or what holds the truth in its place."""
+    """The mask file, or the file or folder that holds the annotation."""
     size_px: tuple[int, int] = (0, 0)
     """Height, width."""
     digest: str = ""
     """Of the image file's content."""
     group: str = ""
-    """The patient, slide or smear that the image is of, where known: images of one are alike, no split tears them apart, and statistics take
-    them as one."""
+    """The patient, slide or smear of the image, where known: its images stay in one split, and statistics take them as one."""
     label: str = ""
-    """What it shows as a whole, as a manifest says; for stratified splits."""
+    """Label of the whole image from a manifest, for stratified splits."""
     truth: Annotation | None = None
-    """How the truth is read where it is not one mask file."""
+    """The annotation, where it is not one mask file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Samples by split, and how masks become class numbers."""
+    """Samples by split, and the meaning of their masks."""
 
     name: str
     classes: tuple[str, ...]
@@ -62,36 +62,41 @@ class Dataset:
     test: tuple[Sample, ...]
     root: Path
     thresholds: tuple[int, ...] = ()
-    """In place of ``values``: class k holds the mask values from ``thresholds[k - 1]`` on."""
+    """Instead of ``values``: class k starts at mask value ``thresholds[k - 1]``."""
     colors: tuple[tuple[int, int, int], ...] = ()
-    """In place of ``values``: the mask's colour of each class."""
+    """Instead of ``values``: the mask colour of each class."""
     owners: tuple[int, ...] = ()
-    """For each class the class of the object that it is a part of, its own for an object; empty: every class is an object."""
+    """For each class the class of the object that it is part of, its own for an object; empty: every class is an object."""
     unused: tuple[int, ...] = ()
-    """Classes that no mask holds, in no split."""
+    """Classes that occur in no mask."""
     reading: IntensityScaling = field(default_factory=IntensityScaling)
-    """What all its images are read by."""
+    """Black, white and channels with which all images are read."""
     um_per_px: float | None = None
-    """The side of a pixel by the files' own statement, where all that state one state the same."""
+    """Side of a pixel as the files state it, where all that state one state the same."""
     tolerance: int = 20
-    """How far from its class's value a mask's value may lie."""
+    """Greatest distance of a mask value from its class's value."""
     masks: str = ""
-    """How mask files are meant: numbers of ``cells``, values of ``classes``, or ``binary``; empty: undecided, and then no numbers of cells.
-    :func:`interpret_masks` decides."""
+    """Meaning of the mask values: ``cells`` (numbers), ``classes`` or ``binary``; empty: undecided, see :func:`interpret_masks`."""
     ignore: int | tuple[int, int, int] | None = None
-    """The mask value (or colour) of pixels that count nowhere: ``IGNORE`` in class maps."""
+    """The mask value (or colour) of pixels that do not count: ``IGNORE`` in class maps."""
     min_cell_px: int | None = None
-    """Connected regions, true or predicted, below this area are specks and no cells; None: undecided."""
+    """Smaller connected regions, true or predicted, are specks and no cells; None: undecided."""
     digest: str = ""
-    """Over every pixel file, the splits and the classes: what a finished run was trained on."""
+    """Over every file, the splits and the classes: identifies the data of a finished run."""
     notes: tuple[str, ...] = ()
-    """What a person should know about how the data was read."""
+    """Remarks for the user on how the data was read."""
+    drawn: bool = False
+    """Whether the images are synthetic."""
     limited: bool = False
-    """Whether ``[data] limit`` left images out: a quick try."""
+    """Whether ``[data] limit`` left images out."""
 
     def samples(self, split: str) -> tuple[Sample, ...]:
         """The samples of ``train``, ``val`` or ``test``."""
         return {"train": self.train, "val": self.val, "test": self.test}[split]
+
+    def with_samples(self, parts: Mapping[str, tuple[Sample, ...]]) -> Dataset:
+        """The dataset with other samples of ``train``, ``val`` and ``test``."""
+        return replace(self, train=parts["train"], val=parts["val"], test=parts["test"])
 
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """The image (H, W, 3) uint8 RGB and its class map (H, W) uint8. Raises CellbenchError that names the file."""
@@ -99,12 +104,12 @@ class Dataset:
 
     @property
     def color_table(self) -> dict[tuple[int, int, int], int] | None:
-        """Class by colour, where colours tell the classes."""
+        """Class by colour; None where the mask has no colours."""
         ignored = {self.ignore: IGNORE} if isinstance(self.ignore, tuple) else {}
         return {color: index for index, color in enumerate(self.colors)} | ignored if self.colors else None
 
     def read_mask(self, sample: Sample) -> np.ndarray:
-        """The class map (H, W) uint8; ``IGNORE`` where a pixel counts nowhere."""
+        """The class map (H, W) uint8; ``IGNORE`` where a pixel does not count."""
         if sample.truth is not None:
             return sample.truth.read()[0]
         if self.colors:
@@ -112,7 +117,7 @@ class Dataset:
         return self.meaning(images.read_labels(sample.mask))
 
     def meaning(self, labels: np.ndarray) -> np.ndarray:
-        """The class map (H, W) uint8 of a mask's numbers."""
+        """The class map (H, W) uint8 of mask values."""
         classes = (
             np.digitize(labels, self.thresholds).astype(np.uint8) if self.thresholds else images.labels_to_classes(labels, self.values)
         )
@@ -121,67 +126,58 @@ class Dataset:
         return classes
 
     def read_instances(self, sample: Sample) -> np.ndarray | None:
-        """The truth's own numbers of cells (H, W), whole, 0 being background; None where the set's masks hold none."""
+        """The cell numbers (H, W) of the annotation, integers, 0 is background; None where the masks hold none."""
         if sample.truth is not None:
             return sample.truth.read()[1]
         return self.ids_of(images.read_labels(sample.mask)) if self.masks == "cells" else None
 
     def ids_of(self, labels: np.ndarray) -> np.ndarray | None:
-        """A mask's numbers, where they are those of its cells; the ignored one is 0."""
+        """Mask values as cell numbers, where they are such; the ignored value becomes 0."""
         if self.masks != "cells":
             return None
         return labels if self.ignore is None else np.where(labels == self.ignore, 0, labels)
 
 
-def _inspect_image(path: Path, reading: IntensityScaling) -> list[object]:
-    height, width = images.read_image(path, reading).shape[:2]  # first, because it tells people what is wrong with a file
+def _inspect_image(path: Path, reading: IntensityScaling) -> list[Any]:
+    height, width = images.read_image(path, reading).shape[:2]  # before the hash: its errors say what is wrong with a file
     return [compute_sha256(path), height, width]
 
 
-def _inspect_mask(path: Path, dataset: Dataset) -> list[Any]:
+def _inspect_mask(path: Path, dataset: Dataset) -> dict[str, Any]:
     labels = images.read_labels(path, colors=dataset.color_table)
     classes = labels.astype(np.uint8) if dataset.colors else dataset.meaning(labels)
-    return [compute_sha256(path), vars(mask_facts(labels, classes, _strays(labels, classes, dataset)))]
+    strays: list[int] = []
+    if dataset.values:
+        off = off_values(labels, classes, dataset.values, dataset.tolerance)
+        inside = ndimage.binary_erosion(off, np.ones((3, 3), bool)) if off.any() else off
+        strays = [int(labels[inside].max())] if inside.any() else []
+    return vars(mask_facts(labels, classes, strays, len(dataset.classes), compute_sha256(path)))
 
 
-def _strays(labels: np.ndarray, classes: np.ndarray, dataset: Dataset) -> list[int]:
-    """Values in fields of 3 x 3 or more that are further from their class's than the tolerance: at most one is named."""
-    if not dataset.values:
-        return []
-    known = np.array([*dataset.values, *[0] * (256 - len(dataset.values))], np.int32)  # whatever is ignored is at its place
-    off = (np.abs(labels.astype(np.int32) - known[classes]) > dataset.tolerance) & (classes != IGNORE)
-    inside = ndimage.binary_erosion(off, np.ones((3, 3), bool)) if off.any() else off
-    return [int(labels[inside].max())] if inside.any() else []
+def read_mask_facts(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample] | None = None) -> dict[Sample, MaskFacts]:
+    """The facts of each sample's mask. An unreadable one is a CellbenchError, or is left out and listed in ``broken``.
 
-
-def _truth(dataset: Dataset, sample: Sample) -> list[Any]:
-    """As for a mask file, of a truth that is none; read anew each time, because it may be many files or part of one."""
-    assert sample.truth is not None
-    return [sample.truth.digest(), vars(mask_facts_of_cells(*sample.truth.read()))]
-
-
-def read_mask_facts(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample] | None = None) -> dict[Sample, tuple[str, MaskFacts]]:
-    """The hash and facts of each sample's mask. One that cannot be read is a CellbenchError, or is left out and listed in ``broken``.
-
-    What was read is remembered by size and time of change, so that only the first call on new files takes long.
+    Facts of mask files are cached by size and time of change, so that only the first call on new files takes long. Annotations are read
+    each time, because they may be many files or part of one.
     """
-    key = [dataset.values, dataset.thresholds, dataset.colors, dataset.ignore, dataset.tolerance]
+    key = [dataset.values, dataset.thresholds, dataset.colors, dataset.ignore, dataset.tolerance, len(dataset.classes)]
     name = f"mask-facts-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
-    out: dict[Sample, tuple[str, MaskFacts]] = {}
+    out: dict[Sample, MaskFacts] = {}
     with FileFactCache(name, lambda path: _inspect_mask(path, dataset)) as known, ThreadPoolExecutor(2) as pool:
 
         def inspect(sample: Sample) -> None:
             try:
-                digest, facts = known[sample.mask] if sample.truth is None else _truth(dataset, sample)
+                if sample.truth is None:
+                    out[sample] = MaskFacts(**known[sample.mask])
+                else:
+                    out[sample] = mask_facts_of_cells(*sample.truth.read(), len(dataset.classes), sample.truth.digest())
             except (CellbenchError, OSError) as error:
                 if broken is None:
                     raise error if isinstance(error, CellbenchError) else CellbenchError(f"{sample.mask}: {one_line(error)}.") from None
                 broken.append(sample)
-            else:
-                out[sample] = digest, MaskFacts(**facts)
 
         new = [sample for sample in samples if sample.truth is not None or not known.knows(sample.mask)]
-        jobs = [pool.submit(inspect, sample) for sample in new]  # decoding frees the interpreter's lock
+        jobs = [pool.submit(inspect, sample) for sample in new]  # decoding releases the interpreter's lock
         try:
             for job in tqdm(jobs, desc=f"reading masks of {dataset.name} once", unit="mask", leave=False, disable=len(new) < 20):
                 job.result()
@@ -195,43 +191,46 @@ def read_mask_facts(dataset: Dataset, samples: Sequence[Sample], broken: list[Sa
 
 @dataclass(frozen=True, kw_only=True)
 class MaskInterpretation:
-    """A dataset whose masks' meaning is decided, and what the decision rests on."""
+    """A dataset whose masks have a decided meaning, and the facts behind the decision."""
 
     dataset: Dataset
-    facts: dict[Sample, tuple[str, MaskFacts]]
-    """Hash and facts of each mask, by sample."""
+    facts: dict[Sample, MaskFacts]
     ask: str = ""
-    """What only a person can say; the dataset then holds the best guess."""
+    """What the user must decide; the dataset then holds the best guess."""
     doubt: str = ""
-    """What a person should confirm."""
+    """What the user should confirm."""
 
 
 def interpret_masks(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample] | None = None) -> MaskInterpretation:
-    """How the masks of a set are meant and how small its cells may be, from all of them together, as far as its card does not say.
+    """Decides the meaning of a set's masks and the least area of a cell from all masks together, as far as the card does not.
 
-    Notes for people are added to the dataset's. ``broken``: as for :func:`read_mask_facts`.
+    Notes for the user are added to the dataset's. ``broken``: as for :func:`read_mask_facts`.
     """
     facts = read_mask_facts(dataset, samples, broken)
-    files = [found for sample, (_, found) in facts.items() if sample.truth is None]
-    outlined = [found for sample, (_, found) in facts.items() if sample.truth is not None]
-    notes, ask, doubt = [], "", ""
-    if files and not (dataset.values or dataset.thresholds or dataset.colors):
-        meaning = decide_meaning(files, dataset.masks, dataset.ignore)
+    outlined = [found for sample, found in facts.items() if sample.truth is not None]
+    notes: list[str] = []
+    ask = doubt = ""
+    ignore = dataset.ignore if isinstance(dataset.ignore, int) else None
+
+    def of_files() -> list[MaskFacts]:
+        return [found for sample, found in facts.items() if sample.truth is None]
+
+    if of_files() and not (dataset.values or dataset.thresholds or dataset.colors):
+        meaning = decide_meaning(of_files(), dataset.masks, ignore)
         doubt = meaning.doubt
-        if not meaning.kind:  # an ignored value was found: the others are looked at without it
-            dataset = replace(dataset, ignore=meaning.ignore)
+        if not meaning.kind:  # an ignored value was found: decide again without it
+            dataset, ignore = replace(dataset, ignore=meaning.ignore), meaning.ignore
             facts = read_mask_facts(dataset, samples, broken and [*broken])
-            files = [found for sample, (_, found) in facts.items() if sample.truth is None]
-            meaning = decide_meaning(files, dataset.masks, dataset.ignore)
+            meaning = decide_meaning(of_files(), dataset.masks, ignore)
         dataset, ask = replace(dataset, masks=meaning.kind, values=meaning.values), meaning.ask
         if meaning.values:
             facts = read_mask_facts(dataset, samples, broken and [*broken])
-        notes.append(f"masks: {meaning.said}")
-    elif files:
+        notes.append(f"masks: {meaning.description}")
+    elif of_files():
         dataset = replace(dataset, masks="classes" if len(dataset.classes) > 2 else "binary")
-        notes.append(f"masks: {_by_card(dataset)}; a cell is a connected region")
-        if strays := [found.strays[0] for found in files if found.strays]:
-            doubt = f"{len(strays)} masks hold fields of values that the card does not know, such as {strays[0]}: each is taken for the nearest class"
+        notes.append(f"masks: {_values_of_card(dataset)}; a cell is a connected region")
+        if strays := [found.strays[0] for found in of_files() if found.strays]:
+            doubt = f"{len(strays)} masks hold fields of values that the card does not name, such as {strays[0]}: each pixel takes the nearest class"
             doubt += f". Write ignore = {strays[0]} where it must not count" if strays[0] in MARKS and dataset.ignore is None else ""
     else:
         dataset = replace(dataset, masks="cells")
@@ -239,61 +238,53 @@ def interpret_masks(dataset: Dataset, samples: Sequence[Sample], broken: list[Sa
         nums = [found.num_values for found in outlined]
         notes.append(f"masks: outlines of cells, {f'{min(nums)} to ' if min(nums) < max(nums) else ''}{max(nums)} an image")
         if lost := sum(sample.truth.num_outlined for sample in facts if sample.truth is not None) - sum(nums):
-            notes.append(
-                f"masks: {lost:,} outlined cells have no pixel of their own (below one in size, or covered by others) and are none"
-            )
-    everything = [found for _, found in facts.values()]
-    if ignored_px := sum(found.ignored_px for found in everything):
-        share = ignored_px / sum(found.size_px[0] * found.size_px[1] for found in everything)
-        notes.append(f"ignored: {share:.2%} of the pixels count nowhere, neither in training nor in scores")
-    limit, told = _smallest(dataset, facts)
-    notes += [told, *([f"doubt: {doubt}"] if doubt else [])]
-    return MaskInterpretation(
-        dataset=replace(dataset, min_cell_px=limit, notes=(*dataset.notes, *notes)), facts=facts, ask=ask, doubt=doubt
-    )
+            notes.append(f"masks: {lost:,} outlined cells have no pixel of their own (smaller than one, or covered by others) and do not count")
+    if ignored_px := sum(found.ignored_px for found in facts.values()):
+        share = ignored_px / sum(found.size_px[0] * found.size_px[1] for found in facts.values())
+        notes.append(f"ignored: {share:.2%} of the pixels do not count, neither in training nor in scores")
+    limit, note = _min_cell_px(dataset, facts)
+    notes += [note, *([f"doubt: {doubt}"] if doubt else [])]
+    dataset = replace(dataset, min_cell_px=limit, notes=(*dataset.notes, *notes))
+    return MaskInterpretation(dataset=dataset, facts=facts, ask=ask, doubt=doubt)
 
 
-def _by_card(dataset: Dataset) -> str:
+def _values_of_card(dataset: Dataset) -> str:
     marks = dataset.colors or dataset.values or (f"below {dataset.thresholds[0]}", *(f"from {value}" for value in dataset.thresholds))
     named = ", ".join(f"{mark} {name}" for mark, name in list(zip(marks, dataset.classes, strict=True))[:8])
     return f"{named}{' …' if len(dataset.classes) > 8 else ''}, by the card"
 
 
-def _smallest(dataset: Dataset, facts: dict[Sample, tuple[str, MaskFacts]]) -> tuple[int, str]:
+def _min_cell_px(dataset: Dataset, facts: dict[Sample, MaskFacts]) -> tuple[int, str]:
     """The least area of a cell in px, and a note on it."""
-    own = {sample: _cells(dataset, sample, found) for sample, (_, found) in facts.items()}
-    every = [pair for areas in own.values() for pair in areas]
+    every: list[Sequence[int]] = []
+    counted: list[int] = []
+    for sample, found in facts.items():
+        if sample.truth is not None or dataset.masks == "cells":  # a cell that a person numbered or outlined counts, however small
+            counted += [px for px, _ in found.numbered]
+            every += found.numbered
+        else:
+            every += found.regions
     limit, why = dataset.min_cell_px, "as set"
     if limit is None:
-        limit, why = min_cell_area(every), "from the areas of the masks' cells"
-        # A cell that a person numbered or outlined is one, however small.
-        counted = [px for sample, areas in own.items() if _is_numbered(dataset, sample) for px, _ in areas]
-        limit = min([limit, *counted])
+        limit, why = min([min_cell_area(every), *counted]), "from the areas of the masks' cells"
     few, num = count_below(every, limit)
     left = f"{few:,} of {num:,} marked regions are smaller and are not counted as cells" if few else "none of the masks' is smaller"
     return limit, f"smallest cell: {limit} px, {why} (min_cell_px on the card sets it); {left}"
 
 
-def _is_numbered(dataset: Dataset, sample: Sample) -> bool:
-    return sample.truth is not None or dataset.masks == "cells"
+def validated(dataset: Dataset) -> tuple[Dataset, dict[Sample, ClassContent]]:
+    """The dataset with sizes, digest and the meaning of its masks, and the classes in each mask. Decodes every file once.
 
-
-def _cells(dataset: Dataset, sample: Sample, found: MaskFacts) -> Sequence[Sequence[int]]:
-    return found.numbered if _is_numbered(dataset, sample) else found.regions
-
-
-def validated(dataset: Dataset) -> Dataset:
-    """The dataset with sizes, digest, and the meaning of its masks, after every file was decoded once and every mask fits its image.
-
-    Raises CellbenchError; also where only a person can say what the masks mean. What was read is remembered by size and time of change, so
-    that only the first call on new files takes long (about 30 ms a megapixel).
+    Raises CellbenchError for unreadable files, masks of another size than their image, and masks whose meaning the user must decide. Facts are
+    cached by size and time of change, so that only the first call on new files takes long (about 30 ms a megapixel).
     """
     everything = [s for split in SPLITS for s in dataset.samples(split)]
-    read_as = dataset.reading.told()
-    seen = "images" if dataset.reading == IntensityScaling() else f"images-{hashlib.sha256(json.dumps(read_as).encode()).hexdigest()[:8]}"
-    with FileFactCache(seen, lambda path: _inspect_image(path, dataset.reading)) as image_facts:
+    scaling = dataset.reading.to_dict()
+    default = dataset.reading == IntensityScaling()
+    name = "images" if default else f"images-{hashlib.sha256(json.dumps(scaling).encode()).hexdigest()[:8]}"
+    with FileFactCache(name, lambda path: _inspect_image(path, dataset.reading)) as image_facts:
         new = [s for s in everything if not image_facts.knows(s.image)]
-        with ThreadPoolExecutor(2) as pool:  # decoding frees the interpreter's lock
+        with ThreadPoolExecutor(2) as pool:  # decoding releases the interpreter's lock
             jobs = [pool.submit(image_facts.__getitem__, sample.image) for sample in new]
             try:
                 for job in tqdm(jobs, desc=f"reading {dataset.name} once", unit="image", leave=False, disable=len(new) < 20):
@@ -302,11 +293,13 @@ def validated(dataset: Dataset) -> Dataset:
                 pool.shutdown(cancel_futures=True)
         found = interpret_masks(dataset, everything)
         dataset = found.dataset
-        lines, parts = [], {}
+        lines: list[list[Any]] = []
+        parts: dict[str, tuple[Sample, ...]] = {}
+        contents: dict[Sample, ClassContent] = {}
         for split in SPLITS:
             checked = []
             for sample in dataset.samples(split):
-                (image_hash, *size), (mask_hash, facts) = image_facts[sample.image], found.facts[sample]
+                (image_hash, *size), facts = image_facts[sample.image], found.facts[sample]
                 mask_size = list(facts.size_px)
                 if size != mask_size:
                     raise CellbenchError(
@@ -314,12 +307,12 @@ def validated(dataset: Dataset) -> Dataset:
                         "Masks must have their image's size: replace the mask, or move the pair out of the folder."
                     )
                 checked.append(replace(sample, size_px=(size[0], size[1]), digest=str(image_hash)))
-                lines.append([split, sample.name, image_hash, mask_hash])
+                contents[checked[-1]] = facts.class_content
+                lines.append([split, sample.name, image_hash, facts.digest])
             parts[split] = tuple(checked)
     if found.ask:
-        raise CellbenchError(f"{dataset.root}: {found.ask}, on the data set's card ({CARD_NAME} beside the data).")
-    # What came later is left out where it is not used, so that finished runs are still found.
-    meaning = [dataset.classes, dataset.values, *(more for more in (dataset.thresholds, dataset.colors) if more)]
-    meaning += [read_as] if dataset.reading != IntensityScaling() else []
-    facts = json.dumps([*meaning, dataset.masks, dataset.ignore, dataset.min_cell_px, sorted(lines)])
-    return replace(dataset, digest=hashlib.sha256(facts.encode()).hexdigest()[:16], **parts)
+        raise CellbenchError(f"{dataset.root}: {found.ask}, on the dataset's card ({CARD_NAME} beside the data).")
+    # Later settings enter only where they are used, so that finished runs are still found.
+    meaning = [dataset.classes, dataset.values, *(more for more in (dataset.thresholds, dataset.colors) if more), *([] if default else [scaling])]
+    key = json.dumps([*meaning, dataset.masks, dataset.ignore, dataset.min_cell_px, sorted(lines)])
+    return replace(dataset.with_samples(parts), digest=hashlib.sha256(key.encode()).hexdigest()[:16]), contents

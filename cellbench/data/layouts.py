@@ -1,8 +1,6 @@
-"""How a folder of images and masks may be laid out, and finding out which way this one is.
+"""The layouts in which a folder of images and masks is recognised. A further layout is one entry of ``LAYOUTS``.
 
-In this order: the card's own folders; a manifest; ``original/`` with ``mask/`` or ``images/`` with ``masks/``, below ``train/`` and
-``test/`` or not; COCO JSON; one folder an image with ``images/`` and ``masks/``, a mask a nucleus (Data Science Bowl 2018). Images and masks
-are paired by stem, whatever their extensions: a loader that globs ``*.png`` loses 9 % of BCCD.
+Images and masks are paired by stem, whatever their extensions: a loader that globs ``*.png`` loses 9 % of BCCD.
 """
 
 from __future__ import annotations
@@ -11,7 +9,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cellbench.config.cards import DatasetCard
@@ -19,48 +19,40 @@ from cellbench.data.annotations import CocoFile, MaskFiles, count_coco_categorie
 from cellbench.data.dataset import Sample
 from cellbench.data.io.images import EXTENSIONS
 from cellbench.data.manifest import NAMES, read_manifest
-from cellbench.data.scan import FileWarning, Listing, UnusableImage, by_stem, check_outside, other_files, resolve_inside, unique_names
+from cellbench.data.scan import FileWarning, Listing, other_files, resolve_inside, unique_names
 from cellbench.errors import CellbenchError, quote_name
 from cellbench.metrics.pixel import IGNORE
 
-LAYOUTS = (
-    ("{split}/original", "{split}/mask"),
-    ("{split}/images", "{split}/masks"),
-    ("original", "mask"),
-    ("images", "masks"),
-    ("train/original", "train/mask"),
-    ("train/images", "train/masks"),
-)
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way to lay out a folder."""
+
+    name: str
+    """For the message that no layout fits."""
+    scan: Callable[[Path, DatasetCard], Listing | None]
+    """The samples of a folder; None where it is laid out differently. Opens no image."""
 
 
 def scan_folder(card: DatasetCard, where: Path) -> Listing:
-    """What lies in a folder, or in that of a manifest or COCO file. Raises CellbenchError where it is laid out in no known way."""
+    """The samples of a folder, a manifest or a COCO file. Raises CellbenchError where no layout fits."""
     if where.is_file():
         if where.suffix.lower() in (".csv", ".toml"):
             return read_manifest(where, where.parent)
         if where.suffix.lower() == ".json":
-            return _coco(card, where.parent, [where])
+            return _scan_coco(where.parent, card, [where])
         raise CellbenchError(f"--data {where}: is a file. Expected a folder, a manifest (.csv, .toml) or a COCO file (.json).")
     if not where.is_dir():
         raise CellbenchError(f"--data {where}: there is no such folder.")
+    layouts = [_paired_folders(card.images, card.masks)] if card.images else LAYOUTS
     inner = [entry for entry in _folders(where) if entry.name != "__MACOSX"]
-    tried = [(card.images, card.masks)] if card.images else list(LAYOUTS)
-    for root in [where, *(inner if len(inner) == 1 else [])]:  # one folder in between, as in Kaggle's zip, is passed
-        for name in NAMES:
-            if not card.images and (root / name).is_file():
-                return read_manifest(root / name, root)
-        for images, masks in tried:
-            needed = [root / part.format(split=split) for split in ("train", "test") for part in (images, masks)]
-            if all(folder.is_dir() for folder in needed):
-                return _pairs(root, images, masks)
-        if not card.images and (files := _coco_files(root)):
-            return _coco(card, root, files)
-        if not card.images and (nuclei := _nuclei(root)) is not None:
-            return nuclei
-    asked = " or ".join(f"{images}/ with {masks}/" for images, masks in tried[:4]).replace("{split}", "train|test")
-    asked += "" if card.images else ", or manifest.csv, or a COCO file, or one folder an image with images/ and masks/"
+    for root in [where, *(inner if len(inner) == 1 else [])]:  # Kaggle's zip has one folder in between
+        for layout in layouts:
+            if (listing := layout.scan(root, card)) is not None:
+                return listing
     found = ", ".join(f"{entry.name}/" for entry in inner[:5]) or "no folder"
-    raise CellbenchError(f"--data {where}: this is not laid out as '{card.id}' expects ({asked}). Found there: {found}.")
+    expected = ", or ".join(layout.name for layout in layouts)
+    raise CellbenchError(f"--data {where}: this is not laid out as '{card.id}' expects ({expected}). Found there: {found}.")
 
 
 def _folders(root: Path) -> list[Path]:
@@ -68,115 +60,109 @@ def _folders(root: Path) -> list[Path]:
         return sorted(Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
-def _pairs(root: Path, images: str, masks: str) -> Listing:
-    out = Listing(root=root, layout=f"{images}/ with {masks}/".replace("{split}", "train|test"))
-    for split in ("train", "test") if "{split}" in images else ("train",):
-        here, there = images.format(split=split), masks.format(split=split)
-        pictures, labels = by_stem(root / here, root, out.problems), by_stem(root / there, root, out.problems)
+def _manifest(root: Path, card: DatasetCard) -> Listing | None:
+    return next((read_manifest(root / name, root) for name in NAMES if (root / name).is_file()), None)
+
+
+# --- a folder of images beside a folder of masks ----------------------------------------------------------------------------------------
+
+
+def _paired_folders(images: str, masks: str) -> Layout:
+    """``{split}`` in both names stands for ``train`` and ``test``."""
+    name = f"{images}/ with {masks}/".replace("{split}", "train|test")
+    return Layout(name=name, scan=partial(_scan_pairs, images=images, masks=masks))
+
+
+def _scan_pairs(root: Path, card: DatasetCard, *, images: str, masks: str) -> Listing | None:
+    splits = ("train", "test") if "{split}" in images else ("train",)
+    folders = {split: (images.format(split=split), masks.format(split=split)) for split in splits}
+    if not all((root / folder).is_dir() for pair in folders.values() for folder in pair):
+        return None
+    out = Listing(root=root, layout=_paired_folders(images, masks).name)
+    for split, (here, there) in folders.items():
+        pictures, labels = out.images_in(root / here), out.images_in(root / there)
         if not pictures:
-            expected = f"Expected files that end in {', '.join(sorted(EXTENSIONS))}."
-            out.problems.append(UnusableImage(kind="empty", name=here, said=f"{root / here}: holds no image", todo=expected))
-        samples = []
+            out.reject("empty", here, f"{root / here}: holds no image", f"Expected files that end in {', '.join(sorted(EXTENSIONS))}.")
+        out.parts[split] = tuple(Sample(name=path.name, image=path, mask=labels[stem]) for stem, path in pictures.items() if stem in labels)
         for stem, path in pictures.items():
-            if stem in labels:
-                samples.append(Sample(name=path.name, image=path, mask=labels[stem]))
-                continue
-            out.reported.add(path)
-            said = f"{root.name}/{here}: '{path.name}' has no mask. Expected {there}/{stem}.png"
-            out.problems.append(UnusableImage(kind="missing-mask", name=path.name, said=said, todo="Add it, or move the image out."))
-        spare = sorted(set(labels) - set(pictures))
+            if stem not in labels:
+                message = f"{root.name}/{here}: '{path.name}' has no mask. Expected {there}/{stem}.png"
+                out.reject("missing-mask", path.name, message, "Add it, or move the image out.")
+                out.reported.add(path)
+        spare = {stem: labels[stem] for stem in sorted(set(labels) - set(pictures))}
         unread = {path.stem: path for path in other_files(root / here) if path.stem in spare}
-        out.reported |= {*unread.values(), *(labels[stem] for stem in spare)}
+        out.reported |= {*unread.values(), *spare.values()}
         for path in unread.values():
-            said = f"{root.name}/{here}: '{path.name}' has a mask, but is of no format that is read"
-            todo = f"Save it as one of {', '.join(sorted(EXTENSIONS))}, or move it and its mask out."
-            out.problems.append(UnusableImage(kind="format", name=path.name, said=said, todo=todo))
-        spare = [stem for stem in spare if stem not in unread]
-        if spare:
-            said = f"{root.name}/{there}: {len(spare)} masks have no image and are not used"
-            out.doubts.append(FileWarning(kind="no image", said=said, names=tuple(labels[stem].name for stem in spare)))
-        out.parts[split] = tuple(samples)
+            advice = f"Save it as one of {', '.join(sorted(EXTENSIONS))}, or move it and its mask out."
+            out.reject("format", path.name, f"{root.name}/{here}: '{path.name}' has a mask, but its format is not supported", advice)
+        if names := tuple(path.name for stem, path in spare.items() if stem not in unread):
+            message = f"{root.name}/{there}: {len(names)} masks have no image and are not used"
+            out.doubts.append(FileWarning(kind="no image", message=message, names=names))
     return out
 
 
 # --- COCO -------------------------------------------------------------------------------------------------------------------------------
 
 
-def _coco_files(root: Path) -> list[Path]:
-    """JSON files that may hold outlines: not a split, and with the words of COCO in them."""
+def _coco_folder(root: Path, card: DatasetCard) -> Listing | None:
+    """JSON files with COCO's key words, in the folder, in ``annotations/`` or in folders of splits."""
     places = [root, root / "annotations", *(root / split for split in ("train", "valid", "val", "test"))]
-    found = [
-        path for folder in places if folder.is_dir() for path in sorted(folder.glob("*.json")) if not path.name.startswith(("splits", "."))
-    ]
-    return [path for path in found if _mentions(path)]
+    files = [path for folder in places if folder.is_dir() for path in sorted(folder.glob("*.json")) if path.is_file()]
+    files = [path for path in files if not path.name.startswith(("splits", ".")) and b'"annotations"' in path.read_bytes()]
+    return _scan_coco(root, card, files) if files else None
 
 
-def _mentions(path: Path) -> bool:
-    with path.open("rb") as file:
-        return path.is_file() and b'"annotations"' in file.read()
-
-
-def _coco(card: DatasetCard, root: Path, files: list[Path]) -> Listing:
+def _scan_coco(root: Path, card: DatasetCard, files: list[Path]) -> Listing:
     out = Listing(root=root, layout=f"COCO {', '.join(file.name for file in files)[:120]}")
-    samples: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
     counts: Counter[str] = Counter()
     for file in files:
         counts.update(count_coco_categories(file))
-    out.classes, labels, told = _categories(card, files[0], counts)
-    out.notes.append(told)
+    out.classes, labels, note = _categories(card, files[0], counts)
+    out.notes.append(note)
     read = {file: read_coco(file, labels) for file in files}
     entries = [(file, _split_of(file, root), image) for file in files for image in read[file].images]
     if not entries:
         raise CellbenchError(f"{files[0]}: holds no image. Export it again.")
-    for file, held in read.items():
-        out.notes += _left_out(file, held)
-    names = unique_names([f"{_split_of(file, root)}/{image.name}" for file, _, image in entries])
-    bases: dict[Path, list[Path]] = {}
+    for file, coco in read.items():
+        out.notes += _skipped(file, coco)
+    names = unique_names([f"{split}/{image.name}" for _, split, image in entries])
+    samples: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
+    places: dict[Path, list[Path]] = {}
     for file, split, image in entries:
-        if file not in bases:
-            words = [
-                root / "images",
-                root / split,
-                root / f"{split}2017",
-                root / "images" / split,
-                root / "images" / f"{split}2017",
-                root / "valid",
-            ]
-            bases[file] = [file.parent, root, *words]
-        there = [path for base in bases[file] if (path := resolve_inside(base, image.name)) is not None and path.is_file()]
+        years = (split, f"{split}2017")
+        below = [root / "images", *(root / year for year in years), *(root / "images" / year for year in years), root / "valid"]
+        bases = places.setdefault(file, [file.parent, root, *below])
+        found = [(k, path) for k, base in enumerate(bases) if (path := resolve_inside(base, image.name)) is not None and path.is_file()]
         if resolve_inside(root, image.name) is None:
-            out.problems.append(check_outside(root, image.name))
-        elif not there or not there[0].resolve().is_relative_to(root.resolve()):
-            said = f"{file}: names the image {quote_name(image.name)}, which is not there"
-            out.problems.append(
-                UnusableImage(kind="missing-image", name=image.name, said=said, todo="Put it beside the file or into images/.")
-            )
+            out.reject_outside(image.name)
+        elif not found or not found[0][1].resolve().is_relative_to(root.resolve()):
+            message = f"{file}: names the image {quote_name(image.name)}, which does not exist"
+            out.reject("missing-image", image.name, message, "Put it beside the file or into images/.")
         else:
-            bases[file].insert(0, bases[file].pop(bases[file].index(next(base for base in bases[file] if there[0].is_relative_to(base)))))
-            name = names[f"{split}/{image.name}"]
-            sample = Sample(name=name.removeprefix(f"{split}__"), image=there[0], mask=file, truth=image)
-            samples[split].append(sample)
-    out.parts = {split: tuple(found) for split, found in samples.items()}
+            bases.insert(0, bases.pop(found[0][0]))  # the next image is most likely there too
+            name = names[f"{split}/{image.name}"].removeprefix(f"{split}__")
+            samples[split].append(Sample(name=name, image=found[0][1], mask=file, truth=image))
+    out.parts = {split: tuple(some) for split, some in samples.items()}
     return out
 
 
 NOT_CELLS = ("background", "bg", "_background_", "__background__")
 NOT_SCORED = ("ignore", "_ignore_", "__ignore__")
-"""Names of categories, in small letters, that are no kind of cell in any tool's export."""
+"""Lower-case names of categories that are no kind of cell in any tool's export."""
 
 
 def _categories(card: DatasetCard, file: Path, counts: Mapping[str, int]) -> tuple[tuple[str, ...], dict[str, int | None], str]:
     """The classes, the class number of each category (``IGNORE``; None: left out), and a note on them.
 
-    The card decides, by ``categories`` or by the names of its ``classes``. Where it does neither, one category is the cell, and of several
-    each is a class of its own. Raises CellbenchError for a category that the card does not know.
+    The card decides, by ``categories`` or by the names of its ``classes``. Otherwise a single category is the cell, and each of several is a
+    class. Raises CellbenchError for a category that the card does not cover.
     """
     explicit = "classes" in card.model_fields_set
     targets = [name for name in dict.fromkeys(card.categories.values()) if name not in ("", "ignore")]
     labels: dict[str, int | None] = {}
     if unknown_names := [name for name in card.categories if name not in counts]:
         raise CellbenchError(
-            f"{file}: holds no category {quote_name(unknown_names[0])}, of which the card speaks. It holds {', '.join(counts) or 'none'}."
+            f"{file}: holds no category {quote_name(unknown_names[0])}, which the card names. It holds {', '.join(counts) or 'none'}."
         )
     lower = {name.casefold(): name for name in card.classes} if explicit else {}
     for name in counts:
@@ -208,23 +194,23 @@ def _categories(card: DatasetCard, file: Path, counts: Mapping[str, int]) -> tup
     if len(classes) > IGNORE:
         raise CellbenchError(f"{file}: {len(classes)} classes; {IGNORE} are the most. Merge some by categories = {{...}} on the card.")
     words = {None: "left out", IGNORE: "ignored"} | {k: f"class '{name}'" for k, name in enumerate(classes) if k}
-    told = "; ".join(
+    shown = "; ".join(
         f"{quote_name(name)} {num:,} ({words[labels[name]] if num else 'not used'})" for name, num in list(counts.items())[:20]
     )
-    return classes, labels, f"COCO categories: {told}{'; …' if len(counts) > 20 else ''}. `categories` on the card says otherwise."
+    return classes, labels, f"COCO categories: {shown}{'; …' if len(counts) > 20 else ''}. `categories` on the card overrides this."
 
 
-def _left_out(file: Path, held: CocoFile) -> list[str]:
+def _skipped(file: Path, coco: CocoFile) -> list[str]:
     notes = []
-    if held.num_crowds:
+    if coco.num_crowds:
         notes.append(
-            f"{file.name}: {held.num_crowds:,} regions are crowds (iscrowd) and are ignored: they are no cells, and nothing in them is scored."
+            f"{file.name}: {coco.num_crowds:,} regions are crowds (iscrowd) and are ignored: they are no cells, and nothing in them is scored."
         )
-    if held.empty:
-        boxes = f", {held.num_boxes:,} of them with a box only" if held.num_boxes else ""
-        shown = ", ".join(held.empty[:10]) + (" …" if len(held.empty) > 10 else "")
-        notes.append(f"{file.name}: {len(held.empty):,} annotations have no outline and are skipped{boxes}: id {shown}.")
-    if held.empty and not any(image.regions for image in held.images):
+    if coco.empty:
+        boxes = f", {coco.num_boxes:,} of them with a box only" if coco.num_boxes else ""
+        shown = ", ".join(coco.empty[:10]) + (" …" if len(coco.empty) > 10 else "")
+        notes.append(f"{file.name}: {len(coco.empty):,} annotations have no outline and are skipped{boxes}: id {shown}.")
+    if coco.empty and not any(image.regions for image in coco.images):
         raise CellbenchError(f"{file}: no annotation has an outline{boxes}. Export it with polygons or run lengths (segmentation).")
     return notes
 
@@ -240,8 +226,8 @@ def _split_of(file: Path, root: Path) -> str:
 # --- one folder an image ----------------------------------------------------------------------------------------------------------------
 
 
-def _nuclei(root: Path) -> Listing | None:
-    """``ID/images/ID.png`` with ``ID/masks/*.png``, perhaps below ``train/`` and ``test/`` (or ``stage1_train/`` …); None if it is not so."""
+def _folder_per_image(root: Path, card: DatasetCard) -> Listing | None:
+    """``ID/images/ID.png`` with ``ID/masks/*.png``, optionally below ``train/`` and ``test/`` (or ``stage1_train/`` …)."""
     top = _folders(root)
     tops = {split: [folder for folder in top if re.search(rf"(^|_){split}(ing)?$", folder.name.lower())] for split in ("train", "test")}
     homes = {split: folders[0] for split, folders in tops.items() if len(folders) == 1} if tops["train"] else {"train": root}
@@ -251,22 +237,29 @@ def _nuclei(root: Path) -> Listing | None:
         for folder in _folders(home):
             if not (folder / "images").is_dir() or not (folder / "masks").is_dir():
                 continue
-            pictures = list(by_stem(folder / "images", root, out.problems).values())
-            masks = tuple(by_stem(folder / "masks", root, out.problems).values())
+            pictures, masks = list(out.images_in(folder / "images").values()), tuple(out.images_in(folder / "masks").values())
             if len(pictures) != 1:
-                said = f"{folder}: holds {len(pictures)} images, one was expected"
-                out.problems.append(
-                    UnusableImage(
-                        kind="not-one", name=folder.name, said=said, todo="Take it out, or use images/ and masks/ of many images."
-                    )
-                )
+                advice = "Take it out, or use images/ and masks/ of many images."
+                out.reject("not-one", folder.name, f"{folder}: holds {len(pictures)} images, one is expected", advice)
             elif not masks:
-                said = f"{root.name}: '{pictures[0].name}' has no mask. Expected files in {folder.relative_to(root)}/masks"
-                out.problems.append(
-                    UnusableImage(kind="missing-mask", name=pictures[0].name, said=said, todo="Add them, or move the image out.")
-                )
+                message = f"{root.name}: '{pictures[0].name}' has no mask. Expected files in {folder.relative_to(root)}/masks"
+                out.reject("missing-mask", pictures[0].name, message, "Add them, or move the image out.")
             else:
                 samples.append(Sample(name=pictures[0].name, image=pictures[0], mask=folder / "masks", truth=MaskFiles(paths=masks)))
         if samples or split == "train":
             out.parts[split] = tuple(samples)
     return out if out.parts.get("train") or out.problems else None
+
+
+LAYOUTS = (
+    Layout(name=" or ".join(NAMES), scan=_manifest),
+    _paired_folders("{split}/original", "{split}/mask"),
+    _paired_folders("{split}/images", "{split}/masks"),
+    _paired_folders("original", "mask"),
+    _paired_folders("images", "masks"),
+    _paired_folders("train/original", "train/mask"),
+    _paired_folders("train/images", "train/masks"),
+    Layout(name="a COCO file", scan=_coco_folder),
+    Layout(name="one folder an image with images/ and masks/", scan=_folder_per_image),
+)
+"""Tried in this order, where the card names no folders."""

@@ -1,4 +1,4 @@
-"""Opens a folder of images and masks, or draws one: from a dataset card and ``--data`` to a :class:`Dataset`."""
+"""Open a dataset: from a card and a folder (or a drawing) to a :class:`Dataset`."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from cellbench.metrics.pixel import IGNORE
 
 
 def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Dataset:
-    """The dataset of a card: drawn, or read from ``folder`` (or a manifest or COCO file). Every file is proven readable. Raises CellbenchError."""
+    """The dataset of a card, drawn or read from ``folder`` (or a manifest or COCO file). Decodes every file once. Raises CellbenchError."""
     card, listing = scan_dataset(card, folder, spec)
-    listing.refuse()
+    listing.raise_first()
     dataset, splits = split_dataset(card, listing, spec)
     if spec.limit:
         limited = any(len(dataset.samples(part)) > spec.limit for part in SPLITS)
-        dataset = replace(dataset, limited=limited, **{part: dataset.samples(part)[: spec.limit] for part in SPLITS})
-    dataset = validated(dataset)
-    # Only now: a split that names a damaged image would be in the way of whoever takes it out.
-    return with_class_facts(replace(dataset, notes=(*listing.lines, *dataset.notes, splits.keep())), card)
+        dataset = replace(dataset.with_samples({part: dataset.samples(part)[: spec.limit] for part in SPLITS}), limited=limited)
+    dataset, contents = validated(dataset)
+    # Last: a split file that names a damaged image would hinder whoever removes that image.
+    return with_class_facts(replace(dataset, notes=(*listing.lines, *dataset.notes, splits.keep())), contents, card)
 
 
 def scan_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[DatasetCard, Listing]:
-    """The card that holds for the folder and what lies there, with what all its images are read by. Raises CellbenchError."""
+    """The card that applies to the folder, and its samples with the intensity scaling of all images. Raises CellbenchError."""
     if card.draw:
         return card, scan_folder(card, _drawn(card, spec))
     if spec.draw:
@@ -54,65 +54,71 @@ def scan_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tupl
         raise CellbenchError(f"dataset '{card.id}' is read from a folder, and none was named. Give --data DIR.{how}")
     if card.id == "folder" and (folder / CARD_NAME).is_file():
         card = _own_card(folder / CARD_NAME, card)
-    listing = scan_folder(card, folder)
+    listing = _built(card, folder) if card.builder else scan_folder(card, folder)
     here = [(part, sample) for part in SPLITS for sample in listing.parts.get(part, ())]
-    times = Counter(sample.name for _, sample in here)  # unique within a split alone
+    times = Counter(sample.name for _, sample in here)  # unique within a split only
     images = {sample.image: sample.name if times[sample.name] == 1 else f"{part}/{sample.name}" for part, sample in here}
     facts = read_all_image_facts(list(images), card.channels)
-    listing.reading, listing.reading_words = decide_scaling(facts.values(), card.range, card.channels)
+    listing.reading, listing.reading_notes = decide_scaling(facts.values(), card.range, card.channels)
     listing.um_per_px = common_pixel_size(facts.values())
     if listing.um_per_px is not None:
         num = sum(one.pixel is not None for one in facts.values())
-        listing.reading_words.append(f"pixels of {listing.um_per_px:.4g} um, as {num} of {len(facts)} images state")
+        listing.reading_notes.append(f"pixels of {listing.um_per_px:.4g} um, as {num} of {len(facts)} images state")
     doubts, notes = find_unused(listing, (CARD_NAME, folder.name, *NAMES))
-    listing.doubts += doubts
     listing.notes += notes
-    listing.doubts += find_inconsistencies({images[path]: one for path, one in facts.items()}, listing.reading)
+    listing.doubts += [*doubts, *find_inconsistencies({images[path]: one for path, one in facts.items()}, listing.reading)]
     return (card.model_copy(update={"classes": listing.classes}) if listing.classes else card), listing
 
 
+def _built(card: DatasetCard, folder: Path) -> Listing:
+    """The listing from the card's own builder."""
+    listing = load(card)(folder, card)
+    if not isinstance(listing, Listing):
+        kind = type(listing).__name__
+        raise CellbenchError(f"{card.path}: builder = {card.builder!r} returned a {kind}. Return a cellbench.data.scan.Listing.")
+    return listing
+
+
 def _own_card(path: Path, card: DatasetCard) -> DatasetCard:
-    """The card in the folder of data: classes and how masks show them. It is data, so it names no code."""
+    """The card beside the data, with classes and the meaning of masks. It is data, so it must not name code."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CellbenchError(f"{path}: cannot be read as a card: {error}.") from None
     for key in ("builder", "draw", "id", "title", "path"):
         if key in tree:
-            raise CellbenchError(
-                f"{path}: '{key}' is not for a card that lies with its data. Take it out, or lay the card over ours with --registry."
-            )
+            raise CellbenchError(f"{path}: '{key}' is not allowed in a card beside the data. Remove it, or put the card into a --registry.")
     given = {"path": str(path), "id": path.absolute().parent.name, "title": card.title}
     return checked(DatasetCard, {**tree, **given}, str(path))
 
 
 def dataset_of_card(card: DatasetCard, root: Path) -> Dataset:
-    """A dataset without samples: what its card says of its masks."""
+    """A dataset without samples, with the meaning of masks from its card."""
     meaning = {key: getattr(card, key) for key in ("classes", "values", "thresholds", "colors", "tolerance", "ignore", "min_cell_px")}
     kind = card.kind_of_masks
     if len(card.classes) > 2 and kind != "cells" and not (card.values or card.thresholds or card.colors):
-        meaning |= {"values": tuple(range(len(card.classes))), "tolerance": 0}  # numbers of classes
-    return Dataset(name=card.id, root=root, train=(), val=(), test=(), masks=kind, **meaning)
+        meaning |= {"values": tuple(range(len(card.classes))), "tolerance": 0}  # class numbers
+    return Dataset(name=card.id, root=root, train=(), val=(), test=(), masks=kind, drawn=bool(card.draw), **meaning)
 
 
 def split_dataset(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: Grouping | None = None) -> tuple[Dataset, Splits]:
-    """The listed samples as a dataset in its three splits; nothing is written yet. ``grouped``: who finds images that show the same."""
+    """The listed samples in three splits; nothing is written yet. ``grouped`` gives images that show the same a common group."""
     grouped = grouped or partial(near_duplicates.group_near_duplicates, reading=listing.reading)
     dataset = replace(dataset_of_card(card, listing.root), reading=listing.reading, um_per_px=listing.um_per_px)
     parts = {part: listing.parts.get(part, ()) for part in SPLITS}
     if card.draw and spec.group == "auto":
-        grouped = tuple  # what is drawn is never the same twice
+        grouped = tuple  # no two drawn images are the same
 
     @functools.cache
-    def meant() -> Dataset:
+    def interpreted() -> Dataset:
         return interpret_masks(dataset, [sample for part in SPLITS for sample in parts[part]]).dataset
 
     def foreground(sample: Sample) -> float:
-        classes = meant().read_mask(sample)
+        classes = interpreted().read_mask(sample)
         known = classes != IGNORE
         return float((classes[known] > 0).mean()) if known.any() else 0.0
 
-    if spec.folds:  # over everything
+    if spec.folds:  # folds are cut from all images
         splits = split_of(listing.root, (*parts["train"], *parts["val"]), parts["test"], spec, foreground, grouped)
     elif parts["val"]:
         splits = given_splits(listing.root, listing.layout, parts, spec, grouped)
@@ -122,6 +128,7 @@ def split_dataset(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: 
 
 
 def _drawn(card: DatasetCard, spec: DataSpec) -> Path:
+    """The folder of drawn images; draws them the first time."""
     settings = with_defaults(card.draw, spec.draw, "data.draw")
     key = hashlib.sha256(json.dumps([card.builder, settings], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_dir() / "drawn" / f"{card.id}-{key}"

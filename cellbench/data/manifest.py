@@ -1,4 +1,4 @@
-"""A table that says which mask is whose: ``manifest.csv`` or ``manifest.toml`` with image, mask and, where known, split, group and label."""
+"""Read ``manifest.csv`` or ``manifest.toml``: a table with image, mask and, where known, split, group and label."""
 
 from __future__ import annotations
 
@@ -9,71 +9,49 @@ from pathlib import Path
 
 from cellbench.data.annotations import MaskFiles
 from cellbench.data.dataset import Sample
-from cellbench.data.scan import Listing, UnusableImage, by_stem, check_outside, resolve_inside, unique_names
+from cellbench.data.scan import Listing, resolve_inside, unique_names
 from cellbench.errors import CellbenchError, one_line, quote_name
 
 NAMES = ("manifest.csv", "manifest.toml")
 COLUMNS = ("image", "mask", "split", "group", "label")
-SPLITS = {
-    "": "train",
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
+SPLITS = {"": "train", "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 
 
 def read_manifest(path: Path, root: Path) -> Listing:
-    """The listing of a manifest; its paths are relative to its own folder and stay inside it.
+    """The listing of a manifest; its paths are relative to its own folder and stay inside it. A mask may be a folder with one mask a cell.
 
-    A mask may be a folder with one mask a cell. Raises CellbenchError for a file that is no such table; what is wrong with single rows is
-    a problem of the listing.
+    Raises CellbenchError for a file that is no such table; faults of single rows are problems of the listing.
     """
     rows, notes = (_toml if path.suffix.lower() == ".toml" else _csv)(path)
     out = Listing(root=root, layout=f"manifest {path.name}", notes=notes)
     if not rows:
-        raise CellbenchError(f"{path}: holds no row. Expected one an image, with {' and '.join(COLUMNS[:2])}.")
-    parts: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
-    given = {bool(row["split"]) for row in rows}
-    if len(given) > 1:
+        raise CellbenchError(f"{path}: holds no row. Expected one for each image, with {' and '.join(COLUMNS[:2])}.")
+    if len({bool(row["split"]) for row in rows}) > 1:
         raise CellbenchError(
             f"{path}: some rows name a split and others none. Name train, val or test in each, or in none to have it drawn."
         )
     names = unique_names([row["image"] for row in rows])
+    parts: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
-        if row["split"].lower() not in SPLITS:
+        name, part = row["image"], SPLITS.get(row["split"].lower())
+        if part is None:
             raise CellbenchError(f"{path}: row {number} has split = {row['split']!r:.40}. Expected train, val or test.")
-        if row["image"] in seen:
-            out.problems.append(
-                UnusableImage(
-                    kind="twice", name=row["image"], said=f"{path}: names {quote_name(row['image'])} twice", todo="Keep one of the rows."
-                )
-            )
+        if name in seen:
+            out.reject("twice", name, f"{path}: names {quote_name(name)} twice", "Keep one of the rows.")
             continue
-        seen.add(row["image"])
-        files = {key: resolve_inside(root, row[key]) for key in ("image", "mask")}
-        if None in files.values():
-            out.problems.append(check_outside(root, row["image"] if files["image"] is None else row["mask"]))
+        seen.add(name)
+        image, mask = resolve_inside(root, name), resolve_inside(root, row["mask"])
+        if image is None or mask is None:
+            out.reject_outside(name if image is None else row["mask"])
             continue
-        image, mask = files["image"], files["mask"]
-        assert image is not None
-        assert mask is not None
-        truth = None
-        if mask.is_dir():
-            truth = MaskFiles(paths=tuple(by_stem(mask, root, out.problems).values()))
-        lost = [
-            key for key, file in (("image", image), ("mask", mask)) if not file.is_file() and not (key == "mask" and truth and truth.paths)
-        ]
-        if lost:
-            said = f"{path}: row {number} names the {lost[0]} {quote_name(row[lost[0]])}, which is not there"
-            out.problems.append(UnusableImage(kind=f"missing-{lost[0]}", name=row["image"], said=said, todo="Add it, or take the row out."))
+        truth = MaskFiles(paths=tuple(out.images_in(mask).values())) if mask.is_dir() else None
+        missing = "image" if not image.is_file() else "mask" if not (mask.is_file() or (truth and truth.paths)) else ""
+        if missing:
+            message = f"{path}: row {number} names the {missing} {quote_name(row[missing])}, which does not exist"
+            out.reject(f"missing-{missing}", name, message, "Add it, or take the row out.")
             continue
-        sample = Sample(name=names[row["image"]], image=image, mask=mask, truth=truth, group=row["group"], label=row["label"])
-        parts[SPLITS[row["split"].lower()]].append(sample)
+        parts[part].append(Sample(name=names[name], image=image, mask=mask, truth=truth, group=row["group"], label=row["label"]))
     out.parts = {part: tuple(samples) for part, samples in parts.items()}
     return out
 
@@ -96,7 +74,7 @@ def _csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) != len(heads):
-            todo = f"Mend it, with quotes around names that hold {delimiter!r}."
+            todo = f"Correct it, with quotes around names that hold {delimiter!r}."
             raise CellbenchError(f"{path}: row {number} has {len(cells)} fields, the first line {len(heads)}. {todo}")
         row = dict(zip(heads, (cell.strip() for cell in cells), strict=True))
         rows.append({key: row.get(key, "") for key in COLUMNS})

@@ -1,69 +1,78 @@
-"""What the numbers in a set's masks mean, decided once from all of them, and how small a cell of the set may be.
+"""Decide what the values of a set's masks mean, from all masks together, and how small a cell of the set may be.
 
-A mask's numbers are one of three things: numbers of cells (each cell its own), class values (the same few in many places), or cell and
-background. One mask alone often cannot tell: with a single cell it looks like the third, with 0, 1 and 2 like the first two. So each mask is
-summarised (:class:`MaskFacts`), and the set decides (:func:`decide_meaning`); where it cannot, it asks.
+Mask values are one of three things: cell numbers (each cell has its own), class values (the same few in many places), or cell and background.
+One mask is often ambiguous: with a single cell it looks binary, with values 0, 1 and 2 it could be any. So each mask is summarised
+(:class:`MaskFacts`) and the set decides (:func:`decide_meaning`); where it cannot, the user must say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
+from cellbench.data.class_content import ClassContent, class_content
 from cellbench.metrics.pixel import IGNORE
 
-KINDS = ("cells", "classes", "binary")
 MOST_VALUES = 64
-"""Of one mask, that are listed and looked at one by one: class values are fewer."""
+"""Values of one mask that are examined one by one: class values are fewer."""
 FEW = 3
-"""Values up to which they may be classes as well as cells, each in one piece, if they come again in every mask: nucleus and cytoplasm, say."""
+"""Up to so many values, the same in every mask and each in one piece, may be classes as well as cells: nucleus and cytoplasm, say."""
 MARKS = (255, 65535)
-"""The greatest values of 8 and 16 bits, by which tools mark what must not be scored."""
+"""The greatest values of 8 and 16 bits, which tools use for pixels that must not be scored."""
 MOST_NUMBERED = 33
-"""The greatest number of a class in the usual label maps (Pascal VOC has 20, Cityscapes 33)."""
+"""The greatest class number of the usual label maps (Pascal VOC has 20, Cityscapes 33)."""
 MOST_CLASSES = 10
-"""Values of a set up to which each is looked at by itself."""
+"""Up to so many values of a set, each is examined separately."""
 SHARE = 1 / 75
-"""Of the median area, below which a region is a speck: a ninth of a cell's diameter. 100 px on BCCD, whose cells have 7,700 px."""
+"""Regions below this share of the median area are specks: a ninth of a cell's diameter. 100 px on BCCD, whose cells have 7,700 px."""
 SPECK_PX = 10
-"""What is smaller is a speck also of cells below 750 px, unless it is more than a tenth of their area."""
+"""Smaller regions are specks also where cells have less than 750 px, unless they exceed a tenth of the median."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskFacts:
-    """Of one mask (H, W): what the decision needs to know of its numbers, 0 and the ignored value left out, and of its cells."""
+    """Facts about one mask (H, W). Values are counted without 0 and the ignored one."""
 
     size_px: Sequence[int]
     """Height, width."""
+    digest: str = ""
+    """Of the file's content."""
     values: Sequence[int] = ()
-    """The distinct ones, rising; the first ``MOST_VALUES``, and the greatest."""
+    """Distinct values, rising; the first ``MOST_VALUES``, and the greatest."""
     num_values: int = 0
     torn: Sequence[int] = ()
-    """Of ``values``, those of which less than nine tenths are one connected region."""
+    """Those of ``values`` of which less than nine tenths are one connected region."""
     rest_px: int = 0
-    """With another value than 0 and the greatest."""
+    """Pixels with another value than 0 and the greatest."""
     solid_px: int = 0
-    """Of these, in blocks of 2 x 2 of one value: nearly all of them in drawn masks, 1 % in the noise of a JPEG or on smoothed edges."""
+    """Of these, pixels in blocks of 2 x 2 of one value: nearly all in drawn masks, 1 % in a JPEG's noise or on smoothed edges."""
     num_solid: int = 0
-    """Values that have such a block: in drawn masks nearly all."""
+    """Values that have such a block: nearly all in drawn masks."""
     middle_px: int = 0
-    """Inside fields of values from a quarter to three quarters of the greatest: of edges between two values there is nothing inside."""
+    """Pixels inside fields of a quarter to three quarters of the greatest value: smoothed edges between two values have none inside."""
     top_px: int = 0
-    """With the greatest value."""
+    """Pixels with the greatest value."""
     ignored_px: int = 0
     strays: Sequence[int] = ()
-    """Values further from that of their class than the card allows, in fields of 3 x 3 or more."""
+    """Values farther from their class's than the card allows, in fields of 3 x 3 or more."""
     regions: Sequence[Sequence[int]] = ()
-    """Areas in px of the connected regions of each class, and how many have each."""
+    """(area in px, count) of the connected regions of each class."""
     numbered: Sequence[Sequence[int]] = ()
-    """The same of each number's pixels."""
+    """The same of each value's pixels."""
+    content: dict[str, Any] = field(default_factory=dict)
+    """``ClassContent`` as lists."""
+
+    @property
+    def class_content(self) -> ClassContent:
+        return ClassContent.of(self.content)
 
 
-def mask_facts(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = ()) -> MaskFacts:
-    """Of a mask's numbers (H, W), whole, the ignored ones included, and its class map (H, W) uint8."""
+def mask_facts(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = (), num_classes: int = IGNORE, digest: str = "") -> MaskFacts:
+    """Facts from a mask's values (H, W), ignored ones included, and its class map (H, W) uint8."""
     ignored = classes == IGNORE
     num_ignored = int(np.count_nonzero(ignored))
     if num_ignored:
@@ -78,7 +87,7 @@ def mask_facts(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = 
     num_solid = len(_counts(labels[blocks])[0]) if num_rest else len(values)
     noisy = _is_noise(num_rest, solid, len(values), num_solid)
     middle = ndimage.binary_erosion(rest & (labels >= top / 4) & (labels <= top * 3 / 4), np.ones((3, 3), bool)) if noisy else rest[:0]
-    regions = np.concatenate([_areas(classes == k) for k in range(1, _highest(classes) + 1)] or [np.zeros(0, int)])
+    content, regions = class_content(classes, num_classes)
     torn: list[int] = []
     if len(values) > 1 and not noisy:
         torn = _torn(labels, listed)
@@ -86,6 +95,7 @@ def mask_facts(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = 
         torn = values.tolist()
     return MaskFacts(
         size_px=list(labels.shape),
+        digest=digest,
         values=listed.tolist(),
         num_values=len(values),
         torn=torn,
@@ -98,18 +108,27 @@ def mask_facts(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = 
         strays=list(strays),
         regions=_histogram(regions),
         numbered=_histogram(areas),
+        content=content.to_lists(),
     )
 
 
-def mask_facts_of_cells(classes: np.ndarray, ids: np.ndarray) -> MaskFacts:
-    """The same of a truth that is outlines: its class map (H, W) uint8 and its numbers of cells (H, W)."""
+def mask_facts_of_cells(classes: np.ndarray, ids: np.ndarray, num_classes: int, digest: str = "") -> MaskFacts:
+    """The same of an annotation: its class map (H, W) uint8 and its cell numbers (H, W)."""
     values, areas = _counts(np.where(classes == IGNORE, 0, ids))
     return MaskFacts(
         size_px=list(ids.shape),
+        digest=digest,
         num_values=len(values),
         ignored_px=int(np.count_nonzero(classes == IGNORE)),
         numbered=_histogram(areas),
+        content=class_content(classes, num_classes)[0].to_lists(),
     )
+
+
+def off_values(labels: np.ndarray, classes: np.ndarray, values: Sequence[int], tolerance: int) -> np.ndarray:
+    """The pixels (H, W) bool whose value is farther than ``tolerance`` from ``values[class]``; ignored ones are not."""
+    known = np.array([*values, *[0] * (256 - len(values))], np.int32)
+    return (np.abs(labels.astype(np.int32) - known[classes]) > tolerance) & (classes != IGNORE)
 
 
 def _is_noise(rest_px: int, solid_px: int, num_values: int, num_solid: int) -> bool:
@@ -117,7 +136,7 @@ def _is_noise(rest_px: int, solid_px: int, num_values: int, num_solid: int) -> b
 
 
 def _counts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct numbers above 0, rising, and their pixels."""
+    """The distinct values above 0, rising, and their pixel counts."""
     if labels.size and int(labels.max()) <= 1 << 20:
         counts = np.bincount(labels.ravel(), minlength=1)
         values = np.flatnonzero(counts)
@@ -125,10 +144,6 @@ def _counts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     else:
         values, counts = np.unique(labels, return_counts=True)
     return values[values > 0], counts[values > 0]
-
-
-def _highest(classes: np.ndarray) -> int:
-    return int(classes[classes != IGNORE].max(initial=0))
 
 
 def _areas(mask: np.ndarray) -> np.ndarray:
@@ -141,7 +156,7 @@ def _histogram(areas: np.ndarray) -> list[list[int]]:
 
 
 def _solid(labels: np.ndarray) -> np.ndarray:
-    """The pixels (H, W) that are part of a block of 2 x 2 of one number."""
+    """The pixels (H, W) bool that are part of a 2 x 2 block of one value."""
     corner = labels[:-1, :-1]
     block = (corner == labels[1:, :-1]) & (corner == labels[:-1, 1:]) & (corner == labels[1:, 1:])
     out = np.zeros(labels.shape, bool)
@@ -152,7 +167,7 @@ def _solid(labels: np.ndarray) -> np.ndarray:
 
 
 def _torn(labels: np.ndarray, values: np.ndarray) -> list[int]:
-    """The values that are in pieces: cells are of one, save where another lies across."""
+    """The values that are in several pieces: a cell is in one, unless another lies across it."""
     if len(values) and int(values[-1]) <= 1 << 20:
         table = np.zeros(int(values[-1]) + 1, np.int32)
         table[values] = np.arange(1, len(values) + 1)
@@ -176,24 +191,23 @@ def _in_parts(areas: np.ndarray) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskMeaning:
-    """How the masks of a set are understood."""
+    """What the mask values of a set mean."""
 
     kind: str
-    """One of ``KINDS``."""
-    said: str
-    """In words, for people."""
+    """``cells``, ``classes`` or ``binary``; empty: an ignored value was found, and the rest must be examined without it."""
+    description: str = ""
     values: tuple[int, ...] = ()
     """Of background and cell, where masks hold noise around two values."""
     ignore: int | None = None
-    """The value that counts nowhere."""
+    """The value of pixels that do not count."""
     doubt: str = ""
-    """What a person should confirm."""
+    """What the user should confirm."""
     ask: str = ""
-    """What only a person can say; the rest is then the best guess."""
+    """What the user must decide; the rest is then the best guess."""
 
 
 def decide_meaning(facts: Sequence[MaskFacts], kind: str = "", ignore: int | None = None) -> MaskMeaning:
-    """The meaning of the masks of one set, of whose values no card says anything; ``kind`` and ``ignore`` as far as the card does."""
+    """The meaning of the masks of one set whose card gives no values; ``kind`` and ``ignore``: as far as the card says."""
     marked = [f for f in facts if f.num_values]
     union = sorted({value for f in marked for value in f.values})
     most, least = max((f.num_values for f in facts), default=0), min((f.num_values for f in facts), default=0)
@@ -203,49 +217,49 @@ def decide_meaning(facts: Sequence[MaskFacts], kind: str = "", ignore: int | Non
     if kind != "cells" and noise and not (rising and FEW < most < 255):  # cells of a pixel or two are numbers as well
         top = max(union)
         if top < 65536 and (kind == "binary" or sum(f.middle_px for f in facts) < 0.2 * sum(f.top_px for f in facts)):
-            return MaskMeaning(
-                kind="binary",
-                values=(0, top),
-                ignore=ignore,
-                said=f"cell or background, near {top} and 0 with noise or smooth edges; {two}",
-            )
-        ask = "the values vary from pixel to pixel (a JPEG, or smoothed), around more than two. Write values = [...], that of each class"
-        return MaskMeaning(kind="binary", ignore=ignore, said=f"cell or background, anything but 0 being a cell; {two}", ask=ask)
+            text = f"cell or background, near {top} and 0 with noise or smooth edges; {two}"
+            return MaskMeaning(kind="binary", values=(0, top), ignore=ignore, description=text)
+        ask = "the values vary from pixel to pixel (a JPEG, or smoothed), around more than two. Write values = [...], one for each class"
+        return MaskMeaning(kind="binary", ignore=ignore, description=f"cell or background, any value but 0 is a cell; {two}", ask=ask)
     doubt, odd = "", next((mark for mark in MARKS if ignore is None and _looks_ignored(marked, mark)), None)
     if odd is not None:
         others = [value for value in union if value != odd]
-        lies = f"{odd} lies beside the values {min(others)}{f' to {max(others)}' if len(others) > 1 else ''} and"
+        beside = f"{odd} occurs beside the values {min(others)}{f' to {max(others)}' if len(others) > 1 else ''} and"
         if not kind:
-            doubt = f"{lies} is taken for 'ignore'. Write ignore = {odd} to confirm, or masks = ... where it is a value like others"
-            return MaskMeaning(kind="", ignore=odd, said="", doubt=doubt)
-        doubt = f"{lies} counts as one of them. Write ignore = {odd} where it must not count"
-    cells = f"numbers of cells, {f'{least} to ' if least < most else ''}{most} an image"
+            doubt = f"{beside} is taken for 'ignore'. Write ignore = {odd} to confirm, or masks = ... where it is a value like others"
+            return MaskMeaning(kind="", ignore=odd, doubt=doubt)
+        doubt = f"{beside} counts as one of them. Write ignore = {odd} where it must not count"
+    cells = f"cell numbers, {f'{least} to ' if least < most else ''}{most} an image"
     if kind == "cells":
-        return MaskMeaning(kind="cells", ignore=ignore, said=cells, doubt=doubt)
+        return MaskMeaning(kind="cells", ignore=ignore, description=cells, doubt=doubt)
     shown = ", ".join(map(str, union[:8])) + (" …" if len(union) > 8 else "")
     both = f"cell or background, {f'values 0 and {shown}' if union else 'no cell in any'}; {two}"
     if kind == "binary":
-        return MaskMeaning(kind="binary", ignore=ignore, said=both, doubt=doubt)
+        return MaskMeaning(kind="binary", ignore=ignore, description=both, doubt=doubt)
     merged = f"class values 0, {shown}, of which all but 0 are taken for one class; {two}"
-    apart = f"the values {shown} lie in many places each, so that they are classes and no numbers of cells, and are taken for one class. Write classes "
-    apart += "= [...] and values = [...] to tell them apart"
     if kind == "classes":
-        return MaskMeaning(kind="classes", ignore=ignore, said=merged, doubt=doubt)
+        return MaskMeaning(kind="classes", ignore=ignore, description=merged, doubt=doubt)
     if len(union) < 2 or (most == 1 and set(union) <= {1, 255, 65535}):
-        return MaskMeaning(kind="binary", ignore=ignore, said=both)
+        return MaskMeaning(kind="binary", ignore=ignore, description=both)
     if _in_pieces(marked, union):
-        return MaskMeaning(kind="classes", ignore=ignore, said=merged, doubt=apart)
+        doubt = (
+            f"the values {shown} occur in many places each, so they are classes and no cell numbers, and are taken for one class. "
+            "Write classes = [...] and values = [...] to separate them"
+        )
+        return MaskMeaning(kind="classes", ignore=ignore, description=merged, doubt=doubt)
     same = all(f.values == marked[0].values for f in marked)
     disjoint = sum(f.num_values for f in marked) == len(union)
     if most > 2 * FEW or (most > FEW and rising) or (disjoint and len(union) > 2 * FEW) or (not same and (rising or max(union) > 255)):
-        return MaskMeaning(kind="cells", ignore=ignore, said=cells)
-    ask = f"the masks hold {'the' if same else 'some of the'} values {shown}{' in every image' if same else ''}: numbers of cells, or classes? "
-    ask += 'Write masks = "cells", "classes" or "binary" (all are one kind of cell)'
-    return MaskMeaning(kind="cells", ignore=ignore, said=f"{cells} (in doubt)", ask=ask)
+        return MaskMeaning(kind="cells", ignore=ignore, description=cells)
+    ask = (
+        f"the masks hold {'the' if same else 'some of the'} values {shown}{' in every image' if same else ''}: cell numbers, or classes? "
+        'Write masks = "cells", "classes" or "binary" (all are one kind of cell)'
+    )
+    return MaskMeaning(kind="cells", ignore=ignore, description=f"{cells} (in doubt)", ask=ask)
 
 
 def _looks_ignored(marked: Sequence[MaskFacts], mark: int) -> bool:
-    """Whether ``mark`` is there, and all others are small: counted from 1 in each image, or numbers of classes."""
+    """Whether ``mark`` occurs, and all other values are small: counted from 1 in each image, or class numbers."""
     small = [[value for value in f.values if value != mark] for f in marked]
     others = {value for values in small for value in values}
     if not any(mark in f.values for f in marked) or not others or max(others) >= 128 or max(f.num_values for f in marked) == 1:
@@ -254,7 +268,7 @@ def _looks_ignored(marked: Sequence[MaskFacts], mark: int) -> bool:
 
 
 def _in_pieces(marked: Sequence[MaskFacts], union: Sequence[int]) -> bool:
-    """Whether values come in several places of an image as a rule, as classes do and numbers of cells do not."""
+    """Whether most values occur in several places of an image, as classes do and cell numbers do not."""
     seen, torn = sum(len(f.values) for f in marked), sum(len(f.torn) for f in marked)
     if torn > 0.3 * seen:
         return True
@@ -271,11 +285,11 @@ def _in_pieces(marked: Sequence[MaskFacts], union: Sequence[int]) -> bool:
 
 
 def min_cell_area(areas: Sequence[Sequence[int]]) -> int:
-    """The area below which a region is a speck, from the areas of a set's cells (px, how many); one figure, at least 1.
+    """The area below which a region is a speck, from (area in px, count) of a set's cells; one significant digit, at least 1.
 
-    A share of the median, in which each counts by its diameter: so neither many specks nor a few clumps of cells decide it.
+    A share of the median weighted by diameter, so that neither many specks nor a few clumps of cells decide it.
 
-    >>> smallest_px([(7720, 100), (20, 60)]), smallest_px([(50, 300)]), smallest_px([])
+    >>> min_cell_area([(7720, 100), (20, 60)]), min_cell_area([(50, 300)]), min_cell_area([])
     (100, 5, 1)
     """
     if not len(areas):
@@ -289,5 +303,5 @@ def min_cell_area(areas: Sequence[Sequence[int]]) -> int:
 
 
 def count_below(areas: Sequence[Sequence[int]], limit_px: int) -> tuple[int, int]:
-    """How many of the areas (px, how many) are below a limit, and how many there are."""
+    """How many of the areas (px, count) are below a limit, and how many there are."""
     return sum(num for px, num in areas if px < limit_px), sum(num for _, num in areas)

@@ -1,4 +1,4 @@
-"""What lies in a folder: files by stem, links followed only inside, and what is wrong told as problems rather than raised."""
+"""List the files of a data folder: images by stem, links followed only inside it, faults collected rather than raised."""
 
 from __future__ import annotations
 
@@ -18,122 +18,155 @@ from cellbench.files import to_nfc
 
 @dataclass(frozen=True, kw_only=True)
 class UnusableImage:
-    """Something that keeps an image from being used."""
+    """A fault that keeps an image from being used."""
 
     kind: str
-    """``missing``, ``outside``, ``same-stem``, ``empty`` …"""
+    """``missing-mask``, ``outside``, ``same-stem``, ``empty`` …"""
     name: str
-    """The file that it is about."""
-    said: str
-    todo: str
+    """The file with the fault."""
+    message: str
+    advice: str
 
-    def told(self, num_more: int = 0) -> str:
+    def describe(self, num_more: int = 0) -> str:
         more = f"; {num_more} more like it" if num_more else ""
-        return f"{self.said}{more}. {self.todo}"
+        return f"{self.message}{more}. {self.advice}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileWarning:
-    """Something about files that does not keep images from use, and that a person should look at."""
+    """Something about files that the user should look at, though their images can be used."""
 
     kind: str
-    said: str
+    message: str
     names: tuple[str, ...]
 
     @property
     def line(self) -> str:
-        """As one line, with the first names."""
+        """One line with the first names."""
         more = f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
-        return f"{self.kind}: {self.said}: {', '.join(quote_name(name) for name in self.names[:5])}{more}."
+        return f"{self.kind}: {self.message}: {', '.join(quote_name(name) for name in self.names[:5])}{more}."
 
 
 @dataclass(kw_only=True)
 class Listing:
-    """The samples of a dataset as they lie, by ``train``, ``val`` and ``test``, before anything is decoded."""
+    """The samples of a dataset by ``train``, ``val`` and ``test``, before anything is decoded."""
 
     root: Path
     layout: str
-    """In words, for people."""
+    """For the user."""
     parts: dict[str, tuple[Sample, ...]] = field(default_factory=dict)
     problems: list[UnusableImage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     doubts: list[FileWarning] = field(default_factory=list)
     reported: set[Path] = field(default_factory=set)
     """Files that a problem or doubt names already."""
+    classes: tuple[str, ...] = ()
+    """Names from the data, the background first, where the card gives none."""
     reading: IntensityScaling = field(default_factory=IntensityScaling)
-    """What the images are read by, once it is decided."""
+    """Black, white and channels with which the images are read, once decided."""
     um_per_px: float | None = None
-    """The side of a pixel that all images state which state any, in micrometres; None where they differ or none does."""
-    reading_words: list[str] = field(default_factory=list)
-    """That in words, where it is not as usual."""
+    """Side of a pixel in micrometres, the same in all images that state one; None where they differ or none does."""
+    reading_notes: list[str] = field(default_factory=list)
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """Notes, what images are read by, and doubts, for people."""
-        return (*self.notes, *self.reading_words, *(doubt.line for doubt in self.doubts))
+        """Notes and doubts for the user."""
+        return (*self.notes, *self.reading_notes, *(doubt.line for doubt in self.doubts))
 
-    classes: tuple[str, ...] = ()
-    """As the data names them, the background first, where the card does not."""
+    def reject(self, kind: str, name: str, message: str, advice: str) -> None:
+        """Adds a problem."""
+        self.problems.append(UnusableImage(kind=kind, name=name, message=message, advice=advice))
 
-    def refuse(self) -> None:
-        """Raises the first problem, and how many more are like it."""
+    def reject_outside(self, name: str) -> None:
+        """Adds the problem of a path that leaves the folder."""
+        advice = "Only files inside it are read: copy it there, or set CELLBENCH_FOLLOW_LINKS=1 where links are meant."
+        self.reject("outside", name, f"{self.root.name}: {quote_name(name)} leads out of the folder", advice)
+
+    def raise_first(self) -> None:
+        """Raises the first problem as a CellbenchError, with the number of others of its kind."""
         if self.problems:
             first = self.problems[0]
-            raise CellbenchError(first.told(sum(other.kind == first.kind for other in self.problems) - 1))
+            raise CellbenchError(first.describe(sum(other.kind == first.kind for other in self.problems) - 1))
 
+    def images_in(self, folder: Path) -> dict[str, Path]:
+        """The images of a folder by stem, sorted by name. A link that leaves ``root``, or a stem that two share, is a problem."""
+        found: dict[str, Path] = {}
+        if not is_inside(self.root, folder):
+            self.reject_outside(str(folder.relative_to(self.root)))
+            return found
+        for entry in _entries(folder):
+            stem, extension = os.path.splitext(to_nfc(entry.name))
+            if extension.lower() not in EXTENSIONS or entry.name.startswith("."):
+                continue
+            path = Path(entry.path)
+            if entry.is_symlink() and not is_inside(self.root, path):
+                self.reject_outside(str(path.relative_to(self.root)))
+            elif not entry.is_file():
+                continue
+            elif stem in found:
+                message = f"{folder}: '{found[stem].name}' and '{entry.name}' share a stem, so they share a mask"
+                self.reject("same-stem", entry.name, message, "Rename one.")
+            else:
+                found[stem] = path
+        return found
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not _is_clutter(entry.name)), key=lambda entry: entry.name)
+
+
+# --- unused files -----------------------------------------------------------------------------------------------------------------------
 
 NO_SAMPLE = "image of no sample"
 CLUTTER = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
-"""What file managers and archivers leave in folders, in small letters; neither used nor reported. So are Apple's ``._NAME``."""
+"""Lower-case names of what file managers and archivers leave in folders; neither used nor reported, like Apple's ``._NAME``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IgnoredFile:
-    """A file, or a folder as a whole, that is not used."""
+    """A file, or a whole folder, that is not used."""
 
     path: Path
     reason: str
-    """In a word or two, after a number: ``.dcm``, ``hidden``."""
+    """A word or two that follow a number: ``.dcm``, ``hidden``."""
 
 
 def count_reasons(left: Iterable[IgnoredFile]) -> str:
-    """How many there are for each reason, the most frequent first.
+    """The number of files for each reason, the most frequent first.
 
-    >>> counted([LeftOut(path=Path("a.dcm"), reason=".dcm"), LeftOut(path=Path("b.dcm"), reason=".dcm")])
+    >>> count_reasons([IgnoredFile(path=Path("a.dcm"), reason=".dcm"), IgnoredFile(path=Path("b.dcm"), reason=".dcm")])
     '2 .dcm'
     """
     return ", ".join(f"{num} {reason}" for reason, num in Counter(one.reason for one in left).most_common())
 
 
 def files_below(folder: Path) -> tuple[list[Path], list[IgnoredFile], set[Path]]:
-    """All images of a folder and its subfolders, sorted; what else lies there; and the real folders that were looked into.
+    """All images of a folder and its subfolders, sorted; all other files; and the real folders that were searched.
 
-    Links to folders are followed, after all real folders, and each real folder is looked into once, so that circles end.
+    Links to folders are followed after all real folders, and each real folder is searched once, so that cycles end.
     """
     images: list[Path] = []
     left: list[IgnoredFile] = []
     seen: set[Path] = set()
-    todo, links = [folder], []
-    while todo or links:
-        here = todo.pop() if todo else links.pop(0)
+    folders, links = [folder], list[Path]()
+    while folders or links:
+        here = folders.pop() if folders else links.pop(0)
         real = here.resolve()
         if real in seen:
             continue
         seen.add(real)
         try:
-            with os.scandir(here) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
+            entries = _entries(here)
         except OSError as error:
             left.append(IgnoredFile(path=here, reason=f"folder that cannot be opened ({error.strerror})"))
             continue
-        for entry in listed:
+        for entry in entries:
             path = Path(entry.path)
-            if _is_clutter(entry.name):
-                continue
             if entry.name.startswith("."):
                 left.append(IgnoredFile(path=path, reason="hidden folder" if entry.is_dir() else "hidden"))
             elif entry.is_dir():
-                (links if entry.is_symlink() else todo).append(path)
+                (links if entry.is_symlink() else folders).append(path)
             elif reason := why_unreadable(entry):
                 left.append(IgnoredFile(path=path, reason=reason))
             else:
@@ -154,65 +187,63 @@ def why_unreadable(entry: os.DirEntry[str]) -> str:
 
 
 def other_files(folder: Path) -> list[Path]:
-    """The files of a folder itself that are not read as images, by their names."""
-    with os.scandir(folder) as entries:
-        return sorted(Path(entry.path) for entry in entries if not entry.is_dir() and not _is_clutter(entry.name) and why_unreadable(entry))
+    """The files directly in a folder that are not read as images, by name."""
+    return [Path(entry.path) for entry in _entries(folder) if not entry.is_dir() and why_unreadable(entry)]
 
 
 def find_unused(listing: Listing, known: Iterable[str]) -> tuple[list[FileWarning], list[str]]:
-    """What lies in a data folder and is in no sample: where the samples lie as a doubt, elsewhere as a note.
+    """Files of a data folder that are in no sample: a doubt where samples lie, elsewhere a note.
 
-    ``known``: names of files that say how the folder is read. Of folders that hold no sample only the name is given, unless one is named as
-    those of images are.
+    ``known``: names of files that say how the folder is read. A folder without samples is named as a whole, unless it has the name of a folder
+    of images.
     """
     root = listing.root
     samples = [sample for part in listing.parts.values() for sample in part]
     pictures = {sample.image for sample in samples}
     used = pictures | {sample.mask for sample in samples} | {path for sample in samples for path in getattr(sample.truth, "paths", ())}
-    homes = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
-    folders, words = {path.parent for path in pictures}, {path.parent.name for path in pictures if path.parent != root}
-    holders = folders | {path.parent for path in used}
+    used_tops = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
+    image_folders, folder_names = {path.parent for path in pictures}, {path.parent.name for path in pictures if path.parent != root}
+    sample_folders = image_folders | {path.parent for path in used}
     lost: list[IgnoredFile] = []
-    elsewhere: dict[str, int] = Counter()
-    with os.scandir(root) as entries:
-        top = sorted((entry for entry in entries if not _is_clutter(entry.name)), key=lambda entry: entry.name)
-    for entry in top:
+    elsewhere: Counter[str] = Counter()
+    for entry in _entries(root):
         path = Path(entry.path)
         if not entry.is_dir():
-            split = entry.name.startswith("splits") and entry.name.endswith(".json")
-            if not split and path not in used and path not in listing.reported and entry.name not in known:
-                if root in holders:
+            is_split = entry.name.startswith("splits") and entry.name.endswith(".json")
+            if not is_split and path not in used and path not in listing.reported and entry.name not in known:
+                if root in sample_folders:
                     lost.append(IgnoredFile(path=path, reason=why_unreadable(entry) or NO_SAMPLE))
                 else:
                     elsewhere[entry.name] += 1
+        elif entry.name.startswith("."):
             continue
-        if entry.name not in homes and not entry.name.startswith(".") and not any((path / word).is_dir() for word in words):
+        elif entry.name not in used_tops and not any((path / name).is_dir() for name in folder_names):
             elsewhere[f"{entry.name}/"] += 1
-            continue
-        if entry.name.startswith(".") or (entry.is_symlink() and not inside(root, path)):
-            continue  # no folder of data, or a problem of its own
-        images, left, _ = files_below(path)
-        left += [IgnoredFile(path=image, reason=NO_SAMPLE) for image in images if image not in used]
-        for one in left:
-            if one.path in listing.reported or one.path.name in known:
-                continue
-            chosen = listing.layout.startswith("manifest") and one.reason == NO_SAMPLE  # a table may name some images on purpose
-            if not chosen and (one.path.parent in holders or folders & set(one.path.parents) or one.path.parent.name in words):
-                lost.append(one)
-            else:
-                elsewhere[f"{one.path.parent.relative_to(root).as_posix()}/"] += 1
+        elif not entry.is_symlink() or is_inside(root, path):  # a link outside is a problem of its own
+            images, left, _ = files_below(path)
+            for one in [*left, *(IgnoredFile(path=image, reason=NO_SAMPLE) for image in images if image not in used)]:
+                if one.path in listing.reported or one.path.name in known:
+                    continue
+                here = one.path.parent
+                chosen = listing.layout.startswith("manifest") and one.reason == NO_SAMPLE  # a manifest may select images
+                if not chosen and (here in sample_folders or image_folders & set(one.path.parents) or here.name in folder_names):
+                    lost.append(one)
+                else:
+                    elsewhere[f"{here.relative_to(root).as_posix()}/"] += 1
     doubts = []
     if lost:
-        said = f"Files that are not used: {count_reasons(lost)}. Convert them, or move them out"
-        doubts.append(
-            FileWarning(kind="left out", said=said, names=tuple(printable_path(one.path.relative_to(root).as_posix()) for one in lost))
-        )
+        message = f"Files that are not used: {count_reasons(lost)}. Convert them, or move them out"
+        names = tuple(printable_path(one.path.relative_to(root).as_posix()) for one in lost)
+        doubts.append(FileWarning(kind="left out", message=message, names=names))
     more = f" and {len(elsewhere) - 10} more" if len(elsewhere) > 10 else ""
     shown = ", ".join(f"{quote_name(name)} ({num} files)" if num > 1 else quote_name(name) for name, num in list(elsewhere.items())[:10])
     return doubts, [f"not used in {root.name}: {shown}{more}"] if elsewhere else []
 
 
-def inside(root: Path, path: Path) -> bool:
+# --- paths ------------------------------------------------------------------------------------------------------------------------------
+
+
+def is_inside(root: Path, path: Path) -> bool:
     """Whether a path, its links followed, lies in ``root``; with ``CELLBENCH_FOLLOW_LINKS=1`` links may lead anywhere."""
     if os.environ.get("CELLBENCH_FOLLOW_LINKS") == "1":
         return True
@@ -221,21 +252,20 @@ def inside(root: Path, path: Path) -> bool:
 
 def resolve_inside(root: Path, name: str) -> Path | None:
     """The file of a relative name, with / or \\ between folders; None where it would leave ``root``."""
-    parts = PurePosixPath(name.replace("\\", "/"))
-    if not name or "\0" in name or parts.is_absolute() or ".." in parts.parts or ":" in (parts.parts or ("",))[0]:
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if not name or "\0" in name or name[0] in "/\\" or ".." in parts or ":" in (parts or ("",))[0]:
         return None
     try:
-        too_long = any(len(os.fsencode(part)) > 255 for part in parts.parts) or len(parts.parts) > 64
+        if any(len(os.fsencode(part)) > 255 for part in parts) or len(parts) > 64:  # no file system has such names
+            return None
     except UnicodeEncodeError:  # half a character, as JSON can write it
         return None
-    if too_long:  # no file system has such names
-        return None
-    path = _as_written(root, parts.parts)
-    return path if inside(root, path) else None
+    path = _on_disk(root, parts)
+    return path if is_inside(root, path) else None
 
 
-def _as_written(root: Path, parts: Sequence[str]) -> Path:
-    """The path of a relative name as the disk has it, where that is another Unicode form of the same."""
+def _on_disk(root: Path, parts: Sequence[str]) -> Path:
+    """The path of a relative name as the disk has it, where that is another Unicode form of the same name."""
     path = root.joinpath(*parts)
     if "".join(parts).isascii() or path.exists():
         return path
@@ -248,45 +278,8 @@ def _as_written(root: Path, parts: Sequence[str]) -> Path:
     return path
 
 
-def check_outside(root: Path, name: str) -> UnusableImage:
-    todo = "Only files inside it are read: copy it there, or set CELLBENCH_FOLLOW_LINKS=1 where links are meant."
-    return UnusableImage(kind="outside", name=name, said=f"{root.name}: {quote_name(name)} leads out of the folder", todo=todo)
-
-
-def by_stem(folder: Path, root: Path, problems: list[UnusableImage]) -> dict[str, Path]:
-    """The pictures of a folder by stem, sorted by name. A link that leads out of ``root``, or a stem that two share, is a problem."""
-    found: dict[str, Path] = {}
-    if not inside(root, folder):
-        problems.append(check_outside(root, str(folder.relative_to(root))))
-        return found
-    with os.scandir(folder) as entries:
-        listed = sorted(entries, key=lambda entry: entry.name)
-    for entry in listed:
-        stem, extension = os.path.splitext(to_nfc(entry.name))
-        if extension.lower() not in EXTENSIONS or entry.name.startswith("."):
-            continue
-        path = Path(entry.path)
-        if entry.is_symlink() and not inside(root, path):
-            problems.append(check_outside(root, str(path.relative_to(root))))
-        elif not entry.is_file():
-            continue
-        elif stem in found:
-            problems.append(
-                UnusableImage(
-                    kind="same-stem",
-                    name=entry.name,
-                    said=f"{folder}: '{found[stem].name}' and '{entry.name}' share a stem, so their masks cannot be told apart",
-                    todo="Rename one.",
-                )
-            )
-        else:
-            found[stem] = path
-    return found
-
-
 def unique_names(paths: Sequence[str]) -> dict[str, str]:
-    """A name for each relative path: the file's own, or where two share it the whole path with ``__`` for its folders; as it is where that is
-    another file's name."""
+    """A name for each relative path: the file's own; where two share it the path with ``__`` for its folders; where that is taken the path."""
     last = [PurePosixPath(path).name for path in paths]
     twice = {name for name, num in Counter(last).items() if num > 1}
     out = {path: path.replace("/", "__") if name in twice else name for path, name in zip(paths, last, strict=True)}

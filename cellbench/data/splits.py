@@ -70,7 +70,7 @@ def split_of(
     pool, test = told[: len(pool)], told[len(pool) :]
     in_groups = any(sample.group for sample in pool)
     standard = not any(getattr(spec, key) != DataSpec.model_fields[key].default for key in ("val_fraction", "split_seed", *_LATER))
-    standard &= not in_groups and (bool(test) or spec.test_fraction == DataSpec().test_fraction)
+    standard &= not in_groups and (bool(test) or spec.test_fraction == DataSpec.model_fields["test_fraction"].default)
     name = "splits.json" if standard else _name(spec, bool(test), in_groups)
     # A file that names no seed is a person's own, or the published one, and is meant whatever the settings say.
     own = [root / "splits.json"] if not spec.folds and _own(root / "splits.json") else []

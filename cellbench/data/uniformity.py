@@ -1,7 +1,7 @@
-"""What the image files of a set hold, compared: the one range and the channels that all are read by, and where the files differ.
+"""Compare the image files of a set: the one range and the channels with which all are read, and where the files differ.
 
 The range is decided over all images of a set, whatever the split or `--limit`: by the card, else by what all files state alike, else by the
-largest number in any of them.
+largest value in any of them.
 """
 
 from __future__ import annotations
@@ -24,60 +24,55 @@ from cellbench.file_cache import FileFactCache
 
 
 def read_all_image_facts(paths: Sequence[Path], channels: tuple[int, ...] = ()) -> dict[Path, ImageFacts]:
-    """The facts of every image that can be read; what is wrong with the others is for those to say who use them.
+    """The facts of every readable image; whoever opens the others raises their errors.
 
-    Remembered by size and time of change; the first time, files of more than 8 bits are decoded, of the others only the header is read.
+    Cached by size and time of change; the first time, files of more than 8 bits are decoded, of the others only the header is read.
     """
-    known = f"image-facts{'-'.join(('', *map(str, channels)))}"
+    name = f"image-facts{'-'.join(('', *map(str, channels)))}"
     found: dict[Path, ImageFacts] = {}
-    with FileFactCache(known, lambda path: images.read_image_facts(path, channels).told()) as remembered:
+    with FileFactCache(name, lambda path: images.read_image_facts(path, channels).to_dict()) as cache:
 
-        def look(path: Path) -> None:
+        def read(path: Path) -> None:
             try:
-                found[path] = ImageFacts.of(remembered[path])
+                found[path] = ImageFacts.of(cache[path])
             except (CellbenchError, OSError):
                 return
 
-        with ThreadPoolExecutor(2) as pool:  # decoding frees the interpreter's lock
-            bar = tqdm(
-                pool.map(look, paths), desc="comparing depths", total=len(paths), unit="image", leave=False, disable=len(paths) < 100
-            )
-            for _ in bar:
-                pass
+        with ThreadPoolExecutor(2) as pool:  # decoding releases the interpreter's lock
+            jobs = pool.map(read, paths)
+            list(tqdm(jobs, desc="comparing depths", total=len(paths), unit="image", leave=False, disable=len(paths) < 100))
     return {path: found[path] for path in paths if path in found}
 
 
 def decide_scaling(
     facts: Iterable[ImageFacts], card_range: Range | None = None, channels: tuple[int, ...] = ()
 ) -> tuple[IntensityScaling, list[str]]:
-    """What a set's images are read by, and that in words. ``card_range``: black and white by the dataset's card."""
-    found = list(facts)
-    wide = [one for one in found if one.dtype != "uint8"]
-    whole, decimal = [one for one in wide if not one.dtype.startswith("float")], [one for one in wide if one.dtype.startswith("float")]
-    said = [f"of each file the channels {', '.join(map(str, channels))} (counted from 0) are read, as the card says"] if channels else []
+    """The scaling of a set's images, and notes. ``card_range``: black and white by the dataset's card."""
+    wide = [one for one in facts if one.dtype != "uint8"]
+    integer, decimal = [one for one in wide if not one.is_float], [one for one in wide if one.is_float]
+    notes = [f"of each file the channels {', '.join(map(str, channels))} (counted from 0) are read, as the card says"] if channels else []
     if card_range is not None:
         kinds = "more than 8 bits" if wide else "more than 8 bits, of which there are none"
-        said.append(f"black and white of images of {kinds}: {format_range(card_range)}, as the card says")
-        return IntensityScaling(
-            int_range=card_range if whole else None, float_range=card_range if decimal else None, channels=channels
-        ), said
-    int_range, float_range = _agreed(whole), _agreed(decimal)
-    if whole:
-        high = max(one.high for one in whole)
-        how = "as their files state" if int_range is not None else f"by the largest number of all of them, {high:.6g}"
+        notes.append(f"black and white of images of {kinds}: {format_range(card_range)}, as the card says")
+        int_range, float_range = card_range if integer else None, card_range if decimal else None
+        return IntensityScaling(int_range=int_range, float_range=float_range, channels=channels), notes
+    int_range, float_range = _common_range(integer), _common_range(decimal)
+    if integer:
+        high = max(one.high for one in integer)
+        how = "as their files state" if int_range is not None else f"by the largest value of all of them, {high:.6g}"
         int_range = int_range or (0.0, float(white_for(high)))
-        said.append(f"black and white of the {len(whole)} images of more than 8 bits: {format_range(int_range)}, {how}")
+        notes.append(f"black and white of the {len(integer)} images of more than 8 bits: {format_range(int_range)}, {how}")
     if decimal:
         how = "as their files state" if float_range is not None else "the usual range, which holds all of them"
         if float_range is None and all(one.low >= 0 and one.high <= 1 for one in decimal):
             float_range = (0.0, 1.0)
         if float_range is not None:
-            said.append(f"black and white of the {len(decimal)} images of decimal numbers: {format_range(float_range)}, {how}")
-    return IntensityScaling(int_range=int_range, float_range=float_range, channels=channels), said
+            notes.append(f"black and white of the {len(decimal)} images of floats: {format_range(float_range)}, {how}")
+    return IntensityScaling(int_range=int_range, float_range=float_range, channels=channels), notes
 
 
-def _agreed(facts: Sequence[ImageFacts]) -> Range | None:
-    """The range that all state alike and no image exceeds."""
+def _common_range(facts: Sequence[ImageFacts]) -> Range | None:
+    """The range that all state and no image exceeds."""
     stated = {one.stated for one in facts}
     if len(stated) != 1 or (only := stated.pop()) is None:
         return None
@@ -85,65 +80,58 @@ def _agreed(facts: Sequence[ImageFacts]) -> Range | None:
 
 
 def common_pixel_size(facts: Iterable[ImageFacts]) -> float | None:
-    """The side of a pixel, in micrometres, of a set whose images state one size; None where they state several or none."""
+    """The side of a pixel, in micrometres, where all images that state one state the same."""
     sides = [one.pixel.side_um for one in facts if one.pixel is not None]
     return sides[0] if sides and all(same_size(side, sides[0]) for side in sides) else None
 
 
 def find_inconsistencies(facts: Mapping[str, ImageFacts], reading: IntensityScaling) -> list[FileWarning]:
-    """Where the images of a set, by name, differ in what their numbers or pixels mean."""
+    """Where the images of a set, by name, differ in the meaning of their values or pixels."""
     sizes = {name: one.pixel for name, one in facts.items() if one.pixel is not None}
-    return [*_depths(facts, reading), *find_pixel_size_inconsistencies(sizes, len(facts))]
+    return [*_depth_inconsistencies(facts, reading), *find_pixel_size_inconsistencies(sizes, len(facts))]
 
 
-def _depths(facts: Mapping[str, ImageFacts], reading: IntensityScaling) -> list[FileWarning]:
-    found = []
+def _depth_inconsistencies(facts: Mapping[str, ImageFacts], reading: IntensityScaling) -> list[FileWarning]:
+    found: list[FileWarning] = []
+
+    def warn(kind: str, message: str, names: Iterable[str]) -> None:
+        if names := tuple(names):
+            found.append(FileWarning(kind=kind, message=message, names=names))
+
     kinds = Counter(one.bits for one in facts.values())
     if len(kinds) > 1:
-        usual = kinds.most_common(1)[0][0]
         counted = " and ".join(f"{kind} ({num})" for kind, num in kinds.most_common())
-        said = f"Images of {counted} are mixed, and equal greys in them may not mean the same light. Export all with one depth"
-        found.append(FileWarning(kind="depth", said=said, names=tuple(name for name, one in facts.items() if one.bits != usual)))
+        message = f"Images of {counted} are mixed, and equal greys in them may not mean the same light. Export all with one depth"
+        warn("depth", message, (name for name, one in facts.items() if one.bits != kinds.most_common(1)[0][0]))
     wide = {name: one for name, one in facts.items() if one.dtype != "uint8"}
-    whole = {name: one for name, one in wide.items() if not one.dtype.startswith("float")}
-    if reading.int_range is not None:
-        beyond = [name for name, one in whole.items() if one.low < reading.int_range[0] or one.high > reading.int_range[1]]
-        if beyond:
-            said = f"Numbers beyond the range {format_range(reading.int_range)}, which are clipped. Correct the range on the card"
-            found.append(FileWarning(kind="beyond range", said=said, names=tuple(beyond)))
-    white = {name: white_for(one.high) for name, one in whole.items()}
-    if len(set(white.values())) > 1 and _agreed(list(whole.values())) is None:
-        usual = Counter(white.values()).most_common(1)[0][0]
-        groups = Counter(white.values())
+    integer = {name: one for name, one in wide.items() if not one.is_float}
+    if (limits := reading.int_range) is not None:
+        message = f"Values beyond the range {format_range(limits)}, which are clipped. Correct the range on the card"
+        warn("beyond range", message, (name for name, one in integer.items() if one.low < limits[0] or one.high > limits[1]))
+    white = {name: white_for(one.high) for name, one in integer.items()}
+    groups = Counter(white.values())
+    if len(groups) > 1 and _common_range(list(integer.values())) is None:
         counted = ", ".join(f"up to {most} ({groups[most]})" for most in sorted(groups))
-        said = f"The largest numbers in images of more than 8 bits fit different depths: {counted}. If the camera has one depth, name it on the card"
-        said += ", such as range = [0, 4095]; else export all with one depth"
-        found.append(FileWarning(kind="range", said=said, names=tuple(name for name, most in white.items() if most != usual)))
-    elif dark := [
-        name for name, one in wide.items() if is_dark((one.low, one.high), reading.range_of(np.dtype(one.dtype), one.high, one.stated)[0])
-    ]:
-        said = "Images that use less than a sixteenth of the range they are read in: very dark, or of another depth"
-        found.append(FileWarning(kind="range", said=said, names=tuple(dark)))
+        message = f"The largest values in images of more than 8 bits fit different depths: {counted}. If the camera has one depth, name it on the card"
+        message += ", such as range = [0, 4095]; else export all with one depth"
+        warn("range", message, (name for name, most in white.items() if most != groups.most_common(1)[0][0]))
+    else:
+        message = "Images that use less than a sixteenth of the range they are read in: very dark, or of another depth"
+        ranges = {name: reading.range_of(np.dtype(one.dtype), one.high, one.stated)[0] for name, one in wide.items()}
+        warn("range", message, (name for name, one in wide.items() if is_dark((one.low, one.high), ranges[name])))
     stated = Counter(one.stated for one in wide.values() if one.stated is not None)
-    differ = len(stated) > 1 or (stated and len(wide) > sum(stated.values()))
-    if stated and (differ or any(one != reading.int_range and one != reading.float_range for one in stated)):
-        counted = ", ".join(
-            [
-                *(f"{format_range(one)} ({num})" for one, num in stated.most_common()),
-                *(["nothing"] if len(wide) > sum(stated.values()) else []),
-            ]
-        )
-        said = f"What the files state of their range is not what they are read in: {counted}"
-        unlike = (name for name, one in wide.items() if one.stated not in (reading.int_range, reading.float_range))
-        found.append(FileWarning(kind="stated range", said=said, names=tuple(unlike)))
-    clear = tuple(name for name, one in facts.items() if one.clear)
-    if clear:
-        found.append(FileWarning(kind="transparent", said="Images with transparent parts, which are laid over white", names=clear))
+    num_silent = len(wide) - sum(stated.values())
+    used = (reading.int_range, reading.float_range)
+    if stated and (len(stated) > 1 or num_silent or any(one not in used for one in stated)):
+        shown = [f"{format_range(one)} ({num})" for one, num in stated.most_common()] + (["nothing"] if num_silent else [])
+        message = f"The range that the files state is not the range they are read in: {', '.join(shown)}"
+        found.append(FileWarning(kind="stated range", message=message, names=tuple(n for n, one in wide.items() if one.stated not in used)))
+    warn("transparent", "Images with transparent parts, which are laid over white", (name for name, one in facts.items() if one.clear))
     return found
 
 
 def find_pixel_size_inconsistencies(stated: Mapping[str, PixelSize], num: int) -> list[FileWarning]:
-    """Where the sizes of pixels that files state, by name, differ among themselves or within a file; ``num`` images there are in all."""
+    """Where the pixel sizes that files state, by name, differ among themselves or within a file; ``num``: images in all."""
     if not stated:
         return []
     groups: dict[float, list[str]] = defaultdict(list)
@@ -153,17 +141,15 @@ def find_pixel_size_inconsistencies(stated: Mapping[str, PixelSize], num: int) -
     if len(groups) > 1:
         missing = num - len(stated)
         counted = ", ".join(f"{side:.4g} um ({len(names)})" for side, names in sorted(groups.items()))
-        said = f"Pixels are of different sizes by the files' own statement: {counted}{f', not stated ({missing})' if missing else ''}. "
-        said += "Cells of one size have different sizes in pixels; resample to one"
+        message = f"The files state different pixel sizes: {counted}{f', not stated ({missing})' if missing else ''}. "
+        message += "Cells of one size have different sizes in pixels; resample to one"
         most = sum(len(names) == len(groups[usual]) for names in groups.values())  # where several are as frequent, all are named
         odd = [name for side, names in groups.items() if side != usual or most > 1 for name in names]
-        found.append(FileWarning(kind="pixel size", said=said, names=tuple(odd)))
-    oblong = tuple(name for name, size in stated.items() if not size.square)
-    if oblong:
-        said = f"Pixels are not square by the files' own statement, such as {stated[oblong[0]]} um (width x height). Shapes are distorted; resample"
-        found.append(FileWarning(kind="oblong pixels", said=said, names=oblong))
-    torn = tuple(name for name, size in stated.items() if size.contradicted)
-    if torn:
-        said = f"The file states two pixel sizes, such as {stated[torn[0]].contradicted}; the second is used"
-        found.append(FileWarning(kind="pixel size", said=said, names=torn))
+        found.append(FileWarning(kind="pixel size", message=message, names=tuple(odd)))
+    if oblong := tuple(name for name, size in stated.items() if not size.square):
+        message = f"The files state pixels that are not square, such as {stated[oblong[0]]} um (width x height). Shapes are distorted; resample"
+        found.append(FileWarning(kind="oblong pixels", message=message, names=oblong))
+    if torn := tuple(name for name, size in stated.items() if size.contradicted):
+        message = f"The file states two pixel sizes, such as {stated[torn[0]].contradicted}; the second is used"
+        found.append(FileWarning(kind="pixel size", message=message, names=torn))
     return found

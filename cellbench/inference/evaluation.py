@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cellbench.config.experiment import DataSpec, Experiment
 from cellbench.config.registry import Registry
-from cellbench.data.classes import survey_classes, unused_classes, with_owners
+from cellbench.data.classes import unused_classes, with_owners
 from cellbench.data.dataset import Dataset, validated
 from cellbench.data.io.intensity import Note, format_notes
 from cellbench.data.loading import scan_dataset, split_dataset
@@ -34,7 +34,7 @@ def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Regi
         card = registry.dataset("folder")
     spec = experiment.data if card.draw or not experiment.data.draw else experiment.data.model_copy(update={"draw": {}})
     card, listing = scan_dataset(card, folder, spec)
-    listing.refuse()
+    listing.raise_first()
     if card.classes != trained.classes:
         raise CellbenchError(
             f"--data {folder}: its classes are {', '.join(card.classes)}; those of '{trained.name}' are {', '.join(trained.classes)}. "
@@ -45,10 +45,9 @@ def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Regi
         own = replace(own, **{part: own.samples(part)[: spec.limit] for part in ("train", "val", "test")})
     # What makes up one cell is as in the training data of the run.
     owners = trained.separation.owners
-    own = with_owners(validated(own), owners)
-    own = replace(
-        own, unused=unused_classes(own, survey_classes(own).values()), notes=(*listing.notes, *(doubt.line for doubt in listing.doubts))
-    )
+    own, contents = validated(own)
+    own = with_owners(own, owners)
+    own = replace(own, unused=unused_classes(own, contents.values()), notes=(*listing.notes, *(doubt.line for doubt in listing.doubts)))
     if own.digest == trained.dataset_digest:
         return replace(own, train=(), val=()), "the run's own test images"
     # The run's model reads these images like its own; so do the pictures of its worst predictions.
@@ -56,8 +55,8 @@ def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Regi
     parts = listing.parts
     chosen = parts.get("test") or (*parts.get("train", ()), *parts.get("val", ()))
     what = "the folder's test images" if parts.get("test") else "all images of the folder"
-    other = with_owners(validated(replace(own, train=(), val=(), test=tuple(chosen), owners=(), unused=(), notes=())), owners)
-    return replace(other, unused=unused_classes(other, survey_classes(other).values())), what
+    other, contents = validated(replace(own, train=(), val=(), test=tuple(chosen), owners=(), unused=(), notes=()))
+    return replace(with_owners(other, owners), unused=unused_classes(other, contents.values())), what
 
 
 @dataclass(frozen=True, kw_only=True)

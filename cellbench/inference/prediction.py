@@ -124,7 +124,7 @@ def provenance_of(segmenter: Segmenter) -> dict[str, object]:
     }
     reading = trained.preparation.reading
     # As JSON gives it back, where a tuple is a list.
-    return facts | ({"reading": json.loads(json.dumps(reading.told()))} if reading != IntensityScaling() else {})
+    return facts | ({"reading": json.loads(json.dumps(reading.to_dict()))} if reading != IntensityScaling() else {})
 
 
 def _relative(image: Path, out: Path) -> str:

@@ -224,7 +224,7 @@ class PredictionWriter:
             self._files[GEOJSON].write(self._collection(cells))
         if self._wanted.instances:
             facts = {LEFT_OUT: cells.num_left_out, "min_cell_px": separation.min_area_px}
-            self._files[INSTANCES].write(png_bytes(cells.ids.astype(np.uint16), words=json.dumps(facts)))
+            self._files[INSTANCES].write(png_bytes(cells.ids.astype(np.uint16), text=json.dumps(facts)))
             table = measure_cells(cells, image, self._names, self._wanted.um_per_px, classes, separation.owners)
             self._files[CELLS].write(table.text.encode("utf-8"))
 

@@ -119,7 +119,7 @@ def prepare(options: SearchOptions, resources: Resources) -> SearchPlan:
     registry = resources.registry
     space, text = read_space(options.file, options.all_changes, options.data, options.limit, registry, search_objectives(registry))
     plan = plan_search(space, text, options.file, options.data, options.storage, resources)
-    findings = quick_check.severe_findings(resources.registry.dataset(space.dataset), plan.dataset)
+    findings = quick_check.severe_findings(plan.dataset)
     for line in (*plan.dataset.notes, *findings, *relocate.fix_artifact_paths()):
         say(line)
     return plan

@@ -17,7 +17,7 @@ from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
 from cellbench.data.audit.keypoint_matching import find_shared_regions as shared_parts
 from cellbench.data.audit.keypoint_matching import keypoints
-from cellbench.data.audit.perceptual_hash import find_near_pairs, thumbnail_grey, to_grey
+from cellbench.data.audit.perceptual_hash import find_near_pairs, mean_pool, to_grey
 from cellbench.data.loading import open_dataset
 from cellbench.errors import CellbenchError
 from cellbench.run import main
@@ -221,7 +221,7 @@ def test_a_picture_is_known_again_turned_resized_and_compressed(tmp_path: Path, 
     again = image.resize((112, 84)).transpose(way - 1) if way else image.resize((112, 84))
     again.point(lambda v: int(v * 0.9) + 10).save(tmp_path / "again.jpg", quality=60)
     pictures = [image, Image.open(tmp_path / "again.jpg"), *(Image.fromarray(discs(seed)[0]) for seed in range(10, 30))]
-    pairs = find_near_pairs([thumbnail_grey(np.array(picture)) for picture in pictures])
+    pairs = find_near_pairs([mean_pool(to_grey(np.array(picture))) for picture in pictures])
     assert [(i, j) for i, j, _ in pairs] == [(0, 1)]
 
 

@@ -1,18 +1,19 @@
-"""Which images show a part of the same picture: a crop of another, or fields that overlap, at any scale, turned or mirrored.
+"""Find images that show a part of the same picture: a crop of another, or fields that overlap, at any scale, turned or mirrored.
 
-Lowe's features (SIFT: places, sizes, directions and what they look like) find candidates; places must agree on one similarity transform. That alone
-proves nothing: round cells and regular layouts agree by chance. So the pictures are aligned to a fraction of a pixel (Evangelidis and Psarakis 2008)
-and compared pixel by pixel: the edges must coincide all over, and the texture between them must not be another one. Features are looked up by visual
-words (Sivic and Zisserman 2003), so that the work grows with the number of images and not with its square.
+SIFT features (Lowe 2004) propose pairs; their places must agree on one similarity transform. That alone proves nothing: round cells and regular
+layouts agree by chance. So the pictures are aligned to a fraction of a pixel (ECC, Evangelidis and Psarakis 2008) and compared pixel by
+pixel: the edges must coincide everywhere, and the texture between them must agree. Features are looked up by visual words (Sivic and Zisserman
+2003), so that the work grows with the number of images and not with its square. On 34,244 features (100 images) that takes 1.0 s; OpenCV's FLANN
+finds the same pairs in 3.6 s, and the product of all descriptors takes 53 s.
 
-Legend: N features of one image, M of all. A place is a complex number x + iy in pixels of the small picture; a transform takes z to ``c z + t``,
+Legend: N features of one image, M of all. A place is a complex number x + iy in pixels of the small picture; a transform maps z to ``c z + t``,
 mirrored to ``c conj(z) + t``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import cv2
@@ -21,52 +22,48 @@ import numpy as np
 from cellbench.data.audit.perceptual_hash import eight_orientations, find_near_pairs, high_pass
 
 SIDE_PX = 400
-"""The longer side at which features are looked for. A crop of 0.3 of the sides still fills 120 px."""
+"""Longer side of the small picture in which features are detected. A crop of 0.3 of the sides still fills 120 px."""
 MAX_KEYPOINTS = 400
-"""Features kept of an image, the largest first: they outlive resizing and compression."""
+"""Features kept of an image, the largest first: they survive resizing and compression."""
 CONTRAST = 0.01
-"""Of a feature: a quarter of OpenCV's own, since a single stained cell has few. Of planted halves of single cells 44 of 50 are found, not 26."""
-MAX_RATIO = 0.9
-"""Cosine of two descriptors. Of one spot in two pictures 0.95 to 1, of the nearest spot in another smear 0.85 at most for nine of ten."""
+"""Contrast threshold of SIFT: a quarter of OpenCV's, because a single stained cell has few features. Finds 44 of 50 planted halves of single cells, not 26."""
+MIN_COSINE = 0.9
+"""Of two descriptors. One spot in two pictures has 0.95 to 1; the nearest spot in another smear at most 0.85 for nine of ten."""
 MIN_MATCHES = 5
-"""Features that agree on one transform. Of true crops 6 to 80, of other pairs of the three real sets 4 at most."""
-RANSAC_TRIALS = 3
-"""Transforms tried of one pair: a label that all images bear agrees with itself before the cells do."""
+"""Features that agree on one transform. True crops have 6 to 80, other pairs of the three real sets at most 4."""
+MAX_TRANSFORMS = 3
+"""Transforms tried for one pair: a label in all images agrees with itself before the cells do."""
 MAX_PAIRS = 40
-"""Candidate pairs tried of an image, those with most features in common first: where a layout is common to all images, every pair is one."""
+"""Candidate pairs tried for an image, those with most matches first: where all images share a layout, every pair is a candidate."""
 _WAVE_PX = 4
-"""Of the small picture. Slower waves are taken out: a round edge that is 2 px off correlates at 0.9 with them, and not at all without."""
+"""Lower frequencies are removed before the comparison: a round edge that is 2 px off correlates at 0.9 with them, and not at all without."""
 _FIELD_PX = 16
-"""The side of the fields in which edges are compared."""
-_WORD = 150
-"""Features a visual word, about."""
+"""Side of the fields in which edges are compared."""
+_FEATURES_PER_WORD = 150
 
-# A picture mirrored left to right, in SIFT's 4 x 4 fields of 8 directions: fields change sides across the main direction, directions their sign.
+# SIFT's 4 x 4 fields of 8 directions after mirroring: fields change sides across the main direction, directions their sign.
 _MIRRORED = np.arange(128).reshape(4, 4, 8)[::-1][:, :, -np.arange(8) % 8].ravel()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Keypoints:
-    """What the parts of an image are known again by."""
+    """SIFT features of one image."""
 
     places: np.ndarray
     """(N,) complex64"""
     sizes: np.ndarray
     """(N,) float32, px of the small picture"""
-    ways: np.ndarray
-    """(N,) complex64 of length 1: the main direction"""
-    looks: np.ndarray
-    """(N, 128) uint8, SIFT's histograms"""
+    directions: np.ndarray
+    """(N,) complex64 of length 1"""
+    descriptors: np.ndarray
+    """(N, 128) uint8"""
     picture: np.ndarray
-    """(H, W) uint8, the grey picture, its longer side ``SIDE_PX`` at most"""
+    """(H, W) uint8: the small grey picture, its longer side ``SIDE_PX`` at most"""
 
 
+_NONE = np.zeros(0, np.complex64)
 NO_KEYPOINTS = Keypoints(
-    places=np.zeros(0, np.complex64),
-    sizes=np.zeros(0, np.float32),
-    ways=np.zeros(0, np.complex64),
-    looks=np.zeros((0, 128), np.uint8),
-    picture=np.zeros((0, 0), np.uint8),
+    places=_NONE, sizes=_NONE.real, directions=_NONE, descriptors=np.zeros((0, 128), np.uint8), picture=np.zeros((0, 0), np.uint8)
 )
 
 
@@ -77,13 +74,13 @@ class SharedRegion:
     first: int
     second: int
     agreement: float
-    """The share of edges that coincide, 0..1."""
+    """Share of the edges that coincide, 0..1."""
     share: float
-    """Of the one that has less of its own, what the other shows too."""
+    """Overlap as a share of the smaller field of view."""
 
 
 def keypoints(grey_HW: np.ndarray) -> Keypoints:
-    """The marks of a grey image float32, 0..255 (``likeness.grey``). About 40 ms of a core for any size, 180 kB."""
+    """The features of a grey image float32, 0..255 (``perceptual_hash.to_grey``). About 40 ms of a core for any size, 180 kB."""
     picture = _small(grey_HW)
     low, high = np.percentile(picture, (1, 99))
     stretched = ((picture - low) * (255 / max(high - low, 24))).clip(0, 255).astype(np.uint8)
@@ -91,12 +88,12 @@ def keypoints(grey_HW: np.ndarray) -> Keypoints:
     found = sorted(sift.detect(stretched, None), key=lambda one: -one.size)[:MAX_KEYPOINTS]
     if not found:
         return replace(NO_KEYPOINTS, picture=picture.astype(np.uint8))
-    found, looks = sift.compute(stretched, found)
+    found, descriptors = sift.compute(stretched, found)
     return Keypoints(
         places=np.array([complex(*one.pt) for one in found], np.complex64),
         sizes=np.array([one.size for one in found], np.float32),
-        ways=np.exp(1j * np.radians([one.angle for one in found])).astype(np.complex64),
-        looks=looks.astype(np.uint8),
+        directions=np.exp(1j * np.radians([one.angle for one in found])).astype(np.complex64),
+        descriptors=descriptors.astype(np.uint8),
         picture=picture.astype(np.uint8),
     )
 
@@ -109,30 +106,30 @@ def _small(grey_HW: np.ndarray) -> np.ndarray:
     return cv2.resize(np.ascontiguousarray(grey_HW), size, interpolation=cv2.INTER_LINEAR if factor > 1 else cv2.INTER_AREA).clip(0, 255)
 
 
-def find_shared_regions(all_marks: Sequence[Keypoints]) -> list[SharedRegion]:
-    """Every pair of images that show a part of the same, in their order."""
+def find_shared_regions(all_keypoints: Sequence[Keypoints]) -> list[SharedRegion]:
+    """All pairs of images that show a part of the same, in order."""
     found: dict[tuple[int, int], SharedRegion] = {}
     num_tried: Counter[int] = Counter()
-    for first, second, mirrored, ones, others in sorted(_candidates(all_marks), key=lambda one: -len(one[3])):
+    for first, second, mirrored, ones, others in sorted(_candidates(all_keypoints), key=lambda one: -len(one[3])):
         if (first, second) in found or min(num_tried[first], num_tried[second]) >= MAX_PAIRS:
             continue
         num_tried.update((first, second))
-        pair = _settled(all_marks, first, second, mirrored, ones, others)
+        pair = _shared_region(all_keypoints, first, second, mirrored, ones, others)
         if pair is not None:
             found[first, second] = pair
     return [found[pair] for pair in sorted(found)]
 
 
-def find_same_images(all_marks: Sequence[Keypoints], small_NTT: Sequence[np.ndarray]) -> list[tuple[int, int]]:
-    """Pairs (i < j) of images that are one picture, turned, resized or saved anew. ``small_NTT``: ``likeness.small_grey`` of each.
+def find_same_images(all_keypoints: Sequence[Keypoints], small_NTT: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+    """Pairs (i < j) of images that are one picture, turned, resized or saved again. ``small_NTT``: ``mean_pool(to_grey(image))`` of each.
 
-    ``likeness.near_pairs`` proposes them; those whose pixels say otherwise are left out: the same empty plate photographed twice, say.
+    ``find_near_pairs`` proposes them; pairs whose pixels differ are left out, such as two photographs of the same empty plate.
     """
     found = []
     for i, j, _ in find_near_pairs(small_NTT):
         mine = high_pass(small_NTT[i])
         way = int(np.argmax([float(mine @ high_pass(other)) for other in eight_orientations(small_NTT[j])]))
-        one, other = all_marks[i].picture, np.ascontiguousarray(eight_orientations(all_marks[j].picture)[way])
+        one, other = all_keypoints[i].picture, np.ascontiguousarray(eight_orientations(all_keypoints[j].picture)[way])
         if not one.size or not other.size:
             found.append((i, j))
             continue
@@ -144,15 +141,15 @@ def find_same_images(all_marks: Sequence[Keypoints], small_NTT: Sequence[np.ndar
     return found
 
 
-def _settled(
-    all_marks: Sequence[Keypoints], first: int, second: int, mirrored: bool, ones: np.ndarray, others: np.ndarray
+def _shared_region(
+    all_keypoints: Sequence[Keypoints], first: int, second: int, mirrored: bool, ones: np.ndarray, others: np.ndarray
 ) -> SharedRegion | None:
-    one, other = all_marks[first], all_marks[second]
-    for _ in range(RANSAC_TRIALS):
-        placed = _placed(one, other, mirrored, ones, others)
-        if placed is None:
+    one, other = all_keypoints[first], all_keypoints[second]
+    for _ in range(MAX_TRANSFORMS):
+        similarity = _similarity(one, other, mirrored, ones, others)
+        if similarity is None:
             return None
-        c, t, inside = placed
+        c, t, inside = similarity
         matrix = np.array([[c.real, -c.imag, t.real], [c.imag, c.real, t.imag]]) @ np.diag([1, -1 if mirrored else 1, 1])
         evidence = _compared(one.picture, other.picture, matrix)
         if evidence is not None and evidence.proves:
@@ -161,111 +158,110 @@ def _settled(
     return None
 
 
-def _candidates(all_marks: Sequence[Keypoints]):
-    """(first, second, mirrored, features of the first, features of the second) of pairs in which ``MIN_MATCHES`` features have a like."""
-    image_M = np.repeat(np.arange(len(all_marks)), [len(one.places) for one in all_marks])
+def _candidates(all_keypoints: Sequence[Keypoints]) -> Iterator[tuple[int, int, bool, np.ndarray, np.ndarray]]:
+    """(first, second, mirrored, features of the first, features of the second) of pairs with ``MIN_MATCHES`` matches or more."""
+    image_M = np.repeat(np.arange(len(all_keypoints)), [len(one.places) for one in all_keypoints])
     if len(image_M) < 2:
         return
-    looks_MD = np.concatenate([one.looks for one in all_marks]).astype(np.float32)
-    looks_MD /= np.maximum(np.linalg.norm(looks_MD, axis=1, keepdims=True), 1)
-    within_M = np.concatenate([np.arange(len(one.places)) for one in all_marks])
-    alike = np.unique(np.concatenate([_alike(looks_MD, image_M, mirrored) for mirrored in (False, True)]), axis=0)
-    if not len(alike):
+    descriptors_MD = np.concatenate([one.descriptors for one in all_keypoints]).astype(np.float32)
+    descriptors_MD /= np.maximum(np.linalg.norm(descriptors_MD, axis=1, keepdims=True), 1)
+    within_M = np.concatenate([np.arange(len(one.places)) for one in all_keypoints])
+    matches = np.unique(np.concatenate([_matches(descriptors_MD, image_M, mirrored) for mirrored in (False, True)]), axis=0)
+    if not len(matches):
         return
-    order = np.lexsort((alike[:, 0], image_M[alike[:, 2]], image_M[alike[:, 1]]))
-    alike = alike[order]
-    keys = np.stack([image_M[alike[:, 1]], image_M[alike[:, 2]], alike[:, 0]], 1)
+    matches = matches[np.lexsort((matches[:, 0], image_M[matches[:, 2]], image_M[matches[:, 1]]))]
+    keys = np.stack([image_M[matches[:, 1]], image_M[matches[:, 2]], matches[:, 0]], 1)
     starts = np.flatnonzero(np.any(np.diff(keys, axis=0, prepend=-1), axis=1))
     for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
         end = min(end, start + 300)
         if end - start >= MIN_MATCHES:
             first, second, mirrored = keys[start].tolist()
-            yield first, second, bool(mirrored), within_M[alike[start:end, 1]], within_M[alike[start:end, 2]]
+            yield first, second, bool(mirrored), within_M[matches[start:end, 1]], within_M[matches[start:end, 2]]
 
 
-def _alike(looks_MD: np.ndarray, image_M: np.ndarray, mirrored: bool) -> np.ndarray:
-    """(K, 3) int64: mirrored, a feature and its like in a later image. Of each feature the two most alike in each of its two nearest words."""
-    num = len(looks_MD)
-    words = looks_MD[np.random.default_rng(0).choice(num, max(1, num // _WORD), replace=False)]
-    asked_MD = looks_MD[:, _MIRRORED] if mirrored else looks_MD
-    home_M = _nearest(looks_MD, words, 1)[:, 0]
-    asked_in = _nearest(asked_MD, words, min(2, len(words)))
-    told = np.argsort(home_M, kind="stable")
-    askers = np.argsort(asked_in.ravel(), kind="stable")
-    told_from = np.searchsorted(home_M[told], np.arange(len(words) + 1))
-    asked_from = np.searchsorted(asked_in.ravel()[askers], np.arange(len(words) + 1))
+def _matches(descriptors_MD: np.ndarray, image_M: np.ndarray, mirrored: bool) -> np.ndarray:
+    """(K, 3) int64: mirrored, a feature and a similar one of a later image. For each feature the two nearest in each of its two nearest words."""
+    num = len(descriptors_MD)
+    words = descriptors_MD[np.random.default_rng(0).choice(num, max(1, num // _FEATURES_PER_WORD), replace=False)]
+    query_MD = descriptors_MD[:, _MIRRORED] if mirrored else descriptors_MD
+    home_M = _nearest(descriptors_MD, words, 1)[:, 0]
+    query_words = _nearest(query_MD, words, min(2, len(words)))
+    members, queries = np.argsort(home_M, kind="stable"), np.argsort(query_words.ravel(), kind="stable")
+    member_starts = np.searchsorted(home_M[members], np.arange(len(words) + 1))
+    query_starts = np.searchsorted(query_words.ravel()[queries], np.arange(len(words) + 1))
     found = [np.zeros((0, 3), np.int64)]
     for word in range(len(words)):
-        asking = askers[asked_from[word] : asked_from[word + 1]] // asked_in.shape[1]
-        known = told[told_from[word] : told_from[word + 1]]
-        if not len(asking) or not len(known):
+        query = queries[query_starts[word] : query_starts[word + 1]] // query_words.shape[1]
+        member = members[member_starts[word] : member_starts[word + 1]]
+        if not len(query) or not len(member):
             continue
-        cosine = asked_MD[asking] @ looks_MD[known].T
-        cosine[image_M[asking][:, None] == image_M[known][None]] = 0
-        best = np.argpartition(-cosine, 1, axis=1)[:, :2] if len(known) > 2 else np.tile(np.arange(len(known)), (len(asking), 1))
-        row, column = np.nonzero(np.take_along_axis(cosine, best, 1) >= MAX_RATIO)
-        one, other = asking[row], known[best[row, column]]
+        cosine = query_MD[query] @ descriptors_MD[member].T
+        cosine[image_M[query][:, None] == image_M[member][None]] = 0
+        best = np.argpartition(-cosine, 1, axis=1)[:, :2] if len(member) > 2 else np.tile(np.arange(len(member)), (len(query), 1))
+        row, column = np.nonzero(np.take_along_axis(cosine, best, 1) >= MIN_COSINE)
+        one, other = query[row], member[best[row, column]]
         found.append(np.stack([np.full(len(one), mirrored, np.int64), np.minimum(one, other), np.maximum(one, other)], 1))
     return np.concatenate(found)
 
 
-def _nearest(looks_MD: np.ndarray, words: np.ndarray, num: int, chunk: int = 4096) -> np.ndarray:
+def _nearest(descriptors_MD: np.ndarray, words: np.ndarray, num: int, chunk: int = 4096) -> np.ndarray:
     """(M, num): the nearest words."""
-    found = np.empty((len(looks_MD), num), np.int64)
-    for start in range(0, len(looks_MD), chunk):
-        cosine = looks_MD[start : start + chunk] @ words.T
+    found = np.empty((len(descriptors_MD), num), np.int64)
+    for start in range(0, len(descriptors_MD), chunk):
+        cosine = descriptors_MD[start : start + chunk] @ words.T
         found[start : start + chunk] = cosine.argmax(1)[:, None] if num == 1 else np.argpartition(-cosine, num - 1, axis=1)[:, :num]
     return found
 
 
-def _placed(
+def _similarity(
     one: Keypoints, other: Keypoints, mirrored: bool, ones: np.ndarray, others: np.ndarray
 ) -> tuple[complex, complex, np.ndarray] | None:
-    """The similarity transform on which most features agree, fitted to them, and which do; None where fewer than ``MIN_MATCHES`` do.
+    """The similarity transform (c, t) with most votes, fitted to its voters, and the voters; None with fewer than ``MIN_MATCHES``.
 
-    Each pair of features proposes one: by its places, sizes and directions (Lowe 2004).
+    Each match proposes one, by its places, sizes and directions (Lowe 2004). OpenCV's RANSAC, which draws pairs of matches by their places alone,
+    misses crops of regular layouts.
     """
     if len(ones) < MIN_MATCHES:
         return None
     z, w = one.places[ones].astype(complex), other.places[others].astype(complex)
-    way = one.ways[ones]
+    direction = one.directions[ones]
     if mirrored:
-        z, way = z.conj(), way.conj()
-    c = other.sizes[others] / one.sizes[ones] * other.ways[others] / way
+        z, direction = z.conj(), direction.conj()
+    c = other.sizes[others] / one.sizes[ones] * other.directions[others] / direction
     t = w - c * z
     off = np.abs(c[:, None] * z + t[:, None] - w) / np.maximum(1, np.abs(c))[:, None]
     turned = c[None] / c[:, None]
     fits = (off < 4) & (np.abs(np.log(np.abs(turned))) < 0.4) & (np.abs(np.angle(turned)) < 0.35)
     inside = fits[fits.sum(1).argmax()]
     for _ in range(2):
-        if _spots(z[inside], w[inside]) < MIN_MATCHES:
+        if _num_places(z[inside], w[inside]) < MIN_MATCHES:
             return None
         scale, shift = np.linalg.lstsq(np.stack([z[inside], np.ones(inside.sum())], 1), w[inside], rcond=None)[0]
         inside = np.abs(scale * z + shift - w) < 3 * max(1, abs(scale))
-    return (complex(scale), complex(shift), inside) if _spots(z[inside], w[inside]) >= MIN_MATCHES and scale else None
+    return (complex(scale), complex(shift), inside) if _num_places(z[inside], w[inside]) >= MIN_MATCHES and scale else None
 
 
-def _spots(z: np.ndarray, w: np.ndarray) -> int:
+def _num_places(z: np.ndarray, w: np.ndarray) -> int:
     """Distinct places: one spot may have features of several directions."""
     return min(len(np.unique(z.round())), len(np.unique(w.round())))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Evidence:
-    """What the pixels of two aligned pictures say."""
+    """How well two aligned pictures agree."""
 
     num_fields: int
-    """Fields with edges in one of both."""
+    """Fields with edges in either picture."""
     agreement: float
-    """The share of them, by the strength of their edges, in which both correlate. Of true copies 0.98 to 1, of different pictures with one layout
-    0.93 at most, measured."""
+    """Share of these fields, weighted by edge strength, in which both correlate. Measured: true copies 0.98 to 1, different pictures of one layout at
+    most 0.93."""
     texture: float | None
-    """The correlation, -1..1, of what lies between the edges; None where there is none, or one of both has lost its own (JPEG, smoothing)."""
+    """Correlation between the edges, -1..1; None where there is no texture, or one picture has lost its own (JPEG, smoothing)."""
     share: float
 
     @property
     def denies(self) -> bool:
-        """Whether the texture is another one. Of true copies 0.23 or more, of different pictures 0.1 at most, measured."""
+        """Whether the textures differ. Measured: true copies 0.23 or more, different pictures at most 0.1."""
         return self.texture is not None and self.texture < 0.2
 
     @property
@@ -273,7 +269,7 @@ class _Evidence:
         if self.texture is not None and self.texture > 0.5:
             return not self.num_fields or self.agreement >= 0.3  # a label or a scale bar hides what lies below it
         if self.texture is not None and not self.denies and self.agreement >= 0.7:
-            return True  # saved anew at other sizes, sharpened or smoothed
+            return True  # saved again at another size, sharpened or smoothed
         if self.num_fields >= 100 and self.agreement >= 0.98:
             return True  # whatever the texture: a second photograph of the same place has another noise
         # A few round edges coincide by chance, mostly those of a small part.
@@ -281,7 +277,7 @@ class _Evidence:
 
 
 def _compared(one_HW: np.ndarray, other_HW: np.ndarray, matrix: np.ndarray, similar: bool = True) -> _Evidence | None:
-    """The evidence for ``matrix`` (2, 3), which takes (x, y, 1) of the first picture, uint8, to (x, y) of the second; None where both share less
+    """The evidence for ``matrix`` (2, 3), which maps (x, y, 1) of the first picture, uint8, to (x, y) of the second; None where they overlap by less
     than 400 px, or where they only fit when sheared (``similar``)."""
     if (scale := _scale(matrix)) < 1:  # the other way round, so that the finer picture is the one that is resampled
         return _compared(other_HW, one_HW, cv2.invertAffineTransform(matrix), similar) if scale > 0 else None
@@ -304,7 +300,7 @@ def _compared(one_HW: np.ndarray, other_HW: np.ndarray, matrix: np.ndarray, simi
     height, width = weight.shape
     field = np.arange(height)[:, None] // _FIELD_PX * (width // _FIELD_PX + 1) + np.arange(width) // _FIELD_PX
     product, energy_a, energy_b, num = (np.bincount(field.ravel(), values.ravel()) for values in (a * b, a * a, b * b, weight))
-    # Three grey levels of 255: what is left of a plain ground is noise, and compression changes what is weaker. Dim pictures have weaker edges.
+    # Three grey levels of 255: below is the noise of a plain ground, and compression changes it. Dim pictures have weaker edges.
     least = np.clip(0.05 * np.ptp(np.percentile(one_HW, (1, 99))), 1.5, 3)
     edges = (num >= 0.4 * _FIELD_PX**2) & (np.maximum(energy_a, energy_b) > least**2 * num)
     strength = np.sqrt(np.maximum(energy_a, energy_b) / np.maximum(num, 1))[edges]
@@ -322,14 +318,14 @@ def _texture(a: np.ndarray, b: np.ndarray) -> float | None:
     if a.size < 1000:
         return None
     power_a, power_b = float((a * a).mean()), float((b * b).mean())
-    # Rounding to whole grey levels alone leaves 0.01; a copy that lost three quarters of its texture cannot be asked for it.
+    # Rounding to whole grey levels alone leaves 0.01; a copy that lost three quarters of its texture has none to compare.
     if min(power_a, power_b) < max(0.1, 0.25 * max(power_a, power_b)):
         return None
     return float((a * b).mean() / np.sqrt(power_a * power_b))
 
 
 def _aligned(one: np.ndarray, other: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """The affine transform near ``matrix`` under which both pictures correlate best, found at half their size or less; ``matrix`` where none is."""
+    """The affine transform near ``matrix`` with the best correlation (ECC), at half the size or less; ``matrix`` where it does not converge."""
     size = [max(16, side // 2) if min(one.shape) >= 150 else side for side in one.shape[::-1]]
     scale = _scale(matrix)
     coarse = [min(full, max(16, round(full * size[0] / one.shape[1] / scale))) for full in other.shape[::-1]]
@@ -348,7 +344,7 @@ def _aligned(one: np.ndarray, other: np.ndarray, matrix: np.ndarray) -> np.ndarr
 
 
 def _resizing(full: Sequence[int], to: Sequence[int]) -> np.ndarray:
-    """(3, 3): from a pixel's place in a picture of (width, height) to its place in the resized one; places are of pixels' centres."""
+    """(3, 3): from pixel centres in a picture of (width, height) to those in the resized one."""
     across, down = to[0] / full[0], to[1] / full[1]
     return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
 

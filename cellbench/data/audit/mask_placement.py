@@ -1,9 +1,9 @@
-"""Do the masks of a set lie on what their images show? If not: turned by what, or whose mask is it?
+"""Check whether the masks of a set lie on what their images show; if not, how they are turned or moved, or whose they are.
 
-Each image is described by maps that need no training (colours, contrast, what a threshold sets apart), pooled to 64 x 64. How well a mask fits an
-image is the multiple correlation of the mask with these maps, 0..1: whether cells are darker or brighter does not matter, nor does a plane of
-light. Images whose cells hardly stand out fit any mask badly, so a mask is only called wrong where another place fits it much better, or where the
-masks of a set fit their own images no better than those of others, although something stands out.
+Each image is described by maps without training (colours, contrast, Otsu's threshold), pooled to 64 x 64. The fit of a mask is its multiple
+correlation with these maps, 0..1, so it does not matter whether cells are darker or brighter, nor does a plane of light. Images with low contrast
+fit any mask badly, so a mask is only wrong where another place fits much better, or where the masks of a set fit their own images no better than
+others' although something stands out.
 
 Legend: N images, F maps, T the side of a map.
 """
@@ -20,13 +20,13 @@ from cellbench.data.audit.perceptual_hash import eight_orientations, mean_pool
 
 SIDE = 64
 MARGIN = 0.15
-"""By which another place must fit better than the mask's own. Right masks of three real sets and many drawn ones stay below."""
+"""Least gain of another place over the mask's own. Right masks of three real sets and many drawn ones stay below."""
 LEAST_FIT = 0.4
-"""How well it must fit there: a mask of another image fits 0.1 to 0.3 by chance."""
+"""Least fit there: a mask of another image fits 0.1 to 0.3 by chance."""
 FEWEST = 5
-"""Images with cells; of fewer nothing is said of the set."""
+"""Images with cells that a judgement of the set needs."""
 MOST = 400
-"""Images that are compared with one another, in runs of neighbours."""
+"""Images compared with one another, in runs of neighbours."""
 WAYS = (
     "as it is",
     "turned by 90 degrees to the left",
@@ -37,7 +37,7 @@ WAYS = (
     "mirrored at the other diagonal",
     "mirrored left to right",
 )
-"""What is done to a mask, in the order of ``likeness.turned``."""
+"""In the order of ``perceptual_hash.eight_orientations``."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,31 +47,31 @@ class PlacementFeatures:
     basis: np.ndarray
     """(F, T * T) float32, orthonormal, each of mean 0: the span of the image's maps."""
     mask: np.ndarray
-    """(T, T) float32: the share of each field that is marked."""
+    """(T, T) float32: the marked share of each field."""
     square: bool
-    """Whether it can be turned by a quarter."""
+    """Whether it can be turned by 90 degrees."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """What is wrong with the masks of a set."""
 
-    said: str
+    message: str
     """What fits instead, as a clause; empty where nothing is wrong."""
     wrong: tuple[int, ...]
-    """The images whose masks lie wrong."""
+    """Positions of the images with wrong masks."""
     most: bool
     """Whether these are more than half of the images with cells."""
 
 
 def describe(image_HW3: np.ndarray, cell_HW: np.ndarray, seen_HW: np.ndarray) -> PlacementFeatures:
-    """Of an image uint8, its cells bool, and what a threshold sets apart in it, bool; all of one size, a thinned image will do."""
+    """Features of an image 0..255, its cells bool, and the pixels selected by a threshold, bool; all of one size, a thinned image will do."""
     colours = image_HW3.astype(np.float32)
     plain = colours.mean(2)
     mean = ndimage.uniform_filter(plain, 5)
     contrast = np.sqrt(np.maximum(ndimage.uniform_filter(plain * plain, 5) - mean * mean, 0))
-    features = [*np.moveaxis(colours, 2, 0), contrast, seen_HW]
-    rows = np.stack([mean_pool(one, SIDE).ravel() for one in features]).astype(np.float64)
+    maps = [*np.moveaxis(colours, 2, 0), contrast, seen_HW]
+    rows = np.stack([mean_pool(one, SIDE).ravel() for one in maps]).astype(np.float64)
     places = np.indices((SIDE, SIDE)).reshape(2, -1)
     plane = _orthonormal(np.stack([np.ones(SIDE * SIDE), *places]))
     rows -= rows @ plane.T @ plane
@@ -80,7 +80,7 @@ def describe(image_HW3: np.ndarray, cell_HW: np.ndarray, seen_HW: np.ndarray) ->
 
 
 def _orthonormal(rows: np.ndarray) -> np.ndarray:
-    """An orthonormal basis of what the rows span, of which nearly nothing is left out."""
+    """An orthonormal basis of the span of the rows, without negligible directions."""
     _, strength, basis = np.linalg.svd(rows, full_matrices=False)
     return basis[strength > max(1e-3 * strength[0], 1e-6)]
 
@@ -90,16 +90,16 @@ def _unit(mask_TT: np.ndarray) -> np.ndarray:
     return flat / max(float(np.linalg.norm(flat)), 1e-6)
 
 
-def check_placement(all_maps: Sequence[PlacementFeatures], contrasts: Sequence[float]) -> Placement:
-    """Looks for masks that lie wrong. ``contrasts``: how clearly something stands out in each image (``Facts.seen_contrast``).
+def check_placement(features: Sequence[PlacementFeatures], contrasts: Sequence[float]) -> Placement:
+    """Finds misplaced masks. ``contrasts``: ``SampleFacts.seen_contrast`` of each image.
 
-    Only images with some cells, and not full of them, say anything.
+    Only images with some cells, and not full of them, count.
     """
-    telling = _sampled([k for k, one in enumerate(all_maps) if 0.002 < float(one.mask.mean()) < 0.98 and len(one.basis)])
-    num = len(telling)
+    usable = _sampled([k for k, one in enumerate(features) if 0.002 < float(one.mask.mean()) < 0.98 and len(one.basis)])
+    num = len(usable)
     if num < FEWEST:
-        return Placement(said="", wrong=(), most=False)
-    kept = [all_maps[k] for k in telling]
+        return Placement(message="", wrong=(), most=False)
+    kept = [features[k] for k in usable]
     masks = np.stack([_unit(one.mask) for one in kept]).astype(np.float32)
     fit = np.stack([np.linalg.norm(one.basis @ masks.T, axis=0) for one in kept])  # fit[i, j]: mask j on image i
     own = fit.diagonal().copy()
@@ -116,7 +116,7 @@ def check_placement(all_maps: Sequence[PlacementFeatures], contrasts: Sequence[f
     if (votes := _better(elsewhere, own)).sum() >= max(2, 0.1 * num):
         wrong |= votes
         clauses.append(f"{_num(int(votes.sum()), num)} {words}")
-    # Another's mask counts where both choose each other: of many masks one always fits a little.
+    # Another image's mask counts where both choose each other: of many masks one always fits a little.
     others = fit - 2 * np.eye(num)
     theirs, whose = others.max(1), others.argmax(1)
     anothers = ~wrong & _much_better(theirs, own) & (others.argmax(0)[whose] == np.arange(num))
@@ -128,22 +128,22 @@ def check_placement(all_maps: Sequence[PlacementFeatures], contrasts: Sequence[f
             clauses.append(f"{_num(int(anothers.sum()), num)} fit another image")
     gain = own - (fit.sum(1) - own) / (num - 1)
     unrelated = gain.mean() < min(0.1, 2 * gain.std(ddof=1) / np.sqrt(num))
-    if unrelated and wrong.mean() <= 0.5 and np.median([contrasts[k] for k in telling]) > 0.7:  # of noise alone it is 2 / pi
+    if unrelated and wrong.mean() <= 0.5 and np.median([contrasts[k] for k in usable]) > 0.7:  # of noise alone it is 2 / pi
         wrong[:] = True
         clauses = ["they fit their own images no better than others, and neither turned, moved nor exchanged"]
     return Placement(
-        said=" and ".join(clauses), wrong=tuple(k for k, one in zip(telling, wrong, strict=True) if one), most=bool(wrong.mean() > 0.5)
+        message=" and ".join(clauses), wrong=tuple(k for k, one in zip(usable, wrong, strict=True) if one), most=bool(wrong.mean() > 0.5)
     )
 
 
 def _much_better(fits: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Which of the images a mask fits so much better in another place that it cannot be chance."""
+    """The images whose mask fits elsewhere by more than chance."""
     halved = (1 - fits**2 < 0.6 * (1 - own**2)) & (fits > 0.6)
     return ((fits > own + MARGIN) & (fits > LEAST_FIT)) | halved
 
 
 def _better(fits: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The same of one place for all images; where nine of ten in a dozen fit better there, a little better is enough."""
+    """The same for one place for all images; where nine of ten in a dozen fit better there, a small gain is enough."""
     better = fits > own
     if len(own) >= 12 and better.mean() >= 0.9 and np.median(fits - own) > 0.02:
         return better
@@ -151,7 +151,7 @@ def _better(fits: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def _shifted(kept: Sequence[PlacementFeatures]) -> tuple[np.ndarray, str]:
-    """How well each mask fits when all are moved alike, by what is best for all, and that in words."""
+    """The fit of each mask when all are moved by the shift that is best for all, and the shift in words."""
     found = np.zeros((len(kept), SIDE, SIDE), np.float32)
     for k, one in enumerate(kept):
         mask = np.fft.rfft2(_unit(one.mask).reshape(SIDE, SIDE))

@@ -1,4 +1,4 @@
-"""Which images of a set show the same, whole or in part: found once, remembered for as long as the files stay as they are."""
+"""Group images that show the same, whole or in part; the result is cached until a file changes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from cellbench.data.io.intensity import IntensityScaling
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
 
-_FOUND_AS = 3
-"""Counts up when what is found changes."""
+_VERSION = 4
+"""Counts up when results change."""
 
 
 def group_near_duplicates(samples: Sequence[Sample], reading: IntensityScaling | None = None) -> tuple[Sample, ...]:
-    """The samples, those that show the same picture (turned, saved anew, a crop, fields that overlap) with a common group; the others with none.
+    """The samples, those that show the same picture (turned, saved again, a crop, fields that overlap) with a common group, the others with none.
 
-    Reads every image, about 0.3 s of a processor each, the first time. One that cannot be read is like no other; whoever uses it will say so.
+    Reads every image the first time, about 0.3 s of a core each. Unreadable images are in no group; whoever opens them raises the error.
     """
-    return group_by_first(samples, _remembered([sample.image for sample in samples], reading or IntensityScaling()))
+    return group_by_first(samples, _cached([sample.image for sample in samples], reading or IntensityScaling()))
 
 
 def group_by_first(samples: Sequence[Sample], first: Sequence[int]) -> tuple[Sample, ...]:
-    """The same, where it is known for each sample which is the first that it is like."""
+    """The same, from the position of the first sample of each sample's group."""
     size = Counter(first)
     names: dict[int, str] = {}
     for sample, k in zip(samples, first, strict=True):
@@ -44,39 +44,38 @@ def group_by_first(samples: Sequence[Sample], first: Sequence[int]) -> tuple[Sam
     return tuple(replace(sample, group=f"like {names[k]}" if size[k] > 1 else "") for sample, k in zip(samples, first, strict=True))
 
 
-def _remembered(paths: Sequence[Path], reading: IntensityScaling) -> list[int]:
+def _cached(paths: Sequence[Path], reading: IntensityScaling) -> list[int]:
     try:
         stamps = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     except OSError:
-        return _first_alike(paths, reading)  # a file is missing, so there is nothing to remember by
-    made = [_FOUND_AS, stamps, *([reading.told()] if reading != IntensityScaling() else [])]
-    place = cache_dir() / "alike" / f"{hashlib.sha256(json.dumps(made).encode()).hexdigest()[:24]}.json"
-    with contextlib.suppress(OSError, ValueError):  # not there, or damaged: found anew
+        return _first_of_group(paths, reading)  # a missing file has no stamp to cache by
+    key = [_VERSION, stamps, *([reading.to_dict()] if reading != IntensityScaling() else [])]
+    place = cache_dir() / "alike" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
+    with contextlib.suppress(OSError, ValueError):  # missing or damaged: compare again
         known = json.loads(place.read_text())
         if isinstance(known, list) and len(known) == len(paths) and all(isinstance(k, int) and 0 <= k < len(paths) for k in known):
             return known
-    first = _first_alike(paths, reading)
-    with contextlib.suppress(CellbenchError):  # only a memory: a full disk must not stop a run
+    first = _first_of_group(paths, reading)
+    with contextlib.suppress(CellbenchError):  # only a cache: a full disk must not stop a run
         write_atomic(place, json.dumps(first))
     return first
 
 
-def _first_alike(paths: Sequence[Path], reading: IntensityScaling) -> list[int]:
-    """For each image the number of the first that it is like."""
+def _first_of_group(paths: Sequence[Path], reading: IntensityScaling) -> list[int]:
+    """For each image the position of the first of its group."""
     with ThreadPoolExecutor(2) as pool:
-        jobs = pool.map(partial(_told, reading=reading), paths)
-        told = list(tqdm(jobs, desc="comparing images, once", total=len(paths), unit="image", leave=False, disable=len(paths) < 20))
-    read = [k for k, one in enumerate(told) if one is not None]
-    seen = [one for one in told if one is not None]
-    all_marks = [parts for _, parts in seen]
-    pairs = find_same_images(all_marks, [small for small, _ in seen])
-    pairs += [(pair.first, pair.second) for pair in find_shared_regions(all_marks)]
+        jobs = pool.map(partial(_features, reading=reading), paths)
+        found = list(tqdm(jobs, desc="comparing images, once", total=len(paths), unit="image", leave=False, disable=len(paths) < 20))
+    read = [k for k, one in enumerate(found) if one is not None]
+    thumbnails, all_keypoints = [one[0] for one in found if one is not None], [one[1] for one in found if one is not None]
+    pairs = find_same_images(all_keypoints, thumbnails)
+    pairs += [(pair.first, pair.second) for pair in find_shared_regions(all_keypoints)]
     return connected_groups(len(paths), [(read[i], read[j]) for i, j in pairs])
 
 
-def _told(path: Path, reading: IntensityScaling) -> tuple[np.ndarray, Keypoints] | None:
+def _features(path: Path, reading: IntensityScaling) -> tuple[np.ndarray, Keypoints] | None:
     try:
-        plain = to_grey(images.read_image(path, reading))
+        grey = to_grey(images.read_image(path, reading))
     except (CellbenchError, OSError):
         return None
-    return mean_pool(plain), keypoints(plain)
+    return mean_pool(grey), keypoints(grey)

@@ -1,7 +1,7 @@
-"""Which images are the same picture: perceptual hashes over the eight flips and rotations, proven by correlation.
+"""Find images that are the same picture by perceptual hashes over the eight flips and rotations, confirmed by correlation.
 
-A hash of 256 bits finds candidates in one matrix product; a pair counts only where the small pictures themselves correlate. Legend: N images,
-T the side of a small picture (64), 8 ways to turn it.
+A hash of 256 bits gives candidates in one matrix product; a pair counts only where the thumbnails correlate. Legend: N images, T the side of a
+thumbnail (64), 8 orientations.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.fft import dctn
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 SIDE = 64
 BITS = 16
 NEAR_BITS = 48
-"""Of 256: saving as JPEG, resizing and brightening change 10 at most, unrelated pictures differ in some 128."""
+"""Of 256: JPEG, resizing and brightening change at most 10; unrelated pictures differ in about 128."""
 CORRELATION = 0.97
-"""Of the small pictures, their slow half taken out."""
+"""Least correlation of two thumbnails, without their lowest frequencies."""
 
 
 def mean_pool(grey_HW: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """Means of ``side`` x ``side`` equal fields, (side, side) float32. Fields share the pixels on their edges, so that a turned picture gives
-    the turned result."""
+    """Means of ``side`` x ``side`` equal fields, (side, side) float32. Fields share the pixels on their edges, so that turning the picture turns the
+    result."""
     return _fields(grey_HW.shape[0], side) @ grey_HW.astype(np.float32) @ _fields(grey_HW.shape[1], side).T
 
 
 @functools.lru_cache(maxsize=32)
 def _fields(length: int, side: int) -> np.ndarray:
-    """(side, length) float32: how much each of ``length`` pixels counts in each of ``side`` equal fields. Not to be written to."""
+    """(side, length) float32: the weight of each of ``length`` pixels in each of ``side`` equal fields. Read-only."""
     starts = np.arange(side)[:, None] * length / side
     pixels = np.arange(length)[None, :]
     shared = np.minimum(starts + length / side, pixels + 1) - np.maximum(starts, pixels)
@@ -36,13 +38,8 @@ def _fields(length: int, side: int) -> np.ndarray:
 
 
 def to_grey(image_HW3: np.ndarray) -> np.ndarray:
-    """(H, W) float32, 0..255, of an image uint8, half of it green, where stains differ most."""
+    """(H, W) float32, 0..255, of an image uint8; half of it is green, where stains differ most."""
     return image_HW3[..., 1] / np.float32(2) + image_HW3[..., 0] / np.float32(4) + image_HW3[..., 2] / np.float32(4)
-
-
-def thumbnail_grey(image_HW3: np.ndarray) -> np.ndarray:
-    """A grey picture (64, 64) float32 of an image uint8."""
-    return mean_pool(to_grey(image_HW3))
 
 
 def eight_orientations(picture_TT: np.ndarray) -> list[np.ndarray]:
@@ -51,14 +48,14 @@ def eight_orientations(picture_TT: np.ndarray) -> list[np.ndarray]:
 
 
 def hash_signs(picture_TT: np.ndarray) -> np.ndarray:
-    """The hash as ±1, (256,) int8: whether each slow cosine coefficient is above their median (pHash)."""
+    """The hash as ±1, (256,) int8: whether each low-frequency cosine coefficient is above their median (pHash)."""
     slow = dctn(picture_TT, norm="ortho")[:BITS, :BITS].ravel()
     slow[0] = 0  # brightness
     return np.where(slow > np.median(slow), 1, -1).astype(np.int8)
 
 
 def high_pass(picture_TT: np.ndarray) -> np.ndarray:
-    """Without its slowest waves, of length 1: correlations of what is left tell pictures that only share light and layout apart."""
+    """Flat, of length 1, without the lowest frequencies: its correlation separates pictures that only share light and layout."""
     waves = dctn(picture_TT, norm="ortho")
     waves[:3, :3] = 0
     flat = waves.ravel()  # an orthonormal transform keeps scalar products
@@ -66,7 +63,7 @@ def high_pass(picture_TT: np.ndarray) -> np.ndarray:
 
 
 def find_near_pairs(small_NTT: Sequence[np.ndarray], chunk: int = 512) -> list[tuple[int, int, float]]:
-    """Pairs (i < j) of small pictures that are one picture however turned, with their correlation (0..1)."""
+    """Pairs (i < j) of thumbnails that are one picture in any orientation, with their correlation (0..1)."""
     if len(small_NTT) < 2:
         return []
     plain = np.stack([hash_signs(picture) for picture in small_NTT]).astype(np.float32)
@@ -86,20 +83,12 @@ def find_near_pairs(small_NTT: Sequence[np.ndarray], chunk: int = 512) -> list[t
 
 
 def connected_groups(num: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
-    """For each of ``num`` things the smallest number among all that pairs join it to, itself included.
+    """For each of ``num`` items the smallest index in its connected component.
 
-    >>> clusters(5, [(1, 2), (2, 4)])
+    >>> connected_groups(5, [(1, 2), (2, 4)])
     [0, 1, 1, 3, 1]
     """
-    home = list(range(num))
-
-    def root(i: int) -> int:
-        while home[i] != i:
-            home[i] = home[home[i]]
-            i = home[i]
-        return i
-
-    for i, j in pairs:
-        a, b = sorted((root(i), root(j)))
-        home[b] = a
-    return [root(i) for i in range(num)]
+    joined = np.array(list(pairs), int).reshape(-1, 2)
+    graph = coo_array((np.ones(len(joined)), joined.T), (num, num))
+    _, labels = connected_components(graph, directed=False)
+    return np.unique(labels, return_index=True)[1][labels].tolist() if num else []

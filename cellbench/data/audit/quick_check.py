@@ -1,8 +1,8 @@
-"""What ``check`` would call severe, from a sample of the images, for ``grid`` and ``search`` to report before they train.
+"""The severe findings of ``check`` from a sample of the images, reported by ``grid`` and ``search`` before training.
 
-The rule: as many images as hold 40 megapixels are read (all of a small set; in runs of neighbours of a large one), everything that ``check`` asks of
-an image and its mask is asked of these, and identical files in two splits are looked for among all images. Near-duplicates and crops are not:
-comparing them takes longer. The answer is remembered by the digest of the data.
+As many images as hold 40 megapixels are measured (all of a small set, runs of neighbours of a large one). All of ``check`` applies to them, and
+identical files in two splits are searched among all images. Near-duplicates and crops are not: comparing them takes longer. The result is
+cached by the digest of the data.
 """
 
 from __future__ import annotations
@@ -16,45 +16,43 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from cellbench.config.cards import DatasetCard
 from cellbench.data.audit.checks import DuplicatePairs, Finding, Severity, findings
-from cellbench.data.audit.mask_statistics import measure_sample
+from cellbench.data.audit.image_statistics import measure_sample
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
 
 MOST_PX = 40_000_000
-_FOUND_AS = 1
-"""Counts up when what is found changes."""
+_VERSION = 2
+"""Counts up when findings change."""
 
 
-def severe_findings(card: DatasetCard, dataset: Dataset) -> list[str]:
-    """One line a severe finding; none for a drawn set, or one that is fit. ``dataset`` is proven (its digest known)."""
-    if card.draw:
+def severe_findings(dataset: Dataset) -> list[str]:
+    """One line for each severe finding; none for data that is drawn or fit. ``dataset`` is validated (its digest known)."""
+    if dataset.drawn:
         return []
-    place = cache_dir() / "checked" / f"{hashlib.sha256(f'{_FOUND_AS} {dataset.digest}'.encode()).hexdigest()[:24]}.json"
-    with contextlib.suppress(OSError, ValueError):  # not there, or damaged: found anew
+    place = cache_dir() / "checked" / f"{hashlib.sha256(f'{_VERSION} {dataset.digest}'.encode()).hexdigest()[:24]}.json"
+    with contextlib.suppress(OSError, ValueError):  # missing or damaged: check again
         known = json.loads(place.read_text(encoding="utf-8"))
         if isinstance(known, list) and all(isinstance(line, str) for line in known):
             return known
     home = {sample: split for split in SPLITS for sample in dataset.samples(split)}
     some = _sampled(sorted(home, key=lambda sample: (str(sample.image), sample.name)))
     with ThreadPoolExecutor(2) as pool:
-        jobs = pool.map(lambda sample: measure_sample(dataset, sample, home[sample], dataset.tolerance, with_marks=False), some)
+        jobs = pool.map(lambda sample: measure_sample(dataset, sample, home[sample], with_keypoints=False), some)
         facts = list(tqdm(jobs, desc=f"checking {dataset.name}, once", total=len(some), unit="image", leave=False, disable=len(some) < 20))
-    found = [one for one in findings(facts, DuplicatePairs(same=(), whole=(), part=())) if one.severity is Severity.SEVERE]
-    found += _leaks(dataset)
-    sample = f" (of {len(some)} of the {len(home)} images)" if len(some) < len(home) else ""
+    found = [*(one for one in findings(facts, DuplicatePairs()) if one.severity is Severity.SEVERE), *_leaks(dataset)]
+    part = f" (of {len(some)} of the {len(home)} images)" if len(some) < len(home) else ""
     lines = [
-        f"Warning: NOT FIT to train on: {one.kind} ({len(one.images)}): {one.said}{sample} `cellbench check` says more." for one in found
+        f"Warning: NOT FIT to train on: {one.kind} ({len(one.images)}): {one.message}{part} `cellbench check` says more." for one in found
     ]
-    with contextlib.suppress(CellbenchError):  # only a memory: a full disk must not stop a run
+    with contextlib.suppress(CellbenchError):  # only a cache: a full disk must not stop a run
         write_atomic(place, json.dumps(lines))
     return lines
 
 
 def _sampled(samples: list[Sample]) -> list[Sample]:
-    """So many that they hold ``MOST_PX``, at least 12, in eight runs of neighbours."""
+    """As many as hold ``MOST_PX``, at least 12, in eight runs of neighbours."""
     area_px = float(np.mean([height * width for height, width in (sample.size_px for sample in samples)])) or 1.0
     most = max(12, int(MOST_PX / area_px))
     if len(samples) <= most:
@@ -71,5 +69,5 @@ def _leaks(dataset: Dataset) -> list[Finding]:
             where[sample.digest].add(split)
             names.setdefault(sample.digest, sample.name)
     twice = tuple(names[digest] for digest, splits in where.items() if len(splits) > 1)
-    said = "The same image lies in two splits. Remove one, or split anew with data.group=near-duplicates."
-    return [Finding(kind="leak: same", severity=Severity.SEVERE, said=said, images=twice)] if twice else []
+    message = "The same image lies in two splits. Remove one, or split again with data.group=near-duplicates."
+    return [Finding(kind="leak: same", severity=Severity.SEVERE, message=message, images=twice)] if twice else []

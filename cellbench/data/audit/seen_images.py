@@ -1,7 +1,7 @@
-"""Which images a run was trained and validated on, in so few bytes that the run keeps them, and whether other images are the same.
+"""Record the images of a run's training and validation in a few bytes each, and recognise them among other images.
 
-An image is known again by its pixels (whatever the file is called and how it is packed) and, turned, mirrored, resized or saved anew, by its
-perceptual hash (``cellbench.data.audit.perceptual_hash``). Parts of an image are only found while the training images still lie where they were.
+An image is recognised by its pixels (under any file name and compression) and, turned, mirrored, resized or saved again, by its perceptual hash.
+Parts of an image are only found while the training images are still at their paths.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cellbench.data.audit.keypoint_matching import find_shared_regions, keypoints
-from cellbench.data.audit.perceptual_hash import eight_orientations, hash_signs, thumbnail_grey, to_grey
+from cellbench.data.audit.keypoint_matching import Keypoints, find_shared_regions, keypoints
+from cellbench.data.audit.perceptual_hash import eight_orientations, hash_signs, mean_pool, to_grey
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io import images
 from cellbench.errors import CellbenchError
@@ -25,42 +25,42 @@ from cellbench.file_cache import FileFactCache
 FORMAT = 1
 PARTS = ("train", "val")
 NEAR_BITS = 24
-"""Of 256. Saving as JPEG, resizing and brightening change 10 at most; different pictures of one layout differ in some 60, others in 128."""
+"""Of 256. JPEG, resizing and brightening change at most 10; different pictures of one layout differ in about 60, others in 128."""
 MOST_COMPARED = 400
-"""Training images that are searched for parts: about 0.05 s each."""
+"""Training images compared for parts: about 0.05 s each."""
 
 
 def record_seen_images(dataset: Dataset, trained_on: Collection[int] | None = None) -> dict[str, Any]:
-    """What a run keeps (about 150 bytes an image, as JSON): name, digest of the pixels and hash of its training and validation images.
+    """Name, path, digest of the pixels and hash of each training and validation image, for JSON (about 150 bytes an image).
 
-    ``trained_on``: the numbers of the training images that were used, where not all were.
+    ``trained_on``: positions of the training images that were used, where not all were.
     """
     parts = {"train": dataset.train, "val": dataset.val}
     if trained_on is not None:
         parts["train"] = tuple(dataset.train[k] for k in sorted(trained_on))
     rows = {
-        part: [[sample.name, str(sample.image.absolute()), *found] for sample, found in zip(samples, _looks(samples), strict=True)]
+        part: [[sample.name, str(sample.image.absolute()), *found] for sample, found in zip(samples, _fingerprints(samples), strict=True)]
         for part, samples in parts.items()
     }
     return {"format": FORMAT, **rows}
 
 
 def without_paths(known: Mapping[str, Any]) -> dict[str, Any]:
-    """The record for others: without the folders of this machine."""
+    """The record without the paths of this machine, for publication."""
     return {"format": FORMAT, **{part: [[row[0], "", *row[2:]] for row in known[part]] for part in PARTS}}
 
 
 def match_seen_images(known: Mapping[str, Any], samples: Sequence[Sample]) -> list[str]:
     """For each image ``train``, ``val``, or an empty string where the run has seen neither it nor a part of it. Training counts first."""
-    looks = _looks(samples)
+    fingerprints = _fingerprints(samples)
     out = [""] * len(samples)
     for part in reversed(PARTS):
         if not known[part]:
             continue
         pixels = {row[2] for row in known[part]}
         hashes = np.stack([_bits(row[3]) for row in known[part]]).astype(np.float32)
-        for k, (sample, (digest, _)) in enumerate(zip(samples, looks, strict=True)):
-            if digest in pixels or (hashes @ _all_ways(sample).T).max() >= hashes.shape[1] - 2 * NEAR_BITS:
+        for k, (sample, (digest, _)) in enumerate(zip(samples, fingerprints, strict=True)):
+            if digest in pixels or (hashes @ _all_orientations(sample).T).max() >= hashes.shape[1] - 2 * NEAR_BITS:
                 out[k] = part
     rest = [k for k, part in enumerate(out) if not part]
     for k, part in _parts_of(known, [samples[k] for k in rest]).items():
@@ -68,44 +68,44 @@ def match_seen_images(known: Mapping[str, Any], samples: Sequence[Sample]) -> li
     return out
 
 
-def _looks(samples: Sequence[Sample]) -> list[list[str]]:
-    with FileFactCache("looks", _look) as remembered:
-        new = [sample.image for sample in samples if not remembered.knows(sample.image)]
+def _fingerprints(samples: Sequence[Sample]) -> list[list[str]]:
+    with FileFactCache("looks", _fingerprint) as cache:
+        new = [sample.image for sample in samples if not cache.knows(sample.image)]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(remembered.__getitem__, new))
-        return [remembered[sample.image] for sample in samples]
+            list(pool.map(cache.__getitem__, new))
+        return [cache[sample.image] for sample in samples]
 
 
-def _look(path: Path) -> list[str]:
+def _fingerprint(path: Path) -> list[str]:
     image = images.read_image(path)
     digest = hashlib.sha256(str(image.shape).encode())
-    digest.update(image)
-    return [digest.hexdigest()[:16], np.packbits(hash_signs(thumbnail_grey(image)) > 0).tobytes().hex()]
+    digest.update(image.data)
+    return [digest.hexdigest()[:16], np.packbits(hash_signs(mean_pool(to_grey(image))) > 0).tobytes().hex()]
 
 
 def _bits(text: str) -> np.ndarray:
     return np.where(np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8)) > 0, 1, -1)
 
 
-def _all_ways(sample: Sample) -> np.ndarray:
-    """(8, 256) float32: the hash of the image, turned in every way."""
-    return np.stack([hash_signs(one) for one in eight_orientations(thumbnail_grey(images.read_image(sample.image)))]).astype(np.float32)
+def _all_orientations(sample: Sample) -> np.ndarray:
+    """(8, 256) float32: the hash of the image in every orientation."""
+    return np.stack([hash_signs(one) for one in eight_orientations(mean_pool(to_grey(images.read_image(sample.image))))]).astype(np.float32)
 
 
 def _parts_of(known: Mapping[str, Any], samples: Sequence[Sample]) -> dict[int, str]:
-    """Those that show a part of an image of the run, where these can still be read and are what they were."""
+    """The split of each sample that shows a part of an image of the run, where those can still be read."""
     rows = [(part, row) for part in PARTS for row in known[part] if row[1] and Path(row[1]).is_file()][:MOST_COMPARED]
     if not rows or not samples:
         return {}
     files = [Path(row[1]) for _, row in rows] + [sample.image for sample in samples]
     with ThreadPoolExecutor(2) as pool:
-        jobs = pool.map(_marks, files)
+        jobs = pool.map(_keypoints, files)
         found = list(
             tqdm(jobs, desc="comparing with the training images", total=len(files), unit="image", leave=False, disable=len(files) < 20)
         )
     out: dict[int, str] = {}
     read = [k for k, one in enumerate(found) if one is not None]
-    for pair in find_shared_regions([found[k] for k in read]):
+    for pair in find_shared_regions([one for one in found if one is not None]):
         first, second = read[pair.first], read[pair.second]
         if first < len(rows) <= second:
             part = rows[first][0]
@@ -113,7 +113,7 @@ def _parts_of(known: Mapping[str, Any], samples: Sequence[Sample]) -> dict[int, 
     return out
 
 
-def _marks(path: Path):
+def _keypoints(path: Path) -> Keypoints | None:
     try:
         return keypoints(to_grey(images.read_image(path)))
     except (CellbenchError, OSError):
@@ -123,7 +123,7 @@ def _marks(path: Path):
 def describe_seen(found: Sequence[str]) -> str:
     """One sentence; empty where no image was seen.
 
-    >>> told(["train", "val", "train", ""])
+    >>> describe_seen(["train", "val", "train", ""])
     '2 of 4 images were trained on, 1 validated on: for these the scores say nothing of new images.'
     """
     num = {part: sum(one == part for one in found) for part in PARTS}

@@ -1,9 +1,9 @@
-"""One picture file: told by its first bytes, opened, tested for damage and decoded. What its numbers mean is `images`' matter.
+"""Open one image file, identified by its first bytes, check it for damage and decode it. `images` gives the values their meaning.
 
-Whatever is wrong with a file becomes one `CellbenchError` that names it. Decoders are not trusted for that: Pillow leaves black what a PNG
-cut short does not give, libtiff what a TIFF's table does not list, and tifffile inflates without a bound; so all of it is checked here.
+Every fault of a file becomes one `CellbenchError` that names it. Decoders do not detect them all: Pillow leaves the missing rows of a truncated
+PNG black, libtiff the strips that a TIFF does not list, and tifffile inflates without a limit; so these are checked here.
 
-What cannot be seen: JPEG has no checksum, so flipped bits, or a JPEG cut short and closed again, come out as wrong pixels.
+Not detected: JPEG has no checksum, so flipped bits, or a JPEG cut short and closed again, give wrong pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import math
 import os
 import stat
 import struct
-import sys
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -36,8 +35,7 @@ from PIL import (
 
 from cellbench.errors import CellbenchError, one_line
 
-# The readers are called by name, not through Image.open: that one warns and refuses by a process-wide limit of its own, and would also
-# start readers of dozens of other formats (one of which runs Ghostscript).
+# Not through Image.open: it applies a process-wide limit, and tries dozens of other formats (one of which runs Ghostscript).
 _READERS = {
     b"\x89PNG\r\n\x1a\n": ("PNG", PngImagePlugin.PngImageFile), b"\xff\xd8\xff": ("JPEG", JpegImagePlugin.JpegImageFile),
     b"II*\0": ("TIFF", TiffImagePlugin.TiffImageFile), b"MM\0*": ("TIFF", TiffImagePlugin.TiffImageFile),
@@ -48,17 +46,17 @@ _READERS = {
     b"\xff\x4f\xff\x51": ("JPEG 2000", Jpeg2KImagePlugin.Jpeg2KImageFile),
 }  # fmt: skip
 _MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "YCbCr", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
-"""Pillow's words for grey, palette and RGB, each perhaps with alpha, at all depths: what is read."""
-_PNG_CHECKED = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")  # a text chunk with a wrong sum harms no pixel
+"""Pillow's modes of grey, palette and RGB, optionally with alpha, at all depths."""
+_PNG_CHECKED = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")  # a damaged text chunk harms no pixel
 
 
 class FileError(Exception):
-    """What is wrong with the file at hand, and what to do, without its name; `opened` adds the name."""
+    """A fault of the open file and what to do, without its name; `open_image` adds the name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenImage:
-    """An open file with a believable header. ``shape`` is (height, width) upright; ``turn`` the EXIF orientation, 1 to 8."""
+    """An open file with a valid header. ``shape`` is (height, width) upright; ``turn`` the EXIF orientation, 1 to 8."""
 
     fp: BinaryIO
     kind: str
@@ -67,32 +65,32 @@ class OpenImage:
     turn: int
     page: Any = None  # tifffile's page, for TIFF only
     info: Mapping[str, Any] = field(default_factory=dict)
-    """What Pillow found beside the pixels; empty for a TIFF."""
+    """Pillow's metadata; empty for a TIFF."""
     mode: str = ""
-    """Pillow's word for its channels, as far as the header tells; empty for a TIFF."""
+    """Pillow's mode by the header; empty for a TIFF."""
     wide: bool = False
-    """Whether its numbers have more than 8 bits although the mode has 8: colours of a 16-bit PNG."""
+    """Whether values have more than 8 bits although the mode has 8: colours of a 16-bit PNG."""
     bits: int = 0
-    """Of each number as the camera gave them, where a PNG or JPEG 2000 states it; else 0."""
+    """Significant bits of each value, where a PNG or JPEG 2000 states them; else 0."""
 
 
 def printable_path(path: str | os.PathLike[str]) -> str:
-    """The path for an error of one line, which line breaks and bytes that are no UTF-8 would spoil."""
+    """The path for a message of one line; escaped where it holds line breaks or bytes that are no UTF-8."""
     text = os.fspath(path)
     return text if text.isprintable() else ascii(text)
 
 
 @contextlib.contextmanager
 def open_image(path: str | os.PathLike[str], limit: int, stack: bool = False) -> Iterator[OpenImage]:
-    """The file behind its header, which may claim ``limit`` pixels at most. With ``stack`` a TIFF may hold each channel as a page.
+    """The open file; its header may claim ``limit`` pixels at most. With ``stack`` a TIFF may hold each channel as a page.
 
-    Whatever goes wrong with the file, inside the ``with`` as well, becomes one `CellbenchError`.
+    Every fault of the file, inside the ``with`` as well, becomes one `CellbenchError`.
     """
-    kind = "a picture"
+    kind = "an image"
     try:
-        _hush()
+        _silence_decoders()
         about = os.stat(path)
-        if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(about.st_mode):  # opening a pipe would block
             raise FileError("is a folder or a device, not a file")
         with open(path, "rb") as fp:
             start = fp.read(64)
@@ -123,7 +121,7 @@ def open_image(path: str | os.PathLike[str], limit: int, stack: bool = False) ->
             raise CellbenchError(_damaged(path, kind, error)) from error
         raise CellbenchError(f"{printable_path(path)}: cannot be opened ({error.strerror}). Check the name and the rights.") from error
     except Exception as error:
-        # Decoders raise a dozen kinds on damaged files (struct.error, SyntaxError, KeyError, zlib.error, ...): one thing to a person.
+        # Decoders raise a dozen types on damaged files (struct.error, SyntaxError, KeyError, zlib.error, ...).
         raise CellbenchError(_damaged(path, kind, error)) from error
 
 
@@ -132,8 +130,8 @@ def _damaged(path: str | os.PathLike[str], kind: str, error: Exception) -> str:
     return f"{printable_path(path)}: cannot be read as {kind} ({why}). It is damaged or of a rare kind: copy it again, or save it as PNG."
 
 
-def _hush() -> None:
-    """Pillow's warnings and tifffile's log lines on odd files stay silent: what matters is raised. At each call: others reset filters."""
+def _silence_decoders() -> None:
+    """Hides Pillow's warnings and tifffile's log lines: faults are raised. Called for each file, because others reset filters."""
     if not any(entry[0] == "ignore" and getattr(entry[3], "pattern", "") == r"PIL\." for entry in warnings.filters):
         warnings.filterwarnings("ignore", module=r"PIL\.")
     for name in ("tifffile", "PIL.TiffImagePlugin"):
@@ -155,10 +153,7 @@ def _kind(start: bytes) -> str:
 
 def _reader(fp: BinaryIO, kind: str) -> ImageFile.ImageFile:
     fp.seek(0)
-    image = dict(_READERS.values())[kind](fp)
-    if kind == "TIFF":  # the one reader here that asks for Pillow's own limit while loading, unless the canvas is there
-        image.im = Image.core.new(image.mode, image._tile_size)
-    return image
+    return dict(_READERS.values())[kind](fp)
 
 
 def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> OpenImage:
@@ -173,14 +168,14 @@ def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> OpenImage:
         raise FileError("is a GIF whose picture leaves a part of its canvas empty. Save it again")
     bits = _jpeg2000_bits(fp, num_bytes) if kind == "JPEG 2000" else _png_bits(fp, num_bytes) if kind == "PNG" else 0
     if kind == "PNG" and "exif" not in image.info:
-        for name, offset, length in _png_chunks(fp, num_bytes):  # Pillow would decode the picture to look for it behind the pixels
+        for name, offset, length in _png_chunks(fp, num_bytes):  # Pillow would decode the pixels to find it behind them
             if name == b"eXIf":
                 fp.seek(offset)
                 image.info["exif"] = fp.read(length)
     exif = Image.Image.getexif(image)
     turn = exif.get(274, 1)
     if "dpi" not in image.info and exif.get(296, 2) in (2, 3) and 282 in exif and 283 in exif:
-        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):  # no number: no size
+        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):
             image.info["dpi"] = tuple(float(exif[tag]) * (2.54 if exif.get(296, 2) == 3 else 1) for tag in (282, 283))
     shape = image.size if turn in (5, 6, 7, 8) else image.size[::-1]
     return OpenImage(fp=fp, kind=kind, num_bytes=num_bytes, turn=turn, shape=shape, info=dict(image.info), mode=image.mode,
@@ -193,34 +188,34 @@ def _tiff_page(fp: BinaryIO, stack: bool) -> Any:
     fp.seek(0)
     tif = tifffile.TiffFile(fp)
     page = tif.pages[0]
-    # Thumbnails, smaller copies and transparency masks (NewSubfileType 1 and 4) are no pages. Who has 16 of them has no other page after.
+    # Thumbnails, smaller copies and transparency masks (NewSubfileType 1 and 4) are no pages. After 16 of them no other page is expected.
     more = any(not (other.is_reduced or other.is_mask) for other in tif.pages[1:17])
     pages = max(len(tif.pages) if more else 1, page.imagedepth)
     if tif.is_imagej:  # a stack in one page
         pages = max(pages, int((tif.imagej_metadata or {}).get("images", 1)))
     if pages > 1 and not (stack and _channel_axis(tif) is not None):
-        todo = "Save each page as a file of its own, or, where they are channels, name those that count on the dataset's card"
+        todo = "Save each page as a file of its own, or, if they are channels, name those to read on the dataset's card"
         raise FileError(f"has {pages} pages (a stack or a film). {todo}, such as channels = [0, 1, 2]")
     return page
 
 
 def _channel_axis(tif: Any) -> int | None:
-    """Which axis of a TIFF's first series counts its channels; None where there is none, or others (depth, time) beside it."""
+    """The channel axis of a TIFF's first series; None where there is none, or another axis (depth, time) beside it."""
     series = tif.series[0]
     more = [k for k, (axis, num) in enumerate(zip(series.axes, series.shape, strict=True)) if axis not in "YX" and num > 1]
     return more[0] if len(more) == 1 and series.axes[more[0]] in "CSIQ" else None
 
 
 def _check_tiff(page: Any, fp: BinaryIO, num_bytes: int) -> None:
-    """Decoders leave what a table does not list black, so a table must list every strip or tile, whole and inside the file."""
+    """The table must list every strip or tile, whole and inside the file: decoders leave others black."""
     parts = list(zip(page.dataoffsets, page.databytecounts, strict=False))[: math.prod(page.chunked)]
     if len(parts) < math.prod(page.chunked) or any(count < 1 or start < 1 or start + count > num_bytes for start, count in parts):
         raise FileError("is truncated: its table points at pixels that are not in the file. Copy it again")
     if page.compression == 1 and sum(count for _, count in parts) * 8 < math.prod(page.shape) * page.bitspersample:
         raise FileError("is truncated: it holds fewer bytes than pixels. Copy it again")
     if page.is_tiled and page.tilewidth * page.tilelength > max(4 * page.imagewidth * page.imagelength, 2**22):
-        raise FileError("claims tiles far larger than its picture. Save it again")
-    if page.compression == 7:  # JPEG with a header of its own in each part; libtiff leaves black what a smaller one does not fill
+        raise FileError("claims tiles far larger than the image. Save it again")
+    if page.compression == 7:  # JPEG with a header in each part; libtiff leaves black what a smaller one does not fill
         high, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
         for index, (start, count) in enumerate(parts):
             top = 0 if page.is_tiled else index % -(-page.imagelength // high) * high
@@ -231,9 +226,9 @@ def _check_tiff(page: Any, fp: BinaryIO, num_bytes: int) -> None:
 
 
 def decode_pixels(picture: OpenImage, channels: tuple[int, ...] = ()) -> Image.Image | np.ndarray:
-    """Up to 8 bits a loaded image as Pillow gives it; else numbers, upright, (H, W, 1 to 4), a 2nd or 4th channel being alpha.
+    """Up to 8 bits usually a loaded Pillow image; else an upright array (H, W, 1 to 4), a 2nd or 4th channel being alpha.
 
-    With ``channels`` always numbers, of these channels alone. Raises FileError for channels of no known meaning that are not asked for.
+    With ``channels`` always an array, of these channels only; without, channels of unknown meaning raise FileError.
     """
     return _chosen(picture, channels) if channels else _decoded(picture)
 
@@ -243,8 +238,10 @@ def _decoded(picture: OpenImage, any_channels: bool = False) -> Image.Image | np
     if page is not None:
         _check_tiff(page, fp, picture.num_bytes)
         check_channels(page)
-        if page.dtype is None or page.dtype.itemsize > 1 or page.dtype.kind not in "ub":
-            return _wide_tiff(picture)
+        too_large = math.prod(picture.shape) > 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # for Pillow
+        plain = page.dtype == np.uint8 and page.photometric in (0, 1, 2) and page.bitspersample == 8 and _plain_tiff(page)
+        if page.dtype is None or page.dtype.itemsize > 1 or page.dtype.kind not in "ub" or (too_large and plain):
+            return _tiff_values(picture)
     elif picture.kind == "PNG":
         _check_png(fp, picture.num_bytes)
     elif picture.kind == "JPEG":
@@ -259,21 +256,24 @@ def _decoded(picture: OpenImage, any_channels: bool = False) -> Image.Image | np
         image.load()
         image.putalpha(Image.fromarray(alpha))
         return image
-    wide = _wide(picture) if picture.wide or image.mode.startswith("I;16") else None
-    if wide is None:
-        image.load()
-    if picture.kind == "PNG":
-        # A stream that ends early is no error to Pillow: the rest stays 0. Only where the last row is 0 must it be inflated again.
-        last = np.asarray(image.crop((0, image.height - 1, image.width, image.height))) if wide is None else wide[-1]
-        if image.info.get("interlace") or not last.any():
-            _check_png_stream(fp, picture.num_bytes)
-    return image if wide is None else to_upright(wide, picture)
+    if picture.kind == "PNG" and (picture.wide or image.mode.startswith("I;16")):
+        return _wide_png(picture, image)
+    image.load()
+    if image.mode.startswith("I;16"):  # JPEG 2000; Pillow spreads fewer bits over 16
+        pixels = np.array(image)
+        return to_upright(pixels.astype(pixels.dtype.newbyteorder("=")) >> (16 - picture.bits), picture)
+    # Pillow leaves 0 behind the end of a PNG's stream. Only where the last row is 0 must it be inflated again.
+    if picture.kind == "PNG" and (
+        image.info.get("interlace") or not np.asarray(image.crop((0, image.height - 1, image.width, image.height))).any()
+    ):
+        _check_png_stream(fp, picture.num_bytes)
+    return image
 
 
 def check_channels(page: Any) -> None:
-    """Raises FileError for a TIFF whose channels are not those of grey, palette or RGB, perhaps with one alpha.
+    """Raises FileError for a TIFF whose channels are not those of grey, palette or RGB, optionally with one alpha.
 
-    One rule for all depths: Pillow drops a fourth channel of 8 bits that has no stated meaning, and a fifth, without a word.
+    One rule for all depths: Pillow silently drops a fourth channel of 8 bits without a stated meaning, and a fifth.
     """
     num, extra = page.samplesperpixel, tuple(page.extrasamples)
     colours = {0: 1, 1: 1, 2: 3, 3: 1, 6: 3}.get(int(page.photometric))
@@ -282,12 +282,12 @@ def check_channels(page: Any) -> None:
     if not (num == colours or (num == colours + 1 and extra[:1] in ((1,), (2,)))):
         raise FileError(
             f"has {num} channels of {page.bitspersample} bits, of which {num - colours} have no stated meaning. Save it as grey or RGB, "
-            "or name the channels that count on the dataset's card, such as channels = [0, 1, 2]"
+            "or name the channels to read on the dataset's card, such as channels = [0, 1, 2]"
         )
 
 
 def _chosen(picture: OpenImage, channels: tuple[int, ...]) -> np.ndarray:
-    """(H, W, C) numbers of these channels of a file, upright; alpha is a channel like any other."""
+    """(H, W, C) values of these channels, upright; alpha is a channel like any other."""
     pixels = _all_channels(picture) if picture.page is not None else None
     if pixels is None:
         image = _decoded(picture, any_channels=True)
@@ -300,13 +300,13 @@ def _chosen(picture: OpenImage, channels: tuple[int, ...]) -> np.ndarray:
             pixels = image
     if pixels.shape[2] <= max(channels):
         raise FileError(
-            f"has {pixels.shape[2]} channels, where channels {list(channels)} (counted from 0) are to be read. Correct the card"
+            f"has {pixels.shape[2]} channels, but the card asks for channels {list(channels)} (counted from 0). Correct the card"
         )
     return pixels[..., list(channels)]
 
 
 def _all_channels(picture: OpenImage) -> np.ndarray | None:
-    """(H, W, C) numbers of a TIFF, upright, its channels in one page or each in its own; None where it is plain grey or RGB."""
+    """(H, W, C) values of a TIFF, upright, with channels in one page or each in its own; None where it is plain grey or RGB."""
     page, tif = picture.page, picture.page.parent
     axis, series = _channel_axis(tif), tif.series[0]
     if axis is None or series.axes[axis] == "S":
@@ -314,14 +314,13 @@ def _all_channels(picture: OpenImage) -> np.ndarray | None:
             check_channels(page)
             return None
     if axis is None:
-        raise FileError(f"has {page.samplesperpixel} channels in an order that is not known. Save it again")
+        raise FileError(f"has {page.samplesperpixel} channels in an unknown order. Save it again")
     pages = [other.aspage() for other in series.pages if other is not None]
     for other in pages:
-        if other.compression not in (1, 8, 32946, 32773) or other.predictor not in (1, 2) or other.bitspersample % 8:
-            raise FileError("is compressed in a way in which channels cannot be chosen. Save it without compression, or with deflate")
+        if not _plain_tiff(other):
+            raise FileError("has a compression for which channels cannot be selected. Save it without compression, or with deflate")
         _check_tiff(other, picture.fp, picture.num_bytes)
-        if other.compression in (8, 32946):
-            _check_deflate(picture, other)
+        _check_deflate(picture, other)
     if series.shape[axis] > 64:
         raise FileError(f"has {series.shape[axis]} channels; at most 64 are read")
     order = [series.axes.index("Y"), series.axes.index("X"), axis]
@@ -331,7 +330,7 @@ def _all_channels(picture: OpenImage) -> np.ndarray | None:
 
 
 def to_upright(pixels: np.ndarray, picture: OpenImage) -> np.ndarray:
-    """(H, W, C) as seen, of pixels as stored; those of a TIFF are turned where they are decoded."""
+    """(H, W, C) upright, of pixels as stored; those of a TIFF are turned when decoded."""
     pixels = pixels if pixels.ndim == 3 else pixels[..., None]
     pixels = pixels if picture.kind == "TIFF" else _turned(pixels, picture.turn)
     if pixels.shape[:2] != picture.shape:
@@ -340,72 +339,65 @@ def to_upright(pixels: np.ndarray, picture: OpenImage) -> np.ndarray:
 
 
 def _turned(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """Undo an EXIF orientation: 3, 6 and 8 are turned by half, one and three quarters; 2, 4, 5, 7 are mirrored; all else is upright."""
+    """Undo an EXIF orientation: 3, 6 and 8 are turned by 180, 90 and 270 degrees; 2, 4, 5, 7 are mirrored; others are upright."""
     pixels = pixels.swapaxes(0, 1) if turn in (5, 6, 7, 8) else pixels
     pixels = pixels[::-1] if turn in (3, 4, 7, 8) else pixels
     return pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
 
 
-def _wide(picture: OpenImage) -> np.ndarray:
-    """More than 8 bits through Pillow, which hands out only the upper byte of 16-bit colours: so each byte is read by itself."""
-    image = _reader(picture.fp, picture.kind)
-    raw = image.tile[0].args if picture.kind == "PNG" else image.tile[0].args[0]
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        key = image.info.get("transparency")
-        image.load()
-        pixels = np.array(image)[..., None]
-        pixels = pixels.astype(pixels.dtype.newbyteorder("="))
-        if picture.kind == "JPEG 2000":  # Pillow spreads fewer bits over 16; the numbers are those that were saved
-            pixels >>= 16 - picture.bits
-    elif raw == "LA;16B":  # grey and alpha: just the four bytes of an RGBA
-        key, pixels = None, _bytes_as(picture, "RGBA").astype(np.uint16)
-        pixels = pixels[..., 0::2] << 8 | pixels[..., 1::2]
-    elif raw.startswith(("RGB;16", "RGBA;16")) and image.tile[0].codec_name in ("zip", "libtiff"):  # one tile, the whole picture
-        key, name = image.info.get("transparency"), raw[:-1]
-        # libtiff gives the machine's byte order, PNG is big-endian; "B" takes the first byte of two, "L" the second.
-        first, second = _bytes_as(picture, name + "B"), _bytes_as(picture, name + "L")
-        high, low = (second, first) if picture.kind == "TIFF" and sys.byteorder == "little" else (first, second)
-        pixels = high.astype(np.uint16) << 8 | low
-    else:
-        raise FileError(f"holds {raw} numbers, which have no stated meaning here. Save it as 8- or 16-bit grey or RGB")
-    if key is not None:  # one colour of a PNG that stands for transparent
-        pixels = np.dstack([pixels, np.where((pixels == np.array(key)).all(axis=2), 0, 65535).astype(np.uint16)])
-    return pixels
+def _wide_png(picture: OpenImage, image: ImageFile.ImageFile) -> np.ndarray:
+    """More than 8 bits through OpenCV, because Pillow gives only the upper byte of 16-bit colours."""
+    _check_png_stream(picture.fp, picture.num_bytes)
+    pixels = _opencv(picture.fp)
+    if picture.mode == "LA":  # OpenCV gives grey with alpha as RGBA
+        pixels = pixels[..., [0, 3]]
+    key = image.info.get("transparency")
+    if key is not None and pixels.ndim == 2:  # of colours OpenCV makes alpha itself
+        pixels = np.dstack([pixels, np.where(pixels == key, 0, 65535).astype(np.uint16)])
+    return to_upright(pixels, picture)
 
 
-def _bytes_as(picture: OpenImage, raw: str) -> np.ndarray:
-    image = _reader(picture.fp, picture.kind)
-    args = image.tile[0].args
-    image.tile = [image.tile[0]._replace(args=raw if isinstance(args, str) else (raw, *args[1:]))]
-    image.load()
-    return np.array(image)
+def _opencv(fp: BinaryIO) -> np.ndarray:
+    """(H, W) or (H, W, 3 or 4) values at the file's depth, RGB; of a TIFF upright, of other files as stored."""
+    import cv2  # 0.1 s that most folders never need
+
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # as for the other decoders
+    fp.seek(0)
+    pixels = cv2.imdecode(np.frombuffer(fp.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise FileError("cannot be decoded: it is damaged or of a rare kind. Copy it again, or save it as PNG")
+    return pixels if pixels.ndim == 2 else pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
 
 
-def _wide_tiff(picture: OpenImage) -> np.ndarray:
-    """(H, W, C) numbers of a TIFF of more than 8 bits: through tifffile where it needs no further package, else (LZW) through Pillow."""
+def _plain_tiff(page: Any) -> bool:
+    """Whether tifffile decodes it without a further package."""
+    return page.compression in (1, 8, 32946, 32773) and page.predictor in (1, 2) and page.bitspersample % 8 == 0
+
+
+def _tiff_values(picture: OpenImage) -> np.ndarray:
+    """(H, W, C) values of a TIFF, upright, through tifffile or else (LZW) OpenCV."""
     page = picture.page
     if page.photometric not in (0, 1, 2):
         raise FileError(
             f"is in {getattr(page.photometric, 'name', page.photometric)} colours of {page.bitspersample} bits. Save it as grey or RGB"
         )
-    if page.compression in (1, 8, 32946, 32773) and page.predictor in (1, 2) and page.bitspersample % 8 == 0:
-        if page.compression in (8, 32946):
-            _check_deflate(picture, page)
+    if _plain_tiff(page):
+        _check_deflate(picture, page)
         pixels = page.asarray(maxworkers=1)
         pixels = np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 and page.planarconfig == 2 else pixels
         pixels = pixels if pixels.ndim == 3 else pixels[..., None]
         pixels = _turned(pixels.astype(pixels.dtype.newbyteorder("="), copy=False), picture.turn)
     else:
-        pixels = _wide(picture)
+        pixels = _opencv(picture.fp)
     if page.photometric == 0:
-        if pixels.dtype != np.uint16:
+        if pixels.dtype not in (np.uint8, np.uint16):
             raise FileError("counts brightness from white and has more than 16 bits. Save it with 0 as black")
-        pixels = 65535 - pixels
+        pixels = np.iinfo(pixels.dtype).max - pixels
     return to_upright(pixels, picture)
 
 
 def _png_chunks(fp: BinaryIO, num_bytes: int) -> Iterator[tuple[bytes, int, int]]:
-    """(name, offset, length) of each chunk's data up to IEND, by its 8 bytes of header."""
+    """(name, offset, length) of each chunk's data up to IEND."""
     at, name = 8, b""
     while name != b"IEND":
         fp.seek(at)
@@ -418,7 +410,7 @@ def _png_chunks(fp: BinaryIO, num_bytes: int) -> Iterator[tuple[bytes, int, int]
 
 
 def _check_png(fp: BinaryIO, num_bytes: int) -> None:
-    """Checksums, because Pillow does not look at those of the pixels. 1 GB/s: 3 ms for a smear of 3 MB."""
+    """Checks the checksums, because Pillow ignores those of the pixels. 1 GB/s: 3 ms for a smear of 3 MB."""
     for name, offset, length in _png_chunks(fp, num_bytes):
         if name in _PNG_CHECKED:
             fp.seek(offset - 4)
@@ -427,7 +419,7 @@ def _check_png(fp: BinaryIO, num_bytes: int) -> None:
 
 
 def _check_png_stream(fp: BinaryIO, num_bytes: int) -> None:
-    """The pixels' stream must inflate to every row of the picture."""
+    """The stream must inflate to every row of the image."""
     fp.seek(16)
     width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", fp.read(13))
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
@@ -448,7 +440,7 @@ def _check_png_stream(fp: BinaryIO, num_bytes: int) -> None:
 
 
 def _bmp_alpha(picture: OpenImage) -> np.ndarray | None:
-    """The fourth bytes (H, W) of a BMP of 32 bits a pixel, which Pillow drops; None where it has none, or they are one value: not in use."""
+    """The fourth bytes (H, W) of a BMP of 32 bits a pixel, which Pillow drops; None where it has none, or all are equal: not in use."""
     picture.fp.seek(0)
     head = picture.fp.read(34)
     (start,), (width, height) = struct.unpack_from("<I", head, 10), struct.unpack_from("<ii", head, 18)
@@ -457,13 +449,13 @@ def _bmp_alpha(picture: OpenImage) -> np.ndarray | None:
     picture.fp.seek(start)
     data = picture.fp.read(4 * width * abs(height))
     if len(data) < 4 * width * abs(height):
-        return None  # what is missing is told where the colours are decoded
+        return None  # decoding the colours raises the error
     fourth = np.frombuffer(data, np.uint8).reshape(abs(height), width, 4)[..., 3]
     return np.ascontiguousarray(fourth[::-1] if height > 0 else fourth) if fourth.min() < fourth.max() else None
 
 
 def _png_bits(fp: BinaryIO, num_bytes: int) -> int:
-    """The bits of each number before they were stored in 16, by a PNG's sBIT; 0 where it says nothing."""
+    """The significant bits of each value by a PNG's sBIT; 0 without one."""
     for name, offset, length in _png_chunks(fp, num_bytes):
         if name == b"sBIT" and 0 < length <= 4:
             fp.seek(offset)
@@ -474,7 +466,7 @@ def _png_bits(fp: BinaryIO, num_bytes: int) -> int:
 
 
 def _jpeg2000_size(fp: BinaryIO, num_bytes: int) -> tuple[int, list[int]]:
-    """Where the codestream of a JPEG 2000 begins, and the bits of each of its components (negative: signed), by its SIZ marker."""
+    """The start of a JPEG 2000 codestream, and the bits of each component (negative: signed), by its SIZ marker."""
     fp.seek(0)
     head = fp.read(min(num_bytes, 2**20))
     start = head.find(b"\xff\x4f\xff\x51")
@@ -486,17 +478,17 @@ def _jpeg2000_size(fp: BinaryIO, num_bytes: int) -> tuple[int, list[int]]:
 
 
 def _jpeg2000_bits(fp: BinaryIO, num_bytes: int) -> int:
-    """The bits of each number. Raises FileError for those that Pillow does not give whole: colours of more than 8 bits, less than 8, signed."""
+    """The bits of each value. Raises FileError for those that Pillow cuts: colours of more than 8 bits, less than 8, signed."""
     bits = _jpeg2000_size(fp, num_bytes)[1]
     if len(set(bits)) != 1 or not (8 <= bits[0] <= 16) or (len(bits) > 1 and bits[0] != 8):
         raise FileError(
-            f"is a JPEG 2000 of {', '.join(map(str, bits[:6]))} bits a channel. Read are 8, and up to 16 in grey. Save it as PNG or TIFF"
+            f"is a JPEG 2000 of {', '.join(map(str, bits[:6]))} bits a channel. Supported are 8, and up to 16 in grey. Save it as PNG or TIFF"
         )
     return bits[0]
 
 
 def _check_jpeg2000(picture: OpenImage, image: Image.Image, any_channels: bool) -> None:
-    """The codestream must have its end marker, which occurs nowhere else in it; a 2nd or 4th channel must be said to be alpha."""
+    """The codestream must have its end marker, which occurs nowhere else in it; a 2nd or 4th channel must be marked as alpha."""
     start, bits = _jpeg2000_size(picture.fp, picture.num_bytes)
     picture.fp.seek(start)
     if picture.fp.read().rfind(b"\xff\xd9") < 0:
@@ -514,8 +506,8 @@ def _check_jpeg2000(picture: OpenImage, image: Image.Image, any_channels: bool) 
 
 
 def _check_jpeg(data: bytes) -> tuple[int, int]:
-    """(height, width) by the frame header. The scans must be closed by an end marker (a file filled up with zeros has none), and not be so
-    many that decoding takes minutes."""
+    """(height, width) by the frame header. The scans must have an end marker (a file padded with zeros has none), and not be so many that decoding
+    takes minutes."""
     at, frame = 2, (0, 0)
     while data[at : at + 1] == b"\xff" and (marker := data[at + 1]) != 0xDA:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
@@ -530,7 +522,9 @@ def _check_jpeg(data: bytes) -> tuple[int, int]:
 
 
 def _check_deflate(picture: OpenImage, page: Any) -> None:
-    """No strip or tile may inflate to more than a picture: tifffile, without imagecodecs, inflates without a bound."""
+    """No strip or tile may inflate to more than an image: tifffile, without imagecodecs, inflates without a limit."""
+    if page.compression not in (8, 32946):
+        return
     bound = max(2**22, 4 * math.prod(page.shape) * page.dtype.itemsize)
     for start, count in zip(page.dataoffsets, page.databytecounts, strict=False):
         picture.fp.seek(start)

@@ -1,18 +1,16 @@
-"""The one door through which pictures and masks come in from disk, and PNGs go out: what the numbers of a file mean.
+"""Read images and masks from disk: the meaning of the values in a file.
 
-A file gives the right numbers or one `CellbenchError` that names it: never a half-read picture, a crash, a hang or a silent zero. The
-format is told from the first bytes, not from the name; EXIF orientation is obeyed everywhere; colour profiles are not; a picture above
-``max_pixels`` (500 megapixels, or ``CELLBENCH_MAX_PIXELS``) is refused by its header. Of a multi-picture JPEG (phones) the first is read;
-other multi-page and animated files are refused. How a file is opened and checked, and which damage cannot be seen: `image_files`.
+A file gives the right values or one `CellbenchError` that names it: never a half-read image, a crash, a hang or a silent zero. The format is
+identified by the first bytes, not by the name; EXIF orientation is applied, colour profiles are not; an image above ``max_pixels`` (500
+megapixels, or ``CELLBENCH_MAX_PIXELS``) is refused by its header. Of a multi-picture JPEG (phones) the first is read; other multi-page and animated
+files are refused. `decode` opens and checks files.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import os
-import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,11 +19,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from cellbench.data.io.decode import FileError, OpenImage, decode_pixels, open_image, printable_path, to_upright
+from cellbench.data.io.decode import FileError, OpenImage, decode_pixels, open_image, to_upright
 from cellbench.data.io.intensity import WHITES, IntensityScaling, Note, Range, scale_to_uint8
 from cellbench.data.io.metadata import PixelSize, pixel_size, stated_range
 from cellbench.data.io.png_stream import TEXT_KEY
-from cellbench.errors import CellbenchError, one_line
+from cellbench.errors import CellbenchError
 
 EXTENSIONS = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2", ".j2k"}
@@ -34,27 +32,27 @@ MAX_PIXELS = 500_000_000
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(height, width) in pixels as the picture is meant to be seen, from the header alone: no limit, nothing decoded."""
+    """(height, width) in pixels, upright, from the header alone: no limit, nothing decoded."""
     with open_image(path, sys.maxsize) as picture:
         return picture.shape
 
 
 def exif_turn(path: str | os.PathLike[str]) -> int:
-    """The orientation that the file asks for, 1 (upright) to 8 as EXIF counts them, from the header alone."""
+    """The EXIF orientation, 1 (upright) to 8, from the header alone."""
     with open_image(path, sys.maxsize) as picture:
         return picture.turn
 
 
 def read_image(path: str | os.PathLike[str], reading: IntensityScaling | None = None, *, max_pixels: int | None = None) -> np.ndarray:
-    """The picture as (height, width, 3) uint8 RGB, C-contiguous and owned by the caller.
+    """The image as (height, width, 3) uint8 RGB, C-contiguous and owned by the caller.
 
     Grey gives three equal channels, 1 bit gives 0 and 255, palettes become RGB, and transparency is laid over white. Files that are not grey or
-    RGB, perhaps with alpha, are refused at every depth, unless ``reading.channels`` says which channels are read (alpha is then one of them).
-    Numbers wider than 8 bits are scaled by the range of the ``reading`` that holds for the whole data set: black and below become 0, white and
-    above 255. Without one, by what the file states, else 0..65535; decimal numbers must lie in 0..1.
+    RGB, optionally with alpha, are refused at every depth, unless ``reading.channels`` selects channels (alpha is then one of them). Values of more
+    than 8 bits are scaled by the range in ``reading``, which applies to the whole dataset, and clipped; without one, by the range that the file
+    states, else 0..65535. Floats must lie in 0..1.
 
-    Raises `CellbenchError`, in one line: missing, empty, truncated, damaged, no picture, too large, of many pages, of no stated meaning, of
-    another depth than ``reading``.
+    Raises `CellbenchError`, in one line: missing, empty, truncated, damaged, no image, too large, of many pages, of unknown meaning, of another
+    depth than ``reading``.
     """
     return read_image_with_notes(path, reading, max_pixels=max_pixels)[0]
 
@@ -62,7 +60,7 @@ def read_image(path: str | os.PathLike[str], reading: IntensityScaling | None = 
 def read_image_with_notes(
     path: str | os.PathLike[str], reading: IntensityScaling | None = None, *, max_pixels: int | None = None
 ) -> tuple[np.ndarray, tuple[Note, ...]]:
-    """`read_image`, and what should be known about how the numbers were read: clipped, assumed, transparent."""
+    """`read_image`, and notes on how the values were read: clipped, assumed, transparent."""
     reading = reading or IntensityScaling()
     with open_image(path, _limit(max_pixels), stack=bool(reading.channels)) as picture:
         colour, alpha = _numbers(picture, reading.channels)
@@ -73,10 +71,10 @@ def read_image_with_notes(
             colour, notes = scale_to_uint8(colour, reading, stated)
             alpha = _eight_bit_alpha(alpha, white) if alpha is not None else None
         elif reading.int_range is not None or reading.float_range is not None:
-            notes.append(Note(said="has 8 bits, where the images that the range was chosen for have more: read as 0..255"))
+            notes.append(Note(message="has 8 bits, where the images that the range was chosen for have more: read as 0..255"))
         if alpha is not None and alpha.min() < 255:
             notes.append(
-                Note(said="has transparent parts, laid over white", detail=f"{np.count_nonzero(alpha < 255) / alpha.size:.2%} of it")
+                Note(message="has transparent parts, laid over white", detail=f"{np.count_nonzero(alpha < 255) / alpha.size:.2%} of it")
             )
             weight = alpha[..., None].astype(np.uint16)
             premultiplied = picture.page is not None and picture.page.dtype != np.uint8 and 1 in tuple(picture.page.extrasamples)
@@ -86,7 +84,7 @@ def read_image_with_notes(
 
 
 def _numbers(picture: OpenImage, channels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
-    """A picture's colours (H, W, 1 or 3) of any type of numbers, upright, and its alpha (H, W) where it has one."""
+    """Colours (H, W, 1 or 3) of any dtype, upright, and alpha (H, W) where the file has it."""
     pixels = decode_pixels(picture, channels)
     if isinstance(pixels, Image.Image):
         clear = pixels.has_transparency_data or pixels.mode in ("La", "RGBa")
@@ -99,7 +97,7 @@ def _numbers(picture: OpenImage, channels: tuple[int, ...]) -> tuple[np.ndarray,
 
 
 def _eight_bit_alpha(alpha: np.ndarray, white: float) -> np.ndarray:
-    """Alpha of more than 8 bits as uint8: its full value is the type's own, or white where none of it is above (12 bits in 16)."""
+    """Alpha of more than 8 bits as uint8: opaque is the dtype's maximum, or white where no value is above (12 bits in 16)."""
     if alpha.dtype.kind == "f":
         return (np.clip(alpha, 0, 1) * 255 + 0.5).astype(np.uint8)
     full = white if alpha.max() <= white else np.iinfo(alpha.dtype).max
@@ -108,40 +106,43 @@ def _eight_bit_alpha(alpha: np.ndarray, white: float) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFacts:
-    """What an image file holds and states, before its numbers are given a meaning."""
+    """What an image file holds and states, before its values are scaled."""
 
     dtype: str
-    """Of its numbers, such as ``uint8``."""
+    """Of its values, such as ``uint8``."""
     low: float = 0.0
     high: float = 255.0
-    """The extremes of its colours; of 8 bits the type's own, not looked for."""
+    """Extremes of its colours; of 8 bits those of the dtype, not measured."""
     stated: Range | None = None
-    """Black and white by its own statement, for more than 8 bits."""
+    """Black and white that the file states, for more than 8 bits."""
     clear: bool = False
     """Whether parts of it are transparent."""
     pixel: PixelSize | None = None
 
     @property
-    def bits(self) -> str:
-        """The kind of numbers, in words."""
-        kind = np.dtype(self.dtype)
-        return f"{8 * kind.itemsize} bits" if kind.kind != "f" else "decimal numbers"
+    def is_float(self) -> bool:
+        return self.dtype.startswith("float")
 
-    def told(self) -> dict[str, Any]:
-        """As JSON can hold it; :meth:`of` reads it back."""
+    @property
+    def bits(self) -> str:
+        """The kind of values, for messages."""
+        return "floats" if self.is_float else f"{8 * np.dtype(self.dtype).itemsize} bits"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; :meth:`of` reads it back."""
         return asdict(self)
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> ImageFacts:
-        pixel, stated = told["pixel"], told["stated"]
-        return cls(**{**told, "pixel": PixelSize(**pixel) if pixel else None, "stated": tuple(stated) if stated else None})
+    def of(cls, facts: Mapping[str, Any]) -> ImageFacts:
+        pixel, stated = facts["pixel"], facts["stated"]
+        return cls(**{**facts, "pixel": PixelSize(**pixel) if pixel else None, "stated": tuple(stated) if stated else None})
 
 
 def read_image_facts(path: str | os.PathLike[str], channels: tuple[int, ...] = ()) -> ImageFacts:
-    """The facts of an image file; pixels are decoded only where they are wider than 8 bits or may be transparent. Raises `CellbenchError`."""
+    """The facts of an image file; decodes pixels only of more than 8 bits or with possible transparency. Raises `CellbenchError`."""
     with open_image(path, _limit(None), stack=bool(channels)) as picture:
         size = pixel_size(picture)
-        if _surely_plain(picture):
+        if _is_plain(picture):
             return ImageFacts(dtype="uint8", pixel=size)
         colour, alpha = _numbers(picture, channels)
         clear = alpha is not None and not _opaque(alpha)
@@ -157,8 +158,8 @@ def _opaque(alpha: np.ndarray) -> bool:
     return bool(low == alpha.max() and low in full)
 
 
-def _surely_plain(picture: OpenImage) -> bool:
-    """Whether the header alone tells 8 bits and no alpha."""
+def _is_plain(picture: OpenImage) -> bool:
+    """Whether the header alone shows 8 bits and no alpha."""
     if picture.page is not None:
         return picture.page.dtype == np.uint8 and picture.page.samplesperpixel in (1, 3)
     return (
@@ -170,7 +171,7 @@ def _surely_plain(picture: OpenImage) -> bool:
 
 
 def read_pixel_size(path: str | os.PathLike[str]) -> PixelSize | None:
-    """The size of a pixel that a file states, from its header alone; None where it states none. Raises `CellbenchError`."""
+    """The pixel size that a file states, from its header alone; None where it states none. Raises `CellbenchError`."""
     with open_image(path, sys.maxsize, stack=True) as picture:
         return pixel_size(picture)
 
@@ -178,12 +179,12 @@ def read_pixel_size(path: str | os.PathLike[str]) -> PixelSize | None:
 def read_labels(
     path: str | os.PathLike[str], *, colors: Mapping[tuple[int, int, int], int] | None = None, max_pixels: int | None = None
 ) -> np.ndarray:
-    """A mask as the numbers it holds: (height, width) uint8, uint16 or int32, nothing scaled or interpolated.
+    """The values of a mask: (height, width) uint8, uint16 or int32, neither scaled nor interpolated.
 
-    - 8- and 16-bit grey as it is; 32 and 64 bits, and floats that are whole numbers, as int32. 1-, 2- and 4-bit grey is a *grey*: 0..255.
+    - 8- and 16-bit grey unchanged; 32 and 64 bits, and floats that are integers, as int32. 1-, 2- and 4-bit grey is a *grey*: 0..255.
     - Palette: where every colour in use is grey, that grey (a 0/255 mask saved with a palette); otherwise the index.
     - RGB with three equal channels is one channel. Other colours are refused unless ``colors`` gives a value for each of them.
-    - Opaque alpha is ignored, any other is refused. A JPEG comes with its noise (values *near* the true ones) for `class_map` to round off.
+    - Opaque alpha is ignored, any other is refused. A JPEG keeps its noise (values *near* the true ones); `labels_to_classes` rounds it off.
 
     With ``colors``, every mask of up to 8 bits is read as RGB and each colour must be listed. Raises `CellbenchError` as `read_image` does.
     """
@@ -195,7 +196,7 @@ def read_labels(
         if channels in (2, 4):
             full = 255 if pixels.dtype == np.uint8 else np.iinfo(pixels.dtype).max if pixels.dtype.kind in "iu" else 1
             if (pixels[..., -1] != full).any():
-                raise FileError("is a mask with transparent parts, which have no stated value. Save it without an alpha channel")
+                raise FileError("is a mask with transparent parts, which have no value. Save it without an alpha channel")
             pixels = pixels[..., : channels - 1]
         if colors is not None:
             return _coloured(pixels, colors)
@@ -209,20 +210,20 @@ def read_labels(
         if pixels.dtype in (np.uint8, np.uint16):
             return np.ascontiguousarray(pixels)
         if not (np.isfinite(pixels).all() and (pixels == np.floor(pixels)).all() and pixels.min() >= 0 and pixels.max() < 2**31):
-            raise FileError("is a mask with values that are no whole numbers from 0 to 2147483647. Save it with one id for each object")
+            raise FileError("is a mask with values that are no integers from 0 to 2147483647. Save it with one id for each object")
         return pixels.astype(np.int32)
 
 
 def labels_to_classes(labels: np.ndarray, values: tuple[int, ...] = ()) -> np.ndarray:
-    """Class of each pixel, uint8, shaped like ``labels`` (integers): the position of the nearest in ``values``, the first of two as near.
+    """Class of each pixel, uint8, shaped like ``labels`` (integers): the index of the nearest of ``values``, the first of two equally near.
 
-    Without ``values``, labels are object ids: 0 is background (class 0), anything else is class 1.
+    Without ``values``, labels are object ids: 0 is background (class 0), all others are class 1.
 
-    >>> class_map(np.array([0, 9, 120, 250]), (0, 128, 255)).tolist()
+    >>> labels_to_classes(np.array([0, 9, 120, 250]), (0, 128, 255)).tolist()
     [0, 0, 1, 2]
     """
     if labels.dtype.kind not in "iu" or len(values) > 256 or len(set(values)) != len(values) or any(not 0 <= v < 65536 for v in values):
-        raise ValueError(f"labels must be whole numbers and values distinct, from 0 to 65535: {labels.dtype}, {values}")
+        raise ValueError(f"labels must be integers and values distinct, from 0 to 65535: {labels.dtype}, {values}")
     if not values:
         return (labels != 0).astype(np.uint8)
     table = _nearest(tuple(values), 256 if labels.dtype == np.uint8 else 65536)
@@ -238,41 +239,21 @@ def _nearest(values: tuple[int, ...], length: int) -> np.ndarray:
     return distance.argmin(axis=1).astype(np.uint8)
 
 
-def write_png(path: str | os.PathLike[str], array: np.ndarray, *, compress_level: int = 1) -> None:
-    """Write (H, W) uint8 or uint16, or (H, W, 3) uint8, so that ``path`` is either as it was or complete. Its folder must exist.
-
-    Level 1 of 9 by default: masks come out a little larger and several times faster. Raises `CellbenchError` where it cannot be written.
-    """
-    # A short name of our own: the target's may already have the 255 bytes that a name can have. Unlike with mkstemp, the umask applies.
-    part = os.path.join(os.path.dirname(os.path.abspath(path)), f".cellbench-{os.getpid()}-{secrets.token_hex(6)}.part")
-    try:
-        try:
-            with open(part, "xb") as fp:
-                fp.write(png_bytes(array, compress_level=compress_level))
-            os.replace(part, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):  # it is gone when all went well
-                os.unlink(part)
-    except OSError as error:
-        why = error.strerror or one_line(error)
-        raise CellbenchError(f"{printable_path(path)}: cannot be written ({why}). Check the folder, its rights, the space left.") from error
-
-
-def png_bytes(array: np.ndarray, *, compress_level: int = 1, words: str = "") -> bytes:
-    """A PNG's bytes of (H, W) uint8 or uint16, or (H, W, 3) uint8; ``words`` inside it are read by ``png_rows.words_of``."""
+def png_bytes(array: np.ndarray, *, compress_level: int = 1, text: str = "") -> bytes:
+    """A PNG of (H, W) uint8 or uint16, or (H, W, 3) uint8; ``png_stream.read_png_text`` reads ``text``."""
     wanted = (array.ndim == 2 and array.dtype in (np.uint8, np.uint16)) or (array.shape[2:] == (3,) and array.dtype == np.uint8)
     if not (wanted and array.size):
-        raise ValueError(f"a PNG here is (H, W) uint8 or uint16, or (H, W, 3) uint8, not {array.shape} {array.dtype}")
+        raise ValueError(f"a PNG is (H, W) uint8 or uint16, or (H, W, 3) uint8, not {array.shape} {array.dtype}")
     buffer = io.BytesIO()
-    told = PngImagePlugin.PngInfo()
-    if words:
-        told.add_itxt(TEXT_KEY, words)
-    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG", compress_level=compress_level, pnginfo=told)
+    info = PngImagePlugin.PngInfo()
+    if text:
+        info.add_itxt(TEXT_KEY, text)
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG", compress_level=compress_level, pnginfo=info)
     return buffer.getvalue()
 
 
 def pixel_limit() -> int:
-    """The most pixels that a picture may have: ``CELLBENCH_MAX_PIXELS``, or 500 megapixels."""
+    """The most pixels an image may have: ``CELLBENCH_MAX_PIXELS``, or 500 megapixels."""
     return _limit(None)
 
 
@@ -309,14 +290,14 @@ def _plain(image: Image.Image, *, as_colours: bool) -> np.ndarray:
 
 def _coloured(pixels: np.ndarray, colors: Mapping[tuple[int, int, int], int]) -> np.ndarray:
     if pixels.dtype != np.uint8:
-        raise FileError("has more than 8 bits, where colours were to be looked up. Save it as 8-bit RGB")
+        raise FileError("has more than 8 bits, but the card gives colours. Save it as 8-bit RGB")
     code = (pixels.astype(np.int32) * np.array([65536, 256, 1], dtype=np.int32)).sum(axis=2, dtype=np.int32)
     labels = np.full(code.shape, -1, dtype=np.int32)
     for (red, green, blue), value in colors.items():
         labels[code == (red << 16 | green << 8 | blue)] = value
     if (labels < 0).any():
         known = ", ".join(str(tuple(colour)) for colour in list(colors)[:8])
-        raise FileError(f"has the colour {_colour(pixels[labels < 0][0])}, which stands for nothing. Known: {known}")
+        raise FileError(f"has the colour {_colour(pixels[labels < 0][0])}, which stands for no class. Known: {known}")
     top = max(colors.values())
     return labels.astype(np.uint8 if top < 256 else np.uint16 if top < 65536 else np.int32)
 
@@ -326,7 +307,7 @@ def _colour(pixel: np.ndarray) -> str:
 
 
 SHOWN_PX = 600
-"""The longer side of a kept answer: more than a figure's panel shows."""
+"""Longer side of a thumbnail: more than a figure's panel shows."""
 
 
 def thumbnail(array: np.ndarray) -> np.ndarray:

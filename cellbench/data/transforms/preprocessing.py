@@ -42,7 +42,7 @@ class Preparation:
         """As JSON can hold it; :meth:`of` reads it back."""
         kind = next((name for name, made in KINDS.items() if isinstance(self.normaliser, made)), None)
         return {"framing": asdict(self.framing), "normalise": kind, "normaliser": asdict(self.normaliser) if self.normaliser else None,
-                "reading": self.reading.told(), "um_per_px": self.um_per_px}  # fmt: skip
+                "reading": self.reading.to_dict(), "um_per_px": self.um_per_px}  # fmt: skip
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Preparation:

@@ -16,7 +16,8 @@ from cellbench.config.cards import DatasetCard
 from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
-from cellbench.data.classes import class_content, describe_absent_classes, infer_owners
+from cellbench.data.class_content import class_content
+from cellbench.data.classes import describe_absent_classes, infer_owners
 from cellbench.data.dataset import Dataset
 from cellbench.data.loading import open_dataset
 from cellbench.errors import CellbenchError
@@ -53,7 +54,7 @@ def card_of(classes=NESTED, **keys):
 
 def owners(*maps, card=None, num=3):
     card = card or card_of(NESTED[:num] if num <= 3 else (*NESTED, *(f"class {k}" for k in range(3, num))))
-    return infer_owners(card, [class_content(one, len(card.classes)) for one in maps])
+    return infer_owners(card, [class_content(one, len(card.classes))[0] for one in maps])
 
 
 CENTRES = ((30, 30), (30, 100), (85, 60))

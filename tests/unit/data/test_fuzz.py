@@ -69,7 +69,7 @@ def read(folder: Path) -> int:
     """Images read to the end; every class map and id map has its image's size, every file lies inside."""
     card, listing = scan_dataset(FOLDER, folder, DataSpec())
     assert isinstance(listing, Listing)
-    listing.refuse()
+    listing.raise_first()
     dataset, _ = split_dataset(card, listing, DataSpec())
     num = 0
     for sample in (*dataset.train, *dataset.val, *dataset.test):

@@ -152,7 +152,7 @@ def test_a_card_beside_the_data_names_classes_and_colours(tmp_path: Path) -> Non
     assert data.classes == ("background", "red", "blue")
     np.testing.assert_array_equal(data.read_mask(everything(data)[0]), cells(0) % 3)
     (folder / "dataset.toml").write_text(facts + 'builder = "evil.py:run"\n')
-    assert "'builder' is not for a card that lies with its data" in refusal(folder)
+    assert "'builder' is not allowed in a card beside the data" in refusal(folder)
 
 
 def test_thresholds_part_classes(tmp_path: Path) -> None:
@@ -246,8 +246,8 @@ def test_many_files_are_listed_by_names_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ("image,mask\nimages/i0.png,masks/nothing.png", "names the mask 'masks/nothing.png', which is not there"),
-        ("image,mask\nimages/none.png,masks/i0.png", "names the image 'images/none.png', which is not there"),
+        ("image,mask\nimages/i0.png,masks/nothing.png", "names the mask 'masks/nothing.png', which does not exist"),
+        ("image,mask\nimages/none.png,masks/i0.png", "names the image 'images/none.png', which does not exist"),
         ("image,mask\nimages/i0.png,masks/i0.png\nimages/i0.png,masks/i0.png", "names 'images/i0.png' twice"),
         ("image,mask,split\nimages/i0.png,masks/i0.png,tset", "split = 'tset'"),
         ("image,mask,split\nimages/i0.png,masks/i0.png,test\nimages/i1.png,masks/i1.png,", "some rows name a split"),

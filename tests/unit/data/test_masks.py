@@ -74,7 +74,7 @@ def test_numbers_of_cells_are_known_as_such(masks: list[np.ndarray]) -> None:
     found = decide_meaning(facts(masks))
     nums = [len(np.unique(mask[mask > 0])) for mask in masks]
     assert (found.kind, found.ask) == ("cells", "")
-    assert f"{f'{min(nums)} to ' if min(nums) < max(nums) else ''}{max(nums)} an image" in found.said
+    assert f"{f'{min(nums)} to ' if min(nums) < max(nums) else ''}{max(nums)} an image" in found.description
 
 
 BINARY = {
@@ -111,7 +111,7 @@ def test_class_values_are_not_taken_for_cells() -> None:
     masks = [np.where(ids == 10, 1, 2 * (ids > 0)).astype(np.uint8) for ids in IDS]  # 1 the large cell, 2 nine small ones
     found = decide_meaning(facts(masks))
     assert (found.kind, found.ask) == ("classes", "")
-    assert "1, 2" in found.said
+    assert "1, 2" in found.description
     assert "classes = [...]" in found.doubt
 
 
@@ -132,7 +132,7 @@ def test_255_beside_small_numbers_is_named_and_left_out() -> None:
     masks = [np.where(ignored, 255, ids).astype(np.uint8) for ids in IDS]
     found = decide_meaning(facts(masks))
     assert found.ignore == IGNORE
-    assert "255 lies beside the values 1 to 10" in found.doubt
+    assert "255 occurs beside the values 1 to 10" in found.doubt
     said = decide_meaning(facts(masks), kind="cells")
     assert (said.kind, said.ignore) == ("cells", None)
     assert "255" in said.doubt
@@ -173,7 +173,7 @@ def test_the_set_says_how_its_masks_are_understood_and_what_its_smallest_cell_is
     data = opened(folder_of(tmp_path / "own", SIX))
     assert data.masks == "cells"
     assert num_cells(data) == {10}
-    assert "masks: numbers of cells, 10 an image" in data.notes
+    assert "masks: cell numbers, 10 an image" in data.notes
     assert any(note.startswith(f"smallest cell: {data.min_cell_px} px") for note in data.notes)
 
 
@@ -240,7 +240,7 @@ def test_the_decision_is_part_of_what_a_run_was_trained_on(tmp_path: Path) -> No
 
 def test_doubtful_masks_are_a_question_before_training_and_a_severe_finding(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "own", [np.roll(mask, k, axis=0) for k, mask in enumerate(AMBIGUOUS["a nucleus in its cytoplasm"] * 2)])
-    with pytest.raises(CellbenchError, match="the values 1, 2 in every image: numbers of cells, or classes"):
+    with pytest.raises(CellbenchError, match="the values 1, 2 in every image: cell numbers, or classes"):
         opened(folder)
     lines: list[str] = []
     assert check_folder(folder, spec=DataSpec(group="none"), out=tmp_path / "out", say=lines.append) == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cellbench.data.audit.keypoint_matching import find_same_images, find_shared_regions, keypoints
-from cellbench.data.audit.perceptual_hash import thumbnail_grey, to_grey
+from cellbench.data.audit.perceptual_hash import mean_pool, to_grey
 
 FIVE = ((35, 35), (35, 120), (80, 78), (125, 35), (125, 120))
 
@@ -65,7 +65,7 @@ def test_pictures_of_one_layout_are_different_pictures(drawn: Callable[[np.rando
     pictures = [drawn(rng) for _ in range(6)]
     all_marks = [keypoints(to_grey(picture)) for picture in pictures]
     assert find_shared_regions(all_marks) == []
-    assert find_same_images(all_marks, [thumbnail_grey(picture) for picture in pictures]) == []
+    assert find_same_images(all_marks, [mean_pool(to_grey(picture)) for picture in pictures]) == []
 
 
 @pytest.mark.parametrize("drawn", [chip, array, dish], ids=lambda drawn: drawn.__name__)
@@ -83,5 +83,5 @@ def test_two_photographs_of_one_empty_plate_are_not_one_picture() -> None:
     shade = 200 - 40 * np.hypot(*(np.indices((128, 128)) - 64))[..., None] / 90
     pictures = [(shade + rng.normal(0, 3, (128, 128, 3))).clip(0, 255).astype(np.uint8) for _ in range(3)]
     pictures.append(np.ascontiguousarray(pictures[0][::-1]))
-    small = [thumbnail_grey(picture) for picture in pictures]
+    small = [mean_pool(to_grey(picture)) for picture in pictures]
     assert find_same_images([keypoints(to_grey(picture)) for picture in pictures], small) == [(0, 3)]

@@ -35,7 +35,7 @@ def with_masks(all_maps: list[PlacementFeatures], masks: list[np.ndarray]) -> Pl
 
 
 def test_right_masks_fit(right: list[PlacementFeatures]) -> None:
-    assert check_placement(right, [0.9] * NUM) == Placement(said="", wrong=(), most=False)
+    assert check_placement(right, [0.9] * NUM) == Placement(message="", wrong=(), most=False)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_right_masks_fit(right: list[PlacementFeatures]) -> None:
 def test_turned_masks_are_wrong_and_the_way_back_is_named(right: list[PlacementFeatures], way: int, said: str) -> None:
     found = with_masks(right, [eight_orientations(one.mask)[way] for one in right])
     assert (found.most, found.wrong) == (True, tuple(range(NUM)))
-    assert found.said == f"they fit when {said}"
+    assert found.message == f"they fit when {said}"
 
 
 @pytest.mark.parametrize(("step", "said"), [(1, "next one"), (-1, "one before")])
@@ -53,18 +53,18 @@ def test_masks_of_the_neighbour_are_wrong_and_the_neighbour_is_named(right: list
     masks = [one.mask for one in right]
     found = with_masks(right, [masks[(k + step) % NUM] for k in range(NUM)])
     assert found.most
-    assert said in found.said
+    assert said in found.message
 
 
 def test_exchanged_moved_and_foreign_masks_are_wrong(right: list[PlacementFeatures]) -> None:
     masks = [one.mask for one in right]
     exchanged = with_masks(right, [masks[k] for k in (4, 7, 1, 8, 2, 0, 3, 5, 6)])
     assert exchanged.most
-    assert "another image" in exchanged.said
+    assert "another image" in exchanged.message
     moved = with_masks(right, [np.roll(mask, (8, -4), (0, 1)) for mask in masks])
-    assert (moved.most, moved.said) == (True, "they fit when moved by 12% of the height up and 6% of the width to the right")
+    assert (moved.most, moved.message) == (True, "they fit when moved by 12% of the height up and 6% of the width to the right")
     foreign = with_masks(right, [describe(*_shape(100 + k)).mask for k in range(NUM)])
-    assert (foreign.most, "no better than others" in foreign.said) == (True, True)
+    assert (foreign.most, "no better than others" in foreign.message) == (True, True)
 
 
 def _shape(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -97,6 +97,6 @@ def test_check_and_grid_say_that_all_masks_are_turned_and_why(tmp_path: Path, ca
     assert "they fit when turned by 90 degrees to the right. The images carry an EXIF orientation" in said
     card, spec = Registry().dataset("folder"), DataSpec()
     for _ in range(2):  # found, and remembered
-        (warning,) = severe_findings(card, open_dataset(card, tmp_path / "own", spec))
+        (warning,) = severe_findings(open_dataset(card, tmp_path / "own", spec))
         assert "NOT FIT to train on: misplaced (11)" in warning
         assert "turned by 90 degrees to the right" in warning

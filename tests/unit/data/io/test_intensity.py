@@ -83,7 +83,7 @@ def test_decimal_numbers_keep_0_to_1_so_that_a_later_image_that_is_a_little_brig
     tifffile.imwrite(tmp_path / "a.tif", np.array([[0.5, 1.02]], np.float32))
     image, (note,) = read_image_with_notes(tmp_path / "a.tif", reading)
     assert image[0, :, 0].tolist() == [128, 255]
-    assert "beyond the range 0..1" in note.said
+    assert "beyond the range 0..1" in note.message
     assert decide_scaling(facts_of(0.5, 180, dtype="float32"))[0] == IntensityScaling()
     tifffile.imwrite(tmp_path / "b.tif", np.array([[0.5, 180]], np.float32))
     assert "another depth" in refused(tmp_path / "b.tif", reading=reading)
@@ -96,7 +96,7 @@ def test_8_bit_images_have_no_range_of_their_own() -> None:
 
 def test_a_range_comes_back_from_its_file() -> None:
     reading = IntensityScaling(int_range=(0, 4095), float_range=(0.0, 2.0), channels=(1, 2, 3))
-    assert IntensityScaling.of(reading.told()) == reading
+    assert IntensityScaling.of(reading.to_dict()) == reading
 
 
 # ---- what files state
@@ -142,7 +142,7 @@ def test_numbers_beyond_the_range_are_clipped_and_named(tmp_path: Path) -> None:
     assert image[0, 0, 0] == 255
     assert image[5, 0, 0] == round(GROUND * 255 / 4095)
     (note,) = notes
-    assert "beyond the range 0..4095" in note.said
+    assert "beyond the range 0..4095" in note.message
     assert "4108" in note.detail
     assert "0.52%" in note.detail  # 48 of 96 x 96
 
@@ -159,14 +159,14 @@ def test_an_image_far_beyond_the_range_is_of_another_depth_and_refused_but_a_hot
 def test_an_image_that_uses_a_fraction_of_the_range_is_named(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", scene(1)[0])
     (note,) = read_image_with_notes(tmp_path / "a.tif", IntensityScaling(int_range=(0, 65535)))[1]
-    assert "sixteenth" in note.said
+    assert "sixteenth" in note.message
 
 
 def test_an_assumed_range_is_named(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", scene(1)[0] * 16)
     image, (note,) = read_image_with_notes(tmp_path / "a.tif")
     assert image[0, 0, 0] == round(GROUND * 16 * 255 / 65535)
-    assert "0..65535, an assumption" in note.said
+    assert "0..65535, an assumption" in note.message
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_greys_change_by_as_much_as_the_exposure_in_every_use_of_a_run(trained: 
         assert "e105.tif" not in told
         with Path(f"out-{run}", "counts.csv").open() as counts:
             assert {row["cells"] for row in csv.DictReader(counts)} == {"2"}
-    assert "beyond the range 0..4095" in Segmenter.load("exported", device="cpu").predict("plain/e106.tif").notes[0].said
+    assert "beyond the range 0..4095" in Segmenter.load("exported", device="cpu").predict("plain/e106.tif").notes[0].message
     assert (
         main(["predict", "otsu · seed 0", "plain/e100.tif", "--out", "again", "--instances", "--range", "0,65535", "--device", "cpu"]) == 0
     )
