@@ -1,7 +1,7 @@
-"""The truth of an image that is not one mask file: a folder of one mask a nucleus, or outlines in a COCO file. All give an id map.
+"""Annotations that are not one mask file: a folder with one mask a nucleus, or outlines in a COCO file. All give an id map.
 
-Ids (H, W) int32: 0 is background, 1..n the cells in their written order. Where two overlap the later one owns the pixel. pycocotools, which
-rasterises polygons, writes past its buffer for counts or coordinates that do not fit the image, so both are checked before it sees them.
+Ids (H, W) int32: 0 is background, 1..n the cells in file order. Where two overlap the later one owns the pixel. pycocotools rasterises polygons, but
+run lengths are decoded here: pycocotools 2.0.11 returns uninitialised memory where they are too short for the image.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from cellbench.metrics.pixel import IGNORE
 
 
 class Annotation(Protocol):
-    """What an image's truth is read from, in place of a mask file."""
+    """The annotation of one image, instead of a mask file."""
 
     def digest(self) -> str:
-        """Over everything that the truth depends on."""
+        """Of everything that it depends on."""
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Classes (H, W) uint8, ``IGNORE`` where pixels count nowhere, and ids (H, W) int32. Raises CellbenchError."""
+        """Classes (H, W) uint8, ``IGNORE`` where pixels do not count, and ids (H, W) int32. Raises CellbenchError."""
 
     @property
     def num_outlined(self) -> int:
-        """How many cells it outlines; fewer are read where one is covered by others, or smaller than a pixel."""
+        """Outlined cells; ``read`` gives fewer where one is covered by others or smaller than a pixel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskFiles:
-    """One mask file for each cell (Data Science Bowl 2018): anything but 0 is that cell. All are of class 1."""
+    """One mask file for each cell (Data Science Bowl 2018): all values but 0 are the cell. All have class 1."""
 
     paths: tuple[Path, ...]
 
@@ -61,18 +61,18 @@ class MaskFiles:
                     f"{path}: is {mask.shape[1]} x {mask.shape[0]} px, the masks before it {ids.shape[1]} x {ids.shape[0]}. Replace it."
                 )
             ids[mask > 0] = number
-        assert ids is not None  # a sample without masks is not made
+        assert ids is not None  # no sample is without masks
         return (ids > 0).astype(np.uint8), ids
 
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """One annotation of a COCO file: polygons or run lengths as JSON, and its class number, or ``IGNORE`` for a crowd."""
+    """One annotation of a COCO file: polygons or run lengths as JSON, and its class number, or ``IGNORE``."""
 
     segmentation: str
     label: int
     id: str
-    """The annotation's, for errors."""
+    """For messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class CocoRegions:
 
     file: Path
     name: str
-    """The image's, for errors."""
+    """For messages."""
     size_px: tuple[int, int]
     regions: tuple[Region, ...]
 
@@ -95,13 +95,13 @@ class CocoRegions:
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         height, width = self.size_px
         classes, ids = np.zeros((height, width), np.uint8), np.zeros((height, width), np.int32)
-        # What is ignored first: a cell that is outlined within a crowd is one all the same.
+        # Ignored regions first: a cell within a crowd still counts.
         for number, region in sorted(enumerate(self.regions, 1), key=lambda pair: pair[1].label != IGNORE):
             try:
                 inside = rasterize(json.loads(region.segmentation), height, width)
             except ValueError as error:
                 raise CellbenchError(
-                    f"{self.file}: annotation {region.id} of {quote_name(self.name)} {error}. Mend it, or take it out."
+                    f"{self.file}: annotation {region.id} of {quote_name(self.name)} {error}. Correct it, or take it out."
                 ) from None
             ids[inside], classes[inside] = number if region.label != IGNORE else 0, region.label
         return classes, ids
@@ -110,7 +110,7 @@ class CocoRegions:
 def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
     """The pixels (H, W) bool of COCO's polygons (lists of x, y, x, y, …) or run lengths (counts down columns, compressed or not).
 
-    Raises ValueError, whose words follow the name of the annotation, for what is neither or does not fit the image.
+    Raises ValueError, as a clause that follows the name of the annotation, for other input and for what does not fit the image.
     """
     if isinstance(segmentation, dict):
         counts = segmentation.get("counts")
@@ -131,10 +131,10 @@ def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
             raise ValueError("has a polygon with coordinates that are no numbers")
         far = max(height, width)
         if not all(-far <= n <= 2 * far for n in polygon):
-            raise ValueError(f"has a polygon that leads far out of its image of {width} x {height} px")
+            raise ValueError(f"has a polygon that extends far beyond its image of {width} x {height} px")
     from pycocotools import mask as coco
 
-    # Its rasteriser counts columns outside the image as part of it: drawn inside a larger picture, then cut out.
+    # Its rasteriser counts columns outside the image as inside: draw in a larger image, then crop.
     outer = [math.floor(min(0, *(n for polygon in segmentation for n in polygon)))] * 2
     reach = math.ceil(max(height, width, *(n for polygon in segmentation for n in polygon))) + 1
     inside = min(outer) == 0 and reach <= max(height, width) + 1
@@ -147,7 +147,7 @@ def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def _uncompressed(text: str) -> list[int]:
-    """COCO's compressed run lengths: five bits a character from '0' on, from the third run on as the difference to the last but one."""
+    """COCO's compressed run lengths: five bits a character from '0' on; from the fourth run on the difference to the last but one."""
     runs: list[int] = []
     value = shift = 0
     for character in text.encode("utf-8", "replace"):
@@ -168,7 +168,7 @@ def _uncompressed(text: str) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def load_coco_json(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
-    """The tree of a COCO file, its skeleton checked; ``stamp`` (size, time) keeps a changed file from being answered from memory."""
+    """The tree of a COCO file with checked structure; ``stamp`` (size, time) invalidates the cache of a changed file."""
     try:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -191,7 +191,7 @@ def load_coco_json(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
 
 
 def drop_empty_polygons(segmentation: Any, height: int, width: int) -> Any:
-    """A segmentation without its polygons that enclose nothing; None where nothing is left. What is malformed stays, to be refused when drawn."""
+    """A segmentation without polygons of no area; None where nothing is left. Malformed ones stay, and are refused when drawn."""
     if isinstance(segmentation, list) and all(isinstance(polygon, list) for polygon in segmentation):
         return [polygon for polygon in segmentation if _encloses(polygon)] or None
     if isinstance(segmentation, dict) and segmentation.get("size") == [height, width]:
@@ -205,7 +205,7 @@ def drop_empty_polygons(segmentation: Any, height: int, width: int) -> Any:
 
 
 def _encloses(polygon: list[Any]) -> bool:
-    """Whether a polygon (x, y, x, y, …) has three points that are not on one line; True where it is malformed."""
+    """Whether a polygon (x, y, x, y, …) has three points that are not on one line; True for a malformed one."""
     if len(polygon) < 6:
         return False
     if len(polygon) % 2 or not all(type(n) in (int, float) for n in polygon):
@@ -218,19 +218,19 @@ def _encloses(polygon: list[Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class CocoFile:
-    """What a COCO file holds, and what of it is no cell."""
+    """The images of a COCO file, and what was not used."""
 
     images: tuple[CocoRegions, ...]
     num_crowds: int = 0
-    """Regions with ``iscrowd``, which are ignored, as COCO's own evaluation does."""
+    """Regions with ``iscrowd``, ignored as in COCO's evaluation."""
     empty: tuple[str, ...] = ()
     """Ids of annotations without an outline, which are skipped."""
     num_boxes: int = 0
-    """Of these, those that have a box."""
+    """Those of them with a box."""
 
 
 def count_coco_categories(path: Path) -> dict[str, int]:
-    """How many annotations of each category a COCO file holds, by name; crowds are not counted. Raises CellbenchError that names the file."""
+    """The number of annotations of each category, by name, without crowds. Raises CellbenchError that names the file."""
     about = path.stat()
     tree = load_coco_json(path, (about.st_size, about.st_mtime_ns))
     names = {row["id"]: str(row["name"]) for row in tree["categories"]}
@@ -246,8 +246,7 @@ def _is_crowd(row: dict[str, Any]) -> bool:
 
 
 def read_coco(path: Path, labels: Mapping[str, int | None]) -> CocoFile:
-    """The images of a COCO file with their outlines. ``labels``: the class number of each category by its name, ``IGNORE``, or None for one
-    that is left out.
+    """The images of a COCO file with their outlines. ``labels``: the class number of each category by name, ``IGNORE``, or None to leave it out.
 
     Raises CellbenchError that names the file.
     """
@@ -259,7 +258,7 @@ def read_coco(path: Path, labels: Mapping[str, int | None]) -> CocoFile:
     sizes: dict[int | str, tuple[int, int]] = {}
     for row in tree["images"]:
         if row["id"] in found:
-            raise CellbenchError(f"{path}: two images have the id {row['id']!r:.40}. Each needs its own.")
+            raise CellbenchError(f"{path}: two images have the id {row['id']!r:.40}. Give each its own.")
         if row["height"] < 1 or row["width"] < 1:
             raise CellbenchError(
                 f"{path}: {quote_name(row['file_name'])} is {row['width']:.3g} x {row['height']:.3g} px there. Export it again."

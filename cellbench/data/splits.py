@@ -1,6 +1,6 @@
-"""Which images train, which validate and which test: seeded, written down once, and taken from the file ever after.
+"""Split images into training, validation and test sets: drawn once from a seed, written to a file, and read from it afterwards.
 
-As published, or in groups that no split tears apart, by strata, or as one of k folds.
+As published, by groups that stay together, by strata, or as one of k folds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, is_writable, to_nfc, write_atomic
 
 Grouping = Callable[[tuple[Sample, ...]], tuple[Sample, ...]]
-"""Gives samples that show the same a common group."""
+"""Gives samples that show the same picture a common group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,12 @@ class Splits:
     val: tuple[Sample, ...]
     test: tuple[Sample, ...]
     place: Path
-    """The file that says so, or will."""
+    """The file of the split."""
     record: str = ""
-    """What ``keep`` writes there; empty where the file was there before."""
+    """Content for a new file; empty where it was read."""
 
     def keep(self) -> str:
-        """Writes a newly drawn split down; returns what a person should know."""
+        """Writes a new split to its file; returns a note."""
         if not self.record:
             return f"split read from {self.place}"
         write_atomic(self.place, self.record)
@@ -52,27 +52,27 @@ def split_of(
     foreground: Callable[[Sample], float] = lambda _: 0.0,
     grouped: Grouping = near_duplicates.group_near_duplicates,
 ) -> Splits:
-    """The splits of a pool of images and, where the data comes with one, a test folder that training never touches.
+    """The splits of a pool of images and, where the data has one, a test folder that training never uses.
 
-    ``root/splits.json`` is used where it lies, as published: ``{"train": [names], "val": [names]}`` (and ``"test"`` where the data has no
-    test folder), with or without extensions. Otherwise it is drawn from ``split_seed``, for ``keep`` to write there or, where the folder
-    is read-only, into the cache folder. A file that this code wrote for another seed or share is left alone; its name says for which.
+    ``root/splits.json`` is used where it exists: ``{"train": [names], "val": [names]}`` (and ``"test"`` without a test folder), with or without
+    extensions. Otherwise the split is drawn from ``split_seed``, and ``keep`` writes it there or, if the folder is read-only, into the cache
+    folder. Files for another seed or share have other names and stay as they are.
 
-    With ``spec.folds`` pool and test folder are one, cut into folds of which one is the test; a person's own ``splits.json`` says nothing
-    of folds and is not used. ``foreground``: the share of an image's pixels that are cells, for ``stratify``.
+    With ``spec.folds`` pool and test folder are joined and cut into folds, one of which is the test set; a user's own ``splits.json`` has no folds
+    and is not used. ``foreground``: the share of an image's pixels that are cells, for ``stratify``.
 
-    Where nothing else groups the images, those of the pool that show the same picture are kept together when a split is drawn, and the file
-    names them; where there are none, the split is what it would be without. ``grouped``: who finds them.
+    Where nothing else groups the images, ``grouped`` finds those of the pool that show the same picture; a new split keeps them together and names
+    them in its file. Without such images the split is the same as with no grouping.
     """
     if spec.folds:
         pool, test = _one_pool(root, pool, test), ()
-    told = with_groups((*pool, *test), spec, grouped)
-    pool, test = told[: len(pool)], told[len(pool) :]
+    samples = with_groups((*pool, *test), spec, grouped)
+    pool, test = samples[: len(pool)], samples[len(pool) :]
     in_groups = any(sample.group for sample in pool)
     standard = not any(getattr(spec, key) != DataSpec.model_fields[key].default for key in ("val_fraction", "split_seed", *_LATER))
     standard &= not in_groups and (bool(test) or spec.test_fraction == DataSpec.model_fields["test_fraction"].default)
     name = "splits.json" if standard else _name(spec, bool(test), in_groups)
-    # A file that names no seed is a person's own, or the published one, and is meant whatever the settings say.
+    # A file without a seed is the user's or the published one, and applies whatever the settings are.
     own = [root / "splits.json"] if not spec.folds and _own(root / "splits.json") else []
     for place in (*own, root / name, _elsewhere(root, name)):
         if place.is_file():
@@ -89,7 +89,7 @@ def split_of(
             raise
         raise CellbenchError(
             f"{error} {sum(map(len, together))} of the images show the same as others, whole or in part, such as {together[0][0]} and "
-            f"{together[0][1]}, and are kept together; data.group=none splits them all the same."
+            f"{together[0][1]}, and are kept together; data.group=none splits them nevertheless."
         ) from None
     record = {
         "seed": spec.split_seed,
@@ -100,7 +100,7 @@ def split_of(
     }
     place = root / name if is_writable(root) else _elsewhere(root, name)
     drawn = Splits(train=parts["train"], val=parts["val"], test=test or parts["test"], place=place, record=json.dumps(record, indent=1))
-    _refuse_torn(root, drawn)  # by a test folder that came with the data
+    _refuse_torn(root, drawn)  # the data's own test folder may tear a group apart
     return drawn
 
 
@@ -111,21 +111,21 @@ def given_splits(
     spec: DataSpec,
     grouped: Grouping = near_duplicates.group_near_duplicates,
 ) -> Splits:
-    """The splits that the data itself names, all three. Nothing is drawn or written."""
+    """The three splits that the data itself names. Nothing is drawn or written."""
     samples = with_groups((*parts["train"], *parts["val"], *parts["test"]), spec, grouped)
     first, second = len(parts["train"]), len(parts["train"]) + len(parts["val"])
     found = Splits(train=samples[:first], val=samples[first:second], test=samples[second:], place=root / layout)
     for part in ("train", "val", "test"):
         if not getattr(found, part):
             raise CellbenchError(
-                f"{root}: {layout} has images of a validation split and none of '{part}'. Name some there, or no split at all."
+                f"{root}: {layout} has images of a validation split and none of '{part}'. Name some, or no split at all."
             )
     _refuse_torn(root, found)
     return found
 
 
 _TOGETHER = "together"
-"""In a split's file: lists of names that show the same picture, and lie in one part."""
+"""Key in a split's file: lists of names that show the same picture."""
 
 
 def _kept_together(pool: tuple[Sample, ...], grouped: Grouping) -> tuple[tuple[Sample, ...], list[list[str]]]:
@@ -163,9 +163,9 @@ def _one_pool(root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) ->
 def with_groups(
     samples: tuple[Sample, ...], spec: DataSpec, grouped: Grouping = near_duplicates.group_near_duplicates
 ) -> tuple[Sample, ...]:
-    """The samples, each with the group (patient, slide, …) that ``spec.group`` gives it; none where images are not grouped.
+    """The samples with the group (patient, slide, …) that ``spec.group`` gives each.
 
-    Raises CellbenchError where groups were asked for and none is found.
+    Raises CellbenchError where groups are wanted and none is found.
     """
     if spec.group == "none":
         return tuple(replace(sample, group="") for sample in samples)
@@ -183,7 +183,7 @@ def with_groups(
 
 
 def _unit(sample: Sample) -> str:
-    """What may not be torn apart: its group, or the image alone."""
+    """The unit that stays together: the group, or the image alone."""
     return f"group {sample.group}" if sample.group else f"image {sample.name}"
 
 
@@ -194,7 +194,7 @@ def _refuse_torn(place: Path, splits: Splits) -> None:
             if sample.group and home.setdefault(sample.group, part) != part:
                 raise CellbenchError(
                     f"{place}: group '{sample.group}' lies in '{home[sample.group]}' and in '{part}' ({sample.name}). "
-                    "Mend the split, or set data.group=none."
+                    "Correct the split, or set data.group=none."
                 )
 
 
@@ -215,7 +215,7 @@ def _elsewhere(root: Path, name: str) -> Path:
 
 
 def _draw(pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec) -> dict[str, tuple[Sample, ...]]:
-    """As published: image by image."""
+    """Image by image, as published."""
     order = np.random.default_rng(spec.split_seed).permutation(len(pool))
     num_test = 0 if test else max(1, round(spec.test_fraction * len(pool)))
     num_val = max(1, round(spec.val_fraction * (len(pool) - num_test)))
@@ -230,7 +230,7 @@ def _draw(pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec) ->
 def _allocated(
     pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec, foreground: Callable[[Sample], float]
 ) -> dict[str, tuple[Sample, ...]]:
-    """By groups, by strata, or one of several folds. All folds are cut by the seed alone, so that their tests are disjoint."""
+    """By groups, by strata, or one of several folds. All folds come from the same seed, so that their test sets are disjoint."""
     names = [_unit(sample) for sample in pool]
     strata = _strata(pool, spec, foreground)
     if spec.folds:
@@ -240,7 +240,7 @@ def _allocated(
     else:
         in_test = allocate(names, strata, [1 - spec.test_fraction, spec.test_fraction], [spec.split_seed]) == 1
     rest = np.flatnonzero(~in_test)
-    seed = [spec.split_seed, 1 + spec.fold]  # of its own for each fold, but where the strata are the same
+    seed = [spec.split_seed, 1 + spec.fold]  # another one for each fold
     in_val = allocate([names[i] for i in rest], [strata[i] for i in rest], [1 - spec.val_fraction, spec.val_fraction], seed) == 1
     cuts = {"test": np.flatnonzero(in_test), "val": rest[in_val], "train": rest[~in_val]}
     return {part: tuple(pool[i] for i in chosen) for part, chosen in cuts.items()}
@@ -268,7 +268,7 @@ def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Sp
         together = [[str(name) for name in names] for names in record.get(_TOGETHER, [])]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CellbenchError(
-            f'{place}: cannot be read as a split ({error}). Expected {{"train": [names], "val": [names]}}. Mend or remove it.'
+            f'{place}: cannot be read as a split ({error}). Expected {{"train": [names], "val": [names]}}. Correct or remove it.'
         ) from None
     known = {to_nfc(Path(sample.name).stem): sample for sample in pool} | {
         to_nfc(sample.name): sample for sample in pool
@@ -278,20 +278,20 @@ def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Sp
         strangers = [name for name in parts[part] if to_nfc(Path(name).name) not in known]
         if strangers:
             raise CellbenchError(
-                f"{place}: names '{strangers[0]}' in '{part}', which is not among the images ({len(strangers)} such names). Remove the file to split anew."
+                f"{place}: names '{strangers[0]}' in '{part}', which is not among the images ({len(strangers)} such names). Remove the file to split again."
             )
         chosen[part] = [known[to_nfc(Path(name).name)] for name in parts[part]]
         if not chosen[part]:
-            raise CellbenchError(f"{place}: '{part}' is empty. Name images there, or remove the file to split anew.")
+            raise CellbenchError(f"{place}: '{part}' is empty. Name images there, or remove the file to split again.")
     names = [sample.name for samples in chosen.values() for sample in samples]
     if len(names) != len(set(names)):
         twice = next(name for name in names if names.count(name) > 1)
-        raise CellbenchError(f"{place}: '{twice}' stands in two splits or twice in one. Each image belongs to one split.")
+        raise CellbenchError(f"{place}: '{twice}' occurs in two splits or twice in one. Each image belongs to one split.")
     group = {to_nfc(name): f"like {names[0]}" for names in together for name in names}
     chosen = {part: [replace(s, group=s.group or group.get(to_nfc(s.name), "")) for s in samples] for part, samples in chosen.items()}
     unused = len(pool) - len(names)
     if unused:
         raise CellbenchError(
-            f"{place}: says nothing of {unused} images of the folder. Add them to a split, or remove the file to split anew."
+            f"{place}: does not name {unused} images of the folder. Add them to a split, or remove the file to split again."
         )
     return Splits(train=tuple(chosen["train"]), val=tuple(chosen["val"]), test=test or tuple(chosen["test"]), place=place)

@@ -1,4 +1,4 @@
-"""What an image file states beside its pixels: the range of its numbers, and the size of a pixel in micrometres.
+"""Read the metadata of an image file: the range of its values, and the size of a pixel in micrometres.
 
 Sources: TIFF 6.0 (tags 280-283, 296, 340, 341), the OME-XML schema (Pixels), ImageJ's and Aperio's descriptions, PNG 1.2 (pHYs, sBIT).
 """
@@ -16,20 +16,20 @@ from cellbench.data.io.decode import OpenImage
 _UM = {"": 1.0, "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0, "micrometre": 1.0, "\\u00b5m": 1.0,
        "pm": 1e-6, "å": 1e-4, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "dm": 1e5, "m": 1e6, "inch": 25400.0, "in": 25400.0}  # fmt: skip
 COARSEST_UM = 10.0
-"""Resolution tags that say more are those of screens, print and scanners (72 dpi are 353 um, 2400 dpi 10.6 um) or stand for "unknown": not used."""
+"""Resolution tags above are those of screens, print and scanners (72 dpi are 353 um, 2400 dpi 10.6 um) or mean "unknown": not used."""
 _FINEST_UM, _WIDEST_UM = 1e-4, 1e4
 SAME = 0.01
-"""Sizes of pixels that differ by less are the same: tags are rounded."""
+"""Pixel sizes that differ by less are the same: tags are rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelSize:
-    """Of one pixel, in micrometres, as the file states it, upright."""
+    """Size of one pixel in micrometres, as the file states it, upright."""
 
     height_um: float
     width_um: float
     contradicted: str = ""
-    """What another part of the same file says, where that is another size."""
+    """Another size that the same file states, as text."""
 
     @property
     def side_um(self) -> float:
@@ -49,13 +49,13 @@ def same_size(a: float, b: float) -> bool:
 
 
 def pixel_size(picture: OpenImage) -> PixelSize | None:
-    """The size that the file states first of OME-XML, description, resolution tags; None where it states none that a microscope could have."""
+    """The first size of OME-XML, description and resolution tags; None without one that a microscope could have."""
     stated = _of_tiff(picture.page) if picture.page is not None else _of_info(picture.info)
     if not stated:
         return None
     where, height, width = stated[0]
     other = next(
-        (f"{word} {w:.4g}, {where} {width:.4g}" for word, h, w in stated[1:] if not (same_size(h, height) and same_size(w, width))), ""
+        (f"{source} {w:.4g}, {where} {width:.4g}" for source, h, w in stated[1:] if not (same_size(h, height) and same_size(w, width))), ""
     )
     if picture.turn in (5, 6, 7, 8):
         height, width = width, height
@@ -77,7 +77,7 @@ def _of_tiff(page: Any) -> list[tuple[str, float, float]]:
         named = re.search(r"^unit=(.*)$", text, re.MULTILINE)
         scale = _UM.get(named[1].strip().lower()) if named and named[1].strip() else None
         if scale and across > 0 and down > 0:
-            # Inches and centimetres are what ImageJ makes of a resolution for print.
+            # Inches and centimetres come from a resolution for print.
             found.append(("ImageJ" if scale <= 1e3 else "resolution", scale / down, scale / across))
     elif (aperio := re.search(r"\|\s*MPP\s*=\s*([\d.]+)", text)) is not None:
         found.append(("MPP", _number(aperio[1]), _number(aperio[1])))
@@ -105,7 +105,7 @@ def _believable(where: str, height: float, width: float) -> bool:
 
 
 def stated_range(picture: OpenImage) -> tuple[float, float] | None:
-    """Black and white of an image of more than 8 bits by the file's own statement; None where it states no more than its type does."""
+    """Black and white that a file of more than 8 bits states; None where it states no more than its dtype."""
     if picture.page is None:
         bits = picture.bits or 16
         return (0.0, 2.0**bits - 1) if 8 < bits < 16 else None
@@ -119,14 +119,14 @@ def stated_range(picture: OpenImage) -> tuple[float, float] | None:
     full = 2.0**page.bitspersample - 1
     for tag in (341, 281):
         high = _number(_first(page.tags.valueof(tag)))
-        # Writers fill in the type's own largest number where they know nothing.
+        # Writers fill in the dtype's maximum where they know nothing.
         if 255 <= high < full:
             return _from_black(page, high)
     return None
 
 
 def _from_black(page: Any, high: float) -> tuple[float, float]:
-    """Black and white where ``high`` is the largest number; a picture that counts from white is turned round within 16 bits when decoded."""
+    """Black and white where ``high`` is the largest value; an image that counts from white is inverted within 16 bits when decoded."""
     return (65535 - high, 65535.0) if page.photometric == 0 else (0.0, high)
 
 
@@ -136,7 +136,7 @@ def _description(page: Any) -> str:
 
 
 def _ome_pixels(text: str) -> dict[str, str]:
-    """The attributes of the first Pixels element of OME-XML; empty where the text is none."""
+    """The attributes of the first Pixels element of OME-XML; empty for other text."""
     if "<OME" not in text[:2000] and ":OME" not in text[:2000]:
         return {}
     element = re.search(r"<(?:\w+:)?Pixels\b([^>]*)>", text)

@@ -1,4 +1,4 @@
-"""A PNG written from top to bottom, so that an image that does not fit into memory can be written at all, with words about it inside."""
+"""Write a PNG from top to bottom, for images that do not fit into memory, with a text inside. Pillow and OpenCV write whole images only."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from PIL import PngImagePlugin
 
 _COLOUR = {1: 0, 3: 2}  # channels: PNG's colour type
 TEXT_KEY = "cellbench"
-"""The key of the words in the file."""
+"""The key of the text in the file."""
 
 
 class PngWriter:
-    """Rows of (H, W) or (H, W, 3) uint8 into an open file. ``end`` must be called once all are in."""
+    """Writes rows of (H, W) or (H, W, 3) uint8 into an open file. Call ``end`` after the last."""
 
-    def __init__(self, file: BinaryIO, size_px: tuple[int, int], channels: int, words: str) -> None:
+    def __init__(self, file: BinaryIO, size_px: tuple[int, int], channels: int, text: str) -> None:
         self._file, self._left, self._channels = file, size_px[0], channels
         file.write(b"\x89PNG\r\n\x1a\n")
         self._chunk(b"IHDR", struct.pack(">IIBBBBB", size_px[1], size_px[0], 8, _COLOUR[channels], 0, 0, 0))
-        self._chunk(b"iTXt", TEXT_KEY.encode() + b"\0\0\0\0\0" + words.encode("utf-8"))
+        self._chunk(b"iTXt", TEXT_KEY.encode() + b"\0\0\0\0\0" + text.encode("utf-8"))
         self._packer = zlib.compressobj(1)
 
     def add(self, rows: np.ndarray) -> None:
         """The next rows."""
         flat = rows.reshape(len(rows), -1)
-        # Each row begins with its filter's number: 1, the difference to the pixel on the left, packs masks and pictures alike.
+        # Each row begins with its filter: 1, the difference to the left pixel, compresses masks and images well.
         packed = np.empty((len(flat), flat.shape[1] + 1), np.uint8)
         packed[:, 0] = 1
         packed[:, 1 : 1 + self._channels] = flat[:, : self._channels]
@@ -37,7 +37,7 @@ class PngWriter:
         self._data(self._packer.compress(packed.tobytes()))
 
     def end(self) -> None:
-        """Writes what is left."""
+        """Finishes the file."""
         assert self._left == 0, self._left
         self._data(self._packer.flush())
         self._chunk(b"IEND", b"")
@@ -51,7 +51,7 @@ class PngWriter:
 
 
 def read_png_text(path: str | os.PathLike[str]) -> str | None:
-    """The words inside a PNG of ours; None for any other file."""
+    """The text inside a PNG of ours; None for any other file."""
     try:
         with open(path, "rb") as file:
             return PngImagePlugin.PngImageFile(file).info.get(TEXT_KEY)

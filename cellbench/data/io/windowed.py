@@ -1,4 +1,4 @@
-"""An image to be cut, whole in memory or, where a TIFF is large, read in windows: a slide takes the memory of a few rows of its tiles.
+"""Images as sources of rows: whole in memory, or a large TIFF read in windows, so that a slide takes the memory of a few rows of tiles.
 
 Letters: H x W image.
 """
@@ -22,23 +22,23 @@ from cellbench.data.io.intensity import IntensityScaling, Note
 from cellbench.errors import CellbenchError, one_line
 
 LARGE_PX = 50_000_000
-"""Pixels from which on a TIFF is read in windows; smaller ones are decoded at once, with every test for damage that `images` makes."""
+"""A TIFF of at least so many pixels is read in windows; smaller ones are decoded at once, with all checks of `decode`."""
 MOST_PART_PX = 20_000_000
-"""Pixels of the largest tile or strip that is worth a window."""
+"""Pixels of the largest tile or strip that is read in windows."""
 _ROWS_KEPT = 3
 _PLAIN, _DEFLATE, _JPEG = (1, 32773), (8, 32946), 7
 
 
 class ImageSource(Protocol):
-    """An image that gives its rows."""
+    """An image that is read row by row."""
 
     size_px: tuple[int, int]
     """Height, width."""
     notes: tuple[Note, ...]
-    """What should be known about how the file's numbers are read."""
+    """Remarks on how the file's values are read."""
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
-        """Rows ``top`` up to ``bottom`` (h, W, 3), uint8 RGB. Raises CellbenchError where they are damaged. May be asked from several threads."""
+        """Rows ``top`` up to ``bottom`` (h, W, 3), uint8 RGB. Raises CellbenchError where they are damaged. Thread-safe."""
         ...
 
     def close(self) -> None: ...
@@ -59,7 +59,7 @@ class ArraySource:
 
 
 class WindowedTiff:
-    """A TIFF of 8-bit grey or RGB whose tiles or strips are decoded as they are needed."""
+    """A TIFF of 8-bit grey or RGB whose tiles or strips are decoded on demand."""
 
     notes: tuple[Note, ...] = ()
 
@@ -113,23 +113,23 @@ class WindowedTiff:
                 raise CellbenchError(f"{self._path}: is truncated: its table points at pixels that are not in the file. Copy it again.")
             if page.compression == _JPEG:
                 tables = page.jpegtables
-                whole = tables[:-2] + data[2:] if tables else data  # the tables' end and the picture's start mark fall away
-                if page.samplesperpixel == 3:  # Adobe's mark says whether the three are red, green, blue or a luma and two chromas
+                whole = tables[:-2] + data[2:] if tables else data  # without the tables' end mark and the image's start mark
+                if page.samplesperpixel == 3:  # Adobe's mark: RGB, or luma and two chromas
                     whole = whole[:2] + b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([page.photometric == 6]) + whole[2:]
                 return np.asarray(Image.open(io.BytesIO(whole), formats=["JPEG"]).convert("RGB"))
             part = page.decode(data, index)[0]
         except CellbenchError:
             raise
-        except Exception as error:  # decoders raise a dozen kinds on damaged files: one thing to a person
+        except Exception as error:  # decoders raise a dozen types on damaged files
             raise CellbenchError(f"{self._path}: tile {index} cannot be decoded ({one_line(error)[:120]}). Copy the file again.") from error
         part = part.reshape(part.shape[-3:])
         return 255 - part if page.photometric == 0 else part
 
 
 def open_source(path: str | PathLike[str], reading: IntensityScaling | None = None) -> ImageSource:
-    """An image file, in windows where it is a TIFF of ``LARGE_PX`` or more that can be. Raises CellbenchError that names the file."""
+    """An image file; in windows where it is a suitable TIFF of ``LARGE_PX`` or more. Raises CellbenchError that names the file."""
     path, reading = Path(path), reading or IntensityScaling()
-    # Windows are of plain 8-bit images alone, which every reading without channels takes as they are.
+    # Windows are for plain 8-bit images, which are never scaled.
     if path.suffix.lower() in (".tif", ".tiff") and path.is_file() and not reading.channels:
         found = _windowed(path)
         if found is not None:
@@ -138,17 +138,17 @@ def open_source(path: str | PathLike[str], reading: IntensityScaling | None = No
 
 
 def _windowed(path: Path) -> WindowedTiff | None:
-    """The TIFF in windows; None where it is small, or of a kind that only `read_image` reads, which says then what is wrong with it."""
+    """The TIFF in windows; None where it is small, damaged, or of a kind that only `read_image` reads."""
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
     try:
         tif = tifffile.TiffFile(path)
-    except Exception:  # whatever is wrong with it, the other reader tells it better
+    except Exception:  # `read_image` says what is wrong with it
         return None
     try:
         fits = _fits(tif)
-    except Exception:  # as above: a damaged file's tags raise anything
+    except Exception:  # as above
         fits = False
     if not fits:
         tif.close()
@@ -158,7 +158,7 @@ def _windowed(path: Path) -> WindowedTiff | None:
 
 def _fits(tif: Any) -> bool:
     page = tif.pages[0]
-    check_channels(page)  # raises what the other reader then says of the file
+    check_channels(page)  # raises as `read_image` does
     if page.imagelength * page.imagewidth < LARGE_PX or len([p for p in tif.pages[:17] if not (p.is_reduced or p.is_mask)]) > 1:
         return False
     tall, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)

@@ -374,8 +374,8 @@ def test_the_test_folder_is_never_trained_on(small_folder: Path) -> None:
     ("record", "says"),
     [
         ({"train": ["a0", "a1", "b 2", "b3", "stranger"], "val": ["zelle-ä", "c5"]}, "names 'stranger' in 'train'"),
-        ({"train": ["a0", "a1", "b 2", "b3", "c5"], "val": ["zelle-ä", "c5"]}, "'c5.JPG' stands in two splits or twice"),
-        ({"train": ["a0", "a1", "b 2", "b3"], "val": ["c5"]}, "says nothing of 1 images"),
+        ({"train": ["a0", "a1", "b 2", "b3", "c5"], "val": ["zelle-ä", "c5"]}, "'c5.JPG' occurs in two splits or twice"),
+        ({"train": ["a0", "a1", "b 2", "b3"], "val": ["c5"]}, "does not name 1 images"),
         ({"train": ["a0", "a1", "b 2", "b3", "zelle-ä", "c5"]}, "'val' is empty"),
         (["a0"], "cannot be read as a split"),
         ("{", "cannot be read as a split"),
@@ -467,3 +467,36 @@ def test_a_persons_own_splits_are_meant_whatever_the_settings_say(small_folder):
     (small_folder / "splits.json").write_text(json.dumps({"train": names[:2], "val": names[2:]}))
     dataset = open_dataset(Registry().dataset("folder"), small_folder, DataSpec(val_fraction=0.5))
     assert [sample.name for sample in dataset.train] == names[:2]
+
+
+BUILDER = """
+from cellbench.data.dataset import Sample
+from cellbench.data.scan import Listing
+
+def flat(folder, card):
+    out = Listing(root=folder, layout="a.png beside a_mask.png")
+    images = sorted(path for path in folder.glob("*.png") if not path.stem.endswith("_mask"))
+    out.parts["train"] = tuple(Sample(name=path.name, image=path, mask=folder / f"{path.stem}_mask.png") for path in images)
+    return out
+
+def nothing(folder, card):
+    return None
+"""
+
+
+def test_a_card_may_name_a_builder_that_lists_the_folder(small_folder: Path, tmp_path: Path) -> None:
+    home = tmp_path / "registry" / "datasets"
+    home.mkdir(parents=True)
+    (home / "lab.py").write_text(BUILDER)
+    for name in ("flat", "nothing"):
+        (home / f"{name}.toml").write_text(f'# A lab\'s own layout\nbuilder = "lab.py:{name}"\n')
+    (tmp_path / "flat").mkdir()
+    for path in (small_folder / "train" / "original").glob("*.png"):
+        shutil.copy(path, tmp_path / "flat" / path.name)
+        shutil.copy(small_folder / "train" / "mask" / path.name, tmp_path / "flat" / f"{path.stem}_mask.png")
+    registry = Registry(tmp_path / "registry")
+    data = open_dataset(registry.dataset("flat"), tmp_path / "flat", DataSpec())
+    assert len(list((tmp_path / "flat").glob("*_mask.png"))) == sum(len(data.samples(split)) for split in ("train", "val", "test")) > 2
+    assert all(sample.mask.stem == f"{sample.image.stem}_mask" for sample in data.train)
+    with pytest.raises(CellbenchError, match=r"returned a NoneType\. Return a cellbench\.data\.scan\.Listing"):
+        open_dataset(registry.dataset("nothing"), tmp_path / "flat", DataSpec())

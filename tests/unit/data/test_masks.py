@@ -201,7 +201,7 @@ def test_numbers_of_classes_are_values_where_a_card_names_classes_only(tmp_path:
     assert np.array_equal(data.read_mask(data.train[0]), labels_to_classes(masks[int(data.train[0].name[1])], (0, 1, 2)))
     masks[0][40:43, 40:90] = 255
     data = opened(folder_of(tmp_path / "own", masks))
-    assert any("such as 255: each is taken for the nearest class. Write ignore = 255" in note for note in data.notes)
+    assert any("such as 255: each pixel takes the nearest class. Write ignore = 255" in note for note in data.notes)
 
 
 @pytest.mark.parametrize(
