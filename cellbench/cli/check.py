@@ -19,9 +19,9 @@ from cellbench.config.options import CheckOptions
 from cellbench.config.registry import Registry
 from cellbench.data.audit import near_duplicates
 from cellbench.data.audit.checks import Finding, Severity, find_duplicates, findings, statistics
+from cellbench.data.audit.image_statistics import SampleFacts, measure_sample
 from cellbench.data.audit.keypoint_matching import Keypoints
 from cellbench.data.audit.mask_placement import PlacementFeatures
-from cellbench.data.audit.image_statistics import SampleFacts, measure_sample
 from cellbench.data.classes import describe_absent_classes, infer_owners, with_owners
 from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
 from cellbench.data.loading import dataset_of_card, scan_dataset, split_dataset

@@ -43,7 +43,7 @@ class ServedSegmenter(PythonModel):
             png.add(found.classes * np.uint8(255 if len(found.names) == 2 else 1))
             png.end()
             height, width = found.classes.shape
-            notes = "; ".join(f"{note.said} ({note.detail})" if note.detail else note.said for note in found.notes)
+            notes = "; ".join(f"{note.message} ({note.detail})" if note.detail else note.message for note in found.notes)
             mask = base64.b64encode(out.getvalue()).decode()
             rows.append({"mask": mask, "height_px": height, "width_px": width, "share": found.share, "notes": notes})
         return pd.DataFrame(rows)
