@@ -12,7 +12,7 @@ from typing import Any
 
 from cellbench import startup
 from cellbench.config.experiment import Experiment
-from cellbench.config.loading import read_request
+from cellbench.config.loading import read_experiment
 from cellbench.config.options import GridOptions
 from cellbench.console import say
 from cellbench.data.audit import quick_check
@@ -58,6 +58,7 @@ def grid(options: GridOptions) -> int:
     for line in relocate.fix_artifact_paths():
         say(line)
     tracker = Tracker(plan.experiment.experiment)
+    startup.freeze_imports()  # MLflow's
     machine = plan.resources.machine
     with (
         ray_cluster.connect(options.on, machine) if options.on is not None else nullcontext() as ray,
@@ -72,7 +73,7 @@ def grid(options: GridOptions) -> int:
 def _prepare(options: GridOptions) -> _Plan:
     resources = Resources.of(options, elsewhere=options.on is not None and not options.dry_run)
     registry, machine = resources.registry, resources.machine
-    experiment, text = read_request(options.file, options.changes, options.data, options.limit, registry)
+    experiment, text = read_experiment(options.file, options.changes, options.data, options.limit, registry)
     datasets = open_folds(experiment, registry, options.data)
     for line in dict.fromkeys(line for dataset in datasets for line in dataset.notes):
         say(line)

@@ -113,8 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         asked = command.options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
         module, _, name = command.function.partition(":")
-        with startup.no_gc_during_import():
-            function = getattr(importlib.import_module(f"cellbench.cli.{module}"), name)
+        function = getattr(importlib.import_module(f"cellbench.cli.{module}"), name)
+        startup.freeze_imports()
         code: int = function(asked)
         return code
     except CellbenchError as error:

@@ -1,4 +1,4 @@
-"""The strict base of every record that a person writes: unknown keys and numbers written as text are refused, with one line that says where."""
+"""The base of every record that a person writes. Unknown keys and numbers written as text are refused, with a message of one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from cellbench.errors import CellbenchError, unknown_name
 
 Scalar = bool | int | float | str
 
-
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -23,15 +22,15 @@ class StrictModel(BaseModel):
 
 
 def checked(record: type[T], tree: Mapping[str, Any], where: str) -> T:
-    """``record`` from a tree, or one CellbenchError that names the place, the value and what would be right."""
+    """``record`` from a tree. Raises CellbenchError that names ``where``, the key, the value and what is expected."""
     try:
-        # Through JSON, where strictness still takes a list for a tuple; TOML's dates become strings and are refused as such.
+        # Through JSON, where strict mode accepts a list for a tuple; TOML's dates become strings and are refused.
         return record.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        raise _told(record, error, where) from None
+        raise _error(record, error, where) from None
 
 
-def _told(record: type[BaseModel], error: ValidationError, where: str) -> CellbenchError:
+def _error(record: type[BaseModel], error: ValidationError, where: str) -> CellbenchError:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

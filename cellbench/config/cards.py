@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -17,8 +18,10 @@ from cellbench.errors import CellbenchError
 class Card(StrictModel):
     """What all cards share. ``id`` is the file's name, ``title`` its first comment line."""
 
+    KIND: ClassVar[str]
+    """The folder of such cards."""
     DESCRIPTIVE: ClassVar[frozenset[str]] = frozenset({"id", "title", "path", "license", "source", "notes"})
-    """Keys that change no number. All others enter the fingerprints of runs."""
+    """Keys that do not change the numbers of a run. All others enter its fingerprint."""
 
     id: str
     title: str
@@ -34,75 +37,81 @@ class Card(StrictModel):
 class BackboneCard(Card):
     """A frozen feature extractor. Maps have ``dim`` channels, one vector for each ``patch_px`` x ``patch_px`` pixels."""
 
-    # Where the weights come from is descriptive too: the hash of the file stands for them.
-    DESCRIPTIVE = Card.DESCRIPTIVE | {
+    KIND = "backbones"
+    # Where the weights come from is descriptive too: the fingerprint holds the hash of the file.
+    DESCRIPTIVE: ClassVar[frozenset[str]] = Card.DESCRIPTIVE | {
         "weights", "file", "revision", "sha256", "file_mib", "params_m", "gated", "page", "probe", "alternatives",
     }  # fmt: skip
 
     weights: str
-    """``hf-hub:OWNER/NAME``, ``https://…``, or ``none`` for a floor that needs no weights."""
+    """``hf-hub:OWNER/NAME``, ``https://…``, or ``none`` for a backbone that needs no weights."""
     file: str = ""
     """The file within a hub repository."""
     revision: str = ""
-    """The hub commit that the facts here were read from; empty: not known."""
+    """The hub commit that these facts were read from; empty: not known."""
     sha256: str = ""
     """Of the weights file; empty: not known, recorded at first use."""
-    file_mib: float = Field(0, ge=0)
-    """Size of the published file, where it holds more than the network's parameters in float32 (training heads, a teacher); 0: it does not."""
+    file_mib: float = Field(default=0, ge=0)
+    """Size of the published file, where it holds more than the network's parameters in float32 (training heads, a teacher); 0: that of the parameters."""
     patch_px: int = Field(ge=1, le=64)
     dim: int = Field(ge=1)
     depth: int = Field(ge=1)
-    """Blocks, that is, the number of maps that heads can choose from."""
-    prefix_tokens: int = Field(0, ge=0)
+    """Number of blocks, that is, of maps that heads can choose from."""
+    prefix_tokens: int = Field(default=0, ge=0)
     """Class and register tokens that stand before the patch tokens."""
-    params_m: float = Field(0, ge=0)
+    params_m: float = Field(default=0, ge=0)
     """Millions of parameters."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     gated: bool = False
     page: str = ""
-    """Where a person logs in and accepts the licence, or reads what the publisher says; empty: the hub repository's own page."""
+    """Where to accept the licence, or to read about the weights; empty: the hub repository's page."""
     probe: tuple[float, ...] = ()
-    """Eight means of the last map of a drawn tile, by which `doctor NAME` knows the right output; empty: not known, and measured there."""
+    """Eight means of the last map of a synthetic tile, with which `doctor NAME` checks the output; empty: not known, and measured there."""
     alternatives: tuple[str, ...] = ()
-    """The same weights published elsewhere, ``hf-hub:OWNER/NAME/FILE``: used where already in the hub's cache, never downloaded unasked."""
+    """The same weights published elsewhere, ``hf-hub:OWNER/NAME/FILE``: used if already in the hub's cache, never downloaded."""
     arch: dict[str, Any] = Field(default_factory=dict)
-    """What the builder needs to make the network, in its own words."""
+    """Arguments of the builder."""
 
 
 class HeadCard(Card):
     """A decoder from a backbone's maps to class scores at every pixel."""
 
-    DESCRIPTIVE = Card.DESCRIPTIVE | {"options"}  # a run has its own, with the card's filled in
+    KIND = "heads"
+    DESCRIPTIVE: ClassVar[frozenset[str]] = Card.DESCRIPTIVE | {"options"}  # they are part of the run
 
-    levels: int = Field(1, ge=1, le=8)
-    """How many depths of the backbone it reads, evenly spaced, the last one included."""
+    levels: int = Field(default=1, ge=1, le=8)
+    """How many depths of the backbone it reads, evenly spaced, including the last one."""
     pixels: bool = False
     """Whether it also sees the tile itself."""
     options: dict[str, Scalar] = Field(default_factory=dict)
 
 
 class BaselineCard(Card):
-    """A whole segmenter, with no backbone of ours in it: what a foundation model must beat."""
+    """A segmenter without a backbone: what a foundation model must beat."""
 
-    DESCRIPTIVE = Card.DESCRIPTIVE | {"options"}
+    KIND = "baselines"
+    DESCRIPTIVE: ClassVar[frozenset[str]] = Card.DESCRIPTIVE | {"options"}
 
     trained: bool
-    """Whether it learns from the training images; if not, it is one function from image to mask."""
+    """Whether it is trained; if not, it is a function from image to mask."""
     options: dict[str, Scalar] = Field(default_factory=dict)
 
 
 class LossCard(Card):
     """A term of a run's loss: a function (logits (B, K, H, W) float32, target (B, H, W) int64) -> scalar."""
 
+    KIND = "losses"
 
 class AugmentationCard(Card):
     """A change of colours of training tiles; its builder is a class as ``cellbench.data.transforms.augmentation.Augmentation`` says."""
 
+    KIND = "augmentations"
 
 class MetricCard(Card):
     """A score of one test image: a function from :class:`cellbench.metrics.catalog.ScoredImage` to a number, NaN where there is nothing to score."""
 
+    KIND = "metrics"
     label: str = ""
     """In headings and figures; empty: the card's name."""
     unit: str = ""
@@ -115,40 +124,41 @@ class MetricCard(Card):
 class DatasetCard(Card):
     """Images with masks. ``classes`` are in the order of the class numbers, the background first."""
 
+    KIND = "datasets"
     builder: str = ""
     """Empty: the folder is read in one of the known layouts. Else ``builder(folder, card)`` returns its ``cellbench.data.scan.Listing``, or with
     ``draw`` ``builder(folder, settings, progress)`` draws the images into the folder."""
-    classes: tuple[str, ...] = Field(("background", "cell"), min_length=2)
+    classes: tuple[str, ...] = Field(default=("background", "cell"), min_length=2)
     values: tuple[int, ...] = ()
     """The mask value of each class; a pixel belongs to the nearest. Empty: 0 is background, anything else a cell."""
-    tolerance: int = Field(20, ge=0, lt=32768)
-    """How far from its class's value a mask's value may lie before `check` doubts it: noisy masks are taken to the nearest all the same."""
+    tolerance: int = Field(default=20, ge=0, lt=32768)
+    """How far a mask's value may lie from that of its class before `check` warns. It is read as the nearest one either way."""
     thresholds: tuple[int, ...] = ()
     """In place of ``values``: class k begins at the k-th of these mask values, class 0 below the first."""
     colors: tuple[tuple[int, int, int], ...] = ()
     """In place of ``values``: the mask's colour of each class, red, green and blue from 0 to 255."""
     objects: tuple[str, ...] = ()
-    """The classes that are objects, counted one by one; all others are parts of them. Empty, and no ``parts``: the masks are asked."""
+    """The classes that are objects, counted one by one; all others are parts of them. If neither this nor ``parts`` is given, the masks decide."""
     parts: tuple[str, ...] | dict[str, str] = ()
-    """The classes that are parts of objects, as a nucleus is of a cell: ``["nucleus"]``, or ``{ nucleus = "cytoplasm" }`` where there are several
-    classes of objects. A part of the list belongs to the class of objects that it touches most."""
+    """The classes that are parts of objects, as a nucleus is of a cell: ``["nucleus"]``, or ``{ nucleus = "cytoplasm" }`` with several classes of
+    objects. In a list, a part belongs to the class of objects that it touches most."""
     range: tuple[float, float] | None = None
-    """The numbers that are black and white in images of more than 8 bits. None: what the files state, else by the largest number of all."""
+    """Black and white level of images of more than 8 bits. None: as the files state, else by the largest number in all of them."""
     channels: tuple[Annotated[int, Field(ge=0, lt=64)], ...] = ()
-    """Which channels of each image file are read, counted from 0: one or three. Empty: files must be grey or RGB, perhaps with alpha."""
+    """Which channels of each image file are read, counted from 0: one or three. Empty: files must be grey or RGB, with or without alpha."""
     images: str = ""
     """The folder of images below the dataset's; ``{split}`` stands for ``train`` and ``test``. Empty: the usual layouts are tried."""
     masks: str = ""
     """The folder of masks, beside ``images``. Where that is empty: ``mask_kind``."""
     mask_kind: Literal["", "cells", "classes", "binary"] = ""
-    """What the numbers in mask files are: of ``cells``, values of ``classes``, or ``binary``, anything but 0 being a cell. Empty: told by the
-    values, or else by looking at all masks together. ``masks = "cells"`` says the same where ``masks`` names no folder."""
+    """What the numbers in mask files are: of ``cells``, values of ``classes``, or ``binary``, anything but 0 being a cell. Empty: inferred from
+    the values, or else from all masks together. ``masks = "cells"`` says the same where ``masks`` names no folder."""
     ignore: int | tuple[int, int, int] | None = None
-    """The value, or where ``colors`` are given the colour, of mask pixels that count nowhere."""
-    min_cell_px: int | None = Field(None, ge=1)
-    """The least area of a cell: what is smaller is a speck. Empty: from the areas of the training masks' cells."""
+    """The value, or where ``colors`` are given the colour, of mask pixels that are ignored in training and scores."""
+    min_cell_px: int | None = Field(default=None, ge=1)
+    """Smallest area of a cell: smaller regions are specks. Empty: estimated from the cells of the training masks."""
     categories: dict[str, str] = Field(default_factory=dict)
-    """Of a COCO file: the class of each category. ``""`` leaves a category out, ``"ignore"`` lets its regions count nowhere."""
+    """Of a COCO file: the class of each category. ``""`` leaves a category out, ``"ignore"`` ignores its regions in training and scores."""
     expected: dict[str, int] = Field(default_factory=dict)
     """How many images the published set holds, by split."""
     how_to_get: str = ""
@@ -167,7 +177,7 @@ class DatasetCard(Card):
         if (kind == "cells" and valued) or (kind in ("cells", "binary") and len(self.classes) > 2):
             raise ValueError(f"masks = '{kind}' does not go with {'values of classes' if valued else 'more than two classes'}; keep one")
         if len(self.classes) > 255:
-            raise ValueError(f"{len(self.classes)} classes; 255 are the most")
+            raise ValueError(f"{len(self.classes)} classes; at most 255 are possible")
         if self.ignore is not None and isinstance(self.ignore, tuple) != bool(self.colors):
             raise ValueError(f"ignore must be {'a colour, as colors are' if self.colors else 'a value'}")
         if (isinstance(self.ignore, int) and self.ignore < (0 if valued else 1)) or self.ignore in (*self.values, *self.colors):
@@ -178,7 +188,7 @@ class DatasetCard(Card):
     def _classes_have_one_meaning(self) -> DatasetCard:
         given = [name for name in ("values", "thresholds", "colors") if getattr(self, name)]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} say the same in two ways; keep one")
+            raise ValueError(f"{' and '.join(given)} exclude each other; keep one")
         wanted = len(self.classes) - (given == ["thresholds"])
         if given and (len(getattr(self, given[0])) != wanted or len(set(getattr(self, given[0]))) != wanted):
             raise ValueError(f"{given[0]} must name {wanted} different ones, for {len(self.classes)} classes")
@@ -192,7 +202,7 @@ class DatasetCard(Card):
 
     @property
     def kind_of_masks(self) -> str:
-        """``mask_kind``, or ``masks`` where that says it; empty: all masks together decide."""
+        """``mask_kind``, or ``masks`` where that names a kind; empty: all masks together decide."""
         return self.masks if not self.images and self.masks in ("cells", "classes", "binary") else self.mask_kind
 
     @model_validator(mode="after")
@@ -203,7 +213,7 @@ class DatasetCard(Card):
                     raise ValueError(f"{key} names '{name}'; the classes of cells are {', '.join(self.classes[1:])}")
         given = self.part_of() or {}
         if both := set(given) & set(self.objects):
-            raise ValueError(f"'{min(both)}' stands in objects and in parts; keep one")
+            raise ValueError(f"'{min(both)}' is listed in objects and in parts; keep one")
         if self.objects and (lost := set(self.classes[1:]) - set(self.objects) - set(given)):
             raise ValueError(f"'{min(lost)}' is neither in objects nor in parts")
         if given and not set(self.classes[1:]) - set(given):
@@ -213,7 +223,7 @@ class DatasetCard(Card):
         return self
 
     def part_of(self) -> dict[str, str | None] | None:
-        """Each part's class of objects, None where the masks have to tell; None in all where the card says nothing of objects or parts."""
+        """Each part's class of objects, None where the masks decide; None where the card names neither objects nor parts."""
         if not self.objects and not self.parts:
             return None
         if isinstance(self.parts, dict):
@@ -223,13 +233,15 @@ class DatasetCard(Card):
         return {part: objects[0] if len(objects) == 1 else None for part in parts}
 
 
-KINDS = MappingProxyType(
-    {"backbones": BackboneCard, "heads": HeadCard, "baselines": BaselineCard, "datasets": DatasetCard, "losses": LossCard,
-     "augmentations": AugmentationCard, "metrics": MetricCard}
+KINDS: Mapping[str, type[Card]] = MappingProxyType(
+    {record.KIND: record for record in (BackboneCard, HeadCard, BaselineCard, DatasetCard, LossCard, AugmentationCard, MetricCard)}
 )
+"""The record of each kind of card, by the name of its folder."""
+
+C = TypeVar("C", bound=Card)
 
 
-def read_card(path: Path, record: type[Card]) -> Card:
+def read_card(path: Path, record: type[C]) -> C:
     """One card. Raises CellbenchError that names the file for bad TOML, an unknown key or a value out of range."""
     try:
         text = path.read_text(encoding="utf-8")

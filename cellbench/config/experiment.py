@@ -1,4 +1,4 @@
-"""An experiment: which backbones, heads and settings are compared on which data, and the runs that follow from it."""
+"""An experiment: which backbones, heads and settings are compared on which data. Its runs, and their cohorts."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ GRID_KEYS = ("backbone", "head", *RUN_KEYS)
 
 
 class DataSpec(StrictModel):
-    """How the images are split and, for drawn data, drawn. ``draw`` holds the drawing's own settings, by the names on its card."""
+    """How the images are split, and for synthetic data how they are drawn: ``draw`` holds the settings on the dataset's card."""
 
-    val_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of the training images kept for validation (published: 0.2)."""
-    test_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of all images kept for the test, where the data has no test folder of its own."""
-    split_seed: int = Field(2026, ge=0, lt=2**31)
-    folds: int = Field(0, ge=0, le=1000)
-    """k: cross-validation. Every image, those of a test folder too, is tested in one of k folds; 0: one split as above."""
-    fold: int = Field(0, ge=0)
-    """Which of them is the test, from 0."""
+    val_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the training images used for validation (published: 0.2)."""
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share of all images used for the test, where the data has no test folder."""
+    split_seed: int = Field(default=2026, ge=0, lt=2**31)
+    folds: int = Field(default=0, ge=0, le=1000)
+    """k-fold cross-validation: every image, those of a test folder too, is tested in one of k folds; 0: one split as above."""
+    fold: int = Field(default=0, ge=0)
+    """Index of the fold that is tested, from 0."""
     group: Literal["auto", "none", "column", "prefix", "near-duplicates"] = "auto"
-    """What must not be torn apart by a split: images of one patient, slide, … ``column``: as the manifest says. ``prefix``: as the names
-    say. ``near-duplicates``: images that show the same picture, whole or in part, however turned. ``auto``: ``column`` where there is one;
-    otherwise a split that is drawn keeps near-duplicates together."""
+    """Which images a split keeps together: those of one patient, slide, … ``column``: by a column of the manifest. ``prefix``: by their names.
+    ``near-duplicates``: images of the same scene, whole or in part, in any orientation. ``auto``: ``column`` where there is one; otherwise a
+    random split keeps near-duplicates together."""
     group_pattern: str = r"^(.+)[-_ ]\d+$"
-    """For ``prefix``: a regular expression on the stem of the name; its first group is the name of the group."""
+    """For ``prefix``: a regular expression for the stem of a name; its first group is the name of the group."""
     stratify: Literal["none", "label", "foreground", "size"] = "none"
-    """What each part gets its share of: the manifest's labels, fifths of the share of cells in the image, or sizes of images."""
-    limit: int | None = Field(None, ge=1)
-    """At most so many images of each of train, validation and test."""
+    """What is distributed evenly over the parts: the manifest's labels, quintiles of the cells' area, or image sizes."""
+    limit: int | None = Field(default=None, ge=1)
+    """Maximum number of images of each of train, validation and test."""
     draw: dict[str, Scalar] = Field(default_factory=dict)
 
     @field_validator("group_pattern")
@@ -60,7 +60,7 @@ class DataSpec(StrictModel):
 
 
 class Experiment(StrictModel):
-    """One question: which backbones, heads and settings are to be compared on which data."""
+    """Which backbones, heads and settings are compared on which data."""
 
     experiment: str = Field(min_length=1, max_length=200)
     dataset: str
@@ -73,7 +73,7 @@ class Experiment(StrictModel):
 
     @classmethod
     def of(cls, tree: Mapping[str, Any], where: str) -> Experiment:
-        """An experiment from the tree of a TOML file; ``where`` names the file in errors. Raises CellbenchError."""
+        """An experiment from the tree of a TOML file; ``where``: the file's name, for messages. Raises CellbenchError."""
         experiment = checked(cls, tree, where)
         for table, allowed in (("grid", GRID_KEYS), ("run", RUN_KEYS)):
             for key in getattr(experiment, table):
@@ -85,7 +85,7 @@ class Experiment(StrictModel):
             if len(values) != len({json.dumps(v) for v in values}):
                 raise CellbenchError(f"{where}: [grid] {key} names a value twice: {values}. Every point of the grid is one run.")
             if key in experiment.run:
-                raise CellbenchError(f"{where}: '{key}' stands in [grid] and in [run]. Keep one of them.")
+                raise CellbenchError(f"{where}: '{key}' is set in [grid] and in [run]. Keep one of them.")
         for key in ("backbone", "head"):
             if ("backbone" in experiment.grid) != ("head" in experiment.grid):
                 raise CellbenchError(f"{where}: [grid] needs both 'backbone' and 'head', or neither where only baselines run.")
@@ -94,7 +94,7 @@ class Experiment(StrictModel):
                     raise CellbenchError(f"{where}: [grid] {key} holds {name!r}. Names of cards are expected, in quotes.")
         if "backbone" not in experiment.grid:
             if not experiment.baselines:
-                raise CellbenchError(f"{where}: asks for nothing. Give [grid] backbone and head lists, or baselines.")
+                raise CellbenchError(f"{where}: has no runs. Give [grid] backbone and head lists, or baselines.")
             for key in experiment.grid:
                 if key not in ("seed", "fold"):
                     raise CellbenchError(f"{where}: [grid] {key} is for backbones with heads. Baselines take it from [run].")
@@ -103,14 +103,14 @@ class Experiment(StrictModel):
                 f"{where}: [data] fold = {experiment.data.fold}: a grid runs all folds. For some of them set [grid] fold or [run] fold."
             )
         seen: set[str] = set()
-        for run in expand(experiment, where):  # every value is checked now, not when its turn comes
+        for run in expand(experiment, where):  # so that every value is checked now
             if run.fold >= max(experiment.data.folds, 1):
-                told = f"there are {experiment.data.folds}, counted from 0" if experiment.data.folds else "set [data] folds to have any"
-                raise CellbenchError(f"{where}: fold {run.fold}: {told}.")
+                why = f"there are {experiment.data.folds}, counted from 0" if experiment.data.folds else "set [data] folds to have any"
+                raise CellbenchError(f"{where}: fold {run.fold}: {why}.")
             facts = run.model_dump_json()
             if facts in seen:
                 raise CellbenchError(
-                    f"{where}: asks for '{run.model} · seed {run.seed}' twice with the same settings. "
+                    f"{where}: has '{run.model} · seed {run.seed}' twice with the same settings. "
                     "Name each value and baseline once, and no key of [grid] in a table of its own too."
                 )
             seen.add(facts)
@@ -118,10 +118,10 @@ class Experiment(StrictModel):
 
 
 def expand(experiment: Experiment, where: str = "experiment", trained: Mapping[str, bool] | None = None) -> list[RunSpec]:
-    """All runs of an experiment: the product of its grid, then its baselines. Folds are all run, unless ``[grid]`` or ``[run]`` names some.
+    """All runs of an experiment: the product of its grid, then its baselines; in all folds, unless ``[grid]`` or ``[run]`` names some.
 
-    A baseline runs with ``[run]`` and its own table; once for each ``seed`` of the grid, or once where ``trained`` says that it learns nothing;
-    in each fold.
+    A baseline has the settings of ``[run]`` and of its own table, and runs once for each ``seed`` of the grid; once in all where ``trained`` is
+    False for it.
     """
     runs: list[RunSpec] = []
     folds = experiment.grid.get(
@@ -153,7 +153,7 @@ def _run(settings: Mapping[str, Any], own: Mapping[str, Any], where: str, table:
 
 
 def cohorts(runs: Iterable[RunSpec]) -> list[list[RunSpec]]:
-    """The runs grouped by what they can share: one pass of one backbone over one stream of tiles. Order is kept."""
+    """The runs grouped by what they share: one pass of one backbone over one stream of tiles. Order is kept."""
     groups: dict[tuple[Any, ...], list[RunSpec]] = {}
     for run in runs:
         groups.setdefault((run.stream, run.baseline), []).append(run)
@@ -161,7 +161,7 @@ def cohorts(runs: Iterable[RunSpec]) -> list[list[RunSpec]]:
 
 
 def labels(runs: list[RunSpec]) -> list[str]:
-    """A name for each run that tells it from all others: model and seed, then whatever else differs within the list."""
+    """A unique name for each run: the model, what else differs within the list, and the seed."""
     varied = [
         key for key in RUN_KEYS if key != "seed" and len({getattr(run, key) for run in runs if run.baseline is None or key == "fold"}) > 1
     ]

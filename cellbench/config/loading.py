@@ -1,4 +1,4 @@
-"""Experiment files: found by path or name, changed by --set, read and checked."""
+"""Experiment and search files: found by path or name, changed by --set, checked."""
 
 from __future__ import annotations
 
@@ -34,26 +34,19 @@ def experiment_path(name: str) -> Path:
 
 def read_experiment(
     name: str, changes: Sequence[str] = (), data: Path | None = None, limit: int | None = None, registry: Registry | None = None
-) -> Experiment:
-    """The experiment of a file, or of a shipped file's name, with ``--set`` changes. Raises CellbenchError.
-
-    A drawn dataset gives way to ``--data``: the same questions are then asked of the person's own folder.
-    """
-    return read_request(name, changes, data, limit, registry)[0]
-
-
-def read_request(
-    name: str, changes: Sequence[str] = (), data: Path | None = None, limit: int | None = None, registry: Registry | None = None
 ) -> tuple[Experiment, str]:
-    """As :func:`read_experiment`, and the experiment as a file that asks the same without any change of the call. The file is read once."""
-    asked = read_tree(name, changes, limit)
-    path, tree = asked.path, asked.tree
+    """The experiment of a file, or of a shipped file's name, with ``--set`` changes; and a file of the same that needs no options.
+
+    ``--data`` replaces a synthetic dataset by the person's own folder. Raises CellbenchError.
+    """
+    request = read_tree(name, changes, limit)
+    path, tree = request.path, request.tree
     if "space" in tree:
-        raise CellbenchError(f"{path}: asks for a search. `cellbench search {shlex.quote(str(name))}` runs it.")
+        raise CellbenchError(f"{path}: is a search. `cellbench search {shlex.quote(str(name))}` runs it.")
     experiment = Experiment.of(tree, str(path))
     registry = registry or Registry()
     card = registry.dataset(experiment.dataset)
-    # Names and options now, before any image is drawn or read. Tables of parts that do not run are not used, but must name something.
+    # Before any image is drawn or read. Tables of heads and baselines that do not run are unused, but must name one.
     for name in experiment.head:
         registry.head(name)
     for name in experiment.baseline:
@@ -61,25 +54,25 @@ def read_request(
     for run in expand(experiment, str(path)):
         registry.complete(run)
     if data is not None and card.draw:
-        asked = asked.on(data)
-        experiment = Experiment.of(asked.tree, str(path))
-    return experiment, asked.resolved
+        request = request.on(data)
+        experiment = Experiment.of(request.tree, str(path))
+    return experiment, request.resolved
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridRequest:
-    """What a call asks, read once when it starts: a file that is edited or deleted later changes nothing."""
+    """A file and the changes of a call, read once when it starts: a file that is edited or deleted later changes nothing."""
 
     path: Path
     text: str
     """The file as it was read."""
     tree: dict[str, Any]
-    """Its settings with the changes of the call."""
+    """Its settings with the changes."""
     changes: tuple[str, ...] = ()
-    """Those changes, as they were given."""
+    """As options of the command line."""
 
     def on(self, data: Path) -> GridRequest:
-        """The same question on a folder of one's own in place of drawn data."""
+        """The same experiment on the person's own folder in place of synthetic data."""
         settings = {name: value for name, value in self.tree.get("data", {}).items() if name != "draw"}
         tree = {**self.tree, "dataset": "folder", "experiment": f"{self.tree['experiment']} on {data.absolute().name}"}
         if "data" in tree:
@@ -88,7 +81,7 @@ class GridRequest:
 
     @property
     def resolved(self) -> str:
-        """A file that asks the same without any change: the text itself, or its first comments, the changes, and the settings as they ran."""
+        """A file that needs no options: the text itself, or its first comments, the changes, and the resulting settings."""
         if not self.changes:
             return self.text
         lines = self.text.lstrip().splitlines()
@@ -97,7 +90,7 @@ class GridRequest:
 
 
 def read_tree(name: str, changes: Sequence[str] = (), limit: int | None = None) -> GridRequest:
-    """What an experiment's or search's file asks, with ``--set`` changes. Raises CellbenchError."""
+    """The file of an experiment or search, with ``--set`` changes. Raises CellbenchError."""
     path = experiment_path(name)
     try:
         text = path.read_text(encoding="utf-8")
@@ -120,7 +113,7 @@ def _change(tree: dict[str, Any], change: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text  # the shell ate the quotes of a string
+        value = text  # the shell removed the quotes of a string
     for part in parts[:-1]:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
@@ -142,13 +135,13 @@ def data_spec(changes: Sequence[str]) -> DataSpec:
 def read_space(
     file: str, changes: Sequence[str], data: Path | None, limit: int | None, registry: Registry, objectives: Mapping[str, str]
 ) -> tuple[Space, str]:
-    """The space of a file, or of a shipped file's name, and a file that asks the same without any change. Raises CellbenchError."""
-    asked = read_tree(file, changes, limit)
-    path, tree = asked.path, asked.tree
+    """The search space of a file, or of a shipped file's name, as :func:`read_experiment`. Raises CellbenchError."""
+    request = read_tree(file, changes, limit)
+    path, tree = request.path, request.tree
     if "space" not in tree:
-        raise CellbenchError(f"{path}: has no [space] in which to search. `cellbench grid {shlex.quote(str(file))}` runs it as it is.")
+        raise CellbenchError(f"{path}: has no [space] to search. `cellbench grid {shlex.quote(str(file))}` runs it as it is.")
     space = Space.of(tree, str(path), registry, objectives)
     if data is not None and registry.dataset(space.dataset).draw:
-        asked = asked.on(data)
-        space = Space.of(asked.tree, str(path), registry, objectives)
-    return space, asked.resolved
+        request = request.on(data)
+        space = Space.of(request.tree, str(path), registry, objectives)
+    return space, request.resolved

@@ -1,7 +1,6 @@
-"""What exists: cards (TOML files of facts) for backbones, heads, baselines and datasets, and the code that a card names.
+"""The registry: cards (TOML files of facts) by kind and name, and the code that a card names.
 
-Listing reads cards only; the code behind a card is imported when it is built. ``Registry(extra)`` lays a user's folder over the
-shipped one: a card of the same name there wins.
+Listing reads cards only; the code behind a card is imported when it is built. Of two cards of one name, that of the user's folder is taken.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from cellbench.config.cards import (
     AugmentationCard,
     BackboneCard,
     BaselineCard,
+    C,
     Card,
     DatasetCard,
     HeadCard,
@@ -83,7 +83,7 @@ class RunParts:
 
 
 class Registry:
-    """The cards of the shipped folder and of the user's own folder, each read once, when first asked for: an edit during a run changes nothing."""
+    """The cards of the shipped folder and of the user's folder. Each is read once, at its first use: an edit during a run changes nothing."""
 
     def __init__(self, extra: Path | None = None) -> None:
         if extra is not None and not extra.is_dir():
@@ -92,10 +92,10 @@ class Registry:
             )
         if extra is not None and not any((extra / kind).is_dir() for kind in KINDS):
             raise CellbenchError(
-                f"--registry {extra}: holds none of {', '.join(k + '/' for k in KINDS)}. Put cards into folders of these names."
+                f"--registry {extra}: has none of {', '.join(k + '/' for k in KINDS)}. Put cards into folders of these names."
             )
         self._folders = [folder for folder in (extra, shipped("registry")) if folder is not None]
-        self._cards: dict[tuple[str, str], Any] = {}
+        self._cards: dict[tuple[str, str], Card] = {}
         self._digests: dict[str, str] = {}
 
     def names(self, kind: str) -> list[str]:
@@ -103,44 +103,47 @@ class Registry:
         return sorted({path.stem for folder in self._folders for path in (folder / kind).glob("*.toml")})
 
     def backbone(self, name: str) -> BackboneCard:
-        return self._card("backbones", name)
+        return self._card(BackboneCard, name)
 
     def head(self, name: str) -> HeadCard:
-        return self._card("heads", name)
+        return self._card(HeadCard, name)
 
     def baseline(self, name: str) -> BaselineCard:
-        return self._card("baselines", name)
+        return self._card(BaselineCard, name)
 
     def dataset(self, name: str) -> DatasetCard:
-        return self._card("datasets", name)
+        return self._card(DatasetCard, name)
 
     def loss(self, name: str) -> LossCard:
-        return self._card("losses", name)
+        return self._card(LossCard, name)
 
     def augmentation(self, name: str) -> AugmentationCard:
-        return self._card("augmentations", name)
+        return self._card(AugmentationCard, name)
 
     def metric(self, name: str) -> MetricCard:
-        return self._card("metrics", name)
+        return self._card(MetricCard, name)
 
     def card(self, kind: str, name: str) -> Card:
         if kind not in KINDS:
             raise unknown_name("kind of card", kind, KINDS)
-        return self._card(kind, name)
+        return self._card(KINDS[kind], name)
 
-    def _card(self, kind: str, name: str) -> Any:
-        if (kind, name) not in self._cards:
-            self._cards[kind, name] = self._read(kind, name)
-        return self._cards[kind, name]
+    def _card(self, record: type[C], name: str) -> C:
+        card = self._cards.get((record.KIND, name))
+        if card is None:
+            card = self._cards[record.KIND, name] = self._read(record, name)
+        assert isinstance(card, record)
+        return card
 
-    def _read(self, kind: str, name: str) -> Any:
+    def _read(self, record: type[C], name: str) -> C:
         for folder in self._folders:
-            path = folder / kind / f"{name}.toml"
+            path = folder / record.KIND / f"{name}.toml"
             if not name.isascii() and not path.is_file():
-                path = next((one for one in (folder / kind).glob("*.toml") if to_nfc(one.stem) == to_nfc(name)), path)
+                path = next((one for one in path.parent.glob("*.toml") if to_nfc(one.stem) == to_nfc(name)), path)
             if "/" not in name and path.is_file():
-                return read_card(path, KINDS[kind])
-        raise unknown_name({"losses": "loss"}.get(kind, kind.removesuffix("s")), name, self.names(kind))
+                return read_card(path, record)
+        singular = "loss" if record is LossCard else record.KIND.removesuffix("s")
+        raise unknown_name(singular, name, self.names(record.KIND))
 
     def part(self, run: RunSpec) -> HeadCard | BaselineCard:
         """The card of the run's head or baseline."""
@@ -190,8 +193,6 @@ def _kind(value: Scalar) -> str:
     return {bool: "true or false", int: "whole number", float: "number", str: "string"}[type(value)]
 
 
-
-
 def load(card: Card) -> Any:
     """The object that a card's ``builder`` names, imported now."""
     if ":" not in card.builder and card.builder not in BUILDERS:
@@ -213,7 +214,7 @@ def builder_path(card: Card) -> str:
 
 
 def code_digest(card: Card) -> str:
-    """What stands for the code behind a card in fingerprints: the hash of a user's source files (``cellbench.config.source_code``); empty for the
+    """The code behind a card in fingerprints: the hash of a user's source files (``cellbench.config.source_code``); empty for the
     package's own, which :data:`cellbench.config.run.NUMERICS_VERSION` stands for."""
     return source_code.digest(builder_path(card), Path(card.path).parent) if card.builder else ""
 

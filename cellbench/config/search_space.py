@@ -1,8 +1,7 @@
-"""The words of a search: which settings may vary and how, what is to be reached, and what asks.
+"""A search space: which settings vary and how, the objectives, and the settings of the sampler. No Optuna here.
 
-A space is written in the words of the grid. ``[space]`` holds what varies: a list is a choice, a table with ``low`` and ``high`` a range.
-``[run]`` holds what is fixed, and ``[head.fpn]`` a head's own settings, which may vary too and then exist only where that head is tried.
-No Optuna here.
+``[space]`` holds what varies: a list is a choice, a table with ``low`` and ``high`` a range. ``[run]`` holds what is fixed, and ``[head.fpn]`` the
+settings of a head, which may vary too and then exist only in trials of that head.
 """
 
 from __future__ import annotations
@@ -24,64 +23,64 @@ from cellbench.config.run import RUN_KEYS, RunSpec
 from cellbench.errors import CellbenchError, unknown_name
 
 DIMENSIONS = ("backbone", "head", *(name for name in RUN_KEYS if name not in ("seed", "fold")))
-"""What may vary. Neither the seed, for a lucky start is no setting, nor the fold: what one fold tests, another learns from."""
+"""What may vary. Not the seed, which is no setting, and not the fold: what one fold tests, another is trained on."""
 
 
 class Settings(StrictModel):
-    """What ``[search]`` says."""
+    """The table ``[search]``."""
 
-    trials: int = Field(40, ge=1, le=1_000_000)
-    """In all, those of earlier calls included."""
-    batch: int = Field(8, ge=1, le=1000)
-    """Trials that are asked for together and share passes of the backbone."""
-    seed: int = Field(2026, ge=0, lt=2**31)
+    trials: int = Field(default=40, ge=1, le=1_000_000)
+    """Total number, including those of earlier calls."""
+    batch: int = Field(default=8, ge=1, le=1000)
+    """Trials that are proposed together and share passes of the backbone."""
+    seed: int = Field(default=2026, ge=0, lt=2**31)
     sampler: Literal["tpe", "gp", "random", "qmc", "nsga2"] = "tpe"
-    startup: int = Field(10, ge=1)
-    """The first so many trials of ``tpe`` and ``gp`` are drawn by chance, the pairs of backbone and head in turn."""
+    startup: int = Field(default=10, ge=1)
+    """Number of first trials of ``tpe`` and ``gp`` that are random, with pairs of backbone and head in turn."""
     pruner: Literal["none", "median", "halving", "hyperband"] = "none"
     objective: str | list[str] = "val/dice"
     direction: str | list[str] | None = None
-    """``maximize`` or ``minimize``, one for each objective; left out: what is better."""
+    """``maximize`` or ``minimize``, one for each objective; by default the metric's own."""
     max: dict[str, float] = Field(default_factory=dict)
-    """Bounds from above: ``"cost/latency_ms" = 500``. Trials beyond a bound are kept and are never the best."""
+    """Upper bounds: ``"cost/latency_ms" = 500``. Trials beyond a bound are kept but never the best."""
     min: dict[str, float] = Field(default_factory=dict)
-    repeat_best: int = Field(3, ge=1, le=100)
-    """Seeds with which the best setting is trained and tested at the end."""
-    max_failed: int = Field(3, ge=1)
-    """The search stops when so many trials have failed and none has not."""
+    repeat_best: int = Field(default=3, ge=1, le=100)
+    """Number of seeds with which the best setting is trained and tested at the end."""
+    max_failed: int = Field(default=3, ge=1)
+    """The search stops when so many trials have failed and none has succeeded."""
 
     @property
     def objectives(self) -> tuple[str, ...]:
         return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective)
 
     def excess(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """By how much each bound is passed; at most 0 where it is kept."""
+        """By how much each bound is exceeded; 0 or less where it is kept."""
         over = {f"max {name}": metrics[name] - bound for name, bound in self.max.items()}
         return over | {f"min {name}": bound - metrics[name] for name, bound in self.min.items()}
 
 
 class Dimension(StrictModel):
-    """One thing that varies: ``choices``, or a range from ``low`` to ``high``, both included."""
+    """A setting that varies: ``choices``, or a range from ``low`` to ``high``, both included."""
 
     name: str
-    """``lr``, or ``fpn.width`` for a head's own."""
+    """``lr``, or ``fpn.width`` for a setting of a head."""
     head: str = ""
-    """The head without which it does not exist."""
+    """The head to which it belongs; empty: to all."""
     choices: tuple[Scalar, ...] = ()
     low: float = 0
     high: float = 0
     log: bool = False
     step: float | None = None
     whole: bool = False
-    """Whether the numbers of the range are whole."""
+    """Whether the range is of integers."""
 
     @property
     def ends(self) -> tuple[Scalar, ...]:
-        """The values by which the whole dimension is checked."""
+        """The values that are checked: all choices, or both ends of the range."""
         return self.choices or ((int(self.low), int(self.high)) if self.whole else (self.low, self.high))
 
-    def told(self) -> str:
-        """``1e-4 to 1e-2, log``, or the choices, for people."""
+    def describe(self) -> str:
+        """``1e-4 to 1e-2, log``, or the choices."""
         if self.choices:
             return ", ".join(map(str, self.choices))
         return f"{self.low:g} to {self.high:g}" + (", log" if self.log else "") + (f", step {self.step:g}" if self.step else "")
@@ -106,24 +105,24 @@ class _File(StrictModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """A search as its file asks for it, checked."""
+    """A search as in its file, checked."""
 
     experiment: str
     dataset: str
     data: DataSpec
     settings: Settings
     dimensions: tuple[Dimension, ...]
-    """In the order in which they are asked for: backbone and head first."""
+    """Backbone and head first."""
     run: Mapping[str, Any]
     """What is fixed."""
     head: Mapping[str, Mapping[str, Any]]
-    """What is fixed for one head."""
+    """What is fixed for each head."""
     directions: tuple[str, ...]
     """``maximize`` or ``minimize``, of each objective."""
 
     @classmethod
     def of(cls, tree: Mapping[str, Any], where: str, registry: Registry, objectives: Mapping[str, str]) -> Space:
-        """A space from the tree of a TOML file, every end of every dimension tried. Raises CellbenchError.
+        """A space from the tree of a TOML file, with both ends of every dimension checked. Raises CellbenchError.
 
         ``objectives``: what a search may optimise, with the better direction, as :func:`cellbench.metrics.catalog.search_objectives` gives it.
         """
@@ -134,7 +133,7 @@ class Space:
                 why = " A seed is no setting: repeat_best repeats the best one." if name == "seed" else ""
                 raise CellbenchError(f"{unknown_name('setting', name, DIMENSIONS, where=f'{where}: [space]')}{why}")
             if name in file.run:
-                raise CellbenchError(f"{where}: '{name}' stands in [space] and in [run]. Keep one of them.")
+                raise CellbenchError(f"{where}: '{name}' is set in [space] and in [run]. Keep one of them.")
         for name in file.run:
             if name not in RUN_KEYS:
                 raise unknown_name("setting", name, RUN_KEYS, where=f"{where}: [run]")
@@ -177,14 +176,14 @@ class Space:
 
     @property
     def fold(self) -> int:
-        """The one fold in which a search happens, its test included: other folds would test what it has learned from."""
+        """The one fold of a search, its test included: other folds would test on images that it was trained on."""
         return int(self.run.get("fold", 0))
 
     def _choices(self, name: str) -> tuple[Scalar, ...]:
         return next(one.choices for one in self.dimensions if one.name == name)
 
     def tree(self, point: Mapping[str, Scalar], seeds: Sequence[int] = ()) -> dict[str, Any]:
-        """One point as an experiment file that ``grid`` runs; ``seeds``: those to repeat it with, else the fixed one."""
+        """One point as the tree of an experiment file; ``seeds``: instead of the fixed one."""
         head = str(point["head"])
         plain = {name: value for name, value in point.items() if name not in ("backbone", "head") and "." not in name}
         own = {name.partition(".")[2]: value for name, value in point.items() if "." in name}
@@ -197,22 +196,22 @@ class Space:
         return {**tree, "head": {head: options}} if options else tree
 
     @cached_property
-    def asked(self) -> dict[str, str]:
-        """Everything that a study must keep to, by name, for comparison and for people. How long and how often is not in it."""
+    def facts(self) -> dict[str, str]:
+        """Everything that must stay the same within a study, by name. Numbers of trials and repeats may change."""
         kept = ("seed", "sampler", "startup", "pruner", "objective", "direction", "max", "min")
-        told = {f"space.{one.name}": one.told() for one in self.dimensions}
-        told |= {f"run.{name}": json.dumps(value) for name, value in self.run.items()}
-        told |= {f"head.{head}.{name}": json.dumps(value) for head, own in self.head.items() for name, value in own.items()}
-        told |= {f"data.{name}": json.dumps(value) for name, value in self.data.model_dump().items()}
-        return told | {f"search.{name}": json.dumps(getattr(self.settings, name)) for name in kept} | {"dataset": self.dataset}
+        facts = {f"space.{one.name}": one.describe() for one in self.dimensions}
+        facts |= {f"run.{name}": json.dumps(value) for name, value in self.run.items()}
+        facts |= {f"head.{head}.{name}": json.dumps(value) for head, own in self.head.items() for name, value in own.items()}
+        facts |= {f"data.{name}": json.dumps(value) for name, value in self.data.model_dump().items()}
+        return facts | {f"search.{name}": json.dumps(getattr(self.settings, name)) for name in kept} | {"dataset": self.dataset}
 
     def digest(self, more: Iterable[str] = ()) -> str:
-        """Sixteen hex digits over ``asked`` and ``more``."""
-        return hashlib.sha256(json.dumps([self.experiment, self.asked, *more], sort_keys=True).encode()).hexdigest()[:16]
+        """Sixteen hex digits over ``facts`` and ``more``."""
+        return hashlib.sha256(json.dumps([self.experiment, self.facts, *more], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _kind(name: str) -> type | None:
-    """What a setting of a run holds: float, int, bool or str; None for names of cards."""
+    """The type of a setting of a run: float, int, bool or str; None for names of cards."""
     annotation = RunSpec.model_fields[name].annotation
     return annotation if isinstance(annotation, type) else None
 

@@ -61,7 +61,7 @@ def measure_throughput(
 
 def _search(space: Space, registry: Registry, fit_cohort: FitCohort) -> tuple[float, list[tuple[Any, ...]]]:
     with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
-        study = Study(f"sqlite:///{folder}/optuna.db", space, space.asked, int(space.run["epochs"]))
+        study = Study(f"sqlite:///{folder}/optuna.db", space, space.facts, int(space.run["epochs"]))
         start = time.perf_counter()
         with study:
             while batch := study.ask():

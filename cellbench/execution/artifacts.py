@@ -15,7 +15,7 @@ import numpy as np
 import tomli_w
 from safetensors.torch import save_file
 
-from cellbench import startup, system_load
+from cellbench import system_load
 from cellbench.config.experiment import Experiment
 from cellbench.config.run import RunSpec
 from cellbench.data.dataset import SPLITS, Dataset
@@ -47,10 +47,8 @@ class TestResult:
 
 
 def import_plotting() -> None:
-    """Imports what draws the pictures: a second that a grid with nothing new need not spend. Best before there is much in memory, since all
-    that is there is held to be of use from then on (:func:`cellbench.startup.no_gc_during_import`)."""
-    with startup.no_gc_during_import():
-        importlib.import_module("cellbench.reporting.plots.run")
+    """Imports what draws the pictures: a second that a grid with nothing new need not spend."""
+    importlib.import_module("cellbench.reporting.plots.run")
 
 
 def final_metrics(dataset: Dataset, result: TestResult) -> dict[str, float]:

@@ -94,8 +94,8 @@ class SearchPlan:
         return self.datasets[self.space.fold]
 
     def study(self) -> Study:
-        asked = {**self.space.asked, "images": self.dataset.digest, "precision": self.resources.machine.precision_name}
-        return Study(self.storage, self.space, asked, max_epochs(self.space))
+        facts = {**self.space.facts, "images": self.dataset.digest, "precision": self.resources.machine.precision_name}
+        return Study(self.storage, self.space, facts, max_epochs(self.space))
 
     def worker(self, study: Study, tracker: Tracker, parent_id: str, machine: Hardware) -> SearchWorker:
         """What trains trials in this process, on ``machine``, its share of the resources."""
@@ -215,7 +215,7 @@ def search(plan: SearchPlan, options: SearchOptions, stop: StopRequest, progress
 def _open(plan: SearchPlan, options: SearchOptions) -> Iterator[SearchSession]:
     space, dataset, resources = plan.space, plan.dataset, plan.resources
     tracker = Tracker(space.experiment)
-    params = {name: value for name, value in space.asked.items() if not name.startswith(("data.", "run."))} | {"dataset": dataset.name}
+    params = {name: value for name, value in space.facts.items() if not name.startswith(("data.", "run."))} | {"dataset": dataset.name}
     with (
         ray_cluster.connect(options.on, resources.machine) if options.on is not None else contextlib.nullcontext() as ray,
         plan.study() as study,

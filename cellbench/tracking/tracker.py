@@ -22,7 +22,6 @@ from urllib.request import url2pathname
 
 from filelock import FileLock
 
-from cellbench import startup
 from cellbench.errors import CellbenchError, one_line, redact_passwords, unknown_name
 from cellbench.files import file_name, make_folder, os_errors_as, to_nfc
 from cellbench.tracking import relocate, sqlite_store, ui_view
@@ -387,8 +386,7 @@ _relocated: set[Path | None] = set()
 @contextlib.contextmanager
 def _store(make: bool) -> Iterator[tuple[Any, ResilientClient]]:
     """MLflow and the client of its store, which is locked inside ``with``. Raises CellbenchError."""
-    with startup.no_gc_during_import():
-        import mlflow  # 1 to 2 s, too long for `--help` and `list`
+    import mlflow  # 1 to 2 s, too long for `--help` and `list`
 
     uri = mlflow.get_tracking_uri()
     if (file := sqlite_store.store_file(uri)) not in _relocated:  # before anything is logged: a copy must not write into its original
@@ -396,8 +394,7 @@ def _store(make: bool) -> Iterator[tuple[Any, ResilientClient]]:
             print_warning(line)
         _relocated.add(file)
     with os_errors_as("opening MLflow's store here"), sqlite_store.store_lock(uri):
-        with startup.no_gc_during_import():  # of the store
-            client = sqlite_store.open_or_create(mlflow, make)
+        client = sqlite_store.open_or_create(mlflow, make)
         yield mlflow, client
 
 

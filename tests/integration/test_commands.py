@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cellbench.cli import grid
-from cellbench.config.loading import read_experiment, read_request
+from cellbench.config.loading import read_experiment
 from cellbench.reporting.collect import collect_runs
 from cellbench.run import main
 from cellbench.search import results as search_results
@@ -89,8 +89,8 @@ def test_the_experiment_as_it_ran_asks_the_same_without_any_change(tmp_path, cha
     file = tmp_path / "drawn.toml"
     file.write_text('# Why?\nexperiment = "drawn"\ndataset = "smears"\nbaselines = ["otsu"]\n[data.draw]\nnum_train = 8\n')
     for data, limit in ((None, None), (Path("mine"), None), (None, 3)):
-        experiment, text = read_request(str(file), changes, data, limit)
+        experiment, text = read_experiment(str(file), changes, data, limit)
         (tmp_path / "resolved.toml").write_text(text)
-        assert read_experiment(str(tmp_path / "resolved.toml"), data=data) == experiment
+        assert read_experiment(str(tmp_path / "resolved.toml"), data=data)[0] == experiment
         assert text.startswith("# Why?\n")
         assert ("# Changed" in text) == bool(changes or data or limit)

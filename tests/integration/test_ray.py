@@ -171,7 +171,7 @@ def test_a_share_of_a_gpu_brings_its_part_of_the_nodes_cores_and_where_no_node_h
 def asked(tmp_path, monkeypatch):
     """The order of a grid that has begun, and the fingerprint of its first run."""
     place(tmp_path, monkeypatch)
-    experiment, data = read_experiment("small.toml", data=Path("smears")), Path("smears").absolute()
+    experiment, data = read_experiment("small.toml", data=Path("smears"))[0], Path("smears").absolute()
     tracker = Tracker(experiment.experiment)
     with tracker.run("grid", "parent") as top:
         pass

@@ -1,20 +1,30 @@
-"""Claims about imports that are kept: nobody looks through them for garbage any more, and a caller's own garbage is still found."""
+"""Claims about the settings of a process: imports are not searched for garbage, a caller's own garbage is still found, and importing sets nothing."""
 
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import weakref
+from pathlib import Path
+
+import pytest
+import torch
 
 from cellbench import startup
+from cellbench.errors import CellbenchError
+from cellbench.hardware import detect_hardware
 
-NEW = """
-import gc
-from cellbench import startup
-with startup.no_gc_during_import():
-    import colorsys, xml.dom.minidom
-print(gc.isenabled(), gc.get_freeze_count() > 0)
+UNTOUCHED = """
+import gc, os, signal
+before = (dict(os.environ), gc.get_threshold(), gc.get_freeze_count(), signal.getsignal(signal.SIGTERM))
+import cellbench, cellbench.run, cellbench.cli.grid, cellbench.hardware, cellbench.inference.segmenter
+import torch
+threads = torch.get_num_threads()
+cellbench.hardware.detect_hardware("cpu")
+print(before[1:] == (gc.get_threshold(), gc.get_freeze_count(), signal.getsignal(signal.SIGTERM)), torch.get_num_threads() == threads)
+print(*sorted(name for name in os.environ if name.startswith(("MLFLOW", "CELLBENCH", "RAY", "HF_"))))
 """
 
 
@@ -25,27 +35,42 @@ class Knot:
         self.me = self
 
 
-def test_what_imports_made_is_searched_no_more():
-    told = subprocess.run([sys.executable, "-c", NEW], capture_output=True, text=True, check=True).stdout
-    assert told.split() == ["True", "True"]
+def test_importing_changes_no_setting_of_the_process():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "CELLBENCH", "RAY", "HF_"))}
+    done = subprocess.run([sys.executable, "-c", UNTOUCHED], capture_output=True, text=True, check=True, env=environment, timeout=120)
+    assert done.stdout.split() == ["True", "True"]
 
 
-def test_where_nothing_new_is_imported_a_callers_garbage_is_found():
+def test_imported_modules_are_searched_once_and_a_callers_garbage_is_found():
+    startup.freeze_imports()
+    before = gc.get_freeze_count()
+    assert before > 0
     knot = Knot()
     found = weakref.ref(knot)
-    before = gc.get_freeze_count()
-    with startup.no_gc_during_import():
-        pass
+    startup.freeze_imports()  # nothing was imported since
     del knot
     gc.collect()
     assert (found(), gc.get_freeze_count()) == (None, before)
 
 
-def test_a_search_that_was_off_stays_off():
-    gc.disable()
-    try:
-        with startup.no_gc_during_import():
-            assert not gc.isenabled()
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
+@pytest.mark.parametrize(("device", "cores", "threads", "lanes"), [("cpu", 2, 1, 2), ("cpu", 16, 4, 4), ("cuda", 16, 16, 1)])
+def test_a_processor_has_four_lanes_and_a_gpu_one(monkeypatch, device, cores, threads, lanes):
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: set_to[-1])
+    monkeypatch.setattr("cellbench.hardware.num_cores", lambda: cores)
+    startup.configure_threads(device)
+    machine = detect_hardware(device, elsewhere=True)
+    assert (set_to, machine.threads, machine.lanes) == ([threads], threads, lanes)
+
+
+def test_the_cache_is_set_for_this_process_and_a_url_must_be_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("CELLBENCH_CACHE", "before")
+    monkeypatch.setenv("CELLBENCH_CACHE_URL", "")
+    startup.set_cache(None)
+    assert os.environ["CELLBENCH_CACHE"] == "before"
+    startup.set_cache("here", "s3://bucket/folder")
+    assert (os.environ["CELLBENCH_CACHE"], os.environ["CELLBENCH_CACHE_URL"]) == (str(tmp_path / "here"), "s3://bucket/folder")
+    assert Path("here").is_dir()
+    with pytest.raises(CellbenchError, match="expected a URL"):
+        startup.set_cache(None, "/shared/cache")

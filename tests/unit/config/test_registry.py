@@ -102,7 +102,7 @@ def test_a_wrong_card_does_not_stand_in_the_way_of_others(tmp_path: Path) -> Non
 
 
 def test_a_registry_folder_that_holds_no_cards_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CellbenchError, match=r"holds none of backbones/, heads/"):
+    with pytest.raises(CellbenchError, match=r"has none of backbones/, heads/"):
         Registry(tmp_path)
     with pytest.raises(CellbenchError, match="no such folder"):
         Registry(tmp_path / "missing")

@@ -73,7 +73,7 @@ def test_a_baseline_takes_the_run_settings_and_its_own_table() -> None:
         ("[run]\nepochs = 2026-11-22", ["epochs", "2026-11-22"]),
         ('[run]\nschedule = "cosin"', ["schedule = 'cosin'", "'cosine'"]),
         ('[run]\nloss = "0.5 ce 0.5 dice"', ["loss", "a sum like"]),
-        ('[run]\naugmentations = "blur + blur"', ["augmentations", "'blur' stands twice"]),
+        ('[run]\naugmentations = "blur + blur"', ["augmentations", "names 'blur' twice"]),
         ('[run]\nbackbone = "uni"', ["[run]", "backbone"]),
         ("[data]\nval_fraction = 1.0", ["data.val_fraction = 1.0", "less than 1"]),
         ("[head.fpn]\nwidth = [1, 2]", ["[head.fpn] width = [1, 2]"]),
@@ -88,13 +88,13 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it_and_what_would_be_right(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "asks for nothing"),
-        ("[grid]\nseed = [0, 1]", "asks for nothing"),
+        ("", "has no runs"),
+        ("[grid]\nseed = [0, 1]", "has no runs"),
         ('[grid]\nbackbone = ["uni"]', "both 'backbone' and 'head'"),
         ('[grid]\nbackbone = ["uni"]\nhead = []', "head is an empty list"),
         ('[grid]\nbackbone = ["uni"]\nhead = [3]', "head holds 3"),
         (GRID + "lr = [0.1, 0.1]", "names a value twice"),
-        (GRID + "epochs = [1, 2]\n[run]\nepochs = 3", "'epochs' stands in [grid] and in [run]"),
+        (GRID + "epochs = [1, 2]\n[run]\nepochs = 3", "'epochs' is set in [grid] and in [run]"),
         ('baselines = ["unet"]\n[grid]\nlr = [0.1, 0.2]', "[grid] lr"),
     ],
 )

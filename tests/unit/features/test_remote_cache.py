@@ -187,7 +187,7 @@ def test_the_flag_reaches_processes_elsewhere_of_which_the_second_computes_nothi
         )
         == 0
     )
-    experiment, data, registry = read_experiment("small.toml", few, data=Path("smears")), Path("smears").absolute(), Registry()
+    experiment, data, registry = read_experiment("small.toml", few, data=Path("smears"))[0], Path("smears").absolute(), Registry()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
     told = job_spec(

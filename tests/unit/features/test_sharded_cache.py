@@ -71,7 +71,7 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
     alone = answers()
     folder = tmp_path / "sharded"
     place(folder, monkeypatch)
-    experiment, data = read_experiment("small.toml", KEPT[1::2], data=Path("smears")), Path("smears").absolute()
+    experiment, data = read_experiment("small.toml", KEPT[1::2], data=Path("smears"))[0], Path("smears").absolute()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
     told = job_spec(

@@ -37,7 +37,7 @@ def space_of(space: dict[str, Any] | None = None, **settings: Any) -> Space:
 
 
 def study_of(space: Space, url: str = "sqlite:///optuna.db", **asked: str) -> Study:
-    return Study(url, space, {**space.asked, **asked}, 9)
+    return Study(url, space, {**space.facts, **asked}, 9)
 
 
 def value(point: dict[str, Any]) -> float:
