@@ -167,8 +167,8 @@ class DatasetCard(Card):
 
     @model_validator(mode="after")
     def _drawn_data_has_a_builder(self) -> DatasetCard:
-        if bool(self.draw) != bool(self.builder):
-            raise ValueError("builder and [draw] belong together: both for a synthetic dataset, neither for data in a folder")
+        if self.draw and not self.builder:
+            raise ValueError("[draw] is for synthetic data: builder must name the function that draws it")
         return self
 
     @model_validator(mode="after")
