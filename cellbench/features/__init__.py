@@ -1,1 +1,1 @@
-"""One frozen pass of a backbone, kept in memory, on disk or at a URL, for every head that learns from it."""
+"""The feature pass: a frozen backbone run once for all heads of a cohort, with caches in memory, on disk and at a URL."""

@@ -1,4 +1,4 @@
-"""The features that are kept on disk: where they lie, listing, removal, and how much may be kept."""
+"""The features cached on disk: their folder, listing, removal, and the budget."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cellbench.hardware import is_size, parse_bytes
 
 
 def features_dir() -> Path:
-    """Where kept features lie."""
+    """The folder of cached features."""
     return cache_dir() / "features"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheEntry:
-    """One kept pass."""
+    """One cached pass."""
 
     folder: Path
     backbone: str
@@ -29,11 +29,11 @@ class CacheEntry:
     num_tiles: int
     size_bytes: int
     used: float
-    """Seconds since the epoch, of the last use."""
+    """Time of the last use, in seconds since the epoch."""
 
 
 def cache_entries() -> list[CacheEntry]:
-    """All kept passes, the longest unused first. A folder that is not ours is left out."""
+    """All cached passes, the longest unused first. Other folders are ignored."""
     found = []
     for path in sorted(features_dir().glob("*/*/facts.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -53,7 +53,7 @@ def cache_entries() -> list[CacheEntry]:
 
 
 def remove_entries(chosen: list[CacheEntry]) -> int:
-    """Removes kept passes; returns the bytes freed."""
+    """Removes cached passes; returns the bytes freed."""
     for entry in chosen:
         shutil.rmtree(entry.folder, ignore_errors=True)
         with contextlib.suppress(OSError):

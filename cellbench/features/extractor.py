@@ -1,14 +1,14 @@
-"""The one frozen pass: tiles in, a backbone's maps out, once for all runs of a cohort.
+"""The feature pass: tiles in, a backbone's maps out, once for all runs of a cohort.
 
-``Features.train(epoch)`` and ``Features.tiles(split)`` give batches that every run of the cohort learns from or decodes.
-Maps are computed as they are needed (streamed) or, where views repeat and memory allows, kept from their first use. Either way the numbers
-are the same, to the last bit on a CPU.
+``Features.train(epoch)`` and ``Features.tiles(split)`` give the batches that all runs of the cohort train on or decode. Maps are computed when
+they are needed (streamed) or, where views repeat and space allows, cached. The numbers are the same, to the last bit on a CPU.
 
-Letters: B tiles, D features, h x w places of a map, T x T a tile (which need not be square), H x W pixels of an image.
+Letters: B tiles, D features, h x w places of a map, T x T a tile (which need not be square).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -32,7 +32,6 @@ from cellbench.data.transforms.sampling import SamplingPlan, TileSample
 from cellbench.data.transforms.tiling import TileGrid, cut_tile
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features.cache_admin import features_dir
-from cellbench.features.disk_cache import DiskCache
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.memory_cache import FeatureCache, MemoryCache
 from cellbench.features.remote_cache import RemoteCache
@@ -42,18 +41,24 @@ from cellbench.parallel import WorkerPool
 
 
 class Batch(NamedTuple):
-    """What runs learn from. Maps (B, D, h, w) by level index; pixels (B, 3, T, T) float32 in 0..1; target (B, T, T) int64; auxiliary_targets (B, T, T, 2)
-    uint8, where a run of the cohort learns them (``cellbench.data.transforms.cell_targets``); ``ignoring``: whether some of the target is ``metrics.IGNORE``."""
+    """Tiles, their maps and their targets."""
 
     maps: dict[int, Tensor]
+    """(B, D, h, w) by level index."""
     pixels: Tensor
+    """(B, 3, T, T) float32, 0..1."""
     target: Tensor
+    """(B, T, T) int64."""
     auxiliary_targets: Tensor | None = None
+    """(B, T, T, 2) uint8, where a run of the cohort learns them (``cellbench.data.transforms.cell_targets``)."""
     ignoring: bool = False
+    """Whether some of the target is ``metrics.pixel.IGNORE``."""
 
     def __getitem__(self, rows: slice) -> Batch:  # type: ignore[override]
         auxiliary_targets = self.auxiliary_targets[rows] if self.auxiliary_targets is not None else None
-        return Batch({index: x[rows] for index, x in self.maps.items()}, self.pixels[rows], self.target[rows], auxiliary_targets, self.ignoring)
+        return Batch(
+            {index: x[rows] for index, x in self.maps.items()}, self.pixels[rows], self.target[rows], auxiliary_targets, self.ignoring
+        )
 
     @property
     def num(self) -> int:
@@ -61,9 +66,9 @@ class Batch(NamedTuple):
 
 
 def non_finite_reason(features: Features) -> str:
-    """What is wrong where the backbone's maps hold values that are not finite: no head can learn from them. Empty where nothing is.
+    """A sentence where the backbone's maps hold values that are not finite, else the empty string.
 
-    Looks through the validation tiles and an epoch of training views, so it is for runs that failed.
+    Computes the validation tiles and an epoch of training views, so it is for runs that failed.
     """
     if features.trunk.backbone is None:
         return ""
@@ -90,38 +95,44 @@ def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True, kw_only=True)
 class CachePolicy:
-    """Where features may be kept, how much of it, and what tells these features from all others."""
+    """Where and how much may be cached, and the identity of the features."""
 
     memory_bytes: int = 0
     disk_bytes: int = 0
     prefer_disk: bool = False
-    """Keep on disk also what would fit into memory, for later calls."""
+    """Cache on disk also what would fit into memory, for later calls."""
     key: str = ""
-    """Stands for backbone, weights and versions; empty: nothing is kept on disk."""
+    """Identifies backbone, weights and versions; empty: no disk cache."""
     backbone: str = ""
     dataset: str = ""
     shared: RemoteCache | None = None
-    """Where machines without a folder in common find each other's features; passes on disk are then kept in shards."""
+    """The shared cache of machines without a common folder."""
     tell: Callable[[str], None] = print
-    """Told where something could not be kept."""
+    """Called with messages about the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturePass:
-    """A fixed list of tiles that go through a trunk, and the folder where their features are kept."""
+    """A fixed list of tiles that go through a backbone, and the folder of their cached features."""
 
     split: str
     number: int
-    """Of training, which cycle of views."""
+    """The cycle of training views, else 0."""
     num: int
+    """Tiles."""
     folder: str
 
 
 class Features:
-    """The batches of one cohort. ``pixels`` are the decoded images by split; with ``auxiliary_targets`` the batches of training and validation hold them."""
+    """The batches of one cohort. ``pixels``: decoded images by split; ``auxiliary_targets``: batches of training and validation hold them."""
 
     def __init__(
-        self, trunk: FrozenBackbone, plan: SamplingPlan, pixels: dict[str, ImageCache], keeping: CachePolicy, auxiliary_targets: bool = False
+        self,
+        trunk: FrozenBackbone,
+        plan: SamplingPlan,
+        pixels: dict[str, ImageCache],
+        keeping: CachePolicy,
+        auxiliary_targets: bool = False,
     ) -> None:
         self.trunk, self.plan, self.pixels, self._keeping, self._auxiliary_targets = trunk, plan, pixels, keeping, auxiliary_targets
         self.framing = plan.framing
@@ -135,24 +146,24 @@ class Features:
             for split in ("val", "test")
         }
         sizes["train"] = trunk.map_bytes(self.tile_px["train"]) * plan.num_views * plan.run.repeat_views_every
-        self._keeping_lock = threading.Lock()
+        self._cache_lock = threading.Lock()
         self.bytes_by_split = sizes
         self.place = self._places(sizes) if any(sizes.values()) else dict.fromkeys(sizes, "streamed")
 
     @cached_property
     def preparation(self) -> Preparation:
-        """What is done to every image before it is cut. A normaliser is fitted to the training images that are learned from, at first use."""
+        """The preparation of every image. A stain normaliser is fitted to the training images in use, at the first access."""
         train = self.pixels["train"]
         normaliser = train.normaliser(self.plan.run.normalise, self.plan.seen)
         return Preparation(framing=self.framing, normaliser=normaliser, reading=train.reading, um_per_px=train.um_per_px)
 
     def _places(self, sizes: dict[str, int]) -> dict[str, str]:
-        """Where each split's features are kept. Validation first: it comes again every epoch."""
+        """Where each split's features are cached. Validation comes first: it is used in every epoch."""
         keeping, place = self._keeping, {}
         memory, disk = keeping.memory_bytes, keeping.disk_bytes if keeping.key else 0
         for split in ("val", "train", "test"):
             size, again = sizes[split], split == "val" or (split == "train" and self.plan.repeats)
-            # Test tiles are seen once a call: worth a file for the next call, never memory.
+            # Test tiles are used once a call: worth a file for the next call, never memory.
             on_disk = size <= disk and (again or (split == "test" and keeping.prefer_disk))
             in_memory = size <= memory and again
             place[split] = "on disk" if on_disk and (keeping.prefer_disk or not in_memory) else "in memory" if in_memory else "streamed"
@@ -162,66 +173,70 @@ class Features:
 
     @property
     def source(self) -> str:
-        """Where features come from, for people."""
+        """Where features come from, in words."""
         if self.trunk.backbone is None:
             return "pixels only"
-        told = {
+        words = {
             split: place if place == "streamed" else f"kept {place} ({self.bytes_by_split[split] / 2**20:,.0f} MiB)"
             for split, place in self.place.items()
         }
-        return f"features: training {told['train']}, validation {told['val']}, test {told['test']}"
+        return f"features: training {words['train']}, validation {words['val']}, test {words['test']}"
 
     @property
     def kept_bytes(self) -> int:
-        """Of features kept in memory or on disk for this cohort, all splits together; 0 where all are streamed."""
+        """Bytes of features cached in memory or on disk for this cohort, over all splits."""
         return sum(self.bytes_by_split[split] for split, place in self.place.items() if place != "streamed")
 
     def grid(self, split: str, image: int) -> TileGrid:
-        """Where the tiles of an image lie in validation or test, in framed pixels."""
+        """The tiles of an image in validation or test, in framed pixels."""
         overlap = self.plan.run.val_overlap if split == "val" else self.plan.run.overlap
         return self.framing.grid(self.pixels[split].sizes_px[image], self.tile_px[split], overlap)
 
     def train(self, epoch: int, lanes: WorkerPool) -> Iterator[Batch]:
-        """The training views of an epoch in its order, in chunks of the machine's size, made ahead in ``lanes``."""
+        """The training views of an epoch in its order, in batches of the machine's size, computed ahead in ``lanes``."""
         cycle = self.plan.cycle(epoch)
         views, order = self.plan.views(cycle), self.plan.order(epoch)
-        yield from self._seen(views, _chunks(order, self._chunk), self._pass("train", cycle, views, lanes), lanes)
+        yield from self._train_batches(views, _chunks(order, self._chunk), self._pass("train", cycle, views, lanes), lanes)
 
-    def _seen(self, views: list[TileSample], chunks: list[np.ndarray], kept: FeatureCache | None, lanes: WorkerPool) -> Iterator[Batch]:
+    def _train_batches(
+        self, views: list[TileSample], chunks: list[np.ndarray], kept: FeatureCache | None, lanes: WorkerPool
+    ) -> Iterator[Batch]:
         def cut_out(rows: np.ndarray) -> _Cut:
             return _Cut(rows, *self._cut_views([views[k] for k in rows]))
 
         def mapped(one: _Cut) -> Batch:
             pixels = apply_all(self.plan.augmentations, self._pixels(one.tiles), [views[k].draws for k in one.rows])
-            return self._batch("train", kept, one, pixels)
+            return self._batch(kept, one, pixels)
 
         return lanes.ahead(chunks, cut_out, mapped)
 
     def tiles(self, split: str, lanes: WorkerPool) -> Iterator[tuple[Batch, list[int]]]:
-        """All tiles of all images of ``val`` or ``test``, image by image in the order of each grid, and which image each is of."""
+        """All tiles of ``val`` or ``test``, image by image in the order of each grid, and the number of each tile's image."""
         corners = self._corners(split)
         chunks = _chunks(np.arange(len(corners)), self._chunk)
-        for rows, batch in zip(chunks, self._laid(split, corners, chunks, self._pass(split, 0, corners, lanes), lanes), strict=True):
+        for rows, batch in zip(
+            chunks, self._tile_batches(split, corners, chunks, self._pass(split, 0, corners, lanes), lanes), strict=True
+        ):
             yield batch, [corners[k][0] for k in rows]
 
     def _corners(self, split: str) -> list[tuple[int, int, int]]:
         return [(image, y, x) for image in range(len(self.pixels[split])) for y, x in self.grid(split, image)]
 
-    def _laid(
+    def _tile_batches(
         self, split: str, corners: list[tuple[int, int, int]], chunks: list[np.ndarray], kept: FeatureCache | None, lanes: WorkerPool
     ) -> Iterator[Batch]:
         def cut_out(rows: np.ndarray) -> _Cut:
             return _Cut(rows, *self._cut_corners(split, [corners[k] for k in rows]))
 
         def mapped(one: _Cut) -> Batch:
-            return self._batch(split, kept, one, self._pixels(one.tiles))
+            return self._batch(kept, one, self._pixels(one.tiles))
 
         return lanes.ahead(chunks, cut_out, mapped)
 
     # --- passes in shards -----------------------------------------------------------------------------------------------------------
 
     def passes(self, epochs: int) -> list[FeaturePass]:
-        """What this cohort will keep on disk in so many epochs."""
+        """The passes that this cohort caches on disk in so many epochs."""
         cycles = range(min(epochs, self.plan.run.repeat_views_every))
         keys = [("val", 0), *(("train", cycle) for cycle in cycles), ("test", 0)]
         return [self._pass_of(*key) for key in keys if self.place[key[0]] == "on disk"]
@@ -231,8 +246,10 @@ class Features:
         return FeaturePass(split=split, number=number, num=len(tiles), folder=str(self._folder(split, tiles)))
 
     def fill(self, one: FeaturePass, shard: int, lanes: WorkerPool) -> bool:
-        """Sees to it that a shard of a pass is there, with all levels of this trunk: found here, else in the shared cache, else computed and sent
-        there. Says whether it was computed. Raises CellbenchError."""
+        """Provides a shard of a pass with all levels of this backbone: found here, else in the shared cache, else computed and sent there.
+
+        Returns whether it was computed. Raises CellbenchError.
+        """
         return self._fill(one, ShardedCache(Path(one.folder), one.num), shard, lanes) == "computed"
 
     def _fill(self, one: FeaturePass, shards: ShardedCache, number: int, lanes: WorkerPool) -> str:
@@ -242,21 +259,26 @@ class Features:
         if shared is not None and shards.fetch(number, keys, shared, facts):
             return "fetched"
         tiles, chunks = self._tiles_of(one.split, one.number), _chunks(shards.rows(number), self._chunk)
-        made = self._seen(tiles, chunks, None, lanes) if one.split == "train" else self._laid(one.split, tiles, chunks, None, lanes)
-        maps = [batch.maps for batch in made]
+        make = self._train_batches if one.split == "train" else functools.partial(self._tile_batches, one.split)
+        maps = [batch.maps for batch in make(tiles, chunks, None, lanes)]
         shards.write(number, {i: torch.cat([m[i] for m in maps]) for i in keys}, facts)
         if shared is not None:
             shards.send(number, keys, shared)
         return "computed"
 
-    def _filled(self, one: FeaturePass, shared: RemoteCache, lanes: WorkerPool) -> ShardedCache:
-        """All shards of a pass. Raises CellbenchError."""
-        shards, num = ShardedCache(Path(one.folder), one.num), num_shards(one.num)
-        first = random.SystemRandom().randrange(num) if num else 0  # machines that begin at once begin elsewhere, and meet what others made
+    def _filled(self, one: FeaturePass, lanes: WorkerPool) -> ShardedCache:
+        """All shards of a pass. Raises CellbenchError, and OSError before anything is computed where the disk is too small."""
+        shards, num, shared = ShardedCache(Path(one.folder), one.num), num_shards(one.num), self._keeping.shared
+        missing = shards.missing(self.trunk.keys)
+        if shared is None and not missing:
+            return shards
+        shards.check_space(len(missing), self.trunk.map_bytes(self.tile_px[one.split]))
+        first = random.SystemRandom().randrange(num) if num else 0  # machines that start together start at different shards
         did = Counter(self._fill(one, shards, (first + k) % num, lanes) for k in range(num))
-        self._keeping.tell(
-            f"{one.split} features, in shards: {did['here']} here, {did['fetched']} from {shared.shown}, {did['computed']} computed."
-        )
+        if shared is not None:
+            self._keeping.tell(
+                f"{one.split} features, in shards: {did['here']} here, {did['fetched']} from {shared.shown}, {did['computed']} computed."
+            )
         return shards
 
     def _tiles_of(self, split: str, number: int) -> list[Any]:
@@ -267,15 +289,22 @@ class Features:
         return self.trunk.chunk
 
     def _pass(self, split: str, number: int, tiles: Sequence[object], lanes: WorkerPool) -> FeatureCache | None:
-        """Where the features of a pass are kept, opened at its first use."""
+        """The cache of a pass, opened at its first use."""
         if (split, number) not in self._passes:
             self._passes[split, number] = self._open(split, number, tiles, lanes)
         return self._passes[split, number]
 
     def _folder(self, split: str, tiles: Sequence[object]) -> Path:
-        """Named by everything that a pass's features hang on."""
+        """Named by everything that a pass's features depend on."""
         keeping, images = self._keeping, [sample.digest for sample in self.pixels[split].samples]
-        made = [keeping.key, str(self.trunk.machine.precision), self.tile_px[split], self.trunk.unfreeze, self.preparation.told(), *self.plan.own_code]
+        made = [
+            keeping.key,
+            str(self.trunk.machine.precision),
+            self.tile_px[split],
+            self.trunk.unfreeze,
+            self.preparation.told(),
+            *self.plan.own_code,
+        ]
         return features_dir() / keeping.backbone / hashlib.sha256(json.dumps([*made, images, tiles]).encode()).hexdigest()[:24]
 
     def _facts(self, split: str, num: int) -> dict[str, Any]:
@@ -283,44 +312,29 @@ class Features:
         return {"backbone": keeping.backbone, "dataset": keeping.dataset, "what": split, "num": num, "tile_px": self.tile_px[split]}
 
     def _open(self, split: str, number: int, tiles: Sequence[object], lanes: WorkerPool) -> FeatureCache | None:
-        num = len(tiles)
         if self.place[split] == "on disk":
-            folder = self._folder(split, tiles)
+            one = FeaturePass(split=split, number=number, num=len(tiles), folder=str(self._folder(split, tiles)))
             try:
-                if self._keeping.shared is not None:
-                    return self._filled(FeaturePass(split=split, number=number, num=num, folder=str(folder)), self._keeping.shared, lanes)
-                shards = ShardedCache(folder, num)
-                if not shards.missing(self.trunk.keys):
-                    return shards
-                return DiskCache(folder, num, self._facts(split, num))
+                return self._filled(one, lanes)
             except (OSError, CellbenchError) as error:
-                self._give_up(split, error)
-        return MemoryCache(num) if self.place[split] == "in memory" else None
+                self.place[split] = "streamed"
+                self._keeping.tell(f"{split} features cannot be cached on disk ({one_line(error)}) and are streamed.")
+        return MemoryCache(len(tiles)) if self.place[split] == "in memory" else None
 
-    def _give_up(self, split: str, error: Exception) -> None:
-        self.place[split] = "streamed"
-        for key in [key for key in self._passes if key[0] == split]:
-            self._passes[key] = None
-        self._keeping.tell(f"{split} features cannot be kept on disk ({one_line(error)}) and are streamed.")
-
-    def _maps(self, split: str, kept: FeatureCache | None, rows: np.ndarray, pixels: Tensor) -> dict[int, Tensor]:
+    def _maps(self, kept: FeatureCache | None, rows: np.ndarray, pixels: Tensor) -> dict[int, Tensor]:
         found = kept.get(rows, self.trunk.keys) if kept is not None else None
         if found is not None:
             return {i: m.to(pixels.device, non_blocking=True) for i, m in found.items()}
         maps = self.trunk.maps(pixels)
         if kept is not None and maps:
-            with self._keeping_lock:  # lanes compute side by side; what is kept is laid out by whoever comes first
-                if self.place[split] != "streamed":
-                    try:
-                        kept.put(rows, maps)
-                    except (OSError, CellbenchError) as error:
-                        self._give_up(split, error)
+            with self._cache_lock:  # lanes compute side by side, and the first one lays out the cache
+                kept.put(rows, maps)
         return maps
 
-    def _batch(self, split: str, kept: FeatureCache | None, one: _Cut, pixels: Tensor) -> Batch:
+    def _batch(self, kept: FeatureCache | None, one: _Cut, pixels: Tensor) -> Batch:
         auxiliary_targets = self._sent(one.auxiliary_targets) if one.auxiliary_targets is not None else None
-        ignoring = bool(one.masks.max() == IGNORE)  # here, where the masks are bytes in memory: a GPU would have to be waited for
-        return Batch(self._maps(split, kept, one.rows, pixels), pixels, self._sent(one.masks).long(), auxiliary_targets, ignoring)
+        ignoring = bool(one.masks.max() == IGNORE)  # on the CPU, or this would wait for the GPU
+        return Batch(self._maps(kept, one.rows, pixels), pixels, self._sent(one.masks).long(), auxiliary_targets, ignoring)
 
     def _cut_views(self, views: list[TileSample]) -> list[np.ndarray]:
         tiles = []
@@ -334,7 +348,7 @@ class Features:
         return [np.stack(alike) for alike in zip(*tiles, strict=True)]
 
     def _framed(self, split: str, image: int) -> tuple[np.ndarray, ...]:
-        """The framed image and class map, and its auxiliary targets where somebody learns them: the test's are nobody's."""
+        """The framed image and class map, and its auxiliary targets where a run learns them; the test has none."""
         pixels = self.pixels[split]
         pair = pixels.prepared(image, self.preparation)
         return (*pair, pixels.auxiliary_targets(image, self.framing)) if self._auxiliary_targets and split != "test" else pair
@@ -343,6 +357,6 @@ class Features:
         return self._sent(tiles_BTTC).permute(0, 3, 1, 2).float().div_(255)
 
     def _sent(self, array: np.ndarray) -> Tensor:
-        """On the device; to a GPU as bytes, from pinned memory, so that the copy does not hold up the computation."""
+        """On the device; to a GPU from pinned memory, so that the copy does not block the computation."""
         tensor, device = torch.from_numpy(array), self.trunk.machine.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,4 @@
-"""The frozen part of a backbone: pixels in, the maps of its levels out.
+"""The frozen part of a backbone: pixels in, the maps of some levels out.
 
 Letters: B tiles, D features, h x w places of a map, T x T a tile (which need not be square), N tokens.
 """
@@ -16,14 +16,14 @@ from cellbench.hardware import Hardware
 from cellbench.models.backbones.base import Backbone, Level
 
 TOKENS = -1
-"""The index of a trunk's last tokens, as a map (B, D, N, 1) of all N tokens, prefix tokens included, before any norm."""
+"""The index of the last tokens of a partly trained backbone: a map (B, D, N, 1) of all N tokens, prefix tokens included, before any norm."""
 
 
 class FrozenBackbone:
-    """The frozen part of a backbone on a device, and the levels of it that a cohort's heads read.
+    """The frozen part of a backbone on a device, and the levels that a cohort's heads read.
 
-    ``backbone`` is None for runs that read pixels only. With ``unfreeze = n`` the trunk ends n blocks early: what it gives is the tokens
-    there (under the index ``TOKENS``) and the levels before; the rest is each run's own tail.
+    ``backbone`` is None for runs that read pixels only. With ``unfreeze = n`` it ends n blocks early and returns the tokens there (index
+    ``TOKENS``) and the levels before; the remaining blocks are each run's trainable tail.
     """
 
     def __init__(self, backbone: Backbone | None, machine: Hardware, num_levels: Iterable[int], unfreeze: int = 0) -> None:
@@ -34,20 +34,20 @@ class FrozenBackbone:
         self.indices = tuple(sorted(picked))
         self._picked = tuple(picked[index] for index in self.indices)
         self.chunk = machine.chunk
-        """Tiles that go through the backbone at once."""
+        """Tiles in a batch."""
         self.seconds = 0.0
-        """Spent in the backbone so far, by all lanes together. On a GPU this is the time to hand the work over, unless something waits for it."""
+        """Seconds in the backbone, summed over lanes. On a GPU the time to launch the work, unless something waits for it."""
         self.cpu_seconds = 0.0
-        """Of the processor, by the lanes' own threads: other processes make ``seconds`` longer, this hardly."""
-        self._adding = threading.Lock()
+        """CPU seconds of the lanes' threads, which depend less on the machine's load."""
+        self._clock_lock = threading.Lock()
 
     def levels(self, num: int) -> tuple[Level, ...]:
-        """The levels that a head which reads ``num`` of them is given."""
+        """The levels for a head that reads ``num`` of them."""
         return self.backbone.pick(num) if self.backbone is not None else ()
 
     @property
     def keys(self) -> tuple[int, ...]:
-        """What a batch's maps are found under."""
+        """The indices of a batch's maps."""
         return (*self.indices, TOKENS) if self.unfreeze else self.indices
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class FrozenBackbone:
         start, start_cpu = time.perf_counter(), time.thread_time()
         num = len(pixels_BCTT)
         if num < self.chunk:
-            # Always the same shape: kernels are chosen by it, and another one may round differently (measured with bf16).
+            # Always the same shape: kernels depend on it, and another one may round differently (measured with bf16).
             pixels_BCTT = torch.cat([pixels_BCTT, pixels_BCTT.new_zeros(self.chunk - num, *pixels_BCTT.shape[1:])])
         with self.machine.autocast():
             if self.unfreeze:
@@ -66,24 +66,24 @@ class FrozenBackbone:
                 maps.append(tokens_BND.transpose(1, 2).unsqueeze(-1))
             else:
                 maps = self.backbone(pixels_BCTT, self.indices)
-        # A copy, because a head cannot learn from the tensors of inference mode; it changes precision and layout on the way.
+        # A copy, since tensors of inference mode cannot be used in training; it also changes precision and layout.
         kept = self.machine.precision
         copies = {
             i: torch.empty_like(m[:num], dtype=kept, memory_format=torch.channels_last).copy_(m[:num])
             for i, m in zip(self.keys, maps, strict=True)
         }
-        with self._adding:
+        with self._clock_lock:
             self.seconds += time.perf_counter() - start
             self.cpu_seconds += time.thread_time() - start_cpu
         return copies
 
     def map_bytes(self, tile_px: tuple[int, int]) -> int:
-        """Bytes of the maps of one tile of this height and width."""
+        """Bytes of the maps of a tile of this (height, width)."""
         size = 2 if self.machine.precision == torch.bfloat16 else 4
         places = sum(level.dim * _places(tile_px, level.stride_px) for level in self._picked)
         if self.unfreeze and self.backbone is not None:
             last = self.backbone.levels[-1]
-            places += last.dim * (_places(tile_px, last.stride_px) + 16)  # class and register tokens: 9 in the largest set known
+            places += last.dim * (_places(tile_px, last.stride_px) + 16)  # class and register tokens: 9 at most in known networks
         return size * places
 
 

@@ -1,4 +1,4 @@
-"""What a feature cache promises, and the one in memory."""
+"""The interface of a feature cache, and the cache in memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class FeatureCache(Protocol):
-    """The kept features of one pass."""
+    """The cached features of one pass."""
 
     def put(self, rows: np.ndarray, maps: Mapping[int, Tensor]) -> None:
-        """Keeps the maps (B, D, h, w) of these rows, by level index."""
+        """Stores the maps (B, D, h, w) of these rows, by level index."""
 
     def get(self, rows: np.ndarray, indices: tuple[int, ...]) -> dict[int, Tensor] | None:
         """The maps of these rows on the CPU, channels-last, or None where any is missing."""
@@ -23,7 +23,7 @@ class FeatureCache(Protocol):
 
 @dataclass
 class MemoryCache:
-    """Rows in memory, filled in as they are first computed."""
+    """Rows in memory, stored when they are first computed."""
 
     num: int
     maps: dict[int, Tensor] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""The shared cache: files at a URL of any protocol that fsspec speaks, for machines without a folder in common.
+"""The shared cache: files at a URL of any protocol of fsspec, for machines without a common folder.
 
-It only saves time. The cache folder stays what is read from; a URL that does not answer, is full or lacks its protocol's package is told once and
-asked again later, and what it could not give is computed.
+It only saves time: features are read from the local cache folder, and computed where the URL cannot provide them. A URL that does not answer,
+is full or lacks its protocol's package is reported once and tried again later.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from cellbench.files import atomic_file, cache_dir
 T = TypeVar("T")
 
 PUT_IS_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss"}
-"""Protocols of object stores: a put is seen whole or not at all, folders need not be made, and a rename would copy. Elsewhere a file is put beside
-its place and renamed."""
-REST_S = 60.0
-"""How long a URL that failed is left alone, or ten times as long as the failure took: waiting for it may cost a tenth of the time at most."""
+"""Protocols of object stores, where a put is atomic, folders need not exist, and a rename would copy. Elsewhere files are put under another name
+and renamed."""
+PAUSE_S = 60.0
+"""Least pause after a failure. It is ten times as long as the failure took, if that is longer: waiting costs a tenth of the time at most."""
 
 
 def shared_url() -> str:
@@ -33,29 +33,29 @@ def shared_url() -> str:
 
 
 class _Damaged(Exception):
-    """What was fetched does not fit."""
+    """The downloaded file is damaged."""
 
 
 class RemoteCache:
-    """The files below a URL, under the names that they have below the cache folder."""
+    """Files below a URL, with the same relative names as below the cache folder. ``tell`` is called with messages."""
 
     def __init__(self, url: str, tell: Callable[[str], None]) -> None:
         self._url, self._tell = url.rstrip("/"), tell
-        self._rests: dict[str, float] = {}
-        """Until when, by what could not be done."""
-        self._told: set[str] = set()
+        self._pauses: dict[str, float] = {}
+        """The end of the pause after a failure, by operation."""
+        self._reported: set[str] = set()
 
     @property
     def shown(self) -> str:
-        """The URL for people."""
+        """The URL without passwords."""
         return redact_passwords(self._url)
 
     def fetch(self, path: Path, fits: Callable[[Path], bool]) -> bool:
-        """Copies a file of the cache folder here, where it is there and ``fits``; one that does not fit is removed there. Says whether it did."""
+        """Downloads a file of the cache folder, if it exists there and ``fits``; one that does not fit is removed there. Returns success."""
         return bool(self._tried("read", lambda: self._fetched(path, fits)))
 
     def send(self, path: Path) -> None:
-        """Copies a file of the cache folder there, unless one of its name is."""
+        """Uploads a file of the cache folder, unless it exists there."""
         self._tried("written to", lambda: self._sent(path))
 
     def probe(self) -> None:
@@ -69,23 +69,23 @@ class RemoteCache:
                 self._put(fs, ours, place)
                 fs.get_file(place, str(theirs))
                 fs.rm_file(place)
-            except Exception as error:  # each protocol has errors of its own
+            except Exception as error:  # each protocol has its own errors
                 raise CellbenchError(f"{self.shown}: {self._why(error)}. Is it up, and are name and credentials right?") from None
             if theirs.read_text() != name:
-                raise CellbenchError(f"{self.shown}: gives back other bytes than it was sent. Name another CELLBENCH_CACHE_URL.")
+                raise CellbenchError(f"{self.shown}: returns other bytes than it was sent. Name another CELLBENCH_CACHE_URL.")
 
     def _tried(self, what: str, work: Callable[[], T]) -> T | None:
         start = time.monotonic()
-        if start < self._rests.get(what, 0.0):
+        if start < self._pauses.get(what, 0.0):
             return None
         try:
             return work()
-        except Exception as error:  # each protocol has errors of its own, and none of them may end a run
+        except Exception as error:  # each protocol has its own errors, and none of them may end a run
             now = time.monotonic()
-            self._rests[what] = now + max(REST_S, 10 * (now - start))
-            if what not in self._told:
-                self._told.add(what)
-                self._tell(f"the shared cache {self.shown} cannot be {what} ({self._why(error)}). It is left out, and tried again later.")
+            self._pauses[what] = now + max(PAUSE_S, 10 * (now - start))
+            if what not in self._reported:
+                self._reported.add(what)
+                self._tell(f"the shared cache {self.shown} cannot be {what} ({self._why(error)}). It is skipped, and tried again later.")
             return None
 
     def _fetched(self, path: Path, fits: Callable[[Path], bool]) -> bool:
@@ -118,12 +118,12 @@ class RemoteCache:
             fs.put_file(str(path), part)
             fs.mv(part, place)
         except BaseException:
-            with contextlib.suppress(Exception):  # it may be gone, with what held it; the first error is the one to tell
+            with contextlib.suppress(Exception):  # cleaning up may fail too; the first error is the one to raise
                 fs.rm_file(part)
             raise
 
     def _place(self, name: str) -> tuple[Any, str]:
-        """The file system and the path there."""
+        """The file system, and the path in it."""
         from fsspec.core import url_to_fs
 
         fs, root = url_to_fs(self._url)

@@ -1,16 +1,18 @@
-"""A pass's features in shards: files of some hundred tiles, each written whole or not at all, for processes on many machines to fill and to read.
+"""Features on disk, in shards: files of some hundred tiles, each written completely or not at all.
 
-Where `cellbench.features.disk_cache.DiskCache` grows in place, which asks that all its processes are on one machine, a shard never changes once it has its name:
-that is safe on a shared file system, and lets it travel whole to machines that share none. A shard counts only where the checksum in it fits.
+A shard never changes once it has its name. So processes on many machines can fill and read one folder, and a shard can be sent to machines
+without a common folder. A shard is used only if its checksum fits: damage costs the time to compute it again, never a wrong number.
 
-Letters: N rows, D features, h x w places of a map.
+Letters: N rows (tiles of a pass), D features, h x w places of a map.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Iterable, Mapping
@@ -24,53 +26,59 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cellbench.features.remote_cache import RemoteCache
-from cellbench.files import write_atomic
+from cellbench.files import make_folder, write_atomic
 
 ROWS = 256
-"""Tiles of a shard: 128 MB a level of a ViT-L in bf16 at 224 px. A multiple of every chunk that goes through a backbone at once."""
+"""Tiles of a shard: 128 MB for a level of a ViT-L in bf16 at 224 px. A multiple of every batch size of a backbone."""
 
 
 def num_shards(num: int) -> int:
-    """Of a pass of ``num`` tiles."""
+    """The shards of a pass of ``num`` tiles."""
     return -(-num // ROWS)
 
 
 class ShardedCache:
-    """The shards of one pass of ``num`` tiles, in a folder that may lie anywhere that all can read. As `cellbench.features.memory_cache.FeatureCache` they are only read."""
+    """The shards of one pass of ``num`` tiles in a folder. As a ``FeatureCache`` they are only read."""
 
     def __init__(self, folder: Path, num: int) -> None:
         self._folder, self._num = folder, num
         self._open: dict[tuple[int, int], Tensor | None] = {}
 
     def missing(self, indices: Iterable[int]) -> list[int]:
-        """The numbers of the shards that do not hold all of these levels yet."""
+        """The shards without a file of all these levels."""
         indices = list(indices)
         return [k for k in range(num_shards(self._num)) if not all(self._path(k, index).is_file() for index in indices)]
 
     def rows(self, number: int) -> np.ndarray:
-        """The rows of the pass that a shard holds."""
+        """The rows of the pass in a shard."""
         return np.arange(number * ROWS, min((number + 1) * ROWS, self._num))
 
+    def check_space(self, num: int, row_bytes: int) -> None:
+        """Raises OSError where ``num`` more shards would fill the disk."""
+        size = min(num * ROWS, self._num) * row_bytes
+        if size and shutil.disk_usage(make_folder(self._folder)).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def holds(self, number: int, indices: Iterable[int]) -> bool:
-        """Whether a shard holds all of these levels, undamaged: all of it is read."""
+        """Whether a shard holds all of these levels, undamaged; reads it."""
         return all(self._shard(number, index) is not None for index in indices)
 
     def fetch(self, number: int, indices: Iterable[int], shared: RemoteCache, facts: Mapping[str, Any]) -> bool:
-        """Takes what a shard lacks of these levels from the shared cache, where it is. Says whether it now holds all of them."""
+        """Downloads the levels that a shard lacks from the shared cache; returns whether it now holds all of them."""
         self._describe(facts)
         lacking = [index for index in indices if self._shard(number, index) is None]
-        for index in lacking:  # all, also where one is missing: what is damaged there gives way to what is computed
+        for index in lacking:  # all of them, since this also removes damaged files there
             self._open.pop((number, index))
             shared.fetch(self._path(number, index), lambda path: self._read(path, number) is not None)
         return self.holds(number, lacking)
 
     def send(self, number: int, indices: Iterable[int], shared: RemoteCache) -> None:
-        """Gives a shard's levels to the shared cache."""
+        """Uploads a shard's levels to the shared cache."""
         for index in indices:
             shared.send(self._path(number, index))
 
     def write(self, number: int, maps: Mapping[int, Tensor], facts: Mapping[str, Any]) -> None:
-        """Keeps the maps (N, D, h, w) of a shard's rows, by level index. Raises CellbenchError on a full disk."""
+        """Writes the maps (N, D, h, w) of a shard's rows, by level index. Raises CellbenchError on a full disk."""
         self._describe(facts)
         for index, m in maps.items():
             self._open.pop((number, index), None)
@@ -78,31 +86,33 @@ class ShardedCache:
             write_atomic(self._path(number, index), save({"rows": rows}, metadata={"crc": str(_crc(rows))}))
 
     def put(self, rows: np.ndarray, maps: Mapping[int, Tensor]) -> None:
-        """Nothing: what a damaged shard held is computed again each time."""
+        """Does nothing: the rows of a damaged shard are computed at each use."""
 
     def get(self, rows: np.ndarray, indices: tuple[int, ...]) -> dict[int, Tensor] | None:
         """The maps of these rows on the CPU, channels-last, or None where any is missing."""
         numbers, places = rows // ROWS, torch.from_numpy(rows % ROWS)
         out = {}
         for index in indices:
-            parts = {int(k): self._shard(int(k), index) for k in np.unique(numbers)}
-            if any(part is None for part in parts.values()):
-                return None
-            some = next(iter(parts.values()))
-            found = torch.empty((len(rows), *some.shape[1:]), dtype=some.dtype)
-            for k, part in parts.items():
+            found: Tensor | None = None
+            for k in np.unique(numbers).tolist():
+                shard = self._shard(k, index)
+                if shard is None:
+                    return None
+                if found is None:
+                    found = torch.empty((len(rows), *shard.shape[1:]), dtype=shard.dtype)
                 mine = torch.from_numpy(numbers == k)
-                found[mine] = part[places[mine]]
-            out[index] = found.permute(0, 3, 1, 2)
+                found[mine] = shard[places[mine]]
+            if found is not None:
+                out[index] = found.permute(0, 3, 1, 2)
         return out
 
     def _shard(self, number: int, index: int) -> Tensor | None:
-        """The rows of a shard, mapped into memory; None where it is absent or damaged."""
+        """The rows of a shard, memory-mapped; None where it is missing or damaged."""
         if (number, index) not in self._open:
             rows = self._open[number, index] = self._read(self._path(number, index), number)
             if rows is not None:
-                with contextlib.suppress(OSError):  # a folder of somebody else's
-                    os.utime(self._folder / "facts.json")  # when it was last of use, for pruning
+                with contextlib.suppress(OSError):  # another user's folder
+                    os.utime(self._folder / "facts.json")  # the last use, for pruning
         return self._open[number, index]
 
     def _read(self, path: Path, number: int) -> Tensor | None:
@@ -122,4 +132,4 @@ class ShardedCache:
 
 
 def _crc(rows: Tensor) -> int:
-    return zlib.crc32(rows.view(torch.uint8).numpy())
+    return zlib.crc32(rows.view(torch.uint8).numpy().data)

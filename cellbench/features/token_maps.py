@@ -1,4 +1,4 @@
-"""A backbone's last map of one image under one framing, laid over the image: as colours (principal components), or as likeness to one place.
+"""A backbone's last map of an image under one framing, resampled to the image: principal components as colours, or similarity to one place.
 
 Letters: B tiles, D features, h x w places of a tile's map, N places in all, H x W pixels of the image.
 """
@@ -19,7 +19,7 @@ from cellbench.features.frozen_backbone import FrozenBackbone
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMaps:
-    """What a backbone sees in an image, and where."""
+    """The last maps of an image's tiles."""
 
     framing: Framing
     size_px: Size
@@ -38,8 +38,8 @@ class FeatureMaps:
         """(N, D), tile by tile, row by row."""
         return self.maps.permute(0, 2, 3, 1).flatten(0, 2)
 
-    def laid(self, values_NC: Tensor) -> np.ndarray:
-        """Values of every place, in the order of ``tokens``, as a picture (H, W, C) float32 at the image's own pixels."""
+    def to_image(self, values_NC: Tensor) -> np.ndarray:
+        """Values of all places, in the order of ``tokens``, as an image (H, W, C) float32 of the original size."""
         num, _, height, width = self.maps.shape
         tiles = values_NC.view(num, height, width, -1).permute(0, 3, 1, 2)
         canvas_CHW = torch.empty(tiles.shape[1], self.grid.height_px, self.grid.width_px)
@@ -49,7 +49,7 @@ class FeatureMaps:
         return self.framing.back(canvas_CHW, self.size_px).permute(1, 2, 0).numpy()
 
     def place(self, y_px: float, x_px: float) -> int:
-        """The number of the place that shows a pixel of the image, in the tile that owns it."""
+        """The number of the place at a pixel of the image, in the tile that owns it."""
         framed = (self.grid.height_px, self.grid.width_px)
         y, x = (min(int((p + 0.5) * f / n), f - 1) for p, f, n in zip((y_px, x_px), framed, self.size_px, strict=True))
         height, width = self.maps.shape[2:]
@@ -60,7 +60,7 @@ class FeatureMaps:
 
 
 def feature_maps(trunk: FrozenBackbone, framing: Framing, image: np.ndarray) -> FeatureMaps:
-    """The last map of an image (H, W, 3) uint8, in tiles that overlap as little as they can."""
+    """The last maps of an image (H, W, 3) uint8, in tiles with the least overlap."""
     size = image.shape[:2]
     tile_px = framing.tile_px([size])
     grid, framed = framing.grid(size, tile_px, 0.0), framing.image(image)
@@ -74,26 +74,25 @@ def feature_maps(trunk: FrozenBackbone, framing: Framing, image: np.ndarray) -> 
 
 
 def pca_rgb(views: Sequence[FeatureMaps]) -> list[np.ndarray]:
-    """The first three principal components of each view's places as pictures (H, W, 3) in 0..1, red the first.
+    """The first three principal components of each view's places as images (H, W, 3) in 0..1, red the first.
 
-    One PCA for all views, each counted alike however many places it has: of one backbone, so that a colour means the same in all of its
-    framings.
+    One PCA for all views of one backbone, with equal weights, so that a colour means the same in all its framings.
     """
     tokens = [view.tokens for view in views]
     mean_D = torch.stack([t.mean(0) for t in tokens]).mean(0)
     centred = [t - mean_D for t in tokens]
     covariance_DD = torch.stack([t.T.double() @ t.double() / len(t) for t in centred]).mean(0)
     axes_D3 = torch.linalg.eigh(covariance_DD).eigenvectors.flip(1)[:, :3].float()
-    # The sign of a component means nothing; fixed, so that two calls give the same colours.
+    # The sign of a component is arbitrary; fixed here, so that two calls give the same colours.
     axes_D3 = axes_D3 * axes_D3[axes_D3.abs().argmax(0), range(axes_D3.shape[1])].sign()
     projected = [t @ axes_D3 for t in centred]
     low, high = (
         torch.cat([torch.quantile(p[:: -(-len(p) // 4000)], torch.tensor([0.02, 0.98]), dim=0) for p in projected]).view(-1, 2, 3).mean(0)
     )
-    return [view.laid(((p - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)) for view, p in zip(views, projected, strict=True)]
+    return [view.to_image(((p - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)) for view, p in zip(views, projected, strict=True)]
 
 
 def cosine_map(view: FeatureMaps, y_px: float, x_px: float) -> np.ndarray:
-    """How alike every place is to the one that shows this pixel: cosine, -1 to 1, as a picture (H, W)."""
+    """Cosine similarity (-1 to 1) of every place to the one at this pixel, as an image (H, W)."""
     tokens = torch.nn.functional.normalize(view.tokens, dim=1)
-    return view.laid((tokens @ tokens[view.place(y_px, x_px)])[:, None])[..., 0]
+    return view.to_image((tokens @ tokens[view.place(y_px, x_px)])[:, None])[..., 0]

@@ -56,7 +56,7 @@ def test_the_figures_are_those_of_the_masks(small_folder) -> None:
 def test_values_lie_where_their_places_are(image) -> None:
     for view in views(image):
         number = torch.arange(len(view.tokens), dtype=torch.float32)
-        laid = view.laid(number[:, None])[..., 0]
+        laid = view.to_image(number[:, None])[..., 0]
         assert laid.shape == (100, 170)
         for y, x in ((0, 0), (99, 169), (50, 80), (13, 140), (77, 5)):
             assert 0 <= view.place(y, x) < len(number)
@@ -69,7 +69,7 @@ def test_a_patch_is_seen_where_it_is(image) -> None:
     other = image.copy()
     other[48:64, 112:128] = 255
     for before, after in zip(views(image), views(other), strict=True):
-        change = before.laid((after.tokens - before.tokens).norm(dim=1)[:, None])[..., 0]
+        change = before.to_image((after.tokens - before.tokens).norm(dim=1)[:, None])[..., 0]
         y, x = np.unravel_index(change.argmax(), change.shape)
         # Half the block, and a place of the map in own pixels.
         reach = 8 + before.stride_px * max(
@@ -89,7 +89,7 @@ def test_colours_are_principal_components_shared_by_all_views_and_the_same_again
     tokens = some[0].tokens.double().numpy()
     _, _, axes = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
     for channel in range(3):
-        component = some[0].laid(torch.from_numpy((tokens - tokens.mean(0)) @ axes[channel]).float()[:, None])[..., 0]
+        component = some[0].to_image(torch.from_numpy((tokens - tokens.mean(0)) @ axes[channel]).float()[:, None])[..., 0]
         inside = (alone[..., channel] > 0) & (alone[..., channel] < 1)  # the outer 2 % are cut off
         assert abs(np.corrcoef(alone[..., channel][inside], component[inside])[0, 1]) > 0.999
 

@@ -163,7 +163,7 @@ def test_a_full_url_keeps_nothing_half_written_is_told_once_and_still_read(tmp_p
 
 def test_a_url_that_failed_is_asked_again_later(tmp_path, monkeypatch):
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("cellbench.features.remote_cache.REST_S", 0.0)
+    monkeypatch.setattr("cellbench.features.remote_cache.PAUSE_S", 0.0)
     path, said = tmp_path / "cache" / "a", []
     shared = RemoteCache(f"file://{tmp_path}/there/deeper", said.append)
     path.parent.mkdir()
@@ -171,7 +171,7 @@ def test_a_url_that_failed_is_asked_again_later(tmp_path, monkeypatch):
     (tmp_path / "there").write_text("a file where a folder belongs")
     shared.send(path)
     (tmp_path / "there").unlink()
-    shared._rests = {key: until - 10 for key, until in shared._rests.items()}
+    shared._pauses = {key: until - 10 for key, until in shared._pauses.items()}
     shared.send(path)
     assert (tmp_path / "there" / "deeper" / "a").read_text() == "a"
     assert len(said) == 1

@@ -89,9 +89,9 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
     computed = []
     whole = Features._batch
 
-    def batch(self, split, kept, one, pixels):
+    def batch(self, kept, one, pixels):
         computed.append(kept.get(one.rows, self.trunk.keys) is None)
-        return whole(self, split, kept, one, pixels)
+        return whole(self, kept, one, pixels)
 
     monkeypatch.setattr(Features, "_batch", batch)
     assert main([*QUESTION, *KEPT, "--cache", f"{folder / 'cache'}:256M"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,26 +81,19 @@ def test_features_on_disk_serve_the_next_call_without_the_trunk(dataset):
     assert same(first[0], learners[0])
 
 
-def test_damaged_features_are_computed_again(dataset):
+@pytest.mark.parametrize("damage", [lambda data: data[:-1] + bytes([data[-1] ^ 0xFF]), lambda data: data[:-8], lambda data: b"{}"])
+def test_damaged_features_are_computed_again(dataset, damage):
     runs = [run_of("fpn", repeat_views_every=1)]
     first = fitted(dataset, runs, **DISK)
-    for file in features_dir().rglob("level-*.bin"):
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 0xFF
-        file.write_bytes(data)
+    files = list(features_dir().rglob("level-*.safetensors"))
+    assert files
+    for file in files:
+        file.write_bytes(damage(file.read_bytes()))
     assert same(first[0], fitted(dataset, runs, **DISK)[0])
 
 
-@pytest.mark.parametrize("suffix", ["bin", "crc", "json"])
-def test_a_truncated_or_foreign_file_is_made_anew(dataset, suffix):
-    runs = [run_of("bilinear", repeat_views_every=1)]
-    first = fitted(dataset, runs, **DISK)
-    for file in features_dir().rglob(f"level-*.{suffix}"):
-        file.write_bytes(b"{}" if suffix == "json" else file.read_bytes()[:-8])
-    assert same(first[0], fitted(dataset, runs, **DISK)[0])
-
-
-def test_a_disk_that_fills_up_is_told_and_features_are_streamed(dataset, monkeypatch):
+@pytest.mark.parametrize("when", ["before", "while writing"])
+def test_features_are_streamed_where_the_disk_is_too_small(dataset, monkeypatch, when):
     runs = [run_of("fpn", repeat_views_every=1)]
     streamed = fitted(dataset, runs, memory_bytes=0)
     said = []
@@ -107,10 +101,13 @@ def test_a_disk_that_fills_up_is_told_and_features_are_streamed(dataset, monkeyp
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("cellbench.features.disk_cache._reserve", full)
+    if when == "before":
+        monkeypatch.setattr("cellbench.features.sharded_cache.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    else:
+        monkeypatch.setattr("cellbench.features.sharded_cache.write_atomic", full)
     assert same(streamed[0], fitted(dataset, runs, **DISK, tell=said.append)[0])
     assert any("No space left" in line for line in said)
-    assert not list(features_dir().rglob("*.bin*"))
+    assert not list(features_dir().rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("unfreeze", [1, 3])
