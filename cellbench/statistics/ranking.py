@@ -39,7 +39,6 @@ class CriticalDifference:
     """Nemenyi: mean ranks less than this apart do not differ significantly. None for two models, and where the images are too few."""
     cliques: tuple[tuple[str, ...], ...]
     """Largest groups of neighbours without a significant difference, two or more models each: the bars of the diagram."""
-    alpha: float
     notes: tuple[str, ...]
 
 
@@ -105,7 +104,6 @@ def critical_difference(models: Sequence[ModelScores], *, num_tests: int | None 
         p=p,
         critical_difference=critical,
         cliques=tuple(tuple(names[order[n]] for n in clique) for clique in cliques),
-        alpha=alpha,
         notes=tuple(notes),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from cellbench.errors import CellbenchError
 from cellbench.metrics.pixel import impute_missing, nan_mean
-from cellbench.statistics.bootstrap import RESAMPLES, Interval, mean_interval, negate
+from cellbench.statistics.bootstrap import Interval, negate
 from cellbench.statistics.hypothesis_tests import DECIMALS
 
 
@@ -79,19 +78,6 @@ class ModelScores:
         """Over the images that have a score; NaN where none has."""
         return nan_mean(self.values)
 
-    @property
-    def seed_sd(self) -> float | None:
-        """Standard deviation (n - 1) between the seeds' mean scores; None for one seed."""
-        return seed_sd(self.values)
-
-    def interval(self, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-        """Of the mean, over the images that have a score."""
-        kept = ~self.empty
-        groups = None if self.groups is None else [group for group, keep in zip(self.groups, kept, strict=True) if keep]
-        if not kept.any():
-            return Interval(mean=math.nan, low=None, high=None, num=0, note="no image has a score", level=level)
-        return mean_interval(self.per_image[kept], groups=groups, level=level, resamples=resamples, seed=seed)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -115,10 +101,6 @@ class Difference:
     """Images where ``a`` is better: higher, or lower if ``lower_is_better``."""
     ties: int
     losses: int
-    num_dropped: int
-    """Images that only one of the two has."""
-    seed_sd_a: float | None
-    seed_sd_b: float | None
     p_folds: float | None
     """Corrected resampled t-test over folds (Nadeau & Bengio 2003), where both models share folds. Not adjusted."""
     lower_is_better: bool
@@ -162,8 +144,6 @@ def swap_sides(d: Difference) -> Difference:
         effect=-d.effect + 0.0,
         wins=d.losses,
         losses=d.wins,
-        seed_sd_a=d.seed_sd_b,
-        seed_sd_b=d.seed_sd_a,
     )
 
 

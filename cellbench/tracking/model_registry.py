@@ -16,7 +16,7 @@ from cellbench.errors import CellbenchError
 from cellbench.files import os_errors_as
 from cellbench.tracking.offline_queue import NotFoundError
 from cellbench.tracking.schema import EXPERIMENT, FINGERPRINT, MODEL, NOTE, VERDICT, RunRecord
-from cellbench.tracking.tracker import Tracker
+from cellbench.tracking.tracker import Tracker, pages
 
 EPOCH_METRICS = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
 """One value an epoch; all other metrics of a run have one value."""
@@ -61,17 +61,11 @@ SUPERSEDED = "superseded"
 
 def mark_superseded(tracker: Tracker, winners: Collection[str]) -> None:
     """Marks the experiment's entries that are no winners any more; ``winners``: ids of those that are."""
-    token = None
-    while True:
-        page = tracker.client.search_logged_models([tracker.experiment_id], page_token=token)
-        for model in page:
-            before = model.tags.get(VERDICT, SUPERSEDED)
-            if model.model_id not in winners and before != SUPERSEDED:
-                note = f"In '{tracker.name}': superseded by later runs. Before: {before}."
-                tracker.client.set_logged_model_tags(model.model_id, {VERDICT: SUPERSEDED, NOTE: note})
-        token = page.token
-        if not token:
-            return
+    for model in pages(tracker.client.search_logged_models, [tracker.experiment_id]):
+        before = model.tags.get(VERDICT, SUPERSEDED)
+        if model.model_id not in winners and before != SUPERSEDED:
+            note = f"In '{tracker.name}': superseded by later runs. Before: {before}."
+            tracker.client.set_logged_model_tags(model.model_id, {VERDICT: SUPERSEDED, NOTE: note})
 
 
 def write_model_files(folder: Path, tracker: Tracker, run: RunRecord, model_id: str) -> None:

@@ -13,7 +13,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,34 +99,20 @@ class Tracker:
     def known(self, fingerprint: str = "") -> dict[str, RunState]:
         """The runs of this experiment by fingerprint, or only those of one; of several the finished one, else the latest."""
         found: dict[str, RunState] = {}
-        token, wanted = None, f"= '{fingerprint}'" if fingerprint else "!= ''"
-        while True:
-            page = self.client.search_runs(
-                [self.experiment_id],
-                f"tags.`{FINGERPRINT}` {wanted}",
-                max_results=1000,
-                page_token=token,
-                order_by=["attributes.start_time ASC"],
-            )
-            for run in page:
-                logged = to_record(run)
-                old = found.get(logged.fingerprint)
-                if old is None or old.status != "finished":
-                    found[logged.fingerprint] = logged
-            token = page.token
-            if not token:
-                return found
+        wanted = f"= '{fingerprint}'" if fingerprint else "!= ''"
+        for run in self._runs(f"tags.`{FINGERPRINT}` {wanted}"):
+            old = found.get(run.fingerprint)
+            if old is None or old.status != "finished":
+                found[run.fingerprint] = run
+        return found
 
     def stored(self) -> list[RunRecord]:
         """All runs of this experiment that are not deleted, the oldest first; also those that cellbench did not make."""
-        found: list[RunRecord] = []
-        token = None
-        while True:
-            page = self.client.search_runs([self.experiment_id], max_results=1000, page_token=token, order_by=["attributes.start_time ASC"])
-            found += [to_record(run) for run in page]
-            token = page.token
-            if not token:
-                return found
+        return list(self._runs())
+
+    def _runs(self, search: str = "") -> Iterator[RunRecord]:
+        order = ["attributes.start_time ASC"]
+        yield from map(to_record, pages(self.client.search_runs, [self.experiment_id], search, order_by=order, max_results=1000))
 
     def num_deleted(self) -> int:
         """Runs that were deleted in the UI and are not purged yet."""
@@ -343,19 +329,15 @@ def newest_experiment(*, whole: bool = False) -> str | None:
     data (``--limit``) count only where there are no others."""
     client = _reader()
     names = {one.experiment_id: one.name for one in client.search_experiments()}
-    first, token = None, None
-    while True:
-        page = client.search_runs(
-            list(names), f"tags.`{STATUS}` = 'finished'", max_results=100, order_by=["attributes.start_time DESC"], page_token=token
-        )
+    newest, order = None, ["attributes.start_time DESC"]
+    for run in pages(client.search_runs, list(names), f"tags.`{STATUS}` = 'finished'", order_by=order, max_results=100):
         # Grids, evaluations and explorations are no models. Filtered here: servers of an older MLflow do not know IS NULL.
-        found = [stored for run in page if not (stored := to_record(run)).is_parent]
-        first = first or next((stored.run_id for stored in found), None)
-        chosen = next((stored.run_id for stored in found if LIMIT not in stored.tags), None) if whole else first
-        token = page.token
-        if chosen or not token:
-            break
-    return None if (run_id := chosen or first) is None else names[client.get_run(run_id).info.experiment_id]
+        if not (record := to_record(run)).is_parent:
+            newest = newest or run
+            if not whole or LIMIT not in record.tags:
+                newest = run
+                break
+    return None if newest is None else names[newest.info.experiment_id]
 
 
 def all_experiments() -> list[str]:
@@ -401,3 +383,14 @@ def _store(make: bool) -> Iterator[tuple[Any, ResilientClient]]:
 def _path(uri: str) -> str:
     """The path of a ``file:`` URI, or of a plain path."""
     return url2pathname(urlparse(uri).path) if uri.startswith("file:") else uri
+
+
+def pages(search: Callable[..., Any], *arguments: Any, **named: Any) -> Iterator[Any]:
+    """The results of all pages of one of MLflow's searches."""
+    token = None
+    while True:
+        page = search(*arguments, **named, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
