@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellbench import startup
-from cellbench.config.cards import BackboneCard, HeadCard
+from cellbench.config.cards import BackboneCard, Card
 from cellbench.config.options import DoctorOptions
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown_name
@@ -226,22 +226,25 @@ def _self_test(card: BackboneCard, weights: Path | None, here: Hardware) -> int:
 # --- the contracts ------------------------------------------------------------------------------------------------------------------
 
 
-def _parts(registry: Registry, names: Sequence[str], extra: Path | None) -> list[BackboneCard | HeadCard]:
-    """The backbones and heads named; none named: those of the user's folder, or, without one, all."""
-    known = [(kind, name) for kind in ("backbones", "heads") for name in registry.names(kind)]
+CHECKED = ("backbones", "heads", "losses", "augmentations", "metrics")
+
+
+def _parts(registry: Registry, names: Sequence[str], extra: Path | None) -> list[Card]:
+    """The components named; none named: those of the user's folder, or, without one, all."""
+    known = [(kind, name) for kind in CHECKED for name in registry.names(kind)]
     for name in names:
         if name not in {each for _, each in known}:
-            raise unknown_name("backbone or head", name, {each for _, each in known})
+            raise unknown_name("component", name, {each for _, each in known})
     cards = [registry.card(kind, name) for kind, name in known if not names or name in names]
     if names or extra is None:
         return cards
     own = [card for card in cards if Path(card.path).is_relative_to(extra)]
     if not own:
-        raise CellbenchError(f"--registry {extra}: holds no backbone and no head. Put cards into backbones/ or heads/ there.")
+        raise CellbenchError(f"--registry {extra}: holds nothing to check. Put cards into {', '.join(f'{kind}/' for kind in CHECKED)} there.")
     return own
 
 
-def _contracts(cards: list[BackboneCard | HeadCard]) -> int:
+def _contracts(cards: list[Card]) -> int:
     from cellbench.diagnostics.plugin_checks import verdicts
 
     start, num, broken = time.monotonic(), 0, 0

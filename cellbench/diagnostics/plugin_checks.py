@@ -1,4 +1,4 @@
-"""The contracts that every backbone and head must keep. Tests run them on the shipped cards, ``doctor --contracts`` on a user's own.
+"""The contracts that every backbone, head, loss, augmentation and metric must keep. Tests run them on the shipped cards, ``doctor --contracts`` on a user's own.
 
 A contract is a function that returns the empty string, or the reason why it is broken. Backbones are built with random weights and few
 blocks, heads with seed 0, all on the CPU in float32: nothing is downloaded, and a card takes a second or two.
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cellbench.config.cards import BackboneCard, HeadCard
+from cellbench.config.cards import KINDS, BackboneCard, Card, HeadCard
 from cellbench.diagnostics.backbone_checks import BACKBONE, failure_reason, small_backbone
+from cellbench.diagnostics.extension_checks import EXTENSIONS
 from cellbench.diagnostics.head_checks import HEAD
 from cellbench.errors import one_line
 
@@ -24,11 +25,15 @@ class Verdict:
     reason: str
 
 
-def verdicts(card: BackboneCard | HeadCard) -> Iterator[Verdict]:
+def verdicts(card: Card) -> Iterator[Verdict]:
     """The result of every contract of a card's kind; for a backbone that cannot be built, that one alone."""
+    for name, contract in EXTENSIONS.get(type(card), {}).items():
+        kind = next(kind for kind, record in KINDS.items() if record is type(card))
+        yield Verdict(card=f"{kind}/{card.id}", contract=name, reason=failure_reason(contract, card))
     if isinstance(card, HeadCard):
         for name, head_contract in HEAD.items():
             yield Verdict(card=f"heads/{card.id}", contract=name, reason=failure_reason(head_contract, card))
+    if not isinstance(card, BackboneCard):
         return
     try:
         backbone = small_backbone(card)
@@ -36,5 +41,5 @@ def verdicts(card: BackboneCard | HeadCard) -> Iterator[Verdict]:
         yield Verdict(card=f"backbones/{card.id}", contract="can be built", reason=f"{type(error).__name__}: {one_line(error)[:200]}")
         return
     yield Verdict(card=f"backbones/{card.id}", contract="can be built", reason="")
-    for name, contract in BACKBONE.items():
-        yield Verdict(card=f"backbones/{card.id}", contract=name, reason=failure_reason(contract, card, backbone))
+    for name, backbone_contract in BACKBONE.items():
+        yield Verdict(card=f"backbones/{card.id}", contract=name, reason=failure_reason(backbone_contract, card, backbone))

@@ -224,13 +224,13 @@ def test_contracts_of_shipped_parts_are_run_by_name(capsys: pytest.CaptureFixtur
     assert "ok    heads/bilinear  gradient" in printed
     assert "ok    backbones/filter-bank  frozen" in printed
     assert main(["doctor", "--contracts", "bilinaer"]) == 2
-    assert "no backbone or head called 'bilinaer'. Did you mean 'bilinear'?" in capsys.readouterr().err
+    assert "no component called 'bilinaer'. Did you mean 'bilinear'?" in capsys.readouterr().err
 
 
 def test_a_folder_without_parts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "heads").mkdir()
     assert main(["doctor", "--contracts", "--registry", str(tmp_path)]) == 2
-    assert "holds no backbone and no head" in capsys.readouterr().err
+    assert "holds nothing to check" in capsys.readouterr().err
 
 
 def test_code_of_two_folders_with_one_file_name_does_not_meet(tmp_path: Path) -> None:
