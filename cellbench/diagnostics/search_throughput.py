@@ -50,7 +50,8 @@ def measure_throughput(
         "run": dict(run),
     }
     (together_s, together), (alone_s, alone) = (
-        _search(Space.of({**tree, "search": {**search, "batch": batch}}, "bench", registry, objectives()), registry, fit_cohort) for batch in (num, 1)
+        _search(Space.of({**tree, "search": {**search, "batch": batch}}, "bench", registry, objectives()), registry, fit_cohort)
+        for batch in (num, 1)
     )
     same = all(
         trial == trial_alone and all(abs(x - y) <= tolerance for x, y in zip(values, values_alone, strict=True))

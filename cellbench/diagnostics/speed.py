@@ -175,7 +175,7 @@ def _naive(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrainer
             model: torch.nn.Module = build_model(run, setup.registry.part(run), trunk, len(setup.dataset.classes)).head
             if head == "transposed-conv" and how == "reopen":  # the published head; with images held ours, whose Dice is compared
                 model = naive_reference.PublishedHead(setup.frozen.levels[-1].dim, len(setup.dataset.classes))
-            model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.contiguous_format)
             epochs = setup.epochs if how == "held" and not setup.quick else 1
             start = time.perf_counter()
             with _all_cores(setup.machine):

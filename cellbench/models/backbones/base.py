@@ -69,7 +69,12 @@ class Backbone(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
-        """:meth:`maps` of tiles (B, 3, H, W) float32, RGB in 0..1."""
+        """:meth:`maps` of tiles (B, 3, H, W) float32, RGB in 0..1. Raises ValueError for an unknown level or a wrong size of tiles."""
+        height, width = pixels_BCHW.shape[-2:]
+        if height % self.tile_multiple_px or width % self.tile_multiple_px:
+            raise ValueError(f"a tile of {height} x {width} px: sides must be multiples of {self.tile_multiple_px} px")
+        if not all(0 <= index < len(self.levels) for index in indices):
+            raise ValueError(f"levels {indices}: there are 0 to {len(self.levels) - 1}")
         return self.maps((pixels_BCHW - self.mean) / self.std, indices)
 
     @torch.inference_mode()

@@ -17,6 +17,7 @@ from cellbench.config.cards import BackboneCard
 from cellbench.errors import CellbenchError, unknown_name
 from cellbench.models.backbones.base import Backbone, Level
 from cellbench.models.backbones.state_dict import load_strictly, to_timm_names
+from cellbench.models.backbones.timm_vit import intermediates, model_name
 
 
 class TimmPyramid(Backbone):
@@ -32,16 +33,8 @@ class TimmPyramid(Backbone):
         self.tile_multiple_px = self.levels[-1].stride_px
 
     def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
-        """See ``Backbone.maps``. Skips stages behind the deepest level asked for. Raises ValueError for an unknown level or a wrong size."""
-        height, width = x_BCHW.shape[-2:]
-        if height % self.tile_multiple_px or width % self.tile_multiple_px:
-            raise ValueError(f"a tile of {height} x {width} px: sides must be multiples of {self.tile_multiple_px} px")
-        if not all(0 <= index < len(self.levels) for index in indices):
-            raise ValueError(f"levels {indices}: there are 0 to {len(self.levels) - 1}")
-        wanted = sorted(set(indices))
-        maps = self.net.forward_intermediates(x_BCHW, indices=wanted, stop_early=True, intermediates_only=True)
-        found = {index: _normed(map_BDhw) for index, map_BDhw in zip(wanted, maps, strict=True)}
-        return [found[index] for index in indices]
+        """See ``Backbone.maps``. Skips stages behind the deepest level asked for."""
+        return [_normed(map_BDhw) for map_BDhw in intermediates(self.net, x_BCHW, indices, norm=False)]
 
 
 def _normed(map_BDhw: Tensor) -> Tensor:
@@ -57,9 +50,7 @@ def timm_pyramid(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbon
     for key in card.arch:
         if key not in ("name", "seed"):
             raise unknown_name("setting", key, ("name", "seed"), where=f"{card.path}: [arch]")
-    name = card.arch.get("name")
-    if not isinstance(name, str) or not timm.is_model(name):
-        raise CellbenchError(f"{card.path}: [arch] name = {name!r}: timm {timm.__version__} has no such model; timm.list_models() has.")
+    name = model_name(card)
     if state is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(card.arch.get("seed", 0)))

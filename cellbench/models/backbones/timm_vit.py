@@ -41,18 +41,8 @@ class TimmViT(Backbone):
         self.tile_multiple_px = card.patch_px
 
     def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
-        """See ``Backbone.maps``. Skips blocks behind the deepest level asked for. Raises ValueError for an unknown level or a wrong size."""
-        height, width = x_BCHW.shape[-2:]
-        if height % self.tile_multiple_px or width % self.tile_multiple_px:
-            raise ValueError(f"a tile of {height} x {width} px: sides must be multiples of the {self.tile_multiple_px} px patch")
-        if not all(0 <= index < len(self.levels) for index in indices):
-            raise ValueError(f"levels {indices}: there are 0 to {len(self.levels) - 1}")
-        wanted = sorted(set(indices))  # timm returns them shallow to deep
-        maps = self.net.forward_intermediates(
-            x_BCHW, indices=wanted, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
-        )
-        found = dict(zip(wanted, maps, strict=True))
-        return [found[index] for index in indices]
+        """See ``Backbone.maps``. Skips blocks behind the deepest level asked for."""
+        return intermediates(self.net, x_BCHW, indices, norm=True)
 
     def begin(self, x_BCHW: Tensor, indices: tuple[int, ...], num_blocks: int) -> tuple[list[Tensor], Tensor]:
         """See ``Backbone.begin``. Runs the blocks as timm's forward does, so that the cut changes no number."""
@@ -107,6 +97,22 @@ def tokens_to_map(x_BND: Tensor, num_prefix: int, places: tuple[int, int]) -> Te
     return x_BND[:, num_prefix:].unflatten(1, places).permute(0, 3, 1, 2)
 
 
+def intermediates(net: Any, x_BCHW: Tensor, indices: tuple[int, ...], norm: bool) -> list[Tensor]:
+    """The maps (B, D, h, w) of a timm network at ``indices``, in their order; without the layers behind the deepest one."""
+    wanted = sorted(set(indices))  # timm returns them shallow to deep
+    maps = net.forward_intermediates(x_BCHW, indices=wanted, norm=norm, stop_early=True, output_fmt="NCHW", intermediates_only=True)
+    found = dict(zip(wanted, maps, strict=True))
+    return [found[index] for index in indices]
+
+
+def model_name(card: BackboneCard) -> str:
+    """``[arch] name``. Raises CellbenchError where timm has no such model."""
+    name = card.arch.get("name")
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise CellbenchError(f"{card.path}: [arch] name = {name!r}: timm {timm.__version__} has no such model; timm.list_models() has.")
+    return name
+
+
 def timm_vit(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbone:
     """The card's network, not yet frozen, with the weights of ``state``, or with random ones from ``[arch] seed`` for None.
 
@@ -144,12 +150,9 @@ def _network(card: BackboneCard, device: str | None, grid_px: int | None = None)
             raise unknown_name("setting", key, (*NUMBERS, *CHOICES, *OWN), where=f"{card.path}: [arch]")
     if "norm_eps" in card.arch:
         arguments["norm_layer"] = functools.partial(LayerNorm, eps=card.arch["norm_eps"])
-    name = card.arch.get("name")
-    if not isinstance(name, str) or not timm.is_model(name):
-        raise CellbenchError(f"{card.path}: [arch] name = {name!r}: timm {timm.__version__} has no such model; timm.list_models() has.")
     # Without pooling, or timm would move the final norm behind it.
     arguments |= {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
-    return timm.create_model(name, pretrained=False, device=None if device is None else torch.device(device), **arguments)
+    return timm.create_model(model_name(card), pretrained=False, device=None if device is None else torch.device(device), **arguments)
 
 
 def _check_card(card: BackboneCard, net: Any, where: str) -> None:

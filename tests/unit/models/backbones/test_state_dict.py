@@ -187,7 +187,7 @@ def test_a_card_that_contradicts_its_network_is_refused() -> None:
 
 def test_sizes_and_levels_that_do_not_exist_are_refused() -> None:
     backbone = built(truncate_card(card("dinobloom-s")))
-    with pytest.raises(ValueError, match="multiples of the 14 px patch"):
+    with pytest.raises(ValueError, match="multiples of 14 px"):
         backbone(torch.rand(1, 3, 224, 230), (0,))
     with pytest.raises(ValueError, match="there are 0 to 1"):
         backbone(torch.rand(1, 3, 28, 28), (2,))
