@@ -14,6 +14,7 @@ from cellbench.reporting.model_groups import FinishedRun
 from cellbench.tracking.schema import RunRecord, run_params
 from cellbench.tracking.tracker import Tracker
 
+EXPERIMENT = "cells, a/b & ü 🔬"
 IMAGES = tuple(f"smear-{k:02d}.png" for k in range(16))
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import itertools
 import json
 import re
-import shutil
-import socket
-import sqlite3
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -17,61 +13,28 @@ from urllib.parse import unquote
 import mlflow
 import numpy as np
 import pytest
-from finished_runs import IMAGES, log_finished_run, per_image_scores, small_grid
+from finished_runs import EXPERIMENT, IMAGES, log_finished_run, per_image_scores
 
-from cellbench.cli.ui import free_port
 from cellbench.config.run import RunSpec
-from cellbench.errors import CellbenchError
 from cellbench.execution.artifacts import round_metric
 from cellbench.inference import run_lookup
 from cellbench.metrics import catalog
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.leaderboard import leaderboard_rows, to_json
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, group_models
-from cellbench.reporting.render import to_html, to_latex
+from cellbench.reporting.render import to_html
 from cellbench.reporting.report import report_dir
-from cellbench.reporting.report_data import Page, Section, Table
 from cellbench.reporting.sections import build_report
 from cellbench.reporting.verdict import describe_absent_classes, describe_best
 from cellbench.run import main
 from cellbench.statistics.bootstrap import mean_interval
-from cellbench.tracking import relocate, ui_view
+from cellbench.tracking import ui_view
 from cellbench.tracking.schema import DATA, LIMIT, RunRecord
 from cellbench.tracking.tracker import Tracker, newest_experiment
 
-NAME = "cells, a/b & ü 🔬"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with a store that holds a small grid's runs."""
-    folder = tmp_path_factory.mktemp("made") / "project"
-    folder.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.chdir(folder)
-        mlflow.set_tracking_uri(None)
-        small_grid(Tracker(NAME))
-    return folder
-
-
-@pytest.fixture
-def project(made, tmp_path, monkeypatch):
-    """A copy of that folder, with its paths fixed, to add runs to; it is the working folder."""
-    folder = tmp_path / "project"
-    shutil.copytree(made, folder)
-    monkeypatch.chdir(folder)
-    hidden = made.with_name("hidden")
-    made.rename(hidden)  # paths are fixed only where the old folder is gone
-    try:
-        relocate.fix_artifact_paths()
-    finally:
-        hidden.rename(made)
-    return folder
-
 
 def results():
-    return collect_runs([Tracker(NAME, make=False)])
+    return collect_runs([Tracker(EXPERIMENT, make=False)])
 
 
 class ParsedPage(HTMLParser):
@@ -107,14 +70,14 @@ def test_seeds_are_one_model_and_the_best_comes_first(project):
 
 
 def test_the_page_needs_nothing_else_and_tables_are_the_same_in_every_format(project, capsys):
-    assert main(["report", NAME, "--out", "out"]) == 0
+    assert main(["report", EXPERIMENT, "--out", "out"]) == 0
     said = capsys.readouterr().out
     text = Path("out/report.html").read_text(encoding="utf-8")
     page = ParsedPage(text)
     assert page.open == []
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     words = " ".join(page.words)
-    assert NAME in words
+    assert EXPERIMENT in words
     for told in ("dinobloom-s · fpn", "Are the differences significant?", "Cost", "fingerprint", "d" * 16, "smear-0"):
         assert told in words
     assert "Best on average is dinobloom-s · fpn" in said
@@ -143,13 +106,13 @@ def test_the_report_is_kept_on_the_parent_run(tmp_path, monkeypatch):
 def test_runs_on_other_images_are_never_paired_and_that_is_said(project, capsys):
     other = tuple(f"other-{k}.png" for k in range(20))
     for seed in (0, 1):
-        log_finished_run(Tracker(NAME), RunSpec(backbone="uni", head="fpn", seed=seed), per_image_scores(0.99, seed, other, "e" * 16))
+        log_finished_run(Tracker(EXPERIMENT), RunSpec(backbone="uni", head="fpn", seed=seed), per_image_scores(0.99, seed, other, "e" * 16))
     newest, older = results().sets
     assert older.best.name == "dinobloom-s · fpn"
     assert [model.name for model in newest.models] == ["uni · fpn"]
     assert len(older.differences_to_best()) == 4
     assert newest.differences_to_best() == []
-    assert main(["report", NAME, "--out", "out"]) == 0
+    assert main(["report", EXPERIMENT, "--out", "out"]) == 0
     assert "Scores are paired within one set only" in Path("out/report.html").read_text(encoding="utf-8")
 
 
@@ -186,7 +149,7 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
             )
             assert other in chosen
         else:
-            assert chosen == "2 runs have this name; this is the newest finished one on whole data."
+            assert chosen == "2 runs have this name; this is the newest finished one on all data."
     # The view that MLflow's UI opens shows no quick try, whose score would stand on top.
     assert {run.info.run_id for run in tracker.client.search_runs([tracker.experiment_id], ui_view.WHOLE)} == ids
     if when == "before":
@@ -252,7 +215,7 @@ def test_of_two_whole_sets_the_one_whose_grid_was_started_last_comes_first(tmp_p
 
 
 def test_settings_that_differ_name_models_and_are_no_seeds(project):
-    log_finished_run(Tracker(NAME), RunSpec(backbone="uni", head="fpn", seed=0, epochs=3), per_image_scores(0.95, 7))
+    log_finished_run(Tracker(EXPERIMENT), RunSpec(backbone="uni", head="fpn", seed=0, epochs=3), per_image_scores(0.95, 7))
     (here,) = results().sets
     names = {model.name: len(model.runs) for model in here.models}
     assert names["uni · fpn · epochs 3"] == 1
@@ -261,7 +224,7 @@ def test_settings_that_differ_name_models_and_are_no_seeds(project):
 
 
 def test_what_cannot_be_used_is_left_out_with_a_word(project, capsys):
-    tracker = Tracker(NAME)
+    tracker = Tracker(EXPERIMENT)
     log_finished_run(tracker, RunSpec(backbone="uni", head="detail", seed=0), None)
     damaged = log_finished_run(tracker, RunSpec(backbone="uni", head="detail", seed=1), per_image_scores(0.9, 0))
     stored = {run.run_id: run for run in tracker.stored()}
@@ -290,7 +253,7 @@ def test_what_cannot_be_used_is_left_out_with_a_word(project, capsys):
     ):
         assert told in said
     assert nan not in {run.record.run_id for model in found.sets[0].models for run in model.runs}
-    main(["report", NAME, "--out", "out"])
+    main(["report", EXPERIMENT, "--out", "out"])
     text = Path("out/report.html").read_text(encoding="utf-8")
     assert "log in | first &amp; &lt;b&gt;" in text
     assert "not cellbench&#39;s" in text
@@ -382,7 +345,7 @@ def test_of_several_cell_classes_the_words_say_what_one_number_is(tmp_path, monk
     [
         (["cells, a/b & u"], "Did you mean 'cells, a/b & ü 🔬'?"),
         (["empty"], "no finished run"),
-        ([NAME, "nothing like it"], "no experiment called"),
+        ([EXPERIMENT, "nothing like it"], "no experiment called"),
     ],
 )
 def test_a_question_without_an_answer_is_one_line(project, capsys, arguments, told):
@@ -403,132 +366,15 @@ def test_a_folder_without_a_store_is_told_and_gets_none(tmp_path, monkeypatch, c
 
 def test_experiments_together_are_one_comparison(project):
     log_finished_run(Tracker("second"), RunSpec(backbone="gpfm", head="fpn"), per_image_scores(0.97, 3))
-    found = collect_runs([Tracker(NAME, make=False), Tracker("second", make=False)])
+    found = collect_runs([Tracker(EXPERIMENT, make=False), Tracker("second", make=False)])
     assert found.sets[0].best.name == "gpfm · fpn"
     assert len(found.sets[0].models) == 6
-
-
-@pytest.mark.parametrize("name", ["moved project ü", "100%_sure"])
-def test_a_moved_project_finds_its_artifacts_again(made, tmp_path, monkeypatch, name):
-    first = tmp_path / "first"
-    shutil.copytree(made, first)
-    with sqlite3.connect(first / "mlflow.db") as store:
-        for table, column in relocate.COLUMNS:
-            store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (made.as_uri(), first.as_uri()))
-            store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(made), str(first)))
-    store.close()
-    monkeypatch.chdir(first)
-    assert relocate.fix_artifact_paths() == []
-    second = tmp_path / name
-    monkeypatch.chdir(tmp_path)
-    first.rename(second)
-    monkeypatch.chdir(second)
-    mlflow.set_tracking_uri(None)
-    (said,) = relocate.fix_artifact_paths()
-    assert str(second / "mlruns") in said
-    assert relocate.fix_artifact_paths() == []
-    assert results().num_runs == 9
-    assert str(first) not in " ".join(str(row) for row in sqlite3.connect("mlflow.db").execute("SELECT artifact_uri FROM runs"))
-
-
-def _at_home(folder):
-    """The project ``made`` in another folder, as if it had been made there."""
-    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as store, store:
-        for table, column in relocate.COLUMNS:
-            where = f"CASE WHEN {column} LIKE 'file:%' THEN ? ELSE ? END || substr({column}, instr({column}, '/mlruns'))"
-            store.execute(f"UPDATE {table} SET {column} = {where} WHERE {column} LIKE '%/mlruns%'", (folder.as_uri(), str(folder)))
-    return folder
-
-
-def _stamps(folder):
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
-
-
-def test_a_copy_writes_into_itself_beside_its_original(made, tmp_path, monkeypatch):
-    first = _at_home(shutil.copytree(made, tmp_path / "first"))
-    second = shutil.copytree(first, tmp_path / "second")
-    before = _stamps(first)
-    monkeypatch.chdir(second)
-    mlflow.set_tracking_uri(None)
-    assert main(["report", NAME]) == 0  # with no word of the copy: the store is opened by any verb
-    tracker = Tracker(NAME, make=False)
-    with tracker.run("one more", "f00") as run:
-        (tmp_path / "left").mkdir()
-        (tmp_path / "left" / "a.txt").write_text("a")
-        run.log_artifacts(tmp_path / "left")
-    assert _stamps(first) == before
-    assert len(list((second / "mlruns").rglob("a.txt"))) == 1
-    for table, column in relocate.COLUMNS:
-        with contextlib.closing(sqlite3.connect("mlflow.db")) as store:
-            assert not [place for (place,) in store.execute(f"SELECT {column} FROM {table}") if "/first/" in place]
-    assert relocate.fix_artifact_paths() == []
-
-
-def test_a_copy_without_its_artifacts_names_both_folders(made, tmp_path, monkeypatch):
-    first = _at_home(shutil.copytree(made, tmp_path / "first"))
-    (tmp_path / "second").mkdir()
-    shutil.copy(first / "mlflow.db", tmp_path / "second")
-    monkeypatch.chdir(tmp_path / "second")
-    with pytest.raises(CellbenchError, match=rf"copy of {first}/mlflow.db, .* Copy that folder to {tmp_path}/second/mlruns/"):
-        relocate.fix_artifact_paths()
-
-
-def test_a_store_that_people_keep_apart_from_its_artifacts_stays(made, tmp_path, monkeypatch):
-    first = _at_home(shutil.copytree(made, tmp_path / "first"))
-    (tmp_path / "stores" / "mlruns" / "another").mkdir(parents=True)
-    (first / "mlflow.db").rename(tmp_path / "stores" / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/stores/mlflow.db")
-    assert relocate.fix_artifact_paths() == []
-
-
-def test_experiments_whose_names_differ_share_no_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/names.db")
-    mlflow.set_tracking_uri(None)
-    names = ["a/b", "a-b", "a_b", "A-b", "a b", "ä", "ö", "x" * 80, "x" * 81, "12", "e-12", "12/", "../a-b", "con"]
-    for name in names:
-        Tracker(name)
-    folders = [path.name for path in (tmp_path / "mlruns").iterdir()]
-    assert len({name.casefold() for name in folders}) == len(names)
-    assert len({str(report_dir(name)).casefold() for name in names}) == len(names)
-    assert {path.name for path in tmp_path.iterdir()} == {"mlruns", "names.db"}
-
-
-def test_the_ui_names_the_experiments_that_have_a_leaderboard(project):
-    assert relocate.experiment_names() == []
-    tracker = Tracker(NAME)
-    tracker.describe("**why?**", catalog.view_columns())
-    assert relocate.experiment_names() == [(NAME, tracker.experiment_id)]
-
-
-def test_the_view_sorts_by_a_shown_column_and_each_chart_has_its_section():
-    told = json.loads(ui_view.leaderboard_view_url(catalog.view_columns()))
-    state = json.loads(told["state"])
-    assert told["name"]
-    assert told["createdAt"] > 0
-    assert state["orderByKey"] in state["selectedColumns"]
-    sections = {one["uuid"] for one in state["compareRunSections"]}
-    assert {one["metricSectionId"] for one in state["compareRunCharts"]} == sections
-    assert len({one["uuid"] for one in state["compareRunCharts"]}) == len(state["compareRunCharts"])
 
 
 def test_metrics_are_as_exact_as_they_are_worth_and_counts_stay_whole():
     assert round_metric("test/dice", 2 / 3) == 0.666667
     assert round_metric("cost/train_s", 123.456) == 123.5
     assert round_metric("cost/backbone_params", 303_350_784) == 303_350_784
-
-
-def test_the_ui_takes_the_next_free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        first = taken.getsockname()[1]
-        assert first < free_port(first) < first + 50
-
-
-def test_latex_escapes_what_it_must():
-    assert to_latex(Table(headings=["a_b", "±"], rows=[["50 % & more", "$x^2$ #1 {y} \\z ~"]])).splitlines()[4] == (
-        r"50 \% \& more & \$x\textasciicircum{}2\$ \#1 \{y\} \textbackslash{}z \textasciitilde{} \\"
-    )
 
 
 @pytest.mark.parametrize("name", ["a/b", "../..", "🔬", "x" * 300, "cells, ü"])
@@ -556,8 +402,20 @@ def test_a_thousand_models_are_compared_in_seconds(monkeypatch):
     assert np.isfinite([row.low for row in leaderboard_rows(here)]).all()
 
 
-def test_words_stand_on_the_left_and_numbers_on_the_right_in_tables():
-    table = Table(headings=("model", "verdict", "p", "run"), rows=[("a", "better", "< 0.001", "3f9a"), ("b", "worse", "0.40", "77e1")])
-    made = to_html(Page(title="t", subtitle="", verdict=[], sections=[Section("a", [table])]))
-    assert '<td class="words">worse</td><td>0.40</td><td class="words">77e1</td>' in made
-    assert '<th class="words">verdict</th><th>p</th>' in made
+def test_a_metric_of_a_user_is_in_every_table_and_figure_and_the_lower_one_wins_where_that_is_better(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(None)
+    metric = catalog.Metric(
+        key="area-error", label="area error", meaning="error of the area", unit="px", direction="minimize", per_image=True, compared=True,
+        in_leaderboard=True, in_figures=True,
+    )  # fmt: skip
+    for head, mean, error in (("fpn", 0.9, 30.0), ("bilinear", 0.8, 10.0)):
+        scores = per_image_scores(mean, 0) | {"own_metrics": catalog.to_record([metric])}
+        scores["area-error"] = [error + k / 100 for k in range(len(IMAGES))]
+        log_finished_run(Tracker("own"), RunSpec(backbone="uni", head=head), scores)
+    assert main(["report", "own", "--out", "out"]) == 0
+    assert "By area error the best is uni · bilinear with 10.075: significantly better than 1 of 1 others" in capsys.readouterr().out
+    heading, first, _ = csv.reader(Path("out/leaderboard.csv").read_text(encoding="utf-8").splitlines())
+    assert dict(zip(heading, first, strict=True))["area error"] == "30.075"
+    words = ParsedPage(Path("out/report.html").read_text(encoding="utf-8")).words
+    assert {"area error", "error of the area"} <= set(words)
