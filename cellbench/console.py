@@ -1,4 +1,4 @@
-"""Lines for people at a terminal."""
+"""Output to a terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from tqdm import tqdm
 
 
 def say(text: str) -> None:
-    """Prints a line without tearing a progress bar."""
+    """Prints a line without breaking a progress bar."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What goes wrong through no fault of the code: one sentence that says what was asked, what is wrong and what to do."""
+"""Errors in the input: one sentence that says what was asked, what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterable
 
 
 class CellbenchError(Exception):
-    """A mistake in the input, told to a person. The command line prints it as one line and ends with exit code 2."""
+    """An error in the input. The command line prints it as one line and ends with exit code 2."""
 
 
 class WeightsUnavailable(CellbenchError):
-    """The weights of a backbone cannot be had here and now. A grid marks the run *skipped* with this reason and goes on."""
+    """The weights of a backbone are unavailable. A grid marks the run as skipped, with this reason, and continues."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> CellbenchError:
     """The error for a misspelt name, with the nearest known one.
 
-    >>> print(unknown("head", "bilinaer", ["fpn", "bilinear"]))
+    >>> print(unknown_name("head", "bilinaer", ["fpn", "bilinear"]))
     no head called 'bilinaer'. Did you mean 'bilinear'? Known: bilinear, fpn.
     """
     names = sorted(known)
@@ -35,16 +35,16 @@ def one_line(error: BaseException) -> str:
 
 
 def redact_passwords(text: str) -> str:
-    """The text without the passwords of the addresses in it.
+    """The text without the passwords of URLs in it.
 
-    >>> unlocked("postgresql://lab:secret@db/mlflow does not answer")
+    >>> redact_passwords("postgresql://lab:secret@db/mlflow does not answer")
     'postgresql://lab:***@db/mlflow does not answer'
     """
     return re.sub(r"(\w+://[^\s/:@]*):\S*@", r"\1:***@", text)
 
 
 def quote_name(name: object) -> str:
-    """A name from a file, for an error of one line: short, and with nothing that breaks it."""
+    """A name from a file, for a message of one line: quoted, shortened, printable."""
     text = str(name)
     text = text if len(text) <= 100 else f"{text[:99]}…"
     return f"'{text}'" if text.isprintable() else ascii(text)

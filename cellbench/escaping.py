@@ -1,6 +1,6 @@
-"""Text that people wrote, made safe for a format that gives some characters a meaning. Names of files, classes and runs are data everywhere.
+"""Escapes text for formats in which some characters have a meaning: CSV, Markdown, the terminal. Names of files, classes and runs are data.
 
-Formats with a writer of their own (JSON, TOML, HTML, SQL parameters, shell lines by ``shlex``) are written by that and need nothing here.
+JSON, TOML, HTML, SQL parameters and shell lines have writers of their own and need nothing here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-"""A spreadsheet computes a cell that begins with one of these, quoted or not."""
+"""A spreadsheet evaluates a cell that begins with one of these, quoted or not."""
 
 
 def to_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -20,7 +20,7 @@ def to_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     A text that a spreadsheet would compute gets an apostrophe in front (OWASP, CSV injection); one that is a number does not. Undecodable
     bytes of a file's name are written as ``\\xNN``.
 
-    >>> print(csv_text(["image", "cells"], [["=1+1", 3], ["-0.5", -2]]), end="")
+    >>> print(to_csv(["image", "cells"], [["=1+1", 3], ["-0.5", -2]]), end="")
     image,cells
     '=1+1,3
     -0.5,-2
@@ -29,8 +29,8 @@ def to_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     for row in (columns, *rows):
         cells = [_cell(value) for value in row]
         # Python's writer quotes a carriage return only where it ends lines itself.
-        quoting = csv.QUOTE_ALL if any("\r" in cell for cell in cells if isinstance(cell, str)) else csv.QUOTE_MINIMAL
-        csv.writer(buffer, lineterminator="\n", quoting=quoting).writerow(cells)
+        has_return = any("\r" in cell for cell in cells if isinstance(cell, str))
+        csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL).writerow(cells)
     return buffer.getvalue()
 
 
@@ -43,9 +43,9 @@ def _cell(value: object) -> object:
 
 
 def escape_markdown(text: str) -> str:
-    """Text in a line of Markdown or a cell of its tables.
+    """Text for a line of Markdown or a cell of its tables.
 
-    >>> markdown("a|b *c* <d>")
+    >>> escape_markdown("a|b *c* <d>")
     'a\\\\|b \\\\*c\\\\* &lt;d&gt;'
     """
     text = to_printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -53,9 +53,9 @@ def escape_markdown(text: str) -> str:
 
 
 def to_printable(text: str) -> str:
-    """One line that changes nothing on a terminal: other characters than letters, signs and spaces as Python writes them, ``\\n``.
+    """One line that is safe on a terminal: characters that are not printable become Python's escapes, like ``\\n``.
 
-    >>> printable("a\\nb\\x1b[2J")
+    >>> to_printable("a\\nb\\x1b[2J")
     'a\\\\nb\\\\x1b[2J'
     """
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)

@@ -1,4 +1,4 @@
-"""Facts about files, remembered by size and time of change."""
+"""Facts about files, cached by path, size and modification time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ T = TypeVar("T")
 
 
 def sha256(path: Path) -> str:
-    """The content hash of a file as 64 hex digits; remembered by size and time of change, so that large files are read once."""
+    """The content hash of a file as 64 hex digits; cached, so that large files are read once."""
     with FileFactCache("hashes", compute_sha256) as hashes:
         return hashes[path]
 
 
 class FileFactCache(Generic[T]):
-    """What a function found out about files, kept in the cache folder by each file's path, size and time of change.
+    """Results of a function of files, cached in the cache folder by each file's path, size and modification time.
 
-    ``with Remembered("hashes", hash_of) as hashes: hashes[path]``; what was learned is saved on leaving, also on leaving by an error.
-    Values must survive JSON. Losing a race with another process costs a second reading, nothing else.
+    ``with FileFactCache("hashes", compute_sha256) as hashes: hashes[path]``; saved on leaving, also after an error. Values must survive JSON.
+    Losing a race with another process costs a second reading, nothing else.
     """
 
     def __init__(self, name: str, learn: Callable[[Path], T]) -> None:
@@ -37,7 +37,7 @@ class FileFactCache(Generic[T]):
         try:
             known = json.loads(self._path.read_text())
         except (OSError, ValueError):
-            return {}  # a damaged memory costs a second reading, nothing else
+            return {}  # a damaged file costs a second reading, nothing else
         return known if isinstance(known, dict) else {}
 
     def __enter__(self) -> FileFactCache[T]:
@@ -52,12 +52,13 @@ class FileFactCache(Generic[T]):
         if not self.knows(path):
             stamp = _stamp(path)  # before the reading: a file that changes meanwhile is read again next time
             self._known[name] = self._learned[name] = [*stamp, self._learn(path)]
-        return self._known[name][2]
+        value: T = self._known[name][2]
+        return value
 
     def __exit__(self, *_: object) -> None:
         folder = self._path.parent
         if self._learned and (is_writable(folder) or not folder.exists()):
-            with contextlib.suppress(CellbenchError):  # only a memory: a full disk must not stop a run
+            with contextlib.suppress(CellbenchError):  # only a cache: a full disk must not stop a run
                 write_atomic(self._path, json.dumps({**self._load(), **self._learned}))
             self._learned = {}
 

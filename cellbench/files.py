@@ -1,4 +1,4 @@
-"""Files that outlive a crash: written whole or not at all, hashed once, kept under one cache folder."""
+"""Files and folders: the cache folder, atomic writes, names that are valid everywhere, errors of the operating system."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from cellbench.errors import CellbenchError
 
 
 def cache_dir() -> Path:
-    """Where downloads, drawn data, hashes and checkpoints live: ``CELLBENCH_CACHE``, else ``~/.cache/cellbench``."""
+    """The folder of downloads, synthetic data, hashes and checkpoints: ``CELLBENCH_CACHE``, else ``~/.cache/cellbench``."""
     return Path(os.environ.get("CELLBENCH_CACHE") or Path.home() / ".cache" / "cellbench").expanduser().absolute()
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files may be put there. A folder without a write bit counts as read-only for root too, who could write all the same."""
+    """Whether files may be written there. A folder without a write bit counts as read-only for root too."""
     return folder.is_dir() and bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
 @contextlib.contextmanager
 def os_errors_as(doing: str) -> Iterator[None]:
-    """Turns the operating system's refusals (no space, no permission) into one line that says what was being done and what to do."""
+    """Turns errors of the operating system (no space, no permission) into CellbenchError. ``doing``: what failed, for the message."""
     try:
         yield
     except OSError as error:
@@ -41,12 +41,12 @@ def os_errors_as(doing: str) -> Iterator[None]:
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise CellbenchError(f"{doing}: a file stands where a folder is needed. Move it, or name another folder.") from error
         if error.errno is None:
-            raise  # a library's own kind of OSError, not the operating system's: the hub's "gated", say, which has words of its own
+            raise  # a library's own OSError, like the hub's for gated files, with a message of its own
         raise CellbenchError(f"{doing}: {error.strerror}. Name another folder.") from error
 
 
 def make_folder(folder: Path) -> Path:
-    """The folder, made with its parents. Raises CellbenchError where that is not permitted."""
+    """The folder, created with its parents. Raises CellbenchError where that is not permitted."""
     with os_errors_as(f"making the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -58,14 +58,14 @@ def to_nfc(text: str) -> str:
 
 
 def case_folded(name: str) -> str:
-    """What two names have in common that some file system, or a person, takes for the same: Unicode form (NFC) and case left aside."""
+    """A key that is equal for names which some file system takes for the same: NFC, without case."""
     return to_nfc(to_nfc(name).casefold())
 
 
 def file_name(name: str, most: int = 60) -> str:
-    """A name of at most ``most`` characters for a file or folder, which no other name is given on any file system.
+    """A valid file name of at most ``most`` characters, different for different names on any file system.
 
-    A plain lower-case name is its own; of any other the plain letters are kept, with a hash of the whole behind a ``~``.
+    A plain lower-case name stays as it is; any other keeps its plain letters and gets a hash behind a ``~``.
 
     >>> file_name("bccd"), file_name("a/b"), file_name("a-b")
     ('bccd', 'a-b~c14cddc0', 'a-b')
@@ -78,13 +78,13 @@ def file_name(name: str, most: int = 60) -> str:
 
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
-"""Names that Windows gives to devices."""
+"""Names of devices on Windows."""
 
 
 def write_atomic(path: Path, data: bytes | str | Callable[[BinaryIO], object]) -> None:
-    """The whole file or, after a crash, the old one: written beside, synced, renamed. Raises CellbenchError for a full disk.
+    """Writes the whole file or, after a crash, leaves the old one: written beside it, synced, renamed. Raises CellbenchError for a full disk.
 
-    ``data`` may be what writes into an open file, so that a large file never lies in memory as a whole.
+    ``data`` may be a function that writes into an open file, so that a large file is never in memory as a whole.
     """
     with os_errors_as(f"writing {path}"), atomic_file(path) as temporary, temporary.open("wb") as file:
         data(file) if callable(data) else file.write(data.encode() if isinstance(data, str) else data)
@@ -94,7 +94,7 @@ def write_atomic(path: Path, data: bytes | str | Callable[[BinaryIO], object]) -
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """An empty file beside ``path``, which takes its place where the block ends well, and is removed where it does not."""
+    """An empty file beside ``path``, which replaces it when the block ends without an error, and is removed otherwise."""
     handle, name = tempfile.mkstemp(dir=make_folder(path.parent), prefix=f".{path.name[:40]}.")
     os.close(handle)
     try:
@@ -113,13 +113,7 @@ def _umask() -> int:
     return mask
 
 
-
-
 def compute_sha256(path: Path) -> str:
     """The content hash of a file, read now."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-
-

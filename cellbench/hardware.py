@@ -1,4 +1,4 @@
-"""What this machine can do: where to compute, in which precision, and how much memory may be used."""
+"""The machine: device, precision, cores and memory that may be used."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ from cellbench.errors import CellbenchError
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """Where and how the tensors live. Of it only the precision belongs to a run's identity: in one precision numbers agree to rounding on all
-    machines."""
+    """Device, precision and resources. Only the precision is part of a run's identity: in one precision, numbers agree to rounding on all machines."""
 
     device: torch.device
     precision: torch.dtype
     """Of the backbone and of the heads' convolutions; weights, losses and scores stay float32."""
     memory_bytes: int
-    """How much may be spent on decoded images and features."""
+    """Limit for decoded images and features."""
     lanes: int = 1
-    """How many pieces of work go on side by side (`cellbench.parallel`), each on :attr:`threads` cores."""
+    """Number of parallel threads (`cellbench.parallel`), each with :attr:`threads` cores."""
     threads: int = 1
-    """Cores for one operation: always as many, since their number can change the last bit of a sum."""
+    """Cores for one operation: always the same number, since it can change the last bit of a sum."""
     halvings: int = 0
-    """How often :attr:`chunk` was halved, since memory ran out."""
+    """How often :attr:`chunk` was halved after memory ran out."""
 
     @property
     def chunk(self) -> int:
-        """Tiles that go through the backbone at once. Fixed for a device, since results must not hang on who else is in a cohort; only
-        where memory ran out is it less, and numbers then agree to rounding."""
+        """Tiles in one batch of the backbone. Fixed for a device, since results must not depend on the other runs of a cohort; it is smaller only
+        after memory ran out, and numbers then agree to rounding."""
         return max(1, (16 if self.device.type == "cpu" else 128) >> self.halvings)
 
     def shares(self, num: int) -> list[Hardware]:
-        """This machine's cores and memory dealt out to ``num`` processes, which give the numbers that one would. Raises ValueError.
+        """This machine's cores and memory, divided among ``num`` processes, which give the same numbers as one. Raises ValueError.
 
         An operation keeps its number of cores, so a processor has at most as many shares as lanes.
         """
@@ -55,21 +54,21 @@ class Hardware:
         return [replace(self, lanes=mine, memory_bytes=memory) for mine in lanes]
 
     def smaller(self, halvings: int) -> Hardware:
-        """The same machine with everything that takes memory at once halved so often."""
+        """The same machine with :attr:`chunk` halved so often."""
         return replace(self, halvings=self.halvings + halvings)
 
     @property
     def most_shares(self) -> int:
-        """Into how many processes it can be dealt out."""
+        """Among how many processes it can be divided."""
         return self.lanes if self.device.type == "cpu" else self.threads
 
     @property
     def cores_of_one(self) -> int:
-        """By which a thread's processor seconds are multiplied: an operation on the processor keeps :attr:`threads` cores busy or waiting."""
+        """Factor from a thread's processor seconds to core seconds: an operation on the processor occupies :attr:`threads` cores."""
         return self.threads if self.device.type == "cpu" else 1
 
     def wait(self) -> None:
-        """Returns when what was handed over to the device is done; before a clock is read."""
+        """Waits until the device has finished its work; before a clock is read."""
         if self.device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.synchronize(self.device)
 
@@ -84,7 +83,7 @@ class Hardware:
 
     @property
     def name(self) -> str:
-        """For people: ``cpu, 2 cores, bf16``."""
+        """``cpu, 2 cores, bf16``."""
         cores = self.lanes * self.threads
         gpu = self.device.type == "cuda" and torch.cuda.is_available()
         what = torch.cuda.get_device_name(self.device) if gpu else f"{self.device.type}, {cores} core{'s' * (cores > 1)}"
@@ -92,7 +91,7 @@ class Hardware:
 
 
 def detect_hardware(device: str = "auto", precision: str = "auto", memory: str = "auto", *, elsewhere: bool = False) -> Hardware:
-    """The machine as asked for: ``auto``, or ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``fp32`` or ``bf16``; ``4G``. Raises CellbenchError.
+    """The machine by its options: ``auto``, or ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``fp32`` or ``bf16``; ``4G``. Raises CellbenchError.
 
     An operation on the processor uses as many threads as torch is set to. ``elsewhere``: the work is for other machines, which may have a GPU
     where this one has none.
@@ -101,16 +100,16 @@ def detect_hardware(device: str = "auto", precision: str = "auto", memory: str =
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if _fast_bf16(where) else torch.float32}
     if precision not in kinds:
         raise CellbenchError(f"--precision {precision}: expected one of {', '.join(kinds)}.")
-    # Half of what is free: the rest is for the network, the optimisers and whatever else the person runs.
+    # Half of the free memory: the rest is for the network, the optimisers and other programs.
     budget = psutil.virtual_memory().available // 2 if memory == "auto" else parse_bytes(memory, "--memory")
     cores = num_cores()
     threads = min(torch.get_num_threads(), cores) if where.type == "cpu" else cores
-    lanes = cores // threads if where.type == "cpu" else 1  # a GPU is one lane: its work is handed over, not done here
+    lanes = cores // threads if where.type == "cpu" else 1  # a GPU is one lane: its work is queued
     return Hardware(device=where, precision=kinds[precision], memory_bytes=budget, lanes=lanes, threads=threads)
 
 
 def release_memory() -> None:
-    """Gives freed memory back to the system. glibc keeps it, for each lane's thread by itself: 300 MB after a small cohort."""
+    """Returns freed memory to the system. glibc keeps it, separately for each lane's thread: 300 MB after a small cohort."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
@@ -119,7 +118,7 @@ def release_memory() -> None:
 
 
 def peak_memory_mib() -> float:
-    """The most memory that this process has held so far: the GPU's where one was used, else resident memory."""
+    """Peak memory of this process: on the GPU where one was used, else resident memory."""
     if peak := max((torch.cuda.max_memory_allocated(k) for k in range(torch.cuda.device_count())), default=0):
         return peak / 2**20
     if sys.platform == "win32":
@@ -131,22 +130,22 @@ def peak_memory_mib() -> float:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether that is what an error means: the GPU's memory, the processor's as torch tells it, or Python's."""
+    """Whether an error means that memory ran out: on the GPU, or in torch or Python on the processor."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def num_cores() -> int:
-    """How many cores this process may use: those that it is pinned to, or fewer where ``OMP_NUM_THREADS`` says so."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(there, int(asked)) if asked.isdigit() and int(asked) else there
+    """How many cores this process may use: those that it is pinned to, or ``OMP_NUM_THREADS`` if that is fewer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(limit)) if limit.isdigit() and int(limit) else cores
 
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", re.IGNORECASE)
 
 
 def is_size(text: str) -> bool:
-    """Whether a text is a size like ``500M``; a bare number is not, since a folder may be called so."""
+    """Whether a text is a size like ``500M``; a bare number is not, since a folder may have such a name."""
     match = _SIZE.fullmatch(text)
     return match is not None and bool(match[2])
 
@@ -167,16 +166,16 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise CellbenchError(f"--device {name}: there is no such kind of device. Expected auto, cpu, cuda, cuda:N or mps.") from None
+        raise CellbenchError(f"--device {name}: unknown kind of device. Expected auto, cpu, cuda, cuda:N or mps.") from None
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(device.type, False)
     if not present or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise CellbenchError(f"--device {name}: this machine has none. Leave --device out to use what there is.")
+        raise CellbenchError(f"--device {name}: not available on this machine. Leave --device out for the default.")
     return device
 
 
 def _fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        # Where the work goes to another machine: every GPU since 2020 has it.
+        # Without CUDA here the work is for another machine: every GPU since 2020 has it.
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     # Without these instructions bf16 is emulated, several times slower than fp32.
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,8 +1,8 @@
-"""Work side by side on the machine's cores: a fixed number of lanes, each with a fixed share of the cores.
+"""Parallel work on the machine's cores: a fixed number of threads (lanes), each with a fixed share of the cores.
 
-Heads of a cohort learn at the same time, one in each lane, while other lanes are at the next tiles. Two lanes of one core finish sooner than
-one operation spread over two cores, since little work is lost at the seams (measured with nine heads: 1.9 against 1.4 times one core). And
-because an operation always gets the same number of cores, its rounding does not hang on who else is at work.
+Heads of a cohort are trained at the same time, one in each lane, while other lanes prepare the next tiles. Two lanes of one core are faster than
+one operation spread over two cores (measured with nine heads: 1.9 against 1.4 times one core). And because an operation always gets the same
+number of cores, its rounding does not depend on what else runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class WorkerPool:
-    """A pool of ``num`` lanes. With one lane everything runs in the caller's thread, save what is made ahead. Use in ``with``."""
+    """A pool of ``num`` lanes. With one lane everything runs in the caller's thread, except for prefetching. Use in ``with``."""
 
     def __init__(self, num: int) -> None:
         self.num = num
@@ -34,9 +34,9 @@ class WorkerPool:
             self._pool.shutdown(cancel_futures=True)
 
     def each(self, works: Sequence[Callable[[], R]], costs: Sequence[float] | None = None) -> list[R]:
-        """The result of each work, in their order, when all are done. ``costs``: the dearest begins first, so that the lanes end together.
+        """The results of all functions, in their order. ``costs``: the most expensive one starts first, so that the lanes end together.
 
-        Where one fails, the others end first, and the first failure is raised.
+        If one fails, the others finish first, and the first error is raised.
         """
         if self._pool is None:
             return [work() for work in works]
@@ -45,10 +45,10 @@ class WorkerPool:
         return _all([begun[k] for k in range(len(works))])
 
     def ahead(self, items: Iterable[T], prepare: Callable[[T], M], work: Callable[[M], R]) -> Generator[R, None, None]:
-        """``work(prepare(item))`` for each item, in their order, made a little in advance.
+        """``work(prepare(item))`` for each item, in their order, computed a little in advance.
 
-        With several lanes each item is prepared and worked on in one of them; with one, items are prepared by a thread of their own
-        (decoding and cutting go on while the network computes) and worked on by the caller.
+        With several lanes each item is prepared and processed in one of them; with one lane, items are prepared by a separate thread (decoding
+        and tiling overlap with the network) and processed by the caller.
         """
         if self._pool is None:
             for ready in prefetch(prepare(item) for item in items):
@@ -57,7 +57,7 @@ class WorkerPool:
         under_way: deque[Future[R]] = deque()
         try:
             for item in items:
-                under_way.append(self._pool.submit(lambda item=item: work(prepare(item))))
+                under_way.append(self._pool.submit(lambda one: work(prepare(one)), item))
                 if len(under_way) > self.num:
                     yield under_way.popleft().result()
             while under_way:
@@ -77,7 +77,7 @@ def _all(jobs: Sequence[Future[R]]) -> list[R]:
 
 
 def prefetch(items: Iterable[T], num: int = 2) -> Generator[T, None, None]:
-    """The same items, made up to ``num`` in advance by a thread."""
+    """The same items, computed up to ``num`` in advance by a thread."""
     made: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(maxsize=num)
     stop = threading.Event()
 

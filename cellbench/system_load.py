@@ -1,4 +1,4 @@
-"""How busy other processes keep the processor while something is measured: seconds mean little without it."""
+"""Processor load by other processes during a measurement, without which seconds mean little."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import time
 import psutil
 
 SHORTEST_S = 0.1
-"""The system counts in hundredths of a second: of less the share would be chance."""
+"""The system counts in hundredths of a second: over a shorter time the share would be noise."""
 
 
 class SystemLoad:
-    """The load by others since it was made, of the cores that this process may use. Two readings of the system's counters; no thread."""
+    """Load by other processes since this object was created, on the cores that this process may use. Two readings of counters; no thread."""
 
     def __init__(self) -> None:
         self._before = _counters()
 
     def others_pct(self) -> float | None:
-        """The share of the processor that other processes used, 0..100 %; None where too little time has passed or the system does not say.
+        """The share of the processor that other processes used, 0..100 %; None where too little time has passed.
 
         Processes that this one started and that still run count as others.
         """
@@ -29,17 +29,17 @@ class SystemLoad:
 
 
 def _counters() -> tuple[float, float, float]:
-    """Seconds of all cores together, those that they were busy, and those that this process used."""
+    """Total seconds of all cores, busy seconds, and seconds of this process."""
     times = psutil.cpu_times(percpu=True)
     if hasattr(os, "sched_getaffinity"):
         mine = [times[core] for core in os.sched_getaffinity(0) if core < len(times)]
         times = mine or times
-    # Linux counts a guest's time in the user's too.
+    # Linux includes a guest's time in the user's.
     total_s = sum(sum(one) - getattr(one, "guest", 0.0) - getattr(one, "guest_nice", 0.0) for one in times)
     idle_s = sum(one.idle + getattr(one, "iowait", 0.0) for one in times)
     return total_s, total_s - idle_s, time.process_time()
 
 
 def describe_load(pct: float | None) -> str:
-    """``while other processes used 45 % of the processor``; empty where that is not known."""
+    """``while other processes used 45 % of the processor``; empty if unknown."""
     return "" if pct is None else f"while other processes used {pct:.0f} % of the processor"

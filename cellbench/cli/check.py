@@ -107,8 +107,9 @@ def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
     try:
         dataset, splits = split_dataset(card, listing, spec, grouped)
         notes.append(f"split {'as drawn from the seed' if splits.record else f'read from {splits.place}'}")
-        home = {_key(sample): {"split": part, "group": sample.group} for part in SPLITS for sample in dataset.samples(part)}
-        facts = [replace(f, **home[_key(sample)]) for f, sample in zip(facts, samples, strict=True)]
+        home = {_key(sample): (part, sample.group) for part in SPLITS for sample in dataset.samples(part)}
+        placed = zip(facts, (home[_key(sample)] for sample in samples), strict=True)
+        facts = [replace(f, split=part, group=group) for f, (part, group) in placed]
     except CellbenchError as error:
         found.append(Finding(kind="split", severity=Severity.SEVERE, message=str(error), images=("the split",)))
     found += [*findings(facts, duplicates), *_absent(facts, dataset.classes), *_expected(card.expected, facts)]

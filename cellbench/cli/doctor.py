@@ -1,7 +1,7 @@
-"""``doctor``: which backbones can be had here and now, and does one of them do what its card says.
+"""``doctor``: which backbones are available here, and does one of them do what its card says.
 
-The table asks nobody: it looks into the weights folder, among earlier downloads and into the hub's cache. The self-test loads what lies
-here and runs it. Neither downloads anything, and only the self-test and the contracts import torch.
+The table uses no network: it looks into the weights folder, earlier downloads and the hub's cache. The self-test loads a backbone and runs it.
+Neither downloads anything, and only the self-test and the contracts import torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,8 @@ from cellbench.models.backbones.weights import download_path, find_in_hub_cache,
 if TYPE_CHECKING:
     from cellbench.hardware import Hardware
 
-UNASKED_BYTES = 128 * 2**20
-"""Files up to this size are hashed for the table without being asked: half a second each on a slow disk, once."""
+HASHED_BYTES = 128 * 2**20
+"""Files up to this size are hashed for the table without --deep: half a second each on a slow disk, once."""
 
 
 def doctor(options: DoctorOptions) -> int:
@@ -54,7 +55,7 @@ def doctor(options: DoctorOptions) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the table. ``problem`` is what is wrong with the file or the card, with the remedy; empty: nothing."""
+    """A line of the table. ``problem``: what is wrong with the file or the card, and the remedy."""
 
     name: str
     here: str
@@ -65,25 +66,25 @@ class Row:
     problem: str = ""
 
 
-# In the order of the table: what can be used at once stands first. Behind each word, what to do or what it means.
+# In the order of the table: what can be used at once comes first. The text explains the word below the table.
 HERE = {
     "needs nothing": "",
     "in the folder": "",
     "downloaded": "",
     "in the hub cache": "",
-    "would download": "at its first use, from the place named; nothing is downloaded for this table.",
+    "would download": "at its first use, from the page named; nothing is downloaded for this table.",
     "gated": "accept the licence at the page named and log in (hf auth login), or put the file into a --weights folder.",
     "broken": "see below.",
 }
 HASH = {
-    "recorded": "the card states no sha256; the file's own was kept at its first use, and another will be refused.",
-    "not read": "a large file, read and compared at its first use, or now with --deep.",
-    "unknown": "the card states no sha256; what comes first will be recorded.",
+    "recorded": "the card has no sha256; that of the file was recorded at its first use, and another file will be refused.",
+    "not read": "a large file: compared at its first use, or now with --deep.",
+    "unknown": "the card has no sha256; that of the first file will be recorded.",
 }
 
 
 def row(card: BackboneCard, folder: Path | None, deep: bool = False) -> Row:
-    """What can be said about a card without a network. A large file's hash is compared only where it is known already, or for ``deep``."""
+    """A card's line, without network access. The hash of a large file is compared only if it is known already, or with ``deep``."""
     license = card.license.split(" (")[0] + (" ?" if "(" in card.license else "")
     mib = card.file_mib or card.params_m * 4e6 / 2**20
     size = f"~{mib:,.0f}" if mib else ""
@@ -100,24 +101,24 @@ def row(card: BackboneCard, folder: Path | None, deep: bool = False) -> Row:
         except CellbenchError as error:
             return Row(name=card.id, here="broken", license=license, problem=one_line(error))
     here, path = found
-    facts = {"name": card.id, "mib": f"{path.stat().st_size / 2**20:,.0f}", "license": license, "where": _short(path)}
+    line = partial(Row, name=card.id, mib=f"{path.stat().st_size / 2**20:,.0f}", license=license, where=_short(path))
     try:
         check_whole(path)
     except WeightsUnavailable as error:
-        return Row(**facts, here="broken", hash="", problem=f"{card.id}: {one_line(error)}")
+        return line(here="broken", hash="", problem=f"{card.id}: {one_line(error)}")
     path = path.resolve()  # as it is hashed: in the hub's cache the name is a link
     with FileFactCache("hashes", compute_sha256) as hashes:
-        if not deep and path.stat().st_size > UNASKED_BYTES and not hashes.knows(path):
-            return Row(**facts, here=here, hash="not read")
+        if not deep and path.stat().st_size > HASHED_BYTES and not hashes.knows(path):
+            return line(here=here, hash="not read")
     try:
         locate(card, folder, download=False)
     except CellbenchError as error:
-        return Row(**facts, here="broken", hash="WRONG", problem=one_line(error))
-    return Row(**facts, here=here, hash="as on card" if card.sha256 and sha256(path) == card.sha256 else "recorded")
+        return line(here="broken", hash="WRONG", problem=one_line(error))
+    return line(here=here, hash="as on card" if card.sha256 and sha256(path) == card.sha256 else "recorded")
 
 
 def _file(card: BackboneCard, folder: Path | None) -> tuple[str, Path] | None:
-    """Where ``locate`` would find the card's file on this machine; unchecked."""
+    """Where ``locate`` would find the card's file on this machine, unchecked."""
     if own := folder_file(card, folder):
         return "in the folder", own
     if card.weights.startswith("http") and download_path(card).is_file():
@@ -135,7 +136,7 @@ def _table(registry: Registry, folder: Path | None, deep: bool) -> int:
     for name in registry.names("backbones"):
         try:
             rows.append(row(registry.backbone(name), folder, deep))
-        except CellbenchError as error:  # a card that cannot be read is a line of the table, not its end
+        except CellbenchError as error:  # an unreadable card is a line of the table, and the others follow
             rows.append(Row(name=name, here="broken", problem=one_line(error)))
     order = list(HERE)
     rows.sort(key=lambda it: (order.index(it.here), it.name))
@@ -161,7 +162,7 @@ def _table(registry: Registry, folder: Path | None, deep: bool) -> int:
 
 
 def _lines(rows: list[Row]) -> Iterator[str]:
-    """The table in the terminal's width. Only the last two columns are cut to fit; pages where a licence is accepted never are."""
+    """The table in the terminal's width. Only the last two columns are shortened; pages where a licence is accepted never are."""
     head = Row(name="backbone", here="here and now", mib="MiB", hash="hash", license="licence", where="file, or page to get it from")
     lines = [(it.name, it.here, it.mib, it.hash, _cut(it.license, 20)) for it in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
@@ -176,7 +177,7 @@ def _lines(rows: list[Row]) -> Iterator[str]:
 
 
 def _cut(text: str, room: int, begin: int | None = None) -> str:
-    """The text in at most ``room`` letters; with ``begin``, so many of its first letters, and then its end, which tells most of a path."""
+    """The text in at most ``room`` letters: its start; with ``begin``, so many letters of its start, and its end."""
     if len(text) <= room:
         return text
     begin = room - 1 if begin is None else begin
@@ -206,7 +207,7 @@ def _self_tests(cards: list[BackboneCard], weights: Path | None, device: str) ->
 
 
 def _self_test(card: BackboneCard, weights: Path | None, here: Hardware) -> int:
-    """Prints what one backbone is and does here; gives the number of checks that failed."""
+    """Prints the report of one backbone; returns the number of failed checks."""
     from cellbench.diagnostics import probe
 
     path = None if card.weights == "none" else locate(card, weights, download=False)
@@ -230,7 +231,7 @@ CHECKED = ("backbones", "heads", "losses", "augmentations", "metrics")
 
 
 def _parts(registry: Registry, names: Sequence[str], extra: Path | None) -> list[Card]:
-    """The components named; none named: those of the user's folder, or, without one, all."""
+    """The cards of these names; by default those of the user's folder, without one all of them."""
     known = [(kind, name) for kind in CHECKED for name in registry.names(kind)]
     for name in names:
         if name not in {each for _, each in known}:

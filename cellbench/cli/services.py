@@ -1,7 +1,7 @@
-"""``doctor --services``: does what is configured answer, and fit: MLflow's server, the databases, the cache folder, the shared cache, Ray.
+"""``doctor --services``: do the configured services answer, in a version that fits: MLflow, databases, cache folder, shared cache, Ray.
 
-Reads the environment alone (``MLFLOW_TRACKING_URI``, ``OPTUNA_STORAGE``, ``CELLBENCH_CACHE``, ``CELLBENCH_CACHE_URL``, ``RAY_ADDRESS``), writes nothing
-but files that it removes again, and shows no password.
+Reads the environment alone (``MLFLOW_TRACKING_URI``, ``OPTUNA_STORAGE``, ``CELLBENCH_CACHE``, ``CELLBENCH_CACHE_URL``, ``RAY_ADDRESS``), shows no
+password, and removes the files that it writes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANSWER_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line: a service, whether it will do, and what was seen or is to be done."""
+    """One line: a service, whether it works, and details or the remedy."""
 
     service: str
     good: bool
@@ -35,7 +35,7 @@ class Finding:
 
 
 def services() -> int:
-    """Prints a line a service. Exit code 0, or 1 where one does not answer or does not fit."""
+    """Prints a line a service. Exit code 0, or 1 where one does not work."""
     found = findings()
     width = max(len(one.service) for one in found)
     for one in found:
@@ -44,20 +44,20 @@ def services() -> int:
 
 
 def findings() -> list[Finding]:
-    """What each of the services said."""
+    """The state of each service."""
     tracking, storage = store_uri(), os.environ.get("OPTUNA_STORAGE", "")
-    found = [_asked("MLflow", lambda: _tracking(tracking)), _asked("Optuna", lambda: _storage(storage))]
+    found = [_check("MLflow", lambda: _tracking(tracking)), _check("Optuna", lambda: _storage(storage))]
     if "://" in storage and storage == tracking and not store_file(tracking):
         found.append(
-            Finding(service="Optuna", good=False, text="has MLflow's database; their tables mix. Give it one of its own: createdb optuna.")
+            Finding(service="Optuna", good=False, text="shares MLflow's database, where their tables mix. Create another one: createdb optuna.")
         )
-    found.append(_asked("cache", _cache))
+    found.append(_check("cache", _cache))
     if url := shared_url():
-        found.append(_asked("cache-url", lambda: _shared(url)))
-    return [*found, _asked("Ray", lambda: _ray(os.environ.get("RAY_ADDRESS", "")))]
+        found.append(_check("cache-url", lambda: _shared(url)))
+    return [*found, _check("Ray", lambda: _ray(os.environ.get("RAY_ADDRESS", "")))]
 
 
-def _asked(service: str, ask: Callable[[], str]) -> Finding:
+def _check(service: str, ask: Callable[[], str]) -> Finding:
     try:
         return Finding(service=service, good=True, text=redact_passwords(ask()))
     except CellbenchError as error:
@@ -67,7 +67,7 @@ def _asked(service: str, ask: Callable[[], str]) -> Finding:
 def _tracking(uri: str) -> str:
     file = store_file(uri)
     if file is not None:
-        return f"{file}, {'there' if file.is_file() else 'made at the first grid'}; for this machine alone. MLFLOW_TRACKING_URI names a server."
+        return f"{file}, {'exists' if file.is_file() else 'created by the first grid'}; for this machine alone. MLFLOW_TRACKING_URI names a server."
     if not uri.startswith(("http://", "https://")):
         return _database(uri)
     theirs, ours = _get(f"{uri.rstrip('/')}/version", uri).strip(), importlib.metadata.version("mlflow")
@@ -79,14 +79,15 @@ def _tracking(uri: str) -> str:
 def _get(url: str, uri: str) -> str:
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_S) as answer:
-            return answer.read(200).decode(errors="replace")
-    except (OSError, ValueError) as error:  # URLError and its kin are OSErrors
+            text: bytes = answer.read(200)
+            return text.decode(errors="replace")
+    except (OSError, ValueError) as error:  # URLError is an OSError
         raise CellbenchError(f"{uri}: no answer ({one_line(error)}). Is `mlflow server` up, and MLFLOW_TRACKING_URI right?") from None
 
 
 def _storage(url: str) -> str:
     if not url:
-        return "OPTUNA_STORAGE is not set: searches are kept in a file here, for this machine alone."
+        return "OPTUNA_STORAGE is not set: searches are kept in a file in this folder, for this machine alone."
     return _database(url) if "://" in url else f"{url}, a file."
 
 

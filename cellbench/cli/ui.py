@@ -18,7 +18,7 @@ from cellbench.errors import CellbenchError
 from cellbench.tracking import relocate, sqlite_store, ui_view
 
 PATIENCE_S = 120
-"""For the first answer: a cold start on a busy machine has taken half a minute."""
+"""For the first answer: a cold start on a busy machine took half a minute."""
 
 
 def ui(options: UiOptions) -> int:
@@ -33,7 +33,7 @@ def ui(options: UiOptions) -> int:
     # `mlflow ui` does not read MLFLOW_TRACKING_URI, and only the literal "true" ends its telemetry.
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    # Its own session: Ctrl-C reaches us, and we end the server with all it started, in order.
+    # In a session of its own: Ctrl-C reaches only this process, which then ends the server and its workers in order.
     server = subprocess.Popen(
         command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -54,7 +54,7 @@ def _serve(server: subprocess.Popen[bytes], port: int) -> int:
         if server.poll() is not None:
             assert server.stdout is not None
             lines = server.stdout.read().decode(errors="replace").strip().splitlines()
-            raise CellbenchError(f"MLflow's UI did not start: {lines[-1] if lines else 'it said nothing'}.")
+            raise CellbenchError(f"MLflow's UI did not start: {lines[-1] if lines else 'no message'}.")
         if time.monotonic() > deadline:
             raise CellbenchError(f"MLflow's UI did not answer at {address} within {PATIENCE_S} s.")
         time.sleep(0.2)
@@ -62,7 +62,7 @@ def _serve(server: subprocess.Popen[bytes], port: int) -> int:
     for name, number in relocate.experiment_names():
         print(f"  {name}: {address}/#/experiments/{number}/runs?{ui_view.QUERY}")
     assert server.stdout is not None
-    for _ in server.stdout:  # read, or the server would stop at a full pipe; each request is a line nobody needs
+    for _ in server.stdout:  # read, since the server would block at a full pipe
         pass
     return server.wait()
 
@@ -70,23 +70,23 @@ def _serve(server: subprocess.Popen[bytes], port: int) -> int:
 def responds(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as reply:
-            return reply.status == 200
+            return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False
 
 
 def free_port(first: int) -> int:
-    """``first``, or the next port that nobody listens on."""
+    """``first``, or the next port that is free."""
     for port in range(first, min(first + 50, 65536)):
         with socket.socket() as one, contextlib.suppress(OSError):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind(("127.0.0.1", port))
             return port
-    raise CellbenchError(f"--port {first}: no free port from there on. Name another one between 1024 and 65000.")
+    raise CellbenchError(f"--port {first}: no free port from there on. Name one between 1024 and 65000.")
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """The server and the workers it started: told to end, and after five seconds made to."""
+    """Terminates the server and the workers that it started; kills them after five seconds."""
     try:
         family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
     except psutil.NoSuchProcess:

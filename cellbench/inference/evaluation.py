@@ -42,7 +42,7 @@ def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Regi
         )
     own, _ = split_dataset(card, listing, DataSpec(**{**spec.model_dump(), "fold": trained.run.fold if spec.folds else 0}))
     if spec.limit:
-        own = replace(own, **{part: own.samples(part)[: spec.limit] for part in ("train", "val", "test")})
+        own = replace(own, train=own.train[: spec.limit], val=own.val[: spec.limit], test=own.test[: spec.limit])
     # What makes up one cell is as in the training data of the run.
     owners = trained.separation.owners
     own, contents = validated(own)

@@ -125,7 +125,7 @@ def _make_databases(address: str) -> None:
 def test_nothing_configured_is_well(asked, tmp_path: Path):
     code, lines = asked()
     assert code == 0
-    assert "made at the first grid" in lines["MLflow"]
+    assert "created by the first grid" in lines["MLflow"]
     assert not (tmp_path / "mlflow.db").exists()
 
 
