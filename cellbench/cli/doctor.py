@@ -100,6 +100,7 @@ def row(card: BackboneCard, folder: Path | None, deep: bool = False) -> Row:
             return Row(name=card.id, here="gated" if card.gated else "would download", mib=size, hash=hash, license=license, where=page)
         except CellbenchError as error:
             return Row(name=card.id, here="broken", license=license, problem=one_line(error))
+    assert found is not None, "else locate would have raised"
     here, path = found
     line = partial(Row, name=card.id, mib=f"{path.stat().st_size / 2**20:,.0f}", license=license, where=_short(path))
     try:

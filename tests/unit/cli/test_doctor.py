@@ -88,7 +88,7 @@ def test_a_damaged_file_is_told(web: StandIn, tmp_path: Path, data: bytes, says:
 
 
 def test_a_large_file_is_read_for_deep_only_and_then_known(web: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "UNASKED_BYTES", 1000)
+    monkeypatch.setattr(doctor, "HASHED_BYTES", 1000)
     folder, it = put(tmp_path / "w", PTH), card(web.url + "/Net.pth", sha256=digest(SAFE))
     assert told(it, folder) == ("in the folder", "not read")
     assert told(it, folder, deep=True) == ("broken", "WRONG")
