@@ -132,7 +132,9 @@ def _scan_findings(listing: Listing) -> list[Finding]:
         Finding(kind=kind, severity=Severity.SEVERE, message=some[0].describe(len(some) - 1), images=tuple(one.name for one in some))
         for kind, some in problems.items()
     ]
-    return found + [Finding(kind=doubt.kind, severity=Severity.LOOK, message=f"{doubt.message}.", images=doubt.names) for doubt in listing.doubts]
+    return found + [
+        Finding(kind=doubt.kind, severity=Severity.LOOK, message=f"{doubt.message}.", images=doubt.names) for doubt in listing.doubts
+    ]
 
 
 def _key(sample: Sample) -> tuple[Path, Path, str]:
@@ -155,7 +157,8 @@ def _read(dataset: Dataset) -> list[SampleFacts]:
 def _absent(facts: Sequence[SampleFacts], classes: Sequence[str]) -> list[Finding]:
     pixels = {split: np.array([f.shares for f in facts if f.split == split and f.shares]) for split in SPLITS}
     return [
-        Finding(kind="class", severity=Severity.LOOK, message=message, images=(name,)) for name, message in describe_absent_classes(classes, pixels)
+        Finding(kind="class", severity=Severity.LOOK, message=message, images=(name,))
+        for name, message in describe_absent_classes(classes, pixels)
     ]
 
 

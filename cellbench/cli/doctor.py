@@ -203,7 +203,11 @@ def _self_tests(cards: list[BackboneCard], weights: Path | None, device: str) ->
             if len(cards) > 1:
                 print(f"{card.id}: cannot be tested. {one_line(error).removeprefix(f'{card.id}: ')}\n")
     if errors:
-        raise errors[0] if len(cards) == 1 else CellbenchError(f"{len(errors)} of {len(cards)} backbones cannot be tested; the reasons are above.")
+        raise (
+            errors[0]
+            if len(cards) == 1
+            else CellbenchError(f"{len(errors)} of {len(cards)} backbones cannot be tested; the reasons are above.")
+        )
     return 1 if wrong else 0
 
 
@@ -242,7 +246,9 @@ def _parts(registry: Registry, names: Sequence[str], extra: Path | None) -> list
         return cards
     own = [card for card in cards if Path(card.path).is_relative_to(extra)]
     if not own:
-        raise CellbenchError(f"--registry {extra}: holds nothing to check. Put cards into {', '.join(f'{kind}/' for kind in CHECKED)} there.")
+        raise CellbenchError(
+            f"--registry {extra}: holds nothing to check. Put cards into {', '.join(f'{kind}/' for kind in CHECKED)} there."
+        )
     return own
 
 

@@ -126,15 +126,16 @@ def _write_artifacts(tested: _Tested, folder: Path) -> None:
     artifacts.write_artifacts(folder, tested.name, run, plain, [dataset], pixels, result)
     if tested.seen is not None:
         names = {
-            part: [sample.name for sample, one in zip(dataset.test, tested.seen, strict=True) if one == part]
-            for part in seen_images.PARTS
+            part: [sample.name for sample, one in zip(dataset.test, tested.seen, strict=True) if one == part] for part in seen_images.PARTS
         }
         (folder / SEEN).write_text(json.dumps(names), encoding="utf-8")
     (folder / "config.toml").write_text(tested.trained.config, encoding="utf-8")
     for rank, case in enumerate(tested.evaluation.worst, 1):
         picture, truth = pixels[case.image]
         file = dataset.test[case.image].name
-        title = f"{rank}. worst of {len(dataset.test)}: {file}, {case.score}\n{describe_outcomes(asdict(result.exam.agreements[case.image]))}"
+        title = (
+            f"{rank}. worst of {len(dataset.test)}: {file}, {case.score}\n{describe_outcomes(asdict(result.exam.agreements[case.image]))}"
+        )
         figure = run_plots.plot_example(picture, truth, case.classes, case.cell, title)
         style.save_figure(figure, folder / "figures" / f"worst-{rank:03d}-{file_name(Path(file).stem)}.png")
 

@@ -184,7 +184,9 @@ def _estimate(plan: _Plan) -> None:
             key="estimate",
         )
         try:
-            cost = estimate_cost([one.run for one in cohort], resources.registry, plan.datasets[run.fold], resources.machine, resources.weights, policy)
+            cost = estimate_cost(
+                [one.run for one in cohort], resources.registry, plan.datasets[run.fold], resources.machine, resources.weights, policy
+            )
         except InsufficientMemoryError as error:
             say(f"{title}: would be skipped: {error}")
             continue

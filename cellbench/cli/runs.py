@@ -11,9 +11,7 @@ def open_run(options: InferenceOptions, *, device: str | None = None) -> Segment
     """The run that a call names, and a line about where it comes from. ``device``: another one than the call's. Raises CellbenchError."""
     device = device or options.device
     startup.configure_threads(device)
-    segmenter = Segmenter.load(
-        options.run, weights=options.weights, registry=options.registry, device=device, precision=options.precision
-    )
+    segmenter = Segmenter.load(options.run, weights=options.weights, registry=options.registry, device=device, precision=options.precision)
     for line in segmenter.trained.origin:
         print(line)
     return segmenter

@@ -49,7 +49,9 @@ def findings() -> list[Finding]:
     found = [_check("MLflow", lambda: _tracking(tracking)), _check("Optuna", lambda: _storage(storage))]
     if "://" in storage and storage == tracking and not store_file(tracking):
         found.append(
-            Finding(service="Optuna", good=False, text="shares MLflow's database, where their tables mix. Create another one: createdb optuna.")
+            Finding(
+                service="Optuna", good=False, text="shares MLflow's database, where their tables mix. Create another one: createdb optuna."
+            )
         )
     found.append(_check("cache", _cache))
     if url := shared_url():

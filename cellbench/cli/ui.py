@@ -31,7 +31,20 @@ def ui(options: UiOptions) -> int:
         print(line)
     port = free_port(options.port)
     # `mlflow ui` does not read MLFLOW_TRACKING_URI, and only the literal "true" ends its telemetry.
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     # In a session of its own: Ctrl-C reaches only this process, which then ends the server and its workers in order.
     server = subprocess.Popen(

@@ -103,10 +103,12 @@ class LossCard(Card):
 
     KIND = "losses"
 
+
 class AugmentationCard(Card):
     """A change of colours of training tiles; its builder is a class as ``cellbench.data.transforms.augmentation.Augmentation`` says."""
 
     KIND = "augmentations"
+
 
 class MetricCard(Card):
     """A score of one test image: a function from :class:`cellbench.metrics.catalog.ScoredImage` to a number, NaN where there is nothing to score."""

@@ -87,9 +87,7 @@ class Registry:
 
     def __init__(self, extra: Path | None = None) -> None:
         if extra is not None and not extra.is_dir():
-            raise CellbenchError(
-                f"--registry {extra}: there is no such folder. Expected one with {', '.join(k + '/' for k in KINDS)}."
-            )
+            raise CellbenchError(f"--registry {extra}: there is no such folder. Expected one with {', '.join(k + '/' for k in KINDS)}.")
         if extra is not None and not any((extra / kind).is_dir() for kind in KINDS):
             raise CellbenchError(
                 f"--registry {extra}: has none of {', '.join(k + '/' for k in KINDS)}. Put cards into folders of these names."
@@ -200,9 +198,7 @@ def load(card: Card) -> Any:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r}. {known}")
     module_name, _, attribute = builder_path(card).partition(":")
     try:
-        module = (
-            _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
-        )
+        module = _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
         return getattr(module, attribute)
     except (ImportError, FileNotFoundError, AttributeError) as error:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r} cannot be imported: {error}.") from error
