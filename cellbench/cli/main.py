@@ -111,11 +111,11 @@ def main(argv: list[str] | None = None) -> int:
     startup.prepare_process()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        asked = command.options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        filled = command.options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
         module, _, name = command.function.partition(":")
         function = getattr(importlib.import_module(f"cellbench.cli.{module}"), name)
         startup.freeze_imports()
-        code: int = function(asked)
+        code: int = function(filled)
         return code
     except CellbenchError as error:
         print(to_printable(f"cellbench: {error}"), file=sys.stderr)
@@ -176,6 +176,8 @@ def _add(parser: argparse.ArgumentParser, one: Field[Any], hint: Any) -> None:
     if positional:
         if many or not required:
             facts["nargs"] = ("+" if required else "*") if many else "?"
+        if not required:
+            facts["default"] = one.default  # argparse would convert SUPPRESS, which is a string, by the type
         parser.add_argument(one.name, **facts)
         return
     if many:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from cellbench.cli import main as command_line
 from cellbench.config.cards import KINDS
+from cellbench.config.options import ExploreOptions, GridOptions, PredictOptions
 from cellbench.config.registry import Registry, shipped
 from cellbench.run import main
 
@@ -202,3 +205,51 @@ def test_the_module_and_its_exit_code_work_from_the_shell() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("cellbench: no card called 'nothing-like-it'.")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "record"),
+    [
+        (["grid"], GridOptions()),
+        (
+            ["grid", "my.toml", "--set", "run.epochs=3", "--set", "run.lr=1", "--dry-run", "--gpu-share", "0.5"],
+            GridOptions(file="my.toml", changes=("run.epochs=3", "run.lr=1"), dry_run=True, gpu_share=0.5),
+        ),
+        (
+            ["predict", "best", "a.png", "b", "--out", "o", "--um-per-px", "0.25"],
+            PredictOptions(run="best", images=(Path("a.png"), Path("b")), out=Path("o"), um_per_px=0.25),
+        ),
+        (["explore", "--framing", "pad", "--tile-px", "64"], ExploreOptions(framing=("pad",), tile_px=64)),
+    ],
+    ids=["grid", "grid-options", "predict", "explore"],
+)
+def test_a_command_gets_its_options_as_one_record(monkeypatch: pytest.MonkeyPatch, arguments: list[str], record: object) -> None:
+    got = []
+    monkeypatch.setattr(command_line.importlib, "import_module", lambda name: sys.modules[__name__])
+    monkeypatch.setattr(sys.modules[__name__], arguments[0], lambda options: got.append(options) or 0, raising=False)
+    assert main(arguments) == 0
+    assert got == [record]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["export", "best", "--out", "o", "--backbone", "all"], "invalid choice: 'all'"),
+        (["predict", "best", "a.png"], "required: --out"),
+        (["predict", "--out", "o"], "required: RUN, IMAGE"),
+        (["grid", "--workers", "1.5"], "invalid int value: '1.5'"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_option_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize("command", command_line.COMMANDS)
+def test_the_help_of_a_command_explains_each_of_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for one in dataclasses.fields(command_line.COMMANDS[command].options):
+        text = " ".join(one.metadata["help"].split())
+        assert text.replace("-", "") in shown.replace("- ", "").replace("-", "")
