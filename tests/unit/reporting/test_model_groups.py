@@ -16,17 +16,17 @@ from cellbench.statistics.scores import ModelScores
 
 def fold_of(head: str, mean: float, fold: int, seed: int = 0, num: int = 4) -> FinishedRun:
     """The run that tested a quarter of the images."""
-    told = per_image_scores(mean, seed, IMAGES, f"fold {fold}")
+    record = per_image_scores(mean, seed, IMAGES, f"fold {fold}")
     mine = slice(fold, None, num)
-    told |= {name: values[mine] for name, values in told.items() if isinstance(values, list) and len(values) == len(IMAGES)}
-    counts = np.random.default_rng(fold).integers(50, 100, (len(told["images"]), 2, 2)).tolist()
-    return finished_run(head, told | {"fold": fold, "num_folds": num, "pool": "all", "confusion": counts}, seed, fold)
+    record |= {name: values[mine] for name, values in record.items() if isinstance(values, list) and len(values) == len(IMAGES)}
+    counts = np.random.default_rng(fold).integers(50, 100, (len(record["images"]), 2, 2)).tolist()
+    return finished_run(head, record | {"fold": fold, "num_folds": num, "pool": "all", "confusion": counts}, seed, fold)
 
 
 def test_the_folds_of_a_seed_are_one_row_over_all_images():
     runs = [fold_of(head, mean, fold, seed) for head, mean in (("fpn", 0.9), ("bilinear", 0.8)) for seed in (0, 1) for fold in (2, 0, 3, 1)]
-    (here,), told = group_models(runs)
-    assert told == []
+    (here,), left_out = group_models(runs)
+    assert left_out == []
     assert here.num_folds == 4
     assert sorted(here.images) == sorted(IMAGES)
     best = here.best.scores()
@@ -45,11 +45,11 @@ def test_pooled_scores_over_folds_come_from_all_counts_and_not_from_a_mean_of_fo
     assert model.pooled("dice")[0] != pytest.approx(np.mean(each), abs=1e-9)
 
 
-def test_a_seed_that_lacks_a_fold_is_left_out_and_that_is_said():
+def test_a_seed_that_lacks_a_fold_is_left_out_and_the_report_names_them():
     runs = [fold_of("fpn", 0.9, fold, seed) for seed in (0, 1) for fold in range(4)]
-    (here,), told = group_models(runs[:-1])
+    (here,), left_out = group_models(runs[:-1])
     assert len(here.best.by_seed) == 1
-    assert told == ["uni · fpn, seed 1, is left out: fold 3 is missing."]
+    assert left_out == ["uni · fpn, seed 1, is left out: fold 3 is missing."]
 
 
 def test_scores_over_folds_and_over_one_test_are_never_paired():
@@ -57,7 +57,7 @@ def test_scores_over_folds_and_over_one_test_are_never_paired():
     assert len(group_models(runs)[0]) == 2
 
 
-def test_folds_are_told_with_the_differences():
+def test_folds_are_named_with_the_differences():
     runs = [fold_of(head, mean, fold) for head, mean in (("fpn", 0.9), ("bilinear", 0.8)) for fold in range(4)]
     (here,), _ = group_models(runs)
     (d,) = here.differences_to_best()

@@ -78,8 +78,8 @@ def test_the_page_needs_nothing_else_and_tables_are_the_same_in_every_format(pro
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     words = " ".join(page.words)
     assert EXPERIMENT in words
-    for told in ("dinobloom-s · fpn", "Are the differences significant?", "Cost", "fingerprint", "d" * 16, "smear-0"):
-        assert told in words
+    for expected in ("dinobloom-s · fpn", "Are the differences significant?", "Cost", "fingerprint", "d" * 16, "smear-0"):
+        assert expected in words
     assert "Best on average is dinobloom-s · fpn" in said
     assert "Best on average is dinobloom-s · fpn" in words
     for name in ("leaderboard", "differences", "cost"):
@@ -103,7 +103,7 @@ def test_the_report_is_kept_on_the_parent_run(tmp_path, monkeypatch):
     assert tracker.artifact(parent, "report.html") == Path("out/report.html").read_bytes()
 
 
-def test_runs_on_other_images_are_never_paired_and_that_is_said(project, capsys):
+def test_runs_on_other_images_are_never_paired_and_the_report_names_them(project, capsys):
     other = tuple(f"other-{k}.png" for k in range(20))
     for seed in (0, 1):
         log_finished_run(Tracker(EXPERIMENT), RunSpec(backbone="uni", head="fpn", seed=seed), per_image_scores(0.99, seed, other, "e" * 16))
@@ -118,8 +118,8 @@ def test_runs_on_other_images_are_never_paired_and_that_is_said(project, capsys)
 
 def quick_try(tracker, head="detail"):
     """A finished run on two images of each split, with a score that no other reaches."""
-    told = per_image_scores(0.999, 5, ("smear-00.png", "smear-01.png"), "a" * 16) | {"num_images": {"train": 2, "val": 2, "test": 2}}
-    return log_finished_run(tracker, RunSpec(backbone="uni", head=head, seed=0), told, **{LIMIT: "2"})
+    record = per_image_scores(0.999, 5, ("smear-00.png", "smear-01.png"), "a" * 16) | {"num_images": {"train": 2, "val": 2, "test": 2}}
+    return log_finished_run(tracker, RunSpec(backbone="uni", head=head, seed=0), record, **{LIMIT: "2"})
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -223,7 +223,7 @@ def test_settings_that_differ_name_models_and_are_no_seeds(project):
     assert names["otsu"] == 1
 
 
-def test_what_cannot_be_used_is_left_out_with_a_word(project, capsys):
+def test_what_cannot_be_used_is_left_out_with_a_sentence(project, capsys):
     tracker = Tracker(EXPERIMENT)
     log_finished_run(tracker, RunSpec(backbone="uni", head="detail", seed=0), None)
     damaged = log_finished_run(tracker, RunSpec(backbone="uni", head="detail", seed=1), per_image_scores(0.9, 0))
@@ -243,7 +243,7 @@ def test_what_cannot_be_used_is_left_out_with_a_word(project, capsys):
     found = results()
     assert sum(len(model.runs) for model in found.sets[0].models) == 9
     said = " ".join(found.left_out)
-    for told in (
+    for expected in (
         "is gone",
         "one score an image",
         "NaN",
@@ -251,7 +251,7 @@ def test_what_cannot_be_used_is_left_out_with_a_word(project, capsys):
         "1 run of",
         "deleted in MLflow",
     ):
-        assert told in said
+        assert expected in said
     assert nan not in {run.record.run_id for model in found.sets[0].models for run in model.runs}
     main(["report", EXPERIMENT, "--out", "out"])
     text = Path("out/report.html").read_text(encoding="utf-8")
@@ -283,24 +283,24 @@ def test_a_page_that_says_that_nothing_can_be_decided_separates_no_models(tmp_pa
     assert {row[table.headings.index("95 %")] for row in table.rows} == {""}
 
 
-def told_with_empties(mean, seed, num_found):
+def scores_with_empty_images(mean, seed, num_found):
     """Scores of a model on images of which the first four have no cell; it finds something in ``num_found`` of them."""
-    told = per_image_scores(mean, seed)
+    record = per_image_scores(mean, seed)
     empty = [0.0] * num_found + [None] * (4 - num_found)
     for name in ("dice", "iou", "precision", "recall", "accuracy", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
-        told[name] = empty + told[name][4:]
+        record[name] = empty + record[name][4:]
     pixels = [[[90, 10 * (k < num_found)], [0, 0]] for k in range(4)] + [[[50, 5], [5, 40]]] * 12
     outcome = {"num_true": 10, "num_found": 7, "num_missed": 1, "num_split": 2, "num_merged": 0, "num_extra": 3}
-    return told | {"confusion": pixels} | {name: [0] * 4 + [num] * 12 for name, num in outcome.items()}
+    return record | {"confusion": pixels} | {name: [0] * 4 + [num] * 12 for name, num in outcome.items()}
 
 
 def test_empty_images_are_counted_beside_the_means_and_a_find_in_one_is_never_free(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    silent, alarmed = told_with_empties(0.9, 0, 0), told_with_empties(0.9, 0, 2)
-    for head, told in (("fpn", silent), ("detail", alarmed)):
-        metrics_of = {**told, "dice": [value for value in told["dice"] if value is not None]}
+    silent, alarmed = scores_with_empty_images(0.9, 0, 0), scores_with_empty_images(0.9, 0, 2)
+    for head, record in (("fpn", silent), ("detail", alarmed)):
+        metrics_of = {**record, "dice": [value for value in record["dice"] if value is not None]}
         run = RunSpec(backbone="uni", head=head)
-        log_finished_run(Tracker("empty"), run, told, mean=float(np.mean(metrics_of["dice"])))
+        log_finished_run(Tracker("empty"), run, record, mean=float(np.mean(metrics_of["dice"])))
     assert main(["report", "empty", "--out", "out"]) == 0
     said = capsys.readouterr().out
     assert "Note: 4 of 16 test images have no cell. Cells were predicted there by uni · detail (2): these images score 0." in said
@@ -321,43 +321,43 @@ def test_empty_images_are_counted_beside_the_means_and_a_find_in_one_is_never_fr
 
 def test_a_class_that_no_test_mask_holds_is_named_with_who_predicts_it():
     stray, clean = [[90, 1, 1], [0, 8, 0], [0, 0, 0]], [[90, 2, 0], [0, 8, 0], [0, 0, 0]]
-    told = per_image_scores(0.9, 0) | {"classes": ["background", "red", "white"], "confusion": [stray] * 3 + [clean] * 13}
+    record = per_image_scores(0.9, 0) | {"classes": ["background", "red", "white"], "confusion": [stray] * 3 + [clean] * 13}
     stored = RunRecord(run_id="r", name="n", status="finished", params={"baseline": "otsu"})
-    ((here,), _) = group_models([FinishedRun(record=stored, per_image=told)])
+    ((here,), _) = group_models([FinishedRun(record=stored, per_image=record)])
     (words,) = describe_absent_classes(here)
     assert words.startswith(
         "Note: no test mask holds 'white'; of 16 test images some have it predicted: otsu (3). Pooled means leave it out"
     )
-    ((here,), _) = group_models([FinishedRun(record=stored, per_image=told | {"unused": ["white"], "confusion": [clean] * 16})])
+    ((here,), _) = group_models([FinishedRun(record=stored, per_image=record | {"unused": ["white"], "confusion": [clean] * 16})])
     assert describe_absent_classes(here) == ["Note: no mask of the data holds 'white'; no model predicts it. Means leave it out."]
 
 
 def test_of_several_cell_classes_the_words_say_what_one_number_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    told = per_image_scores(0.9, 0) | {"classes": ["background", "cytoplasm", "nucleus"]}
-    log_finished_run(Tracker("three"), RunSpec(baseline="otsu"), told)
+    record = per_image_scores(0.9, 0) | {"classes": ["background", "cytoplasm", "nucleus"]}
+    log_finished_run(Tracker("three"), RunSpec(baseline="otsu"), record)
     assert main(["report", "three"]) == 0
     assert "means over cytoplasm, nucleus" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["cells, a/b & u"], "Did you mean 'cells, a/b & ü 🔬'?"),
         (["empty"], "no finished run"),
         ([EXPERIMENT, "nothing like it"], "no experiment called"),
     ],
 )
-def test_a_question_without_an_answer_is_one_line(project, capsys, arguments, told):
+def test_a_question_without_an_answer_is_one_line(project, capsys, arguments, expected):
     Tracker("empty")
     assert main(["report", *arguments]) == 2
     said = capsys.readouterr().err.strip()
-    assert told in said
+    assert expected in said
     assert "\n" not in said
 
 
 @pytest.mark.parametrize("verb", ["report", "ui"])
-def test_a_folder_without_a_store_is_told_and_gets_none(tmp_path, monkeypatch, capsys, verb):
+def test_a_folder_without_a_store_is_an_error_and_creates_none(tmp_path, monkeypatch, capsys, verb):
     monkeypatch.chdir(tmp_path)
     assert main([verb]) == 2
     assert "no MLflow store" in capsys.readouterr().err
@@ -390,9 +390,9 @@ def test_a_thousand_models_are_compared_in_seconds(monkeypatch):
 
     names = tuple(f"{k}.png" for k in range(60))
     stored = RunRecord(run_id="r", name="n", status="finished", metrics={"test/dice": 0.9})
-    told = [FinishedRun(record=stored, per_image=per_image_scores(0.8 + k / 1e4, k, names)) for k in range(1000)]
+    runs = [FinishedRun(record=stored, per_image=per_image_scores(0.8 + k / 1e4, k, names)) for k in range(1000)]
     models = tuple(
-        ModelGroup(name=f"m{k}", backbone="b", head=f"h{k}", baseline=False, plain=True, runs=(one,)) for k, one in enumerate(told)
+        ModelGroup(name=f"m{k}", backbone="b", head=f"h{k}", baseline=False, plain=True, runs=(one,)) for k, one in enumerate(runs)
     )[::-1]  # fmt: skip
     here = TestSet(dataset="d", digest="e", images=names, models=models)
     start = time.process_time()

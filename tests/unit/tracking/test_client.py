@@ -13,9 +13,9 @@ from cellbench.tracking.sqlite_store import store_lock
     "address", ["postgresql://lab:s3cret@db:5432/mlflow", "https://lab:s3cret@mlflow.lab", "postgresql+psycopg2://lab:s3@cret@db/x"]
 )
 def test_a_refusal_names_the_address_without_its_password(address):
-    told = str(to_error(RuntimeError(f"connection to {address} failed"), address))
-    assert "cret" not in told
-    assert told.count("lab:***@") == 2
+    message = str(to_error(RuntimeError(f"connection to {address} failed"), address))
+    assert "cret" not in message
+    assert message.count("lab:***@") == 2
 
 
 def test_an_address_without_a_password_is_named_as_it_is():

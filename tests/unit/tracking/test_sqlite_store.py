@@ -55,9 +55,9 @@ def test_a_store_that_was_never_made_to_its_end_is_refused_in_one_line(store):
     with sqlite3.connect(store) as half:
         half.execute("CREATE TABLE runs (run_uuid VARCHAR(32) NOT NULL, name VARCHAR(250), status VARCHAR(9))")
     os.utime(store, (time.time() - 60,) * 2)
-    with pytest.raises(CellbenchError, match=r"mlflow\.db.*Move it away") as told:
+    with pytest.raises(CellbenchError, match=r"mlflow\.db.*Move it away") as error:
         Tracker("mine")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_with_any_name_gets_its_store(tmp_path, monkeypatch):
@@ -70,15 +70,15 @@ def test_a_folder_with_any_name_gets_its_store(tmp_path, monkeypatch):
 
 def test_an_experiment_of_the_same_name_elsewhere_is_no_damaged_store(store):
     tracker = Tracker("mine")
-    with pytest.raises(CellbenchError, match="already exists") as told:
+    with pytest.raises(CellbenchError, match="already exists") as error:
         tracker.client.create_experiment("mine")
-    assert "ove it away" not in str(told.value)
+    assert "ove it away" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "opens", [newest_experiment, partial(Tracker, "mine"), partial(Tracker, "mine", make=False)], ids=["reader", "maker", "looker"]
 )
-def test_an_address_of_no_kind_that_mlflow_knows_is_told(monkeypatch, opens):
+def test_an_address_of_no_kind_that_mlflow_knows_is_reported(monkeypatch, opens):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "carrier-pigeon://loft")
     with pytest.raises(CellbenchError, match=r"MLflow at carrier-pigeon://loft: .* or set another MLFLOW_TRACKING_URI\.$"):
         opens()

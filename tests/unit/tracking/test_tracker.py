@@ -9,7 +9,7 @@ import pytest
 from cellbench.tracking import tracker as tracker_module
 from cellbench.tracking.tracker import Tracker
 
-EXPERIMENT = "told"
+EXPERIMENT = "runs"
 
 
 def curve(tracker: Tracker, run_id: str) -> list[tuple[int, float]]:
@@ -47,8 +47,8 @@ def test_more_numbers_than_mlflow_takes_at_once_all_arrive(tracker):
             run.buffer(epoch, {"val/dice": 0.5})
         run.end("finished", metrics={"test/dice": 0.7}, tags={"model": "x"})
     assert [step for step, _ in curve(tracker, run.run_id)] == list(range(2001))
-    told = tracker.client.get_run(run.run_id)
-    assert (told.data.metrics["test/dice"], told.data.tags["model"], told.data.tags["cellbench.status"]) == (0.7, "x", "finished")
+    data = tracker.client.get_run(run.run_id).data
+    assert (data.metrics["test/dice"], data.tags["model"], data.tags["cellbench.status"]) == (0.7, "x", "finished")
 
 
 def test_a_run_whose_scores_mlflow_refuses_has_failed(tracker):

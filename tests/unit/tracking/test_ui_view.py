@@ -9,10 +9,10 @@ from cellbench.tracking import ui_view
 
 
 def test_the_view_sorts_by_a_shown_column_and_each_chart_has_its_section():
-    told = json.loads(ui_view.leaderboard_view_url(catalog.view_columns()))
-    state = json.loads(told["state"])
-    assert told["name"]
-    assert told["createdAt"] > 0
+    view = json.loads(ui_view.leaderboard_view_url(catalog.view_columns()))
+    state = json.loads(view["state"])
+    assert view["name"]
+    assert view["createdAt"] > 0
     assert state["orderByKey"] in state["selectedColumns"]
     sections = {one["uuid"] for one in state["compareRunSections"]}
     assert {one["metricSectionId"] for one in state["compareRunCharts"]} == sections
