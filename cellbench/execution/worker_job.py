@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from cellbench import __version__
+from cellbench import __version__, startup
 from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
@@ -104,6 +104,7 @@ def check_same_version(theirs: str) -> None:
 
 def apply_job_environment(job: JobSpec) -> JobSpec:
     """The job, after this process has taken over its cache folder, store and cores."""
+    startup.set_environment()  # on another machine nothing is inherited
     os.environ |= {"CELLBENCH_CACHE": str(job.cache), "CELLBENCH_CACHE_URL": job.cache_url, "MLFLOW_TRACKING_URI": job.store}
     torch.set_num_threads(job.machine.threads)
     return job
