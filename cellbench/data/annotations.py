@@ -116,7 +116,7 @@ def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
         counts = segmentation.get("counts")
         if segmentation.get("size") != [height, width]:
             raise ValueError(f"has run lengths for {segmentation.get('size')!r:.60}, its image has {[height, width]} (height, width)")
-        runs = _uncompressed(counts) if isinstance(counts, str) else counts
+        runs: Any = _uncompressed(counts) if isinstance(counts, str) else counts
         whole = isinstance(runs, list) and all(type(n) is int and 0 <= n <= height * width for n in runs)
         if not whole or sum(runs) != height * width:
             raise ValueError("has run lengths that do not add up to its image")

@@ -238,7 +238,9 @@ def interpret_masks(dataset: Dataset, samples: Sequence[Sample], broken: list[Sa
         nums = [found.num_values for found in outlined]
         notes.append(f"masks: outlines of cells, {f'{min(nums)} to ' if min(nums) < max(nums) else ''}{max(nums)} an image")
         if lost := sum(sample.truth.num_outlined for sample in facts if sample.truth is not None) - sum(nums):
-            notes.append(f"masks: {lost:,} outlined cells have no pixel of their own (smaller than one, or covered by others) and do not count")
+            notes.append(
+                f"masks: {lost:,} outlined cells have no pixel of their own (smaller than one, or covered by others) and do not count"
+            )
     if ignored_px := sum(found.ignored_px for found in facts.values()):
         share = ignored_px / sum(found.size_px[0] * found.size_px[1] for found in facts.values())
         notes.append(f"ignored: {share:.2%} of the pixels do not count, neither in training nor in scores")
@@ -313,6 +315,11 @@ def validated(dataset: Dataset) -> tuple[Dataset, dict[Sample, ClassContent]]:
     if found.ask:
         raise CellbenchError(f"{dataset.root}: {found.ask}, on the dataset's card ({CARD_NAME} beside the data).")
     # Later settings enter only where they are used, so that finished runs are still found.
-    meaning = [dataset.classes, dataset.values, *(more for more in (dataset.thresholds, dataset.colors) if more), *([] if default else [scaling])]
+    meaning = [
+        dataset.classes,
+        dataset.values,
+        *(more for more in (dataset.thresholds, dataset.colors) if more),
+        *([] if default else [scaling]),
+    ]
     key = json.dumps([*meaning, dataset.masks, dataset.ignore, dataset.min_cell_px, sorted(lines)])
     return replace(dataset.with_samples(parts), digest=hashlib.sha256(key.encode()).hexdigest()[:16]), contents

@@ -14,7 +14,16 @@ from cellbench.errors import CellbenchError, one_line, quote_name
 
 NAMES = ("manifest.csv", "manifest.toml")
 COLUMNS = ("image", "mask", "split", "group", "label")
-SPLITS = {"": "train", "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
+SPLITS = {
+    "": "train",
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 
 def read_manifest(path: Path, root: Path) -> Listing:

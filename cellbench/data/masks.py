@@ -71,7 +71,9 @@ class MaskFacts:
         return ClassContent.of(self.content)
 
 
-def mask_facts(labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = (), num_classes: int = IGNORE, digest: str = "") -> MaskFacts:
+def mask_facts(
+    labels: np.ndarray, classes: np.ndarray, strays: Sequence[int] = (), num_classes: int = IGNORE, digest: str = ""
+) -> MaskFacts:
     """Facts from a mask's values (H, W), ignored ones included, and its class map (H, W) uint8."""
     ignored = classes == IGNORE
     num_ignored = int(np.count_nonzero(ignored))
@@ -294,7 +296,7 @@ def min_cell_area(areas: Sequence[Sequence[int]]) -> int:
     """
     if not len(areas):
         return 1
-    px, num = np.array(sorted(areas), float).T
+    px, num = np.array(sorted((px, num) for px, num in areas), float).T
     weights = np.cumsum(np.sqrt(px) * num)
     median = px[np.searchsorted(weights, weights[-1] / 2)]
     limit = max(median * SHARE, min(SPECK_PX, median / 10))

@@ -117,9 +117,7 @@ def given_splits(
     found = Splits(train=samples[:first], val=samples[first:second], test=samples[second:], place=root / layout)
     for part in ("train", "val", "test"):
         if not getattr(found, part):
-            raise CellbenchError(
-                f"{root}: {layout} has images of a validation split and none of '{part}'. Name some, or no split at all."
-            )
+            raise CellbenchError(f"{root}: {layout} has images of a validation split and none of '{part}'. Name some, or no split at all.")
     _refuse_torn(root, found)
     return found
 

@@ -147,7 +147,9 @@ def find_pixel_size_inconsistencies(stated: Mapping[str, PixelSize], num: int) -
         odd = [name for side, names in groups.items() if side != usual or most > 1 for name in names]
         found.append(FileWarning(kind="pixel size", message=message, names=tuple(odd)))
     if oblong := tuple(name for name, size in stated.items() if not size.square):
-        message = f"The files state pixels that are not square, such as {stated[oblong[0]]} um (width x height). Shapes are distorted; resample"
+        message = (
+            f"The files state pixels that are not square, such as {stated[oblong[0]]} um (width x height). Shapes are distorted; resample"
+        )
         found.append(FileWarning(kind="oblong pixels", message=message, names=oblong))
     if torn := tuple(name for name, size in stated.items() if size.contradicted):
         message = f"The file states two pixel sizes, such as {stated[torn[0]].contradicted}; the second is used"

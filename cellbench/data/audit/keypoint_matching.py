@@ -84,7 +84,7 @@ def keypoints(grey_HW: np.ndarray) -> Keypoints:
     picture = _small(grey_HW)
     low, high = np.percentile(picture, (1, 99))
     stretched = ((picture - low) * (255 / max(high - low, 24))).clip(0, 255).astype(np.uint8)
-    sift = cv2.SIFT_create(contrastThreshold=CONTRAST)
+    sift = cv2.SIFT.create(contrastThreshold=CONTRAST)
     found = sorted(sift.detect(stretched, None), key=lambda one: -one.size)[:MAX_KEYPOINTS]
     if not found:
         return replace(NO_KEYPOINTS, picture=picture.astype(np.uint8))
@@ -332,9 +332,9 @@ def _aligned(one: np.ndarray, other: np.ndarray, matrix: np.ndarray) -> np.ndarr
     into_one, into_other = _resizing(one.shape[::-1], size), _resizing(other.shape[::-1], coarse)
     start = into_other @ np.vstack([matrix, [0, 0, 1]]) @ np.linalg.inv(into_one)
     stop = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 20, 1e-4)
-    pictures = (cv2.resize(picture, to, interpolation=cv2.INTER_AREA) for picture, to in ((one, size), (other, coarse)))
+    first, second = (cv2.resize(picture, to, interpolation=cv2.INTER_AREA) for picture, to in ((one, size), (other, coarse)))
     try:
-        _, found = cv2.findTransformECC(*pictures, start[:2].astype(np.float32), cv2.MOTION_AFFINE, stop, None, 1)
+        _, found = cv2.findTransformECC(first, second, start[:2].astype(np.float32), cv2.MOTION_AFFINE, stop, None, 1)  # type: ignore[call-overload]  # its stub wants a mask
     except cv2.error:  # it did not converge
         return matrix
     better = (np.linalg.inv(into_other) @ np.vstack([found, [0, 0, 1]]) @ into_one)[:2]

@@ -36,7 +36,7 @@ from PIL import (
 from cellbench.errors import CellbenchError, one_line
 
 # Not through Image.open: it applies a process-wide limit, and tries dozens of other formats (one of which runs Ghostscript).
-_READERS = {
+_READERS: dict[bytes, tuple[str, type[ImageFile.ImageFile]]] = {
     b"\x89PNG\r\n\x1a\n": ("PNG", PngImagePlugin.PngImageFile), b"\xff\xd8\xff": ("JPEG", JpegImagePlugin.JpegImageFile),
     b"II*\0": ("TIFF", TiffImagePlugin.TiffImageFile), b"MM\0*": ("TIFF", TiffImagePlugin.TiffImageFile),
     b"II+\0": ("TIFF", TiffImagePlugin.TiffImageFile), b"MM\0+": ("TIFF", TiffImagePlugin.TiffImageFile),
@@ -153,7 +153,7 @@ def _kind(start: bytes) -> str:
 
 def _reader(fp: BinaryIO, kind: str) -> ImageFile.ImageFile:
     fp.seek(0)
-    return dict(_READERS.values())[kind](fp)
+    return next(reader for name, reader in _READERS.values() if name == kind)(fp)
 
 
 def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> OpenImage:
@@ -162,9 +162,10 @@ def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> OpenImage:
         turn, shape = page.tags.valueof(274, 1), (page.imagelength, page.imagewidth)
         return OpenImage(fp=fp, kind=kind, num_bytes=num_bytes, page=page, turn=turn, shape=shape[::-1] if turn in (5, 6, 7, 8) else shape)
     image = _reader(fp, kind)
-    if kind in ("PNG", "WebP", "GIF") and getattr(image, "n_frames", 1) > 1:
-        raise FileError(f"is an animation of {image.n_frames} pictures. Save each as a file of its own")
-    if kind == "GIF" and any(tuple(tile[1]) != (0, 0, *image.size) for tile in image.tile):
+    num_frames = getattr(image, "n_frames", 1)
+    if kind in ("PNG", "WebP", "GIF") and num_frames > 1:
+        raise FileError(f"is an animation of {num_frames} pictures. Save each as a file of its own")
+    if kind == "GIF" and any(tile.extents != (0, 0, *image.size) for tile in image.tile):
         raise FileError("is a GIF whose picture leaves a part of its canvas empty. Save it again")
     bits = _jpeg2000_bits(fp, num_bytes) if kind == "JPEG 2000" else _png_bits(fp, num_bytes) if kind == "PNG" else 0
     if kind == "PNG" and "exif" not in image.info:
@@ -179,7 +180,7 @@ def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> OpenImage:
             image.info["dpi"] = tuple(float(exif[tag]) * (2.54 if exif.get(296, 2) == 3 else 1) for tag in (282, 283))
     shape = image.size if turn in (5, 6, 7, 8) else image.size[::-1]
     return OpenImage(fp=fp, kind=kind, num_bytes=num_bytes, turn=turn, shape=shape, info=dict(image.info), mode=image.mode,
-                   wide=kind == "PNG" and bool(image.tile) and "16" in image.tile[0].args, bits=bits)  # fmt: skip
+                   wide=kind == "PNG" and bool(image.tile) and "16" in str(image.tile[0].args), bits=bits)  # fmt: skip
 
 
 def _tiff_page(fp: BinaryIO, stack: bool) -> Any:
@@ -187,9 +188,10 @@ def _tiff_page(fp: BinaryIO, stack: bool) -> Any:
 
     fp.seek(0)
     tif = tifffile.TiffFile(fp)
-    page = tif.pages[0]
+    page: Any = tif.pages[0]
     # Thumbnails, smaller copies and transparency masks (NewSubfileType 1 and 4) are no pages. After 16 of them no other page is expected.
-    more = any(not (other.is_reduced or other.is_mask) for other in tif.pages[1:17])
+    others: list[Any] = tif.pages[1:17]
+    more = any(not (other.is_reduced or other.is_mask) for other in others)
     pages = max(len(tif.pages) if more else 1, page.imagedepth)
     if tif.is_imagej:  # a stack in one page
         pages = max(pages, int((tif.imagej_metadata or {}).get("images", 1)))
@@ -262,10 +264,9 @@ def _decoded(picture: OpenImage, any_channels: bool = False) -> Image.Image | np
     if image.mode.startswith("I;16"):  # JPEG 2000; Pillow spreads fewer bits over 16
         pixels = np.array(image)
         return to_upright(pixels.astype(pixels.dtype.newbyteorder("=")) >> (16 - picture.bits), picture)
-    # Pillow leaves 0 behind the end of a PNG's stream. Only where the last row is 0 must it be inflated again.
-    if picture.kind == "PNG" and (
-        image.info.get("interlace") or not np.asarray(image.crop((0, image.height - 1, image.width, image.height))).any()
-    ):
+    # Pillow leaves rows black that a PNG's stream does not hold. Inflate it again only where the last row is black.
+    last_row = (0, image.height - 1, image.width, image.height)
+    if picture.kind == "PNG" and (image.info.get("interlace") or not np.asarray(image.crop(last_row)).any()):
         _check_png_stream(fp, picture.num_bytes)
     return image
 
@@ -419,7 +420,7 @@ def _check_png(fp: BinaryIO, num_bytes: int) -> None:
 
 
 def _check_png_stream(fp: BinaryIO, num_bytes: int) -> None:
-    """The stream must inflate to every row of the image."""
+    """The stream must inflate to every row of the image. libpng checks that too, but inflates an endless stream to its end."""
     fp.seek(16)
     width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", fp.read(13))
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]

@@ -39,7 +39,10 @@ def format_notes(notes: Iterable[tuple[str, Note]]) -> list[str]:
     found: dict[str, list[str]] = {}
     for name, note in notes:
         found.setdefault(note.message, []).append(f"{name} ({note.detail})" if note.detail else name)
-    return [f"{message}: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}." for message, names in found.items()]
+    return [
+        f"{message}: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}."
+        for message, names in found.items()
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,8 @@ class IntensityScaling:
     @classmethod
     def of(cls, facts: Mapping[str, Any] | None) -> IntensityScaling:
         """The inverse of :meth:`to_dict`; the default for None."""
-        return cls(**{key: tuple(value) if value is not None else None for key, value in (facts or {}).items()})
+        values: dict[str, Any] = {key: tuple(value) if value is not None else None for key, value in (facts or {}).items()}
+        return cls(**values)
 
 
 def white_for(high: float) -> float:
@@ -124,8 +128,7 @@ def scale_to_uint8(pixels: np.ndarray, reading: IntensityScaling, stated: Range 
                 f"holds values from {low:.6g} to {high:.6g}, but images are read as {shown}: it has another depth. "
                 "Convert it, or give range = [BLACK, WHITE] on the dataset's card (`predict`: --range BLACK,WHITE)"
             )
-        share = np.count_nonzero((pixels > white) | (pixels < black)) / pixels.size
-        share = max(share, 0.0001)
+        share = max(float(np.count_nonzero((pixels > white) | (pixels < black)) / pixels.size), 0.0001)
         notes.append(Note(message=f"beyond the range {shown}, clipped", detail=f"{low:.6g} to {high:.6g}, {share:.2%} of it"))
     if assumed:
         notes.append(Note(message=f"read as {shown}, an assumption: neither the file nor the training images state its range"))

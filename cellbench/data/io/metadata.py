@@ -64,14 +64,15 @@ def pixel_size(picture: OpenImage) -> PixelSize | None:
 
 def _of_tiff(page: Any) -> list[tuple[str, float, float]]:
     tags = page.tags
-    text, found = _description(page), []
+    text = _description(page)
+    found: list[tuple[str, float, float]] = []
     pixels = _ome_pixels(text)
     if pixels:
-        sizes = []
+        sizes: list[float] = []
         for axis in "YX" if "PhysicalSizeY" in pixels else "XX":
             unit = _UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm").strip().lower())
             sizes.append(_number(pixels.get(f"PhysicalSize{axis}")) * unit if unit else math.nan)
-        found.append(("OME-XML", *sizes))
+        found.append(("OME-XML", sizes[0], sizes[1]))
     across, down, unit = (_ratio(tags.valueof(282)), _ratio(tags.valueof(283)), tags.valueof(296, 2))
     if text.startswith("ImageJ="):
         named = re.search(r"^unit=(.*)$", text, re.MULTILINE)
@@ -88,7 +89,7 @@ def _of_tiff(page: Any) -> list[tuple[str, float, float]]:
 
 
 def _of_info(info: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    dpi = info.get("dpi")
+    dpi: Any = info.get("dpi")
     try:
         across, down = (float(part) for part in dpi)  # PNG pHYs, JFIF, EXIF, BMP, JPEG 2000
     except (TypeError, ValueError, ZeroDivisionError):
@@ -109,13 +110,13 @@ def stated_range(picture: OpenImage) -> tuple[float, float] | None:
     if picture.page is None:
         bits = picture.bits or 16
         return (0.0, 2.0**bits - 1) if 8 < bits < 16 else None
-    page = picture.page
+    page: Any = picture.page
     if page.dtype is not None and page.dtype.kind == "f":
         low, high = (_number(_first(page.tags.valueof(tag))) for tag in (340, 341))
         return (low, high) if low < high and math.isfinite(high - low) else None
-    for bits in (_number(_ome_pixels(_description(page)).get("SignificantBits")), page.bitspersample):
-        if 8 < bits < 16:
-            return _from_black(page, 2.0**bits - 1)
+    for depth in (_number(_ome_pixels(_description(page)).get("SignificantBits")), page.bitspersample):
+        if 8 < depth < 16:
+            return _from_black(page, 2.0**depth - 1)
     full = 2.0**page.bitspersample - 1
     for tag in (341, 281):
         high = _number(_first(page.tags.valueof(tag)))

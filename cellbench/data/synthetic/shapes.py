@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating]
 
 # What a cell of thickness 1 absorbs in red, green and blue. The first three are medians of BCCD smears (log of background over cell),
 # the last is the rose of a Wright stain. One smear's stain is a mixture of all four.

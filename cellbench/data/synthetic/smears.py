@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,7 +111,8 @@ class Smear:
 
 def settings_from(values: Mapping[str, Scalar]) -> Smears:
     """Settings from a card's or a user's table, the rest by default. An unknown name, type or range is a CellbenchError."""
-    return Smears(**with_defaults(asdict(Smears()), dict(values), "smears"))
+    settings: dict[str, Any] = with_defaults(asdict(Smears()), dict(values), "smears")
+    return Smears(**settings)
 
 
 def image_seed(settings: Smears, split: str, index: int) -> int:
@@ -180,7 +182,7 @@ def write_dataset(folder: Path, settings: Smears, progress: Callable[[], object]
 
 def _save(smear: Smear, folder: Path, name: str) -> None:
     mask = np.where(smear.classes > 0, 255, 0).astype(np.uint8)
-    parts = {"original": smear.image, "mask": mask, "instances": smear.instances, "classes": smear.classes}
+    parts: dict[str, np.ndarray] = {"original": smear.image, "mask": mask, "instances": smear.instances, "classes": smear.classes}
     for part, pixels in parts.items():
         try:
             (folder / part).mkdir(parents=True, exist_ok=True)

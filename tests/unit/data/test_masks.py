@@ -318,7 +318,9 @@ def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, s
 
 def test_statistics_of_a_set_leave_ignored_pixels_out(tmp_path: Path) -> None:
     lines: list[str] = []
-    check_folder(folder_of(tmp_path / "own", WITH_IGNORED, "ignore = 255"), spec=DataSpec(group="none"), out=tmp_path / "out", say=lines.append)
+    check_folder(
+        folder_of(tmp_path / "own", WITH_IGNORED, "ignore = 255"), spec=DataSpec(group="none"), out=tmp_path / "out", say=lines.append
+    )
     shares = np.concatenate([(mask > 0)[mask != 255] for mask in WITH_IGNORED])
     assert any(f"background {1 - shares.mean():.1%}, cell {shares.mean():.1%}" in line for line in lines)
     data = opened(tmp_path / "own")
