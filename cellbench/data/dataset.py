@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
-from tqdm import tqdm
 
 from cellbench.data.annotations import Annotation
 from cellbench.data.class_content import ClassContent
 from cellbench.data.io import images
 from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.masks import MARKS, MaskFacts, count_below, decide_meaning, mask_facts, mask_facts_of_cells, min_cell_area, off_values
+from cellbench.data.progress import map_files
 from cellbench.errors import CellbenchError, one_line
 from cellbench.file_cache import FileFactCache
 from cellbench.files import compute_sha256
@@ -163,7 +162,7 @@ def read_mask_facts(dataset: Dataset, samples: Sequence[Sample], broken: list[Sa
     key = [dataset.values, dataset.thresholds, dataset.colors, dataset.ignore, dataset.tolerance, len(dataset.classes)]
     name = f"mask-facts-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
     out: dict[Sample, MaskFacts] = {}
-    with FileFactCache(name, lambda path: _inspect_mask(path, dataset)) as known, ThreadPoolExecutor(2) as pool:
+    with FileFactCache(name, lambda path: _inspect_mask(path, dataset)) as known:
 
         def inspect(sample: Sample) -> None:
             try:
@@ -177,12 +176,7 @@ def read_mask_facts(dataset: Dataset, samples: Sequence[Sample], broken: list[Sa
                 broken.append(sample)
 
         new = [sample for sample in samples if sample.truth is not None or not known.knows(sample.mask)]
-        jobs = [pool.submit(inspect, sample) for sample in new]  # decoding releases the interpreter's lock
-        try:
-            for job in tqdm(jobs, desc=f"reading masks of {dataset.name} once", unit="mask", leave=False, disable=len(new) < 20):
-                job.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        map_files(inspect, new, f"reading masks of {dataset.name} once", unit="mask")
         for sample in samples:
             if sample not in out and sample not in (broken or ()):
                 inspect(sample)
@@ -285,14 +279,8 @@ def validated(dataset: Dataset) -> tuple[Dataset, dict[Sample, ClassContent]]:
     default = dataset.reading == IntensityScaling()
     name = "images" if default else f"images-{hashlib.sha256(json.dumps(scaling).encode()).hexdigest()[:8]}"
     with FileFactCache(name, lambda path: _inspect_image(path, dataset.reading)) as image_facts:
-        new = [s for s in everything if not image_facts.knows(s.image)]
-        with ThreadPoolExecutor(2) as pool:  # decoding releases the interpreter's lock
-            jobs = [pool.submit(image_facts.__getitem__, sample.image) for sample in new]
-            try:
-                for job in tqdm(jobs, desc=f"reading {dataset.name} once", unit="image", leave=False, disable=len(new) < 20):
-                    job.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        new = [s.image for s in everything if not image_facts.knows(s.image)]
+        map_files(image_facts.__getitem__, new, f"reading {dataset.name} once")
         found = interpret_masks(dataset, everything)
         dataset = found.dataset
         lines: list[list[Any]] = []

@@ -44,7 +44,7 @@ def scan_folder(card: DatasetCard, where: Path) -> Listing:
         raise CellbenchError(f"--data {where}: is a file. Expected a folder, a manifest (.csv, .toml) or a COCO file (.json).")
     if not where.is_dir():
         raise CellbenchError(f"--data {where}: there is no such folder.")
-    layouts = [_paired_folders(card.images, card.masks)] if card.images else LAYOUTS
+    layouts = [paired_folders(card.images, card.masks)] if card.images else LAYOUTS
     inner = [entry for entry in _folders(where) if entry.name != "__MACOSX"]
     for root in [where, *(inner if len(inner) == 1 else [])]:  # Kaggle's zip has one folder in between
         for layout in layouts:
@@ -67,7 +67,7 @@ def _manifest(root: Path, card: DatasetCard) -> Listing | None:
 # --- a folder of images beside a folder of masks ----------------------------------------------------------------------------------------
 
 
-def _paired_folders(images: str, masks: str) -> Layout:
+def paired_folders(images: str, masks: str) -> Layout:
     """``{split}`` in both names stands for ``train`` and ``test``."""
     name = f"{images}/ with {masks}/".replace("{split}", "train|test")
     return Layout(name=name, scan=partial(_scan_pairs, images=images, masks=masks))
@@ -78,7 +78,7 @@ def _scan_pairs(root: Path, card: DatasetCard, *, images: str, masks: str) -> Li
     folders = {split: (images.format(split=split), masks.format(split=split)) for split in splits}
     if not all((root / folder).is_dir() for pair in folders.values() for folder in pair):
         return None
-    out = Listing(root=root, layout=_paired_folders(images, masks).name)
+    out = Listing(root=root, layout=paired_folders(images, masks).name)
     for split, (here, there) in folders.items():
         pictures, labels = out.images_in(root / here), out.images_in(root / there)
         if not pictures:
@@ -253,12 +253,12 @@ def _folder_per_image(root: Path, card: DatasetCard) -> Listing | None:
 
 LAYOUTS = (
     Layout(name=" or ".join(NAMES), scan=_manifest),
-    _paired_folders("{split}/original", "{split}/mask"),
-    _paired_folders("{split}/images", "{split}/masks"),
-    _paired_folders("original", "mask"),
-    _paired_folders("images", "masks"),
-    _paired_folders("train/original", "train/mask"),
-    _paired_folders("train/images", "train/masks"),
+    paired_folders("{split}/original", "{split}/mask"),
+    paired_folders("{split}/images", "{split}/masks"),
+    paired_folders("original", "mask"),
+    paired_folders("images", "masks"),
+    paired_folders("train/original", "train/mask"),
+    paired_folders("train/images", "train/masks"),
     Layout(name="a COCO file", scan=_coco_folder),
     Layout(name="one folder an image with images/ and masks/", scan=_folder_per_image),
 )

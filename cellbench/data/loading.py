@@ -39,7 +39,7 @@ def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Data
         limited = any(len(dataset.samples(part)) > spec.limit for part in SPLITS)
         dataset = replace(dataset.with_samples({part: dataset.samples(part)[: spec.limit] for part in SPLITS}), limited=limited)
     dataset, contents = validated(dataset)
-    # Last: a split file that names a damaged image would hinder whoever removes that image.
+    # Last: a split file that names a damaged image would hinder the user who removes that image.
     return with_class_facts(replace(dataset, notes=(*listing.lines, *dataset.notes, splits.keep())), contents, card)
 
 

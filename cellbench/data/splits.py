@@ -172,11 +172,11 @@ def with_groups(
     if spec.group == "prefix":
         matches = [re.search(spec.group_pattern, Path(sample.name).stem) for sample in samples]
         samples = tuple(replace(sample, group=(match[1] or "") if match else "") for match, sample in zip(matches, samples, strict=True))
-        asked = f"no name, such as '{samples[0].name}', matches group_pattern {spec.group_pattern!r}. Set one that does."
+        problem = f"no name, such as '{samples[0].name}', matches group_pattern {spec.group_pattern!r}. Set one that does."
     else:
-        asked = "no image has a group. Give a manifest with a column 'group', or group by 'prefix'."
+        problem = "no image has a group. Give a manifest with a column 'group', or group by 'prefix'."
     if spec.group != "auto" and not any(sample.group for sample in samples):
-        raise CellbenchError(f"[data] group = '{spec.group}': {asked}")
+        raise CellbenchError(f"[data] group = '{spec.group}': {problem}")
     return samples
 
 

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from cellbench.data.io import images
 from cellbench.data.io.images import ImageFacts
 from cellbench.data.io.intensity import IntensityScaling, Range, format_range, is_dark, white_for
 from cellbench.data.io.metadata import PixelSize, same_size
+from cellbench.data.progress import map_files
 from cellbench.data.scan import FileWarning
 from cellbench.errors import CellbenchError
 from cellbench.file_cache import FileFactCache
 
 
 def read_all_image_facts(paths: Sequence[Path], channels: tuple[int, ...] = ()) -> dict[Path, ImageFacts]:
-    """The facts of every readable image; whoever opens the others raises their errors.
+    """The facts of every readable image; the others raise their errors when they are opened.
 
     Cached by size and time of change; the first time, files of more than 8 bits are decoded, of the others only the header is read.
     """
@@ -38,9 +37,7 @@ def read_all_image_facts(paths: Sequence[Path], channels: tuple[int, ...] = ()) 
             except (CellbenchError, OSError):
                 return
 
-        with ThreadPoolExecutor(2) as pool:  # decoding releases the interpreter's lock
-            jobs = pool.map(read, paths)
-            list(tqdm(jobs, desc="comparing depths", total=len(paths), unit="image", leave=False, disable=len(paths) < 100))
+        map_files(read, paths, "comparing depths", hide_below=100)
     return {path: found[path] for path in paths if path in found}
 
 

@@ -7,19 +7,18 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from cellbench.data.audit.keypoint_matching import Keypoints, find_same_images, find_shared_regions, keypoints
 from cellbench.data.audit.perceptual_hash import connected_groups, mean_pool, to_grey
 from cellbench.data.dataset import Sample
 from cellbench.data.io import images
 from cellbench.data.io.intensity import IntensityScaling
+from cellbench.data.progress import map_files
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
 
@@ -30,7 +29,7 @@ _VERSION = 4
 def group_near_duplicates(samples: Sequence[Sample], reading: IntensityScaling | None = None) -> tuple[Sample, ...]:
     """The samples, those that show the same picture (turned, saved again, a crop, fields that overlap) with a common group, the others with none.
 
-    Reads every image the first time, about 0.3 s of a core each. Unreadable images are in no group; whoever opens them raises the error.
+    Reads every image the first time, about 0.3 s of a core each. Unreadable images are in no group; opening them raises the error.
     """
     return group_by_first(samples, _cached([sample.image for sample in samples], reading or IntensityScaling()))
 
@@ -63,9 +62,7 @@ def _cached(paths: Sequence[Path], reading: IntensityScaling) -> list[int]:
 
 def _first_of_group(paths: Sequence[Path], reading: IntensityScaling) -> list[int]:
     """For each image the position of the first of its group."""
-    with ThreadPoolExecutor(2) as pool:
-        jobs = pool.map(partial(_features, reading=reading), paths)
-        found = list(tqdm(jobs, desc="comparing images, once", total=len(paths), unit="image", leave=False, disable=len(paths) < 20))
+    found = map_files(partial(_features, reading=reading), paths, "comparing images, once")
     read = [k for k, one in enumerate(found) if one is not None]
     thumbnails, all_keypoints = [one[0] for one in found if one is not None], [one[1] for one in found if one is not None]
     pairs = find_same_images(all_keypoints, thumbnails)

@@ -11,14 +11,13 @@ import contextlib
 import hashlib
 import json
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from tqdm import tqdm
 
 from cellbench.data.audit.checks import DuplicatePairs, Finding, Severity, findings
 from cellbench.data.audit.image_statistics import measure_sample
 from cellbench.data.dataset import SPLITS, Dataset, Sample
+from cellbench.data.progress import map_files
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
 
@@ -38,9 +37,9 @@ def severe_findings(dataset: Dataset) -> list[str]:
             return known
     home = {sample: split for split in SPLITS for sample in dataset.samples(split)}
     some = _sampled(sorted(home, key=lambda sample: (str(sample.image), sample.name)))
-    with ThreadPoolExecutor(2) as pool:
-        jobs = pool.map(lambda sample: measure_sample(dataset, sample, home[sample], with_keypoints=False), some)
-        facts = list(tqdm(jobs, desc=f"checking {dataset.name}, once", total=len(some), unit="image", leave=False, disable=len(some) < 20))
+    facts = map_files(
+        lambda sample: measure_sample(dataset, sample, home[sample], with_keypoints=False), some, f"checking {dataset.name}, once"
+    )
     found = [*(one for one in findings(facts, DuplicatePairs()) if one.severity is Severity.SEVERE), *_leaks(dataset)]
     part = f" (of {len(some)} of the {len(home)} images)" if len(some) < len(home) else ""
     lines = [

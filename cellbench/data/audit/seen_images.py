@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cellbench.data.audit.keypoint_matching import Keypoints, find_shared_regions, keypoints
 from cellbench.data.audit.perceptual_hash import eight_orientations, hash_signs, mean_pool, to_grey
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io import images
+from cellbench.data.progress import map_files
 from cellbench.errors import CellbenchError
 from cellbench.file_cache import FileFactCache
 
@@ -71,8 +70,7 @@ def match_seen_images(known: Mapping[str, Any], samples: Sequence[Sample]) -> li
 def _fingerprints(samples: Sequence[Sample]) -> list[list[str]]:
     with FileFactCache("looks", _fingerprint) as cache:
         new = [sample.image for sample in samples if not cache.knows(sample.image)]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(cache.__getitem__, new))
+        map_files(cache.__getitem__, new, "reading images once")
         return [cache[sample.image] for sample in samples]
 
 
@@ -98,11 +96,7 @@ def _parts_of(known: Mapping[str, Any], samples: Sequence[Sample]) -> dict[int, 
     if not rows or not samples:
         return {}
     files = [Path(row[1]) for _, row in rows] + [sample.image for sample in samples]
-    with ThreadPoolExecutor(2) as pool:
-        jobs = pool.map(_keypoints, files)
-        found = list(
-            tqdm(jobs, desc="comparing with the training images", total=len(files), unit="image", leave=False, disable=len(files) < 20)
-        )
+    found = map_files(_keypoints, files, "comparing with the training images")
     out: dict[int, str] = {}
     read = [k for k, one in enumerate(found) if one is not None]
     for pair in find_shared_regions([one for one in found if one is not None]):

@@ -179,7 +179,7 @@ def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> OpenImage:
         with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):
             image.info["dpi"] = tuple(float(exif[tag]) * (2.54 if exif.get(296, 2) == 3 else 1) for tag in (282, 283))
     shape = image.size if turn in (5, 6, 7, 8) else image.size[::-1]
-    return OpenImage(fp=fp, kind=kind, num_bytes=num_bytes, turn=turn, shape=shape, info=dict(image.info), mode=image.mode,
+    return OpenImage(fp=fp, kind=kind, num_bytes=num_bytes, turn=turn, shape=shape, info={str(key): value for key, value in image.info.items()}, mode=image.mode,
                    wide=kind == "PNG" and bool(image.tile) and "16" in str(image.tile[0].args), bits=bits)  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Drawn blood smears: pictures of red cells, white cells and platelets whose masks are true by construction.
 
 They need no download, so the quickstart and the tests run anywhere. What is drawn depends on the settings, the seed, the split and the
-image's number, and on nothing else: image 7 is the same however many are asked for.
+image's number, and on nothing else: image 7 is the same for any number of images.
 
 Light is absorbed as in a microscope (Beer-Lambert): each cell adds optical density in red, green and blue, so overlaps darken by
 themselves. A threshold does well but not perfectly, as on real smears: pale centres that lie open, uneven light, ghosts, debris.
