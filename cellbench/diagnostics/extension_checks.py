@@ -61,7 +61,9 @@ def loss_is_free_of_places(card: Card) -> str:
     logits, target = _batch(2)
     column = logits.movedim(1, -1).reshape(-1, 2).T[None, ..., None]
     a, b = load(card)(logits, target), load(card)(column, target.reshape(1, -1, 1))
-    return "" if torch.allclose(a, b, rtol=1e-4, atol=1e-6) else f"{float(a):.4g}, and {float(b):.4g} where the same pixels lie in one column"
+    return (
+        "" if torch.allclose(a, b, rtol=1e-4, atol=1e-6) else f"{float(a):.4g}, and {float(b):.4g} where the same pixels lie in one column"
+    )
 
 
 # --- augmentations ----------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ def boundary_pixels(mask: np.ndarray) -> np.ndarray:
     inner[:-1] &= mask[1:]
     inner[:, 1:] &= mask[:, :-1]
     inner[:, :-1] &= mask[:, 1:]
-    return mask ^ inner
+    outer: np.ndarray = mask ^ inner
+    return outer
 
 
 def dilate(mask: np.ndarray, radius_px: float) -> np.ndarray:

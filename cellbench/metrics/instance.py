@@ -1,29 +1,29 @@
-"""More than overlap: how well outlines agree, and how well single cells are found. Class maps in, scores of one image out.
+"""Boundary scores and single-cell scores of one image, from class maps.
 
-On BCCD Dice differs by 0.02 between methods where AP50 differs by 0.3: two cells that touch by a few pixels cost no Dice and both cells.
+On BCCD methods whose Dice differs by 0.02 differ by 0.3 in AP50: two cells that touch by a few pixels cost hardly any Dice, and both cells.
 
-Decisions, each with its reason:
+Conventions:
 
-- A contour is the mask's own pixels with a neighbour (of four) outside it. The image's frame is no contour: nobody drew it.
+- A contour is the mask's own pixels with a neighbour (of four) outside it. The image's frame is not a contour.
 - ``nsd`` (normalised surface distance, surface Dice; Nikolov et al. 2021): the share of both contours' pixels that lie within the tolerance
-  of the other contour, Euclidean between pixel centres. Contour pixels are counted, lengths are not weighed.
+  of the other contour, Euclidean between pixel centres. Contour pixels are counted; lengths are not weighted.
 - ``boundary_dice``: Dice of the bands that each mask has within the tolerance of its outside (boundary IoU's; Cheng et al. 2021).
-- A cell is a connected region of one class, unless the caller parts those that touch (``cellbench.metrics.separation``). Neighbours are the four
-  beside a pixel, not the diagonal ones: masks often part touching cells by a line one pixel wide. Regions below a minimum area are specks,
-  dropped on both sides. Masks that number their cells are used as such.
+- A cell is a connected region of one class, unless the caller separates touching ones (``cellbench.metrics.separation``). Neighbours are the four
+  beside a pixel, not the diagonal ones: masks often separate touching cells by a line one pixel wide. Regions below a minimum area are dropped
+  on both sides. Where a mask numbers its cells, the numbers are used.
 - Two cells match where their intersection is *more* than the threshold of their union and their class is the same. From 0.5 on that is
   at most one partner each, so no assignment has to be solved; it is decided in whole numbers, without rounding.
 - ``ap50``, ``ap50_95``: TP / (TP + FP + FN) at 0.5, and its mean over 0.50, 0.55 … 0.95 (Data Science Bowl 2018, StarDist, Cellpose).
   This is not COCO's average precision: there are no confidences to rank by.
 - ``aji``: aggregated Jaccard index (Kumar et al. 2017) as published: one predicted cell may serve several true ones.
 - ``pq``: panoptic quality (Kirillov et al. 2019), the product of ``dq`` (F1 at 0.5) and ``sq`` (mean IoU of the matched).
-- Counts alone hide errors that cancel out (50 cells for 50 cells, a third of them wrong), so every cell is accounted for (``outcomes``).
+- Counts alone hide errors that cancel out (50 cells for 50 cells, a third of them wrong), so every cell has an outcome (:func:`cell_outcomes`).
 - A class may be a *part* of another class's objects, as a nucleus is of a cell: ``owners`` has for each class the class whose object it
-  belongs to. Cells are then found after each part has taken its owner's class (``as_objects``); outlines stay those of each class.
+  belongs to. Cells are then found after each part has taken its owner's class (``merge_parts_into_objects``); outlines stay those of each class.
 
 Pixels that the truth ignores (``cellbench.metrics.pixel.IGNORE``) are in no cell, outline or band: cells are cut there, and what is left of a
-predicted one counts where more than half of it lies outside, as panoptic quality treats void pixels. Beside them, as at the image's frame,
-there is no outline, and within the tolerance of them none is judged.
+predicted one counts where more than half of it lies outside, as panoptic quality treats void pixels. Next to them, as at the image's frame,
+there is no outline, and within the tolerance of them none is scored.
 
 What is in neither map has no score (NaN); what is in only one scores 0, as in ``cellbench.metrics.pixel``. Over several cell classes ``nsd`` and
 ``boundary_dice`` are means of the classes that have a score, while cells are counted together.
@@ -77,32 +77,9 @@ class InstanceScores:
         """Cells predicted minus cells there."""
         return self.num_predicted - self.num_true
 
-    @property
-    def relative_count_error(self) -> float | None:
-        """``count_error`` as a share of the cells there; None where there are none."""
-        return self.count_error / self.num_true if self.num_true else None
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 class ReferenceMask:
-    """The truth of one image (H, W), prepared once and compared with the answers of many runs. May be asked from several threads."""
+    """The truth of one image (H, W), prepared once and compared with the predictions of many runs. Thread-safe."""
 
     def __init__(
         self,
@@ -139,21 +116,7 @@ class ReferenceMask:
         ]
         nsd, band = (nan_mean(np.array(values)) for values in zip(*outlines, strict=True))
         cells = connected_instances(merge_parts_into_objects(classes, self._owners), self.min_area_px) if cells is None else cells
-        return InstanceScores(nsd=nsd, boundary_dice=band, numbered=self._numbered, **self.found(cells))
-
-
-# --- outlines ---------------------------------------------------------------------------------------------------------------------------
-
-
-
-
-
-
-
-
-
-
-# --- cells ------------------------------------------------------------------------------------------------------------------------------
+        return InstanceScores(nsd=nsd, boundary_dice=band, numbered=self._numbered, **self.found(cells))  # type: ignore[arg-type]
 
 
 def pairwise_overlaps(truth: Instances, found: Instances) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -238,7 +201,7 @@ def cell_outcomes(
 def describe_outcomes(counts: Mapping[str, float]) -> str:
     """The counts of :func:`cell_outcomes` as a phrase.
 
-    >>> outcome_words({"num_true": 50, "num_found": 44, "num_missed": 1, "num_split": 2, "num_merged": 3, "num_extra": 6})
+    >>> describe_outcomes({"num_true": 50, "num_found": 44, "num_missed": 1, "num_split": 2, "num_merged": 3, "num_extra": 6})
     '44 of 50 cells found, 1 missed, 2 split, 3 merged; 6 extra'
     """
     n = {name: f"{counts[name]:g}" for name in COUNTS if name in counts}

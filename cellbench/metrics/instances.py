@@ -96,14 +96,15 @@ def merge_parts_into_objects(classes: np.ndarray, owners: Sequence[int]) -> np.n
     """A class map (H, W) uint8 in which each part has the class of the object that it belongs to. ``owners``: for each class the class of its
     object, its own for an object; empty: every class is an object.
 
-    >>> as_objects(np.array([[0, 1, 2, 3]], np.uint8), (0, 1, 1, 3)).tolist()
+    >>> merge_parts_into_objects(np.array([[0, 1, 2, 3]], np.uint8), (0, 1, 1, 3)).tolist()
     [[0, 1, 1, 3]]
     """
     if not has_parts(owners) or not classes.size:
         return classes
     table = np.arange(256, dtype=np.uint8)  # other values, such as pixels to ignore, stay as they are
     table[: len(owners)] = owners
-    return table[classes]
+    merged: np.ndarray = table[classes]
+    return merged
 
 
 def has_parts(owners: Sequence[int]) -> bool:
@@ -132,7 +133,8 @@ def merge_part_ids(ids: np.ndarray, classes: np.ndarray, owners: Sequence[int]) 
     new = np.arange(cells.num + 1, dtype=np.int32)
     order = np.argsort(length, kind="stable")  # the longest contact is written last
     new[code[order] // (cells.num + 1)] = code[order] % (cells.num + 1)
-    return new[cells.ids]
+    merged: np.ndarray = new[cells.ids]
+    return merged
 
 
 def reference_instances(

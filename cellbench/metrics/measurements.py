@@ -1,6 +1,6 @@
 """Single cells as a table: place, size, form and mean colour of each (scikit-image's region properties), their count and density.
 
-Lengths and areas are in pixels, or in um where the image's scale is given; places are always in pixels, so that a cell can be found again.
+Lengths and areas are in pixels, or in um where the image's scale is given; positions are always in pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from skimage.measure import regionprops_table
 from cellbench.escaping import to_csv
 from cellbench.metrics.instances import Instances
 
-_ASKED = ("label", "centroid", "bbox", "area", "equivalent_diameter_area", "eccentricity", "intensity_mean")
+_PROPERTIES = ("label", "centroid", "bbox", "area", "equivalent_diameter_area", "eccentricity", "intensity_mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,28 +48,37 @@ def measure_cells(
     the mean colour, 0..255.
     """
     unit, side = ("px", 1.0) if um_per_px is None else ("um", um_per_px)
-    columns = ("cell", "class", "x_px", "y_px", f"area_{unit}" + "2" * (unit == "um"), f"diameter_{unit}", "eccentricity", "at_edge")
-    columns = (*columns, "red", "green", "blue", *(part_column(names[k], um_per_px) for k in part_classes(owners)))
+    columns: tuple[str, ...] = (
+        "cell",
+        "class",
+        "x_px",
+        "y_px",
+        f"area_{unit}" + "2" * (unit == "um"),
+        f"diameter_{unit}",
+        "eccentricity",
+        "at_edge",
+    )
+    columns += ("red", "green", "blue", *(part_column(names[k], um_per_px) for k in part_classes(owners)))
     if not found.num:  # scikit-image's columns would be other ones
         return CellTable(columns=columns, rows=())
-    told = regionprops_table(found.ids, image, properties=_ASKED)
+    props: Mapping[str, np.ndarray] = regionprops_table(found.ids, image, properties=_PROPERTIES)  # type: ignore[no-untyped-call]
     height, width = found.ids.shape
     inside = [np.bincount(found.ids[classes == k], minlength=found.num + 1) for k in part_classes(owners)]
-    at_edge = (told["bbox-0"] == 0) | (told["bbox-1"] == 0) | (told["bbox-2"] == height) | (told["bbox-3"] == width)
+    at_edge = (props["bbox-0"] == 0) | (props["bbox-1"] == 0) | (props["bbox-2"] == height) | (props["bbox-3"] == width)
     rows = tuple(
         (
             int(number),
             names[found.classes[number]],
-            round(float(told["centroid-1"][k]), 2),
-            round(float(told["centroid-0"][k]), 2),
-            round(float(told["area"][k]) * side**2, 4),
-            round(float(told["equivalent_diameter_area"][k]) * side, 4),
-            round(float(told["eccentricity"][k]), 4),
+            round(float(props["centroid-1"][k]), 2),
+            round(float(props["centroid-0"][k]), 2),
+            round(float(props["area"][k]) * side**2, 4),
+            round(float(props["equivalent_diameter_area"][k]) * side, 4),
+            round(float(props["eccentricity"][k]), 4),
             int(at_edge[k]),
-            *(round(float(told[f"intensity_mean-{channel}"][k]), 2) for channel in range(3)),
+            *(round(float(props[f"intensity_mean-{channel}"][k]), 2) for channel in range(3)),
             *(round(float(area[number]) * side**2, 4) for area in inside),
         )
-        for k, number in enumerate(told["label"])
+        for k, number in enumerate(props["label"])
     )
     return CellTable(columns=columns, rows=rows)
 
@@ -87,10 +96,10 @@ def part_column(name: str, um_per_px: float | None = None) -> str:
 def count_by_class(
     rows: Sequence[Mapping[str, str]], names: Sequence[str], owners: Sequence[int] = (), um_per_px: float | None = None
 ) -> dict[str, int]:
-    """Of the lines of a table of cells: how many cells each class has, and for a part how many cells hold one; nothing where there is one class.
+    """From the rows of a table of cells: how many cells each class has, and for a part how many cells hold one; empty for one class.
 
     >>> rows = [{"class": "cytoplasm", "nucleus_area_px": "90.0"}, {"class": "cytoplasm", "nucleus_area_px": "0.0"}]
-    >>> class_counts(rows, ["background", "cytoplasm", "nucleus"], (0, 1, 1))
+    >>> count_by_class(rows, ["background", "cytoplasm", "nucleus"], (0, 1, 1))
     {'cytoplasm': 2, 'nucleus': 1}
     """
     if len(names) < 3:

@@ -1,7 +1,7 @@
-"""Scores from counts: a metric is a sum until the end.
+"""Overlap scores from pixel counts: counts are summed first, ratios are taken last.
 
 A confusion matrix counts pixels, ``counts[truth, prediction]``. Pooled scores add the matrices of all images first; per-image scores
-average afterwards. The two are different numbers and never share a name.
+average afterwards. The two differ and have different names.
 
 An image, or a whole set, may lack a class. A class in neither truth nor prediction has no score: it is NaN and left out of means, since
 counting it as 1 rewards whoever finds nothing (nine empty images of ten then give 0.9). A class in only one of the two scores 0, except in
@@ -24,7 +24,7 @@ import numpy as np
 
 MEASURES = ("dice", "iou", "precision", "recall", "accuracy")
 IGNORE = 255
-"""In a truth's class map: this pixel counts nowhere, neither in losses nor in scores nor as part of a cell. Class numbers are below it."""
+"""Marks pixels of a truth's class map that are left out of losses, scores and cells. Class numbers are below it."""
 
 
 def confusion_matrix(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
@@ -66,12 +66,12 @@ def nan_mean(values: np.ndarray) -> float:
 
 
 def impute_missing(scores_MI: np.ndarray, best: float = 1.0) -> np.ndarray:
-    """Scores of M answers to the same I images, made comparable: (M, I) float64.
+    """Scores of M models on the same I images, made comparable: (M, I) float64.
 
-    Where an image is empty for one answer (NaN: no cell, none found) and not for another (something was found), finding nothing was right and
+    Where an image is empty for one model (NaN: no cell, none found) and not for another (something was found), finding nothing was right and
     scores ``best``. So a false alarm costs the same in a paired comparison as in the means. Images empty for all stay NaN.
 
-    >>> filled(np.array([[0.9, np.nan, np.nan], [0.8, 0.0, np.nan]])).tolist()
+    >>> impute_missing(np.array([[0.9, np.nan, np.nan], [0.8, 0.0, np.nan]])).tolist()
     [[0.9, 1.0, nan], [0.8, 0.0, nan]]
     """
     values = np.asarray(scores_MI, dtype=np.float64)
@@ -100,7 +100,7 @@ def pixel_scores(counts: np.ndarray, absent: float = math.nan) -> PixelScores:
 
 
 def cell_classes(num_classes: int) -> slice:
-    """The classes that ``test/dice`` speaks of: all but the background; their mean where there are several."""
+    """The classes of ``test/dice``, whose mean is taken: all but the background."""
     return slice(1, num_classes)
 
 
@@ -111,7 +111,7 @@ def pooled_classes(counts: np.ndarray, first: int = 1) -> list[int]:
 
 
 def named_scores(prefix: str, counts: np.ndarray, classes: tuple[str, ...]) -> dict[str, float]:
-    """Pooled scores of images' confusion matrices (N, C, C) under the contract's names; NaN where there is nothing to score.
+    """Pooled scores of images' confusion matrices (N, C, C) under their names in MLflow; NaN where there is nothing to score.
 
     ``test/dice`` is the cell class (mean over classes that are not background), ``test_background/dice`` and so on each class, and
     ``test_mean/dice`` the mean over all classes. Means go over :func:`pooled_classes`. ``test/dice_empty1`` and ``test/iou_empty1`` follow the

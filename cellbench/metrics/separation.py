@@ -1,14 +1,14 @@
-"""Parts touching cells: a watershed on the distance to the background, whose basins stay apart where the neck between them is narrow.
+"""Separates touching cells: a watershed on the distance to the background, whose basins are merged where the neck between them is wide.
 
-A region of a mask has one peak of distance for each bulge, and a saddle on the way from one peak to the next: the half-width of the neck.
-Two bulges are two cells where the saddle is below ``neck`` times the lower of their peaks, so that the one parameter is a ratio: it knows
-no magnification. At 0 cells are connected regions, towards 1 every bulge is a cell. The flooding is done once for all values of it (basins
-are merged afterwards, the highest saddle first), so that tuning it on validation images costs one watershed an image.
+A region of a mask has one peak of distance for each bulge, and a saddle between neighbouring peaks: the half-width of the neck. Two bulges are two
+cells where the saddle is below ``saddle_ratio`` times the lower of their peaks. The parameter is a ratio and so independent of magnification. At 0
+cells are connected regions, towards 1 every bulge is a cell. One watershed serves all its values (basins are merged afterwards, the highest
+saddle first), so that tuning on validation images costs one watershed an image.
 
-A model may have learned a relief of its cells (``cellbench.data.transforms.cell_targets``): it then stands in for the distances, and all else is the same.
+Where a model predicts the depth of a pixel in its cell (``cellbench.data.transforms.cell_targets``), that relief replaces the distances.
 
 Distances are taken on blocks of ``1/BLOCKS`` of the region's half-width: on 1600x1200 with cells of 100 px that is 0.1 s instead of 0.65.
-Cells that the mask itself parts stay parted to the pixel; only the line of a cut is as coarse as the blocks.
+Gaps in the mask itself are kept to the pixel; only new cuts are as coarse as the blocks.
 
 Letters: H x W image, h x w blocks.
 """
@@ -37,7 +37,7 @@ SMOOTH_BLOCKS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class SeparationParams:
-    """How single cells are told from a class map: ``saddle_ratio`` in 0..1; 0: connected regions, nothing is cut."""
+    """How single cells are found in a class map: ``saddle_ratio`` in 0..1; 0: connected regions."""
 
     saddle_ratio: float = 0.0
     val_ap50: dict[str, float] = field(default_factory=dict, hash=False)
@@ -65,11 +65,15 @@ class SeparationParams:
     @property
     def words(self) -> str:
         """For people and for MLflow's tags."""
-        return f"watershed{' of the learned relief' * self.learned}, saddle_ratio {self.saddle_ratio:g}" if self.saddle_ratio else "connected regions"
+        return (
+            f"watershed{' of the learned relief' * self.learned}, saddle_ratio {self.saddle_ratio:g}"
+            if self.saddle_ratio
+            else "connected regions"
+        )
 
 
 CONNECTED = SeparationParams()
-"""Nothing is cut."""
+"""No separation."""
 
 
 class DistanceWatershed:
@@ -116,7 +120,7 @@ class _Flood:
             else:
                 distance = ndimage.distance_transform_edt(full_hw) if not full_hw.all() else np.zeros(full_hw.shape)
             distance = ndimage.gaussian_filter(distance, SMOOTH_BLOCKS, mode="nearest") * any_hw
-            self._basins = watershed(-distance, mask=any_hw)
+            self._basins = watershed(-distance, mask=any_hw)  # type: ignore[no-untyped-call]
             self._peaks = np.concatenate([[0.0], ndimage.maximum(distance, self._basins, np.arange(1, int(self._basins.max()) + 1))])
             self._saddles = _saddles(self._basins, distance)
         self._pieces()
@@ -148,7 +152,8 @@ class _Flood:
     def ids(self, saddle_ratio: float) -> np.ndarray:
         """Numbers of cells (H, W), 0 being background; not without gaps."""
         if not saddle_ratio:
-            return self._regions
+            regions: np.ndarray = self._regions
+            return regions
         if not self._flooded:
             self._flood()
         cells, cell = np.unique(self._region * len(self._peaks) + self._merged(saddle_ratio)[self._basin], return_inverse=True)
@@ -160,7 +165,8 @@ class _Flood:
         largest[region[order]] = order
         numbers = np.where(self._crumb, largest[self._region], cell) + 1
         numbers[self._region == 0] = 0
-        return numbers.astype(np.int32)[self._piece]
+        ids: np.ndarray = numbers.astype(np.int32)[self._piece]
+        return ids
 
     def _merged(self, saddle_ratio: float) -> np.ndarray:
         """For each basin the one that it is part of."""
@@ -187,15 +193,16 @@ def _blocks(mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
     down, right = (-length % step for length in mask.shape)
     padded = np.pad(mask, ((0, down), (0, right)), mode="edge")
     rows = padded.reshape(-1, step, padded.shape[1])
-    whole, some = rows.all(1), rows.any(1)
-    return whole.reshape(len(rows), -1, step).all(2), some.reshape(len(rows), -1, step).any(2)
+    whole, some = np.all(rows, axis=1), np.any(rows, axis=1)
+    return np.all(whole.reshape(len(rows), -1, step), axis=2), np.any(some.reshape(len(rows), -1, step), axis=2)
 
 
 def _means(relief: np.ndarray, step: int) -> np.ndarray:
     """The mean of each block of ``step`` x ``step`` pixels, (h, w) float; the frame's are filled up with their edge."""
     down, right = (-length % step for length in relief.shape)
     padded = np.pad(relief, ((0, down), (0, right)), mode="edge")
-    return padded.reshape(len(padded) // step, step, -1, step).mean((1, 3))
+    means: np.ndarray = padded.reshape(len(padded) // step, step, -1, step).mean((1, 3))
+    return means
 
 
 def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int, int]]:
@@ -210,13 +217,13 @@ def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int,
         heights.append(np.minimum(distance[first].ravel()[at], distance[second].ravel()[at]))
     code, height = np.concatenate(codes), np.concatenate(heights)
     order = np.lexsort((-height, code))
-    first = order[np.flatnonzero(np.diff(code[order], prepend=-1))]
-    first = first[np.lexsort((code[first], -height[first]))]
-    return [(float(height[k]), int(code[k] // num), int(code[k] % num)) for k in first]
+    best = order[np.flatnonzero(np.diff(code[order], prepend=-1))]
+    best = best[np.lexsort((code[best], -height[best]))]
+    return [(float(height[k]), int(code[k] // num), int(code[k] % num)) for k in best]
 
 
 class SeparationTuner:
-    """Chooses a saddle_ratio: is shown class maps and their true cells, and says which of ``SADDLE_RATIOS`` finds most of them."""
+    """Chooses from ``SADDLE_RATIOS`` the one with the best AP50 over predicted class maps and their true cells."""
 
     def __init__(self, min_area_px: int = MIN_AREA_PX, *, owners: Sequence[int] = ()) -> None:
         """``min_area_px``: of the separation, until true cells say otherwise; ``owners``: as in :class:`SeparationParams`."""
@@ -227,7 +234,9 @@ class SeparationTuner:
         """A predicted class map (H, W) uint8, the relief (H, W) uint8 where the model learned one, and the cells that are there."""
         parts, self._learned = DistanceWatershed(merge_parts_into_objects(classes, self._owners), relief), relief is not None
         self._min_area_px = min_area_px
-        self._found.append([float(instance_scores(truth, parts.instances(saddle_ratio, min_area_px))["ap50"]) for saddle_ratio in SADDLE_RATIOS])
+        self._found.append(
+            [float(instance_scores(truth, parts.instances(saddle_ratio, min_area_px))["ap50"]) for saddle_ratio in SADDLE_RATIOS]
+        )
 
     def best(self) -> SeparationParams:
         """The separation with the highest mean AP50; connected regions where no image has a cell or a predicted one."""
@@ -235,10 +244,10 @@ class SeparationTuner:
         means: Sequence[float] = [round(nan_mean(values), 6) for values in found]
         if np.isnan(means).any():
             return SeparationParams(min_area_px=self._min_area_px, learned=self._learned, owners=self._owners)
-        told = {f"{saddle_ratio:g}": value for saddle_ratio, value in zip(SADDLE_RATIOS, means, strict=True)}
+        val_ap50 = {f"{saddle_ratio:g}": value for saddle_ratio, value in zip(SADDLE_RATIOS, means, strict=True)}
         return SeparationParams(
             saddle_ratio=SADDLE_RATIOS[int(np.argmax(means))],
-            val_ap50=told,
+            val_ap50=val_ap50,
             num_images=len(self._found),
             min_area_px=self._min_area_px,
             learned=self._learned,

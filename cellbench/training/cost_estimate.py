@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -71,7 +72,9 @@ def estimate_cost(
     tile = torch.rand(trunk.chunk, 3, *features.tile_px["train"], device=machine.device)
     target = torch.zeros(tile.shape[0], *features.tile_px["train"], dtype=torch.long, device=machine.device)
     trunk_s = _seconds(lambda: trunk.maps(tile), machine) / len(tile)
-    auxiliary_targets = torch.zeros(*target.shape, 2, dtype=torch.uint8, device=machine.device) if any(requested(run.targets) for run in runs) else None
+    auxiliary_targets = (
+        torch.zeros(*target.shape, 2, dtype=torch.uint8, device=machine.device) if any(requested(run.targets) for run in runs) else None
+    )
     batch = Batch(trunk.maps(tile), tile, target, auxiliary_targets)
     epochs = max(run.epochs for run in runs)
     again = {"val": epochs, "train": epochs}
@@ -81,9 +84,9 @@ def estimate_cost(
     disk = 0.0
     for run, made in zip(runs, all_made, strict=True):
         learner = HeadTrainer(run=run, model=made, recorder=_Nobody(), num_views=batch.num, registry=registry).on(features)
-        step_s = _seconds(lambda learner=learner: (learner.start_epoch(), learner.train_on(batch)), machine) / batch.num
+        step_s = _seconds(functools.partial(_train_once, learner, batch), machine) / batch.num
         made.eval()
-        decode_s = _seconds(lambda made=made: _decode(made, batch, machine), machine) / batch.num
+        decode_s = _seconds(functools.partial(_decode, made, batch, machine), machine) / batch.num
         wall += run.epochs * (plan.num_views * step_s + tiles["val"] * decode_s) + tiles["test"] * decode_s
         disk += 4 * made.num_params / 2**20 + 3  # weights and three pictures
     held = sum(p.numel() * 4 for p in backbone.parameters()) if backbone is not None else 0
@@ -179,8 +182,13 @@ def latencies_ms(models: Sequence[SegmentationModel], features: Features) -> lis
     trunk_s = _seconds(lambda: trunk.maps(tile), trunk.machine)
     for made in models:
         made.eval()
-    heads_s = [_seconds(lambda made=made: _decode(made, batch, trunk.machine), trunk.machine) for made in models]
+    heads_s = [_seconds(functools.partial(_decode, made, batch, trunk.machine), trunk.machine) for made in models]
     return [1000 * num * (trunk_s + head_s) / trunk.chunk for head_s in heads_s]
+
+
+def _train_once(trainer: HeadTrainer, batch: Batch) -> None:
+    trainer.start_epoch()
+    trainer.train_on(batch)
 
 
 @torch.no_grad()

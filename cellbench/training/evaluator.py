@@ -50,7 +50,7 @@ class ExamplePrediction:
     @classmethod
     def of(cls, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None) -> ExamplePrediction:
         small = thumbnail(classes)
-        pack = [None if x is None else zlib.compress(np.ascontiguousarray(thumbnail(x)), 1) for x in (classes, cell)]
+        pack = [None if x is None else zlib.compress(thumbnail(x).tobytes(), 1) for x in (classes, cell)]
         return cls(image=image, dice=dice, shape=small.shape, packed=pack[0] or b"", packed_cell=pack[1])
 
     @property

@@ -1,8 +1,8 @@
-"""A run's trainable part, made from its cards: which levels of the trunk it reads, and its head with seeded weights."""
+"""A run's trainable part, built from its cards: the head with seeded weights, and the levels of the backbone that it reads."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,12 @@ class SegmentationModel(nn.Module):
     """A head, the indices of the levels that it reads, and, where the run trains the backbone's last blocks, its tail."""
 
     def __init__(
-        self, head: Head, levels: tuple[Level, ...], tail: nn.Module | None = None, num_frozen: int = 0, auxiliary_targets: tuple[str, ...] = ()
+        self,
+        head: Head,
+        levels: tuple[Level, ...],
+        tail: nn.Module | None = None,
+        num_frozen: int = 0,
+        auxiliary_targets: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.head, self.tail = head, tail
@@ -48,17 +53,17 @@ class SegmentationModel(nn.Module):
         return self.head([maps[level.index] if level.index in maps else batch.maps[level.index] for level in self._levels], batch.pixels)
 
     def decode(self, batch: Batch) -> Tensor:
-        """As :meth:`forward`, for a model in eval mode that is used: always the same for the same batch."""
+        """As :meth:`forward`, in eval mode and deterministic."""
         with self.draws.fixed():
             return self(batch)
 
     def groups(self, run: RunSpec) -> list[dict[str, Any]]:
-        """The parameters for the optimiser, each group with its share of the learning rate: all of it for the head; ``tail_lr_scale`` for
+        """Parameter groups for the optimiser, each with its share of the learning rate: all of it for the head; ``tail_lr_scale`` for
         the last block and the norm of a tail, ``layer_decay`` times less for each block before (Clark et al. 2020, ELECTRA)."""
         groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "share": 1.0}]
         if self.tail is not None:
-            blocks = list(self.tail.blocks)
-            groups.append({"params": list(self.tail.norm.parameters()), "share": run.tail_lr_scale})
+            blocks = list(cast(nn.ModuleList, self.tail.blocks))
+            groups.append({"params": list(cast(nn.Module, self.tail.norm).parameters()), "share": run.tail_lr_scale})
             for back, block in enumerate(reversed(blocks)):
                 groups.append({"params": list(block.parameters()), "share": run.tail_lr_scale * run.layer_decay**back})
         return groups
@@ -78,12 +83,13 @@ def build_model(run: RunSpec, card: HeadCard | BaselineCard, trunk: FrozenBackbo
     """The run's trainable part from the card of its head or baseline, with weights that depend on its seed alone, on the trunk's device."""
     levels = () if run.baseline else trunk.levels(num_levels(card))
     build, auxiliary_targets = load(card), requested(run.targets)
-    with torch.random.fork_rng(devices=[]):  # nobody else's random numbers depend on how many heads were made
+    with torch.random.fork_rng(devices=[]):  # other random numbers must not depend on how many heads were built
         torch.manual_seed(run.seed)
         try:
             head = build(levels, num_classes + len(auxiliary_targets), **run.options)
-        except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:  # what libraries say to a width of 0
+        except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:  # raised by libraries for a width of 0
             raise CellbenchError(f"{card.path}: cannot be built with {run.options or 'no options'}: {one_line(error)}.") from error
     tail = trunk.backbone.tail(run.unfreeze) if run.unfreeze and trunk.backbone is not None else None
     num_frozen = len(trunk.backbone.levels) - run.unfreeze if trunk.backbone is not None else 0
-    return SegmentationModel(head, levels, tail, num_frozen, auxiliary_targets).to(trunk.machine.device, memory_format=torch.channels_last)
+    model = SegmentationModel(head, levels, tail, num_frozen, auxiliary_targets)
+    return model.to(trunk.machine.device).to(memory_format=torch.channels_last)

@@ -55,7 +55,11 @@ def output_channels(logits_BCTT: Tensor, model: SegmentationModel) -> Tensor:
     NaN at each pixel with a score that is not finite, which a softmax would turn into a probability of 0 or 1.
     """
     found = foreground_probabilities(logits_BCTT[:, : model.num_classes])
-    found = torch.cat([found, boundary_depth(logits_BCTT[:, model.num_classes :], model.auxiliary_targets)], 1) if model.auxiliary_targets else found
+    found = (
+        torch.cat([found, boundary_depth(logits_BCTT[:, model.num_classes :], model.auxiliary_targets)], 1)
+        if model.auxiliary_targets
+        else found
+    )
     return found + mark_non_finite(logits_BCTT)
 
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -236,14 +236,14 @@ class MiniBatches:
             yield self._pop(self._sizes.pop(0))
 
     def _pop(self, num: int) -> Batch:
-        parts = []
+        parts: list[Batch] = []
         while num:
             head = self._held[0]
-            parts.append(head[:num])
+            parts.append(cast(Batch, head[:num]))
             if head.num <= num:
                 self._held.pop(0)
             else:
-                self._held[0] = head[num:]
+                self._held[0] = cast(Batch, head[num:])
             num -= parts[-1].num
         return parts[0] if len(parts) == 1 else concat_batches(parts)
 

@@ -141,7 +141,11 @@ def test_workers_load_own_parts_and_give_the_same_numbers(here, tmp_path, monkey
 def test_changed_code_is_run_again_and_nothing_else(here):
     def finished() -> dict[str, str]:
         found = mlflow.search_runs(experiment_names=["small"], output_format="list")
-        return {run.info.run_id: run.data.params["loss"] for run in found if run.data.tags["cellbench.status"] == "finished" and "loss" in run.data.params}
+        return {
+            run.info.run_id: run.data.params["loss"]
+            for run in found
+            if run.data.tags["cellbench.status"] == "finished" and "loss" in run.data.params
+        }
 
     before = finished()
     assert main(CALL) == 0
@@ -159,7 +163,9 @@ def test_changed_code_is_run_again_and_nothing_else(here):
 
 def test_a_search_optimises_the_own_metric(here):
     assert main(["search", "sought.toml", "--data", "smears", "--device", "cpu", "--registry", "parts"]) == 0
-    trials = [run for run in mlflow.search_runs(experiment_names=["sought"], output_format="list") if "best/val_area-error" in run.data.metrics]
+    trials = [
+        run for run in mlflow.search_runs(experiment_names=["sought"], output_format="list") if "best/val_area-error" in run.data.metrics
+    ]
     assert len(trials) == 2
     assert all(math.isfinite(run.data.metrics["best/val_area-error"]) for run in trials)
 

@@ -1,4 +1,4 @@
-"""What a head may learn beside the classes, so that it parts touching cells itself: how deep in its cell a pixel lies, and where two cells meet.
+"""Auxiliary targets, with which a head learns to separate touching cells: how deep in its cell a pixel lies, and where two cells meet.
 
 ``distance``: a pixel's distance to the edge of its cell as a share of the greatest in that cell, so that every cell is one hill of height 1,
 however large (Naylor et al. 2019, doi 10.1109/TMI.2018.2865709). ``border``: pixels within ``BORDER_PX`` of two cells (Caicedo et al. 2019,
@@ -29,7 +29,7 @@ FULL = 255
 def requested(targets: str) -> tuple[str, ...]:
     """The targets of a run's ``targets``, in the order of their output channels.
 
-    >>> asked("cell+border+distance")
+    >>> requested("cell+border+distance")
     ('border', 'distance')
     """
     return tuple(aim for aim in TARGETS if aim in targets.split("+"))
@@ -67,8 +67,6 @@ def _distance(ids: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
     deep = (ndimage.distance_transform_edt(inner) if not inner.all() else np.ones(ids.shape)) + 0.5
     highest = np.concatenate([[1.0], ndimage.maximum(deep, cells, np.arange(1, int(cells.max(initial=0)) + 1))])
     return np.where(cells > 0, np.rint(FULL * deep / highest[cells]), 0).astype(np.uint8)
-
-
 
 
 def boundary_depth(logits_BAHW: Tensor, which: tuple[str, ...]) -> Tensor:

@@ -33,7 +33,7 @@ class TileSample(NamedTuple):
 def num_used_images(num_images: int, fraction: float) -> int:
     """How many of the training images a share of them is: at least one, halves rounded up.
 
-    >>> [num_seen(9, fraction) for fraction in (0.01, 0.1, 0.5, 1.0)]
+    >>> [num_used_images(9, fraction) for fraction in (0.01, 0.1, 0.5, 1.0)]
     [1, 1, 5, 9]
     """
     return max(1, int(num_images * fraction + 0.5))
@@ -94,7 +94,9 @@ class SamplingPlan:
         out: list[TileSample] = []
         for turn, image in enumerate(self._turns(cycle)):
             rng = np.random.default_rng([self.run.data_seed, cycle, turn])
-            own_rngs = [np.random.default_rng([self.run.data_seed, cycle, turn, zlib.crc32(name.encode())]) for name in self.run.own_augmentations]
+            own_rngs = [
+                np.random.default_rng([self.run.data_seed, cycle, turn, zlib.crc32(name.encode())]) for name in self.run.own_augmentations
+            ]
             for y, x in self._corners(self.sizes_px[image], rng):
                 code = draw_turn(rng, rotations=self.run.rotations, flips=self.run.flips, square=self.tile_px[0] == self.tile_px[1])
                 out.append(TileSample(image, y, x, code, self._draws(rng, own_rngs)))

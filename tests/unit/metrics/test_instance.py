@@ -117,7 +117,6 @@ def test_two_cells_grown_together_cost_both_of_them_but_no_dice():
     assert got.num_predicted == 1
     assert got.ap50 == 0
     assert got.count_error == -1
-    assert got.relative_count_error == -0.5
 
 
 OUTCOMES = ("num_true", "num_found", "num_missed", "num_split", "num_merged", "num_predicted", "num_extra")
@@ -258,7 +257,6 @@ def test_nothing_in_both_has_no_score_and_in_one_is_wrong(truth, found, expected
     got = agreement(mask * truth, mask * found)
     scores = {None if np.isnan(getattr(got, name)) else getattr(got, name) for name in SCORES}
     assert scores == {expected}
-    assert (got.relative_count_error is None) == (truth == 0)
 
 
 def test_specks_are_no_cells_and_diagonal_neighbours_are_two():
