@@ -1,4 +1,4 @@
-"""Tunes how touching cells are parted on the validation images, for each run on its own answers.
+"""Tunes how touching cells are separated, for each run on its own predictions for the validation images.
 
 It costs one more pass over at most ``MOST_IMAGES`` validation images, and 0.2 s an image and run on 1600x1200.
 """
@@ -21,21 +21,21 @@ from cellbench.training.model import SegmentationModel
 from cellbench.training.tiled_inference import segment_images
 
 MOST_IMAGES = 16
-"""The first of the validation images: one parameter of ten values is settled by a few hundred cells."""
+"""The first of the validation images: a few hundred cells suffice for one parameter of ten values."""
 
 Answer = tuple[np.ndarray, np.ndarray | None]
 """A class map (H, W) uint8, and the relief (H, W) uint8 where the model learned one."""
 
 
 def tune_separation(models: Sequence[SegmentationModel], features: Features, dataset: Dataset) -> list[SeparationParams]:
-    """For each model the separation that finds most cells of the validation images in its own answers."""
-    # Closed as soon as enough was seen: the other images' tiles are never decoded.
+    """For each model the separation with the best AP50 on the validation images."""
+    # Closed after enough images: the tiles of the others are never decoded.
     with contextlib.closing(segment_images(models, features, "val")) as answers:
         return choose_separations(dataset, len(models), ((image, [(one.classes, one.relief) for one in found]) for image, found in answers))
 
 
 def choose_separations(dataset: Dataset, num: int, answers: Iterable[tuple[int, Sequence[Answer]]]) -> list[SeparationParams]:
-    """The same from the numbers of validation images, in any order, with ``num`` answers to each."""
+    """The same from the numbers of validation images, in any order, with ``num`` predictions for each."""
     least = MIN_AREA_PX if dataset.min_cell_px is None else dataset.min_cell_px
     tunings = [SeparationTuner(least, owners=dataset.owners) for _ in range(num)]
     with ThreadPoolExecutor(min(num, os.cpu_count() or 1), "tuning") as pool:

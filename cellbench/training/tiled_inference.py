@@ -1,6 +1,6 @@
 """Whole images through several models at once: tiles decoded by every run, blended, scored. The trunk runs once for all.
 
-Scores of framed images are brought to the images' own pixels before a class is chosen: what is judged is always the mask as it is.
+Scores of framed images are brought to the images' own pixels before a class is chosen: the mask is always scored at its own size.
 
 Letters: K classes, H x W image (H' x W' framed), B tiles of T x T.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ ValidationCallback = Callable[[int, Tensor, Batch], None]
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentedImage:
-    """One model's answer for one image."""
+    """One model's prediction for one image."""
 
     classes: np.ndarray
     """(H, W) uint8: the likeliest class of each pixel."""
@@ -38,7 +38,7 @@ class SegmentedImage:
     relief: np.ndarray | None = None
     """(H, W) uint8: how high each pixel lies in its cell, 0..255, where the model learned it (``cellbench.data.transforms.cell_targets``)."""
     finite: bool = True
-    """Whether all scores were; where not, the rest is no answer."""
+    """Whether all scores were finite; where not, the rest is not a prediction."""
 
 
 def foreground_probabilities(logits_BKHW: Tensor) -> Tensor:
@@ -80,8 +80,10 @@ def argmax_classes(foreground_KHW: Tensor) -> Tensor:
     return torch.cat([1 - foreground_KHW.sum(0, keepdim=True), foreground_KHW]).argmax(0).byte()
 
 
-def segment_images(models: Sequence[SegmentationModel], features: Features, split: str) -> Iterator[tuple[int, list[SegmentedImage]]]:
-    """For each image of a split, in order: its number and each model's answer, blended from its tiles."""
+def segment_images(
+    models: Sequence[SegmentationModel], features: Features, split: str
+) -> Generator[tuple[int, list[SegmentedImage]], None, None]:
+    """For each image of a split, in order: its number and each model's prediction, blended from its tiles."""
     with WorkerPool(features.trunk.machine.lanes) as lanes:
         sheets = [_Sheets(model.eval(), features, split) for model in models]
         done, missing = 0, len(features.grid(split, 0))
@@ -95,14 +97,14 @@ def segment_images(models: Sequence[SegmentationModel], features: Features, spli
 
 
 class _Sheets:
-    """One model's answers for image after image, each growing band by band as its tiles come."""
+    """One model's predictions, image after image, each completed band by band as its tiles come."""
 
     def __init__(self, model: SegmentationModel, features: Features, split: str) -> None:
         self._model, self._features, self._split = model, features, split
         self._now, self._num = -1, model.num_classes - 1
 
     def add(self, batch: Batch, images: list[int]) -> list[SegmentedImage]:
-        """Takes the next tiles and the images that they are of; gives the answers that became whole."""
+        """Adds the next tiles and the images that they are of; returns the predictions that are complete."""
         start, start_cpu, done = time.perf_counter(), time.thread_time(), []
         with torch.inference_mode():
             with self._features.trunk.machine.autocast():
@@ -151,7 +153,7 @@ class _Sheets:
 def score_images(
     models: Sequence[SegmentationModel], features: Features, split: str
 ) -> Iterator[tuple[int, list[np.ndarray], list[SegmentedImage]]]:
-    """For each image of a split: its number, each model's confusion matrix (K, K) and answer."""
+    """For each image of a split: its number, each model's confusion matrix (K, K) and prediction."""
     for image, answers in segment_images(models, features, split):
         truth = features.pixels[split][image][1]
         yield image, [confusion_matrix(truth, a.classes, m.num_classes) for a, m in zip(answers, models, strict=True)], answers
@@ -160,9 +162,9 @@ def score_images(
 def score_tiles(
     models: Sequence[SegmentationModel], features: Features, split: str, watch: ValidationCallback, lanes: WorkerPool
 ) -> list[np.ndarray]:
-    """Each model's confusion matrix (K, K) over all pixels of a split, every pixel judged once, by the tile whose middle is nearest.
+    """Each model's confusion matrix (K, K) over all pixels of a split, every pixel scored once, from the tile whose middle is nearest.
 
-    For validation, where nobody looks at a seam: without blending it costs a third of :func:`score_images`. Where framed pixels are not the
+    For validation, where seams do not matter: without blending it costs a third of :func:`score_images`. Where framed pixels are not the
     image's own, its scores are put together, unblended, and judged at its own pixels, so that framings can be compared. ``watch`` is
     shown each model's number, logits and batch, in one of the ``lanes``.
     """
