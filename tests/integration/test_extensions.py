@@ -192,7 +192,7 @@ def test_a_metric_that_fails_names_itself(here, monkeypatch, tmp_path, capsys):
 
 def test_the_layout_of_the_page_is_read(here, monkeypatch, tmp_path, capsys):
     (layout,) = [block for block in BLOCKS if block.startswith("LAYOUTS")]
-    scope: dict[str, object] = {}
+    scope: dict[str, object] = dict(vars(layouts))
     exec(layout, scope)
     monkeypatch.setattr(layouts, "LAYOUTS", scope["LAYOUTS"])
     for split in ("train", "test"):
