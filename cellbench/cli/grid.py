@@ -17,11 +17,12 @@ from cellbench.config.options import GridOptions
 from cellbench.console import say
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import SPLITS, Dataset
+from cellbench.data.loading import open_folds
 from cellbench.execution import ray_cluster, ray_grid
 from cellbench.execution.artifacts import pool_folds
-from cellbench.execution.grid import Executor, InProcessExecutor, parent_run, run_all
+from cellbench.execution.grid import Executor, InProcessExecutor, group_cohorts, run_all
 from cellbench.execution.multiprocess import ProcessExecutor
-from cellbench.execution.planning import ResolvedRun, group_cohorts, open_folds, resolve_runs
+from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.resources import Resources
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.execution.worker_job import job_spec
@@ -103,7 +104,7 @@ def _parent_run(plan: _Plan, tracker: Tracker, options: GridOptions) -> Iterator
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     params = {f"grid.{name}": ", ".join(map(str, values)) for name, values in plan.experiment.grid.items()}
     params |= {"baselines": ", ".join(plan.experiment.baselines) or "none", "dataset": plan.datasets[0].name, "precision": precision}
-    with parent_run(tracker, f"grid: {Path(options.file).stem}", key, params, data) as parent:
+    with tracker.parent_run(f"grid: {Path(options.file).stem}", key, params, data) as parent:
         parent.log({"grid/runs": len(plan.runs)})
         yield parent
 

@@ -160,6 +160,12 @@ def cohorts(runs: Iterable[RunSpec]) -> list[list[RunSpec]]:
     return list(groups.values())
 
 
+def named_runs(experiment: Experiment, where: str, trained: Mapping[str, bool]) -> list[tuple[str, RunSpec]]:
+    """As :func:`expand`, each run with its name."""
+    runs = expand(experiment, where, trained)
+    return list(zip(labels(runs), runs, strict=True))
+
+
 def labels(runs: list[RunSpec]) -> list[str]:
     """A unique name for each run: the model, what else differs within the list, and the seed."""
     varied = [

@@ -182,6 +182,11 @@ class Space:
     def _choices(self, name: str) -> tuple[Scalar, ...]:
         return next(one.choices for one in self.dimensions if one.name == name)
 
+    def best_tree(self, point: Mapping[str, Scalar]) -> dict[str, Any]:
+        """The best point as an experiment file, repeated with ``repeat_best`` seeds."""
+        seed = int(self.run.get("seed", 0))
+        return self.tree(point, seeds=range(seed, seed + self.settings.repeat_best))
+
     def tree(self, point: Mapping[str, Scalar], seeds: Sequence[int] = ()) -> dict[str, Any]:
         """One point as the tree of an experiment file; ``seeds``: instead of the fixed one."""
         head = str(point["head"])

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from cellbench.config.base import checked
 from cellbench.config.cards import DatasetCard
-from cellbench.config.experiment import DataSpec
-from cellbench.config.registry import load, with_defaults
+from cellbench.config.experiment import DataSpec, Experiment
+from cellbench.config.registry import Registry, load, with_defaults
 from cellbench.data.audit import near_duplicates
 from cellbench.data.classes import with_class_facts
 from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, interpret_masks, validated
@@ -28,6 +28,12 @@ from cellbench.data.uniformity import common_pixel_size, decide_scaling, find_in
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
 from cellbench.metrics.pixel import IGNORE
+
+
+def open_folds(experiment: Experiment, registry: Registry, data: Path | None) -> list[Dataset]:
+    """The experiment's dataset, or one for each of its folds, in their order. Raises CellbenchError."""
+    card, spec = registry.dataset(experiment.dataset), experiment.data
+    return [open_dataset(card, data, spec.model_copy(update={"fold": fold})) for fold in range(max(spec.folds, 1))]
 
 
 def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Dataset:

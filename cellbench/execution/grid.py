@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
-from cellbench.execution.planning import ResolvedRun, group_cohorts
+from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.runner import Outcome, Runner
-from cellbench.tracking.schema import DATA
-from cellbench.tracking.tracker import Run, Tracker
 
 
 class Executor(Protocol):
@@ -26,6 +23,14 @@ class InProcessExecutor:
     def run(self, runner: Runner, cohorts: Sequence[Sequence[ResolvedRun]], out: Outcome) -> None:
         for number, cohort in enumerate(cohorts, 1):
             runner.cohort(cohort, f"cohort {number} of {len(cohorts)}", out)
+
+
+def group_cohorts(runs: Sequence[ResolvedRun]) -> list[list[ResolvedRun]]:
+    """The runs grouped by what they can share: one pass of one backbone over one stream of tiles. Order is kept."""
+    groups: dict[tuple[Any, ...], list[ResolvedRun]] = {}
+    for one in runs:
+        groups.setdefault((one.run.stream, one.run.baseline), []).append(one)
+    return list(groups.values())
 
 
 def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | None = None) -> Outcome:
@@ -48,17 +53,3 @@ def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | No
         runner.say(f"skipped {len(names)} runs ({names[0]}, …): {reason}" if len(names) > 1 else f"skipped {names[0]}: {reason}")
     (executor or InProcessExecutor()).run(runner, group_cohorts(todo), out)
     return out
-
-
-@contextlib.contextmanager
-def parent_run(tracker: Tracker, name: str, fingerprint: str, params: Mapping[str, str], data: str, kind: str = "grid") -> Iterator[Run]:
-    """The parent run of a grid or search: the same one whenever the same one is started again.
-
-    ``params``: for people to read. ``data``: the digest of its data.
-    """
-    old = tracker.known(fingerprint).get(fingerprint)
-    with tracker.run(name, fingerprint, known=old, tags={"cellbench.kind": kind, DATA: data}) as run:
-        if old is None:  # a param is written once, and a folder may have another name today
-            run.log({}, params=params)
-        yield run
-    tracker.flush()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cellbench.config import experiment as experiments
 from cellbench.config.cards import BackboneCard, BaselineCard, HeadCard
-from cellbench.config.experiment import Experiment
+from cellbench.config.experiment import Experiment, named_runs
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec, fingerprint
 from cellbench.data.dataset import Dataset
-from cellbench.data.loading import open_dataset
 from cellbench.data.transforms.framing import Framing
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
 from cellbench.models.backbones.build import weights_digest
@@ -29,6 +27,7 @@ class ResolvedRun:
     fingerprint: str
     precision: str
     """``fp32`` or ``bf16``, in which its backbone and head compute."""
+    framing: Framing
     card: HeadCard | BaselineCard
     """Of the head, or of the baseline."""
     backbone: BackboneCard | None = None
@@ -44,12 +43,6 @@ class ResolvedRun:
     def trained(self) -> bool:
         """False for a baseline that is a plain function of the image."""
         return isinstance(self.card, HeadCard) or self.card.trained
-
-
-def open_folds(experiment: Experiment, registry: Registry, data: Path | None) -> list[Dataset]:
-    """The experiment's dataset, or one for each of its folds, in their order. Raises CellbenchError."""
-    card, spec = registry.dataset(experiment.dataset), experiment.data
-    return [open_dataset(card, data, spec.model_copy(update={"fold": fold})) for fold in range(max(spec.folds, 1))]
 
 
 def resolve_runs(
@@ -68,14 +61,13 @@ def resolve_runs(
     now, or with ``download=False`` reported as unavailable.
     """
     trained = {name: registry.baseline(name).trained for name in experiment.baselines}
-    specs = experiments.expand(experiment, where, trained)
-    parts = [registry.resolve(spec) for spec in specs]
-    for one in parts:
-        _check_tile(one.run, one.backbone.patch_px if one.backbone else 1)
+    named = named_runs(experiment, where, trained)
+    parts = [registry.resolve(spec) for _, spec in named]
+    framings = [_framing(one.run, one.backbone.patch_px if one.backbone else 1) for one in parts]
     backbones = {one.backbone.id: one.backbone for one in parts if one.backbone}
     weights_of = {name: _Weights.of(card, weights, download) for name, card in backbones.items()}
     out = []
-    for one, name in zip(parts, experiments.labels(specs), strict=True):
+    for (name, _), one, framing in zip(named, parts, framings, strict=True):
         run, found = one.run, weights_of[one.backbone.id] if one.backbone else _Weights()
         identity = f"{found.digest}:{one.backbone_digest}" if found.digest else "unavailable"
         learns = trained.get(run.baseline or "", True)  # else it is a function, in whatever precision of its own
@@ -87,6 +79,7 @@ def resolve_runs(
                 name=name,
                 fingerprint=fingerprint(run, datasets[run.fold].digest, identities),
                 precision=precision,
+                framing=framing,
                 card=one.card,
                 backbone=one.backbone,
                 weights_digest=found.digest,
@@ -97,12 +90,12 @@ def resolve_runs(
     return out
 
 
-def group_cohorts(runs: Sequence[ResolvedRun]) -> list[list[ResolvedRun]]:
-    """The runs grouped by what they can share: one pass of one backbone over one stream of tiles. Order is kept."""
-    groups: dict[tuple[Any, ...], list[ResolvedRun]] = {}
-    for one in runs:
-        groups.setdefault((one.run.stream, one.run.baseline), []).append(one)
-    return list(groups.values())
+def resolve_tree(
+    tree: Mapping[str, Any], registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str, *, precision: str
+) -> tuple[Experiment, list[ResolvedRun]]:
+    """As :func:`resolve_runs`, of an experiment that is not checked yet; and that experiment."""
+    experiment = Experiment.of(tree, where)
+    return experiment, resolve_runs(experiment, registry, datasets, weights, where, precision=precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +111,10 @@ class _Weights:
             return cls(unavailable=one_line(error))
 
 
-def _check_tile(run: RunSpec, patch: int) -> None:
-    side = Framing.of(run).side_px
+def _framing(run: RunSpec, patch: int) -> Framing:
+    """How the run sees images. Raises CellbenchError where its tiles are no multiple of the backbone's patch."""
+    framing = Framing.of(run)
+    side = framing.side_px
     if side % patch and run.framing == "resize" and run.tile_scale != 1:
         raise CellbenchError(
             f"tile_px * tile_scale = {side}: {run.backbone} reads patches of {patch} px, and resize makes squares of that side. Use a multiple."
@@ -129,3 +124,4 @@ def _check_tile(run: RunSpec, patch: int) -> None:
         raise CellbenchError(
             f"tile_px = {run.tile_px}: {run.backbone} reads patches of {patch} px. Use a multiple, such as {below} or {below + patch}."
         )
+    return framing

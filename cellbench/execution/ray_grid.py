@@ -44,7 +44,8 @@ class RayExecutor:
             return
         queue = WorkQueue(runner, cohorts, out)
         nodes = live_nodes(self._ray, self._job.store)
-        workers = RayWorkers(self._ray, self._job, self._gpu_share, nodes, len(queue))
+        job = replace(self._job, experiment=runner.experiment)
+        workers = RayWorkers(self._ray, job, self._gpu_share, nodes, len(queue))
         num, cores = len(nodes), sum(node.get("CPU", 0) for node in nodes.values())
         runner.say(f"Ray: {num} node{'s' * (num > 1)} with {cores:.0f} cores; a cohort gets {workers.job.machine.name}.")
         queue.run(workers)

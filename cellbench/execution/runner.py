@@ -26,7 +26,6 @@ from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.transforms.cell_targets import requested
-from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.errors import WeightsUnavailable, one_line, quote_name
@@ -295,7 +294,7 @@ class Runner:
         cost |= {"cost/images_per_s": 1 / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s, "cost/peak_mib": peak_memory_mib()}
         cost |= _load_metric("cost/test_other_load_pct", busy)
         # It sees whole images, so framing is not used; its files are read in the same way.
-        preparation = Preparation(framing=Framing.of(run), reading=self.dataset.reading, um_per_px=self.dataset.um_per_px)
+        preparation = Preparation(framing=one.resolved.framing, reading=self.dataset.reading, um_per_px=self.dataset.um_per_px)
         self._finish(one, TestResult(exam=exams.exams[0], cost=cost, preparation=preparation), out)
 
     # --- heads, and baselines that learn --------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ import torch
 from cellbench import __version__, startup
 from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry
+from cellbench.data.loading import open_folds
 from cellbench.errors import CellbenchError
-from cellbench.execution.planning import ResolvedRun, open_folds, resolve_runs
+from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.features.extractor import FeaturePass
 from cellbench.features.remote_cache import shared_url

@@ -13,7 +13,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,13 @@ from cellbench.config.search_space import Space
 from cellbench.console import say
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import Dataset
+from cellbench.data.loading import open_folds
 from cellbench.errors import CellbenchError
 from cellbench.execution import ray_cluster, ray_grid, ray_search
 from cellbench.execution.artifacts import pool_folds
-from cellbench.execution.grid import Executor, InProcessExecutor, parent_run
+from cellbench.execution.grid import Executor, InProcessExecutor
 from cellbench.execution.multiprocess import assign_cores, pin_to_cores
-from cellbench.execution.planning import open_folds, resolve_runs
+from cellbench.execution.planning import resolve_tree
 from cellbench.execution.resources import Resources
 from cellbench.execution.runner import Runner
 from cellbench.execution.worker_job import JobSpec, job_spec
@@ -42,6 +43,7 @@ from cellbench.hardware import Hardware
 from cellbench.metrics.catalog import search_objectives
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request
+from cellbench.search import best_setting
 from cellbench.search import results as search_results
 from cellbench.search.study import DEFAULT, Study
 from cellbench.search.worker import SearchWorker
@@ -157,8 +159,8 @@ def _check_backbones(plan: SearchPlan) -> None:
     space, resources = plan.space, plan.resources
     base = {one.name: one.ends[0] for one in space.dimensions if not one.head}
     for name in _backbones(space):
-        (resolved,) = resolve_runs(
-            Experiment.of(space.tree({**base, "backbone": name}), plan.file),
+        _, (resolved,) = resolve_tree(
+            space.tree({**base, "backbone": name}),
             resources.registry,
             plan.datasets,
             resources.weights,
@@ -219,7 +221,7 @@ def _open(plan: SearchPlan, options: SearchOptions) -> Iterator[SearchSession]:
     with (
         ray_cluster.connect(options.on, resources.machine) if options.on is not None else contextlib.nullcontext() as ray,
         plan.study() as study,
-        parent_run(tracker, f"search: {Path(plan.file).stem}", _key(plan), params, pool_folds(plan.datasets), kind="search") as parent,
+        tracker.parent_run(f"search: {Path(plan.file).stem}", _key(plan), params, pool_folds(plan.datasets), kind="search") as parent,
     ):
         job = job_spec(
             plan.experiment,
@@ -314,13 +316,13 @@ def _conclude(session: SearchSession, stop: StopRequest) -> int:
         session.parent.end("interrupted", why)
         return 130 if stop.asked else 0
 
-    def executor(best: Experiment) -> Executor:
-        if session.ray is None:
-            return InProcessExecutor()
-        return ray_grid.RayExecutor(session.ray, replace(session.job, experiment=best), session.gpu_share)
-
-    runner = replace(session.worker.runner, watch=None, machine=session.plan.resources.machine)
-    return search_results.test_best(session.plan.space, session.study, runner, session.parent, session.request, executor)
+    executor: Executor = InProcessExecutor()
+    if session.ray is not None:
+        executor = ray_grid.RayExecutor(session.ray, session.job, session.gpu_share)
+    machine = session.plan.resources.machine
+    return best_setting.test_best(
+        session.plan.space, session.study, session.worker.runner, machine, session.parent, session.request, executor
+    )
 
 
 # --- the other processes --------------------------------------------------------------------------------------------------------------

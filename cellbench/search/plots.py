@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
@@ -16,6 +17,14 @@ from cellbench.config.search_space import Space
 from cellbench.escaping import to_csv
 from cellbench.reporting.plots.style import STYLE, to_png
 from cellbench.search.study import CompletedTrial, Study
+
+
+def write_trials(folder: Path, study: Study, space: Space) -> None:
+    """``trials.csv`` and ``figures/*.png``."""
+    (folder / "trials.csv").write_text(trials_table(study.told(), space), encoding="utf-8")
+    (folder / "figures").mkdir()
+    for title, data in plot_study(study, space):
+        (folder / "figures" / f"{title}.png").write_bytes(data)
 
 
 def plot_study(study: Study, space: Space) -> Iterator[tuple[str, bytes]]:

@@ -1,24 +1,14 @@
-"""What a search leaves: its curves and pictures, the table of its trials, its best setting as an experiment file, and that setting's test."""
+"""What a search logs to its parent run: curves and figures, the table of its trials, and its best setting as an experiment file."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
 
-from cellbench.config.experiment import Experiment
 from cellbench.config.search_space import Space
-from cellbench.console import say
-from cellbench.data.dataset import SPLITS
-from cellbench.execution.grid import Executor, run_all
-from cellbench.execution.planning import resolve_runs
-from cellbench.execution.runner import Runner
-from cellbench.reporting.collect import RunRequest
-from cellbench.reporting.report import write_report
-from cellbench.search.plots import plot_study, trials_table
+from cellbench.search.plots import write_trials
 from cellbench.search.study import CompletedTrial, Study
 from cellbench.tracking.schema import STATE, STATUS, STUDY
 from cellbench.tracking.tracker import Run, Tracker
@@ -61,49 +51,14 @@ def log_progress(space: Space, study: Study, run: Run) -> None:
     run.log({f"search/{state}": sum(t.state == state for t in told) for state in ("complete", "pruned", "failed")})
     with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
         folder = Path(name)
-        (folder / "trials.csv").write_text(trials_table(told, space), encoding="utf-8")
         if best:
             (folder / "best.toml").write_text(best_experiment(space, best[0]), encoding="utf-8")
-        (folder / "figures").mkdir()
-        for title, data in plot_study(study, space):
-            (folder / "figures" / f"{title}.png").write_bytes(data)
+        write_trials(folder, study, space)
         run.log_artifacts(folder)
 
 
 def best_experiment(space: Space, best: CompletedTrial) -> str:
     """The best setting as an experiment file, for ``grid``."""
-    seed = int(space.run.get("seed", 0))
-    tree = space.tree(best.point, seeds=range(seed, seed + space.settings.repeat_best))
     found = ", ".join(f"{name} {value:.6g}" for name, value in zip(space.settings.objectives, best.values, strict=True))
     head = f"# The best setting of the search '{space.experiment}': trial {best.number}, {found}"
-    return f"{head}\n#   python -m cellbench.run grid best.toml\n{tomli_w.dumps(tree)}"
-
-
-def test_best(
-    space: Space, study: Study, runner: Runner, run: Run, request: RunRequest, crew_of: Callable[[Experiment], Executor]
-) -> int:
-    """The best trial's setting, and no other, is tested: as a grid, with its seeds.."""
-    best = study.best()
-    if not best:
-        say("no trial was told that keeps the bounds, so there is no best one to test.")
-        return 0
-    seed = int(space.run.get("seed", 0))
-    experiment = Experiment.of(space.tree(best[0].point, seeds=range(seed, seed + space.settings.repeat_best)), "best.toml")
-    runner = replace(runner, experiment=experiment)
-    jobs = resolve_runs(
-        experiment, runner.registry, runner.datasets, runner.weights, "best.toml", precision=runner.machine.precision_name
-    )  # fmt: skip
-    found = ", ".join(f"{name} {value:.4f}" for name, value in zip(space.settings.objectives, best[0].values, strict=True))
-    setting = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in best[0].point.items())
-    say(f"best is trial {best[0].number}: {found} ({setting}). It is now trained with {len(jobs)} seeds and tested.")
-    if len(space.settings.objectives) > 1:
-        say(f"{len(best)} trials are on the front of {' and '.join(space.settings.objectives)}: figures/pareto.png, trials.csv.")
-    outcome = run_all(runner, jobs, crew_of(experiment))
-    ids = {logged.run_id for logged in outcome.finished.values()}
-    splits = {split: [sample.name for sample in runner.datasets[space.fold].samples(split)] for split in SPLITS}
-    write_report(runner.tracker, run, ids, request, splits, outcome.skipped, outcome.failed, say)
-    tests = [logged.metrics["test/dice"] for logged in outcome.finished.values() if "test/dice" in logged.metrics]
-    if tests:
-        run.log({"search/test_dice": sum(tests) / len(tests)})
-    say(f"best.toml, trials.csv and pictures are artifacts of the parent run: `cellbench ui`, experiment '{space.experiment}'.")
-    return 1 if outcome.failed else 0
+    return f"{head}\n#   python -m cellbench.run grid best.toml\n{tomli_w.dumps(space.best_tree(best.point))}"

@@ -20,7 +20,12 @@ from cellbench.config.search_space import Dimension, Settings
 PAIR = ("backbone", "head")
 
 
-def make_pruner(settings: Settings, epochs: int) -> BasePruner:
+def sampler_and_pruner(settings: Settings, dimensions: Sequence[Dimension], epochs: int) -> tuple[BaseSampler, BasePruner]:
+    """``epochs``: the most that a trial may take."""
+    return SeededSampler(settings, dimensions), _pruner(settings, epochs)
+
+
+def _pruner(settings: Settings, epochs: int) -> BasePruner:
     match settings.pruner:
         case "median":
             # Not in the first third: a head that sees more than tokens starts slowly and ends above those that it trailed (seen on BCCD, where

@@ -29,7 +29,7 @@ from cellbench.config.base import Scalar
 from cellbench.config.search_space import Dimension, Space
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import os_errors_as
-from cellbench.search.samplers import SeededSampler, make_pruner
+from cellbench.search.samplers import sampler_and_pruner
 from cellbench.tracking import sqlite_store
 
 DEFAULT = "sqlite:///mlruns/optuna.db"
@@ -78,13 +78,14 @@ class Study:
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
         with self._refusals(), self.lock():
             self._storage = _storage(url)
+            sampler, pruner = sampler_and_pruner(self.settings, self._dimensions, epochs)
             self.optuna = optuna.create_study(
                 storage=self._storage,
                 study_name=self.name,
                 directions=list(space.directions),
                 load_if_exists=True,
-                sampler=SeededSampler(self.settings, self._dimensions),
-                pruner=make_pruner(self.settings, epochs),
+                sampler=sampler,
+                pruner=pruner,
             )
             self._check(dict(asked))
         self._stop = threading.Event()
@@ -200,10 +201,11 @@ class Study:
                 point[one.name] = _suggested(trial, one)
         return ProposedTrial(number=trial.number, point=point, trial=trial)
 
-    def note(self, pending: ProposedTrial, name: str, value: Any) -> None:
-        """Writes a fact onto a trial that is not told yet."""
+    def note(self, pending: ProposedTrial, attributes: Mapping[str, Any]) -> None:
+        """Writes attributes onto a trial that has not ended."""
         with self._refusals():
-            pending.trial.set_user_attr(name, value)
+            for name, value in attributes.items():
+                pending.trial.set_user_attr(name, value)
 
     def goes_on(self, pending: ProposedTrial, epoch: int, value: float) -> bool:
         """Reports an epoch's value; False where the pruner ends the trial. An epoch that is reported again is answered as before."""

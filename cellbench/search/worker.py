@@ -1,27 +1,26 @@
-"""One process's work on a search: batches of trials are asked for, trained and pruned together as cohorts, and told."""
+"""One process of a search: takes batches of trials from the study, trains and prunes them together as cohorts, and tells their results."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tqdm import tqdm
 
-from cellbench.config.experiment import Experiment
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
-from cellbench.execution.planning import ResolvedRun, group_cohorts, resolve_runs
+from cellbench.execution.grid import group_cohorts
+from cellbench.execution.planning import ResolvedRun, resolve_tree
 from cellbench.execution.runner import Outcome, Runner
-from cellbench.search.study import REASON, RUN_ID, SAME, CompletedTrial, ProposedTrial, Study
+from cellbench.search.study import RUN_ID, SAME, CompletedTrial, ProposedTrial, Study
 from cellbench.tracking.schema import STUDY, TRIAL, run_params
 from cellbench.tracking.tracker import Run
 
 
 @dataclass(kw_only=True)
 class SearchWorker:
-    """Asks for batches, runs them and tells what came of them, until all are told."""
+    """Takes batches of trials and runs them, until all trials are complete."""
 
     space: Space
     study: Study
@@ -30,10 +29,14 @@ class SearchWorker:
 
     def __post_init__(self) -> None:
         self.runner.watch = self
-        self._trial_of: dict[str, ProposedTrial] = {}
+        self._trials: dict[str, ProposedTrial] = {}
+        """By the fingerprint of their runs."""
+        self._runs: dict[int, ResolvedRun] = {}
+        self._same: dict[int, str] = {}
+        """A fingerprint that trials of equal settings share, by number."""
 
     def work(self, over: Callable[[], bool], bar: tqdm) -> None:
-        """Until all trials are told, or ``over`` says before a batch that it is. Raises CellbenchError where the first trials all fail."""
+        """Until all trials are taken, or ``over()`` before a batch. Raises CellbenchError where the first trials all fail."""
         while not over():
             batch = self.study.ask()
             if not batch:
@@ -55,83 +58,86 @@ class SearchWorker:
     # --- one batch ----------------------------------------------------------------------------------------------------------------
 
     def _batch(self, batch: Sequence[ProposedTrial]) -> None:
-        jobs: list[tuple[ProposedTrial, ResolvedRun]] = []
+        trials = [trial for trial in batch if self._resolve(trial)]
         seen = {t.same for t in self.study.told() if t.state == "complete"}
-        again = []
-        for pending in batch:
-            try:
-                job, same = self._job(pending)
-            except CellbenchError as error:  # two settings that cannot go together: a fact about the space, worth a told trial
-                self.study.note(pending, REASON, str(error))
-                self.study.tell_failed(pending, str(error))
-                continue
-            self.study.note(pending, SAME, same)
-            (again if same in seen else jobs).append((pending, job))
+        new, repeated = [], []
+        for trial in trials:
+            same = self._same[trial.number]
+            (repeated if same in seen else new).append(trial)
             seen.add(same)
-        self._train(jobs)
-        told = {t.same: t for t in self.study.told() if t.state == "complete"}
-        same_of = {t.number: t.same for t in self.study.told()}
-        for pending, job in again:
-            first = told.get(same_of[pending.number])
-            self._train([(pending, job)]) if first is None else self._copy(pending, job, first)
+        self._train(new)
+        complete = {t.same: t for t in self.study.told() if t.state == "complete"}
+        for trial in repeated:
+            first = complete.get(self._same[trial.number])
+            self._train([trial]) if first is None else self._copy(trial, first)
 
-    def _job(self, pending: ProposedTrial) -> tuple[ResolvedRun, str]:
-        """A trial's run, and the fingerprint that it shares with trials that would give equal numbers."""
-        experiment = Experiment.of(self.space.tree(pending.point), self.where)
-        runner = self.runner
-        (job,) = resolve_runs(
-            experiment, runner.registry, runner.datasets, runner.weights, self.where, precision=runner.machine.precision_name
-        )
+    def _resolve(self, trial: ProposedTrial) -> bool:
+        """Resolves a trial's run; False where its settings are invalid together, a fact about the space that is told to the study."""
+        runner, tree = self.runner, self.space.tree(trial.point)
+        precision = runner.machine.precision_name
+        try:
+            _, (run,) = resolve_tree(tree, runner.registry, runner.datasets, runner.weights, self.where, precision=precision)
+        except CellbenchError as error:
+            self.study.tell_failed(trial, str(error))
+            return False
         # Of this trial in this study: a run of a grid with these settings is tested, and this one must not be.
-        own = hashlib.sha256(f"{job.fingerprint}:{self.study.name}:{pending.number}".encode()).hexdigest()[:16]
-        return replace(job, name=f"trial {pending.number} · {job.run.model}", fingerprint=own), job.fingerprint
+        own = hashlib.sha256(f"{run.fingerprint}:{self.study.name}:{trial.number}".encode()).hexdigest()[:16]
+        self._same[trial.number] = run.fingerprint
+        self._runs[trial.number] = replace(run, name=f"trial {trial.number} · {run.run.model}", fingerprint=own)
+        self._trials[own] = trial
+        return True
 
-    def _train(self, batch: Sequence[tuple[ProposedTrial, ResolvedRun]]) -> None:
-        self._trial_of = {resolved.fingerprint: trial for trial, resolved in batch}
-        for cohort in group_cohorts([resolved for _, resolved in batch]):
-            trials, out = [self._trial_of[one.fingerprint] for one in cohort], Outcome()
-            numbers = ", ".join(str(trial.number) for trial in trials)
-            self.runner.cohort(cohort, f"trial{'s' * (len(trials) > 1)} {numbers}", out)
-            for trial, resolved in zip(trials, cohort, strict=True):
+    def _train(self, trials: Sequence[ProposedTrial]) -> None:
+        for cohort in group_cohorts([self._runs[trial.number] for trial in trials]):
+            members, out = [self._trials[one.fingerprint] for one in cohort], Outcome()
+            numbers = ", ".join(str(trial.number) for trial in members)
+            self.runner.cohort(cohort, f"trial{'s' * (len(members) > 1)} {numbers}", out)
+            for trial, resolved in zip(members, cohort, strict=True):
                 self._tell(trial, resolved, out)
 
-    def _tell(self, pending: ProposedTrial, job: ResolvedRun, out: Outcome) -> None:
-        if job.name in out.busy:
-            return  # its run is another process's: so is its trial
-        ended = out.validated.get(job.name) or out.pruned.get(job.name)
+    def _tell(self, trial: ProposedTrial, resolved: ResolvedRun, out: Outcome) -> None:
+        """Tells the study the result of a trial."""
+        if resolved.name in out.busy:
+            return  # another process has its run, and so its trial
+        ended = out.validated.get(resolved.name) or out.pruned.get(resolved.name)
+        metrics = search_metrics(ended.metrics) if ended else {}
         if ended is None:
-            self.study.tell_failed(pending, out.failed.get(job.name, "no result"))
+            self.study.tell_failed(trial, out.failed.get(resolved.name, "no result"))
         elif ended.status == "pruned":
-            self.study.tell_pruned(pending, search_metrics(ended.metrics), ended.reason)
-        elif missing := [name for name in self.space.settings.objectives if name not in search_metrics(ended.metrics)]:
-            self.study.tell_failed(pending, f"no {missing[0]}: no validation image has a cell")
+            self.study.tell_pruned(trial, metrics, ended.reason)
+        elif missing := [name for name in self.space.settings.objectives if name not in metrics]:
+            self.study.tell_failed(trial, f"no {missing[0]}: no validation image has a cell")
         else:
-            self.study.tell(pending, search_metrics(ended.metrics))
+            self.study.tell(trial, metrics)
 
-    def _copy(self, pending: ProposedTrial, job: ResolvedRun, first: CompletedTrial) -> None:
-        """The trial has the settings of one that is told: the same numbers would come of it, so they are taken."""
-        tracker, metrics = self.runner.tracker, {name.replace("val/", "best/val_"): value for name, value in first.metrics.items()}
-        with tracker.run(job.name, job.fingerprint, parent=self.runner.parent_id, known=tracker.known().get(job.fingerprint)) as run:
-            run.log(metrics, params=run_params(job.run, self.runner.dataset.name, job.precision), tags={"cellbench.same_as": first.run_id})
-            self.opened(job, run, pending)
+    def _copy(self, trial: ProposedTrial, first: CompletedTrial) -> None:
+        """Takes over the numbers of a completed trial of the same settings: training would give equal ones."""
+        resolved, tracker = self._runs[trial.number], self.runner.tracker
+        metrics = {name.replace("val/", "best/val_"): value for name, value in first.metrics.items()}
+        known = tracker.known().get(resolved.fingerprint)
+        with tracker.run(resolved.name, resolved.fingerprint, parent=self.runner.parent_id, known=known) as run:
+            params = run_params(resolved.run, self.runner.dataset.name, resolved.precision)
+            run.log(metrics, params=params, tags={"cellbench.same_as": first.run_id})
+            self.opened(resolved, run)
             run.end("validated", f"the settings of trial {first.number}, whose numbers these are")
-        self.study.tell(pending, first.metrics)
+        self.study.tell(trial, first.metrics)
 
-    # --- followed by the runner ---------------------------------------------------------------------------------------------------
+    # --- called by the runner -----------------------------------------------------------------------------------------------------
 
-    def opened(self, job: ResolvedRun, run: Run, pending: ProposedTrial | None = None) -> None:
-        """Each half learns of the other before anything is trained."""
-        pending = pending or self._trial_of[job.fingerprint]
-        self.study.note(pending, RUN_ID, run.run_id)
-        run.log({}, tags={STUDY: self.study.name, TRIAL: str(pending.number)})
+    def opened(self, resolved: ResolvedRun, run: Run) -> None:
+        """Links the trial and its run to each other, before anything is trained."""
+        trial = self._trials[resolved.fingerprint]
+        self.study.note(trial, {RUN_ID: run.run_id, SAME: self._same[trial.number]})
+        run.log({}, tags={STUDY: self.study.name, TRIAL: str(trial.number)})
 
-    def epoch(self, job: ResolvedRun, epoch: int, metrics: dict[str, float]) -> bool:
+    def epoch(self, resolved: ResolvedRun, epoch: int, metrics: dict[str, float]) -> bool:
+        """Reports an epoch to the pruner; False ends the trial."""
         objective = self.space.settings.objectives[0]
         if self.space.settings.pruner == "none" or objective not in metrics:
             return True
-        return self.study.goes_on(self._trial_of[job.fingerprint], epoch, metrics[objective])
+        return self.study.goes_on(self._trials[resolved.fingerprint], epoch, metrics[objective])
 
 
-def search_metrics(metrics: Any) -> dict[str, float]:
-    """A validated run's numbers under the names that a search may seek."""
+def search_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A validated run's metrics under the names that ``[search]`` uses."""
     return {name.replace("best/val_", "val/"): float(value) for name, value in metrics.items() if name.startswith(("best/val_", "cost/"))}

@@ -28,6 +28,7 @@ from cellbench.tracking import relocate, sqlite_store, ui_view
 from cellbench.tracking.client import ResilientClient, to_error
 from cellbench.tracking.offline_queue import NotFoundError, print_warning
 from cellbench.tracking.schema import (
+    DATA,
     EXPERIMENT,
     FINGERPRINT,
     HEARTBEAT,
@@ -222,6 +223,19 @@ class Tracker:
                 run.end("interrupted" if interrupted else "failed", one_line(error) or type(error).__name__)
             raise
         run.end("finished")
+
+    @contextlib.contextmanager
+    def parent_run(self, name: str, fingerprint: str, params: Mapping[str, str], data: str, kind: str = "grid") -> Iterator[Run]:
+        """The parent run of a grid or search: the same one whenever the same one is started again.
+
+        ``params``: for people to read. ``data``: the digest of its data.
+        """
+        old = self.known(fingerprint).get(fingerprint)
+        with self.run(name, fingerprint, known=old, tags={"cellbench.kind": kind, DATA: data}) as run:
+            if old is None:  # a param is written once, and a folder may have another name today
+                run.log({}, params=params)
+            yield run
+        self.flush()
 
     @contextlib.contextmanager
     def _heartbeat(self, run_id: str) -> Iterator[None]:

@@ -12,7 +12,7 @@ from cellbench.cli import grid
 from cellbench.config.loading import read_experiment
 from cellbench.reporting.collect import collect_runs
 from cellbench.run import main
-from cellbench.search import results as search_results
+from cellbench.search import best_setting
 from cellbench.tracking.tracker import Tracker
 
 QUESTION = """# Is a threshold enough?
@@ -56,7 +56,7 @@ def damage(monkeypatch, file: Path, change) -> None:
         return original(runner, *more)
 
     monkeypatch.setattr(grid, "run_all", during)
-    monkeypatch.setattr(search_results, "run_all", during)
+    monkeypatch.setattr(best_setting, "run_all", during)
 
 
 def test_an_experiment_that_is_edited_while_it_runs_is_reported_as_it_ran(small_folder, monkeypatch):

@@ -23,9 +23,10 @@ from experiment_files import QUESTION, SEARCH, answers, assassin, place
 
 from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
+from cellbench.data.loading import open_folds
 from cellbench.errors import CellbenchError
 from cellbench.execution import ray_cluster, ray_grid, ray_search
-from cellbench.execution.planning import open_folds, resolve_runs
+from cellbench.execution.planning import resolve_runs
 from cellbench.execution.work_queue import WorkItem
 from cellbench.execution.worker_job import JobSpec, code_version, job_spec
 from cellbench.files import write_atomic

@@ -24,8 +24,7 @@ from cellbench.config.registry import Registry
 from cellbench.data.image_cache import ImageCache
 from cellbench.metrics.catalog import objectives
 from cellbench.run import main
-from cellbench.search import driver
-from cellbench.search import results as search_results
+from cellbench.search import best_setting, driver
 
 SEARCH = """# A small search
 experiment = "small"
@@ -74,7 +73,7 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("done")
     small(folder)
     read = []
-    whole, really = ImageCache.prepared, search_results.test_best
+    whole, really = ImageCache.prepared, best_setting.test_best
 
     def prepared(self, index, preparation):
         read.append(self.samples[0].mask.parents[1].name)
@@ -83,7 +82,7 @@ def done(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         enter(folder, patch)
         patch.setattr(ImageCache, "prepared", prepared)
-        patch.setattr(search_results, "test_best", lambda *given: (read.append("END"), really(*given))[1])
+        patch.setattr(best_setting, "test_best", lambda *given: (read.append("END"), really(*given))[1])
         code = main(CALL)
     (folder / "printed.txt").write_text(printed.getvalue())
     (folder / "read.txt").write_text(" ".join(read))

@@ -16,8 +16,9 @@ from fsspec.implementations.local import LocalFileSystem
 from cellbench import startup
 from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
+from cellbench.data.loading import open_folds
 from cellbench.errors import CellbenchError
-from cellbench.execution.planning import open_folds, resolve_runs
+from cellbench.execution.planning import resolve_runs
 from cellbench.execution.worker_job import CohortWorker, job_spec
 from cellbench.features import sharded_cache
 from cellbench.features.frozen_backbone import FrozenBackbone

@@ -14,8 +14,10 @@ from experiment_files import QUESTION, answers, place
 from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
+from cellbench.data.loading import open_folds
+from cellbench.data.transforms.framing import Framing
 from cellbench.execution import ray_cluster, ray_grid
-from cellbench.execution.planning import ResolvedRun, open_folds, resolve_runs
+from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.runner import Outcome
 from cellbench.execution.worker_job import CohortWorker, JobSpec, job_spec
 from cellbench.features import sharded_cache
@@ -173,10 +175,10 @@ def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_i
     monkeypatch.setattr(ray_cluster.ActorPool, "start", noted)
     runs = [RunSpec(backbone="filter-bank", head="bilinear", tile_px=64, data_seed=seed) for seed in (0, 1)]
     card = Registry().head("bilinear")
-    groups = [[ResolvedRun(run=run, name=f"run {k}", fingerprint=f"f{k}", precision="fp32", card=card)] for k, run in enumerate(runs)]
+    groups = [[ResolvedRun(run=run, name=f"run {k}", fingerprint=f"f{k}", precision="fp32", framing=Framing.of(run), card=card)] for k, run in enumerate(runs)]
     experiment = SimpleNamespace(experiment="pretended")
     told = JobSpec(experiment=experiment, parent_id="", machine=ONE, cache=tmp_path, store="http://lab", prefer_disk=True)
-    runner = SimpleNamespace(say=said.append, release=lambda *_: None, give_up=None)
+    runner = SimpleNamespace(experiment=experiment, say=said.append, release=lambda *_: None, give_up=None)
     ray_grid.RayExecutor(ray, told).run(runner, groups, Outcome())
     kinds = [kind for kind, _ in ray.noted]
     assert kinds[0] == "passes"

@@ -1,0 +1,45 @@
+"""The test of a search's best setting."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cellbench.config.search_space import Space
+from cellbench.console import say
+from cellbench.data.dataset import SPLITS
+from cellbench.execution.grid import Executor, run_all
+from cellbench.execution.planning import resolve_tree
+from cellbench.execution.runner import Runner
+from cellbench.hardware import Hardware
+from cellbench.reporting.collect import RunRequest
+from cellbench.reporting.report import write_report
+from cellbench.search.study import Study
+from cellbench.tracking.tracker import Run
+
+
+def test_best(space: Space, study: Study, runner: Runner, machine: Hardware, run: Run, request: RunRequest, executor: Executor) -> int:
+    """Tests the setting of the best trial, and no other: as a grid, with ``repeat_best`` seeds, on ``machine``. ``runner``: of the trials.
+
+    Exit code 0, or 1 where a run failed.
+    """
+    best = study.best()
+    if not best:
+        say("no completed trial keeps the bounds, so there is no best one to test.")
+        return 0
+    tree, precision = space.best_tree(best[0].point), machine.precision_name
+    experiment, runs = resolve_tree(tree, runner.registry, runner.datasets, runner.weights, "best.toml", precision=precision)
+    runner = replace(runner, experiment=experiment, machine=machine, watch=None)
+    found = ", ".join(f"{name} {value:.4f}" for name, value in zip(space.settings.objectives, best[0].values, strict=True))
+    setting = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in best[0].point.items())
+    say(f"best is trial {best[0].number}: {found} ({setting}). It is now trained with {len(runs)} seeds and tested.")
+    if len(space.settings.objectives) > 1:
+        say(f"{len(best)} trials are on the front of {' and '.join(space.settings.objectives)}: figures/pareto.png, trials.csv.")
+    outcome = run_all(runner, runs, executor)
+    ids = {state.run_id for state in outcome.finished.values()}
+    splits = {split: [sample.name for sample in runner.datasets[space.fold].samples(split)] for split in SPLITS}
+    write_report(runner.tracker, run, ids, request, splits, outcome.skipped, outcome.failed, say)
+    tests = [state.metrics["test/dice"] for state in outcome.finished.values() if "test/dice" in state.metrics]
+    if tests:
+        run.log({"search/test_dice": sum(tests) / len(tests)})
+    say(f"best.toml, trials.csv and pictures are artifacts of the parent run: `cellbench ui`, experiment '{space.experiment}'.")
+    return 1 if outcome.failed else 0
