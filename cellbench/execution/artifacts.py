@@ -158,7 +158,12 @@ def write_artifacts(
     by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
     style.save_figure(
         run_plots.plot_scores(
-            name, exam.per_image(), by_class, exam.calibration(), resampling_units(dataset), [one for one in exam.own_metrics if not one.unit]
+            name,
+            exam.per_image(),
+            by_class,
+            exam.calibration(),
+            resampling_units(dataset),
+            [one for one in exam.own_metrics if not one.unit],
         ),
         folder / "figures" / "scores.png",
     )
@@ -214,7 +219,9 @@ def _rounded(values: np.ndarray) -> list[float | None]:
 def per_image_table(told: dict[str, Any]) -> dict[str, object]:
     """``per_image`` as the UI's table: worst image first, since that is the one to look at; those without a score last."""
     order = np.argsort(np.array(told["dice"], np.float64), kind="stable").tolist()
-    columns = [metric.key for metric in catalog.per_image(catalog.from_record(told["own_metrics"])) if metric.key != "accuracy"]  # next to 1
+    columns = [
+        metric.key for metric in catalog.per_image(catalog.from_record(told["own_metrics"])) if metric.key != "accuracy"
+    ]  # next to 1
     columns += COUNTS
     return {"columns": ["image", *columns], "data": [[told["images"][k], *(told[name][k] for name in columns)] for k in order]}
 
@@ -227,7 +234,11 @@ def single_run_experiment(run: RunSpec, experiment: Experiment) -> dict[str, obj
     if run.baseline:
         part = {"baselines": [run.baseline], "run": {**plain, "seed": run.seed}, "baseline": {run.baseline: run.options}}
     else:
-        part = {"grid": {"backbone": [run.backbone], "head": [run.head], "seed": [run.seed]}, "run": plain, "head": {run.head: run.options}}
+        part = {
+            "grid": {"backbone": [run.backbone], "head": [run.head], "seed": [run.seed]},
+            "run": plain,
+            "head": {run.head or "": run.options},
+        }
     return {**tree, **part, "data": data}
 
 

@@ -53,7 +53,10 @@ class ProcessExecutor:
             return
         machines = self._job.machine.shares(num)
         runner.say(f"{num} worker{'s' * (num > 1)}, each {machines[0].name}.")
-        jobs = [replace(self._job, experiment=runner.experiment, machine=machine, disk_bytes=self._job.disk_bytes // num) for machine in machines]
+        jobs = [
+            replace(self._job, experiment=runner.experiment, machine=machine, disk_bytes=self._job.disk_bytes // num)
+            for machine in machines
+        ]
         workers = [_Worker(job, cores) for job, cores in zip(jobs, assign_cores(machines), strict=True)]
         WorkQueue(runner, cohorts, out).run(_LocalWorkers(workers))
 

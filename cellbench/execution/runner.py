@@ -420,7 +420,9 @@ class Runner:
                 "cost/images_per_s": self.machine.lanes / max(speed.wall_s, 1e-9),
                 "cost/image_cpu_s": speed.cpu_s * self.machine.cores_of_one,
             }
-            self._finish(one, TestResult(exam=exams.exams[k], cost=cost, learner=trainer, preparation=features.preparation), out, features.plan.seen)
+            self._finish(
+                one, TestResult(exam=exams.exams[k], cost=cost, learner=trainer, preparation=features.preparation), out, features.plan.seen
+            )
 
     def _training_costs(self, trained: Trained, features: Features, load: dict[str, float]) -> list[dict[str, float]]:
         """What each run's training took; ``load``: by other processes meanwhile, as a metric."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,32 +43,34 @@ def plot_study(study: Study, space: Space) -> Iterator[tuple[str, bytes]]:
         about: dict[str, Any] = {"target_name": name}
         if len(names) > 1:
             about["target"] = lambda t, k=k: t.values[k]
-        yield f"history{mark}", _drawn(lambda about=about: _legend_inside(draw.plot_optimization_history(study.optuna, **about)), (7, 4))
+        yield f"history{mark}", _drawn(partial(_history, study, about), (7, 4))
         yield (
             f"slice{mark}",
             _drawn(
-                lambda about=about: _legible(draw.plot_slice(study.optuna, params=always, **about)),
+                partial(_slices, study, always, about),
                 (max(5, 2 * len(always) + 1), 3.8),
                 apart,
             ),
         )
-        yield f"parallel{mark}", _drawn(lambda about=about: draw.plot_parallel_coordinate(study.optuna, params=always, **about), (11, 5))
+        yield f"parallel{mark}", _drawn(partial(draw.plot_parallel_coordinate, study.optuna, params=always, **about), (11, 5))
         values = {t.values[k] for t in done}
         if len(done) >= 4 and len(values) > 1:
-            yield f"importance{mark}", _drawn(lambda about=about: draw.plot_param_importances(study.optuna, **about), (7, 3.5))
+            yield f"importance{mark}", _drawn(partial(draw.plot_param_importances, study.optuna, **about), (7, 3.5))
     if space.settings.pruner != "none":
         yield "curves", _drawn(lambda: _curves(draw.plot_intermediate_values(study.optuna), names[0]), (7, 4))
     if len(names) in (2, 3):
         yield "pareto", _drawn(lambda: draw.plot_pareto_front(study.optuna, target_names=names), (6.5, 4.5))
 
 
-def _legend_inside(axes: Any) -> Any:
+def _history(study: Study, about: dict[str, Any]) -> Any:
+    axes = draw.plot_optimization_history(study.optuna, **about)
     axes.legend(loc="lower right", frameon=True)  # Optuna's stands half outside
     return axes
 
 
-def _legible(panels: Any) -> Any:
+def _slices(study: Study, params: list[str], about: dict[str, Any]) -> Any:
     """The ticks of a slice plot, whose names would lie over each other: slanted, without quotes, and none between decades."""
+    panels = draw.plot_slice(study.optuna, params=params, **about)
     for axes in panels.flat if hasattr(panels, "flat") else [panels]:
         axes.xaxis.set_minor_formatter(NullFormatter())
         labels = [label.get_text().strip("'") for label in axes.get_xticklabels()]

@@ -82,7 +82,7 @@ class Study:
             self.optuna = optuna.create_study(
                 storage=self._storage,
                 study_name=self.name,
-                directions=list(space.directions),
+                directions=[StudyDirection[way.upper()] for way in space.directions],
                 load_if_exists=True,
                 sampler=sampler,
                 pruner=pruner,

@@ -60,7 +60,8 @@ class SearchWorker:
     def _batch(self, batch: Sequence[ProposedTrial]) -> None:
         trials = [trial for trial in batch if self._resolve(trial)]
         seen = {t.same for t in self.study.told() if t.state == "complete"}
-        new, repeated = [], []
+        new: list[ProposedTrial] = []
+        repeated: list[ProposedTrial] = []
         for trial in trials:
             same = self._same[trial.number]
             (repeated if same in seen else new).append(trial)
