@@ -16,10 +16,10 @@ class TrialCallback(Protocol):
     """Who follows runs that end after validation: the test images are never read for them."""
 
     def opened(self, job: ResolvedRun, run: Run) -> None:
-        """Told of each run as it begins or goes on."""
+        """Called when a run starts or is resumed."""
 
     def epoch(self, job: ResolvedRun, epoch: int, metrics: dict[str, float]) -> bool:
-        """Told each epoch's metrics; False ends the run as pruned."""
+        """Receives the metrics of an epoch; False ends the run as pruned."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class RunLogger:
         return self.watch is None or self.watch.epoch(self.job, epoch, metrics)
 
     def checkpoint(self, state: dict[str, Any]) -> None:
-        # Not oftener than it is worth: an epoch of a small set takes less time than telling MLflow of it and writing its state. Both
+        # Not after every epoch: of a small set, an epoch takes less time than logging it and writing its state. Both
         # together, MLflow first: of what a checkpoint has, none is missing there, however the process ends.
         if state["progress"]["ended"] or time.monotonic() - self._written_s > checkpoints.EVERY_S:
             self.run.log({})

@@ -105,7 +105,7 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
 def test_a_shard_holds_the_levels_of_all_who_want_it(tmp_path, monkeypatch, small_shards):
     place(tmp_path, monkeypatch)
     changes = [*KEPT[1::2], 'grid.head=["bilinear", "fpn"]', 'grid.backbone=["vit-tiny-random"]']
-    experiment, data = read_experiment("small.toml", changes, data=Path("smears")), Path("smears").absolute()
+    experiment, data = read_experiment("small.toml", changes, data=Path("smears"))[0], Path("smears").absolute()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
     told = job_spec(experiment, top.run_id, ONE, where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True)
