@@ -44,15 +44,16 @@ class ModelRandomness:
 
     def __init__(self, model: nn.Module) -> None:
         self._weight = next(model.parameters())  # says where the model is; the model itself would make a circle, which frees memory late
-        self._never = all(_is_quiet(module) for module in model.modules())
-        self.expected = not self._never
+        self.never = all(_is_quiet(module) for module in model.modules())
+        """Whether the model is known to draw nothing."""
+        self.expected = not self.never
         """Whether its next step may draw: unknown for a layer that is not ours until a step has drawn nothing."""
 
     @contextlib.contextmanager
     def seeded(self, *seed: int) -> Iterator[SeededDraws | None]:
         """For one step, backward pass included: what is drawn inside follows from ``seed`` alone, non-negative whole numbers. None where nothing
         can be drawn."""
-        if self._never:
+        if self.never:
             yield None
             return
         with SeededDraws(seed, self._device, at_once=self.expected) as drawing:
@@ -62,7 +63,7 @@ class ModelRandomness:
     @contextlib.contextmanager
     def fixed(self) -> Iterator[None]:
         """For one forward pass in eval mode: a model that draws even there gives the same for the same batch."""
-        if self._never:
+        if self.never:
             yield
             return
         with SeededDraws((), self._device):

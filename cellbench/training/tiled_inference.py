@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -68,9 +68,9 @@ def mark_non_finite(logits_BCHW: Tensor) -> Tensor:
     return (logits_BCHW.float() * 0).sum(1, keepdim=True)
 
 
-def to_uint8(share_HW: Tensor) -> np.ndarray:
-    """Numbers from 0 to 1 as (H, W) uint8."""
-    return (share_HW * 255).round_().clamp_(0, 255).byte().cpu().numpy()
+def to_uint8(share_HW: Tensor) -> Tensor:
+    """Numbers from 0 to 1 as (H, W) uint8, 0..255."""
+    return (share_HW * 255).round_().clamp_(0, 255).byte()
 
 
 def argmax_classes(foreground_KHW: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class _Sheets:
                 mine = [k for k, other in enumerate(images) if other == image]
                 self._draw(found_BKTT[mine[0] : mine[-1] + 1])
                 if not self._missing:
-                    done.append(self._answer if self._finite else replace(self._answer, finite=False))
+                    done.append(self._answer())
         self._model.seconds += time.perf_counter() - start
         self._model.cpu_seconds += time.thread_time() - start_cpu
         return done
@@ -124,10 +124,11 @@ class _Sheets:
     def _begin(self, image: int) -> None:
         self._grid, self._size_px = self._features.grid(self._split, image), self._features.pixels[self._split].sizes_px[image]
         self._now, self._missing = image, len(self._grid)
-        made = [np.empty(self._size_px, np.uint8) for _ in range(3 if self._model.auxiliary_targets else 2)]
-        self._answer = SegmentedImage(classes=made[0], cell=made[1], relief=made[2] if self._model.auxiliary_targets else None)
-        self._finite = True
-        self._stitcher = Stitcher(self._grid, self._num + bool(self._model.auxiliary_targets), self._features.trunk.machine.device)
+        device, auxiliary = self._features.trunk.machine.device, bool(self._model.auxiliary_targets)
+        # On the device until the image is whole: one copy an image.
+        self._maps = torch.empty(2 + auxiliary, *self._size_px, dtype=torch.uint8, device=device)
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._stitcher = Stitcher(self._grid, self._num + auxiliary, device)
         self._bands: list[Tensor] = []
 
     def _draw(self, found_BKTT: Tensor) -> None:
@@ -143,11 +144,15 @@ class _Sheets:
 
     def _write(self, y: int, band_KHW: Tensor) -> None:
         rows = slice(y, y + band_KHW.shape[1])
-        self._finite &= bool(torch.isfinite(band_KHW).all())
-        self._answer.classes[rows] = argmax_classes(band_KHW[: self._num]).cpu().numpy()
-        self._answer.cell[rows] = to_uint8(band_KHW[: self._num].sum(0))
-        if self._answer.relief is not None:
-            self._answer.relief[rows] = to_uint8(band_KHW[self._num])
+        self._finite &= torch.isfinite(band_KHW).all()
+        self._maps[0, rows] = argmax_classes(band_KHW[: self._num])
+        self._maps[1, rows] = to_uint8(band_KHW[: self._num].sum(0))
+        if len(self._maps) > 2:
+            self._maps[2, rows] = to_uint8(band_KHW[self._num])
+
+    def _answer(self) -> SegmentedImage:
+        classes, cell, *relief = self._maps.cpu().numpy()
+        return SegmentedImage(classes=classes, cell=cell, relief=relief[0] if relief else None, finite=bool(self._finite))
 
 
 def score_images(
@@ -179,7 +184,7 @@ def score_tiles(
     for batch, images in features.tiles(split, lanes):
         mine = [next(places) for _ in images]
         lanes.each([functools.partial(judge.add, batch, mine) for judge in judges], [model.seconds for model in models])
-    return [judge.counts for judge in judges]
+    return [judge.counts.cpu().numpy() for judge in judges]
 
 
 class _Place(NamedTuple):
@@ -198,7 +203,8 @@ class _Judge:
     def __init__(self, model: SegmentationModel, features: Features, split: str, watch: Callable[[Tensor, Batch], None]) -> None:
         self._model, self._features, self._split, self._watch = model, features, split, watch
         num = model.num_classes
-        self.counts = np.zeros((num, num), np.int64)
+        self.counts = torch.zeros(num, num, dtype=torch.int64, device=features.trunk.machine.device)
+        """On the device: a GPU would have to be waited for after each batch."""
 
     def add(self, batch: Batch, places: Sequence[_Place]) -> None:
         """Judges a batch whose tiles lie at ``places``."""
@@ -239,15 +245,15 @@ class _FramedJudge(_Judge):
             if not self._left:
                 truth = self._features.pixels[self._split][place.image][1]
                 classes = argmax_classes(self._features.framing.back(self._sheet_KHW, truth.shape)).cpu().numpy()
-                self.counts += confusion_matrix(truth, classes, len(self.counts))
+                self.counts += torch.from_numpy(confusion_matrix(truth, classes, len(self.counts))).to(self.counts.device)
 
 
-def masked_confusion(logits_BKHW: Tensor, target_BHW: Tensor, where_BHW: Tensor) -> np.ndarray:
-    """The confusion matrix (K, K) int64 of the likeliest classes over the pixels ``where_BHW``; a tie goes to the lower number."""
+def masked_confusion(logits_BKHW: Tensor, target_BHW: Tensor, where_BHW: Tensor) -> Tensor:
+    """The confusion matrix (K, K) int64 of the likeliest classes over the pixels ``where_BHW``, on their device; a tie goes to the lower number."""
     num = logits_BKHW.shape[1]
     if num == 2:  # sums of bytes, a quarter of the cost of counting pairs of numbers
         found, true = (logits_BKHW[:, 1] > logits_BKHW[:, 0]) & where_BHW, (target_BHW == 1) & where_BHW
-        both, positive, cell, pixels = torch.stack([x.sum() for x in (found & true, found, true, where_BHW)]).tolist()
-        return np.array([[pixels - positive - cell + both, positive - both], [cell - both, both]], np.int64)
+        both, positive, cell, pixels = (x.sum() for x in (found & true, found, true, where_BHW))
+        return torch.stack([pixels - positive - cell + both, positive - both, cell - both, both]).view(2, 2)
     pairs = (target_BHW * num + logits_BKHW.argmax(1))[where_BHW]
-    return torch.bincount(pairs, minlength=num * num).view(num, num).cpu().numpy()
+    return torch.bincount(pairs, minlength=num * num).view(num, num)

@@ -6,6 +6,7 @@ each validation batch, ``end_epoch``.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,9 @@ from torch import Tensor
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.features.extractor import Batch, Features
+from cellbench.hardware import is_out_of_memory
 from cellbench.metrics.pixel import IGNORE, pixel_scores, pooled_classes
+from cellbench.training.cuda_graph import GraphedStep
 from cellbench.training.losses import auxiliary_loss, parse_loss
 from cellbench.training.model import SegmentationModel
 
@@ -63,7 +66,12 @@ class HeadTrainer:
 
     def __post_init__(self) -> None:
         self._loss = parse_loss(self.run.loss, self.registry)
-        self.optimiser = torch.optim.AdamW(self.model.groups(self.run), lr=self.run.lr, weight_decay=self.run.weight_decay)
+        on_gpu = self.device.type == "cuda"
+        self.optimiser = torch.optim.AdamW(
+            self.model.groups(self.run), lr=self.run.lr, weight_decay=self.run.weight_decay, capturable=on_gpu
+        )
+        self._graphs: dict[int, GraphedStep | None] = {}
+        """By the size of the mini-batch; None where the step cannot be captured."""
         self.steps_per_epoch = len(batch_sizes(self.num_views, self.run.batch_size))
         self._val_sum, self._val_num = torch.zeros(()), 0
 
@@ -97,7 +105,17 @@ class HeadTrainer:
     def _train_step(self, batch: Batch) -> None:
         rate = self.lr(self.epoch * self.steps_per_epoch + self._step)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate * group["share"]
+            if self.device.type == "cuda":  # where a captured step reads it
+                group["lr"] = torch.as_tensor(group["lr"], device=self.device).fill_(rate * group["share"])
+            else:
+                group["lr"] = rate * group["share"]
+        graphed = self._graphed(batch)
+        loss = graphed(batch) if graphed is not None else self._update(batch)
+        self._loss_sum += loss * batch.num
+        self._step += 1
+
+    def _update(self, batch: Batch) -> Tensor:
+        """One step of the optimiser; the loss before it."""
         self.optimiser.zero_grad(set_to_none=True)
         with self.model.draws.seeded(self.run.seed, self.epoch, self._step) as drawing:
             with self._machine.autocast():
@@ -107,8 +125,21 @@ class HeadTrainer:
                 drawing.backward()
             loss.backward()
         self.optimiser.step()
-        self._loss_sum += loss.detach() * batch.num
-        self._step += 1
+        return loss.detach()
+
+    def _graphed(self, batch: Batch) -> GraphedStep | None:
+        """The captured step for this batch; None on a processor, and for steps that draw random numbers or leave out pixels."""
+        if self.device.type != "cuda" or batch.ignoring or not self.model.draws.never:
+            return None
+        if batch.num not in self._graphs:
+            try:
+                self._graphs[batch.num] = GraphedStep(self._update, batch, self.model, self.optimiser, _graph_pool())
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                torch.cuda.synchronize(self.device)
+                self._graphs[batch.num] = None
+        return self._graphs[batch.num]
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The run's loss, a scalar float32, of its model's output (B, K + auxiliary targets, T, T) for a batch."""
@@ -134,7 +165,9 @@ class HeadTrainer:
 
     def add_validation(self, logits: Tensor, batch: Batch) -> None:
         """Adds a batch to the epoch's validation loss."""
-        self._val_sum = self._val_sum + self.loss(logits, batch).cpu().double() * batch.num
+        value = self.loss(logits, batch).detach()
+        # Summed where it was computed: a GPU would have to be waited for. A Mac's has no double precision.
+        self._val_sum = self._val_sum.to(value.device) + (value if value.device.type == "mps" else value.double()) * batch.num
         self._val_num += batch.num
 
     def end_epoch(self, counts: np.ndarray) -> None:
@@ -205,6 +238,12 @@ class HeadTrainer:
         """Sets where it computes; returns itself."""
         self._trunk, self._machine = features.trunk, features.trunk.machine
         return self
+
+
+@functools.cache
+def _graph_pool() -> tuple[int, int]:
+    """Memory that all captured steps of this process share."""
+    return torch.cuda.graph_pool_handle()
 
 
 _PROGRESS = ("epoch", "best_epoch", "best", "history", "train_s", "train_cpu_s", "trunk_s", "trunk_cpu_s", "ended")

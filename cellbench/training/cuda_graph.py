@@ -1,0 +1,82 @@
+"""A head's training step as a CUDA graph: one launch instead of several hundred, which take longer than the work itself for small mini-batches.
+
+The captured step is the one that runs elsewhere, kernel by kernel; only the order in which AdamW's bias corrections are rounded differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from cellbench.features.extractor import Batch
+
+WARM_UP_STEPS = 2
+"""Before a capture: cuDNN chooses its kernels and the optimiser makes its state in them."""
+
+
+class GraphedStep:
+    """One training step for mini-batches of one shape. Calling it copies a batch into the graph's own memory and replays the step.
+
+    Args:
+        step: zeroes the gradients, computes the loss, its gradients and the optimiser's update; returns the loss, a scalar.
+        batch: any batch of the shape. Its values do not matter: weights and optimiser are as before once the graph is captured.
+        pool: memory that the graphs of one process share; their outputs are valid until the next replay of any of them.
+
+    Raises RuntimeError where something in the step cannot be captured, for example a transfer to the processor.
+    """
+
+    def __init__(
+        self, step: Callable[[Batch], Tensor], batch: Batch, model: nn.Module, optimiser: torch.optim.Optimizer, pool: tuple[int, int]
+    ) -> None:
+        self._batch = _map_tensors(batch, torch.clone)
+        here = torch.cuda.current_stream()
+        with _unchanged(model, optimiser):
+            beside = torch.cuda.Stream()
+            beside.wait_stream(here)
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UP_STEPS):
+                    step(self._batch)
+            here.wait_stream(beside)
+        optimiser.zero_grad(set_to_none=True)  # gradients then lie in the graph's memory
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._loss = step(self._batch).detach()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The loss of ``batch``, a scalar on the device, after the step. It is overwritten by the next step."""
+        for to, of in zip(_tensors(self._batch), _tensors(batch), strict=True):
+            to.copy_(of, non_blocking=True)
+        self._graph.replay()
+        return self._loss
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module, optimiser: torch.optim.Optimizer) -> Iterator[None]:
+    """After the block weights, buffers and the optimiser's state have the values that they had before; a state that is new has zeros."""
+    before = {x: x.detach().clone() for x in (*model.parameters(), *model.buffers())}
+    moments = {p: {name: x.clone() for name, x in state.items()} for p, state in optimiser.state.items()}
+    yield
+    with torch.no_grad():
+        for x, value in before.items():
+            x.copy_(value)
+        for p, state in optimiser.state.items():
+            for name, x in state.items():
+                x.copy_(moments[p][name]) if p in moments else x.zero_()
+
+
+def _map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    targets = batch.auxiliary_targets
+    return batch._replace(
+        maps={index: function(x) for index, x in batch.maps.items()},
+        pixels=function(batch.pixels),
+        target=function(batch.target),
+        auxiliary_targets=function(targets) if targets is not None else None,
+    )
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    one = [*batch.maps.values(), batch.pixels, batch.target]
+    return one if batch.auxiliary_targets is None else [*one, batch.auxiliary_targets]
