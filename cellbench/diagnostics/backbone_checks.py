@@ -42,7 +42,8 @@ def small_backbone(card: BackboneCard) -> Backbone:
 def _pixels(backbone: Backbone, rows: int, columns: int, batch: int = 1, unit_px: int = 8) -> Tensor:
     """Grey tiles with a little noise, ``rows`` x ``columns`` units; a unit is at least ``unit_px`` and a multiple of ``tile_multiple_px``."""
     unit = -(-unit_px // backbone.tile_multiple_px) * backbone.tile_multiple_px
-    return 0.4 + 0.2 * torch.rand(batch, 3, rows * unit, columns * unit, generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(batch, 3, rows * unit, columns * unit, generator=torch.Generator().manual_seed(1))
+    return (0.4 + 0.2 * noise).to(backbone.mean.device)
 
 
 def _indices(backbone: Backbone) -> tuple[int, ...]:

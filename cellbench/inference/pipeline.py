@@ -176,8 +176,8 @@ class ImageAssembly:
             number=self.number,
             top=top,
             classes=argmax_classes(strip_KHW[:num]).cpu().numpy(),
-            probability=to_uint8(strip_KHW[:num].sum(0)),
-            relief=to_uint8(strip_KHW[num]) if len(strip_KHW) > num else None,
+            probability=to_uint8(strip_KHW[:num].sum(0)).cpu().numpy(),
+            relief=to_uint8(strip_KHW[num]).cpu().numpy() if len(strip_KHW) > num else None,
             source=self.source,
             last=last,
         )

@@ -11,10 +11,11 @@ import parts
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
-from cellbench.diagnostics.backbone_checks import BACKBONE, agrees_with_card, small_backbone
+from cellbench.diagnostics.backbone_checks import BACKBONE, agrees_with_card, frozen, small_backbone
 from cellbench.diagnostics.head_checks import HEAD
 from cellbench.diagnostics.plugin_checks import verdicts
 from cellbench.features.extractor import Batch
@@ -237,3 +238,9 @@ def test_code_of_two_folders_with_one_file_name_does_not_meet(tmp_path: Path) ->
     first, second = (Registry(parts.head(tmp_path / name)).head("my-head") for name in ("a", "b"))
     assert [verdict.reason for card in (first, second, first) for verdict in verdicts(card) if verdict.contract == "seed"] == ["", "", ""]
     assert len([name for name in sys.modules if name.startswith("cellbench_user_my_head_")]) >= 2
+
+
+def test_the_checks_compute_where_the_backbone_lies():
+    with FakeTensorMode():  # claims to be a GPU, and refuses to mix it with the processor
+        backbone = small_backbone(CARDS["vit-tiny-random"]).to("cuda")
+        assert frozen(CARDS["vit-tiny-random"], backbone) == ""
