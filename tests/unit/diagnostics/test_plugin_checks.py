@@ -21,7 +21,7 @@ from cellbench.diagnostics.plugin_checks import verdicts
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
-from cellbench.models.backbones.base import Backbone
+from cellbench.models.backbones.base import Backbone, Level
 from cellbench.models.backbones.build import open_backbone
 from cellbench.run import main
 from cellbench.training.model import build_model
@@ -240,7 +240,17 @@ def test_code_of_two_folders_with_one_file_name_does_not_meet(tmp_path: Path) ->
     assert len([name for name in sys.modules if name.startswith("cellbench_user_my_head_")]) >= 2
 
 
+class PixelsThemselves(Backbone):
+    """Its one map is the tile."""
+
+    levels = (Level(index=0, dim=3, stride_px=1),)
+    tile_multiple_px = 1
+
+    def maps(self, x_BCHW, indices):
+        return [x_BCHW for _ in indices]
+
+
 def test_the_checks_compute_where_the_backbone_lies():
     with FakeTensorMode():  # claims to be a GPU, and refuses to mix it with the processor
-        backbone = small_backbone(CARDS["vit-tiny-random"]).to("cuda")
-        assert frozen(CARDS["vit-tiny-random"], backbone) == ""
+        backbone = PixelsThemselves((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).freeze().to("cuda")
+        assert frozen(CARDS["filter-bank"], backbone) == ""
