@@ -15,7 +15,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def to_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows with a heading, comma-separated, each line ended by a newline.
+    r"""Rows with a heading, comma-separated, each line ended by a newline.
 
     A text that a spreadsheet would compute gets an apostrophe in front (OWASP, CSV injection); one that is a number does not. Undecodable
     bytes of a file's name are written as ``\\xNN``.
@@ -43,7 +43,7 @@ def _cell(value: object) -> object:
 
 
 def escape_markdown(text: str) -> str:
-    """Text for a line of Markdown or a cell of its tables.
+    r"""Text for a line of Markdown or a cell of its tables.
 
     >>> escape_markdown("a|b *c* <d>")
     'a\\\\|b \\\\*c\\\\* &lt;d&gt;'
@@ -53,7 +53,7 @@ def escape_markdown(text: str) -> str:
 
 
 def to_printable(text: str) -> str:
-    """One line that is safe on a terminal: characters that are not printable become Python's escapes, like ``\\n``.
+    r"""One line that is safe on a terminal: characters that are not printable become Python's escapes, like ``\\n``.
 
     >>> to_printable("a\\nb\\x1b[2J")
     'a\\\\nb\\\\x1b[2J'

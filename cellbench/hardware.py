@@ -33,8 +33,11 @@ class Hardware:
 
     @property
     def chunk(self) -> int:
-        """Tiles in one batch of the backbone. Fixed for a device, since results must not depend on the other runs of a cohort; it is smaller only
-        after memory ran out, and numbers then agree to rounding."""
+        """Tiles in one batch of the backbone.
+
+        Fixed for a device, since results must not depend on the other runs of a cohort. It is smaller only after memory ran out; numbers then
+        agree to rounding.
+        """
         return max(1, (16 if self.device.type == "cpu" else 128) >> self.halvings)
 
     def shares(self, num: int) -> list[Hardware]:

@@ -80,7 +80,7 @@ def _tracking(uri: str) -> str:
 
 def _get(url: str, uri: str) -> str:
     try:
-        with urllib.request.urlopen(url, timeout=ANSWER_S) as answer:
+        with urllib.request.urlopen(url, timeout=ANSWER_S) as answer:  # noqa: S310
             text: bytes = answer.read(200)
             return text.decode(errors="replace")
     except (OSError, ValueError) as error:  # URLError is an OSError

@@ -210,8 +210,11 @@ def builder_path(card: Card) -> str:
 
 
 def code_digest(card: Card) -> str:
-    """The code behind a card in fingerprints: the hash of a user's source files (``cellbench.config.source_code``); empty for the
-    package's own, which :data:`cellbench.config.run.NUMERICS_VERSION` stands for."""
+    """What stands in fingerprints for the code behind a card.
+
+    The hash of a user's source files (``cellbench.config.source_code``); empty for the package's own code, for which
+    :data:`cellbench.config.run.NUMERICS_VERSION` stands.
+    """
     return source_code.digest(builder_path(card), Path(card.path).parent) if card.builder else ""
 
 

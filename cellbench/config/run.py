@@ -126,8 +126,10 @@ RUN_KEYS = tuple(name for name in RunSpec.model_fields if name not in ("backbone
 
 
 def fingerprint(run: RunSpec, dataset_digest: str, parts_digest: str) -> str:
-    """Sixteen hex digits over everything that can change a run's numbers; not device, paths or workers. ``parts_digest``: of the weights, the
-    cards and their code, and the precision."""
+    """Sixteen hex digits over everything that can change a run's numbers; not device, paths or workers.
+
+    ``parts_digest``: of the weights, the cards and their code, and the precision.
+    """
     unused = {"augmentations"} if run.augmentations == "none" else None  # runs of before there were any keep their fingerprints
     facts = {"numerics": NUMERICS_VERSION, "run": run.model_dump(exclude=unused), "dataset": dataset_digest, "parts": parts_digest}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

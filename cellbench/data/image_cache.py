@@ -24,8 +24,9 @@ Key = tuple[int, Preparation | Framing | None]
 
 
 class ImageCache:
-    """Images (H, W, 3) uint8 and class maps (H, W) uint8 of one split, as they are and as they were prepared, the most recently used within
-    ``budget_bytes``.
+    """Images (H, W, 3) uint8 and class maps (H, W) uint8 of one split, as read and as prepared.
+
+    Keeps the most recently used within ``budget_bytes``.
 
     May be asked from several threads.
     """
@@ -80,8 +81,10 @@ class ImageCache:
         return self._kept_or((index, framing), make)[0]
 
     def normaliser(self, kind: str, images: Sequence[int]) -> Normaliser | None:
-        """The stain normaliser of this kind, fitted to these images alone, given by their numbers; None for ``none``, or where they show no
-        stain."""
+        """The stain normaliser of this kind, fitted to the images with these numbers.
+
+        None for ``none``, or where the images show no stain.
+        """
         key = (kind, tuple(images))
         if key not in self._normalisers:
             some = images[:: -(-len(images) // MOST_IMAGES)]

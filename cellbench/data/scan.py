@@ -251,7 +251,7 @@ def is_inside(root: Path, path: Path) -> bool:
 
 
 def resolve_inside(root: Path, name: str) -> Path | None:
-    """The file of a relative name, with / or \\ between folders; None where it would leave ``root``."""
+    r"""The file of a relative name, with / or \\ between folders; None where it would leave ``root``."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not name or "\0" in name or name[0] in "/\\" or ".." in parts or ":" in (parts or ("",))[0]:
         return None

@@ -1,4 +1,6 @@
-"""The contracts that every backbone, head, loss, augmentation and metric must keep. Tests run them on the shipped cards, ``doctor --contracts`` on a user's own.
+"""The contracts that every backbone, head, loss, augmentation and metric must keep.
+
+Tests run them on the shipped cards, ``doctor --contracts`` on a user's own.
 
 A contract is a function that returns the empty string, or the reason why it is broken. Backbones are built with random weights and few
 blocks, heads with seed 0, all on the CPU in float32: nothing is downloaded, and a card takes a second or two.

@@ -127,8 +127,10 @@ def write_artifacts(
     result: TestResult,
     seen: dict[str, Any] | None = None,
 ) -> None:
-    """``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json``, ``head.safetensors`` and
-    ``figures/*.png`` into a folder.
+    """Writes the files that a tested run leaves into a folder.
+
+    They are ``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json``, ``head.safetensors`` and
+    ``figures/*.png``.
 
     ``datasets``: one, or one a fold. ``seen``: what the run keeps of the images that it learned from, as ``seen_images.json``.
     """
@@ -243,8 +245,10 @@ def single_run_experiment(run: RunSpec, experiment: Experiment) -> dict[str, obj
 
 
 def run_tags(name: str, metrics: dict[str, float], machine: str, worst: str) -> dict[str, str]:
-    """What a tested run's page in the UI shows beside its numbers: the machine, notes, and ``TABLE`` as MLflow's own log_table would name it,
-    in 100 ms more. ``worst``: the address of the worst image's picture."""
+    """Tags of a tested run: the machine, notes, and the table of its images.
+
+    ``TABLE`` is named as MLflow's own log_table would name it, which takes 100 ms more. ``worst``: the address of the worst image's picture.
+    """
     named = json.dumps([{"path": TABLE, "type": "table"}])
     return {"cellbench.machine": machine, TABLES: named, NOTE: run_note(name, metrics, worst=worst)}
 
@@ -275,8 +279,8 @@ def run_note(name: str, values: dict[str, float], worst: str = "") -> str:
         lines.append(["costs were measured", system_load.describe_load(max(loads))])
     parts = [
         # The UI shows five lines of a note before it asks for more: the answer comes first.
-        f"**{escape_markdown(name)}**: test Dice **{format_score(values, 'test/dice')}** over all pixels, {format_score(values, 'test_image/dice')}{interval} in the "
-        "mean of the images.",
+        f"**{escape_markdown(name)}**: test Dice **{format_score(values, 'test/dice')}** over all pixels, "
+        f"{format_score(values, 'test_image/dice')}{interval} as the mean over images.",
         ui_view.padded_table(("what", "score"), lines),
         f"*Artifacts*: `{TABLE}` (each image, worst first), `figures/`, weights, and `config.toml`, which repeats this run.",
     ]

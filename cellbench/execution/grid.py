@@ -10,8 +10,10 @@ from cellbench.execution.runner import Outcome, Runner
 
 
 class Executor(Protocol):
-    """Runs cohorts to their ends, in any order and anywhere: in this process (:class:`InProcessExecutor`), in local processes
-    (``multiprocess.ProcessExecutor``) or on Ray (``ray_grid.RayExecutor``)."""
+    """Runs cohorts to their ends, in any order.
+
+    In this process (:class:`InProcessExecutor`), in local processes (``multiprocess.ProcessExecutor``) or on Ray (``ray_grid.RayExecutor``).
+    """
 
     def run(self, runner: Runner, cohorts: Sequence[Sequence[ResolvedRun]], out: Outcome) -> None:
         """Adds the result of every run to ``out``. Messages go through ``runner``."""

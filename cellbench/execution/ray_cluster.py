@@ -190,7 +190,7 @@ class RayWorker:
 
     def call(self, function: bytes) -> Reply:
         """Calls a pickled function with the job."""
-        return self._reply(lambda job, say: pickle.loads(function)(job))
+        return self._reply(lambda job, say: pickle.loads(function)(job))  # noqa: S301
 
     def _reply(self, work: Callable[[JobSpec, Callable[[str], None]], Any]) -> Reply:
         lines: list[str] = []
@@ -202,7 +202,7 @@ class RayWorker:
     def _checked_job(self) -> JobSpec:
         """The job, if this node can execute it. Raises CellbenchError."""
         check_same_version(self._version)  # before anything of another version is unpickled
-        job: JobSpec = pickle.loads(self._job)
+        job: JobSpec = pickle.loads(self._job)  # noqa: S301
         if not job.cache_url and not self._shares_cache(job):
             raise CellbenchError(
                 f"{this_owner()} does not see the cache folder {job.cache}. Name one that all nodes share with --cache, or a URL with --cache-url."

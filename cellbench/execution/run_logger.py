@@ -33,8 +33,10 @@ class RunLogger:
     _written_s: float = 0.0
 
     def resumed(self) -> tuple[dict[str, Any] | None, bool]:
-        """The state from which the run is resumed, None for a run from its start; and whether that state was written for another run of the
-        same fingerprint, in another store say. Its epochs are then logged here too."""
+        """The state from which the run resumes, None for a run from its start; and whether another run wrote it.
+
+        That run has the same fingerprint and may be in another store. Its epochs are then logged here too.
+        """
         if (state := checkpoints.read_checkpoint(self.place)) is not None:
             return state, False
         if (state := checkpoints.read_other_store(self.place)) is None:

@@ -97,8 +97,10 @@ def to_geojson(cell: CellOutline, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def to_coco(images: Iterable[tuple[str, tuple[int, int], dict[str, Any]]], names: tuple[str, ...]) -> dict[str, Any]:
-    """COCO's instances of images (file name, (H, W), GeoJSON): one polygon for each piece. Polygons of COCO cannot have holes: the outer ring
-    is given, and the area is that without holes."""
+    """COCO's instances of images (file name, (H, W), GeoJSON): one polygon for each piece.
+
+    Polygons of COCO cannot have holes: the outer ring is given, and the area without holes.
+    """
     out: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": k, "name": name} for k, name in enumerate(names) if k]}
     for number, (file, (height, width), tree) in enumerate(images, 1):
         out["images"].append({"id": number, "file_name": file, "height": height, "width": width})

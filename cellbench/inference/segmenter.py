@@ -132,6 +132,7 @@ class Segmenter:
             precision: ``auto``, ``fp32`` or ``bf16``.
 
         Raises CellbenchError for a run that does not exist, failed or lost its head, and for unavailable weights.
+
         """
         if weights is None and os.environ.get("CELLBENCH_WEIGHTS"):
             weights = os.environ["CELLBENCH_WEIGHTS"]
@@ -201,8 +202,10 @@ class Segmenter:
 
     @torch.inference_mode()
     def tiles(self, tiles_BTTC: Tensor) -> Tensor:
-        """For framed tiles (B, T, T, 3) uint8: the probabilities (B, K-1, T, T) float32 of all classes but the background, followed by the
-        relief (B, 1, T, T) where the run learned one."""
+        """Probabilities (B, K-1, T, T) float32 of all classes but the background, for framed tiles (B, T, T, 3) uint8.
+
+        Followed by the boundary depth (B, 1, T, T) where the run learned it.
+        """
         assert self.model is not None
         sent = tiles_BTTC.to(self.machine.device)
         pixels = sent.permute(0, 3, 1, 2).float().div_(255)

@@ -91,8 +91,11 @@ def write_counts(masks: Sequence[ExistingMask], out: Path, names: Sequence[str] 
 
 
 def count_row(mask: ExistingMask, names: Sequence[str] = (), owners: Sequence[int] = ()) -> dict[str, object]:
-    """An image's line by column: its size, the number of cells, their density, the pixel size where it is known, the number of regions that are too
-    small to be cells, and with several classes the number of each. A part of a cell (``owners``) is counted in the cells that hold it."""
+    """One row of the table of images, by column.
+
+    Size, number of cells, density, pixel size where it is known, number of regions below the minimum area, and with several classes the
+    number of each. A part of a cell (``owners``) is counted in the cells that hold it.
+    """
     with output_path(mask.stem, CELLS).open(encoding="utf-8", newline="") as file:
         cells = list(csv.DictReader(file))
     height, width = images.image_size(output_path(mask.stem, INSTANCES))

@@ -92,9 +92,16 @@ class ReferenceMask:
         tolerance_px: float = TOLERANCE_PX,
         min_area_px: int | None = None,
     ) -> None:
-        """``classes`` below ``num_classes``, 0 the background, or ``IGNORE``; ``ids``: the mask's own numbers of cells, where it has them;
-        ``owners``: as in :func:`merge_parts_into_objects`; ``unused``: classes whose outlines are not scored, as in :func:`cellbench.metrics.pixel.per_image_scores`;
-        ``min_area_px`` as for :func:`reference_instances`."""
+        """Prepares a truth.
+
+        Args:
+            classes: (H, W) uint8, below ``num_classes``, 0 the background, or ``IGNORE``.
+            ids: the mask's own numbers of cells, where it has them.
+            owners: as in :func:`merge_parts_into_objects`.
+            unused: classes whose boundaries are not scored, as in :func:`cellbench.metrics.pixel.per_image_scores`.
+            min_area_px: as for :func:`reference_instances`.
+
+        """
         self._classes, self._tolerance, self._numbered, self._owners = classes, tolerance_px, ids is not None, tuple(owners)
         self.cells, self.min_area_px = reference_instances(classes, ids, min_area_px, owners=owners)
         ignored = self.cells.ignored
@@ -136,8 +143,10 @@ def pairwise_overlaps(truth: Instances, found: Instances) -> tuple[np.ndarray, n
 
 
 def instance_scores(truth: Instances, found: Instances) -> dict[str, float | int]:
-    """The scores of single cells, under the names of :class:`InstanceScores`, of predicted ones as :func:`drop_ignored`; NaN where there is no cell and none
-    was predicted."""
+    """The scores of single cells, under the names of :class:`InstanceScores`.
+
+    Of predicted cells as :func:`drop_ignored` gives them; NaN where there is no cell and none was predicted.
+    """
     found = drop_ignored(found, truth.ignored)
     t, p, shared, union = pairwise_overlaps(truth, found)
     both = truth.num + found.num

@@ -93,8 +93,9 @@ def drop_ignored(found: Instances, ignored: np.ndarray | None) -> Instances:
 
 
 def merge_parts_into_objects(classes: np.ndarray, owners: Sequence[int]) -> np.ndarray:
-    """A class map (H, W) uint8 in which each part has the class of the object that it belongs to. ``owners``: for each class the class of its
-    object, its own for an object; empty: every class is an object.
+    """A class map (H, W) uint8 in which each part has the class of the object that it belongs to.
+
+    ``owners``: for each class the class of its object, its own for an object; empty: every class is an object.
 
     >>> merge_parts_into_objects(np.array([[0, 1, 2, 3]], np.uint8), (0, 1, 1, 3)).tolist()
     [[0, 1, 1, 3]]

@@ -40,8 +40,8 @@ def measure_cells(
 ) -> CellTable:
     """The table of the cells found in an image (H, W, 3) uint8 RGB; ``names`` of the classes, ``um_per_px`` the side of a pixel.
 
-    Where some classes are parts of others (``owners``, as :func:`cellbench.metrics.instances.merge_parts_into_objects` takes them), ``classes`` (H, W) is the class map,
-    and each part has a column with its area in the cell, 0 where the cell has none: ``nucleus_area_px``.
+    Where some classes are parts of others (``owners``, as for :func:`cellbench.metrics.instances.merge_parts_into_objects`), ``classes`` (H, W)
+    is the class map, and each part has a column with its area in the cell, 0 where the cell has none: ``nucleus_area_px``.
 
     ``cell`` is the number in the label image, ``x_px`` and ``y_px`` the centroid from the upper left, ``diameter`` that of a disc of the same
     area, ``eccentricity`` 0 for a disc and towards 1 for a line, ``at_edge`` 1 where the image's frame may cut the cell, ``red`` to ``blue``
@@ -61,7 +61,7 @@ def measure_cells(
     columns += ("red", "green", "blue", *(part_column(names[k], um_per_px) for k in part_classes(owners)))
     if not found.num:  # scikit-image's columns would be other ones
         return CellTable(columns=columns, rows=())
-    props: Mapping[str, np.ndarray] = regionprops_table(found.ids, image, properties=_PROPERTIES)  # type: ignore[no-untyped-call]
+    props: Mapping[str, np.ndarray] = regionprops_table(found.ids, image, properties=_PROPERTIES)
     height, width = found.ids.shape
     inside = [np.bincount(found.ids[classes == k], minlength=found.num + 1) for k in part_classes(owners)]
     at_edge = (props["bbox-0"] == 0) | (props["bbox-1"] == 0) | (props["bbox-2"] == height) | (props["bbox-3"] == width)

@@ -129,9 +129,11 @@ def named_scores(prefix: str, counts: np.ndarray, classes: tuple[str, ...]) -> d
 
 
 def per_image_scores(counts: np.ndarray, absent: float = math.nan, unused: Collection[int] = ()) -> dict[str, np.ndarray]:
-    """Per-image scores (N,) of the cell class from confusion matrices (N, C, C): means over the cell classes in truth or prediction; NaN for
-    an image that has none in either. ``absent``: as in :func:`pixel_scores`; ``unused``: classes that no mask of the whole data set holds, which are
-    left out even where they are predicted, since nothing could teach them."""
+    """Per-image scores (N,) of the cell class from confusion matrices (N, C, C).
+
+    Means over the cell classes in truth or prediction; NaN for an image that has none in either. ``absent``: as in :func:`pixel_scores`;
+    ``unused``: classes that no mask of the dataset holds. They are left out even where they are predicted, since no model could learn them.
+    """
     each = pixel_scores(counts, absent)
     here = [k for k in range(1, np.shape(counts)[-1]) if k not in unused]
     return {name: np.array([nan_mean(row) for row in getattr(each, name)[:, here]]) for name in MEASURES}

@@ -120,7 +120,7 @@ class _Flood:
             else:
                 distance = ndimage.distance_transform_edt(full_hw) if not full_hw.all() else np.zeros(full_hw.shape)
             distance = ndimage.gaussian_filter(distance, SMOOTH_BLOCKS, mode="nearest") * any_hw
-            self._basins = watershed(-distance, mask=any_hw)  # type: ignore[no-untyped-call]
+            self._basins = watershed(-distance, mask=any_hw)
             self._peaks = np.concatenate([[0.0], ndimage.maximum(distance, self._basins, np.arange(1, int(self._basins.max()) + 1))])
             self._saddles = _saddles(self._basins, distance)
         self._pieces()

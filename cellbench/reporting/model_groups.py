@@ -304,7 +304,8 @@ def describe_limit(limit: str) -> str:
 def group_models(runs: Iterable[FinishedRun], started_s: Mapping[str, float] | None = None) -> tuple[list[TestSet], list[str]]:
     """Test sets of whole data before those under ``--limit``, the newest first, and sentences about runs left out because folds are missing.
 
-    ``started_s``: when a grid was last started on the data of a digest."""
+    ``started_s``: when a grid was last started on the data of a digest.
+    """
     by_test_set: dict[str, list[FinishedRun]] = {}
     for run in runs:
         by_test_set.setdefault(run.test_set_key, []).append(run)

@@ -122,7 +122,7 @@ def _column_classes(table: Table) -> list[Markup]:
     """The class attribute of each column: numbers stand on the right, words on the left, sentences may break into lines."""
     columns = zip(*table.rows, strict=True)
     classes = ("text" if k in table.sentence_columns else "words" if _is_words(cells) else "" for k, cells in enumerate(columns))
-    return [Markup(f' class="{one}"' if one else "") for one in classes]
+    return [Markup(f' class="{one}"' if one else "") for one in classes]  # noqa: S704
 
 
 _NUMBER = re.compile(r"[<>≈~±]?\s*[-+−–]?\.?\d[\d.,]*(e[-+]\d+)?(\s|%|$)")

@@ -171,8 +171,10 @@ def _draw_report(
 
 
 def _key(only: Collection[str], request: RunRequest, skipped: Mapping[str, str], failed: Mapping[str, str]) -> str:
-    """A digest of what a report depends on. Not of the command and the notes on reading the data: the first call writes a split that the next
-    one reads."""
+    """A digest of what a report depends on.
+
+    Without the command and the notes on reading the data: the first call writes a split that the next one reads.
+    """
     asked = replace(request, command="", dataset={**request.dataset, "notes": []})
     layout = [field.name for field in fields(LeaderboardRow)]  # a summary of an older version cannot be read
     facts = [sorted(only), asdict(asked), skipped, failed, layout]

@@ -128,7 +128,7 @@ def format_p(p: float) -> str:
 
 
 def format_p_cell(p: float) -> str:
-    """p for a table's cell: ``0.213``, ``< 0.001``."""
+    """P for a table's cell: ``0.213``, ``< 0.001``."""
     return format_p(p).removeprefix("p = ").removeprefix("p ")
 
 

@@ -61,7 +61,8 @@ class AlignedScores:
 def align_images(models: Sequence[ModelScores]) -> AlignedScores:
     """Reduces models to their common images, without those that are empty for all, in the first one's order.
 
-    Raises CellbenchError where they share none or their scores have different directions."""
+    Raises CellbenchError where they share none or their scores have different directions.
+    """
     first = models[0]
     if len({m.lower_is_better for m in models}) > 1:
         raise CellbenchError("some scores are better when lower, others when higher: compare one metric at a time.")

@@ -19,8 +19,10 @@ EXACT_UP_TO = 50  # unequal units; above, the normal approximation, as in scipy
 
 
 def smallest_p(num_units: int, num_tests: int = 1) -> float:
-    """The smallest adjusted p of the signed-rank test, where every unit favours the same model: 2 ** (1 - n), times the number of tests
-    (Holm's first step, and Bonferroni)."""
+    """The smallest adjusted p of the signed-rank test, reached when every unit favours the same model.
+
+    2 ** (1 - n), times the number of tests (Holm's first step, and Bonferroni).
+    """
     return min(1.0, num_tests * 2.0 ** (1 - num_units))
 
 

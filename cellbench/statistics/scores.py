@@ -148,7 +148,9 @@ def swap_sides(d: Difference) -> Difference:
 
 
 def seed_sd(values: np.ndarray) -> float | None:
-    """Of scores (num_seeds, num_images): the standard deviation (n - 1) of the seeds' means over images with a score; None for one seed, or
-    where no image has a score."""
+    """The standard deviation (n - 1) of the seeds' means, of scores (num_seeds, num_images).
+
+    Over images with a score; None for one seed, or where no image has a score.
+    """
     known = values[:, ~np.isnan(values).any(axis=0)]
     return float(known.mean(axis=1).std(ddof=1)) if len(values) > 1 and known.size else None

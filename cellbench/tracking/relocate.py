@@ -81,10 +81,10 @@ def _fix(path: Path) -> list[str]:
                 for table, column in known:
                     # By length, not LIKE: a path may hold % and _.
                     connection.execute(
-                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",  # noqa: S608
                         (fresh, len(folder) + 1, len(folder) + 1, folder + "/"),
                     )
-                    connection.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (fresh, folder))
+                    connection.execute(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", (fresh, folder))  # noqa: S608
     return fixed
 
 
@@ -93,7 +93,7 @@ def _places(connection: sqlite3.Connection) -> tuple[list[tuple[str, str]], set[
     # An incomplete store lacks some; ``sqlite_store`` reports it.
     asked = "SELECT 1 FROM pragma_table_info(?) WHERE name = ?"
     known = [pair for pair in COLUMNS if connection.execute(asked, pair).fetchone()]
-    return known, {place for table, column in known for (place,) in connection.execute(f"SELECT DISTINCT {column} FROM {table}") if place}
+    return known, {place for table, column in known for (place,) in connection.execute(f"SELECT DISTINCT {column} FROM {table}") if place}  # noqa: S608
 
 
 def _original(old: Path, old_root: Path, path: Path) -> Path | None:

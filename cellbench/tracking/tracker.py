@@ -329,8 +329,11 @@ class Run:
     def end(
         self, status: str, reason: str = "", *, metrics: Mapping[str, float] | None = None, tags: Mapping[str, str] | None = None
     ) -> None:
-        """Ends the run, once, with its last metrics and tags. MLflow writes metrics before tags, so our status is written last; it comes before
-        MLflow's own status, so after a crash between the two no one takes the run for unfinished."""
+        """Ends the run, once, with its last metrics and tags.
+
+        MLflow writes metrics before tags, so our status is written last. It comes before MLflow's own status, so after a crash between the two
+        no one takes the run for unfinished.
+        """
         if self.ended:
             return
         self.log(metrics or {}, tags={**(tags or {}), STATUS: status, REASON: reason[:4000]})
@@ -339,8 +342,10 @@ class Run:
 
 
 def newest_experiment(*, whole: bool = False) -> str | None:
-    """The experiment with the newest finished run of cellbench in MLflow's store; None where there is none. ``whole``: runs on a part of their
-    data (``--limit``) count only where there are no others."""
+    """The experiment with the newest finished run of cellbench in MLflow's store; None where there is none.
+
+    ``whole``: runs on a part of their data (``--limit``) count only where there are no others.
+    """
     client = _reader()
     names = {one.experiment_id: one.name for one in client.search_experiments()}
     newest, order = None, ["attributes.start_time DESC"]

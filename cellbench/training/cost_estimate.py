@@ -56,8 +56,10 @@ class _Nobody:
 def estimate_cost(
     runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Hardware, weights: Path | None, keeping: CachePolicy
 ) -> Cost:
-    """Times one chunk through the trunk and one step of each head, and multiplies out. Raises TooLarge, before anything is computed, for
-    whole images that would not fit."""
+    """Times one chunk through the backbone and one step of each head, and multiplies out.
+
+    Raises InsufficientMemoryError, before anything is computed, for whole images that would not fit.
+    """
     first = runs[0]
     backbone = open_backbone(registry.backbone(first.backbone), weights) if first.backbone else None
     trunk = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(registry.part(run)))], first.unfreeze)
@@ -122,8 +124,7 @@ class InferenceSpeed:
 
 
 def inference_speeds(models: Sequence[SegmentationModel], features: Features) -> list[InferenceSpeed]:
-    """What a test image takes each model, from the clocks of a pass over the test images (``cellbench.training.tiled_inference.score_images``) that was the first since
-    they were set to zero.
+    """What a test image costs each model, from the clocks of the first pass over the test images since :func:`reset_timers`.
 
     Where some model took less than ``MEASURED_S``, the pass is repeated, and that first one, while everything was cold, does not count.
     Features that are kept from an earlier pass take the backbone no time here: its part is then that of one chunk, timed now.
@@ -172,8 +173,10 @@ def reset_timers(trunk: FrozenBackbone, models: Sequence[SegmentationModel]) -> 
 
 
 def latencies_ms(models: Sequence[SegmentationModel], features: Features) -> list[float]:
-    """Milliseconds that each model takes for the validation image of middle size: all its tiles, at the test's overlap, through backbone and
-    head. From one chunk timed now; decoding the file and blending tiles are not in it."""
+    """Milliseconds that each model takes for the validation image of middle size.
+
+    All its tiles, at the test's overlap, through backbone and head, from one chunk timed now; without decoding the file and blending tiles.
+    """
     trunk, sizes = features.trunk, sorted(features.pixels["val"].sizes_px, key=math.prod)
     tile_px = features.tile_px["val"]
     num = len(features.framing.grid(sizes[len(sizes) // 2], tile_px, features.plan.run.overlap))

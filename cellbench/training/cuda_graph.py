@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,11 @@ class GraphedStep:
         pool: memory that the graphs of one process share; their outputs are valid until the next replay of any of them.
 
     Raises RuntimeError where something in the step cannot be captured, for example a transfer to the processor.
+
     """
 
     def __init__(
-        self, step: Callable[[Batch], Tensor], batch: Batch, model: nn.Module, optimiser: torch.optim.Optimizer, pool: tuple[int, int]
+        self, step: Callable[[Batch], Tensor], batch: Batch, model: nn.Module, optimiser: torch.optim.Optimizer, pool: Any
     ) -> None:
         self._batch = _map_tensors(batch, torch.clone)
         here = torch.cuda.current_stream()

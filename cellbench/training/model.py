@@ -58,8 +58,11 @@ class SegmentationModel(nn.Module):
             return self(batch)
 
     def groups(self, run: RunSpec) -> list[dict[str, Any]]:
-        """Parameter groups for the optimiser, each with its share of the learning rate: all of it for the head; ``tail_lr_scale`` for
-        the last block and the norm of a tail, ``layer_decay`` times less for each block before (Clark et al. 2020, ELECTRA)."""
+        """Parameter groups for the optimiser, each with its share of the learning rate.
+
+        All of it for the head; ``tail_lr_scale`` for the last block and the norm of a tail, ``layer_decay`` times less for each earlier block
+        (Clark et al. 2020, ELECTRA).
+        """
         groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "share": 1.0}]
         if self.tail is not None:
             blocks = list(cast(nn.ModuleList, self.tail.blocks))

@@ -51,8 +51,10 @@ class ModelRandomness:
 
     @contextlib.contextmanager
     def seeded(self, *seed: int) -> Iterator[SeededDraws | None]:
-        """For one step, backward pass included: what is drawn inside follows from ``seed`` alone, non-negative whole numbers. None where nothing
-        can be drawn."""
+        """For one step, backward pass included: random numbers drawn inside follow from ``seed`` alone.
+
+        ``seed``: non-negative integers. Yields None where nothing can be drawn.
+        """
         if self.never:
             yield None
             return
@@ -75,8 +77,11 @@ class ModelRandomness:
 
 
 class SeededDraws(TorchDispatchMode):
-    """Inside ``with``, this thread's random operations of torch draw from generators that are seeded with ``seed`` at the first of them, or
-    ``at_once``: needed where the state of the generators is read before anything is drawn, as activation checkpointing does."""
+    """Inside ``with``, this thread's random operations of torch draw from generators seeded with ``seed``.
+
+    They are seeded at the first draw, or ``at_once``: needed where the state of the generators is read before anything is drawn, as activation
+    checkpointing does.
+    """
 
     def __init__(self, seed: Sequence[int], device: torch.device, *, at_once: bool = False) -> None:
         super().__init__()

@@ -241,7 +241,7 @@ class HeadTrainer:
 
 
 @functools.cache
-def _graph_pool() -> tuple[int, int]:
+def _graph_pool() -> Any:
     """Memory that all captured steps of this process share."""
     return torch.cuda.graph_pool_handle()
 

@@ -56,7 +56,9 @@ class Listener:
         self.states.append(torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state))
 
 
-def features_of(dataset: Dataset, runs: list[RunSpec], machine: Hardware = FP32, auxiliary_targets: bool = False, **settings: Any) -> Features:
+def features_of(
+    dataset: Dataset, runs: list[RunSpec], machine: Hardware = FP32, auxiliary_targets: bool = False, **settings: Any
+) -> Features:
     """The stream of a cohort."""
     first = runs[0]
     backbone = open_backbone(REGISTRY.backbone(first.backbone)) if first.backbone else None

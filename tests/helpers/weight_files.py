@@ -23,7 +23,17 @@ REPO = "lab/net"
 
 
 def card(weights: str, **facts: object) -> BackboneCard:
-    defaults = {"id": "net", "title": "", "path": "net.toml", "builder": "x:y", "patch_px": 16, "dim": 8, "depth": 2, "mean": HALF, "std": HALF}
+    defaults = {
+        "id": "net",
+        "title": "",
+        "path": "net.toml",
+        "builder": "x:y",
+        "patch_px": 16,
+        "dim": 8,
+        "depth": 2,
+        "mean": HALF,
+        "std": HALF,
+    }
     return BackboneCard(**{**defaults, "weights": weights, **facts})
 
 

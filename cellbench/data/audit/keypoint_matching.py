@@ -277,8 +277,10 @@ class _Evidence:
 
 
 def _compared(one_HW: np.ndarray, other_HW: np.ndarray, matrix: np.ndarray, similar: bool = True) -> _Evidence | None:
-    """The evidence for ``matrix`` (2, 3), which maps (x, y, 1) of the first picture, uint8, to (x, y) of the second; None where they overlap by less
-    than 400 px, or where they only fit when sheared (``similar``)."""
+    """The evidence for ``matrix`` (2, 3), which maps (x, y, 1) of the first picture, uint8, to (x, y) of the second.
+
+    None where they overlap by less than 400 px, or where they only fit when sheared (``similar``).
+    """
     if (scale := _scale(matrix)) < 1:  # the other way round, so that the finer picture is the one that is resampled
         return _compared(other_HW, one_HW, cv2.invertAffineTransform(matrix), similar) if scale > 0 else None
     one = cv2.GaussianBlur(one_HW.astype(np.float32), (0, 0), 1)

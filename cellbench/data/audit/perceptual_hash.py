@@ -23,8 +23,10 @@ CORRELATION = 0.97
 
 
 def mean_pool(grey_HW: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """Means of ``side`` x ``side`` equal fields, (side, side) float32. Fields share the pixels on their edges, so that turning the picture turns the
-    result."""
+    """Means of ``side`` x ``side`` equal fields, (side, side) float32.
+
+    Fields share the pixels on their edges, so that turning the picture turns the result.
+    """
     return _fields(grey_HW.shape[0], side) @ grey_HW.astype(np.float32) @ _fields(grey_HW.shape[1], side).T
 
 

@@ -179,8 +179,9 @@ def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> OpenImage:
         with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):
             image.info["dpi"] = tuple(float(exif[tag]) * (2.54 if exif.get(296, 2) == 3 else 1) for tag in (282, 283))
     shape = image.size if turn in (5, 6, 7, 8) else image.size[::-1]
-    return OpenImage(fp=fp, kind=kind, num_bytes=num_bytes, turn=turn, shape=shape, info={str(key): value for key, value in image.info.items()}, mode=image.mode,
-                   wide=kind == "PNG" and bool(image.tile) and "16" in str(image.tile[0].args), bits=bits)  # fmt: skip
+    info = {str(key): value for key, value in image.info.items()}
+    wide = kind == "PNG" and bool(image.tile) and "16" in str(image.tile[0].args)
+    return OpenImage(fp=fp, kind=kind, num_bytes=num_bytes, turn=turn, shape=shape, info=info, mode=image.mode, wide=wide, bits=bits)
 
 
 def _tiff_page(fp: BinaryIO, stack: bool) -> Any:
@@ -507,8 +508,10 @@ def _check_jpeg2000(picture: OpenImage, image: Image.Image, any_channels: bool) 
 
 
 def _check_jpeg(data: bytes) -> tuple[int, int]:
-    """(height, width) by the frame header. The scans must have an end marker (a file padded with zeros has none), and not be so many that decoding
-    takes minutes."""
+    """(height, width) by the frame header.
+
+    The scans must have an end marker (a file padded with zeros has none), and not be so many that decoding takes minutes.
+    """
     at, frame = 2, (0, 0)
     while data[at : at + 1] == b"\xff" and (marker := data[at + 1]) != 0xDA:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):

@@ -89,8 +89,9 @@ class StainJitter:
 
 
 class ColourJitter:
-    """Brightness, contrast, saturation and hue, in that order, as torchvision's ColorJitter names them: a factor; a blend with the tile's mean
-    grey; a blend with each pixel's grey; a rotation in the chroma plane, as a share of the circle.
+    """Brightness, contrast, saturation and hue, in that order, as in torchvision's ColorJitter.
+
+    A factor; a blend with the tile's mean grey; a blend with each pixel's grey; a rotation in the chroma plane, as a share of the circle.
 
     All four are affine, so the whole is one 3x3 matrix and an offset for each tile.
     """

@@ -36,9 +36,11 @@ def requested(targets: str) -> tuple[str, ...]:
 
 
 def make_targets(classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()) -> np.ndarray:
-    """The truth of both targets (H, W, 2) uint8, 0..255, of a class map (H, W) uint8; ``ids``: the truth's own numbers of its cells, where it has
-    them, else cells are connected regions of at least ``min_area_px``; ``owners``: which classes are parts of which, as
-    :func:`cellbench.metrics.instances.merge_parts_into_objects` takes them."""
+    """The truth of both targets (H, W, 2) uint8, 0..255, of a class map (H, W) uint8.
+
+    Cells are those numbered in ``ids``, where it is given, else connected regions of at least ``min_area_px``. ``owners``: which classes are
+    parts of which, as for :func:`cellbench.metrics.instances.merge_parts_into_objects`.
+    """
     cells = reference_instances(classes, ids, min_area_px, owners=owners)[0]
     return np.stack([_border(cells.ids), _distance(cells.ids, cells.ignored)], axis=-1)
 

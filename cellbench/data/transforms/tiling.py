@@ -47,8 +47,10 @@ class TileGrid:
 
     @classmethod
     def over(cls, height_px: int, width_px: int, tile_px: int | tuple[int, int], overlap: float) -> TileGrid:
-        """The grid over an image; ``tile_px`` is a tile's side or its (height, width), ``overlap`` the share of a tile (0 to 0.9) that its
-        neighbour covers at least."""
+        """The grid over an image.
+
+        ``tile_px``: a tile's side or its (height, width); ``overlap``: the least share of a tile (0 to 0.9) that its neighbour covers.
+        """
         tall, wide = _sides(tile_px)
         ys, xs = (tuple(tile_origins(length, side, round(side * overlap))) for length, side in ((height_px, tall), (width_px, wide)))
         return cls(height_px=height_px, width_px=width_px, tile_px=(tall, wide), ys=ys, xs=xs)

@@ -37,6 +37,7 @@ class Backbone(nn.Module):
     Args:
         mean: of each RGB channel, for pixels in 0..1, as in pretraining; the ``mean`` of the card.
         std: standard deviation of each RGB channel, likewise.
+
     """
 
     levels: tuple[Level, ...]
@@ -64,6 +65,7 @@ class Backbone(nn.Module):
             A map (B, D, h, w) for each index, in the order of ``indices``, of D = ``dim``, h = H // ``stride_px`` and w = W // ``stride_px``
             of its level; float32 outside of autocast. Row 0 is the top of the tile, column 0 its left edge. Without class and register
             tokens; a ViT applies its final norm to each level. A tile's maps do not depend on the rest of the batch.
+
         """
         raise NotImplementedError
 
@@ -83,13 +85,18 @@ class Backbone(nn.Module):
         return self.begin((pixels_BCHW - self.mean) / self.std, indices, num_blocks)
 
     def begin(self, x_BCHW: Tensor, indices: tuple[int, ...], num_blocks: int) -> tuple[list[Tensor], Tensor]:
-        """The first ``num_blocks`` blocks on normalised tiles: the maps at ``indices`` (all below ``num_blocks``), as :meth:`maps` gives them,
-        and all tokens (B, N, D) that enter the next block, before any norm. Optional, for runs with ``unfreeze``."""
+        """The first ``num_blocks`` blocks on normalised tiles. Optional, for runs with ``unfreeze``.
+
+        Returns the maps at ``indices`` (all below ``num_blocks``), as :meth:`maps` gives them, and all tokens (B, N, D) that enter the next
+        block, before any norm.
+        """
         raise CellbenchError(f"{type(self).__name__} cannot be cut between two blocks. Set unfreeze = 0, or take a plain transformer.")
 
     def tail(self, num_blocks: int) -> nn.Module:
-        """A trainable copy of the last ``num_blocks`` blocks and the final norm: ``(tokens (B, N, D), indices, (h, w)) -> maps``. Optional,
-        for runs with ``unfreeze``."""
+        """A trainable copy of the last ``num_blocks`` blocks and the final norm. Optional, for runs with ``unfreeze``.
+
+        It is called as ``(tokens (B, N, D), indices, (h, w)) -> maps``.
+        """
         raise CellbenchError(f"{type(self).__name__} cannot be cut between two blocks. Set unfreeze = 0, or take a plain transformer.")
 
     def train(self, mode: bool = True) -> Backbone:

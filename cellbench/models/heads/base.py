@@ -24,6 +24,7 @@ class Head(nn.Module):
 
     The options are those under ``[options]`` on the card, each with its default there. Weights are initialised with torch's global generator,
     which is seeded from the run.
+
     """
 
     def __init__(self, levels: tuple[Level, ...], num_classes: int) -> None:
@@ -43,6 +44,7 @@ class Head(nn.Module):
 
         Random numbers may be drawn in training mode only, with torch's functions: they are seeded at each step, so that a run is repeatable.
         State that must survive a resume belongs in ``state_dict()``.
+
         """
         raise NotImplementedError
 

@@ -175,7 +175,10 @@ def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_i
     monkeypatch.setattr(ray_cluster.ActorPool, "start", noted)
     runs = [RunSpec(backbone="filter-bank", head="bilinear", tile_px=64, data_seed=seed) for seed in (0, 1)]
     card = Registry().head("bilinear")
-    groups = [[ResolvedRun(run=run, name=f"run {k}", fingerprint=f"f{k}", precision="fp32", framing=Framing.of(run), card=card)] for k, run in enumerate(runs)]
+    groups = [
+        [ResolvedRun(run=run, name=f"run {k}", fingerprint=f"f{k}", precision="fp32", framing=Framing.of(run), card=card)]
+        for k, run in enumerate(runs)
+    ]
     experiment = SimpleNamespace(experiment="pretended")
     told = JobSpec(experiment=experiment, parent_id="", machine=ONE, cache=tmp_path, store="http://lab", prefer_disk=True)
     runner = SimpleNamespace(experiment=experiment, say=said.append, release=lambda *_: None, give_up=None)
