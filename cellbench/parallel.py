@@ -33,7 +33,7 @@ class WorkerPool:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def each(self, works: Sequence[Callable[[], R]], costs: Sequence[float] | None = None) -> list[R]:
+    def run_all(self, works: Sequence[Callable[[], R]], costs: Sequence[float] | None = None) -> list[R]:
         """The results of all functions, in their order. ``costs``: the most expensive one starts first, so that the lanes end together.
 
         If one fails, the others finish first, and the first error is raised.
@@ -44,7 +44,7 @@ class WorkerPool:
         begun = {k: self._pool.submit(works[k]) for k in order}
         return _all([begun[k] for k in range(len(works))])
 
-    def ahead(self, items: Iterable[T], prepare: Callable[[T], M], work: Callable[[M], R]) -> Generator[R, None, None]:
+    def prefetch(self, items: Iterable[T], prepare: Callable[[T], M], work: Callable[[M], R]) -> Generator[R, None, None]:
         """``work(prepare(item))`` for each item, in their order, computed a little in advance.
 
         With several lanes each item is prepared and processed in one of them; with one lane, items are prepared by a separate thread (decoding

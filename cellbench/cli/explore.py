@@ -160,16 +160,16 @@ def _views(
     except WeightsUnavailable as error:
         print(f"skipped {name}: {one_line(error)}")
         return []
-    trunk = FrozenBackbone(backbone, detect_hardware(options.device), [1])
+    frozen = FrozenBackbone(backbone, detect_hardware(options.device), [1])
     views = []
     for title, framing in tqdm(framings, desc=name, unit="framing", leave=False):
-        reason = why_too_large(trunk, framing.tile_px([image.shape[:2]]))
+        reason = why_too_large(frozen, framing.tile_px([image.shape[:2]]))
         if not reason and framing.side_px % backbone.tile_multiple_px:
             reason = f"tiles of {framing.side_px} px are no multiple of its {backbone.tile_multiple_px} px. Set --tile-px."
         if reason:
             print(f"skipped {name}, {title}: {reason}")
         else:
-            views.append((title, feature_maps(trunk, framing, image)))
+            views.append((title, feature_maps(frozen, framing, image)))
     return views
 
 

@@ -191,7 +191,7 @@ def _estimate(plan: _Plan) -> None:
         except InsufficientMemoryError as error:
             say(f"{title}: would be skipped: {error}")
             continue
-        speed = f", backbone {cost.trunk_tiles_per_s:.0f} tiles/s" if run.backbone else ""
+        speed = f", backbone {cost.backbone_tiles_per_s:.0f} tiles/s" if run.backbone else ""
         say(
             f"{title}: {cost.train_tiles} training tiles an epoch, {cost.val_tiles} validation and {cost.test_tiles} test tiles{speed}; "
             f"about {format_duration(cost.wall_s)}, {cost.memory_mib / 1024:.1f} GiB of memory; {cost.source}"

@@ -61,7 +61,7 @@ class ImageCache:
 
     def prepared(self, index: int, preparation: Preparation) -> Pair:
         """The image and class map after this preparation."""
-        if preparation.nothing:
+        if preparation.is_identity:
             return self[index]
         # From the file, not from self[index]: the unprepared image would take the memory of another prepared one.
         return self._kept_or((index, preparation), lambda: preparation(self._dataset.read(self.samples[index])))

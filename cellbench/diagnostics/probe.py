@@ -88,13 +88,13 @@ def probe_backbone(card: BackboneCard, weights: Path | None, here: Hardware) -> 
     release_memory()
     with watch_memory(here.device) as memory:
         start = time.perf_counter()
-        trunk = FrozenBackbone(open_backbone(card, weights, download=False), here, [1])
+        frozen = FrozenBackbone(open_backbone(card, weights, download=False), here, [1])
         load_s = time.perf_counter() - start
-        assert trunk.backbone is not None
-        checks = tuple(_checks(card, trunk.backbone))
-        batch, tiles_per_s = _speed(trunk)
+        assert frozen.module is not None
+        checks = tuple(_checks(card, frozen.module))
+        batch, tiles_per_s = _speed(frozen)
     return ProbeReport(
-        checks=checks, load_s=load_s, tile_px=tile_px(trunk.backbone), batch=batch, tiles_per_s=tiles_per_s, peak_mib=memory.grown_mib
+        checks=checks, load_s=load_s, tile_px=tile_px(frozen.module), batch=batch, tiles_per_s=tiles_per_s, peak_mib=memory.grown_mib
     )
 
 
@@ -125,21 +125,21 @@ def _checks(card: BackboneCard, backbone: Backbone) -> list[ProbeCheck]:
     ]
 
 
-def _speed(trunk: FrozenBackbone) -> tuple[int, float]:
+def _speed(frozen: FrozenBackbone) -> tuple[int, float]:
     """Batch size and tiles per second in a cohort's batches: a second of batches, at least two; smaller ones on a slow machine."""
-    assert trunk.backbone is not None
-    tile = test_tile(tile_px(trunk.backbone)).to(trunk.machine.device)
-    one = min(_seconds(trunk, tile) for _ in range(3))
-    batch = max(1, min(trunk.machine.chunk, int(5 / one)))
+    assert frozen.module is not None
+    tile = test_tile(tile_px(frozen.module)).to(frozen.machine.device)
+    one = min(_seconds(frozen, tile) for _ in range(3))
+    batch = max(1, min(frozen.machine.chunk, int(5 / one)))
     tiles = tile.expand(batch, -1, -1, -1).contiguous()
-    walls = [_seconds(trunk, tiles)]
+    walls = [_seconds(frozen, tiles)]
     while len(walls) < 2 or (sum(walls) < 1 and len(walls) < 50):
-        walls.append(_seconds(trunk, tiles))
+        walls.append(_seconds(frozen, tiles))
     return batch, batch / statistics.median(walls)
 
 
-def _seconds(trunk: FrozenBackbone, tiles: Tensor) -> float:
+def _seconds(frozen: FrozenBackbone, tiles: Tensor) -> float:
     start = time.perf_counter()
-    for found in trunk.maps(tiles).values():
+    for found in frozen.maps(tiles).values():
         found.flatten()[:1].cpu()  # waits for a GPU
     return time.perf_counter() - start

@@ -76,7 +76,7 @@ def _feature_pass(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
     # Whole chunks, and enough of them to keep all lanes busy to the end.
     crops = chunk * -(-CHUNKS // len(setup.pixels["train"]))
     features = setup.features([run.model_copy(update={"crops_per_image": crops}) for run in setup.runs], memory_bytes=0)
-    indices = features.trunk.indices
+    indices = features.backbone.indices
     random = torch.rand(4 * chunk, 3, 224, 224, device=setup.machine.device)
     net = getattr(setup.frozen, "net", None)
 
@@ -89,8 +89,8 @@ def _feature_pass(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
         setup.machine.wait()
 
     def one_pass() -> None:
-        with WorkerPool(setup.machine.lanes) as lanes:
-            for _ in features.train(0, lanes):
+        with WorkerPool(setup.machine.lanes) as pool:
+            for _ in features.train(0, pool):
                 pass
         setup.machine.wait()
 
@@ -117,8 +117,8 @@ def _feature_pass(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
 def _heads(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
     runs = [setup.run(head, 1e-3) for head in setup.registry.names("heads")]
     features = setup.features(runs)
-    with WorkerPool(1) as lanes:
-        batch = next(iter(features.train(0, lanes)))
+    with WorkerPool(1) as pool:
+        batch = next(iter(features.train(0, pool)))
     for run in runs:
         learner = setup.learner(run, features, batch.num)
 
@@ -170,9 +170,9 @@ def _naive(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrainer
     wall_s, gaps = {"held": 0.0, "reopen": 0.0}, []
     for k, head in enumerate(setup.heads):
         run, twin = setup.run(head, setup.rates[1]), cohort[k * len(setup.rates) + 1]
-        trunk = FrozenBackbone(setup.frozen.to("cpu"), fp32, [num_levels(setup.registry.part(run))])
+        frozen = FrozenBackbone(setup.frozen.to("cpu"), fp32, [num_levels(setup.registry.part(run))])
         for how in ("held", "reopen"):
-            model: torch.nn.Module = build_model(run, setup.registry.part(run), trunk, len(setup.dataset.classes)).head
+            model: torch.nn.Module = build_model(run, setup.registry.part(run), frozen, len(setup.dataset.classes)).head
             if head == "transposed-conv" and how == "reopen":  # the published head; with images held ours, whose Dice is compared
                 model = naive_reference.PublishedHead(setup.frozen.levels[-1].dim, len(setup.dataset.classes))
             model = model.to(memory_format=torch.contiguous_format)
@@ -180,7 +180,7 @@ def _naive(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrainer
             start = time.perf_counter()
             with _all_cores(setup.machine):
                 dice = naive_reference.train(
-                    run, model, setup.frozen, trunk.indices, setup.dataset, epochs, rate=twin.lr, reopen=how == "reopen"
+                    run, model, setup.frozen, frozen.indices, setup.dataset, epochs, rate=twin.lr, reopen=how == "reopen"
                 )
             wall_s[how] += (time.perf_counter() - start) * setup.epochs / epochs
             if how == "held":
@@ -200,7 +200,7 @@ def _testing(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrain
     models = [learner.model for learner in cohort]
     num = len(setup.pixels["test"])
     each_s = seconds(lambda: list(segment_images(models, features, "test"))) / num
-    trunk_s = features.trunk.seconds / num
+    trunk_s = features.backbone.seconds / num
     grid = features.grid("test", 0)
     scores = torch.rand(setup.machine.chunk, 1, 224, 224, device=setup.machine.device)
 

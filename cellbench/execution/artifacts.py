@@ -150,7 +150,7 @@ def write_artifacts(
     (folder / SEPARATION).write_text(json.dumps(asdict(result.exam.separation)), encoding="utf-8")
     (folder / TABLE).write_text(json.dumps(per_image_table(told), allow_nan=False), encoding="utf-8")
     if result.preparation is not None:
-        (folder / "preparation.json").write_text(json.dumps(result.preparation.told()), encoding="utf-8")
+        (folder / "preparation.json").write_text(json.dumps(result.preparation.to_dict()), encoding="utf-8")
     (folder / "figures").mkdir()
     if result.learner is not None:
         save_file({key: x.contiguous() for key, x in result.learner.best_weights.items()}, folder / "head.safetensors")
@@ -169,7 +169,7 @@ def write_artifacts(
         ),
         folder / "figures" / "scores.png",
     )
-    for which, case in exam.keep.cases.items():
+    for which, case in exam.examples.cases.items():
         picture, truth = pixels[case.image]
         cells = describe_outcomes(asdict(exam.agreements[case.image]))
         title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, {case.score}\n{cells}"

@@ -280,13 +280,13 @@ class Runner:
 
         val, test, busy, wall_s, cpu_s = self._images["val"], self._images["test"], SystemLoad(), 0.0, 0.0
         predictions = ((k, [(segment(val[k][0]), None)]) for k in range(len(val)))
-        with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, 1, predictions), self._own_metrics) as exams:
+        with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, 1, predictions), self._own_metrics) as evaluator:
             for index in tqdm(range(len(test)), desc=one.name, unit="image", leave=False):
                 image, truth = test[index]
                 start, start_cpu = time.perf_counter(), time.thread_time()
                 classes = segment(image)
                 wall_s, cpu_s = wall_s + time.perf_counter() - start, cpu_s + time.thread_time() - start_cpu
-                exams.take(index, truth, [confusion_matrix(truth, classes, num)], [(classes, None, None)])
+                evaluator.add_image(index, truth, [confusion_matrix(truth, classes, num)], [(classes, None, None)])
         speed = InferenceSpeed(wall_s=wall_s / len(test), cpu_s=cpu_s / len(test))
         if wall_s < cost_estimate.MEASURED_S:
             speed = cost_estimate.function_speed(segment, test)
@@ -295,7 +295,7 @@ class Runner:
         cost |= _load_metric("cost/test_other_load_pct", busy)
         # It sees whole images, so framing is not used; its files are read in the same way.
         preparation = Preparation(framing=one.resolved.framing, reading=self.dataset.reading, um_per_px=self.dataset.um_per_px)
-        self._finish(one, TestResult(exam=exams.exams[0], cost=cost, preparation=preparation), out)
+        self._finish(one, TestResult(exam=evaluator.evaluations[0], cost=cost, preparation=preparation), out)
 
     # --- heads, and baselines that learn --------------------------------------------------------------------------------------------
 
@@ -305,9 +305,9 @@ class Runner:
         if (dataset := self.datasets[first.run.fold]) is not self.dataset:
             self._select(dataset)
         levels = [one.card.levels for one in (*cohort, *more) if isinstance(one.card, HeadCard)]
-        trunk = FrozenBackbone(self._open_backbone(first), self.machine, levels, first.run.unfreeze)
+        frozen = FrozenBackbone(self._open_backbone(first), self.machine, levels, first.run.unfreeze)
         plan = SamplingPlan(self._images["train"].sizes_px, first.run, self.registry)
-        return Features(trunk, plan, self._images, self._cache_policy(first), any(requested(one.run.targets) for one in cohort))
+        return Features(frozen, plan, self._images, self._cache_policy(first), any(requested(one.run.targets) for one in cohort))
 
     def _open_backbone(self, resolved: ResolvedRun) -> Backbone | None:
         card = resolved.backbone
@@ -338,7 +338,7 @@ class Runner:
     def _trainer(self, one: ActiveRun, features: Features) -> HeadTrainer:
         """The run's trainer, as it was at its last checkpoint."""
         run = one.resolved.run
-        model = build_model(run, one.resolved.card, features.trunk, len(self.dataset.classes))
+        model = build_model(run, one.resolved.card, features.backbone, len(self.dataset.classes))
         logger = RunLogger(one.resolved, one.run, one.checkpoint, self.watch)
         trainer = HeadTrainer(run=run, model=model, recorder=logger, num_views=features.plan.num_views, registry=self.registry)
         state, foreign = logger.resumed()
@@ -401,12 +401,12 @@ class Runner:
         models, test = [trainer.model for _, trainer in trained], self._images["test"]
         separations = tune_separation(models, features, self.dataset)
         costs, busy = self._training_costs(trained, features, load), SystemLoad()
-        reset_timers(features.trunk, models)
+        reset_timers(features.backbone, models)
         not_finite: dict[int, str] = {}
         bar = tqdm(score_images(models, features, "test"), total=len(test), desc=f"{title}: test", unit="image", leave=False)
-        with CohortEvaluator(self.dataset, len(models), separations, self._own_metrics) as exams:
+        with CohortEvaluator(self.dataset, len(models), separations, self._own_metrics) as evaluator:
             for image, counts, answers in bar:
-                exams.take(image, test[image][1], counts, [(a.classes, a.cell, a.relief) for a in answers])
+                evaluator.add_image(image, test[image][1], counts, [(a.classes, a.cell, a.boundary_depth) for a in answers])
                 for k, answer in enumerate(answers):
                     if not answer.finite:
                         not_finite.setdefault(k, self.dataset.test[image].name)
@@ -421,16 +421,19 @@ class Runner:
                 "cost/image_cpu_s": speed.cpu_s * self.machine.cores_of_one,
             }
             self._finish(
-                one, TestResult(exam=exams.exams[k], cost=cost, learner=trainer, preparation=features.preparation), out, features.plan.seen
+                one,
+                TestResult(exam=evaluator.evaluations[k], cost=cost, learner=trainer, preparation=features.preparation),
+                out,
+                features.plan.used_images,
             )
 
     def _training_costs(self, trained: Trained, features: Features, load: dict[str, float]) -> list[dict[str, float]]:
         """What each run's training took; ``load``: by other processes meanwhile, as a metric."""
-        backbone, cores = features.trunk.backbone, self.machine.cores_of_one
+        backbone, cores = features.backbone.module, self.machine.cores_of_one
         shared = {
             "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
             "cost/peak_mib": peak_memory_mib(),
-            "cost/features_mib": features.kept_bytes / 2**20,
+            "cost/features_mib": features.cached_bytes / 2**20,
             **load,
         }
         return [

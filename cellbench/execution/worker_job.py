@@ -156,8 +156,8 @@ class CohortWorker:
         """Computes the missing ones of these shards of a cohort's passes, with the levels that ``readers`` need. Gives their number."""
         cohort, others = (self._resolved(some, "a cohort") for some in (fingerprints, readers))
         features = self._runner.features(cohort, others)
-        with WorkerPool(self._machine.lanes) as lanes:
-            return sum(features.fill(one, shard, lanes) for one, shard in shards)
+        with WorkerPool(self._machine.lanes) as pool:
+            return sum(features.fill(one, shard, pool) for one, shard in shards)
 
     def _resolved(self, fingerprints: Sequence[str], title: str) -> list[ResolvedRun]:
         for one in fingerprints:

@@ -70,17 +70,17 @@ def non_finite_reason(features: Features) -> str:
 
     Computes the validation tiles and an epoch of training views, so it is for runs that failed.
     """
-    if features.trunk.backbone is None:
+    if features.backbone.module is None:
         return ""
-    with WorkerPool(features.trunk.machine.lanes) as lanes:
-        for batch in itertools.chain((batch for batch, _ in features.tiles("val", lanes)), features.train(0, lanes)):
+    with WorkerPool(features.backbone.machine.lanes) as pool:
+        for batch in itertools.chain((batch for batch, _ in features.tiles("val", pool)), features.train(0, pool)):
             if not all(bool(torch.isfinite(x).all()) for x in batch.maps.values()):
-                hint = "" if features.trunk.machine.precision == torch.float32 else " Try --precision fp32."
+                hint = "" if features.backbone.machine.precision == torch.float32 else " Try --precision fp32."
                 return f"the backbone's features are not finite (NaN or infinite).{hint}"
     return ""
 
 
-class _Cut(NamedTuple):
+class _CutTiles(NamedTuple):
     """Rows of a pass, and their tiles (B, T, T, 3), masks (B, T, T) and auxiliary targets (B, T, T, 2), uint8."""
 
     rows: np.ndarray
@@ -128,24 +128,24 @@ class Features:
 
     def __init__(
         self,
-        trunk: FrozenBackbone,
+        backbone: FrozenBackbone,
         plan: SamplingPlan,
         pixels: dict[str, ImageCache],
-        keeping: CachePolicy,
+        policy: CachePolicy,
         auxiliary_targets: bool = False,
     ) -> None:
-        self.trunk, self.plan, self.pixels, self._keeping, self._auxiliary_targets = trunk, plan, pixels, keeping, auxiliary_targets
+        self.backbone, self.plan, self.pixels, self._policy, self._auxiliary_targets = backbone, plan, pixels, policy, auxiliary_targets
         self.framing = plan.framing
         self.tile_px = {split: self.framing.tile_px(pixels[split].sizes_px) for split in pixels} | {"train": plan.tile_px}
         """Height and width of the tiles of each split."""
         if self.framing.whole:
-            trunk.chunk = 1  # whole images: one of 1600x1200 has the tokens of 40 tiles
+            backbone.chunk = 1  # whole images: one of 1600x1200 has the tokens of 40 tiles
         self._passes: dict[tuple[str, int], FeatureCache | None] = {}
         sizes = {
-            split: trunk.map_bytes(self.tile_px[split]) * sum(len(self.grid(split, i)) for i in range(len(pixels[split])))
+            split: backbone.map_bytes(self.tile_px[split]) * sum(len(self.grid(split, i)) for i in range(len(pixels[split])))
             for split in ("val", "test")
         }
-        sizes["train"] = trunk.map_bytes(self.tile_px["train"]) * plan.num_views * plan.run.repeat_views_every
+        sizes["train"] = backbone.map_bytes(self.tile_px["train"]) * plan.num_views * plan.run.repeat_views_every
         self._cache_lock = threading.Lock()
         self.bytes_by_split = sizes
         self.place = self._places(sizes) if any(sizes.values()) else dict.fromkeys(sizes, "streamed")
@@ -154,19 +154,19 @@ class Features:
     def preparation(self) -> Preparation:
         """The preparation of every image. A stain normaliser is fitted to the training images in use, at the first access."""
         train = self.pixels["train"]
-        normaliser = train.normaliser(self.plan.run.normalise, self.plan.seen)
+        normaliser = train.normaliser(self.plan.run.normalise, self.plan.used_images)
         return Preparation(framing=self.framing, normaliser=normaliser, reading=train.reading, um_per_px=train.um_per_px)
 
     def _places(self, sizes: dict[str, int]) -> dict[str, str]:
         """Where each split's features are cached. Validation comes first: it is used in every epoch."""
-        keeping, place = self._keeping, {}
-        memory, disk = keeping.memory_bytes, keeping.disk_bytes if keeping.key else 0
+        policy, place = self._policy, {}
+        memory, disk = policy.memory_bytes, policy.disk_bytes if policy.key else 0
         for split in ("val", "train", "test"):
             size, again = sizes[split], split == "val" or (split == "train" and self.plan.repeats)
             # Test tiles are used once a call: worth a file for the next call, never memory.
-            on_disk = size <= disk and (again or (split == "test" and keeping.prefer_disk))
+            on_disk = size <= disk and (again or (split == "test" and policy.prefer_disk))
             in_memory = size <= memory and again
-            place[split] = "on disk" if on_disk and (keeping.prefer_disk or not in_memory) else "in memory" if in_memory else "streamed"
+            place[split] = "on disk" if on_disk and (policy.prefer_disk or not in_memory) else "in memory" if in_memory else "streamed"
             memory -= size if place[split] == "in memory" else 0
             disk -= size if place[split] == "on disk" else 0
         return place
@@ -174,7 +174,7 @@ class Features:
     @property
     def source(self) -> str:
         """Where features come from, in words."""
-        if self.trunk.backbone is None:
+        if self.backbone.module is None:
             return "pixels only"
         words = {
             split: place if place == "streamed" else f"kept {place} ({self.bytes_by_split[split] / 2**20:,.0f} MiB)"
@@ -183,7 +183,7 @@ class Features:
         return f"features: training {words['train']}, validation {words['val']}, test {words['test']}"
 
     @property
-    def kept_bytes(self) -> int:
+    def cached_bytes(self) -> int:
         """Bytes of features cached in memory or on disk for this cohort, over all splits."""
         return sum(self.bytes_by_split[split] for split, place in self.place.items() if place != "streamed")
 
@@ -192,46 +192,44 @@ class Features:
         overlap = self.plan.run.val_overlap if split == "val" else self.plan.run.overlap
         return self.framing.grid(self.pixels[split].sizes_px[image], self.tile_px[split], overlap)
 
-    def train(self, epoch: int, lanes: WorkerPool) -> Iterator[Batch]:
+    def train(self, epoch: int, pool: WorkerPool) -> Iterator[Batch]:
         """The training views of an epoch in its order, in batches of the machine's size, computed ahead in ``lanes``."""
         cycle = self.plan.cycle(epoch)
         views, order = self.plan.views(cycle), self.plan.order(epoch)
-        yield from self._train_batches(views, _chunks(order, self._chunk), self._pass("train", cycle, views, lanes), lanes)
+        yield from self._train_batches(views, _chunks(order, self._chunk), self._pass("train", cycle, views, pool), pool)
 
     def _train_batches(
-        self, views: list[TileSample], chunks: list[np.ndarray], kept: FeatureCache | None, lanes: WorkerPool
+        self, views: list[TileSample], chunks: list[np.ndarray], cache: FeatureCache | None, pool: WorkerPool
     ) -> Iterator[Batch]:
-        def cut_out(rows: np.ndarray) -> _Cut:
-            return _Cut(rows, *self._cut_views([views[k] for k in rows]))
+        def cut_out(rows: np.ndarray) -> _CutTiles:
+            return _CutTiles(rows, *self._cut_views([views[k] for k in rows]))
 
-        def mapped(one: _Cut) -> Batch:
+        def mapped(one: _CutTiles) -> Batch:
             pixels = apply_all(self.plan.augmentations, self._pixels(one.tiles), [views[k].draws for k in one.rows])
-            return self._batch(kept, one, pixels)
+            return self._batch(cache, one, pixels)
 
-        return lanes.ahead(chunks, cut_out, mapped)
+        return pool.prefetch(chunks, cut_out, mapped)
 
-    def tiles(self, split: str, lanes: WorkerPool) -> Iterator[tuple[Batch, list[int]]]:
+    def tiles(self, split: str, pool: WorkerPool) -> Iterator[tuple[Batch, list[int]]]:
         """All tiles of ``val`` or ``test``, image by image in the order of each grid, and the number of each tile's image."""
         corners = self._corners(split)
         chunks = _chunks(np.arange(len(corners)), self._chunk)
-        for rows, batch in zip(
-            chunks, self._tile_batches(split, corners, chunks, self._pass(split, 0, corners, lanes), lanes), strict=True
-        ):
+        for rows, batch in zip(chunks, self._tile_batches(split, corners, chunks, self._pass(split, 0, corners, pool), pool), strict=True):
             yield batch, [corners[k][0] for k in rows]
 
     def _corners(self, split: str) -> list[tuple[int, int, int]]:
         return [(image, y, x) for image in range(len(self.pixels[split])) for y, x in self.grid(split, image)]
 
     def _tile_batches(
-        self, split: str, corners: list[tuple[int, int, int]], chunks: list[np.ndarray], kept: FeatureCache | None, lanes: WorkerPool
+        self, split: str, corners: list[tuple[int, int, int]], chunks: list[np.ndarray], cache: FeatureCache | None, pool: WorkerPool
     ) -> Iterator[Batch]:
-        def cut_out(rows: np.ndarray) -> _Cut:
-            return _Cut(rows, *self._cut_corners(split, [corners[k] for k in rows]))
+        def cut_out(rows: np.ndarray) -> _CutTiles:
+            return _CutTiles(rows, *self._cut_corners(split, [corners[k] for k in rows]))
 
-        def mapped(one: _Cut) -> Batch:
-            return self._batch(kept, one, self._pixels(one.tiles))
+        def mapped(one: _CutTiles) -> Batch:
+            return self._batch(cache, one, self._pixels(one.tiles))
 
-        return lanes.ahead(chunks, cut_out, mapped)
+        return pool.prefetch(chunks, cut_out, mapped)
 
     # --- passes in shards -----------------------------------------------------------------------------------------------------------
 
@@ -245,38 +243,38 @@ class Features:
         tiles = self._tiles_of(split, number)
         return FeaturePass(split=split, number=number, num=len(tiles), folder=str(self._folder(split, tiles)))
 
-    def fill(self, one: FeaturePass, shard: int, lanes: WorkerPool) -> bool:
+    def fill(self, one: FeaturePass, shard: int, pool: WorkerPool) -> bool:
         """Provides a shard of a pass with all levels of this backbone: found here, else in the shared cache, else computed and sent there.
 
         Returns whether it was computed. Raises CellbenchError.
         """
-        return self._fill(one, ShardedCache(Path(one.folder), one.num), shard, lanes) == "computed"
+        return self._fill(one, ShardedCache(Path(one.folder), one.num), shard, pool) == "computed"
 
-    def _fill(self, one: FeaturePass, shards: ShardedCache, number: int, lanes: WorkerPool) -> str:
-        keys, shared, facts = self.trunk.keys, self._keeping.shared, self._facts(one.split, one.num)
+    def _fill(self, one: FeaturePass, shards: ShardedCache, number: int, pool: WorkerPool) -> str:
+        keys, shared, facts = self.backbone.keys, self._policy.shared, self._facts(one.split, one.num)
         if shards.holds(number, keys):
             return "here"
         if shared is not None and shards.fetch(number, keys, shared, facts):
             return "fetched"
         tiles, chunks = self._tiles_of(one.split, one.number), _chunks(shards.rows(number), self._chunk)
         make = self._train_batches if one.split == "train" else functools.partial(self._tile_batches, one.split)
-        maps = [batch.maps for batch in make(tiles, chunks, None, lanes)]
+        maps = [batch.maps for batch in make(tiles, chunks, None, pool)]
         shards.write(number, {i: torch.cat([m[i] for m in maps]) for i in keys}, facts)
         if shared is not None:
             shards.send(number, keys, shared)
         return "computed"
 
-    def _filled(self, one: FeaturePass, lanes: WorkerPool) -> ShardedCache:
+    def _filled(self, one: FeaturePass, pool: WorkerPool) -> ShardedCache:
         """All shards of a pass. Raises CellbenchError, and OSError before anything is computed where the disk is too small."""
-        shards, num, shared = ShardedCache(Path(one.folder), one.num), num_shards(one.num), self._keeping.shared
-        missing = shards.missing(self.trunk.keys)
+        shards, num, shared = ShardedCache(Path(one.folder), one.num), num_shards(one.num), self._policy.shared
+        missing = shards.missing(self.backbone.keys)
         if shared is None and not missing:
             return shards
-        shards.check_space(len(missing), self.trunk.map_bytes(self.tile_px[one.split]))
+        shards.check_space(len(missing), self.backbone.map_bytes(self.tile_px[one.split]))
         first = random.SystemRandom().randrange(num) if num else 0  # machines that start together start at different shards
-        did = Counter(self._fill(one, shards, (first + k) % num, lanes) for k in range(num))
+        did = Counter(self._fill(one, shards, (first + k) % num, pool) for k in range(num))
         if shared is not None:
-            self._keeping.tell(
+            self._policy.tell(
                 f"{one.split} features, in shards: {did['here']} here, {did['fetched']} from {shared.shown}, {did['computed']} computed."
             )
         return shards
@@ -286,66 +284,66 @@ class Features:
 
     @property
     def _chunk(self) -> int:
-        return self.trunk.chunk
+        return self.backbone.chunk
 
-    def _pass(self, split: str, number: int, tiles: Sequence[object], lanes: WorkerPool) -> FeatureCache | None:
+    def _pass(self, split: str, number: int, tiles: Sequence[object], pool: WorkerPool) -> FeatureCache | None:
         """The cache of a pass, opened at its first use."""
         if (split, number) not in self._passes:
-            self._passes[split, number] = self._open(split, number, tiles, lanes)
+            self._passes[split, number] = self._open(split, number, tiles, pool)
         return self._passes[split, number]
 
     def _folder(self, split: str, tiles: Sequence[object]) -> Path:
         """Named by everything that a pass's features depend on."""
-        keeping, images = self._keeping, [sample.digest for sample in self.pixels[split].samples]
+        policy, images = self._policy, [sample.digest for sample in self.pixels[split].samples]
         made = [
-            keeping.key,
-            str(self.trunk.machine.precision),
+            policy.key,
+            str(self.backbone.machine.precision),
             self.tile_px[split],
-            self.trunk.unfreeze,
-            self.preparation.told(),
+            self.backbone.unfreeze,
+            self.preparation.to_dict(),
             *self.plan.own_code,
         ]
-        return features_dir() / keeping.backbone / hashlib.sha256(json.dumps([*made, images, tiles]).encode()).hexdigest()[:24]
+        return features_dir() / policy.backbone / hashlib.sha256(json.dumps([*made, images, tiles]).encode()).hexdigest()[:24]
 
     def _facts(self, split: str, num: int) -> dict[str, Any]:
-        keeping = self._keeping
-        return {"backbone": keeping.backbone, "dataset": keeping.dataset, "what": split, "num": num, "tile_px": self.tile_px[split]}
+        policy = self._policy
+        return {"backbone": policy.backbone, "dataset": policy.dataset, "what": split, "num": num, "tile_px": self.tile_px[split]}
 
-    def _open(self, split: str, number: int, tiles: Sequence[object], lanes: WorkerPool) -> FeatureCache | None:
+    def _open(self, split: str, number: int, tiles: Sequence[object], pool: WorkerPool) -> FeatureCache | None:
         if self.place[split] == "on disk":
             one = FeaturePass(split=split, number=number, num=len(tiles), folder=str(self._folder(split, tiles)))
             try:
-                return self._filled(one, lanes)
+                return self._filled(one, pool)
             except (OSError, CellbenchError) as error:
                 self.place[split] = "streamed"
-                self._keeping.tell(f"{split} features cannot be cached on disk ({one_line(error)}) and are streamed.")
+                self._policy.tell(f"{split} features cannot be cached on disk ({one_line(error)}) and are streamed.")
         return MemoryCache(len(tiles)) if self.place[split] == "in memory" else None
 
-    def _maps(self, kept: FeatureCache | None, rows: np.ndarray, pixels: Tensor) -> dict[int, Tensor]:
-        found = kept.get(rows, self.trunk.keys) if kept is not None else None
+    def _maps(self, cache: FeatureCache | None, rows: np.ndarray, pixels: Tensor) -> dict[int, Tensor]:
+        found = cache.get(rows, self.backbone.keys) if cache is not None else None
         if found is not None:
             return {i: m.to(pixels.device, non_blocking=True) for i, m in found.items()}
-        maps = self.trunk.maps(pixels)
-        if kept is not None and maps:
+        maps = self.backbone.maps(pixels)
+        if cache is not None and maps:
             with self._cache_lock:  # lanes compute side by side, and the first one lays out the cache
-                kept.put(rows, maps)
+                cache.put(rows, maps)
         return maps
 
-    def _batch(self, kept: FeatureCache | None, one: _Cut, pixels: Tensor) -> Batch:
-        auxiliary_targets = self._sent(one.auxiliary_targets) if one.auxiliary_targets is not None else None
+    def _batch(self, cache: FeatureCache | None, one: _CutTiles, pixels: Tensor) -> Batch:
+        auxiliary_targets = self._to_device(one.auxiliary_targets) if one.auxiliary_targets is not None else None
         ignoring = bool(one.masks.max() == IGNORE)  # on the CPU, or this would wait for the GPU
-        return Batch(self._maps(kept, one.rows, pixels), pixels, self._sent(one.masks).long(), auxiliary_targets, ignoring)
+        return Batch(self._maps(cache, one.rows, pixels), pixels, self._to_device(one.masks).long(), auxiliary_targets, ignoring)
 
     def _cut_views(self, views: list[TileSample]) -> list[np.ndarray]:
         tiles = []
         for view in views:
             framed = self._framed("train", view.image)
             tiles.append([rotate_flip(cut_tile(array, view.y, view.x, self.tile_px["train"]), view.turn) for array in framed])
-        return [np.stack(alike) for alike in zip(*tiles, strict=True)]
+        return [np.stack(arrays) for arrays in zip(*tiles, strict=True)]
 
     def _cut_corners(self, split: str, corners: list[tuple[int, int, int]]) -> list[np.ndarray]:
         tiles = [[cut_tile(array, y, x, self.tile_px[split]) for array in self._framed(split, index)] for index, y, x in corners]
-        return [np.stack(alike) for alike in zip(*tiles, strict=True)]
+        return [np.stack(arrays) for arrays in zip(*tiles, strict=True)]
 
     def _framed(self, split: str, image: int) -> tuple[np.ndarray, ...]:
         """The framed image and class map, and its auxiliary targets where a run learns them; the test has none."""
@@ -354,9 +352,9 @@ class Features:
         return (*pair, pixels.auxiliary_targets(image, self.framing)) if self._auxiliary_targets and split != "test" else pair
 
     def _pixels(self, tiles_BTTC: np.ndarray) -> Tensor:
-        return self._sent(tiles_BTTC).permute(0, 3, 1, 2).float().div_(255)
+        return self._to_device(tiles_BTTC).permute(0, 3, 1, 2).float().div_(255)
 
-    def _sent(self, array: np.ndarray) -> Tensor:
+    def _to_device(self, array: np.ndarray) -> Tensor:
         """On the device; to a GPU from pinned memory, so that the copy does not block the computation."""
-        tensor, device = torch.from_numpy(array), self.trunk.machine.device
+        tensor, device = torch.from_numpy(array), self.backbone.machine.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

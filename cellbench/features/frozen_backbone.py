@@ -28,7 +28,7 @@ class FrozenBackbone:
 
     def __init__(self, backbone: Backbone | None, machine: Hardware, num_levels: Iterable[int], unfreeze: int = 0) -> None:
         self.machine, self.unfreeze = machine, unfreeze
-        self.backbone = backbone.freeze().to(machine.device) if backbone is not None else None
+        self.module = backbone.freeze().to(machine.device) if backbone is not None else None
         self._end = len(backbone.levels) - unfreeze if backbone is not None else 0
         picked = {level.index: level for num in num_levels for level in self.levels(num) if level.index < self._end}
         self.indices = tuple(sorted(picked))
@@ -43,7 +43,7 @@ class FrozenBackbone:
 
     def levels(self, num: int) -> tuple[Level, ...]:
         """The levels for a head that reads ``num`` of them."""
-        return self.backbone.pick(num) if self.backbone is not None else ()
+        return self.module.pick(num) if self.module is not None else ()
 
     @property
     def keys(self) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ class FrozenBackbone:
     @torch.no_grad()
     def maps(self, pixels_BCTT: Tensor) -> dict[int, Tensor]:
         """The maps of tiles, by level index, in the machine's precision and channels-last."""
-        if self.backbone is None:
+        if self.module is None:
             return {}
         start, start_cpu = time.perf_counter(), time.thread_time()
         num = len(pixels_BCTT)
@@ -62,10 +62,10 @@ class FrozenBackbone:
             pixels_BCTT = torch.cat([pixels_BCTT, pixels_BCTT.new_zeros(self.chunk - num, *pixels_BCTT.shape[1:])])
         with self.machine.autocast():
             if self.unfreeze:
-                maps, tokens_BND = self.backbone.until(pixels_BCTT, self.indices, self._end)
+                maps, tokens_BND = self.module.until(pixels_BCTT, self.indices, self._end)
                 maps.append(tokens_BND.transpose(1, 2).unsqueeze(-1))
             else:
-                maps = self.backbone(pixels_BCTT, self.indices)
+                maps = self.module(pixels_BCTT, self.indices)
         # A copy, since tensors of inference mode cannot be used in training; it also changes precision and layout.
         kept = self.machine.precision
         copies = {
@@ -81,8 +81,8 @@ class FrozenBackbone:
         """Bytes of the maps of a tile of this (height, width)."""
         size = 2 if self.machine.precision == torch.bfloat16 else 4
         places = sum(level.dim * _places(tile_px, level.stride_px) for level in self._picked)
-        if self.unfreeze and self.backbone is not None:
-            last = self.backbone.levels[-1]
+        if self.unfreeze and self.module is not None:
+            last = self.module.levels[-1]
             places += last.dim * (_places(tile_px, last.stride_px) + 16)  # class and register tokens: 9 at most in known networks
         return size * places
 

@@ -59,17 +59,17 @@ class FeatureMaps:
         raise AssertionError("tiles own every pixel")
 
 
-def feature_maps(trunk: FrozenBackbone, framing: Framing, image: np.ndarray) -> FeatureMaps:
+def feature_maps(backbone: FrozenBackbone, framing: Framing, image: np.ndarray) -> FeatureMaps:
     """The last maps of an image (H, W, 3) uint8, in tiles with the least overlap."""
     size = image.shape[:2]
     tile_px = framing.tile_px([size])
     grid, framed = framing.grid(size, tile_px, 0.0), framing.image(image)
-    trunk.chunk = 1 if framing.whole else trunk.machine.chunk
+    backbone.chunk = 1 if framing.whole else backbone.machine.chunk
     corners, maps = list(grid), []
-    for start in range(0, len(corners), trunk.chunk):
-        tiles = np.stack([cut_tile(framed, y, x, tile_px) for y, x in corners[start : start + trunk.chunk]])
-        pixels = torch.from_numpy(tiles).to(trunk.machine.device).permute(0, 3, 1, 2).float().div_(255)
-        maps.append(trunk.maps(pixels)[trunk.indices[-1]].float().cpu())
+    for start in range(0, len(corners), backbone.chunk):
+        tiles = np.stack([cut_tile(framed, y, x, tile_px) for y, x in corners[start : start + backbone.chunk]])
+        pixels = torch.from_numpy(tiles).to(backbone.machine.device).permute(0, 3, 1, 2).float().div_(255)
+        maps.append(backbone.maps(pixels)[backbone.indices[-1]].float().cpu())
     return FeatureMaps(framing=framing, size_px=size, grid=grid, maps=torch.cat(maps))
 
 

@@ -84,7 +84,7 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -
             notes += [(dataset.test[index].name, note) for note in found.notes]
             truth = dataset.read_mask(dataset.test[index])
             counts = confusion_matrix(truth, found.classes, len(dataset.classes))
-            evaluator.take(index, truth, [counts], [(found.classes, found.probability, found.relief)])
+            evaluator.add_image(index, truth, [counts], [(found.classes, found.probability, found.boundary_depth)])
             dice = float(per_image_scores(counts[None], unused=dataset.unused)["dice"][0])
             worst.append(ExamplePrediction.of(index, dice, found.classes, found.probability))
             worst = sorted(worst, key=lambda case: math.inf if math.isnan(case.dice) else case.dice)[:num_worst]
@@ -92,4 +92,4 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -
     cost = {"cost/images_per_s": num_timed / max(seconds, 1e-9)}
     if (load_pct := load.others_pct()) is not None:
         cost["cost/test_other_load_pct"] = load_pct
-    return Evaluation(scores=evaluator.exams[0], cost=cost, worst=worst, notes=format_notes(notes))
+    return Evaluation(scores=evaluator.evaluations[0], cost=cost, worst=worst, notes=format_notes(notes))

@@ -77,7 +77,7 @@ def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights:
         "name": trained.name,
         "run": run.model_dump(),
         "classes": list(trained.classes),
-        "preparation": trained.preparation.told(),
+        "preparation": trained.preparation.to_dict(),
         "separation": asdict(trained.separation),
         "fingerprint": trained.fingerprint,
         "dataset_digest": trained.dataset_digest,

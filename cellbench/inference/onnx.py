@@ -30,8 +30,8 @@ class _Network(nn.Module):
     def __init__(self, segmenter: Segmenter) -> None:
         super().__init__()
         assert segmenter.model is not None
-        self.backbone, self.model = segmenter.trunk.backbone, segmenter.model
-        self._indices, self._unfreeze = segmenter.trunk.indices, segmenter.trunk.unfreeze
+        self.backbone, self.model = segmenter.backbone.module, segmenter.model
+        self._indices, self._unfreeze = segmenter.backbone.indices, segmenter.backbone.unfreeze
 
     def forward(self, pixels: Tensor) -> Tensor:
         maps: dict[int, Tensor] = {}

@@ -35,7 +35,7 @@ class MaskStrip:
     """(h, W) uint8."""
     probability: np.ndarray | None
     """(h, W) uint8, or None."""
-    relief: np.ndarray | None
+    boundary_depth: np.ndarray | None
     """(h, W) uint8, or None."""
     source: ImageSource
     """Of the image's pixels; closed after its last strip."""
@@ -119,7 +119,7 @@ class ImageAssembly:
         self.grid: TileGrid = preparation.framing.grid(self.size_px, tile_px, self._trained.run.overlap)
         try:
             framed = self.source
-            if not preparation.nothing:
+            if not preparation.is_identity:
                 framed = ArraySource(preparation.image(self.whole()))
             for y in self.grid.ys:
                 rows = framed.rows(y, y + tile_px[0])
@@ -140,7 +140,7 @@ class ImageAssembly:
                 self.source.close()
             yield FailedImage(number=self.number, error=last)
         elif isinstance(found, np.ndarray):
-            yield MaskStrip(number=self.number, top=0, classes=found, probability=None, relief=None, source=self.source, last=True)
+            yield MaskStrip(number=self.number, top=0, classes=found, probability=None, boundary_depth=None, source=self.source, last=True)
             self.source.close()
         elif found is not None and not isinstance(first, CellbenchError):
             yield from self._stitched(found[first : last + 1])
@@ -177,7 +177,7 @@ class ImageAssembly:
             top=top,
             classes=argmax_classes(strip_KHW[:num]).cpu().numpy(),
             probability=to_uint8(strip_KHW[:num].sum(0)).cpu().numpy(),
-            relief=to_uint8(strip_KHW[num]).cpu().numpy() if len(strip_KHW) > num else None,
+            boundary_depth=to_uint8(strip_KHW[num]).cpu().numpy() if len(strip_KHW) > num else None,
             source=self.source,
             last=last,
         )

@@ -51,7 +51,7 @@ class Prediction:
     """The classes' names, by number."""
     separation: SeparationParams = CONNECTED
     """How touching cells are separated, as tuned for the run."""
-    relief: np.ndarray | None = None
+    boundary_depth: np.ndarray | None = None
     """(H, W) uint8: the depth of each pixel in its cell (low at the border, high in the middle), for a run that learned it; else None."""
     notes: tuple[Note, ...] = ()
     """Remarks on how the file's values were read, such as that some were clipped."""
@@ -59,7 +59,7 @@ class Prediction:
     @cached_property
     def cells(self) -> Instances:
         """The single cells: ``num``, ``ids`` (H, W) int32 with background 0, ``areas_px`` and ``classes`` (num + 1,)."""
-        return self.separation.instances(self.classes, self.relief)
+        return self.separation.instances(self.classes, self.boundary_depth)
 
     @property
     def mask(self) -> np.ndarray:
@@ -81,12 +81,12 @@ class Segmenter:
         self._function = load(registry.baseline(run.baseline)) if run.baseline and not registry.baseline(run.baseline).trained else None
         backbone = self._backbone(registry.backbone(run.backbone), weights, download) if run.backbone else None
         num = num_levels(registry.part(run))
-        self.trunk = FrozenBackbone(backbone, here, [num] if num else [], run.unfreeze)
+        self.backbone = FrozenBackbone(backbone, here, [num] if num else [], run.unfreeze)
         if trained.preparation.framing.whole:
-            self.trunk.chunk = 1
+            self.backbone.chunk = 1
         self.model = None
         if self._function is None:
-            self.model = build_model(run, registry.part(run), self.trunk, len(trained.classes))
+            self.model = build_model(run, registry.part(run), self.backbone, len(trained.classes))
             built = {name: x.clone() for name, x in self.model.state_dict().items()}
             where, remedy = (
                 f"'{trained.name}': its head.safetensors",
@@ -165,13 +165,13 @@ class Segmenter:
             strips.append(event)
             if event.last:
                 probability = [strip.probability for strip in strips if strip.probability is not None]
-                relief = [strip.relief for strip in strips if strip.relief is not None]
+                boundary_depth = [strip.boundary_depth for strip in strips if strip.boundary_depth is not None]
                 yield Prediction(
                     classes=np.concatenate([strip.classes for strip in strips]),
                     probability=np.concatenate(probability) if probability else None,
                     names=self.names,
                     separation=self.trained.separation,
-                    relief=np.concatenate(relief) if relief else None,
+                    boundary_depth=np.concatenate(boundary_depth) if boundary_depth else None,
                     notes=event.source.notes,
                 )
                 strips = []
@@ -181,11 +181,11 @@ class Segmenter:
         if self._function is not None:
             batches = whole_images(images, self.trained, self.machine.precision)
         else:
-            batches = tile_batches(images, self.trained, self.machine.precision, self.trunk.chunk)
-        with WorkerPool(self.machine.lanes) as lanes:
+            batches = tile_batches(images, self.trained, self.machine.precision, self.backbone.chunk)
+        with WorkerPool(self.machine.lanes) as pool:
             # A single lane prepares batches in its own thread; with several, reading would wait for the caller's next request.
-            ready = prefetch(batches) if lanes.num > 1 else batches
-            with closing(ready), closing(lanes.ahead(ready, lambda batch: batch, self._segmented)) as done:
+            ready = prefetch(batches) if pool.num > 1 else batches
+            with closing(ready), closing(pool.prefetch(ready, lambda batch: batch, self._segmented)) as done:
                 for batch in done:
                     yield from batch.finished()
 
@@ -209,7 +209,7 @@ class Segmenter:
         assert self.model is not None
         sent = tiles_BTTC.to(self.machine.device)
         pixels = sent.permute(0, 3, 1, 2).float().div_(255)
-        batch = Batch(self.trunk.maps(pixels), pixels, torch.empty(0))
+        batch = Batch(self.backbone.maps(pixels), pixels, torch.empty(0))
         start = time.perf_counter()
         with self.machine.autocast():
             logits = self.model.decode(batch)

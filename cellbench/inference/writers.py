@@ -214,8 +214,8 @@ class PredictionWriter:
     def _write_cells(self) -> None:
         separation = self._wanted.separation
         classes, image = np.concatenate([strip.classes for strip in self._strips]), np.concatenate(self._images)
-        reliefs = [strip.relief for strip in self._strips if strip.relief is not None]
-        cells = separation.instances(classes, np.concatenate(reliefs) if reliefs else None)
+        depths = [strip.boundary_depth for strip in self._strips if strip.boundary_depth is not None]
+        cells = separation.instances(classes, np.concatenate(depths) if depths else None)
         if self._wanted.instances and cells.num > 65535:
             raise TooManyCellsError(f"{self._target.image}: {cells.num} cells, but 16 bits hold 65535 numbers. Cut the image into pieces.")
         if self._overlay is not None:

@@ -5,7 +5,7 @@ cells where the saddle is below ``saddle_ratio`` times the lower of their peaks.
 cells are connected regions, towards 1 every bulge is a cell. One watershed serves all its values (basins are merged afterwards, the highest
 saddle first), so that tuning on validation images costs one watershed an image.
 
-Where a model predicts the depth of a pixel in its cell (``cellbench.data.transforms.cell_targets``), that relief replaces the distances.
+Where a model predicts the depth of a pixel in its cell (``cellbench.data.transforms.cell_targets``), that depth replaces the distances.
 
 Distances are taken on blocks of ``1/BLOCKS`` of the region's half-width: on 1600x1200 with cells of 100 px that is 0.1 s instead of 0.65.
 Gaps in the mask itself are kept to the pixel; only new cuts are as coarse as the blocks.
@@ -47,26 +47,26 @@ class SeparationParams:
     min_area_px: int = MIN_AREA_PX
     """What is smaller is a speck, no cell: as the truth that it was tuned on has it."""
     learned: bool = False
-    """Whether basins are those of a relief that the model learned, not of the mask's own distances."""
+    """Whether basins are those of the boundary depth that the model predicts, not of the mask's own distances."""
     owners: tuple[int, ...] = ()
     """For each class the class of the object that it is a part of, its own for an object; empty: every class is an object."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "owners", tuple(self.owners))  # JSON knows lists only
 
-    def parts(self, classes: np.ndarray, relief: np.ndarray | None = None) -> DistanceWatershed:
+    def parts(self, classes: np.ndarray, boundary_depth: np.ndarray | None = None) -> DistanceWatershed:
         """The basins of the objects of a class map (H, W) uint8."""
-        return DistanceWatershed(merge_parts_into_objects(classes, self.owners), relief)
+        return DistanceWatershed(merge_parts_into_objects(classes, self.owners), boundary_depth)
 
-    def instances(self, classes: np.ndarray, relief: np.ndarray | None = None) -> Instances:
-        """The cells of a class map (H, W) uint8; ``relief`` (H, W) uint8 where the model learned one."""
-        return self.parts(classes, relief).instances(self.saddle_ratio, self.min_area_px)
+    def instances(self, classes: np.ndarray, boundary_depth: np.ndarray | None = None) -> Instances:
+        """The cells of a class map (H, W) uint8; ``boundary_depth`` (H, W) uint8 where the model learned one."""
+        return self.parts(classes, boundary_depth).instances(self.saddle_ratio, self.min_area_px)
 
     @property
     def words(self) -> str:
         """For people and for MLflow's tags."""
         return (
-            f"watershed{' of the learned relief' * self.learned}, saddle_ratio {self.saddle_ratio:g}"
+            f"watershed{' on the learned boundary depth' * self.learned}, saddle_ratio {self.saddle_ratio:g}"
             if self.saddle_ratio
             else "connected regions"
         )
@@ -79,13 +79,13 @@ CONNECTED = SeparationParams()
 class DistanceWatershed:
     """The basins of a class map (H, W), flooded once, when first needed; ``instances`` merges them for any saddle_ratio.
 
-    ``relief`` (H, W) uint8: how high each pixel lies in its cell, as a model learned it; None: the distance to the background, in blocks.
+    ``boundary_depth`` (H, W) uint8: how high each pixel lies in its cell, as a model learned it; None: the distance to the background, in blocks.
     """
 
-    def __init__(self, classes: np.ndarray, relief: np.ndarray | None = None) -> None:
+    def __init__(self, classes: np.ndarray, boundary_depth: np.ndarray | None = None) -> None:
         self._classes = classes
         masks = [classes == label for label in range(1, (int(classes.max()) if classes.size else 0) + 1)]
-        self._floods = [_Flood(mask, relief) for mask in masks if mask.any()]
+        self._floods = [_Flood(mask, boundary_depth) for mask in masks if mask.any()]
 
     def instances(self, saddle_ratio: float, min_area_px: int) -> Instances:
         """The cells at this ``saddle_ratio``, each of at least ``min_area_px`` pixels."""
@@ -102,8 +102,8 @@ class DistanceWatershed:
 class _Flood:
     """One mask's regions, basins, peaks and saddles."""
 
-    def __init__(self, mask: np.ndarray, relief: np.ndarray | None) -> None:
-        self._mask, self._relief = mask, relief
+    def __init__(self, mask: np.ndarray, boundary_depth: np.ndarray | None) -> None:
+        self._mask, self._boundary_depth = mask, boundary_depth
         self._regions, self._num_regions = ndimage.label(mask)
         self._flooded = False
 
@@ -115,8 +115,8 @@ class _Flood:
             # Twice the area over the outline's length is the radius of a disc, and half of the width of anything longer.
             self._step = min(8, max(1, int(2 * np.count_nonzero(mask) / edge_px / BLOCKS)))
             full_hw, any_hw = _blocks(mask, self._step)
-            if self._relief is not None:
-                distance = _means(np.where(mask, self._relief, 0), self._step)
+            if self._boundary_depth is not None:
+                distance = _means(np.where(mask, self._boundary_depth, 0), self._step)
             else:
                 distance = ndimage.distance_transform_edt(full_hw) if not full_hw.all() else np.zeros(full_hw.shape)
             distance = ndimage.gaussian_filter(distance, SMOOTH_BLOCKS, mode="nearest") * any_hw
@@ -197,10 +197,10 @@ def _blocks(mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
     return np.all(whole.reshape(len(rows), -1, step), axis=2), np.any(some.reshape(len(rows), -1, step), axis=2)
 
 
-def _means(relief: np.ndarray, step: int) -> np.ndarray:
+def _means(values: np.ndarray, step: int) -> np.ndarray:
     """The mean of each block of ``step`` x ``step`` pixels, (h, w) float; the frame's are filled up with their edge."""
-    down, right = (-length % step for length in relief.shape)
-    padded = np.pad(relief, ((0, down), (0, right)), mode="edge")
+    down, right = (-length % step for length in values.shape)
+    padded = np.pad(values, ((0, down), (0, right)), mode="edge")
     means: np.ndarray = padded.reshape(len(padded) // step, step, -1, step).mean((1, 3))
     return means
 
@@ -230,9 +230,12 @@ class SeparationTuner:
         self._found: list[list[float]] = []
         self._min_area_px, self._learned, self._owners = min_area_px, False, tuple(owners)
 
-    def add(self, classes: np.ndarray, relief: np.ndarray | None, truth: Instances, min_area_px: int) -> None:
-        """A predicted class map (H, W) uint8, the relief (H, W) uint8 where the model learned one, and the cells that are there."""
-        parts, self._learned = DistanceWatershed(merge_parts_into_objects(classes, self._owners), relief), relief is not None
+    def add(self, classes: np.ndarray, boundary_depth: np.ndarray | None, truth: Instances, min_area_px: int) -> None:
+        """A predicted class map (H, W) uint8, the boundary depth (H, W) uint8 where the model predicts it, and the cells that are there."""
+        parts, self._learned = (
+            DistanceWatershed(merge_parts_into_objects(classes, self._owners), boundary_depth),
+            boundary_depth is not None,
+        )
         self._min_area_px = min_area_px
         self._found.append(
             [float(instance_scores(truth, parts.instances(saddle_ratio, min_area_px))["ap50"]) for saddle_ratio in SADDLE_RATIOS]

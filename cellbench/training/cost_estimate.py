@@ -37,7 +37,7 @@ class Cost:
     """Through the backbone, an epoch."""
     val_tiles: int
     test_tiles: int
-    trunk_tiles_per_s: float
+    backbone_tiles_per_s: float
     """inf for runs that read pixels only."""
     wall_s: float
     memory_mib: float
@@ -54,7 +54,7 @@ class _Nobody:
 
 
 def estimate_cost(
-    runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Hardware, weights: Path | None, keeping: CachePolicy
+    runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Hardware, weights: Path | None, policy: CachePolicy
 ) -> Cost:
     """Times one chunk through the backbone and one step of each head, and multiplies out.
 
@@ -62,27 +62,27 @@ def estimate_cost(
     """
     first = runs[0]
     backbone = open_backbone(registry.backbone(first.backbone), weights) if first.backbone else None
-    trunk = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(registry.part(run)))], first.unfreeze)
+    frozen = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(registry.part(run)))], first.unfreeze)
     pixels = {split: ImageCache(dataset, split, 0) for split in ("train", "val", "test")}
     plan = SamplingPlan(pixels["train"].sizes_px, first, registry)
-    features = Features(trunk, plan, pixels, keeping)
+    features = Features(frozen, plan, pixels, policy)
     tiles = {split: sum(len(features.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")}
 
-    all_made = [build_model(run, registry.part(run), trunk, len(dataset.classes)) for run in runs]
+    all_made = [build_model(run, registry.part(run), frozen, len(dataset.classes)) for run in runs]
     if reason := why_frames_too_large(runs, all_made, features):
         raise InsufficientMemoryError(reason)
-    tile = torch.rand(trunk.chunk, 3, *features.tile_px["train"], device=machine.device)
+    tile = torch.rand(frozen.chunk, 3, *features.tile_px["train"], device=machine.device)
     target = torch.zeros(tile.shape[0], *features.tile_px["train"], dtype=torch.long, device=machine.device)
-    trunk_s = _seconds(lambda: trunk.maps(tile), machine) / len(tile)
+    backbone_s = _seconds(lambda: frozen.maps(tile), machine) / len(tile)
     auxiliary_targets = (
         torch.zeros(*target.shape, 2, dtype=torch.uint8, device=machine.device) if any(requested(run.targets) for run in runs) else None
     )
-    batch = Batch(trunk.maps(tile), tile, target, auxiliary_targets)
+    batch = Batch(frozen.maps(tile), tile, target, auxiliary_targets)
     epochs = max(run.epochs for run in runs)
     again = {"val": epochs, "train": epochs}
     passes = {split: 1 if features.place[split] != "streamed" else again[split] for split in again}
     tiles["train"] = plan.num_views * (min(epochs, plan.run.repeat_views_every) if features.place["train"] != "streamed" else 1)
-    wall = trunk_s * (sum(tiles[split] * times for split, times in passes.items()) + tiles["test"])
+    wall = backbone_s * (sum(tiles[split] * times for split, times in passes.items()) + tiles["test"])
     disk = 0.0
     for run, made in zip(runs, all_made, strict=True):
         learner = HeadTrainer(run=run, model=made, recorder=_Nobody(), num_views=batch.num, registry=registry).on(features)
@@ -100,7 +100,7 @@ def estimate_cost(
         train_tiles=plan.num_views,
         val_tiles=tiles["val"],
         test_tiles=tiles["test"],
-        trunk_tiles_per_s=1 / trunk_s if backbone is not None else float("inf"),
+        backbone_tiles_per_s=1 / backbone_s if backbone is not None else float("inf"),
         wall_s=wall / machine.lanes,
         # 700 MiB: Python with torch, MLflow and the drawing libraries loaded, measured.
         memory_mib=700 + (held + kept + min(decoded, machine.memory_bytes // 3)) / 2**20,
@@ -129,25 +129,26 @@ def inference_speeds(models: Sequence[SegmentationModel], features: Features) ->
     Where some model took less than ``MEASURED_S``, the pass is repeated, and that first one, while everything was cold, does not count.
     Features that are kept from an earlier pass take the backbone no time here: its part is then that of one chunk, timed now.
     """
-    trunk, num, passes = features.trunk, len(features.pixels["test"]), 1
+    frozen, num, passes = features.backbone, len(features.pixels["test"]), 1
 
     def shortest() -> float:
-        return min(trunk.seconds + made.seconds for made in models)
+        return min(frozen.seconds + made.seconds for made in models)
 
     if shortest() < MEASURED_S:
-        reset_timers(trunk, models)
+        reset_timers(frozen, models)
         passes, begun = 0, time.perf_counter()
         while not passes or (shortest() < MEASURED_S and passes < MOST_PASSES and time.perf_counter() - begun < 3 * MEASURED_S):
             for _ in segment_images(models, features, "test"):
                 pass
             passes += 1
-    trunk_s, trunk_cpu_s = trunk.seconds / passes / num, trunk.cpu_seconds / passes / num
-    if trunk.backbone is not None and features.place["test"] != "streamed":
-        tile = torch.rand(trunk.chunk, 3, *features.tile_px["test"], device=trunk.machine.device)
+    backbone_s, backbone_cpu_s = frozen.seconds / passes / num, frozen.cpu_seconds / passes / num
+    if frozen.module is not None and features.place["test"] != "streamed":
+        tile = torch.rand(frozen.chunk, 3, *features.tile_px["test"], device=frozen.machine.device)
         tiles = sum(len(features.grid("test", k)) for k in range(num)) / num
-        trunk_s, trunk_cpu_s = (tiles * spent / trunk.chunk for spent in _spent(lambda: trunk.maps(tile), trunk.machine))
+        backbone_s, backbone_cpu_s = (tiles * spent / frozen.chunk for spent in _spent(lambda: frozen.maps(tile), frozen.machine))
     return [
-        InferenceSpeed(wall_s=trunk_s + made.seconds / passes / num, cpu_s=trunk_cpu_s + made.cpu_seconds / passes / num) for made in models
+        InferenceSpeed(wall_s=backbone_s + made.seconds / passes / num, cpu_s=backbone_cpu_s + made.cpu_seconds / passes / num)
+        for made in models
     ]
 
 
@@ -165,9 +166,9 @@ def function_speed(work: Callable[[Any], object], images: ImageCache) -> Inferen
     return InferenceSpeed(wall_s=wall_s / passes / len(images), cpu_s=cpu_s / passes / len(images))
 
 
-def reset_timers(trunk: FrozenBackbone, models: Sequence[SegmentationModel]) -> None:
+def reset_timers(frozen: FrozenBackbone, models: Sequence[SegmentationModel]) -> None:
     """Sets the clocks to zero."""
-    trunk.seconds = trunk.cpu_seconds = 0.0
+    frozen.seconds = frozen.cpu_seconds = 0.0
     for made in models:
         made.seconds = made.cpu_seconds = 0.0
 
@@ -177,16 +178,16 @@ def latencies_ms(models: Sequence[SegmentationModel], features: Features) -> lis
 
     All its tiles, at the test's overlap, through backbone and head, from one chunk timed now; without decoding the file and blending tiles.
     """
-    trunk, sizes = features.trunk, sorted(features.pixels["val"].sizes_px, key=math.prod)
+    frozen, sizes = features.backbone, sorted(features.pixels["val"].sizes_px, key=math.prod)
     tile_px = features.tile_px["val"]
     num = len(features.framing.grid(sizes[len(sizes) // 2], tile_px, features.plan.run.overlap))
-    tile = torch.rand(trunk.chunk, 3, *tile_px, device=trunk.machine.device)
-    batch = Batch(trunk.maps(tile), tile, torch.zeros(trunk.chunk, *tile_px, dtype=torch.long, device=trunk.machine.device))
-    trunk_s = _seconds(lambda: trunk.maps(tile), trunk.machine)
+    tile = torch.rand(frozen.chunk, 3, *tile_px, device=frozen.machine.device)
+    batch = Batch(frozen.maps(tile), tile, torch.zeros(frozen.chunk, *tile_px, dtype=torch.long, device=frozen.machine.device))
+    backbone_s = _seconds(lambda: frozen.maps(tile), frozen.machine)
     for made in models:
         made.eval()
-    heads_s = [_seconds(functools.partial(_decode, made, batch, trunk.machine), trunk.machine) for made in models]
-    return [1000 * num * (trunk_s + head_s) / trunk.chunk for head_s in heads_s]
+    heads_s = [_seconds(functools.partial(_decode, made, batch, frozen.machine), frozen.machine) for made in models]
+    return [1000 * num * (backbone_s + head_s) / frozen.chunk for head_s in heads_s]
 
 
 def _train_once(trainer: HeadTrainer, batch: Batch) -> None:

@@ -138,7 +138,7 @@ class RunEvaluation:
     """Of each image, every per-image metric of the catalog, then the user's."""
     levels: np.ndarray = field(default_factory=lambda: np.zeros((2, 256), np.int64))
     """Pixels by truth (0 background, 1 cell) and predicted probability of a cell (0..255)."""
-    keep: ExampleKeeper = field(default_factory=ExampleKeeper)
+    examples: ExampleKeeper = field(default_factory=ExampleKeeper)
 
     @property
     def counts(self) -> np.ndarray:
@@ -184,8 +184,8 @@ class CohortEvaluator:
         plain = replace(CONNECTED, owners=dataset.owners)
         if dataset.min_cell_px is not None:
             plain = replace(plain, min_area_px=dataset.min_cell_px)
-        self.exams = [RunEvaluation(separation=one, own_metrics=own_metrics) for one in separations or [plain] * num_runs]
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "exam")
+        self.evaluations = [RunEvaluation(separation=one, own_metrics=own_metrics) for one in separations or [plain] * num_runs]
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "evaluate")
         self._waiting: list[Future[None]] = []
 
     def __enter__(self) -> CohortEvaluator:
@@ -198,14 +198,14 @@ class CohortEvaluator:
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def take(self, image: int, truth: np.ndarray, matrices: Sequence[np.ndarray], answers: Sequence[Prediction]) -> None:
+    def add_image(self, image: int, truth: np.ndarray, matrices: Sequence[np.ndarray], answers: Sequence[Prediction]) -> None:
         """An image's truth (H, W), and each run's confusion matrix and prediction."""
         self._settle()  # one image at a time: predictions of hundreds would fill the memory
         prepared = self._pool.submit(self._truth, self._samples[image], truth)
         # In the pool's order the truth comes first, so no thread waits for one that cannot start.
         self._waiting = [
-            self._pool.submit(self._score, exam, image, truth, prepared, counts, *answer)
-            for exam, counts, answer in zip(self.exams, matrices, answers, strict=True)
+            self._pool.submit(self._score, evaluation, image, truth, prepared, counts, *answer)
+            for evaluation, counts, answer in zip(self.evaluations, matrices, answers, strict=True)
         ]
 
     def _settle(self) -> None:
@@ -220,20 +220,20 @@ class CohortEvaluator:
 
     def _score(
         self,
-        exam: RunEvaluation,
+        evaluation: RunEvaluation,
         image: int,
         truth: np.ndarray,
         prepared: Future[ReferenceMask],
         counts: np.ndarray,
         classes: np.ndarray,
         cell: np.ndarray | None,
-        relief: np.ndarray | None,
+        boundary_depth: np.ndarray | None,
     ) -> None:
-        exam.matrices.append(counts)
-        reference, parts = prepared.result(), exam.separation.parts(classes, relief)
-        cells = parts.instances(exam.separation.saddle_ratio, reference.min_area_px)
-        exam.agreements.append(reference.agreement(classes, cells))
-        exam.connected.append(reference.found(parts.instances(0.0, reference.min_area_px)))
+        evaluation.matrices.append(counts)
+        reference, parts = prepared.result(), evaluation.separation.parts(classes, boundary_depth)
+        cells = parts.instances(evaluation.separation.saddle_ratio, reference.min_area_px)
+        evaluation.agreements.append(reference.agreement(classes, cells))
+        evaluation.connected.append(reference.found(parts.instances(0.0, reference.min_area_px)))
         scored = ScoredImage(
             truth=truth,
             prediction=classes,
@@ -242,14 +242,14 @@ class CohortEvaluator:
             true_cells=reference.cells,
             found_cells=cells,
             pixels={name: float(one[0]) for name, one in per_image_scores(counts[None], unused=self._dataset.unused).items()},
-            instances=exam.agreements[-1],
+            instances=evaluation.agreements[-1],
         )
-        exam.scores.append(catalog.score(scored, exam.own_metrics))
-        exam.keep.offer(image, exam.scores[-1]["dice"], classes, cell)
+        evaluation.scores.append(catalog.score(scored, evaluation.own_metrics))
+        evaluation.examples.offer(image, evaluation.scores[-1]["dice"], classes, cell)
         if cell is not None:
             if truth.max(initial=0) == IGNORE:
                 cell, truth = cell[truth != IGNORE], truth[truth != IGNORE]
-            exam.levels += np.bincount((cell + np.uint16(256) * (truth > 0)).ravel(), minlength=512).reshape(2, 256)
+            evaluation.levels += np.bincount((cell + np.uint16(256) * (truth > 0)).ravel(), minlength=512).reshape(2, 256)
 
 
 def score_validation(
@@ -263,6 +263,8 @@ def score_validation(
         return [{} for _ in models]
     with CohortEvaluator(dataset, len(models), tune_separation(models, features, dataset), metrics, "val") as evaluator:
         for image, counts, answers in score_images(models, features, "val"):
-            evaluator.take(image, features.pixels["val"][image][1], counts, [(one.classes, one.cell, one.relief) for one in answers])
-    found = [{metric.key: nan_mean(exam.per_image()[metric.key]) for metric in metrics} for exam in evaluator.exams]
+            evaluator.add_image(
+                image, features.pixels["val"][image][1], counts, [(one.classes, one.cell, one.boundary_depth) for one in answers]
+            )
+    found = [{metric.key: nan_mean(evaluation.per_image()[metric.key]) for metric in metrics} for evaluation in evaluator.evaluations]
     return [{key: value for key, value in scores.items() if not math.isnan(value)} for scores in found]

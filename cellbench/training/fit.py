@@ -29,28 +29,28 @@ def fit(trainers: Sequence[HeadTrainer], features: Features, progress: Progress 
     ``progress`` counts the tiles that went through the backbone. Afterwards each model has the weights of its best epoch.
     """
     trainers = [trainer.on(features) for trainer in trainers]
-    with WorkerPool(features.trunk.machine.lanes) as lanes:
+    with WorkerPool(features.backbone.machine.lanes) as pool:
         while active := [trainer for trainer in trainers if not trainer.ended]:
             epoch = min(trainer.epoch for trainer in active)
             active = [trainer for trainer in active if trainer.epoch == epoch]
             for trainer in active:
                 trainer.start_epoch()
-            for chunk in features.train(epoch, lanes):
-                lanes.each([functools.partial(trainer.train_on, chunk) for trainer in active], [trainer.train_s for trainer in active])
+            for chunk in features.train(epoch, pool):
+                pool.run_all([functools.partial(trainer.train_on, chunk) for trainer in active], [trainer.train_s for trainer in active])
                 if progress is not None:
                     progress.update(chunk.num)
-            validate([trainer for trainer in active if not trainer.ended], features, lanes)
+            validate([trainer for trainer in active if not trainer.ended], features, pool)
     for trainer in trainers:
         if trainer.best_weights:
             trainer.load_best()
 
 
-def validate(trainers: Sequence[HeadTrainer], features: Features, lanes: WorkerPool) -> None:
+def validate(trainers: Sequence[HeadTrainer], features: Features, pool: WorkerPool) -> None:
     """Scores the runs on the whole validation images and ends their epoch."""
 
     def add(k: int, logits: Tensor, batch: Batch) -> None:
         trainers[k].add_validation(logits, batch)
 
-    counts = score_tiles([trainer.model for trainer in trainers], features, "val", add, lanes)
+    counts = score_tiles([trainer.model for trainer in trainers], features, "val", add, pool)
     for trainer, own in zip(trainers, counts, strict=True):
         trainer.end_epoch(own)

@@ -28,7 +28,7 @@ class InsufficientMemoryError(CellbenchError):
 
 
 BYTES_PER_VALUE = 136
-"""Of the trunk, at the peak, for each place and feature dimension."""
+"""Of the backbone, at the peak, for each place and feature dimension."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -38,18 +38,19 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def backbone_bytes(trunk: FrozenBackbone, frame_px: Size) -> int:
+def backbone_bytes(backbone: FrozenBackbone, frame_px: Size) -> int:
     """At the peak of one frame's pass."""
-    if trunk.backbone is None:
+    if backbone.module is None:
         return 0
     return max(
-        BYTES_PER_VALUE * level.dim * (frame_px[0] // level.stride_px) * (frame_px[1] // level.stride_px) for level in trunk.backbone.levels
+        BYTES_PER_VALUE * level.dim * (frame_px[0] // level.stride_px) * (frame_px[1] // level.stride_px)
+        for level in backbone.module.levels
     )
 
 
-def why_too_large(trunk: FrozenBackbone, frame_px: Size, more_bytes: int = 0) -> str:
+def why_too_large(backbone: FrozenBackbone, frame_px: Size, more_bytes: int = 0) -> str:
     """Why one frame (and ``more_bytes`` beside it) cannot be computed here; empty where it can."""
-    needed, there = backbone_bytes(trunk, frame_px) + more_bytes, free_bytes(trunk.machine.device)
+    needed, there = backbone_bytes(backbone, frame_px) + more_bytes, free_bytes(backbone.machine.device)
     if needed <= there:
         return ""
     return (
@@ -65,16 +66,16 @@ def why_frames_too_large(runs: Sequence[RunSpec], models: Sequence[SegmentationM
     frame_px = max(features.tile_px.values())
     area = frame_px[0] * frame_px[1]
     # A batch is learned from at once; one run after the other.
-    most = max(run.batch_size * area * _kept_bytes(run, model, features) for run, model in zip(runs, models, strict=True))
-    return why_too_large(features.trunk, frame_px, int(most))
+    most = max(run.batch_size * area * _step_bytes(run, model, features) for run, model in zip(runs, models, strict=True))
+    return why_too_large(features.backbone, frame_px, int(most))
 
 
-def _kept_bytes(run: RunSpec, model: SegmentationModel, features: Features) -> float:
+def _step_bytes(run: RunSpec, model: SegmentationModel, features: Features) -> float:
     """What a training step of a head keeps, in bytes for each pixel of a frame, its maps included."""
     side = features.framing.side_px
-    device = features.trunk.machine.device
+    device = features.backbone.machine.device
     pixels = torch.zeros(1, 3, side, side, device=device)
-    batch = Batch(features.trunk.maps(pixels), pixels, torch.zeros(1, side, side, dtype=torch.long, device=device))
+    batch = Batch(features.backbone.maps(pixels), pixels, torch.zeros(1, side, side, dtype=torch.long, device=device))
     probe = copy.deepcopy(model).train()  # batch norm would remember the zeros
     kept: dict[int, int] = {}
 
@@ -84,7 +85,7 @@ def _kept_bytes(run: RunSpec, model: SegmentationModel, features: Features) -> f
         return x
 
     with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        with features.trunk.machine.autocast():
+        with features.backbone.machine.autocast():
             logits = probe(batch)
         parse_loss(run.loss, features.plan.registry)(logits[:, : probe.num_classes], batch.target)
     return sum(kept.values()) / side**2

@@ -82,9 +82,9 @@ def num_levels(card: HeadCard | BaselineCard) -> int:
     return card.levels if isinstance(card, HeadCard) else 0
 
 
-def build_model(run: RunSpec, card: HeadCard | BaselineCard, trunk: FrozenBackbone, num_classes: int) -> SegmentationModel:
-    """The run's trainable part from the card of its head or baseline, with weights that depend on its seed alone, on the trunk's device."""
-    levels = () if run.baseline else trunk.levels(num_levels(card))
+def build_model(run: RunSpec, card: HeadCard | BaselineCard, backbone: FrozenBackbone, num_classes: int) -> SegmentationModel:
+    """The run's trainable part from the card of its head or baseline, with weights that depend on its seed alone, on the backbone's device."""
+    levels = () if run.baseline else backbone.levels(num_levels(card))
     build, auxiliary_targets = load(card), requested(run.targets)
     with torch.random.fork_rng(devices=[]):  # other random numbers must not depend on how many heads were built
         torch.manual_seed(run.seed)
@@ -92,7 +92,7 @@ def build_model(run: RunSpec, card: HeadCard | BaselineCard, trunk: FrozenBackbo
             head = build(levels, num_classes + len(auxiliary_targets), **run.options)
         except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:  # raised by libraries for a width of 0
             raise CellbenchError(f"{card.path}: cannot be built with {run.options or 'no options'}: {one_line(error)}.") from error
-    tail = trunk.backbone.tail(run.unfreeze) if run.unfreeze and trunk.backbone is not None else None
-    num_frozen = len(trunk.backbone.levels) - run.unfreeze if trunk.backbone is not None else 0
+    tail = backbone.module.tail(run.unfreeze) if run.unfreeze and backbone.module is not None else None
+    num_frozen = len(backbone.module.levels) - run.unfreeze if backbone.module is not None else 0
     model = SegmentationModel(head, levels, tail, num_frozen, auxiliary_targets)
-    return model.to(trunk.machine.device).to(memory_format=torch.channels_last)
+    return model.to(backbone.machine.device).to(memory_format=torch.channels_last)

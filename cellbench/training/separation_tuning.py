@@ -24,14 +24,16 @@ MOST_IMAGES = 16
 """The first of the validation images: a few hundred cells suffice for one parameter of ten values."""
 
 Answer = tuple[np.ndarray, np.ndarray | None]
-"""A class map (H, W) uint8, and the relief (H, W) uint8 where the model learned one."""
+"""A class map (H, W) uint8, and the boundary depth (H, W) uint8 where the model predicts it."""
 
 
 def tune_separation(models: Sequence[SegmentationModel], features: Features, dataset: Dataset) -> list[SeparationParams]:
     """For each model the separation with the best AP50 on the validation images."""
     # Closed after enough images: the tiles of the others are never decoded.
     with contextlib.closing(segment_images(models, features, "val")) as answers:
-        return choose_separations(dataset, len(models), ((image, [(one.classes, one.relief) for one in found]) for image, found in answers))
+        return choose_separations(
+            dataset, len(models), ((image, [(one.classes, one.boundary_depth) for one in found]) for image, found in answers)
+        )
 
 
 def choose_separations(dataset: Dataset, num: int, answers: Iterable[tuple[int, Sequence[Answer]]]) -> list[SeparationParams]:

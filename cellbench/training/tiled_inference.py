@@ -1,4 +1,4 @@
-"""Whole images through several models at once: tiles decoded by every run, blended, scored. The trunk runs once for all.
+"""Whole images through several models at once: tiles decoded by every run, blended, scored. The backbone runs once for all.
 
 Scores of framed images are brought to the images' own pixels before a class is chosen: the mask is always scored at its own size.
 
@@ -35,7 +35,7 @@ class SegmentedImage:
     """(H, W) uint8: the likeliest class of each pixel."""
     cell: np.ndarray
     """(H, W) uint8: the probability of not being background, 0..255."""
-    relief: np.ndarray | None = None
+    boundary_depth: np.ndarray | None = None
     """(H, W) uint8: how high each pixel lies in its cell, 0..255, where the model learned it (``cellbench.data.transforms.cell_targets``)."""
     finite: bool = True
     """Whether all scores were finite; where not, the rest is not a prediction."""
@@ -50,7 +50,7 @@ def foreground_probabilities(logits_BKHW: Tensor) -> Tensor:
 
 
 def output_channels(logits_BCTT: Tensor, model: SegmentationModel) -> Tensor:
-    """What is blended of a model's output: the foreground's probabilities (B, K-1, T, T), then the relief (B, 1, T, T) where it learned one.
+    """What is blended of a model's output: the foreground's probabilities (B, K-1, T, T), then the boundary depth (B, 1, T, T) where it predicts one.
 
     NaN at each pixel with a score that is not finite, which a softmax would turn into a probability of 0 or 1.
     """
@@ -84,11 +84,11 @@ def segment_images(
     models: Sequence[SegmentationModel], features: Features, split: str
 ) -> Generator[tuple[int, list[SegmentedImage]], None, None]:
     """For each image of a split, in order: its number and each model's prediction, blended from its tiles."""
-    with WorkerPool(features.trunk.machine.lanes) as lanes:
+    with WorkerPool(features.backbone.machine.lanes) as pool:
         sheets = [_Sheets(model.eval(), features, split) for model in models]
         done, missing = 0, len(features.grid(split, 0))
-        for batch, images in features.tiles(split, lanes):
-            found = lanes.each([functools.partial(sheet.add, batch, images) for sheet in sheets], [model.seconds for model in models])
+        for batch, images in features.tiles(split, pool):
+            found = pool.run_all([functools.partial(sheet.add, batch, images) for sheet in sheets], [model.seconds for model in models])
             missing -= len(images)
             while missing <= 0 and done < len(features.pixels[split]):
                 yield done, [answers.pop(0) for answers in found]
@@ -107,7 +107,7 @@ class _Sheets:
         """Adds the next tiles and the images that they are of; returns the predictions that are complete."""
         start, start_cpu, done = time.perf_counter(), time.thread_time(), []
         with torch.inference_mode():
-            with self._features.trunk.machine.autocast():
+            with self._features.backbone.machine.autocast():
                 logits_BKTT = self._model.decode(batch)
             found_BKTT = output_channels(logits_BKTT, self._model)
             for image in dict.fromkeys(images):
@@ -124,7 +124,7 @@ class _Sheets:
     def _begin(self, image: int) -> None:
         self._grid, self._size_px = self._features.grid(self._split, image), self._features.pixels[self._split].sizes_px[image]
         self._now, self._missing = image, len(self._grid)
-        device, auxiliary = self._features.trunk.machine.device, bool(self._model.auxiliary_targets)
+        device, auxiliary = self._features.backbone.machine.device, bool(self._model.auxiliary_targets)
         # On the device until the image is whole: one copy an image.
         self._maps = torch.empty(2 + auxiliary, *self._size_px, dtype=torch.uint8, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
@@ -151,8 +151,10 @@ class _Sheets:
             self._maps[2, rows] = to_uint8(band_KHW[self._num])
 
     def _answer(self) -> SegmentedImage:
-        classes, cell, *relief = self._maps.cpu().numpy()
-        return SegmentedImage(classes=classes, cell=cell, relief=relief[0] if relief else None, finite=bool(self._finite))
+        classes, cell, *boundary_depth = self._maps.cpu().numpy()
+        return SegmentedImage(
+            classes=classes, cell=cell, boundary_depth=boundary_depth[0] if boundary_depth else None, finite=bool(self._finite)
+        )
 
 
 def score_images(
@@ -165,7 +167,7 @@ def score_images(
 
 
 def score_tiles(
-    models: Sequence[SegmentationModel], features: Features, split: str, watch: ValidationCallback, lanes: WorkerPool
+    models: Sequence[SegmentationModel], features: Features, split: str, watch: ValidationCallback, pool: WorkerPool
 ) -> list[np.ndarray]:
     """Each model's confusion matrix (K, K) over all pixels of a split, every pixel scored once, from the tile whose middle is nearest.
 
@@ -181,9 +183,9 @@ def score_tiles(
         for grid in [features.grid(split, image)]
         for (y, x), own in zip(grid, grid.owned(), strict=True)
     )
-    for batch, images in features.tiles(split, lanes):
+    for batch, images in features.tiles(split, pool):
         mine = [next(places) for _ in images]
-        lanes.each([functools.partial(judge.add, batch, mine) for judge in judges], [model.seconds for model in models])
+        pool.run_all([functools.partial(judge.add, batch, mine) for judge in judges], [model.seconds for model in models])
     return [judge.counts.cpu().numpy() for judge in judges]
 
 
@@ -203,14 +205,14 @@ class _Judge:
     def __init__(self, model: SegmentationModel, features: Features, split: str, watch: Callable[[Tensor, Batch], None]) -> None:
         self._model, self._features, self._split, self._watch = model, features, split, watch
         num = model.num_classes
-        self.counts = torch.zeros(num, num, dtype=torch.int64, device=features.trunk.machine.device)
+        self.counts = torch.zeros(num, num, dtype=torch.int64, device=features.backbone.machine.device)
         """On the device: a GPU would have to be waited for after each batch."""
 
     def add(self, batch: Batch, places: Sequence[_Place]) -> None:
         """Judges a batch whose tiles lie at ``places``."""
         start = time.perf_counter()
         with torch.inference_mode():
-            with self._features.trunk.machine.autocast():
+            with self._features.backbone.machine.autocast():
                 logits = self._model.decode(batch)
             self._watch(logits, batch)
             self._judge(logits[:, : len(self.counts)], batch, places)

@@ -79,7 +79,7 @@ class HeadTrainer:
 
     def start_epoch(self) -> None:
         self.model.train()
-        self._trunk_before = self._trunk.seconds, self._trunk.cpu_seconds
+        self._backbone_before = self._backbone.seconds, self._backbone.cpu_seconds
         self._step, self._batches = 0, MiniBatches(self.num_views, self.run.batch_size)
         self._loss_sum = torch.zeros((), device=self.device)
 
@@ -172,8 +172,8 @@ class HeadTrainer:
 
     def end_epoch(self, counts: np.ndarray) -> None:
         """Ends the epoch with the confusion matrix (K, K) of the validation pixels: keeps the best weights and decides whether to continue."""
-        self.trunk_s += self._trunk.seconds - self._trunk_before[0]
-        self.trunk_cpu_s += self._trunk.cpu_seconds - self._trunk_before[1]
+        self.trunk_s += self._backbone.seconds - self._backbone_before[0]
+        self.trunk_cpu_s += self._backbone.cpu_seconds - self._backbone_before[1]
         row = {
             "train/loss": float(self._loss_sum) / self.num_views,
             "val/loss": float(self._val_sum) / max(self._val_num, 1),
@@ -236,7 +236,7 @@ class HeadTrainer:
 
     def on(self, features: Features) -> HeadTrainer:
         """Sets where it computes; returns itself."""
-        self._trunk, self._machine = features.trunk, features.trunk.machine
+        self._backbone, self._machine = features.backbone, features.backbone.machine
         return self
 
 

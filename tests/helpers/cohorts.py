@@ -1,4 +1,4 @@
-"""A small world for the harness: a drawn set, a real (random-weight) backbone, and learners on it."""
+"""A small world for the harness: a drawn set, a real (random-weight) backbone, and trainers on it."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ def features_of(
     """The stream of a cohort."""
     first = runs[0]
     backbone = open_backbone(REGISTRY.backbone(first.backbone)) if first.backbone else None
-    trunk = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(REGISTRY.part(run)))], first.unfreeze)
+    frozen = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(REGISTRY.part(run)))], first.unfreeze)
     pixels = {split: ImageCache(dataset, split, 2**28) for split in ("train", "val", "test")}
-    keeping = CachePolicy(**{"memory_bytes": machine.memory_bytes, **settings})
-    return Features(trunk, SamplingPlan(pixels["train"].sizes_px, first), pixels, keeping, auxiliary_targets)
+    policy = CachePolicy(**{"memory_bytes": machine.memory_bytes, **settings})
+    return Features(frozen, SamplingPlan(pixels["train"].sizes_px, first), pixels, policy, auxiliary_targets)
 
 
-def learners_of(dataset: Dataset, runs: list[RunSpec], features: Features, most: dict[int, int] | None = None) -> list[HeadTrainer]:
-    """Fresh learners; ``most`` prunes some after so many epochs."""
+def trainers_of(dataset: Dataset, runs: list[RunSpec], features: Features, most: dict[int, int] | None = None) -> list[HeadTrainer]:
+    """Fresh trainers; ``most`` prunes some after so many epochs."""
     return [
         HeadTrainer(
             run=run,
-            model=build_model(run, REGISTRY.part(run), features.trunk, len(dataset.classes)),
+            model=build_model(run, REGISTRY.part(run), features.backbone, len(dataset.classes)),
             recorder=Listener((most or {}).get(k, 10**6)),
             num_views=features.plan.num_views,
         )
@@ -84,12 +84,12 @@ def learners_of(dataset: Dataset, runs: list[RunSpec], features: Features, most:
 def fitted(dataset: Dataset, runs: list[RunSpec], most: dict[int, int] | None = None, **settings: Any) -> list[HeadTrainer]:
     """Learners after ``fit``."""
     features = features_of(dataset, runs, **settings)
-    learners = learners_of(dataset, runs, features, most)
-    fit(learners, features)
-    return learners
+    trainers = trainers_of(dataset, runs, features, most)
+    fit(trainers, features)
+    return trainers
 
 
 def same(a: HeadTrainer, b: HeadTrainer) -> bool:
-    """Whether two learners have the same history and weights, to the last bit."""
+    """Whether two trainers have the same history and weights, to the last bit."""
     weights_a, weights_b = a.model.state_dict(), b.model.state_dict()
     return a.history == b.history and all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)

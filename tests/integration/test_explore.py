@@ -9,7 +9,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from cohorts import FP32, dataset_of, features_of, learners_of, run_of
+from cohorts import FP32, dataset_of, features_of, run_of, trainers_of
 from scipy import ndimage
 
 from cellbench.config.registry import Registry
@@ -21,14 +21,14 @@ from cellbench.models.backbones.build import open_backbone
 from cellbench.reporting.plots import dataset as dataset_plots
 from cellbench.run import main
 from cellbench.tracking.tracker import newest_experiment
-from cellbench.training.memory_check import _kept_bytes
+from cellbench.training.memory_check import _step_bytes
 
 WAYS = [("tile", 1.0), ("tile", 2.0), ("tile", 0.5), ("pad", 1.0), ("resize", 1.0)]
 
 
 def views(image: np.ndarray, kinds=WAYS):
-    trunk = FrozenBackbone(open_backbone(Registry().backbone("vit-tiny-random")), FP32, [1])
-    return [feature_maps(trunk, Framing.of(run_of(framing=kind, tile_scale=scale)), image) for kind, scale in kinds]
+    frozen = FrozenBackbone(open_backbone(Registry().backbone("vit-tiny-random")), FP32, [1])
+    return [feature_maps(frozen, Framing.of(run_of(framing=kind, tile_scale=scale)), image) for kind, scale in kinds]
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +165,9 @@ def test_a_heads_memory_is_counted_and_the_model_is_left_as_it_was(small_folder)
     dataset = dataset_of(small_folder)
     runs = [run_of("bilinear", framing="pad"), run_of("transposed-conv", framing="pad")]
     features = features_of(dataset, runs)
-    models = [learner.model for learner in learners_of(dataset, runs, features)]
+    models = [trainer.model for trainer in trainers_of(dataset, runs, features)]
     before = {name: x.clone() for name, x in models[1].state_dict().items()}
-    light, heavy = (_kept_bytes(run, model, features) for run, model in zip(runs, models, strict=True))
+    light, heavy = (_step_bytes(run, model, features) for run, model in zip(runs, models, strict=True))
     # At least the logits of two classes in float32 for each pixel; the published head keeps maps of up to 256 channels beside.
     assert 8 <= light < heavy
     assert heavy > 100

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cohorts import FP32, dataset_of, features_of, fitted, learners_of, run_of, same
+from cohorts import FP32, dataset_of, features_of, fitted, run_of, same, trainers_of
 
 from cellbench.parallel import WorkerPool
 from cellbench.training.tiled_inference import segment_images
@@ -20,12 +20,12 @@ def test_results_come_in_order_whoever_is_done_first(num):
     gate = threading.Event()
 
     def first():
-        assert num == 1 or gate.wait(10)  # with several lanes, the second finishes before the first
+        assert num == 1 or gate.wait(10)  # with several threads, the second finishes before the first
         return 1
 
-    with WorkerPool(num) as lanes:
-        assert lanes.each([first, lambda: gate.set() or 2, lambda: 3]) == [1, 2, 3]
-        assert list(lanes.ahead(range(20), lambda n: n + 1, lambda n: n * 10)) == [(n + 1) * 10 for n in range(20)]
+    with WorkerPool(num) as pool:
+        assert pool.run_all([first, lambda: gate.set() or 2, lambda: 3]) == [1, 2, 3]
+        assert list(pool.prefetch(range(20), lambda n: n + 1, lambda n: n * 10)) == [(n + 1) * 10 for n in range(20)]
 
 
 @pytest.mark.parametrize("num", [1, 3])
@@ -35,19 +35,19 @@ def test_a_failure_in_a_lane_is_raised_where_its_result_was_due(num):
             raise ValueError("four")
         return n
 
-    with WorkerPool(num) as lanes:
+    with WorkerPool(num) as pool:
         seen = []
         with pytest.raises(ValueError, match="four"):
-            seen.extend(lanes.ahead(range(9), lambda n: n, fail))
+            seen.extend(pool.prefetch(range(9), lambda n: n, fail))
         with pytest.raises(ValueError, match="four"):
-            lanes.each([lambda n=n: fail(n) for n in range(9)])
-        assert list(lanes.ahead([1], lambda n: n, fail)) == [1]
+            pool.run_all([lambda n=n: fail(n) for n in range(9)])
+        assert list(pool.prefetch([1], lambda n: n, fail)) == [1]
 
 
 def test_who_stops_listening_leaves_no_work_behind():
     begun = []
-    with WorkerPool(2) as lanes:
-        for _ in lanes.ahead(range(1000), lambda n: n, begun.append):
+    with WorkerPool(2) as pool:
+        for _ in pool.prefetch(range(1000), lambda n: n, begun.append):
             break
     assert len(begun) < 10
 
@@ -67,7 +67,7 @@ def test_images_are_segmented_the_same_in_two_lanes_as_in_one(small_folder):
     answers = []
     for machine in (FP32, TWO):
         features = features_of(dataset, runs, machine=machine)
-        models = [learner.model for learner in learners_of(dataset, runs, features)]
+        models = [trainer.model for trainer in trainers_of(dataset, runs, features)]
         answers.append(list(segment_images(models, features, "test")))
     for (index, found), (other, again) in zip(*answers, strict=True):
         assert index == other

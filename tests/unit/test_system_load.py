@@ -47,21 +47,21 @@ def test_waiting_costs_wall_seconds_and_no_processor_seconds():
     assert cpu_s < 0.01
 
 
-def world(place: str, pass_s: list[float], trunk_s: float):
-    """A model and features whose passes over four test images take the model these seconds, one after the other, and the backbone ``trunk_s``."""
-    trunk = SimpleNamespace(seconds=0.0, cpu_seconds=0.0, backbone=object(), chunk=2, maps=lambda tile: time.sleep(0.01))
-    trunk.machine = SimpleNamespace(device="cpu", wait=lambda: None)
+def world(place: str, pass_s: list[float], backbone_s: float):
+    """A model and features whose passes over four test images take the model these seconds, one after the other, and the backbone ``backbone_s``."""
+    frozen = SimpleNamespace(seconds=0.0, cpu_seconds=0.0, module=object(), chunk=2, maps=lambda tile: time.sleep(0.01))
+    frozen.machine = SimpleNamespace(device="cpu", wait=lambda: None)
     made = SimpleNamespace(seconds=0.0, cpu_seconds=0.0)
     features = SimpleNamespace(
-        trunk=trunk, pixels={"test": range(4)}, place={"test": place}, tile_px={"test": (8, 8)}, grid=lambda *_: range(3)
+        backbone=frozen, pixels={"test": range(4)}, place={"test": place}, tile_px={"test": (8, 8)}, grid=lambda *_: range(3)
     )
     passes = iter(pass_s)
 
     def segment(models, *_):
         made.seconds += (spent := next(passes))
         made.cpu_seconds += spent / 2
-        trunk.seconds += trunk_s
-        trunk.cpu_seconds += trunk_s / 2
+        frozen.seconds += backbone_s
+        frozen.cpu_seconds += backbone_s / 2
         yield 0, []
 
     return made, features, segment

@@ -3,7 +3,7 @@
 ``distance``: a pixel's distance to the edge of its cell as a share of the greatest in that cell, so that every cell is one hill of height 1,
 however large (Naylor et al. 2019, doi 10.1109/TMI.2018.2865709). ``border``: pixels within ``BORDER_PX`` of two cells (Caicedo et al. 2019,
 doi 10.1002/cyto.a.23863). Each is one more output channel and one more term of the loss, binary cross-entropy. In the answer the two make one
-*relief*, distance where there is no border, which takes the place of the mask's own distances when basins are flooded
+*boundary depth*, distance where there is no border, which takes the place of the mask's own distances when basins are flooded
 (``cellbench.metrics.separation``).
 
 Letters: B tiles, H x W pixels, A auxiliary targets.

@@ -26,7 +26,7 @@ class Preparation:
     """The side of a pixel in the images learned from, in micrometres; None where they state none or several. Nothing is resampled by it."""
 
     @property
-    def nothing(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether it gives back what it is given."""
         return self.framing.exact and self.normaliser is None
 
@@ -38,18 +38,18 @@ class Preparation:
         """An image and its class map (H, W) uint8, both framed."""
         return self.image(pair[0]), self.framing.mask(pair[1])
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it; :meth:`of` reads it back."""
         kind = next((name for name, made in KINDS.items() if isinstance(self.normaliser, made)), None)
         return {"framing": asdict(self.framing), "normalise": kind, "normaliser": asdict(self.normaliser) if self.normaliser else None,
                 "reading": self.reading.to_dict(), "um_per_px": self.um_per_px}  # fmt: skip
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Preparation:
-        """What :meth:`told` gave, also after its way through JSON."""
-        kind, facts = told["normalise"], told["normaliser"]
-        return cls(framing=Framing(**told["framing"]), normaliser=KINDS[kind](**_tuples(facts)) if kind else None,
-                   reading=IntensityScaling.of(told.get("reading")), um_per_px=told.get("um_per_px"))  # fmt: skip
+    def of(cls, record: Mapping[str, Any]) -> Preparation:
+        """What :meth:`to_dict` gave, also after its way through JSON."""
+        kind, facts = record["normalise"], record["normaliser"]
+        return cls(framing=Framing(**record["framing"]), normaliser=KINDS[kind](**_tuples(facts)) if kind else None,
+                   reading=IntensityScaling.of(record.get("reading")), um_per_px=record.get("um_per_px"))  # fmt: skip
 
 
 def _tuples(value: Any) -> Any:

@@ -65,10 +65,10 @@ class SamplingPlan:
     @cached_property
     def tile_px(self) -> tuple[int, int]:
         """Height and width of every training tile."""
-        return self.framing.tile_px(tuple(self.sizes_px[image] for image in self.seen))
+        return self.framing.tile_px(tuple(self.sizes_px[image] for image in self.used_images))
 
     @cached_property
-    def seen(self) -> tuple[int, ...]:
+    def used_images(self) -> tuple[int, ...]:
         """The numbers of the images that are learned from. Those of a smaller share are among those of a larger one."""
         order = np.random.default_rng([self.run.data_seed, 2**31 + 1]).permutation(len(self.sizes_px))
         return tuple(sorted(order[: num_used_images(len(self.sizes_px), self.run.fraction)].tolist()))
@@ -111,7 +111,7 @@ class SamplingPlan:
         # Crops go on where the last cycle ended, so that each image is seen equally often. Whole images may differ in their number of tiles,
         # and every cycle must have as many.
         start = cycle * len(self.sizes_px) if self.run.sampling == "crops" else 0
-        return [self.seen[(start + turn) % len(self.seen)] for turn in range(len(self.sizes_px))]
+        return [self.used_images[(start + turn) % len(self.used_images)] for turn in range(len(self.sizes_px))]
 
     def _corners(self, size_px: tuple[int, int], rng: np.random.Generator) -> list[tuple[int, int]]:
         if self.run.sampling == "tiles":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cohorts import features_of, learners_of, run_of
+from cohorts import features_of, run_of, trainers_of
 from PIL import Image
 
 from cellbench.cli.check import check_folder
@@ -296,17 +296,19 @@ def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, s
     data = opened(folder_of(tmp_path / "own", WITH_IGNORED, "ignore = 255"))
     run = run_of(backbone="filter-bank", **{"epochs": 1, "crops_per_image": 2, **settings})
     features = features_of(data, [run], auxiliary_targets="targets" in settings)
-    learner = learners_of(data, [run], features)[0]
-    fit([learner], features)
-    assert all(np.isfinite(value) for value in learner.history[0].values())
+    trainer = trainers_of(data, [run], features)[0]
+    fit([trainer], features)
+    assert all(np.isfinite(value) for value in trainer.history[0].values())
     known = {split: sum(int((data.read_mask(sample) != IGNORE).sum()) for sample in data.samples(split)) for split in ("val", "test")}
-    with WorkerPool(1) as lanes:
-        counts = score_tiles([learner.model], features, "val", lambda *_: None, lanes)[0]
+    with WorkerPool(1) as pool:
+        counts = score_tiles([trainer.model], features, "val", lambda *_: None, pool)[0]
     assert counts.sum() == known["val"]
-    with CohortEvaluator(data, 1) as exams:
-        for image, matrices, answers in score_images([learner.model], features, "test"):
-            exams.take(image, features.pixels["test"][image][1], matrices, [(a.classes, a.cell, a.relief) for a in answers])
-    exam = exams.exams[0]
+    with CohortEvaluator(data, 1) as evaluator:
+        for image, matrices, answers in score_images([trainer.model], features, "test"):
+            evaluator.add_image(
+                image, features.pixels["test"][image][1], matrices, [(a.classes, a.cell, a.boundary_depth) for a in answers]
+            )
+    exam = evaluator.evaluations[0]
     assert exam.counts.sum() == exam.levels.sum() == known["test"]
     assert {one.num_true for one in exam.agreements} == {10}
     artifacts.write_artifacts(

@@ -166,9 +166,9 @@ def test_a_head_and_a_backbone_beside_their_cards_are_found_built_and_joined(tmp
     run = registry.complete(RunSpec(backbone="my-backbone", head="my-head", tile_px=64))
     assert run.options == {"width": 16}
     here = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**28)
-    trunk = FrozenBackbone(open_backbone(registry.backbone("my-backbone")), here, [2])
-    made = build_model(run, registry.part(run), trunk, 3)
-    maps = trunk.maps(torch.rand(2, 3, 64, 96))
+    frozen = FrozenBackbone(open_backbone(registry.backbone("my-backbone")), here, [2])
+    made = build_model(run, registry.part(run), frozen, 3)
+    maps = frozen.maps(torch.rand(2, 3, 64, 96))
     assert [tuple(m.shape) for m in maps.values()] == [(2, 24, 8, 12)]
     assert made(Batch(maps, torch.rand(2, 3, 64, 96), torch.zeros(2, 64, 96))).shape == (2, 3, 64, 96)
 

@@ -26,12 +26,12 @@ from cellbench.training.evaluator import CANDIDATES, CohortEvaluator, ExampleKee
 
 def taken(dataset, answers, shorten=False, separation=CONNECTED):
     """The exam of one run whose answer for each image is given; ``shorten`` hands in a map of another size."""
-    with CohortEvaluator(dataset, 1, [separation]) as exams:
+    with CohortEvaluator(dataset, 1, [separation]) as evaluator:
         for k, sample in enumerate(dataset.test):
             truth = dataset.read_mask(sample)
             classes, cell = answers(truth)
-            exams.take(k, truth, [confusion_matrix(truth, classes, 2)], [(classes[:5] if shorten else classes, cell, None)])
-    return exams.exams[0]
+            evaluator.add_image(k, truth, [confusion_matrix(truth, classes, 2)], [(classes[:5] if shorten else classes, cell, None)])
+    return evaluator.evaluations[0]
 
 
 @pytest.fixture
@@ -241,5 +241,5 @@ def test_files_and_notes_of_a_test_with_empty_images_hold_no_nan(mostly_empty, t
 
 
 def test_the_worst_image_is_one_with_a_score(mostly_empty):
-    assert taken(mostly_empty, nothing).keep.cases["worst"].image == 0
-    assert {case.image for case in taken(mostly_empty, nothing).keep.cases.values()} == {0}
+    assert taken(mostly_empty, nothing).examples.cases["worst"].image == 0
+    assert {case.image for case in taken(mostly_empty, nothing).examples.cases.values()} == {0}

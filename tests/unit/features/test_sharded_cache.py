@@ -1,4 +1,4 @@
-"""A pass in shards: filled in any order, by any trunk that reads enough of it, and read as if it were computed now; a damaged one is not read."""
+"""A pass in shards: filled in any order, by any backbone that reads enough of it, and read as if it were computed now; a damaged one is not read."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
     whole = Features._batch
 
     def batch(self, kept, one, pixels):
-        computed.append(kept.get(one.rows, self.trunk.keys) is None)
+        computed.append(kept.get(one.rows, self.backbone.keys) is None)
         return whole(self, kept, one, pixels)
 
     monkeypatch.setattr(Features, "_batch", batch)

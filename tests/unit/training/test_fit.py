@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cohorts import FP32, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
+from cohorts import FP32, Listener, baseline_of, dataset_of, features_of, fitted, run_of, same, trainers_of
 from PIL import Image
 
 from cellbench.features.cache_admin import features_dir
@@ -41,9 +41,9 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_learns_the_same_alone_and_in_a_cohort(dataset, name):
     together = fitted(dataset, RUNS[name])
-    for run, learner in zip(RUNS[name], together, strict=True):
+    for run, trainer in zip(RUNS[name], together, strict=True):
         # With the levels of the whole cohort computed, or only its own: both must agree.
-        assert same(learner, fitted(dataset, [run])[0]), run.model
+        assert same(trainer, fitted(dataset, [run])[0]), run.model
 
 
 def test_a_pruned_run_does_not_disturb_the_others(dataset):
@@ -67,18 +67,18 @@ def test_kept_features_equal_streamed_ones(dataset, views, machine):
     runs = [run_of("fpn", repeat_views_every=views, epochs=4), run_of("detail", repeat_views_every=views, epochs=4)]
     streamed, in_memory = fitted(dataset, runs, machine=machine, memory_bytes=0), fitted(dataset, runs, machine=machine)
     on_disk, from_disk = fitted(dataset, runs, machine=machine, **DISK), fitted(dataset, runs, machine=machine, **DISK)
-    for learners in (in_memory, on_disk, from_disk):
-        assert all(same(a, b) for a, b in zip(streamed, learners, strict=True))
+    for trainers in (in_memory, on_disk, from_disk):
+        assert all(same(a, b) for a, b in zip(streamed, trainers, strict=True))
 
 
-def test_features_on_disk_serve_the_next_call_without_the_trunk(dataset):
+def test_features_on_disk_serve_the_next_call_without_the_backbone(dataset):
     runs = [run_of("fpn", repeat_views_every=2)]
     first = fitted(dataset, runs, **DISK)
     features = features_of(dataset, runs, **DISK)
-    features.trunk.maps = None  # would raise if it were asked
-    learners = learners_of(dataset, runs, features)
-    fit(learners, features)
-    assert same(first[0], learners[0])
+    features.backbone.maps = None  # would raise if it were asked
+    trainers = trainers_of(dataset, runs, features)
+    fit(trainers, features)
+    assert same(first[0], trainers[0])
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1] + bytes([data[-1] ^ 0xFF]), lambda data: data[:-8], lambda data: b"{}"])
@@ -111,26 +111,26 @@ def test_features_are_streamed_where_the_disk_is_too_small(dataset, monkeypatch,
 
 
 @pytest.mark.parametrize("unfreeze", [1, 3])
-def test_a_cut_trunk_gives_what_the_whole_backbone_gives(dataset, unfreeze):
+def test_a_cut_backbone_gives_what_the_whole_backbone_gives(dataset, unfreeze):
     whole, cut = run_of("fpn"), run_of("fpn", unfreeze=unfreeze)
     models, batches = [], []
     for run in (whole, cut):
         features = features_of(dataset, [run])
-        models.append(learners_of(dataset, [run], features)[0].model.eval())
+        models.append(trainers_of(dataset, [run], features)[0].model.eval())
         batches.append(next(iter(features.tiles("test", WorkerPool(1))))[0])
     with torch.no_grad():
         assert torch.equal(models[0](batches[0]), models[1](batches[1]))
 
 
-def test_an_unfrozen_tail_learns_and_the_trunk_does_not(dataset):
+def test_an_unfrozen_tail_learns_and_the_backbone_does_not(dataset):
     run = run_of("bilinear", unfreeze=2)
     features = features_of(dataset, [run])
-    learner = learners_of(dataset, [run], features)[0]
-    before = {name: x.clone() for name, x in learner.model.tail.state_dict().items()}
-    trunk = {name: x.clone() for name, x in features.trunk.backbone.state_dict().items()}
-    fit([learner], features)
-    assert all(not torch.equal(x, before[name]) for name, x in learner.model.tail.state_dict().items() if name.endswith("weight"))
-    assert all(torch.equal(x, trunk[name]) for name, x in features.trunk.backbone.state_dict().items())
+    trainer = trainers_of(dataset, [run], features)[0]
+    before = {name: x.clone() for name, x in trainer.model.tail.state_dict().items()}
+    frozen = {name: x.clone() for name, x in features.backbone.module.state_dict().items()}
+    fit([trainer], features)
+    assert all(not torch.equal(x, before[name]) for name, x in trainer.model.tail.state_dict().items() if name.endswith("weight"))
+    assert all(torch.equal(x, frozen[name]) for name, x in features.backbone.module.state_dict().items())
 
 
 def test_unfrozen_runs_of_one_cohort_do_not_touch_each_other(dataset):
@@ -141,28 +141,28 @@ def test_unfrozen_runs_of_one_cohort_do_not_touch_each_other(dataset):
 
 def test_deeper_blocks_learn_faster(dataset):
     run = run_of("bilinear", unfreeze=3, lr=1e-2, tail_lr_scale=0.1, layer_decay=0.5)
-    shares = [group["share"] for group in learners_of(dataset, [run], features_of(dataset, [run]))[0].model.groups(run)]
+    shares = [group["share"] for group in trainers_of(dataset, [run], features_of(dataset, [run]))[0].model.groups(run)]
     assert shares == pytest.approx([1.0, 0.1, 0.1, 0.05, 0.025])
 
 
-def test_the_trunk_runs_once_a_view_however_many_runs_learn(dataset):
+def test_the_backbone_runs_once_a_view_however_many_runs_learn(dataset):
     runs = [run_of("bilinear"), run_of("fpn"), run_of("detail", batch_size=7)]
     features = features_of(dataset, runs)
     counts = []
-    inner = features.trunk.maps
-    features.trunk.maps = lambda pixels: (counts.append(len(pixels)), inner(pixels))[1]
-    fit(learners_of(dataset, runs, features), features)
+    inner = features.backbone.maps
+    features.backbone.maps = lambda pixels: (counts.append(len(pixels)), inner(pixels))[1]
+    fit(trainers_of(dataset, runs, features), features)
     val_tiles = sum(len(features.grid("val", i)) for i in range(len(dataset.val)))
     assert sum(counts) == 3 * features.plan.num_views + val_tiles
 
 
-def test_repeated_views_pass_the_trunk_once_in_a_whole_training(dataset):
+def test_repeated_views_pass_the_backbone_once_in_a_whole_training(dataset):
     runs = [run_of(repeat_views_every=1, epochs=4)]
     features = features_of(dataset, runs)
     counts = []
-    inner = features.trunk.maps
-    features.trunk.maps = lambda pixels: (counts.append(len(pixels)), inner(pixels))[1]
-    fit(learners_of(dataset, runs, features), features)
+    inner = features.backbone.maps
+    features.backbone.maps = lambda pixels: (counts.append(len(pixels)), inner(pixels))[1]
+    fit(trainers_of(dataset, runs, features), features)
     val_tiles = sum(len(features.grid("val", i)) for i in range(len(dataset.val)))
     assert sum(counts) == features.plan.num_views + val_tiles
 
@@ -171,16 +171,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(dataset):
     runs = [run_of("transposed-conv", options={"width": 32}, epochs=4), run_of("bilinear", epochs=4)]
     whole = fitted(dataset, runs)
     features = features_of(dataset, runs)
-    again = learners_of(dataset, runs, features)
+    again = trainers_of(dataset, runs, features)
     # One broke off after its second epoch, the other after its first.
-    for learner, source, epoch in ((again[0], whole[0], 1), (again[1], whole[1], 0)):
+    for trainer, source, epoch in ((again[0], whole[0], 1), (again[1], whole[1], 0)):
         assert isinstance(source.recorder, Listener)
-        learner.restore(source.recorder.states[epoch])
-    before_s = [learner.trunk_s for learner in again]
+        trainer.restore(source.recorder.states[epoch])
+    before_s = [trainer.trunk_s for trainer in again]
     fit(again, features)
     assert all(same(a, b) for a, b in zip(whole, again, strict=True))
     # What was spent before the interruption is not forgotten; the first was not there for the epoch that only the second saw.
-    assert 0 < before_s[1] < before_s[0] < again[0].trunk_s < features.trunk.seconds + before_s[0]
+    assert 0 < before_s[1] < before_s[0] < again[0].trunk_s < features.backbone.seconds + before_s[0]
 
 
 def test_other_threads_random_numbers_do_not_matter(dataset):
@@ -197,72 +197,72 @@ def test_another_seed_is_another_run(dataset):
 
 
 def test_the_best_epoch_is_kept(dataset):
-    learner = fitted(dataset, [run_of("bilinear", epochs=5, lr=0.05)])[0]
-    best = max(range(len(learner.history)), key=lambda e: learner.history[e]["val/dice"])
-    assert learner.best_epoch == best
-    features = features_of(dataset, [learner.run])
-    counts = score_tiles([learner.model], features, "val", lambda *_: None, WorkerPool(1))[0]
+    trainer = fitted(dataset, [run_of("bilinear", epochs=5, lr=0.05)])[0]
+    best = max(range(len(trainer.history)), key=lambda e: trainer.history[e]["val/dice"])
+    assert trainer.best_epoch == best
+    features = features_of(dataset, [trainer.run])
+    counts = score_tiles([trainer.model], features, "val", lambda *_: None, WorkerPool(1))[0]
     dice = 2 * counts[1, 1] / (counts[1].sum() + counts[:, 1].sum())
-    assert dice == pytest.approx(learner.history[best]["val/dice"], abs=1e-12)
+    assert dice == pytest.approx(trainer.history[best]["val/dice"], abs=1e-12)
 
 
 def test_selection_by_loss_takes_the_lowest(dataset):
-    learner = fitted(dataset, [run_of("bilinear", epochs=4, select="val/loss", lr=0.05)])[0]
-    assert learner.best_epoch == int(np.argmin([row["val/loss"] for row in learner.history]))
+    trainer = fitted(dataset, [run_of("bilinear", epochs=4, select="val/loss", lr=0.05)])[0]
+    assert trainer.best_epoch == int(np.argmin([row["val/loss"] for row in trainer.history]))
 
 
 def test_where_no_validation_image_has_a_cell_the_loss_chooses_the_epoch(dataset, tmp_path):
     height, width = dataset.val[0].size_px
     Image.fromarray(np.zeros((height, width), np.uint8)).save(tmp_path / "empty.png")
     empty = replace(dataset, val=(replace(dataset.val[0], mask=tmp_path / "empty.png"),))
-    learner = fitted(empty, [run_of("bilinear", epochs=4, lr=0.05)])[0]
-    assert learner.best_epoch == int(np.argmin([row["val/loss"] for row in learner.history]))
-    assert not any("val/dice" in row for row in learner.history)
-    assert learner.best_weights
-    style.save_figure(run_plots.plot_curves(learner.history, learner.best_epoch), tmp_path / "curves.png")
+    trainer = fitted(empty, [run_of("bilinear", epochs=4, lr=0.05)])[0]
+    assert trainer.best_epoch == int(np.argmin([row["val/loss"] for row in trainer.history]))
+    assert not any("val/dice" in row for row in trainer.history)
+    assert trainer.best_weights
+    style.save_figure(run_plots.plot_curves(trainer.history, trainer.best_epoch), tmp_path / "curves.png")
 
 
 def test_early_stopping_waits_as_long_as_asked(dataset):
     run = run_of(epochs=30, patience=2)
-    learner = learners_of(dataset, [run], features_of(dataset, [run]))[0]
+    trainer = trainers_of(dataset, [run], features_of(dataset, [run]))[0]
     cell_found_px = [50, 60, 55, 70, 69, 70, 90]  # of 100; best in epochs 0, 1 and 3, and epoch 5 is no better than 3
-    learner.on(features_of(dataset, [run]))
+    trainer.on(features_of(dataset, [run]))
     for found in cell_found_px:
-        assert not learner.ended
-        learner.start_epoch()
-        learner.end_epoch(np.array([[100, 0], [100 - found, found]]))
-        if learner.ended:
+        assert not trainer.ended
+        trainer.start_epoch()
+        trainer.end_epoch(np.array([[100, 0], [100 - found, found]]))
+        if trainer.ended:
             break
-    assert (learner.ended, learner.best_epoch, learner.epoch) == ("stopped early", 3, 6)
+    assert (trainer.ended, trainer.best_epoch, trainer.epoch) == ("stopped early", 3, 6)
 
 
 def test_without_patience_no_run_stops_early(dataset):
-    learner = fitted(dataset, [run_of(epochs=4, patience=0, lr=1e-12)])[0]
-    assert (learner.ended, learner.epoch) == ("done", 4)
+    trainer = fitted(dataset, [run_of(epochs=4, patience=0, lr=1e-12)])[0]
+    assert (trainer.ended, trainer.epoch) == ("done", 4)
 
 
 def test_fit_stops_a_run_that_no_longer_gets_better(dataset):
-    learner = fitted(dataset, [run_of(epochs=30, patience=2, select="val/loss", lr=1.0, schedule="constant", warmup_epochs=0)])[0]
-    assert learner.ended == "stopped early"
-    assert len(learner.history) == learner.epoch == learner.best_epoch + 3 < 30
+    trainer = fitted(dataset, [run_of(epochs=30, patience=2, select="val/loss", lr=1.0, schedule="constant", warmup_epochs=0)])[0]
+    assert trainer.ended == "stopped early"
+    assert len(trainer.history) == trainer.epoch == trainer.best_epoch + 3 < 30
 
 
 def test_a_loss_that_is_no_number_fails_the_run_and_not_the_cohort(dataset):
     runs = [run_of(seed=0), run_of(seed=1)]
     features = features_of(dataset, runs)
-    learners = learners_of(dataset, runs, features)
+    trainers = trainers_of(dataset, runs, features)
     with torch.no_grad():
-        next(learners[0].model.parameters()).fill_(math.nan)
-    fit(learners, features)
-    assert learners[0].ended.startswith("failed: the training loss became nan")
-    assert same(learners[1], fitted(dataset, runs[1:])[0])
+        next(trainers[0].model.parameters()).fill_(math.nan)
+    fit(trainers, features)
+    assert trainers[0].ended.startswith("failed: the training loss became nan")
+    assert same(trainers[1], fitted(dataset, runs[1:])[0])
 
 
 def test_the_schedule_warms_up_and_ends_near_zero(dataset):
     run = run_of(epochs=10, warmup_epochs=2, lr=1e-2)
-    learner = learners_of(dataset, [run], features_of(dataset, [run]))[0]
-    steps = math.ceil(learner.num_views / run.batch_size)
-    rates = [learner.lr(step) for step in range(10 * steps)]
+    trainer = trainers_of(dataset, [run], features_of(dataset, [run]))[0]
+    steps = math.ceil(trainer.num_views / run.batch_size)
+    rates = [trainer.lr(step) for step in range(10 * steps)]
     assert rates[: 2 * steps] == sorted(rates[: 2 * steps])
     assert rates[2 * steps :] == sorted(rates[2 * steps :], reverse=True)
     assert max(rates) == pytest.approx(1e-2)
@@ -293,11 +293,11 @@ def test_no_step_of_an_epoch_sees_fewer_tiles_than_another_by_more_than_one(data
     learn = HeadTrainer._train_step
     monkeypatch.setattr(HeadTrainer, "_train_step", lambda self, batch: (sizes.append(batch.num), learn(self, batch))[1])
     run = run_of(epochs=1, batch_size=16)  # the machine's chunks are of 16
-    learner = fitted(dataset, [run])[0]
-    assert learner.num_views % 16 not in (0, 15)
-    assert sum(sizes) == learner.num_views
+    trainer = fitted(dataset, [run])[0]
+    assert trainer.num_views % 16 not in (0, 15)
+    assert sum(sizes) == trainer.num_views
     assert max(sizes) - min(sizes) <= 1
-    assert len(sizes) == learner.steps_per_epoch == math.ceil(learner.num_views / 16)
+    assert len(sizes) == trainer.steps_per_epoch == math.ceil(trainer.num_views / 16)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -319,15 +319,15 @@ def test_the_unet_baseline_learns_in_the_same_harness(dataset):
 
 
 def test_learning_lowers_the_loss_and_finds_the_discs(dataset):
-    learner = fitted(dataset, [run_of("detail", epochs=12, crops_per_image=8, lr=5e-3)])[0]
-    assert learner.history[-1]["train/loss"] < 0.5 * learner.history[0]["train/loss"]
-    assert learner.history[learner.best_epoch]["val/dice"] > 0.9
+    trainer = fitted(dataset, [run_of("detail", epochs=12, crops_per_image=8, lr=5e-3)])[0]
+    assert trainer.history[-1]["train/loss"] < 0.5 * trainer.history[0]["train/loss"]
+    assert trainer.history[trainer.best_epoch]["val/dice"] > 0.9
 
 
 def test_the_whole_image_is_judged_also_where_it_is_smaller_than_a_tile(dataset):
     run = run_of("bilinear", tile_px=224)
     features = features_of(dataset, [run], FP32)
-    learner = learners_of(dataset, [run], features)[0]
-    for _, matrices, answers in score_images([learner.model], features, "test"):
+    trainer = trainers_of(dataset, [run], features)[0]
+    for _, matrices, answers in score_images([trainer.model], features, "test"):
         height, width = answers[0].classes.shape
         assert matrices[0].sum() == height * width

@@ -9,7 +9,7 @@ import parts
 import pytest
 import torch
 import torch.nn.functional as F
-from cohorts import FP32, REGISTRY, Listener, baseline_of, dataset_of, features_of, fitted, learners_of, run_of, same
+from cohorts import FP32, REGISTRY, Listener, baseline_of, dataset_of, features_of, fitted, run_of, same, trainers_of
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -59,7 +59,7 @@ def test_a_head_that_draws_learns_the_same_alone_in_a_cohort_and_resumed(dataset
     assert not same(together[0], together[2])
     assert same(together[1], fitted(dataset, runs[1:2])[0])
     features = features_of(dataset, runs[:1])
-    (again,) = learners_of(dataset, runs[:1], features)
+    (again,) = trainers_of(dataset, runs[:1], features)
     assert isinstance(alone.recorder, Listener)
     again.restore(alone.recorder.states[0])
     fit([again], features)
@@ -69,15 +69,15 @@ def test_a_head_that_draws_learns_the_same_alone_in_a_cohort_and_resumed(dataset
 def test_a_trained_tail_with_drop_path_learns_the_same_alone_and_in_a_cohort(dataset):
     def learned(runs: list[RunSpec], machine: Hardware) -> list[HeadTrainer]:
         features = features_of(dataset, runs, machine)
-        learners = learners_of(dataset, runs, features)
-        for learner in learners:
-            learner.model.tail.blocks[0].drop_path1 = DropPath(0.5)
-        fit(learners, features)
-        return learners
+        trainers = trainers_of(dataset, runs, features)
+        for trainer in trainers:
+            trainer.model.tail.blocks[0].drop_path1 = DropPath(0.5)
+        fit(trainers, features)
+        return trainers
 
     runs = [run_of(head, unfreeze=2, **QUICK) for head in ("bilinear", "fpn")]
     together = learned(runs, LANES)
-    assert all(learner.model.draws.expected for learner in together)
+    assert all(trainer.model.draws.expected for trainer in together)
     assert same(together[0], learned(runs[:1], FP32)[0])
 
 
@@ -102,8 +102,8 @@ def test_shipped_heads_draw_nothing_and_are_not_even_watched(dataset, run, monke
 
 def test_a_model_that_draws_even_in_eval_mode_gives_the_same_twice(dataset, mine):
     features = features_of(dataset, [run := mine("AlwaysDropping")])
-    (learner,) = learners_of(dataset, [run], features)
-    first, second = ([matrices[0].tolist() for _, matrices, _ in score_images([learner.model], features, "test")] for _ in range(2))
+    (trainer,) = trainers_of(dataset, [run], features)
+    first, second = ([matrices[0].tolist() for _, matrices, _ in score_images([trainer.model], features, "test")] for _ in range(2))
     assert first == second
 
 

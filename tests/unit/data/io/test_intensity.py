@@ -278,7 +278,7 @@ def trained(of_12_bits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_heads_learn_from_keeps_the_range_of_its_data_set(tmp_path: Path) -> None:
     preparation = features_of(opened(folder_of(tmp_path / "data")), [run_of()]).preparation
     assert preparation.reading.int_range == (0, 4095)
-    assert Preparation.of(json.loads(json.dumps(preparation.told()))) == preparation
+    assert Preparation.of(json.loads(json.dumps(preparation.to_dict()))) == preparation
 
 
 def cell_greys(out: Path) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cohorts import dataset_of, features_of, learners_of, run_of, same
+from cohorts import dataset_of, features_of, run_of, same, trainers_of
 from PIL import Image
 from scipy import ndimage
 from small_data import discs
@@ -79,9 +79,9 @@ def test_a_learned_relief_parts_what_the_mask_alone_cannot():
     mask[10:50, 10:110] = 1  # two square cells wall to wall: no neck at all
     ids = mask * np.where(np.arange(120) < 60, 1, 2)[None].astype(np.int32)
     border, distance = np.moveaxis(cell_targets.make_targets(mask, ids).astype(float) / 255, -1, 0)
-    relief = np.rint(255 * distance * (1 - border)).astype(np.uint8)
+    boundary_depth = np.rint(255 * distance * (1 - border)).astype(np.uint8)
     assert DistanceWatershed(mask).instances(0.8, 10).num == 1
-    found = DistanceWatershed(mask, relief).instances(0.8, 10)
+    found = DistanceWatershed(mask, boundary_depth).instances(0.8, 10)
     assert found.num == 2
     assert min(np.mean(found.ids[ids == number] == np.bincount(found.ids[ids == number]).argmax()) for number in (1, 2)) > 0.95
 
@@ -103,8 +103,8 @@ def numbered(tmp_path: Path) -> Path:
 def test_aims_lie_where_their_cells_lie_in_every_view(numbered, settings):
     run = run_of(targets=BOTH, **settings)
     features = features_of(dataset_of(numbered), [run], auxiliary_targets=True)
-    with WorkerPool(1) as lanes:
-        for batch in features.train(0, lanes):
+    with WorkerPool(1) as pool:
+        for batch in features.train(0, pool):
             assert torch.equal(batch.auxiliary_targets[..., 1] > 0, batch.target > 0)
             assert batch.auxiliary_targets.shape == (*batch.target.shape, 2)
 
@@ -114,9 +114,9 @@ def test_who_learns_more_disturbs_nobody_and_is_the_same_alone(numbered):
 
     def fitted(runs: list[RunSpec], auxiliary_targets: bool) -> list:
         features = features_of(dataset, runs, auxiliary_targets=auxiliary_targets)
-        learners = learners_of(dataset, runs, features)
-        fit(learners, features)
-        return learners
+        trainers = trainers_of(dataset, runs, features)
+        fit(trainers, features)
+        return trainers
 
     together = fitted(runs, True)
     assert same(together[0], fitted(runs[:1], False)[0])
@@ -142,7 +142,7 @@ targets = "{BOTH}"
     told = json.loads(next(tmp_path.glob("mlruns/*/*/artifacts/separation.json")).read_text())
     assert told["learned"] is True
     found = Segmenter.load("best:more", device="cpu").predict(numbered / "test" / "original" / "100.png")
-    assert found.relief is not None
+    assert found.boundary_depth is not None
     per_image = json.loads(next(tmp_path.glob("mlruns/*/*/artifacts/per_image.json")).read_text())
     scored = next(value for name, value in per_image.items() if name == "num_predicted" or name.endswith("/num_predicted"))
     assert found.cells.num == scored[0]

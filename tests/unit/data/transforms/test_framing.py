@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cohorts import dataset_of, features_of, fitted, learners_of, run_of, same
+from cohorts import dataset_of, features_of, fitted, run_of, same, trainers_of
 from small_data import write_pair
 
 from cellbench.config.run import RunSpec
@@ -136,7 +136,7 @@ def test_a_run_learns_the_same_alone_in_a_cohort_and_from_kept_features(dataset,
 def test_every_own_pixel_is_judged_once_in_validation_and_test(dataset, way) -> None:
     run = run_of("bilinear", **way)
     features = features_of(dataset, [run])
-    model = learners_of(dataset, [run], features)[0].model
+    model = trainers_of(dataset, [run], features)[0].model
     for split in ("val", "test"):
         pixels = sum(h * w for h, w in features.pixels[split].sizes_px)
         cells = sum(int(features.pixels[split][k][1].sum()) for k in range(len(features.pixels[split])))
@@ -152,7 +152,7 @@ def test_a_head_that_reads_the_colour_finds_the_cells_in_their_own_place(dataset
     """A model that knows the answer: dark is cell. What it loses is what the framing loses."""
     run = run_of("bilinear", **way)
     features = features_of(dataset, [run])
-    model = learners_of(dataset, [run], features)[0].model
+    model = trainers_of(dataset, [run], features)[0].model
 
     def seen(batch):
         cell = (190 / 255 - batch.pixels.mean(1, keepdim=True)) * 50

@@ -133,7 +133,7 @@ def test_a_view_holds_plain_numbers() -> None:
 
 def test_a_share_of_the_images_is_seen_smaller_within_larger_in_epochs_as_long() -> None:
     sizes = ((64, 64), (80, 64), (64, 90), (200, 65), (64, 64), (100, 100), (64, 64), (70, 70), (64, 64))
-    seen = {share: set(plan(sizes, fraction=share).seen) for share in (0.1, 0.25, 0.5, 1.0)}
+    seen = {share: set(plan(sizes, fraction=share).used_images) for share in (0.1, 0.25, 0.5, 1.0)}
     assert [len(one) for one in seen.values()] == [1, 2, 5, 9]
     assert seen[0.1] < seen[0.25] < seen[0.5] < seen[1.0]
     for share, mine in seen.items():
@@ -149,11 +149,11 @@ def test_a_share_of_the_images_is_seen_smaller_within_larger_in_epochs_as_long()
 
 def test_padded_frames_are_as_large_as_the_images_that_are_learned_from_need() -> None:
     sizes = ((64, 64),) * 5
-    (seen,) = plan(sizes, fraction=0.2).seen
+    (seen,) = plan(sizes, fraction=0.2).used_images
     larger = tuple((64, 64) if image == seen else (300, 500) for image in range(5))
     assert plan(larger, fraction=0.2, framing="pad").tile_px == (64, 64)
     assert plan(larger, fraction=1.0, framing="pad").tile_px == (320, 512)
 
 
 def test_other_images_are_drawn_with_another_data_seed() -> None:
-    assert len({plan(((64, 64),) * 30, fraction=0.2, data_seed=seed).seen for seed in range(8)}) > 1
+    assert len({plan(((64, 64),) * 30, fraction=0.2, data_seed=seed).used_images for seed in range(8)}) > 1

@@ -113,7 +113,7 @@ def test_images_without_stain_pass_without_a_warning(name: str) -> None:
 @pytest.mark.parametrize("normaliser", [None, Reinhard.fitted([slide(0)]), Macenko.fitted([slide(0)])], ids=["none", "reinhard", "macenko"])
 def test_a_preparation_comes_back_from_its_file(normaliser) -> None:
     one = Preparation(framing=Framing(kind="tile", side_px=64, scale=2.0), normaliser=normaliser)
-    again = Preparation.of(json.loads(json.dumps(one.told())))
+    again = Preparation.of(json.loads(json.dumps(one.to_dict())))
     assert again == one
     assert np.array_equal(again.image(slide(7)), one.image(slide(7)))
 
@@ -133,7 +133,7 @@ def test_a_normaliser_is_fitted_to_the_training_images_alone(small_folder, kind:
 def test_a_normaliser_is_not_fitted_to_training_images_beyond_the_runs_fraction(small_folder, kind: str) -> None:
     dataset = dataset_of(small_folder)
     half = features_of(dataset, [run_of(normalise=kind, fraction=0.5)])
-    seen = half.plan.seen
+    seen = half.plan.used_images
     assert 0 < len(seen) < len(dataset.train)
     fitted_to = {"reinhard": Reinhard, "macenko": Macenko}[kind].fitted(dataset.read(dataset.train[k])[0] for k in seen)
     assert half.preparation.normaliser == fitted_to

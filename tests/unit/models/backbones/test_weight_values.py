@@ -9,7 +9,7 @@ from pathlib import Path
 import parts
 import pytest
 import torch
-from cohorts import REGISTRY, dataset_of, features_of, learners_of, run_of
+from cohorts import REGISTRY, dataset_of, features_of, run_of, trainers_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_data import MODEL, write_pair
@@ -172,7 +172,7 @@ def test_an_image_whose_scores_are_not_finite_is_skipped_and_not_counted(exporte
 def test_an_infinite_score_is_no_answer_though_its_probability_is_a_number(small_folder: Path) -> None:
     dataset, run = dataset_of(small_folder), run_of()
     features = features_of(dataset, [run])
-    made = learners_of(dataset, [run], features)[0].model
+    made = trainers_of(dataset, [run], features)[0].model
     assert all(answers[0].finite for _, answers in segment_images([made], features, "test"))
 
     class Sure(type(made.head)):
