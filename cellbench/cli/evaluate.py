@@ -19,7 +19,7 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.errors import CellbenchError
 from cellbench.execution import artifacts
-from cellbench.execution.artifacts import TestResult
+from cellbench.execution.artifacts import EvaluationResult
 from cellbench.files import file_name
 from cellbench.inference.evaluation import Evaluation, evaluate_segmenter, open_test_images
 from cellbench.inference.trained_run import TrainedRun
@@ -52,7 +52,7 @@ def evaluate(options: EvaluateOptions) -> int:
     evaluation = evaluate_segmenter(segmenter, dataset, options.visualize)
     for line in evaluation.notes:
         print(line)
-    result = TestResult(exam=evaluation.scores, cost=evaluation.cost, preparation=trained.preparation)
+    result = EvaluationResult(evaluation=evaluation.scores, cost=evaluation.cost, preparation=trained.preparation)
     tested = _Tested(
         name=f"evaluate: {trained.name} on {dataset.root.name}",
         trained=trained,
@@ -79,7 +79,7 @@ class _Tested:
     experiment: Experiment
     dataset: Dataset
     evaluation: Evaluation
-    result: TestResult
+    result: EvaluationResult
     metrics: dict[str, float]
     seen: Sequence[str] | None
     """Of each test image, the part of the training data that it was in, or nothing; None where the run has no record of them."""
@@ -133,16 +133,14 @@ def _write_artifacts(tested: _Tested, folder: Path) -> None:
     for rank, case in enumerate(tested.evaluation.worst, 1):
         picture, truth = pixels[case.image]
         file = dataset.test[case.image].name
-        title = (
-            f"{rank}. worst of {len(dataset.test)}: {file}, {case.score}\n{describe_outcomes(asdict(result.exam.agreements[case.image]))}"
-        )
+        title = f"{rank}. worst of {len(dataset.test)}: {file}, {case.score}\n{describe_outcomes(asdict(result.evaluation.agreements[case.image]))}"
         figure = run_plots.plot_example(picture, truth, case.classes, case.cell, title)
         style.save_figure(figure, folder / "figures" / f"worst-{rank:03d}-{file_name(Path(file).stem)}.png")
 
 
 def _summary(tested: _Tested) -> list[str]:
     metrics, num = tested.metrics, len(tested.dataset.test)
-    mean = f"{artifacts.format_score(metrics, 'test_image/dice')}{artifacts.interval_words(metrics)}"
+    mean = f"{artifacts.format_score(metrics, 'test_image/dice')}{artifacts.describe_interval(metrics)}"
     dice, iou = artifacts.format_score(metrics, "test/dice"), artifacts.format_score(metrics, "test/iou")
     lines = [
         f"Dice {dice} over all pixels, {mean} in the mean of the images; IoU {iou}.",

@@ -43,9 +43,9 @@ def stop_at_interrupt(stop: StopRequest) -> Iterator[None]:
     """Ctrl-C, once: the search ends after the current batch, here and in its helpers; twice: at once."""
 
     def interrupted(number: int, frame: object) -> None:
-        if stop.asked:
+        if stop.interrupted:
             raise KeyboardInterrupt
-        stop.asked = True
+        stop.interrupted = True
         for process in stop.helpers:
             process.send_signal(signal.SIGINT)
         say("ending after this batch; Ctrl-C once more ends at once. Finished trials are kept either way.")

@@ -65,7 +65,7 @@ class BenchmarkSetup:
         frozen = FrozenBackbone(self.frozen, self.machine, [num_levels(self.registry.part(run)) for run in runs])
         return Features(frozen, SamplingPlan(self.pixels["train"].sizes_px, runs[0]), self.pixels, CachePolicy(memory_bytes=memory_bytes))
 
-    def learner(self, run: RunSpec, features: Features, num_views: int) -> HeadTrainer:
+    def trainer(self, run: RunSpec, features: Features, num_views: int) -> HeadTrainer:
         """The trainer of a run, which logs nothing."""
         model = build_model(run, self.registry.part(run), features.backbone, len(self.dataset.classes))
         return HeadTrainer(run=run, model=model, recorder=_NoRecorder(), num_views=num_views).on(features)
@@ -73,10 +73,10 @@ class BenchmarkSetup:
     def fitted(self, runs: list[RunSpec], memory_bytes: int = 2**33) -> tuple[float, list[HeadTrainer]]:
         """Trains a cohort; returns the seconds of ``fit`` and the trainers."""
         features = self.features(runs, memory_bytes)
-        learners = [self.learner(run, features, features.plan.num_views) for run in runs]
-        wall_s = seconds(lambda: fit(learners, features))
+        trainers = [self.trainer(run, features, features.plan.num_views) for run in runs]
+        wall_s = seconds(lambda: fit(trainers, features))
         self.trunk_s = features.backbone.seconds
-        return wall_s, learners
+        return wall_s, trainers
 
 
 class _NoRecorder:

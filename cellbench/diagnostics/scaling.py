@@ -79,13 +79,13 @@ def _repeated(dataset: Dataset, times: int) -> Dataset:
 def _cost(setup: BenchmarkSetup, dataset: Dataset, runs: list[RunSpec]) -> CohortCost:
     setup.dataset, setup.pixels = dataset, {split: ImageCache(dataset, split, PIXELS_BYTES) for split in ("train", "val", "test")}
     with watch_memory() as memory:
-        wall_s, learners = setup.fitted(runs)
+        wall_s, trainers = setup.fitted(runs)
     return CohortCost(
         num_runs=len(runs),
         num_images=len(dataset.train),
         num_tiles=len(dataset.train) * runs[0].crops_per_image,
         wall_s=wall_s,
-        head_s=sum(learner.train_s for learner in learners),
+        head_s=sum(trainer.train_s for trainer in trainers),
         trunk_s=setup.trunk_s,
         peak_mib=memory.peak_mib,
     )

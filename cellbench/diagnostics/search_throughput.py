@@ -67,7 +67,7 @@ def _search(space: Space, registry: Registry, fit_cohort: FitCohort) -> tuple[fl
         with study:
             while batch := study.ask():
                 runs = [registry.complete(run) for pending in batch for run in expand(Experiment.of(space.tree(pending.point), "bench"))]
-                _, learners = fit_cohort(runs)
-                for pending, learner in zip(batch, learners, strict=True):
-                    study.tell(pending, learner.history[learner.best_epoch])
-        return time.perf_counter() - start, [(t.number, *sorted(t.point.items()), t.values) for t in study.told()]
+                _, trainers = fit_cohort(runs)
+                for pending, trainer in zip(batch, trainers, strict=True):
+                    study.tell(pending, trainer.history[trainer.best_epoch])
+        return time.perf_counter() - start, [(t.number, *sorted(t.point.items()), t.values) for t in study.trials()]

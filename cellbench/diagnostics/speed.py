@@ -120,11 +120,11 @@ def _heads(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
     with WorkerPool(1) as pool:
         batch = next(iter(features.train(0, pool)))
     for run in runs:
-        learner = setup.learner(run, features, batch.num)
+        trainer = setup.trainer(run, features, batch.num)
 
-        def steps(learner: HeadTrainer = learner) -> None:
-            learner.start_epoch()
-            learner.train_on(batch)
+        def steps(trainer: HeadTrainer = trainer) -> None:
+            trainer.start_epoch()
+            trainer.train_on(batch)
             setup.machine.wait()
 
         out.add(f"head_{run.head}_tiles_per_s", f"head alone: {run.head}", batch.num / min(seconds(steps) for _ in range(4)), "tiles/s")
@@ -197,7 +197,7 @@ def _naive(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrainer
 
 def _testing(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrainer]) -> None:
     features = setup.features(setup.runs)
-    models = [learner.model for learner in cohort]
+    models = [trainer.model for trainer in cohort]
     num = len(setup.pixels["test"])
     each_s = seconds(lambda: list(segment_images(models, features, "test"))) / num
     trunk_s = features.backbone.seconds / num

@@ -1,4 +1,4 @@
-"""What a finished run leaves: its metrics by the contract's names, and the files beside them."""
+"""The final metrics of a run and the artifacts that it logs to MLflow."""
 
 from __future__ import annotations
 
@@ -36,28 +36,29 @@ from cellbench.training.trainer import HeadTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestResult:
-    """A run's test."""
+class EvaluationResult:
+    """The evaluation of one run on the test set."""
 
-    exam: RunEvaluation
+    evaluation: RunEvaluation
     cost: dict[str, float]
-    learner: HeadTrainer | None = None
+    trainer: HeadTrainer | None = None
     preparation: Preparation | None = None
-    """What was done to every image; None for a method that sees images as they are."""
+    """The preprocessing of every image; None for a baseline that reads the raw image."""
 
 
 def import_plotting() -> None:
-    """Imports what draws the pictures: a second that a grid with nothing new need not spend."""
+    """Imports the plotting modules. This takes a second, so a grid without new runs skips it."""
     importlib.import_module("cellbench.reporting.plots.run")
 
 
-def final_metrics(dataset: Dataset, result: TestResult) -> dict[str, float]:
-    """Everything that is logged at the end of a run: pooled scores, means over images with their interval, cells, cost, the best epoch.
+def final_metrics(dataset: Dataset, result: EvaluationResult) -> dict[str, float]:
+    """All metrics that are logged at the end of a run.
 
-    Means go over the images that have a score; ``…_empty1`` are the same with 1 for what has none, as older publications have them. Names
-    without a value (a class in neither truth nor prediction) are left out.
+    They are the pooled scores, the means over images with their interval, the cell counts, the cost and the best epoch. A mean covers the
+    images that have a score. In the ``…_empty1`` variants an undefined score counts as 1, as in older publications. A metric without a value
+    (a class in neither the reference nor the prediction) is omitted.
     """
-    counts, each, outcomes = result.exam.counts, result.exam.per_image(), result.exam.outcomes()
+    counts, each, outcomes = result.evaluation.counts, result.evaluation.per_image(), result.evaluation.outcomes()
     out = named_scores("test", counts, dataset.classes) | result.cost
     out |= {f"test_image/{name}": nan_mean(values) for name, values in each.items()}
     known, own = np.flatnonzero(~np.isnan(each["dice"])), resampling_units(dataset)
@@ -69,27 +70,27 @@ def final_metrics(dataset: Dataset, result: TestResult) -> dict[str, float]:
     out["test/num_empty"], out["test/num_empty_found"] = count_empty_images(counts)
     out |= {f"test/{name}": int(values.sum()) for name, values in outcomes.items()}
     errors = outcomes["num_predicted"] - outcomes["num_true"]
-    # The mean of signed errors is a bias, in which too many and too few cancel out; the other is how far a count is off.
+    # The mean of signed errors is a bias: overcounts and undercounts cancel out. The mean absolute error is the typical error of a count.
     out |= {"test_image/count_error": float(errors.mean()), "test_image/count_error_abs": float(np.abs(errors).mean())}
-    cut = result.exam.separation
-    # What cutting is worth: the same answers, their cells taken as connected regions.
-    joined = [one["num_predicted"] - one["num_true"] for one in result.exam.connected]
-    out |= {"test_image/ap50_connected": nan_mean(np.array([one["ap50"] for one in result.exam.connected]))}
+    cut = result.evaluation.separation
+    # The same predictions with connected regions as cells: shows the effect of the separation.
+    joined = [one["num_predicted"] - one["num_true"] for one in result.evaluation.connected]
+    out |= {"test_image/ap50_connected": nan_mean(np.array([one["ap50"] for one in result.evaluation.connected]))}
     out |= {"test_image/count_error_abs_connected": float(np.abs(joined).mean()), "separation/saddle_ratio": cut.saddle_ratio}
     if cut.val_ap50:
         out["separation/val_ap50"] = cut.val_ap50[f"{cut.saddle_ratio:g}"]
-    if (calibration := result.exam.calibration()) is not None:
+    if (calibration := result.evaluation.calibration()) is not None:
         from cellbench.metrics.calibration import expected_calibration_error
 
         out["test/calibration_error"] = expected_calibration_error(calibration)
-    if result.learner is not None:
-        best = result.learner.history[result.learner.best_epoch]
-        out |= {"best/epoch": result.learner.best_epoch, "best/val_loss": best["val/loss"], "best/val_dice": best.get("val/dice", math.nan)}
+    if result.trainer is not None:
+        best = result.trainer.history[result.trainer.best_epoch]
+        out |= {"best/epoch": result.trainer.best_epoch, "best/val_loss": best["val/loss"], "best/val_dice": best.get("val/dice", math.nan)}
     return {key: round_metric(key, value) for key, value in out.items() if not math.isnan(value)}
 
 
 def _empty1(counts: np.ndarray, each: Mapping[str, np.ndarray], unused: Collection[int]) -> dict[str, np.ndarray]:
-    """Per-image scores (N,) by the older rule: a class in neither truth nor prediction scores 1, and so do the cells of an image without any."""
+    """Per-image scores (N,) where undefined scores are 1: a class in neither reference nor prediction, or an image without cells."""
     old = per_image_scores(counts, absent=1.0)
     num = counts.shape[-1] - 1
     scored = [k for k in range(1, num + 1) if k not in unused]
@@ -100,12 +101,12 @@ def _empty1(counts: np.ndarray, each: Mapping[str, np.ndarray], unused: Collecti
 
 
 def resampling_units(dataset: Dataset) -> tuple[Hashable, ...] | None:
-    """What an interval over the test images resamples: their groups, as the report does; None for the images themselves."""
+    """The resampling units of an interval over the test images: their groups, as in the report. None: the images themselves."""
     return unit_labels([sample.name for sample in dataset.test], [sample.group for sample in dataset.test])
 
 
-def interval_words(values: Mapping[str, float]) -> str:
-    """The interval of the mean Dice among a run's metrics, in words; empty where there is none."""
+def describe_interval(values: Mapping[str, float]) -> str:
+    """The interval of the mean Dice as text; empty if the metrics contain none."""
     if "test_image/dice_low" not in values:
         return ""
     rough = "roughly " if values.get("test_image/dice_units", ROUGH_BELOW) < ROUGH_BELOW else ""
@@ -113,7 +114,7 @@ def interval_words(values: Mapping[str, float]) -> str:
 
 
 def round_metric(name: str, value: float) -> float:
-    """Six decimals of a score and four figures of a cost: what the numbers are worth, and what a column of the UI can show."""
+    """Rounds a score to six decimals and a cost to four significant digits, so that it fits a column of the UI."""
     return float(f"{value:.4g}") if name.startswith("cost/") and not name.endswith("_params") else round(float(value), 6)
 
 
@@ -124,15 +125,15 @@ def write_artifacts(
     experiment: Experiment,
     datasets: Sequence[Dataset],
     pixels: ImageCache,
-    result: TestResult,
+    result: EvaluationResult,
     seen: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the files that a tested run leaves into a folder.
+    """Writes the artifacts of an evaluated run to a folder.
 
     They are ``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json``, ``head.safetensors`` and
     ``figures/*.png``.
 
-    ``datasets``: one, or one a fold. ``seen``: what the run keeps of the images that it learned from, as ``seen_images.json``.
+    ``datasets``: one, or one per fold. ``seen``: content of ``seen_images.json``, which describes the training images.
     """
     from cellbench.reporting.plots import run as run_plots
     from cellbench.reporting.plots import style
@@ -140,60 +141,60 @@ def write_artifacts(
     if seen is not None:
         (folder / SEEN).write_text(json.dumps(seen), encoding="utf-8")
     dataset = datasets[run.fold]
-    told = per_image_record(dataset, result)
-    if result.learner is not None:
-        told["num_train"] = num_used_images(len(dataset.train), run.fraction)
+    record = per_image_record(dataset, result)
+    if result.trainer is not None:
+        record["num_train"] = num_used_images(len(dataset.train), run.fraction)
     if experiment.data.folds:
-        told |= {"fold": run.fold, "num_folds": experiment.data.folds, "pool": pool_folds(datasets)}
+        record |= {"fold": run.fold, "num_folds": experiment.data.folds, "pool": pool_folds(datasets)}
     (folder / "config.toml").write_text(tomli_w.dumps(single_run_experiment(run, experiment)), encoding="utf-8")
-    (folder / "per_image.json").write_text(json.dumps(told, allow_nan=False), encoding="utf-8")
-    (folder / SEPARATION).write_text(json.dumps(asdict(result.exam.separation)), encoding="utf-8")
-    (folder / TABLE).write_text(json.dumps(per_image_table(told), allow_nan=False), encoding="utf-8")
+    (folder / "per_image.json").write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+    (folder / SEPARATION).write_text(json.dumps(asdict(result.evaluation.separation)), encoding="utf-8")
+    (folder / TABLE).write_text(json.dumps(per_image_table(record), allow_nan=False), encoding="utf-8")
     if result.preparation is not None:
         (folder / "preparation.json").write_text(json.dumps(result.preparation.to_dict()), encoding="utf-8")
     (folder / "figures").mkdir()
-    if result.learner is not None:
-        save_file({key: x.contiguous() for key, x in result.learner.best_weights.items()}, folder / "head.safetensors")
-        style.save_figure(run_plots.plot_curves(result.learner.history, result.learner.best_epoch), folder / "figures" / "curves.png")
-    exam = result.exam
-    pooled = pixel_scores(exam.counts.sum(0))
+    if result.trainer is not None:
+        save_file({key: x.contiguous() for key, x in result.trainer.best_weights.items()}, folder / "head.safetensors")
+        style.save_figure(run_plots.plot_curves(result.trainer.history, result.trainer.best_epoch), folder / "figures" / "curves.png")
+    evaluation = result.evaluation
+    pooled = pixel_scores(evaluation.counts.sum(0))
     by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
     style.save_figure(
         run_plots.plot_scores(
             name,
-            exam.per_image(),
+            evaluation.per_image(),
             by_class,
-            exam.calibration(),
+            evaluation.calibration(),
             resampling_units(dataset),
-            [one for one in exam.own_metrics if not one.unit],
+            [one for one in evaluation.own_metrics if not one.unit],
         ),
         folder / "figures" / "scores.png",
     )
-    for which, case in exam.examples.cases.items():
+    for which, case in evaluation.examples.cases.items():
         picture, truth = pixels[case.image]
-        cells = describe_outcomes(asdict(exam.agreements[case.image]))
+        cells = describe_outcomes(asdict(evaluation.agreements[case.image]))
         title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, {case.score}\n{cells}"
         style.save_figure(run_plots.plot_example(picture, truth, case.classes, case.cell, title), folder / "figures" / f"{which}.png")
 
 
 def pool_folds(datasets: Sequence[Dataset]) -> str:
-    """What stands for the data of all folds together: files, classes, and how they were cut. Of one dataset, its own digest."""
+    """A digest of all folds together: files, classes and splits. For a single dataset, its own digest."""
     if len(datasets) == 1:
         return datasets[0].digest
     return hashlib.sha256(json.dumps([dataset.digest for dataset in datasets]).encode()).hexdigest()[:16]
 
 
 TABLE = "images.json"
-"""The artifact that MLflow's UI opens as a table, one line an image."""
+"""The artifact that MLflow's UI shows as a table, one row per image."""
 
 
 SEPARATION = "separation.json"
-"""The artifact with a run's :class:`~cellbench.metrics.separation.SeparationParams`, field by field."""
+"""The artifact with the fields of a run's :class:`~cellbench.metrics.separation.SeparationParams`."""
 
 
-def per_image_record(dataset: Dataset, result: TestResult) -> dict[str, object]:
-    """The scores of each test image and the counts they come from; any other overlap can be had from those."""
-    exam = result.exam
+def per_image_record(dataset: Dataset, result: EvaluationResult) -> dict[str, object]:
+    """The scores of each test image and their pixel counts, from which any other overlap score can be computed."""
+    evaluation = result.evaluation
     return {
         "classes": list(dataset.classes),
         "unused": [dataset.classes[k] for k in dataset.unused],
@@ -202,34 +203,34 @@ def per_image_record(dataset: Dataset, result: TestResult) -> dict[str, object]:
         "num_images": {split: len(dataset.samples(split)) for split in SPLITS},
         "groups": [sample.group for sample in dataset.test],
         "tolerance_px": TOLERANCE_PX,
-        "min_area_px": [dataset.min_cell_px or (MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX) for one in exam.agreements],
-        "separation_saddle_ratio": exam.separation.saddle_ratio,
-        "cells_numbered": [one.numbered for one in exam.agreements],
-        "confusion": exam.counts.tolist(),
-        **{name: _rounded(values) for name, values in exam.per_image().items()},
-        **{name: values.tolist() for name, values in exam.outcomes().items()},
-        "own_metrics": catalog.to_record(exam.own_metrics),
-        "calibration": exam.calibration(),
+        "min_area_px": [dataset.min_cell_px or (MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX) for one in evaluation.agreements],
+        "separation_saddle_ratio": evaluation.separation.saddle_ratio,
+        "cells_numbered": [one.numbered for one in evaluation.agreements],
+        "confusion": evaluation.counts.tolist(),
+        **{name: _rounded(values) for name, values in evaluation.per_image().items()},
+        **{name: values.tolist() for name, values in evaluation.outcomes().items()},
+        "own_metrics": catalog.to_record(evaluation.own_metrics),
+        "calibration": evaluation.calibration(),
     }
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
-    """Six decimals; None, JSON's null, for an image without a score."""
+    """Rounds to six decimals. None (JSON's null) for an image without a score."""
     return [None if math.isnan(value) else round(value, 6) for value in values.tolist()]
 
 
-def per_image_table(told: dict[str, Any]) -> dict[str, object]:
-    """``per_image`` as the UI's table: worst image first, since that is the one to look at; those without a score last."""
-    order = np.argsort(np.array(told["dice"], np.float64), kind="stable").tolist()
+def per_image_table(record: dict[str, Any]) -> dict[str, object]:
+    """``per_image`` as a table for the UI: sorted from the worst image to the best, images without a score last."""
+    order = np.argsort(np.array(record["dice"], np.float64), kind="stable").tolist()
     columns = [
-        metric.key for metric in catalog.per_image(catalog.from_record(told["own_metrics"])) if metric.key != "accuracy"
-    ]  # next to 1
+        metric.key for metric in catalog.per_image(catalog.from_record(record["own_metrics"])) if metric.key != "accuracy"
+    ]  # accuracy is close to 1 everywhere
     columns += COUNTS
-    return {"columns": ["image", *columns], "data": [[told["images"][k], *(told[name][k] for name in columns)] for k in order]}
+    return {"columns": ["image", *columns], "data": [[record["images"][k], *(record[name][k] for name in columns)] for k in order]}
 
 
 def single_run_experiment(run: RunSpec, experiment: Experiment) -> dict[str, object]:
-    """An experiment file that asks for this run only: ``grid config.toml`` repeats it."""
+    """An experiment with this run only: ``grid config.toml`` repeats it."""
     plain = run.model_dump(exclude={"backbone", "head", "baseline", "options", "seed"})
     data = {key: value for key, value in experiment.data.model_dump().items() if value not in (None, {})}
     tree: dict[str, object] = {"experiment": experiment.experiment, "dataset": experiment.dataset}
@@ -245,22 +246,22 @@ def single_run_experiment(run: RunSpec, experiment: Experiment) -> dict[str, obj
 
 
 def run_tags(name: str, metrics: dict[str, float], machine: str, worst: str) -> dict[str, str]:
-    """Tags of a tested run: the machine, notes, and the table of its images.
+    """Tags of an evaluated run: the machine, the note, and the table of its images.
 
-    ``TABLE`` is named as MLflow's own log_table would name it, which takes 100 ms more. ``worst``: the address of the worst image's picture.
+    The tag for ``TABLE`` is the one that MLflow's ``log_table`` would write, which takes 100 ms more. ``worst``: URL of the figure of the worst image.
     """
     named = json.dumps([{"path": TABLE, "type": "table"}])
     return {"cellbench.machine": machine, TABLES: named, NOTE: run_note(name, metrics, worst=worst)}
 
 
 def format_score(values: Mapping[str, float], name: str) -> str:
-    """A score as text, where the run has it."""
+    """A score as text, if the run has it."""
     return f"{values[name]:.4f}" if name in values else "none (no cell)"
 
 
 def run_note(name: str, values: dict[str, float], worst: str = "") -> str:
-    """A run's notes in MLflow, in Markdown. ``worst``: the address of the worst case's picture."""
-    interval = interval_words(values)
+    """The Markdown note of a run in MLflow. ``worst``: URL of the figure of the worst image."""
+    interval = describe_interval(values)
     lines = [
         ["test Dice, all pixels pooled", format_score(values, "test/dice")],
         ["test Dice, mean over images", f"{format_score(values, 'test_image/dice')}{interval}"],
@@ -278,7 +279,7 @@ def run_note(name: str, values: dict[str, float], worst: str = "") -> str:
     if loads := [values[name] for name in ("cost/train_other_load_pct", "cost/test_other_load_pct") if name in values]:
         lines.append(["costs were measured", system_load.describe_load(max(loads))])
     parts = [
-        # The UI shows five lines of a note before it asks for more: the answer comes first.
+        # The UI shows only the first five lines of a note, so the result comes first.
         f"**{escape_markdown(name)}**: test Dice **{format_score(values, 'test/dice')}** over all pixels, "
         f"{format_score(values, 'test_image/dice')}{interval} as the mean over images.",
         ui_view.padded_table(("what", "score"), lines),

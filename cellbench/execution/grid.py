@@ -1,4 +1,4 @@
-"""Runs an experiment: finished runs are not run again, unavailable ones are marked as skipped, the rest is executed cohort by cohort."""
+"""Runs an experiment cohort by cohort. Finished runs are not run again; unavailable runs are marked as skipped."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from cellbench.execution.runner import Outcome, Runner
 
 
 class Executor(Protocol):
-    """Runs cohorts to their ends, in any order.
+    """Runs cohorts to completion, in any order.
 
-    In this process (:class:`InProcessExecutor`), in local processes (``multiprocess.ProcessExecutor``) or on Ray (``ray_grid.RayExecutor``).
+    Implemented by :class:`InProcessExecutor`, ``multiprocess.ProcessExecutor`` (local processes) and ``ray_grid.RayExecutor`` (a Ray cluster).
     """
 
     def run(self, runner: Runner, cohorts: Sequence[Sequence[ResolvedRun]], out: Outcome) -> None:
-        """Adds the result of every run to ``out``. Messages go through ``runner``."""
+        """Adds the result of every run to ``out``. Prints messages through ``runner``."""
 
 
 class InProcessExecutor:
-    """One cohort after the other in this process."""
+    """Runs cohorts in this process, one after the other."""
 
     def run(self, runner: Runner, cohorts: Sequence[Sequence[ResolvedRun]], out: Outcome) -> None:
         for number, cohort in enumerate(cohorts, 1):
@@ -28,7 +28,7 @@ class InProcessExecutor:
 
 
 def group_cohorts(runs: Sequence[ResolvedRun]) -> list[list[ResolvedRun]]:
-    """The runs grouped by what they can share: one pass of one backbone over one stream of tiles. Order is kept."""
+    """Groups the runs that can share one backbone pass over the same tiles. Keeps their order."""
     groups: dict[tuple[Any, ...], list[ResolvedRun]] = {}
     for one in runs:
         groups.setdefault((one.run.stream, one.run.baseline), []).append(one)
@@ -36,7 +36,7 @@ def group_cohorts(runs: Sequence[ResolvedRun]) -> list[list[ResolvedRun]]:
 
 
 def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | None = None) -> Outcome:
-    """Runs what is not finished yet; without an executor, in this process."""
+    """Executes the unfinished runs; without an executor, in this process."""
     out, known = Outcome(), runner.tracker.known()
     todo: list[ResolvedRun] = []
     for resolved in runs:

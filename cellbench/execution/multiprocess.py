@@ -1,7 +1,7 @@
-"""A grid's cohorts in parallel on one machine: processes, each pinned to its share of the cores, started and stopped by the driver.
+"""Runs the cohorts of a grid in parallel on one machine, in processes that are pinned to disjoint cores.
 
-Started afresh (``spawn``), since a fork of a process in which torch has threads may deadlock. When the driver is gone, its workers end
-themselves.
+The driver starts and stops the processes. They are spawned, because forking a process with torch threads may deadlock. Workers exit on their
+own when the driver dies.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from cellbench.execution.worker_job import CohortWorker, JobSpec
 from cellbench.hardware import Hardware
 
 END_S = 20.0
-"""How long a worker may take to mark its runs as interrupted before it is killed."""
+"""Time a worker has to mark its runs as interrupted, before it is killed."""
 
 
 def check_num_workers(num: int, machine: Hardware) -> int:
-    """``num`` as a number of workers that this machine can keep busy. Raises CellbenchError."""
+    """Returns ``num`` if this machine has cores for so many workers. Raises CellbenchError otherwise."""
     if num < 1:
         raise CellbenchError(f"--workers {num}: expected 1 or more.")
     if num > machine.most_shares:
@@ -48,7 +48,7 @@ class ProcessExecutor:
         self._num, self._job = num, job
 
     def run(self, runner: Runner, cohorts: Sequence[Sequence[ResolvedRun]], out: Outcome) -> None:
-        num = min(self._num, len(cohorts))  # a worker without a cohort would only keep cores from the others
+        num = min(self._num, len(cohorts))  # an idle worker would take cores from the others
         if num == 0:
             return
         machines = self._job.machine.shares(num)
@@ -69,9 +69,9 @@ class _LocalWorkers:
         for worker in self._workers:
             if worker.item is None and not worker.left:
                 if (item := queue.take()) is not None:
-                    worker.give(item)
+                    worker.send(item)
                 elif worker.running:
-                    worker.leave()  # and its memory with it
+                    worker.request_exit()  # and its memory with it
 
     def messages(self) -> Iterator[Message]:
         busy = {worker.pipe: worker for worker in self._workers if worker.item is not None}
@@ -80,7 +80,7 @@ class _LocalWorkers:
 
     def stop(self) -> list[tuple[WorkItem, str]]:
         for worker in self._workers:
-            worker.leave(now=worker.item is not None)
+            worker.request_exit(now=worker.item is not None)
         end = time.monotonic() + END_S
         for worker in self._workers:
             worker.join(end - time.monotonic())
@@ -88,7 +88,7 @@ class _LocalWorkers:
 
 
 class _Worker:
-    """The driver's side of one process, which is started when there is something to do."""
+    """The driver's handle of one worker process. The process starts with its first item."""
 
     def __init__(self, job: JobSpec, cores: Sequence[int]) -> None:
         self._job, self._cores = job, cores
@@ -96,31 +96,31 @@ class _Worker:
         self.pipe: Connection[Any, Any]
         self.item: WorkItem | None = None
         self.left = False
-        """It was asked to end, and gets no more work."""
+        """Whether it was asked to exit; it gets no more work."""
 
     @property
     def running(self) -> bool:
         return self._process is not None
 
-    def give(self, item: WorkItem) -> None:
+    def send(self, item: WorkItem) -> None:
         self.item = item
         if self._process is None:
             self._start()
-        with contextlib.suppress(BrokenPipeError):  # it died just now: the pipe's end is a message too
+        with contextlib.suppress(BrokenPipeError):  # the process just died; `receive` reports it
             self.pipe.send((item.fingerprints, item.title, item.halvings))
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         num_threads = str(self._job.machine.threads)
-        # Before torch is imported there: several progress bars would overwrite each other, and a library's own threads count too.
+        # Must be set before the worker imports torch. Several progress bars would overwrite each other, and libraries start threads too.
         with _environment({"TQDM_DISABLE": "1", "OMP_NUM_THREADS": num_threads}):
             self._process = context.Process(target=_work, args=(theirs, self._job, self._cores), daemon=True, name="cellbench worker")
             self._process.start()
         theirs.close()
 
     def receive(self) -> Message:
-        """The next message about its item; its death is one too."""
+        """The next message about its item, or one that says how the process died."""
         item = self.item
         assert item is not None
         try:
@@ -132,14 +132,14 @@ class _Worker:
         return Message(item=item, kind=kind, content=content)
 
     def _reap(self) -> str:
-        """How the dead process ended. Waited for, since its runs count as alive while its process id exists."""
+        """Joins the dead process and describes how it ended. Its runs count as alive as long as its process id exists."""
         self._process.join()
         code, self._process = self._process.exitcode, None
         self.pipe.close()
         return f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
-    def leave(self, now: bool = False) -> None:
-        """Asks the process to end: after its work, or now."""
+    def request_exit(self, now: bool = False) -> None:
+        """Asks the process to exit: after its current item, or now."""
         self.left = True
         if self._process is None:
             return
@@ -150,7 +150,7 @@ class _Worker:
             self._process.terminate()
 
     def join(self, wait_s: float) -> None:
-        """Waits for the process, and kills it when it takes too long."""
+        """Waits for the process; kills it after the timeout."""
         if self._process is None:
             return
         self._process.join(max(0.0, wait_s))
@@ -162,7 +162,7 @@ class _Worker:
 
 
 def assign_cores(machines: Sequence[Hardware]) -> list[list[int]]:
-    """The processors that each worker is pinned to, none twice; empty lists where the system cannot pin."""
+    """Disjoint cores for each worker; empty lists if the operating system cannot pin processes."""
     if not hasattr(os, "sched_getaffinity"):
         return [[] for _ in machines]
     free = iter(sorted(os.sched_getaffinity(0)))
@@ -171,7 +171,7 @@ def assign_cores(machines: Sequence[Hardware]) -> list[list[int]]:
 
 @contextlib.contextmanager
 def pin_to_cores(cores: Sequence[int]) -> Iterator[None]:
-    """Inside ``with``, this thread and those that it starts keep to these processors; without any, nothing is changed."""
+    """Pins this thread, and those that it starts, to ``cores`` inside ``with``. Does nothing if ``cores`` is empty."""
     if not cores:
         yield
         return
@@ -198,7 +198,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _work(pipe: Connection[Any, Any], job: JobSpec, cores: Sequence[int]) -> None:
-    """A worker process, from its start to its end."""
+    """Main function of a worker process."""
     if cores:
         os.sched_setaffinity(0, cores)
     signal.signal(signal.SIGTERM, _exit_once)
@@ -212,19 +212,19 @@ def _work(pipe: Connection[Any, Any], job: JobSpec, cores: Sequence[int]) -> Non
         pipe.send(("refused", str(error)))
     except (EOFError, BrokenPipeError):
         return  # the driver is gone
-    except Exception:  # a bug: its traceback is shown where somebody reads it
+    except Exception:  # a bug: the driver shows the traceback
         pipe.send(("error", traceback.format_exc()))
 
 
 def _exit_once(number: int, frame: object) -> NoReturn:
-    # Once: what follows marks the runs as interrupted, and Ctrl-C reaches a worker both from the terminal and from its driver.
+    # Ctrl-C reaches a worker from the terminal and from the driver. The second signal must not stop it from marking its runs as interrupted.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
 def _end_with_driver() -> None:
-    """Ends the process as SIGTERM does, when its driver was killed."""
+    """Exits as on SIGTERM when the driver was killed."""
     driver = multiprocessing.parent_process()
     assert driver is not None
     driver.join()

@@ -1,4 +1,4 @@
-"""From an experiment to its runs, resolved once: cards, weights, name, fingerprint, and why a run cannot start, where it cannot."""
+"""Resolves an experiment into runs, once: cards, weights, name, fingerprint, and the reason if a run cannot start."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from cellbench.models.backbones.build import weights_digest
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRun:
-    """One run with everything that its settings refer to. Whoever executes it asks neither the registry nor the weights again."""
+    """One run with everything that its settings refer to. Its execution needs neither the registry nor the weights index."""
 
     run: RunSpec
     name: str
     fingerprint: str
     precision: str
-    """``fp32`` or ``bf16``, in which its backbone and head compute."""
+    """``fp32`` or ``bf16``: precision of the backbone and the head."""
     framing: Framing
     card: HeadCard | BaselineCard
     """Of the head, or of the baseline."""
     backbone: BackboneCard | None = None
     """None for a baseline."""
     weights_digest: str = ""
-    """Of the backbone's weights; empty where there is no backbone, or its weights are unavailable."""
+    """Digest of the backbone's weights; empty if there is no backbone or its weights are unavailable."""
     backbone_identity: str = ""
-    """The weights and what the backbone's card makes of them: part of the fingerprint and of the feature cache's key."""
+    """Weights digest and backbone card digest: part of the fingerprint and of the feature cache's key."""
     unavailable: str = ""
-    """Why it must be skipped; empty where it can run."""
+    """Why it must be skipped; empty if it can run."""
 
     @property
     def trained(self) -> bool:
-        """False for a baseline that is a plain function of the image."""
+        """Whether it has trainable parameters; False for a baseline such as Otsu's threshold."""
         return isinstance(self.card, HeadCard) or self.card.trained
 
 
@@ -55,10 +55,10 @@ def resolve_runs(
     precision: str,
     download: bool = True,
 ) -> list[ResolvedRun]:
-    """The runs of an experiment. Raises CellbenchError for an unknown name or setting.
+    """Resolves the runs of an experiment. Raises CellbenchError for an unknown name or setting.
 
-    ``datasets``: one, or one a fold. ``precision``: that of the machine which will run them, ``fp32`` or ``bf16``. Missing weights are downloaded
-    now, or with ``download=False`` reported as unavailable.
+    ``datasets``: one, or one per fold. ``precision``: ``fp32`` or ``bf16``, as on the machine that will run them. Missing weights are downloaded,
+    or reported as unavailable with ``download=False``.
     """
     trained = {name: registry.baseline(name).trained for name in experiment.baselines}
     named = named_runs(experiment, where, trained)
@@ -70,7 +70,7 @@ def resolve_runs(
     for (name, _), one, framing in zip(named, parts, framings, strict=True):
         run, found = one.run, weights_of[one.backbone.id] if one.backbone else _Weights()
         identity = f"{found.digest}:{one.backbone_digest}" if found.digest else "unavailable"
-        learns = trained.get(run.baseline or "", True)  # else it is a function, in whatever precision of its own
+        learns = trained.get(run.baseline or "", True)  # a baseline without training has no precision
         card_digest, *own_digests = one.digests
         identities = json.dumps([identity if one.backbone else None, card_digest, precision if learns else "", *own_digests])
         out.append(
@@ -93,7 +93,7 @@ def resolve_runs(
 def resolve_tree(
     tree: Mapping[str, Any], registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str, *, precision: str
 ) -> tuple[Experiment, list[ResolvedRun]]:
-    """As :func:`resolve_runs`, of an experiment that is not checked yet; and that experiment."""
+    """Validates an experiment and resolves its runs, as :func:`resolve_runs`."""
     experiment = Experiment.of(tree, where)
     return experiment, resolve_runs(experiment, registry, datasets, weights, where, precision=precision)
 
@@ -112,7 +112,7 @@ class _Weights:
 
 
 def _framing(run: RunSpec, patch: int) -> Framing:
-    """How the run sees images. Raises CellbenchError where its tiles are no multiple of the backbone's patch."""
+    """The framing of the run's images. Raises CellbenchError if the tile size is no multiple of the backbone's patch size."""
     framing = Framing.of(run)
     side = framing.side_px
     if side % patch and run.framing == "resize" and run.tile_scale != 1:

@@ -1,7 +1,7 @@
-"""The only module that imports Ray: joins or starts a cluster, lists its nodes, and starts workers on them with the resources they need.
+"""The only module that imports Ray: joins or starts a cluster, lists its nodes and starts workers with the resources they need.
 
-Ray's own retries are off: lost work is handed out again by ``work_queue``. Every node opens data, weights, cards and the store by the driver's
-paths.
+Ray's own retries are off, because ``work_queue`` assigns lost work again. Every node reads data, weights, cards and the store at the same paths
+as the driver.
 """
 
 from __future__ import annotations
@@ -28,24 +28,22 @@ from cellbench.tracking.schema import this_owner
 from cellbench.tracking.sqlite_store import store_file
 
 OBJECTS_BYTES = 200 * 2**20
-"""Object store of a Ray that is started here. Messages are a few kilobytes; features go through the cache folder, not through Ray."""
+"""Size of the object store of a local Ray. Messages are a few kilobytes; features are passed through the cache folder."""
 PROCESS_BYTES = 700 * 2**20
-"""Python with torch, MLflow and the drawing libraries loaded, measured."""
+"""Measured memory of a Python process with torch, MLflow and Matplotlib loaded."""
 CONNECT_TIMEOUT_S = 5.0
 CLIENT_PORT = 10001
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""Of HTTP/2, with empty settings. A gRPC server answers with its own settings: a frame whose fourth byte is 4 (RFC 9113)."""
+"""HTTP/2 preface with empty settings. A gRPC server replies with a SETTINGS frame, whose fourth byte is 4 (RFC 9113)."""
 
 
 def check_address(on: str, gpu_share: float = 1.0) -> str:
-    """``on``, if it looks like a cluster that can be joined. Raises CellbenchError. Ray itself would try a dead address for a minute."""
+    """Returns ``on`` if a Ray cluster responds there. Raises CellbenchError otherwise, while Ray itself would retry for a minute."""
     if not 0 < gpu_share <= 1:
         raise CellbenchError(f"--gpu-share {gpu_share:g}: expected more than 0 and at most 1.")
     name, slashes, address = on.partition("://")
     if name != "ray" or bool(slashes) != bool(address):
-        raise CellbenchError(
-            f"--on {on}: expected ray, or ray://HOST:PORT for a cluster that is there (ray://auto: the one of this machine)."
-        )
+        raise CellbenchError(f"--on {on}: expected ray, or ray://HOST:PORT for a running cluster (ray://auto: the one on this machine).")
     if importlib.util.find_spec("ray") is None:
         raise CellbenchError(
             f"--on {on}: Ray is not installed. `pip install 'cellbench[ray]'` installs it; --workers N needs nothing more."
@@ -75,10 +73,10 @@ def check_address(on: str, gpu_share: float = 1.0) -> str:
 
 @contextlib.contextmanager
 def connect(on: str, machine: Hardware) -> Iterator[Any]:
-    """Ray, inside ``with``: started here for ``ray``, or joined at ``ray://ADDRESS``, as :func:`check_address`. Raises CellbenchError."""
+    """Context manager that yields Ray: a local one for ``ray``, or the cluster at ``ray://ADDRESS``. Raises CellbenchError."""
     address = on.removeprefix("ray").removeprefix("://")
     if not address:
-        # Read where Ray is imported. Without it a Ray that is started here listens to the whole network, whatever address it is given.
+        # Ray reads this when it is imported. Without it, a local Ray listens on all network interfaces, whatever its address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
@@ -98,19 +96,19 @@ def connect(on: str, machine: Hardware) -> Iterator[Any]:
 
 
 Node = dict[str, float]
-"""Resources of one node of the cluster: ``CPU``, ``GPU`` and ``memory`` (bytes)."""
+"""Resources of one node: ``CPU``, ``GPU`` and ``memory`` (bytes)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceRequest:
-    """What a worker needs of a node."""
+    """Resources that a worker needs on a node."""
 
     cpus: int
     gpus: float
     memory_bytes: int
 
     def times(self, node: Node) -> int:
-        """How many of these fit onto a node."""
+        """How many such requests fit on a node."""
         needed = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory_bytes}
         return min(int(node.get(name, 0) / num + 1e-6) for name, num in needed.items() if num)
 
@@ -121,9 +119,9 @@ class ResourceRequest:
 
 
 def resources_for(params_m: float, machine: Hardware, gpu_share: float) -> ResourceRequest:
-    """For a worker on such a share of a machine and a backbone of ``params_m`` million parameters.
+    """The request of a worker with this share of a machine and a backbone of ``params_m`` million parameters.
 
-    Its memory is that of a process, the backbone's weights and the share's budget.
+    The memory is the sum of the process, the backbone's weights and the memory budget of the share.
     """
     gpus = gpu_share if machine.device.type == "cuda" else 0.0
     memory = PROCESS_BYTES + int(params_m * 4e6) + machine.memory_bytes
@@ -131,10 +129,10 @@ def resources_for(params_m: float, machine: Hardware, gpu_share: float) -> Resou
 
 
 def resource_share(machine: Hardware, nodes: Sequence[Node], num: int, gpu_share: float) -> Hardware:
-    """The part of a node for one of ``num`` workers. Raises CellbenchError where that is more than any node has.
+    """The share of a node for one of ``num`` workers. Raises CellbenchError if no node has so much.
 
-    On CPUs as many lanes as keep the cluster's cores busy, of the driver's threads each; on GPUs one lane, with the same part of the node's
-    cores as of its GPUs.
+    On CPUs, a worker gets as many lanes as keep the cluster's cores busy, with the driver's number of threads each. On GPUs it gets one lane,
+    and the same fraction of the node's cores as of its GPUs.
     """
     if machine.device.type == "cuda":
         slots = [int(node.get("GPU", 0) / gpu_share + 1e-6) for node in nodes]  # three times a third is one
@@ -142,7 +140,7 @@ def resource_share(machine: Hardware, nodes: Sequence[Node], num: int, gpu_share
             raise CellbenchError(f"--on ray: no node has {gpu_share:g} of a GPU to give. --device cpu, or nodes with GPUs (`ray status`).")
         threads = max(1, min(int(node.get("CPU", 0)) // n for node, n in zip(nodes, slots, strict=True) if n))
         part, lanes = [1 / n if n else 0.0 for n in slots], 1
-        # Ray shows each process its own GPUs, as the first ones.
+        # Ray sets CUDA_VISIBLE_DEVICES, so each process sees its GPUs as the first ones.
         machine = replace(machine, device=torch.device("cuda"), threads=threads)
     else:
         slots = [int(node.get("CPU", 0)) // machine.threads for node in nodes]
@@ -152,35 +150,35 @@ def resource_share(machine: Hardware, nodes: Sequence[Node], num: int, gpu_share
             )
         lanes = max(1, min(max(slots), sum(slots) // max(1, num)))
         part = [lanes / n if n >= lanes else 0.0 for n in slots]
-    # Nodes need not be like the driver's machine: the part of the smallest node's memory, and never more than the driver would use.
+    # Nodes may differ from the driver's machine: use a fraction of the smallest node's memory, and at most the driver's budget.
     memory = min(int(node.get("memory", 0) * p) for node, p in zip(nodes, part, strict=True) if p)
     return replace(machine, lanes=lanes, memory_bytes=max(2**26, min(machine.memory_bytes, (memory - PROCESS_BYTES) // 2)))
 
 
 Reply = tuple[Literal["done", "refused", "error", "lost"], Any, list[str]]
-"""Of a worker: what it returned, or a text that says why it did not; and lines for people."""
+"""Reply of a worker: a status, the returned value or the reason of the failure, and lines to print."""
 
 
 class RayWorker:
-    """The actor's class: a :class:`CohortWorker` on some node."""
+    """The Ray actor: a :class:`CohortWorker` on some node."""
 
     def __init__(self, job: bytes, version: str, token: str) -> None:
         self._job, self._version, self._token = job, version, token
 
     def where(self) -> tuple[str, str]:
-        """Its name as the owner of runs, and its node."""
+        """Its name as owner of runs, and its node's id."""
         return this_owner(), _node_here()
 
     def cohort(self, fingerprints: list[str], title: str, halvings: int) -> Reply:
-        """Runs a cohort; returns its outcome."""
+        """Runs a cohort and returns its outcome."""
         return self._reply(lambda job, say: CohortWorker(job, say).cohort(fingerprints, title, halvings))
 
     def passes(self, cohorts: list[list[str]]) -> Reply:
-        """Returns the passes that each cohort will keep on disk."""
+        """Returns the feature passes that each cohort will cache on disk."""
         return self._reply(lambda job, say: CohortWorker(job, say).passes(cohorts))
 
     def fill(self, fingerprints: list[str], readers: list[str], shards: list[tuple[FeaturePass, int]]) -> Reply:
-        """Computes shards of a cohort's passes. Returns whether the cache folder that holds them is the driver's."""
+        """Computes shards of a cohort's passes. Returns whether it shares the driver's cache folder."""
 
         def fill(job: JobSpec, say: Callable[[str], None]) -> bool:
             CohortWorker(job, say).fill(fingerprints, readers, shards)
@@ -201,7 +199,7 @@ class RayWorker:
 
     def _checked_job(self) -> JobSpec:
         """The job, if this node can execute it. Raises CellbenchError."""
-        check_same_version(self._version)  # before anything of another version is unpickled
+        check_same_version(self._version)  # must come before unpickling
         job: JobSpec = pickle.loads(self._job)  # noqa: S301
         if not job.cache_url and not self._shares_cache(job):
             raise CellbenchError(
@@ -222,19 +220,19 @@ def _node_here() -> str:
 
 
 def live_nodes(ray: Any, *stores: str) -> dict[str, Node]:
-    """What each node has that is alive, by its id. Raises CellbenchError where machines cannot share a store, one of these URLs."""
+    """Resources of each live node, by node id. Raises CellbenchError if several machines cannot share a store (``stores``: URLs)."""
     there = [node for node in ray.nodes() if node["Alive"]]
     if len({node["NodeManagerHostname"] for node in there}) > 1:
         for file in filter(None, map(store_file, stores)):
             raise CellbenchError(
-                f"--on ray: several machines cannot keep their runs in {file}, a file of one of them. "
+                f"--on ray: several machines cannot share {file}, a file on one of them. "
                 "Name a server (MLFLOW_TRACKING_URI=http://…) and, for a search, a database (OPTUNA_STORAGE=…); compose.yaml starts both."
             )
     return {node["NodeID"]: node["Resources"] for node in there}
 
 
 def nearest_node(held: Mapping[str, int], free: Mapping[str, int]) -> str:
-    """The node that holds the most shards, of those with room; empty where none has both. ``free``: for how many more workers each has room.
+    """The node with the most shards among those with free resources; empty if there is none. ``free``: number of workers that each can still take.
 
     >>> nearest_node({"a": 3, "b": 5, "c": 9}, {"a": 1, "b": 2, "c": 0})
     'b'
@@ -247,19 +245,19 @@ class ActorTask:
     """A worker on the cluster and its one task."""
 
     item: Any
-    """What the caller started it for."""
+    """The caller's item, returned with the reply."""
     request: ResourceRequest
     actor: Any
     result: Any
     """Ray's reference to its reply."""
     where: Any
-    """Ray's reference to its owner's name and its node."""
+    """Ray's reference to the owner's name and the node id."""
     node: str
-    """The node that was asked for; empty: any."""
+    """Id of the requested node; empty: any."""
 
 
 class ActorPool:
-    """Workers of one driver on the cluster, each with one task. A file in the cache folder shows them whether they share it."""
+    """The workers of one driver on the cluster, each with one task. A marker file shows them whether they share the driver's cache folder."""
 
     def __init__(self, ray: Any, cache: Path) -> None:
         self._ray = ray
@@ -268,7 +266,7 @@ class ActorPool:
         write_atomic(self._marker, "nodes that see this file share the cache folder")
 
     def close(self) -> list[ActorTask]:
-        """Kills all workers. Gives the tasks that were not done."""
+        """Kills all workers and returns the unfinished tasks."""
         left = list(self.tasks.values())
         for task in left:
             self.kill(task)
@@ -280,7 +278,7 @@ class ActorPool:
         self.tasks.pop(task.result, None)
 
     def start(self, job: JobSpec, request: ResourceRequest, title: str, method: str, *args: Any, item: Any = None, node: str = "") -> None:
-        """Starts a worker that calls a method of :class:`RayWorker`, as soon as there is room: on this node while it exists, else on any."""
+        """Starts a worker that calls a method of :class:`RayWorker` as soon as resources are free: on ``node`` if given and alive, else on any."""
         environment = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(job.machine.threads)}
         options: dict[str, Any] = {
             "num_cpus": request.cpus,
@@ -299,7 +297,7 @@ class ActorPool:
         self.tasks[result] = ActorTask(item=item, request=request, actor=actor, result=result, where=where, node=node)
 
     def wait(self, timeout_s: float | None) -> Iterator[tuple[ActorTask, Reply]]:
-        """The tasks that are over after at most ``timeout_s``, with their replies."""
+        """Waits at most ``timeout_s`` and yields the completed tasks with their replies."""
         ready, _ = self._ray.wait(list(self.tasks), timeout=timeout_s) if self.tasks else ([], [])
         for result in ready:
             task = self.tasks.pop(result)
@@ -321,7 +319,7 @@ class ActorPool:
             return "error", str(error), []
 
     def place(self, task: ActorTask) -> tuple[str, str]:
-        """The owner's name and node of a worker; empty strings where it has not started yet."""
+        """Owner's name and node id of a worker; empty strings if it has not started yet."""
         with contextlib.suppress(self._ray.exceptions.RayError):
             return self._ray.get(task.where, timeout=0)
         return "", ""

@@ -1,7 +1,7 @@
-"""A grid on Ray: a worker a cohort, with the cores, GPU share and memory that it needs; before them, where features are cached, workers for shards.
+"""Runs a grid on Ray: one worker per cohort, with the cores, GPU share and memory that it needs.
 
-A shard is computed once, however many cohorts read it, and a cohort starts when its own are complete. Where nodes have a cache folder each, it
-starts on the node that holds most of them, if that has room; in a folder that all share, any node will do.
+If features are cached, other workers compute their shards first. A shard is computed once, however many cohorts read it, and a cohort starts
+when its shards are complete. If each node has its own cache folder, the cohort prefers the node that holds most of its shards.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from cellbench.features.extractor import FeaturePass
 from cellbench.features.sharded_cache import num_shards
 
 POLL_S = 5.0
-"""How often the list of nodes is read."""
+"""Interval at which the list of nodes is read."""
 
 
 class RayExecutor:
-    """The cohorts of one grid on the Ray that was joined."""
+    """Runs the cohorts of one grid on a connected Ray cluster."""
 
     def __init__(self, ray: Any, job: JobSpec, gpu_share: float = 1.0) -> None:
         self._ray, self._job, self._gpu_share = ray, job, gpu_share
@@ -52,18 +52,18 @@ class RayExecutor:
 
 
 class RayWorkers:
-    """A worker for each item. Its messages are passed on when it is done."""
+    """One worker per item. Its messages are passed on when it is done."""
 
     def __init__(self, ray: Any, job: JobSpec, gpu_share: float, nodes: dict[str, Node], num_items: int) -> None:
         self._ray, self._whole_job, self._gpu_share = ray, job, gpu_share
         self._pool = ActorPool(ray, job.cache)
         self._shards_at: dict[str, Counter[str]] = {}
-        """By folder: how many of its shards each node computed."""
+        """Number of shards that each node computed, by folder."""
         self._separate_caches = False
         self._started = False
-        self._use(nodes, num_items)
+        self._set_nodes(nodes, num_items)
 
-    def _use(self, nodes: dict[str, Node], num_items: int) -> None:
+    def _set_nodes(self, nodes: dict[str, Node], num_items: int) -> None:
         self._nodes = nodes
         machine = resource_share(self._whole_job.machine, list(nodes.values()), num_items, self._gpu_share)
         self.job = replace(self._whole_job, machine=machine)
@@ -73,7 +73,7 @@ class RayWorkers:
         return resources_for(backbone.params_m if backbone else 0.0, self.job.machine, self._gpu_share)
 
     def _check(self, item: WorkItem) -> ResourceRequest:
-        """The item's resources. Raises CellbenchError where no node has them."""
+        """The item's resources. Raises CellbenchError if no node has them."""
         request = self._request(item)
         if not any(request.times(node) for node in self._nodes.values()):
             raise CellbenchError(
@@ -91,11 +91,11 @@ class RayWorkers:
                 self._plan_shards(queue)
         nodes = live_nodes(self._ray, self.job.store)
         if nodes.keys() != self._nodes.keys():
-            self._use(nodes, len(queue))
+            self._set_nodes(nodes, len(queue))
             for task in self._unplaceable():
                 self._pool.kill(task)
                 queue.put_back(task.item)
-        while (ready := queue.take()) is not None:  # Ray queues what has no room yet
+        while (ready := queue.take()) is not None:  # Ray queues tasks until resources are free
             self._start(ready)
 
     def _start(self, item: WorkItem) -> None:
@@ -107,17 +107,17 @@ class RayWorkers:
             self._pool.start(self.job, request, item.title, "cohort", item.fingerprints, item.title, item.halvings, item=item, node=node)
 
     def _nearest(self, item: WorkItem, request: ResourceRequest) -> str:
-        """The node that holds most of its passes and certainly has room: what Ray has not placed yet may come to any."""
+        """The node that holds most of its passes and surely has free resources: tasks that Ray has not placed yet may go to any node."""
         held = sum((self._shards_at.get(folder, Counter()) for folder in item.waits_for), Counter[str]())
         busy = Counter(self._node(task) for task in self._pool.tasks.values())
         return nearest_node(held, {name: request.times(node) - busy[name] - busy[""] for name, node in self._nodes.items()})
 
     def _node(self, task: ActorTask) -> str:
-        """The node of a worker; before it starts, the one that was asked for; empty: unknown."""
+        """Node id of a worker; before it starts, the requested one; empty if unknown."""
         return self._pool.place(task)[1] or task.node
 
     def _unplaceable(self) -> list[ActorTask]:
-        """Tasks that wait for a node that is gone: Ray would wait for another such node for ever."""
+        """Tasks that wait for a node that is gone. Ray would wait for such a node forever."""
         waiting = [task for task in self._pool.tasks.values() if not any(task.request.times(node) for node in self._nodes.values())]
         return [task for task in waiting if not self._ray.wait([task.where], timeout=0)[0]]
 
@@ -128,7 +128,7 @@ class RayWorkers:
                 self._separate_caches |= not content
                 for folder, num in Counter(one.folder for one, _ in item.shards).items():
                     self._shards_at.setdefault(folder, Counter())[self._node(task)] += num
-            # Nobody here can see whether a process elsewhere is alive: without this, its runs would count as running for a quarter of an hour.
+            # The driver cannot see whether a process elsewhere is alive. Without the owner, its runs would count as running for 15 minutes.
             owner = self._pool.place(task)[0] if kind in ("lost", "error") else ""
             yield Message(item=item, kind=kind, content=content, lines=lines, owner=owner)
 
@@ -138,7 +138,7 @@ class RayWorkers:
     # --- shards -------------------------------------------------------------------------------------------------------------------
 
     def _plan_shards(self, queue: WorkQueue) -> None:
-        """Puts the shards that cohorts read in front of them. One worker lists the passes of all cohorts."""
+        """Queues the shards that cohorts read before the cohorts. One worker lists the passes of all cohorts."""
         cohorts, say = list(queue.waiting), queue.runner.say
         fingerprints = [item.fingerprints for item in cohorts]
         self._pool.start(self.job, self._request(cohorts[0]), "shards", "passes", fingerprints)
@@ -168,7 +168,7 @@ class RayWorkers:
             )
 
     def _fills(self, item: WorkItem, passes: Sequence[FeaturePass], readers: list[str]) -> list[WorkItem]:
-        """Passes divided into as many tasks as the cluster has room for. The tasks skip shards that exist already."""
+        """Splits passes into as many tasks as the cluster can run at once. The tasks skip existing shards."""
         num = sum(self._request(item).times(node) for node in self._nodes.values())
         shards = [(one, k) for one in passes for k in range(num_shards(one.num))]
         parts = [shards[k::num] for k in range(min(len(shards), num))]

@@ -1,4 +1,4 @@
-"""A search on Ray: workers that take trials from its study until all are done."""
+"""Runs a search on Ray: workers take trials from the study until all are done."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from cellbench.execution.worker_job import JobSpec
 
 
 class SearchHelpers:
-    """Workers that share a search's trials on the Ray that was joined. They run inside ``with``; one that is lost is replaced.
+    """Workers for the trials of a search on a connected Ray cluster. They run inside ``with``; lost workers are replaced.
 
-    ``work`` takes the job with the worker's share of a machine, and can be pickled. ``num``: how many are useful; ``params_m``: of the
-    largest backbone.
+    ``work``: picklable function of the job with the worker's share of a machine. ``num``: maximum number of workers. ``params_m``: million
+    parameters of the largest backbone.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class SearchHelpers:
     def _start(self) -> None:
         self._pool.start(self._job, self._request, "search", "call", self._work)
 
-    def look(self, wait_s: float) -> str:
-        """A line for people after at most ``wait_s``, if a worker was lost. Raises CellbenchError where one refuses, or many are lost."""
+    def poll(self, wait_s: float) -> str:
+        """Waits at most ``wait_s``; returns a message if a worker was lost. Raises CellbenchError if one refuses, or many were lost."""
         lines = []
         for _, (kind, content, _) in self._pool.wait(wait_s):
             if kind == "lost":

@@ -1,4 +1,4 @@
-"""What a grid or search may use of this machine, by its options: cards, weights, device, memory and disk."""
+"""The resources of a grid or search, from its options: cards, weights, device, memory and disk."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Resources:
     registry: Registry
     weights: Path | None
     machine: Hardware
-    """This one, or what it asks of machines elsewhere."""
+    """This machine, or the one that is requested on a cluster."""
     disk_bytes: int
-    """For features in the cache folder."""
+    """Limit for cached features."""
     prefer_disk: bool
-    """Whether to keep features there although memory would do."""
+    """Whether to cache features on disk even if they fit in memory."""
 
     @classmethod
     def of(cls, options: TrainingOptions, *, elsewhere: bool) -> Resources:
-        """``elsewhere``: other machines do the work. Raises CellbenchError for options that this machine does not have."""
+        """``elsewhere``: a cluster does the work. Raises CellbenchError for options that this machine cannot satisfy."""
         if options.workers is not None and options.on is not None:
             raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
         if options.on is not None:

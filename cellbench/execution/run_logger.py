@@ -1,4 +1,4 @@
-"""Where a run's epochs go: to MLflow and into its checkpoint, both at once; and who may follow them."""
+"""Logs a run's epochs to MLflow together with its checkpoint, and calls the callback of a search."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cellbench.training import checkpoints
 
 
 class TrialCallback(Protocol):
-    """Who follows runs that end after validation: the test images are never read for them."""
+    """Callback for the trials of a search. They end after validation; the test images are never read for them."""
 
     def opened(self, job: ResolvedRun, run: Run) -> None:
         """Called when a run starts or is resumed."""
@@ -24,7 +24,7 @@ class TrialCallback(Protocol):
 
 @dataclass
 class RunLogger:
-    """A run's numbers to MLflow, its state to the cache."""
+    """Logs a run's metrics to MLflow and writes its checkpoints."""
 
     job: ResolvedRun
     run: Run
@@ -33,9 +33,9 @@ class RunLogger:
     _written_s: float = 0.0
 
     def resumed(self) -> tuple[dict[str, Any] | None, bool]:
-        """The state from which the run resumes, None for a run from its start; and whether another run wrote it.
+        """The checkpoint to resume from (None: start from scratch), and whether another run wrote it.
 
-        That run has the same fingerprint and may be in another store. Its epochs are then logged here too.
+        That run has the same fingerprint and may be in another store. Its epochs are then logged for this run too.
         """
         if (state := checkpoints.read_checkpoint(self.place)) is not None:
             return state, False
@@ -43,7 +43,7 @@ class RunLogger:
             return None, False
         history = list(enumerate(state["progress"]["history"]))
         if self.watch is not None and not all(self.watch.epoch(self.job, epoch, row) for epoch, row in history):
-            return None, False  # pruned here, where it was not: it ends at that epoch when it comes to it
+            return None, False  # pruned in this study but not in the other: train again, up to the epoch at which it was pruned
         held = self.run.steps("train/loss")
         for epoch, row in history:
             if epoch not in held:
@@ -56,8 +56,8 @@ class RunLogger:
         return self.watch is None or self.watch.epoch(self.job, epoch, metrics)
 
     def checkpoint(self, state: dict[str, Any]) -> None:
-        # Not after every epoch: of a small set, an epoch takes less time than logging it and writing its state. Both
-        # together, MLflow first: of what a checkpoint has, none is missing there, however the process ends.
+        # Not after every epoch: with few images, an epoch takes less time than logging it and writing a checkpoint. MLflow comes
+        # first, so that it has every epoch of a checkpoint, however the process ends.
         if state["progress"]["ended"] or time.monotonic() - self._written_s > checkpoints.EVERY_S:
             self.run.log({})
             checkpoints.write_checkpoint(self.place, state)

@@ -1,6 +1,6 @@
-"""Runs cohorts: each through one frozen pass, every run trained, tested and logged to MLflow, its status ``finished`` written last.
+"""Runs cohorts: computes their shared features, then trains, evaluates and logs every run. The status ``finished`` is written last.
 
-An interrupted run is resumed from its checkpoint; a run that another process is executing is left to that process.
+An interrupted run resumes from its checkpoint. A run that another process is executing is left to that process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.errors import WeightsUnavailable, one_line, quote_name
 from cellbench.execution import artifacts
-from cellbench.execution.artifacts import TestResult
+from cellbench.execution.artifacts import EvaluationResult
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.run_logger import RunLogger, TrialCallback
 from cellbench.features.extractor import CachePolicy, Features, non_finite_reason
@@ -55,27 +55,27 @@ from cellbench.training.tiled_inference import score_images
 from cellbench.training.trainer import HeadTrainer
 
 MAX_HALVINGS = 3
-"""Of the chunks that go through the backbone at once, when memory runs out."""
+"""How often the number of tiles per backbone call may be halved when memory runs out."""
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """The result of an experiment's runs, by run name."""
+    """The results of an experiment's runs, by run name."""
 
     finished: dict[str, RunState] = field(default_factory=dict)
     validated: dict[str, RunState] = field(default_factory=dict)
-    """Trials of a search: trained and validated, not tested."""
+    """Trials of a search, trained and validated but not tested."""
     pruned: dict[str, RunState] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     busy: list[str] = field(default_factory=list)
-    """Being executed by another process at this moment."""
+    """Being executed by another process."""
     num_new: int = 0
 
 
 @dataclass(kw_only=True)
 class ActiveRun:
-    """A run of the cohort that is being executed: resolved, and open in MLflow."""
+    """A run of the current cohort: resolved, and open in MLflow."""
 
     resolved: ResolvedRun
     run: Run
@@ -94,12 +94,12 @@ Trained = list[tuple[ActiveRun, HeadTrainer]]
 
 @dataclass(kw_only=True)
 class Runner:
-    """What the cohorts of one call share."""
+    """Executes cohorts. Holds what the cohorts of one command share."""
 
     experiment: Experiment
     registry: Registry
     datasets: Sequence[Dataset]
-    """One, or one a fold."""
+    """One, or one per fold."""
     machine: Hardware
     weights: Path | None
     tracker: Tracker
@@ -118,7 +118,7 @@ class Runner:
         self._select(self.datasets[0])
 
     def _select(self, dataset: Dataset) -> None:
-        """The data of the next cohort."""
+        """Sets the dataset of the next cohort."""
         self.dataset = dataset
         # A third for decoded images; features get the rest. Both are upper bounds, not reservations.
         third = self.machine.memory_bytes // 3
@@ -128,7 +128,7 @@ class Runner:
     # --- the store ----------------------------------------------------------------------------------------------------------------
 
     def skip(self, resolved: ResolvedRun, old: RunState | None) -> None:
-        """Marks a run as skipped, once for each reason."""
+        """Marks a run as skipped, unless it already is for the same reason."""
         if old is not None and old.status == "skipped" and old.reason == resolved.unavailable[:4000]:
             return
         with self._open(resolved, old) as run:
@@ -147,7 +147,7 @@ class Runner:
                     self._fail(ActiveRun(resolved=resolved, run=run), reason, out)
 
     def release(self, cohort: Sequence[ResolvedRun], owner: str) -> None:
-        """Marks the runs of ``owner``, a lost process elsewhere, as interrupted, so that the next worker can claim them at once."""
+        """Marks the runs of ``owner``, a lost process on another machine, as interrupted, so that the next worker can claim them at once."""
         with self.tracker.lock():
             known = self.tracker.known()
             for resolved in cohort:
@@ -157,7 +157,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _open(self, resolved: ResolvedRun, old: RunState | None) -> Iterator[Run]:
-        """The run in MLflow, open inside ``with``: a new one with its params, or ``old``, resumed."""
+        """Context manager that opens the run in MLflow: a new one with its params, or ``old``, resumed."""
         params = run_params(resolved.run, self.dataset.name, resolved.precision)
         tags = {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": resolved.run.model}
         if self.dataset.limited:
@@ -182,7 +182,7 @@ class Runner:
                     (out.validated if old.status == "validated" else out.pruned)[resolved.name] = old
                 elif old is not None and old.alive:
                     out.busy.append(resolved.name)
-                    self.say(f"{resolved.name} is being run by {old.owner} at this moment and is left to it.")
+                    self.say(f"{resolved.name} is being run by {old.owner} and is left to it.")
                 else:
                     run = stack.enter_context(self._open(resolved, old))
                     if old is None:
@@ -206,8 +206,8 @@ class Runner:
                 one.run.end("skipped", reason)
                 out.skipped[one.name] = reason
 
-    def _finish(self, one: ActiveRun, result: TestResult, out: Outcome, trained_on: Sequence[int] = ()) -> None:
-        """Logs a run's test; the status ``finished`` is written last. ``trained_on``: numbers of training images."""
+    def _finish(self, one: ActiveRun, result: EvaluationResult, out: Outcome, trained_on: Sequence[int] = ()) -> None:
+        """Logs the evaluation of a run; writes the status ``finished`` last. ``trained_on``: indices of the training images."""
         with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
             seen = seen_images.record_seen_images(self.dataset, trained_on)
             artifacts.write_artifacts(
@@ -215,9 +215,9 @@ class Runner:
             )
             one.run.log_artifacts(Path(folder))
         metrics = artifacts.final_metrics(self.dataset, result)
-        # At step 0: a single value there is a bar in the UI's charts, at any other step a lone dot. ``best/epoch`` says which epoch it was.
+        # At step 0, the UI's charts show a single value as a bar, at any other step as a dot. ``best/epoch`` holds the epoch.
         tags = artifacts.run_tags(one.name, metrics, self.machine.name, one.run.address("figures/worst.png"))
-        one.run.end("finished", metrics=metrics, tags=tags | {"cellbench.separation": result.exam.separation.words})
+        one.run.end("finished", metrics=metrics, tags=tags | {"cellbench.separation": result.evaluation.separation.words})
         checkpoints.delete_checkpoint(one.checkpoint)
         out.finished[one.name] = RunState(run_id=one.run.run_id, name=one.name, status="finished", metrics=metrics)
 
@@ -243,7 +243,7 @@ class Runner:
         out.num_new += len(active)
 
     def _within_memory(self, active: list[ActiveRun], title: str, out: Outcome) -> None:
-        """Executes the cohort; where memory runs out, resumes from the checkpoints with smaller chunks, and fails where that is not enough."""
+        """Executes the cohort. If memory runs out, resumes from the checkpoints with smaller chunks; fails if that is not enough."""
         whole = self.machine
         try:
             while True:
@@ -262,7 +262,7 @@ class Runner:
                         for one in active:
                             self._fail(one, f"out of memory: {one_line(error)}", out)
                         return
-                # Out here, where the error no longer holds the tensors of its frames.
+                # Outside of `except`, because the error's traceback keeps tensors alive.
                 self.machine = self.machine.smaller(1)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -270,7 +270,7 @@ class Runner:
         finally:
             self.machine = whole
 
-    # --- baselines that learn nothing ---------------------------------------------------------------------------------------------
+    # --- baselines without training ---------------------------------------------------------------------------------------------------
 
     def _apply(self, one: ActiveRun, out: Outcome) -> None:
         method, run, num = load(one.resolved.card), one.resolved.run, len(self.dataset.classes)
@@ -293,14 +293,14 @@ class Runner:
         cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
         cost |= {"cost/images_per_s": 1 / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s, "cost/peak_mib": peak_memory_mib()}
         cost |= _load_metric("cost/test_other_load_pct", busy)
-        # It sees whole images, so framing is not used; its files are read in the same way.
+        # It reads whole images, so framing does not apply; files are read in the same way.
         preparation = Preparation(framing=one.resolved.framing, reading=self.dataset.reading, um_per_px=self.dataset.um_per_px)
-        self._finish(one, TestResult(exam=evaluator.evaluations[0], cost=cost, preparation=preparation), out)
+        self._finish(one, EvaluationResult(evaluation=evaluator.evaluations[0], cost=cost, preparation=preparation), out)
 
-    # --- heads, and baselines that learn --------------------------------------------------------------------------------------------
+    # --- heads and trained baselines --------------------------------------------------------------------------------------------------
 
     def features(self, cohort: Sequence[ResolvedRun], more: Sequence[ResolvedRun] = ()) -> Features:
-        """The features of a cohort, with the levels that ``more`` runs of its backbone read too."""
+        """The features of a cohort, including the levels that the runs ``more`` of the same backbone need."""
         first = cohort[0]
         if (dataset := self.datasets[first.run.fold]) is not self.dataset:
             self._select(dataset)
@@ -314,7 +314,7 @@ class Runner:
         if card is None:
             return None
         if self._backbone is None or self._backbone[0] != card.id:
-            self._backbone = None  # one in memory at a time: a giant one is 4.5 GB
+            self._backbone = None  # one in memory at a time: the largest take 4.5 GB
             self._backbone = card.id, open_backbone(card, self.weights)
         return self._backbone[1]
 
@@ -336,7 +336,7 @@ class Runner:
         )
 
     def _trainer(self, one: ActiveRun, features: Features) -> HeadTrainer:
-        """The run's trainer, as it was at its last checkpoint."""
+        """The run's trainer, restored from its last checkpoint."""
         run = one.resolved.run
         model = build_model(run, one.resolved.card, features.backbone, len(self.dataset.classes))
         logger = RunLogger(one.resolved, one.run, one.checkpoint, self.watch)
@@ -365,7 +365,7 @@ class Runner:
         release_memory()
         load = _load_metric("cost/train_other_load_pct", busy)
         failed = [trainer.ended.startswith("failed") for trainer in trainers]
-        # All runs of the cohort read the same features; where those are not finite, no learning rate helps.
+        # All runs of the cohort read the same features. If these are not finite, no learning rate helps.
         cause = non_finite_reason(features) if any(failed) else ""
         trained: Trained = []
         for one, trainer, bad in zip(active, trainers, failed, strict=True):
@@ -379,14 +379,14 @@ class Runner:
             self._test(trained, features, title, load, out)
 
     def _validate(self, trained: Trained, features: Features, load: dict[str, float], out: Outcome) -> None:
-        """Ends trials with the validation scores of their best epochs, and their costs."""
+        """Ends trials with the validation scores of their best epochs and with their costs."""
         costs = self._training_costs(trained, features, load)
         models = [trainer.model for _, trainer in trained]
         latencies = latencies_ms(models, features)
         own_scores = score_validation(models, features, self.dataset, [metric for metric in self._own_metrics if metric.searchable])
         for (one, trainer), cost, latency_ms, own in zip(trained, costs, latencies, own_scores, strict=True):
             best = {name: value for name, value in trainer.history[trainer.best_epoch].items() if name.startswith("val/")}
-            # Its curves hold the validation by epoch; under "best/" stands what is compared.
+            # The curves hold the validation scores of each epoch; "best/" holds the values that trials are compared by.
             metrics = {f"best/{name.replace('/', '_')}": value for name, value in best.items()} | {"best/epoch": trainer.best_epoch}
             metrics |= {f"best/val_{key}": value for key, value in own.items()}
             metrics |= cost | {"cost/latency_ms": latency_ms}
@@ -422,13 +422,13 @@ class Runner:
             }
             self._finish(
                 one,
-                TestResult(exam=evaluator.evaluations[k], cost=cost, learner=trainer, preparation=features.preparation),
+                EvaluationResult(evaluation=evaluator.evaluations[k], cost=cost, trainer=trainer, preparation=features.preparation),
                 out,
                 features.plan.used_images,
             )
 
     def _training_costs(self, trained: Trained, features: Features, load: dict[str, float]) -> list[dict[str, float]]:
-        """What each run's training took; ``load``: by other processes meanwhile, as a metric."""
+        """The training cost of each run. ``load``: load by other processes during training, as a metric."""
         backbone, cores = features.backbone.module, self.machine.cores_of_one
         shared = {
             "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
@@ -452,5 +452,5 @@ class Runner:
 
 
 def _load_metric(name: str, load: SystemLoad) -> dict[str, float]:
-    """The load by other processes as a metric; none where it is unknown."""
+    """The load by other processes as a metric; empty if unknown."""
     return {} if (pct := load.others_pct()) is None else {name: pct}

@@ -1,7 +1,7 @@
-"""Cohorts for workers in other processes, and the policy for a worker that is lost: one for local processes and for Ray.
+"""Work queue for workers in other processes, local or on Ray, and the policy for lost workers.
 
-The cohort of a lost worker is handed out again and resumes from its checkpoints. The first loss may be chance; after another one, lack of
-memory is assumed, and the next worker gets smaller chunks. After ``MAX_LOSSES`` the cohort's runs fail.
+The cohort of a lost worker is assigned again and resumes from its checkpoints. From the second loss on, the queue assumes that memory ran out,
+and the next worker gets smaller chunks. After ``MAX_LOSSES`` the cohort's runs fail.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Shard = tuple[FeaturePass, int]
 
 @dataclass(kw_only=True, eq=False)
 class WorkItem:
-    """A cohort, or shards of the features that cohorts read, to be handed to workers until it is done."""
+    """A unit of work: a cohort, or shards of features that cohorts read."""
 
     cohort: list[ResolvedRun]
     title: str
     shards: list[Shard] = field(default_factory=list)
-    """To be computed; empty: the cohort is to be run."""
+    """Shards to compute; empty: run the cohort."""
     readers: list[str] = field(default_factory=list)
     """Fingerprints of all runs that read these shards."""
     waits_for: frozenset[str] = frozenset()
-    """Folders of the passes that must be complete before it starts."""
+    """Folders of the feature passes that must be complete before it starts."""
     losses: int = 0
 
     @property
@@ -41,44 +41,44 @@ class WorkItem:
 
     @property
     def folders(self) -> set[str]:
-        """Of the passes that its shards belong to."""
+        """Folders of the passes that its shards belong to."""
         return {one.folder for one, _ in self.shards}
 
     @property
     def halvings(self) -> int:
-        """How often the worker halves its chunks."""
+        """How often the worker halves its chunk size."""
         return max(0, self.losses - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """What a worker, or its end, says about its item."""
+    """A worker's message about its item, or the notice that the worker was lost."""
 
     item: WorkItem
     kind: Literal["say", "done", "refused", "error", "lost"]
     content: Any = None
-    """The outcome, or a text: a line, the reason of a refusal, a traceback, how the worker was lost."""
+    """The outcome, or a text: a line to print, the reason of a refusal, a traceback, or how the worker was lost."""
     lines: Sequence[str] = ()
-    """For people, before it."""
+    """Lines to print first."""
     owner: str = ""
-    """The owner of the item's runs in the store, where only this message shows that it is gone."""
+    """Owner of the item's runs in the store, if it was lost on another machine."""
 
 
 class Workers(Protocol):
-    """Starts and stops workers and passes messages. Decides nothing about the work."""
+    """Starts and stops workers and delivers their messages. Scheduling is up to :class:`WorkQueue`."""
 
     def assign(self, queue: WorkQueue) -> None:
-        """Hands items that are ready to workers."""
+        """Assigns ready items to workers."""
 
     def messages(self) -> Iterable[Message]:
-        """What workers said since the last call; waits a while for it."""
+        """Messages since the last call; waits a short time for them."""
 
     def stop(self) -> Sequence[tuple[WorkItem, str]]:
-        """Ends all workers. Gives the items of those that were killed at work, with the owner of their runs in the store."""
+        """Stops all workers. Returns the items of those that were killed at work, each with the owner of its runs in the store."""
 
 
 class WorkQueue:
-    """The items of one grid, those with the highest cost first, so that the workers end together."""
+    """The items of one grid. The most expensive come first, so that all workers end at about the same time."""
 
     def __init__(self, runner: Runner, cohorts: Sequence[Sequence[ResolvedRun]], out: Outcome) -> None:
         self.runner, self._out = runner, out
@@ -90,7 +90,7 @@ class WorkQueue:
         return len(self.waiting) + len(self.running)
 
     def run(self, workers: Workers) -> None:
-        """Until every item is done. Raises CellbenchError where a worker refuses its work."""
+        """Runs until every item is done. Raises CellbenchError if a worker refuses its item."""
         try:
             while len(self):
                 workers.assign(self)
@@ -101,7 +101,7 @@ class WorkQueue:
                 self._release(item, owner)
 
     def take(self) -> WorkItem | None:
-        """The next item that waits for no other; None where there is none now."""
+        """Removes and returns the next item that waits for no other; None if there is none."""
         unfinished = {folder for item in (*self.waiting, *self.running) for folder in item.folders}
         item = next((one for one in self.waiting if not one.waits_for & unfinished), None)
         if item is not None:
@@ -156,7 +156,7 @@ def _relative_cost(cohort: Sequence[ResolvedRun]) -> float:
 
 
 def _merge(out: Outcome, more: Outcome) -> None:
-    """Adds the outcome of one worker's cohort."""
+    """Adds the outcome of one cohort."""
     for one in fields(Outcome):
         mine, other = getattr(out, one.name), getattr(more, one.name)
         if isinstance(mine, dict):

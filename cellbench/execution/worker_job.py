@@ -1,7 +1,7 @@
-"""What a worker process needs to run cohorts of a grid: small, picklable, and checked against the driver's fingerprints.
+"""The picklable job specification from which a worker process runs cohorts of a grid.
 
-A worker opens data, cards and weights itself, from the same paths. Where they, or the code, differ from the driver's, its runs have other
-fingerprints, and it refuses: two versions of an experiment never end in one table.
+A worker opens data, cards and weights itself, at the same paths. If these or the code differ from the driver's, the fingerprints differ and the
+worker refuses, so that one table never mixes two versions of an experiment.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from cellbench.tracking.tracker import Tracker
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """One grid, for its workers. Paths are absolute; only ``store`` and ``cache_url``, which are never shown, may hold credentials."""
+    """One grid for its workers. Paths are absolute. ``store`` and ``cache_url`` may contain credentials and are never printed."""
 
     experiment: Experiment
     parent_id: str
     machine: Hardware
-    """Of the driver, or a worker's share of it."""
+    """The driver's machine, or a worker's share of it."""
     where: str = ""
-    """The experiment's file, for messages."""
+    """The experiment file's name, for messages."""
     data: Path | None = None
     weights: Path | None = None
     extra: Path | None = None
-    """Cards laid over the shipped ones."""
+    """Folder of the user's own cards (``--registry``)."""
     disk_bytes: int = 0
     prefer_disk: bool = False
     cache: Path
     store: str
     cache_url: str = ""
-    """Of the shared cache. With one, each machine may have a cache folder of its own."""
+    """URL of the shared cache. With it, each machine may have its own cache folder."""
 
     def __repr__(self) -> str:
         return f"JobSpec({self.experiment.experiment!r})"
@@ -70,7 +70,7 @@ def job_spec(
     disk_bytes: int,
     prefer_disk: bool,
 ) -> JobSpec:
-    """The job of a grid that is started here."""
+    """Creates the job of a grid that is started on this machine."""
     file = store_file()
     return JobSpec(
         experiment=experiment,
@@ -90,7 +90,7 @@ def job_spec(
 
 @functools.cache
 def code_version() -> str:
-    """The versions that compute here, with a hash of the package's own code: two checkouts may both be 0.2.0."""
+    """Versions of this package and of the libraries it computes with. Includes a hash of the code, since two checkouts may have the same version."""
     folder = Path(__file__).parents[1]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py"))))
     libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm", "numpy"))
@@ -98,21 +98,21 @@ def code_version() -> str:
 
 
 def check_same_version(theirs: str) -> None:
-    """Raises CellbenchError where the process that started the grid has another version."""
+    """Raises CellbenchError if the process that started the grid has another version."""
     if code_version() != theirs:
         raise CellbenchError(f"{this_owner()} has {code_version()}; the grid was started with {theirs}. Install the same on all machines.")
 
 
 def apply_job_environment(job: JobSpec) -> JobSpec:
-    """The job, after this process has taken over its cache folder, store and cores."""
-    startup.set_environment()  # on another machine nothing is inherited
+    """Applies the job's cache folder, store and threads to this process. Returns the job for this process."""
+    startup.set_environment()  # another machine inherits no environment
     os.environ |= {"CELLBENCH_CACHE": str(job.cache), "CELLBENCH_CACHE_URL": job.cache_url, "MLFLOW_TRACKING_URI": job.store}
     torch.set_num_threads(job.machine.threads)
     return job
 
 
 class CohortWorker:
-    """A worker's side of a job: one runner, and the cohorts that it is handed, by their runs' fingerprints."""
+    """Runs cohorts of a job in a worker process. Runs are given by fingerprint."""
 
     def __init__(self, job: JobSpec, say: Callable[[str], None]) -> None:
         apply_job_environment(job)
@@ -136,15 +136,15 @@ class CohortWorker:
         )
 
     def cohort(self, fingerprints: Sequence[str], title: str, halvings: int) -> Outcome:
-        """Runs a cohort, with chunks halved so often. Raises CellbenchError where its runs have other fingerprints here."""
+        """Runs a cohort, with the chunk size halved ``halvings`` times. Raises CellbenchError if the fingerprints differ here."""
         self._runner.machine = self._machine.smaller(halvings)
         out = Outcome()
         self._runner.cohort(self._resolved(fingerprints, title), title, out)
-        self._runner.tracker.flush()  # the driver reads the results in the store
+        self._runner.tracker.flush()  # the driver reads the results from the store
         return out
 
     def passes(self, cohorts: Sequence[Sequence[str]]) -> list[list[FeaturePass]]:
-        """What each cohort will keep on disk. Raises CellbenchError."""
+        """The passes that each cohort will cache on disk. Raises CellbenchError."""
         out: list[list[FeaturePass]] = []
         for fingerprints in cohorts:
             cohort = self._resolved(fingerprints, "a cohort")
@@ -153,7 +153,7 @@ class CohortWorker:
         return out
 
     def fill(self, fingerprints: Sequence[str], readers: Sequence[str], shards: Sequence[tuple[FeaturePass, int]]) -> int:
-        """Computes the missing ones of these shards of a cohort's passes, with the levels that ``readers`` need. Gives their number."""
+        """Computes the missing shards of a cohort's passes, with the levels that ``readers`` need. Returns their number."""
         cohort, others = (self._resolved(some, "a cohort") for some in (fingerprints, readers))
         features = self._runner.features(cohort, others)
         with WorkerPool(self._machine.lanes) as pool:

@@ -1,4 +1,4 @@
-"""The test of a search's best setting."""
+"""Evaluates the best setting of a search on the test set."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cellbench.tracking.tracker import Run
 
 
 def test_best(space: Space, study: Study, runner: Runner, machine: Hardware, run: Run, request: RunRequest, executor: Executor) -> int:
-    """Tests the setting of the best trial, and no other: as a grid, with ``repeat_best`` seeds, on ``machine``. ``runner``: of the trials.
+    """Evaluates the setting of the best trial as a grid with ``repeat_best`` seeds on ``machine``. No other setting reads the test set.
 
-    Exit code 0, or 1 where a run failed.
+    ``runner``: the runner of the trials. Returns exit code 0, or 1 if a run failed.
     """
     best = study.best()
     if not best:
-        say("no completed trial keeps the bounds, so there is no best one to test.")
+        say("no completed trial satisfies the bounds, so there is no best setting to test.")
         return 0
     tree, precision = space.best_tree(best[0].point), machine.precision_name
     experiment, runs = resolve_tree(tree, runner.registry, runner.datasets, runner.weights, "best.toml", precision=precision)

@@ -1,7 +1,7 @@
-"""A search from its file to the test of its best setting: prepare, spawn, follow, conclude.
+"""Runs a search from its file to the test of its best setting: prepare, spawn, follow, conclude.
 
-Its processes work on batches of trials, which end after validation: the best setting alone is tested, at the end, as a grid of its own with
-several seeds.
+Its processes work on batches of trials, which end after validation. Only the best setting is tested, at the end, as a separate grid with several
+seeds.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ from cellbench.tracking.tracker import Run, Tracker
 
 @dataclass(kw_only=True)
 class StopRequest:
-    """Whether a search ends before its trials do: at its deadline, when a person asks for it, or when its first process is gone."""
+    """Whether a search stops early: at its deadline, on Ctrl-C, or when its main process is gone."""
 
     deadline_s: float = float("inf")
-    """On time's monotonic clock."""
-    asked: bool = False
+    """On the clock of :func:`time.monotonic`."""
+    interrupted: bool = False
     parent_pid: int = 0
-    """Of a process that helps another one: that process. Without it, its current batch is its last."""
+    """Process id of the main process, in a helper. If the main process is gone, the helper stops after its current batch."""
     helpers: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    """Processes that this one started. They have sessions of their own, so the terminal's Ctrl-C does not reach them."""
+    """Helper processes of this one. They have their own sessions, so the terminal's Ctrl-C does not reach them."""
 
     @classmethod
     def after(cls, timeout_s: float | None) -> StopRequest:
         return cls() if timeout_s is None else cls(deadline_s=time.monotonic() + timeout_s)
 
     def over(self) -> bool:
-        return self.asked or time.monotonic() > self.deadline_s or (self.parent_pid > 0 and os.getppid() != self.parent_pid)
+        return self.interrupted or time.monotonic() > self.deadline_s or (self.parent_pid > 0 and os.getppid() != self.parent_pid)
 
 
 # --- prepare --------------------------------------------------------------------------------------------------------------------------
@@ -76,18 +76,18 @@ class StopRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchPlan:
-    """A search as its file asks for it, with its data and what it may use."""
+    """A search file with its data and its resources."""
 
     space: Space
     text: str
-    """The search as a file that asks the same without any option."""
+    """The search file with the command's options applied."""
     file: str
     """Its path or name."""
     data: Path | None
     storage: str
     """URL of the study's database."""
     experiment: Experiment
-    """One point of the space."""
+    """Experiment of one point of the space."""
     datasets: list[Dataset]
     resources: Resources
 
@@ -100,7 +100,7 @@ class SearchPlan:
         return Study(self.storage, self.space, facts, max_epochs(self.space))
 
     def worker(self, study: Study, tracker: Tracker, parent_id: str, machine: Hardware) -> SearchWorker:
-        """What trains trials in this process, on ``machine``, its share of the resources."""
+        """The worker that trains trials in this process, on ``machine``, its share of the resources."""
         runner = Runner(
             experiment=self.experiment,
             registry=self.resources.registry,
@@ -117,7 +117,7 @@ class SearchPlan:
 
 
 def prepare(options: SearchOptions, resources: Resources) -> SearchPlan:
-    """Reads the file and the data, and says what is known about them. Raises CellbenchError, before anything is written."""
+    """Reads the file and the data, and prints notes on them. Raises CellbenchError before anything is written."""
     registry = resources.registry
     space, text = read_space(options.file, options.all_changes, options.data, options.limit, registry, search_objectives(registry))
     plan = plan_search(space, text, options.file, options.data, options.storage, resources)
@@ -129,7 +129,7 @@ def prepare(options: SearchOptions, resources: Resources) -> SearchPlan:
 
 def plan_search(space: Space, text: str, file: str, data: Path | None, storage: str | None, resources: Resources) -> SearchPlan:
     url = storage or os.environ.get("OPTUNA_STORAGE") or DEFAULT
-    if url.startswith("sqlite:///"):  # a process elsewhere may have another working folder
+    if url.startswith("sqlite:///"):  # a process on another node may have another working folder
         url = f"sqlite:///{Path(url.removeprefix('sqlite:///')).absolute()}"
     experiment = Experiment.of(space.tree({one.name: one.ends[0] for one in space.dimensions if not one.head}), file)
     plan = SearchPlan(
@@ -147,7 +147,7 @@ def plan_search(space: Space, text: str, file: str, data: Path | None, storage: 
 
 
 def max_epochs(space: Space) -> int:
-    """The most epochs that a trial may take."""
+    """Maximum number of epochs of a trial."""
     for one in space.dimensions:
         if one.name == "epochs":
             return int(max(float(x) for x in one.ends))
@@ -175,12 +175,12 @@ def _backbones(space: Space) -> Sequence[Any]:
     return next(one.choices for one in space.dimensions if one.name == "backbone")
 
 
-# --- the first process ----------------------------------------------------------------------------------------------------------------
+# --- the main process -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSession:
-    """A search under way: its study, its parent run in MLflow, and the worker of this process."""
+    """A running search: its study, its parent run in MLflow, and the worker of this process."""
 
     plan: SearchPlan
     study: Study
@@ -189,17 +189,20 @@ class SearchSession:
     worker: SearchWorker
     tracker: Tracker
     job: JobSpec
-    """For processes elsewhere."""
+    """The job for processes on other nodes."""
     ray: Any = None
     gpu_share: float = 1.0
 
     @property
     def num_left(self) -> int:
-        return self.plan.space.settings.trials - sum(t.state != "running" for t in self.study.told())
+        return self.plan.space.settings.trials - sum(t.state != "running" for t in self.study.trials())
 
 
 def search(plan: SearchPlan, options: SearchOptions, stop: StopRequest, progress: Callable[[int, int], tqdm[Any]]) -> int:
-    """Runs a search. ``progress``: a bar of all trials, by how many have ended. Exit code 0; 130 where a person ended it, 1 where a test failed."""
+    """Runs a search. ``progress``: makes a progress bar from the number of trials and of ended ones.
+
+    Returns exit code 0, 130 after Ctrl-C, or 1 if a run of the test failed.
+    """
     with _open(plan, options) as session:
         try:
             with progress(plan.space.settings.trials, plan.space.settings.trials - session.num_left) as bar:
@@ -261,18 +264,18 @@ def _key(plan: SearchPlan) -> str:
 
 
 def _work_with_helpers(session: SearchSession, num_workers: int, stop: StopRequest, bar: tqdm[Any]) -> None:
-    """Works on trials beside the other processes, until all have ended; takes over those of a process that died."""
+    """Works on trials together with helper processes until all have ended; takes over the trials of a dead process."""
     cores = assign_cores(session.plan.resources.machine.shares(num_workers))[0] if num_workers > 1 else []
-    with _spawned(num_workers - 1, session.plan.text, stop), pin_to_cores(cores):
+    with _spawn_helpers(num_workers - 1, session.plan.text, stop), pin_to_cores(cores):
         session.worker.work(stop.over, bar)
-        while not stop.over() and any(t.state == "running" for t in session.study.told()):
+        while not stop.over() and any(t.state == "running" for t in session.study.trials()):
             time.sleep(2)
             session.worker.work(stop.over, bar)
 
 
 @contextlib.contextmanager
-def _spawned(num: int, text: str, stop: StopRequest) -> Iterator[None]:
-    """``num`` helpers: processes of this same command that read ``text`` instead of the file. They end with their search."""
+def _spawn_helpers(num: int, text: str, stop: StopRequest) -> Iterator[None]:
+    """Starts ``num`` helper processes with the same command, which read ``text`` instead of the file. They end with the search."""
     call = [sys.executable, "-m", "cellbench.run", *sys.argv[1:], "--helper"]
     stop.helpers = [
         subprocess.Popen([*call, str(k)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -280,7 +283,7 @@ def _spawned(num: int, text: str, stop: StopRequest) -> Iterator[None]:
     ]
     for process in stop.helpers:
         assert process.stdin is not None
-        with contextlib.suppress(OSError), process.stdin as pipe:  # one that ended at once prints the reason itself
+        with contextlib.suppress(OSError), process.stdin as pipe:  # a process that already exited has printed the reason
             pipe.write(text.encode())
     try:
         yield
@@ -294,7 +297,7 @@ def _spawned(num: int, text: str, stop: StopRequest) -> Iterator[None]:
 
 
 def _follow_ray(session: SearchSession, stop: StopRequest, bar: tqdm[Any]) -> None:
-    """Waits until processes elsewhere have finished the trials. Ctrl-C ends those processes: their trials resume from checkpoints."""
+    """Waits until processes on other nodes have finished the trials. Ctrl-C kills these processes; their trials resume from checkpoints."""
     plan, settings = session.plan, session.plan.space.settings
     place = str(Path(plan.file).absolute()) if Path(plan.file).is_file() else plan.file
     seconds = None if stop.deadline_s == float("inf") else stop.deadline_s - time.monotonic()
@@ -303,18 +306,18 @@ def _follow_ray(session: SearchSession, stop: StopRequest, bar: tqdm[Any]) -> No
     params_m = max(plan.resources.registry.backbone(str(name)).params_m for name in _backbones(plan.space))
     with ray_search.SearchHelpers(session.ray, session.job, plan.storage, work, num, params_m, session.gpu_share) as helpers:
         while not stop.over() and helpers.working:
-            if words := helpers.look(2.0):
+            if words := helpers.poll(2.0):
                 say(words)
-            session.worker.show(session.study.told(), bar)
+            session.worker.show(session.study.trials(), bar)
 
 
 def _conclude(session: SearchSession, stop: StopRequest) -> int:
-    """Tests the best setting, where all trials have ended."""
-    if stop.asked or session.num_left > 0:
-        why = "Ctrl-C" if stop.asked else "the time is over"
+    """Tests the best setting if all trials have ended."""
+    if stop.interrupted or session.num_left > 0:
+        why = "Ctrl-C" if stop.interrupted else "the time is over"
         say(f"{why}: {session.num_left} trials are left, and the best is not tested yet. The same command resumes.")
         session.parent.end("interrupted", why)
-        return 130 if stop.asked else 0
+        return 130 if stop.interrupted else 0
 
     executor: Executor = InProcessExecutor()
     if session.ray is not None:
@@ -329,7 +332,7 @@ def _conclude(session: SearchSession, stop: StopRequest) -> int:
 
 
 def assist(plan: SearchPlan, machine: Hardware, cores: Sequence[int], stop: StopRequest) -> None:
-    """Works on trials of a search that another process leads, on ``machine``, pinned to ``cores``, until all have ended. Raises CellbenchError."""
+    """Works on the trials of another process's search, on ``machine``, pinned to ``cores``, until all have ended. Raises CellbenchError."""
     tracker = Tracker(plan.space.experiment)
     with plan.study() as study:
         parent = tracker.known().get(_key(plan))
@@ -341,23 +344,23 @@ def assist(plan: SearchPlan, machine: Hardware, cores: Sequence[int], stop: Stop
 
 
 def assist_here(options: SearchOptions, resources: Resources, text: str, stop: StopRequest) -> None:
-    """The work of one of ``--workers``. ``text``: the search as the first process read it."""
+    """Main function of a helper process (``--workers``). ``text``: the search file as the main process read it."""
     stop.parent_pid = os.getppid()
-    plan = _plan_of(text, options.file, options.data, options.storage, resources)
+    plan = _plan_from_text(text, options.file, options.data, options.storage, resources)
     shares = resources.machine.shares(options.workers or 1)
     assist(plan, shares[options.helper], assign_cores(shares)[options.helper], stop)
 
 
 def help_search(job: JobSpec, *, file: str, text: str, storage: str, seconds: float | None) -> None:
-    """The work of a process on Ray. Raises CellbenchError."""
+    """Main function of a worker on Ray. Raises CellbenchError."""
     resources = Resources(
         registry=Registry(job.extra), weights=job.weights, machine=job.machine, disk_bytes=job.disk_bytes, prefer_disk=True
     )
     stop = StopRequest.after(seconds)
     stop.parent_pid = os.getppid()  # Ray's own process on that node
-    assist(_plan_of(text, file, job.data, storage, resources), job.machine, [], stop)
+    assist(_plan_from_text(text, file, job.data, storage, resources), job.machine, [], stop)
 
 
-def _plan_of(text: str, file: str, data: Path | None, storage: str | None, resources: Resources) -> SearchPlan:
+def _plan_from_text(text: str, file: str, data: Path | None, storage: str | None, resources: Resources) -> SearchPlan:
     space = Space.of(tomllib.loads(text), file, resources.registry, search_objectives(resources.registry))
     return plan_search(space, text, file, data, storage, resources)

@@ -1,4 +1,4 @@
-"""Pictures of a search, by Optuna's own plotting on matplotlib, and its table."""
+"""Plots of a search by ``optuna.visualization.matplotlib``, and the table of its trials."""
 
 from __future__ import annotations
 
@@ -21,55 +21,55 @@ from cellbench.search.study import CompletedTrial, Study
 
 
 def write_trials(folder: Path, study: Study, space: Space) -> None:
-    """``trials.csv`` and ``figures/*.png``."""
-    (folder / "trials.csv").write_text(trials_table(study.told(), space), encoding="utf-8")
+    """Writes ``trials.csv`` and ``figures/*.png``."""
+    (folder / "trials.csv").write_text(trials_table(study.trials(), space), encoding="utf-8")
     (folder / "figures").mkdir()
     for title, data in plot_study(study, space):
         (folder / "figures" / f"{title}.png").write_bytes(data)
 
 
 def plot_study(study: Study, space: Space) -> Iterator[tuple[str, bytes]]:
-    """Name and PNG of each picture that the told trials allow."""
-    done = [t for t in study.told() if t.state == "complete"]
+    """Name and PNG of each plot that the completed trials allow."""
+    done = [t for t in study.trials() if t.state == "complete"]
     if len(done) < 2:
         return
     names = list(space.settings.objectives)
     varied = [one.name for one in space.dimensions if len(one.choices) != 1]
     always = [one.name for one in space.dimensions if one.name in varied and not one.head]
-    # Names of ticks need room between panels; a single one with its colour bar is more than a constrained layout can do.
+    # Tick labels need space between panels. A single panel with its colour bar is too much for a constrained layout.
     apart: Literal["none", "constrained"] = "constrained" if len(always) > 1 else "none"
     for k, name in enumerate(names):
         mark = "" if len(names) == 1 else f"-{name.replace('/', '-')}"
         about: dict[str, Any] = {"target_name": name}
         if len(names) > 1:
             about["target"] = lambda t, k=k: t.values[k]
-        yield f"history{mark}", _drawn(partial(_history, study, about), (7, 4))
+        yield f"history{mark}", _render(partial(_history, study, about), (7, 4))
         yield (
             f"slice{mark}",
-            _drawn(
+            _render(
                 partial(_slices, study, always, about),
                 (max(5, 2 * len(always) + 1), 3.8),
                 apart,
             ),
         )
-        yield f"parallel{mark}", _drawn(partial(draw.plot_parallel_coordinate, study.optuna, params=always, **about), (11, 5))
+        yield f"parallel{mark}", _render(partial(draw.plot_parallel_coordinate, study.optuna, params=always, **about), (11, 5))
         values = {t.values[k] for t in done}
         if len(done) >= 4 and len(values) > 1:
-            yield f"importance{mark}", _drawn(partial(draw.plot_param_importances, study.optuna, **about), (7, 3.5))
+            yield f"importance{mark}", _render(partial(draw.plot_param_importances, study.optuna, **about), (7, 3.5))
     if space.settings.pruner != "none":
-        yield "curves", _drawn(lambda: _curves(draw.plot_intermediate_values(study.optuna), names[0]), (7, 4))
+        yield "curves", _render(lambda: _curves(draw.plot_intermediate_values(study.optuna), names[0]), (7, 4))
     if len(names) in (2, 3):
-        yield "pareto", _drawn(lambda: draw.plot_pareto_front(study.optuna, target_names=names), (6.5, 4.5))
+        yield "pareto", _render(lambda: draw.plot_pareto_front(study.optuna, target_names=names), (6.5, 4.5))
 
 
 def _history(study: Study, about: dict[str, Any]) -> Any:
     axes = draw.plot_optimization_history(study.optuna, **about)
-    axes.legend(loc="lower right", frameon=True)  # Optuna's stands half outside
+    axes.legend(loc="lower right", frameon=True)  # Optuna's legend is half outside of the axes
     return axes
 
 
 def _slices(study: Study, params: list[str], about: dict[str, Any]) -> Any:
-    """The ticks of a slice plot, whose names would lie over each other: slanted, without quotes, and none between decades."""
+    """A slice plot without overlapping tick labels: rotated, without quotes and minor ticks."""
     panels = draw.plot_slice(study.optuna, params=params, **about)
     for axes in panels.flat if hasattr(panels, "flat") else [panels]:
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -80,9 +80,9 @@ def _slices(study: Study, params: list[str], about: dict[str, Any]) -> Any:
 
 
 def _curves(axes: Any, name: str) -> Any:
-    """Each trial's way, from where most of them begin: a few that start at nothing would flatten all others."""
+    """Limits the y axis to start at the lower 10 % of the values: a few trials that start near 0 would flatten all others."""
     if (legend := axes.get_legend()) is not None:
-        legend.remove()  # a line for each trial: more names than picture
+        legend.remove()  # it has an entry for each trial and would cover the plot
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()] or [np.zeros(1)])
     low, high = np.nanquantile(values, 0.1), np.nanmax(values)
     if high > low:
@@ -91,23 +91,23 @@ def _curves(axes: Any, name: str) -> Any:
     return axes
 
 
-def _drawn(make: Callable[[], Any], size_inches: tuple[float, float], layout: Literal["none", "constrained"] = "none") -> bytes:
-    # Optuna's axes have powers of ten in TeX's words, and no name of anybody's files.
-    with plt.rc_context({**STYLE, "text.parse_math": True}), warnings.catch_warnings():  # Optuna changes the style for everybody
+def _render(make: Callable[[], Any], size_inches: tuple[float, float], layout: Literal["none", "constrained"] = "none") -> bytes:
+    # Optuna's axes show powers of ten as TeX, and contain no file names that TeX could misread.
+    with plt.rc_context({**STYLE, "text.parse_math": True}), warnings.catch_warnings():  # Optuna changes the global style
         warnings.simplefilter("ignore")
         made = make()
         figure = (made.flat[0] if hasattr(made, "flat") else made).figure
         figure.set_size_inches(*size_inches)
-        figure.set_layout_engine(layout)  # Optuna's own places where a constrained layout cannot have them, as the parallel axes
+        figure.set_layout_engine(layout)  # "none" where a constrained layout fails, as for parallel coordinates
         return to_png(figure)
 
 
-def trials_table(told: Sequence[CompletedTrial], space: Space) -> str:
+def trials_table(trials: Sequence[CompletedTrial], space: Space) -> str:
     """All trials as CSV."""
     names = [one.name for one in space.dimensions]
-    metrics = sorted({name for t in told for name in t.metrics})
+    metrics = sorted({name for t in trials for name in t.metrics})
     rows: list[list[object]] = []
-    for t in told:
+    for t in trials:
         row = [t.point.get(name, "") for name in names] + [t.metrics.get(name, "") for name in metrics]
         rows.append([t.number, t.state, *row, round(t.seconds, 1), t.run_id, t.reason])
     return to_csv(["trial", "state", *names, *metrics, "seconds", "mlflow_run", "reason"], rows)

@@ -15,8 +15,8 @@ from cellbench.tracking.tracker import Run, Tracker
 
 
 def sync_study(study: Study, tracker: Tracker) -> list[str]:
-    """Marks what only one of the two stores still has, and removes nothing. Gives sentences for people."""
-    trials = {t.number: t for t in study.told()}
+    """Marks trials and runs that exist in only one of the two stores. Removes nothing. Returns sentences to print."""
+    trials = {t.number: t for t in study.trials()}
     runs = {run.run_id: run for run in tracker.stored() if run.tags.get(STUDY) == study.name}
     lost_runs = [t.number for t in trials.values() if t.run_id and t.run_id not in runs]
     known = {t.run_id for t in trials.values()}
@@ -37,10 +37,10 @@ def sync_study(study: Study, tracker: Tracker) -> list[str]:
 
 
 def log_progress(space: Space, study: Study, run: Run) -> None:
-    """The study so far onto its parent run: curves, pictures, the table, and the best setting as a file that ``grid`` runs."""
-    told, best = study.told(), study.best()
+    """Logs the state of the study to its parent run: curves, plots, the table of trials, and the best setting as a file for ``grid``."""
+    trials, best = study.trials(), study.best()
     sign, record = (1 if space.directions[0] == "maximize" else -1), None
-    for t in told:
+    for t in trials:
         if (
             t.state == "complete"
             and all(over <= 0 for over in space.settings.excess(t.metrics).values())
@@ -48,7 +48,7 @@ def log_progress(space: Space, study: Study, run: Run) -> None:
         ):
             record = t.values[0]
             run.buffer(t.number, {"search/best": record})
-    run.log({f"search/{state}": sum(t.state == state for t in told) for state in ("complete", "pruned", "failed")})
+    run.log({f"search/{state}": sum(t.state == state for t in trials) for state in ("complete", "pruned", "failed")})
     with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
         folder = Path(name)
         if best:

@@ -1,4 +1,4 @@
-"""What asks and what prunes: Optuna's samplers, made anew for each trial from the study's seed and the trial's number, and its pruners."""
+"""Optuna's samplers and pruners. A sampler is created for each trial from the study's seed and the trial's number."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ PAIR = ("backbone", "head")
 
 
 def sampler_and_pruner(settings: Settings, dimensions: Sequence[Dimension], epochs: int) -> tuple[BaseSampler, BasePruner]:
-    """``epochs``: the most that a trial may take."""
+    """``epochs``: maximum number of epochs of a trial."""
     return SeededSampler(settings, dimensions), _pruner(settings, epochs)
 
 
 def _pruner(settings: Settings, epochs: int) -> BasePruner:
     match settings.pruner:
         case "median":
-            # Not in the first third: a head that sees more than tokens starts slowly and ends above those that it trailed (seen on BCCD, where
-            # halving at two epochs of eight ended every such trial). A trial is held against its own best so far, not against its last dip.
+            # Not in the first third: a head that also reads pixels starts slowly and overtakes others later (on BCCD, halving at epoch 2 of 8
+            # pruned every such trial). The pruner compares a trial's best value so far, not its last one.
             return MedianPruner(n_startup_trials=5, n_warmup_steps=max(1, epochs // 3))
         case "halving":
-            # A third of the trials goes on at 2, 6, 18, … epochs: 384 of 1,800 epochs in a trial of the pruners, the optimum still found.
+            # A third of the trials continues at epoch 2, 6, 18, …: in a test, 384 of 1,800 epochs, and the optimum was still found.
             return SuccessiveHalvingPruner(min_resource=2, reduction_factor=3)
         case "hyperband":
             return HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3)
@@ -40,24 +40,24 @@ def _pruner(settings: Settings, epochs: int) -> BasePruner:
 
 
 class SeededSampler(BaseSampler):
-    """A sampler that is made anew for each trial, from the study's seed and the trial's number.
+    """A sampler whose draws depend only on the study's seed and the trial's number.
 
-    The start-up trials of ``tpe`` and ``gp`` take the pairs of backbone and head in turn, in an order by chance, so that none is judged by
-    never having been tried: of eight pairs and sixteen draws by chance, one is left out in two of three searches.
+    The start-up trials of ``tpe`` and ``gp`` cycle through the pairs of backbone and head in random order, so that every pair is tried. With
+    independent draws, 16 trials miss at least one of 8 pairs in two of three searches.
     """
 
     def __init__(self, settings: Settings, dimensions: Sequence[Dimension]) -> None:
         self._settings, self._conditional = settings, any(one.head for one in dimensions)
         choices = {one.name: one.choices for one in dimensions if one.name in PAIR and not one.head}
         self._pairs = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-        self._inner = self._made(0)
+        self._inner = self._sampler(0)
 
-    def _made(self, number: int) -> BaseSampler:
+    def _sampler(self, number: int) -> BaseSampler:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # QMC and TPE's groups have been that for years
-            return self._new(number)
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # QMC and grouped TPE are marked as experimental
+            return self._create(number)
 
-    def _new(self, number: int) -> BaseSampler:
+    def _create(self, number: int) -> BaseSampler:
         settings = self._settings
         seed = int.from_bytes(hashlib.sha256(f"{settings.seed}:{number}".encode()).digest()[:4], "big")
         match settings.sampler:
@@ -68,7 +68,7 @@ class SeededSampler(BaseSampler):
             case "gp":
                 return GPSampler(seed=seed, n_startup_trials=settings.startup)
             case "qmc":
-                # Its sequence is the study's: one seed for all, and the number of the point is kept in the storage.
+                # QMC needs one seed for the whole sequence; Optuna keeps the index of the next point in the storage.
                 own = RandomSampler(seed=seed)
                 return QMCSampler(
                     seed=settings.seed,
@@ -82,7 +82,7 @@ class SeededSampler(BaseSampler):
         return RandomSampler(seed=seed)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._inner = self._made(trial.number)
+        self._inner = self._sampler(trial.number)
         self._inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

@@ -1,8 +1,8 @@
-"""Optuna: what a search has asked and been told, kept so that it survives. Knows neither backbones nor MLflow.
+"""The Optuna study of a search, with batches and a policy for dead workers. Knows neither backbones nor MLflow.
 
-Trials are asked for in batches. A worker that dies leaves trials that were asked and never told: the next call takes up the same trials, so
-that nothing told is lost, nothing is told twice and numbers stay. What a trial is drawn from depends on the study's seed and the trial's
-number alone: a search that was killed and goes on asks the same as one that was not, and workers do not repeat each other's first points.
+Trials are proposed in batches. A worker that dies leaves trials without a result; the next call to :meth:`Study.ask` returns the same trials. So
+no result is lost, none is reported twice, and trial numbers are stable. A trial's point depends only on the study's seed, the trial's number and
+the reported results. A resumed search therefore proposes the same trials, and workers do not repeat each other's first points.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from cellbench.tracking import sqlite_store
 
 DEFAULT = "sqlite:///mlruns/optuna.db"
 OWNER, BATCH, RUN_ID, METRICS, REASON, SAME, PRUNED = "owner", "batch", "mlflow_run_id", "metrics", "reason", "fingerprint", "pruned_at"
-ASKED = "asked"
+REQUEST = "asked"
 ALIVE = "alive "
-"""Before a worker's name on the study: when it last gave a sign of life."""
+"""Prefix of the study attribute with the time of a worker's last heartbeat."""
 BEAT_S, STALE_S = 20.0, 180.0
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)  # one line a trial is what the bar is for; what goes wrong is raised as well
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # the progress bar shows the trials, and errors are raised as well
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProposedTrial:
-    """A trial that was asked for and is not told yet."""
+    """A trial without a result yet."""
 
     number: int
     point: Mapping[str, Scalar]
@@ -53,7 +53,7 @@ class ProposedTrial:
 
 @dataclass(frozen=True, kw_only=True)
 class CompletedTrial:
-    """A trial as the study remembers it."""
+    """A trial as stored in the study."""
 
     number: int
     state: str
@@ -62,21 +62,21 @@ class CompletedTrial:
     values: tuple[float, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     run_id: str = ""
-    """Of MLflow's run."""
+    """Id of its MLflow run."""
     reason: str = ""
     same: str = ""
-    """The fingerprint of its settings: equal for trials that would give equal numbers."""
+    """Fingerprint of its settings: equal for trials that would give equal results."""
     seconds: float = 0.0
 
 
 class Study:
-    """One study in a storage, made on first use. Use in ``with``: a worker gives signs of life inside."""
+    """A study in a storage, created on first use. Inside ``with``, the worker sends heartbeats."""
 
-    def __init__(self, url: str, space: Space, asked: Mapping[str, str], epochs: int) -> None:
+    def __init__(self, url: str, space: Space, request: Mapping[str, str], epochs: int) -> None:
         self.url, self.name, self.settings = url, space.experiment, space.settings
         self._dimensions = space.dimensions
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
-        with self._refusals(), self.lock():
+        with self._storage_errors(), self.lock():
             self._storage = _storage(url)
             sampler, pruner = sampler_and_pruner(self.settings, self._dimensions, epochs)
             self.optuna = optuna.create_study(
@@ -87,46 +87,48 @@ class Study:
                 sampler=sampler,
                 pruner=pruner,
             )
-            self._check(dict(asked))
+            self._check(dict(request))
         self._stop = threading.Event()
 
     # --- the storage --------------------------------------------------------------------------------------------------------------
 
     def lock(self) -> FileLock:
-        """Held by this machine's processes while the storage is made (workers that make it at once break it) and while trials are asked."""
+        """Lock between the processes of this machine, held while the storage is created (concurrent creation breaks it) and in :meth:`ask`."""
         return sqlite_store.store_lock(self.url)
 
     @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
+    def _storage_errors(self) -> Iterator[None]:
         import sqlalchemy.exc
 
         try:
-            with os_errors_as(f"opening the study's storage {_shown(self.url)}"):
+            with os_errors_as(f"opening the study's storage {_redacted(self.url)}"):
                 yield
         except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
             text = one_line(error.__cause__ or error)[:300]
             raise CellbenchError(
-                f"the study's storage {_shown(self.url)}: {text}. Mend it, or name another with --storage; what is told is kept."
+                f"the study's storage {_redacted(self.url)}: {text}. Repair it, or name another with --storage; reported results are kept."
             ) from error
 
-    def _check(self, asked: dict[str, str]) -> None:
-        """Refuses a study that was asked something else."""
-        before = self.optuna.user_attrs.get(ASKED)
+    def _check(self, request: dict[str, str]) -> None:
+        """Raises CellbenchError if the study belongs to a search with other settings."""
+        before = self.optuna.user_attrs.get(REQUEST)
         if before is None:
-            self.optuna.set_user_attr(ASKED, asked)
+            self.optuna.set_user_attr(REQUEST, request)
             return
-        changed = [name for name in {**before, **asked} if before.get(name) != asked.get(name)]
+        changed = [name for name in {**before, **request} if before.get(name) != request.get(name)]
         if changed:
-            words = "; ".join(f"{name} was {before.get(name, 'not there')} and is {asked.get(name, 'not there')}" for name in changed[:4])
+            listed = "; ".join(
+                f"{name} was {before.get(name, 'not there')} and is {request.get(name, 'not there')}" for name in changed[:4]
+            )
             more = f"; {len(changed) - 4} more" if len(changed) > 4 else ""
             raise CellbenchError(
-                f"the study '{self.name}' in {_shown(self.url)} has {len(self.told())} trials of another search: {words}{more}. "
-                f"Put that back to go on, or start anew under another name: --set 'experiment=\"{self.name}-2\"'."
+                f"the study '{self.name}' in {_redacted(self.url)} has {len(self.trials())} trials of another search: {listed}{more}. "
+                f"Restore these settings to resume, or start a new study under another name: --set 'experiment=\"{self.name}-2\"'."
             )
 
     def __enter__(self) -> Study:
-        self._beat()
-        self._thread = threading.Thread(target=self._beats, name="search-heartbeat", daemon=True)
+        self._send_heartbeat()
+        self._thread = threading.Thread(target=self._heartbeat_loop, name="search-heartbeat", daemon=True)
         self._thread.start()
         return self
 
@@ -134,14 +136,14 @@ class Study:
         self._stop.set()
         self._thread.join(5)
 
-    def _beat(self) -> None:
-        with self._refusals():
+    def _send_heartbeat(self) -> None:
+        with self._storage_errors():
             self.optuna.set_user_attr(f"{ALIVE}{self.owner}", time.time())
 
-    def _beats(self) -> None:
+    def _heartbeat_loop(self) -> None:
         while not self._stop.wait(BEAT_S):
-            with contextlib.suppress(CellbenchError):  # the main thread meets the same, and tells it
-                self._beat()
+            with contextlib.suppress(CellbenchError):  # the main thread raises the same error
+                self._send_heartbeat()
 
     def _is_dead(self, owner: str, beats: Mapping[str, Any]) -> bool:
         if owner == self.owner:
@@ -155,24 +157,26 @@ class Study:
                 return True
         return time.time() - float(beats.get(f"{ALIVE}{owner}", 0)) > STALE_S
 
-    # --- ask and tell -------------------------------------------------------------------------------------------------------------
+    # --- ask and tell, as Optuna names them ---------------------------------------------------------------------------------------
 
     def ask(self) -> list[ProposedTrial]:
-        """The next batch: what a dead worker left, in its own batch, else new trials. Empty where all are asked."""
-        with self._refusals(), self.lock():
+        """The next batch: the unfinished trials of a dead worker, else new ones. Empty if all trials were proposed."""
+        with self._storage_errors(), self.lock():
             trials = self.optuna.get_trials(deepcopy=False)
             room = self.settings.trials - len(trials)
-            left = self._left(trials)
-            # As many as the batch of those that were left had room for: it is then the batch that it would have been.
+            left = self._abandoned(trials)
+            # Fill up the batch of the abandoned trials, so that it equals the batch of an uninterrupted search.
             batch = next((t.user_attrs[BATCH] for t in left if BATCH in t.user_attrs), left[0].number if left else len(trials))
             mine = [t for t in left if t.user_attrs.get(BATCH, batch) == batch]
             members = sum(t.user_attrs.get(BATCH) == batch for t in trials) + sum(BATCH not in t.user_attrs for t in mine)
             for t in mine:
-                self._storage.set_trial_state_values(t._trial_id, TrialState.WAITING)  # `ask` gives those first, each to one worker
+                self._storage.set_trial_state_values(
+                    t._trial_id, TrialState.WAITING
+                )  # Optuna's `ask` returns waiting trials first, each to one worker
             num = len(mine) + min(max(self.settings.batch - members, 0), max(room, 0))
             return [self._ask(batch) for _ in range(num)]
 
-    def _left(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    def _abandoned(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         beats = self.optuna.user_attrs
         left = []
         for t in trials:
@@ -180,7 +184,7 @@ class Study:
                 left.append(t)
             elif t.state == TrialState.RUNNING:
                 owner = t.user_attrs.get(OWNER)
-                # Without an owner: killed between two writes, or being asked on another machine at this moment.
+                # Without an owner: its worker was killed between two writes, or another machine is proposing it now.
                 young = t.datetime_start is not None and time.time() - t.datetime_start.timestamp() < STALE_S
                 if self._is_dead(owner, beats) if owner else not (young and self._is_shared):
                     left.append(t)
@@ -198,18 +202,18 @@ class Study:
         point: dict[str, Scalar] = {}
         for one in self._dimensions:
             if one.head in ("", point.get("head")):
-                point[one.name] = _suggested(trial, one)
+                point[one.name] = _suggest(trial, one)
         return ProposedTrial(number=trial.number, point=point, trial=trial)
 
     def note(self, pending: ProposedTrial, attributes: Mapping[str, Any]) -> None:
-        """Writes attributes onto a trial that has not ended."""
-        with self._refusals():
+        """Sets attributes of a trial without a result yet."""
+        with self._storage_errors():
             for name, value in attributes.items():
                 pending.trial.set_user_attr(name, value)
 
-    def goes_on(self, pending: ProposedTrial, epoch: int, value: float) -> bool:
-        """Reports an epoch's value; False where the pruner ends the trial. An epoch that is reported again is answered as before."""
-        with self._refusals():
+    def should_continue(self, pending: ProposedTrial, epoch: int, value: float) -> bool:
+        """Reports an epoch's value; False if the pruner stops the trial. If the epoch was reported before, the answer is the same."""
+        with self._storage_errors():
             known = self._storage.get_trial(pending.trial._trial_id)
             if epoch + 1 in known.intermediate_values:
                 return known.user_attrs.get(PRUNED) != epoch + 1
@@ -220,47 +224,47 @@ class Study:
             return False
 
     def tell(self, pending: ProposedTrial, metrics: Mapping[str, float]) -> None:
-        """A trial that was trained and validated to its end."""
-        with self._refusals():
+        """Reports the result of a completed trial."""
+        with self._storage_errors():
             for name, over in self.settings.excess(metrics).items():
                 pending.trial.set_constraint(name, over)
             pending.trial.set_user_attr(METRICS, dict(metrics))
             self.optuna.tell(pending.trial, [metrics[name] for name in self.settings.objectives])
 
     def tell_pruned(self, pending: ProposedTrial, metrics: Mapping[str, float], reason: str) -> None:
-        with self._refusals():
+        with self._storage_errors():
             pending.trial.set_user_attr(METRICS, dict(metrics))
             pending.trial.set_user_attr(REASON, reason)
             self.optuna.tell(pending.trial, state=TrialState.PRUNED)
 
     def tell_failed(self, pending: ProposedTrial, reason: str) -> None:
-        with self._refusals():
+        with self._storage_errors():
             pending.trial.set_user_attr(REASON, reason)
             self.optuna.tell(pending.trial, state=TrialState.FAIL)
 
-    # --- what was found -----------------------------------------------------------------------------------------------------------
+    # --- results ------------------------------------------------------------------------------------------------------------------
 
-    def told(self) -> list[CompletedTrial]:
-        """All trials by number, those that run now too."""
-        with self._refusals():
-            return [_told(t) for t in self.optuna.get_trials(deepcopy=False)]
+    def trials(self) -> list[CompletedTrial]:
+        """All trials by number, including running ones."""
+        with self._storage_errors():
+            return [_completed_trial(t) for t in self.optuna.get_trials(deepcopy=False)]
 
     def best(self) -> list[CompletedTrial]:
-        """The trials that no other surpasses, within the bounds: one, or with several objectives the front, the best by the first of them first."""
-        done = [t for t in self.told() if t.state == "complete" and all(over <= 0 for over in self.settings.excess(t.metrics).values())]
+        """The best trial within the bounds; with several objectives the Pareto front, sorted by the first objective."""
+        done = [t for t in self.trials() if t.state == "complete" and all(over <= 0 for over in self.settings.excess(t.metrics).values())]
         signs = [1 if way == StudyDirection.MAXIMIZE else -1 for way in self.optuna.directions]
         scores = {t.number: tuple(sign * value for sign, value in zip(signs, t.values, strict=True)) for t in done}
-        front = [t for t in done if not any(_surpasses(scores[o.number], scores[t.number]) for o in done)]
+        front = [t for t in done if not any(_dominates(scores[o.number], scores[t.number]) for o in done)]
         front.sort(key=lambda t: ([-x for x in scores[t.number]], t.number))
         return front if len(signs) > 1 else front[:1]
 
     def mark(self, name: str, value: Any) -> None:
-        """Writes a fact onto the study."""
-        with self._refusals():
+        """Sets an attribute of the study."""
+        with self._storage_errors():
             self.optuna.set_user_attr(name, value)
 
 
-def _surpasses(a: Sequence[float], b: Sequence[float]) -> bool:
+def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(x >= y for x, y in zip(a, b, strict=True)) and a != b
 
 
@@ -270,7 +274,7 @@ _STATES = {
 }  # fmt: skip
 
 
-def _told(t: FrozenTrial) -> CompletedTrial:
+def _completed_trial(t: FrozenTrial) -> CompletedTrial:
     return CompletedTrial(
         number=t.number,
         state=_STATES[t.state],
@@ -284,7 +288,7 @@ def _told(t: FrozenTrial) -> CompletedTrial:
     )
 
 
-def _suggested(trial: Trial, one: Dimension) -> Any:
+def _suggest(trial: Trial, one: Dimension) -> Any:
     if one.choices:
         return trial.suggest_categorical(one.name, list(one.choices))
     if one.whole:
@@ -292,7 +296,7 @@ def _suggested(trial: Trial, one: Dimension) -> Any:
     return trial.suggest_float(one.name, one.low, one.high, step=one.step, log=one.log)
 
 
-def _shown(url: str) -> str:
+def _redacted(url: str) -> str:
     """A storage's URL without the password in it."""
     scheme, mark, rest = url.partition("://")
     who, at, where = rest.rpartition("@")

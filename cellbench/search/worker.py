@@ -1,4 +1,4 @@
-"""One process of a search: takes batches of trials from the study, trains and prunes them together as cohorts, and tells their results."""
+"""One process of a search: takes batches of trials from the study, trains and prunes them as cohorts, and reports their results."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ class SearchWorker:
     def __post_init__(self) -> None:
         self.runner.watch = self
         self._trials: dict[str, ProposedTrial] = {}
-        """By the fingerprint of their runs."""
+        """Trials by the fingerprint of their runs."""
         self._runs: dict[int, ResolvedRun] = {}
         self._same: dict[int, str] = {}
-        """A fingerprint that trials of equal settings share, by number."""
+        """Fingerprint of the settings, by trial number. Trials with equal settings share it."""
 
     def work(self, over: Callable[[], bool], bar: tqdm) -> None:
-        """Until all trials are taken, or ``over()`` before a batch. Raises CellbenchError where the first trials all fail."""
+        """Works until all trials are taken, or until ``over()`` is true before a batch. Raises CellbenchError if the first trials all fail."""
         while not over():
             batch = self.study.ask()
             if not batch:
                 return
             self._batch(batch)
-            told = self.study.told()
-            self.show(told, bar)
-            failed = [t for t in told if t.state == "failed"]
-            if len(failed) >= self.space.settings.max_failed and not any(t.state in ("complete", "pruned") for t in told):
+            trials = self.study.trials()
+            self.show(trials, bar)
+            failed = [t for t in trials if t.state == "failed"]
+            if len(failed) >= self.space.settings.max_failed and not any(t.state in ("complete", "pruned") for t in trials):
                 raise CellbenchError(
                     f"the first {len(failed)} trials have all failed, so the search stops. Trial {failed[0].number}: {failed[0].reason}"
                 )
 
-    def show(self, told: list[CompletedTrial], bar: tqdm) -> None:
-        bar.n = sum(t.state != "running" for t in told)
+    def show(self, trials: list[CompletedTrial], bar: tqdm) -> None:
+        bar.n = sum(t.state != "running" for t in trials)
         best = self.study.best()
         bar.set_postfix_str(f"best {self.space.settings.objectives[0]} {best[0].values[0]:.4f} (trial {best[0].number})" if best else "")
 
@@ -59,7 +59,7 @@ class SearchWorker:
 
     def _batch(self, batch: Sequence[ProposedTrial]) -> None:
         trials = [trial for trial in batch if self._resolve(trial)]
-        seen = {t.same for t in self.study.told() if t.state == "complete"}
+        seen = {t.same for t in self.study.trials() if t.state == "complete"}
         new: list[ProposedTrial] = []
         repeated: list[ProposedTrial] = []
         for trial in trials:
@@ -67,13 +67,13 @@ class SearchWorker:
             (repeated if same in seen else new).append(trial)
             seen.add(same)
         self._train(new)
-        complete = {t.same: t for t in self.study.told() if t.state == "complete"}
+        complete = {t.same: t for t in self.study.trials() if t.state == "complete"}
         for trial in repeated:
             first = complete.get(self._same[trial.number])
             self._train([trial]) if first is None else self._copy(trial, first)
 
     def _resolve(self, trial: ProposedTrial) -> bool:
-        """Resolves a trial's run; False where its settings are invalid together, a fact about the space that is told to the study."""
+        """Resolves a trial's run. If the combination of settings is invalid, reports the trial as failed and returns False."""
         runner, tree = self.runner, self.space.tree(trial.point)
         precision = runner.machine.precision_name
         try:
@@ -81,7 +81,7 @@ class SearchWorker:
         except CellbenchError as error:
             self.study.tell_failed(trial, str(error))
             return False
-        # Of this trial in this study: a run of a grid with these settings is tested, and this one must not be.
+        # Specific to this trial and study: a grid's run with the same settings is tested, and a trial must not be.
         own = hashlib.sha256(f"{run.fingerprint}:{self.study.name}:{trial.number}".encode()).hexdigest()[:16]
         self._same[trial.number] = run.fingerprint
         self._runs[trial.number] = replace(run, name=f"trial {trial.number} · {run.run.model}", fingerprint=own)
@@ -97,7 +97,7 @@ class SearchWorker:
                 self._tell(trial, resolved, out)
 
     def _tell(self, trial: ProposedTrial, resolved: ResolvedRun, out: Outcome) -> None:
-        """Tells the study the result of a trial."""
+        """Reports the result of a trial to the study."""
         if resolved.name in out.busy:
             return  # another process has its run, and so its trial
         ended = out.validated.get(resolved.name) or out.pruned.get(resolved.name)
@@ -112,7 +112,7 @@ class SearchWorker:
             self.study.tell(trial, metrics)
 
     def _copy(self, trial: ProposedTrial, first: CompletedTrial) -> None:
-        """Takes over the numbers of a completed trial of the same settings: training would give equal ones."""
+        """Copies the metrics of a completed trial with the same settings. Training would give equal ones."""
         resolved, tracker = self._runs[trial.number], self.runner.tracker
         metrics = {name.replace("val/", "best/val_"): value for name, value in first.metrics.items()}
         known = tracker.known().get(resolved.fingerprint)
@@ -126,7 +126,7 @@ class SearchWorker:
     # --- called by the runner -----------------------------------------------------------------------------------------------------
 
     def opened(self, resolved: ResolvedRun, run: Run) -> None:
-        """Links the trial and its run to each other, before anything is trained."""
+        """Links the trial and its run before training."""
         trial = self._trials[resolved.fingerprint]
         self.study.note(trial, {RUN_ID: run.run_id, SAME: self._same[trial.number]})
         run.log({}, tags={STUDY: self.study.name, TRIAL: str(trial.number)})
@@ -136,7 +136,7 @@ class SearchWorker:
         objective = self.space.settings.objectives[0]
         if self.space.settings.pruner == "none" or objective not in metrics:
             return True
-        return self.study.goes_on(self._trials[resolved.fingerprint], epoch, metrics[objective])
+        return self.study.should_continue(self._trials[resolved.fingerprint], epoch, metrics[objective])
 
 
 def search_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -82,7 +82,7 @@ def trainers_of(dataset: Dataset, runs: list[RunSpec], features: Features, most:
 
 
 def fitted(dataset: Dataset, runs: list[RunSpec], most: dict[int, int] | None = None, **settings: Any) -> list[HeadTrainer]:
-    """Learners after ``fit``."""
+    """Trainers after ``fit``."""
     features = features_of(dataset, runs, **settings)
     trainers = trainers_of(dataset, runs, features, most)
     fit(trainers, features)

@@ -55,8 +55,8 @@ def audit(folder: Path, card: str = "folder", **settings) -> tuple[int, dict[str
     """Exit code, the images of each finding, and all of check.json."""
     out = folder.parent / "audit"
     code = check_folder(folder, card=card, spec=DataSpec(**settings), out=out, say=lambda line: None)
-    told = json.loads((out / "check.json").read_text())
-    return code, {finding["kind"]: finding["images"] for finding in told["findings"]}, told
+    record = json.loads((out / "check.json").read_text())
+    return code, {finding["kind"]: finding["images"] for finding in record["findings"]}, record
 
 
 def labels(folder: Path, name: str = "a1") -> Path:
@@ -69,11 +69,11 @@ def change(path: Path, how: Callable[[np.ndarray], np.ndarray]) -> None:
 
 def test_data_that_is_well_is_fit_and_nothing_is_written_into_it(folder: Path) -> None:
     before = sorted(folder.rglob("*"))
-    code, found, told = audit(folder)
+    code, found, record = audit(folder)
     assert (code, set(found) & SEVERE) == (0, set())
-    assert "fit to train on; 13 images" in told["verdict"]
+    assert "fit to train on; 13 images" in record["verdict"]
     assert sorted(folder.rglob("*")) == before
-    assert told["statistics"]["images"] == "8 train, 2 val, 3 test"
+    assert record["statistics"]["images"] == "8 train, 2 val, 3 test"
     page = (folder.parent / "audit" / "check.html").read_text()
     assert "Is own fit to train on?" in page
     assert "http" not in page.replace("http-equiv", "")
@@ -163,9 +163,9 @@ def test_a_split_that_tears_a_patient_apart_is_found(folder: Path) -> None:
     manifest(lambda k: ("train", "val", "test")[k // 3])
     assert audit(folder)[0] == 0
     manifest(lambda k: ("train", "val", "test")[k // 3] if k != 4 else "test")
-    code, found, told = audit(folder)
+    code, found, record = audit(folder)
     assert (code, list(found)) == (1, ["split"])
-    assert "group 'patient 1' lies in 'val' and in 'test'" in told["findings"][0]["said"]
+    assert "group 'patient 1' lies in 'val' and in 'test'" in record["findings"][0]["said"]
     manifest(lambda k: "")  # no split of its own: what is drawn tears nobody apart
     assert audit(folder)[0] == 0
 

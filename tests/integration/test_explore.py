@@ -137,9 +137,9 @@ def test_explore_writes_pictures_logs_when_asked_and_leaves_the_data_alone(small
 def test_what_cannot_be_shown_is_said_in_one_line(small_folder, capsys, more, says) -> None:
     extra = [] if "--backbone" in more else ["--backbone", "vit-tiny-random"]
     assert main(["explore", str(small_folder), *more, *extra, "--tile-px", "64"]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert all(word in told for word in says)
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert all(word in output for word in says)
 
 
 def test_whole_images_that_do_not_fit_are_skipped_in_words_while_tiles_go_on(small_folder, tmp_path, capsys, monkeypatch) -> None:
@@ -153,9 +153,9 @@ def test_whole_images_that_do_not_fit_are_skipped_in_words_while_tiles_go_on(sma
     assert main([*grid, "--dry-run"]) == 0
     assert "would be skipped: a whole image of 192 x 128 px needs about" in capsys.readouterr().out
     assert main(grid) == 0
-    told = capsys.readouterr().out
-    assert "a whole image of 192 x 128 px needs about" in told
-    assert "framing = 'tile'" in told
+    output = capsys.readouterr().out
+    assert "a whole image of 192 x 128 px needs about" in output
+    assert "framing = 'tile'" in output
     runs = [run for run in mlflow.search_runs(experiment_names=["p"], output_format="list") if "framing" in run.data.params]
     status = {run.data.params["framing"]: run.data.tags["cellbench.status"] for run in runs}
     assert status == {"pad": "skipped", "tile": "finished"}

@@ -248,11 +248,11 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(question, tmp_path, capsys, name):
-    arguments, told = BAD[name]
+    arguments, message = BAD[name]
     assert main([*question, *arguments]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-    assert told in lines[0]
+    assert message in lines[0]
     assert not (tmp_path / "mlflow.db").exists()
 
 

@@ -70,9 +70,9 @@ def test_shares_are_the_whole_machine_and_no_core_is_in_two(monkeypatch):
         assert sorted(pinned) == list(range(8))
 
 
-@pytest.mark.parametrize(("num", "told"), [(0, "expected 1 or more"), (3, "at most 2 here")])
-def test_more_workers_than_the_cores_can_feed_are_refused(num, told):
-    with pytest.raises(CellbenchError, match=told):
+@pytest.mark.parametrize(("num", "message"), [(0, "expected 1 or more"), (3, "at most 2 here")])
+def test_more_workers_than_the_cores_can_feed_are_refused(num, message):
+    with pytest.raises(CellbenchError, match=message):
         check_num_workers(num, TWO)
     assert check_num_workers(2, TWO) == 2
 

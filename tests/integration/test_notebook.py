@@ -25,9 +25,9 @@ def test_the_tour_runs_from_an_empty_folder_to_counted_cells(tmp_path: Path, mon
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
-    told = shown(notebook)
-    assert "Best on average is" in told
-    assert " of 50 cells found, " in told
+    output = shown(notebook)
+    assert "Best on average is" in output
+    assert " of 50 cells found, " in output
     assert list(tmp_path.iterdir()) == []  # it writes into a folder of its own
 
 

@@ -38,8 +38,8 @@ def test_the_masks_are_those_of_the_test(there: Path, tmp_path: Path, run: str) 
         for path in there.glob("mlruns/small/*/artifacts/per_image.json")
         if ("otsu" in path.with_name("config.toml").read_text().split("[", 1)[1][:40]) == run.startswith("otsu")
     ]
-    told = next(record for record in records if record["images"] == ["t0.png", "t1.jpg"])  # others evaluate it on other images
-    for name, counts in zip(told["images"], told["confusion"], strict=True):
+    record = next(record for record in records if record["images"] == ["t0.png", "t1.jpg"])  # others evaluate it on other images
+    for name, counts in zip(record["images"], record["confusion"], strict=True):
         found = np.array(Image.open(tmp_path / "out" / f"{Path(name).stem}.png"))
         truth = np.array(Image.open(f"smears/test/mask/{Path(name).stem}.png"))[..., 0]
         assert set(np.unique(found)) <= {0, 255}
@@ -56,9 +56,9 @@ def test_everything_asked_for_is_written_and_agrees(there: Path, tmp_path: Path)
     changed = (picture != np.array(Image.open("smears/test/original/t0.png"))).any(axis=2)
     assert 0 < changed.mean() < 0.5
     shapes = json.loads((out / "t0.geojson").read_text())["features"]
-    told = json.loads((out / "coco.json").read_text())
-    assert told["images"] == [{"id": 1, "file_name": "t0.png", "height": 120, "width": 160}]
-    assert [one["area"] for one in told["annotations"]] == [one["properties"]["measurements"]["Area px^2"] for one in shapes]
+    coco = json.loads((out / "coco.json").read_text())
+    assert coco["images"] == [{"id": 1, "file_name": "t0.png", "height": 120, "width": 160}]
+    assert [one["area"] for one in coco["annotations"]] == [one["properties"]["measurements"]["Area px^2"] for one in shapes]
     if found.probability is not None:
         assert (np.array(Image.open(out / "t0.probability.png")) == found.probability).all()
 
@@ -105,13 +105,13 @@ def test_every_file_of_a_folder_is_used_or_named_and_counted(there: Path, tmp_pa
     (folder / "again").symlink_to(store / "slide2")  # the same folder twice, and a circle
     (store / "slide2" / "up").symlink_to(folder)
     assert predict(MODEL, folder, "--out", tmp_path / "out") == 1
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     masks = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
     assert masks == {"a.png", "b.png", "c.png", "d.png", "e.png", "slide1/f.png", "again/g.png"}
     for name, reason in (lost | {"lost.png": "link that leads nowhere", ".hidden": "hidden folder"}).items():
-        assert any(f"ignored, {reason}:" in line and str(folder / name) in line for line in told.err.splitlines()), name
-    assert "._a" not in told.err
-    last = told.out.splitlines()[-1]
+        assert any(f"ignored, {reason}:" in line and str(folder / name) in line for line in output.err.splitlines()), name
+    assert "._a" not in output.err
+    last = output.out.splitlines()[-1]
     assert "7 masks" in last
     assert "8 files" in last
     assert "2 .dcm" in last
@@ -146,7 +146,7 @@ def test_areas_and_densities_are_by_the_pixel_size_of_each_file(there: Path, tmp
     for name, um in (("quarter", 0.25), ("half", 0.5), ("oblong", (0.25, 0.5)), ("none", None)):
         sized(folder / f"{name}.png", um)
     assert predict(MODEL, folder, "--out", out, "--instances") == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     counts, plain = counts_of(out), areas_of(out, "none")
     num = len(plain)
     assert num > 0
@@ -156,10 +156,10 @@ def test_areas_and_densities_are_by_the_pixel_size_of_each_file(there: Path, tmp
         assert float(counts[name]["um_per_px"]) == pytest.approx(area**0.5, rel=1e-4)
     assert (counts["none"]["cells_per_mm2"], counts["none"]["um_per_px"]) == ("", "")
     assert float(counts["none"]["cells_per_megapixel"]) == pytest.approx(num / 0.0192, abs=1e-3)
-    assert "0.25 um (1), 0.3536 um (1), 0.5 um (1), not stated (1)" in told
-    assert "not square" in told
-    assert "oblong.png" in told
-    assert "1 of 4 images state no pixel size" in told
+    assert "0.25 um (1), 0.3536 um (1), 0.5 um (1), not stated (1)" in output
+    assert "not square" in output
+    assert "oblong.png" in output
+    assert "1 of 4 images state no pixel size" in output
 
 
 def test_a_given_pixel_size_overrides_the_files_and_names_those_it_contradicts(there: Path, tmp_path: Path, capsys) -> None:
@@ -289,8 +289,8 @@ def test_outlines_are_of_the_cells_that_are_counted(there: Path, tmp_path: Path)
     out = tmp_path / "out"
     assert predict(MODEL, "smears/test/original/t0.png", "--out", out, "--instances", "--geojson", "--coco", "--overlay") == 0
     table = {int(row["cell"]): float(row["area_px"]) for row in csv.DictReader((out / "t0.cells.csv").open())}
-    told = [one["properties"] for one in json.loads((out / "t0.geojson").read_text())["features"]]
-    shapes = {int(one["name"]): one["measurements"]["Area px^2"] for one in told}
+    cells = [one["properties"] for one in json.loads((out / "t0.geojson").read_text())["features"]]
+    shapes = {int(one["name"]): one["measurements"]["Area px^2"] for one in cells}
     assert shapes == table
     assert len(json.loads((out / "coco.json").read_text())["annotations"]) == len(shapes)
     ids = np.array(Image.open(out / "t0.instances.png")).astype(int)
@@ -350,7 +350,7 @@ def _days(folder: Path) -> None:
         Image.fromarray(discs(seed)[0]).save(folder / name)
 
 
-def _told(out: Path) -> tuple[list[str], list[str]]:
+def _tabulated(out: Path) -> tuple[list[str], list[str]]:
     """The images of counts.csv and of coco.json."""
     with (out / "counts.csv").open(newline="") as file:
         counted = [row["image"] for row in csv.DictReader(file)]
@@ -363,20 +363,20 @@ def test_the_tables_hold_all_that_the_run_left_in_the_folder(there: Path, tmp_pa
     assert predict(MODEL, tmp_path / "monday", "--out", out, "--instances", "--coco") == 0
     first = (out / "counts.csv").read_text().splitlines()
     assert predict(MODEL, tmp_path / "tuesday", "--out", out, "--instances", "--coco") == 0
-    assert _told(out) == (["m1", "m2", "t1"], ["m1.png", "m2.png", "t1.png"])
+    assert _tabulated(out) == (["m1", "m2", "t1"], ["m1.png", "m2.png", "t1.png"])
     assert (out / "counts.csv").read_text().splitlines()[:3] == first
-    told = json.loads((out / "coco.json").read_text())
-    ids = [one["id"] for one in told["annotations"]]
+    coco = json.loads((out / "coco.json").read_text())
+    ids = [one["id"] for one in coco["annotations"]]
     assert ids == list(range(1, len(ids) + 1))
     with (out / "counts.csv").open(newline="") as file:
         cells = {row["image"]: int(row["cells"]) for row in csv.DictReader(file)}
-    names = {one["id"]: one["file_name"].removesuffix(".png") for one in told["images"]}
-    assert {name: sum(one["image_id"] == k for one in told["annotations"]) for k, name in names.items()} == cells
+    names = {one["id"]: one["file_name"].removesuffix(".png") for one in coco["images"]}
+    assert {name: sum(one["image_id"] == k for one in coco["annotations"]) for k, name in names.items()} == cells
     capsys.readouterr()
     (tmp_path / "monday" / "m3.png").write_bytes((tmp_path / "monday" / "m1.png").read_bytes())
     assert predict(MODEL, tmp_path / "monday", "--out", out) == 0  # plain: the tables that are there say who is not in them
     assert "1 other masks there have none" in capsys.readouterr().out
-    assert _told(out)[0] == ["m1", "m2", "t1"]
+    assert _tabulated(out)[0] == ["m1", "m2", "t1"]
 
 
 def test_each_image_keeps_its_unit(there: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def deaf():
 
 @needs_ray
 @pytest.mark.parametrize(
-    ("on", "told"),
+    ("on", "message"),
     [
         ("dask", "expected ray, or"),
         ("ray://", "expected ray, or"),
@@ -127,10 +127,10 @@ def deaf():
         ("ray://127.0.0.1:OTHER", "is not a Ray cluster"),
     ],
 )
-def test_an_address_where_no_cluster_is_is_told_at_once(on, told, deaf):
+def test_an_address_where_no_cluster_is_is_reported_at_once(on, message, deaf):
     for name, port in deaf.items():
         on = on.replace(name, str(port))
-    with pytest.raises(CellbenchError, match=told):
+    with pytest.raises(CellbenchError, match=message):
         ray_cluster.check_address(on)
 
 
@@ -169,7 +169,7 @@ def test_a_share_of_a_gpu_brings_its_part_of_the_nodes_cores_and_where_no_node_h
 
 
 @pytest.fixture
-def asked(tmp_path, monkeypatch):
+def begun_grid(tmp_path, monkeypatch):
     """The order of a grid that has begun, and the fingerprint of its first run."""
     place(tmp_path, monkeypatch)
     experiment, data = read_experiment("small.toml", data=Path("smears"))[0], Path("smears").absolute()
@@ -178,22 +178,22 @@ def asked(tmp_path, monkeypatch):
         pass
     precision = TWO.precision_name
     jobs = resolve_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
-    told = job_spec(experiment, top.run_id, TWO, where="small.toml", data=data, weights=None, extra=None, disk_bytes=0, prefer_disk=False)
-    write_atomic(told.cache / "token", "seen")
-    return told, jobs[0].fingerprint
+    job = job_spec(experiment, top.run_id, TWO, where="small.toml", data=data, weights=None, extra=None, disk_bytes=0, prefer_disk=False)
+    write_atomic(job.cache / "token", "seen")
+    return job, jobs[0].fingerprint
 
 
-def test_a_node_of_another_version_without_the_cache_or_with_other_data_refuses_in_one_line(asked):
-    told, known = asked
+def test_a_node_of_another_version_without_the_cache_or_with_other_data_refuses_in_one_line(begun_grid):
+    job, known = begun_grid
     theirs = code_version().replace("torch 2", "torch 1")
-    for order_, versions, token, fingerprint, words in (
+    for pickled, versions, token, fingerprint, message in (
         (b"not even read", theirs, "token", known, "Install the same on all machines"),
-        (pickle.dumps(told), code_version(), "unseen", known, "does not see the cache folder"),
-        (pickle.dumps(told), code_version(), "token", "0123456789abcdef", "its cellbench, cards, data or weights differ from those"),
+        (pickle.dumps(job), code_version(), "unseen", known, "does not see the cache folder"),
+        (pickle.dumps(job), code_version(), "token", "0123456789abcdef", "its cellbench, cards, data or weights differ from those"),
     ):
-        kind, why, _ = ray_cluster.RayWorker(order_, versions, token).cohort([fingerprint], "cohort 1 of 1", 0)
+        kind, why, _ = ray_cluster.RayWorker(pickled, versions, token).cohort([fingerprint], "cohort 1 of 1", 0)
         assert kind == "refused"
-        assert words in why
+        assert message in why
         assert "\n" not in why
 
 
@@ -206,7 +206,7 @@ def test_a_gpu_share_that_is_none_is_refused(part):
 def test_several_machines_are_not_let_loose_on_a_file():
     nodes = [{"Alive": True, "NodeManagerHostname": name, "NodeID": name, "Resources": {"CPU": 1.0}} for name in ("a", "b")]
     ray = SimpleNamespace(nodes=lambda: nodes)
-    with pytest.raises(CellbenchError, match="several machines cannot keep their runs in"):
+    with pytest.raises(CellbenchError, match="several machines cannot share"):
         ray_cluster.live_nodes(ray, "http://lab:5000", "sqlite:////lab/optuna.db")
     assert len(ray_cluster.live_nodes(ray, "http://lab:5000", "postgresql://lab/optuna")) == 2
 
@@ -233,20 +233,20 @@ def test_a_lost_process_of_a_search_is_replaced_until_too_many_are_and_a_refusal
         nodes=lambda: nodes, get=get, kill=lambda _: None, wait=lambda all_, timeout: (all_[:1], all_[1:]), exceptions=lost
     )
     ray.remote = lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: made))
-    told = JobSpec(experiment=SimpleNamespace(experiment="sought"), parent_id="", machine=TWO, cache=tmp_path, store="http://lab")
-    with ray_search.SearchHelpers(ray, told, "postgresql://lab/optuna", print, 5, 0.0, 1.0) as helpers:
+    job = JobSpec(experiment=SimpleNamespace(experiment="sought"), parent_id="", machine=TWO, cache=tmp_path, store="http://lab")
+    with ray_search.SearchHelpers(ray, job, "postgresql://lab/optuna", print, 5, 0.0, 1.0) as helpers:
         assert (helpers.num, len(begun)) == (2, 2)  # of five that would be of use the cluster has room for two
-        assert "was lost (RayActorError); another one" in helpers.look(0)
+        assert "was lost (RayActorError); another one" in helpers.poll(0)
         assert len(begun) == 3
-        assert helpers.look(0) == ""  # one is done
+        assert helpers.poll(0) == ""  # one is done
         for _ in range(4):
-            helpers.look(0)
+            helpers.poll(0)
         with pytest.raises(CellbenchError, match="6 workers of the search were lost"):
-            helpers.look(0)
+            helpers.poll(0)
         answers.append(("refused", "the first 3 trials have all failed", []))
         helpers._start()
         with pytest.raises(CellbenchError, match="have all failed"):
-            helpers.look(0)
+            helpers.poll(0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -262,9 +262,9 @@ def test_a_run_set_free_is_taken_up_at_once(tmp_path, monkeypatch):
 
 def test_a_cohort_prefers_the_node_that_holds_most_of_its_features_and_has_room(tmp_path):
     ray = SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError), get=lambda where, timeout: where)
-    told = JobSpec(experiment=SimpleNamespace(experiment="e"), parent_id="", machine=TWO, cache=tmp_path, store="http://lab")
+    job = JobSpec(experiment=SimpleNamespace(experiment="e"), parent_id="", machine=TWO, cache=tmp_path, store="http://lab")
     nodes = {name: {"CPU": 2.0, "memory": 8e9} for name in ("a", "b", "c")}
-    workers = ray_grid.RayWorkers(ray, told, 1.0, nodes, 1)
+    workers = ray_grid.RayWorkers(ray, job, 1.0, nodes, 1)
     workers._shards_at = {"one": Counter(a=2, b=3), "two": Counter(a=2), "another": Counter(c=9)}
     both, neither = (WorkItem(cohort=[], title="", waits_for=frozenset(folders)) for folders in (("one", "two"), ("unknown",)))
     request = ray_cluster.ResourceRequest(cpus=2, gpus=0, memory_bytes=1)

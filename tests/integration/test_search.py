@@ -1,4 +1,4 @@
-"""A small search from the command line: trials in MLflow and in the study, the test set untouched, the best tested once, bad input told."""
+"""A small search from the command line: trials in MLflow and in the study, the test set untouched, the best tested once, bad input reported."""
 
 from __future__ import annotations
 
@@ -172,8 +172,8 @@ def test_halves_that_are_lost_are_marked_and_stay(done, tmp_path, monkeypatch, c
     orphan = next(iter(runs().values()))
     mlflow.tracking.MlflowClient().create_run(orphan.info.experiment_id, tags={"optuna.study": "small", "optuna.trial": "99"})
     assert main(CALL) == 0
-    told = capsys.readouterr().out
-    assert "MLflow has lost the runs of 1 trials (0)" in told
+    output = capsys.readouterr().out
+    assert "MLflow has lost the runs of 1 trials (0)" in output
     assert study().user_attrs["lost_runs"] == [0]
     assert len(study().trials) == 6
     assert [run.data.tags.get("optuna.state") for run in runs().values() if run.data.tags.get("optuna.trial") == "99"] == ["lost"]
@@ -202,12 +202,12 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_exit_2(inside, tmp_path, monkeypatch, capsys, name):
-    arguments, told = BAD[name]
+    arguments, message = BAD[name]
     call = ["search", *arguments] if arguments == ["quickstart"] else [*CALL, *arguments]
     assert main(call) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-    assert told in lines[0]
+    assert message in lines[0]
 
 
 def test_trials_that_all_fail_stop_the_search_with_the_first_error(tmp_path, monkeypatch, capsys):
@@ -216,9 +216,9 @@ def test_trials_that_all_fail_stop_the_search_with_the_first_error(tmp_path, mon
     wide = SEARCH.replace("tile_px = 64\n", "").replace("[head.detail]", "tile_px = {low = 64, high = 79}\n[head.detail]")
     (tmp_path / "small.toml").write_text(wide)  # one of 16 widths fits the patches: that the others do not is for the trials to find out
     assert main([*CALL, "--set", "search.max_failed=2"]) == 2
-    told = capsys.readouterr().err
-    assert "trials have all failed" in told
-    assert "patches of 16 px" in told
+    output = capsys.readouterr().err
+    assert "trials have all failed" in output
+    assert "patches of 16 px" in output
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -270,7 +270,7 @@ def test_a_worker_beside_the_first_takes_up_trials_on_its_share_of_the_cores(don
     assert {t.state.name for t in trials[6:]} <= {"COMPLETE", "PRUNED"}
     machines = [run.data.tags["cellbench.machine"] for run in runs().values() if run.data.tags.get("optuna.trial") in ("6", "7")]
     assert len(trials) == 8
-    assert [words.partition(", ")[2].startswith("1 core,") for words in machines] == [True, True]
+    assert [name.partition(", ")[2].startswith("1 core,") for name in machines] == [True, True]
     assert main([*CALL, "--workers", "3"]) == 2
 
 

@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def asked(monkeypatch, capsys):
+def doctor(monkeypatch, capsys):
     """Calls ``doctor --services`` in such an environment; gives its exit code and what it printed, a line a service."""
 
     def ask(**environment: str) -> tuple[int, dict[str, str]]:
@@ -122,57 +122,57 @@ def _make_databases(address: str) -> None:
     connection.close()
 
 
-def test_nothing_configured_is_well(asked, tmp_path: Path):
-    code, lines = asked()
+def test_nothing_configured_is_well(doctor, tmp_path: Path):
+    code, lines = doctor()
     assert code == 0
     assert "created by the first grid" in lines["MLflow"]
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_server_that_answers_is_well_and_another_minor_version_is_not(asked, server):
+def test_a_server_that_answers_is_well_and_another_minor_version_is_not(doctor, server):
     address, version = server
-    code, lines = asked(MLFLOW_TRACKING_URI=address)
+    code, lines = doctor(MLFLOW_TRACKING_URI=address)
     assert code == 0
     assert f"answers, MLflow {version.text}" in lines["MLflow"]
     version.text = "2.1.0"
-    code, lines = asked(MLFLOW_TRACKING_URI=address)
+    code, lines = doctor(MLFLOW_TRACKING_URI=address)
     assert code == 1
     assert "WRONG" in lines["MLflow"]
     assert "2.1.0" in lines["MLflow"]
 
 
-def test_what_does_not_answer_is_wrong_and_its_password_is_not_shown(asked):
+def test_what_does_not_answer_is_wrong_and_its_password_is_not_shown(doctor):
     nobody = f"127.0.0.1:{free_port()}"
-    code, lines = asked(MLFLOW_TRACKING_URI=f"http://lab:s3cret@{nobody}", OPTUNA_STORAGE=f"postgresql://lab:s3cret@{nobody}/optuna")
+    code, lines = doctor(MLFLOW_TRACKING_URI=f"http://lab:s3cret@{nobody}", OPTUNA_STORAGE=f"postgresql://lab:s3cret@{nobody}/optuna")
     assert code == 1
     assert all("WRONG" in lines[service] for service in ("MLflow", "Optuna"))
     assert "s3cret" not in "".join(lines.values())
 
 
-def test_a_shared_cache_is_written_to_and_read_and_one_that_is_not_there_is_wrong(asked, tmp_path: Path):
-    code, lines = asked(CELLBENCH_CACHE_URL=f"file://{tmp_path / 'there'}")
+def test_a_shared_cache_is_written_to_and_read_and_one_that_is_not_there_is_wrong(doctor, tmp_path: Path):
+    code, lines = doctor(CELLBENCH_CACHE_URL=f"file://{tmp_path / 'there'}")
     assert code == 0
     assert "gives them back" in lines["cache-url"]
     assert list((tmp_path / "there").iterdir()) == []
-    code, lines = asked(CELLBENCH_CACHE_URL="http://lab:s3cret@127.0.0.1:9/features")
+    code, lines = doctor(CELLBENCH_CACHE_URL="http://lab:s3cret@127.0.0.1:9/features")
     assert code == 1
     assert "WRONG" in lines["cache-url"]
     assert "s3cret" not in lines["cache-url"]
 
 
-def test_postgresql_is_asked_and_two_services_in_one_database_are_wrong(asked, postgresql):
+def test_postgresql_is_asked_and_two_services_in_one_database_are_wrong(doctor, postgresql):
     mlflow, optuna = f"{postgresql}/mlflow", f"{postgresql}/optuna"
-    code, lines = asked(MLFLOW_TRACKING_URI=mlflow, OPTUNA_STORAGE=optuna)
+    code, lines = doctor(MLFLOW_TRACKING_URI=mlflow, OPTUNA_STORAGE=optuna)
     assert code == 0, lines
     assert "answers, postgresql" in lines["MLflow"]
     assert "s3cret" not in "".join(lines.values())
-    code, lines = asked(MLFLOW_TRACKING_URI=mlflow, OPTUNA_STORAGE=mlflow)
+    code, lines = doctor(MLFLOW_TRACKING_URI=mlflow, OPTUNA_STORAGE=mlflow)
     assert code == 1
     assert "createdb optuna" in lines["Optuna"]
-    code, lines = asked(OPTUNA_STORAGE=f"{postgresql}/absent")
+    code, lines = doctor(OPTUNA_STORAGE=f"{postgresql}/absent")
     assert code == 1
     assert "absent" in lines["Optuna"]
-    code, lines = asked(OPTUNA_STORAGE=optuna.replace("s3cret", "wr0ng"))
+    code, lines = doctor(OPTUNA_STORAGE=optuna.replace("s3cret", "wr0ng"))
     assert code == 1
     assert "wr0ng" not in "".join(lines.values())
 

@@ -40,7 +40,7 @@ def put(folder: Path, data: bytes, name: str = "net.pth") -> Path:
     return folder
 
 
-def told(it: BackboneCard, folder: Path | None = None, deep: bool = False) -> tuple[str, str]:
+def states(it: BackboneCard, folder: Path | None = None, deep: bool = False) -> tuple[str, str]:
     row = doctor.row(it, folder, deep)
     assert (row.here == "broken") == bool(row.problem)
     return row.here, row.hash
@@ -50,13 +50,13 @@ def told(it: BackboneCard, folder: Path | None = None, deep: bool = False) -> tu
 
 
 def test_a_floor_needs_nothing(web: StandIn) -> None:
-    assert told(card("none")) == ("needs nothing", "")
+    assert states(card("none")) == ("needs nothing", "")
 
 
 def test_what_is_not_here_would_be_downloaded_or_is_gated(web: StandIn) -> None:
     url = web.zenodo("Net.pth", PTH)
-    assert told(card(url, sha256=digest(PTH))) == ("would download", "on the card")
-    assert told(card(f"hf-hub:{REPO}")) == ("would download", "unknown")
+    assert states(card(url, sha256=digest(PTH))) == ("would download", "on the card")
+    assert states(card(f"hf-hub:{REPO}")) == ("would download", "unknown")
     row = doctor.row(card(f"hf-hub:{REPO}", gated=True, page="https://huggingface.co/lab/net", params_m=21.6), None)
     assert (row.here, row.where, row.mib) == ("gated", "hf.co/lab/net", "~82")
     assert web.asked == []
@@ -64,15 +64,15 @@ def test_what_is_not_here_would_be_downloaded_or_is_gated(web: StandIn) -> None:
 
 def test_a_file_in_the_folder_is_compared_with_the_card_or_recorded(web: StandIn, tmp_path: Path) -> None:
     folder, source = put(tmp_path / "w", PTH), web.url + "/Net.pth"
-    assert told(card(source, sha256=digest(PTH)), folder) == ("in the folder", "as on card")
-    assert told(card(source), folder) == ("in the folder", "recorded")
-    assert told(card(source, sha256=digest(SAFE)), folder) == ("broken", "WRONG")
+    assert states(card(source, sha256=digest(PTH)), folder) == ("in the folder", "as on card")
+    assert states(card(source), folder) == ("in the folder", "recorded")
+    assert states(card(source, sha256=digest(SAFE)), folder) == ("broken", "WRONG")
     assert "is not the published file" in doctor.row(card(source, sha256=digest(SAFE)), folder).problem
 
 
 def test_a_file_that_changed_since_its_first_use_is_wrong(web: StandIn, tmp_path: Path) -> None:
     folder = put(tmp_path / "w", PTH)
-    assert told(card(web.url + "/Net.pth"), folder)[1] == "recorded"
+    assert states(card(web.url + "/Net.pth"), folder)[1] == "recorded"
     put(tmp_path / "w", PTH[:5000] + b"XXXX" + PTH[5004:])
     row = doctor.row(card(web.url + "/Net.pth"), folder)
     assert (row.here, row.hash) == ("broken", "WRONG")
@@ -90,9 +90,9 @@ def test_a_damaged_file_is_told(web: StandIn, tmp_path: Path, data: bytes, says:
 def test_a_large_file_is_read_for_deep_only_and_then_known(web: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "HASHED_BYTES", 1000)
     folder, it = put(tmp_path / "w", PTH), card(web.url + "/Net.pth", sha256=digest(SAFE))
-    assert told(it, folder) == ("in the folder", "not read")
-    assert told(it, folder, deep=True) == ("broken", "WRONG")
-    assert told(it, folder) == ("broken", "WRONG")
+    assert states(it, folder) == ("in the folder", "not read")
+    assert states(it, folder, deep=True) == ("broken", "WRONG")
+    assert states(it, folder) == ("broken", "WRONG")
 
 
 def test_downloads_of_both_kinds_are_found_where_they_land(web: StandIn) -> None:
@@ -100,12 +100,12 @@ def test_downloads_of_both_kinds_are_found_where_they_land(web: StandIn) -> None
     web.hub(REPO, "model.safetensors", SAFE)
     paths = [locate(it, None) for it in (zenodo, hub)]
     web.asked.clear()
-    assert told(zenodo) == ("downloaded", "as on card")
-    assert told(hub) == ("in the hub cache", "recorded")
-    assert told(card(zenodo.weights + "&v=2")) == ("would download", "unknown")  # another address, another file
+    assert states(zenodo) == ("downloaded", "as on card")
+    assert states(hub) == ("in the hub cache", "recorded")
+    assert states(card(zenodo.weights + "&v=2")) == ("would download", "unknown")  # another address, another file
     assert web.asked == []
     paths[1].write_bytes(SAFE[:-4] + b"XXXX")
-    assert told(hub) == ("broken", "WRONG")
+    assert states(hub) == ("broken", "WRONG")
 
 
 def test_a_card_with_an_impossible_source_is_told(web: StandIn) -> None:
@@ -137,10 +137,10 @@ def test_a_card_that_cannot_be_read_is_one_line_and_exit_code_1(web: StandIn, tm
     folder = parts.backbone(tmp_path / "mine")
     (folder / "backbones" / "other.toml").write_text("# x\npatch = 3\n", encoding="utf-8")
     assert main(["doctor", "--registry", str(folder)]) == 1
-    told = capsys.readouterr().out
-    assert re.search(r"^other +broken", told, re.MULTILINE)
-    assert re.search(r"^my-backbone +needs nothing", told, re.MULTILINE)
-    assert "other.toml: 'builder' is missing." in told
+    output = capsys.readouterr().out
+    assert re.search(r"^other +broken", output, re.MULTILINE)
+    assert re.search(r"^my-backbone +needs nothing", output, re.MULTILINE)
+    assert "other.toml: 'builder' is missing." in output
 
 
 # --- the self-test
@@ -149,18 +149,18 @@ def test_a_card_that_cannot_be_read_is_one_line_and_exit_code_1(web: StandIn, tm
 @pytest.mark.parametrize("name", ["filter-bank", "vit-tiny-random"])
 def test_a_floor_passes_its_self_test_and_gives_the_output_on_its_card(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", name, "--device", "cpu"]) == 0
-    told = capsys.readouterr().out
-    assert "the output on the card, off by" in told
-    assert "WRONG" not in told
-    assert re.search(r"[1-9][\d,.]* tiles/s of 224 px", told)
-    assert re.search(r"[1-9]\d* MiB more than before", told) or not sys.platform.startswith("linux")
+    output = capsys.readouterr().out
+    assert "the output on the card, off by" in output
+    assert "WRONG" not in output
+    assert re.search(r"[1-9][\d,.]* tiles/s of 224 px", output)
+    assert re.search(r"[1-9]\d* MiB more than before", output) or not sys.platform.startswith("linux")
 
 
 def test_the_real_vit_tiny_passes_its_self_test(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "vit-tiny-in1k", "--weights", str(shared / "weights"), "--device", "cpu"]) == 0
-    told = capsys.readouterr().out
-    assert VIT_TINY in told
-    assert told.count("; ok\n") == 5
+    output = capsys.readouterr().out
+    assert VIT_TINY in output
+    assert output.count("; ok\n") == 5
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from cellbench.data.loading import open_dataset
 from cellbench.data.masks import MaskFacts, count_below, decide_meaning, mask_facts, min_cell_area
 from cellbench.errors import CellbenchError
 from cellbench.execution import artifacts
-from cellbench.execution.artifacts import TestResult
+from cellbench.execution.artifacts import EvaluationResult
 from cellbench.metrics.instances import numbered_instances
 from cellbench.metrics.pixel import IGNORE
 from cellbench.parallel import WorkerPool
@@ -308,11 +308,11 @@ def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, s
             evaluator.add_image(
                 image, features.pixels["test"][image][1], matrices, [(a.classes, a.cell, a.boundary_depth) for a in answers]
             )
-    exam = evaluator.evaluations[0]
-    assert exam.counts.sum() == exam.levels.sum() == known["test"]
-    assert {one.num_true for one in exam.agreements} == {10}
+    evaluation = evaluator.evaluations[0]
+    assert evaluation.counts.sum() == evaluation.levels.sum() == known["test"]
+    assert {one.num_true for one in evaluation.agreements} == {10}
     artifacts.write_artifacts(
-        tmp_path, "a run", run, EXPERIMENT, [data], features.pixels["test"], TestResult(exam=exam, cost={})
+        tmp_path, "a run", run, EXPERIMENT, [data], features.pixels["test"], EvaluationResult(evaluation=evaluation, cost={})
     )  # figures and all
     assert json.loads((tmp_path / "separation.json").read_text())["min_area_px"] == data.min_cell_px
     assert set(json.loads((tmp_path / "per_image.json").read_text())["min_area_px"]) == {data.min_cell_px}

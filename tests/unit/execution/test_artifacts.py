@@ -1,4 +1,4 @@
-"""Claims about a run's test: what is scored, counted and kept, whatever the order of the images."""
+"""The metrics and artifacts of a run: what is scored, counted and kept, in any order of the images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cellbench.config.experiment import Experiment
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.io.images import thumbnail
 from cellbench.execution import artifacts
-from cellbench.execution.artifacts import TestResult
+from cellbench.execution.artifacts import EvaluationResult
 from cellbench.metrics.instance import ReferenceMask
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.metrics.separation import CONNECTED, SeparationParams
@@ -25,7 +25,7 @@ from cellbench.training.evaluator import CANDIDATES, CohortEvaluator, ExampleKee
 
 
 def taken(dataset, answers, shorten=False, separation=CONNECTED):
-    """The exam of one run whose answer for each image is given; ``shorten`` hands in a map of another size."""
+    """The evaluation of one run with given predictions; ``shorten`` passes a class map of a wrong size."""
     with CohortEvaluator(dataset, 1, [separation]) as evaluator:
         for k, sample in enumerate(dataset.test):
             truth = dataset.read_mask(sample)
@@ -40,31 +40,33 @@ def dataset(small_folder):
 
 
 def test_the_truth_as_answer_scores_one_everywhere(dataset):
-    exam = taken(dataset, lambda truth: (truth, truth * np.uint8(255)))
-    found = artifacts.final_metrics(dataset, TestResult(exam=exam, cost={}))
+    evaluation = taken(dataset, lambda truth: (truth, truth * np.uint8(255)))
+    found = artifacts.final_metrics(dataset, EvaluationResult(evaluation=evaluation, cost={}))
     for name in ("dice", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
         assert found[f"test_image/{name}"] == 1
     assert found["test_image/count_error"] == found["test_image/count_error_abs"] == 0
     assert found["test/calibration_error"] == 0
 
 
-def test_shape_scores_of_the_exam_are_those_of_the_image(dataset):
-    exam = taken(dataset, lambda truth: (np.roll(truth, 3, axis=1), None))
+def test_shape_scores_of_the_evaluation_are_those_of_the_image(dataset):
+    evaluation = taken(dataset, lambda truth: (np.roll(truth, 3, axis=1), None))
     for k, sample in enumerate(dataset.test):
         truth = dataset.read_mask(sample)
-        assert exam.agreements[k] == ReferenceMask(truth, 2, min_area_px=dataset.min_cell_px).agreement(np.roll(truth, 3, axis=1))
-    assert exam.calibration() is None
-    assert "test/calibration_error" not in artifacts.final_metrics(dataset, TestResult(exam=exam, cost={}))
+        assert evaluation.agreements[k] == ReferenceMask(truth, 2, min_area_px=dataset.min_cell_px).agreement(np.roll(truth, 3, axis=1))
+    assert evaluation.calibration() is None
+    assert "test/calibration_error" not in artifacts.final_metrics(dataset, EvaluationResult(evaluation=evaluation, cost={}))
 
 
 def test_calibration_counts_every_pixel_once(dataset):
-    exam = taken(dataset, lambda truth: (truth, np.where(truth, 204, 51).astype(np.uint8)))  # 0.8 for every cell, 0.2 elsewhere
-    told = exam.calibration()
-    assert sum(told["pixels"]) == sum(np.prod(sample.size_px) for sample in dataset.test)
-    assert told["share_cell"][16] == 1
-    assert told["share_cell"][4] == 0
-    assert told["probability"][16] == pytest.approx(0.8)
-    assert artifacts.final_metrics(dataset, TestResult(exam=exam, cost={}))["test/calibration_error"] == pytest.approx(0.2)
+    evaluation = taken(dataset, lambda truth: (truth, np.where(truth, 204, 51).astype(np.uint8)))  # 0.8 for every cell, 0.2 elsewhere
+    record = evaluation.calibration()
+    assert sum(record["pixels"]) == sum(np.prod(sample.size_px) for sample in dataset.test)
+    assert record["share_cell"][16] == 1
+    assert record["share_cell"][4] == 0
+    assert record["probability"][16] == pytest.approx(0.8)
+    assert artifacts.final_metrics(dataset, EvaluationResult(evaluation=evaluation, cost={}))["test/calibration_error"] == pytest.approx(
+        0.2
+    )
 
 
 def test_the_interval_in_mlflow_is_over_groups_as_the_reports_is(dataset):
@@ -74,10 +76,10 @@ def test_the_interval_in_mlflow_is_over_groups_as_the_reports_is(dataset):
     for grouped in (True, False):
         test = tuple(replace(sample, name=name, group=group if grouped else "") for name, group, sample in named)
         one, shift = replace(dataset, test=test), itertools.count()
-        exam = taken(one, lambda truth, shift=shift: (np.roll(truth, 2 + 3 * (next(shift) // 2), axis=1), None))
-        metrics = artifacts.final_metrics(one, TestResult(exam=exam, cost={}))
-        told = artifacts.per_image_record(one, TestResult(exam=exam, cost={}))
-        (here,), _ = group_models([finished_run("fpn", told)])
+        evaluation = taken(one, lambda truth, shift=shift: (np.roll(truth, 2 + 3 * (next(shift) // 2), axis=1), None))
+        metrics = artifacts.final_metrics(one, EvaluationResult(evaluation=evaluation, cost={}))
+        record = artifacts.per_image_record(one, EvaluationResult(evaluation=evaluation, cost={}))
+        (here,), _ = group_models([finished_run("fpn", record)])
         (reported,) = here.intervals("dice")
         assert (metrics["test_image/dice_low"], metrics["test_image/dice_high"]) == (round(reported.low, 6), round(reported.high, 6))
         assert metrics["test_image/dice_units"] == reported.num == (5 if grouped else 10)
@@ -85,7 +87,7 @@ def test_the_interval_in_mlflow_is_over_groups_as_the_reports_is(dataset):
     assert found[True].high - found[True].low > found[False].high - found[False].low
 
 
-def test_a_failure_in_a_thread_is_told(dataset):
+def test_an_error_in_a_thread_is_raised(dataset):
     with pytest.raises(ValueError, match="prediction"):
         taken(dataset, lambda truth: (truth, None), shorten=True)
 
@@ -127,21 +129,27 @@ def test_kept_answers_are_as_shown_and_small():
 
 
 def test_files_of_a_run_are_what_the_report_and_the_ui_read(dataset, tmp_path):
-    exam = taken(dataset, lambda truth: (np.roll(truth, 2, axis=0), truth * np.uint8(250)))
+    evaluation = taken(dataset, lambda truth: (np.roll(truth, 2, axis=0), truth * np.uint8(250)))
     run = run_of()
     tree = {"experiment": "a / b, ü 🔬", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
     out = tmp_path / "out"
     out.mkdir()
     artifacts.write_artifacts(
-        out, "a run", run, Experiment.of(tree, "here"), [dataset], ImageCache(dataset, "test", 2**28), TestResult(exam=exam, cost={})
+        out,
+        "a run",
+        run,
+        Experiment.of(tree, "here"),
+        [dataset],
+        ImageCache(dataset, "test", 2**28),
+        EvaluationResult(evaluation=evaluation, cost={}),
     )
-    told = json.loads((out / "per_image.json").read_text())
-    assert told["images"] == [sample.name for sample in dataset.test]
-    assert len(told["nsd"]) == len(told["ap50"]) == len(told["num_true"]) == 2
-    assert told["tolerance_px"] == 2
+    record = json.loads((out / "per_image.json").read_text())
+    assert record["images"] == [sample.name for sample in dataset.test]
+    assert len(record["nsd"]) == len(record["ap50"]) == len(record["num_true"]) == 2
+    assert record["tolerance_px"] == 2
     table = json.loads((out / artifacts.TABLE).read_text())
     assert table["columns"][:2] == ["image", "dice"]
-    assert [row[1] for row in table["data"]] == sorted(told["dice"])
+    assert [row[1] for row in table["data"]] == sorted(record["dice"])
     assert {path.name for path in (out / "figures").iterdir()} == {"scores.png", "worst.png", "best.png"}
 
 
@@ -155,8 +163,8 @@ def test_touching_cells_are_scored_as_the_separation_parts_them(dataset, tmp_pat
     cut = SeparationParams(saddle_ratio=0.8, val_ap50={"0": 0.5, "0.8": 0.75}, num_images=3)
     found = {}
     for which in (CONNECTED, cut):
-        exam = taken(one, lambda truth: (truth, None), separation=which)
-        found[which.saddle_ratio] = artifacts.final_metrics(one, TestResult(exam=exam, cost={}))
+        evaluation = taken(one, lambda truth: (truth, None), separation=which)
+        found[which.saddle_ratio] = artifacts.final_metrics(one, EvaluationResult(evaluation=evaluation, cost={}))
     assert found[0]["test_image/ap50"] == found[0.8]["test_image/ap50_connected"] < 1
     assert found[0.8]["test_image/ap50"] == 1
     assert found[0.8]["test_image/count_error_abs"] == 0
@@ -196,7 +204,7 @@ def everything(truth):
 
 
 def test_whoever_finds_nothing_scores_nothing_however_many_images_are_empty(mostly_empty):
-    found = artifacts.final_metrics(mostly_empty, TestResult(exam=taken(mostly_empty, nothing), cost={}))
+    found = artifacts.final_metrics(mostly_empty, EvaluationResult(evaluation=taken(mostly_empty, nothing), cost={}))
     for name in ("dice", "iou", "precision", "recall", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
         assert found[f"test_image/{name}"] == 0
     for name in ("dice", "iou", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
@@ -206,7 +214,7 @@ def test_whoever_finds_nothing_scores_nothing_however_many_images_are_empty(most
 
 
 def test_a_find_in_an_empty_image_scores_nothing_and_is_counted(mostly_empty):
-    found = artifacts.final_metrics(mostly_empty, TestResult(exam=taken(mostly_empty, everything), cost={}))
+    found = artifacts.final_metrics(mostly_empty, EvaluationResult(evaluation=taken(mostly_empty, everything), cost={}))
     assert found["test_image/dice"] == pytest.approx(2 * 800 / (4800 + 800) / 4, abs=1e-6)
     assert (found["test/num_empty"], found["test/num_empty_found"]) == (3, 3)
     assert found["test/num_extra"] == 4
@@ -214,7 +222,7 @@ def test_a_find_in_an_empty_image_scores_nothing_and_is_counted(mostly_empty):
 
 def test_the_right_answer_to_mostly_empty_images_is_one_of_one_image(mostly_empty):
     found = artifacts.final_metrics(
-        mostly_empty, TestResult(exam=taken(mostly_empty, lambda truth: (truth, truth * np.uint8(255))), cost={})
+        mostly_empty, EvaluationResult(evaluation=taken(mostly_empty, lambda truth: (truth, truth * np.uint8(255))), cost={})
     )
     assert found["test_image/dice"] == found["test_image/ap50"] == found["test/dice"] == 1
     assert "test_image/dice_low" not in found  # one image has no interval
@@ -224,13 +232,13 @@ def test_the_right_answer_to_mostly_empty_images_is_one_of_one_image(mostly_empt
 @pytest.mark.parametrize("all_empty", [False, True])
 def test_files_and_notes_of_a_test_with_empty_images_hold_no_nan(mostly_empty, tmp_path, answer, all_empty):
     one = replace(mostly_empty, test=mostly_empty.test[1:]) if all_empty else mostly_empty
-    result = TestResult(exam=taken(one, answer), cost={})
+    result = EvaluationResult(evaluation=taken(one, answer), cost={})
     run, out = run_of(), tmp_path / "out"
     out.mkdir()
     tree = {"experiment": "e", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
     artifacts.write_artifacts(out, "a run", run, Experiment.of(tree, "here"), [one], ImageCache(one, "test", 2**28), result)
-    told, table = strict(out / "per_image.json"), strict(out / artifacts.TABLE)
-    assert told["dice"][-1] is (None if answer is nothing else told["dice"][-1])
+    record, table = strict(out / "per_image.json"), strict(out / artifacts.TABLE)
+    assert record["dice"][-1] is (None if answer is nothing else record["dice"][-1])
     assert (out / "figures" / "worst.png").exists()
     assert len(table["data"]) == len(one.test)
     metrics = artifacts.final_metrics(one, result)

@@ -1,4 +1,4 @@
-"""The study alone, with told values instead of training: what is asked depends on seed and number, and a killed worker costs nothing."""
+"""The study with given values instead of training: proposals depend on seed and number, and a killed worker loses nothing."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def space_of(space: dict[str, Any] | None = None, **settings: Any) -> Space:
     return Space.of(tree, "s.toml", Registry(), objectives())
 
 
-def study_of(space: Space, url: str = "sqlite:///optuna.db", **asked: str) -> Study:
-    return Study(url, space, {**space.facts, **asked}, 9)
+def study_of(space: Space, url: str = "sqlite:///optuna.db", **more: str) -> Study:
+    return Study(url, space, {**space.facts, **more}, 9)
 
 
 def value(point: dict[str, Any]) -> float:
@@ -49,41 +49,41 @@ def metrics(point: dict[str, Any]) -> dict[str, float]:
 
 
 def finish(study: Study, most: int = 10**6) -> list[CompletedTrial]:
-    """Asks and tells, as a search does, until all is told or the worker dies after ``most`` tellings."""
+    """Runs all trials with ``value`` as their result; the worker dies after ``most`` results."""
     with study:
         while batch := study.ask():
             for pending in batch:
                 if not most:
-                    return study.told()
+                    return study.trials()
                 study.tell(pending, metrics(pending.point))
                 most -= 1
-    return study.told()
+    return study.trials()
 
 
-def shown(told: list[CompletedTrial]) -> list[tuple[int, str, dict[str, Any]]]:
-    return [(t.number, t.state, dict(t.point)) for t in told]
+def summary(trials: list[CompletedTrial]) -> list[tuple[int, str, dict[str, Any]]]:
+    return [(t.number, t.state, dict(t.point)) for t in trials]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc", "nsga2"])
-def test_a_search_killed_twice_asks_and_tells_the_same_as_one_that_was_not(sampler: str) -> None:
+def test_a_search_killed_twice_equals_an_uninterrupted_one(sampler: str) -> None:
     space = space_of(sampler=sampler)
     whole = finish(study_of(space, "sqlite:///whole.db"))
-    # Dead workers: their names are of processes that are no more.
+    # Dead workers: owners with process ids that do not exist.
     for killed_after in (3, 4):
         dying = study_of(space)
         dying.owner = f"{dying.owner.split(':')[0]}:{999999990 + killed_after}:0"
         finish(dying, killed_after)
     resumed = finish(study_of(space))
-    assert shown(resumed) == shown(whole)
+    assert summary(resumed) == summary(whole)
     assert [t.state for t in whole] == ["complete"] * 13
     assert len({str(t.point) for t in whole}) > 10
 
 
-def test_start_up_trials_take_every_pair_of_backbone_and_head_in_turn() -> None:
-    told = finish(study_of(space_of(startup=8, trials=8)))
-    pairs = [(t.point["backbone"], t.point["head"]) for t in told]
+def test_start_up_trials_cycle_through_pairs_of_backbone_and_head() -> None:
+    trials = finish(study_of(space_of(startup=8, trials=8)))
+    pairs = [(t.point["backbone"], t.point["head"]) for t in trials]
     assert [len(set(pairs[:4])), len(set(pairs[4:]))] == [4, 4]
-    assert len({t.point["lr"] for t in told}) == 8
+    assert len({t.point["lr"] for t in trials}) == 8
 
 
 def test_a_process_killed_with_sigkill_leaves_its_trials_to_the_next(tmp_path: Path) -> None:
@@ -97,12 +97,12 @@ with study:
 """
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'helpers'}{os.pathsep}{Path(__file__).parent}"}
     assert subprocess.run([sys.executable, "-c", code], env=env, check=False).returncode == -9
-    told = study_of(space_of()).told()
-    assert [t.state for t in told] == ["complete", "running", "running", "running"]
-    assert shown(finish(study_of(space_of()))) == shown(finish(study_of(space_of(), "sqlite:///whole.db")))
+    trials = study_of(space_of()).trials()
+    assert [t.state for t in trials] == ["complete", "running", "running", "running"]
+    assert summary(finish(study_of(space_of()))) == summary(finish(study_of(space_of(), "sqlite:///whole.db")))
 
 
-def test_a_living_workers_trials_are_left_to_it() -> None:
+def test_trials_of_a_live_worker_are_not_taken_over() -> None:
     first, second = study_of(space_of()), study_of(space_of())
     second.owner = "elsewhere:1:0"
     with first, second:
@@ -111,68 +111,68 @@ def test_a_living_workers_trials_are_left_to_it() -> None:
     assert len({str(p.point) for p in mine + other}) == 8  # start-up points are not repeated either
 
 
-def test_a_journal_file_will_do() -> None:
+def test_a_journal_file_works_as_storage() -> None:
     assert len(finish(study_of(space_of(), "journal:study.log"))) == 13
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"space": {"lr": {"low": 1e-4, "high": 1.0, "log": True}}}, "space.lr was 0.0001 to 0.1, log and is 0.0001 to 1, log"),
         ({"space": {"batch_size": [4, 8]}}, "space.batch_size was not there and is 4, 8"),
         ({"sampler": "random"}, 'search.sampler was "tpe" and is "random"'),
     ],
 )
-def test_a_changed_space_is_refused_with_what_changed(changed: dict[str, Any], told: str) -> None:
+def test_a_changed_space_is_refused_with_what_changed(changed: dict[str, Any], message: str) -> None:
     study_of(space_of())
-    with pytest.raises(CellbenchError, match="start anew") as error:
+    with pytest.raises(CellbenchError, match="start a new study") as error:
         study_of(space_of(**changed))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-def test_more_trials_go_on_with_the_same_study() -> None:
+def test_more_trials_continue_the_same_study() -> None:
     first = finish(study_of(space_of(trials=8)))
     more = finish(study_of(space_of(trials=12)))
-    assert shown(more)[:8] == shown(first)
+    assert summary(more)[:8] == summary(first)
     assert len(more) == 12
 
 
-def test_the_best_keeps_the_bounds() -> None:
+def test_the_best_trial_satisfies_the_bounds() -> None:
     space = space_of(max={"cost/latency_ms": 40})
-    told = finish(study_of(space))
+    trials = finish(study_of(space))
     (best,) = study_of(space).best()
-    kept = [t for t in told if t.metrics["cost/latency_ms"] <= 40]
+    kept = [t for t in trials if t.metrics["cost/latency_ms"] <= 40]
     assert best.values[0] == max(t.values[0] for t in kept)
-    assert 0 < len(kept) < len(told)
+    assert 0 < len(kept) < len(trials)
 
 
-def test_several_objectives_give_the_front() -> None:
+def test_several_objectives_give_the_pareto_front() -> None:
     space = space_of(objective=["val/dice", "cost/latency_ms"], trials=20)
-    told = finish(study_of(space))
+    trials = finish(study_of(space))
     front = study_of(space).best()
-    for t in told:
-        beaten = any(o.values[0] >= t.values[0] and o.values[1] <= t.values[1] and o.values != t.values for o in told)
+    for t in trials:
+        beaten = any(o.values[0] >= t.values[0] and o.values[1] <= t.values[1] and o.values != t.values for o in trials)
         assert beaten != (t.number in {f.number for f in front})
     assert len(front) > 1
 
 
-def test_a_pruner_ends_a_trial_and_says_the_same_again() -> None:
+def test_a_pruner_decides_the_same_when_an_epoch_is_reported_again() -> None:
     study = study_of(space_of(pruner="median", trials=12))
     answers = {}
     with study:
         for k in range(3):
             for pending in study.ask():
                 rising = 0.9 if k < 2 else 0.1
-                go_on = [study.goes_on(pending, epoch, rising) for epoch in range(6)]
+                go_on = [study.should_continue(pending, epoch, rising) for epoch in range(6)]
                 answers[pending.number] = go_on
-                assert [study.goes_on(pending, epoch, rising) for epoch in range(6)].count(False) <= 1
+                assert [study.should_continue(pending, epoch, rising) for epoch in range(6)].count(False) <= 1
                 study.tell(pending, metrics(pending.point)) if all(go_on) else study.tell_pruned(pending, {}, "")
     assert all(all(go_on) for number, go_on in answers.items() if number < 8)
     assert all(not all(go_on) for number, go_on in answers.items() if number >= 8)
 
 
 @pytest.mark.parametrize("url", ["sqlite:///file/o.db", "nonsense", "postgresql://me:secret@127.0.0.1:1/x", "wrong://x"])
-def test_a_storage_that_cannot_be_had_is_one_line_without_the_password(url: str) -> None:
+def test_an_unavailable_storage_is_a_one_line_error_without_the_password(url: str) -> None:
     Path("file").touch()
     with pytest.raises(CellbenchError) as error:
         study_of(space_of(), url)
