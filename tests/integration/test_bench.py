@@ -31,7 +31,7 @@ def test_bench_checks_equalities_and_names_the_naive_protocol(small_folder):
 
 def test_cache_shows_what_is_kept_and_prunes_it(small_folder, capsys):
     assert main(["cache"]) == 0
-    assert "no features are kept" in capsys.readouterr().out
+    assert "no features are cached" in capsys.readouterr().out
     disk = {"memory_bytes": 0, "disk_bytes": 2**30, "key": "test", "backbone": "vit-tiny-random"}
     fitted(dataset_of(small_folder), [run_of(repeat_views_every=1)], **disk)
     assert main(["cache"]) == 0

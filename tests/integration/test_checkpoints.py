@@ -41,7 +41,7 @@ def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def ask(question: list[str], project: Path, monkeypatch: pytest.MonkeyPatch, until: int = 5) -> int:
     """Asks in a project of its own; ended as by Ctrl-C before epoch ``until``. Gives the exit code."""
     project.mkdir(exist_ok=True)
-    begin = HeadTrainer.begin
+    begin = HeadTrainer.start_epoch
 
     def ends(self: HeadTrainer) -> None:
         if self.epoch == until:
@@ -50,7 +50,7 @@ def ask(question: list[str], project: Path, monkeypatch: pytest.MonkeyPatch, unt
 
     with monkeypatch.context() as patch:
         patch.chdir(project)
-        patch.setattr(HeadTrainer, "begin", ends)
+        patch.setattr(HeadTrainer, "start_epoch", ends)
         patch.setattr("cellbench.cli.grid.write_report", lambda *_: None)  # the report: half of the time, and not the question here
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / 'mlflow.db'}")
         try:
