@@ -1,4 +1,4 @@
-"""``bench``: measures the speed of this machine, and checks the equalities that speed rests on."""
+"""``bench``: measures the speed of this machine, and checks that the faster ways give equal results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cellbench.reporting.plots import style
 
 
 def bench(options: BenchOptions) -> int:
-    """Measures, prints, and writes JSON and a plot to ``--out``. Exit code 1 where a check failed."""
+    """Measures, prints, and writes JSON and a plot to ``--out``. Returns exit code 1 if a check failed."""
     startup.configure_threads(options.device)
     registry = Registry()
     quick, out = options.quick, options.out

@@ -1,4 +1,4 @@
-"""``list``, ``show`` and ``cache``: cards, experiments and cached features. No torch."""
+"""``list``, ``show`` and ``cache``: cards, experiments and cached features. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPERIMENTS = "experiments"
 
 
 def list_components(options: ListOptions) -> int:
-    """The names of one kind, or of all, each with the first line of its card."""
+    """Prints the names of one kind or of all kinds, each with the title of its card."""
     registry = Registry(options.registry)
     kinds = [*KINDS, EXPERIMENTS]
     if options.kind is not None and options.kind not in kinds:
@@ -42,13 +42,13 @@ def _brief(card: Card) -> str:
 
 
 def _experiments() -> dict[str, str]:
-    """The shipped files by name, with their first lines."""
+    """The first lines of the shipped experiment files, by name."""
     paths = sorted(shipped(EXPERIMENTS).glob("*.toml"))
     return {path.stem: path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for path in paths}
 
 
 def show_component(options: ShowOptions) -> int:
-    """A card or experiment file as it lies on disk, under its path, with its meaning."""
+    """Prints the path and content of a card or experiment file, and a short explanation."""
     registry = Registry(options.registry)
     kind, _, name = options.name.rpartition("/")
     names = {**{one: registry.names(one) for one in KINDS}, EXPERIMENTS: list(_experiments())}
@@ -83,7 +83,7 @@ def _meaning(card: Card) -> str:
 
 
 def _size(path: Path) -> str:
-    """How many runs or trials an experiment file asks for."""
+    """The number of runs or trials in an experiment file."""
     tree = tomllib.loads(path.read_text(encoding="utf-8"))
     if "space" in tree:
         space = Space.of(tree, str(path), Registry(), search_objectives(Registry()))
@@ -93,8 +93,8 @@ def _size(path: Path) -> str:
 
 
 def cache(options: CacheOptions) -> int:
-    """Lists the cached features, the longest unused first; or with ``--prune`` removes them."""
-    from cellbench.features.cache_admin import cache_entries, features_dir, remove_entries  # torch with it
+    """Lists the cached features, least recently used first; with ``--prune`` removes them."""
+    from cellbench.features.cache_admin import cache_entries, features_dir, remove_entries  # imports torch
 
     if options.cache is not None and not options.cache.is_dir():
         raise CellbenchError(f"--cache {options.cache}: there is no such folder.")

@@ -1,4 +1,4 @@
-"""``check``: is this data fit to train on? Reads everything once, prints a verdict, writes JSON and a page."""
+"""``check``: audits a dataset. Reads every image once, prints a verdict, and writes JSON and an HTML page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cellbench.reporting import render
 from cellbench.reporting.report_data import Facts, Page, Section, Table, Text
 
 SHOWN = 5
-"""Names of each finding on the screen; the files have all."""
+"""Image names printed per finding; the files list all."""
 
 
 def check(options: CheckOptions) -> int:
@@ -54,9 +54,9 @@ def check_folder(
     out: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Audits a folder (or manifest, or COCO file). Exit code 0 where it is fit, 1 where a finding would falsify a result.
+    """Audits a folder, manifest or COCO file. Returns exit code 0 if it is fit to train on, 1 if a finding would falsify a result.
 
-    Raises CellbenchError where the data cannot be read. Nothing is written into the folder; ``out``: where the files go.
+    Raises CellbenchError if the data cannot be read. Writes nothing to the folder; ``out``: folder for the report.
     """
     found = audit((registry or Registry()).dataset(card), folder, spec or DataSpec())
     for line in _lines(found):
@@ -70,7 +70,7 @@ def check_folder(
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What is known about a dataset after every image and mask was read."""
+    """The result of reading every image and mask of a dataset."""
 
     verdict: str
     numbers: Sequence[tuple[str, str]]
@@ -79,11 +79,11 @@ class Audit:
     """The most severe first."""
     notes: Sequence[str]
     facts: Sequence[SampleFacts]
-    """Of each image."""
+    """Measurements of each image."""
 
 
 def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
-    """Reads everything once. Raises CellbenchError where no image with a mask is found."""
+    """Reads every image once. Raises CellbenchError if no image with a mask is found."""
     card, listing = scan_dataset(card, folder, spec)
     found = _scan_findings(listing)
     if not any(listing.parts.values()):
@@ -124,7 +124,7 @@ def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
 
 
 def _scan_findings(listing: Listing) -> list[Finding]:
-    """What was wrong with file names and layout already, a finding a kind."""
+    """Problems of file names and layout, one finding per kind."""
     problems: dict[str, list[UnusableImage]] = {}
     for problem in listing.problems:
         problems.setdefault(problem.kind, []).append(problem)

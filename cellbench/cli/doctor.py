@@ -1,7 +1,7 @@
-"""``doctor``: which backbones are available here, and does one of them do what its card says.
+"""``doctor``: lists which backbones are available on this machine, and tests whether a backbone matches its card.
 
-The table uses no network: it looks into the weights folder, earlier downloads and the hub's cache. The self-test loads a backbone and runs it.
-Neither downloads anything, and only the self-test and the contracts import torch.
+The table uses no network: it reads the weights folder, earlier downloads and the hub's cache. The self-test loads and runs a backbone. Neither
+downloads anything. Only the self-test and the contracts import torch.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ HASHED_BYTES = 128 * 2**20
 
 
 def doctor(options: DoctorOptions) -> int:
-    """The table, the self-test of the backbones named, the contracts, or the services. Exit code 0, or 1 where something is wrong.
+    """Prints the table, the self-test of the named backbones, the contracts, or the services. Returns exit code 0, or 1 if a check failed.
 
-    Raises CellbenchError for a name that no card has, and WeightsUnavailable, with the remedy, for weights that are not here.
+    Raises CellbenchError for an unknown name, and WeightsUnavailable, with the remedy, for missing weights.
     """
     if options.services:
         from cellbench.cli.services import services
@@ -55,7 +55,7 @@ def doctor(options: DoctorOptions) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the table. ``problem``: what is wrong with the file or the card, and the remedy."""
+    """A row of the table. ``problem``: an error in the file or the card, with the remedy."""
 
     name: str
     here: str
@@ -66,7 +66,7 @@ class Row:
     problem: str = ""
 
 
-# In the order of the table: what can be used at once comes first. The text explains the word below the table.
+# In the order of the table: available backbones come first. The texts below the table explain the states.
 HERE = {
     "needs nothing": "",
     "in the folder": "",
@@ -84,7 +84,7 @@ HASH = {
 
 
 def row(card: BackboneCard, folder: Path | None, deep: bool = False) -> Row:
-    """A card's line, without network access. The hash of a large file is compared only if it is known already, or with ``deep``."""
+    """The row of a card, without network access. The hash of a large file is compared only if already computed, or with ``deep``."""
     license = card.license.split(" (")[0] + (" ?" if "(" in card.license else "")
     mib = card.file_mib or card.params_m * 4e6 / 2**20
     size = f"~{mib:,.0f}" if mib else ""
@@ -107,7 +107,7 @@ def row(card: BackboneCard, folder: Path | None, deep: bool = False) -> Row:
         check_whole(path)
     except WeightsUnavailable as error:
         return line(here="broken", hash="", problem=f"{card.id}: {one_line(error)}")
-    path = path.resolve()  # as it is hashed: in the hub's cache the name is a link
+    path = path.resolve()  # hashes are stored by the real path; in the hub's cache the name is a link
     with FileFactCache("hashes", compute_sha256) as hashes:
         if not deep and path.stat().st_size > HASHED_BYTES and not hashes.knows(path):
             return line(here=here, hash="not read")
@@ -119,7 +119,7 @@ def row(card: BackboneCard, folder: Path | None, deep: bool = False) -> Row:
 
 
 def _file(card: BackboneCard, folder: Path | None) -> tuple[str, Path] | None:
-    """Where ``locate`` would find the card's file on this machine, unchecked."""
+    """The place and path at which ``locate`` would find the card's file on this machine, unchecked."""
     if own := folder_file(card, folder):
         return "in the folder", own
     if card.weights.startswith("http") and download_path(card).is_file():
@@ -137,7 +137,7 @@ def _table(registry: Registry, folder: Path | None, deep: bool) -> int:
     for name in registry.names("backbones"):
         try:
             rows.append(row(registry.backbone(name), folder, deep))
-        except CellbenchError as error:  # an unreadable card is a line of the table, and the others follow
+        except CellbenchError as error:  # an unreadable card gets a row of the table
             rows.append(Row(name=name, here="broken", problem=one_line(error)))
     order = list(HERE)
     rows.sort(key=lambda it: (order.index(it.here), it.name))
@@ -151,11 +151,11 @@ def _table(registry: Registry, folder: Path | None, deep: bool) -> int:
     if any(it.here == "gated" for it in rows):
         from huggingface_hub import get_token
 
-        print(f"hub: {'a log-in is stored here' if get_token() else 'nobody is logged in here'}.")
+        print(f"hub: {'logged in' if get_token() else 'not logged in'} on this machine.")
     if os.environ.get("HF_HUB_OFFLINE"):
         print("hub: HF_HUB_OFFLINE is set, so nothing is downloaded from it.")
     if any(it.license.endswith("?") for it in rows):
-        print("?: a licence in doubt; the card says why: `show backbones/NAME`.")
+        print("?: the licence is unclear; the card says why: `show backbones/NAME`.")
     problems = [it.problem for it in rows if it.problem]
     for problem in problems:
         print(f"\n{problem}")
@@ -163,7 +163,7 @@ def _table(registry: Registry, folder: Path | None, deep: bool) -> int:
 
 
 def _lines(rows: list[Row]) -> Iterator[str]:
-    """The table in the terminal's width. Only the last two columns are shortened; pages where a licence is accepted never are."""
+    """The table, fitted to the terminal's width. Only the last two columns are shortened, but never the URL of a page to accept a licence."""
     head = Row(name="backbone", here="here and now", mib="MiB", hash="hash", license="licence", where="file, or page to get it from")
     lines = [(it.name, it.here, it.mib, it.hash, _cut(it.license, 20)) for it in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
@@ -178,7 +178,7 @@ def _lines(rows: list[Row]) -> Iterator[str]:
 
 
 def _cut(text: str, room: int, begin: int | None = None) -> str:
-    """The text in at most ``room`` letters: its start; with ``begin``, so many letters of its start, and its end."""
+    """Shortens the text to ``room`` characters: its start, or with ``begin`` that many characters of its start, and its end."""
     if len(text) <= room:
         return text
     begin = room - 1 if begin is None else begin
@@ -236,7 +236,7 @@ CHECKED = ("backbones", "heads", "losses", "augmentations", "metrics")
 
 
 def _parts(registry: Registry, names: Sequence[str], extra: Path | None) -> list[Card]:
-    """The cards of these names; by default those of the user's folder, without one all of them."""
+    """The cards with these names; by default those of the user's folder, or all if there is none."""
     known = [(kind, name) for kind in CHECKED for name in registry.names(kind)]
     for name in names:
         if name not in {each for _, each in known}:

@@ -1,4 +1,4 @@
-"""``evaluate``: a finished run tested on any labelled folder, logged as a child of the run that it tests."""
+"""``evaluate``: evaluates a finished run on any labelled folder, and logs the evaluation as a child of that run."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from cellbench.tracking.tracker import Run, Tracker
 
 
 def evaluate(options: EvaluateOptions) -> int:
-    """Exit code 0."""
+    """Evaluates a run. Returns exit code 0."""
     if options.visualize < 0:
-        raise CellbenchError(f"--visualize {options.visualize}: a number of images is expected, 0 or more.")
+        raise CellbenchError(f"--visualize {options.visualize}: expected a number of images, 0 or more.")
     segmenter = open_run(options)
     trained, machine = segmenter.trained, segmenter.machine
     experiment = Experiment.of(tomllib.loads(trained.config), "config.toml")
@@ -82,7 +82,7 @@ class _Tested:
     result: EvaluationResult
     metrics: dict[str, float]
     seen: Sequence[str] | None
-    """Of each test image, the part of the training data that it was in, or nothing; None where the run has no record of them."""
+    """For each test image, the split of the training data that contains it, or nothing; None if the run has no record of these images."""
     warning: str
 
 
@@ -118,7 +118,7 @@ def _tags(tested: _Tested, run: Run, machine: str) -> dict[str, str]:
 
 
 def _write_artifacts(tested: _Tested, folder: Path) -> None:
-    """What a run of a grid has, its worst predictions, and which images the run was trained on."""
+    """Writes the artifacts of a run, its worst predictions, and which images the run was trained on."""
     dataset, result = tested.dataset, tested.result
     pixels = ImageCache(dataset, "test", 2**28)
     plain = tested.experiment.model_copy(update={"data": DataSpec()})

@@ -1,4 +1,4 @@
-"""``explore``: pictures and statistics of a dataset, and feature maps of backbones for one of its images, in several framings side by side."""
+"""``explore``: plots and statistics of a dataset, or feature maps of several backbones and framings for one of its images."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from cellbench.tracking.tracker import Tracker
 from cellbench.training.memory_check import why_too_large
 
 MAX_SURVEYED = 100
-"""Images that the statistics are taken of, as published."""
+"""Maximum number of images that the statistics are computed from."""
 DEFAULT_BACKBONES = ("dinobloom-s", "dinobloom-b", "dinobloom-l", "uni", "vit-tiny-in1k")
-"""Shown where none is named, if their weights are here."""
+"""Default backbones, if their weights are on this machine."""
 DEFAULT_FRAMINGS = ("resize", "pad", "tile")
 
 
 def explore(options: ExploreOptions) -> int:
-    """Prints statistics and writes pictures; with ``--log`` also an MLflow run. Exit code 0."""
+    """Prints statistics and writes figures; with ``--log`` also logs an MLflow run. Returns exit code 0."""
     registry = Registry(options.registry)
     card = registry.dataset(options.dataset or ("folder" if options.data is not None else "smears"))
     card, listing = scan_dataset(card, options.data, DataSpec())
@@ -54,7 +54,7 @@ def explore(options: ExploreOptions) -> int:
         print(note)
     name = options.data.absolute().name if options.data is not None else dataset.name
     folder = make_folder(options.out or Path("explored") / name)
-    tracker = Tracker(f"explore {name}") if options.log else None  # before the work, so that an unavailable store is reported at once
+    tracker = Tracker(f"explore {name}") if options.log else None  # first, so that an unavailable store is reported at once
     if options.features:
         sample = _sample(pool, options.image)
         title, facts = f"features of {sample.name}", _features(dataset, sample, registry, options, folder)
@@ -105,7 +105,7 @@ def _statistics(dataset: Dataset, pool: list[Sample], options: ExploreOptions, f
 
 
 def _features(dataset: Dataset, sample: Sample, registry: Registry, options: ExploreOptions, folder: Path) -> dict[str, float]:
-    """Principal components of each backbone's last map in each framing, and how similar every place is to ``--point``."""
+    """Plots principal components of each backbone's last map in each framing, and the similarity of every location to ``--point``."""
     image, classes = dataset.read(sample)
     height, width = classes.shape
     point = _point(options.point, sample, width, height) if options.point else None
@@ -153,7 +153,7 @@ def _features(dataset: Dataset, sample: Sample, registry: Registry, options: Exp
 def _views(
     name: str, registry: Registry, options: ExploreOptions, framings: Sequence[tuple[str, Framing]], image: np.ndarray
 ) -> list[tuple[str, FeatureMaps]]:
-    """The last map of one backbone in each framing that it can read; says what was skipped and why."""
+    """The last feature map of one backbone in each framing that it supports. Prints which framings are skipped, and why."""
     startup.configure_threads(options.device)
     try:
         backbone = open_backbone(registry.backbone(name), options.weights, download=bool(options.backbone))
@@ -176,7 +176,7 @@ def _views(
 def _backbones(registry: Registry, options: ExploreOptions) -> list[str]:
     if options.backbone:
         for name in options.backbone:
-            registry.backbone(name)  # a wrong name is reported before anything is computed
+            registry.backbone(name)  # reports a wrong name before anything is computed
         return list(dict.fromkeys(options.backbone))
     found = []
     for name in DEFAULT_BACKBONES:
@@ -186,7 +186,7 @@ def _backbones(registry: Registry, options: ExploreOptions) -> list[str]:
             continue
         found.append(name)
     if not found:
-        print(f"none of {', '.join(DEFAULT_BACKBONES)} has its weights here, so a random one is shown. `doctor` says how to get them.")
+        print(f"no weights of {', '.join(DEFAULT_BACKBONES)} are here, so a random backbone is shown. `doctor` says how to get them.")
     return found or ["vit-tiny-random"]
 
 
@@ -200,7 +200,7 @@ def _point(text: str, sample: Sample, width: int, height: int) -> tuple[int, int
 
 
 def _framing(text: str, tile_px: int) -> tuple[str, Framing]:
-    """``tile`` or ``tile:0.5``: its title and the framing."""
+    """Title and framing of ``--framing``, such as ``tile`` or ``tile:0.5``."""
     kind, colon, scale = text.partition(":")
     try:
         number = float(scale) if colon else 1.0

@@ -1,4 +1,4 @@
-"""``export``: a run as a folder that works elsewhere, and on request as ONNX and as a model that MLflow serves."""
+"""``export``: writes a run as a portable folder, and optionally as ONNX and as a model for MLflow serving."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cellbench.inference.export import CARDS, write_export
 
 
 def export(options: ExportOptions) -> int:
-    """Writes the folder. Exit code 0."""
+    """Writes the folder. Returns exit code 0."""
     out = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CellbenchError(f"--out {out}: exists and is not empty. Name a new folder.")
@@ -25,7 +25,7 @@ def export(options: ExportOptions) -> int:
     said = write_export(out, segmenter.trained, cards, weights or source, options.backbone)
     print(f"{out}: {segmenter.trained.name}. {said}")
     if options.mlflow:
-        from cellbench.inference.mlflow_model import save_model  # MLflow, which the rest does without
+        from cellbench.inference.mlflow_model import save_model  # imports MLflow
 
         save_model(out / "mlflow", out)
         print(f"{out / 'mlflow'}: `mlflow models serve -m {shlex.quote(str(out / 'mlflow'))} --env-manager local` answers with masks.")

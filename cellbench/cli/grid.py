@@ -41,15 +41,15 @@ from cellbench.training.memory_check import InsufficientMemoryError
 class _Plan:
     experiment: Experiment
     text: str
-    """The experiment as a file that asks the same without any option."""
+    """The experiment file with the command's options applied."""
     resources: Resources
     datasets: list[Dataset]
-    """One, or one a fold."""
+    """One, or one per fold."""
     runs: list[ResolvedRun]
 
 
 def grid(options: GridOptions) -> int:
-    """Exit code 0, or 1 where a run failed."""
+    """Runs an experiment. Returns exit code 0, or 1 if a run failed."""
     startup.set_cache(parse_cache(options.cache)[0], options.cache_url)
     startup.configure_threads(options.device)
     plan = _prepare(options)
@@ -98,7 +98,7 @@ def _prepare(options: GridOptions) -> _Plan:
 
 @contextmanager
 def _parent_run(plan: _Plan, tracker: Tracker, options: GridOptions) -> Iterator[Run]:
-    """The run in MLflow of the grid itself: the same one whenever the same grid is started again."""
+    """Opens the parent run of the grid in MLflow: the same one each time the same grid is started."""
     precision, data = plan.resources.machine.precision_name, pool_folds(plan.datasets)
     facts = json.dumps([plan.experiment.model_dump(mode="json"), data, precision], sort_keys=True)
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -110,7 +110,7 @@ def _parent_run(plan: _Plan, tracker: Tracker, options: GridOptions) -> Iterator
 
 
 def _execute(plan: _Plan, options: GridOptions, tracker: Tracker, parent: Run, ray: Any) -> Outcome:
-    """Runs what is not finished yet: in this process, in processes of this machine, or on Ray."""
+    """Executes the unfinished runs in this process, in several local processes, or on Ray."""
     resources = plan.resources
     runner = Runner(
         experiment=plan.experiment,
@@ -164,7 +164,7 @@ def _report(plan: _Plan, tracker: Tracker, parent: Run, outcome: Outcome, reques
 
 
 def _estimate(plan: _Plan) -> None:
-    """Prints the runs, and of each cohort its tiles, time and memory, from a few tiles timed now."""
+    """Prints the runs, and the estimated tiles, time and memory of each cohort, from timing a few tiles."""
     for resolved in plan.runs:
         say(f"  {resolved.name}" + (f"  skipped: {resolved.unavailable}" if resolved.unavailable else ""))
     wall_s, memory_mib, disk_mib, load = 0.0, 0.0, 0.0, SystemLoad()

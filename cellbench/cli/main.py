@@ -1,7 +1,7 @@
 """The command line: ``python -m cellbench.run COMMAND``, also installed as ``cellbench``.
 
-A command is a line of :data:`COMMANDS`: its options (:mod:`cellbench.config.options`), from which its parser is derived, and the function that takes
-them, imported when it is called. So ``--help`` and ``list`` answer at once. Exit code 0, or 2 with one line that says what was asked, what is wrong
+A command is an entry of :data:`COMMANDS`: its options (:mod:`cellbench.config.options`), from which its parser is derived, and the function that takes
+them. The function is imported when it is called, so ``--help`` and ``list`` are fast. Exit code 0, or 2 with a one-line error that says what is wrong
 and what to do.
 """
 
@@ -47,59 +47,60 @@ COMMANDS = {
     "predict": Command(
         options.PredictOptions,
         "predict:predict",
-        "masks of your images by a run: `best`, a run's name or id, or an exported folder",
+        "segment images with a trained run: `best`, a run's name or id, or an exported folder",
         "The same command resumes where it stopped. Files that cannot be read are skipped and named, and the exit code is then 1.",
     ),
     "evaluate": Command(
         options.EvaluateOptions,
         "evaluate:evaluate",
-        "test a run again, on any labelled folder",
-        "Logged in MLflow as a child of the run that it tests; the tables of a report stay as they are.",
+        "evaluate a trained run on any labelled folder",
+        "Logged in MLflow as a child of the evaluated run; reports do not change.",
     ),
     "export": Command(
         options.ExportOptions,
         "export:export",
-        "a run as a folder that works elsewhere; as ONNX; as a model that MLflow serves",
+        "export a run as a portable folder, as ONNX, or as a model for MLflow serving",
         "The folder holds safetensors, cards and settings. `predict DIR IMAGE` and Segmenter.load(DIR) use it without MLflow.",
     ),
     "report": Command(
         options.ReportOptions,
         "report:report",
-        "the results of an experiment: one HTML file, and tables as Markdown, CSV and LaTeX",
+        "report the results of an experiment: one HTML file, and tables as Markdown, CSV and LaTeX",
         "Reads finished runs from MLflow; trains nothing. Several experiments make one report; different test images are never paired.",
     ),
     "explore": Command(
         options.ExploreOptions,
         "explore:explore",
-        "pictures and statistics of a dataset, or the feature maps of backbones",
+        "plot samples and statistics of a dataset, or feature maps of backbones",
         "Reads images and masks; writes nothing to their folder. `check` says whether they are fit to train on.",
     ),
     "ui": Command(
         options.UiOptions,
         "ui:ui",
-        "MLflow's UI for the runs of this folder, with one worker and on this machine alone",
+        "start MLflow's UI for the runs of this folder, with one worker and for this machine only",
         "Ends with Ctrl-C. If the folder was moved, the paths of the artifacts are corrected first.",
     ),
     "bench": Command(
         options.BenchOptions,
         "bench:bench",
-        "the speed of this machine, as ratios within one run",
-        "Measures in one process, checks equalities on the way, and prints ratios, which hold where seconds do not. Exit code 1 where a check fails.",
+        "measure the speed of this machine",
+        "Measures in one process, checks that the faster ways give equal results, and prints ratios, which depend less on the machine than seconds. "
+        "Exit code 1 if a check fails.",
     ),
     "check": Command(
         options.CheckOptions,
         "check:check",
-        "is this data fit to train on? reads every image once, finds faults and leaks",
-        "Exit code 0 where the data is fit, 1 where a finding would falsify a result, 2 where the data cannot be read. Nothing is written into DIR.",
+        "audit a dataset: read every image once, find faults and leaks",
+        "Exit code 0 if the data is fit to train on, 1 if a finding would falsify a result, 2 if the data cannot be read. Writes nothing to DIR.",
     ),
-    "cache": Command(options.CacheOptions, "catalog:cache", "list the cached features, and remove them"),
-    "list": Command(options.ListOptions, "catalog:list_components", "all backbones, heads, baselines, datasets and experiments"),
-    "show": Command(options.ShowOptions, "catalog:show_component", "one card or experiment, like backbones/uni"),
+    "cache": Command(options.CacheOptions, "catalog:cache", "list or remove cached features"),
+    "list": Command(options.ListOptions, "catalog:list_components", "list backbones, heads, baselines, datasets and experiments"),
+    "show": Command(options.ShowOptions, "catalog:show_component", "show one card or experiment, like backbones/uni"),
     "doctor": Command(
         options.DoctorOptions,
         "doctor:doctor",
-        "which backbones are available here; with names, a self-test",
-        "Nothing is downloaded. Exit code 0, or 1 where a file, a card, an output or a contract is wrong.",
+        "list which backbones are available here; with names, test them",
+        "Downloads nothing. Exit code 0, or 1 if a file, a card, an output or a contract is wrong.",
     ),
 }
 
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
-    # As an exception, so that open runs are marked and files closed; MLflow would leave them RUNNING for ever.
+    # Raised as an exception, so that open runs are marked and files are closed; otherwise MLflow would show them as RUNNING forever.
     raise SystemExit(128 + number)
 
 
@@ -144,15 +145,15 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="cellbench",
-        description="Which frozen foundation model, with which segmentation head, outlines your cells best?",
+        description="Compares frozen foundation models and segmentation heads on cell segmentation.",
         epilog="Results: `cellbench ui` in this folder. Experiment files: experiments/*.toml.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, command in COMMANDS.items():
-        # What is not given is left to the record's own default.
+        # Omitted options keep the default of the record.
         own = commands.add_parser(name, help=command.help, description=command.description, argument_default=argparse.SUPPRESS)
         hints = typing.get_type_hints(command.options)
-        local = command.options.__annotations__  # a command's own options stand before those that it shares
+        local = command.options.__annotations__  # a command's own options come before shared ones
         for one in sorted(fields(command.options), key=lambda one: not one.metadata.get("positional") and one.name not in local):
             _add(own, one, hints[one.name])
     return parser
@@ -186,7 +187,7 @@ def _add(parser: argparse.ArgumentParser, one: Field[Any], hint: Any) -> None:
 
 
 def _help(one: Field[Any]) -> str:
-    """The help of a field with its default; a field without help is not shown."""
+    """The help of a field, with its default; a field without help is hidden."""
     text: str = one.metadata["help"]
     if not text:
         return argparse.SUPPRESS

@@ -1,4 +1,4 @@
-"""``predict``: a run's masks of images and folders of images, one file beside the other; the same command resumes where it stopped."""
+"""``predict``: segments images and folders of images with a trained run. The same command resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from cellbench.inference.writers import OutputFormats, remove_partial_files
 
 
 def predict(options: PredictOptions) -> int:
-    """Exit code 0, or 1 where an image was skipped or a file of a folder ignored."""
+    """Writes the masks. Returns exit code 0, or 1 if an image was skipped or a file of a folder ignored."""
     _check(options)
     out, um_per_px = options.out, options.um_per_px
     black_white = parse_range(options.range) if options.range is not None else None
-    found, ignored = find_images(options.images, out)  # before the run is opened, which takes seconds
+    found, ignored = find_images(options.images, out)  # first, because opening the run takes seconds
     sizes = stated_pixel_sizes(path for path, _ in found)
     segmenter = open_run(options)
     if black_white is not None:
@@ -78,7 +78,7 @@ def predict(options: PredictOptions) -> int:
         skipped |= more
         for line in format_notes(notes):
             _warn(line)
-    finally:  # also after Ctrl-C: the tables are of what is in the folder by then
+    finally:  # also after Ctrl-C: the tables list all masks in the folder
         num_small = write_tables(out, {target.stem for target in skipped}, wanted, options.coco, segmenter.names, print)
     parts = [f"{out}: {len(targets) - len(skipped)} masks"]
     if num_small:

@@ -1,4 +1,4 @@
-"""``report``: the report of one experiment, or of several taken together."""
+"""``report``: writes the report of one experiment, or of several together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cellbench.tracking.tracker import Tracker, newest_experiment
 
 
 def report(options: ReportOptions) -> int:
-    """Writes the report of one experiment, or of several together; of the newest where none is named. Exit code 0."""
+    """Writes the report of one experiment, or of several together; by default of the newest. Returns exit code 0."""
     sqlite_store.require_store()
     for line in relocate.fix_artifact_paths():
         print(line)

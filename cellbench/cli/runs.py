@@ -1,4 +1,4 @@
-"""What `predict`, `evaluate` and `export` share: opening a trained run."""
+"""Opens a trained run, for `predict`, `evaluate` and `export`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cellbench.inference.segmenter import Segmenter
 
 
 def open_run(options: InferenceOptions, *, device: str | None = None) -> Segmenter:
-    """The run that a call names, and a line about where it comes from. ``device``: another one than the call's. Raises CellbenchError."""
+    """Opens the run that the options name and prints its origin. ``device`` overrides the option. Raises CellbenchError."""
     device = device or options.device
     startup.configure_threads(device)
     segmenter = Segmenter.load(options.run, weights=options.weights, registry=options.registry, device=device, precision=options.precision)

@@ -20,7 +20,7 @@ from cellbench.search.driver import StopRequest
 
 
 def search(options: SearchOptions) -> int:
-    """Exit code 0; 1 where a test of the best setting failed; 130 where Ctrl-C ended it."""
+    """Runs a search. Returns exit code 0, 1 if a test of the best setting failed, or 130 after Ctrl-C."""
     stop = StopRequest.after(options.timeout)
     startup.set_cache(parse_cache(options.cache)[0], options.cache_url)
     startup.configure_threads(options.device)
@@ -40,7 +40,7 @@ def search(options: SearchOptions) -> int:
 
 @contextlib.contextmanager
 def stop_at_interrupt(stop: StopRequest) -> Iterator[None]:
-    """Ctrl-C, once: the search ends after the current batch, here and in its helpers; twice: at once."""
+    """Handles Ctrl-C: the first one stops the search and its helpers after the current batch, the second one at once."""
 
     def interrupted(number: int, frame: object) -> None:
         if stop.interrupted:
@@ -48,7 +48,7 @@ def stop_at_interrupt(stop: StopRequest) -> Iterator[None]:
         stop.interrupted = True
         for process in stop.helpers:
             process.send_signal(signal.SIGINT)
-        say("ending after this batch; Ctrl-C once more ends at once. Finished trials are kept either way.")
+        say("stopping after this batch; press Ctrl-C again to stop at once. Finished trials are kept either way.")
 
     before = signal.signal(signal.SIGINT, interrupted)
     try:

@@ -1,6 +1,6 @@
-"""``doctor --services``: do the configured services answer, in a version that fits: MLflow, databases, cache folder, shared cache, Ray.
+"""``doctor --services``: checks that the configured services respond in a compatible version: MLflow, databases, caches and Ray.
 
-Reads the environment alone (``MLFLOW_TRACKING_URI``, ``OPTUNA_STORAGE``, ``CELLBENCH_CACHE``, ``CELLBENCH_CACHE_URL``, ``RAY_ADDRESS``), shows no
+Reads only the environment (``MLFLOW_TRACKING_URI``, ``OPTUNA_STORAGE``, ``CELLBENCH_CACHE``, ``CELLBENCH_CACHE_URL``, ``RAY_ADDRESS``). Prints no
 password, and removes the files that it writes.
 """
 
@@ -27,7 +27,7 @@ ANSWER_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line: a service, whether it works, and details or the remedy."""
+    """A service, whether it works, and details or the remedy."""
 
     service: str
     good: bool
@@ -35,7 +35,7 @@ class Finding:
 
 
 def services() -> int:
-    """Prints a line a service. Exit code 0, or 1 where one does not work."""
+    """Prints one line per service. Returns exit code 0, or 1 if one does not work."""
     found = findings()
     width = max(len(one.service) for one in found)
     for one in found:
@@ -94,7 +94,7 @@ def _storage(url: str) -> str:
 
 
 def _database(url: str) -> str:
-    import sqlalchemy  # comes with MLflow; a third of a second
+    import sqlalchemy  # comes with MLflow; takes 0.3 s to import
 
     try:
         engine = sqlalchemy.create_engine(url)

@@ -1,4 +1,4 @@
-"""``ui``: MLflow's UI, light. One worker and no job backend: 0.5 GB and 5 s instead of 2 GB and 13 s (measured on 3.17.2)."""
+"""``ui``: starts MLflow's UI with one worker and no job backend: 0.5 GB and 5 s instead of 2 GB and 13 s (measured on 3.17.2)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cellbench.errors import CellbenchError
 from cellbench.tracking import relocate, sqlite_store, ui_view
 
 PATIENCE_S = 120
-"""For the first answer: a cold start on a busy machine took half a minute."""
+"""Timeout of the first response: a cold start on a busy machine took 30 s."""
 
 
 def ui(options: UiOptions) -> int:
-    """Serves the store of this folder on the loopback address until Ctrl-C. Raises CellbenchError where there is nothing to serve."""
+    """Serves the store of this folder on the loopback address until Ctrl-C. Raises CellbenchError if there is no store to serve."""
     uri = sqlite_store.store_uri()
     if uri.startswith(("http:", "https:", "databricks")):
         raise CellbenchError(f"MLFLOW_TRACKING_URI is the server {uri}: open that in a browser. `ui` serves the store of a folder.")
@@ -30,7 +30,7 @@ def ui(options: UiOptions) -> int:
     for line in relocate.fix_artifact_paths():
         print(line)
     port = free_port(options.port)
-    # `mlflow ui` does not read MLFLOW_TRACKING_URI, and only the literal "true" ends its telemetry.
+    # `mlflow ui` does not read MLFLOW_TRACKING_URI, and only the literal "true" disables its telemetry.
     command = [
         sys.executable,
         "-m",
@@ -46,7 +46,7 @@ def ui(options: UiOptions) -> int:
         "1",
     ]
     settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    # In a session of its own: Ctrl-C reaches only this process, which then ends the server and its workers in order.
+    # It runs in its own session: Ctrl-C reaches only this process, which then stops the server and its workers in order.
     server = subprocess.Popen(
         command, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -75,7 +75,7 @@ def _serve(server: subprocess.Popen[bytes], port: int) -> int:
     for name, number in relocate.experiment_names():
         print(f"  {name}: {address}/#/experiments/{number}/runs?{ui_view.QUERY}")
     assert server.stdout is not None
-    for _ in server.stdout:  # read, since the server would block at a full pipe
+    for _ in server.stdout:  # read the output, or the server would block when the pipe is full
         pass
     return server.wait()
 
@@ -89,7 +89,7 @@ def responds(url: str) -> bool:
 
 
 def free_port(first: int) -> int:
-    """``first``, or the next port that is free."""
+    """``first``, or the next free port."""
     for port in range(first, min(first + 50, 65536)):
         with socket.socket() as one, contextlib.suppress(OSError):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

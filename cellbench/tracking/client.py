@@ -1,7 +1,7 @@
 """MLflow's client with one-line errors: a full disk, a read-only or locked store, a server that does not answer.
 
-A server may be unavailable for a while. Calls that need no answer then wait in an :class:`OfflineQueue`, and training continues; a question
-waits for its answer.
+A server may be unavailable for a while. Calls that need no reply then wait in an :class:`OfflineQueue`, and training continues. Other calls
+block until the server replies.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from cellbench.tracking.offline_queue import (
 )
 
 FIRE_AND_FORGET = {"log_batch", "set_tag", "set_terminated", "log_artifacts"}
-"""Calls that need no answer and may be sent twice."""
+"""Calls that need no reply and may be sent twice."""
 PATIENCE_S = 600.0
-"""How long a question waits for an unavailable server."""
+"""How long a call that needs a reply waits for an unavailable server."""
 
 
 class ResilientClient:
-    """``mlflow.MlflowClient``; each of its methods raises CellbenchError where MLflow raises its own errors."""
+    """Wraps ``mlflow.MlflowClient``. Methods raise CellbenchError instead of MLflow's own errors."""
 
     def __init__(self, mlflow: Any) -> None:
         self._client, self._mlflow = mlflow.MlflowClient(), mlflow
@@ -53,7 +53,7 @@ class ResilientClient:
         return call
 
     def flush(self) -> None:
-        """Waits until all queued calls are sent. Raises CellbenchError where the server stays unavailable."""
+        """Waits until all queued calls are sent. Raises CellbenchError if the server stays unavailable."""
         if self._queue is not None and not self._queue.wait_until_sent(PATIENCE_S):
             raise CellbenchError(
                 f"MLflow at {self._shown_uri} has not answered for {PATIENCE_S / 60:.0f} minutes. {len(self._queue)} calls are kept in "
@@ -61,7 +61,7 @@ class ResilientClient:
             )
 
     def send_abandoned(self) -> None:
-        """Sends the unsent calls of processes that are gone. Raises CellbenchError where the server does not answer."""
+        """Sends the unsent calls of dead processes. Raises CellbenchError if the server does not respond."""
         if self._queue is None:
             return
         for folder, calls in abandoned_queues(self._uri):
@@ -74,11 +74,11 @@ class ResilientClient:
             print_warning(f"MLflow has received {len(calls)} calls that an earlier process could not send.")
 
     def _ask(self, name: str, arguments: Any, named: Any) -> Any:
-        """The answer. Waits for it only if the server has answered before: else the address may be wrong."""
+        """Calls and returns the reply. Waits only for a server that has replied before; otherwise the address may be wrong."""
         end = time.monotonic() + (PATIENCE_S if self._has_answered and self._queue is not None else 0)
         warned = False
         while True:
-            self.flush()  # the answer depends on the queued calls
+            self.flush()  # the reply depends on the queued calls
             try:
                 answer = self._call(name, arguments, named)
                 self._has_answered = True
@@ -133,10 +133,10 @@ _UNAVAILABLE = re.compile(
 
 
 def is_unavailable(error: Exception) -> bool:
-    """Whether the server may take the same call later: it does not answer, is starting or overloaded, or has lost its database for now."""
+    """Whether the same call may succeed later: the server does not respond, is starting or overloaded, or has lost its database for now."""
     if (status := _http_status(error)) is not None:
         return status in (429, 500, 502, 503, 504)
-    if type(error).__module__.partition(".")[0] in ("requests", "urllib3"):  # no answer at all
+    if type(error).__module__.partition(".")[0] in ("requests", "urllib3"):  # no reply at all
         return True
     return getattr(error, "error_code", "") in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED") or bool(
         _UNAVAILABLE.search(str(error))
@@ -144,7 +144,7 @@ def is_unavailable(error: Exception) -> bool:
 
 
 def _http_status(error: Exception) -> int | None:
-    """Of an error of requests."""
+    """The HTTP status of an error of ``requests``."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
@@ -174,7 +174,7 @@ def command_line() -> str:
 
 
 _REJECTED = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST", "MALFORMED_REQUEST"}
-"""MLflow's codes of errors that are the caller's."""
+"""MLflow's error codes for wrong calls."""
 _SQLITE_ERRORS = {
     "disk is full": "no space left on the device. Free some.",
     "readonly database": "it may not be written to. Make the file and its folder writable, or call from another folder.",

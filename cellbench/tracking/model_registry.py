@@ -1,7 +1,7 @@
-"""Entries for winners in MLflow's list of models: weights, signature, and the metrics of the epoch that was kept.
+"""Registers the best models in MLflow's list of models, with weights, signature and the metrics of the best epoch.
 
-Not by MLflow's ``log_model``, which copies the metrics of step 0 (measured on 3.17.2: a model's Dice was that of the first epoch) and needs an
-active run. :func:`write_model_files` defines the content of an entry.
+MLflow's ``log_model`` is not used, because it copies the metrics of step 0 (measured on 3.17.2: a model's Dice was that of the first epoch) and
+needs an active run. :func:`write_model_files` defines the content of an entry.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from cellbench.tracking.schema import EXPERIMENT, FINGERPRINT, MODEL, NOTE, VERD
 from cellbench.tracking.tracker import Tracker, pages
 
 EPOCH_METRICS = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
-"""One value an epoch; all other metrics of a run have one value."""
+"""Metrics with one value per epoch; all other metrics of a run have one value."""
 FILES = ("config.toml", "head.safetensors", "preparation.json", "separation.json")
 
 
 def register(tracker: Tracker, run: RunRecord, verdict: str, more: str = "") -> str:
-    """Creates the entry of a finished run, once; returns its id. Raises CellbenchError where artifacts of the run are missing.
+    """Creates the entry of a finished run, once; returns its id. Raises CellbenchError if artifacts of the run are missing.
 
-    ``verdict``: why it is a winner, "the best"; shown in the model's description with ``more``, sentences on how it was chosen.
+    ``verdict``: the reason, such as "the best"; shown in the model's description with ``more``, sentences on how it was chosen.
     """
     client, entities = tracker.client, tracker.mlflow.entities
     tags = {VERDICT: verdict, NOTE: f"In '{tracker.name}': {verdict}.{more}"}
     if (known := run.tags.get(MODEL)) and _exists(tracker, known):
-        client.set_logged_model_tags(known, tags)  # there may be more runs since
+        client.set_logged_model_tags(known, tags)  # the verdict may have changed
         return known
     best = int(run.metrics.get("best/epoch", 0))
     model = client.create_logged_model(
@@ -56,11 +56,11 @@ def register(tracker: Tracker, run: RunRecord, verdict: str, more: str = "") -> 
 
 
 SUPERSEDED = "superseded"
-"""The verdict of an entry whose model was a winner earlier: among fewer models, or on other data."""
+"""The verdict of an entry whose model is no longer among the best."""
 
 
 def mark_superseded(tracker: Tracker, winners: Collection[str]) -> None:
-    """Marks the experiment's entries that are no winners any more; ``winners``: ids of those that are."""
+    """Marks the experiment's entries that are no longer among the best; ``winners``: ids of those that are."""
     for model in pages(tracker.client.search_logged_models, [tracker.experiment_id]):
         before = model.tags.get(VERDICT, SUPERSEDED)
         if model.model_id not in winners and before != SUPERSEDED:
@@ -71,7 +71,7 @@ def mark_superseded(tracker: Tracker, winners: Collection[str]) -> None:
 def write_model_files(folder: Path, tracker: Tracker, run: RunRecord, model_id: str) -> None:
     """Writes the files of an entry: the run's artifacts that inference needs (``FILES``), and MLflow's ``MLmodel`` with the signature.
 
-    Raises CellbenchError where the run has no ``config.toml``; a method without training has no weights.
+    Raises CellbenchError if the run has no ``config.toml``. A baseline without training has no weights.
     """
     from mlflow.models import Model
 
@@ -87,7 +87,7 @@ def write_model_files(folder: Path, tracker: Tracker, run: RunRecord, model_id: 
 
 
 def model_signature() -> Any:
-    """Images (N, H, W, 3) uint8 RGB in; class numbers and the probability of a cell, 0..255, both (N, H, W) uint8, out."""
+    """Input: images (N, H, W, 3) uint8 RGB. Output: class numbers and cell probability 0..255, both (N, H, W) uint8."""
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -115,19 +115,19 @@ def _exists(tracker: Tracker, model_id: str) -> bool:
 
 
 def _metrics(tracker: Tracker, run: RunRecord, model_id: str, best: int) -> list[Any]:
-    """The run's own values with the model's id: with the same time and step, so that the run itself gets no second value."""
+    """The run's metrics with the model's id, at the same time and step, so that the run itself gets no second value."""
     client, metric = tracker.client, tracker.mlflow.entities.Metric
     inputs = client.get_run(run.run_id).inputs.dataset_inputs
     data = (inputs[0].dataset.name, inputs[0].dataset.digest) if inputs else (None, None)
     scores = [name for name in run.metrics if name not in EPOCH_METRICS and not name.startswith("system/")]
-    # They were logged together at the run's end, so the time of one is that of all: 140 queries less.
+    # They were logged together at the run's end, so they share one timestamp: this saves 140 queries.
     times_ms = [one.timestamp for name in scores[:1] for one in client.get_metric_history(run.run_id, name)][-1:]
     values = [metric(name, run.metrics[name], now, 0) for now in times_ms for name in scores]
     for name in EPOCH_METRICS:
         values += [one for one in client.get_metric_history(run.run_id, name) if one.step == best][-1:]
     out = []
     for one in values:
-        # With the data's name the UI's list of models has a column of scores for each dataset.
+        # With the dataset's name, the UI's list of models shows one column of scores per dataset.
         about = data if one.key.startswith("test") else (None, None)
         out.append(metric(one.key, one.value, one.timestamp, one.step, model_id=model_id, dataset_name=about[0], dataset_digest=about[1]))
     return out

@@ -1,7 +1,7 @@
-"""Calls to a tracking server that does not answer now: kept in a folder, in their order, and sent when it answers again.
+"""A queue of calls to a tracking server that is unavailable: stored in a folder, in order, and sent when the server responds again.
 
-Only calls that need no answer are kept: metrics, tags, a run's end, artifacts. Each may be sent twice: the server stores the same value once.
-A process that ends with unsent calls leaves them in the cache folder, and the next one that opens this server sends them first.
+Only calls that need no reply are queued: metrics, tags, a run's end, artifacts. Each may be sent twice; the server stores the same value once.
+A process that exits with unsent calls leaves them in the cache folder, and the next process that opens this server sends them first.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from cellbench.files import cache_dir, os_errors_as
 from cellbench.tracking.schema import RunState, this_owner
 
 RETRY_S = 5.0
-"""How often an unavailable server is tried."""
+"""Interval between attempts to reach an unavailable server."""
 CALLS_FILE = "calls.jsonl"
 
 QueuedCall = dict[str, Any]
-"""``call``, ``arguments`` and ``named`` in plain JSON, and ``folder`` where it uploads files."""
+"""``call``, ``arguments`` and ``named`` in plain JSON, and ``folder`` if it uploads files."""
 
 
 class ServerUnavailableError(Exception):
-    """The server does not answer now; it may take the same call later."""
+    """The server does not respond; the same call may succeed later."""
 
 
 class CallRejectedError(CellbenchError):
-    """The store will never take this call: its arguments are wrong, or what it is about is gone."""
+    """The store rejects this call for good: its arguments are wrong, or its object was deleted."""
 
 
 class NotFoundError(CallRejectedError):
-    """The store answered that there is no such thing."""
+    """The requested object does not exist in the store."""
 
 
 class OfflineQueue:
-    """The unsent calls of one process to one server; a thread sends them as long as there are any."""
+    """The unsent calls of one process to one server. A thread sends them."""
 
     def __init__(self, uri: str, send: Callable[[QueuedCall], None], shown_uri: str) -> None:
-        owner = this_owner().replace(":", "@")  # which Windows does not take in a name
+        owner = this_owner().replace(":", "@")  # Windows allows no colon in a file name
         self.folder = _server_folder(uri) / f"{owner}@{uuid.uuid4().hex[:6]}"
         self._send, self._shown_uri = send, shown_uri
         self._calls: deque[QueuedCall] = deque()
@@ -60,7 +60,7 @@ class OfflineQueue:
         return len(self._calls)
 
     def put(self, call: QueuedCall, upload: Path | None = None) -> None:
-        """Keeps a call, with a copy of all files below ``upload``. Raises CellbenchError where the disk refuses."""
+        """Queues a call, with a copy of all files below ``upload``. Raises CellbenchError if the disk cannot be written."""
         with self._changed, os_errors_as(f"keeping in {self.folder} what MLflow does not take now"):
             self.folder.mkdir(parents=True, exist_ok=True)
             if upload is not None:
@@ -82,7 +82,7 @@ class OfflineQueue:
             return self._changed.wait_for(lambda: not self._calls, patience_s)
 
     def send(self, call: QueuedCall, folder: Path) -> None:
-        """Sends one call and removes its files. Raises ServerUnavailableError, also where the server refuses for now, as without a log-in."""
+        """Sends one call and removes its files. Raises ServerUnavailableError, also for temporary errors such as a missing log-in."""
         try:
             self._send({**call, "folder": str(folder / call["folder"])} if "folder" in call else call)
         except CallRejectedError as error:
@@ -112,7 +112,7 @@ class OfflineQueue:
 
 
 def abandoned_queues(uri: str) -> Iterator[tuple[Path, list[QueuedCall]]]:
-    """The unsent calls of processes that are gone, by folder, the oldest first. The caller removes a folder that it has sent."""
+    """The unsent calls of dead processes, by folder, the oldest first. The caller removes a folder after sending its calls."""
     for folder in sorted(_server_folder(uri).glob("*@*@*"), key=lambda path: path.stat().st_mtime):
         owner = ":".join(folder.name.rsplit("@", 2)[:2])
         if owner == this_owner() or RunState(run_id="", name="", status="running", owner=owner, heartbeat_s=folder.stat().st_mtime).alive:
@@ -120,16 +120,16 @@ def abandoned_queues(uri: str) -> Iterator[tuple[Path, list[QueuedCall]]]:
         with contextlib.suppress(FileNotFoundError):
             calls = []
             for line in (folder / CALLS_FILE).read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last line of a process that was killed while it wrote
+                with contextlib.suppress(ValueError):  # a process was killed while writing its last line
                     calls.append(json.loads(line))
             yield folder, calls
 
 
 def print_warning(text: str) -> None:
-    """On standard error, without breaking a progress bar: several processes may fail to reach the server."""
+    """Prints to standard error without breaking a progress bar."""
     tqdm.write(text, file=sys.stderr)
 
 
 def _server_folder(uri: str) -> Path:
-    # A hash: folder names are readable for everybody, and an address may hold a password.
+    # A hash, because folder names are public and a URL may contain a password.
     return cache_dir() / "offline_queue" / hashlib.sha256(uri.encode()).hexdigest()[:16]

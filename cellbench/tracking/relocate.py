@@ -1,9 +1,9 @@
 """Fixes MLflow's SQLite store after a project was copied, moved or renamed.
 
-The store holds absolute paths: artifacts of a moved project would be lost, and a copy would write into its original. Only three columns hold them
+The store contains absolute paths: artifacts of a moved project would be lost, and a copy would write to its original. Only three columns hold them
 (measured on MLflow 3.17.2): ``experiments.artifact_location``, ``runs.artifact_uri`` and ``logged_models.artifact_location``. A store's artifacts
-are in the ``mlruns`` beside it. The recorded folder of an experiment is replaced by the one there if that exists, or if the recorded one is gone;
-a store that is kept apart from its artifacts is left alone.
+are in the ``mlruns`` folder beside it. The recorded folder of an experiment is replaced by the one there if that exists, or if the recorded one is
+gone. A store that is kept apart from its artifacts does not change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLUMNS = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("log
 
 
 def fix_artifact_paths(uri: str | None = None) -> list[str]:
-    """Fixes the paths of artifacts where the project was copied or moved; returns a sentence for each folder.
+    """Fixes the paths of artifacts if the project was copied or moved; returns a sentence for each folder.
 
     Raises CellbenchError for a copy without its artifacts.
     """

@@ -1,6 +1,6 @@
-"""A run in MLflow as a record: the names of our tags, the states of a run, and whether another process is at it now.
+"""A run in MLflow as a record: the names of our tags, the states of a run, and whether another process is executing it.
 
-The names are stable: people's saved searches and scripts use them. Nothing here needs MLflow.
+The names are stable, because saved searches and scripts use them. Nothing here needs MLflow.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ WEIGHTS = "cellbench.weights"
 MACHINE = "cellbench.machine"
 MODEL, VERDICT = "cellbench.model_entry", "cellbench.verdict"
 EVALUATION, EVALUATED = "evaluation", "cellbench.evaluated"
-"""The kind of a run that tests a trained run on other data, and the tag that only such runs have: the id of the trained run."""
+"""The kind of a run that evaluates a trained run on other data, and the tag that only such runs have: the id of the trained run."""
 INDEPENDENT = "cellbench.independent"
-"""Of an evaluation: whether none of its images was used in training, ``yes``, ``no`` or ``unknown``."""
+"""Tag of an evaluation: whether none of its images was used in training, ``yes``, ``no`` or ``unknown``."""
 SEEN = "seen_images.json"
 """The artifact that lists a run's training and validation images."""
 TABLES = "mlflow.loggedArtifacts"
 VIEW = "leaderboard"
 LIMIT = "cellbench.limit"
-"""Of a run on a part of its data: how many images of each split. A run on whole data has no such tag."""
+"""Tag of a run on part of its data (``--limit``): number of images per split. A run on all data has no such tag."""
 DATA = "cellbench.data"
-"""Of the run of a grid or search: the digest of its data."""
+"""Tag of the parent run of a grid or search: the digest of its data."""
 TRIAL, STUDY, STATE = "optuna.trial", "optuna.study", "optuna.state"
-"""Of the run of a trial."""
+"""Tags of the run of a trial."""
 
 # MLflow's status for each of ours: it has no "skipped".
 TERMINAL = {
     "finished": "FINISHED", "validated": "FINISHED", "skipped": "KILLED", "pruned": "KILLED", "interrupted": "KILLED", "failed": "FAILED",
 }  # fmt: skip
 STALE_S = 15 * 60
-"""A run of another machine without a heartbeat for so long is taken over."""
+"""A run of another machine is taken over after this time without a heartbeat."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """A run in MLflow: what it takes to resume it or to leave it alone."""
+    """The state of a run in MLflow: decides whether it can be resumed."""
 
     run_id: str
     name: str
@@ -59,7 +59,7 @@ class RunState:
 
     @property
     def alive(self) -> bool:
-        """Whether another process is at it now."""
+        """Whether another process is executing it."""
         if self.status != "running" or self.owner == this_owner():
             return False
         host, _, pid = self.owner.rpartition(":")
@@ -70,10 +70,10 @@ class RunState:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(RunState):
-    """A run with everything that MLflow holds of it except its artifacts."""
+    """A run with everything that MLflow stores except its artifacts."""
 
     fingerprint: str = ""
-    """Empty for a run that is not ours."""
+    """Empty for a run that cellbench did not log."""
     params: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     start_s: float = 0.0

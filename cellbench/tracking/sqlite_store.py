@@ -1,6 +1,6 @@
-"""The file of MLflow's SQLite store: created completely or not at all, and waited for while another program creates it.
+"""The file of MLflow's SQLite store: creates it atomically, or waits while another program creates it.
 
-MLflow creates it in some forty steps, for seconds, in place and without a lock: two programs that do so at once break it permanently
+MLflow creates it in about forty steps, which takes seconds, in place and without a lock. Two programs that do so at once break it permanently
 (measured on 3.17.2), and the other one may be ``mlflow ui``. So we create it under another name and move it.
 """
 
@@ -24,11 +24,11 @@ from cellbench.files import make_folder, os_errors_as
 from cellbench.tracking.client import ResilientClient, to_error
 
 CREATION_S, STEP_S = 60.0, 5.0
-"""How long another program may take to create the whole store, and for one step of it."""
+"""Time that another program may take to create the whole store, and for one step."""
 
 
 def open_or_create(mlflow: Any, make: bool) -> ResilientClient:
-    """The client of the configured store, once no program is creating it; with ``make`` it is created where there is none.
+    """The client of the configured store, after waiting for other programs that create it. With ``make``, creates it if there is none.
 
     The caller holds the store's lock. Raises CellbenchError.
     """
@@ -58,9 +58,9 @@ def _create(file: Path, uri: str, mlflow: Any) -> None:
     beside = store_file(beside_uri)
     assert beside is not None
     with os_errors_as(f"creating MLflow's store in {make_folder(file.parent)}"):
-        for left in (beside, _journal(beside)):  # of a process that was killed: we hold the lock
+        for left in (beside, _journal(beside)):  # left by a killed process: we hold the lock
             left.unlink(missing_ok=True)
-        beside.touch()  # where no file can be created MLflow would try for minutes
+        beside.touch()  # fails at once if no file can be created, where MLflow would retry for minutes
         try:
             with _closed_after_use():
                 mlflow.MlflowClient(beside_uri)
@@ -76,7 +76,7 @@ def _create(file: Path, uri: str, mlflow: Any) -> None:
 
 @contextlib.contextmanager
 def _closed_after_use() -> Iterator[None]:
-    """MLflow keeps no connection to a store that is opened inside ``with``: Windows cannot move an open file."""
+    """Closes MLflow's connections to a store that is opened inside ``with``: Windows cannot move an open file."""
     name = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"
     before = os.environ.get(name)
     os.environ[name] = "NullPool"
@@ -124,16 +124,16 @@ def store_file(uri: str | None = None) -> Path | None:
 
 
 def require_store() -> None:
-    """Raises CellbenchError where the configured store is a SQLite file that does not exist: commands that only read create none."""
+    """Raises CellbenchError if the configured store is a missing SQLite file. Commands that only read create none."""
     file = store_file()
     if file is not None and not file.is_file():
         raise CellbenchError(f"there is no MLflow store at {file}. Go to the folder where `grid` was run, or run it here first.")
 
 
 def store_lock(uri: str | None = None) -> FileLock:
-    """One for each store and user: held while the store is created or its paths are fixed, and while runs are claimed."""
+    """A lock per store and user, held while the store is created, while its paths are fixed, and while runs are claimed."""
     uri = uri or store_uri()
     file = store_file(uri)
-    # A hash: file names are readable for everybody, and an address may hold a password.
+    # A hash, because file names are public and a URL may contain a password.
     key = hashlib.sha256((str(file) if file else uri).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return FileLock(Path(tempfile.gettempdir()) / f"cellbench-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock")

@@ -1,7 +1,7 @@
-"""An experiment in MLflow and its runs: opening, logging, ending, and finding those that are finished already.
+"""An experiment in MLflow and its runs: opens, logs, ends and finds them.
 
-No tracking URI is ever set: MLflow's default (``./mlflow.db`` and ``./mlruns/``) or ``MLFLOW_TRACKING_URI`` applies, so that a bare
-``mlflow ui`` shows the runs. The runs of a cohort are open side by side, so nothing here uses MLflow's active run, of which a thread has one.
+No tracking URI is ever set: MLflow's default (``./mlflow.db`` and ``./mlruns/``) or ``MLFLOW_TRACKING_URI`` applies, so that a plain
+``mlflow ui`` shows the runs. All runs of a cohort are open at once, so MLflow's active run (one per thread) is not used.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ for _noisy in (
     logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # their errors are raised as well, and reported in one line
 
 MAX_METRICS_PER_CALL = 800
-"""MLflow takes at most 1,000 metrics, params and tags together."""
+"""MLflow accepts at most 1,000 metrics, params and tags per call."""
 HEARTBEAT_S = 120.0
-"""Between heartbeats of an open run; after 15 minutes without one another machine takes the run over."""
+"""Interval between heartbeats of an open run; after 15 minutes without one, another machine takes the run over."""
 SAMPLE_S, SAMPLES_PER_VALUE = 20.0, 15
 """How often the machine's load is measured, and how many samples are averaged into one logged value: one every five minutes."""
 
@@ -70,7 +70,7 @@ class Tracker:
             self.client.send_abandoned()
 
     def lock(self) -> FileLock:
-        """Held while the store is created (four processes that create it at once break it: measured, 5 of 5) and while runs are claimed."""
+        """Lock that is held while the store is created (concurrent creation broke it in 5 of 5 tests) and while runs are claimed."""
         return sqlite_store.store_lock(self.mlflow.get_tracking_uri())
 
     def _experiment(self, make: bool) -> str:
@@ -98,7 +98,7 @@ class Tracker:
         )
 
     def known(self, fingerprint: str = "") -> dict[str, RunState]:
-        """The runs of this experiment by fingerprint, or only those of one; of several the finished one, else the latest."""
+        """The runs of this experiment by fingerprint, optionally only one fingerprint. Of several runs, the finished one, else the latest."""
         found: dict[str, RunState] = {}
         wanted = f"= '{fingerprint}'" if fingerprint else "!= ''"
         for run in self._runs(f"tags.`{FINGERPRINT}` {wanted}"):
@@ -108,7 +108,7 @@ class Tracker:
         return found
 
     def stored(self) -> list[RunRecord]:
-        """All runs of this experiment that are not deleted, the oldest first; also those that cellbench did not make."""
+        """All runs of this experiment that are not deleted, the oldest first, including runs that cellbench did not log."""
         return list(self._runs())
 
     def _runs(self, search: str = "") -> Iterator[RunRecord]:
@@ -116,15 +116,15 @@ class Tracker:
         yield from map(to_record, pages(self.client.search_runs, [self.experiment_id], search, order_by=order, max_results=1000))
 
     def num_deleted(self) -> int:
-        """Runs that were deleted in the UI and are not purged yet."""
+        """Number of runs that were deleted in the UI and are not purged yet."""
         return len(
             self.client.search_runs([self.experiment_id], run_view_type=self.mlflow.entities.ViewType.DELETED_ONLY, max_results=1000)
         )
 
     def artifact(self, run: RunRecord, name: str) -> bytes | None:
-        """The bytes of an artifact; None where the run does not have it.
+        """The bytes of an artifact; None if the run does not have it.
 
-        Raises CellbenchError where that cannot be determined: the server does not answer or refuses, or the file may not be read.
+        Raises CellbenchError if this cannot be determined: the server does not respond or denies access, or the file is not readable.
         """
         if run.artifact_uri.startswith(("file:", "/")):  # 40 times faster than through MLflow: 1,000 runs in 1 s
             path = Path(_path(run.artifact_uri)) / name
@@ -139,7 +139,7 @@ class Tracker:
             with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
                 return Path(self.client.download_artifacts(run.run_id, name, folder)).read_bytes()
         except Exception as error:
-            # MLflow says "does not exist" of anything that it could not download (measured on 3.17.2). Its listing is reliable.
+            # MLflow reports "does not exist" for any failed download (measured on 3.17.2). Its listing is reliable.
             if not self._lists(run, name):
                 return None
             uri = redact_passwords(self.mlflow.get_tracking_uri())
@@ -148,14 +148,14 @@ class Tracker:
             ) from error
 
     def _lists(self, run: RunRecord, name: str) -> bool:
-        """Whether a run has an artifact of this name. Raises CellbenchError where that cannot be determined."""
+        """Whether a run has an artifact of this name. Raises CellbenchError if this cannot be determined."""
         try:
             return any(one.path == name for one in self.client.list_artifacts(run.run_id, name.rpartition("/")[0] or None))
         except NotFoundError:
             return False
         except CellbenchError:
             raise
-        except Exception as error:  # each kind of storage has errors of its own
+        except Exception as error:  # each storage backend has its own exceptions
             raise to_error(error, self.mlflow.get_tracking_uri()) from error
 
     def flush(self) -> None:
@@ -170,7 +170,7 @@ class Tracker:
     def log(
         self, run_id: str, metrics: Sequence[Any], *, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None
     ) -> None:
-        """Logs MLflow's metrics, params and tags of a run in as few calls as MLflow takes."""
+        """Logs metrics, params and tags of a run in as few calls as possible."""
         entities = self.mlflow.entities
         while len(metrics) > MAX_METRICS_PER_CALL:
             self.client.log_batch(run_id, metrics=metrics[:MAX_METRICS_PER_CALL])
@@ -186,7 +186,7 @@ class Tracker:
             self.client.log_artifacts(run.run_id, str(folder))
 
     def describe(self, markdown: str, columns: Sequence[str], search: str = "") -> None:
-        """Sets the experiment's description in MLflow's UI, and its view: metrics as ``columns``, and the runs that the filter ``search`` finds."""
+        """Sets the experiment's description in MLflow's UI, and its view: metrics as ``columns``, runs filtered by ``search``."""
         self.client.set_experiment_tag(self.experiment_id, NOTE, markdown)
         self.client.set_experiment_tag(self.experiment_id, ui_view.TAG, ui_view.leaderboard_view_url(columns, search))
 
@@ -194,7 +194,7 @@ class Tracker:
     def run(
         self, name: str, fingerprint: str, *, parent: str = "", known: RunState | None = None, tags: Mapping[str, str] | None = None
     ) -> Iterator[Run]:
-        """A run that is open inside ``with``: a new one, or ``known`` resumed. Whatever ends the block ends the run, with its reason."""
+        """Opens a new run, or resumes ``known``, inside ``with``. An exception ends the run with its reason."""
         all_tags = {
             **(tags or {}),
             FINGERPRINT: fingerprint,
@@ -226,9 +226,9 @@ class Tracker:
 
     @contextlib.contextmanager
     def parent_run(self, name: str, fingerprint: str, params: Mapping[str, str], data: str, kind: str = "grid") -> Iterator[Run]:
-        """The parent run of a grid or search: the same one whenever the same one is started again.
+        """Opens the parent run of a grid or search: the same one each time the same grid or search is started.
 
-        ``params``: for people to read. ``data``: the digest of its data.
+        ``params``: for display only. ``data``: the digest of its data.
         """
         old = self.known(fingerprint).get(fingerprint)
         with self.run(name, fingerprint, known=old, tags={"cellbench.kind": kind, DATA: data}) as run:
@@ -239,7 +239,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def _heartbeat(self, run_id: str) -> Iterator[None]:
-        """Shows other machines, inside ``with``, that a process is at the run: an epoch may take longer than they wait."""
+        """Sends heartbeats inside ``with``, so that other machines do not take the run over during a long epoch."""
         over = threading.Event()
 
         def beat() -> None:
@@ -264,12 +264,12 @@ class Run:
     _buffer: list[Any] = field(default_factory=list)
 
     def buffer(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics, of an epoch for example, to the next :meth:`log`: a commit costs milliseconds, however much is in it."""
+        """Adds metrics, such as those of an epoch, to the next :meth:`log`, since each commit costs milliseconds."""
         self._buffer += self._metrics(metrics, step)
 
     @property
     def key(self) -> str:
-        """Identifies this run and its store: a copy of a project has runs of the same ids."""
+        """Identifies this run and its store, because a copied project has runs with the same ids."""
         uri = self._tracker.mlflow.get_tracking_uri()
         return f"{sqlite_store.store_file(uri) or uri} {self.run_id}"
 
@@ -294,7 +294,7 @@ class Run:
         return [self._tracker.mlflow.entities.Metric(name, float(value), now, step) for name, value in metrics.items()]
 
     def log_input(self, name: str, digest: str, source: str, context: str) -> None:
-        """Logs which data was used, by name and content, without reading it."""
+        """Logs the dataset by name and digest, without reading it."""
         entities = self._tracker.mlflow.entities
         dataset = entities.Dataset(name=name, digest=digest, source_type="local", source=json.dumps({"uri": source}))
         self._tracker.client.log_inputs(
@@ -303,7 +303,7 @@ class Run:
 
     @contextlib.contextmanager
     def system_metrics(self) -> Iterator[None]:
-        """MLflow's own monitor of processor, memory, disk, network and GPUs of this machine logs to the run inside ``with``."""
+        """Logs CPU, memory, disk, network and GPU metrics of this machine to the run inside ``with``, by MLflow's monitor."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = SystemMetricsMonitor(self.run_id, SAMPLE_S, SAMPLES_PER_VALUE, resume_logging=True)
@@ -318,7 +318,7 @@ class Run:
                 self.log(rest, step=monitor._logging_step)
 
     def address(self, name: str) -> str:
-        """Where the UI serves an artifact: for figures in notes."""
+        """URL of an artifact in the UI, for figures in notes."""
         return f"get-artifact?path={quote(name)}&run_uuid={self.run_id}"
 
     def log_artifacts(self, folder: Path) -> None:
@@ -331,8 +331,8 @@ class Run:
     ) -> None:
         """Ends the run, once, with its last metrics and tags.
 
-        MLflow writes metrics before tags, so our status is written last. It comes before MLflow's own status, so after a crash between the two
-        no one takes the run for unfinished.
+        MLflow writes metrics before tags, so our status comes last. It is written before MLflow's own status, so after a crash between the two
+        the run still counts as finished.
         """
         if self.ended:
             return
@@ -342,9 +342,9 @@ class Run:
 
 
 def newest_experiment(*, whole: bool = False) -> str | None:
-    """The experiment with the newest finished run of cellbench in MLflow's store; None where there is none.
+    """The experiment with the newest finished run of cellbench in MLflow's store; None if there is none.
 
-    ``whole``: runs on a part of their data (``--limit``) count only where there are no others.
+    ``whole``: runs on part of their data (``--limit``) count only if there are no others.
     """
     client = _reader()
     names = {one.experiment_id: one.name for one in client.search_experiments()}
@@ -365,8 +365,8 @@ def all_experiments() -> list[str]:
 
 
 def experiment_of(run_id: str) -> str | None:
-    """The name of the experiment that a run belongs to; None where no run has this id."""
-    if not re.fullmatch(r"[0-9a-f]{32}", run_id):  # a run's name may hold anything: no query with it
+    """The name of the experiment that a run belongs to; None if no run has this id."""
+    if not re.fullmatch(r"[0-9a-f]{32}", run_id):  # a run's name may contain quotes, so it must not enter a query
         return None
     client = _reader()
     with contextlib.suppress(NotFoundError):

@@ -1,7 +1,7 @@
-"""The view of an experiment that MLflow's UI opens: its columns, sorted with the best run first, and charts.
+"""The saved view of an experiment in MLflow's UI: its columns, sorted with the best run first, and its charts.
 
-A saved view is a tag of the experiment, in the form that the UI itself writes (read in the bundle of 3.17.2, checked in a browser): people find
-it under "Views". Without one the UI shows no metric at all, and its charts begin with whatever comes first in the alphabet.
+A saved view is a tag of the experiment in the UI's own format (read from the bundle of 3.17.2, checked in a browser). It appears under "Views".
+Without one, the UI shows no metric, and its charts are in alphabetical order.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from cellbench.tracking.schema import EVALUATED, LIMIT, VIEW
 
 TAG = f"mlflow.sharedViewState.{VIEW}"
 QUERY = f"viewStateShareKey={VIEW}&workflowType=machine_learning"
-"""Opens the view by an address. Without the second part the UI may show the menus for language models around it."""
+"""URL query that opens the view. Without the second part, the UI may show its menus for language models."""
 PARAMS = ("backbone", "head", "seed")
 """Columns after the metrics."""
 FILTER = f"tags.`{EVALUATED}` IS NULL"
-"""Evaluations have other test images, so their scores must not stand in one column with those of the runs."""
+"""Hides evaluations: they have other test images, so their scores must not share a column with those of the runs."""
 WHOLE = f"tags.`{LIMIT}` IS NULL"
-"""Hides runs on a part of the data, which would come first with the score of a few images."""
+"""Hides runs on part of the data, which might rank first with the score of a few images."""
 COMPARED, TRAINING = "Side by side", "Training curves"
 CURVES = ("val/dice", "val/loss", "train/loss")
 
@@ -48,7 +48,7 @@ def leaderboard_view_url(metrics: Sequence[str], search: str = "") -> str:
         "hideEmptyCharts": True,
         "compareRunCharts": _charts(metrics),
         "compareRunSections": [_section(COMPARED), _section(TRAINING)],
-        "isAccordionReordered": True,  # keeps our sections above those that the UI makes of all other metrics
+        "isAccordionReordered": True,  # keeps our sections above the UI's sections of other metrics
     }
     now_ms = int(time.time() * 1000)
     return json.dumps({"name": VIEW, "createdAt": now_ms, "updatedAt": now_ms, "state": json.dumps(state)})
@@ -84,6 +84,6 @@ def _id(section: str) -> str:
 
 
 def padded_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table for MLflow's notes, whose cells have no padding: a wide space that its parser does not strip pads them."""
+    """A Markdown table for MLflow's notes. MLflow renders cells without padding, so each cell ends in a wide space."""
     out = ["| " + " | ".join(f"{escape_markdown(heading)}&emsp;" for heading in headings) + " |", "|:---" * len(headings) + "|"]
     return "\n".join(out + ["| " + " | ".join(f"{escape_markdown(cell)}&emsp;" for cell in line) + " |" for line in lines])

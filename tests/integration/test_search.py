@@ -281,7 +281,7 @@ def test_ctrl_c_is_heard_once_and_obeyed_at_once_the_second_time(capsys):
         stop.helpers.append(helper)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.over()
-        assert "ending after this batch" in capsys.readouterr().out
+        assert "stopping after this batch" in capsys.readouterr().out
         assert helper.wait(20) == -signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
