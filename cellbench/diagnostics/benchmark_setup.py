@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, the data and the backbone, and a way to train a cohort on them and time it."""
+"""Setup that the benchmarks share: the machine, the data and the backbone, and timed training of a cohort."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def loss_prefers_truth(card: Card) -> str:
 
 
 def loss_is_free_of_places(card: Card) -> str:
-    """The same for the same pixels in one column: so ignored pixels are left out."""
+    """The loss does not depend on the positions of pixels, because ignored pixels are removed before it is computed."""
     logits, target = _batch(2)
     column = logits.movedim(1, -1).reshape(-1, 2).T[None, ..., None]
     a, b = load(card)(logits, target), load(card)(column, target.reshape(1, -1, 1))
@@ -74,7 +74,7 @@ def _tiles() -> Tensor:
 
 
 def augmentation_draws_floats(card: Card) -> str:
-    """Plain floats, as many each time: they are part of a cache's key."""
+    """Draws a tuple of floats of constant length, because it is part of a cache key."""
     made = load(card)(0.3)
     draws = [made.draw(np.random.default_rng(seed)) for seed in range(3)]
     plain = all(isinstance(draw, tuple) and all(type(value) is float for value in draw) for draw in draws)
@@ -88,7 +88,7 @@ def augmentation_is_seeded(card: Card) -> str:
 
 
 def augmentation_keeps_tiles(card: Card) -> str:
-    """Float32 tiles of the same size in 0..1, the same each time, and each as it is alone."""
+    """Returns float32 tiles of the same size in 0..1, deterministically and independently of the other tiles in the batch."""
     made = load(card)(0.3)
     draws = [made.draw(np.random.default_rng(seed)) for seed in range(3)]
     out = made.apply(_tiles(), draws)

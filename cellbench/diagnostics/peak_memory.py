@@ -1,4 +1,4 @@
-"""The largest memory that a block of code takes."""
+"""Measures the peak memory of a block of code."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ EVERY_S = 0.01
 
 
 class PeakMemory:
-    """Of the GPU for CUDA, else the resident memory of this process, in MiB. Complete when the block of ``watch_memory`` ends."""
+    """Peak memory in MiB: of the GPU for CUDA, else the resident memory of this process. Valid after the block of ``watch_memory``."""
 
     def __init__(self, start_mib: float) -> None:
         self.start_mib = self.peak_mib = start_mib
 
     @property
     def grown_mib(self) -> float:
-        """The peak beyond what was held before the block."""
+        """Peak memory minus the memory before the block."""
         return self.peak_mib - self.start_mib
 
 

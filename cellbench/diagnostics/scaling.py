@@ -18,7 +18,7 @@ from cellbench.diagnostics.peak_memory import watch_memory
 NUM_RUNS = (1, 3, 9, 27)
 REPEATS = (1, 10, 100)
 PIXELS_BYTES = 2**28
-"""For decoded images: about 25 of 1600x1200, far fewer than the largest dataset has."""
+"""Memory for decoded images: about 25 images of 1600x1200, far fewer than the largest dataset has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class CohortCost:
     num_tiles: int
     wall_s: float
     head_s: float
-    """In heads, summed over lanes."""
+    """Time in heads, summed over lanes."""
     trunk_s: float
-    """In the backbone, summed over lanes."""
+    """Time in the backbone, summed over lanes."""
     peak_mib: float
     """Largest resident memory of the process."""
 

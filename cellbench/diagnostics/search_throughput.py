@@ -1,4 +1,4 @@
-"""Trials of a search a minute: in batches that share each pass of the backbone, and one at a time."""
+"""Measures trials per minute of a search: in batches that share backbone passes, and one at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FitCohort = Callable[[list[RunSpec]], tuple[float, list[HeadTrainer]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """Trials a minute: proposed, trained, validated and reported."""
+    """Trials per minute: proposed, trained, validated and reported."""
 
     num: int
     """Trials that were timed."""

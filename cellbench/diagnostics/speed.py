@@ -38,7 +38,7 @@ CHUNKS = 12
 
 @dataclass
 class BenchmarkResult:
-    """The measurements: ``rows`` for people (name, value, unit, ratio in words), ``facts`` for machines."""
+    """The measurements: ``rows`` for display (name, value, unit, ratio as text), ``facts`` for JSON."""
 
     machine: str
     backbone: str
@@ -186,11 +186,11 @@ def _naive(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrainer
             if how == "held":
                 gaps.append(abs(dice - twin.history[epochs - 1]["val/dice"]))
     setup.frozen.to(setup.machine.device)
-    for how, words in (("held", "decoded images held in memory"), ("reopen", "images opened for each crop, the published head")):
+    for how, description in (("held", "decoded images held in memory"), ("reopen", "images opened for each crop, the published head")):
         naive_s = wall_s[how] * len(setup.rates)
         fresh, cached = (naive_s / out.facts[fact] for fact in ("cohort_s", "cohort_kept_s"))
         faster = f"naive: the cohort is {fresh:.1f} x faster, with repeat_views_every = 1 {cached:.1f} x"
-        out.add(f"naive_{how}_s", f"naive: {len(setup.runs)} runs, {words}", naive_s, "s", faster)
+        out.add(f"naive_{how}_s", f"naive: {len(setup.runs)} runs, {description}", naive_s, "s", faster)
     out.facts["naive_dice_gap"] = max(gaps)
     out.checks[f"the naive protocol's validation Dice agrees (largest gap {max(gaps):.4f})"] = max(gaps) < 0.01
 
@@ -249,7 +249,7 @@ def _log_run(tracker: Tracker, setup: BenchmarkSetup, num_epochs: int) -> None:
 
 
 def _same(setup: BenchmarkSetup, a: HeadTrainer, b: HeadTrainer) -> bool:
-    """To the last bit on a CPU. On a GPU rounding differs and training enlarges it, so the first epoch's loss is compared."""
+    """Whether two runs are equal, bit by bit on a CPU. On a GPU rounding differs and training amplifies it, so only the first epoch's loss is compared."""
     if setup.tolerance:
         return math.isclose(a.history[0]["train/loss"], b.history[0]["train/loss"], rel_tol=setup.tolerance)
     mine, other = a.model.state_dict(), b.model.state_dict()
@@ -258,7 +258,7 @@ def _same(setup: BenchmarkSetup, a: HeadTrainer, b: HeadTrainer) -> bool:
 
 @contextlib.contextmanager
 def _all_cores(machine: Hardware) -> Iterator[None]:
-    """Each operation on all cores, which is torch's default and how others would run it."""
+    """Runs each operation on all cores, which is torch's default."""
     torch.set_num_threads(machine.lanes * machine.threads)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A trained run tested on labelled images: which ones, and how it does on them."""
+"""Evaluates a trained run on labelled images."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from cellbench.training.evaluator import CohortEvaluator, ExamplePrediction, Run
 
 
 def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Registry, folder: Path | None) -> tuple[Dataset, str]:
-    """The images to test on, as a dataset whose ``test`` they are, and a description of them.
+    """Opens the images to test on as the ``test`` split of a dataset, and describes them.
 
-    The run's own test images where the folder holds the data that it was trained on; else the folder's test images, or all of it where it has no
-    split. Raises CellbenchError, for classes other than the run's too.
+    They are the run's own test images if the folder holds its training data; else the folder's test images, or all images if it has no split.
+    Raises CellbenchError, also if the classes differ from those of the run.
     """
     card = registry.dataset(experiment.dataset)
     if folder is not None and card.draw:
@@ -61,25 +61,25 @@ def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Regi
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The test of a run on a dataset's test images."""
+    """The result of evaluating a run on a dataset's test images."""
 
     scores: RunEvaluation
     cost: dict[str, float]
     worst: list[ExamplePrediction]
     """The worst first."""
     notes: list[str]
-    """How the images were read, where that is not obvious."""
+    """Notes on how the images were read."""
 
 
 def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -> Evaluation:
-    """Tests a run on a dataset's test images, and keeps the ``num_worst`` worst predictions. Raises CellbenchError for an unreadable image."""
+    """Evaluates a run on a dataset's test images and keeps the ``num_worst`` worst predictions. Raises CellbenchError for an unreadable image."""
     worst: list[ExamplePrediction] = []
     notes: list[tuple[str, Note]] = []
     load, seconds, num_timed, start = SystemLoad(), 0.0, 0, time.perf_counter()
     predictions = segmenter.predict_all(sample.image for sample in dataset.test)
     with CohortEvaluator(dataset, 1, [segmenter.trained.separation]) as evaluator:
         for index, found in enumerate(tqdm(predictions, total=len(dataset.test), desc="testing", unit="image", leave=False, disable=None)):
-            if index or len(dataset.test) == 1:  # the first one is slower: nothing is warmed up yet
+            if index or len(dataset.test) == 1:  # the first image is a warm-up
                 seconds, num_timed = seconds + time.perf_counter() - start, num_timed + 1
             notes += [(dataset.test[index].name, note) for note in found.notes]
             truth = dataset.read_mask(dataset.test[index])
@@ -88,7 +88,7 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -
             dice = float(per_image_scores(counts[None], unused=dataset.unused)["dice"][0])
             worst.append(ExamplePrediction.of(index, dice, found.classes, found.probability))
             worst = sorted(worst, key=lambda case: math.inf if math.isnan(case.dice) else case.dice)[:num_worst]
-            start = time.perf_counter()  # reading masks and scoring do not count as the model's time
+            start = time.perf_counter()  # excludes reading masks and scoring
     cost = {"cost/images_per_s": num_timed / max(seconds, 1e-9)}
     if (load_pct := load.others_pct()) is not None:
         cost["cost/test_other_load_pct"] = load_pct

@@ -1,4 +1,4 @@
-"""A run as a folder that works on other machines, without MLflow and without the registry that it was trained with.
+"""Exports a run as a folder that works on other machines, without MLflow and without the registry it was trained with.
 
 ``run.json`` holds the settings, ``head.safetensors`` the trained weights, ``registry/`` the cards of its parts and a user's own code, and
 ``<backbone>.safetensors`` (or the published suffix) the backbone's weights, where their licence allows copies.

@@ -1,4 +1,4 @@
-"""A run as a model for ``mlflow models serve``: the bytes of an image file in, a mask as PNG out."""
+"""A run as a model for ``mlflow models serve``. Input: the bytes of an image file. Output: a mask as PNG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backbone and head as one ONNX file, which is compared with torch before it is kept.
+"""Exports backbone and head as one ONNX file and compares its output with torch.
 
 Input: ``pixels`` (B, 3, T, T) float32, RGB in 0..1, T the run's tile, any B. Output: ``probabilities`` (B, K, T, T) float32 of the classes,
 NaN where a score is not finite. Tiling, blending, scaling and stain normalisation are left to the caller.

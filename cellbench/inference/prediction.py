@@ -1,4 +1,4 @@
-"""Masks of images and folders of images, as files: what they are called, which are there already, and writing them.
+"""Writes masks of images and folders of images: names the files, finds existing ones, and writes the rest.
 
 An output folder holds the masks of one run.
 """
@@ -114,7 +114,7 @@ def output_paths(
 
 
 def provenance_of(segmenter: Segmenter) -> dict[str, object]:
-    """What the masks of one run have in common."""
+    """The metadata that all masks of one run share."""
     trained = segmenter.trained
     facts = {
         "run": trained.fingerprint or trained.name,
@@ -136,7 +136,7 @@ def _relative(image: Path, out: Path) -> str:
 
 
 def refuse_mixed_outputs(targets: Sequence[OutputPaths], provenance: Mapping[str, object], wanted: OutputFormats, out: Path) -> None:
-    """Raises CellbenchError where the folder would mix runs or ways to separate cells, or a mask would replace that of another image."""
+    """Raises CellbenchError if the folder would mix runs or separation settings, or a mask would replace that of another image."""
     by_stem = {target.stem: target for target in targets}
     for stem, facts in find_masks(out).items():
         mask = output_path(stem, ".png")
@@ -218,5 +218,5 @@ def write_masks(
 
 
 def formats_of(wanted: OutputFormats, target: OutputPaths) -> OutputFormats:
-    """What is wanted of one image, by the size of its own pixels."""
+    """The output formats of one image, with its own pixel size."""
     return replace(wanted, um_per_px=target.um_per_px)

@@ -1,7 +1,7 @@
-"""Reads the finished runs of an experiment back from MLflow and sorts them by test set: the first station of every report.
+"""Reads the finished runs of an experiment from MLflow and groups them by test set: the first step of every report.
 
-Models are compared only on the same test images: each set of them, known by the digest of its data, is one
-:class:`~cellbench.reporting.model_groups.TestSet`, and nothing is paired across sets. Runs that cannot be used are left out, with a sentence.
+Models are compared only on the same test images. Each set of test images, identified by the digest of its data, is one
+:class:`~cellbench.reporting.model_groups.TestSet`. Unusable runs are left out, and a sentence names them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from cellbench.tracking.schema import DATA, EVALUATION, RunRecord
 from cellbench.tracking.tracker import Tracker
 
 REQUEST_FILE = "about.json"
-"""On the parent run: its :class:`RunRequest`."""
+"""Artifact of the parent run with its :class:`RunRequest`."""
 EXAMPLE_FIGURES = ("scores", "curves", "worst", "median", "best")
 """Figures of a run that the report shows of the best model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """What a grid or search was asked, of which data, by which command, with which versions. Empty where it was not recorded."""
+    """The inputs of a grid or search: experiment, data, command and versions. Fields are empty if they were not recorded."""
 
     question: str = ""
     comments: Sequence[str] = ()
     experiment: str = ""
-    """The experiment file as it ran, with the changes of the call."""
+    """The experiment file with the command's options applied."""
     command: str = ""
     machine: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class RunRequest:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExperimentResults:
-    """An experiment's finished runs by test set, the newest whole one first, and what became of the others."""
+    """An experiment's finished runs by test set, the newest complete one first, and the reasons why others are missing."""
 
     experiment: str
     sets: tuple[TestSet, ...]
@@ -62,12 +62,12 @@ class ExperimentResults:
     left_out: tuple[str, ...] = ()
     """Sentences about runs that are not in the tables, and why."""
     parents: tuple[RunRecord, ...] = ()
-    """The grids and searches behind the runs, the one that was started last first."""
+    """The parent runs (grids and searches), the most recently started first."""
     parent: RunRecord | None = None
-    """The one that ``request`` was recorded by; where none recorded it, the one that was started last."""
+    """The parent run that recorded ``request``; if there is none, the most recently started one."""
     request: RunRequest = RunRequest()
     examples: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
-    """PNGs of ``EXAMPLE_FIGURES``, by run id and name; of the runs that the report shows."""
+    """PNGs of ``EXAMPLE_FIGURES`` of the runs that the report shows, by run id and name."""
 
     @property
     def num_runs(self) -> int:
@@ -75,9 +75,9 @@ class ExperimentResults:
 
 
 def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = None) -> ExperimentResults:
-    """The results of one experiment, or of several taken together; ``only``: no other runs than these ids.
+    """The results of one experiment, or of several together; ``only``: ids of the runs to use.
 
-    Raises CellbenchError where there is no finished run with per-image scores.
+    Raises CellbenchError if there is no finished run with per-image scores.
     """
     tested: list[FinishedRun] = []
     skipped: dict[str, str] = {}
@@ -142,7 +142,7 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
 def collect_report(
     trackers: Sequence[Tracker], *, only: Collection[str] | None = None, request: RunRequest | None = None
 ) -> ExperimentResults:
-    """All that a report shows: the runs, what was requested (read back where it is not given), and figures of the best models."""
+    """Collects the content of a report: the runs, the request (read from MLflow if not given), and figures of the best models."""
     results = collect_runs(trackers, only)
     read = trackers[0].artifact  # of any experiment in the store
     parent = next(iter(results.parents), None)
@@ -165,7 +165,7 @@ def collect_report(
 
 
 def _per_image(tracker: Tracker, run: RunRecord) -> dict[str, Any] | str:
-    """The run's per-image scores, or why there are none."""
+    """The run's per-image scores, or the reason why they are missing."""
     data = tracker.artifact(run, "per_image.json")
     if data is None:
         return "its per_image.json is gone"

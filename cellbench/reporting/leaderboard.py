@@ -1,4 +1,4 @@
-"""The leaderboard: one row a model, its numbers, and how they are written in tables. The metrics catalog declares its columns."""
+"""The leaderboard: one row per model, and the format of its numbers in tables. The metrics catalog declares its columns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cellbench.statistics.bootstrap import Interval
 
 @dataclass(frozen=True, kw_only=True)
 class LeaderboardRow:
-    """One model. Scores are means over its seeds; NaN where there is nothing to score (None in JSON), None where its runs have no such score."""
+    """One model. Scores are means over its seeds. NaN: the score is undefined (None in JSON). None: its runs did not record the score."""
 
     model: str
     backbone: str
@@ -25,16 +25,16 @@ class LeaderboardRow:
     baseline: bool
     num_seeds: int
     scores: Mapping[str, float | None]
-    """By metric: pooled over all pixels of the test images where the metric is pooled, else the mean over test images."""
+    """Score by metric: over all pixels of the test images if the metric is pooled, else the mean over test images."""
     seed_sd: float | None
     """Of the pooled Dice."""
     image_dice: float | None
-    """Mean over test images of the Dice of each; rows are sorted by it, since it is what is tested."""
+    """Mean of the per-image Dice over test images. Rows are sorted by it, because the tests compare it."""
     low: float | None
     high: float | None
     """95 % interval of ``image_dice`` over images, or over groups of them."""
     rough: bool
-    """Whether the interval is of few images."""
+    """Whether the interval is based on few images."""
     num_empty: int
     """Test images without a cell."""
     num_empty_found: float
@@ -42,7 +42,7 @@ class LeaderboardRow:
     costs: Mapping[str, float | None]
     """By metric."""
     other_load_pct: float | None
-    """The most of the processor that other processes used, in training or testing any of its runs."""
+    """Highest CPU load by other processes during training or testing of its runs, in percent."""
     pooled_by_seed: tuple[float, ...]
     """Pooled Dice."""
     run_ids: tuple[str, ...]
@@ -133,7 +133,7 @@ def format_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def outcome_rows(here: TestSet) -> list[dict[str, str]]:
-    """What became of the cells of all test images, by heading: one row a model, the mean of its seeds. Models of older versions are left out."""
+    """Counts of found, missed, merged and split cells of all test images: one row per model, the mean of its seeds. Omits runs of older versions."""
     counts = catalog.counts()
     rows = []
     for model in here.models:

@@ -19,7 +19,7 @@ class CurvePoint:
     dice: Interval
     """Mean over the test images."""
     to_largest: Difference | None
-    """This point minus the point of the largest share; None for that one itself."""
+    """Difference to the point of the largest share; None for that point."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,12 +27,12 @@ from cellbench.tracking.schema import LIMIT, RunRecord
 REPEATS = ("seed", "fold")
 """Params that distinguish runs of one model."""
 MAX_MODELS_ALL_PAIRS = 40
-"""Up to so many models every pair is compared (0.8 s a metric); of more, each with the best."""
+"""Up to this number of models, every pair is compared (0.8 s per metric); with more, each is compared with the best."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FinishedRun:
-    """A finished run and its scores of each image."""
+    """A finished run and its per-image scores."""
 
     __test__ = False  # not pytest's
 
@@ -51,14 +51,14 @@ class FinishedRun:
 
     @property
     def test_set_key(self) -> str:
-        """Equal for runs that may be compared: the same test images, or the same data cut into the same folds."""
+        """Equal for comparable runs: the same test images, or the same data split into the same folds."""
         if self.fold is not None:
             return f"{self.per_image['pool']} {self.per_image['num_folds']} folds"
         return f"{self.per_image['dataset']} {hash(tuple(self.per_image['images']))}"
 
     @property
     def settings(self) -> tuple[tuple[str, str], ...]:
-        """Params that distinguish models. Not the dataset's name: a test set has one dataset, under whatever name."""
+        """Params that distinguish models. The dataset's name is excluded: a test set has one dataset, whatever its name."""
         return tuple(sorted((name, value) for name, value in self.record.params.items() if name not in (*REPEATS, "dataset")))
 
 
@@ -108,7 +108,7 @@ class ModelGroup:
         return all(key in run.per_image for key in keys for run in self.runs)
 
     def scores(self, metric: str = "dice") -> ModelScores:
-        """Scores of each image, one row a seed. NaN: the image has no cell and none was found."""
+        """Per-image scores, one row per seed. NaN: the image has no cell and none was predicted."""
         values = [np.concatenate([np.array(run.per_image[metric], np.float64) for run in runs]) for runs in self.by_seed]
         lower_is_better = catalog.metric(metric, self.own_metrics).direction == "minimize"
         return ModelScores(
@@ -121,14 +121,14 @@ class ModelGroup:
         )
 
     def sort_key(self, metric: str = "dice") -> float:
-        """Ascending from the best model: by the mean over images, or the ideal score where no image has a cell and none was found."""
+        """Sort key, ascending from the best model: the mean over images, or the ideal score if no image has a score."""
         scores = self.scores(metric)
         mean = scores.best if math.isnan(scores.mean) else scores.mean
         return mean if scores.lower_is_better else -mean
 
     @cached_property
     def empty_images(self) -> tuple[int, float]:
-        """The number of test images without a cell, and in how many of them one was found, mean over seeds; 0 where it is not recorded."""
+        """Number of test images without a cell, and in how many of them a cell was predicted (mean over seeds); 0 if not recorded."""
         if not self.has("confusion"):
             return 0, 0.0
         each = [count_empty_images(np.concatenate([np.array(run.per_image["confusion"]) for run in runs])) for runs in self.by_seed]
@@ -136,7 +136,7 @@ class ModelGroup:
 
     @cached_property
     def absent_classes(self) -> list[str]:
-        """Of several classes of cells those that no test mask holds; none where runs did not record their pixel counts."""
+        """With several classes of cells, those that are in no test mask; empty if runs did not record pixel counts."""
         if not self.has("confusion") or len(self.classes) < 3:
             return []
         truth = np.sum([np.sum(run.per_image["confusion"], axis=(0, 2)) for run in self.by_seed[0]], axis=0)
@@ -150,11 +150,11 @@ class ModelGroup:
 
     @property
     def chosen(self) -> FinishedRun:
-        """The run to use: the one with the best validation Dice, since the test set must not choose."""
+        """The run for inference: the one with the best validation Dice, because the test set must not select a model."""
         return max(self.runs, key=lambda run: run.record.metrics.get("best/val_dice", 0.0))
 
     def pooled(self, metric: str) -> list[float]:
-        """An overlap score of the cell class over all pixels, one a seed."""
+        """An overlap score of the cell class over all pixels, one per seed."""
         if self.folds is None:
             return [run.record.metrics.get(f"test/{metric}", math.nan) for run in self.runs]
         counts = [np.sum([np.sum(run.per_image["confusion"], axis=0) for run in runs], axis=0) for runs in self.by_seed]
@@ -184,7 +184,7 @@ class TestSet:
     limit: str = ""
     """The ``--limit`` on images of each split; empty for whole data."""
     last_s: float = 0.0
-    """The last sign of life of its newest run, or the last start of a grid on its data, in seconds since 1970."""
+    """Last heartbeat of its newest run, or the last start of a grid on its data, in seconds since 1970."""
     _intervals: dict[str, list[Interval]] = field(default_factory=dict)
     _differences: dict[str, list[Difference]] = field(default_factory=dict)
 
@@ -199,12 +199,12 @@ class TestSet:
 
     @property
     def best(self) -> ModelGroup:
-        """By the mean Dice over images, which is what the tests are about."""
+        """The best model by mean Dice over images, which the tests compare."""
         return self.models[0]
 
     @property
     def example_models(self) -> list[ModelGroup]:
-        """The models whose figures a report shows: the best, and where that was not trained the best that was."""
+        """The models whose figures a report shows: the best, and if it has no training, also the best trained one."""
         trained = next((model for model in self.models if "best/val_dice" in model.runs[0].record.metrics), self.best)
         return list(dict.fromkeys((self.best, trained)))
 
@@ -221,7 +221,7 @@ class TestSet:
         return [metric for metric in catalog.compared(self.own_metrics) if all(model.has(metric.key) for model in self.models)]
 
     def intervals(self, metric: str = "dice") -> list[Interval]:
-        """Each model's mean over the images with its 95 % interval; all at once, since they share their resamples."""
+        """Each model's mean over the images with its 95 % interval. All models share the same resamples."""
         if metric not in self._intervals:
             values_MI = np.stack([model.scores(metric).per_image for model in self.models])
             labels = np.arange(len(self.images)) if self.groups is None else unit_numbers(self.groups)
@@ -240,7 +240,7 @@ class TestSet:
         return self._intervals[metric]
 
     def differences(self, metric: str = "dice") -> list[Difference]:
-        """Every pair of models, or of more than ``MAX_MODELS_ALL_PAIRS`` each with the best; p is adjusted for every pair either way."""
+        """Differences of every pair of models; with more than ``MAX_MODELS_ALL_PAIRS`` models, only to the best. p is adjusted for every pair."""
         if metric not in self._differences:
             scores = [model.scores(metric) for model in self.models]
             if len(scores) < 2:
@@ -254,7 +254,7 @@ class TestSet:
     def differences_to_best(self, metric: str = "dice") -> list[Difference]:
         """Every model against the best by this metric, the best as second; empty for a single model.
 
-        The best was picked by the scores that are tested, so p is adjusted for every pair of models, not for these pairs alone.
+        The best was selected by the same scores that are tested, so p is adjusted for every pair of models, not only for these pairs.
         """
         best = self.best_by(metric).name
         return [d if d.b == best else swap_sides(d) for d in self.differences(metric) if best in (d.a, d.b)]
@@ -262,14 +262,14 @@ class TestSet:
     def tied_winners(self, most: int = 3) -> list[ModelGroup]:
         """The best model and, best first, those that do not differ significantly from it, up to ``most`` in all.
 
-        Only the best where the images are too few for a significant difference: there no model, however bad, differs significantly.
+        Only the best if there are too few images for a significant difference.
         """
         tied = {d.a for d in self.differences_to_best() if d.better is None} if self.decidable else set()
         return [model for model in self.models if model is self.best or model.name in tied][:most]
 
     @property
     def unit(self) -> str:
-        """What is one observation: 'image' or 'group'."""
+        """The unit of observation: 'image' or 'group'."""
         return "image" if self.groups is None else "group"
 
     @property
@@ -281,12 +281,12 @@ class TestSet:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of models: what p is adjusted for."""
+        """Number of pairs of models that p is adjusted for."""
         return len(self.models) * (len(self.models) - 1) // 2
 
     @property
     def decidable(self) -> bool:
-        """Whether it has enough images for a significant difference."""
+        """Whether there are enough images for a significant difference."""
         return is_decidable(self.num_units, self.num_pairs)
 
 
@@ -302,9 +302,9 @@ def describe_limit(limit: str) -> str:
 
 
 def group_models(runs: Iterable[FinishedRun], started_s: Mapping[str, float] | None = None) -> tuple[list[TestSet], list[str]]:
-    """Test sets of whole data before those under ``--limit``, the newest first, and sentences about runs left out because folds are missing.
+    """Returns the test sets, and sentences about runs that are left out because folds are missing.
 
-    ``started_s``: when a grid was last started on the data of a digest.
+    Test sets of all data come before those with ``--limit``, the newest first. ``started_s``: last start of a grid, by data digest.
     """
     by_test_set: dict[str, list[FinishedRun]] = {}
     for run in runs:
@@ -320,10 +320,10 @@ def group_models(runs: Iterable[FinishedRun], started_s: Mapping[str, float] | N
 
 
 def _with_all_folds(runs: list[FinishedRun]) -> tuple[list[FinishedRun], list[str]]:
-    """Without the seeds that lack a fold: they would have fewer images than the others."""
+    """Leaves out seeds that lack a fold, because they have fewer images than the others."""
     if runs[0].fold is None:
         return runs, []
-    folds = {run.fold for run in runs}  # a person may run some folds only
+    folds = {run.fold for run in runs}  # a user may run only some folds
     seeds: dict[tuple[Hashable, ...], list[FinishedRun]] = {}
     for run in runs:
         seeds.setdefault((run.settings, run.seed), []).append(run)
@@ -359,7 +359,7 @@ def _test_set(runs: list[FinishedRun]) -> TestSet:
 
 
 def _models(runs: Sequence[FinishedRun], groups: Mapping[str, Hashable]) -> list[ModelGroup]:
-    """Runs with equal settings together, named by the settings that vary."""
+    """Runs grouped by equal settings and named by the settings that vary."""
     together: dict[tuple[tuple[str, str], ...], list[FinishedRun]] = {}
     for run in runs:
         together.setdefault(run.settings, []).append(run)
@@ -369,7 +369,7 @@ def _models(runs: Sequence[FinishedRun], groups: Mapping[str, Hashable]) -> list
     for mine, name, members in zip(settings, names, together.values(), strict=True):
         trained = mine["baseline"] == "none"
         rivals = [one for one, other in zip(settings, names, strict=True) if other == name or (trained and one["baseline"] == "none")]
-        # A head's own settings are compared within this head: others have none of that name.
+        # Options of a head are compared only within this head, because other heads do not have them.
         own = [one for one, other in zip(settings, names, strict=True) if other == name]
         varied = [key for key in (*RUN_KEYS, "precision") if key not in REPEATS and len({one.get(key) for one in rivals}) > 1]
         varied += sorted({key for one in own for key in one if "." in key and len({other.get(key) for other in own}) > 1})
@@ -395,7 +395,7 @@ def _base_name(params: dict[str, str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotRow:
-    """One model as figures show it: ``metrics`` by label, each the interval of its mean over images."""
+    """One model in a figure: ``metrics`` holds the mean over images with its interval, by label."""
 
     model: str
     baseline: bool
@@ -404,7 +404,7 @@ class PlotRow:
 
 
 def plot_rows(here: TestSet) -> list[PlotRow]:
-    """The metrics of figures that all models have, with intervals. Models without any score are left out."""
+    """The metrics that all models have, with intervals. Leaves out models without any score."""
     metrics = [metric for metric in here.compared_metrics() if metric.in_figures]
     metrics = [metric for metric in metrics if metric.key == "dice" or not any(math.isnan(one.mean) for one in here.intervals(metric.key))]
     return [

@@ -1,4 +1,4 @@
-"""What a report says about itself: the data, the runs without a result, what its terms mean, and how it was made."""
+"""The sections of a report on the data, the runs without a result, the glossary and the environment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cellbench.tracking.schema import MACHINE, WEIGHTS
 
 
 def data_facts(results: ExperimentResults) -> Facts:
-    """The data of the first test set, which the verdict is about."""
+    """The data of the first test set, which the verdict refers to."""
     first, dataset = results.sets[0], results.request.dataset
     return Facts(
         [

@@ -1,6 +1,6 @@
-"""The end of a grid or search: its report, kept on the parent run in MLflow, the leaderboard in the terminal, and the winners' model entries.
+"""Reports a grid or search: prints the leaderboard, logs the report to the parent run in MLflow, and registers the best models.
 
-Everything is read back from MLflow, so a report can be made again at any time, from any process. What a run did not record is not in it.
+All input is read from MLflow, so a report can be created again at any time, by any process.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from cellbench.tracking.tracker import Run, Tracker
 
 SUMMARY_FILE = "leaderboard.json"
 REPORTED_RUNS = "cellbench.concluded"
-"""The parent run's tag: a digest of the runs that its report is about."""
+"""Tag of the parent run: a digest of the runs in its report."""
 EXPERIMENT_FILE = "experiment.toml"
-"""On the parent run: the experiment as it ran, with the changes of the call."""
+"""Artifact of the parent run: the experiment file with the command's options applied."""
 VERSIONS = ("cellbench", "torch", "torchvision", "timm", "segmentation-models-pytorch", "mlflow", "numpy", "scipy", "scikit-image")
 
 
 def log_request(top: Run, text: str, dataset: Dataset, machine: str) -> RunRequest:
-    """Logs what a grid or search was asked to its run, before anything is trained. ``text``: the experiment as it runs."""
+    """Logs the request of a grid or search to its parent run, before training. ``text``: the experiment file with the options applied."""
     request = _request(text, dataset, machine)
     with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
         (Path(name) / EXPERIMENT_FILE).write_text(text, encoding="utf-8")
@@ -50,7 +50,7 @@ def log_request(top: Run, text: str, dataset: Dataset, machine: str) -> RunReque
 
 
 def _request(text: str, dataset: Dataset, machine: str) -> RunRequest:
-    """The first comment line of the experiment is the question."""
+    """Creates the request. The first comment line of the experiment is its question."""
     lines = [line for line in text.lstrip().splitlines() if line.startswith("#") and not line.startswith(CHANGED)]
     comments = [line.lstrip("# ").rstrip() for line in lines]
     return RunRequest(
@@ -116,7 +116,7 @@ def write_report(
     failed: Mapping[str, str],
     say: Callable[[str], None],
 ) -> None:
-    """Prints the leaderboard and keeps the report on the parent run ``top``. ``only``: ids of its runs; ``splits``: image names by split."""
+    """Prints the leaderboard and logs the report to the parent run ``top``. ``only``: ids of its runs; ``splits``: image names by split."""
     if not only:
         say("no run is finished, so there is nothing to compare.")
         return
@@ -126,7 +126,7 @@ def write_report(
     cells = [format_row(row, summary.metrics) for row in summary.rows]
     for line in ("", format_table(cells), "", *summary.verdict):
         say(line)
-    # Model entries and the experiment's description are about the set that `report` and `best` take, with the models of earlier calls.
+    # Model entries and the experiment's description refer to the test set that `report` and `best` use, including runs of earlier calls.
     first = collect_runs([tracker]).sets[0]
     _register_winners(tracker, first, say)
     note = partial(_note, request, summary)
@@ -147,7 +147,7 @@ def _draw_report(
     failed: Mapping[str, str],
 ) -> Summary:
     from cellbench.reporting.render import write_report_files
-    from cellbench.reporting.sections import build_report  # imports matplotlib, which nothing before needs
+    from cellbench.reporting.sections import build_report  # imports matplotlib
 
     results = collect_report([tracker], only=only, request=request)
     first = results.sets[0]
@@ -171,9 +171,9 @@ def _draw_report(
 
 
 def _key(only: Collection[str], request: RunRequest, skipped: Mapping[str, str], failed: Mapping[str, str]) -> str:
-    """A digest of what a report depends on.
+    """A digest of the inputs of a report.
 
-    Without the command and the notes on reading the data: the first call writes a split that the next one reads.
+    Excludes the command and the notes on reading the data, which differ between the first call (writes a split) and the next (reads it).
     """
     asked = replace(request, command="", dataset={**request.dataset, "notes": []})
     layout = [field.name for field in fields(LeaderboardRow)]  # a summary of an older version cannot be read
@@ -182,7 +182,7 @@ def _key(only: Collection[str], request: RunRequest, skipped: Mapping[str, str],
 
 
 def _stored_summary(tracker: Tracker, top: Run, key: str) -> Summary | None:
-    """The summary of the same runs, where the parent run has it: drawing the report again takes seconds."""
+    """The stored summary of the same runs, if any, because drawing the report again takes seconds."""
     record = to_record(tracker.client.get_run(top.run_id))
     data = tracker.artifact(record, SUMMARY_FILE) if record.tags.get(REPORTED_RUNS) == key else None
     return None if data is None else Summary(**json.loads(data))
@@ -202,7 +202,7 @@ def _note(request: RunRequest, summary: Summary, picture: str = "") -> str:
 
 
 def _register_winners(tracker: Tracker, here: TestSet, say: Callable[[str], None]) -> None:
-    """Adds the winners to MLflow's list of models, and marks entries of earlier calls that are no winners any more."""
+    """Registers the best models in MLflow, and marks earlier entries that are no longer among the best."""
     entries = []
     for model in here.tied_winners():
         verdict = "the best" if model is here.best else f"not significantly different from {here.best.name}"
@@ -213,7 +213,7 @@ def _register_winners(tracker: Tracker, here: TestSet, say: Callable[[str], None
         try:
             more = "".join(f" {sentence}" for sentence in (*sentences, f"Data: {here.description}."))
             entries.append(model_registry.register(tracker, model.chosen.record, verdict, more))
-        except CellbenchError as error:  # the results are there; only the entry is not
+        except CellbenchError as error:  # the results are complete without the entry
             say(f"no model entry for {model.name}: {one_line(error)}")
     if entries:
         try:

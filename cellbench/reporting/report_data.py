@@ -1,4 +1,4 @@
-"""What a report holds, as plain records without a format: :mod:`sections` makes them, :mod:`render` writes them as HTML, CSV and so on."""
+"""The content of a report as format-independent records. :mod:`sections` creates them; :mod:`render` writes them as HTML, CSV and so on."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredImage:
-    """A PNG that a run left. ``photo``: a micrograph, which the page holds as JPEG, a tenth of the size."""
+    """A PNG artifact of a run. ``photo``: a micrograph, embedded as JPEG at a tenth of the size."""
 
     kind: ClassVar[str] = "image"
     name: str
@@ -63,7 +63,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Text:
-    """Paragraphs, one an item."""
+    """Paragraphs, one per item."""
 
     kind: ClassVar[str] = "text"
     sentences: Sequence[str]
@@ -94,7 +94,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """``verdict``: one sentence an item, the first the most important; ``lead``: what stands before the first section."""
+    """``verdict``: sentences, the most important first; ``lead``: blocks before the first section."""
 
     title: str
     subtitle: str

@@ -143,7 +143,7 @@ class _TestSetReport:
         return blocks
 
     def ranking(self, title: str, models: Sequence[ModelScores], name: str) -> list[Block]:
-        # Of all pairs that the page compares: a diagram must not separate models where the page says that no difference can be significant.
+        # Counts all pairs of the page: a diagram must not separate models if the page says that no difference can be significant.
         ranking = critical_difference(models, num_tests=self.here.num_pairs)
         blocks: list[Block] = [Heading(title)]
         if ranking.critical_difference is not None:
@@ -188,7 +188,7 @@ class _TestSetReport:
         return [*blocks, self.table("cost", [_cost_row(row) for row in self.rows]), Text(notes)]
 
     def examples(self) -> list[Block]:
-        """Figures of the best model's first run and its worst images; where it was not trained, figures of the best that was."""
+        """Figures of the best model's first run and its worst images; also of the best trained model if that is another one."""
         here, best = self.here, self.here.best
         metrics = [metric for metric in catalog.compared(here.own_metrics) if best.has(metric.key)]
         per_image = {metric.label: best.scores(metric.key).per_image for metric in metrics}

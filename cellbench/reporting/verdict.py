@@ -14,11 +14,11 @@ from cellbench.statistics.scores import Difference
 from cellbench.system_load import describe_load
 
 MAX_PAIRS_LISTED = 4
-"""Models that are compared with the best in a sentence each, before the rest is counted."""
+"""Maximum number of models that get their own sentence; the rest is counted."""
 MAX_SETS_LISTED = 4
 MAX_MODELS_LISTED = 6
 BUSY_PCT = 10.0
-"""From this load by other processes on, costs come with a warning."""
+"""Load by other processes, in percent, from which costs get a warning."""
 
 
 def conclude(sets: Sequence[TestSet], rows: Sequence[LeaderboardRow]) -> list[str]:
@@ -83,7 +83,7 @@ def describe_verdict(differences: Sequence[Difference], metric: str = "Dice") ->
 
 
 def describe_difference(d: Difference, metric: str = "Dice") -> str:
-    """One comparison in a sentence without a full stop, the winner first; p is the adjusted one."""
+    """One comparison as a sentence without a full stop, the better model first, with the adjusted p."""
     num = d.num_images
     if d.ties == num:
         return f"{d.a} and {d.b} score the same on {'the one image' if num == 1 else f'each of the {num} images'}"
@@ -116,7 +116,7 @@ def _evidence(interval: Interval, p: float, never_zero: bool = False) -> str:
 
 
 def format_p(p: float) -> str:
-    """Three decimals below 0.1, two above, and as many as it takes not to round up to 0.05.
+    """Formats p with three decimals below 0.1, two above, and more if it would round up to 0.05.
 
     >>> format_p(0.00004), format_p(0.0016), format_p(0.049996), format_p(0.213), format_p(1.0)
     ('p < 0.001', 'p = 0.002', 'p = 0.049996', 'p = 0.21', 'p = 1.00')
@@ -128,12 +128,12 @@ def format_p(p: float) -> str:
 
 
 def format_p_cell(p: float) -> str:
-    """P for a table's cell: ``0.213``, ``< 0.001``."""
+    """Formats p for a table cell: ``0.213``, ``< 0.001``."""
     return format_p(p).removeprefix("p = ").removeprefix("p ")
 
 
 def describe_outcome(d: Difference) -> str:
-    """Of the first model, for a table's cell."""
+    """Outcome for the first model, for a table cell."""
     return "not significant" if d.better is None else "better" if d.better == d.a else "worse"
 
 
@@ -155,7 +155,7 @@ def describe_other_winners(here: TestSet) -> list[str]:
 
 
 def describe_test_sets(sets: Sequence[TestSet]) -> list[str]:
-    """Which of several test sets the verdict is about, and what the others are; empty for a single one."""
+    """Which test set the verdict refers to, and which others exist; empty for a single one."""
     if len(sets) < 2:
         return []
     first, *others = sets
@@ -217,10 +217,10 @@ def describe_absent_classes(here: TestSet) -> list[str]:
 
 
 def describe_costs_load(rows: Sequence[LeaderboardRow]) -> str:
-    """How busy other processes kept the machine while the costs were measured."""
+    """The load by other processes while the costs were measured."""
     loads = [row.other_load_pct for row in rows if row.other_load_pct is not None]
     if not loads:
-        return "How busy other processes kept the machine is not recorded."
+        return "The load by other processes is not recorded."
     few = f" (not recorded for {len(rows) - len(loads)} of {len(rows)} models)" if len(loads) < len(rows) else ""
     measured = f"Costs were measured {describe_load(max(loads))}"
     if max(loads) < BUSY_PCT:
@@ -230,7 +230,7 @@ def describe_costs_load(rows: Sequence[LeaderboardRow]) -> str:
 
 
 def describe_learning_curves(curves: Sequence[LearningCurve]) -> list[str]:
-    """For each curve, from which share on the difference to the largest share is not significant. That is no proof that they are equal."""
+    """For each curve, the smallest share whose difference to the largest is not significant. This does not prove that they are equal."""
     out = []
     for curve in curves:
         last = curve.points[-1]

@@ -96,7 +96,7 @@ def test_features_that_are_kept_do_not_hide_what_the_backbone_takes(monkeypatch)
 def test_the_load_is_said_with_the_costs():
     (here,), _ = group_models([finished_run(head, per_image_scores(mean, 0)) for head, mean in (("fpn", 0.9), ("bilinear", 0.8))])
     first, second = leaderboard_rows(here)
-    assert describe_costs_load([first, second]) == "How busy other processes kept the machine is not recorded."
+    assert describe_costs_load([first, second]) == "The load by other processes is not recorded."
     idle = [replace(row, other_load_pct=3.0) for row in (first, second)]
     assert describe_costs_load(idle) == "Costs were measured while other processes used 3 % of the processor at most."
     busy = describe_costs_load([replace(first, other_load_pct=45.0), second])

@@ -1,7 +1,7 @@
 """Figures that compare models: scores with intervals, distributions over images, backbones by heads, costs, learning curves.
 
-Each draws at most ``MOST`` models, the best first, and says how many it leaves out. Colours mean the same everywhere: a model of a backbone
-with a head is blue, a baseline grey and hatched; shapes and fills repeat what colours say.
+Each shows at most ``MOST`` models, the best first, and states how many it leaves out. Models with a backbone and a head are blue, baselines are
+grey and hatched. Shapes and fills repeat the meaning of colours.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def plot_leaderboard(lines: Sequence[PlotRow], metric: str = "Dice") -> Figure:
 
 
 def plot_metrics(lines: Sequence[PlotRow]) -> Figure:
-    """Several metrics, one panel each, models in the same order: where Dice hardly differs, single cells and outlines may."""
+    """Several metrics, one panel each, with the models in the same order."""
     lines, left_out = first_that_fit(lines)
     names = [name for name in lines[0].metrics if all(name in line.metrics for line in lines)]
     with plt.rc_context(STYLE):
@@ -79,7 +79,7 @@ def plot_metrics(lines: Sequence[PlotRow]) -> Figure:
 
 
 def plot_distributions(names: Sequence[str], values: Sequence[np.ndarray], metric: str = "Dice") -> Figure:
-    """The scores of the single images, one box and its images a model, best mean on top."""
+    """Box plot of the per-image scores of each model, with the images as dots, the best mean on top."""
     names, left_out = first_that_fit(names)
     values = [np.asarray(one)[~np.isnan(one)] for one in values[: len(names)]]  # images without any cell have no score
     rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def plot_distributions(names: Sequence[str], values: Sequence[np.ndarray], metri
 
 
 def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, metric: str = "Dice") -> Figure:
-    """Backbones (rows) by heads (columns); NaN where a pair has not been run."""
+    """Heat map of backbones (rows) by heads (columns); NaN: the pair was not run."""
     with plt.rc_context(STYLE):
         size = (min(9.0, 2.6 + 1.15 * len(columns)), 0.36 * len(rows) + 1.3)
         figure, axes = plt.subplots(figsize=size, layout="constrained")
@@ -124,7 +124,7 @@ def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray
 
 
 def plot_pareto(lines: Sequence[PlotRow], costs: Mapping[str, Sequence[float]], metric: str = "Dice") -> Figure:
-    """Score against cost, one panel a cost (its label says the unit; lower is better), the Pareto front as a line with names."""
+    """Score against cost, one panel per cost (lower is better), with the Pareto front as a line with names."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(costs), figsize=(9, 4.9), sharey=True, layout="constrained", squeeze=False)
         backbones = list(dict.fromkeys(line.backbone for line in lines if not line.baseline))
@@ -146,7 +146,7 @@ def plot_pareto(lines: Sequence[PlotRow], costs: Mapping[str, Sequence[float]], 
                 )
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
                 axes.xaxis.set_minor_locator(NullLocator())
-            # Names would lie over each other where a front is steep: numbers there, names below.
+            # Names would overlap where the front is steep, so points get numbers and the names are listed below.
             for number, k in enumerate(front, 1):
                 axes.annotate(
                     str(number), (cost[k], score[k]), xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=8, weight="bold"
@@ -202,7 +202,7 @@ def plot_learning_curves(
 
 
 def plot_speeds(facts: Mapping[str, float]) -> Figure:
-    """What ``bench`` measured: seconds for the same nine runs, five ways, and tiles per second of each part."""
+    """Results of ``bench``: seconds for the same nine runs in five ways, and tiles per second of each part."""
     ways = [
         ("naive, images opened each time", "naive_reopen_s"),
         ("naive, decoded images held", "naive_held_s"),
@@ -234,7 +234,7 @@ def plot_speeds(facts: Mapping[str, float]) -> Figure:
 
 
 def pareto_front(cost: np.ndarray, score: np.ndarray) -> list[int]:
-    """The numbers of the points that no other point beats in both, cheapest first."""
+    """Indices of the Pareto-optimal points, cheapest first."""
     front: list[int] = []
     for k in np.lexsort((-score, cost)).tolist():
         if not front or score[k] > score[front[-1]]:
@@ -248,15 +248,15 @@ def _model_axis(axes: Axes, lines: Sequence[PlotRow]) -> None:
 
 
 def first_that_fit(items: Sequence[T]) -> tuple[list[T], str]:
-    """What one figure can hold, and a note about the rest."""
+    """The items that fit in one figure, and a note on the rest."""
     return list(items[:MOST]), f"; {len(items) - MOST} more are not drawn" if len(items) > MOST else ""
 
 
 def lower_end(one: Interval) -> float:
-    """The lower end, or the mean where there is no interval."""
+    """The lower end, or the mean if there is no interval."""
     return one.mean if one.low is None else one.low
 
 
 def upper_end(one: Interval) -> float:
-    """The upper end, or the mean where there is no interval."""
+    """The upper end, or the mean if there is no interval."""
     return one.mean if one.high is None else one.high

@@ -1,6 +1,6 @@
 """Figures of one run: training curves, scores, and example images with their errors.
 
-Sized for a page, safe for colour-blind readers and readable in grey: shapes, hatches and line styles repeat what colours say.
+Figures fit on a page, are safe for colour-blind readers and readable in grey: shapes, hatches and line styles repeat the meaning of colours.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def plot_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
 
 
 def error_overlay(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The image in grey with found (green), false (red) and missed (blue) cell pixels; a cell of the wrong class is missed. RGB 0..1.
+    """The image in grey with true positive (green), false positive (red) and false negative (blue) cell pixels, RGB 0..1. A wrong class counts as missed.
 
     Ignored pixels are half white.
     """
