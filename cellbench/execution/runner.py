@@ -217,7 +217,7 @@ class Runner:
         metrics = artifacts.final_metrics(self.dataset, result)
         # At step 0, the UI's charts show a single value as a bar, at any other step as a dot. ``best/epoch`` holds the epoch.
         tags = artifacts.run_tags(one.name, metrics, self.machine.name, one.run.address("figures/worst.png"))
-        one.run.end("finished", metrics=metrics, tags=tags | {"cellbench.separation": result.evaluation.separation.words})
+        one.run.end("finished", metrics=metrics, tags=tags | {"cellbench.separation": result.evaluation.separation.description})
         checkpoints.delete_checkpoint(one.checkpoint)
         out.finished[one.name] = RunState(run_id=one.run.run_id, name=one.name, status="finished", metrics=metrics)
 

@@ -33,7 +33,7 @@ class CacheEntry:
 
 
 def cache_entries() -> list[CacheEntry]:
-    """All cached passes, the longest unused first. Other folders are ignored."""
+    """All cached passes, least recently used first. Other folders are ignored."""
     found = []
     for path in sorted(features_dir().glob("*/*/facts.json")):
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -57,7 +57,7 @@ def remove_entries(chosen: list[CacheEntry]) -> int:
     for entry in chosen:
         shutil.rmtree(entry.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            entry.folder.parent.rmdir()  # only when empty
+            entry.folder.parent.rmdir()  # removed only if empty
     return sum(entry.size_bytes for entry in chosen)
 
 
@@ -72,10 +72,10 @@ def parse_cache(text: str | None) -> tuple[str | None, int | None]:
 
 
 def disk_budget(size_bytes: int | None) -> tuple[int, bool]:
-    """How many bytes of features may lie in the cache folder, and whether to prefer it to memory.
+    """How many bytes of features may be cached on disk, and whether to prefer disk to memory.
 
-    With a size, features are kept there for later calls. Without one they go there only where memory is too small, into at most a fifth of the
-    free space. With a shared cache they are kept for other machines too.
+    With a size, features are cached there for later calls. Without one the disk is used only if memory is too small, and at most a fifth of
+    its free space. With a shared cache, features are cached for other machines too.
     """
     if size_bytes is not None:
         return size_bytes, True

@@ -1,7 +1,7 @@
 """The feature pass: tiles in, a backbone's maps out, once for all runs of a cohort.
 
-``Features.train(epoch)`` and ``Features.tiles(split)`` give the batches that all runs of the cohort train on or decode. Maps are computed when
-they are needed (streamed) or, where views repeat and space allows, cached. The numbers are the same, to the last bit on a CPU.
+``Features.train(epoch)`` and ``Features.tiles(split)`` yield the batches that all runs of the cohort train on or decode. Maps are computed when
+needed (streamed), or cached if views repeat and space allows. The numbers are the same, to the last bit on a CPU.
 
 Letters: B tiles, D features, h x w places of a map, T x T a tile (which need not be square).
 """
@@ -50,9 +50,9 @@ class Batch(NamedTuple):
     target: Tensor
     """(B, T, T) int64."""
     auxiliary_targets: Tensor | None = None
-    """(B, T, T, 2) uint8, where a run of the cohort learns them (``cellbench.data.transforms.cell_targets``)."""
+    """(B, T, T, 2) uint8, if a run of the cohort trains on them (``cellbench.data.transforms.cell_targets``)."""
     ignoring: bool = False
-    """Whether some of the target is ``metrics.pixel.IGNORE``."""
+    """Whether any pixel of the target is ``metrics.pixel.IGNORE``."""
 
     def __getitem__(self, rows: slice) -> Batch:  # type: ignore[override]
         auxiliary_targets = self.auxiliary_targets[rows] if self.auxiliary_targets is not None else None
@@ -66,9 +66,9 @@ class Batch(NamedTuple):
 
 
 def non_finite_reason(features: Features) -> str:
-    """A sentence where the backbone's maps hold values that are not finite, else the empty string.
+    """A sentence if the backbone's maps contain non-finite values, else an empty string.
 
-    Computes the validation tiles and an epoch of training views, so it is for runs that failed.
+    Computes the validation tiles and an epoch of training views; use it for failed runs only.
     """
     if features.backbone.module is None:
         return ""
@@ -95,36 +95,36 @@ def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True, kw_only=True)
 class CachePolicy:
-    """Where and how much may be cached, and the identity of the features."""
+    """Where features may be cached, how many bytes, and under which key."""
 
     memory_bytes: int = 0
     disk_bytes: int = 0
     prefer_disk: bool = False
-    """Cache on disk also what would fit into memory, for later calls."""
+    """Whether to cache on disk even what would fit into memory, for later calls."""
     key: str = ""
     """Identifies backbone, weights and versions; empty: no disk cache."""
     backbone: str = ""
     dataset: str = ""
     shared: RemoteCache | None = None
-    """The shared cache of machines without a common folder."""
+    """The shared cache for machines without a common folder."""
     tell: Callable[[str], None] = print
     """Called with messages about the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturePass:
-    """A fixed list of tiles that go through a backbone, and the folder of their cached features."""
+    """A fixed list of tiles that pass through a backbone, and the folder of their cached features."""
 
     split: str
     number: int
-    """The cycle of training views, else 0."""
+    """Number of the cycle of training views; 0 for other splits."""
     num: int
     """Tiles."""
     folder: str
 
 
 class Features:
-    """The batches of one cohort. ``pixels``: decoded images by split; ``auxiliary_targets``: batches of training and validation hold them."""
+    """The batches of one cohort. ``pixels``: decoded images by split; ``auxiliary_targets``: whether training and validation batches include them."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Features:
 
     @cached_property
     def preparation(self) -> Preparation:
-        """The preparation of every image. A stain normaliser is fitted to the training images in use, at the first access."""
+        """The preparation of every image. A stain normaliser is fitted to the used training images at the first access."""
         train = self.pixels["train"]
         normaliser = train.normaliser(self.plan.run.normalise, self.plan.used_images)
         return Preparation(framing=self.framing, normaliser=normaliser, reading=train.reading, um_per_px=train.um_per_px)
@@ -163,7 +163,7 @@ class Features:
         memory, disk = policy.memory_bytes, policy.disk_bytes if policy.key else 0
         for split in ("val", "train", "test"):
             size, again = sizes[split], split == "val" or (split == "train" and self.plan.repeats)
-            # Test tiles are used once a call: worth a file for the next call, never memory.
+            # Test tiles are used once per call: cached on disk for the next call, never in memory.
             on_disk = size <= disk and (again or (split == "test" and policy.prefer_disk))
             in_memory = size <= memory and again
             place[split] = "on disk" if on_disk and (policy.prefer_disk or not in_memory) else "in memory" if in_memory else "streamed"
@@ -173,11 +173,11 @@ class Features:
 
     @property
     def source(self) -> str:
-        """Where features come from, in words."""
+        """A description of where features come from."""
         if self.backbone.module is None:
             return "pixels only"
         words = {
-            split: place if place == "streamed" else f"kept {place} ({self.bytes_by_split[split] / 2**20:,.0f} MiB)"
+            split: place if place == "streamed" else f"cached {place} ({self.bytes_by_split[split] / 2**20:,.0f} MiB)"
             for split, place in self.place.items()
         }
         return f"features: training {words['train']}, validation {words['val']}, test {words['test']}"
@@ -193,7 +193,7 @@ class Features:
         return self.framing.grid(self.pixels[split].sizes_px[image], self.tile_px[split], overlap)
 
     def train(self, epoch: int, pool: WorkerPool) -> Iterator[Batch]:
-        """The training views of an epoch in its order, in batches of the machine's size, computed ahead in ``lanes``."""
+        """The training views of an epoch in its order, in batches of the machine's size, computed in advance in ``pool``."""
         cycle = self.plan.cycle(epoch)
         views, order = self.plan.views(cycle), self.plan.order(epoch)
         yield from self._train_batches(views, _chunks(order, self._chunk), self._pass("train", cycle, views, pool), pool)
@@ -234,7 +234,7 @@ class Features:
     # --- passes in shards -----------------------------------------------------------------------------------------------------------
 
     def passes(self, epochs: int) -> list[FeaturePass]:
-        """The passes that this cohort caches on disk in so many epochs."""
+        """The passes that this cohort caches on disk within this number of epochs."""
         cycles = range(min(epochs, self.plan.run.repeat_views_every))
         keys = [("val", 0), *(("train", cycle) for cycle in cycles), ("test", 0)]
         return [self._pass_of(*key) for key in keys if self.place[key[0]] == "on disk"]
@@ -244,7 +244,7 @@ class Features:
         return FeaturePass(split=split, number=number, num=len(tiles), folder=str(self._folder(split, tiles)))
 
     def fill(self, one: FeaturePass, shard: int, pool: WorkerPool) -> bool:
-        """Provides a shard of a pass with all levels of this backbone: found here, else in the shared cache, else computed and sent there.
+        """Provides a shard of a pass with all levels of this backbone: from the local or the shared cache, else computed and uploaded.
 
         Returns whether it was computed. Raises CellbenchError.
         """
@@ -265,13 +265,13 @@ class Features:
         return "computed"
 
     def _filled(self, one: FeaturePass, pool: WorkerPool) -> ShardedCache:
-        """All shards of a pass. Raises CellbenchError, and OSError before anything is computed where the disk is too small."""
+        """All shards of a pass. Raises CellbenchError, and OSError before computing anything if the disk is too small."""
         shards, num, shared = ShardedCache(Path(one.folder), one.num), num_shards(one.num), self._policy.shared
         missing = shards.missing(self.backbone.keys)
         if shared is None and not missing:
             return shards
         shards.check_space(len(missing), self.backbone.map_bytes(self.tile_px[one.split]))
-        first = random.SystemRandom().randrange(num) if num else 0  # machines that start together start at different shards
+        first = random.SystemRandom().randrange(num) if num else 0  # machines that start at the same time begin with different shards
         did = Counter(self._fill(one, shards, (first + k) % num, pool) for k in range(num))
         if shared is not None:
             self._policy.tell(
@@ -293,7 +293,7 @@ class Features:
         return self._passes[split, number]
 
     def _folder(self, split: str, tiles: Sequence[object]) -> Path:
-        """Named by everything that a pass's features depend on."""
+        """The folder of a pass, named by a hash of everything that its features depend on."""
         policy, images = self._policy, [sample.digest for sample in self.pixels[split].samples]
         made = [
             policy.key,
@@ -325,13 +325,13 @@ class Features:
             return {i: m.to(pixels.device, non_blocking=True) for i, m in found.items()}
         maps = self.backbone.maps(pixels)
         if cache is not None and maps:
-            with self._cache_lock:  # lanes compute side by side, and the first one lays out the cache
+            with self._cache_lock:  # threads compute in parallel, and the first one allocates the cache
                 cache.put(rows, maps)
         return maps
 
     def _batch(self, cache: FeatureCache | None, one: _CutTiles, pixels: Tensor) -> Batch:
         auxiliary_targets = self._to_device(one.auxiliary_targets) if one.auxiliary_targets is not None else None
-        ignoring = bool(one.masks.max() == IGNORE)  # on the CPU, or this would wait for the GPU
+        ignoring = bool(one.masks.max() == IGNORE)  # on the CPU, to avoid waiting for the GPU
         return Batch(self._maps(cache, one.rows, pixels), pixels, self._to_device(one.masks).long(), auxiliary_targets, ignoring)
 
     def _cut_views(self, views: list[TileSample]) -> list[np.ndarray]:
@@ -346,7 +346,7 @@ class Features:
         return [np.stack(arrays) for arrays in zip(*tiles, strict=True)]
 
     def _framed(self, split: str, image: int) -> tuple[np.ndarray, ...]:
-        """The framed image and class map, and its auxiliary targets where a run learns them; the test has none."""
+        """The framed image and class map, with auxiliary targets if a run trains on them; never for the test."""
         pixels = self.pixels[split]
         pair = pixels.prepared(image, self.preparation)
         return (*pair, pixels.auxiliary_targets(image, self.framing)) if self._auxiliary_targets and split != "test" else pair
@@ -355,6 +355,6 @@ class Features:
         return self._to_device(tiles_BTTC).permute(0, 3, 1, 2).float().div_(255)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        """On the device; to a GPU from pinned memory, so that the copy does not block the computation."""
+        """Moves an array to the device; to a GPU from pinned memory, so that the copy does not block."""
         tensor, device = torch.from_numpy(array), self.backbone.machine.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -22,8 +22,8 @@ TOKENS = -1
 class FrozenBackbone:
     """The frozen part of a backbone on a device, and the levels that a cohort's heads read.
 
-    ``backbone`` is None for runs that read pixels only. With ``unfreeze = n`` it ends n blocks early and returns the tokens there (index
-    ``TOKENS``) and the levels before; the remaining blocks are each run's trainable tail.
+    ``module`` is None for runs that only read pixels. With ``unfreeze = n`` it ends n blocks early and returns the tokens there (index
+    ``TOKENS``) and the earlier levels; the remaining blocks are the trainable tail of each run.
     """
 
     def __init__(self, backbone: Backbone | None, machine: Hardware, num_levels: Iterable[int], unfreeze: int = 0) -> None:
@@ -36,9 +36,9 @@ class FrozenBackbone:
         self.chunk = machine.chunk
         """Tiles in a batch."""
         self.seconds = 0.0
-        """Seconds in the backbone, summed over lanes. On a GPU the time to launch the work, unless something waits for it."""
+        """Seconds in the backbone, summed over threads. On a GPU the time to launch the work, unless something synchronises."""
         self.cpu_seconds = 0.0
-        """CPU seconds of the lanes' threads, which depend less on the machine's load."""
+        """CPU seconds of the threads, which depend less on the machine's load."""
         self._clock_lock = threading.Lock()
 
     def levels(self, num: int) -> tuple[Level, ...]:
@@ -58,7 +58,7 @@ class FrozenBackbone:
         start, start_cpu = time.perf_counter(), time.thread_time()
         num = len(pixels_BCTT)
         if num < self.chunk:
-            # Always the same shape: kernels depend on it, and another one may round differently (measured with bf16).
+            # Always the same shape: kernels depend on the shape and may round differently (measured with bf16).
             pixels_BCTT = torch.cat([pixels_BCTT, pixels_BCTT.new_zeros(self.chunk - num, *pixels_BCTT.shape[1:])])
         with self.machine.autocast():
             if self.unfreeze:
@@ -66,7 +66,7 @@ class FrozenBackbone:
                 maps.append(tokens_BND.transpose(1, 2).unsqueeze(-1))
             else:
                 maps = self.module(pixels_BCTT, self.indices)
-        # A copy, since tensors of inference mode cannot be used in training; it also changes precision and layout.
+        # A copy with precision and layout of training; inference-mode tensors cannot be used there.
         kept = self.machine.precision
         copies = {
             i: torch.empty_like(m[:num], dtype=kept, memory_format=torch.channels_last).copy_(m[:num])

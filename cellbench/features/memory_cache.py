@@ -23,7 +23,7 @@ class FeatureCache(Protocol):
 
 @dataclass
 class MemoryCache:
-    """Rows in memory, stored when they are first computed."""
+    """A cache in memory, filled as rows are computed."""
 
     num: int
     maps: dict[int, Tensor] = field(default_factory=dict)

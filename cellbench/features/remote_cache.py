@@ -1,7 +1,7 @@
 """The shared cache: files at a URL of any protocol of fsspec, for machines without a common folder.
 
-It only saves time: features are read from the local cache folder, and computed where the URL cannot provide them. A URL that does not answer,
-is full or lacks its protocol's package is reported once and tried again later.
+It only saves time: features that the URL cannot provide are computed. A URL that does not answer, is full or lacks the package of its protocol
+is reported once and tried again later.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PUT_IS_WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "
 """Protocols of object stores, where a put is atomic, folders need not exist, and a rename would copy. Elsewhere files are put under another name
 and renamed."""
 PAUSE_S = 60.0
-"""Least pause after a failure. It is ten times as long as the failure took, if that is longer: waiting costs a tenth of the time at most."""
+"""Minimum pause after a failure. The pause is ten times the duration of the failure, if that is longer, so failures cost a tenth of the time at most."""
 
 
 def shared_url() -> str:
-    """``CELLBENCH_CACHE_URL``, or nothing."""
+    """``CELLBENCH_CACHE_URL``, or an empty string."""
     return os.environ.get("CELLBENCH_CACHE_URL", "")
 
 
@@ -37,12 +37,12 @@ class _Damaged(Exception):
 
 
 class RemoteCache:
-    """Files below a URL, with the same relative names as below the cache folder. ``tell`` is called with messages."""
+    """Files below a URL, with the same relative names as in the cache folder. ``tell`` is called with messages."""
 
     def __init__(self, url: str, tell: Callable[[str], None]) -> None:
         self._url, self._tell = url.rstrip("/"), tell
         self._pauses: dict[str, float] = {}
-        """The end of the pause after a failure, by operation."""
+        """By operation: the time at which the pause after a failure ends."""
         self._reported: set[str] = set()
 
     @property
@@ -51,11 +51,11 @@ class RemoteCache:
         return redact_passwords(self._url)
 
     def fetch(self, path: Path, fits: Callable[[Path], bool]) -> bool:
-        """Downloads a file of the cache folder, if it exists there and ``fits``; one that does not fit is removed there. Returns success."""
+        """Downloads a file of the cache folder, if it exists at the URL and ``fits`` accepts it; a rejected one is removed there. Returns success."""
         return bool(self._tried("read", lambda: self._fetched(path, fits)))
 
     def send(self, path: Path) -> None:
-        """Uploads a file of the cache folder, unless it exists there."""
+        """Uploads a file of the cache folder, unless it exists at the URL."""
         self._tried("written to", lambda: self._sent(path))
 
     def probe(self) -> None:
@@ -80,12 +80,12 @@ class RemoteCache:
             return None
         try:
             return work()
-        except Exception as error:  # each protocol has its own errors, and none of them may end a run
+        except Exception as error:  # each protocol has its own errors, and none may end a run
             now = time.monotonic()
             self._pauses[what] = now + max(PAUSE_S, 10 * (now - start))
             if what not in self._reported:
                 self._reported.add(what)
-                self._tell(f"the shared cache {self.shown} cannot be {what} ({self._why(error)}). It is skipped, and tried again later.")
+                self._tell(f"the shared cache {self.shown} cannot be {what} ({self._why(error)}). It is skipped and tried again later.")
             return None
 
     def _fetched(self, path: Path, fits: Callable[[Path], bool]) -> bool:
@@ -98,7 +98,7 @@ class RemoteCache:
         except FileNotFoundError:
             return False
         except _Damaged:
-            with contextlib.suppress(FileNotFoundError):  # another machine was faster
+            with contextlib.suppress(FileNotFoundError):  # another machine has uploaded it meanwhile
                 fs.rm_file(place)
             return False
         return True

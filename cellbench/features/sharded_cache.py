@@ -1,7 +1,7 @@
-"""Features on disk, in shards: files of some hundred tiles, each written completely or not at all.
+"""Features on disk in shards: files of a few hundred tiles, each written atomically.
 
-A shard never changes once it has its name. So processes on many machines can fill and read one folder, and a shard can be sent to machines
-without a common folder. A shard is used only if its checksum fits: damage costs the time to compute it again, never a wrong number.
+A shard never changes once it has its name. So processes on many machines can fill and read one folder, and a shard can be copied to machines
+without a common folder. A shard is used only if its checksum is right; a damaged one is computed again.
 
 Letters: N rows (tiles of a pass), D features, h x w places of a map.
 """
@@ -45,7 +45,7 @@ class ShardedCache:
         self._open: dict[tuple[int, int], Tensor | None] = {}
 
     def missing(self, indices: Iterable[int]) -> list[int]:
-        """The shards without a file of all these levels."""
+        """The shards that lack a file of any of these levels."""
         indices = list(indices)
         return [k for k in range(num_shards(self._num)) if not all(self._path(k, index).is_file() for index in indices)]
 
@@ -54,20 +54,20 @@ class ShardedCache:
         return np.arange(number * ROWS, min((number + 1) * ROWS, self._num))
 
     def check_space(self, num: int, row_bytes: int) -> None:
-        """Raises OSError where ``num`` more shards would fill the disk."""
+        """Raises OSError if ``num`` more shards would fill the disk."""
         size = min(num * ROWS, self._num) * row_bytes
         if size and shutil.disk_usage(make_folder(self._folder)).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def holds(self, number: int, indices: Iterable[int]) -> bool:
-        """Whether a shard holds all of these levels, undamaged; reads it."""
+        """Whether a shard has all of these levels, undamaged. Reads the files."""
         return all(self._shard(number, index) is not None for index in indices)
 
     def fetch(self, number: int, indices: Iterable[int], shared: RemoteCache, facts: Mapping[str, Any]) -> bool:
         """Downloads the levels that a shard lacks from the shared cache; returns whether it now holds all of them."""
         self._describe(facts)
         lacking = [index for index in indices if self._shard(number, index) is None]
-        for index in lacking:  # all of them, since this also removes damaged files there
+        for index in lacking:  # all of them, since this also removes damaged files at the URL
             self._open.pop((number, index))
             shared.fetch(self._path(number, index), lambda path: self._read(path, number) is not None)
         return self.holds(number, lacking)
@@ -86,7 +86,7 @@ class ShardedCache:
             write_atomic(self._path(number, index), save({"rows": rows}, metadata={"crc": str(_crc(rows))}))
 
     def put(self, rows: np.ndarray, maps: Mapping[int, Tensor]) -> None:
-        """Does nothing: the rows of a damaged shard are computed at each use."""
+        """Does nothing: rows of a damaged shard are computed at each use."""
 
     def get(self, rows: np.ndarray, indices: tuple[int, ...]) -> dict[int, Tensor] | None:
         """The maps of these rows on the CPU, channels-last, or None where any is missing."""
@@ -111,8 +111,8 @@ class ShardedCache:
         if (number, index) not in self._open:
             rows = self._open[number, index] = self._read(self._path(number, index), number)
             if rows is not None:
-                with contextlib.suppress(OSError):  # another user's folder
-                    os.utime(self._folder / "facts.json")  # the last use, for pruning
+                with contextlib.suppress(OSError):  # the folder belongs to another user
+                    os.utime(self._folder / "facts.json")  # time of the last use, for pruning
         return self._open[number, index]
 
     def _read(self, path: Path, number: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""A backbone's last map of an image under one framing, resampled to the image: principal components as colours, or similarity to one place.
+"""Shows a backbone's last map of an image, resampled to the image: principal components as colours, or similarity to one place.
 
 Letters: B tiles, D features, h x w places of a tile's map, N places in all, H x W pixels of the image.
 """
@@ -23,9 +23,9 @@ class FeatureMaps:
 
     framing: Framing
     size_px: Size
-    """Of the image itself."""
+    """(height, width) of the image."""
     grid: TileGrid
-    """Of its tiles, in framed pixels."""
+    """(height, width) of its tiles, in framed pixels."""
     maps: Tensor
     """(B, D, h, w) float32, on the CPU."""
 

@@ -59,7 +59,7 @@ def write_tables(
 
     def say_written(path: Path, what: str, num: int) -> None:
         more = f"; {len(masks) - num} other masks there have none" if num < len(masks) else ""
-        say(f"{path}: {what} of all {num} images in the folder, separated by {wanted.separation.words}{more}.")
+        say(f"{path}: {what} of all {num} images in the folder, separated by {wanted.separation.description}{more}.")
 
     if (coco and outlined) or (out / COCO).exists():
         say_written(write_coco(outlined, out, names), "the outlines", len(outlined))

@@ -54,16 +54,16 @@ class SeparationParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "owners", tuple(self.owners))  # JSON knows lists only
 
-    def parts(self, classes: np.ndarray, boundary_depth: np.ndarray | None = None) -> DistanceWatershed:
+    def watershed(self, classes: np.ndarray, boundary_depth: np.ndarray | None = None) -> DistanceWatershed:
         """The basins of the objects of a class map (H, W) uint8."""
         return DistanceWatershed(merge_parts_into_objects(classes, self.owners), boundary_depth)
 
     def instances(self, classes: np.ndarray, boundary_depth: np.ndarray | None = None) -> Instances:
         """The cells of a class map (H, W) uint8; ``boundary_depth`` (H, W) uint8 where the model learned one."""
-        return self.parts(classes, boundary_depth).instances(self.saddle_ratio, self.min_area_px)
+        return self.watershed(classes, boundary_depth).instances(self.saddle_ratio, self.min_area_px)
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """For people and for MLflow's tags."""
         return (
             f"watershed{' on the learned boundary depth' * self.learned}, saddle_ratio {self.saddle_ratio:g}"
@@ -147,7 +147,7 @@ class _Flood:
         inside = np.where(self._region > 0, self._areas_px, 0)
         most = np.zeros(num_basins, np.int64)
         np.maximum.at(most, self._basin, inside)
-        self._crumb = inside < most[self._basin]
+        self._is_fragment = inside < most[self._basin]
 
     def ids(self, saddle_ratio: float) -> np.ndarray:
         """Numbers of cells (H, W), 0 being background; not without gaps."""
@@ -158,12 +158,12 @@ class _Flood:
             self._flood()
         cells, cell = np.unique(self._region * len(self._peaks) + self._merged(saddle_ratio)[self._basin], return_inverse=True)
         region = cells // len(self._peaks)
-        areas = np.bincount(cell, self._areas_px * ~self._crumb, len(cells))
+        areas = np.bincount(cell, self._areas_px * ~self._is_fragment, len(cells))
         # The largest cell of each region: the last of its run when sorted by region, then area.
         order = np.lexsort((areas, region))
         largest = np.zeros(self._num_regions + 1, np.int64)
         largest[region[order]] = order
-        numbers = np.where(self._crumb, largest[self._region], cell) + 1
+        numbers = np.where(self._is_fragment, largest[self._region], cell) + 1
         numbers[self._region == 0] = 0
         ids: np.ndarray = numbers.astype(np.int32)[self._piece]
         return ids

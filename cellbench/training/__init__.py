@@ -1,1 +1,1 @@
-"""The harness: heads on frozen features, trained, validated and tested by tiles."""
+"""Training, validation and test of heads on frozen features."""

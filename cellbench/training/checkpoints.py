@@ -1,7 +1,7 @@
-"""Where an interrupted run is resumed: one file a run in the cache folder, whole or absent, removed when the run is finished.
+"""Checkpoints from which interrupted runs are resumed: one file per run in the cache folder, written atomically, removed when the run is finished.
 
-The cache folder is shared by all projects of a person, and two of them may ask for the same run, one after the other or side by side. So a file
-belongs to one run in one store, which alone writes and removes it. Other runs of the same fingerprint may read it: the numbers would be the same.
+All projects of a user share the cache folder, and two of them may execute the same run. So a file belongs to one run in one store, and only that
+run writes and removes it. Other runs with the same fingerprint may read it, since their numbers would be the same.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ import torch
 from cellbench.files import cache_dir, write_atomic
 
 EVERY_S = 30.0
-"""What a lost process may have to do again."""
+"""Work that is lost at most when a process is killed."""
 
 
 def checkpoint_path(fingerprint: str, run: str) -> Path:
-    """The file of a run: ``run`` names it and the store that it is in. Neither can be read in the name, which may hold a password."""
+    """The file of a run, named by a hash of ``run``, which identifies run and store and may contain a password."""
     return cache_dir() / "checkpoints" / f"{fingerprint}-{hashlib.sha256(run.encode()).hexdigest()[:16]}.pt"
 
 
 def write_checkpoint(place: Path, state: dict[str, Any]) -> None:
-    """Tensors, numbers and strings. Raises CellbenchError where the disk is full."""
+    """Saves a state of tensors, numbers and strings. Raises CellbenchError if the disk is full."""
     write_atomic(place, functools.partial(torch.save, state))
 
 
 def read_checkpoint(place: Path) -> dict[str, Any] | None:
-    """The state of a run, on the CPU, or None where there is none that can be read, or its weights are NaN: the run then starts anew."""
+    """The state of a run, on the CPU; None if there is no readable one or its weights are NaN. The run then starts from the beginning."""
     state = _read(place)
-    if state is None:  # a damaged file costs the epochs it held
+    if state is None:  # damaged: its epochs are trained again
         delete_checkpoint(place)
     return state
 
 
 def read_other_store(place: Path) -> dict[str, Any] | None:
-    """The state of the run of the same fingerprint that has come furthest, which another store may hold; None where there is none.
+    """The most advanced state of all runs with the same fingerprint, in any store; None if there is none.
 
-    A run that was pruned is not one of them: that was the decision of another search.
+    Pruned runs do not count: pruning was the decision of another search.
     """
     fingerprint, _, _ = place.stem.rpartition("-")
     states = [state for other in sorted(place.parent.glob(f"{fingerprint}-*.pt")) if other != place and (state := _read(other)) is not None]
@@ -61,6 +61,6 @@ def _read(place: Path) -> dict[str, Any] | None:
 
 
 def delete_checkpoint(place: Path) -> None:
-    """Removes the file of a finished run."""
+    """Removes the checkpoint of a finished run."""
     with contextlib.suppress(FileNotFoundError):
         place.unlink()

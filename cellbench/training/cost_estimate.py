@@ -1,4 +1,4 @@
-"""What a grid would cost, from a few tiles timed on this machine: for ``--dry-run``, before anybody waits for it."""
+"""Estimates the cost of a grid from a few tiles timed on this machine, for ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class Cost:
 
     num_runs: int
     train_tiles: int
-    """Through the backbone, an epoch."""
+    """Tiles through the backbone per epoch."""
     val_tiles: int
     test_tiles: int
     backbone_tiles_per_s: float
-    """inf for runs that read pixels only."""
+    """inf for runs that only read pixels."""
     wall_s: float
     memory_mib: float
     disk_mib: float
     source: str
 
 
-class _Nobody:
+class _NullRecorder:
     def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
         return True
 
@@ -56,9 +56,9 @@ class _Nobody:
 def estimate_cost(
     runs: list[RunSpec], registry: Registry, dataset: Dataset, machine: Hardware, weights: Path | None, policy: CachePolicy
 ) -> Cost:
-    """Times one chunk through the backbone and one step of each head, and multiplies out.
+    """Times one chunk through the backbone and one step of each head, and extrapolates.
 
-    Raises InsufficientMemoryError, before anything is computed, for whole images that would not fit.
+    Raises InsufficientMemoryError before computing anything if whole images would not fit into memory.
     """
     first = runs[0]
     backbone = open_backbone(registry.backbone(first.backbone), weights) if first.backbone else None
@@ -85,8 +85,8 @@ def estimate_cost(
     wall = backbone_s * (sum(tiles[split] * times for split, times in passes.items()) + tiles["test"])
     disk = 0.0
     for run, made in zip(runs, all_made, strict=True):
-        learner = HeadTrainer(run=run, model=made, recorder=_Nobody(), num_views=batch.num, registry=registry).on(features)
-        step_s = _seconds(functools.partial(_train_once, learner, batch), machine) / batch.num
+        trainer = HeadTrainer(run=run, model=made, recorder=_NullRecorder(), num_views=batch.num, registry=registry).on(features)
+        step_s = _seconds(functools.partial(_train_once, trainer, batch), machine) / batch.num
         made.eval()
         decode_s = _seconds(functools.partial(_decode, made, batch, machine), machine) / batch.num
         wall += run.epochs * (plan.num_views * step_s + tiles["val"] * decode_s) + tiles["test"] * decode_s
@@ -110,24 +110,24 @@ def estimate_cost(
 
 
 MEASURED_S = 1.0
-"""What is timed shorter is timed again: a few hundredths of a second say more of the machine's other work than of the model."""
+"""Shorter timings are repeated: within a few hundredths of a second, other processes dominate the result."""
 MOST_PASSES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceSpeed:
-    """What an image takes a model, the backbone's part included, in one lane."""
+    """Time of a model for one image in one thread, the backbone included."""
 
     wall_s: float
     cpu_s: float
-    """Of the lane's own thread."""
+    """CPU time of that thread."""
 
 
 def inference_speeds(models: Sequence[SegmentationModel], features: Features) -> list[InferenceSpeed]:
-    """What a test image costs each model, from the clocks of the first pass over the test images since :func:`reset_timers`.
+    """Time per test image of each model, from the timers of the first pass over the test images since :func:`reset_timers`.
 
-    Where some model took less than ``MEASURED_S``, the pass is repeated, and that first one, while everything was cold, does not count.
-    Features that are kept from an earlier pass take the backbone no time here: its part is then that of one chunk, timed now.
+    If some model took less than ``MEASURED_S``, the pass is repeated, and the first, cold pass does not count. Cached features take the
+    backbone no time here: its part is then that of one chunk, timed now.
     """
     frozen, num, passes = features.backbone, len(features.pixels["test"]), 1
 
@@ -153,7 +153,7 @@ def inference_speeds(models: Sequence[SegmentationModel], features: Features) ->
 
 
 def function_speed(work: Callable[[Any], object], images: ImageCache) -> InferenceSpeed:
-    """As :func:`inference_speeds`, of a method that learns nothing, after a first pass over the images: passes of ``MEASURED_S`` in all."""
+    """As :func:`inference_speeds`, for an untrained method, after a first pass over the images: passes of ``MEASURED_S`` in total."""
     wall_s = cpu_s = 0.0
     passes = 0
     while not passes or (wall_s < MEASURED_S and passes < MOST_PASSES):
@@ -167,16 +167,16 @@ def function_speed(work: Callable[[Any], object], images: ImageCache) -> Inferen
 
 
 def reset_timers(frozen: FrozenBackbone, models: Sequence[SegmentationModel]) -> None:
-    """Sets the clocks to zero."""
+    """Sets the timers to zero."""
     frozen.seconds = frozen.cpu_seconds = 0.0
     for made in models:
         made.seconds = made.cpu_seconds = 0.0
 
 
 def latencies_ms(models: Sequence[SegmentationModel], features: Features) -> list[float]:
-    """Milliseconds that each model takes for the validation image of middle size.
+    """Milliseconds of each model for the validation image of median size.
 
-    All its tiles, at the test's overlap, through backbone and head, from one chunk timed now; without decoding the file and blending tiles.
+    Covers backbone and head for all its tiles at the test's overlap, extrapolated from one chunk timed now. Excludes file decoding and blending.
     """
     frozen, sizes = features.backbone, sorted(features.pixels["val"].sizes_px, key=math.prod)
     tile_px = features.tile_px["val"]
@@ -205,18 +205,18 @@ def _seconds(work: Callable[[], object], machine: Hardware) -> float:
     return _spent(work, machine)[0]
 
 
-SHORT_S, MOST_GOES = 0.1, 5
+SHORT_S, MAX_REPEATS = 0.1, 5
 
 
 def _spent(work: Callable[[], object], machine: Hardware) -> tuple[float, float]:
-    """Wall and processor seconds of the fastest of two goes, or, of what is short, up to five, after one to warm up."""
-    goes: list[tuple[float, float]] = []
-    while len(goes) < 3 or (len(goes) <= MOST_GOES and sum(wall_s for wall_s, _ in goes[1:]) < SHORT_S):
+    """Wall and CPU seconds of the fastest of two calls, or up to five if they are short, after one warm-up call."""
+    timings: list[tuple[float, float]] = []
+    while len(timings) < 3 or (len(timings) <= MAX_REPEATS and sum(wall_s for wall_s, _ in timings[1:]) < SHORT_S):
         start, start_cpu = time.perf_counter(), time.thread_time()
         work()
         machine.wait()
-        goes.append((time.perf_counter() - start, time.thread_time() - start_cpu))
-    return min(goes[1:])
+        timings.append((time.perf_counter() - start, time.thread_time() - start_cpu))
+    return min(timings[1:])
 
 
 def format_duration(seconds: float) -> str:

@@ -1,6 +1,6 @@
-"""A head's training step as a CUDA graph: one launch instead of several hundred, which take longer than the work itself for small mini-batches.
+"""Runs a head's training step as a CUDA graph: one launch instead of several hundred, which for small mini-batches take longer than the work itself.
 
-The captured step is the one that runs elsewhere, kernel by kernel; only the order in which AdamW's bias corrections are rounded differs.
+The captured step runs the same kernels as the usual one; only the rounding order of AdamW's bias corrections differs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cellbench.features.extractor import Batch
 
 WARM_UP_STEPS = 2
-"""Before a capture: cuDNN chooses its kernels and the optimiser makes its state in them."""
+"""Steps before a capture, in which cuDNN chooses kernels and the optimiser creates its state."""
 
 
 class GraphedStep:
@@ -23,10 +23,10 @@ class GraphedStep:
 
     Args:
         step: zeroes the gradients, computes the loss, its gradients and the optimiser's update; returns the loss, a scalar.
-        batch: any batch of the shape. Its values do not matter: weights and optimiser are as before once the graph is captured.
-        pool: memory that the graphs of one process share; their outputs are valid until the next replay of any of them.
+        batch: any batch of the shape. Its values do not matter: weights and optimiser state are restored after the capture.
+        pool: memory shared by the graphs of a process; an output is valid until the next replay of any of them.
 
-    Raises RuntimeError where something in the step cannot be captured, for example a transfer to the processor.
+    Raises RuntimeError if the step cannot be captured, for example because of a transfer to the CPU.
 
     """
 
@@ -57,7 +57,7 @@ class GraphedStep:
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module, optimiser: torch.optim.Optimizer) -> Iterator[None]:
-    """After the block weights, buffers and the optimiser's state have the values that they had before; a state that is new has zeros."""
+    """Restores weights, buffers and the optimiser's state after the block; new state is set to zero."""
     before = {x: x.detach().clone() for x in (*model.parameters(), *model.buffers())}
     moments = {p: {name: x.clone() for name, x in state.items()} for p, state in optimiser.state.items()}
     yield

@@ -1,7 +1,7 @@
-"""The test of a run, image by image: pixel counts, scores, and the predictions that are kept as examples.
+"""Evaluates runs on the test set, image by image: pixel counts, scores, and example predictions.
 
-An image's truth is prepared once for all runs of a cohort. Predictions are compared with it in a few threads, while the network computes the next
-image. Measured on 1600x1200 and one core: 0.06 s for the truth, 0.1 s a prediction.
+An image's reference mask is prepared once for all runs of a cohort. Predictions are scored in a few threads while the network computes the next
+image. Measured on 1600x1200 and one core: 0.06 s for the reference, 0.1 s per prediction.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from cellbench.training.tiled_inference import score_images
 BINS = 20
 """Bins of the reliability diagram."""
 CANDIDATES = 10
-"""Predictions held while the median is not known, twice: the nearest to it so far, and a random sample."""
+"""Number of predictions held until the median is known: so many nearest to it so far, and as many at random."""
 
 Prediction = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
-"""A class map, the probability of a cell and the depth within cells, each (H, W) uint8; the last two are None where a method has none."""
+"""A class map, the probability of a cell and the depth within cells, each (H, W) uint8; the last two are None if the method does not predict them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExamplePrediction:
-    """A run's prediction for one image, at the size it is shown in, compressed: some 50 kB instead of 4 MB."""
+    """A run's prediction for one image, at display size and compressed: about 50 kB instead of 4 MB."""
 
     image: int
     dice: float
@@ -65,17 +65,17 @@ class ExamplePrediction:
 
     @property
     def cell(self) -> np.ndarray | None:
-        """The probability of a cell, (H, W) uint8; None for a method that has none."""
+        """The probability of a cell, (H, W) uint8; None for a method without probabilities."""
         return None if self.packed_cell is None else np.frombuffer(zlib.decompress(self.packed_cell), np.uint8).reshape(self.shape)
 
 
 @dataclass
 class ExampleKeeper:
-    """The predictions of the worst, the median and the best image, so that no image is segmented twice.
+    """Keeps the predictions of the worst, the median and the best image, so that no image is segmented twice.
 
-    Images without a score (no cell, none found) are kept only where there is no other. The median is known only at the end. Held are the
-    predictions nearest to the median so far, which nearly always include it, and a random sample as large, for scores that drift with the order
-    of the images. The nearest of all these is shown, with its own score.
+    Images without a score (no cell, none found) are kept only if there is no other. The median is known only at the end. So the predictions
+    nearest to the median so far are held, which nearly always include it, and an equally large random sample in case scores drift with the
+    order of the images. The one nearest to the final median is shown, with its own score.
     """
 
     worst: ExamplePrediction | None = None
@@ -87,7 +87,7 @@ class ExampleKeeper:
     _dices: list[float] = field(default_factory=list)
 
     def offer(self, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None) -> None:
-        """Keeps an image's prediction if it may be one of the three."""
+        """Keeps the prediction of an image if it may become one of the three."""
         if math.isnan(dice):
             self._empty = self._empty or ExamplePrediction.of(image, dice, classes, cell)
             return
@@ -111,7 +111,7 @@ class ExampleKeeper:
         """``worst``, ``median``, ``best``, as far as they are different images."""
         if self.worst is None or self.best is None:
             return {} if self._empty is None else {"worst": self._empty}
-        # The lower of two middle ones: a median that is an image, not a mean of two.
+        # The lower of the two middle ones: the median must be an image, not a mean of two.
         middle = float(np.quantile(self._dices, 0.5, method="lower"))
         all_three = {
             "worst": self.worst,
@@ -124,7 +124,7 @@ class ExampleKeeper:
 
 @dataclass
 class RunEvaluation:
-    """One run's test so far, N images."""
+    """The evaluation of one run so far, over N images."""
 
     separation: SeparationParams = field(default_factory=SeparationParams)
     """How touching cells are separated."""
@@ -135,9 +135,9 @@ class RunEvaluation:
     connected: list[dict[str, float | int]] = field(default_factory=list)
     """The scores of single cells without separation."""
     scores: list[dict[str, float]] = field(default_factory=list)
-    """Of each image, every per-image metric of the catalog, then the user's."""
+    """For each image, every per-image metric of the catalog, then the user's metrics."""
     levels: np.ndarray = field(default_factory=lambda: np.zeros((2, 256), np.int64))
-    """Pixels by truth (0 background, 1 cell) and predicted probability of a cell (0..255)."""
+    """Pixel counts by truth (0 background, 1 cell) and predicted probability of a cell (0..255)."""
     examples: ExampleKeeper = field(default_factory=ExampleKeeper)
 
     @property
@@ -150,7 +150,7 @@ class RunEvaluation:
         return {key: np.array([scores[key] for scores in self.scores]) for key in self.scores[0]} if self.scores else {}
 
     def outcomes(self) -> dict[str, np.ndarray]:
-        """What became of the cells, ``COUNTS``, each (N,)."""
+        """The outcomes of the cells, ``COUNTS``, each (N,)."""
         return {name: np.array([getattr(one, name) for one in self.agreements]) for name in COUNTS}
 
     def calibration(self) -> dict[str, list[float]] | None:
@@ -169,7 +169,7 @@ class RunEvaluation:
 
 
 class CohortEvaluator:
-    """Tests the runs of one cohort side by side. Use in ``with``: leaving waits for the last predictions."""
+    """Evaluates the runs of one cohort in parallel. Use as a context manager: leaving it waits for the last predictions."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class CohortEvaluator:
         own_metrics: Sequence[Metric] = (),
         split: str = "test",
     ) -> None:
-        """``separations``: how each run separates touching cells; None: connected regions. ``own_metrics``: of the user, with their code."""
+        """``separations``: how each run separates touching cells; None: connected regions. ``own_metrics``: the user's metrics, with their code."""
         self._dataset, self._samples = dataset, dataset.samples(split)
         plain = replace(CONNECTED, owners=dataset.owners)
         if dataset.min_cell_px is not None:
@@ -199,8 +199,8 @@ class CohortEvaluator:
             self._pool.shutdown(cancel_futures=True)
 
     def add_image(self, image: int, truth: np.ndarray, matrices: Sequence[np.ndarray], answers: Sequence[Prediction]) -> None:
-        """An image's truth (H, W), and each run's confusion matrix and prediction."""
-        self._settle()  # one image at a time: predictions of hundreds would fill the memory
+        """Adds an image: its truth (H, W), and each run's confusion matrix and prediction."""
+        self._settle()  # one image at a time: hundreds of predictions would fill the memory
         prepared = self._pool.submit(self._truth, self._samples[image], truth)
         # In the pool's order the truth comes first, so no thread waits for one that cannot start.
         self._waiting = [
@@ -230,7 +230,7 @@ class CohortEvaluator:
         boundary_depth: np.ndarray | None,
     ) -> None:
         evaluation.matrices.append(counts)
-        reference, parts = prepared.result(), evaluation.separation.parts(classes, boundary_depth)
+        reference, parts = prepared.result(), evaluation.separation.watershed(classes, boundary_depth)
         cells = parts.instances(evaluation.separation.saddle_ratio, reference.min_area_px)
         evaluation.agreements.append(reference.agreement(classes, cells))
         evaluation.connected.append(reference.found(parts.instances(0.0, reference.min_area_px)))
@@ -255,9 +255,9 @@ class CohortEvaluator:
 def score_validation(
     models: Sequence[SegmentationModel], features: Features, dataset: Dataset, metrics: Sequence[Metric]
 ) -> list[dict[str, float]]:
-    """The mean of each of the user's metrics over the validation images, by model; without one where no image has a score.
+    """The mean of each of the user's metrics over the validation images, by model. A metric without any score is left out.
 
-    One pass over the validation images, and none without metrics.
+    Takes one pass over the validation images, or none without metrics.
     """
     if not metrics:
         return [{} for _ in models]

@@ -1,4 +1,4 @@
-"""``fit``: all runs of a cohort train on one stream of features, each with its own head, loss, optimiser, schedule and end.
+"""Trains all runs of a cohort on one stream of features. Each has its own head, loss, optimiser, schedule and early stopping.
 
 ``fit([a, b])`` gives the same numbers as ``fit([a])`` and ``fit([b])``, to the last bit on a CPU.
 """
@@ -24,9 +24,9 @@ class Progress(Protocol):
 
 
 def fit(trainers: Sequence[HeadTrainer], features: Features, progress: Progress | None = None) -> None:
-    """Trains the runs of one cohort to their ends. A restored one joins at its own next epoch.
+    """Trains the runs of one cohort until each has ended. A restored run joins at its own next epoch.
 
-    ``progress`` counts the tiles that went through the backbone. Afterwards each model has the weights of its best epoch.
+    ``progress`` counts the tiles that have passed the backbone. Afterwards each model has the weights of its best epoch.
     """
     trainers = [trainer.on(features) for trainer in trainers]
     with WorkerPool(features.backbone.machine.lanes) as pool:
@@ -46,7 +46,7 @@ def fit(trainers: Sequence[HeadTrainer], features: Features, progress: Progress 
 
 
 def validate(trainers: Sequence[HeadTrainer], features: Features, pool: WorkerPool) -> None:
-    """Scores the runs on the whole validation images and ends their epoch."""
+    """Validates the runs on whole images and ends their epoch."""
 
     def add(k: int, logits: Tensor, batch: Batch) -> None:
         trainers[k].add_validation(logits, batch)

@@ -1,7 +1,7 @@
-"""Losses over class scores, weighted and added as a run's ``loss`` says, for example ``0.5 ce + 0.5 dice``.
+"""Losses over class scores, combined as a weighted sum by a run's ``loss``, for example ``0.5 ce + 0.5 dice``.
 
 Each name is a card in ``registry/losses``, whose builder is a function: (logits (B, K, H, W) float32, target (B, H, W) int64) -> scalar. A user's
-own come from ``losses/`` of their registry folder.
+losses come from ``losses/`` in their registry folder.
 
 Always computed in float32: smp's Dice and Lovász give NaN in half precision (measured).
 """
@@ -25,10 +25,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def parse_loss(text: str, registry: Registry | None = None) -> Callable[..., Tensor]:
-    """The loss that ``text`` writes: (logits (B, K, H, W), target (B, H, W) int64) -> scalar float32. Raises CellbenchError for an unknown name.
+    """The loss described by ``text``: (logits (B, K, H, W), target (B, H, W) int64) -> scalar float32. Raises CellbenchError for an unknown name.
 
-    With a third argument True, pixels whose target is ``IGNORE`` are left out, as if the batch had no such pixels; 0 where it has no others.
-    It must be True where there are any: looking them up here would make the program wait for a GPU.
+    If the third argument is True, pixels whose target is ``IGNORE`` are left out; the loss is 0 if no others remain. It must be True if there
+    are any: searching for them here would wait for the GPU.
     """
     registry = registry or Registry()
     weights = {name: weight for name, weight in weighted_terms(text).items() if weight}
@@ -56,7 +56,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Of each class against the rest."""
+    """Loss of each class against the rest."""
     return F.binary_cross_entropy_with_logits(logits, F.one_hot(target, logits.shape[1]).movedim(-1, 1).float())
 
 
@@ -91,9 +91,9 @@ def _smp(name: str) -> Any:
 def two_classes(logits_B2HW: Tensor, target_BHW: Tensor, ce: float, dice: float) -> Tensor:
     """``ce`` times cross-entropy plus ``dice`` times smp's multi-class Dice loss, for two classes.
 
-    The same value and gradient to rounding, for a quarter of the time: two classes have one number that decides, the margin, and their sums
-    follow from three. Measured for a tile of 224 px on one core, backwards included: 2.0 ms by torch and smp, nearly as much as the
-    `bilinear` head with everything else.
+    The same value and gradient up to rounding, in a quarter of the time: with two classes everything follows from the difference of the
+    logits. Measured for a tile of 224 px on one core, backward pass included: torch and smp take 2.0 ms, nearly as much as the rest of a
+    step of the `bilinear` head.
     """
     return _TwoClasses.apply(logits_B2HW, target_BHW, ce, dice)
 
@@ -101,19 +101,19 @@ def two_classes(logits_B2HW: Tensor, target_BHW: Tensor, ce: float, dice: float)
 class _TwoClasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_B2HW: Tensor, target_BHW: Tensor, ce: float, dice: float) -> Tensor:
-        # Wide sums; a Mac's GPU has none wider than its own numbers.
+        # Sums in double precision, which a Mac's GPU does not have.
         wide, pixels = torch.float32 if logits_B2HW.device.type == "mps" else torch.float64, (0, 1, 2)
         margin, cell = logits_B2HW[:, 1].float() - logits_B2HW[:, 0].float(), (target_BHW == 1).float()
         found, num = margin.sigmoid(), cell.numel()
         loss = margin.new_zeros((), dtype=wide)
         if ce:
-            # log(1 + exp(-|m|)) by log, not log1p: that is not vectorised (ten times slower), and what it adds is below 6e-8.
+            # log(1 + exp(-|m|)) by log, not log1p: log1p is not vectorised (ten times slower), and the difference is below 6e-8.
             smooth = margin.abs().neg_().exp_().add_(1).log_().sum(pixels, dtype=wide)
             loss = loss + ce / num * (smooth + margin.clamp_min(0).sum(pixels, dtype=wide) - (margin * cell).sum(pixels, dtype=wide))
         both, predicted, true = (x.sum(pixels, dtype=wide) for x in (found * cell, found, cell))
         hit = torch.stack([num - predicted - true + both, both])
         sizes = torch.stack([2 * num - predicted - true, predicted + true]).clamp_min(1e-7)
-        # As in smp, a class that is absent counts as right.
+        # As in smp, an absent class has no loss.
         there = torch.stack([num - true, true]) > 0
         loss = loss + dice * ((1 - 2 * hit / sizes) * there).mean(0)
         ctx.save_for_backward(found, cell, hit, sizes, there)
@@ -136,9 +136,9 @@ class _TwoClasses(torch.autograd.Function):
 
 
 def auxiliary_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...], kept_BHW: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy of the requested targets, each a mean over all pixels, summed; the truth as :func:`make_targets` gives it, (B, H, W, 2) uint8.
+    """Binary cross-entropy of the requested targets, each averaged over all pixels, then summed. Truth as from :func:`make_targets`, (B, H, W, 2) uint8.
 
-    ``kept_BHW`` bool: the pixels that count; None: all. 0 where none does.
+    ``kept_BHW`` bool: the pixels that count; None: all. The loss is 0 if none counts.
     """
     wanted = truth_BHW2[..., [TARGETS.index(aim) for aim in which]].movedim(-1, 1).float() / FULL
     if kept_BHW is not None:

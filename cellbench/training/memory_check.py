@@ -1,8 +1,8 @@
-"""Whether a frame, in which a backbone sees a whole image at once, fits into memory: estimated before anything is computed.
+"""Checks whether a whole image fits into memory as one backbone input. Estimated before anything is computed.
 
-Measured with a ViT-Ti/16 in float32, twice each: 124 and 136 bytes a place and feature dimension at the peak for a frame of 672x896 px, 80 and
-104 for 1344x1792, attention included, since the kernels of torch do not write it out. A head's share is counted, not guessed: what one of its training
-steps keeps for the way back, on a small frame.
+Measured with a ViT-Ti/16 in float32, twice each: a peak of 124 and 136 bytes per place and feature dimension for a frame of 672x896 px, 80 and
+104 for 1344x1792. This includes attention, since torch's kernels do not materialise it. The head's part is measured: the bytes that one training
+step saves for the backward pass, on a small frame.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from cellbench.training.model import SegmentationModel
 
 
 class InsufficientMemoryError(CellbenchError):
-    """Says what a whole image needs, what is there, and what to do."""
+    """A whole image does not fit into memory. The message gives the required and the free memory, and a remedy."""
 
 
 BYTES_PER_VALUE = 136
-"""Of the backbone, at the peak, for each place and feature dimension."""
+"""Peak memory of the backbone per place and feature dimension."""
 
 
 def free_bytes(device: torch.device) -> int:
-    """What could be had now, on the device."""
+    """Free memory of the device now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
 def backbone_bytes(backbone: FrozenBackbone, frame_px: Size) -> int:
-    """At the peak of one frame's pass."""
+    """Peak memory of the backbone for one frame."""
     if backbone.module is None:
         return 0
     return max(
@@ -49,7 +49,7 @@ def backbone_bytes(backbone: FrozenBackbone, frame_px: Size) -> int:
 
 
 def why_too_large(backbone: FrozenBackbone, frame_px: Size, more_bytes: int = 0) -> str:
-    """Why one frame (and ``more_bytes`` beside it) cannot be computed here; empty where it can."""
+    """Why one frame and ``more_bytes`` do not fit into memory; empty if they do."""
     needed, there = backbone_bytes(backbone, frame_px) + more_bytes, free_bytes(backbone.machine.device)
     if needed <= there:
         return ""
@@ -60,23 +60,23 @@ def why_too_large(backbone: FrozenBackbone, frame_px: Size, more_bytes: int = 0)
 
 
 def why_frames_too_large(runs: Sequence[RunSpec], models: Sequence[SegmentationModel], features: Features) -> str:
-    """Why the runs of a cohort that see whole images cannot be trained here; empty where they can, or see tiles."""
+    """Why the runs of a cohort with whole images cannot be trained here; empty if they can, or if they use tiles."""
     if not features.framing.whole:
         return ""
     frame_px = max(features.tile_px.values())
     area = frame_px[0] * frame_px[1]
-    # A batch is learned from at once; one run after the other.
+    # A batch is processed at once, one run after the other.
     most = max(run.batch_size * area * _step_bytes(run, model, features) for run, model in zip(runs, models, strict=True))
     return why_too_large(features.backbone, frame_px, int(most))
 
 
 def _step_bytes(run: RunSpec, model: SegmentationModel, features: Features) -> float:
-    """What a training step of a head keeps, in bytes for each pixel of a frame, its maps included."""
+    """Bytes per pixel of a frame that a training step of a head saves for the backward pass, its maps included."""
     side = features.framing.side_px
     device = features.backbone.machine.device
     pixels = torch.zeros(1, 3, side, side, device=device)
     batch = Batch(features.backbone.maps(pixels), pixels, torch.zeros(1, side, side, dtype=torch.long, device=device))
-    probe = copy.deepcopy(model).train()  # batch norm would remember the zeros
+    probe = copy.deepcopy(model).train()  # batch norm would include the zeros in its statistics
     kept: dict[int, int] = {}
 
     def count(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A run's trainable part, built from its cards: the head with seeded weights, and the levels of the backbone that it reads."""
+"""The trainable part of a run, built from its cards: the head with seeded weights, and an unfrozen tail of the backbone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cellbench.training.randomness import ModelRandomness
 
 
 class SegmentationModel(nn.Module):
-    """A head, the indices of the levels that it reads, and, where the run trains the backbone's last blocks, its tail."""
+    """A head, the levels that it reads, and the backbone's last blocks (the tail) if the run trains them."""
 
     def __init__(
         self,
@@ -33,17 +33,17 @@ class SegmentationModel(nn.Module):
         super().__init__()
         self.head, self.tail = head, tail
         self.auxiliary_targets = auxiliary_targets
-        """What it learns beside the classes; each the output channel at its place after those of the classes."""
+        """Targets beside the classes. Each has one output channel, after those of the classes, in this order."""
         self.num_classes = head.num_classes - len(auxiliary_targets)
         self._levels, self._num_frozen = levels, num_frozen
         self.seconds = 0.0
-        """Spent by this model alone in decoding whole images so far."""
+        """Wall time of this model for decoding whole images so far."""
         self.cpu_seconds = 0.0
-        """Of the processor, by the threads that decoded."""
-        self.draws = ModelRandomness(self)
+        """CPU time of the decoding threads."""
+        self.randomness = ModelRandomness(self)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Class scores (B, K, T, T) before softmax, for every pixel of the batch's tiles; then a channel before the sigmoid for each aim."""
+        """Class scores (B, K, T, T) before softmax, for every pixel of the batch's tiles, then one channel of logits for each auxiliary target."""
         if self.tail is None:
             return self.head([batch.maps[level.index] for level in self._levels], batch.pixels)
         deep = tuple(level.index for level in self._levels if level.index >= self._num_frozen)
@@ -54,13 +54,13 @@ class SegmentationModel(nn.Module):
 
     def decode(self, batch: Batch) -> Tensor:
         """As :meth:`forward`, in eval mode and deterministic."""
-        with self.draws.fixed():
+        with self.randomness.fixed():
             return self(batch)
 
     def groups(self, run: RunSpec) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser, each with its share of the learning rate.
 
-        All of it for the head; ``tail_lr_scale`` for the last block and the norm of a tail, ``layer_decay`` times less for each earlier block
+        The share is 1 for the head, ``tail_lr_scale`` for the tail's norm and last block, and ``layer_decay`` times less for each earlier block
         (Clark et al. 2020, ELECTRA).
         """
         groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "share": 1.0}]
@@ -73,7 +73,7 @@ class SegmentationModel(nn.Module):
 
     @property
     def num_params(self) -> int:
-        """Trained by the run: the head's, and the tail's."""
+        """Number of trained parameters: of the head and of the tail."""
         return sum(p.numel() for p in self.parameters())
 
 
@@ -83,10 +83,10 @@ def num_levels(card: HeadCard | BaselineCard) -> int:
 
 
 def build_model(run: RunSpec, card: HeadCard | BaselineCard, backbone: FrozenBackbone, num_classes: int) -> SegmentationModel:
-    """The run's trainable part from the card of its head or baseline, with weights that depend on its seed alone, on the backbone's device."""
+    """Builds the run's trainable part from the card of its head or baseline, on the backbone's device. Its weights depend on the seed only."""
     levels = () if run.baseline else backbone.levels(num_levels(card))
     build, auxiliary_targets = load(card), requested(run.targets)
-    with torch.random.fork_rng(devices=[]):  # other random numbers must not depend on how many heads were built
+    with torch.random.fork_rng(devices=[]):  # other random numbers must not depend on the number of heads built
         torch.manual_seed(run.seed)
         try:
             head = build(levels, num_classes + len(auxiliary_targets), **run.options)

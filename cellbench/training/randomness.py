@@ -1,10 +1,10 @@
-"""Random numbers that a model draws while it computes, as dropout does: the same for the same seed, whoever else computes at the same time.
+"""Makes the random numbers of a model (as of dropout) repeatable: the same for the same seed, whatever else runs at the same time.
 
-torch draws from one generator for all threads of a process, and a GPU has another. So a step that draws has the generators to itself, seeded for
-it, until it is done; and what a GPU would draw is drawn on the processor, so that both learn from the same numbers. A model of the package's own
-layers draws nothing, and pays nothing for it. Others are watched: a step of theirs waits for no other as long as it draws nothing.
+torch has one generator for all threads of a process, and another for each GPU. So a step that draws random numbers locks the generators and seeds
+them until it is done. Random numbers for a GPU are drawn on the CPU, so that both train with the same numbers. Models of known deterministic layers
+have no overhead. Other models are observed: their steps run in parallel as long as they draw nothing.
 
-Drawn elsewhere than by torch's functions, with numpy say, numbers are not seeded; the contract "repeatable" says so.
+Random numbers drawn outside torch, as with numpy, are not seeded; the check "repeatable" of plug-ins detects them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 _GENERATORS = threading.RLock()
-"""Held while torch's generators, which are the whole process's, are seeded for one step."""
+"""Held while torch's global generators are seeded for one step."""
 
 _LAYERS = tuple(
     f"torch.nn.modules.{name}"
@@ -32,40 +32,40 @@ _LAYERS = tuple(
     )
 )  # fmt: skip
 _RANDOM_LAYERS = ("FractionalMaxPool2d", "FractionalMaxPool3d", "MultiheadAttention", "RReLU")
-"""Those of ``_LAYERS`` that draw."""
+"""Layers in the modules of ``_LAYERS`` that draw random numbers."""
 _SWITCHES = ("dropout_p", "train", "training")
-"""Arguments by which an operation that may draw says whether it does: attention with ``dropout_p = 0`` draws nothing."""
+"""Arguments that switch randomness off: attention with ``dropout_p = 0`` draws nothing."""
 _ON_DEVICE = ("_", "rrelu", "rnn", "lstm", "gru", "miopen")
-"""Operations, by how their names begin, that draw where their tensors are: fused ones, which no processor has in the same form."""
+"""Prefixes of operations that draw on their own device: fused GPU kernels without an equal on the CPU."""
 
 
 class ModelRandomness:
     """The random numbers of one model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._weight = next(model.parameters())  # says where the model is; the model itself would make a circle, which frees memory late
-        self.never = all(_is_quiet(module) for module in model.modules())
-        """Whether the model is known to draw nothing."""
-        self.expected = not self.never
-        """Whether its next step may draw: unknown for a layer that is not ours until a step has drawn nothing."""
+        self._weight = next(model.parameters())  # gives the device; a reference to the model would be a cycle, which delays freeing memory
+        self.never_draws = all(_is_deterministic(module) for module in model.modules())
+        """Whether the model is known to draw no random numbers."""
+        self.may_draw = not self.never_draws
+        """Whether the next step may draw random numbers: for unknown layers, until a step has drawn none."""
 
     @contextlib.contextmanager
     def seeded(self, *seed: int) -> Iterator[SeededDraws | None]:
-        """For one step, backward pass included: random numbers drawn inside follow from ``seed`` alone.
+        """For one step, backward pass included: random numbers drawn inside depend on ``seed`` only.
 
-        ``seed``: non-negative integers. Yields None where nothing can be drawn.
+        ``seed``: non-negative integers. Yields None if the model never draws.
         """
-        if self.never:
+        if self.never_draws:
             yield None
             return
-        with SeededDraws(seed, self._device, at_once=self.expected) as drawing:
+        with SeededDraws(seed, self._device, at_once=self.may_draw) as drawing:
             yield drawing
-        self.expected = drawing.drew
+        self.may_draw = drawing.drew
 
     @contextlib.contextmanager
     def fixed(self) -> Iterator[None]:
-        """For one forward pass in eval mode: a model that draws even there gives the same for the same batch."""
-        if self.never:
+        """For one forward pass in eval mode: even a model that draws there gives the same output for the same batch."""
+        if self.never_draws:
             yield
             return
         with SeededDraws((), self._device):
@@ -77,10 +77,10 @@ class ModelRandomness:
 
 
 class SeededDraws(TorchDispatchMode):
-    """Inside ``with``, this thread's random operations of torch draw from generators seeded with ``seed``.
+    """Context in which torch's random operations in this thread use generators seeded with ``seed``.
 
-    They are seeded at the first draw, or ``at_once``: needed where the state of the generators is read before anything is drawn, as activation
-    checkpointing does.
+    They are seeded at the first draw, or immediately with ``at_once``. Activation checkpointing needs that: it reads the generators' state
+    before the first draw.
     """
 
     def __init__(self, seed: Sequence[int], device: torch.device, *, at_once: bool = False) -> None:
@@ -103,7 +103,7 @@ class SeededDraws(TorchDispatchMode):
             self._begun.close()
 
     def backward(self) -> None:
-        """Says that the forward pass is done. What drew nothing need not be watched any longer: a backward pass draws only what is drawn again."""
+        """Marks the end of the forward pass. If it drew nothing, neither will the backward pass, which only repeats draws; observation ends."""
         if not self.drew:
             self._close()
 
@@ -120,7 +120,7 @@ class SeededDraws(TorchDispatchMode):
         self._begun.enter_context(_GENERATORS)
         self._begun.enter_context(torch.random.fork_rng(devices=[self._device] if on_gpu else []))
         number = int(np.random.SeedSequence([len(self._seed), *self._seed]).generate_state(1, np.uint64)[0] >> 1)
-        torch.default_generator.manual_seed(number)  # torch.manual_seed would wake a GPU that nobody uses
+        torch.default_generator.manual_seed(number)  # torch.manual_seed would initialise an unused GPU
         if on_gpu:
             with torch.cuda.device(self._device):
                 torch.cuda.manual_seed(number)
@@ -131,7 +131,7 @@ class SeededDraws(TorchDispatchMode):
             return func(*args, **kwargs)
         self.drew = True
         self._begin()
-        # A generator of the model's own would be in no checkpoint.
+        # A generator that belongs to the model would not be saved in checkpoints.
         args, kwargs = tree_map(lambda x: None if isinstance(x, torch.Generator) else x, (tuple(args), dict(kwargs)))
         if self._device.type == "cpu" or func._schema.name.removeprefix("aten::").startswith(_ON_DEVICE):
             return func(*args, **kwargs)
@@ -139,7 +139,7 @@ class SeededDraws(TorchDispatchMode):
 
 
 def draw_on_cpu(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Any:
-    """What ``func`` gives with the numbers that it would draw on a processor, on ``device``. It may change its first argument in place, no other."""
+    """The result of ``func`` with random numbers drawn on the CPU, moved to ``device``. ``func`` may change its first argument in place, no other."""
     copies: list[tuple[Tensor, Tensor]] = []
 
     def down(x: Any) -> Any:
@@ -158,8 +158,8 @@ def draw_on_cpu(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     return tree_map(up, func(*here, **named))
 
 
-def _is_quiet(module: nn.Module) -> bool:
-    """Whether a module is known to draw nothing: one of torch's plain layers, or of the package, whose heads a test watches."""
+def _is_deterministic(module: nn.Module) -> bool:
+    """Whether a module is known to draw no random numbers: torch's plain layers, and layers of this package, which a test checks."""
     kind = type(module)
     known = kind.__module__.startswith("cellbench.") or (kind.__module__ in _LAYERS and kind.__name__ not in _RANDOM_LAYERS)
     return known and not module._forward_hooks and not module._forward_pre_hooks
@@ -171,7 +171,7 @@ def _is_random(func: Any) -> bool:
 
 
 def _switches(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The values of an operation's switches, as far as they are given or have a default."""
+    """The values of an operation's switches that are given or have a default."""
     named = [
         (one.name, args[place] if place < len(args) else kwargs.get(one.name, one.default_value))
         for place, one in enumerate(func._schema.arguments)

@@ -1,4 +1,4 @@
-"""Tunes how touching cells are separated, for each run on its own predictions for the validation images.
+"""Tunes the separation of touching cells for each run, on its own predictions for the validation images.
 
 It costs one more pass over at most ``MOST_IMAGES`` validation images, and 0.2 s an image and run on 1600x1200.
 """
@@ -21,14 +21,14 @@ from cellbench.training.model import SegmentationModel
 from cellbench.training.tiled_inference import segment_images
 
 MOST_IMAGES = 16
-"""The first of the validation images: a few hundred cells suffice for one parameter of ten values."""
+"""Number of validation images used, the first ones: a few hundred cells suffice for one parameter with ten values."""
 
 Answer = tuple[np.ndarray, np.ndarray | None]
 """A class map (H, W) uint8, and the boundary depth (H, W) uint8 where the model predicts it."""
 
 
 def tune_separation(models: Sequence[SegmentationModel], features: Features, dataset: Dataset) -> list[SeparationParams]:
-    """For each model the separation with the best AP50 on the validation images."""
+    """The separation with the best AP50 on the validation images, for each model."""
     # Closed after enough images: the tiles of the others are never decoded.
     with contextlib.closing(segment_images(models, features, "val")) as answers:
         return choose_separations(
@@ -37,7 +37,7 @@ def tune_separation(models: Sequence[SegmentationModel], features: Features, dat
 
 
 def choose_separations(dataset: Dataset, num: int, answers: Iterable[tuple[int, Sequence[Answer]]]) -> list[SeparationParams]:
-    """The same from the numbers of validation images, in any order, with ``num`` predictions for each."""
+    """The same from pairs of a validation image's number and its ``num`` predictions, in any order."""
     least = MIN_AREA_PX if dataset.min_cell_px is None else dataset.min_cell_px
     tunings = [SeparationTuner(least, owners=dataset.owners) for _ in range(num)]
     with ThreadPoolExecutor(min(num, os.cpu_count() or 1), "tuning") as pool:

@@ -1,6 +1,6 @@
-"""Whole images through several models at once: tiles decoded by every run, blended, scored. The backbone runs once for all.
+"""Segments whole images with several models at once: each decodes the tiles, blends them and is scored. The backbone runs once for all models.
 
-Scores of framed images are brought to the images' own pixels before a class is chosen: the mask is always scored at its own size.
+Scores of framed images are resized to the image before the class is chosen, so the mask is always scored at its own size.
 
 Letters: K classes, H x W image (H' x W' framed), B tiles of T x T.
 """
@@ -32,17 +32,17 @@ class SegmentedImage:
     """One model's prediction for one image."""
 
     classes: np.ndarray
-    """(H, W) uint8: the likeliest class of each pixel."""
+    """(H, W) uint8: the most probable class of each pixel."""
     cell: np.ndarray
     """(H, W) uint8: the probability of not being background, 0..255."""
     boundary_depth: np.ndarray | None = None
-    """(H, W) uint8: how high each pixel lies in its cell, 0..255, where the model learned it (``cellbench.data.transforms.cell_targets``)."""
+    """(H, W) uint8: depth of each pixel in its cell, 0..255, where the model predicts it (``cellbench.data.transforms.cell_targets``)."""
     finite: bool = True
-    """Whether all scores were finite; where not, the rest is not a prediction."""
+    """Whether all scores are finite. If not, the other fields are invalid."""
 
 
 def foreground_probabilities(logits_BKHW: Tensor) -> Tensor:
-    """The probabilities (B, K-1, H, W), float32, of all classes but the background, whose own is what is missing to one."""
+    """The probabilities (B, K-1, H, W), float32, of all classes except the background. The background has the rest to 1."""
     logits = logits_BKHW.float()
     if logits.shape[1] == 2:  # half the exponentials, and half of everything after
         return (logits[:, 1:] - logits[:, :1]).sigmoid_()
@@ -50,9 +50,9 @@ def foreground_probabilities(logits_BKHW: Tensor) -> Tensor:
 
 
 def output_channels(logits_BCTT: Tensor, model: SegmentationModel) -> Tensor:
-    """What is blended of a model's output: the foreground's probabilities (B, K-1, T, T), then the boundary depth (B, 1, T, T) where it predicts one.
+    """The channels of a model's output that are blended: foreground probabilities (B, K-1, T, T), then boundary depth (B, 1, T, T) if predicted.
 
-    NaN at each pixel with a score that is not finite, which a softmax would turn into a probability of 0 or 1.
+    NaN at each pixel with a non-finite score; a softmax would turn such a score into a probability of 0 or 1.
     """
     found = foreground_probabilities(logits_BCTT[:, : model.num_classes])
     found = (
@@ -64,7 +64,7 @@ def output_channels(logits_BCTT: Tensor, model: SegmentationModel) -> Tensor:
 
 
 def mark_non_finite(logits_BCHW: Tensor) -> Tensor:
-    """Zeros (B, 1, H, W) float32, and NaN at each pixel with a score that is not finite."""
+    """Zeros (B, 1, H, W) float32, with NaN at each pixel with a non-finite score."""
     return (logits_BCHW.float() * 0).sum(1, keepdim=True)
 
 
@@ -85,10 +85,12 @@ def segment_images(
 ) -> Generator[tuple[int, list[SegmentedImage]], None, None]:
     """For each image of a split, in order: its number and each model's prediction, blended from its tiles."""
     with WorkerPool(features.backbone.machine.lanes) as pool:
-        sheets = [_Sheets(model.eval(), features, split) for model in models]
+        stitchers = [_ImageStitcher(model.eval(), features, split) for model in models]
         done, missing = 0, len(features.grid(split, 0))
         for batch, images in features.tiles(split, pool):
-            found = pool.run_all([functools.partial(sheet.add, batch, images) for sheet in sheets], [model.seconds for model in models])
+            found = pool.run_all(
+                [functools.partial(stitcher.add, batch, images) for stitcher in stitchers], [model.seconds for model in models]
+            )
             missing -= len(images)
             while missing <= 0 and done < len(features.pixels[split]):
                 yield done, [answers.pop(0) for answers in found]
@@ -96,15 +98,15 @@ def segment_images(
                 missing += len(features.grid(split, done)) if done < len(features.pixels[split]) else 0
 
 
-class _Sheets:
-    """One model's predictions, image after image, each completed band by band as its tiles come."""
+class _ImageStitcher:
+    """Builds one model's predictions, image by image, from bands that are completed as their tiles arrive."""
 
     def __init__(self, model: SegmentationModel, features: Features, split: str) -> None:
         self._model, self._features, self._split = model, features, split
         self._now, self._num = -1, model.num_classes - 1
 
     def add(self, batch: Batch, images: list[int]) -> list[SegmentedImage]:
-        """Adds the next tiles and the images that they are of; returns the predictions that are complete."""
+        """Adds the next tiles, with the image number of each. Returns the completed predictions."""
         start, start_cpu, done = time.perf_counter(), time.thread_time(), []
         with torch.inference_mode():
             with self._features.backbone.machine.autocast():
@@ -125,7 +127,7 @@ class _Sheets:
         self._grid, self._size_px = self._features.grid(self._split, image), self._features.pixels[self._split].sizes_px[image]
         self._now, self._missing = image, len(self._grid)
         device, auxiliary = self._features.backbone.machine.device, bool(self._model.auxiliary_targets)
-        # On the device until the image is whole: one copy an image.
+        # On the device until the image is complete: one copy per image.
         self._maps = torch.empty(2 + auxiliary, *self._size_px, dtype=torch.uint8, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._stitcher = Stitcher(self._grid, self._num + auxiliary, device)
@@ -137,7 +139,7 @@ class _Sheets:
             if self._features.framing.exact:
                 self._write(y, band_KHW)
                 continue
-            self._bands.append(band_KHW)  # the whole framed image is needed: a band alone would be resized without its neighbours
+            self._bands.append(band_KHW)  # resizing a band alone would ignore its neighbours
             if y + band_KHW.shape[1] == self._grid.height_px:
                 self._write(0, self._features.framing.back(torch.cat(self._bands, 1), self._size_px))
                 self._bands = []
@@ -169,28 +171,28 @@ def score_images(
 def score_tiles(
     models: Sequence[SegmentationModel], features: Features, split: str, watch: ValidationCallback, pool: WorkerPool
 ) -> list[np.ndarray]:
-    """Each model's confusion matrix (K, K) over all pixels of a split, every pixel scored once, from the tile whose middle is nearest.
+    """Each model's confusion matrix (K, K) over all pixels of a split. Each pixel is scored once, from the tile with the nearest centre.
 
-    For validation, where seams do not matter: without blending it costs a third of :func:`score_images`. Where framed pixels are not the
-    image's own, its scores are put together, unblended, and judged at its own pixels, so that framings can be compared. ``watch`` is
-    shown each model's number, logits and batch, in one of the ``lanes``.
+    For validation, where seams do not matter: without blending it costs a third of :func:`score_images`. If the framing changes the
+    image size, scores are joined without blending and resized to the image, so that framings can be compared. ``watch`` is called
+    with each model's number, logits and batch, in a thread of the ``pool``.
     """
-    kind = _Judge if features.framing.exact else _FramedJudge
-    judges = [kind(model.eval(), features, split, functools.partial(watch, k)) for k, model in enumerate(models)]
+    kind = _TileScorer if features.framing.exact else _FramedTileScorer
+    scorers = [kind(model.eval(), features, split, functools.partial(watch, k)) for k, model in enumerate(models)]
     places = (
-        _Place(image, y, x, *own)
+        _TilePlace(image, y, x, *own)
         for image in range(len(features.pixels[split]))
         for grid in [features.grid(split, image)]
         for (y, x), own in zip(grid, grid.owned(), strict=True)
     )
     for batch, images in features.tiles(split, pool):
         mine = [next(places) for _ in images]
-        pool.run_all([functools.partial(judge.add, batch, mine) for judge in judges], [model.seconds for model in models])
-    return [judge.counts.cpu().numpy() for judge in judges]
+        pool.run_all([functools.partial(scorer.add, batch, mine) for scorer in scorers], [model.seconds for model in models])
+    return [scorer.counts.cpu().numpy() for scorer in scorers]
 
 
-class _Place(NamedTuple):
-    """Where a tile lies, and which of its rows and columns are its own to judge."""
+class _TilePlace(NamedTuple):
+    """The position of a tile, and the rows and columns that are scored from it."""
 
     image: int
     y: int
@@ -199,26 +201,26 @@ class _Place(NamedTuple):
     columns: slice
 
 
-class _Judge:
-    """One model's confusion matrix, tile by tile, at the tiles' own pixels."""
+class _TileScorer:
+    """Adds up one model's confusion matrix tile by tile, at the pixels of the tiles."""
 
     def __init__(self, model: SegmentationModel, features: Features, split: str, watch: Callable[[Tensor, Batch], None]) -> None:
         self._model, self._features, self._split, self._watch = model, features, split, watch
         num = model.num_classes
         self.counts = torch.zeros(num, num, dtype=torch.int64, device=features.backbone.machine.device)
-        """On the device: a GPU would have to be waited for after each batch."""
+        """On the device, to avoid waiting for the GPU after each batch."""
 
-    def add(self, batch: Batch, places: Sequence[_Place]) -> None:
-        """Judges a batch whose tiles lie at ``places``."""
+    def add(self, batch: Batch, places: Sequence[_TilePlace]) -> None:
+        """Scores a batch whose tiles lie at ``places``."""
         start = time.perf_counter()
         with torch.inference_mode():
             with self._features.backbone.machine.autocast():
                 logits = self._model.decode(batch)
             self._watch(logits, batch)
-            self._judge(logits[:, : len(self.counts)], batch, places)
+            self._score(logits[:, : len(self.counts)], batch, places)
         self._model.seconds += time.perf_counter() - start
 
-    def _judge(self, logits_BKTT: Tensor, batch: Batch, places: Sequence[_Place]) -> None:
+    def _score(self, logits_BKTT: Tensor, batch: Batch, places: Sequence[_TilePlace]) -> None:
         target_BTT = batch.target
         own_BTT = torch.zeros(target_BTT.shape, dtype=torch.bool)
         for own_TT, place in zip(own_BTT, places, strict=True):
@@ -229,29 +231,29 @@ class _Judge:
         self.counts += masked_confusion(logits_BKTT, target_BTT, own_BTT)
 
 
-class _FramedJudge(_Judge):
-    """The same where framed pixels are not the image's own: its scores are put together first, and resized to its pixels."""
+class _FramedTileScorer(_TileScorer):
+    """The same for framings that change the image size: scores are joined first, then resized to the image."""
 
     _left = 0
 
-    def _judge(self, logits_BKTT: Tensor, batch: Batch, places: Sequence[_Place]) -> None:
+    def _score(self, logits_BKTT: Tensor, batch: Batch, places: Sequence[_TilePlace]) -> None:
         found_BKTT = foreground_probabilities(logits_BKTT)
         for found_KTT, place in zip(found_BKTT, places, strict=True):
             if not self._left:
                 grid = self._features.grid(self._split, place.image)
                 self._left = len(grid)
-                self._sheet_KHW = found_KTT.new_empty(len(found_KTT), grid.height_px, grid.width_px)
+                self._canvas_KHW = found_KTT.new_empty(len(found_KTT), grid.height_px, grid.width_px)
             down, right = (slice(at + own.start, at + own.stop) for at, own in ((place.y, place.rows), (place.x, place.columns)))
-            self._sheet_KHW[:, down, right] = found_KTT[:, place.rows, place.columns]
+            self._canvas_KHW[:, down, right] = found_KTT[:, place.rows, place.columns]
             self._left -= 1
             if not self._left:
                 truth = self._features.pixels[self._split][place.image][1]
-                classes = argmax_classes(self._features.framing.back(self._sheet_KHW, truth.shape)).cpu().numpy()
+                classes = argmax_classes(self._features.framing.back(self._canvas_KHW, truth.shape)).cpu().numpy()
                 self.counts += torch.from_numpy(confusion_matrix(truth, classes, len(self.counts))).to(self.counts.device)
 
 
 def masked_confusion(logits_BKHW: Tensor, target_BHW: Tensor, where_BHW: Tensor) -> Tensor:
-    """The confusion matrix (K, K) int64 of the likeliest classes over the pixels ``where_BHW``, on their device; a tie goes to the lower number."""
+    """The confusion matrix (K, K) int64 of the most probable classes over the pixels ``where_BHW``, on their device; a tie goes to the lower number."""
     num = logits_BKHW.shape[1]
     if num == 2:  # sums of bytes, a quarter of the cost of counting pairs of numbers
         found, true = (logits_BKHW[:, 1] > logits_BKHW[:, 0]) & where_BHW, (target_BHW == 1) & where_BHW

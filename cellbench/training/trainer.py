@@ -28,7 +28,7 @@ from cellbench.training.model import SegmentationModel
 
 
 class Recorder(Protocol):
-    """Receives the numbers of a run, and may end it."""
+    """Receives the metrics of a run, and may end it."""
 
     def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
         """Records the metrics of an epoch. False: the run ends as pruned."""
@@ -39,7 +39,7 @@ class Recorder(Protocol):
 
 @dataclass
 class HeadTrainer:
-    """One run in training."""
+    """Trains the head of one run."""
 
     run: RunSpec
     model: SegmentationModel
@@ -47,7 +47,7 @@ class HeadTrainer:
     num_views: int
     """Tiles per epoch."""
     registry: Registry = field(default_factory=Registry)
-    """Where the loss is looked up."""
+    """Source of the loss function."""
     epoch: int = 0
     """The next epoch."""
     best_epoch: int = -1
@@ -55,11 +55,11 @@ class HeadTrainer:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     train_s: float = 0.0
-    """Wall time of this head's training steps. On a GPU: the time to queue the work, unless something waits for it."""
+    """Wall time of this head's training steps. On a GPU: the time to queue the work, unless something synchronises."""
     train_cpu_s: float = 0.0
-    """Processor time of the same, hardly affected by other processes."""
+    """CPU time of the same, hardly affected by other processes."""
     trunk_s: float = 0.0
-    """Wall time of the backbone, which the cohort shares, in the epochs of this run, also those before an interruption."""
+    """Wall time of the backbone, shared by the cohort, in all epochs of this run, including those before an interruption."""
     trunk_cpu_s: float = 0.0
     ended: str = ""
     """Why it stopped: ``done``, ``stopped early``, ``pruned`` or ``failed: …``; empty while it trains."""
@@ -71,7 +71,7 @@ class HeadTrainer:
             self.model.groups(self.run), lr=self.run.lr, weight_decay=self.run.weight_decay, capturable=on_gpu
         )
         self._graphs: dict[int, GraphedStep | None] = {}
-        """By the size of the mini-batch; None where the step cannot be captured."""
+        """By mini-batch size; None if the step cannot be captured."""
         self.steps_per_epoch = len(batch_sizes(self.num_views, self.run.batch_size))
         self._val_sum, self._val_num = torch.zeros(()), 0
 
@@ -84,7 +84,7 @@ class HeadTrainer:
         self._loss_sum = torch.zeros((), device=self.device)
 
     def train_on(self, chunk: Batch) -> None:
-        """Takes a step for each whole mini-batch that is available; the rest waits for the next chunk. A failed run ignores it."""
+        """Takes a step for each complete mini-batch; remaining tiles wait for the next chunk. Does nothing if the run has ended."""
         if self.ended:
             return
         start, start_cpu = time.perf_counter(), time.thread_time()
@@ -105,7 +105,7 @@ class HeadTrainer:
     def _train_step(self, batch: Batch) -> None:
         rate = self.lr(self.epoch * self.steps_per_epoch + self._step)
         for group in self.optimiser.param_groups:
-            if self.device.type == "cuda":  # where a captured step reads it
+            if self.device.type == "cuda":  # the captured step reads it there
                 group["lr"] = torch.as_tensor(group["lr"], device=self.device).fill_(rate * group["share"])
             else:
                 group["lr"] = rate * group["share"]
@@ -115,9 +115,9 @@ class HeadTrainer:
         self._step += 1
 
     def _update(self, batch: Batch) -> Tensor:
-        """One step of the optimiser; the loss before it."""
+        """Takes one step of the optimiser; returns the loss before it."""
         self.optimiser.zero_grad(set_to_none=True)
-        with self.model.draws.seeded(self.run.seed, self.epoch, self._step) as drawing:
+        with self.model.randomness.seeded(self.run.seed, self.epoch, self._step) as drawing:
             with self._machine.autocast():
                 logits = self.model(batch)
             loss = self.loss(logits, batch)
@@ -128,8 +128,8 @@ class HeadTrainer:
         return loss.detach()
 
     def _graphed(self, batch: Batch) -> GraphedStep | None:
-        """The captured step for this batch; None on a processor, and for steps that draw random numbers or leave out pixels."""
-        if self.device.type != "cuda" or batch.ignoring or not self.model.draws.never:
+        """The captured step for this batch; None on a CPU, and for steps that draw random numbers or ignore pixels."""
+        if self.device.type != "cuda" or batch.ignoring or not self.model.randomness.never_draws:
             return None
         if batch.num not in self._graphs:
             try:
@@ -166,7 +166,7 @@ class HeadTrainer:
     def add_validation(self, logits: Tensor, batch: Batch) -> None:
         """Adds a batch to the epoch's validation loss."""
         value = self.loss(logits, batch).detach()
-        # Summed where it was computed: a GPU would have to be waited for. A Mac's has no double precision.
+        # Summed on the device, to avoid waiting for a GPU. A Mac's GPU has no double precision.
         self._val_sum = self._val_sum.to(value.device) + (value if value.device.type == "mps" else value.double()) * batch.num
         self._val_num += batch.num
 
@@ -179,7 +179,7 @@ class HeadTrainer:
             "val/loss": float(self._val_sum) / max(self._val_num, 1),
             "lr": self.lr(self.epoch * self.steps_per_epoch),
         }
-        # Over the classes that validation masks hold, so that every epoch is judged by the same ones; where none holds a cell, by the loss.
+        # Over the classes in the validation masks, so that all epochs are compared by the same classes; by the loss if no mask has a cell.
         if counts[1:].any():
             pooled = pixel_scores(counts).of(pooled_classes(counts))
             row |= {"val/dice": pooled["dice"], "val/iou": pooled["iou"]}
@@ -195,7 +195,7 @@ class HeadTrainer:
         self.recorder.checkpoint(self.state())
 
     def _ending(self, row: dict[str, float], proceed: bool) -> str:
-        """``ended`` after this epoch."""
+        """The value of ``ended`` after this epoch."""
         if not math.isfinite(row["train/loss"]):
             return f"failed: the training loss became {row['train/loss']} in epoch {self.epoch}; a smaller lr than {self.run.lr:g} may help"
         if not math.isfinite(row["val/loss"]):
@@ -211,7 +211,7 @@ class HeadTrainer:
     # --- state --------------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What is needed to resume after this epoch with the same numbers: tensors, numbers and strings only."""
+        """The state to resume from after this epoch with the same numbers: tensors, numbers and strings only."""
         return {
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -235,14 +235,14 @@ class HeadTrainer:
         return next(self.model.parameters()).device
 
     def on(self, features: Features) -> HeadTrainer:
-        """Sets where it computes; returns itself."""
+        """Sets backbone and device; returns itself."""
         self._backbone, self._machine = features.backbone, features.backbone.machine
         return self
 
 
 @functools.cache
 def _graph_pool() -> Any:
-    """Memory that all captured steps of this process share."""
+    """Memory shared by all captured steps of this process."""
     return torch.cuda.graph_pool_handle()
 
 
@@ -252,7 +252,7 @@ _PROGRESS = ("epoch", "best_epoch", "best", "history", "train_s", "train_cpu_s",
 def batch_sizes(num_views: int, batch_size: int) -> list[int]:
     """The sizes of an epoch's mini-batches: as few as ``batch_size`` allows, and as equal as possible, the larger ones first.
 
-    A short last one would be a step of full weight from few tiles, and batch norm would take its statistics from them.
+    A short last mini-batch would be a full step from few tiles, with batch norm's statistics from these alone.
 
     >>> batch_sizes(9, 8)
     [5, 4]
@@ -262,14 +262,14 @@ def batch_sizes(num_views: int, batch_size: int) -> list[int]:
 
 
 class MiniBatches:
-    """Regroups an epoch's ``num_views`` tiles, which come in chunks of any size, into mini-batches of :func:`batch_sizes`, in the same order."""
+    """Regroups an epoch's ``num_views`` tiles from chunks of any size into mini-batches of :func:`batch_sizes`, in the same order."""
 
     def __init__(self, num_views: int, batch_size: int) -> None:
         self._sizes = batch_sizes(num_views, batch_size)
         self._held: list[Batch] = []
 
     def of(self, chunk: Batch) -> Iterator[Batch]:
-        """The mini-batches that are complete with this chunk."""
+        """Adds a chunk; yields the mini-batches that it completes."""
         self._held.append(chunk)
         while self._sizes and sum(batch.num for batch in self._held) >= self._sizes[0]:
             yield self._pop(self._sizes.pop(0))

@@ -16,7 +16,7 @@ TWO = replace(FP32, lanes=2)
 
 
 @pytest.mark.parametrize("num", [1, 3])
-def test_results_come_in_order_whoever_is_done_first(num):
+def test_results_keep_the_order_of_their_inputs(num):
     gate = threading.Event()
 
     def first():
@@ -29,7 +29,7 @@ def test_results_come_in_order_whoever_is_done_first(num):
 
 
 @pytest.mark.parametrize("num", [1, 3])
-def test_a_failure_in_a_lane_is_raised_where_its_result_was_due(num):
+def test_a_failure_in_a_thread_is_raised_in_place_of_its_result(num):
     def fail(n):
         if n == 4:
             raise ValueError("four")
@@ -44,7 +44,7 @@ def test_a_failure_in_a_lane_is_raised_where_its_result_was_due(num):
         assert list(pool.prefetch([1], lambda n: n, fail)) == [1]
 
 
-def test_who_stops_listening_leaves_no_work_behind():
+def test_stopping_the_iteration_cancels_pending_work():
     begun = []
     with WorkerPool(2) as pool:
         for _ in pool.prefetch(range(1000), lambda n: n, begun.append):
@@ -53,7 +53,7 @@ def test_who_stops_listening_leaves_no_work_behind():
 
 
 @pytest.mark.parametrize("settings", [{}, {"repeat_views_every": 1}, {"unfreeze": 1}], ids=["streamed", "kept", "unfrozen"])
-def test_runs_learn_the_same_in_two_lanes_as_in_one(small_folder, settings):
+def test_runs_train_the_same_with_two_threads_as_with_one(small_folder, settings):
     dataset = dataset_of(small_folder)
     runs = [run_of(head, batch_size=size, **settings) for head, size in (("bilinear", 4), ("fpn", 7), ("detail", 3))]
     one, two, alone = fitted(dataset, runs), fitted(dataset, runs, machine=TWO), fitted(dataset, runs[1:2], machine=TWO)
@@ -61,7 +61,7 @@ def test_runs_learn_the_same_in_two_lanes_as_in_one(small_folder, settings):
     assert same(one[1], alone[0])
 
 
-def test_images_are_segmented_the_same_in_two_lanes_as_in_one(small_folder):
+def test_images_are_segmented_the_same_with_two_threads_as_with_one(small_folder):
     dataset = dataset_of(small_folder)
     runs = [run_of("bilinear"), run_of("detail")]
     answers = []

@@ -54,7 +54,7 @@ def test_imported_modules_are_searched_once_and_a_callers_garbage_is_found():
 
 
 @pytest.mark.parametrize(("device", "cores", "threads", "lanes"), [("cpu", 2, 1, 2), ("cpu", 16, 4, 4), ("cuda", 16, 16, 1)])
-def test_a_processor_has_four_lanes_and_a_gpu_one(monkeypatch, device, cores, threads, lanes):
+def test_a_cpu_gets_four_threads_and_a_gpu_one(monkeypatch, device, cores, threads, lanes):
     set_to = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: set_to[-1])

@@ -85,7 +85,7 @@ def test_what_takes_a_second_is_timed_once(monkeypatch):
     assert speed.wall_s == pytest.approx(1 / 4)
 
 
-def test_features_that_are_kept_do_not_hide_what_the_backbone_takes(monkeypatch):
+def test_cached_features_do_not_hide_the_time_of_the_backbone(monkeypatch):
     made, features, segment = world("on disk", [2.0], 0.0)
     monkeypatch.setattr(cost_estimate, "segment_images", segment)
     list(segment([made]))
@@ -93,7 +93,7 @@ def test_features_that_are_kept_do_not_hide_what_the_backbone_takes(monkeypatch)
     assert speed.wall_s >= 2.0 / 4 + 3 * 0.01 / 2  # three tiles an image, of chunks of two
 
 
-def test_the_load_is_said_with_the_costs():
+def test_the_load_is_reported_with_the_costs():
     (here,), _ = group_models([finished_run(head, per_image_scores(mean, 0)) for head, mean in (("fpn", 0.9), ("bilinear", 0.8))])
     first, second = leaderboard_rows(here)
     assert describe_costs_load([first, second]) == "The load by other processes is not recorded."

@@ -96,7 +96,7 @@ def test_a_users_card_wins_over_the_shipped_one_and_adds_to_the_list(tmp_path: P
     assert registry.head("bilinear") == Registry().head("bilinear")
 
 
-def test_a_wrong_card_does_not_stand_in_the_way_of_others(tmp_path: Path) -> None:
+def test_a_wrong_card_does_not_affect_others(tmp_path: Path) -> None:
     written(tmp_path, "nonsense")
     assert Registry(tmp_path).head("fpn") == Registry().head("fpn")
 

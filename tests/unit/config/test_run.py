@@ -98,7 +98,7 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it_and_what_would_be_right(
         ('baselines = ["unet"]\n[grid]\nlr = [0.1, 0.2]', "[grid] lr"),
     ],
 )
-def test_a_question_that_contradicts_itself_is_refused(text: str, says: str) -> None:
+def test_a_contradictory_experiment_is_refused(text: str, says: str) -> None:
     assert says in refusal(text)
 
 
@@ -110,11 +110,11 @@ def test_a_question_that_contradicts_itself_is_refused(text: str, says: str) -> 
         'baselines = ["otsu", "otsu"]',
     ],
 )
-def test_the_same_run_is_never_asked_for_twice(text: str) -> None:
+def test_a_run_occurs_once_in_an_experiment(text: str) -> None:
     assert "twice" in refusal(text)
 
 
-def test_labels_tell_all_runs_apart_and_name_what_differs() -> None:
+def test_labels_are_unique_and_name_what_differs() -> None:
     runs = expand(experiment('baselines = ["otsu"]\n' + GRID + "lr = [0.1, 0.01]"))
     names = labels(runs)
     assert len(set(names)) == len(runs)
@@ -145,7 +145,7 @@ OTHER = {
 FIELDS = set(RunSpec.model_fields) - {"baseline"}  # excluded by a backbone
 
 
-def test_every_field_has_another_value_to_be_tried_with() -> None:
+def test_every_field_has_another_test_value() -> None:
     assert FIELDS - set(OTHER) == set()
 
 
@@ -198,13 +198,13 @@ def test_losses_are_read_as_written(text: str, weights: dict[str, float]) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "ce dice", "ce +", "-1 ce", "ce + ce", "0 ce", "1e-3 ce", "CE"])
-def test_a_loss_that_cannot_be_meant_is_refused(text: str) -> None:
+def test_an_invalid_loss_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"a sum like|twice|are 0"):
         weighted_terms(text)
 
 
 @pytest.mark.parametrize("path", sorted(shipped("experiments").glob("*.toml")), ids=lambda path: path.stem)
-def test_shipped_experiments_are_read_and_headed_by_what_they_ask(path: Path) -> None:
+def test_shipped_experiments_are_valid_and_begin_with_their_question(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert "cellbench.run" in text  # the command
@@ -212,7 +212,7 @@ def test_shipped_experiments_are_read_and_headed_by_what_they_ask(path: Path) ->
     assert Space.of(tree, path.name, Registry(), objectives()).dimensions if "space" in tree else expand(Experiment.of(tree, path.name))
 
 
-def test_every_run_key_can_be_asked_of_all_runs() -> None:
+def test_every_run_key_can_be_set_for_all_runs() -> None:
     assert not {"backbone", "head", "baseline", "options"} & set(RUN_KEYS)
     defaults = RUN.model_dump()
     tree = {"experiment": "e", "dataset": "d", "baselines": ["otsu"], "run": {key: defaults[key] for key in RUN_KEYS}}

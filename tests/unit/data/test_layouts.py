@@ -102,7 +102,7 @@ def test_a_manifest_or_coco_file_may_be_named_itself(tmp_path: Path) -> None:
     assert len(everything(opened(tmp_path / "two" / "annotations.json"))) == 6
 
 
-def test_images_of_one_name_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+def test_images_of_one_name_in_two_folders_get_different_names(tmp_path: Path) -> None:
     rows = ["image,mask"]
     for folder in ("a", "b"):
         pairs(tmp_path / "own" / folder, 3)
@@ -155,7 +155,7 @@ def test_a_card_beside_the_data_names_classes_and_colours(tmp_path: Path) -> Non
     assert "'builder' is not allowed in a card beside the data" in refusal(folder)
 
 
-def test_thresholds_part_classes(tmp_path: Path) -> None:
+def test_thresholds_separate_classes(tmp_path: Path) -> None:
     folder = pairs(tmp_path / "own")
     noisy = (cells(0) * 50 + np.random.default_rng(0).integers(0, 12, SIZE)).astype(np.uint8)
     Image.fromarray(noisy).save(folder / "masks" / "i0.png")
@@ -172,7 +172,7 @@ def test_thresholds_part_classes(tmp_path: Path) -> None:
         ({"colors": [[0, 0, 0], [0, 0, 300]]}, r"0\.\.255"),
     ],
 )
-def test_cards_that_cannot_be_meant_are_refused(facts: dict, says: str) -> None:
+def test_contradictory_cards_are_refused(facts: dict, says: str) -> None:
     with pytest.raises(CellbenchError, match=says):
         card_of(**facts)
 
@@ -258,7 +258,7 @@ def test_many_files_are_listed_by_names_alone(tmp_path: Path) -> None:
         ("image,mask\n", "holds no row"),
     ],
 )
-def test_manifests_that_cannot_be_meant_are_refused(tmp_path: Path, rows: str, says: str) -> None:
+def test_invalid_manifests_are_refused(tmp_path: Path, rows: str, says: str) -> None:
     folder = pairs(tmp_path / "own")
     (folder / "manifest.csv").write_text(rows)
     assert says in refusal(folder)
@@ -383,7 +383,7 @@ def test_each_category_is_a_class_of_its_own_or_what_the_card_says(
         ('categories = { blue = "" }', "holds no category 'blue'"),
     ],
 )
-def test_categories_of_which_the_card_says_nothing_are_asked_for(tmp_path: Path, card: str, says: str) -> None:
+def test_categories_missing_from_the_card_are_an_error_that_names_them(tmp_path: Path, card: str, says: str) -> None:
     assert says in refusal(coco_with(tmp_path / "own", categories("red", "white", "red", "red"), card))
 
 
@@ -405,7 +405,7 @@ def test_a_file_of_boxes_only_is_refused(tmp_path: Path) -> None:
     assert "no annotation has an outline, 24 of them with a box only" in refusal(coco_with(tmp_path / "own", change))
 
 
-def test_outlined_cells_that_others_cover_are_said(tmp_path: Path) -> None:
+def test_outlined_cells_that_others_cover_are_noted(tmp_path: Path) -> None:
     def change(tree: dict) -> None:
         tree["annotations"].append({**tree["annotations"][0], "id": 99})
 

@@ -58,7 +58,7 @@ def test_the_kaggle_layout_is_read_with_mixed_originals_and_rgb_masks(small_fold
             assert image[classes == 1, 1].mean() < image[classes == 0, 1].mean() - 50  # its own mask: cells are dark
 
 
-def test_kaggles_extra_folder_is_passed(small_folder: Path, tmp_path: Path) -> None:
+def test_kaggles_extra_folder_is_skipped(small_folder: Path, tmp_path: Path) -> None:
     outer = tmp_path / "download"
     outer.mkdir()
     small_folder.rename(outer / "BCCD Dataset with mask")
@@ -97,14 +97,14 @@ def test_names_are_taken_as_they_are(small_folder: Path, name: str) -> None:
     assert first.digest == again.digest
 
 
-def test_a_name_that_is_the_stem_of_another_is_told_from_it(small_folder: Path) -> None:
+def test_a_name_that_is_the_stem_of_another_is_not_confused_with_it(small_folder: Path) -> None:
     write_pair(small_folder / "train", "x.png", 50)
     write_pair(small_folder / "train", "x.png.png", 51)
     first = opened(small_folder)
     assert opened(small_folder).digest == first.digest
 
 
-def test_what_is_no_image_is_passed_over(small_folder: Path) -> None:
+def test_files_that_are_no_images_are_skipped(small_folder: Path) -> None:
     before = opened(small_folder).digest
     for place in ("train/original", "train/mask"):
         for name in ("Thumbs.db", ".hidden.png", "notes.txt", "._a0.png"):
@@ -382,7 +382,7 @@ def test_the_test_folder_is_never_trained_on(small_folder: Path) -> None:
         ({"train": 3, "val": []}, "cannot be read as a split"),
     ],
 )
-def test_a_split_that_cannot_be_meant_is_refused_and_left_as_it_is(small_folder: Path, record: object, says: str) -> None:
+def test_an_invalid_split_is_refused_and_left_as_it_is(small_folder: Path, record: object, says: str) -> None:
     path = small_folder / "splits.json"
     path.write_text(record if isinstance(record, str) else json.dumps(record))
     before = path.read_bytes()
@@ -462,7 +462,7 @@ def test_the_real_smears_are_read(shared: Path, tmp_path: Path) -> None:
     assert {sample.size_px for sample in data.train} == {(1200, 1600)}
 
 
-def test_a_persons_own_splits_are_meant_whatever_the_settings_say(small_folder):
+def test_a_users_own_split_applies_whatever_the_settings(small_folder):
     names = sorted(path.name for path in (small_folder / "train" / "original").iterdir())
     (small_folder / "splits.json").write_text(json.dumps({"train": names[:2], "val": names[2:]}))
     dataset = open_dataset(Registry().dataset("folder"), small_folder, DataSpec(val_fraction=0.5))

@@ -123,7 +123,7 @@ AMBIGUOUS = {
 
 
 @pytest.mark.parametrize("masks", AMBIGUOUS.values(), ids=list(AMBIGUOUS))
-def test_what_only_a_person_can_say_is_asked(masks: list[np.ndarray]) -> None:
+def test_ambiguous_masks_raise_a_question_for_the_user(masks: list[np.ndarray]) -> None:
     assert "Write" in decide_meaning(facts(masks)).ask
 
 

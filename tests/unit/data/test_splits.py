@@ -110,7 +110,7 @@ def test_sizes_are_stratified_without_decoding(tmp_path: Path) -> None:
     assert sum(int(sample.name.split("_")[1].split(".")[0]) % 4 == 0 for sample in found.test) == 1
 
 
-def test_what_was_drawn_is_read_again_and_each_question_has_its_own_file(tmp_path: Path) -> None:
+def test_a_written_split_is_read_again_and_each_setting_has_its_own_file(tmp_path: Path) -> None:
     first = split(tmp_path, pool(30), folds=3, fold=1, group="prefix")
     again = split_of(tmp_path, pool(30), (), DataSpec(folds=3, fold=1, group="prefix"))
     assert (again.record, again.place) == ("", first.place)
@@ -119,7 +119,7 @@ def test_what_was_drawn_is_read_again_and_each_question_has_its_own_file(tmp_pat
     assert len(places | {first.place}) == 5
 
 
-def test_a_persons_own_split_says_nothing_of_folds(tmp_path: Path) -> None:
+def test_a_users_own_split_is_not_used_for_folds(tmp_path: Path) -> None:
     (tmp_path / "splits.json").write_text(
         json.dumps({"train": [s.name for s in pool(30)[:20]], "val": [s.name for s in pool(30)[20:]], "test": []})
     )
@@ -147,7 +147,7 @@ def test_what_cannot_be_grouped_is_refused(tmp_path: Path, settings: dict, says:
 @pytest.mark.parametrize(
     "settings", [{"folds": 1}, {"folds": 3, "fold": 3}, {"fold": 1}, {"group_pattern": "("}, {"group_pattern": "patient"}]
 )
-def test_settings_that_cannot_be_meant_are_refused(settings: dict) -> None:
+def test_invalid_settings_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match=r"fold|regular|parentheses"):
         DataSpec(**settings)
 

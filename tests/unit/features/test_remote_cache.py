@@ -92,7 +92,7 @@ def test_a_shard_that_is_damaged_or_gone_there_is_computed_alone_and_put_there_a
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_who_reads_more_levels_computes_what_is_not_there_and_leaves_what_is(learn, computed, tmp_path):
+def test_a_run_that_reads_more_levels_computes_only_the_missing_ones(learn, computed, tmp_path):
     url = f"file://{tmp_path / 'there'}"
     fs, root = fsspec.core.url_to_fs(url)
     learn("one", url, RUNS[:1])
@@ -123,7 +123,7 @@ def test_a_shard_that_is_damaged_here_is_fetched_again(learn, computed, tmp_path
         ("file:///dev/null/features", "NotADirectoryError"),
     ],
 )
-def test_a_url_that_does_not_serve_costs_one_line_each_way_and_no_number(small_folder, learn, url, why):
+def test_an_unavailable_url_prints_one_line_each_way_and_changes_no_number(small_folder, learn, url, why):
     said: list[str] = []
     away = learn("one", url, said=said)
     lines = [line for line in said if "the shared cache" in line]
@@ -143,7 +143,7 @@ class Full(LocalFileSystem):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_url_keeps_nothing_half_written_is_told_once_and_still_read(tmp_path, monkeypatch):
+def test_a_full_url_keeps_no_partial_file_is_reported_once_and_still_read(tmp_path, monkeypatch):
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
     fsspec.register_implementation("full", Full, clobber=True)
     said: list[str] = []
@@ -162,7 +162,7 @@ def test_a_full_url_keeps_nothing_half_written_is_told_once_and_still_read(tmp_p
         shared.probe()
 
 
-def test_a_url_that_failed_is_asked_again_later(tmp_path, monkeypatch):
+def test_a_url_that_failed_is_tried_again_later(tmp_path, monkeypatch):
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("cellbench.features.remote_cache.PAUSE_S", 0.0)
     path, said = tmp_path / "cache" / "a", []

@@ -102,7 +102,7 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
     assert not any(computed)
 
 
-def test_a_shard_holds_the_levels_of_all_who_want_it(tmp_path, monkeypatch, small_shards):
+def test_a_shard_holds_the_levels_of_all_cohorts(tmp_path, monkeypatch, small_shards):
     place(tmp_path, monkeypatch)
     changes = [*KEPT[1::2], 'grid.head=["bilinear", "fpn"]', 'grid.backbone=["vit-tiny-random"]']
     experiment, data = read_experiment("small.toml", changes, data=Path("smears"))[0], Path("smears").absolute()

@@ -24,7 +24,7 @@ TOUCHING = discs((40, 40, 22), (40, 79, 22), (76, 60, 22), (90, 120, 15))
 
 
 @pytest.mark.parametrize("scale", [1, 2, 5])
-def test_touching_discs_are_parted_where_they_touch_at_any_magnification(scale):
+def test_touching_discs_are_separated_where_they_touch_at_any_magnification(scale):
     truth = np.kron(TOUCHING, np.ones((scale, scale), np.int32))
     found = cells(truth, 0.8)
     assert found.num == 4
@@ -41,7 +41,7 @@ def test_a_region_is_cut_and_never_shrunk(scale):
         assert np.array_equal(cells(truth, saddle_ratio, 0).ids > 0, truth > 0)
 
 
-def test_a_neck_of_nought_is_connected_regions():
+def test_saddle_ratio_zero_gives_connected_regions():
     classes = (np.random.default_rng(0).random((90, 110)) < 0.6).astype(np.uint8) * np.random.default_rng(1).integers(
         1, 3, (90, 110), np.uint8
     )
@@ -52,7 +52,7 @@ def test_a_neck_of_nought_is_connected_regions():
 
 
 @pytest.mark.parametrize("gap_px", [1, 2])
-def test_cells_that_the_mask_parts_stay_parted_to_the_pixel(gap_px):
+def test_gaps_in_the_mask_are_kept_to_the_pixel(gap_px):
     mask = np.zeros((300, 300), np.int32)
     mask[20:280, 20:280] = 1
     mask[:, 150 : 150 + gap_px] = 0  # far narrower than a block
@@ -70,7 +70,7 @@ def test_convex_cells_are_not_cut():
         assert [cells(shape, saddle_ratio).num for saddle_ratio in SADDLE_RATIOS if saddle_ratio <= 0.9] == [1] * (len(SADDLE_RATIOS) - 1)
 
 
-def test_more_neck_never_gives_fewer_cells():
+def test_a_higher_saddle_ratio_never_gives_fewer_cells():
     num = [cells(TOUCHING, saddle_ratio).num for saddle_ratio in SADDLE_RATIOS]
     assert num == sorted(num)
     assert num[0] == 2
@@ -91,7 +91,7 @@ def test_touching_cells_of_two_classes_are_two_cells_and_keep_their_class():
     assert sorted(found.classes[1:].tolist()) == [1, 2]
 
 
-def test_tuning_finds_the_neck_that_parts_and_leaves_alone_what_is_whole():
+def test_tuning_finds_the_saddle_ratio_that_separates_touching_cells_only():
     touching, whole = SeparationTuner(), SeparationTuner()
     dumbbell = discs((60, 50, 30), (60, 110, 30))
     dumbbell[50:70, 50:110] = 1
@@ -104,7 +104,7 @@ def test_tuning_finds_the_neck_that_parts_and_leaves_alone_what_is_whole():
     assert SeparationTuner().best() == SeparationParams()
 
 
-def test_a_neck_beyond_its_range_is_refused():
+def test_a_saddle_ratio_out_of_range_is_refused():
     with pytest.raises(ValueError, match="ratio"):
         DistanceWatershed(np.ones((4, 4), np.uint8)).instances(1.5, 0)
 
@@ -127,7 +127,7 @@ def test_an_image_without_a_cell_tunes_only_where_something_was_found_in_it():
     assert [round(found[f"{saddle_ratio:g}"] * 2 - alone.val_ap50[f"{saddle_ratio:g}"]) for saddle_ratio in (0.0, 0.8)] == [0, 1]
 
 
-def test_a_cell_and_its_nucleus_are_parted_from_a_touching_neighbour_together():
+def test_a_cell_and_its_nucleus_are_separated_from_a_touching_neighbour_together():
     classes = (TOUCHING > 0).astype(np.uint8)
     for cy, cx in ((40, 40), (40, 79), (76, 60), (90, 120)):
         classes[cy - 6 : cy + 6, cx - 6 : cx + 6] = 2

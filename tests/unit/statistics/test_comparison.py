@@ -50,7 +50,7 @@ def test_spread_between_seeds_is_that_of_their_means():
     assert seed_sd(np.array([[0.1, 0.3], [0.2, 0.4], [0.3, 0.5]])) == pytest.approx(0.1)
 
 
-def test_a_difference_within_the_spread_of_seeds_is_said(rng):
+def test_a_difference_within_the_spread_of_seeds_is_noted(rng):
     values = rng.normal(0, 0.001, 50)
     a = scores("a", [values + 0.9, values + 0.7])
     b = scores("b", [values + 0.86, values + 0.70])
@@ -140,7 +140,7 @@ def test_lengths_that_do_not_fit_are_refused(more):
 
 
 @pytest.mark.parametrize("num", [1, 2, 5])
-def test_fewer_than_six_images_decide_nothing_and_say_so(num):
+def test_fewer_than_six_images_decide_nothing_and_a_note_says_so(num):
     d = compare(scores("a", np.arange(num) + 1.0), scores("b", np.zeros(num)))
     assert not d.significant
     assert any(f"cannot fall below {2.0 ** (1 - num):.2g}" in note for note in d.notes)
@@ -173,7 +173,7 @@ def test_a_mean_dominated_by_a_few_images_is_not_significant(rng):
     assert any("opposite signs" in note for note in d.notes)
 
 
-def test_swapping_the_models_swaps_the_answer(dice):
+def test_swapping_the_models_negates_the_result(dice):
     a, b = scores("a", dice[0]), scores("b", dice[5])
     ab, ba = compare(a, b), compare(b, a)
     assert (ab.p, ab.effect, ab.wins, ab.better) == (ba.p, -ba.effect, ba.losses, ba.better)
@@ -190,7 +190,7 @@ def test_two_directions_are_refused():
         compare(scores("a", [1.0]), scores("b", [2.0], lower_is_better=True))
 
 
-def test_folds_are_said_to_make_p_optimistic(rng):
+def test_a_note_says_that_folds_make_p_optimistic(rng):
     folds = np.repeat(np.arange(5), 4).tolist()
     d = compare(scores("a", rng.random(20), folds=folds), scores("b", rng.random(20), folds=folds))
     assert d.p_folds is not None
@@ -218,7 +218,7 @@ def test_pairs_are_adjusted_over_the_family(dice):
     assert [d.p_adjusted for d in found] == holm_adjust(d.p for d in found)
 
 
-def test_against_one_model_asks_fewer_questions(dice):
+def test_comparing_with_one_model_makes_fewer_tests(dice):
     models = [scores(f"m{n}", x) for n, x in enumerate(dice[:5])]
     found = compare_all(models, against="m2")
     assert [(d.a, d.b, d.num_tests) for d in found] == [(f"m{n}", "m2", 4) for n in (0, 1, 3, 4)]

@@ -52,7 +52,7 @@ def test_wilcoxon_is_scipys_pratt_for_many_images(rng):
     assert wilcoxon_test(d)[0] == pytest.approx(scipys.pvalue)
 
 
-def test_exact_and_normal_wilcoxon_meet_where_one_hands_over(rng):
+def test_exact_and_normal_wilcoxon_agree_at_the_switch(rng):
     d = rng.normal(0.3, 1, 50)
     normal = st.wilcoxon(d, method="asymptotic").pvalue
     assert wilcoxon_test(d[None])[0][0] == pytest.approx(normal, rel=0.1)
@@ -93,7 +93,7 @@ def test_holm_of_nothing_is_nothing():
 
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.1])
-def test_holm_refuses_what_is_no_p(bad):
+def test_holm_refuses_values_outside_0_to_1(bad):
     with pytest.raises(ValueError, match=r"0\.\.1"):
         holm_adjust([0.1, bad])
 

@@ -89,12 +89,12 @@ def test_same_scores_everywhere_rank_the_same():
     assert (r.p, r.ranks, r.cliques) == (1.0, (2, 2, 2), (("a", "b", "c"),))
 
 
-def test_one_image_ranks_nothing_and_says_so():
+def test_one_image_gives_no_ranking_and_a_note():
     r = critical_difference([scores(name, [x]) for name, x in zip("abc", (0.1, 0.2, 0.3), strict=True)])
     assert (r.p, r.notes) == (None, ("1 image: nothing to test",))
 
 
-def test_few_images_are_said_to_be_rough(rng):
+def test_few_images_are_noted_as_rough(rng):
     r = critical_difference([scores(name, rng.random(8)) for name in "abc"])
     assert "8 images: Friedman's p is rough" in r.notes
 
@@ -115,7 +115,7 @@ def test_a_ranking_separates_models_only_where_pairs_can_be_significant(num, num
         assert r.cliques == ()
 
 
-def test_a_ranking_of_some_models_heeds_all_pairs_that_are_compared():
+def test_a_ranking_of_some_models_counts_all_compared_pairs():
     models = [scores(f"m{k}", np.linspace(0.9, 0.95, 8) - 0.1 * k) for k in range(3)]
     assert critical_difference(models).critical_difference is not None
     assert critical_difference(models, num_tests=36).critical_difference is None
@@ -134,26 +134,26 @@ def head(m):
     return m.model.split("/")[1]
 
 
-def test_a_margin_is_the_mean_over_the_other_factor(rng):
+def test_marginal_scores_are_means_over_the_other_factor(rng):
     models = grid(rng)
     found = marginal_scores(models, [backbone(m) for m in models], over=[head(m) for m in models])
     assert [m.model for m in found] == ["dino", "uni", "floor"]
     assert found[1].per_image == pytest.approx(np.mean([m.per_image for m in models[3:6]], axis=0))
 
 
-def test_a_margin_keeps_the_spread_between_seeds(rng):
+def test_marginal_scores_keep_the_spread_between_seeds(rng):
     models = grid(rng)
     found = marginal_scores(models, [head(m) for m in models], over=[backbone(m) for m in models])
     assert seed_sd(found[0].values) == pytest.approx(np.std([np.mean([models[n].values[s] for n in (0, 3, 6)]) for s in (0, 1)], ddof=1))
 
 
-def test_a_margin_is_over_complete_combinations_and_says_what_is_not(rng):
+def test_marginal_scores_use_complete_combinations_and_name_the_others(rng):
     models = grid(rng, missing={("uni", "fpn")})
     found = marginal_scores(models, [backbone(m) for m in models], over=[head(m) for m in models])
     assert found[0].notes == ("averaged over linear, detail", "left out as incomplete: fpn")
 
 
-def test_a_margin_without_a_complete_column_leaves_out_a_row(rng):
+def test_marginal_scores_without_a_complete_column_leave_out_a_row(rng):
     missing = {("floor", "fpn"), ("floor", "linear"), ("uni", "detail")}
     models = grid(rng, missing)
     found = marginal_scores(models, [backbone(m) for m in models], over=[head(m) for m in models])

@@ -63,7 +63,7 @@ BF16 = Hardware(device=torch.device("cpu"), precision=torch.bfloat16, memory_byt
 
 @pytest.mark.parametrize("machine", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("views", [1, 2])
-def test_kept_features_equal_streamed_ones(dataset, views, machine):
+def test_cached_features_equal_streamed_ones(dataset, views, machine):
     runs = [run_of("fpn", repeat_views_every=views, epochs=4), run_of("detail", repeat_views_every=views, epochs=4)]
     streamed, in_memory = fitted(dataset, runs, machine=machine, memory_bytes=0), fitted(dataset, runs, machine=machine)
     on_disk, from_disk = fitted(dataset, runs, machine=machine, **DISK), fitted(dataset, runs, machine=machine, **DISK)
@@ -247,7 +247,7 @@ def test_fit_stops_a_run_that_no_longer_gets_better(dataset):
     assert len(trainer.history) == trainer.epoch == trainer.best_epoch + 3 < 30
 
 
-def test_a_loss_that_is_no_number_fails_the_run_and_not_the_cohort(dataset):
+def test_a_nan_loss_fails_the_run_and_not_the_cohort(dataset):
     runs = [run_of(seed=0), run_of(seed=1)]
     features = features_of(dataset, runs)
     trainers = trainers_of(dataset, runs, features)

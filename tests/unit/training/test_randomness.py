@@ -77,27 +77,27 @@ def test_a_trained_tail_with_drop_path_learns_the_same_alone_and_in_a_cohort(dat
 
     runs = [run_of(head, unfreeze=2, **QUICK) for head in ("bilinear", "fpn")]
     together = learned(runs, LANES)
-    assert all(trainer.model.draws.expected for trainer in together)
+    assert all(trainer.model.randomness.may_draw for trainer in together)
     assert same(together[0], learned(runs[:1], FP32)[0])
 
 
 def test_a_baseline_that_draws_is_repeatable(dataset):
     run = baseline_of("unet", {"encoder": "efficientnet-b0", "width": 2}, epochs=1, crops_per_image=2)
     a, b = (fitted(dataset, [run])[0] for _ in range(2))
-    assert a.model.draws.expected
+    assert a.model.randomness.may_draw
     assert same(a, b)
 
 
 @pytest.mark.parametrize(
     "run", [*(run_of(head, **QUICK) for head in REGISTRY.names("heads")), run_of(unfreeze=1, **QUICK)], ids=lambda run: run.head
 )
-def test_shipped_heads_draw_nothing_and_are_not_even_watched(dataset, run, monkeypatch):
+def test_shipped_heads_draw_no_random_numbers_and_are_not_watched(dataset, run, monkeypatch):
     if not run.unfreeze:
         monkeypatch.setattr(randomness, "SeededDraws", None)
         fitted(dataset, [run])
         monkeypatch.undo()
-    monkeypatch.setattr(randomness, "_is_quiet", lambda module: False)
-    assert not fitted(dataset, [run])[0].model.draws.expected
+    monkeypatch.setattr(randomness, "_is_deterministic", lambda module: False)
+    assert not fitted(dataset, [run])[0].model.randomness.may_draw
 
 
 def test_a_model_that_draws_even_in_eval_mode_gives_the_same_twice(dataset, mine):
@@ -148,11 +148,11 @@ def test_random_operations_follow_from_the_seed_and_leave_torchs_generator_alone
 
 
 @pytest.mark.parametrize("name", QUIET)
-def test_what_draws_nothing_is_known(name):
+def test_layers_without_randomness_are_recognised(name):
     assert not drawn(QUIET[name], 0)[1]
 
 
-def test_what_is_computed_again_in_the_backward_pass_draws_the_same_again():
+def test_activation_checkpointing_draws_the_same_numbers_again():
     """Activation checkpointing reads the generator's state before anything is drawn."""
     layer = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Dropout(0.5), nn.Conv2d(6, 6, 1))
     gradients = []

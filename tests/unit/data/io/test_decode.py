@@ -113,7 +113,7 @@ def test_a_jpeg_within_a_tiff_that_does_not_fill_its_strip_is_refused(tmp_path, 
     assert "smaller than their place" in refused(path)
 
 
-def test_stacks_and_animations_are_refused_with_a_word(tmp_path):
+def test_stacks_and_animations_are_refused_with_a_remedy(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 20, 20), np.uint8), photometric="minisblack")
     tifffile.imwrite(tmp_path / "b.tif", np.zeros((4, 20, 20), np.uint8), imagej=True)
     frames = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]

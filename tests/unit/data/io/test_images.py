@@ -194,7 +194,7 @@ def test_planar_16_bit_rgb_is_read_by_channel(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), to_8(WIDE, 65535))
 
 
-def test_floats_from_0_to_1_are_scaled_and_others_refused_with_a_word(tmp_path):
+def test_floats_from_0_to_1_are_scaled_and_others_refused_with_a_remedy(tmp_path):
     path = tmp_path / "a.tif"
     for dtype in (np.float32, np.float64):
         tifffile.imwrite(path, (RGB / 255).astype(dtype))
@@ -204,12 +204,12 @@ def test_floats_from_0_to_1_are_scaled_and_others_refused_with_a_word(tmp_path):
         assert "0..1" in refused(path)
 
 
-def test_numbers_beyond_16_bits_are_refused_with_a_word(tmp_path):
+def test_numbers_beyond_16_bits_are_refused_with_a_remedy(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.full((4, 4), 70_000, np.int32))
     assert "0..65535" in refused(tmp_path / "a.tif")
 
 
-def test_channels_without_a_meaning_are_refused_with_a_word(tmp_path):
+def test_channels_without_a_meaning_are_refused_with_a_remedy(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 9, 5), np.uint16), photometric="minisblack", planarconfig="contig")
     assert "5 channels" in refused(tmp_path / "a.tif")
 
@@ -363,7 +363,7 @@ def test_a_palette_of_greys_gives_the_grey_and_any_other_the_index(tmp_path):
         np.testing.assert_array_equal(read_labels(tmp_path / "a.png"), np.array(values)[GREY % 2])
 
 
-def test_a_mask_with_transparent_parts_is_refused_with_a_word(tmp_path):
+def test_a_mask_with_transparent_parts_is_refused_with_a_remedy(tmp_path):
     image = Image.fromarray(GREY).convert("RGBA")
     image.putalpha(Image.fromarray(GREY))
     image.save(tmp_path / "a.png")
@@ -379,7 +379,7 @@ def test_ids_beyond_16_bits_are_kept_as_int32(tmp_path, dtype):
     np.testing.assert_array_equal(labels, IDS.astype(np.int64) * 7)
 
 
-def test_masks_of_fractions_or_negative_numbers_are_refused_with_a_word(tmp_path):
+def test_masks_of_fractions_or_negative_numbers_are_refused_with_a_remedy(tmp_path):
     for bad in (np.float32(0.5), np.int32(-1), np.uint32(2**31), np.float32("nan")):
         tifffile.imwrite(tmp_path / "a.tif", np.full((4, 4), bad))
         assert "no integers" in refused(tmp_path / "a.tif", read_labels)
@@ -407,11 +407,11 @@ def test_class_map_takes_the_last_value_beyond_it():
     assert labels_to_classes(np.array([-5, 300, 2_000_000_000], np.int32), (0, 255)).tolist() == [0, 1, 1]
 
 
-def test_class_map_without_values_parts_objects_from_background():
+def test_class_map_without_values_separates_objects_from_background():
     assert labels_to_classes(np.array([[0, 1, 256, 65_535]], np.uint16)).tolist() == [[0, 1, 1, 1]]
 
 
-def test_class_map_refuses_what_it_cannot_mean():
+def test_class_map_refuses_invalid_arguments():
     for labels, values in ((np.zeros(3), (0, 255)), (np.zeros(3, np.uint8), (0, 0)), (np.zeros(3, np.uint8), (-1, 1))):
         with pytest.raises(ValueError, match="labels must be"):
             labels_to_classes(labels, values)

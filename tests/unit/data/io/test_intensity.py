@@ -202,7 +202,7 @@ def test_images_of_one_name_in_two_splits_both_count(tmp_path: Path) -> None:
     assert any(note.startswith("range: ") and "'train/test0.tif'" in note for note in opened(root).notes)
 
 
-def test_the_range_does_not_hang_on_the_images_that_a_limit_leaves(tmp_path: Path) -> None:
+def test_the_range_does_not_depend_on_limit(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "data")
     tifffile.imwrite(root / "train" / "original" / "train5.tif", (scene(5)[0] // 16).astype(np.uint16))
     assert opened(root, limit=1).reading == opened(root).reading
@@ -219,7 +219,7 @@ def test_the_range_of_the_card_counts_and_changes_the_digest(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("text", ["range = [5, 5]", "range = [4095]", "range = ['a', 2]", "channels = [0, 1]", "channels = [-1]"])
-def test_a_card_with_a_range_or_channels_that_are_none_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_card_with_an_invalid_range_or_channels_is_refused(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder_of(tmp_path / "data")
     (root / "dataset.toml").write_text(f"{text}\n")
     assert main(["check", str(root), "--set", "data.group=none", "--out", str(tmp_path / "out")]) == 2
@@ -275,7 +275,7 @@ def trained(of_12_bits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return of_12_bits
 
 
-def test_what_heads_learn_from_keeps_the_range_of_its_data_set(tmp_path: Path) -> None:
+def test_training_images_keep_the_range_of_their_data_set(tmp_path: Path) -> None:
     preparation = features_of(opened(folder_of(tmp_path / "data")), [run_of()]).preparation
     assert preparation.reading.int_range == (0, 4095)
     assert Preparation.of(json.loads(json.dumps(preparation.to_dict()))) == preparation

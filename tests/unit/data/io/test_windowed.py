@@ -61,7 +61,7 @@ def test_channels_of_no_stated_meaning_are_refused_in_large_images_too(tmp_path:
     assert (windowed.open_source(tmp_path / "a.tif", IntensityScaling(channels=(2, 1, 0))).rows(0, 301) == PICTURE[..., ::-1]).all()
 
 
-def test_a_window_that_is_not_in_the_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_is_not_in_the_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(windowed, "LARGE_PX", 64 * 64)
     tifffile.imwrite(tmp_path / "a.tif", PICTURE, photometric="rgb", tile=(64, 64), compression="zlib")
     with tifffile.TiffFile(tmp_path / "a.tif") as tif:

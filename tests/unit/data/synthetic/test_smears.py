@@ -185,7 +185,7 @@ def test_a_killed_write_leaves_no_folder(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_who_finishes_first_wins(tmp_path):
+def test_the_first_finished_write_is_kept(tmp_path):
     theirs = replace(SMALL, seed=1)
 
     def another_process_is_faster():
@@ -198,7 +198,7 @@ def test_who_finishes_first_wins(tmp_path):
     assert np.array_equal(kept, draw(image_seed(theirs, "train", 0), theirs).image)
 
 
-def test_a_place_that_cannot_be_written_is_told_in_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CellbenchError, match="cannot be written") as told:
         write_dataset(tmp_path / "file" / "set", SMALL)
@@ -220,7 +220,7 @@ def test_what_is_no_set_of_smears_is_never_overwritten(tmp_path, kind):
     ("width_px", 63), ("height_px", 0), ("num_train", 1), ("num_test", 0), ("burr_fraction", 1.5), ("white_fraction", -0.1),
     ("cells_per_image", float("nan")), ("diameter_px", 1000.0), ("noise_levels", float("inf")), ("seed", -1),
 ])  # fmt: skip
-def test_a_value_out_of_range_is_told_in_one_line(name, value):
+def test_a_value_out_of_range_is_a_one_line_error(name, value):
     with pytest.raises(CellbenchError) as told:
         settings_from({name: value})
     message = str(told.value)
@@ -236,7 +236,7 @@ def test_a_value_out_of_range_is_told_in_one_line(name, value):
     ({"vary_size": 1}, "true or false"),
     ({"sickle_fraction": 0.6, "burr_fraction": 0.6}, "more than 1"),
 ])  # fmt: skip
-def test_a_setting_that_cannot_be_is_told_in_one_line(values, says):
+def test_an_invalid_setting_is_a_one_line_error(values, says):
     with pytest.raises(CellbenchError, match=says) as told:
         settings_from(values)
     assert "\n" not in str(told.value)

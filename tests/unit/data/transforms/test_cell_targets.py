@@ -63,7 +63,7 @@ def test_an_image_without_cells_and_one_that_is_a_cell_have_targets():
     assert (cell_targets.make_targets(whole, whole.astype(np.int32))[..., 1] == 255).all()
 
 
-def test_the_loss_is_the_cross_entropy_of_each_aim():
+def test_the_loss_is_the_cross_entropy_of_each_target():
     logits = torch.randn(2, 2, 5, 6, generator=torch.Generator().manual_seed(0))
     truth = torch.randint(0, 256, (2, 5, 6, 2), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     p, t = logits.double().sigmoid(), truth.double().movedim(-1, 1) / 255
@@ -74,7 +74,7 @@ def test_the_loss_is_the_cross_entropy_of_each_aim():
     assert losses.auxiliary_loss(logits[:, 1:], truth, ("distance",)).item() == pytest.approx(per_pixel[:, 1].mean().item(), rel=1e-5)
 
 
-def test_a_learned_relief_parts_what_the_mask_alone_cannot():
+def test_a_learned_boundary_depth_separates_cells_that_the_mask_alone_cannot():
     mask = np.zeros((60, 120), np.uint8)
     mask[10:50, 10:110] = 1  # two square cells wall to wall: no neck at all
     ids = mask * np.where(np.arange(120) < 60, 1, 2)[None].astype(np.int32)
@@ -100,7 +100,7 @@ def numbered(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("settings", [{}, {"tile_scale": 0.5, "framing": "resize", "tile_px": 128}], ids=["tile", "resize"])
-def test_aims_lie_where_their_cells_lie_in_every_view(numbered, settings):
+def test_auxiliary_targets_match_their_cells_in_every_view(numbered, settings):
     run = run_of(targets=BOTH, **settings)
     features = features_of(dataset_of(numbered), [run], auxiliary_targets=True)
     with WorkerPool(1) as pool:
@@ -109,7 +109,7 @@ def test_aims_lie_where_their_cells_lie_in_every_view(numbered, settings):
             assert batch.auxiliary_targets.shape == (*batch.target.shape, 2)
 
 
-def test_who_learns_more_disturbs_nobody_and_is_the_same_alone(numbered):
+def test_runs_with_auxiliary_targets_do_not_change_others_in_a_cohort(numbered):
     dataset, runs = dataset_of(numbered), [run_of("bilinear"), run_of("bilinear", targets=BOTH), run_of("detail", targets="cell+distance")]
 
     def fitted(runs: list[RunSpec], auxiliary_targets: bool) -> list:
@@ -125,7 +125,7 @@ def test_who_learns_more_disturbs_nobody_and_is_the_same_alone(numbered):
     assert together[0].history != together[1].history
 
 
-def test_a_grid_counts_with_what_was_learned_and_so_do_prediction_and_export(numbered: Path, tmp_path: Path):
+def test_grid_prediction_and_export_use_the_learned_boundary_depth(numbered: Path, tmp_path: Path):
     (tmp_path / "more.toml").write_text(f"""experiment = "more"
 dataset = "folder"
 [grid]
@@ -163,7 +163,7 @@ def test_no_edge_is_where_a_cell_meets_ignored_pixels():
     assert not found[:, 30:].any()
 
 
-def test_aims_are_not_learned_from_ignored_pixels():
+def test_auxiliary_targets_leave_out_ignored_pixels():
     generator = torch.Generator().manual_seed(0)
     logits, truth = torch.randn(2, 2, 6, 8, generator=generator), torch.randint(0, 256, (2, 6, 8, 2), generator=generator).byte()
     kept = torch.ones(2, 6, 8, dtype=torch.bool)

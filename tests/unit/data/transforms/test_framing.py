@@ -88,7 +88,7 @@ def test_masks_are_framed_as_images_are(kind: str, scale: float) -> None:
     assert (back != mask).mean() < 0.02
 
 
-def test_sizes_are_what_the_words_say() -> None:
+def test_frame_sizes_are_as_documented() -> None:
     assert framing("tile", 0.5, 224).framed_px((1200, 1600)) == (600, 800)
     assert framing("pad", 1.0, 224).tile_px([(1200, 1600)]) == (1344, 1792)
     assert framing("pad", 0.5, 224).tile_px([(1200, 1600), (1600, 900)]) == (896, 896)
@@ -120,7 +120,7 @@ WAYS = [{"framing": "pad"}, {"framing": "pad", "tile_scale": 0.5}, {"framing": "
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_run_learns_the_same_alone_in_a_cohort_and_from_kept_features(dataset, way) -> None:
+def test_a_run_trains_the_same_alone_in_a_cohort_and_from_cached_features(dataset, way) -> None:
     runs = [
         run_of("bilinear", epochs=2, repeat_views_every=1, crops_per_image=2, **way),
         run_of("fpn", epochs=2, repeat_views_every=1, crops_per_image=2, batch_size=3, **way),
@@ -133,7 +133,7 @@ def test_a_run_learns_the_same_alone_in_a_cohort_and_from_kept_features(dataset,
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_every_own_pixel_is_judged_once_in_validation_and_test(dataset, way) -> None:
+def test_every_pixel_of_the_image_is_scored_once_in_validation_and_test(dataset, way) -> None:
     run = run_of("bilinear", **way)
     features = features_of(dataset, [run])
     model = trainers_of(dataset, [run], features)[0].model

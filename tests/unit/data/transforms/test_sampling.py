@@ -28,7 +28,7 @@ def test_the_data_seed_decides_the_views_and_the_order() -> None:
     [{"seed": 5}, {"head": "bilinear"}, {"epochs": 99}, {"lr": 0.5}, {"batch_size": 1}, {"loss": "ce"}, {"options": {"width": 3}}],
     ids=lambda settings: next(iter(settings)),
 )
-def test_what_is_a_runs_own_has_no_say(settings: dict) -> None:
+def test_views_do_not_depend_on_settings_of_single_runs(settings: dict) -> None:
     assert not set(settings) & set(SAMPLING_FIELDS)
     assert plan(**settings).views(2) == plan().views(2)
     assert plan(**settings).order(2).tolist() == plan().order(2).tolist()
@@ -131,7 +131,7 @@ def test_a_view_holds_plain_numbers() -> None:
     assert {type(value) for draw in view.draws for value in draw} == {float}
 
 
-def test_a_share_of_the_images_is_seen_smaller_within_larger_in_epochs_as_long() -> None:
+def test_smaller_fractions_are_subsets_of_larger_ones_and_epochs_keep_their_length() -> None:
     sizes = ((64, 64), (80, 64), (64, 90), (200, 65), (64, 64), (100, 100), (64, 64), (70, 70), (64, 64))
     seen = {share: set(plan(sizes, fraction=share).used_images) for share in (0.1, 0.25, 0.5, 1.0)}
     assert [len(one) for one in seen.values()] == [1, 2, 5, 9]

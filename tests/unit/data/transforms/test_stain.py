@@ -54,7 +54,7 @@ def test_unstained_tiles_are_the_very_same_and_given_ones_are_not_changed() -> N
     assert 0 <= out.min() <= out.max() <= 1
 
 
-def test_views_vary_in_stain_as_far_as_asked_and_only_then() -> None:
+def test_views_vary_in_stain_within_hed_only() -> None:
     def stains(hed: float) -> np.ndarray:
         plan = SamplingPlan(((64, 64),) * 5, RunSpec(backbone="uni", head="fpn", tile_px=64, crops_per_image=80, hed=hed))
         return np.array([view.draws[0] for view in plan.views(0)])
@@ -146,7 +146,7 @@ def test_a_normaliser_is_not_fitted_to_training_images_beyond_the_runs_fraction(
 
 
 @pytest.mark.parametrize("way", [{"hed": 0.2}, {"normalise": "macenko"}, {"normalise": "reinhard", "tile_scale": 0.5}], ids=str)
-def test_kept_features_equal_streamed_ones_and_cohorts_change_nothing(small_folder, way) -> None:
+def test_cached_features_equal_streamed_ones_and_cohorts_change_nothing(small_folder, way) -> None:
     dataset = dataset_of(small_folder)
     runs = [run_of("bilinear", epochs=2, repeat_views_every=1, **way), run_of("detail", epochs=2, repeat_views_every=1, **way)]
     streamed = fitted(dataset, runs, memory_bytes=0)

@@ -150,7 +150,7 @@ def _damage(folder: Path, make: Callable[[str, Tensor], Tensor]) -> None:
         (lambda x: (x * 100).to(torch.int8), "int8 numbers"),
     ],
 )
-def test_learned_weights_that_are_none_are_refused_when_loaded(exported: Path, make, words: str) -> None:
+def test_trained_weights_with_impossible_values_are_refused_when_loaded(exported: Path, make, words: str) -> None:
     _damage(exported, lambda _, x: make(x) if x.is_floating_point() else x)
     with pytest.raises(CellbenchError, match=rf"head\.\S+ holds {words}|head\.\S+ holds .*{words}"):
         Segmenter.load(exported, device="cpu")
@@ -169,7 +169,7 @@ def test_an_image_whose_scores_are_not_finite_is_skipped_and_not_counted(exporte
         Segmenter.load(exported, device="cpu").predict(image)
 
 
-def test_an_infinite_score_is_no_answer_though_its_probability_is_a_number(small_folder: Path) -> None:
+def test_an_infinite_score_is_no_prediction_though_its_probability_is_finite(small_folder: Path) -> None:
     dataset, run = dataset_of(small_folder), run_of()
     features = features_of(dataset, [run])
     made = trainers_of(dataset, [run], features)[0].model

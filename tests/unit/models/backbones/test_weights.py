@@ -43,7 +43,7 @@ def test_own_folder_may_use_the_id_or_the_published_name(web: StandIn, tmp_path:
     assert locate(card("https://nowhere.invalid/Published.pth?download=1"), tmp_path / "own") == path
 
 
-def test_a_name_that_tells_nothing_is_not_taken_for_a_card(web: StandIn, tmp_path: Path) -> None:
+def test_a_generic_file_name_is_not_taken_for_a_card(web: StandIn, tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(PTH)
     refusal(card(f"hf-hub:{REPO}", file="pytorch_model.bin"), tmp_path, download=False)
 

@@ -138,7 +138,7 @@ def test_in_eval_a_tile_is_scored_alike_alone_and_in_a_batch(name: str) -> None:
 
 @pytest.mark.parametrize("stride_px", STRIDES)
 @pytest.mark.parametrize("name", HEADS)
-def test_what_a_token_says_appears_where_its_patch_lies(name: str, stride_px: int) -> None:
+def test_the_output_for_a_token_appears_at_its_patch(name: str, stride_px: int) -> None:
     """Row 1, column 7 of 5 x 9: a transposed or mirrored map would answer elsewhere."""
     levels = levels_of(name, stride_px)
     height, width = 5 * stride_px, 9 * stride_px
@@ -217,7 +217,7 @@ def test_otsu_finds_dark_discs_and_fills_their_pale_centres() -> None:
     np.testing.assert_array_equal(found, truth)
 
 
-def test_otsu_finds_bright_cells_where_told_to() -> None:
+def test_otsu_finds_bright_cells_when_configured() -> None:
     image, truth = smear(ground=20, cell=180)
     np.testing.assert_array_equal(otsu(image, 2, cells="bright"), truth)
 
