@@ -1,4 +1,4 @@
-"""Escapes text for formats in which some characters have a meaning: CSV, Markdown, the terminal. Names of files, classes and runs are data.
+"""Escapes text for formats with special characters: CSV, Markdown, the terminal. Names of files, classes and runs are untrusted data.
 
 JSON, TOML, HTML, SQL parameters and shell lines have writers of their own and need nothing here.
 """
@@ -17,7 +17,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 def to_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     r"""Rows with a heading, comma-separated, each line ended by a newline.
 
-    A text that a spreadsheet would compute gets an apostrophe in front (OWASP, CSV injection); one that is a number does not. Undecodable
+    Text that a spreadsheet would evaluate gets a leading apostrophe (OWASP, CSV injection); numbers do not. Undecodable
     bytes of a file's name are written as ``\\xNN``.
 
     >>> print(to_csv(["image", "cells"], [["=1+1", 3], ["-0.5", -2]]), end="")
@@ -28,7 +28,7 @@ def to_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     buffer = io.StringIO()
     for row in (columns, *rows):
         cells = [_cell(value) for value in row]
-        # Python's writer quotes a carriage return only where it ends lines itself.
+        # Python's writer quotes a carriage return only if its line terminator contains one.
         has_return = any("\r" in cell for cell in cells if isinstance(cell, str))
         csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL).writerow(cells)
     return buffer.getvalue()

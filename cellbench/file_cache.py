@@ -24,7 +24,7 @@ class FileFactCache(Generic[T]):
     """Results of a function of files, cached in the cache folder by each file's path, size and modification time.
 
     ``with FileFactCache("hashes", compute_sha256) as hashes: hashes[path]``; saved on leaving, also after an error. Values must survive JSON.
-    Losing a race with another process costs a second reading, nothing else.
+    If two processes write at the same time, some files are read again later, nothing else.
     """
 
     def __init__(self, name: str, learn: Callable[[Path], T]) -> None:
@@ -37,7 +37,7 @@ class FileFactCache(Generic[T]):
         try:
             known = json.loads(self._path.read_text())
         except (OSError, ValueError):
-            return {}  # a damaged file costs a second reading, nothing else
+            return {}  # damaged: the files are read again
         return known if isinstance(known, dict) else {}
 
     def __enter__(self) -> FileFactCache[T]:
@@ -50,7 +50,7 @@ class FileFactCache(Generic[T]):
     def __getitem__(self, path: Path) -> T:
         name = str(path.absolute())
         if not self.knows(path):
-            stamp = _stamp(path)  # before the reading: a file that changes meanwhile is read again next time
+            stamp = _stamp(path)  # taken before reading: a file that changes meanwhile is read again next time
             self._known[name] = self._learned[name] = [*stamp, self._learn(path)]
         value: T = self._known[name][2]
         return value

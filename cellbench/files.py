@@ -28,7 +28,7 @@ def is_writable(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def os_errors_as(doing: str) -> Iterator[None]:
-    """Turns errors of the operating system (no space, no permission) into CellbenchError. ``doing``: what failed, for the message."""
+    """Converts errors of the operating system (no space, no permission) to CellbenchError. ``doing``: the failed operation, for the message."""
     try:
         yield
     except OSError as error:
@@ -58,7 +58,7 @@ def to_nfc(text: str) -> str:
 
 
 def case_folded(name: str) -> str:
-    """A key that is equal for names which some file system takes for the same: NFC, without case."""
+    """A key that is equal for names that some file system treats as equal: NFC, case-folded."""
     return to_nfc(to_nfc(name).casefold())
 
 
@@ -82,7 +82,7 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt
 
 
 def write_atomic(path: Path, data: bytes | str | Callable[[BinaryIO], object]) -> None:
-    """Writes the whole file or, after a crash, leaves the old one: written beside it, synced, renamed. Raises CellbenchError for a full disk.
+    """Writes a file atomically (temporary file, sync, rename), so that a crash leaves the old one. Raises CellbenchError for a full disk.
 
     ``data`` may be a function that writes into an open file, so that a large file is never in memory as a whole.
     """
@@ -99,7 +99,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's 0600 would lock a shared cache to one person
+        os.chmod(name, 0o666 & ~_umask())  # with mkstemp's mode 0600 other users could not read a shared cache
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -27,23 +27,23 @@ class Hardware:
     lanes: int = 1
     """Number of parallel threads (`cellbench.parallel`), each with :attr:`threads` cores."""
     threads: int = 1
-    """Cores for one operation: always the same number, since it can change the last bit of a sum."""
+    """Cores per operation: a constant, since it can change the last bit of a sum."""
     halvings: int = 0
-    """How often :attr:`chunk` was halved after memory ran out."""
+    """Number of times :attr:`chunk` was halved after memory ran out."""
 
     @property
     def chunk(self) -> int:
         """Tiles in one batch of the backbone.
 
-        Fixed for a device, since results must not depend on the other runs of a cohort. It is smaller only after memory ran out; numbers then
-        agree to rounding.
+        Fixed for a device, since results must not depend on the other runs of a cohort. Reduced only after memory ran out; numbers then agree
+        to rounding.
         """
         return max(1, (16 if self.device.type == "cpu" else 128) >> self.halvings)
 
     def shares(self, num: int) -> list[Hardware]:
         """This machine's cores and memory, divided among ``num`` processes, which give the same numbers as one. Raises ValueError.
 
-        An operation keeps its number of cores, so a processor has at most as many shares as lanes.
+        Cores per operation stay the same, so a CPU can be divided among at most :attr:`lanes` processes.
         """
         most = self.most_shares
         if not 1 <= num <= most:
@@ -57,21 +57,21 @@ class Hardware:
         return [replace(self, lanes=mine, memory_bytes=memory) for mine in lanes]
 
     def smaller(self, halvings: int) -> Hardware:
-        """The same machine with :attr:`chunk` halved so often."""
+        """The same machine with :attr:`chunk` halved this number of times."""
         return replace(self, halvings=self.halvings + halvings)
 
     @property
     def most_shares(self) -> int:
-        """Among how many processes it can be divided."""
+        """Maximum number of processes that can share the machine."""
         return self.lanes if self.device.type == "cpu" else self.threads
 
     @property
     def cores_of_one(self) -> int:
-        """Factor from a thread's processor seconds to core seconds: an operation on the processor occupies :attr:`threads` cores."""
+        """Factor from CPU seconds of a thread to core seconds: an operation on a CPU occupies :attr:`threads` cores."""
         return self.threads if self.device.type == "cpu" else 1
 
     def wait(self) -> None:
-        """Waits until the device has finished its work; before a clock is read."""
+        """Waits until the device has finished its work. Call before reading a clock."""
         if self.device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.synchronize(self.device)
 
@@ -96,8 +96,8 @@ class Hardware:
 def detect_hardware(device: str = "auto", precision: str = "auto", memory: str = "auto", *, elsewhere: bool = False) -> Hardware:
     """The machine by its options: ``auto``, or ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``fp32`` or ``bf16``; ``4G``. Raises CellbenchError.
 
-    An operation on the processor uses as many threads as torch is set to. ``elsewhere``: the work is for other machines, which may have a GPU
-    where this one has none.
+    An operation on a CPU uses the number of threads that torch is set to. ``elsewhere``: the work is for other machines, which may have a GPU
+    even if this one has none.
     """
     where = torch.device("cuda") if elsewhere and device == "cuda" else _device(device)
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if _fast_bf16(where) else torch.float32}
@@ -107,12 +107,12 @@ def detect_hardware(device: str = "auto", precision: str = "auto", memory: str =
     budget = psutil.virtual_memory().available // 2 if memory == "auto" else parse_bytes(memory, "--memory")
     cores = num_cores()
     threads = min(torch.get_num_threads(), cores) if where.type == "cpu" else cores
-    lanes = cores // threads if where.type == "cpu" else 1  # a GPU is one lane: its work is queued
+    lanes = cores // threads if where.type == "cpu" else 1  # one thread for a GPU, which queues its work
     return Hardware(device=where, precision=kinds[precision], memory_bytes=budget, lanes=lanes, threads=threads)
 
 
 def release_memory() -> None:
-    """Returns freed memory to the system. glibc keeps it, separately for each lane's thread: 300 MB after a small cohort."""
+    """Returns freed memory to the system. glibc keeps it, separately for each thread: 300 MB after a small cohort."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
@@ -138,7 +138,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def num_cores() -> int:
-    """How many cores this process may use: those that it is pinned to, or ``OMP_NUM_THREADS`` if that is fewer."""
+    """Number of cores that this process may use: its CPU affinity, or ``OMP_NUM_THREADS`` if lower."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return min(cores, int(limit)) if limit.isdigit() and int(limit) else cores
@@ -178,7 +178,7 @@ def _device(name: str) -> torch.device:
 
 def _fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        # Without CUDA here the work is for another machine: every GPU since 2020 has it.
+        # Without CUDA here the work is for another machine: every GPU since 2020 supports bf16.
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     # Without these instructions bf16 is emulated, several times slower than fp32.
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,7 +1,7 @@
-"""Parallel work on the machine's cores: a fixed number of threads (lanes), each with a fixed share of the cores.
+"""Parallel work on the machine's cores: a fixed number of threads ("lanes"), each with a fixed share of the cores.
 
-Heads of a cohort are trained at the same time, one in each lane, while other lanes prepare the next tiles. Two lanes of one core are faster than
-one operation spread over two cores (measured with nine heads: 1.9 against 1.4 times one core). And because an operation always gets the same
+Heads of a cohort are trained at the same time, one per thread, while other threads prepare the next tiles. Two threads of one core each are faster
+than one operation spread over two cores (measured with nine heads: a speed-up of 1.9 against 1.4). And because an operation always uses the same
 number of cores, its rounding does not depend on what else runs.
 """
 
@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class WorkerPool:
-    """A pool of ``num`` lanes. With one lane everything runs in the caller's thread, except for prefetching. Use in ``with``."""
+    """A pool of ``num`` threads. With one thread everything runs in the caller's, except for prefetching. Use as a context manager."""
 
     def __init__(self, num: int) -> None:
         self.num = num
@@ -34,7 +34,7 @@ class WorkerPool:
             self._pool.shutdown(cancel_futures=True)
 
     def run_all(self, works: Sequence[Callable[[], R]], costs: Sequence[float] | None = None) -> list[R]:
-        """The results of all functions, in their order. ``costs``: the most expensive one starts first, so that the lanes end together.
+        """Calls all functions; returns their results in order. ``costs``: the most expensive one starts first, to balance the threads.
 
         If one fails, the others finish first, and the first error is raised.
         """
@@ -45,10 +45,10 @@ class WorkerPool:
         return _all([begun[k] for k in range(len(works))])
 
     def prefetch(self, items: Iterable[T], prepare: Callable[[T], M], work: Callable[[M], R]) -> Generator[R, None, None]:
-        """``work(prepare(item))`` for each item, in their order, computed a little in advance.
+        """Yields ``work(prepare(item))`` for each item, in order, computed a little in advance.
 
-        With several lanes each item is prepared and processed in one of them; with one lane, items are prepared by a separate thread (decoding
-        and tiling overlap with the network) and processed by the caller.
+        With several threads each item is prepared and processed in one of them. With one, a separate thread prepares the items (decoding and
+        tiling overlap with the network) and the caller processes them.
         """
         if self._pool is None:
             for ready in prefetch(prepare(item) for item in items):
@@ -77,7 +77,7 @@ def _all(jobs: Sequence[Future[R]]) -> list[R]:
 
 
 def prefetch(items: Iterable[T], num: int = 2) -> Generator[T, None, None]:
-    """The same items, computed up to ``num`` in advance by a thread."""
+    """Yields the same items, computed up to ``num`` in advance by a thread."""
     made: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(maxsize=num)
     stop = threading.Event()
 
@@ -93,7 +93,7 @@ def prefetch(items: Iterable[T], num: int = 2) -> Generator[T, None, None]:
                         continue
                 if stop.is_set():
                     return
-        except BaseException as error:  # handed to the consumer, who raises it
+        except BaseException as error:  # raised again in the consumer
             end = error
         while not stop.is_set():
             try:

@@ -1,4 +1,4 @@
-"""Settings of the whole process. The command line makes them, and worker processes; importing the package changes nothing."""
+"""Process-wide settings, made by the command line and by worker processes. Importing the package changes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""Switches off the telemetry of libraries, which they read when they are imported. What the user has set stays."""
+"""Switches off the telemetry of libraries, which read these variables at import. The user's own settings are kept."""
 M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
@@ -34,7 +34,7 @@ def set_environment() -> None:
 
 
 def prepare_process() -> None:
-    """What the command line does first."""
+    """Prepares the process; the command line calls it first."""
     set_environment()
     # Importing torch and MLflow creates so many objects that garbage collection at Python's own threshold, 2,000, took a fifth of that time.
     gc.set_threshold(100_000, 20, 100)
@@ -45,7 +45,7 @@ def prepare_process() -> None:
 def freeze_imports() -> None:
     """Excludes the objects of imported modules from garbage collection: with torch and MLflow half a second each time."""
     global _num_frozen
-    if len(sys.modules) > _num_frozen:  # else only a caller's own garbage would be kept
+    if len(sys.modules) > _num_frozen:  # otherwise only the caller's own garbage would be frozen
         _num_frozen = len(sys.modules)
         gc.freeze()
 
@@ -54,10 +54,10 @@ _num_frozen = 0
 
 
 def configure_threads(device: str) -> None:
-    """Sets for this process how many cores one operation of torch uses, before :func:`cellbench.hardware.detect_hardware` counts them.
+    """Sets how many cores one torch operation uses in this process. Call before :func:`cellbench.hardware.detect_hardware`.
 
-    On a processor that is a quarter of them: four lanes (:class:`cellbench.parallel.WorkerPool`) keep all cores busy with any cohort, and more
-    lanes would only slow down a single run.
+    On a CPU that is a quarter of the cores: four threads (:class:`cellbench.parallel.WorkerPool`) keep all cores busy with any cohort, and
+    more would only slow down a single run.
     """
     import ctypes
 
@@ -68,7 +68,7 @@ def configure_threads(device: str) -> None:
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     on_cpu = device == "cpu" or (device == "auto" and not gpu)
     torch.set_num_threads(max(1, num_cores() // 4) if on_cpu else num_cores())
-    # glibc gives each thread a heap of its own, and each keeps as much as it ever needed: two are enough for a few large tensors.
+    # glibc gives each thread its own heap, which keeps the most memory that it ever needed. Two heaps suffice for a few large tensors.
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_ARENA_MAX, 2)
 

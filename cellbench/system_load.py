@@ -1,4 +1,4 @@
-"""Processor load by other processes during a measurement, without which seconds mean little."""
+"""CPU load by other processes during a measurement; timings are only meaningful together with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import psutil
 
 SHORTEST_S = 0.1
-"""The system counts in hundredths of a second: over a shorter time the share would be noise."""
+"""Minimum duration: the system counts in hundredths of a second, so shorter intervals would give noise."""
 
 
 class SystemLoad:
@@ -18,7 +18,7 @@ class SystemLoad:
         self._before = _counters()
 
     def others_pct(self) -> float | None:
-        """The share of the processor that other processes used, 0..100 %; None where too little time has passed.
+        """The share of the CPU that other processes used, 0..100 %; None if too little time has passed.
 
         Processes that this one started and that still run count as others.
         """

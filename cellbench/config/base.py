@@ -1,4 +1,4 @@
-"""The base of every record that a person writes. Unknown keys and numbers written as text are refused, with a message of one line."""
+"""The base of every record that users write. Unknown keys and numbers written as text are refused with a one-line message."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class BackboneCard(Card):
     sha256: str = ""
     """Of the weights file; empty: not known, recorded at first use."""
     file_mib: float = Field(default=0, ge=0)
-    """Size of the published file, where it holds more than the network's parameters in float32 (training heads, a teacher); 0: that of the parameters."""
+    """Size of the published file, if it holds more than the network's parameters in float32 (training heads, a teacher); 0: that of the parameters."""
     patch_px: int = Field(ge=1, le=64)
     dim: int = Field(ge=1)
     depth: int = Field(ge=1)
@@ -81,20 +81,20 @@ class HeadCard(Card):
     DESCRIPTIVE: ClassVar[frozenset[str]] = Card.DESCRIPTIVE | {"options"}  # they are part of the run
 
     levels: int = Field(default=1, ge=1, le=8)
-    """How many depths of the backbone it reads, evenly spaced, including the last one."""
+    """Number of backbone levels that it reads, evenly spaced, including the last one."""
     pixels: bool = False
-    """Whether it also sees the tile itself."""
+    """Whether it also reads the pixels of the tile."""
     options: dict[str, Scalar] = Field(default_factory=dict)
 
 
 class BaselineCard(Card):
-    """A segmenter without a backbone: what a foundation model must beat."""
+    """A segmenter without a backbone, for comparison."""
 
     KIND = "baselines"
     DESCRIPTIVE: ClassVar[frozenset[str]] = Card.DESCRIPTIVE | {"options"}
 
     trained: bool
-    """Whether it is trained; if not, it is a function from image to mask."""
+    """Whether it is trained. If not, its builder is a function from image to mask."""
     options: dict[str, Scalar] = Field(default_factory=dict)
 
 
@@ -134,7 +134,7 @@ class DatasetCard(Card):
     values: tuple[int, ...] = ()
     """The mask value of each class; a pixel belongs to the nearest. Empty: 0 is background, anything else a cell."""
     tolerance: int = Field(default=20, ge=0, lt=32768)
-    """How far a mask's value may lie from that of its class before `check` warns. It is read as the nearest one either way."""
+    """Maximum distance of a mask's value from that of its class before `check` warns. Either way, the nearest class is taken."""
     thresholds: tuple[int, ...] = ()
     """In place of ``values``: class k begins at the k-th of these mask values, class 0 below the first."""
     colors: tuple[tuple[int, int, int], ...] = ()
@@ -158,9 +158,9 @@ class DatasetCard(Card):
     ignore: int | tuple[int, int, int] | None = None
     """The value, or where ``colors`` are given the colour, of mask pixels that are ignored in training and scores."""
     min_cell_px: int | None = Field(default=None, ge=1)
-    """Smallest area of a cell: smaller regions are specks. Empty: estimated from the cells of the training masks."""
+    """Minimum area of a cell: smaller regions are not counted. Empty: estimated from the cells of the masks."""
     categories: dict[str, str] = Field(default_factory=dict)
-    """Of a COCO file: the class of each category. ``""`` leaves a category out, ``"ignore"`` ignores its regions in training and scores."""
+    """Of a COCO file: the class of each category. ``""`` excludes a category, ``"ignore"`` excludes its pixels from training and scores."""
     expected: dict[str, int] = Field(default_factory=dict)
     """How many images the published set holds, by split."""
     how_to_get: str = ""
@@ -177,7 +177,9 @@ class DatasetCard(Card):
     def _masks_are_one_thing(self) -> DatasetCard:
         valued, kind = bool(self.values or self.thresholds or self.colors), self.kind_of_masks
         if (kind == "cells" and valued) or (kind in ("cells", "binary") and len(self.classes) > 2):
-            raise ValueError(f"masks = '{kind}' does not go with {'values of classes' if valued else 'more than two classes'}; keep one")
+            raise ValueError(
+                f"masks = '{kind}' is incompatible with {'values of classes' if valued else 'more than two classes'}; keep one"
+            )
         if len(self.classes) > 255:
             raise ValueError(f"{len(self.classes)} classes; at most 255 are possible")
         if self.ignore is not None and isinstance(self.ignore, tuple) != bool(self.colors):

@@ -103,7 +103,7 @@ class Experiment(StrictModel):
                 f"{where}: [data] fold = {experiment.data.fold}: a grid runs all folds. For some of them set [grid] fold or [run] fold."
             )
         seen: set[str] = set()
-        for run in expand(experiment, where):  # so that every value is checked now
+        for run in expand(experiment, where):  # checks every value now
             if run.fold >= max(experiment.data.folds, 1):
                 why = f"there are {experiment.data.folds}, counted from 0" if experiment.data.folds else "set [data] folds to have any"
                 raise CellbenchError(f"{where}: fold {run.fold}: {why}.")
@@ -118,10 +118,10 @@ class Experiment(StrictModel):
 
 
 def expand(experiment: Experiment, where: str = "experiment", trained: Mapping[str, bool] | None = None) -> list[RunSpec]:
-    """All runs of an experiment: the product of its grid, then its baselines; in all folds, unless ``[grid]`` or ``[run]`` names some.
+    """All runs of an experiment: the product of its grid, then its baselines; in all folds, unless ``[grid]`` or ``[run]`` selects some.
 
-    A baseline has the settings of ``[run]`` and of its own table, and runs once for each ``seed`` of the grid; once in all where ``trained`` is
-    False for it.
+    A baseline has the settings of ``[run]`` and of its own table. It runs once for each ``seed`` of the grid, or once in total if it is not
+    trained.
     """
     runs: list[RunSpec] = []
     folds = experiment.grid.get(
@@ -153,7 +153,7 @@ def _run(settings: Mapping[str, Any], own: Mapping[str, Any], where: str, table:
 
 
 def cohorts(runs: Iterable[RunSpec]) -> list[list[RunSpec]]:
-    """The runs grouped by what they share: one pass of one backbone over one stream of tiles. Order is kept."""
+    """The runs grouped into cohorts, which share one pass of one backbone over one stream of tiles. Keeps the order."""
     groups: dict[tuple[Any, ...], list[RunSpec]] = {}
     for run in runs:
         groups.setdefault((run.stream, run.baseline), []).append(run)

@@ -37,7 +37,7 @@ def read_experiment(
 ) -> tuple[Experiment, str]:
     """The experiment of a file, or of a shipped file's name, with ``--set`` changes; and a file of the same that needs no options.
 
-    ``--data`` replaces a synthetic dataset by the person's own folder. Raises CellbenchError.
+    ``--data`` replaces a synthetic dataset by the user's folder. Raises CellbenchError.
     """
     request = read_tree(name, changes, limit)
     path, tree = request.path, request.tree
@@ -46,7 +46,7 @@ def read_experiment(
     experiment = Experiment.of(tree, str(path))
     registry = registry or Registry()
     card = registry.dataset(experiment.dataset)
-    # Before any image is drawn or read. Tables of heads and baselines that do not run are unused, but must name one.
+    # Checked before any image is drawn or read. Tables of heads and baselines that do not run are unused, but must name existing ones.
     for name in experiment.head:
         registry.head(name)
     for name in experiment.baseline:
@@ -61,7 +61,7 @@ def read_experiment(
 
 @dataclass(frozen=True, kw_only=True)
 class GridRequest:
-    """A file and the changes of a call, read once when it starts: a file that is edited or deleted later changes nothing."""
+    """A file and the changes of a call. The file is read once at the start, so later edits have no effect."""
 
     path: Path
     text: str
@@ -72,7 +72,7 @@ class GridRequest:
     """As options of the command line."""
 
     def on(self, data: Path) -> GridRequest:
-        """The same experiment on the person's own folder in place of synthetic data."""
+        """The same experiment on the user's folder instead of synthetic data."""
         settings = {name: value for name, value in self.tree.get("data", {}).items() if name != "draw"}
         tree = {**self.tree, "dataset": "folder", "experiment": f"{self.tree['experiment']} on {data.absolute().name}"}
         if "data" in tree:

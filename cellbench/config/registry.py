@@ -1,6 +1,6 @@
 """The registry: cards (TOML files of facts) by kind and name, and the code that a card names.
 
-Listing reads cards only; the code behind a card is imported when it is built. Of two cards of one name, that of the user's folder is taken.
+Listing reads cards only; a card's code is imported when it is built. A card in the user's folder takes precedence over a shipped one of the same name.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ BUILDERS = {
     "tversky": "cellbench.training.losses:tversky",
     "smears": "cellbench.data.synthetic.smears:draw_dataset",
 }
-"""The package's own builders. Cards name them by these names, so that fingerprints do not depend on where the code lies."""
+"""The package's own builders. Cards use these names, so that fingerprints do not depend on the location of the code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
-    """A run, every option filled in, and the cards that it refers to."""
+    """A run with all options filled in, and the cards that it refers to."""
 
     registry: Registry
     run: RunSpec
@@ -74,7 +74,7 @@ class RunParts:
 
     @property
     def digests(self) -> list[str]:
-        """Of the head or baseline, then of the user's own losses, augmentations and metrics."""
+        """The cards of the head or baseline, then of the user's own losses, augmentations and metrics."""
         return [self.registry.digest(card) for card in (self.card, *self.registry.extensions(self.run))]
 
     @property
@@ -83,7 +83,7 @@ class RunParts:
 
 
 class Registry:
-    """The cards of the shipped folder and of the user's folder. Each is read once, at its first use: an edit during a run changes nothing."""
+    """The cards of the shipped folder and of the user's folder. Each is read once, at its first use, so edits during a run have no effect."""
 
     def __init__(self, extra: Path | None = None) -> None:
         if extra is not None and not extra.is_dir():
@@ -152,7 +152,7 @@ class Registry:
         return self.resolve(run).run
 
     def resolve(self, run: RunSpec) -> RunParts:
-        """What a run refers to. Raises CellbenchError for an option that the card lacks, and for an unknown backbone, loss or augmentation."""
+        """The run and its cards. Raises CellbenchError for an option that the card lacks, and for an unknown backbone, loss or augmentation."""
         card = self.part(run)
         options = with_defaults(card.options, run.options, f"{'baseline' if run.baseline else 'head'}.{card.id}")
         backbone = self.backbone(run.backbone) if run.backbone else None
@@ -176,7 +176,7 @@ class Registry:
 
 
 def with_defaults(defaults: dict[str, Scalar], given: dict[str, Scalar], where: str) -> dict[str, Scalar]:
-    """``given`` over ``defaults``; a name that has no default, or a value of another type, is a CellbenchError."""
+    """``defaults`` updated by ``given``. Raises CellbenchError for a name without a default or a value of another type."""
     for key, value in given.items():
         if key not in defaults:
             raise unknown_name("setting", key, defaults, where=f"[{where}]")
@@ -210,7 +210,7 @@ def builder_path(card: Card) -> str:
 
 
 def code_digest(card: Card) -> str:
-    """What stands in fingerprints for the code behind a card.
+    """The part of a fingerprint that represents the code behind a card.
 
     The hash of a user's source files (``cellbench.config.source_code``); empty for the package's own code, for which
     :data:`cellbench.config.run.NUMERICS_VERSION` stands.
@@ -227,12 +227,12 @@ def digest_of(card: Card) -> str:
 def _from_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    # By its whole path: two people's folders may each have a my_head.py.
+    # By its full path: two folders may each have a my_head.py.
     name = f"cellbench_user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and typing look their own module up there
+    sys.modules[name] = module  # dataclasses and typing look up the module there
     spec.loader.exec_module(module)
     return module

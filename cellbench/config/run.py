@@ -11,11 +11,11 @@ from pydantic import Field, field_validator, model_validator
 
 from cellbench.config.base import Scalar, StrictModel
 
-# Raised whenever a change of code changes the numbers of an unchanged spec: finished runs of an older version are then run again.
+# Increased whenever a code change alters the numbers of an unchanged spec; finished runs of older versions are then executed again.
 NUMERICS_VERSION = 4
 
 _COHORT = "cohort"
-"""Marks the fields of a run that decide which tiles are seen, in which colours, through which backbone."""
+"""Marks the fields of a run that determine which tiles pass which backbone, in which colours."""
 
 
 class RunSpec(StrictModel):
@@ -25,9 +25,9 @@ class RunSpec(StrictModel):
     head: str | None = None
     baseline: str | None = None
     options: dict[str, Scalar] = Field(default_factory=dict)
-    """The head's or baseline's own settings, by the names on its card."""
+    """The options of the head or baseline, by the names on its card."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Initialises the head's weights, nothing else: ``data_seed`` decides which tiles are seen in which order."""
+    """Seed of the head's initial weights only; ``data_seed`` determines the tiles and their order."""
 
     framing: Annotated[Literal["tile", "pad", "resize"], _COHORT] = "tile"
     """``tile``: cut into squares. ``pad``: whole, padded to multiples of ``tile_px``. ``resize``: whole, resized to one square."""
@@ -44,7 +44,7 @@ class RunSpec(StrictModel):
     """Training views repeat after so many epochs; 0: never. With it, features of augmented tiles can be cached."""
     flips: Annotated[bool, _COHORT] = True
     rotations: Annotated[bool, _COHORT] = True
-    """Right angles only: they cost no interpolation."""
+    """By right angles only, which needs no interpolation."""
     brightness: Annotated[float, _COHORT] = Field(default=0.2, ge=0, lt=1)
     contrast: Annotated[float, _COHORT] = Field(default=0.2, ge=0, lt=1)
     saturation: Annotated[float, _COHORT] = Field(default=0.1, ge=0, lt=1)
@@ -52,7 +52,7 @@ class RunSpec(StrictModel):
     hed: Annotated[float, _COHORT] = Field(default=0.0, ge=0, le=1)
     """Stain augmentation: haematoxylin, eosin and DAB are each multiplied by 1 - ``hed`` to 1 + ``hed``, and shifted. 0.05 is light, 0.2 strong."""
     augmentations: Annotated[str, _COHORT] = "none"
-    """The user's own augmentations, each with its strength: ``0.3 blur + 0.1 noise``. They follow the shipped ones, in this order."""
+    """The user's own augmentations, each with its strength: ``0.3 blur + 0.1 noise``. They are applied after the shipped ones, in this order."""
     normalise: Annotated[Literal["none", "reinhard", "macenko"], _COHORT] = "none"
     """Stain normalisation of all images to the run's training images. Untrained baselines see images as they are."""
     data_seed: Annotated[int, _COHORT] = Field(default=2026, ge=0, lt=2**31)
@@ -60,7 +60,7 @@ class RunSpec(StrictModel):
     """Share of the training images that is used; smaller shares are subsets of larger ones. The length of an epoch stays the same."""
 
     fold: Annotated[int, _COHORT] = Field(default=0, ge=0)
-    """Which of ``[data] folds`` is the test, from 0."""
+    """Index of the fold of ``[data] folds`` that is the test set, from 0."""
 
     epochs: int = Field(default=20, ge=1, le=10_000)
     batch_size: int = Field(default=8, ge=1, le=4096)
@@ -72,9 +72,9 @@ class RunSpec(StrictModel):
     """Epochs without a better ``select`` before the run stops; 0: never."""
     loss: str = "0.5 ce + 0.5 dice"
     targets: Literal["cell", "cell+distance", "cell+border+distance"] = "cell"
-    """What the head learns beside the classes, to separate touching cells: the distance to the cell's border, and borders between cells."""
+    """Auxiliary targets beside the classes, to separate touching cells: the distance to the cell's border, and borders between cells."""
     unfreeze: Annotated[int, _COHORT] = Field(default=0, ge=0, le=100)
-    """Number of the backbone's last blocks that are trained too, in a copy of each run; those before stay frozen and shared."""
+    """Number of the backbone's last blocks that are also trained, as a copy for each run; earlier blocks stay frozen and shared."""
     tail_lr_scale: float = Field(default=0.01, gt=0, le=1)
     """The learning rate of the last block of an unfrozen tail, as a share of ``lr``."""
     layer_decay: float = Field(default=0.75, gt=0, le=1)
@@ -105,7 +105,7 @@ class RunSpec(StrictModel):
 
     @property
     def model(self) -> str:
-        """The model, which runs of several seeds share: ``dinobloom-s · fpn`` or ``otsu``."""
+        """Name of the model, shared by runs that differ only in seed: ``dinobloom-s · fpn`` or ``otsu``."""
         return self.baseline or f"{self.backbone} · {self.head}"
 
     @property
@@ -115,22 +115,22 @@ class RunSpec(StrictModel):
 
     @property
     def stream(self) -> tuple[Any, ...]:
-        """What decides which tiles are seen through which backbone: runs with equal streams are one cohort."""
+        """The fields that determine the stream of tiles and features. Runs with equal streams form one cohort."""
         return tuple(getattr(self, name) for name in SAMPLING_FIELDS)
 
 
 SAMPLING_FIELDS = tuple(name for name, field in RunSpec.model_fields.items() if _COHORT in field.metadata)
 
-# What [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that head or baseline alone.
+# Keys that [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that head or baseline only.
 RUN_KEYS = tuple(name for name in RunSpec.model_fields if name not in ("backbone", "head", "baseline", "options"))
 
 
 def fingerprint(run: RunSpec, dataset_digest: str, parts_digest: str) -> str:
-    """Sixteen hex digits over everything that can change a run's numbers; not device, paths or workers.
+    """Sixteen hex digits over everything that can change a run's numbers; independent of device, paths and workers.
 
     ``parts_digest``: of the weights, the cards and their code, and the precision.
     """
-    unused = {"augmentations"} if run.augmentations == "none" else None  # runs of before there were any keep their fingerprints
+    unused = {"augmentations"} if run.augmentations == "none" else None  # keeps the fingerprints of runs that are older than this field
     facts = {"numerics": NUMERICS_VERSION, "run": run.model_dump(exclude=unused), "dataset": dataset_digest, "parts": parts_digest}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

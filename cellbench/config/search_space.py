@@ -1,6 +1,6 @@
 """A search space: which settings vary and how, the objectives, and the settings of the sampler. No Optuna here.
 
-``[space]`` holds what varies: a list is a choice, a table with ``low`` and ``high`` a range. ``[run]`` holds what is fixed, and ``[head.fpn]`` the
+``[space]`` holds the settings that vary: a list is a choice, a table with ``low`` and ``high`` a range. ``[run]`` holds what is fixed, and ``[head.fpn]`` the
 settings of a head, which may vary too and then exist only in trials of that head.
 """
 
@@ -23,7 +23,7 @@ from cellbench.config.run import RUN_KEYS, RunSpec
 from cellbench.errors import CellbenchError, unknown_name
 
 DIMENSIONS = ("backbone", "head", *(name for name in RUN_KEYS if name not in ("seed", "fold")))
-"""What may vary. Not the seed, which is no setting, and not the fold: what one fold tests, another is trained on."""
+"""Settings that may vary. Not the seed, and not the fold, since one fold tests on the training images of another."""
 
 
 class Settings(StrictModel):
@@ -47,14 +47,14 @@ class Settings(StrictModel):
     repeat_best: int = Field(default=3, ge=1, le=100)
     """Number of seeds with which the best setting is trained and tested at the end."""
     max_failed: int = Field(default=3, ge=1)
-    """The search stops when so many trials have failed and none has succeeded."""
+    """The search stops when this number of trials has failed and none has succeeded."""
 
     @property
     def objectives(self) -> tuple[str, ...]:
         return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective)
 
     def excess(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """By how much each bound is exceeded; 0 or less where it is kept."""
+        """By how much each bound is exceeded; 0 or less if it is met."""
         over = {f"max {name}": metrics[name] - bound for name, bound in self.max.items()}
         return over | {f"min {name}": bound - metrics[name] for name, bound in self.min.items()}
 
@@ -176,7 +176,7 @@ class Space:
 
     @property
     def fold(self) -> int:
-        """The one fold of a search, its test included: other folds would test on images that it was trained on."""
+        """The only fold of a search, including its test: other folds would test on its training images."""
         return int(self.run.get("fold", 0))
 
     def _choices(self, name: str) -> tuple[Scalar, ...]:
@@ -252,7 +252,7 @@ def _directions(settings: Settings, where: str, known: Mapping[str, str], own: S
     for name in (*names, *settings.max, *settings.min):
         if name.startswith("test"):
             raise CellbenchError(
-                f"{place} '{name}': the test images judge the best trial alone, at the end. Seek val/dice, or another of: {', '.join(known)}."
+                f"{place} '{name}': test images are only used for the best trial at the end. Use val/dice, or another of: {', '.join(known)}."
             )
         if name not in known:
             raise unknown_name("metric", name, known, where=place)

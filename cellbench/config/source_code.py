@@ -1,8 +1,8 @@
-"""The source files behind a builder: its own, and those that it imports of the same author. A hash of them stands for the code in fingerprints.
+"""Finds the source files behind a builder: its own file, and those of the same author that it imports. Fingerprints include a hash of them.
 
-Imports are read from the text of the files and nothing is run. Followed are modules of the builder's own package, modules beside its file, and
-whatever else is found outside the folders of installed packages, such as a library under development. Other installed packages are not, as torch
-is not: their numbers are taken to agree to rounding. Modules that are imported by a computed name, and data files, are not seen.
+Imports are read from the text of the files; nothing is executed. Included are modules of the builder's own package, modules beside its file, and
+everything outside the folders of installed packages, such as a library under development. Other installed packages, such as torch, are excluded:
+their versions are assumed to agree to rounding. Modules imported by a computed name, and data files, are not detected.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 OURS = "cellbench"
-"""The package's own code, which ``NUMERICS`` stands for."""
+"""The package's own code, which ``NUMERICS_VERSION`` represents."""
 INSTALLED = ("site-packages", "dist-packages")
 
 
 def digest(builder: str, folder: Path) -> str:
     """Sixteen hex digits over the source files behind ``builder``, which is ``module:object`` or, of a file in ``folder``, ``file.py:object``.
 
-    Empty for the package's own code, and where there is no such file or module: building then says what is wrong.
+    Empty for the package's own code, and if there is no such file or module; building it then raises the error.
     """
     module = builder.partition(":")[0]
     if module.partition(".")[0] == OURS:
@@ -66,14 +66,14 @@ def _closure(module: str, folder: Path) -> dict[str, Path]:
 
 
 def _parts(name: str) -> Iterator[str]:
-    """``a``, ``a.b`` and ``a.b.c`` of ``a.b.c``: importing the last runs them all. Nothing of the standard library, or of ours."""
+    """``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``: importing the last executes all of them. Empty for the standard library and this package."""
     parts = name.split(".")
     if parts[0] not in sys.stdlib_module_names and parts[0] != OURS:
         yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def _spec(name: str, folder: Path) -> ModuleSpec | None:
-    """Where a module lies. Its parents are found, not imported."""
+    """The file of a module. Its parents are located, not imported."""
     parent, _, _ = name.rpartition(".")
     try:
         if not parent:
@@ -81,7 +81,7 @@ def _spec(name: str, folder: Path) -> ModuleSpec | None:
         above = _spec(parent, folder)
         places = above.submodule_search_locations if above is not None else None
         return PathFinder.find_spec(name, list(places)) if places is not None else None
-    except (ImportError, ValueError, AttributeError):  # of a module that is half imported, or was put together by hand
+    except (ImportError, ValueError, AttributeError):  # for a module that is partly imported or created by hand
         return None
 
 
@@ -91,7 +91,7 @@ def _imports(file: Path, package: str) -> Iterator[str]:
         return
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # importing it says so better
+    except (SyntaxError, ValueError):  # importing it raises a better error
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 TOLERANCE_PX = 2.0
-"""For contours: what two careful people differ by on a cell of 100 px."""
+"""Tolerance for contours: the difference between two careful annotators on a cell of 100 px."""
 
 
 class MaskBoundary:
@@ -16,14 +16,14 @@ class MaskBoundary:
     def __init__(self, mask: np.ndarray, tolerance_px: float, ignored: np.ndarray | None = None) -> None:
         self.is_empty = not (mask.any() if ignored is None else mask[~ignored].any())
         if ignored is not None:
-            mask = mask | ignored  # a neighbour that nobody knows is no outside
+            mask = mask | ignored  # an ignored neighbour does not count as outside
         self.mask = mask
         self.contour = boundary_pixels(mask)
         if ignored is not None:
             self.contour &= ~ignored
         self.near = dilate(self.contour, tolerance_px)
         self.band = mask & dilate(~mask, tolerance_px)
-        if ignored is not None:  # so near to them, what answers to a pixel may lie among them
+        if ignored is not None:  # so near to ignored pixels, the matching contour may lie within them
             away = ~dilate(ignored, tolerance_px)
             self.mask, self.contour, self.band = mask | ~away, self.contour & away, self.band & away
 
@@ -40,9 +40,9 @@ def boundary_pixels(mask: np.ndarray) -> np.ndarray:
 
 
 def dilate(mask: np.ndarray, radius_px: float) -> np.ndarray:
-    """Every pixel within ``radius_px`` of a pixel of the mask, centre to centre.
+    """All pixels within ``radius_px`` of a pixel of the mask, centre to centre.
 
-    A disc is a stack of lines: 4 passes a pixel of radius, 3 ms on 1600x1200 where a distance transform takes 200.
+    A disc is a union of lines: 4 passes per pixel of radius, 3 ms on 1600x1200; a distance transform takes 200 ms.
     """
     reach = math.floor(radius_px)
     out, line, width = mask.copy(), mask.copy(), 0
@@ -60,7 +60,7 @@ def dilate(mask: np.ndarray, radius_px: float) -> np.ndarray:
 
 
 def boundary_scores(truth: MaskBoundary, found: MaskBoundary) -> tuple[float, float]:
-    """``nsd`` and ``boundary_dice`` of two masks: NaN where both are empty. Where neither has a contour, it is whether they are the same."""
+    """``nsd`` and ``boundary_dice`` of two masks: NaN if both are empty. If neither has a contour, 1 if the masks are equal, else 0."""
     lengths = np.count_nonzero(truth.contour) + np.count_nonzero(found.contour)
     if not lengths:
         if truth.is_empty and found.is_empty:

@@ -1,7 +1,7 @@
-"""Every number that a run logs, declared once: what it is called, what it means, in which unit, and which direction is better.
+"""Declares every metric that a run logs, once: its name, meaning, unit and better direction.
 
-From these declarations follow the names in MLflow (``test_image/nsd``), the columns of the leaderboard and of MLflow's view, the labels of figures,
-the glossary, the table of metrics in the docs, and what a search may optimise. A new metric is one :class:`Metric` in ``METRICS``.
+Derived from these declarations are the names in MLflow (``test_image/nsd``), the columns of the leaderboard and of MLflow's view, figure labels,
+the glossary, the table of metrics in the docs, and the objectives of a search. A new metric is one :class:`Metric` in ``METRICS``.
 
 Metrics of a user come from cards in ``metrics/`` of a registry folder (:func:`own_metrics`). A run records their declarations in its
 ``per_image.json`` (:func:`to_record`), so that a report needs neither the folder nor their code (:func:`from_record`). Functions here that select
@@ -34,7 +34,7 @@ Direction = Literal["maximize", "minimize", ""]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredImage:
-    """One test image and a prediction of it: what a metric is computed from."""
+    """One test image and its prediction: the input of a metric."""
 
     truth: np.ndarray
     """(H, W) uint8 class numbers; ``cellbench.metrics.pixel.IGNORE`` (255) marks pixels that must not count."""
@@ -61,14 +61,14 @@ class Metric:
     meaning: str
     """One sentence or phrase for the glossary."""
     unit: str = ""
-    """Empty: a share from 0 to 1, or a number without unit."""
+    """Unit; empty for a share from 0 to 1 or a number without unit."""
     direction: Direction = "maximize"
-    """Which way is better; empty where neither is."""
+    """The better direction; empty if there is none."""
     scopes: tuple[str, ...] = ("test_image",)
     """Prefixes in MLflow. ``test``: pooled over all test pixels, or a total; ``test_image``: mean over test images; ``val``: validation images, each
     epoch; ``best``: the best epoch; ``cost``, ``separation``, ``train``."""
     compute: Callable[[ScoredImage], float] | None = None
-    """The score of one image; NaN where there is nothing to score. None where it is no such score, or its code is not here."""
+    """The score of one image; NaN if there is nothing to score. None for other metrics, and if the code is not available."""
     per_image: bool = False
     """Whether it is a score of one image; ``per_image.json`` then has a list under its key."""
     compared: bool = False
@@ -79,7 +79,7 @@ class Metric:
     searchable: bool = False
     """Whether a search may optimise or bound it."""
     epochwise: bool = True
-    """Whether it is known after each epoch (of ``val`` scopes), so that a search can prune by it."""
+    """Whether it is computed after each epoch (``val`` scopes), so that a search can prune by it."""
 
     @property
     def pooled(self) -> bool:
@@ -98,7 +98,7 @@ class Metric:
 
     @property
     def ideal(self) -> float:
-        """What a flawless prediction scores: the score of finding nothing in an image without cells, in paired comparisons."""
+        """Score of a perfect prediction; in paired comparisons also the score of finding nothing in an image without cells."""
         return 0.0 if self.direction == "minimize" else 1.0
 
 
@@ -231,12 +231,12 @@ def leaderboard(own: Iterable[Metric] = ()) -> list[Metric]:
 
 
 def counts() -> list[Metric]:
-    """What became of the cells: totals over the test images."""
+    """Outcomes of the cells: totals over the test images."""
     return [one for one in METRICS if one.unit == "cells" and one.scopes == ("test",)]
 
 
 def objectives(own: Iterable[Metric] = ()) -> dict[str, Direction]:
-    """What a search may optimise or bound, and which direction is better: always of the best epoch on validation images, never of the test."""
+    """What a search may optimise or bound, with the better direction: values of the best epoch on validation images, never of the test."""
     return {one.objective: one.direction for one in (*METRICS, *own) if one.searchable}
 
 
@@ -258,7 +258,7 @@ def score(image: ScoredImage, own: Iterable[Metric] = ()) -> dict[str, float]:
         assert one.compute is not None
         try:
             out[one.key] = float(one.compute(image))
-        except Exception as error:  # a stranger's code may raise anything
+        except Exception as error:  # user code may raise anything
             raise CellbenchError(f"metric '{one.key}': {type(error).__name__}: {one_line(error)}") from error
         if math.isinf(out[one.key]):
             raise CellbenchError(f"metric '{one.key}' is infinite. Return NaN where there is nothing to score.")

@@ -1,6 +1,6 @@
 """Boundary scores and single-cell scores of one image, from class maps.
 
-On BCCD methods whose Dice differs by 0.02 differ by 0.3 in AP50: two cells that touch by a few pixels cost hardly any Dice, and both cells.
+On BCCD, methods whose Dice differs by 0.02 differ by 0.3 in AP50: merging two cells that touch by a few pixels hardly changes Dice, but loses both cells.
 
 Conventions:
 
@@ -11,8 +11,8 @@ Conventions:
 - A cell is a connected region of one class, unless the caller separates touching ones (``cellbench.metrics.separation``). Neighbours are the four
   beside a pixel, not the diagonal ones: masks often separate touching cells by a line one pixel wide. Regions below a minimum area are dropped
   on both sides. Where a mask numbers its cells, the numbers are used.
-- Two cells match where their intersection is *more* than the threshold of their union and their class is the same. From 0.5 on that is
-  at most one partner each, so no assignment has to be solved; it is decided in whole numbers, without rounding.
+- Two cells match where their intersection is *more* than the threshold of their union and their class is the same. From 0.5 on, each
+  cell has at most one match, so no assignment problem has to be solved. Integers are compared, without rounding.
 - ``ap50``, ``ap50_95``: TP / (TP + FP + FN) at 0.5, and its mean over 0.50, 0.55 … 0.95 (Data Science Bowl 2018, StarDist, Cellpose).
   This is not COCO's average precision: there are no confidences to rank by.
 - ``aji``: aggregated Jaccard index (Kumar et al. 2017) as published: one predicted cell may serve several true ones.
@@ -21,11 +21,11 @@ Conventions:
 - A class may be a *part* of another class's objects, as a nucleus is of a cell: ``owners`` has for each class the class whose object it
   belongs to. Cells are then found after each part has taken its owner's class (``merge_parts_into_objects``); outlines stay those of each class.
 
-Pixels that the truth ignores (``cellbench.metrics.pixel.IGNORE``) are in no cell, outline or band: cells are cut there, and what is left of a
-predicted one counts where more than half of it lies outside, as panoptic quality treats void pixels. Next to them, as at the image's frame,
-there is no outline, and within the tolerance of them none is scored.
+Pixels that the truth ignores (``cellbench.metrics.pixel.IGNORE``) are in no cell, outline or band: cells are cut there, and the rest of a
+predicted cell counts if more than half of the cell lies outside, as panoptic quality treats void pixels. Next to them, as at the image's frame,
+there is no outline; outlines within the tolerance of them are not scored.
 
-What is in neither map has no score (NaN); what is in only one scores 0, as in ``cellbench.metrics.pixel``. Over several cell classes ``nsd`` and
+A class in neither map has no score (NaN); a class in only one scores 0, as in ``cellbench.metrics.pixel``. Over several cell classes ``nsd`` and
 ``boundary_dice`` are means of the classes that have a score, while cells are counted together.
 
 Letters: K classes, H x W image, T true cells, P predicted cells.
@@ -44,10 +44,10 @@ from cellbench.metrics.instances import Instances, connected_instances, drop_ign
 from cellbench.metrics.pixel import nan_mean
 
 THRESHOLDS = tuple(range(10, 20))
-"""Of the intersection over union, in twentieths: 0.50, 0.55 … 0.95."""
+"""Thresholds of the intersection over union, in twentieths: 0.50, 0.55 … 0.95."""
 SCORES = ("nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq")
 COUNTS = ("num_true", "num_predicted", "num_found", "num_missed", "num_split", "num_merged", "num_extra")
-"""Of an image's cells, as :func:`cell_outcomes` defines them."""
+"""Counts of an image's cells, as :func:`cell_outcomes` defines them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class InstanceScores:
 
 
 class ReferenceMask:
-    """The truth of one image (H, W), prepared once and compared with the predictions of many runs. Thread-safe."""
+    """The reference mask of one image (H, W), prepared once and compared with the predictions of many runs. Thread-safe."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class ReferenceMask:
         return instance_scores(self.cells, cells)
 
     def agreement(self, classes: np.ndarray, cells: Instances | None = None) -> InstanceScores:
-        """How well a predicted class map (H, W) agrees; ``cells``: the single cells of it, if not the connected regions of its objects."""
+        """How well a predicted class map (H, W) agrees; ``cells``: the single cells in it; by default the connected regions of its objects."""
         if classes.shape != self._classes.shape:
             raise ValueError(f"truth is {self._classes.shape}, prediction {classes.shape}")
         ignored = self.cells.ignored
@@ -127,7 +127,7 @@ class ReferenceMask:
 
 
 def pairwise_overlaps(truth: Instances, found: Instances) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of every pair of cells of one class that share a pixel: number of the true and of the found cell, intersection and union in px."""
+    """For every pair of cells of one class that overlap: number of the true and of the predicted cell, intersection and union in px."""
     both = np.flatnonzero((truth.ids > 0) & (found.ids > 0))
     codes = truth.ids.ravel()[both].astype(np.int64) * (found.num + 1) + found.ids.ravel()[both]
     if (truth.num + 1) * (found.num + 1) <= 1 << 22:
@@ -145,7 +145,7 @@ def pairwise_overlaps(truth: Instances, found: Instances) -> tuple[np.ndarray, n
 def instance_scores(truth: Instances, found: Instances) -> dict[str, float | int]:
     """The scores of single cells, under the names of :class:`InstanceScores`.
 
-    Of predicted cells as :func:`drop_ignored` gives them; NaN where there is no cell and none was predicted.
+    Expects predicted cells as from :func:`drop_ignored`. NaN if there is no cell and none was predicted.
     """
     found = drop_ignored(found, truth.ignored)
     t, p, shared, union = pairwise_overlaps(truth, found)
@@ -175,13 +175,13 @@ def instance_scores(truth: Instances, found: Instances) -> dict[str, float | int
 def cell_outcomes(
     truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, matched: np.ndarray
 ) -> dict[str, int]:
-    """What became of every cell; a cell lies *mostly* in another where more than half of its own pixels do.
+    """Counts the outcomes of all cells. A cell lies *mostly* in another if more than half of its pixels do.
 
     - ``num_found``: true cells matched by a predicted cell of their class with an IoU above 0.5.
     - ``num_merged``: true cells not found that lie mostly in a predicted cell in which another true cell lies mostly, too.
     - ``num_split``: true cells neither found nor merged in which two or more predicted cells lie mostly.
     - ``num_missed``: all other true cells.
-    - ``num_extra``: predicted cells that match no true cell: false alarms, and the pieces and mergers of the cells above.
+    - ``num_extra``: predicted cells that match no true cell: false alarms, and the predicted cells of the split and merged ones above.
 
     So found + merged + split + missed = ``num_true``, and found + extra = ``num_predicted``. Pairs ``t``, ``p``, ``shared`` as
     :func:`pairwise_overlaps` gives them, of one class; ``matched`` (pairs,) bool: which of them match.
@@ -221,7 +221,7 @@ def describe_outcomes(counts: Mapping[str, float]) -> str:
 
 
 def _aji(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, union: np.ndarray) -> float:
-    # Each true cell's best partner: sorted by true cell, then IoU downwards, then number; the first of each.
+    # Each true cell's best match: sorted by true cell, descending IoU, then number; the first of each.
     order = np.lexsort((p, -shared / union, t)) if len(t) else np.empty(0, int)
     first = order[np.flatnonzero(np.diff(t[order], prepend=0))]
     lonely_px = truth.areas_px.sum() - truth.areas_px[t[first]].sum()

@@ -15,7 +15,7 @@ MIN_AREA_PX = 100
 
 
 MIN_AREA_NUMBERED_PX = 10
-"""For predicted cells where the truth numbers its own, of which none is then dropped: a nucleus at low magnification may have 30 px."""
+"""Minimum area of predicted cells if the reference numbers its cells, none of which is dropped: a nucleus at low magnification may have 30 px."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,9 +26,9 @@ class Instances:
     areas_px: np.ndarray
     classes: np.ndarray
     num_left_out: int = 0
-    """Regions below the least area, which are no cells."""
+    """Number of regions below the minimum area, which are not cells."""
     ignored: np.ndarray | None = None
-    """Of a truth: the pixels (H, W) bool that count nowhere; None where all count."""
+    """For a reference mask: the ignored pixels (H, W) bool; None if there are none."""
 
     @property
     def num(self) -> int:
@@ -49,13 +49,13 @@ def connected_instances(classes: np.ndarray, min_area_px: int = MIN_AREA_PX) -> 
 def numbered_instances(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 0) -> Instances:
     """Cells by their given numbers (H, W), whole and not negative, 0 being background; a cell's class is that of most of its pixels.
 
-    A number may have several parts: they are one cell, cut by something above it, or by pixels that the class map ignores.
+    A number may have several parts. They are one cell, divided by an overlapping one or by ignored pixels.
     """
     if ids.shape != classes.shape or ids.dtype.kind not in "iub" or (ids.size and ids.min() < 0):
         raise ValueError(f"cell numbers are whole, from 0, one a pixel: {ids.dtype} {ids.shape} for classes {classes.shape}")
     ignored = classes == IGNORE if classes.size and int(classes.max()) == IGNORE else None
     flat = ids.ravel() if ignored is None else np.where(ignored, 0, ids).ravel()
-    if flat.size and int(flat.max()) > 16 * flat.size:  # a count of each number would not fit memory
+    if flat.size and int(flat.max()) > 16 * flat.size:  # an array of counts would not fit into memory
         flat = np.unique(flat, return_inverse=True)[1] + (0 if (flat == 0).any() else 1)
     areas = np.bincount(flat, minlength=1)
     kept = areas >= max(min_area_px, 1)
@@ -80,7 +80,7 @@ def _highest(classes: np.ndarray) -> int:
 
 
 def drop_ignored(found: Instances, ignored: np.ndarray | None) -> Instances:
-    """Predicted cells without what lies in ``ignored`` pixels (H, W) bool: those that lie there by more than half are gone, the others cut."""
+    """Predicted cells without what lies in ``ignored`` pixels (H, W) bool: cells with more than half of their pixels there are removed, the others are cut."""
     if ignored is None or not found.num:
         return found
     inside = np.bincount(found.ids[ignored], minlength=found.num + 1)
@@ -132,7 +132,7 @@ def merge_part_ids(ids: np.ndarray, classes: np.ndarray, owners: Sequence[int]) 
             pairs.append(part[at].astype(np.int64) * (cells.num + 1) + other[at])
     code, length = np.unique(np.concatenate(pairs), return_counts=True)
     new = np.arange(cells.num + 1, dtype=np.int32)
-    order = np.argsort(length, kind="stable")  # the longest contact is written last
+    order = np.argsort(length, kind="stable")  # written last, so that the longest contact wins
     new[code[order] // (cells.num + 1)] = code[order] % (cells.num + 1)
     merged: np.ndarray = new[cells.ids]
     return merged
@@ -141,7 +141,7 @@ def merge_part_ids(ids: np.ndarray, classes: np.ndarray, owners: Sequence[int]) 
 def reference_instances(
     classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()
 ) -> tuple[Instances, int]:
-    """The cells of a truth (H, W), by its own numbers where it has them, and the least area in px that a predicted cell must then have.
+    """The cells of a truth (H, W), by its own numbers where it has them, and the minimum area in px of predicted cells.
 
     ``min_area_px``: the data set's, for both; None: ``MIN_AREA_PX``, or where cells are numbered none for them and ``MIN_AREA_NUMBERED_PX``
     for predicted ones. ``owners``: as in :func:`merge_parts_into_objects`.

@@ -59,7 +59,7 @@ def measure_cells(
         "at_edge",
     )
     columns += ("red", "green", "blue", *(part_column(names[k], um_per_px) for k in part_classes(owners)))
-    if not found.num:  # scikit-image's columns would be other ones
+    if not found.num:  # scikit-image would return other columns
         return CellTable(columns=columns, rows=())
     props: Mapping[str, np.ndarray] = regionprops_table(found.ids, image, properties=_PROPERTIES)
     height, width = found.ids.shape
@@ -96,7 +96,7 @@ def part_column(name: str, um_per_px: float | None = None) -> str:
 def count_by_class(
     rows: Sequence[Mapping[str, str]], names: Sequence[str], owners: Sequence[int] = (), um_per_px: float | None = None
 ) -> dict[str, int]:
-    """From the rows of a table of cells: how many cells each class has, and for a part how many cells hold one; empty for one class.
+    """Number of cells of each class from the rows of a table of cells, and for a part the number of cells with one; empty for one class.
 
     >>> rows = [{"class": "cytoplasm", "nucleus_area_px": "90.0"}, {"class": "cytoplasm", "nucleus_area_px": "0.0"}]
     >>> count_by_class(rows, ["background", "cytoplasm", "nucleus"], (0, 1, 1))

@@ -4,13 +4,13 @@ A confusion matrix counts pixels, ``counts[truth, prediction]``. Pooled scores a
 average afterwards. The two differ and have different names.
 
 An image, or a whole set, may lack a class. A class in neither truth nor prediction has no score: it is NaN and left out of means, since
-counting it as 1 rewards whoever finds nothing (nine empty images of ten then give 0.9). A class in only one of the two scores 0, except in
+counting it as 1 would reward finding nothing (with nine empty images of ten that gives 0.9). A class in only one of the two scores 0, except in
 accuracy, which counts the pixels of the others too. An image without a score is *empty*: it has no cell and none was found.
 
 Pooled means go over the classes that are in the truth, and per-image means over those that are in any mask of the data set: a class that no
-mask holds cannot be scored, and one stray pixel of it must not change a mean by 1/K.
+mask holds cannot be scored, and a single predicted pixel of it must not change a mean by 1/K.
 
-The older rule, a class in neither scores 1, stays available for comparison with published numbers: ``absent=1`` here, and names that end in
+The other convention, by which a class in neither scores 1, is available for comparison with published numbers: ``absent=1`` here, and names that end in
 ``_empty1`` in MLflow.
 """
 
@@ -69,7 +69,7 @@ def impute_missing(scores_MI: np.ndarray, best: float = 1.0) -> np.ndarray:
     """Scores of M models on the same I images, made comparable: (M, I) float64.
 
     Where an image is empty for one model (NaN: no cell, none found) and not for another (something was found), finding nothing was right and
-    scores ``best``. So a false alarm costs the same in a paired comparison as in the means. Images empty for all stay NaN.
+    scores ``best``. So a false alarm counts the same in a paired comparison as in the means. Images empty for all stay NaN.
 
     >>> impute_missing(np.array([[0.9, np.nan, np.nan], [0.8, 0.0, np.nan]])).tolist()
     [[0.9, 1.0, nan], [0.8, 0.0, nan]]
@@ -115,7 +115,7 @@ def named_scores(prefix: str, counts: np.ndarray, classes: tuple[str, ...]) -> d
 
     ``test/dice`` is the cell class (mean over classes that are not background), ``test_background/dice`` and so on each class, and
     ``test_mean/dice`` the mean over all classes. Means go over :func:`pooled_classes`. ``test/dice_empty1`` and ``test/iou_empty1`` follow the
-    older rule.
+    other convention.
     """
     total = np.asarray(counts).sum(0)
     pooled = pixel_scores(total)

@@ -1,14 +1,14 @@
-"""Separates touching cells: a watershed on the distance to the background, whose basins are merged where the neck between them is wide.
+"""Separates touching cells by a watershed on the distance to the background, merging basins that are joined by a wide neck.
 
-A region of a mask has one peak of distance for each bulge, and a saddle between neighbouring peaks: the half-width of the neck. Two bulges are two
-cells where the saddle is below ``saddle_ratio`` times the lower of their peaks. The parameter is a ratio and so independent of magnification. At 0
-cells are connected regions, towards 1 every bulge is a cell. One watershed serves all its values (basins are merged afterwards, the highest
-saddle first), so that tuning on validation images costs one watershed an image.
+The distance has a peak in each bulge of a region, and a saddle between neighbouring peaks: the half-width of the neck. Two bulges are two cells
+if the saddle is below ``saddle_ratio`` times the lower peak. As a ratio, the parameter does not depend on magnification. At 0 cells are connected
+regions; towards 1 every bulge is a cell. One watershed serves all values (basins are merged afterwards, the highest saddle first), so tuning on
+validation images takes one watershed per image.
 
-Where a model predicts the depth of a pixel in its cell (``cellbench.data.transforms.cell_targets``), that depth replaces the distances.
+If a model predicts the depth of a pixel in its cell (``cellbench.data.transforms.cell_targets``), that depth replaces the distances.
 
 Distances are taken on blocks of ``1/BLOCKS`` of the region's half-width: on 1600x1200 with cells of 100 px that is 0.1 s instead of 0.65.
-Gaps in the mask itself are kept to the pixel; only new cuts are as coarse as the blocks.
+Gaps in the mask are kept to the pixel; only new cuts are as coarse as the blocks.
 
 Letters: H x W image, h x w blocks.
 """
@@ -28,11 +28,11 @@ from cellbench.metrics.instances import MIN_AREA_PX, Instances, merge_parts_into
 from cellbench.metrics.pixel import impute_missing, nan_mean
 
 SADDLE_RATIOS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-"""The values that are tried; of equally good ones the smallest, which cuts least."""
+"""Values to try; among equally good ones the smallest is chosen, which cuts least."""
 BLOCKS = 12
-"""Blocks to the half-width of a region: an outline's pixel noise and a cut's steps are then below a tenth of a cell's radius."""
+"""Blocks per half-width of a region: pixel noise of outlines and steps of cuts are then below a tenth of a cell's radius."""
 SMOOTH_BLOCKS = 1.0
-"""Gaussian over distances, so that a rough outline does not make a basin of every corner."""
+"""Sigma of the Gaussian over distances, so that a rough outline does not create a basin at every corner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,30 +41,30 @@ class SeparationParams:
 
     saddle_ratio: float = 0.0
     val_ap50: dict[str, float] = field(default_factory=dict, hash=False)
-    """What it was tuned on: mean AP50 over the validation images for each saddle_ratio that was tried. Empty: not tuned."""
+    """Result of tuning: mean AP50 over the validation images for each tried saddle_ratio. Empty: not tuned."""
     num_images: int = 0
-    """Validation images that it was tuned on."""
+    """Number of validation images used for tuning."""
     min_area_px: int = MIN_AREA_PX
-    """What is smaller is a speck, no cell: as the truth that it was tuned on has it."""
+    """Minimum area of a cell, that of the reference masks used for tuning."""
     learned: bool = False
     """Whether basins are those of the boundary depth that the model predicts, not of the mask's own distances."""
     owners: tuple[int, ...] = ()
     """For each class the class of the object that it is a part of, its own for an object; empty: every class is an object."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "owners", tuple(self.owners))  # JSON knows lists only
+        object.__setattr__(self, "owners", tuple(self.owners))  # JSON has only lists
 
     def watershed(self, classes: np.ndarray, boundary_depth: np.ndarray | None = None) -> DistanceWatershed:
         """The basins of the objects of a class map (H, W) uint8."""
         return DistanceWatershed(merge_parts_into_objects(classes, self.owners), boundary_depth)
 
     def instances(self, classes: np.ndarray, boundary_depth: np.ndarray | None = None) -> Instances:
-        """The cells of a class map (H, W) uint8; ``boundary_depth`` (H, W) uint8 where the model learned one."""
+        """The cells of a class map (H, W) uint8; ``boundary_depth`` (H, W) uint8 if the model predicts it."""
         return self.watershed(classes, boundary_depth).instances(self.saddle_ratio, self.min_area_px)
 
     @property
     def description(self) -> str:
-        """For people and for MLflow's tags."""
+        """For messages and MLflow tags."""
         return (
             f"watershed{' on the learned boundary depth' * self.learned}, saddle_ratio {self.saddle_ratio:g}"
             if self.saddle_ratio
@@ -77,9 +77,9 @@ CONNECTED = SeparationParams()
 
 
 class DistanceWatershed:
-    """The basins of a class map (H, W), flooded once, when first needed; ``instances`` merges them for any saddle_ratio.
+    """The basins of a class map (H, W), computed once on demand; ``instances`` merges them for any saddle_ratio.
 
-    ``boundary_depth`` (H, W) uint8: how high each pixel lies in its cell, as a model learned it; None: the distance to the background, in blocks.
+    ``boundary_depth`` (H, W) uint8: predicted depth of each pixel in its cell; None: the distance to the background, in blocks.
     """
 
     def __init__(self, classes: np.ndarray, boundary_depth: np.ndarray | None = None) -> None:
@@ -111,8 +111,8 @@ class _Flood:
         mask, self._flooded = self._mask, True
         self._step, self._basins, self._peaks = max(mask.shape), np.ones((1, 1), np.int32), np.zeros(2)
         self._saddles: list[tuple[float, int, int]] = []
-        if edge_px := np.count_nonzero(boundary_pixels(mask)):  # else all of the image, which is distant from nothing
-            # Twice the area over the outline's length is the radius of a disc, and half of the width of anything longer.
+        if edge_px := np.count_nonzero(boundary_pixels(mask)):  # otherwise the mask is the whole image and has no distances
+            # Twice the area over the outline's length is the radius of a disc, and the half-width of elongated shapes.
             self._step = min(8, max(1, int(2 * np.count_nonzero(mask) / edge_px / BLOCKS)))
             full_hw, any_hw = _blocks(mask, self._step)
             if self._boundary_depth is not None:
@@ -126,7 +126,7 @@ class _Flood:
         self._pieces()
 
     def _pieces(self) -> None:
-        """A piece is what is of one region and one basin: cells are put together from pieces, whatever the saddle_ratio."""
+        """Computes the intersections of regions and basins. For any saddle_ratio, cells are unions of these pieces."""
         height, width = self._regions.shape
         rows, columns = np.arange(height) // self._step, np.arange(width) // self._step
         num_basins = len(self._peaks)
@@ -142,15 +142,15 @@ class _Flood:
             found, flat, self._areas_px = np.unique(codes, return_inverse=True, return_counts=True)
             self._piece = flat.reshape(codes.shape).astype(np.int32)
         self._region, self._basin = found // num_basins, found % num_basins
-        # Regions less than a block apart share blocks. A basin is the region's that has most of it; what others have there are crumbs of the
-        # blocks, no cells of their own.
+        # Regions less than a block apart share blocks. A basin belongs to the region with most of it; pieces of other regions there are
+        # fragments of blocks, not cells.
         inside = np.where(self._region > 0, self._areas_px, 0)
         most = np.zeros(num_basins, np.int64)
         np.maximum.at(most, self._basin, inside)
         self._is_fragment = inside < most[self._basin]
 
     def ids(self, saddle_ratio: float) -> np.ndarray:
-        """Numbers of cells (H, W), 0 being background; not without gaps."""
+        """Cell numbers (H, W), 0 is background; numbers may have gaps."""
         if not saddle_ratio:
             regions: np.ndarray = self._regions
             return regions
@@ -169,7 +169,7 @@ class _Flood:
         return ids
 
     def _merged(self, saddle_ratio: float) -> np.ndarray:
-        """For each basin the one that it is part of."""
+        """For each basin the one that it is merged into."""
         parent, peaks = list(range(len(self._peaks))), self._peaks.tolist()
 
         def root(k: int) -> int:
@@ -187,7 +187,7 @@ class _Flood:
 
 
 def _blocks(mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks (h, w) of ``step`` x ``step`` pixels that lie in the mask wholly, and those that touch it; the frame's are filled up with their edge."""
+    """Blocks (h, w) of ``step`` x ``step`` pixels that lie entirely in the mask, and those that touch it. The image is padded by its edge."""
     if step == 1:
         return mask, mask
     down, right = (-length % step for length in mask.shape)
@@ -198,7 +198,7 @@ def _blocks(mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _means(values: np.ndarray, step: int) -> np.ndarray:
-    """The mean of each block of ``step`` x ``step`` pixels, (h, w) float; the frame's are filled up with their edge."""
+    """The mean of each block of ``step`` x ``step`` pixels, (h, w) float. The image is padded by its edge."""
     down, right = (-length % step for length in values.shape)
     padded = np.pad(values, ((0, down), (0, right)), mode="edge")
     means: np.ndarray = padded.reshape(len(padded) // step, step, -1, step).mean((1, 3))
@@ -206,7 +206,7 @@ def _means(values: np.ndarray, step: int) -> np.ndarray:
 
 
 def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int, int]]:
-    """For each two basins that touch: the greatest distance on the way from one to the other, and their numbers; the highest first."""
+    """For each pair of touching basins: the height of the saddle between them, and their numbers; the highest first."""
     num = int(basins.max()) + 1
     codes, heights = [], []
     for first, second in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
@@ -226,12 +226,12 @@ class SeparationTuner:
     """Chooses from ``SADDLE_RATIOS`` the one with the best AP50 over predicted class maps and their true cells."""
 
     def __init__(self, min_area_px: int = MIN_AREA_PX, *, owners: Sequence[int] = ()) -> None:
-        """``min_area_px``: of the separation, until true cells say otherwise; ``owners``: as in :class:`SeparationParams`."""
+        """``min_area_px``: used if no image is added; ``owners``: as in :class:`SeparationParams`."""
         self._found: list[list[float]] = []
         self._min_area_px, self._learned, self._owners = min_area_px, False, tuple(owners)
 
     def add(self, classes: np.ndarray, boundary_depth: np.ndarray | None, truth: Instances, min_area_px: int) -> None:
-        """A predicted class map (H, W) uint8, the boundary depth (H, W) uint8 where the model predicts it, and the cells that are there."""
+        """A predicted class map (H, W) uint8, the boundary depth (H, W) uint8 where the model predicts it, and the true cells."""
         parts, self._learned = (
             DistanceWatershed(merge_parts_into_objects(classes, self._owners), boundary_depth),
             boundary_depth is not None,
@@ -242,7 +242,7 @@ class SeparationTuner:
         )
 
     def best(self) -> SeparationParams:
-        """The separation with the highest mean AP50; connected regions where no image has a cell or a predicted one."""
+        """The separation with the highest mean AP50; connected regions if no image has a true or predicted cell."""
         found = impute_missing(np.array(self._found, dtype=np.float64).reshape(-1, len(SADDLE_RATIOS)).T)
         means: Sequence[float] = [round(nan_mean(values), 6) for values in found]
         if np.isnan(means).any():

@@ -2,7 +2,7 @@
 
 Intervals are BCa (Efron 1987) by scipy's definitions: with one score a unit and the same seed the ends equal those of
 ``scipy.stats.bootstrap``, but all rows share one matrix of resamples, so that 630 pairs of models cost one draw and one matrix product.
-Never NaN: a note says why an interval is missing, a point, or rough.
+Results are never NaN: a note says why an interval is missing, a point, or rough.
 
 Shapes: M rows (models), P rows or pairs of rows, I images, U units (images or groups of images), B resamples.
 """
@@ -38,7 +38,7 @@ class Interval:
 
     @property
     def rough(self) -> bool:
-        """Whether there is an interval, of so few units that it is likely too narrow."""
+        """Whether the interval is based on so few units that it is likely too narrow."""
         return self.low is not None and self.num < ROUGH_BELOW
 
     @property
@@ -60,10 +60,10 @@ def mean_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """The mean of one score an image, with its BCa bootstrap interval. ValueError for no scores, NaN, or a level outside (0, 1).
+    """The mean of one score per image, with its BCa bootstrap interval. Raises ValueError for no scores, NaN, or a level outside (0, 1).
 
-    With ``groups`` (one label an image) whole groups are resampled: images of one patient are alike, and taking them as independent
-    makes intervals too narrow. The mean is over images either way.
+    With ``groups`` (one label per image) whole groups are resampled: images of one patient are correlated, and treating them as independent
+    would make intervals too narrow. The mean is over images either way.
 
     Simulated coverage of 95 % intervals over normal and Dice-like scores: 2 images 49 %, 3 71 %, 4 78 %, 5 80 to 87 %, 10 90 %, 20 92 %, 159
     94 to 95 %. So fewer than 4 units give no interval, and fewer than 10 a rough one, which is noted.
@@ -84,7 +84,7 @@ def unit_labels(images: Sequence[Hashable], groups: Sequence[Hashable]) -> tuple
     >>> unit_labels(["a", "b", "c"], ["p", "p", ""])
     ('p', 'p', ('image', 'c'))
     """
-    # An image's name could be a group's, hence the pair.
+    # A pair, since an image and a group may have the same name.
     return tuple(group or ("image", image) for image, group in zip(images, groups, strict=True)) if any(groups) else None
 
 
@@ -96,7 +96,7 @@ def unit_numbers(labels: Sequence[Hashable]) -> np.ndarray:
 
 def unit_sums(x_PI: np.ndarray, unit_I: np.ndarray) -> np.ndarray:
     """(P, U): each row summed over the images of each unit."""
-    if unit_I.max() + 1 == len(unit_I):  # every image its own unit, and in order
+    if unit_I.max() + 1 == len(unit_I):  # every image is its own unit, in order
         return x_PI
     order = np.argsort(unit_I, kind="stable")
     return np.add.reduceat(x_PI[:, order], np.flatnonzero(np.diff(unit_I[order], prepend=-1)), axis=1)
@@ -112,10 +112,10 @@ def bootstrap_intervals(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[Interval]:
-    """One interval a row, or one a pair (first minus second).
+    """One interval per row, or per pair (first minus second).
 
     ``sums_MU``: the sum of scores over each unit's images; ``counts_U``: how many images that is. Means are sum of sums over sum of counts,
-    so a unit weighs what it holds.
+    so a unit's weight is its number of images.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
@@ -153,14 +153,14 @@ def _resampled_means(sums_MU: np.ndarray, counts_U: np.ndarray, resamples: int, 
     num = len(counts_U)
     step = max(1, 4_000_000 // num)  # 32 MB of weights at a time
     draws = (_draw(num, resamples, seed),) if resamples <= step else _draws(num, resamples, seed, step)
-    both = np.vstack([sums_MU, counts_U])  # one pass over the weights: reading them is what costs
+    both = np.vstack([sums_MU, counts_U])  # one pass over the weights, which are expensive to read
     drawn = np.concatenate([both @ weights_BU.T.astype(np.float64) for weights_BU in draws], axis=1)
     means_MB: np.ndarray = drawn[:-1] / drawn[-1]
     return means_MB
 
 
 def _draws(num: int, resamples: int, seed: int, step: int) -> Iterator[np.ndarray]:
-    """How often each unit is in each resample, in arrays of at most ``step`` resamples: (step, num). A count above 255 does not occur: its mean is 1."""
+    """Count of each unit in each resample, in arrays of at most ``step`` resamples: (step, num). The mean is 1, so counts never exceed 255."""
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
@@ -168,7 +168,7 @@ def _draws(num: int, resamples: int, seed: int, step: int) -> Iterator[np.ndarra
         yield np.bincount(drawn.ravel(), minlength=rows * num).reshape(rows, num).astype(np.uint8)
 
 
-@lru_cache(maxsize=4)  # pairs with different image sets are resampled one by one, mostly at the same few sizes
+@lru_cache(maxsize=4)  # pairs with different image sets are resampled one by one, mostly with the same few sizes
 def _draw(num: int, resamples: int, seed: int) -> np.ndarray:
     return next(_draws(num, resamples, seed, resamples))
 

@@ -1,14 +1,14 @@
 """Compares models pairwise by their per-image scores: intervals and paired tests.
 
 Images are the sample: models are paired by image id; where images come in groups (a patient, a slide), the group is the unit. Seeds are
-repeats of one measurement, averaged per image before any test. Nothing here gives NaN: a note says why a number is missing.
+repeats of one measurement, averaged per image before any test. Results are never NaN: a note says why a number is missing.
 ``cellbench.statistics.ranking`` ranks more than two models.
 
 Decisions, each with its reason:
 
 - Intervals are BCa bootstrap intervals (Efron 1987), with the same resamples for every model and pair.
 - Wilcoxon signed-rank, two-sided. Equal images are ranked, then dropped (Pratt 1959): they count as evidence of no difference, which
-  dropping them first would hide. Up to 50 unequal units p is exact, with ties too; above, normal with tie correction.
+  would be lost if they were dropped first. Up to 50 unequal units p is exact, with ties too; above, normal with tie correction.
 - Effect size is the matched-pairs rank-biserial correlation (Kerby 2014), -1 to 1, over the ranks of *all* units: ties pull it to 0.
 - An image that is empty for both models of a pair (no cell, none found: NaN) is left out. Where only one of them found something, the other
   scores best there (``cellbench.metrics.pixel.impute_missing``): a false alarm on an empty image is never dropped from a comparison.
@@ -41,7 +41,7 @@ class AlignedScores:
     images: tuple[str, ...]
     values_MI: np.ndarray  # noqa: N815
     means: tuple[float, ...]
-    """Each model's mean over those of the images that it has a score for."""
+    """Each model's mean over the images for which it has a score."""
     seed_sds: tuple[float | None, ...]
     unit_I: np.ndarray  # noqa: N815
     """The number of each image's unit: itself, or its group."""
@@ -50,7 +50,7 @@ class AlignedScores:
     folds: tuple[Hashable, ...] | None
     """None unless every model has the same."""
     num_filled: tuple[int, ...]
-    """For each model: images that are empty for it and not for all others; it scores best there."""
+    """For each model: number of images that are empty for it but not for all others; there it has the best score."""
 
     @property
     def units_MU(self) -> np.ndarray:  # noqa: N802
@@ -59,7 +59,7 @@ class AlignedScores:
 
 
 def align_images(models: Sequence[ModelScores]) -> AlignedScores:
-    """Reduces models to their common images, without those that are empty for all, in the first one's order.
+    """Reduces models to their common images in the order of the first model, without images that are empty for all.
 
     Raises CellbenchError where they share none or their scores have different directions.
     """
@@ -71,7 +71,7 @@ def align_images(models: Sequence[ModelScores]) -> AlignedScores:
         names = ", ".join(sorted({m.model for m in models})[:4])
         raise CellbenchError(f"no image is scored by all of {names}: nothing to pair. Compare models of the same test images.")
     empty = set.intersection(*({image for image, missing in zip(m.images, m.empty, strict=True) if missing} for m in models))
-    # Where all images are empty for all, all models are right everywhere: they are equal, and can be compared.
+    # If all images are empty for all models, all are right everywhere: they are equal and can be compared.
     common = common - empty or common
     images = tuple(image for image in first.images if image in common)
     units: dict[str, Hashable] = {}
@@ -121,10 +121,10 @@ def compare_all(
 ) -> list[Difference]:
     """Every pair of models, in the order given, Holm-adjusted over all of them.
 
-    ``against``: only the pairs with this model, as second of each pair. Fewer tests have more power, but this is valid only where the model was
-    chosen before the scores were seen. ``picked``: it was chosen by them, as the best of all; then p is adjusted for every pair (Bonferroni,
-    since the other p-values are not known; Holm over all pairs is never stricter).
-    Over 50,000 pairs (317 models) 999 resamples do, and a note says so: 1,000 models would take two minutes otherwise.
+    ``against``: only the pairs with this model, as second of each pair. Fewer tests have more power, but this is valid only if the model was
+    chosen before the scores were known. ``picked``: it was chosen by the scores, as the best of all; then p is adjusted for all pairs
+    (Bonferroni, since the other p-values are not known; Holm over all pairs is never stricter).
+    Above 50,000 pairs (317 models) 999 resamples are used, and a note says so: 1,000 models would take two minutes otherwise.
     Raises CellbenchError for two models of one name, and for a pair without common images.
     """
     names = [m.model for m in models]

@@ -36,7 +36,7 @@ def is_decidable(num_units: int, num_tests: int = 1, alpha: float = 0.05) -> boo
 
 
 def describe_undecidable(num_units: int, num_tests: int = 1, unit: str = "image") -> str:
-    """That no difference can be significant, and why, without a full stop."""
+    """A clause that says that no difference can be significant, and why."""
     plural = "s" * (num_units != 1)
     units = f"{num_units} test image{plural}" if unit == "image" else f"{num_units} group{plural} of test images"
     over = f" over {num_tests} pairs" if num_tests > 1 else ""
@@ -44,7 +44,7 @@ def describe_undecidable(num_units: int, num_tests: int = 1, unit: str = "image"
 
 
 def wilcoxon_test(differences_PU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Wilcoxon's two-sided p and the rank-biserial correlation of each row. Zeros as Pratt; all zero gives p = 1 and effect 0."""
+    """Wilcoxon's two-sided p and the rank-biserial correlation of each row. Zeros by Pratt's method; all zeros give p = 1 and effect 0."""
     num = differences_PU.shape[1]
     ranks_PU = rankdata(np.abs(differences_PU), axis=1)
     up_P, down_P = ((ranks_PU * side).sum(axis=1) for side in (differences_PU > 0, differences_PU < 0))
@@ -60,7 +60,7 @@ def wilcoxon_test(differences_PU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=4096)
 def _cumulated(ranks: tuple[int, ...]) -> np.ndarray:
-    """P(sum <= s) for s = 0, 1, ..., where each rank is in the sum with probability one half."""
+    """P(sum <= s) for s = 0, 1, ..., if each rank is in the sum with probability one half."""
     probability = np.zeros(sum(ranks) + 1)
     probability[0] = 1
     for rank in ranks:
@@ -73,7 +73,7 @@ def _cumulated(ranks: tuple[int, ...]) -> np.ndarray:
 def fold_test(differences_PI: np.ndarray, folds: Sequence[Hashable]) -> list[float | None]:
     """Two-sided p of each row by the corrected resampled t-test (Nadeau & Bengio 2003) over the folds' mean differences.
 
-    The variance 1/J + 1/(J - 1) instead of 1/J allows for the training images that J folds share. None where the folds do not vary.
+    The variance 1/J + 1/(J - 1) instead of 1/J allows for the training images that J folds share. None if the folds do not vary.
     """
     fold_I = unit_numbers(folds)
     num = fold_I.max() + 1
@@ -85,7 +85,7 @@ def fold_test(differences_PI: np.ndarray, folds: Sequence[Hashable]) -> list[flo
 
 
 def holm_adjust(p_values: Iterable[float]) -> list[float]:
-    """Holm's step-down adjustment (1979), in the order given: keeps the chance of any false claim below alpha, whatever the dependence.
+    """Holm's step-down adjustment (1979), in the order given: controls the family-wise error rate, whatever the dependence.
 
     >>> [round(p, 3) for p in holm_adjust([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]

@@ -29,7 +29,7 @@ class CriticalDifference:
     ranks: tuple[float, ...]
     num_images: int
     num_units: int
-    """What was ranked: images, or groups of images."""
+    """Number of ranked units: images, or groups of images."""
     test: str
     """'Friedman', or 'Wilcoxon' where only two models are compared."""
     statistic: float | None
@@ -55,7 +55,7 @@ def critical_difference(models: Sequence[ModelScores], *, num_tests: int | None 
     if len(names) < 2 or len(set(names)) < len(names):
         raise CellbenchError(f"a ranking needs two or more models of different names; got {', '.join(names) or 'none'}.")
     here = align_images(models)
-    # Rounded, so that the last bit of a mean over seeds breaks no tie.
+    # Rounded, so that the last bit of a mean over seeds does not break a tie.
     scores_MU = np.round(here.units_MU, DECIMALS)
     ranks_MU = rankdata(scores_MU if models[0].lower_is_better else -scores_MU, axis=0)
     rank_M = ranks_MU.mean(axis=1)
@@ -123,8 +123,8 @@ def _runs(sorted_ranks: Sequence[float], limit: float) -> list[tuple[int, ...]]:
 def marginal_scores(models: Sequence[ModelScores], factor: Sequence[Hashable], *, over: Sequence[Hashable]) -> list[ModelScores]:
     """The scores of each label of ``factor`` (a backbone), averaged per image over the labels of ``over`` (the heads).
 
-    Only over what is complete: labels of ``over`` that every label of ``factor`` has been run with; where there is none, the ``factor``
-    label with the fewest runs is left out until there is. What was left out is in ``notes``. Seeds are averaged row by row where all
+    Only complete labels of ``over`` are used: those that every label of ``factor`` has been run with. If there is none, ``factor`` labels
+    with the fewest runs are left out until there is one. ``notes`` lists what was left out. Seeds are averaged row by row where all
     have equally many, else first, and then ``seed_sd`` is None. ``factor`` and ``over``: one label a model.
     """
     cells: dict[tuple[Hashable, Hashable], ModelScores] = {}
@@ -152,7 +152,7 @@ def marginal_scores(models: Sequence[ModelScores], factor: Sequence[Hashable], *
         for m in (cells[row, column] for column in shared):
             where = {image: n for n, image in enumerate(m.images)}
             parts.append(m.values[:, [where[image] for image in take]])
-        # An image that is empty for one of them and not for another: finding nothing was right.
+        # For an image that is empty for some of them only, finding nothing was right.
         rows_of = np.cumsum([len(part) for part in parts])[:-1]
         parts = np.split(impute_missing(np.concatenate(parts), first.best), rows_of)
         if len({len(part) for part in parts}) > 1:

@@ -15,13 +15,13 @@ from cellbench.statistics.hypothesis_tests import DECIMALS
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelScores:
-    """One model's score on each image, once per seed. Raises CellbenchError for infinite scores, repeated images and lengths that do not fit.
+    """One model's score on each image, once per seed. Raises CellbenchError for infinite scores, repeated images and mismatching lengths.
 
     ``values``: (num_seeds, num_images), or (num_images,) for one seed. Pool scores of k folds into one row: each image is tested once.
     Ids pair images, so they must mean the same image in every model: compare within one test set.
 
-    NaN: no score, because the image has no cell and none was found. Means leave it out. Where only some seeds found something, the others
-    score best (:func:`cellbench.metrics.pixel.impute_missing`), so an image is NaN for all seeds or for none.
+    NaN: no score, because the image has no cell and none was found. Means leave it out. If only some seeds found something, the others
+    have the best score (:func:`cellbench.metrics.pixel.impute_missing`), so an image is NaN for all seeds or for none.
     """
 
     model: str
@@ -87,9 +87,9 @@ class Difference:
     b: str
     mean_a: float
     mean_b: float
-    """Of each alone, over those of the images that it has a score for."""
+    """Mean of each model over the images for which it has a score."""
     interval: Interval
-    """Of the mean difference a - b: the paired bootstrap. For this pair alone, not widened for the number of pairs."""
+    """Interval of the mean difference a - b by the paired bootstrap. For this pair alone, not adjusted for the number of pairs."""
     p: float
     """Wilcoxon signed-rank, two-sided."""
     p_adjusted: float
@@ -107,7 +107,7 @@ class Difference:
     notes: tuple[str, ...]
     num_a: int = 0
     num_b: int = 0
-    """Images behind ``mean_a`` and ``mean_b``."""
+    """Numbers of images of ``mean_a`` and ``mean_b``."""
 
     @property
     def num_images(self) -> int:

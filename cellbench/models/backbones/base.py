@@ -3,7 +3,7 @@
 Letters: B tiles, C=3 channels, H x W pixels of a tile, D features, h x w places of a map, N tokens.
 
 A backbone of your own subclasses :class:`Backbone`, sets ``levels`` and ``tile_multiple_px`` and implements :meth:`Backbone.maps`. A
-builder function ``(card, state) -> Backbone`` beside its card makes it; ``doctor --contracts`` checks it.
+function ``(card, state) -> Backbone`` beside its card builds it; ``doctor --contracts`` checks it.
 """
 
 from __future__ import annotations

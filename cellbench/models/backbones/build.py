@@ -1,4 +1,4 @@
-"""From a card to a backbone that is ready to use, and to the digest of its weights for fingerprints."""
+"""Builds a backbone from its card, and computes the digest of its weights for fingerprints."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 def open_backbone(card: BackboneCard, weights_folder: Path | None = None, download: bool = True) -> Backbone:
     """The frozen backbone of a card, in eval mode, on the CPU, float32.
 
-    Its weights are found or downloaded, checked, and loaded strictly. Raises WeightsUnavailable where they are unavailable, CellbenchError
-    where card and file disagree. A card with ``weights = "none"`` needs neither file nor network.
+    Its weights are found or downloaded, checked, and loaded strictly. Raises WeightsUnavailable if they are unavailable, CellbenchError
+    if card and file disagree. A card with ``weights = "none"`` needs neither file nor network.
     """
-    builder = load(card)  # first: broken code should fail before a download of 4 GB
+    builder = load(card)  # loaded first: broken code should fail before a download of 4 GB
     path = None if card.weights == "none" else locate(card, weights_folder, download)
     state = None if path is None else read_state(path)
     backbone = builder(card, state).freeze()
     if state is not None:
-        # The built network, not the file: pretraining heads in the file do not matter, and a user's builder may have copied integers.
+        # Checks the built network, not the file: pretraining heads in the file do not matter, and a user's builder may have copied integers.
         own = backbone.state_dict()
         check_types({name: x for name, x in state.items() if name in own}, own, f"{card.id}: {path}")
         check_values(own, dict(backbone.named_parameters()).keys(), f"{card.id}: {path}", names=state.keys())
@@ -40,7 +40,7 @@ def open_backbone(card: BackboneCard, weights_folder: Path | None = None, downlo
 
 
 def truncate_card(card: BackboneCard, depth: int = 2) -> BackboneCard:
-    """The same card with only ``depth`` blocks, for checks on random weights; unchanged where it is no timm transformer."""
+    """The same card with only ``depth`` blocks, for checks on random weights; unchanged if it is not a timm transformer."""
     if not builder_path(card).endswith(":timm_vit") or card.depth <= depth:
         return card
     return card.model_copy(update={"depth": depth, "arch": {**card.arch, "depth": depth}})

@@ -1,4 +1,4 @@
-"""Downloads of weight files: resumed, shown while they run, checked, and made once however many processes ask.
+"""Downloads weight files: with resume, progress, checks, and only once for concurrent processes.
 
 Files on the Hugging Face hub go through its own library into its cache; that library resumes within a call. Other files come over https with
 the standard library and are resumed in later calls too. Every failure is a WeightsUnavailable that gives the reason; the caller adds the
@@ -32,7 +32,7 @@ BLOCK = 1 << 20
 
 @contextlib.contextmanager
 def hold_lock(lock: Path) -> Iterator[None]:
-    """Lets in one process at a time; the others wait. The lock file is never removed, since that would be a race."""
+    """A lock between processes. The lock file is never removed, since that would be a race."""
     import filelock
 
     make_folder(lock.parent)
@@ -44,7 +44,7 @@ def hold_lock(lock: Path) -> Iterator[None]:
 
 
 def download_https(url: str, to: Path, check: Callable[[Path], None], published_sha256: str = "") -> None:
-    """Downloads a file to ``to``, which appears complete and checked or not at all. Does nothing where it exists.
+    """Downloads a file to ``to`` atomically, after its check. Does nothing if it exists.
 
     ``check`` raises WeightsUnavailable for a file that is no weights file. The hash is compared with ``published_sha256``, else with the md5
     that a Zenodo record states. An interrupted download stays as ``<name>.part`` and is resumed by the next call. Raises WeightsUnavailable.
@@ -71,18 +71,18 @@ def download_https(url: str, to: Path, check: Callable[[Path], None], published_
 
 
 class _InterruptedError(Exception):
-    """The connection ended before the file did."""
+    """The connection ended before the end of the file."""
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Downloads what ``part`` lacks of a file."""
+    """Downloads the missing rest of ``part``."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "cellbench", **({"Range": f"bytes={have}-"} if have else {})})  # noqa: S310
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT_S)  # noqa: S310
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:
-            # Nothing beyond what is here: it is complete, or belongs to another file.
+            # No bytes beyond those here: the file is complete, or is another one.
             if error.headers.get("Content-Range", "").endswith(f"/{have}"):
                 return
             part.unlink()
@@ -186,11 +186,11 @@ def download_from_hub(repo: str, names: tuple[str, ...], revision: str | None, c
     for name in names:
         try:
             with os_errors_as(f"downloading {repo}/{name}"):
-                # Asked first, without retries: hf_hub_download tries an unreachable host for 30 s, for each card of a grid.
+                # A request without retries first: hf_hub_download retries an unreachable host for 30 s, for each card of a grid.
                 get_hf_file_metadata(hf_hub_url(repo, name, revision=revision, endpoint=endpoint), timeout=TIMEOUT_S, endpoint=endpoint)
                 path = Path(hf_hub_download(repo, name, revision=revision, cache_dir=_hub_cache(), endpoint=endpoint))
             blob = path.resolve()
-            # The cache names a large file by its sha256; small ones have another kind of name.
+            # The cache names large files by their sha256, small ones differently.
             _verify(blob, f"{repo}/{name}", check, blob.name if re.fullmatch("[0-9a-f]{64}", blob.name) else "")
             return path, name
         except errors.GatedRepoError as error:
@@ -209,7 +209,7 @@ def download_from_hub(repo: str, names: tuple[str, ...], revision: str | None, c
             continue
         except errors.HfHubHTTPError as error:
             raise WeightsUnavailable(f"the hub refuses {repo}/{name} ({one_line(error)[:100]}).") from error
-        except errors.HTTPError as error:  # of the HTTP library that the hub's library uses
+        except errors.HTTPError as error:  # errors of the HTTP library that the hub's library uses
             raise _no_network("the hub", error) from error
         except (OSError, RuntimeError) as error:
             raise WeightsUnavailable(f"{repo}/{name} broke off ({one_line(error)[:100]}). Run the same command again.") from error

@@ -31,7 +31,7 @@ class FilterBank(Backbone):
         self.tile_multiple_px = card.patch_px
 
     def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
-        # In half precision the variance, a difference of two squares, would be noise.
+        # In half precision the variance, a difference of two squares, would be rounding noise.
         with torch.autocast(x_BCHW.device.type, enabled=False):
             # Tile by tile: sixteen at once took 300 MB more and were slower, since nothing stayed in the CPU cache.
             tiles = [torch.cat([self._responses(x, sigma, by) for sigma, by in self._scales], 1) for x in x_BCHW.float().split(1)]

@@ -19,7 +19,7 @@ from cellbench.models.backbones.weight_files import check_types
 # The patch embedding (or a ConvNet's stem) shows under which prefix a file holds the network.
 ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "stem.0.weight", "stem_0.weight")
 
-# Parts for training or classification only, beside the network or inside it.
+# Parts that are only for training or classification, beside the network or inside it.
 HEADS = re.compile(r"(.*\.)?(dino_head|ibot_head|dino_loss|ibot_patch_loss|head|classifier|pooler)\..*|(.*\.)?mask_token|student\..*")
 
 # transformers' ViTModel and Dinov2Model (also Hibou's own copy of the latter) -> timm, after q, k and v are joined.
@@ -107,7 +107,7 @@ def pretrained_tile_px(state: dict[str, Tensor], patch_px: int) -> int | None:
 def load_strictly(net: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Loads a float32 copy of ``state`` into ``net``, on any device; both must have the same tensor names and shapes.
 
-    A copy, since a mapped file that is overwritten would change the run. Peak memory: the file and one copy.
+    A copy, since overwriting the memory-mapped file would change the weights. Peak memory: the file and one copy.
     """
     wanted = net.state_dict()
     missing, extra = [k for k in wanted if k not in state], [k for k in state if k not in wanted]

@@ -33,7 +33,7 @@ class TimmPyramid(Backbone):
         self.tile_multiple_px = self.levels[-1].stride_px
 
     def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
-        """See ``Backbone.maps``. Skips stages behind the deepest level asked for."""
+        """See ``Backbone.maps``. Skips stages after the deepest requested level."""
         return [_normed(map_BDhw) for map_BDhw in intermediates(self.net, x_BCHW, indices, norm=False)]
 
 
@@ -68,5 +68,5 @@ def timm_pyramid(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbon
 
 def _network(name: str, device: str | None) -> Any:
     net: Any = timm.create_model(name, pretrained=False, num_classes=0, device=None if device is None else torch.device(device))
-    net.head = nn.Identity()  # has a norm for pooled features that no map passes through
+    net.head = nn.Identity()  # it has a norm for pooled features that the maps do not use
     return net

@@ -41,11 +41,11 @@ class TimmViT(Backbone):
         self.tile_multiple_px = card.patch_px
 
     def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
-        """See ``Backbone.maps``. Skips blocks behind the deepest level asked for."""
+        """See ``Backbone.maps``. Skips blocks after the deepest requested level."""
         return intermediates(self.net, x_BCHW, indices, norm=True)
 
     def begin(self, x_BCHW: Tensor, indices: tuple[int, ...], num_blocks: int) -> tuple[list[Tensor], Tensor]:
-        """See ``Backbone.begin``. Runs the blocks as timm's forward does, so that the cut changes no number."""
+        """See ``Backbone.begin``. Runs the blocks as timm's forward does, so that the split changes no number."""
         self._check_can_cut()
         net, (height, width) = self.net, x_BCHW.shape[-2:]
         x_BND = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(x_BCHW))))
@@ -98,7 +98,7 @@ def tokens_to_map(x_BND: Tensor, num_prefix: int, places: tuple[int, int]) -> Te
 
 
 def intermediates(net: Any, x_BCHW: Tensor, indices: tuple[int, ...], norm: bool) -> list[Tensor]:
-    """The maps (B, D, h, w) of a timm network at ``indices``, in their order; without the layers behind the deepest one."""
+    """The maps (B, D, h, w) of a timm network at ``indices``, in their order, without the layers after the deepest one."""
     wanted = sorted(set(indices))  # timm returns them shallow to deep
     maps = net.forward_intermediates(x_BCHW, indices=wanted, norm=norm, stop_early=True, output_fmt="NCHW", intermediates_only=True)
     found = dict(zip(wanted, maps, strict=True))
@@ -150,13 +150,13 @@ def _network(card: BackboneCard, device: str | None, grid_px: int | None = None)
             raise unknown_name("setting", key, (*NUMBERS, *CHOICES, *OWN), where=f"{card.path}: [arch]")
     if "norm_eps" in card.arch:
         arguments["norm_layer"] = functools.partial(LayerNorm, eps=card.arch["norm_eps"])
-    # Without pooling, or timm would move the final norm behind it.
+    # Without pooling, since timm would move the final norm after it.
     arguments |= {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
     return timm.create_model(model_name(card), pretrained=False, device=None if device is None else torch.device(device), **arguments)
 
 
 def _check_card(card: BackboneCard, net: Any, where: str) -> None:
-    """Refuses a card whose facts are not those of its network: all later sizes depend on them."""
+    """Refuses a card that contradicts its network: all later sizes depend on the card."""
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "blocks"):
         raise CellbenchError(f"{where}: {card.arch['name']} is not a plain transformer. For a ConvNet or Swin use timm_pyramid.")
     built = {

@@ -1,4 +1,4 @@
-"""Weight files on disk: whether a file is complete, its tensors, and whether their values can be those of a trained network.
+"""Reads weight files: checks that a file is complete, loads its tensors, and checks that their values are plausible for a trained network.
 
 Reads safetensors, and torch files with ``weights_only=True``, mapped into memory. Code in a weights file is never run.
 """
@@ -156,7 +156,7 @@ def check_values(
     names: Collection[str] = (),
     built: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Raises WeightsUnavailable, with the tensor's name, for values that no training produces.
+    """Raises WeightsUnavailable, with the tensor's name, for values that training cannot produce.
 
     These are values that are not finite, weight matrices of zeros (a file that was never filled) or of integers only (quantised, without
     scales), and a network all of whose matrices are constant. Vectors, position tables and gates may be zero; buffers may hold -inf, as
@@ -198,7 +198,7 @@ def is_matrix(x: Tensor) -> bool:
 
 def _all_integers(x: Tensor) -> bool:
     flat = x.flatten()
-    some = flat[:: max(1, len(flat) // 1024)]  # nearly always enough to find a fraction
+    some = flat[:: max(1, len(flat) // 1024)]  # nearly always enough to find a non-integer
     return bool((some == some.round()).all()) and bool((flat == flat.round()).all())
 
 

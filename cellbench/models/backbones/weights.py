@@ -23,7 +23,7 @@ from cellbench.files import cache_dir, make_folder, os_errors_as, write_atomic
 from cellbench.models.backbones.download import download_from_hub, download_https, find_cached, hold_lock
 from cellbench.models.backbones.weight_files import SUFFIXES, check_whole
 
-# Generic names: a file of such a name is a card's only in a folder of the card's name.
+# Generic names: such a file belongs to a card only in a folder of the card's name.
 COMMON_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "model.bin")
 
 
@@ -137,7 +137,7 @@ def find_in_hub_cache(card: BackboneCard) -> Iterator[tuple[Path, str, bool]]:
 
 def _checked(card: BackboneCard, path: Path, source: str, expected: str) -> Path:
     """The resolved path of a complete file with the ``expected`` sha256; without one, ``source`` is the key of its first hash."""
-    path = path.resolve()  # in the hub's cache a link; a person has to delete the file behind it
+    path = path.resolve()  # the hub's cache has links; the user must delete the file itself
     try:
         check_whole(path)
     except WeightsUnavailable as error:

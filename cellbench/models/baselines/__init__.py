@@ -1,1 +1,1 @@
-"""Segmenters without a backbone of ours, which a foundation model must beat."""
+"""Segmenters without a foundation model, for comparison."""
