@@ -1,6 +1,6 @@
-"""Annotations that are not one mask file: a folder with one mask a nucleus, or outlines in a COCO file. All give an id map.
+"""Annotations other than a mask file: a folder with one mask per nucleus, or outlines in a COCO file. All give an id map.
 
-Ids (H, W) int32: 0 is background, 1..n the cells in file order. Where two overlap the later one owns the pixel. pycocotools rasterises polygons, but
+Ids (H, W) int32: 0 is background, 1..n the cells in file order. If two overlap, the later one owns the pixel. pycocotools rasterises polygons, but
 run lengths are decoded here: pycocotools 2.0.11 returns uninitialised memory where they are too short for the image.
 """
 
@@ -27,14 +27,14 @@ class Annotation(Protocol):
     """The annotation of one image, instead of a mask file."""
 
     def digest(self) -> str:
-        """Of everything that it depends on."""
+        """Hash of everything that the annotation depends on."""
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Classes (H, W) uint8, ``IGNORE`` where pixels do not count, and ids (H, W) int32. Raises CellbenchError."""
 
     @property
     def num_outlined(self) -> int:
-        """Outlined cells; ``read`` gives fewer where one is covered by others or smaller than a pixel."""
+        """Number of outlined cells; ``read`` gives fewer if some are covered by others or smaller than a pixel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class MaskFiles:
                     f"{path}: is {mask.shape[1]} x {mask.shape[0]} px, the masks before it {ids.shape[1]} x {ids.shape[0]}. Replace it."
                 )
             ids[mask > 0] = number
-        assert ids is not None  # no sample is without masks
+        assert ids is not None  # every sample has masks
         return (ids > 0).astype(np.uint8), ids
 
 
@@ -95,7 +95,7 @@ class CocoRegions:
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         height, width = self.size_px
         classes, ids = np.zeros((height, width), np.uint8), np.zeros((height, width), np.int32)
-        # Ignored regions first: a cell within a crowd still counts.
+        # Ignored regions first, so that a cell within a crowd counts.
         for number, region in sorted(enumerate(self.regions, 1), key=lambda pair: pair[1].label != IGNORE):
             try:
                 inside = rasterize(json.loads(region.segmentation), height, width)
@@ -110,7 +110,7 @@ class CocoRegions:
 def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
     """The pixels (H, W) bool of COCO's polygons (lists of x, y, x, y, …) or run lengths (counts down columns, compressed or not).
 
-    Raises ValueError, as a clause that follows the name of the annotation, for other input and for what does not fit the image.
+    Raises ValueError for invalid input and for regions that do not fit the image. Its message is a clause that follows the annotation's name.
     """
     if isinstance(segmentation, dict):
         counts = segmentation.get("counts")
@@ -191,7 +191,7 @@ def load_coco_json(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
 
 
 def drop_empty_polygons(segmentation: Any, height: int, width: int) -> Any:
-    """A segmentation without polygons of no area; None where nothing is left. Malformed ones stay, and are refused when drawn."""
+    """A segmentation without polygons of zero area; None if nothing is left. Malformed ones are kept and refused when drawn."""
     if isinstance(segmentation, list) and all(isinstance(polygon, list) for polygon in segmentation):
         return [polygon for polygon in segmentation if _encloses(polygon)] or None
     if isinstance(segmentation, dict) and segmentation.get("size") == [height, width]:
@@ -218,7 +218,7 @@ def _encloses(polygon: list[Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class CocoFile:
-    """The images of a COCO file, and what was not used."""
+    """The images of a COCO file, and the parts that were not used."""
 
     images: tuple[CocoRegions, ...]
     num_crowds: int = 0
@@ -226,7 +226,7 @@ class CocoFile:
     empty: tuple[str, ...] = ()
     """Ids of annotations without an outline, which are skipped."""
     num_boxes: int = 0
-    """Those of them with a box."""
+    """Number of these with a box."""
 
 
 def count_coco_categories(path: Path) -> dict[str, int]:

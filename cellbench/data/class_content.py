@@ -1,4 +1,4 @@
-"""What one mask holds of each class: pixels, contacts between classes, and connected regions.
+"""Content of one mask by class: pixels, contacts between classes, and connected regions.
 
 Letters: K classes.
 """
@@ -42,7 +42,7 @@ def class_content(classes: np.ndarray, num: int) -> tuple[ClassContent, np.ndarr
     pixels = np.bincount(classes[known], minlength=num)[:num].astype(np.int64)
     contacts, regions, areas = (np.zeros((num, num), np.int64) for _ in range(3))
     present = [label for label in range(1, num) if pixels[label]]
-    if len(present) > 1:  # a single class is part of nothing
+    if len(present) > 1:  # a single class cannot be a part of another
         for first, second in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
             a, b = classes[first], classes[second]
             at = (a != b) & known[first] & known[second]

@@ -1,7 +1,7 @@
-"""Which classes occur in which split, how many images are empty, and which class is a part of which.
+"""Classes of a dataset: which occur in which split, which are parts of others, and how many images are empty.
 
-A nucleus and its cytoplasm are two classes and one cell. The card says so (``objects``, ``parts``); where it does not, the masks decide: a
-class whose outline lies almost wholly along one other class is a part of that class's objects.
+A nucleus and its cytoplasm are two classes and one cell. The card declares this (``objects``, ``parts``). Otherwise the masks decide: a
+class whose outline lies almost entirely along one other class is a part of that class's objects.
 
 Letters: K classes.
 """
@@ -25,11 +25,11 @@ PART_SHARE = 0.75
 """A class is a part of another from this share of its outline along the other. White blood cells (Zheng 2018): nuclei 1.00, cytoplasm 0.47
 along its nucleus; red cells, white cells and platelets that touch in drawn smears: 0.01."""
 DOUBT_SHARE = 0.4
-"""From this share a note says that the class was *not* taken as a part."""
+"""From this share on, a note says that the class was *not* taken as a part."""
 THICK_PX = 3
-"""Least mean thickness of the enclosing class. Rims of a smoothed mask, whose values pass through another class's, are thinner."""
+"""Minimum mean thickness of the enclosing class. Rims of a smoothed mask, whose values pass through another class's, are thinner."""
 MOST_PARTS = 4
-"""Most regions of a part in one region of its object, on average: more are cells in a sheet of others (lobes of a nucleus: 2 to 3)."""
+"""Maximum mean number of regions of a part in one region of its object: more are cells within a sheet of others (lobes of a nucleus: 2 to 3)."""
 WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -68,7 +68,7 @@ def _owners_by_contact(names: Sequence[str], total: ClassContent) -> tuple[list[
     for part in np.argsort(-shares.max(1), kind="stable").tolist():  # the most enclosed first
         owner = int(shares[part].argmax())
         share = shares[part, owner]
-        # The more enclosed of two is the part; where both lie wholly along each other (no background), the smaller one.
+        # The more enclosed of two is the part; if both lie entirely along each other (no background), the smaller one.
         if part == 0 or share < DOUBT_SHARE or (shares[owner, part], -total.pixels[owner]) >= (share, -total.pixels[part]):
             continue
         thick = total.areas_px[owner, part] >= THICK_PX * total.contacts[owner, part]
@@ -128,7 +128,7 @@ def describe_empty_images(pixels: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def unused_classes(dataset: Dataset, found: Iterable[ClassContent]) -> tuple[int, ...]:
-    """The classes that occur in no mask; none where there is no cell at all, which says nothing about single classes."""
+    """The classes that occur in no mask; none if there is no cell at all, which says nothing about single classes."""
     pixels = sum((one.pixels for one in found), np.zeros(len(dataset.classes), np.int64))
     return tuple(k for k in range(1, len(pixels)) if not pixels[k]) if pixels[1:].any() else ()
 

@@ -25,7 +25,7 @@ from cellbench.metrics.pixel import IGNORE
 
 SPLITS = ("train", "val", "test")
 CARD_NAME = "dataset.toml"
-"""A card that lies in the folder of data itself."""
+"""Name of a card in the data folder itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class Sample:
     size_px: tuple[int, int] = (0, 0)
     """Height, width."""
     digest: str = ""
-    """Of the image file's content."""
+    """Hash of the image file's content."""
     group: str = ""
-    """The patient, slide or smear of the image, where known: its images stay in one split, and statistics take them as one."""
+    """The patient, slide or smear of the image, if known. Its images stay in one split, and statistics treat them as one unit."""
     label: str = ""
     """Label of the whole image from a manifest, for stratified splits."""
     truth: Annotation | None = None
@@ -71,19 +71,19 @@ class Dataset:
     reading: IntensityScaling = field(default_factory=IntensityScaling)
     """Black, white and channels with which all images are read."""
     um_per_px: float | None = None
-    """Side of a pixel as the files state it, where all that state one state the same."""
+    """Side of a pixel as stated by the files, if all stated sizes agree."""
     tolerance: int = 20
     """Greatest distance of a mask value from its class's value."""
     masks: str = ""
     """Meaning of the mask values: ``cells`` (numbers), ``classes`` or ``binary``; empty: undecided, see :func:`interpret_masks`."""
     ignore: int | tuple[int, int, int] | None = None
-    """The mask value (or colour) of pixels that do not count: ``IGNORE`` in class maps."""
+    """The mask value (or colour) of ignored pixels: ``IGNORE`` in class maps."""
     min_cell_px: int | None = None
-    """Smaller connected regions, true or predicted, are specks and no cells; None: undecided."""
+    """Smaller connected regions, true or predicted, are not cells; None: undecided."""
     digest: str = ""
-    """Over every file, the splits and the classes: identifies the data of a finished run."""
+    """Hash over all files, the splits and the classes: identifies the data of a finished run."""
     notes: tuple[str, ...] = ()
-    """Remarks for the user on how the data was read."""
+    """Notes for the user on how the data was read."""
     drawn: bool = False
     """Whether the images are synthetic."""
     limited: bool = False
@@ -138,7 +138,7 @@ class Dataset:
 
 
 def _inspect_image(path: Path, reading: IntensityScaling) -> list[Any]:
-    height, width = images.read_image(path, reading).shape[:2]  # before the hash: its errors say what is wrong with a file
+    height, width = images.read_image(path, reading).shape[:2]  # before hashing: its errors say what is wrong with a file
     return [compute_sha256(path), height, width]
 
 
@@ -190,13 +190,13 @@ class MaskInterpretation:
     dataset: Dataset
     facts: dict[Sample, MaskFacts]
     ask: str = ""
-    """What the user must decide; the dataset then holds the best guess."""
+    """Question that the user must answer; the dataset then has the best guess."""
     doubt: str = ""
-    """What the user should confirm."""
+    """Assumption that the user should confirm."""
 
 
 def interpret_masks(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample] | None = None) -> MaskInterpretation:
-    """Decides the meaning of a set's masks and the least area of a cell from all masks together, as far as the card does not.
+    """Decides the meaning of a set's masks and the minimum area of a cell from all masks together, unless the card gives them.
 
     Notes for the user are added to the dataset's. ``broken``: as for :func:`read_mask_facts`.
     """
@@ -212,7 +212,7 @@ def interpret_masks(dataset: Dataset, samples: Sequence[Sample], broken: list[Sa
     if of_files() and not (dataset.values or dataset.thresholds or dataset.colors):
         meaning = decide_meaning(of_files(), dataset.masks, ignore)
         doubt = meaning.doubt
-        if not meaning.kind:  # an ignored value was found: decide again without it
+        if not meaning.kind:  # found an ignored value: decide again without it
             dataset, ignore = replace(dataset, ignore=meaning.ignore), meaning.ignore
             facts = read_mask_facts(dataset, samples, broken and [*broken])
             meaning = decide_meaning(of_files(), dataset.masks, ignore)
@@ -251,11 +251,11 @@ def _values_of_card(dataset: Dataset) -> str:
 
 
 def _min_cell_px(dataset: Dataset, facts: dict[Sample, MaskFacts]) -> tuple[int, str]:
-    """The least area of a cell in px, and a note on it."""
+    """The minimum area of a cell in px, and a note on it."""
     every: list[Sequence[int]] = []
     counted: list[int] = []
     for sample, found in facts.items():
-        if sample.truth is not None or dataset.masks == "cells":  # a cell that a person numbered or outlined counts, however small
+        if sample.truth is not None or dataset.masks == "cells":  # numbered or outlined cells count, however small
             counted += [px for px, _ in found.numbered]
             every += found.numbered
         else:
@@ -302,7 +302,7 @@ def validated(dataset: Dataset) -> tuple[Dataset, dict[Sample, ClassContent]]:
             parts[split] = tuple(checked)
     if found.ask:
         raise CellbenchError(f"{dataset.root}: {found.ask}, on the dataset's card ({CARD_NAME} beside the data).")
-    # Later settings enter only where they are used, so that finished runs are still found.
+    # Newer settings are included only if used, so that finished runs are still found.
     meaning = [
         dataset.classes,
         dataset.values,

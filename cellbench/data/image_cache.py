@@ -1,4 +1,4 @@
-"""Decoded images, kept while memory allows: decoding a PNG costs more than looking at its tiles."""
+"""Caches decoded images while memory allows: decoding a PNG takes longer than cutting its tiles."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ T = TypeVar("T", bound=tuple[np.ndarray, ...])
 
 Pair = tuple[np.ndarray, np.ndarray]
 Key = tuple[int, Preparation | Framing | None]
-"""An image's number, and what was made of it: an image and class map as they are or as prepared, or auxiliary targets in a framing."""
+"""An image's number and what is cached: image and class map, raw or prepared, or auxiliary targets in a framing."""
 
 
 class ImageCache:
     """Images (H, W, 3) uint8 and class maps (H, W) uint8 of one split, as read and as prepared.
 
-    Keeps the most recently used within ``budget_bytes``.
+    Keeps the most recently used ones within ``budget_bytes``.
 
-    May be asked from several threads.
+    Thread-safe.
     """
 
     def __init__(self, dataset: Dataset, split: str, budget_bytes: int) -> None:
@@ -40,12 +40,12 @@ class ImageCache:
 
     @property
     def reading(self) -> IntensityScaling:
-        """What the images are read by."""
+        """Intensity scaling with which the images are read."""
         return self._dataset.reading
 
     @property
     def um_per_px(self) -> float | None:
-        """The side of a pixel of the data set's images, where it is known and one."""
+        """Side of a pixel, if known and the same in all images of the data set."""
         return self._dataset.um_per_px
 
     @property
@@ -63,18 +63,18 @@ class ImageCache:
         """The image and class map after this preparation."""
         if preparation.is_identity:
             return self[index]
-        # From the file, not from self[index]: the unprepared image would take the memory of another prepared one.
+        # From the file, not from self[index]: caching the raw image would displace another prepared one.
         return self._kept_or((index, preparation), lambda: preparation(self._dataset.read(self.samples[index])))
 
     def auxiliary_targets(self, index: int, framing: Framing) -> np.ndarray:
-        """What heads may learn beside the framed class map, (H', W', 2) uint8, as ``cellbench.data.transforms.cell_targets`` says."""
+        """Auxiliary targets of the framed image, (H', W', 2) uint8, see ``cellbench.data.transforms.cell_targets``."""
 
         def make() -> tuple[np.ndarray]:
             sample = self.samples[index]
             ids = self._dataset.read_instances(sample)
             own, least = self._dataset.read_mask(sample), self._dataset.min_cell_px
             classes = framing.mask(own)
-            if least is not None:  # in own pixels; a framed one may be of another size
+            if least is not None:  # in pixels of the image; framing may change the size
                 least = max(1, round(least * classes.size / own.size))
             return (make_targets(classes, framing.numbers(ids) if ids is not None else None, least, owners=self._dataset.owners),)
 
@@ -83,7 +83,7 @@ class ImageCache:
     def normaliser(self, kind: str, images: Sequence[int]) -> Normaliser | None:
         """The stain normaliser of this kind, fitted to the images with these numbers.
 
-        None for ``none``, or where the images show no stain.
+        None for ``none``, or if the images show no stain.
         """
         key = (kind, tuple(images))
         if key not in self._normalisers:

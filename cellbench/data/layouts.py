@@ -1,4 +1,4 @@
-"""The layouts in which a folder of images and masks is recognised. A further layout is one entry of ``LAYOUTS``.
+"""The known layouts of folders with images and masks. To add a layout, add an entry to ``LAYOUTS``.
 
 Images and masks are paired by stem, whatever their extensions: a loader that globs ``*.png`` loses 9 % of BCCD.
 """
@@ -29,13 +29,13 @@ class Layout:
     """One way to lay out a folder."""
 
     name: str
-    """For the message that no layout fits."""
+    """Description in the error that no layout matches."""
     scan: Callable[[Path, DatasetCard], Listing | None]
-    """The samples of a folder; None where it is laid out differently. Opens no image."""
+    """Returns the samples of a folder; None if its layout differs. Opens no image."""
 
 
 def scan_folder(card: DatasetCard, where: Path) -> Listing:
-    """The samples of a folder, a manifest or a COCO file. Raises CellbenchError where no layout fits."""
+    """The samples of a folder, a manifest or a COCO file. Raises CellbenchError if no layout matches."""
     if where.is_file():
         if where.suffix.lower() in (".csv", ".toml"):
             return read_manifest(where, where.parent)
@@ -139,7 +139,7 @@ def _scan_coco(root: Path, card: DatasetCard, files: list[Path]) -> Listing:
             message = f"{file}: names the image {quote_name(image.name)}, which does not exist"
             out.reject("missing-image", image.name, message, "Put it beside the file or into images/.")
         else:
-            bases.insert(0, bases.pop(found[0][0]))  # the next image is most likely there too
+            bases.insert(0, bases.pop(found[0][0]))  # the next image is probably there too
             name = names[f"{split}/{image.name}"].removeprefix(f"{split}__")
             samples[split].append(Sample(name=name, image=found[0][1], mask=file, truth=image))
     out.parts = {split: tuple(some) for split, some in samples.items()}
@@ -148,7 +148,7 @@ def _scan_coco(root: Path, card: DatasetCard, files: list[Path]) -> Listing:
 
 NOT_CELLS = ("background", "bg", "_background_", "__background__")
 NOT_SCORED = ("ignore", "_ignore_", "__ignore__")
-"""Lower-case names of categories that are no kind of cell in any tool's export."""
+"""Lower-case names of categories that never denote a kind of cell in exports."""
 
 
 def _categories(card: DatasetCard, file: Path, counts: Mapping[str, int]) -> tuple[tuple[str, ...], dict[str, int | None], str]:
@@ -262,4 +262,4 @@ LAYOUTS = (
     Layout(name="a COCO file", scan=_coco_folder),
     Layout(name="one folder an image with images/ and masks/", scan=_folder_per_image),
 )
-"""Tried in this order, where the card names no folders."""
+"""Tried in this order if the card names no folders."""

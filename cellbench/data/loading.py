@@ -1,4 +1,4 @@
-"""Open a dataset: from a card and a folder (or a drawing) to a :class:`Dataset`."""
+"""Opens a dataset: builds a :class:`Dataset` from a card and a folder or a drawing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Data
         limited = any(len(dataset.samples(part)) > spec.limit for part in SPLITS)
         dataset = replace(dataset.with_samples({part: dataset.samples(part)[: spec.limit] for part in SPLITS}), limited=limited)
     dataset, contents = validated(dataset)
-    # Last: a split file that names a damaged image would hinder the user who removes that image.
+    # Saved last: a split file that names a damaged image would be in the way once the user removes that image.
     return with_class_facts(replace(dataset, notes=(*listing.lines, *dataset.notes, splits.keep())), contents, card)
 
 
@@ -113,7 +113,7 @@ def split_dataset(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: 
     dataset = replace(dataset_of_card(card, listing.root), reading=listing.reading, um_per_px=listing.um_per_px)
     parts = {part: listing.parts.get(part, ()) for part in SPLITS}
     if card.draw and spec.group == "auto":
-        grouped = tuple  # no two drawn images are the same
+        grouped = tuple  # all drawn images are different
 
     @functools.cache
     def interpreted() -> Dataset:

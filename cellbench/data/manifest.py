@@ -1,4 +1,4 @@
-"""Read ``manifest.csv`` or ``manifest.toml``: a table with image, mask and, where known, split, group and label."""
+"""Reads ``manifest.csv`` or ``manifest.toml``: a table with image, mask and optionally split, group and label."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Decide what the values of a set's masks mean, from all masks together, and how small a cell of the set may be.
+"""Infers the meaning of mask values from all masks of a set, and the minimum area of a cell.
 
 Mask values are one of three things: cell numbers (each cell has its own), class values (the same few in many places), or cell and background.
 One mask is often ambiguous: with a single cell it looks binary, with values 0, 1 and 2 it could be any. So each mask is summarised
-(:class:`MaskFacts`) and the set decides (:func:`decide_meaning`); where it cannot, the user must say.
+(:class:`MaskFacts`), and the decision is made for the whole set (:func:`decide_meaning`). If it is ambiguous, the user is asked.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from cellbench.data.class_content import ClassContent, class_content
 from cellbench.metrics.pixel import IGNORE
 
 MOST_VALUES = 64
-"""Values of one mask that are examined one by one: class values are fewer."""
+"""Maximum number of values of one mask that are examined one by one; there are fewer classes."""
 FEW = 3
-"""Up to so many values, the same in every mask and each in one piece, may be classes as well as cells: nucleus and cytoplasm, say."""
+"""Up to this number of values, equal in every mask and each in one piece, may be classes as well as cells, as nucleus and cytoplasm."""
 MARKS = (255, 65535)
-"""The greatest values of 8 and 16 bits, which tools use for pixels that must not be scored."""
+"""The greatest values of 8 and 16 bits, which many tools use for ignored pixels."""
 MOST_NUMBERED = 33
 """The greatest class number of the usual label maps (Pascal VOC has 20, Cityscapes 33)."""
 MOST_CLASSES = 10
-"""Up to so many values of a set, each is examined separately."""
+"""Up to this number of values of a set, each is examined separately."""
 SHARE = 1 / 75
 """Regions below this share of the median area are specks: a ninth of a cell's diameter. 100 px on BCCD, whose cells have 7,700 px."""
 SPECK_PX = 10
-"""Smaller regions are specks also where cells have less than 750 px, unless they exceed a tenth of the median."""
+"""Smaller regions are specks even if cells have less than 750 px, unless they exceed a tenth of the median."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class MaskFacts:
     size_px: Sequence[int]
     """Height, width."""
     digest: str = ""
-    """Of the file's content."""
+    """Hash of the file's content."""
     values: Sequence[int] = ()
     """Distinct values, rising; the first ``MOST_VALUES``, and the greatest."""
     num_values: int = 0
@@ -93,7 +93,7 @@ def mask_facts(
     torn: list[int] = []
     if len(values) > 1 and not noisy:
         torn = _torn(labels, listed)
-    elif len(values) == 1 and _in_parts(regions):  # the most usual mask: its regions are those of its value
+    elif len(values) == 1 and _in_parts(regions):  # the most common mask: its regions are those of its value
         torn = values.tolist()
     return MaskFacts(
         size_px=list(labels.shape),
@@ -193,7 +193,7 @@ def _in_parts(areas: np.ndarray) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskMeaning:
-    """What the mask values of a set mean."""
+    """Meaning of the mask values of a set."""
 
     kind: str
     """``cells``, ``classes`` or ``binary``; empty: an ignored value was found, and the rest must be examined without it."""
@@ -201,22 +201,22 @@ class MaskMeaning:
     values: tuple[int, ...] = ()
     """Of background and cell, where masks hold noise around two values."""
     ignore: int | None = None
-    """The value of pixels that do not count."""
+    """The value of ignored pixels."""
     doubt: str = ""
-    """What the user should confirm."""
+    """Assumption that the user should confirm."""
     ask: str = ""
-    """What the user must decide; the rest is then the best guess."""
+    """Question that the user must answer; the other fields are then the best guess."""
 
 
 def decide_meaning(facts: Sequence[MaskFacts], kind: str = "", ignore: int | None = None) -> MaskMeaning:
-    """The meaning of the masks of one set whose card gives no values; ``kind`` and ``ignore``: as far as the card says."""
+    """The meaning of the masks of one set whose card gives no values; ``kind`` and ``ignore``: as given by the card."""
     marked = [f for f in facts if f.num_values]
     union = sorted({value for f in marked for value in f.values})
     most, least = max((f.num_values for f in facts), default=0), min((f.num_values for f in facts), default=0)
     noise = _is_noise(*(sum(getattr(f, name) for f in facts) for name in ("rest_px", "solid_px", "num_values", "num_solid")))
     two = "a cell is a connected region"
     rising = all(list(f.values) == list(range(1, f.num_values + 1)) for f in marked)
-    if kind != "cells" and noise and not (rising and FEW < most < 255):  # cells of a pixel or two are numbers as well
+    if kind != "cells" and noise and not (rising and FEW < most < 255):  # cells of one or two pixels are numbers too
         top = max(union)
         if top < 65536 and (kind == "binary" or sum(f.middle_px for f in facts) < 0.2 * sum(f.top_px for f in facts)):
             text = f"cell or background, near {top} and 0 with noise or smooth edges; {two}"
@@ -261,7 +261,7 @@ def decide_meaning(facts: Sequence[MaskFacts], kind: str = "", ignore: int | Non
 
 
 def _looks_ignored(marked: Sequence[MaskFacts], mark: int) -> bool:
-    """Whether ``mark`` occurs, and all other values are small: counted from 1 in each image, or class numbers."""
+    """Whether ``mark`` occurs and all other values are small: cell numbers from 1 in each image, or class numbers."""
     small = [[value for value in f.values if value != mark] for f in marked]
     others = {value for values in small for value in values}
     if not any(mark in f.values for f in marked) or not others or max(others) >= 128 or max(f.num_values for f in marked) == 1:
@@ -289,7 +289,7 @@ def _in_pieces(marked: Sequence[MaskFacts], union: Sequence[int]) -> bool:
 def min_cell_area(areas: Sequence[Sequence[int]]) -> int:
     """The area below which a region is a speck, from (area in px, count) of a set's cells; one significant digit, at least 1.
 
-    A share of the median weighted by diameter, so that neither many specks nor a few clumps of cells decide it.
+    A share of the median weighted by diameter, so that neither many specks nor a few clumps of cells dominate.
 
     >>> min_cell_area([(7720, 100), (20, 60)]), min_cell_area([(50, 300)]), min_cell_area([])
     (100, 5, 1)

@@ -1,4 +1,4 @@
-"""Read many files in two threads with a progress bar."""
+"""Reads many files in two threads with a progress bar."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ S = TypeVar("S")
 
 
 def map_files(function: Callable[[S], T], items: Sequence[S], description: str, *, unit: str = "image", hide_below: int = 20) -> list[T]:
-    """The results in order. The first error cancels what is left. Fewer than ``hide_below`` items show no bar."""
-    with ThreadPoolExecutor(2) as pool:  # decoding releases the interpreter's lock
+    """Returns the results in order. The first error cancels the remaining work. Fewer than ``hide_below`` items show no bar."""
+    with ThreadPoolExecutor(2) as pool:  # decoding releases the GIL
         jobs = [pool.submit(function, item) for item in items]
         try:
             return [job.result() for job in tqdm(jobs, desc=description, unit=unit, leave=False, disable=len(items) < hide_below)]

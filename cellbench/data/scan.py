@@ -1,4 +1,4 @@
-"""List the files of a data folder: images by stem, links followed only inside it, faults collected rather than raised."""
+"""Lists the files of a data folder: images by stem. Follows links only inside the folder; collects faults instead of raising them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class UnusableImage:
 
 @dataclass(frozen=True, kw_only=True)
 class FileWarning:
-    """Something about files that the user should look at, though their images can be used."""
+    """A warning about files whose images can be used nevertheless."""
 
     kind: str
     message: str
@@ -53,19 +53,19 @@ class Listing:
 
     root: Path
     layout: str
-    """For the user."""
+    """Notes for the user."""
     parts: dict[str, tuple[Sample, ...]] = field(default_factory=dict)
     problems: list[UnusableImage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     doubts: list[FileWarning] = field(default_factory=list)
     reported: set[Path] = field(default_factory=set)
-    """Files that a problem or doubt names already."""
+    """Files that a problem or doubt already names."""
     classes: tuple[str, ...] = ()
-    """Names from the data, the background first, where the card gives none."""
+    """Class names from the data, the background first, if the card gives none."""
     reading: IntensityScaling = field(default_factory=IntensityScaling)
     """Black, white and channels with which the images are read, once decided."""
     um_per_px: float | None = None
-    """Side of a pixel in micrometres, the same in all images that state one; None where they differ or none does."""
+    """Side of a pixel in micrometres, the same in all images that state one; None if they differ or none is stated."""
     reading_notes: list[str] = field(default_factory=list)
 
     @property
@@ -120,7 +120,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 NO_SAMPLE = "image of no sample"
 CLUTTER = frozenset({".ds_store", "thumbs.db", "desktop.ini", "__macosx"})
-"""Lower-case names of what file managers and archivers leave in folders; neither used nor reported, like Apple's ``._NAME``."""
+"""Lower-case names of files that file managers and archivers create; ignored without a note, like Apple's ``._NAME``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ def _is_clutter(name: str) -> bool:
 
 
 def why_unreadable(entry: os.DirEntry[str]) -> str:
-    """Why an entry that is no folder is not read as an image; empty where it is."""
+    """Why a file is not read as an image; empty if it is one."""
     if not entry.is_file():
         return "link that leads nowhere" if entry.is_symlink() else "no regular file"
     extension = os.path.splitext(entry.name)[1]
@@ -192,9 +192,9 @@ def other_files(folder: Path) -> list[Path]:
 
 
 def find_unused(listing: Listing, known: Iterable[str]) -> tuple[list[FileWarning], list[str]]:
-    """Files of a data folder that are in no sample: a doubt where samples lie, elsewhere a note.
+    """Reports files of a data folder that are in no sample: as a doubt in folders with samples, elsewhere as a note.
 
-    ``known``: names of files that say how the folder is read. A folder without samples is named as a whole, unless it has the name of a folder
+    ``known``: names of files that configure how the folder is read. A folder without samples is named as a whole, unless it has the name of a folder
     of images.
     """
     root = listing.root
@@ -219,7 +219,7 @@ def find_unused(listing: Listing, known: Iterable[str]) -> tuple[list[FileWarnin
             continue
         elif entry.name not in used_tops and not any((path / name).is_dir() for name in folder_names):
             elsewhere[f"{entry.name}/"] += 1
-        elif not entry.is_symlink() or is_inside(root, path):  # a link outside is a problem of its own
+        elif not entry.is_symlink() or is_inside(root, path):  # a link that leaves the folder is a separate problem
             images, left, _ = files_below(path)
             for one in [*left, *(IgnoredFile(path=image, reason=NO_SAMPLE) for image in images if image not in used)]:
                 if one.path in listing.reported or one.path.name in known:
@@ -258,14 +258,14 @@ def resolve_inside(root: Path, name: str) -> Path | None:
     try:
         if any(len(os.fsencode(part)) > 255 for part in parts) or len(parts) > 64:  # no file system has such names
             return None
-    except UnicodeEncodeError:  # half a character, as JSON can write it
+    except UnicodeEncodeError:  # a lone surrogate, as JSON can contain
         return None
     path = _on_disk(root, parts)
     return path if is_inside(root, path) else None
 
 
 def _on_disk(root: Path, parts: Sequence[str]) -> Path:
-    """The path of a relative name as the disk has it, where that is another Unicode form of the same name."""
+    """The path of a relative name as stored on disk, which may use another Unicode form of the name."""
     path = root.joinpath(*parts)
     if "".join(parts).isascii() or path.exists():
         return path
@@ -279,7 +279,7 @@ def _on_disk(root: Path, parts: Sequence[str]) -> Path:
 
 
 def unique_names(paths: Sequence[str]) -> dict[str, str]:
-    """A name for each relative path: the file's own; where two share it the path with ``__`` for its folders; where that is taken the path."""
+    """A name for each relative path: the file name; if two share it, the path with ``__`` between folders; if that is taken, the path."""
     last = [PurePosixPath(path).name for path in paths]
     twice = {name for name, num in Counter(last).items() if num > 1}
     out = {path: path.replace("/", "__") if name in twice else name for path, name in zip(paths, last, strict=True)}

@@ -1,6 +1,6 @@
-"""Split images into training, validation and test sets: drawn once from a seed, written to a file, and read from it afterwards.
+"""Splits images into training, validation and test sets: drawn once from a seed, saved to a file, and read from it afterwards.
 
-As published, by groups that stay together, by strata, or as one of k folds.
+Splits as published, by groups, by strata, or into k folds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, is_writable, to_nfc, write_atomic
 
 Grouping = Callable[[tuple[Sample, ...]], tuple[Sample, ...]]
-"""Gives samples that show the same picture a common group."""
+"""Assigns a common group to samples that show the same picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +52,17 @@ def split_of(
     foreground: Callable[[Sample], float] = lambda _: 0.0,
     grouped: Grouping = near_duplicates.group_near_duplicates,
 ) -> Splits:
-    """The splits of a pool of images and, where the data has one, a test folder that training never uses.
+    """The splits of a pool of images and, if the data has one, of a test folder that training never uses.
 
-    ``root/splits.json`` is used where it exists: ``{"train": [names], "val": [names]}`` (and ``"test"`` without a test folder), with or without
+    ``root/splits.json`` is used if it exists: ``{"train": [names], "val": [names]}`` (and ``"test"`` without a test folder), with or without
     extensions. Otherwise the split is drawn from ``split_seed``, and ``keep`` writes it there or, if the folder is read-only, into the cache
     folder. Files for another seed or share have other names and stay as they are.
 
     With ``spec.folds`` pool and test folder are joined and cut into folds, one of which is the test set; a user's own ``splits.json`` has no folds
     and is not used. ``foreground``: the share of an image's pixels that are cells, for ``stratify``.
 
-    Where nothing else groups the images, ``grouped`` finds those of the pool that show the same picture; a new split keeps them together and names
-    them in its file. Without such images the split is the same as with no grouping.
+    If nothing else groups the images, ``grouped`` finds those of the pool that show the same picture. A new split keeps them together and lists
+    them in its file. Without such images the split is the same as without grouping.
     """
     if spec.folds:
         pool, test = _one_pool(root, pool, test), ()
@@ -100,7 +100,7 @@ def split_of(
     }
     place = root / name if is_writable(root) else _elsewhere(root, name)
     drawn = Splits(train=parts["train"], val=parts["val"], test=test or parts["test"], place=place, record=json.dumps(record, indent=1))
-    _refuse_torn(root, drawn)  # the data's own test folder may tear a group apart
+    _refuse_torn(root, drawn)  # the data's own test folder may split a group
     return drawn
 
 
@@ -181,7 +181,7 @@ def with_groups(
 
 
 def _unit(sample: Sample) -> str:
-    """The unit that stays together: the group, or the image alone."""
+    """The unit that is never split: the group, or the image alone."""
     return f"group {sample.group}" if sample.group else f"image {sample.name}"
 
 

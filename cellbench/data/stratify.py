@@ -1,4 +1,4 @@
-"""Split grouped items into parts of given shares: groups stay together, every stratum is divided evenly."""
+"""Splits grouped items into parts of given shares: keeps groups together and divides every stratum evenly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def allocate(groups: Sequence[Hashable], strata: Sequence[Hashable], shares: Seq
     """The part (N,) int of each of N items: part p gets about ``shares[p]`` of all and of each stratum, and a group lies in one part.
 
     Greedy, the largest groups first, ties in an order drawn from ``seed``: each goes to the part that lacks most of its strata. If every group is a
-    single item, parts differ from their shares by less than one item a stratum. Raises CellbenchError where a part would stay empty.
+    single item, parts differ from their shares by less than one item a stratum. Raises CellbenchError if a part would stay empty.
 
     >>> allocate(["a", "a", "b", "c"], [0, 0, 0, 0], [0.5, 0.5], [0]).tolist()
     [0, 0, 1, 1]
@@ -34,7 +34,7 @@ def allocate(groups: Sequence[Hashable], strata: Sequence[Hashable], shares: Seq
     empty = set(range(len(shares)))
     for left, g in zip(range(len(order), 0, -1), order, strict=True):
         gain_P = (wanted_PS * (held_GS[g] / total_S)).sum(1)
-        # Ties go to the part with the fewest items: else the first parts get one more of every stratum.
+        # Ties go to the part with the fewest items; otherwise the first parts would get one more of every stratum.
         gain_P = gain_P + 1e-9 * wanted_PS.sum(1)
         if left <= len(empty):  # as many groups as empty parts are left
             gain_P[[p for p in range(len(shares)) if p not in empty]] = -np.inf

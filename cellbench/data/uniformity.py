@@ -1,7 +1,7 @@
-"""Compare the image files of a set: the one range and the channels with which all are read, and where the files differ.
+"""Compares the image files of a set: decides the range and channels with which all are read, and reports where files differ.
 
-The range is decided over all images of a set, whatever the split or `--limit`: by the card, else by what all files state alike, else by the
-largest value in any of them.
+The range is decided over all images of a set, whatever the split or `--limit`: by the card, else by the range that all files state, else by the
+largest value in any file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cellbench.file_cache import FileFactCache
 
 
 def read_all_image_facts(paths: Sequence[Path], channels: tuple[int, ...] = ()) -> dict[Path, ImageFacts]:
-    """The facts of every readable image; the others raise their errors when they are opened.
+    """The facts of every readable image. Unreadable ones raise their errors when opened later.
 
     Cached by size and time of change; the first time, files of more than 8 bits are decoded, of the others only the header is read.
     """
@@ -69,7 +69,7 @@ def decide_scaling(
 
 
 def _common_range(facts: Sequence[ImageFacts]) -> Range | None:
-    """The range that all state and no image exceeds."""
+    """The range that all files state and no image exceeds."""
     stated = {one.stated for one in facts}
     if len(stated) != 1 or (only := stated.pop()) is None:
         return None
@@ -77,7 +77,7 @@ def _common_range(facts: Sequence[ImageFacts]) -> Range | None:
 
 
 def common_pixel_size(facts: Iterable[ImageFacts]) -> float | None:
-    """The side of a pixel, in micrometres, where all images that state one state the same."""
+    """The side of a pixel in micrometres, if all stated sizes agree."""
     sides = [one.pixel.side_um for one in facts if one.pixel is not None]
     return sides[0] if sides and all(same_size(side, sides[0]) for side in sides) else None
 
@@ -140,7 +140,7 @@ def find_pixel_size_inconsistencies(stated: Mapping[str, PixelSize], num: int) -
         counted = ", ".join(f"{side:.4g} um ({len(names)})" for side, names in sorted(groups.items()))
         message = f"The files state different pixel sizes: {counted}{f', not stated ({missing})' if missing else ''}. "
         message += "Cells of one size have different sizes in pixels; resample to one"
-        most = sum(len(names) == len(groups[usual]) for names in groups.values())  # where several are as frequent, all are named
+        most = sum(len(names) == len(groups[usual]) for names in groups.values())  # if several are equally frequent, all are named
         odd = [name for side, names in groups.items() if side != usual or most > 1 for name in names]
         found.append(FileWarning(kind="pixel size", message=message, names=tuple(odd)))
     if oblong := tuple(name for name, size in stated.items() if not size.square):

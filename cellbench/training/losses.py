@@ -140,7 +140,7 @@ def auxiliary_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ..
 
     ``kept_BHW`` bool: the pixels that count; None: all. The loss is 0 if none counts.
     """
-    wanted = truth_BHW2[..., [TARGETS.index(aim) for aim in which]].movedim(-1, 1).float() / FULL
+    wanted = truth_BHW2[..., [TARGETS.index(target) for target in which]].movedim(-1, 1).float() / FULL
     if kept_BHW is not None:
         if not kept_BHW.any():
             return 0 * logits_BAHW.float().sum()

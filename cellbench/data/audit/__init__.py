@@ -1,1 +1,1 @@
-"""Whether a dataset is fit to compare models on."""
+"""Checks whether a dataset is suitable for comparing models."""

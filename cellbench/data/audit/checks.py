@@ -1,4 +1,4 @@
-"""Turn the facts about every image into findings: what would falsify a result, what to look at, and what to note. Opens no files."""
+"""Derives findings from the facts about every image: errors that would invalidate results, warnings, and notes. Opens no files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Severity(enum.Enum):
     """How bad a finding is."""
 
     SEVERE = "severe"
-    """It would falsify a result."""
+    """It would invalidate results."""
     LOOK = "look"
     """The user should look at it."""
     NOTE = "note"
@@ -33,7 +33,7 @@ class Finding:
     kind: str
     severity: Severity
     message: str
-    """What is wrong and what to do, one sentence each."""
+    """The fault and its remedy, one sentence each."""
     images: tuple[str, ...] = ()
 
 
@@ -98,7 +98,7 @@ def _mask_findings(fit: Sequence[SampleFacts]) -> list[Finding]:
         return f.seen_contrast > 0.6 and f.seen_share > 0.3 * usual > 0
 
     def is_astray(f: SampleFacts) -> bool:
-        # Medians on the real sets are 0.86 to 0.93; the least right mask has 0.27, masks moved by half the image at most 0.18.
+        # Medians on the real sets are 0.86 to 0.93; the worst correct mask has 0.27, masks moved by half the image at most 0.18.
         unlike = len(fit) >= 5 and typical > 0.6 and _has_both(f) and f.agreement < 0.25 * typical and f.seen_contrast > 0.6
         return (unlike and not _is_inverted(f)) or f in misplaced
 

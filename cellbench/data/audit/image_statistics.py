@@ -21,7 +21,7 @@ from cellbench.metrics.instances import MIN_AREA_PX, reference_instances
 from cellbench.metrics.pixel import IGNORE
 
 LOOK_PX = 600
-"""Longer side of the thinned image in which polarity and missed cells are looked for."""
+"""Longer side of the downsampled image used to detect inverted masks and missed cells."""
 
 Colour = tuple[float, float, float]
 
@@ -40,7 +40,7 @@ class ImageStatistics:
     """Share of the pixels, 0..1."""
     num_cells: int
     diameters_px: tuple[float, ...]
-    """Of circles of the cells' areas; without cells that the border cuts."""
+    """Diameters of circles with the cells' areas; without cells cut by the border."""
     cell_rgb: Colour
     """Mean colour of the cells, 0..255; nan without cells."""
     ground_rgb: Colour
@@ -48,7 +48,7 @@ class ImageStatistics:
 
 
 def measure_image(dataset: Dataset, sample: Sample) -> ImageStatistics:
-    """Cells are the mask's own numbers where it has them, else connected regions, of at least ``min_cell_px``."""
+    """Cells are the mask's own numbers if it has them, else connected regions of at least ``min_cell_px``."""
     image, classes = dataset.read(sample)
     cells, _ = reference_instances(classes, dataset.read_instances(sample), dataset.min_cell_px, owners=dataset.owners)
     is_cell = (classes > 0) & (classes != IGNORE)
@@ -122,10 +122,10 @@ class SampleFacts:
     off_share: float = 0.0
     """Pixels whose mask value is farther from its class's than the card allows."""
     off_solid: bool = False
-    """Whether these form a field of 3 x 3 or more, so that they are no smoothed edge."""
+    """Whether these form a field of 3 x 3 or more, which smoothed edges do not."""
     off_example: int = 0
     lost_share: float = 0.0
-    """Pixels with another value than the background's that are read as background all the same."""
+    """Number of pixels that are read as background although their value differs from the background's."""
     noisy: bool = False
     """Any value but 0 is a cell, and the values vary from pixel to pixel as those of a compressed mask do."""
     frame_share: float = 0.0
@@ -197,7 +197,7 @@ def _mean_colour(pixels: np.ndarray) -> Colour:
     """Mean over (..., 3) uint8; nan without pixels."""
     if not pixels.size:
         return (float("nan"),) * 3
-    rows = pixels.reshape(len(pixels), -1).sum(0, dtype=np.int64)  # row by row: numpy's mean over pixels takes eight times as long
+    rows = pixels.reshape(len(pixels), -1).sum(0, dtype=np.int64)  # row by row: numpy's mean over pixels takes eight times longer
     red, green, blue = (rows.reshape(-1, 3).sum(0) / (pixels.size // 3)).tolist()
     return red, green, blue
 

@@ -1,7 +1,7 @@
-"""Find images that show a part of the same picture: a crop of another, or fields that overlap, at any scale, turned or mirrored.
+"""Finds images that show a part of the same picture: crops or overlapping fields, at any scale, rotated or mirrored.
 
-SIFT features (Lowe 2004) propose pairs; their places must agree on one similarity transform. That alone proves nothing: round cells and regular
-layouts agree by chance. So the pictures are aligned to a fraction of a pixel (ECC, Evangelidis and Psarakis 2008) and compared pixel by
+SIFT features (Lowe 2004) propose pairs; their positions must agree on one similarity transform. That alone is no proof: round cells and regular
+layouts agree by chance. So the pictures are aligned with subpixel accuracy (ECC, Evangelidis and Psarakis 2008) and compared pixel by
 pixel: the edges must coincide everywhere, and the texture between them must agree. Features are looked up by visual words (Sivic and Zisserman
 2003), so that the work grows with the number of images and not with its square. On 34,244 features (100 images) that takes 1.0 s; OpenCV's FLANN
 finds the same pairs in 3.6 s, and the product of all descriptors takes 53 s.
@@ -24,17 +24,17 @@ from cellbench.data.audit.perceptual_hash import eight_orientations, find_near_p
 SIDE_PX = 400
 """Longer side of the small picture in which features are detected. A crop of 0.3 of the sides still fills 120 px."""
 MAX_KEYPOINTS = 400
-"""Features kept of an image, the largest first: they survive resizing and compression."""
+"""Maximum number of features per image, the largest first, which survive resizing and compression."""
 CONTRAST = 0.01
 """Contrast threshold of SIFT: a quarter of OpenCV's, because a single stained cell has few features. Finds 44 of 50 planted halves of single cells, not 26."""
 MIN_COSINE = 0.9
-"""Of two descriptors. One spot in two pictures has 0.95 to 1; the nearest spot in another smear at most 0.85 for nine of ten."""
+"""Minimum similarity of two descriptors. The same spot in two pictures has 0.95 to 1; the nearest spot in another smear at most 0.85 in 90 % of cases."""
 MIN_MATCHES = 5
 """Features that agree on one transform. True crops have 6 to 80, other pairs of the three real sets at most 4."""
 MAX_TRANSFORMS = 3
-"""Transforms tried for one pair: a label in all images agrees with itself before the cells do."""
+"""Number of transforms tried for one pair: a label in all images may match before the cells do."""
 MAX_PAIRS = 40
-"""Candidate pairs tried for an image, those with most matches first: where all images share a layout, every pair is a candidate."""
+"""Candidate pairs tried for an image, those with most matches first: if all images share a layout, every pair is a candidate."""
 _WAVE_PX = 4
 """Lower frequencies are removed before the comparison: a round edge that is 2 px off correlates at 0.9 with them, and not at all without."""
 _FIELD_PX = 16
@@ -281,7 +281,7 @@ def _compared(one_HW: np.ndarray, other_HW: np.ndarray, matrix: np.ndarray, simi
 
     None where they overlap by less than 400 px, or where they only fit when sheared (``similar``).
     """
-    if (scale := _scale(matrix)) < 1:  # the other way round, so that the finer picture is the one that is resampled
+    if (scale := _scale(matrix)) < 1:  # swapped, so that the finer picture is resampled
         return _compared(other_HW, one_HW, cv2.invertAffineTransform(matrix), similar) if scale > 0 else None
     one = cv2.GaussianBlur(one_HW.astype(np.float32), (0, 0), 1)
     other = cv2.GaussianBlur(other_HW.astype(np.float32), (0, 0), scale)

@@ -1,9 +1,9 @@
-"""Check whether the masks of a set lie on what their images show; if not, how they are turned or moved, or whose they are.
+"""Checks whether the masks of a set fit their images; if not, finds how they are rotated or shifted, or to which image they belong.
 
 Each image is described by maps without training (colours, contrast, Otsu's threshold), pooled to 64 x 64. The fit of a mask is its multiple
 correlation with these maps, 0..1, so it does not matter whether cells are darker or brighter, nor does a plane of light. Images with low contrast
-fit any mask badly, so a mask is only wrong where another place fits much better, or where the masks of a set fit their own images no better than
-others' although something stands out.
+fit any mask badly, so a mask is only wrong if another placement fits much better, or if the masks of a set fit their own images no better than
+other images although these have contrast.
 
 Legend: N images, F maps, T the side of a map.
 """
@@ -20,11 +20,11 @@ from cellbench.data.audit.perceptual_hash import eight_orientations, mean_pool
 
 SIDE = 64
 MARGIN = 0.15
-"""Least gain of another place over the mask's own. Right masks of three real sets and many drawn ones stay below."""
+"""Minimum gain of another placement over the mask's own. Correct masks of three real sets and many drawn ones stay below."""
 LEAST_FIT = 0.4
-"""Least fit there: a mask of another image fits 0.1 to 0.3 by chance."""
+"""Minimum fit of that placement: a mask of another image has 0.1 to 0.3 by chance."""
 FEWEST = 5
-"""Images with cells that a judgement of the set needs."""
+"""Minimum number of images with cells for a judgement of the set."""
 MOST = 400
 """Images compared with one another, in runs of neighbours."""
 WAYS = (
@@ -54,10 +54,10 @@ class PlacementFeatures:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What is wrong with the masks of a set."""
+    """The misplacement of the masks of a set."""
 
     message: str
-    """What fits instead, as a clause; empty where nothing is wrong."""
+    """A clause on the better placement; empty if nothing is wrong."""
     wrong: tuple[int, ...]
     """Positions of the images with wrong masks."""
     most: bool
@@ -103,7 +103,7 @@ def check_placement(features: Sequence[PlacementFeatures], contrasts: Sequence[f
     masks = np.stack([_unit(one.mask) for one in kept]).astype(np.float32)
     fit = np.stack([np.linalg.norm(one.basis @ masks.T, axis=0) for one in kept])  # fit[i, j]: mask j on image i
     own = fit.diagonal().copy()
-    # One place for all: a lone image may by chance fit turned, a set does not.
+    # One placement for all: a single image may fit rotated by chance, a set does not.
     places = {f"fit when {WAYS[way]}": np.array([_turned_fit(one, way) for one in kept]) for way in range(1, 8)}
     moved, by = _shifted(kept)
     places[f"fit when moved by {by}"] = moved
@@ -116,7 +116,7 @@ def check_placement(features: Sequence[PlacementFeatures], contrasts: Sequence[f
     if (votes := _better(elsewhere, own)).sum() >= max(2, 0.1 * num):
         wrong |= votes
         clauses.append(f"{_num(int(votes.sum()), num)} {words}")
-    # Another image's mask counts where both choose each other: of many masks one always fits a little.
+    # Another image's mask counts only if both choose each other: among many masks, one always fits a little.
     others = fit - 2 * np.eye(num)
     theirs, whose = others.max(1), others.argmax(1)
     anothers = ~wrong & _much_better(theirs, own) & (others.argmax(0)[whose] == np.arange(num))
@@ -137,7 +137,7 @@ def check_placement(features: Sequence[PlacementFeatures], contrasts: Sequence[f
 
 
 def _much_better(fits: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """The images whose mask fits elsewhere by more than chance."""
+    """The images whose mask fits better elsewhere than by chance."""
     halved = (1 - fits**2 < 0.6 * (1 - own**2)) & (fits > 0.6)
     return ((fits > own + MARGIN) & (fits > LEAST_FIT)) | halved
 

@@ -1,4 +1,4 @@
-"""Group images that show the same, whole or in part; the result is cached until a file changes."""
+"""Groups images that show the same picture or a part of it. The result is cached until a file changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
 
 _VERSION = 4
-"""Counts up when results change."""
+"""Increased when results change."""
 
 
 def group_near_duplicates(samples: Sequence[Sample], reading: IntensityScaling | None = None) -> tuple[Sample, ...]:
@@ -35,7 +35,7 @@ def group_near_duplicates(samples: Sequence[Sample], reading: IntensityScaling |
 
 
 def group_by_first(samples: Sequence[Sample], first: Sequence[int]) -> tuple[Sample, ...]:
-    """The same, from the position of the first sample of each sample's group."""
+    """The same, given the position of the first sample of each sample's group."""
     size = Counter(first)
     names: dict[int, str] = {}
     for sample, k in zip(samples, first, strict=True):
@@ -47,7 +47,7 @@ def _cached(paths: Sequence[Path], reading: IntensityScaling) -> list[int]:
     try:
         stamps = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
     except OSError:
-        return _first_of_group(paths, reading)  # a missing file has no stamp to cache by
+        return _first_of_group(paths, reading)  # a missing file has no time stamp as a cache key
     key = [_VERSION, stamps, *([reading.to_dict()] if reading != IntensityScaling() else [])]
     place = cache_dir() / "alike" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError):  # missing or damaged: compare again

@@ -1,4 +1,4 @@
-"""Find images that are the same picture by perceptual hashes over the eight flips and rotations, confirmed by correlation.
+"""Finds copies of an image by perceptual hashes over the eight flips and rotations, confirmed by correlation.
 
 A hash of 256 bits gives candidates in one matrix product; a pair counts only where the thumbnails correlate. Legend: N images, T the side of a
 thumbnail (64), 8 orientations.
@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 SIDE = 64
 BITS = 16
 NEAR_BITS = 48
-"""Of 256: JPEG, resizing and brightening change at most 10; unrelated pictures differ in about 128."""
+"""Maximum Hamming distance of 256 bits: JPEG, resizing and brightening change at most 10; unrelated pictures differ in about 128."""
 CORRELATION = 0.97
 """Least correlation of two thumbnails, without their lowest frequencies."""
 

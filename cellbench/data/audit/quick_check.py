@@ -1,6 +1,6 @@
 """The severe findings of ``check`` from a sample of the images, reported by ``grid`` and ``search`` before training.
 
-As many images as hold 40 megapixels are measured (all of a small set, runs of neighbours of a large one). All of ``check`` applies to them, and
+As many images as hold 40 megapixels are measured (all of a small set, runs of neighbours of a large one). All checks apply to them, and
 identical files in two splits are searched among all images. Near-duplicates and crops are not: comparing them takes longer. The result is
 cached by the digest of the data.
 """
@@ -23,7 +23,7 @@ from cellbench.files import cache_dir, write_atomic
 
 MOST_PX = 40_000_000
 _VERSION = 2
-"""Counts up when findings change."""
+"""Increased when findings change."""
 
 
 def severe_findings(dataset: Dataset) -> list[str]:

@@ -1,4 +1,4 @@
-"""Record the images of a run's training and validation in a few bytes each, and recognise them among other images.
+"""Records the training and validation images of a run in a few bytes each, and recognises them among other images.
 
 An image is recognised by its pixels (under any file name and compression) and, turned, mirrored, resized or saved again, by its perceptual hash.
 Parts of an image are only found while the training images are still at their paths.
@@ -50,7 +50,7 @@ def without_paths(known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def match_seen_images(known: Mapping[str, Any], samples: Sequence[Sample]) -> list[str]:
-    """For each image ``train``, ``val``, or an empty string where the run has seen neither it nor a part of it. Training counts first."""
+    """For each image ``train``, ``val``, or an empty string if the run has used neither it nor a part of it. Training takes precedence."""
     fingerprints = _fingerprints(samples)
     out = [""] * len(samples)
     for part in reversed(PARTS):
@@ -115,7 +115,7 @@ def _keypoints(path: Path) -> Keypoints | None:
 
 
 def describe_seen(found: Sequence[str]) -> str:
-    """One sentence; empty where no image was seen.
+    """One sentence; empty if no image was seen.
 
     >>> describe_seen(["train", "val", "train", ""])
     '2 of 4 images were trained on, 1 validated on: for these the scores say nothing of new images.'

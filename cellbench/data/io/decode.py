@@ -1,4 +1,4 @@
-"""Open one image file, identified by its first bytes, check it for damage and decode it. `images` gives the values their meaning.
+"""Opens an image file, identified by its first bytes, checks it for damage and decodes it. `images` interprets the values.
 
 Every fault of a file becomes one `CellbenchError` that names it. Decoders do not detect them all: Pillow leaves the missing rows of a truncated
 PNG black, libtiff the strips that a TIFF does not list, and tifffile inflates without a limit; so these are checked here.
@@ -47,11 +47,11 @@ _READERS: dict[bytes, tuple[str, type[ImageFile.ImageFile]]] = {
 }  # fmt: skip
 _MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "YCbCr", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 """Pillow's modes of grey, palette and RGB, optionally with alpha, at all depths."""
-_PNG_CHECKED = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")  # a damaged text chunk harms no pixel
+_PNG_CHECKED = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf")  # a damaged text chunk does not affect pixels
 
 
 class FileError(Exception):
-    """A fault of the open file and what to do, without its name; `open_image` adds the name."""
+    """A fault of the open file and its remedy, without the file's name, which `open_image` adds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def _damaged(path: str | os.PathLike[str], kind: str, error: Exception) -> str:
 
 
 def _silence_decoders() -> None:
-    """Hides Pillow's warnings and tifffile's log lines: faults are raised. Called for each file, because others reset filters."""
+    """Hides Pillow's warnings and tifffile's log lines, since faults are raised. Called for each file, because other code resets filters."""
     if not any(entry[0] == "ignore" and getattr(entry[3], "pattern", "") == r"PIL\." for entry in warnings.filters):
         warnings.filterwarnings("ignore", module=r"PIL\.")
     for name in ("tifffile", "PIL.TiffImagePlugin"):
@@ -185,7 +185,7 @@ def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> OpenImage:
 
 
 def _tiff_page(fp: BinaryIO, stack: bool) -> Any:
-    import tifffile  # 0.15 s that most folders never need
+    import tifffile  # takes 0.15 s, and most folders do not need it
 
     fp.seek(0)
     tif = tifffile.TiffFile(fp)
@@ -341,7 +341,7 @@ def to_upright(pixels: np.ndarray, picture: OpenImage) -> np.ndarray:
 
 
 def _turned(pixels: np.ndarray, turn: int) -> np.ndarray:
-    """Undo an EXIF orientation: 3, 6 and 8 are turned by 180, 90 and 270 degrees; 2, 4, 5, 7 are mirrored; others are upright."""
+    """Undoes an EXIF orientation: 3, 6 and 8 are turned by 180, 90 and 270 degrees; 2, 4, 5, 7 are mirrored; others are upright."""
     pixels = pixels.swapaxes(0, 1) if turn in (5, 6, 7, 8) else pixels
     pixels = pixels[::-1] if turn in (3, 4, 7, 8) else pixels
     return pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
@@ -361,7 +361,7 @@ def _wide_png(picture: OpenImage, image: ImageFile.ImageFile) -> np.ndarray:
 
 def _opencv(fp: BinaryIO) -> np.ndarray:
     """(H, W) or (H, W, 3 or 4) values at the file's depth, RGB; of a TIFF upright, of other files as stored."""
-    import cv2  # 0.1 s that most folders never need
+    import cv2  # takes 0.1 s, and most folders do not need it
 
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # as for the other decoders
     fp.seek(0)

@@ -1,6 +1,6 @@
-"""Read images and masks from disk: the meaning of the values in a file.
+"""Reads images and masks from disk, and interprets the values in a file.
 
-A file gives the right values or one `CellbenchError` that names it: never a half-read image, a crash, a hang or a silent zero. The format is
+A file gives correct values or one `CellbenchError` that names it: never a partly read image, a crash, a hang or silent zeros. The format is
 identified by the first bytes, not by the name; EXIF orientation is applied, colour profiles are not; an image above ``max_pixels`` (500
 megapixels, or ``CELLBENCH_MAX_PIXELS``) is refused by its header. Of a multi-picture JPEG (phones) the first is read; other multi-page and animated
 files are refused. `decode` opens and checks files.
@@ -109,7 +109,7 @@ class ImageFacts:
     """What an image file holds and states, before its values are scaled."""
 
     dtype: str
-    """Of its values, such as ``uint8``."""
+    """Dtype of its values, such as ``uint8``."""
     low: float = 0.0
     high: float = 255.0
     """Extremes of its colours; of 8 bits those of the dtype, not measured."""

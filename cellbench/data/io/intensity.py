@@ -1,4 +1,4 @@
-"""Scale the values of image files to 8-bit RGB with one black and one white for a whole dataset, never those of a single image.
+"""Scales the values of image files to 8-bit RGB with one black and white level for a whole dataset, never per image.
 
 The range is a property of the camera. Scaled by its own maximum, an image whose exposure rises by a few per cent across a power of two would
 become sixteen times darker. Images of 8 bits are always read unscaled, 0..255.
@@ -27,7 +27,7 @@ _HOT_SHARE = 0.001
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """A remark for the user on how one image was read; the same ``message`` for all images it applies to."""
+    """A note for the user on how an image was read; all images that it applies to have the same ``message``."""
 
     message: str
     detail: str = ""
@@ -47,7 +47,7 @@ def format_notes(notes: Iterable[tuple[str, Note]]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class IntensityScaling:
-    """How all images of a dataset are read. A trained run keeps it, so that later images are read like its training images."""
+    """How all images of a dataset are read. A trained run stores it, so that later images are read like its training images."""
 
     int_range: Range | None = None
     """For integers of more than 8 bits. None: no image had any; then the range that a file states applies, else 0..65535."""
@@ -141,7 +141,7 @@ def scale_to_uint8(pixels: np.ndarray, reading: IntensityScaling, stated: Range 
         table = (np.clip(np.arange(65536.0), black, white) - black) * (255 / span)
         return (table + 0.5).astype(np.uint8)[pixels], notes
     out = np.empty(pixels.shape, np.uint8)
-    for channel in range(pixels.shape[2]):  # one at a time: float64 takes eight times the memory
+    for channel in range(pixels.shape[2]):  # one channel at a time: float64 takes eight times the memory
         part = (np.clip(pixels[..., channel].astype(np.float64), black, white) - black) * (255 / span)
         out[..., channel] = (part + 0.5).astype(np.uint8)
     return out, notes

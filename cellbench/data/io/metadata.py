@@ -1,4 +1,4 @@
-"""Read the metadata of an image file: the range of its values, and the size of a pixel in micrometres.
+"""Reads the metadata of an image file: the range of its values, and the size of a pixel in micrometres.
 
 Sources: TIFF 6.0 (tags 280-283, 296, 340, 341), the OME-XML schema (Pixels), ImageJ's and Aperio's descriptions, PNG 1.2 (pHYs, sBIT).
 """
@@ -106,7 +106,7 @@ def _believable(where: str, height: float, width: float) -> bool:
 
 
 def stated_range(picture: OpenImage) -> tuple[float, float] | None:
-    """Black and white that a file of more than 8 bits states; None where it states no more than its dtype."""
+    """Black and white that a file of more than 8 bits states; None if it states no more than its dtype."""
     if picture.page is None:
         bits = picture.bits or 16
         return (0.0, 2.0**bits - 1) if 8 < bits < 16 else None
@@ -120,7 +120,7 @@ def stated_range(picture: OpenImage) -> tuple[float, float] | None:
     full = 2.0**page.bitspersample - 1
     for tag in (341, 281):
         high = _number(_first(page.tags.valueof(tag)))
-        # Writers fill in the dtype's maximum where they know nothing.
+        # Writers use the dtype's maximum if they do not know the range.
         if 255 <= high < full:
             return _from_black(page, high)
     return None

@@ -1,4 +1,4 @@
-"""Write a PNG from top to bottom, for images that do not fit into memory, with a text inside. Pillow and OpenCV write whole images only."""
+"""Writes a PNG row by row, for images that do not fit into memory, with a text chunk. Pillow and OpenCV write whole images only."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PngWriter:
 
 
 def read_png_text(path: str | os.PathLike[str]) -> str | None:
-    """The text inside a PNG of ours; None for any other file."""
+    """The text chunk of a PNG that was written here; None for any other file."""
     try:
         with open(path, "rb") as file:
             return PngImagePlugin.PngImageFile(file).info.get(TEXT_KEY)

@@ -22,7 +22,7 @@ from cellbench.data.io.intensity import IntensityScaling, Note
 from cellbench.errors import CellbenchError, one_line
 
 LARGE_PX = 50_000_000
-"""A TIFF of at least so many pixels is read in windows; smaller ones are decoded at once, with all checks of `decode`."""
+"""A TIFF of at least this number of pixels is read in windows; smaller ones are decoded at once, with all checks of `decode`."""
 MOST_PART_PX = 20_000_000
 """Pixels of the largest tile or strip that is read in windows."""
 _ROWS_KEPT = 3
@@ -35,7 +35,7 @@ class ImageSource(Protocol):
     size_px: tuple[int, int]
     """Height, width."""
     notes: tuple[Note, ...]
-    """Remarks on how the file's values are read."""
+    """Notes on how the file's values are read."""
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
         """Rows ``top`` up to ``bottom`` (h, W, 3), uint8 RGB. Raises CellbenchError where they are damaged. Thread-safe."""
@@ -144,7 +144,7 @@ def _windowed(path: Path) -> WindowedTiff | None:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
     try:
         tif = tifffile.TiffFile(path)
-    except Exception:  # `read_image` says what is wrong with it
+    except Exception:  # `read_image` raises its error
         return None
     try:
         fits = _fits(tif)

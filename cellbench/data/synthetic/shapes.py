@@ -1,4 +1,4 @@
-"""What a smear is drawn with: outlines of cells, each in a small window of its picture, and the paint that fills them.
+"""Shapes of drawn smears: outlines of cells, each in a small window of the picture, and the optical density that fills them.
 
 Every outline gives a ``Shape``: signed depth in px (positive inside), so that mask (``depth > 0``) and soft edge (a ramp over
 ``depth``) are one and the same line. Paint is optical density: the natural logarithm of the bare glass's grey value over the cell's.
@@ -44,7 +44,7 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class _White:
-    """How a kind of white cell is built; lengths in radii of the cell."""
+    """Shape parameters of a kind of white cell; lengths in radii of the cell."""
 
     size: float = 1.0
     num_lobes: tuple[int, int]
@@ -204,7 +204,7 @@ class Slide:
     def cell(
         self, rng: np.random.Generator, form: Form, centre: tuple[float, float], diameter_px: float
     ) -> tuple[Window, NDArray[np.bool_]] | None:
-        """Draw one cell and say where: its window and the pixels (h, w) in it. None: it lies outside the picture."""
+        """Draws one cell; returns its window and the pixels (h, w) in it. None if it lies outside the picture."""
         at = window(centre, 0.66 * diameter_px + 4, self.size)  # no outline reaches farther
         if at is None:
             return None
@@ -281,7 +281,7 @@ class Slide:
         return shape
 
     def background(self, rng: np.random.Generator, debris: float) -> None:
-        """What lies on the glass but is no cell: dried plasma, ghosts, blots, fibres, specks."""
+        """Draws artefacts on the glass: dried plasma, ghosts, blots, fibres, specks."""
         height, width = self.size
         unit = self.unit_px
         plasma = np.abs(slow(rng, self.size, 0.8 * unit)) * 0.016 + slow(rng, self.size, 0.1 * unit) * 0.006

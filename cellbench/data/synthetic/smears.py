@@ -1,7 +1,7 @@
 """Drawn blood smears: pictures of red cells, white cells and platelets whose masks are true by construction.
 
-They need no download, so the quickstart and the tests run anywhere. What is drawn depends on the settings, the seed, the split and the
-image's number, and on nothing else: image 7 is the same for any number of images.
+They need no download, so the quickstart and the tests run anywhere. A drawing depends on the settings, the seed, the split and the
+image's number only: image 7 is the same for any number of images.
 
 Light is absorbed as in a microscope (Beer-Lambert): each cell adds optical density in red, green and blue, so overlaps darken by
 themselves. A threshold does well but not perfectly, as on real smears: pale centres that lie open, uneven light, ghosts, debris.
@@ -56,7 +56,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Smears:
-    """What to draw. A value out of range is a CellbenchError."""
+    """Settings of a drawing. Raises CellbenchError for a value out of range."""
 
     num_train: int = 10
     num_test: int = 4
@@ -89,7 +89,7 @@ class Smears:
     def __post_init__(self) -> None:
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
-            if not low <= value <= high:  # so that nan is refused too
+            if not low <= value <= high:  # also refuses nan
                 raise CellbenchError(f"smears: {name} = {value} is out of range. Choose a value from {low} to {high}.")
         for names in (("white_fraction", "platelet_fraction"), ("sickle_fraction", "target_fraction", "burr_fraction")):
             if sum(getattr(self, name) for name in names) > 1:
@@ -143,7 +143,7 @@ def draw(seed: int, settings: Smears) -> Smear:
 
 
 def draw_dataset(folder: Path, values: Mapping[str, Scalar], progress: Callable[[], object] | None = None) -> None:
-    """What the card names: :func:`write_dataset` with the settings as an experiment file writes them."""
+    """The builder on the card: :func:`write_dataset` with settings as in an experiment file."""
     write_dataset(folder, settings_from(values), progress)
 
 
@@ -155,7 +155,7 @@ def write_dataset(folder: Path, settings: Smears, progress: Callable[[], object]
 
     All is drawn beside ``folder`` and renamed at the end, so a killed process leaves no ``folder``, only a hidden ``.NAME-*.part``.
     A finished set that is already there, or that another process finished first, is kept as it is, whatever its settings: name the
-    folder after them. Raises CellbenchError where something else is in the way or the disk refuses.
+    folder after them. Raises CellbenchError if other files are in the way or the disk cannot be written.
     """
     folder = Path(folder)
     if _is_dataset(folder):
@@ -231,7 +231,7 @@ def _places(rng: np.random.Generator, size: tuple[int, int], settings: Smears) -
             form, scale = Form.PLATELET, rng.normal(0.27, 0.05)
         diameter = settings.diameter_px * swelling * float(np.clip(scale, 0.15, 2))
         taken, over = circles[: len(places)], 0.35 * diameter  # cells are cut by the border
-        for _ in range(40):  # then there is no room left: the cell is left out
+        for _ in range(40):  # no space left: the cell is left out
             leans = red and len(places) > num_places_white and rng.random() < 0.3
             if leans:
                 x, y, radius = taken[rng.integers(num_places_white, len(places))].tolist()

@@ -1,1 +1,1 @@
-"""What happens to an image between the file and the model."""
+"""Transforms of images between file and model."""

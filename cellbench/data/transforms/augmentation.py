@@ -1,4 +1,4 @@
-"""Augmentations of training tiles: right turns and mirrors, changes of stains, changes of colours, and those of the user.
+"""Augmentations of training tiles: rotations by right angles, flips, stain and colour changes, and those of the user.
 
 An :class:`Augmentation` of colours is one class: made with its settings of a run, it draws parameters for each tile and applies them to a batch.
 :func:`colour_augmentations` lists those of a run in the order in which they are applied. To add one here: a field of

@@ -1,9 +1,9 @@
-"""Auxiliary targets, with which a head learns to separate touching cells: how deep in its cell a pixel lies, and where two cells meet.
+"""Auxiliary targets for separating touching cells: the depth of a pixel in its cell, and the border between two cells.
 
-``distance``: a pixel's distance to the edge of its cell as a share of the greatest in that cell, so that every cell is one hill of height 1,
-however large (Naylor et al. 2019, doi 10.1109/TMI.2018.2865709). ``border``: pixels within ``BORDER_PX`` of two cells (Caicedo et al. 2019,
-doi 10.1002/cyto.a.23863). Each is one more output channel and one more term of the loss, binary cross-entropy. In the answer the two make one
-*boundary depth*, distance where there is no border, which takes the place of the mask's own distances when basins are flooded
+``distance``: a pixel's distance to the edge of its cell, divided by the maximum in that cell, so that every cell has one peak of height 1,
+whatever its size (Naylor et al. 2019, doi 10.1109/TMI.2018.2865709). ``border``: pixels within ``BORDER_PX`` of two cells (Caicedo et al. 2019,
+doi 10.1002/cyto.a.23863). Each is one more output channel and one more term of the loss, binary cross-entropy. Both predictions combine to
+one *boundary depth*, ``distance * (1 - border)``, which replaces the mask's own distances in the watershed
 (``cellbench.metrics.separation``).
 
 Letters: B tiles, H x W pixels, A auxiliary targets.
@@ -22,7 +22,7 @@ from cellbench.metrics.instances import reference_instances
 TARGETS = ("border", "distance")
 """In the order of the channels of :func:`make_targets`."""
 BORDER_PX = 2
-"""Half of what a border is wide: where cells lie wall to wall it is four pixels, of which masks leave out none, one or two."""
+"""Half the width of a border: between adjacent cells a border has four pixels, of which masks leave out none, one or two."""
 FULL = 255
 
 
@@ -32,13 +32,13 @@ def requested(targets: str) -> tuple[str, ...]:
     >>> requested("cell+border+distance")
     ('border', 'distance')
     """
-    return tuple(aim for aim in TARGETS if aim in targets.split("+"))
+    return tuple(target for target in TARGETS if target in targets.split("+"))
 
 
 def make_targets(classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()) -> np.ndarray:
     """The truth of both targets (H, W, 2) uint8, 0..255, of a class map (H, W) uint8.
 
-    Cells are those numbered in ``ids``, where it is given, else connected regions of at least ``min_area_px``. ``owners``: which classes are
+    Cells are those numbered in ``ids``, if given, else connected regions of at least ``min_area_px``. ``owners``: which classes are
     parts of which, as for :func:`cellbench.metrics.instances.merge_parts_into_objects`.
     """
     cells = reference_instances(classes, ids, min_area_px, owners=owners)[0]
@@ -54,7 +54,7 @@ def _border(ids: np.ndarray) -> np.ndarray:
 
 
 def _distance(ids: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
-    # A pixel that touches another cell is at an edge as well as one that touches background. The image's frame is none, nor is what is ignored.
+    # Edges are next to background and to other cells, but not at the image's frame or next to ignored pixels.
     inner, cells = ids > 0, ids
     if ignored is not None:
         inner |= ignored
@@ -65,14 +65,14 @@ def _distance(ids: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
             other &= (ids[first] >= 0) & (ids[second] >= 0)
         inner[first] &= ~other
         inner[second] &= ~other
-    # A pixel of an edge is half a pixel deep; where a cell fills the image there is no edge to be distant from.
+    # A pixel at an edge has depth 0.5. If a cell fills the image, there is no edge.
     deep = (ndimage.distance_transform_edt(inner) if not inner.all() else np.ones(ids.shape)) + 0.5
     highest = np.concatenate([[1.0], ndimage.maximum(deep, cells, np.arange(1, int(cells.max(initial=0)) + 1))])
     return np.where(cells > 0, np.rint(FULL * deep / highest[cells]), 0).astype(np.uint8)
 
 
 def boundary_depth(logits_BAHW: Tensor, which: tuple[str, ...]) -> Tensor:
-    """How high each pixel lies in its cell (B, 1, H, W), float32, 0..1: high in the middle, low at the edge and where cells meet."""
+    """Depth of each pixel in its cell (B, 1, H, W), float32, 0..1: high in the middle, low at the edge and between cells."""
     found = logits_BAHW.float().sigmoid()
     height = found[:, [which.index("distance")]]
     return height * (1 - found[:, [which.index("border")]]) if "border" in which else height

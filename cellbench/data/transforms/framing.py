@@ -1,11 +1,11 @@
-"""How an image becomes backbone input, and how scores come back to the image's own pixels: one way for training, validation, test, prediction.
+"""Framing: converts images to backbone input, and scores back to image size. The same for training, validation, test and prediction.
 
 - ``tile``: the image, scaled by ``tile_scale``, is cut into squares of ``tile_px``.
-- ``pad``: the scaled image is seen whole, mirrored on to the right and below up to multiples of ``tile_px``.
-- ``resize``: the whole image is squeezed into one square of ``tile_px * tile_scale``, whatever its shape.
+- ``pad``: the whole scaled image, padded by mirroring on the right and at the bottom to multiples of ``tile_px``.
+- ``resize``: the whole image, resized to one square of ``tile_px * tile_scale``, whatever its shape.
 
-A *framed* image is the scaled or resized one, before it is cut. ``back`` brings scores of its pixels to the image's own size; where nothing
-was scaled they come back untouched.
+A *framed* image is the scaled or resized one, before it is cut. ``back`` resizes scores to the image; without
+scaling they are unchanged.
 
 Letters: C classes, H x W image.
 """
@@ -34,25 +34,25 @@ class Framing:
     kind: str
     """``tile``, ``pad`` or ``resize``, as in a run's ``framing``."""
     side_px: int
-    """Of a tile, of a square that an image is resized to, or what a padded image is a multiple of."""
+    """Side of a tile, or of the square that an image is resized to, or the multiple to which an image is padded."""
     scale: float = 1.0
-    """Framed pixels for each own pixel; 1 where ``kind`` is ``resize``, whose scale is each image's own."""
+    """Framed pixels per image pixel; 1 if ``kind`` is ``resize``, whose scale differs between images."""
 
     @classmethod
     def of(cls, run: RunSpec) -> Framing:
-        """The framing that a run asks for."""
+        """The framing of a run."""
         if run.framing == "resize":
             return cls(kind="resize", side_px=round(run.tile_px * run.tile_scale))
         return cls(kind=run.framing, side_px=run.tile_px, scale=run.tile_scale)
 
     @property
     def exact(self) -> bool:
-        """Whether framed pixels are the image's own."""
+        """Whether framing leaves the pixels unchanged."""
         return self.kind != "resize" and self.scale == 1
 
     @property
     def whole(self) -> bool:
-        """Whether the backbone sees an image at once, in a frame as large as it takes."""
+        """Whether the backbone sees a whole image at once."""
         return self.kind == "pad"
 
     def framed_px(self, size_px: Size) -> Size:
@@ -62,7 +62,7 @@ class Framing:
         return max(1, round(size_px[0] * self.scale)), max(1, round(size_px[1] * self.scale))
 
     def tile_px(self, sizes_px: Iterable[Size]) -> Size:
-        """The size of the tiles of images of these sizes: all alike, so that they fit into one batch. ``pad`` takes the largest."""
+        """The common tile size for images of these sizes, so that they fit into one batch. ``pad`` takes the largest."""
         if not self.whole:
             return self.side_px, self.side_px
         framed = [self.framed_px(size) for size in sizes_px] or [(1, 1)]
@@ -74,7 +74,7 @@ class Framing:
         return TileGrid.over(*self.framed_px(size_px), tile_px, 0.0 if self.whole else overlap)
 
     def image(self, image: np.ndarray) -> np.ndarray:
-        """The framed image (H', W', 3) of an image (H, W, 3), both uint8: bilinear, and where it shrinks each pixel a mean of those it covers."""
+        """The framed image (H', W', 3) of an image (H, W, 3), both uint8: bilinear; when shrinking, each pixel is a mean of those it covers."""
         return image if self.exact else self._resized(image, "bilinear")
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
@@ -85,7 +85,7 @@ class Framing:
         """The framed numbers of cells (H', W') int64 of numbers (H, W), whole: the cell at the middle of each pixel."""
         if self.exact:
             return ids
-        known, place = np.unique(ids, return_inverse=True)  # floats hold places exactly, whatever the numbers are
+        known, place = np.unique(ids, return_inverse=True)  # floats represent positions exactly, whatever the cell numbers
         return known[self._resized(place.reshape(*ids.shape, 1).astype(np.float32), "nearest-exact")[..., 0].astype(np.int64)]
 
     def _resized(self, array_HWC: np.ndarray, mode: str) -> np.ndarray:
@@ -96,7 +96,7 @@ class Framing:
         return out[0].permute(1, 2, 0).contiguous().numpy()
 
     def back(self, scores_CHW: Tensor, size_px: Size) -> Tensor:
-        """Scores (C, H', W') of a framed image, float, at its own pixels (C, H, W): bilinear, and where it shrinks a mean."""
+        """Scores (C, H', W') of a framed image, float, resized to the image (C, H, W): bilinear, and a mean when shrinking."""
         if self.exact:
             return scores_CHW
         return F.interpolate(scores_CHW[None], size=size_px, mode="bilinear", antialias=True)[0]

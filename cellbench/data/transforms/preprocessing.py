@@ -1,4 +1,4 @@
-"""From an image file to what is cut: reading its numbers, stain normalisation and framing. One record for training, validation, test and prediction."""
+"""Preparation of images: intensity scaling, stain normalisation and framing. One record for training, validation, test and prediction."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cellbench.data.transforms.stain import KINDS, Normaliser
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """From images to framed images. Equal records do equal things, so that what was prepared can be kept under them."""
+    """Converts images to framed images. Equal records give equal results, so they serve as cache keys."""
 
     framing: Framing
     normaliser: Normaliser | None = None
     """Fitted to the training images."""
     reading: IntensityScaling = field(default_factory=IntensityScaling)
-    """What image files are read by: that of the data set learned from. Images that are decoded already are as it gives them."""
+    """Intensity scaling of image files: that of the training data. Decoded images are expected to be scaled already."""
     um_per_px: float | None = None
-    """The side of a pixel in the images learned from, in micrometres; None where they state none or several. Nothing is resampled by it."""
+    """Side of a pixel in the training images, in micrometres; None if unknown or not unique. Images are not resampled by it."""
 
     @property
     def is_identity(self) -> bool:
-        """Whether it gives back what it is given."""
+        """Whether it returns images unchanged."""
         return self.framing.exact and self.normaliser is None
 
     def image(self, image: np.ndarray) -> np.ndarray:
@@ -39,14 +39,14 @@ class Preparation:
         return self.image(pair[0]), self.framing.mask(pair[1])
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it; :meth:`of` reads it back."""
+        """A dictionary for JSON; :meth:`of` reads it back."""
         kind = next((name for name, made in KINDS.items() if isinstance(self.normaliser, made)), None)
         return {"framing": asdict(self.framing), "normalise": kind, "normaliser": asdict(self.normaliser) if self.normaliser else None,
                 "reading": self.reading.to_dict(), "um_per_px": self.um_per_px}  # fmt: skip
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Preparation:
-        """What :meth:`to_dict` gave, also after its way through JSON."""
+        """The inverse of :meth:`to_dict`, also after a round trip through JSON."""
         kind, facts = record["normalise"], record["normaliser"]
         return cls(framing=Framing(**record["framing"]), normaliser=KINDS[kind](**_tuples(facts)) if kind else None,
                    reading=IntensityScaling.of(record.get("reading")), um_per_px=record.get("um_per_px"))  # fmt: skip

@@ -1,6 +1,6 @@
-"""Which tiles are seen when, fixed before anything is computed, from the images' sizes, the sampling and the data seed alone.
+"""The sampling plan of training tiles. It depends on the image sizes, the sampling settings and the data seed only.
 
-A run's own seed has no say here: all runs of a cohort learn from the same views in the same order.
+It does not depend on a run's own seed: all runs of a cohort train on the same views in the same order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TileSample(NamedTuple):
 
 
 def num_used_images(num_images: int, fraction: float) -> int:
-    """How many of the training images a share of them is: at least one, halves rounded up.
+    """The number of training images in a fraction of them: at least one, halves rounded up.
 
     >>> [num_used_images(9, fraction) for fraction in (0.01, 0.1, 0.5, 1.0)]
     [1, 1, 5, 9]
@@ -47,7 +47,7 @@ class SamplingPlan:
     run: RunSpec
     """Any run of the cohort: only its ``stream`` is read."""
     registry: Registry = field(default_factory=Registry, compare=False)
-    """Where the user's augmentations are looked up."""
+    """Source of the user's augmentations."""
 
     @cached_property
     def augmentations(self) -> list[Augmentation]:
@@ -55,7 +55,7 @@ class SamplingPlan:
 
     @cached_property
     def own_code(self) -> tuple[str, ...]:
-        """Stands for the code of the user's augmentations."""
+        """Hashes of the code of the user's augmentations."""
         return tuple(digest_of(self.registry.augmentation(name)) for name in self.run.own_augmentations)
 
     @cached_property
@@ -69,24 +69,24 @@ class SamplingPlan:
 
     @cached_property
     def used_images(self) -> tuple[int, ...]:
-        """The numbers of the images that are learned from. Those of a smaller share are among those of a larger one."""
+        """Indices of the images used for training. Those of a smaller fraction are a subset of those of a larger one."""
         order = np.random.default_rng([self.run.data_seed, 2**31 + 1]).permutation(len(self.sizes_px))
         return tuple(sorted(order[: num_used_images(len(self.sizes_px), self.run.fraction)].tolist()))
 
     @property
     def num_views(self) -> int:
-        """Views an epoch."""
+        """Views per epoch."""
         if self.run.sampling == "crops":
             return len(self.sizes_px) * self.run.crops_per_image
         return sum(len(self.framing.grid(self.sizes_px[image], self.tile_px, 0.0)) for image in self._turns(0))
 
     @property
     def repeats(self) -> bool:
-        """Whether an epoch's views come again later."""
+        """Whether the views of an epoch are repeated later."""
         return self.run.repeat_views_every > 0
 
     def cycle(self, epoch: int) -> int:
-        """Which set of views an epoch sees: its own, or one of ``views`` that take turns."""
+        """The cycle of views of an epoch: its own, or one of those that are repeated."""
         return epoch % self.run.repeat_views_every if self.run.repeat_views_every else epoch
 
     def views(self, cycle: int) -> list[TileSample]:
@@ -107,8 +107,8 @@ class SamplingPlan:
         return np.random.default_rng([self.run.data_seed, epoch, 2**31]).permutation(self.num_views)
 
     def _turns(self, cycle: int) -> list[int]:
-        """The images of a cycle, as many as there are in all: where not all are seen, those that are take turns."""
-        # Crops go on where the last cycle ended, so that each image is seen equally often. Whole images may differ in their number of tiles,
+        """The images of a cycle, as many as there are training images; a smaller fraction is repeated in turn."""
+        # Crops continue where the last cycle ended, so that each image is used equally often. Whole images may differ in their number of tiles,
         # and every cycle must have as many.
         start = cycle * len(self.sizes_px) if self.run.sampling == "crops" else 0
         return [self.used_images[(start + turn) % len(self.used_images)] for turn in range(len(self.sizes_px))]
@@ -122,5 +122,7 @@ class SamplingPlan:
     def _draws(self, rng: np.random.Generator, own_rngs: list[np.random.Generator]) -> tuple[Draw, ...]:
         """One draw for each augmentation. The user's have generators of their own: adding one changes no draw of the others."""
         num = len(self.augmentations) - len(own_rngs)
-        shipped = [one.draw(rng) for one in reversed(self.augmentations[:num])]  # colours before stains: golden numbers depend on it
+        shipped = [
+            one.draw(rng) for one in reversed(self.augmentations[:num])
+        ]  # colours before stains: the golden numbers depend on this order
         return (*reversed(shipped), *(one.draw(own) for one, own in zip(self.augmentations[num:], own_rngs, strict=True)))

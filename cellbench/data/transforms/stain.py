@@ -1,4 +1,4 @@
-"""Stain normalisation: an image's colours moved to those of the images that a run learns from, which alone are looked at to know them.
+"""Stain normalisation: maps an image's colours to those of the training images, to which alone the normaliser is fitted.
 
 Letters: H x W image, N pixels, 3 red-green-blue. Optical densities are natural logarithms.
 """
@@ -13,11 +13,11 @@ from skimage.color import lab2rgb, rgb2lab
 
 ThreeFloats = tuple[float, float, float]
 MOST_IMAGES = 200
-"""That a normaliser is fitted to, evenly spaced: their mean moves no more."""
+"""Maximum number of images for fitting, evenly spaced; more do not change their mean noticeably."""
 LIGHT, BETA, ALPHA = 240, 0.15, 1.0
 """Macenko's light through empty glass in grey levels, the density below which a pixel counts as glass, and the percentile taken as extreme."""
 MIN_IMAGES = 100
-"""Stained pixels below which an image shows no stain to speak of."""
+"""Minimum number of stained pixels; below it an image counts as unstained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Reinhard:
         return cls(mean=_three(np.mean(all_means, axis=0)), deviation=_three(np.mean(all_deviations, axis=0)))
 
     def image(self, image: np.ndarray) -> np.ndarray:
-        """The image (H, W, 3) uint8 in the new colours. A channel that is the same everywhere keeps its (zero) deviation."""
+        """The image (H, W, 3) uint8 in the new colours. A constant channel keeps its deviation of zero."""
         lab = rgb2lab((image / np.float32(255)).astype(np.float32))
         mean, deviation = _lab_statistics(lab)
         lab = (lab - mean.astype(np.float32)) * (np.array(self.deviation) / np.maximum(deviation, 1e-6)).astype(np.float32)
@@ -59,7 +59,7 @@ class Macenko:
 
     @classmethod
     def fitted(cls, images: Iterable[np.ndarray]) -> Macenko | None:
-        """Of the pixels of all images taken together, (H, W, 3) uint8 RGB each; None where they show no stain."""
+        """Fits to the pixels of all images together, (H, W, 3) uint8 RGB each; None if they show no stain."""
         return cls._of(_densities(np.concatenate([image.reshape(-1, 3)[:: max(1, image.size // 3 // 20_000)] for image in images])))
 
     @classmethod
@@ -69,7 +69,7 @@ class Macenko:
             return None
         _, vectors = np.linalg.eigh(np.cov(stained.T))
         plane = vectors[:, :0:-1]
-        plane = plane * np.where(plane.sum(axis=0) < 0, -1, 1)  # else the angles may lie on both sides of the cut at 180 degrees
+        plane = plane * np.where(plane.sum(axis=0) < 0, -1, 1)  # otherwise the angles may lie on both sides of 180 degrees
         along, across = (stained @ plane).T
         low, high = np.percentile(np.arctan2(across, along), [ALPHA, 100 - ALPHA])
         extremes = np.stack([plane @ (np.cos(angle), np.sin(angle)) for angle in (low, high)])
@@ -82,7 +82,7 @@ class Macenko:
         )
 
     def image(self, image: np.ndarray) -> np.ndarray:
-        """The image (H, W, 3) uint8 in the new stains; one that shows no stain as it is."""
+        """The image (H, W, 3) uint8 in the new stains; an unstained one is unchanged."""
         densities = _densities(image.reshape(-1, 3))
         own = self._of(densities)
         if own is None:

@@ -1,7 +1,7 @@
-"""Cut an image into overlapping tiles and put predictions back: one tiler for training, validation, test and prediction.
+"""Cuts an image into overlapping tiles and joins predictions: one tiler for training, validation, test and prediction.
 
-Putting the cut tiles of an image back gives the image again, for every size and overlap, also for images smaller than a tile and for
-images that are not square. Predictions are put back band by band, so that memory grows with an image's width, not with its area.
+Joining the tiles of an image restores the image, for every size and overlap, including images smaller than a tile and non-square
+images. Predictions are joined band by band, so memory grows with an image's width, not with its area.
 
 Letters: C classes, H x W image, T x T tile; a tile need not be square.
 """
@@ -69,7 +69,7 @@ class TileGrid:
 
     @cached_property
     def weights(self) -> tuple[Tensor, Tensor]:
-        """What each tile row and each tile column counts at its pixels: (rows, tile height) and (columns, tile width), float32.
+        """The blending weights of each tile row and tile column: (rows, tile height) and (columns, tile width), float32.
 
         A Hann taper, divided by the sum of all tapers at the same pixel. The window is separable, so the products of the two
         add up to one at every pixel of the image.
@@ -96,7 +96,7 @@ def _sides(tile_px: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def cut_tile(image: np.ndarray, y: int, x: int, tile_px: int | tuple[int, int]) -> np.ndarray:
-    """The tile (T, T, ...) whose upper left corner is (y, x). What lies beyond the lower or right edge is mirrored in."""
+    """The tile (T, T, ...) whose upper left corner is (y, x). Pixels beyond the lower or right edge are mirrored."""
     tall, wide = _sides(tile_px)
     tile = image[y : y + tall, x : x + wide]
     below, right = tall - tile.shape[0], wide - tile.shape[1]
@@ -107,7 +107,7 @@ def cut_tile(image: np.ndarray, y: int, x: int, tile_px: int | tuple[int, int]) 
 
 
 class Stitcher:
-    """Puts the scores of an image's tiles back, blended, and gives away each band of rows as soon as no later tile touches it.
+    """Joins the scores of an image's tiles by blending, and returns each band of rows as soon as no later tile overlaps it.
 
     Tiles must come in the grid's order. Holds one row of tiles: (C, T, W) float32.
     """
