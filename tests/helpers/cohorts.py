@@ -1,4 +1,4 @@
-"""A small world for the harness: a drawn set, a real (random-weight) backbone, and trainers on it."""
+"""Small cohorts for tests: a synthetic dataset, a backbone with random weights, and trainers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def dataset_of(folder: Path) -> Dataset:
 
 
 class Listener:
-    """A recorder that remembers, and prunes after ``most`` epochs."""
+    """A recorder that stores metrics and states, and prunes after ``most`` epochs."""
 
     def __init__(self, most: int = 10**6) -> None:
         self.rows: list[dict[str, float]] = []
@@ -59,7 +59,7 @@ class Listener:
 def features_of(
     dataset: Dataset, runs: list[RunSpec], machine: Hardware = FP32, auxiliary_targets: bool = False, **settings: Any
 ) -> Features:
-    """The stream of a cohort."""
+    """The features of a cohort."""
     first = runs[0]
     backbone = open_backbone(REGISTRY.backbone(first.backbone)) if first.backbone else None
     frozen = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(REGISTRY.part(run)))], first.unfreeze)
@@ -69,7 +69,7 @@ def features_of(
 
 
 def trainers_of(dataset: Dataset, runs: list[RunSpec], features: Features, most: dict[int, int] | None = None) -> list[HeadTrainer]:
-    """Fresh trainers; ``most`` prunes some after so many epochs."""
+    """New trainers; ``most``: epochs after which a run is pruned, by index."""
     return [
         HeadTrainer(
             run=run,
@@ -90,6 +90,6 @@ def fitted(dataset: Dataset, runs: list[RunSpec], most: dict[int, int] | None = 
 
 
 def same(a: HeadTrainer, b: HeadTrainer) -> bool:
-    """Whether two trainers have the same history and weights, to the last bit."""
+    """Whether two trainers have bit-identical history and weights."""
     weights_a, weights_b = a.model.state_dict(), b.model.state_dict()
     return a.history == b.history and all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)

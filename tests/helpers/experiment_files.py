@@ -1,4 +1,4 @@
-"""A small question that several processes answer: asked in a folder of its own, its answers read back, one of its processes killed."""
+"""Small experiments for several processes: runs them in a folder, reads the results back, and kills one of the processes."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CELLBENCH_CACHE", str(folder / "cache"))
 
 
-def answers() -> dict[str, tuple[dict[str, float], bytes]]:
-    """Of each finished run: every number that is not a cost, and its head's weights, by name."""
+def finished_results() -> dict[str, tuple[dict[str, float], bytes]]:
+    """Metrics (without costs) and head weights of each finished run, by name."""
     out = {}
     for run in mlflow.search_runs(experiment_names=["small"], output_format="list"):
         if "mlflow.parentRunId" in run.data.tags:
@@ -72,12 +72,12 @@ def answers() -> dict[str, tuple[dict[str, float], bytes]]:
 
 
 @contextlib.contextmanager
-def assassin(kill: Callable[[int], bool]) -> Iterator[list[int]]:
-    """Calls ``kill`` with the numbers of processes that have an epoch of a run behind them, until it says that it did; that one is in the list."""
+def process_killer(kill: Callable[[int], bool]) -> Iterator[list[int]]:
+    """Calls ``kill`` with ids of processes that have completed an epoch, until it returns True; yields a list with the killed process id."""
     killed: list[int] = []
     over = threading.Event()
 
-    def lurk() -> None:
+    def watch() -> None:
         while not killed and not over.wait(0.1):
             try:
                 runs = mlflow.MlflowClient().search_runs(["1"], "tags.`cellbench.status` = 'running'")
@@ -88,7 +88,7 @@ def assassin(kill: Callable[[int], bool]) -> Iterator[list[int]]:
                 if "val/dice" in run.data.metrics and not killed and kill(pid):
                     killed.append(pid)
 
-    thread = threading.Thread(target=lurk)
+    thread = threading.Thread(target=watch)
     thread.start()
     try:
         yield killed

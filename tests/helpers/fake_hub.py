@@ -22,7 +22,7 @@ MEMBER = "hf_granted"  # the one token that opens gated files
 
 @dataclass
 class StandIn:
-    """What the server holds, by path, and what was asked of it."""
+    """The files of the server, by path, and the requests it received."""
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)

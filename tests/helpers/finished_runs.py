@@ -1,4 +1,4 @@
-"""Finished runs with made-up scores, in the form in which a grid leaves them, logged through the tracker."""
+"""Finished runs with synthetic scores, logged through the tracker as a grid logs them."""
 
 from __future__ import annotations
 

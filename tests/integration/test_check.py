@@ -1,4 +1,4 @@
-"""The audit finds every planted fault, by name, and says nothing severe of data that is well."""
+"""The audit finds every planted fault by name, and reports nothing severe for valid data."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def change(path: Path, how: Callable[[np.ndarray], np.ndarray]) -> None:
     Image.fromarray(how(np.array(Image.open(path)))).save(path)
 
 
-def test_data_that_is_well_is_fit_and_nothing_is_written_into_it(folder: Path) -> None:
+def test_valid_data_is_fit_and_is_not_written_to(folder: Path) -> None:
     before = sorted(folder.rglob("*"))
     code, found, record = audit(folder)
     assert (code, set(found) & SEVERE) == (0, set())
@@ -155,7 +155,7 @@ def test_a_cell_at_the_border_that_is_not_marked_is_suspected(folder: Path) -> N
     assert code == 0
 
 
-def test_a_split_that_tears_a_patient_apart_is_found(folder: Path) -> None:
+def test_a_patient_in_two_splits_is_found(folder: Path) -> None:
     def manifest(split_of) -> None:
         rows = [f"train/original/a{k}.png,train/mask/a{k}.png,{split_of(k)},patient {k // 3}" for k in range(9)]
         (folder / "manifest.csv").write_text("image,mask,split,group\n" + "\n".join(rows))
@@ -199,7 +199,7 @@ def test_a_split_that_kept_near_duplicates_together_names_them_ever_after(tmp_pa
     assert {s.group for part in ("train", "val", "test") for s in again.samples(part)} == {f"like i{2 * k}.png" for k in range(6)}
 
 
-def test_where_nothing_is_alike_the_split_is_the_published_one(folder: Path) -> None:
+def test_without_near_duplicates_the_split_is_the_published_one(folder: Path) -> None:
     names = {
         group: [s.name for s in open_dataset(Registry().dataset("folder"), folder, DataSpec(group=group)).val] for group in ("none", "auto")
     }
@@ -207,7 +207,7 @@ def test_where_nothing_is_alike_the_split_is_the_published_one(folder: Path) -> 
     assert "together" not in (folder / "splits.json").read_text()
 
 
-def test_pictures_too_much_alike_to_split_are_refused_in_words(tmp_path: Path) -> None:
+def test_near_duplicates_that_prevent_a_split_are_an_error(tmp_path: Path) -> None:
     for k in range(6):
         write_pair(tmp_path / "own", f"i{k}.png", 0)
     with pytest.raises(CellbenchError, match=r"6 of the images show the same as others.*data.group=none"):
@@ -252,7 +252,7 @@ def test_fields_that_overlap_are_known_and_a_label_in_every_image_is_not_taken_f
     assert [(pair.first, pair.second) for pair in found] == [(0, 1)]
 
 
-def test_the_command_says_0_fit_1_not_fit_2_could_not_look(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_is_0_fit_1_not_fit_2_unreadable(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(folder)]) == 0
     assert "own" in str(next(Path("reports").iterdir()))
     FAULTS["inverted"](folder)

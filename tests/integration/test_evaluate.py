@@ -1,4 +1,4 @@
-"""A run tested again: the same numbers on its own test images, a run of its own below it, and reports as they were."""
+"""``evaluate``: equal scores on the run's own test images, logged as a child run, and reports do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exploration tells the truth about drawn data, lays features where they belong, and leaves the data alone."""
+"""``explore`` reports correct statistics, places features correctly, and does not change the data."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_figures_are_those_of_the_masks(small_folder) -> None:
     assert (facts["images"], facts["width_px"], facts["height_px"], facts["sizes"]) == (2, 160, 120, 1)
 
 
-def test_values_lie_where_their_places_are(image) -> None:
+def test_feature_values_lie_at_their_locations(image) -> None:
     for view in views(image):
         number = torch.arange(len(view.tokens), dtype=torch.float32)
         laid = view.to_image(number[:, None])[..., 0]
@@ -94,7 +94,7 @@ def test_colours_are_principal_components_shared_by_all_views_and_the_same_again
         assert abs(np.corrcoef(alone[..., channel][inside], component[inside])[0, 1]) > 0.999
 
 
-def test_the_likest_place_is_the_place_itself(image) -> None:
+def test_the_most_similar_location_is_the_location_itself(image) -> None:
     for view in views(image, WAYS[:1]):
         found = cosine_map(view, 50, 80)
         assert found[50, 80] == pytest.approx(1, abs=1e-5)
@@ -107,7 +107,7 @@ def content(folder: Path) -> str:
     return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()
 
 
-def test_explore_writes_pictures_logs_when_asked_and_leaves_the_data_alone(small_folder, tmp_path, capsys, monkeypatch) -> None:
+def test_explore_writes_plots_logs_on_request_and_does_not_change_the_data(small_folder, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     before = content(small_folder)
     assert main(["explore", str(small_folder), "--log"]) == 0
@@ -134,7 +134,7 @@ def test_explore_writes_pictures_logs_when_asked_and_leaves_the_data_alone(small
         (["--features", "--backbone", "vit-tiny-randon"], ["Did you mean 'vit-tiny-random'"]),
     ],
 )
-def test_what_cannot_be_shown_is_said_in_one_line(small_folder, capsys, more, says) -> None:
+def test_what_cannot_be_plotted_is_a_one_line_error(small_folder, capsys, more, says) -> None:
     extra = [] if "--backbone" in more else ["--backbone", "vit-tiny-random"]
     assert main(["explore", str(small_folder), *more, *extra, "--tile-px", "64"]) == 2
     output = capsys.readouterr().err
@@ -142,7 +142,7 @@ def test_what_cannot_be_shown_is_said_in_one_line(small_folder, capsys, more, sa
     assert all(word in output for word in says)
 
 
-def test_whole_images_that_do_not_fit_are_skipped_in_words_while_tiles_go_on(small_folder, tmp_path, capsys, monkeypatch) -> None:
+def test_whole_images_that_exceed_memory_are_skipped_with_a_reason_and_tiles_are_shown(small_folder, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.setattr("cellbench.training.memory_check.free_bytes", lambda _: 2**20)
     (tmp_path / "p.toml").write_text(

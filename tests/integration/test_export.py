@@ -1,4 +1,4 @@
-"""A run taken elsewhere: the folder, the ONNX file and MLflow's model give the masks that the run gives."""
+"""Exported runs: the folder, the ONNX file and the MLflow model give the same masks as the run."""
 
 from __future__ import annotations
 

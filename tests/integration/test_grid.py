@@ -1,4 +1,4 @@
-"""The main job from the command line on a small drawn folder: trained, tested, logged, and nothing twice."""
+"""``grid`` on a small synthetic folder: runs are trained, tested and logged, and none is run twice."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_a_run_repeated_from_its_own_config_is_known_again(inside, capsys):
     assert "1 of 1 runs are finished already" in capsys.readouterr().out
 
 
-def test_another_precision_is_another_run_and_is_told_apart(question, capsys):
+def test_runs_of_different_precision_are_distinguished(question, capsys):
     changes = ["grid.backbone=['filter-bank']", "grid.head=['bilinear']", "grid.seed=[0]", "run.epochs=1"]
     for precision in ("fp32", "bf16", "fp32"):
         assert main([*question, *(x for change in changes for x in ("--set", change)), "--precision", precision]) == 0
@@ -191,7 +191,7 @@ def test_another_precision_is_another_run_and_is_told_apart(question, capsys):
     assert all(f"filter-bank · bilinear · precision {precision}" in printed for precision in ("fp32", "bf16"))
 
 
-def test_weights_that_cannot_be_had_are_skipped_runs_with_a_reason(question, tmp_path, monkeypatch):
+def test_runs_with_unavailable_weights_are_skipped_with_a_reason(question, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
     narrow = ["--set", 'grid.head=["bilinear"]', "--set", "grid.seed=[0]"]
@@ -293,7 +293,7 @@ def uninterrupted(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         experiment_files.place(folder, patch)
         assert main(LONG) == 0
-        return experiment_files.answers()
+        return experiment_files.finished_results()
 
 
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGKILL, "running"), (signal.SIGTERM, "interrupted")])
@@ -313,7 +313,7 @@ def test_a_grid_killed_after_a_checkpoint_resumes_from_it_and_ends_with_the_numb
     assert main(LONG) == 0
     assert re.search(r"bilinear · seed 0 resumes after epoch \d+\.", capsys.readouterr().out)
     assert {name: run.info.run_id for name, run in runs_of().items()} == {name: run.info.run_id for name, run in before.items()}
-    assert experiment_files.answers() == uninterrupted
+    assert experiment_files.finished_results() == uninterrupted
 
 
 def test_two_grids_at_once_share_the_work_and_nothing_is_run_twice(question, start):

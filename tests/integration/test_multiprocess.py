@@ -10,7 +10,7 @@ import lost_process
 import mlflow
 import pytest
 import torch
-from experiment_files import QUESTION, answers, assassin, place
+from experiment_files import QUESTION, finished_results, place, process_killer
 
 from cellbench.errors import CellbenchError
 from cellbench.execution.multiprocess import assign_cores, check_num_workers
@@ -30,16 +30,16 @@ def two_cores(monkeypatch):
 def test_two_workers_of_which_one_is_killed_give_the_numbers_of_one_process_to_the_last_bit(tmp_path, monkeypatch, two_cores, capsys):
     place(tmp_path / "alone", monkeypatch)
     assert main(QUESTION) == 0
-    alone = answers()
+    alone = finished_results()
     place(tmp_path / "together", monkeypatch)
-    with assassin(kill) as killed:
+    with process_killer(kill) as killed:
         assert main([*QUESTION, "--workers", "2"]) == 0
     printed = capsys.readouterr().out
     assert "2 workers, each cpu, 1 core" in printed
     assert killed
     assert "its worker was lost (killed by signal 9); another one resumes it" in printed
     assert len(alone) == 5
-    assert answers() == alone
+    assert finished_results() == alone
     assert not multiprocessing.active_children()
 
 
@@ -48,7 +48,7 @@ def kill(pid: int) -> bool:
     return True
 
 
-def test_a_cohort_that_no_worker_survives_is_failed_with_its_reason_and_the_rest_goes_on(tmp_path, monkeypatch, two_cores):
+def test_a_cohort_that_kills_every_worker_fails_with_a_reason_and_the_rest_runs(tmp_path, monkeypatch, two_cores):
     monkeypatch.setattr("cellbench.execution.multiprocess._work", lost_process.work)
     place(tmp_path, monkeypatch)
     assert main([*QUESTION, "--set", "baselines=[]", "--set", "grid.seed=[0]", "--workers", "1"]) == 1
@@ -71,13 +71,13 @@ def test_shares_are_the_whole_machine_and_no_core_is_in_two(monkeypatch):
 
 
 @pytest.mark.parametrize(("num", "message"), [(0, "expected 1 or more"), (3, "at most 2 here")])
-def test_more_workers_than_the_cores_can_feed_are_refused(num, message):
+def test_more_workers_than_cores_are_refused(num, message):
     with pytest.raises(CellbenchError, match=message):
         check_num_workers(num, TWO)
     assert check_num_workers(2, TWO) == 2
 
 
-def test_memory_that_runs_out_is_met_with_smaller_chunks_and_failed_where_that_is_not_enough(tmp_path, monkeypatch, capsys):
+def test_out_of_memory_retries_with_smaller_chunks_and_then_fails(tmp_path, monkeypatch, capsys):
     place(tmp_path, monkeypatch)
     whole = Backbone.forward
 

@@ -1,4 +1,4 @@
-"""A run in use, from the command line on a small drawn folder: the masks are the test's, nothing is done twice or left half-written."""
+"""``predict`` on a small synthetic folder: masks equal those of the test, nothing is computed twice or left half-written."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_masks_are_those_of_the_test(there: Path, tmp_path: Path, run: str) 
         assert (confusion_matrix((truth > 0).astype(np.uint8), (found > 0).astype(np.uint8), 2) == counts).all()
 
 
-def test_everything_asked_for_is_written_and_agrees(there: Path, tmp_path: Path) -> None:
+def test_all_requested_files_are_written_and_agree(there: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert predict("best", "smears/test/original/t0.png", "--out", out, "--probability", "--overlay", "--geojson", "--coco") == 0
     assert {path.name for path in out.iterdir()} == {"t0.png", "t0.probability.png", "t0.overlay.png", "t0.geojson", "coco.json"}
@@ -63,7 +63,7 @@ def test_everything_asked_for_is_written_and_agrees(there: Path, tmp_path: Path)
         assert (np.array(Image.open(out / "t0.probability.png")) == found.probability).all()
 
 
-def test_a_second_call_does_what_is_new(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_call_processes_only_new_images(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("smears/test/original", tmp_path / "in")
     assert predict(MODEL, tmp_path / "in", "--out", tmp_path / "out") == 0
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -75,7 +75,7 @@ def test_a_second_call_does_what_is_new(there: Path, tmp_path: Path, capsys: pyt
     assert "2 images on" in capsys.readouterr().out
 
 
-def test_a_bad_image_is_told_and_passed_over(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_image_is_reported_and_skipped(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("smears/test/original", tmp_path / "in")
     (tmp_path / "in" / "aa.png").write_bytes(Path("smears/test/original/t0.png").read_bytes()[:3000])
     Image.fromarray(discs(3, 50, 333)[0][..., 0]).save(tmp_path / "in" / "grey.tif")
@@ -187,7 +187,7 @@ def test_names_that_differ_in_their_ending_alone_keep_it(there: Path, tmp_path: 
     }
 
 
-def test_what_cannot_be_asked_is_refused_in_a_line(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_one_line_errors(there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = "smears/test/original"
 
     def refused(*arguments: object) -> str:
@@ -241,7 +241,7 @@ def test_a_stop_in_the_middle_leaves_nothing_half_written(there: Path, tmp_path:
     assert list((tmp_path / "out").rglob("*")) == []
 
 
-def test_pixels_of_another_kind_are_refused(there: Path) -> None:
+def test_arrays_of_a_wrong_shape_or_type_are_refused(there: Path) -> None:
     segmenter = Segmenter.load(MODEL, device="cpu")
     grey = discs(1, 90, 70)[0][..., 0]
     assert segmenter.predict(grey).classes.shape == (90, 70)
@@ -299,7 +299,7 @@ def test_outlines_are_of_the_cells_that_are_counted(there: Path, tmp_path: Path)
     assert drawn[where].mean() > 0.99  # but for a pixel that has the outline's colour by itself
 
 
-def test_more_cells_than_can_be_numbered_are_passed_over(there: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_an_image_with_more_cells_than_16_bits_is_skipped(there: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     many = Instances(ids=np.zeros((120, 160), np.int32), areas_px=np.zeros(65537, int), classes=np.zeros(65537, np.uint8))
     monkeypatch.setattr("cellbench.metrics.separation.SeparationParams.instances", lambda *_: many)
     assert predict(MODEL, "smears/test/original/t0.png", "--out", tmp_path / "out", "--instances") == 1
@@ -307,7 +307,7 @@ def test_more_cells_than_can_be_numbered_are_passed_over(there: Path, tmp_path: 
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+def test_partial_files_of_a_live_process_stay(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getppid()):
@@ -324,7 +324,7 @@ def test_other_weights_under_the_same_name_are_refused(there: Path, tmp_path: Pa
         Segmenter(other, Registry(), of_run.machine)
 
 
-def test_what_is_too_small_to_be_a_cell_is_counted_in_the_table_and_the_last_line(
+def test_regions_below_the_minimum_area_are_counted_in_the_table_and_the_last_line(
     there: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = np.full((80, 100, 3), 220, np.uint8)
@@ -357,7 +357,7 @@ def _tabulated(out: Path) -> tuple[list[str], list[str]]:
     return counted, [one["file_name"] for one in json.loads((out / "coco.json").read_text())["images"]]
 
 
-def test_the_tables_hold_all_that_the_run_left_in_the_folder(there: Path, tmp_path: Path, capsys) -> None:
+def test_the_tables_hold_all_masks_of_the_run_in_the_folder(there: Path, tmp_path: Path, capsys) -> None:
     _days(tmp_path)
     out = tmp_path / "out"
     assert predict(MODEL, tmp_path / "monday", "--out", out, "--instances", "--coco") == 0
@@ -391,7 +391,7 @@ def test_each_image_keeps_its_unit(there: Path, tmp_path: Path) -> None:
     assert float(rows["t1"]["cells_per_megapixel"]) == pytest.approx(int(rows["t1"]["cells"]) / 0.0192, abs=1e-3)
 
 
-def test_a_folder_is_one_runs_and_a_name_one_images(there: Path, tmp_path: Path, capsys) -> None:
+def test_a_folder_holds_masks_of_one_run_and_a_name_belongs_to_one_image(there: Path, tmp_path: Path, capsys) -> None:
     _days(tmp_path)
     out = tmp_path / "out"
     assert predict(MODEL, tmp_path / "monday", "--out", out, "--instances") == 0

@@ -19,7 +19,7 @@ import mlflow
 import psutil
 import pytest
 import torch
-from experiment_files import QUESTION, SEARCH, answers, assassin, place
+from experiment_files import QUESTION, SEARCH, finished_results, place, process_killer
 
 from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
@@ -57,7 +57,7 @@ def test_two_nodes_of_which_one_is_killed_give_the_numbers_of_one_process_to_the
     few = ["--set", "grid.seed=[0]", "--set", "baselines=[]"]
     place(tmp_path / "alone", monkeypatch)
     assert main([*QUESTION, *few]) == 0
-    alone = answers()
+    alone = finished_results()
     place(tmp_path / "together", monkeypatch)
     (second,) = two_nodes.worker_nodes
     raylet = second.all_processes["raylet"][0].process.pid
@@ -68,18 +68,18 @@ def test_two_nodes_of_which_one_is_killed_give_the_numbers_of_one_process_to_the
             two_nodes.remove_node(second, allow_graceful=False)
         return at_work
 
-    with assassin(kill) as killed:
+    with process_killer(kill) as killed:
         assert main([*QUESTION, *few, "--on", f"ray://{two_nodes.address}"]) == 0
     printed = capsys.readouterr().out
     assert "Ray: 2 nodes with 2 cores; a cohort gets cpu, 1 core" in printed
     assert killed
     assert "its worker was lost" in printed
     assert len(alone) == 2
-    assert answers() == alone
+    assert finished_results() == alone
 
 
 @needs_ray
-def test_a_search_is_worked_on_by_processes_of_the_cluster_alone(tmp_path, monkeypatch, two_nodes):
+def test_a_search_runs_only_on_workers_of_the_cluster(tmp_path, monkeypatch, two_nodes):
     place(tmp_path, monkeypatch)
     Path("sought.toml").write_text(SEARCH.format(trials=2, batch=1))
     assert main(["search", "sought.toml", "--data", "smears", "--device", "cpu", "--on", f"ray://{two_nodes.address}"]) == 0
@@ -92,7 +92,7 @@ def test_a_search_is_worked_on_by_processes_of_the_cluster_alone(tmp_path, monke
     assert os.getpid() not in pids
 
 
-def test_without_ray_the_answer_is_one_line(tmp_path, monkeypatch, capsys):
+def test_missing_ray_is_a_one_line_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     place(tmp_path, monkeypatch)
     assert main([*QUESTION, "--on", "ray"]) == 2
@@ -127,7 +127,7 @@ def deaf():
         ("ray://127.0.0.1:OTHER", "is not a Ray cluster"),
     ],
 )
-def test_an_address_where_no_cluster_is_is_reported_at_once(on, message, deaf):
+def test_an_address_without_a_cluster_is_reported_at_once(on, message, deaf):
     for name, port in deaf.items():
         on = on.replace(name, str(port))
     with pytest.raises(CellbenchError, match=message):
@@ -135,7 +135,7 @@ def test_an_address_where_no_cluster_is_is_reported_at_once(on, message, deaf):
 
 
 @needs_ray
-def test_a_ray_that_is_started_here_listens_to_this_machine_alone():
+def test_a_local_ray_listens_on_loopback_only():
     code = """
 import psutil, torch
 from cellbench.execution import ray_cluster
@@ -151,14 +151,14 @@ with ray_cluster.connect("ray", two):
     assert set(done.stdout.split()) == {"127.0.0.1"}
 
 
-def test_a_cohort_gets_what_keeps_the_cluster_busy_and_never_more_than_a_node_has():
+def test_a_cohort_gets_the_cores_that_keep_the_cluster_busy_and_at_most_those_of_a_node():
     nodes = [{"CPU": 8.0, "memory": 64e9}, {"CPU": 4.0, "memory": 16e9}]
     assert [ray_cluster.resource_share(TWO, nodes, num, 1.0).lanes for num in (1, 2, 4, 100)] == [8, 6, 3, 1]
     with pytest.raises(CellbenchError, match="no node has the 1 cores"):
         ray_cluster.resource_share(TWO, [{"CPU": 0.0}], 1, 1.0)
 
 
-def test_a_share_of_a_gpu_brings_its_part_of_the_nodes_cores_and_where_no_node_has_it_the_answer_says_so():
+def test_a_gpu_share_brings_its_part_of_the_cores_and_is_refused_if_no_node_has_it():
     gpu = replace(TWO, device=torch.device("cuda"), memory_bytes=2**40)
     nodes = [{"CPU": 32.0, "GPU": 2.0, "memory": 256e9}, {"CPU": 64.0, "memory": 1e9}]
     whole, third = (ray_cluster.resource_share(gpu, nodes, 10, part) for part in (1.0, 1 / 3))
@@ -198,12 +198,12 @@ def test_a_node_of_another_version_without_the_cache_or_with_other_data_refuses_
 
 
 @pytest.mark.parametrize("part", [0.0, -1.0, 1.5, float("nan")])
-def test_a_gpu_share_that_is_none_is_refused(part):
+def test_an_invalid_gpu_share_is_refused(part):
     with pytest.raises(CellbenchError, match="more than 0 and at most 1"):
         ray_cluster.check_address("ray", part)
 
 
-def test_several_machines_are_not_let_loose_on_a_file():
+def test_several_machines_cannot_share_a_file_store():
     nodes = [{"Alive": True, "NodeManagerHostname": name, "NodeID": name, "Resources": {"CPU": 1.0}} for name in ("a", "b")]
     ray = SimpleNamespace(nodes=lambda: nodes)
     with pytest.raises(CellbenchError, match="several machines cannot share"):
@@ -211,7 +211,7 @@ def test_several_machines_are_not_let_loose_on_a_file():
     assert len(ray_cluster.live_nodes(ray, "http://lab:5000", "postgresql://lab/optuna")) == 2
 
 
-def test_a_lost_process_of_a_search_is_replaced_until_too_many_are_and_a_refusal_ends_it(tmp_path):
+def test_lost_workers_of_a_search_are_replaced_up_to_a_limit_and_a_refusal_ends_it(tmp_path):
     class RayActorError(Exception):
         pass
 
@@ -250,7 +250,7 @@ def test_a_lost_process_of_a_search_is_replaced_until_too_many_are_and_a_refusal
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_set_free_is_taken_up_at_once(tmp_path, monkeypatch):
+def test_a_released_run_is_claimed_at_once(tmp_path, monkeypatch):
     place(tmp_path, monkeypatch)
     tracker = Tracker("small")
     with tracker.run("one", "f1") as run:

@@ -162,7 +162,7 @@ def test_the_same_command_again_trains_nothing_and_a_changed_space_is_refused(in
     assert "space.head was bilinear, detail and is bilinear" in capsys.readouterr().err
 
 
-def test_halves_that_are_lost_are_marked_and_stay(done, tmp_path, monkeypatch, capsys):
+def test_trials_without_run_and_runs_without_trial_are_marked_and_kept(done, tmp_path, monkeypatch, capsys):
     import shutil
 
     shutil.copytree(done, tmp_path / "copy")
@@ -233,7 +233,7 @@ def num_asked() -> int:
         return store.execute("SELECT count(*) FROM trials").fetchone()[0]
 
 
-def test_a_search_killed_in_training_goes_on_with_the_same_trials(inside, tmp_path, monkeypatch):
+def test_a_search_killed_in_training_resumes_the_same_trials(inside, tmp_path, monkeypatch):
     whole = [(t.number, t.params, t.state.name, t.value) for t in study().trials]
     small(tmp_path)
     enter(tmp_path, monkeypatch)
@@ -255,7 +255,7 @@ def test_a_search_killed_in_training_goes_on_with_the_same_trials(inside, tmp_pa
     assert [(t.number, t.params, t.state.name, t.value) for t in study().trials] == whole
 
 
-def test_a_worker_beside_the_first_takes_up_trials_on_its_share_of_the_cores(done, tmp_path, monkeypatch):
+def test_a_second_worker_takes_trials_on_its_share_of_the_cores(done, tmp_path, monkeypatch):
     import shutil
 
     shutil.copytree(done, tmp_path / "copy")
@@ -274,7 +274,7 @@ def test_a_worker_beside_the_first_takes_up_trials_on_its_share_of_the_cores(don
     assert main([*CALL, "--workers", "3"]) == 2
 
 
-def test_ctrl_c_is_heard_once_and_obeyed_at_once_the_second_time(capsys):
+def test_the_first_ctrl_c_ends_after_the_batch_and_the_second_at_once(capsys):
     stop = driver.StopRequest()
     with stop_at_interrupt(stop):
         helper = subprocess.Popen(["sleep", "60"], start_new_session=True)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import mlflow
 import pytest
-from experiment_files import QUESTION, answers, place
+from experiment_files import QUESTION, finished_results, place
 from mlflow_server import Server
 
 from cellbench.errors import CellbenchError
@@ -33,10 +33,10 @@ def server(tmp_path_factory):
     one.stop()
 
 
-def test_a_grid_continues_while_the_server_is_away_and_nothing_is_missing_when_it_is_back(tmp_path, monkeypatch, server, capsys):
+def test_a_grid_continues_while_the_server_is_unavailable_and_loses_nothing(tmp_path, monkeypatch, server, capsys):
     place(tmp_path / "alone", monkeypatch)
     assert main([*QUESTION, *FEW]) == 0
-    alone, curves = answers(), _curves()
+    alone, curves = finished_results(), _curves()
     place(tmp_path / "served", monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
     monkeypatch.setattr("cellbench.tracking.offline_queue.RETRY_S", 0.5)
@@ -60,7 +60,7 @@ def test_a_grid_continues_while_the_server_is_away_and_nothing_is_missing_when_i
     printed = capsys.readouterr().err
     assert "does not answer. What is logged is kept in" in printed
     assert "MLflow answers again" in printed
-    assert answers() == alone
+    assert finished_results() == alone
     assert _curves() == curves
     assert not list(queue.glob("*/*"))
 
@@ -73,7 +73,7 @@ def _curves() -> dict[str, list[float]]:
     return {name: [one.value for one in sorted(history, key=lambda one: one.step)] for name, history in found.items()}
 
 
-def test_what_a_killed_process_could_not_send_is_sent_by_the_next_one(tmp_path, monkeypatch, server):
+def test_unsent_calls_of_a_killed_process_are_sent_by_the_next_one(tmp_path, monkeypatch, server):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
     code = """
@@ -235,7 +235,7 @@ def test_server_errors_are_never_taken_for_lost_data(proxy, tmp_path):
     assert experiment_of("0" * 32) is None
 
 
-def test_what_is_logged_while_the_server_refuses_access_is_sent_later(proxy, tmp_path, monkeypatch):
+def test_calls_are_queued_while_the_server_denies_access(proxy, tmp_path, monkeypatch):
     monkeypatch.setattr("cellbench.tracking.client.PATIENCE_S", 20.0)
     tracker = Tracker("barred")
     with tracker.run("one", "f3") as run:

@@ -1,4 +1,4 @@
-"""``doctor --services`` against what really listens on loopback, PostgreSQL included where it is installed; and against nothing."""
+"""``doctor --services`` against real servers on loopback (PostgreSQL if installed), and against none."""
 
 from __future__ import annotations
 
@@ -122,14 +122,14 @@ def _make_databases(address: str) -> None:
     connection.close()
 
 
-def test_nothing_configured_is_well(doctor, tmp_path: Path):
+def test_an_empty_environment_passes(doctor, tmp_path: Path):
     code, lines = doctor()
     assert code == 0
     assert "created by the first grid" in lines["MLflow"]
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_a_server_that_answers_is_well_and_another_minor_version_is_not(doctor, server):
+def test_a_responding_server_passes_and_another_minor_version_fails(doctor, server):
     address, version = server
     code, lines = doctor(MLFLOW_TRACKING_URI=address)
     assert code == 0
@@ -141,7 +141,7 @@ def test_a_server_that_answers_is_well_and_another_minor_version_is_not(doctor, 
     assert "2.1.0" in lines["MLflow"]
 
 
-def test_what_does_not_answer_is_wrong_and_its_password_is_not_shown(doctor):
+def test_an_unreachable_service_fails_and_its_password_is_not_shown(doctor):
     nobody = f"127.0.0.1:{free_port()}"
     code, lines = doctor(MLFLOW_TRACKING_URI=f"http://lab:s3cret@{nobody}", OPTUNA_STORAGE=f"postgresql://lab:s3cret@{nobody}/optuna")
     assert code == 1
@@ -149,7 +149,7 @@ def test_what_does_not_answer_is_wrong_and_its_password_is_not_shown(doctor):
     assert "s3cret" not in "".join(lines.values())
 
 
-def test_a_shared_cache_is_written_to_and_read_and_one_that_is_not_there_is_wrong(doctor, tmp_path: Path):
+def test_a_shared_cache_is_written_and_read_and_a_missing_one_fails(doctor, tmp_path: Path):
     code, lines = doctor(CELLBENCH_CACHE_URL=f"file://{tmp_path / 'there'}")
     assert code == 0
     assert "gives them back" in lines["cache-url"]
@@ -160,7 +160,7 @@ def test_a_shared_cache_is_written_to_and_read_and_one_that_is_not_there_is_wron
     assert "s3cret" not in lines["cache-url"]
 
 
-def test_postgresql_is_asked_and_two_services_in_one_database_are_wrong(doctor, postgresql):
+def test_postgresql_is_queried_and_two_services_in_one_database_fail(doctor, postgresql):
     mlflow, optuna = f"{postgresql}/mlflow", f"{postgresql}/optuna"
     code, lines = doctor(MLFLOW_TRACKING_URI=mlflow, OPTUNA_STORAGE=optuna)
     assert code == 0, lines
@@ -177,9 +177,7 @@ def test_postgresql_is_asked_and_two_services_in_one_database_are_wrong(doctor, 
     assert "wr0ng" not in "".join(lines.values())
 
 
-def test_a_search_kept_on_postgresql_goes_on_there_and_its_password_is_written_nowhere(
-    small_folder, tmp_path, monkeypatch, postgresql, capsys
-):
+def test_a_search_on_postgresql_resumes_and_writes_its_password_nowhere(small_folder, tmp_path, monkeypatch, postgresql, capsys):
     import psycopg
 
     Path("sought.toml").write_text(SEARCH.format(trials=4, batch=2))
@@ -203,7 +201,7 @@ def test_a_search_kept_on_postgresql_goes_on_there_and_its_password_is_written_n
     assert not [path for path in files if b"s3cret" in path.read_bytes()]
 
 
-def test_the_composed_services_listen_here_alone_and_hold_no_password():
+def test_the_composed_services_listen_on_loopback_and_contain_no_password():
     import yaml
 
     services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]

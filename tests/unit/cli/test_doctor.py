@@ -1,4 +1,4 @@
-"""``doctor`` says what can be had here and now without asking anybody, and notices a file, a card or an output that is wrong."""
+"""``doctor`` lists what is available without network access, and detects wrong files, cards and outputs."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def states(it: BackboneCard, folder: Path | None = None, deep: bool = False) -> 
 # --- a line of the table
 
 
-def test_a_floor_needs_nothing(web: StandIn) -> None:
+def test_a_backbone_without_weights_needs_nothing(web: StandIn) -> None:
     assert states(card("none")) == ("needs nothing", "")
 
 
-def test_what_is_not_here_would_be_downloaded_or_is_gated(web: StandIn) -> None:
+def test_missing_weights_would_be_downloaded_or_are_gated(web: StandIn) -> None:
     url = web.zenodo("Net.pth", PTH)
     assert states(card(url, sha256=digest(PTH))) == ("would download", "on the card")
     assert states(card(f"hf-hub:{REPO}")) == ("would download", "unknown")
@@ -80,7 +80,7 @@ def test_a_file_that_changed_since_its_first_use_is_wrong(web: StandIn, tmp_path
 
 
 @pytest.mark.parametrize(("data", "says"), [(PTH[:9000], "truncated"), (b"<!DOCTYPE html><html>", "web page"), (b"", "empty")])
-def test_a_damaged_file_is_told(web: StandIn, tmp_path: Path, data: bytes, says: str) -> None:
+def test_a_damaged_file_is_reported(web: StandIn, tmp_path: Path, data: bytes, says: str) -> None:
     row = doctor.row(card(web.url + "/Net.pth"), put(tmp_path / "w", data))
     assert (row.here, row.hash) == ("broken", "")
     assert says in row.problem
@@ -108,7 +108,7 @@ def test_downloads_of_both_kinds_are_found_where_they_land(web: StandIn) -> None
     assert states(hub) == ("broken", "WRONG")
 
 
-def test_a_card_with_an_impossible_source_is_told(web: StandIn) -> None:
+def test_a_card_with_an_invalid_source_is_reported(web: StandIn) -> None:
     row = doctor.row(card("ftp://nowhere"), None)
     assert row.here == "broken"
     assert "Expected 'hf-hub:OWNER/NAME'" in row.problem
@@ -147,7 +147,9 @@ def test_a_card_that_cannot_be_read_is_one_line_and_exit_code_1(web: StandIn, tm
 
 
 @pytest.mark.parametrize("name", ["filter-bank", "vit-tiny-random"])
-def test_a_floor_passes_its_self_test_and_gives_the_output_on_its_card(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_backbone_without_weights_passes_its_self_test_and_gives_the_output_on_its_card(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["doctor", name, "--device", "cpu"]) == 0
     output = capsys.readouterr().out
     assert "the output on the card, off by" in output
@@ -221,7 +223,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Ca
         assert "there is no such folder" in capsys.readouterr().err
 
 
-def test_the_cache_is_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "old"))
     put(tmp_path / "w", PTH, "dinobloom-b.pth")
     assert main(["doctor", "--weights", str(tmp_path / "w"), "--cache", str(tmp_path / "new")]) == 0

@@ -131,7 +131,9 @@ def test_a_users_registry_is_listed_and_shown(capsys: pytest.CaptureFixture[str]
     ],
     ids=" ".join,
 )
-def test_a_misspelt_name_is_told_with_the_nearest_known(arguments: list[str], says: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_name_is_reported_with_the_nearest_known_name(
+    arguments: list[str], says: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     line = refused(capsys, *arguments)
     assert [part for part in says if part not in line] == []
 
@@ -196,7 +198,7 @@ def test_a_wrong_file_is_named(text: str, says: str, capsys: pytest.CaptureFixtu
         (["bccd"], "Give --data DIR"),
     ],
 )
-def test_a_place_that_is_not_there_is_named(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_path_is_named(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert says in refused(capsys, "grid", *arguments)
 
 

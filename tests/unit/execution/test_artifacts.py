@@ -39,7 +39,7 @@ def dataset(small_folder):
     return dataset_of(small_folder)
 
 
-def test_the_truth_as_answer_scores_one_everywhere(dataset):
+def test_a_perfect_prediction_scores_one_everywhere(dataset):
     evaluation = taken(dataset, lambda truth: (truth, truth * np.uint8(255)))
     found = artifacts.final_metrics(dataset, EvaluationResult(evaluation=evaluation, cost={}))
     for name in ("dice", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
@@ -117,7 +117,7 @@ def test_the_median_is_near_even_where_scores_drift():
     assert abs(keep.cases["median"].dice - 0.745) < 0.07
 
 
-def test_kept_answers_are_as_shown_and_small():
+def test_kept_predictions_are_thumbnails():
     classes = np.zeros((1200, 1600), np.uint8)
     classes[300:600, 400:900] = 1
     keep = ExampleKeeper()
@@ -153,7 +153,7 @@ def test_files_of_a_run_are_what_the_report_and_the_ui_read(dataset, tmp_path):
     assert {path.name for path in (out / "figures").iterdir()} == {"scores.png", "worst.png", "best.png"}
 
 
-def test_touching_cells_are_scored_as_the_separation_parts_them(dataset, tmp_path):
+def test_touching_cells_are_scored_after_separation(dataset, tmp_path):
     # Two true cells, side by side; the answer is one region with a waist.
     y, x = np.mgrid[:80, :120]
     left, right = np.hypot(y - 40, x - 35) < 25, np.hypot(y - 40, x - 84) < 25
@@ -203,7 +203,7 @@ def everything(truth):
     return np.ones_like(truth), np.full_like(truth, 255)
 
 
-def test_whoever_finds_nothing_scores_nothing_however_many_images_are_empty(mostly_empty):
+def test_predicting_nothing_scores_zero_however_many_images_are_empty(mostly_empty):
     found = artifacts.final_metrics(mostly_empty, EvaluationResult(evaluation=taken(mostly_empty, nothing), cost={}))
     for name in ("dice", "iou", "precision", "recall", "nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq"):
         assert found[f"test_image/{name}"] == 0
@@ -213,7 +213,7 @@ def test_whoever_finds_nothing_scores_nothing_however_many_images_are_empty(most
     assert [found[f"test/num_{what}"] for what in ("true", "found", "missed", "extra", "predicted")] == [2, 0, 2, 0, 0]
 
 
-def test_a_find_in_an_empty_image_scores_nothing_and_is_counted(mostly_empty):
+def test_a_false_positive_in_an_empty_image_scores_zero_and_is_counted(mostly_empty):
     found = artifacts.final_metrics(mostly_empty, EvaluationResult(evaluation=taken(mostly_empty, everything), cost={}))
     assert found["test_image/dice"] == pytest.approx(2 * 800 / (4800 + 800) / 4, abs=1e-6)
     assert (found["test/num_empty"], found["test/num_empty_found"]) == (3, 3)

@@ -1,4 +1,4 @@
-"""A run is known again by everything that can change its numbers: cards, the code behind them and the precision; not by what only describes."""
+"""Fingerprints cover everything that can change a run's numbers (cards, their code, the precision), and no descriptions."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_fact_on_a_card_that_changes_numbers_makes_another_run(registry: Path,
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_words_on_a_card_make_no_other_run(registry: Path, kind: str) -> None:
+def test_descriptions_on_a_card_do_not_change_the_fingerprint(registry: Path, kind: str) -> None:
     before, more = prints(registry), 'license = "MIT"\nsource = "a paper"\nnotes = "slow"'
     card(
         registry,
@@ -210,7 +210,7 @@ def test_a_builder_that_is_not_there_is_left_to_the_building(registry: Path) -> 
         load(Registry(registry).head("mine"))
 
 
-def test_what_was_imported_meanwhile_changes_nothing(registry: Path, package: Path) -> None:
+def test_imported_modules_do_not_change_the_fingerprint(registry: Path, package: Path) -> None:
     card(registry, "heads", builder="lab_parts.deep.heads:Mine")
     before = prints(registry)
     importlib.import_module("lab_parts.deep.heads")

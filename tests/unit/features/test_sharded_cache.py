@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from experiment_files import QUESTION, answers, place
+from experiment_files import QUESTION, finished_results, place
 
 from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
@@ -70,7 +70,7 @@ def test_rows_of_several_shards_come_back_as_they_were_put_and_a_damaged_or_abse
 def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_computes_no_tile(tmp_path, monkeypatch, small_shards):
     place(tmp_path / "alone", monkeypatch)
     assert main([*QUESTION, *KEPT]) == 0
-    alone = answers()
+    alone = finished_results()
     folder = tmp_path / "sharded"
     place(folder, monkeypatch)
     experiment, data = read_experiment("small.toml", KEPT[1::2], data=Path("smears"))[0], Path("smears").absolute()
@@ -97,7 +97,7 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
 
     monkeypatch.setattr(Features, "_batch", batch)
     assert main([*QUESTION, *KEPT, "--cache", f"{folder / 'cache'}:256M"]) == 0
-    assert answers() == alone
+    assert finished_results() == alone
     assert computed
     assert not any(computed)
 

@@ -42,7 +42,7 @@ def test_shares_of_one_model_make_one_curve_and_baselines_none(here) -> None:
         assert means[0] < means[1] < means[3]
 
 
-def test_the_smallest_share_that_is_not_worse_is_named(here) -> None:
+def test_the_smallest_share_without_a_significant_difference_is_named(here) -> None:
     found = learning_curves.learning_curves(here)
     better = [[point.to_largest.better for point in curve.points[:-1]] for curve in found]
     assert better == [["1", "1", None]] * 2

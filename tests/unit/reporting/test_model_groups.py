@@ -89,7 +89,7 @@ def noisy(num: int) -> list[ModelScores]:
     return [ModelScores(model=f"m{k}", images=tuple(map(str, range(30))), values=rng.normal(0.9, 0.02, 30)) for k in range(num)]
 
 
-def test_a_best_that_was_picked_is_adjusted_for_all_pairs_that_might_have_been_asked():
+def test_p_against_the_best_is_adjusted_for_all_pairs():
     models = noisy(6)
     best = max(models, key=lambda one: one.mean).model
     named, picked = (compare_all(models, against=best, picked=one) for one in (False, True))
@@ -99,7 +99,7 @@ def test_a_best_that_was_picked_is_adjusted_for_all_pairs_that_might_have_been_a
         assert a.p_adjusted <= every[frozenset((a.a, a.b))].p_adjusted <= b.p_adjusted
 
 
-def test_where_nothing_differs_a_picked_best_rarely_wins():
+def test_equal_models_are_rarely_significantly_different_from_the_best():
     """Twelve equal models, 200 worlds: against the picked best, Holm over its own eleven pairs would be wrong far more often than 5 %."""
     rng, wrong, naive = np.random.default_rng(0), 0, 0
     images = tuple(map(str, range(20)))
@@ -124,7 +124,7 @@ def test_the_pairs_of_many_models_are_those_with_the_best(monkeypatch):
     assert {d.b for d in here.differences_to_best()} == {here.best.name}
 
 
-def test_winners_are_few_and_never_those_that_are_plainly_worse():
+def test_winners_are_few_and_exclude_clearly_worse_models():
     few = IMAGES[:4]  # so few that no test can decide
     runs = [
         finished_run(head, per_image_scores(mean, seed, few)) for seed, (head, mean) in enumerate((("a", 0.9), ("b", 0.9003), ("c", 0.3)))

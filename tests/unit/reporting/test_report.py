@@ -223,7 +223,7 @@ def test_settings_that_differ_name_models_and_are_no_seeds(project):
     assert names["otsu"] == 1
 
 
-def test_what_cannot_be_used_is_left_out_with_a_sentence(project, capsys):
+def test_unusable_runs_are_left_out_with_a_sentence(project, capsys):
     tracker = Tracker(EXPERIMENT)
     log_finished_run(tracker, RunSpec(backbone="uni", head="detail", seed=0), None)
     damaged = log_finished_run(tracker, RunSpec(backbone="uni", head="detail", seed=1), per_image_scores(0.9, 0))
@@ -348,7 +348,7 @@ def test_of_several_cell_classes_the_words_say_what_one_number_is(tmp_path, monk
         ([EXPERIMENT, "nothing like it"], "no experiment called"),
     ],
 )
-def test_a_question_without_an_answer_is_one_line(project, capsys, arguments, expected):
+def test_a_report_without_results_is_a_one_line_error(project, capsys, arguments, expected):
     Tracker("empty")
     assert main(["report", *arguments]) == 2
     said = capsys.readouterr().err.strip()

@@ -66,7 +66,7 @@ def test_an_entry_is_made_once_and_anew_where_a_person_deleted_it(tracker, tmp_p
     assert model_registry.register(tracker, run, "the best") != first
 
 
-def test_an_entry_that_is_no_winner_any_more_says_so(tracker, tmp_path):
+def test_an_entry_is_marked_when_superseded(tracker, tmp_path):
     run = trained(tracker, tmp_path, "was the best", ("config.toml",))
     first = model_registry.register(tracker, run, "the best", " Chosen by its test score among 3 models.")
     assert tracker.client.get_logged_model(first).tags["mlflow.note.content"] == (

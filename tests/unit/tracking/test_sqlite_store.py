@@ -1,4 +1,4 @@
-"""MLflow's store is made whole or not at all, also beside a program that knows nothing of us."""
+"""MLflow's store is created atomically, also while another program creates it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_store_that_another_program_makes_at_the_same_time_serves_both(store, 
     assert {one.name for one in mlflow.MlflowClient().search_experiments()} == {"Default", "mine"}
 
 
-def test_nothing_half_made_remains_beside_the_store(store):
+def test_no_partial_file_remains_beside_the_store(store):
     Path(f"{store.parent}/.mlflow.db.making").write_text("of one who was killed")
     Tracker("mine")
     assert [path.name for path in store.parent.iterdir() if "making" in path.name] == []
