@@ -1,4 +1,4 @@
-"""Errors in the input: one sentence that says what was asked, what is wrong and what to do."""
+"""Errors in the input: one sentence with the request, the fault and the remedy."""
 
 from __future__ import annotations
 

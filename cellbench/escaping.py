@@ -1,6 +1,6 @@
 """Escapes text for formats with special characters: CSV, Markdown, the terminal. Names of files, classes and runs are untrusted data.
 
-JSON, TOML, HTML, SQL parameters and shell lines have writers of their own and need nothing here.
+JSON, TOML, HTML, SQL parameters and shell lines have their own writers and are not handled here.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def os_errors_as(doing: str) -> Iterator[None]:
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise CellbenchError(f"{doing}: a file stands where a folder is needed. Move it, or name another folder.") from error
         if error.errno is None:
-            raise  # a library's own OSError, like the hub's for gated files, with a message of its own
+            raise  # an OSError of a library, such as the hub's for gated files, with its own message
         raise CellbenchError(f"{doing}: {error.strerror}. Name another folder.") from error
 
 

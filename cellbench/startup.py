@@ -11,7 +11,7 @@ from pathlib import Path
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder
 
-# Measured: MLflow looks up a host of its own and writes an installation id at its first event unless this is set before its import.
+# Measured: MLflow contacts its own telemetry host and writes an installation id at its first event unless this is set before its import.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",

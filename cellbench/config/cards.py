@@ -151,7 +151,7 @@ class DatasetCard(Card):
     images: str = ""
     """The folder of images below the dataset's; ``{split}`` stands for ``train`` and ``test``. Empty: the usual layouts are tried."""
     masks: str = ""
-    """The folder of masks, beside ``images``. Where that is empty: ``mask_kind``."""
+    """The folder of masks, beside ``images``. If ``images`` is empty: ``mask_kind``."""
     mask_kind: Literal["", "cells", "classes", "binary"] = ""
     """What the numbers in mask files are: of ``cells``, values of ``classes``, or ``binary``, anything but 0 being a cell. Empty: inferred from
     the values, or else from all masks together. ``masks = "cells"`` says the same where ``masks`` names no folder."""

@@ -36,7 +36,7 @@ class DataSpec(StrictModel):
     group_pattern: str = r"^(.+)[-_ ]\d+$"
     """For ``prefix``: a regular expression for the stem of a name; its first group is the name of the group."""
     stratify: Literal["none", "label", "foreground", "size"] = "none"
-    """What is distributed evenly over the parts: the manifest's labels, quintiles of the cells' area, or image sizes."""
+    """Quantity that is distributed evenly over the parts: the manifest's labels, quintiles of the cells' area, or image sizes."""
     limit: int | None = Field(default=None, ge=1)
     """Maximum number of images of each of train, validation and test."""
     draw: dict[str, Scalar] = Field(default_factory=dict)

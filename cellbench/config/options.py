@@ -20,7 +20,7 @@ def option(text: str, default: Any = None, *, metavar: str | None = None, flag: 
 
 
 def argument(text: str, default: Any = MISSING, *, metavar: str | None = None) -> Any:
-    """A field that is given by its position; required where it has no default."""
+    """A positional argument; required if it has no default."""
     return field(default=default, metadata={"help": text, "metavar": metavar, "positional": True})
 
 

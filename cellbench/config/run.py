@@ -41,7 +41,7 @@ class RunSpec(StrictModel):
     """``crops``: random places, new ones each epoch. ``tiles``: every tile of every image once an epoch."""
     crops_per_image: Annotated[int, _COHORT] = Field(default=1, ge=1, le=10_000)
     repeat_views_every: Annotated[int, _COHORT] = Field(default=0, ge=0, le=1000)
-    """Training views repeat after so many epochs; 0: never. With it, features of augmented tiles can be cached."""
+    """Number of epochs after which training views repeat; 0: never. With it, features of augmented tiles can be cached."""
     flips: Annotated[bool, _COHORT] = True
     rotations: Annotated[bool, _COHORT] = True
     """By right angles only, which needs no interpolation."""

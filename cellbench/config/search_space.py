@@ -1,7 +1,7 @@
 """A search space: which settings vary and how, the objectives, and the settings of the sampler. No Optuna here.
 
-``[space]`` holds the settings that vary: a list is a choice, a table with ``low`` and ``high`` a range. ``[run]`` holds what is fixed, and ``[head.fpn]`` the
-settings of a head, which may vary too and then exist only in trials of that head.
+``[space]`` holds the settings that vary: a list is a choice, a table with ``low`` and ``high`` a range. ``[run]`` holds the fixed settings.
+``[head.fpn]`` holds the settings of a head, which may also vary and then exist only in trials of that head.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ class Space:
     dimensions: tuple[Dimension, ...]
     """Backbone and head first."""
     run: Mapping[str, Any]
-    """What is fixed."""
+    """Fixed settings."""
     head: Mapping[str, Mapping[str, Any]]
-    """What is fixed for each head."""
+    """Fixed settings of each head."""
     directions: tuple[str, ...]
     """``maximize`` or ``minimize``, of each objective."""
 

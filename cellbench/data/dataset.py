@@ -46,7 +46,7 @@ class Sample:
     label: str = ""
     """Label of the whole image from a manifest, for stratified splits."""
     truth: Annotation | None = None
-    """The annotation, where it is not one mask file."""
+    """The annotation, if it is not a mask file."""
 
 
 @dataclass(frozen=True, kw_only=True)

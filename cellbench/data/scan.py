@@ -79,7 +79,7 @@ class Listing:
 
     def reject_outside(self, name: str) -> None:
         """Adds the problem of a path that leaves the folder."""
-        advice = "Only files inside it are read: copy it there, or set CELLBENCH_FOLLOW_LINKS=1 where links are meant."
+        advice = "Only files inside it are read: copy it there, or set CELLBENCH_FOLLOW_LINKS=1 if links are intended."
         self.reject("outside", name, f"{self.root.name}: {quote_name(name)} leads out of the folder", advice)
 
     def raise_first(self) -> None:
@@ -251,7 +251,7 @@ def is_inside(root: Path, path: Path) -> bool:
 
 
 def resolve_inside(root: Path, name: str) -> Path | None:
-    r"""The file of a relative name, with / or \\ between folders; None where it would leave ``root``."""
+    r"""The file of a relative name, with / or \\ between folders; None if it would leave ``root``."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not name or "\0" in name or name[0] in "/\\" or ".." in parts or ":" in (parts or ("",))[0]:
         return None

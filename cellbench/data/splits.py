@@ -34,7 +34,7 @@ class Splits:
     place: Path
     """The file of the split."""
     record: str = ""
-    """Content for a new file; empty where it was read."""
+    """Content of a new file; empty if the split was read from one."""
 
     def keep(self) -> str:
         """Writes a new split to its file; returns a note."""

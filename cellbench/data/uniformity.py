@@ -25,7 +25,7 @@ from cellbench.file_cache import FileFactCache
 def read_all_image_facts(paths: Sequence[Path], channels: tuple[int, ...] = ()) -> dict[Path, ImageFacts]:
     """The facts of every readable image. Unreadable ones raise their errors when opened later.
 
-    Cached by size and time of change; the first time, files of more than 8 bits are decoded, of the others only the header is read.
+    Cached by size and time of change; the first time, files of more than 8 bits are decoded, for other files only the header is read.
     """
     name = f"image-facts{'-'.join(('', *map(str, channels)))}"
     found: dict[Path, ImageFacts] = {}

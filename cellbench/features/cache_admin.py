@@ -62,7 +62,7 @@ def remove_entries(chosen: list[CacheEntry]) -> int:
 
 
 def parse_cache(text: str | None) -> tuple[str | None, int | None]:
-    """The folder and the size in bytes of ``--cache``: ``DIR``, ``SIZE`` or ``DIR:SIZE``; None for what is not given. Raises CellbenchError."""
+    """The folder and the size in bytes of ``--cache``: ``DIR``, ``SIZE`` or ``DIR:SIZE``; None for a part that is not given. Raises CellbenchError."""
     if text is None:
         return None, None
     if is_size(text):

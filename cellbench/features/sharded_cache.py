@@ -107,7 +107,7 @@ class ShardedCache:
         return out
 
     def _shard(self, number: int, index: int) -> Tensor | None:
-        """The rows of a shard, memory-mapped; None where it is missing or damaged."""
+        """The rows of a shard, memory-mapped; None if it is missing or damaged."""
         if (number, index) not in self._open:
             rows = self._open[number, index] = self._read(self._path(number, index), number)
             if rows is not None:

@@ -96,7 +96,7 @@ class ReferenceMask:
 
         Args:
             classes: (H, W) uint8, below ``num_classes``, 0 the background, or ``IGNORE``.
-            ids: the mask's own numbers of cells, where it has them.
+            ids: the mask's own cell numbers, if it has them.
             owners: as in :func:`merge_parts_into_objects`.
             unused: classes whose boundaries are not scored, as in :func:`cellbench.metrics.pixel.per_image_scores`.
             min_area_px: as for :func:`reference_instances`.

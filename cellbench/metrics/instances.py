@@ -117,7 +117,7 @@ def merge_part_ids(ids: np.ndarray, classes: np.ndarray, owners: Sequence[int]) 
     """The cells' numbers (H, W) after each numbered part has taken the number of the object that it touches along most of its outline.
 
     For truths that number a nucleus and its cell separately. ``classes`` (H, W) as they are in the truth, parts not yet :func:`merge_parts_into_objects`.
-    A part that touches no object of its own keeps its number.
+    A part that touches no object of its class keeps its number.
     """
     if not has_parts(owners):
         return ids
@@ -141,7 +141,7 @@ def merge_part_ids(ids: np.ndarray, classes: np.ndarray, owners: Sequence[int]) 
 def reference_instances(
     classes: np.ndarray, ids: np.ndarray | None, min_area_px: int | None = None, *, owners: Sequence[int] = ()
 ) -> tuple[Instances, int]:
-    """The cells of a truth (H, W), by its own numbers where it has them, and the minimum area in px of predicted cells.
+    """The cells of a reference mask (H, W), by its own numbers if it has them, and the minimum area in px of predicted cells.
 
     ``min_area_px``: the data set's, for both; None: ``MIN_AREA_PX``, or where cells are numbered none for them and ``MIN_AREA_NUMBERED_PX``
     for predicted ones. ``owners``: as in :func:`merge_parts_into_objects`.

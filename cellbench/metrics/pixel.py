@@ -100,7 +100,7 @@ def pixel_scores(counts: np.ndarray, absent: float = math.nan) -> PixelScores:
 
 
 def cell_classes(num_classes: int) -> slice:
-    """The classes of ``test/dice``, whose mean is taken: all but the background."""
+    """The classes that ``test/dice`` averages over: all except the background."""
     return slice(1, num_classes)
 
 

@@ -79,7 +79,7 @@ def mean_interval(
 
 
 def unit_labels(images: Sequence[Hashable], groups: Sequence[Hashable]) -> tuple[Hashable, ...] | None:
-    """The unit of observation of each image: its group, or the image itself where it has none. None where no image has a group.
+    """The unit of observation of each image: its group, or the image itself if it has none. None if no image has a group.
 
     >>> unit_labels(["a", "b", "c"], ["p", "p", ""])
     ('p', 'p', ('image', 'c'))

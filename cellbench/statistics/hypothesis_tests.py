@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 
 from cellbench.statistics.bootstrap import unit_numbers, unit_sums
 
-DECIMALS = 12  # scores are rounded to so many, so that the last bit of a mean over seeds does not break a tie
+DECIMALS = 12  # decimals to which scores are rounded, so that the last bit of a mean over seeds does not break a tie
 EXACT_UP_TO = 50  # unequal units; above, the normal approximation, as in scipy
 
 
@@ -27,7 +27,7 @@ def smallest_p(num_units: int, num_tests: int = 1) -> float:
 
 
 def is_decidable(num_units: int, num_tests: int = 1, alpha: float = 0.05) -> bool:
-    """Whether any difference can be significant with so many images, or groups of images, and so many tests.
+    """Whether any difference can be significant with this number of images (or groups of images) and tests.
 
     >>> [is_decidable(num) for num in (3, 5, 6)], [is_decidable(num, 36) for num in (10, 11)]
     ([False, False, True], [False, True])

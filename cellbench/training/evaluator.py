@@ -30,7 +30,7 @@ from cellbench.training.tiled_inference import score_images
 BINS = 20
 """Bins of the reliability diagram."""
 CANDIDATES = 10
-"""Number of predictions held until the median is known: so many nearest to it so far, and as many at random."""
+"""Number of predictions held until the median is known: this number nearest to it so far, and as many at random."""
 
 Prediction = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 """A class map, the probability of a cell and the depth within cells, each (H, W) uint8; the last two are None if the method does not predict them."""

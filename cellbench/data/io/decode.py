@@ -75,7 +75,7 @@ class OpenImage:
 
 
 def printable_path(path: str | os.PathLike[str]) -> str:
-    """The path for a message of one line; escaped where it holds line breaks or bytes that are no UTF-8."""
+    """The path for a one-line message; escaped if it contains line breaks or bytes that are not UTF-8."""
     text = os.fspath(path)
     return text if text.isprintable() else ascii(text)
 
@@ -203,7 +203,7 @@ def _tiff_page(fp: BinaryIO, stack: bool) -> Any:
 
 
 def _channel_axis(tif: Any) -> int | None:
-    """The channel axis of a TIFF's first series; None where there is none, or another axis (depth, time) beside it."""
+    """The channel axis of a TIFF's first series; None if there is none, or if there is another axis (depth, time)."""
     series = tif.series[0]
     more = [k for k, (axis, num) in enumerate(zip(series.axes, series.shape, strict=True)) if axis not in "YX" and num > 1]
     return more[0] if len(more) == 1 and series.axes[more[0]] in "CSIQ" else None
@@ -308,7 +308,7 @@ def _chosen(picture: OpenImage, channels: tuple[int, ...]) -> np.ndarray:
 
 
 def _all_channels(picture: OpenImage) -> np.ndarray | None:
-    """(H, W, C) values of a TIFF, upright, with channels in one page or each in its own; None where it is plain grey or RGB."""
+    """(H, W, C) values of a TIFF, upright, with channels in one page or in one page each; None for plain grey or RGB."""
     page, tif = picture.page, picture.page.parent
     axis, series = _channel_axis(tif), tif.series[0]
     if axis is None or series.axes[axis] == "S":
@@ -442,7 +442,7 @@ def _check_png_stream(fp: BinaryIO, num_bytes: int) -> None:
 
 
 def _bmp_alpha(picture: OpenImage) -> np.ndarray | None:
-    """The fourth bytes (H, W) of a BMP of 32 bits a pixel, which Pillow drops; None where it has none, or all are equal: not in use."""
+    """The fourth bytes (H, W) of a BMP with 32 bits per pixel, which Pillow drops; None if there are none, or all are equal and so unused."""
     picture.fp.seek(0)
     head = picture.fp.read(34)
     (start,), (width, height) = struct.unpack_from("<I", head, 10), struct.unpack_from("<ii", head, 18)

@@ -171,7 +171,7 @@ def _is_plain(picture: OpenImage) -> bool:
 
 
 def read_pixel_size(path: str | os.PathLike[str]) -> PixelSize | None:
-    """The pixel size that a file states, from its header alone; None where it states none. Raises `CellbenchError`."""
+    """The pixel size that a file states, from its header alone; None if it states none. Raises `CellbenchError`."""
     with open_image(path, sys.maxsize, stack=True) as picture:
         return pixel_size(picture)
 

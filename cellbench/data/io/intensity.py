@@ -20,7 +20,7 @@ Range = tuple[float, float]
 WHITES = (255, 4095, 16383, 65535)
 """White of 8, 12, 14 and 16 bits, the depths of cameras. A range that no file states ends at the first of these that no image exceeds."""
 _DARK = 16
-"""An image whose largest value is below white / 16 has most likely another depth: 12 bits read as 16 are 16 times too dark."""
+"""An image whose largest value is below white / 16 most likely has another depth: 12 bits read as 16 are 16 times too dark."""
 _HOT_SHARE = 0.001
 """Share of pixels beyond twice the range: fewer are hot pixels or dust, more mean another depth."""
 
@@ -57,7 +57,7 @@ class IntensityScaling:
     """Channels to read, counted from 0: one as grey or three as RGB. Empty: files must be grey or RGB, optionally with alpha."""
 
     def range_of(self, dtype: np.dtype, high: float, stated: Range | None) -> tuple[Range, bool]:
-        """Black and white for an image of more than 8 bits whose largest value is ``high``, and whether they are only assumed."""
+        """Black and white for an image of more than 8 bits whose largest value is ``high``, and whether they are assumed."""
         given = self.float_range if dtype.kind == "f" else self.int_range
         if given is not None:
             return given, False

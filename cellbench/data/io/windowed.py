@@ -127,7 +127,7 @@ class WindowedTiff:
 
 
 def open_source(path: str | PathLike[str], reading: IntensityScaling | None = None) -> ImageSource:
-    """An image file; in windows where it is a suitable TIFF of ``LARGE_PX`` or more. Raises CellbenchError that names the file."""
+    """Opens an image file; reads it in windows if it is a suitable TIFF of ``LARGE_PX`` or more. Raises CellbenchError that names the file."""
     path, reading = Path(path), reading or IntensityScaling()
     # Windows are for plain 8-bit images, which are never scaled.
     if path.suffix.lower() in (".tif", ".tiff") and path.is_file() and not reading.channels:
@@ -138,7 +138,7 @@ def open_source(path: str | PathLike[str], reading: IntensityScaling | None = No
 
 
 def _windowed(path: Path) -> WindowedTiff | None:
-    """The TIFF in windows; None where it is small, damaged, or of a kind that only `read_image` reads."""
+    """The TIFF in windows; None if it is small, damaged, or of a kind that only `read_image` reads."""
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)

@@ -122,7 +122,7 @@ def image_seed(settings: Smears, split: str, index: int) -> int:
 
 def draw(seed: int, settings: Smears) -> Smear:
     """One smear. ``seed`` alone starts the randomness: ``settings.seed`` comes in by way of ``image_seed``."""
-    # Streams of their own, so that another number of cells leaves the size, the stain, the dirt and the light as they were.
+    # Separate random streams, so that the number of cells does not affect size, stain, artefacts and light.
     for_size, for_stain, for_dirt, for_places, for_light = np.random.default_rng(seed).spawn(5)
     size = _size(for_size, settings)
     slide = shapes.Slide(for_stain, size, settings.diameter_px, settings.stain_jitter)

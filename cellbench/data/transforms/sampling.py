@@ -19,7 +19,7 @@ from cellbench.data.transforms.framing import Framing
 
 
 class TileSample(NamedTuple):
-    """One training tile: where it lies, in framed pixels, and how it is augmented."""
+    """One training tile: its position in framed pixels, and its augmentation."""
 
     image: int
     y: int
@@ -120,7 +120,7 @@ class SamplingPlan:
         return [(int(rng.integers(down + 1)), int(rng.integers(right + 1))) for _ in range(self.run.crops_per_image)]
 
     def _draws(self, rng: np.random.Generator, own_rngs: list[np.random.Generator]) -> tuple[Draw, ...]:
-        """One draw for each augmentation. The user's have generators of their own: adding one changes no draw of the others."""
+        """One draw for each augmentation. The user's augmentations have separate generators: adding one changes no draw of the others."""
         num = len(self.augmentations) - len(own_rngs)
         shipped = [
             one.draw(rng) for one in reversed(self.augmentations[:num])

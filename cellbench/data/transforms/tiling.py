@@ -63,7 +63,7 @@ class TileGrid:
         return ((y, x) for y in self.ys for x in self.xs)
 
     def owned(self) -> Iterator[tuple[slice, slice]]:
-        """For each tile, the rows and columns of it whose pixels lie nearest to its middle: together they are the image, each pixel once."""
+        """For each tile, the rows and columns whose pixels are nearest to its centre. Together they cover each pixel of the image once."""
         rows, columns = _owned(self.ys, self.height_px, self.tile_px[0]), _owned(self.xs, self.width_px, self.tile_px[1])
         return ((row, column) for row in rows for column in columns)
 

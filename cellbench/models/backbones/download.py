@@ -131,7 +131,7 @@ def _no_network(host: str, why: object) -> WeightsUnavailable:
 
 
 def _verify(path: Path, shown: str, check: Callable[[Path], None], published: str, digest: Callable[[Path], str] = sha256) -> None:
-    """Checks a downloaded file; deletes it and raises WeightsUnavailable where it is wrong. ``published``: its hash, or empty if unknown."""
+    """Checks a downloaded file; deletes it and raises WeightsUnavailable if it is wrong. ``published``: its hash, or empty if unknown."""
     try:
         check(path)
     except WeightsUnavailable as error:

@@ -21,7 +21,7 @@ from cellbench.errors import CellbenchError, unknown_name
 from cellbench.models.backbones.base import Backbone, Level
 from cellbench.models.backbones.state_dict import load_strictly, pretrained_tile_px, to_timm_names
 
-# The keys of [arch] beside the name of a timm model: numbers are passed on as timm's arguments of the same name.
+# The keys of [arch] other than the name of a timm model: numbers are passed on as timm's arguments of the same name.
 NUMBERS = (
     "img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "reg_tokens", "no_embed_class",
 )  # fmt: skip

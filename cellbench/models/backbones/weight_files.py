@@ -159,7 +159,7 @@ def check_values(
     """Raises WeightsUnavailable, with the tensor's name, for values that training cannot produce.
 
     These are values that are not finite, weight matrices of zeros (a file that was never filled) or of integers only (quantised, without
-    scales), and a network all of whose matrices are constant. Vectors, position tables and gates may be zero; buffers may hold -inf, as
+    scales), and a network in which all matrices are constant. Vectors, position tables and gates may be zero; buffers may hold -inf, as
     attention masks do.
 
     ``parameters``: the names in ``state`` that are trained; the others are buffers. ``names``: those in the file, for the message.

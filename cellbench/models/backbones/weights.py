@@ -79,7 +79,7 @@ def locate(card: BackboneCard, folder: Path | None, download: bool = True) -> Pa
 
 
 def weights_folder(folder: Path | None) -> Path | None:
-    """The folder of the user's own weight files: as given, or ``CELLBENCH_WEIGHTS``. Raises CellbenchError where it does not exist."""
+    """The folder of the user's own weight files: as given, or ``CELLBENCH_WEIGHTS``. Raises CellbenchError if it does not exist."""
     given = folder or (Path(os.environ["CELLBENCH_WEIGHTS"]).expanduser() if os.environ.get("CELLBENCH_WEIGHTS") else None)
     if given is not None and not given.is_dir():
         name = "--weights" if folder else "CELLBENCH_WEIGHTS ="
