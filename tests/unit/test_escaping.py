@@ -80,9 +80,9 @@ def test_images_and_masks_of_two_unicode_forms_are_pairs(tmp_path: Path) -> None
     dataset = open_dataset(Registry().dataset("folder"), tmp_path, DataSpec())
     assert len({*dataset.train, *dataset.val, *dataset.test}) == 4
     (written,) = tmp_path.glob("splits.json")
-    told = json.loads(written.read_text())
-    told |= {part: [unicodedata.normalize("NFD", name) for name in told[part]] for part in ("train", "val", "test") if part in told}
-    written.write_text(json.dumps(told))
+    splits = json.loads(written.read_text())
+    splits |= {part: [unicodedata.normalize("NFD", name) for name in splits[part]] for part in ("train", "val", "test") if part in splits}
+    written.write_text(json.dumps(splits))
     again = open_dataset(Registry().dataset("folder"), tmp_path, DataSpec())
     assert [one.name for one in again.train] == [one.name for one in dataset.train]
 
@@ -103,7 +103,7 @@ def test_predict_writes_nasty_names_into_tables_that_read_back(there: Path, tmp_
     out = tmp_path / "out"
     assert main(["predict", MODEL, str(tmp_path / "in"), "--out", str(out), "--instances", "--coco", "--device", "cpu"]) == 0
     with (out / "counts.csv").open(newline="", encoding="utf-8") as file:
-        told = [row["image"] for row in csv.DictReader(file)]
-    assert {name.removeprefix("'") for name in told} == {name.removesuffix(".png") for name in names}
-    assert not [name for name in told if name.startswith(("=", "-"))]
+        listed = [row["image"] for row in csv.DictReader(file)]
+    assert {name.removeprefix("'") for name in listed} == {name.removesuffix(".png") for name in names}
+    assert not [name for name in listed if name.startswith(("=", "-"))]
     assert {one["file_name"] for one in json.loads((out / "coco.json").read_text())["images"]} == set(names)

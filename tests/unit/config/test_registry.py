@@ -1,4 +1,4 @@
-"""Cards are all read and name code that is there; a wrong one is refused by its file's name; a user's folder lies over the shipped one."""
+"""All cards are valid and name existing code; errors name the file; a user's folder takes precedence over the shipped one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words refuse what they do not know, a grid is a product and nothing else, and a fingerprint changes with whatever changes numbers."""
+"""Records refuse unknown keys, a grid is a product, and a fingerprint changes with everything that can change numbers."""
 
 from __future__ import annotations
 

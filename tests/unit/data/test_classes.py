@@ -1,4 +1,4 @@
-"""Claims about what masks say of classes: which are parts of which, which are nowhere, and which images are empty."""
+"""Classes inferred from masks: which are parts of others, which are absent, and which images are empty."""
 
 from __future__ import annotations
 
@@ -179,13 +179,13 @@ def nested(tmp_path):
 
 
 def test_parts_are_in_the_digest_of_the_data_and_nothing_else_is(nested):
-    asked = opened(nested)
+    inferred = opened(nested)
     (nested / "dataset.toml").write_text(PLAIN + 'parts = ["nucleus"]\n')
-    told = opened(nested)
+    declared = opened(nested)
     (nested / "dataset.toml").write_text(PLAIN + 'objects = ["cytoplasm", "nucleus"]\n')
     single = opened(nested)
-    assert asked.owners == told.owners == (0, 1, 1)
-    assert asked.digest == told.digest != single.digest
+    assert inferred.owners == declared.owners == (0, 1, 1)
+    assert inferred.digest == declared.digest != single.digest
     assert single.owners == ()
 
 

@@ -47,7 +47,7 @@ def bytes_mutated(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def tree_mutated(tree: Any, rng: np.random.Generator) -> Any:
-    """One value somewhere exchanged for something nasty, or taken out."""
+    """The tree with one random value replaced by an invalid one, or removed."""
     tree = json.loads(json.dumps(tree))
     node, steps = tree, int(rng.integers(1, 7))
     for step in range(steps):

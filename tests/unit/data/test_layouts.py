@@ -367,11 +367,11 @@ def test_each_category_is_a_class_of_its_own_or_what_the_card_says(
     assert data.classes == classes
     for seed, sample in enumerate(everything(data)):
         np.testing.assert_array_equal(data.read_mask(sample), np.array(labels)[cells(seed)])
-    told = next(note for note in data.notes if note.startswith("COCO categories"))
+    note = next(note for note in data.notes if note.startswith("COCO categories"))
     for name in dict.fromkeys(names):
         label = labels[1 + names.index(name)]
         what = {0: "left out", IGNORE: "ignored"}.get(label, f"class '{classes[label % 255]}'")
-        assert f"'{name}' {6 * names.count(name)} ({what})" in told
+        assert f"'{name}' {6 * names.count(name)} ({what})" in note
 
 
 @pytest.mark.parametrize(

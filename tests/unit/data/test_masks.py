@@ -1,4 +1,4 @@
-"""What a set's masks mean is decided once from all of them, said, and overridden by its card; the smallest cell follows its cells."""
+"""The meaning of a set's masks is decided once from all of them, reported, and overridden by its card; the minimum cell area follows the cells."""
 
 from __future__ import annotations
 

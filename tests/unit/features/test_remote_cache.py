@@ -1,4 +1,4 @@
-"""Features at a URL: one machine computes them, the others fetch them and give the same numbers; a URL that is damaged, away or full costs time alone."""
+"""Features at a URL: one machine computes them, others fetch them and give the same numbers; a damaged, unavailable or full URL only costs time."""
 
 from __future__ import annotations
 
@@ -191,17 +191,17 @@ def test_the_flag_reaches_processes_elsewhere_of_which_the_second_computes_nothi
     experiment, data, registry = read_experiment("small.toml", few, data=Path("smears"))[0], Path("smears").absolute(), Registry()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
-    told = job_spec(
+    job = job_spec(
         experiment, top.run_id, detect_hardware("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
     )  # fmt: skip
-    folds, precision = open_folds(experiment, registry, data), told.machine.precision_name
+    folds, precision = open_folds(experiment, registry, data), job.machine.precision_name
     prints = [job.fingerprint for job in resolve_runs(experiment, registry, folds, None, "small.toml", precision=precision)]
     for name, num in (("one", 3), ("two", 0)):
         monkeypatch.delenv("CELLBENCH_CACHE_URL", raising=False)
-        hand = CohortWorker(replace(told, cache=tmp_path / name), print)
-        (passes,) = hand.passes([prints])
+        worker = CohortWorker(replace(job, cache=tmp_path / name), print)
+        (passes,) = worker.passes([prints])
         assert {one.split for one in passes} == {"train", "val", "test"}
-        assert hand.fill(prints, [], [(one, 0) for one in passes]) == num
+        assert worker.fill(prints, [], [(one, 0) for one in passes]) == num
 
 
 def test_a_folder_without_a_protocol_is_refused_and_the_flag_that_takes_one_is_named():

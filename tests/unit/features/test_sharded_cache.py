@@ -76,18 +76,18 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
     experiment, data = read_experiment("small.toml", KEPT[1::2], data=Path("smears"))[0], Path("smears").absolute()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
-    told = job_spec(
+    job = job_spec(
         experiment, top.run_id, detect_hardware("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
     )  # fmt: skip
-    precision = told.machine.precision_name
+    precision = job.machine.precision_name
     jobs = resolve_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
-    hand = CohortWorker(told, print)
+    worker = CohortWorker(job, print)
     prints = [[job.fingerprint] for job in jobs]
-    for mine, passes in zip(prints, hand.passes(prints), strict=True):
+    for mine, passes in zip(prints, worker.passes(prints), strict=True):
         work = [(one, k) for one in passes for k in reversed(range(num_shards(one.num)))]
         assert {one.split for one in passes} == {"train", "val", "test"}
-        assert hand.fill(mine, [], work[1::2]) == len(work[1::2])
-        assert hand.fill(mine, [], work) == len(work[::2])  # each once
+        assert worker.fill(mine, [], work[1::2]) == len(work[1::2])
+        assert worker.fill(mine, [], work) == len(work[::2])  # each once
     computed = []
     whole = Features._batch
 
@@ -108,15 +108,15 @@ def test_a_shard_holds_the_levels_of_all_cohorts(tmp_path, monkeypatch, small_sh
     experiment, data = read_experiment("small.toml", changes, data=Path("smears"))[0], Path("smears").absolute()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
-    told = job_spec(experiment, top.run_id, ONE, where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True)
-    precision = told.machine.precision_name
+    job = job_spec(experiment, top.run_id, ONE, where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True)
+    precision = job.machine.precision_name
     jobs = resolve_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
-    hand = CohortWorker(told, print)
-    (few,) = hand.passes([[jobs[0].fingerprint]])
-    (many,) = hand.passes([[jobs[1].fingerprint]])
-    assert few == many  # what is kept does not hang on who reads how much of it
-    assert hand.fill([jobs[0].fingerprint], [jobs[1].fingerprint], [(few[0], 0)]) == 1
-    assert hand.fill([jobs[1].fingerprint], [], [(many[0], 0)]) == 0
+    worker = CohortWorker(job, print)
+    (few,) = worker.passes([[jobs[0].fingerprint]])
+    (many,) = worker.passes([[jobs[1].fingerprint]])
+    assert few == many  # the cached files do not depend on the levels that a run reads
+    assert worker.fill([jobs[0].fingerprint], [jobs[1].fingerprint], [(few[0], 0)]) == 1
+    assert worker.fill([jobs[1].fingerprint], [], [(many[0], 0)]) == 0
 
 
 @dataclass(eq=False)
@@ -126,7 +126,7 @@ class Asked:
 
 
 class Pretended:
-    """A Ray of two nodes of one core that does what it is asked at once, notes it, and loses the first shards that it is asked for.
+    """A fake Ray of two nodes with one core that executes calls at once, records them, and fails the first shards.
     ``apart``: its nodes have a cache folder each, and all shards come to the first one."""
 
     def __init__(self, passes: list[list[FeaturePass]], apart: bool = False) -> None:
@@ -146,7 +146,7 @@ class Pretended:
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: SimpleNamespace(**calls)))
 
     def wait(self, refs: list[object], timeout: float) -> tuple[list[object], list[object]]:
-        return refs[-1:], refs[:-1]  # what was begun last is done first: who does not wait is found out
+        return refs[-1:], refs[:-1]  # the last task ends first, so that missing waits are detected
 
     def get(self, ref: Asked, timeout: float = 0) -> object:
         name, given = ref.name, ref.given
@@ -180,9 +180,9 @@ def test_a_shard_that_two_cohorts_want_is_computed_once_and_a_cohort_waits_for_i
         for k, run in enumerate(runs)
     ]
     experiment = SimpleNamespace(experiment="pretended")
-    told = JobSpec(experiment=experiment, parent_id="", machine=ONE, cache=tmp_path, store="http://lab", prefer_disk=True)
+    job = JobSpec(experiment=experiment, parent_id="", machine=ONE, cache=tmp_path, store="http://lab", prefer_disk=True)
     runner = SimpleNamespace(experiment=experiment, say=said.append, release=lambda *_: None, give_up=None)
-    ray_grid.RayExecutor(ray, told).run(runner, groups, Outcome())
+    ray_grid.RayExecutor(ray, job).run(runner, groups, Outcome())
     kinds = [kind for kind, _ in ray.noted]
     assert kinds[0] == "passes"
     filled = [what for kind, what in ray.noted if kind == "fill"]

@@ -97,7 +97,7 @@ def test_cell_scores_by_hand():
     got = instance_scores(truth, found)
     assert got["num_true"] == got["num_predicted"] == 3
     assert got["ap50"] == 2 / 4  # 2 hits, 1 false, 1 missed
-    # IoU 1 and 0.7: two hits at 0.50 to 0.65, one from 0.70 on (more than the threshold is asked for).
+    # IoU 1 and 0.7: two hits at 0.50 to 0.65, one from 0.70 on (the IoU must exceed the threshold).
     assert got["ap50_95"] == pytest.approx((4 * 2 / 4 + 6 * 1 / 5) / 10)
     assert got["dq"] == pytest.approx(2 / 3)
     assert got["sq"] == pytest.approx(0.85)
@@ -125,7 +125,7 @@ OUTCOMES = ("num_true", "num_found", "num_missed", "num_split", "num_merged", "n
 @pytest.mark.parametrize(
     ("truth", "found", "outcomes"),
     [
-        # One cell as it is, one cut in halves (IoU 0.5 is not above 0.5), two grown together, one missed; and a find where nothing is.
+        # One cell unchanged, one cut in halves (IoU 0.5 is not above 0.5), two merged, one missed, and one false positive.
         (
             [(0, 0, 10, 10), (0, 20, 10, 10), (0, 40, 10, 8), (0, 49, 10, 8), (20, 0, 10, 10)],
             [(0, 0, 10, 10), (0, 20, 10, 5), (0, 25, 10, 5), (0, 40, 10, 17), (30, 40, 5, 5)],
@@ -196,10 +196,10 @@ def test_a_class_that_is_nowhere_does_not_lift_outline_scores():
     truth, found = drawn((5, 5, 20, 20)), drawn((5, 8, 20, 20))
     two, three = agreement(truth, found), agreement(truth, found, num_classes=3)
     assert (two.nsd, two.boundary_dice) == (three.nsd, three.boundary_dice)
-    stray = found.copy()
-    stray[0, 0] = 2
-    assert agreement(truth, stray, num_classes=3).nsd == pytest.approx(two.nsd / 2)
-    assert agreement(truth, stray, num_classes=3, unused=(2,)).nsd == two.nsd
+    extra = found.copy()
+    extra[0, 0] = 2
+    assert agreement(truth, extra, num_classes=3).nsd == pytest.approx(two.nsd / 2)
+    assert agreement(truth, extra, num_classes=3, unused=(2,)).nsd == two.nsd
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -162,11 +162,11 @@ def test_a_class_that_is_nowhere_does_not_lift_means() -> None:
 
 
 def test_a_stray_pixel_of_a_class_that_no_mask_holds_changes_no_pooled_mean_by_a_share_of_the_classes() -> None:
-    stray = counts_of([0, 0, 0, 1, 1, 2], [3, 0, 0, 1, 1, 2], 4)[None]
-    ours = named_scores("test", stray, FOUR)
+    extra = counts_of([0, 0, 0, 1, 1, 2], [3, 0, 0, 1, 1, 2], 4)[None]
+    ours = named_scores("test", extra, FOUR)
     assert (ours["test/dice"], ours["test_platelet/dice"]) == (1, 0)
-    assert per_image_scores(stray, unused=(3,))["dice"] == [1]
-    assert per_image_scores(stray)["dice"] == pytest.approx([2 / 3])  # a class of the data: a false find in this image
+    assert per_image_scores(extra, unused=(3,))["dice"] == [1]
+    assert per_image_scores(extra)["dice"] == pytest.approx([2 / 3])  # a class of the data: a false find in this image
 
 
 def test_where_no_mask_has_a_cell_a_find_scores_zero() -> None:

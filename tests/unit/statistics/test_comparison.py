@@ -108,7 +108,7 @@ def test_a_false_alarm_on_an_empty_image_counts_in_a_paired_comparison_and_an_im
     assert (d.mean_a, d.num_a) == (pytest.approx(1.7 / 3), 3)  # the means of the table
     assert (d.mean_b, d.num_b) == (pytest.approx(0.85), 2)
     assert any("without a cell" in note for note in d.notes)
-    # A third model does not change what is said of these two.
+    # A third model does not change the result for these two.
     third = scores("c", [0.5, 0.5, 0.0, 0.0])
     again = compare_all([alarmed, silent, third])[0]
     assert (again.interval, again.p, again.effect) == (d.interval, d.p, d.effect)
@@ -163,7 +163,7 @@ def test_groups_that_disagree_are_refused():
 
 
 def test_a_mean_dominated_by_a_few_images_is_not_significant(rng):
-    """Ranks say b, the mean says a."""
+    """Scores whose ranks favour b and whose mean favours a."""
     x = -rng.uniform(0.5, 1, 60)
     x[:8] = 20
     d = compare(scores("a", x), scores("b", np.zeros(60)))

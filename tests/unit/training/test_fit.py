@@ -1,4 +1,4 @@
-"""The promise that the harness rests on: who else is in a cohort, and where features come from, changes no number."""
+"""Training: neither the other runs of a cohort nor the source of features changes any number."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_features_on_disk_serve_the_next_call_without_the_backbone(dataset):
     runs = [run_of("fpn", repeat_views_every=2)]
     first = fitted(dataset, runs, **DISK)
     features = features_of(dataset, runs, **DISK)
-    features.backbone.maps = None  # would raise if it were asked
+    features.backbone.maps = None  # would raise if called
     trainers = trainers_of(dataset, runs, features)
     fit(trainers, features)
     assert same(first[0], trainers[0])

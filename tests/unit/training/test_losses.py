@@ -106,7 +106,7 @@ def test_a_tile_without_cells_gives_a_finite_loss_and_gradient(name: str) -> Non
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_ignored_pixels_are_as_if_they_were_not_there(text: str, num_classes: int) -> None:
     logits, target = batch(num_classes)
-    rows = torch.arange(9) < 6  # the reference sees these alone
+    rows = torch.arange(9) < 6  # the reference sees only these
     ours, theirs = logits.clone().requires_grad_(), logits[:, :, rows].clone().requires_grad_()
     marked = torch.where(rows[:, None], target, IGNORE)
     expected = parse_loss(text)(theirs, target[:, rows])

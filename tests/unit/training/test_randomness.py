@@ -1,4 +1,4 @@
-"""What a model draws while it computes follows from its seed and the step alone: not from who else computes, nor from where it was resumed."""
+"""Random numbers of a model depend on its seed and the step only: not on other computations, nor on resuming."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dataset(small_folder):
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch) -> Callable[..., RunSpec]:
-    """A run with a head of one's own, or with a backbone card that is changed."""
+    """A run with a user's head, or with a changed backbone card."""
 
     def make(name: str, **settings) -> RunSpec:
         folder = tmp_path / name

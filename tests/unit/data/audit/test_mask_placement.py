@@ -1,4 +1,4 @@
-"""Masks that lie elsewhere are found, and where they belong; right masks are left alone however badly they show."""
+"""Misplaced masks are found, with the correct placement; correct masks are not reported, even with low contrast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every fault, planted into copies of the three real sets: each is found by its name, where it lies, and nothing else is called severe."""
+"""Each fault, planted into copies of the three real sets, is reported under its name with its file, and nothing else is reported as severe."""
 
 from __future__ import annotations
 
@@ -151,14 +151,14 @@ def test_every_planted_fault_is_found_where_it_lies(shared: Path, tmp_path: Path
     record = {"train": [one for one in copy.train if one not in val], "val": val, "test": copy.test}
     (copy.folder / "splits.json").write_text(json.dumps(record))
     assert check_folder(copy.folder, card=copy.card, out=tmp_path / "out", say=lambda line: None) == 1
-    told = {finding["kind"]: finding for finding in json.loads((tmp_path / "out" / "check.json").read_text())["findings"]}
+    reported = {finding["kind"]: finding for finding in json.loads((tmp_path / "out" / "check.json").read_text())["findings"]}
     missed = [
         kind
         for kind, names in planted.items()
-        if not all(any(n in where for where in told.get(kind, {"images": []})["images"]) for n in names)
+        if not all(any(n in where for where in reported.get(kind, {"images": []})["images"]) for n in names)
     ]
     assert missed == []
-    severe = {kind: finding["images"] for kind, finding in told.items() if finding["severity"] == "severe"}
+    severe = {kind: finding["images"] for kind, finding in reported.items() if finding["severity"] == "severe"}
     assert set(severe) <= set(planted)
     assert {kind: len(where) for kind, where in severe.items() if kind != "same mask"} == {
         kind: 1 for kind in severe if kind != "same mask"

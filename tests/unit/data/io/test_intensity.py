@@ -247,9 +247,9 @@ def test_check_and_grid_name_a_mixture(tmp_path: Path, mixture, kind: str, capsy
     root = folder_of(tmp_path / "data")
     mixture(root)
     main(["check", str(root), "--set", "data.group=none", "--out", str(tmp_path / "out")])
-    told = capsys.readouterr().out
-    line = next(line for line in told.splitlines() if line.startswith(f"  look    {kind}: "))
-    names = told.splitlines()[told.splitlines().index(line) + 1]
+    output = capsys.readouterr().out
+    line = next(line for line in output.splitlines() if line.startswith(f"  look    {kind}: "))
+    names = output.splitlines()[output.splitlines().index(line) + 1]
     assert [name.strip() for name in names.split(",")] == ["train0.tif", "train1.tif"]
     assert any(note.startswith(f"{kind}: ") and "train0.tif" in note for note in opened(root).notes)
 
@@ -295,11 +295,11 @@ def test_greys_change_by_as_much_as_the_exposure_in_every_use_of_a_run(trained: 
     for run in ("otsu · seed 0", "exported"):
         capsys.readouterr()
         assert main(["predict", run, "plain", "--out", f"out-{run}", "--instances", "--device", "cpu"]) == 0
-        told = capsys.readouterr().err
+        output = capsys.readouterr().err
         for name, grey in cell_greys(Path(f"out-{run}")).items():
             assert grey == pytest.approx(CELL * int(name[1:]) / 100 * 255 / 4095, abs=0.6), name
-        assert "e106.tif" in told
-        assert "e105.tif" not in told
+        assert "e106.tif" in output
+        assert "e105.tif" not in output
         with Path(f"out-{run}", "counts.csv").open() as counts:
             assert {row["cells"] for row in csv.DictReader(counts)} == {"2"}
     assert "beyond the range 0..4095" in Segmenter.load("exported", device="cpu").predict("plain/e106.tif").notes[0].message
@@ -326,6 +326,6 @@ def test_images_of_another_magnification_than_those_learned_from_are_named(train
 def test_evaluate_reads_other_images_in_the_range_of_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder_of(Path("brighter"), lambda field: (field * 1.06).astype(np.uint16))
     assert main(["evaluate", "otsu · seed 0", "--data", "brighter", "--device", "cpu"]) == 0
-    told = capsys.readouterr().out
-    assert "beyond the range 0..4095, clipped: test0.tif" in told
+    output = capsys.readouterr().out
+    assert "beyond the range 0..4095, clipped: test0.tif" in output
     assert Segmenter.load("otsu · seed 0").predict("brighter/test/original/test0.tif").share < 0.5

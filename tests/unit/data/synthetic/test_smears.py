@@ -200,9 +200,9 @@ def test_the_first_finished_write_is_kept(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CellbenchError, match="cannot be written") as told:
+    with pytest.raises(CellbenchError, match="cannot be written") as raised:
         write_dataset(tmp_path / "file" / "set", SMALL)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["folder with other things", "file"])
@@ -221,9 +221,9 @@ def test_what_is_no_set_of_smears_is_never_overwritten(tmp_path, kind):
     ("cells_per_image", float("nan")), ("diameter_px", 1000.0), ("noise_levels", float("inf")), ("seed", -1),
 ])  # fmt: skip
 def test_a_value_out_of_range_is_a_one_line_error(name, value):
-    with pytest.raises(CellbenchError) as told:
+    with pytest.raises(CellbenchError) as raised:
         settings_from({name: value})
-    message = str(told.value)
+    message = str(raised.value)
     assert "\n" not in message
     assert name in message
     assert str(value) in message
@@ -237,9 +237,9 @@ def test_a_value_out_of_range_is_a_one_line_error(name, value):
     ({"sickle_fraction": 0.6, "burr_fraction": 0.6}, "more than 1"),
 ])  # fmt: skip
 def test_an_invalid_setting_is_a_one_line_error(values, says):
-    with pytest.raises(CellbenchError, match=says) as told:
+    with pytest.raises(CellbenchError, match=says) as raised:
         settings_from(values)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_the_card_names_the_builder_and_every_default():

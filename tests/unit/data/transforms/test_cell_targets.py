@@ -1,4 +1,4 @@
-"""Claims about learning borders and distances: their truth against one written cell by cell, and that who learns them disturbs nobody."""
+"""Auxiliary targets: they equal a reference computed cell by cell, and runs with them do not change others in a cohort."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ lr = 5e-3
 targets = "{BOTH}"
 """)
     assert main(["grid", "more.toml", "--data", str(numbered), "--device", "cpu"]) == 0
-    told = json.loads(next(tmp_path.glob("mlruns/*/*/artifacts/separation.json")).read_text())
-    assert told["learned"] is True
+    record = json.loads(next(tmp_path.glob("mlruns/*/*/artifacts/separation.json")).read_text())
+    assert record["learned"] is True
     found = Segmenter.load("best:more", device="cpu").predict(numbered / "test" / "original" / "100.png")
     assert found.boundary_depth is not None
     per_image = json.loads(next(tmp_path.glob("mlruns/*/*/artifacts/per_image.json")).read_text())

@@ -1,4 +1,4 @@
-"""Every framing sees the whole image, and its scores come back to the image's own pixels, in place, whatever the shape."""
+"""Every framing covers the whole image, and its scores are mapped back to the right pixels of the image, whatever its shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tiles are seen when follows from sizes, sampling and the data seed alone, not from a run's own seed or what was asked before."""
+"""The sampling plan depends on image sizes, sampling settings and data seed only, not on a run's own seed or earlier calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stains: variation in optical density is skimage's, Macenko finds stains that were planted, normalisers see the training images alone."""
+"""Stains: augmentation agrees with skimage, Macenko's method finds planted stains, and normalisers are fitted to training images only."""
 
 from __future__ import annotations
 

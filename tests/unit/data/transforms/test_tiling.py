@@ -1,4 +1,4 @@
-"""One tiler: what is cut comes back, whatever the size and the overlap, and every pixel counts exactly once in all."""
+"""Tiling: joining undoes cutting for every size and overlap, and the weights of every pixel sum to one."""
 
 from __future__ import annotations
 

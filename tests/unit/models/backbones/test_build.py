@@ -1,4 +1,4 @@
-"""Cards say whose they are; floors, missing weights, real weights and the cost of loading."""
+"""Building backbones: cards name their source; random and missing weights, real weights, and the cost of loading."""
 
 from __future__ import annotations
 

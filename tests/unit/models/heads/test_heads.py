@@ -28,7 +28,7 @@ def head(name: str, levels: tuple[Level, ...], num_classes: int = 2) -> Head:
 
 
 def levels_of(name: str, stride_px: int, num: int | None = None) -> tuple[Level, ...]:
-    """As many depths as the card says, of one stride, as a plain ViT gives them."""
+    """As many levels as on the card, of one stride, as of a plain ViT."""
     if name in LEARNED:
         return ()
     num = num or REGISTRY.head(name).levels
