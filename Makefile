@@ -8,7 +8,7 @@ help:
 	@echo "make setup      build .venv from requirements.lock"
 	@echo "make grid       run experiments/quickstart.toml on drawn blood smears (about two minutes), then look with: $(BIN)/mlflow ui"
 	@echo "make test       run the tests"
-	@echo "make test-fast  run the tests that take less than a second each"
+	@echo "make test-fast  run the quick tests (about a minute)"
 	@echo "make check      formatter, linter, type checker and import rules"
 	@echo "make format     let ruff format the code"
 	@echo "make lock       resolve the dependencies of pyproject.toml anew"

@@ -29,6 +29,9 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first: begun last, one of them keeps a single core busy for two minutes."""
+    for item in items:
+        if "integration" in item.path.parts or "trained" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 

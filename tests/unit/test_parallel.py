@@ -52,6 +52,7 @@ def test_stopping_the_iteration_cancels_pending_work():
     assert len(begun) < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"repeat_views_every": 1}, {"unfreeze": 1}], ids=["streamed", "kept", "unfrozen"])
 def test_runs_train_the_same_with_two_threads_as_with_one(small_folder, settings):
     dataset = dataset_of(small_folder)
@@ -61,6 +62,7 @@ def test_runs_train_the_same_with_two_threads_as_with_one(small_folder, settings
     assert same(one[1], alone[0])
 
 
+@pytest.mark.slow
 def test_images_are_segmented_the_same_with_two_threads_as_with_one(small_folder):
     dataset = dataset_of(small_folder)
     runs = [run_of("bilinear"), run_of("detail")]

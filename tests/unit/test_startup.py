@@ -35,6 +35,7 @@ class Knot:
         self.me = self
 
 
+@pytest.mark.slow
 def test_importing_changes_no_setting_of_the_process():
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "CELLBENCH", "RAY", "HF_"))}
     done = subprocess.run([sys.executable, "-c", UNTOUCHED], capture_output=True, text=True, check=True, env=environment, timeout=120)
@@ -50,7 +51,8 @@ def test_imported_modules_are_searched_once_and_a_callers_garbage_is_found():
     startup.freeze_imports()  # nothing was imported since
     del knot
     gc.collect()
-    assert (found(), gc.get_freeze_count()) == (None, before)
+    assert found() is None
+    assert gc.get_freeze_count() <= before  # not frozen again; frozen objects may be freed
 
 
 @pytest.mark.parametrize(("device", "cores", "threads", "lanes"), [("cpu", 2, 1, 2), ("cpu", 16, 4, 4), ("cuda", 16, 16, 1)])

@@ -53,6 +53,7 @@ def answered(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["['list']", "['list', 'heads']", "['show', 'backbones/uni']", "['show', 'quickstart']", "['-h']"])
 def test_list_show_and_help_import_nothing_heavy(arguments: str) -> None:
     code = f"""

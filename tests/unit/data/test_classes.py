@@ -239,6 +239,7 @@ def test_classes_that_are_missing_somewhere_are_named_with_the_consequence():
     ]
 
 
+@pytest.mark.slow
 def test_a_missing_class_and_empty_images_are_reported_by_grid_and_check(tmp_path, capsys):
     empty, red, white = np.zeros(Y.shape, np.uint8), disc(40, 40, 15).astype(np.uint8), disc(70, 90, 15) * np.uint8(2)
     card = 'classes = ["background", "red", "white", "platelet"]\nvalues = [0, 1, 2, 3]\n'

@@ -96,6 +96,7 @@ def survive(folder: Path, path: Path, mutate) -> tuple[int, int]:
     return good, len(said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["manifest.csv", "manifest.toml"])
 def test_no_damaged_manifest_gets_through_but_as_one_line_or_an_answer(tmp_path: Path, name: str) -> None:
     folder = manifest(tmp_path / "own", name)
@@ -105,6 +106,7 @@ def test_no_damaged_manifest_gets_through_but_as_one_line_or_an_answer(tmp_path:
     assert good + refused == NUM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["polygon", "rle", "compressed"])
 def test_no_damaged_coco_file_gets_through_but_as_one_line_or_an_answer(tmp_path: Path, kind: str) -> None:
     folder = coco_folder(tmp_path / "own", 4, kind)

@@ -55,6 +55,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_every_layout_gives_the_same_images_classes_and_cells(tmp_path: Path, way: str) -> None:
     data = opened(WAYS[way](tmp_path / "own"))
@@ -234,6 +235,7 @@ def test_read_only_data_stays_as_it_is(tmp_path: Path) -> None:
     folder.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_many_files_are_listed_by_names_alone(tmp_path: Path) -> None:
     """Nothing is opened, and no file is looked at twice: 20,000 empty files would all be refused by a decoder."""
     for inner in ("images", "masks"):
@@ -279,6 +281,7 @@ def test_polygons_cover_what_an_independent_rasteriser_covers(seed: int) -> None
     assert 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()) > 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -343,6 +346,7 @@ def test_crowds_are_ignored_and_cells_outlined_within_them_are_cells(tmp_path: P
     assert any("7 regions are crowds (iscrowd) and are ignored" in note for note in data.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "card", "classes", "labels"),
     [
@@ -387,6 +391,7 @@ def test_categories_missing_from_the_card_are_an_error_that_names_them(tmp_path:
     assert says in refusal(coco_with(tmp_path / "own", categories("red", "white", "red", "red"), card))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("empty", [None, [], [[]], [[1, 2, 3, 4]], [[1, 2, 5, 6, 9, 10]], {"size": [40, 60], "counts": [2400]}])
 def test_an_annotation_without_an_outline_is_skipped_by_its_id(tmp_path: Path, empty: object) -> None:
     def change(tree: dict) -> None:

@@ -44,6 +44,7 @@ def files(folder: Path) -> set[str]:
 # What is read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("card", [BCCD, FOLDER], ids=lambda card: card.id)
 def test_the_kaggle_layout_is_read_with_mixed_originals_and_rgb_masks(small_folder: Path, card) -> None:
     data = opened(small_folder, card)
@@ -58,6 +59,7 @@ def test_the_kaggle_layout_is_read_with_mixed_originals_and_rgb_masks(small_fold
             assert image[classes == 1, 1].mean() < image[classes == 0, 1].mean() - 50  # its own mask: cells are dark
 
 
+@pytest.mark.slow
 def test_kaggles_extra_folder_is_skipped(small_folder: Path, tmp_path: Path) -> None:
     outer = tmp_path / "download"
     outer.mkdir()
@@ -67,6 +69,7 @@ def test_kaggles_extra_folder_is_skipped(small_folder: Path, tmp_path: Path) -> 
     assert (outer / "BCCD Dataset with mask" / "splits.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images", "masks"), [("original", "mask"), ("images", "masks")])
 def test_a_folder_without_train_and_test_is_split_in_three(tmp_path: Path, images: str, masks: str) -> None:
     for seed in range(10):
@@ -77,6 +80,7 @@ def test_a_folder_without_train_and_test_is_split_in_three(tmp_path: Path, image
     assert len(set.union(*parts)) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images", "masks"), [("original", "mask"), ("images", "masks")])
 def test_train_and_test_folders_go_by_either_pair_of_names(tmp_path: Path, images: str, masks: str) -> None:
     for split, num in (("train", 5), ("test", 1)):
@@ -86,6 +90,7 @@ def test_train_and_test_folders_go_by_either_pair_of_names(tmp_path: Path, image
     assert [len(names(data, split)) for split in ("train", "val", "test")] == [4, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["with space.png", "Zelle-ä 細胞.png", "a.b.c.png", "UPPER.PNG", "x.JPeG", "-dash.png", "100%.png", "'quoted'.png"]
 )
@@ -97,6 +102,7 @@ def test_names_are_taken_as_they_are(small_folder: Path, name: str) -> None:
     assert first.digest == again.digest
 
 
+@pytest.mark.slow
 def test_a_name_that_is_the_stem_of_another_is_not_confused_with_it(small_folder: Path) -> None:
     write_pair(small_folder / "train", "x.png", 50)
     write_pair(small_folder / "train", "x.png.png", 51)
@@ -104,6 +110,7 @@ def test_a_name_that_is_the_stem_of_another_is_not_confused_with_it(small_folder
     assert opened(small_folder).digest == first.digest
 
 
+@pytest.mark.slow
 def test_files_that_are_no_images_are_skipped(small_folder: Path) -> None:
     before = opened(small_folder).digest
     for place in ("train/original", "train/mask"):
@@ -122,6 +129,7 @@ def test_an_image_of_a_format_that_is_not_read_is_refused_where_it_has_a_mask(sm
     assert "1 more like it" in line
 
 
+@pytest.mark.slow
 def test_what_lies_in_a_data_folder_and_is_in_no_sample_is_named(small_folder: Path) -> None:
     before = opened(small_folder)
     assert not any("not used" in note for note in before.notes)
@@ -150,6 +158,7 @@ def test_what_lies_in_a_data_folder_and_is_in_no_sample_is_named(small_folder: P
     assert "Thumbs" not in " ".join(data.notes)
 
 
+@pytest.mark.slow
 def test_a_file_is_not_hidden_by_another_of_its_name(small_folder: Path) -> None:
     for place in ("train/mask", "val/original"):  # a mask without an image, and an image in a folder that is not used
         (small_folder / place).mkdir(parents=True, exist_ok=True)
@@ -159,6 +168,7 @@ def test_a_file_is_not_hidden_by_another_of_its_name(small_folder: Path) -> None
     assert any(note.startswith("left out: ") and "val/original/x.png" in note and "1 image of no sample" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_different_pixel_sizes_are_named(small_folder: Path) -> None:
     for name, um in (("a0.png", 0.25), ("b 2.png", 0.25), ("zelle-ä.png", 0.5)):
         path = small_folder / "train" / "original" / name
@@ -169,6 +179,7 @@ def test_different_pixel_sizes_are_named(small_folder: Path) -> None:
     assert "a0.png" not in line
 
 
+@pytest.mark.slow
 def test_masks_without_an_image_are_noted_and_not_used(small_folder: Path) -> None:
     for name in ("spare1.png", "spare2.png"):
         shutil.copy(small_folder / "train" / "mask" / "a0.png", small_folder / "train" / "mask" / name)
@@ -188,6 +199,7 @@ def test_masks_may_hold_instance_numbers(small_folder: Path) -> None:
     np.testing.assert_array_equal(data.read(sample)[1], numbers > 0)
 
 
+@pytest.mark.slow
 def test_limit_takes_the_first_of_each_split_and_leaves_the_split_whole(small_folder: Path) -> None:
     few = opened(small_folder, limit=1)
     everything = opened(small_folder)
@@ -261,6 +273,7 @@ def test_two_images_of_one_stem_are_refused(small_folder: Path) -> None:
     assert "'a0.bmp' and 'a0.png' share a stem" in refusal(small_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_mask_of_another_size_is_named_with_both_sizes(small_folder: Path, split: str) -> None:
     name = "a0.png" if split == "train" else "t0.png"
@@ -269,6 +282,7 @@ def test_a_mask_of_another_size_is_named_with_both_sizes(small_folder: Path, spl
     assert f"{split}/mask/{name}: the mask is 160 x 119 px, its image {name} 160 x 120" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place", ["train/original/a0.png", "train/original/a1.jpg", "train/mask/a0.png", "test/original/t1.jpg", "test/mask/t0.png"]
 )
@@ -281,6 +295,7 @@ def test_an_empty_or_truncated_file_is_named_before_anything_is_written(small_fo
     assert files(small_folder) == before
 
 
+@pytest.mark.slow
 def test_after_a_damaged_pair_is_moved_out_the_rest_is_used(small_folder: Path) -> None:
     """A split.json that already named the pair would be in the way."""
     (small_folder / "train" / "original" / "a0.png").write_bytes(b"")
@@ -361,6 +376,7 @@ def test_names_in_the_split_may_lack_extensions_or_have_folders(small_folder: Pa
     assert names(data, "val") == ["zelle-ä.png", "c5.JPG"]
 
 
+@pytest.mark.slow
 def test_the_test_folder_is_never_trained_on(small_folder: Path) -> None:
     data = opened(small_folder)
     assert all(sample.image.is_relative_to(small_folder / "test") for sample in data.test)
@@ -392,6 +408,7 @@ def test_an_invalid_split_is_refused_and_left_as_it_is(small_folder: Path, recor
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_is_never_written_to_and_its_split_is_kept_elsewhere(small_folder: Path) -> None:
     before = files(small_folder)
     small_folder.chmod(0o555)
@@ -406,6 +423,7 @@ def test_a_read_only_folder_is_never_written_to_and_its_split_is_kept_elsewhere(
     assert again.digest == first.digest
 
 
+@pytest.mark.slow
 def test_the_split_file_may_be_read_by_others(small_folder: Path) -> None:
     before = os.umask(0o022)
     try:
@@ -418,6 +436,7 @@ def test_the_split_file_may_be_read_by_others(small_folder: Path) -> None:
 # The digest
 
 
+@pytest.mark.slow
 def test_the_digest_stays_when_the_folder_moves(small_folder: Path, tmp_path: Path) -> None:
     before = opened(small_folder)
     moved = opened(small_folder.rename(tmp_path / "elsewhere"))
@@ -425,6 +444,7 @@ def test_the_digest_stays_when_the_folder_moves(small_folder: Path, tmp_path: Pa
     assert len(before.digest) == 16
 
 
+@pytest.mark.slow
 def test_a_single_pixel_of_an_image_or_mask_changes_the_digest(small_folder: Path) -> None:
     seen = {opened(small_folder).digest}
     for place in ("train/original/a0.png", "train/mask/a1.png", "test/original/t0.png", "test/mask/t1.png"):
@@ -453,6 +473,7 @@ def test_files_are_decoded_once_and_again_only_when_they_change(small_folder: Pa
     assert opened(small_folder).digest == first.digest
 
 
+@pytest.mark.slow
 def test_the_real_smears_are_read(shared: Path, tmp_path: Path) -> None:
     (tmp_path / "bccd").mkdir()
     for split in ("train", "test"):

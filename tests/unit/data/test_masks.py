@@ -271,6 +271,7 @@ def test_what_is_below_a_limit_is_counted() -> None:
     assert count_below([(5, 2), (10, 3), (11, 1)], 10) == (2, 6)
 
 
+@pytest.mark.slow
 def test_small_cells_count_in_truth_and_prediction(tmp_path: Path) -> None:
     y, x = np.mgrid[:SIDE, :SIDE]
     mask = (((y % 20 - 10) ** 2 + (x % 20 - 10) ** 2) < 16) * np.uint8(255)  # 36 cells of 49 px
@@ -291,6 +292,7 @@ def test_a_numbered_cell_is_one_however_small(tmp_path: Path) -> None:
 # --- what is ignored, through training and test -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"framing": "resize", "tile_px": 96}, {"targets": "cell+border+distance", "tile_scale": 0.5}])
 def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, settings: dict[str, object]) -> None:
     data = opened(folder_of(tmp_path / "own", WITH_IGNORED, "ignore = 255"))

@@ -48,6 +48,7 @@ def built(request: pytest.FixtureRequest) -> tuple[str, Backbone]:
     return request.param, small_backbone(CARDS[request.param])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contract", BACKBONE)
 def test_every_shipped_network_keeps(contract: str, built: tuple[str, Backbone]) -> None:
     name, backbone = built
@@ -63,6 +64,7 @@ def test_every_other_card_of_a_network_agrees_with_it(name: str) -> None:
     assert it.params_m == pytest.approx(first.params_m, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contract", HEAD)
 @pytest.mark.parametrize("name", HEADS)
 def test_every_shipped_head_keeps(contract: str, name: str) -> None:
@@ -77,12 +79,14 @@ def broken(registry: Path, kind: str) -> dict[str, str]:
     return {verdict.contract: verdict.reason for verdict in verdicts(card) if verdict.reason}
 
 
+@pytest.mark.slow
 def test_sound_user_parts_keep_every_contract(tmp_path: Path) -> None:
     assert broken(parts.head(tmp_path), "heads") == {}
     assert broken(parts.head(tmp_path, "WithDropout"), "heads") == {}
     assert broken(parts.backbone(tmp_path), "backbones") == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "breaks", "says"),
     [
@@ -188,6 +192,7 @@ def test_a_part_of_the_user_replaces_a_shipped_one_of_its_name(tmp_path: Path) -
     assert Registry(folder).head("bilinear").builder == "my_head.py:Sound"
 
 
+@pytest.mark.slow
 def test_grid_trains_a_head_of_the_user_on_a_backbone_of_the_user(
     tmp_path: Path, small_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +212,7 @@ def test_grid_trains_a_head_of_the_user_on_a_backbone_of_the_user(
 # --- the command
 
 
+@pytest.mark.slow
 def test_the_contracts_of_the_user_folder_are_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = parts.backbone(parts.head(tmp_path, "SharedStatistics"))
     assert main(["doctor", "--contracts", "--registry", str(folder)]) == 1
@@ -234,6 +240,7 @@ def test_a_folder_without_parts_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "holds nothing to check" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_code_of_two_folders_with_one_file_name_does_not_meet(tmp_path: Path) -> None:
     first, second = (Registry(parts.head(tmp_path / name)).head("my-head") for name in ("a", "b"))
     assert [verdict.reason for card in (first, second, first) for verdict in verdicts(card) if verdict.contract == "seed"] == ["", "", ""]

@@ -228,6 +228,7 @@ def test_the_right_answer_to_mostly_empty_images_is_one_of_one_image(mostly_empt
     assert "test_image/dice_low" not in found  # one image has no interval
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [nothing, everything])
 @pytest.mark.parametrize("all_empty", [False, True])
 def test_files_and_notes_of_a_test_with_empty_images_hold_no_nan(mostly_empty, tmp_path, answer, all_empty):

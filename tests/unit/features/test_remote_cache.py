@@ -63,6 +63,7 @@ def url(request, tmp_path):
     return f"file://{tmp_path / 'there'}" if request.param == "file" else f"memory://{uuid.uuid4().hex}"
 
 
+@pytest.mark.slow
 def test_what_one_machine_computed_the_next_one_fetches_and_gives_the_same_numbers_to_the_last_bit(small_folder, learn, computed, url):
     plain = fitted(dataset_of(small_folder), RUNS)
     said: list[str] = []
@@ -76,6 +77,7 @@ def test_what_one_machine_computed_the_next_one_fetches_and_gives_the_same_numbe
     assert all(same(a, b) and same(a, c) for a, b, c in zip(plain, first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_damaged_or_gone_there_is_computed_alone_and_put_there_again(learn, computed):
     url = f"memory://{uuid.uuid4().hex}"
     first = learn("one", url)
@@ -92,6 +94,7 @@ def test_a_shard_that_is_damaged_or_gone_there_is_computed_alone_and_put_there_a
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_that_reads_more_levels_computes_only_the_missing_ones(learn, computed, tmp_path):
     url = f"file://{tmp_path / 'there'}"
     fs, root = fsspec.core.url_to_fs(url)
@@ -105,6 +108,7 @@ def test_a_run_that_reads_more_levels_computes_only_the_missing_ones(learn, comp
     assert computed == []
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_damaged_here_is_fetched_again(learn, computed, tmp_path):
     url = f"file://{tmp_path / 'there'}"
     first = learn("one", url)
@@ -115,6 +119,7 @@ def test_a_shard_that_is_damaged_here_is_fetched_again(learn, computed, tmp_path
     assert computed == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("url", "why"),
     [
@@ -178,6 +183,7 @@ def test_a_url_that_failed_is_tried_again_later(tmp_path, monkeypatch):
     assert len(said) == 1
 
 
+@pytest.mark.slow
 def test_the_flag_reaches_processes_elsewhere_of_which_the_second_computes_nothing(tmp_path, monkeypatch):
     few = ["run.repeat_views_every=1", "run.epochs=1", "grid.seed=[0]", "baselines=[]", 'grid.backbone=["vit-tiny-random"]']
     monkeypatch.setenv("CELLBENCH_CACHE_URL", "")  # put back afterwards

@@ -67,6 +67,7 @@ def test_rows_of_several_shards_come_back_as_they_were_put_and_a_damaged_or_abse
     assert ShardedCache(tmp_path, 40).get(np.array([39]), (11,)) is None
 
 
+@pytest.mark.slow
 def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_computes_no_tile(tmp_path, monkeypatch, small_shards):
     place(tmp_path / "alone", monkeypatch)
     assert main([*QUESTION, *KEPT]) == 0
@@ -102,6 +103,7 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
     assert not any(computed)
 
 
+@pytest.mark.slow
 def test_a_shard_holds_the_levels_of_all_cohorts(tmp_path, monkeypatch, small_shards):
     place(tmp_path, monkeypatch)
     changes = [*KEPT[1::2], 'grid.head=["bilinear", "fpn"]', 'grid.backbone=["vit-tiny-random"]']

@@ -60,6 +60,7 @@ def test_differences_are_those_of_paired_images(here) -> None:
         assert point.to_largest.interval.mean == pytest.approx(float(np.mean(by_share[str(point.fraction)] - by_share["1.0"])))
 
 
+@pytest.mark.slow
 def test_the_report_has_the_section_only_where_there_is_a_curve(here) -> None:
     assert main(["report", "labels", "--out", "r"]) == 0
     assert "How few training images are enough?" in Path("r/report.html").read_text(encoding="utf-8")

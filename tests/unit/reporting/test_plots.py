@@ -50,6 +50,7 @@ def lines(num, **more):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num", "images"), [(1, 1), (2, 40), (9, 2), (40, 12)])
 def test_pictures_of_few_and_many_models_on_few_and_many_images_are_whole(num, images):
     here = lines(num, images=images)
@@ -59,6 +60,7 @@ def test_pictures_of_few_and_many_models_on_few_and_many_images_are_whole(num, i
     assert uncut(comparison_plots.plot_pareto(here, costs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [2, 20])
 def test_differences_and_ranks_are_whole(num):
     found = compare_all(models(num), against=models(num)[0].model)
@@ -94,6 +96,7 @@ def test_the_pareto_front_holds_what_nothing_beats_in_both():
     assert pareto_front(cost, score) == [0, 1, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num", "num_classes"), [(1, 2), (3, 5), (159, 3)])
 def test_a_report_card_is_whole(num, num_classes):
     rng = np.random.default_rng(0)

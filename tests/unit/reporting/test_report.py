@@ -69,6 +69,7 @@ def test_seeds_are_one_model_and_the_best_comes_first(project):
     assert all(d.b == "dinobloom-s · fpn" and d.better == d.b for d in here.differences_to_best())
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else_and_tables_are_the_same_in_every_format(project, capsys):
     assert main(["report", EXPERIMENT, "--out", "out"]) == 0
     said = capsys.readouterr().out
@@ -92,6 +93,7 @@ def test_the_page_needs_nothing_else_and_tables_are_the_same_in_every_format(pro
     assert pictures >= {"leaderboard", "measures", "images", "heatmap", "differences", "ranks", "cost"}
 
 
+@pytest.mark.slow
 def test_the_report_is_kept_on_the_parent_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a store of its own: MLflow remembers the places of runs by id, and copies have the same
     mlflow.set_tracking_uri(None)
@@ -103,6 +105,7 @@ def test_the_report_is_kept_on_the_parent_run(tmp_path, monkeypatch):
     assert tracker.artifact(parent, "report.html") == Path("out/report.html").read_bytes()
 
 
+@pytest.mark.slow
 def test_runs_on_other_images_are_never_paired_and_the_report_names_them(project, capsys):
     other = tuple(f"other-{k}.png" for k in range(20))
     for seed in (0, 1):
@@ -122,6 +125,7 @@ def quick_try(tracker, head="detail"):
     return log_finished_run(tracker, RunSpec(backbone="uni", head=head, seed=0), record, **{LIMIT: "2"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsys, when):
     monkeypatch.chdir(tmp_path)
@@ -169,6 +173,7 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
     ]
 
 
+@pytest.mark.slow
 def test_where_there_are_quick_tries_only_the_newest_of_them_is_the_best(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(None)
@@ -176,6 +181,7 @@ def test_where_there_are_quick_tries_only_the_newest_of_them_is_the_best(tmp_pat
     assert run_lookup.find_run("best")[1].run_id == run_id
 
 
+@pytest.mark.slow
 def test_neither_a_quick_try_nor_an_evaluation_makes_an_experiment_the_newest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(None)
@@ -190,6 +196,7 @@ def test_neither_a_quick_try_nor_an_evaluation_makes_an_experiment_the_newest(tm
     assert "Newer runs, of 'tried', are on a part of their data and are not considered." in chosen
 
 
+@pytest.mark.slow
 def test_of_two_whole_sets_the_one_whose_grid_was_started_last_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(None)
@@ -223,6 +230,7 @@ def test_settings_that_differ_name_models_and_are_no_seeds(project):
     assert names["otsu"] == 1
 
 
+@pytest.mark.slow
 def test_unusable_runs_are_left_out_with_a_sentence(project, capsys):
     tracker = Tracker(EXPERIMENT)
     log_finished_run(tracker, RunSpec(backbone="uni", head="detail", seed=0), None)
@@ -259,6 +267,7 @@ def test_unusable_runs_are_left_out_with_a_sentence(project, capsys):
     assert "not cellbench&#39;s" in text
 
 
+@pytest.mark.slow
 def test_one_model_alone_is_reported_without_tests(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(None)
@@ -269,6 +278,7 @@ def test_one_model_alone_is_reported_without_tests(tmp_path, monkeypatch):
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower()
 
 
+@pytest.mark.slow
 def test_a_page_that_says_that_nothing_can_be_decided_separates_no_models(tmp_path, monkeypatch):
     """Nine models always in the same order: on three images Friedman's p is 0.002, and no pair's can fall below 0.25."""
     monkeypatch.chdir(tmp_path)
@@ -294,6 +304,7 @@ def scores_with_empty_images(mean, seed, num_found):
     return record | {"confusion": pixels} | {name: [0] * 4 + [num] * 12 for name, num in outcome.items()}
 
 
+@pytest.mark.slow
 def test_empty_images_are_counted_beside_the_means_and_a_find_in_one_is_never_free(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     silent, alarmed = scores_with_empty_images(0.9, 0, 0), scores_with_empty_images(0.9, 0, 2)
@@ -332,6 +343,7 @@ def test_a_class_that_no_test_mask_holds_is_named_with_who_predicts_it():
     assert describe_absent_classes(here) == ["Note: no mask of the data holds 'white'; no model predicts it. Means leave it out."]
 
 
+@pytest.mark.slow
 def test_of_several_cell_classes_the_words_say_what_one_number_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     record = per_image_scores(0.9, 0) | {"classes": ["background", "cytoplasm", "nucleus"]}
@@ -340,6 +352,7 @@ def test_of_several_cell_classes_the_words_say_what_one_number_is(tmp_path, monk
     assert "means over cytoplasm, nucleus" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -385,6 +398,7 @@ def test_a_report_of_any_name_lies_below_reports(name):
     assert len(where.name) <= 80
 
 
+@pytest.mark.slow
 def test_a_thousand_models_are_compared_in_seconds(monkeypatch):
     import time
 
@@ -402,6 +416,7 @@ def test_a_thousand_models_are_compared_in_seconds(monkeypatch):
     assert np.isfinite([row.low for row in leaderboard_rows(here)]).all()
 
 
+@pytest.mark.slow
 def test_a_metric_of_a_user_is_in_every_table_and_figure_and_the_lower_one_wins_where_that_is_better(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(None)

@@ -64,6 +64,7 @@ def summary(trials: list[CompletedTrial]) -> list[tuple[int, str, dict[str, Any]
     return [(t.number, t.state, dict(t.point)) for t in trials]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc", "nsga2"])
 def test_a_search_killed_twice_equals_an_uninterrupted_one(sampler: str) -> None:
     space = space_of(sampler=sampler)
@@ -86,6 +87,7 @@ def test_start_up_trials_cycle_through_pairs_of_backbone_and_head() -> None:
     assert len({t.point["lr"] for t in trials}) == 8
 
 
+@pytest.mark.slow
 def test_a_process_killed_with_sigkill_leaves_its_trials_to_the_next(tmp_path: Path) -> None:
     code = """
 import os, signal, test_study as t
@@ -115,6 +117,7 @@ def test_a_journal_file_works_as_storage() -> None:
     assert len(finish(study_of(space_of(), "journal:study.log"))) == 13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -130,6 +133,7 @@ def test_a_changed_space_is_refused_with_what_changed(changed: dict[str, Any], m
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_more_trials_continue_the_same_study() -> None:
     first = finish(study_of(space_of(trials=8)))
     more = finish(study_of(space_of(trials=12)))
@@ -137,6 +141,7 @@ def test_more_trials_continue_the_same_study() -> None:
     assert len(more) == 12
 
 
+@pytest.mark.slow
 def test_the_best_trial_satisfies_the_bounds() -> None:
     space = space_of(max={"cost/latency_ms": 40})
     trials = finish(study_of(space))
@@ -146,6 +151,7 @@ def test_the_best_trial_satisfies_the_bounds() -> None:
     assert 0 < len(kept) < len(trials)
 
 
+@pytest.mark.slow
 def test_several_objectives_give_the_pareto_front() -> None:
     space = space_of(objective=["val/dice", "cost/latency_ms"], trials=20)
     trials = finish(study_of(space))
@@ -156,6 +162,7 @@ def test_several_objectives_give_the_pareto_front() -> None:
     assert len(front) > 1
 
 
+@pytest.mark.slow
 def test_a_pruner_decides_the_same_when_an_epoch_is_reported_again() -> None:
     study = study_of(space_of(pruner="median", trials=12))
     answers = {}

@@ -59,6 +59,7 @@ def _stamps(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob("*"))}
 
 
+@pytest.mark.slow
 def test_a_copy_writes_into_itself_beside_its_original(made, tmp_path, monkeypatch):
     first = _at_home(shutil.copytree(made, tmp_path / "first"))
     second = shutil.copytree(first, tmp_path / "second")
@@ -103,6 +104,7 @@ def test_the_ui_names_the_experiments_that_have_a_leaderboard(project):
     assert relocate.experiment_names() == [(EXPERIMENT, tracker.experiment_id)]
 
 
+@pytest.mark.slow
 def test_experiments_whose_names_differ_share_no_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/names.db")
     mlflow.set_tracking_uri(None)

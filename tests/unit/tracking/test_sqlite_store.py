@@ -30,6 +30,7 @@ def store(tmp_path, monkeypatch):
     return tmp_path / "mlflow.db"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead_s", [0.0, 0.4])
 def test_a_store_that_another_program_makes_at_the_same_time_serves_both(store, ahead_s):
     call = [sys.executable, "-c", OTHER]

@@ -38,6 +38,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_learns_the_same_alone_and_in_a_cohort(dataset, name):
     together = fitted(dataset, RUNS[name])
@@ -46,6 +47,7 @@ def test_a_run_learns_the_same_alone_and_in_a_cohort(dataset, name):
         assert same(trainer, fitted(dataset, [run])[0]), run.model
 
 
+@pytest.mark.slow
 def test_a_pruned_run_does_not_disturb_the_others(dataset):
     runs = [run_of(seed=0), run_of(seed=1), run_of("fpn")]
     pruned = fitted(dataset, runs, most={1: 1})
@@ -61,6 +63,7 @@ DISK = {"memory_bytes": 0, "disk_bytes": 2**30, "key": "test", "backbone": "vit-
 BF16 = Hardware(device=torch.device("cpu"), precision=torch.bfloat16, memory_bytes=2**30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machine", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("views", [1, 2])
 def test_cached_features_equal_streamed_ones(dataset, views, machine):
@@ -71,6 +74,7 @@ def test_cached_features_equal_streamed_ones(dataset, views, machine):
         assert all(same(a, b) for a, b in zip(streamed, trainers, strict=True))
 
 
+@pytest.mark.slow
 def test_features_on_disk_serve_the_next_call_without_the_backbone(dataset):
     runs = [run_of("fpn", repeat_views_every=2)]
     first = fitted(dataset, runs, **DISK)
@@ -81,6 +85,7 @@ def test_features_on_disk_serve_the_next_call_without_the_backbone(dataset):
     assert same(first[0], trainers[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda data: data[:-1] + bytes([data[-1] ^ 0xFF]), lambda data: data[:-8], lambda data: b"{}"])
 def test_damaged_features_are_computed_again(dataset, damage):
     runs = [run_of("fpn", repeat_views_every=1)]
@@ -92,6 +97,7 @@ def test_damaged_features_are_computed_again(dataset, damage):
     assert same(first[0], fitted(dataset, runs, **DISK)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "while writing"])
 def test_features_are_streamed_where_the_disk_is_too_small(dataset, monkeypatch, when):
     runs = [run_of("fpn", repeat_views_every=1)]
@@ -110,6 +116,7 @@ def test_features_are_streamed_where_the_disk_is_too_small(dataset, monkeypatch,
     assert not list(features_dir().rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unfreeze", [1, 3])
 def test_a_cut_backbone_gives_what_the_whole_backbone_gives(dataset, unfreeze):
     whole, cut = run_of("fpn"), run_of("fpn", unfreeze=unfreeze)
@@ -122,6 +129,7 @@ def test_a_cut_backbone_gives_what_the_whole_backbone_gives(dataset, unfreeze):
         assert torch.equal(models[0](batches[0]), models[1](batches[1]))
 
 
+@pytest.mark.slow
 def test_an_unfrozen_tail_learns_and_the_backbone_does_not(dataset):
     run = run_of("bilinear", unfreeze=2)
     features = features_of(dataset, [run])
@@ -133,6 +141,7 @@ def test_an_unfrozen_tail_learns_and_the_backbone_does_not(dataset):
     assert all(torch.equal(x, frozen[name]) for name, x in features.backbone.module.state_dict().items())
 
 
+@pytest.mark.slow
 def test_unfrozen_runs_of_one_cohort_do_not_touch_each_other(dataset):
     runs = [run_of("bilinear", unfreeze=2, epochs=2), run_of("fpn", unfreeze=2, epochs=2, layer_decay=0.5)]
     together = fitted(dataset, runs)
@@ -145,6 +154,7 @@ def test_deeper_blocks_learn_faster(dataset):
     assert shares == pytest.approx([1.0, 0.1, 0.1, 0.05, 0.025])
 
 
+@pytest.mark.slow
 def test_the_backbone_runs_once_a_view_however_many_runs_learn(dataset):
     runs = [run_of("bilinear"), run_of("fpn"), run_of("detail", batch_size=7)]
     features = features_of(dataset, runs)
@@ -167,6 +177,7 @@ def test_repeated_views_pass_the_backbone_once_in_a_whole_training(dataset):
     assert sum(counts) == features.plan.num_views + val_tiles
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(dataset):
     runs = [run_of("transposed-conv", options={"width": 32}, epochs=4), run_of("bilinear", epochs=4)]
     whole = fitted(dataset, runs)
@@ -183,6 +194,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(dataset):
     assert 0 < before_s[1] < before_s[0] < again[0].trunk_s < features.backbone.seconds + before_s[0]
 
 
+@pytest.mark.slow
 def test_other_threads_random_numbers_do_not_matter(dataset):
     torch.manual_seed(1)
     a = fitted(dataset, [run_of("detail")])[0]
@@ -191,11 +203,13 @@ def test_other_threads_random_numbers_do_not_matter(dataset):
     assert same(a, fitted(dataset, [run_of("detail")])[0])
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(dataset):
     a, b = fitted(dataset, [run_of(seed=0), run_of(seed=1)])
     assert not same(a, b)
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_kept(dataset):
     trainer = fitted(dataset, [run_of("bilinear", epochs=5, lr=0.05)])[0]
     best = max(range(len(trainer.history)), key=lambda e: trainer.history[e]["val/dice"])
@@ -206,11 +220,13 @@ def test_the_best_epoch_is_kept(dataset):
     assert dice == pytest.approx(trainer.history[best]["val/dice"], abs=1e-12)
 
 
+@pytest.mark.slow
 def test_selection_by_loss_takes_the_lowest(dataset):
     trainer = fitted(dataset, [run_of("bilinear", epochs=4, select="val/loss", lr=0.05)])[0]
     assert trainer.best_epoch == int(np.argmin([row["val/loss"] for row in trainer.history]))
 
 
+@pytest.mark.slow
 def test_where_no_validation_image_has_a_cell_the_loss_chooses_the_epoch(dataset, tmp_path):
     height, width = dataset.val[0].size_px
     Image.fromarray(np.zeros((height, width), np.uint8)).save(tmp_path / "empty.png")
@@ -236,17 +252,20 @@ def test_early_stopping_waits_as_long_as_asked(dataset):
     assert (trainer.ended, trainer.best_epoch, trainer.epoch) == ("stopped early", 3, 6)
 
 
+@pytest.mark.slow
 def test_without_patience_no_run_stops_early(dataset):
     trainer = fitted(dataset, [run_of(epochs=4, patience=0, lr=1e-12)])[0]
     assert (trainer.ended, trainer.epoch) == ("done", 4)
 
 
+@pytest.mark.slow
 def test_fit_stops_a_run_that_no_longer_gets_better(dataset):
     trainer = fitted(dataset, [run_of(epochs=30, patience=2, select="val/loss", lr=1.0, schedule="constant", warmup_epochs=0)])[0]
     assert trainer.ended == "stopped early"
     assert len(trainer.history) == trainer.epoch == trainer.best_epoch + 3 < 30
 
 
+@pytest.mark.slow
 def test_a_nan_loss_fails_the_run_and_not_the_cohort(dataset):
     runs = [run_of(seed=0), run_of(seed=1)]
     features = features_of(dataset, runs)
@@ -300,6 +319,7 @@ def test_no_step_of_an_epoch_sees_fewer_tiles_than_another_by_more_than_one(data
     assert len(sizes) == trainer.steps_per_epoch == math.ceil(trainer.num_views / 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_batch_norm_over_a_single_value_fails_the_run_and_not_the_cohort(dataset, batch_size):
     runs = [run_of(tile_px=16, batch_size=num, crops_per_image=1, epochs=1) for num in (64, batch_size)]
@@ -311,6 +331,7 @@ def test_batch_norm_over_a_single_value_fails_the_run_and_not_the_cohort(dataset
     assert same(larger, fitted(dataset, runs[:1])[0])
 
 
+@pytest.mark.slow
 def test_the_unet_baseline_learns_in_the_same_harness(dataset):
     run = baseline_of("unet", {"width": 4}, epochs=2)
     a, b = (fitted(dataset, [run])[0] for _ in range(2))
@@ -318,12 +339,14 @@ def test_the_unet_baseline_learns_in_the_same_harness(dataset):
     assert len(a.history) == 2
 
 
+@pytest.mark.slow
 def test_learning_lowers_the_loss_and_finds_the_discs(dataset):
     trainer = fitted(dataset, [run_of("detail", epochs=12, crops_per_image=8, lr=5e-3)])[0]
     assert trainer.history[-1]["train/loss"] < 0.5 * trainer.history[0]["train/loss"]
     assert trainer.history[trainer.best_epoch]["val/dice"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_whole_image_is_judged_also_where_it_is_smaller_than_a_tile(dataset):
     run = run_of("bilinear", tile_px=224)
     features = features_of(dataset, [run], FP32)

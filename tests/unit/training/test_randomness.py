@@ -49,6 +49,7 @@ def mine(tmp_path, monkeypatch) -> Callable[..., RunSpec]:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["WithDropout", "WithNoise", "LateNoise", "AlwaysDropping"])
 def test_a_head_that_draws_learns_the_same_alone_in_a_cohort_and_resumed(dataset, mine, name):
     runs = [mine(name, seed=0), run_of("detail", **QUICK), mine(name, seed=1)]
@@ -66,6 +67,7 @@ def test_a_head_that_draws_learns_the_same_alone_in_a_cohort_and_resumed(dataset
     assert same(again, alone)
 
 
+@pytest.mark.slow
 def test_a_trained_tail_with_drop_path_learns_the_same_alone_and_in_a_cohort(dataset):
     def learned(runs: list[RunSpec], machine: Hardware) -> list[HeadTrainer]:
         features = features_of(dataset, runs, machine)
@@ -81,6 +83,7 @@ def test_a_trained_tail_with_drop_path_learns_the_same_alone_and_in_a_cohort(dat
     assert same(together[0], learned(runs[:1], FP32)[0])
 
 
+@pytest.mark.slow
 def test_a_baseline_that_draws_is_repeatable(dataset):
     run = baseline_of("unet", {"encoder": "efficientnet-b0", "width": 2}, epochs=1, crops_per_image=2)
     a, b = (fitted(dataset, [run])[0] for _ in range(2))
@@ -88,6 +91,7 @@ def test_a_baseline_that_draws_is_repeatable(dataset):
     assert same(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run", [*(run_of(head, **QUICK) for head in REGISTRY.names("heads")), run_of(unfreeze=1, **QUICK)], ids=lambda run: run.head
 )

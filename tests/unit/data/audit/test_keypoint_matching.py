@@ -59,6 +59,7 @@ def lines(rng: np.random.Generator) -> np.ndarray:
     return (picture + rng.normal(0, 2, picture.shape)).clip(0, 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", [chip, nuclei, single, array, dish, lines], ids=lambda drawn: drawn.__name__)
 def test_pictures_of_one_layout_are_different_pictures(drawn: Callable[[np.random.Generator], np.ndarray]) -> None:
     rng = np.random.default_rng(28)
@@ -68,6 +69,7 @@ def test_pictures_of_one_layout_are_different_pictures(drawn: Callable[[np.rando
     assert find_same_images(all_marks, [mean_pool(to_grey(picture)) for picture in pictures]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", [chip, array, dish], ids=lambda drawn: drawn.__name__)
 def test_a_crop_of_one_picture_of_a_layout_is_found_among_the_others(drawn: Callable[[np.random.Generator], np.ndarray]) -> None:
     rng = np.random.default_rng(28)

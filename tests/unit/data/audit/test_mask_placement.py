@@ -82,6 +82,7 @@ def test_cells_that_hardly_show_are_not_called_misplaced() -> None:
     assert not check_placement(found, [0.63] * NUM).wrong
 
 
+@pytest.mark.slow
 def test_check_and_grid_say_that_all_masks_are_turned_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exif = Image.Exif()
     exif[274] = 6

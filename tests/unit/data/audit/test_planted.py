@@ -143,6 +143,7 @@ FAULTS: dict[str, tuple[Sequence[str], Callable[[Copy], list[str]]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NUM)
 def test_every_planted_fault_is_found_where_it_lies(shared: Path, tmp_path: Path, name: str) -> None:
     copy = Copy(shared, name, tmp_path / "copy")

@@ -262,6 +262,7 @@ def resummed(data: bytes) -> bytes:
     return bytes(out)
 
 
+@pytest.mark.slow
 def test_no_mutation_gets_through_but_as_an_error_or_a_picture_of_its_headers_size(tmp_path):
     rng = random.Random(20_240_607)
     start, given, stopped = time.perf_counter(), 0, 0

@@ -242,6 +242,7 @@ def mixed_kinds(root: Path) -> None:
         tifffile.imwrite(root / "train" / "original" / f"train{k}.tif", (scene(k)[0] / 4095).astype(np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mixture", "kind"), [(mixed_depths, "depth"), (mixed_ranges, "range"), (mixed_kinds, "depth")])
 def test_check_and_grid_name_a_mixture(tmp_path: Path, mixture, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder_of(tmp_path / "data")
@@ -323,6 +324,7 @@ def test_images_of_another_magnification_than_those_learned_from_are_named(train
     assert "trained on pixels" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluate_reads_other_images_in_the_range_of_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder_of(Path("brighter"), lambda field: (field * 1.06).astype(np.uint16))
     assert main(["evaluate", "otsu · seed 0", "--data", "brighter", "--device", "cpu"]) == 0

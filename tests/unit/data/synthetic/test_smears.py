@@ -142,6 +142,7 @@ def test_sickles_are_slender_and_burrs_are_rough():
     assert roughness(replace(PURE, burr_fraction=1.0)) > 1.15 * roughness(PURE)
 
 
+@pytest.mark.slow
 def test_otsu_does_well_but_not_perfectly():
     """On BCCD it has 0.92 to 0.97 (14 images). Half the default scale, so the same picture at a quarter of the cost."""
     scores = []
@@ -257,6 +258,7 @@ def test_more_cells_than_find_room_still_end():
     assert 0.4 < (smear.classes > 0).mean() < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("card", "classes"), [("smears", {0, 1}), ("smears-kinds", {0, 1, 2, 3}), ("smears-cells", {0, 1})])
 def test_the_cards_read_the_truth_that_was_drawn(card: str, classes: set[int]) -> None:
     small = {"num_train": 3, "num_test": 1, "width_px": 500, "height_px": 400, "white_fraction": 0.2, "platelet_fraction": 0.2}

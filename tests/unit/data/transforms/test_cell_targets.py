@@ -99,6 +99,7 @@ def numbered(tmp_path: Path) -> Path:
     return tmp_path / "cells"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"tile_scale": 0.5, "framing": "resize", "tile_px": 128}], ids=["tile", "resize"])
 def test_auxiliary_targets_match_their_cells_in_every_view(numbered, settings):
     run = run_of(targets=BOTH, **settings)
@@ -109,6 +110,7 @@ def test_auxiliary_targets_match_their_cells_in_every_view(numbered, settings):
             assert batch.auxiliary_targets.shape == (*batch.target.shape, 2)
 
 
+@pytest.mark.slow
 def test_runs_with_auxiliary_targets_do_not_change_others_in_a_cohort(numbered):
     dataset, runs = dataset_of(numbered), [run_of("bilinear"), run_of("bilinear", targets=BOTH), run_of("detail", targets="cell+distance")]
 
@@ -125,6 +127,7 @@ def test_runs_with_auxiliary_targets_do_not_change_others_in_a_cohort(numbered):
     assert together[0].history != together[1].history
 
 
+@pytest.mark.slow
 def test_grid_prediction_and_export_use_the_learned_boundary_depth(numbered: Path, tmp_path: Path):
     (tmp_path / "more.toml").write_text(f"""experiment = "more"
 dataset = "folder"

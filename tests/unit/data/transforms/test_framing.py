@@ -52,6 +52,7 @@ def ramps(height_px: int, width_px: int) -> np.ndarray:
     return np.stack(np.broadcast_arrays(y, x, np.full((1, 1), 77.0)), -1).round().astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("kind", "scale"), [("tile", 1.0), ("pad", 1.0)])
 def test_unscaled_framings_give_back_every_pixel(kind: str, scale: float, size: tuple[int, int]) -> None:
@@ -62,6 +63,7 @@ def test_unscaled_framings_give_back_every_pixel(kind: str, scale: float, size: 
     np.testing.assert_allclose(through(image, way), image, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("kind", "scale"), FRAMINGS)
 def test_scores_come_back_to_where_they_were(kind: str, scale: float, size: tuple[int, int]) -> None:
@@ -119,6 +121,7 @@ def dataset(tmp_path):
 WAYS = [{"framing": "pad"}, {"framing": "pad", "tile_scale": 0.5}, {"framing": "resize"}, {"tile_scale": 0.5}, {"tile_scale": 2.0}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_run_trains_the_same_alone_in_a_cohort_and_from_cached_features(dataset, way) -> None:
     runs = [
@@ -132,6 +135,7 @@ def test_a_run_trains_the_same_alone_in_a_cohort_and_from_cached_features(datase
         assert all(same(a, b) for a, b in zip(streamed, fitted(dataset, runs, **disk), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_every_pixel_of_the_image_is_scored_once_in_validation_and_test(dataset, way) -> None:
     run = run_of("bilinear", **way)
@@ -147,6 +151,7 @@ def test_every_pixel_of_the_image_is_scored_once_in_validation_and_test(dataset,
             assert found[1].sum() == cells
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_head_that_reads_the_colour_finds_the_cells_in_their_own_place(dataset, way) -> None:
     """A model that knows the answer: dark is cell. What it loses is what the framing loses."""

@@ -118,6 +118,7 @@ def test_a_preparation_comes_back_from_its_file(normaliser) -> None:
     assert np.array_equal(again.image(slide(7)), one.image(slide(7)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reinhard", "macenko"])
 def test_a_normaliser_is_fitted_to_the_training_images_alone(small_folder, kind: str) -> None:
     before = features_of(dataset_of(small_folder), [run_of(normalise=kind)]).preparation
@@ -129,6 +130,7 @@ def test_a_normaliser_is_fitted_to_the_training_images_alone(small_folder, kind:
     assert features_of(dataset_of(small_folder), [run_of(normalise=kind)]).preparation != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reinhard", "macenko"])
 def test_a_normaliser_is_not_fitted_to_training_images_beyond_the_runs_fraction(small_folder, kind: str) -> None:
     dataset = dataset_of(small_folder)
@@ -145,6 +147,7 @@ def test_a_normaliser_is_not_fitted_to_training_images_beyond_the_runs_fraction(
     assert features_of(dataset_of(small_folder), [run_of(normalise=kind, fraction=0.5)]).preparation == half.preparation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [{"hed": 0.2}, {"normalise": "macenko"}, {"normalise": "reinhard", "tile_scale": 0.5}], ids=str)
 def test_cached_features_equal_streamed_ones_and_cohorts_change_nothing(small_folder, way) -> None:
     dataset = dataset_of(small_folder)

@@ -107,6 +107,7 @@ def test_impossible_tilings_are_refused(length: int, tile: int, overlap: int) ->
         tile_origins(length, tile, overlap)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_pixel_is_covered_and_owned_by_one_tile(size: tuple[int, int], overlap: float) -> None:

@@ -88,6 +88,7 @@ def test_missing_weights_are_never_replaced_by_random_ones(tmp_path: Path) -> No
 KNOWN = {2: [-5.200766, 2.666546, -1.763876, 0.587318], 11: [-1.141544, -0.744552, -1.737767, -1.552484]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not VIT_TINY.is_file(), reason=f"no real weights at {VIT_TINY}")
 def test_the_real_vit_tiny_gives_timms_features_and_the_known_numbers() -> None:
     import timm
@@ -128,6 +129,7 @@ print(json.dumps({"wall_s": min(walls), "factor": grown / weights}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_loading_dinobloom_s_takes_little_more_memory_than_twice_its_weights(tmp_path: Path) -> None:
     # As large as the published file, whose two heads are twice the size of the network.

@@ -64,6 +64,7 @@ def dinobloom_file(path: Path, state: dict[str, Tensor]) -> None:
 WHOLE_OR_SHORTER = [("dinobloom-s", 6, 12), ("dinobloom-b", 12, 12), ("dinobloom-l", 16, 2), ("dinobloom-g", 24, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "heads", "depth"), WHOLE_OR_SHORTER)
 def test_dinobloom_as_published_gives_the_numbers_of_an_independent_forward(name: str, heads: int, depth: int, tmp_path: Path) -> None:
     it = truncate_card(card(name, sha256=""), depth)
@@ -83,6 +84,7 @@ def test_dinobloom_in_the_layouts_of_its_ports(tmp_path: Path) -> None:
     same_maps(open_backbone(it, tmp_path), state, 6, (28, 42))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "heads", "options", "eps"),
     [
@@ -103,6 +105,7 @@ def test_transformers_layouts_load_to_the_same_numbers(name: str, heads: int, op
     same_maps(backbone, state, heads, (224, 224), eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dinov2-small", "dinov2-small-reg"])
 def test_positions_of_518_px_are_kept_and_resampled_once(name: str, tmp_path: Path) -> None:
     it = truncate_card(card(name))

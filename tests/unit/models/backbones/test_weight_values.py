@@ -115,6 +115,7 @@ def test_a_matrix_that_is_built_as_zeros_and_a_mask_of_infinities_are_sound() ->
         check_values({**net.state_dict(), "0.weight": torch.zeros(4, 3)}, parameters, "it", built=built)
 
 
+@pytest.mark.slow
 def test_a_grid_skips_the_backbone_and_names_the_tensor(sound: dict[str, Tensor], small_folder: Path, tmp_path: Path, capsys) -> None:
     state = {"project.weight": torch.zeros(24, 3, 8, 8), "project.bias": torch.ones(24)}
     parts.backbone(tmp_path / "mine", weights="https://example.org/mine.safetensors")
@@ -169,6 +170,7 @@ def test_an_image_whose_scores_are_not_finite_is_skipped_and_not_counted(exporte
         Segmenter.load(exported, device="cpu").predict(image)
 
 
+@pytest.mark.slow
 def test_an_infinite_score_is_no_prediction_though_its_probability_is_finite(small_folder: Path) -> None:
     dataset, run = dataset_of(small_folder), run_of()
     features = features_of(dataset, [run])
@@ -185,6 +187,7 @@ def test_an_infinite_score_is_no_prediction_though_its_probability_is_finite(sma
     assert not any(answers[0].finite for _, answers in segment_images([made], features, "test"))
 
 
+@pytest.mark.slow
 def test_a_run_whose_test_scores_are_not_finite_fails_with_that_reason(tmp_path: Path, capsys) -> None:
     for seed, name in enumerate(("a0.png", "a1.png", "a2.png", "a3.png")):
         write_pair(tmp_path / "smears" / "train", name, seed)
