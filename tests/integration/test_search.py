@@ -192,7 +192,7 @@ BAD = {
     "a misspelt head": (["--set", 'space.head=["bilinear", "detial"]'], "Did you mean 'detail'?"),
     "fixed and varied": (["--set", "run.lr=1e-3"], "in [space] and in [run]"),
     "no such metric": (["--set", 'search.objective="val/dise"'], "Did you mean 'val/dice'?"),
-    "a metric of the test": (["--set", 'search.objective="test/dice"'], "the best trial alone"),
+    "a metric of the test": (["--set", 'search.objective="test/dice"'], "only used for the best trial"),
     "pruning of two objectives": (["--set", 'search.objective=["val/dice", "cost/train_s"]'], "pruner"),
     "a storage that is no URL": (["--storage", "optuna"], "expected a URL"),
     "a storage that is not there": (["--storage", "sqlite:///small.toml"], "storage"),
