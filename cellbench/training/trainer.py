@@ -221,7 +221,10 @@ class HeadTrainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        # The run may resume on another kind of device: AdamW refuses a capturable step on a CPU, and a learning rate on another device.
+        own = {"capturable": self.device.type == "cuda"}
+        groups = [group | own | {"lr": float(group["lr"])} for group in state["optimiser"]["param_groups"]]
+        self.optimiser.load_state_dict(state["optimiser"] | {"param_groups": groups})
         self.best_weights = state["best_weights"]
         for name in _PROGRESS:
             setattr(self, name, state["progress"][name])

@@ -195,6 +195,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(dataset):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(dataset):
+    runs = [run_of("bilinear", epochs=2)]
+    (whole,) = fitted(dataset, runs)
+    assert isinstance(whole.recorder, Listener)
+    features = features_of(dataset, runs)
+    (again,) = trainers_of(dataset, runs, features)
+    state = whole.recorder.states[0]
+    for group in state["optimiser"]["param_groups"]:  # as AdamW has them where its step is captured
+        group |= {"capturable": True, "lr": torch.tensor(group["lr"])}
+    again.restore(state)
+    fit([again], features)
+    assert same(whole, again)
+
+
+@pytest.mark.slow
 def test_other_threads_random_numbers_do_not_matter(dataset):
     torch.manual_seed(1)
     a = fitted(dataset, [run_of("detail")])[0]
