@@ -156,7 +156,7 @@ def cohorts(runs: Iterable[RunSpec]) -> list[list[RunSpec]]:
     """The runs grouped into cohorts, which share one pass of one backbone over one stream of tiles. Keeps the order."""
     groups: dict[tuple[Any, ...], list[RunSpec]] = {}
     for run in runs:
-        groups.setdefault((run.stream, run.baseline), []).append(run)
+        groups.setdefault(run.cohort_key, []).append(run)
     return list(groups.values())
 
 

@@ -115,8 +115,13 @@ class RunSpec(StrictModel):
 
     @property
     def stream(self) -> tuple[Any, ...]:
-        """The fields that determine the stream of tiles and features. Runs with equal streams form one cohort."""
+        """The fields that determine the stream of tiles and features."""
         return tuple(getattr(self, name) for name in SAMPLING_FIELDS)
+
+    @property
+    def cohort_key(self) -> tuple[Any, ...]:
+        """Equal for runs of one cohort: the same stream, and the same baseline or none."""
+        return self.stream, self.baseline
 
 
 SAMPLING_FIELDS = tuple(name for name, field in RunSpec.model_fields.items() if _COHORT in field.metadata)

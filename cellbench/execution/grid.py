@@ -31,7 +31,7 @@ def group_cohorts(runs: Sequence[ResolvedRun]) -> list[list[ResolvedRun]]:
     """Groups the runs that can share one backbone pass over the same tiles. Keeps their order."""
     groups: dict[tuple[Any, ...], list[ResolvedRun]] = {}
     for one in runs:
-        groups.setdefault((one.run.stream, one.run.baseline), []).append(one)
+        groups.setdefault(one.run.cohort_key, []).append(one)
     return list(groups.values())
 
 
