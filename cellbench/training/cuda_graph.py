@@ -33,7 +33,7 @@ class GraphedStep:
     def __init__(
         self, step: Callable[[Batch], Tensor], batch: Batch, model: nn.Module, optimiser: torch.optim.Optimizer, pool: Any
     ) -> None:
-        self._batch = _map_tensors(batch, torch.clone)
+        self._batch = _clone(batch)
         here = torch.cuda.current_stream()
         with _unchanged(model, optimiser):
             beside = torch.cuda.Stream()
@@ -69,13 +69,13 @@ def _unchanged(model: nn.Module, optimiser: torch.optim.Optimizer) -> Iterator[N
                 x.copy_(moments[p][name]) if p in moments else x.zero_()
 
 
-def _map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+def _clone(batch: Batch) -> Batch:
     targets = batch.auxiliary_targets
     return batch._replace(
-        maps={index: function(x) for index, x in batch.maps.items()},
-        pixels=function(batch.pixels),
-        target=function(batch.target),
-        auxiliary_targets=function(targets) if targets is not None else None,
+        maps={index: x.clone() for index, x in batch.maps.items()},
+        pixels=batch.pixels.clone(),
+        target=batch.target.clone(),
+        auxiliary_targets=targets.clone() if targets is not None else None,
     )
 
 
