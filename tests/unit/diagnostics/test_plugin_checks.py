@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import parts
@@ -30,14 +29,6 @@ CARDS = {name: Registry().backbone(name) for name in Registry().names("backbones
 HEADS = {name: Registry().head(name) for name in Registry().names("heads")}
 # Cards of one network (DinoBloom-S and RedDino-S) differ in weights and colours only: the first of them stands for all in the slow checks.
 NETWORKS = {json.dumps([it.builder, it.arch], sort_keys=True): name for name, it in sorted(CARDS.items(), reverse=True)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- the shipped cards

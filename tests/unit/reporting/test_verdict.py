@@ -5,16 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from finished_runs import IMAGES, finished_run, per_image_scores
+from made_up_scores import degenerate_scores, scores
 
 from cellbench.reporting.model_groups import group_models
 from cellbench.reporting.verdict import describe_best, describe_difference, describe_verdict, format_p
 from cellbench.statistics.comparison import compare, compare_all
-from cellbench.statistics.scores import ModelScores
-
-
-def scores(name, values):
-    values = np.atleast_2d(values)
-    return ModelScores(model=name, images=[f"{n}.png" for n in range(values.shape[1])], values=values)
 
 
 @pytest.fixture
@@ -89,12 +84,8 @@ def test_of_models_with_equal_scores_the_verdict_names_the_first_of_the_leaderbo
 @pytest.mark.parametrize("num", [1, 2, 3, 8])
 @pytest.mark.parametrize("make", ["constant", "equal", "binary", "random"])
 def test_no_sentence_holds_nan_or_minus_zero(rng, num, make):
-    kinds = {
-        "constant": lambda n: np.full((1, num), n / 10),
-        "equal": lambda n: np.full((2, num), 0.5),
-        "binary": lambda n: rng.integers(0, 2, (1, num)),
-        "random": lambda n: rng.random((2, num)),
-    }
-    text = " ".join(describe_verdict(compare_all([scores(f"m{n}", kinds[make](n)) for n in range(4)], against="m0", picked=True)))
+    text = " ".join(
+        describe_verdict(compare_all([scores(f"m{n}", degenerate_scores(rng, make, n, num)) for n in range(4)], against="m0", picked=True))
+    )
     assert "nan" not in text.lower()
     assert "-0.000" not in text

@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 import numpy as np
 import pytest
 import scipy.stats as st
-from made_up_scores import scores
+from made_up_scores import degenerate_scores, scores
 
 from cellbench.errors import CellbenchError
 from cellbench.statistics.bootstrap import mean_interval
@@ -258,14 +258,8 @@ def test_many_images_are_drawn_in_pieces_of_one_stream(rng):
 @pytest.mark.parametrize("num", [1, 2, 3, 8])
 @pytest.mark.parametrize("make", ["constant", "equal", "binary", "random"])
 def test_nothing_is_ever_nan_and_nothing_warns(rng, num, make):
-    kinds = {
-        "constant": lambda n: np.full((1, num), n / 10),
-        "equal": lambda n: np.full((2, num), 0.5),
-        "binary": lambda n: rng.integers(0, 2, (1, num)),
-        "random": lambda n: rng.random((2, num)),
-    }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        models = [scores(f"m{n}", kinds[make](n), folds=np.resize([0, 1], num).tolist()) for n in range(4)]
+        models = [scores(f"m{n}", degenerate_scores(rng, make, n, num), folds=np.resize([0, 1], num).tolist()) for n in range(4)]
         found, ranking = compare_all(models), critical_difference(models)
     assert all(math.isfinite(x) for record in (*found, ranking, mean_interval(models[0].per_image)) for x in numbers(record))

@@ -5,47 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from backbone_cards import built, card
 from dinov2_weights import published_state
 from small_data import SHARED
-from torch import Tensor
 
-from cellbench.config.cards import BackboneCard
-from cellbench.config.registry import Registry, load
+from cellbench.config.registry import Registry
 from cellbench.errors import WeightsUnavailable
-from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone, weights_digest
 
 CARDS = {name: Registry().backbone(name) for name in Registry().names("backbones")}
 VIT_TINY = SHARED / "weights" / "vit_tiny_patch16_224.safetensors"
-
-
-def card(name: str, **changes: object) -> BackboneCard:
-    return Registry().backbone(name).model_copy(update=changes)
-
-
-def built(it: BackboneCard, state: dict[str, Tensor] | None = None) -> Backbone:
-    return load(it)(it, state).freeze()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors, and a machine that others use too: waiting threads would cost more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.delenv("CELLBENCH_WEIGHTS", raising=False)
 
 
 # --- cards; what every backbone must keep is in test_contracts.py

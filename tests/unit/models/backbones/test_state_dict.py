@@ -5,46 +5,21 @@ The files are written here in the published names with random values; what must 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from backbone_cards import built, card
 from dinov2_weights import as_transformers, patch_tokens, published_state
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cellbench.config.cards import BackboneCard
-from cellbench.config.registry import Registry, load
 from cellbench.errors import CellbenchError
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone, truncate_card
 from cellbench.models.backbones.state_dict import to_timm_names
 
 DINOBLOOM_HEADS = {"dino_head.mlp.0.weight": torch.zeros(3, 3), "ibot_head.last_layer.weight_g": torch.ones(3, 1)}
-
-
-def card(name: str, **changes: object) -> BackboneCard:
-    return Registry().backbone(name).model_copy(update=changes)
-
-
-def built(it: BackboneCard, state: dict[str, Tensor] | None = None) -> Backbone:
-    return load(it)(it, state).freeze()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.delenv("CELLBENCH_WEIGHTS", raising=False)
 
 
 def same_maps(backbone: Backbone, state: dict[str, Tensor], heads: int, tile: tuple[int, int], eps: float = 1e-6) -> None:
