@@ -177,7 +177,7 @@ class _TestSetReport:
         }
         blocks: list[Block] = [self.figure("cost", comparison.plot_pareto, self.plotted, axes, caption=load)] if self.plotted else []
         notes = [
-            load,
+            *([] if self.plotted else [load]),  # else it is the figure's caption
             "Backbone and head: parameters, of the head those that were trained. CPU seconds are the processor time of a run's threads; on a "
             "GPU, of handing the work over. Other load is the largest share of the processor that other processes used while a run was trained "
             "or tested.",
