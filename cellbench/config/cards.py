@@ -29,9 +29,11 @@ class Card(StrictModel):
     builder: str
     """A name in ``cellbench.config.registry.BUILDERS``, ``module:object``, or ``file.py:object`` for a file beside the card; imported when built."""
     license: str = ""
+    """Licence of the weights or images."""
     source: str = ""
     """Where the facts come from: a paper, a DOI, a page."""
     notes: str = ""
+    """Anything else worth knowing."""
 
 
 class BackboneCard(Card):
@@ -54,7 +56,9 @@ class BackboneCard(Card):
     file_mib: float = Field(default=0, ge=0)
     """Size of the published file, if it holds more than the network's parameters in float32 (training heads, a teacher); 0: that of the parameters."""
     patch_px: int = Field(ge=1, le=64)
+    """Side of the square of pixels that one feature vector stands for."""
     dim: int = Field(ge=1)
+    """Number of channels of the feature maps."""
     depth: int = Field(ge=1)
     """Number of blocks, that is, of maps that heads can choose from."""
     prefix_tokens: int = Field(default=0, ge=0)
@@ -62,8 +66,11 @@ class BackboneCard(Card):
     params_m: float = Field(default=0, ge=0)
     """Millions of parameters."""
     mean: tuple[float, float, float]
+    """Mean of each colour channel that is subtracted from pixels in 0..1."""
     std: tuple[float, float, float]
+    """Standard deviation by which they are then divided."""
     gated: bool = False
+    """Whether the download needs an account that has accepted the licence."""
     page: str = ""
     """Where to accept the licence, or to read about the weights; empty: the hub repository's page."""
     probe: tuple[float, ...] = ()
@@ -85,6 +92,7 @@ class HeadCard(Card):
     pixels: bool = False
     """Whether it also reads the pixels of the tile."""
     options: dict[str, Scalar] = Field(default_factory=dict)
+    """Arguments of the builder, with their defaults."""
 
 
 class BaselineCard(Card):
@@ -96,6 +104,7 @@ class BaselineCard(Card):
     trained: bool
     """Whether it is trained. If not, its builder is a function from image to mask."""
     options: dict[str, Scalar] = Field(default_factory=dict)
+    """Arguments of the builder, with their defaults."""
 
 
 class LossCard(Card):
@@ -117,8 +126,11 @@ class MetricCard(Card):
     label: str = ""
     """In headings and figures; empty: the card's name."""
     unit: str = ""
+    """Unit; empty for a share or a number without one."""
     direction: Literal["maximize", "minimize"] = "maximize"
+    """The better direction."""
     in_leaderboard: bool = True
+    """Whether the leaderboard has a column of it."""
     searchable: bool = False
     """Whether a search may optimise it, as ``val/NAME``. Costs one pass over the validation images for each run of a search."""
 
@@ -131,6 +143,7 @@ class DatasetCard(Card):
     """Empty: the folder is read in one of the known layouts. Else ``builder(folder, card)`` returns its ``cellbench.data.scan.Listing``, or with
     ``draw`` ``builder(folder, settings, progress)`` draws the images into the folder."""
     classes: tuple[str, ...] = Field(default=("background", "cell"), min_length=2)
+    """Names of the classes, the background first."""
     values: tuple[int, ...] = ()
     """The mask value of each class; a pixel belongs to the nearest. Empty: 0 is background, anything else a cell."""
     tolerance: int = Field(default=20, ge=0, lt=32768)
@@ -164,6 +177,7 @@ class DatasetCard(Card):
     expected: dict[str, int] = Field(default_factory=dict)
     """How many images the published set holds, by split."""
     how_to_get: str = ""
+    """Where to get the images, for the message when they are missing."""
     draw: dict[str, Scalar] = Field(default_factory=dict)
     """The drawing's settings and their defaults; empty for data that is read from a folder."""
 

@@ -25,6 +25,7 @@ class DataSpec(StrictModel):
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share of all images used for the test, where the data has no test folder."""
     split_seed: int = Field(default=2026, ge=0, lt=2**31)
+    """Seed of random splits and folds."""
     folds: int = Field(default=0, ge=0, le=1000)
     """k-fold cross-validation: every image, those of a test folder too, is tested in one of k folds; 0: one split as above."""
     fold: int = Field(default=0, ge=0)
@@ -40,6 +41,7 @@ class DataSpec(StrictModel):
     limit: int | None = Field(default=None, ge=1)
     """Maximum number of images of each of train, validation and test."""
     draw: dict[str, Scalar] = Field(default_factory=dict)
+    """Settings of a synthetic dataset, by the names on its card."""
 
     @field_validator("group_pattern")
     @classmethod
@@ -63,13 +65,21 @@ class Experiment(StrictModel):
     """Which backbones, heads and settings are compared on which data."""
 
     experiment: str = Field(min_length=1, max_length=200)
+    """Name of the experiment, in MLflow and in reports."""
     dataset: str
+    """Card of the dataset; ``folder`` for images without a card of their own."""
     baselines: tuple[str, ...] = ()
+    """Baselines to compare with."""
     data: DataSpec = DataSpec()
+    """How the images are split."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
+    """Lists of backbones, heads, seeds and any setting of ``[run]``: one run for each combination."""
     run: dict[str, Any] = Field(default_factory=dict)
+    """Settings that all runs share."""
     head: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """``[head.NAME]``: options and settings for the runs of this head only."""
     baseline: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """``[baseline.NAME]``: options and settings for the runs of this baseline only."""
 
     @classmethod
     def of(cls, tree: Mapping[str, Any], where: str) -> Experiment:

@@ -32,23 +32,31 @@ class RunSpec(StrictModel):
     framing: Annotated[Literal["tile", "pad", "resize"], _COHORT] = "tile"
     """``tile``: cut into squares. ``pad``: whole, padded to multiples of ``tile_px``. ``resize``: whole, resized to one square."""
     tile_px: Annotated[int, _COHORT] = Field(default=224, ge=16, le=4096)
+    """Side of the square tiles that the backbone sees."""
     tile_scale: Annotated[float, _COHORT] = Field(default=1.0, ge=0.25, le=4)
     """Scale of the image before tiling: at 2 a tile shows a quarter of the area, each cell twice as wide. ``resize``: scale of the square."""
     overlap: Annotated[float, _COHORT] = Field(default=0.5, ge=0, le=0.9)
     """Share of a tile that its neighbour also covers, in test and prediction."""
     val_overlap: Annotated[float, _COHORT] = Field(default=0.0, ge=0, le=0.9)
+    """The same in validation."""
     sampling: Annotated[Literal["crops", "tiles"], _COHORT] = "crops"
     """``crops``: random places, new ones each epoch. ``tiles``: every tile of every image once an epoch."""
     crops_per_image: Annotated[int, _COHORT] = Field(default=1, ge=1, le=10_000)
+    """Number of random crops that an epoch takes from each training image; without effect on ``tiles``."""
     repeat_views_every: Annotated[int, _COHORT] = Field(default=0, ge=0, le=1000)
     """Number of epochs after which training views repeat; 0: never. With it, features of augmented tiles can be cached."""
     flips: Annotated[bool, _COHORT] = True
+    """Whether training tiles are mirrored at random."""
     rotations: Annotated[bool, _COHORT] = True
     """By right angles only, which needs no interpolation."""
     brightness: Annotated[float, _COHORT] = Field(default=0.2, ge=0, lt=1)
+    """Largest random change of brightness of a training tile, as a share; 0: none."""
     contrast: Annotated[float, _COHORT] = Field(default=0.2, ge=0, lt=1)
+    """The same for contrast."""
     saturation: Annotated[float, _COHORT] = Field(default=0.1, ge=0, lt=1)
+    """The same for saturation."""
     hue: Annotated[float, _COHORT] = Field(default=0.05, ge=0, le=0.5)
+    """Largest random shift of the hue, as a share of the colour circle."""
     hed: Annotated[float, _COHORT] = Field(default=0.0, ge=0, le=1)
     """Stain augmentation: haematoxylin, eosin and DAB are each multiplied by 1 - ``hed`` to 1 + ``hed``, and shifted. 0.05 is light, 0.2 strong."""
     augmentations: Annotated[str, _COHORT] = "none"
@@ -56,6 +64,7 @@ class RunSpec(StrictModel):
     normalise: Annotated[Literal["none", "reinhard", "macenko"], _COHORT] = "none"
     """Stain normalisation of all images to the run's training images. Untrained baselines see images as they are."""
     data_seed: Annotated[int, _COHORT] = Field(default=2026, ge=0, lt=2**31)
+    """Seed of the training tiles, their augmentation and their order; equal for all runs that are compared."""
     fraction: Annotated[float, _COHORT] = Field(default=1.0, gt=0, le=1)
     """Share of the training images that is used; smaller shares are subsets of larger ones. The length of an epoch stays the same."""
 
@@ -63,14 +72,21 @@ class RunSpec(StrictModel):
     """Index of the fold of ``[data] folds`` that is the test set, from 0."""
 
     epochs: int = Field(default=20, ge=1, le=10_000)
+    """Maximum number of epochs; ``patience`` may end a run earlier."""
     batch_size: int = Field(default=8, ge=1, le=4096)
+    """Number of tiles per training step of a head."""
     lr: float = Field(default=1e-3, gt=0, le=1)
+    """Peak learning rate (AdamW)."""
     weight_decay: float = Field(default=1e-4, ge=0, le=1)
+    """Weight decay (AdamW)."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """``cosine``: the learning rate falls to 0 over ``epochs``."""
     warmup_epochs: float = Field(default=1.0, ge=0)
+    """The learning rate rises linearly over this number of epochs, which may be a fraction."""
     patience: int = Field(default=10, ge=0)
     """Epochs without a better ``select`` before the run stops; 0: never."""
     loss: str = "0.5 ce + 0.5 dice"
+    """A loss, or a weighted sum of losses. ``cellbench list losses`` names them."""
     targets: Literal["cell", "cell+distance", "cell+border+distance"] = "cell"
     """Auxiliary targets beside the classes, to separate touching cells: the distance to the cell's border, and borders between cells."""
     unfreeze: Annotated[int, _COHORT] = Field(default=0, ge=0, le=100)
@@ -80,6 +96,7 @@ class RunSpec(StrictModel):
     layer_decay: float = Field(default=0.75, gt=0, le=1)
     """The learning rate of each block before it, as a share of that of the next block."""
     select: Literal["val/dice", "val/loss"] = "val/dice"
+    """The score by which the best epoch is chosen."""
 
     @field_validator("loss")
     @classmethod

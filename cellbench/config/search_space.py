@@ -34,16 +34,21 @@ class Settings(StrictModel):
     batch: int = Field(default=8, ge=1, le=1000)
     """Trials that are proposed together and share passes of the backbone."""
     seed: int = Field(default=2026, ge=0, lt=2**31)
+    """Seed of the sampler and of the random first trials."""
     sampler: Literal["tpe", "gp", "random", "qmc", "nsga2"] = "tpe"
+    """Optuna's sampler."""
     startup: int = Field(default=10, ge=1)
     """Number of first trials of ``tpe`` and ``gp`` that are random, with pairs of backbone and head in turn."""
     pruner: Literal["none", "median", "halving", "hyperband"] = "none"
+    """Optuna's pruner, which ends unpromising trials early; only with one objective that is validated each epoch."""
     objective: str | list[str] = "val/dice"
+    """The metric to optimise, or several for a Pareto front."""
     direction: str | list[str] | None = None
     """``maximize`` or ``minimize``, one for each objective; by default the metric's own."""
     max: dict[str, float] = Field(default_factory=dict)
     """Upper bounds: ``"cost/latency_ms" = 500``. Trials beyond a bound are kept but never the best."""
     min: dict[str, float] = Field(default_factory=dict)
+    """Lower bounds, in the same way."""
     repeat_best: int = Field(default=3, ge=1, le=100)
     """Number of seeds with which the best setting is trained and tested at the end."""
     max_failed: int = Field(default=3, ge=1)
