@@ -33,11 +33,15 @@ def experiment_path(name: str) -> Path:
 
 
 def read_experiment(
-    name: str, changes: Sequence[str] = (), data: Path | None = None, limit: int | None = None, registry: Registry | None = None
+    name: str | Mapping[str, Any],
+    changes: Sequence[str] = (),
+    data: Path | None = None,
+    limit: int | None = None,
+    registry: Registry | None = None,
 ) -> tuple[Experiment, str]:
     """The experiment of a file, or of a shipped file's name, with ``--set`` changes; and a file of the same that needs no options.
 
-    ``--data`` replaces a synthetic dataset by the user's folder. Raises CellbenchError.
+    Instead of a name, a mapping with the keys of such a file. ``--data`` replaces a synthetic dataset by the user's folder. Raises CellbenchError.
     """
     request = read_tree(name, changes, limit)
     path, tree = request.path, request.tree
@@ -61,9 +65,10 @@ def read_experiment(
 
 @dataclass(frozen=True, kw_only=True)
 class GridRequest:
-    """A file and the changes of a call. The file is read once at the start, so later edits have no effect."""
+    """A file, or a mapping with its keys, and the changes of a call. The file is read once at the start, so later edits have no effect."""
 
     path: Path
+    """For messages."""
     text: str
     """The file as it was read."""
     tree: dict[str, Any]
@@ -89,13 +94,13 @@ class GridRequest:
         return "\n".join([*head, f"{CHANGED}{' '.join(' '.join(self.changes).split())}\n", tomli_w.dumps(self.tree)])
 
 
-def read_tree(name: str, changes: Sequence[str] = (), limit: int | None = None) -> GridRequest:
-    """The file of an experiment or search, with ``--set`` changes. Raises CellbenchError."""
-    path = experiment_path(name)
+def read_tree(name: str | Mapping[str, Any], changes: Sequence[str] = (), limit: int | None = None) -> GridRequest:
+    """The file of an experiment or search, or a mapping with its keys, with ``--set`` changes. Raises CellbenchError."""
+    path = experiment_path(name) if isinstance(name, str) else Path("the experiment")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if isinstance(name, str) else tomli_w.dumps(name)
         tree = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, TypeError, tomllib.TOMLDecodeError) as error:
         raise CellbenchError(f"{path}: cannot be read as an experiment: {error}.") from None
     for change in changes:
         _change(tree, change)

@@ -51,7 +51,8 @@ def ask(question: list[str], project: Path, monkeypatch: pytest.MonkeyPatch, unt
     with monkeypatch.context() as patch:
         patch.chdir(project)
         patch.setattr(HeadTrainer, "start_epoch", ends)
-        patch.setattr("cellbench.cli.grid.write_report", lambda *_: None)  # the report: half of the time, and not the question here
+        # The report: half of the time, and not the question here.
+        patch.setattr("cellbench.execution.experiment_run.write_report", lambda *_: None)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project / 'mlflow.db'}")
         try:
             return main(question)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cellbench.cli import grid
 from cellbench.config.loading import read_experiment
+from cellbench.execution import experiment_run
 from cellbench.reporting.collect import collect_runs
 from cellbench.run import main
 from cellbench.search import best_setting
@@ -48,14 +48,14 @@ def logged(name: str) -> tuple[str, dict, str]:
 def damage(monkeypatch, file: Path, change) -> None:
     """The file is changed when what it asks was logged and the runs begin to train."""
 
-    def during(runner, *more, original=grid.run_all):
+    def during(runner, *more, original=experiment_run.run_all):
         parent = next(run for run in runner.tracker.stored() if run.run_id == runner.parent_id)
         assert runner.tracker.artifact(parent, "experiment.toml")
         assert runner.tracker.artifact(parent, "about.json")
         change(file)
         return original(runner, *more)
 
-    monkeypatch.setattr(grid, "run_all", during)
+    monkeypatch.setattr(experiment_run, "run_all", during)
     monkeypatch.setattr(best_setting, "run_all", during)
 
 

@@ -1,0 +1,159 @@
+"""Runs an experiment: reads it, plans its runs, executes those that are not finished, and reports.
+
+The command ``grid`` and the Python function ``cellbench.grid`` both call this, so that they give the same runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cellbench.config.experiment import Experiment
+from cellbench.config.loading import read_experiment
+from cellbench.config.options import GridOptions
+from cellbench.data.audit import quick_check
+from cellbench.data.dataset import SPLITS, Dataset
+from cellbench.data.loading import open_folds
+from cellbench.execution import ray_cluster, ray_grid
+from cellbench.execution.artifacts import pool_folds
+from cellbench.execution.grid import Executor, InProcessExecutor, run_all
+from cellbench.execution.multiprocess import ProcessExecutor
+from cellbench.execution.planning import ResolvedRun, resolve_runs
+from cellbench.execution.resources import Resources
+from cellbench.execution.runner import Outcome, Runner
+from cellbench.execution.worker_job import job_spec
+from cellbench.reporting.collect import RunRequest
+from cellbench.reporting.report import log_request, write_report
+from cellbench.tracking.tracker import Run, Tracker
+
+Say = Callable[[str], None]
+"""Takes a message of one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentPlan:
+    """An experiment with its data, its runs and what they run on."""
+
+    experiment: Experiment
+    text: str
+    """The experiment file with the options applied."""
+    options: GridOptions
+    resources: Resources
+    datasets: list[Dataset]
+    """One, or one per fold."""
+    runs: list[ResolvedRun]
+
+
+def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | None = None) -> ExperimentPlan:
+    """Reads the experiment and its data, and resolves its runs; with ``dry_run`` downloads no weights. Raises CellbenchError.
+
+    ``say`` receives notes on the data. ``tree``: the experiment as a mapping, instead of the file ``options.file``, which then is its name in
+    messages.
+    """
+    resources = Resources.of(options, elsewhere=options.on is not None and not options.dry_run)
+    registry, machine = resources.registry, resources.machine
+    experiment, text = read_experiment(options.file if tree is None else tree, options.changes, options.data, options.limit, registry)
+    datasets = open_folds(experiment, registry, options.data)
+    for line in dict.fromkeys(line for dataset in datasets for line in dataset.notes):
+        say(line)
+    dataset = datasets[0]
+    for line in quick_check.severe_findings(dataset):
+        say(line)
+    runs = resolve_runs(
+        experiment,
+        registry,
+        datasets,
+        resources.weights,
+        options.file,
+        precision=machine.precision_name,
+        download=not options.dry_run,
+    )
+    sizes = f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} test images"
+    folds = f" in each of {len(datasets)} folds, or one more or less" if len(datasets) > 1 else ""
+    say(f"{experiment.experiment}: {len(runs)} runs on {dataset.name} ({sizes}{folds}), on {machine.name}.")
+    return ExperimentPlan(experiment=experiment, text=text, options=options, resources=resources, datasets=datasets, runs=runs)
+
+
+def run_experiment(plan: ExperimentPlan, tracker: Tracker, say: Say, say_result: Say | None = None) -> Outcome:
+    """Executes the runs that are not finished, and logs the report to the parent run in MLflow. Raises CellbenchError.
+
+    ``say`` receives messages while it runs, ``say_result`` (default: ``say``) the leaderboard and the verdict.
+    """
+    options, machine = plan.options, plan.resources.machine
+    with (
+        ray_cluster.connect(options.on, machine) if options.on is not None else nullcontext() as ray,
+        _parent_run(plan, tracker) as parent,
+    ):
+        request = log_request(parent, plan.text, plan.datasets[0], machine.name)
+        outcome = _execute(plan, tracker, parent, ray, say)
+        _report(plan, tracker, parent, outcome, request, say_result or say)
+    return outcome
+
+
+@contextmanager
+def _parent_run(plan: ExperimentPlan, tracker: Tracker) -> Iterator[Run]:
+    """Opens the parent run of the grid in MLflow: the same one each time the same grid is started."""
+    precision, data = plan.resources.machine.precision_name, pool_folds(plan.datasets)
+    facts = json.dumps([plan.experiment.model_dump(mode="json"), data, precision], sort_keys=True)
+    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    params = {f"grid.{name}": ", ".join(map(str, values)) for name, values in plan.experiment.grid.items()}
+    params |= {"baselines": ", ".join(plan.experiment.baselines) or "none", "dataset": plan.datasets[0].name, "precision": precision}
+    with tracker.parent_run(f"grid: {Path(plan.options.file).stem}", key, params, data) as parent:
+        parent.log({"grid/runs": len(plan.runs)})
+        yield parent
+
+
+def _execute(plan: ExperimentPlan, tracker: Tracker, parent: Run, ray: Any, say: Say) -> Outcome:
+    """Executes the unfinished runs in this process, in several local processes, or on Ray."""
+    options, resources = plan.options, plan.resources
+    runner = Runner(
+        experiment=plan.experiment,
+        registry=resources.registry,
+        datasets=plan.datasets,
+        machine=resources.machine,
+        weights=resources.weights,
+        tracker=tracker,
+        parent_id=parent.run_id,
+        disk_bytes=resources.disk_bytes,
+        prefer_disk=resources.prefer_disk,
+        say=say,
+    )
+    job = job_spec(
+        plan.experiment,
+        parent.run_id,
+        resources.machine,
+        where=options.file,
+        data=options.data,
+        weights=resources.weights,
+        extra=options.registry,
+        disk_bytes=resources.disk_bytes,
+        prefer_disk=resources.prefer_disk,
+    )
+    executor: Executor = InProcessExecutor()
+    if options.workers is not None:
+        executor = ProcessExecutor(options.workers, job)
+    elif ray is not None:
+        executor = ray_grid.RayExecutor(ray, job, options.gpu_share)
+    with parent.system_metrics():
+        return run_all(runner, plan.runs, executor)
+
+
+def _report(plan: ExperimentPlan, tracker: Tracker, parent: Run, outcome: Outcome, request: RunRequest, say: Say) -> None:
+    ids = {run.run_id for run in outcome.finished.values()}
+    splits = {
+        f"fold {fold}: {split}" if len(plan.datasets) > 1 else split: [sample.name for sample in dataset.samples(split)]
+        for fold, dataset in enumerate(plan.datasets)
+        for split in SPLITS
+    }
+    write_report(tracker, parent, ids, request, splits, outcome.skipped, outcome.failed, say)
+    parent.log({"grid/finished": len(ids), "grid/skipped": len(outcome.skipped), "grid/failed": len(outcome.failed)})
+    if outcome.skipped or outcome.failed or outcome.busy:
+        say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} in another process.")
+    say(f"everything is in MLflow: `cellbench ui` or `mlflow ui` here, experiment '{tracker.name}'; its parent run has report.html.")
+    if outcome.failed:
+        parent.end("failed", f"{len(outcome.failed)} runs failed")
