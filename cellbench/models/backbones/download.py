@@ -111,11 +111,11 @@ def _fetch(url: str, part: Path) -> None:
 
 
 def _progress(url: str, start: int, total: int | None) -> Any:
-    from tqdm import tqdm
+    from cellbench.console import ProgressBar
 
     name = Path(unquote(urlsplit(url).path)).name
     look = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
-    return tqdm(desc=name, initial=start, total=total, file=sys.stderr, disable=None, **look)  # None: silent in a log file
+    return ProgressBar(desc=name, initial=start, total=total, file=sys.stderr, disable=None, **look)  # None: silent in a log file
 
 
 def _refused(url: str, code: int, reason: str) -> WeightsUnavailable:
