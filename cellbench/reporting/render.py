@@ -52,14 +52,12 @@ def to_note(
     *, question: str, data: str, verdict: Sequence[str], rows: Sequence[LeaderboardRow], skipped: Mapping[str, str], picture: str = ""
 ) -> str:
     """The report in short, as Markdown for MLflow. ``picture``: the address of a figure."""
-    notes = [sentence for sentence in verdict if sentence.startswith("Note")]
     cells = [format_row(row) for row in rows[:MAX_NOTE_MODELS]]
     table = padded_table(NOTE_COLUMNS, [[line[name] for name in NOTE_COLUMNS] for line in cells])
     text = _templates().get_template("note.md.j2").render(
         question=question,
         data=data,
-        verdict=[sentence for sentence in verdict if sentence not in notes],
-        notes=notes,
+        verdict=verdict,
         table=table,
         num_more=max(0, len(rows) - MAX_NOTE_MODELS),
         skipped=skipped,

@@ -149,7 +149,7 @@ def _draw_report(
     from cellbench.reporting.render import write_report_files
     from cellbench.reporting.sections import build_report  # imports matplotlib
 
-    results = collect_report([tracker], only=only, request=request)
+    results = replace(collect_report([tracker], only=only, request=request), skipped=skipped, failed=failed)
     first = results.sets[0]
     report = build_report(results)
     summary = Summary(

@@ -94,11 +94,12 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """``verdict``: sentences, the most important first; ``lead``: blocks before the first section."""
+    """``verdict``: at most five sentences, the most important first; ``notes``: further ones; ``lead``: blocks before the first section."""
 
     title: str
     subtitle: str
     verdict: Sequence[str]
+    notes: Sequence[str] = ()
     question: str = ""
     lead: Sequence[Block] = ()
     sections: Sequence[Section] = ()

@@ -61,6 +61,7 @@ def build_report(results: ExperimentResults) -> ReportData:
     sections.append(Section("Runs without a result", provenance.missing_runs(results)))
     sections.append(Section("What the metrics mean", provenance.glossary(results)))
     sections.append(Section("How it was made", provenance.environment(results)))
+    verdict = conclude(results, rows)
     num_models = sum(len(here.models) for here in results.sets)
     num_images = f"{len(first.images)} test image{'s' * (len(first.images) != 1)}"
     more = f" and {len(others)} other test set{'s' * (len(others) != 1)}" if others else ""
@@ -68,7 +69,8 @@ def build_report(results: ExperimentResults) -> ReportData:
         title=results.experiment,
         subtitle=f"{results.num_runs} finished runs, {num_models} models, {num_images}{more}; made {time.strftime('%Y-%m-%d %H:%M')}",
         question=results.request.question,
-        verdict=conclude(results.sets, rows),
+        verdict=verdict.lines,
+        notes=verdict.more,
         lead=[provenance.data_facts(results)],
         sections=sections,
         leaderboard=rows,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from cellbench.reporting.collect import ExperimentResults
 from cellbench.reporting.leaderboard import LeaderboardRow
 from cellbench.reporting.learning_curves import LearningCurve
 from cellbench.reporting.model_groups import TestSet
@@ -13,33 +17,103 @@ from cellbench.statistics.hypothesis_tests import DECIMALS, describe_undecidable
 from cellbench.statistics.scores import Difference
 from cellbench.system_load import describe_load
 
+MAX_NOTES = 3
+"""Maximum number of notes in the verdict; the rest is folded."""
 MAX_PAIRS_LISTED = 4
 """Maximum number of models that get their own sentence; the rest is counted."""
 MAX_SETS_LISTED = 4
+MAX_REASON_CHARS = 140
 MAX_MODELS_LISTED = 6
 BUSY_PCT = 10.0
 """Load by other processes, in percent, from which costs get a warning."""
+SEED_OR_FOLD = re.compile(r" · (seed|fold) \d+")
 
 
-def conclude(sets: Sequence[TestSet], rows: Sequence[LeaderboardRow]) -> list[str]:
-    """The verdict about the first of these test sets, the most important sentence first; ``rows``: its leaderboard."""
-    here = sets[0]
-    sentences = describe_best(here) + describe_other_winners(here) + describe_empty_images(here) + describe_absent_classes(here)
-    sentences += describe_class_mean(here) + describe_test_sets(sets)
-    if max((row.other_load_pct or 0.0 for row in rows), default=0.0) >= BUSY_PCT:
-        sentences.append("Note: " + _lower_first(describe_costs_load(rows)))
-    return sentences
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    lines: tuple[str, ...]
+    """At most five: the best model and its score; whether the differences to the others are significant; then what limits this."""
+    more: tuple[str, ...] = ()
+    """The other notes, the most important first, and the differences to the best model one by one."""
+
+
+def conclude(results: ExperimentResults, rows: Sequence[LeaderboardRow]) -> Verdict:
+    """The verdict about the first test set; ``rows``: its leaderboard."""
+    here = results.sets[0]
+    notes = list_notes(results, rows)
+    more = [*notes[MAX_NOTES:], *describe_pairs(here.differences_to_best())]
+    return Verdict(lines=(*describe_best(here), *notes[:MAX_NOTES]), more=tuple(more))
+
+
+def list_notes(results: ExperimentResults, rows: Sequence[LeaderboardRow]) -> list[str]:
+    """What limits the verdict, a sentence each, the most important first: ``MAX_NOTES`` of them stand beside it, the rest is folded."""
+    here = results.sets[0]
+    rule = describe_ranking_rule(here)
+    return [
+        *describe_missing(results),
+        *describe_test_sets(results.sets),
+        *describe_limits(here),
+        *describe_absent_classes(here),
+        *describe_empty_images(here),
+        *describe_busy_machine(rows),
+        *([f"{here.best.name} was {rule}."] if rule else []),
+        *describe_class_mean(here),
+        *describe_other_winners(here),
+    ]
 
 
 def describe_best(here: TestSet) -> list[str]:
-    """The best model, how it was chosen, and whether it differs significantly from the others."""
+    """The answer in two lines: the best model and its score; whether it differs significantly from the others."""
     if all(model.scores().empty.all() for model in here.models):
         return ["No test image has a cell, and no model found one: there is nothing to compare."]
-    differences = here.differences_to_best()
+    interval, best = here.intervals()[0], here.best
+    num = interval.num if interval.unit == "image" else int((~best.scores().empty).sum())
+    groups = f" in {interval.num} groups" if interval.unit == "group" else ""
+    name = f"{best.name} (a baseline)" if best.baseline and len(here.models) > 1 else best.name
+    span = f" ({_span(interval, 3)})" if interval.low is not None else ""
+    first = f"Best on average is {name}: Dice {interval.mean:.3f}{span} over {num} image{'s' * (num != 1)}{groups}."
+    return [first, describe_evidence(here)]
+
+
+def describe_evidence(here: TestSet) -> str:
+    """Whether the best model differs significantly from the others, the next one and the baselines, in one line."""
+    differences = {d.a: d for d in here.differences_to_best()}
     if not differences:
-        return ["There is only one model: there is nothing to compare."]
-    sentences = describe_verdict(differences)
-    return [*sentences[:2], f"{here.best.name} was {describe_ranking_rule(here)}.", *sentences[2:]]
+        return "There is only one model: there is nothing to compare."
+    order = [differences[model.name] for model in here.models[1:]]
+    better, tied = [d for d in order if d.better == d.b], [d for d in order if d.better != d.b]
+    num, (first, *_) = len(order), order
+    if not here.decidable:
+        why = describe_undecidable(here.num_units, here.num_pairs, here.unit)
+        return f"{why[:1].upper()}{why[1:]}: the next, {first.a}, {_gap(first, alone=True)}."
+    if not tied:
+        if num == 1:
+            return f"It is significantly better than {first.a}, which {_gap(first)}."
+        return f"It is significantly better than each of the {num} other models: the next, {first.a}, {_gap(first)}."
+    if not better:
+        if num == 1:
+            return f"The difference to the other model is not significant: {first.a} {_gap(first)}."
+        return f"No difference to another model is significant: the next, {first.a}, {_gap(first)}."
+    beaten = [model.name for model in here.models[1:] if model.baseline and differences[model.name] in better]
+    kind = f"the baseline{'s' * (len(beaten) > 1)} {' and '.join(beaten)} among them, " if 0 < len(beaten) < 4 else ""
+    more = f"; nor from {_list([d.a for d in tied[1:]], 2)}" if len(tied) > 1 else ""
+    return (
+        f"It is significantly better than {len(better)} of {num} other models, {kind}but not significantly different from {tied[0].a}, "
+        f"which {_gap(tied[0])}{more}."
+    )
+
+
+def _gap(d: Difference, alone: bool = False) -> str:
+    """How far a model is below the best: ``is 0.002 lower (95 % -0.001 to 0.005, adjusted p = 0.40)``. ``alone``: without interval and p."""
+    if d.ties == d.num_images:
+        return "scores the same on every image"
+    size = negate(d.interval)
+    if alone:
+        return f"is {_format(size.mean, _digits(size, never_zero=True))} lower"
+    digits = _digits(size, never_zero=d.better is not None)
+    adjusted = "adjusted " if d.num_tests > 1 else ""
+    span = f"{_span(size, digits)}, " if size.low is not None else ""
+    return f"is {_format(size.mean, digits)} lower ({span}{adjusted}{format_p(d.p_adjusted)})"
 
 
 def describe_ranking_rule(here: TestSet) -> str:
@@ -50,36 +124,54 @@ def describe_ranking_rule(here: TestSet) -> str:
     return f"chosen by its test score, the highest mean Dice over images among {num} models; the score of the chosen is optimistic"
 
 
-def describe_verdict(differences: Sequence[Difference], metric: str = "Dice") -> list[str]:
-    """The best model and its differences to the others. ``differences``: each model minus the best, so ``b`` is always the best."""
-    best = differences[0].b
-    num_images = min(d.num_b for d in differences)
-    significant = sorted((d for d in differences if d.better == best), key=lambda d: abs(d.interval.mean))
-    tied = sorted((d for d in differences if d.better != best), key=lambda d: abs(d.interval.mean))
-    out = [f"Best on average is {best}: {metric} {differences[0].mean_b:.3f} over {num_images} image{'s' * (num_images > 1)}."]
-    if not significant:
-        p = format_p(min(d.p_adjusted for d in tied))
-        one = len(differences) == 1
-        out.append(f"{'The difference to the other model is not' if one else 'No difference to another model is'} significant ({p}).")
-    elif not tied:
-        others = "the other model" if len(differences) == 1 else f"each of the {len(differences)} other models"
-        out.append(f"It is significantly better than {others}.")
-    else:
-        out.append(f"It is significantly better than {len(significant)} of {len(differences)} other models.")
+def describe_pairs(differences: Sequence[Difference], metric: str = "Dice") -> list[str]:
+    """The differences of the best model to the others, a sentence each, the smallest first; then what limits some of them only.
+
+    ``differences``: each model minus the best, so ``b`` is always the best.
+    """
+    significant = sorted((d for d in differences if d.better == d.b), key=lambda d: abs(d.interval.mean))
+    tied = sorted((d for d in differences if d.better != d.b), key=lambda d: abs(d.interval.mean))
+    out = []
     for some, rest in ((significant, "significantly worse"), (tied, "not significantly different")):
         out += [f"{describe_difference(d, metric)}." for d in some[:MAX_PAIRS_LISTED]]
         if len(some) > MAX_PAIRS_LISTED:
             names = _list([d.a for d in some[MAX_PAIRS_LISTED:]], 3 * MAX_PAIRS_LISTED)
             out.append(f"{len(some) - MAX_PAIRS_LISTED} more, {rest}: {names}.")
+    by_note = _by_note(differences)
+    return out + [f"Note on {_list(names, MAX_PAIRS_LISTED)}: {note}." for note, names in by_note.items() if len(names) < len(differences)]
+
+
+def describe_limits(here: TestSet) -> list[str]:
+    """What limits every difference to the best, such as few images or one seed each, in one sentence."""
+    differences = here.differences_to_best()
+    undecidable = describe_undecidable(here.num_units, here.num_pairs, here.unit)  # that is a line of its own
+    notes = [note for note, names in _by_note(differences).items() if len(names) == len(differences) and note != undecidable]
+    return [f"Note: {'; '.join(notes)}."] if notes else []
+
+
+def _by_note(differences: Sequence[Difference]) -> dict[str, list[str]]:
+    """The models that each note on a difference to the best is about."""
     by_note: dict[str, list[str]] = {}
     for d in differences:
         for note in dict.fromkeys((d.interval.note, *d.notes)):
-            by_note.setdefault(note, []).append(d.a)
-    for note, models in by_note.items():
-        if note:
-            about = "" if len(models) == len(differences) else f" on {_list(models, MAX_PAIRS_LISTED)}"
-            out.append(f"Note{about}: {note}.")
-    return out
+            if note:
+                by_note.setdefault(note, []).append(d.a)
+    return by_note
+
+
+def describe_missing(results: ExperimentResults) -> list[str]:
+    """The models without a result, and why, in one sentence."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in (results.skipped | results.failed).items():
+        reasons.setdefault(reason, []).append(SEED_OR_FOLD.sub("", name))
+    if not reasons:
+        return []
+    parts = [f"{_list(list(dict.fromkeys(names)), 3)} ({_first_sentence(reason)})" for reason, names in reasons.items()]
+    return [f"Not compared: {_list(parts, 2)}."]
+
+
+def _first_sentence(text: str) -> str:
+    return textwrap.shorten(text.split(". ")[0].rstrip("."), MAX_REASON_CHARS, placeholder=" …")
 
 
 def describe_difference(d: Difference, metric: str = "Dice") -> str:
@@ -106,13 +198,28 @@ def describe_difference(d: Difference, metric: str = "Dice") -> str:
 
 def _evidence(interval: Interval, p: float, never_zero: bool = False) -> str:
     """Mean, interval and p. ``never_zero``: with so many digits that neither the mean nor an end of the interval reads as 0.000."""
+    digits = _digits(interval, never_zero)
+    return f"{_format(interval.mean, digits)}, {_span(interval, digits)}, {format_p(p)}"
+
+
+def _digits(interval: Interval, never_zero: bool = False) -> int:
     numbers = [interval.mean] if interval.low is None or interval.high is None else [interval.mean, interval.low, interval.high]
     digits = 3 if max(map(abs, numbers)) < 10 else 1
     while never_zero and digits < DECIMALS and min(abs(round(x, digits)) for x in numbers) == 0:
         digits += 1
-    mean, *ends = (f"{round(x, digits) + 0.0:.{digits}f}" for x in numbers)
-    span = f"{100 * interval.level:g} % {'roughly ' if interval.rough else ''}{' to '.join(ends)}" if ends else interval.note
-    return f"{mean}, {span}, {format_p(p)}"
+    return digits
+
+
+def _format(number: float, digits: int) -> str:
+    return f"{round(number, digits) + 0.0:.{digits}f}"
+
+
+def _span(interval: Interval, digits: int) -> str:
+    """The interval, or why there is none."""
+    if interval.low is None or interval.high is None:
+        return interval.note
+    rough = "roughly " if interval.rough else ""
+    return f"{100 * interval.level:g} % {rough}{_format(interval.low, digits)} to {_format(interval.high, digits)}"
 
 
 def format_p(p: float) -> str:
@@ -214,6 +321,12 @@ def describe_absent_classes(here: TestSet) -> list[str]:
         means = "Means leave it out." if unused else "Pooled means leave it out; an image in which it is predicted scores 0 for it."
         out.append(f"Note: no {'mask of the data' if unused else 'test mask'} holds '{name}'; {by}. {means}")
     return out
+
+
+def describe_busy_machine(rows: Sequence[LeaderboardRow]) -> list[str]:
+    """A warning where other processes used much of the processor while costs were measured."""
+    busy = max((row.other_load_pct or 0.0 for row in rows), default=0.0) >= BUSY_PCT
+    return ["Note: " + _lower_first(describe_costs_load(rows))] if busy else []
 
 
 def describe_costs_load(rows: Sequence[LeaderboardRow]) -> str:

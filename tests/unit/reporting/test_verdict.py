@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from finished_runs import IMAGES, finished_run, per_image_scores
 from made_up_scores import degenerate_scores, scores
 
-from cellbench.reporting.model_groups import group_models
-from cellbench.reporting.verdict import describe_best, describe_difference, describe_verdict, format_p
+from cellbench.reporting.collect import ExperimentResults
+from cellbench.reporting.leaderboard import leaderboard_rows
+from cellbench.reporting.model_groups import FinishedRun, group_models
+from cellbench.reporting.verdict import conclude, describe_best, describe_difference, describe_pairs, format_p, list_notes
 from cellbench.statistics.comparison import compare, compare_all
+from cellbench.tracking.schema import RunRecord
 
 
 @pytest.fixture
@@ -58,22 +64,80 @@ def test_p_is_never_rounded_across_the_threshold(p):
     assert float(format_p(p).removeprefix("p = ")) < 0.05
 
 
-def test_the_verdict_names_the_best_and_separates_significant_differences_from_others(dice):
+def test_pairs_are_told_apart_by_whether_they_are_significant(dice):
     detail, bilinear = dice[0] + np.resize([0.01, -0.01], 159), dice[1] - 0.02
     models = [scores("fpn", dice[0]), scores("bilinear", bilinear), scores("detail", detail)]
-    first, second, *rest = describe_verdict(compare_all(models, against="detail", picked=True))
-    assert first.startswith("Best on average is detail: Dice 0.")
-    assert second == "It is significantly better than 1 of 2 other models."
-    assert any(sentence.startswith("detail is better than bilinear by 0.0") for sentence in rest)
-    assert any(sentence.startswith("fpn and detail: the difference is not significant") for sentence in rest)
+    first, second, *_ = describe_pairs(compare_all(models, against="detail", picked=True))
+    assert first.startswith("detail is better than bilinear by 0.0")
+    assert second.startswith("fpn and detail: the difference is not significant")
 
 
-@pytest.mark.parametrize(("num", "sentence"), [(2, "The difference to the other model is not"), (3, "No difference to another model is")])
-def test_three_images_give_no_significant_difference_and_the_verdict_says_why(num, sentence):
-    (here,), _ = group_models([finished_run(f"h{k}", per_image_scores(0.9 - k / 10, k, IMAGES[:3])) for k in range(num)])
-    said = describe_best(here)
-    assert said[1].startswith(f"{sentence} significant (p = ")
-    assert any(one.startswith("Note: with 3 test images no difference can be significant") for one in said)
+def compared(*means, baseline=None, images=IMAGES):
+    """Models h0, h1, … and a baseline. Equal means differ by turns in either direction, so that nothing is significant."""
+    hard = np.random.default_rng(0).normal(0, 0.02, len(images))
+
+    def dice(mean, k):
+        return {"dice": (mean + hard + k * np.resize([0.004, -0.004], len(images)) - 1e-5 * k).tolist()}
+
+    runs = [finished_run(f"h{k}", per_image_scores(mean, k, images) | dice(mean, k)) for k, mean in enumerate(means)]
+    if baseline is not None:
+        record = RunRecord(run_id="otsu", name="otsu", status="finished", metrics={"test/dice": 0.5}, params={"baseline": "otsu"})
+        runs.append(FinishedRun(record=record, per_image=per_image_scores(baseline, 9, images) | dice(baseline, 0)))
+    (here,), _ = group_models(runs)
+    return here
+
+
+def test_the_first_line_is_the_answer_with_its_interval():
+    first, _ = describe_best(compared(0.93, 0.9))
+    assert re.fullmatch(r"Best on average is uni · h0: Dice 0\.9\d\d \(95 % 0\.9\d\d to 0\.9\d\d\) over 16 images\.", first)
+
+
+@pytest.mark.parametrize(
+    ("means", "baseline", "expected"),
+    [
+        ((0.93, 0.9), None, "It is significantly better than uni · h1, which is 0.030 lower (95 % 0.028 to 0.032, p < 0.001)."),
+        (
+            (0.93, 0.9, 0.8),
+            None,
+            "It is significantly better than each of the 2 other models: the next, uni · h1, is 0.030 lower (95 % 0.0",
+        ),
+        ((0.93, 0.93), None, "The difference to the other model is not significant: uni · h1 is 0.000 lower (95 % -0.002 to 0.002, p = "),
+        ((0.93, 0.93, 0.93), None, "No difference to another model is significant: the next, uni · h1, is 0.000 lower (95 % "),
+        (
+            (0.93, 0.93),
+            0.8,
+            "It is significantly better than 1 of 2 other models, the baseline otsu among them, but not significantly different from uni · h1, "
+            "which is 0.000 lower (95 % ",
+        ),
+        ((0.9,), 0.93, "It is significantly better than uni · h0, which is 0.030 lower (95 % "),
+    ],
+)
+def test_the_second_line_says_which_differences_are_significant(means, baseline, expected):
+    assert describe_best(compared(*means, baseline=baseline))[1].startswith(expected)
+
+
+def test_a_baseline_that_wins_is_called_one():
+    assert describe_best(compared(0.9, baseline=0.93))[0].startswith("Best on average is otsu (a baseline): Dice 0.9")
+
+
+@pytest.mark.parametrize(("num", "least"), [(2, "cannot"), (3, "over 3 pairs cannot")])
+def test_three_images_give_no_significant_difference_and_the_verdict_says_why(num, least):
+    first, second = describe_best(compared(*(0.9 - k / 10 for k in range(num)), images=IMAGES[:3]))
+    assert first.endswith("over 3 images.")
+    assert second.startswith(f"With 3 test images no difference can be significant (p {least} fall below 0.")
+    assert "): the next, uni · h1, is 0.0" in second or "): the next, uni · h1, is 0.1" in second
+
+
+def test_the_verdict_has_at_most_five_lines_and_nothing_is_lost():
+    here = compared(0.93, 0.9, baseline=0.8)
+    skipped = dict.fromkeys(("uni · fpn · seed 0", "uni · fpn · seed 1"), "uni is gated. Log in")
+    results = ExperimentResults(experiment="e", sets=(here, here), skipped=skipped)
+    rows = [replace(row, other_load_pct=60.0) for row in leaderboard_rows(here)]
+    verdict = conclude(results, rows)
+    assert verdict.lines[:2] == tuple(describe_best(here))
+    assert verdict.lines[2] == "Not compared: uni · fpn (uni is gated)."
+    assert len(verdict.lines) == 5
+    assert {*list_notes(results, rows), *describe_pairs(here.differences_to_best())} <= {*verdict.lines, *verdict.more}
 
 
 def test_of_models_with_equal_scores_the_verdict_names_the_first_of_the_leaderboard():
@@ -84,8 +148,10 @@ def test_of_models_with_equal_scores_the_verdict_names_the_first_of_the_leaderbo
 @pytest.mark.parametrize("num", [1, 2, 3, 8])
 @pytest.mark.parametrize("make", ["constant", "equal", "binary", "random"])
 def test_no_sentence_holds_nan_or_minus_zero(rng, num, make):
-    text = " ".join(
-        describe_verdict(compare_all([scores(f"m{n}", degenerate_scores(rng, make, n, num)) for n in range(4)], against="m0", picked=True))
-    )
+    images = IMAGES[:num]
+    each = [degenerate_scores(rng, make, n, num).mean(axis=0).tolist() for n in range(4)]
+    (here,), _ = group_models([finished_run(f"m{n}", per_image_scores(0.9, n, images) | {"dice": dice}) for n, dice in enumerate(each)])
+    verdict = conclude(ExperimentResults(experiment="e", sets=(here,)), leaderboard_rows(here))
+    text = " ".join((*verdict.lines, *verdict.more))
     assert "nan" not in text.lower()
     assert "-0.000" not in text
