@@ -106,7 +106,9 @@ class PredictOptions(InferenceOptions):
     images: tuple[Path, ...] = argument("image files and folders", metavar="IMAGE")
     out: Path = option("the folder of the masks, NAME.png", MISSING, metavar="DIR")
     probability: bool = option("also write NAME.probability.png, 0..255", False)
-    overlay: bool = option("also write NAME.overlay.png: the image with outlines", False)
+    overlay: bool = option(
+        "also write NAME.overlay.png: the image with outlines, with --instances each cell in its own colour and numbered", False
+    )
     geojson: bool = option("also write NAME.geojson: the outline of each cell, for QuPath", False)
     coco: bool = option("also write coco.json: the outlines of the cells of all images in DIR", False)
     instances: bool = option("also write NAME.instances.png and NAME.cells.csv, the single cells, and counts.csv for all of DIR", False)

@@ -2,7 +2,8 @@
 
 - ``NAME.png``: 0 and 255 for two classes, else the class numbers. Its metadata say which run made it from which file.
 - ``NAME.probability.png``: probability of not being background, as 0..255.
-- ``NAME.overlay.png``: the image with outlines, of single cells where cell files are written too, else of everything but background.
+- ``NAME.overlay.png``: the image with the outlines of everything but background. Where cell files are written too: each cell in its own colour,
+  with its number; a small image is drawn larger, so that the numbers can be read.
 - ``NAME.geojson``: outlines of single cells, for QuPath.
 - ``NAME.instances.png``: 16 bit, the number of each pixel's cell, touching cells separated. ``NAME.cells.csv``: one line a cell.
 """
@@ -20,12 +21,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import psutil
 
+from cellbench.data.io import overlay
 from cellbench.data.io.images import png_bytes
 from cellbench.data.io.png_stream import PngWriter, read_png_text
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, os_errors_as
 from cellbench.inference.pipeline import MaskStrip
-from cellbench.inference.polygons import cell_outlines, class_colour, to_geojson
+from cellbench.inference.polygons import cell_outlines, to_geojson
 from cellbench.metrics.instances import Instances
 from cellbench.metrics.measurements import measure_cells
 from cellbench.metrics.separation import CONNECTED, SeparationParams
@@ -33,6 +35,8 @@ from cellbench.metrics.separation import CONNECTED, SeparationParams
 PART = ".cellbench-part"
 MASK = ".png"
 PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS = ".probability.png", ".overlay.png", ".geojson", ".instances.png", ".cells.csv"
+LARGE_PX = 800
+"""Longer side of an image from which outlines are two pixels wide, since it is seen smaller."""
 LEFT_OUT = "left_out"
 """In the metadata of ``INSTANCES``: the number of regions too small to be cells."""
 ENDINGS = (PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS)
@@ -154,14 +158,16 @@ class PredictionWriter:
         self._parts: list[Path] = []
         self._strips: list[MaskStrip] = []
         self._images: list[np.ndarray] = []
-        self._above: np.ndarray | None = None
         make_folder(target.stem.parent)
         facts, self._stale = target.renewed(wanted)
         with os_errors_as(f"writing {self._all[-1]}"):
             self._files = {path.name.removeprefix(target.stem.name): self._open(path) for path in self._all}
             self._mask = PngWriter(self._files[MASK], size_px, 1, json.dumps(facts, sort_keys=True))
             self._probability = self._png(PROBABILITY, 1, {**facts, "what": "probability"})
-            self._overlay = self._png(OVERLAY, 3, {**facts, "what": "overlay"})
+            self._overlay_facts = {**facts, "what": "overlay"}
+            self._outlines = None
+            if not wanted.cells and (png := self._png(OVERLAY, 3, self._overlay_facts)) is not None:
+                self._outlines = _OutlineStrips(png, 1 + (max(size_px) > LARGE_PX), len(names))
 
     def __enter__(self) -> PredictionWriter:
         return self
@@ -190,18 +196,15 @@ class PredictionWriter:
             if self._wanted.cells:  # cells are separated in the whole mask
                 self._strips.append(strip)
                 self._images.append(strip.source.rows(strip.top, strip.top + len(strip.classes)))
-            elif self._overlay is not None:
-                image = strip.source.rows(strip.top, strip.top + len(strip.classes))
-                above = strip.classes[:1] if self._above is None else self._above
-                self._overlay.add(draw_outlines(image, strip.classes, above, np.arange(len(self._names))))
-                self._above = strip.classes[-1:].copy()
+            elif self._outlines is not None:
+                self._outlines.add(strip.source.rows(strip.top, strip.top + len(strip.classes)), strip.classes, last=strip.last)
 
     def keep(self) -> None:
         """Completes the files, the mask last. Raises TooManyCellsError, and then leaves no file."""
         with os_errors_as(f"writing {self._all[-1]}"):
             if self._wanted.cells:
                 self._write_cells()
-            for png in (self._mask, self._probability, self._overlay):
+            for png in (self._mask, self._probability, self._outlines.png if self._outlines is not None else None):
                 if png is not None:
                     png.end()
             self._stack.close()
@@ -218,8 +221,9 @@ class PredictionWriter:
         cells = separation.instances(classes, np.concatenate(depths) if depths else None)
         if self._wanted.instances and cells.num > 65535:
             raise TooManyCellsError(f"{self._target.image}: {cells.num} cells, but 16 bits hold 65535 numbers. Cut the image into pieces.")
-        if self._overlay is not None:
-            self._overlay.add(draw_outlines(image, cells.ids, cells.ids[:1], cells.classes))
+        if OVERLAY in self._files:
+            picture = overlay.draw_instances(image, cells.ids, cells.num)
+            self._files[OVERLAY].write(png_bytes(picture, text=json.dumps(self._overlay_facts, sort_keys=True)))
         if self._wanted.geojson:
             self._files[GEOJSON].write(self._collection(cells))
         if self._wanted.instances:
@@ -235,22 +239,26 @@ class PredictionWriter:
         return f'{{"type": "FeatureCollection", "features": [\n{features}\n],\n"cellbench": {json.dumps(facts)}}}\n'.encode()
 
 
-def draw_outlines(image: np.ndarray, numbers: np.ndarray, above: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Rows of an image (h, W, 3) uint8 with the borders of numbered regions drawn on them, two pixels wide.
+class _OutlineStrips:
+    """Draws the outlines of classes strip by strip. The last rows of a strip wait for the next one, since lines cross from one to the other."""
 
-    ``numbers`` (h, W), 0 the background; ``above`` (1, W): the row before; ``classes``: the class of each number, for its colour.
-    """
-    before = np.concatenate([above, numbers[:-1]])
-    edge = before != numbers
-    edge[:, 1:] |= numbers[:, 1:] != numbers[:, :-1]
-    edge[:, :-1] |= edge[:, 1:]
-    number = np.maximum(numbers, before)
-    number[:, 1:] = np.maximum(number[:, 1:], numbers[:, :-1])
-    number[:, :-1] = np.maximum(number[:, :-1], number[:, 1:])
-    palette = np.array([(0, 0, 0), *(class_colour(k) for k in range(1, int(classes.max(initial=0)) + 1))], np.uint8)
-    picture = image.copy()
-    picture[edge] = palette[classes[number[edge]]]
-    return picture
+    def __init__(self, png: PngWriter, width_px: int, num_classes: int) -> None:
+        self.png, self._width_px, self._colours = png, width_px, overlay.class_colours(num_classes)
+        self._margin = width_px + 2  # the rows around a pixel that decide on its colour: line, rim and gap
+        self._image, self._classes = np.zeros((0, 0, 3), np.uint8), np.zeros((0, 0), np.uint8)
+        self._num_written = 0
+        """Of the rows that are kept."""
+
+    def add(self, image: np.ndarray, classes: np.ndarray, *, last: bool) -> None:
+        """The next rows: (h, W, 3) and (h, W) uint8."""
+        if len(self._image):
+            image, classes = np.concatenate([self._image, image]), np.concatenate([self._classes, classes])
+        end = max(self._num_written, len(image) - (0 if last else self._margin))
+        if end > self._num_written:
+            drawn = overlay.draw_outlines(image, classes, self._colours, width_px=self._width_px)
+            self.png.add(drawn[self._num_written : end])
+        start = max(0, end - self._margin)
+        self._image, self._classes, self._num_written = image[start:], classes[start:], end - start
 
 
 def remove_partial_files(folder: Path) -> int:
