@@ -18,7 +18,7 @@ from cellbench.config.loading import data_spec
 from cellbench.config.options import CheckOptions
 from cellbench.config.registry import Registry
 from cellbench.data.audit import near_duplicates
-from cellbench.data.audit.checks import Finding, Severity, find_duplicates, findings, statistics
+from cellbench.data.audit.checks import TOO_FEW, Finding, Severity, find_duplicates, findings, statistics, too_few
 from cellbench.data.audit.image_statistics import SampleFacts, measure_sample
 from cellbench.data.audit.keypoint_matching import Keypoints
 from cellbench.data.audit.mask_placement import PlacementFeatures
@@ -54,7 +54,7 @@ def check_folder(
     out: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Audits a folder, manifest or COCO file. Returns exit code 0 if it is fit to train on, 1 if a finding would falsify a result.
+    """Audits a folder, manifest or COCO file. Returns exit code 0 if models can be compared on it, 1 if a finding forbids that.
 
     Raises CellbenchError if the data cannot be read. Writes nothing to the folder; ``out``: folder for the report.
     """
@@ -112,7 +112,7 @@ def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
         facts = [replace(f, split=part, group=group) for f, (part, group) in placed]
     except CellbenchError as error:
         found.append(Finding(kind="split", severity=Severity.SEVERE, message=str(error), images=("the split",)))
-    found += [*findings(facts, duplicates), *_absent(facts, dataset.classes), *_expected(card.expected, facts)]
+    found += [*too_few(len(facts)), *findings(facts, duplicates), *_absent(facts, dataset.classes), *_expected(card.expected, facts)]
     found = sorted(found, key=lambda finding: list(Severity).index(finding.severity))
     return Audit(
         verdict=_verdict(dataset.name, len(facts), found),
@@ -173,6 +173,8 @@ def _verdict(name: str, num: int, found: Sequence[Finding]) -> str:
     def listed(severity: Severity) -> str:
         return ", ".join(f"{f.kind} ({len(f.images)})" for f in found if f.severity is severity)
 
+    if [f.kind for f in found if f.severity is Severity.SEVERE] == [TOO_FEW]:
+        return f"{name}: TOO FEW TO COMPARE. {next(f.message for f in found if f.kind == TOO_FEW)}"
     if severe := listed(Severity.SEVERE):
         return f"{name}: NOT FIT. {severe} would falsify a result; {num} images read."
     look = listed(Severity.LOOK)

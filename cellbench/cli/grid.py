@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cellbench import startup
 from cellbench.config.options import GridOptions
 from cellbench.console import say
@@ -20,6 +22,7 @@ def grid(options: GridOptions) -> int:
     """Runs an experiment. Returns exit code 0, or 1 if a run failed."""
     startup.set_cache(parse_cache(options.cache)[0], options.cache_url)
     startup.configure_threads(options.device)
+    options = replace(options, file=options.file or ("quickstart" if options.data is None else "own"))
     plan = plan_experiment(options, say)
     if options.dry_run:
         _estimate(plan)

@@ -91,7 +91,8 @@ COMMANDS = {
         options.CheckOptions,
         "check:check",
         "audit a dataset: read every image once, find faults and leaks",
-        "Exit code 0 if the data is fit to train on, 1 if a finding would falsify a result, 2 if the data cannot be read. Writes nothing to DIR.",
+        "Exit code 0 if the data is fit to train on, 1 if a finding would falsify a result or images are too few to compare, "
+        "2 if the data cannot be read. Writes nothing to DIR.",
     ),
     "cache": Command(options.CacheOptions, "catalog:cache", "list or remove cached features"),
     "list": Command(options.ListOptions, "catalog:list_components", "list backbones, heads, baselines, datasets and experiments"),

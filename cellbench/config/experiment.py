@@ -30,6 +30,8 @@ class DataSpec(StrictModel):
     """k-fold cross-validation: every image, those of a test folder too, is tested in one of k folds; 0: one split as above."""
     fold: int = Field(default=0, ge=0)
     """Index of the fold that is tested, from 0."""
+    auto_folds: bool = False
+    """Whether a grid chooses ``folds`` by itself where one split would test fewer than 30 images, unless ``folds`` or ``fold`` is set."""
     group: Literal["auto", "none", "column", "prefix", "near-duplicates"] = "auto"
     """Which images a split keeps together: those of one patient, slide, … ``column``: by a column of the manifest. ``prefix``: by their names.
     ``near-duplicates``: images of the same scene, whole or in part, in any orientation. ``auto``: ``column`` where there is one; otherwise a
@@ -65,7 +67,7 @@ class Experiment(StrictModel):
     """Which backbones, heads and settings are compared on which data."""
 
     experiment: str = Field(min_length=1, max_length=200)
-    """Name of the experiment, in MLflow and in reports."""
+    """Name of the experiment, in MLflow and in reports. ``{data}`` in it stands for the name of the folder given as ``--data``."""
     dataset: str
     """Card of the dataset; ``folder`` for images without a card of their own."""
     baselines: tuple[str, ...] = ()
@@ -80,6 +82,12 @@ class Experiment(StrictModel):
     """``[head.NAME]``: options and settings for the runs of this head only."""
     baseline: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """``[baseline.NAME]``: options and settings for the runs of this baseline only."""
+
+    @property
+    def may_choose_folds(self) -> bool:
+        """Whether the number of folds is still to be chosen: ``auto_folds`` is on and nothing else says which images are tested."""
+        said = "folds" in self.data.model_fields_set or "fold" in self.grid or "fold" in self.run or self.data.limit is not None
+        return self.data.auto_folds and not said
 
     @classmethod
     def of(cls, tree: Mapping[str, Any], where: str) -> Experiment:

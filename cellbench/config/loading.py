@@ -19,6 +19,8 @@ from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError, unknown_name
 
 CHANGED = "# Changed by the call: "
+DATA_NAME = "{data}"
+"""In the name of an experiment: the name of the folder that ``--data`` names."""
 
 
 def experiment_path(name: str) -> Path:
@@ -57,10 +59,18 @@ def read_experiment(
         registry.baseline(name)
     for run in expand(experiment, str(path)):
         registry.complete(run)
-    if data is not None and card.draw:
-        request = request.on(data)
+    if data is not None and (card.draw or DATA_NAME in experiment.experiment):
+        request = request.on(data, instead=bool(card.draw))
         experiment = Experiment.of(request.tree, str(path))
     return experiment, request.resolved
+
+
+def changed_experiment(text: str, change: str, where: str) -> tuple[Experiment, str]:
+    """The experiment of ``text``, as :func:`read_experiment` returns it, with one more change. Raises CellbenchError."""
+    tree = tomllib.loads(text)
+    _change(tree, change)
+    request = GridRequest(path=Path(where), text=text, tree=tree, changes=(f"--set {shlex.quote(change)}",))
+    return Experiment.of(tree, where), request.resolved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +86,14 @@ class GridRequest:
     changes: tuple[str, ...] = ()
     """As options of the command line."""
 
-    def on(self, data: Path) -> GridRequest:
-        """The same experiment on the user's folder instead of synthetic data."""
-        settings = {name: value for name, value in self.tree.get("data", {}).items() if name != "draw"}
-        tree = {**self.tree, "dataset": "folder", "experiment": f"{self.tree['experiment']} on {data.absolute().name}"}
-        if "data" in tree:
-            tree["data"] = settings
+    def on(self, data: Path, instead: bool = True) -> GridRequest:
+        """The same experiment on the user's folder, named after it; ``instead``: of synthetic data."""
+        name = self.tree["experiment"] if DATA_NAME in self.tree["experiment"] else f"{self.tree['experiment']} on {DATA_NAME}"
+        tree = {**self.tree, "experiment": name.replace(DATA_NAME, data.absolute().name)[:200]}
+        if instead:
+            tree["dataset"] = "folder"
+            if "data" in tree:
+                tree["data"] = {name: value for name, value in tree["data"].items() if name != "draw"}
         return replace(self, tree=tree, changes=(*self.changes, f"--data {data}"))
 
     @property
@@ -146,7 +158,8 @@ def read_space(
     if "space" not in tree:
         raise CellbenchError(f"{path}: has no [space] to search. `cellbench grid {shlex.quote(str(file))}` runs it as it is.")
     space = Space.of(tree, str(path), registry, objectives)
-    if data is not None and registry.dataset(space.dataset).draw:
-        request = request.on(data)
+    drawn = bool(registry.dataset(space.dataset).draw)
+    if data is not None and (drawn or DATA_NAME in space.experiment):
+        request = request.on(data, instead=drawn)
         space = Space.of(request.tree, str(path), registry, objectives)
     return space, request.resolved

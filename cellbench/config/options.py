@@ -57,6 +57,7 @@ class TrainingOptions(ComputeOptions, WeightsOptions, RegistryOptions, SettingOp
     """What ``grid`` and ``search`` train on, and where."""
 
     data: Path | None = option("the folder of images and masks", metavar="DIR")
+    unfit: bool = option("train although `check` calls the data not fit, or too few to compare", False)
     limit: int | None = option("use at most N images of each of train, validation and test, for a quick try", metavar="N")
     memory: str = option("for decoded images and features, like 4G (default: half of the free memory)", "auto", metavar="SIZE")
     cache: str | None = option(
@@ -82,7 +83,7 @@ class InferenceOptions(ComputeOptions, WeightsOptions, RegistryOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GridOptions(TrainingOptions):
-    file: str = argument("an experiment file, or the name of a shipped one", "quickstart")
+    file: str = argument("an experiment file, or the name of a shipped one (default: quickstart, or own with --data)", "")
     dry_run: bool = option("print the runs, the cohorts and an estimate of time, memory and disk; train nothing", False)
 
 

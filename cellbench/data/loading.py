@@ -22,7 +22,7 @@ from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, interpret
 from cellbench.data.layouts import scan_folder
 from cellbench.data.manifest import NAMES
 from cellbench.data.scan import Listing, find_unused
-from cellbench.data.splits import Grouping, Splits, given_splits, split_of
+from cellbench.data.splits import Grouping, Splits, choose_folds, given_splits, split_of
 from cellbench.data.uniformity import common_pixel_size, decide_scaling, find_inconsistencies, read_all_image_facts
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
@@ -31,14 +31,31 @@ from cellbench.metrics.pixel import IGNORE
 
 def open_folds(experiment: Experiment, registry: Registry, data: Path | None) -> list[Dataset]:
     """The experiment's dataset, or one for each of its folds, in their order. Raises CellbenchError."""
-    card, spec = registry.dataset(experiment.dataset), experiment.data
-    return [open_dataset(card, data, spec.model_copy(update={"fold": fold})) for fold in range(max(spec.folds, 1))]
+    spec = experiment.data
+    card, listing = _usable(registry.dataset(experiment.dataset), data, spec)
+    return [_opened(card, listing, spec.model_copy(update={"fold": fold})) for fold in range(max(spec.folds, 1))]
+
+
+def auto_folds(experiment: Experiment, registry: Registry, data: Path | None) -> tuple[int, str]:
+    """The number of folds that an experiment with ``auto_folds`` gets on this data, and a sentence about it; 0 and "" for one split."""
+    if not experiment.may_choose_folds:
+        return 0, ""
+    _, listing = _usable(registry.dataset(experiment.dataset), data, experiment.data)
+    return choose_folds(listing.root, listing.parts, experiment.data)
 
 
 def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Dataset:
     """The dataset of a card, drawn or read from ``folder`` (or a manifest or COCO file). Decodes every file once. Raises CellbenchError."""
+    return _opened(*_usable(card, folder, spec), spec)
+
+
+def _usable(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[DatasetCard, Listing]:
     card, listing = scan_dataset(card, folder, spec)
     listing.raise_first()
+    return card, listing
+
+
+def _opened(card: DatasetCard, listing: Listing, spec: DataSpec) -> Dataset:
     dataset, splits = split_dataset(card, listing, spec)
     if spec.limit:
         limited = any(len(dataset.samples(part)) > spec.limit for part in SPLITS)

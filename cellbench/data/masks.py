@@ -23,6 +23,8 @@ FEW = 3
 """Up to this number of values, equal in every mask and each in one piece, may be classes as well as cells, as nucleus and cytoplasm."""
 MARKS = (255, 65535)
 """The greatest values of 8 and 16 bits, which many tools use for ignored pixels."""
+MANY_ALIKE = 5
+"""In this many masks or more, the same values that do not count up from 1 are classes: tools that number cells begin with 1 in each image."""
 MOST_NUMBERED = 33
 """The greatest class number of the usual label maps (Pascal VOC has 20, Cityscapes 33)."""
 MOST_CLASSES = 10
@@ -250,6 +252,12 @@ def decide_meaning(facts: Sequence[MaskFacts], kind: str = "", ignore: int | Non
         )
         return MaskMeaning(kind="classes", ignore=ignore, description=merged, doubt=doubt)
     same = all(f.values == marked[0].values for f in marked)
+    if same and not rising and len(marked) >= MANY_ALIKE:
+        doubt = (
+            f"the values {shown} occur in each of {len(marked)} masks, so they are classes and no cell numbers, and are taken for one class. "
+            "Write classes = [...] and values = [...] to separate them"
+        )
+        return MaskMeaning(kind="classes", ignore=ignore, description=merged, doubt=doubt)
     disjoint = sum(f.num_values for f in marked) == len(union)
     if most > 2 * FEW or (most > FEW and rising) or (disjoint and len(union) > 2 * FEW) or (not same and (rising or max(union) > 255)):
         return MaskMeaning(kind="cells", ignore=ignore, description=cells)

@@ -26,6 +26,28 @@ Grouping = Callable[[tuple[Sample, ...]], tuple[Sample, ...]]
 """Assigns a common group to samples that show the same picture."""
 
 
+MIN_TEST_IMAGES = 30
+"""With fewer test images, few differences between models are significant."""
+USUAL_FOLDS = 5
+
+
+def choose_folds(root: Path, parts: Mapping[str, tuple[Sample, ...]], spec: DataSpec) -> tuple[int, str]:
+    """How many folds test every image once where one split would test too few, and a sentence about it; 0 and "" where one split is enough.
+
+    The user's own ``splits.json`` is kept, and so are sets with too few images or groups for folds.
+    """
+    samples = with_groups(tuple(sample for part in ("train", "val", "test") for sample in parts.get(part, ())), spec, tuple)
+    num_test = len(parts.get("test", ())) or round(spec.test_fraction * len(samples))
+    num_folds = min(USUAL_FOLDS, len({_unit(sample) for sample in samples}))
+    if num_test >= MIN_TEST_IMAGES or num_folds < 3 or _own(root / "splits.json"):
+        return 0, ""
+    known = f"Its test folder has {num_test}" if parts.get("test") else f"One split would test {num_test}"
+    return num_folds, (
+        f"{known} of {len(samples)} images, too few to decide much: all {len(samples)} are tested instead, each once, in {num_folds} folds "
+        "(--set data.folds=0 for one split)."
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Splits:
     train: tuple[Sample, ...]
@@ -37,11 +59,10 @@ class Splits:
     """Content of a new file; empty if the split was read from one."""
 
     def keep(self) -> str:
-        """Writes a new split to its file; returns a note."""
-        if not self.record:
-            return f"split read from {self.place}"
-        write_atomic(self.place, self.record)
-        return f"split written to {self.place}"
+        """Writes a new split to its file; returns a note, the same for all folds."""
+        if self.record:
+            write_atomic(self.place, self.record)
+        return f"split {'written to' if self.record else 'read from'} {re.sub(r'-fold[0-9]+of', '-fold*of', str(self.place))}"
 
 
 def split_of(
@@ -65,7 +86,7 @@ def split_of(
     them in its file. Without such images the split is the same as without grouping.
     """
     if spec.folds:
-        pool, test = _one_pool(root, pool, test), ()
+        pool, test = _one_pool(pool, test), ()
     samples = with_groups((*pool, *test), spec, grouped)
     pool, test = samples[: len(pool)], samples[len(pool) :]
     in_groups = any(sample.group for sample in pool)
@@ -146,16 +167,10 @@ def _own(place: Path) -> bool:
     return place.is_file() and '"seed"' not in place.read_text("utf-8", "replace")
 
 
-def _one_pool(root: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> tuple[Sample, ...]:
-    both = (*pool, *test)
-    seen: set[str] = set()
-    for sample in both:
-        if sample.name in seen:
-            raise CellbenchError(
-                f"{root}: '{sample.name}' lies in the training and in the test folder. Folds take both together: rename one."
-            )
-        seen.add(sample.name)
-    return both
+def _one_pool(pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> tuple[Sample, ...]:
+    """Both together. A test image with the name of a training image is called ``test__NAME``."""
+    names = {sample.name for sample in pool}
+    return (*pool, *(replace(sample, name=f"test__{sample.name}") if sample.name in names else sample for sample in test))
 
 
 def with_groups(

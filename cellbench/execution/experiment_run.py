@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from cellbench.config.experiment import Experiment
-from cellbench.config.loading import read_experiment
+from cellbench.config.loading import changed_experiment, read_experiment
 from cellbench.config.options import GridOptions
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import SPLITS, Dataset
-from cellbench.data.loading import open_folds
+from cellbench.data.loading import auto_folds, open_folds
 from cellbench.execution import ray_cluster, ray_grid
 from cellbench.execution.artifacts import pool_folds
 from cellbench.execution.grid import Executor, InProcessExecutor, run_all
@@ -58,12 +58,15 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
     resources = Resources.of(options, elsewhere=options.on is not None and not options.dry_run)
     registry, machine = resources.registry, resources.machine
     experiment, text = read_experiment(options.file if tree is None else tree, options.changes, options.data, options.limit, registry)
+    num_folds, why = auto_folds(experiment, registry, options.data)
+    if num_folds:
+        say(why)
+        experiment, text = changed_experiment(text, f"data.folds={num_folds}", options.file)
     datasets = open_folds(experiment, registry, options.data)
     for line in dict.fromkeys(line for dataset in datasets for line in dataset.notes):
         say(line)
     dataset = datasets[0]
-    for line in quick_check.severe_findings(dataset):
-        say(line)
+    quick_check.require_fit(dataset, options.unfit, say)
     runs = resolve_runs(
         experiment,
         registry,

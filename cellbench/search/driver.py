@@ -121,8 +121,10 @@ def prepare(options: SearchOptions, resources: Resources) -> SearchPlan:
     registry = resources.registry
     space, text = read_space(options.file, options.all_changes, options.data, options.limit, registry, search_objectives(registry))
     plan = plan_search(space, text, options.file, options.data, options.storage, resources)
-    findings = quick_check.severe_findings(plan.dataset)
-    for line in (*plan.dataset.notes, *findings, *relocate.fix_artifact_paths()):
+    for line in plan.dataset.notes:
+        say(line)
+    quick_check.require_fit(plan.dataset, options.unfit, say)
+    for line in relocate.fix_artifact_paths():
         say(line)
     return plan
 

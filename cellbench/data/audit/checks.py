@@ -37,6 +37,20 @@ class Finding:
     images: tuple[str, ...] = ()
 
 
+FEWEST_IMAGES = 6
+"""Of fewer test images no difference can be significant: Wilcoxon's smallest two-sided p over n images is 2 / 2**n, below 0.05 from 6 on."""
+TOO_FEW = "too few"
+
+
+def too_few(num_images: int) -> list[Finding]:
+    """The finding that a set has too few images to compare models on, whichever of them are tested."""
+    if num_images >= FEWEST_IMAGES:
+        return []
+    images = f"{num_images} image{'s' * (num_images != 1)}"
+    message = f"With {images} no difference between models can be significant: {FEWEST_IMAGES} are the least, 30 are better."
+    return [Finding(kind=TOO_FEW, severity=Severity.SEVERE, message=message, images=("the whole set",))]
+
+
 def findings(facts: Sequence[SampleFacts], pairs: DuplicatePairs) -> list[Finding]:
     """All findings, the severe first. ``pairs``: from :func:`find_duplicates`."""
     read = [f for f in facts if not f.error]

@@ -1,4 +1,4 @@
-"""The severe findings of ``check`` from a sample of the images, reported by ``grid`` and ``search`` before training.
+"""The severe findings of ``check`` from a sample of the images, for which ``grid`` and ``search`` refuse to train.
 
 As many images as hold 40 megapixels are measured (all of a small set, runs of neighbours of a large one). All checks apply to them, and
 identical files in two splits are searched among all images. Near-duplicates and crops are not: comparing them takes longer. The result is
@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 
-from cellbench.data.audit.checks import DuplicatePairs, Finding, Severity, findings
+from cellbench.data.audit.checks import TOO_FEW, DuplicatePairs, Finding, Severity, findings, too_few
 from cellbench.data.audit.image_statistics import measure_sample
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.data.progress import map_files
@@ -22,14 +24,33 @@ from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
 
 MOST_PX = 40_000_000
-_VERSION = 2
+_VERSION = 3
 """Increased when findings change."""
+
+
+def require_fit(dataset: Dataset, unfit: bool, say: Callable[[str], None]) -> None:
+    """Raises CellbenchError for data that ``check`` calls not fit or too few; with ``unfit``, says so instead."""
+    lines = severe_findings(dataset)
+    if lines and not unfit:
+        more = f" {len(lines) - 1} more kind{'s' * (len(lines) > 2)} of fault." if len(lines) > 1 else ""
+        card = "" if dataset.name in ("folder", dataset.root.absolute().name) else f" It was read as the card '{dataset.name}' says."
+        raise CellbenchError(
+            f"{dataset.root}: {lines[0]}{more}{card} `cellbench check {shlex.quote(str(dataset.root))}` shows all; --unfit trains nevertheless."
+        )
+    for line in lines:
+        say(f"Warning: {line}")
 
 
 def severe_findings(dataset: Dataset) -> list[str]:
     """One line for each severe finding; none for data that is drawn or fit. ``dataset`` is validated (its digest known)."""
     if dataset.drawn:
         return []
+    num = sum(len(dataset.samples(split)) for split in SPLITS)
+    few = [] if dataset.limited else [f"{TOO_FEW} to compare. {one.message}" for one in too_few(num)]
+    return [*few, *_faults(dataset)]
+
+
+def _faults(dataset: Dataset) -> list[str]:
     place = cache_dir() / "checked" / f"{hashlib.sha256(f'{_VERSION} {dataset.digest}'.encode()).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError):  # missing or damaged: check again
         known = json.loads(place.read_text(encoding="utf-8"))
@@ -42,9 +63,7 @@ def severe_findings(dataset: Dataset) -> list[str]:
     )
     found = [*(one for one in findings(facts, DuplicatePairs()) if one.severity is Severity.SEVERE), *_leaks(dataset)]
     part = f" (of {len(some)} of the {len(home)} images)" if len(some) < len(home) else ""
-    lines = [
-        f"Warning: NOT FIT to train on: {one.kind} ({len(one.images)}): {one.message}{part} `cellbench check` says more." for one in found
-    ]
+    lines = [f"NOT FIT to train on: {one.kind} ({len(one.images)}): {one.message}{part}" for one in found]
     with contextlib.suppress(CellbenchError):  # only a cache: a full disk must not stop a run
         write_atomic(place, json.dumps(lines))
     return lines

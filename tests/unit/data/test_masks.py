@@ -115,6 +115,15 @@ def test_class_values_are_not_taken_for_cells() -> None:
     assert "classes = [...]" in found.doubt
 
 
+def test_the_same_values_in_many_masks_are_classes_unless_they_count_up_from_1() -> None:
+    nested = np.where(scene(0) > 0, 128 + 127 * (np.hypot(*np.mgrid[-68:52, -60:60]) < 20), 0).astype(np.uint8)
+    found = decide_meaning(facts([nested] * 5))
+    assert (found.kind, found.ask) == ("classes", "")
+    assert "128, 255 occur in each of 5 masks" in found.doubt
+    counted = [(mask > 0) + (mask == 255) * np.uint8(1) for mask in [nested] * 5]
+    assert "Write" in decide_meaning(facts(counted)).ask
+
+
 AMBIGUOUS = {
     "a nucleus in its cytoplasm": [np.where(scene(0) > 0, 1 + (np.hypot(*np.mgrid[-68:52, -60:60]) < 20), 0).astype(np.uint8)] * 3,
     "one value an image, of a few": [np.where(scene(0) > 0, k, 0).astype(np.uint8) for k in (1, 2, 1, 3)],
