@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from cellbench.errors import CellbenchError
+from cellbench.precision import bf16_is_faster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +97,16 @@ class Hardware:
 def detect_hardware(device: str = "auto", precision: str = "auto", memory: str = "auto", *, elsewhere: bool = False) -> Hardware:
     """The machine by its options: ``auto``, or ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``fp32`` or ``bf16``; ``4G``. Raises CellbenchError.
 
-    An operation on a CPU uses the number of threads that torch is set to. ``elsewhere``: the work is for other machines, which may have a GPU
-    even if this one has none.
+    ``auto`` takes bf16 where it is faster: measured on a processor (:func:`cellbench.precision.bf16_is_faster`), by what it supports on a GPU. An
+    operation on a CPU uses the number of threads that torch is set to. ``elsewhere``: the work is for other machines, which may have a GPU even if
+    this one has none.
     """
     where = torch.device("cuda") if elsewhere and device == "cuda" else _device(device)
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": torch.bfloat16 if _fast_bf16(where) else torch.float32}
-    if precision not in kinds:
-        raise CellbenchError(f"--precision {precision}: expected one of {', '.join(kinds)}.")
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if precision not in (*kinds, "auto"):
+        raise CellbenchError(f"--precision {precision}: expected one of {', '.join(kinds)}, auto.")
+    if precision == "auto":
+        precision = "bf16" if _fast_bf16(where) else "fp32"
     # Half of the free memory: the rest is for the network, the optimisers and other programs.
     budget = psutil.virtual_memory().available // 2 if memory == "auto" else parse_bytes(memory, "--memory")
     cores = num_cores()
@@ -180,5 +184,4 @@ def _fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         # Without CUDA here the work is for another machine: every GPU since 2020 supports bf16.
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    # Without these instructions bf16 is emulated, several times slower than fp32.
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device.type == "cpu" and bf16_is_faster()

@@ -29,13 +29,18 @@ def bench(options: BenchOptions) -> int:
         make_folder(out)
     there = options.weights is not None and any(options.weights.glob("vit*tiny*"))
     spec = DataSpec(limit=3 if quick else None, draw={} if options.data else {"num_train": 8, "num_test": 2})
-    dataset = open_dataset(registry.dataset("folder" if options.data else "smears"), options.data, spec)
+    card = "folder" if options.data else "smears"
+    dataset = open_dataset(registry.dataset(card), options.data, spec)
     setup = BenchmarkSetup(
         registry=registry,
         dataset=dataset,
         machine=detect_hardware(options.device, options.precision),
         backbone=options.backbone or ("vit-tiny-in1k" if there else "vit-tiny-random"),
         weights=options.weights,
+        data=options.data,
+        card=card,
+        spec=spec,
+        precision=options.precision,
         epochs=2 if quick else 3,
         crops=8 if quick else 16,
         quick=quick,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.data.dataset import Dataset
@@ -31,6 +32,13 @@ class BenchmarkSetup:
     machine: Hardware
     backbone: str
     weights: Path | None
+    data: Path | None = None
+    """The folder of the data set; None for synthetic data."""
+    card: str = ""
+    """The data set's card, for processes that open it themselves; empty: none are started."""
+    spec: DataSpec = field(default_factory=DataSpec)
+    precision: str = "auto"
+    """As asked for, for processes that choose themselves."""
     epochs: int
     crops: int
     quick: bool = False

@@ -21,6 +21,7 @@ import torch
 from cellbench.data.transforms.tiling import Stitcher
 from cellbench.diagnostics import naive_reference
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup, seconds
+from cellbench.diagnostics.script_comparison import compare
 from cellbench.diagnostics.search_throughput import measure_throughput
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
@@ -54,6 +55,9 @@ class BenchmarkResult:
 def measure(setup: BenchmarkSetup) -> BenchmarkResult:
     """All measurements, in an order in which each part warms up the next."""
     out = BenchmarkResult(machine=setup.machine.name, backbone=setup.backbone)
+    if setup.card:
+        setup.say("measuring a plain script, and the whole of grid beside it …")
+        _whole_processes(setup, out)
     setup.say("measuring the feature pass …")
     _feature_pass(setup, out)
     setup.say("measuring heads …")
@@ -69,6 +73,18 @@ def measure(setup: BenchmarkSetup) -> BenchmarkResult:
     setup.say("measuring MLflow …")
     _mlflow(setup, out)
     return out
+
+
+def _whole_processes(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
+    script, grid = compare(setup)
+    num = len(setup.runs)
+    out.add("script_s", f"script: {num} runs, features cached, one after another, fp32", script.wall_s, "s", f"Dice {script.dice:.4f}")
+    faster = f"{script.wall_s / grid.wall_s:.2f} x the script's speed; Dice {grid.dice:.4f}"
+    out.add("grid_s", "grid: the same runs, with MLflow, instance scores and report", grid.wall_s, "s", faster)
+    for name, cost in (("script", script), ("grid", grid)):
+        out.facts |= {f"{name}_cpu_s": cost.cpu_s, f"{name}_peak_mib": cost.peak_mib, f"{name}_dice": cost.dice}
+    out.add("grid_cpu_s", "the same in processor time", grid.cpu_s, "s", f"script {script.cpu_s:.1f} s")
+    out.add("grid_peak_mib", "peak memory of grid", grid.peak_mib, "MiB", f"script {script.peak_mib:,.0f} MiB")
 
 
 def _feature_pass(setup: BenchmarkSetup, out: BenchmarkResult) -> None:

@@ -1,0 +1,114 @@
+"""``bench``'s first line: ``grid`` as a whole process, beside the plain script of :mod:`cellbench.diagnostics.script_reference` as another.
+
+Both train the same heads at the same rates on the same images, from cached features. ``grid`` does besides what it always does: MLflow, checkpoints,
+instance scores, tuning, figures and the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tomli_w
+
+from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
+from cellbench.diagnostics.script_reference import BATCH_SIZE, ScriptSettings
+from cellbench.errors import CellbenchError
+from cellbench.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessCost:
+    """A process from its start to its end."""
+
+    wall_s: float
+    cpu_s: float
+    """User and system time, of its children too."""
+    peak_mib: float
+    """Largest resident memory; 0 where the system does not say."""
+    dice: float
+    """The best mean Dice over the test images."""
+
+
+def compare(setup: BenchmarkSetup) -> tuple[ProcessCost, ProcessCost]:
+    """The script, then ``grid``: one after another, each in an empty folder with a fresh store. Raises CellbenchError if one fails."""
+    data = setup.data
+    settings = ScriptSettings(
+        dataset=setup.card,
+        data="" if data is None else str(data.absolute()),
+        limit=setup.spec.limit,
+        draw=dict(setup.spec.draw),
+        backbone=setup.backbone,
+        weights="" if setup.weights is None else str(setup.weights.absolute()),
+        heads=list(setup.heads),
+        rates=list(setup.rates),
+        epochs=setup.epochs,
+        crops_per_image=setup.crops,
+        device=str(setup.machine.device),
+    )
+    return _script(settings), _grid(settings, setup)
+
+
+def _script(settings: ScriptSettings) -> ProcessCost:
+    with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
+        cost, printed = _timed(["cellbench.diagnostics.script_reference", json.dumps(asdict(settings))], Path(folder))
+    return ProcessCost(**cost, dice=json.loads(printed)["dice"])
+
+
+def _grid(settings: ScriptSettings, setup: BenchmarkSetup) -> ProcessCost:
+    experiment = {
+        "experiment": "bench",
+        "dataset": settings.dataset,
+        "data": {"limit": settings.limit} if settings.limit else {},
+        "grid": {"backbone": [settings.backbone], "head": settings.heads, "lr": settings.rates},
+        "run": setup.run_settings | {"repeat_views_every": 1, "batch_size": BATCH_SIZE, "val_overlap": 0.0},
+    }
+    if settings.draw:
+        experiment["data"] |= {"draw": settings.draw}  # type: ignore[operator]
+    with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as name:
+        folder = Path(name)
+        (folder / "bench.toml").write_text(tomli_w.dumps(experiment))
+        command = ["cellbench.run", "grid", "bench.toml", "--device", settings.device, "--precision", setup.precision]
+        command += ["--data", settings.data] if settings.data else []
+        command += ["--weights", settings.weights] if settings.weights else []
+        cost, _ = _timed(command, folder)
+        before = os.environ.get("MLFLOW_TRACKING_URI")
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        try:
+            found = [run.metrics.get("test_image/dice", 0.0) for run in Tracker("bench", make=False).stored()]
+        finally:
+            os.environ.pop("MLFLOW_TRACKING_URI") if before is None else os.environ.update(MLFLOW_TRACKING_URI=before)
+    return ProcessCost(**cost, dice=max(found, default=0.0))
+
+
+def _timed(arguments: list[str], folder: Path) -> tuple[dict[str, float], str]:
+    """Runs ``python -m`` with these arguments in a folder: what it cost, and its last line. Raises CellbenchError if it fails."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")}
+    paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    with (folder / "printed.txt").open("w+", encoding="utf-8") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=folder, env=environment, stdout=output, stderr=output)
+        cpu_s, peak_mib = _wait(process)
+        wall_s = time.perf_counter() - start
+        output.seek(0)
+        printed = output.read().strip().splitlines() or ["no output"]
+    if process.returncode not in (0, 1):
+        raise CellbenchError(f"bench: `python -m {arguments[0]}` failed: {printed[-1]}")
+    return {"wall_s": wall_s, "cpu_s": cpu_s, "peak_mib": peak_mib}, printed[-1]
+
+
+def _wait(process: subprocess.Popen[bytes]) -> tuple[float, float]:
+    """Waits for a process: CPU seconds of it and its children, and its largest memory in MiB; zeros on Windows."""
+    if sys.platform == "win32":
+        process.wait()
+        return 0.0, 0.0
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
