@@ -25,8 +25,7 @@ from cellbench.inference.evaluation import Evaluation, evaluate_segmenter, open_
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.instance import describe_outcomes
 from cellbench.metrics.pixel import nan_mean, per_image_scores
-from cellbench.reporting.plots import run as run_plots
-from cellbench.reporting.plots import style
+from cellbench.reporting.plots.example import draw_example
 from cellbench.tracking.schema import EVALUATED, EVALUATION, INDEPENDENT, NOTE, SEEN
 from cellbench.tracking.tracker import Run, Tracker
 
@@ -134,8 +133,8 @@ def _write_artifacts(tested: _Tested, folder: Path) -> None:
         picture, truth = pixels[case.image]
         file = dataset.test[case.image].name
         title = f"{rank}. worst of {len(dataset.test)}: {file}, {case.score}\n{describe_outcomes(asdict(result.evaluation.agreements[case.image]))}"
-        figure = run_plots.plot_example(picture, truth, case.classes, case.cell, title)
-        style.save_figure(figure, folder / "figures" / f"worst-{rank:03d}-{file_name(Path(file).stem)}.png")
+        drawn = draw_example(picture, truth, case.classes, case.cell, title)
+        (folder / "figures" / f"worst-{rank:03d}-{file_name(Path(file).stem)}.png").write_bytes(drawn)
 
 
 def _summary(tested: _Tested) -> list[str]:

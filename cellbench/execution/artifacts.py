@@ -137,6 +137,7 @@ def write_artifacts(
     """
     from cellbench.reporting.plots import run as run_plots
     from cellbench.reporting.plots import style
+    from cellbench.reporting.plots.example import draw_example
 
     if seen is not None:
         (folder / SEEN).write_text(json.dumps(seen), encoding="utf-8")
@@ -174,7 +175,7 @@ def write_artifacts(
         picture, truth = pixels[case.image]
         cells = describe_outcomes(asdict(evaluation.agreements[case.image]))
         title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, {case.score}\n{cells}"
-        style.save_figure(run_plots.plot_example(picture, truth, case.classes, case.cell, title), folder / "figures" / f"{which}.png")
+        (folder / "figures" / f"{which}.png").write_bytes(draw_example(picture, truth, case.classes, case.cell, title))
 
 
 def pool_folds(datasets: Sequence[Dataset]) -> str:

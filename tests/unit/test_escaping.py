@@ -19,8 +19,7 @@ from cellbench.data.loading import open_dataset
 from cellbench.data.scan import resolve_inside
 from cellbench.escaping import escape_markdown, to_csv, to_printable
 from cellbench.files import file_name
-from cellbench.reporting.plots import run as run_plots
-from cellbench.reporting.plots import style
+from cellbench.reporting.plots.example import draw_example
 from cellbench.reporting.render import to_markdown
 from cellbench.reporting.report_data import Table
 from cellbench.run import main
@@ -61,7 +60,7 @@ def test_a_figure_draws_dollars_as_they_are() -> None:
     image = np.zeros((20, 20, 3), np.uint8)
     mask = np.zeros((20, 20), np.uint8)
     for name in ("$x$", r"$\frac{$", "a_$b^$"):
-        assert style.to_png(run_plots.plot_example(image, mask, mask, None, name)).startswith(b"\x89PNG")
+        assert draw_example(image, mask, mask, None, name).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
@@ -109,13 +108,18 @@ def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray
     with plt.rc_context(STYLE):
         size = (min(9.0, 2.6 + 1.15 * len(columns)), 0.36 * len(rows) + 1.3)
         figure, axes = plt.subplots(figsize=size, layout="constrained")
-        sns.heatmap(
-            values, mask=np.isnan(values), annot=True, fmt=".4f", cmap="cividis", xticklabels=list(columns), yticklabels=list(rows), linewidths=1,
-            cbar_kws={"label": f"test {metric}"}, annot_kws={"fontsize": 8}, ax=axes,
-        )  # fmt: skip
+        cells = axes.pcolormesh(np.ma.masked_invalid(values), cmap="cividis", edgecolors="white", linewidth=1)
+        figure.colorbar(cells, ax=axes, label=f"test {metric}").outline.set_visible(False)  # type: ignore[operator]
         axes.set_facecolor("0.9")
-        axes.tick_params(axis="y", rotation=0, length=0)
-        axes.tick_params(axis="x", rotation=20 if len(columns) > 4 else 0, length=0)
+        axes.invert_yaxis()
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+        axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=20 if len(columns) > 4 else 0)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        for (y, x), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                colour = "white" if cells.norm(value) < 0.5 else "black"
+                axes.text(x + 0.5, y + 0.5, f"{value:.4f}", ha="center", va="center", fontsize=8, color=colour)
         row, column = divmod(int(np.nanargmax(values)), values.shape[1])
         axes.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=2, clip_on=False))
         missing = "; empty: not run" if np.isnan(values).any() else ""

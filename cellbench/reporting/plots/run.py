@@ -1,4 +1,4 @@
-"""Figures of one run: training curves, scores, and example images with their errors.
+"""Figures of one run: training curves and scores. Its example images are in :mod:`~cellbench.reporting.plots.example`.
 
 Figures fit on a page, are safe for colour-blind readers and readable in grey: shapes, hatches and line styles repeat the meaning of colours.
 """
@@ -11,18 +11,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from cellbench.data.io.images import thumbnail
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import expected_calibration_error
 from cellbench.metrics.catalog import Metric
-from cellbench.metrics.pixel import IGNORE
 from cellbench.reporting.plots.style import PALETTE, STYLE, describe_intervals, draw_span
 from cellbench.statistics.bootstrap import mean_interval
-
-# True positive, false positive, false negative: green, red, blue as usual, and light, middle, dark so that they differ in grey too.
-ERROR_COLOURS = {"found": (0.0, 0.66, 0.42), "false alarm": (0.9, 0.19, 0.1), "missed": (0.0, 0.13, 0.66)}
 
 
 def plot_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
@@ -49,61 +43,6 @@ def plot_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
         left.legend()
         right.set_ylabel("validation Dice")
         right.margins(y=0.15)
-    return figure
-
-
-def error_overlay(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The image in grey with true positive (green), false positive (red) and false negative (blue) cell pixels, RGB 0..1. A wrong class counts as missed.
-
-    Ignored pixels are half white.
-    """
-    grey = np.repeat((image.mean(-1, keepdims=True) / 255) ** 0.8, 3, axis=-1)
-    ignored = truth == IGNORE
-    out = np.where(ignored[..., None], (1 + grey) / 2, grey)
-    truth, classes = np.where(ignored, 0, truth), np.where(ignored, 0, classes)
-    marks = {
-        "found": (truth > 0) & (classes == truth),
-        "false alarm": (truth == 0) & (classes > 0),
-        "missed": (truth > 0) & (classes != truth),
-    }
-    for name, where in marks.items():
-        share = 0.45 if name == "found" else 0.85
-        out[where] = (1 - share) * grey[where] + share * np.array(ERROR_COLOURS[name])
-    return out
-
-
-def plot_example(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.ndarray | None, title: str) -> Figure:
-    """One image four times: with the true outlines, with the predicted outlines, the probability of a cell, and the errors.
-
-    ``image`` (H, W, 3) and ``truth`` (H, W) at full size; ``classes`` and ``cell`` as :func:`cellbench.data.io.images.thumbnail` gives them.
-    """
-    image, truth = thumbnail(image), thumbnail(truth)
-    tall = image.shape[0] / image.shape[1]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(9, 9 * tall + 0.9), dpi=100, layout="constrained")  # three of these a run
-        (first, second), (third, fourth) = axes
-        first.imshow(image)
-        first.set_title("image with the true outlines (yellow)")
-        first.contour((truth > 0) & (truth != IGNORE), levels=[0.5], colors=["#f5c400"], linewidths=0.9)
-        second.imshow(image)
-        second.set_title("image with the predicted outlines (blue)")
-        second.contour(classes > 0, levels=[0.5], colors=["#0a5cff"], linewidths=0.9)
-        if cell is not None:
-            heat = third.imshow(cell / 255, cmap="viridis", vmin=0, vmax=1)
-            figure.colorbar(heat, ax=third, shrink=0.8, pad=0.01)
-            third.set_title("probability of a cell")
-        else:
-            third.imshow(classes, cmap="viridis", interpolation="nearest")
-            third.set_title("predicted classes (this method gives no probability)")
-        fourth.imshow(error_overlay(image, truth, classes))
-        fourth.set_title("errors")
-        fourth.legend(
-            handles=[Patch(color=colour, label=name) for name, colour in ERROR_COLOURS.items()],
-            loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3,
-        )  # fmt: skip
-        for one in axes.flat:
-            one.set_axis_off()
-        figure.suptitle(title)
     return figure
 
 

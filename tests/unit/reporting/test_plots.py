@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cellbench.data.io.images import thumbnail
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import expected_calibration_error
 from cellbench.reporting.model_groups import PlotRow
 from cellbench.reporting.plots import comparison as comparison_plots
+from cellbench.reporting.plots import example, style
 from cellbench.reporting.plots import run as run_plots
 from cellbench.reporting.plots import significance as significance_plots
-from cellbench.reporting.plots import style
 from cellbench.reporting.plots.comparison import pareto_front
 from cellbench.statistics.bootstrap import Interval, mean_interval
 from cellbench.statistics.comparison import compare_all
@@ -107,21 +108,19 @@ def test_a_report_card_is_whole(num, num_classes):
     assert expected_calibration_error(calibration) == 0
 
 
-def test_a_method_without_probabilities_has_a_card_and_a_case(tmp_path):
+def test_a_method_without_probabilities_has_a_card_and_a_case():
     each = {"dice": np.array([1.0, 1.0])}
     run_plots.plot_scores("otsu", each, {"cell": dict.fromkeys(run_plots.POOLED, 1.0)}, None)
     blank = np.zeros((30, 40), np.uint8)
-    style.save_figure(
-        run_plots.plot_example(np.full((30, 40, 3), 200, np.uint8), blank, blank, None, "nothing in either"), tmp_path / "x.png"
-    )
-    assert (tmp_path / "x.png").stat().st_size > 1000
+    png = example.draw_example(np.full((30, 40, 3), 200, np.uint8), blank, blank, None, "nothing in either")
+    assert Image.open(io.BytesIO(png)).width > 2 * 40
 
 
 def test_errors_differ_in_grey_too():
     image = np.full((2, 3, 3), 150, np.uint8)
-    truth, classes = np.array([[1, 0, 1], [0, 0, 0]]), np.array([[1, 1, 0], [0, 0, 0]])
-    grey = run_plots.error_overlay(image, truth, classes) @ [0.299, 0.587, 0.114]
-    found, false, missed = grey[0]
+    truth, classes = np.array([[1, 0, 1], [0, 0, 0]], np.uint8), np.array([[1, 1, 0], [0, 0, 0]], np.uint8)
+    grey = example.error_overlay(image, truth, classes) @ [0.299, 0.587, 0.114]
+    found, false, missed = grey[0] / 255
     assert found - false > 0.08
     assert false - missed > 0.15
 
@@ -131,3 +130,28 @@ def test_curves_mark_the_best_epoch():
     figure = run_plots.plot_curves(history, 3)
     assert "epoch 4" in figure.axes[1].get_title(loc="left")
     assert uncut(figure)
+
+
+@pytest.mark.parametrize("size", [(20, 30), (900, 200), (64, 1000)])
+def test_an_example_fits_images_of_every_shape_and_long_names(size):
+    image = np.full((*size, 3), 90, np.uint8)
+    truth = np.zeros(size, np.uint8)
+    truth[size[0] // 4 : size[0] // 2, size[1] // 4 : size[1] // 2] = 1
+    cell = thumbnail(truth * np.uint8(200))
+    page = Image.open(io.BytesIO(example.draw_example(image, truth, thumbnail(truth), cell, f"{'long' * 60}.png\nthe second line")))
+    assert page.mode == "RGB"
+    drawn = np.asarray(page)
+    rim = np.concatenate([drawn[:2].reshape(-1, 3), drawn[-2:].reshape(-1, 3), drawn[:, :2].reshape(-1, 3), drawn[:, -2:].reshape(-1, 3)])
+    assert (rim == 255).all()
+    assert (drawn == example.YELLOW).all(-1).any()
+    assert (drawn == example.CYAN).all(-1).any()
+
+
+def test_ignored_pixels_are_no_errors_and_have_no_outline():
+    image, truth = np.full((60, 60, 3), 90, np.uint8), np.full((60, 60), 255, np.uint8)
+    predicted = np.ones((60, 60), np.uint8)
+    assert len(np.unique(example.error_overlay(image, truth, predicted))) == 1
+    truth[:, 30:] = 0
+    drawn = example.draw_example(image, truth, np.zeros_like(truth), np.zeros_like(truth), "half is ignored")
+    yellow = (np.asarray(Image.open(io.BytesIO(drawn))) == example.YELLOW).all(-1)
+    assert yellow.sum() == 14 * 10  # of the legend alone

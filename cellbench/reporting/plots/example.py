@@ -1,0 +1,128 @@
+"""The picture of one image and its prediction, as plain pixels: outlines, probability and errors. No matplotlib: three of these a run.
+
+Shapes: H x W pixels of the image, h x w of its thumbnail. A panel shows each pixel of the thumbnail as a square of whole pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cellbench.data.io.images import SHOWN_PX, png_bytes, thumbnail
+from cellbench.data.io.overlay import CYAN, YELLOW, draw_outlines
+from cellbench.metrics.pixel import IGNORE
+
+# Green, red, blue as usual, and light, middle, dark so that they differ in grey too.
+ERROR_COLOURS = {"found": (0, 168, 107), "false alarm": (230, 48, 26), "missed": (0, 33, 168)}
+ERROR_SHARES = {"found": 0.45, "false alarm": 0.85, "missed": 0.85}
+"""The weight of a colour over the grey image."""
+TITLE_PX, CAPTION_PX, GAP_PX = 15, 13, 12
+SMALLEST_WIDTH_PX = 760
+"""So that titles and captions fit above small images."""
+
+Key = tuple[str, np.ndarray]
+"""An entry of a legend: its text, and the colours (N, 3) of the bar before it."""
+
+
+def draw_example(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.ndarray | None, title: str) -> bytes:
+    """A PNG of one image four times: with the true outlines, with the predicted ones, the probability of a cell, and the errors.
+
+    ``image`` (H, W, 3) and ``truth`` (H, W) at full size, all uint8; ``classes`` and ``cell`` (h, w) as
+    :func:`cellbench.data.io.images.thumbnail` gives them. ``title``: one or more lines.
+    """
+    image, truth = thumbnail(image), thumbnail(truth)
+    zoom = max(1, SHOWN_PX // max(image.shape[:2]))
+    errors = error_overlay(image, truth, classes)
+    image, truth, classes, errors = (np.repeat(np.repeat(x, zoom, 0), zoom, 1) for x in (image, truth, classes, errors))
+    if cell is None:
+        table = _viridis(int(classes.max(initial=1)) + 1)
+        third = table[classes], "predicted classes (this method gives no probability)", []
+    else:
+        table = _viridis(256)
+        third = table[np.repeat(np.repeat(cell, zoom, 0), zoom, 1)], "probability of a cell: 0", [("1", table)]
+    panels: list[tuple[np.ndarray, str, Sequence[Key]]] = [
+        (draw_outlines(image, np.where(truth == IGNORE, 0, truth)), "true outlines", [("", _bar(YELLOW))]),
+        (draw_outlines(image, classes, CYAN), "predicted outlines", [("", _bar(CYAN))]),
+        third,
+        (errors, "errors:", [(name, _bar(colour)) for name, colour in ERROR_COLOURS.items()]),
+    ]
+    return png_bytes(_page(panels, title))
+
+
+def error_overlay(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """The image in grey with true positive (green), false positive (red) and false negative (blue) cell pixels, RGB uint8.
+
+    A wrong class counts as missed. Ignored pixels are half white. All arguments uint8, (h, w) or (h, w, 3).
+    """
+    grey = np.linspace(0, 1, 256)[:, None] ** 0.8
+    looks = [(0.0, (0, 0, 0)), *((ERROR_SHARES[name], colour) for name, colour in ERROR_COLOURS.items()), (0.5, (255, 255, 255))]
+    table = np.stack([((1 - share) * 255 * grey + share * np.array(colour)).round().astype(np.uint8) for share, colour in looks])
+    kind = np.where(truth > 0, np.where(classes == truth, 1, 3), np.where(classes > 0, 2, 0))
+    return table[np.where(truth == IGNORE, 4, kind), image.mean(-1).astype(np.uint8)]
+
+
+def _page(panels: Sequence[tuple[np.ndarray, str, Sequence[Key]]], title: str) -> np.ndarray:
+    """Four panels of one size, two by two, each with its caption above it, below the title."""
+    height, width = panels[0][0].shape[:2]
+    column = max(width, (SMALLEST_WIDTH_PX - GAP_PX) // 2)
+    bold, plain = _font(TITLE_PX), _font(CAPTION_PX)
+    lines = [part for line in title.splitlines() for part in _wrap(line, bold, 2 * column)]
+    top, line_px, caption_px = GAP_PX, round(1.4 * TITLE_PX), round(1.7 * CAPTION_PX)
+    first = top + line_px * len(lines)
+    row = caption_px + height + GAP_PX
+    page = Image.new("RGB", (2 * column + 3 * GAP_PX, first + 2 * row + GAP_PX), "white")
+    pen = ImageDraw.Draw(page)
+    for k, line in enumerate(lines):
+        pen.text((GAP_PX, top + k * line_px), line, "black", bold)
+    for k, (picture, caption, keys) in enumerate(panels):
+        x, y = GAP_PX + (k % 2) * (column + GAP_PX), first + (k // 2) * row
+        page.paste(Image.fromarray(picture), (x, y + caption_px))
+        y += caption_px // 2
+        pen.text((x, y), caption, "black", plain, anchor="lm")
+        x += round(plain.getlength(caption)) + 8
+        for text, colours in keys:
+            bar = Image.fromarray(colours[None]).resize((60 if len(colours) > 1 else 14, 10), Image.Resampling.NEAREST)
+            page.paste(bar, (x, y - 5))
+            pen.text((x + bar.width + 6, y), text, "black", plain, anchor="lm")
+            x += bar.width + round(plain.getlength(text)) + 18
+    return np.asarray(page)
+
+
+def _wrap(line: str, font: ImageFont.FreeTypeFont, width_px: int) -> list[str]:
+    """The line in parts that fit. Breaks anywhere: a file's name may be longer than the picture is wide.
+
+    >>> _wrap("", _font(15), 100)
+    ['']
+    """
+    parts = []
+    while font.getlength(line) > width_px:
+        fitting = next(num for num in range(len(line) - 1, 0, -1) if num == 1 or font.getlength(line[:num]) <= width_px)
+        parts.append(line[:fitting])
+        line = line[fitting:]
+    return [*parts, line]
+
+
+def _bar(colour: tuple[int, int, int]) -> np.ndarray:
+    return np.array([colour], np.uint8)
+
+
+@functools.cache
+def _viridis(num: int) -> np.ndarray:
+    """``num`` colours (num, 3), from dark blue to yellow."""
+    levels = np.linspace(0, 255, num).round().astype(np.uint8)
+    return np.ascontiguousarray(cv2.applyColorMap(levels[:, None], cv2.COLORMAP_VIRIDIS)[:, 0, ::-1])
+
+
+@functools.cache
+def _font(height_px: int) -> ImageFont.FreeTypeFont:
+    # Pillow's own font lacks accented letters. Matplotlib's file is found without importing it.
+    spec = importlib.util.find_spec("matplotlib")
+    assert spec is not None
+    assert spec.origin is not None
+    return ImageFont.truetype(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", height_px)
