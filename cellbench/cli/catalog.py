@@ -15,6 +15,7 @@ from cellbench.config.registry import Registry, shipped
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError, unknown_name
 from cellbench.metrics.catalog import search_objectives
+from cellbench.models.backbones.weights import package_name
 
 EXPERIMENTS = "experiments"
 
@@ -72,7 +73,8 @@ def show_component(options: ShowOptions) -> int:
 
 def _meaning(card: Card) -> str:
     if isinstance(card, BackboneCard):
-        weights = f"weights: --weights DIR with {card.id}.safetensors, .pth or .bin, else {card.weights}"
+        source = f"the Python package {name}" if (name := package_name(card)) else card.weights
+        weights = f"weights: --weights DIR with {card.id}.safetensors, .pth or .bin, else {source}"
         side = 224 // card.patch_px
         return f"{'needs no weights' if card.weights == 'none' else weights}; a 224-px tile becomes {side} x {side} vectors of {card.dim}."
     if isinstance(card, HeadCard):

@@ -23,7 +23,16 @@ from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unkno
 from cellbench.file_cache import FileFactCache, sha256
 from cellbench.files import compute_sha256
 from cellbench.models.backbones.weight_files import check_whole
-from cellbench.models.backbones.weights import download_path, find_in_hub_cache, folder_file, locate, weights_folder
+from cellbench.models.backbones.weights import (
+    download_path,
+    find_in_hub_cache,
+    find_in_package,
+    folder_file,
+    how_to_get,
+    locate,
+    package_name,
+    weights_folder,
+)
 
 if TYPE_CHECKING:
     from cellbench.hardware import Hardware
@@ -70,9 +79,11 @@ class Row:
 HERE = {
     "needs nothing": "",
     "in the folder": "",
+    "in a package": "",
     "downloaded": "",
     "in the hub cache": "",
     "would download": "at its first use, from the page named; nothing is downloaded for this table.",
+    "not installed": "its weights come in a Python package, installed by the command named.",
     "gated": "accept the licence at the page named and log in (hf auth login), or put the file into a --weights folder.",
     "broken": "see below.",
 }
@@ -96,6 +107,9 @@ def row(card: BackboneCard, folder: Path | None, deep: bool = False) -> Row:
             locate(card, folder, download=False)
         except WeightsUnavailable:
             hash = "on the card" if card.sha256 else "unknown"
+            if package_name(card):
+                where = how_to_get(card, folder).removeprefix("Run `").removesuffix("`.")
+                return Row(name=card.id, here="not installed", mib=size, hash=hash, license=license, where=where)
             page = (card.page or card.weights).removeprefix("https://").replace("huggingface.co/", "hf.co/", 1)
             return Row(name=card.id, here="gated" if card.gated else "would download", mib=size, hash=hash, license=license, where=page)
         except CellbenchError as error:
@@ -122,6 +136,8 @@ def _file(card: BackboneCard, folder: Path | None) -> tuple[str, Path] | None:
     """The place and path at which ``locate`` would find the card's file on this machine, unchecked."""
     if own := folder_file(card, folder):
         return "in the folder", own
+    if packed := find_in_package(card):
+        return "in a package", packed
     if card.weights.startswith("http") and download_path(card).is_file():
         return "downloaded", download_path(card)
     return next((("in the hub cache", path) for path, _, _ in find_in_hub_cache(card)), None)

@@ -46,9 +46,10 @@ class BackboneCard(Card):
     }  # fmt: skip
 
     weights: str
-    """``hf-hub:OWNER/NAME``, ``https://…``, or ``none`` for a backbone that needs no weights."""
+    """``hf-hub:OWNER/NAME``, ``https://…``, ``package:NAME`` for a file in a Python package (``NAME`` is what ``pip install`` takes), or
+    ``none`` for a backbone that needs no weights."""
     file: str = ""
-    """The file within a hub repository."""
+    """The file within a hub repository, or ``MODULE/PATH`` within a Python package."""
     revision: str = ""
     """The hub commit that these facts were read from; empty: not known."""
     sha256: str = ""

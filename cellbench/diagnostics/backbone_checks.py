@@ -87,20 +87,29 @@ def shape(card: BackboneCard, backbone: Backbone) -> str:
     return ""
 
 
+CORNERS = {"top left": (0, 0), "top right": (0, -1), "bottom left": (-1, 0), "bottom right": (-1, -1)}
+"""Whether a corner is at the first or the last row and column."""
+
+
 def grid_order(card: BackboneCard, backbone: Backbone) -> str:
-    """A bright square in a corner changes that corner of every map most: rows go down, columns to the right."""
-    x = _pixels(backbone, 4, 6)
-    side, before = x.shape[2] // 4, backbone(x, _indices(backbone))
-    for down, right in ((False, True), (True, False)):  # two corners that tell rows from columns and start from end
-        lit = x.clone()
-        lit[:, :, -side if down else 0 :, -side if right else 0 :][:, :, :side, :side] = 1.0
-        for level, dark, bright in zip(backbone.levels, before, backbone(lit, _indices(backbone)), strict=True):
-            change = (bright - dark).square().sum(1)[0]
-            h, w = change.shape
-            row, column = divmod(int(change.argmax()), w)
-            if not ((row >= h * 3 / 4) if down else (row < h / 4)) or not ((column >= w * 5 / 6) if right else (column < w / 6)):
-                corner = "bottom left" if down else "top right"
-                return f"a square lit at the {corner} changes level {level.index} most at row {row} of {h}, column {column} of {w}"
+    """Of a bright square in each corner, the one in its own corner changes a corner of the map most: rows go down, columns to the right.
+
+    Corners are compared between squares and not with the rest of the map, where a convolution that crosses the square's edge may change more.
+    """
+    x = _pixels(backbone, 4, 6, unit_px=2 * backbone.tile_multiple_px)  # a random EfficientNet sees four places far at its last level
+    side, dark = x.shape[2] // 4, backbone(x, _indices(backbone))
+    changes: dict[str, list[dict[str, float]]] = {}
+    for lit, (row, column) in CORNERS.items():
+        square = x.clone()
+        square[:, :, -side if row else 0 :, -side if column else 0 :][:, :, :side, :side] = 1.0
+        bright = backbone(square, _indices(backbone))
+        moved = [(b - d).square().sum(1)[0] for b, d in zip(bright, dark, strict=True)]
+        changes[lit] = [{seen: float(change[at]) for seen, at in CORNERS.items()} for change in moved]
+    for level, _ in enumerate(zip(backbone.levels, dark, strict=True)):
+        for seen in CORNERS:
+            most = max(CORNERS, key=lambda lit: changes[lit][level][seen])
+            if most != seen:
+                return f"the {seen} corner of level {level} changes most where a square is lit at the {most} of the tile"
     return ""
 
 

@@ -23,7 +23,7 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.files import make_folder, os_errors_as, write_atomic
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.separation import SeparationParams
-from cellbench.models.backbones.weights import locate
+from cellbench.models.backbones.weights import locate, package_name
 
 FORMAT = 1
 RUN, HEAD, CARDS = "run.json", "head.safetensors", "registry"
@@ -57,7 +57,9 @@ def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights:
             why = (
                 "" if may_embed_weights(card) else f", since its licence ({card.license}{', gated' if card.gated else ''}) allows no copies"
             )
-            note = f"{card.id} is named, not copied{why}: give --weights DIR there, or let it be downloaded from {card.weights}."
+            package = package_name(card)
+            source = f"install the Python package {package}" if package else f"let it be downloaded from {card.weights}"
+            note = f"{card.id} is named, not copied{why}: give --weights DIR there, or {source}."
         else:
             copied = locate(card, weights)
             note = f"{card.id}'s weights are in it ({card.license})."

@@ -6,6 +6,7 @@ that differs is an error that lists them.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -17,10 +18,13 @@ from cellbench.errors import CellbenchError
 from cellbench.models.backbones.weight_files import check_types
 
 # The patch embedding (or a ConvNet's stem) shows under which prefix a file holds the network.
-ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "stem.0.weight", "stem_0.weight")
+ANCHORS = (
+    "patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight", "stem.0.weight", "stem_0.weight",
+    "conv_stem.weight", "_conv_stem.weight",
+)  # fmt: skip
 
 # Parts that are only for training or classification, beside the network or inside it.
-HEADS = re.compile(r"(.*\.)?(dino_head|ibot_head|dino_loss|ibot_patch_loss|head|classifier|pooler)\..*|(.*\.)?mask_token|student\..*")
+HEADS = re.compile(r"(.*\.)?(dino_head|ibot_head|dino_loss|ibot_patch_loss|head|classifier|_fc|pooler)\..*|(.*\.)?mask_token|student\..*")
 
 # transformers' ViTModel and Dinov2Model (also Hibou's own copy of the latter) -> timm, after q, k and v are joined.
 TRANSFORMERS = (
@@ -40,12 +44,25 @@ TRANSFORMERS = (
     (r"^layernorm\.", "norm."),
 )
 
+# The modules of a block in EfficientNet-PyTorch -> timm, for blocks with and without an expansion.
+EXPANDED = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+NOT_EXPANDED = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+AROUND = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+
 
 def to_timm_names(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """The network's tensors under timm's names; ``where`` names the file in errors.
 
-    Knows timm's own layout, DINOv2's (SwiGLU's ``w12``/``w3``, ``register_tokens``), training checkpoints with a ``teacher``, and
-    transformers' ViT and Dinov2 with or without registers. Tensors are views of the given ones, apart from joined q, k, v and class tokens.
+    Knows timm's own layout, DINOv2's (SwiGLU's ``w12``/``w3``, ``register_tokens``), training checkpoints with a ``teacher``,
+    transformers' ViT and Dinov2 with or without registers, and EfficientNet-PyTorch's without squeeze-and-excitation. Tensors are views of
+    the given ones, apart from joined q, k, v and class tokens.
     """
     root = _root(state, where)
     outside = [key for key in state if not key.startswith(root) and not HEADS.fullmatch(key)]
@@ -55,6 +72,8 @@ def to_timm_names(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     inside = {key: value for key, value in inside.items() if not HEADS.fullmatch(key)}
     if ANCHORS[1] in inside:
         inside = _from_transformers(inside)
+    if ANCHORS[5] in inside:
+        inside = _from_efficientnet_pytorch(inside)
     inside = {re.sub(r"\.mlp\.w3\.", ".mlp.fc2.", re.sub(r"\.mlp\.w12\.", ".mlp.fc1.", key)): value for key, value in inside.items()}
     if "register_tokens" in inside and {"cls_token", "pos_embed"} <= inside.keys():
         # DINOv2 adds a position to the class token and none to the registers; timm's reg4 models keep positions for patches only.
@@ -91,6 +110,32 @@ def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def _from_efficientnet_pytorch(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of timm for a file of lukemelas/EfficientNet-PyTorch: it numbers the blocks throughout, timm by stage and within the stage.
+
+    The blocks of a stage have the same number of output channels, and no two successive stages of an EfficientNet do.
+    """
+    places: dict[str, str] = {}
+    stage, number, width = -1, 0, 0
+    for index in itertools.count():
+        output = state.get(f"_blocks.{index}._project_conv.weight")
+        if output is None:
+            break
+        stage, number = (stage, number + 1) if len(output) == width else (stage + 1, 0)
+        places[str(index)], width = f"blocks.{stage}.{number}", len(output)
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
+        module, _, tensor = key.rpartition(".")
+        if match and match[1] in places:
+            table = EXPANDED if f"_blocks.{match[1]}._expand_conv.weight" in state else NOT_EXPANDED
+            key = f"{places[match[1]]}.{table.get(match[2], match[2])}.{match[3]}"
+        elif module in AROUND:
+            key = f"{AROUND[module]}.{tensor}"
+        renamed[key] = value
+    return renamed
+
+
 def pretrained_tile_px(state: dict[str, Tensor], patch_px: int) -> int | None:
     """The tile side in px of a timm state's position grid; None without a square grid."""
     if "pos_embed" not in state:
@@ -107,9 +152,11 @@ def pretrained_tile_px(state: dict[str, Tensor], patch_px: int) -> int | None:
 def load_strictly(net: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Loads a float32 copy of ``state`` into ``net``, on any device; both must have the same tensor names and shapes.
 
+    Batch norm's counters of training steps may be missing: files converted from TensorFlow have none, and a frozen network reads none.
     A copy, since overwriting the memory-mapped file would change the weights. Peak memory: the file and one copy.
     """
     wanted = net.state_dict()
+    state = {key: torch.zeros((), dtype=torch.int64) for key in wanted if key.endswith(".num_batches_tracked")} | state
     missing, extra = [k for k in wanted if k not in state], [k for k in state if k not in wanted]
     odd = [f"{k} {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in wanted if k in state and state[k].shape != wanted[k].shape]
     if missing or extra or odd:
@@ -119,7 +166,7 @@ def load_strictly(net: nn.Module, state: dict[str, Tensor], where: str) -> None:
             f"{where}: does not fit the network that the card describes: {differences}. Is it the right file for this card?"
         )
     check_types(state, wanted, where)
-    own = {key: state[key].detach().to(torch.float32, copy=True).contiguous() for key in wanted}
+    own = {key: state[key].detach().to(wanted[key].dtype, copy=True).contiguous() for key in wanted}
     net.load_state_dict(own, strict=True, assign=True)
     stranded = [name for name, tensor in (*net.named_parameters(), *net.named_buffers()) if tensor.is_meta]
     assert not stranded, f"left without values: {stranded}"

@@ -1,4 +1,4 @@
-"""Hierarchical networks (ConvNeXt and similar), built by timm from a card: each level has its own width and stride.
+"""Hierarchical networks (ConvNeXt, EfficientNet and similar), built by timm from a card: each level has its own width and stride.
 
 The map of a stage is its output. Such networks have no final norm that fits all stages (ConvNeXt's comes after pooling), so every map is
 normalised to mean 0 and variance 1 over the channels of each place, without learned factors, to be comparable to a ViT's normed tokens.
@@ -68,5 +68,6 @@ def timm_pyramid(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbon
 
 def _network(name: str, device: str | None) -> Any:
     net: Any = timm.create_model(name, pretrained=False, num_classes=0, device=None if device is None else torch.device(device))
-    net.head = nn.Identity()  # it has a norm for pooled features that the maps do not use
+    if hasattr(net, "head"):
+        net.head = nn.Identity()  # it has a norm for pooled features that the maps do not use
     return net

@@ -1,13 +1,14 @@
 """Finds or downloads the file of a backbone's weights, and checks it.
 
-The order: the ``--weights`` folder (or ``CELLBENCH_WEIGHTS``), earlier downloads, the Hugging Face cache, the card's source. A file must be
-complete and have the hash on the card; without one there, the first hash is recorded and a different file is refused later. Unavailable
-weights raise WeightsUnavailable with the remedy; random weights are never used instead.
+The order: the ``--weights`` folder (or ``CELLBENCH_WEIGHTS``), an installed Python package, earlier downloads, the Hugging Face cache, the
+card's source. A file must be complete and have the hash on the card; without one there, the first hash is recorded and a different file is
+refused later. Unavailable weights raise WeightsUnavailable with the remedy; random weights are never used instead.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -55,9 +56,15 @@ def locate(card: BackboneCard, folder: Path | None, download: bool = True) -> Pa
         # The card's hash is that of the published file; a file of another format is held to the hash of its first use.
         same_format = own.suffix == Path(_published(card)).suffix
         return _checked(card, own, f"folder {own.name}", card.sha256 if same_format else "")
+    if card.weights.startswith("package:"):
+        packed = find_in_package(card)
+        if packed is None:
+            raise WeightsUnavailable(f"{card.id}: {_not_in_package(card)} {how_to_get(card, folder)}")
+        return _checked(card, packed, card.weights, card.sha256)
     https = card.weights.startswith(("https://", "http://"))
     if not https and not card.weights.startswith("hf-hub:"):
-        raise CellbenchError(f"{card.path}: weights = {card.weights!r}. Expected 'hf-hub:OWNER/NAME', 'https://…' or 'none'.")
+        expected = "'hf-hub:OWNER/NAME', 'https://…', 'package:NAME' or 'none'"
+        raise CellbenchError(f"{card.path}: weights = {card.weights!r}. Expected {expected}.")
     landed = download_path(card)
     if https and landed.is_file():
         return _checked(card, landed, card.weights, card.sha256)
@@ -135,6 +142,30 @@ def find_in_hub_cache(card: BackboneCard) -> Iterator[tuple[Path, str, bool]]:
                 yield path, f"hf-hub:{wanted.repo}/{name}", published
 
 
+def package_name(card: BackboneCard) -> str:
+    """The Python package that holds the card's weights, by the name that ``pip install`` takes; empty for other sources."""
+    return card.weights.removeprefix("package:") if card.weights.startswith("package:") else ""
+
+
+def find_in_package(card: BackboneCard) -> Path | None:
+    """The card's file in its installed Python package, or None. The package is found, not imported: none of its code is run."""
+    module, _, inner = card.file.partition("/")
+    if not package_name(card):
+        return None
+    if not module.isidentifier() or not inner:
+        raise CellbenchError(f"{card.path}: file = {card.file!r}. With weights = {card.weights!r}, expected 'MODULE/PATH' in that package.")
+    spec = importlib.util.find_spec(module)
+    folders = spec.submodule_search_locations if spec is not None else None
+    return next((path for folder in folders or () if (path := Path(folder) / inner).is_file()), None)
+
+
+def _not_in_package(card: BackboneCard) -> str:
+    module = card.file.partition("/")[0]
+    if importlib.util.find_spec(module) is None:
+        return f"its weights come in the Python package {package_name(card)}, which is not installed."
+    return f"the installed Python package {package_name(card)} has no file {card.file}."
+
+
 def _checked(card: BackboneCard, path: Path, source: str, expected: str) -> Path:
     """The resolved path of a complete file with the ``expected`` sha256; without one, ``source`` is the key of its first hash."""
     path = path.resolve()  # the hub's cache has links; the user must delete the file itself
@@ -147,9 +178,11 @@ def _checked(card: BackboneCard, path: Path, source: str, expected: str) -> Path
     named = path.name if re.fullmatch("[0-9a-f]{64}", path.name) else ""
     for wanted, who in ((expected, "the card"), (named, "the hub")):
         if wanted and found != wanted:
+            package = package_name(card)
+            again = f"Run `pip install --force-reinstall {package}`" if package else "Delete it and download it again"
             raise WeightsUnavailable(
                 f"{card.id}: {path} is not the published file: its sha256 is {found[:16]}…, {who} says {wanted[:16]}…. "
-                "Delete it and download it again, or use it on purpose with a card of your own (--registry)."
+                f"{again}, or use it on purpose with a card of your own (--registry)."
             )
     if not expected:
         _trust_first(card, path, f"{card.id} {source}", found)
@@ -180,6 +213,8 @@ def _trust_first(card: BackboneCard, path: Path, key: str, found: str) -> None:
 
 def how_to_get(card: BackboneCard, folder: Path | None) -> str:
     """How a user can make these weights available, as a sentence."""
+    if package := package_name(card):
+        return f"Run `pip install {package}`."
     given = folder or os.environ.get("CELLBENCH_WEIGHTS") or "DIR"
     name = _published(card) or "the weights file"
     place = f"{Path(given) / (card.id + _suffix(card))}" + ("" if given != "DIR" else " and pass --weights DIR")

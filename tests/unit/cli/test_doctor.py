@@ -62,6 +62,17 @@ def test_missing_weights_would_be_downloaded_or_are_gated(web: StandIn) -> None:
     assert web.asked == []
 
 
+def test_weights_of_a_package_are_in_it_or_it_is_named_with_its_command(
+    web: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = card("package:net-weights", file="net_weights/net.pth", sha256=digest(PTH))
+    row = doctor.row(it, None)
+    assert (row.here, row.hash, row.where) == ("not installed", "on the card", "pip install net-weights")
+    put(tmp_path / "site" / "net_weights", PTH)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert states(it) == ("in a package", "as on card")
+
+
 def test_a_file_in_the_folder_is_compared_with_the_card_or_recorded(web: StandIn, tmp_path: Path) -> None:
     folder, source = put(tmp_path / "w", PTH), web.url + "/Net.pth"
     assert states(card(source, sha256=digest(PTH)), folder) == ("in the folder", "as on card")
@@ -127,7 +138,7 @@ def test_the_table_comes_without_torch_within_seconds_and_fits_the_terminal(tmp_
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 120
-    names = [line.split()[0] for line in lines if re.match(r"\S+ +(needs nothing|would download|gated|in the)", line)]
+    names = [line.split()[0] for line in lines if re.match(r"\S+ +(needs nothing|would download|gated|in the|in a)", line)]
     assert sorted(names) == Registry().names("backbones")
     assert "hf.co/MahmoodLab/uni" in done.stdout
     assert "hub: not logged in" in done.stdout

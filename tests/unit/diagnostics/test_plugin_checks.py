@@ -115,8 +115,8 @@ def test_a_head_card_that_promises_too_much_fails(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "breaks", "says"),
     [
-        ("scrambled", {"grid order"}, "a square lit at the top right changes level 0 most at row"),
-        ("mirrored", {"grid order"}, "column"),
+        ("scrambled", {"grid order"}, "corner of level 0 changes most where a square is lit at the"),
+        ("mirrored", {"grid order"}, "the top left corner of level 0 changes most where a square is lit at the top right"),
         ("centred", {"batch independence"}, "with the others of its batch"),
         ("learning", {"frozen"}, "2 parameters require a gradient after freeze(), first project.weight"),
         ("training", {"frozen"}, "into training mode"),

@@ -82,6 +82,34 @@ def test_the_real_vit_tiny_gives_timms_features_and_the_known_numbers() -> None:
     assert weights_digest(it, VIT_TINY.parent) == "sha256:3f1f07da5e1337265ac1eb0234d13841467caf730b3c4240bd3f98c49bc16a92"
 
 
+LITE = SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
+
+
+def test_the_packaged_efficientnet_loads_offline_with_the_hash_on_its_card() -> None:
+    it = card("efficientnet-lite0")
+    backbone = open_backbone(it, download=False)
+    assert [(level.dim, level.stride_px) for level in backbone.levels] == [(16, 2), (24, 4), (40, 8), (112, 16), (320, 32)]
+    assert weights_digest(it, download=False) == f"sha256:{it.sha256}"
+
+
+@pytest.mark.skipif(not LITE.is_file(), reason=f"no real weights at {LITE}")
+def test_the_packaged_efficientnet_gives_timms_own_features_of_an_independent_copy(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import load_file
+
+    plain = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    plain.load_state_dict(load_file(LITE))
+    x = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        wanted = plain.forward_intermediates((x - 0.5) / 0.5, intermediates_only=True)
+    for folder, name in ((None, "package"), (tmp_path, "timm's names")):
+        (tmp_path / "efficientnet-lite0.safetensors").write_bytes(LITE.read_bytes())
+        found = open_backbone(card("efficientnet-lite0"), folder, download=False)(x, (0, 1, 2, 3, 4))
+        for ours, theirs in zip(found, wanted, strict=True):
+            normed = (theirs - theirs.mean(1, keepdim=True)) / (theirs.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+            torch.testing.assert_close(ours, normed, rtol=1e-4, atol=1e-4, msg=name)
+
+
 COST = """
 import json, sys, time
 from pathlib import Path

@@ -115,6 +115,22 @@ def test_timm_layouts_load_to_timms_own_numbers(tmp_path: Path) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_blocks_of_efficientnet_pytorch_are_numbered_by_stage() -> None:
+    widths = [16, 24, 24, 40]
+    state = {"_conv_stem.weight": torch.zeros(32, 3, 3, 3), "_bn0.bias": torch.zeros(32), "_fc.bias": torch.zeros(9)}
+    for index, (width, entering) in enumerate(zip(widths, [32, *widths], strict=False)):
+        state[f"_blocks.{index}._project_conv.weight"] = torch.zeros(width, 6 * entering, 1, 1)
+        state[f"_blocks.{index}._bn2.bias"] = torch.zeros(width)
+        if index:
+            state[f"_blocks.{index}._expand_conv.weight"] = torch.zeros(6 * entering, entering, 1, 1)
+    assert list(to_timm_names(state, "x")) == [
+        "conv_stem.weight", "bn1.bias", "blocks.0.0.conv_pw.weight", "blocks.0.0.bn2.bias",
+        "blocks.1.0.conv_pwl.weight", "blocks.1.0.bn3.bias", "blocks.1.0.conv_pw.weight",
+        "blocks.1.1.conv_pwl.weight", "blocks.1.1.bn3.bias", "blocks.1.1.conv_pw.weight",
+        "blocks.2.0.conv_pwl.weight", "blocks.2.0.bn3.bias", "blocks.2.0.conv_pw.weight",
+    ]  # fmt: skip
+
+
 # --- strictness
 
 

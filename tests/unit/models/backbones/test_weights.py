@@ -43,6 +43,43 @@ def test_own_folder_may_use_the_id_or_the_published_name(web: StandIn, tmp_path:
     assert locate(card("https://nowhere.invalid/Published.pth?download=1"), tmp_path / "own") == path
 
 
+@pytest.fixture
+def package(web: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an installed package ``net_weights`` whose code must not run; the name that pip takes is ``net-weights``."""
+    folder = tmp_path / "site" / "net_weights"
+    (folder / "models").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise SystemExit('the package was imported')")
+    (folder / "models" / "net.pth").write_bytes(PTH)
+    monkeypatch.syspath_prepend(folder.parent)
+    return folder
+
+
+PACKED = card("package:net-weights", file="net_weights/models/net.pth", sha256=digest(PTH))
+
+
+def test_a_package_is_searched_without_importing_it_and_after_the_own_folder(package: Path, tmp_path: Path) -> None:
+    assert locate(PACKED, None, download=False) == package / "models" / "net.pth"
+    (tmp_path / "net.pth").write_bytes(PTH)
+    assert locate(PACKED, tmp_path, download=False) == tmp_path / "net.pth"
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_command(web: StandIn) -> None:
+    assert "the Python package net-weights, which is not installed. Run `pip install net-weights`." in refusal(PACKED, None)
+    assert not web.asked
+
+
+def test_a_package_without_the_file_or_with_another_one_is_refused(package: Path) -> None:
+    (package / "models" / "net.pth").write_bytes(PTH[:5000] + b"XXXX" + PTH[5004:])
+    assert "Run `pip install --force-reinstall net-weights`, or use it on purpose" in refusal(PACKED, None)
+    (package / "models" / "net.pth").unlink()
+    assert "the installed Python package net-weights has no file net_weights/models/net.pth" in refusal(PACKED, None)
+
+
+def test_a_package_card_needs_the_path_of_its_file(web: StandIn) -> None:
+    with pytest.raises(CellbenchError, match="expected 'MODULE/PATH' in that package"):
+        locate(card("package:net-weights", file="net.pth"), None)
+
+
 def test_a_generic_file_name_is_not_taken_for_a_card(web: StandIn, tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(PTH)
     refusal(card(f"hf-hub:{REPO}", file="pytorch_model.bin"), tmp_path, download=False)
