@@ -1,11 +1,13 @@
-"""Process-wide settings, made by the command line and by worker processes. Importing the package changes nothing."""
+"""Process-wide settings, made by the command line and by worker processes; for calls from Python, only for their duration."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from cellbench.errors import CellbenchError
@@ -53,21 +55,28 @@ def freeze_imports() -> None:
 _num_frozen = 0
 
 
-def configure_threads(device: str) -> None:
-    """Sets how many cores one torch operation uses in this process. Call before :func:`cellbench.hardware.detect_hardware`.
+def num_threads(device: str) -> int:
+    """How many cores one torch operation uses in this process, for a device as in ``--device``.
 
     On a CPU that is a quarter of the cores: four threads (:class:`cellbench.parallel.WorkerPool`) keep all cores busy with any cohort, and
     more would only slow down a single run.
     """
-    import ctypes
-
     import torch
 
     from cellbench.hardware import num_cores
 
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     on_cpu = device == "cpu" or (device == "auto" and not gpu)
-    torch.set_num_threads(max(1, num_cores() // 4) if on_cpu else num_cores())
+    return max(1, num_cores() // 4) if on_cpu else num_cores()
+
+
+def configure_threads(device: str) -> None:
+    """Sets :func:`num_threads` for this process. Call before :func:`cellbench.hardware.detect_hardware`."""
+    import ctypes
+
+    import torch
+
+    torch.set_num_threads(num_threads(device))
     # glibc gives each thread its own heap, which keeps the most memory that it ever needed. Two heaps suffice for a few large tensors.
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_ARENA_MAX, 2)
@@ -84,3 +93,34 @@ def set_cache(folder: str | os.PathLike[str] | None, url: str | None = None) -> 
         if "://" not in url:
             raise CellbenchError(f"--cache-url {url}: expected a URL, as s3://bucket/folder or sftp://host/folder. --cache names a folder.")
         os.environ["CELLBENCH_CACHE_URL"] = url
+
+
+# --- for calls from Python, which leave the process as it was -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def threads_for(device: str) -> Iterator[None]:
+    """Inside ``with`` torch has the threads of :func:`configure_threads`, so that numbers equal those of the command line to the last bit."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads(device))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def temporary_cache(folder: str | os.PathLike[str] | None, url: str | None = None) -> Iterator[None]:
+    """:func:`set_cache` inside ``with``. Raises CellbenchError."""
+    before = {name: os.environ.get(name) for name in ("CELLBENCH_CACHE", "CELLBENCH_CACHE_URL")}
+    set_cache(folder, url)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -82,17 +82,18 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
     return ExperimentPlan(experiment=experiment, text=text, options=options, resources=resources, datasets=datasets, runs=runs)
 
 
-def run_experiment(plan: ExperimentPlan, tracker: Tracker, say: Say, say_result: Say | None = None) -> Outcome:
+def run_experiment(plan: ExperimentPlan, tracker: Tracker, say: Say, say_result: Say | None = None, *, command: str = "") -> Outcome:
     """Executes the runs that are not finished, and logs the report to the parent run in MLflow. Raises CellbenchError.
 
-    ``say`` receives messages while it runs, ``say_result`` (default: ``say``) the leaderboard and the verdict.
+    ``say`` receives messages while it runs, ``say_result`` (default: ``say``) the leaderboard and the verdict. ``command``: the call, for the
+    report; by default the command line.
     """
     options, machine = plan.options, plan.resources.machine
     with (
         ray_cluster.connect(options.on, machine) if options.on is not None else nullcontext() as ray,
         _parent_run(plan, tracker) as parent,
     ):
-        request = log_request(parent, plan.text, plan.datasets[0], machine.name)
+        request = log_request(parent, plan.text, plan.datasets[0], machine.name, command)
         outcome = _execute(plan, tracker, parent, ray, say)
         _report(plan, tracker, parent, outcome, request, say_result or say)
     return outcome

@@ -39,9 +39,12 @@ EXPERIMENT_FILE = "experiment.toml"
 VERSIONS = ("cellbench", "torch", "torchvision", "timm", "segmentation-models-pytorch", "mlflow", "numpy", "scipy", "scikit-image")
 
 
-def log_request(top: Run, text: str, dataset: Dataset, machine: str) -> RunRequest:
-    """Logs the request of a grid or search to its parent run, before training. ``text``: the experiment file with the options applied."""
-    request = _request(text, dataset, machine)
+def log_request(top: Run, text: str, dataset: Dataset, machine: str, command: str = "") -> RunRequest:
+    """Logs the request of a grid or search to its parent run, before training.
+
+    ``text``: the experiment file with the options applied; ``command``: the call, by default the command line.
+    """
+    request = _request(text, dataset, machine, command or command_line())
     with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
         (Path(name) / EXPERIMENT_FILE).write_text(text, encoding="utf-8")
         (Path(name) / REQUEST_FILE).write_text(json.dumps(asdict(request), indent=1), encoding="utf-8")
@@ -49,7 +52,7 @@ def log_request(top: Run, text: str, dataset: Dataset, machine: str) -> RunReque
     return request
 
 
-def _request(text: str, dataset: Dataset, machine: str) -> RunRequest:
+def _request(text: str, dataset: Dataset, machine: str, command: str) -> RunRequest:
     """Creates the request. The first comment line of the experiment is its question."""
     lines = [line for line in text.lstrip().splitlines() if line.startswith("#") and not line.startswith(CHANGED)]
     comments = [line.lstrip("# ").rstrip() for line in lines]
@@ -57,7 +60,7 @@ def _request(text: str, dataset: Dataset, machine: str) -> RunRequest:
         question=comments[0] if comments else "",
         comments=comments[1:],
         experiment=text,
-        command=command_line(),
+        command=command,
         machine=machine,
         versions={"python": platform.python_version(), **{name: _version(name) for name in VERSIONS}},
         dataset={

@@ -1,0 +1,167 @@
+"""``cellbench.grid`` and ``cellbench.results``: an experiment run from Python, and the results of earlier ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from cellbench import console, startup
+from cellbench.api.results import Results
+from cellbench.config.options import GridOptions
+from cellbench.console import say
+from cellbench.errors import CellbenchError
+from cellbench.execution.experiment_run import plan_experiment, run_experiment
+from cellbench.execution.runner import Outcome
+from cellbench.features.cache_admin import parse_cache
+from cellbench.tracking import sqlite_store
+from cellbench.tracking.tracker import Tracker, newest_experiment
+
+Place = str | os.PathLike[str]
+"""A path."""
+
+
+def grid(
+    experiment: Place | Mapping[str, Any] = "quickstart",
+    *,
+    data: Place | None = None,
+    set: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    weights: Place | None = None,
+    registry: Place | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    memory: str = "auto",
+    cache: Place | None = None,
+    cache_url: str | None = None,
+    workers: int | None = None,
+    on: str | None = None,
+    gpu_share: float = 1.0,
+    progress: bool = True,
+) -> Results:
+    """Trains, tests and compares every run of an experiment, as the command ``cellbench grid`` does, and returns the results.
+
+    The runs are those of the command: same numbers, same MLflow store (``mlflow.db`` in the working folder, or ``MLFLOW_TRACKING_URI``),
+    same report. Runs that are finished there are not run again. Ctrl-C raises KeyboardInterrupt; what is finished is kept, and the same call
+    resumes. torch's number of threads and the cache folder are set during the call and restored at its end.
+
+    Args:
+        experiment: an experiment file, the name of a shipped one, or a mapping with the keys of such a file.
+        data: the folder of images and masks.
+        set: settings to change for this call, by key: ``{"run.epochs": 3}``.
+        limit: use at most so many images of each of train, validation and test, for a quick try.
+        weights: a folder of backbone weights: ``<backbone>.safetensors``, ``.pth`` or ``.bin``.
+        registry: a folder of your own cards.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        memory: for decoded images and features, like ``4G``; ``auto``: half of the free memory.
+        cache: the cache folder, ``~/.cache/cellbench`` by default; ``DIR:SIZE`` keeps features there.
+        cache_url: features that several machines share, like ``s3://bucket/folder``.
+        workers: run so many processes, each on its share of the cores. A script that uses them needs the usual
+            ``if __name__ == "__main__":``.
+        on: run on Ray: ``ray``, or ``ray://HOST:PORT``.
+        gpu_share: with ``on``, the part of a GPU that each process asks for.
+        progress: whether to print progress bars and messages; errors are raised either way.
+
+    Returns:
+        The results of this experiment's runs. Runs without a result are in ``skipped`` and ``failed``, with the reason.
+
+    Raises CellbenchError for wrong input, and where no run has a result.
+
+    >>> results = cellbench.grid("experiments/bccd.toml", data="BCCD", set={"run.epochs": 3})  # doctest: +SKIP
+    >>> results.leaderboard()  # doctest: +SKIP
+
+    """
+    tree = experiment if isinstance(experiment, Mapping) else None
+    options = GridOptions(
+        file=os.fspath(experiment) if not isinstance(experiment, Mapping) else str(experiment.get("experiment", "experiment")),
+        data=_path(data),
+        changes=_changes(set or {}),
+        limit=limit,
+        weights=_path(weights),
+        registry=_path(registry),
+        device=device,
+        precision=precision,
+        memory=memory,
+        cache=os.fspath(cache) if cache is not None else None,
+        cache_url=cache_url,
+        workers=workers,
+        on=on,
+        gpu_share=gpu_share,
+    )
+    startup.set_environment()
+    with (
+        nullcontext() if progress else console.silent(),
+        startup.temporary_cache(parse_cache(options.cache)[0], cache_url),
+        startup.threads_for(device),
+    ):
+        plan = plan_experiment(options, say, tree)
+        tracker = Tracker(plan.experiment.experiment)
+        outcome = run_experiment(plan, tracker, say, _no_line, command=_call(experiment, data))
+    if not outcome.finished:
+        raise CellbenchError(f"{options.file}: no run has a result. {_reasons(outcome)}")
+    return Results.collect([tracker], {run.run_id for run in outcome.finished.values()}, skipped=outcome.skipped, failed=outcome.failed)
+
+
+def results(*experiments: str) -> Results:
+    """The results of finished runs, read from MLflow; runs nothing.
+
+    Args:
+        *experiments: names of experiments in MLflow's store (``mlflow.db`` in the working folder, or ``MLFLOW_TRACKING_URI``). Several are
+            taken together; without a name, the one with the newest finished run.
+
+    Raises CellbenchError if there is no such experiment, or no finished run in it.
+
+    >>> cellbench.results("bccd").leaderboard()  # doctest: +SKIP
+
+    """
+    startup.set_environment()
+    sqlite_store.require_store()
+    names: Sequence[str] = tuple(dict.fromkeys(experiments))
+    if not names:
+        newest = newest_experiment()
+        if newest is None:
+            raise CellbenchError("no experiment of MLflow's store here has a finished run. `cellbench.grid` makes some.")
+        names = (newest,)
+    return Results.collect([Tracker(name, make=False) for name in names])
+
+
+def _path(place: Place | None) -> Path | None:
+    return Path(place) if place is not None else None
+
+
+def _changes(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """``{"run.epochs": 3}`` as the options of the command line: ``run.epochs=3``."""
+    changes = []
+    for key, value in settings.items():
+        try:
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False)  # valid TOML too, unless it is None or a mapping
+        except (TypeError, ValueError):
+            text = ""
+        if not text or value is None or isinstance(value, Mapping):
+            raise CellbenchError(f"set: {key} is {value!r}. Expected a number, a string, True or False, or a list of them.")
+        changes.append(f"{key}={text}")
+    return tuple(changes)
+
+
+def _call(experiment: Place | Mapping[str, Any], data: Place | None) -> str:
+    """The call in short, for the report."""
+    what = "{…}" if isinstance(experiment, Mapping) else repr(os.fspath(experiment))
+    return f"cellbench.grid({what}{f', data={os.fspath(data)!r}' if data is not None else ''})"
+
+
+def _reasons(outcome: Outcome) -> str:
+    """Why runs have no result, the first reason of each kind."""
+    reasons = [
+        f"{len(some)} {kind}, first {name}: {reason}"
+        for kind, some in (("skipped", outcome.skipped), ("failed", outcome.failed))
+        for name, reason in list(some.items())[:1]
+    ]
+    return "; ".join([*reasons, *([f"{len(outcome.busy)} in another process"] if outcome.busy else [])])
+
+
+def _no_line(text: str) -> None:
+    """The leaderboard and the verdict are returned, not printed."""

@@ -1,0 +1,55 @@
+"""Claims about ``import cellbench``: it loads no library, changes no setting of the process, and offers what ``__all__`` names."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cellbench
+from cellbench import startup
+
+UNTOUCHED = """
+import gc, os, signal, sys
+def settings():
+    torch = sys.modules.get("torch")
+    environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}  # OpenCV sets it
+    collector, handler = (gc.get_threshold(), gc.get_freeze_count(), gc.isenabled()), signal.getsignal(signal.SIGTERM)
+    return environment, collector, handler, torch and torch.get_num_threads()
+if "TORCH" in os.environ:
+    import torch
+    torch.set_num_threads(2)
+before, loaded = settings(), set(sys.modules)
+import cellbench
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - loaded} - set(sys.stdlib_module_names)), settings() == before)
+from cellbench import *
+print(settings()[:-1] == before[:-1], settings()[-1] == before[-1] or not before[-1], {"torch", "mlflow", "timm"} & set(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("more", [{}, {"TORCH": "1"}])
+def test_importing_it_loads_nothing_and_changes_nothing(more):
+    known = {name: value for name, value in os.environ.items() if name not in startup.ENVIRONMENT}
+    done = subprocess.run([sys.executable, "-c", UNTOUCHED], capture_output=True, text=True, check=True, env=known | more, timeout=120)
+    first, second = done.stdout.splitlines()
+    assert first == "['cellbench'] True"
+    assert second == "True True {'torch'}"  # not MLflow, and not timm, which reads the environment
+
+
+def test_every_public_name_is_found_where_its_module_defines_it():
+    for name, place in cellbench._PLACE.items():
+        value = getattr(cellbench, name)
+        assert value is getattr(importlib.import_module(f"cellbench.{place}"), name)
+        assert value.__doc__, name
+    assert sorted(cellbench.__all__) == sorted(cellbench._PLACE)
+    assert len(set(cellbench.__all__)) == len(cellbench.__all__)
+    assert not hasattr(cellbench, "griddle")
+
+
+def test_no_public_name_is_hidden_by_a_package_of_the_same_name():
+    folder = Path(cellbench.__file__).parent
+    assert {path.stem for path in folder.iterdir()} & {*cellbench.__all__} == set()
