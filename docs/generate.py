@@ -215,14 +215,15 @@ def components(folder: str) -> str:
             facts = f"{size}patches of {one.patch_px} px, {one.license}" + (", gated" if one.gated else "")
             rows.append((f"`{one.id}`", f"{one.title}<br>*{facts}*"))
         return _table(("backbone", "what it is"), rows)
-    heads = (cards_of(folder), "what it is", "options and defaults")
-    return _table(
-        heads,
-        (
-            (f"`{one.id}`", one.title, ", ".join(f"`{name} = {_toml(value)}`" for name, value in getattr(one, "options", {}).items()))
-            for one in found
-        ),
-    )
+    rows = [(f"`{one.id}`", one.title, *_options(one)) for one in found]
+    return _table((cards_of(folder), "what it is", "options and defaults")[: len(rows[0])], rows)
+
+
+def _options(card: cards.Card) -> tuple[str, ...]:
+    """The cell of a card's options; none for a kind of card without options."""
+    if not isinstance(card, cards.HeadCard | cards.BaselineCard):
+        return ()
+    return (", ".join(f"`{name} = {_toml(value)}`" for name, value in card.options.items()),)
 
 
 def cards_of(folder: str) -> str:
