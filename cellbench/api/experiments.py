@@ -25,9 +25,10 @@ Place = str | os.PathLike[str]
 
 
 def grid(
-    experiment: Place | Mapping[str, Any] = "quickstart",
+    experiment: Place | Mapping[str, Any] | None = None,
     *,
     data: Place | None = None,
+    unfit: bool = False,
     set: Mapping[str, Any] | None = None,
     limit: int | None = None,
     weights: Place | None = None,
@@ -49,8 +50,10 @@ def grid(
     resumes. torch's number of threads and the cache folder are set during the call and restored at its end.
 
     Args:
-        experiment: an experiment file, the name of a shipped one, or a mapping with the keys of such a file.
+        experiment: an experiment file, the name of a shipped one, or a mapping with the keys of such a file. By default ``quickstart``,
+            or with ``data`` ``own``, which compares what a laboratory would.
         data: the folder of images and masks.
+        unfit: whether to train although ``cellbench check`` calls the data not fit, or too few to compare.
         set: settings to change for this call, by key: ``{"run.epochs": 3}``.
         limit: use at most so many images of each of train, validation and test, for a quick try.
         weights: a folder of backbone weights: ``<backbone>.safetensors``, ``.pth`` or ``.bin``.
@@ -76,9 +79,11 @@ def grid(
 
     """
     tree = experiment if isinstance(experiment, Mapping) else None
+    file = str(experiment.get("experiment", "experiment")) if isinstance(experiment, Mapping) else os.fspath(experiment or "")
     options = GridOptions(
-        file=os.fspath(experiment) if not isinstance(experiment, Mapping) else str(experiment.get("experiment", "experiment")),
+        file=file,
         data=_path(data),
+        unfit=unfit,
         changes=_changes(set or {}),
         limit=limit,
         weights=_path(weights),
@@ -102,7 +107,7 @@ def grid(
         tracker = Tracker(plan.experiment.experiment)
         outcome = run_experiment(plan, tracker, say, _no_line, command=_call(experiment, data))
     if not outcome.finished:
-        raise CellbenchError(f"{options.file}: no run has a result. {_reasons(outcome)}")
+        raise CellbenchError(f"{plan.experiment.experiment}: no run has a result. {_reasons(outcome)}")
     return Results.collect([tracker], {run.run_id for run in outcome.finished.values()}, skipped=outcome.skipped, failed=outcome.failed)
 
 
@@ -147,10 +152,10 @@ def _changes(settings: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(changes)
 
 
-def _call(experiment: Place | Mapping[str, Any], data: Place | None) -> str:
+def _call(experiment: Place | Mapping[str, Any] | None, data: Place | None) -> str:
     """The call in short, for the report."""
-    what = "{…}" if isinstance(experiment, Mapping) else repr(os.fspath(experiment))
-    return f"cellbench.grid({what}{f', data={os.fspath(data)!r}' if data is not None else ''})"
+    what = [] if experiment is None else ["{…}" if isinstance(experiment, Mapping) else repr(os.fspath(experiment))]
+    return f"cellbench.grid({', '.join(what + ([f'data={os.fspath(data)!r}'] if data is not None else []))})"
 
 
 def _reasons(outcome: Outcome) -> str:

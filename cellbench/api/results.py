@@ -104,10 +104,8 @@ class Results:
     other test images, which are never paired with these, are in :attr:`others`.
     """
 
-    def __init__(
-        self, found: ExperimentResults, trackers: Sequence[Tracker], only: Collection[str] | None, others: Sequence[TestSet]
-    ) -> None:
-        self._found, self._trackers, self._only, self._others = found, tuple(trackers), only, tuple(others)
+    def __init__(self, found: ExperimentResults, trackers: Sequence[Tracker], only: Collection[str] | None = None) -> None:
+        self._found, self._trackers, self._only = found, tuple(trackers), only
         self._here: TestSet = found.sets[0]
 
     @classmethod
@@ -123,7 +121,7 @@ class Results:
         found = collect_runs(trackers, only)
         if only is not None:
             found = replace(found, skipped=dict(skipped or {}), failed=dict(failed or {}))
-        return cls(found, trackers, only, found.sets[1:])
+        return cls(found, trackers, only)
 
     @property
     def experiment(self) -> str:
@@ -168,7 +166,7 @@ class Results:
     @property
     def others(self) -> tuple[Results, ...]:
         """The results on other test images of the same experiment, the newest first."""
-        return tuple(Results(replace(self._found, sets=(one,)), self._trackers, self._only, ()) for one in self._others)
+        return tuple(Results(replace(self._found, sets=(one,)), self._trackers, _ids(one)) for one in self._found.sets[1:])
 
     def leaderboard(self) -> pd.DataFrame:
         """One row a model, the best first.
@@ -286,8 +284,8 @@ class Results:
         return pd.DataFrame([vars(Comparison.of(d, found)) for d in self._here.differences(metric)])
 
     def verdict(self) -> str:
-        """Which model is best and whether the differences are significant: a sentence a line, the most important first."""
-        return "\n".join(conclude((self._here, *self._others), leaderboard_rows(self._here)))
+        """Which model is best, whether the differences are significant, and what limits this: at most five lines."""
+        return "\n".join(conclude(self._found, leaderboard_rows(self._here)).lines)
 
     def report(self, out: str | os.PathLike[str] | None = None) -> Path:
         """Writes the report into a folder: ``report.html``, and tables (CSV, Markdown, LaTeX) and figures beside it.
@@ -346,6 +344,10 @@ class Results:
         if key not in found:
             raise unknown_name("per-image metric", key, list(found))
         return found[key]
+
+
+def _ids(here: TestSet) -> set[str]:
+    return {run.record.run_id for model in here.models for run in model.runs}
 
 
 def _words(name: str) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from cellbench import startup
 from cellbench.config.options import GridOptions
 from cellbench.console import say
@@ -22,7 +20,6 @@ def grid(options: GridOptions) -> int:
     """Runs an experiment. Returns exit code 0, or 1 if a run failed."""
     startup.set_cache(parse_cache(options.cache)[0], options.cache_url)
     startup.configure_threads(options.device)
-    options = replace(options, file=options.file or ("quickstart" if options.data is None else "own"))
     plan = plan_experiment(options, say)
     if options.dry_run:
         _estimate(plan)

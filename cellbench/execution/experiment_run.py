@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
     ``say`` receives notes on the data. ``tree``: the experiment as a mapping, instead of the file ``options.file``, which then is its name in
     messages.
     """
+    options = replace(options, file=options.file or ("quickstart" if options.data is None else "own"))
     resources = Resources.of(options, elsewhere=options.on is not None and not options.dry_run)
     registry, machine = resources.registry, resources.machine
     experiment, text = read_experiment(options.file if tree is None else tree, options.changes, options.data, options.limit, registry)
