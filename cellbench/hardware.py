@@ -76,6 +76,10 @@ class Hardware:
         if self.device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.synchronize(self.device)
 
+    def fits(self, num_bytes: int) -> bool:
+        """Whether the device is a GPU with four times as much free memory: the rest is for networks and their gradients."""
+        return self.device.type == "cuda" and torch.cuda.is_available() and 4 * num_bytes <= torch.cuda.mem_get_info(self.device)[0]
+
     def autocast(self) -> torch.autocast:
         """The context in which backbone and heads compute."""
         return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32)

@@ -26,17 +26,17 @@ import torch
 from torch import Tensor
 
 from cellbench.data.image_cache import ImageCache
-from cellbench.data.transforms.augmentation import apply_all, rotate_flip
+from cellbench.data.transforms.augmentation import apply_all
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import SamplingPlan, TileSample
-from cellbench.data.transforms.tiling import TileGrid, cut_tile
+from cellbench.data.transforms.tiling import TileGrid
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features.cache_admin import features_dir
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.memory_cache import FeatureCache, MemoryCache
 from cellbench.features.remote_cache import RemoteCache
 from cellbench.features.sharded_cache import ShardedCache, num_shards
-from cellbench.metrics.pixel import IGNORE
+from cellbench.features.tile_cutting import DeviceCutter, HostCutter, TileCutter, Tiles
 from cellbench.parallel import WorkerPool
 
 
@@ -78,15 +78,6 @@ def non_finite_reason(features: Features) -> str:
                 hint = "" if features.backbone.machine.precision == torch.float32 else " Try --precision fp32."
                 return f"the backbone's features are not finite (NaN or infinite).{hint}"
     return ""
-
-
-class _CutTiles(NamedTuple):
-    """Rows of a pass, and their tiles (B, T, T, 3), masks (B, T, T) and auxiliary targets (B, T, T, 2), uint8."""
-
-    rows: np.ndarray
-    tiles: np.ndarray
-    masks: np.ndarray
-    auxiliary_targets: np.ndarray | None = None
 
 
 def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
@@ -141,6 +132,7 @@ class Features:
         if self.framing.whole:
             backbone.chunk = 1  # whole images: one of 1600x1200 has the tokens of 40 tiles
         self._passes: dict[tuple[str, int], FeatureCache | None] = {}
+        self._cutters: dict[str, TileCutter] = {}
         sizes = {
             split: backbone.map_bytes(self.tile_px[split]) * sum(len(self.grid(split, i)) for i in range(len(pixels[split])))
             for split in ("val", "test")
@@ -201,14 +193,17 @@ class Features:
     def _train_batches(
         self, views: list[TileSample], chunks: list[np.ndarray], cache: FeatureCache | None, pool: WorkerPool
     ) -> Iterator[Batch]:
-        def cut_out(rows: np.ndarray) -> _CutTiles:
-            return _CutTiles(rows, *self._cut_views([views[k] for k in rows]))
+        cutter = self._cutter("train")
 
-        def mapped(one: _CutTiles) -> Batch:
-            pixels = apply_all(self.plan.augmentations, self._pixels(one.tiles), [views[k].draws for k in one.rows])
-            return self._batch(cache, one, pixels)
+        def prepared(rows: np.ndarray) -> tuple[np.ndarray, Any]:
+            return rows, cutter.prepare([(views[k].image, views[k].y, views[k].x, views[k].turn) for k in rows])
 
-        return pool.prefetch(chunks, cut_out, mapped)
+        def mapped(one: tuple[np.ndarray, Any]) -> Batch:
+            rows, tiles = one[0], cutter.cut(one[1])
+            pixels = apply_all(self.plan.augmentations, tiles.pixels, [views[k].draws for k in rows])
+            return self._batch(cache, rows, tiles._replace(pixels=pixels))
+
+        return pool.prefetch(chunks, prepared, mapped)
 
     def tiles(self, split: str, pool: WorkerPool) -> Iterator[tuple[Batch, list[int]]]:
         """All tiles of ``val`` or ``test``, image by image in the order of each grid, and the number of each tile's image."""
@@ -223,13 +218,15 @@ class Features:
     def _tile_batches(
         self, split: str, corners: list[tuple[int, int, int]], chunks: list[np.ndarray], cache: FeatureCache | None, pool: WorkerPool
     ) -> Iterator[Batch]:
-        def cut_out(rows: np.ndarray) -> _CutTiles:
-            return _CutTiles(rows, *self._cut_corners(split, [corners[k] for k in rows]))
+        cutter = self._cutter(split)
 
-        def mapped(one: _CutTiles) -> Batch:
-            return self._batch(cache, one, self._pixels(one.tiles))
+        def prepared(rows: np.ndarray) -> tuple[np.ndarray, Any]:
+            return rows, cutter.prepare([(*corners[k], 0) for k in rows])
 
-        return pool.prefetch(chunks, cut_out, mapped)
+        def mapped(one: tuple[np.ndarray, Any]) -> Batch:
+            return self._batch(cache, one[0], cutter.cut(one[1]))
+
+        return pool.prefetch(chunks, prepared, mapped)
 
     # --- passes in shards -----------------------------------------------------------------------------------------------------------
 
@@ -317,7 +314,10 @@ class Features:
             except (OSError, CellbenchError) as error:
                 self.place[split] = "streamed"
                 self._policy.tell(f"{split} features cannot be cached on disk ({one_line(error)}) and are streamed.")
-        return MemoryCache(len(tiles)) if self.place[split] == "in memory" else None
+        if self.place[split] != "in memory":
+            return None
+        machine = self.backbone.machine
+        return MemoryCache(len(tiles), machine.device if machine.fits(self.bytes_by_split[split]) else torch.device("cpu"))
 
     def _maps(self, cache: FeatureCache | None, rows: np.ndarray, pixels: Tensor) -> dict[int, Tensor]:
         found = cache.get(rows, self.backbone.keys) if cache is not None else None
@@ -329,32 +329,24 @@ class Features:
                 cache.put(rows, maps)
         return maps
 
-    def _batch(self, cache: FeatureCache | None, one: _CutTiles, pixels: Tensor) -> Batch:
-        auxiliary_targets = self._to_device(one.auxiliary_targets) if one.auxiliary_targets is not None else None
-        ignoring = bool(one.masks.max() == IGNORE)  # on the CPU, to avoid waiting for the GPU
-        return Batch(self._maps(cache, one.rows, pixels), pixels, self._to_device(one.masks).long(), auxiliary_targets, ignoring)
+    def _batch(self, cache: FeatureCache | None, rows: np.ndarray, tiles: Tiles) -> Batch:
+        return Batch(self._maps(cache, rows, tiles.pixels), *tiles)
 
-    def _cut_views(self, views: list[TileSample]) -> list[np.ndarray]:
-        tiles = []
-        for view in views:
-            framed = self._framed("train", view.image)
-            tiles.append([rotate_flip(cut_tile(array, view.y, view.x, self.tile_px["train"]), view.turn) for array in framed])
-        return [np.stack(arrays) for arrays in zip(*tiles, strict=True)]
-
-    def _cut_corners(self, split: str, corners: list[tuple[int, int, int]]) -> list[np.ndarray]:
-        tiles = [[cut_tile(array, y, x, self.tile_px[split]) for array in self._framed(split, index)] for index, y, x in corners]
-        return [np.stack(arrays) for arrays in zip(*tiles, strict=True)]
+    def _cutter(self, split: str) -> TileCutter:
+        """How tiles of a split are cut: on the GPU if its images fit there."""
+        if split not in self._cutters:
+            images = self.plan.used_images if split == "train" else range(len(self.pixels[split]))
+            sizes = [self.framing.framed_px(self.pixels[split].sizes_px[image]) for image in images]
+            device, framed = self.backbone.machine.device, functools.partial(self._framed, split)
+            auxiliary = self._auxiliary_targets and split != "test"
+            if images and self.backbone.machine.fits(DeviceCutter.bytes_of(sizes, auxiliary)):
+                self._cutters[split] = DeviceCutter(framed, images, self.tile_px[split], device)
+            else:
+                self._cutters[split] = HostCutter(framed, self.tile_px[split], device)
+        return self._cutters[split]
 
     def _framed(self, split: str, image: int) -> tuple[np.ndarray, ...]:
         """The framed image and class map, with auxiliary targets if a run trains on them; never for the test."""
         pixels = self.pixels[split]
         pair = pixels.prepared(image, self.preparation)
         return (*pair, pixels.auxiliary_targets(image, self.framing)) if self._auxiliary_targets and split != "test" else pair
-
-    def _pixels(self, tiles_BTTC: np.ndarray) -> Tensor:
-        return self._to_device(tiles_BTTC).permute(0, 3, 1, 2).float().div_(255)
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        """Moves an array to the device; to a GPU from pinned memory, so that the copy does not block."""
-        tensor, device = torch.from_numpy(array), self.backbone.machine.device
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -18,14 +18,15 @@ class FeatureCache(Protocol):
         """Stores the maps (B, D, h, w) of these rows, by level index."""
 
     def get(self, rows: np.ndarray, indices: tuple[int, ...]) -> dict[int, Tensor] | None:
-        """The maps of these rows on the CPU, channels-last, or None where any is missing."""
+        """The maps of these rows, on the cache's device, channels-last, or None where any is missing."""
 
 
 @dataclass
 class MemoryCache:
-    """A cache in memory, filled as rows are computed."""
+    """A cache in the memory of a device, filled as rows are computed."""
 
     num: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     maps: dict[int, Tensor] = field(default_factory=dict)
     filled: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
@@ -33,13 +34,14 @@ class MemoryCache:
         if not len(self.filled):
             self.filled = np.zeros(self.num, bool)
             # Rows of (h, w, D): a gather of rows is then channels-last without a copy.
-            self.maps = {i: torch.empty((self.num, *m.shape[2:], m.shape[1]), dtype=m.dtype) for i, m in maps.items()}
+            self.maps = {i: torch.empty((self.num, *m.shape[2:], m.shape[1]), dtype=m.dtype, device=self.device) for i, m in maps.items()}
+        index = torch.from_numpy(rows).to(self.device)
         for i, m in maps.items():
-            self.maps[i][torch.from_numpy(rows)] = m.permute(0, 2, 3, 1).to("cpu")
+            self.maps[i][index] = m.permute(0, 2, 3, 1).to(self.device)
         self.filled[rows] = True
 
     def get(self, rows: np.ndarray, indices: tuple[int, ...]) -> dict[int, Tensor] | None:
         if not len(self.filled) or not self.filled[rows].all():
             return None
-        index = torch.from_numpy(rows)
+        index = torch.from_numpy(rows).to(self.device)
         return {i: self.maps[i][index].permute(0, 3, 1, 2) for i in indices}

@@ -110,18 +110,21 @@ class ColourJitter:
         if all(colour == self.NEUTRAL for colour in draws):
             return pixels_BCHW
         grey = _YIQ[0]
-        means = torch.einsum("bc,c->b", pixels_BCHW.mean((2, 3)).cpu().double(), grey)
-        matrices, offsets = [], []
-        for (brightness, contrast, saturation, hue), mean in zip(draws, means, strict=True):
-            angle = 2 * math.pi * hue
-            rotation = torch.eye(3, dtype=torch.float64)
-            rotation[1:, 1:] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-            desaturate = saturation * torch.eye(3, dtype=torch.float64) + (1 - saturation) * grey.expand(3, 3)
-            # Grey stays grey under both, so the offset of the contrast passes through them unchanged.
-            matrices.append(brightness * contrast * (_RGB @ rotation @ _YIQ @ desaturate))
-            offsets.append((1 - contrast) * brightness * mean)
-        matrix = torch.stack(matrices).to(pixels_BCHW)
-        offset = torch.stack(offsets).to(pixels_BCHW).view(-1, 1, 1)
+        brightness, contrast, saturation, hue = torch.tensor(draws, dtype=torch.float64).unbind(1)
+        angle = 2 * math.pi * hue
+        rotation = torch.eye(3, dtype=torch.float64).repeat(len(draws), 1, 1)
+        # In single precision: the golden numbers depend on it.
+        rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos().float().double()
+        rotation[:, 2, 1] = angle.sin().float().double()
+        rotation[:, 1, 2] = -rotation[:, 2, 1]
+        blend = saturation[:, None, None]
+        desaturate = blend * torch.eye(3, dtype=torch.float64) + (1 - blend) * grey.expand(3, 3)
+        # Grey stays grey under both, so the offset of the contrast passes through them unchanged.
+        matrix = ((brightness * contrast)[:, None, None] * (_RGB @ rotation @ _YIQ @ desaturate)).to(pixels_BCHW)
+        # The tiles' means stay on a GPU, to avoid waiting for it; a Mac's GPU has no double precision.
+        means = pixels_BCHW.mean((2, 3)).to("cpu" if pixels_BCHW.device.type == "mps" else pixels_BCHW.device).double()
+        offset = ((1 - contrast) * brightness).to(means) * torch.einsum("bc,c->b", means, grey.to(means))
+        offset = offset.to(pixels_BCHW).view(-1, 1, 1)
         flat = torch.baddbmm(offset, matrix, pixels_BCHW.flatten(2))
         return flat.view_as(pixels_BCHW).clamp_(0, 1)
 

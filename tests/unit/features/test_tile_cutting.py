@@ -1,0 +1,69 @@
+"""Claims about cutting tiles on the device of the backbone: the same tiles as cutting arrays, for every turn, size and kind of array."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cellbench.features.tile_cutting import DeviceCutter, HostCutter
+from cellbench.metrics.pixel import IGNORE
+
+CPU = torch.device("cpu")
+SIZES = [(90, 70), (64, 64), (50, 33), (200, 64)]
+
+
+def framed_images(*, auxiliary: bool = False, ignored: bool = False):
+    rng = np.random.default_rng(0)
+    images = []
+    for size in SIZES:
+        mask = rng.integers(0, 3, size, np.uint8)
+        if ignored and size == SIZES[0]:
+            mask[0, 0] = IGNORE
+        more = (rng.integers(0, 256, (*size, 2), np.uint8),) if auxiliary else ()
+        images.append((rng.integers(0, 256, (*size, 3), np.uint8), mask, *more))
+    return images.__getitem__
+
+
+def places(tile_px, turns):
+    rng = np.random.default_rng(1)
+    for image, size in enumerate(SIZES):
+        for turn in turns:
+            y, x = (int(rng.integers(max(side - tile, 0) + 1)) for side, tile in zip(size, tile_px, strict=True))
+            yield image, y, x, turn
+
+
+@pytest.mark.parametrize("auxiliary", [False, True])
+@pytest.mark.parametrize(("tile_px", "turns"), [((64, 64), range(8)), ((48, 80), (0, 2, 4, 6))])
+def test_a_device_cuts_the_tiles_that_are_cut_from_arrays(tile_px, turns, auxiliary):
+    framed = framed_images(auxiliary=auxiliary)
+    host, device = HostCutter(framed, tile_px, CPU), DeviceCutter(framed, range(len(SIZES)), tile_px, CPU)
+    wanted = list(places(tile_px, turns))
+    expected, found = (cutter.cut(cutter.prepare(wanted)) for cutter in (host, device))
+    assert torch.equal(found.pixels, expected.pixels)
+    assert found.pixels.stride() == expected.pixels.stride()
+    assert torch.equal(found.target, expected.target)
+    assert (found.auxiliary_targets is not None) == auxiliary
+    if auxiliary:
+        assert torch.equal(found.auxiliary_targets, expected.auxiliary_targets)
+
+
+def test_only_the_images_that_are_used_are_held():
+    framed = framed_images()
+    cutter = DeviceCutter(framed, (1, 3), (64, 64), CPU)
+    expected = HostCutter(framed, (64, 64), CPU)
+    wanted = [(3, 100, 0, 5), (1, 0, 0, 0)]
+    assert torch.equal(cutter.cut(cutter.prepare(wanted)).pixels, expected.cut(expected.prepare(wanted)).pixels)
+    with pytest.raises(KeyError):
+        cutter.prepare([(0, 0, 0, 0)])
+
+
+def test_ignored_pixels_of_an_image_are_announced_for_each_of_its_tiles():
+    cutter = DeviceCutter(framed_images(ignored=True), range(len(SIZES)), (32, 32), CPU)
+    assert cutter.cut(cutter.prepare([(0, 40, 30, 0), (1, 0, 0, 0)])).ignoring
+    assert not cutter.cut(cutter.prepare([(1, 0, 0, 0), (2, 0, 0, 0)])).ignoring
+
+
+def test_the_bytes_of_images_are_those_that_are_held():
+    cutter = DeviceCutter(framed_images(auxiliary=True), range(len(SIZES)), (16, 16), CPU)
+    assert sum(array.nbytes for array in cutter._arrays) == DeviceCutter.bytes_of(SIZES, auxiliary_targets=True)
