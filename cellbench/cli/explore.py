@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.data.audit.image_statistics import measure_images, summarize
 from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
-from cellbench.data.loading import scan_dataset, split_dataset
+from cellbench.data.loading import dataset_of_card, scan_dataset, split_dataset
 from cellbench.data.transforms.framing import Framing
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown_name
 from cellbench.features.frozen_backbone import FrozenBackbone
@@ -43,15 +44,19 @@ def explore(options: ExploreOptions) -> int:
     """Prints statistics and writes figures; with ``--log`` also logs an MLflow run. Returns exit code 0."""
     registry = Registry(options.registry)
     card = registry.dataset(options.dataset or ("folder" if options.data is not None else "smears"))
-    card, listing = scan_dataset(card, options.data, DataSpec())
+    card, listing = scan_dataset(card, options.data, DataSpec(), unlabelled=True)
     listing.raise_first()
     for line in listing.lines:
         print(line)
-    dataset, _ = split_dataset(card, listing, DataSpec())
-    pool = [sample for part in SPLITS for sample in dataset.samples(part)]
-    dataset = interpret_masks(dataset, pool).dataset
-    for note in dataset.notes:
-        print(note)
+    if listing.labelled:
+        dataset, _ = split_dataset(card, listing, DataSpec())
+        pool = [sample for part in SPLITS for sample in dataset.samples(part)]
+        dataset = interpret_masks(dataset, pool).dataset
+        for note in dataset.notes:
+            print(note)
+    else:
+        pool = [*listing.parts["train"]]
+        dataset = replace(dataset_of_card(card, listing.root), classes=(), reading=listing.reading)
     name = options.data.absolute().name if options.data is not None else dataset.name
     folder = make_folder(options.out or Path("explored") / name)
     tracker = Tracker(f"explore {name}") if options.log else None  # first, so that an unavailable store is reported at once
@@ -90,11 +95,15 @@ def _statistics(dataset: Dataset, pool: list[Sample], options: ExploreOptions, f
     shown = chosen[: max(1, min(options.samples, dataset_plots.MOST_SAMPLES))]
     pairs = [(sample.name, *dataset.read(sample)) for sample in shown]
     style.save_figure(dataset_plots.plot_samples(pairs, dataset.classes), folder / "samples.png")
-    style.save_figure(dataset_plots.plot_statistics(found), folder / "statistics.png")
+    if dataset.classes:
+        style.save_figure(dataset_plots.plot_statistics(found), folder / "statistics.png")
     (folder / "statistics.json").write_text(json.dumps({**facts, "seed": options.seed, "of": len(pool)}, indent=1), encoding="utf-8")
+    masks = "with masks" if dataset.classes else "without masks"
     sizes = "" if facts["sizes"] == 1 else f", and {facts['sizes'] - 1:.0f} other sizes"
-    print(f"{dataset.name}: {len(pool)} images with masks, {len(found)} looked at (seed {options.seed})")
+    print(f"{dataset.name}: {len(pool)} images {masks}, {len(found)} looked at (seed {options.seed})")
     print(f"  size               {facts['width_px']:.0f} x {facts['height_px']:.0f} px{sizes}")
+    if not dataset.classes:
+        return {key: facts[key] for key in ("images", "height_px", "width_px", "sizes")}
     print(f"  cell pixels        {100 * facts['cell_share']:.1f} %")
     print(f"  cells an image     {facts['cells_per_image']:.1f}, deviation {facts['cells_per_image_sd']:.1f}")
     print(f"  diameter of cells  {facts['cell_diameter_px']:.0f} px in the median, those cut by the border left out")
@@ -129,10 +138,12 @@ def _features(dataset: Dataset, sample: Sample, registry: Registry, options: Exp
         for title, view in views:
             cosine = cosine_map(view, y, x)
             near = cosine >= np.quantile(cosine, 0.95)
-            share = float((classes[near] == classes[y, x]).mean())
-            facts[f"alike_{name}_{title}".replace(" ", "_")] = share
-            panel = Panel(title=f"{title}: {share:.0%} of the most similar 5 % in its class", picture=cosine, scale=(0.0, 1.0))
-            similar[name].append(panel)
+            caption = title
+            if dataset.classes:
+                share = float((classes[near] == classes[y, x]).mean())
+                facts[f"alike_{name}_{title}".replace(" ", "_")] = share
+                caption = f"{title}: {share:.0%} of the most similar 5 % in its class"
+            similar[name].append(Panel(title=caption, picture=cosine, scale=(0.0, 1.0)))
     if not components:
         raise CellbenchError(
             "no backbone could be shown. `doctor` says which are available here; vit-tiny-random and filter-bank need no weights."
@@ -142,9 +153,10 @@ def _features(dataset: Dataset, sample: Sample, registry: Registry, options: Exp
     style.save_figure(dataset_plots.plot_feature_maps(image, components, title, point), folder / "features.png")
     print(f"{what}: {', '.join(components)}, each as {', '.join(title for title, _ in framings)}")
     if point is not None:
-        title = f"{what}: similarity of every place to the marked one ({dataset.classes[classes[point[1], point[0]]]})"
+        there = f" ({dataset.classes[classes[point[1], point[0]]]})" if dataset.classes else ""
+        title = f"{what}: similarity of every place to the marked one{there}"
         style.save_figure(dataset_plots.plot_feature_maps(image, similar, title, point), folder / "likeness.png")
-        for name, panels in similar.items():
+        for name, panels in similar.items() if dataset.classes else ():
             for panel in panels:
                 print(f"  {name}, {panel.title}")
     return facts

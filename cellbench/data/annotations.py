@@ -38,6 +38,24 @@ class Annotation(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoMask:
+    """Of an image without a mask: nothing is marked."""
+
+    image: Path
+
+    def digest(self) -> str:
+        return ""
+
+    @property
+    def num_outlined(self) -> int:
+        return 0
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        size = images.image_size(self.image)
+        return np.zeros(size, np.uint8), np.zeros(size, np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskFiles:
     """One mask file for each cell (Data Science Bowl 2018): all values but 0 are the cell. All have class 1."""
 

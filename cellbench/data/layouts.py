@@ -1,25 +1,29 @@
 """The known layouts of folders with images and masks. To add a layout, add an entry to ``LAYOUTS``.
 
-Images and masks are paired by stem, whatever their extensions: a loader that globs ``*.png`` loses 9 % of BCCD.
+Images and masks are paired by stem, whatever their extensions: a loader that globs ``*.png`` loses 9 % of BCCD. ``a.png`` also goes with ``a_mask.png``
+and ``a_img.png`` with ``a_masks.png`` (:func:`pair_stems`). Subfolders on both sides are the patients, slides or splits of the images.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from cellbench.config.cards import DatasetCard
-from cellbench.data.annotations import CocoFile, MaskFiles, count_coco_categories, read_coco
+from cellbench.data.annotations import CocoFile, MaskFiles, NoMask, count_coco_categories, read_coco
+from cellbench.data.dataset import SPLITS as SPLIT_NAMES
 from cellbench.data.dataset import Sample
 from cellbench.data.io.images import EXTENSIONS
 from cellbench.data.manifest import NAMES, read_manifest
-from cellbench.data.scan import FileWarning, Listing, other_files, resolve_inside, unique_names
+from cellbench.data.manifest import SPLITS as SPLIT_WORDS
+from cellbench.data.scan import FileWarning, Listing, files_below, other_files, resolve_inside, unique_names
 from cellbench.errors import CellbenchError, quote_name
 from cellbench.metrics.pixel import IGNORE
 
@@ -34,8 +38,11 @@ class Layout:
     """Returns the samples of a folder; None if its layout differs. Opens no image."""
 
 
-def scan_folder(card: DatasetCard, where: Path) -> Listing:
-    """The samples of a folder, a manifest or a COCO file. Raises CellbenchError if no layout matches."""
+def scan_folder(card: DatasetCard, where: Path, *, unlabelled: bool = False) -> Listing:
+    """The samples of a folder, a manifest or a COCO file; with ``unlabelled`` also of a folder without any mask.
+
+    Raises CellbenchError if no layout matches.
+    """
     if where.is_file():
         if where.suffix.lower() in (".csv", ".toml"):
             return read_manifest(where, where.parent)
@@ -45,14 +52,45 @@ def scan_folder(card: DatasetCard, where: Path) -> Listing:
     if not where.is_dir():
         raise CellbenchError(f"--data {where}: there is no such folder.")
     layouts = [paired_folders(card.images, card.masks)] if card.images else LAYOUTS
+    if (listing := _first_match(layouts, card, where)) is not None:
+        return listing
+    found = [entry.name for entry in _folders(where)]
+    num = len(files_below(where)[0])
+    if num and not any(MASK_WORDS.search(f"_{name}") for name in found):
+        if unlabelled:
+            return _scan_images(where)
+        raise CellbenchError(
+            f"--data {where}: holds {num} image{'s' * (num != 1)} and no masks. Each image to learn from needs one: masks/NAME.png for images/NAME.png, "
+            "or NAME_mask.png beside NAME.png. `predict` and `explore` take plain folders."
+        )
+    expected = ", or ".join(layout.name for layout in layouts)
+    shown = ", ".join(f"{name}/" for name in found[:5]) or "no folder"
+    raise CellbenchError(f"--data {where}: this is not laid out as '{card.id}' expects ({expected}). Found there: {shown}.")
+
+
+def is_laid_out(card: DatasetCard, where: Path) -> bool:
+    """Whether a folder has the folders that the card names; True for a card that names none."""
+    return not card.images or (where.is_dir() and _first_match([paired_folders(card.images, card.masks)], card, where) is not None)
+
+
+def _scan_images(where: Path) -> Listing:
+    """The images of a folder and its subfolders without their masks, each with an annotation that marks nothing."""
+    out = Listing(root=where, layout="images without masks", labelled=False)
+    paths = files_below(where)[0]
+    names = unique_names([path.relative_to(where).as_posix() for path in paths])
+    out.parts["train"] = tuple(
+        Sample(name=names[path.relative_to(where).as_posix()], image=path, mask=path, truth=NoMask(image=path)) for path in paths
+    )
+    return out
+
+
+def _first_match(layouts: Iterable[Layout], card: DatasetCard, where: Path) -> Listing | None:
     inner = [entry for entry in _folders(where) if entry.name != "__MACOSX"]
     for root in [where, *(inner if len(inner) == 1 else [])]:  # Kaggle's zip has one folder in between
         for layout in layouts:
             if (listing := layout.scan(root, card)) is not None:
                 return listing
-    found = ", ".join(f"{entry.name}/" for entry in inner[:5]) or "no folder"
-    expected = ", or ".join(layout.name for layout in layouts)
-    raise CellbenchError(f"--data {where}: this is not laid out as '{card.id}' expects ({expected}). Found there: {found}.")
+    return None
 
 
 def _folders(root: Path) -> list[Path]:
@@ -64,41 +102,168 @@ def _manifest(root: Path, card: DatasetCard) -> Listing | None:
     return next((read_manifest(root / name, root) for name in NAMES if (root / name).is_file()), None)
 
 
-# --- a folder of images beside a folder of masks ----------------------------------------------------------------------------------------
+# --- pairs of files -----------------------------------------------------------------------------------------------------------------------
+
+MASK_WORDS = re.compile(r"[-_. ](?:cp_)?(?:masks?|segs?|segmentations?|labels?|annotations?|gt)$", re.IGNORECASE)
+"""What tools append to the name of an image for its mask: ``a_mask.png``, ``a-seg.tif``, Cellpose's ``a_cp_masks.png``."""
+IMAGE_WORDS = re.compile(r"[-_. ](?:img|images?|raw|original)$", re.IGNORECASE)
+DEEPEST = 4
+"""Levels of subfolders that are looked into."""
+
+
+def pair_stems(images: Iterable[str], masks: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """For each image's stem that of its mask, and for stems that several masks fit these masks.
+
+    >>> pair_stems(["a", "b_img", "c"], ["a", "b_masks", "c_mask", "c-seg"])
+    ({'a': 'a', 'b_img': 'b_masks'}, {'c': ['c_mask', 'c-seg']})
+    """
+    masks = list(masks)
+    same, short = set(masks), dict[str, list[str]]()
+    for stem in masks:
+        short.setdefault(MASK_WORDS.sub("", stem), []).append(stem)
+    pairs: dict[str, str] = {}
+    several: dict[str, list[str]] = {}
+    for stem in images:
+        fitting = [stem] if stem in same else short.get(stem) or short.get(IMAGE_WORDS.sub("", stem)) or []
+        if len(fitting) == 1:
+            pairs[stem] = fitting[0]
+        elif fitting:
+            several[stem] = fitting
+    return pairs, several
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """A folder of images and the folder of their masks, relative to the root."""
+
+    images: str
+    masks: str
+    split: str
+    group: str
 
 
 def paired_folders(images: str, masks: str) -> Layout:
-    """``{split}`` in both names stands for ``train`` and ``test``."""
-    name = f"{images}/ with {masks}/".replace("{split}", "train|test")
-    return Layout(name=name, scan=partial(_scan_pairs, images=images, masks=masks))
+    """``{split}`` in both names stands for ``train``, ``val`` and ``test``; ``{group}`` for the folder of a patient or slide.
+
+    Subfolders that both folders have are splits, or else groups.
+    """
+    name = f"{images}/ with {masks}/".replace("{split}", "train|test").replace("{group}", "PATIENT")
+    return Layout(name=name, scan=partial(_scan_pairs, images=images, masks=masks, name=name))
 
 
-def _scan_pairs(root: Path, card: DatasetCard, *, images: str, masks: str) -> Listing | None:
-    splits = ("train", "test") if "{split}" in images else ("train",)
-    folders = {split: (images.format(split=split), masks.format(split=split)) for split in splits}
-    if not all((root / folder).is_dir() for pair in folders.values() for folder in pair):
+def _scan_pairs(root: Path, card: DatasetCard, *, images: str, masks: str, name: str) -> Listing | None:
+    places = _places(root, images, masks)
+    if not any(place.split == "train" for place in places):
         return None
-    out = Listing(root=root, layout=paired_folders(images, masks).name)
-    for split, (here, there) in folders.items():
-        pictures, labels = out.images_in(root / here), out.images_in(root / there)
-        if not pictures:
-            out.reject("empty", here, f"{root / here}: holds no image", f"Expected files that end in {', '.join(sorted(EXTENSIONS))}.")
-        out.parts[split] = tuple(Sample(name=path.name, image=path, mask=labels[stem]) for stem, path in pictures.items() if stem in labels)
-        for stem, path in pictures.items():
-            if stem not in labels:
-                message = f"{root.name}/{here}: '{path.name}' has no mask. Expected {there}/{stem}.png"
-                out.reject("missing-mask", path.name, message, "Add it, or move the image out.")
-                out.reported.add(path)
-        spare = {stem: labels[stem] for stem in sorted(set(labels) - set(pictures))}
-        unread = {path.stem: path for path in other_files(root / here) if path.stem in spare}
-        out.reported |= {*unread.values(), *spare.values()}
-        for path in unread.values():
-            advice = f"Save it as one of {', '.join(sorted(EXTENSIONS))}, or move it and its mask out."
-            out.reject("format", path.name, f"{root.name}/{here}: '{path.name}' has a mask, but its format is not supported", advice)
-        if names := tuple(path.name for stem, path in spare.items() if stem not in unread):
-            message = f"{root.name}/{there}: {len(names)} masks have no image and are not used"
-            out.doubts.append(FileWarning(kind="no image", message=message, names=names))
+    out = Listing(root=root, layout=name)
+    found = [(place, out.images_in(root / place.images), out.images_in(root / place.masks)) for place in _with_subfolders(root, places)]
+    if "{group}" in images and all(len(pictures) < 2 for _, pictures, _ in found):
+        return None  # one folder an image
+    for place in places:
+        if not any(pictures for one, pictures, _ in found if one.images == place.images or one.images.startswith(f"{place.images}/")):
+            here = root / place.images
+            out.reject("empty", place.images, f"{here}: holds no image", f"Expected files that end in {', '.join(sorted(EXTENSIONS))}.")
+    samples: list[tuple[str, Sample]] = []
+    for place, pictures, labels in found:
+        samples += [(place.split, sample) for sample in _paired(out, place, pictures, labels)]
+    return _listed(out, samples)
+
+
+def _places(root: Path, images: str, masks: str) -> list[_Place]:
+    """The pairs of folders that exist."""
+    words = [form for word in SPLIT_WORDS if word for form in (word, word.capitalize(), word.upper())] if "{split}" in images else ["train"]
+    groups = [folder.name for folder in _folders(root)] if "{group}" in images else [""]
+    out: dict[tuple[str, str], _Place] = {}
+    for word, group in itertools.product(words, groups):
+        here, there = (text.format(split=word, group=group) for text in (images, masks))
+        if (root / here).is_dir() and (root / there).is_dir():
+            split = SPLIT_WORDS[word.lower()]
+            out.setdefault((split, group), _Place(images=here, masks=there, split=split, group=group))
+    return list(out.values())
+
+
+def _with_subfolders(root: Path, places: Iterable[_Place], depth: int = 0) -> Iterator[_Place]:
+    """The places, and below each those subfolders that are on both sides."""
+    for place in places:
+        yield place
+        if depth < DEEPEST:
+            on_both = {folder.name for folder in _folders(root / place.images)} & {folder.name for folder in _folders(root / place.masks)}
+            yield from _with_subfolders(root, [_below(place, name, depth) for name in sorted(on_both)], depth + 1)
+
+
+def _below(place: _Place, name: str, depth: int) -> _Place:
+    split = SPLIT_WORDS.get(name.lower(), "") if depth == 0 and place.split == "train" and not place.group else ""
+    group = place.group if split else f"{place.group}/{name}".lstrip("/")
+    return _Place(images=f"{place.images}/{name}", masks=f"{place.masks}/{name}", split=split or place.split, group=group)
+
+
+def _paired(out: Listing, place: _Place, pictures: dict[str, Path], labels: dict[str, Path]) -> list[Sample]:
+    """The samples of two folders; what has no partner becomes a problem or a doubt of ``out``."""
+    root, here, there = out.root, place.images, place.masks
+    pairs, several = pair_stems(pictures, labels)
+    for stem, path in pictures.items():
+        if stem in several:
+            message = (
+                f"{root.name}/{here}: '{path.name}' has {len(several[stem])} masks: {', '.join(labels[one].name for one in several[stem])}"
+            )
+            out.reject("several-masks", path.name, message, "Keep one of them there.")
+            out.reported |= {path, *(labels[one] for one in several[stem])}
+        elif stem not in pairs:
+            message = f"{root.name}/{here}: '{path.name}' has no mask. Expected {there}/{stem}.png"
+            out.reject("missing-mask", path.name, message, "Add it, or move the image out.")
+            out.reported.add(path)
+    used = {*pairs.values(), *(one for some in several.values() for one in some)}
+    spare = {stem: path for stem, path in sorted(labels.items()) if stem not in used}
+    unread = {path.stem: path for path in other_files(root / here) if path.stem in spare}
+    out.reported |= {*unread.values(), *spare.values()}
+    for path in unread.values():
+        advice = f"Save it as one of {', '.join(sorted(EXTENSIONS))}, or move it and its mask out."
+        out.reject("format", path.name, f"{root.name}/{here}: '{path.name}' has a mask, but its format is not supported", advice)
+    if names := tuple(path.name for stem, path in spare.items() if stem not in unread):
+        message = f"{root.name}/{there}: {len(names)} masks have no image and are not used"
+        out.doubts.append(FileWarning(kind="no image", message=message, names=names))
+    return [
+        Sample(name=pictures[stem].relative_to(root / here).as_posix(), image=pictures[stem], mask=labels[mask], group=place.group)
+        for stem, mask in pairs.items()
+    ]
+
+
+def _listed(out: Listing, samples: list[tuple[str, Sample]]) -> Listing:
+    """The listing with its samples by split. Names that two images share get the folders before them."""
+    groups = dict.fromkeys(sample.group for _, sample in samples if sample.group)
+    for split in SPLIT_NAMES:
+        here = [sample for one, sample in samples if one == split]
+        paths = [f"{sample.group}/{sample.name}".lstrip("/") for sample in here]
+        names = unique_names(paths)
+        out.parts[split] = tuple(
+            replace(sample, name=names[path], group=sample.group if len(groups) > 1 else "")
+            for sample, path in zip(here, paths, strict=True)
+        )
+    if len(groups) > 1:
+        out.notes.append(
+            f"groups: the {len(groups)} subfolders, such as {quote_name(next(iter(groups)))}, are each kept together, like patients "
+            "(data.group=none splits them)"
+        )
     return out
+
+
+def _masks_beside_images(root: Path, card: DatasetCard) -> Listing | None:
+    """``NAME.png`` with ``NAME_mask.png`` in one folder, or in each of several: splits, patients or slides."""
+    out = Listing(root=root, layout="NAME.png with NAME_mask.png beside it")
+    samples: list[tuple[str, Sample]] = []
+    folders = sorted({path.parent for path in files_below(root)[0]})
+    for folder in folders:
+        every = out.images_in(folder)
+        labels = {stem: path for stem, path in every.items() if MASK_WORDS.search(stem)}
+        pictures = {stem: path for stem, path in every.items() if stem not in labels}
+        if not pair_stems(pictures, labels)[0]:
+            continue
+        parts = folder.relative_to(root).parts
+        split = SPLIT_WORDS.get(parts[0].lower(), "") if parts else ""
+        here = folder.relative_to(root).as_posix()
+        place = _Place(images=here, masks=here, split=split or "train", group="/".join(parts[bool(split) :]))
+        samples += [(place.split, sample) for sample in _paired(out, place, pictures, labels)]
+    return _listed(out, samples) if samples else None
 
 
 # --- COCO -------------------------------------------------------------------------------------------------------------------------------
@@ -257,9 +422,9 @@ LAYOUTS = (
     paired_folders("{split}/images", "{split}/masks"),
     paired_folders("original", "mask"),
     paired_folders("images", "masks"),
-    paired_folders("train/original", "train/mask"),
-    paired_folders("train/images", "train/masks"),
     Layout(name="a COCO file", scan=_coco_folder),
+    paired_folders("{group}/images", "{group}/masks"),
     Layout(name="one folder an image with images/ and masks/", scan=_folder_per_image),
+    Layout(name="NAME.png with NAME_mask.png beside it", scan=_masks_beside_images),
 )
 """Tried in this order if the card names no folders."""

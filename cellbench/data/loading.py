@@ -19,7 +19,7 @@ from cellbench.console import ProgressBar
 from cellbench.data.audit import near_duplicates
 from cellbench.data.classes import with_class_facts
 from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, interpret_masks, validated
-from cellbench.data.layouts import scan_folder
+from cellbench.data.layouts import is_laid_out, scan_folder
 from cellbench.data.manifest import NAMES
 from cellbench.data.scan import Listing, find_unused
 from cellbench.data.splits import Grouping, Splits, choose_folds, given_splits, split_of
@@ -65,8 +65,12 @@ def _opened(card: DatasetCard, listing: Listing, spec: DataSpec) -> Dataset:
     return with_class_facts(replace(dataset, notes=(*listing.lines, *dataset.notes, splits.keep())), contents, card)
 
 
-def scan_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tuple[DatasetCard, Listing]:
-    """The card that applies to the folder, and its samples with the intensity scaling of all images. Raises CellbenchError."""
+def scan_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec, *, unlabelled: bool = False) -> tuple[DatasetCard, Listing]:
+    """The card that applies to the folder, and its samples with the intensity scaling of all images. Raises CellbenchError.
+
+    A card whose code lists the folder is called. Else a card beside the data applies; a card that names folders only where they exist, for its
+    facts about masks are those of its own images; and otherwise what masks mean is inferred. ``unlabelled``: masks may be missing.
+    """
     if card.draw:
         return card, scan_folder(card, _drawn(card, spec))
     if spec.draw:
@@ -74,9 +78,18 @@ def scan_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> tupl
     if folder is None:
         how = f" How to get it: {card.how_to_get}" if card.how_to_get else ""
         raise CellbenchError(f"dataset '{card.id}' is read from a folder, and none was named. Give --data DIR.{how}")
-    if card.id == "folder" and (folder / CARD_NAME).is_file():
-        card = _own_card(folder / CARD_NAME, card)
-    listing = _built(card, folder) if card.builder else scan_folder(card, folder)
+    applies = ""
+    if card.builder:
+        listing = _built(card, folder)
+    else:
+        beside = (folder if folder.is_dir() else folder.parent) / CARD_NAME
+        if beside.is_file():
+            card = _own_card(beside, card)
+        elif not is_laid_out(card, folder):
+            applies = f"{folder.absolute().name} is not laid out as '{card.id}' is, so that card says nothing about it: what its masks mean is inferred"
+            card = checked(DatasetCard, {"id": "folder", "title": card.title, "path": card.path}, card.path)
+        listing = scan_folder(card, folder, unlabelled=unlabelled)
+    listing.notes += [applies] if applies else []
     here = [(part, sample) for part in SPLITS for sample in listing.parts.get(part, ())]
     times = Counter(sample.name for _, sample in here)  # unique within a split only
     images = {sample.image: sample.name if times[sample.name] == 1 else f"{part}/{sample.name}" for part, sample in here}

@@ -60,6 +60,8 @@ class Listing:
     doubts: list[FileWarning] = field(default_factory=list)
     reported: set[Path] = field(default_factory=set)
     """Files that a problem or doubt already names."""
+    labelled: bool = True
+    """False: a folder of images without masks."""
     classes: tuple[str, ...] = ()
     """Class names from the data, the background first, if the card gives none."""
     reading: IntensityScaling = field(default_factory=IntensityScaling)

@@ -31,17 +31,21 @@ class Panel:
 
 
 def plot_samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: Sequence[str]) -> Figure:
-    """Images (H, W, 3) uint8 in the upper row, their class maps (H, W) below; (name, image, classes) each."""
+    """Images (H, W, 3) uint8 in the upper row, their class maps (H, W) below; (name, image, classes) each. No ``classes``: images alone."""
     pairs = pairs[:MOST_SAMPLES]
+    rows = 2 if classes else 1
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(2, len(pairs), figsize=(min(11, 2.8 * len(pairs)), 4.6), layout="constrained", squeeze=False)
+        size = (min(11, 2.8 * len(pairs)), 2.3 * rows)
+        figure, panels = plt.subplots(rows, len(pairs), figsize=size, layout="constrained", squeeze=False)
         for column, (name, image, mask) in enumerate(pairs):
             shown, times = _brightened(thumbnail(image))
             _show(panels[0][column], shown)
+            panels[0][column].set_title(_short(name) + (f", {times:.0f} x as bright" if times > 1 else ""), fontsize=8)
+            if not classes:
+                continue
             drawn = np.ma.masked_equal(thumbnail(mask), IGNORE)  # ignored pixels stay white
             _show(panels[1][column], drawn, cmap="gray" if len(classes) == 2 else "viridis", vmin=0, vmax=len(classes) - 1)
             height, width = mask.shape
-            panels[0][column].set_title(_short(name) + (f", {times:.0f} x as bright" if times > 1 else ""), fontsize=8)
             panels[1][column].set_title(f"{width} x {height} px, {((mask > 0) & (mask != IGNORE)).mean():.0%} cells", fontsize=8)
     return figure
 

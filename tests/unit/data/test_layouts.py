@@ -17,6 +17,7 @@ from cellbench.cli.check import check_folder
 from cellbench.config.base import checked
 from cellbench.config.cards import DatasetCard
 from cellbench.config.experiment import DataSpec
+from cellbench.config.registry import Registry
 from cellbench.data.annotations import rasterize
 from cellbench.data.dataset import Dataset
 from cellbench.data.layouts import scan_folder
@@ -67,6 +68,90 @@ def test_every_layout_gives_the_same_images_classes_and_cells(tmp_path: Path, wa
         np.testing.assert_array_equal(classes, cells(seed) > 0)
         np.testing.assert_array_equal(data.read_instances(sample), cells(seed))
     assert opened(tmp_path / "own").digest == data.digest
+
+
+# What laboratories' folders look like: where image k lies and where its mask lies
+
+
+PLACES = {
+    "masks with a suffix in their folder": ("images/i{k}.png", "masks/i{k}_mask.png"),
+    "masks with a hyphen": ("images/i{k}.png", "masks/i{k}-seg.png"),
+    "masks beside images": ("i{k}.png", "i{k}_mask.png"),
+    "Cellpose": ("i{k}_img.png", "i{k}_masks.png"),
+    "labels beside images": ("i{k}.png", "i{k}_label.png"),
+}
+GROUPED = {
+    "patients on both sides": ("images/p{g}/i{k}.png", "masks/p{g}/i{k}.png"),
+    "patients with folders of their own": ("p{g}/images/i{k}.png", "p{g}/masks/i{k}.png"),
+    "patients with masks beside images": ("p{g}/i{k}.png", "p{g}/i{k}_mask.png"),
+    "patients' numbers begin again": ("images/p{g}/i{r}.png", "masks/p{g}/i{r}.png"),
+}
+SPLIT = {
+    "splits above": ("{s}/images/i{k}.png", "{s}/masks/i{k}.png"),
+    "splits below": ("images/{s}/i{k}.png", "masks/{s}/i{k}_mask.png"),
+    "splits with masks beside images": ("{s}/i{k}.png", "{s}/i{k}_seg.png"),
+    "splits with capitals": ("{S}/images/i{k}.png", "{S}/masks/i{k}.png"),
+}
+
+
+def laid_out(folder: Path, place: tuple[str, str], split: str = "train train train train val test") -> Path:
+    """Six images and their masks at these places; two in a row are of one patient."""
+    for k, part in enumerate(split.split()):
+        for text, content in zip(place, (picture(k), Image.fromarray(cells(k))), strict=True):
+            path = folder / text.format(k=k, g=k // 2, r=k % 2, s=part, S=part.capitalize())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content.save(path)
+    return folder
+
+
+@pytest.mark.parametrize("way", [*PLACES, *GROUPED, *SPLIT])
+def test_every_image_is_paired_with_its_own_mask(tmp_path: Path, way: str) -> None:
+    listing = scan_folder(FOLDER, laid_out(tmp_path / "own", (PLACES | GROUPED | SPLIT)[way]))
+    assert (listing.problems, listing.doubts) == ([], [])
+    samples = [sample for part in ("train", "val", "test") for sample in listing.parts.get(part, ())]
+    assert len({sample.name for sample in samples}) == 6
+    seeds = {np.array(Image.open(sample.image)).tobytes(): np.array(Image.open(sample.mask)) for sample in samples}
+    for k in range(6):
+        np.testing.assert_array_equal(seeds[np.array(picture(k)).tobytes()], cells(k))
+
+
+@pytest.mark.parametrize("way", GROUPED)
+def test_subfolders_are_groups_that_splits_keep_together(tmp_path: Path, way: str) -> None:
+    data = opened(laid_out(tmp_path / "own", GROUPED[way]))
+    assert {sample.group for sample in everything(data)} == {"p0", "p1", "p2"}
+    assert [len({sample.group for sample in data.samples(part)}) for part in ("train", "val", "test")] == [1, 1, 1]
+    assert any("groups: the 3 subfolders, such as 'p0', are each kept together" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("way", SPLIT)
+def test_folders_named_after_splits_are_splits(tmp_path: Path, way: str) -> None:
+    parts = scan_folder(FOLDER, laid_out(tmp_path / "own", SPLIT[way])).parts
+    assert [len(parts.get(part, ())) for part in ("train", "val", "test")] == [4, 1, 1]
+    assert not any(sample.group for samples in parts.values() for sample in samples)
+
+
+def test_an_image_with_two_masks_and_one_without_are_named(tmp_path: Path) -> None:
+    folder = laid_out(tmp_path / "own", PLACES["masks beside images"])
+    Image.fromarray(cells(0)).save(folder / "i0_label.png")
+    (folder / "i1_mask.png").unlink()
+    listing = scan_folder(FOLDER, folder)
+    assert {(one.kind, one.name) for one in listing.problems} == {("several-masks", "i0.png"), ("missing-mask", "i1.png")}
+
+
+def test_images_alone_are_refused_with_what_can_be_done(tmp_path: Path) -> None:
+    folder = laid_out(tmp_path / "own", ("i{k}.png", "../elsewhere/i{k}.png"))
+    line = refusal(folder)
+    assert "holds 6 images and no masks" in line
+    assert "`predict` and `explore` take plain folders" in line
+
+
+def test_a_card_applies_to_the_folders_that_it_names_and_to_no_other(tmp_path: Path) -> None:
+    bccd = Registry().dataset("bccd")  # its masks are 0 and 255
+    data = opened(pairs(tmp_path / "own"), bccd)
+    assert data.masks == "cells"
+    assert any("not laid out as 'bccd' is, so that card says nothing about it" in note for note in data.notes)
+    (tmp_path / "own" / "dataset.toml").write_text('masks = "binary"')
+    assert opened(tmp_path / "own", bccd).masks == "binary"
 
 
 @pytest.mark.parametrize("way", ["nuclei", "coco polygons"])
