@@ -73,10 +73,10 @@ class BenchmarkSetup:
         frozen = FrozenBackbone(self.frozen, self.machine, [num_levels(self.registry.part(run)) for run in runs])
         return Features(frozen, SamplingPlan(self.pixels["train"].sizes_px, runs[0]), self.pixels, CachePolicy(memory_bytes=memory_bytes))
 
-    def trainer(self, run: RunSpec, features: Features, num_views: int) -> HeadTrainer:
-        """The trainer of a run, which logs nothing."""
+    def trainer(self, run: RunSpec, features: Features, num_views: int, *, capture: bool = True) -> HeadTrainer:
+        """The trainer of a run, which logs nothing. ``capture``: whether its steps on a GPU may be CUDA graphs."""
         model = build_model(run, self.registry.part(run), features.backbone, len(self.dataset.classes))
-        return HeadTrainer(run=run, model=model, recorder=_NoRecorder(), num_views=num_views).on(features)
+        return HeadTrainer(run=run, model=model, recorder=_NoRecorder(), num_views=num_views, capture=capture).on(features)
 
     def fitted(self, runs: list[RunSpec], memory_bytes: int = 2**33) -> tuple[float, list[HeadTrainer]]:
         """Trains a cohort; returns the seconds of ``fit`` and the trainers."""

@@ -61,7 +61,7 @@ def train(
     held = {} if reopen else {k: dataset.read(sample) for k, sample in enumerate(dataset.train)}
     val = [dataset.read(sample) for sample in dataset.val]
     optimiser = torch.optim.AdamW(head.parameters(), lr=run.lr, weight_decay=run.weight_decay)
-    loss_fn, step, dice = parse_loss(run.loss), 0, 0.0
+    loss_fn, step, dice, device = parse_loss(run.loss), 0, 0.0, next(head.parameters()).device
     for epoch in range(num_epochs):
         head.train()
         views, order = plan.views(plan.cycle(epoch)), plan.order(epoch)
@@ -72,9 +72,9 @@ def train(
                 (rotate_flip(cut_tile(a, v.y, v.x, run.tile_px), v.turn), rotate_flip(cut_tile(m, v.y, v.x, run.tile_px), v.turn))
                 for (a, m), v in zip(pairs, batch, strict=True)
             ]
-            pixels = torch.stack([torch.from_numpy(tile.copy()) for tile, _ in tiles]).permute(0, 3, 1, 2).float() / 255
+            pixels = torch.stack([torch.from_numpy(tile.copy()) for tile, _ in tiles]).permute(0, 3, 1, 2).float().to(device) / 255
             pixels = apply_all(plan.augmentations, pixels, [view.draws for view in batch])
-            target = torch.stack([torch.from_numpy(mask.copy()) for _, mask in tiles]).long()
+            target = torch.stack([torch.from_numpy(mask.copy()) for _, mask in tiles]).long().to(device)
             with torch.no_grad():
                 maps = [m.clone() for m in backbone(pixels, indices)]
             optimiser.param_groups[0]["lr"] = rate(step)
@@ -91,11 +91,12 @@ def _validate(
     run: RunSpec, head: nn.Module, backbone: Backbone, indices: tuple[int, ...], val: list[tuple[np.ndarray, np.ndarray]], num_classes: int
 ) -> float:
     head.eval()
+    device = next(head.parameters()).device
     counts = np.zeros((num_classes, num_classes), np.int64)
     for image, mask in val:
         grid = TileGrid.over(mask.shape[0], mask.shape[1], run.tile_px, run.val_overlap)
         for (y, x), own in zip(grid, grid.owned(), strict=True):
-            pixels = torch.from_numpy(cut_tile(image, y, x, run.tile_px).copy()).permute(2, 0, 1)[None].float() / 255
-            found = head([m.clone() for m in backbone(pixels, indices)], pixels).argmax(1)[0].byte().numpy()
+            pixels = torch.from_numpy(cut_tile(image, y, x, run.tile_px).copy()).permute(2, 0, 1)[None].float().to(device) / 255
+            found = head([m.clone() for m in backbone(pixels, indices)], pixels).argmax(1)[0].byte().cpu().numpy()
             counts = counts + confusion_matrix(cut_tile(mask, y, x, run.tile_px)[own], found[own], num_classes)
     return pixel_scores(counts).of(pooled_classes(counts))["dice"]

@@ -6,16 +6,22 @@ instance scores, tuning, figures and the report.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tomli_w
+import torch
 
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
 from cellbench.diagnostics.script_reference import BATCH_SIZE, ScriptSettings
@@ -32,6 +38,8 @@ class ProcessCost:
     """User and system time, of its children too."""
     peak_mib: float
     """Largest resident memory; 0 where the system does not say."""
+    gpu_busy_pct: float
+    """Mean over its time; NaN on a processor."""
     dice: float
     """The best mean Dice over the test images."""
 
@@ -57,7 +65,7 @@ def compare(setup: BenchmarkSetup) -> tuple[ProcessCost, ProcessCost]:
 
 def _script(settings: ScriptSettings) -> ProcessCost:
     with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
-        cost, printed = _timed(["cellbench.diagnostics.script_reference", json.dumps(asdict(settings))], Path(folder))
+        cost, printed = _timed(["cellbench.diagnostics.script_reference", json.dumps(asdict(settings))], Path(folder), settings.device)
     return ProcessCost(**cost, dice=json.loads(printed)["dice"])
 
 
@@ -77,7 +85,7 @@ def _grid(settings: ScriptSettings, setup: BenchmarkSetup) -> ProcessCost:
         command = ["cellbench.run", "grid", "bench.toml", "--device", settings.device, "--precision", setup.precision]
         command += ["--data", settings.data] if settings.data else []
         command += ["--weights", settings.weights] if settings.weights else []
-        cost, _ = _timed(command, folder)
+        cost, _ = _timed(command, folder, settings.device)
         before = os.environ.get("MLFLOW_TRACKING_URI")
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         try:
@@ -87,7 +95,7 @@ def _grid(settings: ScriptSettings, setup: BenchmarkSetup) -> ProcessCost:
     return ProcessCost(**cost, dice=max(found, default=0.0))
 
 
-def _timed(arguments: list[str], folder: Path) -> tuple[dict[str, float], str]:
+def _timed(arguments: list[str], folder: Path, device: str) -> tuple[dict[str, float], str]:
     """Runs ``python -m`` with these arguments in a folder: what it cost, and its last line. Raises CellbenchError if it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in ("MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")}
     paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
@@ -95,13 +103,35 @@ def _timed(arguments: list[str], folder: Path) -> tuple[dict[str, float], str]:
     with (folder / "printed.txt").open("w+", encoding="utf-8") as output:
         start = time.perf_counter()
         process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=folder, env=environment, stdout=output, stderr=output)
-        cpu_s, peak_mib = _wait(process)
+        with _watch_gpu(device) as busy:
+            cpu_s, peak_mib = _wait(process)
         wall_s = time.perf_counter() - start
         output.seek(0)
         printed = output.read().strip().splitlines() or ["no output"]
     if process.returncode not in (0, 1):
         raise CellbenchError(f"bench: `python -m {arguments[0]}` failed: {printed[-1]}")
-    return {"wall_s": wall_s, "cpu_s": cpu_s, "peak_mib": peak_mib}, printed[-1]
+    return {"wall_s": wall_s, "cpu_s": cpu_s, "peak_mib": peak_mib, "gpu_busy_pct": statistics.fmean(busy or [math.nan])}, printed[-1]
+
+
+@contextlib.contextmanager
+def _watch_gpu(device: str) -> Iterator[list[float]]:
+    """The GPU's load in percent, five times a second during the block; nothing on a processor."""
+    busy: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            busy.append(torch.cuda.utilization(torch.device(device)))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if device.startswith("cuda"):
+        thread.start()
+    try:
+        yield busy
+    finally:
+        over.set()
+        if thread.ident is not None:
+            thread.join()
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -85,6 +85,14 @@ def _whole_processes(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
         out.facts |= {f"{name}_cpu_s": cost.cpu_s, f"{name}_peak_mib": cost.peak_mib, f"{name}_dice": cost.dice}
     out.add("grid_cpu_s", "the same in processor time", grid.cpu_s, "s", f"script {script.cpu_s:.1f} s")
     out.add("grid_peak_mib", "peak memory of grid", grid.peak_mib, "MiB", f"script {script.peak_mib:,.0f} MiB")
+    if not math.isnan(grid.gpu_busy_pct):
+        out.add(
+            "grid_gpu_busy_pct",
+            "the GPU is busy during grid, its start included",
+            grid.gpu_busy_pct,
+            "%",
+            f"script {script.gpu_busy_pct:.0f} %",
+        )
 
 
 def _feature_pass(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
@@ -136,14 +144,21 @@ def _heads(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
     with WorkerPool(1) as pool:
         batch = next(iter(features.train(0, pool)))
     for run in runs:
-        trainer = setup.trainer(run, features, batch.num)
 
-        def steps(trainer: HeadTrainer = trainer) -> None:
-            trainer.start_epoch()
-            trainer.train_on(batch)
-            setup.machine.wait()
+        def tiles_per_s(trainer: HeadTrainer) -> float:
+            def steps() -> None:
+                trainer.start_epoch()
+                trainer.train_on(batch)
+                setup.machine.wait()
 
-        out.add(f"head_{run.head}_tiles_per_s", f"head alone: {run.head}", batch.num / min(seconds(steps) for _ in range(4)), "tiles/s")
+            return batch.num / min(seconds(steps) for _ in range(4))
+
+        captured = tiles_per_s(setup.trainer(run, features, batch.num))
+        eager = ""
+        if setup.machine.device.type == "cuda":
+            speed = out.facts[f"head_{run.head}_eager_tiles_per_s"] = tiles_per_s(setup.trainer(run, features, batch.num, capture=False))
+            eager = f"{captured / speed:.1f} x the speed without a CUDA graph"
+        out.add(f"head_{run.head}_tiles_per_s", f"head alone: {run.head}", captured, "tiles/s", eager)
 
 
 def _cohorts(setup: BenchmarkSetup, out: BenchmarkResult) -> list[HeadTrainer]:
@@ -182,16 +197,16 @@ def _trials(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
 
 def _naive(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrainer]) -> None:
     """One run of each head in fp32, scaled to all rates; ``quick`` and ``reopen`` train one epoch and scale to all."""
-    fp32 = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=0)
+    fp32 = replace(setup.machine, precision=torch.float32)
     wall_s, gaps = {"held": 0.0, "reopen": 0.0}, []
     for k, head in enumerate(setup.heads):
         run, twin = setup.run(head, setup.rates[1]), cohort[k * len(setup.rates) + 1]
-        frozen = FrozenBackbone(setup.frozen.to("cpu"), fp32, [num_levels(setup.registry.part(run))])
+        frozen = FrozenBackbone(setup.frozen, fp32, [num_levels(setup.registry.part(run))])
         for how in ("held", "reopen"):
             model: torch.nn.Module = build_model(run, setup.registry.part(run), frozen, len(setup.dataset.classes)).head
             if head == "transposed-conv" and how == "reopen":  # the published head; with images held ours, whose Dice is compared
                 model = naive_reference.PublishedHead(setup.frozen.levels[-1].dim, len(setup.dataset.classes))
-            model = model.to(memory_format=torch.contiguous_format)
+            model = model.to(fp32.device).to(memory_format=torch.contiguous_format)
             epochs = setup.epochs if how == "held" and not setup.quick else 1
             start = time.perf_counter()
             with _all_cores(setup.machine):
@@ -201,7 +216,6 @@ def _naive(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrainer
             wall_s[how] += (time.perf_counter() - start) * setup.epochs / epochs
             if how == "held":
                 gaps.append(abs(dice - twin.history[epochs - 1]["val/dice"]))
-    setup.frozen.to(setup.machine.device)
     for how, description in (("held", "decoded images held in memory"), ("reopen", "images opened for each crop, the published head")):
         naive_s = wall_s[how] * len(setup.rates)
         fresh, cached = (naive_s / out.facts[fact] for fact in ("cohort_s", "cohort_kept_s"))

@@ -48,6 +48,8 @@ class HeadTrainer:
     """Tiles per epoch."""
     registry: Registry = field(default_factory=Registry)
     """Source of the loss function."""
+    capture: bool = True
+    """Whether steps on a GPU may be captured as CUDA graphs."""
     epoch: int = 0
     """The next epoch."""
     best_epoch: int = -1
@@ -129,7 +131,7 @@ class HeadTrainer:
 
     def _graphed(self, batch: Batch) -> GraphedStep | None:
         """The captured step for this batch; None on a CPU, and for steps that draw random numbers or ignore pixels."""
-        if self.device.type != "cuda" or batch.ignoring or not self.model.randomness.never_draws:
+        if not self.capture or self.device.type != "cuda" or batch.ignoring or not self.model.randomness.never_draws:
             return None
         if batch.num not in self._graphs:
             try:
