@@ -9,7 +9,11 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import generate  # noqa: E402  in this folder
+from docutils.nodes import Element  # noqa: E402
+from sphinx.addnodes import pending_xref  # noqa: E402
 from sphinx.application import Sphinx  # noqa: E402
+from sphinx.environment import BuildEnvironment  # noqa: E402
+from sphinx.ext.napoleon import Config, GoogleDocstring  # noqa: E402
 
 import cellbench  # noqa: E402
 
@@ -21,16 +25,16 @@ release = version = cellbench.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 nitpicky = True
-# The types of other libraries: their documentation is not fetched, so that the build works offline.
-nitpick_ignore_regex = [(r"py:.*", r"(np|numpy|pd|pandas|torch|nn|pathlib|collections|typing|matplotlib|pydantic|PIL|types)\b.*")]
-nitpick_ignore_regex += [
-    (r"py:.*", r"(Path|Tensor|Any|Callable|Iterable|Iterator|Mapping|Sequence|Figure|Literal|optional|DataFrame|ndarray)")
+nitpick_ignore_regex = [
+    # Types of other libraries, whose documentation is not fetched so that the build works offline; and types of the package that are not public.
+    (r"py:.*", r"(np|numpy|pd|pandas|torch|nn|os|pathlib|collections|typing|matplotlib|pydantic|PIL|types)\b.*"),
+    (r"py:.*", r"(Path|Tensor|Any|Callable|Iterable|Iterator|Mapping|Sequence|Figure|Literal|optional|DataFrame|ndarray|Field|Scalar)"),
+    (r"py:.*", r"(dict|list|tuple)\[\w+|cellbench\.\w+\.[\w.]+|FailedImage|InstanceScores"),
 ]
 
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_class_signature = "separated"
 autodoc_preserve_defaults = True
 
 html_theme = "furo"
@@ -43,9 +47,25 @@ copybutton_exclude = ".linenos, .gp"
 
 
 def setup(app: Sphinx) -> None:
-    """Replaces blocks like ``{generated} settings run`` by tables made from the package."""
+    """Fills in blocks like ``{generated} settings run``, and links public names by whatever path the code names them."""
     app.connect("source-read", _fill)
+    app.connect("missing-reference", _public)
+    app.connect("autodoc-process-docstring", _sections)
 
 
 def _fill(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = generate.fill(source[0])
+
+
+def _public(app: Sphinx, env: BuildEnvironment, node: pending_xref, shown: Element) -> Element | None:
+    name = node["reftarget"].rpartition(".")[2]
+    if node.get("refdomain") != "py" or name not in cellbench.__all__:
+        return None
+    python = env.get_domain("py")
+    return python.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], f"cellbench.{name}", node, shown)
+
+
+def _sections(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Args and Returns as lists. Not by the extension napoleon itself, which takes "Empty: unknown" of an attribute for its type."""
+    if what in ("class", "exception", "function", "method"):
+        lines[:] = GoogleDocstring(list(lines), Config(napoleon_use_rtype=False), app, what, name, thing, options).lines()

@@ -249,12 +249,18 @@ def experiments() -> str:
 
 
 def api() -> str:
-    """Every public name of ``cellbench``, documented by its docstring."""
+    """Every public name of ``cellbench``, documented by its docstring; the fields of a card are on the page of settings."""
     out = []
-    for name in (name for name in getattr(cellbench, "__all__", ()) if not name.startswith("__")):
-        what = "class" if inspect.isclass(getattr(cellbench, name)) else "function" if callable(getattr(cellbench, name)) else "data"
-        more = "   :members:\n" if what == "class" else ""
-        out.append(f"## {name}\n\n```{{eval-rst}}\n.. auto{what}:: cellbench.{name}\n{more}```\n")
+    for name in cellbench.__all__:
+        thing = getattr(cellbench, name)
+        card = next((kind for kind, record in cards.KINDS.items() if record is thing), "")
+        members = "   :members:\n" if inspect.isclass(thing) and not card else ""
+        what = "class" if inspect.isclass(thing) else "function"
+        out.append(f"## {name}\n\n```{{eval-rst}}\n.. auto{what}:: cellbench.{name}\n{members}```\n")
+        if card:
+            out.append(
+                f"Its fields are the [keys of such a card](settings.md#{card.removesuffix('s')}-cards{'-and-datasettoml' * (card == 'datasets')}).\n"
+            )
     return "\n".join(out)
 
 
