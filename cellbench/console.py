@@ -1,29 +1,148 @@
-"""Output to a terminal: lines and progress bars, which :func:`silent` turns off."""
+"""Output to a terminal: lines folded at words, tables that fit its width, and progress bars, which :func:`silent` turns off.
+
+tqdm is imported by the first progress bar, so that commands without one start at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
-from collections.abc import Iterator
-from typing import Any
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
 
-from tqdm import tqdm
+from cellbench.escaping import to_printable
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+WIDE = 10_000
+"""As a width: no table is cut."""
 _silent = False
 
 
-def say(text: str) -> None:
-    """Prints a line without breaking a progress bar."""
-    if not _silent:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+def width() -> int:
+    """The number of columns of the terminal; ``COLUMNS`` overrides it, and a pipe has 80."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
-class ProgressBar(tqdm):
-    """tqdm's bar; not shown inside :func:`silent`."""
+def say(text: str = "", *, file: IO[str] | None = None) -> None:
+    """Prints lines without breaking a progress bar, by default to standard output. A terminal gets them folded, a file or pipe as they are."""
+    file = file or sys.stdout
+    if _silent and file is sys.stdout:
+        return
+    if file.isatty():
+        text = fold(text, width())
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=file)
+    else:
+        file.write(f"{text}\n")
+    file.flush()
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named | ({"disable": True} if _silent else {}))
+
+def warn(text: str) -> None:
+    """Prints one line to standard error. Characters of file names that a terminal would interpret are escaped."""
+    say(to_printable(text), file=sys.stderr)
+
+
+def fold(text: str, columns: int) -> str:
+    """Breaks longer lines at spaces; what follows is indented by two columns more than the line. Paths and URLs are not broken.
+
+    >>> print(fold("  a note that is long", 12))
+      a note
+        that is
+        long
+    """
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if len(line) <= columns:
+            lines.append(line)
+            continue
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        lines += textwrap.wrap(line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column of a table, and what becomes of it on a narrow terminal."""
+
+    heading: str
+    right: bool = False
+    """Aligned to the right, for numbers."""
+    optional: int = 0
+    """Left out where the table is too wide: the column with the highest number first. 0: never."""
+    cut: bool = False
+    """Shortened with ``…`` where leaving out columns is not enough."""
+    folded: bool = False
+    """Text that continues on the next lines. Of the last column only."""
+
+
+def format_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, room: int | None = None, headings: bool = True) -> list[str]:
+    r"""The lines of a table of at most ``room`` columns of text, by default the width of the terminal.
+
+    >>> table = [Column(heading="name", cut=True), Column(heading="n", right=True), Column(heading="note", optional=1)]
+    >>> print("\n".join(format_table(table, [("a-long-name", "7", "x")], room=12)))
+    name       n
+    ------------
+    a-long-n…  7
+    """
+    room = width() if room is None else room
+    widths = [max([len(one.heading) * headings, *(len(row[k]) for row in rows)]) for k, one in enumerate(columns)]
+    shown = list(range(len(columns)))
+
+    def total() -> int:
+        return sum(min(widths[k], 24) if columns[k].folded else widths[k] for k in shown) + 2 * (len(shown) - 1)
+
+    while total() > room and (rest := [k for k in shown if columns[k].optional]):
+        shown.remove(max(rest, key=lambda k: columns[k].optional))
+    for k in shown:
+        if columns[k].cut and total() > room:
+            widths[k] = max(8, widths[k] - (total() - room))
+    lines = [_line(columns, [one.heading for one in columns], shown, widths, room)] if headings else []
+    body = [line for row in rows for line in _line(columns, row, shown, widths, room)]
+    if not headings:
+        return body
+    (head,) = lines
+    rule = max(len(line) for line in (*head, *body))
+    return [*head, "-" * rule, *body]
+
+
+def _line(columns: Sequence[Column], row: Sequence[str], shown: Sequence[int], widths: Sequence[int], room: int) -> list[str]:
+    """A row of a table; several lines where its last column is folded."""
+    cells = []
+    for k in shown:
+        text = row[k] if columns[k].folded else _cut(row[k], widths[k])
+        cells.append(text.rjust(widths[k]) if columns[k].right else text.ljust(widths[k]))
+    last = columns[shown[-1]]
+    if not last.folded:
+        return ["  ".join(cells).rstrip()]
+    start = "".join(f"{cell}  " for cell in cells[:-1])
+    space = max(24, room - len(start))
+    more = textwrap.wrap(row[shown[-1]], space, break_long_words=False, break_on_hyphens=False) or [""]
+    return [(start + more[0]).rstrip(), *(" " * len(start) + text for text in more[1:])]
+
+
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 1]}…"
+
+
+# --- progress -------------------------------------------------------------------------------------------------------------------------
+
+
+def progress_bar(items: Any = None, **named: Any) -> tqdm[Any]:
+    """Tqdm's bar on a terminal. Nothing is shown in a pipe or file, or inside :func:`silent`."""
+    from tqdm import tqdm
+
+    named.setdefault("disable", None)  # None: shown on a terminal
+    if _silent:
+        named["disable"] = True
+    return tqdm(items, **{"dynamic_ncols": True, "leave": False, **named})
 
 
 @contextlib.contextmanager

@@ -15,17 +15,35 @@ class WeightsUnavailable(CellbenchError):
     """The weights of a backbone are unavailable. A grid marks the run as skipped, with this reason, and continues."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> CellbenchError:
-    """The error for a misspelt name, with the nearest known one.
+MOST_NAMES = 16
+"""Up to this number of known names is listed in full."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "", all_with: str = "") -> CellbenchError:
+    """The error for a misspelt name, with the nearest known one. ``all_with``: the command that lists all names, where there are many.
 
     >>> print(unknown_name("head", "bilinaer", ["fpn", "bilinear"]))
     no head called 'bilinaer'. Did you mean 'bilinear'? Known: bilinear, fpn.
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
+    near = nearest(name, names)
+    hint = f" Did you mean {' or '.join(repr(one) for one in near)}?" if near else ""
     known_names = f" Known: {', '.join(names)}." if names else " None is known."
+    if all_with and len(names) > MOST_NAMES:
+        known_names = f" `{all_with}` lists all {len(names)}."
     return CellbenchError(f"{where + ': ' if where else ''}no {kind} called '{name}'.{hint}{known_names}")
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """The known name most like ``name``; else up to three names that contain it or of which it is the end; else nothing.
+
+    >>> nearest("bilinaer", ["fpn", "bilinear"]), nearest("vit", ["uni", "vit-small", "vit-tiny"]), nearest("x", ["uni"])
+    (['bilinear'], ['vit-small', 'vit-tiny'], [])
+    """
+    names = list(known)
+    if near := difflib.get_close_matches(name, names, n=1, cutoff=0.6):
+        return near
+    return [one for one in names if len(name) > 2 and name.lower() in one.lower()][:3]
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""``python -m cellbench.run VERB``: the command line, see :mod:`cellbench.cli.main`."""
+"""``python -m cellbench.run COMMAND``, and the script ``cellbench``: the command line, see :mod:`cellbench.cli.main`."""
 
 import sys
 

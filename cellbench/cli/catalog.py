@@ -13,6 +13,7 @@ from cellbench.config.experiment import Experiment, cohorts, expand
 from cellbench.config.options import CacheOptions, ListOptions, ShowOptions
 from cellbench.config.registry import Registry, shipped
 from cellbench.config.search_space import Space
+from cellbench.console import say
 from cellbench.errors import CellbenchError, unknown_name
 from cellbench.metrics.catalog import search_objectives
 from cellbench.models.backbones.weights import package_name
@@ -31,7 +32,7 @@ def list_components(options: ListOptions) -> int:
         lines = _experiments() if kind == EXPERIMENTS else {name: _brief(registry.card(kind, name)) for name in registry.names(kind)}
         width = max(map(len, lines), default=0)
         blocks.append("\n".join([f"{kind}:", *(f"  {name.ljust(width)}  {brief}" for name, brief in lines.items())]))
-    print("\n\n".join(blocks))
+    say("\n\n".join(blocks))
     return 0
 
 
@@ -58,7 +59,7 @@ def show_component(options: ShowOptions) -> int:
     holders = [one for one, known in names.items() if name in known and kind in ("", one)]
     if not holders:
         known = names[kind] if kind else [one for kind in KINDS for one in names[kind]]
-        raise unknown_name(kind.removesuffix("s") or "card", name, known)
+        raise unknown_name(kind.removesuffix("s") or "card", name, known, all_with=f"cellbench list {kind}".rstrip())
     if len(holders) > 1:
         raise CellbenchError(f"'{name}' is the name of several: {', '.join(f'{one}/{name}' for one in holders)}. Name one of them.")
     if holders[0] == EXPERIMENTS:
@@ -67,7 +68,7 @@ def show_component(options: ShowOptions) -> int:
     else:
         card = registry.card(holders[0], name)
         path, meaning = Path(card.path), _meaning(card)
-    print(f"{path}\n\n{path.read_text(encoding='utf-8').rstrip()}\n\n{meaning}".rstrip())
+    say(f"{path}\n\n{path.read_text(encoding='utf-8').rstrip()}\n\n{meaning}".rstrip())
     return 0
 
 
@@ -105,17 +106,17 @@ def cache(options: CacheOptions) -> int:
     if options.prune:
         chosen = [entry for entry in found if time.time() - entry.used >= options.older_than * 86400]
         freed = remove_entries(chosen)
-        print(f"removed {len(chosen)} of {len(found)} cached passes from {features_dir()}: {freed / 2**20:,.0f} MiB freed.")
+        say(f"removed {len(chosen)} of {len(found)} cached passes from {features_dir()}: {freed / 2**20:,.0f} MiB freed.")
         return 0
     if not found:
-        print(f"no features are cached in {features_dir()}. `grid --cache SIZE` keeps them for later calls.")
+        say(f"no features are cached in {features_dir()}. `grid --cache SIZE` keeps them for later calls.")
         return 0
     lines = [("backbone", "dataset", "split", "tiles", "MiB", "last used")]
     for entry in found:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         lines.append((entry.backbone, entry.dataset, entry.what, str(entry.num_tiles), f"{entry.size_bytes / 2**20:,.0f}", used))
-    print("\n".join(_aligned(lines)))
-    print(f"{sum(entry.size_bytes for entry in found) / 2**20:,.0f} MiB in {features_dir()}")
+    say("\n".join(_aligned(lines)))
+    say(f"{sum(entry.size_bytes for entry in found) / 2**20:,.0f} MiB in {features_dir()}")
     return 0
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from cellbench.config.cards import DatasetCard
 from cellbench.config.experiment import DataSpec
 from cellbench.config.loading import data_spec
 from cellbench.config.options import CheckOptions
 from cellbench.config.registry import Registry
+from cellbench.console import progress_bar
 from cellbench.data.audit import near_duplicates
 from cellbench.data.audit.checks import TOO_FEW, Finding, Severity, find_duplicates, findings, statistics, too_few
 from cellbench.data.audit.image_statistics import SampleFacts, measure_sample
@@ -149,7 +149,7 @@ def _read(dataset: Dataset) -> list[SampleFacts]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding and numpy free the interpreter's lock
         jobs = [pool.submit(measure_sample, dataset, sample, "train") for sample in dataset.train]
         try:
-            return [job.result() for job in tqdm(jobs, desc=f"checking {dataset.name}", unit="image", leave=False)]
+            return [job.result() for job in progress_bar(jobs, desc=f"checking {dataset.name}", unit="image")]
         finally:
             pool.shutdown(cancel_futures=True)
 

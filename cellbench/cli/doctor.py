@@ -19,6 +19,7 @@ from cellbench import startup
 from cellbench.config.cards import BackboneCard, Card
 from cellbench.config.options import DoctorOptions
 from cellbench.config.registry import Registry
+from cellbench.console import say
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown_name
 from cellbench.file_cache import FileFactCache, sha256
 from cellbench.files import compute_sha256
@@ -157,24 +158,24 @@ def _table(registry: Registry, folder: Path | None, deep: bool) -> int:
             rows.append(Row(name=name, here="broken", problem=one_line(error)))
     order = list(HERE)
     rows.sort(key=lambda it: (order.index(it.here), it.name))
-    print("\n".join(_lines(rows)))
+    say("\n".join(_lines(rows)))
     counts = [f"{here} {num}" for here in order if (num := sum(it.here == here for it in rows))]
-    print(f"\n{len(rows)} backbones: {', '.join(counts)}.")
+    say(f"\n{len(rows)} backbones: {', '.join(counts)}.")
     for words, used in ((HERE, {it.here for it in rows}), (HASH, {it.hash for it in rows})):
         for word, meaning in words.items():
             if word in used and meaning:
-                print(f"{word}: {meaning}")
+                say(f"{word}: {meaning}")
     if any(it.here == "gated" for it in rows):
         from huggingface_hub import get_token
 
-        print(f"hub: {'logged in' if get_token() else 'not logged in'} on this machine.")
+        say(f"hub: {'logged in' if get_token() else 'not logged in'} on this machine.")
     if os.environ.get("HF_HUB_OFFLINE"):
-        print("hub: HF_HUB_OFFLINE is set, so nothing is downloaded from it.")
+        say("hub: HF_HUB_OFFLINE is set, so nothing is downloaded from it.")
     if any(it.license.endswith("?") for it in rows):
-        print("?: the licence is unclear; the card says why: `show backbones/NAME`.")
+        say("?: the licence is unclear; the card says why: `show backbones/NAME`.")
     problems = [it.problem for it in rows if it.problem]
     for problem in problems:
-        print(f"\n{problem}")
+        say(f"\n{problem}")
     return 1 if problems else 0
 
 
@@ -217,7 +218,7 @@ def _self_tests(cards: list[BackboneCard], weights: Path | None, device: str) ->
         except CellbenchError as error:
             errors.append(error)
             if len(cards) > 1:
-                print(f"{card.id}: cannot be tested. {one_line(error).removeprefix(f'{card.id}: ')}\n")
+                say(f"{card.id}: cannot be tested. {one_line(error).removeprefix(f'{card.id}: ')}\n")
     if errors:
         raise (
             errors[0]
@@ -233,15 +234,15 @@ def _self_test(card: BackboneCard, weights: Path | None, here: Hardware) -> int:
 
     path = None if card.weights == "none" else locate(card, weights, download=False)
     report = probe.probe_backbone(card, weights, here)
-    print(f"{card.id} on {here.name}")
+    say(f"{card.id} on {here.name}")
     if path is not None:
         stated = "the one on the card" if card.sha256 and sha256(path) == card.sha256 else "recorded, the card states none"
-        print(f"  weights     {path}, {path.stat().st_size / 2**20:,.0f} MiB; its sha256 is {stated}")
+        say(f"  weights     {path}, {path.stat().st_size / 2**20:,.0f} MiB; its sha256 is {stated}")
     for check in report.checks:
-        print(f"  {check.name:<11} {check.finding}{'' if check.holds is None else '; ok' if check.holds else '; WRONG'}")
-    print(f"  speed       {report.tiles_per_s:,.1f} tiles/s of {report.tile_px} px in batches of {report.batch}, last level only")
-    print(f"  memory      {report.peak_mib:,.0f} MiB more than before, at the peak of loading and running")
-    print(f"  loading     {report.load_s:.2f} s\n")
+        say(f"  {check.name:<11} {check.finding}{'' if check.holds is None else '; ok' if check.holds else '; WRONG'}")
+    say(f"  speed       {report.tiles_per_s:,.1f} tiles/s of {report.tile_px} px in batches of {report.batch}, last level only")
+    say(f"  memory      {report.peak_mib:,.0f} MiB more than before, at the peak of loading and running")
+    say(f"  loading     {report.load_s:.2f} s\n")
     return sum(check.holds is False for check in report.checks)
 
 
@@ -256,7 +257,7 @@ def _parts(registry: Registry, names: Sequence[str], extra: Path | None) -> list
     known = [(kind, name) for kind in CHECKED for name in registry.names(kind)]
     for name in names:
         if name not in {each for _, each in known}:
-            raise unknown_name("component", name, {each for _, each in known})
+            raise unknown_name("component", name, {each for _, each in known}, all_with="cellbench list")
     cards = [registry.card(kind, name) for kind, name in known if not names or name in names]
     if names or extra is None:
         return cards
@@ -274,8 +275,8 @@ def _contracts(cards: list[Card]) -> int:
     start, num, broken = time.monotonic(), 0, 0
     for card in cards:
         for verdict in verdicts(card):
-            print(f"{'FAIL' if verdict.reason else 'ok  '}  {verdict.card}  {verdict.contract}", end="", flush=True)
-            print(f": {verdict.reason}" if verdict.reason else "", flush=True)
+            reason = f": {verdict.reason}" if verdict.reason else ""
+            say(f"{'FAIL' if verdict.reason else 'ok  '}  {verdict.card}  {verdict.contract}{reason}")
             num, broken = num + 1, broken + bool(verdict.reason)
-    print(f"\n{len(cards)} cards, {num} contracts, {broken or 'none'} broken, {time.monotonic() - start:.0f} s")
+    say(f"\n{len(cards)} cards, {num} contracts, {broken or 'none'} broken, {time.monotonic() - start:.0f} s")
     return 1 if broken else 0

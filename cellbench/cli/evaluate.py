@@ -14,6 +14,7 @@ from cellbench.cli.runs import open_run
 from cellbench.config.experiment import DataSpec, Experiment
 from cellbench.config.options import EvaluateOptions
 from cellbench.config.registry import Registry
+from cellbench.console import say
 from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
@@ -38,19 +39,19 @@ def evaluate(options: EvaluateOptions) -> int:
     trained, machine = segmenter.trained, segmenter.machine
     experiment = Experiment.of(tomllib.loads(trained.config), "config.toml")
     dataset, what = open_test_images(trained, experiment, Registry(options.registry), options.data)
-    print(f"{trained.name}: {len(dataset.test)} images of {dataset.root} ({what}), on {machine.name}.")
+    say(f"{trained.name}: {len(dataset.test)} images of {dataset.root} ({what}), on {machine.name}.")
     for line in dataset.notes:
-        print(line)
+        say(line)
     seen = seen_images.match_seen_images(trained.seen, dataset.test) if trained.seen is not None else None
     if seen is None:
         warning = f"'{trained.name}' has no record of its training images (an older version), so these were not compared with them."
     else:
         warning = seen_images.describe_seen(seen)
     if warning:
-        print(f"Warning: {warning}")
+        say(f"Warning: {warning}")
     evaluation = evaluate_segmenter(segmenter, dataset, options.visualize)
     for line in evaluation.notes:
-        print(line)
+        say(line)
     result = EvaluationResult(evaluation=evaluation.scores, cost=evaluation.cost, preparation=trained.preparation)
     tested = _Tested(
         name=f"evaluate: {trained.name} on {dataset.root.name}",
@@ -66,8 +67,8 @@ def evaluate(options: EvaluateOptions) -> int:
     tracker = Tracker(trained.experiment or "evaluations")
     _log(tested, tracker, machine.name, machine.precision_name)
     for line in _summary(tested):
-        print(line)
-    print(f"logged as '{tested.name}' in the experiment '{tracker.name}', under the run that it tests: metrics, figures and error maps.")
+        say(line)
+    say(f"logged as '{tested.name}' in the experiment '{tracker.name}', under the run that it tests: metrics, figures and error maps.")
     return 0
 
 

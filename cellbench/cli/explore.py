@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from cellbench import startup
 from cellbench.config.base import checked
@@ -17,6 +16,7 @@ from cellbench.config.experiment import DataSpec
 from cellbench.config.options import ExploreOptions
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
+from cellbench.console import progress_bar, say
 from cellbench.data.audit.image_statistics import measure_images, summarize
 from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
 from cellbench.data.loading import dataset_of_card, scan_dataset, split_dataset
@@ -47,13 +47,13 @@ def explore(options: ExploreOptions) -> int:
     card, listing = scan_dataset(card, options.data, DataSpec(), unlabelled=True)
     listing.raise_first()
     for line in listing.lines:
-        print(line)
+        say(line)
     if listing.labelled:
         dataset, _ = split_dataset(card, listing, DataSpec())
         pool = [sample for part in SPLITS for sample in dataset.samples(part)]
         dataset = interpret_masks(dataset, pool).dataset
         for note in dataset.notes:
-            print(note)
+            say(note)
     else:
         pool = [*listing.parts["train"]]
         dataset = replace(dataset_of_card(card, listing.root), classes=(), reading=listing.reading)
@@ -65,14 +65,14 @@ def explore(options: ExploreOptions) -> int:
         title, facts = f"features of {sample.name}", _features(dataset, sample, registry, options, folder)
     else:
         title, facts = f"{len(pool)} images", _statistics(dataset, pool, options, folder)
-    print(f"pictures are in {folder}")
+    say(f"pictures are in {folder}")
     if tracker is not None:
         choices = (options.data, list(options.backbone), list(options.framing), options.image, options.point, options.tile_px, options.seed)
         key = hashlib.sha256(json.dumps([options.features, *map(str, choices)]).encode()).hexdigest()[:16]
         with tracker.run(title, key, known=tracker.known().get(key), tags={"cellbench.kind": "explore"}) as run:
             run.log({f"data/{fact}": value for fact, value in facts.items() if not np.isnan(value)})
             run.log_artifacts(folder)
-        print(f"and in MLflow, experiment '{tracker.name}'")
+        say(f"and in MLflow, experiment '{tracker.name}'")
     return 0
 
 
@@ -89,7 +89,7 @@ def _sample(pool: Sequence[Sample], image: str) -> Sample:
 def _statistics(dataset: Dataset, pool: list[Sample], options: ExploreOptions, folder: Path) -> dict[str, float]:
     order = np.random.default_rng(options.seed).permutation(len(pool))
     chosen = [pool[k] for k in order[:MAX_SURVEYED]]
-    with tqdm(total=len(chosen), desc="looking at images", unit="image", leave=False) as bar:
+    with progress_bar(total=len(chosen), desc="looking at images", unit="image") as bar:
         found = measure_images(dataset, chosen, bar.update)
     facts = summarize(found)
     shown = chosen[: max(1, min(options.samples, dataset_plots.MOST_SAMPLES))]
@@ -100,13 +100,13 @@ def _statistics(dataset: Dataset, pool: list[Sample], options: ExploreOptions, f
     (folder / "statistics.json").write_text(json.dumps({**facts, "seed": options.seed, "of": len(pool)}, indent=1), encoding="utf-8")
     masks = "with masks" if dataset.classes else "without masks"
     sizes = "" if facts["sizes"] == 1 else f", and {facts['sizes'] - 1:.0f} other sizes"
-    print(f"{dataset.name}: {len(pool)} images {masks}, {len(found)} looked at (seed {options.seed})")
-    print(f"  size               {facts['width_px']:.0f} x {facts['height_px']:.0f} px{sizes}")
+    say(f"{dataset.name}: {len(pool)} images {masks}, {len(found)} looked at (seed {options.seed})")
+    say(f"  size               {facts['width_px']:.0f} x {facts['height_px']:.0f} px{sizes}")
     if not dataset.classes:
         return {key: facts[key] for key in ("images", "height_px", "width_px", "sizes")}
-    print(f"  cell pixels        {100 * facts['cell_share']:.1f} %")
-    print(f"  cells an image     {facts['cells_per_image']:.1f}, deviation {facts['cells_per_image_sd']:.1f}")
-    print(f"  diameter of cells  {facts['cell_diameter_px']:.0f} px in the median, those cut by the border left out")
+    say(f"  cell pixels        {100 * facts['cell_share']:.1f} %")
+    say(f"  cells an image     {facts['cells_per_image']:.1f}, deviation {facts['cells_per_image_sd']:.1f}")
+    say(f"  diameter of cells  {facts['cell_diameter_px']:.0f} px in the median, those cut by the border left out")
     return facts
 
 
@@ -151,14 +151,14 @@ def _features(dataset: Dataset, sample: Sample, registry: Registry, options: Exp
     what = f"{sample.name}, {width} x {height} px"
     title = f"{what}: three principal components of the last map, one colour scale for each backbone"
     style.save_figure(dataset_plots.plot_feature_maps(image, components, title, point), folder / "features.png")
-    print(f"{what}: {', '.join(components)}, each as {', '.join(title for title, _ in framings)}")
+    say(f"{what}: {', '.join(components)}, each as {', '.join(title for title, _ in framings)}")
     if point is not None:
         there = f" ({dataset.classes[classes[point[1], point[0]]]})" if dataset.classes else ""
         title = f"{what}: similarity of every place to the marked one{there}"
         style.save_figure(dataset_plots.plot_feature_maps(image, similar, title, point), folder / "likeness.png")
         for name, panels in similar.items() if dataset.classes else ():
             for panel in panels:
-                print(f"  {name}, {panel.title}")
+                say(f"  {name}, {panel.title}")
     return facts
 
 
@@ -170,16 +170,16 @@ def _views(
     try:
         backbone = open_backbone(registry.backbone(name), options.weights, download=bool(options.backbone))
     except WeightsUnavailable as error:
-        print(f"skipped {name}: {one_line(error)}")
+        say(f"skipped {name}: {one_line(error)}")
         return []
     frozen = FrozenBackbone(backbone, detect_hardware(options.device), [1])
     views = []
-    for title, framing in tqdm(framings, desc=name, unit="framing", leave=False):
+    for title, framing in progress_bar(framings, desc=name, unit="framing"):
         reason = why_too_large(frozen, framing.tile_px([image.shape[:2]]))
         if not reason and framing.side_px % backbone.tile_multiple_px:
             reason = f"tiles of {framing.side_px} px are no multiple of its {backbone.tile_multiple_px} px. Set --tile-px."
         if reason:
-            print(f"skipped {name}, {title}: {reason}")
+            say(f"skipped {name}, {title}: {reason}")
         else:
             views.append((title, feature_maps(frozen, framing, image)))
     return views
@@ -198,7 +198,7 @@ def _backbones(registry: Registry, options: ExploreOptions) -> list[str]:
             continue
         found.append(name)
     if not found:
-        print(f"no weights of {', '.join(DEFAULT_BACKBONES)} are here, so a random backbone is shown. `doctor` says how to get them.")
+        say(f"no weights of {', '.join(DEFAULT_BACKBONES)} are here, so a random backbone is shown. `doctor` says how to get them.")
     return found or ["vit-tiny-random"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from cellbench.cli.runs import open_run
 from cellbench.config.options import ExportOptions
 from cellbench.config.registry import Registry
+from cellbench.console import say
 from cellbench.errors import CellbenchError
 from cellbench.inference.export import CARDS, write_export
 
@@ -23,15 +24,15 @@ def export(options: ExportOptions) -> int:
     source = Path(options.run) if Path(options.run).is_dir() else None
     cards = Registry(source / CARDS if source else options.registry)
     said = write_export(out, segmenter.trained, cards, weights or source, options.backbone)
-    print(f"{out}: {segmenter.trained.name}. {said}")
+    say(f"{out}: {segmenter.trained.name}. {said}")
     if options.mlflow:
         from cellbench.inference.mlflow_model import save_model  # imports MLflow
 
         save_model(out / "mlflow", out)
-        print(f"{out / 'mlflow'}: `mlflow models serve -m {shlex.quote(str(out / 'mlflow'))} --env-manager local` answers with masks.")
+        say(f"{out / 'mlflow'}: `mlflow models serve -m {shlex.quote(str(out / 'mlflow'))} --env-manager local` answers with masks.")
     if options.onnx:
         from cellbench.inference.onnx import write_onnx
 
         worst = write_onnx(out / "model.onnx", segmenter)
-        print(f"{out / 'model.onnx'}: differs from torch by at most {worst:.1g} (onnxruntime, batches of 1 and 3).")
+        say(f"{out / 'model.onnx'}: differs from torch by at most {worst:.1g} (onnxruntime, batches of 1 and 3).")
     return 0

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-
-from tqdm import tqdm
 
 from cellbench.cli.runs import open_run
 from cellbench.config.options import PredictOptions
+from cellbench.console import say, warn
 from cellbench.data.io.intensity import format_notes
 from cellbench.data.scan import count_reasons
 from cellbench.errors import CellbenchError
-from cellbench.escaping import to_printable
 from cellbench.files import make_folder
 from cellbench.inference.inputs import (
     describe_magnification,
@@ -47,7 +44,7 @@ def predict(options: PredictOptions) -> int:
     if black_white is not None:
         segmenter.trained, lines = with_range(segmenter.trained, black_white)
         for line in lines:
-            print(line)
+            say(line)
     separation = segmenter.trained.separation
     if options.min_cell_px is not None:
         separation = replace(separation, min_area_px=options.min_cell_px)
@@ -63,23 +60,23 @@ def predict(options: PredictOptions) -> int:
     refuse_mixed_outputs(targets, provenance_of(segmenter), wanted, out)
     todo = [target for target in targets if not target.done(formats_of(wanted, target))]
     done = f", {len(targets) - len(todo)} are done already" if len(todo) < len(targets) else ""
-    print(f"{segmenter.trained.name}: {len(todo)} images on {segmenter.machine.name}{done}.")
+    say(f"{segmenter.trained.name}: {len(todo)} images on {segmenter.machine.name}{done}.")
     for line in describe_pixel_sizes(sizes, len(targets), um_per_px, options.instances):
-        print(line)
+        say(line)
     for line in describe_magnification(sizes, segmenter.trained, um_per_px):
-        print(line)
+        say(line)
     for reason, paths in names_by_reason(ignored).items():
-        _warn(f"ignored, {reason}: {first_names(paths)}")
+        warn(f"ignored, {reason}: {first_names(paths)}")
     skipped = {target: error for target in todo if wanted.cells and (error := why_too_large(target)) is not None}
     for error in skipped.values():
-        _warn(f"skipped: {error}")
+        warn(f"skipped: {error}")
     try:
-        more, notes = write_masks(segmenter, [target for target in todo if target not in skipped], wanted, _warn)
+        more, notes = write_masks(segmenter, [target for target in todo if target not in skipped], wanted, warn)
         skipped |= more
         for line in format_notes(notes):
-            _warn(line)
+            warn(line)
     finally:  # also after Ctrl-C: the tables list all masks in the folder
-        num_small = write_tables(out, {target.stem for target in skipped}, wanted, options.coco, segmenter.names, print)
+        num_small = write_tables(out, {target.stem for target in skipped}, wanted, options.coco, segmenter.names, say)
     parts = [f"{out}: {len(targets) - len(skipped)} masks"]
     if num_small:
         parts.append(f"{num_small:,} regions below {separation.min_area_px} px are not counted as cells (--min-cell-px sets the limit)")
@@ -87,7 +84,7 @@ def predict(options: PredictOptions) -> int:
         parts.append(f"{len(skipped)} images were skipped")
     if ignored:
         parts.append(f"{len(ignored)} files of the folders were ignored ({count_reasons(ignored)})")
-    print("; ".join(parts) + ".")
+    say("; ".join(parts) + ".")
     return 1 if skipped or ignored else 0
 
 
@@ -98,7 +95,3 @@ def _check(options: PredictOptions) -> None:
         )
     if options.min_cell_px is not None and options.min_cell_px < 1:
         raise CellbenchError(f"--min-cell-px {options.min_cell_px}: the smallest area of a cell in px, 1 or more.")
-
-
-def _warn(line: str) -> None:
-    tqdm.write(to_printable(line), file=sys.stderr)

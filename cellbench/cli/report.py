@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cellbench.config.options import ReportOptions
+from cellbench.console import say
 from cellbench.errors import CellbenchError
 from cellbench.reporting.collect import collect_report
 from cellbench.reporting.render import write_report_files
@@ -16,7 +17,7 @@ def report(options: ReportOptions) -> int:
     """Writes the report of one experiment, or of several together; by default of the newest. Returns exit code 0."""
     sqlite_store.require_store()
     for line in relocate.fix_artifact_paths():
-        print(line)
+        say(line)
     names = options.experiments
     if not names:
         latest = newest_experiment()
@@ -28,8 +29,8 @@ def report(options: ReportOptions) -> int:
     made = build_report(results)
     path = write_report_files(made, options.out or report_dir(results.experiment))
     for sentence in (*made.verdict, *results.left_out):
-        print(sentence)
+        say(sentence)
     if len(trackers) == 1 and results.parent is not None:
         trackers[0].attach(results.parent, path.parent)
-    print(f"{path}: {results.num_runs} runs; tables and figures beside it.")
+    say(f"{path}: {results.num_runs} runs; tables and figures beside it.")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cellbench import startup
 from cellbench.config.options import InferenceOptions
+from cellbench.console import say
 from cellbench.inference.segmenter import Segmenter
 
 
@@ -13,5 +14,5 @@ def open_run(options: InferenceOptions, *, device: str | None = None) -> Segment
     startup.configure_threads(device)
     segmenter = Segmenter.load(options.run, weights=options.weights, registry=options.registry, device=device, precision=options.precision)
     for line in segmenter.trained.origin:
-        print(line)
+        say(line)
     return segmenter

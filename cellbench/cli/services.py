@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cellbench.console import say
 from cellbench.errors import CellbenchError, one_line, redact_passwords
 from cellbench.features.remote_cache import RemoteCache, shared_url
 from cellbench.files import cache_dir, make_folder, os_errors_as
@@ -39,7 +40,7 @@ def services() -> int:
     found = findings()
     width = max(len(one.service) for one in found)
     for one in found:
-        print(f"{one.service:<{width}}  {'ok   ' if one.good else 'WRONG'}  {one.text}")
+        say(f"{one.service:<{width}}  {'ok   ' if one.good else 'WRONG'}  {one.text}")
     return 0 if all(one.good for one in found) else 1
 
 
@@ -117,7 +118,7 @@ def _cache() -> str:
 
 
 def _shared(url: str) -> str:
-    shared = RemoteCache(url, print)
+    shared = RemoteCache(url, say)
     shared.probe()
     return f"{shared.shown} takes files and gives them back."
 

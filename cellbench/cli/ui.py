@@ -14,6 +14,7 @@ import urllib.request
 import psutil
 
 from cellbench.config.options import UiOptions
+from cellbench.console import say
 from cellbench.errors import CellbenchError
 from cellbench.tracking import relocate, sqlite_store, ui_view
 
@@ -28,7 +29,7 @@ def ui(options: UiOptions) -> int:
         raise CellbenchError(f"MLFLOW_TRACKING_URI is the server {uri}: open that in a browser. `ui` serves the store of a folder.")
     sqlite_store.require_store()
     for line in relocate.fix_artifact_paths():
-        print(line)
+        say(line)
     port = free_port(options.port)
     # `mlflow ui` does not read MLFLOW_TRACKING_URI, and only the literal "true" disables its telemetry.
     command = [
@@ -53,7 +54,7 @@ def ui(options: UiOptions) -> int:
     try:
         return _serve(server, port)
     except KeyboardInterrupt:
-        print("stopped.")
+        say("stopped.")
         return 0
     finally:
         _end(server)
@@ -61,7 +62,7 @@ def ui(options: UiOptions) -> int:
 
 def _serve(server: subprocess.Popen[bytes], port: int) -> int:
     address = f"http://127.0.0.1:{port}"
-    print("starting MLflow's UI ...")
+    say("starting MLflow's UI ...")
     deadline = time.monotonic() + PATIENCE_S
     while not responds(f"{address}/health"):
         if server.poll() is not None:
@@ -71,9 +72,9 @@ def _serve(server: subprocess.Popen[bytes], port: int) -> int:
         if time.monotonic() > deadline:
             raise CellbenchError(f"MLflow's UI did not answer at {address} within {PATIENCE_S} s.")
         time.sleep(0.2)
-    print(f"{address}  (this machine only; Ctrl-C ends it)")
+    say(f"{address}  (this machine only; Ctrl-C ends it)")
     for name, number in relocate.experiment_names():
-        print(f"  {name}: {address}/#/experiments/{number}/runs?{ui_view.QUERY}")
+        say(f"  {name}: {address}/#/experiments/{number}/runs?{ui_view.QUERY}")
     assert server.stdout is not None
     for _ in server.stdout:  # read the output, or the server would block when the pipe is full
         pass

@@ -13,10 +13,11 @@ from typing import Any
 import tomli_w
 
 from cellbench.config.base import checked
-from cellbench.config.experiment import DataSpec, Experiment, expand
+from cellbench.config.experiment import GRID_KEYS, DataSpec, Experiment, expand
 from cellbench.config.registry import Registry, shipped
-from cellbench.config.search_space import Space
-from cellbench.errors import CellbenchError, unknown_name
+from cellbench.config.run import RUN_KEYS
+from cellbench.config.search_space import Settings, Space
+from cellbench.errors import CellbenchError, nearest, unknown_name
 
 CHANGED = "# Changed by the call: "
 DATA_NAME = "{data}"
@@ -127,6 +128,7 @@ def _change(tree: dict[str, Any], change: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise CellbenchError(f"--set {change}: expected KEY=VALUE, like run.epochs=3.")
+    _check_key(parts, tree, change)
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -136,6 +138,50 @@ def _change(tree: dict[str, Any], change: str) -> None:
         if not isinstance(tree, dict):
             raise CellbenchError(f"--set {change}: '{part}' is not a table.")
     tree[parts[-1]] = value
+
+
+KEYS: dict[str, Sequence[str]] = {
+    "run": RUN_KEYS,
+    "data": tuple(DataSpec.model_fields),
+    "search": tuple(Settings.model_fields),
+    "grid": GRID_KEYS,
+}
+"""The settings of each table that has a fixed set of them."""
+OPEN_TABLES = ("head", "baseline", "space")
+"""Tables whose keys depend on cards. Their records check them."""
+
+
+def _check_key(parts: Sequence[str], tree: Mapping[str, Any], change: str) -> None:
+    """Raises CellbenchError for a key that no table has, with the nearest ones."""
+    table, key = parts[0], ".".join(parts)
+    if table in OPEN_TABLES or (len(parts) == 1 and (key in Experiment.model_fields or key in KEYS)):
+        return
+    if len(parts) > 1 and parts[1] in KEYS.get(table, ()):
+        return
+    near = nearest_settings(key, tree)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise CellbenchError(
+        f"--set {change}: no setting called '{key}'.{hint} A setting is named with its table, like run.epochs or data.folds."
+    )
+
+
+def nearest_settings(key: str, tree: Mapping[str, Any] | None = None) -> list[str]:
+    """The full keys that ``key`` may mean, where it lacks its table or is misspelt. Those that the ``tree`` of a file holds come first.
+
+    >>> nearest_settings("epochs"), nearest_settings("rnu.epohcs"), nearest_settings("fold", {"grid": {"fold": [0]}})
+    (['run.epochs'], ['run.epochs'], ['grid.fold'])
+    """
+    table, _, name = key.rpartition(".")
+    held = {f"{each}.{one}" for each, values in (tree or {}).items() if isinstance(values, Mapping) for one in values}
+    known = [f"{each}.{one}" for each, names in KEYS.items() for one in names]
+    found = [one for one in known if one.split(".")[1] == name]
+    if not found:
+        names = list(dict.fromkeys(one.split(".")[1] for one in known))
+        near = nearest(name, [*KEYS.get(table, ())] or names) or nearest(name, names)
+        found = [one for one in known if one.split(".")[1] in near]
+    exact = [one for one in found if one.split(".")[0] in nearest(table, KEYS)] if table else []
+    first = exact or [one for one in found if one in held] or found
+    return list({one.split(".")[1]: one for one in reversed(first)}.values())[::-1]
 
 
 def data_spec(changes: Sequence[str]) -> DataSpec:

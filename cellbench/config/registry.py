@@ -141,7 +141,7 @@ class Registry:
             if "/" not in name and path.is_file():
                 return read_card(path, record)
         singular = "loss" if record is LossCard else record.KIND.removesuffix("s")
-        raise unknown_name(singular, name, self.names(record.KIND))
+        raise unknown_name(singular, name, self.names(record.KIND), all_with=f"cellbench list {record.KIND}")
 
     def part(self, run: RunSpec) -> HeadCard | BaselineCard:
         """The card of the run's head or baseline."""

@@ -15,7 +15,7 @@ from cellbench.config.base import checked
 from cellbench.config.cards import DatasetCard
 from cellbench.config.experiment import DataSpec, Experiment
 from cellbench.config.registry import Registry, load, with_defaults
-from cellbench.console import ProgressBar
+from cellbench.console import progress_bar
 from cellbench.data.audit import near_duplicates
 from cellbench.data.classes import with_class_facts
 from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, interpret_masks, validated
@@ -168,6 +168,6 @@ def _drawn(card: DatasetCard, spec: DataSpec) -> Path:
     key = hashlib.sha256(json.dumps([card.builder, settings], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_dir() / "drawn" / f"{card.id}-{key}"
     if not folder.is_dir():
-        with ProgressBar(desc=f"drawing {card.id}", unit="image", leave=False) as bar:
+        with progress_bar(desc=f"drawing {card.id}", unit="image") as bar:
             load(card)(folder, settings, bar.update)
     return folder

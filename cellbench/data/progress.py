@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from cellbench.console import ProgressBar
+from cellbench.console import progress_bar
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -17,6 +17,6 @@ def map_files(function: Callable[[S], T], items: Sequence[S], description: str, 
     with ThreadPoolExecutor(2) as pool:  # decoding releases the GIL
         jobs = [pool.submit(function, item) for item in items]
         try:
-            return [job.result() for job in ProgressBar(jobs, desc=description, unit=unit, leave=False, disable=len(items) < hide_below)]
+            return [job.result() for job in progress_bar(jobs, desc=description, unit=unit, disable=len(items) < hide_below or None)]
         finally:
             pool.shutdown(cancel_futures=True)

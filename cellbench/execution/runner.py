@@ -21,7 +21,7 @@ from cellbench.config.cards import HeadCard
 from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry, load
 from cellbench.config.run import NUMERICS_VERSION
-from cellbench.console import ProgressBar
+from cellbench.console import progress_bar
 from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
@@ -281,7 +281,7 @@ class Runner:
         val, test, busy, wall_s, cpu_s = self._images["val"], self._images["test"], SystemLoad(), 0.0, 0.0
         predictions = ((k, [(segment(val[k][0]), None)]) for k in range(len(val)))
         with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, 1, predictions), self._own_metrics) as evaluator:
-            for index in ProgressBar(range(len(test)), desc=one.name, unit="image", leave=False):
+            for index in progress_bar(range(len(test)), desc=one.name, unit="image"):
                 image, truth = test[index]
                 start, start_cpu = time.perf_counter(), time.thread_time()
                 classes = segment(image)
@@ -360,7 +360,7 @@ class Runner:
         what = f"{runs[0].backbone or runs[0].baseline}, {len(runs)} run{'s' if len(runs) > 1 else ''}"
         self.say(f"{title}: {what}, {num_views} tiles an epoch, {features.source}.")
         epochs = max(run.epochs - trainer.epoch for run, trainer in zip(runs, trainers, strict=True))
-        with ProgressBar(total=epochs * num_views, desc=f"{title}: {what}", unit="tile", leave=False, smoothing=0.05) as bar:
+        with progress_bar(total=epochs * num_views, desc=f"{title}: {what}", unit="tile", smoothing=0.05) as bar:
             fit(trainers, features, bar)
         release_memory()
         load = _load_metric("cost/train_other_load_pct", busy)
@@ -403,7 +403,7 @@ class Runner:
         costs, busy = self._training_costs(trained, features, load), SystemLoad()
         reset_timers(features.backbone, models)
         not_finite: dict[int, str] = {}
-        bar = ProgressBar(score_images(models, features, "test"), total=len(test), desc=f"{title}: test", unit="image", leave=False)
+        bar = progress_bar(score_images(models, features, "test"), total=len(test), desc=f"{title}: test", unit="image")
         with CohortEvaluator(self.dataset, len(models), separations, self._own_metrics) as evaluator:
             for image, counts, answers in bar:
                 evaluator.add_image(image, test[image][1], counts, [(a.classes, a.cell, a.boundary_depth) for a in answers])

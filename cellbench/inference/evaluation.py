@@ -7,10 +7,9 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cellbench.config.experiment import DataSpec, Experiment
 from cellbench.config.registry import Registry
+from cellbench.console import progress_bar
 from cellbench.data.classes import unused_classes, with_owners
 from cellbench.data.dataset import Dataset, validated
 from cellbench.data.io.intensity import Note, format_notes
@@ -78,7 +77,7 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -
     load, seconds, num_timed, start = SystemLoad(), 0.0, 0, time.perf_counter()
     predictions = segmenter.predict_all(sample.image for sample in dataset.test)
     with CohortEvaluator(dataset, 1, [segmenter.trained.separation]) as evaluator:
-        for index, found in enumerate(tqdm(predictions, total=len(dataset.test), desc="testing", unit="image", leave=False, disable=None)):
+        for index, found in enumerate(progress_bar(predictions, total=len(dataset.test), desc="testing", unit="image")):
             if index or len(dataset.test) == 1:  # the first image is a warm-up
                 seconds, num_timed = seconds + time.perf_counter() - start, num_timed + 1
             notes += [(dataset.test[index].name, note) for note in found.notes]

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cellbench.config.run import NUMERICS_VERSION
+from cellbench.console import progress_bar
 from cellbench.data.io import images
 from cellbench.data.io.decode import printable_path
 from cellbench.data.io.images import EXTENSIONS
@@ -190,7 +189,7 @@ def write_masks(
         if files is not None:
             files.__exit__()
 
-    with tqdm(total=len(targets), unit="image", desc="segmenting", disable=None) as bar:
+    with progress_bar(total=len(targets), unit="image", desc="segmenting") as bar:
         try:
             for event in segmenter.stream(target.image for target in targets):
                 target = targets[event.number]

@@ -61,4 +61,4 @@ def best_experiment(space: Space, best: CompletedTrial) -> str:
     """The best setting as an experiment file, for ``grid``."""
     found = ", ".join(f"{name} {value:.6g}" for name, value in zip(space.settings.objectives, best.values, strict=True))
     head = f"# The best setting of the search '{space.experiment}': trial {best.number}, {found}"
-    return f"{head}\n#   python -m cellbench.run grid best.toml\n{tomli_w.dumps(space.best_tree(best.point))}"
+    return f"{head}\n#   cellbench grid best.toml\n{tomli_w.dumps(space.best_tree(best.point))}"

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line, redact_passwords
 from cellbench.tracking.offline_queue import (
     RETRY_S,
@@ -23,7 +24,6 @@ from cellbench.tracking.offline_queue import (
     QueuedCall,
     ServerUnavailableError,
     abandoned_queues,
-    print_warning,
 )
 
 FIRE_AND_FORGET = {"log_batch", "set_tag", "set_terminated", "log_artifacts"}
@@ -71,7 +71,7 @@ class ResilientClient:
             except ServerUnavailableError as error:
                 raise to_error(error, self._uri) from error
             shutil.rmtree(folder, ignore_errors=True)
-            print_warning(f"MLflow has received {len(calls)} calls that an earlier process could not send.")
+            warn(f"MLflow has received {len(calls)} calls that an earlier process could not send.")
 
     def _ask(self, name: str, arguments: Any, named: Any) -> Any:
         """Calls and returns the reply. Waits only for a server that has replied before; otherwise the address may be wrong."""
@@ -87,7 +87,7 @@ class ResilientClient:
                 if time.monotonic() > end:
                     raise to_error(error, self._uri) from error
             if not warned:
-                print_warning(f"MLflow at {self._shown_uri} does not answer. It is tried for {PATIENCE_S / 60:.0f} minutes.")
+                warn(f"MLflow at {self._shown_uri} does not answer. It is tried for {PATIENCE_S / 60:.0f} minutes.")
                 warned = True
             time.sleep(RETRY_S)
 

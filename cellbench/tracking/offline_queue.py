@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-import sys
 import threading
 import time
 import uuid
@@ -19,8 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import cache_dir, os_errors_as
 from cellbench.tracking.schema import RunState, this_owner
@@ -70,9 +68,7 @@ class OfflineQueue:
                 file.write(json.dumps(call) + "\n")
             self._calls.append(call)
             if self._thread is None or not self._thread.is_alive():
-                print_warning(
-                    f"MLflow at {self._shown_uri} does not answer. What is logged is kept in {self.folder} and sent when it is back."
-                )
+                warn(f"MLflow at {self._shown_uri} does not answer. What is logged is kept in {self.folder} and sent when it is back.")
                 self._thread = threading.Thread(target=self._send_all, daemon=True, name="offline-queue")
                 self._thread.start()
 
@@ -86,7 +82,7 @@ class OfflineQueue:
         try:
             self._send({**call, "folder": str(folder / call["folder"])} if "folder" in call else call)
         except CallRejectedError as error:
-            print_warning(f"MLflow rejects a call that was kept for it: {error}")  # of a run that was deleted meanwhile, for example
+            warn(f"MLflow rejects a call that was kept for it: {error}")  # of a run that was deleted meanwhile, for example
         except CellbenchError as error:
             raise ServerUnavailableError(one_line(error)) from error
         if "folder" in call:
@@ -105,7 +101,7 @@ class OfflineQueue:
                 self._calls.popleft()
                 if not self._calls:
                     shutil.rmtree(self.folder, ignore_errors=True)
-                    print_warning(f"MLflow answers again: {num} kept calls are sent.")
+                    warn(f"MLflow answers again: {num} kept calls are sent.")
                     self._thread = None
                     self._changed.notify_all()
                     return
@@ -123,11 +119,6 @@ def abandoned_queues(uri: str) -> Iterator[tuple[Path, list[QueuedCall]]]:
                 with contextlib.suppress(ValueError):  # a process was killed while writing its last line
                     calls.append(json.loads(line))
             yield folder, calls
-
-
-def print_warning(text: str) -> None:
-    """Prints to standard error without breaking a progress bar."""
-    tqdm.write(text, file=sys.stderr)
 
 
 def _server_folder(uri: str) -> Path:

@@ -22,11 +22,12 @@ from urllib.request import url2pathname
 
 from filelock import FileLock
 
+from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line, redact_passwords, unknown_name
 from cellbench.files import file_name, make_folder, os_errors_as, to_nfc
 from cellbench.tracking import relocate, sqlite_store, ui_view
 from cellbench.tracking.client import ResilientClient, to_error
-from cellbench.tracking.offline_queue import NotFoundError, print_warning
+from cellbench.tracking.offline_queue import NotFoundError
 from cellbench.tracking.schema import (
     DATA,
     EXPERIMENT,
@@ -392,7 +393,7 @@ def _store(make: bool) -> Iterator[tuple[Any, ResilientClient]]:
     uri = mlflow.get_tracking_uri()
     if (file := sqlite_store.store_file(uri)) not in _relocated:  # before anything is logged: a copy must not write into its original
         for line in relocate.fix_artifact_paths(uri):
-            print_warning(line)
+            warn(line)
         _relocated.add(file)
     with os_errors_as("opening MLflow's store here"), sqlite_store.store_lock(uri):
         client = sqlite_store.open_or_create(mlflow, make)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from cellbench.console import progress_bar
 from cellbench.errors import WeightsUnavailable, one_line
 from cellbench.file_cache import sha256
 from cellbench.files import make_folder, os_errors_as
@@ -111,11 +111,9 @@ def _fetch(url: str, part: Path) -> None:
 
 
 def _progress(url: str, start: int, total: int | None) -> Any:
-    from cellbench.console import ProgressBar
-
     name = Path(unquote(urlsplit(url).path)).name
-    look = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "leave": False}
-    return ProgressBar(desc=name, initial=start, total=total, file=sys.stderr, disable=None, **look)  # None: silent in a log file
+    look = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+    return progress_bar(desc=name, initial=start, total=total, **look)
 
 
 def _refused(url: str, code: int, reason: str) -> WeightsUnavailable:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import cellbench
 from cellbench.cli import main as command_line
 from cellbench.config.cards import KINDS
 from cellbench.config.options import ExploreOptions, GridOptions, PredictOptions
@@ -128,7 +129,11 @@ def test_a_users_registry_is_listed_and_shown(capsys: pytest.CaptureFixture[str]
         (["gird"], ["'gird'", "'grid'"]),
         (["grid", "--lmit", "3"], ["--lmit"]),
         (["grid", "--limit", "many"], ["--limit", "'many'"]),
-        ([], ["COMMAND"]),
+        (["grid", "--epochs", "3"], ["grid has no option --epochs", "--set run.epochs=VALUE"]),
+        (["grid", "--wrokers", "2"], ["Did you mean --workers?"]),
+        (["check", "My", "smears"], ["no further argument 'smears'", "quotes"]),
+        (["--data", "x", "grid"], ["the command comes first"]),
+        (["show", "vit"], ["Did you mean 'vit-small-in1k' or", "`cellbench list` lists all"]),
     ],
     ids=" ".join,
 )
@@ -142,11 +147,14 @@ def test_a_misspelt_name_is_reported_with_the_nearest_known_name(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("run.epohcs=3", ["'epohcs'", "Did you mean 'epochs'?"]),
-        ("rnu.epochs=3", ["'rnu'", "Did you mean 'run'?"]),
+        ("run.epohcs=3", ["'run.epohcs'", "Did you mean run.epochs?"]),
+        ("rnu.epochs=3", ["'rnu.epochs'", "Did you mean run.epochs?"]),
         ("run.epochs=0", ["epochs = 0", "greater than or equal to 1"]),
         ("run.epochs=three", ["epochs = 'three'"]),
         ("run.epochs=", ["epochs = ''"]),
+        ("epochs=3", ["'epochs'", "Did you mean run.epochs?"]),
+        ("run.folds=5", ["Did you mean data.folds?"]),
+        ("seed=3", ["Did you mean grid.seed?"]),
         ("run.lr=5", ["lr = 5", "less than or equal to 1"]),
         ("run.loss=0.5 cee", ["'cee'", "Did you mean 'ce'?"]),
         ("run.tile_px=100000", ["tile_px = 100000", "4096"]),
@@ -256,3 +264,30 @@ def test_the_help_of_a_command_explains_each_of_its_options(command: str, capsys
     for one in dataclasses.fields(command_line.COMMANDS[command].options):
         text = " ".join(one.metadata["help"].split())
         assert text.replace("-", "") in shown.replace("- ", "").replace("-", "")
+
+
+def test_without_a_command_the_first_steps_are_shown_and_each_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = answered(capsys).splitlines()
+    calls = [line.split()[1] for line in lines if line.startswith("  cellbench ")]
+    assert len(calls) == 5
+    assert set(calls) <= set(command_line.COMMANDS)
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert not stop.value.code
+    assert capsys.readouterr().out == f"cellbench {cellbench.__version__}\n"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "cellbench"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cellbench grid" in done.stdout
+
+
+@pytest.mark.parametrize("command", command_line.COMMANDS)
+def test_the_example_of_a_command_is_understood(command: str) -> None:
+    read, _ = command_line.read_arguments(command_line.COMMANDS[command].example.split())
+    assert read is command_line.COMMANDS[command]

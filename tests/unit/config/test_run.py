@@ -207,7 +207,7 @@ def test_an_invalid_loss_is_refused(text: str) -> None:
 def test_shipped_experiments_are_valid_and_begin_with_their_question(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
-    assert "cellbench.run" in text  # the command
+    assert "cellbench grid" in text or "cellbench search" in text  # the command
     tree = tomllib.loads(text)
     assert Space.of(tree, path.name, Registry(), objectives()).dimensions if "space" in tree else expand(Experiment.of(tree, path.name))
 
