@@ -1,10 +1,10 @@
-"""``check``: audits a dataset. Reads every image once, prints a verdict, and writes JSON and an HTML page."""
+"""``check``: audits a dataset. Reads every image once, prints a verdict, and writes JSON and an HTML page with pictures of the findings."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,20 +19,25 @@ from cellbench.config.registry import Registry
 from cellbench.console import progress_bar
 from cellbench.data.audit import near_duplicates
 from cellbench.data.audit.checks import TOO_FEW, Finding, Severity, find_duplicates, findings, statistics, too_few
+from cellbench.data.audit.examples import Example, draw_examples, draw_samples
 from cellbench.data.audit.image_statistics import SampleFacts, measure_sample
 from cellbench.data.audit.keypoint_matching import Keypoints
 from cellbench.data.audit.mask_placement import PlacementFeatures
 from cellbench.data.classes import describe_absent_classes, infer_owners, with_owners
 from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
+from cellbench.data.io.images import png_bytes
 from cellbench.data.loading import dataset_of_card, scan_dataset, split_dataset
 from cellbench.data.scan import Listing, UnusableImage
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
 from cellbench.reporting import render
-from cellbench.reporting.report_data import Facts, Page, Section, Table, Text
+from cellbench.reporting.report_data import Block, Facts, Folded, Gallery, Heading, Page, Section, Text
 
 SHOWN = 5
 """Image names printed per finding; the files list all."""
+SHORT_CHARS = 200
+"""Longer lists of names are folded on the page."""
+_SEVERITY = {Severity.SEVERE: "severe", Severity.LOOK: "worth a look", Severity.NOTE: "note"}
 
 
 def check(options: CheckOptions) -> int:
@@ -64,7 +69,7 @@ def check_folder(
     place = make_folder(out or Path("reports") / f"check-{_plain(folder)}")
     write_atomic(place / "check.json", _json(found))
     write_atomic(place / "check.html", _page(folder, found))
-    say(f"written to {place / 'check.json'} and check.html")
+    say(f"pictures of the findings: {place / 'check.html'}; all names and measurements: {place / 'check.json'}")
     return 1 if any(finding.severity is Severity.SEVERE for finding in found.findings) else 0
 
 
@@ -80,6 +85,8 @@ class Audit:
     notes: Sequence[str]
     facts: Sequence[SampleFacts]
     """Measurements of each image."""
+    dataset: Dataset
+    """As it was read; its samples are those of ``facts``, in their order, all in ``train``."""
 
 
 def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
@@ -94,10 +101,11 @@ def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
     owners, parts_notes = infer_owners(card, [facts.class_content for facts in meaning.facts.values()])
     dataset = with_owners(meaning.dataset, owners)
     notes = [*listing.notes, *listing.reading_notes, *meaning.dataset.notes, *parts_notes]
+    as_read = dataset
+    facts = _read(dataset)
     for severity, message in ((Severity.SEVERE, meaning.ask), (Severity.LOOK, meaning.doubt)):
         if message:
             found.append(Finding(kind="meaning", severity=severity, message=f"{message[0].upper()}{message[1:]}.", images=("all masks",)))
-    facts = _read(dataset)
     duplicates = find_duplicates(facts)
     first = dict(zip(map(_key, samples), duplicates.groups(len(samples)), strict=True))
 
@@ -120,6 +128,7 @@ def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
         findings=found,
         notes=notes,
         facts=facts,
+        dataset=as_read,
     )
 
 
@@ -207,15 +216,33 @@ def _json(found: Audit) -> str:
 
 
 def _page(folder: Path, found: Audit) -> str:
-    rows = [
-        (f.severity.value, f.kind, str(len(f.images)), f.message, ", ".join(f.images[:50]) + (" …" if len(f.images) > 50 else ""))
-        for f in found.findings
-    ]
-    table = Table(headings=("severity", "kind", "images", "what it means", "which"), rows=rows, sentence_columns=(1, 3, 4))
+    sample_of = dict(zip(found.facts, found.dataset.train, strict=True))
+    blocks = [block for finding in found.findings for block in _finding_blocks(found.dataset, sample_of, finding)]
+    understood = _gallery(
+        draw_samples(found.dataset, [sample for f, sample in sample_of.items() if not f.error and f.size_px == f.mask_px])
+    )
     sections = [
-        Section("Findings", [table] if rows else [Text(["None."])]),
+        Section("Findings", blocks or [Text(["None."])]),
         Section("Statistics", [Facts(found.numbers)]),
-        Section("How it was read", [Text(found.notes)] if found.notes else []),
+        Section("How it was read", [*([Text(found.notes)] if found.notes else []), *understood]),
     ]
     title = f"Is {folder.absolute().name} fit to train on?"
     return render.to_html(Page(title=title, subtitle="cellbench check", verdict=[found.verdict], sections=sections))
+
+
+def _finding_blocks(dataset: Dataset, sample_of: Mapping[SampleFacts, Sample], finding: Finding) -> list[Block]:
+    if finding.kind == "meaning":  # of all masks: some of them show it
+        fit = tuple(f for f in sample_of if not f.error and f.size_px == f.mask_px)
+        finding = replace(finding, images=tuple(f.name for f in fit), facts=tuple((f,) for f in fit))
+    examples = draw_examples(dataset, sample_of, finding)
+    heading = f"{finding.kind} · {_SEVERITY[finding.severity]}"
+    blocks = [Heading(heading), Text([finding.message]), *_gallery(examples)]
+    if finding.kind != "meaning" and len(finding.images) > len(examples):  # captions name the others
+        names = ", ".join(finding.images)
+        blocks.append(Text([names]) if len(names) < SHORT_CHARS else Folded(f"all {len(finding.images)} names", names))
+    return blocks
+
+
+def _gallery(examples: Sequence[Example]) -> list[Block]:
+    pictures = [(one.caption, png_bytes(one.picture)) for one in examples]
+    return [Gallery(pictures=pictures, wide=any(one.is_wide for one in examples))] if pictures else []

@@ -53,6 +53,15 @@ class StoredImage:
     photo: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """Micrographs with their captions, as PNG, in a grid. ``wide``: with fewer columns, for pictures of two images."""
+
+    kind: ClassVar[str] = "gallery"
+    pictures: Sequence[tuple[str, bytes]]
+    wide: bool = False
+
+
 @dataclass(frozen=True)
 class Facts:
     """Names and values; those with an empty value are not shown."""
@@ -76,12 +85,21 @@ class Heading:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """A paragraph that is shown on a click on its title."""
+
+    kind: ClassVar[str] = "folded"
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Code:
     kind: ClassVar[str] = "code"
     text: str
 
 
-Block = Table | Figure | StoredImage | Facts | Text | Heading | Code
+Block = Table | Figure | StoredImage | Gallery | Facts | Text | Heading | Folded | Code
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,16 @@ FAULTS: dict[str, Callable[[Path], object]] = {
 }  # fmt: skip
 
 
+WITHOUT_PICTURE = {"unreadable", "missing-mask", "left out", "format", "no image", "pixel size", "transparent"}
+"""Faults of files, not of what an image or a mask shows."""
+
+
+def _section(folder: Path, kind: str) -> str:
+    """The part of the page about one kind of finding."""
+    page = (folder.parent / "audit" / "check.html").read_text()
+    return page.partition(f"<h3>{kind} ·")[2].partition("<h3>")[0].partition("</section>")[0]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_planted_fault_is_found_where_it_lies(folder: Path, fault: str) -> None:
     FAULTS[fault](folder)
@@ -123,6 +133,8 @@ def test_each_planted_fault_is_found_where_it_lies(folder: Path, fault: str) -> 
     assert code == (fault in SEVERE)
     others = set(found) & SEVERE - {fault}
     assert not others, f"{fault} was also taken for {others}"
+    shown = _section(folder, fault).count("<img")
+    assert shown == (0 if fault in WITHOUT_PICTURE else 2 if fault == "same mask" else 1)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ class Finding:
     message: str
     """The fault and its remedy, one sentence each."""
     images: tuple[str, ...] = ()
+    facts: tuple[tuple[SampleFacts, ...], ...] = ()
+    """For each of ``images`` the measurements of the image, or of both of a pair; empty where a finding is about no image."""
 
 
 FEWEST_IMAGES = 6
@@ -61,7 +63,8 @@ def findings(facts: Sequence[SampleFacts], pairs: DuplicatePairs) -> list[Findin
 
 
 def _of(kind: str, severity: Severity, message: str, facts: Sequence[SampleFacts], wrong: Callable[[SampleFacts], bool]) -> Finding:
-    return Finding(kind=kind, severity=severity, message=message, images=tuple(f.name for f in facts if wrong(f)))
+    found = [f for f in facts if wrong(f)]
+    return Finding(kind=kind, severity=severity, message=message, images=tuple(f.name for f in found), facts=tuple((f,) for f in found))
 
 
 def _file_findings(facts: Sequence[SampleFacts], read: Sequence[SampleFacts]) -> list[Finding]:
@@ -191,30 +194,26 @@ def _duplicate_findings(facts: Sequence[SampleFacts], pairs: DuplicatePairs) -> 
         if f.group:
             by_group[f.group].add(f.split)
 
-    def names(some: Sequence[tuple[int, int]], across: bool) -> tuple[str, ...]:
-        return tuple(
-            f"{a.split}/{a.name} = {b.split}/{b.name}"
-            for a, b in ((facts[i], facts[j]) for i, j in some)
-            if (len(splits[a.image_hash] | splits[b.image_hash]) > 1) == across
-        )
+    def of_pairs(kind: str, severity: Severity, message: str, some: Sequence[tuple[int, int]]) -> Finding:
+        across = severity is Severity.SEVERE
+        found = [
+            (a, b) for a, b in ((facts[i], facts[j]) for i, j in some) if (len(splits[a.image_hash] | splits[b.image_hash]) > 1) == across
+        ]
+        names = tuple(f"{a.split}/{a.name} = {b.split}/{b.name}" for a, b in found)
+        return Finding(kind=kind, severity=severity, message=message, images=names, facts=tuple(found))
 
     todo = "Remove one, or split again with data.group=near-duplicates."
     torn = tuple(group for group, home in by_group.items() if "test" in home and len(home) > 1)
-    leaks = (
-        ("leak: same", f"The same image lies in two splits. {todo}", names(pairs.same, True)),
-        ("leak: near", f"Images in two splits are the same picture, turned or saved again. {todo}", names(pairs.whole, True)),
-        ("leak: crop", f"Images in two splits show a part of the same picture: a crop, or fields that overlap. {todo}", names(pairs.part, True)),
-        ("leak: group", "A group lies in the test set and elsewhere. Split by data.group.", torn),
-    )  # fmt: skip
-    doubles = (
-        ("same", "The same image occurs twice in one split and counts double.", names(pairs.same, False)),
-        ("near", "Images in one split are the same picture, turned or saved again.", names(pairs.whole, False)),
-        ("crop", "Images in one split show a part of the same picture: a crop, or fields that overlap.", names(pairs.part, False)),
-    )
+    torn_message = "A group lies in the test set and elsewhere. Split by data.group."
+    part = "show a part of the same picture: a crop, or fields that overlap."
     return [
-        Finding(kind=kind, severity=severity, message=message, images=images)
-        for severity, rows in ((Severity.SEVERE, leaks), (Severity.LOOK, doubles))
-        for kind, message, images in rows
+        of_pairs("leak: same", Severity.SEVERE, f"The same image lies in two splits. {todo}", pairs.same),
+        of_pairs("leak: near", Severity.SEVERE, f"Images in two splits are the same picture, turned or saved again. {todo}", pairs.whole),
+        of_pairs("leak: crop", Severity.SEVERE, f"Images in two splits {part} {todo}", pairs.part),
+        Finding(kind="leak: group", severity=Severity.SEVERE, message=torn_message, images=torn),
+        of_pairs("same", Severity.LOOK, "The same image occurs twice in one split and counts double.", pairs.same),
+        of_pairs("near", Severity.LOOK, "Images in one split are the same picture, turned or saved again.", pairs.whole),
+        of_pairs("crop", Severity.LOOK, f"Images in one split {part}", pairs.part),
     ]
 
 

@@ -24,6 +24,8 @@ LOOK_PX = 600
 """Longer side of the downsampled image used to detect inverted masks and missed cells."""
 
 Colour = tuple[float, float, float]
+Box = tuple[int, int, int, int]
+"""x, y, width, height."""
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------------------------
@@ -147,6 +149,8 @@ class SampleFacts:
     """EXIF orientation of the image file, 1 (upright) to 8."""
     missed_border: tuple[int, ...] = ()
     """Areas in px of unmarked fields at the frame that stand out like cells."""
+    missed_boxes_px: tuple[Box, ...] = ()
+    """Where they lie."""
 
 
 def measure_sample(dataset: Dataset, sample: Sample, split: str, with_keypoints: bool = True) -> SampleFacts:
@@ -232,15 +236,18 @@ def _contrast_facts(image: np.ndarray, cell: np.ndarray, judged: np.ndarray) -> 
     seen = (levels > threshold) if mode <= threshold else (levels <= threshold)
     telling = judged.any() and 0 < seen[judged].mean() < 1 and 0 < cell[judged].mean() < 1
     parts, num = ndimage.label(ndimage.binary_fill_holes(seen))
-    missed = []
+    missed, boxes = [], []
     if num and cell.any():
         area = np.bincount(parts.ravel())
         marked = np.bincount(parts.ravel(), cell.ravel().astype(float))
         near = ndimage.binary_dilation(cell | ~judged, iterations=2)
         touching = np.bincount(parts.ravel(), near.ravel().astype(float)) > 0
+        places = ndimage.find_objects(parts)
         for part in np.setdiff1d(np.unique(parts[frame]), [0]):
             if marked[part] < 0.05 * area[part] and not touching[part]:
                 missed.append(int(area[part]) * step * step)
+                y, x = places[part - 1]
+                boxes.append((x.start * step, y.start * step, (x.stop - x.start) * step, (y.stop - y.start) * step))
     return {
         "frame_share": float(cell[frame].mean()),
         "holes": _num_islands(~cell, frame),
@@ -251,6 +258,7 @@ def _contrast_facts(image: np.ndarray, cell: np.ndarray, judged: np.ndarray) -> 
         "placement": describe(small, cell, seen),
         "agreement": float(np.corrcoef(seen[judged], cell[judged])[0, 1]) if telling else 0.0,
         "missed_border": tuple(missed),
+        "missed_boxes_px": tuple(boxes),
     }
 
 

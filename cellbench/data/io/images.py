@@ -314,3 +314,10 @@ def thumbnail(array: np.ndarray) -> np.ndarray:
     """Every n-th pixel of an image or map (H, W, ...), so that its longer side is at most ``SHOWN_PX``."""
     step = -(-max(array.shape[:2]) // SHOWN_PX)
     return array[::step, ::step]
+
+
+def brightened(image: np.ndarray) -> tuple[np.ndarray, float]:
+    """A dark image times a power of 2, and that power; other images unchanged."""
+    bright = float(np.percentile(image, 99.5))
+    times = 2.0 ** np.floor(np.log2(255 / max(bright, 8)))
+    return (image.astype(np.float32) * times).clip(0, 255).astype(np.uint8) if times > 1 else image, float(max(times, 1))

@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from cellbench.data.audit.image_statistics import ImageStatistics
-from cellbench.data.io.images import thumbnail
+from cellbench.data.io.images import brightened, thumbnail
 from cellbench.metrics.pixel import IGNORE
 from cellbench.reporting.plots.style import PALETTE, STYLE
 
@@ -38,7 +38,7 @@ def plot_samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: S
         size = (min(11, 2.8 * len(pairs)), 2.3 * rows)
         figure, panels = plt.subplots(rows, len(pairs), figsize=size, layout="constrained", squeeze=False)
         for column, (name, image, mask) in enumerate(pairs):
-            shown, times = _brightened(thumbnail(image))
+            shown, times = brightened(thumbnail(image))
             _show(panels[0][column], shown)
             panels[0][column].set_title(_short(name) + (f", {times:.0f} x as bright" if times > 1 else ""), fontsize=8)
             if not classes:
@@ -116,13 +116,6 @@ def _show(axes: Axes, array: np.ndarray, **look: Any) -> AxesImage:
     for spine in axes.spines.values():
         spine.set_visible(False)
     return axes.imshow(array, interpolation="nearest", **look)
-
-
-def _brightened(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """A dark image times a power of 2, and that power; other images unchanged."""
-    bright = float(np.percentile(image, 99.5))
-    times = 2.0 ** np.floor(np.log2(255 / max(bright, 8)))
-    return (image.astype(np.float32) * times).clip(0, 255).astype(np.uint8) if times > 1 else image, float(max(times, 1))
 
 
 def _histogram(axes: Axes, values: Sequence[float] | np.ndarray, label: str, what: str) -> None:
