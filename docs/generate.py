@@ -159,8 +159,8 @@ def commands() -> str:
         rows = [(f"`{_flags(one)}`", _plain((one.help or "").replace("%%", "%"))) for one in shown]
         out += [
             f"## {name}",
-            parser.description or main.COMMANDS[name].help,
-            f"```text\n{usage}\n```",
+            f"{main.COMMANDS[name].help[:1].upper()}{main.COMMANDS[name].help[1:]}. {main.COMMANDS[name].description}",
+            f"```text\n{usage}\n\nfor example: cellbench {main.COMMANDS[name].example}\n```",
             _table(("argument or option", "meaning"), rows),
         ]
     return "\n\n".join(out)

@@ -20,13 +20,14 @@ from pathlib import Path
 import pytest
 from small_data import ROOT, enter, write_pair
 
-from cellbench.cli import main as command_line
+from cellbench.cli.main import COMMANDS, read_arguments
 from cellbench.config.base import checked
 from cellbench.config.cards import KINDS, DatasetCard, read_card
 from cellbench.config.experiment import Experiment, expand
 from cellbench.config.loading import experiment_path, read_experiment
 from cellbench.config.registry import Registry
 from cellbench.config.search_space import Space
+from cellbench.errors import CellbenchError
 from cellbench.metrics.catalog import search_objectives
 from cellbench.run import main
 
@@ -77,7 +78,7 @@ def arguments(words: list[str]) -> list[str] | None:
     """The arguments of a cellbench command; None for another program."""
     if words[0] in ("cellbench", ".venv/bin/cellbench"):
         return words[1:]
-    if words[:3] == ["python", "-m", "cellbench.run"]:
+    if words[:2] == ["python", "-m"] and words[2:3] in (["cellbench"], ["cellbench.run"]):
         return words[3:]
     return None
 
@@ -105,6 +106,11 @@ def test_every_command_is_one(block: Block, capsys: pytest.CaptureFixture[str]) 
             assert words[0] in PROGRAMS, f"{words[0]}: unknown program"
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_every_command_is_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    check_call(shlex.split(COMMANDS[command].example), capsys)
+
+
 def targets() -> set[str]:
     """The targets of the Makefile."""
     return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
@@ -112,29 +118,27 @@ def targets() -> set[str]:
 
 def check_call(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """The real parser takes the call, and the experiment, cards and settings that it names exist."""
+    if {"-h", "--help", "--version"} & set(given) or not given:
+        return
     try:
-        options = vars(command_line._parser().parse_args(given))
-    except SystemExit as end:
-        if end.code:
-            pytest.fail(f"cellbench {shlex.join(given)}: {capsys.readouterr().err}")
-        return  # --help, --version
-    command, own = options.get("command"), options.get("registry")
+        _, options = read_arguments(given)
+    except (CellbenchError, SystemExit) as error:
+        pytest.fail(f"cellbench {shlex.join(given)}: {error} {capsys.readouterr().err}")
+    command = given[0]
     if command in ("list", "show"):
         assert main(given) == 0
-    if own is not None:
+    if getattr(options, "registry", None) is not None:
         return  # the folder of the example is not here
     registry = Registry()
-    name = options.get("file")
-    if command == "grid" and name and name not in ("FILE", "my.toml"):
-        read_experiment(name if Path(name).suffix == "" else str(experiment_path(Path(name).name)), options.get("changes", ()))
-    if command == "search" and name:
-        tree = tomllib.loads(experiment_path(name).read_text(encoding="utf-8"))
-        Space.of(tree, name, registry, search_objectives(registry))
-    if options.get("dataset"):
-        registry.dataset(options["dataset"])
-    named = options.get("names", []) if command == "doctor" else options.get("backbone") or []
-    for backbone in named if isinstance(named, list) and command != "export" else []:
-        registry.backbone(backbone)
+    if command == "grid" and options.file not in ("", "FILE", "my.toml"):
+        read_experiment(options.file, options.changes)
+    if command == "search" and options.file:
+        tree = tomllib.loads(experiment_path(options.file).read_text(encoding="utf-8"))
+        Space.of(tree, options.file, registry, search_objectives(registry))
+    if getattr(options, "dataset", ""):
+        registry.dataset(options.dataset)
+    for name in options.names if command == "doctor" else options.backbone if command == "explore" else ():
+        registry.backbone(name)
 
 
 @pytest.mark.parametrize("block", blocks("toml"), ids=str)
@@ -237,7 +241,7 @@ def test_a_marked_block_runs(block: Block, place: Path, monkeypatch: pytest.Monk
     more = shlex.split(block.mark.partition(":")[2])
     for words in block.commands:
         given = arguments(words)
-        if given is not None and given[0] != "ui":  # a server
+        if given and given[0] != "ui":  # a server
             assert main([*given, *(more if given[0] in ("grid", "search") else [])]) == 0, words
 
 
