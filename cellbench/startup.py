@@ -99,16 +99,21 @@ def set_cache(folder: str | os.PathLike[str] | None, url: str | None = None) -> 
 
 
 @contextlib.contextmanager
-def threads_for(device: str) -> Iterator[None]:
-    """Inside ``with`` torch has the threads of :func:`configure_threads`, so that numbers equal those of the command line to the last bit."""
+def torch_threads(num: int) -> Iterator[None]:
+    """Inside ``with`` a torch operation uses ``num`` cores."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(num_threads(device))
+    torch.set_num_threads(num)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def threads_for(device: str) -> contextlib.AbstractContextManager[None]:
+    """:func:`torch_threads` as :func:`configure_threads` sets them, so that numbers equal those of the command line to the last bit."""
+    return torch_threads(num_threads(device))
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def predict(options: PredictOptions) -> int:
         for line in format_notes(notes):
             warn(line)
     finally:  # also after Ctrl-C: the tables list all masks in the folder
-        num_small = write_tables(out, {target.stem for target in skipped}, wanted, options.coco, segmenter.names, say)
+        num_small = write_tables(out, {target.stem for target in skipped}, wanted, options.coco, segmenter.class_names, say)
     parts = [f"{out}: {len(targets) - len(skipped)} masks"]
     if num_small:
         parts.append(f"{num_small:,} regions below {separation.min_area_px} px are not counted as cells (--min-cell-px sets the limit)")

@@ -40,7 +40,7 @@ class ServedSegmenter(PythonModel):
                 found = self.segmenter.predict(file.name)
             out = io.BytesIO()
             png = PngWriter(out, found.classes.shape, 1, self.segmenter.trained.name)
-            png.add(found.classes * np.uint8(255 if len(found.names) == 2 else 1))
+            png.add(found.classes * np.uint8(255 if len(found.class_names) == 2 else 1))
             png.end()
             height, width = found.classes.shape
             notes = "; ".join(f"{note.message} ({note.detail})" if note.detail else note.message for note in found.notes)

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cellbench.data.io.images import Pixels, to_pixels
 from cellbench.data.io.windowed import ArraySource, ImageSource, open_source
 from cellbench.data.transforms.tiling import Stitcher, TileGrid, cut_tile
 from cellbench.errors import CellbenchError
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.training.tiled_inference import argmax_classes, to_uint8
 
-Image = str | os.PathLike[str] | np.ndarray
-"""A file, or (H, W, 3) or (H, W) uint8 pixels, RGB or grey."""
+Image = str | os.PathLike[str] | Pixels
+"""A file, an array (H, W, 3) or (H, W) uint8, RGB or grey, or a Pillow image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class MaskStrip:
     """(h, W) uint8, or None."""
     boundary_depth: np.ndarray | None
     """(h, W) uint8, or None."""
+    image: str | os.PathLike[str] | np.ndarray
+    """The image's file, or its pixels (H, W, 3) uint8."""
     source: ImageSource
     """Of the image's pixels; closed after its last strip."""
     last: bool
@@ -94,13 +97,15 @@ class ImageAssembly:
     """Cuts an image into tiles and assembles its mask from their scores."""
 
     def __init__(self, number: int, image: Image, trained: TrainedRun, precision: torch.dtype) -> None:
-        self.number, self._image, self._trained, self._precision = number, image, trained, precision
+        self.number, self._trained, self._precision = number, trained, precision
         self.error: CellbenchError | None = None
         try:
-            if isinstance(image, np.ndarray):
-                self.source: ImageSource = ArraySource(check_pixels(image))
+            if isinstance(image, str | os.PathLike):
+                self._image: str | os.PathLike[str] | np.ndarray = image
+                self.source: ImageSource = open_source(image, trained.preparation.reading)
             else:
-                self.source = open_source(image, trained.preparation.reading)
+                self._image = to_pixels(image)
+                self.source = ArraySource(self._image)
         except CellbenchError as error:
             self.error = error
             return
@@ -140,7 +145,16 @@ class ImageAssembly:
                 self.source.close()
             yield FailedImage(number=self.number, error=last)
         elif isinstance(found, np.ndarray):
-            yield MaskStrip(number=self.number, top=0, classes=found, probability=None, boundary_depth=None, source=self.source, last=True)
+            yield MaskStrip(
+                number=self.number,
+                top=0,
+                classes=found,
+                probability=None,
+                boundary_depth=None,
+                image=self._image,
+                source=self.source,
+                last=True,
+            )
             self.source.close()
         elif found is not None and not isinstance(first, CellbenchError):
             yield from self._stitched(found[first : last + 1])
@@ -178,15 +192,7 @@ class ImageAssembly:
             classes=argmax_classes(strip_KHW[:num]).cpu().numpy(),
             probability=to_uint8(strip_KHW[:num].sum(0)).cpu().numpy(),
             boundary_depth=to_uint8(strip_KHW[num]).cpu().numpy() if len(strip_KHW) > num else None,
+            image=self._image,
             source=self.source,
             last=last,
         )
-
-
-def check_pixels(image: np.ndarray) -> np.ndarray:
-    """An array (H, W, 3) or, for grey, (H, W) uint8 as (H, W, 3) uint8. Raises CellbenchError for any other: floats have no known white."""
-    if image.dtype != np.uint8 or not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
-        raise CellbenchError(
-            f"an image here is (H, W, 3) or (H, W) uint8, RGB or grey, not {image.shape} {image.dtype}. Convert it, or give the file's path."
-        )
-    return np.ascontiguousarray(image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2))

@@ -118,7 +118,7 @@ def provenance_of(segmenter: Segmenter) -> dict[str, object]:
     facts = {
         "run": trained.fingerprint or trained.name,
         "model": trained.name,
-        "classes": list(segmenter.names),
+        "classes": list(segmenter.class_names),
         "numerics": NUMERICS_VERSION,
     }
     reading = trained.preparation.reading
@@ -199,7 +199,7 @@ def write_masks(
                     bar.update()
                     continue
                 if files is None:
-                    files = PredictionWriter(target, formats_of(wanted, target), event.source.size_px, segmenter.names)
+                    files = PredictionWriter(target, formats_of(wanted, target), event.source.size_px, segmenter.class_names)
                 files.add(event)
                 # One bar over all images, also where there is a single large one.
                 bar.update(len(event.classes) / event.source.size_px[0])

@@ -17,12 +17,16 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
+from cellbench import startup
 from cellbench.config.cards import BackboneCard
 from cellbench.config.registry import Registry, load
-from cellbench.data.io.intensity import Note
+from cellbench.data.io.images import png_bytes, read_image, read_pixel_size
+from cellbench.data.io.intensity import IntensityScaling, Note
+from cellbench.data.io.overlay import draw_instances
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import FrozenBackbone
@@ -30,6 +34,7 @@ from cellbench.hardware import Hardware, detect_hardware
 from cellbench.inference.pipeline import FailedImage, Image, MaskStrip, TileBatch, tile_batches, whole_images
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.instances import Instances
+from cellbench.metrics.measurements import measure_cells
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone, weights_digest
@@ -39,27 +44,26 @@ from cellbench.training.model import build_model, num_levels
 from cellbench.training.tiled_inference import output_channels
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Prediction:
-    """The mask of one image, at the image's own pixels."""
+    """What a run found in one image of H x W pixels, at the image's own pixels, row 0 at the top."""
 
     classes: np.ndarray
     """(H, W) uint8: the most probable class of each pixel; 0 is background."""
     probability: np.ndarray | None
     """(H, W) uint8: the probability of not being background, as 0..255; None for a method without probabilities (a threshold)."""
-    names: tuple[str, ...]
-    """The classes' names, by number."""
+    class_names: tuple[str, ...]
+    """By class number, the background first."""
     separation: SeparationParams = CONNECTED
     """How touching cells are separated, as tuned for the run."""
     boundary_depth: np.ndarray | None = None
     """(H, W) uint8: the depth of each pixel in its cell (low at the border, high in the middle), for a run that learned it; else None."""
     notes: tuple[Note, ...] = ()
     """Remarks on how the file's values were read, such as that some were clipped."""
-
-    @cached_property
-    def cells(self) -> Instances:
-        """The single cells: ``num``, ``ids`` (H, W) int32 with background 0, ``areas_px`` and ``classes`` (num + 1,)."""
-        return self.separation.instances(self.classes, self.boundary_depth)
+    source: str | os.PathLike[str] | np.ndarray
+    """The file, or the pixels (H, W, 3) uint8."""
+    reading: IntensityScaling
+    """How the file's values are read as 0..255."""
 
     @property
     def mask(self) -> np.ndarray:
@@ -71,13 +75,67 @@ class Prediction:
         """The share of pixels that are not background, 0..1."""
         return float(self.mask.mean())
 
+    @cached_property
+    def cells(self) -> Instances:
+        """The single cells with their areas and classes, touching ones separated."""
+        return self.separation.instances(self.classes, self.boundary_depth)
+
+    @property
+    def num_cells(self) -> int:
+        return self.cells.num
+
+    @property
+    def instances(self) -> np.ndarray:
+        """(H, W) int32: the number of each pixel's cell, 1 to :attr:`num_cells`; 0 is background. Regions too small to be cells are left out."""
+        return self.cells.ids
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """(H, W, 3) uint8: the image's pixels as the run saw them. Raises CellbenchError where the file has gone."""
+        return self.source if isinstance(self.source, np.ndarray) else read_image(self.source, self.reading)
+
+    def table(self, um_per_px: float | None = None) -> pd.DataFrame:
+        """One row a cell, as ``cellbench predict --instances`` writes it.
+
+        Args:
+            um_per_px: side of a pixel in micrometres; by default as stated in the file. If it is not known, lengths and areas are in pixels.
+
+        Returns:
+            Columns ``cell`` (its number in :attr:`instances`), ``class`` (name), ``x_px`` and ``y_px`` (centroid, from the upper left),
+            ``area_px`` or ``area_um2``, ``diameter_px`` or ``diameter_um`` (of a disc of the same area), ``eccentricity`` (0: a disc, towards
+            1: a line), ``at_edge`` (whether the image's frame may cut the cell), ``red``, ``green`` and ``blue`` (mean colour, 0..255), and
+            for each class that is a part of others, such as a nucleus, its area in the cell.
+
+        """
+        if um_per_px is None and not isinstance(self.source, np.ndarray) and (stated := read_pixel_size(self.source)) is not None:
+            um_per_px = round(stated.side_um, 6)
+        made = measure_cells(self.cells, self.image, self.class_names, um_per_px, self.classes, self.separation.owners)
+        return pd.DataFrame([list(row) for row in made.rows], columns=list(made.columns)).astype({"at_edge": bool})
+
+    def overlay(self) -> np.ndarray:
+        """(h, w, 3) uint8: the image, each cell in its own colour with its number in :attr:`instances`; a small image is drawn larger."""
+        return draw_instances(self.image, self.cells.ids, self.cells.num)
+
+    def __repr__(self) -> str:
+        height, width = self.classes.shape
+        return f"<Prediction of {width} x {height} px: {', '.join(self.class_names)}; {self.share:.0%} not background>"
+
+    def _repr_png_(self) -> bytes:
+        return png_bytes(self.overlay())
+
 
 class Segmenter:
-    """A run's backbone and head on a device. Make one with :meth:`load`."""
+    """A trained run, ready to segment images. Make one with :meth:`load`.
+
+    >>> segmenter = cellbench.Segmenter.load("best")  # doctest: +SKIP
+    >>> found = segmenter.predict("smear.png")  # doctest: +SKIP
+    >>> found.num_cells, found.table()["area_px"].median()  # doctest: +SKIP
+    (41, 7650.0)
+    """
 
     def __init__(self, trained: TrainedRun, registry: Registry, here: Hardware, weights: Path | None = None, download: bool = True) -> None:
         self.trained, self.machine, run = trained, here, trained.run
-        self.names = trained.classes
+        self.class_names = trained.classes
         self._function = load(registry.baseline(run.baseline)) if run.baseline and not registry.baseline(run.baseline).trained else None
         backbone = self._backbone(registry.backbone(run.backbone), weights, download) if run.backbone else None
         num = num_levels(registry.part(run))
@@ -134,6 +192,7 @@ class Segmenter:
         Raises CellbenchError for a run that does not exist, failed or lost its head, and for unavailable weights.
 
         """
+        startup.set_environment()
         if weights is None and os.environ.get("CELLBENCH_WEIGHTS"):
             weights = os.environ["CELLBENCH_WEIGHTS"]
         folder = Path(weights) if weights is not None else None
@@ -150,14 +209,41 @@ class Segmenter:
 
             tracker, stored, chosen = run_lookup.find_run(str(run))
             trained = run_lookup.open_run(tracker, stored, extra, chosen)
-        return cls(trained, extra, detect_hardware(device, precision), folder)
+        with startup.threads_for(device):
+            here = detect_hardware(device, precision)
+        return cls(trained, extra, here, folder)
+
+    @property
+    def name(self) -> str:
+        """The run's name: backbone, head, seed."""
+        return self.trained.name
+
+    def __repr__(self) -> str:
+        return f"<Segmenter '{self.name}' on {self.machine.name}: {', '.join(self.class_names)}>"
 
     def predict(self, image: Image) -> Prediction:
-        """The mask of one image, kept in memory. Raises CellbenchError for an unreadable file, or pixels of another shape or type."""
-        return next(self.predict_all([image]))
+        """The cells of one image, the same as in the test.
+
+        Args:
+            image: a file (PNG, JPEG, TIFF, BMP, WebP, …), an array (H, W, 3) or (H, W) uint8, RGB or grey, or a Pillow image.
+
+        Raises CellbenchError for an unreadable file, and for pixels of another shape or type.
+
+        """
+        (found,) = self.predict_all([image])
+        return found
 
     def predict_all(self, images: Iterable[Image]) -> Iterator[Prediction]:
-        """The masks of many images, in their order; faster than one by one for small ones. Raises CellbenchError at the first unreadable one."""
+        """The cells of many images, in their order; faster than one by one for small ones. Raises CellbenchError at the first unreadable one.
+
+        Until the last image is done, torch has the number of threads that the run's machine has.
+        """
+        if isinstance(images, str | os.PathLike | np.ndarray):
+            raise CellbenchError("predict_all takes several images, in a list for example. predict takes one.")
+        with startup.torch_threads(self.machine.threads):
+            yield from self._predictions(images)
+
+    def _predictions(self, images: Iterable[Image]) -> Iterator[Prediction]:
         strips: list[MaskStrip] = []
         for event in self.stream(images):
             if isinstance(event, FailedImage):
@@ -169,10 +255,12 @@ class Segmenter:
                 yield Prediction(
                     classes=np.concatenate([strip.classes for strip in strips]),
                     probability=np.concatenate(probability) if probability else None,
-                    names=self.names,
+                    class_names=self.class_names,
                     separation=self.trained.separation,
                     boundary_depth=np.concatenate(boundary_depth) if boundary_depth else None,
                     notes=event.source.notes,
+                    source=event.image,
+                    reading=self.trained.preparation.reading,
                 )
                 strips = []
 
@@ -197,7 +285,7 @@ class Segmenter:
                 batch.found = self.tiles(torch.from_numpy(np.stack(batch.tiles)))
                 batch.tiles = []
         elif not isinstance(row, CellbenchError):
-            batch.found = self._function(image.whole(), len(self.names), **self.trained.run.options)
+            batch.found = self._function(image.whole(), len(self.class_names), **self.trained.run.options)
         return batch
 
     @torch.inference_mode()

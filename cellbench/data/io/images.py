@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from cellbench.data.io.decode import FileError, OpenImage, decode_pixels, open_image, to_upright
 from cellbench.data.io.intensity import WHITES, IntensityScaling, Note, Range, scale_to_uint8
@@ -76,11 +76,45 @@ def read_image_with_notes(
             notes.append(
                 Note(message="has transparent parts, laid over white", detail=f"{np.count_nonzero(alpha < 255) / alpha.size:.2%} of it")
             )
-            weight = alpha[..., None].astype(np.uint16)
             premultiplied = picture.page is not None and picture.page.dtype != np.uint8 and 1 in tuple(picture.page.extrasamples)
-            over = colour.astype(np.uint16) if premultiplied else (colour * weight + 127) // 255
-            colour = np.minimum(over + (255 - weight), 255).astype(np.uint8)
+            colour = _over_white(colour, alpha, premultiplied)
         return np.ascontiguousarray(colour if colour.shape[2] == 3 else np.repeat(colour, 3, axis=2)), tuple(notes)
+
+
+Pixels = np.ndarray | Image.Image
+"""An image in memory."""
+
+
+def to_pixels(image: Pixels) -> np.ndarray:
+    """An array (H, W, 3) or (H, W) uint8, or a Pillow image of 8 bits, as (H, W, 3) uint8 RGB, read as :func:`read_image` reads a file.
+
+    Raises CellbenchError for any other: floats and 16 bits have no known white.
+    """
+    if isinstance(image, Image.Image):
+        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"):
+            raise CellbenchError(
+                f"a Pillow image here is grey or RGB of 8 bits, not of mode {image.mode}. Convert it, or give the file's path."
+            )
+        upright = ImageOps.exif_transpose(image)
+        if not upright.has_transparency_data:
+            return np.array(upright.convert("RGB"))
+        pixels = np.array(upright.convert("RGBA"))
+        return np.ascontiguousarray(_over_white(pixels[..., :3], pixels[..., 3]))
+    if not isinstance(image, np.ndarray):
+        raise CellbenchError(f"an image is a path, an array or a Pillow image, not {type(image).__name__}. Give one of them.")
+    if image.dtype != np.uint8 or not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+        raise CellbenchError(
+            f"an image here is (H, W, 3) or (H, W) uint8, RGB or grey, not {image.shape} {image.dtype}. Convert it, or give the file's path."
+        )
+    return np.ascontiguousarray(image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2))
+
+
+def _over_white(colour: np.ndarray, alpha: np.ndarray, premultiplied: bool = False) -> np.ndarray:
+    """Colours (H, W, 1 or 3) uint8 laid over white by ``alpha`` (H, W) uint8."""
+    weight = alpha[..., None].astype(np.uint16)
+    over = colour.astype(np.uint16) if premultiplied else (colour * weight + 127) // 255
+    laid: np.ndarray = np.minimum(over + (255 - weight), 255).astype(np.uint8)
+    return laid
 
 
 def _numbers(picture: OpenImage, channels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
