@@ -22,7 +22,8 @@ Field = NDArray[np.floating]
 # What a cell of thickness 1 absorbs in red, green and blue. The first three are medians of BCCD smears (log of background over cell),
 # the last is the rose of a Wright stain. One smear's stain is a mixture of all four.
 BLUE, GREY, VIOLET, ROSE = (1.02, 0.90, 0.56), (0.57, 0.58, 0.50), (1.20, 1.32, 0.55), (0.10, 0.50, 0.37)
-NUCLEUS, PURPLE, LILAC, DIRT = (1.15, 1.75, 0.62), (0.62, 1.05, 0.35), (0.10, 0.32, 0.10), (1.2, 1.25, 1.1)
+NUCLEUS = np.array([1.15, 1.75, 0.62])
+PURPLE, LILAC, DIRT = (0.62, 1.05, 0.35), (0.10, 0.32, 0.10), (1.2, 1.25, 1.1)
 
 ANGLES = np.linspace(-np.pi, np.pi, 361)
 
@@ -192,6 +193,8 @@ class Slide:
         even, mixed = np.array([0.2, 0.3, 0.15, 0.35]), rng.dirichlet([0.5, 0.7, 0.3, 1.1])
         mix = even + stain_jitter * (mixed - even)
         self.stain = mix @ np.array([BLUE, GREY, VIOLET, ROSE]) * (1 + stain_jitter * rng.uniform(-0.12, 0.12))
+        self.white_stain = np.ones(3)
+        """What white cells absorb in each colour, relative to their usual stain."""
         self.pallor = rng.uniform(0.5, 0.85)
         self.soft_px = max(1.2, 0.03 * unit_px)
         self.fine = texture(rng, 0.03 * unit_px)
@@ -266,10 +269,10 @@ class Slide:
         fine, coarse = cropped(rng, self.fine, at), cropped(rng, self.coarse, at)
         rim = 1 + 0.35 * np.exp(-np.maximum(body.depth, 0) / (0.07 * size))
         plasm = body.cover(1.3 * self.soft_px) * rim * (1 + kind.granules * np.tanh(fine) + 0.08 * coarse)
-        self.absorb(at, plasm * rng.uniform(0.85, 1.2), kind.plasm)
+        self.absorb(at, plasm * rng.uniform(0.85, 1.2), kind.plasm * self.white_stain)
         chromatin = 0.88 + 0.2 * np.tanh(1.4 * coarse) + 0.1 * fine - 0.12 * np.exp(-np.maximum(nucleus.depth, 0) / (0.05 * size))
         within = np.clip((body.depth - 0.03 * size) / (2 * self.soft_px), 0, 1)  # a nucleus never leaves its cell
-        self.absorb(at, nucleus.cover(1.3 * self.soft_px) * within * chromatin * rng.uniform(0.85, 1.1), NUCLEUS)
+        self.absorb(at, nucleus.cover(1.3 * self.soft_px) * within * chromatin * rng.uniform(0.85, 1.1), NUCLEUS * self.white_stain)
         return body
 
     def _platelet(self, rng: np.random.Generator, at: Window, radius: float) -> Shape:
@@ -280,44 +283,68 @@ class Slide:
         self.absorb(at, thickness, PURPLE)
         return shape
 
+    def _anywhere(self, rng: np.random.Generator, reach_px: float) -> Window:
+        height, width = self.size
+        at = window((rng.uniform(0, width), rng.uniform(0, height)), reach_px, self.size)
+        assert at is not None
+        return at
+
+    def _blob(self, rng: np.random.Generator, radius_px: float, uneven: float, longest: float = 1.5) -> tuple[Window, Shape]:
+        at = self._anywhere(rng, 1.6 * radius_px + 3)
+        line = ellipse(rng.uniform(1, longest), rng.uniform(0, np.pi)) * wobble(rng, uneven)
+        return at, polar(at, radius_px * np.clip(line, 0.3, 1.6))
+
     def background(self, rng: np.random.Generator, debris: float) -> None:
         """Draws artefacts on the glass: dried plasma, ghosts, blots, fibres, specks."""
-        height, width = self.size
         unit = self.unit_px
         plasma = np.abs(slow(rng, self.size, 0.8 * unit)) * 0.016 + slow(rng, self.size, 0.1 * unit) * 0.006
         for channel, strength in enumerate((0.6, 1.1, 0.8)):
             self.density_3HW[channel] += np.float32(strength) * plasma
 
-        def anywhere(reach_px: float) -> Window:
-            at = window((rng.uniform(0, width), rng.uniform(0, height)), reach_px, self.size)
-            assert at is not None
-            return at
-
-        def blob(radius: float, uneven: float) -> tuple[Window, Shape]:
-            at = anywhere(1.6 * radius + 3)
-            line = ellipse(rng.uniform(1, 1.5), rng.uniform(0, np.pi)) * wobble(rng, uneven)
-            return at, polar(at, radius * np.clip(line, 0.3, 1.6))
-
         for _ in range(rng.poisson(0.06 * debris)):  # ghosts: cells that have lost their haemoglobin
-            at, shape = blob(unit * rng.uniform(0.4, 0.6), 0.1)
+            at, shape = self._blob(rng, unit * rng.uniform(0.4, 0.6), 0.1)
             thickness = shape.cover(4 * self.soft_px) * (0.7 + 0.5 * np.exp(-(((shape.rho - 0.9) / 0.12) ** 2))) * rng.uniform(0.06, 0.16)
             self.absorb(at, thickness * (1 + 0.25 * cropped(rng, self.coarse, at)), (0.35, 1.1, 0.6))
         for _ in range(rng.poisson(0.02 * debris)):  # a burst cell: a torn cloud of granules
-            at, shape = blob(unit * rng.uniform(0.6, 1.3), 0.3)
+            at, shape = self._blob(rng, unit * rng.uniform(0.6, 1.3), 0.3)
             cloud = np.clip(1.15 - shape.rho, 0, 1) * np.clip(0.5 + 0.6 * cropped(rng, self.coarse, at), 0, 2)
             self.absorb(at, cloud * rng.uniform(0.3, 0.7), (0.35, 0.95, 0.22))
         for _ in range(rng.poisson(0.015 * debris)):  # a fibre
             reach = unit * rng.uniform(1, 2.5)
-            at = anywhere(reach)
+            at = self._anywhere(rng, reach)
             u, v = at.turned(rng.uniform(0, np.pi))
             off = v - rng.normal(0, 0.3) * u**2 / reach - 0.08 * reach * np.sin(u / reach * 4 + rng.uniform(0, 6))
             strand = np.exp(-((off / (0.06 * unit)) ** 2)) + 0.5 * np.exp(-((off / (0.2 * unit)) ** 2))
             strand *= np.clip(1 - (u / reach) ** 2, 0, 1) * np.clip(0.8 + 0.25 * cropped(rng, self.coarse, at), 0, 2)
             self.absorb(at, strand * rng.uniform(0.08, 0.2), (0.9, 0.65, 0.5))
         for _ in range(rng.poisson(0.5 * debris)):  # faint stain
-            at, shape = blob(unit * rng.uniform(0.05, 0.16), 0.35)
+            at, shape = self._blob(rng, unit * rng.uniform(0.05, 0.16), 0.35)
             self.absorb(at, shape.cover(3 * self.soft_px) * rng.uniform(0.2, 0.9), LILAC)
         for _ in range(rng.poisson(debris)):  # specks, most of them tiny
-            at, shape = blob(max(0.9, unit * 0.016 * rng.lognormal(0, 0.55)), 0.2)
+            at, shape = self._blob(rng, max(0.9, unit * 0.016 * rng.lognormal(0, 0.55)), 0.2)
             stain = np.array(PURPLE if rng.random() < 0.6 else DIRT)
             self.absorb(at, shape.cover(0.7 * self.soft_px) * rng.uniform(0.2, 1.2), stain)
+
+    def artefacts(self, rng: np.random.Generator, debris: float) -> None:
+        """Draws what a threshold takes for cells: smeared nuclei, precipitate of the stain, cells and dust far out of focus."""
+        unit = self.unit_px
+        for _ in range(rng.poisson(0.05 * debris)):  # the nucleus of a crushed cell, without a cell around it
+            at, shape = self._blob(rng, unit * rng.uniform(0.35, 0.75), 0.35, 2.5)
+            veil = np.clip(1.2 - shape.rho, 0, 0.6) * np.clip(
+                0.8 + 0.28 * cropped(rng, self.coarse, at) + 0.15 * cropped(rng, self.fine, at), 0, 2
+            )
+            self.absorb(at, veil * rng.uniform(0.3, 0.9), NUCLEUS * self.white_stain)
+        for _ in range(rng.poisson(0.1 * debris)):  # grains of stain, in heaps
+            reach, num = unit * rng.uniform(0.08, 0.3), int(rng.integers(5, 25))
+            at = self._anywhere(rng, 3 * reach + 3)
+            centres = [(float(x), float(y)) for x, y in rng.normal(0, 0.6 * reach, (num, 2))]
+            shape = lobes(at, centres, (unit * rng.lognormal(-3.4, 0.4, num)).tolist())
+            self.absorb(at, shape.cover(self.soft_px) * rng.uniform(0.4, 1.1), DIRT if rng.random() < 0.4 else PURPLE)
+        for _ in range(rng.poisson(0.06 * debris)):  # a cell in another plane
+            radius = unit * rng.uniform(0.4, 0.55)
+            at, shape = self._blob(rng, radius, 0.05)
+            self.absorb(at, shape.cover(radius * rng.uniform(0.7, 1.4)) * rng.uniform(0.15, 0.45), self.stain)
+        for _ in range(rng.poisson(0.02 * debris)):  # dust on the lens
+            radius = unit * rng.uniform(0.15, 0.6)
+            at, shape = self._blob(rng, radius, 0.15)
+            self.absorb(at, shape.cover(radius * rng.uniform(0.4, 0.9)) * rng.uniform(0.15, 0.5), (1.0, 1.0, 1.0))

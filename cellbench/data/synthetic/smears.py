@@ -4,7 +4,8 @@ They need no download, so the quickstart and the tests run anywhere. A drawing d
 image's number only: image 7 is the same for any number of images.
 
 Light is absorbed as in a microscope (Beer-Lambert): each cell adds optical density in red, green and blue, so overlaps darken by
-themselves. A threshold does well but not perfectly, as on real smears: pale centres that lie open, uneven light, ghosts, debris.
+themselves. A threshold does well but not perfectly on ``plain`` smears: pale centres that lie open, uneven light, ghosts, debris. ``hard``
+ones, the default, differ more from each other and hold dirt of the size of cells, so that a global threshold does not win by construction.
 
 Legend: H height, W width, 3 red-green-blue. Densities are natural logarithms of the sensor's grey values, not of linear light.
 """
@@ -15,7 +16,7 @@ import math
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from cellbench.config.base import Scalar
 from cellbench.config.registry import with_defaults
 from cellbench.data.synthetic import shapes
 from cellbench.data.synthetic.shapes import Form
-from cellbench.errors import CellbenchError, one_line
+from cellbench.errors import CellbenchError, one_line, unknown_name
 
 RED, WHITE, PLATELET = 1, 2, 3
 SPLITS = ("train", "test")
+STYLES = ("hard", "plain")
 
 LIMITS: Mapping[str, tuple[float, float]] = {
     "num_train": (2, 100_000),
@@ -84,9 +86,14 @@ class Smears:
     """Deviation of the blur, in the mean; a single image has 0.5 to 1.9 times as much."""
     debris_per_image: float = 30.0
     """Specks that are no cells, in the mean; larger dirt, ghosts and fibres come in proportion."""
+    style: str = "hard"
+    """``plain``: every smear has the settings above. ``hard``: the settings are means around which smears vary, and there is dirt that a
+    threshold takes for cells (:func:`_vary`, ``Slide.artefacts``)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.style not in STYLES:
+            raise unknown_name("style of smears", self.style, STYLES)
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses nan
@@ -123,9 +130,12 @@ def image_seed(settings: Smears, split: str, index: int) -> int:
 def draw(seed: int, settings: Smears) -> Smear:
     """One smear. ``seed`` alone starts the randomness: ``settings.seed`` comes in by way of ``image_seed``."""
     # Separate random streams, so that the number of cells does not affect size, stain, artefacts and light.
-    for_size, for_stain, for_dirt, for_places, for_light = np.random.default_rng(seed).spawn(5)
+    for_size, for_stain, for_dirt, for_places, for_light, for_style = np.random.default_rng(seed).spawn(6)
     size = _size(for_size, settings)
     slide = shapes.Slide(for_stain, size, settings.diameter_px, settings.stain_jitter)
+    if settings.style == "hard":
+        settings = _vary(for_style, slide, settings)
+        slide.artefacts(for_style, settings.debris_per_image)
     slide.background(for_dirt, settings.debris_per_image)
     owners, kinds = np.zeros(size, np.uint16), [0]
     places = _places(for_places, size, settings)
@@ -140,6 +150,23 @@ def draw(seed: int, settings: Smears) -> Smear:
     numbers = np.where(seen, np.cumsum(seen), 0).astype(np.uint16)
     image = _photograph(for_light, slide.density_3HW, settings)
     return Smear(image=image, instances=numbers[owners], classes=np.array(kinds, np.uint8)[owners])
+
+
+def _vary(rng: np.random.Generator, slide: shapes.Slide, settings: Smears) -> Smears:
+    """The settings of one hard smear; stains its slide.
+
+    From smear to smear differ the strength of the stain, that of white cells more than that of red ones; the tint of the glass; the number of white
+    cells, whose dark nuclei raise a global threshold above pale red cells; dirt, focus and illumination.
+    """
+    jitter = settings.stain_jitter
+    slide.stain = slide.stain * math.exp(jitter * rng.normal(-0.1, 0.28))
+    slide.white_stain = np.exp(jitter * rng.normal([0.1, 0.1, 0.1], [0.12, 0.12, 0.2])) * math.exp(jitter * rng.normal(0, 0.12))
+    slide.density_3HW += (jitter * rng.uniform(0, 0.15) * rng.dirichlet([2, 2, 2])).astype(np.float32)[:, None, None]
+    white_fraction = min(settings.white_fraction * rng.gamma(1.5, 1 / 1.5), 1 - settings.platelet_fraction)
+    blur_px = min(settings.blur_px * math.exp(rng.normal(0, 0.5)), LIMITS["blur_px"][1])
+    debris = min(settings.debris_per_image * rng.gamma(2, 0.5), LIMITS["debris_per_image"][1])
+    light = min(settings.uneven_light * rng.gamma(4, 0.3), 0.8)
+    return replace(settings, white_fraction=white_fraction, blur_px=blur_px, debris_per_image=debris, uneven_light=light)
 
 
 def draw_dataset(folder: Path, values: Mapping[str, Scalar], progress: Callable[[], object] | None = None) -> None:
