@@ -32,6 +32,7 @@ from cellbench.config.cards import (
 from cellbench.config.run import RunSpec, weighted_terms
 from cellbench.errors import CellbenchError, unknown_name
 from cellbench.files import to_nfc
+from cellbench.startup import without_compiler
 
 
 def shipped(folder: str) -> Path:
@@ -198,7 +199,10 @@ def load(card: Card) -> Any:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r}. {known}")
     module_name, _, attribute = builder_path(card).partition(":")
     try:
-        module = _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+        with without_compiler():
+            module = (
+                _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+            )
         return getattr(module, attribute)
     except (ImportError, FileNotFoundError, AttributeError) as error:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r} cannot be imported: {error}.") from error

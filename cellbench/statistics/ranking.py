@@ -10,7 +10,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import friedmanchisquare, rankdata, studentized_range
 
 from cellbench.errors import CellbenchError
 from cellbench.metrics.pixel import impute_missing
@@ -51,6 +50,8 @@ def critical_difference(models: Sequence[ModelScores], *, num_tests: int | None 
     range are limits for many images, and would separate models on three.
     Raises CellbenchError for fewer than two models, two of one name, or no common image.
     """
+    from scipy.stats import friedmanchisquare, rankdata, studentized_range  # see wilcoxon_test
+
     names = [m.model for m in models]
     if len(names) < 2 or len(set(names)) < len(names):
         raise CellbenchError(f"a ranking needs two or more models of different names; got {', '.join(names) or 'none'}.")

@@ -1,7 +1,8 @@
 """The file of MLflow's SQLite store: creates it atomically, or waits while another program creates it.
 
 MLflow creates it in about forty steps, which takes seconds, in place and without a lock. Two programs that do so at once break it permanently
-(measured on 3.17.2), and the other one may be ``mlflow ui``. So we create it under another name and move it.
+(measured on 3.17.2), and the other one may be ``mlflow ui``. So we create it under another name and move it. The empty store is kept in the
+cache folder, and the next folder's store begins as a copy of it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import sqlite3
 import tempfile
 import time
@@ -20,7 +22,7 @@ from urllib.parse import unquote
 from filelock import FileLock
 
 from cellbench.errors import CellbenchError
-from cellbench.files import make_folder, os_errors_as
+from cellbench.files import cache_dir, make_folder, os_errors_as
 from cellbench.tracking.client import ResilientClient, to_error
 
 CREATION_S, STEP_S = 60.0, 5.0
@@ -62,8 +64,12 @@ def _create(file: Path, uri: str, mlflow: Any) -> None:
             left.unlink(missing_ok=True)
         beside.touch()  # fails at once if no file can be created, where MLflow would retry for minutes
         try:
+            template = cache_dir() / "mlflow_store" / f"{mlflow.__version__}.db"
+            copied = _copy(template, beside)
             with _closed_after_use():
                 mlflow.MlflowClient(beside_uri)
+            if not copied:
+                _keep_as_template(beside, template)
             try:
                 os.link(beside, file)  # does not overwrite a store that another program has begun meanwhile
             except FileExistsError:
@@ -74,16 +80,55 @@ def _create(file: Path, uri: str, mlflow: Any) -> None:
             beside.unlink(missing_ok=True)
 
 
+def _copy(template: Path, file: Path) -> bool:
+    """Copies the template, in which MLflow then makes its default experiment; False where there is none, or a damaged one."""
+    try:
+        shutil.copyfile(template, file)
+        with contextlib.closing(sqlite3.connect(file)) as store:
+            if store.execute("PRAGMA quick_check").fetchone() == ("ok",) and store.execute("SELECT * FROM alembic_version").fetchone():
+                return True
+    except (OSError, sqlite3.Error):
+        pass
+    file.unlink(missing_ok=True)
+    return False
+
+
+def _keep_as_template(file: Path, template: Path) -> None:
+    """Keeps a new store for the next folder, without its experiment, whose artifacts are in this one. A cache that cannot be written is no error."""
+    copy = template.with_name(f"{template.name}.{os.getpid()}.making")
+    try:
+        template.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+        with contextlib.closing(sqlite3.connect(copy)) as store, store:
+            store.execute("DELETE FROM experiments")
+        copy.replace(template)
+    except (OSError, sqlite3.Error):
+        copy.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _closed_after_use() -> Iterator[None]:
-    """Closes MLflow's connections to a store that is opened inside ``with``: Windows cannot move an open file."""
+    """Closes MLflow's connections to a store that is opened inside ``with``, since Windows cannot move an open file, and leaves out waiting for the disk.
+
+    A store that is lost in a power cut before it is moved is made anew. Waiting took more than half of the time.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
     name = "MLFLOW_SQLALCHEMYSTORE_POOLCLASS"
     before = os.environ.get(name)
     os.environ[name] = "NullPool"
+    event.listen(Engine, "connect", _without_waiting)
     try:
         yield
     finally:
+        event.remove(Engine, "connect", _without_waiting)
         os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def _without_waiting(connection: Any, _record: object) -> None:
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
 
 
 def _is_complete(file: Path) -> bool:

@@ -20,6 +20,7 @@ from cellbench.config.registry import Registry, load
 from cellbench.config.run import weighted_terms
 from cellbench.data.transforms.cell_targets import FULL, TARGETS
 from cellbench.metrics.pixel import IGNORE
+from cellbench.startup import without_compiler
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -82,8 +83,9 @@ def lovasz(logits: Tensor, target: Tensor) -> Tensor:
 
 @functools.cache
 def _smp(name: str) -> Any:
-    # Imported here: smp imports timm and torchvision, 2 s that cross-entropy does not need.
-    from segmentation_models_pytorch import losses
+    # Imported here: smp imports timm and torchvision, a second that cross-entropy does not need.
+    with without_compiler():
+        from segmentation_models_pytorch import losses
 
     return getattr(losses, name)(mode="multiclass")
 

@@ -76,3 +76,37 @@ def test_the_cache_is_set_for_this_process_and_a_url_must_be_one(tmp_path, monke
     assert Path("here").is_dir()
     with pytest.raises(CellbenchError, match="expected a URL"):
         startup.set_cache(None, "/shared/cache")
+
+
+@pytest.mark.slow
+def test_timm_is_imported_without_torchs_compiler_which_can_be_imported_afterwards():
+    code = """
+import sys, torch
+from cellbench import startup
+with startup.without_compiler():
+    import timm
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+import torchvision
+boxes = torch.tensor([[0, 0.0, 0.0, 3.0, 3.0]])
+assert torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), boxes, 2).shape == (1, 1, 2, 2)
+compiled = torch.compile(lambda x: x + 1, backend="eager")
+assert compiled(torch.ones(1)) == 2
+assert torch._dynamo.utils.__file__
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_code_that_compiles_when_it_is_imported_gets_the_compiler():
+    code = """
+import torch
+from cellbench import startup
+with startup.without_compiler():
+    import torch._dynamo.eval_frame
+    compiled = torch.compile(lambda x: x + 1, backend="eager")
+    assert compiled(torch.ones(1)) == 2
+    assert torch._dynamo.eval_frame.innermost_fn
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

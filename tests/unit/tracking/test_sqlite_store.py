@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import subprocess
@@ -14,6 +15,7 @@ import mlflow
 import pytest
 
 from cellbench.errors import CellbenchError
+from cellbench.files import cache_dir
 from cellbench.tracking.tracker import Tracker, newest_experiment
 
 OTHER = """
@@ -83,3 +85,28 @@ def test_an_address_of_no_kind_that_mlflow_knows_is_reported(monkeypatch, opens)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "carrier-pigeon://loft")
     with pytest.raises(CellbenchError, match=r"MLflow at carrier-pigeon://loft: .* or set another MLFLOW_TRACKING_URI\.$"):
         opens()
+
+
+def _schema(store):
+    with contextlib.closing(sqlite3.connect(store)) as opened:
+        return sorted(opened.execute("SELECT type, name, sql FROM sqlite_master").fetchall(), key=str)
+
+
+def test_the_next_folders_store_is_a_copy_that_holds_nothing_of_the_first(tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        tracker = Tracker(name)
+        monkeypatch.setattr("mlflow.store.db.utils._initialize_tables", lambda engine: pytest.fail("MLflow makes it from the beginning"))
+    assert _schema(tmp_path / "second" / "mlflow.db") == _schema(tmp_path / "first" / "mlflow.db")
+    found = {one.name: one.artifact_location for one in tracker.client.search_experiments()}
+    assert set(found) == {"Default", "second"}
+    assert all(str(tmp_path / "second") in place for place in found.values())
+
+
+def test_a_damaged_template_is_made_anew(store, monkeypatch):
+    template = cache_dir() / "mlflow_store" / f"{mlflow.__version__}.db"
+    template.parent.mkdir(parents=True)
+    template.write_bytes(b"SQLite format 3\0" + bytes(4000))
+    Tracker("mine")
+    assert _schema(template) == _schema(store)
