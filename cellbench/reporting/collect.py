@@ -22,7 +22,7 @@ from cellbench.tracking.tracker import Tracker
 
 REQUEST_FILE = "about.json"
 """Artifact of the parent run with its :class:`RunRequest`."""
-EXAMPLE_FIGURES = ("scores", "curves", "worst", "median", "best")
+EXAMPLE_FIGURES = ("worst", "median", "best", "scores", "curves")
 """Figures of a run that the report shows of the best model."""
 
 
@@ -155,8 +155,8 @@ def collect_report(
                 request, parent = found, run
                 break
     examples = {
-        model.runs[0].record.run_id: {
-            name: png for name in EXAMPLE_FIGURES if (png := read(model.runs[0].record, f"figures/{name}.png")) is not None
+        model.example_run.record.run_id: {
+            name: png for name in EXAMPLE_FIGURES if (png := read(model.example_run.record, f"figures/{name}.png")) is not None
         }
         for here in results.sets
         for model in here.example_models

@@ -153,6 +153,11 @@ class ModelGroup:
         """The run for inference: the one with the best validation Dice, because the test set must not select a model."""
         return max(self.runs, key=lambda run: run.record.metrics.get("best/val_dice", 0.0))
 
+    @property
+    def example_run(self) -> FinishedRun:
+        """The run whose pictures a report shows: of the first seed, with folds the one that tested the worst image."""
+        return min(self.by_seed[0], key=lambda run: min((dice for dice in run.per_image["dice"] if dice is not None), default=math.inf))
+
     def pooled(self, metric: str) -> list[float]:
         """An overlap score of the cell class over all pixels, one per seed."""
         if self.folds is None:
@@ -401,6 +406,7 @@ class PlotRow:
     baseline: bool
     metrics: Mapping[str, Interval]
     backbone: str = ""
+    head: str = ""
 
 
 def plot_rows(here: TestSet) -> list[PlotRow]:
@@ -412,6 +418,7 @@ def plot_rows(here: TestSet) -> list[PlotRow]:
             model=model.name,
             baseline=model.baseline,
             backbone=model.backbone,
+            head=model.head,
             metrics={metric.label: here.intervals(metric.key)[k] for metric in metrics},
         )
         for k, model in enumerate(here.models)

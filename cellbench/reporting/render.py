@@ -9,11 +9,11 @@ import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 from PIL import Image
 
 from cellbench.escaping import escape_markdown, to_csv
@@ -45,7 +45,18 @@ def write_report_files(report: ReportData, folder: Path) -> Path:
 
 def to_html(page: Page) -> str:
     """The whole page."""
-    return _templates().get_template("page.html.j2").render(page=page, max_rows=MAX_PAGE_ROWS, column_classes=_column_classes)
+    return (
+        _templates()
+        .get_template("page.html.j2")
+        .render(
+            page=page,
+            max_rows=MAX_PAGE_ROWS,
+            without_empty=_without_empty_columns,
+            column_kinds=_column_kinds,
+            fold_class=_fold_class,
+            fold_widths=(*FOLD_WIDTHS_PX, 0),
+        )
+    )
 
 
 def to_note(
@@ -107,20 +118,59 @@ def _templates() -> jinja2.Environment:
     return templates
 
 
-def _data_uri(png: bytes, *, jpeg: bool = False) -> str:
-    kind = "png"
+def _data_uri(picture: bytes, *, jpeg: bool = False) -> str:
+    kind = "svg+xml" if picture.lstrip().startswith(b"<") else "png"
     if jpeg:
         out = io.BytesIO()
-        Image.open(io.BytesIO(png)).convert("RGB").save(out, "JPEG", quality=85)
-        png, kind = out.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(png).decode()}"
+        Image.open(io.BytesIO(picture)).convert("RGB").save(out, "JPEG", quality=85)
+        picture, kind = out.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def _column_classes(table: Table) -> list[Markup]:
-    """The class attribute of each column: numbers stand on the right, words on the left, sentences may break into lines."""
+PLACE = "#"
+"""The heading of a column of places in the leaderboard."""
+
+
+def _without_empty_columns(table: Table) -> Table:
+    kept = [k for k, cells in enumerate(zip(*table.rows, strict=True)) if any(cells)]
+    return replace(
+        table,
+        headings=[table.headings[k] for k in kept],
+        rows=[[row[k] for k in kept] for row in table.rows],
+        sentence_columns=[new for new, old in enumerate(kept) if old in table.sentence_columns],
+    )
+
+
+def _column_kinds(table: Table) -> list[str]:
+    """The classes of each column: numbers stand on the right, words on the left, sentences may break into lines; the first words are a row's name."""
     columns = zip(*table.rows, strict=True)
-    classes = ("text" if k in table.sentence_columns else "words" if _is_words(cells) else "" for k, cells in enumerate(columns))
-    return [Markup(f' class="{one}"' if one else "") for one in classes]  # noqa: S704
+    kinds = ["text" if k in table.sentence_columns else "words" if _is_words(cells) else "" for k, cells in enumerate(columns)]
+    first = int(table.headings[0] == PLACE)
+    if first:
+        kinds[0] = "place"
+    if len(kinds) > first:
+        kinds[first] = f"{kinds[first] or 'words'} name"
+    return kinds
+
+
+FOLD_WIDTHS_PX = (480, 640, 800, 960)
+"""Widths of a screen at which tables change to blocks; the widest tables always are."""
+PAGE_WIDTH_PX = 950
+
+
+def _fold_class(table: Table) -> str:
+    """The class of a table: up to which width of the screen it is too wide, and its rows are shown as blocks. Empty for one that fits a phone."""
+    width = 0.0
+    for k, (heading, cells, kind) in enumerate(zip(table.headings, zip(*table.rows, strict=True), _column_kinds(table), strict=True)):
+        longest = max(map(len, cells))
+        if k in table.sentence_columns or "words" in kind:
+            longest = min(longest, 28)
+        width += 7.0 * max(longest, *(len(word) for word in (heading.split() or [""]))) + 17
+    if width <= 360:
+        return ""
+    if width > PAGE_WIDTH_PX:
+        return "fold-0"
+    return f"fold-{next((one for one in FOLD_WIDTHS_PX if width < one - 40), FOLD_WIDTHS_PX[-1])}"
 
 
 _NUMBER = re.compile(r"[<>≈~±]?\s*[-+−–]?\.?\d[\d.,]*(e[-+]\d+)?(\s|%|$)")

@@ -22,8 +22,8 @@ class Table:
     name: str = ""
     sentence_columns: Sequence[int] = ()
     """Columns that hold sentences and may break into lines."""
-    page_columns: int | None = None
-    """How many columns the page shows; None: all."""
+    open_rows: int | None = None
+    """How many rows the page shows before the rest is unfolded; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +33,58 @@ class Figure:
     kind: ClassVar[str] = "figure"
     name: str
     draw: Callable[[], Drawing]
-    caption: str = ""
+    draw_narrow: Callable[[], Drawing] | None = None
+    """Draws it for a phone; None: the page scales it."""
+    note: str = ""
+    """Follows the caption that the figure has."""
+
+    @property
+    def png(self) -> bytes:
+        """For a file, with its caption inside."""
+        return self._drawn.png
 
     @cached_property
-    def png(self) -> bytes:
-        """The figure as it is drawn once, for the page and for its file."""
-        from cellbench.reporting.plots.style import to_png
+    def _drawn(self) -> DrawnFigure:
+        """All forms of the figure, laid out once for a page and once for a phone."""
+        from cellbench.reporting.plots import style
 
-        return to_png(self.draw())
+        figure = self.draw()
+        caption, width_px = " ".join(part for part in (style.get_caption(figure), self.note) if part), round(96 * figure.get_figwidth())
+        svg = style.to_svg(figure)
+        png = style.to_png(figure, style.SHARP_DPI, self.note)
+        narrow = b""
+        if self.draw_narrow is not None:
+            small = self.draw_narrow()
+            narrow = style.to_svg(small)
+            if len(narrow) > LARGE_SVG_BYTES:
+                style.set_caption(small)
+                narrow = min(narrow, style.to_png(small, style.SHARP_DPI), key=len)
+            style.plt.close(small)
+        return DrawnFigure(svg=svg, png=png, narrow=narrow, caption=caption, width_px=width_px)
+
+    @property
+    def on_page(self) -> DrawnFigure:
+        return self._drawn
+
+
+LARGE_SVG_BYTES = 100_000
+"""A larger one, of thousands of dots, is a PNG in the page where that is smaller."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnFigure:
+    """A figure as SVG, as PNG with its caption, and, if it has a form for phones, as SVG or PNG for these; ``width_px``: its natural width."""
+
+    svg: bytes
+    png: bytes
+    narrow: bytes
+    caption: str
+    width_px: int
+
+    @property
+    def picture(self) -> bytes:
+        """What the page embeds. A PNG repeats the caption inside, so it is used only in place of a large SVG."""
+        return self.svg if len(self.svg) <= LARGE_SVG_BYTES else min(self.svg, self.png, key=len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +95,7 @@ class StoredImage:
     name: str
     png: bytes
     photo: bool = False
+    caption: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +153,8 @@ class Section:
 
     title: str
     blocks: Sequence[Block]
+    folded: bool = False
+    """Whether the page shows only its title until it is unfolded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +181,9 @@ class ReportData(Page):
 
     def tables(self) -> Iterator[Table]:
         """The tables that are files."""
-        blocks = [block for section in self.sections for block in section.blocks]
+        blocks = [*self.lead, *(block for section in self.sections for block in section.blocks)]
         yield from (block for block in (*blocks, *self.files_only) if isinstance(block, Table) and block.name)
 
     def figures(self) -> Iterator[Figure]:
-        yield from (block for section in self.sections for block in section.blocks if isinstance(block, Figure))
+        blocks = [*self.lead, *(block for section in self.sections for block in section.blocks)]
+        yield from (block for block in blocks if isinstance(block, Figure))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from cellbench.reporting.learning_curves import LearningCurve, learning_curves
 from cellbench.reporting.model_groups import ModelGroup, TestSet, plot_rows
 from cellbench.reporting.plots import comparison, significance
 from cellbench.reporting.plots.style import Drawing
+from cellbench.reporting.render import PLACE
 from cellbench.reporting.report_data import Block, Figure, Heading, ReportData, Section, StoredImage, Table, Text
 from cellbench.reporting.verdict import (
     conclude,
@@ -39,6 +41,9 @@ from cellbench.reporting.verdict import (
 from cellbench.statistics.ranking import critical_difference, marginal_scores
 from cellbench.statistics.scores import Difference, ModelScores
 
+LEADING_COLUMNS = ("model", "Dice/image", "95 %", "Dice", "NSD", "AP50", "train s")
+"""Columns of the leaderboard that the page shows unfolded."""
+MAX_OPEN_ROWS = 12
 MAX_RANKED = 20
 """Models in a critical-difference diagram; more are not readable."""
 NUM_WORST_IMAGES = 10
@@ -50,83 +55,125 @@ def build_report(results: ExperimentResults) -> ReportData:
     """The records of a report."""
     first, *others = results.sets
     rows = leaderboard_rows(first)
-    sections, files_only = [], []
+    leading, *more = [
+        _TestSetReport(here, rows if k == 0 else leaderboard_rows(here), results, f"set{k + 1}-" if k else "")
+        for k, here in enumerate(results.sets)
+    ]
+    sections = leading.sections()
     if others:
-        sections.append(Section("Different test images", [Text(list_test_sets(results.sets))]))
-    for k, here in enumerate(results.sets):
-        one = _TestSetReport(here, rows if here is first else leaderboard_rows(here), results, f"set{k + 1}-" if k else "")
-        label = f" ({here.description}; {here.digest[:8]})" if others else ""
-        sections += [Section(title + label, blocks) for title, blocks in one.sections()]
-        files_only += one.files_only()
-    sections.append(Section("Runs without a result", provenance.missing_runs(results)))
-    sections.append(Section("What the metrics mean", provenance.glossary(results)))
-    sections.append(Section("How it was made", provenance.environment(results)))
+        sections.append(("Different test images", [Text(list_test_sets(results.sets))]))
+    for one in more:
+        label = f"{one.here.description}; {one.here.digest[:8]}"
+        sections += [(f"{title} ({label})", blocks) for title, blocks in [("Leaderboard", one.lead()), *one.sections()]]
+    sections += [
+        ("The data", [provenance.data_facts(results)]),
+        ("Runs without a result", provenance.missing_runs(results)),
+        ("What the metrics mean", provenance.glossary(results)),
+        ("How it was made", provenance.environment(results)),
+    ]
     verdict = conclude(results, rows)
     num_models = sum(len(here.models) for here in results.sets)
-    num_images = f"{len(first.images)} test image{'s' * (len(first.images) != 1)}"
-    more = f" and {len(others)} other test set{'s' * (len(others) != 1)}" if others else ""
+    size = f"{num_models} model{'s' * (num_models != 1)}, {results.num_runs} runs"
     return ReportData(
         title=results.experiment,
-        subtitle=f"{results.num_runs} finished runs, {num_models} models, {num_images}{more}; made {time.strftime('%Y-%m-%d %H:%M')}",
+        subtitle=f"{first.description} · {size} · {time.strftime('%Y-%m-%d %H:%M')}",
         question=results.request.question,
         verdict=verdict.lines,
         notes=verdict.more,
-        lead=[provenance.data_facts(results)],
-        sections=sections,
+        lead=leading.lead(),
+        sections=[Section(title, blocks, folded=True) for title, blocks in sections],
         leaderboard=rows,
-        files_only=files_only,
+        files_only=[table for one in (leading, *more) for table in one.files_only()],
     )
 
 
 class _TestSetReport:
-    """The sections about one test set. ``prefix``: of the names of its files."""
+    """The blocks about one test set. ``prefix``: of the names of its files."""
 
     def __init__(self, here: TestSet, rows: Sequence[LeaderboardRow], results: ExperimentResults, prefix: str) -> None:
         self.here, self.rows, self.results, self.prefix = here, rows, results, prefix
         self.plotted = plot_rows(here)
+        self.cells = [format_row(row, here.own_metrics) for row in rows]
+
+    def lead(self) -> list[Block]:
+        """What the page shows unfolded: one figure, the leaderboard, the worst image of the best model."""
+        worse = {d.a for d in self.here.differences_to_best() if d.better == d.b}
+        return [
+            *([self.figure("leaderboard", comparison.plot_leaderboard, self.plotted, worse)] if self.plotted else []),
+            self.page_table([name for name in LEADING_COLUMNS if name in self.cells[0]], open_rows=MAX_OPEN_ROWS),
+            *self.pictures(self.here.best, ("worst",)),
+        ]
 
     def sections(self) -> list[tuple[str, list[Block]]]:
         return [
-            ("Leaderboard", self.leaderboard()),
             ("Are the differences significant?", self.differences()),
+            ("Other scores", self.leaderboard()),
+            ("Image by image", self.images()),
             ("How few training images are enough?", self.learning_curves()),
             ("Cost", self.cost()),
-            ("The best model, image by image", self.examples()),
+            ("Pictures and curves of the best model", self.examples()),
         ]
 
-    def figure(self, name: str, plot: Callable[..., Drawing], *arguments: object, caption: str = "") -> Figure:
-        return Figure(name=self.prefix + name, draw=partial(plot, *arguments), caption=caption)
+    def figure(self, name: str, plot: Callable[..., Drawing], *arguments: object, note: str = "") -> Figure:
+        """A figure; a ``plot`` with an argument ``narrow`` is drawn again for a phone. ``note``: follows its caption."""
+        for_phones = "narrow" in inspect.signature(plot).parameters
+        return Figure(
+            name=self.prefix + name,
+            draw=partial(plot, *arguments),
+            draw_narrow=partial(plot, *arguments, narrow=True) if for_phones else None,
+            note=note,
+        )
 
-    def table(self, name: str, rows: Sequence[Mapping[str, str]], page_columns: int | None = None) -> Table:
+    def table(self, name: str, rows: Sequence[Mapping[str, str]]) -> Table:
         """A table that is a file too; ``rows``: cells by heading."""
         headings = list(rows[0]) if rows else []
-        return Table(name=self.prefix + name, headings=headings, rows=[list(row.values()) for row in rows], page_columns=page_columns)
+        return Table(name=self.prefix + name, headings=headings, rows=[list(row.values()) for row in rows])
+
+    def page_table(self, columns: Sequence[str], open_rows: int | None = None) -> Table:
+        """Some columns of the leaderboard, with the place of each model. The whole leaderboard is a file."""
+        rows = [[str(place), *(cells[name] for name in columns)] for place, cells in enumerate(self.cells, 1)]
+        return Table(headings=[PLACE, *columns], rows=rows, open_rows=open_rows)
 
     def leaderboard(self) -> list[Block]:
         here = self.here
-        cells = [format_row(row, here.own_metrics) for row in self.rows]
-        num_costs = sum(not metric.per_image for metric in catalog.leaderboard())  # they are in a table of their own
-        blocks: list[Block] = [self.table("leaderboard", cells, page_columns=len(cells[0]) - num_costs)]
-        if self.plotted:
-            blocks.append(self.figure("leaderboard", comparison.plot_leaderboard, self.plotted))
-            if len(self.plotted[0].metrics) > 1:
-                blocks.append(self.figure("measures", comparison.plot_metrics, self.plotted))
-        names, per_image = [model.name for model in here.models], [model.scores().per_image for model in here.models]
-        blocks.append(self.figure("images", comparison.plot_distributions, names, per_image))
+        costs = {metric.label for metric in catalog.leaderboard() if not metric.per_image}  # they are in a table of their own
+        rest = [name for name in self.cells[0] if name not in costs and name not in LEADING_COLUMNS[1:]]
+        blocks: list[Block] = [self.page_table(rest)]
+        if self.plotted and len(self.plotted[0].metrics) > 1:
+            blocks.append(self.figure("measures", comparison.plot_metrics, self.plotted))
         if (grid := _backbones_by_heads(here)) is not None:
             blocks.append(self.figure("heatmap", comparison.plot_heatmap, *grid))
         if outcomes := outcome_rows(here):
             blocks += [Heading("Single cells of all test images"), self.table("cells", outcomes)]
         return blocks
 
+    def images(self) -> list[Block]:
+        """The scores of each image, and the images on which the best model is worst."""
+        here, best = self.here, self.here.best
+        names, per_image = [model.name for model in here.models], [model.scores().per_image for model in here.models]
+        metrics = [metric for metric in catalog.compared(here.own_metrics) if best.has(metric.key)]
+        scores = {metric.label: best.scores(metric.key).per_image for metric in metrics}
+        all_models = np.array(per_image)
+        rows = [
+            [here.images[k], *(format_number(one[k], 3) for one in scores.values()), format_number(nan_mean(all_models[:, k]), 3)]
+            for k in np.argsort(best.scores().per_image, kind="stable")[:NUM_WORST_IMAGES].tolist()
+        ]
+        worst = Table(headings=("image", *scores, "Dice, mean of all models"), rows=rows)
+        return [
+            self.figure("images", comparison.plot_distributions, names, per_image),
+            Heading(f"The images on which {best.name} is worst"),
+            worst,
+        ]
+
     def differences(self) -> list[Block]:
         here, differences, pairs = self.here, self.here.differences_to_best(), self.here.differences()
         if not differences:
             return []
-        rows = [_difference_row(d, here.num_folds > 1) for d in sorted(differences, key=lambda d: -d.interval.mean)]
+        rows = self.difference_rows()
+        names = [name for name in rows[0] if name != "minus"]  # the figure's caption says it
         blocks: list[Block] = [
             self.figure("differences", significance.plot_differences, differences, differences[0].b),
-            self.table("differences", rows),
+            Table(headings=names, rows=[[row[name] for name in names] for row in rows]),
         ]
         if len(pairs) > len(differences):
             names = [model.name for model in here.models]
@@ -143,6 +190,12 @@ class _TestSetReport:
                 if len(averaged) > 1:
                     blocks += self.ranking(f"{one.capitalize()}s, {'; '.join(averaged[0].notes)}", averaged, f"ranks-{one}s")
         return blocks
+
+    def difference_rows(self) -> list[dict[str, str]]:
+        """Each model minus the best."""
+        return [
+            _difference_row(d, self.here.num_folds > 1) for d in sorted(self.here.differences_to_best(), key=lambda d: -d.interval.mean)
+        ]
 
     def ranking(self, title: str, models: Sequence[ModelScores], name: str) -> list[Block]:
         # Counts all pairs of the page: a diagram must not separate models if the page says that no difference can be significant.
@@ -177,9 +230,9 @@ class _TestSetReport:
             "training, s (backbone and head)": [cost["train_s"] or 0.0 for cost in costs],
             "prediction, s an image": [1 / speed if (speed := cost["images_per_s"]) else 0.0 for cost in costs],
         }
-        blocks: list[Block] = [self.figure("cost", comparison.plot_pareto, self.plotted, axes, caption=load)] if self.plotted else []
+        blocks: list[Block] = [self.figure("cost", comparison.plot_pareto, self.plotted, axes, note=load)] if self.plotted else []
         notes = [
-            *([] if self.plotted else [load]),  # else it is the figure's caption
+            *([] if self.plotted else [load]),  # else it is below the figure
             "Backbone and head: parameters, of the head those that were trained. CPU seconds are the processor time of a run's threads; on a "
             "GPU, of handing the work over. Other load is the largest share of the processor that other processes used while a run was trained "
             "or tested.",
@@ -190,35 +243,34 @@ class _TestSetReport:
         return [*blocks, self.table("cost", [_cost_row(row) for row in self.rows]), Text(notes)]
 
     def examples(self) -> list[Block]:
-        """Figures of the best model's first run and its worst images; also of the best trained model if that is another one."""
-        here, best = self.here, self.here.best
-        metrics = [metric for metric in catalog.compared(here.own_metrics) if best.has(metric.key)]
-        per_image = {metric.label: best.scores(metric.key).per_image for metric in metrics}
-        all_models = np.array([model.scores().per_image for model in here.models])
-        rows = [
-            [here.images[k], *(format_number(scores[k], 4) for scores in per_image.values()), format_number(nan_mean(all_models[:, k]), 4)]
-            for k in np.argsort(best.scores().per_image, kind="stable")[:NUM_WORST_IMAGES].tolist()
-        ]
-        worst = Table(headings=("worst images", *per_image, "mean of all models"), rows=rows)
-        first, *others = (self.example_figures(model) for model in here.example_models)
-        return [*first, worst, *(block for blocks in others for block in blocks)]
+        """More figures of the best model's run; all of the best trained model if that is another one."""
+        best, *others = self.here.example_models
+        more = self.pictures(best, [name for name in EXAMPLE_FIGURES if name != "worst"])
+        return [*more, *(block for model in others for block in (Heading(model.name), *self.pictures(model, EXAMPLE_FIGURES)))]
 
-    def example_figures(self, model: ModelGroup) -> list[Block]:
-        run = model.runs[0]
-        fold = f", fold {run.fold}" if run.fold is not None else ""
+    def pictures(self, model: ModelGroup, names: Sequence[str]) -> list[Block]:
+        """Stored figures of a model's run."""
+        run = model.example_run
         images = self.results.examples.get(run.record.run_id, {})
+        fold = f", fold {run.fold}" if run.fold is not None else ""
+        of = f"of {model.name}, seed {run.seed}{fold}"
+        num = f"{len(run.per_image['images'])} test image{'s' * (len(run.per_image['images']) != 1)}"
+        captions = {"scores": f"Scores {of}.", "curves": f"Training {of}."}
         return [
-            Heading(f"{model.name}, seed {run.seed}{fold}"),
-            *(
-                StoredImage(name=name, png=images[name], photo=name not in ("scores", "curves"))
-                for name in EXAMPLE_FIGURES
-                if name in images
-            ),
+            StoredImage(
+                name=name, png=images[name], photo=name not in captions, caption=captions.get(name, f"The {name} of the {num} {of}.")
+            )
+            for name in names
+            if name in images
         ]
 
     def files_only(self) -> list[Table]:
-        pairs = [_difference_row(d, self.here.num_folds > 1) for d in self.here.differences()]
-        return [self.table("pairs", pairs)] if pairs else []
+        tables = {
+            "leaderboard": self.cells,
+            "differences": self.difference_rows(),
+            "pairs": [_difference_row(d, self.here.num_folds > 1) for d in self.here.differences()],
+        }
+        return [self.table(name, rows) for name, rows in tables.items() if rows]
 
 
 def _backbones_by_heads(here: TestSet) -> tuple[list[str], list[str], np.ndarray] | None:

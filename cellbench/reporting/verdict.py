@@ -56,7 +56,7 @@ def list_notes(results: ExperimentResults, rows: Sequence[LeaderboardRow]) -> li
         *describe_absent_classes(here),
         *describe_empty_images(here),
         *describe_busy_machine(rows),
-        *([f"{here.best.name} was {rule}."] if rule else []),
+        *([f"The best was {rule}."] if rule else []),
         *describe_class_mean(here),
         *describe_other_winners(here),
     ]
@@ -245,20 +245,20 @@ def describe_outcome(d: Difference) -> str:
 
 
 def describe_other_winners(here: TestSet) -> list[str]:
-    """The best model by each other metric of the figures, a sentence each."""
-    out = []
+    """By which other metrics of the figures the best model is also the best, and by which another one is."""
+    same, out = [], []
     for metric in here.compared_metrics():
         differences = here.differences_to_best(metric.key) if metric.in_figures and metric.key != "dice" else []
         if not differences or all(model.scores(metric.key).empty.all() for model in here.models):
             continue
-        best, score = differences[0].b, differences[0].mean_b
+        best = differences[0].b
+        if best == here.best.name:
+            same.append(metric.label)
+            continue
         num = sum(d.better == best for d in differences)
-        spread = max(abs(score - d.mean_a) for d in differences)
-        others = f"{num} of {len(differences)} others" if num else "none of the others"
-        out.append(
-            f"By {metric.label} the best is {best} with {score:.3f}: significantly better than {others}; best and last are {spread:.3f} apart."
-        )
-    return out
+        better = f"significantly better than {num} of {len(differences)} others" if num else "not significantly better than any other"
+        out.append(f"By {metric.label} the best is {best} ({differences[0].mean_b:.3f}, {better}).")
+    return [*out, *([f"The best by Dice is also the best by {', '.join(same)}."] if same else [])]
 
 
 def describe_test_sets(sets: Sequence[TestSet]) -> list[str]:

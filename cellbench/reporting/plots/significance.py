@@ -1,4 +1,4 @@
-"""Figures of the tests: each model against the best, every pair, and mean ranks with the critical difference."""
+"""Figures of the tests: each model against the best, every pair, and mean ranks with the models that do not differ significantly."""
 
 from __future__ import annotations
 
@@ -9,55 +9,71 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cellbench.reporting.plots.comparison import BLUE, first_that_fit
-from cellbench.reporting.plots.style import STYLE, describe_intervals, draw_span
+from cellbench.reporting.plots.comparison import BLUE, MOST
+from cellbench.reporting.plots.style import (
+    GREY_TEXT,
+    NARROW_IN,
+    STYLE,
+    WIDTH_IN,
+    draw_outside,
+    draw_span,
+    first_that_fit,
+    intervals_sentence,
+    note_at_right,
+    rows_figure,
+    set_caption,
+    set_range,
+    shorten,
+)
 from cellbench.reporting.verdict import format_p
 from cellbench.statistics.bootstrap import negate
 from cellbench.statistics.ranking import CriticalDifference
 from cellbench.statistics.scores import Difference
 
 LIGHT_BLUE, LIGHT_ORANGE = (0.62, 0.8, 0.92), (0.98, 0.82, 0.6)
-MOST_PAIRED = 16
-"""Models in the figure of all pairs: the numbers must be readable on a page."""
+MOST_PAIRED, MOST_PAIRED_NARROW = 16, 8
+"""Models in the figure of all pairs: the numbers must be readable."""
 
 
-def plot_differences(differences: Sequence[Difference], best: str, metric: str = "Dice") -> Figure:
+def plot_differences(differences: Sequence[Difference], best: str, metric: str = "Dice", narrow: bool = False) -> Figure:
     """Each model minus the best, paired by image, with its 95 % interval; filled where the difference is significant."""
     order = sorted(differences, key=lambda d: abs(d.interval.mean))
-    order, left_out = first_that_fit(order)
+    order, left_out = first_that_fit(order, MOST)
+    each = [(d.interval, d.a) if d.b == best else (negate(d.interval), d.b) for d in order]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 0.3 * len(order) + 1.3), layout="constrained")
-        axes.axvline(0, color="black", linewidth=1)
-        for y, d in enumerate(order):
-            one, other = (d.interval, d.a) if d.b == best else (negate(d.interval), d.b)
-            colour = BLUE if d.significant else "0.45"
-            draw_span(axes, y, one, color=colour, linewidth=1.6)
-            axes.plot(one.mean, y, "o", color=colour, markerfacecolor=colour if d.significant else "white", markersize=6)
-            numbers = f"{one.mean:+.4f}   {format_p(d.p_adjusted)}"
-            axes.annotate(numbers, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8, annotation_clip=False)
-            axes.annotate(other, (-0.01, y), xycoords=("axes fraction", "data"), va="center", ha="right", fontsize=9, annotation_clip=False)
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
-        axes.set_ylim(len(order) - 0.4, -0.6)
+        figure, axes = rows_figure([name for _, name in each], narrow)
+        outside = set_range(axes, [one for one, _ in each], include=(0.0,))
+        axes.axvline(0, color="0.2", linewidth=1, zorder=1)
+        for y, (d, (one, _)) in enumerate(zip(order, each, strict=True)):
+            colour = BLUE if d.significant else GREY_TEXT
+            look: dict[str, Any] = {"color": colour, "markerfacecolor": colour if d.significant else "white"}
+            if not draw_outside(axes, y, one.mean, **look):
+                draw_span(axes, y, one, color=colour, linewidth=1.6)
+                axes.plot(one.mean, y, "o", markersize=6, zorder=3, **look)
+            note_at_right(axes, y, f"{one.mean:+.4f}  {format_p(d.p_adjusted)}", narrow)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(f"difference in {metric} to {best}, paired by image")
-        caption = describe_intervals([d.interval for d in order])
-        axes.set_title(
-            f"filled: significant (p adjusted for every pair); open: not significant{left_out}\n{caption}", fontsize=8, color="0.35"
+        axes.set_xlabel(f"difference in {metric}" if narrow else f"difference in {metric} to {best}, paired by image")
+        set_caption(
+            figure,
+            f"Each model minus {best}, paired by image. Filled: significant; open: not. p is adjusted for every pair of models.",
+            intervals_sentence([d.interval for d in order]),
+            outside,
+            left_out,
         )
     return figure
 
 
-def plot_pairs(names: Sequence[str], differences: Sequence[Difference], metric: str = "Dice") -> Figure:
+def plot_pairs(names: Sequence[str], differences: Sequence[Difference], metric: str = "Dice", narrow: bool = False) -> Figure:
     """Every pair: the row's model minus the column's. Blue where the row's is significantly better, orange where worse, else empty.
 
-    ``names``: the models to show, best first; the first ``MOST_PAIRED`` are drawn.
+    ``names``: the models to show, best first.
     """
-    names, rest = list(names[:MOST_PAIRED]), len(names) - MOST_PAIRED
+    names, left_out = first_that_fit(names, MOST_PAIRED_NARROW if narrow else MOST_PAIRED)
     place = {name: k for k, name in enumerate(names)}
     num = len(names)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(min(9.0, max(5.5, 3.4 + 0.5 * num)), 0.32 * num + 1.2), layout="constrained")
+        width = NARROW_IN if narrow else min(WIDTH_IN, max(5.5, 3.4 + 0.5 * num))
+        figure, axes = plt.subplots(figsize=(width, 0.32 * num + 0.8), layout="constrained")
         for d in differences:
             if d.a not in place or d.b not in place:
                 continue
@@ -65,68 +81,47 @@ def plot_pairs(names: Sequence[str], differences: Sequence[Difference], metric: 
                 # The weight of the number repeats what the fill says, for grey.
                 fill = "white" if d.better is None else LIGHT_BLUE if d.better == names[row] else LIGHT_ORANGE
                 axes.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=fill, edgecolor="0.85", linewidth=0.8))
-                look: dict[str, Any] = {"color": "0.55"} if d.better is None else {"weight": "bold"}
+                look: dict[str, Any] = {"color": "0.35"} if d.better is None else {"weight": "bold"}
                 text = f"{value:+.3f}".replace("0.", ".") if abs(value) >= 0.0005 else "0"
-                axes.text(column, row, text, ha="center", va="center", fontsize=7, **look)
+                axes.text(column, row, text, ha="center", va="center", fontsize=7.5, **look)
         for k in range(num):
             axes.add_patch(plt.Rectangle((k - 0.5, k - 0.5), 1, 1, facecolor="0.93", edgecolor="0.85", linewidth=0.8))
         axes.set_xlim(-0.5, num - 0.5)
         axes.set_ylim(num - 0.5, -0.5)
-        axes.set_yticks(range(num), [f"{name}  {k + 1}" for k, name in enumerate(names)])
-        axes.set_xticks(range(num), [str(k + 1) for k in range(num)])
+        numbers = [str(k + 1) for k in range(num)]
+        axes.set_yticks(range(num), numbers if narrow else [f"{shorten(name, 38)}  {k}" for name, k in zip(names, numbers, strict=True)])
+        axes.set_xticks(range(num), numbers)
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        left_out = f"; {rest} more are not drawn" if rest > 0 else ""
-        figure.supxlabel(f"{metric} of the row minus the column; bold and filled: significant{left_out}", fontsize=8, color="0.35")
+        set_caption(
+            figure,
+            f"{metric} of the row's model minus the column's. Filled and bold: significant, blue where the row's is better.",
+            "Numbers are places in the leaderboard." if narrow else "",
+            left_out,
+        )
     return figure
 
 
-def plot_critical_difference(ranking: CriticalDifference, metric: str = "Dice") -> Figure:
-    """The critical-difference diagram (Demsar 2006): mean ranks on a line, bars over models whose ranks do not differ significantly (Nemenyi's test)."""
+def plot_critical_difference(ranking: CriticalDifference, metric: str = "Dice", narrow: bool = False) -> Figure:
+    """Mean ranks, one model a row, and bars beside the models whose ranks do not differ significantly (Nemenyi's test; Demsar 2006)."""
     names, ranks = list(ranking.models), list(ranking.ranks)
-    half = -(-len(names) // 2)
-    cliques = [(ranks[names.index(c[0])], ranks[names.index(c[-1])]) for c in ranking.cliques]
-    bars: list[list[tuple[float, float]]] = []  # rows of bars that do not meet
-    for clique in cliques:
-        row = next((row for row in bars if row[-1][1] < clique[0] - 0.02 * len(names)), None)
-        bars.append([clique]) if row is None else row.append(clique)
-    apart = ranking.critical_difference
-    low, high = 1, len(names)
-    line, first = 0.24, 0.3 + 0.16 * len(bars)  # inches
-    above, below = 0.75, 0.4
+    cliques = [(names.index(c[0]), names.index(c[-1])) for c in ranking.cliques]
     with plt.rc_context(STYLE):
-        height = above + first + line * half + below
-        figure, axes = plt.subplots(figsize=(8, height))
-        figure.subplots_adjust(left=0.3, right=0.7, top=1 - above / height, bottom=below / height)
-        axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        axes.set_ylim(first + line * half, 0)
-        axes.xaxis.tick_top()
-        axes.xaxis.set_major_locator(MaxNLocator(min(10, len(names)), integer=True))
-        axes.spines[["bottom", "left", "right"]].set_visible(False)
-        axes.spines["top"].set_visible(True)
-        axes.set_yticks([])
-        for n, (name, rank) in enumerate(zip(names, ranks, strict=True)):
-            on_left = n < half
-            y = first + line * (n if on_left else len(names) - 1 - n)
-            edge = axes.get_xlim()[0 if on_left else 1]
-            axes.plot([rank, rank, edge], [0, y, y], color="0.4", linewidth=0.9)
-            label = f"{name}  {rank:.2f}" if on_left else f"{rank:.2f}  {name}"
-            place: dict[str, Any] = {
-                "xytext": (-4 if on_left else 4, 0),
-                "textcoords": "offset points",
-                "ha": "right" if on_left else "left",
-                "va": "center",
-            }
-            axes.annotate(label, (edge, y), fontsize=8, annotation_clip=False, **place)
-        for k, row in enumerate(bars):
-            for a, b in row:
-                axes.plot([a - 0.008 * high, b + 0.008 * high], [0.15 + 0.16 * k] * 2, color="black", linewidth=4, solid_capstyle="round")
-        if apart is not None and apart < high - low:
-            axes.plot([low, low + apart], [-0.5, -0.5], color="black", linewidth=1.5, clip_on=False, marker="|", markersize=7)
-            place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-            axes.annotate(f"critical difference {apart:.2f}", (low + apart, -0.5), fontsize=8, **place)
+        figure, axes = rows_figure(names, narrow)
+        span = max(ranks) - min(ranks) or 1.0
+        for y, rank in enumerate(ranks):
+            axes.plot(rank, y, "o", color=BLUE, markersize=6.5, zorder=3)
+            note_at_right(axes, y, f"{rank:.2f}", narrow)
+        step = 0.05 * span
+        for k, (first, last) in enumerate(cliques):
+            at = max(ranks) + (1.5 + k) * step
+            axes.plot([at] * 2, [first - 0.2, last + 0.2], color="black", linewidth=3.5, solid_capstyle="butt")
+        axes.set_xlim(min(ranks) - step, max(ranks) + (1.5 + len(cliques)) * step)
+        axes.xaxis.set_major_locator(MaxNLocator(min(8, len(names)), integer=True))
         unit = "images" if ranking.num_units == ranking.num_images else "groups of images"
-        caption = f"mean rank by {metric} over {ranking.num_units} {unit}, 1 is best; thick bars: no significant difference"
-        figure.text(0.5, 0.08 / height, caption, fontsize=8, color="0.35", ha="center", va="bottom")
+        axes.set_xlabel(f"mean rank by {metric}, 1 is best")
+        apart = f" Ranks differ significantly from {ranking.critical_difference:.2f} on." if ranking.critical_difference is not None else ""
+        bars = " Bars join models that do not differ significantly." if cliques else ""
+        set_caption(figure, f"Mean rank over {ranking.num_units} {unit}.{bars}{apart}")
     return figure

@@ -15,5 +15,7 @@ def test_latex_escapes_what_it_must():
 def test_text_is_left_aligned_and_numbers_right_aligned_in_tables():
     table = Table(headings=("model", "verdict", "p", "run"), rows=[("a", "better", "< 0.001", "3f9a"), ("b", "worse", "0.40", "77e1")])
     made = to_html(Page(title="t", subtitle="", verdict=[], sections=[Section("a", [table])]))
-    assert '<td class="words">worse</td><td>0.40</td><td class="words">77e1</td>' in made
+    assert (
+        '<td class="words" data-label="verdict">worse</td><td data-label="p">0.40</td><td class="words" data-label="run">77e1</td>' in made
+    )
     assert '<th class="words">verdict</th><th>p</th>' in made

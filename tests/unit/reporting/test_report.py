@@ -46,9 +46,9 @@ class ParsedPage(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "img", "link", "br"):
+        if tag not in ("meta", "img", "link", "br", "source"):
             self.open.append(tag)
-        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        self.addresses += [value for name, value in attributes if name in ("src", "srcset", "href")]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -162,11 +162,12 @@ def test_a_quick_try_never_stands_before_whole_data(tmp_path, monkeypatch, capsy
     said = capsys.readouterr().out
     for text in (said, Path("out/report.html").read_text(encoding="utf-8")):
         assert "Best on average is uni · fpn: Dice" in text
-        assert "uni · fpn was chosen by its test score, the highest mean Dice over images among 2 models; the score of the chosen" in text
+        assert "The best was chosen by its test score, the highest mean Dice over images among 2 models; the score of the chosen" in text
         assert "newest whole test set, drawn: 19 training, 5 validation and 16 test images" in text
         assert other in text
-    lead = Path("out/report.html").read_text(encoding="utf-8").partition("<section")[0]
-    assert "<dt>data</dt><dd>drawn: 19 training, 5 validation and 16 test images</dd>" in lead
+    assert "<dt>data</dt><dd>drawn: 19 training, 5 validation and 16 test images</dd>" in text
+    lead = text.partition("<section")[0]
+    assert "drawn: 19 training, 5 validation and 16 test images" in re.search(r'<p class="sub">(.*?)</p>', lead)[1]
     assert "a" * 16 not in lead
     assert [line.split(",")[4] for line in Path("out/leaderboard.csv").read_text().splitlines()[1:]] == [
         f"{row.image_dice:.4f}" for row in leaderboard_rows(first)
@@ -216,9 +217,9 @@ def test_of_two_whole_sets_the_one_whose_grid_was_started_last_comes_first(tmp_p
         grid(digest, name)
         assert collect_runs([tracker]).sets[0].digest == digest
         assert main(["report", "two", "--out", "out"]) == 0
-        lead, *_ = Path("out/report.html").read_text(encoding="utf-8").partition("<section")
-        assert f"<dd>{name}</dd>" in lead  # what is said of the data is of the same set
-        assert digest in lead
+        _, _, data = Path("out/report.html").read_text(encoding="utf-8").partition("<h2>The data</h2>")
+        assert f"<dd>{name}</dd>" in data  # what is said of the data is of the same set
+        assert digest in data.partition("</section>")[0]
 
 
 def test_settings_that_differ_name_models_and_are_no_seeds(project):
@@ -432,5 +433,5 @@ def test_a_metric_of_a_user_is_in_every_table_and_figure_and_the_lower_one_wins_
     heading, first, _ = csv.reader(Path("out/leaderboard.csv").read_text(encoding="utf-8").splitlines())
     assert dict(zip(heading, first, strict=True))["area error"] == "30.075"
     text = Path("out/report.html").read_text(encoding="utf-8")
-    assert "By area error the best is uni · bilinear with 10.075: significantly better than 1 of 1 others" in text
+    assert "By area error the best is uni · bilinear (10.075, significantly better than 1 of 1 others)." in text
     assert {"area error", "error of the area"} <= set(ParsedPage(text).words)
