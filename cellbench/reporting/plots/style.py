@@ -133,7 +133,7 @@ def wrap_name(name: str) -> str:
     r"""A long name in two lines; a longer one loses its middle.
 
     >>> wrap_name("uni · fpn"), wrap_name("dinobloom-s · transposed-conv · epochs 20 · lr 0.001")
-    ('uni · fpn', 'dinobloom-s · transposed-conv · epochs 20\\n· lr 0.001')
+    ('uni · fpn', 'dinobloom-s · transposed-conv · epochs 20\n· lr 0.001')
     """
     lines = textwrap.wrap(name, NAME_CHARS)
     if len(lines) > 2:
