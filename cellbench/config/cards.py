@@ -42,7 +42,7 @@ class BackboneCard(Card):
     KIND = "backbones"
     # Where the weights come from is descriptive too: the fingerprint holds the hash of the file.
     DESCRIPTIVE: ClassVar[frozenset[str]] = Card.DESCRIPTIVE | {
-        "weights", "file", "revision", "sha256", "file_mib", "params_m", "gated", "page", "probe", "alternatives",
+        "weights", "file", "revision", "sha256", "file_mib", "params_m", "domain", "gated", "page", "probe", "alternatives",
     }  # fmt: skip
 
     weights: str
@@ -70,6 +70,8 @@ class BackboneCard(Card):
     """Mean of each colour channel that is subtracted from pixels in 0..1."""
     std: tuple[float, float, float]
     """Standard deviation by which they are then divided."""
+    domain: Literal["", "blood", "pathology", "natural-image"] = ""
+    """The images that it was trained on; empty: none, or not known."""
     gated: bool = False
     """Whether the download needs an account that has accepted the licence."""
     page: str = ""

@@ -74,6 +74,8 @@ class Experiment(StrictModel):
     """Baselines to compare with."""
     data: DataSpec = DataSpec()
     """How the images are split."""
+    tiles_per_epoch: int = Field(default=0, ge=0, le=10**6)
+    """Where ``crops_per_image`` is not set: about this many training tiles in an epoch, at least one of each image. 0: as ``crops_per_image`` says."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     """Lists of backbones, heads, seeds and any setting of ``[run]``: one run for each combination."""
     run: dict[str, Any] = Field(default_factory=dict)
@@ -82,6 +84,11 @@ class Experiment(StrictModel):
     """``[head.NAME]``: options and settings for the runs of this head only."""
     baseline: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """``[baseline.NAME]``: options and settings for the runs of this baseline only."""
+
+    @property
+    def may_choose_crops(self) -> bool:
+        """Whether ``crops_per_image`` is still to be chosen from the number of training images."""
+        return self.tiles_per_epoch > 0 and "crops_per_image" not in self.run and "crops_per_image" not in self.grid
 
     @property
     def may_choose_folds(self) -> bool:

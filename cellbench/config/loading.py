@@ -66,11 +66,12 @@ def read_experiment(
     return experiment, request.resolved
 
 
-def changed_experiment(text: str, change: str, where: str) -> tuple[Experiment, str]:
-    """The experiment of ``text``, as :func:`read_experiment` returns it, with one more change. Raises CellbenchError."""
+def changed_experiment(text: str, changes: Sequence[str], where: str) -> tuple[Experiment, str]:
+    """The experiment of ``text``, as :func:`read_experiment` returns it, with more changes. Raises CellbenchError."""
     tree = tomllib.loads(text)
-    _change(tree, change)
-    request = GridRequest(path=Path(where), text=text, tree=tree, changes=(f"--set {shlex.quote(change)}",))
+    for change in changes:
+        _change(tree, change)
+    request = GridRequest(path=Path(where), text=text, tree=tree, changes=tuple(f"--set {shlex.quote(change)}" for change in changes))
     return Experiment.of(tree, where), request.resolved
 
 

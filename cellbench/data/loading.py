@@ -36,12 +36,27 @@ def open_folds(experiment: Experiment, registry: Registry, data: Path | None) ->
     return [_opened(card, listing, spec.model_copy(update={"fold": fold})) for fold in range(max(spec.folds, 1))]
 
 
-def auto_folds(experiment: Experiment, registry: Registry, data: Path | None) -> tuple[int, str]:
-    """The number of folds that an experiment with ``auto_folds`` gets on this data, and a sentence about it; 0 and "" for one split."""
-    if not experiment.may_choose_folds:
-        return 0, ""
-    _, listing = _usable(registry.dataset(experiment.dataset), data, experiment.data)
-    return choose_folds(listing.root, listing.parts, experiment.data)
+def settings_for_data(experiment: Experiment, registry: Registry, data: Path | None) -> list[tuple[str, str]]:
+    """The settings that an experiment leaves to its data, ``KEY=VALUE``, each with a sentence: the number of folds, the crops of an image."""
+    if not (experiment.may_choose_folds or experiment.may_choose_crops):
+        return []
+    spec = experiment.data
+    _, listing = _usable(registry.dataset(experiment.dataset), data, spec)
+    num, num_test = sum(map(len, listing.parts.values())), len(listing.parts.get("test", ()))
+    out = []
+    if experiment.may_choose_folds:
+        num_folds, why = choose_folds(listing.root, listing.parts, spec)
+        if num_folds:
+            spec = spec.model_copy(update={"folds": num_folds})
+            out.append((f"data.folds={num_folds}", why))
+    if experiment.may_choose_crops:
+        share = 1 - 1 / spec.folds if spec.folds else (1 - num_test / max(num, 1)) if num_test else 1 - spec.test_fraction
+        num_train = max(1, round(num * share * (1 - spec.val_fraction)))
+        num_train = min(num_train, spec.limit or num_train)
+        crops = max(1, round(experiment.tiles_per_epoch / num_train))
+        why = f"crops_per_image = {crops}: about {crops * num_train} training tiles in an epoch, from about {num_train} images."
+        out.append((f"run.crops_per_image={crops}", why))
+    return out
 
 
 def open_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec) -> Dataset:

@@ -18,7 +18,7 @@ from cellbench.config.loading import changed_experiment, read_experiment
 from cellbench.config.options import GridOptions
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import SPLITS, Dataset
-from cellbench.data.loading import auto_folds, open_folds
+from cellbench.data.loading import open_folds, settings_for_data
 from cellbench.execution import ray_cluster, ray_grid
 from cellbench.execution.artifacts import pool_folds
 from cellbench.execution.grid import Executor, InProcessExecutor, run_all
@@ -59,10 +59,10 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
     resources = Resources.of(options, elsewhere=options.on is not None and not options.dry_run)
     registry, machine = resources.registry, resources.machine
     experiment, text = read_experiment(options.file if tree is None else tree, options.changes, options.data, options.limit, registry)
-    num_folds, why = auto_folds(experiment, registry, options.data)
-    if num_folds:
-        say(why)
-        experiment, text = changed_experiment(text, f"data.folds={num_folds}", options.file)
+    if chosen := settings_for_data(experiment, registry, options.data):
+        for _, why in chosen:
+            say(why)
+        experiment, text = changed_experiment(text, [change for change, _ in chosen], options.file)
     datasets = open_folds(experiment, registry, options.data)
     for line in dict.fromkeys(line for dataset in datasets for line in dataset.notes):
         say(line)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from cellbench.config.registry import Registry
 from cellbench.reporting.collect import ExperimentResults
 from cellbench.reporting.leaderboard import LeaderboardRow
 from cellbench.reporting.learning_curves import LearningCurve
@@ -160,14 +161,32 @@ def _by_note(differences: Sequence[Difference]) -> dict[str, list[str]]:
 
 
 def describe_missing(results: ExperimentResults) -> list[str]:
-    """The models without a result, and why, in one sentence."""
+    """The models without a result, and why, in one sentence, which begins with the kinds of backbones that are not compared at all."""
     reasons: dict[str, list[str]] = {}
     for name, reason in (results.skipped | results.failed).items():
-        reasons.setdefault(reason, []).append(SEED_OR_FOLD.sub("", name))
+        backbone = name.split(" · ")[0]
+        of_backbone = reason.startswith(f"{backbone}: ")  # such as missing weights, whatever the head
+        model = backbone if of_backbone else SEED_OR_FOLD.sub("", name)
+        reasons.setdefault(_first_sentence(reason.removeprefix(f"{backbone}: ")), []).append(model)
     if not reasons:
         return []
-    parts = [f"{_list(list(dict.fromkeys(names)), 3)} ({_first_sentence(reason)})" for reason, names in reasons.items()]
-    return [f"Not compared: {_list(parts, 2)}."]
+    parts = [f"{_list(list(dict.fromkeys(names)), 3)} ({reason})" for reason, names in reasons.items()]
+    kinds = missing_domains(results)
+    start = f"No {' or '.join(kinds)} model was compared; without a result" if kinds else "Not compared"
+    return [f"{start}: {_list(parts, 2)}."]
+
+
+def missing_domains(results: ExperimentResults) -> list[str]:
+    """The domains of shipped backbones that were asked for and of which none has a result: ``blood``, ``pathology``, ``natural-image``."""
+    registry = Registry()
+    known = registry.names("backbones")
+
+    def domains(names: Iterable[str]) -> list[str]:
+        backbones = dict.fromkeys(name.split(" · ")[0] for name in names)
+        return [domain for one in backbones if one in known and (domain := registry.backbone(one).domain)]
+
+    compared = domains(model.name for model in results.sets[0].models)
+    return [one for one in dict.fromkeys(domains(results.skipped | results.failed)) if one not in compared]
 
 
 def _first_sentence(text: str) -> str:

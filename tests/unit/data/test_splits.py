@@ -12,7 +12,7 @@ from PIL import Image
 
 from cellbench.config.experiment import DataSpec
 from cellbench.data.dataset import Sample
-from cellbench.data.splits import Splits, split_of
+from cellbench.data.splits import Splits, choose_folds, split_of
 from cellbench.data.stratify import allocate
 from cellbench.errors import CellbenchError
 
@@ -54,6 +54,36 @@ def test_folds_take_the_test_folder_in(tmp_path: Path) -> None:
     assert {name for fold in folds for name in names(fold.test)} == names(pool(12)) | names(test)
     folds = [split(tmp_path / "same", pool(12), pool(1), folds=5, fold=k) for k in range(5)]
     assert {name for fold in folds for name in names(fold.test)} == names(pool(12)) | {"test__p0_0.png"}
+
+
+# The number of folds that few images get
+
+
+@pytest.mark.parametrize(
+    ("num", "num_test", "group", "expected"),
+    [
+        (11, 3, None, 5),
+        (100, 0, None, 5),  # 20 would be tested
+        (150, 0, None, 0),
+        (100, 30, None, 0),
+        (12, 0, lambda i: f"patient {i % 4}", 4),
+        (12, 0, lambda i: f"patient {i % 2}", 0),  # none would be left to validate on
+        (2, 0, None, 0),
+    ],
+)
+def test_fewer_than_30_test_images_are_tested_in_folds(tmp_path: Path, num: int, num_test: int, group, expected: int) -> None:
+    fields = {"group": group} if group else {}
+    test = tuple(Sample(name=f"t{i}.png", image=Path(f"t{i}.png"), mask=Path("m.png")) for i in range(num_test))
+    num_folds, why = choose_folds(tmp_path, {"train": pool(num, **fields), "test": test}, DataSpec())
+    assert num_folds == expected
+    assert why == "" if not expected else f"all {num + num_test} are tested instead, each once, in {expected} folds" in why
+    for fold in range(expected):
+        assert split(tmp_path, pool(num, **fields), test, folds=expected, fold=fold).val
+
+
+def test_a_users_own_split_of_few_images_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["p0_0"], "val": ["p0_1"], "test": ["p0_2"]}))
+    assert choose_folds(tmp_path, {"train": pool(9)}, DataSpec()) == (0, "")
 
 
 @pytest.mark.parametrize("settings", [{}, {"folds": 4, "fold": 1}, {"test_fraction": 0.4, "val_fraction": 0.3}])

@@ -13,7 +13,7 @@ from made_up_scores import degenerate_scores, scores
 from cellbench.reporting.collect import ExperimentResults
 from cellbench.reporting.leaderboard import leaderboard_rows
 from cellbench.reporting.model_groups import FinishedRun, group_models
-from cellbench.reporting.verdict import conclude, describe_best, describe_difference, describe_pairs, format_p, list_notes
+from cellbench.reporting.verdict import conclude, describe_best, describe_difference, describe_missing, describe_pairs, format_p, list_notes
 from cellbench.statistics.comparison import compare, compare_all
 from cellbench.tracking.schema import RunRecord
 
@@ -138,6 +138,17 @@ def test_the_verdict_has_at_most_five_lines_and_nothing_is_lost():
     assert verdict.lines[2] == "Not compared: uni · fpn (uni is gated)."
     assert len(verdict.lines) == 5
     assert {*list_notes(results, rows), *describe_pairs(here.differences_to_best())} <= {*verdict.lines, *verdict.more}
+
+
+def test_kinds_of_backbones_without_any_result_are_named_with_the_reason():
+    reason = "its weights are not on this machine. Log in"
+    skipped = {
+        f"{name} · {head} · seed 0": f"{name}: {reason}" for name in ("dinobloom-s", "uni", "dinov2-small") for head in ("fpn", "detail")
+    }
+    results = ExperimentResults(experiment="e", sets=(compared(0.9, 0.8),), skipped=skipped)
+    assert describe_missing(results) == [
+        "No blood or natural-image model was compared; without a result: dinobloom-s, uni, dinov2-small (its weights are not on this machine)."
+    ]  # the models compared are of UNI, a pathology model
 
 
 def test_of_models_with_equal_scores_the_verdict_names_the_first_of_the_leaderboard():
