@@ -82,6 +82,7 @@ class Prediction:
 
     @property
     def num_cells(self) -> int:
+        """Number of single cells."""
         return self.cells.num
 
     @property
