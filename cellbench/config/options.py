@@ -75,7 +75,7 @@ class TrainingOptions(ComputeOptions, WeightsOptions, RegistryOptions, SettingOp
 class InferenceOptions(ComputeOptions, WeightsOptions, RegistryOptions):
     """A trained run, and where it computes."""
 
-    run: str = argument("best, best:EXPERIMENT, a run's name, an MLflow run id or an exported folder", metavar="RUN")
+    run: str = argument("best, best:EXPERIMENT, a model as in the leaderboard, a run's name or id, or an exported folder", metavar="RUN")
 
 
 # --- one record a command -------------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class PredictOptions(InferenceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(InferenceOptions):
-    data: Path | None = option("a folder of images and masks with the classes of the run", metavar="DIR")
+    data: Path | None = option("a folder of images and masks with the classes of the run (default: its own data set)", metavar="DIR")
     visualize: int = option("also write error maps of the N worst images", 0, metavar="N")
 
 

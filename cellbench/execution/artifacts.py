@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import tomli_w
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cellbench import system_load
 from cellbench.config.experiment import Experiment
@@ -155,7 +155,8 @@ def write_artifacts(
         (folder / "preparation.json").write_text(json.dumps(result.preparation.to_dict()), encoding="utf-8")
     (folder / "figures").mkdir()
     if result.trainer is not None:
-        save_file({key: x.contiguous() for key, x in result.trainer.best_weights.items()}, folder / "head.safetensors")
+        # safetensors' own function writes files that only their owner may read.
+        (folder / "head.safetensors").write_bytes(save({key: x.contiguous() for key, x in result.trainer.best_weights.items()}))
         style.save_figure(run_plots.plot_curves(result.trainer.history, result.trainer.best_epoch), folder / "figures" / "curves.png")
     evaluation = result.evaluation
     pooled = pixel_scores(evaluation.counts.sum(0))

@@ -29,6 +29,11 @@ def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Regi
     Raises CellbenchError, also if the classes differ from those of the run.
     """
     card = registry.dataset(experiment.dataset)
+    if folder is None and not card.draw:
+        if not Path(trained.data_folder).exists() or not trained.data_folder:
+            place = f"the run's own data, {trained.data_folder}, is not there any more" if trained.data_folder else "no data is recorded"
+            raise CellbenchError(f"'{trained.name}': {place}. Give --data DIR.")
+        folder = Path(trained.data_folder)
     if folder is not None and card.draw:
         card = registry.dataset("folder")
     spec = experiment.data if card.draw or not experiment.data.draw else experiment.data.model_copy(update={"draw": {}})

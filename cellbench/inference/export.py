@@ -11,7 +11,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from cellbench.config.base import checked
 from cellbench.config.cards import BackboneCard, Card
@@ -73,7 +73,7 @@ def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights:
         if copied is not None and card is not None:
             shutil.copyfile(copied, folder / f"{card.id}{copied.suffix}")
         if trained.weights:
-            save_file({name: x.contiguous() for name, x in trained.weights.items()}, folder / HEAD)
+            write_atomic(folder / HEAD, save({name: x.contiguous() for name, x in trained.weights.items()}))
     facts = {
         "format": FORMAT,
         "name": trained.name,

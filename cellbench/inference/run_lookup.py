@@ -1,9 +1,12 @@
-"""Finds a run in MLflow by a run id, a run's name, ``best`` or ``best:EXPERIMENT``, and reads it."""
+"""Finds a run in MLflow by a run id, the name of a run or model, ``best`` or ``best:EXPERIMENT``, and reads it."""
 
 from __future__ import annotations
 
 import json
+import re
 import tomllib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -30,8 +33,10 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
     """The run that ``asked`` names, its experiment, and how it was chosen among several, in words.
 
     ``best`` is the best model in the report of the experiment with the newest finished run, ``best:EXPERIMENT`` that of a named one: on the
-    newest complete test set, and of the model's seeds and folds the one with the best validation Dice. Of several runs of one name, the newest
-    finished one is used. Runs on a part of the data (``--limit``) rank after those on all data. Raises CellbenchError.
+    newest complete test set, and of the model's seeds and folds the one with the best validation Dice. A model of a leaderboard is named as there,
+    or by some of its words where no other model has them; a run by its own name. Separators do not matter: ``uni · fpn``, ``uni fpn`` and
+    ``uni/fpn`` are one name. Of several runs of one name, the newest finished one is used. Runs on a part of the data (``--limit``) rank after
+    those on all data. Raises CellbenchError.
     """
     sqlite_store.require_store()
     if asked == "best" or asked.startswith("best:"):
@@ -53,19 +58,62 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
     if (name := experiment_of(asked)) is not None:
         tracker = Tracker(name, make=False)
         return tracker, next(run for run in tracker.stored() if run.run_id == asked), ""
-    found, names = [], set()
+    found, names, trackers = [], set(), []
     for name in all_experiments():
         tracker = Tracker(name, make=False)
-        for run in tracker.stored():
-            if run.fingerprint and not run.is_parent:
-                names.add(run.name)
-                if to_nfc(run.name) == to_nfc(asked):
-                    found.append((run.status == "finished", LIMIT not in run.tags, run.start_s, tracker, run))
+        runs = [run for run in tracker.stored() if run.fingerprint and not run.is_parent]
+        names.update(run.tags.get("model", run.name) for run in runs if run.status == "finished")
+        found += [
+            (run.status == "finished", LIMIT not in run.tags, run.start_s, tracker, run) for run in runs if words(run.name) == words(asked)
+        ]
+        if any(run.status == "finished" for run in runs):
+            trackers.append(tracker)
+    if not found and (model := _find_model(asked, trackers)) is not None:
+        return model
     if not found:
-        raise unknown_name("run", asked, sorted(names)[:12])
+        if asked in all_experiments():
+            raise CellbenchError(f"'{asked}' is an experiment. Its best model is best:{asked}.")
+        raise unknown_name("model or run", asked, names, all_with="cellbench ui")
     *_, tracker, run = max(found, key=lambda one: one[:3])
     whole = " on all data" if any(LIMIT in one.tags for *_, one in found) and LIMIT not in run.tags else ""
     return tracker, run, f"{len(found)} runs have this name; this is the newest finished one{whole}." if len(found) > 1 else ""
+
+
+def words(name: str) -> list[str]:
+    """The words of a name, whatever separates them.
+
+    >>> words("ViT-tiny · detail · seed 0") == words("vit-tiny/detail/seed 0")
+    True
+    """
+    return re.split(r"[\s·/,|]+", to_nfc(name).casefold().removesuffix("(baseline)").strip())
+
+
+def _find_model(asked: str, trackers: Sequence[Tracker]) -> tuple[Tracker, RunRecord, str] | None:
+    """The best run of the model that ``asked`` names in a leaderboard, newest whole test set first; None where there is none.
+
+    Raises CellbenchError where several models have these words.
+    """
+    wanted = words(asked)
+    exact, partial = [], []
+    for tracker in trackers:
+        for here in collect_runs([tracker]).sets:
+            for model in here.models:
+                one, own = (not here.limit, here.last_s, tracker, model), words(model.name)
+                if own == wanted:
+                    exact.append(one)
+                elif set(wanted) <= set(own):
+                    partial.append(one)
+    found = exact or partial
+    names = sorted({model.name for *_, model in found})
+    if not found:
+        return None
+    if len(names) > 1:
+        raise CellbenchError(f"'{asked}' may be {', '.join(names[:8])}{', …' if len(names) > 8 else ''}. Name one of these {len(names)}.")
+    *_, tracker, model = max(found, key=lambda one: one[:2])
+    notes = [f"'{names[0]}' was trained {len(found)} times; this is the newest."] if len(found) > 1 else []
+    if len(model.runs) > 1:
+        notes.append(f"Of its {len(model.runs)} runs the one with the best validation Dice is used.")
+    return tracker, model.chosen.record, " ".join(notes)
 
 
 def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: str = "") -> TrainedRun:
@@ -93,6 +141,7 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
     learns = run.baseline is None or registry.baseline(run.baseline).trained
     if data is None and learns:
         raise CellbenchError(f"'{stored.name}': its head.safetensors is missing in MLflow, and there is no model without it. Run it again.")
+    source = tracker.data_source(stored)
     return TrainedRun(
         name=stored.name,
         run=run,
@@ -107,15 +156,18 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         run_id=stored.run_id,
         experiment=tracker.name,
         config=config,
-        data=_data(stored, results),
+        data=_data(stored, results, source),
+        data_folder=source,
         chosen=chosen,
     )
 
 
-def _data(stored: RunRecord, results: dict[str, Any]) -> str:
+def _data(stored: RunRecord, results: dict[str, Any], source: str) -> str:
+    name = stored.params.get("dataset", "?")
+    name = f"'{Path(source).name}'" if name == "folder" and source else name
     counted = describe_sizes(results.get("num_images", {})) or f"{len(results['images'])} test images"
     fold = f", fold {results['fold']} of {results['num_folds']}" if "fold" in results else ""
-    return f"{stored.params.get('dataset', '?')}, {counted}{fold}{describe_limit(stored.tags.get(LIMIT, ''))}"
+    return f"{name}, {counted}{fold}{describe_limit(stored.tags.get(LIMIT, ''))}"
 
 
 def load_tensors(data: bytes, name: str) -> dict[str, Any]:

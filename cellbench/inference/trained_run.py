@@ -40,13 +40,18 @@ class TrainedRun:
     """An experiment file that repeats the run."""
     data: str = ""
     """Its training, validation and test data, in words."""
+    data_folder: str = ""
+    """Where its data lay when it was trained."""
     chosen: str = ""
     """How it was chosen among several runs, in words."""
 
     @property
     def origin(self) -> list[str]:
-        """The run's identity, its data and how it was chosen, in sentences."""
+        """The run, its experiment and data and how it was chosen, in sentences."""
         if not self.run_id:
             return []
-        data = f": {self.data}" if self.data else ""
-        return [f"{self.name} is run {self.run_id} of '{self.experiment}'{data}.", *([self.chosen] if self.chosen else [])]
+        data = f", on {self.data}" if self.data else ""
+        return [
+            f"Model: {self.name}, of the experiment '{self.experiment}'{data} (run {self.run_id[:8]}).",
+            *([self.chosen] if self.chosen else []),
+        ]

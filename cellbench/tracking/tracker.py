@@ -159,6 +159,12 @@ class Tracker:
         except Exception as error:  # each storage backend has its own exceptions
             raise to_error(error, self.mlflow.get_tracking_uri()) from error
 
+    def data_source(self, run: RunRecord) -> str:
+        """Where the data of a run lay when it was trained; empty where that was not logged."""
+        inputs = self.client.get_run(run.run_id).inputs
+        sources = [json.loads(one.dataset.source).get("uri", "") for one in (inputs.dataset_inputs if inputs else [])]
+        return str(sources[0]) if sources else ""
+
     def flush(self) -> None:
         """Waits until everything is sent to a server that was unavailable. Raises CellbenchError."""
         self.client.flush()

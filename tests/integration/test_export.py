@@ -34,6 +34,9 @@ def test_the_folder_works_without_mlflow_and_is_refused_when_damaged(
     folder = tmp_path / "it"
     assert export(folder) == 0
     assert export(folder) == 2  # not over what is there
+    (Path("plain")).touch()  # every file may be read by whoever may read other new files
+    heads = [*folder.glob("*"), *Path("mlruns").rglob("head.safetensors")]
+    assert {path.stat().st_mode for path in heads if path.is_file()} == {Path("plain").stat().st_mode}
     of_run = Segmenter.load(MODEL, device="cpu")
     assert Segmenter.load(folder, device="cpu").trained.separation == of_run.trained.separation
     found = of_run.predict(IMAGE)

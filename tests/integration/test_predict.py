@@ -199,7 +199,7 @@ def test_invalid_options_are_one_line_errors(there: Path, tmp_path: Path, capsys
     assert "is the folder of" in refused(MODEL, f"{images}/t0.png", "--out", images)
     assert "no such file" in refused(MODEL, "nowhere", "--out", tmp_path / "out")
     assert "Did you mean" in refused(MODEL.replace("detail", "detial"), images, "--out", tmp_path / "out")
-    assert "no run called" in refused("0" * 32, images, "--out", tmp_path / "out")
+    assert "no model or run called" in refused("0" * 32, images, "--out", tmp_path / "out")
     assert "no experiment called" in refused("best:nothing", images, "--out", tmp_path / "out")
     assert "the parent of other runs" in refused(_parent(there), images, "--out", tmp_path / "out")
     Image.fromarray(discs(1)[1]).save(tmp_path / "t0.png")

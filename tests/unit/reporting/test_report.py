@@ -16,6 +16,7 @@ import pytest
 from finished_runs import EXPERIMENT, IMAGES, log_finished_run, per_image_scores
 
 from cellbench.config.run import RunSpec
+from cellbench.errors import CellbenchError
 from cellbench.execution.artifacts import round_metric
 from cellbench.inference import run_lookup
 from cellbench.metrics import catalog
@@ -435,3 +436,22 @@ def test_a_metric_of_a_user_is_in_every_table_and_figure_and_the_lower_one_wins_
     text = Path("out/report.html").read_text(encoding="utf-8")
     assert "By area error the best is uni · bilinear (10.075, significantly better than 1 of 1 others)." in text
     assert {"area error", "error of the area"} <= set(ParsedPage(text).words)
+
+
+@pytest.mark.slow
+def test_a_model_is_found_by_its_name_in_the_table_whatever_separates_its_words(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(None)
+    tracker = Tracker("tiny")
+    ids = {}
+    for spec in (RunSpec(backbone="uni", head="fpn"), RunSpec(backbone="uni", head="detail", seed=1), RunSpec(baseline="otsu")):
+        ids[spec.model] = log_finished_run(tracker, spec, per_image_scores(0.9, spec.seed))
+    for asked in ("uni · detail", "uni detail", "uni/detail", "UNI,detail", "detail", "uni · detail · seed 1", "uni/detail/seed 1"):
+        assert run_lookup.find_run(asked)[1].run_id == ids["uni · detail"], asked
+    assert run_lookup.find_run("otsu (baseline)")[1].run_id == run_lookup.find_run("otsu")[1].run_id == ids["otsu"]
+    with pytest.raises(CellbenchError, match=r"^'uni' may be uni · detail, uni · fpn\. Name one of these 2\.$"):
+        run_lookup.find_run("uni")
+    with pytest.raises(CellbenchError, match=r"^'tiny' is an experiment\. Its best model is best:tiny\.$"):
+        run_lookup.find_run("tiny")
+    with pytest.raises(CellbenchError, match="no model or run called 'unet'"):
+        run_lookup.find_run("unet")
