@@ -56,10 +56,9 @@ class FrozenBackbone:
         if self.module is None:
             return {}
         start, start_cpu = time.perf_counter(), time.thread_time()
-        num = len(pixels_BCTT)
-        if num < self.chunk:
-            # Always the same shape: kernels depend on the shape and may round differently (measured with bf16).
-            pixels_BCTT = torch.cat([pixels_BCTT, pixels_BCTT.new_zeros(self.chunk - num, *pixels_BCTT.shape[1:])])
+        num, step = len(pixels_BCTT), min(self.chunk, self.machine.batch_step)
+        if missing := -num % step:
+            pixels_BCTT = torch.cat([pixels_BCTT, pixels_BCTT.new_zeros(missing, *pixels_BCTT.shape[1:])])
         with self.machine.autocast():
             if self.unfreeze:
                 maps, tokens_BND = self.module.until(pixels_BCTT, self.indices, self._end)

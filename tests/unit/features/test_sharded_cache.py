@@ -92,9 +92,9 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
     computed = []
     whole = Features._batch
 
-    def batch(self, kept, one, pixels):
-        computed.append(kept.get(one.rows, self.backbone.keys) is None)
-        return whole(self, kept, one, pixels)
+    def batch(self, kept, rows, tiles):
+        computed.append(kept.get(rows, self.backbone.keys) is None)
+        return whole(self, kept, rows, tiles)
 
     monkeypatch.setattr(Features, "_batch", batch)
     assert main([*QUESTION, *KEPT, "--cache", f"{folder / 'cache'}:256M"]) == 0
