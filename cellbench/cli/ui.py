@@ -26,7 +26,9 @@ def ui(options: UiOptions) -> int:
     """Serves the store of this folder on the loopback address until Ctrl-C. Raises CellbenchError if there is no store to serve."""
     uri = sqlite_store.store_uri()
     if uri.startswith(("http:", "https:", "databricks")):
-        raise CellbenchError(f"MLFLOW_TRACKING_URI is the server {uri}: open that in a browser. `ui` serves the store of a folder.")
+        raise CellbenchError(
+            f"MLFLOW_TRACKING_URI is the server {uri}: `grid` prints the address of its leaderboard there. `ui` serves the store of a folder."
+        )
     sqlite_store.require_store()
     for line in relocate.fix_artifact_paths():
         say(line)
@@ -72,9 +74,10 @@ def _serve(server: subprocess.Popen[bytes], port: int) -> int:
         if time.monotonic() > deadline:
             raise CellbenchError(f"MLflow's UI did not answer at {address} within {PATIENCE_S} s.")
         time.sleep(0.2)
-    say(f"{address}  (this machine only; Ctrl-C ends it)")
-    for name, number in relocate.experiment_names():
-        say(f"  {name}: {address}/#/experiments/{number}/runs?{ui_view.QUERY}")
+    found = relocate.experiment_names()
+    say(f"MLflow's UI runs at {address} for this machine only, until Ctrl-C." + (" Leaderboards:" if found else ""))
+    for name, number in found:
+        say(f"  {name}: {ui_view.leaderboard_address(address, number)}")
     assert server.stdout is not None
     for _ in server.stdout:  # read the output, or the server would block when the pipe is full
         pass

@@ -159,6 +159,6 @@ def _report(plan: ExperimentPlan, tracker: Tracker, parent: Run, outcome: Outcom
     parent.log({"grid/finished": len(ids), "grid/skipped": len(outcome.skipped), "grid/failed": len(outcome.failed)})
     if outcome.skipped or outcome.failed or outcome.busy:
         say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} in another process.")
-    say(f"everything is in MLflow: `cellbench ui` or `mlflow ui` here, experiment '{tracker.name}'; its parent run has report.html.")
+    say(f"everything is in MLflow, report.html at the parent run; {tracker.where_to_look()}")
     if outcome.failed:
         parent.end("failed", f"{len(outcome.failed)} runs failed")

@@ -195,7 +195,14 @@ class Tracker:
     def describe(self, markdown: str, columns: Sequence[str], search: str = "") -> None:
         """Sets the experiment's description in MLflow's UI, and its view: metrics as ``columns``, runs filtered by ``search``."""
         self.client.set_experiment_tag(self.experiment_id, NOTE, markdown)
-        self.client.set_experiment_tag(self.experiment_id, ui_view.TAG, ui_view.leaderboard_view_url(columns, search))
+        self.client.set_experiment_tag(self.experiment_id, ui_view.TAG, ui_view.leaderboard_view(columns, search))
+
+    def where_to_look(self) -> str:
+        """How to open the experiment's leaderboard in MLflow's UI; an address stands last, so that it can be clicked."""
+        uri = self.mlflow.get_tracking_uri()
+        if uri.startswith(("http:", "https:")):
+            return f"experiment '{self.name}': {ui_view.leaderboard_address(uri, self.experiment_id)}"
+        return f"experiment '{self.name}': `cellbench ui` here prints the address of its leaderboard"
 
     @contextlib.contextmanager
     def run(

@@ -15,8 +15,6 @@ from cellbench.escaping import escape_markdown
 from cellbench.tracking.schema import EVALUATED, LIMIT, VIEW
 
 TAG = f"mlflow.sharedViewState.{VIEW}"
-QUERY = f"viewStateShareKey={VIEW}&workflowType=machine_learning"
-"""URL query that opens the view. Without the second part, the UI may show its menus for language models."""
 PARAMS = ("backbone", "head", "seed")
 """Columns after the metrics."""
 FILTER = f"tags.`{EVALUATED}` IS NULL"
@@ -27,8 +25,13 @@ COMPARED, TRAINING = "Side by side", "Training curves"
 CURVES = ("val/dice", "val/loss", "train/loss")
 
 
-def leaderboard_view_url(metrics: Sequence[str], search: str = "") -> str:
-    """The tag's value. ``metrics``: the first sorts; five leave room for the params on a laptop's screen. ``search``: added to ``FILTER``."""
+def leaderboard_address(server: str, experiment_id: str) -> str:
+    """The address of the view on a server. From MLflow's start page a click on an experiment shows traces of language models instead."""
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
+
+
+def leaderboard_view(metrics: Sequence[str], search: str = "") -> str:
+    """The tag's value. ``metrics``: the first sorts and stands first; five leave room for the params on a laptop's screen. ``search``: added to ``FILTER``."""
     columns = [*(f"metrics.`{name}`" for name in metrics), *(f"params.`{name}`" for name in PARAMS)]
     state: dict[str, Any] = {
         "searchFilter": " AND ".join(part for part in (FILTER, search) if part),
@@ -39,6 +42,8 @@ def leaderboard_view_url(metrics: Sequence[str], search: str = "") -> str:
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": columns,
+        "columnOrder": ["attributes.`Run Name`", *columns, "duration", "runDateAndNestInfo"],
+        "columnWidths": {"attributes.`Run Name`": 215, "runDateAndNestInfo": 145, **dict.fromkeys(columns[: len(metrics)], 118)},
         "runsExpanded": {},
         "runsPinned": [],
         "runsHidden": [],
