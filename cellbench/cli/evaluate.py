@@ -123,7 +123,8 @@ def _write_artifacts(tested: _Tested, folder: Path) -> None:
     pixels = ImageCache(dataset, "test", 2**28)
     plain = tested.experiment.model_copy(update={"data": DataSpec()})
     run = tested.trained.run.model_copy(update={"fold": 0})
-    artifacts.write_artifacts(folder, tested.name, run, plain, [dataset], pixels, result)
+    artifacts.write_artifacts(folder, run, plain, [dataset], result)
+    artifacts.write_pictures(folder, {name: draw() for name, draw in artifacts.pictures(tested.name, dataset, pixels, result).items()})
     if tested.seen is not None:
         names = {
             part: [sample.name for sample, one in zip(dataset.test, tested.seen, strict=True) if one == part] for part in seen_images.PARTS

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cellbench.config.experiment import Experiment
 from cellbench.config.run import RunSpec
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.image_cache import ImageCache
+from cellbench.data.io.images import thumbnail
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import num_used_images
 from cellbench.escaping import escape_markdown
@@ -28,6 +29,7 @@ from cellbench.metrics.boundary import TOLERANCE_PX
 from cellbench.metrics.instance import COUNTS, SCORES, describe_outcomes
 from cellbench.metrics.instances import MIN_AREA_NUMBERED_PX, MIN_AREA_PX
 from cellbench.metrics.pixel import count_empty_images, named_scores, nan_mean, per_image_scores, pixel_scores
+from cellbench.reporting.plots.pictures import draw_curves, draw_example, draw_scores
 from cellbench.statistics.bootstrap import ROUGH_BELOW, mean_interval, unit_labels
 from cellbench.tracking import ui_view
 from cellbench.tracking.schema import NOTE, SEEN, TABLES
@@ -44,11 +46,6 @@ class EvaluationResult:
     trainer: HeadTrainer | None = None
     preparation: Preparation | None = None
     """The preprocessing of every image; None for a baseline that reads the raw image."""
-
-
-def import_plotting() -> None:
-    """Imports the plotting modules. This takes a second, so a grid without new runs skips it."""
-    importlib.import_module("cellbench.reporting.plots.run")
 
 
 def final_metrics(dataset: Dataset, result: EvaluationResult) -> dict[str, float]:
@@ -120,25 +117,18 @@ def round_metric(name: str, value: float) -> float:
 
 def write_artifacts(
     folder: Path,
-    name: str,
     run: RunSpec,
     experiment: Experiment,
     datasets: Sequence[Dataset],
-    pixels: ImageCache,
     result: EvaluationResult,
     seen: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the artifacts of an evaluated run to a folder.
+    """Writes the artifacts of an evaluated run to a folder, apart from its :func:`pictures`.
 
-    They are ``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json``, ``head.safetensors`` and
-    ``figures/*.png``.
+    They are ``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json`` and ``head.safetensors``.
 
     ``datasets``: one, or one per fold. ``seen``: content of ``seen_images.json``, which describes the training images.
     """
-    from cellbench.reporting.plots import run as run_plots
-    from cellbench.reporting.plots import style
-    from cellbench.reporting.plots.example import draw_example
-
     if seen is not None:
         (folder / SEEN).write_text(json.dumps(seen), encoding="utf-8")
     dataset = datasets[run.fold]
@@ -153,30 +143,42 @@ def write_artifacts(
     (folder / TABLE).write_text(json.dumps(per_image_table(record), allow_nan=False), encoding="utf-8")
     if result.preparation is not None:
         (folder / "preparation.json").write_text(json.dumps(result.preparation.to_dict()), encoding="utf-8")
-    (folder / "figures").mkdir()
     if result.trainer is not None:
         # safetensors' own function writes files that only their owner may read.
         (folder / "head.safetensors").write_bytes(save({key: x.contiguous() for key, x in result.trainer.best_weights.items()}))
-        style.save_figure(run_plots.plot_curves(result.trainer.history, result.trainer.best_epoch), folder / "figures" / "curves.png")
+
+
+def pictures(name: str, dataset: Dataset, pixels: ImageCache, result: EvaluationResult) -> dict[str, partial[bytes]]:
+    """The pictures of an evaluated run by file name: calls that draw a PNG, also in another process."""
+    drawings: dict[str, partial[bytes]] = {}
+    if result.trainer is not None:
+        drawings["figures/curves.png"] = partial(draw_curves, result.trainer.history, result.trainer.best_epoch)
     evaluation = result.evaluation
     pooled = pixel_scores(evaluation.counts.sum(0))
     by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
-    style.save_figure(
-        run_plots.plot_scores(
-            name,
-            evaluation.per_image(),
-            by_class,
-            evaluation.calibration(),
-            resampling_units(dataset),
-            [one for one in evaluation.own_metrics if not one.unit],
-        ),
-        folder / "figures" / "scores.png",
+    own = [one for one in evaluation.own_metrics if not one.unit]
+    drawings["figures/scores.png"] = partial(
+        draw_scores,
+        name,
+        evaluation.per_image(),
+        by_class,
+        evaluation.calibration(),
+        resampling_units(dataset),
+        catalog.from_record(catalog.to_record(own)),  # another process has no code of the user's
     )
     for which, case in evaluation.examples.cases.items():
         picture, truth = pixels[case.image]
         cells = describe_outcomes(asdict(evaluation.agreements[case.image]))
         title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, {case.score}\n{cells}"
-        (folder / "figures" / f"{which}.png").write_bytes(draw_example(picture, truth, case.classes, case.cell, title))
+        drawings[f"figures/{which}.png"] = partial(draw_example, thumbnail(picture), thumbnail(truth), case.classes, case.cell, title)
+    return drawings
+
+
+def write_pictures(folder: Path, drawn: Mapping[str, bytes]) -> None:
+    """Writes PNGs by file name."""
+    for name, png in drawn.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(png)
 
 
 def pool_folds(datasets: Sequence[Dataset]) -> str:

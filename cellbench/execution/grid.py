@@ -53,5 +53,6 @@ def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | No
     for reason in sorted(set(out.skipped.values())):
         names = [name for name, why in out.skipped.items() if why == reason]
         runner.say(f"skipped {len(names)} runs ({names[0]}, …): {reason}" if len(names) > 1 else f"skipped {names[0]}: {reason}")
-    (executor or InProcessExecutor()).run(runner, group_cohorts(todo), out)
+    with runner:
+        (executor or InProcessExecutor()).run(runner, group_cohorts(todo), out)
     return out

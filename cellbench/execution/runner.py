@@ -11,12 +11,15 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cellbench.background import BackgroundCalls
 from cellbench.config.cards import HeadCard
 from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry, load
@@ -36,7 +39,7 @@ from cellbench.execution.run_logger import RunLogger, TrialCallback
 from cellbench.features.extractor import CachePolicy, Features, non_finite_reason
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.remote_cache import RemoteCache, shared_url
-from cellbench.hardware import Hardware, is_out_of_memory, peak_memory_mib, release_memory
+from cellbench.hardware import Hardware, is_out_of_memory, num_cores, peak_memory_mib, release_memory
 from cellbench.metrics import catalog
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.models.backbones.base import Backbone
@@ -79,6 +82,13 @@ class ActiveRun:
 
     resolved: ResolvedRun
     run: Run
+    evaluated: bool = False
+    """Whether its results are complete and about to be logged."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to compute."""
+        return self.evaluated or bool(self.run.ended)
 
     @property
     def name(self) -> str:
@@ -115,7 +125,25 @@ class Runner:
         self._backbone: tuple[str, Backbone] | None = None
         self._shared = RemoteCache(url, self.say) if (url := shared_url()) else None
         self._own_metrics = catalog.own_metrics(self.registry)
+        self._drawing: BackgroundCalls | None = None
+        self._logging: ThreadPoolExecutor | None = None
+        self._under_way: list[Future[None]] = []
         self._select(self.datasets[0])
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Waits until all evaluated runs are logged."""
+        try:
+            self.settle()
+        except Exception:
+            if kind is None:  # else the first error matters
+                raise
+        finally:
+            if self._drawing is not None:
+                self._drawing.close()
+                self._drawing = None
 
     def _select(self, dataset: Dataset) -> None:
         """Sets the dataset of the next cohort."""
@@ -193,7 +221,7 @@ class Runner:
         return active
 
     def _fail(self, one: ActiveRun, reason: str, out: Outcome) -> None:
-        if not one.run.ended:
+        if not one.ended:
             one.run.end("failed", reason)
             checkpoints.delete_checkpoint(one.checkpoint)
             out.failed[one.name] = reason
@@ -202,43 +230,66 @@ class Runner:
     @staticmethod
     def _skip(active: Sequence[ActiveRun], reason: str, out: Outcome) -> None:
         for one in active:
-            if not one.run.ended:
+            if not one.ended:
                 one.run.end("skipped", reason)
                 out.skipped[one.name] = reason
 
     def _finish(self, one: ActiveRun, result: EvaluationResult, out: Outcome, trained_on: Sequence[int] = ()) -> None:
-        """Logs the evaluation of a run; writes the status ``finished`` last. ``trained_on``: indices of the training images."""
-        with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
-            seen = seen_images.record_seen_images(self.dataset, trained_on)
-            artifacts.write_artifacts(
-                Path(folder), one.name, one.resolved.run, self.experiment, self.datasets, self._images["test"], result, seen
-            )
-            one.run.log_artifacts(Path(folder))
+        """Has the evaluation of a run logged in the background, once its pictures are drawn. ``trained_on``: indices of the training images."""
+        assert self._drawing is not None
+        folder, images = tempfile.TemporaryDirectory(prefix="cellbench-"), self._images["test"]
+        seen = seen_images.record_seen_images(self.dataset, trained_on)
+        artifacts.write_artifacts(Path(folder.name), one.resolved.run, self.experiment, self.datasets, result, seen)
+        drawings = artifacts.pictures(one.name, self.dataset, images, result)
+        drawn = {name: self._drawing.submit(drawing) for name, drawing in drawings.items()}
         metrics = artifacts.final_metrics(self.dataset, result)
         # At step 0, the UI's charts show a single value as a bar, at any other step as a dot. ``best/epoch`` holds the epoch.
         tags = artifacts.run_tags(one.name, metrics, self.machine.name, one.run.address("figures/worst.png"))
-        one.run.end("finished", metrics=metrics, tags=tags | {"cellbench.separation": result.evaluation.separation.description})
-        checkpoints.delete_checkpoint(one.checkpoint)
-        out.finished[one.name] = RunState(run_id=one.run.run_id, name=one.name, status="finished", metrics=metrics)
+        tags |= {"cellbench.separation": result.evaluation.separation.description}
+        one.evaluated = True
+        self._in_background(partial(_log, one, folder, drawn, metrics, tags, out))
+
+    def _in_background(self, call: Callable[[], None]) -> None:
+        """Calls in a thread, one after the other. :meth:`settle` waits and raises the first error."""
+        if self._logging is None:
+            self._logging = ThreadPoolExecutor(1, "logging")
+        self._under_way.append(self._logging.submit(call))
+
+    def settle(self) -> None:
+        """Waits until all evaluated runs are logged, and raises what went wrong."""
+        under_way, self._under_way = self._under_way, []
+        wait(under_way)
+        for job in under_way:
+            job.result()
 
     # --- one cohort ---------------------------------------------------------------------------------------------------------------
 
     def cohort(self, cohort: Sequence[ResolvedRun], title: str, out: Outcome) -> None:
-        """Executes the runs of one cohort and adds their results to ``out``."""
+        """Executes the runs of one cohort. Their results are in ``out`` after :meth:`settle`: the last are logged while the next cohort runs."""
         if (dataset := self.datasets[cohort[0].run.fold]) is not self.dataset:
             self._select(dataset)
+        num_earlier = len(self._under_way)
         with contextlib.ExitStack() as stack:
             active = self._claim(cohort, stack, out)
             if not active:
                 return
-            if self.watch is None:
-                artifacts.import_plotting()
+            if self.watch is None and self._drawing is None:
+                self._drawing = BackgroundCalls(min(4, num_cores()))
+                self._drawing.import_ahead("cellbench.reporting.plots.run")
             try:
                 self._within_memory(active, title, out)
+                for _ in range(num_earlier):  # no more than one cohort waits
+                    self._under_way.pop(0).result()
             except WeightsUnavailable as error:
                 self._skip(active, one_line(error), out)
                 more = f"{len(active)} runs ({active[0].name}, …)" if len(active) > 1 else active[0].name
                 self.say(f"skipped {more}: {one_line(error)}")
+            except BaseException:
+                with contextlib.suppress(Exception):  # the first error matters
+                    self.settle()  # else runs that are evaluated would count as interrupted
+                raise
+            if logged := list(self._under_way):
+                self._in_background(partial(_close, stack.pop_all(), logged))
         release_memory()
         out.num_new += len(active)
 
@@ -257,7 +308,7 @@ class Runner:
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    active = [one for one in active if not one.run.ended]
+                    active = [one for one in active if not one.ended]
                     if not active or self.machine.chunk == 1 or self.machine.halvings >= MAX_HALVINGS:
                         for one in active:
                             self._fail(one, f"out of memory: {one_line(error)}", out)
@@ -449,6 +500,30 @@ class Runner:
             }
             for _, trainer in trained
         ]
+
+
+def _log(
+    one: ActiveRun,
+    folder: tempfile.TemporaryDirectory[str],
+    drawn: dict[str, Future[bytes]],
+    metrics: dict[str, float],
+    tags: dict[str, str],
+    out: Outcome,
+) -> None:
+    """Logs an evaluated run, once its pictures are drawn; writes the status ``finished`` last."""
+    with folder:
+        artifacts.write_pictures(Path(folder.name), {name: picture.result() for name, picture in drawn.items()})
+        one.run.log_artifacts(Path(folder.name))
+    one.run.end("finished", metrics=metrics, tags=tags)
+    checkpoints.delete_checkpoint(one.checkpoint)
+    out.finished[one.name] = RunState(run_id=one.run.run_id, name=one.name, status="finished", metrics=metrics)
+
+
+def _close(opened: contextlib.ExitStack, logged: Sequence[Future[None]]) -> None:
+    """Closes the runs of a cohort. Where one could not be logged, it and those that are not ended have failed."""
+    with opened:
+        for job in logged:
+            job.result()
 
 
 def _load_metric(name: str, load: SystemLoad) -> dict[str, float]:

@@ -140,6 +140,7 @@ class CohortWorker:
         self._runner.machine = self._machine.smaller(halvings)
         out = Outcome()
         self._runner.cohort(self._resolved(fingerprints, title), title, out)
+        self._runner.settle()
         self._runner.tracker.flush()  # the driver reads the results from the store
         return out
 
