@@ -60,7 +60,7 @@ class BackgroundCalls:
             return function(*arguments)
         if error is not None:
             raise error
-        return result  # type: ignore[no-any-return]
+        return result
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

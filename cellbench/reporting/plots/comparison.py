@@ -172,7 +172,7 @@ def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray
         figure, axes = plt.subplots(figsize=(width, 0.36 * len(rows) + 1.3), layout="constrained")
         cells = axes.pcolormesh(np.ma.masked_invalid(values), cmap="cividis", vmin=start, vmax=stop, edgecolors="white", linewidth=1)
         if not narrow:
-            figure.colorbar(cells, ax=axes, label=f"test {metric}").outline.set_visible(False)  # type: ignore[operator]
+            figure.colorbar(cells, ax=axes, label=f"test {metric}").outline.set_visible(False)
         axes.set_facecolor("0.9")
         axes.invert_yaxis()
         axes.set_yticks(np.arange(len(rows)) + 0.5, [shorten(name, 16 if narrow else 30) for name in rows])
@@ -180,9 +180,10 @@ def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray
         axes.tick_params(axis="x", rotation=35 if narrow or len(columns) > 4 else 0)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
+        middle = (np.nanmin(values) + np.nanmax(values)) / 2
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
-                colour = "white" if cells.norm(value) < 0.5 else "black"
+                colour = "white" if value < middle else "black"
                 axes.text(x + 0.5, y + 0.5, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color=colour)
         row, column = divmod(int(np.nanargmax(values)), values.shape[1])
         axes.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=2, clip_on=False))

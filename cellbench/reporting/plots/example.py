@@ -40,13 +40,14 @@ def draw_example(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell
     zoom = max(1, SHOWN_PX // max(image.shape[:2]))
     errors = error_overlay(image, truth, classes)
     image, truth, classes, errors = (np.repeat(np.repeat(x, zoom, 0), zoom, 1) for x in (image, truth, classes, errors))
+    third: tuple[np.ndarray, str, Sequence[Key]]
     if cell is None:
         table = _viridis(int(classes.max(initial=1)) + 1)
         third = table[classes], "predicted classes (this method gives no probability)", []
     else:
         table = _viridis(256)
         third = table[np.repeat(np.repeat(cell, zoom, 0), zoom, 1)], "probability of a cell: 0", [("1", table)]
-    panels: list[tuple[np.ndarray, str, Sequence[Key]]] = [
+    panels = [
         (draw_outlines(image, np.where(truth == IGNORE, 0, truth)), "true outlines", [("", _bar(YELLOW))]),
         (draw_outlines(image, classes, CYAN), "predicted outlines", [("", _bar(CYAN))]),
         third,
