@@ -165,7 +165,7 @@ def _fold_class(table: Table) -> str:
         longest = max(map(len, cells))
         if k in table.sentence_columns or "words" in kind:
             longest = min(longest, 28)
-        width += 7.0 * max(longest, *(len(word) for word in (heading.split() or [""]))) + 17
+        width += max(8.0 * longest, *(9.0 * len(word) for word in heading.split())) + 16  # in wide letters, headings bold
     if width <= 360:
         return ""
     if width > PAGE_WIDTH_PX:

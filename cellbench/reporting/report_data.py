@@ -50,17 +50,22 @@ class Figure:
 
         figure = self.draw()
         caption, width_px = " ".join(part for part in (style.get_caption(figure), self.note) if part), round(96 * figure.get_figwidth())
-        svg = style.to_svg(figure)
+        picture = self._for_page(self.draw, figure)
         png = style.to_png(figure, style.SHARP_DPI, self.note)
-        narrow = b""
-        if self.draw_narrow is not None:
-            small = self.draw_narrow()
-            narrow = style.to_svg(small)
-            if len(narrow) > LARGE_SVG_BYTES:
-                style.set_caption(small)
-                narrow = min(narrow, style.to_png(small, style.SHARP_DPI), key=len)
-            style.plt.close(small)
-        return DrawnFigure(svg=svg, png=png, narrow=narrow, caption=caption, width_px=width_px)
+        narrow = self._for_page(self.draw_narrow, self.draw_narrow()) if self.draw_narrow is not None else b""
+        return DrawnFigure(picture=picture, png=png, narrow=narrow, caption=caption, width_px=width_px)
+
+    @staticmethod
+    def _for_page(draw: Callable[[], Drawing], figure: Drawing) -> bytes:
+        """SVG; where thousands of dots make it large, PNG if that is smaller."""
+        from cellbench.reporting.plots import style
+
+        svg = style.to_svg(figure)
+        if len(svg) <= LARGE_SVG_BYTES:
+            return svg
+        other = draw()
+        style.set_caption(other)  # the page shows it
+        return min(svg, style.to_png(other, style.SHARP_DPI), key=len)
 
     @property
     def on_page(self) -> DrawnFigure:
@@ -68,23 +73,19 @@ class Figure:
 
 
 LARGE_SVG_BYTES = 100_000
-"""A larger one, of thousands of dots, is a PNG in the page where that is smaller."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnFigure:
-    """A figure as SVG, as PNG with its caption, and, if it has a form for phones, as SVG or PNG for these; ``width_px``: its natural width."""
+    """A figure for the page as SVG or PNG; ``png``: for a file, with its caption inside."""
 
-    svg: bytes
-    png: bytes
+    picture: bytes
     narrow: bytes
+    """For a phone; empty: the page scales the other one."""
+    png: bytes
     caption: str
     width_px: int
-
-    @property
-    def picture(self) -> bytes:
-        """What the page embeds. A PNG repeats the caption inside, so it is used only in place of a large SVG."""
-        return self.svg if len(self.svg) <= LARGE_SVG_BYTES else min(self.svg, self.png, key=len)
+    """Its natural width."""
 
 
 @dataclass(frozen=True, kw_only=True)

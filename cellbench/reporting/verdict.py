@@ -163,7 +163,7 @@ def _by_note(differences: Sequence[Difference]) -> dict[str, list[str]]:
 def describe_missing(results: ExperimentResults) -> list[str]:
     """The models without a result, and why, in one sentence, which begins with the kinds of backbones that are not compared at all."""
     reasons: dict[str, list[str]] = {}
-    for name, reason in (results.skipped | results.failed).items():
+    for name, reason in {**results.skipped, **results.failed}.items():
         backbone = name.split(" · ")[0]
         of_backbone = reason.startswith(f"{backbone}: ")  # such as missing weights, whatever the head
         model = backbone if of_backbone else SEED_OR_FOLD.sub("", name)
@@ -186,7 +186,7 @@ def missing_domains(results: ExperimentResults) -> list[str]:
         return [domain for one in backbones if one in known and (domain := registry.backbone(one).domain)]
 
     compared = domains(model.name for model in results.sets[0].models)
-    return [one for one in dict.fromkeys(domains(results.skipped | results.failed)) if one not in compared]
+    return [one for one in dict.fromkeys(domains([*results.skipped, *results.failed])) if one not in compared]
 
 
 def _first_sentence(text: str) -> str:
@@ -344,8 +344,8 @@ def describe_absent_classes(here: TestSet) -> list[str]:
 
 def describe_busy_machine(rows: Sequence[LeaderboardRow]) -> list[str]:
     """A warning where other processes used much of the processor while costs were measured."""
-    busy = max((row.other_load_pct or 0.0 for row in rows), default=0.0) >= BUSY_PCT
-    return ["Note: " + _lower_first(describe_costs_load(rows))] if busy else []
+    busiest = max((row.other_load_pct or 0.0 for row in rows), default=0.0)
+    return [f"Note: costs were measured {describe_load(busiest)}: compare processor seconds."] if busiest >= BUSY_PCT else []
 
 
 def describe_costs_load(rows: Sequence[LeaderboardRow]) -> str:
@@ -385,7 +385,3 @@ def describe_learning_curves(curves: Sequence[LearningCurve]) -> list[str]:
 
 def _list(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

@@ -176,11 +176,11 @@ def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray
         axes.set_facecolor("0.9")
         axes.invert_yaxis()
         axes.set_yticks(np.arange(len(rows)) + 0.5, [shorten(name, 16 if narrow else 30) for name in rows])
-        axes.set_xticks(np.arange(len(columns)) + 0.5, [shorten(name, 22) for name in columns])
-        axes.tick_params(axis="x", rotation=35 if narrow or len(columns) > 4 else 0)
+        slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if narrow or len(columns) > 4 else {}
+        axes.set_xticks(np.arange(len(columns)) + 0.5, [shorten(name, 22) for name in columns], **slanted)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        middle = (np.nanmin(values) + np.nanmax(values)) / 2
+        middle = (start + stop) / 2
         for (y, x), value in np.ndenumerate(values):
             if not np.isnan(value):
                 colour = "white" if value < middle else "black"
@@ -227,7 +227,10 @@ def plot_pareto(lines: Sequence[PlotRow], costs: Mapping[str, Sequence[float]], 
             axes.set_axisbelow(True)
         for axes in panels[:, 0]:
             axes.set_ylabel(f"test {metric}, mean over images")
-        figure.legend(handles=_cost_legend(lines, colours, markers), loc="outside lower left", ncols=2 if narrow else 5, fontsize=8)
+        handles = _cost_legend(lines, colours, markers)
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        ncols = max(1, min(5, (55 if narrow else 135) // (longest + 7)))
+        figure.legend(handles=handles, loc="outside lower left", ncols=ncols, fontsize=8)
         shown = sorted(fronts) if len(lines) > MOST_NUMBERED else range(len(lines))
         set_caption(
             figure,
@@ -247,10 +250,9 @@ def _looks(lines: Sequence[PlotRow]) -> tuple[dict[str, tuple[float, float, floa
 
 
 def _cost_legend(lines: Sequence[PlotRow], colours: Mapping[str, tuple[float, float, float]], markers: Mapping[str, str]) -> list[Line2D]:
-    def mark(marker: str, colour: object, label: str) -> Line2D:
-        return Line2D(
-            [], [], linestyle="", marker=marker, color=colour, markerfacecolor="none" if colour == "0.25" else colour, label=label
-        )
+    def mark(marker: str, colour: str | tuple[float, float, float], label: str) -> Line2D:
+        fill = "none" if colour == "0.25" else colour
+        return Line2D([], [], linestyle="", marker=marker, color=colour, markerfacecolor=fill, label=label)
 
     trained = [line for line in lines if not line.baseline]
     handles = [mark("o", colour, f"backbone {shorten(name, 24)}") for name, colour in colours.items()]
@@ -281,7 +283,7 @@ def _cost_axis(axes: Axes, cost: np.ndarray) -> None:
 def _number_points(axes: Axes, cost: np.ndarray, score: np.ndarray, shown: Sequence[int]) -> None:
     """Writes the place of each point beside it, in the direction where no other point or number is near."""
     axes.get_xlim()  # settles the scale
-    to_px, px = axes.transData.transform, axes.get_figure().dpi / 72
+    to_px, px = axes.transData.transform, STYLE["figure.dpi"] / 72
     taken = [tuple(point) for point in to_px(np.column_stack([cost, np.nan_to_num(score, nan=score[~np.isnan(score)].min())]))]
     for k in shown:
         if np.isnan(score[k]):

@@ -108,11 +108,13 @@ def plot_critical_difference(ranking: CriticalDifference, metric: str = "Dice", 
     names, ranks = list(ranking.models), list(ranking.ranks)
     cliques = [(names.index(c[0]), names.index(c[-1])) for c in ranking.cliques]
     with plt.rc_context(STYLE):
-        figure, axes = rows_figure(names, narrow)
+        labels = [f"{shorten(name, 36)}  {rank:.2f}" for name, rank in zip(names, ranks, strict=True)] if narrow else names
+        figure, axes = rows_figure(labels, narrow)
         span = max(ranks) - min(ranks) or 1.0
         for y, rank in enumerate(ranks):
             axes.plot(rank, y, "o", color=BLUE, markersize=6.5, zorder=3)
-            note_at_right(axes, y, f"{rank:.2f}", narrow)
+            if not narrow:
+                note_at_right(axes, y, f"{rank:.2f}", narrow)
         step = 0.05 * span
         for k, (first, last) in enumerate(cliques):
             at = max(ranks) + (1.5 + k) * step

@@ -49,7 +49,7 @@ SHARP_DPI = 200
 """Of a PNG of a figure that compares models: two pixels for each that a page shows."""
 ROW_IN, NARROW_ROW_IN = 0.3, 0.46
 """Height of a model's row; on a phone its name stands above it."""
-NAME_CHARS = 42
+NAME_CHARS = 46
 GREY_TEXT = "0.35"
 BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 """Behind text that lines may cross."""
@@ -78,12 +78,13 @@ def to_png(figure: Drawing, dpi: float | None = None, note: str = "") -> bytes:
 
 
 def to_svg(figure: Drawing) -> bytes:
-    """As SVG, without the caption. The figure keeps its layout and stays open, for :func:`to_png`."""
+    """As SVG, without the caption; closes the figure, which keeps its layout for :func:`to_png`."""
     out = io.BytesIO()
     with plt.rc_context(STYLE):
         figure.savefig(out, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     if figure.get_layout_engine() is not None:
         figure.set_layout_engine("none")
+    plt.close(figure)
     return out.getvalue()
 
 
@@ -124,8 +125,9 @@ def name_rows(axes: Axes, names: Sequence[str], narrow: bool) -> None:
             )
         return
     axes.set_yticks(range(len(names)), [wrap_name(name) for name in names])
+    some_long = any(len(name) > NAME_CHARS for name in names)
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
-        label.set_fontsize(9 if len(name) <= NAME_CHARS else 7)
+        label.set_fontsize(7 if len(name) > NAME_CHARS else 8 if some_long else 9)
         label.set_linespacing(1.0)
 
 
@@ -133,12 +135,15 @@ def wrap_name(name: str) -> str:
     r"""A long name in two lines; a longer one loses its middle.
 
     >>> wrap_name("uni · fpn"), wrap_name("dinobloom-s · transposed-conv · epochs 20 · lr 0.001")
-    ('uni · fpn', 'dinobloom-s · transposed-conv · epochs 20\n· lr 0.001')
+    ('uni · fpn', 'dinobloom-s · transposed-conv · epochs 20 ·\nlr 0.001')
     """
-    lines = textwrap.wrap(name, NAME_CHARS)
-    if len(lines) > 2:
-        lines = textwrap.wrap(shorten(name, 2 * NAME_CHARS - 12), NAME_CHARS)[:2]
-    return "\n".join(lines)
+    lines = _lines(name)
+    return "\n".join(lines if len(lines) <= 2 else _lines(shorten(name, 2 * NAME_CHARS - 16))[:2])
+
+
+def _lines(name: str) -> list[str]:
+    parts = name.replace(" ", "\u00a0").replace("\u00a0·\u00a0", "\u00a0· ")  # breaks between settings only
+    return [line.replace("\u00a0", " ") for line in textwrap.wrap(parts, NAME_CHARS, break_on_hyphens=False)]
 
 
 def shorten(name: str, most: int) -> str:

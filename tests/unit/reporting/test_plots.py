@@ -46,30 +46,81 @@ def models(num, images=12, spread=0.01):
 
 def lines(num, **more):
     return [
-        PlotRow(model=m.model, baseline=k == num - 1, backbone=m.model.split(" ")[0], metrics={"Dice": mean_interval(m.per_image)})
+        PlotRow(
+            model=m.model,
+            baseline=k == num - 1,
+            backbone=m.model.split(" ")[0],
+            head="a-rather-long-head",
+            metrics={"Dice": mean_interval(m.per_image)},
+        )
         for k, m in enumerate(models(num, **more))
     ]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(("num", "images"), [(1, 1), (2, 40), (9, 2), (40, 12)])
-def test_pictures_of_few_and_many_models_on_few_and_many_images_are_whole(num, images):
+def test_pictures_of_few_and_many_models_on_few_and_many_images_are_whole(num, images, narrow):
     here = lines(num, images=images)
-    assert uncut(comparison_plots.plot_leaderboard(here))
-    assert uncut(comparison_plots.plot_distributions([line.model for line in here], [m.per_image for m in models(num, images)]))
+    assert uncut(comparison_plots.plot_leaderboard(here, narrow=narrow))
+    values = [m.per_image for m in models(num, images)]
+    assert uncut(comparison_plots.plot_distributions([line.model for line in here], values, narrow=narrow))
     costs = {"training, s": [0.0, *range(1, num)], "prediction, s an image": [0.1 * (k + 1) for k in range(num)]}
-    assert uncut(comparison_plots.plot_pareto(here, costs))
+    assert uncut(comparison_plots.plot_pareto(here, costs, narrow=narrow))
+
+
+def one_model_far_away():
+    here = lines(5)
+    far = Interval(mean=0.3, low=0.25, high=0.35, num=12)
+    return [*here, PlotRow(model="far away", baseline=False, backbone="b", head="h", metrics={"Dice": far})]
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_model_far_away_is_an_arrow_and_does_not_squeeze_the_axis(narrow):
+    figure = comparison_plots.plot_leaderboard(one_model_far_away(), narrow=narrow)
+    (axes,) = figure.axes
+    assert axes.get_xlim()[0] > 0.75
+    assert [line.get_marker() for line in axes.get_lines()].count("<") == 1
+    assert "Arrows: outside the range of the axis." in style.get_caption(figure)
+    assert any(text.get_text() == "0.3000" for text in axes.texts)
+
+
+def test_costs_tell_backbones_by_colour_and_heads_by_shape():
+    score = {"Dice": mean_interval(np.array([0.9, 0.91, 0.92]))}
+    pairs = [(backbone, head) for backbone in ("uni", "gpfm") for head in ("fpn", "detail")]
+    here = [PlotRow(model=f"{b} · {h}", baseline=False, backbone=b, head=h, metrics=score) for b, h in pairs]
+    figure = comparison_plots.plot_pareto(here, {"training, s": [1.0, 2.0, 3.0, 4.0]})
+    points = [(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines() if line.get_linestyle() == "None"]
+    assert len(points) == len(set(points)) == 4
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"backbone uni", "backbone gpfm", "head fpn", "head detail"}
+
+
+def test_the_leaderboard_draws_models_that_are_significantly_worse_open():
+    figure = comparison_plots.plot_leaderboard(lines(3), {lines(3)[1].model})
+    fills = [line.get_markerfacecolor() for line in figure.axes[0].get_lines() if line.get_marker() in "os"]
+    assert [fill == "white" for fill in fills] == [False, True, False]
+
+
+def test_a_picture_of_a_file_holds_its_caption_and_that_of_the_page_does_not():
+    figure = comparison_plots.plot_leaderboard(lines(3))
+    svg = style.to_svg(figure)
+    assert b"Mean Dice of each model" not in svg
+    assert b"backbone-0" in svg  # text is text
+    plain = comparison_plots.plot_leaderboard(lines(3))
+    style.set_caption(plain)
+    assert len(pixels(figure)) > len(pixels(plain)) + 10
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("num", [2, 20])
-def test_differences_and_ranks_are_whole(num):
+def test_differences_and_ranks_are_whole(num, narrow):
     found = compare_all(models(num), against=models(num)[0].model)
-    assert uncut(significance_plots.plot_pairs([m.model for m in models(num)], compare_all(models(num))))
-    assert uncut(significance_plots.plot_differences(found, models(num)[0].model))
+    assert uncut(significance_plots.plot_pairs([m.model for m in models(num)], compare_all(models(num)), narrow=narrow))
+    assert uncut(significance_plots.plot_differences(found, models(num)[0].model, narrow=narrow))
     if num > 2:
-        assert uncut(significance_plots.plot_critical_difference(critical_difference(models(num))))
-        assert uncut(significance_plots.plot_critical_difference(critical_difference(models(num, spread=0))))
+        assert uncut(significance_plots.plot_critical_difference(critical_difference(models(num)), narrow=narrow))
+        assert uncut(significance_plots.plot_critical_difference(critical_difference(models(num, spread=0)), narrow=narrow))
 
 
 def test_equal_scores_and_missing_intervals_are_drawn():
