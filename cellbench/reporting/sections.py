@@ -254,11 +254,15 @@ class _TestSetReport:
         images = self.results.examples.get(run.record.run_id, {})
         fold = f", fold {run.fold}" if run.fold is not None else ""
         of = f"of {model.name}, seed {run.seed}{fold}"
-        num = f"{len(run.per_image['images'])} test image{'s' * (len(run.per_image['images']) != 1)}"
+        num = len(run.per_image["images"])
+        sizes = {"worst": len(self.here.images)}  # of all folds
         captions = {"scores": f"Scores {of}.", "curves": f"Training {of}."}
         return [
             StoredImage(
-                name=name, png=images[name], photo=name not in captions, caption=captions.get(name, f"The {name} of the {num} {of}.")
+                name=name,
+                png=images[name],
+                photo=name not in captions,
+                caption=captions.get(name, f"The {name} of {sizes.get(name, num)} test image{'s' * (sizes.get(name, num) != 1)} {of}."),
             )
             for name in names
             if name in images

@@ -7,6 +7,7 @@ are squares. A few values far away from the rest are arrows at the edge, so that
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -176,7 +177,7 @@ def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray
         axes.set_facecolor("0.9")
         axes.invert_yaxis()
         axes.set_yticks(np.arange(len(rows)) + 0.5, [shorten(name, 16 if narrow else 30) for name in rows])
-        slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if narrow or len(columns) > 4 else {}
+        slanted: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if narrow or len(columns) > 4 else {}
         axes.set_xticks(np.arange(len(columns)) + 0.5, [shorten(name, 22) for name in columns], **slanted)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)

@@ -36,6 +36,13 @@ def test_the_folds_of_a_seed_are_one_row_over_all_images():
     assert [IMAGES.index(image) % 4 for image in here.images] == list(best.folds)
 
 
+def test_the_pictures_of_a_model_are_of_the_fold_that_tested_the_worst_image():
+    ((here,), _) = group_models([fold_of("fpn", 0.9, fold, seed) for seed in (0, 1) for fold in range(4)])
+    worst = here.images[int(here.best.scores().values[0].argmin())]
+    assert worst in here.best.example_run.per_image["images"]
+    assert here.best.example_run.seed == 0
+
+
 def test_pooled_scores_over_folds_come_from_all_counts_and_not_from_a_mean_of_folds():
     runs = [fold_of("fpn", 0.9, fold) for fold in range(4)]
     ((model,),) = [here.models for here in group_models(runs)[0]]
