@@ -39,6 +39,7 @@ autodoc_preserve_defaults = True
 
 html_theme = "furo"
 html_title = f"cellbench {release}"
+html_copy_source = False
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
 smartquotes = False  # --on is an option, and no dash
