@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 
 from cellbench.metrics import catalog
+from cellbench.metrics.instance import COUNTS, describe_outcomes
 from cellbench.metrics.pixel import nan_mean
 from cellbench.reporting import provenance
 from cellbench.reporting.collect import EXAMPLE_FIGURES, ExperimentResults
@@ -24,7 +25,7 @@ from cellbench.reporting.leaderboard import (
     outcome_rows,
 )
 from cellbench.reporting.learning_curves import LearningCurve, learning_curves
-from cellbench.reporting.model_groups import ModelGroup, TestSet, plot_rows
+from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, plot_rows
 from cellbench.reporting.plots import comparison, significance
 from cellbench.reporting.plots.style import Drawing
 from cellbench.reporting.render import PLACE
@@ -262,7 +263,7 @@ class _TestSetReport:
                 name=name,
                 png=images[name],
                 photo=name not in captions,
-                caption=captions.get(name, f"The {name} of {sizes.get(name, num)} test image{'s' * (sizes.get(name, num) != 1)} {of}."),
+                caption=captions.get(name) or f"The {name} of {_num_images(sizes.get(name, num))} {of}{_example_facts(run, name)}.",
             )
             for name in names
             if name in images
@@ -275,6 +276,21 @@ class _TestSetReport:
             "pairs": [_difference_row(d, self.here.num_folds > 1) for d in self.here.differences()],
         }
         return [self.table(name, rows) for name, rows in tables.items() if rows]
+
+
+def _num_images(num: int) -> str:
+    return f"{num} test image{'s' * (num != 1)}"
+
+
+def _example_facts(run: FinishedRun, which: str) -> str:
+    """Name and score of the worst or best image of a run, and its cells: in letters that a phone shows, unlike those in the picture."""
+    dice = np.array(run.per_image["dice"], np.float64)
+    if which not in ("worst", "best") or np.isnan(dice).all():
+        return ""
+    k = int(np.nanargmin(dice) if which == "worst" else np.nanargmax(dice))
+    counts = {name: run.per_image[name][k] for name in COUNTS if name in run.per_image}
+    cells = f"; {describe_outcomes(counts)}" if len(counts) == len(COUNTS) else ""
+    return f": {run.per_image['images'][k]}, Dice {dice[k]:.3f}{cells}"
 
 
 def _backbones_by_heads(here: TestSet) -> tuple[list[str], list[str], np.ndarray] | None:
