@@ -180,7 +180,7 @@ def _table(registry: Registry, folder: Path | None, deep: bool) -> int:
 
 
 def _lines(rows: list[Row]) -> Iterator[str]:
-    """The table, fitted to the terminal's width. Only the last two columns are shortened, but never the URL of a page to accept a licence."""
+    """The table, fitted to the terminal's width. Only the last two columns are shortened, but never what is to be typed or opened."""
     head = Row(name="backbone", here="here and now", mib="MiB", hash="hash", license="licence", where="file, or page to get it from")
     lines = [(it.name, it.here, it.mib, it.hash, _cut(it.license, 20)) for it in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
@@ -191,7 +191,7 @@ def _lines(rows: list[Row]) -> Iterator[str]:
             yield ""
         last = it
         parts = [text.rjust(width) if i == 2 else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths, strict=True))]
-        yield "  ".join([*parts, it.where if it.here == "gated" else _cut(it.where, room, 12)]).rstrip()
+        yield "  ".join([*parts, it.where if it.here in ("gated", "not installed") else _cut(it.where, room, 12)]).rstrip()
 
 
 def _cut(text: str, room: int, begin: int | None = None) -> str:
