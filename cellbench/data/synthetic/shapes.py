@@ -269,7 +269,7 @@ class Slide:
         fine, coarse = cropped(rng, self.fine, at), cropped(rng, self.coarse, at)
         rim = 1 + 0.35 * np.exp(-np.maximum(body.depth, 0) / (0.07 * size))
         plasm = body.cover(1.3 * self.soft_px) * rim * (1 + kind.granules * np.tanh(fine) + 0.08 * coarse)
-        self.absorb(at, plasm * rng.uniform(0.85, 1.2), kind.plasm * self.white_stain)
+        self.absorb(at, plasm * rng.uniform(0.85, 1.2), np.array(kind.plasm) * self.white_stain)
         chromatin = 0.88 + 0.2 * np.tanh(1.4 * coarse) + 0.1 * fine - 0.12 * np.exp(-np.maximum(nucleus.depth, 0) / (0.05 * size))
         within = np.clip((body.depth - 0.03 * size) / (2 * self.soft_px), 0, 1)  # a nucleus never leaves its cell
         self.absorb(at, nucleus.cover(1.3 * self.soft_px) * within * chromatin * rng.uniform(0.85, 1.1), NUCLEUS * self.white_stain)
