@@ -42,6 +42,7 @@ def set_environment() -> None:
 def prepare_process() -> None:
     """Prepares the process; the command line calls it first."""
     set_environment()
+    os.environ.setdefault("MPLBACKEND", "Agg")  # Optuna draws with pyplot, which would look for a window system
     # Importing torch and MLflow creates so many objects that garbage collection at Python's own threshold, 2,000, took a fifth of that time.
     gc.set_threshold(100_000, 20, 100)
     # At exit nothing needs to be searched for garbage: 1.5 s, with torch and MLflow loaded.

@@ -317,6 +317,9 @@ class Results:
         return Segmenter.load(chosen.chosen.record.run_id, **where)
 
     def __repr__(self) -> str:
+        return f"<Results '{self.experiment}' on {self.data}: {len(self.models)} models, best {self.best}>"
+
+    def __str__(self) -> str:
         rows = [format_row(row, self._here.own_metrics) for row in leaderboard_rows(self._here)]
         return f"{self.experiment}, on {self.data}\n\n{format_table(rows)}\n\n{self.verdict()}"
 

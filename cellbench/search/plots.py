@@ -99,7 +99,10 @@ def _render(make: Callable[[], Any], size_inches: tuple[float, float], layout: L
         figure = (made.flat[0] if hasattr(made, "flat") else made).figure
         figure.set_size_inches(*size_inches)
         figure.set_layout_engine(layout)  # "none" where a constrained layout fails, as for parallel coordinates
-        return to_png(figure)
+        try:
+            return to_png(figure)
+        finally:
+            plt.close(figure)
 
 
 def trials_table(trials: Sequence[CompletedTrial], space: Space) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
 from cellbench.reporting.model_groups import PlotRow
@@ -36,6 +37,7 @@ from cellbench.reporting.plots.style import (
     set_caption,
     set_range,
     shorten,
+    subplots,
     upper_end,
     wrap_name,
 )
@@ -59,7 +61,7 @@ def plot_leaderboard(lines: Sequence[PlotRow], worse: Collection[str] = (), metr
     """Each model's mean over the test images with its 95 % interval, best on top. ``worse``: models significantly worse than the best, drawn open."""
     lines, left_out = first_that_fit(lines, MOST_LEADING)
     means = [line.metrics[metric] for line in lines]
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = rows_figure([line.model for line in lines], narrow)
         outside = set_range(axes, means)
         for y, (line, one) in enumerate(zip(lines, means, strict=True)):
@@ -87,11 +89,11 @@ def plot_metrics(lines: Sequence[PlotRow], narrow: bool = False) -> Figure:
     """Several metrics, one panel each, with the models in the same order."""
     lines, left_out = first_that_fit(lines, MOST)
     names = [name for name in lines[0].metrics if all(name in line.metrics for line in lines)]
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         num_columns = min(len(names), 2) if narrow else len(names)
         num_rows = -(-len(names) // num_columns)
         size = (NARROW_IN if narrow else WIDTH_IN, (0.24 * len(lines) + 0.7) * num_rows + 0.2)
-        figure, panels = plt.subplots(num_rows, num_columns, figsize=size, sharey=True, layout="constrained", squeeze=False)
+        figure, panels = subplots(num_rows, num_columns, figsize=size, sharey=True, layout="constrained", squeeze=False)
         outside = ""
         for axes, name in zip(panels.flat, names, strict=False):
             outside = set_range(axes, [line.metrics[name] for line in lines], 0.12) or outside
@@ -128,7 +130,7 @@ def plot_distributions(names: Sequence[str], values: Sequence[np.ndarray], metri
     names, left_out = first_that_fit(names, MOST)
     values = [np.asarray(one)[~np.isnan(one)] for one in values[: len(names)]]  # images without any cell have no score
     every = np.concatenate([*values, []])
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = rows_figure(names, narrow)
         if len(every):
             low, high = np.quantile(every, [0.1, 0.9])
@@ -167,10 +169,10 @@ def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray
     rows, left_out = first_that_fit(rows, MOST_HEATED)
     values = values[: len(rows)]
     start, stop = axis_range([(one, one, one) for one in values[~np.isnan(values)].tolist()])
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         width = NARROW_IN if narrow else min(WIDTH_IN, 2.6 + 1.15 * len(columns))
         digits = 2 if width / (len(columns) + 2) < 0.75 else 4
-        figure, axes = plt.subplots(figsize=(width, 0.36 * len(rows) + 1.3), layout="constrained")
+        figure, axes = subplots(figsize=(width, 0.36 * len(rows) + 1.3), layout="constrained")
         cells = axes.pcolormesh(np.ma.masked_invalid(values), cmap="cividis", vmin=start, vmax=stop, edgecolors="white", linewidth=1)
         if not narrow:
             figure.colorbar(cells, ax=axes, label=f"test {metric}").outline.set_visible(False)
@@ -187,7 +189,7 @@ def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray
                 colour = "white" if value < middle else "black"
                 axes.text(x + 0.5, y + 0.5, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color=colour)
         row, column = divmod(int(np.nanargmax(values)), values.shape[1])
-        axes.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=2, clip_on=False))
+        axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=2, clip_on=False))
         missing = "Empty: not run." if np.isnan(values).any() else ""
         set_caption(figure, f"Mean {metric} over images and seeds, backbones by heads. Framed: the best.", missing, left_out)
     return figure
@@ -195,10 +197,10 @@ def plot_heatmap(rows: Sequence[str], columns: Sequence[str], values: np.ndarray
 
 def plot_pareto(lines: Sequence[PlotRow], costs: Mapping[str, Sequence[float]], metric: str = "Dice", narrow: bool = False) -> Figure:
     """Score against cost, one panel per cost (lower is better): a colour for each backbone, a shape for each head, the Pareto front as a line."""
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         shape = (len(costs), 1) if narrow else (1, len(costs))
         size = (NARROW_IN, 3.1 * len(costs) + 1.3) if narrow else (WIDTH_IN, 4.7)
-        figure, panels = plt.subplots(*shape, figsize=size, sharey=True, layout="constrained", squeeze=False)
+        figure, panels = subplots(*shape, figsize=size, sharey=True, layout="constrained", squeeze=False)
         colours, markers = _looks(lines)
         score = np.array([line.metrics[metric].mean for line in lines])
         low, high = axis_range([(one, one, one) for one in score.tolist()])
@@ -303,9 +305,9 @@ def plot_learning_curves(
     """Score by the number (or share) of training images, one line a model with its 95 % intervals; the axis is logarithmic."""
     names, left_out = first_that_fit(names, MOST_CURVES)
     curves = curves[: len(names)]
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         size = (NARROW_IN, 3.2 + 0.2 * len(names)) if narrow else (WIDTH_IN, 4 + 0.1 * len(names))
-        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        figure, axes = subplots(figsize=size, layout="constrained")
         for k, (name, points) in enumerate(zip(names, curves, strict=True)):
             # Side by side, or intervals hide each other.
             x = np.array([one for one, _ in points], float) * 1.02 ** (k - (len(names) - 1) / 2)
@@ -341,8 +343,8 @@ def plot_speeds(facts: Mapping[str, float]) -> Figure:
     ]
     heads = [(name[5:-12], value) for name, value in facts.items() if name.startswith("head_")]
     parts = [("bare forward", facts["bare_tiles_per_s"]), ("feature pass", facts["pass_tiles_per_s"]), *heads]
-    with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure, (left, right) = subplots(1, 2, figsize=(9.5, 3), layout="constrained")
         colours = PALETTE
         seconds = [facts[key] for _, key in ways]
         left.barh(range(len(ways)), seconds, color=[colours[7]] * 3 + [colours[0]] * 2)

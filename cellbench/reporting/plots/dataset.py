@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from cellbench.data.audit.image_statistics import ImageStatistics
 from cellbench.data.io.images import brightened, thumbnail
 from cellbench.metrics.pixel import IGNORE
-from cellbench.reporting.plots.style import PALETTE, STYLE
+from cellbench.reporting.plots.style import PALETTE, STYLE, subplots
 
 MOST_SAMPLES = 6
 
@@ -34,9 +34,9 @@ def plot_samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: S
     """Images (H, W, 3) uint8 in the upper row, their class maps (H, W) below; (name, image, classes) each. No ``classes``: images alone."""
     pairs = pairs[:MOST_SAMPLES]
     rows = 2 if classes else 1
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         size = (min(11, 2.8 * len(pairs)), 2.3 * rows)
-        figure, panels = plt.subplots(rows, len(pairs), figsize=size, layout="constrained", squeeze=False)
+        figure, panels = subplots(rows, len(pairs), figsize=size, layout="constrained", squeeze=False)
         for column, (name, image, mask) in enumerate(pairs):
             shown, times = brightened(thumbnail(image))
             _show(panels[0][column], shown)
@@ -53,8 +53,8 @@ def plot_samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: S
 def plot_statistics(images: Sequence[ImageStatistics]) -> Figure:
     """Share of cell pixels, cells per image, diameters, and the mean colours of cells and background, one point an image."""
     diameters = np.concatenate([one.diameters_px for one in images]) if images else np.zeros(0)
-    with plt.rc_context(STYLE):
-        figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(9, 5.4), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure, ((a, b), (c, d)) = subplots(2, 2, figsize=(9, 5.4), layout="constrained")
         _histogram(a, [100 * one.cell_share for one in images], "cell pixels, % of an image", "images")
         _histogram(b, [one.num_cells for one in images], "cells in an image", "images")
         _histogram(c, diameters, "diameter of a cell, px (not cut by the border)", "cells")
@@ -81,8 +81,8 @@ def plot_feature_maps(
     """
     columns = 1 + max(len(panels) for panels in rows.values())
     height, width = image.shape[:2]
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(
+    with matplotlib.rc_context(STYLE):
+        figure, grid = subplots(
             len(rows),
             columns,
             figsize=(2.9 * columns, 2.75 * height / width * len(rows) + 0.3 * len(rows) + 0.3),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,15 +15,15 @@ from matplotlib.figure import Figure
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import expected_calibration_error
 from cellbench.metrics.catalog import Metric
-from cellbench.reporting.plots.style import PALETTE, STYLE, describe_intervals, draw_span
+from cellbench.reporting.plots.style import PALETTE, STYLE, describe_intervals, draw_span, subplots
 from cellbench.statistics.bootstrap import mean_interval
 
 
 def plot_curves(history: list[dict[str, float]], best_epoch: int) -> Figure:
     """Training and validation loss, and validation Dice, over epochs, the best epoch marked."""
     epochs = np.arange(1, len(history) + 1)
-    with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure, (left, right) = subplots(1, 2, figsize=(8, 3), layout="constrained")
         colours = PALETTE
         marker = "o" if len(history) < 25 else None
         for name, label, colour, line in (("train/loss", "training", colours[0], "-"), ("val/loss", "validation", colours[1], "--")):
@@ -63,8 +63,8 @@ def plot_scores(
     ``each``: scores of each image by metric, (N,); ``pooled``: the overlap scores over all pixels, by class name; ``units``: the group of each
     image, over which the intervals are; ``own``: metrics of a user among ``each``.
     """
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure, axes = subplots(2, 2, figsize=(9, 6.6), layout="constrained")
         _metrics(axes[0, 0], each, units, own)
         _classes(axes[0, 1], pooled)
         _distribution(axes[1, 0], each["dice"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from cellbench.reporting.plots.comparison import BLUE, MOST
@@ -24,6 +25,7 @@ from cellbench.reporting.plots.style import (
     set_caption,
     set_range,
     shorten,
+    subplots,
 )
 from cellbench.reporting.verdict import format_p
 from cellbench.statistics.bootstrap import negate
@@ -40,7 +42,7 @@ def plot_differences(differences: Sequence[Difference], best: str, metric: str =
     order = sorted(differences, key=lambda d: abs(d.interval.mean))
     order, left_out = first_that_fit(order, MOST)
     each = [(d.interval, d.a) if d.b == best else (negate(d.interval), d.b) for d in order]
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = rows_figure([name for _, name in each], narrow)
         outside = set_range(axes, [one for one, _ in each], include=(0.0,))
         axes.axvline(0, color="0.2", linewidth=1, zorder=1)
@@ -71,21 +73,21 @@ def plot_pairs(names: Sequence[str], differences: Sequence[Difference], metric: 
     names, left_out = first_that_fit(names, MOST_PAIRED_NARROW if narrow else MOST_PAIRED)
     place = {name: k for k, name in enumerate(names)}
     num = len(names)
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         width = NARROW_IN if narrow else min(WIDTH_IN, max(5.5, 3.4 + 0.5 * num))
-        figure, axes = plt.subplots(figsize=(width, 0.32 * num + 0.8), layout="constrained")
+        figure, axes = subplots(figsize=(width, 0.32 * num + 0.8), layout="constrained")
         for d in differences:
             if d.a not in place or d.b not in place:
                 continue
             for row, column, value in ((place[d.a], place[d.b], d.interval.mean), (place[d.b], place[d.a], -d.interval.mean)):
                 # The weight of the number repeats what the fill says, for grey.
                 fill = "white" if d.better is None else LIGHT_BLUE if d.better == names[row] else LIGHT_ORANGE
-                axes.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=fill, edgecolor="0.85", linewidth=0.8))
+                axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=fill, edgecolor="0.85", linewidth=0.8))
                 look: dict[str, Any] = {"color": "0.35"} if d.better is None else {"weight": "bold"}
                 text = f"{value:+.3f}".replace("0.", ".") if abs(value) >= 0.0005 else "0"
                 axes.text(column, row, text, ha="center", va="center", fontsize=7.5, **look)
         for k in range(num):
-            axes.add_patch(plt.Rectangle((k - 0.5, k - 0.5), 1, 1, facecolor="0.93", edgecolor="0.85", linewidth=0.8))
+            axes.add_patch(Rectangle((k - 0.5, k - 0.5), 1, 1, facecolor="0.93", edgecolor="0.85", linewidth=0.8))
         axes.set_xlim(-0.5, num - 0.5)
         axes.set_ylim(num - 0.5, -0.5)
         numbers = [str(k + 1) for k in range(num)]
@@ -107,7 +109,7 @@ def plot_critical_difference(ranking: CriticalDifference, metric: str = "Dice", 
     """Mean ranks, one model a row, and bars beside the models whose ranks do not differ significantly (Nemenyi's test; Demsar 2006)."""
     names, ranks = list(ranking.models), list(ranking.ranks)
     cliques = [(names.index(c[0]), names.index(c[-1])) for c in ranking.cliques]
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         labels = [f"{shorten(name, 36)}  {rank:.2f}" for name, rank in zip(names, ranks, strict=True)] if narrow else names
         figure, axes = rows_figure(labels, narrow)
         span = max(ranks) - min(ranks) or 1.0

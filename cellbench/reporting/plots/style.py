@@ -7,18 +7,12 @@ is its caption: the page shows it below the figure, a PNG has it inside.
 from __future__ import annotations
 
 import io
-import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import matplotlib
-
-if "matplotlib.pyplot" not in sys.modules:  # a notebook that draws keeps its own backend
-    matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -55,13 +49,24 @@ BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 """Behind text that lines may cross."""
 
 
+def subplots(
+    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], layout: Literal["constrained"] | None = None, **grid: Any
+) -> tuple[Drawing, Any]:
+    """A figure and its axes, with the arguments of pyplot's function of that name.
+
+    pyplot would choose a backend for the whole process, in which a user may draw too, and would keep the figure until it is closed.
+    """
+    figure = Drawing(figsize=figsize, layout=layout)
+    return figure, figure.subplots(rows, columns, **grid)
+
+
 def save_figure(figure: Drawing, path: Path) -> None:
-    """As PNG; closes the figure."""
+    """As PNG."""
     path.write_bytes(to_png(figure))
 
 
 def to_png(figure: Drawing, dpi: float | None = None, note: str = "") -> bytes:
-    """As the bytes of a PNG, with its caption and a note below; closes the figure."""
+    """As the bytes of a PNG, with its caption and a note below."""
     if caption := " ".join(part for part in (get_caption(figure), note) if part):
         if figure.get_layout_engine() is not None:
             figure.draw_without_rendering()
@@ -73,18 +78,16 @@ def to_png(figure: Drawing, dpi: float | None = None, note: str = "") -> bytes:
     # Level 1 packs a micrograph in a third of the time, 14 % larger.
     whole = figure.get_layout_engine() is not None and not caption
     figure.savefig(out, dpi=dpi or "figure", bbox_inches=None if whole else "tight", facecolor="white", pil_kwargs={"compress_level": 1})
-    plt.close(figure)
     return out.getvalue()
 
 
 def to_svg(figure: Drawing) -> bytes:
-    """As SVG, without the caption; closes the figure, which keeps its layout for :func:`to_png`."""
+    """As SVG, without the caption. The figure keeps its layout, for :func:`to_png`."""
     out = io.BytesIO()
-    with plt.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(out, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     if figure.get_layout_engine() is not None:
         figure.set_layout_engine("none")
-    plt.close(figure)
     return out.getvalue()
 
 
@@ -105,7 +108,7 @@ def rows_figure(names: Sequence[str], narrow: bool, extra_in: float = 0.75) -> t
     """A figure with one row for each name, the first on top; ``extra_in``: the height of everything else."""
     row = NARROW_ROW_IN if narrow else ROW_IN
     size = (NARROW_IN if narrow else WIDTH_IN, row * len(names) + extra_in)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure, axes = subplots(figsize=size, layout="constrained")
     name_rows(axes, names, narrow)
     return figure, axes
 
