@@ -217,8 +217,9 @@ def plot_pareto(lines: Sequence[PlotRow], costs: Mapping[str, Sequence[float]], 
                 marker, colour = markers.get(line.head, "."), colours.get(line.backbone, "0.6")
                 if line.baseline:
                     marker, colour = "s", "0.25"
-                # Half of the marks are behind others where costs and scores are equal: an outline alone shows both.
-                axes.plot(cost[k], y, marker, color=colour, markerfacecolor=(*to_rgb(colour), 0.3), markersize=7)
+                # Marks lie on each other where costs and scores are equal: a thin fill and a full outline show both.
+                fill, edge = [(*to_rgb(colour), 0.35)], [to_rgb(colour)]
+                axes.scatter(cost[k], y, 52, marker=marker, facecolors=fill, edgecolors=edge, linewidths=1.4, zorder=3)
                 if outside[k]:
                     note = f"↓ {shorten(line.model, 18)} {score[k]:.2f}"
                     axes.annotate(note, (cost[k], y), xytext=(0, -13), textcoords="offset points", ha="center", fontsize=7.5)

@@ -71,6 +71,8 @@ def to_png(figure: Drawing, dpi: float | None = None, note: str = "") -> bytes:
         if figure.get_layout_engine() is not None:
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
+        for legend in figure.legends:  # stays where it is when the picture grows downwards
+            legend.set_bbox_to_anchor((0, 0, 1, 1), figure.transFigure)
         lines = "\n".join(textwrap.wrap(caption, int(figure.get_figwidth() * 15.5)))
         figure.text(0.01, 0, lines, va="top", fontsize=8, color=GREY_TEXT)
     out = io.BytesIO()

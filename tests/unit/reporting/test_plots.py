@@ -90,8 +90,9 @@ def test_costs_tell_backbones_by_colour_and_heads_by_shape():
     pairs = [(backbone, head) for backbone in ("uni", "gpfm") for head in ("fpn", "detail")]
     here = [PlotRow(model=f"{b} · {h}", baseline=False, backbone=b, head=h, metrics=score) for b, h in pairs]
     figure = comparison_plots.plot_pareto(here, {"training, s": [1.0, 2.0, 3.0, 4.0]})
-    points = [(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines() if line.get_linestyle() == "None"]
-    assert len(points) == len(set(points)) == 4
+    points = [(tuple(mark.get_edgecolor()[0]), mark.get_paths()[0].vertices.tobytes()) for mark in figure.axes[0].collections]
+    assert len(set(points)) == 4
+    assert (len({colour for colour, _ in points}), len({shape for _, shape in points})) == (2, 2)
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"backbone uni", "backbone gpfm", "head fpn", "head detail"}
 
 
