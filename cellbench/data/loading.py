@@ -117,7 +117,8 @@ def scan_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec, *, unla
     doubts, notes = find_unused(listing, (CARD_NAME, folder.name, *NAMES))
     listing.notes += notes
     listing.doubts += [*doubts, *find_inconsistencies({images[path]: one for path, one in facts.items()}, listing.reading)]
-    return (card.model_copy(update={"classes": listing.classes}) if listing.classes else card), listing
+    own = {"id": listing.root.absolute().name or card.id} if card.id == "folder" else {}  # data without a card has the name of its folder
+    return card.model_copy(update=own | ({"classes": listing.classes} if listing.classes else {})), listing
 
 
 def _built(card: DatasetCard, folder: Path) -> Listing:

@@ -7,13 +7,15 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cellbench.config.cards import DatasetCard
 from cellbench.config.experiment import DataSpec, Experiment
 from cellbench.config.registry import Registry
 from cellbench.console import progress_bar
 from cellbench.data.classes import unused_classes, with_owners
 from cellbench.data.dataset import Dataset, validated
 from cellbench.data.io.intensity import Note, format_notes
-from cellbench.data.loading import scan_dataset, split_dataset
+from cellbench.data.loading import dataset_of_card, scan_dataset, split_dataset
+from cellbench.data.scan import Listing
 from cellbench.errors import CellbenchError
 from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.trained_run import TrainedRun
@@ -44,16 +46,11 @@ def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Regi
             f"--data {folder}: its classes are {', '.join(card.classes)}; those of '{trained.name}' are {', '.join(trained.classes)}. "
             "Name a folder with the same classes."
         )
-    own, _ = split_dataset(card, listing, DataSpec(**{**spec.model_dump(), "fold": trained.run.fold if spec.folds else 0}))
-    if spec.limit:
-        own = replace(own, train=own.train[: spec.limit], val=own.val[: spec.limit], test=own.test[: spec.limit])
-    # What makes up one cell is as in the training data of the run.
-    owners = trained.separation.owners
-    own, contents = validated(own)
-    own = with_owners(own, owners)
-    own = replace(own, unused=unused_classes(own, contents.values()), notes=(*listing.notes, *(doubt.line for doubt in listing.doubts)))
-    if own.digest == trained.dataset_digest:
+    owners = trained.separation.owners  # what makes up one cell is as in the training data of the run
+    own = _own_test_images(trained, card, listing, spec)
+    if own is not None and own.digest == trained.dataset_digest:
         return replace(own, train=(), val=()), "the run's own test images"
+    own = own or replace(dataset_of_card(card, listing.root), um_per_px=listing.um_per_px)
     # The run's model reads these images like its own; so do the pictures of its worst predictions.
     own = replace(own, reading=trained.preparation.reading)
     parts = listing.parts
@@ -61,6 +58,20 @@ def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Regi
     what = "the folder's test images" if parts.get("test") else "all images of the folder"
     other, contents = validated(replace(own, train=(), val=(), test=tuple(chosen), owners=(), unused=(), notes=()))
     return replace(with_owners(other, owners), unused=unused_classes(other, contents.values())), what
+
+
+def _own_test_images(trained: TrainedRun, card: DatasetCard, listing: Listing, spec: DataSpec) -> Dataset | None:
+    """The folder split as the run's training data was; None for images that cannot be split so, such as too few: they are others."""
+    try:
+        own, _ = split_dataset(card, listing, DataSpec(**{**spec.model_dump(), "fold": trained.run.fold if spec.folds else 0}))
+    except CellbenchError:
+        return None
+    if spec.limit:
+        own = replace(own, train=own.train[: spec.limit], val=own.val[: spec.limit], test=own.test[: spec.limit])
+    own, contents = validated(own)
+    own = with_owners(own, trained.separation.owners)
+    notes = (*listing.notes, *(doubt.line for doubt in listing.doubts))
+    return replace(own, unused=unused_classes(own, contents.values()), notes=notes)
 
 
 @dataclass(frozen=True, kw_only=True)

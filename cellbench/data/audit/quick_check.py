@@ -20,11 +20,11 @@ from cellbench.data.audit.checks import TOO_FEW, DuplicatePairs, Finding, Severi
 from cellbench.data.audit.image_statistics import measure_sample
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.data.progress import map_files
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, quote_name
 from cellbench.files import cache_dir, write_atomic
 
 MOST_PX = 40_000_000
-_VERSION = 3
+_VERSION = 4
 """Increased when findings change."""
 
 
@@ -33,7 +33,7 @@ def require_fit(dataset: Dataset, unfit: bool, say: Callable[[str], None]) -> No
     lines = severe_findings(dataset)
     if lines and not unfit:
         more = f" {len(lines) - 1} more kind{'s' * (len(lines) > 2)} of fault." if len(lines) > 1 else ""
-        card = "" if dataset.name in ("folder", dataset.root.absolute().name) else f" It was read as the card '{dataset.name}' says."
+        card = "" if dataset.name == dataset.root.absolute().name else f" It was read as the card '{dataset.name}' says."
         raise CellbenchError(
             f"{dataset.root}: {lines[0]}{more}{card} `cellbench check {shlex.quote(str(dataset.root))}` shows all; --unfit trains nevertheless."
         )
@@ -63,7 +63,9 @@ def _faults(dataset: Dataset) -> list[str]:
     )
     found = [*(one for one in findings(facts, DuplicatePairs()) if one.severity is Severity.SEVERE), *_leaks(dataset)]
     part = f" (of {len(some)} of the {len(home)} images)" if len(some) < len(home) else ""
-    lines = [f"NOT FIT to train on: {one.kind} ({len(one.images)}): {one.message}{part}" for one in found]
+    lines = [
+        f"NOT FIT to train on: {one.kind} ({len(one.images)}, such as {quote_name(one.images[0])}): {one.message}{part}" for one in found
+    ]
     with contextlib.suppress(CellbenchError):  # only a cache: a full disk must not stop a run
         write_atomic(place, json.dumps(lines))
     return lines

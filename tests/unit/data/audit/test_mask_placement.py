@@ -99,5 +99,5 @@ def test_check_and_grid_say_that_all_masks_are_turned_and_why(tmp_path: Path, ca
     card, spec = Registry().dataset("folder"), DataSpec()
     for _ in range(2):  # found, and remembered
         (warning,) = severe_findings(open_dataset(card, tmp_path / "own", spec))
-        assert "NOT FIT to train on: misplaced (11)" in warning
+        assert "NOT FIT to train on: misplaced (11, such as " in warning
         assert "turned by 90 degrees to the right" in warning
