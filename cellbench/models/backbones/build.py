@@ -13,6 +13,7 @@ from cellbench.errors import CellbenchError
 from cellbench.file_cache import sha256
 from cellbench.models.backbones.weight_files import check_types, check_values, read_state
 from cellbench.models.backbones.weights import locate
+from cellbench.startup import without_compiler
 
 if TYPE_CHECKING:
     from cellbench.models.backbones.base import Backbone
@@ -27,7 +28,8 @@ def open_backbone(card: BackboneCard, weights_folder: Path | None = None, downlo
     builder = load(card)  # loaded first: broken code should fail before a download of 4 GB
     path = None if card.weights == "none" else locate(card, weights_folder, download)
     state = None if path is None else read_state(path)
-    backbone = builder(card, state).freeze()
+    with without_compiler():  # timm fills weights with operators that would import it
+        backbone = builder(card, state).freeze()
     if state is not None:
         # Checks the built network, not the file: pretraining heads in the file do not matter, and a user's builder may have copied integers.
         own = backbone.state_dict()

@@ -1,0 +1,39 @@
+"""A command starts with the libraries that it needs: each of those that are ruled out here takes 0.5 to 2 s of processor time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_data import MODEL
+
+COMPILER, FIGURES = {"torch._dynamo", "torch._inductor"}, {"matplotlib", "seaborn"}
+RULED_OUT = {
+    "predict": (
+        ["predict", MODEL, "smears/test/original/t0.png", "--out", "out", "--device", "cpu"],
+        {*COMPILER, *FIGURES, "scipy.stats", "sklearn", "optuna", "ray", "jinja2"},
+    ),
+    "a grid without anything to do": (
+        ["grid", "small.toml", "--data", "smears", "--device", "cpu", "--unfit"],
+        {*COMPILER, "timm", "torchvision", "sklearn", "optuna", "ray"},
+    ),
+    "report": (["report", "small"], {"torch", "timm", "seaborn", "sklearn", "optuna", "ray", "cv2"}),
+    "check": (["check", "smears"], {"torch", "timm", "mlflow", "matplotlib", "pandas", "sklearn", "optuna", "ray", "scipy.stats"}),
+}
+
+
+@pytest.mark.parametrize("name", RULED_OUT)
+def test_a_command_imports_what_it_needs(there: Path, name: str) -> None:
+    arguments, ruled_out = RULED_OUT[name]
+    code = f"""
+import sys
+from cellbench.run import main
+code = main({arguments})
+print("imported:", *sorted({ruled_out} & set(sys.modules)))
+sys.exit(code if code != 1 else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported:"
