@@ -24,7 +24,7 @@ from torch import Tensor
 from cellbench import startup
 from cellbench.config.cards import BackboneCard
 from cellbench.config.registry import Registry, load
-from cellbench.data.io.images import png_bytes, read_image, read_pixel_size
+from cellbench.data.io.images import jpeg_bytes, read_image, read_pixel_size
 from cellbench.data.io.intensity import IntensityScaling, Note
 from cellbench.data.io.overlay import draw_instances
 from cellbench.errors import CellbenchError, one_line
@@ -121,8 +121,8 @@ class Prediction:
         height, width = self.classes.shape
         return f"<Prediction of {width} x {height} px: {', '.join(self.class_names)}; {self.share:.0%} not background>"
 
-    def _repr_png_(self) -> bytes:
-        return png_bytes(self.overlay())
+    def _repr_jpeg_(self) -> bytes:
+        return jpeg_bytes(self.overlay())
 
 
 class Segmenter:

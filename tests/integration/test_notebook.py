@@ -27,14 +27,16 @@ def test_the_tour_runs_from_an_empty_folder_to_counted_cells(tmp_path: Path, mon
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     output = shown(notebook)
     assert "Best on average is" in output
-    assert " of 50 cells found, " in output
+    assert " cells cover " in output
     assert list(tmp_path.iterdir()) == []  # it writes into a folder of its own
 
 
 def test_what_is_committed_of_it_is_small_and_whole() -> None:
     notebook = nbformat.read(TOUR, as_version=4)
-    assert TOUR.stat().st_size < 600_000
+    assert TOUR.stat().st_size < 300_000
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [one for cell in code for one in cell.outputs if one.output_type == "error"]
-    assert " of 50 cells found, " in shown(notebook)
+    assert " cells cover " in shown(notebook)
+    pictures = [one for cell in code for one in cell.outputs if {"image/png", "image/jpeg"} & set(one.get("data", {}))]
+    assert len(pictures) == 2  # the scores of each image, and the cells found in one
