@@ -1,0 +1,50 @@
+"""Runs are logged in the background: what is evaluated is kept after Ctrl-C in the next cohort, and a failed drawing fails its run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from small_data import QUESTION, write_pair
+
+from cellbench.execution import artifacts
+from cellbench.execution.runner import Runner
+from cellbench.run import main
+from cellbench.tracking.tracker import Tracker
+
+GRID = ["grid", "small.toml", "--data", "smears", "--device", "cpu", "--unfit"]
+
+
+@pytest.fixture
+def question(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a.png", "b.png", "c.png")):
+        write_pair(tmp_path / "smears" / "train", name, seed)
+    write_pair(tmp_path / "smears" / "test", "t.png", 100)
+    Path("small.toml").write_text(QUESTION.replace("epochs  = 2", "epochs  = 1"))
+
+
+def states() -> dict[str, str]:
+    return {run.name: run.status for run in Tracker("small", make=False).known().values()}
+
+
+def test_what_is_evaluated_is_kept_after_ctrl_c_in_the_next_cohort(question: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "_apply", interrupted)
+    assert main(GRID) == 130
+    found = states()
+    assert found.pop("vit-tiny-random · detail · seed 0") == "finished"
+    assert set(found.values()) == {"interrupted"}
+    assert len(list(Path("mlruns").rglob("figures/scores.png"))) == 1
+
+
+def test_a_picture_that_cannot_be_drawn_fails_its_run(question: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "draw_scores", math.sqrt)
+    with pytest.raises(TypeError, match="sqrt"):
+        main(GRID)
+    assert "finished" not in states().values()
+    assert "running" not in states().values()
+    assert json.dumps(states()).count("failed") >= 2  # the run and the grid
