@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from cellbench.errors import CellbenchError, unknown_name
-from cellbench.files import to_nfc
 from cellbench.metrics import catalog
 from cellbench.metrics.catalog import Metric
 from cellbench.reporting.collect import ExperimentResults, collect_report, collect_runs
 from cellbench.reporting.leaderboard import format_row, format_table, leaderboard_rows
-from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet
+from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, name_words
 from cellbench.reporting.verdict import conclude, describe_difference
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.scores import Difference, swap_sides
@@ -334,12 +332,9 @@ class Results:
         return [(model, run) for model in self._here.models for run in model.runs]
 
     def _model(self, name: str) -> ModelGroup:
-        exact = {to_nfc(model.name): model for model in self._here.models}
-        if (found := exact.get(to_nfc(name))) is not None:
-            return found
-        loose = [model for model in self._here.models if _words(model.name) == _words(name)]
-        if len(loose) == 1:
-            return loose[0]
+        for model in self._here.models:
+            if name_words(model.name) == name_words(name):
+                return model
         raise unknown_name("model", name, list(self.models))
 
     def _metric(self, key: str) -> Metric:
@@ -351,15 +346,6 @@ class Results:
 
 def _ids(here: TestSet) -> set[str]:
     return {run.record.run_id for model in here.models for run in model.runs}
-
-
-def _words(name: str) -> list[str]:
-    """The parts of a model's name, without what stands between them.
-
-    >>> _words("vit-tiny-in1k · detail · lr 0.01") == _words("vit-tiny-in1k/detail, lr 0.01")
-    True
-    """
-    return re.split(r"[\s·/,+|]+", to_nfc(name).strip())
 
 
 def _with_numbers(table: pd.DataFrame) -> pd.DataFrame:

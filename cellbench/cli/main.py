@@ -180,8 +180,8 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Command, Any]:
                 f"{first}: the command comes first, as in `cellbench grid {first}`. `cellbench --help` lists the commands."
             )
         raise unknown_name("command", first, COMMANDS)
-    given, unknown = _parser().parse_known_args(arguments)
-    given = vars(given)
+    parsed, unknown = _parser().parse_known_args(arguments)
+    given = vars(parsed)
     command = COMMANDS[name := given.pop("command")]
     if unknown:
         raise CellbenchError(_describe_unknown(name, command, unknown[0]))

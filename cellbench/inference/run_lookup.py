@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +17,11 @@ from cellbench.config.run import RunSpec
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.errors import CellbenchError, unknown_name
-from cellbench.files import to_nfc
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.reporting import verdict
 from cellbench.reporting.collect import collect_runs
-from cellbench.reporting.model_groups import describe_limit, describe_sizes
+from cellbench.reporting.model_groups import describe_limit, describe_sizes, name_words
 from cellbench.tracking import sqlite_store
 from cellbench.tracking.schema import EVALUATION, LIMIT, SEEN, WEIGHTS, RunRecord
 from cellbench.tracking.tracker import Tracker, all_experiments, experiment_of, newest_experiment
@@ -58,13 +56,17 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
     if (name := experiment_of(asked)) is not None:
         tracker = Tracker(name, make=False)
         return tracker, next(run for run in tracker.stored() if run.run_id == asked), ""
-    found, names, trackers = [], set(), []
+    found: list[tuple[bool, bool, float, Tracker, RunRecord]] = []
+    names: set[str] = set()
+    trackers: list[Tracker] = []
     for name in all_experiments():
         tracker = Tracker(name, make=False)
         runs = [run for run in tracker.stored() if run.fingerprint and not run.is_parent]
         names.update(run.tags.get("model", run.name) for run in runs if run.status == "finished")
         found += [
-            (run.status == "finished", LIMIT not in run.tags, run.start_s, tracker, run) for run in runs if words(run.name) == words(asked)
+            (run.status == "finished", LIMIT not in run.tags, run.start_s, tracker, run)
+            for run in runs
+            if name_words(run.name) == name_words(asked)
         ]
         if any(run.status == "finished" for run in runs):
             trackers.append(tracker)
@@ -79,26 +81,17 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
     return tracker, run, f"{len(found)} runs have this name; this is the newest finished one{whole}." if len(found) > 1 else ""
 
 
-def words(name: str) -> list[str]:
-    """The words of a name, whatever separates them.
-
-    >>> words("ViT-tiny · detail · seed 0") == words("vit-tiny/detail/seed 0")
-    True
-    """
-    return re.split(r"[\s·/,|]+", to_nfc(name).casefold().removesuffix("(baseline)").strip())
-
-
 def _find_model(asked: str, trackers: Sequence[Tracker]) -> tuple[Tracker, RunRecord, str] | None:
     """The best run of the model that ``asked`` names in a leaderboard, newest whole test set first; None where there is none.
 
     Raises CellbenchError where several models have these words.
     """
-    wanted = words(asked)
+    wanted = name_words(asked)
     exact, partial = [], []
     for tracker in trackers:
         for here in collect_runs([tracker]).sets:
             for model in here.models:
-                one, own = (not here.limit, here.last_s, tracker, model), words(model.name)
+                one, own = (not here.limit, here.last_s, tracker, model), name_words(model.name)
                 if own == wanted:
                     exact.append(one)
                 elif set(wanted) <= set(own):

@@ -7,6 +7,7 @@ of scores over all images. Pooled scores come from the summed pixel counts of al
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cellbench.config.run import RUN_KEYS
+from cellbench.files import to_nfc
 from cellbench.metrics import catalog
 from cellbench.metrics.catalog import Metric
 from cellbench.metrics.pixel import count_empty_images, pixel_scores, pooled_classes
@@ -424,3 +426,12 @@ def plot_rows(here: TestSet) -> list[PlotRow]:
         for k, model in enumerate(here.models)
         if not math.isnan(here.intervals()[k].mean)
     ]
+
+
+def name_words(name: str) -> list[str]:
+    """The words of a name, whatever separates them.
+
+    >>> name_words("ViT-tiny · detail · seed 0") == name_words("vit-tiny/detail/seed 0")
+    True
+    """
+    return re.split(r"[\s·/,|]+", to_nfc(name).casefold().removesuffix("(baseline)").strip())
