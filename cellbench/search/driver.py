@@ -123,7 +123,7 @@ def prepare(options: SearchOptions, resources: Resources) -> SearchPlan:
     plan = plan_search(space, text, options.file, options.data, options.storage, resources)
     for line in plan.dataset.notes:
         say(line)
-    quick_check.require_fit(plan.dataset, options.unfit, say)
+    quick_check.require_fit(plan.dataset, options.unfit, say, compares=False)
     for line in relocate.fix_artifact_paths():
         say(line)
     return plan

@@ -28,9 +28,12 @@ _VERSION = 4
 """Increased when findings change."""
 
 
-def require_fit(dataset: Dataset, unfit: bool, say: Callable[[str], None]) -> None:
-    """Raises CellbenchError for data that ``check`` calls not fit or too few; with ``unfit``, says so instead."""
-    lines = severe_findings(dataset)
+def require_fit(dataset: Dataset, unfit: bool, say: Callable[[str], None], *, compares: bool = True) -> None:
+    """Raises CellbenchError for data that ``check`` calls not fit or too few; with ``unfit``, says so instead.
+
+    ``compares``: whether models are to be compared on it; a search only looks for the best by validation and takes few images.
+    """
+    lines = [line for line in severe_findings(dataset) if compares or not line.startswith(TOO_FEW)]
     if lines and not unfit:
         more = f" {len(lines) - 1} more kind{'s' * (len(lines) > 2)} of fault." if len(lines) > 1 else ""
         card = "" if dataset.name == dataset.root.absolute().name else f" It was read as the card '{dataset.name}' says."
