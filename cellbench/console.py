@@ -76,7 +76,7 @@ class Column:
     right: bool = False
     """Aligned to the right, for numbers."""
     optional: int = 0
-    """Left out where the table is too wide: the column with the highest number first. 0: never."""
+    """Left out where it is empty or the table too wide: the column with the highest number first. 0: never."""
     cut: bool = False
     """Shortened with ``…`` where leaving out columns is not enough."""
     folded: bool = False
@@ -94,7 +94,7 @@ def format_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, ro
     """
     room = width() if room is None else room
     widths = [max([len(one.heading) * headings, *(len(row[k]) for row in rows)]) for k, one in enumerate(columns)]
-    shown = list(range(len(columns)))
+    shown = [k for k, one in enumerate(columns) if not one.optional or any(row[k] for row in rows)]
 
     def total() -> int:
         return sum(min(widths[k], 24) if columns[k].folded else widths[k] for k in shown) + 2 * (len(shown) - 1)

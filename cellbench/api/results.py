@@ -15,7 +15,7 @@ from cellbench.errors import CellbenchError, unknown_name
 from cellbench.metrics import catalog
 from cellbench.metrics.catalog import Metric
 from cellbench.reporting.collect import ExperimentResults, collect_report, collect_runs
-from cellbench.reporting.leaderboard import format_row, format_table, leaderboard_rows
+from cellbench.reporting.leaderboard import format_row, leaderboard_rows, terminal_table
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, name_words
 from cellbench.reporting.verdict import conclude, describe_difference
 from cellbench.statistics.comparison import compare_all
@@ -318,8 +318,8 @@ class Results:
         return f"<Results '{self.experiment}' on {self.data}: {len(self.models)} models, best {self.best}>"
 
     def __str__(self) -> str:
-        rows = [format_row(row, self._here.own_metrics) for row in leaderboard_rows(self._here)]
-        return f"{self.experiment}, on {self.data}\n\n{format_table(rows)}\n\n{self.verdict()}"
+        table = terminal_table(leaderboard_rows(self._here), self._here.own_metrics)
+        return f"{self.experiment}, on {self.data}\n\n{table}\n\n{self.verdict()}"
 
     def _repr_html_(self) -> str:
         rows = [format_row(row, self._here.own_metrics) for row in leaderboard_rows(self._here)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from cellbench import startup
 from cellbench.config.options import GridOptions
-from cellbench.console import say
+from cellbench.console import WIDE, Column, format_table, say
 from cellbench.execution.experiment_run import ExperimentPlan, plan_experiment, run_experiment
-from cellbench.execution.grid import group_cohorts
+from cellbench.execution.grid import describe_skipped, group_cohorts
 from cellbench.features.cache_admin import parse_cache
 from cellbench.features.extractor import CachePolicy
 from cellbench.system_load import SystemLoad, describe_load
@@ -32,39 +32,50 @@ def grid(options: GridOptions) -> int:
 
 
 def _estimate(plan: ExperimentPlan) -> None:
-    """Prints the runs, and the estimated tiles, time and memory of each cohort, from timing a few tiles."""
-    for resolved in plan.runs:
-        say(f"  {resolved.name}" + (f"  skipped: {resolved.unavailable}" if resolved.unavailable else ""))
-    wall_s, memory_mib, disk_mib, load = 0.0, 0.0, 0.0, SystemLoad()
-    for number, cohort in enumerate(group_cohorts(plan.runs), 1):
+    """Prints a row for each cohort: its runs, and the estimated time and memory, from timing a few tiles."""
+    rows, wall_s, memory_mib, disk_mib, load = [], 0.0, 0.0, 0.0, SystemLoad()
+    resources, skipped = plan.resources, [one for one in plan.runs if one.unavailable]
+    policy = CachePolicy(
+        memory_bytes=resources.machine.memory_bytes * 2 // 3,
+        disk_bytes=resources.disk_bytes,
+        prefer_disk=resources.prefer_disk,
+        key="estimate",
+    )
+    for cohort in group_cohorts([one for one in plan.runs if not one.unavailable]):
         run = cohort[0].run
-        title = f"cohort {number}: {run.backbone or run.baseline}, {len(cohort)} run{'s' if len(cohort) > 1 else ''}"
-        if cohort[0].unavailable:
-            say(f"{title}: skipped")
-            continue
+        name = f"{run.backbone or run.baseline}" + (f", fold {run.fold}" if len(plan.datasets) > 1 else "")
+        heads = ", ".join(dict.fromkeys(one.run.head or "" for one in cohort))
         if not cohort[0].trained:
-            say(f"{title}: nothing to train")
+            rows.append([name, str(len(cohort)), *[""] * 5, heads, "", "nothing to train"])
             continue
-        resources = plan.resources
-        policy = CachePolicy(
-            memory_bytes=resources.machine.memory_bytes * 2 // 3,
-            disk_bytes=resources.disk_bytes,
-            prefer_disk=resources.prefer_disk,
-            key="estimate",
-        )
         try:
             cost = estimate_cost(
                 [one.run for one in cohort], resources.registry, plan.datasets[run.fold], resources.machine, resources.weights, policy
             )
         except InsufficientMemoryError as error:
-            say(f"{title}: would be skipped: {error}")
+            say(f"{name}: would be skipped: {error}")
             continue
-        speed = f", backbone {cost.backbone_tiles_per_s:.0f} tiles/s" if run.backbone else ""
-        say(
-            f"{title}: {cost.train_tiles} training tiles an epoch, {cost.val_tiles} validation and {cost.test_tiles} test tiles{speed}; "
-            f"about {format_duration(cost.wall_s)}, {cost.memory_mib / 1024:.1f} GiB of memory; {cost.source}"
-        )
+        tiles = [f"{num:,}" for num in (cost.train_tiles, cost.val_tiles, cost.test_tiles)]
+        speed = f"{cost.backbone_tiles_per_s:.0f}" if run.backbone else ""
+        took = [format_duration(cost.wall_s), f"{cost.memory_mib / 1024:.1f} GiB"]
+        rows.append([name, str(len(cohort)), *took, *tiles, heads, speed, cost.source])
         wall_s, memory_mib, disk_mib = wall_s + cost.wall_s, max(memory_mib, cost.memory_mib), disk_mib + cost.disk_mib
+    columns = [
+        Column(heading="backbone or baseline", cut=True),
+        Column(heading="runs", right=True),
+        Column(heading="time", right=True),
+        Column(heading="memory", right=True, optional=1),
+        Column(heading="tiles", right=True, optional=2),
+        Column(heading="val", right=True, optional=2),
+        Column(heading="test", right=True, optional=2),
+        Column(heading="heads", optional=3),
+        Column(heading="tiles/s", right=True, optional=4),
+        Column(heading="features", optional=5),
+    ]
+    if rows:
+        say("\n".join(["", *format_table(columns, rows, room=WIDE if plan.options.wide else None), ""]))
+    for line in describe_skipped(skipped):
+        say(line)
     load_text = describe_load(load.others_pct())
     say(
         f"in all about {format_duration(wall_s)}, up to {memory_mib / 1024:.1f} GiB of memory and {disk_mib:.0f} MiB of disk for results "

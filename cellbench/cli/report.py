@@ -6,6 +6,7 @@ from cellbench.config.options import ReportOptions
 from cellbench.console import say
 from cellbench.errors import CellbenchError
 from cellbench.reporting.collect import collect_report
+from cellbench.reporting.leaderboard import terminal_table
 from cellbench.reporting.render import write_report_files
 from cellbench.reporting.report import report_dir
 from cellbench.reporting.sections import build_report
@@ -28,6 +29,7 @@ def report(options: ReportOptions) -> int:
     results = collect_report(trackers)
     made = build_report(results)
     path = write_report_files(made, options.out or report_dir(results.experiment))
+    say(f"{terminal_table(made.leaderboard, results.sets[0].own_metrics, wide=options.wide)}\n")
     for sentence in (*made.verdict, *results.left_out):
         say(sentence)
     if len(trackers) == 1 and results.parent is not None:

@@ -48,12 +48,17 @@ class RegistryOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    wide: bool = option("print all columns of tables, however wide (default: those that fit the terminal)", False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SettingOptions:
     changes: tuple[str, ...] = option("change a setting for this call, like run.epochs=3; repeatable", (), flag="set", metavar="KEY=VALUE")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(ComputeOptions, WeightsOptions, RegistryOptions, SettingOptions):
+class TrainingOptions(ComputeOptions, WeightsOptions, RegistryOptions, SettingOptions, TableOptions):
     """What ``grid`` and ``search`` train on, and where."""
 
     data: Path | None = option("the folder of images and masks", metavar="DIR")
@@ -135,7 +140,7 @@ class ExportOptions(InferenceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions:
+class ReportOptions(TableOptions):
     experiments: tuple[str, ...] = argument(
         "names of experiments in MLflow (default: the one with the newest finished run)", (), metavar="EXPERIMENT"
     )
@@ -180,14 +185,14 @@ class CheckOptions(RegistryOptions, SettingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheOptions:
+class CacheOptions(TableOptions):
     cache: Path | None = option("the cache folder (default: ~/.cache/cellbench)", metavar="DIR")
     prune: bool = option("remove cached features; they are computed again when needed", False)
     older_than: float = option("with --prune: only those not used for DAYS (default: 0)", 0.0, metavar="DAYS")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListOptions(RegistryOptions):
+class ListOptions(RegistryOptions, TableOptions):
     kind: str | None = argument("backbones, heads, baselines, datasets or experiments (default: all)", None)
 
 
@@ -197,7 +202,7 @@ class ShowOptions(RegistryOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorOptions(DeviceOptions, WeightsOptions, RegistryOptions):
+class DoctorOptions(DeviceOptions, WeightsOptions, RegistryOptions, TableOptions):
     names: tuple[str, ...] = argument("backbones to load, check and time (default: a table of all of them)", (), metavar="NAME")
     cache: Path | None = option("the cache folder (default: ~/.cache/cellbench)", metavar="DIR")
     deep: bool = option("for the table: also read large files, once, to compare their hashes", False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -155,10 +156,13 @@ def _report(plan: ExperimentPlan, tracker: Tracker, parent: Run, outcome: Outcom
         for fold, dataset in enumerate(plan.datasets)
         for split in SPLITS
     }
-    write_report(tracker, parent, ids, request, splits, outcome.skipped, outcome.failed, say)
+    write_report(tracker, parent, ids, request, splits, outcome.skipped, outcome.failed, say, plan.options.wide)
     parent.log({"grid/finished": len(ids), "grid/skipped": len(outcome.skipped), "grid/failed": len(outcome.failed)})
     if outcome.skipped or outcome.failed or outcome.busy:
         say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} in another process.")
     say(f"everything is in MLflow, report.html at the parent run; {tracker.where_to_look()}")
+    if ids:
+        say(f"\nNext: `cellbench report {shlex.quote(tracker.name)}` writes the report, and")
+        say(f"      `cellbench predict {shlex.quote(f'best:{tracker.name}')} IMAGES --out masks` segments images with the best model.")
     if outcome.failed:
         parent.end("failed", f"{len(outcome.failed)} runs failed")

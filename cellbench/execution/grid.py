@@ -35,6 +35,16 @@ def group_cohorts(runs: Sequence[ResolvedRun]) -> list[list[ResolvedRun]]:
     return list(groups.values())
 
 
+def describe_skipped(runs: Sequence[ResolvedRun]) -> list[str]:
+    """One line about all runs that are skipped; none where there is no such run."""
+    reasons = {one.unavailable: one.run.backbone or one.name for one in runs}
+    num = f"skipped {len(runs)} run{'s' * (len(runs) != 1)}"
+    if len(reasons) <= 1:
+        return [f"{num}: {reason}" for reason in reasons]
+    names = ", ".join(dict.fromkeys(reasons.values()))
+    return [f"{num}: the weights of {names} are not usable here. `cellbench doctor` says why and what to do."]
+
+
 def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | None = None) -> Outcome:
     """Executes the unfinished runs; without an executor, in this process."""
     out, known = Outcome(), runner.tracker.known()
@@ -50,9 +60,8 @@ def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | No
             todo.append(resolved)
     if out.finished:
         runner.say(f"{len(out.finished)} of {len(runs)} runs are finished already and are not run again.")
-    for reason in sorted(set(out.skipped.values())):
-        names = [name for name, why in out.skipped.items() if why == reason]
-        runner.say(f"skipped {len(names)} runs ({names[0]}, …): {reason}" if len(names) > 1 else f"skipped {names[0]}: {reason}")
+    for line in describe_skipped([one for one in runs if one.name in out.skipped]):
+        runner.say(line)
     with runner:
         (executor or InProcessExecutor()).run(runner, group_cohorts(todo), out)
     return out

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from cellbench.console import WIDE, Column, format_table
 from cellbench.metrics import catalog
 from cellbench.metrics.catalog import Metric
 from cellbench.reporting.model_groups import ModelGroup, TestSet
 from cellbench.statistics.bootstrap import Interval
+from cellbench.statistics.hypothesis_tests import DECIMALS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class LeaderboardRow:
     """95 % interval of ``image_dice`` over images, or over groups of them."""
     rough: bool
     """Whether the interval is based on few images."""
+    p_to_best: float | None
+    """Of the paired test of its Dice against the best model, adjusted for every pair; None for the best."""
     num_empty: int
     """Test images without a cell."""
     num_empty_found: float
@@ -50,11 +54,11 @@ class LeaderboardRow:
 
 def leaderboard_rows(here: TestSet) -> list[LeaderboardRow]:
     """The models of one test set, best mean Dice first."""
-    columns = catalog.leaderboard(here.own_metrics)
-    return [_row(model, interval, columns) for model, interval in zip(here.models, here.intervals(), strict=True)]
+    columns, p = catalog.leaderboard(here.own_metrics), {d.a: d.p_adjusted for d in here.differences_to_best()}
+    return [_row(model, interval, p.get(model.name), columns) for model, interval in zip(here.models, here.intervals(), strict=True)]
 
 
-def _row(model: ModelGroup, interval: Interval, columns: Sequence[Metric]) -> LeaderboardRow:
+def _row(model: ModelGroup, interval: Interval, p_to_best: float | None, columns: Sequence[Metric]) -> LeaderboardRow:
     pooled = model.pooled("dice")
     loads = [
         load for run in model.runs for which in ("train", "test")
@@ -72,6 +76,7 @@ def _row(model: ModelGroup, interval: Interval, columns: Sequence[Metric]) -> Le
         low=interval.low,
         high=interval.high,
         rough=interval.rough,
+        p_to_best=p_to_best,
         num_empty=model.empty_images[0],
         num_empty_found=model.empty_images[1],
         costs={metric.key: model.mean(f"cost/{metric.key}") for metric in catalog.METRICS if "cost" in metric.scopes},
@@ -124,12 +129,35 @@ def format_metric(metric: Metric, value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def format_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows of text with the same headings, for a terminal."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    out = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]) for line in lines]
-    return "\n".join([out[0], "-" * len(out[0]), *out[1:]])
+def terminal_table(rows: Sequence[LeaderboardRow], own: Iterable[Metric] = (), *, wide: bool = False) -> str:
+    """The leaderboard for a terminal: the columns that decide, as far as they fit its width; all columns with ``wide``.
+
+    Dice is the mean over test images, which the tests compare. The p of a row is that of its difference to the best.
+    """
+    cells = [{**format_row(row, own), "p vs best": _p_cell(row, rows)} for row in rows]
+    if wide:
+        columns = [Column(heading=name, right=name != "model") for name in cells[0]]
+        return "\n".join(format_table(columns, [list(row.values()) for row in cells], room=WIDE))
+    for row, text in zip(rows, cells, strict=True):
+        text["Dice"] = format_number(row.image_dice, 3)
+        text["95 %"] = format_interval(row.low, row.high, row.rough).replace(" to ", "–").replace("≈ ", "≈")
+    columns = [
+        Column(heading="model", cut=True),
+        Column(heading="Dice", right=True),
+        Column(heading="95 %", right=True, optional=1),
+        Column(heading="p vs best", right=True, optional=2),
+        Column(heading="AP50", right=True, optional=3),
+        Column(heading="image/s", right=True, optional=4),
+        Column(heading="train s", right=True, optional=5),
+    ]
+    columns = [one for one in columns if any(row.get(one.heading) for row in cells)]
+    return "\n".join(format_table(columns, [[row[one.heading] for one in columns] for row in cells]))
+
+
+def _p_cell(row: LeaderboardRow, rows: Sequence[LeaderboardRow]) -> str:
+    if row.p_to_best is None:
+        return "best" if len(rows) > 1 and row.image_dice is not None and not math.isnan(row.image_dice) else ""
+    return "" if math.isnan(row.p_to_best) else format_p_cell(row.p_to_best)
 
 
 def outcome_rows(here: TestSet) -> list[dict[str, str]]:
@@ -164,3 +192,20 @@ def format_count(num: int) -> str:
     ('22.1 M', '37 k', '0')
     """
     return f"{num / 1e6:.1f} M" if num >= 1e6 else f"{num / 1e3:.0f} k" if num >= 1e3 else str(num)
+
+
+def format_p(p: float) -> str:
+    """Formats p with three decimals below 0.1, two above, and more if it would round up to 0.05.
+
+    >>> format_p(0.00004), format_p(0.0016), format_p(0.049996), format_p(0.213), format_p(1.0)
+    ('p < 0.001', 'p = 0.002', 'p = 0.049996', 'p = 0.21', 'p = 1.00')
+    """
+    digits = 3 if p < 0.1 else 2
+    while p < 0.05 and digits < DECIMALS and float(f"{p:.{digits}f}") >= 0.05:
+        digits += 1
+    return "p < 0.001" if p < 0.001 else f"p = {p:.{digits}f}"
+
+
+def format_p_cell(p: float) -> str:
+    """Formats p for a table cell: ``0.213``, ``< 0.001``."""
+    return format_p(p).removeprefix("p = ").removeprefix("p ")

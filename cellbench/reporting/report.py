@@ -23,7 +23,7 @@ from cellbench.files import file_name
 from cellbench.metrics import catalog
 from cellbench.metrics.catalog import Metric
 from cellbench.reporting.collect import REQUEST_FILE, RunRequest, collect_report, collect_runs
-from cellbench.reporting.leaderboard import LeaderboardRow, format_row, format_table, to_json
+from cellbench.reporting.leaderboard import LeaderboardRow, terminal_table, to_json
 from cellbench.reporting.model_groups import TestSet
 from cellbench.reporting.verdict import describe_ranking_rule
 from cellbench.tracking import model_registry, ui_view
@@ -118,16 +118,19 @@ def write_report(
     skipped: Mapping[str, str],
     failed: Mapping[str, str],
     say: Callable[[str], None],
+    wide: bool = False,
 ) -> None:
-    """Prints the leaderboard and logs the report to the parent run ``top``. ``only``: ids of its runs; ``splits``: image names by split."""
+    """Prints the leaderboard and logs the report to the parent run ``top``.
+
+    ``only``: ids of its runs; ``splits``: image names by split; ``wide``: prints all columns.
+    """
     if not only:
         say("no run is finished, so there is nothing to compare.")
         return
     key = _key(only, request, skipped, failed)
     if (summary := _stored_summary(tracker, top, key)) is None:
         summary = _draw_report(tracker, top, only, request, splits, skipped, failed)
-    cells = [format_row(row, summary.metrics) for row in summary.rows]
-    for line in ("", format_table(cells), "", *summary.verdict):
+    for line in ("", terminal_table(summary.rows, summary.metrics, wide=wide), "", *summary.verdict):
         say(line)
     # Model entries and the experiment's description refer to the test set that `report` and `best` use, including runs of earlier calls.
     first = collect_runs([tracker]).sets[0]

@@ -20,6 +20,7 @@ from cellbench.reporting.leaderboard import (
     format_interval,
     format_metric,
     format_number,
+    format_p_cell,
     format_row,
     leaderboard_rows,
     outcome_rows,
@@ -36,7 +37,6 @@ from cellbench.reporting.verdict import (
     describe_learning_curves,
     describe_outcome,
     format_p,
-    format_p_cell,
     list_test_sets,
 )
 from cellbench.statistics.ranking import critical_difference, marginal_scores

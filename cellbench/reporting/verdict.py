@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cellbench.config.registry import Registry
 from cellbench.reporting.collect import ExperimentResults
-from cellbench.reporting.leaderboard import LeaderboardRow
+from cellbench.reporting.leaderboard import LeaderboardRow, format_p
 from cellbench.reporting.learning_curves import LearningCurve
 from cellbench.reporting.model_groups import TestSet
 from cellbench.statistics.bootstrap import Interval, negate
@@ -239,23 +239,6 @@ def _span(interval: Interval, digits: int) -> str:
         return interval.note
     rough = "roughly " if interval.rough else ""
     return f"{100 * interval.level:g} % {rough}{_format(interval.low, digits)} to {_format(interval.high, digits)}"
-
-
-def format_p(p: float) -> str:
-    """Formats p with three decimals below 0.1, two above, and more if it would round up to 0.05.
-
-    >>> format_p(0.00004), format_p(0.0016), format_p(0.049996), format_p(0.213), format_p(1.0)
-    ('p < 0.001', 'p = 0.002', 'p = 0.049996', 'p = 0.21', 'p = 1.00')
-    """
-    digits = 3 if p < 0.1 else 2
-    while p < 0.05 and digits < DECIMALS and float(f"{p:.{digits}f}") >= 0.05:
-        digits += 1
-    return "p < 0.001" if p < 0.001 else f"p = {p:.{digits}f}"
-
-
-def format_p_cell(p: float) -> str:
-    """Formats p for a table cell: ``0.213``, ``< 0.001``."""
-    return format_p(p).removeprefix("p = ").removeprefix("p ")
 
 
 def describe_outcome(d: Difference) -> str:

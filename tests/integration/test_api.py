@@ -65,7 +65,7 @@ def test_a_finished_grid_is_returned_and_messages_are_shown_if_asked_for(there, 
 
 
 def test_every_option_of_the_command_is_an_argument(there):
-    names = {one.name for one in dataclasses.fields(GridOptions)} - {"file", "changes", "dry_run"} | {"experiment", "set"}
+    names = {one.name for one in dataclasses.fields(GridOptions)} - {"file", "changes", "dry_run", "wide"} | {"experiment", "set"}
     given = set(inspect.signature(cellbench.grid).parameters)
     assert given - {"progress"} == names
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from cellbench.reporting.leaderboard import format_p
 from cellbench.reporting.plots.comparison import BLUE, MOST
 from cellbench.reporting.plots.style import (
     GREY_TEXT,
@@ -27,7 +28,6 @@ from cellbench.reporting.plots.style import (
     shorten,
     subplots,
 )
-from cellbench.reporting.verdict import format_p
 from cellbench.statistics.bootstrap import negate
 from cellbench.statistics.ranking import CriticalDifference
 from cellbench.statistics.scores import Difference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import json
 import re
@@ -21,7 +22,7 @@ from cellbench.execution.artifacts import round_metric
 from cellbench.inference import run_lookup
 from cellbench.metrics import catalog
 from cellbench.reporting.collect import collect_runs
-from cellbench.reporting.leaderboard import leaderboard_rows, to_json
+from cellbench.reporting.leaderboard import LeaderboardRow, leaderboard_rows, terminal_table, to_json
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, group_models
 from cellbench.reporting.render import to_html
 from cellbench.reporting.report import report_dir
@@ -458,3 +459,21 @@ def test_a_model_is_found_by_its_name_in_the_table_whatever_separates_its_words(
         run_lookup.find_run("tiny")
     with pytest.raises(CellbenchError, match="no model or run called 'unet'"):
         run_lookup.find_run("unet")
+
+
+def test_the_table_of_a_terminal_fits_80_columns_and_says_which_differences_are_significant(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [
+        LeaderboardRow(
+            **{field.name: {} if field.name in ("scores", "costs") else () for field in dataclasses.fields(LeaderboardRow)}
+            | {"model": model, "baseline": baseline, "image_dice": dice, "low": dice - 0.01, "high": dice + 0.01, "rough": True}
+            | {"p_to_best": p, "num_seeds": 3, "seed_sd": 0.01, "scores": {"dice": dice, "ap50": 0.8}, "costs": {"images_per_s": 2.0}}
+        )
+        for model, baseline, dice, p in (("otsu", True, 0.95, None), ("vit-tiny-random · transposed-conv", False, 0.9, 0.0004))
+    ]
+    lines = terminal_table(rows).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "0.950  ≈0.940–0.960" in lines[2]
+    assert "best" in lines[2]
+    assert "< 0.001" in lines[3]
+    assert all(heading in terminal_table(rows, wide=True) for heading in ("seeds", "IoU", "precision", "p vs best"))
