@@ -264,7 +264,7 @@ def _importances(found: dict[str, float], name: str) -> Figure:
     axes.bar_label(bars, [f"{share:.0%}" for share in found.values()], fontsize=8, padding=3)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1 * max(found.values(), default=1) or 1)
-    axes.set(xlabel=f"share of the differences in {name} that a setting explains")
+    axes.set(xlabel=f"how much a setting decides on a good {name} (PED-ANOVA, in all 100 %)")
     return figure
 
 
