@@ -175,7 +175,6 @@ class Results:
         test images, others as mean over images, mostly shares from 0 to 1), the costs by key (``train_s`` seconds, ``peak_mib`` MiB, …),
         and ``run_ids``. NaN: undefined, or not recorded.
         """
-        to_best = {d.a: d.p_adjusted for d in self._here.differences_to_best()}
         rows = [
             {
                 "model": row.model,
@@ -186,7 +185,7 @@ class Results:
                 "dice_per_image": row.image_dice,
                 "low": row.low,
                 "high": row.high,
-                "p_to_best": to_best.get(row.model),
+                "p_to_best": row.p_to_best,
                 **row.scores,
                 **row.costs,
                 "run_ids": list(row.run_ids),
