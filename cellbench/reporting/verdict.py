@@ -190,7 +190,8 @@ def missing_domains(results: ExperimentResults) -> list[str]:
 
 
 def _first_sentence(text: str) -> str:
-    return textwrap.shorten(text.split(". ")[0].rstrip("."), MAX_REASON_CHARS, placeholder=" …")
+    plain = re.sub(r" \(\[Errno [^)]*\)", "", text)  # of the system, which the list of skipped runs has
+    return textwrap.shorten(plain.split(". ")[0].rstrip("."), MAX_REASON_CHARS, placeholder=" …")
 
 
 def describe_difference(d: Difference, metric: str = "Dice") -> str:
