@@ -18,6 +18,7 @@ DOORS = {
     "mlflow": {"tracking/", "inference/mlflow_model.py"},
     "optuna": {"search/"},
     "matplotlib": {"reporting/plots/", "search/plots.py"},
+    "seaborn": {"reporting/plots/"},
     "PIL": {"data/io/", "data/synthetic/", "reporting/render.py", "reporting/plots/example.py"},
     "tifffile": {"data/io/"},
     "pycocotools": {"data/annotations.py"},
@@ -71,7 +72,7 @@ def test_config_metrics_and_statistics_need_no_torch_and_no_image_files() -> Non
 def test_the_harness_runs_where_mlflow_and_optuna_are_not_installed() -> None:
     code = """
 import sys
-sys.modules.update(mlflow=None, optuna=None, matplotlib=None)
+sys.modules.update(mlflow=None, optuna=None, matplotlib=None, seaborn=None)
 import cellbench.training.fit, cellbench.training.tiled_inference, cellbench.training.cost_estimate, cellbench.models.baselines.otsu, cellbench.data.loading
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
