@@ -109,7 +109,7 @@ def test_every_command_is_one(block: Block, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda path: path.name)
 def test_an_experiment_says_how_it_is_run(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    calls = re.findall(r"^#.* cellbench ((?:grid|search)\b.*?)(?: +\(.*\))?$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    calls = re.findall(r"^#.* cellbench ((?:grid|search)\b.*?)(?: +(?:\(|or ).*)?$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert calls
     for call in calls:
         check_call(shlex.split(call), capsys)
