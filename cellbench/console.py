@@ -142,7 +142,7 @@ def progress_bar(items: Any = None, **named: Any) -> tqdm[Any]:
     named.setdefault("disable", None)  # None: shown on a terminal
     if _silent:
         named["disable"] = True
-    return tqdm(items, **{"dynamic_ncols": True, "leave": False, **named})
+    return tqdm(items, **{"ncols": width(), "nrows": 24, "leave": False, **named})  # a terminal may say that it has no rows
 
 
 @contextlib.contextmanager

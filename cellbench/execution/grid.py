@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from cellbench.execution.planning import ResolvedRun
+from cellbench.execution.progress import GridProgress
 from cellbench.execution.runner import Outcome, Runner
 
 
@@ -23,8 +24,11 @@ class InProcessExecutor:
     """Runs cohorts in this process, one after the other."""
 
     def run(self, runner: Runner, cohorts: Sequence[Sequence[ResolvedRun]], out: Outcome) -> None:
-        for number, cohort in enumerate(cohorts, 1):
-            runner.cohort(cohort, f"cohort {number} of {len(cohorts)}", out)
+        with GridProgress(cohorts, runner.say) as progress:
+            for number, cohort in enumerate(cohorts, 1):
+                runner.report = progress.of(cohort)
+                runner.cohort(cohort, f"cohort {number} of {len(cohorts)}", out)
+                progress.update(cohort, 1.0)
 
 
 def group_cohorts(runs: Sequence[ResolvedRun]) -> list[list[ResolvedRun]]:

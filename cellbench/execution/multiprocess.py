@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from cellbench.errors import CellbenchError
 from cellbench.execution.planning import ResolvedRun
+from cellbench.execution.progress import Report
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.execution.work_queue import Message, WorkItem, WorkQueue
 from cellbench.execution.worker_job import CohortWorker, JobSpec
@@ -127,7 +128,7 @@ class _Worker:
             kind, content = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             kind, content = "lost", self._reap()
-        if kind != "say":
+        if kind not in ("say", "progress"):
             self.item = None
         return Message(item=item, kind=kind, content=content)
 
@@ -205,7 +206,7 @@ def _work(pipe: Connection[Any, Any], job: JobSpec, cores: Sequence[int]) -> Non
     signal.signal(signal.SIGINT, _exit_once)
     threading.Thread(target=_end_with_driver, daemon=True).start()
     try:
-        worker = CohortWorker(job, lambda text: pipe.send(("say", text)))
+        worker = CohortWorker(job, lambda text: pipe.send(("say", text)), _Throttled(lambda *part: pipe.send(("progress", part))))
         while (task := pipe.recv()) is not None:
             pipe.send(("done", worker.cohort(*task)))
     except CellbenchError as error:
@@ -214,6 +215,18 @@ def _work(pipe: Connection[Any, Any], job: JobSpec, cores: Sequence[int]) -> Non
         return  # the driver is gone
     except Exception:  # a bug: the driver shows the traceback
         pipe.send(("error", traceback.format_exc()))
+
+
+class _Throttled:
+    """Passes progress on at most twice a second."""
+
+    def __init__(self, report: Report) -> None:
+        self._report, self._sent_s = report, 0.0
+
+    def __call__(self, part: float, doing: str) -> None:
+        if time.monotonic() - self._sent_s > 0.5:
+            self._sent_s = time.monotonic()
+            self._report(part, doing)
 
 
 def _exit_once(number: int, frame: object) -> NoReturn:

@@ -24,7 +24,6 @@ from cellbench.config.cards import HeadCard
 from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry, load
 from cellbench.config.run import NUMERICS_VERSION
-from cellbench.console import progress_bar
 from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
@@ -35,6 +34,7 @@ from cellbench.errors import WeightsUnavailable, one_line, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
 from cellbench.execution.planning import ResolvedRun
+from cellbench.execution.progress import CohortProgress, Report, no_report
 from cellbench.execution.run_logger import RunLogger, TrialCallback
 from cellbench.features.extractor import CachePolicy, Features, non_finite_reason
 from cellbench.features.frozen_backbone import FrozenBackbone
@@ -118,6 +118,8 @@ class Runner:
     """Limit for features in the cache folder."""
     prefer_disk: bool = False
     say: Callable[[str], None] = print
+    report: Report = no_report
+    """Receives the progress of the current cohort."""
     watch: TrialCallback | None = None
     """Set for the trials of a search, which are validated and not tested."""
 
@@ -332,7 +334,8 @@ class Runner:
         val, test, busy, wall_s, cpu_s = self._images["val"], self._images["test"], SystemLoad(), 0.0, 0.0
         predictions = ((k, [(segment(val[k][0]), None)]) for k in range(len(val)))
         with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, 1, predictions), self._own_metrics) as evaluator:
-            for index in progress_bar(range(len(test)), desc=one.name, unit="image"):
+            for index in range(len(test)):
+                self.report(index / len(test), "testing")
                 image, truth = test[index]
                 start, start_cpu = time.perf_counter(), time.thread_time()
                 classes = segment(image)
@@ -411,8 +414,11 @@ class Runner:
         what = f"{runs[0].backbone or runs[0].baseline}, {len(runs)} run{'s' if len(runs) > 1 else ''}"
         self.say(f"{title}: {what}, {num_views} tiles an epoch, {features.source}.")
         epochs = max(run.epochs - trainer.epoch for run, trainer in zip(runs, trainers, strict=True))
-        with progress_bar(total=epochs * num_views, desc=f"{title}: {what}", unit="tile", smoothing=0.05) as bar:
-            fit(trainers, features, bar)
+        tiles = {split: sum(len(features.grid(split, k)) for k in range(len(features.pixels[split]))) for split in ("val", "test")}
+        steps = {"training": epochs * num_views, "validating": epochs * tiles["val"]}
+        self._progress = CohortProgress(self.report, steps if self.watch is not None else {**steps, "testing": tiles["test"]})
+        fit(trainers, features, self._progress)
+        self._progress.end("training", "validating")  # also where they ended early
         release_memory()
         load = _load_metric("cost/train_other_load_pct", busy)
         failed = [trainer.ended.startswith("failed") for trainer in trainers]
@@ -454,9 +460,9 @@ class Runner:
         costs, busy = self._training_costs(trained, features, load), SystemLoad()
         reset_timers(features.backbone, models)
         not_finite: dict[int, str] = {}
-        bar = progress_bar(score_images(models, features, "test"), total=len(test), desc=f"{title}: test", unit="image")
         with CohortEvaluator(self.dataset, len(models), separations, self._own_metrics) as evaluator:
-            for image, counts, answers in bar:
+            for image, counts, answers in score_images(models, features, "test"):
+                self._progress.update("testing", len(features.grid("test", image)))
                 evaluator.add_image(image, test[image][1], counts, [(a.classes, a.cell, a.boundary_depth) for a in answers])
                 for k, answer in enumerate(answers):
                     if not answer.finite:

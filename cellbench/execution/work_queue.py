@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from cellbench.errors import CellbenchError
 from cellbench.execution.planning import ResolvedRun
+from cellbench.execution.progress import GridProgress, relative_cost
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.features.extractor import FeaturePass
 
@@ -55,7 +56,7 @@ class Message:
     """A worker's message about its item, or the notice that the worker was lost."""
 
     item: WorkItem
-    kind: Literal["say", "done", "refused", "error", "lost"]
+    kind: Literal["say", "progress", "done", "refused", "error", "lost"]
     content: Any = None
     """The outcome, or a text: a line to print, the reason of a refusal, a traceback, or how the worker was lost."""
     lines: Sequence[str] = ()
@@ -83,8 +84,9 @@ class WorkQueue:
     def __init__(self, runner: Runner, cohorts: Sequence[Sequence[ResolvedRun]], out: Outcome) -> None:
         self.runner, self._out = runner, out
         items = [WorkItem(cohort=list(cohort), title=f"cohort {k} of {len(cohorts)}") for k, cohort in enumerate(cohorts, 1)]
-        self.waiting = deque(sorted(items, key=lambda item: -_relative_cost(item.cohort)))
+        self.waiting = deque(sorted(items, key=lambda item: -relative_cost(item.cohort)))
         self.running: list[WorkItem] = []
+        self._progress = GridProgress(cohorts, runner.say)
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -92,10 +94,11 @@ class WorkQueue:
     def run(self, workers: Workers) -> None:
         """Runs until every item is done. Raises CellbenchError if a worker refuses its item."""
         try:
-            while len(self):
-                workers.assign(self)
-                for message in workers.messages():
-                    self._handle(message)
+            with self._progress:
+                while len(self):
+                    workers.assign(self)
+                    for message in workers.messages():
+                        self._handle(message)
         finally:
             for item, owner in workers.stop():
                 self._release(item, owner)
@@ -121,9 +124,12 @@ class WorkQueue:
         match message.kind:
             case "say":
                 self.runner.say(message.content)
+            case "progress":
+                self._progress.update(item.cohort, *message.content)
             case "done":
                 self.running.remove(item)
                 if not item.shards:
+                    self._progress.update(item.cohort, 1.0)
                     _merge(self._out, message.content)
             case "lost":
                 self._lost(item, message.content)
@@ -148,11 +154,6 @@ class WorkQueue:
             self.runner.say(f"{item.title}: {reason} Its cohorts compute what is missing.")
         else:
             self.runner.give_up(item.cohort, f"{reason} Is there enough memory?", self._out)
-
-
-def _relative_cost(cohort: Sequence[ResolvedRun]) -> float:
-    params_m = cohort[0].backbone.params_m if cohort[0].backbone else 0.0
-    return (10 + params_m) * max(one.run.epochs for one in cohort) + sum(one.run.epochs for one in cohort)
 
 
 def _merge(out: Outcome, more: Outcome) -> None:

@@ -22,6 +22,7 @@ from cellbench.config.registry import Registry
 from cellbench.data.loading import open_folds
 from cellbench.errors import CellbenchError
 from cellbench.execution.planning import ResolvedRun, resolve_runs
+from cellbench.execution.progress import Report, no_report
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.features.extractor import FeaturePass
 from cellbench.features.remote_cache import shared_url
@@ -114,7 +115,7 @@ def apply_job_environment(job: JobSpec) -> JobSpec:
 class CohortWorker:
     """Runs cohorts of a job in a worker process. Runs are given by fingerprint."""
 
-    def __init__(self, job: JobSpec, say: Callable[[str], None]) -> None:
+    def __init__(self, job: JobSpec, say: Callable[[str], None], report: Report = no_report) -> None:
         apply_job_environment(job)
         registry = Registry(job.extra)
         datasets = open_folds(job.experiment, registry, job.data)
@@ -133,6 +134,7 @@ class CohortWorker:
             disk_bytes=job.disk_bytes,
             prefer_disk=job.prefer_disk,
             say=say,
+            report=report,
         )
 
     def cohort(self, fingerprints: Sequence[str], title: str, halvings: int) -> Outcome:

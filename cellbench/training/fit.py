@@ -18,15 +18,15 @@ from cellbench.training.trainer import HeadTrainer
 
 
 class Progress(Protocol):
-    """A progress bar, such as tqdm's."""
+    """Counts the tiles of each phase, ``training`` and ``validating``."""
 
-    def update(self, n: int = 1) -> Any: ...
+    def update(self, phase: str, num: float) -> Any: ...
 
 
 def fit(trainers: Sequence[HeadTrainer], features: Features, progress: Progress | None = None) -> None:
     """Trains the runs of one cohort until each has ended. A restored run joins at its own next epoch.
 
-    ``progress`` counts the tiles that have passed the backbone. Afterwards each model has the weights of its best epoch.
+    ``progress`` counts the tiles that all runs have seen. Afterwards each model has the weights of its best epoch.
     """
     trainers = [trainer.on(features) for trainer in trainers]
     with WorkerPool(features.backbone.machine.lanes) as pool:
@@ -38,18 +38,20 @@ def fit(trainers: Sequence[HeadTrainer], features: Features, progress: Progress 
             for chunk in features.train(epoch, pool):
                 pool.run_all([functools.partial(trainer.train_on, chunk) for trainer in active], [trainer.train_s for trainer in active])
                 if progress is not None:
-                    progress.update(chunk.num)
-            validate([trainer for trainer in active if not trainer.ended], features, pool)
+                    progress.update("training", chunk.num)
+            validate([trainer for trainer in active if not trainer.ended], features, pool, progress)
     for trainer in trainers:
         if trainer.best_weights:
             trainer.load_best()
 
 
-def validate(trainers: Sequence[HeadTrainer], features: Features, pool: WorkerPool) -> None:
+def validate(trainers: Sequence[HeadTrainer], features: Features, pool: WorkerPool, progress: Progress | None = None) -> None:
     """Validates the runs on whole images and ends their epoch."""
 
     def add(k: int, logits: Tensor, batch: Batch) -> None:
         trainers[k].add_validation(logits, batch)
+        if k == 0 and progress is not None:
+            progress.update("validating", batch.num)
 
     counts = score_tiles([trainer.model for trainer in trainers], features, "val", add, pool)
     for trainer, own in zip(trainers, counts, strict=True):
