@@ -58,7 +58,7 @@ class SettingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(ComputeOptions, WeightsOptions, RegistryOptions, SettingOptions, TableOptions):
+class TrainingOptions(ComputeOptions, WeightsOptions, RegistryOptions, SettingOptions):
     """What ``grid`` and ``search`` train on, and where."""
 
     data: Path | None = option("the folder of images and masks", metavar="DIR")
@@ -87,7 +87,7 @@ class InferenceOptions(ComputeOptions, WeightsOptions, RegistryOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridOptions(TrainingOptions):
+class GridOptions(TrainingOptions, TableOptions):
     file: str = argument("an experiment file, or the name of a shipped one (default: quickstart, or own with --data)", "")
     dry_run: bool = option("print the runs, the cohorts and an estimate of time, memory and disk; train nothing", False)
 
@@ -185,14 +185,14 @@ class CheckOptions(RegistryOptions, SettingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheOptions(TableOptions):
+class CacheOptions:
     cache: Path | None = option("the cache folder (default: ~/.cache/cellbench)", metavar="DIR")
     prune: bool = option("remove cached features; they are computed again when needed", False)
     older_than: float = option("with --prune: only those not used for DAYS (default: 0)", 0.0, metavar="DAYS")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListOptions(RegistryOptions, TableOptions):
+class ListOptions(RegistryOptions):
     kind: str | None = argument("backbones, heads, baselines, datasets or experiments (default: all)", None)
 
 
@@ -202,7 +202,7 @@ class ShowOptions(RegistryOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorOptions(DeviceOptions, WeightsOptions, RegistryOptions, TableOptions):
+class DoctorOptions(DeviceOptions, WeightsOptions, RegistryOptions):
     names: tuple[str, ...] = argument("backbones to load, check and time (default: a table of all of them)", (), metavar="NAME")
     cache: Path | None = option("the cache folder (default: ~/.cache/cellbench)", metavar="DIR")
     deep: bool = option("for the table: also read large files, once, to compare their hashes", False)
