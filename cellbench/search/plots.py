@@ -10,7 +10,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,7 +28,7 @@ from cellbench.reporting.plots.style import PALETTE, STYLE, to_png
 from cellbench.search.study import CompletedTrial, Study
 
 MARKS = {"complete": "o", "over a bound": "s", "pruned": "x", "failed": "|"}
-COLOURS = {"complete": PALETTE[0], "over a bound": PALETTE[1], "pruned": "0.55", "failed": PALETTE[3]}
+COLOURS: dict[str, Any] = {"complete": PALETTE[0], "over a bound": PALETTE[1], "pruned": "0.55", "failed": PALETTE[3]}
 LATER = "cividis_r"
 """Colour map over the number of a trial: the darker, the later."""
 
@@ -37,6 +39,10 @@ def write_trials(folder: Path, study: Study, space: Space) -> None:
     (folder / "figures").mkdir()
     for title, data in plot_study(study, space):
         (folder / "figures" / f"{title}.png").write_bytes(data)
+
+
+def _signed(k: int, sign: int, trial: optuna.trial.FrozenTrial) -> float:
+    return sign * float(trial.values[k])
 
 
 def plot_study(study: Study, space: Space) -> Iterator[tuple[str, bytes]]:
@@ -53,15 +59,15 @@ def plot_study(study: Study, space: Space) -> Iterator[tuple[str, bytes]]:
         mark = "" if len(names) == 1 else f"-{name.replace('/', '-')}"
         points = [_point(t, k, name, study, curves[t.number]) for t in trials]
         shown = _Shown(name=name, higher=direction == "maximize", points=points, best=best)
-        yield f"history{mark}", _png(lambda shown=shown: _history(shown, steps=len(names) == 1))
-        yield f"slice{mark}", _png(lambda shown=shown: _slices(shown, varied))
-        yield f"parallel{mark}", _png(lambda shown=shown: _parallel(shown, [one for one in varied if not one.head]))
+        yield f"history{mark}", _png(partial(_history, shown, steps=len(names) == 1))
+        yield f"slice{mark}", _png(partial(_slices, shown, varied))
+        yield f"parallel{mark}", _png(partial(_parallel, shown, [one for one in varied if not one.head]))
         if len(done) >= 4 and len({t.values[k] for t in done}) > 1:
             sign = -1 if direction == "maximize" else 1  # Optuna's evaluator asks which settings make a target low
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = optuna.importance.get_param_importances(study.optuna, target=lambda t, k=k, sign=sign: sign * t.values[k])
-            yield f"importance{mark}", _png(lambda found=found, name=name: _importances(found, name))
+                found = optuna.importance.get_param_importances(study.optuna, target=partial(_signed, k, sign))
+            yield f"importance{mark}", _png(partial(_importances, found, name))
     if space.settings.pruner != "none":
         yield "curves", _png(lambda: _curves(trials, curves, names[0], best, space.directions[0] == "maximize"))
     if len(names) > 1:
@@ -136,7 +142,7 @@ def _draw(axes: Axes, x: Sequence[float], points: Sequence[_Point], shown: _Show
             mark, y = MARKS["failed"], worse
         elif not low <= y <= high:
             mark, y = ("v", low) if y < low else ("^", high)
-        hollow = {"facecolors": "none"} if p.kind == "over a bound" else {}
+        hollow: dict[str, Any] = {"facecolors": "none"} if p.kind == "over a bound" else {}
         axes.scatter([at], [y], s=size, marker=mark, color=colour, linewidths=1.1, clip_on=False, zorder=3, **hollow)
         if p.trial.number in shown.best:
             axes.scatter([at], [y], s=size + 60, marker="o", facecolors="none", edgecolors="black", linewidths=1.3, zorder=4, clip_on=False)
