@@ -125,6 +125,12 @@ def detect_hardware(device: str = "auto", precision: str = "auto", memory: str =
     return Hardware(device=where, precision=kinds[precision], memory_bytes=budget, lanes=lanes, threads=threads)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the processor on a device; to a GPU from pinned memory, so that the copy does not wait for the GPU's earlier work."""
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    return tensor.pin_memory().to(device, non_blocking=True) if pinned else tensor.to(device)
+
+
 def release_memory() -> None:
     """Returns freed memory to the system. glibc keeps it, separately for each thread: 300 MB after a small cohort."""
     gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -20,7 +21,7 @@ class SystemLoad:
     def others_pct(self) -> float | None:
         """The share of the CPU that other processes used, 0..100 %; None if too little time has passed.
 
-        Processes that this one started and that still run count as others.
+        Processes that this one started count as its own: they draw pictures while the next runs train.
         """
         total_s, busy_s, own_s = (now - then for now, then in zip(_counters(), self._before, strict=True))
         if total_s <= SHORTEST_S:
@@ -29,7 +30,7 @@ class SystemLoad:
 
 
 def _counters() -> tuple[float, float, float]:
-    """Total seconds of all cores, busy seconds, and seconds of this process."""
+    """Total seconds of all cores, busy seconds, and seconds of this process and of those that it started."""
     times = psutil.cpu_times(percpu=True)
     if hasattr(os, "sched_getaffinity"):
         mine = [times[core] for core in os.sched_getaffinity(0) if core < len(times)]
@@ -37,7 +38,18 @@ def _counters() -> tuple[float, float, float]:
     # Linux includes a guest's time in the user's.
     total_s = sum(sum(one) - getattr(one, "guest", 0.0) - getattr(one, "guest_nice", 0.0) for one in times)
     idle_s = sum(one.idle + getattr(one, "iowait", 0.0) for one in times)
-    return total_s, total_s - idle_s, time.process_time()
+    return total_s, total_s - idle_s, time.process_time() + _children_s()
+
+
+def _children_s() -> float:
+    """CPU seconds of the processes that this one started: of those that still run, and where the system counts them, of those that ended."""
+    ended = os.times()
+    total_s = ended.children_user + ended.children_system
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times = child.cpu_times()
+            total_s += times.user + times.system
+    return total_s
 
 
 def describe_load(pct: float | None) -> str:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cellbench.hardware import to_device
+
 
 class FeatureCache(Protocol):
     """The cached features of one pass."""
@@ -35,7 +37,7 @@ class MemoryCache:
             self.filled = np.zeros(self.num, bool)
             # Rows of (h, w, D): a gather of rows is then channels-last without a copy.
             self.maps = {i: torch.empty((self.num, *m.shape[2:], m.shape[1]), dtype=m.dtype, device=self.device) for i, m in maps.items()}
-        index = torch.from_numpy(rows).to(self.device)
+        index = to_device(torch.from_numpy(rows), self.device)
         for i, m in maps.items():
             self.maps[i][index] = m.permute(0, 2, 3, 1).to(self.device)
         self.filled[rows] = True
@@ -43,5 +45,5 @@ class MemoryCache:
     def get(self, rows: np.ndarray, indices: tuple[int, ...]) -> dict[int, Tensor] | None:
         if not len(self.filled) or not self.filled[rows].all():
             return None
-        index = torch.from_numpy(rows).to(self.device)
+        index = to_device(torch.from_numpy(rows), self.device)
         return {i: self.maps[i][index].permute(0, 3, 1, 2) for i in indices}

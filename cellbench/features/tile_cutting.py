@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cellbench.data.transforms.augmentation import rotate_flip
 from cellbench.data.transforms.tiling import cut_tile
-from cellbench.hardware import num_cores
+from cellbench.hardware import num_cores, to_device
 from cellbench.metrics.pixel import IGNORE
 from cellbench.parallel import WorkerPool
 
@@ -68,9 +68,7 @@ class HostCutter:
         )
 
     def _sent(self, array: np.ndarray) -> Tensor:
-        """To a GPU from pinned memory, so that the copy does not block."""
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor.to(self._device)
+        return to_device(torch.from_numpy(array), self._device)
 
 
 class DeviceCutter:
@@ -105,9 +103,7 @@ class DeviceCutter:
         return np.stack([self._start[image] + y * self._width[image] + x, self._width[image], turn, self._ignoring[image]], axis=1)
 
     def cut(self, prepared: np.ndarray) -> Tiles:
-        facts = torch.from_numpy(prepared)
-        facts = facts.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else facts
-        first, width, turn, _ = facts.unbind(1)
+        first, width, turn, _ = to_device(torch.from_numpy(prepared), self._device).unbind(1)
         index_BTT = first[:, None, None] + self._rows[turn] * width[:, None, None] + self._columns[turn]
         image, mask, *more = (array[index_BTT] for array in self._arrays)
         return Tiles(as_pixels(image), mask.long(), more[0] if more else None, bool(prepared[:, 3].any()))

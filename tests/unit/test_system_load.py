@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections import namedtuple
 from dataclasses import replace
@@ -30,9 +32,21 @@ def test_the_load_by_others_is_what_this_process_did_not_use_of_the_busy_time(mo
         return times
 
     monkeypatch.setattr(system_load.psutil, "cpu_times", counters)
+    monkeypatch.setattr(system_load, "_children_s", lambda: 0.0)
     monkeypatch.setattr(system_load.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     # Core 0: 5 s, 4 busy. Core 1: 6 s with the guest's counted once more by psutil, so 5 s, of which 3 idle.
     assert SystemLoad().others_pct() == pytest.approx(100 * (4 + 2 - 2) / 10)
+
+
+def test_a_process_that_this_one_started_is_its_own_while_it_runs_and_after():
+    before_s = system_load._counters()[2]
+    code = "import time, sys\nwhile time.process_time() < 0.4: pass\nprint(flush=True)\nsys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert system_load._counters()[2] - before_s > 0.35
+        child.stdin.close()
+        child.wait()
+    assert system_load._counters()[2] - before_s > 0.35
 
 
 def test_too_short_a_time_has_no_load(monkeypatch):

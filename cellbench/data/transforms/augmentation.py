@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cellbench.config.registry import Registry, load
 from cellbench.config.run import RunSpec
+from cellbench.hardware import to_device
 
 Draw = tuple[float, ...]
 
@@ -84,7 +85,8 @@ class StainJitter:
         matrix = to_rgb @ torch.diag_embed(factors_B3) @ to_hed
         offset = shifts_B3 @ to_rgb.T
         density = pixels_BCHW.clamp_min(1e-6).log_().neg_().flatten(2)  # 1e-6, as skimage: black has no finite density
-        changed = torch.baddbmm(offset.to(pixels_BCHW).unsqueeze(-1), matrix.to(pixels_BCHW), density)
+        matrix, offset = (to_device(x.to(pixels_BCHW.dtype), pixels_BCHW.device) for x in (matrix, offset))
+        changed = torch.baddbmm(offset.unsqueeze(-1), matrix, density)
         return changed.neg_().exp_().clamp_(0, 1).view_as(pixels_BCHW)
 
 
@@ -120,12 +122,12 @@ class ColourJitter:
         blend = saturation[:, None, None]
         desaturate = blend * torch.eye(3, dtype=torch.float64) + (1 - blend) * grey.expand(3, 3)
         # Grey stays grey under both, so the offset of the contrast passes through them unchanged.
-        matrix = ((brightness * contrast)[:, None, None] * (_RGB @ rotation @ _YIQ @ desaturate)).to(pixels_BCHW)
+        matrix = ((brightness * contrast)[:, None, None] * (_RGB @ rotation @ _YIQ @ desaturate)).to(pixels_BCHW.dtype)
         # The tiles' means stay on a GPU, to avoid waiting for it; a Mac's GPU has no double precision.
         means = pixels_BCHW.mean((2, 3)).to("cpu" if pixels_BCHW.device.type == "mps" else pixels_BCHW.device).double()
-        offset = ((1 - contrast) * brightness).to(means) * torch.einsum("bc,c->b", means, grey.to(means))
+        offset = to_device((1 - contrast) * brightness, means.device) * torch.einsum("bc,c->b", means, to_device(grey, means.device))
         offset = offset.to(pixels_BCHW).view(-1, 1, 1)
-        flat = torch.baddbmm(offset, matrix, pixels_BCHW.flatten(2))
+        flat = torch.baddbmm(offset, to_device(matrix, pixels_BCHW.device), pixels_BCHW.flatten(2))
         return flat.view_as(pixels_BCHW).clamp_(0, 1)
 
 
