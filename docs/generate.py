@@ -212,7 +212,8 @@ def components(folder: str) -> str:
         rows = []
         for one in found:
             size = f"{one.params_m:g} M parameters, " if one.params_m else ""
-            facts = f"{size}patches of {one.patch_px} px, {one.license}" + (", gated" if one.gated else "")
+            domain = f"{one.domain}, " if one.domain else ""
+            facts = f"{domain}{size}patches of {one.patch_px} px, {one.license}" + (", gated" if one.gated else "")
             rows.append((f"`{one.id}`", f"{one.title}<br>*{facts}*"))
         return _table(("backbone", "what it is"), rows)
     rows = [(f"`{one.id}`", one.title, *_options(one)) for one in found]
