@@ -134,15 +134,10 @@ def test_files_of_a_run_are_what_the_report_and_the_ui_read(dataset, tmp_path):
     tree = {"experiment": "a / b, ü 🔬", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
     out = tmp_path / "out"
     out.mkdir()
-    artifacts.write_artifacts(
-        out,
-        "a run",
-        run,
-        Experiment.of(tree, "here"),
-        [dataset],
-        ImageCache(dataset, "test", 2**28),
-        EvaluationResult(evaluation=evaluation, cost={}),
-    )
+    result = EvaluationResult(evaluation=evaluation, cost={})
+    artifacts.write_artifacts(out, run, Experiment.of(tree, "here"), [dataset], result)
+    drawings = artifacts.pictures("a run", dataset, ImageCache(dataset, "test", 2**28), result)
+    artifacts.write_pictures(out, {name: draw() for name, draw in drawings.items()})
     record = json.loads((out / "per_image.json").read_text())
     assert record["images"] == [sample.name for sample in dataset.test]
     assert len(record["nsd"]) == len(record["ap50"]) == len(record["num_true"]) == 2
