@@ -128,16 +128,20 @@ def test_kept_predictions_are_thumbnails():
     assert len(case.packed) + len(case.packed_cell) < 100_000
 
 
+def write(folder, run, experiment, dataset, result):
+    """All files of a run: artifacts, and pictures, which a grid draws in other processes."""
+    artifacts.write_artifacts(folder, run, experiment, [dataset], result)
+    drawings = artifacts.pictures("a run", dataset, ImageCache(dataset, "test", 2**28), result)
+    artifacts.write_pictures(folder, {name: draw() for name, draw in drawings.items()})
+
+
 def test_files_of_a_run_are_what_the_report_and_the_ui_read(dataset, tmp_path):
     evaluation = taken(dataset, lambda truth: (np.roll(truth, 2, axis=0), truth * np.uint8(250)))
     run = run_of()
     tree = {"experiment": "a / b, ü 🔬", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
     out = tmp_path / "out"
     out.mkdir()
-    result = EvaluationResult(evaluation=evaluation, cost={})
-    artifacts.write_artifacts(out, run, Experiment.of(tree, "here"), [dataset], result)
-    drawings = artifacts.pictures("a run", dataset, ImageCache(dataset, "test", 2**28), result)
-    artifacts.write_pictures(out, {name: draw() for name, draw in drawings.items()})
+    write(out, run, Experiment.of(tree, "here"), dataset, EvaluationResult(evaluation=evaluation, cost={}))
     record = json.loads((out / "per_image.json").read_text())
     assert record["images"] == [sample.name for sample in dataset.test]
     assert len(record["nsd"]) == len(record["ap50"]) == len(record["num_true"]) == 2
@@ -232,7 +236,7 @@ def test_files_and_notes_of_a_test_with_empty_images_hold_no_nan(mostly_empty, t
     run, out = run_of(), tmp_path / "out"
     out.mkdir()
     tree = {"experiment": "e", "dataset": "folder", "grid": {"backbone": [run.backbone], "head": [run.head]}}
-    artifacts.write_artifacts(out, "a run", run, Experiment.of(tree, "here"), [one], ImageCache(one, "test", 2**28), result)
+    write(out, run, Experiment.of(tree, "here"), one, result)
     record, table = strict(out / "per_image.json"), strict(out / artifacts.TABLE)
     assert record["dice"][-1] is (None if answer is nothing else record["dice"][-1])
     assert (out / "figures" / "worst.png").exists()
