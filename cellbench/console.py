@@ -28,6 +28,11 @@ def width() -> int:
     return shutil.get_terminal_size((80, 24)).columns
 
 
+def sentence_width() -> int:
+    """The width for tables of sentences on standard output: like sentences, they are folded for a terminal alone."""
+    return width() if sys.stdout.isatty() else WIDE
+
+
 def say(text: str = "", *, file: IO[str] | None = None) -> None:
     """Prints lines without breaking a progress bar, by default to standard output. A terminal gets them folded, a file or pipe as they are."""
     file = file or sys.stdout
@@ -94,10 +99,11 @@ def format_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, ro
     """
     room = width() if room is None else room
     widths = [max([len(one.heading) * headings, *(len(row[k]) for row in rows)]) for k, one in enumerate(columns)]
+    least = [max([24, *(len(word) for row in rows for word in row[k].split())]) for k in range(len(columns))]  # words are not broken
     shown = [k for k, one in enumerate(columns) if not one.optional or any(row[k] for row in rows)]
 
     def total() -> int:
-        return sum(min(widths[k], 24) if columns[k].folded else widths[k] for k in shown) + 2 * (len(shown) - 1)
+        return sum(min(widths[k], least[k]) if columns[k].folded else widths[k] for k in shown) + 2 * (len(shown) - 1)
 
     while total() > room and (rest := [k for k in shown if columns[k].optional]):
         shown.remove(max(rest, key=lambda k: columns[k].optional))

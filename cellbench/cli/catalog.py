@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 
 from cellbench import startup
@@ -13,7 +12,7 @@ from cellbench.config.experiment import Experiment, cohorts, expand
 from cellbench.config.options import CacheOptions, ListOptions, ShowOptions
 from cellbench.config.registry import Registry, shipped
 from cellbench.config.search_space import Space
-from cellbench.console import say
+from cellbench.console import Column, format_table, say
 from cellbench.errors import CellbenchError, unknown_name
 from cellbench.metrics.catalog import search_objectives
 from cellbench.models.backbones.weights import package_name
@@ -27,11 +26,12 @@ def list_components(options: ListOptions) -> int:
     kinds = [*KINDS, EXPERIMENTS]
     if options.kind is not None and options.kind not in kinds:
         raise unknown_name("kind", options.kind, kinds)
-    blocks = []
+    blocks, columns = [], [Column(heading="name"), Column(heading="what it is", folded=True)]
     for kind in kinds if options.kind is None else [options.kind]:
         lines = _experiments() if kind == EXPERIMENTS else {name: _brief(registry.card(kind, name)) for name in registry.names(kind)}
-        width = max(map(len, lines), default=0)
-        blocks.append("\n".join([f"{kind}:", *(f"  {name.ljust(width)}  {brief}" for name, brief in lines.items())]))
+        heading = f"{kind}:" if lines else f"{kind}: none; --registry DIR adds your own"
+        rows = [(f"  {name}", brief) for name, brief in lines.items()]
+        blocks.append("\n".join([heading, *format_table(columns, rows, headings=False)]))
     say("\n\n".join(blocks))
     return 0
 
@@ -111,15 +111,18 @@ def cache(options: CacheOptions) -> int:
     if not found:
         say(f"no features are cached in {features_dir()}. `grid --cache SIZE` keeps them for later calls.")
         return 0
-    lines = [("backbone", "dataset", "split", "tiles", "MiB", "last used")]
+    columns = [
+        Column(heading="backbone"),
+        Column(heading="dataset", cut=True),
+        Column(heading="split"),
+        Column(heading="tiles", right=True),
+        Column(heading="MiB", right=True),
+        Column(heading="last used"),
+    ]
+    rows = []
     for entry in found:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        lines.append((entry.backbone, entry.dataset, entry.what, str(entry.num_tiles), f"{entry.size_bytes / 2**20:,.0f}", used))
-    say("\n".join(_aligned(lines)))
+        rows.append((entry.backbone, entry.dataset, entry.what, f"{entry.num_tiles:,}", f"{entry.size_bytes / 2**20:,.0f}", used))
+    say("\n".join(format_table(columns, rows)))
     say(f"{sum(entry.size_bytes for entry in found) / 2**20:,.0f} MiB in {features_dir()}")
     return 0
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -16,7 +16,7 @@ from cellbench.config.experiment import DataSpec
 from cellbench.config.loading import data_spec
 from cellbench.config.options import CheckOptions
 from cellbench.config.registry import Registry
-from cellbench.console import progress_bar
+from cellbench.console import Column, format_table, progress_bar, say, sentence_width
 from cellbench.data.audit import near_duplicates
 from cellbench.data.audit.checks import TOO_FEW, Finding, Severity, find_duplicates, findings, statistics, too_few
 from cellbench.data.audit.examples import Example, draw_examples, draw_samples
@@ -57,7 +57,7 @@ def check_folder(
     spec: DataSpec | None = None,
     registry: Registry | None = None,
     out: Path | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> int:
     """Audits a folder, manifest or COCO file. Returns exit code 0 if models can be compared on it, 1 if a finding forbids that.
 
@@ -191,13 +191,15 @@ def _verdict(name: str, num: int, found: Sequence[Finding]) -> str:
 
 
 def _lines(found: Audit) -> list[str]:
-    width = max(len(name) for name, _ in found.numbers)
-    lines = [found.verdict, "", *(f"  {name.ljust(width)}  {value}" for name, value in found.numbers), ""]
+    columns, room = [Column(heading="name"), Column(heading="text", folded=True)], sentence_width()
+    numbers = format_table(columns, [(f"  {name}", value) for name, value in found.numbers], room=room, headings=False)
+    rows = []
     for finding in found.findings:
         more = f", … {len(finding.images) - SHOWN} more" if len(finding.images) > SHOWN else ""
         names = [name if name.isprintable() else ascii(name) for name in finding.images[:SHOWN]]
-        lines += [f"  {finding.severity.value:6}  {finding.kind}: {finding.message}", f"          {', '.join(names)}{more}"]
-    return [*lines, *(f"  {note}" for note in found.notes)]
+        rows += [(f"  {finding.severity.value:6}", f"{finding.kind}: {finding.message}"), ("", f"{', '.join(names)}{more}")]
+    lines = format_table(columns, rows, room=room, headings=False)
+    return [found.verdict, "", *numbers, "", *lines, *(f"  {note}" for note in found.notes)]
 
 
 def _json(found: Audit) -> str:

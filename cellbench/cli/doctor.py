@@ -7,9 +7,8 @@ downloads anything. Only the self-test and the contracts import torch.
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from cellbench import startup
 from cellbench.config.cards import BackboneCard, Card
 from cellbench.config.options import DoctorOptions
 from cellbench.config.registry import Registry
-from cellbench.console import say
+from cellbench.console import WIDE, Column, format_table, say
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown_name
 from cellbench.file_cache import FileFactCache, sha256
 from cellbench.files import compute_sha256
@@ -56,7 +55,7 @@ def doctor(options: DoctorOptions) -> int:
     if options.contracts:
         return _contracts(_parts(registry, options.names, options.registry))
     if not options.names:
-        return _table(registry, weights_folder(options.weights), options.deep)
+        return _table(registry, weights_folder(options.weights), options.deep, options.wide)
     return _self_tests([registry.backbone(name) for name in options.names], options.weights, options.device)
 
 
@@ -149,7 +148,7 @@ def _short(path: Path) -> str:
     return "~/" + str(path).removeprefix(home) if str(path).startswith(home) and home != "//" else str(path)
 
 
-def _table(registry: Registry, folder: Path | None, deep: bool) -> int:
+def _table(registry: Registry, folder: Path | None, deep: bool, wide: bool) -> int:
     rows = []
     for name in registry.names("backbones"):
         try:
@@ -158,10 +157,12 @@ def _table(registry: Registry, folder: Path | None, deep: bool) -> int:
             rows.append(Row(name=name, here="broken", problem=one_line(error)))
     order = list(HERE)
     rows.sort(key=lambda it: (order.index(it.here), it.name))
-    say("\n".join(_lines(rows)))
+    lines = _lines(rows, wide)
+    say("\n".join(lines))
     counts = [f"{here} {num}" for here in order if (num := sum(it.here == here for it in rows))]
     say(f"\n{len(rows)} backbones: {', '.join(counts)}.")
-    for words, used in ((HERE, {it.here for it in rows}), (HASH, {it.hash for it in rows})):
+    hashes = {it.hash for it in rows} if "hash" in lines[0] else set()
+    for words, used in ((HERE, {it.here for it in rows}), (HASH, hashes)):
         for word, meaning in words.items():
             if word in used and meaning:
                 say(f"{word}: {meaning}")
@@ -171,7 +172,9 @@ def _table(registry: Registry, folder: Path | None, deep: bool) -> int:
         say(f"hub: {'logged in' if get_token() else 'not logged in'} on this machine.")
     if os.environ.get("HF_HUB_OFFLINE"):
         say("hub: HF_HUB_OFFLINE is set, so nothing is downloaded from it.")
-    if any(it.license.endswith("?") for it in rows):
+    if "licence" not in lines[0]:
+        say("--wide also shows licences and hashes.")
+    if any(it.license.endswith("?") for it in rows) and "licence" in lines[0]:
         say("?: the licence is unclear; the card says why: `show backbones/NAME`.")
     problems = [it.problem for it in rows if it.problem]
     for problem in problems:
@@ -179,19 +182,23 @@ def _table(registry: Registry, folder: Path | None, deep: bool) -> int:
     return 1 if problems else 0
 
 
-def _lines(rows: list[Row]) -> Iterator[str]:
-    """The table, fitted to the terminal's width. Only the last two columns are shortened, but never what is to be typed or opened."""
-    head = Row(name="backbone", here="here and now", mib="MiB", hash="hash", license="licence", where="file, or page to get it from")
-    lines = [(it.name, it.here, it.mib, it.hash, _cut(it.license, 20)) for it in (head, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    room = max(24, shutil.get_terminal_size((120, 24)).columns - sum(widths) - 2 * 5)
-    last = head
-    for line, it in zip(lines, (head, *rows), strict=True):
-        if last is not head and it.here != last.here:
-            yield ""
-        last = it
-        parts = [text.rjust(width) if i == 2 else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths, strict=True))]
-        yield "  ".join([*parts, it.where if it.here in ("gated", "not installed") else _cut(it.where, room, 12)]).rstrip()
+def _lines(rows: list[Row], wide: bool) -> list[str]:
+    """The table, with an empty line between states. Of the last column only what need not be typed or opened is shortened."""
+    columns = [
+        Column(heading="backbone"),
+        Column(heading="here and now"),
+        Column(heading="MiB", right=True),
+        Column(heading="licence", optional=1),
+        Column(heading="hash", optional=2),
+        Column(heading="file, or page to get it from", folded=True),
+    ]
+    cells: list[list[str]] = []
+    for it, before in zip(rows, [None, *rows], strict=False):
+        if before is not None and it.here != before.here:
+            cells.append([""] * len(columns))
+        where = it.where if wide or it.here in ("gated", "not installed") else _cut(it.where, 36, 12)
+        cells.append([it.name, it.here, it.mib, _cut(it.license, 20), it.hash, where])
+    return format_table(columns, cells, room=WIDE if wide else None)
 
 
 def _cut(text: str, room: int, begin: int | None = None) -> str:

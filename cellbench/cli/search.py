@@ -1,4 +1,4 @@
-"""``search``: options, Ctrl-C and the progress bar of a search; the search itself is :mod:`cellbench.search.driver`."""
+"""``search``: options and Ctrl-C of a search; the search itself is :mod:`cellbench.search.driver`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
-
-from tqdm import tqdm
 
 from cellbench import startup
 from cellbench.config.options import SearchOptions
@@ -24,18 +21,14 @@ def search(options: SearchOptions) -> int:
     stop = StopRequest.after(options.timeout)
     startup.set_cache(parse_cache(options.cache)[0], options.cache_url)
     startup.configure_threads(options.device)
-    resources = Resources.of(options, elsewhere=options.on is not None)
     if options.helper:
+        resources = Resources.of(options, elsewhere=False)
         with stop_at_interrupt(stop):
             driver.assist_here(options, resources, sys.stdin.buffer.read().decode(), stop)
         return 0
-    plan = driver.prepare(options, resources)
-
-    def progress(total: int, done: int) -> tqdm[Any]:
-        return tqdm(total=total, initial=done, desc=plan.space.experiment, unit="trial", dynamic_ncols=True)
-
+    plan = driver.prepare(options)
     with stop_at_interrupt(stop):
-        return driver.search(plan, options, stop, progress)
+        return driver.search(plan, options, stop)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cellbench.console import say
+from cellbench.console import Column, format_table, say, sentence_width
 from cellbench.errors import CellbenchError, one_line, redact_passwords
 from cellbench.features.remote_cache import RemoteCache, shared_url
 from cellbench.files import cache_dir, make_folder, os_errors_as
@@ -38,9 +38,9 @@ class Finding:
 def services() -> int:
     """Prints one line per service. Returns exit code 0, or 1 if one does not work."""
     found = findings()
-    width = max(len(one.service) for one in found)
-    for one in found:
-        say(f"{one.service:<{width}}  {'ok   ' if one.good else 'WRONG'}  {one.text}")
+    columns = [Column(heading="service"), Column(heading="state"), Column(heading="details", folded=True)]
+    rows = [(one.service, "ok" if one.good else "WRONG", one.text) for one in found]
+    say("\n".join(format_table(columns, rows, room=sentence_width(), headings=False)))
     return 0 if all(one.good for one in found) else 1
 
 

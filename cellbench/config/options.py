@@ -202,7 +202,7 @@ class ShowOptions(RegistryOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorOptions(DeviceOptions, WeightsOptions, RegistryOptions):
+class DoctorOptions(DeviceOptions, WeightsOptions, RegistryOptions, TableOptions):
     names: tuple[str, ...] = argument("backbones to load, check and time (default: a table of all of them)", (), metavar="NAME")
     cache: Path | None = option("the cache folder (default: ~/.cache/cellbench)", metavar="DIR")
     deep: bool = option("for the table: also read large files, once, to compare their hashes", False)

@@ -10,6 +10,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 
 from cellbench.config.run import RunSpec
+from cellbench.console import Column, format_table
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
@@ -93,13 +94,20 @@ def _cost(setup: BenchmarkSetup, dataset: Dataset, runs: list[RunSpec]) -> Cohor
 
 def table(found: ScalingResult) -> str:
     """The measurements as text."""
-    lines = [f"{found.backbone} on {found.machine}, one epoch each", ""]
     first = found.runs[0]
-    lines.append("runs  wall s  against one run  s a run  trunk s  peak MiB")
-    lines += [
-        f"{p.num_runs:4}  {p.wall_s:6.1f}  {p.wall_s / first.wall_s:13.1f} x  {p.wall_s / p.num_runs:7.2f}  {p.trunk_s:7.1f}  {p.peak_mib:8,.0f}"
+    runs = [
+        (
+            str(p.num_runs), f"{p.wall_s:.1f}", f"{p.wall_s / first.wall_s:.1f} x", f"{p.wall_s / p.num_runs:.2f}", f"{p.trunk_s:.1f}",
+            f"{p.peak_mib:,.0f}",
+        )
         for p in found.runs
-    ]
-    lines += ["", "images  wall s  ms an image  peak MiB"]
-    lines += [f"{p.num_images:6}  {p.wall_s:6.1f}  {1000 * p.wall_s / p.num_images:11.0f}  {p.peak_mib:8,.0f}" for p in found.images]
-    return "\n".join(lines)
+    ]  # fmt: skip
+    images = [(str(p.num_images), f"{p.wall_s:.1f}", f"{1000 * p.wall_s / p.num_images:.0f}", f"{p.peak_mib:,.0f}") for p in found.images]
+    by_runs, by_images = (
+        format_table([Column(heading=heading, right=True) for heading in headings], rows)
+        for headings, rows in (
+            (("runs", "wall s", "against one run", "s a run", "backbone s", "peak MiB"), runs),
+            (("images", "wall s", "ms an image", "peak MiB"), images),
+        )
+    )
+    return "\n".join([f"{found.backbone} on {found.machine}, one epoch each", "", *by_runs, "", *by_images])

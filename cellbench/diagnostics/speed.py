@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from cellbench.console import Column, format_table
 from cellbench.data.transforms.tiling import Stitcher
 from cellbench.diagnostics import naive_reference
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup, seconds
@@ -78,9 +79,9 @@ def measure(setup: BenchmarkSetup) -> BenchmarkResult:
 def _whole_processes(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
     script, grid = compare(setup)
     num = len(setup.runs)
-    out.add("script_s", f"script: {num} runs, features cached, one after another, fp32", script.wall_s, "s", f"Dice {script.dice:.4f}")
+    out.add("script_s", f"script: {num} runs one after another, features cached, fp32", script.wall_s, "s", f"Dice {script.dice:.4f}")
     faster = f"{script.wall_s / grid.wall_s:.2f} x the script's speed; Dice {grid.dice:.4f}"
-    out.add("grid_s", "grid: the same runs, with MLflow, instance scores and report", grid.wall_s, "s", faster)
+    out.add("grid_s", "grid: the same runs, with MLflow, instance scores, report", grid.wall_s, "s", faster)
     for name, cost in (("script", script), ("grid", grid)):
         out.facts |= {f"{name}_cpu_s": cost.cpu_s, f"{name}_peak_mib": cost.peak_mib, f"{name}_dice": cost.dice}
     out.add("grid_cpu_s", "the same in processor time", grid.cpu_s, "s", f"script {script.cpu_s:.1f} s")
@@ -174,7 +175,7 @@ def _cohorts(setup: BenchmarkSetup, out: BenchmarkResult) -> list[HeadTrainer]:
     out.checks["cached features equal streamed ones"] = _same(setup, cached[0], streamed[0])
     faster = f"{cohort_s / cached_s:.1f} x faster than fresh views"
     out.add("cohort_s", f"{num} runs as one cohort", cohort_s, "s")
-    out.add("cohort_kept_s", "the same with repeat_views_every = 1, features cached", cached_s, "s", faster)
+    out.add("cohort_kept_s", "the same, repeat_views_every = 1, features cached", cached_s, "s", faster)
     out.add("alone_s", "the same runs one by one", alone_s, "s", f"the cohort is {alone_s / cohort_s:.1f} x faster")
     return cohort
 
@@ -216,7 +217,7 @@ def _naive(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrainer
             wall_s[how] += (time.perf_counter() - start) * setup.epochs / epochs
             if how == "held":
                 gaps.append(abs(dice - twin.history[epochs - 1]["val/dice"]))
-    for how, description in (("held", "decoded images held in memory"), ("reopen", "images opened for each crop, the published head")):
+    for how, description in (("held", "decoded images held in memory"), ("reopen", "images opened for each crop, published head")):
         naive_s = wall_s[how] * len(setup.rates)
         fresh, cached = (naive_s / out.facts[fact] for fact in ("cohort_s", "cohort_kept_s"))
         faster = f"naive: the cohort is {fresh:.1f} x faster, with repeat_views_every = 1 {cached:.1f} x"
@@ -297,10 +298,12 @@ def _all_cores(machine: Hardware) -> Iterator[None]:
 
 
 def table(result: BenchmarkResult) -> str:
-    """The measurements as text."""
-    wide = max(len(name) for name, *_ in result.rows)
+    """The measurements as text, each ratio below what it is of."""
+    columns = [Column(heading="name", cut=True), Column(heading="value", right=True), Column(heading="unit")]
+    values = format_table(columns, [(name, _number(value), unit) for name, value, unit, _ in result.rows], headings=False)
     lines = [f"{result.backbone} on {result.machine}", ""]
-    lines += [f"{name.ljust(wide)}  {_number(value):>9} {unit.ljust(10)}  {ratio}".rstrip() for name, value, unit, ratio in result.rows]
+    for line, (*_, ratio) in zip(values, result.rows, strict=True):
+        lines += [line, *([f"    {ratio}"] if ratio else [])]
     lines += ["", *(f"{'yes' if good else 'NO '}  {name}" for name, good in result.checks.items())]
     return "\n".join(lines)
 

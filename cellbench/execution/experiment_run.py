@@ -17,6 +17,7 @@ from typing import Any
 from cellbench.config.experiment import Experiment
 from cellbench.config.loading import changed_experiment, read_experiment
 from cellbench.config.options import GridOptions
+from cellbench.config.registry import Registry
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.loading import open_folds, settings_for_data
@@ -25,7 +26,7 @@ from cellbench.execution.artifacts import pool_folds
 from cellbench.execution.grid import Executor, InProcessExecutor, run_all
 from cellbench.execution.multiprocess import ProcessExecutor
 from cellbench.execution.planning import ResolvedRun, resolve_runs
-from cellbench.execution.resources import Resources
+from cellbench.execution.resources import Resources, check_options
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.execution.worker_job import job_spec
 from cellbench.reporting.collect import RunRequest
@@ -57,8 +58,9 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
     messages.
     """
     options = replace(options, file=options.file or ("quickstart" if options.data is None else "own"))
-    resources = Resources.of(options, elsewhere=options.on is not None and not options.dry_run)
-    registry, machine = resources.registry, resources.machine
+    elsewhere = options.on is not None and not options.dry_run
+    check_options(options, elsewhere=elsewhere)
+    registry = Registry(options.registry)
     experiment, text = read_experiment(options.file if tree is None else tree, options.changes, options.data, options.limit, registry)
     if chosen := settings_for_data(experiment, registry, options.data):
         for _, why in chosen:
@@ -69,6 +71,8 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
         say(line)
     dataset = datasets[0]
     quick_check.require_fit(dataset, options.unfit, say)
+    resources = Resources.of(options, elsewhere=elsewhere)  # not earlier: it may measure the machine, and keeps what it measured
+    machine = resources.machine
     runs = resolve_runs(
         experiment,
         registry,

@@ -46,7 +46,7 @@ def describe_skipped(runs: Sequence[ResolvedRun]) -> list[str]:
     if len(reasons) <= 1:
         return [f"{num}: {reason}" for reason in reasons]
     names = ", ".join(dict.fromkeys(reasons.values()))
-    return [f"{num}: the weights of {names} are not usable here. `cellbench doctor` says why and what to do."]
+    return [f"{num}: {names} cannot be used here. `cellbench doctor` says why and what to do."]
 
 
 def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | None = None) -> Outcome:

@@ -1,4 +1,4 @@
-"""Progress of a grid: one bar over all cohorts with the time left on a terminal, and a line now and then elsewhere."""
+"""Progress of a grid or search: one bar over all of it with the time left on a terminal, and a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from cellbench.console import progress_bar
 from cellbench.execution.planning import ResolvedRun
@@ -19,21 +19,43 @@ STEP_COSTS = {"training": 3.0, "validating": 1.0, "testing": 2.0}
 """Relative cost of a tile in each phase: a training step also goes backwards; a test blends tiles and scores cells."""
 
 
-class GridProgress:
-    """The bar. Cohorts are weighted by their expected cost, so that it moves at about the same speed throughout."""
+class Progress:
+    """One bar with the time left on a terminal; elsewhere a line now and then. ``done``: the part of ``total`` that earlier calls have done."""
 
-    def __init__(self, cohorts: Sequence[Sequence[ResolvedRun]], say: Callable[[str], None]) -> None:
-        self._weights = {_key(cohort): relative_cost(cohort) for cohort in cohorts}
-        self._done = dict.fromkeys(self._weights, 0.0)
+    def __init__(self, total: float, say: Callable[[str], None], done: float = 0.0) -> None:
+        self.total, self._first, self._now = max(total, 1e-9), done, done
         self._say, self._start_s, self._said_s = say, time.monotonic(), time.monotonic()
         look = "{percentage:3.0f} % {bar} {elapsed}, {remaining} left  {desc}"
-        self._bar = progress_bar(total=max(sum(self._weights.values()), 1e-9), bar_format=look, smoothing=0.0)
+        # miniters: else a large step would hide the small ones after it.
+        self._bar = progress_bar(total=self.total, initial=done, bar_format=look, smoothing=0.0, miniters=0)
 
-    def __enter__(self) -> GridProgress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
+
+    def move(self, now: float, doing: str = "") -> None:
+        """Moves the bar to ``now`` of its total, never back. ``doing``: what is being done; by default as before."""
+        if doing:
+            self._bar.set_description_str(doing, refresh=False)
+        step = max(0.0, min(now, self.total) - self._now)
+        self._now += step
+        self._bar.update(step)
+        share, past_s = self._now / self.total, time.monotonic() - self._start_s
+        if not sys.stderr.isatty() and time.monotonic() - self._said_s > EVERY_S and self._first < self._now < self.total:
+            self._said_s = time.monotonic()
+            left_min = past_s * (self.total - self._now) / (self._now - self._first) / 60
+            self._say(f"{share:.0%} done, about {left_min:.0f} min left ({self._bar.desc})")
+
+
+class GridProgress(Progress):
+    """Progress of a grid. Cohorts are weighted by their expected cost, so that it moves at about the same speed throughout."""
+
+    def __init__(self, cohorts: Sequence[Sequence[ResolvedRun]], say: Callable[[str], None]) -> None:
+        self._weights = {_key(cohort): relative_cost(cohort) for cohort in cohorts}
+        self._done = dict.fromkeys(self._weights, 0.0)
+        super().__init__(sum(self._weights.values()), say)
 
     def of(self, cohort: Sequence[ResolvedRun]) -> Report:
         """The function through which one cohort reports."""
@@ -41,15 +63,9 @@ class GridProgress:
 
     def update(self, cohort: Sequence[ResolvedRun], part: float, doing: str = "") -> None:
         key, run = _key(cohort), cohort[0].run
-        if doing:
-            self._bar.set_description_str(f"{run.backbone or run.baseline}, {doing}", refresh=False)
         self._done[key] = min(1.0, max(part, self._done[key]))
         now = sum(self._weights[one] * done for one, done in self._done.items())
-        self._bar.update(now - self._bar.n)
-        share, past_s = now / self._bar.total, time.monotonic() - self._start_s
-        if not sys.stderr.isatty() and time.monotonic() - self._said_s > EVERY_S and 0 < share < 1:
-            self._said_s = time.monotonic()
-            self._say(f"{share:.0%} done, about {past_s * (1 - share) / share / 60:.0f} min left ({run.backbone or run.baseline}, {doing})")
+        self.move(now, f"{run.backbone or run.baseline}, {doing}" if doing else "")
 
 
 class CohortProgress:

@@ -27,19 +27,26 @@ class Resources:
 
     @classmethod
     def of(cls, options: TrainingOptions, *, elsewhere: bool) -> Resources:
-        """``elsewhere``: a cluster does the work. Raises CellbenchError for options that this machine cannot satisfy."""
-        if options.workers is not None and options.on is not None:
-            raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
-        if options.on is not None:
-            ray_cluster.check_address(options.on, options.gpu_share)
-        machine = detect_hardware(options.device, options.precision, options.memory, elsewhere=elsewhere)
-        if options.workers is not None:
-            multiprocess.check_num_workers(options.workers, machine)
+        """``elsewhere``: a cluster does the work. May measure the precision of this machine. Raises CellbenchError as :func:`check_options`."""
         disk_bytes, prefer_disk = disk_budget(parse_cache(options.cache)[1])
         return cls(
             registry=Registry(options.registry),
             weights=weights_folder(options.weights),
-            machine=machine,
+            machine=detect_hardware(options.device, options.precision, options.memory, elsewhere=elsewhere),
             disk_bytes=disk_bytes,
             prefer_disk=prefer_disk,
         )
+
+
+def check_options(options: TrainingOptions, *, elsewhere: bool) -> None:
+    """Raises CellbenchError for options that this machine cannot satisfy. Measures and writes nothing, so it comes before the data is read."""
+    if options.workers is not None and options.on is not None:
+        raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
+    if options.on is not None:
+        ray_cluster.check_address(options.on, options.gpu_share)
+    precision = "fp32" if options.precision == "auto" else options.precision
+    machine = detect_hardware(options.device, precision, options.memory, elsewhere=elsewhere)
+    if options.workers is not None:
+        multiprocess.check_num_workers(options.workers, machine)
+    parse_cache(options.cache)
+    weights_folder(options.weights)

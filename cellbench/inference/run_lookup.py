@@ -103,7 +103,7 @@ def _find_model(asked: str, trackers: Sequence[Tracker]) -> tuple[Tracker, RunRe
     if len(names) > 1:
         raise CellbenchError(f"'{asked}' may be {', '.join(names[:8])}{', …' if len(names) > 8 else ''}. Name one of these {len(names)}.")
     *_, tracker, model = max(found, key=lambda one: one[:2])
-    notes = [f"'{names[0]}' was trained {len(found)} times; this is the newest."] if len(found) > 1 else []
+    notes = [f"'{names[0]}' is in {len(found)} leaderboards; this is the newest one."] if len(found) > 1 else []
     if len(model.runs) > 1:
         notes.append(f"Of its {len(model.runs)} runs the one with the best validation Dice is used.")
     return tracker, model.chosen.record, " ".join(notes)

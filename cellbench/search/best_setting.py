@@ -31,7 +31,7 @@ def test_best(space: Space, study: Study, runner: Runner, machine: Hardware, run
     runner = replace(runner, experiment=experiment, machine=machine, watch=None)
     found = ", ".join(f"{name} {value:.4f}" for name, value in zip(space.settings.objectives, best[0].values, strict=True))
     setting = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in best[0].point.items())
-    say(f"best is trial {best[0].number}: {found} ({setting}). It is now trained with {len(runs)} seeds and tested.")
+    say(f"best is trial {best[0].number}: {found} ({setting}). It is now trained with {len(runs)} seed{'s' * (len(runs) > 1)} and tested.")
     if len(space.settings.objectives) > 1:
         say(f"{len(best)} trials are on the front of {' and '.join(space.settings.objectives)}: figures/pareto.png, trials.csv.")
     outcome = run_all(runner, runs, executor)

@@ -12,13 +12,11 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from cellbench.config.experiment import Experiment
 from cellbench.config.loading import read_space
@@ -36,7 +34,7 @@ from cellbench.execution.artifacts import pool_folds
 from cellbench.execution.grid import Executor, InProcessExecutor
 from cellbench.execution.multiprocess import assign_cores, pin_to_cores
 from cellbench.execution.planning import resolve_tree
-from cellbench.execution.resources import Resources
+from cellbench.execution.resources import Resources, check_options
 from cellbench.execution.runner import Runner
 from cellbench.execution.worker_job import JobSpec, job_spec
 from cellbench.hardware import Hardware
@@ -46,7 +44,7 @@ from cellbench.reporting.report import log_request
 from cellbench.search import best_setting
 from cellbench.search import results as search_results
 from cellbench.search.study import DEFAULT, Study
-from cellbench.search.worker import SearchWorker
+from cellbench.search.worker import SearchProgress, SearchWorker
 from cellbench.tracking import relocate
 from cellbench.tracking.tracker import Run, Tracker
 
@@ -116,10 +114,12 @@ class SearchPlan:
         return SearchWorker(space=self.space, study=study, runner=runner, where=self.file)
 
 
-def prepare(options: SearchOptions, resources: Resources) -> SearchPlan:
-    """Reads the file and the data, and prints notes on them. Raises CellbenchError before anything is written."""
-    registry = resources.registry
+def prepare(options: SearchOptions) -> SearchPlan:
+    """Reads the file and the data, and prints notes on them. Raises CellbenchError."""
+    check_options(options, elsewhere=options.on is not None)
+    registry = Registry(options.registry)
     space, text = read_space(options.file, options.all_changes, options.data, options.limit, registry, search_objectives(registry))
+    resources = Resources.of(options, elsewhere=options.on is not None)  # after the file: it may measure the machine
     plan = plan_search(space, text, options.file, options.data, options.storage, resources)
     for line in plan.dataset.notes:
         say(line)
@@ -200,18 +200,16 @@ class SearchSession:
         return self.plan.space.settings.trials - sum(t.state != "running" for t in self.study.trials())
 
 
-def search(plan: SearchPlan, options: SearchOptions, stop: StopRequest, progress: Callable[[int, int], tqdm[Any]]) -> int:
-    """Runs a search. ``progress``: makes a progress bar from the number of trials and of ended ones.
-
-    Returns exit code 0, 130 after Ctrl-C, or 1 if a run of the test failed.
-    """
+def search(plan: SearchPlan, options: SearchOptions, stop: StopRequest) -> int:
+    """Runs a search. Returns exit code 0, 130 after Ctrl-C, or 1 if a run of the test failed."""
     with _open(plan, options) as session:
         try:
-            with progress(plan.space.settings.trials, plan.space.settings.trials - session.num_left) as bar:
+            num = plan.space.settings.trials
+            with SearchProgress(num, num - session.num_left, say) as session.worker.progress:
                 if session.ray is not None:
-                    _follow_ray(session, stop, bar)
+                    _follow_ray(session, stop)
                 else:
-                    _work_with_helpers(session, options.workers or 1, stop, bar)
+                    _work_with_helpers(session, options.workers or 1, stop)
         finally:
             with contextlib.suppress(CellbenchError):
                 search_results.log_progress(plan.space, session.study, session.parent)
@@ -265,14 +263,14 @@ def _key(plan: SearchPlan) -> str:
     return plan.space.digest([plan.dataset.digest])
 
 
-def _work_with_helpers(session: SearchSession, num_workers: int, stop: StopRequest, bar: tqdm[Any]) -> None:
+def _work_with_helpers(session: SearchSession, num_workers: int, stop: StopRequest) -> None:
     """Works on trials together with helper processes until all have ended; takes over the trials of a dead process."""
     cores = assign_cores(session.plan.resources.machine.shares(num_workers))[0] if num_workers > 1 else []
     with _spawn_helpers(num_workers - 1, session.plan.text, stop), pin_to_cores(cores):
-        session.worker.work(stop.over, bar)
-        while not stop.over() and any(t.state == "running" for t in session.study.trials()):
+        session.worker.work(stop.over)
+        while not stop.over() and any(t.state == "running" for t in session.worker.show()):
             time.sleep(2)
-            session.worker.work(stop.over, bar)
+            session.worker.work(stop.over)
 
 
 @contextlib.contextmanager
@@ -298,7 +296,7 @@ def _spawn_helpers(num: int, text: str, stop: StopRequest) -> Iterator[None]:
             process.wait()
 
 
-def _follow_ray(session: SearchSession, stop: StopRequest, bar: tqdm[Any]) -> None:
+def _follow_ray(session: SearchSession, stop: StopRequest) -> None:
     """Waits until processes on other nodes have finished the trials. Ctrl-C kills these processes; their trials resume from checkpoints."""
     plan, settings = session.plan, session.plan.space.settings
     place = str(Path(plan.file).absolute()) if Path(plan.file).is_file() else plan.file
@@ -310,7 +308,7 @@ def _follow_ray(session: SearchSession, stop: StopRequest, bar: tqdm[Any]) -> No
         while not stop.over() and helpers.working:
             if words := helpers.poll(2.0):
                 say(words)
-            session.worker.show(session.study.trials(), bar)
+            session.worker.show()
 
 
 def _conclude(session: SearchSession, stop: StopRequest) -> int:
@@ -341,8 +339,8 @@ def assist(plan: SearchPlan, machine: Hardware, cores: Sequence[int], stop: Stop
         if parent is None:
             raise CellbenchError(f"the search '{plan.space.experiment}' has no parent run in MLflow's store, so it cannot be assisted.")
         worker = plan.worker(study, tracker, parent.run_id, machine)
-        with tqdm(disable=True) as bar, pin_to_cores(cores):
-            worker.work(stop.over, bar)
+        with pin_to_cores(cores):
+            worker.work(stop.over)
 
 
 def assist_here(options: SearchOptions, resources: Resources, text: str, stop: StopRequest) -> None:

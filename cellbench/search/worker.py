@@ -6,16 +6,41 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tqdm import tqdm
-
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
 from cellbench.execution.grid import group_cohorts
 from cellbench.execution.planning import ResolvedRun, resolve_tree
+from cellbench.execution.progress import Progress, Report, no_report
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.search.study import RUN_ID, SAME, CompletedTrial, ProposedTrial, Study
 from cellbench.tracking.schema import STUDY, TRIAL, run_params
 from cellbench.tracking.tracker import Run
+
+
+class SearchProgress(Progress):
+    """Progress of a search: the trials that have ended in all processes, and the part done of those that this process trains."""
+
+    def __init__(self, num_trials: int, num_ended: int, say: Callable[[str], None]) -> None:
+        self._ended, self._own, self._best = num_ended, 0.0, ""
+        super().__init__(num_trials, say, num_ended)
+
+    def cohort(self, num: int) -> Report:
+        """The function through which the next cohort of the batch, of ``num`` trials, reports."""
+        before = self._own
+
+        def report(part: float, doing: str) -> None:
+            self._own = before + part * num
+            self._show(doing)
+
+        return report
+
+    def count(self, num_ended: int, best: float | None) -> None:
+        """Shows the number of ended trials and the best value. Call between batches."""
+        self._ended, self._own, self._best = num_ended, 0.0, "" if best is None else f", best {best:.4f}"
+        self._show()
+
+    def _show(self, doing: str = "") -> None:
+        self.move(self._ended + self._own, f"{self._ended}/{self.total:.0f} trials{self._best}{', ' * bool(doing)}{doing}")
 
 
 @dataclass(kw_only=True)
@@ -26,6 +51,8 @@ class SearchWorker:
     study: Study
     runner: Runner
     where: str
+    progress: SearchProgress | None = None
+    """Set in the main process."""
 
     def __post_init__(self) -> None:
         self.runner.watch = self
@@ -35,25 +62,27 @@ class SearchWorker:
         self._same: dict[int, str] = {}
         """Fingerprint of the settings, by trial number. Trials with equal settings share it."""
 
-    def work(self, over: Callable[[], bool], bar: tqdm) -> None:
+    def work(self, over: Callable[[], bool]) -> None:
         """Works until all trials are taken, or until ``over()`` is true before a batch. Raises CellbenchError if the first trials all fail."""
         while not over():
             batch = self.study.ask()
             if not batch:
                 return
             self._batch(batch)
-            trials = self.study.trials()
-            self.show(trials, bar)
+            trials = self.show()
             failed = [t for t in trials if t.state == "failed"]
             if len(failed) >= self.space.settings.max_failed and not any(t.state in ("complete", "pruned") for t in trials):
                 raise CellbenchError(
                     f"the first {len(failed)} trials have all failed, so the search stops. Trial {failed[0].number}: {failed[0].reason}"
                 )
 
-    def show(self, trials: list[CompletedTrial], bar: tqdm) -> None:
-        bar.n = sum(t.state != "running" for t in trials)
-        best = self.study.best()
-        bar.set_postfix_str(f"best {self.space.settings.objectives[0]} {best[0].values[0]:.4f} (trial {best[0].number})" if best else "")
+    def show(self) -> list[CompletedTrial]:
+        """Shows the progress of all processes. Returns the trials."""
+        trials = self.study.trials()
+        if self.progress is not None:
+            best = self.study.best()
+            self.progress.count(sum(t.state != "running" for t in trials), best[0].values[0] if best else None)
+        return trials
 
     # --- one batch ----------------------------------------------------------------------------------------------------------------
 
@@ -92,6 +121,7 @@ class SearchWorker:
         for cohort in group_cohorts([self._runs[trial.number] for trial in trials]):
             members, out = [self._trials[one.fingerprint] for one in cohort], Outcome()
             numbers = ", ".join(str(trial.number) for trial in members)
+            self.runner.report = self.progress.cohort(len(cohort)) if self.progress is not None else no_report
             self.runner.cohort(cohort, f"trial{'s' * (len(members) > 1)} {numbers}", out)
             for trial, resolved in zip(members, cohort, strict=True):
                 self._tell(trial, resolved, out)

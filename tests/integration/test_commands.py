@@ -10,9 +10,11 @@ import pytest
 
 from cellbench.config.loading import read_experiment
 from cellbench.execution import experiment_run
+from cellbench.execution.progress import GridProgress, Progress
 from cellbench.reporting.collect import collect_runs
 from cellbench.run import main
 from cellbench.search import best_setting
+from cellbench.search.worker import SearchProgress
 from cellbench.tracking.tracker import Tracker
 
 QUESTION = """# Is a threshold enough?
@@ -33,6 +35,16 @@ lr       = {low = 1e-4, high = 1e-1, log = true}
 [run]
 tile_px = 64
 epochs  = 1
+crops_per_image = 1
+"""
+TRAINED = """experiment = "trained"
+dataset    = "folder"
+[grid]
+backbone = ["filter-bank"]
+head     = ["bilinear"]
+[run]
+tile_px = 64
+epochs  = 2
 crops_per_image = 1
 """
 
@@ -82,6 +94,35 @@ def test_a_search_whose_file_is_deleted_while_it_runs_is_reported_with_its_chang
     assert about["question"] == "Which rate?"
     assert tomllib.loads(text)["search"] == {"trials": 1, "repeat_best": 1}
     assert "repeat_best = 1" in page
+
+
+@pytest.mark.parametrize(
+    ("command", "bar", "phases"),
+    [
+        ("grid", GridProgress, ("training", "validating", "testing")),
+        ("search", SearchProgress, ("training", "validating")),
+    ],
+)
+def test_the_bar_moves_in_every_phase_and_is_not_shown_in_a_pipe(small_folder, monkeypatch, capsys, command, bar, phases):
+    moves = []
+
+    def move(self, now, doing="", original=Progress.move):
+        original(self, now, doing)
+        if type(self) is bar:
+            moves.append((self._now / self.total, doing.rpartition(", ")[2]))
+
+    monkeypatch.setattr(Progress, "move", move)
+    Path("own.toml").write_text(SEARCH if command == "search" else TRAINED)
+    changes = ["--trials", "2", "--set", "search.repeat_best=1", "--set", "run.epochs=2"] if command == "search" else []
+    assert main([command, "own.toml", "--data", str(small_folder), *changes]) == 0
+    assert capsys.readouterr().err == ""
+    shares = [share for share, _ in moves]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    for phase in phases:
+        seen = {share for share, doing in moves if doing == phase}
+        assert len(seen) > 1, phase
+        assert 0 < min(seen) < 1
 
 
 @pytest.mark.parametrize("changes", [[], ["run.epochs=3"], ["experiment='a # b'", "grid.seed=[0, 1]"]])

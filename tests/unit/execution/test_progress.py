@@ -1,0 +1,57 @@
+"""Claims about progress: the bar moves in small steps after a large one and never back; in a pipe there is a line now and then."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+
+import pytest
+
+from cellbench.execution import progress
+from cellbench.execution.progress import Progress
+from cellbench.search.worker import SearchProgress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_small_step_after_a_large_one_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(100, print) as bar:
+        for now in (60, 61, 40):
+            time.sleep(0.11)  # tqdm shows at most ten times a second
+            bar.move(now, f"at {now}")
+    shown = terminal.getvalue()
+    assert " 60 % " in shown
+    assert " 61 % " in shown
+    assert " 40 % " not in shown
+
+
+def test_in_a_pipe_there_is_no_bar_but_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    with Progress(10, lines.append, done=2) as bar:
+        bar.move(4, "training")
+        assert lines == []
+        monkeypatch.setattr(progress, "EVERY_S", 0.0)
+        bar._start_s -= 60  # two in a minute
+        bar.move(5)
+    assert capsys.readouterr().err == ""
+    assert lines == ["50% done, about 2 min left (training)"]
+
+
+def test_a_search_shows_the_trials_of_all_processes_and_the_part_that_this_one_has_done() -> None:
+    with SearchProgress(8, 2, print) as bar:
+        first, shown = bar.cohort(2), []
+        for part in (0.5, 1.0):
+            first(part, "training")
+            shown.append(bar._now)
+        bar.cohort(1)(0.5, "validating")
+        shown.append(bar._now)
+        bar.count(6, 0.91234)
+        shown.append(bar._now)
+        assert bar._bar.desc == "6/8 trials, best 0.9123"
+    assert shown == [3.0, 4.0, 4.5, 6.0]
