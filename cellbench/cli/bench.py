@@ -16,6 +16,7 @@ from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
 from cellbench.diagnostics.speed import measure, table
 from cellbench.files import make_folder, write_atomic
 from cellbench.hardware import detect_hardware
+from cellbench.models.backbones.weights import weights_folder
 from cellbench.reporting.plots import comparison as comparison_plots
 from cellbench.reporting.plots import style
 
@@ -27,7 +28,8 @@ def bench(options: BenchOptions) -> int:
     quick, out = options.quick, options.out
     if out is not None:
         make_folder(out)
-    there = options.weights is not None and any(options.weights.glob("vit*tiny*"))
+    weights = weights_folder(options.weights)
+    there = weights is not None and any(weights.glob("vit*tiny*"))
     spec = DataSpec(limit=3 if quick else None, draw={} if options.data else {"num_train": 8, "num_test": 2})
     card = "folder" if options.data else "smears"
     dataset = open_dataset(registry.dataset(card), options.data, spec)
@@ -36,7 +38,7 @@ def bench(options: BenchOptions) -> int:
         dataset=dataset,
         machine=detect_hardware(options.device, options.precision),
         backbone=options.backbone or ("vit-tiny-in1k" if there else "vit-tiny-random"),
-        weights=options.weights,
+        weights=weights,
         data=options.data,
         card=card,
         spec=spec,

@@ -63,6 +63,8 @@ def check_folder(
 
     Raises CellbenchError if the data cannot be read. Writes nothing to the folder; ``out``: folder for the report.
     """
+    if out is not None and out.exists():
+        make_folder(out)  # reports a file of this name before the images are read
     found = audit((registry or Registry()).dataset(card), folder, spec or DataSpec())
     for line in _lines(found):
         say(line)

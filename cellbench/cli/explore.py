@@ -27,6 +27,7 @@ from cellbench.features.token_maps import FeatureMaps, cosine_map, feature_maps,
 from cellbench.files import make_folder, to_nfc
 from cellbench.hardware import detect_hardware
 from cellbench.models.backbones.build import open_backbone
+from cellbench.models.backbones.weights import weights_folder
 from cellbench.reporting.plots import dataset as dataset_plots
 from cellbench.reporting.plots import style
 from cellbench.reporting.plots.dataset import Panel
@@ -35,7 +36,7 @@ from cellbench.training.memory_check import why_too_large
 
 MAX_SURVEYED = 100
 """Maximum number of images that the statistics are computed from."""
-DEFAULT_BACKBONES = ("dinobloom-s", "dinobloom-b", "dinobloom-l", "uni", "vit-tiny-in1k")
+DEFAULT_BACKBONES = ("dinobloom-s", "dinobloom-b", "dinobloom-l", "uni", "vit-tiny-in1k", "efficientnet-lite0")
 """Default backbones, if their weights are on this machine."""
 DEFAULT_FRAMINGS = ("resize", "pad", "tile")
 
@@ -43,6 +44,7 @@ DEFAULT_FRAMINGS = ("resize", "pad", "tile")
 def explore(options: ExploreOptions) -> int:
     """Prints statistics and writes figures; with ``--log`` also logs an MLflow run. Returns exit code 0."""
     registry = Registry(options.registry)
+    _check(options, registry)
     card = registry.dataset(options.dataset or ("folder" if options.data is not None else "smears"))
     card, listing = scan_dataset(card, options.data, DataSpec(), unlabelled=True)
     listing.raise_first()
@@ -74,6 +76,19 @@ def explore(options: ExploreOptions) -> int:
             run.log_artifacts(folder)
         say(f"and in MLflow, experiment '{tracker.name}'")
     return 0
+
+
+def _check(options: ExploreOptions, registry: Registry) -> None:
+    """Raises CellbenchError for a wrong option, before any image is read."""
+    if options.seed < 0:
+        raise CellbenchError(f"--seed {options.seed}: expected 0 or more.")
+    for name in options.backbone:
+        registry.backbone(name)
+    for text in options.framing:
+        _framing(text, options.tile_px)
+    weights_folder(options.weights)
+    if options.out is not None and options.out.exists():
+        make_folder(options.out)
 
 
 def _sample(pool: Sequence[Sample], image: str) -> Sample:
@@ -187,8 +202,6 @@ def _views(
 
 def _backbones(registry: Registry, options: ExploreOptions) -> list[str]:
     if options.backbone:
-        for name in options.backbone:
-            registry.backbone(name)  # reports a wrong name before anything is computed
         return list(dict.fromkeys(options.backbone))
     found = []
     for name in DEFAULT_BACKBONES:

@@ -36,6 +36,10 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
     ``uni/fpn`` are one name. Of several runs of one name, the newest finished one is used. Runs on a part of the data (``--limit``) rank after
     those on all data. Raises CellbenchError.
     """
+    if asked.startswith(("/", "./", "../", "~")):
+        raise CellbenchError(
+            f"{asked}: there is no such folder. Expected one that `cellbench export` wrote, the name of a model or run, or best."
+        )
     sqlite_store.require_store()
     if asked == "best" or asked.startswith("best:"):
         name = asked.removeprefix("best").removeprefix(":") or newest_experiment(whole=True)
@@ -75,7 +79,7 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
     if not found:
         if asked in all_experiments():
             raise CellbenchError(f"'{asked}' is an experiment. Its best model is best:{asked}.")
-        raise unknown_name("model or run", asked, names, all_with="cellbench ui")
+        raise unknown_name("model or run", asked, {"best", *names}, all_with="cellbench ui")
     *_, tracker, run = max(found, key=lambda one: one[:3])
     whole = " on all data" if any(LIMIT in one.tags for *_, one in found) and LIMIT not in run.tags else ""
     return tracker, run, f"{len(found)} runs have this name; this is the newest finished one{whole}." if len(found) > 1 else ""

@@ -131,6 +131,7 @@ def test_explore_writes_plots_logs_on_request_and_does_not_change_the_data(small
         (["--features", "--image", "nobody.png"], ["nobody.png", "a0.png"]),
         (["--features", "--framing", "cut"], ["--framing cut", "resize"]),
         (["--features", "--framing", "tile:x"], ["--framing tile:x"]),
+        (["--seed", "-1"], ["--seed -1", "0 or more"]),
         (["--features", "--backbone", "vit-tiny-randon"], ["Did you mean 'vit-tiny-random'"]),
     ],
 )
