@@ -102,7 +102,7 @@ def test_every_run_is_logged_by_the_contract(inside):
     assert run.info.status == "FINISHED"
     assert {k: run.data.params[k] for k in ("backbone", "head", "seed", "framing", "epochs", "tile_px", "dataset", "head.width")} == {
         "backbone": "vit-tiny-random", "head": "detail", "seed": "1", "framing": "tile", "epochs": "2", "tile_px": "64",
-        "dataset": "folder", "head.width": "64",
+        "dataset": "smears", "head.width": "64",
     }  # fmt: skip
     assert {"backbone", "head", "seed", "dataset", "cellbench.experiment", "cellbench.fingerprint", "cellbench.weights"} <= set(
         run.data.tags
@@ -222,7 +222,7 @@ def test_a_dry_run_prints_and_leaves_nothing(question, tmp_path, capsys):
 
 def test_another_dataset_is_another_experiment_when_the_experiment_draws_its_own(question):
     changes = ["grid.backbone=['vit-tiny-random']", "grid.head=['bilinear']", "run.epochs=1", "run.tile_px=64", "baselines=[]"]
-    assert main(["grid", "--data", "smears", *(x for change in changes for x in ("--set", change))]) == 0
+    assert main(["grid", "quickstart", "--data", "smears", *(x for change in changes for x in ("--set", change))]) == 0
     assert mlflow.get_experiment_by_name("quickstart on smears") is not None
 
 
@@ -230,7 +230,7 @@ BAD = {
     "a missing folder": (["--data", "nowhere"], "nowhere"),
     "a misspelt head": (["--set", 'grid.head=["bilinaer"]'], "Did you mean 'bilinear'?"),
     "a misspelt backbone": (["--set", 'grid.backbone=["vit-tiny-randon"]'], "Did you mean 'vit-tiny-random'?"),
-    "a misspelt setting": (["--set", "run.epoch=3"], "Did you mean 'epochs'?"),
+    "a misspelt setting": (["--set", "run.epoch=3"], "Did you mean run.epochs?"),
     "a value out of range": (["--set", "run.lr=-1"], "lr = -1"),
     "a value that is no number": (["--set", "run.lr=nan"], "lr = "),
     "a wrong type": (["--set", 'run.epochs="many"'], "epochs"),
