@@ -53,7 +53,7 @@ def grid(
         experiment: an experiment file, the name of a shipped one, or a mapping with the keys of such a file. By default ``quickstart``,
             or with ``data`` ``own``, which compares what a laboratory would.
         data: the folder of images and masks.
-        unfit: whether to train although ``cellbench check`` calls the data not fit, or too few to compare.
+        unfit: whether to train although ``cellbench check`` calls the data not fit.
         set: settings to change for this call, by key: ``{"run.epochs": 3}``.
         limit: use at most so many images of each of train, validation and test, for a quick try.
         weights: a folder of backbone weights: ``<backbone>.safetensors``, ``.pth`` or ``.bin``.

@@ -62,7 +62,7 @@ class TrainingOptions(ComputeOptions, WeightsOptions, RegistryOptions, SettingOp
     """What ``grid`` and ``search`` train on, and where."""
 
     data: Path | None = option("the folder of images and masks", metavar="DIR")
-    unfit: bool = option("train although `check` calls the data not fit, or too few to compare", False)
+    unfit: bool = option("train although `check` calls the data not fit", False)
     limit: int | None = option("use at most N images of each of train, validation and test, for a quick try", metavar="N")
     memory: str = option("for decoded images and features, like 4G (default: half of the free memory)", "auto", metavar="SIZE")
     cache: str | None = option(

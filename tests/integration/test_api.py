@@ -72,7 +72,7 @@ def test_every_option_of_the_command_is_an_argument(there):
 
 def test_settings_are_changed_and_limits_apply(apart):
     changes = {"grid.head": ["bilinear"], "run.epochs": 1, "run.normalise": "none", "baselines": []}
-    results = cellbench.grid(tomllib.loads(QUESTION), data="smears", set=changes, limit=1, unfit=True, device="cpu", progress=False)
+    results = cellbench.grid(tomllib.loads(QUESTION), data="smears", set=changes, limit=1, device="cpu", progress=False)
     assert results.models == ("vit-tiny-random · bilinear",)
     (run,) = results.runs().to_dict("records")
     assert (run["epochs"], run["normalise"], len(results.per_image())) == ("1", "none", 1)

@@ -14,7 +14,7 @@ from cellbench.execution.runner import Runner
 from cellbench.run import main
 from cellbench.tracking.tracker import Tracker
 
-GRID = ["grid", "small.toml", "--data", "smears", "--device", "cpu", "--unfit"]
+GRID = ["grid", "small.toml", "--data", "smears", "--device", "cpu"]
 
 
 @pytest.fixture

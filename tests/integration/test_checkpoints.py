@@ -35,7 +35,7 @@ def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "same.toml").write_text(EXPERIMENT)
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(checkpoints, "EVERY_S", 0.0)
-    return ["grid", str(tmp_path / "same.toml"), "--data", str(tmp_path / "smears"), "--device", "cpu", "--unfit"]
+    return ["grid", str(tmp_path / "same.toml"), "--data", str(tmp_path / "smears"), "--device", "cpu"]
 
 
 def ask(question: list[str], project: Path, monkeypatch: pytest.MonkeyPatch, until: int = 5) -> int:

@@ -16,7 +16,7 @@ RULED_OUT = {
         {*COMPILER, *FIGURES, "scipy.stats", "sklearn", "optuna", "ray", "jinja2"},
     ),
     "a grid without anything to do": (
-        ["grid", "small.toml", "--data", "smears", "--device", "cpu", "--unfit"],
+        ["grid", "small.toml", "--data", "smears", "--device", "cpu"],
         {*COMPILER, "timm", "torchvision", "sklearn", "optuna", "ray"},
     ),
     "report": (["report", "small"], {"torch", "timm", "seaborn", "sklearn", "optuna", "ray", "cv2"}),

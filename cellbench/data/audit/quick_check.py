@@ -29,11 +29,17 @@ _VERSION = 4
 
 
 def require_fit(dataset: Dataset, unfit: bool, say: Callable[[str], None], *, compares: bool = True) -> None:
-    """Raises CellbenchError for data that ``check`` calls not fit or too few; with ``unfit``, says so instead.
+    """Raises CellbenchError for data that ``check`` calls not fit; with ``unfit``, says so instead.
 
-    ``compares``: whether models are to be compared on it; a search only looks for the best by validation and takes few images.
+    ``compares``: whether models are to be compared on it; then images that are too few for that are named, and nothing more.
+    ``dataset`` is validated (its digest known).
     """
-    lines = [line for line in severe_findings(dataset) if compares or not line.startswith(TOO_FEW)]
+    if dataset.drawn:
+        return
+    num = sum(len(dataset.samples(split)) for split in SPLITS)
+    for one in too_few(num) if compares and not dataset.limited else []:
+        say(f"Note: {TOO_FEW} to compare. {one.message}")
+    lines = _faults(dataset)
     if lines and not unfit:
         more = f" {len(lines) - 1} more kind{'s' * (len(lines) > 2)} of fault." if len(lines) > 1 else ""
         card = "" if dataset.name == dataset.root.absolute().name else f" It was read as the card '{dataset.name}' says."
@@ -42,15 +48,6 @@ def require_fit(dataset: Dataset, unfit: bool, say: Callable[[str], None], *, co
         )
     for line in lines:
         say(f"Warning: {line}")
-
-
-def severe_findings(dataset: Dataset) -> list[str]:
-    """One line for each severe finding; none for data that is drawn or fit. ``dataset`` is validated (its digest known)."""
-    if dataset.drawn:
-        return []
-    num = sum(len(dataset.samples(split)) for split in SPLITS)
-    few = [] if dataset.limited else [f"{TOO_FEW} to compare. {one.message}" for one in too_few(num)]
-    return [*few, *_faults(dataset)]
 
 
 def _faults(dataset: Dataset) -> list[str]:

@@ -15,7 +15,7 @@ from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
 from cellbench.data.audit.mask_placement import Placement, PlacementFeatures, check_placement, describe
 from cellbench.data.audit.perceptual_hash import eight_orientations
-from cellbench.data.audit.quick_check import severe_findings
+from cellbench.data.audit.quick_check import require_fit
 from cellbench.data.loading import open_dataset
 
 NUM = 9
@@ -98,6 +98,8 @@ def test_check_and_grid_say_that_all_masks_are_turned_and_why(tmp_path: Path, ca
     assert "they fit when turned by 90 degrees to the right. The images carry an EXIF orientation" in said
     card, spec = Registry().dataset("folder"), DataSpec()
     for _ in range(2):  # found, and remembered
-        (warning,) = severe_findings(open_dataset(card, tmp_path / "own", spec))
+        warnings: list[str] = []
+        require_fit(open_dataset(card, tmp_path / "own", spec), True, warnings.append)
+        (warning,) = warnings
         assert "NOT FIT to train on: misplaced (11, such as " in warning
         assert "turned by 90 degrees to the right" in warning

@@ -201,7 +201,7 @@ def test_a_run_whose_test_scores_are_not_finite_fails_with_that_reason(tmp_path:
     path.write_text(path.read_text() + more)
     grid = 'experiment = "dark"\ndataset = "folder"\n[grid]\nbackbone = ["vit-tiny-random"]\nhead = ["my-head", "bilinear"]\n'
     (tmp_path / "q.toml").write_text(grid + "[run]\ntile_px = 64\nepochs = 1\ncrops_per_image = 2\n")
-    assert main(["grid", "q.toml", "--data", "smears", "--registry", "mine", "--device", "cpu", "--unfit"]) == 1
+    assert main(["grid", "q.toml", "--data", "smears", "--registry", "mine", "--device", "cpu"]) == 1
     failed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("failed"))
     assert failed == "failed vit-tiny-random · my-head · seed 0: its scores for the test image 'black.png' are not finite (NaN or infinite)"
     finished = [json.loads(path.read_text())["images"] for path in tmp_path.glob("mlruns/dark/*/artifacts/per_image.json")]
