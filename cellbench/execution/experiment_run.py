@@ -84,7 +84,7 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
     )
     sizes = f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} test images"
     folds = f" in each of {len(datasets)} folds, or one more or less" if len(datasets) > 1 else ""
-    say(f"{experiment.experiment}: {len(runs)} runs on {dataset.name} ({sizes}{folds}), on {machine.name}.")
+    say(f"{experiment.experiment}: {len(runs)} run{'s' * (len(runs) != 1)} on {dataset.name} ({sizes}{folds}), on {machine.name}.")
     return ExperimentPlan(experiment=experiment, text=text, options=options, resources=resources, datasets=datasets, runs=runs)
 
 
