@@ -150,7 +150,7 @@ def test_the_parent_holds_pictures_a_table_and_a_file_that_grid_runs(inside, cap
     assert {"history.png", "slice.png", "parallel.png", "curves.png"} <= {path.name for path in (folder / "figures").iterdir()}
     assert len((folder / "trials.csv").read_text().splitlines()) == 7
     assert tomllib.loads((folder / "best.toml").read_text())["grid"]["seed"] == [0, 1]
-    assert main(["grid", str(folder / "best.toml"), *CALL[2:], "--unfit"]) == 0
+    assert main(["grid", str(folder / "best.toml"), *CALL[2:]]) == 0
     assert "2 of 2 runs are finished already" in capsys.readouterr().out
 
 

@@ -322,9 +322,10 @@ def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, s
     evaluation = evaluator.evaluations[0]
     assert evaluation.counts.sum() == evaluation.levels.sum() == known["test"]
     assert {one.num_true for one in evaluation.agreements} == {10}
-    artifacts.write_artifacts(
-        tmp_path, "a run", run, EXPERIMENT, [data], features.pixels["test"], EvaluationResult(evaluation=evaluation, cost={})
-    )  # figures and all
+    result = EvaluationResult(evaluation=evaluation, cost={})
+    artifacts.write_artifacts(tmp_path, run, EXPERIMENT, [data], result)
+    drawings = artifacts.pictures("a run", data, features.pixels["test"], result)
+    assert all(draw().startswith(b"\x89PNG") for draw in drawings.values())
     assert json.loads((tmp_path / "separation.json").read_text())["min_area_px"] == data.min_cell_px
     assert set(json.loads((tmp_path / "per_image.json").read_text())["min_area_px"]) == {data.min_cell_px}
 
