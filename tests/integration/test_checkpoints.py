@@ -31,7 +31,7 @@ patience = 0
 def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for split, num in (("train", 4), ("test", 1)):
         for seed in range(num):
-            write_pair(tmp_path / "smears" / split, f"{split}{seed}.png", seed)
+            write_pair(tmp_path / "smears" / split, f"{split}{seed}.png", seed + 50 * (split == "test"))  # no image in both
     (tmp_path / "same.toml").write_text(EXPERIMENT)
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(checkpoints, "EVERY_S", 0.0)
