@@ -24,7 +24,7 @@ class Progress:
 
     def __init__(self, total: float, say: Callable[[str], None], done: float = 0.0) -> None:
         self.total, self._first, self._now = max(total, 1e-9), done, done
-        self._say, self._start_s, self._said_s = say, time.monotonic(), time.monotonic()
+        self._say, self._start_s, self._said_s, self._doing = say, time.monotonic(), time.monotonic(), ""
         look = "{percentage:3.0f} % {bar} {elapsed}, {remaining} left  {desc}"
         # miniters: else a large step would hide the small ones after it.
         self._bar = progress_bar(total=self.total, initial=done, bar_format=look, smoothing=0.0, miniters=0)
@@ -38,6 +38,7 @@ class Progress:
     def move(self, now: float, doing: str = "") -> None:
         """Moves the bar to ``now`` of its total, never back. ``doing``: what is being done; by default as before."""
         if doing:
+            self._doing = f" ({doing})"  # a bar that is switched off has no description
             self._bar.set_description_str(doing, refresh=False)
         step = max(0.0, min(now, self.total) - self._now)
         self._now += step
@@ -46,7 +47,7 @@ class Progress:
         if not sys.stderr.isatty() and time.monotonic() - self._said_s > EVERY_S and self._first < self._now < self.total:
             self._said_s = time.monotonic()
             left_min = past_s * (self.total - self._now) / (self._now - self._first) / 60
-            self._say(f"{share:.0%} done, about {left_min:.0f} min left ({self._bar.desc})")
+            self._say(f"{share:.0%} done, about {left_min:.0f} min left{self._doing}")
 
 
 class GridProgress(Progress):

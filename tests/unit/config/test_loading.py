@@ -18,13 +18,13 @@ def chosen(data: Path, *changes: str, limit: int | None = None) -> list[str]:
 
 
 def test_ones_own_few_images_are_all_tested_and_give_many_crops_each(tmp_path: Path) -> None:
-    assert chosen(pairs(tmp_path / "own", 10)) == ["data.folds=5", "run.crops_per_image=20"]
+    assert chosen(pairs(tmp_path / "own", 10)) == ["data.folds=5", "run.crops_per_image=13"]
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (["data.folds=0"], ["run.crops_per_image=20"]),
+        (["data.folds=0"], ["run.crops_per_image=13"]),
         (["data.folds=3", "run.crops_per_image=2"], []),
         (["data.auto_folds=false", "run.crops_per_image=2"], []),
     ],
@@ -34,7 +34,7 @@ def test_what_the_user_sets_is_not_chosen(tmp_path: Path, changes: list[str], ex
 
 
 def test_a_quick_try_stays_quick(tmp_path: Path) -> None:
-    assert chosen(pairs(tmp_path / "own", 10), limit=2) == ["run.crops_per_image=60"]
+    assert chosen(pairs(tmp_path / "own", 10), limit=2) == ["run.crops_per_image=40"]
 
 
 def test_the_experiment_is_recorded_with_what_was_chosen_and_named_after_the_folder(tmp_path: Path) -> None:

@@ -55,3 +55,15 @@ def test_a_search_shows_the_trials_of_all_processes_and_the_part_that_this_one_h
         shown.append(bar._now)
         assert bar._bar.desc == "6/8 trials, best 0.9123"
     assert shown == [3.0, 4.0, 4.5, 6.0]
+
+
+def test_a_line_is_said_before_it_is_known_what_is_being_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Ray, whose cohorts report when they have ended."""
+    monkeypatch.setattr(progress, "EVERY_S", -1.0)
+    said: list[str] = []
+    with progress.Progress(4.0, said.append) as bar:
+        bar.move(1.0)
+        bar.move(2.0, "testing")
+    assert [line.partition("% done")[0] for line in said] == ["25", "50"]
+    assert "(" not in said[0]
+    assert said[1].endswith("(testing)")
