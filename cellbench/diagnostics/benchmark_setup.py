@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,17 @@ class BenchmarkSetup:
         wall_s = seconds(lambda: fit(trainers, features))
         self.trunk_s = features.backbone.seconds
         return wall_s, trainers
+
+
+@contextlib.contextmanager
+def store_in(folder: Path) -> Iterator[None]:
+    """Inside ``with``, MLflow's store is the one of this folder."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    try:
+        yield
+    finally:
+        os.environ.pop("MLFLOW_TRACKING_URI") if before is None else os.environ.update(MLFLOW_TRACKING_URI=before)
 
 
 class _NoRecorder:

@@ -23,7 +23,7 @@ from pathlib import Path
 import tomli_w
 import torch
 
-from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
+from cellbench.diagnostics.benchmark_setup import BenchmarkSetup, store_in
 from cellbench.diagnostics.script_reference import BATCH_SIZE, ScriptSettings
 from cellbench.errors import CellbenchError
 from cellbench.tracking.tracker import Tracker
@@ -73,12 +73,10 @@ def _grid(settings: ScriptSettings, setup: BenchmarkSetup) -> ProcessCost:
     experiment = {
         "experiment": "bench",
         "dataset": settings.dataset,
-        "data": {"limit": settings.limit} if settings.limit else {},
+        "data": {name: value for name, value in (("limit", settings.limit), ("draw", settings.draw)) if value},
         "grid": {"backbone": [settings.backbone], "head": settings.heads, "lr": settings.rates},
         "run": setup.run_settings | {"repeat_views_every": 1, "batch_size": BATCH_SIZE, "val_overlap": 0.0},
     }
-    if settings.draw:
-        experiment["data"] |= {"draw": settings.draw}  # type: ignore[operator]
     with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as name:
         folder = Path(name)
         (folder / "bench.toml").write_text(tomli_w.dumps(experiment))
@@ -86,12 +84,8 @@ def _grid(settings: ScriptSettings, setup: BenchmarkSetup) -> ProcessCost:
         command += ["--data", settings.data] if settings.data else []
         command += ["--weights", settings.weights] if settings.weights else []
         cost, _ = _timed(command, folder, settings.device)
-        before = os.environ.get("MLFLOW_TRACKING_URI")
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-        try:
+        with store_in(folder):
             found = [run.metrics.get("test_image/dice", 0.0) for run in Tracker("bench", make=False).stored()]
-        finally:
-            os.environ.pop("MLFLOW_TRACKING_URI") if before is None else os.environ.update(MLFLOW_TRACKING_URI=before)
     return ProcessCost(**cost, dice=max(found, default=0.0))
 
 

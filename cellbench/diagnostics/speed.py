@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -21,7 +20,7 @@ import torch
 from cellbench.console import Column, format_table
 from cellbench.data.transforms.tiling import Stitcher
 from cellbench.diagnostics import naive_reference
-from cellbench.diagnostics.benchmark_setup import BenchmarkSetup, seconds
+from cellbench.diagnostics.benchmark_setup import BenchmarkSetup, seconds, store_in
 from cellbench.diagnostics.script_comparison import compare
 from cellbench.diagnostics.search_throughput import measure_throughput
 from cellbench.features.frozen_backbone import FrozenBackbone
@@ -249,17 +248,10 @@ def _testing(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrain
 
 
 def _mlflow(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
-    before, here = os.environ.get("MLFLOW_TRACKING_URI"), Path.cwd()
-    with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-        os.chdir(folder)
-        try:
-            tracker = Tracker("bench")
-            num = min(setup.epochs, 2 + int(out.facts["cohort_s"] / checkpoints.EVERY_S))
-            run_s = statistics.median(seconds(lambda: _log_run(tracker, setup, num)) for _ in range(7))
-        finally:
-            os.chdir(here)
-            os.environ.pop("MLFLOW_TRACKING_URI") if before is None else os.environ.update(MLFLOW_TRACKING_URI=before)
+    with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder, store_in(Path(folder)), contextlib.chdir(folder):
+        tracker = Tracker("bench")
+        num = min(setup.epochs, 2 + int(out.facts["cohort_s"] / checkpoints.EVERY_S))
+        run_s = statistics.median(seconds(lambda: _log_run(tracker, setup, num)) for _ in range(7))
     share = out.facts["mlflow_share"] = run_s * len(setup.runs) / out.facts["cohort_s"]
     ratio = f"{share:.1%} of the cohort's wall time; under 1 % where a run takes {100 * run_s:.1f} s or more"
     out.add("mlflow_run_s", "MLflow, all that a run logs", run_s, "s", ratio)
