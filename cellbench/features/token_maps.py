@@ -15,6 +15,8 @@ from torch import Tensor
 from cellbench.data.transforms.framing import Framing, Size
 from cellbench.data.transforms.tiling import TileGrid, cut_tile
 from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.features.tile_cutting import as_pixels
+from cellbench.hardware import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ def feature_maps(backbone: FrozenBackbone, framing: Framing, image: np.ndarray) 
     corners, maps = list(grid), []
     for start in range(0, len(corners), backbone.chunk):
         tiles = np.stack([cut_tile(framed, y, x, tile_px) for y, x in corners[start : start + backbone.chunk]])
-        pixels = torch.from_numpy(tiles).to(backbone.machine.device).permute(0, 3, 1, 2).float().div_(255)
+        pixels = as_pixels(to_device(torch.from_numpy(tiles), backbone.machine.device))
         maps.append(backbone.maps(pixels)[backbone.indices[-1]].float().cpu())
     return FeatureMaps(framing=framing, size_px=size, grid=grid, maps=torch.cat(maps))
 

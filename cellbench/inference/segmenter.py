@@ -30,7 +30,8 @@ from cellbench.data.io.overlay import draw_instances
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import FrozenBackbone
-from cellbench.hardware import Hardware, detect_hardware
+from cellbench.features.tile_cutting import as_pixels
+from cellbench.hardware import Hardware, detect_hardware, to_device
 from cellbench.inference.pipeline import FailedImage, Image, MaskStrip, TileBatch, tile_batches, whole_images
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.instances import Instances
@@ -296,8 +297,7 @@ class Segmenter:
         Followed by the boundary depth (B, 1, T, T) where the run learned it.
         """
         assert self.model is not None
-        sent = tiles_BTTC.to(self.machine.device)
-        pixels = sent.permute(0, 3, 1, 2).float().div_(255)
+        pixels = as_pixels(to_device(tiles_BTTC, self.machine.device))
         batch = Batch(self.backbone.maps(pixels), pixels, torch.empty(0))
         start = time.perf_counter()
         with self.machine.autocast():
