@@ -28,7 +28,6 @@ from cellbench.execution.multiprocess import ProcessExecutor
 from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.resources import Resources, check_options
 from cellbench.execution.runner import Outcome, Runner
-from cellbench.execution.worker_job import job_spec
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request, write_report
 from cellbench.tracking.tracker import Run, Tracker
@@ -133,17 +132,7 @@ def _execute(plan: ExperimentPlan, tracker: Tracker, parent: Run, ray: Any, say:
         prefer_disk=resources.prefer_disk,
         say=say,
     )
-    job = job_spec(
-        plan.experiment,
-        parent.run_id,
-        resources.machine,
-        where=options.file,
-        data=options.data,
-        weights=resources.weights,
-        extra=options.registry,
-        disk_bytes=resources.disk_bytes,
-        prefer_disk=resources.prefer_disk,
-    )
+    job = resources.job(plan.experiment, parent.run_id, where=options.file, data=options.data, extra=options.registry)
     executor: Executor = InProcessExecutor()
     if options.workers is not None:
         executor = ProcessExecutor(options.workers, job)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cellbench.config.experiment import Experiment
 from cellbench.config.options import TrainingOptions
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
 from cellbench.execution import multiprocess, ray_cluster
+from cellbench.execution.worker_job import JobSpec, job_spec
 from cellbench.features.cache_admin import disk_budget, parse_cache
 from cellbench.hardware import Hardware, detect_hardware
 from cellbench.models.backbones.weights import weights_folder
@@ -35,6 +37,20 @@ class Resources:
             machine=detect_hardware(options.device, options.precision, options.memory, elsewhere=elsewhere),
             disk_bytes=disk_bytes,
             prefer_disk=prefer_disk,
+        )
+
+    def job(self, experiment: Experiment, parent_id: str, *, where: str, data: Path | None, extra: Path | None) -> JobSpec:
+        """The job of other processes with these resources, as :func:`job_spec`."""
+        return job_spec(
+            experiment,
+            parent_id,
+            self.machine,
+            where=where,
+            data=data,
+            weights=self.weights,
+            extra=extra,
+            disk_bytes=self.disk_bytes,
+            prefer_disk=self.prefer_disk,
         )
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from cellbench.execution.multiprocess import assign_cores, pin_to_cores
 from cellbench.execution.planning import resolve_tree
 from cellbench.execution.resources import Resources, check_options
 from cellbench.execution.runner import Runner
-from cellbench.execution.worker_job import JobSpec, job_spec
+from cellbench.execution.worker_job import JobSpec
 from cellbench.hardware import Hardware
 from cellbench.metrics.catalog import search_objectives
 from cellbench.reporting.collect import RunRequest
@@ -226,17 +226,8 @@ def _open(plan: SearchPlan, options: SearchOptions) -> Iterator[SearchSession]:
         plan.study() as study,
         tracker.parent_run(f"search: {Path(plan.file).stem}", _key(plan), params, pool_folds(plan.datasets), kind="search") as parent,
     ):
-        job = job_spec(
-            plan.experiment,
-            parent.run_id,
-            resources.machine,
-            where=plan.file,
-            data=plan.data,
-            weights=resources.weights,
-            extra=options.registry,
-            disk_bytes=resources.disk_bytes,
-            prefer_disk=True,
-        )
+        shared = replace(resources, prefer_disk=True)
+        job = shared.job(plan.experiment, parent.run_id, where=plan.file, data=plan.data, extra=options.registry)
         session = SearchSession(
             plan=plan,
             study=study,
