@@ -164,8 +164,15 @@ def threads_for(device: str) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def temporary_cache(folder: str | os.PathLike[str] | None, url: str | None = None) -> Iterator[None]:
     """:func:`set_cache` inside ``with``. Raises CellbenchError."""
-    before = {name: os.environ.get(name) for name in ("CELLBENCH_CACHE", "CELLBENCH_CACHE_URL")}
-    set_cache(folder, url)
+    with restored_environment("CELLBENCH_CACHE", "CELLBENCH_CACHE_URL"):
+        set_cache(folder, url)
+        yield
+
+
+@contextlib.contextmanager
+def restored_environment(*names: str) -> Iterator[None]:
+    """Gives these variables of the environment their values back after ``with``."""
+    before = {name: os.environ.get(name) for name in names}
     try:
         yield
     finally:

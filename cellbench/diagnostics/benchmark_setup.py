@@ -20,6 +20,7 @@ from cellbench.features.extractor import CachePolicy, Features
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
 from cellbench.models.backbones.build import open_backbone
+from cellbench.startup import restored_environment
 from cellbench.training.fit import fit
 from cellbench.training.model import build_model, num_levels
 from cellbench.training.trainer import HeadTrainer
@@ -92,12 +93,9 @@ class BenchmarkSetup:
 @contextlib.contextmanager
 def store_in(folder: Path) -> Iterator[None]:
     """Inside ``with``, MLflow's store is the one of this folder."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-    try:
+    with restored_environment("MLFLOW_TRACKING_URI"):
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         yield
-    finally:
-        os.environ.pop("MLFLOW_TRACKING_URI") if before is None else os.environ.update(MLFLOW_TRACKING_URI=before)
 
 
 class _NoRecorder:

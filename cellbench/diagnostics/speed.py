@@ -11,7 +11,6 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from cellbench.diagnostics.search_throughput import measure_throughput
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
 from cellbench.parallel import WorkerPool
+from cellbench.startup import torch_threads
 from cellbench.tracking.schema import NOTE, run_params
 from cellbench.tracking.tracker import Tracker
 from cellbench.training import checkpoints
@@ -279,14 +279,9 @@ def _same(setup: BenchmarkSetup, a: HeadTrainer, b: HeadTrainer) -> bool:
     return a.history == b.history and all(torch.equal(x, other[name]) for name, x in mine.items())
 
 
-@contextlib.contextmanager
-def _all_cores(machine: Hardware) -> Iterator[None]:
+def _all_cores(machine: Hardware) -> contextlib.AbstractContextManager[None]:
     """Runs each operation on all cores, which is torch's default."""
-    torch.set_num_threads(machine.lanes * machine.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(machine.threads)
+    return torch_threads(machine.lanes * machine.threads)
 
 
 def table(result: BenchmarkResult) -> str:
