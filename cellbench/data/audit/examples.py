@@ -60,7 +60,7 @@ def draw_examples(dataset: Dataset, sample_of: Mapping[SampleFacts, Sample], fin
                 out.append(Example(caption=name, picture=_side_by_side([_image(dataset, sample) for _, sample in shown])))
             else:
                 out.append(_example(dataset, finding.kind, *shown[0]))
-        except (CellbenchError, OSError):  # changed since it was read: the finding is told without it
+        except (CellbenchError, OSError):  # changed since it was read: the finding is reported without it
             continue
     return out
 
