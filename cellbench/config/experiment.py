@@ -32,10 +32,11 @@ class DataSpec(StrictModel):
     """Index of the fold that is tested, from 0."""
     auto_folds: bool = False
     """Whether a grid chooses ``folds`` by itself where one split would test fewer than 30 images, unless ``folds`` or ``fold`` is set."""
-    group: Literal["auto", "none", "column", "prefix", "near-duplicates"] = "auto"
+    group: Literal["auto", "none", "column", "prefix", "near-duplicates", "appearance"] = "auto"
     """Which images a split keeps together: those of one patient, slide, … ``column``: by a column of the manifest. ``prefix``: by their names.
-    ``near-duplicates``: images of the same scene, whole or in part, in any orientation. ``auto``: ``column`` where there is one; otherwise a
-    random split keeps near-duplicates together."""
+    ``near-duplicates``: images of the same scene, whole or in part, in any orientation. ``appearance``: images that look alike, so that each fold
+    tests what its models have not seen; patients and slides stay whole. ``auto``: ``column`` where there is one; otherwise a random split keeps
+    near-duplicates together."""
     group_pattern: str = r"^(.+)[-_ ]\d+$"
     """For ``prefix``: a regular expression for the stem of a name; its first group is the name of the group."""
     stratify: Literal["none", "label", "foreground", "size"] = "none"

@@ -43,6 +43,8 @@ class Sample:
     """Hash of the image file's content."""
     group: str = ""
     """The patient, slide or smear of the image, if known. Its images stay in one split, and statistics treat them as one unit."""
+    appearance: str = ""
+    """With ``group = "appearance"``, which images look alike. They stay in one split too, but statistics do not treat them as one unit."""
     label: str = ""
     """Label of the whole image from a manifest, for stratified splits."""
     truth: Annotation | None = None

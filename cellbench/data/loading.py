@@ -16,6 +16,7 @@ from cellbench.config.cards import DatasetCard
 from cellbench.config.experiment import DataSpec, Experiment
 from cellbench.config.registry import Registry, load, with_defaults
 from cellbench.console import progress_bar
+from cellbench.data.appearance import describe_appearances, group_by_appearance
 from cellbench.data.audit import near_duplicates
 from cellbench.data.classes import with_class_facts
 from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, interpret_masks, validated
@@ -157,8 +158,10 @@ def split_dataset(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: 
     grouped = grouped or partial(near_duplicates.group_near_duplicates, reading=listing.reading)
     dataset = replace(dataset_of_card(card, listing.root), reading=listing.reading, um_per_px=listing.um_per_px)
     parts = {part: listing.parts.get(part, ()) for part in SPLITS}
-    if card.draw and spec.group == "auto":
+    if card.draw and spec.group in ("auto", "appearance"):
         grouped = tuple  # all drawn images are different
+    if spec.group == "appearance":
+        grouped = partial(group_by_appearance, num_folds=spec.folds, reading=listing.reading, grouped=grouped)
 
     @functools.cache
     def interpreted() -> Dataset:
@@ -175,7 +178,8 @@ def split_dataset(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: 
         splits = given_splits(listing.root, listing.layout, parts, spec, grouped)
     else:
         splits = split_of(listing.root, parts["train"], parts["test"], spec, foreground, grouped)
-    return replace(dataset, train=splits.train, val=splits.val, test=splits.test), splits
+    notes = describe_appearances((*splits.train, *splits.val, *splits.test), listing.reading)
+    return replace(dataset, train=splits.train, val=splits.val, test=splits.test, notes=(*dataset.notes, *notes)), splits
 
 
 def _drawn(card: DatasetCard, spec: DataSpec) -> Path:

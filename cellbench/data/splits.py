@@ -89,7 +89,7 @@ def split_of(
         pool, test = _one_pool(pool, test), ()
     samples = with_groups((*pool, *test), spec, grouped)
     pool, test = samples[: len(pool)], samples[len(pool) :]
-    in_groups = any(sample.group for sample in pool)
+    in_groups = any(sample.group or sample.appearance for sample in pool)
     standard = not any(getattr(spec, key) != DataSpec.model_fields[key].default for key in ("val_fraction", "split_seed", *_LATER))
     standard &= not in_groups and (bool(test) or spec.test_fraction == DataSpec.model_fields["test_fraction"].default)
     name = "splits.json" if standard else _name(spec, bool(test), in_groups)
@@ -182,7 +182,7 @@ def with_groups(
     """
     if spec.group == "none":
         return tuple(replace(sample, group="") for sample in samples)
-    if spec.group == "near-duplicates":
+    if spec.group in ("near-duplicates", "appearance"):
         return grouped(samples)
     if spec.group == "prefix":
         matches = [re.search(spec.group_pattern, Path(sample.name).stem) for sample in samples]
@@ -196,7 +196,9 @@ def with_groups(
 
 
 def _unit(sample: Sample) -> str:
-    """The unit that is never split: the group, or the image alone."""
+    """The unit that is never split: all that look alike, the group, or the image alone."""
+    if sample.appearance:
+        return sample.appearance
     return f"group {sample.group}" if sample.group else f"image {sample.name}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -223,17 +223,35 @@ def _value_facts(labels: np.ndarray, classes: np.ndarray, dataset: Dataset) -> d
     }
 
 
-def _contrast_facts(image: np.ndarray, cell: np.ndarray, judged: np.ndarray) -> dict[str, Any]:
-    step = -(-max(cell.shape) // LOOK_PX)
-    small, cell, judged = image[::step, ::step].astype(np.float32), cell[::step, ::step], judged[::step, ::step]
-    frame = np.ones(cell.shape, bool)
-    frame[1:-1, 1:-1] = False
+class Foreground(NamedTuple):
+    """The two sides of Otsu's threshold."""
+
+    levels: np.ndarray
+    """(H, W) uint8: the channel that varies most, smoothed."""
+    mode: int
+    """Its most frequent level, that of the background."""
+    mask: np.ndarray
+    """(H, W) bool: the side of the threshold on which the mode is not."""
+    contrast: float
+    """Between-class share of the variance, 0..1."""
+
+
+def find_foreground(small: np.ndarray) -> Foreground:
+    """What stands out from the background of an image (H, W, 3) float32 RGB, on a bright or a dark one."""
     channel = int(small.reshape(-1, 3).std(0).argmax())
     levels = ndimage.uniform_filter(small[..., channel], 3).astype(np.uint8)
     counts = np.bincount(levels.ravel(), minlength=256)
     mode = int(np.convolve(counts, np.ones(9), "same").argmax())
     threshold, contrast = _otsu(counts)
-    seen = (levels > threshold) if mode <= threshold else (levels <= threshold)
+    return Foreground(levels, mode, (levels > threshold) if mode <= threshold else (levels <= threshold), contrast)
+
+
+def _contrast_facts(image: np.ndarray, cell: np.ndarray, judged: np.ndarray) -> dict[str, Any]:
+    step = -(-max(cell.shape) // LOOK_PX)
+    small, cell, judged = image[::step, ::step].astype(np.float32), cell[::step, ::step], judged[::step, ::step]
+    frame = np.ones(cell.shape, bool)
+    frame[1:-1, 1:-1] = False
+    levels, mode, seen, contrast = find_foreground(small)
     telling = judged.any() and 0 < seen[judged].mean() < 1 and 0 < cell[judged].mean() < 1
     parts, num = ndimage.label(ndimage.binary_fill_holes(seen))
     missed, boxes = [], []
