@@ -24,7 +24,7 @@ from cellbench.execution.worker_job import CohortWorker, JobSpec, apply_job_envi
 from cellbench.features.extractor import FeaturePass
 from cellbench.files import write_atomic
 from cellbench.hardware import Hardware
-from cellbench.tracking.schema import this_owner
+from cellbench.liveness import describe_owner, this_owner
 from cellbench.tracking.sqlite_store import store_file
 
 OBJECTS_BYTES = 200 * 2**20
@@ -203,10 +203,11 @@ class RayWorker:
         job: JobSpec = pickle.loads(self._job)  # noqa: S301
         if not job.cache_url and not self._shares_cache(job):
             raise CellbenchError(
-                f"{this_owner()} does not see the cache folder {job.cache}. Name one that all nodes share with --cache, or a URL with --cache-url."
+                f"{describe_owner(this_owner())} does not see the cache folder {job.cache}. "
+                "Name one that all nodes share with --cache, or a URL with --cache-url."
             )
         if job.machine.device.type == "cuda" and not torch.cuda.is_available():
-            raise CellbenchError(f"{this_owner()} was given a GPU, but torch finds none there. Repair its driver, or use --device cpu.")
+            raise CellbenchError(f"{describe_owner(this_owner())} was given a GPU, but torch finds none there. Repair its driver, or use --device cpu.")
         return apply_job_environment(job)
 
     def _shares_cache(self, job: JobSpec) -> bool:

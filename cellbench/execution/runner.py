@@ -40,6 +40,7 @@ from cellbench.features.extractor import CachePolicy, Features, non_finite_reaso
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.remote_cache import RemoteCache, shared_url
 from cellbench.hardware import Hardware, is_out_of_memory, num_cores, peak_memory_mib, release_memory
+from cellbench.liveness import describe_owner
 from cellbench.metrics import catalog
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.models.backbones.base import Backbone
@@ -212,7 +213,7 @@ class Runner:
                     (out.validated if old.status == "validated" else out.pruned)[resolved.name] = old
                 elif old is not None and old.alive:
                     out.busy.append(resolved.name)
-                    self.say(f"{resolved.name} is being run by {old.owner} and is left to it.")
+                    self.say(f"{resolved.name} is being run by {describe_owner(old.owner)} and is left to it.")
                 else:
                     run = stack.enter_context(self._open(resolved, old))
                     if old is None:

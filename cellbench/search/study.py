@@ -8,8 +8,6 @@ the reported results. A resumed search therefore proposes the same trials, and w
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -29,6 +26,7 @@ from cellbench.config.base import Scalar
 from cellbench.config.search_space import Dimension, Space
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import os_errors_as
+from cellbench.liveness import is_alive, this_owner
 from cellbench.search.samplers import sampler_and_pruner
 from cellbench.tracking import sqlite_store
 
@@ -75,7 +73,7 @@ class Study:
     def __init__(self, url: str, space: Space, request: Mapping[str, str], epochs: int) -> None:
         self.url, self.name, self.settings = url, space.experiment, space.settings
         self._dimensions = space.dimensions
-        self.owner = f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.0f}"
+        self.owner = this_owner()
         with self._storage_errors(), self.lock():
             self._storage = _storage(url)
             sampler, pruner = sampler_and_pruner(self.settings, self._dimensions, epochs)
@@ -146,16 +144,7 @@ class Study:
                 self._send_heartbeat()
 
     def _is_dead(self, owner: str, beats: Mapping[str, Any]) -> bool:
-        if owner == self.owner:
-            return False
-        host, _, rest = owner.partition(":")
-        pid, _, born = rest.partition(":")
-        if host == socket.gethostname() and pid.isdigit():
-            try:
-                return abs(psutil.Process(int(pid)).create_time() - float(born)) > 2
-            except psutil.NoSuchProcess:
-                return True
-        return time.time() - float(beats.get(f"{ALIVE}{owner}", 0)) > STALE_S
+        return owner != self.owner and not is_alive(owner, float(beats.get(f"{ALIVE}{owner}", 0)), STALE_S)
 
     # --- ask and tell, as Optuna names them ---------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from typing import Any
 from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import cache_dir, os_errors_as
-from cellbench.tracking.schema import RunState, this_owner
+from cellbench.liveness import is_alive, this_owner
 
 RETRY_S = 5.0
 """Interval between attempts to reach an unavailable server."""
@@ -110,8 +110,8 @@ class OfflineQueue:
 def abandoned_queues(uri: str) -> Iterator[tuple[Path, list[QueuedCall]]]:
     """The unsent calls of dead processes, by folder, the oldest first. The caller removes a folder after sending its calls."""
     for folder in sorted(_server_folder(uri).glob("*@*@*"), key=lambda path: path.stat().st_mtime):
-        owner = ":".join(folder.name.rsplit("@", 2)[:2])
-        if owner == this_owner() or RunState(run_id="", name="", status="running", owner=owner, heartbeat_s=folder.stat().st_mtime).alive:
+        owner = folder.name.rpartition("@")[0].replace("@", ":")
+        if owner == this_owner() or is_alive(owner, folder.stat().st_mtime):
             continue
         with contextlib.suppress(FileNotFoundError):
             calls = []

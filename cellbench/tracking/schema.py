@@ -5,16 +5,12 @@ The names are stable, because saved searches and scripts use them. Nothing here 
 
 from __future__ import annotations
 
-import os
-import socket
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
-
 from cellbench.config.run import RunSpec
+from cellbench.liveness import is_alive, this_owner
 
 FINGERPRINT, STATUS, REASON, EXPERIMENT = "cellbench.fingerprint", "cellbench.status", "cellbench.reason", "cellbench.experiment"
 OWNER, HEARTBEAT = "cellbench.owner", "cellbench.heartbeat"
@@ -41,8 +37,6 @@ TRIAL, STUDY, STATE = "optuna.trial", "optuna.study", "optuna.state"
 TERMINAL = {
     "finished": "FINISHED", "validated": "FINISHED", "skipped": "KILLED", "pruned": "KILLED", "interrupted": "KILLED", "failed": "FAILED",
 }  # fmt: skip
-STALE_S = 15 * 60
-"""A run of another machine is taken over after this time without a heartbeat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +54,7 @@ class RunState:
     @property
     def alive(self) -> bool:
         """Whether another process is executing it."""
-        if self.status != "running" or self.owner == this_owner():
-            return False
-        host, _, pid = self.owner.rpartition(":")
-        if host == socket.gethostname():
-            return pid.isdigit() and psutil.pid_exists(int(pid))
-        return time.time() - self.heartbeat_s < STALE_S
+        return self.status == "running" and self.owner != this_owner() and is_alive(self.owner, self.heartbeat_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +103,3 @@ def run_params(run: RunSpec, dataset: str, precision: str) -> dict[str, object]:
     plain = {name: value for name, value in run.model_dump().items() if name != "options"}
     plain |= {"backbone": run.backbone or "none", "head": run.head or "none", "baseline": run.baseline or "none"}
     return {**plain, "dataset": dataset, "precision": precision, **{f"{part}.{name}": value for name, value in run.options.items()}}
-
-
-def this_owner() -> str:
-    """This machine and process, as a run's owner."""
-    return f"{socket.gethostname()}:{os.getpid()}"

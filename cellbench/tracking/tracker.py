@@ -25,6 +25,7 @@ from filelock import FileLock
 from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line, redact_passwords, unknown_name
 from cellbench.files import file_name, make_folder, os_errors_as, to_nfc
+from cellbench.liveness import HEARTBEAT_S, this_owner
 from cellbench.tracking import relocate, sqlite_store, ui_view
 from cellbench.tracking.client import ResilientClient, to_error
 from cellbench.tracking.offline_queue import NotFoundError
@@ -43,7 +44,6 @@ from cellbench.tracking.schema import (
     TERMINAL,
     RunRecord,
     RunState,
-    this_owner,
     to_record,
 )
 
@@ -55,8 +55,6 @@ for _noisy in (
 
 MAX_METRICS_PER_CALL = 800
 """MLflow accepts at most 1,000 metrics, params and tags per call."""
-HEARTBEAT_S = 120.0
-"""Interval between heartbeats of an open run; after 15 minutes without one, another machine takes the run over."""
 SAMPLE_S, SAMPLES_PER_VALUE = 20.0, 15
 """How often the machine's load is measured, and how many samples are averaged into one logged value: one every five minutes."""
 
