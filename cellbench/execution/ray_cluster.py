@@ -207,7 +207,9 @@ class RayWorker:
                 "Name one that all nodes share with --cache, or a URL with --cache-url."
             )
         if job.machine.device.type == "cuda" and not torch.cuda.is_available():
-            raise CellbenchError(f"{describe_owner(this_owner())} was given a GPU, but torch finds none there. Repair its driver, or use --device cpu.")
+            raise CellbenchError(
+                f"{describe_owner(this_owner())} was given a GPU, but torch finds none there. Repair its driver, or use --device cpu."
+            )
         return apply_job_environment(job)
 
     def _shares_cache(self, job: JobSpec) -> bool:

@@ -101,7 +101,9 @@ def code_version() -> str:
 def check_same_version(theirs: str) -> None:
     """Raises CellbenchError if the process that started the grid has another version."""
     if code_version() != theirs:
-        raise CellbenchError(f"{describe_owner(this_owner())} has {code_version()}; the grid was started with {theirs}. Install the same on all machines.")
+        raise CellbenchError(
+            f"{describe_owner(this_owner())} has {code_version()}; the grid was started with {theirs}. Install the same on all machines."
+        )
 
 
 def apply_job_environment(job: JobSpec) -> JobSpec:
@@ -166,5 +168,7 @@ class CohortWorker:
         for one in fingerprints:
             unknown = "its cellbench, cards, data or weights differ from those of the process that started the grid"
             if reason := self._runs[one].unavailable if one in self._runs else unknown:
-                raise CellbenchError(f"{describe_owner(this_owner())} cannot run {title}: {reason}. Give all machines the same version, paths and files.")
+                raise CellbenchError(
+                    f"{describe_owner(this_owner())} cannot run {title}: {reason}. Give all machines the same version, paths and files."
+                )
         return [self._runs[one] for one in fingerprints]
