@@ -97,6 +97,8 @@ class RunSpec(StrictModel):
     """The learning rate of each block before it, as a share of that of the next block."""
     select: Literal["val/dice", "val/loss"] = "val/dice"
     """The score by which the best epoch is chosen."""
+    tta: Literal["none", "flips", "d4"] = "none"
+    """Test-time augmentation: the mean prediction over a tile's mirrors and half turn, or over all eight orientations; not used in epochs."""
 
     @field_validator("loss")
     @classmethod
@@ -131,6 +133,11 @@ class RunSpec(StrictModel):
         return {} if self.augmentations == "none" else weighted_terms(self.augmentations)
 
     @property
+    def training(self) -> RunSpec:
+        """The same run without what is done after training: runs with equal ones have the same trained weights."""
+        return self.model_copy(update={name: RunSpec.model_fields[name].default for name in AFTER_TRAINING})
+
+    @property
     def stream(self) -> tuple[Any, ...]:
         """The fields that determine the stream of tiles and features."""
         return tuple(getattr(self, name) for name in SAMPLING_FIELDS)
@@ -143,6 +150,11 @@ class RunSpec(StrictModel):
 
 SAMPLING_FIELDS = tuple(name for name, field in RunSpec.model_fields.items() if _COHORT in field.metadata)
 
+ADDED_LATER = {name: RunSpec.model_fields[name].default for name in ("augmentations", "tta")}
+"""Fields that older runs do not have, with the value that leaves a run's fingerprint as it was."""
+AFTER_TRAINING = ("tta",)
+"""Fields that change the use of a trained model, not its training."""
+
 # Keys that [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that head or baseline only.
 RUN_KEYS = tuple(name for name in RunSpec.model_fields if name not in ("backbone", "head", "baseline", "options"))
 
@@ -152,7 +164,7 @@ def fingerprint(run: RunSpec, dataset_digest: str, parts_digest: str) -> str:
 
     ``parts_digest``: of the weights, the cards and their code, and the precision.
     """
-    unused = {"augmentations"} if run.augmentations == "none" else None  # keeps the fingerprints of runs that are older than this field
+    unused = {name for name, value in ADDED_LATER.items() if getattr(run, name) == value}
     facts = {"numerics": NUMERICS_VERSION, "run": run.model_dump(exclude=unused), "dataset": dataset_digest, "parts": parts_digest}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

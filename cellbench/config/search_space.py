@@ -19,7 +19,7 @@ from pydantic import Field
 from cellbench.config.base import Scalar, StrictModel, checked
 from cellbench.config.experiment import DataSpec, Experiment, expand
 from cellbench.config.registry import Registry
-from cellbench.config.run import RUN_KEYS, RunSpec
+from cellbench.config.run import AFTER_TRAINING, RUN_KEYS, RunSpec
 from cellbench.errors import CellbenchError, unknown_name
 
 DIMENSIONS = ("backbone", "head", *(name for name in RUN_KEYS if name not in ("seed", "fold")))
@@ -137,6 +137,8 @@ class Space:
             if name not in DIMENSIONS:
                 why = " A seed is no setting: repeat_best repeats the best one." if name == "seed" else ""
                 raise CellbenchError(f"{unknown_name('setting', name, DIMENSIONS, where=f'{where}: [space]')}{why}")
+            if name in AFTER_TRAINING:
+                raise CellbenchError(f"{where}: [space] {name}: trials are compared in validation, which does not use it. Set it in [run].")
             if name in file.run:
                 raise CellbenchError(f"{where}: '{name}' is set in [space] and in [run]. Keep one of them.")
         for name in file.run:

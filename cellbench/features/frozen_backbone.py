@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,13 @@ from cellbench.models.backbones.base import Backbone, Level
 
 TOKENS = -1
 """The index of the last tokens of a partly trained backbone: a map (B, D, N, 1) of all N tokens, prefix tokens included, before any norm."""
+
+
+class Spent(NamedTuple):
+    """Wall and CPU seconds of one thread."""
+
+    wall_s: float
+    cpu_s: float
 
 
 class FrozenBackbone:
@@ -50,11 +58,19 @@ class FrozenBackbone:
         """The indices of a batch's maps."""
         return (*self.indices, TOKENS) if self.unfreeze else self.indices
 
-    @torch.no_grad()
     def maps(self, pixels_BCTT: Tensor) -> dict[int, Tensor]:
         """The maps of tiles, by level index, in the machine's precision and channels-last."""
+        maps, spent = self.timed_maps(pixels_BCTT)
+        with self._clock_lock:
+            self.seconds += spent.wall_s
+            self.cpu_seconds += spent.cpu_s
+        return maps
+
+    @torch.no_grad()
+    def timed_maps(self, pixels_BCTT: Tensor) -> tuple[dict[int, Tensor], Spent]:
+        """As :meth:`maps`, with the time they took, which :attr:`seconds` does not include."""
         if self.module is None:
-            return {}
+            return {}, Spent(0.0, 0.0)
         start, start_cpu = time.perf_counter(), time.thread_time()
         num, step = len(pixels_BCTT), min(self.chunk, self.machine.batch_step)
         if missing := -num % step:
@@ -71,10 +87,7 @@ class FrozenBackbone:
             i: torch.empty_like(m[:num], dtype=kept, memory_format=torch.channels_last).copy_(m[:num])
             for i, m in zip(self.keys, maps, strict=True)
         }
-        with self._clock_lock:
-            self.seconds += time.perf_counter() - start
-            self.cpu_seconds += time.thread_time() - start_cpu
-        return copies
+        return copies, Spent(time.perf_counter() - start, time.thread_time() - start_cpu)
 
     def map_bytes(self, tile_px: tuple[int, int]) -> int:
         """Bytes of the maps of a tile of this (height, width)."""

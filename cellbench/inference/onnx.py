@@ -1,7 +1,7 @@
 """Exports backbone and head as one ONNX file and compares its output with torch.
 
 Input: ``pixels`` (B, 3, T, T) float32, RGB in 0..1, T the run's tile, any B. Output: ``probabilities`` (B, K, T, T) float32 of the classes,
-NaN where a score is not finite. Tiling, blending, scaling and stain normalisation are left to the caller.
+NaN where a score is not finite. Tiling, blending, test-time augmentation, scaling and stain normalisation are left to the caller.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from cellbench.models.backbones.build import open_backbone, weights_digest
 from cellbench.models.backbones.weight_files import check_types, check_values
 from cellbench.parallel import WorkerPool, prefetch
 from cellbench.training.model import build_model, num_levels
+from cellbench.training.test_time import turn, turn_back
 from cellbench.training.tiled_inference import output_channels
 
 
@@ -298,9 +299,14 @@ class Segmenter:
         """
         assert self.model is not None
         pixels = as_pixels(to_device(tiles_BTTC, self.machine.device))
-        batch = Batch(self.backbone.maps(pixels), pixels, torch.empty(0))
-        start = time.perf_counter()
-        with self.machine.autocast():
-            logits = self.model.decode(batch)
-        self.model.seconds += time.perf_counter() - start
-        return output_channels(logits, self.model)
+        found, codes = torch.zeros(()), self.model.tta_codes
+        for code in codes:
+            turned = turn(pixels, code)
+            batch = Batch(self.backbone.maps(turned), turned, torch.empty(0))
+            start = time.perf_counter()
+            with self.machine.autocast():
+                logits = self.model.decode(batch)
+            self.model.seconds += time.perf_counter() - start
+            one = turn_back(output_channels(logits, self.model), code) / len(codes)
+            found = found + one if code else one
+        return found

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cellbench.config.run import RunSpec
+from cellbench.config.run import ADDED_LATER, RunSpec
 from cellbench.liveness import is_alive, this_owner
 
 FINGERPRINT, STATUS, REASON, EXPERIMENT = "cellbench.fingerprint", "cellbench.status", "cellbench.reason", "cellbench.experiment"
@@ -79,7 +79,9 @@ class RunRecord(RunState):
 
 
 def to_record(run: Any) -> RunRecord:
-    tags = run.data.tags
+    tags, params = run.data.tags, run.data.params
+    if FINGERPRINT in tags and "loss" in params:  # a run of an older version is of the same model as a new one
+        params = ADDED_LATER | params
     return RunRecord(
         run_id=run.info.run_id,
         name=run.info.run_name or run.info.run_id,
@@ -90,7 +92,7 @@ def to_record(run: Any) -> RunRecord:
         metrics=run.data.metrics,
         fingerprint=tags.get(FINGERPRINT, ""),
         # Runs of older versions have their precision at the end of the machine's name: "cpu, 2 cores, bf16".
-        params={"precision": tags[MACHINE].rpartition(", ")[2], **run.data.params} if MACHINE in tags else run.data.params,
+        params={"precision": tags[MACHINE].rpartition(", ")[2], **params} if MACHINE in tags else params,
         tags=tags,
         start_s=run.info.start_time / 1000,
         artifact_uri=run.info.artifact_uri or "",

@@ -26,9 +26,34 @@ class Progress(Protocol):
 def fit(trainers: Sequence[HeadTrainer], features: Features, progress: Progress | None = None) -> None:
     """Trains the runs of one cohort until each has ended. A restored run joins at its own next epoch.
 
-    ``progress`` counts the tiles that all runs have seen. Afterwards each model has the weights of its best epoch.
+    ``progress`` counts the tiles that all runs have seen. Afterwards each model has the weights of its best epoch. Runs that differ only in
+    what is done after training (``tta``) are trained once.
     """
-    trainers = [trainer.on(features) for trainer in trainers]
+    leaders, twins = _train_once([trainer.on(features) for trainer in trainers])
+    _fit(leaders, features, progress)
+    for twin, leader in twins:
+        twin.adopt(leader)
+    for trainer in trainers:
+        if trainer.best_weights:
+            trainer.load_best()
+
+
+def _train_once(trainers: Sequence[HeadTrainer]) -> tuple[list[HeadTrainer], list[tuple[HeadTrainer, HeadTrainer]]]:
+    """The runs to train, and the others, each with the one whose training is its own too. The one with most epochs done is trained."""
+    chosen: dict[str, HeadTrainer] = {}
+    for trainer in sorted(trainers, key=lambda one: -one.epoch):
+        chosen.setdefault(trainer.run.training.model_dump_json(), trainer)
+    leaders, twins = [], []
+    for trainer in trainers:
+        leader = chosen[trainer.run.training.model_dump_json()]
+        if trainer.run == leader.run:
+            leaders.append(trainer)
+        else:
+            twins.append((trainer, leader))
+    return leaders, twins
+
+
+def _fit(trainers: Sequence[HeadTrainer], features: Features, progress: Progress | None) -> None:
     with WorkerPool(features.backbone.machine.lanes) as pool:
         while active := [trainer for trainer in trainers if not trainer.ended]:
             epoch = min(trainer.epoch for trainer in active)
@@ -40,9 +65,6 @@ def fit(trainers: Sequence[HeadTrainer], features: Features, progress: Progress 
                 if progress is not None:
                     progress.update("training", chunk.num)
             validate([trainer for trainer in active if not trainer.ended], features, pool, progress)
-    for trainer in trainers:
-        if trainer.best_weights:
-            trainer.load_best()
 
 
 def validate(trainers: Sequence[HeadTrainer], features: Features, pool: WorkerPool, progress: Progress | None = None) -> None:

@@ -17,6 +17,7 @@ from cellbench.features.frozen_backbone import TOKENS, FrozenBackbone
 from cellbench.models.backbones.base import Level
 from cellbench.models.heads.base import Head
 from cellbench.training.randomness import ModelRandomness
+from cellbench.training.test_time import CODES
 
 
 class SegmentationModel(nn.Module):
@@ -29,11 +30,14 @@ class SegmentationModel(nn.Module):
         tail: nn.Module | None = None,
         num_frozen: int = 0,
         auxiliary_targets: tuple[str, ...] = (),
+        tta_codes: tuple[int, ...] = (0,),
     ) -> None:
         super().__init__()
         self.head, self.tail = head, tail
         self.auxiliary_targets = auxiliary_targets
         """Targets beside the classes. Each has one output channel, after those of the classes, in this order."""
+        self.tta_codes = tta_codes
+        """The orientations in which a tile is decoded in test and prediction (``training.test_time``)."""
         self.num_classes = head.num_classes - len(auxiliary_targets)
         self._levels, self._num_frozen = levels, num_frozen
         self.seconds = 0.0
@@ -94,5 +98,5 @@ def build_model(run: RunSpec, card: HeadCard | BaselineCard, backbone: FrozenBac
             raise CellbenchError(f"{card.path}: cannot be built with {run.options or 'no options'}: {one_line(error)}.") from error
     tail = backbone.module.tail(run.unfreeze) if run.unfreeze and backbone.module is not None else None
     num_frozen = len(backbone.module.levels) - run.unfreeze if backbone.module is not None else 0
-    model = SegmentationModel(head, levels, tail, num_frozen, auxiliary_targets)
+    model = SegmentationModel(head, levels, tail, num_frozen, auxiliary_targets, CODES[run.tta])
     return model.to(backbone.machine.device).to(memory_format=torch.channels_last)

@@ -20,9 +20,11 @@ from torch import Tensor
 from cellbench.data.transforms.cell_targets import boundary_depth
 from cellbench.data.transforms.tiling import Stitcher
 from cellbench.features.extractor import Batch, Features
+from cellbench.features.frozen_backbone import Spent
 from cellbench.metrics.pixel import IGNORE, confusion_matrix
 from cellbench.parallel import WorkerPool
 from cellbench.training.model import SegmentationModel
+from cellbench.training.test_time import turn_back, turned_batches
 
 ValidationCallback = Callable[[int, Tensor, Batch], None]
 
@@ -86,11 +88,15 @@ def segment_images(
     """For each image of a split, in order: its number and each model's prediction, blended from its tiles."""
     with WorkerPool(features.backbone.machine.lanes) as pool:
         stitchers = [_ImageStitcher(model.eval(), features, split) for model in models]
+        codes = tuple(sorted({code for model in models for code in model.tta_codes}))
         done, missing = 0, len(features.grid(split, 0))
         for batch, images in features.tiles(split, pool):
-            found = pool.run_all(
-                [functools.partial(stitcher.add, batch, images) for stitcher in stitchers], [model.seconds for model in models]
-            )
+            found: list[list[SegmentedImage]] = [[] for _ in models]
+            for code, turned, spent in turned_batches(batch, features.backbone, codes, pool):
+                users = [k for k, model in enumerate(models) if code in model.tta_codes]
+                works = [functools.partial(stitchers[k].add, turned, images, code, spent) for k in users]
+                for k, answers in zip(users, pool.run_all(works, [models[k].seconds for k in users]), strict=True):
+                    found[k] += answers
             missing -= len(images)
             while missing <= 0 and done < len(features.pixels[split]):
                 yield done, [answers.pop(0) for answers in found]
@@ -105,22 +111,26 @@ class _ImageStitcher:
         self._model, self._features, self._split = model, features, split
         self._now, self._num = -1, model.num_classes - 1
 
-    def add(self, batch: Batch, images: list[int]) -> list[SegmentedImage]:
-        """Adds the next tiles, with the image number of each. Returns the completed predictions."""
+    def add(self, batch: Batch, images: list[int], code: int, spent: Spent) -> list[SegmentedImage]:
+        """Adds the next tiles in one of the model's orientations, with the image number of each. Returns the completed predictions.
+
+        ``spent``: the time of the orientation's maps.
+        """
         start, start_cpu, done = time.perf_counter(), time.thread_time(), []
         with torch.inference_mode():
             with self._features.backbone.machine.autocast():
                 logits_BKTT = self._model.decode(batch)
-            found_BKTT = output_channels(logits_BKTT, self._model)
-            for image in dict.fromkeys(images):
+            found_BKTT = turn_back(output_channels(logits_BKTT, self._model), code) / len(self._model.tta_codes)
+            self._sum_BKTT = found_BKTT if code == 0 else self._sum_BKTT + found_BKTT
+            for image in dict.fromkeys(images) if code == self._model.tta_codes[-1] else ():
                 if image != self._now:
                     self._begin(image)
                 mine = [k for k, other in enumerate(images) if other == image]
-                self._draw(found_BKTT[mine[0] : mine[-1] + 1])
+                self._draw(self._sum_BKTT[mine[0] : mine[-1] + 1])
                 if not self._missing:
                     done.append(self._answer())
-        self._model.seconds += time.perf_counter() - start
-        self._model.cpu_seconds += time.thread_time() - start_cpu
+        self._model.seconds += time.perf_counter() - start + spent.wall_s
+        self._model.cpu_seconds += time.thread_time() - start_cpu + spent.cpu_s
         return done
 
     def _begin(self, image: int) -> None:

@@ -231,6 +231,13 @@ class HeadTrainer:
         for name in _PROGRESS:
             setattr(self, name, state["progress"][name])
 
+    def adopt(self, other: HeadTrainer) -> None:
+        """Takes the training of another run, whose own would be the same, and logs its epochs."""
+        for epoch, row in enumerate(other.history[self.epoch :], self.epoch):
+            self.recorder.epoch(epoch, row)
+        self.restore(other.state())
+        self.recorder.checkpoint(self.state())
+
     def load_best(self) -> None:
         """Loads the best epoch's weights into the model."""
         self.model.load_state_dict(self.best_weights)

@@ -1,0 +1,97 @@
+"""Test-time augmentation: predictions turn with the image, and runs that differ in it only are trained once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from backbone_cards import built, card
+from cohorts import FP32, REGISTRY, dataset_of, features_of, fitted, run_of, trainers_of
+from PIL import Image
+
+from cellbench.data.transforms.augmentation import rotate_flip
+from cellbench.data.transforms.framing import Framing
+from cellbench.data.transforms.preprocessing import Preparation
+from cellbench.features.extractor import Batch
+from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.inference.segmenter import Segmenter
+from cellbench.inference.trained_run import TrainedRun
+from cellbench.parallel import WorkerPool
+from cellbench.training.fit import fit
+from cellbench.training.model import build_model
+from cellbench.training.test_time import CODES, turn, turn_back, turned_batches
+from cellbench.training.tiled_inference import segment_images
+
+
+@pytest.mark.parametrize("code", CODES["d4"])
+def test_a_batch_is_turned_as_a_training_tile_is_and_back(code: int) -> None:
+    tile = np.random.default_rng(0).random((30, 40))
+    turned = turn(torch.from_numpy(tile)[None, None], code)
+    assert np.array_equal(turned[0, 0].numpy(), rotate_flip(tile, code))
+    assert np.array_equal(turn_back(turned, code)[0, 0].numpy(), tile)
+
+
+def segmenter_of(head: str = "detail", **settings: object) -> Segmenter:
+    """A segmenter with random weights."""
+    run = run_of(head, **settings)
+    backbone = FrozenBackbone(built(REGISTRY.backbone("vit-tiny-random")), FP32, [REGISTRY.head(head).levels])
+    weights = build_model(run, REGISTRY.head(head), backbone, 2).state_dict()
+    trained = TrainedRun(
+        name="r", run=run, classes=("background", "cell"), preparation=Preparation(framing=Framing.of(run)), weights=weights
+    )
+    return Segmenter(trained, REGISTRY, FP32)
+
+
+# Sizes whose tiles, and whose padding, are the same from every side.
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [((112, 160), {}), ((128, 192), {"framing": "pad"}), ((300, 400), {"framing": "resize"}), ((56, 80), {"tile_scale": 2.0})],
+    ids=str,
+)
+def test_with_d4_a_prediction_turns_with_the_image(size: tuple[int, int], settings: dict[str, object]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    turned = np.ascontiguousarray(rotate_flip(image, 5))
+    found, plain = ([segmenter_of(tta=tta, **settings).predict(one).probability for one in (image, turned)] for tta in ("d4", "none"))
+    assert np.abs(rotate_flip(found[0], 5).astype(int) - found[1]).max() <= 1
+    assert np.abs(rotate_flip(plain[0], 5).astype(int) - plain[1]).max() > 1
+
+
+def test_a_backbone_with_patches_of_14_px_reads_turned_tiles() -> None:
+    small = card(
+        "vit-tiny-random", patch_px=14, arch={"name": "vit_tiny_patch16_224", "img_size": 56, "patch_size": 14, "depth": 2}, depth=2
+    )
+    backbone = FrozenBackbone(built(small), FP32, [2])
+    run = run_of("fpn", tile_px=56, tta="d4")
+    model = build_model(run, REGISTRY.head("fpn"), backbone, 2).eval()
+    pixels = torch.rand(2, 3, 56, 84)
+    with WorkerPool(1) as pool, torch.inference_mode():
+        batch = Batch(backbone.maps(pixels), pixels, torch.empty(0))
+        shapes = [turn_back(model.decode(one), code).shape for code, one, _ in turned_batches(batch, backbone, CODES["d4"], pool)]
+    assert shapes == [(2, 2, 56, 84)] * 8
+
+
+def test_the_test_and_predict_give_the_same_mask_of_an_image_of_any_size(small_folder) -> None:
+    dataset = dataset_of(small_folder)
+    runs = [run_of("bilinear", tta="d4"), run_of("bilinear")]
+    features = features_of(dataset, runs)
+    models = [trainer.model for trainer in trainers_of(dataset, runs, features)]
+    (_, answers), *_ = segment_images(models, features, "test")
+    picture = np.asarray(Image.open(dataset.test[0].image).convert("RGB"))
+    for run, answer in zip(runs, answers, strict=True):
+        found = segmenter_of("bilinear", tta=run.tta).predict(picture)
+        assert np.abs(found.probability.astype(int) - answer.cell).max() <= 1  # other batches may round differently
+    assert np.abs(answers[0].cell.astype(int) - answers[1].cell).max() > 1
+
+
+def test_runs_that_differ_in_tta_only_are_trained_once(small_folder, monkeypatch) -> None:
+    dataset = dataset_of(small_folder)
+    runs = [run_of("bilinear", tta=tta, epochs=2) for tta in CODES]
+    features = features_of(dataset, runs)
+    trainers = trainers_of(dataset, runs, features)
+    for twin in trainers[1:]:
+        monkeypatch.setattr(twin, "train_on", None)  # would raise if called
+    fit(trainers, features)
+    alone = fitted(dataset, runs[2:])[0]
+    for trainer in trainers:
+        assert trainer.history == trainer.recorder.rows == alone.history
+        assert all(torch.equal(x, alone.model.state_dict()[name]) for name, x in trainer.model.state_dict().items())
