@@ -61,8 +61,8 @@ class RunSpec(StrictModel):
     """Stain augmentation: haematoxylin, eosin and DAB are each multiplied by 1 - ``hed`` to 1 + ``hed``, and shifted. 0.05 is light, 0.2 strong."""
     augmentations: Annotated[str, _COHORT] = "none"
     """The user's own augmentations, each with its strength: ``0.3 blur + 0.1 noise``. They are applied after the shipped ones, in this order."""
-    normalise: Annotated[Literal["none", "reinhard", "macenko"], _COHORT] = "none"
-    """Stain normalisation of all images to the run's training images. Untrained baselines see images as they are."""
+    normalise: Annotated[Literal["none", "reinhard", "macenko", "background"], _COHORT] = "none"
+    """Stain normalisation: to the run's training images, or by each image's own ``background``. Untrained baselines see images as they are."""
     data_seed: Annotated[int, _COHORT] = Field(default=2026, ge=0, lt=2**31)
     """Seed of the training tiles, their augmentation and their order; equal for all runs that are compared."""
     fraction: Annotated[float, _COHORT] = Field(default=1.0, gt=0, le=1)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from skimage.color import lab2rgb, rgb2lab
 
+from cellbench.data.transforms.background_normalisation import Background
+
 ThreeFloats = tuple[float, float, float]
 MOST_IMAGES = 200
 """Maximum number of images for fitting, evenly spaced; more do not change their mean noticeably."""
@@ -91,8 +93,12 @@ class Macenko:
         return _bytes(LIGHT * np.exp(-amounts @ np.array(self.stains, np.float32))).reshape(image.shape)
 
 
-Normaliser = Reinhard | Macenko
-KINDS: dict[str, type[Reinhard] | type[Macenko]] = {"reinhard": Reinhard, "macenko": Macenko}
+Normaliser = Reinhard | Macenko | Background
+KINDS: dict[str, type[Reinhard] | type[Macenko] | type[Background]] = {
+    "reinhard": Reinhard,
+    "macenko": Macenko,
+    "background": Background,
+}
 
 
 def _lab_statistics(lab_HW3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

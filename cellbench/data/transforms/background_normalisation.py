@@ -1,0 +1,197 @@
+"""Stain normalisation without a reference image: an image's own background becomes white, its own foreground gets a fixed density.
+
+Letters: H x W image, h x w its thumbnail, 3 red-green-blue. In bright field the *amount* of a pixel is its optical density, the natural logarithm of
+the background divided by it; in dark field (fluorescence) it is the light beyond the background, where 1 is the whole range of 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from skimage.filters import threshold_otsu
+
+WHITE, AMOUNT = 235.0, 0.5
+"""Grey level of the background, and amount of the foreground's median, in normalised images. 20 levels remain for what is lighter than the background."""
+THUMBNAIL_PX, MOST_MEAN_PX = 400, 4
+"""Longest side of the thumbnail. One of its pixels is the mean of at most 4 x 4: cells of a whole slide would vanish in larger means."""
+SURFACE = 1 / 8
+"""Standard deviation of the smoothing that makes the background's surface, as a share of the longest side."""
+ROUNDS = 3
+"""Estimates of the background; each leaves out the foreground of the one before."""
+DEVIATIONS, LEAST = 4, {False: 0.04, True: 0.01}
+"""Foreground differs from the background by this many robust deviations, and by at least this amount in bright field and in dark field."""
+PRIOR_SHARE = 0.002
+"""Share of an image's pixels at which its own foreground counts as much as that of the training images."""
+MOST_LIGHTER = 0.5
+"""Largest number of pixels on the other side of the background, as a share of the foreground, in images that are normalised."""
+MOST_SPECKS = 0.02
+"""That share of all pixels may always lie on the other side."""
+BLACK = 20, 64
+"""Grey levels of 255 up to which a background is that of dark field, and from which it is not."""
+STRIP_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Background and foreground of one image."""
+
+    dark_field: bool
+    surface: np.ndarray
+    """The background's levels (h, w, 3) float32, 1 to 256."""
+    amount: float
+    """The foreground's median, in the mean of the channels; 0 without foreground."""
+    share: float
+    """Of foreground in the image."""
+    lighter: float
+    """Of pixels on the other side of the background."""
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether this is bright or dark field; in phase contrast, cells are darker and lighter than the background."""
+        return self.lighter <= max(MOST_LIGHTER * self.share, MOST_SPECKS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Background:
+    """Each image's background becomes white and level, its foreground's median amount ``AMOUNT``; dark field is inverted.
+
+    Independent of how many cells there are, where a mean over the image is not. Flat field and white balance are per channel, the amount's scale is
+    common to all, so hues of stains remain. An image whose background cannot be told is unchanged.
+    """
+
+    bright_field: float = AMOUNT
+    """Typical amount in the training images: that of an image with hardly any foreground."""
+    dark_field: float = AMOUNT
+
+    @classmethod
+    def fitted(cls, images: Iterable[np.ndarray]) -> Background | None:
+        """The medians of the images' own amounts, (H, W, 3) uint8 RGB each; None if most of them are neither bright nor dark field."""
+        all_estimates = [estimate(image) for image in images]
+        if 2 * sum(one is not None and not one.one_sided for one in all_estimates) > len(all_estimates):
+            return None
+        found = [one for one in all_estimates if one is not None and one.one_sided and one.share >= PRIOR_SHARE]
+        bright, dark = ([one.amount for one in found if one.dark_field is which] for which in (False, True))
+        return cls(**{name: float(np.median(amounts)) for name, amounts in (("bright_field", bright), ("dark_field", dark)) if amounts})
+
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """The image (H, W, 3) uint8, foreground dark on white."""
+        found = estimate(image)
+        if found is None or not found.one_sided:
+            return image
+        typical = self.dark_field if found.dark_field else self.bright_field
+        # A mean of logarithms: a single speck in an empty image has next to no say.
+        own = found.share / (found.share + PRIOR_SHARE)
+        factor = AMOUNT / np.exp(own * np.log(max(found.amount, 1e-3)) + (1 - own) * np.log(max(typical, 1e-3)))
+        # exp(-factor * amount) is a product of one factor by the pixel and one by the background, the first of 256 values only.
+        levels, surface = np.arange(1, 257, dtype=np.float64), found.surface.astype(np.float64)
+        if found.dark_field:
+            of_level, of_surface = np.exp(-factor * levels / 256), np.exp(factor * surface / 256)
+        else:
+            of_level, of_surface = (levels / 256) ** factor, (surface / 256) ** -factor
+        return _times(image, (WHITE * of_level).astype(np.float32), of_surface.astype(np.float32))
+
+
+def estimate(image: np.ndarray) -> Estimate | None:
+    """Background and foreground of an image (H, W, 3) uint8; None if all its pixels are equal."""
+    levels = thumbnail(image) + 1
+    grey = levels.mean(axis=-1)
+    if np.ptp(grey) < 1e-3:
+        return None
+    threshold = float(threshold_otsu(grey))
+    dark_field = is_dark_field(grey - 1, threshold - 1)
+    background = grey <= threshold if dark_field else grey > threshold
+    for _ in range(ROUNDS):
+        # The parabola continues into corners that a vignette has put on the wrong side of the threshold; what it cannot follow is smoothed.
+        surface = _parabola(levels, background)
+        surface = surface * _smooth(levels / surface, background)
+        amount = ((levels - surface) / 256 if dark_field else np.log(surface / levels)).mean(axis=-1)
+        middle = float(np.median(amount[background]))
+        spread = 1.4826 * float(np.median(np.abs(amount[background] - middle)))
+        reach = max(DEVIATIONS * spread, LEAST[dark_field])
+        foreground = amount - middle > reach
+        near = np.abs(amount - middle) <= reach
+        if not near.any():
+            break
+        background = near
+    num = int(foreground.sum())
+    return Estimate(
+        dark_field=dark_field,
+        surface=surface,
+        amount=float(np.median(amount[foreground])) if num else 0.0,
+        share=num / foreground.size,
+        lighter=float((amount - middle < -reach).mean()),
+    )
+
+
+def is_dark_field(grey_hw: np.ndarray, threshold: float) -> bool:
+    """Whether the background is the darker side of ``threshold``. Grey levels 0 to 255.
+
+    The background is the larger side, and the one with the smaller spread: a vote each, where the sides differ by half. The darker side is black in
+    dark field, and cells in bright field are not: two votes. A tie is decided by the median level of all.
+    """
+    bright, dark = grey_hw[grey_hw > threshold], grey_hw[grey_hw <= threshold]
+    spreads = [float(np.median(np.abs(side - np.median(side)))) + 0.5 for side in (bright, dark)]
+    votes = sum((ratio > 3 / 2) - (ratio < 2 / 3) for ratio in (dark.size / max(bright.size, 1), spreads[0] / spreads[1]))
+    black = float(np.median(dark))
+    votes += 2 * ((black < BLACK[0]) - (black > BLACK[1]))
+    return bool(votes > 0) if votes else bool(np.median(grey_hw) < BLACK[1])
+
+
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """Means (h, w, 3) float32 of blocks of an image (H, W, 3), at most ``THUMBNAIL_PX`` along its longest side."""
+    step = -(-max(image.shape[:2]) // THUMBNAIL_PX)
+    side = min(step, MOST_MEAN_PX)
+    height, width = (length // step * step for length in image.shape[:2])
+    if not (height and width):  # a strip narrower than a block
+        return image[::step, ::step].astype(np.float32)
+    blocks = image[:height, :width].reshape(height // step, step, width // step, step, 3)
+    small = np.zeros((height // step, width // step, 3), np.float32)
+    for y in range(side):
+        for x in range(side):
+            small += blocks[:, y, :, x]
+    return small / side**2
+
+
+def _parabola(levels_hw3: np.ndarray, background_hw: np.ndarray) -> np.ndarray:
+    """The background's least-squares parabola in both directions, kept within half and twice its mean."""
+    y, x = (np.linspace(-1, 1, length, dtype=np.float32) for length in background_hw.shape)
+    terms = np.stack(np.broadcast_arrays(np.float32(1), x, y[:, None], x * y[:, None], x**2, y[:, None] ** 2), axis=-1)
+    where = background_hw.copy()
+    where[np.indices(where.shape).sum(axis=0) % 5 > 0] = False  # a fifth of the pixels will do
+    where = where if where.sum() >= 100 else background_hw
+    found = np.linalg.lstsq(terms[where], levels_hw3[where], rcond=1e-4)[0]
+    overall = levels_hw3[background_hw].mean(axis=0)
+    return np.clip(terms @ found, overall / 2, np.minimum(overall * 2, 256))
+
+
+def _smooth(levels_hw3: np.ndarray, background_hw: np.ndarray) -> np.ndarray:
+    """The background's Gaussian-weighted mean around each place (h, w, 3); far from any background, the mean over all of it."""
+    weight = background_hw.astype(np.float32)
+    overall = levels_hw3[background_hw].mean(axis=0)
+    sigma = max(max(weight.shape) * SURFACE, 1.0)
+    coarse = max(1, round(sigma / 6))  # so smooth a surface loses nothing, and a blur takes the fourth power of it less time
+    near, size = np.dstack([levels_hw3 * weight[..., None], weight]), weight.shape[::-1]
+    blurred = cv2.resize(near, (-(-size[0] // coarse), -(-size[1] // coarse)), interpolation=cv2.INTER_AREA)
+    blurred = cv2.GaussianBlur(blurred, (0, 0), sigma / coarse, borderType=cv2.BORDER_REFLECT)
+    blurred = cv2.resize(blurred, size, interpolation=cv2.INTER_LINEAR)
+    return (blurred[..., :3] + 1e-3 * overall) / (blurred[..., 3:] + 1e-3)
+
+
+def _times(image: np.ndarray, of_level: np.ndarray, of_surface_hw3: np.ndarray) -> np.ndarray:
+    """Each pixel's factor by its level times that of its place, interpolated between the thumbnail's pixels; strip by strip, as a slide is large."""
+    height, width = image.shape[:2]
+    wide = cv2.resize(of_surface_hw3, (width, len(of_surface_hw3)), interpolation=cv2.INTER_LINEAR)
+    at = ((np.arange(height) + 0.5) * len(wide) / height - 0.5).clip(0, len(wide) - 1)
+    below = np.minimum(at.astype(int) + 1, len(wide) - 1)
+    share = (at - at.astype(int)).astype(np.float32)[:, None, None]
+    out = np.empty(image.shape, np.uint8)
+    for top in range(0, height, STRIP_ROWS):
+        rows = slice(top, top + STRIP_ROWS)
+        surface = wide[at[rows].astype(int)] * (1 - share[rows]) + wide[below[rows]] * share[rows]
+        surface *= cv2.LUT(np.ascontiguousarray(image[rows]), of_level)
+        surface += 0.5  # to the nearest
+        out[rows] = np.minimum(surface, 255)
+    return out
