@@ -17,7 +17,7 @@ from cellbench.errors import CellbenchError
 from cellbench.execution.experiment_run import plan_experiment, run_experiment
 from cellbench.execution.runner import Outcome
 from cellbench.features.cache_admin import parse_cache
-from cellbench.tracking import sqlite_store
+from cellbench.tracking import store_address
 from cellbench.tracking.tracker import Tracker, newest_experiment
 
 Place = str | os.PathLike[str]
@@ -124,7 +124,7 @@ def results(*experiments: str) -> Results:
 
     """
     startup.set_environment()
-    sqlite_store.require_store()
+    store_address.require_store()
     names: Sequence[str] = tuple(dict.fromkeys(experiments))
     if not names:
         newest = newest_experiment()

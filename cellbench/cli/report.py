@@ -10,13 +10,13 @@ from cellbench.reporting.leaderboard import terminal_table
 from cellbench.reporting.render import write_report_files
 from cellbench.reporting.report import report_dir
 from cellbench.reporting.sections import build_report
-from cellbench.tracking import relocate, sqlite_store
+from cellbench.tracking import relocate, store_address
 from cellbench.tracking.tracker import Tracker, newest_experiment
 
 
 def report(options: ReportOptions) -> int:
     """Writes the report of one experiment, or of several together; by default of the newest. Returns exit code 0."""
-    sqlite_store.require_store()
+    store_address.require_store()
     for line in relocate.fix_artifact_paths():
         say(line)
     names = options.experiments

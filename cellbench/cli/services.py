@@ -21,7 +21,7 @@ from cellbench.console import Column, format_table, say, sentence_width
 from cellbench.errors import CellbenchError, one_line, redact_passwords
 from cellbench.features.remote_cache import RemoteCache, shared_url
 from cellbench.files import cache_dir, make_folder, os_errors_as
-from cellbench.tracking.sqlite_store import store_file, store_uri
+from cellbench.tracking.store_address import store_file, store_uri
 
 ANSWER_S = 5.0
 

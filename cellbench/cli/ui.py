@@ -16,7 +16,7 @@ import psutil
 from cellbench.config.options import UiOptions
 from cellbench.console import say
 from cellbench.errors import CellbenchError
-from cellbench.tracking import relocate, sqlite_store, ui_view
+from cellbench.tracking import relocate, store_address, ui_view
 
 PATIENCE_S = 120
 """Timeout of the first response: a cold start on a busy machine took 30 s."""
@@ -24,12 +24,12 @@ PATIENCE_S = 120
 
 def ui(options: UiOptions) -> int:
     """Serves the store of this folder on the loopback address until Ctrl-C. Raises CellbenchError if there is no store to serve."""
-    uri = sqlite_store.store_uri()
+    uri = store_address.store_uri()
     if uri.startswith(("http:", "https:", "databricks")):
         raise CellbenchError(
             f"MLFLOW_TRACKING_URI is the server {uri}: `grid` prints the address of its leaderboard there. `ui` serves the store of a folder."
         )
-    sqlite_store.require_store()
+    store_address.require_store()
     for line in relocate.fix_artifact_paths():
         say(line)
     port = free_port(options.port)

@@ -25,7 +25,7 @@ from cellbench.features.extractor import FeaturePass
 from cellbench.files import write_atomic
 from cellbench.hardware import Hardware
 from cellbench.liveness import describe_owner, this_owner
-from cellbench.tracking.sqlite_store import store_file
+from cellbench.tracking.store_address import store_file
 
 OBJECTS_BYTES = 200 * 2**20
 """Size of the object store of a local Ray. Messages are a few kilobytes; features are passed through the cache folder."""

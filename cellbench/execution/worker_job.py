@@ -30,7 +30,7 @@ from cellbench.files import cache_dir
 from cellbench.hardware import Hardware
 from cellbench.liveness import describe_owner, this_owner
 from cellbench.parallel import WorkerPool
-from cellbench.tracking.sqlite_store import store_file, store_uri
+from cellbench.tracking.store_address import absolute, store_uri
 from cellbench.tracking.tracker import Tracker
 
 
@@ -72,7 +72,6 @@ def job_spec(
     prefer_disk: bool,
 ) -> JobSpec:
     """Creates the job of a grid that is started on this machine."""
-    file = store_file()
     return JobSpec(
         experiment=experiment,
         parent_id=parent_id,
@@ -84,7 +83,7 @@ def job_spec(
         disk_bytes=disk_bytes,
         prefer_disk=prefer_disk,
         cache=cache_dir(),
-        store=f"sqlite:///{file}" if file else store_uri(),
+        store=absolute(store_uri()),
         cache_url=shared_url(),
     )
 

@@ -22,7 +22,7 @@ from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.reporting import verdict
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import describe_limit, describe_sizes, name_words
-from cellbench.tracking import sqlite_store
+from cellbench.tracking import store_address
 from cellbench.tracking.schema import EVALUATION, LIMIT, SEEN, WEIGHTS, RunRecord
 from cellbench.tracking.tracker import Tracker, all_experiments, experiment_of, newest_experiment
 
@@ -40,7 +40,7 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
         raise CellbenchError(
             f"{asked}: there is no such folder. Expected one that `cellbench export` wrote, the name of a model or run, or best."
         )
-    sqlite_store.require_store()
+    store_address.require_store()
     if asked == "best" or asked.startswith("best:"):
         name = asked.removeprefix("best").removeprefix(":") or newest_experiment(whole=True)
         if not name:

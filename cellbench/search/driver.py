@@ -46,6 +46,7 @@ from cellbench.search import results as search_results
 from cellbench.search.study import DEFAULT, Study
 from cellbench.search.worker import SearchProgress, SearchWorker
 from cellbench.tracking import relocate
+from cellbench.tracking.store_address import absolute
 from cellbench.tracking.tracker import Run, Tracker
 
 
@@ -130,9 +131,7 @@ def prepare(options: SearchOptions) -> SearchPlan:
 
 
 def plan_search(space: Space, text: str, file: str, data: Path | None, storage: str | None, resources: Resources) -> SearchPlan:
-    url = storage or os.environ.get("OPTUNA_STORAGE") or DEFAULT
-    if url.startswith("sqlite:///"):  # a process on another node may have another working folder
-        url = f"sqlite:///{Path(url.removeprefix('sqlite:///')).absolute()}"
+    url = absolute(storage or os.environ.get("OPTUNA_STORAGE") or DEFAULT)  # a process on another node may have another working folder
     experiment = Experiment.of(space.tree({one.name: one.ends[0] for one in space.dimensions if not one.head}), file)
     plan = SearchPlan(
         space=space,

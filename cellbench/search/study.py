@@ -8,15 +8,16 @@ the reported results. A resumed search therefore proposes the same trials, and w
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
-from filelock import FileLock
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
@@ -24,11 +25,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from cellbench.config.base import Scalar
 from cellbench.config.search_space import Dimension, Space
-from cellbench.errors import CellbenchError, one_line
+from cellbench.console import warn
+from cellbench.errors import CellbenchError, one_line, redact_passwords
 from cellbench.files import os_errors_as
 from cellbench.liveness import is_alive, this_owner
 from cellbench.search.samplers import sampler_and_pruner
-from cellbench.tracking import sqlite_store
+from cellbench.tracking.availability import PATIENCE_S, RETRY_S, AwayError, LockWait, is_locked, wait_for_database, wait_until_unlocked
+from cellbench.tracking.store_address import is_database_server, store_file
+from cellbench.tracking.store_lock import store_lock
 
 DEFAULT = "sqlite:///mlruns/optuna.db"
 OWNER, BATCH, RUN_ID, METRICS, REASON, SAME, PRUNED = "owner", "batch", "mlflow_run_id", "metrics", "reason", "fingerprint", "pruned_at"
@@ -36,6 +40,9 @@ REQUEST = "asked"
 ALIVE = "alive "
 """Prefix of the study attribute with the time of a worker's last heartbeat."""
 BEAT_S, STALE_S = 20.0, 180.0
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # the progress bar shows the trials, and errors are raised as well
 
@@ -67,6 +74,16 @@ class CompletedTrial:
     seconds: float = 0.0
 
 
+def _patient(method: Callable[Concatenate[Study, P], R]) -> Callable[Concatenate[Study, P], R]:
+    """A method that waits for a storage that is away or locked. It may be called twice, since the reply to the first call may be lost."""
+
+    @functools.wraps(method)
+    def call(self: Study, *arguments: P.args, **named: P.kwargs) -> R:
+        return self._patiently(lambda: method(self, *arguments, **named))
+
+    return call
+
+
 class Study:
     """A study in a storage, created on first use. Inside ``with``, the worker sends heartbeats."""
 
@@ -74,6 +91,13 @@ class Study:
         self.url, self.name, self.settings = url, space.experiment, space.settings
         self._dimensions = space.dimensions
         self.owner = this_owner()
+        self._given: set[int] = set()
+        """Numbers of the trials that this process has been given."""
+        self._judge_after_s, self._beat_s = 0.0, time.monotonic()
+        """When the silence of another process begins to count, since before it may be that of the storage; and this process's last heartbeat."""
+        wait_for_database(url, "the study's storage")
+        if (file := store_file(url)) is not None and file.exists():
+            wait_until_unlocked(file)
         with self._storage_errors(), self.lock():
             self._storage = _storage(url)
             sampler, pruner = sampler_and_pruner(self.settings, self._dimensions, epochs)
@@ -90,22 +114,47 @@ class Study:
 
     # --- the storage --------------------------------------------------------------------------------------------------------------
 
-    def lock(self) -> FileLock:
-        """Lock between the processes of this machine, held while the storage is created (concurrent creation breaks it) and in :meth:`ask`."""
-        return sqlite_store.store_lock(self.url)
+    def lock(self) -> AbstractContextManager[None]:
+        """Lock between all processes of this study, also on other machines, held while the storage is created and in :meth:`ask`."""
+        return store_lock(self.url, f"study {self.name}")
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:
         import sqlalchemy.exc
 
         try:
-            with os_errors_as(f"opening the study's storage {_redacted(self.url)}"):
+            with os_errors_as(f"opening the study's storage {redact_passwords(self.url)}"):
                 yield
-        except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
+        except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
             text = one_line(error.__cause__ or error)[:300]
             raise CellbenchError(
-                f"the study's storage {_redacted(self.url)}: {text}. Repair it, or name another with --storage; reported results are kept."
+                f"the study's storage {redact_passwords(self.url)}: {text}. Repair it, or name another with --storage; reported results are kept."
             ) from error
+
+    def _patiently(self, call: Callable[[], R]) -> R:
+        """Calls, and again while the storage is away or locked, up to ``PATIENCE_S``. Raises CellbenchError."""
+        end, waiting = time.monotonic() + PATIENCE_S, None
+        while True:
+            try:
+                with self._storage_errors():
+                    result = call()
+            except CellbenchError as error:
+                if (file := store_file(self.url)) is not None and is_locked(error):
+                    waiting = waiting or LockWait(file)
+                    waiting.again()
+                    continue
+                if not is_database_server(self.url) or not _is_away(error) or time.monotonic() > end:
+                    raise
+                if self._judge_after_s < float("inf"):
+                    shown = redact_passwords(self.url)
+                    warn(f"the study's storage {shown} does not answer. It is asked again for {PATIENCE_S / 60:.0f} minutes.")
+                self._judge_after_s = float("inf")
+                time.sleep(RETRY_S)
+                continue
+            if self._judge_after_s == float("inf"):
+                warn("the study's storage answers again.")
+                self._judge_after_s = time.monotonic() + 2 * BEAT_S
+            return result
 
     def _check(self, request: dict[str, str]) -> None:
         """Raises CellbenchError if the study belongs to a search with other settings."""
@@ -120,7 +169,7 @@ class Study:
             )
             more = f"; {len(changed) - 4} more" if len(changed) > 4 else ""
             raise CellbenchError(
-                f"the study '{self.name}' in {_redacted(self.url)} has {len(self.trials())} trials of another search: {listed}{more}. "
+                f"the study '{self.name}' in {redact_passwords(self.url)} has {len(self.trials())} trials of another search: {listed}{more}. "
                 f"Restore these settings to resume, or start a new study under another name: --set 'experiment=\"{self.name}-2\"'."
             )
 
@@ -137,20 +186,28 @@ class Study:
     def _send_heartbeat(self) -> None:
         with self._storage_errors():
             self.optuna.set_user_attr(f"{ALIVE}{self.owner}", time.time())
+        if time.monotonic() - self._beat_s > 3 * BEAT_S:
+            self._judge_after_s = max(self._judge_after_s, time.monotonic() + 2 * BEAT_S)
+        self._beat_s = time.monotonic()
 
     def _heartbeat_loop(self) -> None:
         while not self._stop.wait(BEAT_S):
             with contextlib.suppress(CellbenchError):  # the main thread raises the same error
                 self._send_heartbeat()
 
-    def _is_dead(self, owner: str, beats: Mapping[str, Any]) -> bool:
-        return owner != self.owner and not is_alive(owner, float(beats.get(f"{ALIVE}{owner}", 0)), STALE_S)
+    def _is_dead(self, owner: str, trial: FrozenTrial, beats: Mapping[str, Any]) -> bool:
+        if owner == self.owner:
+            return trial.number not in self._given  # the storage went away while this process asked for it
+        now = time.monotonic()
+        silence_counts = now > self._judge_after_s and now - self._beat_s < 3 * BEAT_S
+        return not is_alive(owner, float(beats.get(f"{ALIVE}{owner}", 0)), STALE_S if silence_counts else float("inf"))
 
     # --- ask and tell, as Optuna names them ---------------------------------------------------------------------------------------
 
+    @_patient
     def ask(self) -> list[ProposedTrial]:
         """The next batch: the unfinished trials of a dead worker, else new ones. Empty if all trials were proposed."""
-        with self._storage_errors(), self.lock():
+        with self.lock():
             trials = self.optuna.get_trials(deepcopy=False)
             room = self.settings.trials - len(trials)
             left = self._abandoned(trials)
@@ -163,7 +220,9 @@ class Study:
                     t._trial_id, TrialState.WAITING
                 )  # Optuna's `ask` returns waiting trials first, each to one worker
             num = len(mine) + min(max(self.settings.batch - members, 0), max(room, 0))
-            return [self._ask(batch) for _ in range(num)]
+            asked = [self._ask(batch) for _ in range(num)]
+            self._given |= {one.number for one in asked}
+            return asked
 
     def _abandoned(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         beats = self.optuna.user_attrs
@@ -175,7 +234,7 @@ class Study:
                 owner = t.user_attrs.get(OWNER)
                 # Without an owner: its worker was killed between two writes, or another machine is proposing it now.
                 young = t.datetime_start is not None and time.time() - t.datetime_start.timestamp() < STALE_S
-                if self._is_dead(owner, beats) if owner else not (young and self._is_shared):
+                if self._is_dead(owner, t, beats) if owner else not (young and self._is_shared):
                     left.append(t)
         return left
 
@@ -194,49 +253,59 @@ class Study:
                 point[one.name] = _suggest(trial, one)
         return ProposedTrial(number=trial.number, point=point, trial=trial)
 
+    @_patient
     def note(self, pending: ProposedTrial, attributes: Mapping[str, Any]) -> None:
         """Sets attributes of a trial without a result yet."""
-        with self._storage_errors():
-            for name, value in attributes.items():
-                pending.trial.set_user_attr(name, value)
+        for name, value in attributes.items():
+            pending.trial.set_user_attr(name, value)
 
+    @_patient
     def should_continue(self, pending: ProposedTrial, epoch: int, value: float) -> bool:
         """Reports an epoch's value; False if the pruner stops the trial. If the epoch was reported before, the answer is the same."""
-        with self._storage_errors():
-            known = self._storage.get_trial(pending.trial._trial_id)
-            if epoch + 1 in known.intermediate_values:
-                return known.user_attrs.get(PRUNED) != epoch + 1
-            pending.trial.report(value, epoch + 1)
-            if not pending.trial.should_prune():
-                return True
-            pending.trial.set_user_attr(PRUNED, epoch + 1)
-            return False
+        known = self._storage.get_trial(pending.trial._trial_id)
+        if epoch + 1 in known.intermediate_values:
+            return known.user_attrs.get(PRUNED) != epoch + 1
+        pending.trial.report(value, epoch + 1)
+        if not pending.trial.should_prune():
+            return True
+        pending.trial.set_user_attr(PRUNED, epoch + 1)
+        return False
 
+    @_patient
     def tell(self, pending: ProposedTrial, metrics: Mapping[str, float]) -> None:
         """Reports the result of a completed trial."""
-        with self._storage_errors():
-            for name, over in self.settings.excess(metrics).items():
-                pending.trial.set_constraint(name, over)
-            pending.trial.set_user_attr(METRICS, dict(metrics))
-            self.optuna.tell(pending.trial, [metrics[name] for name in self.settings.objectives])
+        if self._has_ended(pending):
+            return
+        for name, over in self.settings.excess(metrics).items():
+            pending.trial.set_constraint(name, over)
+        pending.trial.set_user_attr(METRICS, dict(metrics))
+        self.optuna.tell(pending.trial, [metrics[name] for name in self.settings.objectives])
 
+    @_patient
     def tell_pruned(self, pending: ProposedTrial, metrics: Mapping[str, float], reason: str) -> None:
-        with self._storage_errors():
-            pending.trial.set_user_attr(METRICS, dict(metrics))
-            pending.trial.set_user_attr(REASON, reason)
-            self.optuna.tell(pending.trial, state=TrialState.PRUNED)
+        if self._has_ended(pending):
+            return
+        pending.trial.set_user_attr(METRICS, dict(metrics))
+        pending.trial.set_user_attr(REASON, reason)
+        self.optuna.tell(pending.trial, state=TrialState.PRUNED)
 
+    @_patient
     def tell_failed(self, pending: ProposedTrial, reason: str) -> None:
-        with self._storage_errors():
-            pending.trial.set_user_attr(REASON, reason)
-            self.optuna.tell(pending.trial, state=TrialState.FAIL)
+        if self._has_ended(pending):
+            return
+        pending.trial.set_user_attr(REASON, reason)
+        self.optuna.tell(pending.trial, state=TrialState.FAIL)
+
+    def _has_ended(self, pending: ProposedTrial) -> bool:
+        """Whether an earlier call has reported the result, and only its reply was lost."""
+        return self._storage.get_trial(pending.trial._trial_id).state.is_finished()
 
     # --- results ------------------------------------------------------------------------------------------------------------------
 
+    @_patient
     def trials(self) -> list[CompletedTrial]:
         """All trials by number, including running ones."""
-        with self._storage_errors():
-            return [_completed_trial(t) for t in self.optuna.get_trials(deepcopy=False)]
+        return [_completed_trial(t) for t in self.optuna.get_trials(deepcopy=False)]
 
     def best(self) -> list[CompletedTrial]:
         """The best trial within the bounds; with several objectives the Pareto front, sorted by the first objective."""
@@ -247,10 +316,22 @@ class Study:
         front.sort(key=lambda t: ([-x for x in scores[t.number]], t.number))
         return front if len(signs) > 1 else front[:1]
 
+    @_patient
     def mark(self, name: str, value: Any) -> None:
         """Sets an attribute of the study."""
-        with self._storage_errors():
-            self.optuna.set_user_attr(name, value)
+        self.optuna.set_user_attr(name, value)
+
+
+def _is_away(error: CellbenchError) -> bool:
+    """Whether the same call may succeed later: the database does not answer, or ended the connection."""
+    import sqlalchemy.exc
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, AwayError | sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -285,13 +366,6 @@ def _suggest(trial: Trial, one: Dimension) -> Any:
     return trial.suggest_float(one.name, one.low, one.high, step=one.step, log=one.log)
 
 
-def _redacted(url: str) -> str:
-    """A storage's URL without the password in it."""
-    scheme, mark, rest = url.partition("://")
-    who, at, where = rest.rpartition("@")
-    return f"{scheme}{mark}{who.partition(':')[0]}{at}{where}" if at else url
-
-
 def _storage(url: str) -> BaseStorage:
     if url.startswith("journal:"):
         path = Path(url.removeprefix("journal:").removeprefix("//"))
@@ -300,12 +374,12 @@ def _storage(url: str) -> BaseStorage:
     if "://" not in url:
         raise CellbenchError(f"--storage {url}: expected a URL, like {DEFAULT}, postgresql://USER@HOST/NAME, mysql://… or journal:FILE.")
     wait: dict[str, Any] = {}
-    if url.startswith("sqlite:///"):
-        _folder(Path(url.removeprefix("sqlite:///")), url)
-        wait = {"timeout": 60}
+    if (file := store_file(url)) is not None:
+        _folder(file, url)
+        wait = {"timeout": 20}
     elif url.startswith(("postgresql", "mysql")):
         wait = {"connect_timeout": 10}
-    return RDBStorage(url, engine_kwargs={"connect_args": wait, "pool_pre_ping": not url.startswith("sqlite")})
+    return RDBStorage(url, engine_kwargs={"connect_args": wait, "pool_pre_ping": is_database_server(url)})
 
 
 def _folder(path: Path, url: str) -> None:

@@ -6,6 +6,7 @@ block until the server replies.
 
 from __future__ import annotations
 
+import random
 import re
 import shlex
 import shutil
@@ -16,8 +17,10 @@ from typing import Any
 
 from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line, redact_passwords
+from cellbench.tracking.availability import PATIENCE_S, LockWait, is_locked, locked_error
 from cellbench.tracking.offline_queue import (
     RETRY_S,
+    AlreadyExistsError,
     CallRejectedError,
     NotFoundError,
     OfflineQueue,
@@ -25,11 +28,10 @@ from cellbench.tracking.offline_queue import (
     ServerUnavailableError,
     abandoned_queues,
 )
+from cellbench.tracking.store_address import is_database_server, is_http, store_file
 
 FIRE_AND_FORGET = {"log_batch", "set_tag", "set_terminated", "log_artifacts"}
 """Calls that need no reply and may be sent twice."""
-PATIENCE_S = 600.0
-"""How long a call that needs a reply waits for an unavailable server."""
 
 
 class ResilientClient:
@@ -39,7 +41,8 @@ class ResilientClient:
         self._client, self._mlflow = mlflow.MlflowClient(), mlflow
         self._uri = mlflow.get_tracking_uri()
         self._shown_uri = redact_passwords(self._uri)
-        self._queue = OfflineQueue(self._uri, self._replay, self._shown_uri) if self._uri.startswith(("http:", "https:")) else None
+        away = is_http(self._uri) or is_database_server(self._uri)  # what may be away for a while
+        self._queue = OfflineQueue(self._uri, self._replay, self._shown_uri) if away else None
         self._has_answered = False
 
     def __getattr__(self, name: str) -> Any:
@@ -76,7 +79,7 @@ class ResilientClient:
     def _ask(self, name: str, arguments: Any, named: Any) -> Any:
         """Calls and returns the reply. Waits only for a server that has replied before; otherwise the address may be wrong."""
         end = time.monotonic() + (PATIENCE_S if self._has_answered and self._queue is not None else 0)
-        warned = False
+        warned, waiting = False, None
         while True:
             self.flush()  # the reply depends on the queued calls
             try:
@@ -84,6 +87,10 @@ class ResilientClient:
                 self._has_answered = True
                 return answer
             except ServerUnavailableError as error:
+                if self._queue is None and is_locked(error) and (file := store_file(self._uri)) is not None:
+                    waiting = waiting or LockWait(file)
+                    waiting.again()
+                    continue
                 if time.monotonic() > end:
                     raise to_error(error, self._uri) from error
             if not warned:
@@ -113,16 +120,26 @@ class ResilientClient:
 
     def _call(self, name: str, arguments: Any, named: Any) -> Any:
         """Raises ServerUnavailableError, NotFoundError, CallRejectedError, or CellbenchError for any other error of MLflow."""
-        try:
-            return getattr(self._client, name)(*arguments, **named)
-        except (self._mlflow.exceptions.MlflowException, OSError) as error:
-            if is_unavailable(error):
-                raise ServerUnavailableError(one_line(error)) from error
-            if isinstance(error, OSError) and _http_status(error) is None:
-                raise
-            raise to_error(error, self._uri) from error
+        for races_left in reversed(range(MAX_RACES)):
+            try:
+                return getattr(self._client, name)(*arguments, **named)
+            except (self._mlflow.exceptions.MlflowException, OSError) as error:
+                if races_left and _LOST_RACE.search(str(error)):  # the other process has written it: now it is found
+                    time.sleep(random.uniform(0.02, 0.3))  # noqa: S311  not for secrets
+                    continue
+                if is_unavailable(error) or is_locked(error):
+                    raise ServerUnavailableError(one_line(error)) from error
+                if isinstance(error, OSError) and _http_status(error) is None:
+                    raise
+                raise to_error(error, self._uri) from error
+        raise AssertionError("the last round returns or raises")
 
 
+MAX_RACES = 6
+"""How often a call is repeated that another process was faster with: two nodes register one dataset, for example, and the store keeps it once."""
+_LOST_RACE = re.compile(
+    r"UniqueViolation|UNIQUE constraint failed|duplicate key value|Duplicate entry|[Dd]eadlock (detected|found)|could not serialize access"
+)
 # In the texts of MLflow's errors. The last two come from requests: MLflow collects errors of files into one of its own.
 _UNAVAILABLE = re.compile(
     r"API request to \S+ failed with (timeout )?exception"
@@ -179,13 +196,16 @@ _SQLITE_ERRORS = {
     "disk is full": "no space left on the device. Free some.",
     "readonly database": "it may not be written to. Make the file and its folder writable, or call from another folder.",
     "unable to open database": "it cannot be created here. Make the folder writable, or call from another folder.",
-    "database is locked": "another process has locked it for 20 s. Wait for that process, or end it.",
 }
 
 
 def to_error(error: Exception, uri: str) -> CellbenchError:
     """An error of MLflow in one line, without passwords."""
-    text, uri = redact_passwords(one_line(error)), redact_passwords(uri)
+    text, address, uri = redact_passwords(one_line(error)), uri, redact_passwords(uri)
+    if is_locked(text) and (file := store_file(address)) is not None:
+        return locked_error(file)
+    if match := _OTHER_SCHEMA.search(text):
+        return CellbenchError(f"MLflow's store {uri}: {_describe_schema(match[1], address)}")
     for sign, reason in _SQLITE_ERRORS.items():
         if sign in text:
             return CellbenchError(f"MLflow's store {uri}: {reason} What is logged already is kept; the same command continues.")
@@ -193,6 +213,35 @@ def to_error(error: Exception, uri: str) -> CellbenchError:
     kind: type[CellbenchError] = CellbenchError
     if code == "RESOURCE_DOES_NOT_EXIST" or status == 404:
         kind = NotFoundError
+    elif code == "RESOURCE_ALREADY_EXISTS":
+        kind = AlreadyExistsError
     elif code in _REJECTED or status == 400:
         kind = CallRejectedError
     return kind(f"MLflow at {uri}: {text[:300]}. Fix it, or set another MLFLOW_TRACKING_URI.")
+
+
+_OTHER_SCHEMA = re.compile(r"out-of-date database schema \(found version (\w+)|Can't locate revision identified by '(\w+)'")
+
+
+def _describe_schema(version: str | None, uri: str) -> str:
+    """What to do with a store whose tables another version of MLflow has made. ``version``: of the tables; None if this MLflow does not know it."""
+    import mlflow
+
+    if version is not None and _knows(version):
+        return (
+            f"an older MLflow has made it. Copy it to a safe place, then `mlflow db upgrade {shlex.quote(uri)}` changes it for MLflow "
+            f"{mlflow.__version__}, which is installed here."
+        )
+    return f"a newer MLflow has written it than the {mlflow.__version__} installed here. `pip install --upgrade mlflow`, then the same command again."
+
+
+def _knows(version: str) -> bool:
+    """Whether this MLflow has made or can upgrade tables of that version."""
+    import alembic.util
+    from alembic.script import ScriptDirectory
+    from mlflow.store.db.utils import _get_alembic_config
+
+    try:
+        return ScriptDirectory.from_config(_get_alembic_config("")).get_revision(version) is not None
+    except alembic.util.CommandError:
+        return False

@@ -43,6 +43,10 @@ class NotFoundError(CallRejectedError):
     """The requested object does not exist in the store."""
 
 
+class AlreadyExistsError(CallRejectedError):
+    """An object of this name exists in the store: another process was faster, or it was there before."""
+
+
 class OfflineQueue:
     """The unsent calls of one process to one server. A thread sends them."""
 

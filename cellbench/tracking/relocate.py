@@ -15,7 +15,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from cellbench.errors import CellbenchError
-from cellbench.tracking.sqlite_store import store_file, store_lock
+from cellbench.tracking.availability import connect, is_locked, locked_error, wait_until_unlocked, writable
+from cellbench.tracking.store_address import store_file, store_uri
+from cellbench.tracking.store_lock import file_lock
 
 COLUMNS = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
 
@@ -28,11 +30,16 @@ def fix_artifact_paths(uri: str | None = None) -> list[str]:
     path = store_file(uri)
     if path is None or not path.is_file():
         return []
-    with store_lock(uri):
+    with file_lock(uri or store_uri()):
+        wait_until_unlocked(path)
         try:
             return _fix(path)
         except sqlite3.Error as error:
-            raise CellbenchError(f"{path}: MLflow's store cannot be read: {error}. Put a backup in its place, or move it away.") from None
+            if is_locked(error):
+                raise locked_error(path) from None
+            raise CellbenchError(
+                f"{path}: MLflow's store cannot be read: {error}. If it is damaged, move it away and put a backup in its place."
+            ) from None
 
 
 def experiment_names(most: int = 8) -> list[tuple[str, str]]:
@@ -44,13 +51,13 @@ def experiment_names(most: int = 8) -> list[tuple[str, str]]:
         "SELECT e.name, e.experiment_id FROM experiments e JOIN experiment_tags t USING (experiment_id) "
         "WHERE t.key = 'mlflow.sharedViewState.leaderboard' AND e.lifecycle_stage = 'active' ORDER BY e.last_update_time DESC LIMIT ?"
     )
-    with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection:
+    with contextlib.closing(connect(path)) as connection:
         return [(name, str(number)) for name, number in connection.execute(query, (most,))]
 
 
 def _fix(path: Path) -> list[str]:
     fixed = []
-    with contextlib.closing(sqlite3.connect(path, timeout=20)) as connection:
+    with contextlib.closing(connect(path)) as connection:
         known, places = _places(connection)
         moves: dict[str, Path] = {}
         folders = sorted({folder for place in places if (folder := _folder(place))})
@@ -75,6 +82,11 @@ def _fix(path: Path) -> list[str]:
             if here:
                 how = "copied" if old_root.is_dir() else "moved"
                 fixed.append(f"this project was {how}: MLflow now finds its artifacts in {new_root}, not in {old_root}.")
+        if moves and not writable(path):
+            raise CellbenchError(
+                f"{path}: the project was moved or copied, so the paths in its store must be changed, but it can only be read. "
+                f"Copy the folder {path.parent} to where you may write."
+            )
         with connection:
             for folder, new in moves.items():
                 fresh = new.as_uri() if folder.startswith("file:") else str(new)

@@ -8,22 +8,19 @@ cache folder, and the next folder's store begins as a copy of it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import sqlite3
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
-
-from filelock import FileLock
 
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, make_folder, os_errors_as
+from cellbench.tracking.availability import is_locked, wait_until_unlocked
 from cellbench.tracking.client import ResilientClient, to_error
+from cellbench.tracking.store_address import file_part, renamed, store_file
 
 CREATION_S, STEP_S = 60.0, 5.0
 """Time that another program may take to create the whole store, and for one step."""
@@ -41,22 +38,25 @@ def open_or_create(mlflow: Any, make: bool) -> ResilientClient:
     file = store_file(uri)
     try:
         if file is not None:
-            if make and not file.exists():
+            if file.exists():
+                wait_until_unlocked(file)
+            elif make:
                 _create(file, uri, mlflow)
             end = time.monotonic() + CREATION_S
             while file.exists() and not _is_complete(file) and time.monotonic() < end and time.time() - _changed_s(file) < STEP_S:
                 time.sleep(0.2)
         return ResilientClient(mlflow)
     except (mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError, alembic.util.CommandError) as error:
-        if file is not None and file.exists() and not _is_complete(file):
+        if file is not None and file.exists() and not is_locked(error) and not _is_complete(file):
             why = "is incomplete or damaged. Move it away, and a new one is created; or put a backup in its place."
             raise CellbenchError(f"MLflow's store {file} {why}") from error
         raise to_error(error, uri) from error
 
 
 def _create(file: Path, uri: str, mlflow: Any) -> None:
-    name = uri.rpartition("/")[2]
-    beside_uri = f"{uri.removesuffix(name)}.{name}.making"  # in the form of the URI, which MLflow parses in its own way
+    written = file_part(uri)  # in the form of the URI, which MLflow parses in its own way
+    name = written.rpartition("/")[2].removeprefix("file:")
+    beside_uri = renamed(uri, f"{written.removesuffix(name)}.{name}.making")
     beside = store_file(beside_uri)
     assert beside is not None
     with os_errors_as(f"creating MLflow's store in {make_folder(file.parent)}"):
@@ -151,34 +151,3 @@ def _changed_s(file: Path) -> float:
 
 def _journal(file: Path) -> Path:
     return file.with_name(f"{file.name}-journal")
-
-
-def store_uri() -> str:
-    """The tracking URI, as MLflow takes it, without importing MLflow."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-
-
-def store_file(uri: str | None = None) -> Path | None:
-    """The SQLite file of the store; None for a server or another database."""
-    uri = uri or store_uri()
-    if not uri.startswith("sqlite:///"):
-        return None
-    path = Path(uri.removeprefix("sqlite:///")).absolute()
-    # MLflow writes its default with %20 for a space, and opens the folder with the space.
-    return path if path.is_file() or "%" not in uri else Path(unquote(str(path)))
-
-
-def require_store() -> None:
-    """Raises CellbenchError if the configured store is a missing SQLite file. Commands that only read create none."""
-    file = store_file()
-    if file is not None and not file.is_file():
-        raise CellbenchError(f"there is no MLflow store at {file}. Go to the folder where `grid` was run, or run it here first.")
-
-
-def store_lock(uri: str | None = None) -> FileLock:
-    """A lock per store and user, held while the store is created, while its paths are fixed, and while runs are claimed."""
-    uri = uri or store_uri()
-    file = store_file(uri)
-    # A hash, because file names are public and a URL may contain a password.
-    key = hashlib.sha256((str(file) if file else uri).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return FileLock(Path(tempfile.gettempdir()) / f"cellbench-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock")

@@ -14,21 +14,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlparse
 from urllib.request import url2pathname
 
-from filelock import FileLock
-
 from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line, redact_passwords, unknown_name
 from cellbench.files import file_name, make_folder, os_errors_as, to_nfc
 from cellbench.liveness import HEARTBEAT_S, this_owner
-from cellbench.tracking import relocate, sqlite_store, ui_view
+from cellbench.tracking import relocate, sqlite_store, store_address, ui_view
+from cellbench.tracking.availability import wait_for_database
 from cellbench.tracking.client import ResilientClient, to_error
-from cellbench.tracking.offline_queue import NotFoundError
+from cellbench.tracking.offline_queue import AlreadyExistsError, NotFoundError
 from cellbench.tracking.schema import (
     DATA,
     EXPERIMENT,
@@ -46,6 +46,7 @@ from cellbench.tracking.schema import (
     RunState,
     to_record,
 )
+from cellbench.tracking.store_lock import store_lock
 
 for _noisy in (
     "mlflow.store.db.utils", "mlflow.store.db_migrations", "mlflow.system_metrics", "alembic", "alembic.runtime.migration",
@@ -68,9 +69,10 @@ class Tracker:
             self.experiment_id = self._experiment(make)
             self.client.send_abandoned()
 
-    def lock(self) -> FileLock:
-        """Lock that is held while the store is created (concurrent creation broke it in 5 of 5 tests) and while runs are claimed."""
-        return sqlite_store.store_lock(self.mlflow.get_tracking_uri())
+    def lock(self) -> AbstractContextManager[None]:
+        """Lock that is held while runs of this experiment are claimed, on this machine and on others."""
+        uri = self.mlflow.get_tracking_uri()
+        return store_lock(uri, self.name, self.client if store_address.is_http(uri) else None)
 
     def _experiment(self, make: bool) -> str:
         found = self.client.get_experiment_by_name(self.name)
@@ -92,9 +94,12 @@ class Tracker:
         place = Path.cwd() / "mlruns" / (file_name(f"\0{self.name}") if folder.isdigit() else folder)
         if local:
             make_folder(place)
-        return self.client.create_experiment(
-            self.name, artifact_location=place.as_uri() if local else None, tags={KIND: "custom_model_development"}
-        )
+        try:
+            return self.client.create_experiment(
+                self.name, artifact_location=place.as_uri() if local else None, tags={KIND: "custom_model_development"}
+            )
+        except AlreadyExistsError:  # another process has just created it
+            return self.client.get_experiment_by_name(self.name).experiment_id
 
     def known(self, fingerprint: str = "") -> dict[str, RunState]:
         """The runs of this experiment by fingerprint, optionally only one fingerprint. Of several runs, the finished one, else the latest."""
@@ -242,8 +247,10 @@ class Tracker:
 
         ``params``: for display only. ``data``: the digest of its data.
         """
-        old = self.known(fingerprint).get(fingerprint)
-        with self.run(name, fingerprint, known=old, tags={"cellbench.kind": kind, DATA: data}) as run:
+        with contextlib.ExitStack() as stack:
+            with self.lock():  # else two processes that start it at once would open two
+                old = self.known(fingerprint).get(fingerprint)
+                run = stack.enter_context(self.run(name, fingerprint, known=old, tags={"cellbench.kind": kind, DATA: data}))
             if old is None:  # a param is written once, and a folder may have another name today
                 run.log({}, params=params)
             yield run
@@ -283,7 +290,7 @@ class Run:
     def key(self) -> str:
         """Identifies this run and its store, because a copied project has runs with the same ids."""
         uri = self._tracker.mlflow.get_tracking_uri()
-        return f"{sqlite_store.store_file(uri) or uri} {self.run_id}"
+        return f"{store_address.store_file(uri) or uri} {self.run_id}"
 
     def steps(self, metric: str) -> set[int]:
         """The steps at which the store holds a value of a metric."""
@@ -402,11 +409,12 @@ def _store(make: bool) -> Iterator[tuple[Any, ResilientClient]]:
     import mlflow  # 1 to 2 s, too long for `--help` and `list`
 
     uri = mlflow.get_tracking_uri()
-    if (file := sqlite_store.store_file(uri)) not in _relocated:  # before anything is logged: a copy must not write into its original
+    if (file := store_address.store_file(uri)) not in _relocated:  # before anything is logged: a copy must not write into its original
         for line in relocate.fix_artifact_paths(uri):
             warn(line)
         _relocated.add(file)
-    with os_errors_as("opening MLflow's store here"), sqlite_store.store_lock(uri):
+    wait_for_database(uri, "MLflow's database")
+    with os_errors_as("opening MLflow's store here"), store_lock(uri):  # concurrent creation broke the store in 5 of 5 tests
         client = sqlite_store.open_or_create(mlflow, make)
         yield mlflow, client
 

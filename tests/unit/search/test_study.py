@@ -179,7 +179,8 @@ def test_a_pruner_decides_the_same_when_an_epoch_is_reported_again() -> None:
 
 
 @pytest.mark.parametrize("url", ["sqlite:///file/o.db", "nonsense", "postgresql://me:secret@127.0.0.1:1/x", "wrong://x"])
-def test_an_unavailable_storage_is_a_one_line_error_without_the_password(url: str) -> None:
+def test_an_unavailable_storage_is_a_one_line_error_without_the_password(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cellbench.tracking.availability.DATABASE_PATIENCE_S", 0.0)
     Path("file").touch()
     with pytest.raises(CellbenchError) as error:
         study_of(space_of(), url)

@@ -6,7 +6,7 @@ import pytest
 
 from cellbench.errors import redact_passwords
 from cellbench.tracking.client import to_error
-from cellbench.tracking.sqlite_store import store_lock
+from cellbench.tracking.store_lock import file_lock
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,6 @@ def test_an_address_without_a_password_is_named_as_it_is():
 
 
 def test_the_locks_name_holds_no_password():
-    place = str(store_lock("postgresql://lab:s3cret@db/mlflow").lock_file)
+    place = str(file_lock("postgresql://lab:s3cret@db/mlflow").lock_file)
     assert "s3cret" not in place
-    assert place != str(store_lock("postgresql://lab:s3cret@db/other").lock_file)
+    assert place != str(file_lock("postgresql://lab:s3cret@db/other").lock_file)

@@ -68,7 +68,7 @@ def test_a_folder_with_any_name_gets_its_store(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.chdir(folder)
     Tracker("mine")
-    assert [path.name for path in folder.iterdir() if path.is_file()] == ["mlflow.db"]
+    assert [path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".lock"] == ["mlflow.db"]
 
 
 def test_an_experiment_of_the_same_name_elsewhere_is_no_damaged_store(store):
