@@ -23,8 +23,10 @@ ROUNDS = 3
 """Estimates of the background; each leaves out the foreground of the one before."""
 DEVIATIONS, LEAST = 4, {False: 0.04, True: 0.01}
 """Foreground differs from the background by this many robust deviations, and by at least this amount in bright field and in dark field."""
-PRIOR_SHARE = 0.002
+PRIOR_SHARE = 0.005
 """Share of an image's pixels at which its own foreground counts as much as that of the training images."""
+LEAST_OF_TYPICAL = {False: 1 / 5, True: 1 / 20}
+"""Smallest amount that an image's foreground is taken to have, as a share of that of the training images: stains differ fourfold, exposures tenfold."""
 MOST_LIGHTER = 0.5
 """Largest number of pixels on the other side of the background, as a share of the foreground, in images that are normalised."""
 MOST_SPECKS = 0.02
@@ -82,9 +84,11 @@ class Background:
         if found is None or not found.one_sided:
             return image
         typical = self.dark_field if found.dark_field else self.bright_field
-        # A mean of logarithms: a single speck in an empty image has next to no say.
+        # A mean of logarithms: the dust of an empty image has no say, as it is few pixels or pale.
         own = found.share / (found.share + PRIOR_SHARE)
-        factor = AMOUNT / np.exp(own * np.log(max(found.amount, 1e-3)) + (1 - own) * np.log(max(typical, 1e-3)))
+        factor = AMOUNT / np.exp(
+            own * np.log(max(found.amount, LEAST_OF_TYPICAL[found.dark_field] * typical)) + (1 - own) * np.log(typical)
+        )
         # exp(-factor * amount) is a product of one factor by the pixel and one by the background, the first of 256 values only.
         levels, surface = np.arange(1, 257, dtype=np.float64), found.surface.astype(np.float64)
         if found.dark_field:

@@ -129,6 +129,13 @@ def test_the_noise_of_an_empty_image_does_not_become_cells(image) -> None:
     assert (out > WHITE - 20).mean() > 0.995
 
 
+def test_the_dust_of_an_empty_image_does_not_become_cells() -> None:
+    dust = discs(60, radius=6)
+    assert 0.01 < dust.mean() < 0.03
+    target = Background.fitted([smear(CELLS, seed=k) for k in range(3)])
+    assert colours(target.image(smear(dust, strength=0.07)), dust)[0].min() > WHITE * np.exp(-AMOUNT / 2)
+
+
 def test_a_single_cell_is_scaled_as_those_of_the_training_images() -> None:
     cells = discs(1, radius=5)
     assert cells.mean() < 0.0005
