@@ -75,6 +75,8 @@ class Experiment(StrictModel):
     """Baselines to compare with."""
     data: DataSpec = DataSpec()
     """How the images are split."""
+    ensemble_seeds: bool = False
+    """Whether the seeds of each model are also tested together: an ensemble with their mean prediction, in its own row, without more training."""
     tiles_per_epoch: int = Field(default=0, ge=0, le=10**6)
     """Where ``crops_per_image`` is not set: about this many training tiles in an epoch, at least one of each image. 0: as ``crops_per_image`` says."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
@@ -147,7 +149,7 @@ def expand(experiment: Experiment, where: str = "experiment", trained: Mapping[s
     """All runs of an experiment: the product of its grid, then its baselines; in all folds, unless ``[grid]`` or ``[run]`` selects some.
 
     A baseline has the settings of ``[run]`` and of its own table. It runs once for each ``seed`` of the grid, or once in total if it is not
-    trained.
+    trained. Ensembles of seeds come last.
     """
     runs: list[RunSpec] = []
     folds = experiment.grid.get(
@@ -166,7 +168,22 @@ def expand(experiment: Experiment, where: str = "experiment", trained: Mapping[s
         for seed, fold in itertools.product(seeds, folds):
             own = experiment.baseline.get(baseline, {})
             runs.append(_run({**experiment.run, "seed": seed, "fold": fold, "baseline": baseline}, own, where, f"baseline.{baseline}"))
-    return runs
+    return runs + (_ensembles(runs, where) if experiment.ensemble_seeds else [])
+
+
+def _ensembles(runs: Iterable[RunSpec], where: str) -> list[RunSpec]:
+    """An ensemble of each group of runs that differ in their seed only."""
+    groups: dict[str, list[RunSpec]] = {}
+    for run in runs:
+        groups.setdefault(run.model_copy(update={"seed": 0}).model_dump_json(), []).append(run)
+    out = [
+        members[0].model_copy(update={"ensemble": ", ".join(str(run.seed) for run in members)})
+        for members in groups.values()
+        if len(members) > 1
+    ]
+    if any(run.unfreeze for run in out):
+        raise CellbenchError(f"{where}: ensemble_seeds needs unfreeze = 0: the members of an ensemble share one frozen backbone.")
+    return out
 
 
 def _run(settings: Mapping[str, Any], own: Mapping[str, Any], where: str, table: str) -> RunSpec:
@@ -195,13 +212,15 @@ def named_runs(experiment: Experiment, where: str, trained: Mapping[str, bool]) 
 def labels(runs: list[RunSpec]) -> list[str]:
     """A unique name for each run: the model, what else differs within the list, and the seed."""
     varied = [
-        key for key in RUN_KEYS if key != "seed" and len({getattr(run, key) for run in runs if run.baseline is None or key == "fold"}) > 1
+        key
+        for key in RUN_KEYS
+        if key not in ("seed", "ensemble") and len({getattr(run, key) for run in runs if run.baseline is None or key == "fold"}) > 1
     ]
     return [
         " · ".join([
             run.model,
             *(f"{key} {getattr(run, key)}" for key in varied if run.baseline is None or key == "fold"),
-            f"seed {run.seed}",
+            f"seed {run.seed}" if run.ensemble == "none" else f"ensemble of seeds {run.ensemble}",
         ])
         for run in runs
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,9 @@ from cellbench.config.base import Scalar, StrictModel
 
 # Increased whenever a code change alters the numbers of an unchanged spec; finished runs of older versions are then executed again.
 NUMERICS_VERSION = 4
+
+TestTimeAugmentation = Literal["none", "flips", "d4"]
+TTA: tuple[TestTimeAugmentation, ...] = get_args(TestTimeAugmentation)
 
 _COHORT = "cohort"
 """Marks the fields of a run that determine which tiles pass which backbone, in which colours."""
@@ -97,8 +100,20 @@ class RunSpec(StrictModel):
     """The learning rate of each block before it, as a share of that of the next block."""
     select: Literal["val/dice", "val/loss"] = "val/dice"
     """The score by which the best epoch is chosen."""
-    tta: Literal["none", "flips", "d4"] = "none"
+    tta: TestTimeAugmentation = "none"
     """Test-time augmentation: the mean prediction over a tile's mirrors and half turn, or over all eight orientations; not used in epochs."""
+
+    ensemble: str = "none"
+    """Seeds of several heads, such as ``0, 1, 2``, whose mean prediction is used. ``ensemble_seeds`` of an experiment makes such runs."""
+
+    @field_validator("ensemble")
+    @classmethod
+    def _ensemble_can_be_read(cls, value: str) -> str:
+        if value != "none":
+            seeds = member_seeds(value)
+            if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+                raise ValueError(f"two or more different seeds like '0, 1, 2' are expected, not {value!r}")
+        return value
 
     @field_validator("loss")
     @classmethod
@@ -120,7 +135,16 @@ class RunSpec(StrictModel):
         side = self.tile_px * self.tile_scale
         if self.framing == "resize" and side != round(side):
             raise ValueError(f"resize makes squares of tile_px * tile_scale = {side:g} px: a whole number is needed")
+        if self.ensemble != "none" and self.unfreeze:
+            raise ValueError("an ensemble shares one frozen backbone: it needs unfreeze = 0")
         return self
+
+    @property
+    def members(self) -> list[RunSpec]:
+        """The single runs whose heads are used: one for each seed of an ensemble, else the run itself."""
+        if self.ensemble == "none":
+            return [self]
+        return [self.model_copy(update={"ensemble": "none", "seed": seed}) for seed in member_seeds(self.ensemble)]
 
     @property
     def model(self) -> str:
@@ -134,7 +158,7 @@ class RunSpec(StrictModel):
 
     @property
     def training(self) -> RunSpec:
-        """The same run without what is done after training: runs with equal ones have the same trained weights."""
+        """The same run without what is done after training: single runs with equal ones have the same trained weights."""
         return self.model_copy(update={name: RunSpec.model_fields[name].default for name in AFTER_TRAINING})
 
     @property
@@ -150,9 +174,9 @@ class RunSpec(StrictModel):
 
 SAMPLING_FIELDS = tuple(name for name, field in RunSpec.model_fields.items() if _COHORT in field.metadata)
 
-ADDED_LATER = {name: RunSpec.model_fields[name].default for name in ("augmentations", "tta")}
+ADDED_LATER = {name: RunSpec.model_fields[name].default for name in ("augmentations", "tta", "ensemble")}
 """Fields that older runs do not have, with the value that leaves a run's fingerprint as it was."""
-AFTER_TRAINING = ("tta",)
+AFTER_TRAINING = ("tta", "ensemble")
 """Fields that change the use of a trained model, not its training."""
 
 # Keys that [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that head or baseline only.
@@ -167,6 +191,18 @@ def fingerprint(run: RunSpec, dataset_digest: str, parts_digest: str) -> str:
     unused = {name for name, value in ADDED_LATER.items() if getattr(run, name) == value}
     facts = {"numerics": NUMERICS_VERSION, "run": run.model_dump(exclude=unused), "dataset": dataset_digest, "parts": parts_digest}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def member_seeds(text: str) -> list[int]:
+    """The seeds of an ensemble.
+
+    >>> member_seeds("0, 1, 2")
+    [0, 1, 2]
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) < 2**31 for part in parts):
+        raise ValueError(f"seeds like '0, 1, 2' are expected, not {text!r}")
+    return [int(part) for part in parts]
 
 
 def weighted_terms(text: str) -> dict[str, float]:

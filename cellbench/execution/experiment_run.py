@@ -108,7 +108,8 @@ def run_experiment(plan: ExperimentPlan, tracker: Tracker, say: Say, say_result:
 def _parent_run(plan: ExperimentPlan, tracker: Tracker) -> Iterator[Run]:
     """Opens the parent run of the grid in MLflow: the same one each time the same grid is started."""
     precision, data = plan.resources.machine.precision_name, pool_folds(plan.datasets)
-    facts = json.dumps([plan.experiment.model_dump(mode="json"), data, precision], sort_keys=True)
+    later = set() if plan.experiment.ensemble_seeds else {"ensemble_seeds"}  # a grid of an older version keeps its parent run
+    facts = json.dumps([plan.experiment.model_dump(mode="json", exclude=later), data, precision], sort_keys=True)
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     params = {f"grid.{name}": ", ".join(map(str, values)) for name, values in plan.experiment.grid.items()}
     params |= {"baselines": ", ".join(plan.experiment.baselines) or "none", "dataset": plan.datasets[0].name, "precision": precision}

@@ -11,7 +11,7 @@ from typing import Any
 from cellbench.config.cards import BackboneCard, BaselineCard, HeadCard
 from cellbench.config.experiment import Experiment, named_runs
 from cellbench.config.registry import Registry
-from cellbench.config.run import RunSpec, fingerprint
+from cellbench.config.run import TTA, RunSpec, fingerprint
 from cellbench.data.dataset import Dataset
 from cellbench.data.transforms.framing import Framing
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
@@ -38,6 +38,8 @@ class ResolvedRun:
     """Weights digest and backbone card digest: part of the fingerprint and of the feature cache's key."""
     unavailable: str = ""
     """Why it must be skipped; empty if it can run."""
+    same_training: tuple[tuple[RunSpec, str], ...] = ()
+    """Single runs that train the head of this one, or those of an ensemble, each with its fingerprint; without the run itself."""
 
     @property
     def trained(self) -> bool:
@@ -73,11 +75,12 @@ def resolve_runs(
         learns = trained.get(run.baseline or "", True)  # a baseline without training has no precision
         card_digest, *own_digests = one.digests
         identities = json.dumps([identity if one.backbone else None, card_digest, precision if learns else "", *own_digests])
+        digest = datasets[run.fold].digest
         out.append(
             ResolvedRun(
                 run=run,
                 name=name,
-                fingerprint=fingerprint(run, datasets[run.fold].digest, identities),
+                fingerprint=fingerprint(run, digest, identities),
                 precision=precision,
                 framing=framing,
                 card=one.card,
@@ -85,6 +88,7 @@ def resolve_runs(
                 weights_digest=found.digest,
                 backbone_identity=identity if found.digest else "",
                 unavailable=found.unavailable,
+                same_training=tuple((other, fingerprint(other, digest, identities)) for other in _same_training(run)) if learns else (),
             )
         )
     return out
@@ -96,6 +100,12 @@ def resolve_tree(
     """Validates an experiment and resolves its runs, as :func:`resolve_runs`."""
     experiment = Experiment.of(tree, where)
     return experiment, resolve_runs(experiment, registry, datasets, weights, where, precision=precision)
+
+
+def _same_training(run: RunSpec) -> list[RunSpec]:
+    """The single runs that differ from this one, or from a member of this ensemble, only in what is done after training."""
+    variants = [member.training.model_copy(update={"tta": tta}) for member in run.members for tta in TTA]
+    return [one for one in variants if one != run]
 
 
 @dataclass(frozen=True, kw_only=True)

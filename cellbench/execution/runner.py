@@ -33,6 +33,7 @@ from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.errors import WeightsUnavailable, one_line, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
+from cellbench.execution.finished_training import finished_trainers
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import CohortProgress, Report, no_report
 from cellbench.execution.run_logger import RunLogger, TrialCallback
@@ -418,7 +419,10 @@ class Runner:
         tiles = {split: sum(len(features.grid(split, k)) for k in range(len(features.pixels[split]))) for split in ("val", "test")}
         steps = {"training": epochs * num_views, "validating": epochs * tiles["val"]}
         self._progress = CohortProgress(self.report, steps if self.watch is not None else {**steps, "testing": tiles["test"]})
-        fit(trainers, features, self._progress)
+        finished = finished_trainers(
+            [one.resolved for one in active], self.tracker, self.registry, features.backbone, len(self.dataset.classes), num_views
+        )
+        fit(trainers, features, self._progress, finished)
         self._progress.end("training", "validating")  # also where they ended early
         release_memory()
         load = _load_metric("cost/train_other_load_pct", busy)

@@ -378,10 +378,12 @@ def _models(runs: Sequence[FinishedRun], groups: Mapping[str, Hashable]) -> list
         rivals = [one for one, other in zip(settings, names, strict=True) if other == name or (trained and one["baseline"] == "none")]
         # Options of a head are compared only within this head, because other heads do not have them.
         own = [one for one, other in zip(settings, names, strict=True) if other == name]
-        varied = [key for key in (*RUN_KEYS, "precision") if key not in REPEATS and len({one.get(key) for one in rivals}) > 1]
+        varied = [
+            key for key in (*RUN_KEYS, "precision") if key not in (*REPEATS, "ensemble") and len({one.get(key) for one in rivals}) > 1
+        ]
         varied += sorted({key for one in own for key in one if "." in key and len({other.get(key) for other in own}) > 1})
         model = ModelGroup(
-            name=" · ".join([name, *(f"{key} {mine.get(key, '?')}" for key in varied)]),
+            name=" · ".join([name, *(f"{key} {mine.get(key, '?')}" for key in varied), *_ensemble_name(mine)]),
             backbone=mine["backbone"],
             head=mine["head"],
             baseline=not trained,
@@ -392,6 +394,11 @@ def _models(runs: Sequence[FinishedRun], groups: Mapping[str, Hashable]) -> list
             model = replace(model, groups=unit_labels(model.images, [groups.get(image, "") for image in model.images]))
         out.append(model)
     return out
+
+
+def _ensemble_name(params: dict[str, str]) -> list[str]:
+    seeds = params.get("ensemble", "none")
+    return [] if seeds == "none" else [f"ensemble of seeds {seeds}"]
 
 
 def _base_name(params: dict[str, str]) -> str:

@@ -7,6 +7,7 @@ No tracking URI is ever set: MLflow's default (``./mlflow.db`` and ``./mlruns/``
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import re
@@ -167,6 +168,14 @@ class Tracker:
         inputs = self.client.get_run(run.run_id).inputs
         sources = [json.loads(one.dataset.source).get("uri", "") for one in (inputs.dataset_inputs if inputs else [])]
         return str(sources[0]) if sources else ""
+
+    def history(self, run: RunState, metrics: Sequence[str]) -> list[dict[str, float]]:
+        """The values of some metrics at each step, up to the first step without any."""
+        rows: dict[int, dict[str, float]] = {}
+        for name in metrics:
+            for one in self.client.get_metric_history(run.run_id, name):
+                rows.setdefault(one.step, {})[name] = one.value
+        return [rows[step] for step in itertools.takewhile(rows.__contains__, itertools.count())]
 
     def flush(self) -> None:
         """Waits until everything is sent to a server that was unavailable. Raises CellbenchError."""

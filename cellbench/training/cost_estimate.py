@@ -22,6 +22,7 @@ from cellbench.features.extractor import Batch, CachePolicy, Features
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
 from cellbench.models.backbones.build import open_backbone
+from cellbench.training.fit import NoRecorder
 from cellbench.training.memory_check import InsufficientMemoryError, why_frames_too_large
 from cellbench.training.model import SegmentationModel, build_model, num_levels
 from cellbench.training.tiled_inference import segment_images
@@ -43,14 +44,6 @@ class Cost:
     memory_mib: float
     disk_mib: float
     source: str
-
-
-class _NullRecorder:
-    def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
-        return True
-
-    def checkpoint(self, state: dict[str, Any]) -> None:
-        pass
 
 
 def estimate_cost(
@@ -82,14 +75,16 @@ def estimate_cost(
     again = {"val": epochs, "train": epochs}
     passes = {split: 1 if features.place[split] != "streamed" else again[split] for split in again}
     tiles["train"] = plan.num_views * (min(epochs, plan.run.repeat_views_every) if features.place["train"] != "streamed" else 1)
-    wall = backbone_s * (sum(tiles[split] * times for split, times in passes.items()) + tiles["test"])
+    orientations = max(len(made.tta_codes) for made in all_made)
+    wall = backbone_s * (sum(tiles[split] * times for split, times in passes.items()) + tiles["test"] * orientations)
     disk = 0.0
     for run, made in zip(runs, all_made, strict=True):
-        trainer = HeadTrainer(run=run, model=made, recorder=_NullRecorder(), num_views=batch.num, registry=registry).on(features)
+        trainer = HeadTrainer(run=run, model=made, recorder=NoRecorder(), num_views=batch.num, registry=registry).on(features)
         step_s = _seconds(functools.partial(_train_once, trainer, batch), machine) / batch.num
         made.eval()
         decode_s = _seconds(functools.partial(_decode, made, batch, machine), machine) / batch.num
-        wall += run.epochs * (plan.num_views * step_s + tiles["val"] * decode_s) + tiles["test"] * decode_s
+        own_epochs = 0 if run.ensemble != "none" else run.epochs  # the members of an ensemble are runs of their own
+        wall += own_epochs * (plan.num_views * step_s + tiles["val"] * decode_s) + tiles["test"] * decode_s * len(made.tta_codes)
         disk += 4 * made.num_params / 2**20 + 3  # weights and three pictures
     held = sum(p.numel() * 4 for p in backbone.parameters()) if backbone is not None else 0
     kept = sum(size for split, size in features.bytes_by_split.items() if features.place[split] == "in memory")

@@ -66,7 +66,14 @@ def why_frames_too_large(runs: Sequence[RunSpec], models: Sequence[SegmentationM
     frame_px = max(features.tile_px.values())
     area = frame_px[0] * frame_px[1]
     # A batch is processed at once, one run after the other.
-    most = max(run.batch_size * area * _step_bytes(run, model, features) for run, model in zip(runs, models, strict=True))
+    most = max(
+        (
+            run.batch_size * area * _step_bytes(run, model, features)
+            for run, model in zip(runs, models, strict=True)
+            if run.ensemble == "none"
+        ),
+        default=0,
+    )
     return why_too_large(features.backbone, frame_px, int(most))
 
 

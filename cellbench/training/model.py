@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import TOKENS, FrozenBackbone
 from cellbench.models.backbones.base import Level
 from cellbench.models.heads.base import Head
+from cellbench.models.heads.ensemble import Ensemble
 from cellbench.training.randomness import ModelRandomness
 from cellbench.training.test_time import CODES
 
@@ -75,6 +77,10 @@ class SegmentationModel(nn.Module):
                 groups.append({"params": list(block.parameters()), "share": run.tail_lr_scale * run.layer_decay**back})
         return groups
 
+    def state_of(self, members: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The state of an ensemble, from those of the models of its members."""
+        return {name.replace("head.", f"head.members.{k}.", 1): x for k, state in enumerate(members) for name, x in state.items()}
+
     @property
     def num_params(self) -> int:
         """Number of trained parameters: of the head and of the tail."""
@@ -90,12 +96,15 @@ def build_model(run: RunSpec, card: HeadCard | BaselineCard, backbone: FrozenBac
     """Builds the run's trainable part from the card of its head or baseline, on the backbone's device. Its weights depend on the seed only."""
     levels = () if run.baseline else backbone.levels(num_levels(card))
     build, auxiliary_targets = load(card), requested(run.targets)
+    heads: list[Head] = []
     with torch.random.fork_rng(devices=[]):  # other random numbers must not depend on the number of heads built
-        torch.manual_seed(run.seed)
         try:
-            head = build(levels, num_classes + len(auxiliary_targets), **run.options)
+            for member in run.members:
+                torch.manual_seed(member.seed)
+                heads.append(build(levels, num_classes + len(auxiliary_targets), **run.options))
         except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:  # raised by libraries for a width of 0
             raise CellbenchError(f"{card.path}: cannot be built with {run.options or 'no options'}: {one_line(error)}.") from error
+    head = heads[0] if len(heads) == 1 else Ensemble(heads, len(auxiliary_targets))
     tail = backbone.module.tail(run.unfreeze) if run.unfreeze and backbone.module is not None else None
     num_frozen = len(backbone.module.levels) - run.unfreeze if backbone.module is not None else 0
     model = SegmentationModel(head, levels, tail, num_frozen, auxiliary_targets, CODES[run.tta])

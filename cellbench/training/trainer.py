@@ -204,7 +204,7 @@ class HeadTrainer:
             return f"failed: the validation loss became {row['val/loss']} in epoch {self.epoch}: its scores are not finite"
         if not proceed:
             return "pruned"
-        if self.epoch >= self.run.epochs:
+        if self.epoch >= self.run.epochs or self.run.ensemble != "none":
             return "done"
         if self.run.patience and self.epoch - 1 - self.best_epoch >= self.run.patience:
             return "stopped early"
@@ -230,6 +230,15 @@ class HeadTrainer:
         self.best_weights = state["best_weights"]
         for name in _PROGRESS:
             setattr(self, name, state["progress"][name])
+
+    def combine(self, members: Sequence[HeadTrainer]) -> None:
+        """Takes the best weights of the trained members of an ensemble, as its only epoch; its validation is to follow."""
+        self.start_epoch()
+        self.model.load_state_dict(self.model.state_of([one.best_weights for one in members]))
+        losses = [one.history[one.best_epoch]["train/loss"] for one in members]
+        self._loss_sum = self._loss_sum + sum(losses) / len(losses) * self.num_views
+        self.train_s, self.train_cpu_s = sum(one.train_s for one in members), sum(one.train_cpu_s for one in members)
+        self.trunk_s, self.trunk_cpu_s = max(one.trunk_s for one in members), max(one.trunk_cpu_s for one in members)
 
     def adopt(self, other: HeadTrainer) -> None:
         """Takes the training of another run, whose own would be the same, and logs its epochs."""

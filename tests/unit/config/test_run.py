@@ -114,6 +114,25 @@ def test_a_run_occurs_once_in_an_experiment(text: str) -> None:
     assert "twice" in refusal(text)
 
 
+def test_with_ensemble_seeds_each_model_of_several_seeds_has_an_ensemble() -> None:
+    runs = expand(experiment(f'ensemble_seeds = true\nbaselines = ["otsu", "unet"]\n{GRID}'), trained={"otsu": False, "unet": True})
+    ensembles = [run for run in runs if run.ensemble != "none"]
+    assert [run.model for run in ensembles] == ["uni · fpn", "uni · bilinear", "dinobloom-s · fpn", "dinobloom-s · bilinear", "unet"]
+    for run in ensembles:
+        assert run.members == [other for other in runs if other.ensemble == "none" and other.model == run.model]
+    assert "uni · fpn · ensemble of seeds 0, 1, 2" in labels(runs)
+    assert len(set(labels(runs))) == len(runs)
+
+
+@pytest.mark.parametrize("text", ["0", "0, 0", "a, b", "", "0 1"])
+def test_an_ensemble_of_anything_but_several_seeds_is_refused(text: str) -> None:
+    assert "seeds like" in refusal(f'[grid]\nbackbone = ["uni"]\nhead = ["fpn"]\n[run]\nensemble = "{text}"')
+
+
+def test_an_ensemble_with_a_trained_backbone_is_refused() -> None:
+    assert "unfreeze = 0" in refusal("ensemble_seeds = true\n" + GRID + "[run]\nunfreeze = 2")
+
+
 def test_labels_are_unique_and_name_what_differs() -> None:
     runs = expand(experiment('baselines = ["otsu"]\n' + GRID + "lr = [0.1, 0.01]"))
     names = labels(runs)
@@ -138,7 +157,7 @@ OTHER = {
     False, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "hed": 0.1, "normalise": "macenko", "data_seed": 1,
     "fraction": 0.5, "fold": 1, "epochs": 3, "batch_size": 4, "lr": 0.01, "weight_decay": 0.0, "schedule": "constant",
     "warmup_epochs": 0.0, "patience": 0, "loss": "ce", "select": "val/loss", "unfreeze": 2, "tail_lr_scale": 0.1, "layer_decay": 0.5,
-    "targets": "cell+distance", "augmentations": "0.3 blur", "tta": "d4",
+    "targets": "cell+distance", "augmentations": "0.3 blur", "tta": "d4", "ensemble": "0, 1",
 }  # fmt: skip
 
 
@@ -158,7 +177,7 @@ def test_every_field_changes_a_runs_fingerprint_and_the_streams_alone_its_cohort
 
 def test_a_cohort_is_not_split_by_what_only_heads_and_training_read() -> None:
     own = {"head", "options", "seed", "epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "patience"}
-    own |= {"loss", "select", "tail_lr_scale", "layer_decay", "targets", "tta"}
+    own |= {"loss", "select", "tail_lr_scale", "layer_decay", "targets", "tta", "ensemble"}
     assert FIELDS - set(SAMPLING_FIELDS) == own & FIELDS
 
 

@@ -1,4 +1,4 @@
-"""Test-time augmentation: predictions turn with the image, and runs that differ in it only are trained once."""
+"""Test-time augmentation and ensembles: predictions turn with the image, members are averaged, and nothing is trained twice."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from backbone_cards import built, card
 from cohorts import FP32, REGISTRY, dataset_of, features_of, fitted, run_of, trainers_of
 from PIL import Image
 
+from cellbench.config.registry import load
 from cellbench.data.transforms.augmentation import rotate_flip
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
@@ -16,6 +17,8 @@ from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.trained_run import TrainedRun
+from cellbench.models.backbones.base import Level
+from cellbench.models.heads.ensemble import Ensemble
 from cellbench.parallel import WorkerPool
 from cellbench.training.fit import fit
 from cellbench.training.model import build_model
@@ -31,10 +34,10 @@ def test_a_batch_is_turned_as_a_training_tile_is_and_back(code: int) -> None:
     assert np.array_equal(turn_back(turned, code)[0, 0].numpy(), tile)
 
 
-def segmenter_of(head: str = "detail", **settings: object) -> Segmenter:
+def segmenter_of(head: str = "detail", backbone: str = "filter-bank", **settings: object) -> Segmenter:
     """A segmenter with random weights."""
-    run = run_of(head, **settings)
-    backbone = FrozenBackbone(built(REGISTRY.backbone("vit-tiny-random")), FP32, [REGISTRY.head(head).levels])
+    run = run_of(head, backbone, **settings)
+    backbone = FrozenBackbone(built(REGISTRY.backbone(backbone)), FP32, [REGISTRY.head(head).levels])
     weights = build_model(run, REGISTRY.head(head), backbone, 2).state_dict()
     trained = TrainedRun(
         name="r", run=run, classes=("background", "cell"), preparation=Preparation(framing=Framing.of(run)), weights=weights
@@ -72,20 +75,20 @@ def test_a_backbone_with_patches_of_14_px_reads_turned_tiles() -> None:
 
 def test_the_test_and_predict_give_the_same_mask_of_an_image_of_any_size(small_folder) -> None:
     dataset = dataset_of(small_folder)
-    runs = [run_of("bilinear", tta="d4"), run_of("bilinear")]
+    runs = [run_of("detail", "filter-bank", tta=tta) for tta in ("d4", "none")]
     features = features_of(dataset, runs)
     models = [trainer.model for trainer in trainers_of(dataset, runs, features)]
     (_, answers), *_ = segment_images(models, features, "test")
     picture = np.asarray(Image.open(dataset.test[0].image).convert("RGB"))
     for run, answer in zip(runs, answers, strict=True):
-        found = segmenter_of("bilinear", tta=run.tta).predict(picture)
+        found = segmenter_of(tta=run.tta).predict(picture)
         assert np.abs(found.probability.astype(int) - answer.cell).max() <= 1  # other batches may round differently
     assert np.abs(answers[0].cell.astype(int) - answers[1].cell).max() > 1
 
 
 def test_runs_that_differ_in_tta_only_are_trained_once(small_folder, monkeypatch) -> None:
     dataset = dataset_of(small_folder)
-    runs = [run_of("bilinear", tta=tta, epochs=2) for tta in CODES]
+    runs = [run_of("bilinear", "filter-bank", tta=tta, epochs=2) for tta in CODES]
     features = features_of(dataset, runs)
     trainers = trainers_of(dataset, runs, features)
     for twin in trainers[1:]:
@@ -95,3 +98,33 @@ def test_runs_that_differ_in_tta_only_are_trained_once(small_folder, monkeypatch
     for trainer in trainers:
         assert trainer.history == trainer.recorder.rows == alone.history
         assert all(torch.equal(x, alone.model.state_dict()[name]) for name, x in trainer.model.state_dict().items())
+
+
+def test_the_probabilities_of_an_ensemble_are_the_mean_of_its_members() -> None:
+    levels = (Level(index=0, dim=4, stride_px=8),)
+    made = [REGISTRY.head("bilinear") for _ in range(3)]
+    heads = [load(one)(levels, 5, **one.options).eval() for one in made]
+    maps, pixels = [40 * torch.randn(2, 4, 3, 5)], torch.rand(2, 3, 24, 40)
+    with torch.inference_mode():
+        scores, each = Ensemble(heads, 2)(maps, pixels), torch.stack([head(maps, pixels) for head in heads])
+    assert torch.allclose(scores[:, :3].softmax(1), each[:, :, :3].softmax(2).mean(0), atol=1e-6)
+    assert torch.allclose(scores[:, 3:].sigmoid(), each[:, :, 3:].sigmoid().mean(0), atol=2e-6)
+    assert torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("others", [(0, 1), (0,), ()], ids=str)
+def test_an_ensemble_has_the_weights_of_its_members_whether_they_are_runs_or_not(small_folder, others: tuple[int, ...]) -> None:
+    dataset = dataset_of(small_folder)
+    *_, ensemble = fitted(
+        dataset,
+        [
+            *(run_of("bilinear", "filter-bank", seed=seed, epochs=2) for seed in others),
+            run_of("bilinear", "filter-bank", ensemble="0, 1", epochs=2),
+        ],
+    )
+    for k, alone in enumerate(fitted(dataset, [run_of("bilinear", "filter-bank", seed=seed, epochs=2) for seed in (0, 1)])):
+        for name, x in alone.model.head.state_dict().items():
+            assert torch.equal(ensemble.model.head.members[k].state_dict()[name], x)
+    assert ensemble.ended == "done"
+    assert len(ensemble.history) == len(ensemble.recorder.rows) == 1
+    assert 0 < ensemble.history[0]["val/dice"] <= 1

@@ -1,0 +1,34 @@
+"""The mean of several heads that read the same maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cellbench.models.heads.base import Head
+
+
+class Ensemble(Head):
+    """Gives the scores whose probabilities are the mean of the members' probabilities.
+
+    The softmax of its class scores is the mean of the members' softmaxes, the sigmoid of each channel after them that of their sigmoids. For
+    prediction: the members are trained alone.
+    """
+
+    def __init__(self, members: Sequence[Head], num_extra: int) -> None:
+        """``num_extra``: channels after those of the classes."""
+        super().__init__(members[0].levels, members[0].num_classes)
+        self.members = nn.ModuleList(members)
+        self._num = members[0].num_classes - num_extra
+
+    def forward(self, maps: list[Tensor], pixels_BCHW: Tensor) -> Tensor:
+        classes, extra = torch.empty(0), torch.empty(0)
+        for k, member in enumerate(self.members):
+            scores = member(maps, pixels_BCHW).float()
+            own, more = scores[:, : self._num].log_softmax(1), scores[:, self._num :].sigmoid()
+            classes, extra = (torch.logaddexp(classes, own), extra + more) if k else (own, more)
+        num = len(self.members)
+        return torch.cat([classes - math.log(num), torch.logit(extra / num, eps=1e-6)], 1)
