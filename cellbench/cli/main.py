@@ -84,6 +84,13 @@ COMMANDS = {
         "evaluate a trained run on any labelled folder",
         "Logged in MLflow as a child of the evaluated run; reports do not change.",
     ),
+    "score": Command(
+        options.ScoreOptions,
+        "score:score",
+        "score cellpose cellpose-masks/ --data BCCD",
+        "score another tool's masks on the test images of an experiment, as a row beside its models",
+        "Every test image needs a mask. The row stands in the leaderboard, the paired tests and the report; it has no model to predict with.",
+    ),
     "export": Command(
         options.ExportOptions,
         "export:export",

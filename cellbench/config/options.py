@@ -132,6 +132,18 @@ class EvaluateOptions(InferenceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreOptions(RegistryOptions):
+    name: str = argument("how the tool is called in tables, like cellpose")
+    masks: Path = argument(
+        "a folder with a mask for each test image (PNG, TIFF, .npy, Cellpose's _seg.npy, GeoJSON, LabelMe, ImageJ ROI zips), a pattern in quotes, "
+        "or a COCO file",
+        metavar="MASKS",
+    )
+    data: Path | None = option("the folder of images and masks (default: where the experiment's data lay)", metavar="DIR")
+    experiment: str | None = option("the name of an experiment in MLflow (default: the one with the newest finished run)", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions(InferenceOptions):
     out: Path = option("a new folder", MISSING, metavar="DIR")
     onnx: bool = option("also write model.onnx: backbone and head, checked against torch", False)

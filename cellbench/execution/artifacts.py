@@ -131,21 +131,28 @@ def write_artifacts(
     """
     if seen is not None:
         (folder / SEEN).write_text(json.dumps(seen), encoding="utf-8")
-    dataset = datasets[run.fold]
-    record = per_image_record(dataset, result)
-    if result.trainer is not None:
-        record["num_train"] = num_used_images(len(dataset.train), run.fraction)
-    if experiment.data.folds:
-        record |= {"fold": run.fold, "num_folds": experiment.data.folds, "pool": pool_folds(datasets)}
+    num_train = num_used_images(len(datasets[run.fold].train), run.fraction) if result.trainer is not None else None
+    write_scores(folder, run.fold, experiment.data.folds, datasets, result, num_train)
     (folder / "config.toml").write_text(tomli_w.dumps(single_run_experiment(run, experiment)), encoding="utf-8")
-    (folder / "per_image.json").write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
     (folder / SEPARATION).write_text(json.dumps(asdict(result.evaluation.separation)), encoding="utf-8")
-    (folder / TABLE).write_text(json.dumps(per_image_table(record), allow_nan=False), encoding="utf-8")
     if result.preparation is not None:
         (folder / "preparation.json").write_text(json.dumps(result.preparation.to_dict()), encoding="utf-8")
     if result.trainer is not None:
         # safetensors' own function writes files that only their owner may read.
         (folder / "head.safetensors").write_bytes(save({key: x.contiguous() for key, x in result.trainer.best_weights.items()}))
+
+
+def write_scores(
+    folder: Path, fold: int, num_folds: int, datasets: Sequence[Dataset], result: EvaluationResult, num_train: int | None = None
+) -> None:
+    """Writes ``per_image.json`` and ``images.json``: the scores of each test image of a fold. ``num_train``: of training images, where there are any."""
+    record = per_image_record(datasets[fold], result)
+    if num_train is not None:
+        record["num_train"] = num_train
+    if num_folds:
+        record |= {"fold": fold, "num_folds": num_folds, "pool": pool_folds(datasets)}
+    (folder / "per_image.json").write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+    (folder / TABLE).write_text(json.dumps(per_image_table(record), allow_nan=False), encoding="utf-8")
 
 
 def pictures(name: str, dataset: Dataset, pixels: ImageCache, result: EvaluationResult) -> dict[str, partial[bytes]]:

@@ -49,7 +49,9 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
             )
         tracker = Tracker(name, make=False)
         sets = collect_runs([tracker]).sets
-        best = sets[0].best
+        best = sets[0].best_own
+        if best.external:
+            raise CellbenchError(f"'{name}' holds masks of other tools only, so it has no model. `cellbench grid` trains some.")
         rule = verdict.describe_ranking_rule(sets[0]) or "the only model of its test set"
         notes = [f"The best of '{name}', {rule}."]
         if len(best.runs) > 1:
@@ -120,6 +122,10 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
     """
     if stored.tags.get("cellbench.kind") == EVALUATION:
         raise CellbenchError(f"'{stored.name}' is an evaluation of '{stored.params.get('evaluated', 'a run')}'. Name that run.")
+    if stored.is_external:
+        raise CellbenchError(
+            f"'{stored.name}' stands for masks of another tool, so there is no model. Name a model, or best:{tracker.name}."
+        )
     if stored.is_parent:
         raise CellbenchError(f"'{stored.name}' is the parent of other runs, not a model. Name one of its runs, or best:{tracker.name}.")
     if stored.status != "finished":

@@ -75,7 +75,7 @@ class ExperimentResults:
 
 
 def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = None) -> ExperimentResults:
-    """The results of one experiment, or of several together; ``only``: ids of the runs to use.
+    """The results of one experiment, or of several together; ``only``: ids of the runs to use, beside masks of other tools for the same images.
 
     Raises CellbenchError if there is no finished run with per-image scores.
     """
@@ -94,7 +94,7 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
                     parents.append(run)
             elif not run.fingerprint:
                 num_foreign += 1
-            elif only is not None and run.run_id not in only:
+            elif only is not None and run.run_id not in only and not run.is_external:
                 continue
             elif (old := latest.get(run.fingerprint)) is None or old.status != "finished":
                 latest[run.fingerprint] = run
@@ -120,6 +120,9 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
         found = f"{num_finished} finished without usable scores" if num_finished else "no finished run"
         why = f" ({left_out[0]})" if left_out else ""
         raise CellbenchError(f"experiment '{names}': {found}, so there is nothing to compare{why}. `cellbench grid` makes runs.")
+    if only is not None:  # masks of other tools stand beside the runs asked for, where they are of the same images
+        asked = {run.test_set_key for run in tested if not run.record.is_external}
+        tested = [run for run in tested if run.test_set_key in asked]
     tested.sort(key=lambda run: run.record.start_s)
     unique = {(run.per_image["dataset"], *sorted(run.record.params.items())): run for run in tested}
     if num := len(tested) - len(unique):

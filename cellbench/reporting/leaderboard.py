@@ -25,6 +25,9 @@ class LeaderboardRow:
     backbone: str
     head: str
     baseline: bool
+    """No backbone with a head: a baseline, or masks of another tool."""
+    kind: str
+    """``baseline``, ``external`` (masks of another tool), or empty."""
     num_seeds: int
     scores: Mapping[str, float | None]
     """Score by metric: over all pixels of the test images if the metric is pooled, else the mean over test images."""
@@ -69,6 +72,7 @@ def _row(model: ModelGroup, interval: Interval, p_to_best: float | None, columns
         backbone=model.backbone,
         head=model.head,
         baseline=model.baseline,
+        kind=model.kind,
         num_seeds=len(model.by_seed),
         scores={metric.key: _score(model, metric) for metric in columns if metric.per_image},
         seed_sd=float(np.std(pooled, ddof=1)) if len(pooled) > 1 else None,
@@ -107,7 +111,7 @@ def to_json(rows: Sequence[LeaderboardRow]) -> list[dict[str, Any]]:
 
 def format_row(row: LeaderboardRow, own: Iterable[Metric] = ()) -> dict[str, str]:
     """A row as text, by heading. ``own``: the metrics of a user among its scores."""
-    cells = {"model": row.model + (" (baseline)" if row.baseline else ""), "seeds": str(row.num_seeds)}
+    cells = {"model": row.model + (f" ({row.kind})" if row.kind else ""), "seeds": str(row.num_seeds)}
     for metric in catalog.leaderboard(own):
         value = row.scores.get(metric.key) if metric.per_image else row.costs.get(metric.key)
         cells[metric.label] = format_metric(metric, value)

@@ -24,7 +24,7 @@ from cellbench.statistics.bootstrap import Interval, bootstrap_intervals, unit_l
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.hypothesis_tests import is_decidable
 from cellbench.statistics.scores import Difference, ModelScores, swap_sides
-from cellbench.tracking.schema import LIMIT, RunRecord
+from cellbench.tracking.schema import EXTERNAL, LIMIT, RunRecord
 
 REPEATS = ("seed", "fold")
 """Params that distinguish runs of one model."""
@@ -72,11 +72,22 @@ class ModelGroup:
     backbone: str
     head: str
     baseline: bool
+    """Whether it is no backbone with a head: a baseline, or masks of another tool."""
     plain: bool
     """Whether backbone and head alone distinguish it from the others."""
     runs: tuple[FinishedRun, ...]
     groups: tuple[Hashable, ...] | None = None
     """The patient, slide or smear of each image, where known."""
+
+    @property
+    def external(self) -> bool:
+        """Whether it is another tool, of which only masks are known."""
+        return self.runs[0].record.is_external
+
+    @property
+    def kind(self) -> str:
+        """``baseline``, ``external``, or nothing for a backbone with a head."""
+        return "external" if self.external else "baseline" if self.baseline else ""
 
     @cached_property
     def by_seed(self) -> list[list[FinishedRun]]:
@@ -208,6 +219,11 @@ class TestSet:
     def best(self) -> ModelGroup:
         """The best model by mean Dice over images, which the tests compare."""
         return self.models[0]
+
+    @property
+    def best_own(self) -> ModelGroup:
+        """The best model that can predict: not another tool, of which only masks are known. The best of all where there is no other."""
+        return next((model for model in self.models if not model.external), self.best)
 
     @property
     def example_models(self) -> list[ModelGroup]:
@@ -374,8 +390,8 @@ def _models(runs: Sequence[FinishedRun], groups: Mapping[str, Hashable]) -> list
     names = [_base_name(one) for one in settings]
     out = []
     for mine, name, members in zip(settings, names, together.values(), strict=True):
-        trained = mine["baseline"] == "none"
-        rivals = [one for one, other in zip(settings, names, strict=True) if other == name or (trained and one["baseline"] == "none")]
+        trained = _has_head(mine)
+        rivals = [one for one, other in zip(settings, names, strict=True) if other == name or (trained and _has_head(one))]
         # Options of a head are compared only within this head, because other heads do not have them.
         own = [one for one, other in zip(settings, names, strict=True) if other == name]
         varied = [
@@ -401,7 +417,13 @@ def _ensemble_name(params: dict[str, str]) -> list[str]:
     return [] if seeds == "none" else [f"ensemble of seeds {seeds}"]
 
 
+def _has_head(params: Mapping[str, str]) -> bool:
+    return params["baseline"] == "none" and EXTERNAL not in params
+
+
 def _base_name(params: dict[str, str]) -> str:
+    if EXTERNAL in params:
+        return params[EXTERNAL]
     for name in ("backbone", "head", "baseline"):
         params.setdefault(name, "none")
     return params["baseline"] if params["baseline"] != "none" else f"{params['backbone']} · {params['head']}"
@@ -416,6 +438,8 @@ class PlotRow:
     metrics: Mapping[str, Interval]
     backbone: str = ""
     head: str = ""
+    external: bool = False
+    """Masks of another tool."""
 
 
 def plot_rows(here: TestSet) -> list[PlotRow]:
@@ -426,6 +450,7 @@ def plot_rows(here: TestSet) -> list[PlotRow]:
         PlotRow(
             model=model.name,
             baseline=model.baseline,
+            external=model.external,
             backbone=model.backbone,
             head=model.head,
             metrics={metric.label: here.intervals(metric.key)[k] for metric in metrics},
@@ -441,4 +466,4 @@ def name_words(name: str) -> list[str]:
     >>> name_words("ViT-tiny · detail · seed 0") == name_words("vit-tiny/detail/seed 0")
     True
     """
-    return re.split(r"[\s·/,|]+", to_nfc(name).casefold().removesuffix("(baseline)").strip())
+    return re.split(r"[\s·/,|]+", to_nfc(name).casefold().removesuffix("(baseline)").removesuffix("(external)").strip())

@@ -127,7 +127,8 @@ def write_report(
     if not only:
         say("no run is finished, so there is nothing to compare.")
         return
-    key = _key(only, request, skipped, failed)
+    external = [run.run_id for run in tracker.stored() if run.is_external and run.status == "finished"]  # these stand beside them
+    key = _key([*only, *external], request, skipped, failed)
     if (summary := _stored_summary(tracker, top, key)) is None:
         summary = _draw_report(tracker, top, only, request, splits, skipped, failed)
     for line in ("", terminal_table(summary.rows, summary.metrics, wide=wide), "", *summary.verdict):
@@ -210,9 +211,10 @@ def _note(request: RunRequest, summary: Summary, picture: str = "") -> str:
 def _register_winners(tracker: Tracker, here: TestSet, say: Callable[[str], None]) -> None:
     """Registers the best models in MLflow, and marks earlier entries that are no longer among the best."""
     entries = []
-    for model in here.tied_winners():
-        verdict = "the best" if model is here.best else f"not significantly different from {here.best.name}"
-        rule = describe_ranking_rule(here) if model is here.best else ""
+    best = here.best_own
+    for model in [model for model in here.tied_winners() if not model.external] or [best]:
+        verdict = "the best" if model is best else f"not significantly different from {best.name}"
+        rule = describe_ranking_rule(here) if model is best else ""
         sentences = [f"{rule[:1].upper()}{rule[1:]}."] if rule else []
         if len(model.runs) > 1:
             sentences.append(f"Of its {len(model.runs)} runs this one has the best validation Dice.")

@@ -225,15 +225,16 @@ class _TestSetReport:
 
     def cost(self) -> list[Block]:
         load = describe_costs_load(self.rows)
-        plotted = {row.model for row in self.plotted}
-        costs = [row.costs for row in self.rows if row.model in plotted]
+        known = {row.model: row.costs for row in self.rows if row.kind != "external"}  # nothing is known of what another tool costs
+        plotted = [line for line in self.plotted if line.model in known]
+        costs = [known[line.model] for line in plotted]
         axes = {
             "training, s (backbone and head)": [cost["train_s"] or 0.0 for cost in costs],
             "prediction, s an image": [1 / speed if (speed := cost["images_per_s"]) else 0.0 for cost in costs],
         }
-        blocks: list[Block] = [self.figure("cost", comparison.plot_pareto, self.plotted, axes, note=load)] if self.plotted else []
+        blocks: list[Block] = [self.figure("cost", comparison.plot_pareto, plotted, axes, note=load)] if plotted else []
         notes = [
-            *([] if self.plotted else [load]),  # else it is below the figure
+            *([] if plotted else [load]),  # else it is below the figure
             "Backbone and head: parameters, of the head those that were trained. CPU seconds are the processor time of a run's threads; on a "
             "GPU, of handing the work over. Other load is the largest share of the processor that other processes used while a run was trained "
             "or tested.",
@@ -241,7 +242,7 @@ class _TestSetReport:
             "cohort share: each run is charged all of it, and all of the kept features. Peak memory is the whole process's up to that run, so "
             "later runs never show less.",
         ]
-        return [*blocks, self.table("cost", [_cost_row(row) for row in self.rows]), Text(notes)]
+        return [*blocks, self.table("cost", [_cost_row(row) for row in self.rows if row.model in known]), Text(notes)]
 
     def examples(self) -> list[Block]:
         """More figures of the best model's run; all of the best trained model if that is another one."""

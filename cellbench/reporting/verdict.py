@@ -49,13 +49,15 @@ def conclude(results: ExperimentResults, rows: Sequence[LeaderboardRow]) -> Verd
 def list_notes(results: ExperimentResults, rows: Sequence[LeaderboardRow]) -> list[str]:
     """What limits the verdict, a sentence each, the most important first: ``MAX_NOTES`` of them stand beside it, the rest is folded."""
     here = results.sets[0]
-    rule = describe_ranking_rule(here)
+    rule, external = describe_ranking_rule(here), describe_external(here)
     return [
         *describe_missing(results),
+        *external[:1],
         *describe_test_sets(results.sets),
         *describe_limits(here),
         *describe_absent_classes(here),
         *describe_empty_images(here),
+        *external[1:],
         *describe_busy_machine(rows),
         *([f"The best was {rule}."] if rule else []),
         *describe_class_mean(here),
@@ -70,7 +72,8 @@ def describe_best(here: TestSet) -> list[str]:
     interval, best = here.intervals()[0], here.best
     num = interval.num if interval.unit == "image" else int((~best.scores().empty).sum())
     groups = f" in {interval.num} groups" if interval.unit == "group" else ""
-    name = f"{best.name} (a baseline)" if best.baseline and len(here.models) > 1 else best.name
+    kind = {"baseline": " (a baseline)", "external": " (masks of another tool)"}.get(best.kind, "") if len(here.models) > 1 else ""
+    name = f"{best.name}{kind}"
     span = f" ({_span(interval, 3)})" if interval.low is not None else ""
     first = f"Best on average is {name}: Dice {interval.mean:.3f}{span} over {num} image{'s' * (num != 1)}{groups}."
     return [first, describe_evidence(here)]
@@ -95,13 +98,30 @@ def describe_evidence(here: TestSet) -> str:
         if num == 1:
             return f"The difference to the other model is not significant: {first.a} {_gap(first)}."
         return f"No difference to another model is significant: the next, {first.a}, {_gap(first)}."
-    beaten = [model.name for model in here.models[1:] if model.baseline and differences[model.name] in better]
+    beaten = [model.name for model in here.models[1:] if model.kind == "baseline" and differences[model.name] in better]
     kind = f"the baseline{'s' * (len(beaten) > 1)} {' and '.join(beaten)} among them, " if 0 < len(beaten) < 4 else ""
     more = f"; nor from {_list([d.a for d in tied[1:]], 2)}" if len(tied) > 1 else ""
     return (
         f"It is significantly better than {len(better)} of {num} other models, {kind}but not significantly different from {tied[0].a}, "
         f"which {_gap(tied[0])}{more}."
     )
+
+
+def describe_external(here: TestSet, name: str = "") -> list[str]:
+    """How masks of other tools compare with the best model, a sentence each. ``name``: of this tool; empty: of all but the best of the set."""
+    best, out = here.best_own, []
+    for model in here.models:
+        if not model.external or (model.name != name if name else model is here.best):
+            continue
+        score = f"Masks of {model.name}: Dice {model.scores().mean:.3f} over {len(here.images)} images"
+        found = next((d for d in here.differences() if {d.a, d.b} == {model.name, best.name}), None)
+        if best.external or found is None:
+            out.append(f"{score}.")
+        elif here.decidable:
+            out.append(f"{score}. {describe_difference(found)}.")
+        else:
+            out.append(f"{score}, {best.name} {best.scores().mean:.3f}: with so few images no difference can be significant.")
+    return out
 
 
 def _gap(d: Difference, alone: bool = False) -> str:

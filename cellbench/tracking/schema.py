@@ -20,6 +20,8 @@ MACHINE = "cellbench.machine"
 MODEL, VERDICT = "cellbench.model_entry", "cellbench.verdict"
 EVALUATION, EVALUATED = "evaluation", "cellbench.evaluated"
 """The kind of a run that evaluates a trained run on other data, and the tag that only such runs have: the id of the trained run."""
+EXTERNAL = "external"
+"""The kind of a run that scores the masks of another tool, and the param that holds its name. It stands beside trained runs and has no model."""
 INDEPENDENT = "cellbench.independent"
 """Tag of an evaluation: whether none of its images was used in training, ``yes``, ``no`` or ``unknown``."""
 SEEN = "seen_images.json"
@@ -70,7 +72,12 @@ class RunRecord(RunState):
 
     @property
     def is_parent(self) -> bool:
-        return "cellbench.kind" in self.tags
+        """Whether it is no run of a model: the parent of a grid or search, an evaluation or an exploration."""
+        return self.tags.get("cellbench.kind", EXTERNAL) != EXTERNAL
+
+    @property
+    def is_external(self) -> bool:
+        return self.tags.get("cellbench.kind") == EXTERNAL
 
     @property
     def last_s(self) -> float:

@@ -21,6 +21,7 @@ from cellbench.features.extractor import Features
 from cellbench.metrics import catalog
 from cellbench.metrics.catalog import Metric, ScoredImage
 from cellbench.metrics.instance import COUNTS, InstanceScores, ReferenceMask
+from cellbench.metrics.instances import reference_instances
 from cellbench.metrics.pixel import IGNORE, nan_mean, per_image_scores
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.training.model import SegmentationModel
@@ -198,14 +199,21 @@ class CohortEvaluator:
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def add_image(self, image: int, truth: np.ndarray, matrices: Sequence[np.ndarray], answers: Sequence[Prediction]) -> None:
-        """Adds an image: its truth (H, W), and each run's confusion matrix and prediction."""
+    def add_image(
+        self,
+        image: int,
+        truth: np.ndarray,
+        matrices: Sequence[np.ndarray],
+        answers: Sequence[Prediction],
+        numbers: Sequence[np.ndarray | None] | None = None,
+    ) -> None:
+        """Adds an image: its truth (H, W), and each run's confusion matrix and prediction. ``numbers``: cell numbers (H, W) that are predicted, too."""
         self._settle()  # one image at a time: hundreds of predictions would fill the memory
         prepared = self._pool.submit(self._truth, self._samples[image], truth)
         # In the pool's order the truth comes first, so no thread waits for one that cannot start.
         self._waiting = [
-            self._pool.submit(self._score, evaluation, image, truth, prepared, counts, *answer)
-            for evaluation, counts, answer in zip(self.evaluations, matrices, answers, strict=True)
+            self._pool.submit(self._score, evaluation, image, truth, prepared, counts, *answer, ids)
+            for evaluation, counts, answer, ids in zip(self.evaluations, matrices, answers, numbers or [None] * len(answers), strict=True)
         ]
 
     def _settle(self) -> None:
@@ -228,10 +236,14 @@ class CohortEvaluator:
         classes: np.ndarray,
         cell: np.ndarray | None,
         boundary_depth: np.ndarray | None,
+        ids: np.ndarray | None,
     ) -> None:
         evaluation.matrices.append(counts)
         reference, parts = prepared.result(), evaluation.separation.watershed(classes, boundary_depth)
-        cells = parts.instances(evaluation.separation.saddle_ratio, reference.min_area_px)
+        if ids is None:
+            cells = parts.instances(evaluation.separation.saddle_ratio, reference.min_area_px)
+        else:
+            cells, _ = reference_instances(classes, ids, reference.min_area_px, owners=self._dataset.owners)
         evaluation.agreements.append(reference.agreement(classes, cells))
         evaluation.connected.append(reference.found(parts.instances(0.0, reference.min_area_px)))
         scored = ScoredImage(

@@ -273,6 +273,17 @@ def _nearest(values: tuple[int, ...], length: int) -> np.ndarray:
     return distance.argmin(axis=1).astype(np.uint8)
 
 
+def decode_png(data: bytes) -> np.ndarray:
+    """A PNG inside another file as (H, W) uint8 grey. Raises ValueError and OSError for damaged bytes or too many pixels."""
+    try:
+        with PngImagePlugin.PngImageFile(io.BytesIO(data)) as picture:
+            if picture.width * picture.height > pixel_limit():
+                raise ValueError(f"a mask of {picture.width} x {picture.height} px is too large")
+            return np.array(picture.convert("L"))
+    except SyntaxError as error:  # Pillow's for bytes that are no PNG
+        raise ValueError(str(error)) from None
+
+
 def png_bytes(array: np.ndarray, *, compress_level: int = 1, text: str = "") -> bytes:
     """A PNG of (H, W) uint8 or uint16, or (H, W, 3) uint8; ``png_stream.read_png_text`` reads ``text``."""
     wanted = (array.ndim == 2 and array.dtype in (np.uint8, np.uint16)) or (array.shape[2:] == (3,) and array.dtype == np.uint8)

@@ -78,7 +78,7 @@ def plot_leaderboard(lines: Sequence[PlotRow], worse: Collection[str] = (), metr
             f"Mean {metric} of each model over the test images.",
             intervals_sentence(means),
             "Open: significantly worse than the best." if any(line.model in worse for line in lines) else "",
-            "Squares: baselines." if any(line.baseline for line in lines) else "",
+            _squares(lines),
             outside,
             left_out,
         )
@@ -118,7 +118,7 @@ def plot_metrics(lines: Sequence[PlotRow], narrow: bool = False) -> Figure:
             "Mean over the test images.",
             "Numbers are places in the leaderboard." if narrow else "",
             intervals_sentence([lines[0].metrics[names[0]]]),
-            "Squares: baselines." if any(line.baseline for line in lines) else "",
+            _squares(lines),
             outside,
             left_out,
         )
@@ -240,6 +240,11 @@ def plot_pareto(lines: Sequence[PlotRow], costs: Mapping[str, Sequence[float]], 
             "Arrows: below the range of the axis." if outside.any() else "",
         )
     return figure
+
+
+def _squares(lines: Sequence[PlotRow]) -> str:
+    kinds = {"masks of other tools" if line.external else "baselines" for line in lines if line.baseline}
+    return f"Squares: {' and '.join(sorted(kinds))}." if kinds else ""
 
 
 def _looks(lines: Sequence[PlotRow]) -> tuple[dict[str, tuple[float, float, float]], dict[str, str]]:
