@@ -11,13 +11,13 @@ from cellbench.errors import CellbenchError
 from cellbench.execution.external import check_name, open_test_images, score_masks
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.verdict import describe_external
-from cellbench.tracking import sqlite_store
+from cellbench.tracking import store_address
 from cellbench.tracking.tracker import Tracker, newest_experiment
 
 
 def score(options: ScoreOptions) -> int:
     """Scores the masks of another tool. Returns exit code 0."""
-    sqlite_store.require_store()
+    store_address.require_store()
     experiment = options.experiment or newest_experiment(whole=True)
     if not experiment:
         raise CellbenchError("no experiment in MLflow's store has a finished run to compare with. `cellbench grid --data DIR` makes some.")
