@@ -31,6 +31,8 @@ def grid(
     unfit: bool = False,
     set: Mapping[str, Any] | None = None,
     limit: int | None = None,
+    tests: Sequence[Place] = (),
+    perturb: bool = False,
     weights: Place | None = None,
     registry: Place | None = None,
     device: str = "auto",
@@ -56,6 +58,8 @@ def grid(
         unfit: whether to train although ``cellbench check`` calls the data not fit.
         set: settings to change for this call, by key: ``{"run.epochs": 3}``.
         limit: use at most so many images of each of train, validation and test, for a quick try.
+        tests: further folders of images and masks, on which every model is tested too.
+        perturb: also test every model on images of other stain, brightness, focus, noise, compression and scale.
         weights: a folder of backbone weights: ``<backbone>.safetensors``, ``.pth`` or ``.bin``.
         registry: a folder of your own cards.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
@@ -86,6 +90,8 @@ def grid(
         unfit=unfit,
         changes=_changes(set or {}),
         limit=limit,
+        tests=tuple(os.fspath(one) for one in tests),
+        perturb=perturb,
         weights=_path(weights),
         registry=_path(registry),
         device=device,

@@ -17,6 +17,7 @@ from cellbench.metrics.catalog import Metric
 from cellbench.reporting.collect import ExperimentResults, collect_report, collect_runs
 from cellbench.reporting.leaderboard import format_row, leaderboard_rows, terminal_table
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, name_words
+from cellbench.reporting.shift import further_sets, shift_of
 from cellbench.reporting.verdict import conclude, describe_difference
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.scores import Difference, swap_sides
@@ -165,6 +166,33 @@ class Results:
     def others(self) -> tuple[Results, ...]:
         """The results on other test images of the same experiment, the newest first."""
         return tuple(Results(replace(self._found, sets=(one,)), self._trackers, _ids(one)) for one in self._found.sets[1:])
+
+    @property
+    def further(self) -> dict[str, Results]:
+        """The results of the same models on each further test set of ``[data] tests``, by its name."""
+        sets = {one.dataset: one for one in further_sets(self._here)}
+        return {name: Results(replace(self._found, sets=(one,)), self._trackers, _ids(one)) for name, one in sets.items()}
+
+    def shift(self) -> pd.DataFrame:
+        """One row a model and condition: perturbed images, appearances and further test sets. Empty where there are none.
+
+        Columns: ``model``, ``condition`` (``blur-2``, …), ``kind``, ``num_images``, ``dice`` (mean over images) and ``fall`` (from the unperturbed
+        images; missing for other images).
+        """
+        found = shift_of(self._here)
+        rows = [
+            {
+                "model": model,
+                "condition": one.name,
+                "kind": one.kind,
+                "num_images": len(one.dice[model]),
+                "dice": one.mean(model),
+                "fall": one.fall(model),
+            }
+            for model in (found.models if found else ())
+            for one in (found.conditions if found else ())
+        ]
+        return _with_numbers(pd.DataFrame(rows, columns=["model", "condition", "kind", "num_images", "dice", "fall"]))
 
     def leaderboard(self) -> pd.DataFrame:
         """One row a model, the best first.
@@ -317,7 +345,7 @@ class Results:
         return f"<Results '{self.experiment}' on {self.data}: {len(self.models)} models, best {self.best}>"
 
     def __str__(self) -> str:
-        table = terminal_table(leaderboard_rows(self._here), self._here.own_metrics)
+        table = terminal_table(leaderboard_rows(self._here, shift_of(self._here)), self._here.own_metrics)
         return f"{self.experiment}, on {self.data}\n\n{table}\n\n{self.verdict()}"
 
     def _repr_html_(self) -> str:

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,6 +14,7 @@ from cellbench.config.base import Scalar, StrictModel, checked
 from cellbench.config.run import RUN_KEYS, RunSpec
 from cellbench.errors import CellbenchError, unknown_name
 
+Perturbed = Literal["all", "stain", "brightness", "blur", "noise", "jpeg", "scale"]
 GRID_KEYS = ("backbone", "head", *RUN_KEYS)
 
 
@@ -45,6 +46,11 @@ class DataSpec(StrictModel):
     """Maximum number of images of each of train, validation and test."""
     draw: dict[str, Scalar] = Field(default_factory=dict)
     """Settings of a synthetic dataset, by the names on its card."""
+    tests: tuple[str, ...] = ()
+    """Further test sets: folders of labelled images with the same classes, on which every finished run is tested too. The data's own test images,
+    which may be named ``own``, stay the main test set."""
+    perturb: tuple[Perturbed, ...] = ()
+    """Perturbations of the own test images, each at three strengths, on which every finished run is tested too."""
 
     @field_validator("group_pattern")
     @classmethod
@@ -56,6 +62,22 @@ class DataSpec(StrictModel):
         if num < 1:
             raise ValueError("has no group in parentheses, which would be the name of the patient or slide")
         return value
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Its settings without those that are empty, so that files and identities of older experiments stay as they are."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if value not in (None, {}, [])}
+
+    @property
+    def perturbations(self) -> tuple[str, ...]:
+        """The kinds of ``perturb``, each once."""
+        kinds = get_args(Perturbed)[1:]
+        return tuple(kind for kind in kinds if {kind, "all"} & {*self.perturb})
+
+    @property
+    def test_folders(self) -> tuple[str, ...]:
+        """``tests`` without ``own``, each once."""
+        return tuple(dict.fromkeys(folder for folder in self.tests if folder != "own"))
 
     @model_validator(mode="after")
     def _fold_is_one_of_them(self) -> DataSpec:

@@ -9,6 +9,7 @@ classes hold what several commands share.
 
 from __future__ import annotations
 
+import json
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +90,17 @@ class InferenceOptions(ComputeOptions, WeightsOptions, RegistryOptions):
 @dataclass(frozen=True, kw_only=True)
 class GridOptions(TrainingOptions, TableOptions):
     file: str = argument("an experiment file, or the name of a shipped one (default: quickstart, or own with --data)", "")
+    tests: tuple[str, ...] = option(
+        "a further folder of images and masks, on which every model is tested too; repeatable", (), metavar="DIR"
+    )
+    perturb: bool = option("also test every model on images of other stain, brightness, focus, noise, compression and scale", False)
     dry_run: bool = option("print the runs, the cohorts and an estimate of time, memory and disk; train nothing", False)
+
+    @property
+    def all_changes(self) -> tuple[str, ...]:
+        """``--set``, and ``--tests`` and ``--perturb``, which are short for some."""
+        tests = [f"data.tests={json.dumps(self.tests, ensure_ascii=False)}"] if self.tests else []
+        return (*self.changes, *tests, *(['data.perturb=["all"]'] if self.perturb else []))
 
 
 @dataclass(frozen=True, kw_only=True)

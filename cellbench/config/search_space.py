@@ -202,9 +202,8 @@ class Space:
         run = {name: value for name, value in self.run.items() if name != "seed"}
         run |= {"fold": self.fold} if self.data.folds else {}
         grid = {"backbone": [point["backbone"]], "head": [head], "seed": list(seeds) or [self.run.get("seed", 0)]}
-        data = {name: value for name, value in self.data.model_dump().items() if value not in (None, {})}
         options = {**self.head.get(head, {}), **own}
-        tree = {"experiment": self.experiment, "dataset": self.dataset, "data": data, "grid": grid, "run": {**run, **plain}}
+        tree = {"experiment": self.experiment, "dataset": self.dataset, "data": self.data.given, "grid": grid, "run": {**run, **plain}}
         return {**tree, "head": {head: options}} if options else tree
 
     @cached_property
@@ -214,7 +213,7 @@ class Space:
         facts = {f"space.{one.name}": one.describe() for one in self.dimensions}
         facts |= {f"run.{name}": json.dumps(value) for name, value in self.run.items()}
         facts |= {f"head.{head}.{name}": json.dumps(value) for head, own in self.head.items() for name, value in own.items()}
-        facts |= {f"data.{name}": json.dumps(value) for name, value in self.data.model_dump().items()}
+        facts |= {f"data.{name}": json.dumps(value) for name, value in self.data.model_dump(exclude={"tests", "perturb"}).items()}
         return facts | {f"search.{name}": json.dumps(getattr(self.settings, name)) for name in kept} | {"dataset": self.dataset}
 
     def digest(self, more: Iterable[str] = ()) -> str:

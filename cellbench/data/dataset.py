@@ -90,6 +90,8 @@ class Dataset:
     """Whether the images are synthetic."""
     limited: bool = False
     """Whether ``[data] limit`` left images out."""
+    further: tuple[Dataset, ...] = ()
+    """The further test sets of ``[data] tests``, each with test images only."""
 
     def samples(self, split: str) -> tuple[Sample, ...]:
         """The samples of ``train``, ``val`` or ``test``."""

@@ -7,6 +7,7 @@ import hashlib
 import json
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from cellbench.config.registry import Registry, load, with_defaults
 from cellbench.console import progress_bar
 from cellbench.data.appearance import describe_appearances, group_by_appearance
 from cellbench.data.audit import near_duplicates
-from cellbench.data.classes import with_class_facts
+from cellbench.data.classes import unused_classes, with_class_facts, with_owners
 from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, interpret_masks, validated
 from cellbench.data.layouts import is_laid_out, scan_folder
 from cellbench.data.manifest import NAMES
@@ -34,7 +35,53 @@ def open_folds(experiment: Experiment, registry: Registry, data: Path | None) ->
     """The experiment's dataset, or one for each of its folds, in their order. Raises CellbenchError."""
     spec = experiment.data
     card, listing = _usable(registry.dataset(experiment.dataset), data, spec)
-    return [_opened(card, listing, spec.model_copy(update={"fold": fold})) for fold in range(max(spec.folds, 1))]
+    datasets = [_opened(card, listing, spec.model_copy(update={"fold": fold})) for fold in range(max(spec.folds, 1))]
+    like = registry.dataset("folder") if card.draw else registry.dataset(experiment.dataset)
+    further = [_further_test_set(Path(folder), like, datasets[0], spec) for folder in spec.test_folders]
+    named = _named_apart(further)
+    return [replace(one, further=named, notes=(*one.notes, *(note for other in named for note in other.notes))) for one in datasets]
+
+
+def _further_test_set(folder: Path, card: DatasetCard, own: Dataset, spec: DataSpec) -> Dataset:
+    """A folder of ``[data] tests``: its test images, or all images if it has no split. Raises CellbenchError if its classes differ from the own."""
+    card, listing = _usable(card, folder, DataSpec())
+    if (
+        card.classes != own.classes and not len(card.classes) == len(own.classes) == 2
+    ):  # of two classes, whatever their names, one is the cells
+        raise CellbenchError(
+            f"[data] tests: {folder} has the classes {', '.join(card.classes)}; those of {own.name} are {', '.join(own.classes)}. "
+            f"Name a folder with the same classes, or say in a {CARD_NAME} there which mask values belong to which class."
+        )
+    base = replace(dataset_of_card(card, listing.root), classes=own.classes, um_per_px=listing.um_per_px)
+    found, what = read_test_images(base, listing, own)
+    if spec.limit:
+        found = replace(found, test=found.test[: spec.limit], limited=len(found.test) > spec.limit)
+    same = {sample.digest for part in SPLITS for sample in own.samples(part)} & {sample.digest for sample in found.test}
+    notes = [f"{found.name}, a further test set: {len(found.test)} images ({what})", *found.notes]
+    if same:
+        notes.append(
+            f"doubt: {len(same)} of {len(found.test)} images of {found.name} are images of {own.name} too: of those models may have seen some"
+        )
+    return replace(found, notes=tuple(notes))
+
+
+def _named_apart(datasets: Sequence[Dataset]) -> tuple[Dataset, ...]:
+    """The datasets under names that differ: those of the same name with that of the folder around."""
+    times = Counter(one.name for one in datasets)
+    return tuple(one if times[one.name] == 1 else replace(one, name=f"{one.root.absolute().parent.name}-{one.name}") for one in datasets)
+
+
+def read_test_images(base: Dataset, listing: Listing, like: Dataset) -> tuple[Dataset, str]:
+    """Other images for models that were trained on ``like``, as the test images of a dataset, and which ones of the folder: its test images, or all.
+
+    ``base``: what its masks mean, as far as a card says it. Images are read as those of ``like``, and the same classes make up a cell.
+    """
+    parts = listing.parts
+    chosen = parts.get("test") or (*parts.get("train", ()), *parts.get("val", ()))
+    what = "the folder's test images" if parts.get("test") else "all images of the folder"
+    # Models read these images as their own.
+    found, contents = validated(replace(base, reading=like.reading, train=(), val=(), test=tuple(chosen), owners=(), unused=(), notes=()))
+    return replace(with_owners(found, like.owners), unused=unused_classes(found, contents.values())), what
 
 
 def settings_for_data(experiment: Experiment, registry: Registry, data: Path | None) -> list[tuple[str, str]]:

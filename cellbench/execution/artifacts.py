@@ -213,19 +213,20 @@ def per_image_record(dataset: Dataset, result: EvaluationResult) -> dict[str, ob
         "dataset": dataset.digest,
         "num_images": {split: len(dataset.samples(split)) for split in SPLITS},
         "groups": [sample.group for sample in dataset.test],
+        **({"appearance": [sample.appearance for sample in dataset.test]} if any(sample.appearance for sample in dataset.test) else {}),
         "tolerance_px": TOLERANCE_PX,
         "min_area_px": [dataset.min_cell_px or (MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX) for one in evaluation.agreements],
         "separation_saddle_ratio": evaluation.separation.saddle_ratio,
         "cells_numbered": [one.numbered for one in evaluation.agreements],
         "confusion": evaluation.counts.tolist(),
-        **{name: _rounded(values) for name, values in evaluation.per_image().items()},
+        **{name: rounded(values) for name, values in evaluation.per_image().items()},
         **{name: values.tolist() for name, values in evaluation.outcomes().items()},
         "own_metrics": catalog.to_record(evaluation.own_metrics),
         "calibration": evaluation.calibration(),
     }
 
 
-def _rounded(values: np.ndarray) -> list[float | None]:
+def rounded(values: np.ndarray) -> list[float | None]:
     """Rounds to six decimals. None (JSON's null) for an image without a score."""
     return [None if math.isnan(value) else round(value, 6) for value in values.tolist()]
 
@@ -243,7 +244,7 @@ def per_image_table(record: dict[str, Any]) -> dict[str, object]:
 def single_run_experiment(run: RunSpec, experiment: Experiment) -> dict[str, object]:
     """An experiment with this run only: ``grid config.toml`` repeats it."""
     plain = run.model_dump(exclude={"backbone", "head", "baseline", "options", "seed"})
-    data = {key: value for key, value in experiment.data.model_dump().items() if value not in (None, {})}
+    data = experiment.data.given
     tree: dict[str, object] = {"experiment": experiment.experiment, "dataset": experiment.dataset}
     if run.baseline:
         part = {"baselines": [run.baseline], "run": {**plain, "seed": run.seed}, "baseline": {run.baseline: run.options}}

@@ -60,7 +60,7 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
     elsewhere = options.on is not None and not options.dry_run
     check_options(options, elsewhere=elsewhere)
     registry = Registry(options.registry)
-    experiment, text = read_experiment(options.file if tree is None else tree, options.changes, options.data, options.limit, registry)
+    experiment, text = read_experiment(options.file if tree is None else tree, options.all_changes, options.data, options.limit, registry)
     if chosen := settings_for_data(experiment, registry, options.data):
         for _, why in chosen:
             say(why)
@@ -108,8 +108,10 @@ def run_experiment(plan: ExperimentPlan, tracker: Tracker, say: Say, say_result:
 def _parent_run(plan: ExperimentPlan, tracker: Tracker) -> Iterator[Run]:
     """Opens the parent run of the grid in MLflow: the same one each time the same grid is started."""
     precision, data = plan.resources.machine.precision_name, pool_folds(plan.datasets)
-    later = set() if plan.experiment.ensemble_seeds else {"ensemble_seeds"}  # a grid of an older version keeps its parent run
-    facts = json.dumps([plan.experiment.model_dump(mode="json", exclude=later), data, precision], sort_keys=True)
+    tree = plan.experiment.model_dump(mode="json", exclude=None if plan.experiment.ensemble_seeds else {"ensemble_seeds"})
+    for name in ("tests", "perturb"):  # a grid of an older version, or with more tests than before, keeps its parent run
+        del tree["data"][name]
+    facts = json.dumps([tree, data, precision], sort_keys=True)
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     params = {f"grid.{name}": ", ".join(map(str, values)) for name, values in plan.experiment.grid.items()}
     params |= {"baselines": ", ".join(plan.experiment.baselines) or "none", "dataset": plan.datasets[0].name, "precision": precision}

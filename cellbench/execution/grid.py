@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import GridProgress
 from cellbench.execution.runner import Outcome, Runner
+from cellbench.execution.shift_tests import missing_tests, wanted_tests
 
 
 class Executor(Protocol):
@@ -53,10 +54,13 @@ def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | No
     """Executes the unfinished runs; without an executor, in this process."""
     out, known = Outcome(), runner.tracker.known()
     todo: list[ResolvedRun] = []
+    incomplete: list[ResolvedRun] = []
     for resolved in runs:
         old = known.get(resolved.fingerprint)
         if old is not None and old.status == "finished":
             out.finished[resolved.name] = old
+            if missing_tests(old, wanted_tests(runner.experiment.data, runner.datasets[resolved.run.fold])):
+                (incomplete if resolved.unavailable else todo).append(resolved)
         elif resolved.unavailable:
             runner.skip(resolved, old)
             out.skipped[resolved.name] = resolved.unavailable
@@ -64,6 +68,8 @@ def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | No
             todo.append(resolved)
     if out.finished:
         runner.say(f"{len(out.finished)} of {len(runs)} runs are finished already and are not run again.")
+    if incomplete:
+        runner.say(f"{len(incomplete)} of them cannot be tested on more images: {incomplete[0].unavailable}")
     for line in describe_skipped([one for one in runs if one.name in out.skipped]):
         runner.say(line)
     with runner:

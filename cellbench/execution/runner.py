@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +37,15 @@ from cellbench.execution.finished_training import finished_trainers
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import CohortProgress, Report, no_report
 from cellbench.execution.run_logger import RunLogger, TrialCallback
+from cellbench.execution.shift_tests import (
+    FinishedRunToTest,
+    describe_tests,
+    missing_tests,
+    predict_with_function,
+    predict_with_heads,
+    run_tests,
+    wanted_tests,
+)
 from cellbench.features.extractor import CachePolicy, Features, non_finite_reason
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.remote_cache import RemoteCache, shared_url
@@ -269,7 +278,15 @@ class Runner:
     # --- one cohort ---------------------------------------------------------------------------------------------------------------
 
     def cohort(self, cohort: Sequence[ResolvedRun], title: str, out: Outcome) -> None:
-        """Executes the runs of one cohort. Their results are in ``out`` after :meth:`settle`: the last are logged while the next cohort runs."""
+        """Executes the runs of one cohort. Their results are in ``out`` after :meth:`settle`: the last are logged while the next cohort runs.
+
+        Then tests those that are finished, also in earlier calls, on the further test sets and perturbed images that they lack.
+        """
+        self._execute(cohort, title, out)
+        if self.watch is None and (wanted := wanted_tests(self.experiment.data, self.datasets[cohort[0].run.fold])):
+            self._test_further(cohort, wanted, title)
+
+    def _execute(self, cohort: Sequence[ResolvedRun], title: str, out: Outcome) -> None:
         if (dataset := self.datasets[cohort[0].run.fold]) is not self.dataset:
             self._select(dataset)
         num_earlier = len(self._under_way)
@@ -488,6 +505,43 @@ class Runner:
                 out,
                 features.plan.used_images,
             )
+
+    # --- further test sets and perturbed images ---------------------------------------------------------------------------------------
+
+    def _test_further(self, cohort: Sequence[ResolvedRun], wanted: Mapping[str, str], title: str) -> None:
+        self.settle()  # their heads are read from the store
+        self.tracker.flush()
+        known = self.tracker.known()
+        records = [(one, known[one.fingerprint]) for one in cohort if one.fingerprint in known]
+        runs = [
+            FinishedRunToTest(resolved=one, record=record, lacks=lacks)
+            for one, record in records
+            if record.status == "finished" and (lacks := missing_tests(record, wanted))
+        ]
+        if not runs:
+            return
+        dataset, num = self.datasets[cohort[0].run.fold], len(self.dataset.classes)
+        self.say(f"{title}: {len(runs)} run{'s' * (len(runs) != 1)} tested on {describe_tests(self.experiment.data, dataset)}.")
+        test = partial(
+            run_tests,
+            dataset=dataset,
+            tracker=self.tracker,
+            own_metrics=self._own_metrics,
+            spec=self.experiment.data,
+            report=self.report,
+        )
+        try:
+            if cohort[0].trained:
+                features = self.features([one.resolved for one in runs])
+                test(runs, predict_with_heads(runs, features, self.tracker, num))
+            else:
+                for one in runs:
+                    test([one], predict_with_function(one.resolved, num))
+        except (WeightsUnavailable, RuntimeError, MemoryError) as error:
+            if not isinstance(error, WeightsUnavailable) and not is_out_of_memory(error):
+                raise
+            self.say(f"{title}: not tested on more images: {one_line(error)}. The same command tries again.")
+        release_memory()
 
     def _training_costs(self, trained: Trained, features: Features, load: dict[str, float]) -> list[dict[str, float]]:
         """The training cost of each run. ``load``: load by other processes during training, as a metric."""

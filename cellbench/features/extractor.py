@@ -186,6 +186,12 @@ class Features:
         """Bytes of features cached in memory or on disk for this cohort, over all splits."""
         return sum(self.bytes_by_split[split] for split, place in self.place.items() if place != "streamed")
 
+    def on(self, split: str, images: ImageCache) -> Features:
+        """The features of other images in place of a split's: prepared in the same way, not cached, without auxiliary targets."""
+        other = Features(self.backbone, self.plan, {**self.pixels, split: images}, CachePolicy())
+        other.preparation = self.preparation
+        return other
+
     def grid(self, split: str, image: int) -> TileGrid:
         """The tiles of an image in validation or test, in framed pixels."""
         overlap = self.plan.run.val_overlap if split == "val" else self.plan.run.overlap

@@ -14,7 +14,7 @@ from cellbench.console import progress_bar
 from cellbench.data.classes import unused_classes, with_owners
 from cellbench.data.dataset import Dataset, validated
 from cellbench.data.io.intensity import Note, format_notes
-from cellbench.data.loading import dataset_of_card, scan_dataset, split_dataset
+from cellbench.data.loading import dataset_of_card, read_test_images, scan_dataset, split_dataset
 from cellbench.data.scan import Listing
 from cellbench.errors import CellbenchError
 from cellbench.inference.segmenter import Segmenter
@@ -51,13 +51,8 @@ def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Regi
     if own is not None and own.digest == trained.dataset_digest:
         return replace(own, train=(), val=()), "the run's own test images"
     own = own or replace(dataset_of_card(card, listing.root), um_per_px=listing.um_per_px)
-    # The run's model reads these images like its own; so do the pictures of its worst predictions.
-    own = replace(own, reading=trained.preparation.reading)
-    parts = listing.parts
-    chosen = parts.get("test") or (*parts.get("train", ()), *parts.get("val", ()))
-    what = "the folder's test images" if parts.get("test") else "all images of the folder"
-    other, contents = validated(replace(own, train=(), val=(), test=tuple(chosen), owners=(), unused=(), notes=()))
-    return replace(with_owners(other, owners), unused=unused_classes(other, contents.values())), what
+    # So do the pictures of its worst predictions.
+    return read_test_images(own, listing, replace(own, reading=trained.preparation.reading, owners=owners))
 
 
 def _own_test_images(trained: TrainedRun, card: DatasetCard, listing: Listing, spec: DataSpec) -> Dataset | None:

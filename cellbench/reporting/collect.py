@@ -17,7 +17,8 @@ import numpy as np
 from cellbench.errors import CellbenchError
 from cellbench.metrics import catalog
 from cellbench.reporting.model_groups import FinishedRun, TestSet, group_models
-from cellbench.tracking.schema import DATA, EVALUATION, RunRecord
+from cellbench.reporting.shift import read_further
+from cellbench.tracking.schema import DATA, EVALUATION, SHIFT_TESTS, TESTED, RunRecord
 from cellbench.tracking.tracker import Tracker
 
 REQUEST_FILE = "about.json"
@@ -105,7 +106,8 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
                 if isinstance(per_image, str):
                     left_out.append(f"'{run.name}' is left out: {per_image}.")
                 else:
-                    tested.append(FinishedRun(record=run, per_image=per_image))
+                    further = read_further(tracker.artifact(run, SHIFT_TESTS)) if TESTED in run.tags else {}
+                    tested.append(FinishedRun(record=run, per_image=per_image, further=further))
             elif run.status in ("skipped", "failed"):
                 (skipped if run.status == "skipped" else failed)[run.name] = run.reason
             else:

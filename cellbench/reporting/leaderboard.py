@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from cellbench.console import WIDE, Column, format_table
 from cellbench.metrics import catalog
 from cellbench.metrics.catalog import Metric
 from cellbench.reporting.model_groups import ModelGroup, TestSet
+from cellbench.reporting.shift import Shift
 from cellbench.statistics.bootstrap import Interval
 from cellbench.statistics.hypothesis_tests import DECIMALS
 
@@ -53,12 +54,37 @@ class LeaderboardRow:
     pooled_by_seed: tuple[float, ...]
     """Pooled Dice."""
     run_ids: tuple[str, ...]
+    further: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By further test set: ``dice`` (mean over its images), ``low``, ``high``, ``rough``, ``ap50`` and ``p_to_best``, as for the main one."""
+    lowest_dice: float | None = None
+    """The lowest mean Dice under all conditions (``reporting.shift``); None where there are none, NaN where it was not tested under all."""
+    lowest_at: str = ""
+    """The condition."""
 
 
-def leaderboard_rows(here: TestSet) -> list[LeaderboardRow]:
-    """The models of one test set, best mean Dice first."""
+def leaderboard_rows(here: TestSet, shift: Shift | None = None) -> list[LeaderboardRow]:
+    """The models of one test set, best mean Dice first; ``shift``: its further conditions."""
     columns, p = catalog.leaderboard(here.own_metrics), {d.a: d.p_adjusted for d in here.differences_to_best()}
-    return [_row(model, interval, p.get(model.name), columns) for model, interval in zip(here.models, here.intervals(), strict=True)]
+    rows = [_row(model, interval, p.get(model.name), columns) for model, interval in zip(here.models, here.intervals(), strict=True)]
+    if shift is None:
+        return rows
+    untested = {"dice": None, "low": None, "high": None, "rough": False, "ap50": None, "p_to_best": None}
+    further: dict[str, dict[str, Any]] = {row.model: {other.dataset: untested for other in shift.sets} for row in rows}
+    for other in shift.sets:
+        for row in leaderboard_rows(other):
+            further[row.model][other.dataset] = {
+                "dice": row.image_dice, "low": row.low, "high": row.high, "rough": row.rough, "ap50": row.scores.get("ap50"), "p_to_best": row.p_to_best
+            }  # fmt: skip
+    lowest = {model: shift.lowest(model) for model in shift.models}
+    return [
+        replace(
+            row,
+            further=further[row.model],
+            lowest_dice=lowest[row.model].mean(row.model) if row.model in lowest else math.nan,
+            lowest_at=lowest[row.model].name if row.model in lowest else "",
+        )
+        for row in rows
+    ]
 
 
 def _row(model: ModelGroup, interval: Interval, p_to_best: float | None, columns: Sequence[Metric]) -> LeaderboardRow:
@@ -119,6 +145,16 @@ def format_row(row: LeaderboardRow, own: Iterable[Metric] = ()) -> dict[str, str
             cells["± seeds"] = format_number(row.seed_sd, 4)
             cells["Dice/image"] = format_number(row.image_dice, 4)
             cells["95 %"] = format_interval(row.low, row.high, row.rough)
+    for name, scores in row.further.items():
+        cells[f"{name}: Dice/image"] = format_number(scores["dice"], 4)
+        cells[f"{name}: 95 %"] = format_interval(scores["low"], scores["high"], scores["rough"])
+        cells[f"{name}: AP50"] = format_number(scores["ap50"], 3)
+        cells[f"{name}: p vs best"] = (
+            "" if scores["p_to_best"] is None or math.isnan(scores["p_to_best"]) else format_p_cell(scores["p_to_best"])
+        )
+    if row.lowest_dice is not None:
+        cells["lowest Dice"] = format_number(row.lowest_dice, 4)
+        cells["lowest at"] = row.lowest_at
     return cells
 
 
@@ -141,8 +177,12 @@ def terminal_table(rows: Sequence[LeaderboardRow], own: Iterable[Metric] = (), *
     cells = [{**format_row(row, own), "p vs best": _p_cell(row, rows)} for row in rows]
     if wide:
         columns = [Column(heading=name, right=name != "model") for name in cells[0]]
-        return "\n".join(format_table(columns, [list(row.values()) for row in cells], room=WIDE))
+        return "\n".join(format_table(columns, [[row.get(one.heading, "") for one in columns] for row in cells], room=WIDE))
+    sets = list(dict.fromkeys(name for row in rows for name in row.further))
     for row, text in zip(rows, cells, strict=True):
+        for name in sets:
+            text[name] = format_number(row.further.get(name, {}).get("dice"), 3)
+        text["lowest"] = format_number(row.lowest_dice, 3)
         text["Dice"] = format_number(row.image_dice, 3)
         text["95 %"] = format_interval(row.low, row.high, row.rough).replace(" to ", "–").replace("≈ ", "≈")
     columns = [
@@ -150,6 +190,8 @@ def terminal_table(rows: Sequence[LeaderboardRow], own: Iterable[Metric] = (), *
         Column(heading="Dice", right=True),
         Column(heading="95 %", right=True, optional=1),
         Column(heading="p vs best", right=True, optional=2),
+        *(Column(heading=name, right=True, optional=1) for name in sets),
+        Column(heading="lowest", right=True, optional=1),
         Column(heading="AP50", right=True, optional=3),
         Column(heading="image/s", right=True, optional=4),
         Column(heading="train s", right=True, optional=5),

@@ -41,10 +41,14 @@ class FinishedRun:
     record: RunRecord
     per_image: Mapping[str, Any]
     """Its ``per_image.json``."""
+    further: Mapping[str, Any] = field(default_factory=dict)
+    """Its ``tests.json``: scores on further test sets and on perturbed images."""
+    repeat: int | None = None
+    """On a further test set, which all runs of a model are tested on, its place among them instead of the seed."""
 
     @property
     def seed(self) -> int:
-        return int(self.record.params.get("seed", 0))
+        return int(self.record.params.get("seed", 0)) if self.repeat is None else self.repeat
 
     @property
     def fold(self) -> int | None:
@@ -173,7 +177,7 @@ class ModelGroup:
 
     def pooled(self, metric: str) -> list[float]:
         """An overlap score of the cell class over all pixels, one per seed."""
-        if self.folds is None:
+        if self.folds is None and self.runs[0].repeat is None:
             return [run.record.metrics.get(f"test/{metric}", math.nan) for run in self.runs]
         counts = [np.sum([np.sum(run.per_image["confusion"], axis=0) for run in runs], axis=0) for runs in self.by_seed]
         return [pixel_scores(one).of(pooled_classes(one))[metric] for one in counts]

@@ -31,6 +31,8 @@ from cellbench.reporting.plots import comparison, significance
 from cellbench.reporting.plots.style import Drawing
 from cellbench.reporting.render import PLACE
 from cellbench.reporting.report_data import Block, Figure, Heading, ReportData, Section, StoredImage, Table, Text
+from cellbench.reporting.shift import shift_of
+from cellbench.reporting.shift_section import shift_blocks, shift_rows
 from cellbench.reporting.verdict import (
     conclude,
     describe_costs_load,
@@ -55,11 +57,8 @@ COSTS = ("backbone_params", "head_params", "train_s", "train_cpu_s", "images_per
 def build_report(results: ExperimentResults) -> ReportData:
     """The records of a report."""
     first, *others = results.sets
-    rows = leaderboard_rows(first)
-    leading, *more = [
-        _TestSetReport(here, rows if k == 0 else leaderboard_rows(here), results, f"set{k + 1}-" if k else "")
-        for k, here in enumerate(results.sets)
-    ]
+    leading, *more = [_TestSetReport(here, results, f"set{k + 1}-" if k else "") for k, here in enumerate(results.sets)]
+    rows = leading.rows
     sections = leading.sections()
     if others:
         sections.append(("Different test images", [Text(list_test_sets(results.sets))]))
@@ -91,10 +90,11 @@ def build_report(results: ExperimentResults) -> ReportData:
 class _TestSetReport:
     """The blocks about one test set. ``prefix``: of the names of its files."""
 
-    def __init__(self, here: TestSet, rows: Sequence[LeaderboardRow], results: ExperimentResults, prefix: str) -> None:
-        self.here, self.rows, self.results, self.prefix = here, rows, results, prefix
+    def __init__(self, here: TestSet, results: ExperimentResults, prefix: str) -> None:
+        self.here, self.results, self.prefix, self.shift = here, results, prefix, shift_of(here)
+        self.rows = leaderboard_rows(here, self.shift)
         self.plotted = plot_rows(here)
-        self.cells = [format_row(row, here.own_metrics) for row in rows]
+        self.cells = [format_row(row, here.own_metrics) for row in self.rows]
 
     def lead(self) -> list[Block]:
         """What the page shows unfolded: one figure, the leaderboard, the worst image of the best model."""
@@ -108,6 +108,7 @@ class _TestSetReport:
     def sections(self) -> list[tuple[str, list[Block]]]:
         return [
             ("Are the differences significant?", self.differences()),
+            ("How far does each model fall?", shift_blocks(self.shift, self.prefix) if self.shift is not None else []),
             ("Other scores", self.leaderboard()),
             ("Image by image", self.images()),
             ("How few training images are enough?", self.learning_curves()),
@@ -276,6 +277,8 @@ class _TestSetReport:
             "differences": self.difference_rows(),
             "pairs": [_difference_row(d, self.here.num_folds > 1) for d in self.here.differences()],
         }
+        if self.shift is not None:
+            tables["shift"] = shift_rows(self.shift)
         return [self.table(name, rows) for name, rows in tables.items() if rows]
 
 

@@ -13,6 +13,7 @@ from cellbench.reporting.collect import ExperimentResults
 from cellbench.reporting.leaderboard import LeaderboardRow, format_p
 from cellbench.reporting.learning_curves import LearningCurve
 from cellbench.reporting.model_groups import TestSet
+from cellbench.reporting.shift import APPEARANCE, FURTHER, Shift, shift_of
 from cellbench.statistics.bootstrap import Interval, negate
 from cellbench.statistics.hypothesis_tests import DECIMALS, describe_undecidable, is_decidable
 from cellbench.statistics.scores import Difference
@@ -41,9 +42,10 @@ class Verdict:
 def conclude(results: ExperimentResults, rows: Sequence[LeaderboardRow]) -> Verdict:
     """The verdict about the first test set; ``rows``: its leaderboard."""
     here = results.sets[0]
-    notes = list_notes(results, rows)
-    more = [*notes[MAX_NOTES:], *describe_pairs(here.differences_to_best())]
-    return Verdict(lines=(*describe_best(here), *notes[:MAX_NOTES]), more=tuple(more))
+    safest, *further = describe_shift(shift) if (shift := shift_of(here)) is not None else [""]
+    notes, most = list_notes(results, rows), MAX_NOTES - bool(safest)
+    more = [*further, *notes[most:], *describe_pairs(here.differences_to_best())]
+    return Verdict(lines=(*describe_best(here), *([safest] if safest else []), *notes[:most]), more=tuple(more))
 
 
 def list_notes(results: ExperimentResults, rows: Sequence[LeaderboardRow]) -> list[str]:
@@ -77,6 +79,43 @@ def describe_best(here: TestSet) -> list[str]:
     span = f" ({_span(interval, 3)})" if interval.low is not None else ""
     first = f"Best on average is {name}: Dice {interval.mean:.3f}{span} over {num} image{'s' * (num != 1)}{groups}."
     return [first, describe_evidence(here)]
+
+
+def describe_shift(shift: Shift) -> list[str]:
+    """Which model is the safest, and whether it is the best too; then the best on each further test set, and models that lack a test."""
+    parts = {
+        "perturbation": sum(kind not in (APPEARANCE, FURTHER) for kind in (one.kind for one in shift.conditions)),
+        APPEARANCE: len(shift.of_kind(APPEARANCE)),
+        "further test set": len(shift.of_kind(FURTHER)),
+    }
+    counted = _and([f"{num} {what}{'s' * (num > 1)}" for what, num in parts.items() if num])
+    best, safest = shift.models[0], shift.safest
+    low, high = shift.lowest(best), shift.lowest(safest)
+    where = f"{high.mean(safest):.3f} ({high.name})"
+    if len(shift.models) == 1:
+        first = f"Its worst case among {counted} is {where}."
+    elif best == safest:
+        it = "It" if best == shift.here.best.name else best
+        first = f"{it} is also the safest: its worst case among {counted} is {where}, the best of all models'."
+    else:
+        first = (
+            f"The safest is another one, {safest}: its worst case among {counted} is {where}, the best of all models'; "
+            f"that of {best} is {low.mean(best):.3f} ({low.name})."
+        )
+    out = [first]
+    for here in shift.sets:
+        size = f"{len(here.images)} images"
+        out.append(f"On {here.dataset} ({size}) the best is {here.best.name} with {here.best.scores().mean:.3f}. {describe_evidence(here)}")
+    if shift.missing:
+        names = list(dict.fromkeys(name for lacks in shift.missing.values() for name in lacks))
+        out.append(
+            f"Not tested on {_list(names, 3)}: {_list(list(shift.missing), 3)}. The grid that asks for these tests adds them without training."
+        )
+    return out
+
+
+def _and(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def describe_evidence(here: TestSet) -> str:

@@ -102,9 +102,9 @@ class Tracker:
         except AlreadyExistsError:  # another process has just created it
             return self.client.get_experiment_by_name(self.name).experiment_id
 
-    def known(self, fingerprint: str = "") -> dict[str, RunState]:
+    def known(self, fingerprint: str = "") -> dict[str, RunRecord]:
         """The runs of this experiment by fingerprint, optionally only one fingerprint. Of several runs, the finished one, else the latest."""
-        found: dict[str, RunState] = {}
+        found: dict[str, RunRecord] = {}
         wanted = f"= '{fingerprint}'" if fingerprint else "!= ''"
         for run in self._runs(f"tags.`{FINGERPRINT}` {wanted}"):
             old = found.get(run.fingerprint)
@@ -203,6 +203,10 @@ class Tracker:
         """Logs everything below a folder as artifacts of a run that has ended."""
         with os_errors_as("keeping a report in MLflow"):
             self.client.log_artifacts(run.run_id, str(folder))
+
+    def reopen(self, run: RunRecord) -> Run:
+        """A run that has ended, to log more to it."""
+        return Run(run_id=run.run_id, _tracker=self)
 
     def describe(self, markdown: str, columns: Sequence[str], search: str = "") -> None:
         """Sets the experiment's description in MLflow's UI, and its view: metrics as ``columns``, runs filtered by ``search``."""

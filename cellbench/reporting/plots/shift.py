@@ -1,0 +1,76 @@
+"""The figure of shift: how far each model falls on perturbed images, other appearances and other test sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from cellbench.reporting.plots.style import (
+    PALETTE,
+    STYLE,
+    first_that_fit,
+    note_at_right,
+    rows_figure,
+    set_caption,
+)
+
+MOST = 15
+"""Models in the figure."""
+COLOURS = (PALETTE[4], PALETTE[1], PALETTE[0], PALETTE[7], PALETTE[5], PALETTE[2], PALETTE[3], "black")
+MARKERS = "osD^vP*X"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FallRow:
+    """One model: mean Dice on the own images, and under each condition."""
+
+    model: str
+    own: float
+    conditions: Sequence[tuple[str, str, float]]
+    """Kind, name and mean Dice."""
+    lowest: tuple[str, float]
+    """The condition with the lowest mean Dice."""
+    safest: bool
+
+
+def plot_falls(rows: Sequence[FallRow], kinds: Mapping[str, str], narrow: bool = False) -> Figure:
+    """A row a model: a bar from the own images down to the lowest condition, a mark for each condition. ``kinds``: labels by kind."""
+    rows, left_out = first_that_fit(rows, MOST)
+    with matplotlib.rc_context(STYLE):
+        legend_rows = -(-(len(kinds) + 1) // (3 if narrow else 8))
+        figure, axes = rows_figure([row.model for row in rows], narrow, extra_in=0.8 + 0.25 * legend_rows)
+        low = min(row.lowest[1] for row in rows)
+        high = max(value for row in rows for value in (row.own, *(value for _, _, value in row.conditions)))
+        pad = 0.04 * (high - low) or 0.01
+        axes.set_xlim(low - pad, high + pad)
+        look = {kind: (COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]) for k, kind in enumerate(kinds)}
+        for y, row in enumerate(rows):
+            axes.plot([row.lowest[1], row.own], [y, y], color="0.8", linewidth=5, solid_capstyle="butt", zorder=1)
+            shifts = np.linspace(-0.16, 0.16, len(kinds)) if len(kinds) > 1 else np.zeros(1)
+            for (kind, (colour, marker)), shift in zip(look.items(), shifts, strict=True):
+                values = [value for other, _, value in row.conditions if other == kind]
+                axes.plot(values, [y + shift] * len(values), marker, color=colour, markersize=4, markeredgewidth=0, alpha=0.85, zorder=2)
+            axes.plot([row.own], [y], "|", color="black", markersize=13, markeredgewidth=2, zorder=3)
+            note_at_right(axes, y, f"{row.lowest[1]:.3f}, {row.lowest[0]}{' (safest)' if row.safest else ''}", narrow)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("test Dice, mean over images")
+        handles = [Line2D([], [], color="black", marker="|", linestyle="none", markersize=11, markeredgewidth=2, label="own test images")]
+        handles += [
+            Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=5, label=kinds[kind])
+            for kind, (colour, marker) in look.items()
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=3 if narrow else 8, fontsize=8, handletextpad=0.2, columnspacing=1.0)
+        set_caption(
+            figure,
+            "Mean Dice of each model: on the own test images (line), and under each condition (marks).",
+            "Perturbations have three strengths, so three marks." if any(kind not in ("appearance", "test set") for kind in kinds) else "",
+            "Beside each row: the lowest mean and its condition. The safest model has the highest.",
+            left_out,
+        )
+    return figure

@@ -1,0 +1,87 @@
+"""Further test sets and perturbed images: added to finished runs from their stored heads, with the scores of a test of the same images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small_data import enter, write_pair
+
+from cellbench.run import main
+from cellbench.tracking.schema import SHIFT_TESTS
+from cellbench.tracking.tracker import Tracker
+
+EXPERIMENT = """# Which model is the safest?
+experiment = "shifted"
+dataset    = "folder"
+baselines  = ["otsu"]
+[grid]
+backbone = ["filter-bank"]
+head     = ["detail"]
+[run]
+tile_px = 64
+epochs  = 1
+crops_per_image = 4
+normalise = "reinhard"
+val_overlap = 0.5
+"""
+
+
+def scores(name: str) -> dict[str, dict]:
+    tracker = Tracker("shifted")
+    runs = [run for run in tracker.stored() if not run.is_parent]
+    return {run.params["baseline"]: json.loads(tracker.artifact(run, name) or b"{}") for run in runs}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shift")
+    for seed in range(6):
+        write_pair(folder / "smears" / "train", f"a{seed}.png", seed)
+    for seed in range(3):
+        write_pair(folder / "smears" / "test", f"t{seed}.png", 100 + seed)
+    (folder / "q.toml").write_text(EXPERIMENT)
+    with pytest.MonkeyPatch.context() as patch:
+        enter(folder, patch)
+        assert main(["grid", "q.toml", "--data", "smears"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(project: Path, monkeypatch) -> Path:
+    enter(project, monkeypatch)
+    return project
+
+
+def test_finished_runs_are_tested_further_in_a_worker_process_and_only_once(here: Path, capsys) -> None:
+    before = scores("per_image.json")
+    asked = ["grid", "q.toml", "--data", "smears", "--tests", "smears", "--set", 'data.perturb=["blur"]']
+    assert main([*asked, "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 runs are finished already" in printed
+    assert printed.count("1 run tested on smears (3 images) and images perturbed by blur.") == 2
+    assert "3 of 3 images of smears are images of smears too" in printed
+    found = scores(SHIFT_TESTS)
+    for model, main_test in before.items():
+        for key in ("images", "dice", "nsd", "confusion"):
+            assert found[model]["sets"]["smears"][key] == main_test[key], (model, key)
+        assert found[model]["perturbed"]["none"] == main_test["dice"]  # with val_overlap = overlap
+        assert found[model]["perturbed"]["blur-3"] != main_test["dice"]
+    metrics = next(run.metrics for run in Tracker("shifted").stored() if run.params.get("baseline") == "none")
+    assert metrics["shift.smears/dice"] == metrics["test_image/dice"]
+    assert metrics["shift.smears/dice_pooled"] == metrics["test/dice"]
+    assert main(asked) == 0
+    assert "tested on" not in capsys.readouterr().out
+    assert main([*asked[:-1], 'data.perturb=["blur", "jpeg"]']) == 0  # adds to what is there
+    assert sorted(scores(SHIFT_TESTS)["otsu"]["perturbed"]) == ["blur-1", "blur-2", "blur-3", "jpeg-1", "jpeg-2", "jpeg-3", "none"]
+
+
+def test_a_folder_with_other_classes_is_refused_before_training(here: Path, capsys) -> None:
+    for seed in range(2):
+        write_pair(here / "three", f"x{seed}.png", seed)
+    (here / "three" / "dataset.toml").write_text('classes = ["background", "red", "white"]\nvalues = [0, 128, 255]\n')
+    assert main(["grid", "q.toml", "--data", "smears", "--tests", "three"]) == 2
+    assert "[data] tests: three has the classes background, red, white; those of smears are background, cell." in capsys.readouterr().err
+    assert main(["grid", "q.toml", "--data", "smears", "--tests", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
