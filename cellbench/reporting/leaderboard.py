@@ -176,7 +176,7 @@ def terminal_table(rows: Sequence[LeaderboardRow], own: Iterable[Metric] = (), *
     """
     cells = [{**format_row(row, own), "p vs best": _p_cell(row, rows)} for row in rows]
     if wide:
-        columns = [Column(heading=name, right=name != "model") for name in cells[0]]
+        columns = [Column(heading=name, right=name != "model") for name in max(cells, key=len)]
         return "\n".join(format_table(columns, [[row.get(one.heading, "") for one in columns] for row in cells], room=WIDE))
     sets = list(dict.fromkeys(name for row in rows for name in row.further))
     for row, text in zip(rows, cells, strict=True):

@@ -6,7 +6,6 @@ brighter, smaller or larger), the direction is drawn once for an image and is th
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.transforms.augmentation import StainJitter
@@ -101,9 +99,8 @@ def _noise(image: np.ndarray, deviation: float, rng: np.random.Generator) -> np.
 
 def _jpeg(image: np.ndarray, quality: float, rng: np.random.Generator) -> np.ndarray:
     """Saved as JPEG with this quality, and read again."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=int(quality))
-    return np.asarray(Image.open(buffer).convert("RGB"))
+    _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
+    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
 def _scale(image: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:

@@ -22,7 +22,7 @@ from cellbench.reporting.plots.style import (
 
 MOST = 15
 """Models in the figure."""
-COLOURS = (PALETTE[4], PALETTE[1], PALETTE[0], PALETTE[7], PALETTE[5], PALETTE[2], PALETTE[3], "black")
+COLOURS = (PALETTE[4], PALETTE[1], PALETTE[0], "0.3", PALETTE[5], PALETTE[2], PALETTE[3], "black")
 MARKERS = "osD^vP*X"
 
 

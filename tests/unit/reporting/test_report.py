@@ -465,9 +465,10 @@ def test_the_table_of_a_terminal_fits_80_columns_and_says_which_differences_are_
     monkeypatch.setenv("COLUMNS", "80")
     rows = [
         LeaderboardRow(
-            **{field.name: {} if field.name in ("scores", "costs") else () for field in dataclasses.fields(LeaderboardRow)}
+            **{field.name: {} if field.name in ("scores", "costs", "further") else () for field in dataclasses.fields(LeaderboardRow)}
             | {"model": model, "baseline": baseline, "image_dice": dice, "low": dice - 0.01, "high": dice + 0.01, "rough": True}
             | {"p_to_best": p, "num_seeds": 3, "seed_sd": 0.01, "scores": {"dice": dice, "ap50": 0.8}, "costs": {"images_per_s": 2.0}}
+            | {"lowest_dice": None}
         )
         for model, baseline, dice, p in (("otsu", True, 0.95, None), ("vit-tiny-random · transposed-conv", False, 0.9, 0.0004))
     ]
