@@ -100,7 +100,7 @@ def _noise(image: np.ndarray, deviation: float, rng: np.random.Generator) -> np.
 def _jpeg(image: np.ndarray, quality: float, rng: np.random.Generator) -> np.ndarray:
     """Saved as JPEG with this quality, and read again."""
     _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
-    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR), np.uint8), cv2.COLOR_BGR2RGB)
 
 
 def _scale(image: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:
