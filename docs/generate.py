@@ -216,7 +216,7 @@ def components(folder: str) -> str:
             facts = f"{domain}{size}patches of {one.patch_px} px, {one.license}" + (", gated" if one.gated else "")
             rows.append((f"`{one.id}`", f"{one.title}<br>*{facts}*"))
         return _table(("backbone", "what it is"), rows)
-    rows = [(f"`{one.id}`", one.title, *_options(one)) for one in found]
+    rows = [(f"`{one.id}`", one.title + (f"<br>*{one.notes}*" if folder == "heads" else ""), *_options(one)) for one in found]
     return _table((cards_of(folder), "what it is", "options and defaults")[: len(rows[0])], rows)
 
 

@@ -1,7 +1,7 @@
-"""``doctor``: lists which backbones are available on this machine, and tests whether a backbone matches its card.
+"""``doctor``: lists which backbones are available on this machine, tests whether a backbone matches its card, and times heads.
 
 The table uses no network: it reads the weights folder, earlier downloads and the hub's cache. The self-test loads and runs a backbone. Neither
-downloads anything. Only the self-test and the contracts import torch.
+downloads anything. Only the self-test, the heads' costs and the contracts import torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellbench import startup
-from cellbench.config.cards import BackboneCard, Card
+from cellbench.config.cards import BackboneCard, Card, HeadCard
 from cellbench.config.options import DoctorOptions
 from cellbench.config.registry import Registry
 from cellbench.console import WIDE, Column, format_table, say
@@ -42,7 +42,7 @@ HASHED_BYTES = 128 * 2**20
 
 
 def doctor(options: DoctorOptions) -> int:
-    """Prints the table, the self-test of the named backbones, the contracts, or the services. Returns exit code 0, or 1 if a check failed.
+    """Prints the table, the self-test of named backbones, the cost of named heads, the contracts, or the services. Returns exit code 0, or 1 if a check failed.
 
     Raises CellbenchError for an unknown name, and WeightsUnavailable, with the remedy, for missing weights.
     """
@@ -56,7 +56,15 @@ def doctor(options: DoctorOptions) -> int:
         return _contracts(_parts(registry, options.names, options.registry))
     if not options.names:
         return _table(registry, weights_folder(options.weights), options.deep, options.wide)
-    return _self_tests([registry.backbone(name) for name in options.names], options.weights, options.device)
+    known = {kind: registry.names(kind) for kind in ("backbones", "heads")}
+    for name in options.names:
+        if not any(name in names for names in known.values()):
+            raise unknown_name("backbone or head", name, known["backbones"] + known["heads"], all_with="cellbench list")
+    heads = [registry.head(name) for name in options.names if name in known["heads"]]
+    backbones = [registry.backbone(name) for name in options.names if name in known["backbones"]]
+    if heads:
+        _head_costs(heads, options.device)
+    return _self_tests(backbones, options.weights, options.device) if backbones else 0
 
 
 # --- the table ----------------------------------------------------------------------------------------------------------------------
@@ -251,6 +259,32 @@ def _self_test(card: BackboneCard, weights: Path | None, here: Hardware) -> int:
     say(f"  memory      {report.peak_mib:,.0f} MiB more than before, at the peak of loading and running")
     say(f"  loading     {report.load_s:.2f} s\n")
     return sum(check.holds is False for check in report.checks)
+
+
+# --- the cost of heads --------------------------------------------------------------------------------------------------------------
+
+
+def _head_costs(cards: list[HeadCard], device: str) -> None:
+    """Prints a table of the heads, the cheapest first."""
+    from cellbench.diagnostics import head_cost
+    from cellbench.hardware import detect_hardware
+
+    startup.configure_threads(device)
+    here = detect_hardware(device)
+    found = sorted(((card.id, head_cost.head_cost(card, here)) for card in cards), key=lambda one: one[1].train_ms)
+    columns = [
+        Column(heading="head"),
+        Column(heading="parameters", right=True),
+        Column(heading="training, ms a tile", right=True),
+        Column(heading="scoring, ms a tile", right=True),
+    ]
+    rows = [(name, f"{cost.params / 1e6:.2f} M", f"{cost.train_ms:.2f}", f"{cost.score_ms:.2f}") for name, cost in found]
+    say("\n".join(format_table(columns, rows)))
+    kind = "processor" if here.device.type == "cpu" else "wall"
+    say(
+        f"on {here.name}: {kind} time of the head alone, for tiles of {head_cost.TILE_PX} px with the maps of a ViT-Ti/{head_cost.STRIDE_PX}, "
+        f"{head_cost.NUM_CLASSES} classes, in batches of {head_cost.BATCH}\n"
+    )
 
 
 # --- the contracts ------------------------------------------------------------------------------------------------------------------

@@ -226,7 +226,9 @@ class ShowOptions(RegistryOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions(DeviceOptions, WeightsOptions, RegistryOptions, TableOptions):
-    names: tuple[str, ...] = argument("backbones to load, check and time (default: a table of all of them)", (), metavar="NAME")
+    names: tuple[str, ...] = argument(
+        "backbones to load, check and time, or heads to time (default: a table of all backbones)", (), metavar="NAME"
+    )
     cache: Path | None = option("the cache folder (default: ~/.cache/cellbench)", metavar="DIR")
     deep: bool = option("for the table: also read large files, once, to compare their hashes", False)
     contracts: bool = option("run the conformance checks of backbones and heads: those named, those of --registry, or all", False)

@@ -139,7 +139,7 @@ def _feature_pass(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
 
 
 def _heads(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
-    runs = [setup.run(head, 1e-3) for head in setup.registry.names("heads")]
+    runs = [setup.run(head, 1e-3) for head in dict.fromkeys((*setup.heads, "detail"))]  # `doctor HEAD` times any
     features = setup.features(runs)
     with WorkerPool(1) as pool:
         batch = next(iter(features.train(0, pool)))

@@ -159,9 +159,11 @@ def draw_on_cpu(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
 
 
 def _is_deterministic(module: nn.Module) -> bool:
-    """Whether a module is known to draw no random numbers: torch's plain layers, and layers of this package, which a test checks."""
+    """Whether a module is known to draw no random numbers: torch's plain layers, and those of this package and of smp, which a test checks."""
     kind = type(module)
-    known = kind.__module__.startswith("cellbench.") or (kind.__module__ in _LAYERS and kind.__name__ not in _RANDOM_LAYERS)
+    known = kind.__module__.startswith(("cellbench.", "segmentation_models_pytorch.")) or (
+        kind.__module__ in _LAYERS and kind.__name__ not in _RANDOM_LAYERS
+    )
     return known and not module._forward_hooks and not module._forward_pre_hooks
 
 

@@ -20,7 +20,7 @@ from weight_files import PTH, REPO, SAFE, card, digest, empty_machine
 from cellbench.cli import doctor
 from cellbench.config.cards import BackboneCard
 from cellbench.config.registry import Registry, shipped
-from cellbench.diagnostics import probe
+from cellbench.diagnostics import head_cost, probe
 from cellbench.models.backbones.build import open_backbone
 from cellbench.models.backbones.weights import locate
 from cellbench.run import main
@@ -226,11 +226,19 @@ def test_missing_weights_are_one_line_with_the_remedy(web: StandIn, tmp_path: Pa
     assert web.asked == []
 
 
+def test_the_cost_of_named_heads_is_a_table_the_cheapest_first(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_cost, "MEASURED_S", 0.0)
+    assert main(["doctor", "detail", "bilinear", "--device", "cpu"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert [(name, params) for name, params, *_ in rows] == [("bilinear", "0.00"), ("detail", "0.21")]
+    assert all(float(train) > float(score) > 0 for *_, train, score in rows)
+
+
 def test_a_misspelt_name_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "filter-bank", "dinoblom-s"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "no backbone called 'dinoblom-s'. Did you mean 'dinobloom-s'?" in err
+    assert "no backbone or head called 'dinoblom-s'. Did you mean 'dinobloom-s'?" in err
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

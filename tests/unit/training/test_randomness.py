@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cohorts import FP32, REGISTRY, Listener, baseline_of, dataset_of, features_of, fitted, run_of, same, trainers_of
+from small_heads import one_a_builder
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -93,7 +94,9 @@ def test_a_baseline_that_draws_is_repeatable(dataset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "run", [*(run_of(head, **QUICK) for head in REGISTRY.names("heads")), run_of(unfreeze=1, **QUICK)], ids=lambda run: run.head
+    "run",
+    [*(run_of(name, options=card.options, **QUICK) for name, card in one_a_builder().items()), run_of(unfreeze=1, **QUICK)],
+    ids=lambda run: run.head,
 )
 def test_shipped_heads_draw_no_random_numbers_and_are_not_watched(dataset, run, monkeypatch):
     if not run.unfreeze:
