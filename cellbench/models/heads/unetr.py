@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +27,7 @@ class UNETR(Head):
         self.laterals = nn.ModuleList(conv_bn_relu(level.dim, dim, 1) for level, dim in zip(levels, dims, strict=True))
         self.bottom = conv_bn_relu(dims[-1], dims[-1])
         self.joins = nn.ModuleList(
-            nn.Sequential(conv_bn_relu(fine + coarse, fine), conv_bn_relu(fine, fine))
-            for fine, coarse in zip(dims[:-1], dims[1:], strict=True)
+            nn.Sequential(conv_bn_relu(fine + coarse, fine), conv_bn_relu(fine, fine)) for fine, coarse in itertools.pairwise(dims)
         )
         self.pixels = conv_bn_relu(3, width)
         self.last = conv_bn_relu(dims[0] + width, width)

@@ -9,7 +9,7 @@ import parts
 import pytest
 import torch
 import torch.nn.functional as F
-from cohorts import FP32, REGISTRY, Listener, baseline_of, dataset_of, features_of, fitted, run_of, same, trainers_of
+from cohorts import FP32, Listener, baseline_of, dataset_of, features_of, fitted, run_of, same, trainers_of
 from small_heads import one_a_builder
 from timm.layers import DropPath
 from torch import Tensor, nn
