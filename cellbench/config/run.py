@@ -90,8 +90,8 @@ class RunSpec(StrictModel):
     """Epochs without a better ``select`` before the run stops; 0: never."""
     loss: str = "0.5 ce + 0.5 dice"
     """A loss, or a weighted sum of losses. ``cellbench list losses`` names them."""
-    targets: Literal["cell", "cell+distance", "cell+border+distance"] = "cell"
-    """Auxiliary targets beside the classes, to separate touching cells: the distance to the cell's border, and borders between cells."""
+    targets: Literal["cell", "cell+distance", "cell+border+distance", "flows", "stars", "hv"] = "cell"
+    """What is learned beside the classes to find single cells: distances and borders, Cellpose's flows, StarDist's rays, HoVer-Net's maps."""
     unfreeze: Annotated[int, _COHORT] = Field(default=0, ge=0, le=100)
     """Number of the backbone's last blocks that are also trained, as a copy for each run; earlier blocks stay frozen and shared."""
     tail_lr_scale: float = Field(default=0.01, gt=0, le=1)

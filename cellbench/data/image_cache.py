@@ -9,18 +9,19 @@ from typing import TypeVar, cast
 
 import numpy as np
 
+from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.data.dataset import Dataset
 from cellbench.data.io.intensity import IntensityScaling
-from cellbench.data.transforms.cell_targets import make_targets
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.stain import KINDS, MOST_IMAGES, Normaliser
+from cellbench.metrics.instances import reference_instances
 
 T = TypeVar("T", bound=tuple[np.ndarray, ...])
 
 Pair = tuple[np.ndarray, np.ndarray]
-Key = tuple[int, Preparation | Framing | None]
-"""An image's number and what is cached: image and class map, raw or prepared, or auxiliary targets in a framing."""
+Key = tuple[int, Preparation | tuple[Framing, str] | None]
+"""An image's number and what is cached: image and class map, raw or prepared, or a cell target in a framing."""
 
 
 class ImageCache:
@@ -66,8 +67,11 @@ class ImageCache:
         # From the file, not from self[index]: caching the raw image would displace another prepared one.
         return self._kept_or((index, preparation), lambda: preparation(self._dataset.read(self.samples[index])))
 
-    def auxiliary_targets(self, index: int, framing: Framing) -> np.ndarray:
-        """Auxiliary targets of the framed image, (H', W', 2) uint8, see ``cellbench.data.transforms.cell_targets``."""
+    def cell_target(self, index: int, framing: Framing, name: str) -> np.ndarray:
+        """A cell target of the framed image, (H', W', A) uint8, by its name in ``cellbench.data.cell_targets.catalog``."""
+        target = TARGETS[name]
+        assert target is not None
+        encode = target.encode
 
         def make() -> tuple[np.ndarray]:
             sample = self.samples[index]
@@ -76,9 +80,12 @@ class ImageCache:
             classes = framing.mask(own)
             if least is not None:  # in pixels of the image; framing may change the size
                 least = max(1, round(least * classes.size / own.size))
-            return (make_targets(classes, framing.numbers(ids) if ids is not None else None, least, owners=self._dataset.owners),)
+            numbers = framing.numbers(ids) if ids is not None else None
+            cells = reference_instances(classes, numbers, least, owners=self._dataset.owners)[0]
+            scale = classes.shape[0] / own.shape[0], classes.shape[1] / own.shape[1]
+            return (encode(cells, scale),)
 
-        return self._kept_or((index, framing), make)[0]
+        return self._kept_or((index, (framing, name)), make)[0]
 
     def normaliser(self, kind: str, images: Sequence[int]) -> Normaliser | None:
         """The stain normaliser of this kind, fitted to the images with these numbers.

@@ -74,8 +74,8 @@ def final_metrics(dataset: Dataset, result: EvaluationResult) -> dict[str, float
     joined = [one["num_predicted"] - one["num_true"] for one in result.evaluation.connected]
     out |= {"test_image/ap50_connected": nan_mean(np.array([one["ap50"] for one in result.evaluation.connected]))}
     out |= {"test_image/count_error_abs_connected": float(np.abs(joined).mean()), "separation/saddle_ratio": cut.saddle_ratio}
-    if cut.val_ap50:
-        out["separation/val_ap50"] = cut.val_ap50[f"{cut.saddle_ratio:g}"]
+    if (val_ap50 := cut.val_ap50_of_setting) is not None:
+        out["separation/val_ap50"] = val_ap50
     if (calibration := result.evaluation.calibration()) is not None:
         from cellbench.metrics.calibration import expected_calibration_error
 

@@ -27,7 +27,6 @@ from cellbench.config.run import NUMERICS_VERSION
 from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
-from cellbench.data.transforms.cell_targets import requested
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.errors import WeightsUnavailable, one_line, quote_name
@@ -352,7 +351,7 @@ class Runner:
 
         val, test, busy, wall_s, cpu_s = self._images["val"], self._images["test"], SystemLoad(), 0.0, 0.0
         predictions = ((k, [(segment(val[k][0]), None)]) for k in range(len(val)))
-        with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, 1, predictions), self._own_metrics) as evaluator:
+        with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, ["watershed"], predictions), self._own_metrics) as evaluator:
             for index in range(len(test)):
                 self.report(index / len(test), "testing")
                 image, truth = test[index]
@@ -380,7 +379,7 @@ class Runner:
         levels = [one.card.levels for one in (*cohort, *more) if isinstance(one.card, HeadCard)]
         frozen = FrozenBackbone(self._open_backbone(first), self.machine, levels, first.run.unfreeze)
         plan = SamplingPlan(self._images["train"].sizes_px, first.run, self.registry)
-        return Features(frozen, plan, self._images, self._cache_policy(first), any(requested(one.run.targets) for one in cohort))
+        return Features(frozen, plan, self._images, self._cache_policy(first), [one.run.targets for one in cohort])
 
     def _open_backbone(self, resolved: ResolvedRun) -> Backbone | None:
         card = resolved.backbone
@@ -485,7 +484,7 @@ class Runner:
         with CohortEvaluator(self.dataset, len(models), separations, self._own_metrics) as evaluator:
             for image, counts, answers in score_images(models, features, "test"):
                 self._progress.update("testing", len(features.grid("test", image)))
-                evaluator.add_image(image, test[image][1], counts, [(a.classes, a.cell, a.boundary_depth) for a in answers])
+                evaluator.add_image(image, test[image][1], counts, [(a.classes, a.cell, a.fields) for a in answers])
                 for k, answer in enumerate(answers):
                     if not answer.finite:
                         not_finite.setdefault(k, self.dataset.test[image].name)

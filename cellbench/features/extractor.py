@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.transforms.augmentation import apply_all
 from cellbench.data.transforms.preprocessing import Preparation
@@ -50,16 +51,15 @@ class Batch(NamedTuple):
     """(B, 3, T, T) float32, 0..1."""
     target: Tensor
     """(B, T, T) int64."""
-    auxiliary_targets: Tensor | None = None
-    """(B, T, T, 2) uint8, if a run of the cohort trains on them (``cellbench.data.transforms.cell_targets``)."""
+    cell_targets: dict[str, Tensor] = {}  # noqa: RUF012  never changed
+    """(B, T, T, A) uint8, by the names of the targets that runs of the cohort train on (``cellbench.data.cell_targets``)."""
     ignoring: bool = False
     """Whether any pixel of the target is ``metrics.pixel.IGNORE``."""
 
     def __getitem__(self, rows: slice) -> Batch:  # type: ignore[override]
-        auxiliary_targets = self.auxiliary_targets[rows] if self.auxiliary_targets is not None else None
-        return Batch(
-            {index: x[rows] for index, x in self.maps.items()}, self.pixels[rows], self.target[rows], auxiliary_targets, self.ignoring
-        )
+        maps = {index: x[rows] for index, x in self.maps.items()}
+        cell_targets = {name: x[rows] for name, x in self.cell_targets.items()}
+        return Batch(maps, self.pixels[rows], self.target[rows], cell_targets, self.ignoring)
 
     @property
     def num(self) -> int:
@@ -121,7 +121,7 @@ class FeaturePass:
 
 
 class Features:
-    """The batches of one cohort. ``pixels``: decoded images by split; ``auxiliary_targets``: whether training and validation batches include them."""
+    """The batches of one cohort. ``pixels``: decoded images by split; ``cell_targets``: the names of those in training and validation batches."""
 
     def __init__(
         self,
@@ -129,9 +129,10 @@ class Features:
         plan: SamplingPlan,
         pixels: dict[str, ImageCache],
         policy: CachePolicy,
-        auxiliary_targets: bool = False,
+        cell_targets: Sequence[str] = (),
     ) -> None:
-        self.backbone, self.plan, self.pixels, self._policy, self._auxiliary_targets = backbone, plan, pixels, policy, auxiliary_targets
+        self.backbone, self.plan, self.pixels, self._policy = backbone, plan, pixels, policy
+        self._cell_targets = {name: target for name in sorted(set(cell_targets)) if (target := TARGETS[name]) is not None}
         self.framing = plan.framing
         self.tile_px = {split: self.framing.tile_px(pixels[split].sizes_px) for split in pixels} | {"train": plan.tile_px}
         """Height and width of the tiles of each split."""
@@ -353,7 +354,8 @@ class Features:
         return maps
 
     def _batch(self, cache: FeatureCache | None, rows: np.ndarray, tiles: Tiles) -> Batch:
-        return Batch(self._maps(cache, rows, tiles.pixels), *tiles)
+        cell_targets = dict(zip(self._cell_targets, tiles.cell_targets, strict=False))
+        return Batch(self._maps(cache, rows, tiles.pixels), tiles.pixels, tiles.target, cell_targets, tiles.ignoring)
 
     def _cutter(self, split: str) -> TileCutter:
         """How tiles of a split are cut: on the GPU if its images fit there."""
@@ -361,15 +363,15 @@ class Features:
             images = self.plan.used_images if split == "train" else range(len(self.pixels[split]))
             sizes = [self.framing.framed_px(self.pixels[split].sizes_px[image]) for image in images]
             device, framed = self.backbone.machine.device, functools.partial(self._framed, split)
-            auxiliary = self._auxiliary_targets and split != "test"
-            if images and self.backbone.machine.fits(DeviceCutter.bytes_of(sizes, auxiliary)):
-                self._cutters[split] = DeviceCutter(framed, images, self.tile_px[split], device)
+            cell_targets = tuple(self._cell_targets.values()) if split != "test" else ()
+            if images and self.backbone.machine.fits(DeviceCutter.bytes_of(sizes, cell_targets)):
+                self._cutters[split] = DeviceCutter(framed, images, self.tile_px[split], device, cell_targets)
             else:
-                self._cutters[split] = HostCutter(framed, self.tile_px[split], device)
+                self._cutters[split] = HostCutter(framed, self.tile_px[split], device, cell_targets)
         return self._cutters[split]
 
     def _framed(self, split: str, image: int) -> tuple[np.ndarray, ...]:
-        """The framed image and class map, with auxiliary targets if a run trains on them; never for the test."""
+        """The framed image and class map, then the cell targets that runs train on; these never for the test."""
         pixels = self.pixels[split]
         pair = pixels.prepared(image, self.preparation)
-        return (*pair, pixels.auxiliary_targets(image, self.framing)) if self._auxiliary_targets and split != "test" else pair
+        return pair if split == "test" else (*pair, *(pixels.cell_target(image, self.framing, name) for name in self._cell_targets))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cellbench.data.cell_targets.base import CellTarget, ChannelTurns
 from cellbench.data.transforms.augmentation import rotate_flip
 from cellbench.data.transforms.tiling import cut_tile
 from cellbench.hardware import num_cores, to_device
@@ -22,7 +23,9 @@ from cellbench.metrics.pixel import IGNORE
 from cellbench.parallel import WorkerPool
 
 Framed = tuple[np.ndarray, ...]
-"""A framed image (H, W, 3), its class map (H, W), and auxiliary targets (H, W, 2) if a run trains on them; all uint8."""
+"""A framed image (H, W, 3), its class map (H, W), and cell targets (H, W, A) if runs train on them; all uint8."""
+MIRROR, UPSIDE_DOWN = 4, 6
+"""Codes of :func:`rotate_flip`."""
 Place = tuple[int, int, int, int]
 """Image, y, x and code of :func:`rotate_flip` of a tile."""
 
@@ -34,8 +37,8 @@ class Tiles(NamedTuple):
     """(B, 3, T, T) float32, 0..1, channels-last."""
     target: Tensor
     """(B, T, T) int64."""
-    auxiliary_targets: Tensor | None
-    """(B, T, T, 2) uint8."""
+    cell_targets: tuple[Tensor, ...]
+    """(B, T, T, A) uint8 each."""
     ignoring: bool
     """False if no pixel of the target is ``IGNORE``."""
 
@@ -51,19 +54,27 @@ class TileCutter(Protocol):
 class HostCutter:
     """Cuts from arrays, and sends the tiles to a device. ``framed`` gives an image by its number."""
 
-    def __init__(self, framed: Callable[[int], Framed], tile_px: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self, framed: Callable[[int], Framed], tile_px: tuple[int, int], device: torch.device, cell_targets: Sequence[CellTarget] = ()
+    ) -> None:
         self._framed, self._tile_px, self._device = framed, tile_px, device
+        self._turns = [target.turns for target in cell_targets]
 
     def prepare(self, places: Sequence[Place]) -> list[np.ndarray]:
-        tiles = [[rotate_flip(cut_tile(a, y, x, self._tile_px), turn) for a in self._framed(image)] for image, y, x, turn in places]
-        return [np.stack(arrays) for arrays in zip(*tiles, strict=True)]
+        return [np.stack(arrays) for arrays in zip(*(self._tile(*place) for place in places), strict=True)]
+
+    def _tile(self, image: int, y: int, x: int, turn: int) -> list[np.ndarray]:
+        pixels, mask, *more = self._framed(image)
+        pair = [rotate_flip(cut_tile(array, y, x, self._tile_px), turn) for array in (pixels, mask)]
+        truths = (cut_truth(truth, y, x, self._tile_px, turns) for truth, turns in zip(more, self._turns, strict=True))
+        return pair + [turns.turn_truth(rotate_flip(truth, turn), turn) for truth, turns in zip(truths, self._turns, strict=True)]
 
     def cut(self, prepared: list[np.ndarray]) -> Tiles:
         images, masks, *more = prepared
         return Tiles(
             as_pixels(self._sent(images)),
             self._sent(masks).long(),
-            self._sent(more[0]) if more else None,
+            tuple(self._sent(array) for array in more),
             bool(masks.max() == IGNORE),  # on the CPU, to avoid waiting for the GPU
         )
 
@@ -74,11 +85,19 @@ class HostCutter:
 class DeviceCutter:
     """Holds all framed images on the device and cuts a batch of tiles in a few operations. ``images``: the numbers of those that are used."""
 
-    def __init__(self, framed: Callable[[int], Framed], images: Sequence[int], tile_px: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self,
+        framed: Callable[[int], Framed],
+        images: Sequence[int],
+        tile_px: tuple[int, int],
+        device: torch.device,
+        cell_targets: Sequence[CellTarget] = (),
+    ) -> None:
         self._device, self._row = device, {image: row for row, image in enumerate(images)}
+        self._turns = [target.turns for target in cell_targets]
         # Decoded on all cores, and sent one by one: the arrays of all images together may not fit into the processor's memory.
         with WorkerPool(num_cores()) as pool:
-            sent = list(pool.prefetch(images, lambda image: _padded(framed(image), tile_px), self._send))
+            sent = list(pool.prefetch(images, lambda image: _padded(framed(image), tile_px, self._turns), self._send))
         self._arrays = [torch.cat(parts) for parts in zip(*(flat for flat, _, _ in sent), strict=True)]
         self._ignoring = np.array([ignoring for _, _, ignoring in sent])
         sizes = np.array([size for _, size, _ in sent], np.int64).reshape(-1, 2)
@@ -93,9 +112,9 @@ class DeviceCutter:
         )
 
     @staticmethod
-    def bytes_of(sizes_px: Sequence[tuple[int, int]], auxiliary_targets: bool) -> int:
+    def bytes_of(sizes_px: Sequence[tuple[int, int]], cell_targets: Sequence[CellTarget] = ()) -> int:
         """Bytes of framed images of these sizes on the device."""
-        return sum(tall * wide for tall, wide in sizes_px) * (6 if auxiliary_targets else 4)
+        return sum(tall * wide for tall, wide in sizes_px) * (4 + sum(len(target.channels) for target in cell_targets))
 
     def prepare(self, places: Sequence[Place]) -> np.ndarray:
         """(B, 4) int64: the tile's first pixel among all N, its image's width, its turn, and whether the image has pixels to ignore."""
@@ -106,17 +125,34 @@ class DeviceCutter:
         first, width, turn, _ = to_device(torch.from_numpy(prepared), self._device).unbind(1)
         index_BTT = first[:, None, None] + self._rows[turn] * width[:, None, None] + self._columns[turn]
         image, mask, *more = (array[index_BTT] for array in self._arrays)
-        return Tiles(as_pixels(image), mask.long(), more[0] if more else None, bool(prepared[:, 3].any()))
+        truths = tuple(turns.turn_tiles(truth, turn) for truth, turns in zip(more, self._turns, strict=True))
+        return Tiles(as_pixels(image), mask.long(), truths, bool(prepared[:, 3].any()))
 
     def _send(self, framed: Framed) -> tuple[list[Tensor], tuple[int, int], bool]:
         flat = [torch.from_numpy(np.ascontiguousarray(array.reshape(-1, *array.shape[2:]))).to(self._device) for array in framed]
         return flat, framed[1].shape[:2], bool((framed[1] == IGNORE).any())
 
 
-def _padded(framed: Framed, tile_px: tuple[int, int]) -> Framed:
+def _padded(framed: Framed, tile_px: tuple[int, int], turns: Sequence[ChannelTurns]) -> Framed:
     """Arrays at least as large as a tile, mirrored as :func:`cut_tile` mirrors them."""
     tall, wide = (max(side, tile) for side, tile in zip(framed[1].shape, tile_px, strict=True))
-    return tuple(cut_tile(array, 0, 0, (tall, wide)) for array in framed)
+    pixels, mask, *more = framed
+    truths = (cut_truth(truth, 0, 0, (tall, wide), turn) for truth, turn in zip(more, turns, strict=True))
+    return cut_tile(pixels, 0, 0, (tall, wide)), cut_tile(mask, 0, 0, (tall, wide)), *truths
+
+
+def cut_truth(truth_HWA: np.ndarray, y: int, x: int, tile_px: tuple[int, int], turns: ChannelTurns) -> np.ndarray:
+    """A tile of a cell target, mirrored beyond the image's edges as :func:`cut_tile` does it, directions included."""
+    tile = cut_tile(truth_HWA, y, x, tile_px)
+    tall, wide = truth_HWA.shape[0] - y, truth_HWA.shape[1] - x
+    if turns.is_plain or (tall >= tile_px[0] and wide >= tile_px[1]):
+        return tile
+    tile = tile.copy()
+    for start in range(tall, tile_px[0], 2 * tall):  # every second repetition is a mirror image
+        tile[start : start + tall] = turns.turn_truth(tile[start : start + tall], UPSIDE_DOWN)
+    for start in range(wide, tile_px[1], 2 * wide):
+        tile[:, start : start + wide] = turns.turn_truth(tile[:, start : start + wide], MIRROR)
+    return tile
 
 
 def as_pixels(tiles_BTTC: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -
             notes += [(dataset.test[index].name, note) for note in found.notes]
             truth = dataset.read_mask(dataset.test[index])
             counts = confusion_matrix(truth, found.classes, len(dataset.classes))
-            evaluator.add_image(index, truth, [counts], [(found.classes, found.probability, found.boundary_depth)])
+            evaluator.add_image(index, truth, [counts], [(found.classes, found.probability, found.fields)])
             dice = float(per_image_scores(counts[None], unused=dataset.unused)["dice"][0])
             worst.append(ExamplePrediction.of(index, dice, found.classes, found.probability))
             worst = sorted(worst, key=lambda case: math.inf if math.isnan(case.dice) else case.dice)[:num_worst]

@@ -36,8 +36,8 @@ class MaskStrip:
     """(h, W) uint8."""
     probability: np.ndarray | None
     """(h, W) uint8, or None."""
-    boundary_depth: np.ndarray | None
-    """(h, W) uint8, or None."""
+    fields: np.ndarray | None
+    """(F, h, W) uint8, or None."""
     image: str | os.PathLike[str] | np.ndarray
     """The image's file, or its pixels (H, W, 3) uint8."""
     source: ImageSource
@@ -150,7 +150,7 @@ class ImageAssembly:
                 top=0,
                 classes=found,
                 probability=None,
-                boundary_depth=None,
+                fields=None,
                 image=self._image,
                 source=self.source,
                 last=True,
@@ -191,7 +191,7 @@ class ImageAssembly:
             top=top,
             classes=argmax_classes(strip_KHW[:num]).cpu().numpy(),
             probability=to_uint8(strip_KHW[:num].sum(0)).cpu().numpy(),
-            boundary_depth=to_uint8(strip_KHW[num]).cpu().numpy() if len(strip_KHW) > num else None,
+            fields=to_uint8(strip_KHW[num:]).cpu().numpy() if len(strip_KHW) > num else None,
             image=self._image,
             source=self.source,
             last=last,

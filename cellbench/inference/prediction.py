@@ -152,9 +152,10 @@ def refuse_mixed_outputs(targets: Sequence[OutputPaths], provenance: Mapping[str
             )
         how = facts.get("cells")
         if target is None and wanted.cells and how and not replace(wanted, instances=False).agrees(how):
+            before = ", ".join(f"{name} {value}" for name, value in how.items() if name != "um_per_px")
             raise CellbenchError(
-                f"--out {out}: the cells of {mask.relative_to(out)} were separated with other settings (saddle_ratio {how['saddle_ratio']:g}, from "
-                f"{how['min_area_px']} px), and a folder's tables are of one setting. Name another --out."
+                f"--out {out}: the cells of {mask.relative_to(out)} were separated with other settings ({before}), and a folder's tables are of "
+                "one setting. Name another --out."
             )
 
 

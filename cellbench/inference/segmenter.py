@@ -42,7 +42,7 @@ from cellbench.models.backbones.build import open_backbone, weights_digest
 from cellbench.models.backbones.weight_files import check_types, check_values
 from cellbench.parallel import WorkerPool, prefetch
 from cellbench.training.model import build_model, num_levels
-from cellbench.training.test_time import turn, turn_back
+from cellbench.training.test_time import turn
 from cellbench.training.tiled_inference import output_channels
 
 
@@ -58,8 +58,8 @@ class Prediction:
     """By class number, the background first."""
     separation: SeparationParams = CONNECTED
     """How touching cells are separated, as tuned for the run."""
-    boundary_depth: np.ndarray | None = None
-    """(H, W) uint8: the depth of each pixel in its cell (low at the border, high in the middle), for a run that learned it; else None."""
+    fields: np.ndarray | None = None
+    """(F, H, W) uint8, 0..255: what the run predicts to find cells, such as the depth of each pixel in its cell; None where it learned the classes alone."""
     notes: tuple[Note, ...] = ()
     """Remarks on how the file's values were read, such as that some were clipped."""
     source: str | os.PathLike[str] | np.ndarray
@@ -80,7 +80,7 @@ class Prediction:
     @cached_property
     def cells(self) -> Instances:
         """The single cells with their areas and classes, touching ones separated."""
-        return self.separation.instances(self.classes, self.boundary_depth)
+        return self.separation.instances(self.classes, self.fields)
 
     @property
     def num_cells(self) -> int:
@@ -254,13 +254,13 @@ class Segmenter:
             strips.append(event)
             if event.last:
                 probability = [strip.probability for strip in strips if strip.probability is not None]
-                boundary_depth = [strip.boundary_depth for strip in strips if strip.boundary_depth is not None]
+                fields = [strip.fields for strip in strips if strip.fields is not None]
                 yield Prediction(
                     classes=np.concatenate([strip.classes for strip in strips]),
                     probability=np.concatenate(probability) if probability else None,
                     class_names=self.class_names,
                     separation=self.trained.separation,
-                    boundary_depth=np.concatenate(boundary_depth) if boundary_depth else None,
+                    fields=np.concatenate(fields, axis=1) if fields else None,
                     notes=event.source.notes,
                     source=event.image,
                     reading=self.trained.preparation.reading,
@@ -295,7 +295,7 @@ class Segmenter:
     def tiles(self, tiles_BTTC: Tensor) -> Tensor:
         """Probabilities (B, K-1, T, T) float32 of all classes but the background, for framed tiles (B, T, T, 3) uint8.
 
-        Followed by the boundary depth (B, 1, T, T) where the run learned it.
+        Followed by the fields (B, F, T, T) of the run's cell target, if it has one.
         """
         assert self.model is not None
         pixels = as_pixels(to_device(tiles_BTTC, self.machine.device))
@@ -307,6 +307,6 @@ class Segmenter:
             with self.machine.autocast():
                 logits = self.model.decode(batch)
             self.model.seconds += time.perf_counter() - start
-            one = turn_back(output_channels(logits, self.model), code) / len(codes)
+            one = output_channels(logits, self.model, code) / len(codes)
             found = found + one if code else one
         return found

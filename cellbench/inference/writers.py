@@ -64,7 +64,7 @@ class OutputFormats:
     @property
     def how(self) -> dict[str, object]:
         """How cells are separated and measured, for the mask's metadata."""
-        return {"saddle_ratio": self.separation.saddle_ratio, "min_area_px": self.separation.min_area_px, "um_per_px": self.um_per_px}
+        return {**self.separation.setting, "min_area_px": self.separation.min_area_px, "um_per_px": self.um_per_px}
 
     def agrees(self, how: Mapping[str, object] | None) -> bool:
         """Whether cells separated by ``how`` are the wanted ones."""
@@ -217,8 +217,8 @@ class PredictionWriter:
     def _write_cells(self) -> None:
         separation = self._wanted.separation
         classes, image = np.concatenate([strip.classes for strip in self._strips]), np.concatenate(self._images)
-        depths = [strip.boundary_depth for strip in self._strips if strip.boundary_depth is not None]
-        cells = separation.instances(classes, np.concatenate(depths) if depths else None)
+        fields = [strip.fields for strip in self._strips if strip.fields is not None]
+        cells = separation.instances(classes, np.concatenate(fields, axis=1) if fields else None)
         if self._wanted.instances and cells.num > 65535:
             raise TooManyCellsError(f"{self._target.image}: {cells.num} cells, but 16 bits hold 65535 numbers. Cut the image into pieces.")
         if OVERLAY in self._files:

@@ -5,7 +5,8 @@ if the saddle is below ``saddle_ratio`` times the lower peak. As a ratio, the pa
 regions; towards 1 every bulge is a cell. One watershed serves all values (basins are merged afterwards, the highest saddle first), so tuning on
 validation images takes one watershed per image.
 
-If a model predicts the depth of a pixel in its cell (``cellbench.data.transforms.cell_targets``), that depth replaces the distances.
+If a model predicts the depth of a pixel in its cell (``cellbench.data.cell_targets``), that depth replaces the distances. Models with other targets
+find cells by other methods, ``METHODS``.
 
 Distances are taken on blocks of ``1/BLOCKS`` of the region's half-width: on 1600x1200 with cells of 100 px that is 0.1 s instead of 0.65.
 Gaps in the mask are kept to the pixel; only new cuts are as coarse as the blocks.
@@ -17,15 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from scipy import ndimage
 from skimage.segmentation import watershed
 
 from cellbench.metrics.boundary import boundary_pixels
+from cellbench.metrics.flow_basins import FlowBasins, OffsetBasins
 from cellbench.metrics.instance import instance_scores
-from cellbench.metrics.instances import MIN_AREA_PX, Instances, merge_parts_into_objects, numbered_instances
+from cellbench.metrics.instances import MIN_AREA_PX, Instances, connected_instances, merge_parts_into_objects, numbered_instances
 from cellbench.metrics.pixel import impute_missing, nan_mean
+from cellbench.metrics.star_polygons import StarPolygons
 
 SADDLE_RATIOS = (0.0, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 """Values to try; among equally good ones the smallest is chosen, which cuts least."""
@@ -37,11 +41,16 @@ SMOOTH_BLOCKS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class SeparationParams:
-    """How single cells are found in a class map: ``saddle_ratio`` in 0..1; 0: connected regions."""
+    """How single cells are found in a class map, and in the fields that the model predicts beside it."""
 
     saddle_ratio: float = 0.0
+    """Of the watershed, in 0..1; 0: connected regions."""
+    method: str = "watershed"
+    """A key of ``METHODS``."""
+    settings: dict[str, float] = field(default_factory=dict, hash=False)
+    """The parameters of another method than the watershed."""
     val_ap50: dict[str, float] = field(default_factory=dict, hash=False)
-    """Result of tuning: mean AP50 over the validation images for each tried saddle_ratio. Empty: not tuned."""
+    """Result of tuning: mean AP50 over the validation images for each tried setting. Empty: not tuned."""
     num_images: int = 0
     """Number of validation images used for tuning."""
     min_area_px: int = MIN_AREA_PX
@@ -54,22 +63,56 @@ class SeparationParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "owners", tuple(self.owners))  # JSON has only lists
 
-    def watershed(self, classes: np.ndarray, boundary_depth: np.ndarray | None = None) -> DistanceWatershed:
-        """The basins of the objects of a class map (H, W) uint8."""
-        return DistanceWatershed(merge_parts_into_objects(classes, self.owners), boundary_depth)
+    def instances(self, classes: np.ndarray, fields: np.ndarray | None = None, min_area_px: int | None = None) -> Instances:
+        """The cells of a class map (H, W) uint8 and of the fields (F, H, W) uint8 where the model predicts them.
 
-    def instances(self, classes: np.ndarray, boundary_depth: np.ndarray | None = None) -> Instances:
-        """The cells of a class map (H, W) uint8; ``boundary_depth`` (H, W) uint8 if the model predicts it."""
-        return self.watershed(classes, boundary_depth).instances(self.saddle_ratio, self.min_area_px)
+        ``min_area_px``: another minimum area than that of the tuning.
+        """
+        found = METHODS[self.method](merge_parts_into_objects(classes, self.owners), fields)
+        return found.instances(self.min_area_px if min_area_px is None else min_area_px, **self.setting)
+
+    def connected(self, classes: np.ndarray, min_area_px: int) -> Instances:
+        """The same without separation."""
+        return connected_instances(merge_parts_into_objects(classes, self.owners), min_area_px)
+
+    @property
+    def setting(self) -> dict[str, float]:
+        """The parameters of the method."""
+        return {"saddle_ratio": self.saddle_ratio} if self.method == "watershed" else self.settings
+
+    @property
+    def val_ap50_of_setting(self) -> float | None:
+        """The mean AP50 over the validation images; None if not tuned."""
+        return self.val_ap50.get(setting_name(self.setting))
 
     @property
     def description(self) -> str:
         """For messages and MLflow tags."""
+        if self.method != "watershed":
+            return ", ".join([self.method, *(f"{name} {value:g}" for name, value in self.settings.items())])
         return (
             f"watershed{' on the learned boundary depth' * self.learned}, saddle_ratio {self.saddle_ratio:g}"
             if self.saddle_ratio
             else "connected regions"
         )
+
+
+def setting_name(setting: dict[str, float]) -> str:
+    """The values of a method's parameters, as the key of ``SeparationParams.val_ap50``."""
+    return " ".join(f"{value:g}" for value in setting.values())
+
+
+class CellFinder(Protocol):
+    """Finds cells in one image, prepared so that every setting is cheap."""
+
+    SETTINGS: ClassVar[tuple[dict[str, float], ...]]
+    """The values of the parameters that tuning tries; among equally good ones the first is chosen."""
+
+    def __init__(self, classes: np.ndarray, fields: np.ndarray | None) -> None:
+        """A class map (H, W) uint8, and the fields (F, H, W) uint8 that the model predicts."""
+
+    def instances(self, min_area_px: int, *args: Any, **setting: Any) -> Instances:
+        """The cells, each of at least ``min_area_px`` pixels."""
 
 
 CONNECTED = SeparationParams()
@@ -79,15 +122,17 @@ CONNECTED = SeparationParams()
 class DistanceWatershed:
     """The basins of a class map (H, W), computed once on demand; ``instances`` merges them for any saddle_ratio.
 
-    ``boundary_depth`` (H, W) uint8: predicted depth of each pixel in its cell; None: the distance to the background, in blocks.
+    ``fields`` (1, H, W) uint8: predicted depth of each pixel in its cell; None: the distance to the background, in blocks.
     """
 
-    def __init__(self, classes: np.ndarray, boundary_depth: np.ndarray | None = None) -> None:
-        self._classes = classes
+    SETTINGS: ClassVar[tuple[dict[str, float], ...]] = tuple({"saddle_ratio": ratio} for ratio in SADDLE_RATIOS)
+
+    def __init__(self, classes: np.ndarray, fields: np.ndarray | None = None) -> None:
+        self._classes, boundary_depth = classes, None if fields is None else fields[0]
         masks = [classes == label for label in range(1, (int(classes.max()) if classes.size else 0) + 1)]
         self._floods = [_Flood(mask, boundary_depth) for mask in masks if mask.any()]
 
-    def instances(self, saddle_ratio: float, min_area_px: int) -> Instances:
+    def instances(self, min_area_px: int, *, saddle_ratio: float) -> Instances:
         """The cells at this ``saddle_ratio``, each of at least ``min_area_px`` pixels."""
         if not 0 <= saddle_ratio <= 1:
             raise ValueError(f"a saddle_ratio is a ratio from 0 to 1: {saddle_ratio}")
@@ -222,36 +267,45 @@ def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int,
     return [(float(height[k]), int(code[k] // num), int(code[k] % num)) for k in best]
 
 
-class SeparationTuner:
-    """Chooses from ``SADDLE_RATIOS`` the one with the best AP50 over predicted class maps and their true cells."""
+METHODS: dict[str, type[CellFinder]] = {
+    "watershed": DistanceWatershed,
+    "flows": FlowBasins,
+    "hv": OffsetBasins,
+    "stars": StarPolygons,
+}
+"""By the name that a cell target gives; the watershed also serves models without one."""
 
-    def __init__(self, min_area_px: int = MIN_AREA_PX, *, owners: Sequence[int] = ()) -> None:
+
+class SeparationTuner:
+    """Chooses from a method's ``SETTINGS`` the one with the best AP50 over predicted class maps and their true cells."""
+
+    def __init__(self, min_area_px: int = MIN_AREA_PX, *, owners: Sequence[int] = (), method: str = "watershed") -> None:
         """``min_area_px``: used if no image is added; ``owners``: as in :class:`SeparationParams`."""
         self._found: list[list[float]] = []
-        self._min_area_px, self._learned, self._owners = min_area_px, False, tuple(owners)
+        self._min_area_px, self._learned, self._owners, self._method = min_area_px, False, tuple(owners), method
 
-    def add(self, classes: np.ndarray, boundary_depth: np.ndarray | None, truth: Instances, min_area_px: int) -> None:
-        """A predicted class map (H, W) uint8, the boundary depth (H, W) uint8 where the model predicts it, and the true cells."""
-        parts, self._learned = (
-            DistanceWatershed(merge_parts_into_objects(classes, self._owners), boundary_depth),
-            boundary_depth is not None,
-        )
+    @property
+    def _settings(self) -> tuple[dict[str, float], ...]:
+        return METHODS[self._method].SETTINGS
+
+    def add(self, classes: np.ndarray, fields: np.ndarray | None, truth: Instances, min_area_px: int) -> None:
+        """A predicted class map (H, W) uint8, the fields (F, H, W) uint8 where the model predicts them, and the true cells."""
+        finder, self._learned = METHODS[self._method](merge_parts_into_objects(classes, self._owners), fields), fields is not None
         self._min_area_px = min_area_px
-        self._found.append(
-            [float(instance_scores(truth, parts.instances(saddle_ratio, min_area_px))["ap50"]) for saddle_ratio in SADDLE_RATIOS]
-        )
+        self._found.append([float(instance_scores(truth, finder.instances(min_area_px, **setting))["ap50"]) for setting in self._settings])
 
     def best(self) -> SeparationParams:
-        """The separation with the highest mean AP50; connected regions if no image has a true or predicted cell."""
-        found = impute_missing(np.array(self._found, dtype=np.float64).reshape(-1, len(SADDLE_RATIOS)).T)
+        """The setting with the highest mean AP50; the first one if no image has a true or predicted cell, which is connected regions for a watershed."""
+        found = impute_missing(np.array(self._found, dtype=np.float64).reshape(-1, len(self._settings)).T)
         means: Sequence[float] = [round(nan_mean(values), 6) for values in found]
-        if np.isnan(means).any():
-            return SeparationParams(min_area_px=self._min_area_px, learned=self._learned, owners=self._owners)
-        val_ap50 = {f"{saddle_ratio:g}": value for saddle_ratio, value in zip(SADDLE_RATIOS, means, strict=True)}
+        tuned = not np.isnan(means).any()
+        setting = self._settings[int(np.argmax(means)) if tuned else 0]
+        own = {"saddle_ratio": setting["saddle_ratio"]} if self._method == "watershed" else {"settings": dict(setting)}
         return SeparationParams(
-            saddle_ratio=SADDLE_RATIOS[int(np.argmax(means))],
-            val_ap50=val_ap50,
-            num_images=len(self._found),
+            method=self._method,
+            **own,
+            val_ap50={setting_name(one): value for one, value in zip(self._settings, means, strict=True)} if tuned else {},
+            num_images=len(self._found) if tuned else 0,
             min_area_px=self._min_area_px,
             learned=self._learned,
             owners=self._owners,

@@ -14,9 +14,10 @@ import torch
 
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
+from cellbench.data.cell_targets.base import CellTarget
+from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
-from cellbench.data.transforms.cell_targets import requested
 from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.features.extractor import Batch, CachePolicy, Features
 from cellbench.features.frozen_backbone import FrozenBackbone
@@ -67,10 +68,11 @@ def estimate_cost(
     tile = torch.rand(frozen.chunk, 3, *features.tile_px["train"], device=machine.device)
     target = torch.zeros(tile.shape[0], *features.tile_px["train"], dtype=torch.long, device=machine.device)
     backbone_s = _seconds(lambda: frozen.maps(tile), machine) / len(tile)
-    auxiliary_targets = (
-        torch.zeros(*target.shape, 2, dtype=torch.uint8, device=machine.device) if any(requested(run.targets) for run in runs) else None
-    )
-    batch = Batch(frozen.maps(tile), tile, target, auxiliary_targets)
+    learned: dict[str, CellTarget] = {run.targets: one for run in runs if (one := TARGETS[run.targets]) is not None}
+    cell_targets = {
+        name: torch.zeros(*target.shape, len(one.channels), dtype=torch.uint8, device=machine.device) for name, one in learned.items()
+    }
+    batch = Batch(frozen.maps(tile), tile, target, cell_targets)
     epochs = max(run.epochs for run in runs)
     again = {"val": epochs, "train": epochs}
     passes = {split: 1 if features.place[split] != "streamed" else again[split] for split in again}

@@ -70,15 +70,13 @@ def _unchanged(model: nn.Module, optimiser: torch.optim.Optimizer) -> Iterator[N
 
 
 def _clone(batch: Batch) -> Batch:
-    targets = batch.auxiliary_targets
     return batch._replace(
         maps={index: x.clone() for index, x in batch.maps.items()},
         pixels=batch.pixels.clone(),
         target=batch.target.clone(),
-        auxiliary_targets=targets.clone() if targets is not None else None,
+        cell_targets={name: x.clone() for name, x in batch.cell_targets.items()},
     )
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    one = [*batch.maps.values(), batch.pixels, batch.target]
-    return one if batch.auxiliary_targets is None else [*one, batch.auxiliary_targets]
+    return [*batch.maps.values(), batch.pixels, batch.target, *batch.cell_targets.values()]

@@ -34,7 +34,7 @@ CANDIDATES = 10
 """Number of predictions held until the median is known: this number nearest to it so far, and as many at random."""
 
 Prediction = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
-"""A class map, the probability of a cell and the depth within cells, each (H, W) uint8; the last two are None if the method does not predict them."""
+"""A class map and the probability of a cell, (H, W) uint8, and the fields (F, H, W) uint8; the last two are None if the method does not predict them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,17 +235,17 @@ class CohortEvaluator:
         counts: np.ndarray,
         classes: np.ndarray,
         cell: np.ndarray | None,
-        boundary_depth: np.ndarray | None,
+        fields: np.ndarray | None,
         ids: np.ndarray | None,
     ) -> None:
         evaluation.matrices.append(counts)
-        reference, parts = prepared.result(), evaluation.separation.watershed(classes, boundary_depth)
+        reference, separation = prepared.result(), evaluation.separation
         if ids is None:
-            cells = parts.instances(evaluation.separation.saddle_ratio, reference.min_area_px)
+            cells = separation.instances(classes, fields, reference.min_area_px)
         else:
             cells, _ = reference_instances(classes, ids, reference.min_area_px, owners=self._dataset.owners)
         evaluation.agreements.append(reference.agreement(classes, cells))
-        evaluation.connected.append(reference.found(parts.instances(0.0, reference.min_area_px)))
+        evaluation.connected.append(reference.found(separation.connected(classes, reference.min_area_px)))
         scored = ScoredImage(
             truth=truth,
             prediction=classes,
@@ -275,8 +275,6 @@ def score_validation(
         return [{} for _ in models]
     with CohortEvaluator(dataset, len(models), tune_separation(models, features, dataset), metrics, "val") as evaluator:
         for image, counts, answers in score_images(models, features, "val"):
-            evaluator.add_image(
-                image, features.pixels["val"][image][1], counts, [(one.classes, one.cell, one.boundary_depth) for one in answers]
-            )
+            evaluator.add_image(image, features.pixels["val"][image][1], counts, [(one.classes, one.cell, one.fields) for one in answers])
     found = [{metric.key: nan_mean(evaluation.per_image()[metric.key]) for metric in metrics} for evaluation in evaluator.evaluations]
     return [{key: value for key, value in scores.items() if not math.isnan(value)} for scores in found]

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cellbench.config.registry import Registry, load
 from cellbench.config.run import weighted_terms
-from cellbench.data.transforms.cell_targets import FULL, TARGETS
 from cellbench.metrics.pixel import IGNORE
 from cellbench.startup import without_compiler
 
@@ -135,16 +134,3 @@ class _TwoClasses(torch.autograd.Function):
         out[:, 1].copy_(by_margin)
         out[:, 0].copy_(by_margin.neg_())
         return out, None, None, None
-
-
-def auxiliary_loss(logits_BAHW: Tensor, truth_BHW2: Tensor, which: tuple[str, ...], kept_BHW: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy of the requested targets, each averaged over all pixels, then summed. Truth as from :func:`make_targets`, (B, H, W, 2) uint8.
-
-    ``kept_BHW`` bool: the pixels that count; None: all. The loss is 0 if none counts.
-    """
-    wanted = truth_BHW2[..., [TARGETS.index(target) for target in which]].movedim(-1, 1).float() / FULL
-    if kept_BHW is not None:
-        if not kept_BHW.any():
-            return 0 * logits_BAHW.float().sum()
-        logits_BAHW, wanted = (x.movedim(1, -1)[kept_BHW] for x in (logits_BAHW, wanted))
-    return F.binary_cross_entropy_with_logits(logits_BAHW.float(), wanted) * len(which)

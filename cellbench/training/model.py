@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from cellbench.config.cards import BaselineCard, HeadCard
 from cellbench.config.registry import load
 from cellbench.config.run import RunSpec
-from cellbench.data.transforms.cell_targets import requested
+from cellbench.data.cell_targets.base import CellTarget
+from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import TOKENS, FrozenBackbone
@@ -31,16 +32,16 @@ class SegmentationModel(nn.Module):
         levels: tuple[Level, ...],
         tail: nn.Module | None = None,
         num_frozen: int = 0,
-        auxiliary_targets: tuple[str, ...] = (),
+        cell_target: CellTarget | None = None,
         tta_codes: tuple[int, ...] = (0,),
     ) -> None:
         super().__init__()
         self.head, self.tail = head, tail
-        self.auxiliary_targets = auxiliary_targets
-        """Targets beside the classes. Each has one output channel, after those of the classes, in this order."""
+        self.cell_target = cell_target
+        """What the head learns beside the classes. Its output channels follow those of the classes."""
         self.tta_codes = tta_codes
         """The orientations in which a tile is decoded in test and prediction (``training.test_time``)."""
-        self.num_classes = head.num_classes - len(auxiliary_targets)
+        self.num_classes = head.num_classes - (len(cell_target.channels) if cell_target else 0)
         self._levels, self._num_frozen = levels, num_frozen
         self.seconds = 0.0
         """Wall time of this model for decoding whole images so far."""
@@ -49,7 +50,7 @@ class SegmentationModel(nn.Module):
         self.randomness = ModelRandomness(self)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Class scores (B, K, T, T) before softmax, for every pixel of the batch's tiles, then one channel of logits for each auxiliary target."""
+        """Class scores (B, K, T, T) before softmax, for every pixel of the batch's tiles, then the logits of the cell target."""
         if self.tail is None:
             return self.head([batch.maps[level.index] for level in self._levels], batch.pixels)
         deep = tuple(level.index for level in self._levels if level.index >= self._num_frozen)
@@ -82,6 +83,16 @@ class SegmentationModel(nn.Module):
         return {name.replace("head.", f"head.members.{k}.", 1): x for k, state in enumerate(members) for name, x in state.items()}
 
     @property
+    def method(self) -> str:
+        """How cells are found in the predictions: a key of ``cellbench.metrics.separation.METHODS``."""
+        return self.cell_target.method if self.cell_target else "watershed"
+
+    @property
+    def num_fields(self) -> int:
+        """Channels that are blended beside the probabilities of the classes."""
+        return self.cell_target.num_fields if self.cell_target else 0
+
+    @property
     def num_params(self) -> int:
         """Number of trained parameters: of the head and of the tail."""
         return sum(p.numel() for p in self.parameters())
@@ -95,17 +106,18 @@ def num_levels(card: HeadCard | BaselineCard) -> int:
 def build_model(run: RunSpec, card: HeadCard | BaselineCard, backbone: FrozenBackbone, num_classes: int) -> SegmentationModel:
     """Builds the run's trainable part from the card of its head or baseline, on the backbone's device. Its weights depend on the seed only."""
     levels = () if run.baseline else backbone.levels(num_levels(card))
-    build, auxiliary_targets = load(card), requested(run.targets)
+    build, cell_target = load(card), TARGETS[run.targets]
+    num_learned = len(cell_target.channels) if cell_target else 0
     heads: list[Head] = []
     with torch.random.fork_rng(devices=[]):  # other random numbers must not depend on the number of heads built
         try:
             for member in run.members:
                 torch.manual_seed(member.seed)
-                heads.append(build(levels, num_classes + len(auxiliary_targets), **run.options))
+                heads.append(build(levels, num_classes + num_learned, **run.options))
         except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:  # raised by libraries for a width of 0
             raise CellbenchError(f"{card.path}: cannot be built with {run.options or 'no options'}: {one_line(error)}.") from error
-    head = heads[0] if len(heads) == 1 else Ensemble(heads, len(auxiliary_targets))
+    head = heads[0] if len(heads) == 1 else Ensemble(heads, num_learned)
     tail = backbone.module.tail(run.unfreeze) if run.unfreeze and backbone.module is not None else None
     num_frozen = len(backbone.module.levels) - run.unfreeze if backbone.module is not None else 0
-    model = SegmentationModel(head, levels, tail, num_frozen, auxiliary_targets, CODES[run.tta])
+    model = SegmentationModel(head, levels, tail, num_frozen, cell_target, CODES[run.tta])
     return model.to(backbone.machine.device).to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Tunes the separation of touching cells for each run, on its own predictions for the validation images.
+"""Tunes how single cells are found, for each run, on its own predictions for the validation images.
 
 It costs one more pass over at most ``MOST_IMAGES`` validation images, and 0.2 s an image and run on 1600x1200.
 """
@@ -24,7 +24,7 @@ MOST_IMAGES = 16
 """Number of validation images used, the first ones: a few hundred cells suffice for one parameter with ten values."""
 
 Answer = tuple[np.ndarray, np.ndarray | None]
-"""A class map (H, W) uint8, and the boundary depth (H, W) uint8 where the model predicts it."""
+"""A class map (H, W) uint8, and the fields (F, H, W) uint8 where the model predicts them."""
 
 
 def tune_separation(models: Sequence[SegmentationModel], features: Features, dataset: Dataset) -> list[SeparationParams]:
@@ -32,15 +32,15 @@ def tune_separation(models: Sequence[SegmentationModel], features: Features, dat
     # Closed after enough images: the tiles of the others are never decoded.
     with contextlib.closing(segment_images(models, features, "val")) as answers:
         return choose_separations(
-            dataset, len(models), ((image, [(one.classes, one.boundary_depth) for one in found]) for image, found in answers)
+            dataset, [model.method for model in models], ((image, [(one.classes, one.fields) for one in found]) for image, found in answers)
         )
 
 
-def choose_separations(dataset: Dataset, num: int, answers: Iterable[tuple[int, Sequence[Answer]]]) -> list[SeparationParams]:
-    """The same from pairs of a validation image's number and its ``num`` predictions, in any order."""
+def choose_separations(dataset: Dataset, methods: Sequence[str], answers: Iterable[tuple[int, Sequence[Answer]]]) -> list[SeparationParams]:
+    """The same from pairs of a validation image's number and its predictions, in any order; ``methods``: how cells are found in each."""
     least = MIN_AREA_PX if dataset.min_cell_px is None else dataset.min_cell_px
-    tunings = [SeparationTuner(least, owners=dataset.owners) for _ in range(num)]
-    with ThreadPoolExecutor(min(num, os.cpu_count() or 1), "tuning") as pool:
+    tunings = [SeparationTuner(least, owners=dataset.owners, method=method) for method in methods]
+    with ThreadPoolExecutor(min(len(methods), os.cpu_count() or 1), "tuning") as pool:
         for image, found in itertools.islice(answers, MOST_IMAGES):
             sample = dataset.val[image]
             truth, min_area_px = reference_instances(

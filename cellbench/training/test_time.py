@@ -36,6 +36,11 @@ def turn_back(x_BCHW: Tensor, code: int) -> Tensor:
     return back.flip(-1) if code >= 4 else back
 
 
+def inverse(code: int) -> int:
+    """The code that undoes another: a mirror image mirrored again is the image."""
+    return -code % 4 if code < 4 else code
+
+
 def turned_batches(batch: Batch, backbone: FrozenBackbone, codes: tuple[int, ...], pool: WorkerPool) -> Iterator[tuple[int, Batch, Spent]]:
     """The batch in each orientation, without targets, and the time that its maps took here: none for the batch as it is, which comes first."""
     yield 0, batch, Spent(0.0, 0.0)

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cellbench.data.transforms.cell_targets import boundary_depth
 from cellbench.data.transforms.tiling import Stitcher
 from cellbench.features.extractor import Batch, Features
 from cellbench.features.frozen_backbone import Spent
 from cellbench.metrics.pixel import IGNORE, confusion_matrix
 from cellbench.parallel import WorkerPool
 from cellbench.training.model import SegmentationModel
-from cellbench.training.test_time import turn_back, turned_batches
+from cellbench.training.test_time import inverse, turn_back, turned_batches
 
 ValidationCallback = Callable[[int, Tensor, Batch], None]
 
@@ -37,8 +36,8 @@ class SegmentedImage:
     """(H, W) uint8: the most probable class of each pixel."""
     cell: np.ndarray
     """(H, W) uint8: the probability of not being background, 0..255."""
-    boundary_depth: np.ndarray | None = None
-    """(H, W) uint8: depth of each pixel in its cell, 0..255, where the model predicts it (``cellbench.data.transforms.cell_targets``)."""
+    fields: np.ndarray | None = None
+    """(F, H, W) uint8, 0..255: what the model predicts to find cells, if it learned a target for it (``cellbench.data.cell_targets``)."""
     finite: bool = True
     """Whether all scores are finite. If not, the other fields are invalid."""
 
@@ -51,18 +50,17 @@ def foreground_probabilities(logits_BKHW: Tensor) -> Tensor:
     return logits.softmax(1)[:, 1:]
 
 
-def output_channels(logits_BCTT: Tensor, model: SegmentationModel) -> Tensor:
-    """The channels of a model's output that are blended: foreground probabilities (B, K-1, T, T), then boundary depth (B, 1, T, T) if predicted.
+def output_channels(logits_BCTT: Tensor, model: SegmentationModel, code: int = 0) -> Tensor:
+    """The channels of a model's output that are blended: foreground probabilities (B, K-1, T, T), then the fields of its cell target (B, F, T, T).
 
-    NaN at each pixel with a non-finite score; a softmax would turn such a score into a probability of 0 or 1.
+    Tiles that were turned by ``code`` are turned back, and with them the directions of fields. NaN at each pixel with a non-finite score; a softmax
+    would turn such a score into a probability of 0 or 1.
     """
     found = foreground_probabilities(logits_BCTT[:, : model.num_classes])
-    found = (
-        torch.cat([found, boundary_depth(logits_BCTT[:, model.num_classes :], model.auxiliary_targets)], 1)
-        if model.auxiliary_targets
-        else found
-    )
-    return found + mark_non_finite(logits_BCTT)
+    if model.cell_target is not None:
+        fields = model.cell_target.fields(logits_BCTT[:, model.num_classes :])
+        found = torch.cat([found, model.cell_target.field_turns.turn_fields(fields, inverse(code))], 1)
+    return turn_back(found + mark_non_finite(logits_BCTT), code)
 
 
 def mark_non_finite(logits_BCHW: Tensor) -> Tensor:
@@ -120,7 +118,7 @@ class _ImageStitcher:
         with torch.inference_mode():
             with self._features.backbone.machine.autocast():
                 logits_BKTT = self._model.decode(batch)
-            found_BKTT = turn_back(output_channels(logits_BKTT, self._model), code) / len(self._model.tta_codes)
+            found_BKTT = output_channels(logits_BKTT, self._model, code) / len(self._model.tta_codes)
             self._sum_BKTT = found_BKTT if code == 0 else self._sum_BKTT + found_BKTT
             for image in dict.fromkeys(images) if code == self._model.tta_codes[-1] else ():
                 if image != self._now:
@@ -136,11 +134,11 @@ class _ImageStitcher:
     def _begin(self, image: int) -> None:
         self._grid, self._size_px = self._features.grid(self._split, image), self._features.pixels[self._split].sizes_px[image]
         self._now, self._missing = image, len(self._grid)
-        device, auxiliary = self._features.backbone.machine.device, bool(self._model.auxiliary_targets)
+        device, num_fields = self._features.backbone.machine.device, self._model.num_fields
         # On the device until the image is complete: one copy per image.
-        self._maps = torch.empty(2 + auxiliary, *self._size_px, dtype=torch.uint8, device=device)
+        self._maps = torch.empty(2 + num_fields, *self._size_px, dtype=torch.uint8, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
-        self._stitcher = Stitcher(self._grid, self._num + auxiliary, device)
+        self._stitcher = Stitcher(self._grid, self._num + num_fields, device)
         self._bands: list[Tensor] = []
 
     def _draw(self, found_BKTT: Tensor) -> None:
@@ -160,13 +158,11 @@ class _ImageStitcher:
         self._maps[0, rows] = argmax_classes(band_KHW[: self._num])
         self._maps[1, rows] = to_uint8(band_KHW[: self._num].sum(0))
         if len(self._maps) > 2:
-            self._maps[2, rows] = to_uint8(band_KHW[self._num])
+            self._maps[2:, rows] = to_uint8(band_KHW[self._num :])
 
     def _answer(self) -> SegmentedImage:
-        classes, cell, *boundary_depth = self._maps.cpu().numpy()
-        return SegmentedImage(
-            classes=classes, cell=cell, boundary_depth=boundary_depth[0] if boundary_depth else None, finite=bool(self._finite)
-        )
+        maps = self._maps.cpu().numpy()
+        return SegmentedImage(classes=maps[0], cell=maps[1], fields=maps[2:] if len(maps) > 2 else None, finite=bool(self._finite))
 
 
 def score_images(

@@ -23,7 +23,7 @@ from cellbench.features.extractor import Batch, Features
 from cellbench.hardware import is_out_of_memory
 from cellbench.metrics.pixel import IGNORE, pixel_scores, pooled_classes
 from cellbench.training.cuda_graph import GraphedStep
-from cellbench.training.losses import auxiliary_loss, parse_loss
+from cellbench.training.losses import parse_loss
 from cellbench.training.model import SegmentationModel
 
 
@@ -144,13 +144,12 @@ class HeadTrainer:
         return self._graphs[batch.num]
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The run's loss, a scalar float32, of its model's output (B, K + auxiliary targets, T, T) for a batch."""
-        num, targets = self.model.num_classes, self.model.auxiliary_targets
-        if not targets:
+        """The run's loss, a scalar float32, of its model's output (B, K + channels of its cell target, T, T) for a batch."""
+        num, cell_target = self.model.num_classes, self.model.cell_target
+        if cell_target is None:
             return self._loss(logits, batch.target, batch.ignoring)
-        assert batch.auxiliary_targets is not None
         kept = batch.target != IGNORE if batch.ignoring else None
-        auxiliary = auxiliary_loss(logits[:, num:], batch.auxiliary_targets, targets, kept)
+        auxiliary = cell_target.loss(logits[:, num:], batch.cell_targets[self.run.targets], kept)
         return self._loss(logits[:, :num], batch.target, batch.ignoring) + auxiliary
 
     def lr(self, step: int) -> float:
@@ -309,11 +308,10 @@ class MiniBatches:
 
 
 def concat_batches(parts: Sequence[Batch]) -> Batch:
-    auxiliary = [part.auxiliary_targets for part in parts if part.auxiliary_targets is not None]
     return Batch(
         {index: torch.cat([part.maps[index] for part in parts]) for index in parts[0].maps},
         torch.cat([part.pixels for part in parts]),
         torch.cat([part.target for part in parts]),
-        torch.cat(auxiliary) if len(auxiliary) == len(parts) else None,
+        {name: torch.cat([part.cell_targets[name] for part in parts]) for name in parts[0].cell_targets},
         any(part.ignoring for part in parts),
     )

@@ -56,16 +56,14 @@ class Listener:
         self.states.append(torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state))
 
 
-def features_of(
-    dataset: Dataset, runs: list[RunSpec], machine: Hardware = FP32, auxiliary_targets: bool = False, **settings: Any
-) -> Features:
+def features_of(dataset: Dataset, runs: list[RunSpec], machine: Hardware = FP32, **settings: Any) -> Features:
     """The features of a cohort."""
     first = runs[0]
     backbone = open_backbone(REGISTRY.backbone(first.backbone)) if first.backbone else None
     frozen = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(REGISTRY.part(run)))], first.unfreeze)
     pixels = {split: ImageCache(dataset, split, 2**28) for split in ("train", "val", "test")}
     policy = CachePolicy(**{"memory_bytes": machine.memory_bytes, **settings})
-    return Features(frozen, SamplingPlan(pixels["train"].sizes_px, first), pixels, policy, auxiliary_targets)
+    return Features(frozen, SamplingPlan(pixels["train"].sizes_px, first), pixels, policy, [run.targets for run in runs])
 
 
 def trainers_of(dataset: Dataset, runs: list[RunSpec], features: Features, most: dict[int, int] | None = None) -> list[HeadTrainer]:

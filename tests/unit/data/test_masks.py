@@ -306,7 +306,7 @@ def test_a_numbered_cell_is_one_however_small(tmp_path: Path) -> None:
 def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, settings: dict[str, object]) -> None:
     data = opened(folder_of(tmp_path / "own", WITH_IGNORED, "ignore = 255"))
     run = run_of(backbone="filter-bank", **{"epochs": 1, "crops_per_image": 2, **settings})
-    features = features_of(data, [run], auxiliary_targets="targets" in settings)
+    features = features_of(data, [run])
     trainer = trainers_of(data, [run], features)[0]
     fit([trainer], features)
     assert all(np.isfinite(value) for value in trainer.history[0].values())
@@ -316,9 +316,7 @@ def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, s
     assert counts.sum() == known["val"]
     with CohortEvaluator(data, 1) as evaluator:
         for image, matrices, answers in score_images([trainer.model], features, "test"):
-            evaluator.add_image(
-                image, features.pixels["test"][image][1], matrices, [(a.classes, a.cell, a.boundary_depth) for a in answers]
-            )
+            evaluator.add_image(image, features.pixels["test"][image][1], matrices, [(a.classes, a.cell, a.fields) for a in answers])
     evaluation = evaluator.evaluations[0]
     assert evaluation.counts.sum() == evaluation.levels.sum() == known["test"]
     assert {one.num_true for one in evaluation.agreements} == {10}

@@ -6,21 +6,23 @@ import numpy as np
 import pytest
 import torch
 
+from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.features.tile_cutting import DeviceCutter, HostCutter
 from cellbench.metrics.pixel import IGNORE
 
 CPU = torch.device("cpu")
+LEARNED = [TARGETS["cell+border+distance"], TARGETS["flows"], TARGETS["stars"]]
 SIZES = [(90, 70), (64, 64), (50, 33), (200, 64)]
 
 
-def framed_images(*, auxiliary: bool = False, ignored: bool = False):
+def framed_images(*, learned=(), ignored: bool = False):
     rng = np.random.default_rng(0)
     images = []
     for size in SIZES:
         mask = rng.integers(0, 3, size, np.uint8)
         if ignored and size == SIZES[0]:
             mask[0, 0] = IGNORE
-        more = (rng.integers(0, 256, (*size, 2), np.uint8),) if auxiliary else ()
+        more = [rng.integers(0, 256, (*size, len(target.channels)), np.uint8) for target in learned]
         images.append((rng.integers(0, 256, (*size, 3), np.uint8), mask, *more))
     return images.__getitem__
 
@@ -33,19 +35,18 @@ def places(tile_px, turns):
             yield image, y, x, turn
 
 
-@pytest.mark.parametrize("auxiliary", [False, True])
+@pytest.mark.parametrize("learned", [[], LEARNED], ids=["plain", "targets"])
 @pytest.mark.parametrize(("tile_px", "turns"), [((64, 64), range(8)), ((48, 80), (0, 2, 4, 6))])
-def test_a_device_cuts_the_tiles_that_are_cut_from_arrays(tile_px, turns, auxiliary):
-    framed = framed_images(auxiliary=auxiliary)
-    host, device = HostCutter(framed, tile_px, CPU), DeviceCutter(framed, range(len(SIZES)), tile_px, CPU)
+def test_a_device_cuts_the_tiles_that_are_cut_from_arrays(tile_px, turns, learned):
+    framed = framed_images(learned=learned)
+    host, device = HostCutter(framed, tile_px, CPU, learned), DeviceCutter(framed, range(len(SIZES)), tile_px, CPU, learned)
     wanted = list(places(tile_px, turns))
     expected, found = (cutter.cut(cutter.prepare(wanted)) for cutter in (host, device))
     assert torch.equal(found.pixels, expected.pixels)
     assert found.pixels.stride() == expected.pixels.stride()
     assert torch.equal(found.target, expected.target)
-    assert (found.auxiliary_targets is not None) == auxiliary
-    if auxiliary:
-        assert torch.equal(found.auxiliary_targets, expected.auxiliary_targets)
+    assert len(found.cell_targets) == len(learned)
+    assert all(torch.equal(a, b) for a, b in zip(found.cell_targets, expected.cell_targets, strict=True))
 
 
 def test_only_the_images_that_are_used_are_held():
@@ -65,5 +66,5 @@ def test_ignored_pixels_of_an_image_are_announced_for_each_of_its_tiles():
 
 
 def test_the_bytes_of_images_are_those_that_are_held():
-    cutter = DeviceCutter(framed_images(auxiliary=True), range(len(SIZES)), (16, 16), CPU)
-    assert sum(array.nbytes for array in cutter._arrays) == DeviceCutter.bytes_of(SIZES, auxiliary_targets=True)
+    cutter = DeviceCutter(framed_images(learned=LEARNED), range(len(SIZES)), (16, 16), CPU, LEARNED)
+    assert sum(array.nbytes for array in cutter._arrays) == DeviceCutter.bytes_of(SIZES, LEARNED)

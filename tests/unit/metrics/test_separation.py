@@ -45,7 +45,7 @@ def test_saddle_ratio_zero_gives_connected_regions():
     classes = (np.random.default_rng(0).random((90, 110)) < 0.6).astype(np.uint8) * np.random.default_rng(1).integers(
         1, 3, (90, 110), np.uint8
     )
-    found, wanted = DistanceWatershed(classes).instances(0.0, 5), connected_instances(classes, 5)
+    found, wanted = DistanceWatershed(classes).instances(5, saddle_ratio=0.0), connected_instances(classes, 5)
     assert found.num == wanted.num > 3
     assert np.array_equal(found.areas_px, wanted.areas_px)
     assert len(np.unique(np.stack([found.ids, wanted.ids]).reshape(2, -1), axis=1).T) == wanted.num + 1  # the same cells, each its number
@@ -81,13 +81,13 @@ def test_a_higher_saddle_ratio_never_gives_fewer_cells():
 )
 def test_empty_full_and_thin_maps_are_taken(classes):
     num = connected_instances(classes, 0).num
-    assert [DistanceWatershed(classes).instances(saddle_ratio, 0).num for saddle_ratio in (0.0, 0.8)] == [num, num]
+    assert [DistanceWatershed(classes).instances(0, saddle_ratio=saddle_ratio).num for saddle_ratio in (0.0, 0.8)] == [num, num]
 
 
 def test_touching_cells_of_two_classes_are_two_cells_and_keep_their_class():
     classes = np.zeros((40, 60), np.uint8)
     classes[10:30, 10:30], classes[10:30, 30:50] = 2, 1
-    found = DistanceWatershed(classes).instances(0.9, 10)
+    found = DistanceWatershed(classes).instances(10, saddle_ratio=0.9)
     assert sorted(found.classes[1:].tolist()) == [1, 2]
 
 
@@ -106,7 +106,7 @@ def test_tuning_finds_the_saddle_ratio_that_separates_touching_cells_only():
 
 def test_a_saddle_ratio_out_of_range_is_refused():
     with pytest.raises(ValueError, match="ratio"):
-        DistanceWatershed(np.ones((4, 4), np.uint8)).instances(1.5, 0)
+        DistanceWatershed(np.ones((4, 4), np.uint8)).instances(0, saddle_ratio=1.5)
 
 
 def test_an_image_without_a_cell_tunes_only_where_something_was_found_in_it():

@@ -10,6 +10,7 @@ from cohorts import FP32, REGISTRY, dataset_of, features_of, fitted, run_of, tra
 from PIL import Image
 
 from cellbench.config.registry import load
+from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.data.transforms.augmentation import rotate_flip
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
@@ -22,7 +23,7 @@ from cellbench.models.heads.ensemble import Ensemble
 from cellbench.parallel import WorkerPool
 from cellbench.training.fit import fit
 from cellbench.training.model import build_model
-from cellbench.training.test_time import CODES, turn, turn_back, turned_batches
+from cellbench.training.test_time import CODES, inverse, turn, turn_back, turned_batches
 from cellbench.training.tiled_inference import segment_images
 
 
@@ -32,6 +33,12 @@ def test_a_batch_is_turned_as_a_training_tile_is_and_back(code: int) -> None:
     turned = turn(torch.from_numpy(tile)[None, None], code)
     assert np.array_equal(turned[0, 0].numpy(), rotate_flip(tile, code))
     assert np.array_equal(turn_back(turned, code)[0, 0].numpy(), tile)
+
+
+@pytest.mark.parametrize("code", CODES["d4"])
+def test_a_turn_by_the_inverse_code_is_a_turn_back(code: int) -> None:
+    tile = torch.rand(1, 1, 30, 40)
+    assert torch.equal(turn(turn(tile, code), inverse(code)), tile)
 
 
 def segmenter_of(head: str = "detail", backbone: str = "filter-bank", **settings: object) -> Segmenter:
@@ -57,6 +64,15 @@ def test_with_d4_a_prediction_turns_with_the_image(size: tuple[int, int], settin
     found, plain = ([segmenter_of(tta=tta, **settings).predict(one).probability for one in (image, turned)] for tta in ("d4", "none"))
     assert np.abs(rotate_flip(found[0], 5).astype(int) - found[1]).max() <= 1
     assert np.abs(rotate_flip(plain[0], 5).astype(int) - plain[1]).max() > 1
+
+
+@pytest.mark.parametrize("targets", ["cell+border+distance", "flows", "stars"])
+def test_with_d4_the_fields_of_a_cell_target_turn_with_the_image(targets: str) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (112, 160, 3), np.uint8)
+    segmenter, turns = segmenter_of(tta="d4", targets=targets), TARGETS[targets].field_turns
+    found, turned = (segmenter.predict(np.ascontiguousarray(one)).fields for one in (image, rotate_flip(image, 5)))
+    expected = turns.turn_truth(rotate_flip(np.moveaxis(found, 0, -1), 5), 5)
+    assert np.abs(expected.astype(int) - np.moveaxis(turned, 0, -1)).max() <= 1
 
 
 def test_a_backbone_with_patches_of_14_px_reads_turned_tiles() -> None:
