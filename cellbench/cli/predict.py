@@ -21,6 +21,7 @@ from cellbench.inference.inputs import (
     with_range,
 )
 from cellbench.inference.prediction import (
+    describe_trust,
     find_images,
     formats_of,
     output_paths,
@@ -71,9 +72,9 @@ def predict(options: PredictOptions) -> int:
     for error in skipped.values():
         warn(f"skipped: {error}")
     try:
-        more, notes = write_masks(segmenter, [target for target in todo if target not in skipped], wanted, warn)
+        more, notes, known = write_masks(segmenter, [target for target in todo if target not in skipped], wanted, warn)
         skipped |= more
-        for line in format_notes(notes):
+        for line in (*format_notes(notes), *describe_trust(known)):
             warn(line)
     finally:  # also after Ctrl-C: the tables list all masks in the folder
         num_small = write_tables(out, {target.stem for target in skipped}, wanted, options.coco, segmenter.class_names, say)

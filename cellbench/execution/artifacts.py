@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import tomli_w
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
 from cellbench import system_load
@@ -25,6 +26,7 @@ from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import num_used_images
 from cellbench.escaping import escape_markdown
 from cellbench.metrics import catalog
+from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.boundary import TOLERANCE_PX
 from cellbench.metrics.instance import COUNTS, SCORES, describe_outcomes
 from cellbench.metrics.instances import MIN_AREA_NUMBERED_PX, MIN_AREA_PX
@@ -32,7 +34,7 @@ from cellbench.metrics.pixel import count_empty_images, named_scores, nan_mean, 
 from cellbench.reporting.plots.pictures import draw_curves, draw_example, draw_scores
 from cellbench.statistics.bootstrap import ROUGH_BELOW, mean_interval, unit_labels
 from cellbench.tracking import ui_view
-from cellbench.tracking.schema import NOTE, SEEN, TABLES
+from cellbench.tracking.schema import APPEARANCE, NOTE, SEEN, TABLES
 from cellbench.training.evaluator import RunEvaluation
 from cellbench.training.trainer import HeadTrainer
 
@@ -46,6 +48,8 @@ class EvaluationResult:
     trainer: HeadTrainer | None = None
     preparation: Preparation | None = None
     """The preprocessing of every image; None for a baseline that reads the raw image."""
+    appearance: TrainingAppearance | None = None
+    """How the training images look to the backbone; None without one."""
 
 
 def final_metrics(dataset: Dataset, result: EvaluationResult) -> dict[str, float]:
@@ -125,7 +129,8 @@ def write_artifacts(
 ) -> None:
     """Writes the artifacts of an evaluated run to a folder, apart from its :func:`pictures`.
 
-    They are ``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json`` and ``head.safetensors``.
+    They are ``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json``, ``head.safetensors`` and
+    ``appearance.safetensors``.
 
     ``datasets``: one, or one per fold. ``seen``: content of ``seen_images.json``, which describes the training images.
     """
@@ -135,6 +140,8 @@ def write_artifacts(
     write_scores(folder, run.fold, experiment.data.folds, datasets, result, num_train)
     (folder / "config.toml").write_text(tomli_w.dumps(single_run_experiment(run, experiment)), encoding="utf-8")
     (folder / SEPARATION).write_text(json.dumps(asdict(result.evaluation.separation)), encoding="utf-8")
+    if result.appearance is not None:
+        (folder / APPEARANCE).write_bytes(save_arrays(result.appearance.to_arrays()))
     if result.preparation is not None:
         (folder / "preparation.json").write_text(json.dumps(result.preparation.to_dict()), encoding="utf-8")
     if result.trainer is not None:

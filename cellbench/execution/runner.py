@@ -58,6 +58,7 @@ from cellbench.system_load import SystemLoad
 from cellbench.tracking.schema import LIMIT, WEIGHTS, RunState, run_params
 from cellbench.tracking.tracker import Run, Tracker
 from cellbench.training import checkpoints, cost_estimate
+from cellbench.training.appearance import training_appearance
 from cellbench.training.cost_estimate import InferenceSpeed, inference_speeds, latencies_ms, reset_timers
 from cellbench.training.evaluator import CohortEvaluator, score_validation
 from cellbench.training.fit import fit
@@ -478,6 +479,7 @@ class Runner:
     def _test(self, trained: Trained, features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
         models, test = [trainer.model for _, trainer in trained], self._images["test"]
         separations = tune_separation(models, features, self.dataset)
+        appearance = training_appearance(features)
         costs, busy = self._training_costs(trained, features, load), SystemLoad()
         reset_timers(features.backbone, models)
         not_finite: dict[int, str] = {}
@@ -500,7 +502,13 @@ class Runner:
             }
             self._finish(
                 one,
-                EvaluationResult(evaluation=evaluator.evaluations[k], cost=cost, trainer=trainer, preparation=features.preparation),
+                EvaluationResult(
+                    evaluation=evaluator.evaluations[k],
+                    cost=cost,
+                    trainer=trainer,
+                    preparation=features.preparation,
+                    appearance=appearance,
+                ),
                 out,
                 features.plan.used_images,
             )

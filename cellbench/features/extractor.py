@@ -195,7 +195,7 @@ class Features:
 
     def grid(self, split: str, image: int) -> TileGrid:
         """The tiles of an image in validation or test, in framed pixels."""
-        overlap = self.plan.run.val_overlap if split == "val" else self.plan.run.overlap
+        overlap = self.plan.run.overlap if split == "test" else self.plan.run.val_overlap
         return self.framing.grid(self.pixels[split].sizes_px[image], self.tile_px[split], overlap)
 
     def train(self, epoch: int, pool: WorkerPool) -> Iterator[Batch]:
@@ -229,15 +229,20 @@ class Features:
 
         return pool.prefetch(chunks, prepared, mapped)
 
-    def tiles(self, split: str, pool: WorkerPool) -> Iterator[tuple[Batch, list[int]]]:
-        """All tiles of ``val`` or ``test``, image by image in the order of each grid, and the number of each tile's image."""
-        corners = self._corners(split)
+    def tiles(self, split: str, pool: WorkerPool, images: Sequence[int] | None = None) -> Iterator[tuple[Batch, list[int]]]:
+        """All tiles of ``val`` or ``test``, image by image in the order of each grid, and the number of each tile's image.
+
+        ``images``: those of some images instead, also of ``train``, unchanged; their features are not cached.
+        """
+        corners = self._corners(split, images)
         chunks = _chunks(np.arange(len(corners)), self._chunk)
-        for rows, batch in zip(chunks, self._tile_batches(split, corners, chunks, self._pass(split, 0, corners, pool), pool), strict=True):
+        cache = self._pass(split, 0, corners, pool) if images is None else None
+        for rows, batch in zip(chunks, self._tile_batches(split, corners, chunks, cache, pool), strict=True):
             yield batch, [corners[k][0] for k in rows]
 
-    def _corners(self, split: str) -> list[tuple[int, int, int]]:
-        return [(image, y, x) for image in range(len(self.pixels[split])) for y, x in self.grid(split, image)]
+    def _corners(self, split: str, images: Sequence[int] | None = None) -> list[tuple[int, int, int]]:
+        numbers = range(len(self.pixels[split])) if images is None else images
+        return [(image, y, x) for image in numbers for y, x in self.grid(split, image)]
 
     def _tile_batches(
         self, split: str, corners: list[tuple[int, int, int]], chunks: list[np.ndarray], cache: FeatureCache | None, pool: WorkerPool

@@ -1,6 +1,7 @@
 """Exports a run as a folder that works on other machines, without MLflow and without the registry it was trained with.
 
-``run.json`` holds the settings, ``head.safetensors`` the trained weights, ``registry/`` the cards of its parts and a user's own code, and
+``run.json`` holds the settings, ``head.safetensors`` the trained weights, ``appearance.safetensors`` how the training images look,
+``registry/`` the cards of its parts and a user's own code, and
 ``<backbone>.safetensors`` (or the published suffix) the backbone's weights, where their licence allows copies.
 """
 
@@ -8,9 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import load_file, save
 
 from cellbench.config.base import checked
@@ -22,8 +27,10 @@ from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import make_folder, os_errors_as, write_atomic
 from cellbench.inference.trained_run import TrainedRun
+from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.separation import SeparationParams
 from cellbench.models.backbones.weights import locate, package_name
+from cellbench.tracking.schema import APPEARANCE
 
 FORMAT = 1
 RUN, HEAD, CARDS = "run.json", "head.safetensors", "registry"
@@ -72,6 +79,8 @@ def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights:
             _copy_card(folder, "backbones", card)
         if copied is not None and card is not None:
             shutil.copyfile(copied, folder / f"{card.id}{copied.suffix}")
+        if trained.appearance is not None:
+            write_atomic(folder / APPEARANCE, save_arrays(trained.appearance.to_arrays()))
         if trained.weights:
             write_atomic(folder / HEAD, save({name: x.contiguous() for name, x in trained.weights.items()}))
     facts = {
@@ -108,10 +117,8 @@ def read_export(folder: Path) -> TrainedRun:
         raise CellbenchError(
             f"{folder / RUN}: has format {facts.get('format')}, this version reads {FORMAT}. Update cellbench, or export it again."
         )
-    try:
-        weights = load_file(folder / HEAD) if (folder / HEAD).exists() else {}
-    except Exception as error:  # a damaged file, whatever safetensors calls it
-        raise CellbenchError(f"{folder / HEAD}: is damaged ({one_line(error)[:80]}). Export it again.") from None
+    weights = _arrays(folder / HEAD, load_file)
+    appearance = _arrays(folder / APPEARANCE, load_arrays)
     return TrainedRun(
         name=facts["name"],
         run=checked(RunSpec, facts["run"], str(folder / RUN)),
@@ -119,12 +126,21 @@ def read_export(folder: Path) -> TrainedRun:
         preparation=Preparation.of(facts["preparation"]),
         weights=weights,
         separation=SeparationParams(**facts["separation"]),
+        appearance=TrainingAppearance.from_arrays(appearance) if appearance else None,
         backbone_digest=facts.get("backbone_digest", ""),
         data=facts.get("data", ""),
         chosen=facts.get("chosen", ""),
         seen=facts.get("seen"),
         **{key: facts[key] for key in ("fingerprint", "dataset_digest", "run_id", "experiment", "config")},
     )
+
+
+def _arrays(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """The arrays of a safetensors file; none without the file."""
+    try:
+        return read(path) if path.exists() else {}
+    except Exception as error:  # a damaged file, whatever safetensors calls it
+        raise CellbenchError(f"{path}: is damaged ({one_line(error)[:80]}). Export it again.") from None
 
 
 def _copy_card(folder: Path, kind: str, card: Card) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import tempfile
 import warnings
 from pathlib import Path
@@ -30,7 +31,8 @@ class ServedSegmenter(PythonModel):
         """Segments the column ``image``: the bytes of PNG, JPEG, TIFF, BMP or WebP files.
 
         Returns ``mask`` (a PNG in base64: 0 and 255, or class numbers for more than two classes), ``height_px``, ``width_px``, ``share`` (of
-        the pixels that are not background) and ``notes`` (remarks on how the file's values were read).
+        the pixels that are not background), ``notes`` (remarks on how the file's values were read) and ``distance`` (from the training images, NaN
+        if unknown).
         """
         rows = []
         for data in model_input["image"]:
@@ -45,7 +47,16 @@ class ServedSegmenter(PythonModel):
             height, width = found.classes.shape
             notes = "; ".join(f"{note.message} ({note.detail})" if note.detail else note.message for note in found.notes)
             mask = base64.b64encode(out.getvalue()).decode()
-            rows.append({"mask": mask, "height_px": height, "width_px": width, "share": found.share, "notes": notes})
+            rows.append(
+                {
+                    "mask": mask,
+                    "height_px": height,
+                    "width_px": width,
+                    "share": found.share,
+                    "notes": notes,
+                    "distance": math.nan if found.distance is None else found.distance,
+                }
+            )
         return pd.DataFrame(rows)
 
 
@@ -59,7 +70,7 @@ set_model(ServedSegmenter())
 
 def save_model(folder: Path, exported: Path) -> None:
     """Writes the MLflow model of an exported folder, with a copy of it inside; ``folder`` appears complete or not at all."""
-    outputs = {"mask": "string", "height_px": "long", "width_px": "long", "share": "double", "notes": "string"}
+    outputs = {"mask": "string", "height_px": "long", "width_px": "long", "share": "double", "notes": "string", "distance": "double"}
     signature = ModelSignature(
         inputs=Schema([ColSpec("binary", "image")]), outputs=Schema([ColSpec(kind, name) for name, kind in outputs.items()])
     )

@@ -19,6 +19,8 @@ from cellbench.data.io.windowed import ArraySource, ImageSource, open_source
 from cellbench.data.transforms.tiling import Stitcher, TileGrid, cut_tile
 from cellbench.errors import CellbenchError
 from cellbench.inference.trained_run import TrainedRun
+from cellbench.metrics.appearance import NOTHING_KNOWN, Trust
+from cellbench.training.appearance import describe, tile_weights
 from cellbench.training.tiled_inference import argmax_classes, to_uint8
 
 Image = str | os.PathLike[str] | Pixels
@@ -43,6 +45,8 @@ class MaskStrip:
     source: ImageSource
     """Of the image's pixels; closed after its last strip."""
     last: bool
+    trust: Trust = NOTHING_KNOWN
+    """What is known of the whole image's prediction, with its last strip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +65,13 @@ class TileBatch:
     tiles: list[np.ndarray] = field(default_factory=list)
     found: Tensor | np.ndarray | None = None
     """What ``Segmenter.tiles`` returns for the tiles; or the classes (H, W) of one whole image."""
+    moments: np.ndarray | None = None
+    """The pooled features of each tile (``training.appearance.pooled``), where the distance of images is wanted."""
 
     def finished(self) -> Iterator[MaskStrip | FailedImage]:
         """The strips that these tiles complete."""
         for image, entries in itertools.groupby(self.entries, key=lambda entry: entry[0]):
-            yield from image.add([row for _, row in entries], self.found)
+            yield from image.add([row for _, row in entries], self.found, self.moments)
 
 
 def tile_batches(images: Iterable[Image], trained: TrainedRun, precision: torch.dtype, size: int) -> Generator[TileBatch, None, None]:
@@ -113,6 +119,8 @@ class ImageAssembly:
         self._stitcher: Stitcher | None = None
         self._strips: list[Tensor] = []
         self._finite = True
+        self._moments: np.ndarray | float = 0.0
+        self._num_described = 0
 
     def tiles(self) -> Iterator[np.ndarray | CellbenchError]:
         """The tiles of the image's grid (T, T, 3) uint8 in order; an error is the last item."""
@@ -137,7 +145,9 @@ class ImageAssembly:
         """All pixels (H, W, 3) uint8. Raises CellbenchError."""
         return self.source.rows(0, self.size_px[0])
 
-    def add(self, rows: list[int | CellbenchError], found: Tensor | np.ndarray | None) -> Iterator[MaskStrip | FailedImage]:
+    def add(
+        self, rows: list[int | CellbenchError], found: Tensor | np.ndarray | None, moments: np.ndarray | None = None
+    ) -> Iterator[MaskStrip | FailedImage]:
         """The strips that the image's next tiles, at ``rows`` of a batch, complete."""
         first, last = rows[0], rows[-1]
         if isinstance(last, CellbenchError):
@@ -157,7 +167,17 @@ class ImageAssembly:
             )
             self.source.close()
         elif found is not None and not isinstance(first, CellbenchError):
+            if moments is not None:
+                self._describe(moments[first : last + 1])
             yield from self._stitched(found[first : last + 1])
+
+    def _describe(self, moments_BD: np.ndarray) -> None:
+        """Adds the pooled features of the next tiles: one sum, however large the image is."""
+        if not self._num_described:
+            self._weights = tile_weights(self.grid)
+        weights = self._weights[self._num_described : self._num_described + len(moments_BD)]
+        self._moments = self._moments + weights @ moments_BD
+        self._num_described += len(moments_BD)
 
     def _stitched(self, found_BKTT: Tensor) -> Iterator[MaskStrip | FailedImage]:
         framing = self._trained.preparation.framing
@@ -195,4 +215,10 @@ class ImageAssembly:
             image=self._image,
             source=self.source,
             last=last,
+            trust=self._trust() if last else NOTHING_KNOWN,
         )
+
+    def _trust(self) -> Trust:
+        if self._trained.appearance is None or not isinstance(self._moments, np.ndarray):
+            return NOTHING_KNOWN
+        return Trust(distance=self._trained.appearance.distance(describe(self._moments)))

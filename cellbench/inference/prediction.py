@@ -23,9 +23,11 @@ from cellbench.data.io.metadata import PixelSize
 from cellbench.data.scan import IgnoredFile, count_reasons, files_below
 from cellbench.errors import CellbenchError
 from cellbench.files import case_folded, file_name
+from cellbench.inference.inputs import first_names
 from cellbench.inference.pipeline import FailedImage
 from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.writers import ENDINGS, OutputFormats, OutputPaths, PredictionWriter, TooManyCellsError, find_masks, output_path
+from cellbench.metrics.appearance import FAR, Trust
 
 MOST_PX = 100_000_000
 """Size of the largest image whose cells are separated: its whole mask is in memory then, with some 50 bytes a pixel."""
@@ -175,13 +177,14 @@ def why_too_large(target: OutputPaths) -> CellbenchError | None:
 
 def write_masks(
     segmenter: Segmenter, targets: Sequence[OutputPaths], wanted: OutputFormats, warn: Callable[[str], None]
-) -> tuple[dict[OutputPaths, CellbenchError], list[tuple[str, Note]]]:
+) -> tuple[dict[OutputPaths, CellbenchError], list[tuple[str, Note]], dict[str, Trust]]:
     """Writes the masks and what is wanted beside them. Images that fail are skipped, and ``warn`` gets the reason at once.
 
-    Returns the skipped images with the reasons, and notes on how the others were read, by their files.
+    Returns the skipped images with the reasons; notes on how the others were read, and what is known of their masks, by their files.
     """
     skipped: dict[OutputPaths, CellbenchError] = {}
     notes: list[tuple[str, Note]] = []
+    known: dict[str, Trust] = {}
     files: PredictionWriter | None = None
 
     def skip(target: OutputPaths, error: CellbenchError) -> None:
@@ -206,6 +209,7 @@ def write_masks(
                 bar.update(len(event.classes) / event.source.size_px[0])
                 if event.last:
                     notes += [(printable_path(target.image), note) for note in event.source.notes]
+                    known[printable_path(target.image)] = event.trust
                     try:
                         files.keep()
                     except TooManyCellsError as error:
@@ -214,7 +218,27 @@ def write_masks(
         finally:
             if files is not None:
                 files.__exit__()
-    return skipped, notes
+    return skipped, notes, known
+
+
+def describe_trust(known: Mapping[str, Trust]) -> list[str]:
+    """Sentences on images that do not look like the training images; a single one where all do."""
+    distances = {name: trust.distance for name, trust in known.items() if trust.distance is not None}
+    far = {name: f"{name} ({distance:.1f})" for name, distance in sorted(distances.items(), key=lambda one: -one[1]) if distance > FAR}
+    unusual = [
+        f"{name} ({distance:.1f})"
+        for name, distance in sorted(distances.items(), key=lambda one: -one[1])
+        if distance > 1 and name not in far
+    ]
+    lines = []
+    if far:
+        lines.append(
+            f"{len(far)} of {len(distances)} images are unlike the training images, so their masks may be wrong (distance above {FAR:g}; "
+            f"images of the same set are at 1 or less): {first_names(list(far.values()))}."
+        )
+    if unusual:
+        lines.append(f"{len(unusual)} of {len(distances)} images look unusual (distance 1 to {FAR:g}): {first_names(unusual)}.")
+    return lines
 
 
 def formats_of(wanted: OutputFormats, target: OutputPaths) -> OutputFormats:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.numpy
 import safetensors.torch
 from safetensors import SafetensorError
 
@@ -18,12 +19,13 @@ from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.errors import CellbenchError, unknown_name
 from cellbench.inference.trained_run import TrainedRun
+from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.reporting import verdict
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import describe_limit, describe_sizes, name_words
 from cellbench.tracking import store_address
-from cellbench.tracking.schema import EVALUATION, LIMIT, SEEN, WEIGHTS, RunRecord
+from cellbench.tracking.schema import APPEARANCE, EVALUATION, LIMIT, SEEN, WEIGHTS, RunRecord
 from cellbench.tracking.tracker import Tracker, all_experiments, experiment_of, newest_experiment
 
 
@@ -140,6 +142,7 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         raise CellbenchError(f"'{stored.name}' normalises stains, but its preparation.json is missing in MLflow. Run it again.")
     separation = tracker.artifact(stored, "separation.json")
     seen = tracker.artifact(stored, SEEN)
+    appearance = tracker.artifact(stored, APPEARANCE)
     data = tracker.artifact(stored, "head.safetensors")
     learns = run.baseline is None or registry.baseline(run.baseline).trained
     if data is None and learns:
@@ -152,6 +155,7 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         preparation=Preparation(framing=Framing.of(run)) if prepared is None else Preparation.of(json.loads(prepared)),
         weights=load_tensors(data, stored.name) if data is not None else {},
         separation=SeparationParams(**json.loads(separation)) if separation is not None else CONNECTED,
+        appearance=TrainingAppearance.from_arrays(safetensors.numpy.load(appearance)) if appearance is not None else None,
         fingerprint=stored.fingerprint,
         backbone_digest=stored.tags.get(WEIGHTS, ""),
         dataset_digest=str(results["dataset"]),

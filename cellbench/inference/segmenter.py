@@ -34,6 +34,7 @@ from cellbench.features.tile_cutting import as_pixels
 from cellbench.hardware import Hardware, detect_hardware, to_device
 from cellbench.inference.pipeline import FailedImage, Image, MaskStrip, TileBatch, tile_batches, whole_images
 from cellbench.inference.trained_run import TrainedRun
+from cellbench.metrics.appearance import NOTHING_KNOWN, Trust
 from cellbench.metrics.instances import Instances
 from cellbench.metrics.measurements import measure_cells
 from cellbench.metrics.separation import CONNECTED, SeparationParams
@@ -41,6 +42,7 @@ from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone, weights_digest
 from cellbench.models.backbones.weight_files import check_types, check_values
 from cellbench.parallel import WorkerPool, prefetch
+from cellbench.training.appearance import pooled
 from cellbench.training.model import build_model, num_levels
 from cellbench.training.test_time import turn
 from cellbench.training.tiled_inference import output_channels
@@ -66,6 +68,14 @@ class Prediction:
     """The file, or the pixels (H, W, 3) uint8."""
     reading: IntensityScaling
     """How the file's values are read as 0..255."""
+
+    trust: Trust = NOTHING_KNOWN
+    """What is known of the prediction without its truth."""
+
+    @property
+    def distance(self) -> float | None:
+        """How far the image looks from the training images: up to 1 is usual for their set, above 2 it is unlike them; None if unknown."""
+        return self.trust.distance
 
     @property
     def mask(self) -> np.ndarray:
@@ -264,6 +274,7 @@ class Segmenter:
                     notes=event.source.notes,
                     source=event.image,
                     reading=self.trained.preparation.reading,
+                    trust=event.trust,
                 )
                 strips = []
 
@@ -285,28 +296,34 @@ class Segmenter:
         image, row = batch.entries[0]
         if self._function is None:
             if batch.tiles:
-                batch.found = self.tiles(torch.from_numpy(np.stack(batch.tiles)))
+                batch.found, batch.moments = self._tiles(torch.from_numpy(np.stack(batch.tiles)))
                 batch.tiles = []
         elif not isinstance(row, CellbenchError):
             batch.found = self._function(image.whole(), len(self.class_names), **self.trained.run.options)
         return batch
 
-    @torch.inference_mode()
     def tiles(self, tiles_BTTC: Tensor) -> Tensor:
         """Probabilities (B, K-1, T, T) float32 of all classes but the background, for framed tiles (B, T, T, 3) uint8.
 
         Followed by the fields (B, F, T, T) of the run's cell target, if it has one.
         """
+        return self._tiles(tiles_BTTC)[0]
+
+    @torch.inference_mode()
+    def _tiles(self, tiles_BTTC: Tensor) -> tuple[Tensor, np.ndarray | None]:
+        """Likewise, with the pooled features of the tiles where the appearance of the training images is known."""
         assert self.model is not None
         pixels = as_pixels(to_device(tiles_BTTC, self.machine.device))
-        found, codes = torch.zeros(()), self.model.tta_codes
+        found, codes, moments = torch.zeros(()), self.model.tta_codes, None
         for code in codes:
             turned = turn(pixels, code)
             batch = Batch(self.backbone.maps(turned), turned, torch.empty(0))
+            if code == 0 and self.trained.appearance is not None:
+                moments = pooled(batch.maps)
             start = time.perf_counter()
             with self.machine.autocast():
                 logits = self.model.decode(batch)
             self.model.seconds += time.perf_counter() - start
             one = output_channels(logits, self.model, code) / len(codes)
             found = found + one if code else one
-        return found
+        return found, moments

@@ -14,7 +14,7 @@ from cellbench.data.io.png_stream import read_png_text
 from cellbench.escaping import to_csv
 from cellbench.files import write_atomic
 from cellbench.inference.polygons import to_coco
-from cellbench.inference.writers import CELLS, GEOJSON, INSTANCES, LEFT_OUT, OutputFormats, find_masks, output_path
+from cellbench.inference.writers import CELLS, GEOJSON, INSTANCES, LEFT_OUT, TRUST, OutputFormats, find_masks, output_path
 from cellbench.metrics.measurements import count_by_class, density
 
 COCO, COUNTS = "coco.json", "counts.csv"
@@ -93,8 +93,8 @@ def write_counts(masks: Sequence[ExistingMask], out: Path, names: Sequence[str] 
 def count_row(mask: ExistingMask, names: Sequence[str] = (), owners: Sequence[int] = ()) -> dict[str, object]:
     """One row of the table of images, by column.
 
-    Size, number of cells, density, pixel size where it is known, number of regions below the minimum area, and with several classes the
-    number of each. A part of a cell (``owners``) is counted in the cells that hold it.
+    Size, number of cells, density, pixel size where it is known, number of regions below the minimum area, distance from the training images,
+    and with several classes the number of each. A part of a cell (``owners``) is counted in the cells that hold it.
     """
     with output_path(mask.stem, CELLS).open(encoding="utf-8", newline="") as file:
         cells = list(csv.DictReader(file))
@@ -108,6 +108,7 @@ def count_row(mask: ExistingMask, names: Sequence[str] = (), owners: Sequence[in
         "cells": len(cells),
         **({"cells_per_megapixel": dense} if side is None else {"cells_per_mm2": dense, "um_per_px": float(f"{side:.6g}")}),
         LEFT_OUT: num_below_min_area(mask),
+        **_instance_facts(mask).get(TRUST, {}),
     }
     each = count_by_class(cells, names, owners, side)
     return row | {f"{name} (class)" if name in row else name: num for name, num in each.items()}
@@ -115,5 +116,9 @@ def count_row(mask: ExistingMask, names: Sequence[str] = (), owners: Sequence[in
 
 def num_below_min_area(mask: ExistingMask) -> int:
     """How many regions of an image's mask are too small to be cells; recorded in the file of the numbered cells."""
+    return int(_instance_facts(mask).get(LEFT_OUT, 0))
+
+
+def _instance_facts(mask: ExistingMask) -> dict[str, Any]:
     text = read_png_text(output_path(mask.stem, INSTANCES))
-    return int(json.loads(text).get(LEFT_OUT, 0)) if text else 0
+    return json.loads(text) if text else {}

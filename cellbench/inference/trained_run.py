@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.preprocessing import Preparation
+from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 
 
@@ -26,6 +27,8 @@ class TrainedRun:
     """Of head and tail, by name; empty for a method without training."""
     separation: SeparationParams = CONNECTED
     """How touching cells are separated."""
+    appearance: TrainingAppearance | None = None
+    """How its training images look to the backbone; None without one, or for a run of an older version."""
     fingerprint: str = ""
     dataset_digest: str = ""
     """Of its training data."""

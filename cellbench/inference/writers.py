@@ -39,6 +39,8 @@ LARGE_PX = 800
 """Longer side of an image from which outlines are two pixels wide, since it is seen smaller."""
 LEFT_OUT = "left_out"
 """In the metadata of ``INSTANCES``: the number of regions too small to be cells."""
+TRUST = "trust"
+"""Likewise: what is known of the prediction, :class:`~cellbench.metrics.appearance.Trust`."""
 ENDINGS = (PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS)
 """Of the files that may accompany a mask."""
 
@@ -227,15 +229,17 @@ class PredictionWriter:
         if self._wanted.geojson:
             self._files[GEOJSON].write(self._collection(cells))
         if self._wanted.instances:
-            facts = {LEFT_OUT: cells.num_left_out, "min_cell_px": separation.min_area_px}
+            facts = {LEFT_OUT: cells.num_left_out, "min_cell_px": separation.min_area_px, TRUST: self._strips[-1].trust.facts}
             self._files[INSTANCES].write(png_bytes(cells.ids.astype(np.uint16), text=json.dumps(facts)))
             table = measure_cells(cells, image, self._names, self._wanted.um_per_px, classes, separation.owners)
             self._files[CELLS].write(table.text.encode("utf-8"))
 
     def _collection(self, cells: Instances) -> bytes:
         """GeoJSON of the cells, one on a line."""
+        trust = self._strips[-1].trust
+        known = trust.facts | ({"appearance": trust.word} if trust.word else {})
         features = ",\n".join(json.dumps(to_geojson(cell, self._names), separators=(",", ":")) for cell in cell_outlines(cells))
-        facts = {"file": self._target.image.name, "size_px": list(self._size_px)}
+        facts = {"file": self._target.image.name, "size_px": list(self._size_px), **known}
         return f'{{"type": "FeatureCollection", "features": [\n{features}\n],\n"cellbench": {json.dumps(facts)}}}\n'.encode()
 
 

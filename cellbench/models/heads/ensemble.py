@@ -14,7 +14,7 @@ from cellbench.models.heads.base import Head
 class Ensemble(Head):
     """Gives the scores whose probabilities are the mean of the members' probabilities.
 
-    The softmax of its class scores is the mean of the members' softmaxes, the sigmoid of each channel after them that of their sigmoids. For
+    The softmax of its class scores is the mean of the members' softmaxes. Channels after those of the classes are the mean of the members'. For
     prediction: the members are trained alone.
     """
 
@@ -28,7 +28,6 @@ class Ensemble(Head):
         classes, extra = torch.empty(0), torch.empty(0)
         for k, member in enumerate(self.members):
             scores = member(maps, pixels_BCHW).float()
-            own, more = scores[:, : self._num].log_softmax(1), scores[:, self._num :].sigmoid()
+            own, more = scores[:, : self._num].log_softmax(1), scores[:, self._num :]
             classes, extra = (torch.logaddexp(classes, own), extra + more) if k else (own, more)
-        num = len(self.members)
-        return torch.cat([classes - math.log(num), torch.logit(extra / num, eps=1e-6)], 1)
+        return torch.cat([classes - math.log(len(self.members)), extra / len(self.members)], 1)
