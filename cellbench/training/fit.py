@@ -14,6 +14,7 @@ from torch import Tensor
 from cellbench.config.run import RunSpec
 from cellbench.features.extractor import Batch, Features
 from cellbench.parallel import WorkerPool
+from cellbench.startup import without_compiler
 from cellbench.training.model import build_model
 from cellbench.training.tiled_inference import score_tiles
 from cellbench.training.trainer import HeadTrainer
@@ -88,7 +89,7 @@ def _combine(ensemble: HeadTrainer, members: Sequence[HeadTrainer], features: Fe
 
 
 def _fit(trainers: Sequence[HeadTrainer], features: Features, progress: Progress | None) -> None:
-    with WorkerPool(features.backbone.machine.lanes) as pool:
+    with without_compiler(), WorkerPool(features.backbone.machine.lanes) as pool:
         while active := [trainer for trainer in trainers if not trainer.ended]:
             epoch = min(trainer.epoch for trainer in active)
             active = [trainer for trainer in active if trainer.epoch == epoch]

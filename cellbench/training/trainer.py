@@ -22,6 +22,7 @@ from cellbench.config.run import RunSpec
 from cellbench.features.extractor import Batch, Features
 from cellbench.hardware import is_out_of_memory
 from cellbench.metrics.pixel import IGNORE, pixel_scores, pooled_classes
+from cellbench.startup import without_compiler
 from cellbench.training.cuda_graph import GraphedStep
 from cellbench.training.losses import parse_loss
 from cellbench.training.model import SegmentationModel
@@ -69,9 +70,10 @@ class HeadTrainer:
     def __post_init__(self) -> None:
         self._loss = parse_loss(self.run.loss, self.registry)
         on_gpu = self.device.type == "cuda"
-        self.optimiser = torch.optim.AdamW(
-            self.model.groups(self.run), lr=self.run.lr, weight_decay=self.run.weight_decay, capturable=on_gpu
-        )
+        with without_compiler():
+            self.optimiser = torch.optim.AdamW(
+                self.model.groups(self.run), lr=self.run.lr, weight_decay=self.run.weight_decay, capturable=on_gpu
+            )
         self._graphs: dict[int, GraphedStep | None] = {}
         """By mini-batch size; None if the step cannot be captured."""
         self.steps_per_epoch = len(batch_sizes(self.num_views, self.run.batch_size))
@@ -225,7 +227,8 @@ class HeadTrainer:
         # The run may resume on another kind of device: AdamW refuses a capturable step on a CPU, and a learning rate on another device.
         own = {"capturable": self.device.type == "cuda"}
         groups = [group | own | {"lr": float(group["lr"])} for group in state["optimiser"]["param_groups"]]
-        self.optimiser.load_state_dict(state["optimiser"] | {"param_groups": groups})
+        with without_compiler():
+            self.optimiser.load_state_dict(state["optimiser"] | {"param_groups": groups})
         self.best_weights = state["best_weights"]
         for name in _PROGRESS:
             setattr(self, name, state["progress"][name])

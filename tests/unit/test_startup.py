@@ -110,3 +110,21 @@ with startup.without_compiler():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_an_optimiser_takes_steps_without_torchs_compiler():
+    code = """
+import sys, torch
+from cellbench import startup
+weight = torch.nn.Parameter(torch.ones(3))
+with startup.without_compiler():
+    optimiser = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0)
+    weight.sum().backward()
+    optimiser.step()
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+assert torch.allclose(weight.detach(), torch.full((3,), 0.9))
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
