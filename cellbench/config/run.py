@@ -62,6 +62,8 @@ class RunSpec(StrictModel):
     """Largest random shift of the hue, as a share of the colour circle."""
     hed: Annotated[float, _COHORT] = Field(default=0.0, ge=0, le=1)
     """Stain augmentation: haematoxylin, eosin and DAB are each multiplied by 1 - ``hed`` to 1 + ``hed``, and shifted. 0.05 is light, 0.2 strong."""
+    reference_stains: Annotated[float, _COHORT] = Field(default=0.0, ge=0, le=1)
+    """Random reference stains of training tiles: each channel's optical density times exp(-2 to 2 times this), half of it common to all channels."""
     augmentations: Annotated[str, _COHORT] = "none"
     """The user's own augmentations, each with its strength: ``0.3 blur + 0.1 noise``. They are applied after the shipped ones, in this order."""
     normalise: Annotated[Literal["none", "reinhard", "macenko", "background"], _COHORT] = "none"
@@ -174,7 +176,7 @@ class RunSpec(StrictModel):
 
 SAMPLING_FIELDS = tuple(name for name, field in RunSpec.model_fields.items() if _COHORT in field.metadata)
 
-ADDED_LATER = {name: RunSpec.model_fields[name].default for name in ("augmentations", "tta", "ensemble")}
+ADDED_LATER = {name: RunSpec.model_fields[name].default for name in ("reference_stains", "augmentations", "tta", "ensemble")}
 """Fields that older runs do not have, with the value that leaves a run's fingerprint as it was."""
 AFTER_TRAINING = ("tta", "ensemble")
 """Fields that change the use of a trained model, not its training."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cellbench.config.registry import Registry, load
 from cellbench.config.run import RunSpec
+from cellbench.data.transforms.background_normalisation import WHITE
 from cellbench.hardware import to_device
 
 Draw = tuple[float, ...]
@@ -38,7 +39,11 @@ class Augmentation(Protocol):
 
 def colour_augmentations(run: RunSpec, registry: Registry) -> list[Augmentation]:
     """The augmentations of a run, in the order in which they are applied: the shipped ones, then the user's."""
-    shipped: list[Augmentation] = [StainJitter(run.hed), ColourJitter(run.brightness, run.contrast, run.saturation, run.hue)]
+    shipped: list[Augmentation] = [
+        ReferenceStains(run.reference_stains),
+        StainJitter(run.hed),
+        ColourJitter(run.brightness, run.contrast, run.saturation, run.hue),
+    ]
     return shipped + [load(registry.augmentation(name))(strength) for name, strength in run.own_augmentations.items()]
 
 
@@ -53,6 +58,31 @@ def draw_turn(rng: np.random.Generator, *, rotations: bool, flips: bool, square:
 def rotate_flip(tile: np.ndarray, code: int) -> np.ndarray:
     """A tile (T, T, ...) turned by ``code % 4`` quarter turns counter-clockwise, after a left-right mirror from 4 on."""
     return np.rot90(tile[:, ::-1] if code >= 4 else tile, code % 4)
+
+
+class ReferenceStains:
+    """Factors of the optical density of red, green and blue: tiles as if normalised to random reference stains, where test images have one.
+
+    After Mahbod et al. 2023 (arXiv 2309.06143), who drew references from images. The factors exp(u + v) have a u common to the channels, a paler or
+    a stronger stain, and a v for each, another colour. The background of images normalised by their ``background`` stays as it is.
+    """
+
+    NEUTRAL: Draw = (1.0, 1.0, 1.0)
+
+    def __init__(self, reach: float = 0.0) -> None:
+        self._reach = reach
+
+    def draw(self, rng: np.random.Generator) -> Draw:
+        if not self._reach:
+            return self.NEUTRAL
+        return tuple(np.exp(rng.uniform(-self._reach, self._reach) + rng.uniform(-self._reach, self._reach, 3)).tolist())
+
+    def apply(self, pixels_BCHW: Tensor, draws: list[Draw]) -> Tensor:
+        if all(factors == self.NEUTRAL for factors in draws):
+            return pixels_BCHW
+        factors = to_device(torch.tensor(draws, dtype=pixels_BCHW.dtype).view(-1, 3, 1, 1), pixels_BCHW.device)
+        white = WHITE / 255
+        return ((pixels_BCHW / white).clamp_min_(1e-6) ** factors).mul_(white).clamp_(0, 1)
 
 
 class StainJitter:

@@ -154,7 +154,7 @@ def test_cohorts_share_a_stream_and_differ_in_it() -> None:
 OTHER = {
     "backbone": "dinobloom-s", "head": "bilinear", "options": {"width": 1}, "seed": 1, "tile_px": 448, "framing": "pad", "tile_scale":
     2.0, "overlap": 0.25, "val_overlap": 0.25, "sampling": "tiles", "crops_per_image": 2, "repeat_views_every": 3, "flips": False, "rotations":
-    False, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "hed": 0.1, "normalise": "macenko", "data_seed": 1,
+    False, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "hed": 0.1, "reference_stains": 0.2, "normalise": "macenko", "data_seed": 1,
     "fraction": 0.5, "fold": 1, "epochs": 3, "batch_size": 4, "lr": 0.01, "weight_decay": 0.0, "schedule": "constant",
     "warmup_epochs": 0.0, "patience": 0, "loss": "ce", "select": "val/loss", "unfreeze": 2, "tail_lr_scale": 0.1, "layer_decay": 0.5,
     "targets": "cell+distance", "augmentations": "0.3 blur", "tta": "d4", "ensemble": "0, 1",

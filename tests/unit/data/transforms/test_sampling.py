@@ -112,7 +112,7 @@ def test_all_turns_occur_with_flips_and_rotations_and_none_without() -> None:
 
 def test_colours_stay_within_their_reach_and_fill_it() -> None:
     reach = {"brightness": 0.3, "contrast": 0.2, "saturation": 0.1, "hue": 0.05}
-    colours = np.array([view.draws[1] for view in plan(crops_per_image=250, **reach).views(0)])
+    colours = np.array([view.draws[2] for view in plan(crops_per_image=250, **reach).views(0)])
     away = np.abs(colours - ColourJitter.NEUTRAL)
     assert (away <= list(reach.values())).all()
     assert (away.max(0) > 0.95 * np.array(list(reach.values()))).all()
@@ -121,7 +121,7 @@ def test_colours_stay_within_their_reach_and_fill_it() -> None:
 
 def test_without_reach_colours_are_untouched() -> None:
     views = plan(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0).views(0)
-    assert {view.draws[1] for view in views} == {ColourJitter.NEUTRAL}
+    assert {view.draws[2] for view in views} == {ColourJitter.NEUTRAL}
 
 
 def test_a_view_holds_plain_numbers() -> None:

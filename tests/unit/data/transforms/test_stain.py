@@ -13,7 +13,8 @@ from PIL import Image
 from skimage.color import hed2rgb, rgb2hed, rgb2lab
 
 from cellbench.config.run import RunSpec
-from cellbench.data.transforms.augmentation import StainJitter
+from cellbench.data.transforms.augmentation import ReferenceStains, StainJitter
+from cellbench.data.transforms.background_normalisation import WHITE
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import SamplingPlan
@@ -45,6 +46,29 @@ def test_varied_stains_are_skimages() -> None:
     np.testing.assert_allclose(out[0].numpy(), tile[0].numpy(), atol=1e-6)
 
 
+def test_reference_stains_multiply_optical_density_below_white() -> None:
+    density = np.random.default_rng(0).uniform(-0.08, 2, (2, 3, 4, 5))  # what is lighter than white stays lighter
+    factors = np.array([[0.5, 1.0, 2.0], [1.3, 1.1, 0.7]])
+    tiles = torch.from_numpy(WHITE / 255 * np.exp(-density))
+    before = tiles.clone()
+    out = ReferenceStains().apply(tiles, [tuple(row) for row in factors])
+    np.testing.assert_allclose(out.numpy(), (WHITE / 255 * np.exp(-density * factors[..., None, None])).clip(0, 1), atol=1e-6)
+    assert torch.equal(tiles, before)
+    assert ReferenceStains().apply(tiles, [ReferenceStains.NEUTRAL] * 2) is tiles
+
+
+def test_views_have_reference_stains_within_their_reach_and_other_draws_stay() -> None:
+    def draws(**settings: float) -> list[tuple]:
+        plan = SamplingPlan(((64, 64),), RunSpec(backbone="uni", head="fpn", tile_px=64, **settings))
+        return [plan.views(cycle)[0].draws for cycle in range(300)]
+
+    varied = draws(reference_stains=0.4, hed=0.1)
+    assert [one[1:] for one in varied] == [one[1:] for one in draws(hed=0.1)]
+    logs = np.log([one[0] for one in varied])
+    assert 0.6 < np.abs(logs).max() <= 0.8
+    assert 0.4 < np.corrcoef(logs.T)[0, 1] < 0.6  # half of the variance is common to the channels
+
+
 def test_unstained_tiles_are_the_very_same_and_given_ones_are_not_changed() -> None:
     tiles = torch.rand(2, 3, 4, 5)
     before = tiles.clone()
@@ -57,7 +81,7 @@ def test_unstained_tiles_are_the_very_same_and_given_ones_are_not_changed() -> N
 def test_views_vary_in_stain_within_hed_only() -> None:
     def stains(hed: float) -> np.ndarray:
         plan = SamplingPlan(((64, 64),) * 5, RunSpec(backbone="uni", head="fpn", tile_px=64, crops_per_image=80, hed=hed))
-        return np.array([view.draws[0] for view in plan.views(0)])
+        return np.array([view.draws[1] for view in plan.views(0)])
 
     assert (stains(0.0) == StainJitter.NEUTRAL).all()
     varied = stains(0.2)
