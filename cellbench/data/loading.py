@@ -57,7 +57,7 @@ def _further_test_set(folder: Path, card: DatasetCard, own: Dataset, spec: DataS
     if spec.limit:
         found = replace(found, test=found.test[: spec.limit], limited=len(found.test) > spec.limit)
     same = {sample.digest for part in SPLITS for sample in own.samples(part)} & {sample.digest for sample in found.test}
-    notes = [f"{found.name}, a further test set: {len(found.test)} images ({what})", *found.notes]
+    notes = [f"{found.name}, a further test set: {len(found.test)} images ({what})", *(f"{found.name}: {note}" for note in found.notes)]
     if same:
         notes.append(
             f"doubt: {len(same)} of {len(found.test)} images of {found.name} are images of {own.name} too: of those models may have seen some"

@@ -72,8 +72,9 @@ def job_spec(
     prefer_disk: bool,
 ) -> JobSpec:
     """Creates the job of a grid that is started on this machine."""
+    folders = tuple(str(Path(folder).absolute()) for folder in experiment.data.test_folders)
     return JobSpec(
-        experiment=experiment,
+        experiment=experiment.model_copy(update={"data": experiment.data.model_copy(update={"tests": folders})}),
         parent_id=parent_id,
         machine=machine,
         where=where,

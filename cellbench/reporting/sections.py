@@ -99,9 +99,10 @@ class _TestSetReport:
     def lead(self) -> list[Block]:
         """What the page shows unfolded: one figure, the leaderboard, the worst image of the best model."""
         worse = {d.a for d in self.here.differences_to_best() if d.better == d.b}
+        elsewhere = [*(f"{other.dataset}: Dice/image" for other in (self.shift.sets if self.shift else ())), "lowest Dice"]
         return [
             *([self.figure("leaderboard", comparison.plot_leaderboard, self.plotted, worse)] if self.plotted else []),
-            self.page_table([name for name in LEADING_COLUMNS if name in self.cells[0]], open_rows=MAX_OPEN_ROWS),
+            self.page_table([name for name in (*LEADING_COLUMNS, *elsewhere) if name in self.cells[0]], open_rows=MAX_OPEN_ROWS),
             *self.pictures(self.here.best, ("worst",)),
         ]
 

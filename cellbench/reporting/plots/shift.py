@@ -43,7 +43,7 @@ def plot_falls(rows: Sequence[FallRow], kinds: Mapping[str, str], narrow: bool =
     """A row a model: a bar from the own images down to the lowest condition, a mark for each condition. ``kinds``: labels by kind."""
     rows, left_out = first_that_fit(rows, MOST)
     with matplotlib.rc_context(STYLE):
-        legend_rows = -(-(len(kinds) + 1) // (3 if narrow else 8))
+        legend_rows = -(-(len(kinds) + 1) // (3 if narrow else 10))
         figure, axes = rows_figure([row.model for row in rows], narrow, extra_in=0.8 + 0.25 * legend_rows)
         low = min(row.lowest[1] for row in rows)
         high = max(value for row in rows for value in (row.own, *(value for _, _, value in row.conditions)))
@@ -65,7 +65,9 @@ def plot_falls(rows: Sequence[FallRow], kinds: Mapping[str, str], narrow: bool =
             Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=5, label=kinds[kind])
             for kind, (colour, marker) in look.items()
         ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=3 if narrow else 8, fontsize=8, handletextpad=0.2, columnspacing=1.0)
+        figure.legend(
+            handles=handles, loc="outside upper left", ncols=3 if narrow else 10, fontsize=8, handletextpad=0.2, columnspacing=1.0
+        )
         set_caption(
             figure,
             "Mean Dice of each model: on the own test images (line), and under each condition (marks).",
