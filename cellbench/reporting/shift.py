@@ -53,7 +53,7 @@ class Shift:
     sets: tuple[TestSet, ...]
     """The further test sets."""
     missing: Mapping[str, tuple[str, ...]]
-    """By model that is not in ``models``, the conditions under which it was not tested."""
+    """By model that is not in ``models``, the conditions under which it was not tested; without masks of other tools, which cannot be."""
 
     def lowest(self, model: str) -> Condition:
         """The condition with the lowest mean Dice of a model."""
@@ -98,7 +98,7 @@ def shift_of(here: TestSet) -> Shift | None:
         models=models,
         conditions=tuple(conditions),
         sets=tuple(further_sets(here)),
-        missing={model: lacks for model, lacks in missing.items() if lacks},
+        missing={model.name: missing[model.name] for model in here.models if missing[model.name] and not model.external},
     )
 
 
