@@ -101,7 +101,7 @@ def predict_with_heads(runs: Sequence[FinishedRunToTest], features: Features, tr
     def predict(images: ImageCache, coarse: bool) -> Answers:
         split = "val" if coarse else "test"
         for image, found in segment_images(models, features.on(split, images), split):
-            yield image, [(one.classes, one.cell, one.boundary_depth) for one in found]
+            yield image, [(one.classes, one.cell, one.fields) for one in found]
 
     return predict
 
