@@ -17,6 +17,7 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import TOKENS, FrozenBackbone
 from cellbench.models.backbones.base import Level
+from cellbench.models.backbones.lora import with_lora
 from cellbench.models.heads.base import Head
 from cellbench.models.heads.ensemble import Ensemble
 from cellbench.training.randomness import ModelRandomness
@@ -68,10 +69,12 @@ class SegmentationModel(nn.Module):
         """Parameter groups for the optimiser, each with its share of the learning rate.
 
         The share is 1 for the head, ``tail_lr_scale`` for the tail's norm and last block, and ``layer_decay`` times less for each earlier block
-        (Clark et al. 2020, ELECTRA).
+        (Clark et al. 2020, ELECTRA). It is 1 for LoRA as well, which begins with no change.
         """
         groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "share": 1.0}]
-        if self.tail is not None:
+        if self.tail is not None and run.lora_rank:
+            groups.append({"params": [p for p in self.tail.parameters() if p.requires_grad], "share": 1.0})
+        elif self.tail is not None:
             blocks = list(cast(nn.ModuleList, self.tail.blocks))
             groups.append({"params": list(cast(nn.Module, self.tail.norm).parameters()), "share": run.tail_lr_scale})
             for back, block in enumerate(reversed(blocks)):
@@ -95,7 +98,7 @@ class SegmentationModel(nn.Module):
     @property
     def num_params(self) -> int:
         """Number of trained parameters: of the head and of the tail."""
-        return sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
 def num_levels(card: HeadCard | BaselineCard) -> int:
@@ -118,6 +121,10 @@ def build_model(run: RunSpec, card: HeadCard | BaselineCard, backbone: FrozenBac
             raise CellbenchError(f"{card.path}: cannot be built with {run.options or 'no options'}: {one_line(error)}.") from error
     head = heads[0] if len(heads) == 1 else Ensemble(heads, num_learned)
     tail = backbone.module.tail(run.unfreeze) if run.unfreeze and backbone.module is not None else None
+    if tail is not None and run.lora_rank:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            tail = with_lora(tail, run.lora_rank)
     num_frozen = len(backbone.module.levels) - run.unfreeze if backbone.module is not None else 0
     model = SegmentationModel(head, levels, tail, num_frozen, cell_target, CODES[run.tta])
     return model.to(backbone.machine.device).to(memory_format=torch.channels_last)

@@ -148,6 +148,36 @@ def test_unfrozen_runs_of_one_cohort_do_not_touch_each_other(dataset):
     assert all(same(a, fitted(dataset, [run])[0]) for a, run in zip(together, runs, strict=True))
 
 
+def test_lora_begins_as_the_frozen_backbone_and_only_its_updates_learn(dataset):
+    runs = [run_of("fpn"), run_of("fpn", unfreeze=2, lora_rank=3, lr=1e-2)]
+    features = [features_of(dataset, [run]) for run in runs]
+    plain, lora = (trainers_of(dataset, [run], one)[0] for run, one in zip(runs, features, strict=True))
+    batches = [next(iter(one.tiles("test", WorkerPool(1))))[0] for one in features]
+    with torch.no_grad():
+        assert torch.equal(plain.model.eval()(batches[0]), lora.model.eval()(batches[1]))
+    before = {name: x.clone() for name, x in lora.model.tail.named_parameters()}
+    fit([lora], features[1])
+    changed = {name for name, x in lora.model.tail.named_parameters() if not torch.equal(x, before[name])}
+    assert changed == {name for name in before if name.endswith((".down", ".up"))}
+    block = features[1].backbone.module.net.blocks[-1]
+    linears = [layer for layer in block.modules() if isinstance(layer, torch.nn.Linear)]
+    updates = 2 * sum(3 * (layer.in_features + layer.out_features) for layer in linears)
+    assert lora.model.num_params == plain.model.num_params + updates
+    assert not any(name.endswith(("qkv.weight", "fc1.weight")) for name in lora.model.state_dict())  # stored with the run: not the backbone
+
+
+@pytest.mark.slow
+def test_lora_runs_share_the_pass_with_whole_blocks_and_resume_to_the_same_numbers(dataset):
+    runs = [run_of("bilinear", unfreeze=2, lora_rank=2, epochs=2), run_of("bilinear", unfreeze=2, epochs=2)]
+    assert runs[0].cohort_key == runs[1].cohort_key
+    together = fitted(dataset, runs)
+    features = features_of(dataset, runs[:1])
+    (again,) = trainers_of(dataset, runs[:1], features)
+    again.restore(together[0].recorder.states[0])
+    fit([again], features)
+    assert same(again, together[0])
+
+
 def test_deeper_blocks_learn_faster(dataset):
     run = run_of("bilinear", unfreeze=3, lr=1e-2, tail_lr_scale=0.1, layer_decay=0.5)
     shares = [group["share"] for group in trainers_of(dataset, [run], features_of(dataset, [run]))[0].model.groups(run)]
