@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from cellbench.escaping import to_printable
+from cellbench.escaping import readable, to_printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -35,7 +35,7 @@ def sentence_width() -> int:
 
 def say(text: str = "", *, file: IO[str] | None = None) -> None:
     """Prints lines without breaking a progress bar, by default to standard output. A terminal gets them folded, a file or pipe as they are."""
-    file = file or sys.stdout
+    file, text = file or sys.stdout, readable(text)
     if _silent and file is sys.stdout:
         return
     if file.isatty():

@@ -1,14 +1,19 @@
-"""Errors in the input: one sentence with the request, the fault and the remedy."""
+"""Errors in the input: one sentence with the request, the fault and the remedy. And whose fault an error of several runs was."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class CellbenchError(Exception):
     """An error in the input. The command line prints it as one line and ends with exit code 2."""
+
+
+class SystemFault(CellbenchError):
+    """A fault of the machine or of a store, such as a full disk. Whatever follows would meet it too, so a grid stops; the same command continues."""
 
 
 class WeightsUnavailable(CellbenchError):
@@ -44,6 +49,22 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.6):
         return near
     return [one for one in names if len(name) > 2 and name.lower() in one.lower()][:3]
+
+
+@contextlib.contextmanager
+def blaming(culprit: object) -> Iterator[None]:
+    """Marks an error inside ``with`` as that of ``culprit``, for :func:`culprit_of`, unless it has one already."""
+    try:
+        yield
+    except Exception as error:
+        if culprit_of(error) is None:
+            error.__dict__["culprit"] = culprit
+        raise
+
+
+def culprit_of(error: BaseException) -> object | None:
+    """What :func:`blaming` marked as the cause of an error; None if nothing is."""
+    return error.__dict__.get("culprit")
 
 
 def one_line(error: BaseException) -> str:

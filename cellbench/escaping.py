@@ -37,9 +37,23 @@ def to_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def _cell(value: object) -> object:
     if not isinstance(value, str):
         return value
-    text = value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = readable(value)
     is_number = re.fullmatch(r"[+-]?(\d[\d ,]*)?(\.\d+)?([eE][+-]?\d+)?", text) is not None
     return f"'{text}" if text.startswith(FORMULA) and not is_number else text
+
+
+def readable(text: str) -> str:
+    r"""Text that every format can hold: bytes of a file's name that are not UTF-8 are written as ``\\xNN``.
+
+    >>> readable("Pr\udcfcfung.png")
+    'Pr\\xfcfung.png'
+    """
+    if text.isascii():
+        return text
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character, as JSON can contain
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 def escape_markdown(text: str) -> str:
@@ -58,4 +72,4 @@ def to_printable(text: str) -> str:
     >>> to_printable("a\\nb\\x1b[2J")
     'a\\\\nb\\\\x1b[2J'
     """
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in readable(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -13,12 +14,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cellbench.errors import CellbenchError
+from cellbench.errors import SystemFault
 
 
 def cache_dir() -> Path:
-    """The folder of downloads, synthetic data, hashes and checkpoints: ``CELLBENCH_CACHE``, else ``~/.cache/cellbench``."""
-    return Path(os.environ.get("CELLBENCH_CACHE") or Path.home() / ".cache" / "cellbench").expanduser().absolute()
+    """The folder of downloads, drawn data, hashes and checkpoints: ``CELLBENCH_CACHE``, else ``cellbench`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises SystemFault where there is no home folder.
+    """
+    try:
+        if given := os.environ.get("CELLBENCH_CACHE"):
+            return Path(given).expanduser().absolute()
+        shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        return (shared if shared.is_absolute() else Path.home() / ".cache") / "cellbench"
+    except RuntimeError as error:
+        raise SystemFault(f"there is no home folder for the cache ({error}). {_OTHER_CACHE}") from None
+
+
+_OTHER_CACHE = "Name another folder for it with --cache DIR, or with CELLBENCH_CACHE."
 
 
 def is_writable(folder: Path) -> bool:
@@ -28,28 +41,46 @@ def is_writable(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def os_errors_as(doing: str) -> Iterator[None]:
-    """Converts errors of the operating system (no space, no permission) to CellbenchError. ``doing``: the failed operation, for the message."""
+    """Converts errors of the operating system (no space, no permission) to SystemFault. ``doing``: the failed operation, for the message."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CellbenchError(
+            raise SystemFault(
                 f"{doing}: no space left on the device. Free some, or name another folder; nothing half-written remains."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise CellbenchError(f"{doing}: not permitted ({error.strerror}). Make the folder writable, or name another one.") from error
+            other = _OTHER_CACHE if str(cache_dir()) in doing else "Make the folder writable, or name another one."
+            raise SystemFault(f"{doing}: not permitted ({error.strerror}). {other}") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
-            raise CellbenchError(f"{doing}: a file stands where a folder is needed. Move it, or name another folder.") from error
+            raise SystemFault(f"{doing}: a file stands where a folder is needed. Move it, or name another folder.") from error
         if error.errno is None:
             raise  # an OSError of a library, such as the hub's for gated files, with its own message
-        raise CellbenchError(f"{doing}: {error.strerror}. Name another folder.") from error
+        raise SystemFault(f"{doing}: {error.strerror}. Name another folder.") from error
 
 
 def make_folder(folder: Path) -> Path:
-    """The folder, created with its parents. Raises CellbenchError where that is not permitted."""
+    """The folder, created with its parents. Raises SystemFault where that is not permitted."""
     with os_errors_as(f"making the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that a person wrote, in any encoding that editors on Windows write. Raises OSError, and UnicodeDecodeError for other bytes."""
+    data = path.read_bytes()
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            return data.decode(encoding)
+    if b"\0" in data[:2]:  # UTF-16 without a mark; TOML and CSV begin with ASCII
+        return data.decode("utf-16-be" if data[:1] == b"\0" else "utf-16-le")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("cp1252")
+
+
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def to_nfc(text: str) -> str:
@@ -82,7 +113,7 @@ _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt
 
 
 def write_atomic(path: Path, data: bytes | str | Callable[[BinaryIO], object]) -> None:
-    """Writes a file atomically (temporary file, sync, rename), so that a crash leaves the old one. Raises CellbenchError for a full disk.
+    """Writes a file atomically (temporary file, sync, rename), so that a crash leaves the old one. Raises SystemFault for a full disk.
 
     ``data`` may be a function that writes into an open file, so that a large file is never in memory as a whole.
     """

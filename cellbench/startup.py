@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import io
 import os
 import sys
 import types
@@ -42,6 +43,10 @@ def set_environment() -> None:
 def prepare_process() -> None:
     """Prepares the process; the command line calls it first."""
     set_environment()
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a log or terminal of ASCII, as in a container: a sign less, rather than an error at the end
+        sys.stdout.reconfigure(errors="replace")
     os.environ.setdefault("MPLBACKEND", "Agg")  # Optuna draws with pyplot, which would look for a window system
     # Importing torch and MLflow creates so many objects that garbage collection at Python's own threshold, 2,000, took a fifth of that time.
     gc.set_threshold(100_000, 20, 100)

@@ -21,7 +21,21 @@ SETTINGS = ("CELLBENCH_CACHE_URL", "CELLBENCH_WEIGHTS", "CELLBENCH_MAX_PIXELS", 
 
 
 LONGEST = (
-    *("ray", "extensions", "grid", "golden", "multiprocess", "server_away", "check", "search", "bench", "services", "notebook", "docs"),
+    *(
+        "ray",
+        "extensions",
+        "grid",
+        "golden",
+        "failures",
+        "multiprocess",
+        "server_away",
+        "check",
+        "search",
+        "bench",
+        "services",
+        "notebook",
+        "docs",
+    ),
     *("plugin_checks", "explore", "sharded_cache", "evaluate", "remote_cache", "build", "cell_targets", "stain", "doctor"),
     *("fit", "folds", "export", "planted", "predict", "parallel", "randomness", "weight_values", "checkpoints", "masks", "report"),
     *("commands", "keypoint_matching", "intensity"),

@@ -14,6 +14,7 @@ from cellbench.config.registry import Registry, shipped
 from cellbench.config.search_space import Space
 from cellbench.console import Column, format_table, say
 from cellbench.errors import CellbenchError, unknown_name
+from cellbench.files import read_text
 from cellbench.metrics.catalog import search_objectives
 from cellbench.models.backbones.weights import package_name
 
@@ -46,7 +47,7 @@ def _brief(card: Card) -> str:
 def _experiments() -> dict[str, str]:
     """The first lines of the shipped experiment files, by name."""
     paths = sorted(shipped(EXPERIMENTS).glob("*.toml"))
-    return {path.stem: path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for path in paths}
+    return {path.stem: read_text(path).split("\n", 1)[0].lstrip("# ") for path in paths}
 
 
 def show_component(options: ShowOptions) -> int:
@@ -68,7 +69,7 @@ def show_component(options: ShowOptions) -> int:
     else:
         card = registry.card(holders[0], name)
         path, meaning = Path(card.path), _meaning(card)
-    say(f"{path}\n\n{path.read_text(encoding='utf-8').rstrip()}\n\n{meaning}".rstrip())
+    say(f"{path}\n\n{read_text(path).rstrip()}\n\n{meaning}".rstrip())
     return 0
 
 
@@ -87,7 +88,7 @@ def _meaning(card: Card) -> str:
 
 def _size(path: Path) -> str:
     """The number of runs or trials in an experiment file."""
-    tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    tree = tomllib.loads(read_text(path))
     if "space" in tree:
         space = Space.of(tree, str(path), Registry(), search_objectives(Registry()))
         return f"{space.settings.trials} trials in {len(space.dimensions)} dimensions: {', '.join(one.name for one in space.dimensions)}."

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from cellbench.config.base import Scalar, StrictModel, checked
 from cellbench.errors import CellbenchError
+from cellbench.files import read_text
 
 
 class Card(StrictModel):
@@ -265,7 +266,7 @@ C = TypeVar("C", bound=Card)
 def read_card(path: Path, record: type[C]) -> C:
     """One card. Raises CellbenchError that names the file for bad TOML, an unknown key or a value out of range."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         tree = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CellbenchError(f"{path}: cannot be read as a card: {error}.") from None

@@ -18,6 +18,8 @@ from cellbench.config.registry import Registry, shipped
 from cellbench.config.run import RUN_KEYS
 from cellbench.config.search_space import Settings, Space
 from cellbench.errors import CellbenchError, nearest, unknown_name
+from cellbench.escaping import readable
+from cellbench.files import read_text
 
 CHANGED = "# Changed by the call: "
 DATA_NAME = "{data}"
@@ -91,12 +93,12 @@ class GridRequest:
     def on(self, data: Path, instead: bool = True) -> GridRequest:
         """The same experiment on the user's folder, named after it; ``instead``: of synthetic data."""
         name = self.tree["experiment"] if DATA_NAME in self.tree["experiment"] else f"{self.tree['experiment']} on {DATA_NAME}"
-        tree = {**self.tree, "experiment": name.replace(DATA_NAME, data.absolute().name)[:200]}
+        tree = {**self.tree, "experiment": name.replace(DATA_NAME, readable(data.absolute().name))[:200]}
         if instead:
             tree["dataset"] = "folder"
             if "data" in tree:
                 tree["data"] = {name: value for name, value in tree["data"].items() if name != "draw"}
-        return replace(self, tree=tree, changes=(*self.changes, f"--data {data}"))
+        return replace(self, tree=tree, changes=(*self.changes, f"--data {readable(str(data))}"))
 
     @property
     def resolved(self) -> str:
@@ -112,7 +114,7 @@ def read_tree(name: str | Mapping[str, Any], changes: Sequence[str] = (), limit:
     """The file of an experiment or search, or a mapping with its keys, with ``--set`` changes. Raises CellbenchError."""
     path = experiment_path(name) if isinstance(name, str) else Path("the experiment")
     try:
-        text = path.read_text(encoding="utf-8") if isinstance(name, str) else tomli_w.dumps(name)
+        text = read_text(path) if isinstance(name, str) else tomli_w.dumps(name)
         tree = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, TypeError, tomllib.TOMLDecodeError) as error:
         raise CellbenchError(f"{path}: cannot be read as an experiment: {error}.") from None

@@ -11,6 +11,7 @@ from cellbench.data.annotations import MaskFiles
 from cellbench.data.dataset import Sample
 from cellbench.data.scan import Listing, resolve_inside, unique_names
 from cellbench.errors import CellbenchError, one_line, quote_name
+from cellbench.files import read_text
 
 NAMES = ("manifest.csv", "manifest.toml")
 COLUMNS = ("image", "mask", "split", "group", "label")
@@ -67,7 +68,7 @@ def read_manifest(path: Path, root: Path) -> Listing:
 
 def _csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_text(path)
         first = text.split("\n", 1)[0]
         delimiter = max(",;\t", key=first.count)
         table = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
@@ -93,7 +94,7 @@ def _csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
 
 def _toml(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise CellbenchError(f"{path}: cannot be read as TOML ({one_line(error)[:200]}).") from None
     rows = tree.get("image")

@@ -13,6 +13,7 @@ from cellbench.data.io.decode import printable_path
 from cellbench.data.io.images import EXTENSIONS
 from cellbench.data.io.intensity import IntensityScaling
 from cellbench.errors import CellbenchError, quote_name
+from cellbench.escaping import readable
 from cellbench.files import to_nfc
 
 
@@ -282,8 +283,8 @@ def _on_disk(root: Path, parts: Sequence[str]) -> Path:
 
 def unique_names(paths: Sequence[str]) -> dict[str, str]:
     """A name for each relative path: the file name; if two share it, the path with ``__`` between folders; if that is taken, the path."""
-    last = [PurePosixPath(path).name for path in paths]
+    last = [readable(PurePosixPath(path).name) for path in paths]
     twice = {name for name, num in Counter(last).items() if num > 1}
-    out = {path: path.replace("/", "__") if name in twice else name for path, name in zip(paths, last, strict=True)}
+    out = {path: readable(path.replace("/", "__")) if name in twice else name for path, name in zip(paths, last, strict=True)}
     again = {name for name, num in Counter(out.values()).items() if num > 1}  # a/b.png beside a__b.png
     return {path: path if name in again else name for path, name in out.items()}

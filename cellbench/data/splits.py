@@ -20,7 +20,7 @@ from cellbench.data.dataset import Sample
 from cellbench.data.io import images
 from cellbench.data.stratify import allocate
 from cellbench.errors import CellbenchError
-from cellbench.files import cache_dir, is_writable, to_nfc, write_atomic
+from cellbench.files import cache_dir, is_writable, read_text, to_nfc, write_atomic
 
 Grouping = Callable[[tuple[Sample, ...]], tuple[Sample, ...]]
 """Assigns a common group to samples that show the same picture."""
@@ -278,7 +278,7 @@ def _strata(pool: tuple[Sample, ...], spec: DataSpec, foreground: Callable[[Samp
 
 def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Splits:
     try:
-        record = json.loads(place.read_text(encoding="utf-8"))
+        record = json.loads(read_text(place))
         parts = {part: [str(name) for name in record.get(part, [])] for part in ("train", "val", "test")}
         together = [[str(name) for name in names] for names in record.get(_TOGETHER, [])]
     except (OSError, ValueError, AttributeError, TypeError) as error:

@@ -130,6 +130,8 @@ class _Worker:
             kind, content = "lost", self._reap()
         if kind not in ("say", "progress"):
             self.item = None
+        if kind in ("refused", "error"):  # it has ended, and the next item needs a new process
+            self._reap()
         return Message(item=item, kind=kind, content=content)
 
     def _reap(self) -> str:
@@ -213,7 +215,7 @@ def _work(pipe: Connection[Any, Any], job: JobSpec, cores: Sequence[int]) -> Non
         pipe.send(("refused", str(error)))
     except (EOFError, BrokenPipeError):
         return  # the driver is gone
-    except Exception:  # a bug: the driver shows the traceback
+    except Exception:
         pipe.send(("error", traceback.format_exc()))
 
 

@@ -143,13 +143,9 @@ class RayWorkers:
         fingerprints = [item.fingerprints for item in cohorts]
         self._pool.start(self.job, self._request(cohorts[0]), "shards", "passes", fingerprints)
         ((_, (kind, passes, _)),) = self._pool.wait(None)
-        if kind == "lost":
-            say(f"the worker that plans shards was lost ({passes}); each cohort computes its own features.")
+        if kind != "done":
+            say(f"the worker that plans shards {kind}: {passes.strip().splitlines()[-1]} Each cohort computes its own features.")
             return
-        if kind == "refused":
-            raise CellbenchError(passes)
-        if kind == "error":
-            raise RuntimeError(f"in a worker process:\n{passes}")
         readers: dict[str, list[int]] = {}
         for k, cohort_passes in enumerate(passes):
             for one in cohort_passes:

@@ -50,16 +50,15 @@ class SearchHelpers:
         """Waits at most ``wait_s``; returns a message if a worker was lost. Raises CellbenchError if one refuses, or many were lost."""
         lines = []
         for _, (kind, content, _) in self._pool.wait(wait_s):
-            if kind == "lost":
-                self._losses += 1
-                if self._losses >= MAX_LOSSES * self.num:
-                    raise CellbenchError(f"--on ray: {self._losses} workers of the search were lost ({content}). Is there enough memory?")
-                self._start()
-                lines.append(f"a worker of the search was lost ({content}); another one resumes its trials.")
-            elif kind == "refused":
+            if kind == "refused":
                 raise CellbenchError(content)
-            elif kind == "error":
-                raise RuntimeError(f"in a worker process:\n{content}")
+            if kind != "done":
+                self._losses += 1
+                why = content.strip().splitlines()[-1]
+                if self._losses >= MAX_LOSSES * self.num:
+                    raise CellbenchError(f"--on ray: {self._losses} workers of the search were lost ({why}). Is there enough memory?")
+                self._start()
+                lines.append(f"a worker of the search was lost ({why}); another one resumes its trials.")
         return "\n".join(lines)
 
     @property

@@ -29,9 +29,10 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import SamplingPlan
-from cellbench.errors import WeightsUnavailable, one_line, quote_name
+from cellbench.errors import CellbenchError, SystemFault, WeightsUnavailable, blaming, culprit_of, one_line, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
+from cellbench.execution.failures import TRACEBACK, describe_failure, traceback_of
 from cellbench.execution.finished_training import finished_trainers
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import CohortProgress, Report, no_report
@@ -55,6 +56,7 @@ from cellbench.metrics.pixel import confusion_matrix
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone
 from cellbench.system_load import SystemLoad
+from cellbench.tracking.offline_queue import CallRejectedError, NotFoundError
 from cellbench.tracking.schema import LIMIT, WEIGHTS, RunState, run_params
 from cellbench.tracking.tracker import Run, Tracker
 from cellbench.training import checkpoints, cost_estimate
@@ -175,8 +177,8 @@ class Runner:
         with self._open(resolved, old) as run:
             run.end("skipped", resolved.unavailable)
 
-    def give_up(self, cohort: Sequence[ResolvedRun], reason: str, out: Outcome) -> None:
-        """Marks the unfinished runs of a cohort as failed, after its workers were lost."""
+    def give_up(self, cohort: Sequence[ResolvedRun], reason: str, out: Outcome, trace: str = "") -> None:
+        """Marks the unfinished runs of a cohort as failed, after its workers were lost or had an error with the traceback ``trace``."""
         with self.tracker.lock():
             known = self.tracker.known()
             for resolved in cohort:
@@ -185,7 +187,7 @@ class Runner:
                     out.finished[resolved.name] = old
                     continue
                 with self._open(resolved, old) as run:
-                    self._fail(ActiveRun(resolved=resolved, run=run), reason, out)
+                    self._fail(ActiveRun(resolved=resolved, run=run), reason, out, trace)
 
     def release(self, cohort: Sequence[ResolvedRun], owner: str) -> None:
         """Marks the runs of ``owner``, a lost process on another machine, as interrupted, so that the next worker can claim them at once."""
@@ -225,20 +227,35 @@ class Runner:
                     out.busy.append(resolved.name)
                     self.say(f"{resolved.name} is being run by {describe_owner(old.owner)} and is left to it.")
                 else:
-                    run = stack.enter_context(self._open(resolved, old))
-                    if old is None:
-                        run.log_input(self.dataset.name, self.dataset.digest, str(self.dataset.root), "training")
+                    try:
+                        run = stack.enter_context(self._open(resolved, old))
+                        if old is None:
+                            run.log_input(self.dataset.name, self.dataset.digest, str(self.dataset.root), "training")
+                    except CallRejectedError as error:  # deleted since it was listed, for example
+                        out.failed[resolved.name] = one_line(error)
+                        self.say(f"failed {resolved.name}: {one_line(error)}")
+                        continue
                     if self.watch is not None:
                         self.watch.opened(resolved, run)
                     active.append(ActiveRun(resolved=resolved, run=run))
         return active
 
-    def _fail(self, one: ActiveRun, reason: str, out: Outcome) -> None:
-        if not one.ended:
+    def _fail(self, one: ActiveRun, reason: str, out: Outcome, trace: str = "") -> None:
+        """Ends a run as failed. ``trace``: the traceback of an error, kept with it; its checkpoint is then kept too, to resume from."""
+        if one.ended:
+            return
+        try:
+            if trace:
+                one.run.log_text(TRACEBACK, trace)
             one.run.end("failed", reason)
+        except CallRejectedError as error:
+            gone = isinstance(error, NotFoundError) or "deleted" in str(error)
+            reason = "it was deleted in MLflow while it was executed. The same command executes it anew." if gone else one_line(error)
+            one.run.ended = "deleted"
+        if not trace:
             checkpoints.delete_checkpoint(one.checkpoint)
-            out.failed[one.name] = reason
-            self.say(f"failed {one.name}: {reason}")
+        out.failed[one.name] = reason
+        self.say(f"failed {one.name}: {reason}")
 
     @staticmethod
     def _skip(active: Sequence[ActiveRun], reason: str, out: Outcome) -> None:
@@ -260,7 +277,17 @@ class Runner:
         tags = artifacts.run_tags(one.name, metrics, self.machine.name, one.run.address("figures/worst.png"))
         tags |= {"cellbench.separation": result.evaluation.separation.description}
         one.evaluated = True
-        self._in_background(partial(_log, one, folder, drawn, metrics, tags, out))
+
+        def log() -> None:
+            try:
+                _log(one, folder, drawn, metrics, tags, out)
+            except SystemFault:
+                raise
+            except Exception as error:
+                one.evaluated = False
+                self._fail(one, describe_failure(error), out, traceback_of(error))
+
+        self._in_background(log)
 
     def _in_background(self, call: Callable[[], None]) -> None:
         """Calls in a thread, one after the other. :meth:`settle` waits and raises the first error."""
@@ -298,13 +325,9 @@ class Runner:
                 self._drawing = BackgroundCalls(min(4, num_cores()))
                 self._drawing.import_ahead("cellbench.reporting.plots.run")
             try:
-                self._within_memory(active, title, out)
+                self._complete(active, title, out)
                 for _ in range(num_earlier):  # no more than one cohort waits
                     self._under_way.pop(0).result()
-            except WeightsUnavailable as error:
-                self._skip(active, one_line(error), out)
-                more = f"{len(active)} runs ({active[0].name}, …)" if len(active) > 1 else active[0].name
-                self.say(f"skipped {more}: {one_line(error)}")
             except BaseException:
                 with contextlib.suppress(Exception):  # the first error matters
                     self.settle()  # else runs that are evaluated would count as interrupted
@@ -314,33 +337,58 @@ class Runner:
         release_memory()
         out.num_new += len(active)
 
-    def _within_memory(self, active: list[ActiveRun], title: str, out: Outcome) -> None:
-        """Executes the cohort. If memory runs out, resumes from the checkpoints with smaller chunks; fails if that is not enough."""
+    def _complete(self, active: Sequence[ActiveRun], title: str, out: Outcome) -> None:
+        """Executes the cohort until each of its runs has ended, by the policy of ``execution.failures``. Raises SystemFault."""
         whole = self.machine
         try:
-            while True:
-                try:
-                    if active[0].resolved.trained:
-                        self._train(active, title, out)
-                    else:
-                        for one in active:
-                            self._apply(one, out)
-                    return
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    active = [one for one in active if not one.ended]
-                    if not active or self.machine.chunk == 1 or self.machine.halvings >= MAX_HALVINGS:
-                        for one in active:
-                            self._fail(one, f"out of memory: {one_line(error)}", out)
-                        return
-                # Outside of `except`, because the error's traceback keeps tensors alive.
-                self.machine = self.machine.smaller(1)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                self.say(f"{title}: out of memory; again with {self.machine.chunk} tiles at once.")
+            while active := [one for one in active if not one.ended]:
+                alone = self._attempt(active, title, out)
+                if any(not one.ended for one in active):  # not earlier: an error's traceback keeps tensors alive
+                    release_memory()
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+                for one in alone:
+                    self._complete([one], title, out)
         finally:
             self.machine = whole
+
+    def _attempt(self, active: Sequence[ActiveRun], title: str, out: Outcome) -> Sequence[ActiveRun]:
+        """Executes the cohort once. After an error: ends the runs whose fault it is, or returns those that have to be executed alone."""
+        self._owners: list[tuple[object, ActiveRun]] = [(one, one) for one in active]
+        try:
+            if active[0].resolved.trained:
+                self._train(active, title, out)
+            else:
+                for one in active:
+                    with blaming(one):
+                        self._apply(one, out)
+        except SystemFault:
+            raise
+        except WeightsUnavailable as error:
+            self._skip(active, one_line(error), out)
+            more = f"{len(active)} runs ({active[0].name}, …)" if len(active) > 1 else active[0].name
+            self.say(f"skipped {more}: {one_line(error)}")
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._use_less_memory([one for one in active if not one.ended], title, error, out)
+                return []
+            culprit = culprit_of(error)
+            faulty = [one for thing, one in self._owners if thing is culprit]
+            if not faulty and len(active) > 1 and not isinstance(error, CellbenchError):
+                self.say(f"{title}: {describe_failure(error).partition('. ')[0]}. Its runs are executed one by one.")
+                return active
+            for one in faulty or active:
+                self._fail(one, describe_failure(error), out, traceback_of(error))
+        return []
+
+    def _use_less_memory(self, active: Sequence[ActiveRun], title: str, error: Exception, out: Outcome) -> None:
+        """Halves the number of tiles per backbone call; the runs fail where that is not enough."""
+        if self.machine.chunk == 1 or self.machine.halvings >= MAX_HALVINGS:
+            for one in active:
+                self._fail(one, f"out of memory: {one_line(error)}", out)
+        elif active:
+            self.machine = self.machine.smaller(1)
+            self.say(f"{title}: out of memory; again with {self.machine.chunk} tiles at once.")
 
     # --- baselines without training ---------------------------------------------------------------------------------------------------
 
@@ -411,20 +459,26 @@ class Runner:
     def _trainer(self, one: ActiveRun, features: Features) -> HeadTrainer:
         """The run's trainer, restored from its last checkpoint."""
         run = one.resolved.run
-        model = build_model(run, one.resolved.card, features.backbone, len(self.dataset.classes))
-        logger = RunLogger(one.resolved, one.run, one.checkpoint, self.watch)
-        trainer = HeadTrainer(run=run, model=model, recorder=logger, num_views=features.plan.num_views, registry=self.registry)
-        state, foreign = logger.resumed()
-        if state is not None:
-            trainer.restore(state)
-            where = ", from a checkpoint of the same run in another store" if foreign else ""
-            self.say(f"{one.name} resumes after epoch {trainer.epoch}{where}.")
-        return trainer
+        with blaming(one):
+            model = build_model(run, one.resolved.card, features.backbone, len(self.dataset.classes))
+            logger = RunLogger(one.resolved, one.run, one.checkpoint, self.watch)
+            trainer = HeadTrainer(run=run, model=model, recorder=logger, num_views=features.plan.num_views, registry=self.registry)
+            state, foreign = logger.resumed()
+            if state is not None:
+                try:
+                    trainer.restore(state)
+                except Exception:
+                    checkpoints.delete_checkpoint(one.checkpoint)  # else it would fail each time
+                    raise
+                where = ", from a checkpoint of the same run in another store" if foreign else ""
+                self.say(f"{one.name} resumes after epoch {trainer.epoch}{where}.")
+            return trainer
 
-    def _train(self, active: list[ActiveRun], title: str, out: Outcome) -> None:
+    def _train(self, active: Sequence[ActiveRun], title: str, out: Outcome) -> None:
         busy, runs = SystemLoad(), [one.resolved.run for one in active]
         features = self.features([one.resolved for one in active])
         trainers = [self._trainer(one, features) for one in active]
+        self._owners += [(thing, one) for one, trainer in zip(active, trainers, strict=True) for thing in (trainer, trainer.model)]
         if reason := why_frames_too_large(runs, [trainer.model for trainer in trainers], features):
             self._skip(active, reason, out)
             self.say(f"{title}: skipped: {reason}")
@@ -471,7 +525,8 @@ class Runner:
             metrics |= cost | {"cost/latency_ms": latency_ms}
             status = "pruned" if trainer.ended == "pruned" else "validated"
             reason = f"in epoch {trainer.epoch} of {trainer.run.epochs}" if status == "pruned" else ""
-            one.run.end(status, reason, metrics=metrics, tags={"cellbench.machine": self.machine.name})
+            with blaming(one):
+                one.run.end(status, reason, metrics=metrics, tags={"cellbench.machine": self.machine.name})
             checkpoints.delete_checkpoint(one.checkpoint)
             ended = RunState(run_id=one.run.run_id, name=one.name, status=status, metrics=metrics)
             (out.pruned if status == "pruned" else out.validated)[one.name] = ended
@@ -484,6 +539,7 @@ class Runner:
         reset_timers(features.backbone, models)
         not_finite: dict[int, str] = {}
         with CohortEvaluator(self.dataset, len(models), separations, self._own_metrics) as evaluator:
+            self._owners += [(evaluation, one) for evaluation, (one, _) in zip(evaluator.evaluations, trained, strict=True)]
             for image, counts, answers in score_images(models, features, "test"):
                 self._progress.update("testing", len(features.grid("test", image)))
                 evaluator.add_image(image, test[image][1], counts, [(a.classes, a.cell, a.fields) for a in answers])
@@ -500,18 +556,15 @@ class Runner:
                 "cost/images_per_s": self.machine.lanes / max(speed.wall_s, 1e-9),
                 "cost/image_cpu_s": speed.cpu_s * self.machine.cores_of_one,
             }
-            self._finish(
-                one,
-                EvaluationResult(
-                    evaluation=evaluator.evaluations[k],
-                    cost=cost,
-                    trainer=trainer,
-                    preparation=features.preparation,
-                    appearance=appearance,
-                ),
-                out,
-                features.plan.used_images,
+            result = EvaluationResult(
+                evaluation=evaluator.evaluations[k],
+                cost=cost,
+                trainer=trainer,
+                preparation=features.preparation,
+                appearance=appearance,
             )
+            with blaming(one):
+                self._finish(one, result, out, features.plan.used_images)
 
     # --- further test sets and perturbed images ---------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Work queue for workers in other processes, local or on Ray, and the policy for lost workers.
+"""Work queue for workers in other processes, local or on Ray, and the policy for lost workers. ``execution.failures`` has that for failed runs.
 
 The cohort of a lost worker is assigned again and resumes from its checkpoints. From the second loss on, the queue assumes that memory ran out,
 and the next worker gets smaller chunks. After ``MAX_LOSSES`` the cohort's runs fail.
@@ -133,10 +133,15 @@ class WorkQueue:
                     _merge(self._out, message.content)
             case "lost":
                 self._lost(item, message.content)
-            case "refused":
+            case "refused" if not item.shards:
                 raise CellbenchError(message.content)
-            case "error":  # a bug of ours
-                raise RuntimeError(f"in a worker process:\n{message.content}")
+            case "refused" | "error":
+                self.running.remove(item)
+                reason = message.content.strip().splitlines()[-1]
+                if item.shards:
+                    self.runner.say(f"{item.title}: {reason} Its cohorts compute what is missing.")
+                else:
+                    self.runner.give_up(item.cohort, reason, self._out, message.content)
 
     def _release(self, item: WorkItem, owner: str) -> None:
         if owner and not item.shards:

@@ -6,6 +6,7 @@ worker refuses, so that one table never mixes two versions of an experiment.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -149,12 +150,14 @@ class CohortWorker:
         return out
 
     def passes(self, cohorts: Sequence[Sequence[str]]) -> list[list[FeaturePass]]:
-        """The passes that each cohort will cache on disk. Raises CellbenchError."""
+        """The passes that each cohort will cache on disk; none of a cohort that will fail. Raises CellbenchError."""
         out: list[list[FeaturePass]] = []
         for fingerprints in cohorts:
-            cohort = self._resolved(fingerprints, "a cohort")
+            cohort, passes = self._resolved(fingerprints, "a cohort"), []
             epochs = max(one.run.epochs for one in cohort)
-            out.append(self._runner.features(cohort).passes(epochs) if cohort[0].backbone else [])
+            with contextlib.suppress(Exception):  # the cohort meets the same error, and its runs fail with it
+                passes = self._runner.features(cohort).passes(epochs) if cohort[0].backbone else []
+            out.append(passes)
         return out
 
     def fill(self, fingerprints: Sequence[str], readers: Sequence[str], shards: Sequence[tuple[FeaturePass, int]]) -> int:

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from cellbench.config.base import Scalar
 from cellbench.config.search_space import Dimension, Space
 from cellbench.console import warn
-from cellbench.errors import CellbenchError, one_line, redact_passwords
+from cellbench.errors import CellbenchError, SystemFault, one_line, redact_passwords
 from cellbench.files import os_errors_as
 from cellbench.liveness import is_alive, this_owner
 from cellbench.search.samplers import sampler_and_pruner
@@ -127,7 +127,7 @@ class Study:
                 yield
         except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
             text = one_line(error.__cause__ or error)[:300]
-            raise CellbenchError(
+            raise SystemFault(
                 f"the study's storage {redact_passwords(self.url)}: {text}. Repair it, or name another with --storage; reported results are kept."
             ) from error
 

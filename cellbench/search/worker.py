@@ -133,7 +133,7 @@ class SearchWorker:
         ended = out.validated.get(resolved.name) or out.pruned.get(resolved.name)
         metrics = search_metrics(ended.metrics) if ended else {}
         if ended is None:
-            self.study.tell_failed(trial, out.failed.get(resolved.name, "no result"))
+            self.study.tell_failed(trial, out.failed.get(resolved.name) or out.skipped.get(resolved.name, "no result"))
         elif ended.status == "pruned":
             self.study.tell_pruned(trial, metrics, ended.reason)
         elif missing := [name for name in self.space.settings.objectives if name not in metrics]:

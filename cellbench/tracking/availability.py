@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from cellbench.console import warn
-from cellbench.errors import CellbenchError, one_line, redact_passwords
+from cellbench.errors import CellbenchError, SystemFault, one_line, redact_passwords
 from cellbench.tracking.store_address import is_database_server
 
 LOCK_PATIENCE_S = 120.0
@@ -59,8 +59,8 @@ def holders(file: Path) -> list[str]:
     return found
 
 
-def locked_error(file: Path) -> CellbenchError:
-    return CellbenchError(
+def locked_error(file: Path) -> SystemFault:
+    return SystemFault(
         f"MLflow's store {why_locked(file)}, for {LOCK_PATIENCE_S:.0f} s and longer. The store is sound: wait until that program is done, or "
         "end it. Then the same command goes on."
     )
@@ -102,7 +102,7 @@ PATIENCE_S = 600.0
 _FINAL = re.compile(r"authentication|does not exist|pg_hba|Access denied|Unknown database|permission|SSL|no password", re.IGNORECASE)
 
 
-class AwayError(CellbenchError):
+class AwayError(SystemFault):
     """A server has not answered for as long as it was waited for."""
 
 

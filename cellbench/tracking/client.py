@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cellbench.console import warn
-from cellbench.errors import CellbenchError, one_line, redact_passwords
+from cellbench.errors import CellbenchError, SystemFault, one_line, redact_passwords
+from cellbench.escaping import readable
 from cellbench.tracking.availability import PATIENCE_S, LockWait, is_locked, locked_error
 from cellbench.tracking.offline_queue import (
     RETRY_S,
@@ -58,7 +59,7 @@ class ResilientClient:
     def flush(self) -> None:
         """Waits until all queued calls are sent. Raises CellbenchError if the server stays unavailable."""
         if self._queue is not None and not self._queue.wait_until_sent(PATIENCE_S):
-            raise CellbenchError(
+            raise SystemFault(
                 f"MLflow at {self._shown_uri} has not answered for {PATIENCE_S / 60:.0f} minutes. {len(self._queue)} calls are kept in "
                 f"{self._queue.folder}: the same command sends them first, when it is back."
             )
@@ -187,7 +188,7 @@ def _from_json(value: Any, entities: Any) -> Any:
 
 def command_line() -> str:
     """This process's command line without passwords, for reports and runs."""
-    return redact_passwords(shlex.join(["cellbench", *sys.argv[1:]]))
+    return readable(redact_passwords(shlex.join(["cellbench", *sys.argv[1:]])))
 
 
 _REJECTED = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST", "MALFORMED_REQUEST"}
@@ -205,12 +206,12 @@ def to_error(error: Exception, uri: str) -> CellbenchError:
     if is_locked(text) and (file := store_file(address)) is not None:
         return locked_error(file)
     if match := _OTHER_SCHEMA.search(text):
-        return CellbenchError(f"MLflow's store {uri}: {_describe_schema(match[1], address)}")
+        return SystemFault(f"MLflow's store {uri}: {_describe_schema(match[1], address)}")
     for sign, reason in _SQLITE_ERRORS.items():
         if sign in text:
-            return CellbenchError(f"MLflow's store {uri}: {reason} What is logged already is kept; the same command continues.")
+            return SystemFault(f"MLflow's store {uri}: {reason} What is logged already is kept; the same command continues.")
     code, status = getattr(error, "error_code", ""), _http_status(error)
-    kind: type[CellbenchError] = CellbenchError
+    kind: type[CellbenchError] = SystemFault
     if code == "RESOURCE_DOES_NOT_EXIST" or status == 404:
         kind = NotFoundError
     elif code == "RESOURCE_ALREADY_EXISTS":

@@ -24,6 +24,7 @@ from urllib.request import url2pathname
 
 from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line, redact_passwords, unknown_name
+from cellbench.escaping import readable
 from cellbench.files import file_name, make_folder, os_errors_as, to_nfc
 from cellbench.liveness import HEARTBEAT_S, this_owner
 from cellbench.tracking import relocate, sqlite_store, store_address, ui_view
@@ -194,9 +195,9 @@ class Tracker:
         while len(metrics) > MAX_METRICS_PER_CALL:
             self.client.log_batch(run_id, metrics=metrics[:MAX_METRICS_PER_CALL])
             metrics = metrics[MAX_METRICS_PER_CALL:]
-        given = [entities.Param(name, str(value)) for name, value in (params or {}).items()]
+        given = [entities.Param(name, readable(str(value))) for name, value in (params or {}).items()]
         self.client.log_batch(
-            run_id, metrics=metrics, params=given, tags=[entities.RunTag(name, value) for name, value in (tags or {}).items()]
+            run_id, metrics=metrics, params=given, tags=[entities.RunTag(name, readable(value)) for name, value in (tags or {}).items()]
         )
 
     def attach(self, run: RunRecord, folder: Path) -> None:
@@ -357,6 +358,12 @@ class Run:
         """Logs everything below a folder, under the same names."""
         with os_errors_as("keeping a run's artifacts"):
             self._tracker.client.log_artifacts(self.run_id, str(folder))
+
+    def log_text(self, name: str, text: str) -> None:
+        """Logs a text as an artifact."""
+        with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
+            (Path(folder) / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            self.log_artifacts(Path(folder))
 
     def end(
         self, status: str, reason: str = "", *, metrics: Mapping[str, float] | None = None, tags: Mapping[str, str] | None = None

@@ -17,6 +17,7 @@ import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io.images import thumbnail
+from cellbench.errors import blaming
 from cellbench.features.extractor import Features
 from cellbench.metrics import catalog
 from cellbench.metrics.catalog import Metric, ScoredImage
@@ -238,30 +239,32 @@ class CohortEvaluator:
         fields: np.ndarray | None,
         ids: np.ndarray | None,
     ) -> None:
-        evaluation.matrices.append(counts)
-        reference, separation = prepared.result(), evaluation.separation
-        if ids is None:
-            cells = separation.instances(classes, fields, reference.min_area_px)
-        else:
-            cells, _ = reference_instances(classes, ids, reference.min_area_px, owners=self._dataset.owners)
-        evaluation.agreements.append(reference.agreement(classes, cells))
-        evaluation.connected.append(reference.found(separation.connected(classes, reference.min_area_px)))
-        scored = ScoredImage(
-            truth=truth,
-            prediction=classes,
-            probability=cell,
-            classes=self._dataset.classes,
-            true_cells=reference.cells,
-            found_cells=cells,
-            pixels={name: float(one[0]) for name, one in per_image_scores(counts[None], unused=self._dataset.unused).items()},
-            instances=evaluation.agreements[-1],
-        )
-        evaluation.scores.append(catalog.score(scored, evaluation.own_metrics))
-        evaluation.examples.offer(image, evaluation.scores[-1]["dice"], classes, cell)
-        if cell is not None:
-            if truth.max(initial=0) == IGNORE:
-                cell, truth = cell[truth != IGNORE], truth[truth != IGNORE]
-            evaluation.levels += np.bincount((cell + np.uint16(256) * (truth > 0)).ravel(), minlength=512).reshape(2, 256)
+        reference = prepared.result()
+        with blaming(evaluation):
+            evaluation.matrices.append(counts)
+            separation = evaluation.separation
+            if ids is None:
+                cells = separation.instances(classes, fields, reference.min_area_px)
+            else:
+                cells, _ = reference_instances(classes, ids, reference.min_area_px, owners=self._dataset.owners)
+            evaluation.agreements.append(reference.agreement(classes, cells))
+            evaluation.connected.append(reference.found(separation.connected(classes, reference.min_area_px)))
+            scored = ScoredImage(
+                truth=truth,
+                prediction=classes,
+                probability=cell,
+                classes=self._dataset.classes,
+                true_cells=reference.cells,
+                found_cells=cells,
+                pixels={name: float(one[0]) for name, one in per_image_scores(counts[None], unused=self._dataset.unused).items()},
+                instances=evaluation.agreements[-1],
+            )
+            evaluation.scores.append(catalog.score(scored, evaluation.own_metrics))
+            evaluation.examples.offer(image, evaluation.scores[-1]["dice"], classes, cell)
+            if cell is not None:
+                if truth.max(initial=0) == IGNORE:
+                    cell, truth = cell[truth != IGNORE], truth[truth != IGNORE]
+                evaluation.levels += np.bincount((cell + np.uint16(256) * (truth > 0)).ravel(), minlength=512).reshape(2, 256)
 
 
 def score_validation(

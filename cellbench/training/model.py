@@ -13,7 +13,7 @@ from cellbench.config.registry import load
 from cellbench.config.run import RunSpec
 from cellbench.data.cell_targets.base import CellTarget
 from cellbench.data.cell_targets.catalog import TARGETS
-from cellbench.errors import CellbenchError, one_line
+from cellbench.errors import CellbenchError, blaming, one_line
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import TOKENS, FrozenBackbone
 from cellbench.models.backbones.base import Level
@@ -62,7 +62,7 @@ class SegmentationModel(nn.Module):
 
     def decode(self, batch: Batch) -> Tensor:
         """As :meth:`forward`, in eval mode and deterministic."""
-        with self.randomness.fixed():
+        with blaming(self), self.randomness.fixed():
             return self(batch)
 
     def groups(self, run: RunSpec) -> list[dict[str, Any]]:

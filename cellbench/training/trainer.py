@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
+from cellbench.errors import blaming
 from cellbench.features.extractor import Batch, Features
 from cellbench.hardware import is_out_of_memory
 from cellbench.metrics.pixel import IGNORE, pixel_scores, pooled_classes
@@ -93,8 +94,9 @@ class HeadTrainer:
             return
         start, start_cpu = time.perf_counter(), time.thread_time()
         try:
-            for batch in self._batches.of(chunk):
-                self._train_step(batch)
+            with blaming(self):
+                for batch in self._batches.of(chunk):
+                    self._train_step(batch)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -168,7 +170,8 @@ class HeadTrainer:
 
     def add_validation(self, logits: Tensor, batch: Batch) -> None:
         """Adds a batch to the epoch's validation loss."""
-        value = self.loss(logits, batch).detach()
+        with blaming(self):
+            value = self.loss(logits, batch).detach()
         # Summed on the device, to avoid waiting for a GPU. A Mac's GPU has no double precision.
         self._val_sum = self._val_sum.to(value.device) + (value if value.device.type == "mps" else value.double()) * batch.num
         self._val_num += batch.num
@@ -188,14 +191,16 @@ class HeadTrainer:
             row |= {"val/dice": pooled["dice"], "val/iou": pooled["iou"]}
         self._val_sum, self._val_num = torch.zeros(()), 0
         self.history.append(row)
-        proceed = self.recorder.epoch(self.epoch, row)
+        with blaming(self):
+            proceed = self.recorder.epoch(self.epoch, row)
         value = row["val/dice"] if self.run.select == "val/dice" and "val/dice" in row else -row["val/loss"]
         if value > self.best:
             self.best, self.best_epoch = value, self.epoch
             self.best_weights = {name: x.detach().to("cpu", copy=True) for name, x in self.model.state_dict().items()}
         self.epoch += 1
         self.ended = self._ending(row, proceed)
-        self.recorder.checkpoint(self.state())
+        with blaming(self):
+            self.recorder.checkpoint(self.state())
 
     def _ending(self, row: dict[str, float], proceed: bool) -> str:
         """The value of ``ended`` after this epoch."""

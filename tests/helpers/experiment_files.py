@@ -84,7 +84,7 @@ def process_killer(kill: Callable[[int], bool]) -> Iterator[list[int]]:
             except mlflow.exceptions.MlflowException:
                 continue  # the store is being made
             for run in runs:
-                pid = int(run.data.tags["cellbench.owner"].rpartition(":")[2])
+                pid = int(run.data.tags["cellbench.owner"].split(":")[1])
                 if "val/dice" in run.data.metrics and not killed and kill(pid):
                     killed.append(pid)
 

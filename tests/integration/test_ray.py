@@ -88,7 +88,7 @@ def test_a_search_runs_only_on_workers_of_the_cluster(tmp_path, monkeypatch, two
     assert sorted(run.data.tags["optuna.trial"] for run in trials) == ["0", "1"]
     tested = [run for run in runs if "test/dice" in run.data.metrics]
     assert [run.data.tags["cellbench.status"] for run in tested] == ["finished"]
-    pids = {int(run.data.tags["cellbench.owner"].rpartition(":")[2]) for run in trials + tested}
+    pids = {int(run.data.tags["cellbench.owner"].split(":")[1]) for run in trials + tested}
     assert os.getpid() not in pids
 
 
