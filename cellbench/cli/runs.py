@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cellbench import startup
 from cellbench.config.options import InferenceOptions
+from cellbench.config.registry import Registry
+from cellbench.config.trust import describe_code, require_trust
 from cellbench.console import say
+from cellbench.inference.export import CARDS
 from cellbench.inference.segmenter import Segmenter
 
 
@@ -12,7 +17,20 @@ def open_run(options: InferenceOptions, *, device: str | None = None) -> Segment
     """Opens the run that the options name and prints its origin. ``device`` overrides the option. Raises CellbenchError."""
     device = device or options.device
     startup.configure_threads(device)
-    segmenter = Segmenter.load(options.run, weights=options.weights, registry=options.registry, device=device, precision=options.precision)
+    folder = options.registry
+    if Path(options.run).is_dir():
+        folder = Path(options.run) / CARDS
+        require_trust(Registry(folder), folder, options.trust)
+    for line in describe_code(Registry(folder), folder):
+        say(line)
+    segmenter = Segmenter.load(
+        options.run,
+        weights=options.weights,
+        registry=options.registry,
+        device=device,
+        precision=options.precision,
+        trust=options.trust,
+    )
     for line in segmenter.trained.origin:
         say(line)
     return segmenter

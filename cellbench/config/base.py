@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cellbench.errors import CellbenchError, unknown_name
+from cellbench.errors import CellbenchError, one_line, unknown_name
+from cellbench.escaping import readable
 
 Scalar = bool | int | float | str
 
@@ -30,9 +31,31 @@ def checked(record: type[T], tree: Mapping[str, Any], where: str) -> T:
         raise _error(record, error, where) from None
 
 
+def read_json(record: type[T], data: bytes, where: str) -> T:
+    """``record`` from JSON that was written earlier. Raises CellbenchError, as :func:`checked`, also for damaged JSON."""
+    try:
+        if b"\\ud" in data.lower():  # halves of characters, as names of files hold that are not UTF-8: pydantic refuses them
+            data = json.dumps(_readable(json.loads(data)), ensure_ascii=False).encode()
+        return record.model_validate_json(data)
+    except ValidationError as error:
+        raise _error(record, error, where) from None
+    except (ValueError, RecursionError) as error:
+        raise CellbenchError(f"{where}: is damaged ({one_line(error)[:80]}).") from None
+
+
+def _readable(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {readable(key): _readable(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_readable(value) for value in tree]
+    return readable(tree) if isinstance(tree, str) else tree
+
+
 def _error(record: type[BaseModel], error: ValidationError, where: str) -> CellbenchError:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "json_invalid":
+        return CellbenchError(f"{where}: is damaged ({first['msg'][:80]}).")
     if first["type"] == "extra_forbidden":
         fields: Iterable[str] = record.model_fields
         for part in first["loc"][:-1]:
@@ -42,6 +65,6 @@ def _error(record: type[BaseModel], error: ValidationError, where: str) -> Cellb
     if first["type"] == "missing":
         return CellbenchError(f"{where}: '{path}' is missing.")
     message = first["msg"].removeprefix("Value error, ")
-    given = "" if first["type"] == "value_error" and not path else f" = {first['input']!r}"
+    given = "" if first["type"] == "value_error" and not path else f" = {first['input']!r:.100}"
     more = f" ({len(error.errors()) - 1} more like it.)" if len(error.errors()) > 1 else ""
     return CellbenchError(f"{where}: {path}{given}: {message[:1].lower() + message[1:].rstrip('.')}.{more}")

@@ -82,6 +82,7 @@ class InferenceOptions(ComputeOptions, WeightsOptions, RegistryOptions):
     """A trained run, and where it computes."""
 
     run: str = argument("best, best:EXPERIMENT, a model as in the leaderboard, a run's name or id, or an exported folder", metavar="RUN")
+    trust: bool = option("run the Python code in an exported folder that you did not export", False)
 
 
 # --- one record a command -------------------------------------------------------------------------------------------------------------

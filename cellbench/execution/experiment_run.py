@@ -18,6 +18,7 @@ from cellbench.config.experiment import Experiment
 from cellbench.config.loading import changed_experiment, read_experiment
 from cellbench.config.options import GridOptions
 from cellbench.config.registry import Registry
+from cellbench.config.trust import describe_code
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.loading import open_folds, settings_for_data
@@ -60,6 +61,8 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
     elsewhere = options.on is not None and not options.dry_run
     check_options(options, elsewhere=elsewhere)
     registry = Registry(options.registry)
+    for line in describe_code(registry, options.registry):
+        say(line)
     experiment, text = read_experiment(options.file if tree is None else tree, options.all_changes, options.data, options.limit, registry)
     if chosen := settings_for_data(experiment, registry, options.data):
         for _, why in chosen:

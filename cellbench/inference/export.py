@@ -18,17 +18,15 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import load_file, save
 
-from cellbench.config.base import checked
+from cellbench.config.base import read_json
 from cellbench.config.cards import BackboneCard, Card
 from cellbench.config.registry import Registry
-from cellbench.config.run import RunSpec
+from cellbench.config.trust import code_file, remember_code
 from cellbench.data.audit.seen_images import without_paths
-from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import make_folder, os_errors_as, write_atomic
+from cellbench.inference.records import ExportRecord, FormatRecord, read_appearance
 from cellbench.inference.trained_run import TrainedRun
-from cellbench.metrics.appearance import TrainingAppearance
-from cellbench.metrics.separation import SeparationParams
 from cellbench.models.backbones.weights import locate, package_name
 from cellbench.tracking.schema import APPEARANCE
 
@@ -70,13 +68,14 @@ def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights:
         else:
             copied = locate(card, weights)
             note = f"{card.id}'s weights are in it ({card.license})."
+    part = registry.part(run)
+    for one in filter(None, (part, card)):
+        code_file(one)  # raises before anything is written
     make_folder(folder)
     with os_errors_as(f"writing {folder}"):
-        _copy_card(folder, "heads", registry.head(run.head)) if run.head else _copy_card(
-            folder, "baselines", registry.baseline(run.baseline or "")
-        )
+        _copy_card(folder, part)
         if card is not None:
-            _copy_card(folder, "backbones", card)
+            _copy_card(folder, card)
         if copied is not None and card is not None:
             shutil.copyfile(copied, folder / f"{card.id}{copied.suffix}")
         if trained.appearance is not None:
@@ -101,37 +100,39 @@ def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights:
         "seen": without_paths(trained.seen) if trained.seen is not None else None,
         "backbone": note,
     }
+    remember_code(Registry(folder / CARDS), folder / CARDS)
     write_atomic(folder / RUN, json.dumps(facts, indent=1))  # last: it marks a complete folder
     return note
 
 
 def read_export(folder: Path) -> TrainedRun:
-    """The run of an exported folder. Raises CellbenchError for any other folder, a damaged one, or one of a newer version."""
+    """The run of an exported folder. Raises CellbenchError for any other folder, a damaged one, one of a newer version, or one with links."""
+    for path in (folder / RUN, folder / HEAD, folder / APPEARANCE, folder / CARDS, *(folder / CARDS).rglob("*")):
+        if path.is_symlink():
+            raise CellbenchError(f"{path}: is a link. An exported folder holds its files itself. Export it again.")
     try:
-        facts = json.loads((folder / RUN).read_bytes())
+        data = (folder / RUN).read_bytes()
     except FileNotFoundError:
         raise CellbenchError(f"{folder}: has no {RUN}, so it is no complete folder of `cellbench export`.") from None
-    except ValueError as error:
-        raise CellbenchError(f"{folder / RUN}: is damaged ({one_line(error)[:80]}). Export it again.") from None
-    if facts.get("format") != FORMAT:
-        raise CellbenchError(
-            f"{folder / RUN}: has format {facts.get('format')}, this version reads {FORMAT}. Update cellbench, or export it again."
-        )
+    except OSError as error:
+        raise CellbenchError(f"{folder / RUN}: cannot be read ({error.strerror}).") from None
+    if (found := read_json(FormatRecord, data, str(folder / RUN)).format) != FORMAT:
+        raise CellbenchError(f"{folder / RUN}: has format {found}, this version reads {FORMAT}. Update cellbench, or export it again.")
+    record = read_json(ExportRecord, data, str(folder / RUN))
     weights = _arrays(folder / HEAD, load_file)
     appearance = _arrays(folder / APPEARANCE, load_arrays)
     return TrainedRun(
-        name=facts["name"],
-        run=checked(RunSpec, facts["run"], str(folder / RUN)),
-        classes=tuple(facts["classes"]),
-        preparation=Preparation.of(facts["preparation"]),
+        name=record.name,
+        run=record.run,
+        classes=record.classes,
+        preparation=record.preparation.preparation(),
         weights=weights,
-        separation=SeparationParams(**facts["separation"]),
-        appearance=TrainingAppearance.from_arrays(appearance) if appearance else None,
-        backbone_digest=facts.get("backbone_digest", ""),
-        data=facts.get("data", ""),
-        chosen=facts.get("chosen", ""),
-        seen=facts.get("seen"),
-        **{key: facts[key] for key in ("fingerprint", "dataset_digest", "run_id", "experiment", "config")},
+        separation=record.separation.separation(),
+        appearance=read_appearance(appearance, str(folder / APPEARANCE)) if appearance else None,
+        seen=record.seen.model_dump() if record.seen is not None else None,
+        **record.model_dump(
+            include={"fingerprint", "dataset_digest", "run_id", "experiment", "config", "backbone_digest", "data", "chosen"}
+        ),
     )
 
 
@@ -143,10 +144,11 @@ def _arrays(path: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any
         raise CellbenchError(f"{path}: is damaged ({one_line(error)[:80]}). Export it again.") from None
 
 
-def _copy_card(folder: Path, kind: str, card: Card) -> None:
+def _copy_card(folder: Path, card: Card) -> None:
     """Copies a card and the code beside it that it names."""
-    place = make_folder(folder / CARDS / kind)
+    place = make_folder(folder / CARDS / card.KIND)
     shutil.copyfile(card.path, place / Path(card.path).name)
-    module = card.builder.partition(":")[0]
-    if module.endswith(".py"):
-        shutil.copyfile(Path(card.path).parent / module, place / module)
+    if (code := code_file(card)) is not None:
+        target = place / code.relative_to(Path(card.path).parent)
+        make_folder(target.parent)
+        shutil.copyfile(code, target)

@@ -25,7 +25,7 @@ class ServedSegmenter(PythonModel):
     """Loads an exported folder, MLflow's artifact ``run``. The environment must have cellbench installed."""
 
     def load_context(self, context: Any) -> None:
-        self.segmenter = Segmenter.load(context.artifacts["run"])
+        self.segmenter = Segmenter.load(context.artifacts["run"], trust=True)  # who serves a model of MLflow runs its code
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Segments the column ``image``: the bytes of PNG, JPEG, TIFF, BMP or WebP files.

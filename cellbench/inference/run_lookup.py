@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.numpy
 import safetensors.torch
 from safetensors import SafetensorError
 
+from cellbench.config.base import read_json
 from cellbench.config.experiment import Experiment, expand
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.errors import CellbenchError, unknown_name
+from cellbench.inference.records import PreparationRecord, ScoresRecord, SeenRecord, SeparationRecord, StoredRecord, read_appearance
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.appearance import TrainingAppearance
-from cellbench.metrics.separation import CONNECTED, SeparationParams
+from cellbench.metrics.separation import CONNECTED
 from cellbench.reporting import verdict
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import describe_limit, describe_sizes, name_words
 from cellbench.tracking import store_address
 from cellbench.tracking.schema import APPEARANCE, EVALUATION, LIMIT, SEEN, WEIGHTS, RunRecord
 from cellbench.tracking.tracker import Tracker, all_experiments, experiment_of, newest_experiment
+
+R = TypeVar("R", bound=StoredRecord)
 
 
 def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
@@ -135,7 +138,10 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         raise CellbenchError(
             f"'{stored.name}' is {stored.status or 'not a run of cellbench'}{why}, so it left no model. Name a finished run, or best."
         )
-    config, results = _text(tracker, stored, "config.toml"), json.loads(_text(tracker, stored, "per_image.json"))
+    config, results = (
+        _text(tracker, stored, "config.toml"),
+        _record(ScoresRecord, stored, "per_image.json", _needed(tracker, stored, "per_image.json")),
+    )
     run = _run_of(config, registry)
     prepared = tracker.artifact(stored, "preparation.json")
     if prepared is None and run.normalise != "none" and run.backbone is not None:
@@ -151,15 +157,17 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
     return TrainedRun(
         name=stored.name,
         run=run,
-        classes=tuple(results["classes"]),
-        preparation=Preparation(framing=Framing.of(run)) if prepared is None else Preparation.of(json.loads(prepared)),
+        classes=results.classes,
+        preparation=Preparation(framing=Framing.of(run))
+        if prepared is None
+        else _record(PreparationRecord, stored, "preparation.json", prepared).preparation(),
         weights=load_tensors(data, stored.name) if data is not None else {},
-        separation=SeparationParams(**json.loads(separation)) if separation is not None else CONNECTED,
-        appearance=TrainingAppearance.from_arrays(safetensors.numpy.load(appearance)) if appearance is not None else None,
+        separation=_record(SeparationRecord, stored, "separation.json", separation).separation() if separation is not None else CONNECTED,
+        appearance=_appearance(stored, appearance) if appearance is not None else None,
         fingerprint=stored.fingerprint,
         backbone_digest=stored.tags.get(WEIGHTS, ""),
-        dataset_digest=str(results["dataset"]),
-        seen=json.loads(seen) if seen is not None else None,
+        dataset_digest=results.dataset,
+        seen=_record(SeenRecord, stored, SEEN, seen).model_dump() if seen is not None else None,
         run_id=stored.run_id,
         experiment=tracker.name,
         config=config,
@@ -169,12 +177,20 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
     )
 
 
-def _data(stored: RunRecord, results: dict[str, Any], source: str) -> str:
+def _data(stored: RunRecord, results: ScoresRecord, source: str) -> str:
     name = stored.params.get("dataset", "?")
     name = f"'{Path(source).name}'" if name == "folder" and source else name
-    counted = describe_sizes(results.get("num_images", {})) or f"{len(results['images'])} test images"
-    fold = f", fold {results['fold']} of {results['num_folds']}" if "fold" in results else ""
+    counted = describe_sizes(results.num_images) or f"{len(results.images)} test images"
+    fold = f", fold {results.fold} of {results.num_folds}" if results.fold is not None else ""
     return f"{name}, {counted}{fold}{describe_limit(stored.tags.get(LIMIT, ''))}"
+
+
+def _appearance(stored: RunRecord, data: bytes) -> TrainingAppearance:
+    where = f"'{stored.name}': its {APPEARANCE} in MLflow"
+    try:
+        return read_appearance(safetensors.numpy.load(data), where)
+    except SafetensorError as error:
+        raise CellbenchError(f"{where}: is damaged ({error}). Run it again.") from None
 
 
 def load_tensors(data: bytes, name: str) -> dict[str, Any]:
@@ -186,13 +202,28 @@ def load_tensors(data: bytes, name: str) -> dict[str, Any]:
 
 
 def _text(tracker: Tracker, stored: RunRecord, name: str) -> str:
+    try:
+        return _needed(tracker, stored, name).decode("utf-8")
+    except UnicodeDecodeError:
+        raise CellbenchError(f"'{stored.name}': its {name} is damaged. Run it again.") from None
+
+
+def _needed(tracker: Tracker, stored: RunRecord, name: str) -> bytes:
     data = tracker.artifact(stored, name)
     if data is None:
         raise CellbenchError(f"'{stored.name}': its {name} is missing in MLflow, so it cannot be used. Run it again.")
-    return data.decode("utf-8")
+    return data
+
+
+def _record(record: type[R], stored: RunRecord, name: str, data: bytes) -> R:
+    return read_json(record, data, f"'{stored.name}': its {name} in MLflow")
 
 
 def _run_of(config: str, registry: Registry) -> RunSpec:
     """The run of a run's ``config.toml``."""
-    runs = expand(Experiment.of(tomllib.loads(config), "config.toml"), "config.toml")
+    try:
+        tree = tomllib.loads(config)
+    except tomllib.TOMLDecodeError as error:
+        raise CellbenchError(f"config.toml of this run in MLflow is damaged ({error}). Run it again.") from None
+    runs = expand(Experiment.of(tree, "config.toml"), "config.toml")
     return registry.complete(runs[0])

@@ -24,6 +24,7 @@ from torch import Tensor
 from cellbench import startup
 from cellbench.config.cards import BackboneCard
 from cellbench.config.registry import Registry, load
+from cellbench.config.trust import require_trust
 from cellbench.data.io.images import jpeg_bytes, read_image, read_pixel_size
 from cellbench.data.io.intensity import IntensityScaling, Note
 from cellbench.data.io.overlay import draw_instances
@@ -192,6 +193,7 @@ class Segmenter:
         registry: str | os.PathLike[str] | None = None,
         device: str = "auto",
         precision: str = "auto",
+        trust: bool = False,
     ) -> Segmenter:
         """The segmenter of a run in MLflow or of an exported folder.
 
@@ -201,6 +203,7 @@ class Segmenter:
             registry: a folder of your own cards.
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
             precision: ``auto``, ``fp32`` or ``bf16``.
+            trust: whether Python code in an exported folder may run that this user did not export.
 
         Raises CellbenchError for a run that does not exist, failed or lost its head, and for unavailable weights.
 
@@ -217,6 +220,7 @@ class Segmenter:
 
             trained = read_export(Path(run))
             extra, folder = Registry(Path(run) / CARDS), folder or Path(run)
+            require_trust(extra, Path(run) / CARDS, trust)
         else:
             from cellbench.inference import run_lookup  # MLflow is needed only here
 

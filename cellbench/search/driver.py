@@ -24,6 +24,7 @@ from cellbench.config.options import SearchOptions
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.config.search_space import Space
+from cellbench.config.trust import describe_code
 from cellbench.console import say
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import Dataset
@@ -119,6 +120,8 @@ def prepare(options: SearchOptions) -> SearchPlan:
     """Reads the file and the data, and prints notes on them. Raises CellbenchError."""
     check_options(options, elsewhere=options.on is not None)
     registry = Registry(options.registry)
+    for line in describe_code(registry, options.registry):
+        say(line)
     space, text = read_space(options.file, options.all_changes, options.data, options.limit, registry, search_objectives(registry))
     resources = Resources.of(options, elsewhere=options.on is not None)  # after the file: it may measure the machine
     plan = plan_search(space, text, options.file, options.data, options.storage, resources)

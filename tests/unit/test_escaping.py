@@ -42,7 +42,7 @@ def test_numbers_written_as_text_stay_numbers() -> None:
 
 def test_bytes_that_are_no_text_and_control_characters_can_be_written_anywhere() -> None:
     assert to_csv(["a"], [["caf\udce9"]]) == "a\ncaf\\xe9\n"
-    assert to_printable("a\nb\x1b[31m\udce9 ä") == "a\\nb\\x1b[31m\\udce9 ä"
+    assert to_printable("a\nb\x1b[31m\udce9 ä") == "a\\nb\\x1b[31m\\xe9 ä"
 
 
 @pytest.mark.parametrize("name", NASTY)
