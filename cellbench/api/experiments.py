@@ -171,7 +171,7 @@ def _reasons(outcome: Outcome) -> str:
         for kind, some in (("skipped", outcome.skipped), ("failed", outcome.failed))
         for name, reason in list(some.items())[:1]
     ]
-    return "; ".join([*reasons, *([f"{len(outcome.busy)} in another process"] if outcome.busy else [])])
+    return "; ".join([*reasons, *([f"{len(outcome.missing)} missing"] if outcome.missing else [])])
 
 
 def _no_line(text: str) -> None:

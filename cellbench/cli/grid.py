@@ -17,7 +17,7 @@ from cellbench.training.memory_check import InsufficientMemoryError
 
 
 def grid(options: GridOptions) -> int:
-    """Runs an experiment. Returns exit code 0, or 1 if a run failed."""
+    """Runs an experiment. Returns exit code 0, or 1 if a run failed or is missing."""
     startup.set_cache(parse_cache(options.cache)[0], options.cache_url)
     startup.configure_threads(options.device)
     plan = plan_experiment(options, say)
@@ -28,7 +28,8 @@ def grid(options: GridOptions) -> int:
         say(line)
     tracker = Tracker(plan.experiment.experiment)
     startup.freeze_imports()  # MLflow's
-    return 1 if run_experiment(plan, tracker, say).failed else 0
+    outcome = run_experiment(plan, tracker, say)
+    return 1 if outcome.failed or outcome.missing else 0
 
 
 def _estimate(plan: ExperimentPlan) -> None:

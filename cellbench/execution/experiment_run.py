@@ -157,11 +157,13 @@ def _report(plan: ExperimentPlan, tracker: Tracker, parent: Run, outcome: Outcom
     }
     write_report(tracker, parent, ids, request, splits, outcome.skipped, outcome.failed, say, plan.options.wide)
     parent.log({"grid/finished": len(ids), "grid/skipped": len(outcome.skipped), "grid/failed": len(outcome.failed)})
-    if outcome.skipped or outcome.failed or outcome.busy:
-        say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.busy)} in another process.")
+    if outcome.skipped or outcome.failed or outcome.missing:
+        say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.missing)} missing.")
+    if outcome.missing:
+        say(f"missing: {', '.join(outcome.missing[:3])}{', …' * (len(outcome.missing) > 3)}. The same command runs what is missing.")
     say(f"everything is in MLflow, report.html at the parent run; {tracker.where_to_look()}")
     if ids:
         say(f"\nNext: `cellbench report {shlex.quote(tracker.name)}` writes the report, and")
         say(f"      `cellbench predict {shlex.quote(f'best:{tracker.name}')} IMAGES --out masks` segments images with the best model.")
-    if outcome.failed:
-        parent.end("failed", f"{len(outcome.failed)} runs failed")
+    if outcome.failed or outcome.missing:
+        parent.end("failed", f"{len(outcome.failed)} runs failed, {len(outcome.missing)} missing")

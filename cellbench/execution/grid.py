@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -9,6 +10,9 @@ from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import GridProgress
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.execution.shift_tests import missing_tests, wanted_tests
+
+POLL_S = 5.0
+"""How often the store is asked for runs that other processes execute."""
 
 
 class Executor(Protocol):
@@ -52,26 +56,59 @@ def describe_skipped(runs: Sequence[ResolvedRun]) -> list[str]:
 
 def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | None = None) -> Outcome:
     """Executes the unfinished runs; without an executor, in this process."""
-    out, known = Outcome(), runner.tracker.known()
+    out = Outcome()
     todo: list[ResolvedRun] = []
     incomplete: list[ResolvedRun] = []
-    for resolved in runs:
-        old = known.get(resolved.fingerprint)
-        if old is not None and old.status == "finished":
-            out.finished[resolved.name] = old
-            if missing_tests(old, wanted_tests(runner.experiment.data, runner.datasets[resolved.run.fold])):
-                (incomplete if resolved.unavailable else todo).append(resolved)
-        elif resolved.unavailable:
-            runner.skip(resolved, old)
-            out.skipped[resolved.name] = resolved.unavailable
-        else:
-            todo.append(resolved)
+    with runner.tracker.lock():  # else two processes would mark the same runs as skipped
+        known = runner.tracker.known()
+        for resolved in runs:
+            old = known.get(resolved.fingerprint)
+            if old is not None and old.status == "finished":
+                out.finished[resolved.name] = old
+                if missing_tests(old, wanted_tests(runner.experiment.data, runner.datasets[resolved.run.fold])):
+                    (incomplete if resolved.unavailable else todo).append(resolved)
+            elif resolved.unavailable:
+                runner.skip(resolved, old)
+                out.skipped[resolved.name] = resolved.unavailable
+            else:
+                todo.append(resolved)
     if out.finished:
         runner.say(f"{len(out.finished)} of {len(runs)} runs are finished already and are not run again.")
     if incomplete:
         runner.say(f"{len(incomplete)} of them cannot be tested on more images: {incomplete[0].unavailable}")
     for line in describe_skipped([one for one in runs if one.name in out.skipped]):
         runner.say(line)
+    executor = executor or InProcessExecutor()
     with runner:
-        (executor or InProcessExecutor()).run(runner, group_cohorts(todo), out)
+        executor.run(runner, group_cohorts(todo), out)
+    _await_others(runner, todo, executor, out)
+    out.missing = [one.name for one in runs if one.name not in {**out.finished, **out.skipped, **out.failed}]
     return out
+
+
+def _await_others(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor, out: Outcome) -> None:
+    """Waits for the runs that other processes execute, and executes those that their process leaves behind."""
+    if out.busy:
+        runner.say(
+            f"waiting for {len(out.busy)} runs of other processes. A run whose process is gone is taken over; Ctrl-C ends the waiting."
+        )
+    while out.busy:
+        time.sleep(POLL_S)
+        known, left = runner.tracker.known(), []
+        busy = [one for one in runs if one.name in out.busy]
+        out.busy = []
+        for one in busy:
+            state = known.get(one.fingerprint)
+            if state is not None and state.status == "finished":
+                out.finished[one.name] = state
+            elif state is not None and state.alive:
+                out.busy.append(one.name)
+            elif state is not None and state.status == "skipped":
+                out.skipped[one.name] = state.reason
+            elif state is not None and state.status == "failed":
+                out.failed[one.name] = f"in another process: {state.reason}"
+            else:
+                left.append(one)
+        if left:
+            with runner:
+                executor.run(runner, group_cohorts(left), out)

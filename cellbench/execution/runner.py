@@ -86,6 +86,8 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
     busy: list[str] = field(default_factory=list)
     """Being executed by another process."""
+    missing: list[str] = field(default_factory=list)
+    """Without a result or a reason at the end, such as a run that was deleted meanwhile."""
     num_new: int = 0
 
 

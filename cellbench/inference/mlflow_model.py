@@ -13,12 +13,15 @@ from typing import Any
 import mlflow.pyfunc
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 from mlflow.types import ColSpec, Schema
 
 from cellbench.data.io.png_stream import PngWriter
-from cellbench.inference.segmenter import Segmenter
+from cellbench.errors import CellbenchError
+from cellbench.inference.segmenter import Prediction, Segmenter
 
 
 class ServedSegmenter(PythonModel):
@@ -33,31 +36,51 @@ class ServedSegmenter(PythonModel):
         Returns ``mask`` (a PNG in base64: 0 and 255, or class numbers for more than two classes), ``height_px``, ``width_px``, ``share`` (of
         the pixels that are not background), ``notes`` (remarks on how the file's values were read) and ``distance`` (from the training images, NaN
         if unknown).
+
+        Raises MlflowException, which the server answers with status 400, for rows that are no readable image; it names each of them.
         """
-        rows = []
-        for data in model_input["image"]:
-            with tempfile.NamedTemporaryFile(suffix=".image") as file:
-                file.write(data)
-                file.flush()
-                found = self.segmenter.predict(file.name)
-            out = io.BytesIO()
-            png = PngWriter(out, found.classes.shape, 1, self.segmenter.trained.name)
-            png.add(found.classes * np.uint8(255 if len(found.class_names) == 2 else 1))
-            png.end()
-            height, width = found.classes.shape
-            notes = "; ".join(f"{note.message} ({note.detail})" if note.detail else note.message for note in found.notes)
-            mask = base64.b64encode(out.getvalue()).decode()
-            rows.append(
-                {
-                    "mask": mask,
-                    "height_px": height,
-                    "width_px": width,
-                    "share": found.share,
-                    "notes": notes,
-                    "distance": math.nan if found.distance is None else found.distance,
-                }
+        if "image" not in model_input:
+            raise _refused(f"there is no column 'image', only {', '.join(map(repr, model_input))}. It holds the bytes of image files.")
+        rows, faults = [], []
+        for number, data in enumerate(model_input["image"]):
+            try:
+                rows.append(self._answer(self._segment(data)))
+            except CellbenchError as error:
+                faults.append(f"row {number}: {error}")
+        if faults:
+            more = f" {len(faults) - 5} more rows." if len(faults) > 5 else ""
+            raise _refused(
+                f"{len(faults)} of {len(model_input)} rows cannot be segmented (the first row is 0). {' '.join(faults[:5])}{more}"
             )
         return pd.DataFrame(rows)
+
+    def _answer(self, found: Prediction) -> dict[str, object]:
+        out = io.BytesIO()
+        png = PngWriter(out, found.classes.shape, 1, self.segmenter.trained.name)
+        png.add(found.classes * np.uint8(255 if len(found.class_names) == 2 else 1))
+        png.end()
+        height, width = found.classes.shape
+        notes = "; ".join(f"{note.message} ({note.detail})" if note.detail else note.message for note in found.notes)
+        mask = base64.b64encode(out.getvalue()).decode()
+        distance = math.nan if found.distance is None else found.distance
+        return {"mask": mask, "height_px": height, "width_px": width, "share": found.share, "notes": notes, "distance": distance}
+
+    def _segment(self, data: object) -> Prediction:
+        """Raises CellbenchError."""
+        if not isinstance(data, bytes) or not data:
+            what = "empty" if data is None or data is pd.NaT or isinstance(data, bytes | float) else f"of the type {type(data).__name__}"
+            raise CellbenchError(f"'image' is {what}. Expected the bytes of an image file; in JSON, base64.")
+        with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
+            file = Path(folder) / "image"
+            file.write_bytes(data)
+            try:
+                return self.segmenter.predict(file)
+            except CellbenchError as error:
+                raise CellbenchError(str(error).replace(f"{file}", "the image").replace(repr(file.name), "the image")) from error
+
+
+def _refused(text: str) -> MlflowException:
+    return MlflowException(text, error_code=INVALID_PARAMETER_VALUE)
 
 
 SCRIPT = """from cellbench.inference.mlflow_model import ServedSegmenter

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from pathlib import Path
 
@@ -63,6 +64,8 @@ def write_onnx(path: Path, segmenter: Segmenter) -> float:
     network = _Network(segmenter).eval().float().to("cpu")
     side = segmenter.trained.preparation.framing.side_px
     pixels = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = {num: network(pixels[:num]).numpy() for num in (1, 3)}  # before: what a network keeps from the export has no values
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
@@ -79,14 +82,30 @@ def write_onnx(path: Path, segmenter: Segmenter) -> float:
             )
     except Exception as error:  # torch's exporter wraps any error of the network in its own kinds
         path.unlink(missing_ok=True)
-        raise CellbenchError(f"--onnx: torch cannot write '{segmenter.trained.name}' as ONNX: {one_line(error)[:300]}.") from error
+        raise CellbenchError(_why_not(segmenter, error)) from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
-    for num in (1, 3):
-        with torch.no_grad():
-            expected = network(pixels[:num]).numpy()
-        worst = max(worst, float(np.abs(session.run(None, {"pixels": pixels[:num].numpy()})[0] - expected).max()))
+    for num, values in expected.items():
+        worst = max(worst, float(np.abs(session.run(None, {"pixels": pixels[:num].numpy()})[0] - values).max()))
     if not worst <= TOLERANCE:
         path.unlink()
         raise CellbenchError(f"--onnx: onnxruntime differs from torch by {worst:.2g}, more than {TOLERANCE:g}; the file is not kept.")
     return worst
+
+
+def _why_not(segmenter: Segmenter, error: BaseException) -> str:
+    """Why a network cannot be written, in one line; torch's own advice is for those who write networks."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", one_line(error))
+    run = segmenter.trained.run
+    if "specialized" in text or "Constraints violated" in text:
+        why = "it computes differently for each number of tiles, as a loop over them does, so that a file for any number cannot be written"
+    elif "data-dependent" in text.lower() or "DataDependent" in text:
+        why = "what it computes depends on the values of the pixels, as an `if` on them does"
+    else:
+        why = f"torch {torch.__version__} has no ONNX form for a part of it ({type(error).__name__}: {text[:120].rstrip('. ')})"
+    return (
+        f"--onnx: the network of '{segmenter.trained.name}' ({run.backbone or 'no backbone'}, {run.head or run.baseline}) cannot be written as "
+        f"ONNX: {why}. Export it without --onnx: the folder and --mlflow need no ONNX."
+    )

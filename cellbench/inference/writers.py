@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import psutil
 
 from cellbench.data.io import overlay
 from cellbench.data.io.images import png_bytes
@@ -28,6 +27,7 @@ from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, os_errors_as
 from cellbench.inference.pipeline import MaskStrip
 from cellbench.inference.polygons import cell_outlines, to_geojson
+from cellbench.liveness import is_alive, this_owner
 from cellbench.metrics.instances import Instances
 from cellbench.metrics.measurements import measure_cells
 from cellbench.metrics.separation import CONNECTED, SeparationParams
@@ -180,7 +180,7 @@ class PredictionWriter:
             part.unlink(missing_ok=True)
 
     def _open(self, path: Path) -> BinaryIO:
-        part = path.with_name(f".{os.getpid()}-{path.name[-80:]}{PART}")
+        part = path.with_name(f".{this_owner().replace(':', '@')}~{path.name[-80:]}{PART}")
         file = self._stack.enter_context(part.open("wb"))
         self._parts.append(part)
         return file
@@ -267,12 +267,13 @@ class _OutlineStrips:
 
 def remove_partial_files(folder: Path) -> int:
     """Removes the unfinished files of killed processes below a folder; returns their number."""
-    # Each is named by its process. A process here may have the number of one on another machine: then the file stays until a later call.
-    parts = [path for path in folder.rglob(f".*{PART}") if path.is_file() and not _pid_exists(path.name[1:].partition("-")[0])]
+    parts = [path for path in folder.rglob(f".*{PART}") if path.is_file() and not _is_being_written(path)]
     for part in parts:
         part.unlink(missing_ok=True)
     return len(parts)
 
 
-def _pid_exists(pid: str) -> bool:
-    return pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid))
+def _is_being_written(part: Path) -> bool:
+    """Whether the process that a file is named by lives, on this machine or, as long as it writes, on another one."""
+    owner = part.name[1:].partition("~")[0].replace("@", ":")
+    return is_alive(owner, part.stat().st_mtime)

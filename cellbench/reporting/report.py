@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shlex
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -33,7 +34,7 @@ from cellbench.tracking.tracker import Run, Tracker
 
 SUMMARY_FILE = "leaderboard.json"
 REPORTED_RUNS = "cellbench.concluded"
-"""Tag of the parent run: a digest of the runs in its report."""
+"""Tag of the parent run: the number of runs in its report, and a digest of them."""
 EXPERIMENT_FILE = "experiment.toml"
 """Artifact of the parent run: the experiment file with the command's options applied."""
 VERSIONS = ("cellbench", "torch", "torchvision", "timm", "segmentation-models-pytorch", "mlflow", "numpy", "scipy", "scikit-image")
@@ -128,7 +129,15 @@ def write_report(
         say("no run is finished, so there is nothing to compare.")
         return
     external = [run.run_id for run in tracker.stored() if run.is_external and run.status == "finished"]  # these stand beside them
-    key = _key([*only, *external], request, skipped, failed)
+    runs = [*only, *external]
+    key = _key(runs, request, skipped, failed)
+    earlier = tracker.client.get_run(top.run_id).data.tags.get(REPORTED_RUNS, "").partition("-")
+    if earlier[1] and int(earlier[0]) > len(runs):
+        say(
+            f"the parent run has a report over {earlier[0]} runs, which is kept; this call has {len(runs)}. "
+            f"`cellbench report {shlex.quote(tracker.name)}` writes one over all runs that are there now."
+        )
+        return
     if (summary := _stored_summary(tracker, top, key)) is None:
         summary = _draw_report(tracker, top, only, request, splits, skipped, failed)
     for line in ("", terminal_table(summary.rows, summary.metrics, wide=wide), "", *summary.verdict):
@@ -178,14 +187,14 @@ def _draw_report(
 
 
 def _key(only: Collection[str], request: RunRequest, skipped: Mapping[str, str], failed: Mapping[str, str]) -> str:
-    """A digest of the inputs of a report.
+    """The number of runs of a report and a digest of its inputs.
 
     Excludes the command and the notes on reading the data, which differ between the first call (writes a split) and the next (reads it).
     """
     asked = replace(request, command="", dataset={**request.dataset, "notes": []})
     layout = [field.name for field in fields(LeaderboardRow)]  # a summary of an older version cannot be read
     facts = [sorted(only), asdict(asked), skipped, failed, layout]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return f"{len(only)}-{hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]}"
 
 
 def _stored_summary(tracker: Tracker, top: Run, key: str) -> Summary | None:

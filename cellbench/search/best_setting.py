@@ -42,4 +42,4 @@ def test_best(space: Space, study: Study, runner: Runner, machine: Hardware, run
     if tests:
         run.log({"search/test_dice": sum(tests) / len(tests)})
     say(f"best.toml, trials.csv and pictures are artifacts of the parent run: `cellbench ui`, experiment '{space.experiment}'.")
-    return 1 if outcome.failed else 0
+    return 1 if outcome.failed or outcome.missing else 0

@@ -28,9 +28,14 @@ def register(tracker: Tracker, run: RunRecord, verdict: str, more: str = "") -> 
 
     ``verdict``: the reason, such as "the best"; shown in the model's description with ``more``, sentences on how it was chosen.
     """
+    with tracker.lock():  # else two processes that end at once would make two entries
+        return _register(tracker, run, verdict, more)
+
+
+def _register(tracker: Tracker, run: RunRecord, verdict: str, more: str) -> str:
     client, entities = tracker.client, tracker.mlflow.entities
     tags = {VERDICT: verdict, NOTE: f"In '{tracker.name}': {verdict}.{more}"}
-    if (known := run.tags.get(MODEL)) and _exists(tracker, known):
+    if (known := client.get_run(run.run_id).data.tags.get(MODEL)) and _exists(tracker, known):
         client.set_logged_model_tags(known, tags)  # the verdict may have changed
         return known
     best = int(run.metrics.get("best/epoch", 0))

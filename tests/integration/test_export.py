@@ -101,3 +101,68 @@ def test_mlflow_answers_bytes_with_a_mask(there: Path, tmp_path: Path) -> None:
     assert (np.array(Image.open(io.BytesIO(base64.b64decode(answer["mask"])))) == found.mask * 255).all()
     assert (answer["height_px"], answer["width_px"]) == found.classes.shape
     assert json.dumps(answer["share"]) == json.dumps(found.share)
+
+
+def test_a_filter_bank_is_exported_for_any_number_of_tiles(there: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+    pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
+    import torch
+
+    from cellbench.models.backbones.build import open_backbone
+
+    bank = open_backbone(Registry().backbone("filter-bank"), None)
+
+    class Whole(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            (found,) = bank.maps(x, (0,))
+            return found
+
+    pixels = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    expected = Whole()(pixels)
+    shapes = {"x": {0: torch.export.Dim("batch", min=1, max=1024)}}
+    torch.onnx.export(Whole(), (pixels[:2],), tmp_path / "m.onnx", input_names=["x"], dynamic_shapes=shapes, dynamo=True)
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    for num in (1, 5):
+        assert np.abs(session.run(None, {"x": pixels[:num].numpy()})[0] - expected[:num].numpy()).max() < 1e-3
+
+
+def test_a_refused_export_leaves_nothing_and_the_advice_works(there: Path, tmp_path: Path, capsys) -> None:
+    call = ["export", "otsu · seed 0", "--out", str(tmp_path / "new" / "it"), "--device", "cpu"]
+    assert main([*call, "--onnx"]) == 2
+    assert "Export it without --onnx" in capsys.readouterr().err
+    assert not list((tmp_path / "new").iterdir())
+    assert main(call) == 0
+    assert Segmenter.load(str(tmp_path / "new" / "it"), device="cpu").predict(IMAGE).classes.any()
+
+
+def test_what_torch_cannot_write_is_said_in_plain_words(there: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+    pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
+    segmenter = Segmenter.load(MODEL, device="cpu", precision="fp32")
+    forward = segmenter.model.forward
+    segmenter.model.forward = lambda batch: forward(batch) if float(batch.pixels.mean()) > 0 else forward(batch) * 2
+    with pytest.raises(CellbenchError, match="depends on the values of the pixels") as error:
+        onnx.write_onnx(tmp_path / "m.onnx", segmenter)
+    assert "\x1b" not in str(error.value)
+    assert "torch.export" not in str(error.value)
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_served_model_names_the_rows_that_it_cannot_segment(there: Path) -> None:
+    import pandas as pd
+    from mlflow.exceptions import MlflowException
+
+    from cellbench.inference.mlflow_model import ServedSegmenter
+
+    served = ServedSegmenter()
+    served.segmenter = Segmenter.load(MODEL, device="cpu")
+    good = Path(IMAGE).read_bytes()
+    with pytest.raises(
+        MlflowException, match=r"3 of 4 rows .*row 1: .* row 2: 'image' is empty.* row 3: 'image' is of the type str"
+    ) as error:
+        served.predict(None, pd.DataFrame({"image": [good, b"no image", None, "text"]}))
+    assert error.value.get_http_status_code() == 400
+    assert "/tmp" not in str(error.value)
+    with pytest.raises(MlflowException, match="no column 'image', only 'picture'"):
+        served.predict(None, pd.DataFrame({"picture": [good]}))
+    assert len(served.predict(None, pd.DataFrame({"image": [good, good]}))) == 2

@@ -307,13 +307,19 @@ def test_an_image_with_more_cells_than_16_bits_is_skipped(there: Path, tmp_path:
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_partial_files_of_a_live_process_stay(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for pid in (dead.pid, os.getppid()):
-        (tmp_path / f".{pid}-a.png{writers.PART}").write_bytes(b"half")
-    assert writers.remove_partial_files(tmp_path) == 1
-    assert [path.name for path in tmp_path.iterdir()] == [f".{os.getppid()}-a.png{writers.PART}"]
+def test_partial_files_of_a_live_process_stay_also_of_another_machine(tmp_path: Path) -> None:
+    code = "from cellbench.liveness import this_owner; print(this_owner(), flush=True); input()"
+    others = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    live, dead = (other.stdout.readline().strip() for other in others)
+    others[1].communicate("\n")
+    elsewhere, silent = "host-b:1:77.abc.4", "host-b:2:78.abc.4"
+    files = {owner: tmp_path / f".{owner.replace(':', '@')}~a.png{writers.PART}" for owner in (live, dead, elsewhere, silent)}
+    for file in files.values():
+        file.write_bytes(b"half")
+    os.utime(files[silent], (0, 0))
+    assert writers.remove_partial_files(tmp_path) == 2
+    assert set(tmp_path.iterdir()) == {files[live], files[elsewhere]}
+    others[0].communicate("\n")
 
 
 def test_other_weights_under_the_same_name_are_refused(there: Path, tmp_path: Path) -> None:

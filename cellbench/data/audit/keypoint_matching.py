@@ -2,9 +2,9 @@
 
 SIFT features (Lowe 2004) propose pairs; their positions must agree on one similarity transform. That alone is no proof: round cells and regular
 layouts agree by chance. So the pictures are aligned with subpixel accuracy (ECC, Evangelidis and Psarakis 2008) and compared pixel by
-pixel: the edges must coincide everywhere, and the texture between them must agree. Features are looked up by visual words (Sivic and Zisserman
-2003), so that the work grows with the number of images and not with its square. On 34,244 features (100 images) that takes 1.0 s; OpenCV's FLANN
-finds the same pairs in 3.6 s, and the product of all descriptors takes 53 s.
+pixel: the edges must coincide everywhere, and the texture between them must agree. Features are looked up by visual words, so that the work grows
+with the number of images and not with its square. On 34,244 features (100 images) that takes 1.0 s; OpenCV's FLANN finds the same pairs in 3.6 s,
+and the product of all descriptors takes 53 s.
 
 Legend: N features of one image, M of all. A place is a complex number x + iy in pixels of the small picture; a transform maps z to ``c z + t``,
 mirrored to ``c conj(z) + t``.
@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from cellbench.data.audit.perceptual_hash import eight_orientations, find_near_pairs, high_pass
+from cellbench.data.audit.visual_words import find_matches
 
 SIDE_PX = 400
 """Longer side of the small picture in which features are detected. A crop of 0.3 of the sides still fills 120 px."""
@@ -39,7 +40,6 @@ _WAVE_PX = 4
 """Lower frequencies are removed before the comparison: a round edge that is 2 px off correlates at 0.9 with them, and not at all without."""
 _FIELD_PX = 16
 """Side of the fields in which edges are compared."""
-_FEATURES_PER_WORD = 150
 
 # SIFT's 4 x 4 fields of 8 directions after mirroring: fields change sides across the main direction, directions their sign.
 _MIRRORED = np.arange(128).reshape(4, 4, 8)[::-1][:, :, -np.arange(8) % 8].ravel()
@@ -163,10 +163,9 @@ def _candidates(all_keypoints: Sequence[Keypoints]) -> Iterator[tuple[int, int, 
     image_M = np.repeat(np.arange(len(all_keypoints)), [len(one.places) for one in all_keypoints])
     if len(image_M) < 2:
         return
-    descriptors_MD = np.concatenate([one.descriptors for one in all_keypoints]).astype(np.float32)
-    descriptors_MD /= np.maximum(np.linalg.norm(descriptors_MD, axis=1, keepdims=True), 1)
+    descriptors_MD = np.concatenate([one.descriptors for one in all_keypoints])
     within_M = np.concatenate([np.arange(len(one.places)) for one in all_keypoints])
-    matches = np.unique(np.concatenate([_matches(descriptors_MD, image_M, mirrored) for mirrored in (False, True)]), axis=0)
+    matches = np.unique(find_matches(descriptors_MD, image_M, _MIRRORED, MIN_COSINE), axis=0)
     if not len(matches):
         return
     matches = matches[np.lexsort((matches[:, 0], image_M[matches[:, 2]], image_M[matches[:, 1]]))]
@@ -177,40 +176,6 @@ def _candidates(all_keypoints: Sequence[Keypoints]) -> Iterator[tuple[int, int, 
         if end - start >= MIN_MATCHES:
             first, second, mirrored = keys[start].tolist()
             yield first, second, bool(mirrored), within_M[matches[start:end, 1]], within_M[matches[start:end, 2]]
-
-
-def _matches(descriptors_MD: np.ndarray, image_M: np.ndarray, mirrored: bool) -> np.ndarray:
-    """(K, 3) int64: mirrored, a feature and a similar one of a later image. For each feature the two nearest in each of its two nearest words."""
-    num = len(descriptors_MD)
-    words = descriptors_MD[np.random.default_rng(0).choice(num, max(1, num // _FEATURES_PER_WORD), replace=False)]
-    query_MD = descriptors_MD[:, _MIRRORED] if mirrored else descriptors_MD
-    home_M = _nearest(descriptors_MD, words, 1)[:, 0]
-    query_words = _nearest(query_MD, words, min(2, len(words)))
-    members, queries = np.argsort(home_M, kind="stable"), np.argsort(query_words.ravel(), kind="stable")
-    member_starts = np.searchsorted(home_M[members], np.arange(len(words) + 1))
-    query_starts = np.searchsorted(query_words.ravel()[queries], np.arange(len(words) + 1))
-    found = [np.zeros((0, 3), np.int64)]
-    for word in range(len(words)):
-        query = queries[query_starts[word] : query_starts[word + 1]] // query_words.shape[1]
-        member = members[member_starts[word] : member_starts[word + 1]]
-        if not len(query) or not len(member):
-            continue
-        cosine = query_MD[query] @ descriptors_MD[member].T
-        cosine[image_M[query][:, None] == image_M[member][None]] = 0
-        best = np.argpartition(-cosine, 1, axis=1)[:, :2] if len(member) > 2 else np.tile(np.arange(len(member)), (len(query), 1))
-        row, column = np.nonzero(np.take_along_axis(cosine, best, 1) >= MIN_COSINE)
-        one, other = query[row], member[best[row, column]]
-        found.append(np.stack([np.full(len(one), mirrored, np.int64), np.minimum(one, other), np.maximum(one, other)], 1))
-    return np.concatenate(found)
-
-
-def _nearest(descriptors_MD: np.ndarray, words: np.ndarray, num: int, chunk: int = 4096) -> np.ndarray:
-    """(M, num): the nearest words."""
-    found = np.empty((len(descriptors_MD), num), np.int64)
-    for start in range(0, len(descriptors_MD), chunk):
-        cosine = descriptors_MD[start : start + chunk] @ words.T
-        found[start : start + chunk] = cosine.argmax(1)[:, None] if num == 1 else np.argpartition(-cosine, num - 1, axis=1)[:, :num]
-    return found
 
 
 def _similarity(

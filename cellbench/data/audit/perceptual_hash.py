@@ -74,13 +74,12 @@ def find_near_pairs(small_NTT: Sequence[np.ndarray], chunk: int = 512) -> list[t
     best: dict[tuple[int, int], float] = {}
     for start in range(0, len(plain), chunk):
         for way in range(8):
-            close = plain[start : start + chunk] @ all_8[:, way].T >= bound
-            for i, j in np.argwhere(close):
-                i = int(i) + start
+            close = plain[start : start + chunk] @ all_8[start:, way].T >= bound
+            for i, j in np.argwhere(close) + start:
                 if i < j:
                     correlation = float(high_pass(small_NTT[i]) @ high_pass(eight_orientations(small_NTT[j])[way]))
                     if correlation >= CORRELATION:
-                        best[i, int(j)] = max(correlation, best.get((i, int(j)), 0))
+                        best[int(i), int(j)] = max(correlation, best.get((int(i), int(j)), 0))
     return sorted((i, j, correlation) for (i, j), correlation in best.items())
 
 

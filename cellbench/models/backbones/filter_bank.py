@@ -33,8 +33,10 @@ class FilterBank(Backbone):
     def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
         # In half precision the variance, a difference of two squares, would be rounding noise.
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            # Tile by tile: sixteen at once took 300 MB more and were slower, since nothing stayed in the CPU cache.
-            tiles = [torch.cat([self._responses(x, sigma, by) for sigma, by in self._scales], 1) for x in x_BCHW.float().split(1)]
+            # Tile by tile: sixteen at once took 300 MB more and were slower, since nothing stayed in the CPU cache. In an exported network, which
+            # takes any number of tiles, a loop over them would be written out for the number at export.
+            parts = [x_BCHW.float()] if torch.compiler.is_exporting() else x_BCHW.float().split(1)
+            tiles = [torch.cat([self._responses(x, sigma, by) for sigma, by in self._scales], 1) for x in parts]
         pooled = torch.cat(tiles)
         return [pooled for _ in indices]
 
