@@ -29,6 +29,7 @@ from cellbench.execution.multiprocess import ProcessExecutor
 from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.resources import Resources, check_options
 from cellbench.execution.runner import Outcome, Runner
+from cellbench.execution.shift_tests import describe_tests
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request, write_report
 from cellbench.tracking.tracker import Run, Tracker
@@ -87,6 +88,8 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
     sizes = f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} test images"
     folds = f" in each of {len(datasets)} folds, or one more or less" if len(datasets) > 1 else ""
     say(f"{experiment.experiment}: {len(runs)} run{'s' * (len(runs) != 1)} on {dataset.name} ({sizes}{folds}), on {machine.name}.")
+    if more := describe_tests(experiment.data, dataset):
+        say(f"Each finished run is also tested on {more}.")
     return ExperimentPlan(experiment=experiment, text=text, options=options, resources=resources, datasets=datasets, runs=runs)
 
 

@@ -39,7 +39,6 @@ from cellbench.execution.progress import CohortProgress, Report, no_report
 from cellbench.execution.run_logger import RunLogger, TrialCallback
 from cellbench.execution.shift_tests import (
     FinishedRunToTest,
-    describe_tests,
     missing_tests,
     predict_with_function,
     predict_with_heads,
@@ -583,7 +582,9 @@ class Runner:
         if not runs:
             return
         dataset, num = self.datasets[cohort[0].run.fold], len(self.dataset.classes)
-        self.say(f"{title}: {len(runs)} run{'s' * (len(runs) != 1)} tested on {describe_tests(self.experiment.data, dataset)}.")
+        self.say(
+            f"{title}: {len(runs)} run{'s' * (len(runs) != 1)} tested on {len({name for one in runs for name in one.lacks})} more sets of images."
+        )
         test = partial(
             run_tests,
             dataset=dataset,

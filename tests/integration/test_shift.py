@@ -60,7 +60,8 @@ def test_finished_runs_are_tested_further_in_a_worker_process_and_only_once(here
     assert main([*asked, "--workers", "1"]) == 0
     printed = capsys.readouterr().out
     assert "2 of 2 runs are finished already" in printed
-    assert printed.count("1 run tested on smears (3 images) and images perturbed by blur.") == 2
+    assert "Each finished run is also tested on smears (3 images) and images perturbed by blur." in printed
+    assert printed.count("1 run tested on 5 more sets of images.") == 2
     assert "3 of 3 images of smears are images of smears too" in printed
     found = scores(SHIFT_TESTS)
     for model, main_test in before.items():
@@ -72,7 +73,7 @@ def test_finished_runs_are_tested_further_in_a_worker_process_and_only_once(here
     assert metrics["shift.smears/dice"] == metrics["test_image/dice"]
     assert metrics["shift.smears/dice_pooled"] == metrics["test/dice"]
     assert main(asked) == 0
-    assert "tested on" not in capsys.readouterr().out
+    assert "1 run tested on" not in capsys.readouterr().out
     assert main([*asked[:-1], 'data.perturb=["blur", "jpeg"]']) == 0  # adds to what is there
     assert sorted(scores(SHIFT_TESTS)["otsu"]["perturbed"]) == ["blur-1", "blur-2", "blur-3", "jpeg-1", "jpeg-2", "jpeg-3", "none"]
 
