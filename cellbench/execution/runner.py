@@ -400,7 +400,7 @@ class Runner:
             return method(image, num, **run.options)
 
         val, test, busy, wall_s, cpu_s = self._images["val"], self._images["test"], SystemLoad(), 0.0, 0.0
-        predictions = ((k, [(segment(val[k][0]), None)]) for k in range(len(val)))
+        predictions = ((k, [(segment(val[k][0]), None, None)]) for k in range(len(val)))
         with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, ["watershed"], predictions), self._own_metrics) as evaluator:
             for index in range(len(test)):
                 self.report(index / len(test), "testing")

@@ -15,7 +15,7 @@ from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.stain import KINDS
 from cellbench.errors import CellbenchError, one_line
 from cellbench.metrics.appearance import TrainingAppearance
-from cellbench.metrics.separation import METHODS, SeparationParams
+from cellbench.metrics.separation import METHODS, SeparationParams, tried_settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -83,8 +83,8 @@ class SeparationRecord(StoredRecord):
     def _settings_are_of_the_method(self) -> SeparationRecord:
         if self.method not in METHODS:
             raise ValueError(f"method = {self.method!r:.60}, which is none of {', '.join(METHODS)}")
-        if self.method != "watershed" and self.settings.keys() != METHODS[self.method].SETTINGS[0].keys():
-            raise ValueError(f"the settings of {self.method} are {', '.join(METHODS[self.method].SETTINGS[0])}")
+        if self.method != "watershed" and self.settings.keys() != tried_settings(self.method)[0].keys():
+            raise ValueError(f"the settings of {self.method} are {', '.join(tried_settings(self.method)[0])}")
         return self
 
     def separation(self) -> SeparationParams:

@@ -91,7 +91,7 @@ class Prediction:
     @cached_property
     def cells(self) -> Instances:
         """The single cells with their areas and classes, touching ones separated."""
-        return self.separation.instances(self.classes, self.fields)
+        return self.separation.instances(self.classes, self.fields, self.probability)
 
     @property
     def num_cells(self) -> int:

@@ -220,7 +220,10 @@ class PredictionWriter:
         separation = self._wanted.separation
         classes, image = np.concatenate([strip.classes for strip in self._strips]), np.concatenate(self._images)
         fields = [strip.fields for strip in self._strips if strip.fields is not None]
-        cells = separation.instances(classes, np.concatenate(fields, axis=1) if fields else None)
+        probability = [strip.probability for strip in self._strips if strip.probability is not None]
+        cells = separation.instances(
+            classes, np.concatenate(fields, axis=1) if fields else None, np.concatenate(probability) if probability else None
+        )
         if self._wanted.instances and cells.num > 65535:
             raise TooManyCellsError(f"{self._target.image}: {cells.num} cells, but 16 bits hold 65535 numbers. Cut the image into pieces.")
         if OVERLAY in self._files:

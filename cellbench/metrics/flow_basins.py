@@ -2,8 +2,9 @@
 
 Each pixel follows the vectors in short steps to another pixel, and jumps from there on are doubled, so that a path of 500 px takes a few array
 operations instead of 500. Noise may part a cell into several basins. Along the line between two of them the vectors tell whether it is a cell's
-outline: there they part, each towards its own centre, and within a cell they run side by side. Basins are merged where the mean parting is below
-``min_parting``, 0 to 1, the lowest first. As a share it does not depend on magnification, and all its values take one pass.
+outline: there they part, each towards its own centre, and within a cell they run side by side. Basins are merged where the mean parting of the
+directions is below ``min_parting``, -1 (none is merged) to 1, the lowest first. It does not depend on magnification, and all its values take one
+pass.
 
 Letters: H x W image.
 """
@@ -27,13 +28,15 @@ class FlowBasins:
     """The basins of a class map (H, W) and its vectors (2, H, W) uint8, down and right; ``instances`` merges them for any ``min_parting``."""
 
     SETTINGS: ClassVar[tuple[dict[str, float], ...]] = tuple(
-        {"min_parting": value} for value in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
+        {"min_parting": value} for value in (-1.0, -0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
     )
 
     def __init__(self, classes: np.ndarray, fields: np.ndarray) -> None:
         self._classes = classes
         self._mask = classes > 0
         vectors = (fields.astype(np.float32) / 127.5 - 1) * self._mask
+        # Of unit length: where cells touch the predicted vectors are short, but their direction still counts.
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=0), 1e-3)
         self._basins = _basins(self._mask, vectors)
         self._lines = _lines(self._basins, vectors)
 
@@ -69,11 +72,9 @@ def _basins(mask: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     if not len(inside):
         return out
     height, width = mask.shape
-    # Of unit length: where cells touch the predicted vectors are short, but their direction still counts.
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=0), 1e-3)
     y, x = (place.astype(np.float32) for place in np.divmod(inside, width))
     for _ in range(STEPS):
-        down, right = _bilinear(unit, y, x)
+        down, right = _bilinear(vectors, y, x)
         y, x = np.clip(y + down, 0, height - 1), np.clip(x + right, 0, width - 1)
     row = np.zeros(mask.size, np.int64)
     row[inside] = np.arange(len(inside))

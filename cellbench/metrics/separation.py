@@ -25,6 +25,7 @@ from scipy import ndimage
 from skimage.segmentation import watershed
 
 from cellbench.metrics.boundary import boundary_pixels
+from cellbench.metrics.cell_confidence import MIN_CONFIDENCES, ap50_by_confidence, drop_improbable
 from cellbench.metrics.flow_basins import FlowBasins, OffsetBasins
 from cellbench.metrics.instance import instance_scores
 from cellbench.metrics.instances import MIN_AREA_PX, Instances, connected_instances, merge_parts_into_objects, numbered_instances
@@ -48,7 +49,7 @@ class SeparationParams:
     method: str = "watershed"
     """A key of ``METHODS``."""
     settings: dict[str, float] = field(default_factory=dict, hash=False)
-    """The parameters of another method than the watershed."""
+    """The parameters of another method than the watershed, and ``min_confidence`` (``cellbench.metrics.cell_confidence``)."""
     val_ap50: dict[str, float] = field(default_factory=dict, hash=False)
     """Result of tuning: mean AP50 over the validation images for each tried setting. Empty: not tuned."""
     num_images: int = 0
@@ -63,13 +64,18 @@ class SeparationParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "owners", tuple(self.owners))  # JSON has only lists
 
-    def instances(self, classes: np.ndarray, fields: np.ndarray | None = None, min_area_px: int | None = None) -> Instances:
-        """The cells of a class map (H, W) uint8 and of the fields (F, H, W) uint8 where the model predicts them.
+    def instances(
+        self, classes: np.ndarray, fields: np.ndarray | None = None, probability: np.ndarray | None = None, min_area_px: int | None = None
+    ) -> Instances:
+        """The cells of a class map (H, W) uint8.
 
+        ``fields`` (F, H, W) uint8 and ``probability`` (H, W) uint8, that of not being background, where the model predicts them;
         ``min_area_px``: another minimum area than that of the tuning.
         """
-        found = METHODS[self.method](merge_parts_into_objects(classes, self.owners), fields)
-        return found.instances(self.min_area_px if min_area_px is None else min_area_px, **self.setting)
+        found, setting = METHODS[self.method](merge_parts_into_objects(classes, self.owners), fields), dict(self.setting)
+        min_confidence = setting.pop("min_confidence", 0.0)
+        cells = found.instances(self.min_area_px if min_area_px is None else min_area_px, **setting)
+        return drop_improbable(cells, probability, min_confidence) if min_confidence and probability is not None else cells
 
     def connected(self, classes: np.ndarray, min_area_px: int) -> Instances:
         """The same without separation."""
@@ -276,23 +282,38 @@ METHODS: dict[str, type[CellFinder]] = {
 """By the name that a cell target gives; the watershed also serves models without one."""
 
 
+def tried_settings(method: str) -> list[dict[str, float]]:
+    """The settings that tuning tries for a method; all but the watershed also leave out improbable cells."""
+    settings = METHODS[method].SETTINGS
+    if method == "watershed":
+        return list(settings)
+    return [{**setting, "min_confidence": value} for setting in settings for value in MIN_CONFIDENCES]
+
+
 class SeparationTuner:
-    """Chooses from a method's ``SETTINGS`` the one with the best AP50 over predicted class maps and their true cells."""
+    """Chooses from a method's ``SETTINGS`` the one with the best AP50 over predicted class maps and their true cells.
+
+    For other methods than the watershed also how confident a cell must be.
+    """
 
     def __init__(self, min_area_px: int = MIN_AREA_PX, *, owners: Sequence[int] = (), method: str = "watershed") -> None:
         """``min_area_px``: used if no image is added; ``owners``: as in :class:`SeparationParams`."""
         self._found: list[list[float]] = []
         self._min_area_px, self._learned, self._owners, self._method = min_area_px, False, tuple(owners), method
+        self._settings = tried_settings(method)
 
-    @property
-    def _settings(self) -> tuple[dict[str, float], ...]:
-        return METHODS[self._method].SETTINGS
-
-    def add(self, classes: np.ndarray, fields: np.ndarray | None, truth: Instances, min_area_px: int) -> None:
-        """A predicted class map (H, W) uint8, the fields (F, H, W) uint8 where the model predicts them, and the true cells."""
+    def add(
+        self, classes: np.ndarray, fields: np.ndarray | None, probability: np.ndarray | None, truth: Instances, min_area_px: int
+    ) -> None:
+        """A predicted class map (H, W) uint8, fields and probability as for :class:`SeparationParams`, and the true cells."""
         finder, self._learned = METHODS[self._method](merge_parts_into_objects(classes, self._owners), fields), fields is not None
         self._min_area_px = min_area_px
-        self._found.append([float(instance_scores(truth, finder.instances(min_area_px, **setting))["ap50"]) for setting in self._settings])
+        found = (finder.instances(min_area_px, **setting) for setting in METHODS[self._method].SETTINGS)
+        if self._method == "watershed":
+            self._found.append([float(instance_scores(truth, cells)["ap50"]) for cells in found])
+        else:
+            assert probability is not None, "a model that predicts fields predicts probabilities"
+            self._found.append([ap50 for cells in found for ap50 in ap50_by_confidence(truth, cells, probability)])
 
     def best(self) -> SeparationParams:
         """The setting with the highest mean AP50; the first one if no image has a true or predicted cell, which is connected regions for a watershed."""

@@ -244,7 +244,7 @@ class CohortEvaluator:
             evaluation.matrices.append(counts)
             separation = evaluation.separation
             if ids is None:
-                cells = separation.instances(classes, fields, reference.min_area_px)
+                cells = separation.instances(classes, fields, cell, reference.min_area_px)
             else:
                 cells, _ = reference_instances(classes, ids, reference.min_area_px, owners=self._dataset.owners)
             evaluation.agreements.append(reference.agreement(classes, cells))

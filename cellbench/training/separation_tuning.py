@@ -23,8 +23,8 @@ from cellbench.training.tiled_inference import segment_images
 MOST_IMAGES = 16
 """Number of validation images used, the first ones: a few hundred cells suffice for one parameter with ten values."""
 
-Answer = tuple[np.ndarray, np.ndarray | None]
-"""A class map (H, W) uint8, and the fields (F, H, W) uint8 where the model predicts them."""
+Answer = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+"""A class map (H, W) uint8, and where the model predicts them fields (F, H, W) uint8 and the probability of a cell (H, W) uint8."""
 
 
 def tune_separation(models: Sequence[SegmentationModel], features: Features, dataset: Dataset) -> list[SeparationParams]:
@@ -32,7 +32,9 @@ def tune_separation(models: Sequence[SegmentationModel], features: Features, dat
     # Closed after enough images: the tiles of the others are never decoded.
     with contextlib.closing(segment_images(models, features, "val")) as answers:
         return choose_separations(
-            dataset, [model.method for model in models], ((image, [(one.classes, one.fields) for one in found]) for image, found in answers)
+            dataset,
+            [model.method for model in models],
+            ((image, [(one.classes, one.fields, one.cell) for one in found]) for image, found in answers),
         )
 
 

@@ -95,9 +95,9 @@ def test_tuning_finds_the_saddle_ratio_that_separates_touching_cells_only():
     touching, whole = SeparationTuner(), SeparationTuner()
     dumbbell = discs((60, 50, 30), (60, 110, 30))
     dumbbell[50:70, 50:110] = 1
-    touching.add((TOUCHING > 0).astype(np.uint8), None, numbered_instances(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
+    touching.add((TOUCHING > 0).astype(np.uint8), None, None, numbered_instances(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
     one = (dumbbell > 0).astype(np.uint8)
-    whole.add(one, None, connected_instances(one), 10)
+    whole.add(one, None, None, connected_instances(one), 10)
     assert 0 < touching.best().saddle_ratio < 1
     assert touching.best().val_ap50[f"{touching.best().saddle_ratio:g}"] == 1
     assert whole.best().saddle_ratio == 0
@@ -113,16 +113,16 @@ def test_an_image_without_a_cell_tunes_only_where_something_was_found_in_it():
     one = (TOUCHING > 0).astype(np.uint8)
     nothing = np.zeros_like(one)
     empty, both = SeparationTuner(), SeparationTuner()
-    empty.add(nothing, None, connected_instances(nothing), 10)
+    empty.add(nothing, None, None, connected_instances(nothing), 10)
     assert empty.best().val_ap50 == {}
-    both.add(one, None, numbered_instances(TOUCHING, one), 10)
+    both.add(one, None, None, numbered_instances(TOUCHING, one), 10)
     alone = both.best()
-    both.add(nothing, None, connected_instances(nothing), 10)
+    both.add(nothing, None, None, connected_instances(nothing), 10)
     assert both.best().val_ap50 == alone.val_ap50
     # A find in it scores 0 at every saddle_ratio that keeps it, and 1 at one that cuts it into specks.
     bars = np.zeros_like(one)
     bars[20:30, 20:30] = bars[24:26, 30:34] = bars[20:30, 34:44] = 1
-    both.add(bars, None, connected_instances(nothing), 150)
+    both.add(bars, None, None, connected_instances(nothing), 150)
     found = both.best().val_ap50
     assert [round(found[f"{saddle_ratio:g}"] * 2 - alone.val_ap50[f"{saddle_ratio:g}"]) for saddle_ratio in (0.0, 0.8)] == [0, 1]
 
@@ -136,6 +136,6 @@ def test_a_cell_and_its_nucleus_are_separated_from_a_touching_neighbour_together
     assert found.num == 4
     assert set(found.classes[1:].tolist()) == {1}
     tuning = SeparationTuner(owners=(0, 1, 1))
-    tuning.add(classes, None, numbered_instances(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
+    tuning.add(classes, None, None, numbered_instances(TOUCHING, (TOUCHING > 0).astype(np.uint8)), 10)
     assert tuning.best().owners == (0, 1, 1)
     assert tuning.best().val_ap50["0.8"] == 1

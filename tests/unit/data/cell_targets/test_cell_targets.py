@@ -94,9 +94,10 @@ def test_directions_beyond_the_edge_of_an_image_are_those_of_its_mirror_image(na
 # --- decoding of the whole image --------------------------------------------------------------------------------------------------------
 
 
-def decoded(name: str, ids: np.ndarray, truth: np.ndarray, setting: int = 0) -> np.ndarray:
+def decoded(name: str, ids: np.ndarray, truth: np.ndarray) -> np.ndarray:
     finder = METHODS[TARGETS[name].method]
-    return finder((ids > 0).astype(np.uint8), np.moveaxis(truth, -1, 0)).instances(1, **finder.SETTINGS[setting]).ids
+    setting = finder.SETTINGS[len(finder.SETTINGS) // 2]
+    return finder((ids > 0).astype(np.uint8), np.moveaxis(truth, -1, 0)).instances(1, **setting).ids
 
 
 def same_partition(found: np.ndarray, ids: np.ndarray, at_least: float = 0.97) -> bool:
