@@ -28,13 +28,14 @@ from cellbench.escaping import escape_markdown
 from cellbench.metrics import catalog
 from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.boundary import TOLERANCE_PX
+from cellbench.metrics.calibration import Calibration, expected_calibration_error
 from cellbench.metrics.instance import COUNTS, SCORES, describe_outcomes
 from cellbench.metrics.instances import MIN_AREA_NUMBERED_PX, MIN_AREA_PX
 from cellbench.metrics.pixel import count_empty_images, named_scores, nan_mean, per_image_scores, pixel_scores
 from cellbench.reporting.plots.pictures import draw_curves, draw_example, draw_scores
 from cellbench.statistics.bootstrap import ROUGH_BELOW, mean_interval, unit_labels
 from cellbench.tracking import ui_view
-from cellbench.tracking.schema import APPEARANCE, NOTE, SEEN, TABLES
+from cellbench.tracking.schema import APPEARANCE, CALIBRATION, NOTE, SEEN, TABLES
 from cellbench.training.evaluator import RunEvaluation
 from cellbench.training.trainer import HeadTrainer
 
@@ -81,9 +82,12 @@ def final_metrics(dataset: Dataset, result: EvaluationResult) -> dict[str, float
     if (val_ap50 := cut.val_ap50_of_setting) is not None:
         out["separation/val_ap50"] = val_ap50
     if (calibration := result.evaluation.calibration()) is not None:
-        from cellbench.metrics.calibration import expected_calibration_error
-
         out["test/calibration_error"] = expected_calibration_error(calibration)
+        calibrated, corrected = result.evaluation.calibrated, result.evaluation.calibration(corrected=True)
+        if calibrated != Calibration() and corrected is not None:
+            out |= {"calibration/temperature": calibrated.temperature, "calibration/test_error": expected_calibration_error(corrected)}
+        if estimates := result.evaluation.dice_estimates():
+            out["calibration/dice_error"] = float(np.mean([abs(estimated - true) for estimated, true in estimates]))
     if result.trainer is not None:
         best = result.trainer.history[result.trainer.best_epoch]
         out |= {"best/epoch": result.trainer.best_epoch, "best/val_loss": best["val/loss"], "best/val_dice": best.get("val/dice", math.nan)}
@@ -129,7 +133,7 @@ def write_artifacts(
 ) -> None:
     """Writes the artifacts of an evaluated run to a folder, apart from its :func:`pictures`.
 
-    They are ``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json``, ``head.safetensors`` and
+    They are ``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json``, ``calibration.json``, ``head.safetensors`` and
     ``appearance.safetensors``.
 
     ``datasets``: one, or one per fold. ``seen``: content of ``seen_images.json``, which describes the training images.
@@ -159,6 +163,7 @@ def write_scores(
     if num_folds:
         record |= {"fold": fold, "num_folds": num_folds, "pool": pool_folds(datasets)}
     (folder / "per_image.json").write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+    (folder / CALIBRATION).write_text(json.dumps(asdict(result.evaluation.calibrated)), encoding="utf-8")
     (folder / TABLE).write_text(json.dumps(per_image_table(record), allow_nan=False), encoding="utf-8")
 
 
@@ -179,6 +184,7 @@ def pictures(name: str, dataset: Dataset, pixels: ImageCache, result: Evaluation
         evaluation.calibration(),
         resampling_units(dataset),
         catalog.from_record(catalog.to_record(own)),  # another process has no code of the user's
+        evaluation.calibration(corrected=True) if evaluation.calibrated != Calibration() else None,
     )
     for which, case in evaluation.examples.cases.items():
         picture, truth = pixels[case.image]
@@ -230,6 +236,7 @@ def per_image_record(dataset: Dataset, result: EvaluationResult) -> dict[str, ob
         **{name: values.tolist() for name, values in evaluation.outcomes().items()},
         "own_metrics": catalog.to_record(evaluation.own_metrics),
         "calibration": evaluation.calibration(),
+        "calibration_corrected": evaluation.calibration(corrected=True),
     }
 
 

@@ -65,9 +65,10 @@ from cellbench.training.evaluator import CohortEvaluator, score_validation
 from cellbench.training.fit import fit
 from cellbench.training.memory_check import why_frames_too_large
 from cellbench.training.model import build_model
-from cellbench.training.separation_tuning import choose_separations, tune_separation
+from cellbench.training.separation_tuning import choose_separations
 from cellbench.training.tiled_inference import score_images
 from cellbench.training.trainer import HeadTrainer
+from cellbench.training.validation_tuning import tune_on_validation
 
 MAX_HALVINGS = 3
 """How often the number of tiles per backbone call may be halved when memory runs out."""
@@ -534,12 +535,12 @@ class Runner:
 
     def _test(self, trained: Trained, features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
         models, test = [trainer.model for _, trainer in trained], self._images["test"]
-        separations = tune_separation(models, features, self.dataset)
+        separations, calibrations = tune_on_validation(models, features, self.dataset)
         appearance = training_appearance(features)
         costs, busy = self._training_costs(trained, features, load), SystemLoad()
         reset_timers(features.backbone, models)
         not_finite: dict[int, str] = {}
-        with CohortEvaluator(self.dataset, len(models), separations, self._own_metrics) as evaluator:
+        with CohortEvaluator(self.dataset, len(models), separations, self._own_metrics, calibrations=calibrations) as evaluator:
             self._owners += [(evaluation, one) for evaluation, (one, _) in zip(evaluator.evaluations, trained, strict=True)]
             for image, counts, answers in score_images(models, features, "test"):
                 self._progress.update("testing", len(features.grid("test", image)))

@@ -19,6 +19,7 @@ from cellbench.data.scan import Listing
 from cellbench.errors import CellbenchError
 from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.trained_run import TrainedRun
+from cellbench.metrics.calibration import Calibration
 from cellbench.metrics.pixel import confusion_matrix, per_image_scores
 from cellbench.system_load import SystemLoad
 from cellbench.training.evaluator import CohortEvaluator, ExamplePrediction, RunEvaluation
@@ -86,8 +87,10 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -
     worst: list[ExamplePrediction] = []
     notes: list[tuple[str, Note]] = []
     load, seconds, num_timed, start = SystemLoad(), 0.0, 0, time.perf_counter()
+    calibration = segmenter.trained.calibration
+    segmenter.trained = replace(segmenter.trained, calibration=Calibration())  # its probabilities are scored before and after correction
     predictions = segmenter.predict_all(sample.image for sample in dataset.test)
-    with CohortEvaluator(dataset, 1, [segmenter.trained.separation]) as evaluator:
+    with CohortEvaluator(dataset, 1, [segmenter.trained.separation], calibrations=[calibration]) as evaluator:
         for index, found in enumerate(progress_bar(predictions, total=len(dataset.test), desc="testing", unit="image")):
             if index or len(dataset.test) == 1:  # the first image is a warm-up
                 seconds, num_timed = seconds + time.perf_counter() - start, num_timed + 1
@@ -99,6 +102,7 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -
             worst.append(ExamplePrediction.of(index, dice, found.classes, found.probability))
             worst = sorted(worst, key=lambda case: math.inf if math.isnan(case.dice) else case.dice)[:num_worst]
             start = time.perf_counter()  # excludes reading masks and scoring
+    segmenter.trained = replace(segmenter.trained, calibration=calibration)
     cost = {"cost/images_per_s": num_timed / max(seconds, 1e-9)}
     if (load_pct := load.others_pct()) is not None:
         cost["cost/test_other_load_pct"] = load_pct

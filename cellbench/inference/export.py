@@ -89,6 +89,7 @@ def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights:
         "classes": list(trained.classes),
         "preparation": trained.preparation.to_dict(),
         "separation": asdict(trained.separation),
+        "calibration": asdict(trained.calibration),
         "fingerprint": trained.fingerprint,
         "dataset_digest": trained.dataset_digest,
         "backbone_digest": trained.backbone_digest,
@@ -128,6 +129,7 @@ def read_export(folder: Path) -> TrainedRun:
         preparation=record.preparation.preparation(),
         weights=weights,
         separation=record.separation.separation(),
+        calibration=record.calibration.calibration(),
         appearance=read_appearance(appearance, str(folder / APPEARANCE)) if appearance else None,
         seen=record.seen.model_dump() if record.seen is not None else None,
         **record.model_dump(

@@ -20,7 +20,7 @@ from cellbench.data.transforms.tiling import Stitcher, TileGrid, cut_tile
 from cellbench.errors import CellbenchError
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.appearance import NOTHING_KNOWN, Trust
-from cellbench.training.appearance import describe, tile_weights
+from cellbench.training.appearance import tile_weights
 from cellbench.training.tiled_inference import argmax_classes, to_uint8
 
 Image = str | os.PathLike[str] | Pixels
@@ -65,13 +65,13 @@ class TileBatch:
     tiles: list[np.ndarray] = field(default_factory=list)
     found: Tensor | np.ndarray | None = None
     """What ``Segmenter.tiles`` returns for the tiles; or the classes (H, W) of one whole image."""
-    moments: np.ndarray | None = None
-    """The pooled features of each tile (``training.appearance.pooled``), where the distance of images is wanted."""
+    features: dict[int, np.ndarray] | None = None
+    """The mean features of each tile (``training.appearance.pooled``), where the distance of images is wanted."""
 
     def finished(self) -> Iterator[MaskStrip | FailedImage]:
         """The strips that these tiles complete."""
         for image, entries in itertools.groupby(self.entries, key=lambda entry: entry[0]):
-            yield from image.add([row for _, row in entries], self.found, self.moments)
+            yield from image.add([row for _, row in entries], self.found, self.features)
 
 
 def tile_batches(images: Iterable[Image], trained: TrainedRun, precision: torch.dtype, size: int) -> Generator[TileBatch, None, None]:
@@ -119,8 +119,9 @@ class ImageAssembly:
         self._stitcher: Stitcher | None = None
         self._strips: list[Tensor] = []
         self._finite = True
-        self._moments: np.ndarray | float = 0.0
+        self._described: dict[int, np.ndarray] = {}
         self._num_described = 0
+        self._pixels = np.zeros(256, np.int64)  # by the probability of a cell, before its correction
 
     def tiles(self) -> Iterator[np.ndarray | CellbenchError]:
         """The tiles of the image's grid (T, T, 3) uint8 in order; an error is the last item."""
@@ -146,7 +147,7 @@ class ImageAssembly:
         return self.source.rows(0, self.size_px[0])
 
     def add(
-        self, rows: list[int | CellbenchError], found: Tensor | np.ndarray | None, moments: np.ndarray | None = None
+        self, rows: list[int | CellbenchError], found: Tensor | np.ndarray | None, features: dict[int, np.ndarray] | None = None
     ) -> Iterator[MaskStrip | FailedImage]:
         """The strips that the image's next tiles, at ``rows`` of a batch, complete."""
         first, last = rows[0], rows[-1]
@@ -167,17 +168,18 @@ class ImageAssembly:
             )
             self.source.close()
         elif found is not None and not isinstance(first, CellbenchError):
-            if moments is not None:
-                self._describe(moments[first : last + 1])
+            if features is not None:
+                self._describe({depth: means[first : last + 1] for depth, means in features.items()})
             yield from self._stitched(found[first : last + 1])
 
-    def _describe(self, moments_BD: np.ndarray) -> None:
-        """Adds the pooled features of the next tiles: one sum, however large the image is."""
+    def _describe(self, features: dict[int, np.ndarray]) -> None:
+        """Adds the mean features (B, D) of the next tiles, by depth: one sum, however large the image is."""
         if not self._num_described:
             self._weights = tile_weights(self.grid)
-        weights = self._weights[self._num_described : self._num_described + len(moments_BD)]
-        self._moments = self._moments + weights @ moments_BD
-        self._num_described += len(moments_BD)
+        num = len(next(iter(features.values())))
+        weights = self._weights[self._num_described : self._num_described + num]
+        self._described = {depth: self._described.get(depth, 0) + weights @ means for depth, means in features.items()}
+        self._num_described += num
 
     def _stitched(self, found_BKTT: Tensor) -> Iterator[MaskStrip | FailedImage]:
         framing = self._trained.preparation.framing
@@ -206,11 +208,13 @@ class ImageAssembly:
 
     def _strip(self, top: int, strip_KHW: Tensor, last: bool) -> MaskStrip:
         num = len(self._trained.classes) - 1
+        probability = to_uint8(strip_KHW[:num].sum(0)).cpu().numpy()
+        self._pixels += np.bincount(probability.ravel(), minlength=256)
         return MaskStrip(
             number=self.number,
             top=top,
             classes=argmax_classes(strip_KHW[:num]).cpu().numpy(),
-            probability=to_uint8(strip_KHW[:num].sum(0)).cpu().numpy(),
+            probability=self._trained.calibration.table[probability],
             fields=to_uint8(strip_KHW[num:]).cpu().numpy() if len(strip_KHW) > num else None,
             image=self._image,
             source=self.source,
@@ -219,6 +223,12 @@ class ImageAssembly:
         )
 
     def _trust(self) -> Trust:
-        if self._trained.appearance is None or not isinstance(self._moments, np.ndarray):
-            return NOTHING_KNOWN
-        return Trust(distance=self._trained.appearance.distance(describe(self._moments)))
+        appearance, calibration = self._trained.appearance, self._trained.calibration
+        dice, distance = calibration.estimated_dice(self._pixels), None
+        if appearance is not None:
+            distance = appearance.distance(self._described)
+        return Trust(
+            distance=distance,
+            dice=dice,
+            dice_error=None if dice is None else calibration.dice_error,
+        )

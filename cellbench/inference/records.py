@@ -15,6 +15,7 @@ from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.stain import KINDS
 from cellbench.errors import CellbenchError, one_line
 from cellbench.metrics.appearance import TrainingAppearance
+from cellbench.metrics.calibration import Calibration
 from cellbench.metrics.separation import METHODS, SeparationParams, tried_settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -91,6 +92,17 @@ class SeparationRecord(StoredRecord):
         return SeparationParams(**self.model_dump())
 
 
+class CalibrationRecord(StoredRecord):
+    """Of ``Calibration``."""
+
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    dice_shift: float = Field(default=0.0, ge=-1, le=1)
+    dice_error: Share | None = None
+
+    def calibration(self) -> Calibration:
+        return Calibration(**self.model_dump())
+
+
 SeenImage = tuple[str, str, Annotated[str, Field(pattern="^[0-9a-f]{16}$")], Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
 """Name, path, digest of the pixels and perceptual hash of an image."""
 
@@ -134,6 +146,7 @@ class ExportRecord(StoredRecord):
     classes: tuple[str, ...] = Field(min_length=2, max_length=255)
     preparation: PreparationRecord
     separation: SeparationRecord
+    calibration: CalibrationRecord = CalibrationRecord()
     fingerprint: str
     dataset_digest: str
     backbone_digest: str = ""

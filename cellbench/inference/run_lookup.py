@@ -18,15 +18,24 @@ from cellbench.config.run import RunSpec
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.errors import CellbenchError, unknown_name
-from cellbench.inference.records import PreparationRecord, ScoresRecord, SeenRecord, SeparationRecord, StoredRecord, read_appearance
+from cellbench.inference.records import (
+    CalibrationRecord,
+    PreparationRecord,
+    ScoresRecord,
+    SeenRecord,
+    SeparationRecord,
+    StoredRecord,
+    read_appearance,
+)
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.appearance import TrainingAppearance
+from cellbench.metrics.calibration import Calibration
 from cellbench.metrics.separation import CONNECTED
 from cellbench.reporting import verdict
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import describe_limit, describe_sizes, name_words
 from cellbench.tracking import store_address
-from cellbench.tracking.schema import APPEARANCE, EVALUATION, LIMIT, SEEN, WEIGHTS, RunRecord
+from cellbench.tracking.schema import APPEARANCE, CALIBRATION, EVALUATION, LIMIT, SEEN, WEIGHTS, RunRecord
 from cellbench.tracking.tracker import Tracker, all_experiments, experiment_of, newest_experiment
 
 R = TypeVar("R", bound=StoredRecord)
@@ -148,7 +157,7 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         raise CellbenchError(f"'{stored.name}' normalises stains, but its preparation.json is missing in MLflow. Run it again.")
     separation = tracker.artifact(stored, "separation.json")
     seen = tracker.artifact(stored, SEEN)
-    appearance = tracker.artifact(stored, APPEARANCE)
+    appearance, calibration = tracker.artifact(stored, APPEARANCE), tracker.artifact(stored, CALIBRATION)
     data = tracker.artifact(stored, "head.safetensors")
     learns = run.baseline is None or registry.baseline(run.baseline).trained
     if data is None and learns:
@@ -163,6 +172,9 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         else _record(PreparationRecord, stored, "preparation.json", prepared).preparation(),
         weights=load_tensors(data, stored.name) if data is not None else {},
         separation=_record(SeparationRecord, stored, "separation.json", separation).separation() if separation is not None else CONNECTED,
+        calibration=_record(CalibrationRecord, stored, CALIBRATION, calibration).calibration()
+        if calibration is not None
+        else Calibration(),
         appearance=_appearance(stored, appearance) if appearance is not None else None,
         fingerprint=stored.fingerprint,
         backbone_digest=stored.tags.get(WEIGHTS, ""),

@@ -300,7 +300,7 @@ class Segmenter:
         image, row = batch.entries[0]
         if self._function is None:
             if batch.tiles:
-                batch.found, batch.moments = self._tiles(torch.from_numpy(np.stack(batch.tiles)))
+                batch.found, batch.features = self._tiles(torch.from_numpy(np.stack(batch.tiles)))
                 batch.tiles = []
         elif not isinstance(row, CellbenchError):
             batch.found = self._function(image.whole(), len(self.class_names), **self.trained.run.options)
@@ -314,20 +314,20 @@ class Segmenter:
         return self._tiles(tiles_BTTC)[0]
 
     @torch.inference_mode()
-    def _tiles(self, tiles_BTTC: Tensor) -> tuple[Tensor, np.ndarray | None]:
-        """Likewise, with the pooled features of the tiles where the appearance of the training images is known."""
+    def _tiles(self, tiles_BTTC: Tensor) -> tuple[Tensor, dict[int, np.ndarray] | None]:
+        """Likewise, with the mean features of the tiles where the appearance of the training images is known."""
         assert self.model is not None
         pixels = as_pixels(to_device(tiles_BTTC, self.machine.device))
-        found, codes, moments = torch.zeros(()), self.model.tta_codes, None
+        found, codes, features = torch.zeros(()), self.model.tta_codes, None
         for code in codes:
             turned = turn(pixels, code)
             batch = Batch(self.backbone.maps(turned), turned, torch.empty(0))
             if code == 0 and self.trained.appearance is not None:
-                moments = pooled(batch.maps)
+                features = pooled(batch.maps)
             start = time.perf_counter()
             with self.machine.autocast():
                 logits = self.model.decode(batch)
             self.model.seconds += time.perf_counter() - start
             one = output_channels(logits, self.model, code) / len(codes)
             found = found + one if code else one
-        return found, moments
+        return found, features

@@ -11,6 +11,7 @@ from torch import Tensor
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.metrics.appearance import TrainingAppearance
+from cellbench.metrics.calibration import Calibration
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 
 
@@ -29,6 +30,8 @@ class TrainedRun:
     """How touching cells are separated."""
     appearance: TrainingAppearance | None = None
     """How its training images look to the backbone; None without one, or for a run of an older version."""
+    calibration: Calibration = field(default_factory=Calibration)
+    """How its probabilities are corrected."""
     fingerprint: str = ""
     dataset_digest: str = ""
     """Of its training data."""

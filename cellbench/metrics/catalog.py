@@ -162,6 +162,9 @@ METRICS: tuple[Metric, ...] = (
     _other("test", "num_empty", "test images without a cell", unit="images"),
     _other("test", "num_empty_found", "those of them in which a cell was predicted", "minimize", "images"),
     _other("test", "calibration_error", "expected calibration error of the probability of a cell (Naeini et al. 2015)", "minimize"),
+    _other("calibration", "temperature", "the logits of probabilities are divided by it, as fitted in validation (Guo et al. 2017)"),
+    _other("calibration", "test_error", "test/calibration_error after that division", "minimize"),
+    _other("calibration", "dice_error", "mean absolute error of the Dice that is estimated for a test image without its truth", "minimize"),
     *(
         Metric(
             key=f"{key}_empty1",

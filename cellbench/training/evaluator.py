@@ -20,6 +20,7 @@ from cellbench.data.io.images import thumbnail
 from cellbench.errors import blaming
 from cellbench.features.extractor import Features
 from cellbench.metrics import catalog
+from cellbench.metrics.calibration import Calibration, histogram, true_dice
 from cellbench.metrics.catalog import Metric, ScoredImage
 from cellbench.metrics.instance import COUNTS, InstanceScores, ReferenceMask
 from cellbench.metrics.instances import reference_instances
@@ -138,8 +139,10 @@ class RunEvaluation:
     """The scores of single cells without separation."""
     scores: list[dict[str, float]] = field(default_factory=list)
     """For each image, every per-image metric of the catalog, then the user's metrics."""
-    levels: np.ndarray = field(default_factory=lambda: np.zeros((2, 256), np.int64))
-    """Pixel counts by truth (0 background, 1 cell) and predicted probability of a cell (0..255)."""
+    calibrated: Calibration = field(default_factory=Calibration)
+    """How its probabilities are corrected where they are shown."""
+    histograms: list[np.ndarray] = field(default_factory=list)
+    """For each image, pixel counts by truth (0 background, 1 cell) and predicted probability of a cell (0..255), before correction."""
     examples: ExampleKeeper = field(default_factory=ExampleKeeper)
 
     @property
@@ -155,19 +158,30 @@ class RunEvaluation:
         """The outcomes of the cells, ``COUNTS``, each (N,)."""
         return {name: np.array([getattr(one, name) for one in self.agreements]) for name in COUNTS}
 
-    def calibration(self) -> dict[str, list[float]] | None:
-        """Predicted probabilities against observed shares, in ``BINS`` bins of equal width; None for a method without probabilities."""
-        if not self.levels.any():
+    def calibration(self, *, corrected: bool = False) -> dict[str, list[float]] | None:
+        """Predicted probabilities against observed shares, in ``BINS`` bins of equal width; None for a method without probabilities.
+
+        ``corrected``: after the correction that was fitted in validation.
+        """
+        if not self.histograms:
             return None
+        levels = np.sum(self.histograms, axis=0)
+        if corrected:
+            levels = self.calibrated.corrected(levels)
         value = np.arange(256) / 255
         bins = np.minimum((value * BINS).astype(int), BINS - 1)
-        pixels = np.bincount(bins, self.levels.sum(0), BINS)
+        pixels = np.bincount(bins, levels.sum(0), BINS)
         known = np.maximum(pixels, 1)
         return {
             "pixels": pixels.tolist(),
-            "probability": (np.bincount(bins, self.levels.sum(0) * value, BINS) / known).round(6).tolist(),
-            "share_cell": (np.bincount(bins, self.levels[1], BINS) / known).round(6).tolist(),
+            "probability": (np.bincount(bins, levels.sum(0) * value, BINS) / known).round(6).tolist(),
+            "share_cell": (np.bincount(bins, levels[1], BINS) / known).round(6).tolist(),
         }
+
+    def dice_estimates(self) -> list[tuple[float, float]]:
+        """The estimated and the true Dice of each image with an estimate and a cell."""
+        each = [(self.calibrated.estimated_dice(one.sum(0)), true_dice(one)) for one in self.histograms if one[1].any()]
+        return [(estimated, true) for estimated, true in each if estimated is not None]
 
 
 class CohortEvaluator:
@@ -180,13 +194,19 @@ class CohortEvaluator:
         separations: Sequence[SeparationParams] | None = None,
         own_metrics: Sequence[Metric] = (),
         split: str = "test",
+        calibrations: Sequence[Calibration] = (),
     ) -> None:
-        """``separations``: how each run separates touching cells; None: connected regions. ``own_metrics``: the user's metrics, with their code."""
+        """``separations``: how each run separates touching cells; None: connected regions. ``own_metrics``: the user's metrics, with their code.
+
+        ``calibrations``: how the probabilities of each run are corrected; empty: not at all.
+        """
         self._dataset, self._samples = dataset, dataset.samples(split)
         plain = replace(CONNECTED, owners=dataset.owners)
         if dataset.min_cell_px is not None:
             plain = replace(plain, min_area_px=dataset.min_cell_px)
         self.evaluations = [RunEvaluation(separation=one, own_metrics=own_metrics) for one in separations or [plain] * num_runs]
+        for evaluation, calibration in zip(self.evaluations, calibrations, strict=False):
+            evaluation.calibrated = calibration
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "evaluate")
         self._waiting: list[Future[None]] = []
 
@@ -264,7 +284,7 @@ class CohortEvaluator:
             if cell is not None:
                 if truth.max(initial=0) == IGNORE:
                     cell, truth = cell[truth != IGNORE], truth[truth != IGNORE]
-                evaluation.levels += np.bincount((cell + np.uint16(256) * (truth > 0)).ravel(), minlength=512).reshape(2, 256)
+                evaluation.histograms.append(histogram(truth, cell))
 
 
 def score_validation(

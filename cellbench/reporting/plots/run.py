@@ -57,18 +57,19 @@ def plot_scores(
     calibration: dict[str, list[float]] | None,
     units: Sequence[Hashable] | None = None,
     own: Sequence[Metric] = (),
+    corrected: dict[str, list[float]] | None = None,
 ) -> Figure:
     """A run's scores: metrics with intervals, each class, the distribution over images, and the calibration of probabilities.
 
     ``each``: scores of each image by metric, (N,); ``pooled``: the overlap scores over all pixels, by class name; ``units``: the group of each
-    image, over which the intervals are; ``own``: metrics of a user among ``each``.
+    image, over which the intervals are; ``own``: metrics of a user among ``each``. ``corrected``: the calibration after temperature scaling.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = subplots(2, 2, figsize=(9, 6.6), layout="constrained")
         _metrics(axes[0, 0], each, units, own)
         _classes(axes[0, 1], pooled)
         _distribution(axes[1, 0], each["dice"])
-        _reliability(axes[1, 1], calibration)
+        _reliability(axes[1, 1], calibration, corrected)
         figure.suptitle(name, fontsize=11)
     return figure
 
@@ -142,7 +143,7 @@ def _distribution(axes: Axes, dice: np.ndarray) -> None:
     axes.legend(fontsize=7, loc="upper left")
 
 
-def _reliability(axes: Axes, calibration: dict[str, list[float]] | None) -> None:
+def _reliability(axes: Axes, calibration: dict[str, list[float]] | None, corrected: dict[str, list[float]] | None) -> None:
     axes.set_title("calibration of the probabilities", fontsize=8)
     if calibration is None:
         axes.text(0.5, 0.5, "this method gives no probability", ha="center", va="center", color="0.4")
@@ -153,6 +154,11 @@ def _reliability(axes: Axes, calibration: dict[str, list[float]] | None) -> None
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--", label="perfect")
     label = f"this run, mean error {expected_calibration_error(calibration):.3f}"
     axes.plot(predicted[filled], observed[filled], "o-", color=PALETTE[0], markersize=4, label=label)
+    if corrected is not None:
+        pixels_after, predicted_after, observed_after = (np.array(corrected[key]) for key in ("pixels", "probability", "share_cell"))
+        some = pixels_after > 0
+        label = f"as predict gives them, {expected_calibration_error(corrected):.3f}"
+        axes.plot(predicted_after[some], observed_after[some], "s:", color=PALETTE[1], markersize=3, label=label)
     # All pixels together are a quarter of the height: a background for the curve.
     axes.bar((np.arange(len(pixels)) + 0.5) / len(pixels), pixels / pixels.sum() / 4, 0.9 / len(pixels), color="0.82", zorder=0)
     axes.set_xlim(-0.02, 1.02)

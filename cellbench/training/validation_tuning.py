@@ -1,0 +1,36 @@
+"""What is tuned for each run on its own predictions for the validation images, in one pass: the separation of cells, and the calibration."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cellbench.data.dataset import Dataset
+from cellbench.features.extractor import Features
+from cellbench.metrics.calibration import Calibration, histogram
+from cellbench.metrics.pixel import IGNORE
+from cellbench.metrics.separation import SeparationParams
+from cellbench.training.model import SegmentationModel
+from cellbench.training.separation_tuning import Answer, choose_separations
+from cellbench.training.tiled_inference import segment_images
+
+
+def tune_on_validation(
+    models: Sequence[SegmentationModel], features: Features, dataset: Dataset
+) -> tuple[list[SeparationParams], list[Calibration]]:
+    """The separation with the best AP50, and the calibration, of each model."""
+    histograms: list[list[np.ndarray]] = [[] for _ in models]
+
+    def answers() -> Iterator[tuple[int, Sequence[Answer]]]:
+        for image, found in predictions:
+            truth = features.pixels["val"][image][1]
+            for own, one in zip(histograms, found, strict=True):
+                own.append(histogram(truth[truth != IGNORE], one.cell[truth != IGNORE]))
+            yield image, [(one.classes, one.fields) for one in found]
+
+    # Closed after enough images: the tiles of the others are never decoded.
+    with contextlib.closing(segment_images(models, features, "val")) as predictions:
+        separations = choose_separations(dataset, [model.method for model in models], answers())
+    return separations, [Calibration.of(own) for own in histograms]
