@@ -81,13 +81,11 @@ def shift_of(here: TestSet) -> Shift | None:
     every = {model.name: _conditions(model) for model in here.models}
     names = list(dict.fromkeys(name for found in every.values() for name in found))
     looks = _appearances(here)
-    if not names and len(set(looks)) < 2:
-        return None
     missing = {model: tuple(name for name in names if name not in found) for model, found in every.items()}
     models = tuple(model for model, lacks in missing.items() if not lacks)
     conditions = [_condition(name, {model: every[model] for model in models}) for name in names if name != _UNCHANGED]
     scores = {model.name: model.scores().per_image for model in here.models if model.name in models}
-    for look in sorted({look for look in looks if look}, key=lambda look: (len(look), look)):
+    for look in sorted({*looks} - {""}, key=lambda look: (len(look), look)) if len({*looks}) > 1 else ():
         mine = np.array([one == look for one in looks])
         conditions.append(Condition(name=look, kind=APPEARANCE, dice={model: values[mine] for model, values in scores.items()}))
     conditions = [one for one in conditions if not any(math.isnan(one.mean(model)) for model in models)]

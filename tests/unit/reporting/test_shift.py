@@ -161,3 +161,12 @@ def test_the_report_has_a_figure_that_fits_a_phone_and_a_table_of_all_conditions
     rows: Any = next(block for block in section.blocks if block.kind == "table")
     assert rows.headings == ["model", "own", "noise", "lab2", "lowest", "at"]
     assert rows.rows[0][2].count(" / ") == 2
+
+
+def test_one_appearance_alone_is_no_condition() -> None:
+    assert shift_of(test_set(run_without_tests(looks=1))) is None
+    assert [one.name for one in shift_of(test_set(run_without_tests(looks=2))).conditions] == ["appearance 1", "appearance 2"]
+
+
+def run_without_tests(looks: int) -> FinishedRun:
+    return dataclasses.replace(run("fpn", 0.9, 0.8, None, looks=looks), further={})
