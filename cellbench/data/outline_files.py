@@ -207,11 +207,8 @@ def _rings(geometry: Any, shown: str) -> tuple[np.ndarray, ...]:
     if kind not in ("Polygon", "MultiPolygon"):
         return ()
     try:
-        rings = [
-            np.array([point[:2] for point in ring], float)
-            for part in ([coordinates] if kind == "Polygon" else coordinates)
-            for ring in part
-        ]
+        parts: Any = [coordinates] if kind == "Polygon" else coordinates
+        rings = [np.array([point[:2] for point in ring], float) for part in parts for ring in part]
     except (TypeError, ValueError, IndexError, KeyError):
         raise CellbenchError(f"{shown} has no readable coordinates. Export it again.") from None
     if any(ring.ndim != 2 or ring.shape[1] != 2 for ring in rings):
@@ -238,7 +235,7 @@ def _labelme(tree: Mapping[str, Any], shown: str) -> ToolMask:
                 found[key] = Outline(rings=(*(found[key].rings if key in found else ()), ring), label=label)
             else:
                 left_out[f"{kind} of {len(points)} points"] += 1
-        size = tree.get("imageHeight"), tree.get("imageWidth")
+        size: tuple[Any, Any] = tree.get("imageHeight"), tree.get("imageWidth")
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, OSError) as error:
         raise CellbenchError(f"{shown}: cannot be read as LabelMe ({one_line(error)[:120]}). Save it again.") from None
     whole = isinstance(size[0], int) and isinstance(size[1], int)

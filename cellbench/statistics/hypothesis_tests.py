@@ -71,6 +71,20 @@ def _cumulated(ranks: tuple[int, ...]) -> np.ndarray:
     return np.cumsum(probability)
 
 
+def untied_distribution(num: int) -> np.ndarray:
+    """P(W <= w) for w = 0, 1, ... of the signed-rank sum of ``num`` units without ties, if there is no difference."""
+    return _cumulated(tuple(range(1, num + 1)))
+
+
+def equivalence_test(differences_PU: np.ndarray, margin: float) -> np.ndarray:
+    """p of each row that its difference is not within -margin to margin: the greater of two one-sided signed-rank tests (Schuirmann 1987)."""
+    sides = []
+    for shifted_PU in (differences_PU + margin, margin - differences_PU):
+        p_P, effect_P = wilcoxon_test(np.round(shifted_PU, DECIMALS))
+        sides.append(np.where(effect_P > 0, p_P / 2, 1 - p_P / 2))
+    return np.maximum(*sides)
+
+
 def fold_test(differences_PI: np.ndarray, folds: Sequence[Hashable]) -> list[float | None]:
     """Two-sided p of each row by the corrected resampled t-test (Nadeau & Bengio 2003) over the folds' mean differences.
 

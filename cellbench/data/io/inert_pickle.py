@@ -136,6 +136,7 @@ def read_pickle(file: BinaryIO) -> Any:
         "PROTO": lambda: None,
         "FRAME": lambda: None,
     }
+    argument: Any
     for opcode, argument, _ in pickletools.genops(file):
         kind = opcode.name
         if kind == "STOP":
@@ -192,5 +193,5 @@ def _dtype(node: Any) -> np.dtype[Any] | None:
     code = node.arguments[0]
     if not isinstance(code, str) or code[:1] not in NUMBERS or not code[1:].isdigit() or int(code[1:]) not in (1, 2, 4, 8):
         return None
-    order = node.state[1] if isinstance(node.state, tuple) and len(node.state) > 1 else "<"
-    return np.dtype(code).newbyteorder(order if order in ("<", ">") else "=")
+    order = node.state[1] if isinstance(node.state, tuple) and len(node.state) > 1 else "="
+    return np.dtype(f"{order}{code}") if order in ("<", ">") else np.dtype(code)
