@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cellbench.config.options import ReportOptions
 from cellbench.console import say
 from cellbench.errors import CellbenchError
@@ -16,6 +18,8 @@ from cellbench.tracking.tracker import Tracker, newest_experiment
 
 def report(options: ReportOptions) -> int:
     """Writes the report of one experiment, or of several together; by default of the newest. Returns exit code 0."""
+    if not 0 < options.margin < 1:
+        raise CellbenchError(f"--margin {options.margin:g}: expected a difference in Dice between 0 and 1, like 0.005.")
     store_address.require_store()
     for line in relocate.fix_artifact_paths():
         say(line)
@@ -27,6 +31,7 @@ def report(options: ReportOptions) -> int:
         names = (latest,)
     trackers = [Tracker(name, make=False) for name in dict.fromkeys(names)]
     results = collect_report(trackers)
+    results = replace(results, sets=tuple(replace(here, margin=options.margin) for here in results.sets))
     made = build_report(results)
     path = write_report_files(made, options.out or report_dir(results.experiment))
     say(f"{terminal_table(made.leaderboard, results.sets[0].own_metrics, wide=options.wide)}\n")

@@ -81,7 +81,9 @@ class TrainingOptions(ComputeOptions, WeightsOptions, RegistryOptions, SettingOp
 class InferenceOptions(ComputeOptions, WeightsOptions, RegistryOptions):
     """A trained run, and where it computes."""
 
-    run: str = argument("best, best:EXPERIMENT, a model as in the leaderboard, a run's name or id, or an exported folder", metavar="RUN")
+    run: str = argument(
+        "best, best-by-validation, best:EXPERIMENT, a model as in the leaderboard, a run's name or id, or an exported folder", metavar="RUN"
+    )
     trust: bool = option("run the Python code in an exported folder that you did not export", False)
 
 
@@ -169,6 +171,7 @@ class ReportOptions(TableOptions):
         "names of experiments in MLflow (default: the one with the newest finished run)", (), metavar="EXPERIMENT"
     )
     out: Path | None = option("where to write (default: reports/EXPERIMENT)", metavar="DIR")
+    margin: float = option("models whose Dice differs by less are equal for practical purposes", 0.005, metavar="X")
 
 
 @dataclass(frozen=True, kw_only=True)

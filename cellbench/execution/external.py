@@ -135,7 +135,13 @@ def _log(name: str, where: Path, tested: TestImages, fold: int, result: Evaluati
 def check_name(name: str, tracker: Tracker) -> str:
     """The name of a tool, for tables. Raises CellbenchError for one that a model of the experiment has, or that names cannot be."""
     plain = name.strip()
-    if not plain or not plain.isprintable() or len(plain) > 60 or plain.startswith("-") or plain.split(":")[0] == "best":
+    if (
+        not plain
+        or not plain.isprintable()
+        or len(plain) > 60
+        or plain.startswith("-")
+        or plain.split(":")[0] in ("best", "best-by-validation")
+    ):
         raise CellbenchError(f"{quote_name(name)} cannot be the name of a row. Name the tool in up to 60 characters, like cellpose.")
     models = {run.tags.get("model", run.name) for run in tracker.stored() if run.fingerprint and not run.is_parent and not run.is_external}
     if plain in models:

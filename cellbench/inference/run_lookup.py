@@ -40,6 +40,8 @@ from cellbench.tracking.tracker import Tracker, all_experiments, experiment_of, 
 
 R = TypeVar("R", bound=StoredRecord)
 
+BEST, BEST_BY_VALIDATION = "best", "best-by-validation"
+
 
 def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
     """The run that ``asked`` names, its experiment, and how it was chosen among several, in words.
@@ -48,26 +50,28 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
     newest complete test set, and of the model's seeds and folds the one with the best validation Dice. A model of a leaderboard is named as there,
     or by some of its words where no other model has them; a run by its own name. Separators do not matter: ``uni · fpn``, ``uni fpn`` and
     ``uni/fpn`` are one name. Of several runs of one name, the newest finished one is used. Runs on a part of the data (``--limit``) rank after
-    those on all data. Raises CellbenchError.
+    those on all data. ``best-by-validation`` is chosen without the test images. Raises CellbenchError.
     """
     if asked.startswith(("/", "./", "../", "~")):
         raise CellbenchError(
             f"{asked}: there is no such folder. Expected one that `cellbench export` wrote, the name of a model or run, or best."
         )
     store_address.require_store()
-    if asked == "best" or asked.startswith("best:"):
-        name = asked.removeprefix("best").removeprefix(":") or newest_experiment(whole=True)
+    rule, _, name = asked.partition(":")
+    if rule in (BEST, BEST_BY_VALIDATION):
+        name = name or newest_experiment(whole=True) or ""
         if not name:
             raise CellbenchError(
                 "no experiment in MLflow's store has a finished run, so there is no best one. `cellbench grid` trains some."
             )
         tracker = Tracker(name, make=False)
         sets = collect_runs([tracker]).sets
-        best = sets[0].best_own
-        if best.external:
-            raise CellbenchError(f"'{name}' holds masks of other tools only, so it has no model. `cellbench grid` trains some.")
-        rule = verdict.describe_ranking_rule(sets[0]) or "the only model of its test set"
-        notes = [f"The best of '{name}', {rule}."]
+        best = sets[0].best_own if rule == BEST else sets[0].best_by_validation
+        if best is None or best.external:
+            lacks = "no model that was validated" if best is None else "masks of other tools only, so it has no model"
+            raise CellbenchError(f"'{name}' holds {lacks}. `cellbench grid` trains some.")
+        how = verdict.describe_ranking_rule(sets[0]) if rule == BEST else "chosen by its validation Dice, without the test images"
+        notes = [f"The best of '{name}', {how or 'the only model of its test set'}."]
         if len(best.runs) > 1:
             notes.append(f"Of its {len(best.runs)} runs the one with the best validation Dice is used.")
         if ":" not in asked and (last := newest_experiment()) != name:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from cellbench.reporting.model_groups import ModelGroup, TestSet
 from cellbench.statistics.bootstrap import Interval
-from cellbench.statistics.comparison import compare_all
+from cellbench.statistics.comparison import align_images, compare_all
 from cellbench.statistics.scores import Difference
 
 
@@ -22,12 +24,14 @@ class CurvePoint:
     """Difference to the point of the largest share; None for that point."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LearningCurve:
     """One model at several shares of the training images, the smallest first."""
 
     model: str
     points: tuple[CurvePoint, ...]
+    scores_FU: np.ndarray  # noqa: N815
+    """Dice of each share, and each test image or group of images that has a score at every share."""
 
 
 def learning_curves(here: TestSet) -> list[LearningCurve]:
@@ -50,4 +54,5 @@ def _curve(members: list[tuple[float, ModelGroup, Interval]]) -> LearningCurve:
         for (fraction, model, interval), difference in zip(members, [*differences, None], strict=True)
     ]
     parts = members[-1][1].name.split(" · ")
-    return LearningCurve(model=" · ".join(part for part in parts if not part.startswith("fraction ")), points=tuple(points))
+    name = " · ".join(part for part in parts if not part.startswith("fraction "))
+    return LearningCurve(model=name, points=tuple(points), scores_FU=align_images(scores).units_MU)

@@ -28,6 +28,8 @@ from cellbench.tracking.schema import EXTERNAL, LIMIT, RunRecord
 
 REPEATS = ("seed", "fold")
 """Params that distinguish runs of one model."""
+MARGIN = 0.005
+"""Models whose Dice differs by less are equal for practical purposes, where a report states no other margin."""
 MAX_MODELS_ALL_PAIRS = 40
 """Up to this number of models, every pair is compared (0.8 s per metric); with more, each is compared with the best."""
 
@@ -207,6 +209,8 @@ class TestSet:
     """The ``--limit`` on images of each split; empty for whole data."""
     last_s: float = 0.0
     """Last heartbeat of its newest run, or the last start of a grid on its data, in seconds since 1970."""
+    margin: float = MARGIN
+    """Differences of Dice below it do not matter in practice."""
     _intervals: dict[str, list[Interval]] = field(default_factory=dict)
     _differences: dict[str, list[Difference]] = field(default_factory=dict)
 
@@ -228,6 +232,12 @@ class TestSet:
     def best_own(self) -> ModelGroup:
         """The best model that can predict: not another tool, of which only masks are known. The best of all where there is no other."""
         return next((model for model in self.models if not model.external), self.best)
+
+    @property
+    def best_by_validation(self) -> ModelGroup | None:
+        """The model with the best validation Dice, mean over its runs; None where no model was validated."""
+        known = [(score, model) for model in self.models if (score := model.mean("best/val_dice")) is not None]
+        return max(known, key=lambda one: one[0])[1] if known else None
 
     @property
     def example_models(self) -> list[ModelGroup]:

@@ -15,6 +15,7 @@ from cellbench.metrics.instance import COUNTS, describe_outcomes
 from cellbench.metrics.pixel import nan_mean
 from cellbench.reporting import provenance
 from cellbench.reporting.collect import EXAMPLE_FIGURES, ExperimentResults
+from cellbench.reporting.decisions import describe_doubling, images_needed, is_equivalent
 from cellbench.reporting.leaderboard import (
     LeaderboardRow,
     format_interval,
@@ -41,6 +42,8 @@ from cellbench.reporting.verdict import (
     format_p,
     list_test_sets,
 )
+from cellbench.statistics.bootstrap import FEWEST
+from cellbench.statistics.power import MOST_IMAGES
 from cellbench.statistics.ranking import critical_difference, marginal_scores
 from cellbench.statistics.scores import Difference, ModelScores
 
@@ -196,9 +199,19 @@ class _TestSetReport:
 
     def difference_rows(self) -> list[dict[str, str]]:
         """Each model minus the best."""
-        return [
-            _difference_row(d, self.here.num_folds > 1) for d in sorted(self.here.differences_to_best(), key=lambda d: -d.interval.mean)
-        ]
+        differences = sorted(self.here.differences_to_best(), key=lambda d: -d.interval.mean)
+        return [_difference_row(d, self.here.num_folds > 1) | self.decision_cells(d) for d in differences]
+
+    def decision_cells(self, d: Difference) -> dict[str, str]:
+        """Whether two models are equal for practical purposes, and how many images would decide where neither is better."""
+        needed = ""
+        if d.better is None and d.ties < d.num_images and self.here.num_units >= FEWEST:
+            num = images_needed(self.here, d)
+            needed = f"> {MOST_IMAGES}" if num is None else str(num)
+        return {
+            f"equal within {self.here.margin:g}": "yes" if is_equivalent(self.here, d) else "no",
+            f"{self.here.unit}s to decide": needed,
+        }
 
     def ranking(self, title: str, models: Sequence[ModelScores], name: str) -> list[Block]:
         # Counts all pairs of the page: a diagram must not separate models if the page says that no difference can be significant.
@@ -220,7 +233,7 @@ class _TestSetReport:
         label = "training images" if by_number else "share of the training images"
         points = [[(point.num_train if by_number else point.fraction, point.dice) for point in curve.points] for curve in curves]
         return [
-            Text(describe_learning_curves(curves)),
+            Text([*describe_learning_curves(curves), *describe_doubling(curves)]),
             self.figure("labels", comparison.plot_learning_curves, [curve.model for curve in curves], points, label),
             self.table("labels", _curve_rows(curves)),
         ]

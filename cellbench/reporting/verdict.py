@@ -10,6 +10,13 @@ from dataclasses import dataclass
 
 from cellbench.config.registry import Registry
 from cellbench.reporting.collect import ExperimentResults
+from cellbench.reporting.decisions import (
+    corrected_score,
+    describe_correction,
+    describe_equivalence,
+    describe_power,
+    describe_validation_choice,
+)
 from cellbench.reporting.leaderboard import LeaderboardRow, format_p
 from cellbench.reporting.learning_curves import LearningCurve
 from cellbench.reporting.model_groups import TestSet
@@ -44,17 +51,21 @@ def conclude(results: ExperimentResults, rows: Sequence[LeaderboardRow]) -> Verd
     here = results.sets[0]
     safest, *further = describe_shift(shift) if (shift := shift_of(here)) is not None else [""]
     notes, most = list_notes(results, rows), MAX_NOTES - bool(safest)
+    first, *evidence = describe_best(here)
+    evidence = [" ".join(part for part in (line, describe_power(here)) if part) for line in evidence]
     more = [*further, *notes[most:], *describe_pairs(here.differences_to_best())]
-    return Verdict(lines=(*describe_best(here), *([safest] if safest else []), *notes[:most]), more=tuple(more))
+    return Verdict(lines=(first, *evidence, *([safest] if safest else []), *notes[:most]), more=tuple(more))
 
 
 def list_notes(results: ExperimentResults, rows: Sequence[LeaderboardRow]) -> list[str]:
     """What limits the verdict, a sentence each, the most important first: ``MAX_NOTES`` of them stand beside it, the rest is folded."""
     here = results.sets[0]
-    rule, external = describe_ranking_rule(here), describe_external(here)
+    rule, external, equal = describe_ranking_rule(here), describe_external(here), describe_equivalence(here)
     return [
         *describe_missing(results),
+        *([equal] if equal else []),
         *external[:1],
+        *describe_validation_choice(here),
         *describe_test_sets(results.sets),
         *describe_limits(here),
         *describe_absent_classes(here),
@@ -77,7 +88,8 @@ def describe_best(here: TestSet) -> list[str]:
     kind = {"baseline": " (a baseline)", "external": " (masks of another tool)"}.get(best.kind, "") if len(here.models) > 1 else ""
     name = f"{best.name}{kind}"
     span = f" ({_span(interval, 3)})" if interval.low is not None else ""
-    first = f"Best on average is {name}: Dice {interval.mean:.3f}{span} over {num} image{'s' * (num != 1)}{groups}."
+    corrected = f"; {text}" if (text := describe_correction(here)) else ""
+    first = f"Best on average is {name}: Dice {interval.mean:.3f}{span} over {num} image{'s' * (num != 1)}{groups}{corrected}."
     return [first, describe_evidence(here)]
 
 
@@ -181,7 +193,11 @@ def describe_ranking_rule(here: TestSet) -> str:
     num = len(here.models)
     if num < 2:
         return ""
-    return f"chosen by its test score, the highest mean Dice over images among {num} models; the score of the chosen is optimistic"
+    correction = corrected_score(here)
+    price = (
+        "the score of the chosen is optimistic" if correction is None else f"its score is optimistic, {correction:.3f} is to be expected"
+    )
+    return f"chosen by its test score, the highest mean Dice over images among {num} models; {price}"
 
 
 def describe_pairs(differences: Sequence[Difference], metric: str = "Dice") -> list[str]:

@@ -77,7 +77,7 @@ def untied_distribution(num: int) -> np.ndarray:
 
 
 def equivalence_test(differences_PU: np.ndarray, margin: float) -> np.ndarray:
-    """p of each row that its difference is not within -margin to margin: the greater of two one-sided signed-rank tests (Schuirmann 1987)."""
+    """The p of each row that its difference is not within -margin to margin: the greater of two one-sided signed-rank tests (Schuirmann 1987)."""
     sides = []
     for shifted_PU in (differences_PU + margin, margin - differences_PU):
         p_P, effect_P = wilcoxon_test(np.round(shifted_PU, DECIMALS))

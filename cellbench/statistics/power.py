@@ -60,11 +60,19 @@ def power_of(
 
 def _power(d: np.ndarray, num: int, num_tests: int, alpha: float, repeats: int, seed: int) -> float:
     drawn = np.random.default_rng(seed).choice(d, (repeats, num))
-    return float((signed_rank_p(drawn, np.random.default_rng(seed + 1)) * num_tests < alpha).mean())
+    return _share_decided(drawn, d.mean(), num_tests, alpha, seed)
 
 
-def signed_rank_p(differences_RU: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Two-sided p of each row by the signed-rank test, ties broken at random, so that one table of exact probabilities serves all rows."""
+def _share_decided(drawn_RU: np.ndarray, mean: float, num_tests: int, alpha: float, seed: int) -> float:
+    """The share of rows that a report would call significant, in the direction of ``mean``: ranks and interval of the mean agree."""
+    p_R, up_R = signed_rank_p(drawn_RU, np.random.default_rng(seed + 1))
+    z_R = drawn_RU.mean(axis=1) / np.maximum(drawn_RU.std(axis=1, ddof=1) / math.sqrt(drawn_RU.shape[1]), 1e-12)
+    beyond = z_R * np.sign(mean) > ndtri(1 - alpha / 2)
+    return float(((p_R * num_tests < alpha) & (up_R == (mean > 0)) & beyond).mean())
+
+
+def signed_rank_p(differences_RU: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Two-sided p of each row by the signed-rank test, and whether its ranks are higher above 0. Ties are broken at random, so that one table serves all."""
     repeats, num = differences_RU.shape
     scale = np.abs(differences_RU).max() or 1.0
     noisy = differences_RU + rng.uniform(-1e-9, 1e-9, differences_RU.shape) * scale
@@ -72,12 +80,11 @@ def signed_rank_p(differences_RU: np.ndarray, rng: np.random.Generator) -> np.nd
     np.put_along_axis(ranks, np.abs(noisy).argsort(axis=1), np.arange(1, num + 1)[None], axis=1)
     up = np.where(noisy > 0, ranks, 0).sum(axis=1)
     total = num * (num + 1) // 2
-    less = np.minimum(up, total - up)
+    less, higher = np.minimum(up, total - up), 2 * up > total
     if num <= EXACT_UP_TO:
-        return np.minimum(1, 2 * untied_distribution(num)[less])
+        return np.minimum(1, 2 * untied_distribution(num)[less]), higher
     sd = math.sqrt(num * (num + 1) * (2 * num + 1) / 24)
-    p: np.ndarray = 2 * ndtr((less - total / 2) / sd)
-    return p
+    return 2 * ndtr((less - total / 2) / sd), higher
 
 
 def _noether(d: np.ndarray, num_tests: int, power: float, alpha: float) -> int:
@@ -101,9 +108,34 @@ def fewest_units(num_tests: int = 1, alpha: float = 0.05) -> int:
 def power_of_normal(difference: float, sd: float, num_units: int, num_tests: int = 1, alpha: float = 0.05) -> float:
     """The power to find a mean ``difference`` if the differences of images are normal with standard deviation ``sd``."""
     drawn = np.random.default_rng(0).normal(difference, sd, (REPEATS, num_units))
-    return float((signed_rank_p(drawn, np.random.default_rng(1)) * num_tests < alpha).mean())
+    return _share_decided(drawn, difference, num_tests, alpha, 0)
 
 
 def detectable(differences: Sequence[float], sd: float, num_units: int, num_tests: int = 1) -> dict[float, float]:
     """For each mean difference the power to find it."""
     return {one: power_of_normal(one, sd, num_units, num_tests) for one in differences}
+
+
+def doubling_gain(
+    sizes: Sequence[int], scores_FU: np.ndarray, *, resamples: int = REPEATS, seed: int = 0
+) -> tuple[float, float, float] | None:
+    """What twice the largest number of training images would add to the mean score, with its 95 % interval over the test images.
+
+    ``scores_FU``: scores, at most 1, of one model by number of training images (rising) and test image. The distance to 1 is taken to shrink by a power
+    of the number of images (Hestness et al. 2017), fitted to all points. None for fewer than two sizes or ``FEWEST`` images, or a perfect score.
+    """
+    num = scores_FU.shape[1]
+    if len(set(sizes)) < 2 or num < FEWEST:
+        return None
+    x = np.log(np.asarray(sizes, float))
+    x = x - x.mean()
+
+    def gains(means_FB: np.ndarray) -> np.ndarray:
+        errors = np.maximum(1 - means_FB, 1e-6)
+        slopes = x @ (np.log(errors) - np.log(errors).mean(axis=0)) / (x @ x)
+        found: np.ndarray = errors[-1] * (1 - 2.0**slopes)
+        return found
+
+    drawn = np.random.default_rng(seed).integers(0, num, (resamples, num))
+    low, high = np.quantile(gains(scores_FU[:, drawn].mean(axis=2)), (0.025, 0.975))
+    return float(gains(scores_FU.mean(axis=1)[:, None])[0]), float(low), float(high)
