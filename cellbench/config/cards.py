@@ -176,6 +176,9 @@ class DatasetCard(Card):
     """The value, or where ``colors`` are given the colour, of mask pixels that are ignored in training and scores."""
     min_cell_px: int | None = Field(default=None, ge=1)
     """Minimum area of a cell: smaller regions are not counted. Empty: estimated from the cells of the masks."""
+    cut_px: int = Field(default=0, ge=0, le=15)
+    """Width of the lines that part touching cells in masks without cell numbers: cells on both sides of a line this wide, or of a joint this narrow,
+    are different ones, and the line belongs to them. Pixel scores count it as the mask does. 0: cells are connected regions."""
     categories: dict[str, str] = Field(default_factory=dict)
     """Of a COCO file: the class of each category. ``""`` excludes a category, ``"ignore"`` excludes its pixels from training and scores."""
     expected: dict[str, int] = Field(default_factory=dict)
@@ -200,6 +203,8 @@ class DatasetCard(Card):
             )
         if len(self.classes) > 255:
             raise ValueError(f"{len(self.classes)} classes; at most 255 are possible")
+        if self.cut_px and kind == "cells":
+            raise ValueError("cut_px is for masks without cell numbers, and masks = 'cells' says that they have them; keep one")
         if self.ignore is not None and isinstance(self.ignore, tuple) != bool(self.colors):
             raise ValueError(f"ignore must be {'a colour, as colors are' if self.colors else 'a value'}")
         if (isinstance(self.ignore, int) and self.ignore < (0 if valued else 1)) or self.ignore in (*self.values, *self.colors):

@@ -17,10 +17,12 @@ from cellbench.data.class_content import ClassContent
 from cellbench.data.io import images
 from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.masks import MARKS, MaskFacts, count_below, decide_meaning, mask_facts, mask_facts_of_cells, min_cell_area, off_values
+from cellbench.data.parted_masks import parted_cells
 from cellbench.data.progress import map_files
 from cellbench.errors import CellbenchError, one_line
 from cellbench.file_cache import FileFactCache
 from cellbench.files import compute_sha256
+from cellbench.metrics.instances import MIN_AREA_PX, merge_parts_into_objects
 from cellbench.metrics.pixel import IGNORE
 
 SPLITS = ("train", "val", "test")
@@ -82,6 +84,8 @@ class Dataset:
     """The mask value (or colour) of ignored pixels: ``IGNORE`` in class maps."""
     min_cell_px: int | None = None
     """Smaller connected regions, true or predicted, are not cells; None: undecided."""
+    cut_px: int = 0
+    """Width of the lines that part touching cells in masks without numbers; 0: cells are connected regions."""
     digest: str = ""
     """Hash over all files, the splits and the classes: identifies the data of a finished run."""
     notes: tuple[str, ...] = ()
@@ -132,13 +136,19 @@ class Dataset:
         """The cell numbers (H, W) of the annotation, integers, 0 is background; None where the masks hold none."""
         if sample.truth is not None:
             return sample.truth.read()[1]
-        return self.ids_of(images.read_labels(sample.mask)) if self.masks == "cells" else None
+        if self.masks != "cells":
+            return self.parted(self.read_mask(sample)) if self.cut_px else None
+        return self.ids_of(images.read_labels(sample.mask))
 
     def ids_of(self, labels: np.ndarray) -> np.ndarray | None:
-        """Mask values as cell numbers, where they are such; the ignored value becomes 0."""
+        """Mask values as cell numbers, where they are such or have lines between cells; the ignored value becomes 0."""
         if self.masks != "cells":
-            return None
+            return self.parted(self.meaning(labels)) if self.cut_px else None
         return labels if self.ignore is None else np.where(labels == self.ignore, 0, labels)
+
+    def parted(self, classes: np.ndarray) -> np.ndarray:
+        """The cell numbers (H, W) of a class map whose touching cells are parted by lines."""
+        return parted_cells(merge_parts_into_objects(classes, self.owners), self.cut_px, self.min_cell_px or MIN_AREA_PX)
 
 
 def _inspect_image(path: Path, reading: IntensityScaling) -> list[Any]:
@@ -226,7 +236,8 @@ def interpret_masks(dataset: Dataset, samples: Sequence[Sample], broken: list[Sa
         notes.append(f"masks: {meaning.description}")
     elif of_files():
         dataset = replace(dataset, masks="classes" if len(dataset.classes) > 2 else "binary")
-        notes.append(f"masks: {_values_of_card(dataset)}; a cell is a connected region")
+        region = f"a region between lines of up to {dataset.cut_px} px" if dataset.cut_px else "a connected region"
+        notes.append(f"masks: {_values_of_card(dataset)}; a cell is {region}")
         if strays := [found.strays[0] for found in of_files() if found.strays]:
             doubt = f"{len(strays)} masks hold fields of values that the card does not name, such as {strays[0]}: each pixel takes the nearest class"
             doubt += f". Write ignore = {strays[0]} where it must not count" if strays[0] in MARKS and dataset.ignore is None else ""
@@ -312,6 +323,7 @@ def validated(dataset: Dataset) -> tuple[Dataset, dict[Sample, ClassContent]]:
         dataset.values,
         *(more for more in (dataset.thresholds, dataset.colors) if more),
         *([] if default else [scaling]),
+        *([{"cut_px": dataset.cut_px}] if dataset.cut_px else []),
     ]
     key = json.dumps([*meaning, dataset.masks, dataset.ignore, dataset.min_cell_px, sorted(lines)])
     return replace(dataset.with_samples(parts), digest=hashlib.sha256(key.encode()).hexdigest()[:16]), contents

@@ -193,7 +193,9 @@ def _own_card(path: Path, card: DatasetCard) -> DatasetCard:
 
 def dataset_of_card(card: DatasetCard, root: Path) -> Dataset:
     """A dataset without samples, with the meaning of masks from its card."""
-    meaning = {key: getattr(card, key) for key in ("classes", "values", "thresholds", "colors", "tolerance", "ignore", "min_cell_px")}
+    meaning = {
+        key: getattr(card, key) for key in ("classes", "values", "thresholds", "colors", "tolerance", "ignore", "min_cell_px", "cut_px")
+    }
     kind = card.kind_of_masks
     if len(card.classes) > 2 and kind != "cells" and not (card.values or card.thresholds or card.colors):
         meaning |= {"values": tuple(range(len(card.classes))), "tolerance": 0}  # class numbers
