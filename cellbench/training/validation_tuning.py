@@ -28,7 +28,7 @@ def tune_on_validation(
             truth = features.pixels["val"][image][1]
             for own, one in zip(histograms, found, strict=True):
                 own.append(histogram(truth[truth != IGNORE], one.cell[truth != IGNORE]))
-            yield image, [(one.classes, one.fields) for one in found]
+            yield image, [(one.classes, one.fields, one.cell) for one in found]
 
     # Closed after enough images: the tiles of the others are never decoded.
     with contextlib.closing(segment_images(models, features, "val")) as predictions:
