@@ -29,6 +29,7 @@ from cellbench.metrics import catalog
 from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.boundary import TOLERANCE_PX
 from cellbench.metrics.calibration import Calibration, expected_calibration_error
+from cellbench.metrics.cell_classes import cells_of_classes
 from cellbench.metrics.instance import COUNTS, SCORES, describe_outcomes
 from cellbench.metrics.instances import MIN_AREA_NUMBERED_PX, MIN_AREA_PX
 from cellbench.metrics.pixel import count_empty_images, named_scores, nan_mean, per_image_scores, pixel_scores
@@ -71,6 +72,10 @@ def final_metrics(dataset: Dataset, result: EvaluationResult) -> dict[str, float
     out |= {f"test_image/{name}_empty1": float(values.mean()) for name, values in _empty1(counts, each, dataset.unused).items()}
     out["test/num_empty"], out["test/num_empty_found"] = count_empty_images(counts)
     out |= {f"test/{name}": int(values.sum()) for name, values in outcomes.items()}
+    if result.evaluation.cell_matrices:
+        for one in cells_of_classes(np.sum(result.evaluation.cell_matrices, axis=0)):
+            prefix = f"test_{dataset.classes[one.index]}"
+            out |= {f"{prefix}/ap50": one.ap50, f"{prefix}/num_true": one.num_true, f"{prefix}/num_predicted": one.num_predicted}
     errors = outcomes["num_predicted"] - outcomes["num_true"]
     # The mean of signed errors is a bias: overcounts and undercounts cancel out. The mean absolute error is the typical error of a count.
     out |= {"test_image/count_error": float(errors.mean()), "test_image/count_error_abs": float(np.abs(errors).mean())}
@@ -232,6 +237,7 @@ def per_image_record(dataset: Dataset, result: EvaluationResult) -> dict[str, ob
         "separation_saddle_ratio": evaluation.separation.saddle_ratio,
         "cells_numbered": [one.numbered for one in evaluation.agreements],
         "confusion": evaluation.counts.tolist(),
+        **({"cell_confusion": [one.tolist() for one in evaluation.cell_matrices]} if evaluation.cell_matrices else {}),
         **{name: rounded(values) for name, values in evaluation.per_image().items()},
         **{name: values.tolist() for name, values in evaluation.outcomes().items()},
         "own_metrics": catalog.to_record(evaluation.own_metrics),

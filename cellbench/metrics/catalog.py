@@ -121,8 +121,8 @@ def _cells(key: str, label: str, meaning: str, **more: Any) -> Metric:
     )
 
 
-def _count(key: str, label: str, meaning: str) -> Metric:
-    return Metric(key=key, label=label, meaning=meaning, unit="cells", direction="", scopes=("test",))
+def _count(key: str, label: str, meaning: str, *more_scopes: str) -> Metric:
+    return Metric(key=key, label=label, meaning=meaning, unit="cells", direction="", scopes=("test", *more_scopes))
 
 
 def _cost(key: str, label: str, meaning: str, unit: str = "s", **more: Any) -> Metric:
@@ -147,13 +147,14 @@ METRICS: tuple[Metric, ...] = (
     ),
     _cells("boundary_dice", "boundary Dice", "Dice of the bands within 2 px inside each outline (after Cheng et al. 2021)"),
     _cells(
-        "ap50", "AP50", "TP / (TP + FP + FN) of cells, matched where IoU > 0.5 (Data Science Bowl 2018)", in_leaderboard=True, in_figures=True,
+        "ap50", "AP50", "TP / (TP + FP + FN) of cells, matched where IoU > 0.5 (Data Science Bowl 2018); of a class, over all test images",
+        scopes=("test_image", "test_<class>"), in_leaderboard=True, in_figures=True,
     ),
     _cells("ap50_95", "AP50-95", "mean of the same over IoU thresholds 0.50, 0.55 … 0.95"),
     _cells("aji", "AJI", "aggregated Jaccard index of cells (Kumar et al. 2017)"),
     _cells("pq", "PQ", "panoptic quality of cells (Kirillov et al. 2019)", in_figures=True),
-    _count("num_true", "cells", "cells in the truth"),
-    _count("num_predicted", "predicted", "predicted cells"),
+    _count("num_true", "cells", "cells in the truth", "test_<class>"),
+    _count("num_predicted", "predicted", "predicted cells", "test_<class>"),
     _count("num_found", "found", "true cells matched by a predicted cell with IoU > 0.5"),
     _count("num_missed", "missed", "true cells that are neither found, merged nor split"),
     _count("num_split", "split", "true cells not found, in which two or more predicted cells mostly lie"),
@@ -235,7 +236,7 @@ def leaderboard(own: Iterable[Metric] = ()) -> list[Metric]:
 
 def counts() -> list[Metric]:
     """Outcomes of the cells: totals over the test images."""
-    return [one for one in METRICS if one.unit == "cells" and one.scopes == ("test",)]
+    return [one for one in METRICS if one.unit == "cells" and "test" in one.scopes]
 
 
 def objectives(own: Iterable[Metric] = ()) -> dict[str, Direction]:

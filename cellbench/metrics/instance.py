@@ -126,8 +126,11 @@ class ReferenceMask:
         return InstanceScores(nsd=nsd, boundary_dice=band, numbered=self._numbered, **self.found(cells))  # type: ignore[arg-type]
 
 
-def pairwise_overlaps(truth: Instances, found: Instances) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For every pair of cells of one class that overlap: number of the true and of the predicted cell, intersection and union in px."""
+def pairwise_overlaps(truth: Instances, found: Instances, any_class: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For every pair of cells of one class that overlap: number of the true and of the predicted cell, intersection and union in px.
+
+    ``any_class``: also for cells of different classes.
+    """
     both = np.flatnonzero((truth.ids > 0) & (found.ids > 0))
     codes = truth.ids.ravel()[both].astype(np.int64) * (found.num + 1) + found.ids.ravel()[both]
     if (truth.num + 1) * (found.num + 1) <= 1 << 22:
@@ -137,8 +140,9 @@ def pairwise_overlaps(truth: Instances, found: Instances) -> tuple[np.ndarray, n
     else:
         pairs, shared = np.unique(codes, return_counts=True)
     t, p = pairs // (found.num + 1), pairs % (found.num + 1)
-    same = truth.classes[t] == found.classes[p]
-    t, p, shared = t[same], p[same], shared[same]
+    if not any_class:
+        same = truth.classes[t] == found.classes[p]
+        t, p, shared = t[same], p[same], shared[same]
     return t, p, shared, truth.areas_px[t] + found.areas_px[p] - shared
 
 

@@ -161,6 +161,11 @@ class ModelGroup:
         truth = np.sum([np.sum(run.per_image["confusion"], axis=(0, 2)) for run in self.by_seed[0]], axis=0)
         return [name for k, name in enumerate(self.classes) if k and not truth[k]]
 
+    @property
+    def cell_confusions(self) -> list[np.ndarray]:
+        """For each seed the classes of the cells of all test images, as :func:`cellbench.metrics.cell_classes.cell_confusion` counts them."""
+        return [np.sum([np.sum(run.per_image["cell_confusion"], axis=0) for run in runs], axis=0) for runs in self.by_seed]
+
     def num_predicted_images(self, name: str) -> float:
         """Test images in which a class is predicted, mean over seeds."""
         k = self.classes.index(name)

@@ -14,6 +14,7 @@ from cellbench.metrics import catalog
 from cellbench.metrics.instance import COUNTS, describe_outcomes
 from cellbench.metrics.pixel import nan_mean
 from cellbench.reporting import provenance
+from cellbench.reporting.cells import class_rows, describe_errors, models_with_classes
 from cellbench.reporting.collect import EXAMPLE_FIGURES, ExperimentResults
 from cellbench.reporting.decisions import describe_doubling, images_needed, is_equivalent
 from cellbench.reporting.leaderboard import (
@@ -29,6 +30,7 @@ from cellbench.reporting.leaderboard import (
 from cellbench.reporting.learning_curves import LearningCurve, learning_curves
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, plot_rows
 from cellbench.reporting.plots import comparison, significance
+from cellbench.reporting.plots.cells import plot_cell_confusion
 from cellbench.reporting.plots.style import Drawing
 from cellbench.reporting.render import PLACE
 from cellbench.reporting.report_data import Block, Figure, Heading, ReportData, Section, StoredImage, Table, Text
@@ -107,6 +109,7 @@ class _TestSetReport:
             *([self.figure("leaderboard", comparison.plot_leaderboard, self.plotted, worse)] if self.plotted else []),
             self.page_table([name for name in (*LEADING_COLUMNS, *elsewhere) if name in self.cells[0]], open_rows=MAX_OPEN_ROWS),
             *self.pictures(self.here.best, ("worst",)),
+            *([Text(errors)] if (errors := describe_errors(self.here.best)) else []),
         ]
 
     def sections(self) -> list[tuple[str, list[Block]]]:
@@ -114,6 +117,7 @@ class _TestSetReport:
             ("Are the differences significant?", self.differences()),
             ("How far does each model fall?", shift_blocks(self.shift, self.prefix) if self.shift is not None else []),
             ("Other scores", self.leaderboard()),
+            ("Classes of cells", self.cell_classes()),
             ("Image by image", self.images()),
             ("How few training images are enough?", self.learning_curves()),
             ("Cost", self.cost()),
@@ -152,6 +156,18 @@ class _TestSetReport:
         if outcomes := outcome_rows(here):
             blocks += [Heading("Single cells of all test images"), self.table("cells", outcomes)]
         return blocks
+
+    def cell_classes(self) -> list[Block]:
+        """Counts and AP50 of each class of cells, and what the best model took each cell for."""
+        if not (models := models_with_classes(self.here, MAX_OPEN_ROWS)):
+            return []
+        best = models[0]
+        note = f"{best.name}, all test images{', mean of its seeds' if len(best.by_seed) > 1 else ''}."
+        confusion = np.mean(best.cell_confusions, axis=0)
+        return [
+            self.table("classes", class_rows(models)),
+            self.figure("confusion", plot_cell_confusion, best.classes, confusion, note=note),
+        ]
 
     def images(self) -> list[Block]:
         """The scores of each image, and the images on which the best model is worst."""

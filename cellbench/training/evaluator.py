@@ -22,6 +22,7 @@ from cellbench.features.extractor import Features
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import Calibration, histogram, true_dice
 from cellbench.metrics.catalog import Metric, ScoredImage
+from cellbench.metrics.cell_classes import cell_confusion, part_confusion
 from cellbench.metrics.instance import COUNTS, InstanceScores, ReferenceMask
 from cellbench.metrics.instances import reference_instances
 from cellbench.metrics.pixel import IGNORE, nan_mean, per_image_scores
@@ -137,6 +138,8 @@ class RunEvaluation:
     agreements: list[InstanceScores] = field(default_factory=list)
     connected: list[dict[str, float | int]] = field(default_factory=list)
     """The scores of single cells without separation."""
+    cell_matrices: list[np.ndarray] = field(default_factory=list)
+    """For each image the classes of its cells, as :func:`cell_confusion` counts them; empty for a single class of cells."""
     scores: list[dict[str, float]] = field(default_factory=list)
     """For each image, every per-image metric of the catalog, then the user's metrics."""
     calibrated: Calibration = field(default_factory=Calibration)
@@ -268,6 +271,9 @@ class CohortEvaluator:
             else:
                 cells, _ = reference_instances(classes, ids, reference.min_area_px, owners=self._dataset.owners)
             evaluation.agreements.append(reference.agreement(classes, cells))
+            if (num_classes := len(self._dataset.classes)) > 2:
+                parts = part_confusion(truth, classes, self._dataset.owners, num_classes, reference.min_area_px)
+                evaluation.cell_matrices.append(cell_confusion(reference.cells, cells, num_classes) + parts)
             evaluation.connected.append(reference.found(separation.connected(classes, reference.min_area_px)))
             scored = ScoredImage(
                 truth=truth,

@@ -1,0 +1,65 @@
+"""What becomes of single cells: the most frequent errors in words, and the cells of each class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cellbench.metrics.cell_classes import cells_of_classes
+from cellbench.metrics.instance import COUNTS
+from cellbench.metrics.pixel import nan_mean
+from cellbench.reporting.leaderboard import format_number
+from cellbench.reporting.model_groups import ModelGroup, TestSet
+
+ERRORS = {
+    "num_merged": "merged (two or more true cells in one predicted cell)",
+    "num_split": "split (one true cell in two or more predicted cells)",
+    "num_missed": "missed",
+}
+CLASS_COUNTS = {"num_true": "cells", "num_predicted": "predicted", "num_found": "found"}
+
+
+def describe_errors(model: ModelGroup) -> list[str]:
+    """The most frequent error of a model over all its runs, in a sentence; none for runs of older versions and for images without cells."""
+    if not model.has(*COUNTS):
+        return []
+    num = {name: sum(sum(run.per_image[name]) for run in model.runs) for name in COUNTS}
+    if not num["num_true"]:
+        return []
+    lost = num["num_true"] - num["num_found"]
+    kinds = sorted((name for name in ERRORS if num[name]), key=lambda name: -num[name])
+    runs = ", all runs together" if len(model.by_seed) > 1 else ""
+    extra = f"{num['num_extra']:,} of {num['num_predicted']:,} predicted cells match no true cell"
+    if not lost:
+        return [f"{model.name} finds all {num['num_true']:,} cells of the test images{runs}; {extra}."]
+    first, *others = (f"{num[name]:,} {ERRORS[name]}" for name in kinds)
+    also = f", then {' and '.join(others)}" if others else ""
+    return [
+        f"{model.name} does not find {lost:,} of {num['num_true']:,} cells ({lost / num['num_true']:.1%}{runs}). Most of them are {first}{also}. {extra}."
+        if 2 * num[kinds[0]] > lost
+        else f"{model.name} does not find {lost:,} of {num['num_true']:,} cells ({lost / num['num_true']:.1%}{runs}): {first}{also}. {extra}."
+    ]
+
+
+def class_rows(models: Sequence[ModelGroup]) -> list[dict[str, str]]:
+    """The cells of each class in all test images, a row a class of a model, the mean of its seeds."""
+    rows = []
+    for model in models:
+        each = [cells_of_classes(matrix) for matrix in model.cell_confusions]
+        for seeds in zip(*each, strict=True):
+            num = {name: float(np.mean([getattr(one, name) for one in seeds])) for name in CLASS_COUNTS}
+            if num["num_true"] or num["num_predicted"]:
+                rows.append({
+                    "model": model.name,
+                    "class": model.classes[seeds[0].index],
+                    "AP50": format_number(nan_mean(np.array([one.ap50 for one in seeds])), 3),
+                    **{label: f"{num[name]:.1f}".removesuffix(".0") for name, label in CLASS_COUNTS.items()},
+                    "count error": f"{(num['num_predicted'] - num['num_true']) / num['num_true']:+.1%}" if num["num_true"] else "",
+                })  # fmt: skip
+    return rows
+
+
+def models_with_classes(here: TestSet, most: int) -> list[ModelGroup]:
+    """The best models whose runs recorded the classes of cells."""
+    return [model for model in here.models if model.has("cell_confusion")][:most]
