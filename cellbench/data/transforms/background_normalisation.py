@@ -107,6 +107,7 @@ def estimate(image: np.ndarray) -> Estimate | None:
     threshold = float(threshold_otsu(grey))
     dark_field = is_dark_field(grey - 1, threshold - 1)
     background = grey <= threshold if dark_field else grey > threshold
+    cells = ~background
     for _ in range(ROUNDS):
         # The parabola continues into corners that a vignette has put on the wrong side of the threshold; what it cannot follow is smoothed.
         surface = _parabola(levels, background)
@@ -114,7 +115,8 @@ def estimate(image: np.ndarray) -> Estimate | None:
         amount = ((levels - surface) / 256 if dark_field else np.log(surface / levels)).mean(axis=-1)
         middle = float(np.median(amount[background]))
         spread = 1.4826 * float(np.median(np.abs(amount[background] - middle)))
-        reach = max(DEVIATIONS * spread, LEAST[dark_field])
+        # Not beyond half-way to the cells: between crowded ones the brighter side is not background alone, and its spread is large.
+        reach = max(min(DEVIATIONS * spread, (float(np.median(amount[cells])) - middle) / 2), LEAST[dark_field])
         foreground = amount - middle > reach
         near = np.abs(amount - middle) <= reach
         if not near.any():
@@ -124,7 +126,8 @@ def estimate(image: np.ndarray) -> Estimate | None:
     return Estimate(
         dark_field=dark_field,
         surface=surface,
-        amount=float(np.median(amount[foreground])) if num else 0.0,
+        # In dark field weighted by the amount: around bright nuclei there is more halo than nucleus.
+        amount=_median(amount[foreground], amount[foreground] if dark_field else np.ones(num)) if num else 0.0,
         share=num / foreground.size,
         lighter=float((amount - middle < -reach).mean()),
     )
@@ -157,6 +160,12 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
         for x in range(side):
             small += blocks[:, y, :, x]
     return small / side**2
+
+
+def _median(values: np.ndarray, weights: np.ndarray) -> float:
+    order = np.argsort(values)
+    total = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(total, total[-1] / 2)])
 
 
 def _parabola(levels_hw3: np.ndarray, background_hw: np.ndarray) -> np.ndarray:

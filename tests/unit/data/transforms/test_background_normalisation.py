@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from skimage.measure import block_reduce
 
 from cellbench.data.io.images import read_image
@@ -97,6 +98,22 @@ def test_many_dark_white_cells_among_pale_red_ones_do_not_become_the_only_foregr
 def test_dark_field_is_inverted_to_the_same_scale(brightness: float) -> None:
     out = colours(Background().image(fluorescence(CELLS, brightness=brightness)), CELLS)
     np.testing.assert_allclose(out[:, 0], [WHITE * np.exp(-AMOUNT), WHITE], atol=9)
+
+
+def test_the_halo_of_bright_nuclei_is_not_taken_for_the_foreground() -> None:
+    nuclei = discs(40, radius=6)
+    halo = gaussian_filter(nuclei.astype(float), 12)
+    out = colours(Background(dark_field=0.3).image(fluorescence(nuclei + 0.5 * halo, brightness=100)), nuclei)
+    assert -np.log(out[0, 0] / out[1, 0]) == pytest.approx(AMOUNT, abs=0.15)
+
+
+def test_an_uneven_background_between_crowded_cells_does_not_take_in_their_pale_parts() -> None:
+    cells = discs(250, seed=5)
+    texture = gaussian_filter(np.random.default_rng(0).normal(0, 1, cells.shape), 3)
+    texture /= texture.std()
+    tissue = np.where(cells, 0.7 + 0.25 * texture, 0.1 + 0.08 * np.roll(texture, 50))
+    out = colours(Background().image(smear(tissue, strength=0.8)), cells)
+    assert -np.log(out[0] / out[1]).mean() == pytest.approx(AMOUNT, abs=0.05)
 
 
 @pytest.mark.parametrize("num", [2, 60, 250])
