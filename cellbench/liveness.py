@@ -47,29 +47,31 @@ def describe_owner(owner: str) -> str:
 
 def is_alive(owner: str, heartbeat_s: float = 0.0, stale_s: float = STALE_S) -> bool:
     """Whether a process still exists. ``heartbeat_s``: the time of its last sign of life, in seconds since 1970."""
-    host, _, rest = owner.partition(":")
-    pid, _, identity = rest.partition(":")
-    # A sign of life from the future is as wrong as an old one: a clock was set. Else its owner would be alive for ever.
-    recent = abs(time.time() - heartbeat_s) < stale_s
-    if not pid.isdigit():
-        return recent
-    start, _, where = identity.partition(".")
-    boot, _, _ = where.partition(".")
-    if not start:
-        return recent and (host != socket.gethostname() or psutil.pid_exists(int(pid)))
-    if boot == _boot() if boot else host == socket.gethostname():
-        if where in ("", _where()):
-            found = _started(int(pid))
-            return recent if found == "hidden" else found == start
-        if (locked := _is_locked(owner)) is not None:
-            return locked
-        return recent
-    for ask in _others:
+    for ask in (seen_here, *_others):
         if (answer := ask(owner)) is not None:
             return answer
-    if host == socket.gethostname() and heartbeat_s < psutil.boot_time():
+    if owner.partition(":")[0] == socket.gethostname() and heartbeat_s < psutil.boot_time():
         return False  # of this machine before its restart
-    return recent
+    # A sign of life from the future is as wrong as an old one: a clock was set. Else its owner would be alive for ever.
+    return abs(time.time() - heartbeat_s) < stale_s
+
+
+def seen_here(owner: str) -> bool | None:
+    """Whether a process exists, as far as this machine sees it; None where it cannot tell."""
+    host, _, rest = owner.partition(":")
+    pid, _, identity = rest.partition(":")
+    if not pid.isdigit():
+        return None
+    if not identity:  # of an older version
+        return False if host == socket.gethostname() and not psutil.pid_exists(int(pid)) else None
+    start, _, where = identity.partition(".")
+    boot, _, _ = where.partition(".")
+    if boot != _boot() if boot else host != socket.gethostname():
+        return None
+    if where not in ("", _where()):
+        return _is_locked(owner)
+    found = _started(int(pid))
+    return None if found == "hidden" else found == start
 
 
 _others: list[Callable[[str], bool | None]] = []

@@ -205,7 +205,7 @@ def _work(pipe: Connection[Any, Any], job: JobSpec, cores: Sequence[int]) -> Non
     if cores:
         os.sched_setaffinity(0, cores)
     signal.signal(signal.SIGTERM, _exit_once)
-    signal.signal(signal.SIGINT, _exit_once)
+    signal.signal(signal.SIGINT, _ignore)  # Ctrl-C in a terminal reaches the driver too, which ends its workers
     threading.Thread(target=_end_with_driver, daemon=True).start()
     try:
         worker = CohortWorker(job, lambda text: pipe.send(("say", text)), _Throttled(lambda *part: pipe.send(("progress", part))))
@@ -232,10 +232,13 @@ class _Throttled:
 
 
 def _exit_once(number: int, frame: object) -> NoReturn:
-    # Ctrl-C reaches a worker from the terminal and from the driver. The second signal must not stop it from marking its runs as interrupted.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A second signal must not stop it from marking its runs as interrupted. Not SIG_IGN: Python warns of a signal that is pending then.
+    signal.signal(signal.SIGTERM, _ignore)
     raise SystemExit(128 + number)
+
+
+def _ignore(number: int, frame: object) -> None:
+    pass
 
 
 def _end_with_driver() -> None:

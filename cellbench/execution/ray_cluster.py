@@ -14,6 +14,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from cellbench.execution.worker_job import CohortWorker, JobSpec, apply_job_envi
 from cellbench.features.extractor import FeaturePass
 from cellbench.files import write_atomic
 from cellbench.hardware import Hardware
-from cellbench.liveness import describe_owner, this_owner
+from cellbench.liveness import ask_also, describe_owner, seen_here, this_owner
 from cellbench.tracking.store_address import store_file
 
 OBJECTS_BYTES = 200 * 2**20
@@ -32,6 +33,7 @@ OBJECTS_BYTES = 200 * 2**20
 PROCESS_BYTES = 700 * 2**20
 """Measured memory of a Python process with torch, MLflow and Matplotlib loaded."""
 CONNECT_TIMEOUT_S = 5.0
+NODE_ANSWERS_S = 20.0
 CLIENT_PORT = 10001
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """HTTP/2 preface with empty settings. A gRPC server replies with a SETTINGS frame, whose fourth byte is 4 (RFC 9113)."""
@@ -90,9 +92,28 @@ def connect(on: str, machine: Hardware) -> Iterator[Any]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise CellbenchError(f"--on {on}: {one_line(error)[:300]} Is a cluster there (`ray status`), of Ray {ray.__version__}?") from None
     try:
-        yield ray
+        with ask_also(partial(seen_by_nodes, ray)):
+            yield ray
     finally:
         ray.shutdown()
+
+
+def seen_by_nodes(ray: Any, owner: str) -> bool | None:
+    """Whether a process lives, as the nodes of its machine see it; None where no node is, or was, on that machine, or it does not answer."""
+    host, nodes = owner.partition(":")[0], ray.nodes()
+    there = [node for node in nodes if node["NodeManagerHostname"] == host]
+    if not any(node["Alive"] for node in there):
+        return False if there else None
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    for node in there:
+        if node["Alive"]:
+            on_it = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+            answer = ray.remote(seen_here).options(num_cpus=0, max_retries=0, scheduling_strategy=on_it).remote(owner)
+            with contextlib.suppress(ray.exceptions.RayError):
+                if (seen := ray.get(answer, timeout=NODE_ANSWERS_S)) is not None:
+                    return bool(seen)
+    return None
 
 
 Node = dict[str, float]
@@ -191,9 +212,12 @@ class RayWorker:
         return self._reply(lambda job, say: pickle.loads(function)(job))  # noqa: S301
 
     def _reply(self, work: Callable[[JobSpec, Callable[[str], None]], Any]) -> Reply:
+        import ray
+
         lines: list[str] = []
         try:
-            return "done", work(self._checked_job(), lines.append), lines
+            with ask_also(partial(seen_by_nodes, ray)):
+                return "done", work(self._checked_job(), lines.append), lines
         except CellbenchError as error:
             return "refused", str(error), lines
 

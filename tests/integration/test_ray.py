@@ -31,6 +31,7 @@ from cellbench.execution.work_queue import WorkItem
 from cellbench.execution.worker_job import JobSpec, code_version, job_spec
 from cellbench.files import write_atomic
 from cellbench.hardware import Hardware
+from cellbench.liveness import seen_here
 from cellbench.run import main
 from cellbench.tracking.tracker import Tracker
 
@@ -272,3 +273,22 @@ def test_a_cohort_prefers_the_node_that_holds_most_of_its_features_and_has_room(
     workers._pool.tasks = {0: SimpleNamespace(where=("me", "a"), node="")}  # has taken the two cores there
     assert workers._nearest(both, request) == "b"
     assert workers._nearest(neither, request) == ""
+
+
+@needs_ray
+def test_a_process_on_another_machine_is_judged_by_the_nodes_there():
+    """Where all nodes of its machine are dead it is gone; a node that lives looks into its own table of processes."""
+    asked = []
+
+    def remote(function):
+        call = SimpleNamespace(remote=lambda owner: asked.append((function, owner)) or owner.endswith("alive"))
+        return SimpleNamespace(options=lambda **_: call)
+
+    nodes = [{"NodeManagerHostname": name, "Alive": name == "b", "NodeID": name * 56} for name in ("a", "b")]
+    errors = SimpleNamespace(RayError=OSError)
+    ray = SimpleNamespace(nodes=lambda: nodes, remote=remote, get=lambda answer, timeout: answer, exceptions=errors)
+    assert ray_cluster.seen_by_nodes(ray, "a:7:alive") is False
+    assert ray_cluster.seen_by_nodes(ray, "b:7:alive") is True
+    assert ray_cluster.seen_by_nodes(ray, "b:7:gone") is False
+    assert ray_cluster.seen_by_nodes(ray, "elsewhere:7:alive") is None
+    assert asked == [(seen_here, "b:7:alive"), (seen_here, "b:7:gone")]
