@@ -84,8 +84,8 @@ class TrainingAppearance:
         """Raises ValueError for arrays that do not belong together."""
         parts: dict[str, dict[int, np.ndarray]] = {name: {} for name in ("rows", "centre", "scale", "held_out")}
         for name, array in arrays.items():
-            part, _, depth = name.partition(".")
-            parts[part][int(depth)] = array.astype(np.float64)
+            part, _, number = name.partition(".")
+            parts[part][int(number)] = array.astype(np.float64)
         made = cls(**parts)
         for depth, rows_ND in made.rows.items():
             shapes = made.centre[depth].shape, made.scale[depth].shape
@@ -96,11 +96,11 @@ class TrainingAppearance:
 
 def _distances(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
     """Root mean squared difference of the features of each pair (N, M)."""
-    return cdist(a_ND.astype(np.float64), b_MD.astype(np.float64)) / math.sqrt(a_ND.shape[1])
+    return np.asarray(cdist(a_ND.astype(np.float64), b_MD.astype(np.float64))) / math.sqrt(a_ND.shape[1])
 
 
 def _usual(held_out: np.ndarray) -> np.ndarray:
-    return np.quantile(held_out, USUAL, axis=-1, method="higher")
+    return np.asarray(np.quantile(held_out, USUAL, axis=-1, method="higher"))
 
 
 @dataclass(frozen=True, kw_only=True)

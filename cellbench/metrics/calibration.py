@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
-LOGITS = np.log((np.arange(256) + 0.5) / (255.5 - np.arange(256)))
+LOGITS: np.ndarray = np.log((np.arange(256) + 0.5) / (255.5 - np.arange(256)))
 """The logit of each probability 0..255, at the middle of the values that are rounded to it; finite at both ends."""
 LEAST_IMAGES = 3
 """Validation images with cells from which the error of an estimated Dice is stated."""
@@ -55,7 +55,8 @@ class Calibration:
     @property
     def table(self) -> np.ndarray:
         """(256,) uint8: the corrected probability of each probability."""
-        return np.clip(np.rint(256 * expit(LOGITS / self.temperature) - 0.5), 0, 255).astype(np.uint8)
+        share = np.asarray(expit(LOGITS / self.temperature))
+        return np.clip(np.rint(256 * share - 0.5), 0, 255).astype(np.uint8)
 
     def corrected(self, levels: np.ndarray) -> np.ndarray:
         """A histogram (2, 256) of corrected probabilities."""

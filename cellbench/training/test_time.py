@@ -7,6 +7,7 @@ Letters: B tiles, H x W a tile.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -46,10 +47,10 @@ def turned_batches(batch: Batch, backbone: FrozenBackbone, codes: tuple[int, ...
     yield 0, batch, Spent(0.0, 0.0)
     rest = [code for code in codes if code]
     for some in (rest[k : k + pool.num] for k in range(0, len(rest), pool.num)):  # one per thread is in memory
-        yield from pool.run_all([lambda code=code: (code, *_turned(batch, backbone, code)) for code in some])
+        yield from pool.run_all([functools.partial(_turned, batch, backbone, code) for code in some])
 
 
-def _turned(batch: Batch, backbone: FrozenBackbone, code: int) -> tuple[Batch, Spent]:
+def _turned(batch: Batch, backbone: FrozenBackbone, code: int) -> tuple[int, Batch, Spent]:
     pixels = turn(batch.pixels, code)
     maps, spent = backbone.timed_maps(pixels)
-    return Batch(maps, pixels, torch.empty(0)), spent
+    return code, Batch(maps, pixels, torch.empty(0)), spent

@@ -108,6 +108,7 @@ class _ImageStitcher:
     def __init__(self, model: SegmentationModel, features: Features, split: str) -> None:
         self._model, self._features, self._split = model, features, split
         self._now, self._num = -1, model.num_classes - 1
+        self._sum_BKTT = torch.empty(0)  # of the orientations so far
 
     def add(self, batch: Batch, images: list[int], code: int, spent: Spent) -> list[SegmentedImage]:
         """Adds the next tiles in one of the model's orientations, with the image number of each. Returns the completed predictions.
