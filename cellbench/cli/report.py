@@ -38,6 +38,9 @@ def report(options: ReportOptions) -> int:
     for sentence in (*made.verdict, *results.left_out):
         say(sentence)
     if len(trackers) == 1 and results.parent is not None:
-        trackers[0].attach(results.parent, path.parent)
+        try:
+            trackers[0].attach(results.parent, path.parent)
+        except CellbenchError as error:  # a store that one may only read
+            say(f"the report is not kept in MLflow: {error}")
     say(f"{path}: {results.num_runs} runs; tables and figures beside it.")
     return 0

@@ -6,21 +6,27 @@ password, and removes the files that it writes.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import os
+import re
 import shutil
 import socket
 import tempfile
+import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cellbench.console import Column, format_table, say, sentence_width
 from cellbench.errors import CellbenchError, one_line, redact_passwords
 from cellbench.features.remote_cache import RemoteCache, shared_url
 from cellbench.files import cache_dir, make_folder, os_errors_as
+from cellbench.tracking.client import WRONG_HOST
 from cellbench.tracking.store_address import store_file, store_uri
 
 ANSWER_S = 5.0
@@ -76,16 +82,44 @@ def _tracking(uri: str) -> str:
     theirs, ours = _get(f"{uri.rstrip('/')}/version", uri).strip(), importlib.metadata.version("mlflow")
     if theirs.split(".")[:2] != ours.split(".")[:2]:
         raise CellbenchError(f"{uri}: the server is MLflow {theirs}, this is {ours}. Install the same minor version on both.")
+    # The version is told to everyone; the calls of a grid are not.
+    _get(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search", uri, {"max_results": 1})
     return f"{uri} answers, MLflow {theirs}."
 
 
-def _get(url: str, uri: str) -> str:
+def _get(url: str, uri: str, question: Mapping[str, object] | None = None) -> str:
+    """What a server answers; ``question``: sent as JSON, for a call that takes one."""
+    data = None if question is None else json.dumps(question).encode()
+    # A login is sent as MLflow sends it, from the address or the environment.
+    plain, headers = _without_login(url), {"Content-Type": "application/json"} | _login(uri)
     try:
-        with urllib.request.urlopen(url, timeout=ANSWER_S) as answer:  # noqa: S310
+        request = urllib.request.Request(plain, data, headers)  # noqa: S310
+        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:  # noqa: S310
             text: bytes = answer.read(200)
             return text.decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        text = error.read(200)
+        if b"Invalid Host header" in text:
+            raise CellbenchError(f"{uri}: {WRONG_HOST}") from None
+        raise CellbenchError(
+            f"{uri}: refuses a call ({one_line(error)}). Are the address, and MLFLOW_TRACKING_USERNAME and …_PASSWORD right?"
+        ) from None
     except (OSError, ValueError) as error:  # URLError is an OSError
         raise CellbenchError(f"{uri}: no answer ({one_line(error)}). Is `mlflow server` up, and MLFLOW_TRACKING_URI right?") from None
+
+
+def _without_login(url: str) -> str:
+    return re.sub(r"^(\w+://)[^/@]*@", r"\1", url)
+
+
+def _login(uri: str) -> dict[str, str]:
+    parts, get = urllib.parse.urlsplit(uri), os.environ.get
+    user, password = parts.username or get("MLFLOW_TRACKING_USERNAME"), parts.password or get("MLFLOW_TRACKING_PASSWORD")
+    if token := get("MLFLOW_TRACKING_TOKEN"):
+        return {"Authorization": f"Bearer {token}"}
+    if user is None:
+        return {}
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password or ''}".encode()).decode()}
 
 
 def _storage(url: str) -> str:
@@ -98,7 +132,8 @@ def _database(url: str) -> str:
     import sqlalchemy  # comes with MLflow; takes 0.3 s to import
 
     try:
-        engine = sqlalchemy.create_engine(url)
+        limit = {} if url.startswith(("mssql", "oracle", "sqlite")) else {"connect_timeout": round(ANSWER_S)}
+        engine = sqlalchemy.create_engine(url, connect_args=limit)
         with engine.connect() as connection:
             return f"{url} answers, {engine.dialect.name} {'.'.join(map(str, connection.dialect.server_version_info or ()))}."
     except sqlalchemy.exc.SQLAlchemyError as error:

@@ -218,8 +218,9 @@ class RayWorker:
         try:
             with ask_also(partial(seen_by_nodes, ray)):
                 return "done", work(self._checked_job(), lines.append), lines
-        except CellbenchError as error:
-            return "refused", str(error), lines
+        except CellbenchError as error:  # a path that is missing, for example: say on which of the nodes
+            here = describe_owner(this_owner())
+            return "refused", str(error) if here in str(error) else f"{here}: {error}", lines
 
     def _checked_job(self) -> JobSpec:
         """The job, if this node can execute it. Raises CellbenchError."""

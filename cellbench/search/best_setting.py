@@ -41,5 +41,5 @@ def test_best(space: Space, study: Study, runner: Runner, machine: Hardware, run
     tests = [state.metrics["test/dice"] for state in outcome.finished.values() if "test/dice" in state.metrics]
     if tests:
         run.log({"search/test_dice": sum(tests) / len(tests)})
-    say(f"best.toml, trials.csv and pictures are artifacts of the parent run: `cellbench ui`, experiment '{space.experiment}'.")
+    say(f"best.toml, trials.csv and pictures are artifacts of the parent run; {runner.tracker.where_to_look()}")
     return 1 if outcome.failed or outcome.missing else 0

@@ -210,6 +210,8 @@ def to_error(error: Exception, uri: str) -> CellbenchError:
     for sign, reason in _SQLITE_ERRORS.items():
         if sign in text:
             return SystemFault(f"MLflow's store {uri}: {reason} What is logged already is kept; the same command continues.")
+    if "Invalid Host header" in text:
+        return CellbenchError(f"MLflow at {uri}: {WRONG_HOST}")
     code, status = getattr(error, "error_code", ""), _http_status(error)
     kind: type[CellbenchError] = SystemFault
     if code == "RESOURCE_DOES_NOT_EXIST" or status == 404:
@@ -221,6 +223,7 @@ def to_error(error: Exception, uri: str) -> CellbenchError:
     return kind(f"MLflow at {uri}: {text[:300]}. Fix it, or set another MLFLOW_TRACKING_URI.")
 
 
+WRONG_HOST = "the server refuses this name of its own. Start it with --allowed-hosts NAME, or MLFLOW_SERVER_ALLOWED_HOSTS=NAME:*."
 _OTHER_SCHEMA = re.compile(r"out-of-date database schema \(found version (\w+)|Can't locate revision identified by '(\w+)'")
 
 

@@ -219,7 +219,8 @@ class Tracker:
         uri = self.mlflow.get_tracking_uri()
         if uri.startswith(("http:", "https:")):
             return f"experiment '{self.name}': {ui_view.leaderboard_address(uri, self.experiment_id)}"
-        return f"experiment '{self.name}': `cellbench ui` here prints the address of its leaderboard"
+        where = "here" if store_address.store_file(uri) is not None else f"with MLFLOW_TRACKING_URI={redact_passwords(uri)}"
+        return f"experiment '{self.name}': `cellbench ui` {where} prints the address of its leaderboard"
 
     @contextlib.contextmanager
     def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import threading
@@ -19,7 +20,9 @@ from mlflow_server import Server
 
 from cellbench.errors import CellbenchError
 from cellbench.run import main
+from cellbench.tracking import store_lock
 from cellbench.tracking.client import ResilientClient, is_unavailable
+from cellbench.tracking.store_lock import _server_lock
 from cellbench.tracking.tracker import Tracker, experiment_of
 
 FEW = ["--set", "grid.seed=[0]", "--set", 'grid.backbone=["vit-tiny-random"]', "--set", "baselines=[]"]
@@ -183,7 +186,7 @@ class _Proxy:
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST = do_PUT = do_PATCH = _pass  # noqa: N815
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass  # noqa: N815
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -246,3 +249,51 @@ def test_calls_are_queued_while_the_server_denies_access(proxy, tmp_path, monkey
     (stored,) = tracker.stored()
     assert stored.metrics["val/dice"] == 0.25
     assert stored.status == "finished"
+
+
+def test_machines_that_share_only_the_server_hold_its_lock_one_after_the_other(proxy):
+    tracker, inside, most = Tracker("claims"), [0], [0]
+
+    def claim() -> None:
+        with _server_lock(tracker.client, "claims"):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.1)
+            inside[0] -= 1
+
+    threads = [threading.Thread(target=claim) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == [1]
+    assert not list(tracker.client.search_registered_models())
+
+
+@pytest.mark.parametrize("owner", ["dead", "host-b:1:77.abc.4"])
+def test_the_lock_of_a_process_that_is_gone_is_taken_over(proxy, monkeypatch, owner):
+    monkeypatch.setattr(store_lock, "LEASE_S", 0.6)
+    if owner == "dead":
+        monkeypatch.setattr(store_lock, "LEASE_S", 600.0)
+        code = "from cellbench.liveness import this_owner; print(this_owner())"
+        owner = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    tracker = Tracker("claims")
+    name = f"cellbench-lock-{hashlib.sha256(b'claims').hexdigest()[:16]}"
+    tracker.client.create_registered_model(name, tags={"token": "t", "owner": owner})
+    with _server_lock(tracker.client, "claims"):
+        assert tracker.client.get_registered_model(name).tags["token"] != "t"
+    assert not list(tracker.client.search_registered_models())
+
+
+def test_two_nodes_that_register_one_dataset_at_once_both_succeed(monkeypatch):
+    monkeypatch.setattr("cellbench.tracking.client.time.sleep", lambda _: None)
+    text = '(psycopg.errors.UniqueViolation) duplicate key value violates unique constraint "dataset_pk"'
+    answers = [mlflow.exceptions.MlflowException(text, error_code=mlflow.protos.databricks_pb2.BAD_REQUEST), "logged"]
+
+    def log_inputs(*_: object) -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert ResilientClient(_mlflow("http://127.0.0.1:1", SimpleNamespace(log_inputs=log_inputs))).log_inputs("a") == "logged"

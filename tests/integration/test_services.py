@@ -56,6 +56,8 @@ def server():
             self.end_headers()
             self.wfile.write(self.text.encode())
 
+        do_POST = do_GET  # noqa: N815
+
         def log_message(self, *_: object) -> None:
             pass
 
@@ -141,6 +143,20 @@ def test_a_responding_server_passes_and_another_minor_version_fails(doctor, serv
     assert "2.1.0" in lines["MLflow"]
 
 
+def test_a_server_that_refuses_its_own_name_fails_with_the_remedy(doctor, server):
+    address, version = server
+
+    def refuse(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(403)
+        handler.end_headers()
+        handler.wfile.write(b"Invalid Host header - possible DNS rebinding attack detected")
+
+    version.do_POST = refuse
+    code, lines = doctor(MLFLOW_TRACKING_URI=address)
+    assert code == 1
+    assert "--allowed-hosts NAME" in lines["MLflow"]
+
+
 def test_an_unreachable_service_fails_and_its_password_is_not_shown(doctor):
     nobody = f"127.0.0.1:{free_port()}"
     code, lines = doctor(MLFLOW_TRACKING_URI=f"http://lab:s3cret@{nobody}", OPTUNA_STORAGE=f"postgresql://lab:s3cret@{nobody}/optuna")
@@ -205,7 +221,8 @@ def test_the_composed_services_listen_on_loopback_and_contain_no_password():
     import yaml
 
     services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
-    assert all(port.startswith("127.0.0.1:") for one in services.values() for port in one["ports"])
+    assert all(port.startswith("${CELLBENCH_BIND:-127.0.0.1}:") for one in services.values() for port in one["ports"])
     assert services["postgresql"]["environment"]["POSTGRES_PASSWORD"].startswith("${CELLBENCH_DB_PASSWORD:?")
     assert "${CELLBENCH_DB_PASSWORD}@" in services["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"]
+    assert "${CELLBENCH_SERVER:-localhost}:*" in services["mlflow"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"]
     assert f"mlflow=={importlib.metadata.version('mlflow')}" in services["mlflow"]["command"]

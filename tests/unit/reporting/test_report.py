@@ -21,11 +21,11 @@ from cellbench.errors import CellbenchError
 from cellbench.execution.artifacts import round_metric
 from cellbench.inference import run_lookup
 from cellbench.metrics import catalog
-from cellbench.reporting.collect import collect_runs
+from cellbench.reporting.collect import RunRequest, collect_runs
 from cellbench.reporting.leaderboard import LeaderboardRow, leaderboard_rows, terminal_table, to_json
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, group_models
 from cellbench.reporting.render import to_html
-from cellbench.reporting.report import report_dir
+from cellbench.reporting.report import REPORTED_RUNS, report_dir, write_report
 from cellbench.reporting.sections import build_report
 from cellbench.reporting.verdict import describe_absent_classes, describe_best
 from cellbench.run import main
@@ -475,3 +475,18 @@ def test_the_table_of_a_terminal_fits_80_columns_and_says_which_differences_are_
     assert "best" in lines[2]
     assert "< 0.001" in lines[3]
     assert all(heading in terminal_table(rows, wide=True) for heading in ("seeds", "IoU", "precision", "p vs best"))
+
+
+def test_a_report_over_fewer_runs_leaves_the_one_over_more(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(None)
+    tracker, said = Tracker("fuller"), []
+    with tracker.run("grid: fuller", "parent", tags={"cellbench.kind": "grid", REPORTED_RUNS: "9-abc"}) as top:
+        one = log_finished_run(tracker, RunSpec(backbone="uni", head="fpn"), per_image_scores(0.9, 0), top.run_id)
+        write_report(tracker, top, {one}, RunRequest(), {}, {}, {}, said.append)
+    assert said == [
+        "the parent run has a report over 9 runs, which is kept; this call has 1. `cellbench report fuller` writes one over all runs that are there now."
+    ]
+    (parent,) = [run for run in tracker.stored() if run.is_parent]
+    assert parent.tags[REPORTED_RUNS] == "9-abc"
+    assert tracker.artifact(parent, "report.html") is None
