@@ -83,7 +83,9 @@ def final_metrics(dataset: Dataset, result: EvaluationResult) -> dict[str, float
     # The same predictions with connected regions as cells: shows the effect of the separation.
     joined = [one["num_predicted"] - one["num_true"] for one in result.evaluation.connected]
     out |= {"test_image/ap50_connected": nan_mean(np.array([one["ap50"] for one in result.evaluation.connected]))}
-    out |= {"test_image/count_error_abs_connected": float(np.abs(joined).mean()), "separation/saddle_ratio": cut.saddle_ratio}
+    out |= {"test_image/count_error_abs_connected": float(np.abs(joined).mean())} | {
+        f"separation/{name}": value for name, value in cut.setting.items()
+    }
     if (val_ap50 := cut.val_ap50_of_setting) is not None:
         out["separation/val_ap50"] = val_ap50
     if (calibration := result.evaluation.calibration()) is not None:
@@ -234,7 +236,8 @@ def per_image_record(dataset: Dataset, result: EvaluationResult) -> dict[str, ob
         **({"appearance": [sample.appearance for sample in dataset.test]} if any(sample.appearance for sample in dataset.test) else {}),
         "tolerance_px": TOLERANCE_PX,
         "min_area_px": [dataset.min_cell_px or (MIN_AREA_NUMBERED_PX if one.numbered else MIN_AREA_PX) for one in evaluation.agreements],
-        "separation_saddle_ratio": evaluation.separation.saddle_ratio,
+        "separation": evaluation.separation.description,
+        "cut_px": dataset.cut_px,
         "cells_numbered": [one.numbered for one in evaluation.agreements],
         "confusion": evaluation.counts.tolist(),
         **({"cell_confusion": [one.tolist() for one in evaluation.cell_matrices]} if evaluation.cell_matrices else {}),

@@ -183,6 +183,10 @@ METRICS: tuple[Metric, ...] = (
     _other("test_image", "ap50_connected", "AP50 where touching cells are not separated", "maximize"),
     _other("test_image", "count_error_abs_connected", "count_error_abs where touching cells are not separated", "minimize", "cells"),
     _other("separation", "saddle_ratio", "parameter of the watershed, tuned on validation images; 0: touching cells are not separated"),
+    _other("separation", "min_parting", "parameter of flows and hv: parts of a cell are joined where directions part less"),
+    _other("separation", "min_probability", "parameter of stars: the least object probability of a star"),
+    _other("separation", "max_overlap", "parameter of stars: two stars that overlap more are one cell"),
+    _other("separation", "min_confidence", "cells whose mean probability is lower are left out, for flows, hv and stars"),
     _other("separation", "val_ap50", "AP50 on validation images with it", "maximize"),
     Metric(
         key="loss", label="loss", meaning="the run's loss, mean over the tiles of an epoch", direction="minimize", scopes=("train", "val"), searchable=True,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from cellbench.metrics import catalog
 from cellbench.reporting.collect import ExperimentResults
 from cellbench.reporting.model_groups import MAX_MODELS_ALL_PAIRS
@@ -63,14 +66,10 @@ def glossary(results: ExperimentResults) -> list[Block]:
     if "nsd" in record:
         numbered = any(record.get("cells_numbered", []))
         cells = "the mask's own numbers" if numbered else "connected regions (4-neighbours)"
-        ratios = sorted(
-            {f"{ratio:g}" for model in first.models for run in model.runs if (ratio := run.per_image.get("separation_saddle_ratio"))}
-        )
-        separated = (
-            f" Predicted cells that touch are separated by a watershed tuned on validation images (saddle_ratio {', '.join(ratios)})."
-            if ratios
-            else ""
-        )
+        if cut_px := record.get("cut_px"):
+            cells = f"the mask's regions, lines of up to {cut_px} px between them included,"
+        ways = sorted({way for model in first.models for run in model.runs if (way := _separation(run.per_image)) != "connected regions"})
+        separated = f" Predicted cells that touch are separated as tuned on validation images: {'; '.join(ways)}." if ways else ""
         out.append(
             f"The tolerance of NSD is {record['tolerance_px']:g} px. Single cells are {cells} of at least {min(record['min_area_px'])} px."
             f"{separated} A true and a predicted cell match where their IoU is above 0.5. Found, merged, split and missed cells exclude each other."
@@ -83,6 +82,12 @@ def glossary(results: ExperimentResults) -> list[Block]:
     own = first.own_metrics
     keys = {metric.key: metric for metric in (*catalog.leaderboard(own), *first.compared_metrics(), *catalog.counts())}
     return [Text(out), Facts([(metric.label, metric.meaning) for metric in keys.values()])]
+
+
+def _separation(record: Mapping[str, Any]) -> str:
+    """How a run's cells were found; runs before other methods stored the watershed's ratio alone."""
+    ratio = record.get("separation_saddle_ratio")
+    return str(record.get("separation") or (f"watershed, saddle_ratio {ratio:g}" if ratio else "connected regions"))
 
 
 def environment(results: ExperimentResults) -> list[Block]:
