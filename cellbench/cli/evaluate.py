@@ -135,7 +135,7 @@ def _write_artifacts(tested: _Tested, folder: Path) -> None:
         picture, truth = pixels[case.image]
         file = dataset.test[case.image].name
         title = f"{rank}. worst of {len(dataset.test)}: {file}, {case.score}\n{describe_outcomes(asdict(result.evaluation.agreements[case.image]))}"
-        drawn = draw_example(picture, truth, case.classes, case.cell, title)
+        drawn = draw_example(picture, truth, case.classes, case.cell, title, case.cells)
         (folder / "figures" / f"worst-{rank:03d}-{file_name(Path(file).stem)}.png").write_bytes(drawn)
 
 

@@ -197,7 +197,9 @@ def pictures(name: str, dataset: Dataset, pixels: ImageCache, result: Evaluation
         picture, truth = pixels[case.image]
         cells = describe_outcomes(asdict(evaluation.agreements[case.image]))
         title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, {case.score}\n{cells}"
-        drawings[f"figures/{which}.png"] = partial(draw_example, thumbnail(picture), thumbnail(truth), case.classes, case.cell, title)
+        drawings[f"figures/{which}.png"] = partial(
+            draw_example, thumbnail(picture), thumbnail(truth), case.classes, case.cell, title, case.cells
+        )
     return drawings
 
 

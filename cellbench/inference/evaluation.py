@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from cellbench.errors import CellbenchError
 from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.calibration import Calibration
-from cellbench.metrics.pixel import confusion_matrix, per_image_scores
+from cellbench.metrics.pixel import confusion_matrix
 from cellbench.system_load import SystemLoad
 from cellbench.training.evaluator import CohortEvaluator, ExamplePrediction, RunEvaluation
 
@@ -84,13 +83,14 @@ class Evaluation:
 
 def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -> Evaluation:
     """Evaluates a run on a dataset's test images and keeps the ``num_worst`` worst predictions. Raises CellbenchError for an unreadable image."""
-    worst: list[ExamplePrediction] = []
     notes: list[tuple[str, Note]] = []
     load, seconds, num_timed, start = SystemLoad(), 0.0, 0, time.perf_counter()
     calibration = segmenter.trained.calibration
     segmenter.trained = replace(segmenter.trained, calibration=Calibration())  # its probabilities are scored before and after correction
     predictions = segmenter.predict_all(sample.image for sample in dataset.test)
     with CohortEvaluator(dataset, 1, [segmenter.trained.separation], calibrations=[calibration]) as evaluator:
+        examples = evaluator.evaluations[0].examples
+        examples.num_worst = num_worst
         for index, found in enumerate(progress_bar(predictions, total=len(dataset.test), desc="testing", unit="image")):
             if index or len(dataset.test) == 1:  # the first image is a warm-up
                 seconds, num_timed = seconds + time.perf_counter() - start, num_timed + 1
@@ -98,12 +98,9 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -
             truth = dataset.read_mask(dataset.test[index])
             counts = confusion_matrix(truth, found.classes, len(dataset.classes))
             evaluator.add_image(index, truth, [counts], [(found.classes, found.probability, found.fields)])
-            dice = float(per_image_scores(counts[None], unused=dataset.unused)["dice"][0])
-            worst.append(ExamplePrediction.of(index, dice, found.classes, found.probability))
-            worst = sorted(worst, key=lambda case: math.inf if math.isnan(case.dice) else case.dice)[:num_worst]
             start = time.perf_counter()  # excludes reading masks and scoring
     segmenter.trained = replace(segmenter.trained, calibration=calibration)
     cost = {"cost/images_per_s": num_timed / max(seconds, 1e-9)}
     if (load_pct := load.others_pct()) is not None:
         cost["cost/test_other_load_pct"] = load_pct
-    return Evaluation(scores=evaluator.evaluations[0], cost=cost, worst=worst, notes=format_notes(notes))
+    return Evaluation(scores=evaluator.evaluations[0], cost=cost, worst=examples.lowest, notes=format_notes(notes))

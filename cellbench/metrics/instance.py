@@ -46,6 +46,8 @@ from cellbench.metrics.pixel import nan_mean
 THRESHOLDS = tuple(range(10, 20))
 """Thresholds of the intersection over union, in twentieths: 0.50, 0.55 … 0.95."""
 SCORES = ("nsd", "boundary_dice", "ap50", "ap50_95", "aji", "pq")
+OUTCOMES = ("found", "missed", "split", "merged")
+"""Of true cells."""
 COUNTS = ("num_true", "num_predicted", "num_found", "num_missed", "num_split", "num_merged", "num_extra")
 """Counts of an image's cells, as :func:`cell_outcomes` defines them."""
 
@@ -190,25 +192,47 @@ def cell_outcomes(
     So found + merged + split + missed = ``num_true``, and found + extra = ``num_predicted``. Pairs ``t``, ``p``, ``shared`` as
     :func:`pairwise_overlaps` gives them, of one class; ``matched`` (pairs,) bool: which of them match.
     """
-    is_found = np.zeros(truth.num + 1, bool)
-    is_found[t[matched]] = True
-    inside = 2 * shared > truth.areas_px[t]  # the true cell, in the predicted one
-    swallowed = np.bincount(p[inside], minlength=found.num + 1)
-    is_merged = np.zeros(truth.num + 1, bool)
-    is_merged[t[inside][swallowed[p[inside]] > 1]] = True
-    pieces = np.bincount(t[2 * shared > found.areas_px[p]], minlength=truth.num + 1)
-    is_merged &= ~is_found
-    is_split = (pieces > 1) & ~is_found & ~is_merged
-    num, merged, split = (int(one.sum()) for one in (is_found, is_merged, is_split))
+    each = np.bincount(_outcomes(truth, found, t, p, shared, matched)[1:], minlength=len(OUTCOMES)).tolist()
+    num = dict(zip(OUTCOMES, each, strict=True))
     return {
         "num_true": truth.num,
         "num_predicted": found.num,
-        "num_found": num,
-        "num_missed": truth.num - num - merged - split,
-        "num_split": split,
-        "num_merged": merged,
-        "num_extra": found.num - num,
+        **{f"num_{name}": num[name] for name in OUTCOMES},
+        "num_extra": found.num - num["found"],
     }
+
+
+def _outcomes(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, matched: np.ndarray) -> np.ndarray:
+    """The outcome of each true cell (T + 1,), a place in ``OUTCOMES``; that of number 0, the background, means nothing."""
+    out = np.full(truth.num + 1, OUTCOMES.index("missed"), np.uint8)
+    pieces = np.bincount(t[2 * shared > found.areas_px[p]], minlength=truth.num + 1)
+    out[pieces > 1] = OUTCOMES.index("split")
+    inside = 2 * shared > truth.areas_px[t]  # the true cell, in the predicted one
+    swallowed = np.bincount(p[inside], minlength=found.num + 1)
+    out[t[inside][swallowed[p[inside]] > 1]] = OUTCOMES.index("merged")
+    out[t[matched]] = OUTCOMES.index("found")
+    return out
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CellOutcomes:
+    """The true and the predicted cells of an image (H, W), for pictures: their numbers from 1, and what became of each."""
+
+    true_ids: np.ndarray
+    outcomes: np.ndarray
+    """(T + 1,) places in ``OUTCOMES``."""
+    found_ids: np.ndarray
+    matched: np.ndarray
+    """(P + 1,) bool: whether the predicted cell matches a true one."""
+
+    @classmethod
+    def of(cls, truth: Instances, found: Instances) -> CellOutcomes:
+        found = drop_ignored(found, truth.ignored)
+        t, p, shared, union = pairwise_overlaps(truth, found)
+        hits = 20 * shared > 10 * union
+        matched = np.zeros(found.num + 1, bool)
+        matched[p[hits]] = True
+        return cls(true_ids=truth.ids, outcomes=_outcomes(truth, found, t, p, shared, hits), found_ids=found.ids, matched=matched)
 
 
 def describe_outcomes(counts: Mapping[str, float]) -> str:

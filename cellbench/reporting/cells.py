@@ -12,11 +12,7 @@ from cellbench.metrics.pixel import nan_mean
 from cellbench.reporting.leaderboard import format_number
 from cellbench.reporting.model_groups import ModelGroup, TestSet
 
-ERRORS = {
-    "num_merged": "merged (two or more true cells in one predicted cell)",
-    "num_split": "split (one true cell in two or more predicted cells)",
-    "num_missed": "missed",
-}
+ERRORS = {"num_missed": "missed cells", "num_merged": "cells merged with another", "num_split": "cells split into several"}
 CLASS_COUNTS = {"num_true": "cells", "num_predicted": "predicted", "num_found": "found"}
 
 
@@ -27,18 +23,15 @@ def describe_errors(model: ModelGroup) -> list[str]:
     num = {name: sum(sum(run.per_image[name]) for run in model.runs) for name in COUNTS}
     if not num["num_true"]:
         return []
-    lost = num["num_true"] - num["num_found"]
-    kinds = sorted((name for name in ERRORS if num[name]), key=lambda name: -num[name])
-    runs = ", all runs together" if len(model.by_seed) > 1 else ""
+    lost, runs = num["num_true"] - num["num_found"], ", all runs together" if len(model.by_seed) > 1 else ""
     extra = f"{num['num_extra']:,} of {num['num_predicted']:,} predicted cells match no true cell"
     if not lost:
         return [f"{model.name} finds all {num['num_true']:,} cells of the test images{runs}; {extra}."]
-    first, *others = (f"{num[name]:,} {ERRORS[name]}" for name in kinds)
-    also = f", then {' and '.join(others)}" if others else ""
+    first, *others = (f"{ERRORS[name]} ({num[name]:,})" for name in sorted(ERRORS, key=lambda name: -num[name]) if num[name])
+    then = f", then {' and '.join(others)}" if others else ""
     return [
-        f"{model.name} does not find {lost:,} of {num['num_true']:,} cells ({lost / num['num_true']:.1%}{runs}). Most of them are {first}{also}. {extra}."
-        if 2 * num[kinds[0]] > lost
-        else f"{model.name} does not find {lost:,} of {num['num_true']:,} cells ({lost / num['num_true']:.1%}{runs}): {first}{also}. {extra}."
+        f"{model.name} does not find {lost:,} of {num['num_true']:,} cells ({lost / num['num_true']:.1%}{runs}). "
+        f"Its most frequent error: {first}{then}. {extra}."
     ]
 
 

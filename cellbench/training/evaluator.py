@@ -23,7 +23,7 @@ from cellbench.metrics import catalog
 from cellbench.metrics.calibration import Calibration, histogram, true_dice
 from cellbench.metrics.catalog import Metric, ScoredImage
 from cellbench.metrics.cell_classes import cell_confusion, part_confusion
-from cellbench.metrics.instance import COUNTS, InstanceScores, ReferenceMask
+from cellbench.metrics.instance import COUNTS, CellOutcomes, InstanceScores, ReferenceMask
 from cellbench.metrics.instances import reference_instances
 from cellbench.metrics.pixel import IGNORE, nan_mean, per_image_scores
 from cellbench.metrics.separation import CONNECTED, SeparationParams
@@ -50,12 +50,22 @@ class ExamplePrediction:
     shape: tuple[int, int]
     packed: bytes
     packed_cell: bytes | None
+    packed_ids: tuple[bytes, ...] = ()
+    """Cell numbers of truth and prediction; empty where single cells are not known."""
+    outcomes: np.ndarray | None = None
+    matched: np.ndarray | None = None
 
     @classmethod
-    def of(cls, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None) -> ExamplePrediction:
+    def of(
+        cls, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None, cells: CellOutcomes | None = None
+    ) -> ExamplePrediction:
         small = thumbnail(classes)
         pack = [None if x is None else zlib.compress(thumbnail(x).tobytes(), 1) for x in (classes, cell)]
-        return cls(image=image, dice=dice, shape=small.shape, packed=pack[0] or b"", packed_cell=pack[1])
+        case = cls(image=image, dice=dice, shape=small.shape, packed=pack[0] or b"", packed_cell=pack[1])
+        if cells is None:
+            return case
+        ids = tuple(zlib.compress(thumbnail(x).astype(np.int32).tobytes(), 1) for x in (cells.true_ids, cells.found_ids))
+        return replace(case, packed_ids=ids, outcomes=cells.outcomes, matched=cells.matched)
 
     @property
     def score(self) -> str:
@@ -72,6 +82,14 @@ class ExamplePrediction:
         """The probability of a cell, (H, W) uint8; None for a method without probabilities."""
         return None if self.packed_cell is None else np.frombuffer(zlib.decompress(self.packed_cell), np.uint8).reshape(self.shape)
 
+    @property
+    def cells(self) -> CellOutcomes | None:
+        """What became of the single cells, their numbers as :func:`thumbnail` gives them; None where they are not known."""
+        if self.outcomes is None or self.matched is None:
+            return None
+        true, found = (np.frombuffer(zlib.decompress(ids), np.int32).reshape(self.shape) for ids in self.packed_ids)
+        return CellOutcomes(true_ids=true, outcomes=self.outcomes, found_ids=found, matched=self.matched)
+
 
 @dataclass
 class ExampleKeeper:
@@ -82,6 +100,10 @@ class ExampleKeeper:
     order of the images. The one nearest to the final median is shown, with its own score.
     """
 
+    num_worst: int = 0
+    """How many of the worst images are kept in ``lowest`` as well."""
+    lowest: list[ExamplePrediction] = field(default_factory=list)
+    """The worst first; images without a score last."""
     worst: ExamplePrediction | None = None
     best: ExamplePrediction | None = None
     _empty: ExamplePrediction | None = None
@@ -90,12 +112,16 @@ class ExampleKeeper:
     _chance: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     _dices: list[float] = field(default_factory=list)
 
-    def offer(self, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None) -> None:
-        """Keeps the prediction of an image if it may become one of the three."""
-        if math.isnan(dice):
-            self._empty = self._empty or ExamplePrediction.of(image, dice, classes, cell)
+    def offer(self, image: int, dice: float, classes: np.ndarray, cell: np.ndarray | None, cells: CellOutcomes | None = None) -> None:
+        """Keeps the prediction of an image if it may become one of the three, or one of the ``num_worst``."""
+        if math.isnan(dice) and self._empty is not None and not self.num_worst:
             return
-        case = ExamplePrediction.of(image, dice, classes, cell)
+        case = ExamplePrediction.of(image, dice, classes, cell, cells)
+        rising = sorted([*self.lowest, case], key=lambda one: math.inf if math.isnan(one.dice) else one.dice)
+        self.lowest = rising[: self.num_worst]
+        if math.isnan(dice):
+            self._empty = self._empty or case
+            return
         self._dices.append(dice)
         self._middle.append(case)
         if self.worst is None or dice < self.worst.dice:
@@ -286,7 +312,7 @@ class CohortEvaluator:
                 instances=evaluation.agreements[-1],
             )
             evaluation.scores.append(catalog.score(scored, evaluation.own_metrics))
-            evaluation.examples.offer(image, evaluation.scores[-1]["dice"], classes, cell)
+            evaluation.examples.offer(image, evaluation.scores[-1]["dice"], classes, cell, CellOutcomes.of(reference.cells, cells))
             if cell is not None:
                 if truth.max(initial=0) == IGNORE:
                     cell, truth = cell[truth != IGNORE], truth[truth != IGNORE]

@@ -15,13 +15,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cellbench.data.io.images import SHOWN_PX, png_bytes, thumbnail
-from cellbench.data.io.overlay import CYAN, YELLOW, draw_outlines
+from cellbench.data.io.overlay import CYAN, LIME, ORANGE, RED, YELLOW, draw_outlines
+from cellbench.metrics.instance import OUTCOMES, CellOutcomes
 from cellbench.metrics.pixel import IGNORE
 
 # Green, red, blue as usual, and light, middle, dark so that they differ in grey too.
 ERROR_COLOURS = {"found": (0, 168, 107), "false alarm": (230, 48, 26), "missed": (0, 33, 168)}
 ERROR_SHARES = {"found": 0.45, "false alarm": 0.85, "missed": 0.85}
 """The weight of a colour over the grey image."""
+# Of outlines on stained and dark images: light ones, told apart by most colour-blind readers.
+OUTCOME_COLOURS = {"found": LIME, "missed": (120, 170, 255), "split": YELLOW, "merged": ORANGE}
+EXTRA_COLOUR = RED
 TITLE_PX, CAPTION_PX, GAP_PX = 15, 13, 12
 SMALLEST_WIDTH_PX = 760
 """So that titles and captions fit above small images."""
@@ -30,11 +34,20 @@ Key = tuple[str, np.ndarray]
 """An entry of a legend: its text, and the colours (N, 3) of the bar before it."""
 
 
-def draw_example(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell: np.ndarray | None, title: str) -> bytes:
+def draw_example(
+    image: np.ndarray,
+    truth: np.ndarray,
+    classes: np.ndarray,
+    cell: np.ndarray | None,
+    title: str,
+    cells: CellOutcomes | None = None,
+) -> bytes:
     """A PNG of one image four times: with the true outlines, with the predicted ones, the probability of a cell, and the errors.
 
+    With ``cells`` the outlines are those of single cells, coloured by what became of each.
+
     ``image`` (H, W, 3) and ``truth`` (H, W) at full size, all uint8; ``classes`` and ``cell`` (h, w) as
-    :func:`cellbench.data.io.images.thumbnail` gives them. ``title``: one or more lines.
+    :func:`cellbench.data.io.images.thumbnail` gives them, as the numbers of ``cells``. ``title``: one or more lines.
     """
     image, truth = thumbnail(image), thumbnail(truth)
     zoom = max(1, SHOWN_PX // max(image.shape[:2]))
@@ -47,13 +60,36 @@ def draw_example(image: np.ndarray, truth: np.ndarray, classes: np.ndarray, cell
     else:
         table = _viridis(256)
         third = table[np.repeat(np.repeat(cell, zoom, 0), zoom, 1)], "probability of a cell: 0", [("1", table)]
-    panels = [
-        (draw_outlines(image, np.where(truth == IGNORE, 0, truth)), "true outlines", [("", _bar(YELLOW))]),
-        (draw_outlines(image, classes, CYAN), "predicted outlines", [("", _bar(CYAN))]),
+    panels: list[tuple[np.ndarray, str, Sequence[Key]]] = [
+        *(_outlines(image, truth, classes) if cells is None else _cells(image, cells, zoom)),
         third,
         (errors, "errors:", [(name, _bar(colour)) for name, colour in ERROR_COLOURS.items()]),
     ]
     return png_bytes(_page(panels, title))
+
+
+def _outlines(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> list[tuple[np.ndarray, str, Sequence[Key]]]:
+    """The two panels of outlines."""
+    return [
+        (draw_outlines(image, np.where(truth == IGNORE, 0, truth)), "true outlines", [("", _bar(YELLOW))]),
+        (draw_outlines(image, classes, CYAN), "predicted outlines", [("", _bar(CYAN))]),
+    ]
+
+
+def _cells(image: np.ndarray, cells: CellOutcomes, zoom: int) -> list[tuple[np.ndarray, str, Sequence[Key]]]:
+    """The same of single cells, coloured by their outcomes; the legend names those that occur."""
+    true, found = (np.repeat(np.repeat(ids, zoom, 0), zoom, 1) for ids in (cells.true_ids, cells.found_ids))
+    colours = [OUTCOME_COLOURS[name] for name in OUTCOMES]
+    used = np.bincount(cells.outcomes[1:], minlength=len(OUTCOMES)) > 0
+    keys = [(name, _bar(colour)) for name, colour, there in zip(OUTCOMES, colours, used, strict=True) if there]
+    return [
+        (draw_outlines(image, true, np.array(colours, np.uint8)[cells.outcomes]), "true cells:", keys),
+        (
+            draw_outlines(image, found, np.array([EXTRA_COLOUR, OUTCOME_COLOURS["found"]], np.uint8)[cells.matched.astype(int)]),
+            "predicted cells:",
+            [("of a found cell", _bar(OUTCOME_COLOURS["found"])), ("of none", _bar(EXTRA_COLOUR))],
+        ),
+    ]
 
 
 def error_overlay(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> np.ndarray:

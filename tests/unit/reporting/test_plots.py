@@ -11,6 +11,8 @@ from PIL import Image
 from cellbench.data.io.images import thumbnail
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import expected_calibration_error
+from cellbench.metrics.instance import OUTCOMES, CellOutcomes
+from cellbench.metrics.instances import connected_instances
 from cellbench.reporting.model_groups import PlotRow
 from cellbench.reporting.plots import comparison as comparison_plots
 from cellbench.reporting.plots import example, style
@@ -197,6 +199,21 @@ def test_an_example_fits_images_of_every_shape_and_long_names(size):
     assert (rim == 255).all()
     assert (drawn == example.YELLOW).all(-1).any()
     assert (drawn == example.CYAN).all(-1).any()
+
+
+def test_the_outline_of_each_cell_says_what_became_of_it():
+    """Two cells in one predicted cell, one in two, one found and one not; and a predicted cell where there is none."""
+    truth, found = (np.zeros((60, 200), np.uint8) for _ in range(2))
+    for left, right in ((2, 20), (22, 40), (60, 90), (110, 130), (150, 170)):
+        truth[10:40, left:right] = 1
+    for left, right in ((2, 40), (60, 74), (76, 90), (110, 130), (180, 198)):
+        found[10:40, left:right] = 1
+    cells = CellOutcomes.of(connected_instances(truth), connected_instances(found))
+    assert [OUTCOMES[code] for code in cells.outcomes[1:]] == ["merged", "merged", "split", "found", "missed"]
+    assert cells.matched.tolist() == [False, False, False, False, True, False]
+    drawn = np.asarray(Image.open(io.BytesIO(example.draw_example(np.full((60, 200, 3), 90, np.uint8), truth, found, None, "", cells))))
+    for colour in (*example.OUTCOME_COLOURS.values(), example.EXTRA_COLOUR):
+        assert (drawn == colour).all(-1).sum() > 14 * 10 + 100  # more than its key
 
 
 def test_ignored_pixels_are_no_errors_and_have_no_outline():
