@@ -83,11 +83,13 @@ def _cells(image: np.ndarray, cells: CellOutcomes, zoom: int) -> list[tuple[np.n
     used = np.bincount(cells.outcomes[1:], minlength=len(OUTCOMES)) > 0
     keys = [(name, _bar(colour)) for name, colour, there in zip(OUTCOMES, colours, used, strict=True) if there]
     return [
-        (draw_outlines(image, true, np.array(colours, np.uint8)[cells.outcomes]), "true cells:", keys),
+        (draw_outlines(image, true, np.array(colours, np.uint8)[cells.outcomes], width_px=2), "true cells:", keys),
         (
-            draw_outlines(image, found, np.array([EXTRA_COLOUR, OUTCOME_COLOURS["found"]], np.uint8)[cells.matched.astype(int)]),
+            draw_outlines(
+                image, found, np.array([EXTRA_COLOUR, OUTCOME_COLOURS["found"]], np.uint8)[cells.matched.astype(int)], width_px=2
+            ),
             "predicted cells:",
-            [("of a found cell", _bar(OUTCOME_COLOURS["found"])), ("of none", _bar(EXTRA_COLOUR))],
+            [("match a true cell", _bar(OUTCOME_COLOURS["found"])), ("match none", _bar(EXTRA_COLOUR))],
         ),
     ]
 
