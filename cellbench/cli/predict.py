@@ -21,6 +21,7 @@ from cellbench.inference.inputs import (
     with_range,
 )
 from cellbench.inference.prediction import (
+    describe_expected_dice,
     describe_trust,
     find_images,
     formats_of,
@@ -76,6 +77,8 @@ def predict(options: PredictOptions) -> int:
         skipped |= more
         for line in (*format_notes(notes), *describe_trust(known)):
             warn(line)
+        for line in describe_expected_dice(known):
+            say(line)
     finally:  # also after Ctrl-C: the tables list all masks in the folder
         num_small = write_tables(out, {target.stem for target in skipped}, wanted, options.coco, segmenter.class_names, say)
     parts = [f"{out}: {len(targets) - len(skipped)} masks"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -21,12 +21,20 @@ CURVES = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
 
 
 def finished_trainers(
-    runs: Sequence[ResolvedRun], tracker: Tracker, registry: Registry, backbone: FrozenBackbone, num_classes: int, num_views: int
+    runs: Sequence[ResolvedRun],
+    known: Mapping[str, RunState],
+    tracker: Tracker,
+    registry: Registry,
+    backbone: FrozenBackbone,
+    num_classes: int,
+    num_views: int,
 ) -> list[HeadTrainer]:
-    """The trainers, as they were at their end, of the finished runs whose training these runs may take; one for each training."""
+    """The trainers, as they were at their end, of the finished runs whose training these runs may take; one for each training.
+
+    ``known``: the runs of the experiment, by fingerprint.
+    """
     own = {one.fingerprint for one in runs}
     wanted = {digest: run for one in runs for run, digest in one.same_training if digest not in own}
-    known = tracker.known() if wanted else {}
     found: dict[str, HeadTrainer] = {}
     for digest, run in wanted.items():
         key, record = run.training.model_dump_json(), known.get(digest)

@@ -145,6 +145,7 @@ class Runner:
         self._drawing: BackgroundCalls | None = None
         self._logging: ThreadPoolExecutor | None = None
         self._under_way: list[Future[None]] = []
+        self._known: Mapping[str, RunState] = {}
         self._select(self.datasets[0])
 
     def __enter__(self) -> Runner:
@@ -218,7 +219,7 @@ class Runner:
         """Opens the cohort's runs, except those that have ended or that another process is executing."""
         active = []
         with self.tracker.lock():
-            known = self.tracker.known()
+            known = self._known = self.tracker.known()
             for resolved in cohort:
                 old = known.get(resolved.fingerprint)
                 if old is not None and old.status == "finished":
@@ -493,7 +494,13 @@ class Runner:
         steps = {"training": epochs * num_views, "validating": epochs * tiles["val"]}
         self._progress = CohortProgress(self.report, steps if self.watch is not None else {**steps, "testing": tiles["test"]})
         finished = finished_trainers(
-            [one.resolved for one in active], self.tracker, self.registry, features.backbone, len(self.dataset.classes), num_views
+            [one.resolved for one in active],
+            self._known,
+            self.tracker,
+            self.registry,
+            features.backbone,
+            len(self.dataset.classes),
+            num_views,
         )
         fit(trainers, features, self._progress, finished)
         self._progress.end("training", "validating")  # also where they ended early

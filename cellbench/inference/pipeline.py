@@ -19,7 +19,7 @@ from cellbench.data.io.windowed import ArraySource, ImageSource, open_source
 from cellbench.data.transforms.tiling import Stitcher, TileGrid, cut_tile
 from cellbench.errors import CellbenchError
 from cellbench.inference.trained_run import TrainedRun
-from cellbench.metrics.appearance import NOTHING_KNOWN, Trust
+from cellbench.metrics.appearance import FAR, NOTHING_KNOWN, Trust
 from cellbench.training.appearance import tile_weights
 from cellbench.training.tiled_inference import argmax_classes, to_uint8
 
@@ -227,6 +227,8 @@ class ImageAssembly:
         dice, distance = calibration.estimated_dice(self._pixels), None
         if appearance is not None:
             distance = appearance.distance(self._described)
+        if distance is not None and distance > FAR:  # the error of the estimate was measured on images like those of the training set
+            dice = None
         return Trust(
             distance=distance,
             dice=dice,

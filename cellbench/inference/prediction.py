@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from cellbench.config.run import NUMERICS_VERSION
 from cellbench.console import progress_bar
 from cellbench.data.io import images
@@ -239,6 +241,20 @@ def describe_trust(known: Mapping[str, Trust]) -> list[str]:
     if unusual:
         lines.append(f"{len(unusual)} of {len(distances)} images look unusual (distance 1 to {FAR:g}): {first_names(unusual)}.")
     return lines
+
+
+def describe_expected_dice(known: Mapping[str, Trust]) -> list[str]:
+    """A sentence on the Dice to expect of the masks; none where no error can be stated."""
+    estimates = {name: trust.dice for name, trust in known.items() if trust.dice is not None}
+    errors = [trust.dice_error for trust in known.values() if trust.dice_error is not None]
+    if not estimates or not errors:
+        return []
+    low = min(estimates, key=lambda name: estimates[name])
+    lowest = f", lowest {estimates[low]:.2f} ({low})" if len(estimates) > 1 else ""
+    of = f" in the mean of {len(estimates)} images" if len(estimates) > 1 else ""
+    return [
+        f"Expected Dice by the probabilities: {np.mean(list(estimates.values())):.2f}{of}{lowest}; error of one image ± {errors[0]:.2f}."
+    ]
 
 
 def formats_of(wanted: OutputFormats, target: OutputPaths) -> OutputFormats:

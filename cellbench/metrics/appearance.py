@@ -110,7 +110,8 @@ class Trust:
     distance: float | None = None
     """From the training images; None for a run without a backbone, and for runs of older versions."""
     dice: float | None = None
-    """The Dice to expect by the probabilities (``metrics.calibration``); None where no error can be stated, and where nothing was found."""
+    """The Dice to expect by the probabilities (``metrics.calibration``); None where no error can be stated: with few validation images, where
+    nothing was found, and where the image is unlike the training images."""
     dice_error: float | None = None
     """Its root mean squared error on validation images."""
 
