@@ -45,15 +45,16 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shift:
-    """The conditions of one test set, for the models that were tested under all of them, best first."""
+    """The conditions under which all models were tested that were tested under any."""
 
     here: TestSet
     models: tuple[str, ...]
+    """Best first."""
     conditions: tuple[Condition, ...]
     sets: tuple[TestSet, ...]
     """The further test sets."""
     missing: Mapping[str, tuple[str, ...]]
-    """By model that is not in ``models``, the conditions under which it was not tested; without masks of other tools, which cannot be."""
+    """By model, the conditions under which it was not tested and another one was; without masks of other tools, which cannot be."""
 
     def lowest(self, model: str) -> Condition:
         """The condition with the lowest mean Dice of a model."""
@@ -82,8 +83,11 @@ def shift_of(here: TestSet) -> Shift | None:
     names = list(dict.fromkeys(name for found in every.values() for name in found))
     looks = _appearances(here)
     missing = {model: tuple(name for name in names if name not in found) for model, found in every.items()}
-    models = tuple(model for model, lacks in missing.items() if not lacks)
-    conditions = [_condition(name, {model: every[model] for model in models}) for name in names if name != _UNCHANGED]
+    models = tuple(model for model, found in every.items() if found or not names)
+    common = [name for name in names if all(name in every[model] for model in models)]
+    if names and not common:
+        models, common = tuple(model for model, lacks in missing.items() if not lacks), names
+    conditions = [_condition(name, {model: every[model] for model in models}) for name in common if name != UNCHANGED]
     scores = {model.name: model.scores().per_image for model in here.models if model.name in models}
     for look in sorted({*looks} - {""}, key=lambda look: (len(look), look)) if len({*looks}) > 1 else ():
         mine = np.array([one == look for one in looks])
@@ -100,7 +104,7 @@ def shift_of(here: TestSet) -> Shift | None:
     )
 
 
-_UNCHANGED = "none"
+UNCHANGED = "none"
 
 
 def _conditions(model: ModelGroup) -> dict[str, tuple[str, np.ndarray]]:
@@ -127,7 +131,7 @@ def _common(each: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _condition(name: str, models: Mapping[str, dict[str, tuple[str, np.ndarray]]]) -> Condition:
     kind = next(iter(models.values()))[name][0] if models else ""
-    before = None if kind == FURTHER else {model: found[_UNCHANGED][1] for model, found in models.items()}
+    before = None if kind == FURTHER else {model: found[UNCHANGED][1] for model, found in models.items()}
     return Condition(name=name, kind=kind, dice={model: found[name][1] for model, found in models.items()}, before=before)
 
 

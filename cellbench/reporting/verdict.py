@@ -20,7 +20,7 @@ from cellbench.reporting.decisions import (
 from cellbench.reporting.leaderboard import LeaderboardRow, format_p
 from cellbench.reporting.learning_curves import LearningCurve
 from cellbench.reporting.model_groups import TestSet
-from cellbench.reporting.shift import APPEARANCE, FURTHER, Shift, shift_of
+from cellbench.reporting.shift import APPEARANCE, FURTHER, UNCHANGED, Shift, shift_of
 from cellbench.statistics.bootstrap import Interval, negate
 from cellbench.statistics.hypothesis_tests import DECIMALS, describe_undecidable, is_decidable
 from cellbench.statistics.scores import Difference
@@ -119,9 +119,9 @@ def describe_shift(shift: Shift) -> list[str]:
         size = f"{len(here.images)} images"
         out.append(f"On {here.dataset} ({size}) the best is {here.best.name} with {here.best.scores().mean:.3f}. {describe_evidence(here)}")
     if shift.missing:
-        names = list(dict.fromkeys(name for lacks in shift.missing.values() for name in lacks))
+        names = list(dict.fromkeys(name for lacks in shift.missing.values() for name in lacks if name != UNCHANGED))
         out.append(
-            f"Not tested on {_list(names, 3)}: {_list(list(shift.missing), 3)}. The grid that asks for these tests adds them without training."
+            f"Not tested on {_list(names, 3)}: {_list(list(shift.missing), 3)}. A grid that asks for these tests adds them without training."
         )
     return out
 

@@ -170,3 +170,12 @@ def test_one_appearance_alone_is_no_condition() -> None:
 
 def run_without_tests(looks: int) -> FinishedRun:
     return dataclasses.replace(run("fpn", 0.9, 0.8, None, looks=looks), further={})
+
+
+def test_conditions_that_some_models_lack_do_not_count() -> None:
+    less = run("detail", 0.93, 0.8, 0.85)
+    less = dataclasses.replace(less, further={**less.further, "perturbed": {}})
+    shift = shift_of(test_set(run("fpn", 0.95, 0.6, 0.9), less))
+    assert shift.models == ("uni · fpn", "uni · detail")
+    assert [one.name for one in shift.conditions] == ["lab2"]
+    assert describe_shift(shift)[-1].startswith("Not tested on noise-1, noise-2, noise-3: uni · detail.")
