@@ -51,6 +51,7 @@ class Shift:
     models: tuple[str, ...]
     """Best first."""
     conditions: tuple[Condition, ...]
+    """The own test images first."""
     sets: tuple[TestSet, ...]
     """The further test sets."""
     missing: Mapping[str, tuple[str, ...]]
@@ -67,14 +68,15 @@ class Shift:
 
     def own(self, model: str) -> float:
         """Mean Dice on the own test images."""
-        return next(one for one in self.here.models if one.name == model).scores().mean
+        return self.conditions[0].mean(model)
 
     def of_kind(self, kind: str) -> list[Condition]:
         return [one for one in self.conditions if one.kind == kind]
 
     @property
     def kinds(self) -> list[str]:
-        return list(dict.fromkeys(one.kind for one in self.conditions))
+        """Those beside the own test images."""
+        return list(dict.fromkeys(one.kind for one in self.conditions[1:]))
 
 
 def shift_of(here: TestSet) -> Shift | None:
@@ -93,8 +95,9 @@ def shift_of(here: TestSet) -> Shift | None:
         mine = np.array([one == look for one in looks])
         conditions.append(Condition(name=look, kind=APPEARANCE, dice={model: values[mine] for model, values in scores.items()}))
     conditions = [one for one in conditions if not any(math.isnan(one.mean(model)) for model in models)]
-    if not models or not conditions:
+    if not models or not conditions or any(np.isnan(values).all() for values in scores.values()):
         return None
+    conditions.insert(0, Condition(name=OWN, kind=OWN, dice=scores))
     return Shift(
         here=here,
         models=models,

@@ -21,7 +21,7 @@ def shift_blocks(shift: Shift, prefix: str) -> list[Block]:
         FallRow(
             model=model,
             own=shift.own(model),
-            conditions=[(one.kind, one.name, one.mean(model)) for one in shift.conditions],
+            conditions=[(one.kind, one.name, one.mean(model)) for one in shift.conditions[1:]],
             lowest=(shift.lowest(model).name, shift.lowest(model).mean(model)),
             safest=model == shift.safest and len(shift.models) > 1,
         )

@@ -96,7 +96,7 @@ def describe_best(here: TestSet) -> list[str]:
 def describe_shift(shift: Shift) -> list[str]:
     """Which model is the safest, and whether it is the best too; then the best on each further test set, and models that lack a test."""
     parts = {
-        "perturbation": sum(kind not in (APPEARANCE, FURTHER) for kind in (one.kind for one in shift.conditions)),
+        "perturbation": sum(one.kind not in (APPEARANCE, FURTHER) for one in shift.conditions[1:]),
         APPEARANCE: len(shift.of_kind(APPEARANCE)),
         "further test set": len(shift.of_kind(FURTHER)),
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from small_data import enter, write_pair
 
+import cellbench
 from cellbench.run import main
 from cellbench.tracking.schema import SHIFT_TESTS
 from cellbench.tracking.tracker import Tracker
@@ -72,6 +73,9 @@ def test_finished_runs_are_tested_further_in_a_worker_process_and_only_once(here
     metrics = next(run.metrics for run in Tracker("shifted").stored() if run.params.get("baseline") == "none")
     assert metrics["shift.smears/dice"] == metrics["test_image/dice"]
     assert metrics["shift.smears/dice_pooled"] == metrics["test/dice"]
+    results = cellbench.results("shifted")
+    assert results.further["smears"].leaderboard()["dice_per_image"].tolist() == results.leaderboard()["dice_per_image"].tolist()
+    assert set(results.shift()["condition"]) == {"own", "smears", "blur-1", "blur-2", "blur-3"}
     assert main(asked) == 0
     assert "1 run tested on" not in capsys.readouterr().out
     assert main([*asked[:-1], 'data.perturb=["blur", "jpeg"]']) == 0  # adds to what is there

@@ -156,7 +156,7 @@ def test_the_report_has_a_figure_that_fits_a_phone_and_a_table_of_all_conditions
     assert b"noise-3 (safest)" in figure.on_page.picture
     assert figure.on_page.narrow
     table = next(one for one in report.tables() if one.name == "shift")
-    assert len(table.rows) == 2 * 4
+    assert len(table.rows) == 2 * 5
     (section,) = [one for one in report.sections if one.title == "How far does each model fall?"]
     rows: Any = next(block for block in section.blocks if block.kind == "table")
     assert rows.headings == ["model", "own", "noise", "lab2", "lowest", "at"]
@@ -165,7 +165,7 @@ def test_the_report_has_a_figure_that_fits_a_phone_and_a_table_of_all_conditions
 
 def test_one_appearance_alone_is_no_condition() -> None:
     assert shift_of(test_set(run_without_tests(looks=1))) is None
-    assert [one.name for one in shift_of(test_set(run_without_tests(looks=2))).conditions] == ["appearance 1", "appearance 2"]
+    assert [one.name for one in shift_of(test_set(run_without_tests(looks=2))).conditions] == ["own", "appearance 1", "appearance 2"]
 
 
 def run_without_tests(looks: int) -> FinishedRun:
@@ -177,5 +177,5 @@ def test_conditions_that_some_models_lack_do_not_count() -> None:
     less = dataclasses.replace(less, further={**less.further, "perturbed": {}})
     shift = shift_of(test_set(run("fpn", 0.95, 0.6, 0.9), less))
     assert shift.models == ("uni · fpn", "uni · detail")
-    assert [one.name for one in shift.conditions] == ["lab2"]
+    assert [one.name for one in shift.conditions] == ["own", "lab2"]
     assert describe_shift(shift)[-1].startswith("Not tested on noise-1, noise-2, noise-3: uni · detail.")
