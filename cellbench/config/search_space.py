@@ -101,6 +101,7 @@ class _Range(StrictModel):
 class _File(StrictModel):
     experiment: str = Field(min_length=1, max_length=200)
     dataset: str
+    ensemble_seeds: bool = False
     data: DataSpec = DataSpec()
     search: Settings = Settings()
     space: dict[str, Any] = Field(default_factory=dict)
@@ -124,6 +125,8 @@ class Space:
     """Fixed settings of each head."""
     directions: tuple[str, ...]
     """``maximize`` or ``minimize``, of each objective."""
+    ensemble_seeds: bool = False
+    """Whether the repeats of the best setting are also tested together."""
 
     @classmethod
     def of(cls, tree: Mapping[str, Any], where: str, registry: Registry, objectives: Mapping[str, str]) -> Space:
@@ -165,7 +168,7 @@ class Space:
                     dimensions.append(_dimension(f"{head}.{name}", head, value, kind, f"{where}: [head.{head}] {name}"))
         made = cls(
             experiment=file.experiment, dataset=file.dataset, data=file.data, settings=file.search, dimensions=tuple(dimensions),
-            run=file.run, head=fixed, directions=directions,
+            run=file.run, head=fixed, directions=directions, ensemble_seeds=file.ensemble_seeds,
         )  # fmt: skip
         made._check(where, registry)
         return made
@@ -204,6 +207,7 @@ class Space:
         grid = {"backbone": [point["backbone"]], "head": [head], "seed": list(seeds) or [self.run.get("seed", 0)]}
         options = {**self.head.get(head, {}), **own}
         tree = {"experiment": self.experiment, "dataset": self.dataset, "data": self.data.given, "grid": grid, "run": {**run, **plain}}
+        tree |= {"ensemble_seeds": True} if self.ensemble_seeds and len(seeds) > 1 else {}
         return {**tree, "head": {head: options}} if options else tree
 
     @cached_property

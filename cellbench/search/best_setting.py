@@ -29,16 +29,19 @@ def test_best(space: Space, study: Study, runner: Runner, machine: Hardware, run
     tree, precision = space.best_tree(best[0].point), machine.precision_name
     experiment, runs = resolve_tree(tree, runner.registry, runner.datasets, runner.weights, "best.toml", precision=precision)
     runner = replace(runner, experiment=experiment, machine=machine, watch=None)
+    single = {one.name for one in runs if one.run.ensemble == "none"}
     found = ", ".join(f"{name} {value:.4f}" for name, value in zip(space.settings.objectives, best[0].values, strict=True))
     setting = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in best[0].point.items())
-    say(f"best is trial {best[0].number}: {found} ({setting}). It is now trained with {len(runs)} seed{'s' * (len(runs) > 1)} and tested.")
+    say(
+        f"best is trial {best[0].number}: {found} ({setting}). It is now trained with {len(single)} seed{'s' * (len(single) > 1)} and tested."
+    )
     if len(space.settings.objectives) > 1:
         say(f"{len(best)} trials are on the front of {' and '.join(space.settings.objectives)}: figures/pareto.png, trials.csv.")
     outcome = run_all(runner, runs, executor)
     ids = {state.run_id for state in outcome.finished.values()}
     splits = {split: [sample.name for sample in runner.datasets[space.fold].samples(split)] for split in SPLITS}
     write_report(runner.tracker, run, ids, request, splits, outcome.skipped, outcome.failed, say)
-    tests = [state.metrics["test/dice"] for state in outcome.finished.values() if "test/dice" in state.metrics]
+    tests = [state.metrics["test/dice"] for name, state in outcome.finished.items() if name in single and "test/dice" in state.metrics]
     if tests:
         run.log({"search/test_dice": sum(tests) / len(tests)})
     say(f"best.toml, trials.csv and pictures are artifacts of the parent run; {runner.tracker.where_to_look()}")

@@ -114,6 +114,35 @@ def test_a_run_occurs_once_in_an_experiment(text: str) -> None:
     assert "twice" in refusal(text)
 
 
+SEARCH = """
+experiment = "s"
+dataset = "smears"
+ensemble_seeds = true
+[search]
+repeat_best = 3
+[space]
+backbone = ["uni"]
+head = ["fpn"]
+lr = { low = 1e-4, high = 1e-2, log = true }
+"""
+
+
+def space_of(text: str) -> Space:
+    return Space.of(tomllib.loads(text), "s.toml", Registry(), objectives())
+
+
+def test_the_repeats_of_a_searchs_best_setting_have_an_ensemble_and_trials_have_none() -> None:
+    space = space_of(SEARCH)
+    point = {"backbone": "uni", "head": "fpn", "lr": 1e-3}
+    assert [run.ensemble for run in expand(Experiment.of(space.best_tree(point), "best.toml"))] == ["none"] * 3 + ["0, 1, 2"]
+    assert [run.ensemble for run in expand(Experiment.of(space.tree(point), "trial.toml"))] == ["none"]
+
+
+def test_a_search_cannot_choose_what_validation_does_not_see() -> None:
+    with pytest.raises(CellbenchError, match=r"\[space\] tta: trials are compared in validation"):
+        space_of(SEARCH + 'tta = ["none", "d4"]')
+
+
 def test_with_ensemble_seeds_each_model_of_several_seeds_has_an_ensemble() -> None:
     runs = expand(experiment(f'ensemble_seeds = true\nbaselines = ["otsu", "unet"]\n{GRID}'), trained={"otsu": False, "unet": True})
     ensembles = [run for run in runs if run.ensemble != "none"]
