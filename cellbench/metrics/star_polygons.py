@@ -58,7 +58,9 @@ class StarPolygons:
     """The polygons of a class map (H, W) and its stars (1 + R, H, W) uint8; ``instances`` suppresses overlapping ones."""
 
     SETTINGS: ClassVar[tuple[dict[str, float], ...]] = tuple(
-        {"min_probability": probability, "max_overlap": overlap} for overlap in (0.3, 0.5) for probability in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+        {"min_probability": probability, "max_overlap": overlap}
+        for overlap in (0.3, 0.5)
+        for probability in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     )
 
     def __init__(self, classes: np.ndarray, fields: np.ndarray) -> None:
