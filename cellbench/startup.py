@@ -10,6 +10,7 @@ import io
 import os
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,11 @@ def prepare_process() -> None:
         sys.stdout, io.TextIOWrapper
     ):  # a log or terminal of ASCII, as in a container: a sign less, rather than an error at the end
         sys.stdout.reconfigure(errors="replace")
+    if any(option.startswith("e") for option in sys.warnoptions):
+        # PYTHONWARNINGS=error is meant for code of one's own: libraries warn of their next versions, and it is not for them to stop a grid.
+        sys.warnoptions[:] = [option for option in sys.warnoptions if not option.startswith("e")]
+        os.environ.pop("PYTHONWARNINGS", None)
+        warnings.filters[:] = [one for one in warnings.filters if one[0] != "error"]  # type: ignore[index]
     os.environ.setdefault("MPLBACKEND", "Agg")  # Optuna draws with pyplot, which would look for a window system
     # Importing torch and MLflow creates so many objects that garbage collection at Python's own threshold, 2,000, took a fifth of that time.
     gc.set_threshold(100_000, 20, 100)

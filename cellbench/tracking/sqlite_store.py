@@ -67,7 +67,7 @@ def _create(file: Path, uri: str, mlflow: Any) -> None:
             template = cache_dir() / "mlflow_store" / f"{mlflow.__version__}.db"
             copied = _copy(template, beside)
             with _closed_after_use():
-                mlflow.MlflowClient(beside_uri)
+                _fill(beside, beside_uri)
             if not copied:
                 _keep_as_template(beside, template)
             try:
@@ -78,6 +78,21 @@ def _create(file: Path, uri: str, mlflow: Any) -> None:
                 beside.rename(file)
         finally:
             beside.unlink(missing_ok=True)
+
+
+def _fill(file: Path, uri: str) -> None:
+    """Has MLflow make the tables and its default experiment, whose artifacts are in ``./mlruns``.
+
+    MLflow writes their place into a statement of SQL as it is, which a folder with both kinds of quotes, or with a colon, does not survive. So it is
+    given another one first.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from mlflow.utils.uri import append_to_uri_path, resolve_uri_if_local
+
+    SqlAlchemyStore(uri, "file:///mlruns")
+    with contextlib.closing(sqlite3.connect(file)) as store, store:
+        place = append_to_uri_path(resolve_uri_if_local("./mlruns"), "0")
+        store.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", [place])
 
 
 def _copy(template: Path, file: Path) -> bool:
