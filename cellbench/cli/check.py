@@ -32,6 +32,7 @@ from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
 from cellbench.reporting import render
 from cellbench.reporting.report_data import Block, Facts, Folded, Gallery, Heading, Page, Section, Text
+from cellbench.statistics.power import describe_detectable
 
 SHOWN = 5
 """Image names printed per finding; the files list all."""
@@ -122,6 +123,9 @@ def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
         facts = [replace(f, split=part, group=group) for f, (part, group) in placed]
     except CellbenchError as error:
         found.append(Finding(kind="split", severity=Severity.SEVERE, message=str(error), images=("the split",)))
+    num_test = sum(f.split == "test" for f in facts)
+    notes += [describe_detectable(num_test)] if 0 < num_test < len(facts) else []
+    notes.append(describe_detectable(len(facts), "images, all tested in folds,"))
     found += [*too_few(len(facts)), *findings(facts, duplicates), *_absent(facts, dataset.classes), *_expected(card.expected, facts)]
     found = sorted(found, key=lambda finding: list(Severity).index(finding.severity))
     return Audit(

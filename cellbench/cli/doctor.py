@@ -24,6 +24,7 @@ from cellbench.file_cache import FileFactCache, sha256
 from cellbench.files import compute_sha256
 from cellbench.models.backbones.weight_files import check_whole
 from cellbench.models.backbones.weights import (
+    LOCAL,
     download_path,
     find_in_hub_cache,
     find_in_package,
@@ -91,6 +92,7 @@ HERE = {
     "downloaded": "",
     "in the hub cache": "",
     "would download": "at its first use, from the page named; nothing is downloaded for this table.",
+    "to be made": "nobody publishes its file in a readable form; docs/backbones.md says how to make it. It lies in the --weights folder.",
     "not installed": "its weights come in a Python package, installed by the command named.",
     "gated": "accept the licence at the page named and log in (hf auth login), or put the file into a --weights folder.",
     "broken": "see below.",
@@ -119,7 +121,8 @@ def row(card: BackboneCard, folder: Path | None, deep: bool = False) -> Row:
                 where = how_to_get(card, folder).removeprefix("Run `").removesuffix("`.")
                 return Row(name=card.id, here="not installed", mib=size, hash=hash, license=license, where=where)
             page = (card.page or card.weights).removeprefix("https://").replace("huggingface.co/", "hf.co/", 1)
-            return Row(name=card.id, here="gated" if card.gated else "would download", mib=size, hash=hash, license=license, where=page)
+            here = "gated" if card.gated else "to be made" if card.weights == LOCAL else "would download"
+            return Row(name=card.id, here=here, mib=size, hash=hash, license=license, where=page)
         except CellbenchError as error:
             return Row(name=card.id, here="broken", license=license, problem=one_line(error))
     assert found is not None, "else locate would have raised"

@@ -47,8 +47,8 @@ class BackboneCard(Card):
     }  # fmt: skip
 
     weights: str
-    """``hf-hub:OWNER/NAME``, ``https://…``, ``package:NAME`` for a file in a Python package (``NAME`` is what ``pip install`` takes), or
-    ``none`` for a backbone that needs no weights."""
+    """``hf-hub:OWNER/NAME``, ``https://…``, ``package:NAME`` for a file in a Python package (``NAME`` is what ``pip install`` takes), ``local`` for
+    one that only the ``--weights`` folder can hold, or ``none`` for a backbone that needs no weights."""
     file: str = ""
     """The file within a hub repository, or ``MODULE/PATH`` within a Python package."""
     revision: str = ""
@@ -107,6 +107,8 @@ class BaselineCard(Card):
 
     trained: bool
     """Whether it is trained. If not, its builder is a function from image to mask."""
+    weights: tuple[str, ...] = ()
+    """Of one that was trained elsewhere: backbones whose weights it reads. Its builder takes them and returns that function."""
     options: dict[str, Scalar] = Field(default_factory=dict)
     """Arguments of the builder, with their defaults."""
 

@@ -45,6 +45,7 @@ def shipped(folder: str) -> Path:
 BUILDERS = {
     "timm-vit": "cellbench.models.backbones.timm_vit:timm_vit",
     "timm-pyramid": "cellbench.models.backbones.timm_pyramid:timm_pyramid",
+    "cbc-unet": "cellbench.models.backbones.cbc_unet:cbc_unet",
     "filter-bank": "cellbench.models.backbones.filter_bank:filter_bank",
     "bilinear": "cellbench.models.heads.bilinear:Bilinear",
     "detail": "cellbench.models.heads.detail:Detail",
@@ -54,6 +55,7 @@ BUILDERS = {
     "smp-decoder": "cellbench.models.heads.smp_decoder:SmpDecoder",
     "transposed-conv": "cellbench.models.heads.transposed_conv:TransposedConv",
     "unetr": "cellbench.models.heads.unetr:UNETR",
+    "cbc": "cellbench.models.baselines.cbc:cbc",
     "otsu": "cellbench.models.baselines.otsu:otsu",
     "unet": "cellbench.models.baselines.unet:UNet",
     "binary-cross-entropy": "cellbench.training.losses:binary_cross_entropy",

@@ -16,6 +16,7 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.transforms.framing import Framing
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
 from cellbench.models.backbones.build import weights_digest
+from cellbench.models.baselines.build import baseline_weights_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +69,15 @@ def resolve_runs(
     framings = [_framing(one.run, one.backbone.patch_px if one.backbone else 1) for one in parts]
     backbones = {one.backbone.id: one.backbone for one in parts if one.backbone}
     weights_of = {name: _Weights.of(card, weights, download) for name, card in backbones.items()}
+    ready_made = {name: _Weights.of_baseline(registry.baseline(name), registry, weights, download) for name in experiment.baselines}
     out = []
     for (name, _), one, framing in zip(named, parts, framings, strict=True):
-        run, found = one.run, weights_of[one.backbone.id] if one.backbone else _Weights()
+        run, found = one.run, weights_of[one.backbone.id] if one.backbone else ready_made[one.run.baseline or ""]
+        has_weights = one.backbone is not None or bool(found.digest or found.unavailable)
         identity = f"{found.digest}:{one.backbone_digest}" if found.digest else "unavailable"
         learns = trained.get(run.baseline or "", True)  # a baseline without training has no precision
         card_digest, *own_digests = one.digests
-        identities = json.dumps([identity if one.backbone else None, card_digest, precision if learns else "", *own_digests])
+        identities = json.dumps([identity if has_weights else None, card_digest, precision if learns else "", *own_digests])
         digest = datasets[run.fold].digest
         out.append(
             ResolvedRun(
@@ -86,7 +89,7 @@ def resolve_runs(
                 card=one.card,
                 backbone=one.backbone,
                 weights_digest=found.digest,
-                backbone_identity=identity if found.digest else "",
+                backbone_identity=identity if one.backbone and found.digest else "",
                 unavailable=found.unavailable,
                 same_training=tuple((other, fingerprint(other, digest, identities)) for other in _same_training(run)) if learns else (),
             )
@@ -112,6 +115,13 @@ def _same_training(run: RunSpec) -> list[RunSpec]:
 class _Weights:
     digest: str = ""
     unavailable: str = ""
+
+    @classmethod
+    def of_baseline(cls, card: BaselineCard, registry: Registry, folder: Path | None, download: bool) -> _Weights:
+        try:
+            return cls(digest=baseline_weights_digest(card, registry, folder, download))
+        except WeightsUnavailable as error:
+            return cls(unavailable=one_line(error))
 
     @classmethod
     def of(cls, card: BackboneCard, folder: Path | None, download: bool) -> _Weights:

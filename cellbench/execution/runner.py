@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from cellbench.background import BackgroundCalls
-from cellbench.config.cards import HeadCard
+from cellbench.config.cards import BaselineCard, HeadCard
 from cellbench.config.experiment import Experiment
-from cellbench.config.registry import Registry, load
+from cellbench.config.registry import Registry
 from cellbench.config.run import NUMERICS_VERSION
 from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
@@ -54,6 +54,7 @@ from cellbench.metrics import catalog
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone
+from cellbench.models.baselines.build import open_baseline
 from cellbench.system_load import SystemLoad
 from cellbench.tracking.offline_queue import CallRejectedError, NotFoundError
 from cellbench.tracking.schema import LIMIT, WEIGHTS, RunState, run_params
@@ -396,7 +397,9 @@ class Runner:
     # --- baselines without training ---------------------------------------------------------------------------------------------------
 
     def _apply(self, one: ActiveRun, out: Outcome) -> None:
-        method, run, num = load(one.resolved.card), one.resolved.run, len(self.dataset.classes)
+        card, run, num = one.resolved.card, one.resolved.run, len(self.dataset.classes)
+        assert isinstance(card, BaselineCard), "only baselines are not trained"
+        method = open_baseline(card, self.registry, self.weights)
 
         def segment(image: Any) -> Any:
             return method(image, num, **run.options)

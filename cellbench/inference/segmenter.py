@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cellbench import startup
 from cellbench.config.cards import BackboneCard
-from cellbench.config.registry import Registry, load
+from cellbench.config.registry import Registry
 from cellbench.config.trust import require_trust
 from cellbench.data.io.images import jpeg_bytes, read_image, read_pixel_size
 from cellbench.data.io.intensity import IntensityScaling, Note
@@ -42,6 +42,7 @@ from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone, weights_digest
 from cellbench.models.backbones.weight_files import check_types, check_values
+from cellbench.models.baselines.build import open_baseline
 from cellbench.parallel import WorkerPool, prefetch
 from cellbench.training.appearance import pooled
 from cellbench.training.model import build_model, num_levels
@@ -150,7 +151,8 @@ class Segmenter:
     def __init__(self, trained: TrainedRun, registry: Registry, here: Hardware, weights: Path | None = None, download: bool = True) -> None:
         self.trained, self.machine, run = trained, here, trained.run
         self.class_names = trained.classes
-        self._function = load(registry.baseline(run.baseline)) if run.baseline and not registry.baseline(run.baseline).trained else None
+        baseline = registry.baseline(run.baseline) if run.baseline else None
+        self._function = open_baseline(baseline, registry, weights, download) if baseline is not None and not baseline.trained else None
         backbone = self._backbone(registry.backbone(run.backbone), weights, download) if run.backbone else None
         num = num_levels(registry.part(run))
         self.backbone = FrozenBackbone(backbone, here, [num] if num else [], run.unfreeze)

@@ -111,9 +111,21 @@ def power_of_normal(difference: float, sd: float, num_units: int, num_tests: int
     return _share_decided(drawn, difference, num_tests, alpha, 0)
 
 
-def detectable(differences: Sequence[float], sd: float, num_units: int, num_tests: int = 1) -> dict[float, float]:
-    """For each mean difference the power to find it."""
-    return {one: power_of_normal(one, sd, num_units, num_tests) for one in differences}
+TYPICAL_SD = 0.006
+"""Standard deviation over images of the difference in Dice between two good models: 0.0057 on BCCD, 14 images in folds (the example of docs/statistics.md)."""
+PLANNED = (0.01, 0.005, 0.002)
+"""Differences in Dice for which the power is stated."""
+
+
+def describe_detectable(num_images: int, what: str = "test images") -> str:
+    """What a test set can decide, in a sentence, before anything is trained."""
+    if num_images < fewest_units():
+        return f"With {num_images} {what} no difference between two models can be significant: {fewest_units()} are the least."
+    found = ", ".join(f"{one:g} in {100 * power_of_normal(one, TYPICAL_SD, num_images):.0f} %" for one in PLANNED)
+    return (
+        f"With {num_images} {what} a difference between two models of {found} of cases is found, if their difference in Dice varies by "
+        f"{TYPICAL_SD:g} from image to image, as between good models on BCCD."
+    )
 
 
 def doubling_gain(

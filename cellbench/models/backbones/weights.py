@@ -24,6 +24,8 @@ from cellbench.files import cache_dir, make_folder, os_errors_as, write_atomic
 from cellbench.models.backbones.download import download_from_hub, download_https, find_cached, hold_lock
 from cellbench.models.backbones.weight_files import SUFFIXES, check_whole
 
+LOCAL = "local"
+"""Of a card whose weights nobody publishes in a readable form: they can only lie in the user's own folder."""
 # Generic names: such a file belongs to a card only in a folder of the card's name.
 COMMON_NAMES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "model.bin")
 
@@ -61,9 +63,11 @@ def locate(card: BackboneCard, folder: Path | None, download: bool = True) -> Pa
         if packed is None:
             raise WeightsUnavailable(f"{card.id}: {_not_in_package(card)} {how_to_get(card, folder)}")
         return _checked(card, packed, card.weights, card.sha256)
+    if card.weights == LOCAL:
+        raise WeightsUnavailable(f"{card.id}: its weights are not on this machine. {how_to_get(card, folder)}")
     https = card.weights.startswith(("https://", "http://"))
     if not https and not card.weights.startswith("hf-hub:"):
-        expected = "'hf-hub:OWNER/NAME', 'https://…', 'package:NAME' or 'none'"
+        expected = "'hf-hub:OWNER/NAME', 'https://…', 'package:NAME', 'local' or 'none'"
         raise CellbenchError(f"{card.path}: weights = {card.weights!r}. Expected {expected}.")
     landed = download_path(card)
     if https and landed.is_file():
@@ -220,6 +224,8 @@ def how_to_get(card: BackboneCard, folder: Path | None) -> str:
     place = f"{Path(given) / (card.id + _suffix(card))}" + ("" if given != "DIR" else " and pass --weights DIR")
     hub_page = f"https://huggingface.co/{HubFile.of(card.weights).repo}" if card.weights.startswith("hf-hub:") else card.weights
     page = card.page or hub_page
+    if card.weights == LOCAL:
+        return f"Put {name} at {place}; how it is made from {page} stands in docs/backbones.md."
     if card.gated:
         return f"Accept the licence at {page} and log in (hf auth login), or put {name} at {place}."
     return f"With a network they are downloaded at first use; without one, put {name} (from {page}) at {place}."

@@ -11,6 +11,7 @@ from cellbench.statistics.hypothesis_tests import equivalence_test, wilcoxon_tes
 from cellbench.statistics.power import (
     MOST_IMAGES,
     POWER,
+    describe_detectable,
     doubling_gain,
     fewest_units,
     images_to_decide,
@@ -108,3 +109,11 @@ def test_what_doubling_gives_is_read_off_a_power_law() -> None:
     flat = doubling_gain(sizes, np.tile(scores[-1], (4, 1)))
     assert flat is not None
     assert flat == pytest.approx((0, 0, 0), abs=1e-12)
+
+
+def test_what_a_test_set_can_decide_is_said_before_training() -> None:
+    assert describe_detectable(3) == "With 3 test images no difference between two models can be significant: 6 are the least."
+    said = describe_detectable(14)
+    shares = [int(part.split()[0]) for part in said.split(" in ")[1:4]]
+    assert said.startswith("With 14 test images a difference between two models of 0.01 in ")
+    assert shares[0] > 95 > shares[1] > 70 > shares[2] > 10
