@@ -92,7 +92,7 @@ HERE = {
     "downloaded": "",
     "in the hub cache": "",
     "would download": "at its first use, from the page named; nothing is downloaded for this table.",
-    "to be made": "nobody publishes its file in a readable form; docs/backbones.md says how to make it. It lies in the --weights folder.",
+    "to be made": "no readable file is published; docs/backbones.md says how to make it.",
     "not installed": "its weights come in a Python package, installed by the command named.",
     "gated": "accept the licence at the page named and log in (hf auth login), or put the file into a --weights folder.",
     "broken": "see below.",
