@@ -22,7 +22,7 @@ def cell_confidences(cells: Instances, probability: np.ndarray) -> np.ndarray:
 
 
 def drop_improbable(cells: Instances, probability: np.ndarray, min_confidence: float) -> Instances:
-    """Only the cells of at least this confidence, numbered again; the others count as left out."""
+    """Only the cells of at least this confidence, numbered again."""
     kept = cell_confidences(cells, probability) >= min_confidence
     kept[0] = False
     new, first = np.where(kept, np.cumsum(kept), 0).astype(np.int32), np.concatenate([[True], kept[1:]])
@@ -30,7 +30,7 @@ def drop_improbable(cells: Instances, probability: np.ndarray, min_confidence: f
         ids=new[cells.ids],
         areas_px=cells.areas_px[first],
         classes=cells.classes[first],
-        num_left_out=cells.num_left_out + cells.num - int(kept.sum()),
+        num_left_out=cells.num_left_out,
         ignored=cells.ignored,
     )
 
