@@ -206,7 +206,13 @@ class Space:
         run |= {"fold": self.fold} if self.data.folds else {}
         grid = {"backbone": [point["backbone"]], "head": [head], "seed": list(seeds) or [self.run.get("seed", 0)]}
         options = {**self.head.get(head, {}), **own}
-        tree = {"experiment": self.experiment, "dataset": self.dataset, "data": self.data.given, "grid": grid, "run": {**run, **plain}}
+        tree: dict[str, Any] = {
+            "experiment": self.experiment,
+            "dataset": self.dataset,
+            "data": self.data.given,
+            "grid": grid,
+            "run": {**run, **plain},
+        }
         tree |= {"ensemble_seeds": True} if self.ensemble_seeds and len(seeds) > 1 else {}
         return {**tree, "head": {head: options}} if options else tree
 
