@@ -31,6 +31,12 @@ def cache_dir() -> Path:
         raise SystemFault(f"there is no home folder for the cache ({error}). {_OTHER_CACHE}") from None
 
 
+def require_cache() -> None:
+    """Raises SystemFault if the cache folder cannot be written, before hours are spent on what it should hold."""
+    if not is_writable(folder := make_folder(cache_dir())):
+        raise SystemFault(f"{folder}: the cache folder may not be written. {_OTHER_CACHE}")
+
+
 _OTHER_CACHE = "Name another folder for it with --cache DIR, or with CELLBENCH_CACHE."
 
 

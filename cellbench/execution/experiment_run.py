@@ -30,6 +30,7 @@ from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.resources import Resources, check_options
 from cellbench.execution.runner import Outcome, Runner
 from cellbench.execution.shift_tests import describe_tests
+from cellbench.files import require_cache
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request, write_report
 from cellbench.tracking.tracker import Run, Tracker
@@ -61,6 +62,8 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
     options = replace(options, file=options.file or ("quickstart" if options.data is None else "own"))
     elsewhere = options.on is not None and not options.dry_run
     check_options(options, elsewhere=elsewhere)
+    if not options.dry_run:
+        require_cache()
     registry = Registry(options.registry)
     for line in describe_code(registry, options.registry):
         say(line)
