@@ -23,6 +23,7 @@ from cellbench.data.dataset import Sample
 from cellbench.data.io.images import EXTENSIONS
 from cellbench.data.manifest import NAMES, read_manifest
 from cellbench.data.manifest import SPLITS as SPLIT_WORDS
+from cellbench.data.outline_files import SUFFIXES, ToolAnnotation, read_tool_mask
 from cellbench.data.scan import FileWarning, Listing, files_below, other_files, resolve_inside, unique_names
 from cellbench.errors import CellbenchError, quote_name
 from cellbench.metrics.pixel import IGNORE
@@ -157,6 +158,8 @@ def _scan_pairs(root: Path, card: DatasetCard, *, images: str, masks: str, name:
         return None
     out = Listing(root=root, layout=name)
     found = [(place, out.images_in(root / place.images), out.images_in(root / place.masks)) for place in _with_subfolders(root, places)]
+    if not any(labels for _, _, labels in found) and any(_tool_files(root / place.masks) for place in places):
+        return None  # outlines instead of masks
     if "{group}" in images and all(len(pictures) < 2 for _, pictures, _ in found):
         return None  # one folder an image
     for place in places:
@@ -312,11 +315,13 @@ def _scan_coco(root: Path, card: DatasetCard, files: list[Path]) -> Listing:
 
 
 NOT_CELLS = ("background", "bg", "_background_", "__background__")
-NOT_SCORED = ("ignore", "_ignore_", "__ignore__")
+NOT_SCORED = ("ignore", "_ignore_", "__ignore__", "ignore*")
 """Lower-case names of categories that never denote a kind of cell in exports."""
 
 
-def _categories(card: DatasetCard, file: Path, counts: Mapping[str, int]) -> tuple[tuple[str, ...], dict[str, int | None], str]:
+def _categories(
+    card: DatasetCard, file: Path, counts: Mapping[str, int], what: str = "COCO categories"
+) -> tuple[tuple[str, ...], dict[str, int | None], str]:
     """The classes, the class number of each category (``IGNORE``; None: left out), and a note on them.
 
     The card decides, by ``categories`` or by the names of its ``classes``. Otherwise a single category is the cell, and each of several is a
@@ -362,7 +367,7 @@ def _categories(card: DatasetCard, file: Path, counts: Mapping[str, int]) -> tup
     shown = "; ".join(
         f"{quote_name(name)} {num:,} ({words[labels[name]] if num else 'not used'})" for name, num in list(counts.items())[:20]
     )
-    return classes, labels, f"COCO categories: {shown}{'; …' if len(counts) > 20 else ''}. `categories` on the card overrides this."
+    return classes, labels, f"{what}: {shown}{'; …' if len(counts) > 20 else ''}. `categories` on the card overrides this."
 
 
 def _skipped(file: Path, coco: CocoFile) -> list[str]:
@@ -386,6 +391,69 @@ def _split_of(file: Path, root: Path) -> str:
         if known & set(words):
             return split
     return "train"
+
+
+# --- files of other tools ---------------------------------------------------------------------------------------------------------------
+
+ANNOTATED = re.compile(r"[-_. ]+(?:segs?|rois?|roiset|annotations?|masks?|labels?|cells|outlines?)$", re.IGNORECASE)
+"""What tools append to the name of an image for its outlines: ``a_seg.npy``, ``a_rois.zip``."""
+
+
+def _tool_files(folder: Path) -> list[Path]:
+    """The files of outlines and cell numbers in a folder, by name."""
+    return [path for path in other_files(folder) if path.suffix.lower() in SUFFIXES and not path.name.startswith(("splits", "."))]
+
+
+def _annotated_images(root: Path, card: DatasetCard) -> Listing | None:
+    """Images, each with a file of QuPath, ImageJ, Cellpose or LabelMe of its name, beside it or in another folder; folders may be splits."""
+    pictures = files_below(root)[0]
+    files = [path for folder in sorted({root, *(one for one in root.rglob("*") if one.is_dir())}) for path in _tool_files(folder)]
+    by_stem: dict[str, list[Path]] = {}
+    for path in files:
+        stem = ANNOTATED.sub("", path.stem)
+        ending = f".{stem.rpartition('.')[2].lower()}"
+        by_stem.setdefault(stem.rpartition(".")[0] if ending in EXTENSIONS else stem, []).append(path)
+    pairs = {}
+    for path in pictures:
+        found = by_stem.get(path.stem, [])
+        pairs[path] = [one for one in found if one.parent == path.parent] or found
+    if not any(pairs.values()):
+        return None
+    out = Listing(root=root, layout="images with outlines of QuPath, ImageJ, Cellpose or LabelMe")
+    counts: Counter[str] = Counter()
+    used: dict[Path, Path] = {}
+    for path, found in pairs.items():
+        name = path.relative_to(root).as_posix()
+        if len(found) == 1:
+            used[path] = found[0]
+            mask = read_tool_mask(found[0])
+            counts.update(one.label or UNCLASSIFIED for one in mask.outlines)
+        elif not MASK_WORDS.search(path.stem) or found:  # a picture of masks that a tool writes beside them is no image
+            shown = ", ".join(one.name for one in found)
+            message = f"{root.name}: '{name}' has {f'{len(found)} annotations: {shown}' if found else 'no annotation'}"
+            out.reject(
+                "several-masks" if found else "missing-mask", path.name, message, "Each image needs one: take others out, or add it."
+            )
+    labels: dict[str, int | None] = {UNCLASSIFIED: 1}
+    if counts:
+        out.classes, labels, note = _categories(card, next(iter(used.values())), counts, "classes of outlines")
+        out.notes.append(note)
+    class_of = tuple((("" if label == UNCLASSIFIED else label), number) for label, number in labels.items())
+    names = unique_names([path.relative_to(root).as_posix() for path in used])
+    parts: dict[str, list[Sample]] = {split: [] for split in SPLIT_NAMES}
+    for path, file in used.items():
+        place = path.relative_to(root)
+        truth = ToolAnnotation(path=file, image=path, labels=class_of)
+        sample = Sample(name=names[place.as_posix()], image=path, mask=file, truth=truth)
+        parts[next((SPLIT_WORDS[part.lower()] for part in place.parts[:-1] if part.lower() in SPLIT_WORDS), "train") or "train"].append(
+            sample
+        )
+    out.parts = {split: tuple(some) for split, some in parts.items()}
+    return out
+
+
+UNCLASSIFIED = "unclassified"
+"""Stands for outlines without a class."""
 
 
 # --- one folder an image ----------------------------------------------------------------------------------------------------------------
@@ -426,5 +494,6 @@ LAYOUTS = (
     paired_folders("{group}/images", "{group}/masks"),
     Layout(name="one folder an image with images/ and masks/", scan=_folder_per_image),
     Layout(name="NAME.png with NAME_mask.png beside it", scan=_masks_beside_images),
+    Layout(name="images with .geojson, _seg.npy, ROI or LabelMe files", scan=_annotated_images),
 )
 """Tried in this order if the card names no folders."""

@@ -279,17 +279,20 @@ class ToolAnnotation:
         return sum(class_of[one.label] not in (None, IGNORE) for one in found.outlines)
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        return read_tool_mask(self.path).paint(images.image_size(self.image), dict(self.labels), printable_path(self.path))
+        mask, size_px = read_tool_mask(self.path), images.image_size(self.image)
+        classes, ids = mask.paint(size_px, dict(self.labels), printable_path(self.path))
+        if not mask.regions:
+            return classes, ids
+        outside = np.ones(size_px, bool)  # nobody looked there
+        for one in mask.regions:
+            box, inside = fill(one, size_px)
+            outside[box] &= ~inside
+        return np.where(outside, np.uint8(IGNORE), classes), np.where(outside, 0, ids)
 
 
 def describe_left_out(counts: Mapping[str, int] | None) -> str:
     """``3 point, 1 linestring``; empty for nothing."""
     return ", ".join(f"{num} {kind}" for kind, num in (counts or {}).items() if num)
-
-
-def labels_of(masks: Sequence[ToolMask]) -> Counter[str]:
-    """The number of outlines of each label."""
-    return Counter(one.label for mask in masks for one in mask.outlines)
 
 
 def quoted(names: Sequence[str], most: int = 5) -> str:

@@ -225,7 +225,7 @@ def find_unused(listing: Listing, known: Iterable[str]) -> tuple[list[FileWarnin
         elif not entry.is_symlink() or is_inside(root, path):  # a link that leaves the folder is a separate problem
             images, left, _ = files_below(path)
             for one in [*left, *(IgnoredFile(path=image, reason=NO_SAMPLE) for image in images if image not in used)]:
-                if one.path in listing.reported or one.path.name in known:
+                if one.path in listing.reported or one.path in used or one.path.name in known:
                     continue
                 here = one.path.parent
                 chosen = listing.layout.startswith("manifest") and one.reason == NO_SAMPLE  # a manifest may select images

@@ -92,7 +92,7 @@ def _noether(d: np.ndarray, num_tests: int, power: float, alpha: float) -> int:
     sums = d[:, None] + d[None, :]
     share = (sums > 0).mean() + (sums == 0).mean() / 2
     z = ndtri(1 - alpha / num_tests / 2) + ndtri(power)
-    return math.ceil(min(MOST_IMAGES, z**2 / max(3 * (share - 0.5) ** 2, 1e-9)))
+    return math.ceil(min(float(MOST_IMAGES), float(z**2 / max(3 * (share - 0.5) ** 2, 1e-9))))
 
 
 def fewest_units(num_tests: int = 1, alpha: float = 0.05) -> int:

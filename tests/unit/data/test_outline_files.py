@@ -16,9 +16,12 @@ import pytest
 from PIL import Image
 from skimage.draw import polygon2mask
 
+from cellbench.config.registry import Registry
 from cellbench.data.io.imagej_roi import decode_roi
 from cellbench.data.io.inert_pickle import as_array, read_pickle
+from cellbench.data.layouts import scan_folder
 from cellbench.data.outline_files import Outline, ToolAnnotation, fill, read_tool_mask
+from cellbench.data.scan import find_unused
 from cellbench.errors import CellbenchError
 
 SIZE = (60, 80)
@@ -230,3 +233,38 @@ def test_as_an_annotation_a_file_has_classes_and_ignored_parts(tmp_path: Path) -
     one = ToolAnnotation(path=tmp_path / "a.geojson", image=tmp_path / "a.png", labels=(("WBC", 2), ("Ignore*", 255), ("artefact", None)))
     classes, numbers = one.read()
     assert (classes[30, 20], classes[5, 5], classes[4, 52], numbers.max(), one.num_outlined) == (2, 255, 0, 1, 1)
+
+
+@pytest.mark.parametrize(("folder", "name"), [("images", "{}.geojson"), ("outlines", "{}.png.geojson"), ("masks", "{}.geojson")])
+def test_a_folder_of_images_with_outlines_is_data(tmp_path: Path, folder: str, name: str) -> None:
+    for k in range(3):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.fromarray(np.full((*SIZE, 3), 80 * k, np.uint8)).save(tmp_path / "images" / f"s{k}.png")
+        write_json(
+            tmp_path / folder / name.format(f"s{k}"),
+            [feature([SQUARE], classification={"name": "WBC"}), feature([[[50, 2], [54, 2], [54, 6]]])],
+        )
+    listing = scan_folder(Registry().dataset("folder"), tmp_path)
+    assert not listing.problems
+    assert listing.classes == ("background", "WBC", "unclassified") or listing.classes == ("background", "unclassified", "WBC")
+    samples = listing.parts["train"]
+    assert [sample.name for sample in samples] == ["s0.png", "s1.png", "s2.png"]
+    classes, ids = samples[0].truth.read()  # type: ignore[union-attr]
+    assert (len(np.unique(classes)), ids.max()) == (3, 2)
+    assert not find_unused(listing, ())[0]
+    (tmp_path / folder / name.format("s1")).unlink()
+    assert [problem.message for problem in scan_folder(Registry().dataset("folder"), tmp_path).problems] == [
+        f"{tmp_path.name}: 'images/s1.png' has no annotation"
+    ]
+
+
+def test_what_lies_outside_of_the_regions_does_not_count(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(tmp_path / "a.png")
+    region = feature([[[0, 0], [40, 0], [40, 60], [0, 60]]], objectType="annotation")
+    cells = [feature([SQUARE], objectType="cell"), feature([[[50, 2], [54, 2], [54, 6], [50, 6]]], objectType="cell")]
+    write_json(tmp_path / "a.geojson", [region, *cells])
+    classes, ids = ToolAnnotation(path=tmp_path / "a.geojson", image=tmp_path / "a.png", labels=(("", 1),)).read()
+    assert (classes[:, 40:] == 255).all()
+    assert (classes[:, :40] != 255).all()
+    assert np.unique(ids).tolist() == [0, 1]
