@@ -22,7 +22,7 @@ DOORS = {
     "PIL": {"data/io/", "data/synthetic/", "reporting/render.py", "reporting/plots/example.py"},
     "tifffile": {"data/io/"},
     "pycocotools": {"data/annotations.py"},
-    "segmentation_models_pytorch": {"training/losses.py", "models/baselines/unet.py"},
+    "segmentation_models_pytorch": {"training/losses.py", "models/baselines/unet.py", "models/heads/smp_decoder.py"},
     "timm": {"models/backbones/"},
     "huggingface_hub": {"models/backbones/download.py", "cli/doctor.py"},  # doctor: whether a person is logged in
     "onnxruntime": {"inference/onnx.py"},
