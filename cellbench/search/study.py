@@ -232,15 +232,10 @@ class Study:
                 left.append(t)
             elif t.state == TrialState.RUNNING:
                 owner = t.user_attrs.get(OWNER)
-                # Without an owner: its worker was killed between two writes, or another machine is proposing it now.
-                young = t.datetime_start is not None and time.time() - t.datetime_start.timestamp() < STALE_S
-                if self._is_dead(owner, t, beats) if owner else not (young and self._is_shared):
+                # Without an owner: its worker was killed between two writes, or the storage went away. Nobody is proposing it now: this holds the lock.
+                if not owner or self._is_dead(owner, t, beats):
                     left.append(t)
         return left
-
-    @property
-    def _is_shared(self) -> bool:
-        return not self.url.startswith(("sqlite:", "journal:"))
 
     def _ask(self, batch: int) -> ProposedTrial:
         trial = self.optuna.ask()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
@@ -187,3 +188,40 @@ def test_an_unavailable_storage_is_a_one_line_error_without_the_password(url: st
     assert "storage" in str(error.value)
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_storage_that_is_away_for_a_while_costs_no_trial(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import sqlalchemy.exc
+
+    monkeypatch.setattr("cellbench.search.study.RETRY_S", 0.0)
+    expected = [t.values for t in finish(study_of(space_of()))]
+    study = study_of(space_of(), "sqlite:///away.db")
+    study.url, study.lock = "postgresql://lab:s3cret@db/optuna", contextlib.nullcontext  # type: ignore[method-assign]
+    calls, storage = 0, study._storage
+
+    def sometimes_away(name: str) -> Any:
+        real = getattr(type(storage), name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls % 23 in (7, 8):
+                raise sqlalchemy.exc.OperationalError("SELECT", {}, Exception("server closed the connection unexpectedly"))
+            return real(storage, *arguments, **named)
+
+        return call
+
+    for name in ("get_all_trials", "create_new_trial", "set_trial_user_attr", "set_trial_param", "set_trial_state_values", "get_trial"):
+        monkeypatch.setattr(storage, name, sometimes_away(name))
+    with study:
+        while batch := study.ask():
+            for pending in batch:
+                study.tell(pending, metrics(pending.point))
+    trials = study.trials()
+    assert [t.number for t in trials] == list(range(13))
+    assert {t.state for t in trials} == {"complete"}
+    assert [t.values for t in trials][:5] == expected[:5]
+    said = capsys.readouterr().err
+    assert "does not answer. It is asked again for 10 minutes." in said
+    assert "answers again" in said
+    assert "s3cret" not in said
