@@ -48,6 +48,7 @@ def test_cache_shows_what_is_kept_and_prunes_it(small_folder, capsys):
 def test_scaling_counts_images_and_runs_and_watches_memory(small_folder, monkeypatch):
     monkeypatch.setattr(scaling, "NUM_RUNS", (1, 3))
     monkeypatch.setattr(scaling, "REPEATS", (1, 2))
+    monkeypatch.setattr(scaling, "NUM_COMPARED", (4, 9))
     found = scaling.measure(setup_of(small_folder, detect_hardware("cpu", "fp32")))
     assert [point.num_runs for point in found.runs] == [1, 3]
     assert [point.num_images for point in found.images] == [8, 16]  # all images of the folder, once and twice
