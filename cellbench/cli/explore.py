@@ -71,7 +71,7 @@ def explore(options: ExploreOptions) -> int:
     if tracker is not None:
         choices = (options.data, list(options.backbone), list(options.framing), options.image, options.point, options.tile_px, options.seed)
         key = hashlib.sha256(json.dumps([options.features, *map(str, choices)]).encode()).hexdigest()[:16]
-        with tracker.run(title, key, known=tracker.known().get(key), tags={"cellbench.kind": "explore"}) as run:
+        with tracker.run(title, key, known=tracker.known(key).get(key), tags={"cellbench.kind": "explore"}) as run:
             run.log({f"data/{fact}": value for fact, value in facts.items() if not np.isnan(value)})
             run.log_artifacts(folder)
         say(f"and in MLflow, experiment '{tracker.name}'")

@@ -60,7 +60,7 @@ def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | No
     todo: list[ResolvedRun] = []
     incomplete: list[ResolvedRun] = []
     with runner.tracker.lock():  # else two processes would mark the same runs as skipped
-        known = runner.tracker.known()
+        known = runner.tracker.known(*[one.fingerprint for one in runs])
         for resolved in runs:
             old = known.get(resolved.fingerprint)
             if old is not None and old.status == "finished":
@@ -94,8 +94,8 @@ def _await_others(runner: Runner, runs: Sequence[ResolvedRun], executor: Executo
         )
     while out.busy:
         time.sleep(POLL_S)
-        known, left = runner.tracker.known(), []
-        busy = [one for one in runs if one.name in out.busy]
+        busy, left = [one for one in runs if one.name in out.busy], []
+        known = runner.tracker.known(*[one.fingerprint for one in busy])
         out.busy = []
         for one in busy:
             state = known.get(one.fingerprint)

@@ -184,7 +184,7 @@ class Runner:
     def give_up(self, cohort: Sequence[ResolvedRun], reason: str, out: Outcome, trace: str = "") -> None:
         """Marks the unfinished runs of a cohort as failed, after its workers were lost or had an error with the traceback ``trace``."""
         with self.tracker.lock():
-            known = self.tracker.known()
+            known = self.tracker.known(*[one.fingerprint for one in cohort])
             for resolved in cohort:
                 old = known.get(resolved.fingerprint)
                 if old is not None and old.status == "finished":
@@ -196,7 +196,7 @@ class Runner:
     def release(self, cohort: Sequence[ResolvedRun], owner: str) -> None:
         """Marks the runs of ``owner``, a lost process on another machine, as interrupted, so that the next worker can claim them at once."""
         with self.tracker.lock():
-            known = self.tracker.known()
+            known = self.tracker.known(*[one.fingerprint for one in cohort])
             for resolved in cohort:
                 old = known.get(resolved.fingerprint)
                 if old is not None and old.status == "running" and old.owner == owner:
@@ -220,7 +220,8 @@ class Runner:
         """Opens the cohort's runs, except those that have ended or that another process is executing."""
         active = []
         with self.tracker.lock():
-            known = self._known = self.tracker.known()
+            asked = [digest for one in cohort for digest in (one.fingerprint, *(digest for _, digest in one.same_training))]
+            known = self._known = self.tracker.known(*asked)
             for resolved in cohort:
                 old = known.get(resolved.fingerprint)
                 if old is not None and old.status == "finished":
@@ -583,7 +584,7 @@ class Runner:
     def _test_further(self, cohort: Sequence[ResolvedRun], wanted: Mapping[str, str], title: str) -> None:
         self.settle()  # their heads are read from the store
         self.tracker.flush()
-        known = self.tracker.known()
+        known = self.tracker.known(*[one.fingerprint for one in cohort])
         records = [(one, known[one.fingerprint]) for one in cohort if one.fingerprint in known]
         runs = [
             FinishedRunToTest(resolved=one, record=record, lacks=lacks)

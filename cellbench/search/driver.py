@@ -330,7 +330,7 @@ def assist(plan: SearchPlan, machine: Hardware, cores: Sequence[int], stop: Stop
     """Works on the trials of another process's search, on ``machine``, pinned to ``cores``, until all have ended. Raises CellbenchError."""
     tracker = Tracker(plan.space.experiment)
     with plan.study() as study:
-        parent = tracker.known().get(_key(plan))
+        parent = tracker.known(_key(plan)).get(_key(plan))
         if parent is None:
             raise CellbenchError(f"the search '{plan.space.experiment}' has no parent run in MLflow's store, so it cannot be assisted.")
         worker = plan.worker(study, tracker, parent.run_id, machine)

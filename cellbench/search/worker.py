@@ -145,7 +145,7 @@ class SearchWorker:
         """Copies the metrics of a completed trial with the same settings. Training would give equal ones."""
         resolved, tracker = self._runs[trial.number], self.runner.tracker
         metrics = {name.replace("val/", "best/val_"): value for name, value in first.metrics.items()}
-        known = tracker.known().get(resolved.fingerprint)
+        known = tracker.known(resolved.fingerprint).get(resolved.fingerprint)
         with tracker.run(resolved.name, resolved.fingerprint, parent=self.runner.parent_id, known=known) as run:
             params = run_params(resolved.run, self.runner.dataset.name, resolved.precision)
             run.log(metrics, params=params, tags={"cellbench.same_as": first.run_id})

@@ -58,6 +58,8 @@ for _noisy in (
 
 MAX_METRICS_PER_CALL = 800
 """MLflow accepts at most 1,000 metrics, params and tags per call."""
+MAX_IDS_PER_SEARCH, MAX_SEARCHES = 200, 30
+"""Runs named in one search, which MLflow reads in one query; and fingerprints up to which a server is asked for each instead of for all runs."""
 SAMPLE_S, SAMPLES_PER_VALUE = 20.0, 15
 """How often the machine's load is measured, and how many samples are averaged into one logged value: one every five minutes."""
 
@@ -103,15 +105,26 @@ class Tracker:
         except AlreadyExistsError:  # another process has just created it
             return self.client.get_experiment_by_name(self.name).experiment_id
 
-    def known(self, fingerprint: str = "") -> dict[str, RunRecord]:
-        """The runs of this experiment by fingerprint, optionally only one fingerprint. Of several runs, the finished one, else the latest."""
+    def known(self, *fingerprints: str) -> dict[str, RunRecord]:
+        """The runs of this experiment by fingerprint: those of ``fingerprints``, or all. Of several runs, the finished one, else the latest."""
         found: dict[str, RunRecord] = {}
-        wanted = f"= '{fingerprint}'" if fingerprint else "!= ''"
-        for run in self._runs(f"tags.`{FINGERPRINT}` {wanted}"):
-            old = found.get(run.fingerprint)
-            if old is None or old.status != "finished":
-                found[run.fingerprint] = run
+        for search in self._searches(fingerprints):
+            for run in self._runs(search):
+                old = found.get(run.fingerprint)
+                if old is None or old.status != "finished":
+                    found[run.fingerprint] = run
         return found
+
+    def _searches(self, fingerprints: Sequence[str]) -> list[str]:
+        """The searches that find runs of these fingerprints, without reading the others of a large experiment where that can be had."""
+        file = store_address.store_file(self.mlflow.get_tracking_uri())
+        if fingerprints and file is not None:
+            ids = sqlite_store.find_runs(file, self.experiment_id, FINGERPRINT, fingerprints)
+            parts = [ids[k : k + MAX_IDS_PER_SEARCH] for k in range(0, len(ids), MAX_IDS_PER_SEARCH)]
+            return [f"attributes.run_id IN ({', '.join(map(repr, part))})" for part in parts]
+        if 0 < len(fingerprints) <= MAX_SEARCHES:
+            return [f"tags.`{FINGERPRINT}` = '{one}'" for one in fingerprints]
+        return [f"tags.`{FINGERPRINT}` != ''"]
 
     def stored(self) -> list[RunRecord]:
         """All runs of this experiment that are not deleted, the oldest first, including runs that cellbench did not log."""

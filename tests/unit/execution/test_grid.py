@@ -18,7 +18,7 @@ class Runner:
     """Stands for the runner: the store's answers, one a question, and what was executed."""
 
     def __init__(self, answers: list[dict[str, RunState]]) -> None:
-        self.tracker = SimpleNamespace(known=lambda: answers.pop(0) if len(answers) > 1 else answers[0], lock=nullcontext)
+        self.tracker = SimpleNamespace(known=lambda *_: answers.pop(0) if len(answers) > 1 else answers[0], lock=nullcontext)
         self.said: list[str] = []
         self.say = self.said.append
         self.executed: list[str] = []

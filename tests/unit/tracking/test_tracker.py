@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import pytest
@@ -86,3 +87,18 @@ def test_an_open_run_has_a_heartbeat_though_nothing_is_logged_and_a_closed_one_h
     last = tracker.client.get_run(run.run_id).data.tags["cellbench.heartbeat"]
     time.sleep(0.2)
     assert tracker.client.get_run(run.run_id).data.tags["cellbench.heartbeat"] == last
+
+
+def test_runs_are_found_by_their_fingerprints_as_in_a_search_of_all(tracker):
+    for number in range(5):
+        with tracker.run(f"run {number}", f"f{number}"):
+            pass
+    with contextlib.suppress(KeyboardInterrupt), tracker.run("again", "f3"):
+        raise KeyboardInterrupt
+    with tracker.run("gone", "f9") as gone:
+        pass
+    tracker.client.delete_run(gone.run_id)
+    every = tracker.known()
+    assert tracker.known("f1", "f3", "f9", "absent") == {name: every[name] for name in ("f1", "f3")}
+    assert every["f3"].name == "run 3"  # the finished one
+    assert Tracker("other").known("f1") == {}
