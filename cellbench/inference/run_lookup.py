@@ -77,8 +77,8 @@ def find_run(asked: str) -> tuple[Tracker, RunRecord, str]:
         if ":" not in asked and (last := newest_experiment()) != name:
             notes.append(f"Newer runs, of '{last}', are on a part of their data and are not considered.")
         return tracker, best.chosen.record, " ".join((*notes, *verdict.describe_test_sets(sets)))
-    if (name := experiment_of(asked)) is not None:
-        tracker = Tracker(name, make=False)
+    if (experiment := experiment_of(asked)) is not None:
+        tracker = Tracker(experiment, make=False)
         return tracker, next(run for run in tracker.stored() if run.run_id == asked), ""
     found: list[tuple[bool, bool, float, Tracker, RunRecord]] = []
     names: set[str] = set()
