@@ -318,7 +318,7 @@ def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, s
         for image, matrices, answers in score_images([trainer.model], features, "test"):
             evaluator.add_image(image, features.pixels["test"][image][1], matrices, [(a.classes, a.cell, a.fields) for a in answers])
     evaluation = evaluator.evaluations[0]
-    assert evaluation.counts.sum() == evaluation.levels.sum() == known["test"]
+    assert evaluation.counts.sum() == np.sum(evaluation.histograms) == known["test"]
     assert {one.num_true for one in evaluation.agreements} == {10}
     result = EvaluationResult(evaluation=evaluation, cost={})
     artifacts.write_artifacts(tmp_path, run, EXPERIMENT, [data], result)
