@@ -4,8 +4,8 @@ Each depth of the backbone is compared alone, since colour shows at the first, b
 Features are scaled by their deviation between training images. The unit of the distance is that of an image of the training set: 1 is the distance
 that 95 of 100 images of the same set do not exceed, as measured on each training image against the others, and on the validation images.
 
-Measured with efficientnet-lite0 on 14 smears (each against the others): 1.1 to 1.6 for images at 0.8 of their brightness, 3.1 to 3.4 at 0.6, 2.7
-to 3.7 for a blur of 3 px, 2.1 to 3.2 for a yellow tint, 1.3 to 1.6 at half the magnification. The deepest features alone would be blind to light and
+Measured with efficientnet-lite0 on three of 14 smears, each against the 13 others: 1.5 to 1.6 for images at 0.8 of their brightness, 3.1 to 3.4 at
+0.6, 2.7 to 3.7 for a blur of 3 px, 2.1 to 3.2 for a yellow tint, 1.4 to 1.6 at half the magnification. The deepest features alone would be blind to light and
 tint (0.6 to 1.0), and the deviation of features beside their mean adds nothing.
 
 Letters: N training images, M held-out ones, L depths, D features of a depth.
