@@ -16,7 +16,7 @@ from scipy.special import expit
 LOGITS: np.ndarray = np.log((np.arange(256) + 0.5) / (255.5 - np.arange(256)))
 """The logit of each probability 0..255, at the middle of the values that are rounded to it; finite at both ends."""
 LEAST_IMAGES = 3
-"""Validation images with cells from which the error of an estimated Dice is stated."""
+"""Validation images from which a temperature is used, and validation images with cells from which the error of an estimated Dice is stated."""
 
 
 def expected_calibration_error(calibration: dict[str, list[float]]) -> float:
@@ -30,7 +30,10 @@ class Calibration:
     """How a run's probabilities are corrected, fitted on its validation images."""
 
     temperature: float = 1.0
-    """The logit of the probability of a cell is divided by it (Guo et al. 2017). Masks stay the same: a half stays a half."""
+    """The logit of the probability of a cell is divided by it (Guo et al. 2017). Masks stay the same: a half stays a half.
+
+    1 where it does not help images that it was not fitted to: a few images may share an error that others do not have.
+    """
     dice_shift: float = 0.0
     """Mean difference of the true Dice of a validation image and the one that its probabilities promise."""
     dice_error: float | None = None
@@ -42,7 +45,7 @@ class Calibration:
         total = np.sum(images, axis=0) if len(images) else np.zeros((2, 256))
         if not total.any(1).all():  # without both cells and background there is nothing to fit
             return cls()
-        made = cls(temperature=fit_temperature(total))
+        made = cls(temperature=fit_temperature(total) if temperature_helps(images) else 1.0)
         known = [one for one in images if one[1].any()]
         missing = np.array([true_dice(one) - made.promised_dice(one.sum(0)) for one in known])
         if len(missing) < LEAST_IMAGES:
@@ -75,14 +78,25 @@ class Calibration:
         return min(max(self.promised_dice(pixels_256) + self.dice_shift, 0.0), 1.0)
 
 
+def temperature_helps(images: Sequence[np.ndarray]) -> bool:
+    """Whether temperatures fitted to all images but one lower the mean cross-entropy of the images left out. Histograms (2, 256)."""
+    images = [one for one in images if one.any()]
+    if len(images) < LEAST_IMAGES:
+        return False
+    total = np.sum(images, axis=0)
+    return sum(cross_entropy(one, fit_temperature(total - one)) - cross_entropy(one, 1.0) for one in images) < 0
+
+
 def fit_temperature(levels: np.ndarray) -> float:
     """The temperature with the smallest cross-entropy on a histogram (2, 256), 0.1 to 10."""
+    logs = minimize_scalar(lambda log: cross_entropy(levels, math.exp(log)), bounds=(math.log(0.1), math.log(10)), method="bounded")
+    return math.exp(logs.x)
 
-    def loss(log_temperature: float) -> float:
-        scaled = LOGITS / math.exp(log_temperature)
-        return float((levels[1] * np.logaddexp(0, -scaled) + levels[0] * np.logaddexp(0, scaled)).sum() / levels.sum())
 
-    return math.exp(minimize_scalar(loss, bounds=(math.log(0.1), math.log(10)), method="bounded").x)
+def cross_entropy(levels: np.ndarray, temperature: float) -> float:
+    """The mean cross-entropy of a pixel, in nats, from a histogram (2, 256)."""
+    scaled = LOGITS / temperature
+    return float((levels[1] * np.logaddexp(0, -scaled) + levels[0] * np.logaddexp(0, scaled)).sum() / levels.sum())
 
 
 def true_dice(levels: np.ndarray) -> float:

@@ -70,3 +70,14 @@ def test_too_few_validation_images_give_no_estimate(num: int) -> None:
 
 def test_validation_images_without_cells_change_nothing() -> None:
     assert Calibration.of([histogram(np.zeros(9, np.uint8), np.arange(9, dtype=np.uint8))] * 4) == Calibration()
+
+
+def test_a_temperature_that_does_not_help_other_images_is_not_used() -> None:
+    one_differs = [drawn(0.5, 0, 1.5, num=2_000_000), *(drawn(2.0, seed, 1.5) for seed in (1, 2, 3))]
+    assert fit_temperature(np.sum(one_differs, axis=0)) < 0.8
+    assert Calibration.of(one_differs).temperature == 1
+    assert Calibration.of([drawn(2.0, seed, 1.5) for seed in range(4)]).temperature == pytest.approx(2, rel=0.1)
+
+
+def test_two_validation_images_give_no_temperature() -> None:
+    assert Calibration.of([drawn(2.0, seed) for seed in range(2)]).temperature == 1
