@@ -33,7 +33,11 @@ def cache_dir() -> Path:
 
 def require_cache() -> None:
     """Raises SystemFault if the cache folder cannot be written, before hours are spent on what it should hold."""
-    if not is_writable(folder := make_folder(cache_dir())):
+    folder = cache_dir()
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    if not there.is_dir():
+        make_folder(folder)  # raises, and says what is in the way
+    if not is_writable(there):
         raise SystemFault(f"{folder}: the cache folder may not be written. {_OTHER_CACHE}")
 
 

@@ -43,8 +43,7 @@ def test_what_is_evaluated_is_kept_after_ctrl_c_in_the_next_cohort(question: Non
 
 def test_a_picture_that_cannot_be_drawn_fails_its_run(question: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifacts, "draw_scores", math.sqrt)
-    with pytest.raises(TypeError, match="sqrt"):
-        main(GRID)
+    assert main(GRID) == 1
     assert "finished" not in states().values()
     assert "running" not in states().values()
     assert json.dumps(states()).count("failed") >= 2  # the run and the grid

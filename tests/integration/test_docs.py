@@ -39,7 +39,7 @@ FENCE = re.compile(
     r"(?:^<!-- (?P<mark>.+?) -->\n+)?(?:^`(?P<path>[^`\n]+)`\n\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 LANGUAGES = {"bash", "toml", "python", "text"}
-PROGRAMS = {"cd", "docker", "export", "git", "hf", "mlflow", "source", "uv", "ray"}
+PROGRAMS = {"cd", "docker", "export", "git", "hf", "mlflow", "pytest", "source", "uv", "ray"}
 """Programs beside cellbench, make and pip that a page may call."""
 
 

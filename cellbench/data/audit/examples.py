@@ -113,7 +113,8 @@ def _outlined(dataset: Dataset, image: np.ndarray, regions: np.ndarray, boxes: S
     picture = _scaled(image)
     scale = picture.shape[1] / image.shape[1]
     small = cv2.resize(regions.astype(np.float32), picture.shape[1::-1], interpolation=cv2.INTER_NEAREST).astype(np.int32)
-    picture = draw_outlines(picture, small, YELLOW if dataset.masks == "cells" else class_colours(len(dataset.classes)), width_px=2)
+    numbered = dataset.masks == "cells" or dataset.cut_px
+    picture = draw_outlines(picture, small, YELLOW if numbered else class_colours(len(dataset.classes)), width_px=2)
     return draw_boxes(picture, [(x * scale, y * scale, width * scale, height * scale) for x, y, width, height in boxes])
 
 

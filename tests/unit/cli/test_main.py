@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_a_users_registry_is_listed_and_shown(capsys: pytest.CaptureFixture[str]
     own = tmp_path_factory.mktemp("own")
     (own / "heads").mkdir()
     (own / "heads" / "mine.toml").write_text('# My head, which is best\nbuilder = "mine.py:Mine"\n')
-    assert "mine             My head, which is best" in answered(capsys, "list", "heads", "--registry", str(own))
+    assert re.search(r"^ +mine +My head, which is best$", answered(capsys, "list", "heads", "--registry", str(own)), re.MULTILINE)
     assert "My head, which is best" in answered(capsys, "show", "mine", "--registry", str(own))
 
 
