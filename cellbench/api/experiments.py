@@ -14,8 +14,8 @@ from cellbench.api.results import Results
 from cellbench.config.options import GridOptions
 from cellbench.console import say
 from cellbench.errors import CellbenchError
+from cellbench.execution.claims import Outcome
 from cellbench.execution.experiment_run import plan_experiment, run_experiment
-from cellbench.execution.runner import Outcome
 from cellbench.features.cache_admin import parse_cache
 from cellbench.tracking import store_address
 from cellbench.tracking.tracker import Tracker, newest_experiment

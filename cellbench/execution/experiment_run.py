@@ -24,11 +24,12 @@ from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.loading import open_folds, settings_for_data
 from cellbench.execution import ray_cluster, ray_grid
 from cellbench.execution.artifacts import pool_folds
+from cellbench.execution.claims import Outcome
 from cellbench.execution.grid import Executor, InProcessExecutor, run_all
 from cellbench.execution.multiprocess import ProcessExecutor
 from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.resources import Resources, check_options
-from cellbench.execution.runner import Outcome, Runner
+from cellbench.execution.runner import Runner
 from cellbench.execution.shift_tests import describe_tests
 from cellbench.files import require_cache
 from cellbench.reporting.collect import RunRequest

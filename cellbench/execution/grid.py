@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import GridProgress
-from cellbench.execution.runner import Outcome, Runner
+from cellbench.execution.runner import Runner
 from cellbench.execution.shift_tests import missing_tests, wanted_tests
 
 POLL_S = 5.0
@@ -68,7 +69,7 @@ def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | No
                 if missing_tests(old, wanted_tests(runner.experiment.data, runner.datasets[resolved.run.fold])):
                     (incomplete if resolved.unavailable else todo).append(resolved)
             elif resolved.unavailable:
-                runner.skip(resolved, old)
+                runner.claims.skip(resolved, old)
                 out.skipped[resolved.name] = resolved.unavailable
             else:
                 todo.append(resolved)

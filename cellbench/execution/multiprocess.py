@@ -20,9 +20,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
 from cellbench.errors import CellbenchError
+from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import Report
-from cellbench.execution.runner import Outcome, Runner
+from cellbench.execution.runner import Runner
 from cellbench.execution.work_queue import Message, WorkItem, WorkQueue
 from cellbench.execution.worker_job import CohortWorker, JobSpec
 from cellbench.hardware import Hardware

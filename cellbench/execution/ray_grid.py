@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from cellbench.errors import CellbenchError
+from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.ray_cluster import (
     ActorPool,
@@ -23,7 +24,7 @@ from cellbench.execution.ray_cluster import (
     resource_share,
     resources_for,
 )
-from cellbench.execution.runner import Outcome, Runner
+from cellbench.execution.runner import Runner
 from cellbench.execution.work_queue import Message, WorkItem, WorkQueue
 from cellbench.execution.worker_job import JobSpec
 from cellbench.features.extractor import FeaturePass

@@ -1,6 +1,6 @@
 """Runs cohorts: computes their shared features, then trains, evaluates and logs every run. The status ``finished`` is written last.
 
-An interrupted run resumes from its checkpoint. A run that another process is executing is left to that process.
+An interrupted run resumes from its checkpoint. Which runs are executed here, :mod:`cellbench.execution.claims` decides.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import importlib.metadata
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.errors import CellbenchError, SystemFault, WeightsUnavailable, blaming, culprit_of, one_line, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
-from cellbench.execution.failures import TRACEBACK, describe_failure, traceback_of
+from cellbench.execution.claims import ActiveRun, Outcome, RunClaims
+from cellbench.execution.failures import describe_failure, traceback_of
 from cellbench.execution.finished_training import finished_trainers
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import CohortProgress, Report, no_report
@@ -49,16 +50,14 @@ from cellbench.features.extractor import CachePolicy, Features, non_finite_reaso
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.remote_cache import RemoteCache, shared_url
 from cellbench.hardware import Hardware, is_out_of_memory, num_cores, peak_memory_mib, release_memory
-from cellbench.liveness import describe_owner
 from cellbench.metrics import catalog
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone
 from cellbench.models.baselines.build import open_baseline
 from cellbench.system_load import SystemLoad
-from cellbench.tracking.offline_queue import CallRejectedError, NotFoundError
-from cellbench.tracking.schema import LIMIT, WEIGHTS, RunState, run_params
-from cellbench.tracking.tracker import Run, Tracker
+from cellbench.tracking.schema import RunState
+from cellbench.tracking.tracker import Tracker
 from cellbench.training import checkpoints, cost_estimate
 from cellbench.training.appearance import training_appearance
 from cellbench.training.cost_estimate import InferenceSpeed, inference_speeds, latencies_ms, reset_timers
@@ -73,47 +72,6 @@ from cellbench.training.validation_tuning import tune_on_validation
 
 MAX_HALVINGS = 3
 """How often the number of tiles per backbone call may be halved when memory runs out."""
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """The results of an experiment's runs, by run name."""
-
-    finished: dict[str, RunState] = field(default_factory=dict)
-    validated: dict[str, RunState] = field(default_factory=dict)
-    """Trials of a search, trained and validated but not tested."""
-    pruned: dict[str, RunState] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    busy: list[str] = field(default_factory=list)
-    """Being executed by another process."""
-    missing: list[str] = field(default_factory=list)
-    """Without a result or a reason at the end, such as a run that was deleted meanwhile."""
-    num_new: int = 0
-
-
-@dataclass(kw_only=True)
-class ActiveRun:
-    """A run of the current cohort: resolved, and open in MLflow."""
-
-    resolved: ResolvedRun
-    run: Run
-    evaluated: bool = False
-    """Whether its results are complete and about to be logged."""
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing is left to compute."""
-        return self.evaluated or bool(self.run.ended)
-
-    @property
-    def name(self) -> str:
-        return self.resolved.name
-
-    @property
-    def checkpoint(self) -> Path:
-        return checkpoints.checkpoint_path(self.resolved.fingerprint, self.run.key)
-
 
 Trained = list[tuple[ActiveRun, HeadTrainer]]
 
@@ -146,6 +104,9 @@ class Runner:
         self._drawing: BackgroundCalls | None = None
         self._logging: ThreadPoolExecutor | None = None
         self._under_way: list[Future[None]] = []
+        self.claims = RunClaims(
+            tracker=self.tracker, parent_id=self.parent_id, datasets=self.datasets, limit=self.experiment.data.limit, say=self.say
+        )
         self._known: Mapping[str, RunState] = {}
         self._select(self.datasets[0])
 
@@ -172,102 +133,7 @@ class Runner:
         share = {"train": 0.6, "val": 0.2, "test": 0.2}
         self._images = {split: ImageCache(dataset, split, int(third * part)) for split, part in share.items()}
 
-    # --- the store ----------------------------------------------------------------------------------------------------------------
-
-    def skip(self, resolved: ResolvedRun, old: RunState | None) -> None:
-        """Marks a run as skipped, unless it already is for the same reason."""
-        if old is not None and old.status == "skipped" and old.reason == resolved.unavailable[:4000]:
-            return
-        with self._open(resolved, old) as run:
-            run.end("skipped", resolved.unavailable)
-
-    def give_up(self, cohort: Sequence[ResolvedRun], reason: str, out: Outcome, trace: str = "") -> None:
-        """Marks the unfinished runs of a cohort as failed, after its workers were lost or had an error with the traceback ``trace``."""
-        with self.tracker.lock():
-            known = self.tracker.known(*[one.fingerprint for one in cohort])
-            for resolved in cohort:
-                old = known.get(resolved.fingerprint)
-                if old is not None and old.status == "finished":
-                    out.finished[resolved.name] = old
-                    continue
-                with self._open(resolved, old) as run:
-                    self._fail(ActiveRun(resolved=resolved, run=run), reason, out, trace)
-
-    def release(self, cohort: Sequence[ResolvedRun], owner: str) -> None:
-        """Marks the runs of ``owner``, a lost process on another machine, as interrupted, so that the next worker can claim them at once."""
-        with self.tracker.lock():
-            known = self.tracker.known(*[one.fingerprint for one in cohort])
-            for resolved in cohort:
-                old = known.get(resolved.fingerprint)
-                if old is not None and old.status == "running" and old.owner == owner:
-                    self.tracker.mark_interrupted(old)
-
-    @contextlib.contextmanager
-    def _open(self, resolved: ResolvedRun, old: RunState | None) -> Iterator[Run]:
-        """Context manager that opens the run in MLflow: a new one with its params, or ``old``, resumed."""
-        params = run_params(resolved.run, self.dataset.name, resolved.precision)
-        tags = {name: str(params[name]) for name in ("backbone", "head", "baseline", "seed", "dataset")} | {"model": resolved.run.model}
-        if self.dataset.limited:
-            tags[LIMIT] = str(self.experiment.data.limit)
-        if resolved.weights_digest:
-            tags[WEIGHTS] = resolved.weights_digest
-        with self.tracker.run(resolved.name, resolved.fingerprint, parent=self.parent_id, known=old, tags=tags) as run:
-            if old is None:
-                run.log({}, params=params)
-            yield run
-
-    def _claim(self, cohort: Sequence[ResolvedRun], stack: contextlib.ExitStack, out: Outcome) -> list[ActiveRun]:
-        """Opens the cohort's runs, except those that have ended or that another process is executing."""
-        active = []
-        with self.tracker.lock():
-            asked = [digest for one in cohort for digest in (one.fingerprint, *(digest for _, digest in one.same_training))]
-            known = self._known = self.tracker.known(*asked)
-            for resolved in cohort:
-                old = known.get(resolved.fingerprint)
-                if old is not None and old.status == "finished":
-                    out.finished[resolved.name] = old
-                elif old is not None and self.watch is not None and old.status in ("validated", "pruned"):
-                    (out.validated if old.status == "validated" else out.pruned)[resolved.name] = old
-                elif old is not None and old.alive:
-                    out.busy.append(resolved.name)
-                    self.say(f"{resolved.name} is being run by {describe_owner(old.owner)} and is left to it.")
-                else:
-                    try:
-                        run = stack.enter_context(self._open(resolved, old))
-                        if old is None:
-                            run.log_input(self.dataset.name, self.dataset.digest, str(self.dataset.root), "training")
-                    except CallRejectedError as error:  # deleted since it was listed, for example
-                        out.failed[resolved.name] = one_line(error)
-                        self.say(f"failed {resolved.name}: {one_line(error)}")
-                        continue
-                    if self.watch is not None:
-                        self.watch.opened(resolved, run)
-                    active.append(ActiveRun(resolved=resolved, run=run))
-        return active
-
-    def _fail(self, one: ActiveRun, reason: str, out: Outcome, trace: str = "") -> None:
-        """Ends a run as failed. ``trace``: the traceback of an error, kept with it; its checkpoint is then kept too, to resume from."""
-        if one.ended:
-            return
-        try:
-            if trace:
-                one.run.log_text(TRACEBACK, trace)
-            one.run.end("failed", reason)
-        except CallRejectedError as error:
-            gone = isinstance(error, NotFoundError) or "deleted" in str(error)
-            reason = "it was deleted in MLflow while it was executed. The same command executes it anew." if gone else one_line(error)
-            one.run.ended = "deleted"
-        if not trace:
-            checkpoints.delete_checkpoint(one.checkpoint)
-        out.failed[one.name] = reason
-        self.say(f"failed {one.name}: {reason}")
-
-    @staticmethod
-    def _skip(active: Sequence[ActiveRun], reason: str, out: Outcome) -> None:
-        for one in active:
-            if not one.ended:
-                one.run.end("skipped", reason)
-                out.skipped[one.name] = reason
+    # --- evaluated runs ---------------------------------------------------------------------------------------------------------------
 
     def _finish(self, one: ActiveRun, result: EvaluationResult, out: Outcome, trained_on: Sequence[int] = ()) -> None:
         """Has the evaluation of a run logged in the background, once its pictures are drawn. ``trained_on``: indices of the training images."""
@@ -290,7 +156,7 @@ class Runner:
                 raise
             except Exception as error:
                 one.evaluated = False
-                self._fail(one, describe_failure(error), out, traceback_of(error))
+                self.claims.fail(one, describe_failure(error), out, traceback_of(error))
 
         self._in_background(log)
 
@@ -323,7 +189,7 @@ class Runner:
             self._select(dataset)
         num_earlier = len(self._under_way)
         with contextlib.ExitStack() as stack:
-            active = self._claim(cohort, stack, out)
+            active, self._known = self.claims.claim(cohort, stack, out, self.watch)
             if not active:
                 return
             if self.watch is None and self._drawing is None:
@@ -370,7 +236,7 @@ class Runner:
         except SystemFault:
             raise
         except WeightsUnavailable as error:
-            self._skip(active, one_line(error), out)
+            self.claims.skip_all(active, one_line(error), out)
             more = f"{len(active)} runs ({active[0].name}, …)" if len(active) > 1 else active[0].name
             self.say(f"skipped {more}: {one_line(error)}")
         except Exception as error:
@@ -383,14 +249,14 @@ class Runner:
                 self.say(f"{title}: {describe_failure(error).partition('. ')[0]}. Its runs are executed one by one.")
                 return active
             for one in faulty or active:
-                self._fail(one, describe_failure(error), out, traceback_of(error))
+                self.claims.fail(one, describe_failure(error), out, traceback_of(error))
         return []
 
     def _use_less_memory(self, active: Sequence[ActiveRun], title: str, error: Exception, out: Outcome) -> None:
         """Halves the number of tiles per backbone call; the runs fail where that is not enough."""
         if self.machine.chunk == 1 or self.machine.halvings >= MAX_HALVINGS:
             for one in active:
-                self._fail(one, f"out of memory: {one_line(error)}", out)
+                self.claims.fail(one, f"out of memory: {one_line(error)}", out)
         elif active:
             self.machine = self.machine.smaller(1)
             self.say(f"{title}: out of memory; again with {self.machine.chunk} tiles at once.")
@@ -487,7 +353,7 @@ class Runner:
         trainers = [self._trainer(one, features) for one in active]
         self._owners += [(thing, one) for one, trainer in zip(active, trainers, strict=True) for thing in (trainer, trainer.model)]
         if reason := why_frames_too_large(runs, [trainer.model for trainer in trainers], features):
-            self._skip(active, reason, out)
+            self.claims.skip_all(active, reason, out)
             self.say(f"{title}: skipped: {reason}")
             return
         num_views = features.plan.num_views
@@ -516,7 +382,7 @@ class Runner:
         trained: Trained = []
         for one, trainer, bad in zip(active, trainers, failed, strict=True):
             if bad:
-                self._fail(one, cause or trainer.ended.removeprefix("failed: "), out)
+                self.claims.fail(one, cause or trainer.ended.removeprefix("failed: "), out)
             else:
                 trained.append((one, trainer))
         if trained and self.watch is not None:
@@ -563,7 +429,7 @@ class Runner:
         test_load = _load_metric("cost/test_other_load_pct", busy)
         for k, ((one, trainer), speed, cost) in enumerate(zip(trained, speeds, costs, strict=True)):
             if k in not_finite:
-                self._fail(one, f"its scores for the test image {quote_name(not_finite[k])} are not finite (NaN or infinite)", out)
+                self.claims.fail(one, f"its scores for the test image {quote_name(not_finite[k])} are not finite (NaN or infinite)", out)
                 continue
             cost |= test_load | {
                 "cost/images_per_s": self.machine.lanes / max(speed.wall_s, 1e-9),

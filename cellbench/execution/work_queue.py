@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from cellbench.errors import CellbenchError
+from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import GridProgress, relative_cost
-from cellbench.execution.runner import Outcome, Runner
+from cellbench.execution.runner import Runner
 from cellbench.features.extractor import FeaturePass
 
 MAX_LOSSES = 3
@@ -141,11 +142,11 @@ class WorkQueue:
                 if item.shards:
                     self.runner.say(f"{item.title}: {reason} Its cohorts compute what is missing.")
                 else:
-                    self.runner.give_up(item.cohort, reason, self._out, message.content)
+                    self.runner.claims.give_up(item.cohort, reason, self._out, message.content)
 
     def _release(self, item: WorkItem, owner: str) -> None:
         if owner and not item.shards:
-            self.runner.release(item.cohort, owner)
+            self.runner.claims.release(item.cohort, owner)
 
     def _lost(self, item: WorkItem, how: str) -> None:
         item.losses += 1
@@ -158,7 +159,7 @@ class WorkQueue:
         if item.shards:
             self.runner.say(f"{item.title}: {reason} Its cohorts compute what is missing.")
         else:
-            self.runner.give_up(item.cohort, f"{reason} Is there enough memory?", self._out)
+            self.runner.claims.give_up(item.cohort, f"{reason} Is there enough memory?", self._out)
 
 
 def _merge(out: Outcome, more: Outcome) -> None:

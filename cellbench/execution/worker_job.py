@@ -22,9 +22,10 @@ from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry
 from cellbench.data.loading import open_folds
 from cellbench.errors import CellbenchError
+from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.progress import Report, no_report
-from cellbench.execution.runner import Outcome, Runner
+from cellbench.execution.runner import Runner
 from cellbench.features.extractor import FeaturePass
 from cellbench.features.remote_cache import shared_url
 from cellbench.files import cache_dir

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 
 from cellbench.config.search_space import Space
 from cellbench.errors import CellbenchError
+from cellbench.execution.claims import Outcome
 from cellbench.execution.grid import group_cohorts
 from cellbench.execution.planning import ResolvedRun, resolve_tree
 from cellbench.execution.progress import Progress, Report, no_report
-from cellbench.execution.runner import Outcome, Runner
+from cellbench.execution.runner import Runner
 from cellbench.search.study import RUN_ID, SAME, CompletedTrial, ProposedTrial, Study
 from cellbench.tracking.schema import STUDY, TRIAL, run_params
 from cellbench.tracking.tracker import Run

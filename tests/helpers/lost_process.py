@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from cellbench.execution.runner import Outcome
+from cellbench.execution.claims import Outcome
 
 
 def work(pipe: Any, order: Any, cores: Any) -> None:

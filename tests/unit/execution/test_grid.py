@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 from cellbench.execution import grid
-from cellbench.execution.runner import Outcome
+from cellbench.execution.claims import Outcome
 from cellbench.tracking.schema import RunState
 
 

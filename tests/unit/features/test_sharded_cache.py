@@ -17,8 +17,8 @@ from cellbench.config.run import RunSpec
 from cellbench.data.loading import open_folds
 from cellbench.data.transforms.framing import Framing
 from cellbench.execution import ray_cluster, ray_grid
+from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun, resolve_runs
-from cellbench.execution.runner import Outcome
 from cellbench.execution.worker_job import CohortWorker, JobSpec, job_spec
 from cellbench.features import sharded_cache
 from cellbench.features.extractor import FeaturePass, Features
