@@ -17,7 +17,7 @@ from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.run_logger import TrialCallback
 from cellbench.liveness import describe_owner
 from cellbench.tracking.offline_queue import CallRejectedError, NotFoundError
-from cellbench.tracking.schema import LIMIT, WEIGHTS, RunState, run_params
+from cellbench.tracking.schema import LIMIT, WEIGHTS, RunRecord, RunState, run_params
 from cellbench.tracking.tracker import Run, Tracker
 from cellbench.training import checkpoints
 
@@ -119,7 +119,7 @@ class RunClaims:
 
     def claim(
         self, cohort: Sequence[ResolvedRun], stack: contextlib.ExitStack, out: Outcome, watch: TrialCallback | None
-    ) -> tuple[list[ActiveRun], Mapping[str, RunState]]:
+    ) -> tuple[list[ActiveRun], Mapping[str, RunRecord]]:
         """Opens the cohort's runs, except those that have ended or that another process is executing.
 
         ``watch``: set for the trials of a search, which end validated or pruned. Also returns what the store knew of these runs, and of those

@@ -11,7 +11,7 @@ from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.execution.planning import ResolvedRun
 from cellbench.features.frozen_backbone import FrozenBackbone
-from cellbench.tracking.schema import RunRecord, RunState
+from cellbench.tracking.schema import RunRecord
 from cellbench.tracking.tracker import Tracker
 from cellbench.training.fit import NoRecorder
 from cellbench.training.model import build_model
@@ -22,7 +22,7 @@ CURVES = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
 
 def finished_trainers(
     runs: Sequence[ResolvedRun],
-    known: Mapping[str, RunState],
+    known: Mapping[str, RunRecord],
     tracker: Tracker,
     registry: Registry,
     backbone: FrozenBackbone,
@@ -46,10 +46,10 @@ def finished_trainers(
 
 
 def _trainer(
-    run: RunSpec, record: RunState, tracker: Tracker, registry: Registry, backbone: FrozenBackbone, num_classes: int, num_views: int
+    run: RunSpec, record: RunRecord, tracker: Tracker, registry: Registry, backbone: FrozenBackbone, num_classes: int, num_views: int
 ) -> HeadTrainer | None:
     """None where something of it is lost: it is trained again then."""
-    data = tracker.artifact(record, "head.safetensors") if isinstance(record, RunRecord) else None
+    data = tracker.artifact(record, "head.safetensors")
     history = tracker.history(record, CURVES)
     best = int(record.metrics.get("best/epoch", -1))
     if data is None or not 0 <= best < len(history) or "train/loss" not in history[best]:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cellbench.background import BackgroundCalls
@@ -56,7 +57,7 @@ from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone
 from cellbench.models.baselines.build import open_baseline
 from cellbench.system_load import SystemLoad
-from cellbench.tracking.schema import RunState
+from cellbench.tracking.schema import RunRecord, RunState
 from cellbench.tracking.tracker import Tracker
 from cellbench.training import checkpoints, cost_estimate
 from cellbench.training.appearance import training_appearance
@@ -107,7 +108,7 @@ class Runner:
         self.claims = RunClaims(
             tracker=self.tracker, parent_id=self.parent_id, datasets=self.datasets, limit=self.experiment.data.limit, say=self.say
         )
-        self._known: Mapping[str, RunState] = {}
+        self._known: Mapping[str, RunRecord] = {}
         self._select(self.datasets[0])
 
     def __enter__(self) -> Runner:
@@ -264,9 +265,7 @@ class Runner:
     # --- baselines without training ---------------------------------------------------------------------------------------------------
 
     def _apply(self, one: ActiveRun, out: Outcome) -> None:
-        card, run, num = one.resolved.card, one.resolved.run, len(self.dataset.classes)
-        assert isinstance(card, BaselineCard), "only baselines are not trained"
-        method = open_baseline(card, self.registry, self.weights)
+        method, run, num = self._function(one.resolved), one.resolved.run, len(self.dataset.classes)
 
         def segment(image: Any) -> Any:
             return method(image, num, **run.options)
@@ -290,6 +289,11 @@ class Runner:
         # It reads whole images, so framing does not apply; files are read in the same way.
         preparation = Preparation(framing=one.resolved.framing, reading=self.dataset.reading, um_per_px=self.dataset.um_per_px)
         self._finish(one, EvaluationResult(evaluation=evaluator.evaluations[0], cost=cost, preparation=preparation), out)
+
+    def _function(self, resolved: ResolvedRun) -> Callable[..., np.ndarray]:
+        """The function of an untrained baseline. Raises WeightsUnavailable."""
+        assert isinstance(resolved.card, BaselineCard), "only baselines are not trained"
+        return open_baseline(resolved.card, self.registry, self.weights)
 
     # --- heads and trained baselines --------------------------------------------------------------------------------------------------
 
@@ -477,7 +481,7 @@ class Runner:
                 test(runs, predict_with_heads(runs, features, self.tracker, num))
             else:
                 for one in runs:
-                    test([one], predict_with_function(one.resolved, num))
+                    test([one], predict_with_function(self._function(one.resolved), one.resolved.run.options, num))
         except (WeightsUnavailable, RuntimeError, MemoryError) as error:
             if not isinstance(error, WeightsUnavailable) and not is_out_of_memory(error):
                 raise

@@ -7,10 +7,8 @@ not trained again. The scores are in the artifact ``tests.json`` and in metrics 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_weights
 
 from cellbench.config.experiment import DataSpec
-from cellbench.config.registry import load
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.transforms import perturbations
@@ -106,12 +103,11 @@ def predict_with_heads(runs: Sequence[FinishedRunToTest], features: Features, tr
     return predict
 
 
-def predict_with_function(run: ResolvedRun, num_classes: int) -> Predict:
+def predict_with_function(method: Callable[..., np.ndarray], options: Mapping[str, Any], num_classes: int) -> Predict:
     """With a baseline that is not trained."""
-    method = load(run.card)
 
     def predict(images: ImageCache, coarse: bool) -> Answers:
-        return ((k, [(method(images[k][0], num_classes, **run.run.options), None, None)]) for k in range(len(images)))
+        return ((k, [(method(images[k][0], num_classes, **options), None, None)]) for k in range(len(images)))
 
     return predict
 
@@ -198,7 +194,5 @@ def _log(tracker: Tracker, one: FinishedRunToTest, new: Mapping[str, Any], metri
     run = tracker.reopen(one.record)
     known = json.loads(tracker.artifact(one.record, SHIFT_TESTS) or b"{}")
     merged = {kind: {**known.get(kind, {}), **scores} for kind, scores in new.items()}
-    with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
-        (Path(name) / SHIFT_TESTS).write_text(json.dumps(merged, allow_nan=False), encoding="utf-8")
-        run.log_artifacts(Path(name))
+    run.log_text(SHIFT_TESTS, json.dumps(merged, allow_nan=False))
     run.log(metrics, tags={TESTED: json.dumps({**json.loads(one.record.tags.get(TESTED, "{}")), **one.lacks})})

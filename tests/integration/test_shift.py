@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from small_data import enter, write_pair
 
 import cellbench
@@ -80,6 +82,23 @@ def test_finished_runs_are_tested_further_in_a_worker_process_and_only_once(here
     assert "1 run tested on" not in capsys.readouterr().out
     assert main([*asked[:-1], 'data.perturb=["blur", "jpeg"]']) == 0  # adds to what is there
     assert sorted(scores(SHIFT_TESTS)["otsu"]["perturbed"]) == ["blur-1", "blur-2", "blur-3", "jpeg-1", "jpeg-2", "jpeg-3", "none"]
+
+
+def test_a_baseline_with_weights_is_tested_further(here: Path, tmp_path: Path) -> None:
+    registry, weights = tmp_path / "registry", tmp_path / "weights"
+    for folder in (registry / "baselines", registry / "backbones", weights):
+        folder.mkdir(parents=True)
+    safetensors.torch.save_file({"darkest": torch.tensor(200.0)}, weights / "level.safetensors")
+    (registry / "backbones" / "level.toml").write_text(
+        '# Not a network\nbuilder = "timm_vit"\nweights = "local"\npatch_px = 8\ndim = 1\ndepth = 1\nmean = [0.5, 0.5, 0.5]\nstd = [0.5, 0.5, 0.5]\n'
+    )
+    (registry / "baselines" / "dark.py").write_text(
+        "def dark(states):\n    return lambda image, num_classes: (image[..., 0] < states[0]['darkest'].item()).astype('uint8')\n"
+    )
+    (registry / "baselines" / "dark.toml").write_text('# Dark pixels\nbuilder = "dark.py:dark"\ntrained = false\nweights = ["level"]\n')
+    asked = ["grid", "q.toml", "--data", "smears", "--registry", str(registry), "--weights", str(weights), "--tests", "smears"]
+    assert main([*asked, "--set", 'baselines=["dark"]']) == 0
+    assert scores(SHIFT_TESTS)["dark"]["sets"]["smears"]["dice"] == scores("per_image.json")["dark"]["dice"]
 
 
 def test_a_folder_with_other_classes_is_refused_before_training(here: Path, capsys) -> None:
