@@ -21,7 +21,7 @@ from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
 from cellbench.models.backbones.build import open_backbone
 from cellbench.startup import restored_environment
-from cellbench.training.fit import fit
+from cellbench.training.fit import NoRecorder, fit
 from cellbench.training.model import build_model, num_levels
 from cellbench.training.trainer import HeadTrainer
 
@@ -79,7 +79,7 @@ class BenchmarkSetup:
     def trainer(self, run: RunSpec, features: Features, num_views: int, *, capture: bool = True) -> HeadTrainer:
         """The trainer of a run, which logs nothing. ``capture``: whether its steps on a GPU may be CUDA graphs."""
         model = build_model(run, self.registry.part(run), features.backbone, len(self.dataset.classes))
-        return HeadTrainer(run=run, model=model, recorder=_NoRecorder(), num_views=num_views, capture=capture).on(features)
+        return HeadTrainer(run=run, model=model, recorder=NoRecorder(), num_views=num_views, capture=capture).on(features)
 
     def fitted(self, runs: list[RunSpec], memory_bytes: int = 2**33) -> tuple[float, list[HeadTrainer]]:
         """Trains a cohort; returns the seconds of ``fit`` and the trainers."""
@@ -96,14 +96,6 @@ def store_in(folder: Path) -> Iterator[None]:
     with restored_environment("MLFLOW_TRACKING_URI"):
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         yield
-
-
-class _NoRecorder:
-    def epoch(self, epoch: int, metrics: dict[str, float]) -> bool:
-        return True
-
-    def checkpoint(self, state: dict[str, Any]) -> None:
-        pass
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
@@ -27,6 +27,7 @@ from cellbench.execution.runner import Runner
 from cellbench.execution.work_queue import Message, WorkItem, WorkQueue
 from cellbench.execution.worker_job import CohortWorker, JobSpec
 from cellbench.hardware import Hardware
+from cellbench.startup import restored_environment
 
 END_S = 20.0
 """Time a worker has to mark its runs as interrupted, before it is killed."""
@@ -116,7 +117,8 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         num_threads = str(self._job.machine.threads)
         # Must be set before the worker imports torch. Several progress bars would overwrite each other, and libraries start threads too.
-        with _environment({"TQDM_DISABLE": "1", "OMP_NUM_THREADS": num_threads}):
+        with restored_environment("TQDM_DISABLE", "OMP_NUM_THREADS"):
+            os.environ.update({"TQDM_DISABLE": "1", "OMP_NUM_THREADS": num_threads})
             self._process = context.Process(target=_work, args=(theirs, self._job, self._cores), daemon=True, name="cellbench worker")
             self._process.start()
         theirs.close()
@@ -187,20 +189,6 @@ def pin_to_cores(cores: Sequence[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    old = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in old.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _work(pipe: Connection[Any, Any], job: JobSpec, cores: Sequence[int]) -> None:
     """Main function of a worker process."""
     if cores:
@@ -216,7 +204,7 @@ def _work(pipe: Connection[Any, Any], job: JobSpec, cores: Sequence[int]) -> Non
         pipe.send(("refused", str(error)))
     except (EOFError, BrokenPipeError):
         return  # the driver is gone
-    except Exception:
+    except Exception:  # the driver fails the cohort with this traceback, and starts another worker
         pipe.send(("error", traceback.format_exc()))
 
 

@@ -108,7 +108,7 @@ class Tracker:
     def known(self, *fingerprints: str) -> dict[str, RunRecord]:
         """The runs of this experiment by fingerprint: those of ``fingerprints``, or all. Of several runs, the finished one, else the latest."""
         found: dict[str, RunRecord] = {}
-        for search in self._searches(fingerprints):
+        for search in self._searches(tuple(dict.fromkeys(fingerprints))):  # on a server each is a call
             for run in self._runs(search):
                 old = found.get(run.fingerprint)
                 if old is None or old.status != "finished":
@@ -230,7 +230,7 @@ class Tracker:
     def where_to_look(self) -> str:
         """How to open the experiment's leaderboard in MLflow's UI; an address stands last, so that it can be clicked."""
         uri = self.mlflow.get_tracking_uri()
-        if uri.startswith(("http:", "https:")):
+        if store_address.is_http(uri):
             return f"experiment '{self.name}': {ui_view.leaderboard_address(uri, self.experiment_id)}"
         where = "here" if store_address.store_file(uri) is not None else f"with MLFLOW_TRACKING_URI={redact_passwords(uri)}"
         return f"experiment '{self.name}': `cellbench ui` {where} prints the address of its leaderboard"

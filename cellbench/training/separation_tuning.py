@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,7 +18,7 @@ from cellbench.features.extractor import Features
 from cellbench.metrics.instances import MIN_AREA_PX, reference_instances
 from cellbench.metrics.separation import SeparationParams, SeparationTuner
 from cellbench.training.model import SegmentationModel
-from cellbench.training.tiled_inference import segment_images
+from cellbench.training.tiled_inference import SegmentedImage, segment_images
 
 MOST_IMAGES = 16
 """Number of validation images used, the first ones: a few hundred cells suffice for one parameter with ten values."""
@@ -27,15 +27,24 @@ Answer = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 """A class map (H, W) uint8, and where the model predicts them fields (F, H, W) uint8 and the probability of a cell (H, W) uint8."""
 
 
-def tune_separation(models: Sequence[SegmentationModel], features: Features, dataset: Dataset) -> list[SeparationParams]:
-    """The separation with the best AP50 on the validation images, for each model."""
+Seen = Callable[[int, Sequence[SegmentedImage]], object]
+"""Is called with each validation image's number and its predictions by all models."""
+
+
+def tune_separation(
+    models: Sequence[SegmentationModel], features: Features, dataset: Dataset, seen: Seen | None = None
+) -> list[SeparationParams]:
+    """The separation with the best AP50 on the validation images, for each model. ``seen`` gets the same predictions."""
+
+    def answers() -> Iterator[tuple[int, Sequence[Answer]]]:
+        for image, found in predictions:
+            if seen is not None:
+                seen(image, found)
+            yield image, [(one.classes, one.fields, one.cell) for one in found]
+
     # Closed after enough images: the tiles of the others are never decoded.
-    with contextlib.closing(segment_images(models, features, "val")) as answers:
-        return choose_separations(
-            dataset,
-            [model.method for model in models],
-            ((image, [(one.classes, one.fields, one.cell) for one in found]) for image, found in answers),
-        )
+    with contextlib.closing(segment_images(models, features, "val")) as predictions:
+        return choose_separations(dataset, [model.method for model in models], answers())
 
 
 def choose_separations(dataset: Dataset, methods: Sequence[str], answers: Iterable[tuple[int, Sequence[Answer]]]) -> list[SeparationParams]:

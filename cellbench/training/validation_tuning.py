@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,8 +12,8 @@ from cellbench.metrics.calibration import Calibration, histogram
 from cellbench.metrics.pixel import IGNORE
 from cellbench.metrics.separation import SeparationParams
 from cellbench.training.model import SegmentationModel
-from cellbench.training.separation_tuning import Answer, choose_separations
-from cellbench.training.tiled_inference import segment_images
+from cellbench.training.separation_tuning import tune_separation
+from cellbench.training.tiled_inference import SegmentedImage
 
 
 def tune_on_validation(
@@ -23,14 +22,10 @@ def tune_on_validation(
     """The separation with the best AP50, and the calibration, of each model."""
     histograms: list[list[np.ndarray]] = [[] for _ in models]
 
-    def answers() -> Iterator[tuple[int, Sequence[Answer]]]:
-        for image, found in predictions:
-            truth = features.pixels["val"][image][1]
-            for own, one in zip(histograms, found, strict=True):
-                own.append(histogram(truth[truth != IGNORE], one.cell[truth != IGNORE]))
-            yield image, [(one.classes, one.fields, one.cell) for one in found]
+    def count(image: int, found: Sequence[SegmentedImage]) -> None:
+        truth = features.pixels["val"][image][1]
+        for own, one in zip(histograms, found, strict=True):
+            own.append(histogram(truth[truth != IGNORE], one.cell[truth != IGNORE]))
 
-    # Closed after enough images: the tiles of the others are never decoded.
-    with contextlib.closing(segment_images(models, features, "val")) as predictions:
-        separations = choose_separations(dataset, [model.method for model in models], answers())
+    separations = tune_separation(models, features, dataset, count)
     return separations, [Calibration.of(own) for own in histograms]
