@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class CellbenchError(Exception):
@@ -87,3 +87,17 @@ def quote_name(name: object) -> str:
     text = str(name)
     text = text if len(text) <= 100 else f"{text[:99]}…"
     return f"'{text}'" if text.isprintable() else ascii(text)
+
+
+def first_names(names: Sequence[str], most: int = 20) -> str:
+    """The first names, and the number of others.
+
+    >>> first_names(["a.png", "b.png"], 1)
+    'a.png and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def quoted(names: Sequence[str], most: int = 5) -> str:
+    """The same of names in quotes."""
+    return first_names([quote_name(name) for name in names], most)

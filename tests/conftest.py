@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from small_data import QUESTION, SHARED, enter, write_pair
+from small_data import QUESTION, SHARED, enter, finish_grid, write_pair, write_set
 
 from cellbench import startup
 
@@ -115,17 +115,8 @@ def small_folder(tmp_path: Path) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished grid, made once for all who use a run; they may add to its store, and put back what they break."""
     folder = tmp_path_factory.mktemp("trained")
-    for seed, name in enumerate(("a0.png", "a1.jpg", "b 2.png", "b3.jpeg")):
-        write_pair(folder / "smears" / "train", name, seed)
-    for seed, name in enumerate(("t0.png", "t1.jpg"), 100):
-        write_pair(folder / "smears" / "test", name, seed)
-    (folder / "small.toml").write_text(QUESTION)
-    from cellbench.run import main
-
-    with pytest.MonkeyPatch.context() as patch:
-        enter(folder, patch)
-        assert main(["grid", "small.toml", "--data", "smears", "--device", "cpu"]) == 0
-    return folder
+    write_set(folder, ["a0.png", "a1.jpg", "b 2.png", "b3.jpeg"], ["t0.png", "t1.jpg"])
+    return finish_grid(folder, "small.toml", QUESTION, "--device", "cpu")
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ from cellbench.config.options import PredictOptions
 from cellbench.console import say, warn
 from cellbench.data.io.intensity import format_notes
 from cellbench.data.scan import count_reasons
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, first_names
 from cellbench.files import make_folder
 from cellbench.inference.inputs import (
     describe_magnification,
     describe_pixel_sizes,
-    first_names,
     names_by_reason,
     parse_range,
     stated_pixel_sizes,

@@ -14,6 +14,8 @@ from cellbench.config.base import Scalar, StrictModel, checked
 from cellbench.config.run import RUN_KEYS, RunSpec
 from cellbench.errors import CellbenchError, unknown_name
 
+UNCHANGED = "none"
+"""The name of the test images without a perturbation, tested as perturbed ones are: what the fall is measured from."""
 Perturbed = Literal["all", "stain", "brightness", "blur", "noise", "jpeg", "scale"]
 GRID_KEYS = ("backbone", "head", *RUN_KEYS)
 

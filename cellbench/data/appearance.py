@@ -23,6 +23,7 @@ from cellbench.data.dataset import Sample
 from cellbench.data.io import images
 from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.progress import map_files
+from cellbench.data.splits import unit_of
 from cellbench.errors import CellbenchError
 from cellbench.file_cache import FileFactCache
 
@@ -98,7 +99,7 @@ def group_by_appearance(
     samples = samples if any(sample.group for sample in samples) else grouped(samples)
     units: dict[str, list[int]] = {}
     for k, sample in enumerate(samples):
-        units.setdefault(f"group {sample.group}" if sample.group else f"image {sample.name}", []).append(k)
+        units.setdefault(unit_of(sample), []).append(k)
     found = measure_all([sample.image for sample in samples], reading)
     known = np.array([one.values for one in found if one is not None])
     middle = np.median(known, axis=0) if len(known) else np.zeros(sum(num for _, num, _ in FEATURES))

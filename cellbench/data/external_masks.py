@@ -21,9 +21,9 @@ from cellbench.data.io import images
 from cellbench.data.io.decode import printable_path
 from cellbench.data.layouts import IMAGE_WORDS, NOT_CELLS, NOT_SCORED
 from cellbench.data.masks import MaskFacts, decide_meaning, mask_facts, off_values
-from cellbench.data.outline_files import SUFFIXES, ToolMask, describe_left_out, quoted, read_tool_mask
+from cellbench.data.outline_files import SUFFIXES, ToolMask, describe_left_out, read_tool_mask
 from cellbench.data.scan import is_inside
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, quoted
 from cellbench.files import compute_sha256, to_nfc
 from cellbench.metrics.pixel import IGNORE
 
@@ -102,7 +102,7 @@ def label_classes(labels: Iterable[str], classes: Sequence[str], path: Path) -> 
     out: dict[str, int | None] = {}
     for label in dict.fromkeys(labels):
         plain = label.casefold()
-        if plain in NOT_SCORED or plain in ("ignore*",):
+        if plain in NOT_SCORED:
             out[label] = IGNORE
         elif plain in NOT_CELLS:
             out[label] = None

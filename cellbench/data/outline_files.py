@@ -12,7 +12,7 @@ import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ import numpy as np
 from cellbench.data.annotations import rasterize
 from cellbench.data.io import images
 from cellbench.data.io.decode import printable_path
-from cellbench.data.io.imagej_roi import read_rois
+from cellbench.data.io.imagej_roi import read_rois, unit_circle
 from cellbench.data.io.inert_pickle import as_array, read_npy
-from cellbench.errors import CellbenchError, one_line, quote_name
+from cellbench.errors import CellbenchError, one_line
 from cellbench.files import compute_sha256
 from cellbench.metrics.pixel import IGNORE
 
@@ -248,8 +248,7 @@ def _labelme_ring(kind: str, points: np.ndarray) -> np.ndarray:
     if kind == "rectangle":
         (x0, y0), (x1, y1) = points
         return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
-    radius, angle = np.hypot(*(points[1] - points[0])), np.linspace(0, 2 * np.pi, 72, endpoint=False)
-    return points[0] + radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return points[0] + np.hypot(*(points[1] - points[0])) * unit_circle()
 
 
 # --- as an annotation -------------------------------------------------------------------------------------------------------------------
@@ -293,13 +292,3 @@ class ToolAnnotation:
 def describe_left_out(counts: Mapping[str, int] | None) -> str:
     """``3 point, 1 linestring``; empty for nothing."""
     return ", ".join(f"{num} {kind}" for kind, num in (counts or {}).items() if num)
-
-
-def quoted(names: Sequence[str], most: int = 5) -> str:
-    """Names for a message, the first few.
-
-    >>> quoted(["a.png", "b.png"], 1)
-    "'a.png' and 1 more"
-    """
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(quote_name(name) for name in names[:most]) + more

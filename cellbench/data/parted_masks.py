@@ -9,6 +9,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.segmentation import watershed
 
+from cellbench.metrics.instances import near_two_cells
 from cellbench.metrics.pixel import IGNORE
 
 
@@ -46,10 +47,7 @@ def _lines_closed(ids: np.ndarray, free: np.ndarray, cut_px: int) -> np.ndarray:
     """The numbers with the ``free`` pixels between two cells given to the nearest one, where a line is at most ``cut_px`` wide."""
     padded = np.pad(ids, cut_px, mode="edge")
     closed = ndimage.binary_closing(padded > 0, np.ones((cut_px + 1, cut_px + 1)))[cut_px:-cut_px, cut_px:-cut_px] & free
-    side = 2 * cut_px + 1
-    most = ndimage.maximum_filter(ids, side)
-    least = ndimage.minimum_filter(np.where(ids == 0, np.iinfo(ids.dtype).max, ids), side)
-    line = closed & (most > 0) & (most != least)
+    line = closed & near_two_cells(ids, cut_px)
     if not line.any():
         return ids
     nearest = ndimage.distance_transform_edt(ids == 0, return_distances=False, return_indices=True)

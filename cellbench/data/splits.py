@@ -38,7 +38,7 @@ def choose_folds(root: Path, parts: Mapping[str, tuple[Sample, ...]], spec: Data
     """
     samples = with_groups(tuple(sample for part in ("train", "val", "test") for sample in parts.get(part, ())), spec, tuple)
     num_test = len(parts.get("test", ())) or round(spec.test_fraction * len(samples))
-    num_folds = min(USUAL_FOLDS, len({_unit(sample) for sample in samples}))
+    num_folds = min(USUAL_FOLDS, len({unit_of(sample) for sample in samples}))
     if num_test >= MIN_TEST_IMAGES or num_folds < 3 or _own(root / "splits.json"):
         return 0, ""
     known = f"Its test folder has {num_test}" if parts.get("test") else f"One split would test {num_test}"
@@ -195,7 +195,7 @@ def with_groups(
     return samples
 
 
-def _unit(sample: Sample) -> str:
+def unit_of(sample: Sample) -> str:
     """The unit that is never split: all that look alike, the group, or the image alone."""
     if sample.appearance:
         return sample.appearance
@@ -246,7 +246,7 @@ def _allocated(
     pool: tuple[Sample, ...], test: tuple[Sample, ...], spec: DataSpec, foreground: Callable[[Sample], float]
 ) -> dict[str, tuple[Sample, ...]]:
     """By groups, by strata, or one of several folds. All folds come from the same seed, so that their test sets are disjoint."""
-    names = [_unit(sample) for sample in pool]
+    names = [unit_of(sample) for sample in pool]
     strata = _strata(pool, spec, foreground)
     if spec.folds:
         in_test = allocate(names, strata, [1.0] * spec.folds, [spec.split_seed]) == spec.fold

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,10 +86,11 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -
     """Evaluates a run on a dataset's test images and keeps the ``num_worst`` worst predictions. Raises CellbenchError for an unreadable image."""
     notes: list[tuple[str, Note]] = []
     load, seconds, num_timed, start = SystemLoad(), 0.0, 0, time.perf_counter()
-    calibration = segmenter.trained.calibration
-    segmenter.trained = replace(segmenter.trained, calibration=Calibration())  # its probabilities are scored before and after correction
-    predictions = segmenter.predict_all(sample.image for sample in dataset.test)
-    with CohortEvaluator(dataset, 1, [segmenter.trained.separation], calibrations=[calibration]) as evaluator:
+    plain = copy.copy(segmenter)  # probabilities are scored before and after their correction
+    plain.trained = replace(segmenter.trained, calibration=Calibration())
+    predictions = plain.predict_all(sample.image for sample in dataset.test)
+    trained = segmenter.trained
+    with CohortEvaluator(dataset, 1, [trained.separation], calibrations=[trained.calibration]) as evaluator:
         examples = evaluator.evaluations[0].examples
         examples.num_worst = num_worst
         for index, found in enumerate(progress_bar(predictions, total=len(dataset.test), desc="testing", unit="image")):
@@ -99,7 +101,6 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -
             counts = confusion_matrix(truth, found.classes, len(dataset.classes))
             evaluator.add_image(index, truth, [counts], [(found.classes, found.probability, found.fields)])
             start = time.perf_counter()  # excludes reading masks and scoring
-    segmenter.trained = replace(segmenter.trained, calibration=calibration)
     cost = {"cost/images_per_s": num_timed / max(seconds, 1e-9)}
     if (load_pct := load.others_pct()) is not None:
         cost["cost/test_other_load_pct"] = load_pct

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from cellbench.data.io.intensity import Range, format_range
 from cellbench.data.io.metadata import PixelSize, same_size
 from cellbench.data.scan import IgnoredFile
 from cellbench.data.uniformity import find_pixel_size_inconsistencies
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, first_names
 from cellbench.inference.trained_run import TrainedRun
 
 
@@ -62,11 +62,6 @@ def describe_magnification(sizes: Mapping[Path, PixelSize], trained: TrainedRun,
         return [] if same_size(um_per_px, side) else [f"{learned} these images of {um_per_px:g} um."]
     other = [f"{printable_path(path)} ({size} um)" for path, size in sizes.items() if not same_size(size.side_um, side)]
     return [f"{learned} {len(other)} images with other sizes: {first_names(other)}."] if other else []
-
-
-def first_names(names: Sequence[str], most: int = 20) -> str:
-    """The first names, and the number of others."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def names_by_reason(left: Iterable[IgnoredFile]) -> dict[str, list[str]]:

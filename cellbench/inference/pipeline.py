@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,6 +47,17 @@ class MaskStrip:
     last: bool
     trust: Trust = NOTHING_KNOWN
     """What is known of the whole image's prediction, with its last strip."""
+
+
+def join_strips(strips: Sequence[MaskStrip]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """The classes, probability and fields of a whole image, as its strips have them."""
+    probability = [strip.probability for strip in strips if strip.probability is not None]
+    fields = [strip.fields for strip in strips if strip.fields is not None]
+    return (
+        np.concatenate([strip.classes for strip in strips]),
+        np.concatenate(probability) if probability else None,
+        np.concatenate(fields, axis=1) if fields else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,8 @@ from cellbench.data.io.images import EXTENSIONS
 from cellbench.data.io.intensity import IntensityScaling, Note
 from cellbench.data.io.metadata import PixelSize
 from cellbench.data.scan import IgnoredFile, count_reasons, files_below
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, first_names
 from cellbench.files import case_folded, file_name
-from cellbench.inference.inputs import first_names
 from cellbench.inference.pipeline import FailedImage
 from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.writers import ENDINGS, OutputFormats, OutputPaths, PredictionWriter, TooManyCellsError, find_masks, output_path

@@ -33,7 +33,7 @@ from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.tile_cutting import as_pixels
 from cellbench.hardware import Hardware, detect_hardware, to_device
-from cellbench.inference.pipeline import FailedImage, Image, MaskStrip, TileBatch, tile_batches, whole_images
+from cellbench.inference.pipeline import FailedImage, Image, MaskStrip, TileBatch, join_strips, tile_batches, whole_images
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.appearance import NOTHING_KNOWN, Trust
 from cellbench.metrics.instances import Instances
@@ -269,14 +269,13 @@ class Segmenter:
                 raise event.error
             strips.append(event)
             if event.last:
-                probability = [strip.probability for strip in strips if strip.probability is not None]
-                fields = [strip.fields for strip in strips if strip.fields is not None]
+                classes, probability, fields = join_strips(strips)
                 yield Prediction(
-                    classes=np.concatenate([strip.classes for strip in strips]),
-                    probability=np.concatenate(probability) if probability else None,
+                    classes=classes,
+                    probability=probability,
                     class_names=self.class_names,
                     separation=self.trained.separation,
-                    fields=np.concatenate(fields, axis=1) if fields else None,
+                    fields=fields,
                     notes=event.source.notes,
                     source=event.image,
                     reading=self.trained.preparation.reading,

@@ -25,7 +25,7 @@ from cellbench.data.io.images import png_bytes
 from cellbench.data.io.png_stream import PngWriter, read_png_text
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, os_errors_as
-from cellbench.inference.pipeline import MaskStrip
+from cellbench.inference.pipeline import MaskStrip, join_strips
 from cellbench.inference.polygons import cell_outlines, to_geojson
 from cellbench.liveness import is_alive, this_owner
 from cellbench.metrics.instances import Instances
@@ -218,12 +218,8 @@ class PredictionWriter:
 
     def _write_cells(self) -> None:
         separation = self._wanted.separation
-        classes, image = np.concatenate([strip.classes for strip in self._strips]), np.concatenate(self._images)
-        fields = [strip.fields for strip in self._strips if strip.fields is not None]
-        probability = [strip.probability for strip in self._strips if strip.probability is not None]
-        cells = separation.instances(
-            classes, np.concatenate(fields, axis=1) if fields else None, np.concatenate(probability) if probability else None
-        )
+        (classes, probability, fields), image = join_strips(self._strips), np.concatenate(self._images)
+        cells = separation.instances(classes, fields, probability)
         if self._wanted.instances and cells.num > 65535:
             raise TooManyCellsError(f"{self._target.image}: {cells.num} cells, but 16 bits hold 65535 numbers. Cut the image into pieces.")
         if OVERLAY in self._files:

@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 from scipy import ndimage
 
-from cellbench.metrics.instances import Instances, numbered_instances
+from cellbench.metrics.instances import Instances, numbered_instances, root
 
 STEPS, DOUBLINGS = 4, 8
 """Steps of one pixel for each jump, and how often jumps are doubled: paths of 1,024 px."""
@@ -43,18 +43,11 @@ class FlowBasins:
     def instances(self, min_area_px: int, *, min_parting: float) -> Instances:
         """The cells, each of at least ``min_area_px`` pixels."""
         parent = np.arange(int(self._basins.max(initial=0)) + 1).tolist()
-
-        def root(k: int) -> int:
-            while parent[k] != k:
-                parent[k] = parent[parent[k]]
-                k = parent[k]
-            return k
-
         for parting, a, b in self._lines:
             if parting >= min_parting:
                 break
-            parent[root(b)] = root(a)
-        number = np.array([root(k) for k in range(len(parent))], np.int32)
+            parent[root(parent, b)] = root(parent, a)
+        number = np.array([root(parent, k) for k in range(len(parent))], np.int32)
         return numbered_instances(number[self._basins], self._classes, min_area_px)
 
 

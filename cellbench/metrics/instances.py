@@ -154,3 +154,20 @@ def reference_instances(
     if min_area_px is None:
         return numbered_instances(ids, objects), MIN_AREA_NUMBERED_PX
     return numbered_instances(ids, objects, min_area_px), min_area_px
+
+
+def near_two_cells(ids: np.ndarray, reach_px: int) -> np.ndarray:
+    """The pixels (H, W) bool within ``reach_px``, along rows and columns, of two cells of ``ids`` (H, W) int."""
+    side = 2 * reach_px + 1
+    most = ndimage.maximum_filter(ids, side, mode="nearest")
+    least = ndimage.minimum_filter(np.where(ids == 0, np.iinfo(ids.dtype).max, ids), side, mode="nearest")
+    near: np.ndarray = (most > 0) & (most != least)
+    return near
+
+
+def root(parent: list[int], k: int) -> int:
+    """The member that stands for the set of ``k``, of sets as trees: ``parent`` of each member, its own for a root."""
+    while parent[k] != k:
+        parent[k] = parent[parent[k]]
+        k = parent[k]
+    return k

@@ -28,7 +28,7 @@ from cellbench.metrics.boundary import boundary_pixels
 from cellbench.metrics.cell_confidence import MIN_CONFIDENCES, ap50_by_confidence, drop_improbable
 from cellbench.metrics.flow_basins import FlowBasins, OffsetBasins
 from cellbench.metrics.instance import instance_scores
-from cellbench.metrics.instances import MIN_AREA_PX, Instances, connected_instances, merge_parts_into_objects, numbered_instances
+from cellbench.metrics.instances import MIN_AREA_PX, Instances, connected_instances, merge_parts_into_objects, numbered_instances, root
 from cellbench.metrics.pixel import impute_missing, nan_mean
 from cellbench.metrics.star_polygons import StarPolygons
 
@@ -222,19 +222,12 @@ class _Flood:
     def _merged(self, saddle_ratio: float) -> np.ndarray:
         """For each basin the one that it is merged into."""
         parent, peaks = list(range(len(self._peaks))), self._peaks.tolist()
-
-        def root(k: int) -> int:
-            while parent[k] != k:
-                parent[k] = parent[parent[k]]
-                k = parent[k]
-            return k
-
         for height, a, b in self._saddles:
-            a, b = root(a), root(b)
+            a, b = root(parent, a), root(parent, b)
             if a != b and height >= saddle_ratio * min(peaks[a], peaks[b]):
                 low, high = (a, b) if peaks[a] < peaks[b] else (b, a)
                 parent[low] = high
-        return np.array([root(k) for k in range(len(parent))])
+        return np.array([root(parent, k) for k in range(len(parent))])
 
 
 def _blocks(mask: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ Letters: H x W image, R rays.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,9 +24,9 @@ _LOG2_LONGEST = 10
 """Of the longest ray that can be stored, 1,023 px."""
 
 
-def ray_directions() -> np.ndarray:
+def ray_directions(num: int = RAYS) -> np.ndarray:
     """Unit vectors (R, 2), down and right; the first points to the right."""
-    angles = 2 * np.pi * np.arange(RAYS) / RAYS
+    angles = 2 * np.pi * np.arange(num) / num
     return np.stack([np.sin(angles), np.cos(angles)], axis=1)
 
 
@@ -48,6 +49,10 @@ class _Polygon:
     top: int
     left: int
     mask: np.ndarray
+
+    @functools.cached_property
+    def area_px(self) -> int:
+        return int(self.mask.sum())
 
     @property
     def box(self) -> tuple[slice, slice]:
@@ -109,4 +114,4 @@ def _overlap(a: _Polygon, b: _Polygon) -> float:
     if rows.start >= rows.stop or columns.start >= columns.stop:
         return 0.0
     parts = [one.mask[rows.start - one.top : rows.stop - one.top, columns.start - one.left : columns.stop - one.left] for one in (a, b)]
-    return float(np.count_nonzero(parts[0] & parts[1]) / max(1, min(int(one.mask.sum()) for one in (a, b))))
+    return float(np.count_nonzero(parts[0] & parts[1]) / max(1, min(a.area_px, b.area_px)))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cellbench.errors import first_names
 from cellbench.reporting.leaderboard import format_p
 from cellbench.reporting.learning_curves import LearningCurve
 from cellbench.reporting.model_groups import ModelGroup, TestSet
@@ -22,8 +23,8 @@ CHEAPER = 0.8
 
 def _unit_differences(here: TestSet, d: Difference) -> np.ndarray:
     """The first model minus the second, for each image or group of images."""
-    scores = {model.name: model.scores() for model in here.models}
-    a, b = align_images([scores[d.a], scores[d.b]]).units_MU
+    models = {model.name: model for model in here.models}
+    a, b = align_images([models[name].scores() for name in (d.a, d.b)]).units_MU
     difference_U: np.ndarray = a - b
     return difference_U
 
@@ -71,7 +72,7 @@ def describe_equivalence(here: TestSet) -> str:
     equal = [model for model in here.models if model.name in found]
     if not equal:
         return ""
-    names = ", ".join(model.name for model in equal[:3]) + (f" and {len(equal) - 3} more" if len(equal) > 3 else "")
+    names = first_names([model.name for model in equal], 3)
     p = max(equivalence_p(here, d) for d in found.values())
     start = f"For practical purposes {names} equal{'s' * (len(equal) == 1)} {here.best.name} (within {here.margin:g} Dice, {format_p(p)})"
     cost = {model.name: _seconds(model) for model in (here.best, *equal)}

@@ -314,7 +314,7 @@ class TestSet:
         """The unit of observation: 'image' or 'group'."""
         return "image" if self.groups is None else "group"
 
-    @property
+    @cached_property
     def num_units(self) -> int:
         """Images, or groups of them, that any model has a score for."""
         empty = np.all([model.scores().empty for model in self.models], axis=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import time
@@ -191,7 +192,7 @@ class _TestSetReport:
         here, differences, pairs = self.here, self.here.differences_to_best(), self.here.differences()
         if not differences:
             return []
-        rows = self.difference_rows()
+        rows = self.difference_rows
         names = [name for name in rows[0] if name != "minus"]  # the figure's caption says it
         blocks: list[Block] = [
             self.figure("differences", significance.plot_differences, differences, differences[0].b),
@@ -213,6 +214,7 @@ class _TestSetReport:
                     blocks += self.ranking(f"{one.capitalize()}s, {'; '.join(averaged[0].notes)}", averaged, f"ranks-{one}s")
         return blocks
 
+    @functools.cached_property
     def difference_rows(self) -> list[dict[str, str]]:
         """Each model minus the best."""
         differences = sorted(self.here.differences_to_best(), key=lambda d: -d.interval.mean)
@@ -304,7 +306,7 @@ class _TestSetReport:
     def files_only(self) -> list[Table]:
         tables = {
             "leaderboard": self.cells,
-            "differences": self.difference_rows(),
+            "differences": self.difference_rows,
             "pairs": [_difference_row(d, self.here.num_folds > 1) for d in self.here.differences()],
         }
         if self.shift is not None:

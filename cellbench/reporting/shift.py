@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cellbench.config.experiment import UNCHANGED
 from cellbench.metrics.pixel import nan_mean
 from cellbench.reporting.model_groups import ModelGroup, TestSet
 from cellbench.statistics.bootstrap import unit_labels
@@ -105,9 +106,6 @@ def shift_of(here: TestSet) -> Shift | None:
         sets=tuple(further_sets(here)),
         missing={model.name: missing[model.name] for model in here.models if missing[model.name] and not model.external},
     )
-
-
-UNCHANGED = "none"
 
 
 def _conditions(model: ModelGroup) -> dict[str, tuple[str, np.ndarray]]:

@@ -8,7 +8,9 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from cellbench.config.experiment import UNCHANGED
 from cellbench.config.registry import Registry
+from cellbench.errors import first_names
 from cellbench.reporting.collect import ExperimentResults
 from cellbench.reporting.decisions import (
     corrected_score,
@@ -20,7 +22,7 @@ from cellbench.reporting.decisions import (
 from cellbench.reporting.leaderboard import LeaderboardRow, format_p
 from cellbench.reporting.learning_curves import LearningCurve
 from cellbench.reporting.model_groups import TestSet
-from cellbench.reporting.shift import APPEARANCE, FURTHER, UNCHANGED, Shift, shift_of
+from cellbench.reporting.shift import APPEARANCE, FURTHER, Shift, shift_of
 from cellbench.statistics.bootstrap import Interval, negate
 from cellbench.statistics.hypothesis_tests import DECIMALS, describe_undecidable, is_decidable
 from cellbench.statistics.scores import Difference
@@ -121,7 +123,7 @@ def describe_shift(shift: Shift) -> list[str]:
     if shift.missing:
         names = list(dict.fromkeys(name for lacks in shift.missing.values() for name in lacks if name != UNCHANGED))
         out.append(
-            f"Not tested on {_list(names, 3)}: {_list(list(shift.missing), 3)}. A grid that asks for these tests adds them without training."
+            f"Not tested on {first_names(names, 3)}: {first_names(list(shift.missing), 3)}. A grid that asks for these tests adds them without training."
         )
     return out
 
@@ -151,7 +153,7 @@ def describe_evidence(here: TestSet) -> str:
         return f"No difference to another model is significant: the next, {first.a}, {_gap(first)}."
     beaten = [model.name for model in here.models[1:] if model.kind == "baseline" and differences[model.name] in better]
     kind = f"the baseline{'s' * (len(beaten) > 1)} {' and '.join(beaten)} among them, " if 0 < len(beaten) < 4 else ""
-    more = f"; nor from {_list([d.a for d in tied[1:]], 2)}" if len(tied) > 1 else ""
+    more = f"; nor from {first_names([d.a for d in tied[1:]], 2)}" if len(tied) > 1 else ""
     return (
         f"It is significantly better than {len(better)} of {num} other models, {kind}but not significantly different from {tied[0].a}, "
         f"which {_gap(tied[0])}{more}."
@@ -211,10 +213,12 @@ def describe_pairs(differences: Sequence[Difference], metric: str = "Dice") -> l
     for some, rest in ((significant, "significantly worse"), (tied, "not significantly different")):
         out += [f"{describe_difference(d, metric)}." for d in some[:MAX_PAIRS_LISTED]]
         if len(some) > MAX_PAIRS_LISTED:
-            names = _list([d.a for d in some[MAX_PAIRS_LISTED:]], 3 * MAX_PAIRS_LISTED)
+            names = first_names([d.a for d in some[MAX_PAIRS_LISTED:]], 3 * MAX_PAIRS_LISTED)
             out.append(f"{len(some) - MAX_PAIRS_LISTED} more, {rest}: {names}.")
     by_note = _by_note(differences)
-    return out + [f"Note on {_list(names, MAX_PAIRS_LISTED)}: {note}." for note, names in by_note.items() if len(names) < len(differences)]
+    return out + [
+        f"Note on {first_names(names, MAX_PAIRS_LISTED)}: {note}." for note, names in by_note.items() if len(names) < len(differences)
+    ]
 
 
 def describe_limits(here: TestSet) -> list[str]:
@@ -245,10 +249,10 @@ def describe_missing(results: ExperimentResults) -> list[str]:
         reasons.setdefault(_first_sentence(reason.removeprefix(f"{backbone}: ")), []).append(model)
     if not reasons:
         return []
-    parts = [f"{_list(list(dict.fromkeys(names)), 3)} ({reason})" for reason, names in reasons.items()]
+    parts = [f"{first_names(list(dict.fromkeys(names)), 3)} ({reason})" for reason, names in reasons.items()]
     kinds = missing_domains(results)
     start = f"No {' or '.join(kinds)} model was compared; without a result" if kinds else "Not compared"
-    return [f"{start}: {_list(parts, 2)}."]
+    return [f"{start}: {first_names(parts, 2)}."]
 
 
 def missing_domains(results: ExperimentResults) -> list[str]:
@@ -379,7 +383,9 @@ def describe_empty_images(here: TestSet) -> list[str]:
         return []
     names = [f"{model.name} ({model.empty_images[1]:g})" for model in here.models if model.empty_images[1]]
     found = (
-        f"Cells were predicted there by {_list(names, MAX_MODELS_LISTED)}: these images score 0" if names else "No model predicts any there"
+        f"Cells were predicted there by {first_names(names, MAX_MODELS_LISTED)}: these images score 0"
+        if names
+        else "No model predicts any there"
     )
     return [f"Note: {num} of {len(here.images)} test images have no cell. {found}. Means leave out those where nothing is predicted."]
 
@@ -392,7 +398,7 @@ def describe_absent_classes(here: TestSet) -> list[str]:
         unused = name in first.runs[0].per_image.get("unused", [])
         names = [f"{model.name} ({num:g})" for model in here.models if (num := model.num_predicted_images(name))]
         by = (
-            f"of {len(here.images)} test images some have it predicted: {_list(names, MAX_MODELS_LISTED)}"
+            f"of {len(here.images)} test images some have it predicted: {first_names(names, MAX_MODELS_LISTED)}"
             if names
             else "no model predicts it"
         )
@@ -440,7 +446,3 @@ def describe_learning_curves(curves: Sequence[LearningCurve]) -> list[str]:
         fewer = "significantly worse" if worse else "not tried"
         out.append(f"{curve.model}: with {share} the difference to the largest share{size} is not significant; fewer are {fewer}.")
     return out
-
-
-def _list(names: Sequence[str], most: int) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -152,7 +152,7 @@ def _resampled_means(sums_MU: np.ndarray, counts_U: np.ndarray, resamples: int, 
     """(M, B): each row's mean in each resample of the units."""
     num = len(counts_U)
     step = max(1, 4_000_000 // num)  # 32 MB of weights at a time
-    draws = (_draw(num, resamples, seed),) if resamples <= step else _draws(num, resamples, seed, step)
+    draws = (draw_units(num, resamples, seed),) if resamples <= step else _draws(num, resamples, seed, step)
     both = np.vstack([sums_MU, counts_U])  # one pass over the weights, which are expensive to read
     drawn = np.concatenate([both @ weights_BU.T.astype(np.float64) for weights_BU in draws], axis=1)
     means_MB: np.ndarray = drawn[:-1] / drawn[-1]
@@ -169,7 +169,8 @@ def _draws(num: int, resamples: int, seed: int, step: int) -> Iterator[np.ndarra
 
 
 @lru_cache(maxsize=4)  # pairs with different image sets are resampled one by one, mostly with the same few sizes
-def _draw(num: int, resamples: int, seed: int) -> np.ndarray:
+def draw_units(num: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each unit is drawn in each resample: (resamples, num) uint8, to be read only."""
     return next(_draws(num, resamples, seed, resamples))
 
 

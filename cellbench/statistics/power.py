@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from cellbench.statistics.bootstrap import FEWEST
-from cellbench.statistics.hypothesis_tests import EXACT_UP_TO, smallest_p, untied_distribution
+from cellbench.statistics.hypothesis_tests import EXACT_UP_TO, is_decidable, untied_distribution
 
 POWER = 0.8
 """The usual power to plan for: four of five such comparisons find the difference."""
@@ -101,7 +101,7 @@ def fewest_units(num_tests: int = 1, alpha: float = 0.05) -> int:
     >>> fewest_units(1), fewest_units(36)
     (6, 11)
     """
-    return next(num for num in range(1, 200) if smallest_p(num, num_tests) < alpha)
+    return next(num for num in range(1, 200) if is_decidable(num, num_tests, alpha))
 
 
 @lru_cache(maxsize=64)
@@ -122,7 +122,8 @@ def describe_detectable(num_images: int, what: str = "test images") -> str:
     """What a test set can decide, in a sentence, before anything is trained."""
     if num_images < fewest_units():
         return f"With {num_images} {what} no difference between two models can be significant: {fewest_units()} are the least."
-    found = ", ".join(f"{one:g} in {100 * power_of_normal(one, TYPICAL_SD, num_images):.0f} %" for one in PLANNED)
+    enough = min(num_images, MOST_IMAGES)  # from here on all of PLANNED are found in every repetition, whose number times this is in memory
+    found = ", ".join(f"{one:g} in {100 * power_of_normal(one, TYPICAL_SD, enough):.0f} %" for one in PLANNED)
     return (
         f"With {num_images} {what} a difference between two models of {found} of cases is found, if their difference in Dice varies by "
         f"{TYPICAL_SD:g} from image to image, as between good models on BCCD."

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cellbench.statistics.bootstrap import FEWEST
+from cellbench.statistics.bootstrap import FEWEST, draw_units
 from cellbench.statistics.comparison import align_images
 from cellbench.statistics.scores import ModelScores
 
@@ -32,10 +32,8 @@ def corrected_best(models: Sequence[ModelScores], *, resamples: int = RESAMPLES,
 
 def corrected_mean(sums_MU: np.ndarray, counts_U: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> float:
     """The same of sums of scores, higher being better, by model and unit, and the number of images of each unit."""
-    num = len(counts_U)
-    rng = np.random.default_rng(seed)
-    weights_BU = np.stack([np.bincount(row, minlength=num) for row in rng.integers(0, num, (resamples, num))])
-    weights_BU = weights_BU[(weights_BU == 0).any(axis=1)]
+    weights_BU = draw_units(len(counts_U), resamples, seed)
+    weights_BU = weights_BU[(weights_BU == 0).any(axis=1)].astype(np.int64)
     chosen_B = ((sums_MU @ weights_BU.T) / (counts_U @ weights_BU.T)).argmax(axis=0)
     left_BU = weights_BU == 0
     return float(((sums_MU[chosen_B] * left_BU).sum(axis=1) / (left_BU @ counts_U)).mean())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from small_data import write_pair
+from small_data import enter, write_set
 
 EXPERIMENT = """# Two cohorts and a threshold
 experiment = "small"
@@ -46,14 +46,9 @@ QUESTION = ["grid", "small.toml", "--data", "smears", "--device", "cpu"]
 
 
 def place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for seed, name in enumerate(("a0.png", "a1.jpg", "b 2.png", "b3.jpeg", "c5.JPG")):
-        write_pair(folder / "smears" / "train", name, seed)
-    for seed, name in enumerate(("t0.png", "t1.jpg"), 100):
-        write_pair(folder / "smears" / "test", name, seed)
+    write_set(folder, ["a0.png", "a1.jpg", "b 2.png", "b3.jpeg", "c5.JPG"], ["t0.png", "t1.jpg"])
     (folder / "small.toml").write_text(EXPERIMENT)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-    monkeypatch.setenv("CELLBENCH_CACHE", str(folder / "cache"))
+    enter(folder, monkeypatch)
 
 
 def finished_results() -> dict[str, tuple[dict[str, float], bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,24 @@ def write_pair(folder: Path, name: str, seed: int, image: str = "original", mask
         (folder / inner).mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(folder / image / name, quality=95)
     Image.fromarray(np.repeat(labels[..., None], 3, axis=2)).save(folder / mask / f"{Path(name).stem}.png")
+
+
+def write_set(folder: Path, train: Sequence[str], test: Sequence[str]) -> None:
+    """Drawn images of these names, with masks, below ``smears/train`` and ``smears/test``."""
+    for part, names, first in (("train", train, 0), ("test", test, 100)):
+        for seed, name in enumerate(names, first):
+            write_pair(folder / "smears" / part, name, seed)
+
+
+def finish_grid(folder: Path, file: str, question: str, *flags: str) -> Path:
+    """Runs an experiment on ``smears`` below a folder, in a store of the folder."""
+    from cellbench.run import main
+
+    (folder / file).write_text(question)
+    with pytest.MonkeyPatch.context() as patch:
+        enter(folder, patch)
+        assert main(["grid", file, "--data", "smears", *flags]) == 0
+    return folder
 
 
 def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:

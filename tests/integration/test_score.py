@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_data import enter, write_pair
+from small_data import enter, finish_grid, write_set
 
 from cellbench.reporting.collect import collect_runs
 from cellbench.run import main
@@ -29,14 +29,8 @@ epochs = 1
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished grid of a baseline and a model."""
     folder = tmp_path_factory.mktemp("compared")
-    for part, seeds in (("train", range(4)), ("test", range(100, 102))):
-        for seed in seeds:
-            write_pair(folder / "smears" / part, f"{part[0]}{seed % 100}.png", seed)
-    (folder / "rivals.toml").write_text(QUESTION)
-    with pytest.MonkeyPatch.context() as patch:
-        enter(folder, patch)
-        assert main(["grid", "rivals.toml", "--data", "smears", "--device", "cpu"]) == 0
-    return folder
+    write_set(folder, [f"t{k}.png" for k in range(4)], ["t0.png", "t1.png"])
+    return finish_grid(folder, "rivals.toml", QUESTION, "--device", "cpu")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from small_data import enter, write_pair
+from small_data import enter, finish_grid, write_pair, write_set
 
 import cellbench
 from cellbench.run import main
@@ -40,15 +40,8 @@ def scores(name: str) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shift")
-    for seed in range(6):
-        write_pair(folder / "smears" / "train", f"a{seed}.png", seed)
-    for seed in range(3):
-        write_pair(folder / "smears" / "test", f"t{seed}.png", 100 + seed)
-    (folder / "q.toml").write_text(EXPERIMENT)
-    with pytest.MonkeyPatch.context() as patch:
-        enter(folder, patch)
-        assert main(["grid", "q.toml", "--data", "smears"]) == 0
-    return folder
+    write_set(folder, [f"a{k}.png" for k in range(6)], [f"t{k}.png" for k in range(3)])
+    return finish_grid(folder, "q.toml", EXPERIMENT)
 
 
 @pytest.fixture

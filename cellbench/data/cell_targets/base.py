@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cellbench.metrics.instances import Instances
+from cellbench.metrics.star_polygons import ray_directions
 
 FULL = 255
-ZERO = FULL / 2
-"""The stored value of a vector's component 0, rounded up or down."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +45,7 @@ class ChannelTurns:
     @classmethod
     def of_rays(cls, num: int, num_other: int = 0) -> ChannelTurns:
         """Of ``num`` rays, after ``num_other`` channels without a direction; ray k points at k / num of a circle, from right to down."""
-        angles = 2 * np.pi * np.arange(num) / num
-        rays = np.stack([np.sin(angles), np.cos(angles)], axis=1)
+        rays = ray_directions(num)
         # The ray that becomes this one is the one most parallel to this one turned back.
         source = np.stack([((rays @ _turn(code)) @ rays.T).argmax(1) for code in range(8)])
         other = np.tile(np.arange(num_other), (8, 1))

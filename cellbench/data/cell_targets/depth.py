@@ -17,7 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from cellbench.data.cell_targets.base import FULL, CellTarget, ChannelTurns, as_share
-from cellbench.metrics.instances import Instances
+from cellbench.metrics.instances import Instances, near_two_cells
 
 BORDER_PX = 2
 """Half the width of a border: between adjacent cells a border has four pixels, of which masks leave out none, one or two."""
@@ -53,11 +53,7 @@ class Depth(CellTarget):
 
 
 def _border(ids: np.ndarray) -> np.ndarray:
-    side = 2 * BORDER_PX + 1
-    most = ndimage.maximum_filter(ids, side, mode="nearest")
-    far = np.iinfo(ids.dtype).max
-    least = ndimage.minimum_filter(np.where(ids == 0, far, ids), side, mode="nearest")
-    return np.where((most > 0) & (most != least), FULL, 0).astype(np.uint8)
+    return np.where(near_two_cells(ids, BORDER_PX), FULL, 0).astype(np.uint8)
 
 
 def edge_distance(ids: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:

@@ -88,7 +88,7 @@ def decode_roi(data: bytes, name: str = "") -> Roi | str:
     if kind in (RECT, OVAL):
         if options & SUBPIXEL:
             x, y, width, height = exact
-        corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], float) if kind == RECT else _circle() / 2 + 0.5
+        corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], float) if kind == RECT else unit_circle() / 2 + 0.5
         return Roi(name=name, rings=(corners * np.array([width, height]) + np.array([x, y]),))
     if kind == FREEHAND and subtype == ELLIPSE:
         return Roi(name=name, rings=(_ellipse(*exact, *struct.unpack_from(">f", data, 52)),))
@@ -103,7 +103,8 @@ def decode_roi(data: bytes, name: str = "") -> Roi | str:
     return Roi(name=name, rings=(flat.reshape(2, num).T + np.array([left, top], float),))
 
 
-def _circle() -> np.ndarray:
+def unit_circle() -> np.ndarray:
+    """Points (N, 2) on the circle of radius 1 around 0."""
     angle = np.linspace(0, 2 * np.pi, ARC_POINTS, endpoint=False)
     return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
@@ -112,7 +113,7 @@ def _ellipse(x1: float, y1: float, x2: float, y2: float, ratio: float) -> np.nda
     """An ellipse by the ends of its long axis, and the ratio of the short to the long one."""
     axis, centre = np.array([x2 - x1, y2 - y1]) / 2, np.array([x1 + x2, y1 + y2]) / 2
     across = np.array([-axis[1], axis[0]]) * ratio
-    return _circle() @ np.stack([axis, across]) + centre
+    return unit_circle() @ np.stack([axis, across]) + centre
 
 
 def _path_rings(numbers: tuple[float, ...]) -> tuple[np.ndarray, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cellbench.data.io.decode import FileError
+from cellbench.errors import first_names
 
 Range = tuple[float, float]
 """The values that become black and white."""
@@ -39,10 +40,7 @@ def format_notes(notes: Iterable[tuple[str, Note]]) -> list[str]:
     found: dict[str, list[str]] = {}
     for name, note in notes:
         found.setdefault(note.message, []).append(f"{name} ({note.detail})" if note.detail else name)
-    return [
-        f"{message}: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}."
-        for message, names in found.items()
-    ]
+    return [f"{message}: {first_names(names)}." for message, names in found.items()]
 
 
 @dataclass(frozen=True, kw_only=True)

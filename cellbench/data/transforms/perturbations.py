@@ -14,13 +14,12 @@ import cv2
 import numpy as np
 import torch
 
+from cellbench.config.experiment import UNCHANGED
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.transforms.augmentation import StainJitter
 
 VERSION = 1
 """Increased when a perturbation changes; finished runs are then tested again."""
-UNCHANGED = "none"
-"""The images as they are, tested in the same way: what the fall is measured from."""
 
 
 @dataclass(frozen=True)

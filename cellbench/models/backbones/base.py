@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cellbench.errors import CellbenchError
 
@@ -116,3 +117,9 @@ class Backbone(nn.Module):
         depth = len(self.levels)
         num = min(num, depth)
         return tuple(self.levels[(i + 1) * depth // num - 1] for i in range(num))
+
+
+def norm_channels(map_BDhw: Tensor) -> Tensor:
+    """Each place of a map normed over its channels, without learned factors, as the maps of pyramids are."""
+    map_BhwD = map_BDhw.permute(0, 2, 3, 1)
+    return functional.layer_norm(map_BhwD, map_BhwD.shape[-1:], eps=1e-6).permute(0, 3, 1, 2).contiguous()

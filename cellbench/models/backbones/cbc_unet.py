@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from cellbench.config.cards import BackboneCard
 from cellbench.errors import CellbenchError
-from cellbench.models.backbones.base import Backbone, Level
+from cellbench.models.backbones.base import Backbone, Level, norm_channels
 
 WIDTHS = (32, 64, 128, 256)
 BORDER_PX = 44
@@ -113,12 +113,7 @@ class CbcEncoder(Backbone):
     def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
         """See ``Backbone.maps``."""
         maps = self._stages(x_BCHW.flip(1), padded=True)  # it was trained on BGR
-        return [_normed(maps[index]) for index in indices]
-
-
-def _normed(map_BDhw: Tensor) -> Tensor:
-    map_BhwD = map_BDhw.permute(0, 2, 3, 1)
-    return F.layer_norm(map_BhwD, map_BhwD.shape[-1:], eps=1e-6).permute(0, 3, 1, 2).contiguous()
+        return [norm_channels(maps[index]) for index in indices]
 
 
 def cbc_unet(card: BackboneCard, state: dict[str, Tensor] | None) -> CbcEncoder:

@@ -11,11 +11,10 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cellbench.config.cards import BackboneCard
 from cellbench.errors import CellbenchError, unknown_name
-from cellbench.models.backbones.base import Backbone, Level
+from cellbench.models.backbones.base import Backbone, Level, norm_channels
 from cellbench.models.backbones.state_dict import load_strictly, to_timm_names
 from cellbench.models.backbones.timm_vit import intermediates, model_name
 
@@ -34,12 +33,7 @@ class TimmPyramid(Backbone):
 
     def maps(self, x_BCHW: Tensor, indices: tuple[int, ...]) -> list[Tensor]:
         """See ``Backbone.maps``. Skips stages after the deepest requested level."""
-        return [_normed(map_BDhw) for map_BDhw in intermediates(self.net, x_BCHW, indices, norm=False)]
-
-
-def _normed(map_BDhw: Tensor) -> Tensor:
-    map_BhwD = map_BDhw.permute(0, 2, 3, 1)
-    return functional.layer_norm(map_BhwD, map_BhwD.shape[-1:], eps=1e-6).permute(0, 3, 1, 2).contiguous()
+        return [norm_channels(map_BDhw) for map_BDhw in intermediates(self.net, x_BCHW, indices, norm=False)]
 
 
 def timm_pyramid(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbone:

@@ -24,18 +24,24 @@ def cbc(states: Sequence[Mapping[str, Tensor]]) -> Callable[..., np.ndarray]:
     def segment(image: np.ndarray, num_classes: int, *, threshold: float) -> np.ndarray:
         if num_classes != 2:
             raise CellbenchError(f"the baseline cbc finds cells without their kinds; the data has {num_classes - 1} kinds. Leave it out.")
-        found = np.max([_probability(net, image) for net in nets], axis=0) > threshold
+        pixels = _equalised(image)
+        found = np.max([_probability(net, pixels) for net in nets], axis=0) > threshold
         return binary_fill_holes(found).astype(np.uint8)
 
     return segment
 
 
-def _probability(net: CbcUNet, image: np.ndarray) -> np.ndarray:
-    """The probability (H, W) float32 of a cell."""
+def _equalised(image: np.ndarray) -> np.ndarray:
+    """What the networks were trained on: BGR (H, W, 3) float32, -1 to 1, with CLAHE of the lightness, of an image (H, W, 3) uint8 RGB."""
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
     lab[..., 0] = cv2.createCLAHE(clipLimit=2.0, tileGridSize=(8, 8)).apply(lab[..., 0])
-    bgr = cv2.cvtColor(lab, cv2.COLOR_LAB2BGR).astype(np.float32) / 127.5 - 1
-    height, width = image.shape[:2]
+    bgr: np.ndarray = cv2.cvtColor(lab, cv2.COLOR_LAB2BGR).astype(np.float32) / 127.5 - 1
+    return bgr
+
+
+def _probability(net: CbcUNet, bgr: np.ndarray) -> np.ndarray:
+    """The probability (H, W) float32 of a cell, of pixels as :func:`_equalised` gives them."""
+    height, width = bgr.shape[:2]
     below, right = -height % TILE_PX, -width % TILE_PX
     padded = cv2.copyMakeBorder(bgr, BORDER_PX, BORDER_PX + below, BORDER_PX, BORDER_PX + right, cv2.BORDER_REFLECT)
     out = np.empty((height + below, width + right), np.float32)

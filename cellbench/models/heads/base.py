@@ -61,3 +61,21 @@ def conv_bn_relu(dim_in: int, dim_out: int, kernel: int = 3) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(dim_in, dim_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(dim_out), nn.ReLU(inplace=True)
     )
+
+
+def blocks_of_pixels(pixels_BCHW: Tensor) -> Tensor:
+    """(B, 3, H, W) RGB in 0..1 to (B, 12, h, w): each 2x2 block of pixels as one place, scaled; an odd edge is repeated."""
+    height, width = pixels_BCHW.shape[-2:]
+    even = F.pad(pixels_BCHW, (0, width % 2, 0, height % 2), mode="replicate") if height % 2 or width % 2 else pixels_BCHW
+    return F.pixel_unshuffle(scaled_pixels(even), 2)
+
+
+def scores_of_blocks(scores_BKhw: Tensor, pixels_BCHW: Tensor) -> Tensor:
+    """The scores (B, K, H, W) of pixels from those of their 2x2 blocks (B, 4 K, h, w): sub-pixel convolution (Shi et al. 2016)."""
+    height, width = pixels_BCHW.shape[-2:]
+    return F.pixel_shuffle(scores_BKhw, 2)[..., :height, :width]
+
+
+def scaled_pixels(pixels_BCHW: Tensor) -> Tensor:
+    """Pixels in 0..1 with about mean 0 and deviation 1."""
+    return (pixels_BCHW - 0.5) / 0.25

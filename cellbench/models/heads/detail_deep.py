@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cellbench.models.backbones.base import Level
-from cellbench.models.heads.base import Head, conv_bn_relu, resize
+from cellbench.models.heads.base import Head, blocks_of_pixels, conv_bn_relu, resize, scores_of_blocks
 
 
 class DetailDeep(Head):
@@ -31,9 +31,7 @@ class DetailDeep(Head):
         self.score = nn.Conv2d(at2, 4 * num_classes, 3, padding=1)
 
     def forward(self, maps: list[Tensor], pixels_BCHW: Tensor) -> Tensor:
-        height, width = pixels_BCHW.shape[-2:]
-        even = F.pad(pixels_BCHW, (0, width % 2, 0, height % 2), mode="replicate") if height % 2 or width % 2 else pixels_BCHW
-        x2 = self.down2(F.pixel_unshuffle((even - 0.5) / 0.25, 2))
+        x2 = self.down2(blocks_of_pixels(pixels_BCHW))
         x4 = self.down4(x2)
         x8 = self.down8(x4)
         lateral = [layer(m) for m, layer in zip(maps, self.laterals, strict=True)]
@@ -41,7 +39,7 @@ class DetailDeep(Head):
         y = self.join8(torch.cat([x8, _summed(deep, x8)], 1))
         y = self.join4(torch.cat([resize(y, x4.shape[-2:]), x4, *([_summed(shallow, x4)] if shallow else [])], 1))
         y = self.join2(torch.cat([resize(y, x2.shape[-2:]), x2], 1))
-        return F.pixel_shuffle(self.score(y), 2)[..., :height, :width]
+        return scores_of_blocks(self.score(y), pixels_BCHW)
 
 
 def _summed(maps: list[Tensor], at: Tensor) -> Tensor:

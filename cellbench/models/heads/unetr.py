@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cellbench.models.backbones.base import Level
-from cellbench.models.heads.base import Head, conv_bn_relu, resize
+from cellbench.models.heads.base import Head, conv_bn_relu, resize, scaled_pixels
 
 
 class UNETR(Head):
@@ -39,4 +39,4 @@ class UNETR(Head):
         y = resize(self.bottom(self.laterals[-1](maps[-1])), sizes[-1])
         for k in reversed(range(len(maps) - 1)):
             y = self.joins[k](torch.cat([resize(y, sizes[k]), resize(self.laterals[k](maps[k]), sizes[k])], 1))
-        return self.score(self.last(torch.cat([resize(y, (height, width)), self.pixels((pixels_BCHW - 0.5) / 0.25)], 1)))
+        return self.score(self.last(torch.cat([resize(y, (height, width)), self.pixels(scaled_pixels(pixels_BCHW))], 1)))
