@@ -11,7 +11,7 @@ from cellbench.config.options import BenchOptions
 from cellbench.config.registry import Registry
 from cellbench.console import say
 from cellbench.data.loading import open_dataset
-from cellbench.diagnostics import scaling
+from cellbench.diagnostics import gpu_speed, scaling
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
 from cellbench.diagnostics.speed import measure, table
 from cellbench.files import make_folder, write_atomic
@@ -55,6 +55,12 @@ def bench(options: BenchOptions) -> int:
         if out is not None:
             write_atomic(out / "scale.json", json.dumps(asdict(found), indent=1))
             say(f"written to {out}/scale.json")
+        return 0
+    if options.gpu:
+        measured = gpu_speed.measure(setup)
+        if out is not None:
+            write_atomic(out / "gpu.json", json.dumps(asdict(measured), indent=1))
+            say(f"written to {out}/gpu.json")
         return 0
     result = measure(setup)
     say("")

@@ -201,6 +201,7 @@ class BenchOptions(ComputeOptions, WeightsOptions):
     data: Path | None = option("a folder of images and masks (default: synthetic smears)", metavar="DIR")
     out: Path | None = option("write bench.json and bench.png there", metavar="DIR")
     quick: bool = option("fewer images, epochs and repeats: under two minutes, less exact", False)
+    gpu: bool = option("instead: larger backbones, heads with and without CUDA graphs, and what the time of a whole grid goes to", False)
     scale: bool = option("instead: 1 to 27 runs, and up to a hundred times as many images, with memory", False)
 
 

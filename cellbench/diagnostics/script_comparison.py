@@ -16,8 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tomli_w
@@ -42,12 +42,23 @@ class ProcessCost:
     """Mean over its time; NaN on a processor."""
     dice: float
     """The best mean Dice over the test images."""
+    places: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of its main thread by what it did, where that was sampled."""
 
 
-def compare(setup: BenchmarkSetup) -> tuple[ProcessCost, ProcessCost]:
-    """The script, then ``grid``: one after another, each in an empty folder with a fresh store. Raises CellbenchError if one fails."""
+def compare(setup: BenchmarkSetup, *, sampled: bool = False) -> tuple[ProcessCost, ProcessCost]:
+    """The script, then ``grid``: one after another, each in an empty folder with a fresh store. Raises CellbenchError if one fails.
+
+    ``sampled``: what the main thread of ``grid`` does is sampled (:mod:`cellbench.diagnostics.stack_samples`).
+    """
+    settings = settings_of(setup)
+    return cost_of_script(settings), cost_of_grid(settings, setup, sampled=sampled)
+
+
+def settings_of(setup: BenchmarkSetup) -> ScriptSettings:
+    """What both sides train."""
     data = setup.data
-    settings = ScriptSettings(
+    return ScriptSettings(
         dataset=setup.card,
         data="" if data is None else str(data.absolute()),
         limit=setup.spec.limit,
@@ -60,16 +71,17 @@ def compare(setup: BenchmarkSetup) -> tuple[ProcessCost, ProcessCost]:
         crops_per_image=setup.crops,
         device=str(setup.machine.device),
     )
-    return _script(settings), _grid(settings, setup)
 
 
-def _script(settings: ScriptSettings) -> ProcessCost:
+def cost_of_script(settings: ScriptSettings) -> ProcessCost:
+    """Runs the script."""
     with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
         cost, printed = _timed(["cellbench.diagnostics.script_reference", json.dumps(asdict(settings))], Path(folder), settings.device)
     return ProcessCost(**cost, dice=json.loads(printed)["dice"])
 
 
-def _grid(settings: ScriptSettings, setup: BenchmarkSetup) -> ProcessCost:
+def cost_of_grid(settings: ScriptSettings, setup: BenchmarkSetup, *, sampled: bool = False) -> ProcessCost:
+    """Runs ``grid``; see :func:`compare`."""
     experiment = {
         "experiment": "bench",
         "dataset": settings.dataset,
@@ -80,13 +92,15 @@ def _grid(settings: ScriptSettings, setup: BenchmarkSetup) -> ProcessCost:
     with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as name:
         folder = Path(name)
         (folder / "bench.toml").write_text(tomli_w.dumps(experiment))
-        command = ["cellbench.run", "grid", "bench.toml", "--device", settings.device, "--precision", setup.precision]
+        command = ["cellbench.diagnostics.stack_samples", "samples.json"] if sampled else ["cellbench.run"]
+        command += ["grid", "bench.toml", "--device", settings.device, "--precision", setup.precision]
         command += ["--data", settings.data] if settings.data else []
         command += ["--weights", settings.weights] if settings.weights else []
         cost, _ = _timed(command, folder, settings.device)
         with store_in(folder):
             found = [run.metrics.get("test_image/dice", 0.0) for run in Tracker("bench", make=False).stored()]
-    return ProcessCost(**cost, dice=max(found, default=0.0))
+        places = json.loads((folder / "samples.json").read_text()) if sampled else {}
+    return ProcessCost(**cost, dice=max(found, default=0.0), places=places)
 
 
 def _timed(arguments: list[str], folder: Path, device: str) -> tuple[dict[str, float], str]:

@@ -11,6 +11,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from cellbench.console import Column, format_table
 from cellbench.data.transforms.tiling import Stitcher
 from cellbench.diagnostics import naive_reference
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup, seconds, store_in
-from cellbench.diagnostics.script_comparison import compare
+from cellbench.diagnostics.script_comparison import ProcessCost, compare
 from cellbench.diagnostics.search_throughput import measure_throughput
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
@@ -57,11 +58,11 @@ def measure(setup: BenchmarkSetup) -> BenchmarkResult:
     out = BenchmarkResult(machine=setup.machine.name, backbone=setup.backbone)
     if setup.card:
         setup.say("measuring a plain script, and the whole of grid beside it …")
-        _whole_processes(setup, out)
+        whole_processes(setup, out, *compare(setup))
     setup.say("measuring the feature pass …")
-    _feature_pass(setup, out)
+    feature_pass(setup, out)
     setup.say("measuring heads …")
-    _heads(setup, out)
+    heads(setup, out)
     setup.say("measuring a cohort of runs, and the same runs one by one …")
     cohort = _cohorts(setup, out)
     setup.say("measuring trials of a search …")
@@ -75,8 +76,8 @@ def measure(setup: BenchmarkSetup) -> BenchmarkResult:
     return out
 
 
-def _whole_processes(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
-    script, grid = compare(setup)
+def whole_processes(setup: BenchmarkSetup, out: BenchmarkResult, script: ProcessCost, grid: ProcessCost) -> None:
+    """Adds what :func:`compare` found."""
     num = len(setup.runs)
     out.add("script_s", f"script: {num} runs one after another, features cached, fp32", script.wall_s, "s", f"Dice {script.dice:.4f}")
     faster = f"{script.wall_s / grid.wall_s:.2f} x the script's speed; Dice {grid.dice:.4f}"
@@ -95,7 +96,9 @@ def _whole_processes(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
         )
 
 
-def _feature_pass(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
+def feature_pass(setup: BenchmarkSetup, out: BenchmarkResult, name: str = "") -> None:
+    """The feature pass of the setup's backbone from images, beside the bare network. ``name``: of another than the setup's own."""
+    fact, of = (f"_{name}", f"{name}: ") if name else ("", "")
     chunk = setup.machine.chunk
     # Whole chunks, and enough of them to keep all lanes busy to the end.
     crops = chunk * -(-CHUNKS // len(setup.pixels["train"]))
@@ -126,10 +129,10 @@ def _feature_pass(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
         for epoch in (1, 2, 3)
     ]
     bare_speed, pass_speed = (statistics.median(column) for column in zip(*speeds, strict=True))
-    ratio = out.facts["pass_over_bare"] = statistics.median(whole / alone for alone, whole in speeds)
-    out.add("bare_tiles_per_s", "bare timm forward, tensors in memory", bare_speed, "tiles/s")
-    out.add("pass_tiles_per_s", "feature pass from images", pass_speed, "tiles/s", f"{ratio:.0%} of the bare forward")
-    if not setup.quick:
+    ratio = out.facts[f"pass_over_bare{fact}"] = statistics.median(whole / alone for alone, whole in speeds)
+    out.add(f"bare_tiles_per_s{fact}", f"{of}bare timm forward, tensors in memory", bare_speed, "tiles/s")
+    out.add(f"pass_tiles_per_s{fact}", f"{of}feature pass from images", pass_speed, "tiles/s", f"{ratio:.0%} of the bare forward")
+    if not setup.quick and not name:
         # The batch size is part of the numbers (kernels depend on the shape and round differently), so each kind of device has a fixed one.
         # These rows show what that costs here.
         for num in (chunk // 4, chunk // 2, 2 * chunk, 4 * chunk):
@@ -138,7 +141,8 @@ def _feature_pass(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
             out.add(f"bare_{num}_tiles_per_s", name, speed, "tiles/s", f"{speed / bare_speed:.0%}")
 
 
-def _heads(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
+def heads(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
+    """Training steps of each head alone."""
     runs = [setup.run(head, 1e-3) for head in dict.fromkeys((*setup.heads, "detail"))]  # `doctor HEAD` times any
     features = setup.features(runs)
     with WorkerPool(1) as pool:
@@ -285,14 +289,17 @@ def _all_cores(machine: Hardware) -> contextlib.AbstractContextManager[None]:
 
 
 def table(result: BenchmarkResult) -> str:
-    """The measurements as text, each ratio below what it is of."""
-    columns = [Column(heading="name", cut=True), Column(heading="value", right=True), Column(heading="unit")]
-    values = format_table(columns, [(name, _number(value), unit) for name, value, unit, _ in result.rows], headings=False)
-    lines = [f"{result.backbone} on {result.machine}", ""]
-    for line, (*_, ratio) in zip(values, result.rows, strict=True):
-        lines += [line, *([f"    {ratio}"] if ratio else [])]
+    """The measurements as text."""
+    lines = [f"{result.backbone} on {result.machine}", "", *rows_as_text(result.rows)]
     lines += ["", *(f"{'yes' if good else 'NO '}  {name}" for name, good in result.checks.items())]
     return "\n".join(lines)
+
+
+def rows_as_text(rows: Sequence[tuple[str, float, str, str]]) -> list[str]:
+    """Rows of measurements as lines, each ratio below what it is of."""
+    columns = [Column(heading="name", cut=True), Column(heading="value", right=True), Column(heading="unit")]
+    values = format_table(columns, [(name, _number(value), unit) for name, value, unit, _ in rows], headings=False)
+    return [line for text, (*_, ratio) in zip(values, rows, strict=True) for line in (text, *([f"    {ratio}"] if ratio else []))]
 
 
 def _number(value: float) -> str:

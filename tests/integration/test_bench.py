@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 from cohorts import REGISTRY, dataset_of, fitted, run_of
 
-from cellbench.diagnostics import scaling, speed
+from cellbench.diagnostics import gpu_speed, scaling, speed
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
 from cellbench.features.cache_admin import cache_entries
 from cellbench.hardware import detect_hardware
@@ -54,3 +58,23 @@ def test_scaling_counts_images_and_runs_and_watches_memory(small_folder, monkeyp
     assert [point.num_images for point in found.images] == [8, 16]  # all images of the folder, once and twice
     assert all(point.trunk_s > 0 and point.head_s > 0 and point.peak_mib > 100 for point in found.runs + found.images)
     assert "ms an image" in scaling.table(found)
+
+
+def test_the_gpu_bench_measures_heads_pass_and_larger_backbones_on_a_processor_too(small_folder, monkeypatch):
+    monkeypatch.setattr(speed, "CHUNKS", 1)
+    said = []
+    setup = setup_of(small_folder, detect_hardware("cpu", "fp32").smaller(3), quick=True, heads=("bilinear",))
+    setup.say = said.append
+    facts = gpu_speed.measure(setup).facts
+    assert facts["head_bilinear_tiles_per_s"] > 0
+    assert facts["pass_tiles_per_s_ViT-S/16"] < facts["pass_tiles_per_s"]  # seven times the work
+    assert any("ViT-S/16: feature pass" in line for line in said)
+
+
+def test_a_sampled_command_says_what_its_main_thread_did(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "cellbench.diagnostics.stack_samples", "samples.json", "list", "heads"], cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode == 0
+    seconds = json.loads((tmp_path / "samples.json").read_text())
+    assert seconds["imports"] > 0
