@@ -14,7 +14,7 @@ from cellbench.config.base import Scalar, StrictModel
 # Increased whenever a code change alters the numbers of an unchanged spec; finished runs of older versions are then executed again.
 NUMERICS_VERSION = 4
 
-TestTimeAugmentation = Literal["none", "flips", "d4"]
+TestTimeAugmentation = Literal["none", "flips", "d4", "shifts"]
 TTA: tuple[TestTimeAugmentation, ...] = get_args(TestTimeAugmentation)
 
 _COHORT = "cohort"
@@ -105,7 +105,10 @@ class RunSpec(StrictModel):
     select: Literal["val/dice", "val/loss"] = "val/dice"
     """The score by which the best epoch is chosen."""
     tta: TestTimeAugmentation = "none"
-    """Test-time augmentation: the mean prediction over a tile's mirrors and half turn, or over all eight orientations; not used in epochs."""
+    """Test-time augmentation: the mean prediction over a tile's mirrors and half turn, over all eight orientations, or over shifts by half a patch.
+
+    Not used in epochs.
+    """
 
     ensemble: str = "none"
     """Seeds of several heads, such as ``0, 1, 2``, whose mean prediction is used. ``ensemble_seeds`` of an experiment makes such runs."""

@@ -54,6 +54,11 @@ class FrozenBackbone:
         return self.module.pick(num) if self.module is not None else ()
 
     @property
+    def patch_px(self) -> int:
+        """Side of the square of pixels that one place of the last level covers; 1 without a backbone."""
+        return self.module.levels[-1].stride_px if self.module is not None else 1
+
+    @property
     def keys(self) -> tuple[int, ...]:
         """The indices of a batch's maps."""
         return (*self.indices, TOKENS) if self.unfreeze else self.indices

@@ -321,7 +321,7 @@ class Segmenter:
         pixels = as_pixels(to_device(tiles_BTTC, self.machine.device))
         found, codes, features = torch.zeros(()), self.model.tta_codes, None
         for code in codes:
-            turned = turn(pixels, code)
+            turned = turn(pixels, code, self.backbone.patch_px)
             batch = Batch(self.backbone.maps(turned), turned, torch.empty(0))
             if code == 0 and self.trained.appearance is not None:
                 features = pooled(batch.maps)

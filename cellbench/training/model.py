@@ -41,7 +41,7 @@ class SegmentationModel(nn.Module):
         self.cell_target = cell_target
         """What the head learns beside the classes. Its output channels follow those of the classes."""
         self.tta_codes = tta_codes
-        """The orientations in which a tile is decoded in test and prediction (``training.test_time``)."""
+        """The poses in which a tile is decoded in test and prediction (``training.test_time``)."""
         self.num_classes = head.num_classes - (len(cell_target.channels) if cell_target else 0)
         self._levels, self._num_frozen = levels, num_frozen
         self.seconds = 0.0
@@ -89,6 +89,11 @@ class SegmentationModel(nn.Module):
     def method(self) -> str:
         """How cells are found in the predictions: a key of ``cellbench.metrics.separation.METHODS``."""
         return self.cell_target.method if self.cell_target else "watershed"
+
+    @property
+    def patch_px(self) -> int:
+        """As of :class:`FrozenBackbone`."""
+        return self._levels[-1].stride_px if self._levels else 1
 
     @property
     def num_fields(self) -> int:

@@ -53,14 +53,14 @@ def foreground_probabilities(logits_BKHW: Tensor) -> Tensor:
 def output_channels(logits_BCTT: Tensor, model: SegmentationModel, code: int = 0) -> Tensor:
     """The channels of a model's output that are blended: foreground probabilities (B, K-1, T, T), then the fields of its cell target (B, F, T, T).
 
-    Tiles that were turned by ``code`` are turned back, and with them the directions of fields. NaN at each pixel with a non-finite score; a softmax
+    Tiles in the pose ``code`` are taken back, and with them the directions of fields. NaN at each pixel with a non-finite score; a softmax
     would turn such a score into a probability of 0 or 1.
     """
     found = foreground_probabilities(logits_BCTT[:, : model.num_classes])
     if model.cell_target is not None:
         fields = model.cell_target.fields(logits_BCTT[:, model.num_classes :])
         found = torch.cat([found, model.cell_target.field_turns.turn_fields(fields, inverse(code))], 1)
-    return turn_back(found + mark_non_finite(logits_BCTT), code)
+    return turn_back(found + mark_non_finite(logits_BCTT), code, model.patch_px)
 
 
 def mark_non_finite(logits_BCHW: Tensor) -> Tensor:
@@ -108,12 +108,12 @@ class _ImageStitcher:
     def __init__(self, model: SegmentationModel, features: Features, split: str) -> None:
         self._model, self._features, self._split = model, features, split
         self._now, self._num = -1, model.num_classes - 1
-        self._sum_BKTT = torch.empty(0)  # of the orientations so far
+        self._sum_BKTT = torch.empty(0)  # of the poses so far
 
     def add(self, batch: Batch, images: list[int], code: int, spent: Spent) -> list[SegmentedImage]:
-        """Adds the next tiles in one of the model's orientations, with the image number of each. Returns the completed predictions.
+        """Adds the next tiles in one of the model's poses, with the image number of each. Returns the completed predictions.
 
-        ``spent``: the time of the orientation's maps.
+        ``spent``: the time of the pose's maps.
         """
         start, start_cpu, done = time.perf_counter(), time.thread_time(), []
         with torch.inference_mode():

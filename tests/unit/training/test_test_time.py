@@ -30,15 +30,39 @@ from cellbench.training.tiled_inference import segment_images
 @pytest.mark.parametrize("code", CODES["d4"])
 def test_a_batch_is_turned_as_a_training_tile_is_and_back(code: int) -> None:
     tile = np.random.default_rng(0).random((30, 40))
-    turned = turn(torch.from_numpy(tile)[None, None], code)
+    turned = turn(torch.from_numpy(tile)[None, None], code, 16)
     assert np.array_equal(turned[0, 0].numpy(), rotate_flip(tile, code))
-    assert np.array_equal(turn_back(turned, code)[0, 0].numpy(), tile)
+    assert np.array_equal(turn_back(turned, code, 16)[0, 0].numpy(), tile)
 
 
 @pytest.mark.parametrize("code", CODES["d4"])
 def test_a_turn_by_the_inverse_code_is_a_turn_back(code: int) -> None:
     tile = torch.rand(1, 1, 30, 40)
-    assert torch.equal(turn(turn(tile, code), inverse(code)), tile)
+    assert torch.equal(turn(turn(tile, code, 16), inverse(code), 16), tile)
+
+
+@pytest.mark.parametrize("patch_px", [8, 14, 7])
+def test_the_tokens_of_a_shifted_tile_lie_half_a_patch_before_its_own(patch_px: int) -> None:
+    tile = torch.rand(1, 1, 4 * patch_px, 6 * patch_px)
+    half_px = patch_px // 2
+    for code, (down, right) in {8: (1, 0), 9: (0, 1), 10: (1, 1)}.items():
+        shifted = turn(tile, code, patch_px)
+        assert all(length % patch_px == 0 for length in shifted.shape[-2:])
+        assert torch.equal(turn_back(shifted, code, patch_px), tile)
+        y, x = (half_px * moves for moves in (down, right))
+        assert torch.equal(shifted[..., patch_px:, patch_px:][..., :8, :8], tile[..., patch_px - y :, patch_px - x :][..., :8, :8])
+
+
+def test_with_shifts_a_prediction_is_the_mean_over_tiles_that_begin_half_a_patch_earlier() -> None:
+    segmenter = segmenter_of("bilinear", tta="shifts")
+    pixels, patch = torch.randint(0, 256, (1, 96, 96, 3), dtype=torch.uint8), segmenter.backbone.patch_px
+    plain, half = segmenter_of("bilinear"), patch // 2
+    expected = plain.tiles(pixels).clone()
+    for down, right in ((1, 0), (0, 1), (1, 1)):
+        margins = ((half * down, (patch - half) * down), (half * right, (patch - half) * right), (0, 0))
+        moved = torch.from_numpy(np.pad(pixels[0].numpy(), margins, mode="reflect")[None])
+        expected += plain.tiles(moved)[..., half * down :, half * right :][..., :96, :96]
+    assert torch.allclose(segmenter.tiles(pixels), expected / 4, atol=1e-6)
 
 
 def segmenter_of(head: str = "detail", backbone: str = "filter-bank", **settings: object) -> Segmenter:
@@ -85,13 +109,14 @@ def test_a_backbone_with_patches_of_14_px_reads_turned_tiles() -> None:
     pixels = torch.rand(2, 3, 56, 84)
     with WorkerPool(1) as pool, torch.inference_mode():
         batch = Batch(backbone.maps(pixels), pixels, torch.empty(0))
-        shapes = [turn_back(model.decode(one), code).shape for code, one, _ in turned_batches(batch, backbone, CODES["d4"], pool)]
+        shapes = [turn_back(model.decode(one), code, 14).shape for code, one, _ in turned_batches(batch, backbone, CODES["d4"], pool)]
     assert shapes == [(2, 2, 56, 84)] * 8
 
 
-def test_the_test_and_predict_give_the_same_mask_of_an_image_of_any_size(small_folder) -> None:
+@pytest.mark.parametrize("way", ["d4", "shifts"])
+def test_the_test_and_predict_give_the_same_mask_of_an_image_of_any_size(small_folder, way: str) -> None:
     dataset = dataset_of(small_folder)
-    runs = [run_of("detail", "filter-bank", tta=tta) for tta in ("d4", "none")]
+    runs = [run_of("detail", "filter-bank", tta=tta) for tta in (way, "none")]
     features = features_of(dataset, runs)
     models = [trainer.model for trainer in trainers_of(dataset, runs, features)]
     (_, answers), *_ = segment_images(models, features, "test")
