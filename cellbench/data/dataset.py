@@ -134,11 +134,17 @@ class Dataset:
 
     def read_instances(self, sample: Sample) -> np.ndarray | None:
         """The cell numbers (H, W) of the annotation, integers, 0 is background; None where the masks hold none."""
+        return self.read_truth(sample)[1]
+
+    def read_truth(self, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
+        """:meth:`read_mask` and :meth:`read_instances` from one reading of the file."""
         if sample.truth is not None:
-            return sample.truth.read()[1]
-        if self.masks != "cells":
-            return self.parted(self.read_mask(sample)) if self.cut_px else None
-        return self.ids_of(images.read_labels(sample.mask))
+            return sample.truth.read()
+        if self.colors:
+            classes = self.read_mask(sample)
+            return classes, self.parted(classes) if self.cut_px else None
+        labels = images.read_labels(sample.mask)
+        return self.meaning(labels), self.ids_of(labels)
 
     def ids_of(self, labels: np.ndarray) -> np.ndarray | None:
         """Mask values as cell numbers, where they are such or have lines between cells; the ignored value becomes 0."""

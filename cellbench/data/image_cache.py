@@ -75,8 +75,8 @@ class ImageCache:
 
         def make() -> tuple[np.ndarray]:
             sample = self.samples[index]
-            ids = self._dataset.read_instances(sample)
-            own, least = self._dataset.read_mask(sample), self._dataset.min_cell_px
+            own, ids = self._dataset.read_truth(sample)
+            least = self._dataset.min_cell_px
             classes = framing.mask(own)
             if least is not None:  # in pixels of the image; framing may change the size
                 least = max(1, round(least * classes.size / own.size))

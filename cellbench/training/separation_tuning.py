@@ -54,9 +54,7 @@ def choose_separations(dataset: Dataset, methods: Sequence[str], answers: Iterab
     with ThreadPoolExecutor(min(len(methods), os.cpu_count() or 1), "tuning") as pool:
         for image, found in itertools.islice(answers, MOST_IMAGES):
             sample = dataset.val[image]
-            truth, min_area_px = reference_instances(
-                dataset.read_mask(sample), dataset.read_instances(sample), dataset.min_cell_px, owners=dataset.owners
-            )
+            truth, min_area_px = reference_instances(*dataset.read_truth(sample), dataset.min_cell_px, owners=dataset.owners)
             jobs = [pool.submit(one.add, *answer, truth, min_area_px) for one, answer in zip(tunings, found, strict=True)]
             for job in jobs:
                 job.result()

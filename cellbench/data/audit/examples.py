@@ -105,7 +105,7 @@ def _image(dataset: Dataset, sample: Sample) -> np.ndarray:
 
 def _regions(dataset: Dataset, sample: Sample) -> np.ndarray:
     """The mask's cells where it numbers them, so that touching ones stay apart, else its classes."""
-    classes, ids = dataset.read_mask(sample), dataset.read_instances(sample)
+    classes, ids = dataset.read_truth(sample)
     return np.where(classes == IGNORE, 0, classes if ids is None else ids)
 
 
@@ -134,7 +134,7 @@ def _mask_picture(dataset: Dataset, sample: Sample, *, mark_off: bool) -> np.nda
 
 
 def _speck_boxes(dataset: Dataset, sample: Sample, limit_px: int) -> list[Box]:
-    cells = reference_instances(dataset.read_mask(sample), dataset.read_instances(sample), 1, owners=dataset.owners)[0]
+    cells = reference_instances(*dataset.read_truth(sample), 1, owners=dataset.owners)[0]
     found = []
     for area_px, box in zip(cells.areas_px[1:], ndimage.find_objects(cells.ids), strict=True):
         if area_px < limit_px and box is not None:

@@ -51,8 +51,8 @@ class ImageStatistics:
 
 def measure_image(dataset: Dataset, sample: Sample) -> ImageStatistics:
     """Cells are the mask's own numbers if it has them, else connected regions of at least ``min_cell_px``."""
-    image, classes = dataset.read(sample)
-    cells, _ = reference_instances(classes, dataset.read_instances(sample), dataset.min_cell_px, owners=dataset.owners)
+    image, (classes, ids) = images.read_image(sample.image, dataset.reading), dataset.read_truth(sample)
+    cells, _ = reference_instances(classes, ids, dataset.min_cell_px, owners=dataset.owners)
     is_cell = (classes > 0) & (classes != IGNORE)
     whole = np.ones(cells.num + 1, bool)
     whole[np.unique(np.concatenate([[0], cells.ids[0], cells.ids[-1], cells.ids[:, 0], cells.ids[:, -1]]))] = False
@@ -156,13 +156,11 @@ class SampleFacts:
 def measure_sample(dataset: Dataset, sample: Sample, split: str, with_keypoints: bool = True) -> SampleFacts:
     """Measures one sample; an unreadable file gives ``error`` and raises nothing."""
     known: dict[str, Any] = {"name": sample.name, "split": split, "group": sample.group}
-    labels = ids = None
+    labels = None
     try:
         image = images.read_image(sample.image, dataset.reading)
-        if sample.truth is not None:
-            classes, ids = sample.truth.read()
-        elif dataset.colors:
-            classes = dataset.read_mask(sample)
+        if sample.truth is not None or dataset.colors:
+            classes, ids = dataset.read_truth(sample)
         else:
             labels = images.read_labels(sample.mask)
             classes, ids = dataset.meaning(labels), dataset.ids_of(labels)

@@ -12,6 +12,7 @@ from PIL import Image
 from cellbench.config.cards import DatasetCard
 from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
+from cellbench.data.io import images
 from cellbench.data.loading import open_dataset
 from cellbench.data.parted_masks import parted_cells
 from cellbench.errors import CellbenchError
@@ -85,6 +86,15 @@ def test_a_card_with_a_cut_gives_cells_and_leaves_the_class_map_as_it_is(tmp_pat
     assert np.array_equal(cut.read_mask(cut.train[0]), plain.read_mask(plain.train[0]))
     assert cut.digest != plain.digest
     assert plain.digest == replace(plain, cut_px=0).digest
+
+
+def test_the_truth_is_decoded_once(tmp_path, monkeypatch):
+    data = open_dataset(Registry().dataset("folder"), folder_of(tmp_path, "values = [0, 255]\ncut_px = 3"), DataSpec())
+    expected, decoded, read = (data.read_mask(data.train[0]), data.read_instances(data.train[0])), [], images.read_labels
+    monkeypatch.setattr(images, "read_labels", lambda path: decoded.append(path) or read(path))
+    found = data.read_truth(data.train[0])
+    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+    assert decoded == [data.train[0].mask]
 
 
 def test_a_cut_is_refused_for_masks_that_number_their_cells(tmp_path):
