@@ -102,6 +102,8 @@ class RunSpec(StrictModel):
     """The learning rate of each block before it, as a share of that of the next block."""
     lora_rank: int = Field(default=0, ge=0, le=1024)
     """Above 0: of the blocks of ``unfreeze`` only an update of this rank beside each linear layer is trained (LoRA), at ``lr`` itself."""
+    pixel_adapter: int = Field(default=0, ge=0, le=1024)
+    """Above 0: before the blocks of ``unfreeze`` a CNN on the tile's pixels, of this width, is added to the tokens (after ViT-Adapter)."""
     select: Literal["val/dice", "val/loss"] = "val/dice"
     """The score by which the best epoch is chosen."""
     tta: TestTimeAugmentation = "none"
@@ -142,8 +144,9 @@ class RunSpec(StrictModel):
         side = self.tile_px * self.tile_scale
         if self.framing == "resize" and side != round(side):
             raise ValueError(f"resize makes squares of tile_px * tile_scale = {side:g} px: a whole number is needed")
-        if self.lora_rank and not self.unfreeze:
-            raise ValueError(f"lora_rank = {self.lora_rank} is for the last blocks of the backbone: set unfreeze to their number")
+        for name in ("lora_rank", "pixel_adapter"):
+            if (value := getattr(self, name)) and not self.unfreeze:
+                raise ValueError(f"{name} = {value} is for the last blocks of the backbone: set unfreeze to their number")
         if self.ensemble != "none" and self.unfreeze:
             raise ValueError("an ensemble shares one frozen backbone: it needs unfreeze = 0")
         return self
@@ -183,7 +186,10 @@ class RunSpec(StrictModel):
 
 SAMPLING_FIELDS = tuple(name for name, field in RunSpec.model_fields.items() if _COHORT in field.metadata)
 
-ADDED_LATER = {name: RunSpec.model_fields[name].default for name in ("reference_stains", "augmentations", "tta", "ensemble", "lora_rank")}
+ADDED_LATER = {
+    name: RunSpec.model_fields[name].default
+    for name in ("reference_stains", "augmentations", "tta", "ensemble", "lora_rank", "pixel_adapter")
+}
 """Fields that older runs do not have, with the value that leaves a run's fingerprint as it was."""
 AFTER_TRAINING = ("tta", "ensemble")
 """Fields that change the use of a trained model, not its training."""

@@ -18,6 +18,7 @@ from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import TOKENS, FrozenBackbone
 from cellbench.models.backbones.base import Level
 from cellbench.models.backbones.lora import with_lora
+from cellbench.models.backbones.pixel_adapter import PixelAdapter
 from cellbench.models.heads.base import Head
 from cellbench.models.heads.ensemble import Ensemble
 from cellbench.training.randomness import ModelRandomness
@@ -35,9 +36,10 @@ class SegmentationModel(nn.Module):
         num_frozen: int = 0,
         cell_target: CellTarget | None = None,
         tta_codes: tuple[int, ...] = (0,),
+        adapter: PixelAdapter | None = None,
     ) -> None:
         super().__init__()
-        self.head, self.tail = head, tail
+        self.head, self.tail, self.adapter = head, tail, adapter
         self.cell_target = cell_target
         """What the head learns beside the classes. Its output channels follow those of the classes."""
         self.tta_codes = tta_codes
@@ -57,7 +59,10 @@ class SegmentationModel(nn.Module):
         deep = tuple(level.index for level in self._levels if level.index >= self._num_frozen)
         stride = self._levels[-1].stride_px
         places = (batch.pixels.shape[-2] // stride, batch.pixels.shape[-1] // stride)
-        maps = dict(zip(deep, self.tail(batch.maps[TOKENS].squeeze(-1).transpose(1, 2), deep, places), strict=True))
+        tokens_BND = batch.maps[TOKENS].squeeze(-1).transpose(1, 2)
+        if self.adapter is not None:
+            tokens_BND = self.adapter(tokens_BND, batch.pixels, places)
+        maps = dict(zip(deep, self.tail(tokens_BND, deep, places), strict=True))
         return self.head([maps[level.index] if level.index in maps else batch.maps[level.index] for level in self._levels], batch.pixels)
 
     def decode(self, batch: Batch) -> Tensor:
@@ -68,10 +73,11 @@ class SegmentationModel(nn.Module):
     def groups(self, run: RunSpec) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser, each with its share of the learning rate.
 
-        The share is 1 for the head, ``tail_lr_scale`` for the tail's norm and last block, and ``layer_decay`` times less for each earlier block
-        (Clark et al. 2020, ELECTRA). It is 1 for LoRA as well, which begins with no change.
+        The share is 1 for the head and the pixel adapter, ``tail_lr_scale`` for the tail's norm and last block, and ``layer_decay`` times less for
+        each earlier block (Clark et al. 2020, ELECTRA). It is 1 for LoRA as well, which begins with no change.
         """
-        groups: list[dict[str, Any]] = [{"params": list(self.head.parameters()), "share": 1.0}]
+        adapter = [] if self.adapter is None else list(self.adapter.parameters())
+        groups: list[dict[str, Any]] = [{"params": [*self.head.parameters(), *adapter], "share": 1.0}]
         if self.tail is not None and run.lora_rank:
             groups.append({"params": [p for p in self.tail.parameters() if p.requires_grad], "share": 1.0})
         elif self.tail is not None:
@@ -126,10 +132,13 @@ def build_model(run: RunSpec, card: HeadCard | BaselineCard, backbone: FrozenBac
             raise CellbenchError(f"{card.path}: cannot be built with {run.options or 'no options'}: {one_line(error)}.") from error
     head = heads[0] if len(heads) == 1 else Ensemble(heads, num_learned)
     tail = backbone.module.tail(run.unfreeze) if run.unfreeze and backbone.module is not None else None
-    if tail is not None and run.lora_rank:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.seed)
+    adapter = None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        if tail is not None and run.lora_rank:
             tail = with_lora(tail, run.lora_rank)
+        if tail is not None and run.pixel_adapter:
+            adapter = PixelAdapter(levels[-1].dim, run.pixel_adapter)
     num_frozen = len(backbone.module.levels) - run.unfreeze if backbone.module is not None else 0
-    model = SegmentationModel(head, levels, tail, num_frozen, cell_target, CODES[run.tta])
+    model = SegmentationModel(head, levels, tail, num_frozen, cell_target, CODES[run.tta], adapter)
     return model.to(backbone.machine.device).to(memory_format=torch.channels_last)

@@ -166,6 +166,22 @@ def test_lora_begins_as_the_frozen_backbone_and_only_its_updates_learn(dataset):
     assert not any(name.endswith(("qkv.weight", "fc1.weight")) for name in lora.model.state_dict())  # stored with the run: not the backbone
 
 
+def test_a_pixel_adapter_begins_as_the_frozen_backbone_and_learns_beside_lora_on_the_same_pass(dataset):
+    runs = [run_of("fpn", unfreeze=2, lora_rank=3, lr=1e-2, **more) for more in ({}, {"pixel_adapter": 4})]
+    assert runs[0].cohort_key == runs[1].cohort_key
+    features = features_of(dataset, runs)
+    plain, fed = trainers_of(dataset, runs, features)
+    batch = next(iter(features.tiles("test", WorkerPool(1))))[0]
+    with torch.no_grad():
+        assert torch.equal(plain.model.eval()(batch), fed.model.eval()(batch))
+    assert fed.model.num_params > plain.model.num_params
+    fit([fed], features)
+    with torch.no_grad():
+        learned = fed.model.eval()(batch)
+        fed.model.adapter.to_tokens.weight.zero_(), fed.model.adapter.to_tokens.bias.zero_()
+        assert not torch.equal(learned, fed.model(batch))
+
+
 @pytest.mark.slow
 def test_lora_runs_share_the_pass_with_whole_blocks_and_resume_to_the_same_numbers(dataset):
     runs = [run_of("bilinear", unfreeze=2, lora_rank=2, epochs=2), run_of("bilinear", unfreeze=2, epochs=2)]
