@@ -73,6 +73,11 @@ def one_line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def last_line(text: str) -> str:
+    """The last line of a traceback: the error's type and message."""
+    return text.strip().rpartition("\n")[2]
+
+
 def redact_passwords(text: str) -> str:
     """The text without the passwords of URLs in it.
 

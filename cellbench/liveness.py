@@ -45,6 +45,15 @@ def describe_owner(owner: str) -> str:
     return f"process {rest.partition(':')[0]} on {host}"
 
 
+def owner_as_file_name(owner: str) -> str:
+    """An owner in the name of a file: Windows allows no colon there."""
+    return owner.replace(":", "@")
+
+
+def owner_of_file_name(name: str) -> str:
+    return name.replace("@", ":")
+
+
 def is_alive(owner: str, heartbeat_s: float = 0.0, stale_s: float = STALE_S) -> bool:
     """Whether a process still exists. ``heartbeat_s``: the time of its last sign of life, in seconds since 1970."""
     for ask in (seen_here, *_others):
@@ -146,7 +155,7 @@ def _hold(pid: int) -> str:
 
 
 def _lock_file(owner: str) -> Path:
-    return cache_dir() / "alive" / f"{owner.replace(':', '@')}.lock"
+    return cache_dir() / "alive" / f"{owner_as_file_name(owner)}.lock"
 
 
 def _is_locked(owner: str) -> bool | None:

@@ -17,7 +17,7 @@ from cellbench.training.memory_check import InsufficientMemoryError
 
 
 def grid(options: GridOptions) -> int:
-    """Runs an experiment. Returns exit code 0, or 1 if a run failed or is missing."""
+    """Runs an experiment. Returns exit code 0, or 1 if a run failed, is missing, or could not be tested on further images."""
     startup.set_cache(parse_cache(options.cache)[0], options.cache_url)
     startup.configure_threads(options.device)
     plan = plan_experiment(options, say)
@@ -29,7 +29,7 @@ def grid(options: GridOptions) -> int:
     tracker = Tracker(plan.experiment.experiment)
     startup.freeze_imports()  # MLflow's
     outcome = run_experiment(plan, tracker, say)
-    return 1 if outcome.failed or outcome.missing else 0
+    return 1 if outcome.failed or outcome.missing or outcome.untested else 0
 
 
 def _estimate(plan: ExperimentPlan) -> None:

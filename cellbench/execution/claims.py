@@ -32,6 +32,8 @@ class Outcome:
     pruned: dict[str, RunState] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    untested: dict[str, str] = field(default_factory=dict)
+    """Finished, but not tested on all further images, and why."""
     busy: list[str] = field(default_factory=list)
     """Being executed by another process."""
     missing: list[str] = field(default_factory=list)
@@ -153,8 +155,11 @@ class RunClaims:
                     active.append(ActiveRun(resolved=resolved, run=run))
         return active, known
 
-    def fail(self, one: ActiveRun, reason: str, out: Outcome, trace: str = "") -> None:
-        """Ends a run as failed. ``trace``: the traceback of an error, kept with it; its checkpoint is then kept too, to resume from."""
+    def fail(self, one: ActiveRun, reason: str, out: Outcome, trace: str = "", *, anew: bool = False) -> None:
+        """Ends a run as failed. ``trace``: the traceback of an error, kept with it. Its checkpoint is kept to resume from.
+
+        ``anew``: its checkpoint leads to the same failure, and is removed.
+        """
         if one.ended:
             return
         try:
@@ -165,7 +170,7 @@ class RunClaims:
             gone = isinstance(error, NotFoundError) or "deleted" in str(error)
             reason = "it was deleted in MLflow while it was executed. The same command executes it anew." if gone else one_line(error)
             one.run.ended = "deleted"
-        if not trace:
+        if anew:
             checkpoints.delete_checkpoint(one.checkpoint)
         out.failed[one.name] = reason
         self.say(f"failed {one.name}: {reason}")

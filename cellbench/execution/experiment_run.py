@@ -28,10 +28,9 @@ from cellbench.execution.claims import Outcome
 from cellbench.execution.grid import Executor, InProcessExecutor, run_all
 from cellbench.execution.multiprocess import ProcessExecutor
 from cellbench.execution.planning import ResolvedRun, resolve_runs
-from cellbench.execution.resources import Resources, check_options
+from cellbench.execution.resources import Resources, check_options, prepare_cache
 from cellbench.execution.runner import Runner
 from cellbench.execution.shift_tests import describe_tests
-from cellbench.files import require_cache
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request, write_report
 from cellbench.tracking.tracker import Run, Tracker
@@ -64,7 +63,7 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
     elsewhere = options.on is not None and not options.dry_run
     check_options(options, elsewhere=elsewhere)
     if not options.dry_run:
-        require_cache()
+        prepare_cache()
     registry = Registry(options.registry)
     for line in describe_code(registry, options.registry):
         say(line)
@@ -168,9 +167,12 @@ def _report(plan: ExperimentPlan, tracker: Tracker, parent: Run, outcome: Outcom
         say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.missing)} missing.")
     if outcome.missing:
         say(f"missing: {', '.join(outcome.missing[:3])}{', …' * (len(outcome.missing) > 3)}. The same command runs what is missing.")
+    if outcome.untested:
+        say(f"{len(outcome.untested)} finished runs could not be tested on further images. The same command tries again.")
     say(f"everything is in MLflow, report.html at the parent run; {tracker.where_to_look()}")
     if ids:
         say(f"\nNext: `cellbench report {shlex.quote(tracker.name)}` writes the report, and")
         say(f"      `cellbench predict {shlex.quote(f'best:{tracker.name}')} IMAGES --out masks` segments images with the best model.")
-    if outcome.failed or outcome.missing:
-        parent.end("failed", f"{len(outcome.failed)} runs failed, {len(outcome.missing)} missing")
+    if outcome.failed or outcome.missing or outcome.untested:
+        untested = f", {len(outcome.untested)} not tested on further images" if outcome.untested else ""
+        parent.end("failed", f"{len(outcome.failed)} runs failed, {len(outcome.missing)} missing{untested}")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from cellbench.errors import CellbenchError, one_line
+from cellbench.errors import CellbenchError, last_line, one_line
 from cellbench.execution.worker_job import CohortWorker, JobSpec, apply_job_environment, check_same_version, code_version
 from cellbench.features.extractor import FeaturePass
 from cellbench.files import write_atomic
@@ -340,7 +340,7 @@ class ActorPool:
             return self._ray.get(task.result)
         except (errors.RayActorError, errors.OutOfMemoryError, errors.WorkerCrashedError, errors.NodeDiedError) as error:
             if "creation task" in str(error):
-                why = one_line(RuntimeError(str(error).strip().splitlines()[-1]))[:200]
+                why = last_line(str(error))[:200]
                 return "refused", f"--on ray: a node cannot load cellbench ({why}). Install the same version on all nodes.", []
             return "lost", type(error).__name__, []
         except errors.RayTaskError as error:  # a bug of ours

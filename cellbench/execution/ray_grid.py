@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, last_line
 from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.ray_cluster import (
@@ -145,7 +145,7 @@ class RayWorkers:
         self._pool.start(self.job, self._request(cohorts[0]), "shards", "passes", fingerprints)
         ((_, (kind, passes, _)),) = self._pool.wait(None)
         if kind != "done":
-            say(f"the worker that plans shards {kind}: {passes.strip().splitlines()[-1]} Each cohort computes its own features.")
+            say(f"the worker that plans shards {kind}: {last_line(passes)} Each cohort computes its own features.")
             return
         readers: dict[str, list[int]] = {}
         for k, cohort_passes in enumerate(passes):

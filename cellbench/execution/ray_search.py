@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, last_line
 from cellbench.execution.ray_cluster import ActorPool, live_nodes, resource_share, resources_for
 from cellbench.execution.work_queue import MAX_LOSSES
 from cellbench.execution.worker_job import JobSpec
@@ -54,7 +54,7 @@ class SearchHelpers:
                 raise CellbenchError(content)
             if kind != "done":
                 self._losses += 1
-                why = content.strip().splitlines()[-1]
+                why = last_line(content)
                 if self._losses >= MAX_LOSSES * self.num:
                     raise CellbenchError(f"--on ray: {self._losses} workers of the search were lost ({why}). Is there enough memory?")
                 self._start()

@@ -12,8 +12,10 @@ from cellbench.errors import CellbenchError
 from cellbench.execution import multiprocess, ray_cluster
 from cellbench.execution.worker_job import JobSpec, job_spec
 from cellbench.features.cache_admin import disk_budget, parse_cache
+from cellbench.files import require_cache
 from cellbench.hardware import Hardware, detect_hardware
 from cellbench.models.backbones.weights import weights_folder
+from cellbench.training import checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,12 @@ class Resources:
             disk_bytes=self.disk_bytes,
             prefer_disk=self.prefer_disk,
         )
+
+
+def prepare_cache() -> None:
+    """Removes checkpoints that nobody resumes any more. Raises SystemFault if the cache folder cannot be written."""
+    require_cache()
+    checkpoints.remove_old()
 
 
 def check_options(options: TrainingOptions, *, elsewhere: bool) -> None:

@@ -34,7 +34,7 @@ from cellbench.errors import CellbenchError, SystemFault, WeightsUnavailable, bl
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
 from cellbench.execution.claims import ActiveRun, Outcome, RunClaims
-from cellbench.execution.failures import describe_failure, traceback_of
+from cellbench.execution.failures import TRACEBACK, describe_failure, traceback_of
 from cellbench.execution.finished_training import finished_trainers
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import CohortProgress, Report, no_report
@@ -57,6 +57,7 @@ from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone
 from cellbench.models.baselines.build import open_baseline
 from cellbench.system_load import SystemLoad
+from cellbench.tracking.offline_queue import CallRejectedError
 from cellbench.tracking.schema import RunRecord, RunState
 from cellbench.tracking.tracker import Tracker
 from cellbench.training import checkpoints, cost_estimate
@@ -183,7 +184,7 @@ class Runner:
         """
         self._execute(cohort, title, out)
         if self.watch is None and (wanted := wanted_tests(self.experiment.data, self.datasets[cohort[0].run.fold])):
-            self._test_further(cohort, wanted, title)
+            self._test_further(cohort, wanted, title, out)
 
     def _execute(self, cohort: Sequence[ResolvedRun], title: str, out: Outcome) -> None:
         if (dataset := self.datasets[cohort[0].run.fold]) is not self.dataset:
@@ -344,8 +345,9 @@ class Runner:
             if state is not None:
                 try:
                     trainer.restore(state)
-                except Exception:
-                    checkpoints.delete_checkpoint(one.checkpoint)  # else it would fail each time
+                except Exception as error:
+                    if not is_out_of_memory(error):  # else it would fail each time
+                        checkpoints.delete_checkpoint(one.checkpoint)
                     raise
                 where = ", from a checkpoint of the same run in another store" if foreign else ""
                 self.say(f"{one.name} resumes after epoch {trainer.epoch}{where}.")
@@ -386,7 +388,7 @@ class Runner:
         trained: Trained = []
         for one, trainer, bad in zip(active, trainers, failed, strict=True):
             if bad:
-                self.claims.fail(one, cause or trainer.ended.removeprefix("failed: "), out)
+                self.claims.fail(one, cause or trainer.ended.removeprefix("failed: "), out, anew=True)
             else:
                 trained.append((one, trainer))
         if trained and self.watch is not None:
@@ -433,7 +435,8 @@ class Runner:
         test_load = _load_metric("cost/test_other_load_pct", busy)
         for k, ((one, trainer), speed, cost) in enumerate(zip(trained, speeds, costs, strict=True)):
             if k in not_finite:
-                self.claims.fail(one, f"its scores for the test image {quote_name(not_finite[k])} are not finite (NaN or infinite)", out)
+                where = quote_name(not_finite[k])
+                self.claims.fail(one, f"its scores for the test image {where} are not finite (NaN or infinite)", out, anew=True)
                 continue
             cost |= test_load | {
                 "cost/images_per_s": self.machine.lanes / max(speed.wall_s, 1e-9),
@@ -451,7 +454,7 @@ class Runner:
 
     # --- further test sets and perturbed images ---------------------------------------------------------------------------------------
 
-    def _test_further(self, cohort: Sequence[ResolvedRun], wanted: Mapping[str, str], title: str) -> None:
+    def _test_further(self, cohort: Sequence[ResolvedRun], wanted: Mapping[str, str], title: str, out: Outcome) -> None:
         self.settle()  # their heads are read from the store
         self.tracker.flush()
         known = self.tracker.known(*[one.fingerprint for one in cohort])
@@ -463,10 +466,32 @@ class Runner:
         ]
         if not runs:
             return
-        dataset, num = self.datasets[cohort[0].run.fold], len(self.dataset.classes)
         self.say(
             f"{title}: {len(runs)} run{'s' * (len(runs) != 1)} tested on {len({name for one in runs for name in one.lacks})} more sets of images."
         )
+        self._try_further(runs, out)
+        release_memory()
+
+    def _try_further(self, runs: Sequence[FinishedRunToTest], out: Outcome) -> None:
+        """Tests the runs together, after an error each alone. Those that cannot be tested stay finished, and ``out.untested`` says why."""
+        try:
+            self._run_tests(runs)
+            return
+        except (SystemFault, CallRejectedError):
+            raise
+        except Exception as error:
+            reason, all_meet_it = describe_failure(error).partition(f" {TRACEBACK}")[0], isinstance(error, WeightsUnavailable)
+        if len(runs) > 1 and not all_meet_it:
+            for one in runs:
+                self._try_further([one], out)
+            return
+        for one in runs:
+            out.untested[one.record.name] = reason
+            self.say(f"{one.record.name}: not tested on more images: {reason} The same command tries again.")
+
+    def _run_tests(self, runs: Sequence[FinishedRunToTest]) -> None:
+        one = runs[0].resolved
+        dataset, num = self.datasets[one.run.fold], len(self.dataset.classes)
         test = partial(
             run_tests,
             dataset=dataset,
@@ -475,18 +500,12 @@ class Runner:
             spec=self.experiment.data,
             report=self.report,
         )
-        try:
-            if cohort[0].trained:
-                features = self.features([one.resolved for one in runs])
-                test(runs, predict_with_heads(runs, features, self.tracker, num))
-            else:
-                for one in runs:
-                    test([one], predict_with_function(self._function(one.resolved), one.resolved.run.options, num))
-        except (WeightsUnavailable, RuntimeError, MemoryError) as error:
-            if not isinstance(error, WeightsUnavailable) and not is_out_of_memory(error):
-                raise
-            self.say(f"{title}: not tested on more images: {one_line(error)}. The same command tries again.")
-        release_memory()
+        if one.trained:
+            features = self.features([each.resolved for each in runs])
+            test(runs, predict_with_heads(runs, features, self.tracker, num))
+        else:
+            for each in runs:
+                test([each], predict_with_function(self._function(each.resolved), each.resolved.run.options, num))
 
     def _training_costs(self, trained: Trained, features: Features, load: dict[str, float]) -> list[dict[str, float]]:
         """The training cost of each run. ``load``: load by other processes during training, as a metric."""

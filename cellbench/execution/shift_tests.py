@@ -6,6 +6,7 @@ not trained again. The scores are in the artifact ``tests.json`` and in metrics 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,10 @@ class FinishedRunToTest:
     def separation(self, tracker: Tracker) -> SeparationParams:
         """How it separates touching cells."""
         data = tracker.artifact(self.record, SEPARATION)
-        return SeparationParams(**json.loads(data)) if data is not None else CONNECTED
+        try:
+            return SeparationParams(**json.loads(data)) if data is not None else CONNECTED
+        except (ValueError, TypeError):
+            raise CellbenchError(f"'{self.record.name}': its {SEPARATION} is damaged. Delete it, and run it again.") from None
 
     def weights(self, tracker: Tracker) -> dict[str, Any]:
         """Its trained weights. Raises CellbenchError."""
@@ -192,7 +196,9 @@ def _finite(name: str, value: float) -> dict[str, float]:
 def _log(tracker: Tracker, one: FinishedRunToTest, new: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
     """Adds scores to those that the run has already; the tag comes last, so that an interrupted call tests again."""
     run = tracker.reopen(one.record)
-    known = json.loads(tracker.artifact(one.record, SHIFT_TESTS) or b"{}")
+    known: Mapping[str, Any] = {}
+    with contextlib.suppress(ValueError):  # damaged: its tests are made again
+        known = json.loads(tracker.artifact(one.record, SHIFT_TESTS) or b"{}")
     merged = {kind: {**known.get(kind, {}), **scores} for kind, scores in new.items()}
     run.log_text(SHIFT_TESTS, json.dumps(merged, allow_nan=False))
     run.log(metrics, tags={TESTED: json.dumps({**json.loads(one.record.tags.get(TESTED, "{}")), **one.lacks})})

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, last_line
 from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import GridProgress, relative_cost
@@ -138,7 +138,7 @@ class WorkQueue:
                 raise CellbenchError(message.content)
             case "refused" | "error":
                 self.running.remove(item)
-                reason = message.content.strip().splitlines()[-1]
+                reason = last_line(message.content)
                 if item.shards:
                     self.runner.say(f"{item.title}: {reason} Its cohorts compute what is missing.")
                 else:

@@ -17,6 +17,7 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.calibration import Calibration
 from cellbench.metrics.separation import METHODS, SeparationParams, tried_settings
+from cellbench.reporting.stored_scores import SplitSizes
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -121,7 +122,7 @@ class ScoresRecord(StoredRecord):
     classes: tuple[str, ...] = Field(min_length=2, max_length=255)
     dataset: str
     images: tuple[str, ...]
-    num_images: dict[str, int] = Field(default_factory=dict)
+    num_images: SplitSizes | None = None
     fold: int | None = None
     num_folds: int | None = None
 

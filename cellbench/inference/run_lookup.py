@@ -196,7 +196,7 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
 def _data(stored: RunRecord, results: ScoresRecord, source: str) -> str:
     name = stored.params.get("dataset", "?")
     name = f"'{Path(source).name}'" if name == "folder" and source else name
-    counted = describe_sizes(results.num_images) or f"{len(results.images)} test images"
+    counted = describe_sizes(results.num_images.model_dump() if results.num_images else {}) or f"{len(results.images)} test images"
     fold = f", fold {results.fold} of {results.num_folds}" if results.fold is not None else ""
     return f"{name}, {counted}{fold}{describe_limit(stored.tags.get(LIMIT, ''))}"
 

@@ -27,7 +27,7 @@ from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, os_errors_as
 from cellbench.inference.pipeline import MaskStrip, join_strips
 from cellbench.inference.polygons import cell_outlines, to_geojson
-from cellbench.liveness import is_alive, this_owner
+from cellbench.liveness import is_alive, owner_as_file_name, owner_of_file_name, this_owner
 from cellbench.metrics.instances import Instances
 from cellbench.metrics.measurements import measure_cells
 from cellbench.metrics.separation import CONNECTED, SeparationParams
@@ -180,7 +180,7 @@ class PredictionWriter:
             part.unlink(missing_ok=True)
 
     def _open(self, path: Path) -> BinaryIO:
-        part = path.with_name(f".{this_owner().replace(':', '@')}~{path.name[-80:]}{PART}")
+        part = path.with_name(f".{owner_as_file_name(this_owner())}~{path.name[-80:]}{PART}")
         file = self._stack.enter_context(part.open("wb"))
         self._parts.append(part)
         return file
@@ -274,5 +274,5 @@ def remove_partial_files(folder: Path) -> int:
 
 def _is_being_written(part: Path) -> bool:
     """Whether the process that a file is named by lives, on this machine or, as long as it writes, on another one."""
-    owner = part.name[1:].partition("~")[0].replace("@", ":")
+    owner = owner_of_file_name(part.name[1:].partition("~")[0])
     return is_alive(owner, part.stat().st_mtime)

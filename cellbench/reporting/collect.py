@@ -7,17 +7,16 @@ Models are compared only on the same test images. Each set of test images, ident
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
+from pydantic import TypeAdapter
 
-from cellbench.errors import CellbenchError
-from cellbench.metrics import catalog
+from cellbench.errors import CellbenchError, one_line
 from cellbench.reporting.model_groups import FinishedRun, TestSet, group_models
 from cellbench.reporting.shift import read_further
+from cellbench.reporting.stored_scores import read_scores
 from cellbench.tracking.schema import DATA, EVALUATION, SHIFT_TESTS, TESTED, RunRecord
 from cellbench.tracking.tracker import Tracker
 
@@ -44,10 +43,10 @@ class RunRequest:
     @classmethod
     def from_json(cls, data: bytes | None) -> RunRequest:
         """The record; empty for no data, and for data that is no such record."""
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError):
             if data is not None:
-                values = json.loads(data)
-                return cls(**{name.name: values[name.name] for name in fields(cls) if name.name in values})
+                found: RunRequest = TypeAdapter(cls).validate_json(data)
+                return found
         return cls()
 
 
@@ -106,7 +105,7 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
                 if isinstance(per_image, str):
                     left_out.append(f"'{run.name}' is left out: {per_image}.")
                 else:
-                    further = read_further(tracker.artifact(run, SHIFT_TESTS)) if TESTED in run.tags else {}
+                    further = read_further(tracker.artifact(run, SHIFT_TESTS), len(per_image["images"])) if TESTED in run.tags else {}
                     tested.append(FinishedRun(record=run, per_image=per_image, further=further))
             elif run.status in ("skipped", "failed"):
                 (skipped if run.status == "skipped" else failed)[run.name] = run.reason
@@ -175,26 +174,9 @@ def _per_image(tracker: Tracker, run: RunRecord) -> dict[str, Any] | str:
     if data is None:
         return "its per_image.json is gone"
     try:
-        record = json.loads(data, parse_constant=_refuse_constant)  # null is an image without a score, NaN is an error
-        keys = [metric.key for metric in catalog.per_image(catalog.from_record(record.get("own_metrics", ())))]
-        num = len(record["images"])
-        if not num or not isinstance(record["dataset"], str) or any(len(record[key]) != num for key in keys if key in record):
-            return "its per_image.json does not hold one score an image"
-        if np.isinf(np.asarray(record["dice"], float)).any():
-            return "its per_image.json holds an infinite score"
-    except NonFiniteValueError:
-        return "its per_image.json holds NaN or an infinite score"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "its per_image.json is damaged"
-    return record
-
-
-class NonFiniteValueError(ValueError):
-    """NaN or an infinity in JSON."""
-
-
-def _refuse_constant(constant: str) -> float:
-    raise NonFiniteValueError(constant)
+        return read_scores(data)
+    except ValueError as error:
+        return f"its per_image.json is damaged ({one_line(error)[:160]})"
 
 
 def _runs(num: int) -> str:

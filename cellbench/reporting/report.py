@@ -5,6 +5,7 @@ All input is read from MLflow, so a report can be created again at any time, by 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -201,7 +202,11 @@ def _stored_summary(tracker: Tracker, top: Run, key: str) -> Summary | None:
     """The stored summary of the same runs, if any, because drawing the report again takes seconds."""
     record = to_record(tracker.client.get_run(top.run_id))
     data = tracker.artifact(record, SUMMARY_FILE) if record.tags.get(REPORTED_RUNS) == key else None
-    return None if data is None else Summary(**json.loads(data))
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # damaged: it is drawn again
+        if data is not None:
+            summary = Summary(**json.loads(data))
+            return summary if summary.rows and summary.metrics is not None else None
+    return None
 
 
 def _note(request: RunRequest, summary: Summary, picture: str = "") -> str:

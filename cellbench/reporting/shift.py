@@ -5,7 +5,6 @@ Scores of further test sets are paired and tested as those of the main one. Seed
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 from cellbench.config.experiment import UNCHANGED
 from cellbench.metrics.pixel import nan_mean
 from cellbench.reporting.model_groups import ModelGroup, TestSet
+from cellbench.reporting.stored_scores import read_tests
 from cellbench.statistics.bootstrap import unit_labels
 from cellbench.statistics.scores import ModelScores
 
@@ -179,10 +179,9 @@ def _moved(model: ModelGroup, name: str, digest: str) -> ModelGroup | None:
     return replace(model, runs=tuple(runs), groups=groups)
 
 
-def read_further(data: bytes | None) -> dict[str, Any]:
-    """The content of a run's ``tests.json``; empty where it is missing or damaged."""
+def read_further(data: bytes | None, num_images: int) -> dict[str, Any]:
+    """The content of a run's ``tests.json``; empty where it is missing or damaged. ``num_images``: of its test set, on which perturbations are tested."""
     try:
-        record = json.loads(data or b"{}")
-        return {"sets": dict(record.get("sets", {})), "perturbed": dict(record.get("perturbed", {}))}
-    except (ValueError, AttributeError, TypeError):
+        return read_tests(data or b"{}", num_images)
+    except ValueError:
         return {}

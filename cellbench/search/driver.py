@@ -35,10 +35,9 @@ from cellbench.execution.artifacts import pool_folds
 from cellbench.execution.grid import Executor, InProcessExecutor
 from cellbench.execution.multiprocess import assign_cores, pin_to_cores
 from cellbench.execution.planning import resolve_tree
-from cellbench.execution.resources import Resources, check_options
+from cellbench.execution.resources import Resources, check_options, prepare_cache
 from cellbench.execution.runner import Runner
 from cellbench.execution.worker_job import JobSpec
-from cellbench.files import require_cache
 from cellbench.hardware import Hardware
 from cellbench.metrics.catalog import search_objectives
 from cellbench.reporting.collect import RunRequest
@@ -120,7 +119,7 @@ class SearchPlan:
 def prepare(options: SearchOptions) -> SearchPlan:
     """Reads the file and the data, and prints notes on them. Raises CellbenchError."""
     check_options(options, elsewhere=options.on is not None)
-    require_cache()
+    prepare_cache()
     registry = Registry(options.registry)
     for line in describe_code(registry, options.registry):
         say(line)

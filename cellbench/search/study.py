@@ -90,6 +90,7 @@ class Study:
     def __init__(self, url: str, space: Space, request: Mapping[str, str], epochs: int) -> None:
         self.url, self.name, self.settings = url, space.experiment, space.settings
         self._dimensions = space.dimensions
+        self._lock_errors = (RuntimeError,) if url.startswith("journal:") else ()  # raised where a journal's lock file is lost
         self.owner = this_owner()
         self._given: set[int] = set()
         """Numbers of the trials that this process has been given."""
@@ -98,7 +99,8 @@ class Study:
         wait_for_database(url, "the study's storage")
         if (file := store_file(url)) is not None and file.exists():
             wait_until_unlocked(file)
-        with self._storage_errors(), self.lock():
+        # A driver that is not installed; a storage of another version of Optuna, which RDBStorage reports so.
+        with self._storage_errors(ImportError, RuntimeError), self.lock():
             self._storage = _storage(url)
             sampler, pruner = sampler_and_pruner(self.settings, self._dimensions, epochs)
             self.optuna = optuna.create_study(
@@ -119,13 +121,13 @@ class Study:
         return store_lock(self.url, f"study {self.name}")
 
     @contextlib.contextmanager
-    def _storage_errors(self) -> Iterator[None]:
+    def _storage_errors(self, *more: type[Exception]) -> Iterator[None]:
         import sqlalchemy.exc
 
         try:
             with os_errors_as(f"opening the study's storage {redact_passwords(self.url)}"):
                 yield
-        except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+        except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, ValueError, *more, *self._lock_errors) as error:
             text = one_line(error.__cause__ or error)[:300]
             raise SystemFault(
                 f"the study's storage {redact_passwords(self.url)}: {text}. Repair it, or name another with --storage; reported results are kept."

@@ -107,17 +107,21 @@ class AwayError(SystemFault):
 
 
 def wait_for_database(uri: str, what: str, patience_s: float | None = None) -> None:
-    """Returns when a database server answers; at once for any other address.
+    """Returns when a database server answers; at once for any other address. The same as :func:`open_connection`."""
+    if is_database_server(uri):
+        open_connection(uri, what, patience_s).close()
+
+
+def open_connection(uri: str, what: str, patience_s: float | None = None) -> Any:
+    """A connection of SQLAlchemy in autocommit mode, when a database server answers.
 
     ``what``: what it is, for messages; ``patience_s``: by default ``DATABASE_PATIENCE_S``.
     Raises CellbenchError for a wrong login, and AwayError for a server that does not answer.
     """
-    if not is_database_server(uri):
-        return
     patience_s = DATABASE_PATIENCE_S if patience_s is None else patience_s
     shown, end, said = redact_passwords(uri), time.monotonic() + patience_s, False
     attempt = _connection(uri)
-    while (reason := attempt()) is not None:
+    while isinstance(reason := attempt(), str):
         if _FINAL.search(reason):
             raise CellbenchError(f"{what} at {shown} refuses: {reason}. Are its name, user and password right?")
         if time.monotonic() > end:
@@ -129,24 +133,24 @@ def wait_for_database(uri: str, what: str, patience_s: float | None = None) -> N
             warn(f"{what} at {shown} does not answer ({reason}). It is asked again for {patience_s:.0f} s.")
             said = True
         time.sleep(RETRY_S)
+    return reason
 
 
-def _connection(uri: str) -> Callable[[], str | None]:
-    """A function that connects once: None, or why not."""
+def _connection(uri: str) -> Callable[[], Any]:
+    """A function that connects once: the connection, or why not."""
     import sqlalchemy  # comes with MLflow; takes 0.3 s to import
 
     settings: dict[str, Any] = {} if uri.startswith(("mssql", "oracle")) else {"connect_timeout": round(FIRST_S)}
 
-    def attempt() -> str | None:
+    def attempt() -> Any:
         try:
-            with engine.connect():
-                return None
+            return engine.connect()
         except sqlalchemy.exc.SQLAlchemyError as error:
             text = one_line(getattr(error, "orig", None) or error).partition(" (Background")[0]
             return redact_passwords(re.sub(r" Is the server running on.*|^connection failed: ", "", text)[:200]).rstrip(".")
 
     try:
-        engine = sqlalchemy.create_engine(uri, connect_args=settings, poolclass=sqlalchemy.pool.NullPool)
+        engine = sqlalchemy.create_engine(uri, connect_args=settings, poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT")
     except ModuleNotFoundError as error:
         raise CellbenchError(
             f"{redact_passwords(uri)}: {error.name} is not installed. `pip install 'cellbench[postgresql]'`, or the driver of that database."

@@ -21,7 +21,7 @@ from typing import Any
 from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import cache_dir, os_errors_as
-from cellbench.liveness import is_alive, this_owner
+from cellbench.liveness import is_alive, owner_as_file_name, owner_of_file_name, this_owner
 
 RETRY_S = 5.0
 """Interval between attempts to reach an unavailable server."""
@@ -51,7 +51,7 @@ class OfflineQueue:
     """The unsent calls of one process to one server. A thread sends them."""
 
     def __init__(self, uri: str, send: Callable[[QueuedCall], None], shown_uri: str) -> None:
-        owner = this_owner().replace(":", "@")  # Windows allows no colon in a file name
+        owner = owner_as_file_name(this_owner())
         self.folder = _server_folder(uri) / f"{owner}@{uuid.uuid4().hex[:6]}"
         self._send, self._shown_uri = send, shown_uri
         self._calls: deque[QueuedCall] = deque()
@@ -114,7 +114,7 @@ class OfflineQueue:
 def abandoned_queues(uri: str) -> Iterator[tuple[Path, list[QueuedCall]]]:
     """The unsent calls of dead processes, by folder, the oldest first. The caller removes a folder after sending its calls."""
     for folder in sorted(_server_folder(uri).glob("*@*@*"), key=lambda path: path.stat().st_mtime):
-        owner = folder.name.rpartition("@")[0].replace("@", ":")
+        owner = owner_of_file_name(folder.name.rpartition("@")[0])
         if owner == this_owner() or is_alive(owner, folder.stat().st_mtime):
             continue
         with contextlib.suppress(FileNotFoundError):

@@ -23,9 +23,9 @@ from typing import Any
 from filelock import FileLock
 
 from cellbench.console import warn
-from cellbench.errors import CellbenchError, one_line, redact_passwords
+from cellbench.errors import CellbenchError, one_line
 from cellbench.liveness import is_alive, this_owner
-from cellbench.tracking.availability import PATIENCE_S, wait_for_database
+from cellbench.tracking.availability import PATIENCE_S, open_connection
 from cellbench.tracking.offline_queue import AlreadyExistsError, CallRejectedError, NotFoundError
 from cellbench.tracking.store_address import is_database_server, store_file
 
@@ -83,12 +83,7 @@ def _connection(uri: str) -> Iterator[Any]:
     """A connection of its own, whose end releases the lock. Raises CellbenchError."""
     import sqlalchemy
 
-    wait_for_database(uri, "the database", PATIENCE_S)
-    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT")
-    try:
-        connection = engine.connect()
-    except sqlalchemy.exc.SQLAlchemyError as error:
-        raise CellbenchError(f"the database at {redact_passwords(uri)}: {redact_passwords(one_line(error))[:200]}.") from error
+    connection = open_connection(uri, "the database", PATIENCE_S)
     try:
         yield connection
     finally:

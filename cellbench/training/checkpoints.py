@@ -2,6 +2,8 @@
 
 All projects of a user share the cache folder, and two of them may execute the same run. So a file belongs to one run in one store, and only that
 run writes and removes it. Other runs with the same fingerprint may read it, since their numbers would be the same.
+
+Checkpoints of runs that fail or are interrupted stay for ``KEEP_DAYS``, so that the same command resumes them.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,23 @@ from cellbench.files import cache_dir, write_atomic
 
 EVERY_S = 30.0
 """Work that is lost at most when a process is killed."""
+
+
+KEEP_DAYS = 30
+"""A checkpoint that was not written for this time is removed by the next grid or search: its run starts from the beginning."""
+_DAY_S = 86_400.0
+
+
+def remove_old() -> int:
+    """Removes checkpoints that nobody resumed for ``KEEP_DAYS``, and files that killed processes left half-written; returns their number."""
+    num, now_s = 0, time.time()
+    for path in (cache_dir() / "checkpoints").glob("*"):
+        with contextlib.suppress(OSError):  # another process was faster
+            days = 1 if path.name.startswith(".") else KEEP_DAYS
+            if now_s - path.stat().st_mtime > days * _DAY_S:
+                path.unlink()
+                num += 1
+    return num
 
 
 def checkpoint_path(fingerprint: str, run: str) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def read_rois(path: Path) -> tuple[list[Roi], list[str]]:
         raise
     except OSError as error:
         raise CellbenchError(f"{shown}: cannot be opened ({error.strerror or one_line(error)}). Check the name and the rights.") from None
-    except (ValueError, struct.error, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+    except (ValueError, IndexError, struct.error, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
         raise CellbenchError(f"{shown}: cannot be read as ImageJ regions ({one_line(error)[:120]}). Save it again.") from None
 
 
@@ -72,7 +73,7 @@ def _sorted(files: list[tuple[str, bytes]]) -> tuple[list[Roi], list[str]]:
 
 
 def decode_roi(data: bytes, name: str = "") -> Roi | str:
-    """The region of a ``.roi`` file's bytes, or what it is if it is no area. Raises ValueError and struct.error for damaged bytes."""
+    """The region of a ``.roi`` file's bytes, or what it is if it is no area. Raises ValueError, IndexError and struct.error for damaged bytes."""
     if data[:4] != b"Iout":
         raise ValueError(f"{quote_name(name)} is no region of ImageJ")
     kind, subtype, options = data[6], *struct.unpack_from(">hh", data, 48)

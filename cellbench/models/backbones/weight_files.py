@@ -64,7 +64,7 @@ def _check_safetensors(path: Path, size: int) -> None:
     try:
         table = json.loads(header)
         expected = 8 + length + max((row["data_offsets"][1] for name, row in table.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise WeightsUnavailable(f"{path}: its safetensors header cannot be read. Delete the file and download it again.") from None
     if size < expected:
         raise _truncated(path, size, expected)
@@ -86,7 +86,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if is_safetensors(path):
         import safetensors.torch
 
-        state = safetensors.torch.load_file(path)
+        try:
+            state = safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:  # KeyError: a type that torch does not have
+            raise WeightsUnavailable(f"{path}: is damaged ({one_line(error)[:120]}). Delete it and download it again.") from None
         check_scales(state, str(path))
         return state
     import torch

@@ -98,9 +98,30 @@ def test_arrays_that_are_no_masks_are_refused(tmp_path: Path, array: np.ndarray,
     assert "\n" not in str(error.value)
 
 
+def damaged_zip() -> bytes:
+    """A zip file whose one entry cannot be decompressed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.roi", b"Iout" * 50)
+    data = bytearray(buffer.getvalue())
+    data[35:45] = b"\xff" * 10
+    return bytes(data)
+
+
 @pytest.mark.parametrize("ending", [".npy", ".zip", ".roi", ".geojson", ".json"])
 @pytest.mark.parametrize(
-    "content", [b"", b"\x93NUMPY\x01\x00", b"Iout" + bytes(10), b"PK\x03\x04" + bytes(30), b"[1, 2]", b'{"shapes": [{}]}', b"\xff" * 99]
+    "content",
+    [
+        b"",
+        b"Iout",
+        damaged_zip(),
+        b"\x93NUMPY\x01\x00",
+        b"Iout" + bytes(10),
+        b"PK\x03\x04" + bytes(30),
+        b"[1, 2]",
+        b'{"shapes": [{}]}',
+        b"\xff" * 99,
+    ],
 )
 def test_damaged_files_are_one_line(tmp_path: Path, ending: str, content: bytes) -> None:
     path = tmp_path / f"a{ending}"
@@ -109,6 +130,11 @@ def test_damaged_files_are_one_line(tmp_path: Path, ending: str, content: bytes)
         read_tool_mask(path)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_features_without_a_readable_shape_are_counted(tmp_path: Path) -> None:
+    found = read_tool_mask(write_json(tmp_path / "a.geojson", [{"type": "Feature", "geometry": [1]}, feature([1, 2], "Point")]))
+    assert found.left_out == {"feature without a shape": 1, "point": 1}
 
 
 # --- outlines -----------------------------------------------------------------------------------------------------------------------------

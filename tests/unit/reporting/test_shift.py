@@ -144,7 +144,7 @@ def test_runs_of_older_versions_have_no_shift() -> None:
 
 @pytest.mark.parametrize("data", [None, b"", b"[1]", b"{}", b'{"sets": 3}', b"not json"])
 def test_a_damaged_file_of_tests_is_no_test(data: bytes | None) -> None:
-    assert read_further(data) in ({}, {"sets": {}, "perturbed": {}})
+    assert read_further(data, 3) in ({}, {"sets": {}, "perturbed": {}})
 
 
 def test_the_report_has_a_figure_that_fits_a_phone_and_a_table_of_all_conditions() -> None:

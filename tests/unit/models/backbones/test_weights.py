@@ -43,6 +43,24 @@ def test_own_folder_may_use_the_id_or_the_published_name(web: StandIn, tmp_path:
     assert locate(card("https://nowhere.invalid/Published.pth?download=1"), tmp_path / "own") == path
 
 
+def with_header(table: object) -> bytes:
+    """A safetensors file of four bytes of data."""
+    head = json.dumps(table).encode()
+    return len(head).to_bytes(8, "little") + head + bytes(4)
+
+
+X = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    "table", [{"x": X | {"dtype": "F31"}}, {"x": {"shape": [1], "data_offsets": [0, 4]}}, {"__metadata__": [1], "x": X}]
+)
+def test_a_header_that_only_the_reader_finds_wrong_is_damage(tmp_path: Path, table: object) -> None:
+    (tmp_path / "x.safetensors").write_bytes(with_header(table))
+    with pytest.raises(WeightsUnavailable, match=r"x\.safetensors: is damaged \("):
+        read_state(tmp_path / "x.safetensors")
+
+
 @pytest.fixture
 def package(web: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of an installed package ``net_weights`` whose code must not run; the name that pip takes is ``net-weights``."""
@@ -125,6 +143,7 @@ def test_both_formats_read_to_the_same_tensors(web: StandIn, tmp_path: Path) -> 
         ("net.safetensors", SAFE[:-1000], f"is truncated: it ends after {len(SAFE) - 1000} of {len(SAFE)} bytes"),
         ("net.safetensors", SAFE[:40], "is truncated"),
         ("net.safetensors", SAFE + b"tail", "4 bytes follow the last tensor"),
+        ("net.safetensors", with_header({"x": {"dtype": "F32", "shape": [1], "data_offsets": []}}), "header cannot be read"),
         ("net.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
         ("net.pth", b"not weights at all", "is neither a torch file nor safetensors"),
     ],

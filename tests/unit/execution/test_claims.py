@@ -1,0 +1,78 @@
+"""How runs end that have no result, and what becomes of their checkpoints."""
+
+from __future__ import annotations
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from cellbench.errors import SystemFault, WeightsUnavailable
+from cellbench.execution.claims import ActiveRun, Outcome, RunClaims
+from cellbench.execution.runner import Runner
+from cellbench.training import checkpoints
+
+
+@pytest.mark.parametrize(("anew", "kept"), [(False, True), (True, False)])
+def test_a_failed_run_keeps_its_checkpoint_unless_that_would_fail_again(anew, kept):
+    ended: list[str] = []
+    run = SimpleNamespace(ended="", key="store run", end=lambda status, reason: ended.append(status))
+    one = ActiveRun(resolved=SimpleNamespace(name="a", fingerprint="f" * 16), run=run)
+    checkpoints.write_checkpoint(one.checkpoint, {"progress": {"epoch": 1, "ended": ""}})
+    claims = RunClaims(tracker=None, parent_id="", datasets=[], limit=None, say=lambda _: None)
+    out = Outcome()
+    claims.fail(one, "out of memory", out, anew=anew)
+    assert ended == ["failed"]
+    assert out.failed == {"a": "out of memory"}
+    assert one.checkpoint.exists() == kept
+
+
+def test_checkpoints_that_nobody_resumes_are_removed():
+    names = {"old": 31, "new": 29, ".half-written": 2, ".being-written": 0.5}
+    places = {name: checkpoints.checkpoint_path("f" * 16, name) for name in names}
+    places |= {name: places[name].with_name(name) for name in names if name.startswith(".")}
+    for name, days in names.items():
+        places[name].parent.mkdir(parents=True, exist_ok=True)
+        places[name].write_bytes(b"x")
+        os.utime(places[name], (0, time.time() - days * 86400))
+    assert checkpoints.remove_old() == 2
+    assert {name for name, place in places.items() if place.exists()} == {"new", ".being-written"}
+
+
+class RunnerOfTests:
+    """Stands for the runner: which runs cannot be tested, and which calls were made."""
+
+    _try_further = Runner._try_further
+
+    def __init__(self, faults: dict[str, Exception]) -> None:
+        self.faults, self.calls, self.said = faults, [], []
+        self.say = self.said.append
+
+    def _run_tests(self, runs):
+        self.calls.append([one.record.name for one in runs])
+        for one in runs:
+            if one.record.name in self.faults:
+                raise self.faults[one.record.name]
+
+
+def runs_to_test():
+    return [SimpleNamespace(record=SimpleNamespace(name=name)) for name in "abc"]
+
+
+def test_a_run_that_cannot_be_tested_further_stops_no_other():
+    runner, out = RunnerOfTests({"b": RuntimeError("its head.safetensors is damaged")}), Outcome()
+    runner._try_further(runs_to_test(), out)
+    assert runner.calls == [["a", "b", "c"], ["a"], ["b"], ["c"]]
+    assert list(out.untested) == ["b"]
+    assert "is damaged" in out.untested["b"]
+    assert len(runner.said) == 1
+
+
+def test_weights_that_all_lack_are_said_once_and_a_full_disk_stops():
+    runner, out = RunnerOfTests({"a": WeightsUnavailable("no weights.")}), Outcome()
+    runner._try_further(runs_to_test(), out)
+    assert runner.calls == [["a", "b", "c"]]
+    assert set(out.untested) == set("abc")
+    with pytest.raises(SystemFault, match="no space"):
+        RunnerOfTests({"a": SystemFault("no space")})._try_further(runs_to_test(), Outcome())
