@@ -19,9 +19,10 @@ from cellbench.config.registry import Registry
 from cellbench.console import Column, format_table, progress_bar, say, sentence_width
 from cellbench.data.audit import near_duplicates
 from cellbench.data.audit.checks import TOO_FEW, Finding, Severity, find_duplicates, findings, statistics, too_few
-from cellbench.data.audit.examples import Example, draw_examples, draw_samples
+from cellbench.data.audit.examples import Example, draw_examples, draw_fault, draw_samples
 from cellbench.data.audit.image_statistics import SampleFacts, measure_sample
 from cellbench.data.audit.keypoint_matching import Keypoints
+from cellbench.data.audit.label_faults import LabelFaults
 from cellbench.data.audit.mask_placement import PlacementFeatures
 from cellbench.data.classes import describe_absent_classes, infer_owners, with_owners
 from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
@@ -36,18 +37,26 @@ from cellbench.statistics.power import describe_detectable
 
 SHOWN = 5
 """Image names printed per finding; the files list all."""
+SHOWN_FAULTS = 24
+"""Pictures of likely faults of masks, the highest score first."""
 SHORT_CHARS = 200
 """Longer lists of names are folded on the page."""
 _SEVERITY = {Severity.SEVERE: "severe", Severity.LOOK: "worth a look", Severity.NOTE: "note"}
 
 
 def check(options: CheckOptions) -> int:
+    judge = None
+    if options.experiment is not None:
+        from cellbench.cli.label_faults import open_judge  # torch and MLflow are needed only here
+
+        judge = open_judge(options)
     return check_folder(
         options.data,
         card=options.dataset,
         spec=data_spec(options.changes),
         registry=Registry(options.registry),
         out=options.out,
+        judge=judge,
     )
 
 
@@ -58,22 +67,34 @@ def check_folder(
     spec: DataSpec | None = None,
     registry: Registry | None = None,
     out: Path | None = None,
+    judge: Judge | None = None,
     say: Callable[[str], None] = say,
 ) -> int:
     """Audits a folder, manifest or COCO file. Returns exit code 0 if models can be compared on it, 1 if a finding forbids that.
 
-    Raises CellbenchError if the data cannot be read. Writes nothing to the folder; ``out``: folder for the report.
+    Raises CellbenchError if the data cannot be read. Writes nothing to the folder; ``out``: folder for the report; ``judge``: finds faults of masks.
     """
     if out is not None and out.exists():
         make_folder(out)  # reports a file of this name before the images are read
     found = audit((registry or Registry()).dataset(card), folder, spec or DataSpec())
-    for line in _lines(found):
+    faults = judge(found.dataset, found.facts) if judge is not None else None
+    if faults is not None and faults.found:
+        more = sorted([*found.findings, faults.finding], key=lambda finding: list(Severity).index(finding.severity))
+        found = replace(found, findings=more, verdict=_verdict(found.dataset.name, len(found.facts), more))
+    for line in (*_lines(found), *(faults.lines() if faults is not None else ())):
         say(line)
     place = make_folder(out or Path("reports") / f"check-{_plain(folder)}")
     write_atomic(place / "check.json", _json(found))
-    write_atomic(place / "check.html", _page(folder, found))
+    write_atomic(place / "check.html", _page(folder, found, faults))
+    if faults is not None:
+        write_atomic(place / "faults.csv", faults.csv())
+        say(f"all likely faults of masks, with their places: {place / 'faults.csv'}")
     say(f"pictures of the findings: {place / 'check.html'}; all names and measurements: {place / 'check.json'}")
     return 1 if any(finding.severity is Severity.SEVERE for finding in found.findings) else 0
+
+
+Judge = Callable[[Dataset, Sequence[SampleFacts]], LabelFaults]
+"""Finds the likely faults of the masks of a dataset's ``train``, whose facts are given in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,14 +244,14 @@ def _json(found: Audit) -> str:
     return json.dumps(tree, indent=1)
 
 
-def _page(folder: Path, found: Audit) -> str:
+def _page(folder: Path, found: Audit, faults: LabelFaults | None) -> str:
     sample_of = dict(zip(found.facts, found.dataset.train, strict=True))
-    blocks = [block for finding in found.findings for block in _finding_blocks(found.dataset, sample_of, finding)]
+    shown = [block for finding in found.findings for block in _finding_blocks(found.dataset, sample_of, finding, faults)]
     understood = _gallery(
         draw_samples(found.dataset, [sample for f, sample in sample_of.items() if not f.error and f.size_px == f.mask_px])
     )
     sections = [
-        Section("Findings", blocks or [Text(["None."])]),
+        Section("Findings", shown or [Text(["None."])]),
         Section("Statistics", [Facts(found.numbers)]),
         Section("How it was read", [*([Text(found.notes)] if found.notes else []), *understood]),
     ]
@@ -238,11 +259,14 @@ def _page(folder: Path, found: Audit) -> str:
     return render.to_html(Page(title=title, subtitle="cellbench check", verdict=[found.verdict], sections=sections))
 
 
-def _finding_blocks(dataset: Dataset, sample_of: Mapping[SampleFacts, Sample], finding: Finding) -> list[Block]:
+def _finding_blocks(dataset: Dataset, sample_of: Mapping[SampleFacts, Sample], finding: Finding, faults: LabelFaults | None) -> list[Block]:
     if finding.kind == "meaning":  # of all masks: some of them show it
         fit = tuple(f for f in sample_of if not f.error and f.size_px == f.mask_px)
         finding = replace(finding, images=tuple(f.name for f in fit), facts=tuple((f,) for f in fit))
-    examples = draw_examples(dataset, sample_of, finding)
+    if faults is not None and finding is faults.finding:
+        examples = [draw_fault(dataset, sample, fault, len(faults.models)) for sample, fault in faults.found[:SHOWN_FAULTS]]
+    else:
+        examples = draw_examples(dataset, sample_of, finding)
     heading = f"{finding.kind} · {_SEVERITY[finding.severity]}"
     blocks = [Heading(heading), Text([finding.message]), *_gallery(examples)]
     if finding.kind != "meaning" and len(finding.images) > len(examples):  # captions name the others

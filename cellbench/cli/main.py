@@ -91,6 +91,14 @@ COMMANDS = {
         "score another tool's masks on the test images of an experiment, as a row beside its models",
         "Every test image needs a mask. The row stands in the leaderboard, the paired tests and the report; it has no model to predict with.",
     ),
+    "next": Command(
+        options.NextOptions,
+        "next_images:next_images",
+        "next unlabelled/",
+        "rank unlabelled images by what labelling them would teach",
+        "The best models of an experiment predict the images. High in the ranking are those on which they disagree and which look unlike all labelled "
+        "images and those that rank higher.",
+    ),
     "export": Command(
         options.ExportOptions,
         "export:export",

@@ -206,10 +206,22 @@ class BenchOptions(ComputeOptions, WeightsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckOptions(RegistryOptions, SettingOptions):
+class CheckOptions(ComputeOptions, WeightsOptions, RegistryOptions, SettingOptions):
     data: Path = argument("the folder of images and masks, or a manifest or COCO file", metavar="DIR")
     dataset: str = option("the card that says what the masks mean, like bccd", "folder", metavar="CARD")
+    experiment: str | None = option(
+        "also find masks that are likely wrong, by the best models of this experiment in MLflow, each asked only for images that it was not trained on",
+        flag="with",
+        metavar="EXPERIMENT",
+    )
     out: Path | None = option("where check.json and check.html are written (default: reports/check-NAME)", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextOptions(ComputeOptions, WeightsOptions, RegistryOptions):
+    data: Path = argument("a folder of images without masks; in a dataset's folder, those of its images that have none", metavar="DIR")
+    experiment: str | None = option("the name of an experiment in MLflow (default: the one with the newest finished run)", metavar="NAME")
+    out: Path | None = option("where next.csv is written (default: reports/next-NAME)", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from cellbench.config.trust import code_file, remember_code
 from cellbench.data.audit.seen_images import without_paths
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import make_folder, os_errors_as, write_atomic
-from cellbench.inference.records import ExportRecord, FormatRecord, read_appearance
+from cellbench.inference.records import ExportRecord, FormatRecord, appearance_of_arrays
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.models.backbones.weights import locate, package_name
 from cellbench.tracking.schema import APPEARANCE
@@ -130,7 +130,7 @@ def read_export(folder: Path) -> TrainedRun:
         weights=weights,
         separation=record.separation.separation(),
         calibration=record.calibration.calibration(),
-        appearance=read_appearance(appearance, str(folder / APPEARANCE)) if appearance else None,
+        appearance=appearance_of_arrays(appearance, str(folder / APPEARANCE)) if appearance else None,
         seen=record.seen.model_dump() if record.seen is not None else None,
         **record.model_dump(
             include={"fingerprint", "dataset_digest", "run_id", "experiment", "config", "backbone_digest", "data", "chosen"}

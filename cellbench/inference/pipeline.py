@@ -244,4 +244,5 @@ class ImageAssembly:
             distance=distance,
             dice=dice,
             dice_error=None if dice is None else calibration.dice_error,
+            descriptor=None if distance is None else self._described,
         )

@@ -127,7 +127,7 @@ class ScoresRecord(StoredRecord):
     num_folds: int | None = None
 
 
-def read_appearance(arrays: dict[str, Any], where: str) -> TrainingAppearance:
+def appearance_of_arrays(arrays: dict[str, Any], where: str) -> TrainingAppearance:
     """How training images look, from the arrays of a file. Raises CellbenchError for others."""
     try:
         return TrainingAppearance.from_arrays(arrays)

@@ -25,7 +25,7 @@ from cellbench.inference.records import (
     SeenRecord,
     SeparationRecord,
     StoredRecord,
-    read_appearance,
+    appearance_of_arrays,
 )
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.appearance import TrainingAppearance
@@ -160,8 +160,7 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
     if prepared is None and run.normalise != "none" and run.backbone is not None:
         raise CellbenchError(f"'{stored.name}' normalises stains, but its preparation.json is missing in MLflow. Run it again.")
     separation = tracker.artifact(stored, "separation.json")
-    seen = tracker.artifact(stored, SEEN)
-    appearance, calibration = tracker.artifact(stored, APPEARANCE), tracker.artifact(stored, CALIBRATION)
+    calibration = tracker.artifact(stored, CALIBRATION)
     data = tracker.artifact(stored, "head.safetensors")
     learns = run.baseline is None or registry.baseline(run.baseline).trained
     if data is None and learns:
@@ -179,11 +178,11 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         calibration=_record(CalibrationRecord, stored, CALIBRATION, calibration).calibration()
         if calibration is not None
         else Calibration(),
-        appearance=_appearance(stored, appearance) if appearance is not None else None,
+        appearance=read_appearance(tracker, stored),
         fingerprint=stored.fingerprint,
         backbone_digest=stored.tags.get(WEIGHTS, ""),
         dataset_digest=results.dataset,
-        seen=_record(SeenRecord, stored, SEEN, seen).model_dump() if seen is not None else None,
+        seen=read_seen(tracker, stored),
         run_id=stored.run_id,
         experiment=tracker.name,
         config=config,
@@ -191,6 +190,12 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         data_folder=source,
         chosen=chosen,
     )
+
+
+def read_seen(tracker: Tracker, stored: RunRecord) -> dict[str, Any] | None:
+    """The record of a run's training and validation images; None for a run of an older version. Raises CellbenchError where it is damaged."""
+    seen = tracker.artifact(stored, SEEN)
+    return _record(SeenRecord, stored, SEEN, seen).model_dump() if seen is not None else None
 
 
 def _data(stored: RunRecord, results: ScoresRecord, source: str) -> str:
@@ -201,10 +206,14 @@ def _data(stored: RunRecord, results: ScoresRecord, source: str) -> str:
     return f"{name}, {counted}{fold}{describe_limit(stored.tags.get(LIMIT, ''))}"
 
 
-def _appearance(stored: RunRecord, data: bytes) -> TrainingAppearance:
+def read_appearance(tracker: Tracker, stored: RunRecord) -> TrainingAppearance | None:
+    """How a run's training images look; None for one without a backbone, or of an older version. Raises CellbenchError where it is damaged."""
+    data = tracker.artifact(stored, APPEARANCE)
+    if data is None:
+        return None
     where = f"'{stored.name}': its {APPEARANCE} in MLflow"
     try:
-        return read_appearance(safetensors.numpy.load(data), where)
+        return appearance_of_arrays(safetensors.numpy.load(data), where)
     except SafetensorError as error:
         raise CellbenchError(f"{where}: is damaged ({error}). Run it again.") from None
 

@@ -260,13 +260,19 @@ class Segmenter:
         if isinstance(images, str | os.PathLike | np.ndarray):
             raise CellbenchError("predict_all takes several images, in a list for example. predict takes one.")
         with startup.torch_threads(self.machine.threads):
-            yield from self._predictions(images)
+            for found in self.predict_each(images):
+                if isinstance(found, CellbenchError):
+                    raise found
+                yield found
 
-    def _predictions(self, images: Iterable[Image]) -> Iterator[Prediction]:
+    def predict_each(self, images: Iterable[Image]) -> Iterator[Prediction | CellbenchError]:
+        """The same, with the error in place of an image that cannot be read, and with torch's threads as they are."""
         strips: list[MaskStrip] = []
         for event in self.stream(images):
             if isinstance(event, FailedImage):
-                raise event.error
+                strips = []
+                yield event.error
+                continue
             strips.append(event)
             if event.last:
                 classes, probability, fields = join_strips(strips)

@@ -14,8 +14,8 @@ Letters: N training images, M held-out ones, L depths, D features of a depth.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -61,15 +61,25 @@ class TrainingAppearance:
 
     def distance(self, descriptor: Descriptor) -> float | None:
         """The distance of an image by the depths that its descriptor has, in units of the training set; None if it has none of ours."""
-        depths = sorted(descriptor.keys() & self.rows.keys())
-        if not depths:
+        if not descriptor.keys() & self.rows.keys():
             return None
-        found = [
-            _distances(((descriptor[depth] - self.centre[depth]) / self.scale[depth])[None], self.rows[depth]).min() for depth in depths
-        ]
+        return float(self.distances([descriptor])[0].max())
+
+    def distances(self, descriptors: Sequence[Descriptor]) -> tuple[np.ndarray, np.ndarray]:
+        """For N images of the same depths, some of ours, their distances to the nearest training image (L, N) and to each other (L, N, N), by depth.
+
+        The unit is that of :meth:`distance`, which is the largest over depths.
+        """
+        depths = sorted(descriptors[0].keys() & self.rows.keys())
         held_out_LM = np.stack([self.held_out[depth] for depth in depths])
         unit_L = np.maximum(_usual(held_out_LM), 1e-6)
-        return float(np.max(found / unit_L) / max(_usual((held_out_LM / unit_L[:, None]).max(0)), 1e-6))
+        unit_L = unit_L * max(_usual((held_out_LM / unit_L[:, None]).max(0)), 1e-6)
+        to_train, between = [], []
+        for depth, unit in zip(depths, unit_L, strict=True):
+            rows_ND = (np.stack([one[depth] for one in descriptors]) - self.centre[depth]) / self.scale[depth]
+            to_train.append(_distances(rows_ND, self.rows[depth]).min(1) / unit)
+            between.append(_distances(rows_ND, rows_ND) / unit)
+        return np.stack(to_train), np.stack(between)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """Arrays for a file; :meth:`from_arrays` reads them back. Descriptors have half precision there."""
@@ -114,6 +124,8 @@ class Trust:
     nothing was found, and where the image is unlike the training images."""
     dice_error: float | None = None
     """Its root mean squared error on validation images."""
+    descriptor: Descriptor | None = field(default=None, compare=False, repr=False)
+    """The mean features of the image, by depth, where its distance is known."""
 
     @property
     def facts(self) -> dict[str, float]:

@@ -11,9 +11,10 @@ from scipy import ndimage
 
 from cellbench.data.audit.checks import Finding
 from cellbench.data.audit.image_statistics import Box, SampleFacts
+from cellbench.data.audit.label_faults import LabelFault, describe_fault
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io import images
-from cellbench.data.io.overlay import RED, YELLOW, class_colours, draw_boxes, draw_outlines
+from cellbench.data.io.overlay import CYAN, RED, YELLOW, class_colours, draw_boxes, draw_outlines
 from cellbench.data.masks import off_values
 from cellbench.errors import CellbenchError
 from cellbench.metrics.instances import reference_instances
@@ -69,6 +70,17 @@ def draw_samples(dataset: Dataset, samples: Sequence[Sample]) -> list[Example]:
     """Some images of a dataset with their masks outlined: how the masks were understood."""
     some = [samples[k] for k in sorted({round(k) for k in np.linspace(0, len(samples) - 1, EXAMPLES)})]
     return [Example(caption=sample.name, picture=_outlined(dataset, _image(dataset, sample), _regions(dataset, sample))) for sample in some]
+
+
+def draw_fault(dataset: Dataset, sample: Sample, fault: LabelFault, num_models: int) -> Example:
+    """The place of a likely fault of a mask: the mask outlined in yellow, what most models find in cyan."""
+    x, y, width, height = fault.window
+    image, regions = (array[y : y + height, x : x + width] for array in (_image(dataset, sample), _regions(dataset, sample)))
+    left, top, wide, high = fault.box
+    picture = _outlined(dataset, image, regions, [(left - x, top - y, wide, high)])
+    found = cv2.resize(fault.consensus.view(np.uint8), picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    said = f"{describe_fault(fault, dataset.classes)} Score {fault.score:.2f}, {fault.num_models} of {num_models} models"
+    return Example(caption=f"{fault.image}: {said}", picture=draw_outlines(picture, found, CYAN, width_px=1))
 
 
 def _example(dataset: Dataset, kind: str, facts: SampleFacts, sample: Sample) -> Example:

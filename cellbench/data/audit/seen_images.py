@@ -67,6 +67,16 @@ def match_seen_images(known: Mapping[str, Any], samples: Sequence[Sample]) -> li
     return out
 
 
+def find_unseen(known: Mapping[str, Any], samples: Sequence[Sample], tested: Collection[str]) -> list[bool]:
+    """Whether the run was neither trained nor validated on each image. Of its own test images, ``tested``, pixels decide, else also similar images."""
+    used = {row[2] for part in PARTS for row in known[part]}
+    out = [digest not in used for digest, _ in _fingerprints(samples)]
+    other = [k for k, sample in enumerate(samples) if out[k] and sample.name not in tested]
+    for k, part in zip(other, match_seen_images(known, [samples[k] for k in other]), strict=True):
+        out[k] = not part
+    return out
+
+
 def _fingerprints(samples: Sequence[Sample]) -> list[list[str]]:
     with FileFactCache("looks", _fingerprint) as cache:
         new = [sample.image for sample in samples if not cache.knows(sample.image)]
