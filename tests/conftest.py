@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from small_data import QUESTION, SHARED, enter, finish_grid, write_pair, write_set
 
 from cellbench import startup
+from cellbench.background import BackgroundCalls
 
 if TYPE_CHECKING:
     from cellbench.tracking.tracker import Tracker
@@ -42,6 +44,25 @@ LONGEST = (
 )
 
 
+class LentCalls(BackgroundCalls):
+    """Goes on after ``close``, which waits for the calls under way and drops the others."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__(num)
+        self._calls: list[Future[Any]] = []
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        self._calls.append(super().submit(function, *arguments))
+        return self._calls[-1]
+
+    def close(self) -> None:
+        wait([call for call in self._calls if not call.cancel()])
+        self._calls = []
+
+    def end(self) -> None:
+        super().close()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first: begun last, one of them keeps a single core busy for two minutes."""
     for item in items:
@@ -60,6 +81,31 @@ def one_thread() -> None:
 
     torch.set_num_threads(1)
     cost_estimate.MEASURED_S = 0.0  # what is timed here need not be exact: a second for each cohort would be minutes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a command makes at its start, and hundreds of tests with it, is made once: an empty store, and processes that draw.
+
+    They cost 3 of a small grid's 6.5 processor seconds. The tests of both (test_sqlite_store.py, test_background.py) use the real ones.
+    """
+    from cellbench.execution import runner
+    from cellbench.tracking import sqlite_store
+
+    empty, copy, keep = tmp_path_factory.mktemp("store") / "empty.db", sqlite_store._copy, sqlite_store._keep_as_template
+    drawing = LentCalls(2)
+
+    def keep_also_here(file: Path, template: Path) -> None:
+        keep(file, template)
+        if not empty.exists():
+            keep(file, empty)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite_store, "_copy", lambda template, file: copy(template, file) or copy(empty, file))
+        patch.setattr(sqlite_store, "_keep_as_template", keep_also_here)
+        patch.setattr(runner, "BackgroundCalls", lambda num: drawing)
+        yield
+    drawing.end()
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import pytest
 
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
+from cellbench.tracking import sqlite_store
 from cellbench.tracking.tracker import Tracker, newest_experiment
 
 OTHER = """
@@ -25,9 +26,13 @@ sys.stdin.readline()
 mlflow.MlflowClient().search_experiments()
 """
 
+COPY, KEEP = sqlite_store._copy, sqlite_store._keep_as_template  # before conftest.py shortens them for the other tests
+
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite_store, "_copy", COPY)
+    monkeypatch.setattr(sqlite_store, "_keep_as_template", KEEP)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     return tmp_path / "mlflow.db"
 
