@@ -182,6 +182,35 @@ def attempt(kind: str, place: Path, usual: dict, wall_s: float, seed: int, templ
     return {"kind": kind, "seed": seed, "at_s": at_s, "facts": dict(facts), "bad": {k: str(v) for k, v in bad.items()}}
 
 
+def _write(out: Path | None, results: list[dict], kinds: list[str]) -> str:
+    """The table of all tries; it and the tries are also written to the folder ``out``."""
+    columns = [
+        "tries",
+        "kills",
+        "of workers",
+        "survived",
+        "with results",
+        "lost",
+        "numbers",
+        "unreadable",
+        "leftovers",
+        "orphans",
+        "refused",
+    ]
+    lines = [" ".join(f"{name:>12}" for name in ["command", *columns])]
+    for kind in [*kinds, "all"]:
+        total: Counter[str] = Counter()
+        for result in results:
+            if kind in (result["kind"], "all"):
+                total.update(result["facts"])
+        lines.append(" ".join(f"{value:>12}" for value in [kind, *(total[name] for name in columns)]))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "kill_sweep.txt").write_text("\n".join(lines) + "\n")
+        (out / "kill_sweep.json").write_text(json.dumps(results, indent=1))
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
@@ -224,31 +253,8 @@ def main() -> int:
                 results.append(result)
                 if len(results) % 10 == 0:
                     print(f"{len(results)} tries after {time.monotonic() - begin:.0f} s", flush=True)
-    columns = [
-        "tries",
-        "kills",
-        "of workers",
-        "survived",
-        "with results",
-        "lost",
-        "numbers",
-        "unreadable",
-        "leftovers",
-        "orphans",
-        "refused",
-    ]
-    lines = [" ".join(f"{name:>12}" for name in ["command", *columns])]
-    for kind in [*asked.kinds, "all"]:
-        total: Counter[str] = Counter()
-        for result in results:
-            if kind in (result["kind"], "all"):
-                total.update(result["facts"])
-        lines.append(" ".join(f"{value:>12}" for value in [kind, *(total[name] for name in columns)]))
-    print("\n".join(lines), flush=True)
-    if asked.out:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        (asked.out / "kill_sweep.txt").write_text("\n".join(lines) + "\n")
-        (asked.out / "kill_sweep.json").write_text(json.dumps(results, indent=1))
+                    _write(asked.out, results, asked.kinds)
+    print(_write(asked.out, results, asked.kinds), flush=True)
     bad = any(result["bad"] for result in results)
     print(f"the folders of tries with faults are in {folder}" if bad else "no faults", flush=True)
     if not bad:

@@ -192,12 +192,7 @@ def sweep(kind: str, first: int, last: int, seed: int) -> list[tuple[str, int, s
     while begin < last:
         with tempfile.TemporaryDirectory(prefix="mutation-") as name:
             call = [sys.executable, __file__, "--child", f"{kind}:{begin}:{last}:{seed}:{name}/number"]
-            there = os.environ | {
-                "CELLBENCH_CACHE": f"{name}/cache",
-                "CELLBENCH_MAX_PIXELS": "10000000",
-                "PYTHONPATH": str(ROOT),
-                "HOME": name,
-            }
+            there = os.environ | {"CELLBENCH_CACHE": f"{name}/cache", "CELLBENCH_MAX_PIXELS": "10000000"}
             done = subprocess.run(call, cwd=name, env=there, capture_output=True, text=True)
             faults += [(kind, *json.loads(line)) for line in done.stdout.splitlines()]
             progress = Path(name) / "number"
