@@ -101,6 +101,8 @@ class Experiment(StrictModel):
     """How the images are split."""
     ensemble_seeds: bool = False
     """Whether the seeds of each model are also tested together: an ensemble with their mean prediction, in its own row, without more training."""
+    ensemble_best: int = Field(default=0, ge=0, le=20)
+    """Above 0: the mean prediction of this many models is tested too, the best by validation Dice, in its own row, without more training."""
     tiles_per_epoch: int = Field(default=0, ge=0, le=10**6)
     """Where ``crops_per_image`` is not set: about this many training tiles in an epoch, at least one of each image. 0: as ``crops_per_image`` says."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
@@ -150,6 +152,8 @@ class Experiment(StrictModel):
             for key in experiment.grid:
                 if key not in ("seed", "fold"):
                     raise CellbenchError(f"{where}: [grid] {key} is for backbones with heads. Baselines take it from [run].")
+        if experiment.ensemble_best == 1:
+            raise CellbenchError(f"{where}: ensemble_best = 1: an ensemble has two members or more. 0 makes none.")
         if experiment.data.fold:
             raise CellbenchError(
                 f"{where}: [data] fold = {experiment.data.fold}: a grid runs all folds. For some of them set [grid] fold or [run] fold."

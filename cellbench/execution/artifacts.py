@@ -28,7 +28,7 @@ from cellbench.escaping import escape_markdown
 from cellbench.metrics import catalog
 from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.boundary import TOLERANCE_PX
-from cellbench.metrics.calibration import Calibration, expected_calibration_error
+from cellbench.metrics.calibration import expected_calibration_error
 from cellbench.metrics.cell_classes import cells_of_classes
 from cellbench.metrics.instance import COUNTS, SCORES, describe_outcomes
 from cellbench.metrics.instances import MIN_AREA_NUMBERED_PX, MIN_AREA_PX
@@ -91,11 +91,13 @@ def final_metrics(dataset: Dataset, result: EvaluationResult) -> dict[str, float
     if (calibration := result.evaluation.calibration()) is not None:
         out["test/calibration_error"] = expected_calibration_error(calibration)
         calibrated, corrected = result.evaluation.calibrated, result.evaluation.calibration(corrected=True)
-        if calibrated != Calibration() and corrected is not None:
+        if calibrated.is_fitted and corrected is not None:
             out |= {"calibration/temperature": calibrated.temperature, "calibration/test_error": expected_calibration_error(corrected)}
         if estimates := result.evaluation.dice_estimates():
             out["calibration/dice_error"] = float(np.mean([abs(estimated - true) for estimated, true in estimates]))
     if result.trainer is not None:
+        if result.trainer.model.adapts:
+            out["adapt/own_share"] = result.trainer.model.own_share
         best = result.trainer.history[result.trainer.best_epoch]
         out |= {"best/epoch": result.trainer.best_epoch, "best/val_loss": best["val/loss"], "best/val_dice": best.get("val/dice", math.nan)}
     return {key: round_metric(key, value) for key, value in out.items() if not math.isnan(value)}
@@ -150,7 +152,7 @@ def write_artifacts(
     num_train = num_used_images(len(datasets[run.fold].train), run.fraction) if result.trainer is not None else None
     write_scores(folder, run.fold, experiment.data.folds, datasets, result, num_train)
     (folder / "config.toml").write_text(tomli_w.dumps(single_run_experiment(run, experiment)), encoding="utf-8")
-    (folder / SEPARATION).write_text(json.dumps(asdict(result.evaluation.separation)), encoding="utf-8")
+    write_separation(folder, result)
     if result.appearance is not None:
         (folder / APPEARANCE).write_bytes(save_arrays(result.appearance.to_arrays()))
     if result.preparation is not None:
@@ -158,6 +160,10 @@ def write_artifacts(
     if result.trainer is not None:
         # safetensors' own function writes files that only their owner may read.
         (folder / "head.safetensors").write_bytes(save({key: x.contiguous() for key, x in result.trainer.best_weights.items()}))
+
+
+def write_separation(folder: Path, result: EvaluationResult) -> None:
+    (folder / SEPARATION).write_text(json.dumps(asdict(result.evaluation.separation)), encoding="utf-8")
 
 
 def write_scores(
@@ -191,7 +197,7 @@ def pictures(name: str, dataset: Dataset, pixels: ImageCache, result: Evaluation
         evaluation.calibration(),
         resampling_units(dataset),
         catalog.from_record(catalog.to_record(own)),  # another process has no code of the user's
-        evaluation.calibration(corrected=True) if evaluation.calibrated != Calibration() else None,
+        evaluation.calibration(corrected=True) if evaluation.calibrated.is_fitted else None,
     )
     for which, case in evaluation.examples.cases.items():
         picture, truth = pixels[case.image]

@@ -24,6 +24,7 @@ from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.loading import open_folds, settings_for_data
 from cellbench.execution import ray_cluster, ray_grid
 from cellbench.execution.artifacts import pool_folds
+from cellbench.execution.best_ensembles import test_best_models
 from cellbench.execution.claims import Outcome
 from cellbench.execution.grid import Executor, InProcessExecutor, run_all
 from cellbench.execution.multiprocess import ProcessExecutor
@@ -120,6 +121,7 @@ def _parent_run(plan: ExperimentPlan, tracker: Tracker) -> Iterator[Run]:
     tree = plan.experiment.model_dump(mode="json", exclude=None if plan.experiment.ensemble_seeds else {"ensemble_seeds"})
     for name in ("tests", "perturb"):  # a grid of an older version, or with more tests than before, keeps its parent run
         del tree["data"][name]
+    del tree["ensemble_best"]
     facts = json.dumps([tree, data, precision], sort_keys=True)
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     params = {f"grid.{name}": ", ".join(map(str, values)) for name, values in plan.experiment.grid.items()}
@@ -151,7 +153,10 @@ def _execute(plan: ExperimentPlan, tracker: Tracker, parent: Run, ray: Any, say:
     elif ray is not None:
         executor = ray_grid.RayExecutor(ray, job, options.gpu_share)
     with parent.system_metrics():
-        return run_all(runner, plan.runs, executor)
+        outcome = run_all(runner, plan.runs, executor)
+        if plan.experiment.ensemble_best:
+            test_best_models(runner, plan.runs, outcome)
+        return outcome
 
 
 def _report(plan: ExperimentPlan, tracker: Tracker, parent: Run, outcome: Outcome, request: RunRequest, say: Say) -> None:

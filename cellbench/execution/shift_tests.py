@@ -26,13 +26,14 @@ from cellbench.execution.artifacts import SEPARATION, EvaluationResult, per_imag
 from cellbench.execution.planning import ResolvedRun
 from cellbench.features.extractor import Features
 from cellbench.metrics import catalog
+from cellbench.metrics.calibration import Calibration, expected_calibration_error
 from cellbench.metrics.catalog import Metric
 from cellbench.metrics.pixel import confusion_matrix, nan_mean, per_image_scores, pixel_scores, pooled_classes
 from cellbench.metrics.separation import CONNECTED, SeparationParams
-from cellbench.tracking.schema import SHIFT_TESTS, TESTED, RunRecord
+from cellbench.tracking.schema import CALIBRATION, SHIFT_TESTS, TESTED, RunRecord
 from cellbench.tracking.tracker import Tracker
 from cellbench.training.evaluator import CohortEvaluator, Prediction
-from cellbench.training.model import build_model
+from cellbench.training.model import SegmentationModel, build_model
 from cellbench.training.tiled_inference import segment_images
 
 T = TypeVar("T")
@@ -79,6 +80,11 @@ class FinishedRunToTest:
         except (ValueError, TypeError):
             raise CellbenchError(f"'{self.record.name}': its {SEPARATION} is damaged. Delete it, and run it again.") from None
 
+    def calibration(self, tracker: Tracker) -> Calibration:
+        """What was fitted on its validation images; nothing for a run of an older version."""
+        data = tracker.artifact(self.record, CALIBRATION)
+        return Calibration(**json.loads(data)) if data is not None else Calibration()
+
     def weights(self, tracker: Tracker) -> dict[str, Any]:
         """Its trained weights. Raises CellbenchError."""
         data = tracker.artifact(self.record, "head.safetensors")
@@ -91,13 +97,17 @@ class FinishedRunToTest:
             ) from None
 
 
+def load_model(one: FinishedRunToTest, features: Features, tracker: Tracker, num_classes: int) -> SegmentationModel:
+    """The trained model of a finished run. Raises CellbenchError."""
+    model = build_model(one.resolved.run, one.resolved.card, features.backbone, num_classes)
+    model.load_state_dict(one.weights(tracker))
+    model.set_own_share(one.calibration(tracker).own_share)
+    return model
+
+
 def predict_with_heads(runs: Sequence[FinishedRunToTest], features: Features, tracker: Tracker, num_classes: int) -> Predict:
     """With the stored heads of the runs, on the features of their cohort."""
-    models = []
-    for one in runs:
-        model = build_model(one.resolved.run, one.resolved.card, features.backbone, num_classes)
-        model.load_state_dict(one.weights(tracker))
-        models.append(model)
+    models = [load_model(one, features, tracker, num_classes) for one in runs]
 
     def predict(images: ImageCache, coarse: bool) -> Answers:
         split = "val" if coarse else "test"
@@ -127,7 +137,7 @@ def run_tests(
 ) -> None:
     """Tests the runs, all of one cohort, on what any of them lacks, and logs the scores to each. Raises CellbenchError."""
     lacking = {name for one in runs for name in one.lacks}
-    separations = [one.separation(tracker) for one in runs]
+    separations, calibrations = [one.separation(tracker) for one in runs], [one.calibration(tracker) for one in runs]
     found: list[dict[str, Any]] = [{"sets": {}, "perturbed": {}} for _ in runs]
     metrics: list[dict[str, float]] = [{} for _ in runs]
 
@@ -140,7 +150,7 @@ def run_tests(
     for number, here in enumerate(sets):
         images = ImageCache(here, "test", CACHE_BYTES)
         answers = watched(predict(images, False), len(images), number, here.name)
-        for k, record in enumerate(_score_set(here, images, answers, separations, own_metrics)):
+        for k, record in enumerate(_score_set(here, images, answers, separations, calibrations, own_metrics)):
             found[k]["sets"][here.name] = record
             metrics[k] |= _set_metrics(here.name, record)
     perturbed = [each for each in perturbations.perturbations(spec.perturbations) if each.name in lacking]
@@ -155,10 +165,15 @@ def run_tests(
 
 
 def _score_set(
-    here: Dataset, images: ImageCache, answers: Answers, separations: Sequence[SeparationParams], own_metrics: Sequence[Metric]
+    here: Dataset,
+    images: ImageCache,
+    answers: Answers,
+    separations: Sequence[SeparationParams],
+    calibrations: Sequence[Calibration],
+    own_metrics: Sequence[Metric],
 ) -> list[dict[str, Any]]:
     """The record of each run, as ``per_image.json`` has it for the main test set."""
-    with CohortEvaluator(here, len(separations), separations, own_metrics) as evaluator:
+    with CohortEvaluator(here, len(separations), separations, own_metrics, calibrations=calibrations) as evaluator:
         for image, predictions in answers:
             truth = images[image][1]
             evaluator.add_image(image, truth, [confusion_matrix(truth, one[0], len(here.classes)) for one in predictions], predictions)
@@ -177,7 +192,10 @@ def _dice(dataset: Dataset, images: ImageCache, answers: Answers, num_runs: int)
 
 
 def _set_metrics(name: str, record: Mapping[str, Any]) -> dict[str, float]:
-    """``shift.NAME/dice`` and the other means over the images of a test set; ``dice_pooled`` and ``iou_pooled`` over all of its pixels."""
+    """``shift.NAME/dice`` and the other means over the images of a test set; ``dice_pooled`` and ``iou_pooled`` over all of its pixels.
+
+    ``calibration_error`` is that of its probabilities as the run corrects them, ``calibration_error_raw`` without the correction.
+    """
     out: dict[str, float] = {}
     for metric in catalog.per_image(catalog.from_record(record["own_metrics"])):
         if metric.key in record:
@@ -186,6 +204,9 @@ def _set_metrics(name: str, record: Mapping[str, Any]) -> dict[str, float]:
     pooled = pixel_scores(counts).of(pooled_classes(counts))
     for key in ("dice", "iou"):
         out |= _finite(f"shift.{name}/{key}_pooled", pooled[key])
+    for key, name_of in (("calibration_corrected", "calibration_error"), ("calibration", "calibration_error_raw")):
+        if record[key] is not None:
+            out |= _finite(f"shift.{name}/{name_of}", expected_calibration_error(record[key]))
     return out
 
 

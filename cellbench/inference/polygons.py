@@ -7,7 +7,7 @@ right, y down; the centre of the first pixel is (0.5, 0.5), as in QuPath.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +81,8 @@ def class_colour(number: int) -> tuple[int, int, int]:
     return COLOURS[(number - 1) % len(COLOURS)]
 
 
-def to_geojson(cell: CellOutline, names: tuple[str, ...]) -> dict[str, Any]:
-    """A cell as QuPath reads it: a detection named by its number, with its class, colour and area."""
+def to_geojson(cell: CellOutline, names: tuple[str, ...], known: Mapping[str, object] | None = None) -> dict[str, Any]:
+    """A cell as QuPath reads it: a detection named by its number, with its class, colour and area. ``known``: of the prediction for its image."""
     return {
         "type": "Feature",
         "geometry": mapping(cell.shape),
@@ -91,7 +91,7 @@ def to_geojson(cell: CellOutline, names: tuple[str, ...]) -> dict[str, Any]:
             "name": str(cell.cell),
             "classification": {"name": names[cell.class_number], "color": list(class_colour(cell.class_number))},
             "measurements": {"Area px^2": cell.area_px},
-            "cellbench": {"class": cell.class_number, "box_px": list(cell.box_px)},
+            "cellbench": {"class": cell.class_number, "box_px": list(cell.box_px), **(known or {})},
         },
     }
 

@@ -99,6 +99,7 @@ class CalibrationRecord(StoredRecord):
     temperature: float = Field(default=1.0, gt=0, le=100)
     dice_shift: float = Field(default=0.0, ge=-1, le=1)
     dice_error: Share | None = None
+    own_share: Share = 0.0
 
     def calibration(self) -> Calibration:
         return Calibration(**self.model_dump())

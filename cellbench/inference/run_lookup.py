@@ -35,7 +35,7 @@ from cellbench.reporting import verdict
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import describe_limit, describe_sizes, name_words
 from cellbench.tracking import store_address
-from cellbench.tracking.schema import APPEARANCE, CALIBRATION, EVALUATION, LIMIT, SEEN, WEIGHTS, RunRecord
+from cellbench.tracking.schema import APPEARANCE, CALIBRATION, EVALUATION, LIMIT, MEMBERS, SEEN, WEIGHTS, RunRecord
 from cellbench.tracking.tracker import Tracker, all_experiments, experiment_of, newest_experiment
 
 R = TypeVar("R", bound=StoredRecord)
@@ -140,6 +140,10 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
     """
     if stored.tags.get("cellbench.kind") == EVALUATION:
         raise CellbenchError(f"'{stored.name}' is an evaluation of '{stored.params.get('evaluated', 'a run')}'. Name that run.")
+    if members := stored.tags.get(MEMBERS):
+        raise CellbenchError(
+            f"'{stored.name}' is the mean of several models, and only one model can be used at a time. Name one of them: {members}."
+        )
     if stored.is_external:
         raise CellbenchError(
             f"'{stored.name}' stands for masks of another tool, so there is no model. Name a model, or best:{tracker.name}."

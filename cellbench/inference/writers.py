@@ -237,7 +237,7 @@ class PredictionWriter:
         """GeoJSON of the cells, one on a line."""
         trust = self._strips[-1].trust
         known = trust.facts | ({"appearance": trust.word} if trust.word else {})
-        features = ",\n".join(json.dumps(to_geojson(cell, self._names), separators=(",", ":")) for cell in cell_outlines(cells))
+        features = ",\n".join(json.dumps(to_geojson(cell, self._names, known), separators=(",", ":")) for cell in cell_outlines(cells))
         facts = {"file": self._target.image.name, "size_px": list(self._size_px), **known}
         return f'{{"type": "FeatureCollection", "features": [\n{features}\n],\n"cellbench": {json.dumps(facts)}}}\n'.encode()
 

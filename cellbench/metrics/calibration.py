@@ -6,8 +6,8 @@ All of it needs histograms only: the pixels of an image by truth (0 background, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -25,9 +25,17 @@ def expected_calibration_error(calibration: dict[str, list[float]]) -> float:
     return float((pixels * np.abs(predicted - observed)).sum() / pixels.sum())
 
 
+def pooled_calibration(each: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """The calibration over the pixels of several, each of the same bins: mean probability and observed share by bin."""
+    pixels = np.array([one["pixels"] for one in each], float)
+    known = np.maximum(pixels.sum(0), 1)
+    means = {key: (pixels * np.array([one[key] for one in each])).sum(0) / known for key in ("probability", "share_cell")}
+    return {"pixels": pixels.sum(0).tolist(), **{key: values.tolist() for key, values in means.items()}}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How a run's probabilities are corrected, fitted on its validation images."""
+    """What is fitted on a run's validation images to correct its probabilities, and its batch norms."""
 
     temperature: float = 1.0
     """The logit of the probability of a cell is divided by it (Guo et al. 2017). Masks stay the same: a half stays a half.
@@ -38,6 +46,13 @@ class Calibration:
     """Mean difference of the true Dice of a validation image and the one that its probabilities promise."""
     dice_error: float | None = None
     """Root mean squared error of the estimated Dice, each validation image by the shift of the others; None with fewer than ``LEAST_IMAGES``."""
+    own_share: float = 0.0
+    """The share of a tile's own statistics in the head's batch norms (``adapt = "batchnorm"``). Predictions contain it; nothing here uses it."""
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether probabilities were compared with the truth."""
+        return replace(self, own_share=0.0) != Calibration()
 
     @classmethod
     def of(cls, images: Sequence[np.ndarray]) -> Calibration:

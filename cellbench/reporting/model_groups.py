@@ -18,13 +18,14 @@ import numpy as np
 from cellbench.config.run import RUN_KEYS
 from cellbench.files import to_nfc
 from cellbench.metrics import catalog
+from cellbench.metrics.calibration import pooled_calibration
 from cellbench.metrics.catalog import Metric
 from cellbench.metrics.pixel import count_empty_images, pixel_scores, pooled_classes
 from cellbench.statistics.bootstrap import Interval, bootstrap_intervals, unit_labels, unit_numbers, unit_sums
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.hypothesis_tests import is_decidable
 from cellbench.statistics.scores import Difference, ModelScores, swap_sides
-from cellbench.tracking.schema import EXTERNAL, LIMIT, RunRecord
+from cellbench.tracking.schema import ENSEMBLE, EXTERNAL, LIMIT, RunRecord
 
 REPEATS = ("seed", "fold")
 """Params that distinguish runs of one model."""
@@ -91,8 +92,13 @@ class ModelGroup:
         return self.runs[0].record.is_external
 
     @property
+    def can_predict(self) -> bool:
+        """Whether it is a model: not another tool's masks, nor the mean of several models."""
+        return self.runs[0].record.can_predict
+
+    @property
     def kind(self) -> str:
-        """``baseline``, ``external``, or nothing for a backbone with a head."""
+        """``baseline``, ``external``, or nothing for a backbone with a head and the mean of several models."""
         return "external" if self.external else "baseline" if self.baseline else ""
 
     @cached_property
@@ -189,6 +195,11 @@ class ModelGroup:
         counts = [np.sum([np.sum(run.per_image["confusion"], axis=0) for run in runs], axis=0) for runs in self.by_seed]
         return [pixel_scores(one).of(pooled_classes(one))[metric] for one in counts]
 
+    def calibration(self, *, corrected: bool) -> dict[str, list[float]] | None:
+        """Probabilities against observed shares over all runs, ``corrected`` by the temperature; None where a run has none."""
+        records = [run.per_image.get("calibration_corrected" if corrected else "calibration") for run in self.runs]
+        return pooled_calibration([one for one in records if one]) if all(records) else None
+
     def mean(self, name: str) -> float | None:
         """The mean over runs of a metric in MLflow; None where a run lacks it."""
         values = [run.record.metrics.get(name) for run in self.runs]
@@ -235,8 +246,8 @@ class TestSet:
 
     @property
     def best_own(self) -> ModelGroup:
-        """The best model that can predict: not another tool, of which only masks are known. The best of all where there is no other."""
-        return next((model for model in self.models if not model.external), self.best)
+        """The best model that can predict: no masks of another tool, and not the mean of several models. The best of all where there is no other."""
+        return next((model for model in self.models if model.can_predict), self.best)
 
     @property
     def best_by_validation(self) -> ModelGroup | None:
@@ -421,8 +432,8 @@ def _models(runs: Sequence[FinishedRun], groups: Mapping[str, Hashable]) -> list
             name=" · ".join([name, *(f"{key} {mine.get(key, '?')}" for key in varied), *_ensemble_name(mine)]),
             backbone=mine["backbone"],
             head=mine["head"],
-            baseline=not trained,
-            plain=len(own) == 1,
+            baseline=not trained and ENSEMBLE not in mine,
+            plain=len(own) == 1 and ENSEMBLE not in mine,
             runs=tuple(sorted(members, key=lambda run: (run.seed, run.fold or 0))),
         )
         if groups:
@@ -437,12 +448,12 @@ def _ensemble_name(params: dict[str, str]) -> list[str]:
 
 
 def _has_head(params: Mapping[str, str]) -> bool:
-    return params["baseline"] == "none" and EXTERNAL not in params
+    return params["baseline"] == "none" and EXTERNAL not in params and ENSEMBLE not in params
 
 
 def _base_name(params: dict[str, str]) -> str:
-    if EXTERNAL in params:
-        return params[EXTERNAL]
+    if name := params.get(EXTERNAL, params.get(ENSEMBLE)):
+        return name
     for name in ("backbone", "head", "baseline"):
         params.setdefault(name, "none")
     return params["baseline"] if params["baseline"] != "none" else f"{params['backbone']} · {params['head']}"

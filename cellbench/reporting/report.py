@@ -226,7 +226,7 @@ def _register_winners(tracker: Tracker, here: TestSet, say: Callable[[str], None
     """Registers the best models in MLflow, and marks earlier entries that are no longer among the best."""
     entries = []
     best = here.best_own
-    for model in [model for model in here.tied_winners() if not model.external] or [best]:
+    for model in [model for model in here.tied_winners() if model.can_predict] or [best]:
         verdict = "the best" if model is best else f"not significantly different from {best.name}"
         rule = describe_ranking_rule(here) if model is best else ""
         sentences = [f"{rule[:1].upper()}{rule[1:]}."] if rule else []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
+from cellbench.metrics.calibration import expected_calibration_error
 from cellbench.reporting.leaderboard import format_interval, format_number, format_p_cell
 from cellbench.reporting.model_groups import TestSet
-from cellbench.reporting.plots.shift import FallRow, plot_falls
+from cellbench.reporting.plots.shift import FallRow, plot_falls, plot_reliability
 from cellbench.reporting.report_data import Block, Figure, Heading, Table, Text
-from cellbench.reporting.shift import APPEARANCE, FURTHER, Shift
+from cellbench.reporting.shift import APPEARANCE, FURTHER, OWN, Shift
 from cellbench.reporting.verdict import describe_outcome, describe_shift
 
 MEANING = "Safest is the model with the best worst case: its lowest mean Dice, over all conditions, is the highest. Worst cases are compared without a test."
@@ -43,7 +44,42 @@ def shift_blocks(shift: Shift, prefix: str) -> list[Block]:
         )
     for other in shift.sets:
         blocks += _further(other)
-    return blocks
+    return [*blocks, *_calibration(shift, prefix)] if shift.sets else blocks
+
+
+def _calibration(shift: Shift, prefix: str) -> list[Block]:
+    """How far probabilities are from observed shares on each test set; none where no model gives probabilities."""
+    sets = {OWN: shift.here, **{other.dataset: other for other in shift.sets}}
+    found: dict[str, dict[str, tuple[dict[str, list[float]], dict[str, list[float]]]]] = {}
+    for model in shift.models:
+        for name, here in sets.items():
+            group = next((one for one in here.models if one.name == model), None)
+            raw, corrected = (group.calibration(corrected=which) if group else None for which in (False, True))
+            if raw is not None and corrected is not None:
+                found.setdefault(model, {})[name] = raw, corrected
+    if not any(name != OWN for mine in found.values() for name in mine):
+        return []
+
+    def cell(pair: tuple[dict[str, list[float]], dict[str, list[float]]] | None) -> str:
+        return "" if pair is None else " / ".join(f"{expected_calibration_error(one):.3f}" for one in reversed(pair))
+
+    best = next(iter(found))
+    curves = {name: corrected for name, (_, corrected) in found[best].items()}
+    return [
+        Heading("Calibration on each test set"),
+        Figure(
+            name=f"{prefix}reliability",
+            draw=partial(plot_reliability, best, curves),
+            draw_narrow=partial(plot_reliability, best, curves, narrow=True),
+        ),
+        Table(headings=("model", *sets), rows=[[model, *(cell(mine.get(name)) for name in sets)] for model, mine in found.items()]),
+        Text(
+            [
+                "Two numbers: the mean difference of probability and observed share (expected calibration error) as predict gives the "
+                "probabilities, and without the temperature. The temperature is fitted on the own validation images."
+            ]
+        ),
+    ]
 
 
 def _table(shift: Shift) -> Table:

@@ -22,6 +22,8 @@ EVALUATION, EVALUATED = "evaluation", "cellbench.evaluated"
 """The kind of a run that evaluates a trained run on other data, and the tag that only such runs have: the id of the trained run."""
 EXTERNAL = "external"
 """The kind of a run that scores the masks of another tool, and the param that holds its name. It stands beside trained runs and has no model."""
+ENSEMBLE, MEMBERS = "ensemble of models", "cellbench.members"
+"""The kind of a run that is the mean of several models, and the param that holds its name; the tag with the names of its members. It has no model."""
 INDEPENDENT = "cellbench.independent"
 """Tag of an evaluation: whether none of its images was used in training, ``yes``, ``no`` or ``unknown``."""
 SEEN = "seen_images.json"
@@ -79,11 +81,16 @@ class RunRecord(RunState):
     @property
     def is_parent(self) -> bool:
         """Whether it is no run of a model: the parent of a grid or search, an evaluation or an exploration."""
-        return self.tags.get("cellbench.kind", EXTERNAL) != EXTERNAL
+        return self.tags.get("cellbench.kind", EXTERNAL) not in (EXTERNAL, ENSEMBLE)
 
     @property
     def is_external(self) -> bool:
         return self.tags.get("cellbench.kind") == EXTERNAL
+
+    @property
+    def can_predict(self) -> bool:
+        """Whether it is a model: not masks of another tool, and not the mean of several models."""
+        return self.tags.get("cellbench.kind") not in (EXTERNAL, ENSEMBLE)
 
     @property
     def last_s(self) -> float:

@@ -19,6 +19,7 @@ from cellbench.features.frozen_backbone import TOKENS, FrozenBackbone
 from cellbench.models.backbones.base import Level
 from cellbench.models.backbones.lora import with_lora
 from cellbench.models.backbones.pixel_adapter import PixelAdapter
+from cellbench.models.fused_norm import FusedBatchNorm, with_fused_norms
 from cellbench.models.heads.base import Head
 from cellbench.models.heads.ensemble import Ensemble
 from cellbench.training.randomness import ModelRandomness
@@ -69,6 +70,22 @@ class SegmentationModel(nn.Module):
         """As :meth:`forward`, in eval mode and deterministic."""
         with blaming(self), self.randomness.fixed():
             return self(batch)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether its batch norms can use statistics of each tile at test time."""
+        return any(isinstance(module, FusedBatchNorm) for module in self.modules())
+
+    @property
+    def own_share(self) -> float:
+        """The share of a tile's own statistics in its batch norms at test time."""
+        return next((module.own_share for module in self.modules() if isinstance(module, FusedBatchNorm)), 0.0)
+
+    def set_own_share(self, share: float) -> None:
+        """Sets :attr:`own_share`; without effect on a model that does not adapt."""
+        for module in self.modules():
+            if isinstance(module, FusedBatchNorm):
+                module.own_share = share
 
     def groups(self, run: RunSpec) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser, each with its share of the learning rate.
@@ -131,6 +148,10 @@ def build_model(run: RunSpec, card: HeadCard | BaselineCard, backbone: FrozenBac
         except (ValueError, TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:  # raised by libraries for a width of 0
             raise CellbenchError(f"{card.path}: cannot be built with {run.options or 'no options'}: {one_line(error)}.") from error
     head = heads[0] if len(heads) == 1 else Ensemble(heads, num_learned)
+    if run.adapt == "batchnorm" and not with_fused_norms(head):
+        raise CellbenchError(
+            f'adapt = "batchnorm": {card.id} has no batch norm. Leave adapt out for it, as in [head.{card.id}] adapt = "none".'
+        )
     tail = backbone.module.tail(run.unfreeze) if run.unfreeze and backbone.module is not None else None
     adapter = None
     with torch.random.fork_rng(devices=[]):

@@ -38,6 +38,8 @@ class SegmentedImage:
     """(H, W) uint8: the probability of not being background, 0..255."""
     fields: np.ndarray | None = None
     """(F, H, W) uint8, 0..255: what the model predicts to find cells, if it learned a target for it (``cellbench.data.cell_targets``)."""
+    foreground: np.ndarray | None = None
+    """(K-1, H, W) uint8, 0..255: the probability of each class but the background, where it was asked for."""
     finite: bool = True
     """Whether all scores are finite. If not, the other fields are invalid."""
 
@@ -81,11 +83,14 @@ def argmax_classes(foreground_KHW: Tensor) -> Tensor:
 
 
 def segment_images(
-    models: Sequence[SegmentationModel], features: Features, split: str
+    models: Sequence[SegmentationModel], features: Features, split: str, *, by_class: bool = False
 ) -> Generator[tuple[int, list[SegmentedImage]], None, None]:
-    """For each image of a split, in order: its number and each model's prediction, blended from its tiles."""
+    """For each image of a split, in order: its number and each model's prediction, blended from its tiles.
+
+    ``by_class``: with the probability of each class.
+    """
     with WorkerPool(features.backbone.machine.lanes) as pool:
-        stitchers = [_ImageStitcher(model.eval(), features, split) for model in models]
+        stitchers = [_ImageStitcher(model.eval(), features, split, by_class=by_class) for model in models]
         codes = tuple(sorted({code for model in models for code in model.tta_codes}))
         done, missing = 0, len(features.grid(split, 0))
         for batch, images in features.tiles(split, pool):
@@ -105,8 +110,8 @@ def segment_images(
 class _ImageStitcher:
     """Builds one model's predictions, image by image, from bands that are completed as their tiles arrive."""
 
-    def __init__(self, model: SegmentationModel, features: Features, split: str) -> None:
-        self._model, self._features, self._split = model, features, split
+    def __init__(self, model: SegmentationModel, features: Features, split: str, *, by_class: bool = False) -> None:
+        self._model, self._features, self._split, self._by_class = model, features, split, by_class
         self._now, self._num = -1, model.num_classes - 1
         self._sum_BKTT = torch.empty(0)  # of the poses so far
 
@@ -138,6 +143,7 @@ class _ImageStitcher:
         device, num_fields = self._features.backbone.machine.device, self._model.num_fields
         # On the device until the image is complete: one copy per image.
         self._maps = torch.empty(2 + num_fields, *self._size_px, dtype=torch.uint8, device=device)
+        self._foreground = torch.empty(self._num if self._by_class else 0, *self._size_px, dtype=torch.uint8, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._stitcher = Stitcher(self._grid, self._num + num_fields, device)
         self._bands: list[Tensor] = []
@@ -158,12 +164,20 @@ class _ImageStitcher:
         self._finite &= torch.isfinite(band_KHW).all()
         self._maps[0, rows] = argmax_classes(band_KHW[: self._num])
         self._maps[1, rows] = to_uint8(band_KHW[: self._num].sum(0))
+        if self._by_class:
+            self._foreground[:, rows] = to_uint8(band_KHW[: self._num])
         if len(self._maps) > 2:
             self._maps[2:, rows] = to_uint8(band_KHW[self._num :])
 
     def _answer(self) -> SegmentedImage:
         maps = self._maps.cpu().numpy()
-        return SegmentedImage(classes=maps[0], cell=maps[1], fields=maps[2:] if len(maps) > 2 else None, finite=bool(self._finite))
+        return SegmentedImage(
+            classes=maps[0],
+            cell=maps[1],
+            fields=maps[2:] if len(maps) > 2 else None,
+            foreground=self._foreground.cpu().numpy() if self._by_class else None,
+            finite=bool(self._finite),
+        )
 
 
 def score_images(

@@ -1,8 +1,9 @@
-"""What is tuned for each run on its own predictions for the validation images, in one pass: the separation of cells, and the calibration."""
+"""What is tuned for each run on its own predictions for the validation images: batch norms, then in one pass the separation and the calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from cellbench.features.extractor import Features
 from cellbench.metrics.calibration import Calibration, histogram
 from cellbench.metrics.pixel import IGNORE
 from cellbench.metrics.separation import SeparationParams
+from cellbench.training.adaptation import tune_shares
 from cellbench.training.model import SegmentationModel
 from cellbench.training.separation_tuning import tune_separation
 from cellbench.training.tiled_inference import SegmentedImage
@@ -19,7 +21,8 @@ from cellbench.training.tiled_inference import SegmentedImage
 def tune_on_validation(
     models: Sequence[SegmentationModel], features: Features, dataset: Dataset
 ) -> tuple[list[SeparationParams], list[Calibration]]:
-    """The separation with the best AP50, and the calibration, of each model."""
+    """The separation with the best AP50, and the calibration, of each model, whose batch norms are adapted from here on."""
+    shares = tune_shares(models, features)
     histograms: list[list[np.ndarray]] = [[] for _ in models]
 
     def count(image: int, found: Sequence[SegmentedImage]) -> None:
@@ -28,4 +31,4 @@ def tune_on_validation(
             own.append(histogram(truth[truth != IGNORE], one.cell[truth != IGNORE]))
 
     separations = tune_separation(models, features, dataset, count)
-    return separations, [Calibration.of(own) for own in histograms]
+    return separations, [replace(Calibration.of(own), own_share=share) for own, share in zip(histograms, shares, strict=True)]

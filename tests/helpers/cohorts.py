@@ -13,10 +13,14 @@ from cellbench.config.run import RunSpec
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.loading import open_dataset
+from cellbench.data.transforms.framing import Framing
+from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.features.extractor import CachePolicy, Features
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
+from cellbench.inference.segmenter import Segmenter
+from cellbench.inference.trained_run import TrainedRun
 from cellbench.models.backbones.build import open_backbone
 from cellbench.training.fit import fit
 from cellbench.training.model import build_model, num_levels
@@ -54,6 +58,17 @@ class Listener:
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         self.states.append(torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, state))
+
+
+def segmenter_of(head: str = "detail", backbone: str = "filter-bank", **settings: object) -> Segmenter:
+    """A segmenter with random weights."""
+    run = run_of(head, backbone, **settings)
+    frozen = FrozenBackbone(open_backbone(REGISTRY.backbone(backbone)), FP32, [REGISTRY.head(head).levels])
+    weights = build_model(run, REGISTRY.head(head), frozen, 2).state_dict()
+    trained = TrainedRun(
+        name="r", run=run, classes=("background", "cell"), preparation=Preparation(framing=Framing.of(run)), weights=weights
+    )
+    return Segmenter(trained, REGISTRY, FP32)
 
 
 def features_of(dataset: Dataset, runs: list[RunSpec], machine: Hardware = FP32, **settings: Any) -> Features:

@@ -288,7 +288,10 @@ def test_outlines_are_of_the_cells_that_are_counted(there: Path, tmp_path: Path)
     out = tmp_path / "out"
     assert predict(MODEL, "smears/test/original/t0.png", "--out", out, "--instances", "--geojson", "--coco", "--overlay") == 0
     table = {int(row["cell"]): float(row["area_px"]) for row in csv.DictReader((out / "t0.cells.csv").open())}
-    cells = [one["properties"] for one in json.loads((out / "t0.geojson").read_text())["features"]]
+    tree = json.loads((out / "t0.geojson").read_text())
+    cells = [one["properties"] for one in tree["features"]]
+    assert {one["cellbench"]["distance"] for one in cells} == {tree["cellbench"]["distance"]}
+    assert {one["cellbench"]["appearance"] for one in cells} == {tree["cellbench"]["appearance"]}
     shapes = {int(one["name"]): one["measurements"]["Area px^2"] for one in cells}
     assert shapes == table
     assert len(json.loads((out / "coco.json").read_text())["annotations"]) == len(shapes)

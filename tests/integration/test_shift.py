@@ -52,6 +52,9 @@ def here(project: Path, monkeypatch) -> Path:
 
 def test_finished_runs_are_tested_further_in_a_worker_process_and_only_once(here: Path, capsys) -> None:
     before = scores("per_image.json")
+    trained = next(run for run in Tracker("shifted").stored() if run.params.get("baseline") == "none")
+    fitted = Path(trained.artifact_uri.removeprefix("file://")) / "calibration.json"
+    fitted.write_text(json.dumps(json.loads(fitted.read_text()) | {"temperature": 3.0}))
     asked = ["grid", "q.toml", "--data", "smears", "--tests", "smears", "--set", 'data.perturb=["blur"]']
     assert main([*asked, "--workers", "1"]) == 0
     printed = capsys.readouterr().out
@@ -65,9 +68,14 @@ def test_finished_runs_are_tested_further_in_a_worker_process_and_only_once(here
             assert found[model]["sets"]["smears"][key] == main_test[key], (model, key)
         assert found[model]["perturbed"]["none"] == main_test["dice"]  # with val_overlap = overlap
         assert found[model]["perturbed"]["blur-3"] != main_test["dice"]
+    calibrated = found["none"]["sets"]["smears"]
+    assert calibrated["calibration"] == before["none"]["calibration"]
+    spread = [max(abs(p - 0.5) for p in calibrated[key]["probability"] if p) for key in ("calibration_corrected", "calibration")]
+    assert spread[0] < spread[1] - 0.05  # a temperature of 3 makes it less sure
     metrics = next(run.metrics for run in Tracker("shifted").stored() if run.params.get("baseline") == "none")
     assert metrics["shift.smears/dice"] == metrics["test_image/dice"]
     assert metrics["shift.smears/dice_pooled"] == metrics["test/dice"]
+    assert metrics["shift.smears/calibration_error_raw"] == metrics["test/calibration_error"] != metrics["shift.smears/calibration_error"]
     results = cellbench.results("shifted")
     assert results.further["smears"].leaderboard()["dice_per_image"].tolist() == results.leaderboard()["dice_per_image"].tolist()
     assert set(results.shift()["condition"]) == {"own", "smears", "blur-1", "blur-2", "blur-3"}

@@ -12,12 +12,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from cellbench.reporting.plots.style import (
+    NARROW_IN,
     PALETTE,
     STYLE,
     first_that_fit,
     note_at_right,
     rows_figure,
     set_caption,
+    subplots,
 )
 
 MOST = 15
@@ -74,5 +76,29 @@ def plot_falls(rows: Sequence[FallRow], kinds: Mapping[str, str], narrow: bool =
             "Perturbations have three strengths, so three marks." if any(kind not in ("appearance", "test set") for kind in kinds) else "",
             "Beside each row: the lowest mean and its condition. The safest model has the highest.",
             left_out,
+        )
+    return figure
+
+
+def plot_reliability(model: str, curves: Mapping[str, Mapping[str, Sequence[float]]], narrow: bool = False) -> Figure:
+    """The observed share of cells against the predicted probability, a line a test set. ``curves``: pixels, probability and share_cell by bin."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = subplots(figsize=(NARROW_IN, NARROW_IN) if narrow else (5.2, 4.2), layout="constrained")
+        axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--", label="perfect")
+        for k, (name, curve) in enumerate(curves.items()):
+            pixels, predicted, observed = (np.array(curve[key]) for key in ("pixels", "probability", "share_cell"))
+            some = pixels > 0
+            axes.plot(
+                predicted[some], observed[some], f"{MARKERS[k % len(MARKERS)]}-", color=COLOURS[k % len(COLOURS)], markersize=4, label=name
+            )
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("probability of a cell")
+        axes.set_ylabel("share that is cell")
+        axes.legend(fontsize=8, loc="upper left")
+        set_caption(
+            figure,
+            f"Calibration of {model} on each test set, its probabilities as predict gives them.",
+            "Below the line it is too sure of cells.",
         )
     return figure

@@ -15,8 +15,10 @@ from PIL import Image
 from cellbench.reporting.collect import ExperimentResults
 from cellbench.reporting.leaderboard import LeaderboardRow, format_row, leaderboard_rows, terminal_table, to_json
 from cellbench.reporting.model_groups import FinishedRun, TestSet, group_models
+from cellbench.reporting.report_data import Heading
 from cellbench.reporting.sections import build_report
 from cellbench.reporting.shift import read_further, shift_of
+from cellbench.reporting.shift_section import shift_blocks
 from cellbench.reporting.verdict import conclude, describe_shift
 from cellbench.statistics.comparison import compare_all
 
@@ -179,3 +181,28 @@ def test_conditions_that_some_models_lack_do_not_count() -> None:
     assert shift.models == ("uni · fpn", "uni · detail")
     assert [one.name for one in shift.conditions] == ["own", "lab2"]
     assert describe_shift(shift)[-1].startswith("Not tested on noise-1, noise-2, noise-3: uni · detail.")
+
+
+def test_the_report_has_the_calibration_of_each_model_on_each_test_set() -> None:
+    own = {"pixels": [60, 0, 40], "probability": [0.1, 0.0, 0.9], "share_cell": [0.1, 0.0, 0.8]}  # error 0.4 * 0.1
+    other = {"pixels": [50, 0, 50], "probability": [0.2, 0.0, 0.8], "share_cell": [0.1, 0.0, 0.6]}  # 0.5 * 0.1 + 0.5 * 0.2
+    cooler = {"pixels": [0, 100, 0], "probability": [0.0, 0.5, 0.0], "share_cell": [0.0, 0.35, 0.0]}  # 0.15
+    runs = []
+    for seed in (0, 1):
+        one = run("fpn", 0.95, 0.6, 0.9, seed=seed)
+        one.per_image.update(calibration=own, calibration_corrected=own)
+        one.further["sets"]["lab2"] |= {"calibration": [other, cooler][seed], "calibration_corrected": other}
+        runs.append(one)
+    shift = shift_of(test_set(*runs))
+    heading, figure, table, text = shift_blocks(shift, "")[-4:]
+    assert heading == Heading("Calibration on each test set")
+    assert table.headings == ("model", "own", "lab2")
+    # Without correction, the bins of both runs are pooled: (50 * 0.1 + 50 * 0.2 + 100 * 0.15) / 200.
+    assert table.rows == [["uni · fpn", "0.040 / 0.040", "0.150 / 0.150"]]
+    assert "temperature" in text.sentences[0]
+    assert [line.get_label() for line in figure.draw().axes[0].lines] == ["perfect", "own", "lab2"]
+
+
+def test_without_probabilities_a_report_has_no_calibration() -> None:
+    blocks = shift_blocks(shift_of(test_set(run("fpn", 0.95, 0.6, 0.9))), "")
+    assert Heading("Calibration on each test set") not in blocks

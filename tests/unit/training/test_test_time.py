@@ -6,18 +6,14 @@ import numpy as np
 import pytest
 import torch
 from backbone_cards import built, card
-from cohorts import FP32, REGISTRY, dataset_of, features_of, fitted, run_of, trainers_of
+from cohorts import FP32, REGISTRY, dataset_of, features_of, fitted, run_of, segmenter_of, trainers_of
 from PIL import Image
 
 from cellbench.config.registry import load
 from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.data.transforms.augmentation import rotate_flip
-from cellbench.data.transforms.framing import Framing
-from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import FrozenBackbone
-from cellbench.inference.segmenter import Segmenter
-from cellbench.inference.trained_run import TrainedRun
 from cellbench.models.backbones.base import Level
 from cellbench.models.heads.ensemble import Ensemble
 from cellbench.parallel import WorkerPool
@@ -63,17 +59,6 @@ def test_with_shifts_a_prediction_is_the_mean_over_tiles_that_begin_half_a_patch
         moved = torch.from_numpy(np.pad(pixels[0].numpy(), margins, mode="reflect")[None])
         expected += plain.tiles(moved)[..., half * down :, half * right :][..., :96, :96]
     assert torch.allclose(segmenter.tiles(pixels), expected / 4, atol=1e-6)
-
-
-def segmenter_of(head: str = "detail", backbone: str = "filter-bank", **settings: object) -> Segmenter:
-    """A segmenter with random weights."""
-    run = run_of(head, backbone, **settings)
-    backbone = FrozenBackbone(built(REGISTRY.backbone(backbone)), FP32, [REGISTRY.head(head).levels])
-    weights = build_model(run, REGISTRY.head(head), backbone, 2).state_dict()
-    trained = TrainedRun(
-        name="r", run=run, classes=("background", "cell"), preparation=Preparation(framing=Framing.of(run)), weights=weights
-    )
-    return Segmenter(trained, REGISTRY, FP32)
 
 
 # Sizes whose tiles, and whose padding, are the same from every side.

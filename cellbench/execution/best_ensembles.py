@@ -1,0 +1,232 @@
+"""Ensembles of the best few models of an experiment: their mean prediction in a row of its own, without training.
+
+The members are chosen by validation Dice, in each fold by its own validation images, never by the test. They may have different backbones, framings
+and cell targets, so that they share no features: each segments the images with its stored head, and the probabilities of whole images are averaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cellbench.config.run import NUMERICS_VERSION
+from cellbench.data.image_cache import ImageCache
+from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, quote_name
+from cellbench.execution import artifacts
+from cellbench.execution.artifacts import EvaluationResult
+from cellbench.execution.claims import Outcome
+from cellbench.execution.planning import ResolvedRun
+from cellbench.execution.runner import Runner
+from cellbench.execution.shift_tests import Answers, FinishedRunToTest, load_model, missing_tests, run_tests, wanted_tests
+from cellbench.features.extractor import Features
+from cellbench.hardware import is_out_of_memory, release_memory
+from cellbench.metrics import catalog
+from cellbench.metrics.calibration import Calibration, histogram
+from cellbench.metrics.pixel import IGNORE, confusion_matrix
+from cellbench.tracking.schema import ENSEMBLE, LIMIT, MEMBERS, RunRecord, RunState
+from cellbench.training.evaluator import CohortEvaluator
+from cellbench.training.model import SegmentationModel
+from cellbench.training.separation_tuning import choose_separations
+from cellbench.training.tiled_inference import argmax_classes, segment_images, to_uint8
+
+MEMBERS_FILE = "members.json"
+"""The artifact with names and ids of the members."""
+
+
+class Blend(NamedTuple):
+    """The mean prediction for one image."""
+
+    classes: np.ndarray
+    """(H, W) uint8."""
+    cell: np.ndarray
+    """(H, W) uint8: the probability of not being background, 0..255."""
+
+
+def test_best_models(runner: Runner, runs: Sequence[ResolvedRun], out: Outcome) -> None:
+    """Tests the mean of the ``ensemble_best`` best models of each fold, and adds the results to ``out``. A fold that fails is named."""
+    num = runner.experiment.ensemble_best
+    name = f"ensemble of the best {num} models"
+    for fold in sorted({one.run.fold for one in runs}):
+        title = f"{name} · fold {fold}" if runner.experiment.data.folds else name
+        mine = [one for one in runs if one.run.fold == fold]
+        known = runner.tracker.known(*[one.fingerprint for one in mine])
+        chosen = choose_members([(one, known[one.fingerprint]) for one in mine if one.fingerprint in known], num)
+        if len(chosen) < num:
+            runner.say(
+                f"{title}: there {'is' if len(chosen) == 1 else 'are'} {len(chosen)} finished trained model{'s' * (len(chosen) != 1)}."
+            )
+            continue
+        try:
+            ensemble = _Ensemble(runner, chosen, name, title, fold)
+            out.finished[title] = ensemble.test()
+            ensemble.test_further()
+        except (WeightsUnavailable, CellbenchError, RuntimeError, MemoryError) as error:
+            if not isinstance(error, CellbenchError) and not is_out_of_memory(error):
+                raise
+            runner.say(f"{title}: not tested: {one_line(error)}")
+        release_memory()
+
+
+test_best_models.__test__ = False  # type: ignore[attr-defined]  # not pytest's
+
+
+def choose_members(runs: Sequence[tuple[ResolvedRun, RunRecord]], num: int) -> list[tuple[ResolvedRun, RunRecord]]:
+    """The finished trained runs with the best validation Dice, one of each model: of its seeds the best.
+
+    Runs that differ only in what is done after training have one validation Dice: the first of them is taken. Ensembles of seeds are left out.
+    """
+    best: dict[str, tuple[ResolvedRun, RunRecord]] = {}
+    for one, record in runs:
+        if record.status == "finished" and one.trained and one.run.ensemble == "none" and "best/val_dice" in record.metrics:
+            model = one.run.training.model_copy(update={"seed": 0}).model_dump_json()
+            if model not in best or record.metrics["best/val_dice"] > best[model][1].metrics["best/val_dice"]:
+                best[model] = one, record
+    return sorted(best.values(), key=lambda pair: -pair[1].metrics["best/val_dice"])[:num]
+
+
+@dataclass(frozen=True)
+class _Ensemble:
+    """The ensemble of one fold."""
+
+    runner: Runner
+    members: Sequence[tuple[ResolvedRun, RunRecord]]
+    name: str
+    title: str
+    fold: int
+
+    @property
+    def fingerprint(self) -> str:
+        digests = sorted(one.fingerprint for one, _ in self.members)
+        return hashlib.sha256(json.dumps([ENSEMBLE, NUMERICS_VERSION, digests]).encode()).hexdigest()[:16]
+
+    def test(self) -> RunState:
+        """The finished run; of an earlier call where the members are the same."""
+        tracker, dataset, key = self.runner.tracker, self.runner.datasets[self.fold], self.fingerprint
+        known = tracker.known(key).get(key)
+        if known is not None and known.status == "finished":
+            return known
+        names = ", ".join(one.name for one, _ in self.members)
+        self.runner.say(f"{self.title}: {names}.")
+        result = self._evaluated()
+        precision = self.members[0][0].precision
+        params: dict[str, object] = {
+            ENSEMBLE: self.name,
+            "backbone": "none",
+            "head": "none",
+            "baseline": "none",
+            "seed": 0,
+            "fold": self.fold,
+        }
+        tags = {"cellbench.kind": ENSEMBLE, "model": self.name, "dataset": dataset.name, MEMBERS: names}
+        if dataset.limited:
+            tags[LIMIT] = str(self.runner.experiment.data.limit)
+        with (
+            tracker.run(self.title, key, parent=self.runner.parent_id, known=known, tags=tags) as run,
+            tempfile.TemporaryDirectory(prefix="cellbench-") as temporary,
+        ):
+            if known is None:
+                run.log({}, params={**params, "dataset": dataset.name, "precision": precision})
+                run.log_input(dataset.name, dataset.digest, str(dataset.root), "testing")
+            folder = Path(temporary)
+            artifacts.write_scores(folder, self.fold, self.runner.experiment.data.folds, self.runner.datasets, result)
+            artifacts.write_separation(folder, result)
+            facts = [
+                {"name": record.name, "run_id": record.run_id, "val_dice": record.metrics["best/val_dice"]} for _, record in self.members
+            ]
+            (folder / MEMBERS_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            drawings = artifacts.pictures(self.title, dataset, ImageCache(dataset, "test", 2**28), result)
+            artifacts.write_pictures(folder, {file: draw() for file, draw in drawings.items()})
+            run.log_artifacts(folder)
+            metrics = artifacts.final_metrics(dataset, result)
+            run.end(
+                "finished",
+                metrics=metrics,
+                tags=artifacts.run_tags(self.title, metrics, self.runner.machine.name, run.address("figures/worst.png")),
+            )
+        return RunState(run_id=run.run_id, name=self.title, status="finished", metrics=metrics)
+
+    def test_further(self) -> None:
+        """Tests the finished run on the further test sets and perturbed images that it lacks."""
+        runner, dataset, key = self.runner, self.runner.datasets[self.fold], self.fingerprint
+        runner.tracker.flush()
+        record = runner.tracker.known(key)[key]
+        if lacks := missing_tests(record, wanted_tests(runner.experiment.data, dataset)):
+            run_tests(
+                [FinishedRunToTest(resolved=self.members[0][0], record=record, lacks=lacks)],
+                self._predict,
+                dataset=dataset,
+                tracker=runner.tracker,
+                own_metrics=catalog.own_metrics(runner.registry),
+                spec=runner.experiment.data,
+                report=runner.report,
+            )
+
+    def _evaluated(self) -> EvaluationResult:
+        dataset, num = self.runner.datasets[self.fold], len(self.runner.datasets[self.fold].classes)
+        pixels = {split: ImageCache(dataset, split, 2**28) for split in ("val", "test")}
+        histograms: list[np.ndarray] = []
+
+        def answers() -> Iterator[tuple[int, Sequence[tuple[np.ndarray, None, np.ndarray]]]]:
+            for image, one in self._blended("val"):
+                known = pixels["val"][image][1] != IGNORE
+                histograms.append(histogram(pixels["val"][image][1][known], one.cell[known]))
+                yield image, [(one.classes, None, one.cell)]
+
+        separations = choose_separations(dataset, ["watershed"], answers())  # fields of different targets have no mean
+        own = catalog.own_metrics(self.runner.registry)
+        with CohortEvaluator(dataset, 1, separations, own, calibrations=[Calibration.of(histograms)]) as evaluator:
+            for image, one in self._blended("test"):
+                self.runner.report(image / len(dataset.test), "testing")
+                truth = pixels["test"][image][1]
+                evaluator.add_image(image, truth, [confusion_matrix(truth, one.classes, num)], [(one.classes, one.cell, None)])
+        return EvaluationResult(evaluation=evaluator.evaluations[0], cost=_costs([record for _, record in self.members]))
+
+    def _predict(self, images: ImageCache, coarse: bool) -> Answers:
+        return ((image, [(one.classes, one.cell, None)]) for image, one in self._blended("val" if coarse else "test", images))
+
+    def _blended(self, split: str, images: ImageCache | None = None) -> Iterator[tuple[int, Blend]]:
+        """The mean prediction for each image of a split, or for other ``images`` in its place. All members' networks are in memory."""
+        made = [self._opened(one, record) for one, record in self.members]
+        streams = [
+            segment_images([model], features if images is None else features.on(split, images), split, by_class=True)
+            for features, model in made
+        ]
+        for each in zip(*streams, strict=True):
+            (image, _), found = each[0], [one for _, (one,) in each]
+            if not all(one.finite for one in found):
+                raise CellbenchError(
+                    f"the scores for the image {quote_name(made[0][0].pixels[split].samples[image].name)} are not finite (NaN or infinite)."
+                )
+            mean_KHW = np.mean([one.foreground for one in found], axis=0, dtype=np.float32) / np.float32(255)
+            mean = torch.from_numpy(mean_KHW)
+            yield image, Blend(argmax_classes(mean).numpy(), to_uint8(mean.sum(0)).numpy())
+
+    def _opened(self, one: ResolvedRun, record: RunRecord) -> tuple[Features, SegmentationModel]:
+        features = self.runner.features([one])
+        return features, load_model(
+            FinishedRunToTest(resolved=one, record=record, lacks={}), features, self.runner.tracker, len(self.runner.dataset.classes)
+        )
+
+
+def _costs(members: Sequence[RunRecord]) -> dict[str, float]:
+    """What the members cost together, as far as all of them recorded it."""
+
+    def each(name: str) -> list[float]:
+        values = [record.metrics.get(f"cost/{name}") for record in members]
+        return [value for value in values if value is not None] if None not in values else []
+
+    sums: dict[str, Any] = {
+        f"cost/{name}": sum(values)
+        for name in ("train_s", "train_cpu_s", "image_cpu_s", "head_params", "backbone_params")
+        if (values := each(name))
+    }
+    speeds = each("images_per_s")
+    return sums | ({"cost/images_per_s": 1 / sum(1 / speed for speed in speeds)} if speeds and min(speeds) > 0 else {})
