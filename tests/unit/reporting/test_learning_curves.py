@@ -11,6 +11,7 @@ from finished_runs import IMAGES, log_finished_run, per_image_scores
 from cellbench.config.run import RunSpec
 from cellbench.reporting import learning_curves
 from cellbench.reporting.collect import collect_runs
+from cellbench.reporting.decisions import describe_doubling
 from cellbench.reporting.plots import comparison as comparison_plots
 from cellbench.reporting.plots import style
 from cellbench.reporting.verdict import describe_learning_curves
@@ -58,6 +59,17 @@ def test_differences_are_those_of_paired_images(here) -> None:
     for point in curve.points[:-1]:
         assert point.to_largest is not None
         assert point.to_largest.interval.mean == pytest.approx(float(np.mean(by_share[str(point.fraction)] - by_share["1.0"])))
+
+
+def test_what_twice_the_images_would_give_is_said_for_each_curve(here) -> None:
+    curves = learning_curves.learning_curves(here)
+    for curve, sentence in zip(curves, describe_doubling(curves), strict=True):
+        errors = 1 - np.array([point.dice.mean for point in curve.points])
+        slope = np.polyfit(np.log([4, 10, 20, 40]), np.log(errors), 1)[0]
+        assert sentence.startswith(
+            f"{curve.model}: 80 training images instead of 40 would change Dice by {errors[-1] * (1 - 2**slope):+.3f} (95 % "
+        )
+        assert sentence.endswith("if the curve goes on as before.")
 
 
 @pytest.mark.slow

@@ -113,6 +113,19 @@ def test_what_doubling_gives_is_read_off_a_power_law() -> None:
     assert flat == pytest.approx((0, 0, 0), abs=1e-12)
 
 
+def test_the_interval_of_what_doubling_gives_covers_a_planted_gain() -> None:
+    rng, sizes, covered, estimates = np.random.default_rng(6), [5, 10, 20, 40], 0, []
+    true = 0.3 * 40**-0.4 * (1 - 2**-0.4)
+    for _ in range(100):
+        hard = rng.gamma(4, 1 / 4, 20)  # images differ, and each varies from size to size
+        scores = np.array([1 - 0.3 * size**-0.4 * hard * np.exp(rng.normal(-0.01, 0.15, 20)) for size in sizes])
+        mean, low, high = doubling_gain(sizes, scores, resamples=200) or (0.0, 0.0, 0.0)
+        covered += low <= true <= high
+        estimates.append(mean)
+    assert np.mean(estimates) == pytest.approx(true, rel=0.05)
+    assert 85 <= covered <= 99
+
+
 def test_what_a_test_set_can_decide_is_said_before_training() -> None:
     assert describe_detectable(3) == "With 3 test images no difference between two models can be significant: 6 are the least."
     said = describe_detectable(14)
