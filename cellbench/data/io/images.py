@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
-from cellbench.data.io.decode import FileError, OpenImage, decode_pixels, open_image, to_upright
+from cellbench.data.io.decode import OpenImage, decode_pixels, open_image, to_upright
+from cellbench.data.io.file_checks import FileError
 from cellbench.data.io.intensity import WHITES, IntensityScaling, Note, Range, scale_to_uint8
 from cellbench.data.io.metadata import PixelSize, pixel_size, stated_range
 from cellbench.data.io.png_stream import TEXT_KEY

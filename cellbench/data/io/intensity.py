@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cellbench.data.io.decode import FileError
+from cellbench.data.io.file_checks import FileError
 from cellbench.errors import first_names
 
 Range = tuple[float, float]
