@@ -136,6 +136,20 @@ def _end(process: psutil.Popen) -> int:
         return -999
 
 
+def compare(before: dict, after: dict, usual: dict) -> dict[str, object]:
+    """Faults of the state ``after`` a command that went on from ``before``. ``usual``: the state that an undisturbed command leaves."""
+    known = {run[1]: run for run in after["runs"]}
+    same = Counter(run[0] for run in after["runs"])
+    return {
+        "lost": sum(run != known.get(run[1]) for run in before["runs"])
+        + sum(after["done"].get(name) != at for name, at in before["done"].items())
+        + sum(num - 1 for num in same.values()),
+        "numbers": sorted((r[0], r[3]) for r in after["runs"]) != sorted((r[0], r[3]) for r in usual["runs"])
+        or any(after[what] != usual[what] for what in ("trials", "files")),
+        "unreadable": not before["sound"] or not after["sound"],
+    }
+
+
 def attempt(kind: str, place: Path, usual: dict, wall_s: float, seed: int, template: Path) -> dict:
     """One kill and what follows. ``usual``: the state that an undisturbed command leaves; ``wall_s``: how long it takes."""
     dice, one = random.Random(seed), Try(place, template if seed % 5 else None)
@@ -160,15 +174,7 @@ def attempt(kind: str, place: Path, usual: dict, wall_s: float, seed: int, templ
     facts["with results"] = bool(before["runs"] or before["done"])
     again, _ = one.run(COMMANDS[kind])
     after, log = one.state(), (place / "log").read_text(errors="replace")
-    known = {run[1]: run for run in after["runs"]}
-    same = Counter(run[0] for run in after["runs"])
-    faults = {
-        "lost": sum(run != known.get(run[1]) for run in before["runs"])
-        + sum(after["done"].get(name) != at for name, at in before["done"].items())
-        + sum(num - 1 for num in same.values()),
-        "numbers": sorted((r[0], r[3]) for r in after["runs"]) != sorted((r[0], r[3]) for r in usual["runs"])
-        or any(after[what] != usual[what] for what in ("trials", "files")),
-        "unreadable": not before["sound"] or not after["sound"],
+    faults = compare(before, after, usual) | {
         "leftovers": one.leftovers(),
         "orphans": len(left),
         "refused": again != 0 or "Traceback" in log or code == -999,
