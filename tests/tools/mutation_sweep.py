@@ -231,12 +231,14 @@ def main() -> int:
     shares = []
     for kind in asked.kinds:
         num = max(1, round(asked.inputs * WEIGHTS.get(kind, 1.0) / total))
-        size = max(1, -(-num // max(1, asked.jobs)))
+        size = max(2000, -(-num // max(1, asked.jobs)))  # a process takes seconds to start
         shares += [(kind, first, min(first + size, num), asked.seed) for first in range(0, num, size)]
     faults: list[tuple[str, int, str]] = []
     with ThreadPoolExecutor(asked.jobs) as pool:
         for found in pool.map(lambda share: sweep(*share), shares):
             faults += found
+            for kind, number, what in found[:3]:
+                print(f"{kind}:{number}: {what}", flush=True)
     numbers: Counter[str] = Counter()
     for kind, first, last, _ in shares:
         numbers[kind] += last - first
