@@ -22,8 +22,8 @@ class PixelAdapter(nn.Module):
             )
         )
         self.to_tokens = nn.Conv2d(4 * width, dim, 1)
-        nn.init.zeros_(self.to_tokens.weight)
-        nn.init.zeros_(self.to_tokens.bias)
+        for weights in self.to_tokens.parameters():
+            nn.init.zeros_(weights)
 
     def forward(self, x_BND: Tensor, pixels_BCHW: Tensor, places: tuple[int, int]) -> Tensor:
         """The tokens (B, N, D), class and register tokens first, with those of the ``places`` (h, w) fed."""
