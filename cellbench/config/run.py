@@ -18,6 +18,8 @@ TestTimeAugmentation = Literal["none", "flips", "d4", "shifts"]
 TTA: tuple[TestTimeAugmentation, ...] = get_args(TestTimeAugmentation)
 Adaptation = Literal["none", "batchnorm"]
 ADAPTATIONS: tuple[Adaptation, ...] = get_args(Adaptation)
+EdgeCells = Literal["all", "tuned"]
+EDGE_CELLS: tuple[EdgeCells, ...] = get_args(EdgeCells)
 
 _COHORT = "cohort"
 """Marks the fields of a run that determine which tiles pass which backbone, in which colours."""
@@ -115,6 +117,9 @@ class RunSpec(StrictModel):
     """
     adapt: Adaptation = "none"
     """``batchnorm``: the head's batch norms use a share of each tile's own statistics at test time, as tuned on validation; not used in epochs."""
+    edge_cells: EdgeCells = "all"
+    """``tuned``: small regions that the image's frame cuts are dropped from masks, as the annotators did; the share of a cell below which is tuned
+    on validation. Not used in epochs."""
     ensemble: str = "none"
     """Seeds of several heads, such as ``0, 1, 2``, whose mean prediction is used. ``ensemble_seeds`` of an experiment makes such runs."""
 
@@ -191,10 +196,10 @@ SAMPLING_FIELDS = tuple(name for name, field in RunSpec.model_fields.items() if 
 
 ADDED_LATER = {
     name: RunSpec.model_fields[name].default
-    for name in ("reference_stains", "augmentations", "tta", "adapt", "ensemble", "lora_rank", "pixel_adapter")
+    for name in ("reference_stains", "augmentations", "tta", "adapt", "edge_cells", "ensemble", "lora_rank", "pixel_adapter")
 }
 """Fields that older runs do not have, with the value that leaves a run's fingerprint as it was."""
-AFTER_TRAINING = ("tta", "adapt", "ensemble")
+AFTER_TRAINING = ("tta", "adapt", "edge_cells", "ensemble")
 """Fields that change the use of a trained model, not its training."""
 
 # Keys that [run] may set for all runs, and [head.x] or [baseline.x] for the runs of that head or baseline only.

@@ -98,6 +98,8 @@ def final_metrics(dataset: Dataset, result: EvaluationResult) -> dict[str, float
     if result.trainer is not None:
         if result.trainer.model.adapts:
             out["adapt/own_share"] = result.trainer.model.own_share
+        if result.trainer.model.tunes_edges:
+            out["adapt/edge_share"] = result.trainer.model.edge_share
         best = result.trainer.history[result.trainer.best_epoch]
         out |= {"best/epoch": result.trainer.best_epoch, "best/val_loss": best["val/loss"], "best/val_dice": best.get("val/dice", math.nan)}
     return {key: round_metric(key, value) for key, value in out.items() if not math.isnan(value)}

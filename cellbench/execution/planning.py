@@ -12,7 +12,7 @@ from typing import Any
 from cellbench.config.cards import BackboneCard, BaselineCard, HeadCard
 from cellbench.config.experiment import Experiment, named_runs
 from cellbench.config.registry import Registry
-from cellbench.config.run import ADAPTATIONS, TTA, RunSpec, fingerprint
+from cellbench.config.run import ADAPTATIONS, EDGE_CELLS, TTA, RunSpec, fingerprint
 from cellbench.data.dataset import Dataset
 from cellbench.data.transforms.framing import Framing
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
@@ -109,8 +109,8 @@ def resolve_tree(
 def _same_training(run: RunSpec) -> list[RunSpec]:
     """The single runs that differ from this one, or from a member of this ensemble, only in what is done after training."""
     variants = [
-        member.training.model_copy(update={"tta": tta, "adapt": adapt})
-        for member, tta, adapt in itertools.product(run.members, TTA, ADAPTATIONS)
+        member.training.model_copy(update={"tta": tta, "adapt": adapt, "edge_cells": edge_cells})
+        for member, tta, adapt, edge_cells in itertools.product(run.members, TTA, ADAPTATIONS, EDGE_CELLS)
     ]
     return [one for one in variants if one != run]
 

@@ -101,7 +101,9 @@ def load_model(one: FinishedRunToTest, features: Features, tracker: Tracker, num
     """The trained model of a finished run. Raises CellbenchError."""
     model = build_model(one.resolved.run, one.resolved.card, features.backbone, num_classes)
     model.load_state_dict(one.weights(tracker))
-    model.set_own_share(one.calibration(tracker).own_share)
+    calibration = one.calibration(tracker)
+    model.set_own_share(calibration.own_share)
+    model.edge_share = calibration.edge_share
     return model
 
 

@@ -100,6 +100,7 @@ class CalibrationRecord(StoredRecord):
     dice_shift: float = Field(default=0.0, ge=-1, le=1)
     dice_error: Share | None = None
     own_share: Share = 0.0
+    edge_share: Share = 0.0
 
     def calibration(self) -> Calibration:
         return Calibration(**self.model_dump())

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from cellbench.hardware import Hardware, detect_hardware, to_device
 from cellbench.inference.pipeline import FailedImage, Image, MaskStrip, TileBatch, join_strips, tile_batches, whole_images
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.appearance import NOTHING_KNOWN, Trust
+from cellbench.metrics.edge_regions import small_edge_regions
 from cellbench.metrics.instances import Instances
 from cellbench.metrics.measurements import measure_cells
 from cellbench.metrics.separation import CONNECTED, SeparationParams
@@ -175,6 +176,7 @@ class Segmenter:
                     f"'{trained.name}': its weights do not fit its head as it is built here: {one_line(error)[:300]}."
                 ) from None
             self.model.set_own_share(trained.calibration.own_share)
+            self.model.edge_share = trained.calibration.edge_share
             self.model.eval()
 
     def _backbone(self, card: BackboneCard, weights: Path | None, download: bool) -> Backbone:
@@ -296,12 +298,33 @@ class Segmenter:
             batches = whole_images(images, self.trained, self.machine.precision)
         else:
             batches = tile_batches(images, self.trained, self.machine.precision, self.backbone.chunk)
+        held: list[MaskStrip] = []  # of an image that is not complete
         with WorkerPool(self.machine.lanes) as pool:
             # A single lane prepares batches in its own thread; with several, reading would wait for the caller's next request.
             ready = prefetch(batches) if pool.num > 1 else batches
             with closing(ready), closing(pool.prefetch(ready, lambda batch: batch, self._segmented)) as done:
                 for batch in done:
-                    yield from batch.finished()
+                    yield from self._finished(batch, held)
+
+    def _finished(self, batch: TileBatch, held: list[MaskStrip]) -> Iterator[MaskStrip | FailedImage]:
+        """The strips that a batch completes; of a run that drops regions at the frame, whole images, since only these show them."""
+        if self.model is None or not self.model.edge_share:
+            yield from batch.finished()
+            return
+        for event in batch.finished():
+            if isinstance(event, FailedImage):
+                held.clear()
+                yield event
+                continue
+            held.append(event)
+            if event.last:
+                classes, probability, fields = join_strips(held)
+                held.clear()
+                dropped = small_edge_regions(classes, self.model.edge_share)
+                classes[dropped] = 0
+                if probability is not None:
+                    probability[dropped] = 0
+                yield replace(event, top=0, classes=classes, probability=probability, fields=fields)
 
     def _segmented(self, batch: TileBatch) -> TileBatch:
         """The batch with ``found`` filled in."""

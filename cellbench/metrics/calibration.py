@@ -49,10 +49,13 @@ class Calibration:
     own_share: float = 0.0
     """The share of a tile's own statistics in the head's batch norms (``adapt = "batchnorm"``). Predictions contain it; nothing here uses it."""
 
+    edge_share: float = 0.0
+    """The share of a cell below which regions at an image's frame are dropped (``edge_cells = "tuned"``). Likewise."""
+
     @property
     def is_fitted(self) -> bool:
         """Whether probabilities were compared with the truth."""
-        return replace(self, own_share=0.0) != Calibration()
+        return replace(self, own_share=0.0, edge_share=0.0) != Calibration()
 
     @classmethod
     def of(cls, images: Sequence[np.ndarray]) -> Calibration:

@@ -47,6 +47,8 @@ class SegmentationModel(nn.Module):
         """The poses in which a tile is decoded in test and prediction (``training.test_time``)."""
         self.num_classes = head.num_classes - (len(cell_target.channels) if cell_target else 0)
         self._levels, self._num_frozen = levels, num_frozen
+        self.tunes_edges, self.edge_share = False, 0.0
+        """Whether small regions at an image's frame are dropped from masks, and below which share of a cell: tuned on validation."""
         self.seconds = 0.0
         """Wall time of this model for decoding whole images so far."""
         self.cpu_seconds = 0.0
@@ -162,4 +164,5 @@ def build_model(run: RunSpec, card: HeadCard | BaselineCard, backbone: FrozenBac
             adapter = PixelAdapter(levels[-1].dim, run.pixel_adapter)
     num_frozen = len(backbone.module.levels) - run.unfreeze if backbone.module is not None else 0
     model = SegmentationModel(head, levels, tail, num_frozen, cell_target, CODES[run.tta], adapter)
+    model.tunes_edges = run.edge_cells == "tuned"
     return model.to(backbone.machine.device).to(memory_format=torch.channels_last)

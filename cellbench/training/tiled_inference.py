@@ -20,6 +20,7 @@ from torch import Tensor
 from cellbench.data.transforms.tiling import Stitcher
 from cellbench.features.extractor import Batch, Features
 from cellbench.features.frozen_backbone import Spent
+from cellbench.metrics.edge_regions import small_edge_regions
 from cellbench.metrics.pixel import IGNORE, confusion_matrix
 from cellbench.parallel import WorkerPool
 from cellbench.training.model import SegmentationModel
@@ -170,12 +171,15 @@ class _ImageStitcher:
             self._maps[2:, rows] = to_uint8(band_KHW[self._num :])
 
     def _answer(self) -> SegmentedImage:
-        maps = self._maps.cpu().numpy()
+        maps, foreground = self._maps.cpu().numpy(), self._foreground.cpu().numpy()
+        if self._model.edge_share:
+            dropped = small_edge_regions(maps[0], self._model.edge_share)
+            maps[:2, dropped], foreground[:, dropped] = 0, 0
         return SegmentedImage(
             classes=maps[0],
             cell=maps[1],
             fields=maps[2:] if len(maps) > 2 else None,
-            foreground=self._foreground.cpu().numpy() if self._by_class else None,
+            foreground=foreground if self._by_class else None,
             finite=bool(self._finite),
         )
 

@@ -1,4 +1,4 @@
-"""What is tuned for each run on its own predictions for the validation images: batch norms, then in one pass the separation and the calibration."""
+"""What is tuned for each run on its own predictions for the validation images: how it adapts, then in one pass the separation and the calibration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cellbench.features.extractor import Features
 from cellbench.metrics.calibration import Calibration, histogram
 from cellbench.metrics.pixel import IGNORE
 from cellbench.metrics.separation import SeparationParams
-from cellbench.training.adaptation import tune_shares
+from cellbench.training.adaptation import tune_edges, tune_shares
 from cellbench.training.model import SegmentationModel
 from cellbench.training.separation_tuning import tune_separation
 from cellbench.training.tiled_inference import SegmentedImage
@@ -21,8 +21,9 @@ from cellbench.training.tiled_inference import SegmentedImage
 def tune_on_validation(
     models: Sequence[SegmentationModel], features: Features, dataset: Dataset
 ) -> tuple[list[SeparationParams], list[Calibration]]:
-    """The separation with the best AP50, and the calibration, of each model, whose batch norms are adapted from here on."""
+    """The separation with the best AP50, and the calibration, of each model, which is adapted from here on."""
     shares = tune_shares(models, features)
+    edges = tune_edges(models, features)
     histograms: list[list[np.ndarray]] = [[] for _ in models]
 
     def count(image: int, found: Sequence[SegmentedImage]) -> None:
@@ -31,4 +32,6 @@ def tune_on_validation(
             own.append(histogram(truth[truth != IGNORE], one.cell[truth != IGNORE]))
 
     separations = tune_separation(models, features, dataset, count)
-    return separations, [replace(Calibration.of(own), own_share=share) for own, share in zip(histograms, shares, strict=True)]
+    return separations, [
+        replace(Calibration.of(own), own_share=share, edge_share=edge) for own, share, edge in zip(histograms, shares, edges, strict=True)
+    ]

@@ -186,7 +186,8 @@ OTHER = {
     False, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "hed": 0.1, "reference_stains": 0.2, "normalise": "macenko", "data_seed": 1,
     "fraction": 0.5, "fold": 1, "epochs": 3, "batch_size": 4, "lr": 0.01, "weight_decay": 0.0, "schedule": "constant",
     "warmup_epochs": 0.0, "patience": 0, "loss": "ce", "select": "val/loss", "unfreeze": 2, "tail_lr_scale": 0.1, "layer_decay": 0.5,
-    "targets": "cell+distance", "augmentations": "0.3 blur", "tta": "d4", "adapt": "batchnorm", "ensemble": "0, 1", "lora_rank": 4, "pixel_adapter": 8,
+    "targets": "cell+distance", "augmentations": "0.3 blur", "tta": "d4", "adapt": "batchnorm",
+    "edge_cells": "tuned", "ensemble": "0, 1", "lora_rank": 4, "pixel_adapter": 8,
 }  # fmt: skip
 
 
@@ -207,7 +208,19 @@ def test_every_field_changes_a_runs_fingerprint_and_the_streams_alone_its_cohort
 
 def test_a_cohort_is_not_split_by_what_only_heads_and_training_read() -> None:
     own = {"head", "options", "seed", "epochs", "batch_size", "lr", "weight_decay", "schedule", "warmup_epochs", "patience"}
-    own |= {"loss", "select", "tail_lr_scale", "layer_decay", "lora_rank", "pixel_adapter", "targets", "tta", "adapt", "ensemble"}
+    own |= {
+        "loss",
+        "select",
+        "tail_lr_scale",
+        "layer_decay",
+        "lora_rank",
+        "pixel_adapter",
+        "targets",
+        "tta",
+        "adapt",
+        "edge_cells",
+        "ensemble",
+    }
     assert FIELDS - set(SAMPLING_FIELDS) == own & FIELDS
 
 

@@ -1,6 +1,8 @@
-"""Batch norms fused with a tile's own statistics: the formula, the choice of the share, and one mask in test and prediction."""
+"""What is tuned on validation for the use of a model (batch norms, regions at the frame): formula, choice, and one mask in test and prediction."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ from torch.nn import functional
 from cellbench.config.run import fingerprint
 from cellbench.errors import CellbenchError
 from cellbench.features.frozen_backbone import FrozenBackbone
+from cellbench.metrics.edge_regions import small_edge_regions
 from cellbench.metrics.pixel import pixel_scores, pooled_classes
 from cellbench.models.fused_norm import FusedBatchNorm, with_fused_norms
 from cellbench.training import adaptation, model
 from cellbench.training.fit import fit
-from cellbench.training.tiled_inference import score_images, segment_images
+from cellbench.training.tiled_inference import SegmentedImage, score_images, segment_images
 from cellbench.training.validation_tuning import tune_on_validation
 
 
@@ -123,3 +126,61 @@ def test_the_fingerprint_of_a_run_that_does_not_adapt_stays_as_it_was() -> None:
         == fingerprint(run_of("detail", adapt="none"), "d", "p")
         != fingerprint(run_of("detail", adapt="batchnorm"), "d", "p")
     )
+
+
+def cells(*boxes: tuple[int, int, int, int]) -> np.ndarray:
+    """A class map of 100 x 120 px with a rectangle from (y, x) to (y, x) for each cell."""
+    mask = np.zeros((100, 120), np.uint8)
+    for top, left, bottom, right in boxes:
+        mask[top:bottom, left:right] = 1
+    return mask
+
+
+INSIDE = ((20, 20, 40, 40), (20, 60, 40, 80), (60, 20, 80, 41))  # 400, 400 and 420 px
+
+
+def test_regions_at_the_frame_are_dropped_below_a_share_of_the_median_region_inside() -> None:
+    edges = ((0, 50, 10, 70), (90, 90, 100, 102), (45, 116, 75, 120))  # 200, 120 and 120 px
+    mask = cells(*INSIDE, *edges)
+    assert not small_edge_regions(mask, 0.0).any()
+    assert np.array_equal(small_edge_regions(mask, 0.3), np.zeros_like(mask, bool))  # 120 is not below 0.3 * 400
+    assert np.array_equal(small_edge_regions(mask, 0.4), cells(*edges[1:]) > 0)
+    assert np.array_equal(small_edge_regions(mask, 0.51), cells(*edges) > 0)
+    assert not small_edge_regions(cells(*edges), 1.0).any()  # no cell inside, of unknown size
+    assert not small_edge_regions(np.ones((9, 9), np.uint8), 1.0).any()
+
+
+def test_the_share_of_a_cell_is_that_with_the_best_validation_dice(monkeypatch) -> None:
+    found = cells(*INSIDE, (0, 50, 10, 70), (90, 90, 100, 102))  # 200 and 120 px at the frame: 0.5 and 0.3 of a cell
+    truth = cells(*INSIDE, (0, 50, 10, 70))
+    image = SegmentedImage(classes=found, cell=found * np.uint8(255))
+    monkeypatch.setattr(adaptation, "segment_images", lambda models, *_: iter([(0, [image] * len(models))]))
+    features = SimpleNamespace(pixels={"val": [(None, truth)]})
+    tuned, plain = (SimpleNamespace(tunes_edges=on, edge_share=0.0, num_classes=2) for on in (True, False))
+    assert adaptation.tune_edges([plain, tuned], features) == [0.0, 0.4]
+    assert (plain.edge_share, tuned.edge_share) == (0.0, 0.4)
+    image.classes[:] = cells(*INSIDE, (0, 50, 10, 70))
+    assert adaptation.tune_edges([tuned], features) == [0.0]  # nothing to drop: the smallest share
+
+
+def test_the_test_and_predict_drop_the_same_regions_at_the_frame(small_folder) -> None:
+    dataset = dataset_of(small_folder)
+    run = run_of("detail", "filter-bank", epochs=4)
+    features = features_of(dataset, [run])
+    (trainer,) = trainers_of(dataset, [run], features)
+    fit([trainer], features)
+    model, segmenter = trainer.model, segmenter_of()
+    segmenter.model.load_state_dict(model.state_dict())
+    picture = np.asarray(Image.open(dataset.test[0].image).convert("RGB"))
+    masks = {}
+    for share in (0.0, 20.0):
+        model.edge_share = segmenter.model.edge_share = share
+        (_, (answer,)), *_ = segment_images([model], features, "test", by_class=True)
+        found = segmenter.predict(picture)
+        masks[share] = found.classes
+        assert (found.classes != answer.classes).mean() < 1e-3  # other batches may round differently
+        assert not found.probability[(found.classes == 0) & (masks[0.0] > 0)].any()
+        assert np.array_equal(answer.foreground[0], answer.cell)
+    kept = np.where(small_edge_regions(masks[0.0], 20.0), 0, masks[0.0])
+    assert np.array_equal(masks[20.0], kept)
+    assert (kept != masks[0.0]).any()
