@@ -26,7 +26,7 @@ DOORS = {
     "timm": {"models/backbones/"},
     "huggingface_hub": {"models/backbones/download.py", "cli/doctor.py"},  # doctor: whether a person is logged in
     "onnxruntime": {"inference/onnx.py"},
-    "pydantic": {"config/", "inference/records.py"},
+    "pydantic": {"config/", "inference/records.py", "reporting/stored_records.py"},
     "pandas": {"api/", "inference/segmenter.py", "inference/mlflow_model.py"},
     "argparse": {"cli/main.py"},
     "ray": {"execution/ray_cluster.py"},

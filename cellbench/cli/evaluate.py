@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.instance import describe_outcomes
 from cellbench.metrics.pixel import nan_mean, per_image_scores
 from cellbench.reporting.plots.example import draw_example
+from cellbench.temporary import temporary_folder
 from cellbench.tracking.schema import EVALUATED, EVALUATION, INDEPENDENT, NOTE, SEEN
 from cellbench.tracking.tracker import Run, Tracker
 
@@ -103,7 +103,7 @@ def _log(tested: _Tested, tracker: Tracker, machine: str, precision: str) -> Non
                 params |= {"images_trained_on": seen.count("train"), "images_validated_on": seen.count("val")}
             run.log({}, params=params)
             run.log_input(dataset.name, dataset.digest, str(dataset.root), "testing")
-        with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
+        with temporary_folder() as name:
             _write_artifacts(tested, Path(name))
             run.log_artifacts(Path(name))
         run.log(metrics, tags=_tags(tested, run, machine))

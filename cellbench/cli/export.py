@@ -23,7 +23,7 @@ def export(options: ExportOptions) -> int:
         raise CellbenchError(f"--out {options.out}: exists and is not empty. Name a new folder.")
     segmenter = open_run(options, device="cpu" if options.onnx else options.device)
     weights = options.weights or (Path(os.environ["CELLBENCH_WEIGHTS"]) if os.environ.get("CELLBENCH_WEIGHTS") else None)
-    source = Path(options.run) if Path(options.run).is_dir() else None
+    source = Path(options.run) if os.path.isdir(options.run) else None
     cards = Registry(source / CARDS if source else options.registry)
     with os_errors_as(f"writing {out}"), tempfile.TemporaryDirectory(dir=make_folder(out.parent), prefix=".cellbench-") as name:
         made = Path(name) / out.name

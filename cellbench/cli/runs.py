@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cellbench import startup
@@ -18,7 +19,7 @@ def open_run(options: InferenceOptions, *, device: str | None = None) -> Segment
     device = device or options.device
     startup.configure_threads(device)
     folder = options.registry
-    if Path(options.run).is_dir():
+    if os.path.isdir(options.run):
         folder = Path(options.run) / CARDS
         require_trust(Registry(folder), folder, options.trust)
     for line in describe_code(Registry(folder), folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,10 @@ DATA_NAME = "{data}"
 def experiment_path(name: str) -> Path:
     """The file of that path, or the shipped one of that name. Raises CellbenchError."""
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(name):  # False also for what cannot be a file's name
         return path
     inside = shipped("experiments") / f"{path.name.removesuffix('.toml')}.toml"
-    if not inside.is_file() or path.parent != Path("."):
+    if not os.path.isfile(inside) or path.parent != Path("."):
         raise unknown_name("experiment file", name, [p.stem for p in shipped("experiments").glob("*.toml")])
     return inside
 

@@ -141,11 +141,11 @@ class Registry:
         return card
 
     def _read(self, record: type[C], name: str) -> C:
-        for folder in self._folders:
+        for folder in self._folders if _is_file_name(name) else ():
             path = folder / record.KIND / f"{name}.toml"
             if not name.isascii() and not path.is_file():
                 path = next((one for one in path.parent.glob("*.toml") if to_nfc(one.stem) == to_nfc(name)), path)
-            if "/" not in name and path.is_file():
+            if path.is_file():
                 return read_card(path, record)
         singular = "loss" if record is LossCard else record.KIND.removesuffix("s")
         raise unknown_name(singular, name, self.names(record.KIND), all_with=f"cellbench list {record.KIND}")
@@ -180,6 +180,10 @@ class Registry:
         """The user's own losses, augmentations and metrics that can change what a run logs."""
         cards = [*self.terms(run), *(self.metric(name) for name in self.names("metrics"))]
         return [card for card in cards if Path(card.path).parents[1] != shipped("registry")]
+
+
+def _is_file_name(name: str) -> bool:
+    return not {"/", "\0"} & set(name) and len(name.encode("utf-8", "surrogateescape")) < 200
 
 
 def with_defaults(defaults: dict[str, Scalar], given: dict[str, Scalar], where: str) -> dict[str, Scalar]:

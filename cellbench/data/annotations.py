@@ -145,7 +145,7 @@ def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
     for polygon in segmentation:
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"has a polygon of {len(polygon)} numbers; x and y of three points or more are expected")
-        if not all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in polygon):
+        if not all(type(n) is int or (type(n) is float and math.isfinite(n)) for n in polygon):
             raise ValueError("has a polygon with coordinates that are no numbers")
         far = max(height, width)
         if not all(-far <= n <= 2 * far for n in polygon):
@@ -229,9 +229,12 @@ def _encloses(polygon: list[Any]) -> bool:
     if len(polygon) % 2 or not all(type(n) in (int, float) for n in polygon):
         return True
     x0, y0 = polygon[:2]
-    sides = [(x - x0, y - y0) for x, y in zip(polygon[2::2], polygon[3::2], strict=True)]
-    dx, dy = next((side for side in sides if any(side)), (0, 0))
-    return any(dx * y - dy * x != 0 for x, y in sides)
+    try:
+        sides = [(x - x0, y - y0) for x, y in zip(polygon[2::2], polygon[3::2], strict=True)]
+        dx, dy = next((side for side in sides if any(side)), (0, 0))
+        return any(dx * y - dy * x != 0 for x, y in sides)
+    except OverflowError:  # an int beyond all floats
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)

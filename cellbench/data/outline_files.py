@@ -210,7 +210,7 @@ def _rings(geometry: Any, shown: str) -> tuple[np.ndarray, ...]:
     try:
         parts: Any = [coordinates] if kind == "Polygon" else coordinates
         rings = [np.array([point[:2] for point in ring], float) for part in parts for ring in part]
-    except (TypeError, ValueError, IndexError, KeyError):
+    except (TypeError, ValueError, OverflowError, IndexError, KeyError):
         raise CellbenchError(f"{shown} has no readable coordinates. Export it again.") from None
     if any(ring.ndim != 2 or ring.shape[1] != 2 for ring in rings):
         raise CellbenchError(f"{shown} has no readable coordinates. Export it again.")
@@ -237,7 +237,7 @@ def _labelme(tree: Mapping[str, Any], shown: str) -> ToolMask:
             else:
                 left_out[f"{kind} of {len(points)} points"] += 1
         size: tuple[Any, Any] = tree.get("imageHeight"), tree.get("imageWidth")
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OSError) as error:
+    except (TypeError, ValueError, OverflowError, KeyError, AttributeError, IndexError, OSError) as error:
         raise CellbenchError(f"{shown}: cannot be read as LabelMe ({one_line(error)[:120]}). Save it again.") from None
     whole = isinstance(size[0], int) and isinstance(size[1], int)
     return ToolMask(outlines=tuple(found.values()), size_px=(int(size[0]), int(size[1])) if whole else None, left_out=left_out)

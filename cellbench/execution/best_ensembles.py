@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from cellbench.hardware import is_out_of_memory, release_memory
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import Calibration, histogram
 from cellbench.metrics.pixel import IGNORE, confusion_matrix
+from cellbench.temporary import temporary_folder
 from cellbench.tracking.schema import ENSEMBLE, LIMIT, MEMBERS, RunRecord, RunState
 from cellbench.training.evaluator import CohortEvaluator
 from cellbench.training.model import SegmentationModel
@@ -130,7 +130,7 @@ class _Ensemble:
             tags[LIMIT] = str(self.runner.experiment.data.limit)
         with (
             tracker.run(self.title, key, parent=self.runner.parent_id, known=known, tags=tags) as run,
-            tempfile.TemporaryDirectory(prefix="cellbench-") as temporary,
+            temporary_folder() as temporary,
         ):
             if known is None:
                 run.log({}, params={**params, "dataset": dataset.name, "precision": precision})

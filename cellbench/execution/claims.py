@@ -16,7 +16,7 @@ from cellbench.execution.failures import TRACEBACK
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.run_logger import TrialCallback
 from cellbench.liveness import describe_owner
-from cellbench.tracking.offline_queue import CallRejectedError, NotFoundError
+from cellbench.tracking.offline_queue import CallRejectedError, NotFoundError, TakenOverError
 from cellbench.tracking.schema import LIMIT, WEIGHTS, RunRecord, RunState, run_params
 from cellbench.tracking.tracker import Run, Tracker
 from cellbench.training import checkpoints
@@ -163,9 +163,15 @@ class RunClaims:
         if one.ended:
             return
         try:
+            one.run.require_ownership()
             if trace:
                 one.run.log_text(TRACEBACK, trace)
             one.run.end("failed", reason)
+        except TakenOverError as error:
+            one.run.ended = "taken over"
+            out.busy.append(one.name)
+            self.say(f"{one.name} is left to another process: {one_line(error)}.")
+            return
         except CallRejectedError as error:
             gone = isinstance(error, NotFoundError) or "deleted" in str(error)
             reason = "it was deleted in MLflow while it was executed. The same command executes it anew." if gone else one_line(error)

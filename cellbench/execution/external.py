@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from cellbench.metrics import catalog
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import TestSet
+from cellbench.temporary import temporary_folder
 from cellbench.tracking.schema import EXTERNAL, LIMIT
 from cellbench.tracking.tracker import Tracker
 from cellbench.training.evaluator import CohortEvaluator
@@ -117,7 +117,7 @@ def _log(name: str, where: Path, tested: TestImages, fold: int, result: Evaluati
     params: dict[str, object] = {EXTERNAL: name, "backbone": "none", "head": "none", "baseline": "none", "seed": 0, "fold": fold}
     tags = {"cellbench.kind": EXTERNAL, "model": name, "dataset": dataset.name} | ({LIMIT: tested.limit} if tested.limit else {})
     known = tracker.known(key).get(key)
-    with tracker.run(title, key, known=known, tags=tags) as run, tempfile.TemporaryDirectory(prefix="cellbench-") as temporary:
+    with tracker.run(title, key, known=known, tags=tags) as run, temporary_folder() as temporary:
         if known is None:
             run.log({}, params={**params, "dataset": dataset.name})
             run.log_input(dataset.name, dataset.digest, str(dataset.root), "testing")

@@ -15,6 +15,7 @@ from cellbench.features.cache_admin import disk_budget, parse_cache
 from cellbench.files import require_cache
 from cellbench.hardware import Hardware, detect_hardware
 from cellbench.models.backbones.weights import weights_folder
+from cellbench.temporary import remove_abandoned
 from cellbench.training import checkpoints
 
 
@@ -57,9 +58,10 @@ class Resources:
 
 
 def prepare_cache() -> None:
-    """Removes checkpoints that nobody resumes any more. Raises SystemFault if the cache folder cannot be written."""
+    """Removes checkpoints that nobody resumes any more, and what killed processes left. Raises SystemFault if the cache folder cannot be written."""
     require_cache()
     checkpoints.remove_old()
+    remove_abandoned()
 
 
 def check_options(options: TrainingOptions, *, elsewhere: bool) -> None:

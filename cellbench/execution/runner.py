@@ -57,6 +57,7 @@ from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone
 from cellbench.models.baselines.build import open_baseline
 from cellbench.system_load import SystemLoad
+from cellbench.temporary import temporary_folder
 from cellbench.tracking.offline_queue import CallRejectedError
 from cellbench.tracking.schema import RunRecord, RunState
 from cellbench.tracking.tracker import Tracker
@@ -140,7 +141,7 @@ class Runner:
     def _finish(self, one: ActiveRun, result: EvaluationResult, out: Outcome, trained_on: Sequence[int] = ()) -> None:
         """Has the evaluation of a run logged in the background, once its pictures are drawn. ``trained_on``: indices of the training images."""
         assert self._drawing is not None
-        folder, images = tempfile.TemporaryDirectory(prefix="cellbench-"), self._images["test"]
+        folder, images = temporary_folder(), self._images["test"]
         seen = seen_images.record_seen_images(self.dataset, trained_on)
         artifacts.write_artifacts(Path(folder.name), one.resolved.run, self.experiment, self.datasets, result, seen)
         drawings = artifacts.pictures(one.name, self.dataset, images, result)

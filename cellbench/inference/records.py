@@ -17,7 +17,7 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.calibration import Calibration
 from cellbench.metrics.separation import METHODS, SeparationParams, tried_settings
-from cellbench.reporting.stored_scores import SplitSizes
+from cellbench.reporting.stored_records import SplitSizes
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -220,7 +220,7 @@ class Segmenter:
         if folder is not None and not folder.is_dir():
             raise CellbenchError(f"--weights {folder}: there is no such folder.")
         extra = Registry(Path(registry) if registry is not None else None)
-        if Path(run).is_dir():
+        if os.path.isdir(run):
             from cellbench.inference.export import CARDS, read_export
 
             trained = read_export(Path(run))

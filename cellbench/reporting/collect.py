@@ -11,12 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from cellbench.errors import CellbenchError, one_line
 from cellbench.reporting.model_groups import FinishedRun, TestSet, group_models
 from cellbench.reporting.shift import read_further
-from cellbench.reporting.stored_scores import read_scores
+from cellbench.reporting.stored_records import read_request, read_scores
 from cellbench.tracking.schema import DATA, EVALUATION, SHIFT_TESTS, TESTED, RunRecord
 from cellbench.tracking.tracker import Tracker
 
@@ -45,8 +43,7 @@ class RunRequest:
         """The record; empty for no data, and for data that is no such record."""
         with contextlib.suppress(ValueError):
             if data is not None:
-                found: RunRequest = TypeAdapter(cls).validate_json(data)
-                return found
+                return cls(**read_request(data))
         return cls()
 
 

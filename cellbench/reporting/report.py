@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import platform
 import shlex
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -28,6 +27,7 @@ from cellbench.reporting.collect import REQUEST_FILE, RunRequest, collect_report
 from cellbench.reporting.leaderboard import LeaderboardRow, terminal_table, to_json
 from cellbench.reporting.model_groups import TestSet
 from cellbench.reporting.verdict import describe_ranking_rule
+from cellbench.temporary import temporary_folder
 from cellbench.tracking import model_registry, ui_view
 from cellbench.tracking.client import command_line
 from cellbench.tracking.schema import NOTE, to_record
@@ -47,7 +47,7 @@ def log_request(top: Run, text: str, dataset: Dataset, machine: str, command: st
     ``text``: the experiment file with the options applied; ``command``: the call, by default the command line.
     """
     request = _request(text, dataset, machine, command or command_line())
-    with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
+    with temporary_folder() as name:
         (Path(name) / EXPERIMENT_FILE).write_text(text, encoding="utf-8")
         (Path(name) / REQUEST_FILE).write_text(json.dumps(asdict(request), indent=1), encoding="utf-8")
         top.log_artifacts(Path(name))
@@ -178,7 +178,7 @@ def _draw_report(
         failed=dict(failed),
         own_metrics=catalog.to_record(first.own_metrics),
     )
-    with tempfile.TemporaryDirectory(prefix="cellbench-") as name:
+    with temporary_folder() as name:
         folder = Path(name)
         write_report_files(report, folder)
         (folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=1), encoding="utf-8")

@@ -16,7 +16,7 @@ import numpy as np
 from cellbench.config.experiment import UNCHANGED
 from cellbench.metrics.pixel import nan_mean
 from cellbench.reporting.model_groups import ModelGroup, TestSet
-from cellbench.reporting.stored_scores import read_tests
+from cellbench.reporting.stored_records import read_tests
 from cellbench.statistics.bootstrap import unit_labels
 from cellbench.statistics.scores import ModelScores
 

@@ -43,6 +43,10 @@ class NotFoundError(CallRejectedError):
     """The requested object does not exist in the store."""
 
 
+class TakenOverError(CallRejectedError):
+    """Another process executes the run, since this one gave no sign of life for long: its machine slept, for example."""
+
+
 class AlreadyExistsError(CallRejectedError):
     """An object of this name exists in the store: another process was faster, or it was there before."""
 

@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,11 +25,12 @@ from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line, redact_passwords, unknown_name
 from cellbench.escaping import readable
 from cellbench.files import file_name, make_folder, os_errors_as, to_nfc
-from cellbench.liveness import HEARTBEAT_S, this_owner
+from cellbench.liveness import HEARTBEAT_S, STALE_S, describe_owner, this_owner
+from cellbench.temporary import temporary_folder
 from cellbench.tracking import relocate, sqlite_store, store_address, ui_view
 from cellbench.tracking.availability import wait_for_database
 from cellbench.tracking.client import ResilientClient, to_error
-from cellbench.tracking.offline_queue import AlreadyExistsError, NotFoundError
+from cellbench.tracking.offline_queue import AlreadyExistsError, NotFoundError, TakenOverError
 from cellbench.tracking.schema import (
     DATA,
     EXPERIMENT,
@@ -155,7 +155,7 @@ class Tracker:
                     return None
                 raise
         try:
-            with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
+            with temporary_folder() as folder:
                 return Path(self.client.download_artifacts(run.run_id, name, folder)).read_bytes()
         except Exception as error:
             # MLflow reports "does not exist" for any failed download (measured on 3.17.2). Its listing is reliable.
@@ -259,7 +259,7 @@ class Tracker:
             self.client.log_batch(run_id, tags=[self.mlflow.entities.RunTag(k, v) for k, v in {**all_tags, REASON: ""}.items()])
         run = Run(run_id=run_id, _tracker=self)
         try:
-            with self._heartbeat(run_id):
+            with self._heartbeat(run):
                 yield run
         except BaseException as error:
             # Ctrl-C, or SIGTERM turned into SystemExit: the next call resumes the run from its checkpoint.
@@ -285,14 +285,16 @@ class Tracker:
         self.flush()
 
     @contextlib.contextmanager
-    def _heartbeat(self, run_id: str) -> Iterator[None]:
+    def _heartbeat(self, run: Run) -> Iterator[None]:
         """Sends heartbeats inside ``with``, so that other machines do not take the run over during a long epoch."""
         over = threading.Event()
 
         def beat() -> None:
             while not over.wait(HEARTBEAT_S):
                 with contextlib.suppress(CellbenchError):  # a full or locked store stops the run where its scores are logged
-                    self.log(run_id, (), tags={HEARTBEAT: str(time.time())})
+                    run.require_ownership()
+                    self.log(run.run_id, (), tags={HEARTBEAT: str(time.time())})
+                    run.alive_s = time.time()
 
         threading.Thread(target=beat, daemon=True, name="heartbeat").start()
         try:
@@ -308,7 +310,18 @@ class Run:
     run_id: str
     _tracker: Tracker
     ended: str = ""
+    alive_s: float = field(default_factory=time.time)
+    """The last sign of life, in seconds since 1970."""
     _buffer: list[Any] = field(default_factory=list)
+
+    def require_ownership(self) -> None:
+        """Raises TakenOverError if another process took the run over, which it may after a long silence of this one."""
+        if abs(time.time() - self.alive_s) < STALE_S:
+            return
+        owner = self._tracker.client.get_run(self.run_id).data.tags.get(OWNER, "")
+        if owner != this_owner():
+            raise TakenOverError(f"taken over by {describe_owner(owner)} after a long silence of this process")
+        self.alive_s = time.time()
 
     def buffer(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds metrics, such as those of an epoch, to the next :meth:`log`, since each commit costs milliseconds."""
@@ -333,6 +346,7 @@ class Run:
         step: int = 0,
     ) -> None:
         """Logs the buffered metrics and these metrics, params and tags in one commit."""
+        self.require_ownership()
         values, self._buffer = [*self._buffer, *self._metrics(metrics, step)], []
         self._tracker.log(self.run_id, values, params=params, tags=tags)
 
@@ -375,7 +389,7 @@ class Run:
 
     def log_text(self, name: str, text: str) -> None:
         """Logs a text as an artifact."""
-        with tempfile.TemporaryDirectory(prefix="cellbench-") as folder:
+        with temporary_folder() as folder:
             (Path(folder) / name).write_text(text, encoding="utf-8", errors="backslashreplace")
             self.log_artifacts(Path(folder))
 

@@ -120,3 +120,13 @@ def test_locks_of_processes_that_are_gone_are_removed(tmp_path: Path) -> None:
 
 def test_an_owner_is_shown_without_its_identity() -> None:
     assert describe_owner(this_owner()) == f"process {os.getpid()} on {this_owner().partition(':')[0]}"
+
+
+@linux
+def test_a_process_that_sleeps_is_alive_on_its_own_machine(other: tuple[subprocess.Popen[str], str]) -> None:
+    """A laptop that slept, or SIGSTOP: no sign of life for an hour, and nobody here takes its runs."""
+    process, owner = other
+    os.kill(process.pid, signal.SIGSTOP)
+    assert is_alive(owner, time.time() - 3600)
+    os.kill(process.pid, signal.SIGCONT)
+    assert is_alive(owner, time.time() - 3600)

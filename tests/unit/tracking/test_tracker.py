@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from cellbench.execution.claims import ActiveRun, Outcome, RunClaims
 from cellbench.tracking import tracker as tracker_module
+from cellbench.tracking.offline_queue import TakenOverError
 from cellbench.tracking.tracker import Tracker
 
 EXPERIMENT = "runs"
@@ -102,3 +105,31 @@ def test_runs_are_found_by_their_fingerprints_as_in_a_search_of_all(tracker):
     assert tracker.known("f1", "f3", "f9", "absent") == {name: every[name] for name in ("f1", "f3")}
     assert every["f3"].name == "run 3"  # the finished one
     assert Tracker("other").known("f1") == {}
+
+
+def test_a_process_that_slept_leaves_a_run_that_another_took_over(tracker):
+    """After an hour without a sign of life another machine executes the run: the sleeper logs nothing more, and does not end it."""
+    with tracker.run("slept", "slept") as run:
+        run.log({"val/dice": 0.1})
+        tracker.client.set_tag(run.run_id, "cellbench.owner", "lab-2:71:8123.5f0c.40265")
+        run.log({"val/dice": 0.2}, step=1)  # awake: nobody takes over, so nobody is asked
+        run.alive_s -= 3600
+        for ask in (lambda: run.log({"val/dice": 0.3}, step=2), lambda: run.end("finished")):
+            with pytest.raises(TakenOverError, match="taken over by process 71 on lab-2"):
+                ask()
+        claims = RunClaims(tracker=tracker, parent_id="", datasets=[], limit=None, say=lambda _: None)
+        out = Outcome()
+        claims.fail(ActiveRun(resolved=SimpleNamespace(name="slept", fingerprint="f"), run=run), "taken over", out, "a traceback")
+    assert (out.busy, out.failed) == (["slept"], {})
+    assert curve(tracker, run.run_id) == [(0, 0.1), (1, 0.2)]
+    (stored,) = [one for one in tracker.stored() if one.run_id == run.run_id]
+    assert (stored.status, stored.owner) == ("running", "lab-2:71:8123.5f0c.40265")
+
+
+@pytest.mark.parametrize("jump_s", [-7200.0, 7200.0])
+def test_a_clock_that_jumps_takes_no_run_away(tracker, jump_s):
+    with tracker.run("jumps", f"jumps {jump_s}") as run:
+        run.alive_s += jump_s
+        run.log({"val/dice": 0.1})
+        assert abs(run.alive_s - time.time()) < 60
+    assert curve(tracker, run.run_id) == [(0, 0.1)]

@@ -1,4 +1,4 @@
-"""Checks the scores that are read back from a run's artifacts, each as a whole: these files may come from anybody.
+"""Checks what a report reads back from the artifacts of runs, each as a whole: these files may come from anybody.
 
 ``per_image.json`` and the sets in ``tests.json`` have the fields of :class:`ScoresOfImages`; runs of older versions lack some of them.
 """
@@ -92,6 +92,38 @@ class FurtherScores(StrictModel):
 
     sets: dict[str, ScoresOfImages] = Field(default_factory=dict)
     perturbed: dict[str, list[Score]] = Field(default_factory=dict)
+
+
+class DatasetFacts(StrictModel):
+    """What a request tells of its dataset."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = ""
+    digest: str = ""
+    root: str = ""
+    classes: list[str] = Field(default_factory=list)
+    images: dict[str, int] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+
+
+class Request(StrictModel):
+    """A parent run's ``about.json``, of a :class:`~cellbench.reporting.collect.RunRequest`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    question: str = ""
+    comments: list[str] = Field(default_factory=list)
+    experiment: str = ""
+    command: str = ""
+    machine: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+    dataset: DatasetFacts = DatasetFacts()
+
+
+def read_request(data: bytes) -> dict[str, Any]:
+    """The fields of an ``about.json`` that it holds. Raises ValueError where it is damaged."""
+    return _checked(Request, data)[1].model_dump(exclude_unset=True)
 
 
 def read_scores(data: bytes) -> dict[str, Any]:

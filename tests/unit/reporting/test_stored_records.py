@@ -9,7 +9,7 @@ from finished_runs import per_image_scores
 
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.shift import read_further
-from cellbench.reporting.stored_scores import read_scores
+from cellbench.reporting.stored_records import read_scores
 
 GOOD = per_image_scores(0.9, 0, ("a.png", "b.png"))
 MATRIX = [[3, 1], [0, 4]]
@@ -59,6 +59,8 @@ def test_further_tests_count_only_if_they_are_whole():
         assert read_further(json.dumps(bad).encode(), 3) == {}
 
 
-@pytest.mark.parametrize("data", [b"{", b"[]", b'{"dataset": [1]}', b'{"versions": 3}', b'{"comments": "x"}'])
+@pytest.mark.parametrize(
+    "data", [b"{", b"[]", b'{"dataset": [1]}', b'{"dataset": {"notes": [3]}}', b'{"versions": 3}', b'{"comments": "x"}']
+)
 def test_a_damaged_request_is_none(data):
     assert RunRequest.from_json(data) == RunRequest()

@@ -1,0 +1,29 @@
+"""Temporary folders of this process. Those that a killed process left are removed by the next command."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+
+from cellbench.liveness import is_alive, owner_as_file_name, owner_of_file_name, this_owner
+
+PREFIX = "cellbench-"
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder in the temporary folder of the system, removed at the end of ``with``. Its name tells whose it is."""
+    return tempfile.TemporaryDirectory(prefix=f"{PREFIX}{owner_as_file_name(this_owner())}-")
+
+
+def remove_abandoned() -> int:
+    """Removes the folders of processes that are gone; returns their number."""
+    num = 0
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*@*-*"):
+        owner = owner_of_file_name(path.name.removeprefix(PREFIX).rpartition("-")[0])
+        with contextlib.suppress(OSError):  # of another user, or removed meanwhile
+            if not is_alive(owner, path.stat().st_mtime):
+                shutil.rmtree(path)
+                num += 1
+    return num

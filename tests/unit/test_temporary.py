@@ -1,0 +1,26 @@
+"""Temporary folders that a killed process left are removed by the next command, those of live ones stay."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from cellbench.liveness import owner_as_file_name, this_owner
+from cellbench.temporary import remove_abandoned, temporary_folder
+
+
+def test_folders_of_dead_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    host, _, identity = this_owner().split(":")
+    dead = tmp_path / f"cellbench-{owner_as_file_name(f'{host}:{2**22 + 1}:{identity}')}-ab12cd_3"
+    foreign = tmp_path / "cellbench-notes"
+    for folder in (dead, foreign):
+        folder.mkdir()
+        (folder / "x").write_text("x")
+    with temporary_folder() as name:
+        assert remove_abandoned() == 1
+        assert Path(name).is_dir()
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([Path(name).name, "cellbench-notes"])
+    assert [path.name for path in tmp_path.iterdir()] == ["cellbench-notes"]
