@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import asdict
 
@@ -14,6 +15,7 @@ from cellbench.data.loading import open_dataset
 from cellbench.diagnostics import gpu_speed, scaling
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
 from cellbench.diagnostics.speed import measure, table
+from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
 from cellbench.hardware import detect_hardware
 from cellbench.models.backbones.weights import weights_folder
@@ -23,6 +25,8 @@ from cellbench.reporting.plots import style
 
 def bench(options: BenchOptions) -> int:
     """Measures, prints, and writes JSON and a plot to ``--out``. Returns exit code 1 if a check failed."""
+    if options.peer != "none" and importlib.util.find_spec(options.peer) is None:
+        raise CellbenchError(f"--peer {options.peer}: kaiko-eva is not installed here. `pip install 'kaiko-eva[vision]'` installs it.")
     startup.configure_threads(options.device)
     registry = Registry()
     quick, out = options.quick, options.out
@@ -46,6 +50,7 @@ def bench(options: BenchOptions) -> int:
         epochs=2 if quick else 3,
         crops=8 if quick else 16,
         quick=quick,
+        peer=options.peer if options.peer != "none" else "",
         say=say,
     )
     if options.scale:

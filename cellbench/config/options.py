@@ -201,6 +201,9 @@ class BenchOptions(ComputeOptions, WeightsOptions):
     data: Path | None = option("a folder of images and masks (default: synthetic smears)", metavar="DIR")
     out: Path | None = option("write bench.json and bench.png there", metavar="DIR")
     quick: bool = option("fewer images, epochs and repeats: under two minutes, less exact", False)
+    peer: Literal["none", "eva"] = option(
+        "another tool that executes the same runs, if it is installed: pip install 'kaiko-eva[vision]'", "none"
+    )
     gpu: bool = option("instead: larger backbones, heads with and without CUDA graphs, and what the time of a whole grid goes to", False)
     scale: bool = option("instead: 1 to 27 runs, and up to a hundred times as many images, with memory", False)
 

@@ -42,6 +42,8 @@ class BenchmarkSetup:
     spec: DataSpec = field(default_factory=DataSpec)
     precision: str = "auto"
     """As asked for, for processes that choose themselves."""
+    peer: str = ""
+    """Another tool that executes the same runs; empty: none."""
     epochs: int
     crops: int
     quick: bool = False

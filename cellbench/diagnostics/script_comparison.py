@@ -73,10 +73,10 @@ def settings_of(setup: BenchmarkSetup) -> ScriptSettings:
     )
 
 
-def cost_of_script(settings: ScriptSettings) -> ProcessCost:
-    """Runs the script."""
+def cost_of_script(settings: ScriptSettings, module: str = "script_reference") -> ProcessCost:
+    """Runs the script, or the same runs by a peer: ``eva_reference``."""
     with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
-        cost, printed = _timed(["cellbench.diagnostics.script_reference", json.dumps(asdict(settings))], Path(folder), settings.device)
+        cost, printed = _timed([f"cellbench.diagnostics.{module}", json.dumps(asdict(settings))], Path(folder), settings.device)
     return ProcessCost(**cost, dice=json.loads(printed)["dice"])
 
 

@@ -14,7 +14,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry, load
 from cellbench.data.loading import open_dataset
+from cellbench.models.backbones.base import Backbone, Level
 from cellbench.models.backbones.build import open_backbone
 
 TILE_PX = 224
@@ -31,6 +32,8 @@ STEP_PX = 168
 """Of test tiles, which overlap by a quarter; validation tiles do not overlap."""
 BATCH_SIZE = 8
 SPLITS = ("train", "val", "test")
+Tile = tuple[np.ndarray, np.ndarray]
+"""Pixels (T, T, 3) uint8, and the mask (T, T)."""
 CHUNK = 64
 """Tiles that go through a network at once where nothing is trained."""
 
@@ -53,16 +56,48 @@ class ScriptSettings:
     device: str = "cpu"
 
 
-def run(settings: ScriptSettings) -> float:
-    """Trains every head at every rate; returns the best mean Dice of the cell class over the test images."""
-    registry, device = Registry(), torch.device(settings.device)
+class Prepared(NamedTuple):
+    """What is trained and tested on: tiles and their masks, and the network that describes them."""
+
+    registry: Registry
+    num_classes: int
+    backbone: Backbone
+    levels: tuple[Level, ...]
+    """Those that any of the heads reads."""
+    train: list[Tile]
+    val: list[Tile]
+    test: list[Tile]
+    """Whole images, padded to a tile at least, and their masks."""
+
+
+def prepare(settings: ScriptSettings) -> Prepared:
+    """Opens images and backbone, and draws the crops."""
+    registry = Registry()
     spec = DataSpec(limit=settings.limit, draw=settings.draw)
     dataset = open_dataset(registry.dataset(settings.dataset), Path(settings.data) if settings.data else None, spec)
-    weights = Path(settings.weights) if settings.weights else None
-    backbone = open_backbone(registry.backbone(settings.backbone), weights).to(device).eval()
+    backbone = open_backbone(registry.backbone(settings.backbone), Path(settings.weights) if settings.weights else None)
     read = {split: [(padded(image), padded(mask)) for image, mask in map(dataset.read, getattr(dataset, split))] for split in SPLITS}
-    num_levels = max(registry.head(name).levels for name in settings.heads)
-    levels = backbone.pick(num_levels)
+    rng = np.random.default_rng(0)
+    crops = [
+        (cut(image, y, x), cut(mask, y, x))
+        for image, mask in read["train"]
+        for y, x in zip(*(rng.integers(0, side - TILE_PX + 1, settings.crops_per_image) for side in mask.shape), strict=True)
+    ]
+    return Prepared(
+        registry=registry,
+        num_classes=len(dataset.classes),
+        backbone=backbone.to(settings.device).eval(),
+        levels=backbone.pick(max(registry.head(name).levels for name in settings.heads)),
+        train=crops,
+        val=[(cut(image, y, x), cut(mask, y, x)) for image, mask in read["val"] for y, x in corners(mask, TILE_PX)],
+        test=read["test"],
+    )
+
+
+def run(settings: ScriptSettings) -> float:
+    """Trains every head at every rate; returns the best mean Dice of the cell class over the test images."""
+    device = torch.device(settings.device)
+    registry, num_classes, backbone, levels, crops, tiles, images = prepare(settings)
 
     def features(tiles: list[np.ndarray]) -> tuple[list[Tensor], Tensor]:
         pixels_BCTT = torch.from_numpy(np.stack(tiles)).to(device).permute(0, 3, 1, 2).float() / 255
@@ -70,16 +105,9 @@ def run(settings: ScriptSettings) -> float:
             maps = [backbone(part, tuple(level.index for level in levels)) for part in pixels_BCTT.split(CHUNK)]
         return [torch.cat(level).clone() for level in zip(*maps, strict=True)], pixels_BCTT
 
-    rng = np.random.default_rng(0)
-    crops = [
-        (cut(image, y, x), cut(mask, y, x))
-        for image, mask in read["train"]
-        for y, x in zip(*(rng.integers(0, side - TILE_PX + 1, settings.crops_per_image) for side in mask.shape), strict=True)
-    ]
     train = *features([image for image, _ in crops]), torch.from_numpy(np.stack([mask for _, mask in crops])).to(device).long()
-    tiles = [(cut(image, y, x), cut(mask, y, x)) for image, mask in read["val"] for y, x in corners(mask, TILE_PX)]
     val = *features([image for image, _ in tiles]), torch.from_numpy(np.stack([mask for _, mask in tiles])).to(device)
-    test = [(*features([cut(image, y, x) for y, x in corners(mask, STEP_PX)]), mask) for image, mask in read["test"]]
+    test = [(*features([cut(image, y, x) for y, x in corners(mask, STEP_PX)]), mask) for image, mask in images]
 
     best = 0.0
     for name in settings.heads:
@@ -88,7 +116,7 @@ def run(settings: ScriptSettings) -> float:
         used = [levels.index(level) for level in own]
         for rate in settings.rates:
             torch.manual_seed(0)
-            head = load(card)(own, len(dataset.classes), **card.options).to(device)
+            head = load(card)(own, num_classes, **card.options).to(device)
             fit(head, used, train, val, rate, settings.epochs)
             best = max(best, float(np.mean([whole_image(head, used, maps, pixels, mask) for maps, pixels, mask in test])))
     return best
@@ -106,16 +134,20 @@ def fit(head: nn.Module, used: list[int], train: Any, val: Any, rate: float, epo
             for group in optimiser.param_groups:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             logits = head([maps[k][rows] for k in used], pixels[rows])
-            cell, found = (target[rows] == 1).float(), logits.softmax(1)[:, 1]
-            overlap = 1 - 2 * (found * cell).sum() / (found.sum() + cell.sum() + 1e-7)
             optimiser.zero_grad()
-            (0.5 * F.cross_entropy(logits, target[rows]) + 0.5 * overlap).backward()
+            loss(logits, target[rows]).backward()
             optimiser.step()
             step += 1
         score = dice(scores(head, used, val[0], val[1]).argmax(1), val[2])
         if score > best:
             best, weights = score, {name: value.clone() for name, value in head.state_dict().items()}
     head.load_state_dict(weights)
+
+
+def loss(logits: Tensor, target: Tensor) -> Tensor:
+    cell, found = (target == 1).float(), logits.softmax(1)[:, 1]
+    overlap = 1 - 2 * (found * cell).sum() / (found.sum() + cell.sum() + 1e-7)
+    return 0.5 * F.cross_entropy(logits, target) + 0.5 * overlap
 
 
 def scores(head: nn.Module, used: list[int], maps: list[Tensor], pixels: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from cellbench.console import Column, format_table
 from cellbench.data.transforms.tiling import Stitcher
 from cellbench.diagnostics import naive_reference
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup, seconds, store_in
-from cellbench.diagnostics.script_comparison import ProcessCost, compare
+from cellbench.diagnostics.script_comparison import ProcessCost, compare, cost_of_script, settings_of
 from cellbench.diagnostics.search_throughput import measure_throughput
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
@@ -58,7 +58,14 @@ def measure(setup: BenchmarkSetup) -> BenchmarkResult:
     out = BenchmarkResult(machine=setup.machine.name, backbone=setup.backbone)
     if setup.card:
         setup.say("measuring a plain script, and the whole of grid beside it …")
-        whole_processes(setup, out, *compare(setup))
+        script, grid = compare(setup)
+        whole_processes(setup, out, script, grid)
+        if setup.peer:
+            setup.say(f"measuring {setup.peer} …")
+            peer = cost_of_script(settings_of(setup), f"{setup.peer}_reference")
+            faster = f"grid is {peer.wall_s / grid.wall_s:.2f} x as fast; Dice {peer.dice:.4f} over tiles"
+            out.add("peer_s", f"{setup.peer}: the same runs, maps written to disk once, fp32", peer.wall_s, "s", faster)
+            out.add("peer_cpu_s", "the same in processor time", peer.cpu_s, "s")
     setup.say("measuring the feature pass …")
     feature_pass(setup, out)
     setup.say("measuring heads …")
@@ -195,6 +202,8 @@ def _trials(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
     )
     out.checks["a trial is the same alone and in its batch"] = speed.same
     faster = f"{speed.together / speed.alone:.1f} x one at a time"
+    if script_s := out.facts.get("script_s"):
+        faster += f"; {speed.together * script_s / 60 / len(setup.runs):.1f} x the script's runs"
     out.add("trials_per_minute", f"search, {speed.num} trials in a batch", speed.together, "trials/min", faster)
     out.add("trials_per_minute_alone", "search, one trial at a time", speed.alone, "trials/min")
 

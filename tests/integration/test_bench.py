@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 
+import pytest
 from cohorts import REGISTRY, dataset_of, fitted, run_of
 
 from cellbench.diagnostics import gpu_speed, scaling, speed
@@ -78,3 +80,10 @@ def test_a_sampled_command_says_what_its_main_thread_did(tmp_path):
     assert done.returncode == 0
     seconds = json.loads((tmp_path / "samples.json").read_text())
     assert seconds["imports"] > 0
+
+
+def test_a_peer_that_is_not_installed_is_named_with_how_to_install_it(capsys):
+    if importlib.util.find_spec("eva"):
+        pytest.skip("kaiko-eva is installed")
+    assert main(["bench", "--peer", "eva"]) == 2
+    assert "pip install 'kaiko-eva[vision]'" in capsys.readouterr().err
