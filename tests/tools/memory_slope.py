@@ -41,7 +41,9 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="memory-slope-"))
     one, run = Try(folder / "x"), RUN.replace("epochs = 3", "epochs = 1")
     strengths = [round(0.001 * (k + 1), 4) for k in range(asked.runs)]
-    (one.place / "grid.toml").write_text(f'{HEAD}{DATA}[grid]\nbackbone = ["filter-bank"]\nhead = ["bilinear"]\nbrightness = {strengths}\n{run}')
+    (one.place / "grid.toml").write_text(
+        f'{HEAD}{DATA}[grid]\nbackbone = ["filter-bank"]\nhead = ["bilinear"]\nbrightness = {strengths}\n{run}'
+    )
     (one.place / "search.toml").write_text(f"{HEAD}{DATA}[search]\ntrials = {asked.runs}\nbatch = 2\nrepeat_best = 1\n{SPACE}{run}")
     process, begin = one.start(["search", "search.toml"] if asked.search else ["grid", "grid.toml"]), time.monotonic()
     rows: list[tuple[int, float]] = []
