@@ -131,11 +131,13 @@ class Committee:
         )
 
     def find_new(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples that no run of any member was trained or validated on."""
+        """The samples that no run of any member was trained or validated on, and those that cannot be read."""
         records = [read_seen(self._tracker, run.record) for member in self.members for run in member.runs if self._is_trained(run)]
         parts = {part: {row[2]: row for one in records if one is not None for row in one[part]} for part in seen_images.PARTS}
-        found = seen_images.match_seen_images({part: [*rows.values()] for part, rows in parts.items()}, samples)
-        return [sample for sample, part in zip(samples, found, strict=True) if not part]
+        readable = [sample for sample, fit in zip(samples, seen_images.find_readable(samples), strict=True) if fit]
+        found = seen_images.match_seen_images({part: [*rows.values()] for part, rows in parts.items()}, readable)
+        used = {sample.image for sample, part in zip(readable, found, strict=True) if part}
+        return [sample for sample in samples if sample.image not in used]
 
     def _is_trained(self, run: FinishedRun) -> bool:
         baseline = run.record.params.get("baseline", "none")

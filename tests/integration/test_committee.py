@@ -103,8 +103,11 @@ def test_what_was_trained_on_is_neither_judged_nor_ranked(here: Path, tmp_path: 
     for name in ("a1.png", "a3.png"):
         (mixed / name).write_bytes((here / "smears" / "original" / name).read_bytes())
     (mixed / "n0.png").write_bytes((here / "new" / "n0.png").read_bytes())
-    assert main(["next", str(mixed), "--experiment", "judges", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    assert "2 of 3 images are training images" in capsys.readouterr().out
+    (mixed / "broken.png").write_bytes((here / "new" / "n1.png").read_bytes()[:500])
+    assert main(["next", str(mixed), "--experiment", "judges", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert "2 of 4 images are training images" in shown.out
+    assert "broken.png" in shown.err
     assert [row["image"] for row in csv.DictReader((tmp_path / "next.csv").open())] == ["n0.png"]
     assert main(["next", "smears", "--device", "cpu"]) == 2
     assert "each of its 8 images has a mask" in capsys.readouterr().err

@@ -329,7 +329,7 @@ class LabelFaults:
             )
             for _, fault in self.found[:SHOWN]
         ]
-        unseen = f"; the others were trained on all of '{self.experiment}'s models" if self.num_judged < self.num_images else ""
+        unseen = "; the models were trained or validated on the others" if self.num_judged < self.num_images else ""
         said = (
             f"labels: {self.num_judged} of {self.num_images} images compared with {', '.join(self.models)} of '{self.experiment}'{unseen}."
         )

@@ -67,6 +67,19 @@ def match_seen_images(known: Mapping[str, Any], samples: Sequence[Sample]) -> li
     return out
 
 
+def find_readable(samples: Sequence[Sample]) -> list[bool]:
+    """Whether each image can be read; the others here expect that it can."""
+    with FileFactCache("looks", _fingerprint) as cache:
+
+        def is_readable(path: Path) -> bool:
+            try:
+                return bool(cache[path])
+            except (CellbenchError, OSError):
+                return False
+
+        return map_files(is_readable, [sample.image for sample in samples], "reading images once")
+
+
 def find_unseen(known: Mapping[str, Any], samples: Sequence[Sample], tested: Collection[str]) -> list[bool]:
     """Whether the run was neither trained nor validated on each image. Of its own test images, ``tested``, pixels decide, else also similar images."""
     used = {row[2] for part in PARTS for row in known[part]}

@@ -146,4 +146,4 @@ def test_the_list_is_ranked_and_its_file_has_a_row_a_fault() -> None:
         ("missing", "", str(one.x_px)),
         ("class", "white", str(one.x_px)),
     ]
-    assert "labels: 3 of 4 images compared with a, b of 'e'; the others" in every.lines()[1]
+    assert "labels: 3 of 4 images compared with a, b of 'e'; the models were trained or validated on the others." in every.lines()[1]
