@@ -37,8 +37,8 @@ from cellbench.statistics.power import describe_detectable
 
 SHOWN = 5
 """Image names printed per finding; the files list all."""
-SHOWN_FAULTS = 24
-"""Pictures of likely faults of masks, the highest score first."""
+SHOWN_FAULTS = 6
+"""Pictures of each kind of likely faults of masks, the highest score first."""
 SHORT_CHARS = 200
 """Longer lists of names are folded on the page."""
 _SEVERITY = {Severity.SEVERE: "severe", Severity.LOOK: "worth a look", Severity.NOTE: "note"}
@@ -264,7 +264,8 @@ def _finding_blocks(dataset: Dataset, sample_of: Mapping[SampleFacts, Sample], f
         fit = tuple(f for f in sample_of if not f.error and f.size_px == f.mask_px)
         finding = replace(finding, images=tuple(f.name for f in fit), facts=tuple((f,) for f in fit))
     if faults is not None and finding is faults.finding:
-        examples = [draw_fault(dataset, sample, fault, len(faults.models)) for sample, fault in faults.found[:SHOWN_FAULTS]]
+        shown = faults.first_of_each_kind(SHOWN_FAULTS)
+        examples = [draw_fault(dataset, sample, fault, len(faults.models)) for sample, fault in shown]
     else:
         examples = draw_examples(dataset, sample_of, finding)
     heading = f"{finding.kind} · {_SEVERITY[finding.severity]}"

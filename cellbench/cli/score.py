@@ -7,21 +7,15 @@ import shlex
 from cellbench.config.options import ScoreOptions
 from cellbench.config.registry import Registry
 from cellbench.console import say
-from cellbench.errors import CellbenchError
 from cellbench.execution.external import check_name, open_test_images, score_masks
+from cellbench.inference.committee import open_experiment
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.verdict import describe_external
-from cellbench.tracking import store_address
-from cellbench.tracking.tracker import Tracker, newest_experiment
 
 
 def score(options: ScoreOptions) -> int:
     """Scores the masks of another tool. Returns exit code 0."""
-    store_address.require_store()
-    experiment = options.experiment or newest_experiment(whole=True)
-    if not experiment:
-        raise CellbenchError("no experiment in MLflow's store has a finished run to compare with. `cellbench grid --data DIR` makes some.")
-    tracker, registry = Tracker(experiment, make=False), Registry(options.registry)
+    tracker, registry = open_experiment(options.experiment), Registry(options.registry)
     name = check_name(options.name, tracker)
     tested = open_test_images(tracker, registry, options.data)
     num = sum(len(dataset.test) for dataset in tested.datasets)

@@ -1,6 +1,6 @@
 """Does training on the images that ``next`` ranks first help more than training on as many random ones?
 
-    python tests/tools/next_images.py FOLDER OUT [--repeats 4] [--start 6] [--more 6] [--test 24] [--side 320]
+    python tests/tools/next_images.py FOLDER OUT [--repeats 4] [--start 5] [--more 5] [--test 20] [--side 320]
 
 Of a folder of ``original/`` and ``mask/``, each repeat draws images to test on, a few to start from, and a pool. A small model is trained on the first,
 ranks the pool, and is trained again on the first with the best-ranked images, and with random ones (two draws). Prints the test Dice of each.
@@ -34,7 +34,7 @@ head     = ["detail"]
 seed     = [0]
 [run]
 epochs             = 8
-crops_per_image    = 6
+crops_per_image    = 4
 repeat_views_every = 4
 batch_size         = 4
 lr                 = 3e-3
@@ -81,7 +81,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
-    for name, default in (("repeats", 4), ("start", 6), ("more", 6), ("test", 24), ("side", 320)):
+    for name, default in (("repeats", 4), ("start", 5), ("more", 5), ("test", 20), ("side", 320)):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     rows = [repeat(asked.folder, asked.out / str(k), k, asked) for k in range(asked.repeats)]

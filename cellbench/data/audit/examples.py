@@ -79,7 +79,7 @@ def draw_fault(dataset: Dataset, sample: Sample, fault: LabelFault, num_models: 
     left, top, wide, high = fault.box
     picture = _outlined(dataset, image, regions, [(left - x, top - y, wide, high)])
     found = cv2.resize(fault.consensus.view(np.uint8), picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    said = f"{describe_fault(fault, dataset.classes)} Score {fault.score:.2f}, {fault.num_models} of {num_models} models"
+    said = f"{describe_fault(fault, dataset.classes)}. Score {fault.score:.2f}, {fault.num_models} of {num_models} models"
     return Example(caption=f"{fault.image}: {said}", picture=draw_outlines(picture, found, CYAN, width_px=1))
 
 

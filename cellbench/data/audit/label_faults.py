@@ -1,8 +1,9 @@
 """Which masks are likely wrong? Compares the cells of a mask with what several models, none of which was trained on the image, find there.
 
-Every model votes for each pixel with its probability of a cell; their mean is the consensus. Four kinds of faults, each with a score from 0 to 1:
+Every model votes for each pixel with its probability of a cell; their mean is the consensus. Five kinds of faults, each with a score from 0 to 1:
 
 - ``missing``: a place where the models find a cell and the mask has none. Score: the mean consensus there.
+- ``border``: the same at the image's border. Many sets leave such cells out on purpose, so they come last.
 - ``false``: a cell of the mask that the models do not find. Score: 1 minus the mean consensus in it.
 - ``outline``: a cell that is there, but not where the mask has it. Score: how well the models agree with each other minus how well they agree with the
   mask (both as intersection over union, for the part of the consensus that lies nearest to the cell: models need not separate touching cells), less
@@ -32,8 +33,8 @@ from cellbench.data.audit.image_statistics import Box
 from cellbench.data.dataset import Sample
 from cellbench.metrics.instances import Instances
 
-MISSING, FALSE, OUTLINE, CLASS = KINDS = ("missing", "false", "outline", "class")
-LEAST = {MISSING: 0.6, FALSE: 0.6, OUTLINE: 0.3, CLASS: 0.5}
+MISSING, FALSE, OUTLINE, CLASS, BORDER = KINDS = ("missing", "false", "outline", "class", "border")
+LEAST = {MISSING: 0.6, FALSE: 0.6, OUTLINE: 0.3, CLASS: 0.5, BORDER: 0.6}
 """The least score that is reported."""
 TOO_MANY = 0.2
 """Of the cells: with more faults the models are doubted instead."""
@@ -125,10 +126,10 @@ def find_label_faults(
 
 
 def rank_faults(faults: Sequence[tuple[Sample, LabelFault]], outlines: np.ndarray) -> list[tuple[Sample, LabelFault]]:
-    """The faults of all masks, the highest score first. ``outlines``: the score of the outline of each cell of the set."""
+    """The faults of all masks, the highest score first, and those at the border last. ``outlines``: the score of the outline of each cell of the set."""
     usual = max(float(np.median(outlines)), 0.0) if len(outlines) else 0.0
     rated = [(sample, replace(fault, score=round(fault.score - usual, 4)) if fault.kind == OUTLINE else fault) for sample, fault in faults]
-    return sorted([one for one in rated if one[1].score >= LEAST[one[1].kind]], key=lambda one: -one[1].score)
+    return sorted([one for one in rated if one[1].score >= LEAST[one[1].kind]], key=lambda one: (one[1].kind == BORDER, -one[1].score))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +211,8 @@ def _missing_drafts(places: np.ndarray, consensus: np.ndarray, votes: Sequence[n
         num = sum(bool(vote[box][here].mean() > 127) for vote in votes)
         score, area_px = float(consensus[box][here].mean()), int(here.sum())
         x, y = x + box[1].start, y + box[0].start
-        out.append(_Draft(kind=MISSING, score=score, box=box, x=x, y=y, area_px=area_px, num_models=num))
+        at_border = any(side.start == 0 or side.stop == length for side, length in zip(box, places.shape, strict=True))
+        out.append(_Draft(kind=BORDER if at_border else MISSING, score=score, box=box, x=x, y=y, area_px=area_px, num_models=num))
     return out
 
 
@@ -278,12 +280,18 @@ def _window(box: tuple[slice, slice], shape: tuple[int, ...], radius: float) -> 
 
 SHOWN = 10
 """Faults in the terminal."""
-WORDS = {MISSING: "cell without a mark", FALSE: "mark without a cell", OUTLINE: "other outline", CLASS: "other class"}
+WORDS = {
+    MISSING: "cell without a mark",
+    FALSE: "mark without a cell",
+    OUTLINE: "other outline",
+    CLASS: "other class",
+    BORDER: "cell without a mark at the border",
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelFaults:
-    """The likely faults of the masks of a set, the highest score first."""
+    """The likely faults of the masks of a set, as :func:`rank_faults` orders them."""
 
     found: Sequence[tuple[Sample, LabelFault]]
     classes: Sequence[str]
@@ -307,6 +315,9 @@ class LabelFaults:
         if len(self.found) > TOO_MANY * self.num_cells:
             message += f" So many of {self.num_cells} cells say more about the models: compare with better ones, and look at the first faults only."
         return Finding(kind="labels", severity=Severity.LOOK, message=message, images=images)
+
+    def first_of_each_kind(self, num: int) -> list[tuple[Sample, LabelFault]]:
+        return [one for kind in KINDS for one in [one for one in self.found if one[1].kind == kind][:num]]
 
     def lines(self) -> list[str]:
         """The first faults as a table, and what was asked."""

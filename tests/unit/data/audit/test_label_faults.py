@@ -101,6 +101,13 @@ def test_a_cell_of_another_class_is_found_where_most_models_say_so() -> None:
     assert faults(ALL, ALL > 0, ALL > 0, classes=classes, predicted=[other, classes]) == []
 
 
+def test_cells_without_a_mark_at_the_border_come_last() -> None:
+    cut = disc(2, 150)
+    without = np.where(ALL == 9, 0, ALL)
+    found = faults(without, (ALL > 0) | cut, cut, cut | (ALL > 0))
+    assert [(one.kind, round(one.score, 2)) for one in found] == [("missing", 0.65), ("border", 0.98)]
+
+
 def test_ignored_pixels_hold_no_fault() -> None:
     classes = (ALL > 0).astype(np.uint8)
     classes[disc(*GRID[8], radius=RADIUS + 4)] = 255
