@@ -9,22 +9,28 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cellbench.cli.counts import log_counts
 from cellbench.cli.runs import open_run
 from cellbench.config.experiment import DataSpec, Experiment
 from cellbench.config.options import EvaluateOptions
 from cellbench.config.registry import Registry
 from cellbench.console import say
 from cellbench.data.audit import seen_images
-from cellbench.data.dataset import Dataset
+from cellbench.data.count_truth import CountTruth
+from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.image_cache import ImageCache
+from cellbench.data.loading import open_count_truth
 from cellbench.errors import CellbenchError
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
 from cellbench.files import file_name
+from cellbench.inference.counting import count_cells
 from cellbench.inference.evaluation import Evaluation, evaluate_segmenter, open_test_images
+from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.instance import describe_outcomes
 from cellbench.metrics.pixel import nan_mean, per_image_scores
+from cellbench.reporting.counts import count_metrics, describe_counts
 from cellbench.reporting.plots.example import draw_example
 from cellbench.temporary import temporary_folder
 from cellbench.tracking.schema import EVALUATED, EVALUATION, INDEPENDENT, NOTE, SEEN
@@ -37,18 +43,15 @@ def evaluate(options: EvaluateOptions) -> int:
         raise CellbenchError(f"--visualize {options.visualize}: expected a number of images, 0 or more.")
     segmenter = open_run(options)
     trained, machine = segmenter.trained, segmenter.machine
+    registry = Registry(options.registry)
+    if options.data is not None and (truth := open_count_truth(options.data, registry)) is not None:
+        return evaluate_counts(segmenter, truth)
     experiment = Experiment.of(tomllib.loads(trained.config), "config.toml")
-    dataset, what = open_test_images(trained, experiment, Registry(options.registry), options.data)
+    dataset, what = open_test_images(trained, experiment, registry, options.data)
     say(f"{trained.name}: {len(dataset.test)} images of {dataset.root} ({what}), on {machine.name}.")
     for line in dataset.notes:
         say(line)
-    seen = seen_images.match_seen_images(trained.seen, dataset.test) if trained.seen is not None else None
-    if seen is None:
-        warning = f"'{trained.name}' has no record of its training images (an older version), so these were not compared with them."
-    else:
-        warning = seen_images.describe_seen(seen)
-    if warning:
-        say(f"Warning: {warning}")
+    seen, warning = compare_with_training_images(trained, dataset.test)
     evaluation = evaluate_segmenter(segmenter, dataset, options.visualize)
     for line in evaluation.notes:
         say(line)
@@ -60,7 +63,7 @@ def evaluate(options: EvaluateOptions) -> int:
         dataset=dataset,
         evaluation=evaluation,
         result=result,
-        metrics=artifacts.final_metrics(dataset, result),
+        metrics=artifacts.final_metrics(dataset, result) | count_metrics(evaluation.scores.cells),
         seen=seen,
         warning=warning,
     )
@@ -69,6 +72,35 @@ def evaluate(options: EvaluateOptions) -> int:
     for line in _summary(tested):
         say(line)
     say(f"logged as '{tested.name}' in the experiment '{tracker.name}', under the run that it tests: metrics, figures and error maps.")
+    return 0
+
+
+def compare_with_training_images(trained: TrainedRun, samples: Sequence[Sample]) -> tuple[list[str] | None, str]:
+    """Which images the run was trained or validated on, as :func:`match_seen_images` says it, and the warning, which is printed."""
+    seen = seen_images.match_seen_images(trained.seen, samples) if trained.seen is not None else None
+    if seen is None:
+        warning = f"'{trained.name}' has no record of its training images (an older version), so these were not compared with them."
+    else:
+        warning = seen_images.describe_seen(seen)
+    if warning:
+        say(f"Warning: {warning}")
+    return seen, warning
+
+
+def evaluate_counts(segmenter: Segmenter, truth: CountTruth) -> int:
+    """Compares the counts of a run with true ones that come without masks. Returns exit code 0."""
+    trained = segmenter.trained
+    say(f"{trained.name}: counts of {len(truth.samples)} images of {truth.root}, on {segmenter.machine.name}.")
+    for line in truth.notes:
+        say(line)
+    seen, warning = compare_with_training_images(trained, truth.samples)
+    rows, note = count_cells(segmenter, truth)
+    say(note)
+    name = f"evaluate: {trained.name} on {truth.root.absolute().name}"
+    tags = {EVALUATED: trained.run_id or trained.name, "model": trained.run.model}
+    tags[INDEPENDENT] = "unknown" if seen is None else "no" if any(seen) else "yes"
+    facts = [trained.fingerprint, segmenter.machine.precision_name]
+    log_counts(name, rows, truth, facts, Tracker(trained.experiment or "evaluations"), tags, parent=trained.run_id, warning=warning)
     return 0
 
 
@@ -124,6 +156,7 @@ def _write_artifacts(tested: _Tested, folder: Path) -> None:
     plain = tested.experiment.model_copy(update={"data": DataSpec()})
     run = tested.trained.run.model_copy(update={"fold": 0})
     artifacts.write_artifacts(folder, run, plain, [dataset], result)
+    artifacts.write_counts(folder, result.evaluation.cells)
     artifacts.write_pictures(folder, {name: draw() for name, draw in artifacts.pictures(tested.name, dataset, pixels, result).items()})
     if tested.seen is not None:
         names = {
@@ -147,6 +180,7 @@ def _summary(tested: _Tested) -> list[str]:
         f"Dice {dice} over all pixels, {mean} in the mean of the images; IoU {iou}.",
         f"{describe_outcomes({name.removeprefix('test/'): value for name, value in metrics.items()})}.",
     ]
+    lines += describe_counts(tested.evaluation.scores.cells)
     if metrics["test/num_empty"]:
         empty, found = metrics["test/num_empty"], metrics["test/num_empty_found"]
         lines.append(f"{empty:g} of {num} images have no cell; something was found in {found:g} of them. Means leave out the others.")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from cellbench.cli.runs import open_run
 from cellbench.config.options import PredictOptions
 from cellbench.console import say, warn
+from cellbench.data.dataset import Sample
+from cellbench.data.io.images import image_size
 from cellbench.data.io.intensity import format_notes
+from cellbench.data.region_files import match_regions
+from cellbench.data.regions import region_masks
 from cellbench.data.scan import count_reasons
 from cellbench.errors import CellbenchError, first_names
 from cellbench.files import make_folder
@@ -31,7 +37,7 @@ from cellbench.inference.prediction import (
     write_masks,
 )
 from cellbench.inference.tables import write_tables
-from cellbench.inference.writers import OutputFormats, remove_partial_files
+from cellbench.inference.writers import OutputFormats, keep_regions, remove_partial_files
 
 
 def predict(options: PredictOptions) -> int:
@@ -57,8 +63,12 @@ def predict(options: PredictOptions) -> int:
         separation=separation,
     )
     targets = output_paths(segmenter, found, out, sizes, um_per_px)
+    regions = find_regions(options.regions, [target.image for target in targets]) if options.regions is not None else {}
     remove_partial_files(make_folder(out))
     refuse_mixed_outputs(targets, provenance_of(segmenter), wanted, out)
+    for target in targets:
+        if target.image in regions:
+            keep_regions(target.stem, regions[target.image])
     todo = [target for target in targets if not target.done(formats_of(wanted, target))]
     done = f", {len(targets) - len(todo)} are done already" if len(todo) < len(targets) else ""
     say(f"{segmenter.trained.name}: {len(todo)} images on {segmenter.machine.name}{done}.")
@@ -91,10 +101,40 @@ def predict(options: PredictOptions) -> int:
     return 1 if skipped or ignored else 0
 
 
+def find_regions(where: Path, images: Sequence[Path]) -> dict[Path, Path]:
+    """The file of regions of each image that has one, of a folder or of a file for one image; says which have none. Raises CellbenchError."""
+    if where.is_file() and len(images) == 1:
+        found, spare = {images[0]: where}, []
+    elif where.is_dir():
+        samples = [Sample(name=path.name, image=path, mask=path) for path in images]
+        matched, spare = match_regions(where, samples)
+        found = {sample.image: file for sample, file in matched.items()}
+    else:
+        what = f"one file for {len(images)} images; name a folder of NAME.geojson" if where.is_file() else "there is no such file or folder"
+        raise CellbenchError(f"--regions {where}: {what}.")
+    if not found:
+        raise CellbenchError(
+            f"--regions {where}: holds no regions of these images. Expected {images[0].stem}.geojson, as QuPath exports it."
+        )
+    for image, file in found.items():
+        region_masks(file, image_size(image))  # refuses what cannot be of this image, before it is segmented
+    if len(found) < len(images):
+        say(
+            f"regions: of {len(found)} of {len(images)} images; the others are counted whole: {first_names([p.name for p in images if p not in found])}."
+        )
+    if spare:
+        warn(f"regions: {len(spare)} files belong to none of these images: {first_names([path.name for path in spare])}.")
+    return found
+
+
 def _check(options: PredictOptions) -> None:
     if options.um_per_px is not None and not (options.instances and 0 < options.um_per_px < 1000):
         raise CellbenchError(
             f"--um-per-px {options.um_per_px:g}: a pixel size in um, above 0, for the tables that --instances writes. Give both options."
+        )
+    if options.regions is not None and not options.instances:
+        raise CellbenchError(
+            f"--regions {options.regions}: cells are counted in regions, in the tables that --instances writes. Give both options."
         )
     if options.min_cell_px is not None and options.min_cell_px < 1:
         raise CellbenchError(f"--min-cell-px {options.min_cell_px}: the smallest area of a cell in px, 1 or more.")

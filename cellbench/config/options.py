@@ -132,6 +132,10 @@ class PredictOptions(InferenceOptions):
     geojson: bool = option("also write NAME.geojson: the outline of each cell, for QuPath", False)
     coco: bool = option("also write coco.json: the outlines of the cells of all images in DIR", False)
     instances: bool = option("also write NAME.instances.png and NAME.cells.csv, the single cells, and counts.csv for all of DIR", False)
+    regions: Path | None = option(
+        "with --instances: a folder of regions of interest, NAME.geojson for each image, or a file for one: a row of counts.csv for each region",
+        metavar="PATH",
+    )
     min_cell_px: int | None = option("smallest area of a cell in px (default: that of the training data)", metavar="N")
     um_per_px: float | None = option("with --instances: pixel size of all images in um (default: as stated in each file)", metavar="X")
     range: str | None = option(

@@ -19,6 +19,7 @@ from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.masks import MARKS, MaskFacts, count_below, decide_meaning, mask_facts, mask_facts_of_cells, min_cell_area, off_values
 from cellbench.data.parted_masks import parted_cells
 from cellbench.data.progress import map_files
+from cellbench.data.regions import within_regions
 from cellbench.errors import CellbenchError, one_line
 from cellbench.file_cache import FileFactCache
 from cellbench.files import compute_sha256
@@ -51,6 +52,8 @@ class Sample:
     """Label of the whole image from a manifest, for stratified splits."""
     truth: Annotation | None = None
     """The annotation, if it is not a mask file."""
+    regions: Path | None = None
+    """The file of its regions of interest; pixels outside of them do not count. None: the whole image counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +121,12 @@ class Dataset:
     def read_mask(self, sample: Sample) -> np.ndarray:
         """The class map (H, W) uint8; ``IGNORE`` where a pixel does not count."""
         if sample.truth is not None:
-            return sample.truth.read()[0]
-        if self.colors:
-            return images.read_labels(sample.mask, colors=self.color_table).astype(np.uint8)
-        return self.meaning(images.read_labels(sample.mask))
+            classes = sample.truth.read()[0]
+        elif self.colors:
+            classes = images.read_labels(sample.mask, colors=self.color_table).astype(np.uint8)
+        else:
+            classes = self.meaning(images.read_labels(sample.mask))
+        return within_regions(classes, sample.regions)
 
     def meaning(self, labels: np.ndarray) -> np.ndarray:
         """The class map (H, W) uint8 of mask values."""
@@ -162,15 +167,18 @@ def _inspect_image(path: Path, reading: IntensityScaling) -> list[Any]:
     return [compute_sha256(path), height, width]
 
 
-def _inspect_mask(path: Path, dataset: Dataset) -> dict[str, Any]:
+def _inspect_mask(path: Path, dataset: Dataset, regions: Path | None = None) -> dict[str, Any]:
     labels = images.read_labels(path, colors=dataset.color_table)
     classes = labels.astype(np.uint8) if dataset.colors else dataset.meaning(labels)
+    if regions is not None:
+        classes = within_regions(classes, regions)
     strays: list[int] = []
     if dataset.values:
         off = off_values(labels, classes, dataset.values, dataset.tolerance)
         inside = ndimage.binary_erosion(off, np.ones((3, 3), bool)) if off.any() else off
         strays = [int(labels[inside].max())] if inside.any() else []
-    return vars(mask_facts(labels, classes, strays, len(dataset.classes), compute_sha256(path)))
+    digest = compute_sha256(path) if regions is None else f"{compute_sha256(path)} {compute_sha256(regions)}"
+    return vars(mask_facts(labels, classes, strays, len(dataset.classes), digest))
 
 
 def read_mask_facts(dataset: Dataset, samples: Sequence[Sample], broken: list[Sample] | None = None) -> dict[Sample, MaskFacts]:
@@ -186,16 +194,22 @@ def read_mask_facts(dataset: Dataset, samples: Sequence[Sample], broken: list[Sa
 
         def inspect(sample: Sample) -> None:
             try:
-                if sample.truth is None:
-                    out[sample] = MaskFacts(**known[sample.mask])
+                if sample.truth is not None:
+                    classes, ids = sample.truth.read()
+                    digest = sample.truth.digest()
+                    if sample.regions not in (None, sample.mask):
+                        classes, digest = within_regions(classes, sample.regions), f"{digest} {compute_sha256(sample.regions)}"
+                    out[sample] = mask_facts_of_cells(classes, ids, len(dataset.classes), digest)
+                elif sample.regions is not None:
+                    out[sample] = MaskFacts(**_inspect_mask(sample.mask, dataset, sample.regions))
                 else:
-                    out[sample] = mask_facts_of_cells(*sample.truth.read(), len(dataset.classes), sample.truth.digest())
+                    out[sample] = MaskFacts(**known[sample.mask])
             except (CellbenchError, OSError) as error:
                 if broken is None:
                     raise error if isinstance(error, CellbenchError) else CellbenchError(f"{sample.mask}: {one_line(error)}.") from None
                 broken.append(sample)
 
-        new = [sample for sample in samples if sample.truth is not None or not known.knows(sample.mask)]
+        new = [sample for sample in samples if sample.truth is not None or sample.regions is not None or not known.knows(sample.mask)]
         map_files(inspect, new, f"reading masks of {dataset.name} once", unit="mask")
         for sample in samples:
             if sample not in out and sample not in (broken or ()):

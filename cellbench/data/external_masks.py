@@ -28,7 +28,7 @@ from cellbench.files import compute_sha256, to_nfc
 from cellbench.metrics.pixel import IGNORE
 
 ADDED = re.compile(
-    r"[-_. ]+(?:cp_)?(?:masks?|segs?|segmentations?|labels?|annotations?|gt|instances?|rois?|roiset|predictions?|pred|outlines?|cells)$",
+    r"[-_. ]+(?:cp_)?(?:masks?|segs?|segmentations?|labels?|annotations?|gt|instances?|rois?|roiset|regions?|predictions?|pred|outlines?|cells)$",
     re.IGNORECASE,
 )
 """What tools append to the name of an image for its mask: ``a_seg.npy``, ``a_cp_masks.tif``, ``a_rois.zip``, ``a.instances.png``."""
@@ -96,6 +96,17 @@ def find_masks(where: Path, dataset: Dataset, tested: Sequence[Sample]) -> Exter
     return _meaning(pairs, dataset, notes)
 
 
+def named_classes(where: Path) -> list[str]:
+    """The classes that outlines name, in order of appearance; none for label images, and where an outline has no class. Raises CellbenchError."""
+    files = _mask_files(where)
+    if len(files) == 1 and files[0].suffix.lower() == ".json" and b'"categories"' in files[0].read_bytes():
+        labels = [name for name, num in count_coco_categories(files[0]).items() if num]
+    else:
+        labels = [one.label for path in files if _kind(path) == "outlines" for one in read_tool_mask(path).outlines]
+    labels = [label for label in dict.fromkeys(labels) if label.casefold() not in (*NOT_CELLS, *NOT_SCORED)]
+    return [] if "" in labels else labels
+
+
 def label_classes(labels: Iterable[str], classes: Sequence[str], path: Path) -> dict[str, int | None]:
     """The class number of each label: with one class of cells that class, else the class of this name. Raises CellbenchError."""
     known = {name.casefold(): k for k, name in enumerate(classes)}
@@ -144,13 +155,13 @@ def _matched(where: Path, files: Sequence[Path], tested: Sequence[Sample], other
     files = [path for path in files if not NO_MASKS.search(path.stem)]
     by_key: dict[str, list[Path]] = {}
     for path in files:
-        for key in _keys_of_mask(path, root):
+        for key in keys_of_mask(path, root):
             by_key.setdefault(key, []).append(path)
     pairs: dict[str, Path] = {}
     missing: list[str] = []
     used: set[Path] = set()
     for sample in tested:
-        found = list(dict.fromkeys(path for key in _keys_of_image(sample, tested) for path in by_key.get(key, ())))
+        found = list(dict.fromkeys(path for key in keys_of_image(sample, tested) for path in by_key.get(key, ())))
         found = [path for path in found if compute_sha256(path) != sample.digest]  # tools write beside a copy of the image
         if len(found) > 1:
             names = quoted([path.name for path in found])
@@ -167,10 +178,10 @@ def _matched(where: Path, files: Sequence[Path], tested: Sequence[Sample], other
             f"{where}: {len(missing)} of {len(tested)} test images have no mask: {quoted(missing)}. "
             "Models are compared on all of them: add these masks, empty ones where nothing was found."
         )
-    known = {key for sample in others for key in _keys_of_image(sample, others)}
+    known = {key for sample in others for key in keys_of_image(sample, others)}
     pictures = {sample.digest for sample in (*tested, *others)}
     spare = [path for path in files if path not in used and compute_sha256(path) not in pictures]  # tools write beside copies of images
-    not_tested = [path.name for path in spare if any(key in known for key in _keys_of_mask(path, root))]
+    not_tested = [path.name for path in spare if any(key in known for key in keys_of_mask(path, root))]
     foreign = [path.name for path in spare if path.name not in not_tested]
     notes = []
     if not_tested:
@@ -180,7 +191,7 @@ def _matched(where: Path, files: Sequence[Path], tested: Sequence[Sample], other
     return pairs, notes
 
 
-def _keys_of_mask(path: Path, root: Path) -> set[str]:
+def keys_of_mask(path: Path, root: Path) -> set[str]:
     """What the image of a mask may be called: its stem, and with the folders before it."""
     relative = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
     stem, keys = to_nfc(path.stem), set[str]()
@@ -194,7 +205,7 @@ def _keys_of_mask(path: Path, root: Path) -> set[str]:
     return keys | ({f"{folders}__{key}" for key in keys} if folders else set())
 
 
-def _keys_of_image(sample: Sample, among: Sequence[Sample]) -> list[str]:
+def keys_of_image(sample: Sample, among: Sequence[Sample]) -> list[str]:
     """Names of a sample's image: unique in its split, and the plain stem where no other image has it."""
     own, plain = _without_ending(to_nfc(sample.name).replace("/", "__")), to_nfc(sample.image.stem)
     stems = [to_nfc(other.image.stem) for other in among]
@@ -321,7 +332,7 @@ def _find_coco(file: Path, dataset: Dataset, tested: Sequence[Sample]) -> Extern
             by_key.setdefault(key, []).append(one)
     pairs: dict[str, CocoRegions] = {}
     for sample in tested:
-        here = list(dict.fromkeys(one for key in _keys_of_image(sample, tested) for one in by_key.get(key, ())))
+        here = list(dict.fromkeys(one for key in keys_of_image(sample, tested) for one in by_key.get(key, ())))
         if len(here) > 1:
             raise CellbenchError(f"{file}: '{sample.name}' may be {quoted([one.name for one in here])}. Give each image its own name.")
         if here:

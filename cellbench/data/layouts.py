@@ -395,6 +395,8 @@ def _split_of(file: Path, root: Path) -> str:
 
 # --- files of other tools ---------------------------------------------------------------------------------------------------------------
 
+REGIONS = "regions"
+"""A folder of outlines that are no cells (:mod:`region_files`)."""
 ANNOTATED = re.compile(r"[-_. ]+(?:segs?|rois?|roiset|annotations?|masks?|labels?|cells|outlines?)$", re.IGNORECASE)
 """What tools append to the name of an image for its outlines: ``a_seg.npy``, ``a_rois.zip``."""
 
@@ -407,7 +409,8 @@ def _tool_files(folder: Path) -> list[Path]:
 def _annotated_images(root: Path, card: DatasetCard) -> Listing | None:
     """Images, each with a file of QuPath, ImageJ, Cellpose or LabelMe of its name, beside it or in another folder; folders may be splits."""
     pictures = files_below(root)[0]
-    files = [path for folder in sorted({root, *(one for one in root.rglob("*") if one.is_dir())}) for path in _tool_files(folder)]
+    folders = {root, *(one for one in root.rglob("*") if one.is_dir() and one.relative_to(root).parts[0] != REGIONS)}
+    files = [path for folder in sorted(folders) for path in _tool_files(folder)]
     by_stem: dict[str, list[Path]] = {}
     for path in files:
         stem = ANNOTATED.sub("", path.stem)
@@ -422,12 +425,14 @@ def _annotated_images(root: Path, card: DatasetCard) -> Listing | None:
     out = Listing(root=root, layout="images with outlines of QuPath, ImageJ, Cellpose or LabelMe")
     counts: Counter[str] = Counter()
     used: dict[Path, Path] = {}
+    limited: set[Path] = set()
     for path, found in pairs.items():
         name = path.relative_to(root).as_posix()
         if len(found) == 1:
             used[path] = found[0]
             mask = read_tool_mask(found[0])
             counts.update(one.label or UNCLASSIFIED for one in mask.outlines)
+            limited |= {path} if mask.regions else set()
         elif not MASK_WORDS.search(path.stem) or found:  # a picture of masks that a tool writes beside them is no image
             shown = ", ".join(one.name for one in found)
             message = f"{root.name}: '{name}' has {f'{len(found)} annotations: {shown}' if found else 'no annotation'}"
@@ -444,7 +449,7 @@ def _annotated_images(root: Path, card: DatasetCard) -> Listing | None:
     for path, file in used.items():
         place = path.relative_to(root)
         truth = ToolAnnotation(path=file, image=path, labels=class_of)
-        sample = Sample(name=names[place.as_posix()], image=path, mask=file, truth=truth)
+        sample = Sample(name=names[place.as_posix()], image=path, mask=file, truth=truth, regions=file if path in limited else None)
         parts[next((SPLIT_WORDS[part.lower()] for part in place.parts[:-1] if part.lower() in SPLIT_WORDS), "train") or "train"].append(
             sample
         )

@@ -20,9 +20,11 @@ from cellbench.console import progress_bar
 from cellbench.data.appearance import describe_appearances, group_by_appearance
 from cellbench.data.audit import near_duplicates
 from cellbench.data.classes import unused_classes, with_class_facts, with_owners
+from cellbench.data.count_truth import CountTruth, read_count_truth
 from cellbench.data.dataset import CARD_NAME, SPLITS, Dataset, Sample, interpret_masks, validated
 from cellbench.data.layouts import is_laid_out, scan_folder
 from cellbench.data.manifest import NAMES
+from cellbench.data.region_files import add_regions
 from cellbench.data.scan import Listing, find_unused
 from cellbench.data.splits import Grouping, Splits, choose_folds, given_splits, split_of
 from cellbench.data.uniformity import common_pixel_size, decide_scaling, find_inconsistencies, read_all_image_facts
@@ -153,6 +155,7 @@ def scan_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec, *, unla
             card = checked(DatasetCard, {"id": "folder", "title": card.title, "path": card.path}, card.path)
         listing = scan_folder(card, folder, unlabelled=unlabelled)
     listing.notes += [applies] if applies else []
+    add_regions(listing)
     here = [(part, sample) for part in SPLITS for sample in listing.parts.get(part, ())]
     times = Counter(sample.name for _, sample in here)  # unique within a split only
     images = {sample.image: sample.name if times[sample.name] == 1 else f"{part}/{sample.name}" for part, sample in here}
@@ -167,6 +170,17 @@ def scan_dataset(card: DatasetCard, folder: Path | None, spec: DataSpec, *, unla
     listing.doubts += [*doubts, *find_inconsistencies({images[path]: one for path, one in facts.items()}, listing.reading)]
     own = {"id": listing.root.absolute().name or card.id} if card.id == "folder" else {}  # data without a card has the name of its folder
     return card.model_copy(update=own | ({"classes": listing.classes} if listing.classes else {})), listing
+
+
+def open_count_truth(folder: Path, registry: Registry) -> CountTruth | None:
+    """The boxes, points or counts of a folder of images without masks; None for a folder with masks, and without either. Raises CellbenchError."""
+    card = registry.dataset("folder")
+    try:
+        scan_folder(card, folder)
+    except CellbenchError:
+        beside = (folder if folder.is_dir() else folder.parent) / CARD_NAME
+        return read_count_truth(folder, _own_card(beside, card).categories if beside.is_file() else {})
+    return None
 
 
 def _built(card: DatasetCard, folder: Path) -> Listing:

@@ -44,6 +44,8 @@ class Outline:
     corner_px: tuple[int, int] = (0, 0)
     label: str = ""
     """The class by the tool; empty: none is given."""
+    name: str = ""
+    """Of this one outline, such as ``slide 3, spot 2``; empty: none is given."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,7 +125,9 @@ def _read(path: Path, stamp: tuple[int, int]) -> ToolMask:
         return ToolMask(ids=_numbered(path))
     if ending in (".zip", ".roi"):
         areas, others = read_rois(path)
-        found = ToolMask(outlines=tuple(Outline(rings=one.rings) for one in areas), left_out=Counter(others))
+        found = ToolMask(
+            outlines=tuple(Outline(rings=one.rings, name=one.name.removesuffix(".roi")) for one in areas), left_out=Counter(others)
+        )
     else:
         tree = _json(path)
         found = _labelme(tree, shown) if isinstance(tree, dict) and "shapes" in tree else _geojson(tree, shown)
@@ -183,7 +187,8 @@ def _geojson(tree: Any, shown: str) -> ToolMask:
             left_out[str(kind or "feature without a shape").lower()] += 1
             continue
         which = "annotation" if "annotation" in kind else "cell"
-        found[which].append(Outline(rings=rings, label=_classification(properties)))
+        name = properties.get("name") if isinstance(properties, dict) else None
+        found[which].append(Outline(rings=rings, label=_classification(properties), name=name if isinstance(name, str) else ""))
     if not found["cell"]:
         return ToolMask(outlines=tuple(found["annotation"]), left_out=left_out)
     # Beside cells, annotations are what they were detected in.

@@ -204,6 +204,7 @@ def find_unused(listing: Listing, known: Iterable[str]) -> tuple[list[FileWarnin
     samples = [sample for part in listing.parts.values() for sample in part]
     pictures = {sample.image for sample in samples}
     used = pictures | {sample.mask for sample in samples} | {path for sample in samples for path in getattr(sample.truth, "paths", ())}
+    used |= {sample.regions for sample in samples if sample.regions is not None}
     used_tops = {path.relative_to(root).parts[0] for path in used if path.is_relative_to(root)}
     image_folders, folder_names = {path.parent for path in pictures}, {path.parent.name for path in pictures if path.parent != root}
     sample_folders = image_folders | {path.parent for path in used}

@@ -30,10 +30,11 @@ from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.boundary import TOLERANCE_PX
 from cellbench.metrics.calibration import expected_calibration_error
 from cellbench.metrics.cell_classes import cells_of_classes
+from cellbench.metrics.counting import CountRow, counts_csv
 from cellbench.metrics.instance import COUNTS, SCORES, describe_outcomes
 from cellbench.metrics.instances import MIN_AREA_NUMBERED_PX, MIN_AREA_PX
 from cellbench.metrics.pixel import count_empty_images, named_scores, nan_mean, per_image_scores, pixel_scores
-from cellbench.reporting.plots.pictures import draw_curves, draw_example, draw_scores
+from cellbench.reporting.plots.pictures import draw_agreement, draw_curves, draw_example, draw_scores
 from cellbench.statistics.bootstrap import ROUGH_BELOW, mean_interval, unit_labels
 from cellbench.tracking import ui_view
 from cellbench.tracking.schema import APPEARANCE, CALIBRATION, NOTE, SEEN, TABLES
@@ -182,6 +183,17 @@ def write_scores(
     (folder / TABLE).write_text(json.dumps(per_image_table(record), allow_nan=False), encoding="utf-8")
 
 
+def write_counts(folder: Path, rows: Sequence[CountRow]) -> None:
+    """Writes ``counts.csv``, and the figure of how well the counts agree."""
+    if rows:
+        (folder / COUNTS_TABLE).write_text(counts_csv(rows), encoding="utf-8")
+        counts = {
+            row.label: ([one.true for one in rows if one.label == row.label], [one.predicted for one in rows if one.label == row.label])
+            for row in rows
+        }
+        write_pictures(folder, {"figures/counts.png": draw_agreement(counts, "region" if any(row.region for row in rows) else "image")})
+
+
 def pictures(name: str, dataset: Dataset, pixels: ImageCache, result: EvaluationResult) -> dict[str, partial[bytes]]:
     """The pictures of an evaluated run by file name: calls that draw a PNG, also in another process."""
     drawings: dict[str, partial[bytes]] = {}
@@ -225,6 +237,8 @@ def pool_folds(datasets: Sequence[Dataset]) -> str:
     return hashlib.sha256(json.dumps([dataset.digest for dataset in datasets]).encode()).hexdigest()[:16]
 
 
+COUNTS_TABLE = "counts.csv"
+"""The artifact of an evaluation with the cells of each image, or region, by class, predicted beside true ones."""
 TABLE = "images.json"
 """The artifact that MLflow's UI shows as a table, one row per image."""
 

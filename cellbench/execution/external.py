@@ -17,16 +17,21 @@ from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry
 from cellbench.config.run import NUMERICS_VERSION
 from cellbench.console import progress_bar
+from cellbench.data.count_truth import CountTruth, match_classes
 from cellbench.data.dataset import Dataset
-from cellbench.data.external_masks import ExternalMasks, find_masks
+from cellbench.data.external_masks import ExternalMasks, find_masks, named_classes
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.loading import open_folds
+from cellbench.data.regions import regions_of
 from cellbench.errors import CellbenchError, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
 from cellbench.metrics import catalog
+from cellbench.metrics.counting import CountRow, PlacedCells, count_rows
+from cellbench.metrics.instances import MIN_AREA_PX, connected_instances, numbered_instances
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.reporting.collect import collect_runs
+from cellbench.reporting.counts import count_metrics
 from cellbench.reporting.model_groups import TestSet
 from cellbench.temporary import temporary_folder
 from cellbench.tracking.schema import EXTERNAL, LIMIT
@@ -88,20 +93,39 @@ def _of_set(tracker: Tracker, here: TestSet, registry: Registry, data: Path | No
     return TestImages(experiment=experiment, datasets=datasets, limit=run.tags.get(LIMIT, ""))
 
 
-def score_masks(name: str, where: Path, tested: TestImages, tracker: Tracker, registry: Registry, say: Say) -> list[str]:
-    """Scores the masks at ``where`` and logs them as runs called ``name``; returns the ids of the runs. Raises CellbenchError."""
+def score_masks(
+    name: str, where: Path, tested: TestImages, tracker: Tracker, registry: Registry, say: Say
+) -> tuple[list[str], list[CountRow]]:
+    """Scores the masks at ``where`` and logs them as runs called ``name``; returns the ids of the runs, and all counts. Raises CellbenchError."""
     samples = [sample for dataset in tested.datasets for sample in dataset.test]
     masks = find_masks(where, tested.datasets[0], samples)
     for line in masks.notes:
         say(line)
     digest = masks.digest()
     results = [_scored(dataset, masks, registry) for dataset in tested.datasets]  # all folds before any is logged: one may fail
-    return [_log(name, where, tested, fold, result, tracker, digest) for fold, result in enumerate(results)]
+    ids = [_log(name, where, tested, fold, result, tracker, digest) for fold, result in enumerate(results)]
+    return ids, [row for result in results for row in result.evaluation.cells]
+
+
+def count_masks(name: str, where: Path, truth: CountTruth) -> tuple[list[CountRow], list[str], str]:
+    """The cells in the masks at ``where`` beside true counts, notes, and the digest of the masks. Raises CellbenchError."""
+    classes = ("background", *(named_classes(where) or ["cell"]))
+    dataset = Dataset(name=truth.root.name, classes=classes, values=(), train=(), val=(), test=truth.samples, root=truth.root)
+    masks = find_masks(where, dataset, truth.samples)
+    counted = match_classes(truth, {k: label for k, label in enumerate(masks.classes) if k}, f"'{name}'")
+    rows: list[CountRow] = []
+    for sample in progress_bar(truth.samples, total=len(truth.samples), desc="counting", unit="image"):
+        found, ids = masks.read(sample)
+        cells = connected_instances(found) if ids is None else numbered_instances(ids, found)
+        placed = counted.found(PlacedCells.of(cells))
+        rows += count_rows(sample.name, truth.cells(sample, counted.of_label), placed, counted.names, regions_of(sample.regions))
+    least = [f"a cell is a connected region of {MIN_AREA_PX} px or more"] if masks.kind in ("binary", "classes") else []
+    return rows, [*masks.notes, *least, counted.note], masks.digest()
 
 
 def _scored(dataset: Dataset, masks: ExternalMasks, registry: Registry) -> EvaluationResult:
     num = len(dataset.classes)
-    with CohortEvaluator(dataset, 1, own_metrics=catalog.own_metrics(registry)) as evaluator:
+    with CohortEvaluator(dataset, 1, own_metrics=catalog.own_metrics(registry), count_cells=True) as evaluator:
         for index, sample in enumerate(progress_bar(dataset.test, total=len(dataset.test), desc="scoring", unit="image")):
             truth, (classes, ids) = dataset.read_mask(sample), masks.read(sample)
             classes[classes == 255] = 0  # the tool left these pixels open
@@ -124,15 +148,16 @@ def _log(name: str, where: Path, tested: TestImages, fold: int, result: Evaluati
         folder = Path(temporary)
         artifacts.write_scores(folder, fold, tested.num_folds, tested.datasets, result)
         (folder / "masks.json").write_text(json.dumps({"folder": str(where.absolute()), "digest": digest}), encoding="utf-8")
+        artifacts.write_counts(folder, result.evaluation.cells)
         drawings = artifacts.pictures(title, dataset, ImageCache(dataset, "test", 2**28), result)
         artifacts.write_pictures(folder, {file: draw() for file, draw in drawings.items()})
         run.log_artifacts(folder)
-        metrics = artifacts.final_metrics(dataset, result)
+        metrics = artifacts.final_metrics(dataset, result) | count_metrics(result.evaluation.cells)
         run.log(metrics, tags=artifacts.run_tags(title, metrics, "", run.address("figures/worst.png")))
     return run.run_id
 
 
-def check_name(name: str, tracker: Tracker) -> str:
+def check_name(name: str, tracker: Tracker | None = None) -> str:
     """The name of a tool, for tables. Raises CellbenchError for one that a model of the experiment has, or that names cannot be."""
     plain = name.strip()
     if (
@@ -143,6 +168,8 @@ def check_name(name: str, tracker: Tracker) -> str:
         or plain.split(":")[0] in ("best", "best-by-validation")
     ):
         raise CellbenchError(f"{quote_name(name)} cannot be the name of a row. Name the tool in up to 60 characters, like cellpose.")
+    if tracker is None:
+        return plain
     models = {run.tags.get("model", run.name) for run in tracker.stored() if run.fingerprint and not run.is_parent and not run.is_external}
     if plain in models:
         raise CellbenchError(f"'{plain}' is a model of '{tracker.name}' already. Give the masks another name.")

@@ -90,7 +90,7 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -
     plain.trained = replace(segmenter.trained, calibration=Calibration())
     predictions = plain.predict_all(sample.image for sample in dataset.test)
     trained = segmenter.trained
-    with CohortEvaluator(dataset, 1, [trained.separation], calibrations=[trained.calibration]) as evaluator:
+    with CohortEvaluator(dataset, 1, [trained.separation], calibrations=[trained.calibration], count_cells=True) as evaluator:
         examples = evaluator.evaluations[0].examples
         examples.num_worst = num_worst
         for index, found in enumerate(progress_bar(predictions, total=len(dataset.test), desc="testing", unit="image")):

@@ -1,4 +1,4 @@
-"""Tables of all masks in an output folder: ``counts.csv``, a line an image, and ``coco.json``, the outlines of all cells."""
+"""Tables of all masks in an output folder: ``counts.csv``, a line an image or region, and ``coco.json``, the outlines of all cells."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cellbench.data.io import images
 from cellbench.data.io.png_stream import read_png_text
+from cellbench.data.regions import region_masks
 from cellbench.escaping import to_csv
 from cellbench.files import write_atomic
 from cellbench.inference.polygons import to_coco
-from cellbench.inference.writers import CELLS, GEOJSON, INSTANCES, LEFT_OUT, TRUST, OutputFormats, find_masks, output_path
+from cellbench.inference.writers import CELLS, GEOJSON, INSTANCES, LEFT_OUT, TRUST, OutputFormats, find_masks, output_path, region_file
 from cellbench.metrics.measurements import count_by_class, density
 
 COCO, COUNTS = "coco.json", "counts.csv"
@@ -83,35 +86,52 @@ def write_coco(masks: Sequence[ExistingMask], out: Path, names: tuple[str, ...])
 
 
 def write_counts(masks: Sequence[ExistingMask], out: Path, names: Sequence[str] = (), owners: Sequence[int] = ()) -> Path:
-    """One line an image whose cells are counted; columns that only some images have are empty for the others."""
-    rows = [count_row(mask, names, owners) for mask in masks]
+    """One line an image whose cells are counted, or one for each of its regions; columns that only some have are empty for the others."""
+    rows = [row for mask in masks for row in count_rows(mask, names, owners)]
     columns = list(dict.fromkeys(column for row in rows for column in row)) or ["image"]
     write_atomic(out / COUNTS, to_csv(columns, [[row.get(column, "") for column in columns] for row in rows]))
     return out / COUNTS
 
 
-def count_row(mask: ExistingMask, names: Sequence[str] = (), owners: Sequence[int] = ()) -> dict[str, object]:
-    """One row of the table of images, by column.
+def count_rows(mask: ExistingMask, names: Sequence[str] = (), owners: Sequence[int] = ()) -> list[dict[str, object]]:
+    """The rows of an image in the table, by column: one, or one for each region of interest beside its mask.
 
-    Size, number of cells, density, pixel size where it is known, number of regions below the minimum area, distance from the training images,
-    and with several classes the number of each. A part of a cell (``owners``) is counted in the cells that hold it.
+    Size, number of cells, density, pixel size where it is known, number of parts of the mask below the minimum area, distance from the training
+    images, and with several classes the number of each. A part of a cell (``owners``) is counted in the cells that hold it. A cell is in a region
+    if its centre is.
     """
     with output_path(mask.stem, CELLS).open(encoding="utf-8", newline="") as file:
         cells = list(csv.DictReader(file))
     height, width = images.image_size(output_path(mask.stem, INSTANCES))
     side = mask.facts["cells"]["um_per_px"]
-    dense = round(density(len(cells), (height, width), side), 3)
-    row: dict[str, object] = {
-        "image": mask.name,
-        "width_px": width,
-        "height_px": height,
-        "cells": len(cells),
-        **({"cells_per_megapixel": dense} if side is None else {"cells_per_mm2": dense, "um_per_px": float(f"{side:.6g}")}),
-        LEFT_OUT: num_below_min_area(mask),
-        **_instance_facts(mask).get(TRUST, {}),
-    }
-    each = count_by_class(cells, names, owners, side)
-    return row | {f"{name} (class)" if name in row else name: num for name, num in each.items()}
+
+    def row(cells: Sequence[Mapping[str, str]], area_px: int, about: dict[str, object]) -> dict[str, object]:
+        dense = round(density(len(cells), area_px, side), 3)
+        out: dict[str, object] = {
+            "image": mask.name,
+            **about,
+            "width_px": width,
+            "height_px": height,
+            "cells": len(cells),
+            **({"cells_per_megapixel": dense} if side is None else {"cells_per_mm2": dense, "um_per_px": float(f"{side:.6g}")}),
+            **({} if about else {LEFT_OUT: num_below_min_area(mask)}),
+            **_instance_facts(mask).get(TRUST, {}),
+        }
+        each = count_by_class(cells, names, owners, side)
+        return out | {f"{name} (class)" if name in out else name: num for name, num in each.items()}
+
+    if (file := region_file(mask.stem)) is None:
+        return [row(cells, width * height, {})]
+    places = np.array([(float(cell["x_px"]) + 0.5, float(cell["y_px"]) + 0.5) for cell in cells]).reshape(-1, 2)
+    return [
+        row(
+            [cell for cell, inside in zip(cells, region.holds(places), strict=True) if inside],
+            area,
+            {"region": region.name, "region_px": area},
+        )
+        for region, pixels in region_masks(file, (height, width))
+        for area in [int(pixels.sum())]
+    ]
 
 
 def num_below_min_area(mask: ExistingMask) -> int:

@@ -5,6 +5,7 @@
 - ``NAME.overlay.png``: the image with the outlines of everything but background. Where cell files are written too: each cell in its own colour,
   with its number; a small image is drawn larger, so that the numbers can be read.
 - ``NAME.geojson``: outlines of single cells, for QuPath.
+- ``NAME.regions.geojson``: the regions of interest in which cells are counted, as they were given.
 - ``NAME.instances.png``: 16 bit, the number of each pixel's cell, touching cells separated. ``NAME.cells.csv``: one line a cell.
 """
 
@@ -23,8 +24,9 @@ import numpy as np
 from cellbench.data.io import overlay
 from cellbench.data.io.images import png_bytes
 from cellbench.data.io.png_stream import PngWriter, read_png_text
+from cellbench.data.regions import REGION_SUFFIXES
 from cellbench.errors import CellbenchError
-from cellbench.files import make_folder, os_errors_as
+from cellbench.files import make_folder, os_errors_as, write_atomic
 from cellbench.inference.pipeline import MaskStrip, join_strips
 from cellbench.inference.polygons import cell_outlines, to_geojson
 from cellbench.liveness import is_alive, owner_as_file_name, owner_of_file_name, this_owner
@@ -41,6 +43,8 @@ LEFT_OUT = "left_out"
 """In the metadata of ``INSTANCES``: the number of regions too small to be cells."""
 TRUST = "trust"
 """Likewise: what is known of the prediction, :class:`~cellbench.metrics.appearance.Trust`."""
+REGIONS = ".regions"
+"""Of the file with the regions in which cells are counted, before the ending of its format."""
 ENDINGS = (PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS)
 """Of the files that may accompany a mask."""
 
@@ -129,6 +133,19 @@ class OutputPaths:
 def output_path(stem: Path, ending: str) -> Path:
     """``NAME`` with an ending; ``NAME`` may contain dots."""
     return stem.with_name(stem.name + ending)
+
+
+def region_file(stem: Path) -> Path | None:
+    """The file of regions of interest beside a mask, ``NAME.regions.geojson``; None if there is none."""
+    return next((path for suffix in REGION_SUFFIXES if (path := output_path(stem, f"{REGIONS}{suffix}")).is_file()), None)
+
+
+def keep_regions(stem: Path, file: Path) -> None:
+    """Copies the regions of an image beside its mask, in place of others: so that the tables of the folder follow from what is in it."""
+    if (old := region_file(stem)) is not None:
+        old.unlink()
+    make_folder(stem.parent)
+    write_atomic(output_path(stem, f"{REGIONS}{file.suffix.lower()}"), file.read_bytes())
 
 
 def read_mask_metadata(mask: Path) -> dict[str, Any] | None:

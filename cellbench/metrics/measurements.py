@@ -112,11 +112,10 @@ def count_by_class(
     }
 
 
-def density(num: int, size_px: tuple[int, int], um_per_px: float | None = None) -> float:
+def density(num: int, area_px: int, um_per_px: float | None = None) -> float:
     """Cells in a megapixel, or in a square millimetre where the side of a pixel is known.
 
-    >>> density(30, (1000, 2000)), density(30, (1000, 2000), 0.5)
+    >>> density(30, 2_000_000), density(30, 2_000_000, 0.5)
     (15.0, 60.0)
     """
-    pixels = size_px[0] * size_px[1]
-    return num / (pixels / 1e6 if um_per_px is None else pixels * um_per_px**2 / 1e6)
+    return num / (area_px / 1e6 if um_per_px is None else area_px * um_per_px**2 / 1e6)

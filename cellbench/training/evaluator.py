@@ -17,14 +17,17 @@ import numpy as np
 
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io.images import thumbnail
+from cellbench.data.regions import regions_of
 from cellbench.errors import blaming
 from cellbench.features.extractor import Features
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import Calibration, histogram, true_dice
 from cellbench.metrics.catalog import Metric, ScoredImage
 from cellbench.metrics.cell_classes import cell_confusion, part_confusion
+from cellbench.metrics.counting import CountRow, PlacedCells, count_rows
 from cellbench.metrics.instance import COUNTS, CellOutcomes, InstanceScores, ReferenceMask
-from cellbench.metrics.instances import reference_instances
+from cellbench.metrics.instances import Instances, drop_ignored, reference_instances
+from cellbench.metrics.measurements import part_classes
 from cellbench.metrics.pixel import IGNORE, nan_mean, per_image_scores
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.training.model import SegmentationModel
@@ -173,6 +176,8 @@ class RunEvaluation:
     histograms: list[np.ndarray] = field(default_factory=list)
     """For each image, pixel counts by truth (0 background, 1 cell) and predicted probability of a cell (0..255), before correction."""
     examples: ExampleKeeper = field(default_factory=ExampleKeeper)
+    cells: list[CountRow] = field(default_factory=list)
+    """The number of cells by image, region and class; only where the evaluator counts them."""
 
     @property
     def counts(self) -> np.ndarray:
@@ -224,12 +229,13 @@ class CohortEvaluator:
         own_metrics: Sequence[Metric] = (),
         split: str = "test",
         calibrations: Sequence[Calibration] = (),
+        count_cells: bool = False,
     ) -> None:
         """``separations``: how each run separates touching cells; None: connected regions. ``own_metrics``: the user's metrics, with their code.
 
-        ``calibrations``: how the probabilities of each run are corrected; empty: not at all.
+        ``calibrations``: how the probabilities of each run are corrected; empty: not at all. ``count_cells``: by class and region, too.
         """
-        self._dataset, self._samples = dataset, dataset.samples(split)
+        self._dataset, self._samples, self._count_cells = dataset, dataset.samples(split), count_cells
         plain = replace(CONNECTED, owners=dataset.owners)
         if dataset.min_cell_px is not None:
             plain = replace(plain, min_area_px=dataset.min_cell_px)
@@ -300,6 +306,8 @@ class CohortEvaluator:
             if (num_classes := len(self._dataset.classes)) > 2:
                 parts = part_confusion(truth, classes, self._dataset.owners, num_classes, reference.min_area_px)
                 evaluation.cell_matrices.append(cell_confusion(reference.cells, cells, num_classes) + parts)
+            if self._count_cells:
+                evaluation.cells += self._counted(self._samples[image], reference.cells, cells)
             evaluation.connected.append(reference.found(separation.connected(classes, reference.min_area_px)))
             scored = ScoredImage(
                 truth=truth,
@@ -317,6 +325,13 @@ class CohortEvaluator:
                 if truth.max(initial=0) == IGNORE:
                     cell, truth = cell[truth != IGNORE], truth[truth != IGNORE]
                 evaluation.histograms.append(histogram(truth, cell))
+
+    def _counted(self, sample: Sample, true: Instances, found: Instances) -> list[CountRow]:
+        data = self._dataset
+        parts = part_classes(data.owners)
+        names = {k: name for k, name in enumerate(data.classes) if k and k not in parts and k not in data.unused}
+        placed = [PlacedCells.of(one) for one in (true, drop_ignored(found, true.ignored))]
+        return count_rows(sample.name, *placed, names, regions_of(sample.regions))
 
 
 def score_validation(

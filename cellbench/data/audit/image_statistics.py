@@ -15,6 +15,7 @@ from cellbench.data.audit.perceptual_hash import mean_pool, to_grey
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io import images
 from cellbench.data.masks import off_values
+from cellbench.data.regions import within_regions
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import compute_sha256
 from cellbench.metrics.instances import MIN_AREA_PX, reference_instances
@@ -164,6 +165,7 @@ def measure_sample(dataset: Dataset, sample: Sample, split: str, with_keypoints:
         else:
             labels = images.read_labels(sample.mask)
             classes, ids = dataset.meaning(labels), dataset.ids_of(labels)
+        classes = within_regions(classes, sample.regions)
         known["image_hash"] = compute_sha256(sample.image)
         known["mask_hash"] = compute_sha256(sample.mask) if sample.truth is None else sample.truth.digest()
     except (CellbenchError, OSError) as error:

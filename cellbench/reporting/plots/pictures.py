@@ -6,7 +6,7 @@ from typing import Any
 
 from cellbench.reporting.plots.example import draw_example
 
-__all__ = ["draw_curves", "draw_example", "draw_scores"]
+__all__ = ["draw_agreement", "draw_curves", "draw_example", "draw_scores"]
 
 
 def draw_curves(*arguments: Any) -> bytes:
@@ -21,3 +21,10 @@ def draw_scores(*arguments: Any) -> bytes:
     from cellbench.reporting.plots import run, style
 
     return style.to_png(run.plot_scores(*arguments))
+
+
+def draw_agreement(*arguments: Any) -> bytes:
+    """:func:`~cellbench.reporting.plots.counts.plot_agreement`."""
+    from cellbench.reporting.plots import counts, style
+
+    return style.to_png(counts.plot_agreement(*arguments))

@@ -42,7 +42,7 @@ def test_a_scale_changes_lengths_once_and_areas_twice():
     assert float(um["area_um2"]) == float(px["area_px"]) / 16
     assert float(um["diameter_um"]) == pytest.approx(float(px["diameter_px"]) / 4, abs=1e-4)
     assert um["x_px"] == px["x_px"]
-    assert density(1, (50, 50), 0.25) == pytest.approx(density(1, (50, 50)) * 16)
+    assert density(1, 2500, 0.25) == pytest.approx(density(1, 2500) * 16)
 
 
 def test_no_cell_is_a_heading_alone():

@@ -1,0 +1,55 @@
+"""Finds the file of regions of each image, by name: ``regions/NAME.geojson`` in a data folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cellbench.data.dataset import Sample
+from cellbench.data.external_masks import keys_of_image, keys_of_mask
+from cellbench.data.layouts import REGIONS
+from cellbench.data.regions import REGION_SUFFIXES
+from cellbench.data.scan import FileWarning, Listing, is_inside
+from cellbench.errors import CellbenchError, quoted
+
+
+def match_regions(folder: Path, samples: Sequence[Sample]) -> tuple[dict[Sample, Path], list[Path]]:
+    """The file of each image that has one in ``folder`` or its subfolders, and the files that belong to no image. Raises CellbenchError for two."""
+    files = [
+        path for path in sorted(folder.rglob("*")) if path.suffix.lower() in REGION_SUFFIXES and path.is_file() and is_inside(folder, path)
+    ]
+    by_key: dict[str, list[Path]] = {}
+    for path in files:
+        for key in keys_of_mask(path, folder):
+            by_key.setdefault(key, []).append(path)
+    found: dict[Sample, Path] = {}
+    for sample in samples:
+        here = list(dict.fromkeys(path for key in keys_of_image(sample, samples) for path in by_key.get(key, ())))
+        if len(here) > 1:
+            raise CellbenchError(
+                f"{folder}: '{sample.name}' has {len(here)} files of regions: {quoted([path.name for path in here])}. Keep one."
+            )
+        if here:
+            found[sample] = here[0]
+    return found, [path for path in files if path not in found.values()]
+
+
+def add_regions(listing: Listing) -> None:
+    """Limits the images of a listing to the regions of the folder ``regions/`` in it, if there is one. Raises CellbenchError."""
+    folder = listing.root / REGIONS
+    every = [sample for part in listing.parts.values() for sample in part]
+    if folder.is_dir():
+        found, spare = match_regions(folder, every)
+        listing.parts = {
+            name: tuple(replace(one, regions=found.get(one, one.regions)) for one in part) for name, part in listing.parts.items()
+        }
+        listing.reported |= set(spare)
+        if spare:
+            names = tuple(path.name for path in spare)
+            listing.doubts.append(
+                FileWarning(kind="no image", message=f"{REGIONS}: {len(spare)} files belong to no image and limit nothing", names=names)
+            )
+    if num := sum(one.regions is not None for part in listing.parts.values() for one in part):
+        rest = f"; the other {len(every) - num} are used whole" if num < len(every) else ""
+        listing.notes.append(f"regions: {num} images are limited to regions of interest: pixels outside do not count{rest}")

@@ -1,0 +1,69 @@
+"""How well counts agree with true ones, in words and as a table: bias, limits of agreement, concordance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cellbench.metrics.counting import CountRow
+from cellbench.reporting.leaderboard import format_interval, format_number
+from cellbench.statistics.agreement import Agreement, agreement
+
+MEANING = (
+    "Bias: mean of predicted minus true. Limits of agreement: 95 % of the differences lie between them, if they are normal (Bland and Altman 1986). "
+    "Concordance: Lin's coefficient, 1 where every count is right."
+)
+
+
+def agreements(rows: Sequence[CountRow]) -> dict[str, Agreement]:
+    """The agreement of each class over all images, or regions."""
+    out = {}
+    for label in dict.fromkeys(row.label for row in rows):
+        some = [row for row in rows if row.label == label]
+        groups = [row.image for row in some] if any(row.region for row in some) else None
+        out[label] = agreement([row.true for row in some], [row.predicted for row in some], groups)
+    return out
+
+
+def describe_counts(rows: Sequence[CountRow]) -> list[str]:
+    """A sentence a class."""
+    unit = "region" if any(row.region for row in rows) else "image"
+    lines = []
+    for label, one in agreements(rows).items():
+        some = [row for row in rows if row.label == label]
+        total = f"{sum(row.predicted for row in some):,} counted, {sum(row.true for row in some):,} there, in {one.num} {unit}{'s' * (one.num != 1)}"
+        ends = format_interval(one.bias.low, one.bias.high, one.bias.rough, "+.2f")
+        bias = f"bias {one.bias.mean:+.2f}{f' (95 % {ends})' if ends else ''} {'a' if unit == 'region' else 'an'} {unit}"
+        limits = f", limits of agreement {one.low:+.2f} to {one.high:+.2f}" if one.low is not None and one.high is not None else ""
+        lines.append(f"{label}: {total}; {bias}{limits}, concordance {format_concordance(one)}.")
+    return lines
+
+
+def format_concordance(one: Agreement) -> str:
+    """``0.981 (0.95 to 0.99)``."""
+    if one.ccc is None:
+        return "none (all counts are the same)"
+    ends = f" ({one.ccc_low:.3f} to {one.ccc_high:.3f})" if one.ccc_low is not None and one.ccc_high is not None else ""
+    return f"{one.ccc:.3f}{ends}"
+
+
+def agreement_row(name: str, one: Agreement) -> dict[str, str]:
+    """The cells of a table, by heading."""
+    return {
+        "model": name,
+        "bias": f"{one.bias.mean:+.2f}",
+        "95 %": format_interval(one.bias.low, one.bias.high, one.bias.rough, "+.2f"),
+        "limits of agreement": f"{one.low:+.2f} to {one.high:+.2f}" if one.low is not None and one.high is not None else "",
+        "concordance": format_concordance(one),
+        "mean absolute error": format_number(one.error, 2),
+    }
+
+
+def count_metrics(rows: Sequence[CountRow]) -> dict[str, float]:
+    """For MLflow: ``count/bias`` and others, with several classes ``count_NAME/bias``."""
+    found = agreements(rows)
+    out: dict[str, float] = {}
+    for label, one in found.items():
+        prefix = "count" if len(found) == 1 else f"count_{label}"
+        values = {"bias": one.bias.mean, "limit_low": one.low, "limit_high": one.high, "concordance": one.ccc, "error_abs": one.error}
+        out |= {f"{prefix}/{name}": round(value, 6) for name, value in values.items() if value is not None}
+    return out
