@@ -103,10 +103,13 @@ class BaselineCard(Card):
     """A segmenter without a backbone, for comparison."""
 
     KIND = "baselines"
-    DESCRIPTIVE: ClassVar[frozenset[str]] = Card.DESCRIPTIVE | {"options"}
+    # The version of the package is part of a run's fingerprint, and so are its options.
+    DESCRIPTIVE: ClassVar[frozenset[str]] = Card.DESCRIPTIVE | {"options", "package"}
 
     trained: bool
     """Whether it is trained. If not, its builder is a function from image to mask."""
+    package: str = ""
+    """Of one that another Python package runs, with weights of its own: its name. The builder's function returns cell numbers (H, W)."""
     weights: tuple[str, ...] = ()
     """Of one that was trained elsewhere: backbones whose weights it reads. Its builder takes them and returns that function."""
     options: dict[str, Scalar] = Field(default_factory=dict)

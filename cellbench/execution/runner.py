@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cellbench.background import BackgroundCalls
@@ -52,10 +51,12 @@ from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.remote_cache import RemoteCache, shared_url
 from cellbench.hardware import Hardware, is_out_of_memory, num_cores, peak_memory_mib, release_memory
 from cellbench.metrics import catalog
+from cellbench.metrics.instances import MIN_AREA_PX
 from cellbench.metrics.pixel import confusion_matrix
+from cellbench.metrics.separation import NUMBERS, SeparationParams
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone
-from cellbench.models.baselines.build import open_baseline
+from cellbench.models.baselines.build import FoundClasses, open_baseline
 from cellbench.system_load import SystemLoad
 from cellbench.temporary import temporary_folder
 from cellbench.tracking.offline_queue import CallRejectedError
@@ -269,19 +270,24 @@ class Runner:
     def _apply(self, one: ActiveRun, out: Outcome) -> None:
         method, run, num = self._function(one.resolved), one.resolved.run, len(self.dataset.classes)
 
-        def segment(image: Any) -> Any:
+        def segment(image: Any) -> FoundClasses:
             return method(image, num, **run.options)
 
         val, test, busy, wall_s, cpu_s = self._images["val"], self._images["test"], SystemLoad(), 0.0, 0.0
-        predictions = ((k, [(segment(val[k][0]), None, None)]) for k in range(len(val)))
-        with CohortEvaluator(self.dataset, 1, choose_separations(self.dataset, ["watershed"], predictions), self._own_metrics) as evaluator:
+        predictions = ((k, [(segment(val[k][0]).classes, None, None)]) for k in range(len(val)))
+        if isinstance(one.resolved.card, BaselineCard) and one.resolved.card.package:
+            least = MIN_AREA_PX if self.dataset.min_cell_px is None else self.dataset.min_cell_px
+            separations = [SeparationParams(method=NUMBERS, min_area_px=least, owners=self.dataset.owners)]
+        else:
+            separations = choose_separations(self.dataset, ["watershed"], predictions)
+        with CohortEvaluator(self.dataset, 1, separations, self._own_metrics) as evaluator:
             for index in range(len(test)):
                 self.report(index / len(test), "testing")
                 image, truth = test[index]
                 start, start_cpu = time.perf_counter(), time.thread_time()
-                classes = segment(image)
+                found = segment(image)
                 wall_s, cpu_s = wall_s + time.perf_counter() - start, cpu_s + time.thread_time() - start_cpu
-                evaluator.add_image(index, truth, [confusion_matrix(truth, classes, num)], [(classes, None, None)])
+                evaluator.add_image(index, truth, [confusion_matrix(truth, found.classes, num)], [(found.classes, None, found.fields)])
         speed = InferenceSpeed(wall_s=wall_s / len(test), cpu_s=cpu_s / len(test))
         if wall_s < cost_estimate.MEASURED_S:
             speed = cost_estimate.function_speed(segment, test)
@@ -292,7 +298,7 @@ class Runner:
         preparation = Preparation(framing=one.resolved.framing, reading=self.dataset.reading, um_per_px=self.dataset.um_per_px)
         self._finish(one, EvaluationResult(evaluation=evaluator.evaluations[0], cost=cost, preparation=preparation), out)
 
-    def _function(self, resolved: ResolvedRun) -> Callable[..., np.ndarray]:
+    def _function(self, resolved: ResolvedRun) -> Callable[..., FoundClasses]:
         """The function of an untrained baseline. Raises WeightsUnavailable."""
         assert isinstance(resolved.card, BaselineCard), "only baselines are not trained"
         return open_baseline(resolved.card, self.registry, self.weights)

@@ -30,6 +30,7 @@ from cellbench.metrics.calibration import Calibration, expected_calibration_erro
 from cellbench.metrics.catalog import Metric
 from cellbench.metrics.pixel import confusion_matrix, nan_mean, per_image_scores, pixel_scores, pooled_classes
 from cellbench.metrics.separation import CONNECTED, SeparationParams
+from cellbench.models.baselines.build import FoundClasses
 from cellbench.tracking.schema import CALIBRATION, SHIFT_TESTS, TESTED, RunRecord
 from cellbench.tracking.tracker import Tracker
 from cellbench.training.evaluator import CohortEvaluator, Prediction
@@ -119,11 +120,12 @@ def predict_with_heads(runs: Sequence[FinishedRunToTest], features: Features, tr
     return predict
 
 
-def predict_with_function(method: Callable[..., np.ndarray], options: Mapping[str, Any], num_classes: int) -> Predict:
+def predict_with_function(method: Callable[..., FoundClasses], options: Mapping[str, Any], num_classes: int) -> Predict:
     """With a baseline that is not trained."""
 
     def predict(images: ImageCache, coarse: bool) -> Answers:
-        return ((k, [(method(images[k][0], num_classes, **options), None, None)]) for k in range(len(images)))
+        found = (method(images[k][0], num_classes, **options) for k in range(len(images)))
+        return ((k, [(one.classes, None, one.fields)]) for k, one in enumerate(found))
 
     return predict
 

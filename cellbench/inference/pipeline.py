@@ -20,6 +20,7 @@ from cellbench.data.transforms.tiling import Stitcher, TileGrid, cut_tile
 from cellbench.errors import CellbenchError
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.appearance import FAR, NOTHING_KNOWN, Trust
+from cellbench.models.baselines.build import FoundClasses
 from cellbench.training.appearance import tile_weights
 from cellbench.training.tiled_inference import argmax_classes, to_uint8
 
@@ -74,7 +75,7 @@ class TileBatch:
 
     entries: list[tuple[ImageAssembly, int | CellbenchError]] = field(default_factory=list)
     tiles: list[np.ndarray] = field(default_factory=list)
-    found: Tensor | np.ndarray | None = None
+    found: Tensor | FoundClasses | None = None
     """What ``Segmenter.tiles`` returns for the tiles; or the classes (H, W) of one whole image."""
     features: dict[int, np.ndarray] | None = None
     """The mean features of each tile (``training.appearance.pooled``), where the distance of images is wanted."""
@@ -158,7 +159,7 @@ class ImageAssembly:
         return self.source.rows(0, self.size_px[0])
 
     def add(
-        self, rows: list[int | CellbenchError], found: Tensor | np.ndarray | None, features: dict[int, np.ndarray] | None = None
+        self, rows: list[int | CellbenchError], found: Tensor | FoundClasses | None, features: dict[int, np.ndarray] | None = None
     ) -> Iterator[MaskStrip | FailedImage]:
         """The strips that the image's next tiles, at ``rows`` of a batch, complete."""
         first, last = rows[0], rows[-1]
@@ -166,13 +167,13 @@ class ImageAssembly:
             if self.error is None:
                 self.source.close()
             yield FailedImage(number=self.number, error=last)
-        elif isinstance(found, np.ndarray):
+        elif isinstance(found, FoundClasses):
             yield MaskStrip(
                 number=self.number,
                 top=0,
-                classes=found,
+                classes=found.classes,
                 probability=None,
-                fields=None,
+                fields=found.fields,
                 image=self._image,
                 source=self.source,
                 last=True,

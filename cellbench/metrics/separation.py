@@ -94,6 +94,8 @@ class SeparationParams:
     @property
     def description(self) -> str:
         """For messages and MLflow tags."""
+        if self.method == NUMBERS:
+            return "the tool's own cell numbers"
         if self.method != "watershed":
             return ", ".join([self.method, *(f"{name} {value:g}" for name, value in self.settings.items())])
         return (
@@ -266,11 +268,30 @@ def _saddles(basins: np.ndarray, distance: np.ndarray) -> list[tuple[float, int,
     return [(float(height[k]), int(code[k] // num), int(code[k] % num)) for k in best]
 
 
+NUMBERS = "numbers"
+"""The method of a tool that numbers its cells itself."""
+
+
+class NumberedCells:
+    """The cells of a class map (H, W) by numbers that the tool gave, (3, H, W) uint8 from the lowest byte up."""
+
+    SETTINGS: ClassVar[tuple[dict[str, float], ...]] = ({},)
+
+    def __init__(self, classes: np.ndarray, fields: np.ndarray) -> None:
+        self._classes = classes
+        self._ids = sum(part.astype(np.int32) << (8 * place) for place, part in enumerate(fields))
+
+    def instances(self, min_area_px: int) -> Instances:
+        """The cells, each of at least ``min_area_px`` pixels."""
+        return numbered_instances(np.asarray(self._ids), self._classes, min_area_px)
+
+
 METHODS: dict[str, type[CellFinder]] = {
     "watershed": DistanceWatershed,
     "flows": FlowBasins,
     "hv": OffsetBasins,
     "stars": StarPolygons,
+    NUMBERS: NumberedCells,
 }
 """By the name that a cell target gives; the watershed also serves models without one."""
 
@@ -278,7 +299,7 @@ METHODS: dict[str, type[CellFinder]] = {
 def tried_settings(method: str) -> list[dict[str, float]]:
     """The settings that tuning tries for a method; all but the watershed also leave out improbable cells."""
     settings = METHODS[method].SETTINGS
-    if method == "watershed":
+    if method in ("watershed", NUMBERS):
         return list(settings)
     return [{**setting, "min_confidence": value} for setting in settings for value in MIN_CONFIDENCES]
 

@@ -29,6 +29,7 @@ from cellbench.inference.trained_run import Preparation, TrainedRun
 from cellbench.inference.writers import OutputFormats
 from cellbench.metrics.measurements import count_by_class
 from cellbench.metrics.separation import SeparationParams
+from cellbench.models.baselines.build import FoundClasses
 
 Y, X = np.mgrid[:120, :160]
 NESTED = ("background", "cytoplasm", "nucleus")
@@ -208,7 +209,7 @@ def test_counts_are_of_cells_and_of_each_class(nested, tmp_path, monkeypatch):
     for owner, cells, columns in (((0, 1, 1), "3", ["3", "3"]), ((), "6", ["3", "3"])):
         one = segmenter_of(owner)
         truth = iter([cells_with_nuclei((36, 30), (40, 106), (85, 54)), cells_with_nuclei((37, 30), (40, 107), (85, 53))])
-        monkeypatch.setattr(one, "_function", lambda image, num, truth=truth, **options: next(truth))
+        monkeypatch.setattr(one, "_function", lambda image, num, truth=truth, **options: FoundClasses(classes=next(truth)))
         out = tmp_path / f"out{len(owner)}"
         out.mkdir()
         targets = output_paths(one, find_images([nested / "test" / "original"], out)[0], out, {})

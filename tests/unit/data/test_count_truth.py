@@ -120,7 +120,7 @@ def test_a_card_leaves_a_class_out_or_gives_it_another_name(tmp_path: Path) -> N
     (folder / "dataset.toml").write_text('categories = { WBC = "white" }\n')
     assert read(folder).num_of == {"RBC": 3, "white": 1}
     (folder / "dataset.toml").write_text('categories = { platelets = "" }\n')
-    with pytest.raises(CellbenchError, match="categories names 'platelets', which .* does not hold"):
+    with pytest.raises(CellbenchError, match=r"categories names 'platelets', which .* does not hold"):
         read(folder)
 
 

@@ -96,7 +96,7 @@ def test_faults_are_one_line(tmp_path: Path) -> None:
         open_dataset(FOLDER, folder, SPLIT)
     write(folder / "regions" / "i0.geojson", feature("a", square(0, 0, 9, 9)))
     write(folder / "regions" / "i0_rois.geojson", feature("a", square(0, 0, 9, 9)))
-    with pytest.raises(CellbenchError, match="'i0.png' has 2 files of regions"):
+    with pytest.raises(CellbenchError, match=r"'i0.png' has 2 files of regions"):
         open_dataset(FOLDER, folder, SPLIT)
 
 

@@ -86,5 +86,5 @@ def test_real_red_cells_are_found() -> None:
     open_backbone(registry.backbone("cbc-wbc"), weights)
     picture = sorted((SHARED / "bccd" / "test" / "original").iterdir())[0]
     truth = read_labels(SHARED / "bccd" / "test" / "mask" / f"{picture.stem}.png")[:420, :420] > 127
-    found = open_baseline(registry.baseline("cbc"), registry, weights)(read_image(picture)[:420, :420], 2, threshold=0.5) > 0
+    found = open_baseline(registry.baseline("cbc"), registry, weights)(read_image(picture)[:420, :420], 2, threshold=0.5).classes > 0
     assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.9
