@@ -19,6 +19,7 @@ from experiment_files import QUESTION, finished_results, place
 from mlflow_server import Server
 
 from cellbench.errors import CellbenchError
+from cellbench.files import cache_dir
 from cellbench.run import main
 from cellbench.tracking import store_lock
 from cellbench.tracking.client import ResilientClient, is_unavailable
@@ -249,6 +250,32 @@ def test_calls_are_queued_while_the_server_denies_access(proxy, tmp_path, monkey
     (stored,) = tracker.stored()
     assert stored.metrics["val/dice"] == 0.25
     assert stored.status == "finished"
+
+
+def test_a_server_that_answers_503_for_long_loses_nothing(proxy, tmp_path, monkeypatch):
+    """Behind a gateway: every call is answered 503 for longer than MLflow's client itself tries again, here scaled from ten minutes to seconds."""
+    monkeypatch.setattr("cellbench.tracking.client.PATIENCE_S", 30.0)
+    tracker = Tracker("gateway")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "head.safetensors").write_bytes(b"weights")
+    with tracker.run("one", "f503") as run:
+        proxy.status, proxy.on = 503, ""
+        for epoch in range(3):
+            run.log({"val/dice": epoch / 10}, step=epoch)
+        run.log_artifacts(tmp_path / "files")
+        run.end("finished", metrics={"test/dice": 0.5})
+        time.sleep(1)
+        proxy.status = None
+    tracker.flush()
+    (stored,) = tracker.stored()
+    assert (stored.status, stored.metrics["test/dice"]) == ("finished", 0.5)
+    assert tracker.artifact(stored, "head.safetensors") == b"weights"
+    assert [one.value for one in sorted(tracker.client.get_metric_history(run.run_id, "val/dice"), key=lambda one: one.step)] == [
+        0,
+        0.1,
+        0.2,
+    ]
+    assert not list(cache_dir().glob("offline_queue/*/*"))
 
 
 def test_machines_that_share_only_the_server_hold_its_lock_one_after_the_other(proxy):
