@@ -205,6 +205,9 @@ def load_coco_json(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
                     )
                 if not isinstance(row[key], int | str):
                     raise CellbenchError(f"{path}: '{table}' holds {key} = {row[key]!r:.60}; a number or a string is expected.")
+    ids = [row["id"] for row in tree["categories"]]
+    if len(set(ids)) < len(ids):
+        raise CellbenchError(f"{path}: two categories have one id. Give each its own.")
     return tree
 
 
@@ -282,7 +285,7 @@ def read_coco(path: Path, labels: Mapping[str, int | None]) -> CocoFile:
             raise CellbenchError(f"{path}: two images have the id {row['id']!r:.40}. Give each its own.")
         if row["height"] < 1 or row["width"] < 1:
             raise CellbenchError(
-                f"{path}: {quote_name(row['file_name'])} is {row['width']:.3g} x {row['height']:.3g} px there. Export it again."
+                f"{path}: {quote_name(row['file_name'])} is {row['width']!s:.20} x {row['height']!s:.20} px there. Export it again."
             )
         if row["height"] * row["width"] > limit:
             raise CellbenchError(

@@ -130,7 +130,10 @@ def _read(path: Path, stamp: tuple[int, int]) -> ToolMask:
         )
     else:
         tree = _json(path)
-        found = _labelme(tree, shown) if isinstance(tree, dict) and "shapes" in tree else _geojson(tree, shown)
+        try:
+            found = _labelme(tree, shown) if isinstance(tree, dict) and "shapes" in tree else _geojson(tree, shown)
+        except RecursionError:
+            raise CellbenchError(f"{shown}: is nested too deeply. Export it again.") from None
     regions = tuple(one for one in found.outlines if one.label.casefold() in REGION_LABELS)
     kept = tuple(one for one in found.outlines if one.label.casefold() not in REGION_LABELS)
     return ToolMask(outlines=kept, size_px=found.size_px, regions=(*found.regions, *regions), left_out=found.left_out)
@@ -208,12 +211,14 @@ def _rings(geometry: Any, shown: str) -> tuple[np.ndarray, ...]:
     if not isinstance(geometry, dict):
         return ()
     kind, coordinates = geometry.get("type"), geometry.get("coordinates")
+    parts: Any
     if kind == "GeometryCollection":
-        return tuple(ring for one in geometry.get("geometries") or () for ring in _rings(one, shown))
+        parts = geometry.get("geometries")
+        return tuple(ring for one in (parts if isinstance(parts, list) else ()) for ring in _rings(one, shown))
     if kind not in ("Polygon", "MultiPolygon"):
         return ()
     try:
-        parts: Any = [coordinates] if kind == "Polygon" else coordinates
+        parts = [coordinates] if kind == "Polygon" else coordinates
         rings = [np.array([point[:2] for point in ring], float) for part in parts for ring in part]
     except (TypeError, ValueError, OverflowError, IndexError, KeyError):
         raise CellbenchError(f"{shown} has no readable coordinates. Export it again.") from None

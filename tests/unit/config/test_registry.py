@@ -51,7 +51,7 @@ def test_a_misspelt_card_names_the_nearest_known(kind: str) -> None:
     assert f"Did you mean '{name}'?" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["../heads/fpn", "", ".", "..", "fpn.toml", "heads/fpn"])
+@pytest.mark.parametrize("name", ["../heads/fpn", "", ".", "..", "fpn.toml", "heads/fpn", "x" * 300, "a\0b"])
 def test_only_plain_names_reach_a_file(name: str) -> None:
     with pytest.raises(CellbenchError, match="no head called"):
         Registry().head(name)

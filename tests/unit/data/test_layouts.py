@@ -392,6 +392,20 @@ def test_a_coco_file_whose_image_has_another_size_is_refused(tmp_path: Path) -> 
     assert "the mask is 61 x 40 px" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tree: tree["categories"].append({"id": 7, "name": "debris"}), "two categories have one id"),
+        (lambda tree: tree["images"][0].update(width=-(10**400)), "Export it again"),
+        (lambda tree: tree["annotations"][0].update(segmentation=[[0, 0, 10**400, 0, 9.5, 9]]), "extends far beyond its image"),
+    ],
+)
+def test_numbers_beyond_all_floats_and_ids_given_twice_are_one_line(tmp_path: Path, change: Callable[[dict], object], says: str) -> None:
+    message = refusal(coco_with(tmp_path / "own", change))
+    assert says in message
+    assert "\n" not in message
+
+
 def coco_with(folder: Path, change: Callable[[dict], object], card: str = "") -> Path:
     """A folder of COCO outlines whose tree was changed; ``card``: a dataset.toml beside it."""
     folder = coco_folder(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import os
@@ -132,9 +133,30 @@ def test_damaged_files_are_one_line(tmp_path: Path, ending: str, content: bytes)
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"type": "Polygon", "coordinates": [[[0, 0], [10**400, 0], [9, 9]]]},
+        {"type": "Polygon", "coordinates": [3]},
+        functools.reduce(lambda inner, _: {"type": "GeometryCollection", "geometries": [inner]}, range(400), {}),
+    ],
+)
+def test_shapes_that_no_tool_writes_are_one_line_or_none(tmp_path: Path, geometry: object) -> None:
+    path = write_json(tmp_path / "a.geojson", {"type": "Feature", "geometry": geometry})
+    try:
+        assert not read_tool_mask(path).outlines
+    except CellbenchError as error:
+        assert "\n" not in str(error)  # noqa: PT017  either is well
+
+
 def test_features_without_a_readable_shape_are_counted(tmp_path: Path) -> None:
-    found = read_tool_mask(write_json(tmp_path / "a.geojson", [{"type": "Feature", "geometry": [1]}, feature([1, 2], "Point")]))
-    assert found.left_out == {"feature without a shape": 1, "point": 1}
+    found = read_tool_mask(
+        write_json(
+            tmp_path / "a.geojson",
+            [{"type": "Feature", "geometry": [1]}, feature([1, 2], "Point"), {"type": "GeometryCollection", "geometries": 3}],
+        )
+    )
+    assert found.left_out == {"feature without a shape": 1, "point": 1, "geometrycollection": 1}
 
 
 # --- outlines -----------------------------------------------------------------------------------------------------------------------------
