@@ -1,7 +1,8 @@
 """Exports backbone and head as one ONNX file and compares its output with torch.
 
 Input: ``pixels`` (B, 3, T, T) float32, RGB in 0..1, T the run's tile, any B. Output: ``probabilities`` (B, K, T, T) float32 of the classes,
-NaN where a score is not finite. Tiling, blending, test-time augmentation, scaling and stain normalisation are left to the caller.
+NaN where a score is not finite. Tiling, blending, test-time augmentation, scaling, stain normalisation and what is dropped at the frame of
+an image are left to the caller; batch norms adapt inside.
 """
 
 from __future__ import annotations

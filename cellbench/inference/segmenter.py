@@ -307,7 +307,7 @@ class Segmenter:
                     yield from self._finished(batch, held)
 
     def _finished(self, batch: TileBatch, held: list[MaskStrip]) -> Iterator[MaskStrip | FailedImage]:
-        """The strips that a batch completes; of a run that drops regions at the frame, whole images, since only these show them."""
+        """The strips that a batch completes; of a run that drops regions at the frame, those of whole images, since only these show them."""
         if self.model is None or not self.model.edge_share:
             yield from batch.finished()
             return
@@ -318,13 +318,12 @@ class Segmenter:
                 continue
             held.append(event)
             if event.last:
-                classes, probability, fields = join_strips(held)
+                dropped = small_edge_regions(np.concatenate([strip.classes for strip in held]), self.model.edge_share)
+                for strip in held:
+                    here = dropped[strip.top : strip.top + len(strip.classes)]
+                    probability = None if strip.probability is None else np.where(here, np.uint8(0), strip.probability)
+                    yield replace(strip, classes=np.where(here, np.uint8(0), strip.classes), probability=probability)
                 held.clear()
-                dropped = small_edge_regions(classes, self.model.edge_share)
-                classes[dropped] = 0
-                if probability is not None:
-                    probability[dropped] = 0
-                yield replace(event, top=0, classes=classes, probability=probability, fields=fields)
 
     def _segmented(self, batch: TileBatch) -> TileBatch:
         """The batch with ``found`` filled in."""
