@@ -15,7 +15,7 @@ from cellbench.console import Column, format_table, progress_bar, say, warn
 from cellbench.data.dataset import SPLITS, Sample
 from cellbench.data.layouts import scan_folder
 from cellbench.data.scan import files_below
-from cellbench.errors import CellbenchError, first_names
+from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
 from cellbench.hardware import detect_hardware
 from cellbench.inference.committee import Committee, open_experiment
@@ -41,7 +41,8 @@ def next_images(options: NextOptions) -> int:
             f"{options.data}: all of its images were trained on, so there is nothing to label. Name a folder of new images."
         )
     found = committee.predict_new(new)
-    say(f"{len(new)} images, ranked by {', '.join(found.models)} of '{tracker.name}', on {machine.name}.")
+    runs = f"{len(found.models)} run{'s' * (len(found.models) != 1)} of {', '.join(dict.fromkeys(found.models))}"
+    say(f"{len(new)} images, ranked by {runs} ('{tracker.name}'), on {machine.name}.")
     kept: list[Sample] = []
     spreads: list[float | None] = []
     descriptors: list[Descriptor | None] = []
@@ -56,7 +57,7 @@ def next_images(options: NextOptions) -> int:
         descriptors.append(None if found.described_by is None else predictions[found.described_by].trust.descriptor)
     ranked = rank_images(spreads, descriptors, found.appearances)
     if len(found.models) == 1:
-        say("With one model there is no disagreement: images are ranked by their distance from the labelled ones alone.")
+        say("With one run there is no disagreement: images are ranked by their distance from the labelled ones alone.")
     for line in _table(kept, ranked):
         say(line)
     place = make_folder(options.out or Path("reports") / f"next-{options.data.absolute().name}") / "next.csv"
@@ -94,8 +95,7 @@ def _table(samples: Sequence[Sample], ranked: Sequence[Ranked]) -> list[str]:
         (str(k), samples[one.number].name, f"{one.score:.3f}", _number(one.spread), _number(one.distance))
         for k, one in enumerate(ranked[:SHOWN], 1)
     ]
-    names = [samples[one.number].name for one in ranked[SHOWN:]]
-    return ["", *format_table(columns, rows), *([f"… {len(names)} more: {first_names(names)}"] if names else []), ""]
+    return ["", *format_table(columns, rows), *([f"… {len(ranked) - SHOWN} more"] if len(ranked) > SHOWN else []), ""]
 
 
 def _number(value: float | None) -> str:

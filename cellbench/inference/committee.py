@@ -46,6 +46,7 @@ class NewImages:
     """Predictions of images without labels."""
 
     models: Sequence[str]
+    """Of each run that predicts."""
     described_by: int | None
     """The place among the predictions of an image whose features are compared with ``appearances``; None: no model has a backbone."""
     appearances: Sequence[TrainingAppearance]
@@ -117,14 +118,12 @@ class Committee:
         turned = [member.runs[k % len(member.runs) :] + member.runs[: k % len(member.runs)] for k, member in enumerate(trained)]
         runs = [run for row in itertools.zip_longest(*turned) for run in row if run is not None]
         segmenters = self._open(runs[:MOST])
+        home = {run.record.run_id: member for member in trained for run in member.runs}
         first = next((k for k, one in enumerate(segmenters) if one.trained.appearance is not None), None)
-        appearances: list[TrainingAppearance | None] = []
-        if first is not None:
-            ids = segmenters[first].trained.run_id
-            (member,) = (one for one in trained if any(run.record.run_id == ids for run in one.runs))
-            appearances = [read_appearance(self._tracker, run.record) for run in member.runs]
+        of_first = () if first is None else home[segmenters[first].trained.run_id].runs
+        appearances = [read_appearance(self._tracker, run.record) for run in of_first]
         return NewImages(
-            models=[one.name for one in segmenters],
+            models=[home[one.trained.run_id].name for one in segmenters],
             described_by=first,
             appearances=[one for one in appearances if one is not None],
             predictions=self._predictions(segmenters, samples),
