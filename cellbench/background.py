@@ -38,6 +38,11 @@ class BackgroundCalls:
         """The result to come of ``function``, which another process can import, with arguments that can be pickled."""
         return self._threads.submit(self._call, function, arguments)
 
+    @property
+    def started(self) -> bool:
+        """Whether there are processes, so that a call does not wait for its process to start."""
+        return bool(self._children)
+
     def import_ahead(self, module: str) -> None:
         """Imports a module in every process, so that the first call does not wait for it."""
         for _ in range(self._num):

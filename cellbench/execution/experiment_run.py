@@ -9,11 +9,12 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cellbench.background import BackgroundCalls
 from cellbench.config.experiment import Experiment
 from cellbench.config.loading import changed_experiment, read_experiment
 from cellbench.config.options import GridOptions
@@ -32,6 +33,7 @@ from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.resources import Resources, check_options, prepare_cache
 from cellbench.execution.runner import Runner
 from cellbench.execution.shift_tests import describe_tests
+from cellbench.hardware import num_cores
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request, write_report
 from cellbench.tracking.tracker import Run, Tracker
@@ -107,10 +109,11 @@ def run_experiment(plan: ExperimentPlan, tracker: Tracker, say: Say, say_result:
     with (
         ray_cluster.connect(options.on, machine) if options.on is not None else nullcontext() as ray,
         _parent_run(plan, tracker) as parent,
+        closing(BackgroundCalls(min(4, num_cores()))) as drawing,
     ):
         request = log_request(parent, plan.text, plan.datasets[0], machine.name, command)
-        outcome = _execute(plan, tracker, parent, ray, say)
-        _report(plan, tracker, parent, outcome, request, say_result or say)
+        outcome = _execute(plan, tracker, parent, ray, drawing, say)
+        _report(plan, tracker, parent, outcome, request, drawing, say_result or say)
     return outcome
 
 
@@ -131,7 +134,7 @@ def _parent_run(plan: ExperimentPlan, tracker: Tracker) -> Iterator[Run]:
         yield parent
 
 
-def _execute(plan: ExperimentPlan, tracker: Tracker, parent: Run, ray: Any, say: Say) -> Outcome:
+def _execute(plan: ExperimentPlan, tracker: Tracker, parent: Run, ray: Any, drawing: BackgroundCalls, say: Say) -> Outcome:
     """Executes the unfinished runs in this process, in several local processes, or on Ray."""
     options, resources = plan.options, plan.resources
     runner = Runner(
@@ -144,6 +147,7 @@ def _execute(plan: ExperimentPlan, tracker: Tracker, parent: Run, ray: Any, say:
         parent_id=parent.run_id,
         disk_bytes=resources.disk_bytes,
         prefer_disk=resources.prefer_disk,
+        drawing=drawing,
         say=say,
     )
     job = resources.job(plan.experiment, parent.run_id, where=options.file, data=options.data, extra=options.registry)
@@ -159,14 +163,16 @@ def _execute(plan: ExperimentPlan, tracker: Tracker, parent: Run, ray: Any, say:
         return outcome
 
 
-def _report(plan: ExperimentPlan, tracker: Tracker, parent: Run, outcome: Outcome, request: RunRequest, say: Say) -> None:
+def _report(
+    plan: ExperimentPlan, tracker: Tracker, parent: Run, outcome: Outcome, request: RunRequest, drawing: BackgroundCalls, say: Say
+) -> None:
     ids = {run.run_id for run in outcome.finished.values()}
     splits = {
         f"fold {fold}: {split}" if len(plan.datasets) > 1 else split: [sample.name for sample in dataset.samples(split)]
         for fold, dataset in enumerate(plan.datasets)
         for split in SPLITS
     }
-    write_report(tracker, parent, ids, request, splits, outcome.skipped, outcome.failed, say, plan.options.wide)
+    write_report(tracker, parent, ids, request, splits, outcome.skipped, outcome.failed, say, plan.options.wide, drawing)
     parent.log({"grid/finished": len(ids), "grid/skipped": len(outcome.skipped), "grid/failed": len(outcome.failed)})
     if outcome.skipped or outcome.failed or outcome.missing:
         say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.missing)} missing.")

@@ -98,6 +98,8 @@ class Runner:
     say: Callable[[str], None] = print
     report: Report = no_report
     """Receives the progress of the current cohort."""
+    drawing: BackgroundCalls | None = None
+    """Processes that draw the pictures; its owner closes them. None: the runner has its own."""
     watch: TrialCallback | None = None
     """Set for the trials of a search, which are validated and not tested."""
 
@@ -125,9 +127,9 @@ class Runner:
             if kind is None:  # else the first error matters
                 raise
         finally:
-            if self._drawing is not None:
+            if self._drawing is not None and self._drawing is not self.drawing:
                 self._drawing.close()
-                self._drawing = None
+            self._drawing = None
 
     def _select(self, dataset: Dataset) -> None:
         """Sets the dataset of the next cohort."""
@@ -197,7 +199,7 @@ class Runner:
             if not active:
                 return
             if self.watch is None and self._drawing is None:
-                self._drawing = BackgroundCalls(min(4, num_cores()))
+                self._drawing = self.drawing or BackgroundCalls(min(4, num_cores()))
                 self._drawing.import_ahead("cellbench.reporting.plots.run")
             try:
                 self._complete(active, title, out)

@@ -16,10 +16,11 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
+from cellbench.background import BackgroundCalls
 from cellbench.escaping import escape_markdown, to_csv
 from cellbench.files import make_folder, os_errors_as
 from cellbench.reporting.leaderboard import LeaderboardRow, format_row
-from cellbench.reporting.report_data import Page, ReportData, Table
+from cellbench.reporting.report_data import Page, ReportData, Table, draw
 from cellbench.tracking.ui_view import padded_table
 
 MAX_PAGE_ROWS = 200
@@ -29,14 +30,21 @@ MAX_NOTE_CHARS = 7900
 NOTE_COLUMNS = ("model", "seeds", "Dice", "Dice/image", "95 %", "AP50", "train s")
 
 
-def write_report_files(report: ReportData, folder: Path) -> Path:
-    """Writes page, tables and figures into a folder, which is made if need be; returns the page's path. Raises CellbenchError."""
+def write_report_files(report: ReportData, folder: Path, drawing: BackgroundCalls | None = None) -> Path:
+    """Writes page, tables and figures into a folder, which is made if need be; returns the page's path. Raises CellbenchError.
+
+    ``drawing``: processes that draw the figures, if they have started already.
+    """
+    drawn = [drawing.submit(draw, figure) for figure in report.figures()] if drawing is not None and drawing.started else []
     make_folder(folder / "figures")
     with os_errors_as(f"writing the report to {folder}"):
         for table in report.tables():
             (folder / f"{table.name}.csv").write_text(to_csv(table.headings, table.rows), encoding="utf-8")
             (folder / f"{table.name}.md").write_text(to_markdown(table) + "\n", encoding="utf-8")
             (folder / f"{table.name}.tex").write_text(to_latex(table), encoding="utf-8")
+        for figure, there in zip(report.figures(), drawn, strict=False):
+            if there.exception() is None:  # else it is drawn, or fails, here
+                figure.take(there.result())
         for figure in report.figures():
             (folder / "figures" / f"{figure.name}.png").write_bytes(figure.png)
         (folder / "report.html").write_text(to_html(report), encoding="utf-8")

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cellbench.background import BackgroundCalls
 from cellbench.config.loading import CHANGED
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, one_line
@@ -121,10 +122,12 @@ def write_report(
     failed: Mapping[str, str],
     say: Callable[[str], None],
     wide: bool = False,
+    drawing: BackgroundCalls | None = None,
 ) -> None:
     """Prints the leaderboard and logs the report to the parent run ``top``.
 
-    ``only``: ids of its runs; ``splits``: image names by split; ``wide``: prints all columns.
+    ``only``: ids of its runs; ``splits``: image names by split; ``wide``: prints all columns; ``drawing``: processes that draw the
+    figures.
     """
     if not only:
         say("no run is finished, so there is nothing to compare.")
@@ -140,7 +143,7 @@ def write_report(
         )
         return
     if (summary := _stored_summary(tracker, top, key)) is None:
-        summary = _draw_report(tracker, top, only, request, splits, skipped, failed)
+        summary = _draw_report(tracker, top, only, request, splits, skipped, failed, drawing)
     for line in ("", terminal_table(summary.rows, summary.metrics, wide=wide), "", *summary.verdict):
         say(line)
     # Model entries and the experiment's description refer to the test set that `report` and `best` use, including runs of earlier calls.
@@ -162,6 +165,7 @@ def _draw_report(
     splits: Mapping[str, Sequence[str]],
     skipped: Mapping[str, str],
     failed: Mapping[str, str],
+    drawing: BackgroundCalls | None,
 ) -> Summary:
     from cellbench.reporting.render import write_report_files
     from cellbench.reporting.sections import build_report  # imports matplotlib
@@ -180,7 +184,7 @@ def _draw_report(
     )
     with temporary_folder() as name:
         folder = Path(name)
-        write_report_files(report, folder)
+        write_report_files(report, folder, drawing)
         (folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=1), encoding="utf-8")
         (folder / "splits.json").write_text(json.dumps(splits, indent=1), encoding="utf-8")
         top.log_artifacts(folder)

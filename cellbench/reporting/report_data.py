@@ -71,6 +71,15 @@ class Figure:
     def on_page(self) -> DrawnFigure:
         return self._drawn
 
+    def take(self, drawn: DrawnFigure) -> None:
+        """Takes the figure as :func:`draw` has drawn it elsewhere."""
+        self.__dict__["_drawn"] = drawn
+
+
+def draw(figure: Figure) -> DrawnFigure:
+    """All forms of a figure: a function that another process can call."""
+    return figure.on_page
+
 
 LARGE_SVG_BYTES = 100_000
 

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import re
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from finished_runs import EXPERIMENT, IMAGES, log_finished_run, per_image_scores
 
+from cellbench.background import BackgroundCalls
 from cellbench.config.run import RunSpec
 from cellbench.errors import CellbenchError
 from cellbench.execution.artifacts import round_metric
@@ -26,6 +28,7 @@ from cellbench.reporting.leaderboard import LeaderboardRow, leaderboard_rows, te
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, group_models
 from cellbench.reporting.render import to_html
 from cellbench.reporting.report import REPORTED_RUNS, report_dir, write_report
+from cellbench.reporting.report_data import draw
 from cellbench.reporting.sections import build_report
 from cellbench.reporting.verdict import describe_absent_classes, describe_best
 from cellbench.run import main
@@ -279,6 +282,15 @@ def test_one_model_alone_is_reported_without_tests(tmp_path, monkeypatch):
     text = (tmp_path / "reports" / "alone" / "report.html").read_text(encoding="utf-8")
     assert "There is only one model" in text
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower()
+
+
+@pytest.mark.slow
+def test_another_process_draws_the_same_figures(project):
+    figures = list(build_report(results()).figures())
+    with closing(BackgroundCalls(1)) as pool:
+        elsewhere = [pool.submit(draw, figure) for figure in figures]
+        assert [job.result(60) for job in elsewhere] == [draw(figure) for figure in figures]
+    assert len(figures) > 3
 
 
 @pytest.mark.slow
