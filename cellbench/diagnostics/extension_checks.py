@@ -14,7 +14,7 @@ from torch import Tensor
 from cellbench.config.cards import AugmentationCard, Card, LossCard, MetricCard
 from cellbench.config.registry import load
 from cellbench.metrics.catalog import ScoredImage
-from cellbench.metrics.instance import ReferenceMask
+from cellbench.metrics.instance import CellPairs, ReferenceMask
 from cellbench.metrics.instances import connected_instances
 from cellbench.metrics.pixel import IGNORE, confusion_matrix, per_image_scores
 
@@ -116,7 +116,7 @@ def _scored(truth: np.ndarray, prediction: np.ndarray) -> ScoredImage:
         true_cells=reference.cells,
         found_cells=cells,
         pixels={name: float(values[0]) for name, values in per_image_scores(counts[None]).items()},
-        instances=reference.agreement(prediction, cells),
+        instances=reference.agreement(prediction, CellPairs.of(reference.cells, cells)),
     )
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cellbench.metrics.instance import pairwise_overlaps
-from cellbench.metrics.instances import Instances, connected_instances, drop_ignored
+from cellbench.metrics.instance import CellPairs
+from cellbench.metrics.instances import connected_instances
 from cellbench.metrics.pixel import IGNORE
 
 
@@ -35,12 +35,10 @@ class CellClass:
         return self.num_found / union if union else math.nan
 
 
-def cell_confusion(truth: Instances, found: Instances, num_classes: int) -> np.ndarray:
-    """The matrix (K, K) of an image's cells. Expects predicted cells as from :func:`cellbench.metrics.instances.drop_ignored`."""
-    found = drop_ignored(found, truth.ignored)
-    t, p, shared, union = pairwise_overlaps(truth, found, any_class=True)
-    matched = 2 * shared > union  # at most one match a cell, as cells do not overlap
-    t, p = t[matched], p[matched]
+def cell_confusion(pairs: CellPairs, num_classes: int) -> np.ndarray:
+    """The matrix (K, K) of an image's cells."""
+    truth, found, matched = pairs.truth, pairs.found, pairs.matching()  # at most one match a cell, as cells do not overlap
+    t, p = pairs.t[matched], pairs.p[matched]
     out = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(out, (truth.classes[t], found.classes[p]), 1)
     for cells, mine, at in ((truth, t, np.s_[:, 0]), (found, p, np.s_[0])):
@@ -55,7 +53,7 @@ def part_confusion(truth: np.ndarray, classes: np.ndarray, owners: Sequence[int]
     for part, owner in enumerate(owners):
         if part != owner:
             true, found = (connected_instances(np.where((x == part) | (x == IGNORE), x, 0), min_area_px) for x in (truth, classes))
-            out += cell_confusion(true, found, num_classes)
+            out += cell_confusion(CellPairs.of(true, found), num_classes)
     return out
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cellbench.metrics.instance import pairwise_overlaps
-from cellbench.metrics.instances import Instances, drop_ignored
+from cellbench.metrics.instance import CellPairs
+from cellbench.metrics.instances import Instances
 
 MIN_CONFIDENCES = (0.0, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85)
 """Values to try; among equally good ones the smallest is chosen."""
@@ -39,11 +39,11 @@ def ap50_by_confidence(
     truth: Instances, found: Instances, probability: np.ndarray, least: Sequence[float] = MIN_CONFIDENCES
 ) -> list[float]:
     """AP50 if only cells of at least each of these confidences are kept; NaN where there is no cell at all."""
-    found = drop_ignored(found, truth.ignored)
+    pairs = CellPairs.of(truth, found).of_one_class
+    found = pairs.found
     confidences = cell_confidences(found, probability)[1:]
-    _, predicted, shared, union = pairwise_overlaps(truth, found)
     matched = np.zeros(found.num, bool)
-    matched[predicted[2 * shared > union] - 1] = True
+    matched[pairs.p[pairs.matching()] - 1] = True
     out = []
     for value in least:
         kept = confidences >= value

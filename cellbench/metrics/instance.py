@@ -35,7 +35,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -115,8 +116,8 @@ class ReferenceMask:
         """The scores of predicted cells, each of ``min_area_px`` or more, under the names of :class:`InstanceScores`."""
         return instance_scores(self.cells, cells)
 
-    def agreement(self, classes: np.ndarray, cells: Instances | None = None) -> InstanceScores:
-        """How well a predicted class map (H, W) agrees; ``cells``: the single cells in it; by default the connected regions of its objects."""
+    def agreement(self, classes: np.ndarray, pairs: CellPairs | None = None) -> InstanceScores:
+        """How well a predicted class map (H, W) agrees; ``pairs``: of its single cells with ``cells``; by default of the connected regions of its objects."""
         if classes.shape != self._classes.shape:
             raise ValueError(f"truth is {self._classes.shape}, prediction {classes.shape}")
         ignored = self.cells.ignored
@@ -124,63 +125,83 @@ class ReferenceMask:
             boundary_scores(truth, MaskBoundary(classes == label, self._tolerance, ignored)) for label, truth in self._outlines.items()
         ]
         nsd, band = (nan_mean(np.array(values)) for values in zip(*outlines, strict=True))
-        cells = connected_instances(merge_parts_into_objects(classes, self._owners), self.min_area_px) if cells is None else cells
-        return InstanceScores(nsd=nsd, boundary_dice=band, numbered=self._numbered, **self.found(cells))  # type: ignore[arg-type]
+        pairs = pairs or CellPairs.of(self.cells, connected_instances(merge_parts_into_objects(classes, self._owners), self.min_area_px))
+        return InstanceScores(nsd=nsd, boundary_dice=band, numbered=self._numbered, **scores_of_pairs(pairs))  # type: ignore[arg-type]
 
 
-def pairwise_overlaps(truth: Instances, found: Instances, any_class: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For every pair of cells of one class that overlap: number of the true and of the predicted cell, intersection and union in px.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CellPairs:
+    """The pairs of a true and a predicted cell of an image that overlap: what all scores of single cells follow from."""
 
-    ``any_class``: also for cells of different classes.
-    """
-    both = np.flatnonzero((truth.ids > 0) & (found.ids > 0))
-    codes = truth.ids.ravel()[both].astype(np.int64) * (found.num + 1) + found.ids.ravel()[both]
-    if (truth.num + 1) * (found.num + 1) <= 1 << 22:
-        table = np.bincount(codes, minlength=1)
-        pairs = np.flatnonzero(table)
-        shared = table[pairs]
-    else:
-        pairs, shared = np.unique(codes, return_counts=True)
-    t, p = pairs // (found.num + 1), pairs % (found.num + 1)
-    if not any_class:
-        same = truth.classes[t] == found.classes[p]
-        t, p, shared = t[same], p[same], shared[same]
-    return t, p, shared, truth.areas_px[t] + found.areas_px[p] - shared
+    truth: Instances
+    found: Instances
+    """As from :func:`drop_ignored`."""
+    t: np.ndarray
+    """The number of each pair's true cell."""
+    p: np.ndarray
+    """The number of its predicted cell."""
+    shared: np.ndarray
+    """Their intersection in px."""
+    union: np.ndarray
+
+    @classmethod
+    def of(cls, truth: Instances, found: Instances) -> CellPairs:
+        """All pairs, whatever the classes of the two cells."""
+        if truth.ids.shape != found.ids.shape:
+            raise ValueError(f"truth is {truth.ids.shape}, prediction {found.ids.shape}")
+        found = drop_ignored(found, truth.ignored)
+        both = np.flatnonzero((truth.ids > 0) & (found.ids > 0))
+        codes = truth.ids.ravel()[both].astype(np.int64) * (found.num + 1) + found.ids.ravel()[both]
+        if (truth.num + 1) * (found.num + 1) <= 1 << 22:
+            table = np.bincount(codes, minlength=1)
+            pairs = np.flatnonzero(table)
+            shared = table[pairs]
+        else:
+            pairs, shared = np.unique(codes, return_counts=True)
+        t, p = pairs // (found.num + 1), pairs % (found.num + 1)
+        return cls(truth=truth, found=found, t=t, p=p, shared=shared, union=truth.areas_px[t] + found.areas_px[p] - shared)
+
+    @cached_property
+    def of_one_class(self) -> CellPairs:
+        """The pairs of cells of the same class."""
+        same = self.truth.classes[self.t] == self.found.classes[self.p]
+        return replace(self, t=self.t[same], p=self.p[same], shared=self.shared[same], union=self.union[same])
+
+    def matching(self, threshold: int = 10) -> np.ndarray:
+        """Which pairs have an intersection of more than ``threshold`` twentieths of their union, (pairs,) bool."""
+        return 20 * self.shared > threshold * self.union
 
 
 def instance_scores(truth: Instances, found: Instances) -> dict[str, float | int]:
-    """The scores of single cells, under the names of :class:`InstanceScores`.
+    """The scores of single cells, under the names of :class:`InstanceScores`. NaN if there is no cell and none was predicted."""
+    return scores_of_pairs(CellPairs.of(truth, found))
 
-    Expects predicted cells as from :func:`drop_ignored`. NaN if there is no cell and none was predicted.
-    """
-    found = drop_ignored(found, truth.ignored)
-    t, p, shared, union = pairwise_overlaps(truth, found)
+
+def scores_of_pairs(pairs: CellPairs) -> dict[str, float | int]:
+    """The same from their pairs."""
+    pairs = pairs.of_one_class
+    truth, found, shared, union = pairs.truth, pairs.found, pairs.shared, pairs.union
     both = truth.num + found.num
-
-    def hits(threshold: int) -> np.ndarray:
-        return 20 * shared > threshold * union
 
     def precision(num_hits: int) -> float:
         return num_hits / (both - num_hits) if both else math.nan
 
-    matched = hits(10)
+    matched = pairs.matching()
     num = int(matched.sum())
     dq = 2 * num / both if both else math.nan
     sq = float((shared[matched] / union[matched]).mean()) if num else 0.0 if both else math.nan
     return {
         "ap50": precision(num),
-        "ap50_95": nan_mean(np.array([precision(int(hits(threshold).sum())) for threshold in THRESHOLDS])),
-        "aji": _aji(truth, found, t, p, shared, union),
+        "ap50_95": nan_mean(np.array([precision(int(pairs.matching(threshold).sum())) for threshold in THRESHOLDS])),
+        "aji": _aji(pairs),
         "pq": dq * sq,
         "dq": dq,
         "sq": sq,
-        **cell_outcomes(truth, found, t, p, shared, matched),
+        **cell_outcomes(pairs),
     }
 
 
-def cell_outcomes(
-    truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, matched: np.ndarray
-) -> dict[str, int]:
+def cell_outcomes(pairs: CellPairs) -> dict[str, int]:
     """Counts the outcomes of all cells. A cell lies *mostly* in another if more than half of its pixels do.
 
     - ``num_found``: true cells matched by a predicted cell of their class with an IoU above 0.5.
@@ -189,10 +210,10 @@ def cell_outcomes(
     - ``num_missed``: all other true cells.
     - ``num_extra``: predicted cells that match no true cell: false alarms, and the predicted cells of the split and merged ones above.
 
-    So found + merged + split + missed = ``num_true``, and found + extra = ``num_predicted``. Pairs ``t``, ``p``, ``shared`` as
-    :func:`pairwise_overlaps` gives them, of one class; ``matched`` (pairs,) bool: which of them match.
+    So found + merged + split + missed = ``num_true``, and found + extra = ``num_predicted``.
     """
-    each = np.bincount(_outcomes(truth, found, t, p, shared, matched)[1:], minlength=len(OUTCOMES)).tolist()
+    truth, found = pairs.truth, pairs.found
+    each = np.bincount(_outcomes(pairs)[1:], minlength=len(OUTCOMES)).tolist()
     num = dict(zip(OUTCOMES, each, strict=True))
     return {
         "num_true": truth.num,
@@ -202,15 +223,16 @@ def cell_outcomes(
     }
 
 
-def _outcomes(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, matched: np.ndarray) -> np.ndarray:
+def _outcomes(pairs: CellPairs) -> np.ndarray:
     """The outcome of each true cell (T + 1,), a place in ``OUTCOMES``; that of number 0, the background, means nothing."""
+    truth, found, t, p, shared = pairs.truth, pairs.found, pairs.t, pairs.p, pairs.shared
     out = np.full(truth.num + 1, OUTCOMES.index("missed"), np.uint8)
     pieces = np.bincount(t[2 * shared > found.areas_px[p]], minlength=truth.num + 1)
     out[pieces > 1] = OUTCOMES.index("split")
     inside = 2 * shared > truth.areas_px[t]  # the true cell, in the predicted one
     swallowed = np.bincount(p[inside], minlength=found.num + 1)
     out[t[inside][swallowed[p[inside]] > 1]] = OUTCOMES.index("merged")
-    out[t[matched]] = OUTCOMES.index("found")
+    out[t[pairs.matching()]] = OUTCOMES.index("found")
     return out
 
 
@@ -226,13 +248,11 @@ class CellOutcomes:
     """(P + 1,) bool: whether the predicted cell matches a true one."""
 
     @classmethod
-    def of(cls, truth: Instances, found: Instances) -> CellOutcomes:
-        found = drop_ignored(found, truth.ignored)
-        t, p, shared, union = pairwise_overlaps(truth, found)
-        hits = 20 * shared > 10 * union
-        matched = np.zeros(found.num + 1, bool)
-        matched[p[hits]] = True
-        return cls(true_ids=truth.ids, outcomes=_outcomes(truth, found, t, p, shared, hits), found_ids=found.ids, matched=matched)
+    def of(cls, pairs: CellPairs) -> CellOutcomes:
+        pairs = pairs.of_one_class
+        matched = np.zeros(pairs.found.num + 1, bool)
+        matched[pairs.p[pairs.matching()]] = True
+        return cls(true_ids=pairs.truth.ids, outcomes=_outcomes(pairs), found_ids=pairs.found.ids, matched=matched)
 
 
 def describe_outcomes(counts: Mapping[str, float]) -> str:
@@ -248,7 +268,8 @@ def describe_outcomes(counts: Mapping[str, float]) -> str:
     )
 
 
-def _aji(truth: Instances, found: Instances, t: np.ndarray, p: np.ndarray, shared: np.ndarray, union: np.ndarray) -> float:
+def _aji(pairs: CellPairs) -> float:
+    truth, found, t, p, shared, union = pairs.truth, pairs.found, pairs.t, pairs.p, pairs.shared, pairs.union
     # Each true cell's best match: sorted by true cell, descending IoU, then number; the first of each.
     order = np.lexsort((p, -shared / union, t)) if len(t) else np.empty(0, int)
     first = order[np.flatnonzero(np.diff(t[order], prepend=0))]

@@ -25,8 +25,8 @@ from cellbench.metrics.calibration import Calibration, histogram, true_dice
 from cellbench.metrics.catalog import Metric, ScoredImage
 from cellbench.metrics.cell_classes import cell_confusion, part_confusion
 from cellbench.metrics.counting import CountRow, PlacedCells, count_rows
-from cellbench.metrics.instance import COUNTS, CellOutcomes, InstanceScores, ReferenceMask
-from cellbench.metrics.instances import Instances, drop_ignored, reference_instances
+from cellbench.metrics.instance import COUNTS, CellOutcomes, CellPairs, InstanceScores, ReferenceMask
+from cellbench.metrics.instances import reference_instances
 from cellbench.metrics.measurements import part_classes
 from cellbench.metrics.pixel import IGNORE, nan_mean, per_image_scores
 from cellbench.metrics.separation import CONNECTED, SeparationParams
@@ -302,12 +302,13 @@ class CohortEvaluator:
                 cells = separation.instances(classes, fields, cell, reference.min_area_px)
             else:
                 cells, _ = reference_instances(classes, ids, reference.min_area_px, owners=self._dataset.owners)
-            evaluation.agreements.append(reference.agreement(classes, cells))
+            pairs = CellPairs.of(reference.cells, cells)
+            evaluation.agreements.append(reference.agreement(classes, pairs))
             if (num_classes := len(self._dataset.classes)) > 2:
                 parts = part_confusion(truth, classes, self._dataset.owners, num_classes, reference.min_area_px)
-                evaluation.cell_matrices.append(cell_confusion(reference.cells, cells, num_classes) + parts)
+                evaluation.cell_matrices.append(cell_confusion(pairs, num_classes) + parts)
             if self._count_cells:
-                evaluation.cells += self._counted(self._samples[image], reference.cells, cells)
+                evaluation.cells += self._counted(self._samples[image], pairs)
             evaluation.connected.append(reference.found(separation.connected(classes, reference.min_area_px)))
             scored = ScoredImage(
                 truth=truth,
@@ -320,17 +321,17 @@ class CohortEvaluator:
                 instances=evaluation.agreements[-1],
             )
             evaluation.scores.append(catalog.score(scored, evaluation.own_metrics))
-            evaluation.examples.offer(image, evaluation.scores[-1]["dice"], classes, cell, CellOutcomes.of(reference.cells, cells))
+            evaluation.examples.offer(image, evaluation.scores[-1]["dice"], classes, cell, CellOutcomes.of(pairs))
             if cell is not None:
                 if truth.max(initial=0) == IGNORE:
                     cell, truth = cell[truth != IGNORE], truth[truth != IGNORE]
                 evaluation.histograms.append(histogram(truth, cell))
 
-    def _counted(self, sample: Sample, true: Instances, found: Instances) -> list[CountRow]:
+    def _counted(self, sample: Sample, pairs: CellPairs) -> list[CountRow]:
         data = self._dataset
         parts = part_classes(data.owners)
         names = {k: name for k, name in enumerate(data.classes) if k and k not in parts and k not in data.unused}
-        placed = [PlacedCells.of(one) for one in (true, drop_ignored(found, true.ignored))]
+        placed = [PlacedCells.of(one) for one in (pairs.truth, pairs.found)]
         return count_rows(sample.name, *placed, names, regions_of(sample.regions))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cellbench.metrics.cell_classes import cell_confusion, cells_of_classes, part_confusion
-from cellbench.metrics.instance import instance_scores
+from cellbench.metrics.instance import CellPairs, instance_scores
 from cellbench.metrics.instances import Instances, connected_instances
 from cellbench.metrics.pixel import IGNORE
 
@@ -27,7 +27,7 @@ def test_each_true_cell_is_counted_under_the_class_it_is_taken_for() -> None:
     truth = drawn((0, 0, 1), (20, 0, 1), (40, 0, 1), (60, 0, 2), (80, 0, 2), (100, 0, 3))
     found = drawn((0, 0, 1), (21, 0, 1), (40, 0, 2), (60, 0, 2), (100, 0, 1), (0, 1, 3), (20, 1, 1))
     expected = [[0, 1, 0, 1], [0, 2, 1, 0], [1, 0, 1, 0], [0, 1, 0, 0]]
-    assert cell_confusion(found_in(truth), found_in(found), 4).tolist() == expected
+    assert cell_confusion(CellPairs.of(found_in(truth), found_in(found)), 4).tolist() == expected
 
 
 def test_the_counts_and_ap50_of_each_class_follow_from_the_matrix() -> None:
@@ -39,7 +39,7 @@ def test_the_counts_and_ap50_of_each_class_follow_from_the_matrix() -> None:
 
 def test_one_class_agrees_with_the_scores_of_all_cells() -> None:
     truth, found = drawn((0, 0, 1), (20, 0, 1), (40, 1, 1)), drawn((3, 0, 1), (29, 0, 1), (60, 1, 1), (80, 1, 1))
-    (cell,) = cells_of_classes(cell_confusion(found_in(truth), found_in(found), 2))
+    (cell,) = cells_of_classes(cell_confusion(CellPairs.of(found_in(truth), found_in(found)), 2))
     scores = instance_scores(found_in(truth), found_in(found))
     assert (cell.ap50, cell.num_true, cell.num_predicted) == (scores["ap50"], scores["num_true"], scores["num_predicted"])
     assert cell.num_found == scores["num_found"] == 1

@@ -10,7 +10,7 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 
 from cellbench.metrics.boundary import boundary_pixels, dilate
-from cellbench.metrics.instance import SCORES, ReferenceMask, instance_scores, pairwise_overlaps
+from cellbench.metrics.instance import SCORES, CellPairs, ReferenceMask, instance_scores
 from cellbench.metrics.instances import connected_instances, drop_ignored, merge_parts_into_objects, numbered_instances, reference_instances
 from cellbench.metrics.pixel import IGNORE
 
@@ -238,7 +238,7 @@ def test_matching_is_what_an_assignment_solver_finds(seed):
 
 def test_overlaps_sum_to_the_common_pixels():
     truth, found = as_cells(blobs(5)), as_cells(blobs(6))
-    shared = pairwise_overlaps(truth, found)[2]
+    shared = CellPairs.of(truth, found).shared
     assert shared.sum() == ((truth.ids > 0) & (found.ids > 0)).sum()
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from cellbench.data.io.images import thumbnail
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import expected_calibration_error
-from cellbench.metrics.instance import OUTCOMES, CellOutcomes
+from cellbench.metrics.instance import OUTCOMES, CellOutcomes, CellPairs
 from cellbench.metrics.instances import connected_instances
 from cellbench.reporting.model_groups import PlotRow
 from cellbench.reporting.plots import comparison as comparison_plots
@@ -208,7 +208,7 @@ def test_the_outline_of_each_cell_says_what_became_of_it():
         truth[10:40, left:right] = 1
     for left, right in ((2, 40), (60, 74), (76, 90), (110, 130), (180, 198)):
         found[10:40, left:right] = 1
-    cells = CellOutcomes.of(connected_instances(truth), connected_instances(found))
+    cells = CellOutcomes.of(CellPairs.of(connected_instances(truth), connected_instances(found)))
     assert [OUTCOMES[code] for code in cells.outcomes[1:]] == ["merged", "merged", "split", "found", "missed"]
     assert cells.matched.tolist() == [False, False, False, False, True, False]
     drawn = np.asarray(Image.open(io.BytesIO(example.draw_example(np.full((60, 200, 3), 90, np.uint8), truth, found, None, "", cells))))
