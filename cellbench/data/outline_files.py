@@ -186,8 +186,8 @@ def _geojson(tree: Any, shown: str) -> ToolMask:
         kind = str(properties.get("objectType") or feature.get("id") or "").lower() if isinstance(properties, dict) else ""
         rings = _rings(geometry, f"{shown}: feature {number}")
         if not rings:
-            kind = geometry.get("type") if isinstance(geometry, dict) else None
-            left_out[str(kind or "feature without a shape").lower()] += 1
+            shape = geometry.get("type") if isinstance(geometry, dict) else None
+            left_out[str(shape or "feature without a shape").lower()] += 1
             continue
         which = "annotation" if "annotation" in kind else "cell"
         name = properties.get("name") if isinstance(properties, dict) else None

@@ -71,15 +71,18 @@ class Try:
         if template is not None:  # the empty store that a command makes once for each version of MLflow
             shutil.copytree(template / "cache" / "mlflow_store", place / "cache" / "mlflow_store", dirs_exist_ok=True)
 
-    def start(self, arguments: list[str]) -> psutil.Popen:
+    def start(self, arguments: list[str], *, prefix: tuple[str, ...] = (), code: str = START, **names: str) -> psutil.Popen:
+        """The command, started behind the words ``prefix``, with more environment variables ``names``."""
         folders = {"CELLBENCH_CACHE": "cache", "TMPDIR": "tmp", "RAY_TMPDIR": "tmp"}
         there = {name: value for name, value in os.environ.items() if name not in ("MLFLOW_TRACKING_URI", "OPTUNA_STORAGE")}
         there |= {name: str(self.place / part) for name, part in folders.items()}
         there |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
         there |= {"OMP_NUM_THREADS": "2" if "--workers" in arguments else "1"}
-        call = [sys.executable, "-m", "cellbench"] if "--workers" in arguments or "--on" in arguments else [sys.executable, "-c", START]
+        call = [sys.executable, "-m", "cellbench"] if "--workers" in arguments or "--on" in arguments else [sys.executable, "-c", code]
         with (self.place / "log").open("ab") as log:
-            return psutil.Popen([*call, *arguments], cwd=self.place, env=there, stdout=log, stderr=log, start_new_session=True)
+            return psutil.Popen(
+                [*prefix, *call, *arguments], cwd=self.place, env=there | names, stdout=log, stderr=log, start_new_session=True
+            )
 
     def run(self, arguments: list[str]) -> tuple[int, float]:
         """Exit code and wall seconds; -999 for a command that does not end."""
