@@ -15,12 +15,12 @@ from cellbench.errors import CellbenchError
 from cellbench.files import os_errors_as
 from cellbench.temporary import temporary_folder
 from cellbench.tracking.offline_queue import NotFoundError
-from cellbench.tracking.schema import EXPERIMENT, FINGERPRINT, MODEL, NOTE, VERDICT, RunRecord
+from cellbench.tracking.schema import CALIBRATION, EXPERIMENT, FINGERPRINT, MODEL, NOTE, VERDICT, RunRecord
 from cellbench.tracking.tracker import Tracker, pages
 
 EPOCH_METRICS = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
 """Metrics with one value per epoch; all other metrics of a run have one value."""
-FILES = ("config.toml", "head.safetensors", "preparation.json", "separation.json")
+FILES = ("config.toml", "head.safetensors", "preparation.json", "separation.json", CALIBRATION)
 
 
 def register(tracker: Tracker, run: RunRecord, verdict: str, more: str = "") -> str:
