@@ -76,6 +76,11 @@ class RunClaims:
     """``[data] limit`` of the experiment."""
     say: Callable[[str], None]
 
+    def tidy(self, resolved: ResolvedRun, ended: RunState) -> None:
+        """Removes the checkpoint of an ended run, where a process was killed after it ended the run."""
+        key = Run(run_id=ended.run_id, _tracker=self.tracker).key
+        checkpoints.delete_checkpoint(checkpoints.checkpoint_path(resolved.fingerprint, key))
+
     def skip(self, resolved: ResolvedRun, old: RunState | None) -> None:
         """Marks a run as skipped, unless it already is for the same reason."""
         if old is not None and old.status == "skipped" and old.reason == resolved.unavailable[:4000]:
@@ -134,8 +139,10 @@ class RunClaims:
             for resolved in cohort:
                 old = known.get(resolved.fingerprint)
                 if old is not None and old.status == "finished":
+                    self.tidy(resolved, old)
                     out.finished[resolved.name] = old
                 elif old is not None and watch is not None and old.status in ("validated", "pruned"):
+                    self.tidy(resolved, old)
                     (out.validated if old.status == "validated" else out.pruned)[resolved.name] = old
                 elif old is not None and old.alive:
                     out.busy.append(resolved.name)

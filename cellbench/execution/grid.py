@@ -66,6 +66,7 @@ def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | No
             old = known.get(resolved.fingerprint)
             if old is not None and old.status == "finished":
                 out.finished[resolved.name] = old
+                runner.claims.tidy(resolved, old)
                 if missing_tests(old, wanted_tests(runner.experiment.data, runner.datasets[resolved.run.fold])):
                     (incomplete if resolved.unavailable else todo).append(resolved)
             elif resolved.unavailable:

@@ -61,8 +61,16 @@ def describe_tests(spec: DataSpec, dataset: Dataset) -> str:
 
 def missing_tests(run: RunRecord, wanted: Mapping[str, str]) -> dict[str, str]:
     """Those that a run lacks, or has of other images."""
-    known = json.loads(run.tags.get(TESTED, "{}"))
+    known = _tested(run)
     return {name: identity for name, identity in wanted.items() if known.get(name) != identity}
+
+
+def _tested(run: RunRecord) -> dict[str, str]:
+    """The tests that a run's tag names; none where somebody edited it."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(run.tags.get(TESTED, "{}"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +230,8 @@ def _log(tracker: Tracker, one: FinishedRunToTest, new: Mapping[str, Any], metri
     """Adds scores to those that the run has already; the tag comes last, so that an interrupted call tests again."""
     run = tracker.reopen(one.record)
     known: Mapping[str, Any] = {}
-    with contextlib.suppress(ValueError):  # damaged: its tests are made again
+    with contextlib.suppress(ValueError, RecursionError):  # damaged: its tests are made again
         known = json.loads(tracker.artifact(one.record, SHIFT_TESTS) or b"{}")
     merged = {kind: {**known.get(kind, {}), **scores} for kind, scores in new.items()}
     run.log_text(SHIFT_TESTS, json.dumps(merged, allow_nan=False))
-    run.log(metrics, tags={TESTED: json.dumps({**json.loads(one.record.tags.get(TESTED, "{}")), **one.lacks})})
+    run.log(metrics, tags={TESTED: json.dumps({**_tested(one.record), **one.lacks})})

@@ -14,7 +14,7 @@ from typing import Any
 from cellbench.errors import CellbenchError, one_line
 from cellbench.reporting.model_groups import FinishedRun, TestSet, group_models
 from cellbench.reporting.shift import read_further
-from cellbench.reporting.stored_records import read_request, read_scores
+from cellbench.reporting.stored_records import odd_settings, read_request, read_scores
 from cellbench.tracking.schema import DATA, EVALUATION, SHIFT_TESTS, TESTED, RunRecord
 from cellbench.tracking.tracker import Tracker
 
@@ -166,7 +166,9 @@ def collect_report(
 
 
 def _per_image(tracker: Tracker, run: RunRecord) -> dict[str, Any] | str:
-    """The run's per-image scores, or the reason why they are missing."""
+    """The run's per-image scores, or the reason why they are missing or cannot be used."""
+    if odd := odd_settings(run.params):
+        return odd
     data = tracker.artifact(run, "per_image.json")
     if data is None:
         return "its per_image.json is gone"

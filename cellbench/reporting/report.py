@@ -136,7 +136,7 @@ def write_report(
     runs = [*only, *external]
     key = _key(runs, request, skipped, failed)
     earlier = tracker.client.get_run(top.run_id).data.tags.get(REPORTED_RUNS, "").partition("-")
-    if earlier[1] and int(earlier[0]) > len(runs):
+    if earlier[1] and earlier[0].isdecimal() and int(earlier[0][:9]) > len(runs):
         say(
             f"the parent run has a report over {earlier[0]} runs, which is kept; this call has {len(runs)}. "
             f"`cellbench report {shlex.quote(tracker.name)}` writes one over all runs that are there now."

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -124,6 +125,25 @@ class Request(StrictModel):
 def read_request(data: bytes) -> dict[str, Any]:
     """The fields of an ``about.json`` that it holds. Raises ValueError where it is damaged."""
     return _checked(Request, data)[1].model_dump(exclude_unset=True)
+
+
+class Settings(StrictModel):
+    """What a report reads as a number of a run's params."""
+
+    model_config = ConfigDict(extra="ignore", strict=False)
+
+    seed: Annotated[str, Field(pattern="^[0-9]{1,18}$")] = "0"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+def odd_settings(params: Mapping[str, str]) -> str:
+    """Why a run's params are not those of a run of cellbench; empty where they are."""
+    try:
+        Settings.model_validate(params)
+    except ValidationError as error:
+        name = error.errors()[0]["loc"][0]
+        return f"its {name} in MLflow is {params[str(name)]!r:.40}"
+    return ""
 
 
 def read_scores(data: bytes) -> dict[str, Any]:

@@ -5,6 +5,8 @@ The names are stable, because saved searches and scripts use them. Nothing here 
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +102,13 @@ class RunRecord(RunState):
         return max(self.start_s, self.heartbeat_s)
 
 
+def _seconds(text: str) -> float:
+    """A time in a tag, which anybody may edit; 0 for what is none."""
+    with contextlib.suppress(ValueError):
+        return value if math.isfinite(value := float(text)) else 0.0
+    return 0.0
+
+
 def to_record(run: Any) -> RunRecord:
     tags, params = run.data.tags, run.data.params
     if FINGERPRINT in tags and "loss" in params:  # a run of an older version is of the same model as a new one
@@ -110,7 +119,7 @@ def to_record(run: Any) -> RunRecord:
         status=tags.get(STATUS, ""),
         reason=tags.get(REASON, ""),
         owner=tags.get(OWNER, ""),
-        heartbeat_s=float(tags.get(HEARTBEAT, 0)),
+        heartbeat_s=_seconds(tags.get(HEARTBEAT, "")),
         metrics=run.data.metrics,
         fingerprint=tags.get(FINGERPRINT, ""),
         # Runs of older versions have their precision at the end of the machine's name: "cpu, 2 cores, bf16".

@@ -330,6 +330,41 @@ def _artifact(name: str) -> Callable[[Path], tuple[Samples, Reader]]:
     return made
 
 
+def _tags(folder: Path) -> tuple[Samples, Reader]:
+    """A run's tags, params and metrics in MLflow, which a user may edit."""
+    from cellbench.config.registry import Registry
+    from cellbench.execution.shift_tests import missing_tests
+    from cellbench.inference.run_lookup import open_run
+    from cellbench.reporting.collect import collect_report
+    from cellbench.reporting.sections import build_report
+    from cellbench.tracking.schema import to_record
+
+    files, registry = _run_files(folder), Registry()
+    tags = {"cellbench.fingerprint": "f", "model": "filter-bank · bilinear", "cellbench.status": "finished", "cellbench.heartbeat": "1.5"}
+    tags |= {"cellbench.owner": "lab-2:71:8123.5f0c.40265", "cellbench.tests": '{"dark": "1"}', "cellbench.machine": "cpu, 1 core, bf16"}
+    params = {"backbone": "filter-bank", "head": "bilinear", "baseline": "none", "seed": "0", "dataset": "smears", "fraction": "1.0"}
+    whole = {"tags": tags, "params": params, "metrics": {"test/dice": 0.5, "best/val_dice": 0.5}}
+
+    def read(data: bytes) -> object:
+        try:
+            tree = json.loads(data)
+            parts = {name: {str(k): str(v) for k, v in tree[name].items()} for name in ("tags", "params")}
+            metrics = {str(k): float(v) for k, v in tree["metrics"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            return None  # what MLflow cannot hold
+        info = SimpleNamespace(run_id="r", run_name="x", start_time=1000, artifact_uri="")
+        record = to_record(SimpleNamespace(info=info, data=SimpleNamespace(metrics=metrics, **parts)))
+        tracker = SimpleNamespace(
+            name="x", stored=lambda: [record], num_deleted=lambda: 0, artifact=lambda _, name: files.get(name), data_source=lambda _: ""
+        )
+        missing_tests(record, {"dark": "1"})
+        assert record.alive in (True, False)
+        open_run(tracker, record, registry)
+        return build_report(collect_report([tracker]))
+
+    return [json.dumps(whole).encode()], read
+
+
 def _run_files(folder: Path) -> dict[str, bytes]:
     out = _exported(folder)
     facts = json.loads((out / "run.json").read_text())
@@ -407,6 +442,7 @@ READERS: dict[str, Callable[[Path], tuple[Samples, Reader]]] = {
     "safetensors": _safetensors,
     "run.json": _export("run.json"),
     "head": _export("head.safetensors"),
+    "mlflow-tags": _tags,
     **{f"mlflow-{name}": _artifact(name) for name in ARTIFACTS},
 }
 WEIGHTS = {
@@ -414,6 +450,7 @@ WEIGHTS = {
     "head": 0.3,
     "mlflow-per_image.json": 0.3,
     "mlflow-tests.json": 0.3,
+    "mlflow-tags": 0.3,
     "experiment": 0.5,
     "search": 0.5,
     "card": 0.5,

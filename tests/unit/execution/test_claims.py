@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from types import SimpleNamespace
@@ -13,11 +14,13 @@ from cellbench.execution.claims import ActiveRun, Outcome, RunClaims
 from cellbench.execution.runner import Runner
 from cellbench.training import checkpoints
 
+EXPERIMENT = "claims"
+
 
 @pytest.mark.parametrize(("anew", "kept"), [(False, True), (True, False)])
 def test_a_failed_run_keeps_its_checkpoint_unless_that_would_fail_again(anew, kept):
     ended: list[str] = []
-    run = SimpleNamespace(ended="", key="store run", end=lambda status, reason: ended.append(status))
+    run = SimpleNamespace(ended="", key="store run", require_ownership=lambda: None, end=lambda status, reason: ended.append(status))
     one = ActiveRun(resolved=SimpleNamespace(name="a", fingerprint="f" * 16), run=run)
     checkpoints.write_checkpoint(one.checkpoint, {"progress": {"epoch": 1, "ended": ""}})
     claims = RunClaims(tracker=None, parent_id="", datasets=[], limit=None, say=lambda _: None)
@@ -26,6 +29,22 @@ def test_a_failed_run_keeps_its_checkpoint_unless_that_would_fail_again(anew, ke
     assert ended == ["failed"]
     assert out.failed == {"a": "out of memory"}
     assert one.checkpoint.exists() == kept
+
+
+def test_the_checkpoint_of_a_run_that_has_ended_is_removed_by_the_next_command(tracker):
+    """Its process was killed between the two."""
+    with tracker.run("a", "f" * 16) as run:
+        run.end("validated")
+    one = ActiveRun(resolved=SimpleNamespace(name="a", fingerprint="f" * 16, same_training=[]), run=run)
+    other = checkpoints.checkpoint_path("f" * 16, "another store")
+    for place in (one.checkpoint, other):
+        checkpoints.write_checkpoint(place, {"progress": {"epoch": 1, "ended": ""}})
+    claims, out = RunClaims(tracker=tracker, parent_id="", datasets=[], limit=None, say=print), Outcome()
+    with contextlib.ExitStack() as stack:
+        active, _ = claims.claim([one.resolved], stack, out, watch=SimpleNamespace())
+    assert (active, list(out.validated)) == ([], ["a"])
+    assert not one.checkpoint.exists()
+    assert other.exists()
 
 
 def test_checkpoints_that_nobody_resumes_are_removed():

@@ -9,7 +9,7 @@ from finished_runs import per_image_scores
 
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.shift import read_further
-from cellbench.reporting.stored_records import read_scores
+from cellbench.reporting.stored_records import odd_settings, read_scores
 
 GOOD = per_image_scores(0.9, 0, ("a.png", "b.png"))
 MATRIX = [[3, 1], [0, 4]]
@@ -57,6 +57,13 @@ def test_further_tests_count_only_if_they_are_whole():
     assert read_further(None, 3) == {"sets": {}, "perturbed": {}}
     for bad in (good | {"sets": {"other": {}}}, good | {"perturbed": {"blur-1": [0.5]}}, {"sets": [1]}):
         assert read_further(json.dumps(bad).encode(), 3) == {}
+
+
+@pytest.mark.parametrize("params", [{"seed": "x"}, {"seed": "1.0"}, {"fraction": "nan"}, {"fraction": "[0]"}, {"seed": "9" * 5000}])
+def test_settings_that_no_run_has_are_named(params):
+    assert odd_settings({"seed": "3", "fraction": "0.5", "head": "fpn"}) == ""
+    (name,) = params
+    assert odd_settings(params).startswith(f"its {name} in MLflow is '")
 
 
 @pytest.mark.parametrize(

@@ -133,3 +133,11 @@ def test_a_clock_that_jumps_takes_no_run_away(tracker, jump_s):
         run.log({"val/dice": 0.1})
         assert abs(run.alive_s - time.time()) < 60
     assert curve(tracker, run.run_id) == [(0, 0.1)]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("1795727674.5", 1795727674.5), ("nan", 0.0), ("x", 0.0), ("", 0.0)])
+def test_a_heartbeat_that_somebody_edited_is_none(tracker, text, seconds):
+    with tracker.run("edited", f"edited {text}") as run:
+        tracker.client.set_tag(run.run_id, "cellbench.heartbeat", text)
+        (stored,) = [one for one in tracker.stored() if one.run_id == run.run_id]
+    assert stored.heartbeat_s == seconds
