@@ -10,19 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from cellbench.features.extractor import Features
-from cellbench.metrics.edge_regions import small_edge_regions
-from cellbench.metrics.pixel import confusion_matrix, pixel_scores, pooled_classes
+from cellbench.metrics.edge_regions import EdgeShareTuner
+from cellbench.metrics.pixel import pixel_scores, pooled_classes
 from cellbench.parallel import WorkerPool
 from cellbench.training.model import SegmentationModel
 from cellbench.training.tiled_inference import score_tiles, segment_images
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 """The shares of a tile's own statistics that are tried on validation images."""
-EDGE_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
-"""The shares of a cell that are tried, below which regions at the frame are dropped."""
 
 
 def tune_shares(models: Sequence[SegmentationModel], features: Features) -> list[float]:
@@ -46,17 +42,17 @@ def tune_shares(models: Sequence[SegmentationModel], features: Features) -> list
 
 
 def tune_edges(models: Sequence[SegmentationModel], features: Features) -> list[float]:
-    """Sets the share of a cell below which regions at the frame are dropped, of each model that tunes it, as :func:`tune_shares` does."""
+    """Sets the share of a cell below which regions at the frame are dropped, of each model that tunes it, from its own validation predictions.
+
+    Returns the share of every model, 0 where it keeps all.
+    """
     tuning = [model for model in models if model.tunes_edges]
-    counts = [np.zeros((len(EDGE_SHARES), model.num_classes, model.num_classes), np.int64) for model in tuning]
+    tuners = [EdgeShareTuner(model.num_classes) for model in tuning]
     for model in tuning:
         model.edge_share = 0.0
     for image, found in segment_images(tuning, features, "val") if tuning else ():
-        truth = features.pixels["val"][image][1]
-        for mine, model, one in zip(counts, tuning, found, strict=True):
-            for k, share in enumerate(EDGE_SHARES):
-                kept = np.where(small_edge_regions(one.classes, share), np.uint8(0), one.classes)
-                mine[k] += confusion_matrix(truth, kept, model.num_classes)
-    for mine, model in zip(counts, tuning, strict=True):
-        model.edge_share = EDGE_SHARES[int(np.argmax([pixel_scores(one).of(pooled_classes(one))["dice"] for one in mine]))]
+        for tuner, one in zip(tuners, found, strict=True):
+            tuner.add(features.pixels["val"][image][1], one.classes)
+    for model, tuner in zip(tuning, tuners, strict=True):
+        model.edge_share = tuner.best()
     return [model.edge_share for model in models]
