@@ -152,10 +152,10 @@ def progress_bar(items: Any = None, **named: Any) -> tqdm[Any]:
 
 
 @contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """No line and no progress bar of this process is shown inside ``with``."""
+def silent(wanted: bool = True) -> Iterator[None]:
+    """No line and no progress bar of this process is shown inside ``with``, if that is ``wanted``."""
     global _silent
-    before, _silent = _silent, True
+    before, _silent = _silent, _silent or wanted
     try:
         yield
     finally:

@@ -257,7 +257,8 @@ def api() -> str:
         card = next((kind for kind, record in cards.KINDS.items() if record is thing), "")
         members = "   :members:\n" if inspect.isclass(thing) and not card else ""
         what = "class" if inspect.isclass(thing) else "function"
-        out.append(f"## {name}\n\n```{{eval-rst}}\n.. auto{what}:: cellbench.{name}\n{members}```\n")
+        place = "cellbench.api.searches.search" if inspect.ismodule(thing) else f"cellbench.{name}"  # a package that is called
+        out.append(f"## {name}\n\n```{{eval-rst}}\n.. auto{what}:: {place}\n{members}```\n")
         if card:
             out.append(
                 f"Its fields are the [keys of such a card](settings.md#{card.removesuffix('s')}-cards{'-and-datasettoml' * (card == 'datasets')}).\n"

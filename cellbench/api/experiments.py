@@ -1,22 +1,24 @@
-"""``cellbench.grid`` and ``cellbench.results``: an experiment run from Python, and the results of earlier ones."""
+"""``cellbench.grid``, ``results`` and ``score``: an experiment run from Python, the results of earlier ones, and masks of other tools beside them."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from cellbench import console, startup
 from cellbench.api.results import Results
 from cellbench.config.options import GridOptions
+from cellbench.config.registry import Registry
 from cellbench.console import say
 from cellbench.errors import CellbenchError
 from cellbench.execution.claims import Outcome
 from cellbench.execution.experiment_run import plan_experiment, run_experiment
+from cellbench.execution.external import check_name, open_test_images, score_masks
 from cellbench.features.cache_admin import parse_cache
+from cellbench.inference.committee import open_experiment
 from cellbench.tracking import store_address
 from cellbench.tracking.tracker import Tracker, newest_experiment
 
@@ -86,14 +88,14 @@ def grid(
     file = str(experiment.get("experiment", "experiment")) if isinstance(experiment, Mapping) else os.fspath(experiment or "")
     options = GridOptions(
         file=file,
-        data=_path(data),
+        data=as_path(data),
         unfit=unfit,
-        changes=_changes(set or {}),
+        changes=as_changes(set or {}),
         limit=limit,
         tests=tuple(os.fspath(one) for one in tests),
         perturb=perturb,
-        weights=_path(weights),
-        registry=_path(registry),
+        weights=as_path(weights),
+        registry=as_path(registry),
         device=device,
         precision=precision,
         memory=memory,
@@ -105,7 +107,7 @@ def grid(
     )
     startup.set_environment()
     with (
-        nullcontext() if progress else console.silent(),
+        console.silent(not progress),
         startup.temporary_cache(parse_cache(options.cache)[0], cache_url),
         startup.threads_for(device),
     ):
@@ -140,11 +142,52 @@ def results(*experiments: str) -> Results:
     return Results.collect([Tracker(name, make=False) for name in names])
 
 
-def _path(place: Place | None) -> Path | None:
+def score(
+    name: str,
+    masks: Place,
+    *,
+    data: Place | None = None,
+    experiment: str | None = None,
+    registry: Place | None = None,
+    progress: bool = True,
+) -> Results:
+    """Scores the masks of another tool on an experiment's own test images, as the command ``cellbench score`` does, and returns its results.
+
+    They stand in the results as one more model, with paired tests, and as a finished run of kind *external* in MLflow.
+
+    Args:
+        name: how the tool is called in tables, like ``cellpose``.
+        masks: a folder with a mask for each test image, a pattern like ``masks/*_seg.npy``, or a COCO file.
+        data: the folder of images and masks; by default where the experiment's data lay.
+        experiment: the name of an experiment in MLflow; by default the one with the newest finished run.
+        registry: a folder of your own cards.
+        progress: whether to print progress bars and messages.
+
+    Raises CellbenchError for wrong input, such as a test image without a mask.
+
+    >>> cellbench.score("cellpose", "cellpose-masks", data="BCCD").compare("cellpose", "otsu")  # doctest: +SKIP
+
+    """
+    startup.set_environment()
+    tracker, cards = open_experiment(experiment), Registry(as_path(registry))
+    check_name(name, tracker)
+    with console.silent(not progress):
+        score_masks(name.strip(), as_path(masks), open_test_images(tracker, cards, as_path(data)), tracker, cards, say)
+    return Results.collect([tracker])
+
+
+@overload
+def as_path(place: Place) -> Path: ...
+@overload
+def as_path(place: None) -> None: ...
+@overload
+def as_path(place: Place | None) -> Path | None: ...
+def as_path(place: Place | None) -> Path | None:
+    """An argument of the API as a path."""
     return Path(place) if place is not None else None
 
 
-def _changes(settings: Mapping[str, Any]) -> tuple[str, ...]:
+def as_changes(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """``{"run.epochs": 3}`` as the options of the command line: ``run.epochs=3``."""
     changes = []
     for key, value in settings.items():

@@ -23,5 +23,9 @@ found = cb.Segmenter.load("best").predict("smear.png")
 assert_type(found, cb.Prediction)
 assert_type(found.num_cells, int)
 pixels: np.ndarray = found.instances
+checked = cb.check("BCCD", set={"data.folds": 5})
+assert_type(checked.fit, bool)
+assert_type(cb.score("cellpose", "masks", data="BCCD"), cb.Results)
+assert_type(cb.search(data="BCCD", trials=5).trials, pd.DataFrame)
 cb.gird("bccd")  # type: ignore[attr-defined]  # an unknown name is an error, not Any
 cb.grid("bccd", epochs=3)  # type: ignore[call-arg]

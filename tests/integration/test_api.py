@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import inspect
 import os
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from PIL import Image
 from small_data import MODEL, QUESTION, enter
 
 import cellbench
-from cellbench.config.options import GridOptions
+from cellbench.api.searches import search
+from cellbench.config.options import CheckOptions, GridOptions, ScoreOptions, SearchOptions
 from cellbench.run import main
 from cellbench.training.trainer import HeadTrainer
 
@@ -68,6 +70,67 @@ def test_every_option_of_the_command_is_an_argument(there):
     names = {one.name for one in dataclasses.fields(GridOptions)} - {"file", "changes", "dry_run", "wide"} | {"experiment", "set"}
     given = set(inspect.signature(cellbench.grid).parameters)
     assert given - {"progress"} == names
+
+
+@pytest.mark.parametrize(
+    ("options", "function", "others"),
+    [
+        (SearchOptions, search, {"changes", "workers", "helper"}),
+        (ScoreOptions, cellbench.score, set()),
+        (CheckOptions, cellbench.check, {"changes", "experiment", "out"}),
+    ],
+)
+def test_so_are_those_of_other_commands_that_apply(options, function, others):
+    given = set(inspect.signature(function).parameters) - {"progress", "set"}
+    fields = {one.name for one in dataclasses.fields(options)}
+    assert given <= fields
+    assert fields - given <= others | {"weights", "device", "precision"}
+
+
+def test_check_score_and_search_are_those_of_the_commands(there, tmp_path, capsys):
+    checked = cellbench.check("smears", progress=False)
+    assert checked.fit
+    assert repr(checked).startswith("smears: fit to train on; 6 images read")
+    shutil.copytree("smears", tmp_path / "torn", symlinks=False)
+    next((tmp_path / "torn" / "train" / "mask").iterdir()).unlink()
+    torn = cellbench.check(tmp_path / "torn", progress=False)
+    assert not torn.fit
+    assert torn.findings[["kind", "severity"]].values.tolist()[0] == ["missing-mask", "severe"]
+    (tmp_path / "masks").mkdir()
+    truth = {path.stem: np.array(Image.open(path)) for path in Path("smears/test/mask").iterdir()}
+    for name, mask in truth.items():
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{name}_mask.png")
+    results = cellbench.score("perfect", tmp_path / "masks", experiment="small", progress=False)
+    assert results.per_image().query("model == 'perfect'")["dice"].tolist() == [1.0] * len(truth)
+    with pytest.raises(cellbench.CellbenchError, match="there is no such folder"):
+        cellbench.score("other", tmp_path / "none", experiment="small", progress=False)
+    Path("tiny.toml").write_text(TINY)
+    found = cellbench.search("tiny.toml", data="smears", trials=2, device="cpu", progress=False)
+    assert found.finished
+    assert found.trials["state"].tolist() == ["complete", "complete"]
+    assert found.trials["lr"].between(1e-4, 1e-1).all()
+    best = found.trials["val/dice"].idxmax()
+    assert tomllib.loads(found.best)["run"]["lr"] == pytest.approx(found.trials["lr"][best])
+    assert cellbench.results(found.name).models == ("filter-bank · bilinear",)
+    assert capsys.readouterr().out == ""
+    again = cellbench.search("tiny.toml", data="smears", trials=2, device="cpu", progress=False)
+    pd.testing.assert_frame_equal(again.trials, found.trials)  # nothing is run again
+
+
+TINY = """experiment = "tiny"
+dataset    = "folder"
+[search]
+batch   = 2
+startup = 2
+[space]
+backbone = ["filter-bank"]
+head     = ["bilinear"]
+lr       = {low = 1e-4, high = 1e-1, log = true}
+[run]
+tile_px = 64
+epochs  = 1
+crops_per_image = 2
+"""
 
 
 def test_settings_are_changed_and_limits_apply(apart):

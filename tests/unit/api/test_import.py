@@ -49,11 +49,18 @@ def test_every_public_name_is_found_where_its_module_defines_it():
         value = getattr(cellbench, name)
         assert value is getattr(importlib.import_module(f"cellbench.{place}"), name)
         assert value.__doc__, name
-    assert sorted(cellbench.__all__) == sorted(cellbench._PLACE)
+    assert sorted(cellbench.__all__) == sorted([*cellbench._PLACE, *cellbench._PACKAGES])
     assert len(set(cellbench.__all__)) == len(cellbench.__all__)
     assert not hasattr(cellbench, "griddle")
 
 
 def test_no_public_name_is_hidden_by_a_package_of_the_same_name():
     folder = Path(cellbench.__file__).parent
-    assert {path.stem for path in folder.iterdir()} & {*cellbench.__all__} == set()
+    assert {path.stem for path in folder.iterdir()} & {*cellbench.__all__} == set(cellbench._PACKAGES)
+
+
+def test_a_package_with_a_public_name_is_called_as_the_function(monkeypatch):
+    package = importlib.import_module("cellbench.search")
+    assert cellbench.search is package
+    monkeypatch.setattr("cellbench.api.searches.search", lambda *arguments, **named: (arguments, named))
+    assert cellbench.search("file", trials=3) == (("file",), {"trials": 3})
