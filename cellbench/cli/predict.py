@@ -103,8 +103,9 @@ def predict(options: PredictOptions) -> int:
 
 def find_regions(where: Path, images: Sequence[Path]) -> dict[Path, Path]:
     """The file of regions of each image that has one, of a folder or of a file for one image; says which have none. Raises CellbenchError."""
+    spare: list[Path] = []
     if where.is_file() and len(images) == 1:
-        found, spare = {images[0]: where}, []
+        found = {images[0]: where}
     elif where.is_dir():
         samples = [Sample(name=path.name, image=path, mask=path) for path in images]
         matched, spare = match_regions(where, samples)

@@ -12,8 +12,10 @@ import numpy as np
 from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.data.dataset import Dataset
 from cellbench.data.io.intensity import IntensityScaling
+from cellbench.data.regions import regions_of
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
+from cellbench.data.transforms.sampling import Box
 from cellbench.data.transforms.stain import KINDS, MOST_IMAGES, Normaliser
 from cellbench.metrics.instances import reference_instances
 
@@ -53,6 +55,13 @@ class ImageCache:
     def sizes_px(self) -> tuple[tuple[int, int], ...]:
         """Height and width of each image, known without decoding."""
         return tuple(sample.size_px for sample in self.samples)
+
+    @property
+    def boxes_px(self) -> tuple[tuple[Box, ...], ...]:
+        """The boxes of the regions of interest of each image; empty where no image has any."""
+        if all(sample.regions is None for sample in self.samples):
+            return ()
+        return tuple(tuple(region.box_px for region in regions_of(sample.regions)) for sample in self.samples)
 
     def __len__(self) -> int:
         return len(self.samples)

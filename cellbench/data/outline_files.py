@@ -190,8 +190,8 @@ def _geojson(tree: Any, shown: str) -> ToolMask:
             left_out[str(shape or "feature without a shape").lower()] += 1
             continue
         which = "annotation" if "annotation" in kind else "cell"
-        name = properties.get("name") if isinstance(properties, dict) else None
-        found[which].append(Outline(rings=rings, label=_classification(properties), name=name if isinstance(name, str) else ""))
+        given = properties.get("name") if isinstance(properties, dict) else None
+        found[which].append(Outline(rings=rings, label=_classification(properties), name=given if isinstance(given, str) else ""))
     if not found["cell"]:
         return ToolMask(outlines=tuple(found["annotation"]), left_out=left_out)
     # Beside cells, annotations are what they were detected in.

@@ -41,6 +41,16 @@ class Region:
                     inside ^= ((y0 > y) != (y1 > y)) & (x < (x1 - x0) * (y - y0) / (y1 - y0) + x0)
         return inside
 
+    @property
+    def box_px(self) -> tuple[int, int, int, int]:
+        """Top, left, bottom, right."""
+        if self.outline.pixels is not None:
+            (x, y), (height, width) = self.outline.corner_px, self.outline.pixels.shape
+            return y, x, y + height, x + width
+        points = np.concatenate(self.outline.rings)
+        (left, top), (right, bottom) = np.floor(points.min(0)).astype(int).tolist(), np.ceil(points.max(0)).astype(int).tolist()
+        return top, left, bottom, right
+
     def mask(self, size_px: tuple[int, int]) -> np.ndarray:
         """Its pixels in an image (H, W), bool. Raises ValueError where it cannot be of this image."""
         out = np.zeros(size_px, bool)

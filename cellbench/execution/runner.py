@@ -314,7 +314,7 @@ class Runner:
             self._select(dataset)
         levels = [one.card.levels for one in (*cohort, *more) if isinstance(one.card, HeadCard)]
         frozen = FrozenBackbone(self._open_backbone(first), self.machine, levels, first.run.unfreeze)
-        plan = SamplingPlan(self._images["train"].sizes_px, first.run, self.registry)
+        plan = SamplingPlan(self._images["train"].sizes_px, first.run, self.registry, self._images["train"].boxes_px)
         return Features(frozen, plan, self._images, self._cache_policy(first), [one.run.targets for one in cohort])
 
     def _open_backbone(self, resolved: ResolvedRun) -> Backbone | None:

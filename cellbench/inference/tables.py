@@ -120,7 +120,7 @@ def count_rows(mask: ExistingMask, names: Sequence[str] = (), owners: Sequence[i
         each = count_by_class(cells, names, owners, side)
         return out | {f"{name} (class)" if name in out else name: num for name, num in each.items()}
 
-    if (file := region_file(mask.stem)) is None:
+    if (regions := region_file(mask.stem)) is None:
         return [row(cells, width * height, {})]
     places = np.array([(float(cell["x_px"]) + 0.5, float(cell["y_px"]) + 0.5) for cell in cells]).reshape(-1, 2)
     return [
@@ -129,7 +129,7 @@ def count_rows(mask: ExistingMask, names: Sequence[str] = (), owners: Sequence[i
             area,
             {"region": region.name, "region_px": area},
         )
-        for region, pixels in region_masks(file, (height, width))
+        for region, pixels in region_masks(regions, (height, width))
         for area in [int(pixels.sum())]
     ]
 

@@ -15,7 +15,7 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.reporting.model_groups import FinishedRun, TestSet, group_models
 from cellbench.reporting.shift import read_further
 from cellbench.reporting.stored_records import odd_settings, read_request, read_scores
-from cellbench.tracking.schema import DATA, EVALUATION, SHIFT_TESTS, TESTED, RunRecord
+from cellbench.tracking.schema import COUNTED, DATA, EVALUATION, SHIFT_TESTS, TESTED, RunRecord
 from cellbench.tracking.tracker import Tracker
 
 REQUEST_FILE = "about.json"
@@ -62,6 +62,8 @@ class ExperimentResults:
     """The parent runs (grids and searches), the most recently started first."""
     parent: RunRecord | None = None
     """The parent run that recorded ``request``; if there is none, the most recently started one."""
+    counted: tuple[RunRecord, ...] = ()
+    """Evaluations of counts on images without masks."""
     request: RunRequest = RunRequest()
     examples: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
     """PNGs of ``EXAMPLE_FIGURES`` of the runs that the report shows, by run id and name."""
@@ -80,6 +82,7 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
     skipped: dict[str, str] = {}
     failed: dict[str, str] = {}
     parents: list[RunRecord] = []
+    counted: list[RunRecord] = []
     left_out: list[str] = []
     names = " + ".join(tracker.name for tracker in trackers)
     num_finished = num_foreign = num_open = 0
@@ -89,6 +92,8 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
             if run.is_parent:
                 if run.tags["cellbench.kind"] != EVALUATION:  # an evaluation has other test images
                     parents.append(run)
+                elif COUNTED in run.tags and run.status == "finished":
+                    counted.append(run)
             elif not run.fingerprint:
                 num_foreign += 1
             elif only is not None and run.run_id not in only and not run.is_external:
@@ -136,7 +141,13 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
             f"experiment '{names}': no model has all its folds, so there is nothing to compare ({incomplete[0]}). Run the grid to its end."
         )
     return ExperimentResults(
-        experiment=names, sets=tuple(sets), skipped=skipped, failed=failed, left_out=tuple(left_out), parents=tuple(reversed(parents))
+        experiment=names,
+        sets=tuple(sets),
+        skipped=skipped,
+        failed=failed,
+        left_out=tuple(left_out),
+        parents=tuple(reversed(parents)),
+        counted=tuple(counted),
     )
 
 

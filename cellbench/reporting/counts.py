@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from cellbench.metrics.counting import CountRow
 from cellbench.reporting.leaderboard import format_interval, format_number
+from cellbench.reporting.model_groups import ModelGroup
 from cellbench.statistics.agreement import Agreement, agreement
+from cellbench.tracking.schema import COUNTED, RunRecord
 
 MEANING = (
     "Bias: mean of predicted minus true. Limits of agreement: 95 % of the differences lie between them, if they are normal (Bland and Altman 1986). "
@@ -56,6 +58,50 @@ def agreement_row(name: str, one: Agreement) -> dict[str, str]:
         "concordance": format_concordance(one),
         "mean absolute error": format_number(one.error, 2),
     }
+
+
+def model_counts(model: ModelGroup) -> list[CountRow]:
+    """The cells in each test image by each run of a model; none for runs of older versions."""
+    if not model.has("num_true", "num_predicted"):
+        return []
+    return [
+        CountRow(image=f"{run.fold} {image}", region="", label=model.name, true=true, predicted=predicted)
+        for run in model.runs
+        for image, true, predicted in zip(*(run.per_image[key] for key in ("images", "num_true", "num_predicted")), strict=True)
+    ]
+
+
+def model_rows(models: Sequence[ModelGroup]) -> list[dict[str, str]]:
+    """How well the counts of each model agree, a row a model; the seeds of an image are one unit."""
+    rows = []
+    for model in models:
+        if counts := model_counts(model):
+            found = agreement([one.true for one in counts], [one.predicted for one in counts], [one.image for one in counts])
+            rows.append(agreement_row(model.name, found))
+    return rows
+
+
+def evaluation_rows(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
+    """The evaluations of counts on images without masks, the latest of each: a row a class, by images."""
+    latest = {(run.tags[COUNTED], run.tags.get("model", run.name)): run for run in sorted(runs, key=lambda run: run.start_s)}
+    rows = []
+    for (images, model), run in sorted(latest.items()):
+        prefixes = sorted({key.rpartition("/")[0] for key in run.metrics if key.startswith("count") and key.endswith("/bias")})
+        for prefix in prefixes:
+            known = {key: run.metrics.get(f"{prefix}/{key}") for key in ("bias", "limit_low", "limit_high", "concordance", "error_abs")}
+            limits = (
+                f"{known['limit_low']:+.2f} to {known['limit_high']:+.2f}" if None not in (known["limit_low"], known["limit_high"]) else ""
+            )
+            rows.append({
+                "images": images.rpartition(" ")[0],
+                "model": model,
+                "class": prefix.removeprefix("count").removeprefix("_") or "all cells",
+                "bias": f"{known['bias']:+.2f}",
+                "limits of agreement": limits,
+                "concordance": format_number(known["concordance"], 3),
+                "mean absolute error": format_number(known["error_abs"], 2),
+            })  # fmt: skip
+    return rows
 
 
 def count_metrics(rows: Sequence[CountRow]) -> dict[str, float]:

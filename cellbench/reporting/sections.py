@@ -17,6 +17,7 @@ from cellbench.metrics.pixel import nan_mean
 from cellbench.reporting import provenance
 from cellbench.reporting.cells import class_rows, describe_errors, models_with_classes
 from cellbench.reporting.collect import EXAMPLE_FIGURES, ExperimentResults
+from cellbench.reporting.counts import MEANING, evaluation_rows, model_counts, model_rows
 from cellbench.reporting.decisions import describe_doubling, images_needed, is_equivalent
 from cellbench.reporting.leaderboard import (
     LeaderboardRow,
@@ -32,6 +33,7 @@ from cellbench.reporting.learning_curves import LearningCurve, learning_curves
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, plot_rows
 from cellbench.reporting.plots import comparison, significance
 from cellbench.reporting.plots.cells import plot_cell_confusion
+from cellbench.reporting.plots.counts import plot_agreement
 from cellbench.reporting.plots.style import Drawing
 from cellbench.reporting.render import PLACE
 from cellbench.reporting.report_data import Block, Figure, Heading, ReportData, Section, StoredImage, Table, Text
@@ -72,6 +74,7 @@ def build_report(results: ExperimentResults) -> ReportData:
         label = f"{one.here.description}; {one.here.digest[:8]}"
         sections += [(f"{title} ({label})", blocks) for title, blocks in [("Leaderboard", one.lead()), *one.sections()]]
     sections += [
+        ("Counts on images without masks", _count_evaluations(results)),
         ("The data", [provenance.data_facts(results)]),
         ("Runs without a result", provenance.missing_runs(results)),
         ("What the metrics mean", provenance.glossary(results)),
@@ -91,6 +94,12 @@ def build_report(results: ExperimentResults) -> ReportData:
         leaderboard=rows,
         files_only=[table for one in (leading, *more) for table in one.files_only()],
     )
+
+
+def _count_evaluations(results: ExperimentResults) -> list[Block]:
+    rows = evaluation_rows(results.counted)
+    headings = list(rows[0]) if rows else []
+    return [Text([MEANING]), Table(headings=headings, rows=[list(row.values()) for row in rows])] if rows else []
 
 
 class _TestSetReport:
@@ -119,6 +128,7 @@ class _TestSetReport:
             ("How far does each model fall?", shift_blocks(self.shift, self.prefix) if self.shift is not None else []),
             ("Other scores", self.leaderboard()),
             ("Classes of cells", self.cell_classes()),
+            ("Counts", self.counts()),
             ("Image by image", self.images()),
             ("How few training images are enough?", self.learning_curves()),
             ("Cost", self.cost()),
@@ -169,6 +179,17 @@ class _TestSetReport:
             self.table("classes", class_rows(models)),
             self.figure("confusion", plot_cell_confusion, best.classes, confusion, note=note),
         ]
+
+    def counts(self) -> list[Block]:
+        """How well the number of cells in each image agrees."""
+        rows = model_rows(self.here.models)
+        if not rows:
+            return []
+        shown = {
+            name: [(one.true, one.predicted) for one in model_counts(model)] for model in self.here.models[:3] for name in [model.name]
+        }
+        pairs = {name: tuple(zip(*each, strict=True)) for name, each in shown.items() if each}
+        return [Text([MEANING]), self.figure("counts", plot_agreement, pairs), self.table("counts", rows)]
 
     def images(self) -> list[Block]:
         """The scores of each image, and the images on which the best model is worst."""

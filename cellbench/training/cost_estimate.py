@@ -58,7 +58,7 @@ def estimate_cost(
     backbone = open_backbone(registry.backbone(first.backbone), weights) if first.backbone else None
     frozen = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(registry.part(run)))], first.unfreeze)
     pixels = {split: ImageCache(dataset, split, 0) for split in ("train", "val", "test")}
-    plan = SamplingPlan(pixels["train"].sizes_px, first, registry)
+    plan = SamplingPlan(pixels["train"].sizes_px, first, registry, pixels["train"].boxes_px)
     features = Features(frozen, plan, pixels, policy)
     tiles = {split: sum(len(features.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")}
 

@@ -331,8 +331,8 @@ class CohortEvaluator:
         data = self._dataset
         parts = part_classes(data.owners)
         names = {k: name for k, name in enumerate(data.classes) if k and k not in parts and k not in data.unused}
-        placed = [PlacedCells.of(one) for one in (pairs.truth, pairs.found)]
-        return count_rows(sample.name, *placed, names, regions_of(sample.regions))
+        there, predicted = PlacedCells.of(pairs.truth), PlacedCells.of(pairs.found)
+        return count_rows(sample.name, there, predicted, names, regions_of(sample.regions))
 
 
 def score_validation(

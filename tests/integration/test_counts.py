@@ -105,6 +105,21 @@ def test_a_run_is_compared_with_boxes(here: Path, boxes: Path, capsys: pytest.Ca
     assert len([run for run in Tracker("counts").stored() if COUNTED in run.tags and run.name.startswith("evaluate")]) == 1
 
 
+def test_the_report_has_the_counts_of_every_model_and_of_every_evaluation(here: Path, boxes: Path, tmp_path: Path) -> None:
+    assert main(["evaluate", "otsu", "--data", str(boxes), "--device", "cpu"]) == 0
+    assert main(["report", "counts", "--out", str(tmp_path / "report")]) == 0
+    (row,) = csv.DictReader((tmp_path / "report" / "counts.csv").read_text().splitlines())
+    record = json.loads(
+        Tracker("counts").artifact(next(run for run in Tracker("counts").stored() if run.name == "otsu · seed 0"), "per_image.json")
+    )
+    off = np.subtract(record["num_predicted"], record["num_true"])
+    assert (row["model"], row["bias"]) == ("otsu", f"{off.mean():+.2f}")
+    page = (tmp_path / "report" / "report.html").read_text()
+    section = page[page.index("Counts on images without masks") :]
+    assert "boxes" in section[:3000]
+    assert "-0.25" in section[:3000]
+
+
 def test_masks_of_another_tool_are_compared_by_class_and_region(
     here: Path, boxes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ It does not depend on a run's own seed: all runs of a cohort train on the same v
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from cellbench.config.registry import Registry, digest_of
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.augmentation import Augmentation, Draw, colour_augmentations, draw_turn
 from cellbench.data.transforms.framing import Framing
+
+Box = tuple[int, int, int, int]
+"""Top, left, bottom, right."""
 
 
 class TileSample(NamedTuple):
@@ -48,6 +52,8 @@ class SamplingPlan:
     """Any run of the cohort: only its ``stream`` is read."""
     registry: Registry = field(default_factory=Registry, compare=False)
     """Source of the user's augmentations."""
+    boxes_px: tuple[tuple[Box, ...], ...] = ()
+    """For each image the boxes of its regions of interest, in its own pixels: the centres of crops lie in them. None for an image: all of it."""
 
     @cached_property
     def augmentations(self) -> list[Augmentation]:
@@ -97,7 +103,7 @@ class SamplingPlan:
             own_rngs = [
                 np.random.default_rng([self.run.data_seed, cycle, turn, zlib.crc32(name.encode())]) for name in self.run.own_augmentations
             ]
-            for y, x in self._corners(self.sizes_px[image], rng):
+            for y, x in self._corners(image, rng):
                 code = draw_turn(rng, rotations=self.run.rotations, flips=self.run.flips, square=self.tile_px[0] == self.tile_px[1])
                 out.append(TileSample(image, y, x, code, self._draws(rng, own_rngs)))
         return out
@@ -113,11 +119,34 @@ class SamplingPlan:
         start = cycle * len(self.sizes_px) if self.run.sampling == "crops" else 0
         return [self.used_images[(start + turn) % len(self.used_images)] for turn in range(len(self.sizes_px))]
 
-    def _corners(self, size_px: tuple[int, int], rng: np.random.Generator) -> list[tuple[int, int]]:
+    def _corners(self, image: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+        size_px = self.sizes_px[image]
         if self.run.sampling == "tiles":
             return list(self.framing.grid(size_px, self.tile_px, 0.0))
-        down, right = (max(length - tile, 0) for length, tile in zip(self.framing.framed_px(size_px), self.tile_px, strict=True))
+        framed_px = self.framing.framed_px(size_px)
+        down, right = (max(length - tile, 0) for length, tile in zip(framed_px, self.tile_px, strict=True))
+        if self.boxes_px and (boxes := self.boxes_px[image]):
+            return [self._corner_in(boxes, size_px, framed_px, (down, right), rng) for _ in range(self.run.crops_per_image)]
         return [(int(rng.integers(down + 1)), int(rng.integers(right + 1))) for _ in range(self.run.crops_per_image)]
+
+    def _corner_in(
+        self,
+        boxes: Sequence[Box],
+        size_px: tuple[int, int],
+        framed_px: tuple[int, int],
+        last: tuple[int, int],
+        rng: np.random.Generator,
+    ) -> tuple[int, int]:
+        """The corner of a crop whose centre lies in one of the boxes, drawn by their areas, as far as the crop fits into the image."""
+        areas = np.array([max(bottom - top, 1) * max(right - left, 1) for top, left, bottom, right in boxes], float)
+        box = boxes[int(rng.choice(len(boxes), p=areas / areas.sum()))]
+        corner = []
+        for axis in (0, 1):
+            scale, half = framed_px[axis] / size_px[axis], self.tile_px[axis] // 2
+            low = min(max(round(box[axis] * scale) - half, 0), last[axis])
+            high = max(min(round(box[axis + 2] * scale) - half, last[axis]), low)
+            corner.append(int(rng.integers(low, high + 1)))
+        return corner[0], corner[1]
 
     def _draws(self, rng: np.random.Generator, own_rngs: list[np.random.Generator]) -> tuple[Draw, ...]:
         """One draw for each augmentation. The user's augmentations have separate generators: adding one changes no draw of the others."""

@@ -32,6 +32,8 @@ def plot_agreement(counts: Mapping[str, tuple[Sequence[float], Sequence[float]]]
                     axes.axhline(value, color="C3", linestyle=style, linewidth=1)
                     axes.annotate(f"{value:+.1f}", (1, value), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
             axes.margins(y=0.15)
+            bottom, top = axes.get_ylim()
+            axes.set_ylim(min(bottom, -1.2), max(top, 1.2))  # counts: a difference of less than one cell fills no picture
             axes.set_title(shorten(name, 34), fontsize=9)
             axes.set_xlabel("mean of predicted and true count")
             axes.set_ylabel("predicted minus true")

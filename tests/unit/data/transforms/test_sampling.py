@@ -157,3 +157,18 @@ def test_padded_frames_are_as_large_as_the_images_that_are_learned_from_need() -
 
 def test_other_images_are_drawn_with_another_data_seed() -> None:
     assert len({plan(((64, 64),) * 30, fraction=0.2, data_seed=seed).used_images for seed in range(8)}) > 1
+
+
+def test_crops_have_their_centres_in_the_regions_of_interest_and_other_images_keep_theirs() -> None:
+    sizes = ((600, 800), (600, 800))
+    run = RunSpec(backbone="a", head="b", tile_px=64, crops_per_image=200)
+    free = SamplingPlan(sizes, run)
+    boxes = ((), ((100, 200, 160, 300), (400, 500, 600, 800)))
+    limited = SamplingPlan(sizes, run, boxes_px=boxes)
+    first, second = ([view for view in limited.views(0) if view.image == image] for image in (0, 1))
+    assert first == [view for view in free.views(0) if view.image == 0]
+    places = [(view.y + 32, view.x + 32) for view in second]
+    in_each = [[top <= y <= bottom and left <= x <= right for y, x in places] for top, left, bottom, right in boxes[1]]
+    assert all(map(any, zip(*in_each, strict=True)))
+    assert 0.05 < sum(in_each[0]) / len(places) < 0.16  # by area: 6,000 of 66,000 px
+    assert all(0 <= view.y <= 600 - 64 and 0 <= view.x <= 800 - 64 for view in second)
