@@ -10,6 +10,7 @@ with each fault: ``--replay`` reads that one again, shows the traceback and keep
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -116,7 +117,7 @@ def _changed_tree(dice: random.Random, tree: object) -> object:
     for _ in range(dice.choice([1, 1, 2, 3])):
         places = list(_places(tree))
         if not places:
-            return dice.choice(VALUES)
+            return copy.deepcopy(dice.choice(VALUES))
         holder, key = dice.choice(places)
         match dice.randrange(5):
             case 0:
@@ -129,7 +130,7 @@ def _changed_tree(dice: random.Random, tree: object) -> object:
             case 3 if isinstance(holder, dict):
                 holder[dice.choice(["x", "", "id", "type", "name"])] = holder.pop(key)
             case _:
-                holder[key] = dice.choice(VALUES)
+                holder[key] = copy.deepcopy(dice.choice(VALUES))
     return tree
 
 
