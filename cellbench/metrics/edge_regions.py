@@ -9,8 +9,8 @@ from cellbench.metrics.pixel import confusion_matrix, pixel_scores, pooled_class
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 """The shares of a cell that are tried, below which regions at the frame are dropped."""
-LEAST_PX = 100
-"""Smaller regions are specks, which do not count for the size of a cell."""
+SPECK = 0.1
+"""Regions below this share of the one that holds the middle of all foreground are specks, which do not count for the size of a cell."""
 
 
 def small_edge_regions(classes: np.ndarray, least_share: float) -> np.ndarray:
@@ -23,10 +23,12 @@ def small_edge_regions(classes: np.ndarray, least_share: float) -> np.ndarray:
     at_edge = np.zeros(num + 1, bool)
     at_edge[np.concatenate([numbers[0], numbers[-1], numbers[:, 0], numbers[:, -1]])] = True
     at_edge[0] = False
-    inside = areas[1:][(areas[1:] >= LEAST_PX) & ~at_edge[1:]]
+    inside = np.sort(areas[1:][~at_edge[1:]])
     if not len(inside):
         return np.zeros(classes.shape, bool)
-    return np.asarray((at_edge & (areas < least_share * np.median(inside)))[numbers])
+    middle = inside[np.searchsorted(np.cumsum(inside), inside.sum() / 2)]  # a median by area: thousands of specks do not change it
+    cell = np.median(inside[inside >= SPECK * middle])
+    return np.asarray((at_edge & (areas < least_share * cell))[numbers])
 
 
 def without_small_edge_regions(classes: np.ndarray, least_share: float) -> np.ndarray:

@@ -146,6 +146,9 @@ def test_regions_at_the_frame_are_dropped_below_a_share_of_the_median_region_ins
     assert np.array_equal(small_edge_regions(mask, 0.3), np.zeros_like(mask, bool))  # 120 is not below 0.3 * 400
     assert np.array_equal(small_edge_regions(mask, 0.4), cells(*edges[1:]) > 0)
     assert np.array_equal(small_edge_regions(mask, 0.51), cells(*edges) > 0)
+    for top in range(0, 99, 2):  # 50 specks inside, more than cells
+        mask[top, 12] = 1
+    assert np.array_equal(small_edge_regions(mask, 0.4), (cells(*edges[1:]) > 0) | (cells((0, 12, 1, 13)) > 0))
     assert not small_edge_regions(cells(*edges), 1.0).any()  # no cell inside, of unknown size
     assert not small_edge_regions(np.ones((9, 9), np.uint8), 1.0).any()
 
