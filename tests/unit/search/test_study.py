@@ -190,6 +190,16 @@ def test_an_unavailable_storage_is_a_one_line_error_without_the_password(url: st
     assert "\n" not in str(error.value)
 
 
+def test_an_error_of_the_code_is_not_taken_for_one_of_the_storage() -> None:
+    study = study_of(space_of())
+
+    def wrong() -> None:
+        raise RuntimeError("the size of tensor a must match")
+
+    with pytest.raises(RuntimeError, match="the size of tensor a"):
+        study._patiently(wrong)
+
+
 def test_a_storage_that_is_away_for_a_while_costs_no_trial(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import sqlalchemy.exc
 
