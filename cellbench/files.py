@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import tempfile
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,6 +147,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
+
+
+def remove_half_written(folder: Path) -> int:
+    """Removes the temporary files that :func:`atomic_file` left in a folder since its process was killed, a day ago or earlier; returns their number."""
+    num = 0
+    for path in folder.glob(".*.????????"):
+        with contextlib.suppress(OSError):  # another process was faster
+            if path.is_file() and time.time() - path.stat().st_mtime > 86_400:
+                path.unlink()
+                num += 1
+    return num
 
 
 def _umask() -> int:

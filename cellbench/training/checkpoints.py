@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cellbench.files import cache_dir, write_atomic
+from cellbench.files import cache_dir, remove_half_written, write_atomic
 
 EVERY_S = 30.0
 """Work that is lost at most when a process is killed."""
@@ -25,16 +25,15 @@ EVERY_S = 30.0
 
 KEEP_DAYS = 30
 """A checkpoint that was not written for this time is removed by the next grid or search: its run starts from the beginning."""
-_DAY_S = 86_400.0
 
 
 def remove_old() -> int:
-    """Removes checkpoints that nobody resumed for ``KEEP_DAYS``, and files that killed processes left half-written; returns their number."""
-    num, now_s = 0, time.time()
-    for path in (cache_dir() / "checkpoints").glob("*"):
+    """Removes checkpoints that nobody resumed for ``KEEP_DAYS``, and what killed processes left half-written in the cache folder; returns their number."""
+    folder, oldest_s = cache_dir() / "checkpoints", time.time() - KEEP_DAYS * 86_400
+    num = remove_half_written(cache_dir()) + remove_half_written(folder)
+    for path in folder.glob("*.pt"):
         with contextlib.suppress(OSError):  # another process was faster
-            days = 1 if path.name.startswith(".") else KEEP_DAYS
-            if now_s - path.stat().st_mtime > days * _DAY_S:
+            if path.stat().st_mtime < oldest_s:
                 path.unlink()
                 num += 1
     return num

@@ -48,15 +48,14 @@ def test_the_checkpoint_of_a_run_that_has_ended_is_removed_by_the_next_command(t
 
 
 def test_checkpoints_that_nobody_resumes_are_removed():
-    names = {"old": 31, "new": 29, ".half-written": 2, ".being-written": 0.5}
-    places = {name: checkpoints.checkpoint_path("f" * 16, name) for name in names}
-    places |= {name: places[name].with_name(name) for name in names if name.startswith(".")}
-    for name, days in names.items():
-        places[name].parent.mkdir(parents=True, exist_ok=True)
-        places[name].write_bytes(b"x")
-        os.utime(places[name], (0, time.time() - days * 86400))
-    assert checkpoints.remove_old() == 2
-    assert {name for name, place in places.items() if place.exists()} == {"new", ".being-written"}
+    folder = checkpoints.checkpoint_path("f" * 16, "x").parent
+    ages = {"old.pt": 31, "new.pt": 29, ".x.pt.ab12cd_3": 2, ".x.pt.zz12cd_3": 0.5, "../.images.json.ab12cd_3": 2, "../images.json": 400}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, days in ages.items():
+        (folder / name).write_bytes(b"x")
+        os.utime(folder / name, (0, time.time() - days * 86400))
+    assert checkpoints.remove_old() == 3
+    assert {name for name in ages if (folder / name).exists()} == {"new.pt", ".x.pt.zz12cd_3", "../images.json"}
 
 
 class RunnerOfTests:
