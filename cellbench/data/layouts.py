@@ -56,13 +56,19 @@ def scan_folder(card: DatasetCard, where: Path, *, unlabelled: bool = False) -> 
     if (listing := _first_match(layouts, card, where)) is not None:
         return listing
     found = [entry.name for entry in _folders(where)]
-    num = len(files_below(where)[0])
+    num, boxes = len(files_below(where)[0]), any(where.rglob("*.xml"))
     if num and not any(MASK_WORDS.search(f"_{name}") for name in found):
         if unlabelled:
             return _scan_images(where)
+        if not boxes:
+            raise CellbenchError(
+                f"--data {where}: holds {num} image{'s' * (num != 1)} and no masks. Each image to learn from needs one: masks/NAME.png for "
+                "images/NAME.png, or NAME_mask.png beside NAME.png. `predict` and `explore` take plain folders."
+            )
+    if boxes:
         raise CellbenchError(
-            f"--data {where}: holds {num} image{'s' * (num != 1)} and no masks. Each image to learn from needs one: masks/NAME.png for images/NAME.png, "
-            "or NAME_mask.png beside NAME.png. `predict` and `explore` take plain folders."
+            f"--data {where}: holds images with .xml files and no masks. Boxes are enough to compare counts (`evaluate RUN --data`, "
+            "`score NAME MASKS --data`); to learn from, each image needs a mask."
         )
     expected = ", or ".join(layout.name for layout in layouts)
     shown = ", ".join(f"{name}/" for name in found[:5]) or "no folder"

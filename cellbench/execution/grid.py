@@ -46,13 +46,14 @@ def group_cohorts(runs: Sequence[ResolvedRun]) -> list[list[ResolvedRun]]:
 
 
 def describe_skipped(runs: Sequence[ResolvedRun]) -> list[str]:
-    """One line about all runs that are skipped; none where there is no such run."""
-    reasons = {one.unavailable: one.run.backbone or one.name for one in runs}
-    num = f"skipped {len(runs)} run{'s' * (len(runs) != 1)}"
-    if len(reasons) <= 1:
-        return [f"{num}: {reason}" for reason in reasons]
-    names = ", ".join(dict.fromkeys(reasons.values()))
-    return [f"{num}: {names} cannot be used here. `cellbench doctor` says why and what to do."]
+    """A line for each baseline that is skipped, and one for all runs whose backbones cannot be used."""
+    lines = list(dict.fromkeys(f"skipped {one.run.baseline}: {one.unavailable}" for one in runs if one.run.baseline))
+    others = [one for one in runs if one.run.backbone]
+    num, reasons = f"skipped {len(others)} run{'s' * (len(others) != 1)}", {one.unavailable for one in others}
+    if len(reasons) > 1:
+        names = ", ".join(dict.fromkeys(one.run.backbone or "" for one in others))
+        return [*lines, f"{num}: {names} cannot be used here. `cellbench doctor` says why and what to do."]
+    return [*lines, *(f"{num}: {reason}" for reason in reasons)]
 
 
 def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | None = None) -> Outcome:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cellbench.config.registry import Registry
 from cellbench.data.count_truth import CountTruth, match_classes
+from cellbench.data.layouts import scan_folder
 from cellbench.data.loading import open_count_truth
 from cellbench.errors import CellbenchError
 
@@ -172,3 +173,15 @@ def test_classes_are_compared_where_both_tell_them_apart(tmp_path: Path) -> None
     assert (one.of_label, dict(one.names)) == ({"RBC": 1, "WBC": 1}, {1: "cell"})
     with pytest.raises(CellbenchError, match="the truth has the class 'WBC'; m counts rbc, platelet"):
         match_classes(truth, {1: "rbc", 2: "platelet"}, "m")
+
+
+def test_whoever_trains_on_boxes_is_told_what_they_are_good_for(tmp_path: Path) -> None:
+    for folder in (voc(tmp_path / "folders"), tmp_path / "flat"):
+        if folder.name == "flat":
+            for inner in ("JPEGImages", "Annotations"):
+                for path in (tmp_path / "folders" / inner).iterdir():
+                    folder.mkdir(exist_ok=True)
+                    (folder / path.name).write_bytes(path.read_bytes())
+        with pytest.raises(CellbenchError, match="Boxes are enough to compare counts"):
+            scan_folder(Registry().dataset("folder"), folder)
+        assert len(read(folder).samples) == 3
