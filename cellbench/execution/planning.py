@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.transforms.framing import Framing
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
 from cellbench.models.backbones.build import weights_digest
-from cellbench.models.baselines.build import baseline_weights_digest
+from cellbench.models.baselines.build import baseline_weights_digest, model_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,8 @@ def resolve_runs(
     out = []
     for (name, _), one, framing in zip(named, parts, framings, strict=True):
         run, found = one.run, weights_of[one.backbone.id] if one.backbone else ready_made[one.run.baseline or ""]
+        if found.digest and isinstance(one.card, BaselineCard) and one.card.package and (model := model_digest(run.options)):
+            found = replace(found, digest=f"{found.digest} {model}")
         has_weights = one.backbone is not None or bool(found.digest or found.unavailable)
         identity = f"{found.digest}:{one.backbone_digest}" if found.digest else "unavailable"
         learns = trained.get(run.baseline or "", True)  # a baseline without training has no precision

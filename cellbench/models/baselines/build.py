@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from cellbench.config.cards import BaselineCard
 from cellbench.config.registry import Registry, load
 from cellbench.errors import CellbenchError, WeightsUnavailable
+from cellbench.files import compute_sha256
 from cellbench.models.backbones.build import weights_digest
 from cellbench.models.backbones.weight_files import read_state
 from cellbench.models.backbones.weights import locate
@@ -62,6 +64,15 @@ def package_version(card: BaselineCard) -> str:
         raise WeightsUnavailable(
             f"the Python package {card.package}, which runs it, is not installed: pip install 'cellbench[{card.id}]'."
         ) from None
+
+
+def model_digest(options: Mapping[str, object]) -> str:
+    """Identifies the content of the file or folder that the option ``model`` of a package's baseline names; empty where it is a name."""
+    place = Path(str(options.get("model") or ""))
+    if not options.get("model") or not place.exists():
+        return ""
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    return hashlib.sha256(" ".join(map(compute_sha256, files)).encode()).hexdigest()[:16]
 
 
 def baseline_weights_digest(card: BaselineCard, registry: Registry, weights: Path | None, download: bool = True) -> str:

@@ -20,7 +20,7 @@ from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError, WeightsUnavailable
 from cellbench.metrics.separation import NUMBERS, SeparationParams
 from cellbench.models.baselines import package_weights
-from cellbench.models.baselines.build import FoundClasses, baseline_weights_digest, of_numbers, open_baseline
+from cellbench.models.baselines.build import FoundClasses, baseline_weights_digest, model_digest, of_numbers, open_baseline
 
 NAMES = ("cellpose", "stardist", "instanseg")
 IMAGE = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
@@ -147,6 +147,16 @@ def test_weights_that_cannot_be_had_and_unknown_names_are_reasons_too(
         found_by("cellpose", model="cyto33")
     with pytest.raises(CellbenchError, match="the data has 2 kinds"):
         open_baseline(Registry().baseline("cellpose"), Registry(), None)(IMAGE, 3)
+
+
+def test_another_content_of_the_same_file_is_another_model(tmp_path: Path) -> None:
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "weights.h5").write_bytes(b"1")
+    first = model_digest({"model": str(tmp_path / "net")})
+    assert first == model_digest({"model": str(tmp_path / "net")}) != ""
+    (tmp_path / "net" / "weights.h5").write_bytes(b"2")
+    assert model_digest({"model": str(tmp_path / "net")}) != first
+    assert model_digest({"model": "cyto3"}) == model_digest({"model": ""}) == ""
 
 
 def test_numbers_survive_as_bytes() -> None:
