@@ -16,7 +16,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, linkage
 
 from cellbench.data.audit.image_statistics import LOOK_PX, find_foreground
 from cellbench.data.dataset import Sample
@@ -128,6 +127,8 @@ def cluster(points_U: np.ndarray, sizes_U: np.ndarray, num: int) -> np.ndarray:
     if num <= 1 or len(points_U) <= num:
         return np.arange(len(points_U)) if len(points_U) <= num else np.zeros(len(points_U), int)
     some = np.unique(np.linspace(0, len(points_U) - 1, min(len(points_U), MOST_CLUSTERED)).round().astype(int))
+    from scipy.cluster.hierarchy import fcluster, linkage
+
     tree = linkage(points_U[some], "ward")
     least = max(2 if len(some) >= 2 * num else 1, round(sizes_U[some].sum() / (3 * num)))
     while True:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import ndimage
-from skimage.segmentation import watershed
 
 from cellbench.metrics.instances import near_two_cells
 from cellbench.metrics.pixel import IGNORE
@@ -39,6 +38,8 @@ def _parted(mask: np.ndarray, cut_px: int, min_area_px: int) -> np.ndarray:
     with_core[regions[cores > 0]] = True
     seeds = np.where(cores > 0, cores, np.where(with_core[regions], 0, regions + num))
     seeds[~mask] = 0
+    from skimage.segmentation import watershed
+
     out: np.ndarray = watershed(-depth, seeds, mask=mask).astype(np.int32)
     return out
 

@@ -77,7 +77,7 @@ def cost_of_script(settings: ScriptSettings, module: str = "script_reference") -
     """Runs the script, or the same runs by a peer: ``eva_reference``."""
     with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
         cost, printed = _timed([f"cellbench.diagnostics.{module}", json.dumps(asdict(settings))], Path(folder), settings.device)
-    return ProcessCost(**cost, dice=json.loads(printed)["dice"])
+    return ProcessCost(**cost, dice=json.loads(printed)["dice"], places={})
 
 
 def cost_of_grid(settings: ScriptSettings, setup: BenchmarkSetup, *, sampled: bool = False) -> ProcessCost:

@@ -15,9 +15,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -49,6 +49,9 @@ from cellbench.training.appearance import pooled
 from cellbench.training.model import build_model, num_levels
 from cellbench.training.test_time import turn
 from cellbench.training.tiled_inference import output_channels
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -123,6 +126,8 @@ class Prediction:
             for each class that is a part of others, such as a nucleus, its area in the cell.
 
         """
+        import pandas as pd  # a fifth of a second, for tables alone
+
         if um_per_px is None and not isinstance(self.source, np.ndarray) and (stated := read_pixel_size(self.source)) is not None:
             um_per_px = round(stated.side_um, 6)
         made = measure_cells(self.cells, self.image, self.class_names, um_per_px, self.classes, self.separation.owners)

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 USUAL = 0.95
 """Share of held-out images of the training set within the distance 1."""
@@ -106,6 +105,8 @@ class TrainingAppearance:
 
 def _distances(a_ND: np.ndarray, b_MD: np.ndarray) -> np.ndarray:
     """Root mean squared difference of the features of each pair (N, M)."""
+    from scipy.spatial.distance import cdist
+
     return np.asarray(cdist(a_ND.astype(np.float64), b_MD.astype(np.float64))) / math.sqrt(a_ND.shape[1])
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
 LOGITS: np.ndarray = np.log((np.arange(256) + 0.5) / (255.5 - np.arange(256)))
@@ -107,6 +106,8 @@ def temperature_helps(images: Sequence[np.ndarray]) -> bool:
 
 def fit_temperature(levels: np.ndarray) -> float:
     """The temperature with the smallest cross-entropy on a histogram (2, 256), 0.1 to 10."""
+    from scipy.optimize import minimize_scalar  # takes a tenth of a second
+
     logs = minimize_scalar(lambda log: cross_entropy(levels, math.exp(log)), bounds=(math.log(0.1), math.log(10)), method="bounded")
     return math.exp(logs.x)
 

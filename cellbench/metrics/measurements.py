@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from skimage.measure import regionprops_table
 
 from cellbench.escaping import to_csv
 from cellbench.metrics.instances import Instances
@@ -61,6 +60,8 @@ def measure_cells(
     columns += ("red", "green", "blue", *(part_column(names[k], um_per_px) for k in part_classes(owners)))
     if not found.num:  # scikit-image would return other columns
         return CellTable(columns=columns, rows=())
+    from skimage.measure import regionprops_table
+
     props: Mapping[str, np.ndarray] = regionprops_table(found.ids, image, properties=_PROPERTIES)
     height, width = found.ids.shape
     inside = [np.bincount(found.ids[classes == k], minlength=found.num + 1) for k in part_classes(owners)]

@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from scipy import ndimage
-from skimage.segmentation import watershed
 
 from cellbench.metrics.boundary import boundary_pixels
 from cellbench.metrics.cell_confidence import MIN_CONFIDENCES, ap50_by_confidence, drop_improbable
@@ -173,6 +172,8 @@ class _Flood:
             else:
                 distance = ndimage.distance_transform_edt(full_hw) if not full_hw.all() else np.zeros(full_hw.shape)
             distance = ndimage.gaussian_filter(distance, SMOOTH_BLOCKS, mode="nearest") * any_hw
+            from skimage.segmentation import watershed
+
             self._basins = watershed(-distance, mask=any_hw)
             self._peaks = np.concatenate([[0.0], ndimage.maximum(distance, self._basins, np.arange(1, int(self._basins.max()) + 1))])
             self._saddles = _saddles(self._basins, distance)

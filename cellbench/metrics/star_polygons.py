@@ -14,8 +14,6 @@ from typing import ClassVar
 
 import numpy as np
 from scipy import ndimage
-from skimage.draw import polygon
-from skimage.segmentation import watershed
 
 from cellbench.metrics.instances import Instances, numbered_instances
 
@@ -94,6 +92,8 @@ class StarPolygons:
                 part = ids[one.box]
                 part[one.mask & (part == 0)] = len(kept)
         ids[~self._mask] = 0
+        from skimage.segmentation import watershed
+
         ids = watershed(-self._probability_map, ids, mask=self._mask).astype(np.int32)
         return numbered_instances(ids, self._classes, min_area_px)
 
@@ -103,6 +103,8 @@ def _rasterised(corners: np.ndarray, shape: tuple[int, ...]) -> _Polygon:
     low = np.clip(np.floor(corners.min(0)).astype(int), 0, np.array(shape) - 1)
     high = np.clip(np.ceil(corners.max(0)).astype(int), low, np.array(shape) - 1)
     mask = np.zeros(high - low + 1, bool)
+    from skimage.draw import polygon
+
     mask[polygon(corners[:, 0] - low[0], corners[:, 1] - low[1], mask.shape)] = True
     return _Polygon(top=int(low[0]), left=int(low[1]), mask=mask)
 

@@ -13,11 +13,11 @@ COMPILER, FIGURES = {"torch._dynamo", "torch._inductor"}, {"matplotlib", "seabor
 RULED_OUT = {
     "predict": (
         ["predict", MODEL, "smears/test/original/t0.png", "--out", "out", "--device", "cpu"],
-        {*COMPILER, *FIGURES, "scipy.stats", "sklearn", "optuna", "ray", "jinja2"},
+        {*COMPILER, *FIGURES, "scipy.stats", "scipy.optimize", "sklearn", "optuna", "ray", "jinja2"},
     ),
     "a grid without anything to do": (
         ["grid", "small.toml", "--data", "smears", "--device", "cpu"],
-        {*COMPILER, "timm", "torchvision", "sklearn", "optuna", "ray"},
+        {*COMPILER, "timm", "torchvision", "scipy.optimize", "scipy.sparse", "skimage", "sklearn", "optuna", "ray"},
     ),
     "report": (["report", "small"], {"torch", "timm", "seaborn", "sklearn", "optuna", "ray", "cv2"}),
     "check": (["check", "smears"], {"torch", "timm", "mlflow", "matplotlib", "pandas", "sklearn", "optuna", "ray", "scipy.stats"}),

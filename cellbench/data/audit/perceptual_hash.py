@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.fft import dctn
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 SIDE = 64
 BITS = 16
@@ -90,6 +88,9 @@ def connected_groups(num: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     [0, 1, 1, 3, 1]
     """
     joined = np.array(list(pairs), int).reshape(-1, 2)
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     graph = coo_array((np.ones(len(joined)), joined.T), (num, num))
     _, labels = connected_components(graph, directed=False)
     return np.unique(labels, return_index=True)[1][labels].tolist() if num else []

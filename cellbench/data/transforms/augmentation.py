@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from skimage.color import hed_from_rgb, rgb_from_hed
 from torch import Tensor
 
 from cellbench.config.registry import Registry, load
@@ -109,6 +108,8 @@ class StainJitter:
     def apply(self, pixels_BCHW: Tensor, draws: list[Draw]) -> Tensor:
         if all(stain == self.NEUTRAL for stain in draws):
             return pixels_BCHW
+        from skimage.color import hed_from_rgb, rgb_from_hed
+
         # skimage multiplies rows of pixels from the left, so a matrix for columns is its transpose.
         to_hed, to_rgb = (torch.from_numpy(matrix.copy()).double().T for matrix in (hed_from_rgb, rgb_from_hed))
         factors_B3, shifts_B3 = torch.tensor(draws, dtype=torch.float64).split(3, dim=1)

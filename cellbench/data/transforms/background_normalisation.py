@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from skimage.filters import threshold_otsu
 
 WHITE, AMOUNT = 235.0, 0.5
 """Grey level of the background, and amount of the foreground's median, in normalised images. 20 levels remain for what is lighter than the background."""
@@ -100,6 +99,8 @@ class Background:
 
 def estimate(image: np.ndarray) -> Estimate | None:
     """Background and foreground of an image (H, W, 3) uint8; None if all its pixels are equal."""
+    from skimage.filters import threshold_otsu
+
     levels = thumbnail(image) + 1
     grey = levels.mean(axis=-1)
     if np.ptp(grey) < 1e-3:

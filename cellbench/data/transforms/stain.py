@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from skimage.color import lab2rgb, rgb2lab
 
 from cellbench.data.transforms.background_normalisation import Background
 
@@ -32,11 +31,15 @@ class Reinhard:
     @classmethod
     def fitted(cls, images: Iterable[np.ndarray]) -> Reinhard:
         """The mean of the images' own means and deviations; (H, W, 3) uint8 RGB each."""
+        from skimage.color import rgb2lab
+
         all_means, all_deviations = zip(*(_lab_statistics(rgb2lab(image)) for image in images), strict=True)
         return cls(mean=_three(np.mean(all_means, axis=0)), deviation=_three(np.mean(all_deviations, axis=0)))
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """The image (H, W, 3) uint8 in the new colours. A constant channel keeps its deviation of zero."""
+        from skimage.color import lab2rgb, rgb2lab
+
         lab = rgb2lab((image / np.float32(255)).astype(np.float32))
         mean, deviation = _lab_statistics(lab)
         lab = (lab - mean.astype(np.float32)) * (np.array(self.deviation) / np.maximum(deviation, 1e-6)).astype(np.float32)
