@@ -18,7 +18,7 @@ import torch
 
 from cellbench.config.run import NUMERICS_VERSION
 from cellbench.data.image_cache import ImageCache
-from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, quote_name
+from cellbench.errors import CellbenchError, one_line, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
 from cellbench.execution.claims import Outcome
@@ -50,7 +50,7 @@ class Blend(NamedTuple):
     """(H, W) uint8: the probability of not being background, 0..255."""
 
 
-def test_best_models(runner: Runner, runs: Sequence[ResolvedRun], out: Outcome) -> None:
+def evaluate_best_models(runner: Runner, runs: Sequence[ResolvedRun], out: Outcome) -> None:
     """Tests the mean of the ``ensemble_best`` best models of each fold, and adds the results to ``out``. A fold that fails is named."""
     num = runner.experiment.ensemble_best
     name = f"ensemble of the best {num} models"
@@ -60,22 +60,17 @@ def test_best_models(runner: Runner, runs: Sequence[ResolvedRun], out: Outcome) 
         known = runner.tracker.known(*[one.fingerprint for one in mine])
         chosen = choose_members([(one, known[one.fingerprint]) for one in mine if one.fingerprint in known], num)
         if len(chosen) < num:
-            runner.say(
-                f"{title}: there {'is' if len(chosen) == 1 else 'are'} {len(chosen)} finished trained model{'s' * (len(chosen) != 1)}."
-            )
+            runner.say(f"{title}: not made: it needs {num} trained models, and {len(chosen)} finished.")
             continue
         try:
             ensemble = _Ensemble(runner, chosen, name, title, fold)
             out.finished[title] = ensemble.test()
             ensemble.test_further()
-        except (WeightsUnavailable, CellbenchError, RuntimeError, MemoryError) as error:
+        except (CellbenchError, RuntimeError, MemoryError) as error:
             if not isinstance(error, CellbenchError) and not is_out_of_memory(error):
                 raise
             runner.say(f"{title}: not tested: {one_line(error)}")
         release_memory()
-
-
-test_best_models.__test__ = False  # type: ignore[attr-defined]  # not pytest's
 
 
 def choose_members(runs: Sequence[tuple[ResolvedRun, RunRecord]], num: int) -> list[tuple[ResolvedRun, RunRecord]]:

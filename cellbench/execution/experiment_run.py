@@ -25,7 +25,7 @@ from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.loading import open_folds, settings_for_data
 from cellbench.execution import ray_cluster, ray_grid
 from cellbench.execution.artifacts import pool_folds
-from cellbench.execution.best_ensembles import test_best_models
+from cellbench.execution.best_ensembles import evaluate_best_models
 from cellbench.execution.claims import Outcome
 from cellbench.execution.grid import Executor, InProcessExecutor, run_all
 from cellbench.execution.multiprocess import ProcessExecutor
@@ -159,7 +159,7 @@ def _execute(plan: ExperimentPlan, tracker: Tracker, parent: Run, ray: Any, draw
     with parent.system_metrics():
         outcome = run_all(runner, plan.runs, executor)
         if plan.experiment.ensemble_best:
-            test_best_models(runner, plan.runs, outcome)
+            evaluate_best_models(runner, plan.runs, outcome)
         return outcome
 
 
