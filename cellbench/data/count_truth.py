@@ -21,10 +21,12 @@ import numpy as np
 
 from cellbench.data.annotations import load_coco_json
 from cellbench.data.dataset import Sample
+from cellbench.data.external_masks import ADDED
 from cellbench.data.io import images
 from cellbench.data.io.decode import printable_path
 from cellbench.data.layouts import NOT_CELLS, NOT_SCORED
 from cellbench.data.manifest import SPLITS
+from cellbench.data.outline_files import read_tool_mask
 from cellbench.data.region_files import REGIONS, match_regions
 from cellbench.data.scan import files_below
 from cellbench.errors import CellbenchError, one_line, quote_name, quoted
@@ -155,15 +157,22 @@ def read_count_truth(where: Path, categories: Mapping[str, str]) -> CountTruth |
     root = where if where.is_dir() else where.parent
     pictures = [path for path in files_below(root)[0] if path.relative_to(root).parts[0] != REGIONS] if root.is_dir() else []
     files = sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")) if where.is_dir() else [where]
-    for ending, read, what in ((".xml", _voc, "boxes of VOC files"), (".json", _coco, "boxes of COCO"), (".csv", _table, "")):
+    files = [path for path in files if not path.is_relative_to(root / REGIONS)]
+    kinds = (
+        (".xml", _voc, "boxes of VOC files"),
+        (".json", _coco, "boxes of COCO"),
+        (".csv", _table, ""),
+        (".geojson", _points, "points of GeoJSON files"),
+    )
+    for ending, read, what in kinds:
         rows = [row for path in files if path.suffix.lower() == ending for row in read(path)]
-        if rows:
+        if any(row.mark for row in rows):
             if unknown := [name for name in categories if name not in {row.mark.label for row in rows if row.mark}]:
                 raise CellbenchError(
                     f"{root}: dataset.toml: categories names {quote_name(unknown[0])}, which {rows[0].file.name} does not hold."
                 )
             kind = what or ("points" if any(row.mark and row.mark.xy for row in rows) else "counts")
-            return _joined(root, f"{kind} of {rows[0].file.name}" if ending != ".xml" else what, pictures, rows, categories)
+            return _joined(root, f"{kind} of {rows[0].file.name}" if ending in (".json", ".csv") else what, pictures, rows, categories)
     return None
 
 
@@ -234,7 +243,12 @@ def _with_regions(truth: CountTruth, root: Path) -> CountTruth:
 
 def _image_of(row: _Row, root: Path, by_name: Mapping[str, Sequence[Path]]) -> Path | None:
     name = to_nfc(row.image).replace("\\", "/").removeprefix("./")
-    for key in (name, name.rpartition("/")[2], PurePosixPath(name).stem, row.file.stem if row.file.suffix.lower() == ".xml" else name):
+    for key in (
+        name,
+        name.rpartition("/")[2],
+        PurePosixPath(name).stem,
+        row.file.stem if row.file.suffix.lower() in (".xml", ".geojson") else name,
+    ):
         here = by_name.get(key, ())
         beside = [path for path in here if path.parent == row.file.parent]
         if len(here) == 1 or len(beside) == 1:
@@ -330,6 +344,14 @@ def _coco(path: Path) -> Iterator[_Row]:
             )
         mark = Mark(label=names[row["category_id"]], xy=(box[0] + box[2] / 2, box[1] + box[3] / 2))
         yield _Row(file=path, image=image["file_name"], mark=mark)
+
+
+def _points(path: Path) -> Iterator[_Row]:
+    """The points of a GeoJSON file, as QuPath exports annotations of an image."""
+    image = ADDED.sub("", path.stem)
+    yield _Row(file=path, image=image, mark=None)
+    for x, y, label in read_tool_mask(path).points:
+        yield _Row(file=path, image=image, mark=Mark(label=label or UNNAMED, xy=(x, y)))
 
 
 def _table(path: Path) -> Iterator[_Row]:

@@ -432,12 +432,14 @@ def _annotated_images(root: Path, card: DatasetCard) -> Listing | None:
     counts: Counter[str] = Counter()
     used: dict[Path, Path] = {}
     limited: set[Path] = set()
+    num_points = 0
     for path, found in pairs.items():
         name = path.relative_to(root).as_posix()
         if len(found) == 1:
             used[path] = found[0]
             mask = read_tool_mask(found[0])
             counts.update(one.label or UNCLASSIFIED for one in mask.outlines)
+            num_points += len(mask.points)
             limited |= {path} if mask.regions else set()
         elif not MASK_WORDS.search(path.stem) or found:  # a picture of masks that a tool writes beside them is no image
             shown = ", ".join(one.name for one in found)
@@ -445,6 +447,13 @@ def _annotated_images(root: Path, card: DatasetCard) -> Listing | None:
             out.reject(
                 "several-masks" if found else "missing-mask", path.name, message, "Each image needs one: take others out, or add it."
             )
+    if num_points and not counts:
+        raise CellbenchError(
+            f"--data {root}: its files mark {num_points:,} points and no outline. Points are enough to compare counts (`evaluate RUN --data`, "
+            "`score NAME MASKS --data`); to learn from, each cell needs an outline."
+        )
+    if num_points:
+        out.notes.append(f"outlines: {num_points:,} points are no cells with an area and are not used")
     labels: dict[str, int | None] = {UNCLASSIFIED: 1}
     if counts:
         out.classes, labels, note = _categories(card, next(iter(used.values())), counts, "classes of outlines")

@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class ToolMask:
     """Regions of interest that the file marks."""
     left_out: Mapping[str, int] | None = None
     """What else the file holds, by kind, such as points."""
+    points: tuple[tuple[float, float, str], ...] = ()
+    """Of GeoJSON: x, y and class of each point. They are no cells with an area, but can be counted."""
 
     def paint(self, size_px: tuple[int, int], class_of: Mapping[str, int | None], shown: str) -> tuple[np.ndarray, np.ndarray]:
         """Classes (H, W) uint8 and cell numbers (H, W) int32. ``class_of``: the class number of each label, ``IGNORE``, or None to leave it out.
@@ -136,7 +138,7 @@ def _read(path: Path, stamp: tuple[int, int]) -> ToolMask:
             raise CellbenchError(f"{shown}: is nested too deeply. Export it again.") from None
     regions = tuple(one for one in found.outlines if one.label.casefold() in REGION_LABELS)
     kept = tuple(one for one in found.outlines if one.label.casefold() not in REGION_LABELS)
-    return ToolMask(outlines=kept, size_px=found.size_px, regions=(*found.regions, *regions), left_out=found.left_out)
+    return replace(found, outlines=kept, regions=(*found.regions, *regions))
 
 
 def _json(path: Path) -> Any:
@@ -180,6 +182,7 @@ def _geojson(tree: Any, shown: str) -> ToolMask:
         raise CellbenchError(f"{shown}: is neither GeoJSON (a FeatureCollection or a list of features) nor LabelMe. Export it again.")
     found: dict[str, list[Outline]] = {"cell": [], "annotation": []}
     left_out: Counter[str] = Counter()
+    points: list[tuple[float, float, str]] = []
     for number, feature in enumerate(features, 1):
         geometry = feature.get("geometry") if feature["type"] == "Feature" else feature
         properties = feature.get("properties") or {}
@@ -188,14 +191,15 @@ def _geojson(tree: Any, shown: str) -> ToolMask:
         if not rings:
             shape = geometry.get("type") if isinstance(geometry, dict) else None
             left_out[str(shape or "feature without a shape").lower()] += 1
+            points += [(x, y, _classification(properties)) for x, y in _points(geometry, f"{shown}: feature {number}")]
             continue
         which = "annotation" if "annotation" in kind else "cell"
         given = properties.get("name") if isinstance(properties, dict) else None
         found[which].append(Outline(rings=rings, label=_classification(properties), name=given if isinstance(given, str) else ""))
     if not found["cell"]:
-        return ToolMask(outlines=tuple(found["annotation"]), left_out=left_out)
+        return ToolMask(outlines=tuple(found["annotation"]), left_out=left_out, points=tuple(points))
     # Beside cells, annotations are what they were detected in.
-    return ToolMask(outlines=tuple(found["cell"]), regions=tuple(found["annotation"]), left_out=left_out)
+    return ToolMask(outlines=tuple(found["cell"]), regions=tuple(found["annotation"]), left_out=left_out, points=tuple(points))
 
 
 def _classification(properties: Any) -> str:
@@ -204,6 +208,18 @@ def _classification(properties: Any) -> str:
         names = about.get("names")
         return ": ".join(map(str, names)) if isinstance(names, list) else str(about.get("name") or "")
     return about if isinstance(about, str) else ""
+
+
+def _points(geometry: Any, shown: str) -> list[tuple[float, float]]:
+    """The points of a Point or MultiPoint; none for others. Raises CellbenchError."""
+    kind = geometry.get("type") if isinstance(geometry, dict) else None
+    if kind not in ("Point", "MultiPoint"):
+        return []
+    try:
+        given: Any = [geometry["coordinates"]] if kind == "Point" else geometry["coordinates"]
+        return [(float(one[0]), float(one[1])) for one in given]
+    except (TypeError, ValueError, IndexError, KeyError):
+        raise CellbenchError(f"{shown} has no readable coordinates. Export it again.") from None
 
 
 def _rings(geometry: Any, shown: str) -> tuple[np.ndarray, ...]:

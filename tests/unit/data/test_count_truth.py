@@ -63,7 +63,22 @@ def table(folder: Path, heading: str, line, delimiter: str = ",") -> Path:
     return folder
 
 
+def points(folder: Path) -> Path:
+    """As QuPath exports points: several of one class may be one feature."""
+    for name, boxes in BOXES.items():
+        picture(folder / f"{name}.jpg")
+        features = []
+        for kind in dict.fromkeys(label for label, *_ in boxes):
+            places = [[(x0 + x1) / 2, (y0 + y1) / 2] for label, x0, y0, x1, y1 in boxes if label == kind]
+            geometry = {"type": "MultiPoint", "coordinates": places} if len(places) > 1 else {"type": "Point", "coordinates": places[0]}
+            about = {"objectType": "annotation", "classification": {"name": kind}}
+            features.append({"type": "Feature", "geometry": geometry, "properties": about})
+        (folder / f"{name}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    return folder
+
+
 WAYS = {
+    "points of QuPath": points,
     "voc": voc,
     "coco": coco,
     "boxes in a table": lambda folder: table(
@@ -173,6 +188,11 @@ def test_classes_are_compared_where_both_tell_them_apart(tmp_path: Path) -> None
     assert (one.of_label, dict(one.names)) == ({"RBC": 1, "WBC": 1}, {1: "cell"})
     with pytest.raises(CellbenchError, match="the truth has the class 'WBC'; m counts rbc, platelet"):
         match_classes(truth, {1: "rbc", 2: "platelet"}, "m")
+
+
+def test_points_are_nothing_to_learn_from(tmp_path: Path) -> None:
+    with pytest.raises(CellbenchError, match=r"mark 4 points and no outline. Points are enough to compare counts"):
+        scan_folder(Registry().dataset("folder"), points(tmp_path))
 
 
 def test_whoever_trains_on_boxes_is_told_what_they_are_good_for(tmp_path: Path) -> None:
