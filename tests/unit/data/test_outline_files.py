@@ -234,6 +234,25 @@ def test_labelme_shapes_of_one_group_are_one_cell(tmp_path: Path) -> None:
         read_tool_mask(path).paint((30, 40), {"cell": 1}, "a.json")
 
 
+def test_rois_of_stardist_are_the_cells_that_it_renders(tmp_path: Path) -> None:
+    pytest.importorskip("stardist")
+    from stardist.geometry import dist_to_coord, polygons_to_label, star_dist
+    from stardist.utils import export_imagej_rois
+
+    labels = np.zeros(SIZE, np.int32)
+    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
+    centres = np.array([[18, 20], [40, 55]])
+    for number, (y, x) in enumerate(centres, 1):
+        labels[(rows - y) ** 2 + (columns - x) ** 2 < 150] = number
+    distances = star_dist(labels, 32)[centres[:, 0], centres[:, 1]]
+    rendered = polygons_to_label(distances, centres, SIZE)
+    export_imagej_rois(str(tmp_path / "a.zip"), dist_to_coord(distances, centres))
+    found = painted(tmp_path / "a.zip")[1]
+    for number in (1, 2):
+        own, read = rendered == number, found == number
+        assert (own & read).sum() / (own | read).sum() > 0.97
+
+
 # --- ImageJ -------------------------------------------------------------------------------------------------------------------------------
 
 
