@@ -10,10 +10,11 @@ import os
 import re
 import tempfile
 import time
+import tomllib
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from cellbench.errors import SystemFault
 
@@ -89,6 +90,16 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         return data.decode("cp1252")
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. Raises TOMLDecodeError, also for what is nested too deeply and for endless numbers."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:  # a number of more digits than Python reads
+        raise tomllib.TOMLDecodeError(" ".join(str(error).split())) from None
 
 
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import tomllib
 from pathlib import Path
 
 from cellbench import startup
@@ -14,7 +13,7 @@ from cellbench.config.registry import Registry, shipped
 from cellbench.config.search_space import Space
 from cellbench.console import Column, format_table, say
 from cellbench.errors import CellbenchError, unknown_name
-from cellbench.files import read_text
+from cellbench.files import parse_toml, read_text
 from cellbench.metrics.catalog import search_objectives
 from cellbench.models.backbones.weights import package_name
 
@@ -88,7 +87,7 @@ def _meaning(card: Card) -> str:
 
 def _size(path: Path) -> str:
     """The number of runs or trials in an experiment file."""
-    tree = tomllib.loads(read_text(path))
+    tree = parse_toml(read_text(path))
     if "space" in tree:
         space = Space.of(tree, str(path), Registry(), search_objectives(Registry()))
         return f"{space.settings.trials} trials in {len(space.dimensions)} dimensions: {', '.join(one.name for one in space.dimensions)}."

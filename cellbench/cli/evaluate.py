@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ def evaluate(options: EvaluateOptions) -> int:
     registry = Registry(options.registry)
     if options.data is not None and (truth := open_count_truth(options.data, registry)) is not None:
         return evaluate_counts(segmenter, truth)
-    experiment = Experiment.of(tomllib.loads(trained.config), "config.toml")
+    experiment = Experiment.of_text(trained.config, "config.toml")
     dataset, what = open_test_images(trained, experiment, registry, options.data)
     say(f"{trained.name}: {len(dataset.test)} images of {dataset.root} ({what}), on {machine.name}.")
     for line in dataset.notes:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from cellbench.config.base import Scalar, StrictModel, checked
 from cellbench.errors import CellbenchError
-from cellbench.files import read_text
+from cellbench.files import parse_toml, read_text
 
 
 class Card(StrictModel):
@@ -277,7 +277,7 @@ def read_card(path: Path, record: type[C]) -> C:
     """One card. Raises CellbenchError that names the file for bad TOML, an unknown key or a value out of range."""
     try:
         text = read_text(path)
-        tree = tomllib.loads(text)
+        tree = parse_toml(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CellbenchError(f"{path}: cannot be read as a card: {error}.") from None
     first = text.lstrip().splitlines()[0] if text.strip() else ""

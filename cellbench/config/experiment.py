@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -12,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 
 from cellbench.config.base import Scalar, StrictModel, checked
 from cellbench.config.run import RUN_KEYS, RunSpec
-from cellbench.errors import CellbenchError, unknown_name
+from cellbench.errors import CellbenchError, one_line, unknown_name
+from cellbench.files import parse_toml
 
 UNCHANGED = "none"
 """The name of the test images without a perturbation, tested as perturbed ones are: what the fall is measured from."""
@@ -124,6 +126,15 @@ class Experiment(StrictModel):
         """Whether the number of folds is still to be chosen: ``auto_folds`` is on and nothing else says which images are tested."""
         said = "folds" in self.data.model_fields_set or "fold" in self.grid or "fold" in self.run or self.data.limit is not None
         return self.data.auto_folds and not said
+
+    @classmethod
+    def of_text(cls, text: str | bytes, where: str) -> Experiment:
+        """An experiment from a run's ``config.toml``. Raises CellbenchError where it is damaged."""
+        try:
+            tree = parse_toml(text if isinstance(text, str) else text.decode())
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise CellbenchError(f"{where} is damaged ({one_line(error)[:120]}). Run it again.") from None
+        return cls.of(tree, where)
 
     @classmethod
     def of(cls, tree: Mapping[str, Any], where: str) -> Experiment:

@@ -20,7 +20,7 @@ from cellbench.config.run import RUN_KEYS
 from cellbench.config.search_space import Settings, Space
 from cellbench.errors import CellbenchError, nearest, unknown_name
 from cellbench.escaping import readable
-from cellbench.files import read_text
+from cellbench.files import parse_toml, read_text
 
 CHANGED = "# Changed by the call: "
 DATA_NAME = "{data}"
@@ -71,7 +71,7 @@ def read_experiment(
 
 def changed_experiment(text: str, changes: Sequence[str], where: str) -> tuple[Experiment, str]:
     """The experiment of ``text``, as :func:`read_experiment` returns it, with more changes. Raises CellbenchError."""
-    tree = tomllib.loads(text)
+    tree = parse_toml(text)
     for change in changes:
         _change(tree, change)
     request = GridRequest(path=Path(where), text=text, tree=tree, changes=tuple(f"--set {shlex.quote(change)}" for change in changes))
@@ -116,7 +116,7 @@ def read_tree(name: str | Mapping[str, Any], changes: Sequence[str] = (), limit:
     path = experiment_path(name) if isinstance(name, str) else Path("the experiment")
     try:
         text = read_text(path) if isinstance(name, str) else tomli_w.dumps(name)
-        tree = tomllib.loads(text)
+        tree = parse_toml(text)
     except (OSError, UnicodeDecodeError, TypeError, tomllib.TOMLDecodeError) as error:
         raise CellbenchError(f"{path}: cannot be read as an experiment: {error}.") from None
     for change in changes:
@@ -134,7 +134,7 @@ def _change(tree: dict[str, Any], change: str) -> None:
         raise CellbenchError(f"--set {change}: expected KEY=VALUE, like run.epochs=3.")
     _check_key(parts, tree, change)
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # the shell removed the quotes of a string
     for part in parts[:-1]:

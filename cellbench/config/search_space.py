@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -91,11 +91,14 @@ class Dimension(StrictModel):
         return f"{self.low:g} to {self.high:g}" + (", log" if self.log else "") + (f", step {self.step:g}" if self.step else "")
 
 
+Number = Annotated[int, Field(gt=-(2**63), lt=2**63)] | float
+
+
 class _Range(StrictModel):
-    low: int | float
-    high: int | float
+    low: Number
+    high: Number
     log: bool = False
-    step: int | float | None = None
+    step: Number | None = None
 
 
 class _File(StrictModel):

@@ -29,7 +29,7 @@ from cellbench.data.scan import Listing, find_unused
 from cellbench.data.splits import Grouping, Splits, choose_folds, given_splits, split_of
 from cellbench.data.uniformity import common_pixel_size, decide_scaling, find_inconsistencies, read_all_image_facts
 from cellbench.errors import CellbenchError
-from cellbench.files import cache_dir, read_text
+from cellbench.files import cache_dir, parse_toml, read_text
 from cellbench.metrics.pixel import IGNORE
 
 
@@ -195,7 +195,7 @@ def _built(card: DatasetCard, folder: Path) -> Listing:
 def _own_card(path: Path, card: DatasetCard) -> DatasetCard:
     """The card beside the data, with classes and the meaning of masks. It is data, so it must not name code."""
     try:
-        tree = tomllib.loads(read_text(path))
+        tree = parse_toml(read_text(path))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CellbenchError(f"{path}: cannot be read as a card: {error}.") from None
     for key in ("builder", "draw", "id", "title", "path"):

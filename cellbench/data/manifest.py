@@ -11,7 +11,7 @@ from cellbench.data.annotations import MaskFiles
 from cellbench.data.dataset import Sample
 from cellbench.data.scan import Listing, resolve_inside, unique_names
 from cellbench.errors import CellbenchError, one_line, quote_name
-from cellbench.files import read_text
+from cellbench.files import parse_toml, read_text
 
 NAMES = ("manifest.csv", "manifest.toml")
 COLUMNS = ("image", "mask", "split", "group", "label")
@@ -94,8 +94,8 @@ def _csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
 
 def _toml(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     try:
-        tree = tomllib.loads(read_text(path))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        tree = parse_toml(read_text(path))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CellbenchError(f"{path}: cannot be read as TOML ({one_line(error)[:200]}).") from None
     rows = tree.get("image")
     if set(tree) != {"image"} or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

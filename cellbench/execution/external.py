@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +77,7 @@ def _of_set(tracker: Tracker, here: TestSet, registry: Registry, data: Path | No
     text = tracker.artifact(run, "config.toml")
     if text is None:
         raise CellbenchError(f"'{run.name}': its config.toml is missing in MLflow, so its test images are not known. Run it again.")
-    experiment = Experiment.of(tomllib.loads(text.decode()), "config.toml")
+    experiment = Experiment.of_text(text, f"'{run.name}': its config.toml in MLflow")
     if data is None and not registry.dataset(experiment.dataset).draw:
         source = tracker.data_source(run)
         if not source or not Path(source).exists():

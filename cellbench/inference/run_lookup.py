@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -250,9 +249,5 @@ def _record(record: type[R], stored: RunRecord, name: str, data: bytes) -> R:
 
 def _run_of(config: str, registry: Registry) -> RunSpec:
     """The run of a run's ``config.toml``."""
-    try:
-        tree = tomllib.loads(config)
-    except tomllib.TOMLDecodeError as error:
-        raise CellbenchError(f"config.toml of this run in MLflow is damaged ({error}). Run it again.") from None
-    runs = expand(Experiment.of(tree, "config.toml"), "config.toml")
+    runs = expand(Experiment.of_text(config, "config.toml of this run in MLflow"), "config.toml")
     return registry.complete(runs[0])

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,6 +37,7 @@ from cellbench.execution.planning import resolve_tree
 from cellbench.execution.resources import Resources, check_options, prepare_cache
 from cellbench.execution.runner import Runner
 from cellbench.execution.worker_job import JobSpec
+from cellbench.files import parse_toml
 from cellbench.hardware import Hardware
 from cellbench.metrics.catalog import search_objectives
 from cellbench.reporting.collect import RunRequest
@@ -356,5 +356,5 @@ def help_search(job: JobSpec, *, file: str, text: str, storage: str, seconds: fl
 
 
 def _plan_from_text(text: str, file: str, data: Path | None, storage: str | None, resources: Resources) -> SearchPlan:
-    space = Space.of(tomllib.loads(text), file, resources.registry, search_objectives(resources.registry))
+    space = Space.of(parse_toml(text), file, resources.registry, search_objectives(resources.registry))
     return plan_search(space, text, file, data, storage, resources)

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from labelled_folders import pairs
 
-from cellbench.config.loading import changed_experiment, read_experiment
+from cellbench.config.experiment import Experiment
+from cellbench.config.loading import changed_experiment, read_experiment, read_space
 from cellbench.config.registry import Registry
 from cellbench.data.loading import settings_for_data
+from cellbench.errors import CellbenchError
+from cellbench.metrics.catalog import objectives
 
 
 def chosen(data: Path, *changes: str, limit: int | None = None) -> list[str]:
@@ -52,3 +55,23 @@ def test_the_default_for_ones_own_images_asks_for_each_kind_of_backbone_and_for_
     assert {"blood", "pathology", "natural-image", ""} == {card.domain for card in cards}
     assert not any(card.gated for card in cards)
     assert any(card.weights.startswith("package:") for card in cards)
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 5000, "x = " + "9" * 5000, "x = ", 'experiment = "x"\x00'])
+def test_what_no_editor_writes_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(CellbenchError, match="cannot be read as an experiment") as caught:
+        read_experiment(str(tmp_path / "x.toml"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CellbenchError, match="is damaged"):
+        Experiment.of_text(text, "config.toml")
+
+
+def test_a_range_beyond_all_floats_is_one_line(tmp_path: Path) -> None:
+    text = (
+        f'experiment = "x"\ndataset = "smears"\n[space]\nlr = {{low = 0.1, high = {10**400}}}\nbackbone = ["filter-bank"]\nhead = ["fpn"]\n'
+    )
+    (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(CellbenchError, match="high") as caught:
+        read_space(str(tmp_path / "x.toml"), (), None, None, Registry(), objectives())
+    assert "\n" not in str(caught.value)
