@@ -82,7 +82,7 @@ COMMANDS = {
         "evaluate:evaluate",
         "evaluate best --data other-smears/",
         "evaluate a trained run on any labelled folder",
-        "Logged in MLflow as a child of the evaluated run; reports do not change.",
+        "Logged in MLflow as a child of the evaluated run. Reports list counts of images without masks, and no other evaluation.",
     ),
     "score": Command(
         options.ScoreOptions,

@@ -145,7 +145,10 @@ class PredictOptions(InferenceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(InferenceOptions):
-    data: Path | None = option("a folder of images and masks with the classes of the run (default: its own data set)", metavar="DIR")
+    data: Path | None = option(
+        "a folder of images and masks with the classes of the run, or of images with boxes, points or counts of cells (default: its own data set)",
+        metavar="DIR",
+    )
     visualize: int = option("also write error maps of the N worst images", 0, metavar="N")
 
 
@@ -157,7 +160,10 @@ class ScoreOptions(RegistryOptions):
         "or a COCO file",
         metavar="MASKS",
     )
-    data: Path | None = option("the folder of images and masks (default: where the experiment's data lay)", metavar="DIR")
+    data: Path | None = option(
+        "the folder of images and masks (default: where the experiment's data lay), or of images with boxes, points or counts of cells",
+        metavar="DIR",
+    )
     experiment: str | None = option("the name of an experiment in MLflow (default: the one with the newest finished run)", metavar="NAME")
 
 
