@@ -20,16 +20,19 @@ _PASSED_OVER = ("cellbench.parallel", "cellbench.background", "cellbench.errors"
 
 
 def place_of(frame: FrameType | None) -> str:
-    """What a thread does: ``imports``, or the innermost function of this package, as ``module:function``."""
-    place = ""
+    """What a thread does: ``import PACKAGE``, or the innermost function of this package, as ``module:function``."""
+    place = package = ""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return "imports"
-        if not place and module.startswith("cellbench.") and module not in _PASSED_OVER:
+        if frame.f_code.co_name == "_find_and_load":
+            name = frame.f_locals["name"].partition(".")[0]
+            if name == "cellbench":
+                return f"import {package or name}"
+            package = name  # of several, the one that cellbench asked for
+        elif not place and not package and module.startswith("cellbench.") and module not in _PASSED_OVER:
             place = f"{module.removeprefix('cellbench.')}:{frame.f_code.co_name}"
         frame = frame.f_back
-    return place or "start and end"
+    return f"import {package}" if package else place or "start and end"
 
 
 def main(arguments: list[str]) -> None:
