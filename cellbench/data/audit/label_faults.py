@@ -308,9 +308,14 @@ class LabelFaults:
         kinds = Counter(fault.kind for _, fault in self.found)
         num = ", ".join(f"{WORDS[kind]} {kinds[kind]}" for kind in KINDS if kinds[kind])
         images = tuple(dict.fromkeys(fault.image for _, fault in self.found))
+        who = (
+            "models that were not trained on these images agree with each other and not with the mask"
+            if len(self.models) > 1
+            else "a model that was not trained on these images does not agree with the mask (several models would be surer)"
+        )
         message = (
-            f"{len(self.found)} cells are likely wrong in the masks of {len(images)} of {self.num_judged} images ({num}): models that were not trained "
-            "on these images agree with each other and not with the mask. In pictures the mask is yellow, the models cyan."
+            f"{len(self.found)} cells are likely wrong in the masks of {len(images)} of {self.num_judged} images ({num}): {who}. In pictures the mask "
+            "is yellow, what models find is cyan."
         )
         if len(self.found) > TOO_MANY * self.num_cells:
             message += f" So many of {self.num_cells} cells say more about the models: compare with better ones, and look at the first faults only."
