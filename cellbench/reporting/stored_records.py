@@ -69,15 +69,14 @@ class ScoresOfImages(StrictModel):
         counts = {one.key: _COUNTS.validate_python(more[one.key], strict=True) for one in catalog.counts() if one.key in more}
         if "dice" not in scores:
             raise ValueError("dice is missing")
-        named = {
-            name: getattr(self, name) for name in ("groups", "appearance", "min_area_px", "cells_numbered", "confusion", "cell_confusion")
-        }
-        for name, values in {**scores, **counts, **named}.items():
-            if values and len(values) != num:
+        matrices = {name: found for name in ("confusion", "cell_confusion") if (found := getattr(self, name)) is not None}
+        facts = {name: found for name in ("groups", "appearance", "min_area_px", "cells_numbered") if (found := getattr(self, name))}
+        for name, values in {**scores, **counts, **matrices, **facts}.items():
+            if len(values) != num:
                 raise ValueError(f"{name} does not hold one score an image")
-        for name, matrices in (("confusion", self.confusion), ("cell_confusion", self.cell_confusion)):
-            size = len(self.classes) or len((matrices or [[]])[0])
-            if any(len(matrix) != size or any(len(row) != size for row in matrix) for matrix in matrices or ()):
+        for name, each in matrices.items():
+            size = len(self.classes) or len(each[0])
+            if any(len(matrix) != size or any(len(row) != size for row in matrix) for matrix in each):
                 raise ValueError(f"{name} does not hold a row and a column for each class")
         if self.fold is not None and not (self.pool and self.num_folds):
             raise ValueError("a fold without its pool and the number of folds")

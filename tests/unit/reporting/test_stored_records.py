@@ -30,6 +30,8 @@ def test_what_a_run_wrote_is_read_as_it_is():
         ({"images": [1, 2]}, "images.0"),
         ({"dataset": None}, "dataset"),
         ({"num_images": {"test": 2}}, "num_images.train"),
+        ({"dice": []}, "dice does not hold one score an image"),
+        ({"confusion": []}, "confusion does not hold one score an image"),
         ({"confusion": [MATRIX]}, "confusion does not hold one score an image"),
         ({"confusion": [MATRIX, [[1]]]}, "confusion does not hold a row and a column for each class"),
         ({"fold": 1}, "a fold without its pool"),
