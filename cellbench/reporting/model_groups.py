@@ -189,9 +189,11 @@ class ModelGroup:
         return min(self.by_seed[0], key=lambda run: min((dice for dice in run.per_image["dice"] if dice is not None), default=math.inf))
 
     def pooled(self, metric: str) -> list[float]:
-        """An overlap score of the cell class over all pixels, one per seed."""
+        """An overlap score of the cell class over all pixels, one per seed; NaN where runs did not record pixel counts."""
         if self.folds is None and self.runs[0].repeat is None:
             return [run.record.metrics.get(f"test/{metric}", math.nan) for run in self.runs]
+        if not self.has("confusion"):
+            return [math.nan] * len(self.by_seed)
         counts = [np.sum([np.sum(run.per_image["confusion"], axis=0) for run in runs], axis=0) for runs in self.by_seed]
         return [pixel_scores(one).of(pooled_classes(one))[metric] for one in counts]
 
