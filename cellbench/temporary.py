@@ -12,9 +12,17 @@ from cellbench.liveness import is_alive, owner_as_file_name, owner_of_file_name,
 PREFIX = "cellbench-"
 
 
+class _Folder(tempfile.TemporaryDirectory[str]):
+    """What cannot be removed is left: on a disk that turned read-only, the error of the work matters, not that of the removal."""
+
+    @classmethod
+    def _rmtree(cls, name: str, *_: object, **__: object) -> None:
+        shutil.rmtree(name, ignore_errors=True)
+
+
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder in the temporary folder of the system, removed at the end of ``with``. Its name tells whose it is."""
-    return tempfile.TemporaryDirectory(prefix=f"{PREFIX}{owner_as_file_name(this_owner())}-")
+    return _Folder(prefix=f"{PREFIX}{owner_as_file_name(this_owner())}-")
 
 
 def remove_abandoned() -> int:

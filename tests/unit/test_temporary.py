@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from cellbench.errors import SystemFault
 from cellbench.liveness import owner_as_file_name, this_owner
 from cellbench.temporary import remove_abandoned, temporary_folder
 
@@ -24,3 +26,22 @@ def test_folders_of_dead_processes_are_removed(tmp_path: Path, monkeypatch: pyte
         assert Path(name).is_dir()
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([Path(name).name, "cellbench-notes"])
     assert [path.name for path in tmp_path.iterdir()] == ["cellbench-notes"]
+
+
+def test_a_folder_that_cannot_be_removed_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def work() -> None:
+        with temporary_folder() as name:
+            (Path(name) / "x").write_text("x")
+            for call in ("unlink", "rmdir", "chmod"):
+                monkeypatch.setattr(os, call, refuse)
+            raise SystemFault("no space")
+
+    with pytest.raises(SystemFault, match="no space"):
+        work()
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 1
