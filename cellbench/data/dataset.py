@@ -23,7 +23,7 @@ from cellbench.data.regions import within_regions
 from cellbench.errors import CellbenchError, one_line
 from cellbench.file_cache import FileFactCache
 from cellbench.files import compute_sha256
-from cellbench.metrics.instances import MIN_AREA_PX, merge_parts_into_objects
+from cellbench.metrics.instances import MIN_AREA_PX, connected_instances, merge_parts_into_objects
 from cellbench.metrics.pixel import IGNORE
 
 SPLITS = ("train", "val", "test")
@@ -123,10 +123,13 @@ class Dataset:
         if sample.truth is not None:
             classes = sample.truth.read()[0]
         elif self.colors:
-            classes = images.read_labels(sample.mask, colors=self.color_table).astype(np.uint8)
+            classes = self._read_colors(sample)
         else:
             classes = self.meaning(images.read_labels(sample.mask))
         return within_regions(classes, sample.regions)
+
+    def _read_colors(self, sample: Sample) -> np.ndarray:
+        return images.read_labels(sample.mask, colors=self.color_table).astype(np.uint8)
 
     def meaning(self, labels: np.ndarray) -> np.ndarray:
         """The class map (H, W) uint8 of mask values."""
@@ -144,12 +147,18 @@ class Dataset:
     def read_truth(self, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
         """:meth:`read_mask` and :meth:`read_instances` from one reading of the file."""
         if sample.truth is not None:
-            return sample.truth.read()
-        if self.colors:
-            classes = self.read_mask(sample)
-            return classes, self.parted(classes) if self.cut_px else None
-        labels = images.read_labels(sample.mask)
-        return self.meaning(labels), self.ids_of(labels)
+            classes, ids = sample.truth.read()
+        elif self.colors:
+            classes = self._read_colors(sample)
+            ids = self.parted(classes) if self.cut_px else None
+        else:
+            labels = images.read_labels(sample.mask)
+            classes, ids = self.meaning(labels), self.ids_of(labels)
+        if sample.regions is None:
+            return classes, ids
+        if ids is None:  # of whole cells, so that it is known how much of each lies in the regions
+            ids = connected_instances(merge_parts_into_objects(classes, self.owners), 1).ids
+        return within_regions(classes, sample.regions), ids
 
     def ids_of(self, labels: np.ndarray) -> np.ndarray | None:
         """Mask values as cell numbers, where they are such or have lines between cells; the ignored value becomes 0."""

@@ -49,7 +49,8 @@ def connected_instances(classes: np.ndarray, min_area_px: int = MIN_AREA_PX) -> 
 def numbered_instances(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 0) -> Instances:
     """Cells by their given numbers (H, W), whole and not negative, 0 being background; a cell's class is that of most of its pixels.
 
-    A number may have several parts. They are one cell, divided by an overlapping one or by ignored pixels.
+    A number may have several parts. They are one cell, divided by an overlapping one or by ignored pixels. A cell with more than half of its pixels
+    in ignored ones, as at the border of a region of interest, is none; so it is with predicted ones (:func:`drop_ignored`).
     """
     if ids.shape != classes.shape or ids.dtype.kind not in "iub" or (ids.size and ids.min() < 0):
         raise ValueError(f"cell numbers are whole, from 0, one a pixel: {ids.dtype} {ids.shape} for classes {classes.shape}")
@@ -60,6 +61,9 @@ def numbered_instances(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 
     areas = np.bincount(flat, minlength=1)
     kept = areas >= max(min_area_px, 1)
     kept[0] = False
+    if ignored is not None and ids[ignored].any():
+        whole = np.bincount(ids.ravel(), minlength=len(areas))[: len(areas)] if int(ids.max()) <= 16 * ids.size else areas
+        kept &= 2 * areas >= whole
     left_out = int(np.count_nonzero(areas[1:])) - int(kept.sum())
     new = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
     out = new[flat].reshape(ids.shape)

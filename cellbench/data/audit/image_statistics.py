@@ -164,8 +164,7 @@ def measure_sample(dataset: Dataset, sample: Sample, split: str, with_keypoints:
             classes, ids = dataset.read_truth(sample)
         else:
             labels = images.read_labels(sample.mask)
-            classes, ids = dataset.meaning(labels), dataset.ids_of(labels)
-        classes = within_regions(classes, sample.regions)
+            classes, ids = within_regions(dataset.meaning(labels), sample.regions), dataset.ids_of(labels)
         known["image_hash"] = compute_sha256(sample.image)
         known["mask_hash"] = compute_sha256(sample.mask) if sample.truth is None else sample.truth.digest()
     except (CellbenchError, OSError) as error:

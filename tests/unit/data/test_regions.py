@@ -14,6 +14,7 @@ from cellbench.config.experiment import DataSpec
 from cellbench.data.loading import open_dataset
 from cellbench.data.regions import read_regions, region_masks, within_regions
 from cellbench.errors import CellbenchError
+from cellbench.metrics.instance import ReferenceMask
 
 SPLIT = DataSpec(test_fraction=0.34, val_fraction=0.3)
 
@@ -84,6 +85,26 @@ def test_a_dataset_is_limited_to_the_regions_in_its_folder(tmp_path: Path) -> No
     assert not any("not used in set: regions" in note for note in limited.notes)
     other = next(one for one in limited.train + limited.val if one.regions is None)
     assert not (limited.read_mask(other) == 255).any()
+
+
+def test_a_cell_counts_where_most_of_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    for k in range(4):
+        mask = np.zeros((40, 60), np.uint8)
+        mask[2:12, 20:32], mask[20:32, 28:38] = 255, 255  # ten of twelve columns are inside, two of ten
+        for inner, pixels in (("images", np.full((40, 60, 3), 50 * k, np.uint8)), ("masks", mask)):
+            (folder / inner).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / inner / f"i{k}.png")
+        write(folder / "regions" / f"i{k}.geojson", feature("left", square(0, 0, 30, 40)))
+    dataset = open_dataset(FOLDER, folder, SPLIT)
+    for one in (*dataset.train, *dataset.test):
+        truth, ids = dataset.read_truth(one)
+        assert np.array_equal(truth, dataset.read_mask(one))
+        reference = ReferenceMask(truth, 2, ids, min_area_px=dataset.min_cell_px)
+        assert reference.cells.areas_px[1:].tolist() == [100]
+        whole = (np.array(Image.open(one.mask)) > 0).astype(np.uint8)
+        scores = reference.agreement(whole)
+        assert (scores.num_true, scores.num_found, scores.num_extra, scores.ap50) == (1, 1, 0, 1)
 
 
 def test_faults_are_one_line(tmp_path: Path) -> None:
