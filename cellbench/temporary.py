@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from cellbench.files import os_errors_as
 from cellbench.liveness import is_alive, owner_as_file_name, owner_of_file_name, this_owner
 
 PREFIX = "cellbench-"
@@ -21,8 +22,12 @@ class _Folder(tempfile.TemporaryDirectory[str]):
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder in the temporary folder of the system, removed at the end of ``with``. Its name tells whose it is."""
-    return _Folder(prefix=f"{PREFIX}{owner_as_file_name(this_owner())}-")
+    """A folder in the temporary folder of the system, removed at the end of ``with``. Its name tells whose it is.
+
+    Raises SystemFault.
+    """
+    with os_errors_as(f"making a temporary folder in {tempfile.gettempdir()}"):
+        return _Folder(prefix=f"{PREFIX}{owner_as_file_name(this_owner())}-")
 
 
 def remove_abandoned() -> int:

@@ -49,6 +49,7 @@ from cellbench.execution.shift_tests import (
 from cellbench.features.extractor import CachePolicy, Features, non_finite_reason
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.remote_cache import RemoteCache, shared_url
+from cellbench.files import os_errors_as
 from cellbench.hardware import Hardware, is_out_of_memory, num_cores, peak_memory_mib, release_memory
 from cellbench.metrics import catalog
 from cellbench.metrics.instances import MIN_AREA_PX
@@ -146,7 +147,8 @@ class Runner:
         assert self._drawing is not None
         folder, images = temporary_folder(), self._images["test"]
         seen = seen_images.record_seen_images(self.dataset, trained_on)
-        artifacts.write_artifacts(Path(folder.name), one.resolved.run, self.experiment, self.datasets, result, seen)
+        with os_errors_as(f"writing a run's artifacts to {folder.name}"):
+            artifacts.write_artifacts(Path(folder.name), one.resolved.run, self.experiment, self.datasets, result, seen)
         drawings = artifacts.pictures(one.name, self.dataset, images, result)
         drawn = {name: self._drawing.submit(drawing) for name, drawing in drawings.items()}
         metrics = artifacts.final_metrics(self.dataset, result)
@@ -550,7 +552,9 @@ def _log(
 ) -> None:
     """Logs an evaluated run, once its pictures are drawn; writes the status ``finished`` last."""
     with folder:
-        artifacts.write_pictures(Path(folder.name), {name: picture.result() for name, picture in drawn.items()})
+        pictures = {name: picture.result() for name, picture in drawn.items()}
+        with os_errors_as(f"writing a run's pictures to {folder.name}"):
+            artifacts.write_pictures(Path(folder.name), pictures)
         one.run.log_artifacts(Path(folder.name))
     one.run.end("finished", metrics=metrics, tags=tags)
     checkpoints.delete_checkpoint(one.checkpoint)

@@ -390,7 +390,8 @@ class Run:
     def log_text(self, name: str, text: str) -> None:
         """Logs a text as an artifact."""
         with temporary_folder() as folder:
-            (Path(folder) / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            with os_errors_as(f"writing {name} to {folder}"):
+                (Path(folder) / name).write_text(text, encoding="utf-8", errors="backslashreplace")
             self.log_artifacts(Path(folder))
 
     def end(
