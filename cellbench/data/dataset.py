@@ -146,6 +146,7 @@ class Dataset:
 
     def read_truth(self, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
         """:meth:`read_mask` and :meth:`read_instances` from one reading of the file."""
+        ids: np.ndarray | None
         if sample.truth is not None:
             classes, ids = sample.truth.read()
         elif self.colors:
