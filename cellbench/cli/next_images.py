@@ -20,7 +20,7 @@ from cellbench.files import make_folder, write_atomic
 from cellbench.hardware import detect_hardware
 from cellbench.inference.committee import Committee, open_experiment
 from cellbench.inference.labelling_order import Ranked, mask_spread, rank_images
-from cellbench.metrics.appearance import Descriptor
+from cellbench.metrics.training_features import Descriptor
 from cellbench.models.backbones.weights import weights_folder
 
 SHOWN = 15
@@ -55,7 +55,7 @@ def next_images(options: NextOptions) -> int:
         kept.append(sample)
         spreads.append(mask_spread([one.mask for one in predictions]))
         descriptors.append(None if found.described_by is None else predictions[found.described_by].trust.descriptor)
-    ranked = rank_images(spreads, descriptors, found.appearances)
+    ranked = rank_images(spreads, descriptors, found.training_features)
     if len(found.models) == 1:
         say("With one run there is no disagreement: images are ranked by their distance from the labelled ones alone.")
     for line in _table(kept, ranked):

@@ -26,7 +26,6 @@ from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import num_used_images
 from cellbench.escaping import escape_markdown
 from cellbench.metrics import catalog
-from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.boundary import TOLERANCE_PX
 from cellbench.metrics.calibration import expected_calibration_error
 from cellbench.metrics.cell_classes import cells_of_classes
@@ -34,10 +33,11 @@ from cellbench.metrics.counting import CountRow, counts_csv
 from cellbench.metrics.instance import COUNTS, SCORES, describe_outcomes
 from cellbench.metrics.instances import MIN_AREA_NUMBERED_PX, MIN_AREA_PX
 from cellbench.metrics.pixel import count_empty_images, named_scores, nan_mean, per_image_scores, pixel_scores
+from cellbench.metrics.training_features import TrainingFeatures
 from cellbench.reporting.plots.pictures import draw_agreement, draw_curves, draw_example, draw_scores
 from cellbench.statistics.bootstrap import ROUGH_BELOW, mean_interval, unit_labels
 from cellbench.tracking import ui_view
-from cellbench.tracking.schema import APPEARANCE, CALIBRATION, NOTE, SEEN, TABLES
+from cellbench.tracking.schema import CALIBRATION, NOTE, SEEN, TABLES, TRAINING_FEATURES
 from cellbench.training.evaluator import RunEvaluation
 from cellbench.training.trainer import HeadTrainer
 
@@ -51,7 +51,7 @@ class EvaluationResult:
     trainer: HeadTrainer | None = None
     preparation: Preparation | None = None
     """The preprocessing of every image; None for a baseline that reads the raw image."""
-    appearance: TrainingAppearance | None = None
+    training_features: TrainingFeatures | None = None
     """How the training images look to the backbone; None without one."""
 
 
@@ -146,7 +146,7 @@ def write_artifacts(
     """Writes the artifacts of an evaluated run to a folder, apart from its :func:`pictures`.
 
     They are ``config.toml``, ``per_image.json``, ``images.json``, ``preparation.json``, ``separation.json``, ``calibration.json``, ``head.safetensors`` and
-    ``appearance.safetensors``.
+    ``training_features.safetensors``.
 
     ``datasets``: one, or one per fold. ``seen``: content of ``seen_images.json``, which describes the training images.
     """
@@ -156,8 +156,8 @@ def write_artifacts(
     write_scores(folder, run.fold, experiment.data.folds, datasets, result, num_train)
     (folder / "config.toml").write_text(tomli_w.dumps(single_run_experiment(run, experiment)), encoding="utf-8")
     write_separation(folder, result)
-    if result.appearance is not None:
-        (folder / APPEARANCE).write_bytes(save_arrays(result.appearance.to_arrays()))
+    if result.training_features is not None:
+        (folder / TRAINING_FEATURES).write_bytes(save_arrays(result.training_features.to_arrays()))
     if result.preparation is not None:
         (folder / "preparation.json").write_text(json.dumps(result.preparation.to_dict()), encoding="utf-8")
     if result.trainer is not None:

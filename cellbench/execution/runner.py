@@ -64,7 +64,6 @@ from cellbench.tracking.offline_queue import CallRejectedError
 from cellbench.tracking.schema import RunRecord, RunState
 from cellbench.tracking.tracker import Tracker
 from cellbench.training import checkpoints, cost_estimate
-from cellbench.training.appearance import training_appearance
 from cellbench.training.cost_estimate import InferenceSpeed, inference_speeds, latencies_ms, reset_timers
 from cellbench.training.evaluator import CohortEvaluator, score_validation
 from cellbench.training.fit import fit
@@ -73,6 +72,7 @@ from cellbench.training.model import build_model
 from cellbench.training.separation_tuning import choose_separations
 from cellbench.training.tiled_inference import score_images
 from cellbench.training.trainer import HeadTrainer
+from cellbench.training.training_features import describe_training_images
 from cellbench.training.validation_tuning import tune_on_validation
 
 MAX_HALVINGS = 3
@@ -430,7 +430,7 @@ class Runner:
     def _test(self, trained: Trained, features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
         models, test = [trainer.model for _, trainer in trained], self._images["test"]
         separations, calibrations = tune_on_validation(models, features, self.dataset)
-        appearance = training_appearance(features)
+        training_features = describe_training_images(features)
         costs, busy = self._training_costs(trained, features, load), SystemLoad()
         reset_timers(features.backbone, models)
         not_finite: dict[int, str] = {}
@@ -458,7 +458,7 @@ class Runner:
                 cost=cost,
                 trainer=trainer,
                 preparation=features.preparation,
-                appearance=appearance,
+                training_features=training_features,
             )
             with blaming(one):
                 self._finish(one, result, out, features.plan.used_images)

@@ -18,9 +18,9 @@ from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Sample
 from cellbench.errors import CellbenchError, one_line
 from cellbench.hardware import Hardware
-from cellbench.inference.run_lookup import open_run, read_appearance, read_seen
+from cellbench.inference.run_lookup import open_run, read_seen, read_training_features
 from cellbench.inference.segmenter import Prediction, Segmenter
-from cellbench.metrics.appearance import TrainingAppearance
+from cellbench.metrics.training_features import TrainingFeatures
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet
 from cellbench.tracking import store_address
@@ -48,8 +48,8 @@ class NewImages:
     models: Sequence[str]
     """Of each run that predicts."""
     described_by: int | None
-    """The place among the predictions of an image whose features are compared with ``appearances``; None: no model has a backbone."""
-    appearances: Sequence[TrainingAppearance]
+    """The place among the predictions of an image whose features are compared with ``training_features``; None: no model has a backbone."""
+    training_features: Sequence[TrainingFeatures]
     """Of the training images of each fold."""
     predictions: Iterator[tuple[Sample, list[Prediction] | CellbenchError]]
 
@@ -119,13 +119,13 @@ class Committee:
         runs = [run for row in itertools.zip_longest(*turned) for run in row if run is not None]
         segmenters = self._open(runs[:MOST])
         home = {run.record.run_id: member for member in trained for run in member.runs}
-        first = next((k for k, one in enumerate(segmenters) if one.trained.appearance is not None), None)
+        first = next((k for k, one in enumerate(segmenters) if one.trained.training_features is not None), None)
         of_first = () if first is None else home[segmenters[first].trained.run_id].runs
-        appearances = [read_appearance(self._tracker, run.record) for run in of_first]
+        training_features = [read_training_features(self._tracker, run.record) for run in of_first]
         return NewImages(
             models=[home[one.trained.run_id].name for one in segmenters],
             described_by=first,
-            appearances=[one for one in appearances if one is not None],
+            training_features=[one for one in training_features if one is not None],
             predictions=self._predictions(segmenters, samples),
         )
 

@@ -1,6 +1,6 @@
 """Exports a run as a folder that works on other machines, without MLflow and without the registry it was trained with.
 
-``run.json`` holds the settings, ``head.safetensors`` the trained weights, ``appearance.safetensors`` how the training images look,
+``run.json`` holds the settings, ``head.safetensors`` the trained weights, ``training_features.safetensors`` how the training images look,
 ``registry/`` the cards of its parts and a user's own code, and
 ``<backbone>.safetensors`` (or the published suffix) the backbone's weights, where their licence allows copies.
 """
@@ -25,10 +25,10 @@ from cellbench.config.trust import code_file, remember_code
 from cellbench.data.audit.seen_images import without_paths
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import make_folder, os_errors_as, write_atomic
-from cellbench.inference.records import ExportRecord, FormatRecord, appearance_of_arrays
+from cellbench.inference.records import ExportRecord, FormatRecord, training_features_of_arrays
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.models.backbones.weights import locate, package_name
-from cellbench.tracking.schema import APPEARANCE
+from cellbench.tracking.schema import TRAINING_FEATURES
 
 FORMAT = 1
 RUN, HEAD, CARDS = "run.json", "head.safetensors", "registry"
@@ -78,8 +78,8 @@ def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights:
             _copy_card(folder, card)
         if copied is not None and card is not None:
             shutil.copyfile(copied, folder / f"{card.id}{copied.suffix}")
-        if trained.appearance is not None:
-            write_atomic(folder / APPEARANCE, save_arrays(trained.appearance.to_arrays()))
+        if trained.training_features is not None:
+            write_atomic(folder / TRAINING_FEATURES, save_arrays(trained.training_features.to_arrays()))
         if trained.weights:
             write_atomic(folder / HEAD, save({name: x.contiguous() for name, x in trained.weights.items()}))
     facts = {
@@ -108,7 +108,7 @@ def write_export(folder: Path, trained: TrainedRun, registry: Registry, weights:
 
 def read_export(folder: Path) -> TrainedRun:
     """The run of an exported folder. Raises CellbenchError for any other folder, a damaged one, one of a newer version, or one with links."""
-    for path in (folder / RUN, folder / HEAD, folder / APPEARANCE, folder / CARDS, *(folder / CARDS).rglob("*")):
+    for path in (folder / RUN, folder / HEAD, folder / TRAINING_FEATURES, folder / CARDS, *(folder / CARDS).rglob("*")):
         if path.is_symlink():
             raise CellbenchError(f"{path}: is a link. An exported folder holds its files itself. Export it again.")
     try:
@@ -121,7 +121,7 @@ def read_export(folder: Path) -> TrainedRun:
         raise CellbenchError(f"{folder / RUN}: has format {found}, this version reads {FORMAT}. Update cellbench, or export it again.")
     record = read_json(ExportRecord, data, str(folder / RUN))
     weights = _arrays(folder / HEAD, load_file)
-    appearance = _arrays(folder / APPEARANCE, load_arrays)
+    arrays = _arrays(folder / TRAINING_FEATURES, load_arrays)
     return TrainedRun(
         name=record.name,
         run=record.run,
@@ -130,7 +130,7 @@ def read_export(folder: Path) -> TrainedRun:
         weights=weights,
         separation=record.separation.separation(),
         calibration=record.calibration.calibration(),
-        appearance=appearance_of_arrays(appearance, str(folder / APPEARANCE)) if appearance else None,
+        training_features=training_features_of_arrays(arrays, str(folder / TRAINING_FEATURES)) if arrays else None,
         seen=record.seen.model_dump() if record.seen is not None else None,
         **record.model_dump(
             include={"fingerprint", "dataset_digest", "run_id", "experiment", "config", "backbone_digest", "data", "chosen"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cellbench.metrics.appearance import Descriptor, TrainingAppearance
+from cellbench.metrics.training_features import Descriptor, TrainingFeatures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +41,18 @@ def mask_spread(masks: Sequence[np.ndarray]) -> float | None:
 
 
 def rank_images(
-    spreads: Sequence[float | None], descriptors: Sequence[Descriptor | None], appearances: Sequence[TrainingAppearance]
+    spreads: Sequence[float | None], descriptors: Sequence[Descriptor | None], training_features: Sequence[TrainingFeatures]
 ) -> list[Ranked]:
     """All images, the one that would teach most first; distances count those that rank higher as labelled.
 
-    ``appearances``: of the training images, in one or several folds, which together are what is labelled.
+    ``training_features``: of the training images, in one or several folds, which together are what is labelled.
     """
     num = len(spreads)
     usual = float(np.median([one for one in spreads if one is not None] or [0.0]))
     known = [one for one in descriptors if one is not None]
     near_LN = between_LNN = None
-    if appearances and len(known) == num and num:
-        found = [one.distances(known) for one in appearances]
+    if training_features and len(known) == num and num:
+        found = [one.distances(known) for one in training_features]
         near_LN, between_LNN = np.min([to_train for to_train, _ in found], axis=0), found[0][1]
     out: list[Ranked] = []
     rest = list(range(num))

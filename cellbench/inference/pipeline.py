@@ -19,10 +19,10 @@ from cellbench.data.io.windowed import ArraySource, ImageSource, open_source
 from cellbench.data.transforms.tiling import Stitcher, TileGrid, cut_tile
 from cellbench.errors import CellbenchError
 from cellbench.inference.trained_run import TrainedRun
-from cellbench.metrics.appearance import FAR, NOTHING_KNOWN, Trust
+from cellbench.metrics.training_features import FAR, NOTHING_KNOWN, Trust
 from cellbench.models.baselines.build import FoundClasses
-from cellbench.training.appearance import tile_weights
 from cellbench.training.tiled_inference import argmax_classes, to_uint8
+from cellbench.training.training_features import tile_weights
 
 Image = str | os.PathLike[str] | Pixels
 """A file, an array (H, W, 3) or (H, W) uint8, RGB or grey, or a Pillow image."""
@@ -78,7 +78,7 @@ class TileBatch:
     found: Tensor | FoundClasses | None = None
     """What ``Segmenter.tiles`` returns for the tiles; or the classes (H, W) of one whole image."""
     features: dict[int, np.ndarray] | None = None
-    """The mean features of each tile (``training.appearance.pooled``), where the distance of images is wanted."""
+    """The mean features of each tile (``training.training_features.pooled``), where the distance of images is wanted."""
 
     def finished(self) -> Iterator[MaskStrip | FailedImage]:
         """The strips that these tiles complete."""
@@ -235,10 +235,10 @@ class ImageAssembly:
         )
 
     def _trust(self) -> Trust:
-        appearance, calibration = self._trained.appearance, self._trained.calibration
+        described, calibration = self._trained.training_features, self._trained.calibration
         dice, distance = calibration.estimated_dice(self._pixels), None
-        if appearance is not None:
-            distance = appearance.distance(self._described)
+        if described is not None:
+            distance = described.distance(self._described)
         if distance is not None and distance > FAR:  # the error of the estimate was measured on images like those of the training set
             dice = None
         return Trust(

@@ -28,7 +28,7 @@ from cellbench.files import case_folded, file_name
 from cellbench.inference.pipeline import FailedImage
 from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.writers import ENDINGS, OutputFormats, OutputPaths, PredictionWriter, TooManyCellsError, find_masks, output_path
-from cellbench.metrics.appearance import FAR, Trust
+from cellbench.metrics.training_features import FAR, Trust
 
 MOST_PX = 100_000_000
 """Size of the largest image whose cells are separated: its whole mask is in memory then, with some 50 bytes a pixel."""

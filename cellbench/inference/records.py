@@ -14,9 +14,9 @@ from cellbench.config.run import RunSpec
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.stain import KINDS
 from cellbench.errors import CellbenchError, one_line
-from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.calibration import Calibration
 from cellbench.metrics.separation import METHODS, SeparationParams, tried_settings
+from cellbench.metrics.training_features import TrainingFeatures
 from cellbench.reporting.stored_records import SplitSizes
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -129,10 +129,10 @@ class ScoresRecord(StoredRecord):
     num_folds: int | None = None
 
 
-def appearance_of_arrays(arrays: dict[str, Any], where: str) -> TrainingAppearance:
+def training_features_of_arrays(arrays: dict[str, Any], where: str) -> TrainingFeatures:
     """How training images look, from the arrays of a file. Raises CellbenchError for others."""
     try:
-        return TrainingAppearance.from_arrays(arrays)
+        return TrainingFeatures.from_arrays(arrays)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise CellbenchError(f"{where}: is damaged ({type(error).__name__}: {one_line(error)[:80]}).") from None
 

@@ -24,17 +24,17 @@ from cellbench.inference.records import (
     SeenRecord,
     SeparationRecord,
     StoredRecord,
-    appearance_of_arrays,
+    training_features_of_arrays,
 )
 from cellbench.inference.trained_run import TrainedRun
-from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.calibration import Calibration
 from cellbench.metrics.separation import CONNECTED
+from cellbench.metrics.training_features import TrainingFeatures
 from cellbench.reporting import verdict
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import describe_limit, describe_sizes, name_words
 from cellbench.tracking import store_address
-from cellbench.tracking.schema import APPEARANCE, CALIBRATION, EVALUATION, LIMIT, MEMBERS, SEEN, WEIGHTS, RunRecord
+from cellbench.tracking.schema import CALIBRATION, EVALUATION, LIMIT, MEMBERS, SEEN, TRAINING_FEATURES, WEIGHTS, RunRecord
 from cellbench.tracking.tracker import Tracker, all_experiments, experiment_of, newest_experiment
 
 R = TypeVar("R", bound=StoredRecord)
@@ -181,7 +181,7 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         calibration=_record(CalibrationRecord, stored, CALIBRATION, calibration).calibration()
         if calibration is not None
         else Calibration(),
-        appearance=read_appearance(tracker, stored),
+        training_features=read_training_features(tracker, stored),
         fingerprint=stored.fingerprint,
         backbone_digest=stored.tags.get(WEIGHTS, ""),
         dataset_digest=results.dataset,
@@ -209,14 +209,14 @@ def _data(stored: RunRecord, results: ScoresRecord, source: str) -> str:
     return f"{name}, {counted}{fold}{describe_limit(stored.tags.get(LIMIT, ''))}"
 
 
-def read_appearance(tracker: Tracker, stored: RunRecord) -> TrainingAppearance | None:
+def read_training_features(tracker: Tracker, stored: RunRecord) -> TrainingFeatures | None:
     """How a run's training images look; None for one without a backbone, or of an older version. Raises CellbenchError where it is damaged."""
-    data = tracker.artifact(stored, APPEARANCE)
+    data = tracker.artifact(stored, TRAINING_FEATURES)
     if data is None:
         return None
-    where = f"'{stored.name}': its {APPEARANCE} in MLflow"
+    where = f"'{stored.name}': its {TRAINING_FEATURES} in MLflow"
     try:
-        return appearance_of_arrays(safetensors.numpy.load(data), where)
+        return training_features_of_arrays(safetensors.numpy.load(data), where)
     except SafetensorError as error:
         raise CellbenchError(f"{where}: is damaged ({error}). Run it again.") from None
 

@@ -35,20 +35,20 @@ from cellbench.features.tile_cutting import as_pixels
 from cellbench.hardware import Hardware, detect_hardware, to_device
 from cellbench.inference.pipeline import FailedImage, Image, MaskStrip, TileBatch, join_strips, tile_batches, whole_images
 from cellbench.inference.trained_run import TrainedRun
-from cellbench.metrics.appearance import NOTHING_KNOWN, Trust
 from cellbench.metrics.edge_regions import small_edge_regions
 from cellbench.metrics.instances import Instances
 from cellbench.metrics.measurements import measure_cells
 from cellbench.metrics.separation import CONNECTED, SeparationParams
+from cellbench.metrics.training_features import NOTHING_KNOWN, Trust
 from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone, weights_digest
 from cellbench.models.backbones.weight_files import check_types, check_values
 from cellbench.models.baselines.build import open_baseline
 from cellbench.parallel import WorkerPool, prefetch
-from cellbench.training.appearance import pooled
 from cellbench.training.model import build_model, num_levels
 from cellbench.training.test_time import turn
 from cellbench.training.tiled_inference import output_channels
+from cellbench.training.training_features import pooled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -350,14 +350,14 @@ class Segmenter:
 
     @torch.inference_mode()
     def _tiles(self, tiles_BTTC: Tensor) -> tuple[Tensor, dict[int, np.ndarray] | None]:
-        """Likewise, with the mean features of the tiles where the appearance of the training images is known."""
+        """Likewise, with the mean features of the tiles where the features of the training images are known."""
         assert self.model is not None
         pixels = as_pixels(to_device(tiles_BTTC, self.machine.device))
         found, codes, features = torch.zeros(()), self.model.tta_codes, None
         for code in codes:
             turned = turn(pixels, code, self.backbone.patch_px)
             batch = Batch(self.backbone.maps(turned), turned, torch.empty(0))
-            if code == 0 and self.trained.appearance is not None:
+            if code == 0 and self.trained.training_features is not None:
                 features = pooled(batch.maps)
             start = time.perf_counter()
             with self.machine.autocast():

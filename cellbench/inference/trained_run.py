@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.preprocessing import Preparation
-from cellbench.metrics.appearance import TrainingAppearance
 from cellbench.metrics.calibration import Calibration
 from cellbench.metrics.separation import CONNECTED, SeparationParams
+from cellbench.metrics.training_features import TrainingFeatures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class TrainedRun:
     """Of head and tail, by name; empty for a method without training."""
     separation: SeparationParams = CONNECTED
     """How touching cells are separated."""
-    appearance: TrainingAppearance | None = None
+    training_features: TrainingFeatures | None = None
     """How its training images look to the backbone; None without one, or for a run of an older version."""
     calibration: Calibration = field(default_factory=Calibration)
     """How its probabilities are corrected."""

@@ -42,7 +42,7 @@ LARGE_PX = 800
 LEFT_OUT = "left_out"
 """In the metadata of ``INSTANCES``: the number of regions too small to be cells."""
 TRUST = "trust"
-"""Likewise: what is known of the prediction, :class:`~cellbench.metrics.appearance.Trust`."""
+"""Likewise: what is known of the prediction, :class:`~cellbench.metrics.training_features.Trust`."""
 REGIONS = ".regions"
 """Of the file with the regions in which cells are counted, before the ending of its format."""
 ENDINGS = (PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS)
@@ -253,7 +253,7 @@ class PredictionWriter:
     def _collection(self, cells: Instances) -> bytes:
         """GeoJSON of the cells, one on a line."""
         trust = self._strips[-1].trust
-        known = trust.facts | ({"appearance": trust.word} if trust.word else {})
+        known = trust.facts | ({"looks": trust.word} if trust.word else {})
         features = ",\n".join(json.dumps(to_geojson(cell, self._names, known), separators=(",", ":")) for cell in cell_outlines(cells))
         facts = {"file": self._target.image.name, "size_px": list(self._size_px), **known}
         return f'{{"type": "FeatureCollection", "features": [\n{features}\n],\n"cellbench": {json.dumps(facts)}}}\n'.encode()

@@ -291,7 +291,7 @@ def test_outlines_are_of_the_cells_that_are_counted(there: Path, tmp_path: Path)
     tree = json.loads((out / "t0.geojson").read_text())
     cells = [one["properties"] for one in tree["features"]]
     assert {one["cellbench"]["distance"] for one in cells} == {tree["cellbench"]["distance"]}
-    assert {one["cellbench"]["appearance"] for one in cells} == {tree["cellbench"]["appearance"]}
+    assert {one["cellbench"]["looks"] for one in cells} == {tree["cellbench"]["looks"]}
     shapes = {int(one["name"]): one["measurements"]["Area px^2"] for one in cells}
     assert shapes == table
     assert len(json.loads((out / "coco.json").read_text())["annotations"]) == len(shapes)

@@ -13,13 +13,13 @@ from cellbench.cli.next_images import find_unlabelled
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
 from cellbench.inference.labelling_order import mask_spread, rank_images
-from cellbench.metrics.appearance import TrainingAppearance
+from cellbench.metrics.training_features import TrainingFeatures
 
 
-def appearance(*rows: tuple[float, float]) -> TrainingAppearance:
+def features_of(*rows: tuple[float, float]) -> TrainingFeatures:
     """Of training images with two features at one depth, unscaled; the unit of the distance is 1."""
     array = np.array(rows)
-    return TrainingAppearance(rows={0: array}, centre={0: np.zeros(2)}, scale={0: np.ones(2)}, held_out={0: np.ones(3)})
+    return TrainingFeatures(rows={0: array}, centre={0: np.zeros(2)}, scale={0: np.ones(2)}, held_out={0: np.ones(3)})
 
 
 def by_hand(spreads: list[float], points: list[tuple[float, float]], labelled: list[tuple[float, float]]) -> list[int]:
@@ -41,27 +41,27 @@ def test_the_order_is_that_of_the_definition() -> None:
     for _ in range(5):
         points, labelled = [[tuple(one) for one in rng.normal(0, 2, (num, 2))] for num in (13, 4)]
         spreads = rng.uniform(0, 0.5, 13).tolist()
-        found = rank_images(spreads, [{0: np.array(one)} for one in points], [appearance(*labelled[:2]), appearance(*labelled[2:])])
+        found = rank_images(spreads, [{0: np.array(one)} for one in points], [features_of(*labelled[:2]), features_of(*labelled[2:])])
         assert [one.number for one in found] == by_hand(spreads, points, labelled)
 
 
 def test_an_image_of_a_new_kind_ranks_first_although_models_agree_on_it() -> None:
     points = [(0.5, 0.0), (9.0, 0.0), (0.0, 0.5)]
-    found = rank_images([0.1, 0.0, 0.05], [{0: np.array(one)} for one in points], [appearance((0.0, 0.0))])
+    found = rank_images([0.1, 0.0, 0.05], [{0: np.array(one)} for one in points], [features_of((0.0, 0.0))])
     assert [one.number for one in found] == [1, 0, 2]
     assert found[0].score == pytest.approx(1 - 1 / (1 + found[0].distance))
 
 
 def test_of_two_alike_images_the_second_ranks_behind_others() -> None:
     points = [(5.0, 0.0), (5.1, 0.0), (0.0, 2.0)]
-    found = rank_images([0.3, 0.3, 0.3], [{0: np.array(one)} for one in points], [appearance((0.0, 0.0))])
+    found = rank_images([0.3, 0.3, 0.3], [{0: np.array(one)} for one in points], [features_of((0.0, 0.0))])
     assert [one.number for one in found] == [1, 2, 0]
 
 
 def test_without_features_the_spread_decides_and_with_one_model_the_distance() -> None:
     assert [one.number for one in rank_images([0.1, 0.3, 0.2], [None] * 3, [])] == [1, 2, 0]
     points = [{0: np.array([x, 0.0])} for x in (1.0, 3.0, -2.0)]
-    assert [one.number for one in rank_images([None] * 3, points, [appearance((0.0, 0.0))])] == [1, 2, 0]
+    assert [one.number for one in rank_images([None] * 3, points, [features_of((0.0, 0.0))])] == [1, 2, 0]
 
 
 def test_the_spread_is_one_minus_the_mean_dice_of_pairs() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cellbench.inference.prediction import describe_expected_dice, describe_trust
-from cellbench.metrics.appearance import Trust
+from cellbench.metrics.training_features import Trust
 
 KNOWN = {
     "a.png": Trust(distance=0.4, dice=0.95, dice_error=0.021),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cellbench.metrics.appearance import TrainingAppearance, Trust
+from cellbench.metrics.training_features import TrainingFeatures, Trust
 
 
 def rows(num: int, seed: int, shift: float = 0.0) -> dict[int, np.ndarray]:
@@ -20,7 +20,7 @@ def each(descriptors: dict[int, np.ndarray]) -> list[dict[int, np.ndarray]]:
 
 
 def test_images_of_the_same_set_are_within_the_distance_1_and_others_are_not() -> None:
-    made = TrainingAppearance.of(rows(60, 0), rows(20, 1))
+    made = TrainingFeatures.of(rows(60, 0), rows(20, 1))
     assert made is not None
     same = [made.distance(one) for one in each(rows(200, 2))]
     assert 0.85 <= np.mean([distance <= 1 for distance in same if distance is not None]) <= 1
@@ -30,7 +30,7 @@ def test_images_of_the_same_set_are_within_the_distance_1_and_others_are_not() -
 
 def test_the_largest_of_a_few_held_out_distances_is_1() -> None:
     train, other = {0: np.array([[0.0], [1.0], [3.0]])}, {0: np.array([[4.5], [0.5]])}
-    made = TrainingAppearance.of(train, other)
+    made = TrainingFeatures.of(train, other)
     assert made is not None
     assert made.distance({0: np.array([3.0 + 2.0])}) == pytest.approx(1.0)  # 2 is the distance of 3 from the others
     assert made.distance({0: np.array([3.0 + 5.0])}) == pytest.approx(2.5)
@@ -39,22 +39,22 @@ def test_the_largest_of_a_few_held_out_distances_is_1() -> None:
 
 
 def test_it_is_the_same_after_a_file() -> None:
-    made = TrainingAppearance.of(rows(10, 0), rows(3, 1))
+    made = TrainingFeatures.of(rows(10, 0), rows(3, 1))
     assert made is not None
-    again = TrainingAppearance.from_arrays(made.to_arrays())
+    again = TrainingFeatures.from_arrays(made.to_arrays())
     for one in each(rows(5, 2)):
         assert again.distance(one) == pytest.approx(made.distance(one), rel=1e-2)
 
 
 def test_arrays_that_do_not_belong_together_are_refused() -> None:
-    made = TrainingAppearance.of(rows(10, 0), rows(3, 1))
+    made = TrainingFeatures.of(rows(10, 0), rows(3, 1))
     assert made is not None
     with pytest.raises(ValueError, match="depth 3"):
-        TrainingAppearance.from_arrays(made.to_arrays() | {"centre.3": np.zeros(39)})
+        TrainingFeatures.from_arrays(made.to_arrays() | {"centre.3": np.zeros(39)})
 
 
 def test_two_training_images_say_nothing() -> None:
-    assert TrainingAppearance.of(rows(2, 0), rows(3, 1)) is None
+    assert TrainingFeatures.of(rows(2, 0), rows(3, 1)) is None
 
 
 @pytest.mark.parametrize(

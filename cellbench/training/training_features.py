@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cellbench.data.transforms.tiling import TileGrid
 from cellbench.features.extractor import Features
-from cellbench.metrics.appearance import TrainingAppearance
+from cellbench.metrics.training_features import TrainingFeatures
 from cellbench.parallel import WorkerPool
 
 MOST_IMAGES = 100
@@ -30,13 +30,13 @@ def tile_weights(grid: TileGrid) -> np.ndarray:
     return areas / areas.sum()
 
 
-def training_appearance(features: Features) -> TrainingAppearance | None:
-    """The appearance of a cohort's training images, with its validation images as examples of others; None without a backbone."""
+def describe_training_images(features: Features) -> TrainingFeatures | None:
+    """What a cohort's training images look like to its backbone, with its validation images as examples of others; None without a backbone."""
     if features.backbone.module is None:
         return None
     used = np.asarray(features.plan.used_images)
     chosen = used[np.unique(np.linspace(0, len(used) - 1, min(len(used), MOST_IMAGES)).round().astype(int))]
-    return TrainingAppearance.of(_described(features, "train", chosen.tolist()), _described(features, "val"))
+    return TrainingFeatures.of(_described(features, "train", chosen.tolist()), _described(features, "val"))
 
 
 def _described(features: Features, split: str, images: Sequence[int] | None = None) -> dict[int, np.ndarray]:

@@ -29,7 +29,7 @@ Descriptor = Mapping[int, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TrainingAppearance:
+class TrainingFeatures:
     """The descriptors of a run's training images, and how far images of their set lie from each other."""
 
     rows: Mapping[int, np.ndarray]
@@ -42,7 +42,7 @@ class TrainingAppearance:
     """(M,) by depth: the distance of each held-out image to the nearest other training image."""
 
     @classmethod
-    def of(cls, train: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> TrainingAppearance | None:
+    def of(cls, train: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> TrainingFeatures | None:
         """From descriptors (N, D) of training images and of other images of the same set, by depth; None with fewer than three training images."""
         rows, centres, scales, held_out = {}, {}, {}, {}
         for depth, train_ND in train.items():
@@ -89,7 +89,7 @@ class TrainingAppearance:
         }
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> TrainingAppearance:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> TrainingFeatures:
         """Raises ValueError for arrays that do not belong together."""
         parts: dict[str, dict[int, np.ndarray]] = {name: {} for name in ("rows", "centre", "scale", "held_out")}
         for name, array in arrays.items():

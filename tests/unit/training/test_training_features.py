@@ -13,7 +13,7 @@ from cellbench.data.io.images import read_image
 from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.calibration import Calibration
-from cellbench.training.appearance import training_appearance
+from cellbench.training.training_features import describe_training_images
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_training_image_has_the_distance_0_and_noise_is_far(tmp_path, settings
         classes=dataset.classes,
         preparation=features.preparation,
         weights=model.state_dict(),
-        appearance=training_appearance(features),
+        training_features=describe_training_images(features),
         calibration=Calibration(temperature=2.0, dice_shift=-0.1, dice_error=0.05),
     )
     segmenter = Segmenter(trained, REGISTRY, FP32)
@@ -42,7 +42,7 @@ def test_a_training_image_has_the_distance_0_and_noise_is_far(tmp_path, settings
     noise = np.random.default_rng(0).integers(0, 256, (100, 230, 3), np.uint8)
     assert (segmenter.predict(noise).distance or 0) > 2
 
-    segmenter.trained = replace(trained, calibration=Calibration(), appearance=None)
+    segmenter.trained = replace(trained, calibration=Calibration(), training_features=None)
     raw = segmenter.predict(image)
     assert raw.distance is None
     assert raw.trust.dice is None
