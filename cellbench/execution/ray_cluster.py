@@ -89,8 +89,13 @@ def connect(on: str, machine: Hardware) -> Iterator[Any]:
         else:
             cores = machine.lanes * machine.threads
             ray.init(address="local", num_cpus=cores, object_store_memory=OBJECTS_BYTES, include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise CellbenchError(f"--on {on}: {one_line(error)[:300]} Is a cluster there (`ray status`), of Ray {ray.__version__}?") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        advice = (
+            f"Is a cluster there (`ray status`), of Ray {ray.__version__}?"
+            if address
+            else "RAY_TMPDIR names the folder of its sockets and logs."
+        )
+        raise CellbenchError(f"--on {on}: {one_line(error)[:300]} {advice}") from None
     try:
         with ask_also(partial(seen_by_nodes, ray)):
             yield ray

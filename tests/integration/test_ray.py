@@ -136,6 +136,24 @@ def test_an_address_without_a_cluster_is_reported_at_once(on, message, deaf):
 
 
 @needs_ray
+def test_a_ray_that_cannot_start_is_one_line(tmp_path):
+    code = """
+import sys
+from cellbench.execution import ray_cluster
+from cellbench.errors import CellbenchError
+from cellbench.hardware import detect_hardware
+try:
+    with ray_cluster.connect("ray", detect_hardware("cpu", "fp32")):
+        print("started")
+except CellbenchError as error:
+    print(error)
+"""
+    too_long = {**os.environ, "RAY_TMPDIR": str(tmp_path / ("a" * 100))}  # a socket's path has at most 107 bytes
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=too_long)
+    assert "AF_UNIX path length" in done.stdout
+    assert done.stdout.endswith("RAY_TMPDIR names the folder of its sockets and logs.\n")
+
+
 def test_a_local_ray_listens_on_loopback_only():
     code = """
 import psutil, torch
