@@ -36,4 +36,8 @@ def corrected_mean(sums_MU: np.ndarray, counts_U: np.ndarray, resamples: int = R
     weights_BU = weights_BU[(weights_BU == 0).any(axis=1)].astype(np.int64)
     chosen_B = ((sums_MU @ weights_BU.T) / (counts_U @ weights_BU.T)).argmax(axis=0)
     left_BU = weights_BU == 0
-    return float(((sums_MU[chosen_B] * left_BU).sum(axis=1) / (left_BU @ counts_U)).mean())
+    totals_M = sums_MU.sum(axis=1)
+    best = totals_M.argmax()
+    # What the chosen models lack to the best one on the same left-out images: a best one that is always chosen keeps its mean to the last digit.
+    lacking_BU = (sums_MU[best] - sums_MU[chosen_B]) * left_BU
+    return float(totals_M[best] / counts_U.sum() - (lacking_BU.sum(axis=1) / (left_BU @ counts_U)).mean())

@@ -26,9 +26,9 @@ def test_a_clear_winner_keeps_its_score_and_groups_are_left_out_whole() -> None:
     rng = np.random.default_rng(1)
     values = rng.normal(0, 0.001, (3, 12))
     models = [ModelScores(model=f"m{k}", images=images, values=0.8 + 0.05 * k + values[k]) for k in range(3)]
-    assert corrected_best(models) == pytest.approx(models[2].mean, abs=0.001)
+    assert corrected_best(models) == pytest.approx(models[2].mean, abs=1e-12)
     losses = [ModelScores(model=m.model, images=images, values=1 - m.values, lower_is_better=True) for m in models]
-    assert corrected_best(losses) == pytest.approx(1 - models[2].mean, abs=0.001)
+    assert corrected_best(losses) == pytest.approx(1 - models[2].mean, abs=1e-12)
     grouped = [ModelScores(model=m.model, images=images, values=m.values, groups=tuple(k // 4 for k in range(12))) for m in models]
     assert corrected_best(grouped) is None, "three groups are too few"
     assert corrected_best(models[:1]) is None
