@@ -89,7 +89,7 @@ def connect(on: str, machine: Hardware) -> Iterator[Any]:
         else:
             cores = machine.lanes * machine.threads
             ray.init(address="local", num_cpus=cores, object_store_memory=OBJECTS_BYTES, include_dashboard=False, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises plain ones too, for example where one of its processes was killed while it started
         advice = (
             f"Is a cluster there (`ray status`), of Ray {ray.__version__}?"
             if address
