@@ -192,7 +192,10 @@ class PredictionWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk takes no more of files that are removed in the next line; what failed first is the news
+            self._stack.close()
         for part in self._parts:
             part.unlink(missing_ok=True)
 
