@@ -138,7 +138,6 @@ def test_an_address_without_a_cluster_is_reported_at_once(on, message, deaf):
 @needs_ray
 def test_a_ray_that_cannot_start_is_one_line(tmp_path):
     code = """
-import sys
 from cellbench.execution import ray_cluster
 from cellbench.errors import CellbenchError
 from cellbench.hardware import detect_hardware
@@ -154,6 +153,7 @@ except CellbenchError as error:
     assert done.stdout.endswith("RAY_TMPDIR names the folder of its sockets and logs.\n")
 
 
+@needs_ray
 def test_a_local_ray_listens_on_loopback_only():
     code = """
 import psutil, torch
