@@ -30,7 +30,7 @@ def plot_agreement(counts: Mapping[str, tuple[Sequence[float], Sequence[float]]]
             for value, style in ((one.bias.mean, "-"), (one.low, "--"), (one.high, "--")):
                 if value is not None:
                     axes.axhline(value, color="C3", linestyle=style, linewidth=1)
-                    axes.annotate(f"{value:+.1f}", (1, value), xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
+                    axes.annotate(f"{value:+.1f}", (1.01, value), xycoords=("axes fraction", "data"), fontsize=8, va="center")
             axes.margins(y=0.15)
             bottom, top = axes.get_ylim()
             axes.set_ylim(min(bottom, -1.2), max(top, 1.2))  # counts: a difference of less than one cell fills no picture
