@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from cellbench.data.dataset import SPLITS, Sample
 from cellbench.data.layouts import scan_folder
 from cellbench.data.scan import files_below
 from cellbench.errors import CellbenchError
+from cellbench.escaping import to_csv
 from cellbench.files import make_folder, write_atomic
 from cellbench.hardware import detect_hardware
 from cellbench.inference.committee import Committee, open_experiment
@@ -103,9 +102,7 @@ def _number(value: float | None) -> str:
 
 
 def _csv(samples: Sequence[Sample], ranked: Sequence[Ranked]) -> str:
-    out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(["rank", "image", "score", "spread", "distance"])
-    for k, one in enumerate(ranked, 1):
-        rows.writerow([k, samples[one.number].name, f"{one.score:.6f}", _number(one.spread), _number(one.distance)])
-    return out.getvalue()
+    rows = [
+        (k, samples[one.number].name, f"{one.score:.6f}", _number(one.spread), _number(one.distance)) for k, one in enumerate(ranked, 1)
+    ]
+    return to_csv(["rank", "image", "score", "spread", "distance"], rows)

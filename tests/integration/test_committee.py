@@ -97,6 +97,15 @@ def test_new_images_are_ranked_by_spread_and_distance(here: Path, tmp_path: Path
         assert float(row["score"]) == pytest.approx(1 - usual / (spread + usual) / (distance + 1), abs=5e-3)
 
 
+def test_names_of_images_in_the_tables_are_no_formulas_and_need_not_be_utf_8(here: Path, tmp_path: Path) -> None:
+    names = ["=1+1.png", "pr\udcfcfung.png"]
+    for name, seed in zip(names, (60, 61), strict=True):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        Image.fromarray(discs(seed)[0]).save(tmp_path / "new" / name)
+    assert main(["next", str(tmp_path / "new"), "--experiment", "judges", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert {row["image"] for row in csv.DictReader((tmp_path / "next.csv").open())} == {"'=1+1.png", "pr\\xfcfung.png"}
+
+
 def test_what_was_trained_on_is_neither_judged_nor_ranked(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mixed = tmp_path / "mixed"
     mixed.mkdir()

@@ -15,8 +15,6 @@ A mask whose faults were learned by the models is not found: this needs most mas
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +29,7 @@ from cellbench.console import Column, format_table
 from cellbench.data.audit.checks import Finding, Severity
 from cellbench.data.audit.image_statistics import Box
 from cellbench.data.dataset import Sample
+from cellbench.escaping import to_csv
 from cellbench.metrics.instances import Instances
 
 MISSING, FALSE, OUTLINE, CLASS, BORDER = KINDS = ("missing", "false", "outline", "class", "border")
@@ -355,14 +354,14 @@ class LabelFaults:
 
     def csv(self) -> str:
         """A row a fault."""
-        out = io.StringIO()
-        rows = csv.writer(out, lineterminator="\n")
-        rows.writerow(["image", "mask", "kind", "score", "x_px", "y_px", "area_px", "models", "models_asked", "class", "models_class"])
+        rows: list[list[object]] = []
         for sample, fault in self.found:
             classes = [self.classes[k] if fault.kind == CLASS else "" for k in fault.classes]
             place = [fault.x_px, fault.y_px, fault.area_px, fault.num_models, len(self.models)]
-            rows.writerow([fault.image, sample.mask, fault.kind, fault.score, *place, *classes])
-        return out.getvalue()
+            rows.append([fault.image, str(sample.mask), fault.kind, fault.score, *place, *classes])
+        return to_csv(
+            ["image", "mask", "kind", "score", "x_px", "y_px", "area_px", "models", "models_asked", "class", "models_class"], rows
+        )
 
 
 def describe_fault(fault: LabelFault, classes: Sequence[str]) -> str:
