@@ -18,7 +18,7 @@ import torch
 
 from cellbench.config.run import NUMERICS_VERSION
 from cellbench.data.image_cache import ImageCache
-from cellbench.errors import CellbenchError, one_line, quote_name
+from cellbench.errors import CellbenchError, SystemFault, one_line, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
 from cellbench.execution.claims import Outcome
@@ -66,6 +66,8 @@ def evaluate_best_models(runner: Runner, runs: Sequence[ResolvedRun], out: Outco
             ensemble = _Ensemble(runner, chosen, name, title, fold)
             out.finished[title] = ensemble.test()
             ensemble.test_further()
+        except SystemFault:
+            raise
         except (CellbenchError, RuntimeError, MemoryError) as error:
             if not isinstance(error, CellbenchError) and not is_out_of_memory(error):
                 raise
