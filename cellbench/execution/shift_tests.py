@@ -82,17 +82,19 @@ class FinishedRunToTest:
     lacks: Mapping[str, str]
 
     def separation(self, tracker: Tracker) -> SeparationParams:
-        """How it separates touching cells."""
-        data = tracker.artifact(self.record, SEPARATION)
-        try:
-            return SeparationParams(**json.loads(data)) if data is not None else CONNECTED
-        except (ValueError, TypeError):
-            raise CellbenchError(f"'{self.record.name}': its {SEPARATION} is damaged. Delete it, and run it again.") from None
+        """How it separates touching cells. Raises CellbenchError."""
+        return self._stored(tracker, SEPARATION, SeparationParams, CONNECTED)
 
     def calibration(self, tracker: Tracker) -> Calibration:
-        """What was fitted on its validation images; nothing for a run of an older version."""
-        data = tracker.artifact(self.record, CALIBRATION)
-        return Calibration(**json.loads(data)) if data is not None else Calibration()
+        """What was fitted on its validation images; nothing for a run of an older version. Raises CellbenchError."""
+        return self._stored(tracker, CALIBRATION, Calibration, Calibration())
+
+    def _stored(self, tracker: Tracker, file: str, record: Callable[..., T], without: T) -> T:
+        data = tracker.artifact(self.record, file)
+        try:
+            return record(**json.loads(data)) if data is not None else without
+        except (ValueError, TypeError):
+            raise CellbenchError(f"'{self.record.name}': its {file} is damaged. Delete it, and run it again.") from None
 
     def weights(self, tracker: Tracker) -> dict[str, Any]:
         """Its trained weights. Raises CellbenchError."""
