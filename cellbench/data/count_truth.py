@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -312,7 +313,7 @@ def _voc(path: Path) -> Iterator[_Row]:
             x0, y0, x1, y1 = (float(one.findtext(f"bndbox/{key}") or "") for key in ("xmin", "ymin", "xmax", "ymax"))
             label = (one.findtext("name") or "").strip() or UNNAMED
             yield _Row(file=path, image=image, mark=Mark(label=label, xy=((x0 + x1) / 2, (y0 + y1) / 2)), size_px=size)
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, LookupError, ValueError, OverflowError) as error:  # LookupError: of an unknown encoding
         raise CellbenchError(f"{printable_path(path)}: cannot be read as a VOC file ({one_line(error)[:120]}). Export it again.") from None
 
 
@@ -334,7 +335,7 @@ def _coco(path: Path) -> Iterator[_Row]:
             raise CellbenchError(
                 f"{printable_path(path)}: annotation {row.get('id')!s:.40} is of an image or a category that the file lacks. Export it again."
             )
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(n, int | float) and math.isfinite(n) for n in box)):
+        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
             raise CellbenchError(
                 f"{printable_path(path)}: annotation {row.get('id')!s:.40} has no box [x, y, width, height]. Export it again."
             )
@@ -344,6 +345,14 @@ def _coco(path: Path) -> Iterator[_Row]:
             )
         mark = Mark(label=names[row["category_id"]], xy=(box[0] + box[2] / 2, box[1] + box[3] / 2))
         yield _Row(file=path, image=image["file_name"], mark=mark)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number; an int beyond all floats is none."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _points(path: Path) -> Iterator[_Row]:

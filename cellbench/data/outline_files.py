@@ -218,7 +218,7 @@ def _points(geometry: Any, shown: str) -> list[tuple[float, float]]:
     try:
         given: Any = [geometry["coordinates"]] if kind == "Point" else geometry["coordinates"]
         return [(float(one[0]), float(one[1])) for one in given]
-    except (TypeError, ValueError, IndexError, KeyError):
+    except (TypeError, ValueError, OverflowError, IndexError, KeyError):
         raise CellbenchError(f"{shown} has no readable coordinates. Export it again.") from None
 
 

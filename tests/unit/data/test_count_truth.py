@@ -165,6 +165,10 @@ def test_faults_are_one_line_that_names_the_file(tmp_path: Path) -> None:
     assert "cannot be read as a VOC file" in fault(voc(tmp_path / "3"), "<xmin>2<", "<xmin>two<")
     assert "defines entities" in fault(voc(tmp_path / "4"), "<annotation>", "<!DOCTYPE a [<!ENTITY b 'c'>]><annotation>")
     assert "has no box" in fault(coco(tmp_path / "5"), '"bbox": [2, 4, 8, 8]', '"bbox": null', "_annotations.coco.json")
+    assert "cannot be read as a VOC file" in fault(voc(tmp_path / "7"), "<width>60", "<width>inf")
+    assert "cannot be read as a VOC file" in fault(voc(tmp_path / "8"), "<annotation>", '<?xml version="1.0" encoding="none"?><annotation>')
+    beyond = "1" + 400 * "0"
+    assert "has no box" in fault(coco(tmp_path / "9"), '"bbox": [2, 4, 8, 8]', f'"bbox": [2, 4, {beyond}, 8]', "_annotations.coco.json")
     folder = WAYS["points in a table"](tmp_path / "6")
     assert "line 2: could not convert string" in fault(folder, "a.jpg;6.0", "a.jpg;six", "cells.csv")
     assert "is x, y a corner or a centre?" in fault(folder, "class", "width", "cells.csv")

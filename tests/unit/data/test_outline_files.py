@@ -138,6 +138,7 @@ def test_damaged_files_are_one_line(tmp_path: Path, ending: str, content: bytes)
     [
         {"type": "Polygon", "coordinates": [[[0, 0], [10**400, 0], [9, 9]]]},
         {"type": "Polygon", "coordinates": [3]},
+        {"type": "Point", "coordinates": [10**400, 0]},
         functools.reduce(lambda inner, _: {"type": "GeometryCollection", "geometries": [inner]}, range(400), {}),
     ],
 )
