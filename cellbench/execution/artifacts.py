@@ -29,7 +29,7 @@ from cellbench.metrics import catalog
 from cellbench.metrics.boundary import TOLERANCE_PX
 from cellbench.metrics.calibration import expected_calibration_error
 from cellbench.metrics.cell_classes import cells_of_classes
-from cellbench.metrics.counting import CountRow, counts_csv
+from cellbench.metrics.counting import CountRow, counts_by_label, counts_csv
 from cellbench.metrics.instance import COUNTS, SCORES, describe_outcomes
 from cellbench.metrics.instances import MIN_AREA_NUMBERED_PX, MIN_AREA_PX
 from cellbench.metrics.pixel import count_empty_images, named_scores, nan_mean, per_image_scores, pixel_scores
@@ -187,11 +187,8 @@ def write_counts(folder: Path, rows: Sequence[CountRow]) -> None:
     """Writes ``counts.csv``, and the figure of how well the counts agree."""
     if rows:
         (folder / COUNTS_TABLE).write_text(counts_csv(rows), encoding="utf-8")
-        counts = {
-            row.label: ([one.true for one in rows if one.label == row.label], [one.predicted for one in rows if one.label == row.label])
-            for row in rows
-        }
-        write_pictures(folder, {"figures/counts.png": draw_agreement(counts, "region" if any(row.region for row in rows) else "image")})
+        unit = "region" if any(row.region for row in rows) else "image"
+        write_pictures(folder, {"figures/counts.png": draw_agreement(counts_by_label(rows), unit)})
 
 
 def pictures(name: str, dataset: Dataset, pixels: ImageCache, result: EvaluationResult) -> dict[str, partial[bytes]]:

@@ -72,6 +72,16 @@ def count_rows(
     return rows
 
 
+def counts_by_label(rows: Sequence[CountRow]) -> dict[str, tuple[list[int], list[int]]]:
+    """The true and the predicted counts of each class, in the order of ``rows``."""
+    out: dict[str, tuple[list[int], list[int]]] = {}
+    for row in rows:
+        true, predicted = out.setdefault(row.label, ([], []))
+        true.append(row.true)
+        predicted.append(row.predicted)
+    return out
+
+
 def counts_csv(rows: Sequence[CountRow]) -> str:
     """``counts.csv`` of an evaluation: a line an image or region, two columns a class."""
     labels = list(dict.fromkeys(row.label for row in rows))

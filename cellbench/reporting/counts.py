@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cellbench.metrics.counting import CountRow
 from cellbench.reporting.leaderboard import format_interval, format_number
@@ -60,25 +60,25 @@ def agreement_row(name: str, one: Agreement) -> dict[str, str]:
     }
 
 
-def model_counts(model: ModelGroup) -> list[CountRow]:
-    """The cells in each test image by each run of a model; none for runs of older versions."""
-    if not model.has("num_true", "num_predicted"):
-        return []
-    return [
-        CountRow(image=f"{run.fold} {image}", region="", label=model.name, true=true, predicted=predicted)
-        for run in model.runs
-        for image, true, predicted in zip(*(run.per_image[key] for key in ("images", "num_true", "num_predicted")), strict=True)
-    ]
+def model_counts(models: Sequence[ModelGroup]) -> dict[str, list[CountRow]]:
+    """By model, the cells in each test image by each of its runs; without models whose runs are of older versions and have no counts."""
+    return {
+        model.name: [
+            CountRow(image=f"{run.fold} {image}", region="", label=model.name, true=true, predicted=predicted)
+            for run in model.runs
+            for image, true, predicted in zip(*(run.per_image[key] for key in ("images", "num_true", "num_predicted")), strict=True)
+        ]
+        for model in models
+        if model.has("num_true", "num_predicted")
+    }
 
 
-def model_rows(models: Sequence[ModelGroup]) -> list[dict[str, str]]:
+def model_rows(counts: Mapping[str, Sequence[CountRow]]) -> list[dict[str, str]]:
     """How well the counts of each model agree, a row a model; the seeds of an image are one unit."""
-    rows = []
-    for model in models:
-        if counts := model_counts(model):
-            found = agreement([one.true for one in counts], [one.predicted for one in counts], [one.image for one in counts])
-            rows.append(agreement_row(model.name, found))
-    return rows
+    return [
+        agreement_row(name, agreement([one.true for one in rows], [one.predicted for one in rows], [one.image for one in rows]))
+        for name, rows in counts.items()
+    ]
 
 
 def evaluation_rows(runs: Sequence[RunRecord]) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from cellbench.metrics import catalog
+from cellbench.metrics.counting import counts_by_label
 from cellbench.metrics.instance import COUNTS, describe_outcomes
 from cellbench.metrics.pixel import nan_mean
 from cellbench.reporting import provenance
@@ -182,14 +183,11 @@ class _TestSetReport:
 
     def counts(self) -> list[Block]:
         """How well the number of cells in each image agrees."""
-        rows = model_rows(self.here.models)
-        if not rows:
+        counts = model_counts(self.here.models)
+        if not counts:
             return []
-        shown = {
-            name: [(one.true, one.predicted) for one in model_counts(model)] for model in self.here.models[:3] for name in [model.name]
-        }
-        pairs = {name: tuple(zip(*each, strict=True)) for name, each in shown.items() if each}
-        return [Text([MEANING]), self.figure("counts", plot_agreement, pairs), self.table("counts", rows)]
+        shown = counts_by_label([row for rows in list(counts.values())[:3] for row in rows])
+        return [Text([MEANING]), self.figure("counts", plot_agreement, shown), self.table("counts", model_rows(counts))]
 
     def images(self) -> list[Block]:
         """The scores of each image, and the images on which the best model is worst."""
