@@ -35,8 +35,10 @@ def describe_counts(rows: Sequence[CountRow]) -> list[str]:
         total = f"{sum(row.predicted for row in some):,} counted, {sum(row.true for row in some):,} there, in {one.num} {unit}{'s' * (one.num != 1)}"
         ends = format_interval(one.bias.low, one.bias.high, one.bias.rough, "+.2f")
         bias = f"bias {one.bias.mean:+.2f}{f' (95 % {ends})' if ends else ''} {'a' if unit == 'region' else 'an'} {unit}"
-        limits = f", limits of agreement {one.low:+.2f} to {one.high:+.2f}" if one.low is not None and one.high is not None else ""
-        lines.append(f"{label}: {total}; {bias}{limits}, concordance {format_concordance(one)}.")
+        limits = format_interval(one.low, one.high, False, "+.2f")
+        lines.append(
+            f"{label}: {total}; {bias}{f', limits of agreement {limits}' if limits else ''}, concordance {format_concordance(one)}."
+        )
     return lines
 
 
@@ -44,8 +46,8 @@ def format_concordance(one: Agreement) -> str:
     """``0.981 (0.95 to 0.99)``."""
     if one.ccc is None:
         return "none (all counts are the same)"
-    ends = f" ({one.ccc_low:.3f} to {one.ccc_high:.3f})" if one.ccc_low is not None and one.ccc_high is not None else ""
-    return f"{one.ccc:.3f}{ends}"
+    ends = format_interval(one.ccc_low, one.ccc_high, False)
+    return f"{one.ccc:.3f}{f' ({ends})' if ends else ''}"
 
 
 def agreement_row(name: str, one: Agreement) -> dict[str, str]:
@@ -54,7 +56,7 @@ def agreement_row(name: str, one: Agreement) -> dict[str, str]:
         "model": name,
         "bias": f"{one.bias.mean:+.2f}",
         "95 %": format_interval(one.bias.low, one.bias.high, one.bias.rough, "+.2f"),
-        "limits of agreement": f"{one.low:+.2f} to {one.high:+.2f}" if one.low is not None and one.high is not None else "",
+        "limits of agreement": format_interval(one.low, one.high, False, "+.2f"),
         "concordance": format_concordance(one),
         "mean absolute error": format_number(one.error, 2),
     }
@@ -89,15 +91,12 @@ def evaluation_rows(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
         prefixes = sorted({key.rpartition("/")[0] for key in run.metrics if key.startswith("count") and key.endswith("/bias")})
         for prefix in prefixes:
             known = {key: run.metrics.get(f"{prefix}/{key}") for key in ("bias", "limit_low", "limit_high", "concordance", "error_abs")}
-            limits = (
-                f"{known['limit_low']:+.2f} to {known['limit_high']:+.2f}" if None not in (known["limit_low"], known["limit_high"]) else ""
-            )
             rows.append({
                 "images": images.rpartition(" ")[0],
                 "model": model,
                 "class": prefix.removeprefix("count").removeprefix("_") or "all cells",
                 "bias": f"{known['bias']:+.2f}",
-                "limits of agreement": limits,
+                "limits of agreement": format_interval(known["limit_low"], known["limit_high"], False, "+.2f"),
                 "concordance": format_number(known["concordance"], 3),
                 "mean absolute error": format_number(known["error_abs"], 2),
             })  # fmt: skip
