@@ -191,9 +191,9 @@ def _joined(root: Path, what: str, pictures: Sequence[Path], rows: Sequence[_Row
     """The rows by image."""
     by_name: dict[str, list[Path]] = {}
     for path in pictures:
-        relative = to_nfc(path.relative_to(root).as_posix())
-        for key in {relative, path.name, PurePosixPath(relative).with_suffix("").as_posix(), path.stem}:
-            by_name.setdefault(to_nfc(key), []).append(path)
+        relative = PurePosixPath(to_nfc(path.relative_to(root).as_posix()))
+        for key in {relative.as_posix(), relative.name, relative.with_suffix("").as_posix(), relative.stem}:
+            by_name.setdefault(key, []).append(path)
     of_image: dict[Path, list[_Row]] = {}
     lost: dict[str, None] = {}
     for row in rows:
@@ -248,7 +248,7 @@ def _image_of(row: _Row, root: Path, by_name: Mapping[str, Sequence[Path]]) -> P
         name,
         name.rpartition("/")[2],
         PurePosixPath(name).stem,
-        row.file.stem if row.file.suffix.lower() in (".xml", ".geojson") else name,
+        to_nfc(row.file.stem) if row.file.suffix.lower() in (".xml", ".geojson") else name,
     ):
         here = by_name.get(key, ())
         beside = [path for path in here if path.parent == row.file.parent]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,18 @@ def test_images_without_truth_and_the_reverse_are_named(tmp_path: Path) -> None:
     notes = " ".join(read(folder).notes)
     assert "1 images have no truth and do not count: 'unseen.jpg'" in notes
     assert "1 images that it names are not in the folder and do not count: 'b.jpg'" in notes
+
+
+@pytest.mark.parametrize("named", ["{}.jpg", "other.jpg"])
+def test_names_may_be_decomposed_as_macos_writes_them(tmp_path: Path, named: str) -> None:
+    folder, name = voc(tmp_path), unicodedata.normalize("NFD", "\u00e9")
+    (folder / "JPEGImages" / "a.jpg").rename(folder / f"{name}.jpg")
+    text = (folder / "Annotations" / "a.xml").read_text()
+    (folder / "Annotations" / "a.xml").unlink()
+    (folder / "Annotations" / f"{name}.xml").write_text(text.replace("a.jpg", named.format(name)), encoding="utf-8")
+    truth = read(folder)
+    assert [one.name for one in truth.samples] == ["b.jpg", "c.jpg", "\u00e9.jpg"]
+    assert len(truth.marks["\u00e9.jpg"]) == 3
 
 
 def test_classes_are_compared_where_both_tell_them_apart(tmp_path: Path) -> None:
