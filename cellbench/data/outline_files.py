@@ -12,7 +12,7 @@ import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,20 @@ class ToolMask:
     points: tuple[tuple[float, float, str], ...] = ()
     """Of GeoJSON: x, y and class of each point. They are no cells with an area, but can be counted."""
 
-    def paint(self, size_px: tuple[int, int], class_of: Mapping[str, int | None], shown: str) -> tuple[np.ndarray, np.ndarray]:
-        """Classes (H, W) uint8 and cell numbers (H, W) int32. ``class_of``: the class number of each label, ``IGNORE``, or None to leave it out.
-
-        Where two cells overlap, the later one owns the pixel. Raises CellbenchError that begins with ``shown``, the file's name.
-        """
+    def check_size(self, size_px: tuple[int, int], shown: str) -> None:
+        """Raises CellbenchError that begins with ``shown``, the file's name, where the file states another size of its image."""
         stated = self.size_px if self.ids is None else self.ids.shape
         if stated is not None and tuple(stated) != tuple(size_px):
             raise CellbenchError(
                 f"{shown}: is of an image of {stated[1]} x {stated[0]} px, its image has {size_px[1]} x {size_px[0]}. Export it at full size."
             )
+
+    def paint(self, size_px: tuple[int, int], class_of: Mapping[str, int | None], shown: str) -> tuple[np.ndarray, np.ndarray]:
+        """Classes (H, W) uint8 and cell numbers (H, W) int32. ``class_of``: the class number of each label, ``IGNORE``, or None to leave it out.
+
+        Where two cells overlap, the later one owns the pixel. Raises CellbenchError that begins with ``shown``, the file's name.
+        """
+        self.check_size(size_px, shown)
         if self.ids is not None:
             return (self.ids > 0).astype(np.uint8), self.ids
         classes, ids = np.zeros(size_px, np.uint8), np.zeros(size_px, np.int32)
@@ -109,6 +113,18 @@ def fill(one: Outline, size_px: tuple[int, int]) -> tuple[tuple[slice, slice], n
     if bottom <= top or right <= left:
         raise ValueError(f"lies outside its image of {width} x {height} px")
     return (slice(top, bottom), slice(left, right)), inside[top - y : bottom - y, left - x : right - x]
+
+
+def fill_regions(regions: Iterable[Outline], size_px: tuple[int, int], shown: str) -> Iterator[np.ndarray]:
+    """The pixels of each region in an image (H, W), bool. Raises CellbenchError that begins with ``shown``, the file's name."""
+    for one in regions:
+        out = np.zeros(size_px, bool)
+        try:
+            box, inside = fill(one, size_px)
+        except ValueError as error:
+            raise CellbenchError(f"{shown}: a region {error}. Correct it, or take it out.") from None
+        out[box] = inside
+        yield out
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------------------------
@@ -305,14 +321,13 @@ class ToolAnnotation:
         return sum(class_of[one.label] not in (None, IGNORE) for one in found.outlines)
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        mask, size_px = read_tool_mask(self.path), images.image_size(self.image)
-        classes, ids = mask.paint(size_px, dict(self.labels), printable_path(self.path))
+        mask, size_px, shown = read_tool_mask(self.path), images.image_size(self.image), printable_path(self.path)
+        classes, ids = mask.paint(size_px, dict(self.labels), shown)
         if not mask.regions:
             return classes, ids
         outside = np.ones(size_px, bool)  # nobody looked there
-        for one in mask.regions:
-            box, inside = fill(one, size_px)
-            outside[box] &= ~inside
+        for inside in fill_regions(mask.regions, size_px, shown):
+            outside &= ~inside
         return np.where(outside, np.uint8(IGNORE), classes), np.where(outside, 0, ids)
 
 

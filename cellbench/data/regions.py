@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cellbench.data.io.decode import printable_path
-from cellbench.data.outline_files import Outline, fill, read_tool_mask
+from cellbench.data.outline_files import Outline, fill_regions, read_tool_mask
 from cellbench.errors import CellbenchError
 from cellbench.metrics.pixel import IGNORE
 
@@ -51,13 +51,6 @@ class Region:
         (left, top), (right, bottom) = np.floor(points.min(0)).astype(int).tolist(), np.ceil(points.max(0)).astype(int).tolist()
         return top, left, bottom, right
 
-    def mask(self, size_px: tuple[int, int]) -> np.ndarray:
-        """Its pixels in an image (H, W), bool. Raises ValueError where it cannot be of this image."""
-        out = np.zeros(size_px, bool)
-        box, inside = fill(self.outline, size_px)
-        out[box] = inside
-        return out
-
 
 def read_regions(path: Path) -> tuple[Region, ...]:
     """The regions of a file, in its order. Where it marks cells too, its annotations (QuPath) or its class ``Region*`` are the regions.
@@ -79,16 +72,10 @@ def read_regions(path: Path) -> tuple[Region, ...]:
 
 def region_masks(path: Path, size_px: tuple[int, int]) -> list[tuple[Region, np.ndarray]]:
     """Each region of a file with its pixels in an image (H, W). Raises CellbenchError where it is of another image."""
-    stated = read_tool_mask(path).size_px
-    if stated is not None and tuple(stated) != tuple(size_px):
-        raise CellbenchError(
-            f"{printable_path(path)}: is of an image of {stated[1]} x {stated[0]} px, its image has {size_px[1]} x {size_px[0]}. "
-            "Export it at full size."
-        )
-    try:
-        return [(region, region.mask(size_px)) for region in read_regions(path)]
-    except ValueError as error:
-        raise CellbenchError(f"{printable_path(path)}: a region {error}. Correct it, or take it out.") from None
+    shown = printable_path(path)
+    read_tool_mask(path).check_size(size_px, shown)
+    regions = read_regions(path)
+    return list(zip(regions, fill_regions([one.outline for one in regions], size_px, shown), strict=True))
 
 
 def within_regions(classes: np.ndarray, path: Path | None) -> np.ndarray:

@@ -336,3 +336,11 @@ def test_what_lies_outside_of_the_regions_does_not_count(tmp_path: Path) -> None
     assert (classes[:, 40:] == 255).all()
     assert (classes[:, :40] != 255).all()
     assert np.unique(ids).tolist() == [0, 1]
+
+
+def test_a_region_outside_of_the_image_is_one_line(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(tmp_path / "a.png")
+    region = feature([[[90, 70], [99, 70], [99, 79], [90, 79]]], objectType="annotation")
+    write_json(tmp_path / "a.geojson", [region, feature([SQUARE], objectType="cell")])
+    with pytest.raises(CellbenchError, match=r"a.geojson: a region lies outside its image of 80 x 60 px"):
+        ToolAnnotation(path=tmp_path / "a.geojson", image=tmp_path / "a.png", labels=(("", 1),)).read()
