@@ -29,7 +29,7 @@ from cellbench.features.extractor import Features
 from cellbench.hardware import is_out_of_memory, release_memory
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import Calibration, histogram
-from cellbench.metrics.pixel import IGNORE, confusion_matrix
+from cellbench.metrics.pixel import confusion_matrix
 from cellbench.temporary import temporary_folder
 from cellbench.tracking.schema import ENSEMBLE, LIMIT, MEMBERS, RunRecord, RunState
 from cellbench.training.evaluator import CohortEvaluator
@@ -173,8 +173,7 @@ class _Ensemble:
 
         def answers() -> Iterator[tuple[int, Sequence[tuple[np.ndarray, None, np.ndarray]]]]:
             for image, one in self._blended("val"):
-                known = pixels["val"][image][1] != IGNORE
-                histograms.append(histogram(pixels["val"][image][1][known], one.cell[known]))
+                histograms.append(histogram(pixels["val"][image][1], one.cell))
                 yield image, [(one.classes, None, one.cell)]
 
         separations = choose_separations(dataset, ["watershed"], answers())  # fields of different targets have no mean

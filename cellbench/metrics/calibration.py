@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.special import expit
 
+from cellbench.metrics.pixel import IGNORE
+
 LOGITS: np.ndarray = np.log((np.arange(256) + 0.5) / (255.5 - np.arange(256)))
 """The logit of each probability 0..255, at the middle of the values that are rounded to it; finite at both ends."""
 LEAST_IMAGES = 3
@@ -125,5 +127,10 @@ def true_dice(levels: np.ndarray) -> float:
 
 
 def histogram(truth: np.ndarray, cell: np.ndarray) -> np.ndarray:
-    """The histogram (2, 256) of pixels by truth (0 background, else a cell) and probability of a cell, both (N,) uint8."""
+    """The histogram (2, 256) of pixels by truth (0 background, else a cell) and probability of a cell, uint8 of the same shape.
+
+    Without pixels whose truth is ``IGNORE``.
+    """
+    if truth.max(initial=0) == IGNORE:
+        truth, cell = truth[truth != IGNORE], cell[truth != IGNORE]
     return np.bincount((cell + np.uint16(256) * (truth > 0)).ravel(), minlength=512).reshape(2, 256)

@@ -28,7 +28,7 @@ from cellbench.metrics.counting import CountRow, PlacedCells, count_rows
 from cellbench.metrics.instance import COUNTS, CellOutcomes, CellPairs, InstanceScores, ReferenceMask
 from cellbench.metrics.instances import reference_instances
 from cellbench.metrics.measurements import part_classes
-from cellbench.metrics.pixel import IGNORE, nan_mean, per_image_scores
+from cellbench.metrics.pixel import nan_mean, per_image_scores
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.training.model import SegmentationModel
 from cellbench.training.separation_tuning import tune_separation
@@ -323,8 +323,6 @@ class CohortEvaluator:
             evaluation.scores.append(catalog.score(scored, evaluation.own_metrics))
             evaluation.examples.offer(image, evaluation.scores[-1]["dice"], classes, cell, CellOutcomes.of(pairs))
             if cell is not None:
-                if truth.max(initial=0) == IGNORE:
-                    cell, truth = cell[truth != IGNORE], truth[truth != IGNORE]
                 evaluation.histograms.append(histogram(truth, cell))
 
     def _counted(self, sample: Sample, pairs: CellPairs) -> list[CountRow]:

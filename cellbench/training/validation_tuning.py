@@ -10,7 +10,6 @@ import numpy as np
 from cellbench.data.dataset import Dataset
 from cellbench.features.extractor import Features
 from cellbench.metrics.calibration import Calibration, histogram
-from cellbench.metrics.pixel import IGNORE
 from cellbench.metrics.separation import SeparationParams
 from cellbench.training.adaptation import tune_edges, tune_shares
 from cellbench.training.model import SegmentationModel
@@ -29,7 +28,7 @@ def tune_on_validation(
     def count(image: int, found: Sequence[SegmentedImage]) -> None:
         truth = features.pixels["val"][image][1]
         for own, one in zip(histograms, found, strict=True):
-            own.append(histogram(truth[truth != IGNORE], one.cell[truth != IGNORE]))
+            own.append(histogram(truth, one.cell))
 
     separations = tune_separation(models, features, dataset, count)
     return separations, [

@@ -7,6 +7,7 @@ import pytest
 from scipy.special import expit
 
 from cellbench.metrics.calibration import LOGITS, Calibration, expected_calibration_error, fit_temperature, histogram, true_dice
+from cellbench.metrics.pixel import IGNORE
 
 
 def drawn(temperature: float, seed: int, spread: float = 3.0, num: int = 40_000) -> np.ndarray:
@@ -59,6 +60,11 @@ def test_the_true_dice_is_that_of_the_masks() -> None:
     truth, cell = rng.integers(0, 2, 999, dtype=np.uint8), rng.integers(0, 256, 999, dtype=np.uint8)
     found = cell >= 128
     assert true_dice(histogram(truth, cell)) == pytest.approx(2 * (found & (truth == 1)).sum() / (found.sum() + truth.sum()))
+
+
+def test_pixels_of_unknown_truth_are_in_no_histogram() -> None:
+    truth, cell = np.array([[0, 1], [IGNORE, IGNORE]], np.uint8), np.array([[3, 200], [7, 250]], np.uint8)
+    assert np.argwhere(histogram(truth, cell)).tolist() == [[0, 3], [1, 200]]
 
 
 @pytest.mark.parametrize("num", [0, 1, 2])
