@@ -46,15 +46,6 @@ class ProcessCost:
     """Seconds of its main thread by what it did, where that was sampled."""
 
 
-def compare(setup: BenchmarkSetup, *, sampled: bool = False) -> tuple[ProcessCost, ProcessCost]:
-    """The script, then ``grid``: one after another, each in an empty folder with a fresh store. Raises CellbenchError if one fails.
-
-    ``sampled``: what the main thread of ``grid`` does is sampled (:mod:`cellbench.diagnostics.stack_samples`).
-    """
-    settings = settings_of(setup)
-    return cost_of_script(settings), cost_of_grid(settings, setup, sampled=sampled)
-
-
 def settings_of(setup: BenchmarkSetup) -> ScriptSettings:
     """What both sides train."""
     data = setup.data
@@ -74,14 +65,17 @@ def settings_of(setup: BenchmarkSetup) -> ScriptSettings:
 
 
 def cost_of_script(settings: ScriptSettings, module: str = "script_reference") -> ProcessCost:
-    """Runs the script, or the same runs by a peer: ``eva_reference``."""
+    """Runs the script, or the same runs by a peer (``eva_reference``), in an empty folder. Raises CellbenchError if it fails."""
     with tempfile.TemporaryDirectory(prefix="cellbench-bench-") as folder:
         cost, printed = _timed([f"cellbench.diagnostics.{module}", json.dumps(asdict(settings))], Path(folder), settings.device)
     return ProcessCost(**cost, dice=json.loads(printed)["dice"], places={})
 
 
 def cost_of_grid(settings: ScriptSettings, setup: BenchmarkSetup, *, sampled: bool = False) -> ProcessCost:
-    """Runs ``grid``; see :func:`compare`."""
+    """Runs ``grid`` in an empty folder with a fresh store. Raises CellbenchError if it fails.
+
+    ``sampled``: what its main thread does is sampled (:mod:`cellbench.diagnostics.stack_samples`).
+    """
     experiment = {
         "experiment": "bench",
         "dataset": settings.dataset,

@@ -21,7 +21,7 @@ from cellbench.console import Column, format_table
 from cellbench.data.transforms.tiling import Stitcher
 from cellbench.diagnostics import naive_reference
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup, seconds, store_in
-from cellbench.diagnostics.script_comparison import ProcessCost, compare, cost_of_script, settings_of
+from cellbench.diagnostics.script_comparison import ProcessCost, cost_of_grid, cost_of_script, settings_of
 from cellbench.diagnostics.search_throughput import measure_throughput
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
@@ -58,11 +58,12 @@ def measure(setup: BenchmarkSetup) -> BenchmarkResult:
     out = BenchmarkResult(machine=setup.machine.name, backbone=setup.backbone)
     if setup.card:
         setup.say("measuring a plain script, and the whole of grid beside it …")
-        script, grid = compare(setup)
+        settings = settings_of(setup)
+        script, grid = cost_of_script(settings), cost_of_grid(settings, setup)
         whole_processes(setup, out, script, grid)
         if setup.peer:
             setup.say(f"measuring {setup.peer} …")
-            peer = cost_of_script(settings_of(setup), f"{setup.peer}_reference")
+            peer = cost_of_script(settings, f"{setup.peer}_reference")
             faster = f"grid is {peer.wall_s / grid.wall_s:.2f} x as fast; Dice {peer.dice:.4f} over tiles"
             out.add("peer_s", f"{setup.peer}: the same runs, maps written to disk once, fp32", peer.wall_s, "s", faster)
             out.add("peer_cpu_s", "the same in processor time", peer.cpu_s, "s")
@@ -84,7 +85,7 @@ def measure(setup: BenchmarkSetup) -> BenchmarkResult:
 
 
 def whole_processes(setup: BenchmarkSetup, out: BenchmarkResult, script: ProcessCost, grid: ProcessCost) -> None:
-    """Adds what :func:`compare` found."""
+    """Adds what the script and the whole of ``grid`` cost."""
     num = len(setup.runs)
     out.add("script_s", f"script: {num} runs one after another, features cached, fp32", script.wall_s, "s", f"Dice {script.dice:.4f}")
     faster = f"{script.wall_s / grid.wall_s:.2f} x the script's speed; Dice {grid.dice:.4f}"
