@@ -112,9 +112,7 @@ def load_model(one: FinishedRunToTest, features: Features, tracker: Tracker, num
     """The trained model of a finished run. Raises CellbenchError."""
     model = build_model(one.resolved.run, one.resolved.card, features.backbone, num_classes)
     model.load_state_dict(one.weights(tracker))
-    calibration = one.calibration(tracker)
-    model.set_own_share(calibration.own_share)
-    model.edge_share = calibration.edge_share
+    model.adapt_as(one.calibration(tracker))
     return model
 
 

@@ -180,8 +180,7 @@ class Segmenter:
                 raise CellbenchError(
                     f"'{trained.name}': its weights do not fit its head as it is built here: {one_line(error)[:300]}."
                 ) from None
-            self.model.set_own_share(trained.calibration.own_share)
-            self.model.edge_share = trained.calibration.edge_share
+            self.model.adapt_as(trained.calibration)
             self.model.eval()
 
     def _backbone(self, card: BackboneCard, weights: Path | None, download: bool) -> Backbone:

@@ -16,6 +16,7 @@ from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.errors import CellbenchError, blaming, one_line
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import TOKENS, FrozenBackbone
+from cellbench.metrics.calibration import Calibration
 from cellbench.models.backbones.base import Level
 from cellbench.models.backbones.lora import with_lora
 from cellbench.models.backbones.pixel_adapter import PixelAdapter
@@ -88,6 +89,11 @@ class SegmentationModel(nn.Module):
         for module in self.modules():
             if isinstance(module, FusedBatchNorm):
                 module.own_share = share
+
+    def adapt_as(self, calibration: Calibration) -> None:
+        """Predicts from here on as was tuned on validation images."""
+        self.set_own_share(calibration.own_share)
+        self.edge_share = calibration.edge_share
 
     def groups(self, run: RunSpec) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser, each with its share of the learning rate.
