@@ -29,10 +29,12 @@ from cellbench.data.layouts import NOT_CELLS, NOT_SCORED
 from cellbench.data.manifest import SPLITS
 from cellbench.data.outline_files import read_tool_mask
 from cellbench.data.region_files import REGIONS, match_regions
+from cellbench.data.regions import regions_of
 from cellbench.data.scan import files_below
 from cellbench.errors import CellbenchError, one_line, quote_name, quoted
 from cellbench.files import compute_sha256, read_text, to_nfc
-from cellbench.metrics.counting import PlacedCells
+from cellbench.metrics.counting import CountRow, PlacedCells, count_rows
+from cellbench.metrics.instances import Instances
 
 COLUMNS = {
     "image": ("image", "filename", "file_name", "file", "image_name", "image_id", "name"),
@@ -117,9 +119,11 @@ class CountedClasses:
     """The same of each class number of the prediction."""
     note: str
 
-    def found(self, cells: PlacedCells) -> PlacedCells:
-        """Predicted cells under these numbers."""
-        return PlacedCells(xy=cells.xy, classes=np.array([self.of_found.get(int(k), 0) for k in cells.classes], int))
+    def count(self, truth: CountTruth, sample: Sample, cells: Instances) -> list[CountRow]:
+        """The counts of an image by region and class: its predicted ``cells`` beside the true ones."""
+        placed = PlacedCells.of(cells)
+        predicted = PlacedCells(xy=placed.xy, classes=np.array([self.of_found.get(int(k), 0) for k in placed.classes], int))
+        return count_rows(sample.name, truth.cells(sample, self.of_label), predicted, self.names, regions_of(sample.regions))
 
 
 def match_classes(truth: CountTruth, found: Mapping[int, str], what: str) -> CountedClasses:

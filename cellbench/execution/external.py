@@ -21,12 +21,11 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.external_masks import ExternalMasks, find_masks, named_classes
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.loading import open_folds
-from cellbench.data.regions import regions_of
 from cellbench.errors import CellbenchError, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
 from cellbench.metrics import catalog
-from cellbench.metrics.counting import CountRow, PlacedCells, count_rows
+from cellbench.metrics.counting import CountRow
 from cellbench.metrics.instances import MIN_AREA_PX, connected_instances, numbered_instances
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.reporting.collect import collect_runs
@@ -116,8 +115,7 @@ def count_masks(name: str, where: Path, truth: CountTruth) -> tuple[list[CountRo
     for sample in progress_bar(truth.samples, total=len(truth.samples), desc="counting", unit="image"):
         found, ids = masks.read(sample)
         cells = connected_instances(found) if ids is None else numbered_instances(ids, found)
-        placed = counted.found(PlacedCells.of(cells))
-        rows += count_rows(sample.name, truth.cells(sample, counted.of_label), placed, counted.names, regions_of(sample.regions))
+        rows += counted.count(truth, sample, cells)
     least = [f"a cell is a connected region of {MIN_AREA_PX} px or more"] if masks.kind in ("binary", "classes") else []
     return rows, [*masks.notes, *least, counted.note], masks.digest()
 

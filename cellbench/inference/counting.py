@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from cellbench.console import progress_bar
 from cellbench.data.count_truth import CountTruth, match_classes
-from cellbench.data.regions import regions_of
 from cellbench.inference.segmenter import Segmenter
-from cellbench.metrics.counting import CountRow, PlacedCells, count_rows
+from cellbench.metrics.counting import CountRow
 from cellbench.metrics.measurements import part_classes
 
 
@@ -20,6 +19,5 @@ def count_cells(segmenter: Segmenter, truth: CountTruth) -> tuple[list[CountRow]
     for sample, found in zip(
         truth.samples, progress_bar(predictions, total=len(truth.samples), desc="counting", unit="image"), strict=True
     ):
-        placed = counted.found(PlacedCells.of(found.cells))
-        rows += count_rows(sample.name, truth.cells(sample, counted.of_label), placed, counted.names, regions_of(sample.regions))
+        rows += counted.count(truth, sample, found.cells)
     return rows, counted.note
