@@ -57,7 +57,8 @@ def rank_images(
     out: list[Ranked] = []
     rest = list(range(num))
     while rest:
-        distances = [None if near_LN is None else float(near_LN[:, k].max()) for k in rest]
+        nearest_N = None if near_LN is None else near_LN.max(0)
+        distances = [None if nearest_N is None else float(nearest_N[k]) for k in rest]
         scores = [_score(spreads[k], usual, distance) for k, distance in zip(rest, distances, strict=True)]
         place = int(np.argmax(scores))
         k = rest.pop(place)
