@@ -192,9 +192,8 @@ class PredictionWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk takes no more of files that are removed in the next line; what failed first is the news
+        # A full disk takes no more of files that the next lines remove; the error to report is the first one.
+        with contextlib.suppress(OSError):
             self._stack.close()
         for part in self._parts:
             part.unlink(missing_ok=True)
