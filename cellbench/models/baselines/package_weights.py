@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
+from cellbench.errors import WeightsUnavailable, one_line
 
 _KEPT: dict[tuple[str, str], Any] = {}
 LOCK = threading.Lock()
@@ -26,8 +26,6 @@ def opened(package: str, model: str, load: Callable[[str], Any], known: list[str
     if key not in _KEPT:
         try:
             _KEPT[key] = load(model)
-        except CellbenchError:
-            raise
         except Exception as error:  # a package's own download raises what its libraries raise
             where = "" if model in known else ", as a file"
             raise WeightsUnavailable(
