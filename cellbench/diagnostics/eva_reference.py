@@ -80,11 +80,9 @@ def run(settings: ScriptSettings) -> float:
 
     registry, num_classes, backbone, levels, train, val, images = prepare(settings)
     test = [(cut(image, y, x), cut(mask, y, x)) for image, mask in images for y, x in corners(mask, STEP_PX)]
-    loader, accelerator = (
-        functools.partial(dataloaders.DataLoader, num_workers=0, prefetch_factor=None, persistent_workers=False),
-        settings.device.partition(":")[0],
-    )
-    trainer = functools.partial(Trainer, accelerator=accelerator.replace("cuda", "gpu"), logger=False, enable_progress_bar=False)
+    loader = functools.partial(dataloaders.DataLoader, num_workers=0, prefetch_factor=None, persistent_workers=False)
+    accelerator = settings.device.partition(":")[0].replace("cuda", "gpu")
+    trainer = functools.partial(Trainer, accelerator=accelerator, logger=False, enable_progress_bar=False)
 
     writer = SegmentationEmbeddingsWriter(str(MAPS), dataloader_idx_map=dict(enumerate(SPLITS)))
     all_tiles = datamodules.DataModule(
