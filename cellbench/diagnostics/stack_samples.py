@@ -10,12 +10,12 @@ import runpy
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from types import FrameType
 
 EVERY_S = 0.02
-_PASSED_OVER = ("cellbench.parallel", "cellbench.background", "cellbench.errors", __name__)
+_SKIPPED = ("cellbench.parallel", "cellbench.background", "cellbench.errors", __name__)
 """Modules that only call others; who called them says more."""
 
 
@@ -29,7 +29,7 @@ def place_of(frame: FrameType | None) -> str:
             if name == "cellbench":
                 return f"import {package or name}"
             package = name  # of several, the one that cellbench asked for
-        elif not place and not package and module.startswith("cellbench.") and module not in _PASSED_OVER:
+        elif not place and not package and module.startswith("cellbench.") and module not in _SKIPPED:
             place = f"{module.removeprefix('cellbench.')}:{frame.f_code.co_name}"
         frame = frame.f_back
     return f"import {package}" if package else place or "start and end"
@@ -37,7 +37,7 @@ def place_of(frame: FrameType | None) -> str:
 
 def main(arguments: list[str]) -> None:
     """Runs the command, which exits; writes seconds of the main thread by place to the file that the first argument names."""
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     over, watched = threading.Event(), threading.main_thread().ident
 
     def watch() -> None:
@@ -45,15 +45,17 @@ def main(arguments: list[str]) -> None:
         while not over.wait(EVERY_S):
             place = place_of(sys._current_frames().get(watched or 0))
             now = time.perf_counter()
-            seconds[place] += now - last  # type: ignore[assignment]  # long ones count in full: an import may hold the interpreter's lock
+            seconds[place] += now - last  # long ones count in full: an import may hold the interpreter's lock
             last = now
 
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     sys.argv = ["cellbench", *arguments[1:]]
     try:
         runpy.run_module("cellbench.run", run_name="__main__")
     finally:
         over.set()
+        watcher.join()
         Path(arguments[0]).write_text(json.dumps(seconds), encoding="utf-8")
 
 
