@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +63,8 @@ def evaluate_best_models(runner: Runner, runs: Sequence[ResolvedRun], out: Outco
         if len(chosen) < num:
             runner.say(f"{title}: not made: it needs {num} trained models, and {len(chosen)} finished.")
             continue
+        ensemble = _Ensemble(runner, chosen, name, title, fold)
         try:
-            ensemble = _Ensemble(runner, chosen, name, title, fold)
             out.finished[title] = ensemble.test()
             ensemble.test_further()
         except SystemFault:
@@ -72,6 +73,7 @@ def evaluate_best_models(runner: Runner, runs: Sequence[ResolvedRun], out: Outco
             if not isinstance(error, CellbenchError) and not is_out_of_memory(error):
                 raise
             runner.say(f"{title}: not tested: {one_line(error)}")
+        del ensemble  # and its members' networks
         release_memory()
 
 
@@ -189,27 +191,30 @@ class _Ensemble:
         return ((image, [(one.classes, one.cell, None)]) for image, one in self._blended("val" if coarse else "test", images))
 
     def _blended(self, split: str, images: ImageCache | None = None) -> Iterator[tuple[int, Blend]]:
-        """The mean prediction for each image of a split, or for other ``images`` in its place. All members' networks are in memory."""
-        made = [self._opened(one, record) for one, record in self.members]
+        """The mean prediction for each image of a split, or for other ``images`` in its place."""
         streams = [
             segment_images([model], features if images is None else features.on(split, images), split, by_class=True)
-            for features, model in made
+            for features, model in self._opened
         ]
         for each in zip(*streams, strict=True):
             (image, _), found = each[0], [one for _, (one,) in each]
             if not all(one.finite for one in found):
                 raise CellbenchError(
-                    f"the scores for the image {quote_name(made[0][0].pixels[split].samples[image].name)} are not finite (NaN or infinite)."
+                    f"the scores for the image {quote_name(self._opened[0][0].pixels[split].samples[image].name)} are not finite (NaN or infinite)."
                 )
             mean_KHW = np.mean([one.foreground for one in found], axis=0, dtype=np.float32) / np.float32(255)
             mean = torch.from_numpy(mean_KHW)
             yield image, Blend(argmax_classes(mean).numpy(), to_uint8(mean.sum(0)).numpy())
 
-    def _opened(self, one: ResolvedRun, record: RunRecord) -> tuple[Features, SegmentationModel]:
-        features = self.runner.features([one])
-        return features, load_model(
-            FinishedRunToTest(resolved=one, record=record, lacks={}), features, self.runner.tracker, len(self.runner.dataset.classes)
-        )
+    @cached_property
+    def _opened(self) -> list[tuple[Features, SegmentationModel]]:
+        """Features and model of each member, opened at the first image: the networks of all of them stay in memory, for all sets of images."""
+        out = []
+        for one, record in self.members:
+            features = self.runner.features([one])
+            member = FinishedRunToTest(resolved=one, record=record, lacks={})
+            out.append((features, load_model(member, features, self.runner.tracker, len(self.runner.dataset.classes))))
+        return out
 
 
 def _costs(members: Sequence[RunRecord]) -> dict[str, float]:

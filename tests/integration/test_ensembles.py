@@ -88,6 +88,14 @@ def test_the_mean_of_the_models_that_are_best_on_validation_is_a_row_without_tra
         write_pair(tmp_path / "smears" / ("test" if seed > 4 else "train"), f"{seed}.png", seed)
     (tmp_path / "several.toml").write_text(SEVERAL)
     grid = ["grid", "several.toml", "--data", "smears", "--device", "cpu", "--tests", "smears"]
+    opened: list[str] = []
+    load_model = best_ensembles.load_model
+
+    def load_member(one, *more):
+        opened.append(one.record.name)
+        return load_model(one, *more)
+
+    monkeypatch.setattr(best_ensembles, "load_model", load_member)
     assert main(grid) == 0
     runs = {one.info.run_name: one for one in mlflow.search_runs(experiment_names=["several"], output_format="list")}
     name = "ensemble of the best 2 models"
@@ -98,6 +106,7 @@ def test_the_mean_of_the_models_that_are_best_on_validation_is_a_row_without_tra
     }
     members = [run for _, run in sorted(by_head.values(), reverse=True)[:2]]
     assert runs[name].data.tags["cellbench.members"] == ", ".join(members)
+    assert opened == members  # once for all sets of images
 
     record = json.loads((tmp_path / runs[name].info.artifact_uri.removeprefix("file://") / "per_image.json").read_text())
     segmenters = [Segmenter.load(own[member].info.run_id, device="cpu") for member in members]
