@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
 from cellbench import console, startup
 from cellbench.api.results import Results
-from cellbench.config.options import GridOptions
+from cellbench.config.options import GridOptions, TrainingOptions
 from cellbench.config.registry import Registry
 from cellbench.console import say
 from cellbench.errors import CellbenchError
@@ -105,12 +106,7 @@ def grid(
         on=on,
         gpu_share=gpu_share,
     )
-    startup.set_environment()
-    with (
-        console.silent(not progress),
-        startup.temporary_cache(parse_cache(options.cache)[0], cache_url),
-        startup.threads_for(device),
-    ):
+    with as_command(options, progress):
         plan = plan_experiment(options, say, tree)
         tracker = Tracker(plan.experiment.experiment)
         outcome = run_experiment(plan, tracker, say, _no_line, command=_call(experiment, data))
@@ -170,10 +166,22 @@ def score(
     """
     startup.set_environment()
     tracker, cards = open_experiment(experiment), Registry(as_path(registry))
-    check_name(name, tracker)
+    name = check_name(name, tracker)
     with console.silent(not progress):
-        score_masks(name.strip(), as_path(masks), open_test_images(tracker, cards, as_path(data)), tracker, cards, say)
+        score_masks(name, as_path(masks), open_test_images(tracker, cards, as_path(data)), tracker, cards, say)
     return Results.collect([tracker])
+
+
+@contextmanager
+def as_command(options: TrainingOptions, progress: bool) -> Iterator[None]:
+    """Inside ``with`` the process is as a command with these options has it: environment, cache, threads. Raises CellbenchError."""
+    startup.set_environment()
+    with (
+        console.silent(not progress),
+        startup.temporary_cache(parse_cache(options.cache)[0], options.cache_url),
+        startup.threads_for(options.device),
+    ):
+        yield
 
 
 @overload

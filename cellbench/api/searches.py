@@ -9,10 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from cellbench import console, startup
-from cellbench.api.experiments import Place, as_changes, as_path
+from cellbench.api.experiments import Place, as_changes, as_command, as_path
 from cellbench.config.options import SearchOptions
-from cellbench.features.cache_admin import parse_cache
 from cellbench.search import driver
 from cellbench.search.driver import StopRequest
 from cellbench.search.results import best_experiment
@@ -93,12 +91,7 @@ def search(
         on=on,
         gpu_share=gpu_share,
     )
-    startup.set_environment()
-    with (
-        console.silent(not progress),
-        startup.temporary_cache(parse_cache(options.cache)[0], cache_url),
-        startup.threads_for(device),
-    ):
+    with as_command(options, progress):
         plan = driver.prepare(options)
         driver.search(plan, options, StopRequest.after(timeout))
         with plan.study() as study:

@@ -107,7 +107,7 @@ class AwayError(SystemFault):
 
 
 def wait_for_database(uri: str, what: str, patience_s: float | None = None) -> None:
-    """Returns when a database server answers; at once for any other address. The same as :func:`open_connection`."""
+    """Returns when a database server answers; at once for any other address. Arguments and errors are those of :func:`open_connection`."""
     if is_database_server(uri):
         open_connection(uri, what, patience_s).close()
 
