@@ -9,9 +9,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from cellbench.errors import CellbenchError, quoted
 from cellbench.files import compute_sha256, to_nfc
 from cellbench.metrics.pixel import IGNORE
 
+T = TypeVar("T")
 ADDED = re.compile(
     r"[-_. ]+(?:cp_)?(?:masks?|segs?|segmentations?|labels?|annotations?|gt|instances?|rois?|roiset|regions?|predictions?|pred|outlines?|cells)$",
     re.IGNORECASE,
@@ -153,15 +156,10 @@ def _matched(where: Path, files: Sequence[Path], tested: Sequence[Sample], other
     """The mask file of each tested image, and notes. ``others``: images of the data that are not tested."""
     root = where if where.is_dir() else where.parent
     files = [path for path in files if not NO_MASKS.search(path.stem)]
-    by_key: dict[str, list[Path]] = {}
-    for path in files:
-        for key in keys_of_mask(path, root):
-            by_key.setdefault(key, []).append(path)
     pairs: dict[str, Path] = {}
     missing: list[str] = []
     used: set[Path] = set()
-    for sample in tested:
-        found = list(dict.fromkeys(path for key in keys_of_image(sample, tested) for path in by_key.get(key, ())))
+    for sample, found in match_images(tested, files_by_key(files, root)):
         found = [path for path in found if compute_sha256(path) != sample.digest]  # tools write beside a copy of the image
         if len(found) > 1:
             names = quoted([path.name for path in found])
@@ -178,10 +176,10 @@ def _matched(where: Path, files: Sequence[Path], tested: Sequence[Sample], other
             f"{where}: {len(missing)} of {len(tested)} test images have no mask: {quoted(missing)}. "
             "Models are compared on all of them: add these masks, empty ones where nothing was found."
         )
-    known = {key for sample in others for key in keys_of_image(sample, others)}
+    known = {key for keys in _keys_of_images(others) for key in keys}
     pictures = {sample.digest for sample in (*tested, *others)}
     spare = [path for path in files if path not in used and compute_sha256(path) not in pictures]  # tools write beside copies of images
-    not_tested = [path.name for path in spare if any(key in known for key in keys_of_mask(path, root))]
+    not_tested = [path.name for path in spare if any(key in known for key in _keys_of_mask(path, root))]
     foreign = [path.name for path in spare if path.name not in not_tested]
     notes = []
     if not_tested:
@@ -191,7 +189,22 @@ def _matched(where: Path, files: Sequence[Path], tested: Sequence[Sample], other
     return pairs, notes
 
 
-def keys_of_mask(path: Path, root: Path) -> set[str]:
+def files_by_key(files: Iterable[Path], root: Path) -> dict[str, list[Path]]:
+    """The files by what their images may be called."""
+    out: dict[str, list[Path]] = {}
+    for path in files:
+        for key in _keys_of_mask(path, root):
+            out.setdefault(key, []).append(path)
+    return out
+
+
+def match_images(samples: Sequence[Sample], by_key: Mapping[str, Sequence[T]]) -> Iterator[tuple[Sample, list[T]]]:
+    """Each image with everything that one of its names stands for."""
+    for sample, keys in zip(samples, _keys_of_images(samples), strict=True):
+        yield sample, list(dict.fromkeys(one for key in keys for one in by_key.get(key, ())))
+
+
+def _keys_of_mask(path: Path, root: Path) -> set[str]:
     """What the image of a mask may be called: its stem, and with the folders before it."""
     relative = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
     stem, keys = to_nfc(path.stem), set[str]()
@@ -205,13 +218,14 @@ def keys_of_mask(path: Path, root: Path) -> set[str]:
     return keys | ({f"{folders}__{key}" for key in keys} if folders else set())
 
 
-def keys_of_image(sample: Sample, among: Sequence[Sample]) -> list[str]:
-    """Names of a sample's image: unique in its split, and the plain stem where no other image has it."""
-    own, plain = _without_ending(to_nfc(sample.name).replace("/", "__")), to_nfc(sample.image.stem)
-    stems = [to_nfc(other.image.stem) for other in among]
-    short = IMAGE_WORDS.sub("", plain)
-    alone = stems.count(plain) == 1
-    return [own, *([plain] if alone else []), *([short] if alone and short not in stems else [])]
+def _keys_of_images(samples: Sequence[Sample]) -> Iterator[list[str]]:
+    """Names of each image: unique in its split, and the plain stem where no other image has it."""
+    stems = [to_nfc(sample.image.stem) for sample in samples]
+    num_of = Counter(stems)
+    for sample, plain in zip(samples, stems, strict=True):
+        own, short = _without_ending(to_nfc(sample.name).replace("/", "__")), IMAGE_WORDS.sub("", plain)
+        alone = num_of[plain] == 1
+        yield [own, *([plain] if alone else []), *([short] if alone and short not in num_of else [])]
 
 
 def _without_ending(name: str) -> str:
@@ -331,8 +345,7 @@ def _find_coco(file: Path, dataset: Dataset, tested: Sequence[Sample]) -> Extern
         for key in {_without_ending(name.replace("/", "__")), _without_ending(name.rpartition("/")[2])}:
             by_key.setdefault(key, []).append(one)
     pairs: dict[str, CocoRegions] = {}
-    for sample in tested:
-        here = list(dict.fromkeys(one for key in keys_of_image(sample, tested) for one in by_key.get(key, ())))
+    for sample, here in match_images(tested, by_key):
         if len(here) > 1:
             raise CellbenchError(f"{file}: '{sample.name}' may be {quoted([one.name for one in here])}. Give each image its own name.")
         if here:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cellbench.data.dataset import Sample
-from cellbench.data.external_masks import keys_of_image, keys_of_mask
+from cellbench.data.external_masks import files_by_key, match_images
 from cellbench.data.layouts import REGIONS
 from cellbench.data.regions import REGION_SUFFIXES
 from cellbench.data.scan import FileWarning, Listing, is_inside
@@ -19,20 +19,16 @@ def match_regions(folder: Path, samples: Sequence[Sample]) -> tuple[dict[Sample,
     files = [
         path for path in sorted(folder.rglob("*")) if path.suffix.lower() in REGION_SUFFIXES and path.is_file() and is_inside(folder, path)
     ]
-    by_key: dict[str, list[Path]] = {}
-    for path in files:
-        for key in keys_of_mask(path, folder):
-            by_key.setdefault(key, []).append(path)
     found: dict[Sample, Path] = {}
-    for sample in samples:
-        here = list(dict.fromkeys(path for key in keys_of_image(sample, samples) for path in by_key.get(key, ())))
+    for sample, here in match_images(samples, files_by_key(files, folder)):
         if len(here) > 1:
             raise CellbenchError(
                 f"{folder}: '{sample.name}' has {len(here)} files of regions: {quoted([path.name for path in here])}. Keep one."
             )
         if here:
             found[sample] = here[0]
-    return found, [path for path in files if path not in found.values()]
+    used = set(found.values())
+    return found, [path for path in files if path not in used]
 
 
 def add_regions(listing: Listing) -> None:
