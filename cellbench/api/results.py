@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +18,7 @@ from cellbench.metrics.catalog import Metric
 from cellbench.reporting.collect import ExperimentResults, collect_report, collect_runs
 from cellbench.reporting.leaderboard import format_row, leaderboard_rows, terminal_table
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, name_words
-from cellbench.reporting.shift import further_sets, shift_of
+from cellbench.reporting.shift import Shift, further_sets, shift_of
 from cellbench.reporting.verdict import conclude, describe_difference
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.scores import Difference, swap_sides
@@ -107,6 +108,10 @@ class Results:
         self._found, self._trackers, self._only = found, tuple(trackers), only
         self._here: TestSet = found.sets[0]
 
+    @functools.cached_property
+    def _shift(self) -> Shift | None:
+        return shift_of(self._here)
+
     @classmethod
     def collect(
         cls,
@@ -179,7 +184,7 @@ class Results:
         Columns: ``model``, ``condition`` (``blur-2``, …), ``kind``, ``num_images``, ``dice`` (mean over images) and ``fall`` (from the unperturbed
         images; missing for other images).
         """
-        found = shift_of(self._here)
+        found = self._shift
         rows = [
             {
                 "model": model,
@@ -310,7 +315,7 @@ class Results:
 
     def verdict(self) -> str:
         """Which model is best, whether the differences are significant, and what limits this: at most five lines."""
-        return "\n".join(conclude(self._found, leaderboard_rows(self._here)).lines)
+        return "\n".join(conclude(self._found, leaderboard_rows(self._here), self._shift).lines)
 
     def report(self, out: str | os.PathLike[str] | None = None) -> Path:
         """Writes the report into a folder: ``report.html``, and tables (CSV, Markdown, LaTeX) and figures beside it.
@@ -345,7 +350,7 @@ class Results:
         return f"<Results '{self.experiment}' on {self.data}: {len(self.models)} models, best {self.best}>"
 
     def __str__(self) -> str:
-        table = terminal_table(leaderboard_rows(self._here, shift_of(self._here)), self._here.own_metrics)
+        table = terminal_table(leaderboard_rows(self._here, self._shift), self._here.own_metrics)
         return f"{self.experiment}, on {self.data}\n\n{table}\n\n{self.verdict()}"
 
     def _repr_html_(self) -> str:

@@ -81,7 +81,7 @@ def build_report(results: ExperimentResults) -> ReportData:
         ("What the metrics mean", provenance.glossary(results)),
         ("How it was made", provenance.environment(results)),
     ]
-    verdict = conclude(results, rows)
+    verdict = conclude(results, rows, leading.shift)
     num_models = sum(len(here.models) for here in results.sets)
     size = f"{num_models} model{'s' * (num_models != 1)}, {results.num_runs} runs"
     return ReportData(

@@ -22,7 +22,7 @@ from cellbench.reporting.decisions import (
 from cellbench.reporting.leaderboard import LeaderboardRow, format_p
 from cellbench.reporting.learning_curves import LearningCurve
 from cellbench.reporting.model_groups import TestSet
-from cellbench.reporting.shift import APPEARANCE, FURTHER, Shift, shift_of
+from cellbench.reporting.shift import APPEARANCE, FURTHER, Shift
 from cellbench.statistics.bootstrap import Interval, negate
 from cellbench.statistics.hypothesis_tests import DECIMALS, describe_undecidable, is_decidable
 from cellbench.statistics.scores import Difference
@@ -48,10 +48,10 @@ class Verdict:
     """The other notes, the most important first, and the differences to the best model one by one."""
 
 
-def conclude(results: ExperimentResults, rows: Sequence[LeaderboardRow]) -> Verdict:
-    """The verdict about the first test set; ``rows``: its leaderboard."""
+def conclude(results: ExperimentResults, rows: Sequence[LeaderboardRow], shift: Shift | None) -> Verdict:
+    """The verdict about the first test set; ``rows``: its leaderboard; ``shift``: its further conditions."""
     here = results.sets[0]
-    safest, *further = describe_shift(shift) if (shift := shift_of(here)) is not None else [""]
+    safest, *further = describe_shift(shift) if shift is not None else [""]
     notes, most = list_notes(results, rows), MAX_NOTES - bool(safest)
     first, *evidence = describe_best(here)
     evidence = [" ".join(part for part in (line, describe_power(here)) if part) for line in evidence]

@@ -73,7 +73,7 @@ def test_the_safest_model_may_be_another_than_the_best() -> None:
         f"the best of all models'; that of uni · fpn is {best:.3f} (noise-3)."
     )
     assert second.startswith("On lab2 (12 images) the best is uni · fpn with 0.9")
-    verdict = conclude(ExperimentResults(experiment="e", sets=(here,)), leaderboard_rows(here))
+    verdict = conclude(ExperimentResults(experiment="e", sets=(here,)), leaderboard_rows(here), shift_of(here))
     assert verdict.lines[2] == first
     assert len(verdict.lines) <= 5
     assert second in verdict.more

@@ -13,6 +13,7 @@ from made_up_scores import degenerate_scores, scores
 from cellbench.reporting.collect import ExperimentResults
 from cellbench.reporting.leaderboard import format_p, leaderboard_rows
 from cellbench.reporting.model_groups import FinishedRun, group_models
+from cellbench.reporting.shift import shift_of
 from cellbench.reporting.verdict import conclude, describe_best, describe_difference, describe_missing, describe_pairs, list_notes
 from cellbench.statistics.comparison import compare, compare_all
 from cellbench.tracking.schema import RunRecord
@@ -136,7 +137,7 @@ def test_the_verdict_has_at_most_five_lines_and_nothing_is_lost():
     skipped = dict.fromkeys(("uni · fpn · seed 0", "uni · fpn · seed 1"), "uni is gated. Log in")
     results = ExperimentResults(experiment="e", sets=(here, here), skipped=skipped)
     rows = [replace(row, other_load_pct=60.0) for row in leaderboard_rows(here)]
-    verdict = conclude(results, rows)
+    verdict = conclude(results, rows, shift_of(results.sets[0]))
     assert verdict.lines[:2] == tuple(describe_best(here))
     assert verdict.lines[2] == "Not compared: uni · fpn (uni is gated)."
     assert len(verdict.lines) == 5
@@ -165,7 +166,7 @@ def test_no_sentence_holds_nan_or_minus_zero(rng, num, make):
     images = IMAGES[:num]
     each = [degenerate_scores(rng, make, n, num).mean(axis=0).tolist() for n in range(4)]
     (here,), _ = group_models([finished_run(f"m{n}", per_image_scores(0.9, n, images) | {"dice": dice}) for n, dice in enumerate(each)])
-    verdict = conclude(ExperimentResults(experiment="e", sets=(here,)), leaderboard_rows(here))
+    verdict = conclude(ExperimentResults(experiment="e", sets=(here,)), leaderboard_rows(here), shift_of(here))
     text = " ".join((*verdict.lines, *verdict.more))
     assert "nan" not in text.lower()
     assert "-0.000" not in text
