@@ -14,20 +14,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from kill_sweep import COMMANDS, Try, compare  # noqa: E402
+from disturbed_commands import COMMANDS, Try, compare, write_table  # noqa: E402
 
 ROOMY = 2**28
 COLUMNS = ["tries", "failed", "with results", "lost", "numbers", "unreadable", "leftovers", "code", "traceback", "unsaid", "refused"]
@@ -139,20 +137,11 @@ def main() -> int:
         for done in as_completed([pool.submit(one, number) for number in order]):
             if (result := done.result()) is not None:
                 results.append(result)
-    lines = [" ".join(f"{name:>12}" for name in ["command", *COLUMNS])]
-    for kind in [*asked.kinds, "all"]:
-        total: Counter[str] = Counter()
-        for result in results:
-            if kind in (result["kind"], "all"):
-                total.update(result["facts"])
-        lines.append(" ".join(f"{value:>12}" for value in [kind, *(total[name] for name in COLUMNS)]))
-    print("\n".join(lines), flush=True)
-    if asked.out:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        (asked.out / "disk_sweep.txt").write_text("\n".join(lines) + "\n")
-        (asked.out / "disk_sweep.json").write_text(json.dumps(results, indent=1))
+    print(write_table("disk_sweep", results, asked.kinds, COLUMNS, asked.out), flush=True)
     bad = any(result["bad"] for result in results)
     print(f"logs of tries with faults: {folder}" if bad else "no faults", flush=True)
+    if not bad:
+        shutil.rmtree(folder, ignore_errors=True)
     return int(bad)
 
 

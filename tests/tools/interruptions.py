@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from kill_sweep import COMMANDS, START, Try, _end, compare  # noqa: E402
+from disturbed_commands import COMMANDS, START, Try, compare, end  # noqa: E402
 
 GRID = COMMANDS["grid"]
 JUMPS = """import time
@@ -51,12 +51,12 @@ def sleep(one: Try, usual: dict, at_s: float) -> bool:
     os.killpg(process.pid, signal.SIGSTOP)
     time.sleep(AWAY_S)
     os.killpg(process.pid, signal.SIGCONT)
-    code = _end(process)
+    code = end(process)
     return verdict(f"sleep after {at_s:.0f} s", one, [code], compare(one.state(), one.state(), usual) | {"refused": code != 0})
 
 
 def clock(one: Try, usual: dict, at_s: float) -> bool:
-    code = _end(one.start(GRID, code=JUMPS.replace("JUMP", f"{at_s / 2:.1f}") + START))
+    code = end(one.start(GRID, code=JUMPS.replace("JUMP", f"{at_s / 2:.1f}") + START))
     return verdict(
         f"clock, at {at_s / 2:.0f} and {at_s:.0f} s", one, [code], compare(one.state(), one.state(), usual) | {"refused": code != 0}
     )
@@ -73,10 +73,10 @@ def read_only(one: Try, usual: dict, at_s: float) -> bool:
     process = one.start(GRID, prefix=NOBODY, MPLCONFIGDIR=str(one.place / "cache"))
     time.sleep(at_s)
     may_write(False)
-    code, said = _end(process), (one.place / "log").read_text(errors="replace")
+    code, said = end(process), (one.place / "log").read_text(errors="replace")
     may_write(True)
     before = one.state()
-    again = _end(one.start(GRID, prefix=NOBODY, MPLCONFIGDIR=str(one.place / "cache")))
+    again = end(one.start(GRID, prefix=NOBODY, MPLCONFIGDIR=str(one.place / "cache")))
     last = said.strip().rpartition("\n")[2]
     print(f"  it said: {last[:200]}", flush=True)
     faults = compare(before, one.state(), usual) | {
@@ -113,7 +113,7 @@ def postgresql(one: Try, usual: dict, at_s: float) -> bool:
         control("stop", "-m", "immediate")
         time.sleep(AWAY_S)
         control("start")
-        code = _end(process)
+        code = end(process)
         import optuna
 
         states = [trial.state.name for trial in optuna.load_study(study_name="x", storage=f"{address}/optuna").get_trials()]

@@ -22,7 +22,7 @@ import psutil
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from kill_sweep import DATA, HEAD, RUN, SPACE, Try  # noqa: E402
+from disturbed_commands import DATA, HEAD, RUN, SPACE, Try  # noqa: E402
 
 
 def finished(place: Path) -> int:
