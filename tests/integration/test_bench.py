@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from cohorts import REGISTRY, dataset_of, fitted, run_of
+from small_data import write_set
 
 from cellbench.diagnostics import gpu_speed, scaling, speed
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
@@ -62,10 +63,11 @@ def test_scaling_counts_images_and_runs_and_watches_memory(small_folder, monkeyp
     assert "ms an image" in scaling.table(found)
 
 
-def test_the_gpu_bench_measures_heads_pass_and_larger_backbones_on_a_processor_too(small_folder, monkeypatch):
+def test_the_gpu_bench_measures_heads_pass_and_larger_backbones_on_a_processor_too(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "CHUNKS", 1)
+    write_set(tmp_path, ["a0.png", "a1.png"], ["t0.png"])  # one image to train on: a pass of few tiles
     said = []
-    setup = setup_of(small_folder, detect_hardware("cpu", "fp32").smaller(3), quick=True, heads=("bilinear",))
+    setup = setup_of(tmp_path / "smears", detect_hardware("cpu", "fp32").smaller(3), quick=True, heads=("bilinear",))
     setup.say = said.append
     facts = gpu_speed.measure(setup).facts
     assert facts["head_bilinear_tiles_per_s"] > 0

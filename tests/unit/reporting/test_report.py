@@ -289,7 +289,7 @@ def test_another_process_draws_the_same_figures(project):
     figures = list(build_report(results()).figures())
     with closing(BackgroundCalls(1)) as pool:
         elsewhere = [pool.submit(draw, figure) for figure in figures]
-        assert [job.result(60) for job in elsewhere] == [draw(figure) for figure in figures]
+        assert [draw(figure) for figure in figures] == [job.result(60) for job in elsewhere]
     assert len(figures) > 3
 
 
