@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from small_data import QUESTION, SHARED, enter, finish_grid, write_pair, write_set
+from small_data import QUESTION, SHARED, enter, finish_grid, write_set
 
 from cellbench import startup
 from cellbench.background import BackgroundCalls
@@ -150,12 +150,8 @@ def tracker(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 @pytest.fixture
 def small_folder(tmp_path: Path) -> Path:
     """Drawn images in BCCD's layout: 6 to train and 2 to test, 160 x 120 px, PNG and JPEG originals mixed, RGB masks."""
-    folder = tmp_path / "smears"
-    for seed, name in enumerate(("a0.png", "a1.jpg", "b 2.png", "b3.jpeg", "zelle-ä.png", "c5.JPG")):
-        write_pair(folder / "train", name, seed)
-    for seed, name in enumerate(("t0.png", "t1.jpg"), 100):
-        write_pair(folder / "test", name, seed)
-    return folder
+    write_set(tmp_path, ["a0.png", "a1.jpg", "b 2.png", "b3.jpeg", "zelle-ä.png", "c5.JPG"], ["t0.png", "t1.jpg"])
+    return tmp_path / "smears"
 
 
 @pytest.fixture(scope="session")

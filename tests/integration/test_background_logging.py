@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from small_data import QUESTION, write_pair
+from small_data import QUESTION, write_set
 
 from cellbench.execution import artifacts
 from cellbench.execution.runner import Runner
@@ -19,9 +19,7 @@ GRID = ["grid", "small.toml", "--data", "smears", "--device", "cpu"]
 
 @pytest.fixture
 def question(tmp_path: Path) -> None:
-    for seed, name in enumerate(("a.png", "b.png", "c.png")):
-        write_pair(tmp_path / "smears" / "train", name, seed)
-    write_pair(tmp_path / "smears" / "test", "t.png", 100)
+    write_set(tmp_path, ["a.png", "b.png", "c.png"], ["t.png"])
     Path("small.toml").write_text(QUESTION.replace("epochs  = 2", "epochs  = 1"))
 
 

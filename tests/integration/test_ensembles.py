@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
 from cohorts import dataset_of
-from small_data import write_pair
+from small_data import enter, write_pair
 
 import cellbench
 from cellbench.cli.main import main
@@ -32,13 +33,17 @@ tile_px = 64
 """
 
 
-def test_ensembles_and_tta_of_finished_runs_need_no_training_and_predict_as_they_were_tested(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+def grid_command(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, *flags: str) -> list[str]:
+    """The command of an experiment on five drawn images and two to test on, in a store of its own."""
+    enter(folder, monkeypatch)
     for seed in range(7):
-        write_pair(tmp_path / "smears" / ("test" if seed > 4 else "train"), f"{seed}.png", seed)
-    (tmp_path / "small.toml").write_text(EXPERIMENT)
-    grid = ["grid", "small.toml", "--data", "smears", "--device", "cpu"]
+        write_pair(folder / "smears" / ("test" if seed > 4 else "train"), f"{seed}.png", seed)
+    (folder / "asked.toml").write_text(text)
+    return ["grid", "asked.toml", "--data", "smears", "--device", "cpu", *flags]
+
+
+def test_ensembles_and_tta_of_finished_runs_need_no_training_and_predict_as_they_were_tested(tmp_path, monkeypatch) -> None:
+    grid = grid_command(tmp_path, monkeypatch, EXPERIMENT)
     assert main(grid) == 0
 
     def refuse(*_: object) -> None:
@@ -82,12 +87,7 @@ targets = "cell+distance"
 
 
 def test_the_mean_of_the_models_that_are_best_on_validation_is_a_row_without_training(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    for seed in range(7):
-        write_pair(tmp_path / "smears" / ("test" if seed > 4 else "train"), f"{seed}.png", seed)
-    (tmp_path / "several.toml").write_text(SEVERAL)
-    grid = ["grid", "several.toml", "--data", "smears", "--device", "cpu", "--tests", "smears"]
+    grid = grid_command(tmp_path, monkeypatch, SEVERAL, "--tests", "smears")
     opened: list[str] = []
     load_model = best_ensembles.load_model
 

@@ -12,7 +12,7 @@ import mlflow
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from small_data import ROOT, enter, write_pair
+from small_data import ROOT, enter, write_pair, write_set
 
 from cellbench.data import layouts
 from cellbench.reporting import sections
@@ -60,10 +60,7 @@ CALL = ["grid", "small.toml", "--data", "smears", "--device", "cpu", "--registry
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
-    for seed, name in enumerate(("a0.png", "a1.png", "a2.png", "a3.png")):
-        write_pair(folder / "smears" / "train", name, seed)
-    for seed, name in enumerate(("t0.png", "t1.png"), 100):
-        write_pair(folder / "smears" / "test", name, seed)
+    write_set(folder, ["a0.png", "a1.png", "a2.png", "a3.png"], ["t0.png", "t1.png"])
     for name, text in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)

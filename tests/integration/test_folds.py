@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from small_data import write_pair
+from small_data import write_set
 
 from cellbench.reporting.collect import collect_runs
 from cellbench.run import main
@@ -31,9 +31,7 @@ crops_per_image = 2
 
 @pytest.fixture
 def question(tmp_path, monkeypatch) -> list[str]:
-    for seed in range(5):
-        write_pair(tmp_path / "smears" / "train", f"a{seed}.png", seed)
-    write_pair(tmp_path / "smears" / "test", "t0.png", 100)
+    write_set(tmp_path, [f"a{k}.png" for k in range(5)], ["t0.png"])
     (tmp_path / "folded.toml").write_text(EXPERIMENT)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     return ["grid", "folded.toml", "--data", "smears", "--device", "cpu"]

@@ -17,7 +17,7 @@ import experiment_files
 import mlflow
 import pytest
 from safetensors.torch import load_file
-from small_data import write_pair
+from small_data import enter, write_set
 
 from cellbench.run import main
 
@@ -38,18 +38,9 @@ lr = 5e-3
 
 
 def _question(folder: Path) -> list[str]:
-    for seed, name in enumerate(("a0.png", "a1.jpg", "b 2.png", "b3.jpeg", "zelle-ä.png", "c5.JPG")):
-        write_pair(folder / "smears" / "train", name, seed)
-    for seed, name in enumerate(("t0.png", "t1.jpg"), 100):
-        write_pair(folder / "smears" / "test", name, seed)
+    write_set(folder, ["a0.png", "a1.jpg", "b 2.png", "b3.jpeg", "zelle-ä.png", "c5.JPG"], ["t0.png", "t1.jpg"])
     (folder / "small.toml").write_text(EXPERIMENT)
     return ["grid", "small.toml", "--data", "smears", "--device", "cpu"]
-
-
-def _enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.chdir(folder)
-    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-    patch.setenv("CELLBENCH_CACHE", str(folder / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +49,7 @@ def answered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("answered")
     question = _question(folder)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        _enter(folder, patch)
+        enter(folder, patch)
         code = main(question)
     (folder / "printed.txt").write_text(f"{code}\n{printed.getvalue()}")
     return folder
@@ -67,7 +58,7 @@ def answered(tmp_path_factory):
 @pytest.fixture
 def inside(answered, monkeypatch):
     """The answered folder as the current one, for tests that look or ask again."""
-    _enter(answered, monkeypatch)
+    enter(answered, monkeypatch)
     return answered
 
 
@@ -78,7 +69,7 @@ QUESTION = ["grid", "small.toml", "--data", "smears", "--device", "cpu"]
 def question(tmp_path, monkeypatch):
     """The same question, not asked yet, in the test's own folder."""
     arguments = _question(tmp_path)
-    _enter(tmp_path, monkeypatch)
+    enter(tmp_path, monkeypatch)
     return arguments
 
 

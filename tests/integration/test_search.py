@@ -16,7 +16,7 @@ from pathlib import Path
 import mlflow
 import optuna
 import pytest
-from small_data import ROOT, write_pair
+from small_data import ROOT, enter, write_pair
 
 from cellbench.cli.search import stop_at_interrupt
 from cellbench.config import loading
@@ -52,12 +52,6 @@ repeat_views_every = 1
 crops_per_image = 3
 """
 CALL = ["search", "small.toml", "--data", "smears", "--device", "cpu"]
-
-
-def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.chdir(folder)
-    patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-    patch.setenv("CELLBENCH_CACHE", str(folder / "cache"))
 
 
 def small(folder: Path) -> None:
