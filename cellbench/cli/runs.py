@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from cellbench import startup
-from cellbench.config.options import InferenceOptions
+from cellbench.config.options import InferenceOptions, PredictOptions
 from cellbench.config.registry import Registry
 from cellbench.config.trust import describe_code, require_trust
 from cellbench.console import say
@@ -31,6 +31,7 @@ def open_run(options: InferenceOptions, *, device: str | None = None) -> Segment
         device=device,
         precision=options.precision,
         trust=options.trust,
+        skip_empty=isinstance(options, PredictOptions) and options.skip_empty,
     )
     for line in segmenter.trained.origin:
         say(line)

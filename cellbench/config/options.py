@@ -141,6 +141,9 @@ class PredictOptions(InferenceOptions):
     range: str | None = option(
         "intensity range of images of more than 8 bits, like 0,4095 (default: that of the training images)", metavar="BLACK,WHITE"
     )
+    skip_empty: bool = option(
+        "faster for slides with much empty ground: tiles without structure share the prediction of one of them", False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

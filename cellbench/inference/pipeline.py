@@ -18,6 +18,7 @@ from cellbench.data.io.images import Pixels, to_pixels
 from cellbench.data.io.windowed import ArraySource, ImageSource, open_source
 from cellbench.data.transforms.tiling import Stitcher, TileGrid, cut_tile
 from cellbench.errors import CellbenchError
+from cellbench.inference.empty_tiles import EmptyTiles
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.training_features import FAR, NOTHING_KNOWN, Trust
 from cellbench.models.baselines.build import FoundClasses
@@ -26,6 +27,9 @@ from cellbench.training.training_features import tile_weights
 
 Image = str | os.PathLike[str] | Pixels
 """A file, an array (H, W, 3) or (H, W) uint8, RGB or grey, or a Pillow image."""
+
+MAX_ENTRIES = 8
+"""Places in a batch, as a multiple of its tiles: their predictions are in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +90,29 @@ class TileBatch:
             yield from image.add([row for _, row in entries], self.found, self.features)
 
 
-def tile_batches(images: Iterable[Image], trained: TrainedRun, precision: torch.dtype, size: int) -> Generator[TileBatch, None, None]:
-    """The tiles of all images in order, in batches of at most ``size``; errors take the place of the missing tiles."""
-    batch = TileBatch()
+def tile_batches(
+    images: Iterable[Image], trained: TrainedRun, precision: torch.dtype, size: int, *, skip_empty: bool = False
+) -> Generator[TileBatch, None, None]:
+    """The tiles of all images in order, in batches of at most ``size``; errors take the place of the missing tiles.
+
+    ``skip_empty``: a batch holds a tile without structure once, for up to ``MAX_ENTRIES * size`` places.
+    """
+    batch, empty = TileBatch(), EmptyTiles()
     for number, image in enumerate(images):
         assembly = ImageAssembly(number, image, trained, precision)
         for tile in assembly.tiles():
             if isinstance(tile, CellbenchError):
                 batch.entries.append((assembly, tile))
                 continue
-            if len(batch.tiles) == size or (batch.tiles and batch.tiles[0].shape != tile.shape):
+            row = empty.row(tile, len(batch.tiles)) if skip_empty else len(batch.tiles)
+            full = row == size or len(batch.entries) >= MAX_ENTRIES * size
+            if full or (batch.tiles and batch.tiles[0].shape != tile.shape):
                 yield batch
-                batch = TileBatch()
-            batch.entries.append((assembly, len(batch.tiles)))
-            batch.tiles.append(tile)
+                batch, empty = TileBatch(), EmptyTiles()
+                row = empty.row(tile, 0) if skip_empty else 0
+            batch.entries.append((assembly, row))
+            if row == len(batch.tiles):
+                batch.tiles.append(tile)
     if batch.entries:
         yield batch
 
@@ -162,8 +175,7 @@ class ImageAssembly:
         self, rows: list[int | CellbenchError], found: Tensor | FoundClasses | None, features: dict[int, np.ndarray] | None = None
     ) -> Iterator[MaskStrip | FailedImage]:
         """The strips that the image's next tiles, at ``rows`` of a batch, complete."""
-        first, last = rows[0], rows[-1]
-        if isinstance(last, CellbenchError):
+        if isinstance(last := rows[-1], CellbenchError):
             if self.error is None:
                 self.source.close()
             yield FailedImage(number=self.number, error=last)
@@ -179,10 +191,11 @@ class ImageAssembly:
                 last=True,
             )
             self.source.close()
-        elif found is not None and not isinstance(first, CellbenchError):
+        elif found is not None:
+            mine = [row for row in rows if isinstance(row, int)]
             if features is not None:
-                self._describe({depth: means[first : last + 1] for depth, means in features.items()})
-            yield from self._stitched(found[first : last + 1])
+                self._describe({depth: means[mine] for depth, means in features.items()})
+            yield from self._stitched(found[mine])
 
     def _describe(self, features: dict[int, np.ndarray]) -> None:
         """Adds the mean features (B, D) of the next tiles, by depth: one sum, however large the image is."""

@@ -118,12 +118,14 @@ def output_paths(
 def provenance_of(segmenter: Segmenter) -> dict[str, object]:
     """The metadata that all masks of one run share."""
     trained = segmenter.trained
-    facts = {
+    facts: dict[str, object] = {
         "run": trained.fingerprint or trained.name,
         "model": trained.name,
         "classes": list(segmenter.class_names),
         "numerics": NUMERICS_VERSION,
     }
+    if segmenter.skip_empty:
+        facts["skip_empty"] = True
     reading = trained.preparation.reading
     # As JSON gives it back, where a tuple is a list.
     return facts | ({"reading": json.loads(json.dumps(reading.to_dict()))} if reading != IntensityScaling() else {})
@@ -142,10 +144,10 @@ def refuse_mixed_outputs(targets: Sequence[OutputPaths], provenance: Mapping[str
     by_stem = {target.stem: target for target in targets}
     for stem, facts in find_masks(out).items():
         mask = output_path(stem, ".png")
-        if any(facts.get(key) != provenance.get(key) for key in ("run", "classes", "numerics", "reading")):
+        if any(facts.get(key) != provenance.get(key) for key in ("run", "classes", "numerics", "reading", "skip_empty")):
             raise CellbenchError(
-                f"--out {out}: holds the mask {mask.relative_to(out)} that another run ('{facts.get('model')}'), another range or another version of cellbench "
-                "made, and a folder's tables are of one run. Name another --out."
+                f"--out {out}: holds the mask {mask.relative_to(out)} that another run ('{facts.get('model')}'), another range, another version of "
+                "cellbench, or a call with or without --skip-empty made, and a folder's tables are of one run. Name another --out."
             )
         target = by_stem.get(stem)
         if target is not None and not target.is_of(facts) and facts.get("place") != target.facts["place"]:

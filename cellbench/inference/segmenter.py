@@ -154,8 +154,17 @@ class Segmenter:
     (41, 7650.0)
     """
 
-    def __init__(self, trained: TrainedRun, registry: Registry, here: Hardware, weights: Path | None = None, download: bool = True) -> None:
-        self.trained, self.machine, run = trained, here, trained.run
+    def __init__(
+        self,
+        trained: TrainedRun,
+        registry: Registry,
+        here: Hardware,
+        weights: Path | None = None,
+        download: bool = True,
+        *,
+        skip_empty: bool = False,
+    ) -> None:
+        self.trained, self.machine, self.skip_empty, run = trained, here, skip_empty, trained.run
         self.class_names = trained.classes
         baseline = registry.baseline(run.baseline) if run.baseline else None
         self._function = open_baseline(baseline, registry, weights, download) if baseline is not None and not baseline.trained else None
@@ -203,6 +212,7 @@ class Segmenter:
         device: str = "auto",
         precision: str = "auto",
         trust: bool = False,
+        skip_empty: bool = False,
     ) -> Segmenter:
         """The segmenter of a run in MLflow or of an exported folder.
 
@@ -213,6 +223,7 @@ class Segmenter:
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
             precision: ``auto``, ``fp32`` or ``bf16``.
             trust: whether Python code in an exported folder may run that this user did not export.
+            skip_empty: whether tiles without structure share the prediction of one of them (:mod:`cellbench.inference.empty_tiles`).
 
         Raises CellbenchError for a run that does not exist, failed or lost its head, and for unavailable weights.
 
@@ -237,7 +248,7 @@ class Segmenter:
             trained = run_lookup.open_run(tracker, stored, extra, chosen)
         with startup.threads_for(device):
             here = detect_hardware(device, precision)
-        return cls(trained, extra, here, folder)
+        return cls(trained, extra, here, folder, skip_empty=skip_empty)
 
     @property
     def name(self) -> str:
@@ -301,7 +312,7 @@ class Segmenter:
         if self._function is not None:
             batches = whole_images(images, self.trained, self.machine.precision)
         else:
-            batches = tile_batches(images, self.trained, self.machine.precision, self.backbone.chunk)
+            batches = tile_batches(images, self.trained, self.machine.precision, self.backbone.chunk, skip_empty=self.skip_empty)
         held: list[MaskStrip] = []  # of an image that is not complete
         with WorkerPool(self.machine.lanes) as pool:
             # A single lane prepares batches in its own thread; with several, reading would wait for the caller's next request.

@@ -414,6 +414,31 @@ def test_a_folder_holds_masks_of_one_run_and_a_name_belongs_to_one_image(there: 
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_empty_ground_passes_the_network_once_for_all_and_the_cells_are_the_same(there: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    pixels, _ = discs(9)
+    slide = np.full((pixels.shape[0], 20 * pixels.shape[1], 3), 235, np.uint8)
+    slide[:, : pixels.shape[1]] = pixels
+    Image.fromarray(slide).save(tmp_path / "slide.png")
+    seen: list[int] = []
+    segmented = Segmenter._tiles
+
+    def counting(self, tiles):
+        seen.append(len(tiles))
+        return segmented(self, tiles)
+
+    monkeypatch.setattr(Segmenter, "_tiles", counting)
+    masks, passed = [], []
+    for name, more in (("all", ()), ("skipped", ("--skip-empty",))):
+        assert predict(MODEL, tmp_path / "slide.png", "--out", tmp_path / name, *more) == 0
+        masks.append(np.array(Image.open(tmp_path / name / "slide.png")))
+        passed.append(sum(seen))
+        seen.clear()
+    assert passed[1] < passed[0] / 3
+    assert (masks[0] == masks[1]).mean() > 0.999
+    assert predict(MODEL, tmp_path / "slide.png", "--out", tmp_path / "all", "--skip-empty") == 2
+    assert "--skip-empty" in capsys.readouterr().err
+
+
 def test_a_changed_image_leaves_no_table_of_the_old_one(there: Path, tmp_path: Path) -> None:
     _days(tmp_path)
     out = tmp_path / "out"
