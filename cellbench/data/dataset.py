@@ -142,6 +142,8 @@ class Dataset:
 
     def read_instances(self, sample: Sample) -> np.ndarray | None:
         """The cell numbers (H, W) of the annotation, integers, 0 is background; None where the masks hold none."""
+        if sample.truth is None and sample.regions is None and self.masks != "cells" and not self.cut_px:
+            return None  # without decoding the mask
         return self.read_truth(sample)[1]
 
     def read_truth(self, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:

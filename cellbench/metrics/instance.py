@@ -41,7 +41,14 @@ from functools import cached_property
 import numpy as np
 
 from cellbench.metrics.boundary import TOLERANCE_PX, MaskBoundary, boundary_scores
-from cellbench.metrics.instances import Instances, connected_instances, drop_ignored, merge_parts_into_objects, reference_instances
+from cellbench.metrics.instances import (
+    Instances,
+    connected_instances,
+    count_values,
+    drop_ignored,
+    merge_parts_into_objects,
+    reference_instances,
+)
 from cellbench.metrics.pixel import nan_mean
 
 THRESHOLDS = tuple(range(10, 20))
@@ -150,15 +157,12 @@ class CellPairs:
         if truth.ids.shape != found.ids.shape:
             raise ValueError(f"truth is {truth.ids.shape}, prediction {found.ids.shape}")
         found = drop_ignored(found, truth.ignored)
-        both = np.flatnonzero((truth.ids > 0) & (found.ids > 0))
-        codes = truth.ids.ravel()[both].astype(np.int64) * (found.num + 1) + found.ids.ravel()[both]
-        if (truth.num + 1) * (found.num + 1) <= 1 << 22:
-            table = np.bincount(codes, minlength=1)
-            pairs = np.flatnonzero(table)
-            shared = table[pairs]
-        else:
-            pairs, shared = np.unique(codes, return_counts=True)
+        most = (truth.num + 1) * (found.num + 1)
+        codes = truth.ids.astype(np.int32 if most < 1 << 31 else np.int64, copy=False) * (found.num + 1) + found.ids
+        pairs, shared = count_values(codes, most)
         t, p = pairs // (found.num + 1), pairs % (found.num + 1)
+        cells = (t > 0) & (p > 0)
+        t, p, shared = t[cells], p[cells], shared[cells]
         return cls(truth=truth, found=found, t=t, p=p, shared=shared, union=truth.areas_px[t] + found.areas_px[p] - shared)
 
     @cached_property

@@ -37,13 +37,36 @@ class Instances:
 
 def connected_instances(classes: np.ndarray, min_area_px: int = MIN_AREA_PX) -> Instances:
     """The connected regions of each class of a class map (H, W), of at least ``min_area_px`` pixels."""
-    ids, num = np.zeros(classes.shape, np.int32), 0
-    for label in range(1, _highest(classes) + 1):
+    ids, class_of = np.zeros(classes.shape, np.int32), [np.zeros(1, np.uint8)]
+    for label in range(1, highest_class(classes) + 1):
         part, found = ndimage.label(classes == label)
-        if num:
-            part[part > 0] += num
-        ids, num = (np.maximum(ids, part) if num else part), num + found
-    return numbered_instances(ids, classes, min_area_px)
+        if len(class_of) > 1:
+            part[part > 0] += sum(map(len, class_of)) - 1
+        ids = np.maximum(ids, part) if len(class_of) > 1 else part
+        class_of.append(np.full(found, label, np.uint8))
+    ignored = classes == IGNORE if classes.size and int(classes.max()) == IGNORE else None
+    areas = np.bincount(ids.ravel(), minlength=1)
+    return kept_instances(ids, np.arange(len(areas)), areas, np.concatenate(class_of), min_area_px, ignored)
+
+
+def kept_instances(
+    pieces: np.ndarray, numbers: np.ndarray, areas_px: np.ndarray, classes: np.ndarray, min_area_px: int, ignored: np.ndarray | None = None
+) -> Instances:
+    """The cells of at least ``min_area_px`` pixels, where every cell is a union of pieces.
+
+    ``pieces`` (H, W): the piece of each pixel; ``numbers`` (Q,): the cell of each piece, 0 is background; ``areas_px`` and ``classes``: by cell.
+    """
+    kept = areas_px >= max(min_area_px, 1)
+    kept[0] = False
+    new = np.where(kept, np.cumsum(kept), 0).astype(np.int32)[numbers]
+    ids = pieces if pieces.dtype == np.int32 and (new == np.arange(len(new))).all() else new.take(pieces)
+    return Instances(
+        ids=ids,
+        areas_px=np.concatenate([[0], areas_px[kept]]),
+        classes=np.concatenate([np.zeros(1, np.uint8), classes[kept]]),
+        num_left_out=int(np.count_nonzero(areas_px[1:])) - int(kept.sum()),
+        ignored=ignored,
+    )
 
 
 def numbered_instances(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 0) -> Instances:
@@ -77,7 +100,7 @@ def numbered_instances(ids: np.ndarray, classes: np.ndarray, min_area_px: int = 
     return Instances(ids=out, areas_px=areas, classes=votes.argmax(1).astype(np.uint8), num_left_out=left_out, ignored=ignored)
 
 
-def _highest(classes: np.ndarray) -> int:
+def highest_class(classes: np.ndarray) -> int:
     """The greatest class number of a map (H, W), ``IGNORE`` not being one."""
     highest = int(classes.max()) if classes.size else 0
     return highest if highest != IGNORE else int(classes[classes != IGNORE].max(initial=0))
@@ -158,6 +181,16 @@ def reference_instances(
     if min_area_px is None:
         return numbered_instances(ids, objects), MIN_AREA_NUMBERED_PX
     return numbered_instances(ids, objects, min_area_px), min_area_px
+
+
+def count_values(codes: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The values that occur in ``codes``, integers from 0 to below ``most``, rising, and how often each does."""
+    if most <= 1 << 24:
+        counts = np.bincount(codes.ravel(), minlength=1)
+        found = np.flatnonzero(counts)
+        return found, counts[found]
+    found, counts = np.unique(codes, return_counts=True)
+    return found, counts
 
 
 def near_two_cells(ids: np.ndarray, reach_px: int) -> np.ndarray:

@@ -16,6 +16,8 @@ Letters: H x W image, h x w blocks.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -26,8 +28,17 @@ from scipy import ndimage
 from cellbench.metrics.boundary import boundary_pixels
 from cellbench.metrics.cell_confidence import MIN_CONFIDENCES, ap50_by_confidence, drop_improbable
 from cellbench.metrics.flow_basins import FlowBasins, OffsetBasins
-from cellbench.metrics.instance import instance_scores
-from cellbench.metrics.instances import MIN_AREA_PX, Instances, connected_instances, merge_parts_into_objects, numbered_instances, root
+from cellbench.metrics.instances import (
+    MIN_AREA_PX,
+    Instances,
+    connected_instances,
+    count_values,
+    highest_class,
+    kept_instances,
+    merge_parts_into_objects,
+    numbered_instances,
+    root,
+)
 from cellbench.metrics.pixel import impute_missing, nan_mean
 from cellbench.metrics.star_polygons import StarPolygons
 
@@ -71,14 +82,28 @@ class SeparationParams:
         ``fields`` (F, H, W) uint8 and ``probability`` (H, W) uint8, that of not being background, where the model predicts them;
         ``min_area_px``: another minimum area than that of the tuning.
         """
-        found, setting = METHODS[self.method](merge_parts_into_objects(classes, self.owners), fields), dict(self.setting)
+        finder = METHODS[self.method](merge_parts_into_objects(classes, self.owners), fields)
+        return self._found_by(finder, probability, self.min_area_px if min_area_px is None else min_area_px)
+
+    def _found_by(self, finder: CellFinder, probability: np.ndarray | None, min_area_px: int) -> Instances:
+        setting = dict(self.setting)
         min_confidence = setting.pop("min_confidence", 0.0)
-        cells = found.instances(self.min_area_px if min_area_px is None else min_area_px, **setting)
+        cells = finder.instances(min_area_px, **setting)
         return drop_improbable(cells, probability, min_confidence) if min_confidence and probability is not None else cells
 
     def connected(self, classes: np.ndarray, min_area_px: int) -> Instances:
         """The same without separation."""
         return connected_instances(merge_parts_into_objects(classes, self.owners), min_area_px)
+
+    def instances_and_regions(
+        self, classes: np.ndarray, fields: np.ndarray | None, probability: np.ndarray | None, min_area_px: int
+    ) -> tuple[Instances, Instances]:
+        """:meth:`instances` and :meth:`connected`, the same object where nothing is separated."""
+        finder = METHODS[self.method](merge_parts_into_objects(classes, self.owners), fields)
+        cells = self._found_by(finder, probability, min_area_px)
+        if not isinstance(finder, DistanceWatershed):
+            return cells, self.connected(classes, min_area_px)
+        return cells, finder.instances(min_area_px, saddle_ratio=0.0) if self.saddle_ratio else cells
 
     @property
     def setting(self) -> dict[str, float]:
@@ -135,20 +160,75 @@ class DistanceWatershed:
     SETTINGS: ClassVar[tuple[dict[str, float], ...]] = tuple({"saddle_ratio": ratio} for ratio in SADDLE_RATIOS)
 
     def __init__(self, classes: np.ndarray, fields: np.ndarray | None = None) -> None:
-        self._classes, boundary_depth = classes, None if fields is None else fields[0]
-        masks = [classes == label for label in range(1, (int(classes.max()) if classes.size else 0) + 1)]
-        self._floods = [_Flood(mask, boundary_depth) for mask in masks if mask.any()]
+        self._shape, boundary_depth = classes.shape, None if fields is None else fields[0]
+        masks = ((label, classes == label) for label in range(1, highest_class(classes) + 1))
+        self._floods = [(label, _Flood(mask, boundary_depth)) for label, mask in masks if mask.any()]
 
     def instances(self, min_area_px: int, *, saddle_ratio: float) -> Instances:
         """The cells at this ``saddle_ratio``, each of at least ``min_area_px`` pixels."""
         if not 0 <= saddle_ratio <= 1:
             raise ValueError(f"a saddle_ratio is a ratio from 0 to 1: {saddle_ratio}")
-        ids, num = np.zeros(self._classes.shape, np.int32), 0
-        for flood in self._floods:
-            part = flood.ids(saddle_ratio)
-            ids[part > 0] = part[part > 0] + num
-            num = max(num, int(ids.max()))
-        return numbered_instances(ids, self._classes, min_area_px)
+        if not self._floods:
+            return numbered_instances(np.zeros(self._shape, np.int32), np.zeros(self._shape, np.uint8))
+        return functools.reduce(_joined, (flood.cells(saddle_ratio, label, min_area_px) for label, flood in self._floods))
+
+    def ap50s(self, truth: Instances, min_area_px: int) -> list[float]:
+        """The AP50 at each of ``SETTINGS``, from the areas that the pieces of cells share with true cells: no setting looks at pixels."""
+        overlaps = [(label, flood, _Overlap.of(flood.pieces(max(SADDLE_RATIOS))[0], truth)) for label, flood in self._floods]
+        out = []
+        for setting in self.SETTINGS:
+            each = [one.matches(flood.numbers(**setting), label, truth, min_area_px) for label, flood, one in overlaps]
+            hits, both = sum(hit for hit, _ in each), truth.num + sum(num for _, num in each)
+            out.append(hits / (both - hits) if both else math.nan)
+        return out
+
+
+def _joined(first: Instances, second: Instances) -> Instances:
+    """Cells of two classes in one image."""
+    ids = np.where(second.ids > 0, second.ids + np.int32(first.num), first.ids)
+    return Instances(
+        ids=ids,
+        areas_px=np.concatenate([first.areas_px, second.areas_px[1:]]),
+        classes=np.concatenate([first.classes, second.classes[1:]]),
+        num_left_out=first.num_left_out + second.num_left_out,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Overlap:
+    """What the Q pieces of one class's mask share with true cells."""
+
+    areas_px: np.ndarray
+    """(Q,): without ignored pixels."""
+    ignored_px: np.ndarray
+    """(Q,)"""
+    piece: np.ndarray
+    """Of each pair of a piece and a true cell."""
+    true: np.ndarray
+    shared: np.ndarray
+
+    @classmethod
+    def of(cls, pieces: np.ndarray, truth: Instances) -> _Overlap:
+        num = int(pieces.max()) + 1
+        most = num * (truth.num + 1)
+        codes = pieces.astype(np.int32 if most < 1 << 31 else np.int64, copy=False) * (truth.num + 1) + truth.ids
+        found, shared = count_values(codes, most)
+        piece, true = found // (truth.num + 1), found % (truth.num + 1)
+        ignored_px = np.zeros(num, int) if truth.ignored is None else np.bincount(pieces[truth.ignored], minlength=num)
+        areas_px = np.bincount(piece, shared, num).astype(np.int64) - ignored_px
+        return cls(areas_px=areas_px, ignored_px=ignored_px, piece=piece[true > 0], true=true[true > 0], shared=shared[true > 0])
+
+    def matches(self, numbers: np.ndarray, label: int, truth: Instances, min_area_px: int) -> tuple[int, int]:
+        """How many cells match a true one, and how many there are; ``numbers`` (Q,): the cell of each piece, 0 is background."""
+        areas, ignored = (np.bincount(numbers, px).astype(np.int64) for px in (self.areas_px, self.ignored_px))
+        kept = (areas + ignored >= max(min_area_px, 1)) & (ignored <= areas)  # as in drop_ignored
+        kept[0] = False
+        codes = self.true * len(kept) + numbers[self.piece]
+        pairs, place = np.unique(codes, return_inverse=True)
+        shared = np.bincount(place, self.shared, len(pairs)).astype(np.int64)
+        t, p = pairs // len(kept), pairs % len(kept)
+        hit = kept[p] & (truth.classes[t] == label) & (20 * shared > 10 * (truth.areas_px[t] + areas[p] - shared))
+        return int(hit.sum()), int(kept.sum())
 
 
 class _Flood:
@@ -175,7 +255,9 @@ class _Flood:
             from skimage.segmentation import watershed
 
             self._basins = watershed(-distance, mask=any_hw)
-            self._peaks = np.concatenate([[0.0], ndimage.maximum(distance, self._basins, np.arange(1, int(self._basins.max()) + 1))])
+            self._peaks = np.zeros(int(self._basins.max()) + 1)
+            np.maximum.at(self._peaks, self._basins.ravel(), distance.ravel())
+            self._peaks[0] = 0
             self._saddles = _saddles(self._basins, distance)
         self._pieces()
 
@@ -184,17 +266,15 @@ class _Flood:
         height, width = self._regions.shape
         rows, columns = np.arange(height) // self._step, np.arange(width) // self._step
         num_basins = len(self._peaks)
-        codes = self._regions.astype(np.int64) * num_basins + self._basins[rows][:, columns]
-        if (self._num_regions + 1) * num_basins <= 1 << 24:
-            counts = np.bincount(codes.ravel(), minlength=1)
-            found = np.flatnonzero(counts)
-            self._areas_px = counts[found]
-            number = np.zeros(len(counts), np.int32)
+        most = (self._num_regions + 1) * num_basins
+        codes = self._regions.astype(np.int32 if most < 1 << 31 else np.int64, copy=False) * num_basins + self._basins[rows][:, columns]
+        found, self._areas_px = count_values(codes, most)
+        if most <= 1 << 24:
+            number = np.zeros(most, np.int32)
             number[found] = np.arange(len(found))
-            self._piece = number[codes]
+            self._piece = number.take(codes)
         else:
-            found, flat, self._areas_px = np.unique(codes, return_inverse=True, return_counts=True)
-            self._piece = flat.reshape(codes.shape).astype(np.int32)
+            self._piece = np.searchsorted(found, codes).astype(np.int32)
         self._region, self._basin = found // num_basins, found % num_basins
         # Regions less than a block apart share blocks. A basin belongs to the region with most of it; pieces of other regions there are
         # fragments of blocks, not cells.
@@ -203,13 +283,24 @@ class _Flood:
         np.maximum.at(most, self._basin, inside)
         self._is_fragment = inside < most[self._basin]
 
-    def ids(self, saddle_ratio: float) -> np.ndarray:
-        """Cell numbers (H, W), 0 is background; numbers may have gaps."""
-        if not saddle_ratio:
-            regions: np.ndarray = self._regions
-            return regions
-        if not self._flooded:
+    def pieces(self, saddle_ratio: float) -> tuple[np.ndarray, np.ndarray]:
+        """The piece of each pixel (H, W) int32, and the area of each; regions where they are whole cells and there was no other use for basins."""
+        if saddle_ratio and not self._flooded:
             self._flood()
+        if self._flooded:
+            return self._piece, self._areas_px
+        return self._regions, np.bincount(self._regions.ravel())
+
+    def cells(self, saddle_ratio: float, label: int, min_area_px: int) -> Instances:
+        """The cells, which are of class ``label``."""
+        (pieces, areas_px), numbers = self.pieces(saddle_ratio), self.numbers(saddle_ratio)
+        cells_px = np.bincount(numbers, areas_px).astype(np.int64)
+        return kept_instances(pieces, numbers, cells_px, np.full(len(cells_px), label, np.uint8), min_area_px)
+
+    def numbers(self, saddle_ratio: float) -> np.ndarray:
+        """The cell number of each of :meth:`pieces`, 0 is background; numbers may have gaps."""
+        if not saddle_ratio:
+            return self._region if self._flooded else np.arange(self._num_regions + 1)
         cells, cell = np.unique(self._region * len(self._peaks) + self._merged(saddle_ratio)[self._basin], return_inverse=True)
         region = cells // len(self._peaks)
         areas = np.bincount(cell, self._areas_px * ~self._is_fragment, len(cells))
@@ -219,8 +310,7 @@ class _Flood:
         largest[region[order]] = order
         numbers = np.where(self._is_fragment, largest[self._region], cell) + 1
         numbers[self._region == 0] = 0
-        ids: np.ndarray = numbers.astype(np.int32)[self._piece]
-        return ids
+        return np.asarray(numbers)
 
     def _merged(self, saddle_ratio: float) -> np.ndarray:
         """For each basin the one that it is merged into."""
@@ -323,11 +413,11 @@ class SeparationTuner:
         """A predicted class map (H, W) uint8, fields and probability as for :class:`SeparationParams`, and the true cells."""
         finder, self._learned = METHODS[self._method](merge_parts_into_objects(classes, self._owners), fields), fields is not None
         self._min_area_px = min_area_px
-        found = (finder.instances(min_area_px, **setting) for setting in METHODS[self._method].SETTINGS)
-        if self._method == "watershed":
-            self._found.append([float(instance_scores(truth, cells)["ap50"]) for cells in found])
+        if isinstance(finder, DistanceWatershed):
+            self._found.append(finder.ap50s(truth, min_area_px))
         else:
             assert probability is not None, "a model that predicts fields predicts probabilities"
+            found = (finder.instances(min_area_px, **setting) for setting in METHODS[self._method].SETTINGS)
             self._found.append([ap50 for cells in found for ap50 in ap50_by_confidence(truth, cells, probability)])
 
     def best(self) -> SeparationParams:

@@ -6,6 +6,7 @@ image. Measured on 1600x1200 and one core: 0.06 s for the reference, 0.1 s per p
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import zlib
@@ -25,7 +26,7 @@ from cellbench.metrics.calibration import Calibration, histogram, true_dice
 from cellbench.metrics.catalog import Metric, ScoredImage
 from cellbench.metrics.cell_classes import cell_confusion, part_confusion
 from cellbench.metrics.counting import CountRow, PlacedCells, count_rows
-from cellbench.metrics.instance import COUNTS, CellOutcomes, CellPairs, InstanceScores, ReferenceMask
+from cellbench.metrics.instance import COUNTS, CellOutcomes, CellPairs, InstanceScores, ReferenceMask, scores_of_pairs
 from cellbench.metrics.instances import reference_instances
 from cellbench.metrics.measurements import part_classes
 from cellbench.metrics.pixel import nan_mean, per_image_scores
@@ -119,25 +120,29 @@ class ExampleKeeper:
         """Keeps the prediction of an image if it may become one of the three, or one of the ``num_worst``."""
         if math.isnan(dice) and self._empty is not None and not self.num_worst:
             return
-        case = ExamplePrediction.of(image, dice, classes, cell, cells)
-        rising = sorted([*self.lowest, case], key=lambda one: math.inf if math.isnan(one.dice) else one.dice)
-        self.lowest = rising[: self.num_worst]
+        packed = functools.cache(lambda: ExamplePrediction.of(image, dice, classes, cell, cells))  # most are not kept
+        if len(self.lowest) < self.num_worst or (self.num_worst and _rank(dice) < _rank(self.lowest[-1].dice)):
+            self.lowest = sorted([*self.lowest, packed()], key=lambda one: _rank(one.dice))[: self.num_worst]
         if math.isnan(dice):
-            self._empty = self._empty or case
+            self._empty = self._empty or packed()
             return
         self._dices.append(dice)
-        self._middle.append(case)
         if self.worst is None or dice < self.worst.dice:
-            self.worst = case
+            self.worst = packed()
         if self.best is None or dice > self.best.dice:
-            self.best = case
+            self.best = packed()
         if len(self._drawn) < CANDIDATES:
-            self._drawn.append(case)
+            self._drawn.append(packed())
         elif (place := int(self._chance.integers(len(self._dices)))) < CANDIDATES:
-            self._drawn[place] = case
-        if len(self._middle) > CANDIDATES:
-            now = float(np.median(self._dices))
-            self._middle.remove(max(self._middle, key=lambda one: abs(one.dice - now)))
+            self._drawn[place] = packed()
+        if len(self._middle) < CANDIDATES:
+            self._middle.append(packed())
+            return
+        now = float(np.median(self._dices))
+        farthest = max(self._middle, key=lambda one: abs(one.dice - now))
+        if abs(dice - now) <= abs(farthest.dice - now):
+            self._middle.remove(farthest)
+            self._middle.append(packed())
 
     @property
     def cases(self) -> dict[str, ExamplePrediction]:
@@ -153,6 +158,11 @@ class ExampleKeeper:
         }
         first = {case.image: which for which, case in reversed(all_three.items())}
         return {which: case for which, case in all_three.items() if first[case.image] == which}
+
+
+def _rank(dice: float) -> float:
+    """Puts images without a score last."""
+    return math.inf if math.isnan(dice) else dice
 
 
 @dataclass
@@ -299,9 +309,10 @@ class CohortEvaluator:
             evaluation.matrices.append(counts)
             separation = evaluation.separation
             if ids is None:
-                cells = separation.instances(classes, fields, cell, reference.min_area_px)
+                cells, regions = separation.instances_and_regions(classes, fields, cell, reference.min_area_px)
             else:
                 cells, _ = reference_instances(classes, ids, reference.min_area_px, owners=self._dataset.owners)
+                regions = separation.connected(classes, reference.min_area_px)
             pairs = CellPairs.of(reference.cells, cells)
             evaluation.agreements.append(reference.agreement(classes, pairs))
             if (num_classes := len(self._dataset.classes)) > 2:
@@ -309,7 +320,7 @@ class CohortEvaluator:
                 evaluation.cell_matrices.append(cell_confusion(pairs, num_classes) + parts)
             if self._count_cells:
                 evaluation.cells += self._counted(self._samples[image], pairs)
-            evaluation.connected.append(reference.found(separation.connected(classes, reference.min_area_px)))
+            evaluation.connected.append(scores_of_pairs(pairs) if regions is cells else reference.found(regions))
             scored = ScoredImage(
                 truth=truth,
                 prediction=classes,

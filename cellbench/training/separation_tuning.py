@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -52,10 +52,13 @@ def choose_separations(dataset: Dataset, methods: Sequence[str], answers: Iterab
     least = MIN_AREA_PX if dataset.min_cell_px is None else dataset.min_cell_px
     tunings = [SeparationTuner(least, owners=dataset.owners, method=method) for method in methods]
     with ThreadPoolExecutor(min(len(methods), os.cpu_count() or 1), "tuning") as pool:
+        jobs: list[Future[None]] = []
         for image, found in itertools.islice(answers, MOST_IMAGES):
             sample = dataset.val[image]
             truth, min_area_px = reference_instances(*dataset.read_truth(sample), dataset.min_cell_px, owners=dataset.owners)
-            jobs = [pool.submit(one.add, *answer, truth, min_area_px) for one, answer in zip(tunings, found, strict=True)]
-            for job in jobs:
+            for job in jobs:  # in the order of images; meanwhile the next one is segmented
                 job.result()
+            jobs = [pool.submit(one.add, *answer, truth, min_area_px) for one, answer in zip(tunings, found, strict=True)]
+        for job in jobs:
+            job.result()
     return [one.best() for one in tunings]

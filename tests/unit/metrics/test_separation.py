@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
+from cellbench.metrics.instance import instance_scores
 from cellbench.metrics.instances import connected_instances, numbered_instances
+from cellbench.metrics.pixel import IGNORE
 from cellbench.metrics.separation import SADDLE_RATIOS, DistanceWatershed, SeparationParams, SeparationTuner
 
 
@@ -102,6 +105,18 @@ def test_tuning_finds_the_saddle_ratio_that_separates_touching_cells_only():
     assert touching.best().val_ap50[f"{touching.best().saddle_ratio:g}"] == 1
     assert whole.best().saddle_ratio == 0
     assert SeparationTuner().best() == SeparationParams()
+
+
+def test_tuning_by_pieces_of_cells_scores_as_the_cells_of_each_setting_do():
+    rng = np.random.default_rng(0)
+    truth, found = (np.argmax([gaussian_filter(rng.normal(size=(150, 200)), 5) for _ in range(3)], 0).astype(np.uint8) for _ in range(2))
+    found = np.where(gaussian_filter(rng.normal(size=truth.shape), 3) > 0, found, truth).astype(np.uint8)
+    truth[60:90, 50:130] = IGNORE
+    true_cells = connected_instances(truth, 20)
+    finder = DistanceWatershed(found)
+    expected = [instance_scores(true_cells, finder.instances(20, saddle_ratio=ratio))["ap50"] for ratio in SADDLE_RATIOS]
+    assert DistanceWatershed(found).ap50s(true_cells, 20) == expected
+    assert len(set(expected)) > 3
 
 
 def test_a_saddle_ratio_out_of_range_is_refused():
