@@ -7,6 +7,8 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from cellbench.escaping import to_printable
+
 
 class CellbenchError(Exception):
     """An error in the input. The command line prints it as one line and ends with exit code 2."""
@@ -18,6 +20,10 @@ class SystemFault(CellbenchError):
 
 class WeightsUnavailable(CellbenchError):
     """The weights of a backbone are unavailable. A grid marks the run as skipped, with this reason, and continues."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM, raised as an exception, so that open runs are marked and files are closed."""
 
 
 MOST_NAMES = 16
@@ -52,10 +58,22 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
 
 
 @contextlib.contextmanager
+def keeping_on() -> Iterator[None]:
+    """Inside ``with``, code of others that calls ``sys.exit`` raises an error like any other: it must not end what else is under way."""
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error, Terminated) or hasattr(error, "ray_terminate_msg"):  # Ray's own, for SIGTERM
+            raise
+        raise RuntimeError(f"its code calls sys.exit({error.code!r})").with_traceback(error.__traceback__) from None
+
+
+@contextlib.contextmanager
 def blaming(culprit: object) -> Iterator[None]:
     """Marks an error inside ``with`` as that of ``culprit``, for :func:`culprit_of`, unless it has one already."""
     try:
-        yield
+        with keeping_on():
+            yield
     except Exception as error:
         if culprit_of(error) is None:
             error.__dict__["culprit"] = culprit
@@ -69,13 +87,13 @@ def culprit_of(error: BaseException) -> object | None:
 
 def one_line(error: BaseException) -> str:
     """The message of an error as one line, for reasons in tables and tags."""
-    text = " ".join(str(error).split())
+    text = to_printable(" ".join(str(error).split()))
     return text or type(error).__name__
 
 
 def last_line(text: str) -> str:
     """The last line of a traceback: the error's type and message."""
-    return text.strip().rpartition("\n")[2]
+    return to_printable(text.strip().rpartition("\n")[2])
 
 
 def redact_passwords(text: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from cellbench import __version__, startup
 from cellbench.config import options
 from cellbench.console import Column, format_table, say, warn
-from cellbench.errors import CellbenchError, nearest, unknown_name
+from cellbench.errors import CellbenchError, Terminated, nearest, unknown_name
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _terminated(number: int, frame: object) -> NoReturn:
-    # Raised as an exception, so that open runs are marked and files are closed; otherwise MLflow would show them as RUNNING forever.
-    raise SystemExit(128 + number)
+    raise Terminated(128 + number)  # otherwise MLflow would show open runs as RUNNING forever
 
 
 def _say_first_steps() -> None:

@@ -30,7 +30,7 @@ from cellbench.config.cards import (
     read_card,
 )
 from cellbench.config.run import RunSpec, weighted_terms
-from cellbench.errors import CellbenchError, unknown_name
+from cellbench.errors import CellbenchError, keeping_on, unknown_name
 from cellbench.files import to_nfc
 from cellbench.startup import without_compiler
 
@@ -212,7 +212,7 @@ def load(card: Card) -> Any:
         raise CellbenchError(f"{card.path}: builder = {card.builder!r}. {known}")
     module_name, _, attribute = builder_path(card).partition(":")
     try:
-        with without_compiler():
+        with without_compiler(), keeping_on():
             module = (
                 _from_file(Path(card.path).parent / module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
             )

@@ -19,7 +19,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, Terminated
 from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import Report
@@ -223,7 +223,7 @@ class _Throttled:
 def _exit_once(number: int, frame: object) -> NoReturn:
     # A second signal must not stop it from marking its runs as interrupted. Not SIG_IGN: Python warns of a signal that is pending then.
     signal.signal(signal.SIGTERM, _ignore)
-    raise SystemExit(128 + number)
+    raise Terminated(128 + number)
 
 
 def _ignore(number: int, frame: object) -> None:

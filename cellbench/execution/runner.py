@@ -29,7 +29,7 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import SamplingPlan
-from cellbench.errors import CellbenchError, SystemFault, WeightsUnavailable, blaming, culprit_of, one_line, quote_name
+from cellbench.errors import CellbenchError, SystemFault, WeightsUnavailable, blaming, culprit_of, keeping_on, one_line, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
 from cellbench.execution.claims import ActiveRun, Outcome, RunClaims
@@ -235,12 +235,13 @@ class Runner:
         """Executes the cohort once. After an error: ends the runs whose fault it is, or returns those that have to be executed alone."""
         self._owners: list[tuple[object, ActiveRun]] = [(one, one) for one in active]
         try:
-            if active[0].resolved.trained:
-                self._train(active, title, out)
-            else:
-                for one in active:
-                    with blaming(one):
-                        self._apply(one, out)
+            with keeping_on():
+                if active[0].resolved.trained:
+                    self._train(active, title, out)
+                else:
+                    for one in active:
+                        with blaming(one):
+                            self._apply(one, out)
         except SystemFault:
             raise
         except WeightsUnavailable as error:

@@ -26,7 +26,8 @@ class Broken(Bilinear):
 """
 FAULTS = {
     "late": "if Broken.calls > 3 and self.training: raise ValueError('a fault in training')",
-    "untested": "if Broken.calls > 3 and not self.training: raise KeyError('a fault in validation')",
+    "untested": "if Broken.calls > 3 and not self.training: raise LookupError('a fault in validation of Pr\\udcfcfung.png')",
+    "exits": "if self.training: raise SystemExit('usage: me')",
     "deleted": "if Broken.calls == 3: delete()",
 }
 DELETE = """
@@ -57,7 +58,7 @@ FEW = [part for change in ("run.epochs=3", "grid.seed=[0]", "grid.backbone=['fil
 CALL = ["grid", "small.toml", "--data", "smears", "--device", "cpu", *FEW]
 FAULTY = [
     *CALL, "--registry", "parts", "--weights", "weights", "--set", "grid.backbone=['bad','filter-bank']",
-    "--set", "grid.head=['bilinear','late','untested','deleted']", "--set", "baselines=['otsu','broken']",
+    "--set", "grid.head=['bilinear','late','untested','exits','deleted']", "--set", "baselines=['otsu','broken']",
 ]  # fmt: skip
 
 
@@ -100,16 +101,18 @@ def test_faults_of_single_runs_leave_the_others_and_their_numbers_as_they_are(
     assert main([*FAULTY, *workers]) == 1
     printed = "".join(capsys.readouterr())
     assert "Traceback" not in printed
-    assert "8 failed" in printed, printed
+    assert "10 failed" in printed, printed
     found = runs()
     states = {name: run.data.tags.get("cellbench.status") for name, run in found.items() if run.info.lifecycle_stage == "active"}
     assert states == {
         **dict.fromkeys(("filter-bank · bilinear", "otsu"), "finished"),
-        **dict.fromkeys(("filter-bank · late", "filter-bank · untested", "broken"), "failed"),
+        **dict.fromkeys(("filter-bank · late", "filter-bank · untested", "filter-bank · exits", "broken"), "failed"),
         **{f"bad · {head}": "failed" for head in ("bilinear", *FAULTS)},
     }
     reasons = {name: run.data.tags.get("cellbench.reason", "") for name, run in found.items()}
     assert reasons["filter-bank · late"].startswith("ValueError: a fault in training (late.py, line 9). error.txt of this run")
+    assert reasons["filter-bank · exits"].startswith("RuntimeError: its code calls sys.exit('usage: me') (exits.py, line 9).")
+    assert "Pr\\xfcfung.png" in reasons["filter-bank · untested"]
     assert reasons["broken"].startswith("RuntimeError: a fault of a baseline (broken.py, line 2).")
     assert "does not fit the network that the card describes" in reasons["bad · bilinear"]
     assert "failed filter-bank · deleted · seed 0: it was deleted in MLflow" in printed

@@ -1,6 +1,6 @@
 """Lets the disk be full at many moments of a command, then frees space and gives the command again: is anything lost?
 
-    python tests/tools/disk_sweep.py --moments 30 --jobs 2 [--kinds grid search predict] [--seconds S] [--out FOLDER]
+    python tests/tools/disk_sweep.py --moments 30 --jobs 2 [--kinds grid search predict] [--skip N] [--seconds S] [--out FOLDER]
 
 Needs root, since each try has a file system of its own in memory, with working folder, cache, stores and temporary files. An undisturbed command tells how
 much is written; then the file system gets, in equal steps, less than that. Counted are the faults that ``kill_sweep.py`` counts, and:
@@ -95,6 +95,9 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--kinds", nargs="+", default=["grid", "search", "predict"], choices=COMMANDS)
+    parser.add_argument(
+        "--skip", type=int, default=0, help="leave out so many tries of the order, which is always the same: an earlier sweep made them"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no try that would end later")
     parser.add_argument("--out", type=Path, help="folder of disk_sweep.json and disk_sweep.txt")
     asked = parser.parse_args()
@@ -134,7 +137,7 @@ def main() -> int:
     order = list(range(asked.moments * len(asked.kinds)))
     random.Random(0).shuffle(order)  # so that a sweep that ends early has met all parts of a command
     with ThreadPoolExecutor(asked.jobs) as pool:
-        for done in as_completed([pool.submit(one, number) for number in order]):
+        for done in as_completed([pool.submit(one, number) for number in order[asked.skip :]]):
             if (result := done.result()) is not None:
                 results.append(result)
     print(write_table("disk_sweep", results, asked.kinds, COLUMNS, asked.out), flush=True)
