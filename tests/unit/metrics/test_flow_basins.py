@@ -1,27 +1,29 @@
-"""Basins of flows: as by following every pixel step by step, and as Cellpose's where it is installed."""
+"""Basins of flows: as by following every pixel step by step, and as Cellpose's where it is installed; of offsets: as by HoVer-Net's watershed."""
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from skimage.segmentation import watershed
 
-from cellbench.data.cell_targets.flows import Flows
-from cellbench.metrics.flow_basins import FlowBasins
+from cellbench.data.cell_targets.flows import CentreOffsets, Flows
+from cellbench.metrics.flow_basins import FlowBasins, OffsetBasins
 from cellbench.metrics.instance import instance_scores
 from cellbench.metrics.instances import Instances, numbered_instances
 
 
-def noisy(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A class map (H, W) of discs that touch, and their flows (2, H, W) uint8, blurred and with noise as predictions are."""
+def noisy(seed: int, target: type[Flows | CentreOffsets] = Flows) -> tuple[np.ndarray, np.ndarray]:
+    """A class map (H, W) of discs that touch, and their vectors (2, H, W) uint8, blurred and with noise as predictions are."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:120, :170]
     ids = np.zeros((120, 170), np.int32)
     for number, (row, column) in enumerate(((r, c) for r in range(20, 110, 24) for c in range(20, 160, 24)), 1):
         ids[(np.hypot(y - row - rng.normal(0, 2), x - column - rng.normal(0, 2)) < rng.uniform(9, 14)) & (ids == 0)] = number
     classes = (ids > 0).astype(np.uint8)
-    flows = np.moveaxis(Flows().vectors(numbered_instances(ids, classes)), -1, 0)
+    flows = np.moveaxis(target().vectors(numbered_instances(ids, classes)), -1, 0)
     blurred = ndimage.gaussian_filter(flows, (0, 1.5, 1.5)) + rng.normal(0, 0.1, flows.shape)
     return classes, np.clip(np.rint((blurred + 1) * 127.5), 0, 255).astype(np.uint8)
 
@@ -59,6 +61,22 @@ def test_cells_are_those_of_cellpose():
     )  # fmt: skip
     theirs = numbered_instances(np.asarray(found[0] if isinstance(found, tuple) else found).astype(np.int32), classes, 10)
     assert instance_scores(theirs, FlowBasins(classes, fields).instances(10, min_parting=0.05))["ap50"] > 0.95
+
+
+def watershed_of_edges(classes: np.ndarray, fields: np.ndarray) -> Instances:
+    """Cells as HoVer-Net describes them: where the offsets jump back is an edge, what is left are markers, and a watershed grows them."""
+    mask = classes > 0
+    falls = [-cv2.Sobel(fields[axis] / 255, cv2.CV_64F, axis, 1 - axis, ksize=21) for axis in (0, 1)]
+    edges = np.max([(one - one.min()) / np.ptp(one) for one in falls], axis=0)
+    markers, _ = ndimage.label(ndimage.binary_opening(ndimage.binary_fill_holes(mask & (edges < 0.5)), iterations=2))
+    return numbered_instances(watershed(edges, markers, mask=mask).astype(np.int32), classes, 10)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_cells_of_offsets_are_those_of_hover_net_s_watershed(seed):
+    classes, fields = noisy(seed, CentreOffsets)
+    scores = instance_scores(watershed_of_edges(classes, fields), OffsetBasins(classes, fields).instances(10, min_parting=0.1))
+    assert scores["ap50"] > 0.95
 
 
 def test_parts_of_a_cell_are_joined_and_neighbours_are_not():
