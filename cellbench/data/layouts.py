@@ -61,9 +61,15 @@ def scan_folder(card: DatasetCard, where: Path, *, unlabelled: bool = False) -> 
         if unlabelled:
             return _scan_images(where)
         if not boxes:
+            table = next((path for path in sorted(where.rglob("*")) if path.suffix.lower() in (".csv", ".tsv")), None)
             raise CellbenchError(
                 f"--data {where}: holds {num} image{'s' * (num != 1)} and no masks. Each image to learn from needs one: masks/NAME.png for "
-                "images/NAME.png, or NAME_mask.png beside NAME.png. `predict` and `explore` take plain folders."
+                "images/NAME.png, or NAME_mask.png beside NAME.png. `predict` and `explore` take plain folders"
+                + (
+                    f"; `evaluate` and `score` compare counts with a table .csv whose columns are called image and count ({table.name} is there)."
+                    if table
+                    else "."
+                )
             )
     if boxes:
         raise CellbenchError(
@@ -175,6 +181,13 @@ def _scan_pairs(root: Path, card: DatasetCard, *, images: str, masks: str, name:
     samples: list[tuple[str, Sample]] = []
     for place, pictures, labels in found:
         samples += [(place.split, sample) for sample in _paired(out, place, pictures, labels)]
+    drawn = {
+        ANNOTATED.sub("", path.stem): path
+        for folder in {one for place, _, _ in found for one in (place.images, place.masks)}
+        for path in _tool_files(root / folder)
+    }
+    if both := sorted(drawn[sample.image.stem].name for _, sample in samples if sample.image.stem in drawn):
+        out.notes.append(f"{len(both)} images have a mask and a file of outlines, such as {quote_name(both[0])}: the masks are used")
     return _listed(out, samples)
 
 
@@ -283,7 +296,15 @@ def _coco_folder(root: Path, card: DatasetCard) -> Listing | None:
     places = [root, root / "annotations", *(root / split for split in ("train", "valid", "val", "test"))]
     files = [path for folder in places if folder.is_dir() for path in sorted(folder.glob("*.json")) if path.is_file()]
     files = [path for path in files if not path.name.startswith(("splits", ".")) and b'"annotations"' in path.read_bytes()]
-    return _scan_coco(root, card, files) if files else None
+    if not files:
+        return None
+    out = _scan_coco(root, card, files)
+    others = _outlines_by_stem(root)
+    for sample in (one for some in out.parts.values() for one in some):
+        if found := [path for path in others.get(sample.image.stem, ()) if path.suffix.lower() != ".json"]:
+            message = f"{root.name}: '{sample.name}' has outlines in {sample.mask.name} and in {found[0].relative_to(root)}"
+            out.reject("several-masks", sample.image.name, message, "Move those out that are not to be used, such as older ones.")
+    return out
 
 
 def _scan_coco(root: Path, card: DatasetCard, files: list[Path]) -> Listing:
@@ -412,16 +433,21 @@ def _tool_files(folder: Path) -> list[Path]:
     return [path for path in other_files(folder) if path.suffix.lower() in SUFFIXES and not path.name.startswith(("splits", "."))]
 
 
+def _outlines_by_stem(root: Path) -> dict[str, list[Path]]:
+    """The files of outlines and cell numbers of a folder and its subfolders, by the stem of the image that they are named after."""
+    folders = {root, *(one for one in root.rglob("*") if one.is_dir() and one.relative_to(root).parts[0] != REGIONS)}
+    out: dict[str, list[Path]] = {}
+    for path in (path for folder in sorted(folders) for path in _tool_files(folder)):
+        stem = ANNOTATED.sub("", path.stem)
+        ending = f".{stem.rpartition('.')[2].lower()}"
+        out.setdefault(stem.rpartition(".")[0] if ending in EXTENSIONS else stem, []).append(path)
+    return out
+
+
 def _annotated_images(root: Path, card: DatasetCard) -> Listing | None:
     """Images, each with a file of QuPath, ImageJ, Cellpose or LabelMe of its name, beside it or in another folder; folders may be splits."""
     pictures = files_below(root)[0]
-    folders = {root, *(one for one in root.rglob("*") if one.is_dir() and one.relative_to(root).parts[0] != REGIONS)}
-    files = [path for folder in sorted(folders) for path in _tool_files(folder)]
-    by_stem: dict[str, list[Path]] = {}
-    for path in files:
-        stem = ANNOTATED.sub("", path.stem)
-        ending = f".{stem.rpartition('.')[2].lower()}"
-        by_stem.setdefault(stem.rpartition(".")[0] if ending in EXTENSIONS else stem, []).append(path)
+    by_stem = _outlines_by_stem(root)
     pairs = {}
     for path in pictures:
         found = by_stem.get(path.stem, [])

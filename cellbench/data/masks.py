@@ -248,14 +248,14 @@ def decide_meaning(facts: Sequence[MaskFacts], kind: str = "", ignore: int | Non
     if _in_pieces(marked, union):
         doubt = (
             f"the values {shown} occur in many places each, so they are classes and no cell numbers, and are taken for one class. "
-            "Write classes = [...] and values = [...] to separate them"
+            "To separate them, write classes = [...] and values = [...] into dataset.toml beside the data"
         )
         return MaskMeaning(kind="classes", ignore=ignore, description=merged, doubt=doubt)
     same = all(f.values == marked[0].values for f in marked)
     if same and not rising and len(marked) >= MANY_ALIKE:
         doubt = (
             f"the values {shown} occur in each of {len(marked)} masks, so they are classes and no cell numbers, and are taken for one class. "
-            "Write classes = [...] and values = [...] to separate them"
+            "To separate them, write classes = [...] and values = [...] into dataset.toml beside the data"
         )
         return MaskMeaning(kind="classes", ignore=ignore, description=merged, doubt=doubt)
     disjoint = sum(f.num_values for f in marked) == len(union)
@@ -263,7 +263,7 @@ def decide_meaning(facts: Sequence[MaskFacts], kind: str = "", ignore: int | Non
         return MaskMeaning(kind="cells", ignore=ignore, description=cells)
     ask = (
         f"the masks hold {'the' if same else 'some of the'} values {shown}{' in every image' if same else ''}: cell numbers, or classes? "
-        'Write masks = "cells", "classes" or "binary" (all are one kind of cell)'
+        'Write masks = "cells", "classes" or "binary" (all are one kind of cell) into dataset.toml beside the data'
     )
     return MaskMeaning(kind="cells", ignore=ignore, description=f"{cells} (in doubt)", ask=ask)
 

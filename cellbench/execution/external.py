@@ -82,7 +82,12 @@ def _of_set(tracker: Tracker, here: TestSet, registry: Registry, data: Path | No
         if not source or not Path(source).exists():
             raise CellbenchError(f"'{tracker.name}': its data{f', {source},' if source else ''} is not there any more. Give --data DIR.")
         data = Path(source)
-    datasets = open_folds(experiment, registry, data)
+    try:
+        datasets = open_folds(experiment, registry, data)
+    except CellbenchError as error:
+        raise CellbenchError(
+            f"--data {data}, as data of '{tracker.name}' ({here.description}): {error} --experiment names another."
+        ) from None
     if artifacts.pool_folds(datasets) != here.digest:
         raise CellbenchError(
             f"--data {data}: its images, masks or splits are not those that '{tracker.name}' was tested on ({here.description}). "

@@ -72,7 +72,7 @@ def read_image_with_notes(
             colour, notes = scale_to_uint8(colour, reading, stated)
             alpha = _eight_bit_alpha(alpha, white) if alpha is not None else None
         elif reading.int_range is not None or reading.float_range is not None:
-            notes.append(Note(message="has 8 bits, where the images that the range was chosen for have more: read as 0..255"))
+            notes.append(Note(message="images of 8 bits beside ones of more: read as 0..255"))
         if alpha is not None and alpha.min() < 255:
             notes.append(
                 Note(message="has transparent parts, laid over white", detail=f"{np.count_nonzero(alpha < 255) / alpha.size:.2%} of it")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from cellbench.dark_field import is_dark_field
+
 WHITE, AMOUNT = 235.0, 0.5
 """Grey level of the background, and amount of the foreground's median, in normalised images. 20 levels remain for what is lighter than the background."""
 THUMBNAIL_PX, MOST_MEAN_PX = 400, 4
@@ -30,8 +32,6 @@ MOST_LIGHTER = 0.5
 """Largest number of pixels on the other side of the background, as a share of the foreground, in images that are normalised."""
 MOST_SPECKS = 0.02
 """That share of all pixels may always lie on the other side."""
-BLACK = 20, 64
-"""Grey levels of 255 up to which a background is that of dark field, and from which it is not."""
 STRIP_ROWS = 512
 
 
@@ -132,20 +132,6 @@ def estimate(image: np.ndarray) -> Estimate | None:
         share=num / foreground.size,
         lighter=float((amount - middle < -reach).mean()),
     )
-
-
-def is_dark_field(grey_hw: np.ndarray, threshold: float) -> bool:
-    """Whether the background is the darker side of ``threshold``. Grey levels 0 to 255.
-
-    The background is the larger side, and the one with the smaller spread: a vote each, where the sides differ by half. The darker side is black in
-    dark field, and cells in bright field are not: two votes. A tie is decided by the median level of all.
-    """
-    bright, dark = grey_hw[grey_hw > threshold], grey_hw[grey_hw <= threshold]
-    spreads = [float(np.median(np.abs(side - np.median(side)))) + 0.5 for side in (bright, dark)]
-    votes = sum((ratio > 3 / 2) - (ratio < 2 / 3) for ratio in (dark.size / max(bright.size, 1), spreads[0] / spreads[1]))
-    black = float(np.median(dark))
-    votes += 2 * ((black < BLACK[0]) - (black > BLACK[1]))
-    return bool(votes > 0) if votes else bool(np.median(grey_hw) < BLACK[1])
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:

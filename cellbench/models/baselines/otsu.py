@@ -6,6 +6,7 @@ import numpy as np
 from scipy.ndimage import binary_fill_holes
 from skimage.filters import threshold_multiotsu, threshold_otsu
 
+from cellbench.dark_field import is_dark_field
 from cellbench.errors import CellbenchError
 
 
@@ -14,17 +15,27 @@ def otsu(image: np.ndarray, num_classes: int, *, cells: str) -> np.ndarray:
 
     Two classes: the ``cells`` side (``dark`` or ``bright``) of Otsu's threshold, with holes filled (the pale centres of red cells). More
     classes: multi-level Otsu, each class darker (or brighter) than the one before. An image of one colour is all background.
+    ``auto`` takes the bright side of images in dark field, from the brightest channel of each pixel, as dyes fluoresce in any colour.
     """
-    if cells not in ("dark", "bright"):
-        raise CellbenchError(f"[baseline.otsu] cells = {cells!r}: 'dark' or 'bright' is expected.")
-    green = image[..., 1] if cells == "bright" else 255 - image[..., 1]
-    if len(np.unique(green)) < num_classes:
-        return np.zeros(green.shape, np.uint8)
+    if cells not in ("auto", "dark", "bright"):
+        raise CellbenchError(f"[baseline.otsu] cells = {cells!r}: 'auto', 'dark' or 'bright' is expected.")
+    grey = _amount(image, cells)
+    if len(np.unique(grey)) < num_classes:
+        return np.zeros(grey.shape, np.uint8)
     if num_classes == 2:
-        return binary_fill_holes(green > threshold_otsu(green)).astype(np.uint8)
+        return binary_fill_holes(grey > threshold_otsu(grey)).astype(np.uint8)
     # skimage tries every set of thresholds: fast for two of them, minutes for six.
-    thresholds = threshold_multiotsu(green, classes=3) if num_classes == 3 else multi_level_thresholds(green, num_classes)
-    return np.digitize(green, thresholds, right=True).astype(np.uint8)
+    thresholds = threshold_multiotsu(grey, classes=3) if num_classes == 3 else multi_level_thresholds(grey, num_classes)
+    return np.digitize(grey, thresholds, right=True).astype(np.uint8)
+
+
+def _amount(image: np.ndarray, cells: str) -> np.ndarray:
+    """Of cell in each pixel (H, W) uint8: high where stain is dark, or where light is bright."""
+    if cells == "auto":
+        brightest = image.max(axis=-1)
+        if np.ptp(brightest) and is_dark_field(brightest, float(threshold_otsu(brightest))):
+            return brightest
+    return image[..., 1] if cells == "bright" else 255 - image[..., 1]
 
 
 def multi_level_thresholds(grey: np.ndarray, num_classes: int) -> np.ndarray:

@@ -145,6 +145,30 @@ def test_images_alone_are_refused_with_what_can_be_done(tmp_path: Path) -> None:
     assert "`predict` and `explore` take plain folders" in line
 
 
+def test_outlines_corrected_by_hand_are_never_silently_passed_over_for_a_coco_file(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path / "own")  # as of `predict --coco --geojson`, of which the GeoJSON was corrected
+    (folder / "i2.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    assert "'i2.png' has outlines in annotations.json and in i2.geojson" in refusal(folder)
+    (folder / "annotations.json").unlink()
+    assert [one.name for one in scan_folder(FOLDER, folder).parts["train"]] == ["i2.png"]
+
+
+def test_masks_that_win_over_outlines_are_named(tmp_path: Path) -> None:
+    folder = pairs(tmp_path / "own")
+    assert not any("outlines" in note for note in opened(folder).notes)
+    (folder / "images" / "i2.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    assert "1 images have a mask and a file of outlines, such as 'i2.geojson': the masks are used" in opened(folder).notes
+
+
+def test_a_table_of_counts_beside_images_is_named_with_the_columns_it_needs(tmp_path: Path) -> None:
+    folder = laid_out(tmp_path / "own", ("i{k}.png", "../elsewhere/i{k}.png"))
+    (folder / "Zählung.csv").write_text("Bild;Anzahl\ni0;4\n", encoding="utf-8")
+    assert (
+        "`evaluate` and `score` compare counts with a table .csv whose columns are called image and count (Zählung.csv is there)"
+        in refusal(folder)
+    )
+
+
 def test_a_card_applies_to_the_folders_that_it_names_and_to_no_other(tmp_path: Path) -> None:
     bccd = Registry().dataset("bccd")  # its masks are 0 and 255
     data = opened(pairs(tmp_path / "own"), bccd)

@@ -263,7 +263,9 @@ def of_12_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run on 12-bit images in a store of its own."""
     folder = tmp_path_factory.mktemp("of-12-bits")
     folder_of(folder / "data", resolution=(20_000, 20_000), resolutionunit="CENTIMETER")  # 0.5 um
-    (folder / "tiny.toml").write_text('experiment = "tiny"\ndataset = "folder"\nbaselines = ["otsu"]\n[data]\ngroup = "none"\n')
+    (folder / "tiny.toml").write_text(
+        'experiment = "tiny"\ndataset = "folder"\nbaselines = ["otsu"]\n[data]\ngroup = "none"\n[baseline.otsu]\ncells = "dark"\n'
+    )
     with pytest.MonkeyPatch.context() as patch:
         enter(folder, patch)
         assert main(["grid", "tiny.toml", "--data", "data", "--device", "cpu"]) == 0

@@ -12,7 +12,7 @@ from skimage.measure import block_reduce
 
 from cellbench.data.io.images import read_image
 from cellbench.data.io.intensity import IntensityScaling
-from cellbench.data.transforms.background_normalisation import AMOUNT, WHITE, Background, estimate, is_dark_field, thumbnail
+from cellbench.data.transforms.background_normalisation import AMOUNT, WHITE, Background, estimate, thumbnail
 
 STAIN = np.array([0.9, 1.2, 0.6])
 HEIGHT, WIDTH = 480, 640
@@ -130,12 +130,6 @@ def test_bright_and_dark_field_are_told_apart_with_few_and_many_cells(num: int) 
 
 def test_too_dark_a_photograph_of_a_smear_is_still_bright_field() -> None:
     assert not estimate(smear(CELLS, light=(80, 80, 80))).dark_field
-
-
-@pytest.mark.parametrize("level", [15, 120, 240])
-def test_an_empty_field_is_dark_only_if_it_is_black(level: float) -> None:
-    noise = np.random.default_rng(0).normal(level, 2, (200, 300))
-    assert is_dark_field(noise, level) is (level == 15)
 
 
 @pytest.mark.parametrize(

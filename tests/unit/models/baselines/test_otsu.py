@@ -46,3 +46,30 @@ def test_as_many_classes_as_grey_levels_are_one_each() -> None:
     image = np.repeat(np.arange(0, 250, 50, dtype=np.uint8).reshape(1, 5, 1), 3, axis=2)
     assert otsu(image, 5, cells="bright").tolist() == [[0, 1, 2, 3, 4]]
     assert otsu(image, 6, cells="bright").tolist() == [[0] * 5]
+
+
+def discs() -> tuple[np.ndarray, np.ndarray]:
+    """Three discs, on 6 % of an image, and grey levels of the noise around level 0."""
+    y, x = np.mgrid[:120, :160]
+    truth = np.zeros((120, 160), bool)
+    for cy, cx in ((30, 30), (70, 90), (40, 130)):
+        truth |= (y - cy) ** 2 + (x - cx) ** 2 <= 11**2
+    return truth, np.random.default_rng(0).normal(0, 2, truth.shape)
+
+
+@pytest.mark.parametrize("channels", [(1, 1, 1), (0, 0, 1), (1, 0, 0)])
+def test_by_itself_it_finds_bright_cells_on_black_in_any_colour(channels: tuple[int, int, int]) -> None:
+    truth, noise = discs()
+    image = ((np.where(truth, 90, 8) + noise).clip(0, 255)[..., None] * channels).astype(np.uint8)
+    np.testing.assert_array_equal(otsu(image, 2, cells="auto"), truth)
+
+
+def test_by_itself_it_finds_dark_cells_on_white_in_the_green_channel() -> None:
+    truth, noise = discs()
+    image = (np.where(truth[..., None], (200, 110, 190), (235, 230, 235)) + noise[..., None]).clip(0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(otsu(image, 2, cells="auto"), truth)
+    np.testing.assert_array_equal(otsu(image, 3, cells="auto"), otsu(image, 3, cells="dark"))
+
+
+def test_of_an_image_of_one_colour_nothing_is_found() -> None:
+    assert not otsu(np.full((20, 30, 3), 7, np.uint8), 2, cells="auto").any()
