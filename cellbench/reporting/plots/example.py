@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cellbench.data.io.images import SHOWN_PX, png_bytes, thumbnail
+from cellbench.data.io.images import SHOWN_PX, thumbnail
 from cellbench.data.io.overlay import CYAN, LIME, ORANGE, RED, YELLOW, draw_outlines
 from cellbench.metrics.instance import OUTCOMES, CellOutcomes
 from cellbench.metrics.pixel import IGNORE
@@ -65,7 +65,9 @@ def draw_example(
         third,
         (errors, "errors:", [(name, _bar(colour)) for name, colour in ERROR_COLOURS.items()]),
     ]
-    return png_bytes(_page(panels, title))
+    # Unfiltered rows: half the time of Pillow's choice for each row, and no larger.
+    how = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
+    return cv2.imencode(".png", _page(panels, title)[..., ::-1], how)[1].tobytes()
 
 
 def _outlines(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> list[tuple[np.ndarray, str, Sequence[Key]]]:
