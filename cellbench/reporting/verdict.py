@@ -187,7 +187,12 @@ def _gap(d: Difference, alone: bool = False) -> str:
     digits = _digits(size, never_zero=d.better is not None)
     adjusted = "adjusted " if d.num_tests > 1 else ""
     span = f"{_span(size, digits)}, " if size.low is not None else ""
-    return f"is {_format(size.mean, digits)} lower ({span}{adjusted}{format_p(d.p_adjusted)})"
+    return f"is {_format(size.mean, digits)} lower ({span}{adjusted}{format_p(d.p_adjusted)}{_disagreement(d)})"
+
+
+def _disagreement(d: Difference) -> str:
+    """Why a small p decides nothing; empty where it decides, or is large."""
+    return "; the test and the mean disagree" if d.better is None and d.p_adjusted < d.alpha else ""
 
 
 def describe_ranking_rule(here: TestSet) -> str:
@@ -279,10 +284,8 @@ def describe_difference(d: Difference, metric: str = "Dice") -> str:
     if d.ties == num:
         return f"{d.a} and {d.b} score the same on {'the one image' if num == 1 else f'each of the {num} images'}"
     if d.better is None:
-        why = ""
-        if d.p_adjusted < d.alpha:
-            why = "; the test and the mean disagree"
-        elif d.interval.excludes_zero and d.num_tests > 1:
+        why = _disagreement(d)
+        if not why and d.interval.excludes_zero and d.num_tests > 1:
             why = f" after adjustment for {d.num_tests} pairs"
         evidence = _evidence(d.interval, d.p_adjusted)
         return f"{d.a} and {d.b}: the difference is not significant ({evidence}{why})"

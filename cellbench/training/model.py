@@ -58,6 +58,14 @@ class SegmentationModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Class scores (B, K, T, T) before softmax, for every pixel of the batch's tiles, then the logits of the cell target."""
+        scores = self._scores(batch)
+        expected = (len(batch.pixels), self.head.num_classes, *batch.pixels.shape[-2:])
+        if not torch.compiler.is_exporting() and (not isinstance(scores, Tensor) or tuple(scores.shape) != expected):
+            what = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise CellbenchError(f"the head {type(self.head).__name__} returned {what} where scores {expected} are expected (B, K, H, W).")
+        return scores
+
+    def _scores(self, batch: Batch) -> Tensor:
         if self.tail is None:
             return self.head([batch.maps[level.index] for level in self._levels], batch.pixels)
         deep = tuple(level.index for level in self._levels if level.index >= self._num_frozen)

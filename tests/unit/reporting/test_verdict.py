@@ -120,6 +120,19 @@ def test_the_second_line_says_which_differences_are_significant(means, baseline,
     assert describe_best(compared(*means, baseline=baseline))[1].startswith(expected)
 
 
+def test_a_small_p_whose_interval_holds_zero_is_called_a_disagreement():
+    # The first is a little better on 15 images of 16, and much worse on one: ranks decide, the mean does not.
+    a = np.linspace(0.80, 0.90, len(IMAGES))
+    b = a - np.linspace(0.002, 0.004, len(IMAGES))
+    b[0] = a[0] + 0.04
+    runs = [finished_run(name, per_image_scores(0.85, 0, IMAGES) | {"dice": x.tolist()}) for name, x in (("h0", a), ("h1", b))]
+    (here,), _ = group_models(runs)
+    line = describe_best(here)[1]
+    assert line.startswith("The difference to the other model is not significant: ")
+    assert float(re.search(r"p = (0\.\d+)", line)[1]) < 0.05
+    assert "; the test and the mean disagree)." in line
+
+
 def test_a_baseline_that_wins_is_called_one():
     assert describe_best(compared(0.9, baseline=0.93))[0].startswith("Best on average is otsu (a baseline): Dice 0.9")
 
