@@ -21,7 +21,7 @@ from cellbench import __version__, startup
 from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry
 from cellbench.data.loading import open_folds
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, first_names
 from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.progress import Report, no_report
@@ -169,9 +169,11 @@ class CohortWorker:
             return sum(features.fill(one, shard, pool) for one, shard in shards)
 
     def _resolved(self, fingerprints: Sequence[str], title: str) -> list[ResolvedRun]:
+        # A run without its weights has another fingerprint here than there.
+        lacks = first_names(sorted({one.unavailable for one in self._runs.values() if one.unavailable}), 3)
+        unknown = "its cellbench, cards, data or weights differ from those of the process that started the grid"
         for one in fingerprints:
-            unknown = "its cellbench, cards, data or weights differ from those of the process that started the grid"
-            if reason := self._runs[one].unavailable if one in self._runs else unknown:
+            if reason := self._runs[one].unavailable if one in self._runs else f"{unknown}{lacks and f' ({lacks})'}":
                 raise CellbenchError(
                     f"{describe_owner(this_owner())} cannot run {title}: {reason}. Give all machines the same version, paths and files."
                 )

@@ -111,6 +111,8 @@ def read_export(folder: Path) -> TrainedRun:
     for path in (folder / RUN, folder / HEAD, folder / TRAINING_FEATURES, folder / CARDS, *(folder / CARDS).rglob("*")):
         if path.is_symlink():
             raise CellbenchError(f"{path}: is a link. An exported folder holds its files itself. Export it again.")
+        if path.exists() and not path.is_file() and not path.is_dir():  # a named pipe would be waited for, for ever
+            raise CellbenchError(f"{path}: is neither a file nor a folder. Export it again.")
     try:
         data = (folder / RUN).read_bytes()
     except FileNotFoundError:

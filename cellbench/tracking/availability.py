@@ -153,7 +153,7 @@ def _connection(uri: str) -> Callable[[], Any]:
         engine = sqlalchemy.create_engine(uri, connect_args=settings, poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT")
     except ModuleNotFoundError as error:
         raise CellbenchError(
-            f"{redact_passwords(uri)}: {error.name} is not installed. `pip install 'cellbench[postgresql]'`, or the driver of that database."
+            f"{redact_passwords(uri)}: {error.name}, its driver, is not installed. Install it; for PostgreSQL `pip install 'cellbench[postgresql]'`."
         ) from None
     except sqlalchemy.exc.SQLAlchemyError as error:  # an address that cannot be parsed
         raise CellbenchError(f"{redact_passwords(uri)}: {one_line(error)}. Correct the address.") from None

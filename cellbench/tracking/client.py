@@ -210,6 +210,12 @@ def to_error(error: Exception, uri: str) -> CellbenchError:
     for sign, reason in _SQLITE_ERRORS.items():
         if sign in text:
             return SystemFault(f"MLflow's store {uri}: {reason} What is logged already is kept; the same command continues.")
+    if "Max retries exceeded" in text:
+        reason = re.search(r"\[Errno -?\d+\] ([\w ]+)|(\w+ timed out)|(Failed to resolve)", text)
+        return SystemFault(
+            f"MLflow at {uri} does not answer{f' ({next(filter(None, reason.groups()))})' if reason else ''}. "
+            "Start it, or set another MLFLOW_TRACKING_URI."
+        )
     if "Invalid Host header" in text:
         return CellbenchError(f"MLflow at {uri}: {WRONG_HOST}")
     code, status = getattr(error, "error_code", ""), _http_status(error)

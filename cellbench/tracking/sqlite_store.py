@@ -39,6 +39,8 @@ def open_or_create(mlflow: Any, make: bool) -> ResilientClient:
     file = store_file(uri)
     try:
         if file is not None:
+            if file.is_dir():  # as Docker makes where a file is to be mounted that is not there; MLflow would try for minutes
+                raise CellbenchError(f"MLflow's store {file} is a folder. Remove it, or name another file by MLFLOW_TRACKING_URI.")
             if file.exists():
                 wait_until_unlocked(file)
             elif make:

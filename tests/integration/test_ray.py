@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 from experiment_files import QUESTION, SEARCH, finished_results, place, process_killer
+from safetensors.torch import save_file
 
 from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
@@ -28,7 +29,7 @@ from cellbench.errors import CellbenchError
 from cellbench.execution import ray_cluster, ray_grid, ray_search
 from cellbench.execution.planning import resolve_runs
 from cellbench.execution.work_queue import WorkItem
-from cellbench.execution.worker_job import JobSpec, code_version, job_spec
+from cellbench.execution.worker_job import CohortWorker, JobSpec, code_version, job_spec
 from cellbench.files import write_atomic
 from cellbench.hardware import Hardware
 from cellbench.liveness import seen_here
@@ -187,6 +188,23 @@ def test_a_gpu_share_brings_its_part_of_the_cores_and_is_refused_if_no_node_has_
         ray_cluster.resource_share(gpu, nodes[1:], 10, 0.5)
 
 
+TINY_VIT = """# A backbone with weights
+builder = "timm-vit"
+weights = "https://example.org/mine.safetensors"
+license = "MIT"
+source = "made for this test"
+patch_px = 16
+dim = 192
+depth = 1
+prefix_tokens = 1
+mean = [0.5, 0.5, 0.5]
+std = [0.5, 0.5, 0.5]
+[arch]
+name = "vit_tiny_patch16_224"
+depth = 1
+"""
+
+
 @pytest.fixture
 def begun_grid(tmp_path, monkeypatch):
     """The order of a grid that has begun, and the fingerprint of its first run."""
@@ -214,6 +232,34 @@ def test_a_node_of_another_version_without_the_cache_or_with_other_data_refuses_
         assert kind == "refused"
         assert message in why
         assert "\n" not in why
+
+
+@pytest.mark.parametrize(
+    ("absent", "said"),
+    [
+        ({"data": Path("/srv/cells")}, "/srv/cells"),
+        ({"weights": Path("/srv/weights")}, "/srv/weights"),
+        ({"extra": Path("/srv/parts")}, "/srv/parts"),
+    ],
+    ids=["data", "weights", "cards"],
+)
+def test_a_refusal_names_the_node_and_what_it_lacks(begun_grid, tmp_path, absent, said):
+    job, _ = begun_grid
+    (tmp_path / "parts" / "backbones").mkdir(parents=True)
+    (tmp_path / "parts" / "backbones" / "mine.toml").write_text(TINY_VIT)
+    (tmp_path / "weights").mkdir()
+    save_file({"norm.bias": torch.ones(192)}, tmp_path / "weights" / "mine.safetensors")
+    grid = job.experiment.grid | {"backbone": ["mine"]}
+    there = replace(
+        job, experiment=job.experiment.model_copy(update={"grid": grid}), extra=tmp_path / "parts", weights=tmp_path / "weights"
+    )
+    (first, *_) = CohortWorker(there, print)._runs
+    work = ray_cluster.RayWorker(pickle.dumps(replace(there, **absent)), code_version(), "token")
+    kind, why, _ = work.cohort([first], "cohort 1 of 1", 0)
+    assert kind == "refused"
+    assert why.startswith(f"process {os.getpid()} on {socket.gethostname()}")
+    assert said in why
+    assert "\n" not in why
 
 
 @pytest.mark.parametrize("part", [0.0, -1.0, 1.5, float("nan")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,13 @@ def test_links_in_an_exported_folder_are_refused(exported: Path, tmp_path: Path,
     (exported / name).rename(tmp_path / "elsewhere")
     (exported / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CellbenchError, match="is a link"):
+        read_export(exported)
+
+
+def test_a_named_pipe_in_an_exported_folder_is_refused_and_not_waited_for(exported: Path) -> None:
+    (exported / "run.json").unlink()
+    os.mkfifo(exported / "run.json")
+    with pytest.raises(CellbenchError, match="neither a file nor a folder"):
         read_export(exported)
 
 

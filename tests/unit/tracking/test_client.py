@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mlflow
 import pytest
 
 from cellbench.errors import redact_passwords
@@ -27,3 +28,12 @@ def test_the_locks_name_holds_no_password():
     place = str(file_lock("postgresql://lab:s3cret@db/mlflow").lock_file)
     assert "s3cret" not in place
     assert place != str(file_lock("postgresql://lab:s3cret@db/other").lock_file)
+
+
+def test_a_server_that_is_away_is_said_to_be_and_why(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(mlflow.MlflowException) as refused:
+        mlflow.MlflowClient("http://127.0.0.1:1").search_experiments()
+    assert str(to_error(refused.value, "http://127.0.0.1:1")) == (
+        "MLflow at http://127.0.0.1:1 does not answer (Connection refused). Start it, or set another MLFLOW_TRACKING_URI."
+    )

@@ -68,6 +68,12 @@ def test_a_store_that_was_never_made_to_its_end_is_refused_in_one_line(store):
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_in_the_place_of_the_store_is_refused_at_once(store):
+    store.mkdir()
+    with pytest.raises(CellbenchError, match="is a folder"):
+        Tracker("x")
+
+
 def test_a_folder_with_any_name_gets_its_store(tmp_path, monkeypatch):
     folder = tmp_path / "100%_sure [x%20y] ü"
     folder.mkdir()
