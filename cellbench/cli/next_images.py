@@ -31,7 +31,7 @@ def next_images(options: NextOptions) -> int:
     samples = find_unlabelled(options.data, Registry(options.registry))
     startup.configure_threads(options.device)
     tracker, machine = open_experiment(options.experiment), detect_hardware(options.device, options.precision)
-    committee = Committee(tracker, Registry(options.registry), machine, weights_folder(options.weights), warn)
+    committee = Committee(tracker, Registry(options.registry), machine, weights_folder(options.weights), warn, trained=True)
     new = committee.find_new(samples)
     if left := len(samples) - len(new):
         say(f"{left} of {len(samples)} images are training images of '{tracker.name}', or parts or copies of them, and are left out.")

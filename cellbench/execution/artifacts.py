@@ -213,7 +213,8 @@ def pictures(name: str, dataset: Dataset, pixels: ImageCache, result: Evaluation
     for which, case in evaluation.examples.cases.items():
         picture, truth = pixels[case.image]
         cells = describe_outcomes(asdict(evaluation.agreements[case.image]))
-        title = f"{which} of {len(pixels)} test images: {pixels.samples[case.image].name}, {case.score}\n{cells}"
+        what = f"{which} of {len(pixels)} test images" if len(pixels) > 1 else "the only test image"
+        title = f"{what}: {pixels.samples[case.image].name}, {case.score}\n{cells}"
         drawings[f"figures/{which}.png"] = partial(
             draw_example, thumbnail(picture), thumbnail(truth), case.classes, case.cell, title, case.cells
         )

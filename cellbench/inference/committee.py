@@ -63,9 +63,9 @@ def open_experiment(name: str | None) -> Tracker:
     return Tracker(name, make=False)
 
 
-def choose_members(here: TestSet) -> list[Member]:
-    """The best models of a test set, up to ``MOST``; further seeds of theirs only where there are fewer models."""
-    own = [model for model in here.models if not model.external]
+def choose_members(here: TestSet, asked: Callable[[ModelGroup], bool] = lambda model: True) -> list[Member]:
+    """The best models of a test set that may be ``asked``, up to ``MOST``; further seeds of theirs only where there are fewer models."""
+    own = [model for model in here.models if not model.external and asked(model)]
     near = [model for model in own if model.scores().mean >= own[0].scores().mean - NEAR_BEST] or own[:1]
     seeds = itertools.zip_longest(*(model.by_seed for model in near))
     found = [(model, runs) for row in seeds for model, runs in zip(near, row, strict=True) if runs]
@@ -77,12 +77,24 @@ def _name(model: ModelGroup, runs: Sequence[FinishedRun]) -> str:
 
 
 class Committee:
-    """The members of an experiment's newest test set."""
+    """The members of an experiment's newest test set; ``trained``: only models that learn, however well a threshold does."""
 
-    def __init__(self, tracker: Tracker, registry: Registry, machine: Hardware, weights: Path | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        tracker: Tracker,
+        registry: Registry,
+        machine: Hardware,
+        weights: Path | None,
+        say: Callable[[str], None],
+        *,
+        trained: bool = False,
+    ) -> None:
         self._tracker, self._registry, self._machine, self._weights, self._say = tracker, registry, machine, weights, say
         self.name = tracker.name
-        self.members = choose_members(collect_runs([tracker]).sets[0])
+        here = collect_runs([tracker]).sets[0]
+        self.members = choose_members(here, lambda model: not trained or self._is_trained(model.runs[0]))
+        if not self.members and any(not model.external for model in here.models):
+            raise CellbenchError(f"'{self.name}' has no trained model, so labels would teach nothing. `cellbench grid` trains some.")
         if not self.members:
             raise CellbenchError(f"'{tracker.name}' holds masks of other tools only, so it has no model. `cellbench grid` trains some.")
         self.classes = tuple(self.members[0].runs[0].per_image["classes"])
@@ -112,13 +124,10 @@ class Committee:
 
     def predict_new(self, samples: Sequence[Sample]) -> NewImages:
         """Samples that no member was trained on, predicted by one run of each; where there are fewer than ``MOST`` members, by more of their folds."""
-        trained = [member for member in self.members if self._is_trained(member.runs[0])]
-        if not trained:
-            raise CellbenchError(f"'{self.name}' has no trained model, so labels would teach nothing. `cellbench grid` trains some.")
-        turned = [member.runs[k % len(member.runs) :] + member.runs[: k % len(member.runs)] for k, member in enumerate(trained)]
+        turned = [member.runs[k % len(member.runs) :] + member.runs[: k % len(member.runs)] for k, member in enumerate(self.members)]
         runs = [run for row in itertools.zip_longest(*turned) for run in row if run is not None]
         segmenters = self._open(runs[:MOST])
-        home = {run.record.run_id: member for member in trained for run in member.runs}
+        home = {run.record.run_id: member for member in self.members for run in member.runs}
         first = next((k for k, one in enumerate(segmenters) if one.trained.training_features is not None), None)
         of_first = () if first is None else home[segmenters[first].trained.run_id].runs
         training_features = [read_training_features(self._tracker, run.record) for run in of_first]

@@ -37,3 +37,11 @@ def test_a_few_models_send_more_of_their_seeds_each_with_all_its_folds() -> None
         ("uni · detail · seed 1", 2),
         ("uni · fpn · seed 2", 2),
     ]
+
+
+def test_where_a_threshold_is_far_ahead_the_best_of_those_that_learn_can_still_be_asked() -> None:
+    (here,), _ = group_models(
+        [finished_run(head, per_image_scores(mean, 0)) for head, mean in {"a": 0.95, "b": 0.6, "c": 0.58, "d": 0.3}.items()]
+    )
+    assert [one.name for one in choose_members(here)] == ["uni · a"]
+    assert [one.name for one in choose_members(here, lambda model: model.name != "uni · a")] == ["uni · b", "uni · c"]
