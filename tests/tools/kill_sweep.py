@@ -3,7 +3,8 @@
     python tests/tools/kill_sweep.py --kills 200 --jobs 2 [--kinds grid workers ray search predict] [--seconds S] [--out FOLDER] [--seed N]
 
 A try has a folder, a cache and a store of its own. The command is started; at a random moment one of its processes (mostly the first) is killed by
-SIGKILL, together with nobody else. Then the same command runs to its end, and is compared with one that nobody disturbed. Faults that are counted:
+SIGKILL, together with nobody else. The moment is drawn in processor seconds, so that on a busy machine too every part of a command is met. Then the
+same command runs to its end, and is compared with one that nobody disturbed. Faults that are counted:
 
 - lost: a run, trial or mask that was finished at the kill and is not, or was made once more, or runs that exist twice;
 - numbers: a metric, a value of a trial or a byte of a predicted file that differs;
@@ -38,13 +39,32 @@ from disturbed_commands import COMMANDS, Try, compare, end, write_table  # noqa:
 COLUMNS = ["tries", "kills", "of workers", "survived", "with results", "lost", "numbers", "unreadable", "leftovers", "orphans", "refused"]
 
 
-def attempt(kind: str, place: Path, usual: dict, wall_s: float, seed: int, template: Path) -> dict:
-    """One kill and what follows. ``usual``: the state that an undisturbed command leaves; ``wall_s``: how long it takes."""
+def spent_s(process: psutil.Popen) -> float:
+    """Processor seconds of a command, with those of the processes under it that still run."""
+    total = 0.0
+    with contextlib.suppress(psutil.Error):
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += sum(one.cpu_times()[:2])
+    return total
+
+
+def measure(one: Try, arguments: list[str]) -> tuple[int, float, float]:
+    """Exit code, wall seconds and processor seconds of an undisturbed command."""
+    begin, process, most_s = time.monotonic(), one.start(arguments), 0.0
+    while process.poll() is None:
+        most_s = max(most_s, spent_s(process))
+        time.sleep(0.05)
+    return process.returncode, time.monotonic() - begin, most_s
+
+
+def attempt(kind: str, place: Path, usual: dict, cpu_s: float, seed: int, template: Path) -> dict:
+    """One kill and what follows. ``usual``: the state that an undisturbed command leaves; ``cpu_s``: its processor seconds."""
     dice, one = random.Random(seed), Try(place, template if seed % 5 else None)
     process = one.start(COMMANDS[kind])
-    begin, at_s = time.monotonic(), dice.uniform(0.35 if dice.random() < 0.9 else 0.0, 1.0) * wall_s
-    while time.monotonic() < begin + at_s and process.poll() is None:
-        time.sleep(0.01)
+    at_s = dice.uniform(0.35 if dice.random() < 0.9 else 0.0, 1.0) * cpu_s
+    while process.poll() is None and spent_s(process) < at_s:
+        time.sleep(0.02)
     tree = [process, *process.children(recursive=True)] if process.poll() is None else []
     facts: Counter[str] = Counter(tries=1, kills=bool(tree))
     victim = dice.choice(tree) if tree and dice.random() < 0.4 else process
@@ -69,7 +89,9 @@ def attempt(kind: str, place: Path, usual: dict, wall_s: float, seed: int, templ
     bad = {name: value for name, value in faults.items() if value}
     facts.update({name: bool(faults[name]) for name in faults})
     if bad:
-        print(f"{place}: {kind}, seed {seed}, killed after {at_s:.1f} s of {wall_s:.1f}, exit code {again}: {bad}", flush=True)
+        print(
+            f"{place}: {kind}, seed {seed}, killed after {at_s:.1f} processor seconds of {cpu_s:.1f}, exit code {again}: {bad}", flush=True
+        )
     else:
         shutil.rmtree(place, ignore_errors=True)
     return {"kind": kind, "seed": seed, "at_s": at_s, "facts": dict(facts), "bad": {k: str(v) for k, v in bad.items()}}
@@ -88,7 +110,7 @@ def main() -> int:
     asked = parser.parse_args()
     begin, folder, results = time.monotonic(), Path(tempfile.mkdtemp(prefix="kill-sweep-")), []
     reference = Try(folder / "grid")
-    code, wall_s = reference.run(COMMANDS["grid"])
+    code, wall_s, cpu_s = measure(reference, COMMANDS["grid"])
     assert code == 0, (folder / "grid" / "log").read_text()
     (folder / "images").mkdir()
     assert reference.run(["export", "best:x", "--out", "../model"])[0] == 0, (folder / "grid" / "log").read_text()
@@ -96,21 +118,22 @@ def main() -> int:
         for copy in range(3):  # enough that predict takes some seconds
             shutil.copy(path, folder / "images" / f"{path.stem}-{copy}.png")
     # Workers and Ray have to give the numbers of one process.
-    usual, walls = dict.fromkeys(asked.kinds, reference.state()), dict.fromkeys(asked.kinds, wall_s)
+    usual, walls, costs = (dict.fromkeys(asked.kinds, value) for value in (reference.state(), wall_s, cpu_s))
     with ThreadPoolExecutor(asked.jobs) as pool:
-        tries = {kind: Try(folder / f"usual-{kind}", folder / "grid") for kind in asked.kinds if kind in ("search", "predict")}
-        for kind, (code, walls[kind]) in zip(tries, pool.map(lambda k: tries[k].run(COMMANDS[k]), tries), strict=True):
+        tries = {kind: Try(folder / f"usual-{kind}", folder / "grid") for kind in asked.kinds if kind != "grid"}
+        for kind, (code, walls[kind], costs[kind]) in zip(tries, pool.map(lambda k: measure(tries[k], COMMANDS[k]), tries), strict=True):
             assert code == 0, (folder / f"usual-{kind}" / "log").read_text()
-            usual[kind] = tries[kind].state()
+            if kind in ("search", "predict"):
+                usual[kind] = tries[kind].state()
         for left in (left for one_try in (reference, *tries.values()) if (left := one_try.leftovers())):
             print(f"left by a command that nobody disturbed: {left}", flush=True)
-        print(f"undisturbed: {', '.join(f'{kind} {wall:.0f} s' for kind, wall in walls.items())}", flush=True)
+        print(f"undisturbed: {', '.join(f'{kind} {walls[kind]:.0f} s, {costs[kind]:.0f} of processors' for kind in walls)}", flush=True)
 
         def one(number: int) -> dict | None:
             kind = asked.kinds[number % len(asked.kinds)]
             if time.monotonic() - begin + 2.5 * walls[kind] > asked.seconds:
                 return None
-            return attempt(kind, folder / f"try-{number}", usual[kind], walls[kind], asked.seed + number, folder / "grid")
+            return attempt(kind, folder / f"try-{number}", usual[kind], costs[kind], asked.seed + number, folder / "grid")
 
         for done in as_completed([pool.submit(one, number) for number in range(asked.kills)]):
             if (result := done.result()) is not None:
