@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cellbench.config.cards import AugmentationCard, Card, LossCard, MetricCard
 from cellbench.config.registry import load
-from cellbench.metrics.catalog import ScoredImage
+from cellbench.metrics.catalog import METRICS, ScoredImage
 from cellbench.metrics.instance import CellPairs, ReferenceMask
 from cellbench.metrics.instances import connected_instances
 from cellbench.metrics.pixel import IGNORE, confusion_matrix, per_image_scores
@@ -128,6 +128,11 @@ def _masks() -> tuple[np.ndarray, np.ndarray]:
     return truth, prediction
 
 
+def metric_name_is_free(card: Card) -> str:
+    """No metric of the package has its name."""
+    return f"'{card.id}' is a metric of cellbench already; choose another file name" if card.id in {one.key for one in METRICS} else ""
+
+
 def metric_is_a_number(card: Card) -> str:
     """A finite number or NaN for any masks, empty ones included."""
     truth, prediction = _masks()
@@ -179,6 +184,7 @@ EXTENSIONS: Mapping[type[Card], Mapping[str, Contract]] = MappingProxyType(
             "tiles in, tiles out": augmentation_keeps_tiles,
         },
         MetricCard: {
+            "name": metric_name_is_free,
             "a number": metric_is_a_number,
             "truth is better": metric_prefers_truth,
             "ignored pixels": metric_leaves_out_ignored,
