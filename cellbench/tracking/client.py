@@ -211,11 +211,9 @@ def to_error(error: Exception, uri: str) -> CellbenchError:
         if sign in text:
             return SystemFault(f"MLflow's store {uri}: {reason} What is logged already is kept; the same command continues.")
     if "Max retries exceeded" in text:
-        reason = re.search(r"\[Errno -?\d+\] ([\w ]+)|(\w+ timed out)|(Failed to resolve)", text)
-        return SystemFault(
-            f"MLflow at {uri} does not answer{f' ({next(filter(None, reason.groups()))})' if reason else ''}. "
-            "Start it, or set another MLFLOW_TRACKING_URI."
-        )
+        why = re.search(r"(?<=\] )[\w ]+(?=['\"])|\w+ timed out|Failed to resolve", text)
+        shown = f" ({why[0]})" if why else ""
+        return SystemFault(f"MLflow at {uri} does not answer{shown}. Start it, or set another MLFLOW_TRACKING_URI.")
     if "Invalid Host header" in text:
         return CellbenchError(f"MLflow at {uri}: {WRONG_HOST}")
     code, status = getattr(error, "error_code", ""), _http_status(error)
