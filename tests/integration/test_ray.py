@@ -83,7 +83,7 @@ def test_two_nodes_of_which_one_is_killed_give_the_numbers_of_one_process_to_the
 @needs_ray
 def test_a_search_runs_only_on_workers_of_the_cluster(tmp_path, monkeypatch, two_nodes):
     place(tmp_path, monkeypatch)
-    Path("sought.toml").write_text(SEARCH.format(trials=2, batch=1))
+    Path("sought.toml").write_text(SEARCH.format(trials=2, batch=2))
     assert main(["search", "sought.toml", "--data", "smears", "--device", "cpu", "--on", f"ray://{two_nodes.address}"]) == 0
     runs = mlflow.search_runs(experiment_names=["sought"], output_format="list")
     trials = [run for run in runs if "optuna.trial" in run.data.tags]
