@@ -9,21 +9,29 @@ import os
 import re
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from cellbench.errors import CellbenchError
 from cellbench.precision import bf16_is_faster
 
+if TYPE_CHECKING:
+    import torch
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """Device, precision and resources. Only the precision is part of a run's identity: in one precision, numbers agree to rounding on all machines."""
+    """Device, precision and resources. Only the precision is part of a run's identity: in one precision, numbers agree to rounding on all machines.
 
-    device: torch.device
-    precision: torch.dtype
-    """Of the backbone and of the heads' convolutions; weights, losses and scores stay float32."""
+    Holds names, and imports torch only where its objects are asked for.
+    """
+
+    device_name: str
+    """``cpu``, ``cuda``, ``cuda:1`` or ``mps``."""
+    precision_name: str
+    """``bf16`` or ``fp32``: of the backbone and of the heads' convolutions; weights, losses and scores stay float32."""
     memory_bytes: int
     """Limit for decoded images and features."""
     lanes: int = 1
@@ -34,18 +42,34 @@ class Hardware:
     """Number of times :attr:`chunk` was halved after memory ran out."""
 
     @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device(self.device_name)
+
+    @property
+    def precision(self) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16 if self.precision_name == "bf16" else torch.float32
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.device_name == "cpu"
+
+    @property
     def chunk(self) -> int:
         """Tiles in one batch of the backbone, at most.
 
         Fixed for a device, since results must not depend on the other runs of a cohort. Reduced only after memory ran out; numbers then agree
         to rounding.
         """
-        return max(1, (16 if self.device.type == "cpu" else _gpu_chunk(self.device)) >> self.halvings)
+        return max(1, (16 if self._on_cpu else _gpu_chunk(self.device)) >> self.halvings)
 
     @property
     def batch_step(self) -> int:
         """Batches of the backbone are padded to a multiple of this: kernels depend on the shape and may round differently (measured with bf16)."""
-        return self.chunk if self.device.type == "cpu" else min(self.chunk, 128)
+        return self.chunk if self._on_cpu else min(self.chunk, 128)
 
     def shares(self, num: int) -> list[Hardware]:
         """This machine's cores and memory, divided among ``num`` processes, which give the same numbers as one. Raises ValueError.
@@ -56,10 +80,12 @@ class Hardware:
         if not 1 <= num <= most:
             raise ValueError(f"{num} shares of a machine that has 1 to {most}")
         memory = self.memory_bytes // num
-        if self.device.type != "cpu":
+        if not self._on_cpu:
+            import torch
+
             count = torch.cuda.device_count() if self.device.type == "cuda" and self.device.index is None else 0
-            devices = [torch.device("cuda", k % count) if count else self.device for k in range(num)]
-            return [replace(self, device=device, memory_bytes=memory, threads=self.threads // num) for device in devices]
+            devices = [f"cuda:{k % count}" if count else self.device_name for k in range(num)]
+            return [replace(self, device_name=device, memory_bytes=memory, threads=self.threads // num) for device in devices]
         lanes = [self.lanes // num + (k < self.lanes % num) for k in range(num)]
         return [replace(self, lanes=mine, memory_bytes=memory) for mine in lanes]
 
@@ -70,63 +96,86 @@ class Hardware:
     @property
     def most_shares(self) -> int:
         """Maximum number of processes that can share the machine."""
-        return self.lanes if self.device.type == "cpu" else self.threads
+        return self.lanes if self._on_cpu else self.threads
 
     @property
     def cores_of_one(self) -> int:
         """Factor from CPU seconds of a thread to core seconds: an operation on a CPU occupies :attr:`threads` cores."""
-        return self.threads if self.device.type == "cpu" else 1
+        return self.threads if self._on_cpu else 1
 
     def wait(self) -> None:
         """Waits until the device has finished its work. Call before reading a clock."""
-        if self.device.type == "cuda" and torch.cuda.is_available():
+        if self._has_cuda:
+            import torch
+
             torch.cuda.synchronize(self.device)
 
     def fits(self, num_bytes: int) -> bool:
         """Whether the device is a GPU with four times as much free memory: the rest is for networks and their gradients."""
-        return self.device.type == "cuda" and torch.cuda.is_available() and 4 * num_bytes <= torch.cuda.mem_get_info(self.device)[0]
+        if not self._has_cuda:
+            return False
+        import torch
+
+        return 4 * num_bytes <= torch.cuda.mem_get_info(self.device)[0]
 
     def autocast(self) -> torch.autocast:
         """The context in which backbone and heads compute."""
+        import torch
+
         return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
 
     @property
-    def precision_name(self) -> str:
-        """``bf16`` or ``fp32``."""
-        return "bf16" if self.precision == torch.bfloat16 else "fp32"
+    def _has_cuda(self) -> bool:
+        """Whether the device is a GPU of this machine."""
+        if not self.device_name.startswith("cuda"):
+            return False
+        import torch
+
+        return torch.cuda.is_available()
 
     @property
     def name(self) -> str:
         """``cpu, 2 cores, bf16``."""
         cores = self.lanes * self.threads
-        gpu = self.device.type == "cuda" and torch.cuda.is_available()
-        what = torch.cuda.get_device_name(self.device) if gpu else f"{self.device.type}, {cores} core{'s' * (cores > 1)}"
+        what = f"{self.device_name.partition(':')[0]}, {cores} core{'s' * (cores > 1)}"
+        if self._has_cuda:
+            import torch
+
+            what = torch.cuda.get_device_name(self.device)
         return f"{what}, {self.precision_name}"
 
 
-def detect_hardware(device: str = "auto", precision: str = "auto", memory: str = "auto", *, elsewhere: bool = False) -> Hardware:
+def detect_hardware(
+    device: str = "auto", precision: str = "auto", memory: str = "auto", *, elsewhere: bool = False, threads: int | None = None
+) -> Hardware:
     """The machine by its options: ``auto``, or ``cpu``, ``cuda``, ``cuda:1``, ``mps``; ``fp32`` or ``bf16``; ``4G``. Raises CellbenchError.
 
-    ``auto`` takes bf16 where it is faster: measured on a processor (:func:`cellbench.precision.bf16_is_faster`), by what it supports on a GPU. An
-    operation on a CPU uses the number of threads that torch is set to. ``elsewhere``: the work is for other machines, which may have a GPU even if
-    this one has none.
+    ``auto`` takes bf16 where it is faster: measured on a processor (:func:`cellbench.precision.bf16_is_faster`), by what it supports on a GPU.
+    An operation on a CPU uses ``threads`` cores, by default as many as torch is set to. ``elsewhere``: the work is for other machines, which may
+    have a GPU even if this one has none.
     """
-    where = torch.device("cuda") if elsewhere and device == "cuda" else _device(device)
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    where = "cuda" if elsewhere and device == "cuda" else _device(device)
+    kinds = ("fp32", "bf16")
     if precision not in (*kinds, "auto"):
         raise CellbenchError(f"--precision {precision}: expected one of {', '.join(kinds)}, auto.")
+    cores, on_cpu = num_cores(), where == "cpu"
+    if threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
     if precision == "auto":
-        precision = "bf16" if _fast_bf16(where) else "fp32"
+        precision = "bf16" if _fast_bf16(where, threads) else "fp32"
     # Half of the free memory: the rest is for the network, the optimisers and other programs.
     budget = psutil.virtual_memory().available // 2 if memory == "auto" else parse_bytes(memory, "--memory")
-    cores = num_cores()
-    threads = min(torch.get_num_threads(), cores) if where.type == "cpu" else cores
-    lanes = cores // threads if where.type == "cpu" else 1  # one thread for a GPU, which queues its work
-    return Hardware(device=where, precision=kinds[precision], memory_bytes=budget, lanes=lanes, threads=threads)
+    threads = min(threads, cores) if on_cpu else cores
+    lanes = cores // threads if on_cpu else 1  # one thread for a GPU, which queues its work
+    return Hardware(device_name=where, precision_name=precision, memory_bytes=budget, lanes=lanes, threads=threads)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the processor on a device; to a GPU from pinned memory, so that the copy does not wait for the GPU's earlier work."""
+    import torch
+
     pinned = device.type == "cuda" and torch.cuda.is_available()
     return tensor.pin_memory().to(device, non_blocking=True) if pinned else tensor.to(device)
 
@@ -142,6 +191,8 @@ def release_memory() -> None:
 
 def peak_memory_mib() -> float:
     """Peak memory of this process: on the GPU where one was used, else resident memory."""
+    import torch
+
     if peak := max((torch.cuda.max_memory_allocated(k) for k in range(torch.cuda.device_count())), default=0):
         return peak / 2**20
     if sys.platform == "win32":
@@ -154,6 +205,8 @@ def peak_memory_mib() -> float:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out: on the GPU, or in torch or Python on the processor."""
+    import torch
+
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
@@ -181,11 +234,27 @@ def parse_bytes(text: str, what: str) -> int:
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
-def _device(name: str) -> torch.device:
+def on_cpu(device: str) -> bool:
+    """Whether a device as in ``--device`` means the processor. Asks torch only where there may be a GPU."""
+    return device == "cpu" or (device == "auto" and _device(device) == "cpu")
+
+
+def _may_have_gpu() -> bool:
+    """Whether torch might find a GPU: on Linux none does without a file of its driver (NVIDIA, its Jetson boards, WSL, AMD)."""
+    patterns = ("nvidia*", "nvhost*", "nvgpu*", "nvmap", "dxg", "kfd")
+    return "torch" in sys.modules or sys.platform != "linux" or any(next(Path("/dev").glob(one), None) for one in patterns)
+
+
+def _device(name: str) -> str:
+    """The device of an option. Raises CellbenchError."""
+    if name == "cpu" or (name == "auto" and not _may_have_gpu()):
+        return "cpu"
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -193,18 +262,22 @@ def _device(name: str) -> torch.device:
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(device.type, False)
     if not present or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise CellbenchError(f"--device {name}: not available on this machine. Leave --device out for the default.")
-    return device
+    return str(device)
 
 
 @functools.cache
 def _gpu_chunk(device: torch.device) -> int:
+    import torch
+
     # A ViT-Ti takes 4.7 ms to launch on an H100, as long as 128 tiles compute. Graphics cards of personal computers have no memory for more.
     large = device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_properties(device).total_memory >= 30 * 2**30
     return 512 if large else 128
 
 
-def _fast_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
+def _fast_bf16(device: str, threads: int) -> bool:
+    if device.startswith("cuda"):
+        import torch
+
         # Without CUDA here the work is for another machine: every GPU since 2020 supports bf16.
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bf16_is_faster()
+    return device == "cpu" and bf16_is_faster(threads)

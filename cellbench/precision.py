@@ -12,26 +12,32 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir, write_atomic
+from cellbench.startup import torch_threads
+
+if TYPE_CHECKING:
+    import torch
 
 WORTH_IT = 1.1
 """bf16 is taken where it is at least this many times faster: it rounds more coarsely, and a small difference may be noise."""
+EMULATED = 0.0
+"""Stands for the speed of bf16 on a processor without instructions for it, where it is several times slower."""
 
 
-def bf16_is_faster() -> bool:
-    """Whether bf16 is at least :data:`WORTH_IT` times faster than float32, with the number of threads that torch is set to."""
-    if not torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
-        return False  # emulated, several times slower
-    path, key = cache_dir() / "precision.json", f"{cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+def bf16_is_faster(num_threads: int) -> bool:
+    """Whether bf16 is at least :data:`WORTH_IT` times faster than float32 with this number of threads. What is remembered needs no torch."""
+    path, key = cache_dir() / "precision.json", f"{cpu_name()}, torch {version('torch')}, {num_threads} threads"
     known = _read(path)
     if key not in known:
-        known[key] = round(_measured(torch.get_num_threads()), 2)
+        import torch
+
+        supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        known[key] = round(_measured(num_threads), 2) if supported else EMULATED
         with contextlib.suppress(OSError, CellbenchError):  # measured again next time
             write_atomic(path, json.dumps(known, indent=1))
     return known[key] >= WORTH_IT
@@ -42,6 +48,9 @@ def speed_of_bf16() -> float:
 
     Both are timed in turn and the fastest of some repetitions counts, so that other processes hardly matter.
     """
+    import torch
+    from torch import nn
+
     block = nn.Sequential(nn.Linear(192, 768), nn.GELU(), nn.Linear(768, 192)).requires_grad_(False)
     conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
     head = nn.Sequential(conv, nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)).to(memory_format=torch.channels_last)
@@ -64,7 +73,8 @@ def speed_of_bf16() -> float:
 @functools.cache
 def _measured(num_threads: int) -> float:
     """:func:`speed_of_bf16`, once for a process, which may change its cache folder."""
-    return speed_of_bf16()
+    with torch_threads(num_threads):
+        return speed_of_bf16()
 
 
 def cpu_name() -> str:

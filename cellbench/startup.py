@@ -118,22 +118,23 @@ def num_threads(device: str) -> int:
     On a CPU that is a quarter of the cores: four threads (:class:`cellbench.parallel.WorkerPool`) keep all cores busy with any cohort, and
     more would only slow down a single run.
     """
-    import torch
+    from cellbench.hardware import num_cores, on_cpu
 
-    from cellbench.hardware import num_cores
-
-    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    on_cpu = device == "cpu" or (device == "auto" and not gpu)
-    return max(1, num_cores() // 4) if on_cpu else num_cores()
+    return max(1, num_cores() // 4) if on_cpu(device) else num_cores()
 
 
 def configure_threads(device: str) -> None:
     """Sets :func:`num_threads` for this process. Call before :func:`cellbench.hardware.detect_hardware`."""
-    import ctypes
-
     import torch
 
     torch.set_num_threads(num_threads(device))
+    limit_heaps()
+
+
+def limit_heaps() -> None:
+    """Limits the heaps of malloc for this process."""
+    import ctypes
+
     # glibc gives each thread its own heap, which keeps the most memory that it ever needed. Two heaps suffice for a few large tensors.
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_ARENA_MAX, 2)

@@ -8,18 +8,15 @@ from cellbench.console import WIDE, Column, format_table, say
 from cellbench.execution.experiment_run import ExperimentPlan, plan_experiment, run_experiment
 from cellbench.execution.grid import describe_skipped, group_cohorts
 from cellbench.features.cache_admin import parse_cache
-from cellbench.features.extractor import CachePolicy
 from cellbench.system_load import SystemLoad, describe_load
 from cellbench.tracking import relocate
 from cellbench.tracking.tracker import Tracker
-from cellbench.training.cost_estimate import estimate_cost, format_duration
-from cellbench.training.memory_check import InsufficientMemoryError
 
 
 def grid(options: GridOptions) -> int:
     """Runs an experiment. Returns exit code 0, or 1 if a run failed, is missing, or could not be tested on further images."""
     startup.set_cache(parse_cache(options.cache)[0], options.cache_url)
-    startup.configure_threads(options.device)
+    startup.limit_heaps()
     plan = plan_experiment(options, say)
     if options.dry_run:
         _estimate(plan)
@@ -34,6 +31,11 @@ def grid(options: GridOptions) -> int:
 
 def _estimate(plan: ExperimentPlan) -> None:
     """Prints a row for each cohort: its runs, and the estimated time and memory, from timing a few tiles."""
+    from cellbench.features.extractor import CachePolicy
+    from cellbench.training.cost_estimate import estimate_cost, format_duration
+    from cellbench.training.memory_check import InsufficientMemoryError
+
+    startup.configure_threads(plan.options.device)
     rows, wall_s, memory_mib, disk_mib, load = [], 0.0, 0.0, 0.0, SystemLoad()
     resources, skipped = plan.resources, [one for one in plan.runs if one.unavailable]
     policy = CachePolicy(

@@ -254,3 +254,10 @@ def _drawn(card: DatasetCard, spec: DataSpec) -> Path:
         with progress_bar(desc=f"drawing {card.id}", unit="image") as bar:
             load(card)(folder, settings, bar.update)
     return folder
+
+
+def pool_folds(datasets: Sequence[Dataset]) -> str:
+    """A digest of all folds together: files, classes and splits. For a single dataset, its own digest."""
+    if len(datasets) == 1:
+        return datasets[0].digest
+    return hashlib.sha256(json.dumps([dataset.digest for dataset in datasets]).encode()).hexdigest()[:16]

@@ -211,7 +211,7 @@ def _trials(setup: BenchmarkSetup, out: BenchmarkResult) -> None:
 
 def _naive(setup: BenchmarkSetup, out: BenchmarkResult, cohort: list[HeadTrainer]) -> None:
     """One run of each head in fp32, scaled to all rates; ``quick`` and ``reopen`` train one epoch and scale to all."""
-    fp32 = replace(setup.machine, precision=torch.float32)
+    fp32 = replace(setup.machine, precision_name="fp32")
     wall_s, gaps = {"held": 0.0, "reopen": 0.0}, []
     for k, head in enumerate(setup.heads):
         run, twin = setup.run(head, setup.rates[1]), cohort[k * len(setup.rates) + 1]

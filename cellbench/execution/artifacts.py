@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -22,6 +21,7 @@ from cellbench.config.run import RunSpec
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.io.images import thumbnail
+from cellbench.data.loading import pool_folds
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.sampling import num_used_images
 from cellbench.escaping import escape_markdown
@@ -226,13 +226,6 @@ def write_pictures(folder: Path, drawn: Mapping[str, bytes]) -> None:
     for name, png in drawn.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(png)
-
-
-def pool_folds(datasets: Sequence[Dataset]) -> str:
-    """A digest of all folds together: files, classes and splits. For a single dataset, its own digest."""
-    if len(datasets) == 1:
-        return datasets[0].digest
-    return hashlib.sha256(json.dumps([dataset.digest for dataset in datasets]).encode()).hexdigest()[:16]
 
 
 COUNTS_TABLE = "counts.csv"

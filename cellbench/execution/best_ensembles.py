@@ -25,7 +25,8 @@ from cellbench.execution.artifacts import EvaluationResult
 from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.runner import Runner
-from cellbench.execution.shift_tests import Answers, FinishedRunToTest, load_model, missing_tests, run_tests, wanted_tests
+from cellbench.execution.shift_tests import Answers, FinishedRunToTest, load_model, run_tests
+from cellbench.execution.wanted_tests import missing_tests, wanted_tests
 from cellbench.features.extractor import Features
 from cellbench.hardware import is_out_of_memory, release_memory
 from cellbench.metrics import catalog

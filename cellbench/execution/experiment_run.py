@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cellbench import startup
 from cellbench.background import BackgroundCalls
 from cellbench.config.experiment import Experiment
 from cellbench.config.loading import changed_experiment, read_experiment
@@ -22,18 +23,13 @@ from cellbench.config.registry import Registry
 from cellbench.config.trust import describe_code
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import SPLITS, Dataset
-from cellbench.data.loading import open_folds, settings_for_data
-from cellbench.execution import ray_cluster, ray_grid
-from cellbench.execution.artifacts import pool_folds
-from cellbench.execution.best_ensembles import evaluate_best_models
-from cellbench.execution.claims import Outcome
-from cellbench.execution.grid import Executor, InProcessExecutor, run_all
-from cellbench.execution.multiprocess import ProcessExecutor
+from cellbench.data.loading import open_folds, pool_folds, settings_for_data
+from cellbench.execution.claims import Outcome, RunClaims
+from cellbench.execution.grid import Executor, InProcessExecutor, execute, find_unfinished
 from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.resources import Resources, check_options, prepare_cache
-from cellbench.execution.runner import Runner
-from cellbench.execution.shift_tests import describe_tests
-from cellbench.hardware import num_cores
+from cellbench.execution.wanted_tests import describe_tests
+from cellbench.hardware import Hardware, num_cores
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request, write_report
 from cellbench.tracking.tracker import Run, Tracker
@@ -107,7 +103,7 @@ def run_experiment(plan: ExperimentPlan, tracker: Tracker, say: Say, say_result:
     """
     options, machine = plan.options, plan.resources.machine
     with (
-        ray_cluster.connect(options.on, machine) if options.on is not None else nullcontext() as ray,
+        _cluster(options.on, machine) if options.on is not None else nullcontext() as ray,
         _parent_run(plan, tracker) as parent,
         closing(BackgroundCalls(min(4, num_cores()))) as drawing,
     ):
@@ -134,9 +130,40 @@ def _parent_run(plan: ExperimentPlan, tracker: Tracker) -> Iterator[Run]:
         yield parent
 
 
+def _cluster(on: str, machine: Hardware) -> AbstractContextManager[Any]:
+    from cellbench.execution import ray_cluster
+
+    return ray_cluster.connect(on, machine)
+
+
 def _execute(plan: ExperimentPlan, tracker: Tracker, parent: Run, ray: Any, drawing: BackgroundCalls, say: Say) -> Outcome:
-    """Executes the unfinished runs in this process, in several local processes, or on Ray."""
+    """Executes the unfinished runs in this process, in several local processes, or on Ray. If there are none, torch is not even imported."""
+    data, datasets = plan.experiment.data, plan.datasets
+    claims = RunClaims(tracker=tracker, parent_id=parent.run_id, datasets=datasets, limit=data.limit, say=say)
+    todo, outcome = find_unfinished(claims, plan.runs, data)
+    if todo or plan.experiment.ensemble_best:
+        _compute(plan, tracker, parent, ray, drawing, say, todo, outcome)
+    outcome.missing = [one.name for one in plan.runs if one.name not in {**outcome.finished, **outcome.skipped, **outcome.failed}]
+    return outcome
+
+
+def _compute(
+    plan: ExperimentPlan,
+    tracker: Tracker,
+    parent: Run,
+    ray: Any,
+    drawing: BackgroundCalls,
+    say: Say,
+    todo: Sequence[ResolvedRun],
+    outcome: Outcome,
+) -> None:
+    from cellbench.execution.best_ensembles import evaluate_best_models
+    from cellbench.execution.multiprocess import ProcessExecutor
+    from cellbench.execution.ray_grid import RayExecutor
+    from cellbench.execution.runner import Runner
+
     options, resources = plan.options, plan.resources
+    startup.freeze_imports()  # torch's
     runner = Runner(
         experiment=plan.experiment,
         registry=resources.registry,
@@ -155,12 +182,11 @@ def _execute(plan: ExperimentPlan, tracker: Tracker, parent: Run, ray: Any, draw
     if options.workers is not None:
         executor = ProcessExecutor(options.workers, job)
     elif ray is not None:
-        executor = ray_grid.RayExecutor(ray, job, options.gpu_share)
-    with parent.system_metrics():
-        outcome = run_all(runner, plan.runs, executor)
+        executor = RayExecutor(ray, job, options.gpu_share)
+    with startup.threads_for(options.device), parent.system_metrics():
+        execute(runner, todo, outcome, executor)
         if plan.experiment.ensemble_best:
             evaluate_best_models(runner, plan.runs, outcome)
-        return outcome
 
 
 def _report(

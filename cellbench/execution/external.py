@@ -20,7 +20,7 @@ from cellbench.data.count_truth import CountTruth, match_classes
 from cellbench.data.dataset import Dataset
 from cellbench.data.external_masks import ExternalMasks, find_masks, named_classes
 from cellbench.data.image_cache import ImageCache
-from cellbench.data.loading import open_folds
+from cellbench.data.loading import open_folds, pool_folds
 from cellbench.errors import CellbenchError, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
@@ -88,7 +88,7 @@ def _of_set(tracker: Tracker, here: TestSet, registry: Registry, data: Path | No
         raise CellbenchError(
             f"--data {data}, as data of '{tracker.name}' ({here.description}): {error} --experiment names another."
         ) from None
-    if artifacts.pool_folds(datasets) != here.digest:
+    if pool_folds(datasets) != here.digest:
         raise CellbenchError(
             f"--data {data}: its images, masks or splits are not those that '{tracker.name}' was tested on ({here.description}). "
             "Models are compared on the same test images only: name that folder, or another experiment."

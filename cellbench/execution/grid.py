@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from cellbench.execution.claims import Outcome
+from cellbench.execution.claims import Outcome, RunClaims
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import GridProgress
-from cellbench.execution.runner import Runner
-from cellbench.execution.shift_tests import missing_tests, wanted_tests
+from cellbench.execution.wanted_tests import missing_tests, wanted_tests
+
+if TYPE_CHECKING:
+    from cellbench.config.experiment import DataSpec
+    from cellbench.execution.runner import Runner
 
 POLL_S = 5.0
 """How often the store is asked for runs that other processes execute."""
@@ -56,37 +59,48 @@ def describe_skipped(runs: Sequence[ResolvedRun]) -> list[str]:
     return [*lines, *(f"{num}: {reason}" for reason in reasons)]
 
 
-def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | None = None) -> Outcome:
-    """Executes the unfinished runs; without an executor, in this process."""
+def find_unfinished(claims: RunClaims, runs: Sequence[ResolvedRun], data: DataSpec) -> tuple[list[ResolvedRun], Outcome]:
+    """The runs that are to be executed, and the others as an outcome: finished already, or marked as skipped. Needs no torch."""
     out = Outcome()
     todo: list[ResolvedRun] = []
     incomplete: list[ResolvedRun] = []
-    with runner.tracker.lock():  # else two processes would mark the same runs as skipped
-        known = runner.tracker.known(*[one.fingerprint for one in runs])
+    with claims.tracker.lock():  # else two processes would mark the same runs as skipped
+        known = claims.tracker.known(*[one.fingerprint for one in runs])
         for resolved in runs:
             old = known.get(resolved.fingerprint)
             if old is not None and old.status == "finished":
                 out.finished[resolved.name] = old
-                runner.claims.tidy(resolved, old)
-                if missing_tests(old, wanted_tests(runner.experiment.data, runner.datasets[resolved.run.fold])):
+                claims.tidy(resolved, old)
+                if missing_tests(old, wanted_tests(data, claims.datasets[resolved.run.fold])):
                     (incomplete if resolved.unavailable else todo).append(resolved)
             elif resolved.unavailable:
-                runner.claims.skip(resolved, old)
+                claims.skip(resolved, old)
                 out.skipped[resolved.name] = resolved.unavailable
             else:
                 todo.append(resolved)
     if out.finished:
-        runner.say(f"{len(out.finished)} of {len(runs)} runs are finished already and are not run again.")
+        claims.say(f"{len(out.finished)} of {len(runs)} runs are finished already and are not run again.")
     if incomplete:
-        runner.say(f"{len(incomplete)} of them cannot be tested on more images: {incomplete[0].unavailable}")
+        claims.say(f"{len(incomplete)} of them cannot be tested on more images: {incomplete[0].unavailable}")
     for line in describe_skipped([one for one in runs if one.name in out.skipped]):
-        runner.say(line)
+        claims.say(line)
+    return todo, out
+
+
+def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | None = None) -> Outcome:
+    """Executes the unfinished runs; without an executor, in this process."""
+    todo, out = find_unfinished(runner.claims, runs, runner.experiment.data)
+    execute(runner, todo, out, executor)
+    out.missing = [one.name for one in runs if one.name not in {**out.finished, **out.skipped, **out.failed}]
+    return out
+
+
+def execute(runner: Runner, todo: Sequence[ResolvedRun], out: Outcome, executor: Executor | None = None) -> None:
+    """Executes runs, and waits for those that other processes execute; adds their results to ``out``."""
     executor = executor or InProcessExecutor()
     with runner:
         executor.run(runner, group_cohorts(todo), out)
     _await_others(runner, todo, executor, out)
-    out.missing = [one.name for one in runs if one.name not in {**out.finished, **out.skipped, **out.failed}]
-    return out
 
 
 def _await_others(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor, out: Outcome) -> None:

@@ -167,7 +167,7 @@ def resource_share(machine: Hardware, nodes: Sequence[Node], num: int, gpu_share
         threads = max(1, min(int(node.get("CPU", 0)) // n for node, n in zip(nodes, slots, strict=True) if n))
         part, lanes = [1 / n if n else 0.0 for n in slots], 1
         # Ray sets CUDA_VISIBLE_DEVICES, so each process sees its GPUs as the first ones.
-        machine = replace(machine, device=torch.device("cuda"), threads=threads)
+        machine = replace(machine, device_name="cuda", threads=threads)
     else:
         slots = [int(node.get("CPU", 0)) // machine.threads for node in nodes]
         if not any(slots):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cellbench.config.experiment import Experiment
 from cellbench.config.options import TrainingOptions
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
-from cellbench.execution import multiprocess, ray_cluster
-from cellbench.execution.worker_job import JobSpec, job_spec
 from cellbench.features.cache_admin import disk_budget, parse_cache
 from cellbench.files import require_cache
 from cellbench.hardware import Hardware, detect_hardware
 from cellbench.models.backbones.weights import weights_folder
+from cellbench.startup import num_threads
 from cellbench.temporary import remove_abandoned
 from cellbench.training import checkpoints
+
+if TYPE_CHECKING:
+    from cellbench.execution.worker_job import JobSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +40,15 @@ class Resources:
         return cls(
             registry=Registry(options.registry),
             weights=weights_folder(options.weights),
-            machine=detect_hardware(options.device, options.precision, options.memory, elsewhere=elsewhere),
+            machine=_machine(options, options.precision, elsewhere=elsewhere),
             disk_bytes=disk_bytes,
             prefer_disk=prefer_disk,
         )
 
     def job(self, experiment: Experiment, parent_id: str, *, where: str, data: Path | None, extra: Path | None) -> JobSpec:
         """The job of other processes with these resources, as :func:`job_spec`."""
+        from cellbench.execution.worker_job import job_spec
+
         return job_spec(
             experiment,
             parent_id,
@@ -64,15 +69,24 @@ def prepare_cache() -> None:
     remove_abandoned()
 
 
+def _machine(options: TrainingOptions, precision: str, *, elsewhere: bool) -> Hardware:
+    threads = num_threads(options.device)  # those that torch is set to where it computes
+    return detect_hardware(options.device, precision, options.memory, elsewhere=elsewhere, threads=threads)
+
+
 def check_options(options: TrainingOptions, *, elsewhere: bool) -> None:
     """Raises CellbenchError for options that this machine cannot satisfy. Measures and writes nothing, so it comes before the data is read."""
     if options.workers is not None and options.on is not None:
         raise CellbenchError("--workers and --on: either processes of this machine or a cluster. Give one of them.")
     if options.on is not None:
+        from cellbench.execution import ray_cluster
+
         ray_cluster.check_address(options.on, options.gpu_share)
     precision = "fp32" if options.precision == "auto" else options.precision
-    machine = detect_hardware(options.device, precision, options.memory, elsewhere=elsewhere)
+    machine = _machine(options, precision, elsewhere=elsewhere)
     if options.workers is not None:
+        from cellbench.execution import multiprocess
+
         multiprocess.check_num_workers(options.workers, machine)
     parse_cache(options.cache)
     weights_folder(options.weights)

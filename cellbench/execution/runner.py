@@ -40,12 +40,11 @@ from cellbench.execution.progress import CohortProgress, Report, no_report
 from cellbench.execution.run_logger import RunLogger, TrialCallback
 from cellbench.execution.shift_tests import (
     FinishedRunToTest,
-    missing_tests,
     predict_with_function,
     predict_with_heads,
     run_tests,
-    wanted_tests,
 )
+from cellbench.execution.wanted_tests import missing_tests, wanted_tests
 from cellbench.features.extractor import CachePolicy, Features, non_finite_reason
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.remote_cache import RemoteCache, shared_url

@@ -24,6 +24,7 @@ from cellbench.data.transforms.perturbations import PerturbedDataset
 from cellbench.errors import CellbenchError
 from cellbench.execution.artifacts import SEPARATION, EvaluationResult, per_image_record, round_metric, rounded
 from cellbench.execution.planning import ResolvedRun
+from cellbench.execution.wanted_tests import tested
 from cellbench.features.extractor import Features
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import Calibration, expected_calibration_error
@@ -45,32 +46,6 @@ Predict = Callable[[ImageCache, bool], Answers]
 """Segments images with all runs; ``True``: with the tiles of validation, which overlap less."""
 CACHE_BYTES = 2**28
 """For decoded images: each is needed twice within a short time."""
-
-
-def wanted_tests(spec: DataSpec, dataset: Dataset) -> dict[str, str]:
-    """The tests that an experiment asks for beside the main one, each with what identifies it. Empty where there are none."""
-    sets = {one.name: one.digest for one in dataset.further}
-    return sets | {one.name: f"v{perturbations.VERSION}" for one in perturbations.perturbations(spec.perturbations)}
-
-
-def describe_tests(spec: DataSpec, dataset: Dataset) -> str:
-    """What :func:`wanted_tests` holds, in words."""
-    sets = [f"{one.name} ({len(one.test)} images)" for one in dataset.further]
-    return " and ".join([*sets, *([f"images perturbed by {', '.join(spec.perturbations)}"] if spec.perturb else [])])
-
-
-def missing_tests(run: RunRecord, wanted: Mapping[str, str]) -> dict[str, str]:
-    """Those that a run lacks, or has of other images."""
-    known = _tested(run)
-    return {name: identity for name, identity in wanted.items() if known.get(name) != identity}
-
-
-def _tested(run: RunRecord) -> dict[str, str]:
-    """The tests that a run's tag names; none where somebody edited it."""
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(run.tags.get(TESTED, "{}"))
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,4 +209,4 @@ def _log(tracker: Tracker, one: FinishedRunToTest, new: Mapping[str, Any], metri
         known = json.loads(tracker.artifact(one.record, SHIFT_TESTS) or b"{}")
     merged = {kind: {**known.get(kind, {}), **scores} for kind, scores in new.items()}
     run.log_text(SHIFT_TESTS, json.dumps(merged, allow_nan=False))
-    run.log(metrics, tags={TESTED: json.dumps({**_tested(one.record), **one.lacks})})
+    run.log(metrics, tags={TESTED: json.dumps({**tested(one.record), **one.lacks})})

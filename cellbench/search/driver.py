@@ -27,10 +27,9 @@ from cellbench.config.trust import describe_code
 from cellbench.console import say
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import Dataset
-from cellbench.data.loading import open_folds
+from cellbench.data.loading import open_folds, pool_folds
 from cellbench.errors import CellbenchError
 from cellbench.execution import ray_cluster, ray_grid, ray_search
-from cellbench.execution.artifacts import pool_folds
 from cellbench.execution.grid import Executor, InProcessExecutor
 from cellbench.execution.multiprocess import assign_cores, pin_to_cores
 from cellbench.execution.planning import resolve_tree

@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cellbench.files import cache_dir, remove_half_written, write_atomic
 
 EVERY_S = 30.0
@@ -46,6 +44,8 @@ def checkpoint_path(fingerprint: str, run: str) -> Path:
 
 def write_checkpoint(place: Path, state: dict[str, Any]) -> None:
     """Saves a state of tensors, numbers and strings. Raises CellbenchError if the disk is full."""
+    import torch
+
     write_atomic(place, functools.partial(torch.save, state))
 
 
@@ -71,6 +71,8 @@ def read_other_store(place: Path) -> dict[str, Any] | None:
 def _read(place: Path) -> dict[str, Any] | None:
     if not place.is_file():
         return None
+    import torch
+
     try:
         state = torch.load(place, map_location="cpu", weights_only=True)
         finite = not any(bool(x.isnan().any()) for x in state.get("model", {}).values() if x.is_floating_point())

@@ -60,15 +60,18 @@ def logged(name: str) -> tuple[str, dict, str]:
 def damage(monkeypatch, file: Path, change) -> None:
     """The file is changed when what it asks was logged and the runs begin to train."""
 
-    def during(runner, *more, original=experiment_run.run_all):
-        parent = next(run for run in runner.tracker.stored() if run.run_id == runner.parent_id)
-        assert runner.tracker.artifact(parent, "experiment.toml")
-        assert runner.tracker.artifact(parent, "about.json")
-        change(file)
-        return original(runner, *more)
+    def before(original):
+        def during(runs, *more):
+            parent = next(run for run in runs.tracker.stored() if run.run_id == runs.parent_id)
+            assert runs.tracker.artifact(parent, "experiment.toml")
+            assert runs.tracker.artifact(parent, "about.json")
+            change(file)
+            return original(runs, *more)
 
-    monkeypatch.setattr(experiment_run, "run_all", during)
-    monkeypatch.setattr(best_setting, "run_all", during)
+        return during
+
+    monkeypatch.setattr(experiment_run, "find_unfinished", before(experiment_run.find_unfinished))
+    monkeypatch.setattr(best_setting, "run_all", before(best_setting.run_all))
 
 
 def test_an_experiment_that_is_edited_while_it_runs_is_reported_as_it_ran(small_folder, monkeypatch):

@@ -18,7 +18,7 @@ from cellbench.hardware import Hardware
 from cellbench.models.backbones.base import Backbone
 from cellbench.run import main
 
-TWO = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=1000, lanes=2)
+TWO = Hardware(device_name="cpu", precision_name="fp32", memory_bytes=1000, lanes=2)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_cohort_that_kills_every_worker_fails_with_a_reason_and_the_rest_runs(
 
 def test_shares_are_the_whole_machine_and_no_core_is_in_two(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    eight = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=1000, lanes=4, threads=2)
+    eight = Hardware(device_name="cpu", precision_name="fp32", memory_bytes=1000, lanes=4, threads=2)
     for num in range(1, 5):
         shares = eight.shares(num)
         assert sum(one.lanes for one in shares) == 4

@@ -36,7 +36,7 @@ from cellbench.liveness import seen_here
 from cellbench.run import main
 from cellbench.tracking.tracker import Tracker
 
-TWO = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30, lanes=2)
+TWO = Hardware(device_name="cpu", precision_name="fp32", memory_bytes=2**30, lanes=2)
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'cellbench[ray]'")
 
 
@@ -160,7 +160,7 @@ def test_a_local_ray_listens_on_loopback_only():
 import psutil, torch
 from cellbench.execution import ray_cluster
 from cellbench.hardware import Hardware
-two = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30, lanes=2)
+two = Hardware(device_name="cpu", precision_name="fp32", memory_bytes=2**30, lanes=2)
 with ray_cluster.connect("ray", two):
     for process in psutil.Process().children(recursive=True):
         for one in process.net_connections("tcp"):
@@ -179,7 +179,7 @@ def test_a_cohort_gets_the_cores_that_keep_the_cluster_busy_and_at_most_those_of
 
 
 def test_a_gpu_share_brings_its_part_of_the_cores_and_is_refused_if_no_node_has_it():
-    gpu = replace(TWO, device=torch.device("cuda"), memory_bytes=2**40)
+    gpu = replace(TWO, device_name="cuda", memory_bytes=2**40)
     nodes = [{"CPU": 32.0, "GPU": 2.0, "memory": 256e9}, {"CPU": 64.0, "memory": 1e9}]
     whole, third = (ray_cluster.resource_share(gpu, nodes, 10, part) for part in (1.0, 1 / 3))
     assert (whole.threads, third.threads) == (16, 5)

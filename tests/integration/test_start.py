@@ -17,7 +17,7 @@ RULED_OUT = {
     ),
     "a grid without anything to do": (
         ["grid", "small.toml", "--data", "smears", "--device", "cpu"],
-        {*COMPILER, "timm", "torchvision", "skimage", "sklearn", "optuna", "ray"},
+        {"torch", *FIGURES, "timm", "torchvision", "skimage", "sklearn", "optuna", "ray", "scipy.stats", "scipy.optimize"},
     ),
     "report": (["report", "small"], {"torch", "timm", "seaborn", "sklearn", "optuna", "ray", "cv2"}),
     "check": (["check", "smears"], {"torch", "timm", "mlflow", "matplotlib", "pandas", "sklearn", "optuna", "ray", "scipy.stats"}),

@@ -333,7 +333,7 @@ def _artifact(name: str) -> Callable[[Path], tuple[Samples, Reader]]:
 def _tags(folder: Path) -> tuple[Samples, Reader]:
     """A run's tags, params and metrics in MLflow, which a user may edit."""
     from cellbench.config.registry import Registry
-    from cellbench.execution.shift_tests import missing_tests
+    from cellbench.execution.wanted_tests import missing_tests
     from cellbench.inference.run_lookup import open_run
     from cellbench.reporting.collect import collect_report
     from cellbench.reporting.sections import build_report

@@ -26,10 +26,10 @@ def test_the_faster_precision_is_taken(supported, monkeypatch, speed, name):
 
 def test_a_machine_is_measured_once(supported, monkeypatch):
     monkeypatch.setattr(precision, "_measured", lambda num_threads: 1.9)
-    first = precision.bf16_is_faster()
+    first = precision.bf16_is_faster(1)
     monkeypatch.setattr(precision, "_measured", lambda num_threads: 0.6)
     assert first is True
-    assert precision.bf16_is_faster() is True
+    assert precision.bf16_is_faster(1) is True
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"x": null}'])
@@ -37,7 +37,7 @@ def test_a_damaged_file_is_measured_again(supported, monkeypatch, text):
     monkeypatch.setattr(precision, "_measured", lambda num_threads: 0.6)
     (cache_dir()).mkdir()
     (cache_dir() / "precision.json").write_text(text)
-    assert precision.bf16_is_faster() is False
+    assert precision.bf16_is_faster(1) is False
     assert list(json.loads((cache_dir() / "precision.json").read_text()).values()) == [0.6]
 
 

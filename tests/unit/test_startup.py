@@ -62,7 +62,7 @@ def test_a_cpu_gets_four_threads_and_a_gpu_one(monkeypatch, device, cores, threa
     monkeypatch.setattr(torch, "get_num_threads", lambda: set_to[-1])
     monkeypatch.setattr("cellbench.hardware.num_cores", lambda: cores)
     startup.configure_threads(device)
-    machine = detect_hardware(device, elsewhere=True)
+    machine = detect_hardware(device, "fp32", elsewhere=True)
     assert (set_to, machine.threads, machine.lanes) == ([threads], threads, lanes)
 
 

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.tiling import TileGrid
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Size = tuple[int, int]
 """Height, width."""
@@ -89,6 +90,9 @@ class Framing:
         return known[self._resized(place.reshape(*ids.shape, 1).astype(np.float32), "nearest-exact")[..., 0].astype(np.int64)]
 
     def _resized(self, array_HWC: np.ndarray, mode: str) -> np.ndarray:
+        import torch
+        import torch.nn.functional as F
+
         size = self.framed_px(array_HWC.shape[:2])
         x = torch.from_numpy(np.ascontiguousarray(array_HWC)).permute(2, 0, 1)[None]
         # With antialias, as PIL does it: without, a shrunk image keeps one pixel in four and cell outlines flicker.
@@ -99,4 +103,6 @@ class Framing:
         """Scores (C, H', W') of a framed image, float, resized to the image (C, H, W): bilinear, and a mean when shrinking."""
         if self.exact:
             return scores_CHW
+        import torch.nn.functional as F
+
         return F.interpolate(scores_CHW[None], size=size_px, mode="bilinear", antialias=True)[0]

@@ -12,11 +12,9 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
-import torch
 
 from cellbench.config.experiment import UNCHANGED
 from cellbench.data.dataset import Dataset, Sample
-from cellbench.data.transforms.augmentation import StainJitter
 
 VERSION = 1
 """Increased when a perturbation changes; finished runs are then tested again."""
@@ -75,6 +73,10 @@ class PerturbedDataset(Dataset):
 
 def _stain(image: np.ndarray, reach: float, rng: np.random.Generator) -> np.ndarray:
     """Each of haematoxylin, eosin and DAB is multiplied by 1 - ``reach`` or 1 + ``reach``."""
+    import torch
+
+    from cellbench.data.transforms.augmentation import StainJitter
+
     factors = 1 + reach * rng.choice([-1.0, 1.0], 3)
     pixels_1CHW = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
     changed = StainJitter().apply(pixels_1CHW, [(*factors.tolist(), 0.0, 0.0, 0.0)])[0]

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def tile_origins(length_px: int, tile_px: int, overlap_px: int) -> list[int]:
@@ -83,6 +86,8 @@ def _tapers(starts: tuple[int, ...], length_px: int, tile_px: int) -> Tensor:
     total = np.zeros(max(length_px, tile_px))
     for start in starts:
         total[start : start + tile_px] += hann
+    import torch
+
     return torch.from_numpy(np.stack([hann / total[start : start + tile_px] for start in starts])).float()
 
 
@@ -117,6 +122,8 @@ class Stitcher:
         rows, columns = grid.weights
         self._rows, self._columns = rows.to(device), columns.to(device)
         width = max(grid.width_px, grid.tile_px[1])
+        import torch
+
         self._sum_CTW = torch.zeros(num_classes, grid.tile_px[0], width, device=device)
         self._next = 0
 

@@ -161,7 +161,7 @@ def test_a_head_and_a_backbone_beside_their_cards_are_found_built_and_joined(tmp
     assert {"my-backbone", "uni"} <= set(registry.names("backbones"))
     run = registry.complete(RunSpec(backbone="my-backbone", head="my-head", tile_px=64))
     assert run.options == {"width": 16}
-    here = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**28)
+    here = Hardware(device_name="cpu", precision_name="fp32", memory_bytes=2**28)
     frozen = FrozenBackbone(open_backbone(registry.backbone("my-backbone")), here, [2])
     made = build_model(run, registry.part(run), frozen, 3)
     maps = frozen.maps(torch.rand(2, 3, 64, 96))

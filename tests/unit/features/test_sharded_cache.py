@@ -27,7 +27,7 @@ from cellbench.hardware import Hardware, detect_hardware
 from cellbench.run import main
 from cellbench.tracking.tracker import Tracker
 
-ONE = Hardware(device=torch.device("cpu"), precision=torch.float32, memory_bytes=2**30)
+ONE = Hardware(device_name="cpu", precision_name="fp32", memory_bytes=2**30)
 KEPT = [
     "--set",
     "run.repeat_views_every=2",

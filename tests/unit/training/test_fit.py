@@ -60,7 +60,7 @@ def test_a_pruned_run_does_not_disturb_the_others(dataset):
 
 
 DISK = {"memory_bytes": 0, "disk_bytes": 2**30, "key": "test", "backbone": "vit-tiny-random"}
-BF16 = Hardware(device=torch.device("cpu"), precision=torch.bfloat16, memory_bytes=2**30)
+BF16 = Hardware(device_name="cpu", precision_name="bf16", memory_bytes=2**30)
 
 
 @pytest.mark.slow
