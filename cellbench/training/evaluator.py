@@ -1,7 +1,7 @@
 """Evaluates runs on the test set, image by image: pixel counts, scores, and example predictions.
 
 An image's reference mask is prepared once for all runs of a cohort. Predictions are scored in a few threads while the network computes the next
-image. Measured on 1600x1200 and one core: 0.06 s for the reference, 0.1 s per prediction.
+image. On 1600x1200 and one core: 0.02 s for the reference's cells, 0.08 s for a prediction's scores.
 """
 
 from __future__ import annotations
