@@ -9,12 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchvision.transforms.v2 import functional as tv
 
 from cellbench.data.transforms.augmentation import ColourJitter, StainJitter, rotate_flip
 
 TILE = np.arange(75, dtype=np.uint8).reshape(5, 5, 3)
 MILD = 0.35 + 0.3 * torch.rand(3, 3, 8, 9, generator=torch.Generator().manual_seed(0))  # far enough from 0 and 1 that nothing clips
+
+
+@pytest.fixture(scope="module")
+def tv():
+    """torchvision's functions. Their import takes seconds, which nobody else who collects these tests should wait for."""
+    from torchvision.transforms.v2 import functional
+
+    return functional
 
 
 def changed(pixels: Tensor, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0) -> Tensor:
@@ -57,12 +64,12 @@ def test_an_untouched_tile_beside_a_changed_one_keeps_its_colours() -> None:
 
 @pytest.mark.parametrize("factor", [0.8, 0.93, 1.07, 1.2])
 @pytest.mark.parametrize("kind", ["brightness", "contrast", "saturation"])
-def test_each_change_is_torchvisions(kind: str, factor: float) -> None:
+def test_each_change_is_torchvisions(tv, kind: str, factor: float) -> None:
     # torchvision rounds its grey to 0.2989 R + 0.587 G + 0.114 B, which sums to 0.9999.
     torch.testing.assert_close(changed(MILD, **{kind: factor}), getattr(tv, f"adjust_{kind}")(MILD, factor), atol=1e-4, rtol=0)
 
 
-def test_all_changes_together_are_torchvisions_in_its_order() -> None:
+def test_all_changes_together_are_torchvisions_in_its_order(tv) -> None:
     expected = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(MILD, 1.15), 0.85), 1.2)
     torch.testing.assert_close(changed(MILD, 1.15, 0.85, 1.2), expected, atol=2e-4, rtol=0)
 
@@ -77,7 +84,7 @@ def test_a_turn_of_hue_keeps_brightness_and_comes_back_after_the_full_circle() -
 
 
 @pytest.mark.parametrize("hue", [-0.1, 0.05, 0.1])
-def test_hue_turns_about_as_far_as_torchvisions(hue: float) -> None:
+def test_hue_turns_about_as_far_as_torchvisions(tv, hue: float) -> None:
     """YIQ's circle is not HSV's, and runs the other way round; as many turns go either way, so that makes no difference."""
     pixel = torch.tensor([0.6, 0.45, 0.5]).view(1, 3, 1, 1)  # the rose of a Giemsa stain
 
