@@ -14,7 +14,7 @@ from cellbench.console import say
 from cellbench.data.loading import open_dataset
 from cellbench.diagnostics import gpu_speed, scaling
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
-from cellbench.diagnostics.speed import measure, table
+from cellbench.diagnostics.speed import checks_as_text, measure
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, write_atomic
 from cellbench.hardware import detect_hardware
@@ -69,7 +69,7 @@ def bench(options: BenchOptions) -> int:
         return 0
     result = measure(setup)
     say("")
-    say(table(result))
+    say(checks_as_text(result))
     if out is not None:
         write_atomic(out / "bench.json", json.dumps(asdict(result), indent=1))
         style.save_figure(comparison_plots.plot_speeds(result.facts), out / "bench.png")

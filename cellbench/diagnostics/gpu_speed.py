@@ -9,7 +9,7 @@ import copy
 
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
 from cellbench.diagnostics.script_comparison import cost_of_grid, cost_of_script, settings_of
-from cellbench.diagnostics.speed import BenchmarkResult, feature_pass, heads, rows_as_text, whole_processes
+from cellbench.diagnostics.speed import BenchmarkResult, feature_pass, heads, new_rows, whole_processes
 from cellbench.models.backbones.build import open_backbone
 
 LARGER = {
@@ -26,14 +26,7 @@ def measure(setup: BenchmarkSetup) -> BenchmarkResult:
     """Prints each part when it is measured."""
     out = BenchmarkResult(machine=setup.machine.name, backbone=setup.backbone)
     setup.say(f"{out.backbone} on {out.machine}")
-    num_said = 0
-
-    def tell() -> None:
-        nonlocal num_said
-        for line in rows_as_text(out.rows[num_said:]):
-            setup.say(line)
-        num_said = len(out.rows)
-
+    tell = new_rows(setup, out)
     heads(setup, out)
     tell()
     feature_pass(setup, out)
