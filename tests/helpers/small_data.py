@@ -27,6 +27,21 @@ crops_per_image = 8
 lr = 5e-3
 normalise = "reinhard"
 """
+OWN_VIT = """# A backbone of a user, with weights
+builder = "timm-vit"
+weights = "https://example.org/own-vit.safetensors"
+license = "MIT"
+source = "made for this test"
+patch_px = 16
+dim = 192
+depth = 1
+prefix_tokens = 1
+mean = [0.5, 0.5, 0.5]
+std = [0.5, 0.5, 0.5]
+[arch]
+name = "vit_tiny_patch16_224"
+depth = 1
+"""
 MODEL = "vit-tiny-random · detail · seed 0"
 
 

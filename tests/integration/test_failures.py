@@ -10,6 +10,7 @@ import pytest
 import torch
 from experiment_files import finished_results, place
 from safetensors.torch import save_file
+from small_data import OWN_VIT
 
 from cellbench.cli.main import main
 
@@ -38,21 +39,6 @@ def delete():
     for run in client.search_runs(ids, "tags.model LIKE '%deleted%' AND tags.`cellbench.status` = 'running'"):
         client.delete_run(run.info.run_id)
 """
-BACKBONE = """# Weights of another network
-builder = "timm-vit"
-weights = "https://example.org/my-vit.safetensors"
-license = "MIT"
-source = "made for this test"
-patch_px = 16
-dim = 192
-depth = 1
-prefix_tokens = 1
-mean = [0.5, 0.5, 0.5]
-std = [0.5, 0.5, 0.5]
-[arch]
-name = "vit_tiny_patch16_224"
-depth = 1
-"""
 BASELINE = "def broken(image, num_classes):\n    raise RuntimeError('a fault of a baseline')\n"
 FEW = [part for change in ("run.epochs=3", "grid.seed=[0]", "grid.backbone=['filter-bank']") for part in ("--set", change)]
 CALL = ["grid", "small.toml", "--data", "smears", "--device", "cpu", *FEW]
@@ -68,7 +54,7 @@ def write_parts(folder: Path) -> None:
     for name, fault in FAULTS.items():
         (folder / "parts" / "heads" / f"{name}.toml").write_text(f'# A fault\nbuilder = "{name}.py:Broken"\n')
         (folder / "parts" / "heads" / f"{name}.py").write_text(HEAD.format(fault=fault) + DELETE)
-    (folder / "parts" / "backbones" / "bad.toml").write_text(BACKBONE)
+    (folder / "parts" / "backbones" / "bad.toml").write_text(OWN_VIT)
     (folder / "parts" / "baselines" / "broken.toml").write_text('# A fault\nbuilder = "broken.py:broken"\ntrained = false\n')
     (folder / "parts" / "baselines" / "broken.py").write_text(BASELINE)
     (folder / "weights").mkdir()

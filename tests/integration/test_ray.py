@@ -21,6 +21,7 @@ import pytest
 import torch
 from experiment_files import QUESTION, SEARCH, finished_results, place, process_killer
 from safetensors.torch import save_file
+from small_data import OWN_VIT
 
 from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
@@ -188,23 +189,6 @@ def test_a_gpu_share_brings_its_part_of_the_cores_and_is_refused_if_no_node_has_
         ray_cluster.resource_share(gpu, nodes[1:], 10, 0.5)
 
 
-TINY_VIT = """# A backbone with weights
-builder = "timm-vit"
-weights = "https://example.org/mine.safetensors"
-license = "MIT"
-source = "made for this test"
-patch_px = 16
-dim = 192
-depth = 1
-prefix_tokens = 1
-mean = [0.5, 0.5, 0.5]
-std = [0.5, 0.5, 0.5]
-[arch]
-name = "vit_tiny_patch16_224"
-depth = 1
-"""
-
-
 @pytest.fixture
 def begun_grid(tmp_path, monkeypatch):
     """The order of a grid that has begun, and the fingerprint of its first run."""
@@ -246,7 +230,7 @@ def test_a_node_of_another_version_without_the_cache_or_with_other_data_refuses_
 def test_a_refusal_names_the_node_and_what_it_lacks(begun_grid, tmp_path, absent, said):
     job, _ = begun_grid
     (tmp_path / "parts" / "backbones").mkdir(parents=True)
-    (tmp_path / "parts" / "backbones" / "mine.toml").write_text(TINY_VIT)
+    (tmp_path / "parts" / "backbones" / "mine.toml").write_text(OWN_VIT)
     (tmp_path / "weights").mkdir()
     save_file({"norm.bias": torch.ones(192)}, tmp_path / "weights" / "mine.safetensors")
     grid = job.experiment.grid | {"backbone": ["mine"]}
