@@ -158,7 +158,7 @@ def detect_hardware(
     kinds = ("fp32", "bf16")
     if precision not in (*kinds, "auto"):
         raise CellbenchError(f"--precision {precision}: expected one of {', '.join(kinds)}, auto.")
-    cores, on_cpu = num_cores(), where == "cpu"
+    cores = num_cores()
     if threads is None:
         import torch
 
@@ -167,8 +167,8 @@ def detect_hardware(
         precision = "bf16" if _fast_bf16(where, threads) else "fp32"
     # Half of the free memory: the rest is for the network, the optimisers and other programs.
     budget = psutil.virtual_memory().available // 2 if memory == "auto" else parse_bytes(memory, "--memory")
-    threads = min(threads, cores) if on_cpu else cores
-    lanes = cores // threads if on_cpu else 1  # one thread for a GPU, which queues its work
+    threads = min(threads, cores) if where == "cpu" else cores
+    lanes = cores // threads if where == "cpu" else 1  # one thread for a GPU, which queues its work
     return Hardware(device_name=where, precision_name=precision, memory_bytes=budget, lanes=lanes, threads=threads)
 
 

@@ -285,7 +285,7 @@ def decode_png(data: bytes) -> np.ndarray:
         raise ValueError(str(error)) from None
 
 
-def png_bytes(array: np.ndarray, *, compress_level: int = 1, text: str = "") -> bytes:
+def png_bytes(array: np.ndarray, *, text: str = "") -> bytes:
     """A PNG of (H, W) uint8 or uint16, or (H, W, 3) uint8; ``png_stream.read_png_text`` reads ``text``."""
     wanted = (array.ndim == 2 and array.dtype in (np.uint8, np.uint16)) or (array.shape[2:] == (3,) and array.dtype == np.uint8)
     if not (wanted and array.size):
@@ -294,7 +294,7 @@ def png_bytes(array: np.ndarray, *, compress_level: int = 1, text: str = "") -> 
     info = PngImagePlugin.PngInfo()
     if text:
         info.add_itxt(TEXT_KEY, text)
-    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG", compress_level=compress_level, pnginfo=info)
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG", compress_level=1, pnginfo=info)
     return buffer.getvalue()
 
 
