@@ -54,6 +54,8 @@ class RunSpec(StrictModel):
     """Number of epochs after which training views repeat; 0: never. With it, features of augmented tiles can be cached."""
     flips: Annotated[bool, _COHORT] = True
     """Whether training tiles are mirrored at random."""
+    zoom: Annotated[float, _COHORT] = Field(default=0.0, ge=0, le=1)
+    """Crops are magnified at random by a factor from 1 / (1 + ``zoom``) to 1 + ``zoom``, evenly on a logarithmic scale; 0: none."""
     rotations: Annotated[bool, _COHORT] = True
     """By right angles only, which needs no interpolation."""
     brightness: Annotated[float, _COHORT] = Field(default=0.2, ge=0, lt=1)
@@ -152,6 +154,10 @@ class RunSpec(StrictModel):
         side = self.tile_px * self.tile_scale
         if self.framing == "resize" and side != round(side):
             raise ValueError(f"resize makes squares of tile_px * tile_scale = {side:g} px: a whole number is needed")
+        if self.zoom and (self.framing != "tile" or self.sampling != "crops"):
+            raise ValueError('zoom magnifies random crops: it needs framing = "tile" and sampling = "crops"')
+        if self.zoom and self.targets == "stars":
+            raise ValueError('zoom changes the lengths of rays: it is not for targets = "stars"')
         for name in ("lora_rank", "pixel_adapter"):
             if (value := getattr(self, name)) and not self.unfreeze:
                 raise ValueError(f"{name} = {value} is for the last blocks of the backbone: set unfreeze to their number")
@@ -196,7 +202,7 @@ SAMPLING_FIELDS = tuple(name for name, field in RunSpec.model_fields.items() if 
 
 ADDED_LATER = {
     name: RunSpec.model_fields[name].default
-    for name in ("reference_stains", "augmentations", "tta", "adapt", "edge_cells", "ensemble", "lora_rank", "pixel_adapter")
+    for name in ("zoom", "reference_stains", "augmentations", "tta", "adapt", "edge_cells", "ensemble", "lora_rank", "pixel_adapter")
 }
 """Fields that older runs do not have, with the value that leaves a run's fingerprint as it was."""
 AFTER_TRAINING = ("tta", "adapt", "edge_cells", "ensemble")

@@ -220,7 +220,7 @@ class Features:
         cutter = self._cutter("train")
 
         def prepared(rows: np.ndarray) -> tuple[np.ndarray, Any]:
-            return rows, cutter.prepare([(views[k].image, views[k].y, views[k].x, views[k].turn) for k in rows])
+            return rows, cutter.prepare([(v.image, v.y, v.x, v.turn, v.crop_px) for v in (views[k] for k in rows)])
 
         def mapped(one: tuple[np.ndarray, Any]) -> Batch:
             rows, tiles = one[0], cutter.cut(one[1])
@@ -250,7 +250,7 @@ class Features:
         cutter = self._cutter(split)
 
         def prepared(rows: np.ndarray) -> tuple[np.ndarray, Any]:
-            return rows, cutter.prepare([(*corners[k], 0) for k in rows])
+            return rows, cutter.prepare([(*corners[k], 0, 0) for k in rows])
 
         def mapped(one: tuple[np.ndarray, Any]) -> Batch:
             return self._batch(cache, one[0], cutter.cut(one[1]))
@@ -370,7 +370,8 @@ class Features:
             device, framed = self.backbone.machine.device, functools.partial(self._framed, split)
             cell_targets = tuple(self._cell_targets.values()) if split != "test" else ()
             if images and self.backbone.machine.fits(DeviceCutter.bytes_of(sizes, cell_targets)):
-                self._cutters[split] = DeviceCutter(framed, images, self.tile_px[split], device, cell_targets)
+                largest_px = self.plan.largest_crop_px if split == "train" else self.tile_px[split]
+                self._cutters[split] = DeviceCutter(framed, images, self.tile_px[split], device, cell_targets, largest_px)
             else:
                 self._cutters[split] = HostCutter(framed, self.tile_px[split], device, cell_targets)
         return self._cutters[split]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cellbench.data.cell_targets.base import CellTarget, ChannelTurns
@@ -26,8 +27,11 @@ Framed = tuple[np.ndarray, ...]
 """A framed image (H, W, 3), its class map (H, W), and cell targets (H, W, A) if runs train on them; all uint8."""
 MIRROR, UPSIDE_DOWN = 4, 6
 """Codes of :func:`rotate_flip`."""
-Place = tuple[int, int, int, int]
-"""Image, y, x and code of :func:`rotate_flip` of a tile."""
+Place = tuple[int, int, int, int, int]
+"""Image, y, x and code of :func:`rotate_flip` of a tile, and the side of the crop that is resized to it; 0: the tile's own."""
+
+Neighbours = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Two pixels beside each place along one axis, and the share of each."""
 
 
 class Tiles(NamedTuple):
@@ -63,11 +67,14 @@ class HostCutter:
     def prepare(self, places: Sequence[Place]) -> list[np.ndarray]:
         return [np.stack(arrays) for arrays in zip(*(self._tile(*place) for place in places), strict=True)]
 
-    def _tile(self, image: int, y: int, x: int, turn: int) -> list[np.ndarray]:
+    def _tile(self, image: int, y: int, x: int, turn: int, crop_px: int) -> list[np.ndarray]:
         pixels, mask, *more = self._framed(image)
-        pair = [rotate_flip(cut_tile(array, y, x, self._tile_px), turn) for array in (pixels, mask)]
-        truths = (cut_truth(truth, y, x, self._tile_px, turns) for truth, turns in zip(more, self._turns, strict=True))
-        return pair + [turns.turn_truth(rotate_flip(truth, turn), turn) for truth, turns in zip(truths, self._turns, strict=True)]
+        side = (crop_px, crop_px) if crop_px else self._tile_px
+        cut = [cut_tile(array, y, x, side) for array in (pixels, mask)]
+        cut += (cut_truth(truth, y, x, side, turns) for truth, turns in zip(more, self._turns, strict=True))
+        tile = resized(tuple(cut), self._tile_px[0]) if crop_px else cut
+        pixels, mask, *more = (rotate_flip(array, turn) for array in tile)
+        return [pixels, mask, *(turns.turn_truth(truth, turn) for truth, turns in zip(more, self._turns, strict=True))]
 
     def cut(self, prepared: list[np.ndarray]) -> Tiles:
         images, masks, *more = prepared
@@ -92,12 +99,15 @@ class DeviceCutter:
         tile_px: tuple[int, int],
         device: torch.device,
         cell_targets: Sequence[CellTarget] = (),
+        largest_px: tuple[int, int] | None = None,
     ) -> None:
+        """``largest_px``: height and width of the largest crop that is resized to a tile, if there are any."""
         self._device, self._row = device, {image: row for row, image in enumerate(images)}
+        self._tile_px, largest_px = tile_px[0], largest_px or tile_px
         self._turns = [target.turns for target in cell_targets]
         # Decoded on all cores, and sent one by one: the arrays of all images together may not fit into the processor's memory.
         with WorkerPool(num_cores()) as pool:
-            sent = list(pool.prefetch(images, lambda image: _padded(framed(image), tile_px, self._turns), self._send))
+            sent = list(pool.prefetch(images, lambda image: _padded(framed(image), largest_px, self._turns), self._send))
         self._arrays = [torch.cat(parts) for parts in zip(*(flat for flat, _, _ in sent), strict=True)]
         self._ignoring = np.array([ignoring for _, _, ignoring in sent])
         sizes = np.array([size for _, size, _ in sent], np.int64).reshape(-1, 2)
@@ -117,16 +127,30 @@ class DeviceCutter:
         return sum(tall * wide for tall, wide in sizes_px) * (4 + sum(len(target.channels) for target in cell_targets))
 
     def prepare(self, places: Sequence[Place]) -> np.ndarray:
-        """(B, 4) int64: the tile's first pixel among all N, its image's width, its turn, and whether the image has pixels to ignore."""
-        image, y, x, turn = np.array([(self._row[place[0]], *place[1:]) for place in places], np.int64).T
-        return np.stack([self._start[image] + y * self._width[image] + x, self._width[image], turn, self._ignoring[image]], axis=1)
+        """(B, 5) int64: a tile's first pixel among all N, its image's width, its turn, its crop, and whether the image has pixels to ignore."""
+        image, y, x, turn, crop_px = np.array([(self._row[place[0]], *place[1:]) for place in places], np.int64).T
+        first = self._start[image] + y * self._width[image] + x
+        return np.stack([first, self._width[image], turn, crop_px, self._ignoring[image]], axis=1)
 
     def cut(self, prepared: np.ndarray) -> Tiles:
-        first, width, turn, _ = to_device(torch.from_numpy(prepared), self._device).unbind(1)
-        index_BTT = first[:, None, None] + self._rows[turn] * width[:, None, None] + self._columns[turn]
-        image, mask, *more = (array[index_BTT] for array in self._arrays)
-        truths = tuple(turns.turn_tiles(truth, turn) for truth, turns in zip(more, self._turns, strict=True))
-        return Tiles(as_pixels(image), mask.long(), truths, bool(prepared[:, 3].any()))
+        first, width, turn, crop_px, _ = to_device(torch.from_numpy(prepared), self._device)[..., None, None].unbind(1)
+        rows, columns = self._rows[turn.flatten()], self._columns[turn.flatten()]
+        if prepared[:, 3].any():
+            side = torch.where(crop_px > 0, crop_px, self._tile_px)
+            image = self._bilinear(first, width, *(_neighbours(place, side, self._tile_px) for place in (rows, columns)))
+            index_BTT = first + _nearest(rows, side, self._tile_px) * width + _nearest(columns, side, self._tile_px)
+        else:
+            index_BTT = first + rows * width + columns
+            image = self._arrays[0][index_BTT]
+        mask, *more = (array[index_BTT] for array in self._arrays[1:])
+        truths = tuple(turns.turn_tiles(truth, turn.flatten()) for truth, turns in zip(more, self._turns, strict=True))
+        return Tiles(as_pixels(image), mask.long(), truths, bool(prepared[:, 4].any()))
+
+    def _bilinear(self, first: Tensor, width: Tensor, rows: Neighbours, columns: Neighbours) -> Tensor:
+        """The images (B, T, T, 3) float32, whole numbers from 0 to 255, at places between pixels."""
+        corners = ((row, column) for row in rows for column in columns)
+        parts = (self._arrays[0][first + y * width + x].float() * (of_y * of_x)[..., None] for (y, of_y), (x, of_x) in corners)
+        return torch.stack(list(parts)).sum(0).round_()
 
     def _send(self, framed: Framed) -> tuple[list[Tensor], tuple[int, int], bool]:
         flat = [torch.from_numpy(np.ascontiguousarray(array.reshape(-1, *array.shape[2:]))).to(self._device) for array in framed]
@@ -153,6 +177,27 @@ def cut_truth(truth_HWA: np.ndarray, y: int, x: int, tile_px: tuple[int, int], t
     for start in range(wide, tile_px[1], 2 * wide):
         tile[:, start : start + wide] = turns.turn_truth(tile[:, start : start + wide], MIRROR)
     return tile
+
+
+def _nearest(place: Any, side_px: Any, tile_px: int) -> Any:
+    """The pixel of a crop of ``side_px`` at the middle of each pixel of the tile that it is resized to."""
+    return (2 * place + 1) * side_px // (2 * tile_px)
+
+
+def _neighbours(place: Tensor, side_px: Tensor, tile_px: int) -> Neighbours:
+    """The two pixels of a crop around the same middle, and their shares, as ``torch.nn.functional.interpolate`` has them."""
+    at = ((place + 0.5) * side_px / tile_px - 0.5).clamp_min(0)
+    low = at.long()
+    return (low, 1 - (at - low)), (torch.minimum(low + 1, side_px - 1), at - low)
+
+
+def resized(crop: Framed, tile_px: int) -> Framed:
+    """A square crop as a tile: the image bilinear, class map and cell targets by the nearest pixel."""
+    image, *others = crop
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+    tile = F.interpolate(pixels, size=(tile_px, tile_px), mode="bilinear")[0].permute(1, 2, 0).round().byte().numpy()
+    at = _nearest(np.arange(tile_px), len(image), tile_px)
+    return tile, *(array[at][:, at] for array in others)
 
 
 def as_pixels(tiles_BTTC: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ It does not depend on a run's own seed: all runs of a cohort train on the same v
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ Box = tuple[int, int, int, int]
 
 
 class TileSample(NamedTuple):
-    """One training tile: its position in framed pixels, and its augmentation."""
+    """One training tile: its upper left corner in framed pixels, and its augmentation."""
 
     image: int
     y: int
@@ -32,6 +33,8 @@ class TileSample(NamedTuple):
     """0 to 7, for :func:`cellbench.data.transforms.augmentation.rotate_flip`."""
     draws: tuple[Draw, ...]
     """Parameters of each of the plan's augmentations."""
+    crop_px: int = 0
+    """Side of the square of framed pixels that is resized to the tile; 0: the tile's own pixels."""
 
 
 def num_used_images(num_images: int, fraction: float) -> int:
@@ -103,9 +106,9 @@ class SamplingPlan:
             own_rngs = [
                 np.random.default_rng([self.run.data_seed, cycle, turn, zlib.crc32(name.encode())]) for name in self.run.own_augmentations
             ]
-            for y, x in self._corners(image, rng):
+            for y, x, crop_px in self._crops(image, rng, self._sides_px(cycle, turn)):
                 code = draw_turn(rng, rotations=self.run.rotations, flips=self.run.flips, square=self.tile_px[0] == self.tile_px[1])
-                out.append(TileSample(image, y, x, code, self._draws(rng, own_rngs)))
+                out.append(TileSample(image, y, x, code, self._draws(rng, own_rngs), crop_px))
         return out
 
     def order(self, epoch: int) -> np.ndarray:
@@ -119,21 +122,42 @@ class SamplingPlan:
         start = cycle * len(self.sizes_px) if self.run.sampling == "crops" else 0
         return [self.used_images[(start + turn) % len(self.used_images)] for turn in range(len(self.sizes_px))]
 
-    def _corners(self, image: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    @property
+    def largest_crop_px(self) -> tuple[int, int]:
+        """Height and width of the largest crop that may be resized to a tile."""
+        tall, wide = self.tile_px
+        return round(tall * (1 + self.run.zoom)), round(wide * (1 + self.run.zoom))
+
+    def _sides_px(self, cycle: int, turn: int) -> list[int]:
+        """The side of each crop of an image before it is magnified, drawn by their own generator; 0: that of the tile."""
+        if not self.run.zoom:
+            return [0] * self.run.crops_per_image
+        reach, rng = math.log1p(self.run.zoom), np.random.default_rng([self.run.data_seed, cycle, turn, 2**31 + 2])
+        sides: list[int] = np.rint(self.tile_px[0] * np.exp(rng.uniform(-reach, reach, self.run.crops_per_image))).astype(int).tolist()
+        return sides
+
+    def _crops(self, image: int, rng: np.random.Generator, sides_px: list[int]) -> list[tuple[int, int, int]]:
+        """The corner of each crop of an image, and its side as in :meth:`_sides_px`."""
         size_px = self.sizes_px[image]
         if self.run.sampling == "tiles":
-            return list(self.framing.grid(size_px, self.tile_px, 0.0))
-        framed_px = self.framing.framed_px(size_px)
-        down, right = (max(length - tile, 0) for length, tile in zip(framed_px, self.tile_px, strict=True))
-        if self.boxes_px and (boxes := self.boxes_px[image]):
-            return [self._corner_in(boxes, size_px, framed_px, (down, right), rng) for _ in range(self.run.crops_per_image)]
-        return [(int(rng.integers(down + 1)), int(rng.integers(right + 1))) for _ in range(self.run.crops_per_image)]
+            return [(y, x, 0) for y, x in self.framing.grid(size_px, self.tile_px, 0.0)]
+        framed_px, boxes, out = self.framing.framed_px(size_px), self.boxes_px[image] if self.boxes_px else (), []
+        for side in sides_px:
+            crop_px = (side, side) if side else self.tile_px
+            down, right = (max(length - crop, 0) for length, crop in zip(framed_px, crop_px, strict=True))
+            if boxes:
+                y, x = self._corner_in(boxes, size_px, framed_px, crop_px, (down, right), rng)
+            else:
+                y, x = int(rng.integers(down + 1)), int(rng.integers(right + 1))
+            out.append((y, x, side))
+        return out
 
     def _corner_in(
         self,
         boxes: Sequence[Box],
         size_px: tuple[int, int],
         framed_px: tuple[int, int],
+        crop_px: tuple[int, int],
         last: tuple[int, int],
         rng: np.random.Generator,
     ) -> tuple[int, int]:
@@ -142,7 +166,7 @@ class SamplingPlan:
         box = boxes[int(rng.choice(len(boxes), p=areas / areas.sum()))]
         corner = []
         for axis in (0, 1):
-            scale, half = framed_px[axis] / size_px[axis], self.tile_px[axis] // 2
+            scale, half = framed_px[axis] / size_px[axis], crop_px[axis] // 2
             low = min(max(round(box[axis] * scale) - half, 0), last[axis])
             high = max(min(round(box[axis + 2] * scale) - half, last[axis]), low)
             corner.append(int(rng.integers(low, high + 1)))

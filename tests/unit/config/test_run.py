@@ -162,6 +162,14 @@ def test_an_ensemble_with_a_trained_backbone_is_refused() -> None:
     assert "unfreeze = 0" in refusal("ensemble_seeds = true\n" + GRID + "[run]\nunfreeze = 2")
 
 
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [('framing = "resize"', 'framing = "tile"'), ('sampling = "tiles"', 'sampling = "crops"'), ('targets = "stars"', "lengths of rays")],
+)
+def test_zoom_where_nothing_can_be_magnified_is_refused(settings: str, part: str) -> None:
+    assert part in refusal(GRID + f"[run]\nzoom = 0.3\n{settings}")
+
+
 def test_labels_are_unique_and_name_what_differs() -> None:
     runs = expand(experiment('baselines = ["otsu"]\n' + GRID + "lr = [0.1, 0.01]"))
     names = labels(runs)
@@ -187,7 +195,7 @@ OTHER = {
     "fraction": 0.5, "fold": 1, "epochs": 3, "batch_size": 4, "lr": 0.01, "weight_decay": 0.0, "schedule": "constant",
     "warmup_epochs": 0.0, "patience": 0, "loss": "ce", "select": "val/loss", "unfreeze": 2, "tail_lr_scale": 0.1, "layer_decay": 0.5,
     "targets": "cell+distance", "augmentations": "0.3 blur", "tta": "d4", "adapt": "batchnorm",
-    "edge_cells": "tuned", "ensemble": "0, 1", "lora_rank": 4, "pixel_adapter": 8,
+    "edge_cells": "tuned", "ensemble": "0, 1", "lora_rank": 4, "pixel_adapter": 8, "zoom": 0.3,
 }  # fmt: skip
 
 

@@ -172,3 +172,24 @@ def test_crops_have_their_centres_in_the_regions_of_interest_and_other_images_ke
     assert all(map(any, zip(*in_each, strict=True)))
     assert 0.05 < sum(in_each[0]) / len(places) < 0.16  # by area: 6,000 of 66,000 px
     assert all(0 <= view.y <= 600 - 64 and 0 <= view.x <= 800 - 64 for view in second)
+
+
+def test_magnified_crops_lie_in_the_image_and_their_sides_are_even_on_a_logarithmic_scale() -> None:
+    views = plan(((700, 900),), crops_per_image=2000, tile_px=224, zoom=0.4).views(0)
+    factors = np.log([224 / view.crop_px for view in views]) / np.log(1.4)
+    assert np.abs(factors).max() < 1.01
+    assert np.histogram(factors, bins=4, range=(-1, 1))[0].min() > 400
+    assert all(0 <= view.y <= 700 - view.crop_px and 0 <= view.x <= 900 - view.crop_px for view in views)
+    assert max(view.y + view.crop_px for view in views) > 690
+
+
+def test_crops_are_resized_with_zoom_only() -> None:
+    plain, zoomed = (plan(zoom=zoom).views(1) for zoom in (0.0, 0.3))
+    assert [view.image for view in plain] == [view.image for view in zoomed]
+    assert {view.crop_px for view in plain} == {0}
+    assert len({view.crop_px for view in zoomed}) > 3
+
+
+def test_the_largest_crop_is_at_most_the_tile_times_the_largest_factor() -> None:
+    one = plan(((700, 900),), crops_per_image=2000, tile_px=224, zoom=0.4)
+    assert max(view.crop_px for view in one.views(0)) <= one.largest_crop_px[0] == 314
