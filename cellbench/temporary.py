@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 from cellbench.files import os_errors_as
@@ -13,21 +14,23 @@ from cellbench.liveness import is_alive, owner_as_file_name, owner_of_file_name,
 PREFIX = "cellbench-"
 
 
-class _Folder(tempfile.TemporaryDirectory[str]):
-    """What cannot be removed is left: on a disk that turned read-only, the error of the work matters, not that of the removal."""
+class TemporaryFolder:
+    """A folder in the temporary folder of the system, removed at the end of ``with``, or with the object. Its name tells whose it is.
 
-    @classmethod
-    def _rmtree(cls, name: str, *_: object, **__: object) -> None:
-        shutil.rmtree(name, ignore_errors=True)
-
-
-def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder in the temporary folder of the system, removed at the end of ``with``. Its name tells whose it is.
-
-    Raises SystemFault.
+    What cannot be removed is left: on a disk that turned read-only, the error of the work matters, not that of the removal. (The standard library's
+    ``TemporaryDirectory`` would raise it, also with ``ignore_cleanup_errors``, if access rights cannot be changed.) Raises SystemFault.
     """
-    with os_errors_as(f"making a temporary folder in {tempfile.gettempdir()}"):
-        return _Folder(prefix=f"{PREFIX}{owner_as_file_name(this_owner())}-")
+
+    def __init__(self) -> None:
+        with os_errors_as(f"making a temporary folder in {tempfile.gettempdir()}"):
+            self.name = tempfile.mkdtemp(prefix=f"{PREFIX}{owner_as_file_name(this_owner())}-")
+        self.cleanup = weakref.finalize(self, shutil.rmtree, self.name, ignore_errors=True)
+
+    def __enter__(self) -> str:
+        return self.name
+
+    def __exit__(self, *_: object) -> None:
+        self.cleanup()
 
 
 def remove_abandoned() -> int:

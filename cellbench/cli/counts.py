@@ -13,7 +13,7 @@ from cellbench.escaping import escape_markdown
 from cellbench.execution import artifacts
 from cellbench.metrics.counting import CountRow
 from cellbench.reporting.counts import MEANING, count_metrics, describe_counts
-from cellbench.temporary import temporary_folder
+from cellbench.temporary import TemporaryFolder
 from cellbench.tracking.schema import COUNTED, EVALUATION, NOTE
 from cellbench.tracking.tracker import Tracker
 
@@ -38,7 +38,7 @@ def log_counts(
     all_tags = {"cellbench.kind": EVALUATION, COUNTED: f"{folder} {truth.digest}", "dataset": folder, **tags, NOTE: note}
     with (
         tracker.run(name, key, parent=parent, known=known, tags=all_tags) as run,
-        temporary_folder() as temporary,
+        TemporaryFolder() as temporary,
     ):
         if known is None:
             run.log({}, params={"evaluated": name, "dataset": folder, "images": len(truth.samples), "truth": truth.what})

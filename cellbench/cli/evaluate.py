@@ -31,7 +31,7 @@ from cellbench.metrics.instance import describe_outcomes
 from cellbench.metrics.pixel import nan_mean, per_image_scores
 from cellbench.reporting.counts import count_metrics, describe_counts
 from cellbench.reporting.plots.example import draw_example
-from cellbench.temporary import temporary_folder
+from cellbench.temporary import TemporaryFolder
 from cellbench.tracking.schema import EVALUATED, EVALUATION, INDEPENDENT, NOTE, SEEN
 from cellbench.tracking.tracker import Run, Tracker
 
@@ -134,7 +134,7 @@ def _log(tested: _Tested, tracker: Tracker, machine: str, precision: str) -> Non
                 params |= {"images_trained_on": seen.count("train"), "images_validated_on": seen.count("val")}
             run.log({}, params=params)
             run.log_input(dataset.name, dataset.digest, str(dataset.root), "testing")
-        with temporary_folder() as name:
+        with TemporaryFolder() as name:
             _write_artifacts(tested, Path(name))
             run.log_artifacts(Path(name))
         run.log(metrics, tags=_tags(tested, run, machine))

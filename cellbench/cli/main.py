@@ -205,7 +205,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Command, Any]:
 def _describe_unknown(name: str, command: Command, argument: str) -> str:
     """What is wrong with an argument that the command does not take, and what may be meant."""
     if not argument.startswith("-"):
-        return f"{name} takes no further argument '{argument}'. A path with spaces needs quotes. `cellbench {name} --help` explains."
+        return f"{name} takes no further argument '{argument}'. A path with spaces and a pattern need quotes. `cellbench {name} --help` explains."
     option = argument.partition("=")[0]
     known = {_flag(one): one for one in fields(command.options) if one.metadata["help"] and not one.metadata.get("positional")}
     hint = ""

@@ -14,7 +14,7 @@ from cellbench.data.io.images import image_size
 from cellbench.data.io.intensity import format_notes
 from cellbench.data.region_files import match_regions
 from cellbench.data.regions import region_masks
-from cellbench.data.scan import count_reasons
+from cellbench.data.scan import count_reasons, pattern_root
 from cellbench.errors import CellbenchError, first_names
 from cellbench.files import make_folder
 from cellbench.inference.inputs import (
@@ -106,7 +106,7 @@ def find_regions(where: Path, images: Sequence[Path]) -> dict[Path, Path]:
     spare: list[Path] = []
     if where.is_file() and len(images) == 1:
         found = {images[0]: where}
-    elif where.is_dir():
+    elif where.is_dir() or pattern_root(where) is not None:
         samples = [Sample(name=path.name, image=path, mask=path) for path in images]
         matched, spare = match_regions(where, samples)
         found = {sample.image: file for sample, file in matched.items()}

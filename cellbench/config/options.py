@@ -123,7 +123,9 @@ class SearchOptions(TrainingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(InferenceOptions):
-    images: tuple[Path, ...] = argument("image files and folders", metavar="IMAGE")
+    images: tuple[Path, ...] = argument(
+        "image files, folders, and patterns in quotes; of folders and patterns the subfolders too", metavar="IMAGE"
+    )
     out: Path = option("the folder of the masks, NAME.png", MISSING, metavar="DIR")
     probability: bool = option("also write NAME.probability.png, 0..255", False)
     overlay: bool = option(
@@ -159,8 +161,8 @@ class EvaluateOptions(InferenceOptions):
 class ScoreOptions(RegistryOptions):
     name: str = argument("how the tool is called in tables, like cellpose")
     masks: Path = argument(
-        "a folder with a mask for each test image (PNG, TIFF, .npy, Cellpose's _seg.npy, GeoJSON, LabelMe, ImageJ ROI zips), a pattern in quotes, "
-        "or a COCO file",
+        "a folder with a mask for each test image (PNG, TIFF, .npy, Cellpose's _seg.npy, GeoJSON, LabelMe, ImageJ ROI zips), a pattern in quotes "
+        "like 'masks/*.instances.png', both with subfolders, or a COCO file",
         metavar="MASKS",
     )
     data: Path | None = option(

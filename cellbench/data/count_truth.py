@@ -161,7 +161,7 @@ def read_count_truth(where: Path, categories: Mapping[str, str]) -> CountTruth |
     """
     root = where if where.is_dir() else where.parent
     pictures = [path for path in files_below(root)[0] if path.relative_to(root).parts[0] != REGIONS] if root.is_dir() else []
-    files = sorted(path for path in root.rglob("*") if path.is_file() and not path.name.startswith(".")) if where.is_dir() else [where]
+    files = files_below(root, (".xml", ".json", ".csv", ".geojson"))[0] if where.is_dir() else [where]
     files = [path for path in files if not path.is_relative_to(root / REGIONS)]
     kinds = (
         (".xml", _voc, "boxes of VOC files"),

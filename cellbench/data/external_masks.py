@@ -6,7 +6,6 @@ files; masks of other images are counted in a note.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import re
 from collections import Counter
@@ -24,7 +23,7 @@ from cellbench.data.io.decode import printable_path
 from cellbench.data.layouts import IMAGE_WORDS, NOT_CELLS, NOT_SCORED
 from cellbench.data.masks import MaskFacts, decide_meaning, mask_facts, off_values
 from cellbench.data.outline_files import SUFFIXES, ToolMask, describe_left_out, read_tool_mask
-from cellbench.data.scan import is_inside
+from cellbench.data.scan import LINKS_ADVICE, files_below, is_inside, pattern_root
 from cellbench.errors import CellbenchError, quoted
 from cellbench.files import compute_sha256, to_nfc
 from cellbench.metrics.pixel import IGNORE
@@ -36,8 +35,8 @@ ADDED = re.compile(
 )
 """What tools append to the name of an image for its mask: ``a_seg.npy``, ``a_cp_masks.tif``, ``a_rois.zip``, ``a.instances.png``."""
 BEFORE = re.compile(r"^(?:masks?|labels?|roiset|rois?|seg|pred)[-_. ]", re.IGNORECASE)
-NO_MASKS = re.compile(r"[-_.](?:overlay|probability|flows?|cp_output|cellprob)$", re.IGNORECASE)
-"""Pictures that tools write beside masks."""
+NO_MASKS = re.compile(r"[-_.](?:overlay|probability|flows?|cp_output|cellprob)$|\.regions$", re.IGNORECASE)
+"""Files that tools write beside masks; `predict` keeps ``NAME.regions.geojson`` there."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,25 +135,22 @@ def label_classes(labels: Iterable[str], classes: Sequence[str], path: Path) -> 
 def _mask_files(where: Path) -> list[Path]:
     if where.is_file():
         return [where]
-    if where.is_dir():
-        found = [path for path in sorted(where.rglob("*")) if path.is_file() and is_inside(where, path)]
-    else:
-        found = sorted(Path(name) for name in glob.glob(str(where), recursive=True) if Path(name).is_file())
-        if not found:
-            raise CellbenchError(
-                f"{where}: there is no such folder or file. Expected a folder of masks, a COCO file, or a pattern in quotes."
-            )
-    found = [path for path in found if path.suffix.lower() in {*SUFFIXES, *images.EXTENSIONS} and not path.name.startswith(".")]
+    if not where.is_dir() and pattern_root(where) is None:
+        raise CellbenchError(f"{where}: there is no such folder or file. Expected a folder of masks, a COCO file, or a pattern in quotes.")
+    found, _, _ = files_below(where, {*SUFFIXES, *images.EXTENSIONS})
     if not found:
         raise CellbenchError(
             f"{where}: holds no masks. Expected label images (PNG, TIFF, .npy), _seg.npy, GeoJSON, ROI zips or a COCO file."
         )
+    root = pattern_root(where) or where
+    if outside := [path for path in found if not is_inside(root, path)]:
+        raise CellbenchError(f"{root}: {quoted([str(path.relative_to(root)) for path in outside])} lead out of the folder. {LINKS_ADVICE}")
     return found
 
 
 def _matched(where: Path, files: Sequence[Path], tested: Sequence[Sample], others: Sequence[Sample]) -> tuple[dict[str, Path], list[str]]:
     """The mask file of each tested image, and notes. ``others``: images of the data that are not tested."""
-    root = where if where.is_dir() else where.parent
+    root = where if where.is_dir() else pattern_root(where) or where.parent
     files = [path for path in files if not NO_MASKS.search(path.stem)]
     pairs: dict[str, Path] = {}
     missing: list[str] = []
@@ -162,10 +158,10 @@ def _matched(where: Path, files: Sequence[Path], tested: Sequence[Sample], other
     for sample, found in match_images(tested, files_by_key(files, root)):
         found = [path for path in found if compute_sha256(path) != sample.digest]  # tools write beside a copy of the image
         if len(found) > 1:
-            names = quoted([path.name for path in found])
-            raise CellbenchError(
-                f"{where}: '{sample.name}' has {len(found)} masks: {names}. Name one kind, as in 'masks/*_seg.npy' with quotes."
-            )
+            names = [path.relative_to(root).as_posix() for path in found]
+            endings = {path.name.removeprefix(sample.image.stem) for path in found}
+            one = f"kind, as in '{root}/*{max(endings, key=len)}' with quotes" if len(endings) == len(found) else "folder of them"
+            raise CellbenchError(f"{where}: '{sample.name}' has {len(found)} masks: {quoted(names)}. Name one {one}.")
         if found:
             pairs[sample.name] = found[0]
             used.add(found[0])

@@ -10,15 +10,17 @@ from cellbench.data.dataset import Sample
 from cellbench.data.external_masks import files_by_key, match_images
 from cellbench.data.layouts import REGIONS
 from cellbench.data.regions import REGION_SUFFIXES
-from cellbench.data.scan import FileWarning, Listing, is_inside
+from cellbench.data.scan import FileWarning, Listing, files_below, is_inside, pattern_root
 from cellbench.errors import CellbenchError, quoted
 
 
-def match_regions(folder: Path, samples: Sequence[Sample]) -> tuple[dict[Sample, Path], list[Path]]:
-    """The file of each image that has one in ``folder`` or its subfolders, and the files that belong to no image. Raises CellbenchError for two."""
-    files = [
-        path for path in sorted(folder.rglob("*")) if path.suffix.lower() in REGION_SUFFIXES and path.is_file() and is_inside(folder, path)
-    ]
+def match_regions(where: Path, samples: Sequence[Sample]) -> tuple[dict[Sample, Path], list[Path]]:
+    """The file of each image that has one in a folder (or by a pattern) and its subfolders, and the files that belong to no image.
+
+    Raises CellbenchError for two files of one image.
+    """
+    folder = pattern_root(where) or where
+    files = [path for path in files_below(where, REGION_SUFFIXES)[0] if is_inside(folder, path)]
     found: dict[Sample, Path] = {}
     for sample, here in match_images(samples, files_by_key(files, folder)):
         if len(here) > 1:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +16,8 @@ from cellbench.data.io.intensity import IntensityScaling
 from cellbench.errors import CellbenchError, quote_name
 from cellbench.escaping import readable
 from cellbench.files import to_nfc
+
+LINKS_ADVICE = "Only files inside it are read: copy it there, or set CELLBENCH_FOLLOW_LINKS=1 if links are intended."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +85,7 @@ class Listing:
 
     def reject_outside(self, name: str) -> None:
         """Adds the problem of a path that leaves the folder."""
-        advice = "Only files inside it are read: copy it there, or set CELLBENCH_FOLLOW_LINKS=1 if links are intended."
-        self.reject("outside", name, f"{self.root.name}: {quote_name(name)} leads out of the folder", advice)
+        self.reject("outside", name, f"{self.root.name}: {quote_name(name)} leads out of the folder", LINKS_ADVICE)
 
     def raise_first(self) -> None:
         """Raises the first problem as a CellbenchError, with the number of others of its kind."""
@@ -144,15 +146,18 @@ def count_reasons(left: Iterable[IgnoredFile]) -> str:
     return ", ".join(f"{num} {reason}" for reason, num in Counter(one.reason for one in left).most_common())
 
 
-def files_below(folder: Path) -> tuple[list[Path], list[IgnoredFile], set[Path]]:
-    """All images of a folder and its subfolders, sorted; all other files; and the real folders that were searched.
+def files_below(where: Path, endings: Collection[str] = EXTENSIONS) -> tuple[list[Path], list[IgnoredFile], set[Path]]:
+    """All files of a folder and its subfolders with these endings, sorted; all other files; and the real folders that were searched.
 
-    Links to folders are followed after all real folders, and each real folder is searched once, so that cycles end.
+    ``where``: the folder, or a pattern like ``masks/*.instances.png`` (:func:`pattern_root`), which files match by the end of their path, as in
+    subfolders, or by a folder that they lie in. Links to folders are followed after all real folders, and each real folder is searched once, so that
+    cycles end.
     """
-    images: list[Path] = []
+    root = pattern_root(where)
+    found: list[Path] = []
     left: list[IgnoredFile] = []
     seen: set[Path] = set()
-    folders, links = [folder], list[Path]()
+    folders, links = [root or where], list[Path]()
     while folders or links:
         here = folders.pop() if folders else links.pop(0)
         real = here.resolve()
@@ -170,11 +175,27 @@ def files_below(folder: Path) -> tuple[list[Path], list[IgnoredFile], set[Path]]
                 left.append(IgnoredFile(path=path, reason="hidden folder" if entry.is_dir() else "hidden"))
             elif entry.is_dir():
                 (links if entry.is_symlink() else folders).append(path)
-            elif reason := why_unreadable(entry):
+            elif reason := _why_not_of(entry, endings):
                 left.append(IgnoredFile(path=path, reason=reason))
             else:
-                images.append(path)
-    return sorted(images), sorted(left, key=lambda one: one.path), seen
+                found.append(path)
+    if root is not None:
+        named, pattern = set(map(Path, glob.glob(str(where), recursive=True))), str(where.relative_to(root))
+        found, left = [path for path in found if path.relative_to(root).match(pattern) or named & {path, *path.parents}], []
+    return sorted(found), sorted(left, key=lambda one: one.path), seen
+
+
+def pattern_root(where: Path) -> Path | None:
+    """The folder in which a pattern is looked for; None for what exists, and where there is no such folder.
+
+    >>> str(pattern_root(Path("*/a.png"))), pattern_root(Path("a.png"))
+    ('.', None)
+    """
+    first = next((k for k, part in enumerate(where.parts) if set(part) & set("*?[")), None)
+    if first is None or where.exists():
+        return None
+    root = Path(*where.parts[:first])
+    return root if root.is_dir() else None
 
 
 def _is_clutter(name: str) -> bool:
@@ -183,10 +204,14 @@ def _is_clutter(name: str) -> bool:
 
 def why_unreadable(entry: os.DirEntry[str]) -> str:
     """Why a file is not read as an image; empty if it is one."""
+    return _why_not_of(entry, EXTENSIONS)
+
+
+def _why_not_of(entry: os.DirEntry[str], endings: Collection[str]) -> str:
     if not entry.is_file():
         return "link that leads nowhere" if entry.is_symlink() else "no regular file"
     extension = os.path.splitext(entry.name)[1]
-    return "" if extension.lower() in EXTENSIONS else (extension if extension.isprintable() else ascii(extension)) or "without an ending"
+    return "" if extension.lower() in endings else (extension if extension.isprintable() else ascii(extension)) or "without an ending"
 
 
 def other_files(folder: Path) -> list[Path]:

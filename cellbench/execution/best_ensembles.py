@@ -32,7 +32,7 @@ from cellbench.hardware import is_out_of_memory, release_memory
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import Calibration, histogram
 from cellbench.metrics.pixel import confusion_matrix
-from cellbench.temporary import temporary_folder
+from cellbench.temporary import TemporaryFolder
 from cellbench.tracking.schema import ENSEMBLE, LIMIT, MEMBERS, RunRecord, RunState
 from cellbench.training.evaluator import CohortEvaluator
 from cellbench.training.model import SegmentationModel
@@ -130,7 +130,7 @@ class _Ensemble:
             tags[LIMIT] = str(self.runner.experiment.data.limit)
         with (
             tracker.run(self.title, key, parent=self.runner.parent_id, known=known, tags=tags) as run,
-            temporary_folder() as temporary,
+            TemporaryFolder() as temporary,
         ):
             if known is None:
                 run.log({}, params={**params, "dataset": dataset.name, "precision": precision})

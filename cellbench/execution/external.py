@@ -31,7 +31,7 @@ from cellbench.metrics.pixel import confusion_matrix
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.counts import count_metrics
 from cellbench.reporting.model_groups import TestSet
-from cellbench.temporary import temporary_folder
+from cellbench.temporary import TemporaryFolder
 from cellbench.tracking.schema import EXTERNAL, LIMIT
 from cellbench.tracking.tracker import Tracker
 from cellbench.training.evaluator import CohortEvaluator
@@ -143,7 +143,7 @@ def _log(name: str, where: Path, tested: TestImages, fold: int, result: Evaluati
     params: dict[str, object] = {EXTERNAL: name, "backbone": "none", "head": "none", "baseline": "none", "seed": 0, "fold": fold}
     tags = {"cellbench.kind": EXTERNAL, "model": name, "dataset": dataset.name} | ({LIMIT: tested.limit} if tested.limit else {})
     known = tracker.known(key).get(key)
-    with tracker.run(title, key, known=known, tags=tags) as run, temporary_folder() as temporary:
+    with tracker.run(title, key, known=known, tags=tags) as run, TemporaryFolder() as temporary:
         if known is None:
             run.log({}, params={**params, "dataset": dataset.name})
             run.log_input(dataset.name, dataset.digest, str(dataset.root), "testing")

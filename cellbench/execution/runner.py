@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -58,7 +57,7 @@ from cellbench.models.backbones.base import Backbone
 from cellbench.models.backbones.build import open_backbone
 from cellbench.models.baselines.build import FoundClasses, open_baseline
 from cellbench.system_load import SystemLoad
-from cellbench.temporary import temporary_folder
+from cellbench.temporary import TemporaryFolder
 from cellbench.tracking.offline_queue import CallRejectedError
 from cellbench.tracking.schema import RunRecord, RunState
 from cellbench.tracking.tracker import Tracker
@@ -144,7 +143,7 @@ class Runner:
     def _finish(self, one: ActiveRun, result: EvaluationResult, out: Outcome, trained_on: Sequence[int] = ()) -> None:
         """Has the evaluation of a run logged in the background, once its pictures are drawn. ``trained_on``: indices of the training images."""
         assert self._drawing is not None
-        folder, images = temporary_folder(), self._images["test"]
+        folder, images = TemporaryFolder(), self._images["test"]
         seen = seen_images.record_seen_images(self.dataset, trained_on)
         with os_errors_as(f"writing a run's artifacts to {folder.name}"):
             artifacts.write_artifacts(Path(folder.name), one.resolved.run, self.experiment, self.datasets, result, seen)
@@ -544,7 +543,7 @@ class Runner:
 
 def _log(
     one: ActiveRun,
-    folder: tempfile.TemporaryDirectory[str],
+    folder: TemporaryFolder,
     drawn: dict[str, Future[bytes]],
     metrics: dict[str, float],
     tags: dict[str, str],

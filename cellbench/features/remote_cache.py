@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from cellbench.errors import CellbenchError, one_line, redact_passwords
 from cellbench.files import atomic_file, cache_dir
-from cellbench.temporary import temporary_folder
+from cellbench.temporary import TemporaryFolder
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class RemoteCache:
     def probe(self) -> None:
         """Writes a file, reads it back and removes it. Raises CellbenchError."""
         name = f".probe-{uuid.uuid4().hex}"
-        with temporary_folder() as folder:
+        with TemporaryFolder() as folder:
             ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
             ours.write_text(name)
             try:

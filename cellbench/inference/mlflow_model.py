@@ -22,7 +22,7 @@ from mlflow.types import ColSpec, Schema
 from cellbench.data.io.png_stream import PngWriter
 from cellbench.errors import CellbenchError
 from cellbench.inference.segmenter import Prediction, Segmenter
-from cellbench.temporary import temporary_folder
+from cellbench.temporary import TemporaryFolder
 
 
 class ServedSegmenter(PythonModel):
@@ -71,7 +71,7 @@ class ServedSegmenter(PythonModel):
         if not isinstance(data, bytes) or not data:
             what = "empty" if data is None or data is pd.NaT or isinstance(data, bytes | float) else f"of the type {type(data).__name__}"
             raise CellbenchError(f"'image' is {what}. Expected the bytes of an image file; in JSON, base64.")
-        with temporary_folder() as folder:
+        with TemporaryFolder() as folder:
             file = Path(folder) / "image"
             file.write_bytes(data)
             try:

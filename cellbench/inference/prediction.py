@@ -22,7 +22,7 @@ from cellbench.data.io.decode import printable_path
 from cellbench.data.io.images import EXTENSIONS
 from cellbench.data.io.intensity import IntensityScaling, Note
 from cellbench.data.io.metadata import PixelSize
-from cellbench.data.scan import IgnoredFile, count_reasons, files_below
+from cellbench.data.scan import IgnoredFile, count_reasons, files_below, pattern_root
 from cellbench.errors import CellbenchError, first_names
 from cellbench.files import case_folded, file_name
 from cellbench.inference.pipeline import FailedImage
@@ -37,24 +37,25 @@ MOST_BYTES = 255 - max(map(len, ENDINGS))
 
 
 def find_images(places: Sequence[Path], out: Path) -> tuple[list[tuple[Path, Path]], list[IgnoredFile]]:
-    """Each image of files and folders, with the path of its mask below ``out``, without an ending; and what else lies in the folders.
+    """Each image of files, folders and patterns, with the path of its mask below ``out``, without an ending; and what else lies in the folders.
 
-    Folders are searched recursively, links to folders too. Names are those of :func:`mask_stems`. Raises CellbenchError.
+    Folders are searched with their subfolders, links to folders too. Names are those of :func:`mask_stems`. Raises CellbenchError.
     """
     found: dict[Path, Path] = {}
     ignored: list[IgnoredFile] = []
     for place in places:
-        if place.is_dir():
+        root = place if place.is_dir() else pattern_root(place)
+        if root is not None:
             inside, other, seen = files_below(place)
             if seen & {out.resolve(), *out.resolve().parents}:
                 raise CellbenchError(
-                    f"--out {out}: lies in {place}, so that masks would be taken for images next time. Name a folder outside."
+                    f"--out {out}: lies in {root}, so that masks would be taken for images next time. Name a folder outside."
                 )
             if not inside:
                 there = f" Found: {count_reasons(other)}." if other else ""
                 raise CellbenchError(f"{place}: holds no image. Expected files that end in {', '.join(sorted(EXTENSIONS))}.{there}")
             ignored += other
-            found |= {path: path.relative_to(place) for path in inside}
+            found |= {path: path.relative_to(root) for path in inside}
         elif place.exists():
             if place.resolve().parent == out.resolve():
                 raise CellbenchError(f"--out {out}: is the folder of {place.name}, which its mask might replace. Name another folder.")

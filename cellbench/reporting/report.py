@@ -28,7 +28,7 @@ from cellbench.reporting.collect import REQUEST_FILE, RunRequest, collect_report
 from cellbench.reporting.leaderboard import LeaderboardRow, terminal_table, to_json
 from cellbench.reporting.model_groups import TestSet
 from cellbench.reporting.verdict import describe_ranking_rule
-from cellbench.temporary import temporary_folder
+from cellbench.temporary import TemporaryFolder
 from cellbench.tracking import model_registry, ui_view
 from cellbench.tracking.client import command_line
 from cellbench.tracking.schema import NOTE, to_record
@@ -48,7 +48,7 @@ def log_request(top: Run, text: str, dataset: Dataset, machine: str, command: st
     ``text``: the experiment file with the options applied; ``command``: the call, by default the command line.
     """
     request = _request(text, dataset, machine, command or command_line())
-    with temporary_folder() as name:
+    with TemporaryFolder() as name:
         (Path(name) / EXPERIMENT_FILE).write_text(text, encoding="utf-8")
         (Path(name) / REQUEST_FILE).write_text(json.dumps(asdict(request), indent=1), encoding="utf-8")
         top.log_artifacts(Path(name))
@@ -182,7 +182,7 @@ def _draw_report(
         failed=dict(failed),
         own_metrics=catalog.to_record(first.own_metrics),
     )
-    with temporary_folder() as name:
+    with TemporaryFolder() as name:
         folder = Path(name)
         write_report_files(report, folder, drawing)
         (folder / SUMMARY_FILE).write_text(json.dumps(asdict(summary), indent=1), encoding="utf-8")

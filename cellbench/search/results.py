@@ -9,7 +9,7 @@ import tomli_w
 from cellbench.config.search_space import Space
 from cellbench.search.plots import write_trials
 from cellbench.search.study import CompletedTrial, Study
-from cellbench.temporary import temporary_folder
+from cellbench.temporary import TemporaryFolder
 from cellbench.tracking.schema import STATE, STATUS, STUDY
 from cellbench.tracking.tracker import Run, Tracker
 
@@ -49,7 +49,7 @@ def log_progress(space: Space, study: Study, run: Run) -> None:
             record = t.values[0]
             run.buffer(t.number, {"search/best": record})
     run.log({f"search/{state}": sum(t.state == state for t in trials) for state in ("complete", "pruned", "failed")})
-    with temporary_folder() as name:
+    with TemporaryFolder() as name:
         folder = Path(name)
         if best:
             (folder / "best.toml").write_text(best_experiment(space, best[0]), encoding="utf-8")

@@ -13,7 +13,7 @@ from typing import Any
 
 from cellbench.errors import CellbenchError
 from cellbench.files import os_errors_as
-from cellbench.temporary import temporary_folder
+from cellbench.temporary import TemporaryFolder
 from cellbench.tracking.offline_queue import NotFoundError
 from cellbench.tracking.schema import CALIBRATION, EXPERIMENT, FINGERPRINT, MODEL, NOTE, VERDICT, RunRecord
 from cellbench.tracking.tracker import Tracker, pages
@@ -48,7 +48,7 @@ def _register(tracker: Tracker, run: RunRecord, verdict: str, more: str) -> str:
         model_type="segmentation",
     )
     try:
-        with temporary_folder() as name, os_errors_as("creating a model's entry"):
+        with TemporaryFolder() as name, os_errors_as("creating a model's entry"):
             write_model_files(Path(name), tracker, run, model.model_id)
             client.log_model_artifacts(model.model_id, name)
         client.log_outputs(run.run_id, [entities.LoggedModelOutput(model.model_id, step=best)])

@@ -26,7 +26,7 @@ from cellbench.errors import CellbenchError, one_line, redact_passwords, unknown
 from cellbench.escaping import readable
 from cellbench.files import file_name, make_folder, os_errors_as, to_nfc
 from cellbench.liveness import HEARTBEAT_S, STALE_S, describe_owner, this_owner
-from cellbench.temporary import temporary_folder
+from cellbench.temporary import TemporaryFolder
 from cellbench.tracking import relocate, sqlite_store, store_address, ui_view
 from cellbench.tracking.availability import wait_for_database
 from cellbench.tracking.client import ResilientClient, to_error
@@ -155,7 +155,7 @@ class Tracker:
                     return None
                 raise
         try:
-            with temporary_folder() as folder:
+            with TemporaryFolder() as folder:
                 return Path(self.client.download_artifacts(run.run_id, name, folder)).read_bytes()
         except Exception as error:
             # MLflow reports "does not exist" for any failed download (measured on 3.17.2). Its listing is reliable.
@@ -389,7 +389,7 @@ class Run:
 
     def log_text(self, name: str, text: str) -> None:
         """Logs a text as an artifact."""
-        with temporary_folder() as folder:
+        with TemporaryFolder() as folder:
             with os_errors_as(f"writing {name} to {folder}"):
                 (Path(folder) / name).write_text(text, encoding="utf-8", errors="backslashreplace")
             self.log_artifacts(Path(folder))

@@ -107,3 +107,23 @@ def test_a_later_grid_shows_the_row_too(here: Path, masks: Path, capsys: pytest.
     capsys.readouterr()
     assert main(["grid", "rivals.toml", "--data", "smears", "--device", "cpu"]) == 0
     assert "rival (external)" in capsys.readouterr().out
+
+
+def test_single_cells_of_a_prediction_with_subfolders_are_scored_by_a_pattern(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, name in (("slide1", "t0.png"), ("slide2", "t1.png")):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / name).write_bytes((here / "smears" / "test" / "original" / name).read_bytes())
+    out = tmp_path / "out"
+    assert main(["predict", "best", str(tmp_path / "in" / "t*.png"), "--out", str(out), "--instances", "--device", "cpu"]) == 0
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.instances.png")) == [
+        "slide1/t0.instances.png",
+        "slide2/t1.instances.png",
+    ]
+    assert main(["score", "itself", str(out)]) == 2
+    assert f"Name one kind, as in '{out}/*.instances.png' with quotes" in capsys.readouterr().err
+    assert main(["score", "itself", str(out / "*.instances.png")]) == 0
+    found = collect_runs([Tracker("rivals")]).sets[0]
+    (row,) = [model for model in found.models if model.name == "itself"]
+    assert row.scores().mean == pytest.approx(found.best_own.scores().mean, abs=0.02)  # but for cells below the smallest size

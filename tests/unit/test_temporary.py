@@ -10,7 +10,7 @@ import pytest
 
 from cellbench.errors import SystemFault
 from cellbench.liveness import owner_as_file_name, this_owner
-from cellbench.temporary import remove_abandoned, temporary_folder
+from cellbench.temporary import TemporaryFolder, remove_abandoned
 
 
 def test_folders_of_dead_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,7 @@ def test_folders_of_dead_processes_are_removed(tmp_path: Path, monkeypatch: pyte
     for folder in (dead, foreign):
         folder.mkdir()
         (folder / "x").write_text("x")
-    with temporary_folder() as name:
+    with TemporaryFolder() as name:
         assert remove_abandoned() == 1
         assert Path(name).is_dir()
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([Path(name).name, "cellbench-notes"])
@@ -31,7 +31,7 @@ def test_folders_of_dead_processes_are_removed(tmp_path: Path, monkeypatch: pyte
 def test_a_temporary_folder_that_cannot_be_made_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(SystemFault, match="making a temporary folder in"):
-        temporary_folder()
+        TemporaryFolder()
 
 
 def test_a_folder_that_cannot_be_removed_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_a_folder_that_cannot_be_removed_hides_no_error(tmp_path: Path, monkeypa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def work() -> None:
-        with temporary_folder() as name:
+        with TemporaryFolder() as name:
             (Path(name) / "x").write_text("x")
             for call in ("unlink", "rmdir", "chmod"):
                 monkeypatch.setattr(os, call, refuse)

@@ -57,6 +57,11 @@ _READERS: dict[bytes, tuple[str, type[ImageFile.ImageFile]]] = {
 }  # fmt: skip
 _MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "YCbCr", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 """Pillow's modes of grey, palette and RGB, optionally with alpha, at all depths."""
+CHANNELS = (
+    "the channels to read as a grey or RGB file. Data to train on may instead name them on its card, such as channels = [0, 1, 2]; `predict` reads "
+    "those that its model was trained on"
+)
+"""The advice for channels of unknown meaning, whoever reads the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +207,8 @@ def _tiff_page(fp: BinaryIO, stack: bool) -> Any:
     if tif.is_imagej:  # a stack in one page
         pages = max(pages, int((tif.imagej_metadata or {}).get("images", 1)))
     if pages > 1 and not (stack and _channel_axis(tif) is not None):
-        todo = "Save each page as a file of its own, or, if they are channels, name those to read on the dataset's card"
-        raise FileError(f"has {pages} pages (a stack or a film). {todo}, such as channels = [0, 1, 2]")
+        todo = f"Save each page as a file of its own; if they are channels, save {CHANNELS}"
+        raise FileError(f"has {pages} pages (a stack or a film). {todo}")
     return page
 
 
@@ -288,8 +293,7 @@ def check_channels(page: Any) -> None:
         raise FileError(f"is in {getattr(page.photometric, 'name', page.photometric)} colours. Save it as grey or RGB")
     if not (num == colours or (num == colours + 1 and extra[:1] in ((1,), (2,)))):
         raise FileError(
-            f"has {num} channels of {page.bitspersample} bits, of which {num - colours} have no stated meaning. Save it as grey or RGB, "
-            "or name the channels to read on the dataset's card, such as channels = [0, 1, 2]"
+            f"has {num} channels of {page.bitspersample} bits, of which {num - colours} have no stated meaning. Save {CHANNELS}"
         )
 
 
@@ -307,7 +311,8 @@ def _chosen(picture: OpenImage, channels: tuple[int, ...]) -> np.ndarray:
             pixels = image
     if pixels.shape[2] <= max(channels):
         raise FileError(
-            f"has {pixels.shape[2]} channels, but the card asks for channels {list(channels)} (counted from 0). Correct the card"
+            f"has {pixels.shape[2]} channels, but channels {list(channels)} (counted from 0) are read, as the dataset's card says or said at "
+            "training. Correct the card, or name a file with these channels"
         )
     return pixels[..., list(channels)]
 

@@ -24,6 +24,7 @@ _DARK = 16
 """An image whose largest value is below white / 16 most likely has another depth: 12 bits read as 16 are 16 times too dark."""
 _HOT_SHARE = 0.001
 """Share of pixels beyond twice the range: fewer are hot pixels or dust, more mean another depth."""
+RANGE = "Give range = [BLACK, WHITE] on the dataset's card (`predict`: --range BLACK,WHITE)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,23 +109,16 @@ def scale_to_uint8(pixels: np.ndarray, reading: IntensityScaling, stated: Range 
         raise FileError("holds values that are not finite, so it is no image of 0..1. Replace them")
     (black, white), assumed = reading.range_of(pixels.dtype, high, stated)
     if pixels.dtype.kind == "f" and (reading.float_range or stated) is None and (low < 0 or high > 1):
-        raise FileError(
-            "holds floats outside 0..1, whose black and white are unknown. Give range = [BLACK, WHITE] on the dataset's card, "
-            "or scale them to 0..1"
-        )
+        raise FileError(f"holds floats outside 0..1, whose black and white are unknown. {RANGE}, or scale them to 0..1")
     if assumed and (low < 0 or high > 65535):
-        raise FileError(
-            "holds values outside 0..65535, whose black and white are unknown. Give range = [BLACK, WHITE] on the dataset's card, "
-            "or save it as 16-bit"
-        )
+        raise FileError(f"holds values outside 0..65535, whose black and white are unknown. {RANGE}, or save it as 16-bit")
     notes: list[Note] = []
     span, shown = white - black, format_range((black, white))
     if low < black or high > white:
         far = np.count_nonzero((pixels > white + span) | (pixels < black - span)) / pixels.size
         if far > _HOT_SHARE:
             raise FileError(
-                f"holds values from {low:.6g} to {high:.6g}, but images are read as {shown}: it has another depth. "
-                "Convert it, or give range = [BLACK, WHITE] on the dataset's card (`predict`: --range BLACK,WHITE)"
+                f"holds values from {low:.6g} to {high:.6g}, but images are read as {shown}: it has another depth. {RANGE}, or convert it"
             )
         share = max(float(np.count_nonzero((pixels > white) | (pixels < black)) / pixels.size), 0.0001)
         notes.append(Note(message=f"beyond the range {shown}, clipped", detail=f"{low:.6g} to {high:.6g}, {share:.2%} of it"))

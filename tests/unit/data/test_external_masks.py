@@ -38,7 +38,7 @@ def cells() -> np.ndarray:
 
 
 def write(folder: Path, *names: str, mask: np.ndarray | None = None) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         Image.fromarray(cells() if mask is None else mask).save(folder / name)
     return folder
@@ -136,3 +136,43 @@ def test_a_coco_file_is_matched_by_file_name(tmp_path: Path, data: Dataset) -> N
     assert "not used: 1 images of the file that are not test images: 'images/z.png'." in found.notes
     path.write_text(json.dumps({**tree, "images": tree["images"][1:]}))
     assert "1 of 2 test images are not in it: 'a.png'" in fault(path, data)
+
+
+def test_folders_and_patterns_are_searched_with_their_subfolders(tmp_path: Path, data: Dataset) -> None:
+    out = tmp_path / "out"
+    for folder, name in (("x", "a"), ("x/y", "b_img")):
+        for ending in (".png", ".instances.png"):
+            write(out / folder, name + ending)
+    for pattern in ("*.instances.png", "**/*.instances.png", "x*/**/*.instances.png"):
+        found = find_masks(out / pattern, data, data.test).files
+        assert {name: path.relative_to(out).as_posix() for name, path in found.items()} == {
+            "a.png": "x/a.instances.png",
+            "b_img.jpg": "x/y/b_img.instances.png",
+        }
+    assert f"2 masks: 'x/a.instances.png', 'x/a.png'. Name one kind, as in '{out}/*.instances.png'" in fault(out, data)
+    (out / "x" / "a.regions.geojson").write_text("[]")  # kept by `predict --regions`; no mask
+    assert "a.png' has 2 masks" in fault(out, data)
+    write(out / "z", "a.instances.png", "b_img.instances.png")
+    assert "2 masks: 'x/a.instances.png', 'z/a.instances.png'. Name one folder of them" in fault(out / "*.instances.png", data)
+    assert find_masks(out / "z*", data, data.test).files["a.png"] == out / "z" / "a.instances.png"
+    assert "holds no masks" in fault(out / "*.tif", data)
+
+
+def test_images_of_one_name_in_two_folders_keep_their_masks_with_a_pattern(tmp_path: Path, data: Dataset) -> None:
+    a, b = data.test
+    pair = tuple(
+        Sample(name=f"{folder}__a.png", image=one.image.parent / folder / "a.png", mask=one.image, size_px=SIZE, digest=one.digest)
+        for folder, one in (("p", a), ("q", b))
+    )
+    for folder in "pq":
+        write(tmp_path / folder, "a.instances.png")
+    found = find_masks(tmp_path / "*.instances.png", Dataset(**{**vars(data), "test": pair}), pair).files
+    assert found == {f"{folder}__a.png": tmp_path / folder / "a.instances.png" for folder in "pq"}
+
+
+def test_masks_behind_links_that_leave_the_folder_are_refused(tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "m", "a.png")
+    (folder / "b_img.png").symlink_to(write(tmp_path / "n", "b_img.png") / "b_img.png")
+    assert "'b_img.png' lead out of the folder. Only files inside it are read" in fault(folder, data)
+    monkeypatch.setenv("CELLBENCH_FOLLOW_LINKS", "1")
+    assert len(find_masks(folder, data, data.test).files) == 2

@@ -227,7 +227,9 @@ def test_channels_beyond_grey_and_rgb_are_refused_at_every_depth(tmp_path, dtype
     options = {"photometric": photometric, "planarconfig": "contig", "extrasamples": ["unspecified"] * more}
     tifffile.imwrite(tmp_path / "a.tif", PLANES[..., :num].astype(dtype), **options)
     assert f"{num} channels" in refused(tmp_path / "a.tif")
-    assert "channels = [0, 1, 2]" in refused(tmp_path / "a.tif")
+    advice = refused(tmp_path / "a.tif")
+    assert "Save the channels to read as a grey or RGB file." in advice  # helps everywhere, the card in training only
+    assert "channels = [0, 1, 2]; `predict` reads those that its model was trained on" in advice
 
 
 @pytest.mark.parametrize("scale", [1, 257], ids=["8-bit", "16-bit"])
@@ -248,7 +250,9 @@ def test_the_channels_that_a_card_names_are_read_in_its_order(tmp_path, scale, k
     np.testing.assert_array_equal(read_image(path, ALL_PLANES), PLANES[..., [4, 1, 0]])
     np.testing.assert_array_equal(read_image(path, IntensityScaling(channels=(5,), int_range=(0, 65535))), np.dstack([PLANES[..., 5]] * 3))
     refused(path)
-    assert "6 channels" in refused(path, reading=IntensityScaling(channels=(6,)))
+    other = refused(path, reading=IntensityScaling(channels=(6,)))
+    assert "6 channels, but channels [6]" in other
+    assert "or name a file with these channels" in other
 
 
 def test_a_stack_in_depth_is_refused_whatever_the_channels(tmp_path):

@@ -88,6 +88,7 @@ def test_decimal_numbers_keep_0_to_1_so_that_a_later_image_that_is_a_little_brig
     tifffile.imwrite(tmp_path / "b.tif", np.array([[0.5, 180]], np.float32))
     assert "another depth" in refused(tmp_path / "b.tif", reading=reading)
     assert "0..1" in refused(tmp_path / "b.tif")
+    assert "`predict`: --range BLACK,WHITE" in refused(tmp_path / "b.tif")
 
 
 def test_8_bit_images_have_no_range_of_their_own() -> None:
