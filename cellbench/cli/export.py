@@ -37,10 +37,14 @@ def export(options: ExportOptions) -> int:
             serve = f"mlflow models serve -m {shlex.quote(str(options.out / 'mlflow'))} --env-manager local"
             lines.append(f"{options.out / 'mlflow'}: `{serve}` answers with masks.")
         if options.onnx:
-            from cellbench.inference.onnx import write_onnx
+            from cellbench.inference.onnx import left_to_caller, write_onnx, write_readme
 
             worst = write_onnx(made / "model.onnx", segmenter)
-            lines.append(f"{options.out / 'model.onnx'}: differs from torch by at most {worst:.1g} (onnxruntime, batches of 1 and 3).")
+            write_readme(made / "README.md", segmenter.trained)
+            lines += [
+                f"{options.out / 'model.onnx'}: differs from torch by at most {worst:.1g} (onnxruntime, batches of 1 and 3).",
+                f"It is the network alone; left to its caller are {'; '.join(left_to_caller(segmenter.trained))}. README.md there says so too.",
+            ]
         if out.exists():
             out.rmdir()
         made.replace(out)

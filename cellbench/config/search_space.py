@@ -24,6 +24,14 @@ from cellbench.errors import CellbenchError, unknown_name
 
 DIMENSIONS = ("backbone", "head", *(name for name in RUN_KEYS if name not in ("seed", "fold")))
 """Settings that may vary. Not the seed, and not the fold, since one fold tests on the training images of another."""
+GRID_ONLY = {
+    "ensemble_best": "a search tests its best setting alone, so there are no other models to average. ensemble_seeds = true averages its repeats",
+    "baselines": "a search compares settings of heads. A grid with the best setting, which best.toml holds, compares it with baselines",
+    "baseline": "a search compares settings of heads, and has no baselines",
+    "tiles_per_epoch": "the trials of a search all have the same crops. Set crops_per_image in [run]",
+    "grid": "a search has [space] in its place, from which trials are drawn",
+}
+"""Parts of an experiment that a search does not have, and why."""
 
 
 class Settings(StrictModel):
@@ -137,6 +145,8 @@ class Space:
 
         ``objectives``: what a search may optimise, with the better direction, as :func:`cellbench.metrics.catalog.search_objectives` gives it.
         """
+        for name in tree.keys() & GRID_ONLY:
+            raise CellbenchError(f"{where}: '{name}' is for grids: {GRID_ONLY[name]}.")
         file = checked(_File, tree, where)
         directions = _directions(file.search, where, objectives, {f"val/{name}" for name in registry.names("metrics")})
         for name in file.space:

@@ -1,8 +1,7 @@
 """Exports backbone and head as one ONNX file and compares its output with torch.
 
 Input: ``pixels`` (B, 3, T, T) float32, RGB in 0..1, T the run's tile, any B. Output: ``probabilities`` (B, K, T, T) float32 of the classes,
-NaN where a score is not finite. Tiling, blending, test-time augmentation, scaling, stain normalisation and what is dropped at the frame of
-an image are left to the caller; batch norms adapt inside.
+NaN where a score is not finite. What `predict` does before and after is left to the caller (:func:`left_to_caller`); batch norms adapt inside.
 """
 
 from __future__ import annotations
@@ -18,10 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cellbench.data.io.intensity import IntensityScaling
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import TOKENS
+from cellbench.files import write_atomic
 from cellbench.inference.segmenter import Segmenter
+from cellbench.inference.trained_run import TrainedRun
 from cellbench.training.tiled_inference import mark_non_finite
 
 TOLERANCE = 1e-3
@@ -92,6 +94,42 @@ def write_onnx(path: Path, segmenter: Segmenter) -> float:
         path.unlink()
         raise CellbenchError(f"--onnx: onnxruntime differs from torch by {worst:.2g}, more than {TOLERANCE:g}; the file is not kept.")
     return worst
+
+
+def left_to_caller(trained: TrainedRun) -> list[str]:
+    """What `predict` does with this run before and after its network, in order; an ONNX file does none of it."""
+    run, made, calibration = trained.run, trained.preparation, trained.calibration
+    framing = made.framing
+    steps = [
+        "values of more than 8 bits scaled to 0..255 by `reading` in run.json" if made.reading != IntensityScaling() else "",
+        f'`normalise = "{run.normalise}"`, with the fitted values in run.json' if made.normaliser is not None else "",
+        f"the image resized to {framing.side_px} x {framing.side_px} px" if framing.kind == "resize" else "",
+        f"the image scaled by {framing.scale:g}" if framing.scale != 1 else "",
+        f"tiles of {framing.side_px} px that overlap by {run.overlap:.0%}, and their blending" if framing.kind == "tile" else "",
+        f'`tta = "{run.tta}"`: the mean over changed tiles' if run.tta != "none" else "",
+        f"logits divided by the temperature {calibration.temperature:.3g}" if calibration.temperature != 1 else "",
+        f'`edge_cells = "{run.edge_cells}"`: small regions that the frame cuts are dropped' if calibration.edge_share else "",
+        f"single cells ({trained.separation.description})",
+    ]
+    return [step for step in steps if step]
+
+
+def write_readme(path: Path, trained: TrainedRun) -> None:
+    """Writes what a user of ``model.onnx`` has to know beside it."""
+    side, num = trained.preparation.framing.side_px, len(trained.classes)
+    steps = "\n".join(f"{k}. {step}" for k, step in enumerate(left_to_caller(trained), 1))
+    text = f"""# {trained.name}
+
+`cellbench predict THIS_FOLDER IMAGES --out DIR` does everything. `model.onnx` is the network alone:
+
+- input `pixels`: (B, 3, {side}, {side}) float32, RGB in 0..1, any B
+- output `probabilities`: (B, {num}, {side}, {side}) float32: {", ".join(trained.classes)}
+
+`predict` does more around the network, which is left to the caller of `model.onnx`:
+
+{steps}
+"""
+    write_atomic(path, text)
 
 
 def _why_not(segmenter: Segmenter, error: BaseException) -> str:

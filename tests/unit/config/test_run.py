@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from cellbench.config.experiment import DataSpec, Experiment, cohorts, expand, labels
 from cellbench.config.registry import Registry, shipped
 from cellbench.config.run import RUN_KEYS, SAMPLING_FIELDS, RunSpec, fingerprint, weighted_terms
-from cellbench.config.search_space import Space
+from cellbench.config.search_space import GRID_ONLY, Space
 from cellbench.errors import CellbenchError
 from cellbench.metrics.catalog import objectives
 
@@ -136,6 +136,14 @@ def test_the_repeats_of_a_searchs_best_setting_have_an_ensemble_and_trials_have_
     point = {"backbone": "uni", "head": "fpn", "lr": 1e-3}
     assert [run.ensemble for run in expand(Experiment.of(space.best_tree(point), "best.toml"))] == ["none"] * 3 + ["0, 1, 2"]
     assert [run.ensemble for run in expand(Experiment.of(space.tree(point), "trial.toml"))] == ["none"]
+
+
+def test_a_search_names_why_it_has_no_setting_of_a_grid() -> None:
+    assert set(GRID_ONLY) == set(Experiment.model_fields) - set(tomllib.loads(SEARCH)) - {"data", "head", "run"}
+    for key, text in (("ensemble_best", "ensemble_best = 3"), ("baselines", 'baselines = ["otsu"]')):
+        with pytest.raises(CellbenchError, match=f"s.toml: '{key}' is for grids: a search ") as error:
+            space_of(f"{text}\n{SEARCH}")
+        assert "\n" not in str(error.value)
 
 
 def test_a_search_cannot_choose_what_validation_does_not_see() -> None:

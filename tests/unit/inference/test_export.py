@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ import pytest
 
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
+from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
 from cellbench.data.transforms.stain import Reinhard
 from cellbench.errors import CellbenchError
 from cellbench.inference.export import read_export, write_export
+from cellbench.inference.onnx import left_to_caller, write_readme
 from cellbench.inference.records import ExportRecord, FramingRecord, PreparationRecord, ReadingRecord, SeenRecord, SeparationRecord
 from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.trained_run import TrainedRun
+from cellbench.metrics.calibration import Calibration
 from cellbench.metrics.separation import SeparationParams
 
 CODE = "import numpy as np\n\n\ndef all_cell(image, num_classes):\n    return np.ones(image.shape[:2], np.uint8)\n"
@@ -42,6 +46,37 @@ def run_of(registry: Registry) -> TrainedRun:
     return TrainedRun(
         name="mine", run=run, classes=("background", "cell"), preparation=preparation, separation=separation, seen=seen, config="# all\n"
     )
+
+
+def test_what_an_onnx_file_leaves_to_its_caller_is_listed(tmp_path: Path) -> None:
+    run = RunSpec(backbone="uni", head="fpn", normalise="reinhard", tile_scale=2.0, tta="d4", edge_cells="tuned")
+    trained = replace(run_of(write_card(tmp_path, "mine.py:all_cell")), run=run)
+    trained = replace(
+        trained,
+        preparation=replace(trained.preparation, framing=Framing.of(run), reading=IntensityScaling(int_range=(0, 4095))),
+        calibration=Calibration(temperature=1.5, edge_share=0.1),
+    )
+    write_readme(tmp_path / "README.md", trained)
+    text = (tmp_path / "README.md").read_text()
+    for words in (
+        "`reading`",
+        'normalise = "reinhard"',
+        "scaled by 2",
+        "tiles of 224 px that overlap by 50%",
+        'tta = "d4"',
+        "temperature 1.5",
+    ):
+        assert words in text
+    assert 'edge_cells = "tuned"' in text
+    assert "watershed, saddle_ratio 0.3" in text
+    assert "(B, 3, 224, 224) float32" in text
+    plain = replace(
+        trained,
+        run=RunSpec(backbone="uni", head="fpn"),
+        calibration=Calibration(),
+        preparation=Preparation(framing=Framing(kind="resize", side_px=96)),
+    )
+    assert left_to_caller(plain) == ["the image resized to 96 x 96 px", "single cells (watershed, saddle_ratio 0.3)"]
 
 
 @pytest.fixture
