@@ -66,14 +66,14 @@ def train(
         head.train()
         views, order = plan.views(plan.cycle(epoch)), plan.order(epoch)
         for rows in torch.from_numpy(order).split(batch_sizes(len(order), run.batch_size)):
-            batch = [views[k] for k in rows]
+            batch = views.take(rows.numpy())
             pairs = [held[view.image] if held else dataset.read(dataset.train[view.image]) for view in batch]
             tiles = [
                 (rotate_flip(cut_tile(a, v.y, v.x, run.tile_px), v.turn), rotate_flip(cut_tile(m, v.y, v.x, run.tile_px), v.turn))
                 for (a, m), v in zip(pairs, batch, strict=True)
             ]
             pixels = torch.stack([torch.from_numpy(tile.copy()) for tile, _ in tiles]).permute(0, 3, 1, 2).float().to(device) / 255
-            pixels = apply_all(plan.augmentations, pixels, [view.draws for view in batch])
+            pixels = apply_all(plan.augmentations, pixels, batch.draws)
             target = torch.stack([torch.from_numpy(mask.copy()) for _, mask in tiles]).long().to(device)
             with torch.no_grad():
                 maps = [m.clone() for m in backbone(pixels, indices)]

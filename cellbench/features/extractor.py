@@ -15,7 +15,7 @@ import json
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.data.image_cache import ImageCache
-from cellbench.data.transforms.augmentation import apply_all
+from cellbench.data.transforms.augmentation import Draws, apply_all
 from cellbench.data.transforms.preprocessing import Preparation
-from cellbench.data.transforms.sampling import SamplingPlan, TileSample
+from cellbench.data.transforms.sampling import SamplingPlan, TileSamples
 from cellbench.data.transforms.tiling import TileGrid
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features.cache_admin import features_dir
@@ -140,7 +140,7 @@ class Features:
             backbone.chunk = 1  # whole images: one of 1600x1200 has the tokens of 40 tiles
         self._passes: dict[tuple[str, int], FeatureCache | None] = {}
         self._cutters: dict[str, TileCutter] = {}
-        self._planned: dict[int, Future[list[TileSample]]] = {}
+        self._planned: dict[int, Future[TileSamples]] = {}
         sizes = {
             split: backbone.map_bytes(self.tile_px[split]) * sum(len(self.grid(split, i)) for i in range(len(pixels[split])))
             for split in ("val", "test")
@@ -206,7 +206,7 @@ class Features:
             self._plan_ahead(self.plan.cycle(epoch + 1))  # while the GPU computes: planning takes a third of a ViT-Ti's time
         yield from self._train_batches(views, _chunks(order, self._chunk), self._pass("train", cycle, views, pool), pool)
 
-    def _views(self, cycle: int) -> list[TileSample]:
+    def _views(self, cycle: int) -> TileSamples:
         planned = self._planned.pop(cycle, None)
         return self.plan.views(cycle) if planned is None else planned.result()
 
@@ -214,18 +214,17 @@ class Features:
         if cycle not in self._planned:
             self._planned[cycle] = _planner().submit(self.plan.views, cycle)
 
-    def _train_batches(
-        self, views: list[TileSample], chunks: list[np.ndarray], cache: FeatureCache | None, pool: WorkerPool
-    ) -> Iterator[Batch]:
+    def _train_batches(self, views: TileSamples, chunks: list[np.ndarray], cache: FeatureCache | None, pool: WorkerPool) -> Iterator[Batch]:
         cutter = self._cutter("train")
 
-        def prepared(rows: np.ndarray) -> tuple[np.ndarray, Any]:
-            return rows, cutter.prepare([(v.image, v.y, v.x, v.turn, v.crop_px) for v in (views[k] for k in rows)])
+        def prepared(rows: np.ndarray) -> tuple[np.ndarray, Sequence[Draws], Any]:
+            mine = views.take(rows)
+            return rows, mine.draws, cutter.prepare(mine.places_B5)
 
-        def mapped(one: tuple[np.ndarray, Any]) -> Batch:
-            rows, tiles = one[0], cutter.cut(one[1])
-            pixels = apply_all(self.plan.augmentations, tiles.pixels, [views[k].draws for k in rows])
-            return self._batch(cache, rows, tiles._replace(pixels=pixels))
+        def mapped(one: tuple[np.ndarray, Sequence[Draws], Any]) -> Batch:
+            rows, draws, ready = one
+            tiles = cutter.cut(ready)
+            return self._batch(cache, rows, tiles._replace(pixels=apply_all(self.plan.augmentations, tiles.pixels, draws)))
 
         return pool.prefetch(chunks, prepared, mapped)
 
@@ -247,10 +246,10 @@ class Features:
     def _tile_batches(
         self, split: str, corners: list[tuple[int, int, int]], chunks: list[np.ndarray], cache: FeatureCache | None, pool: WorkerPool
     ) -> Iterator[Batch]:
-        cutter = self._cutter(split)
+        cutter, places_B5 = self._cutter(split), np.array([(*corner, 0, 0) for corner in corners], np.int64).reshape(-1, 5)
 
         def prepared(rows: np.ndarray) -> tuple[np.ndarray, Any]:
-            return rows, cutter.prepare([(*corners[k], 0, 0) for k in rows])
+            return rows, cutter.prepare(places_B5[rows])
 
         def mapped(one: tuple[np.ndarray, Any]) -> Batch:
             return self._batch(cache, one[0], cutter.cut(one[1]))
@@ -305,20 +304,20 @@ class Features:
             )
         return shards
 
-    def _tiles_of(self, split: str, number: int) -> list[Any]:
+    def _tiles_of(self, split: str, number: int) -> Any:
         return self.plan.views(number) if split == "train" else self._corners(split)
 
     @property
     def _chunk(self) -> int:
         return self.backbone.chunk
 
-    def _pass(self, split: str, number: int, tiles: Sequence[object], pool: WorkerPool) -> FeatureCache | None:
+    def _pass(self, split: str, number: int, tiles: Any, pool: WorkerPool) -> FeatureCache | None:
         """The cache of a pass, opened at its first use."""
         if (split, number) not in self._passes:
             self._passes[split, number] = self._open(split, number, tiles, pool)
         return self._passes[split, number]
 
-    def _folder(self, split: str, tiles: Sequence[object]) -> Path:
+    def _folder(self, split: str, tiles: Iterable[Any]) -> Path:
         """The folder of a pass, named by a hash of everything that its features depend on."""
         policy, images = self._policy, [sample.digest for sample in self.pixels[split].samples]
         made = [
@@ -329,13 +328,14 @@ class Features:
             self.preparation.to_dict(),
             *self.plan.own_code,
         ]
-        return features_dir() / policy.backbone / hashlib.sha256(json.dumps([*made, images, tiles]).encode()).hexdigest()[:24]
+        named = [tile if self.plan.run.zoom else tile[:5] for tile in tiles]  # without zoom, as before there was any
+        return features_dir() / policy.backbone / hashlib.sha256(json.dumps([*made, images, named]).encode()).hexdigest()[:24]
 
     def _facts(self, split: str, num: int) -> dict[str, Any]:
         policy = self._policy
         return {"backbone": policy.backbone, "dataset": policy.dataset, "what": split, "num": num, "tile_px": self.tile_px[split]}
 
-    def _open(self, split: str, number: int, tiles: Sequence[object], pool: WorkerPool) -> FeatureCache | None:
+    def _open(self, split: str, number: int, tiles: Any, pool: WorkerPool) -> FeatureCache | None:
         if self.place[split] == "on disk":
             one = FeaturePass(split=split, number=number, num=len(tiles), folder=str(self._folder(split, tiles)))
             try:

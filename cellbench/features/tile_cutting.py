@@ -27,9 +27,6 @@ Framed = tuple[np.ndarray, ...]
 """A framed image (H, W, 3), its class map (H, W), and cell targets (H, W, A) if runs train on them; all uint8."""
 MIRROR, UPSIDE_DOWN = 4, 6
 """Codes of :func:`rotate_flip`."""
-Place = tuple[int, int, int, int, int]
-"""Image, y, x and code of :func:`rotate_flip` of a tile, and the side of the crop that is resized to it; 0: the tile's own."""
-
 Neighbours = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Two pixels beside each place along one axis, and the share of each."""
 
@@ -50,7 +47,8 @@ class Tiles(NamedTuple):
 class TileCutter(Protocol):
     """Cuts tiles in two steps, the first of which may run ahead in another thread."""
 
-    def prepare(self, places: Sequence[Place]) -> Any: ...
+    def prepare(self, places_B5: np.ndarray) -> Any:
+        """``places_B5``: image, y, x and code of :func:`rotate_flip` of each tile, and the side of the crop that is resized to it; 0: the tile's own."""
 
     def cut(self, prepared: Any) -> Tiles: ...
 
@@ -64,8 +62,8 @@ class HostCutter:
         self._framed, self._tile_px, self._device = framed, tile_px, device
         self._turns = [target.turns for target in cell_targets]
 
-    def prepare(self, places: Sequence[Place]) -> list[np.ndarray]:
-        return [np.stack(arrays) for arrays in zip(*(self._tile(*place) for place in places), strict=True)]
+    def prepare(self, places_B5: np.ndarray) -> list[np.ndarray]:
+        return [np.stack(arrays) for arrays in zip(*(self._tile(*place) for place in places_B5.tolist()), strict=True)]
 
     def _tile(self, image: int, y: int, x: int, turn: int, crop_px: int) -> list[np.ndarray]:
         pixels, mask, *more = self._framed(image)
@@ -102,7 +100,9 @@ class DeviceCutter:
         largest_px: tuple[int, int] | None = None,
     ) -> None:
         """``largest_px``: height and width of the largest crop that is resized to a tile, if there are any."""
-        self._device, self._row = device, {image: row for row, image in enumerate(images)}
+        self._device = device
+        self._row = np.full(max(images) + 1, len(images))  # of other images: beyond all rows
+        self._row[list(images)] = np.arange(len(images))
         self._tile_px, largest_px = tile_px[0], largest_px or tile_px
         self._turns = [target.turns for target in cell_targets]
         # Decoded on all cores, and sent one by one: the arrays of all images together may not fit into the processor's memory.
@@ -113,48 +113,74 @@ class DeviceCutter:
         sizes = np.array([size for _, size, _ in sent], np.int64).reshape(-1, 2)
         self._width = sizes[:, 1]
         self._start = np.concatenate([[0], np.cumsum(sizes.prod(1))[:-1]])
-        # Where each pixel of a turned tile comes from: by the same function that turns arrays.
+        # The row and column that each pixel of a turned tile comes from, by the same function that turns arrays.
         rows_TT, columns_TT = np.indices(tile_px)
         square = tile_px[0] == tile_px[1]
         turns = [code if square or code % 2 == 0 else 0 for code in range(8)]  # others are never drawn for tiles that are not square
         self._rows, self._columns = (
             torch.from_numpy(np.stack([rotate_flip(array, code) for code in turns])).to(device) for array in (rows_TT, columns_TT)
         )
+        places = np.stack([self._rows.cpu(), self._columns.cpu()], axis=-1)
+        first, below, beside = places[:, 0, 0], places[:, 1 % tile_px[0], 0], places[:, 0, 1 % tile_px[1]]
+        self._first, self._down, self._right = first, below - first, beside - first
+        """By turn, the row and column of a tile's first pixel, and what a step down or to the right adds to them."""
+        self._steps = tuple(torch.arange(side, device=device) for side in tile_px)
 
     @staticmethod
     def bytes_of(sizes_px: Sequence[tuple[int, int]], cell_targets: Sequence[CellTarget] = ()) -> int:
         """Bytes of framed images of these sizes on the device."""
         return sum(tall * wide for tall, wide in sizes_px) * (4 + sum(len(target.channels) for target in cell_targets))
 
-    def prepare(self, places: Sequence[Place]) -> np.ndarray:
-        """(B, 5) int64: a tile's first pixel among all N, its image's width, its turn, its crop, and whether the image has pixels to ignore."""
-        image, y, x, turn, crop_px = np.array([(self._row[place[0]], *place[1:]) for place in places], np.int64).T
-        first = self._start[image] + y * self._width[image] + x
-        return np.stack([first, self._width[image], turn, crop_px, self._ignoring[image]], axis=1)
+    def prepare(self, places_B5: np.ndarray) -> np.ndarray:
+        """(B, 8) int64, for each tile.
+
+        The upper left pixel of its crop among all N, its image's width, its turn and its crop; its first pixel among all N, and the steps to those below
+        and beside it; and whether the image has pixels to ignore.
+        """
+        image, (y, x, turn, crop_px) = self._row[places_B5[:, 0]], places_B5[:, 1:].T
+        width = self._width[image]
+        upper_left = self._start[image] + y * width + x
+        first, down, right = (of_turn[turn, 0] * width + of_turn[turn, 1] for of_turn in (self._first, self._down, self._right))
+        return np.stack([upper_left, width, turn, crop_px, upper_left + first, down, right, self._ignoring[image]], axis=1)
 
     def cut(self, prepared: np.ndarray) -> Tiles:
-        first, width, turn, crop_px, _ = to_device(torch.from_numpy(prepared), self._device)[..., None, None].unbind(1)
-        rows, columns = self._rows[turn.flatten()], self._columns[turn.flatten()]
-        if prepared[:, 3].any():
-            side = torch.where(crop_px > 0, crop_px, self._tile_px)
-            image = self._bilinear(first, width, *(_neighbours(place, side, self._tile_px) for place in (rows, columns)))
-            index_BTT = first + _nearest(rows, side, self._tile_px) * width + _nearest(columns, side, self._tile_px)
-        else:
-            index_BTT = first + rows * width + columns
-            image = self._arrays[0][index_BTT]
-        mask, *more = (array[index_BTT] for array in self._arrays[1:])
-        truths = tuple(turns.turn_tiles(truth, turn.flatten()) for truth, turns in zip(more, self._turns, strict=True))
-        return Tiles(as_pixels(image), mask.long(), truths, bool(prepared[:, 4].any()))
+        columns_B8 = to_device(torch.from_numpy(prepared), self._device)
+        zoomed, index_BTT = self._zoomed(columns_B8) if prepared[:, 3].any() else (None, self._index(columns_B8))
+        both, *more = (array[index_BTT] for array in self._arrays)
+        both_BTT4, turn = both.view(torch.uint8), columns_B8[:, 2]
+        truths = tuple(turns.turn_tiles(truth, turn) for truth, turns in zip(more, self._turns, strict=True))
+        image = both_BTT4[..., :3] if zoomed is None else zoomed
+        return Tiles(as_pixels(image), both_BTT4[..., 3].long(), truths, bool(prepared[:, 7].any()))
+
+    def _index(self, columns_B8: Tensor) -> Tensor:
+        """The pixels (B, T, T) of tiles that are not resized, by a single operation on as many numbers."""
+        first, down, right = columns_B8[:, 4:7, None].unbind(1)
+        return (first + down * self._steps[0])[:, :, None] + (right * self._steps[1])[:, None]
+
+    def _zoomed(self, columns_B8: Tensor) -> tuple[Tensor, Tensor]:
+        """The images of crops that are resized (B, T, T, 3), and the nearest pixels (B, T, T), for the class map and cell targets."""
+        turn = columns_B8[:, 2]
+        upper_left, width, _, crop_px, *_ = columns_B8[..., None, None].unbind(1)
+        rows, columns = self._rows[turn], self._columns[turn]
+        side = torch.where(crop_px > 0, crop_px, self._tile_px)
+        image = self._bilinear(upper_left, width, *(_neighbours(place, side, self._tile_px) for place in (rows, columns)))
+        return image, upper_left + _nearest(rows, side, self._tile_px) * width + _nearest(columns, side, self._tile_px)
 
     def _bilinear(self, first: Tensor, width: Tensor, rows: Neighbours, columns: Neighbours) -> Tensor:
         """The images (B, T, T, 3) float32, whole numbers from 0 to 255, at places between pixels."""
         corners = ((row, column) for row in rows for column in columns)
-        parts = (self._arrays[0][first + y * width + x].float() * (of_y * of_x)[..., None] for (y, of_y), (x, of_x) in corners)
+        parts = (
+            self._arrays[0][first + y * width + x].view(torch.uint8)[..., :3].float() * (of_y * of_x)[..., None]
+            for (y, of_y), (x, of_x) in corners
+        )
         return torch.stack(list(parts)).sum(0).round_()
 
     def _send(self, framed: Framed) -> tuple[list[Tensor], tuple[int, int], bool]:
-        flat = [torch.from_numpy(np.ascontiguousarray(array.reshape(-1, *array.shape[2:]))).to(self._device) for array in framed]
-        return flat, framed[1].shape[:2], bool((framed[1] == IGNORE).any())
+        pixels, mask, *more = framed
+        # Pixel and class as one number of 32 bits, which a GPU gathers faster than four of 8.
+        both = np.dstack([pixels, mask]).reshape(-1, 4).view(np.int32)
+        flat = [both, *(np.ascontiguousarray(one.reshape(-1, one.shape[2])) for one in more)]
+        return [torch.from_numpy(array).to(self._device) for array in flat], mask.shape[:2], bool((mask == IGNORE).any())
 
 
 def _padded(framed: Framed, tile_px: tuple[int, int], turns: Sequence[ChannelTurns]) -> Framed:
@@ -202,4 +228,4 @@ def resized(crop: Framed, tile_px: int) -> Framed:
 
 def as_pixels(tiles_BTTC: Tensor) -> Tensor:
     """uint8 tiles (B, T, T, 3) as (B, 3, T, T) float32 in 0..1."""
-    return tiles_BTTC.permute(0, 3, 1, 2).float().div_(255)
+    return tiles_BTTC.permute(0, 3, 1, 2) / 255

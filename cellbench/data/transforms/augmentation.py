@@ -1,13 +1,14 @@
 """Augmentations of training tiles: rotations by right angles, flips, stain and colour changes, and those of the user.
 
-An :class:`Augmentation` of colours is one class: made with its settings of a run, it draws parameters for each tile and applies them to a batch.
-:func:`colour_augmentations` lists those of a run in the order in which they are applied. To add one here: a field of
-``cellbench.config.run.RunSpec``, marked as part of the cohort, and a class in that list.
+A user's :class:`Augmentation` of colours is one class, which draws parameters for each tile and applies them to a batch. A shipped one gets random
+numbers instead, those of all tiles at once. To add one here: a field of ``cellbench.config.run.RunSpec``, marked as part of the cohort, and a class
+in :func:`shipped_augmentations`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,8 @@ from cellbench.data.transforms.background_normalisation import WHITE
 from cellbench.hardware import to_device
 
 Draw = tuple[float, ...]
+Draws = np.ndarray | list[Draw]
+"""Parameters of B tiles: (B, P) float64, or for a user's augmentation a tuple each."""
 
 # RGB to YIQ (NTSC, 1953): a turn of hue is a rotation of I and Q, linear, where HSV's hue would need a branch at every pixel.
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=torch.float64)
@@ -36,22 +39,32 @@ class Augmentation(Protocol):
         """Tiles (B, 3, H, W) float32 in 0..1, changed in place or not, each with its own parameters; again in 0..1. Draws nothing."""
 
 
-def colour_augmentations(run: RunSpec, registry: Registry) -> list[Augmentation]:
-    """The augmentations of a run, in the order in which they are applied: the shipped ones, then the user's."""
-    shipped: list[Augmentation] = [
+class ShippedAugmentation(Protocol):
+    """As :class:`Augmentation`, with parameters that are computed from uniform random numbers, of many tiles at once."""
+
+    @property
+    def reach(self) -> tuple[float, ...]:
+        """The largest absolute value of each of the N random numbers of a tile; none if all tiles stay as they are."""
+
+    def parameters(self, drawn_BN: np.ndarray) -> np.ndarray:
+        """The parameters (B, P) from random numbers, each uniform from its negative reach to its reach."""
+
+    def apply(self, pixels_BCHW: Tensor, draws: Draws) -> Tensor:
+        """As of :class:`Augmentation`."""
+
+
+def shipped_augmentations(run: RunSpec) -> list[ShippedAugmentation]:
+    """The shipped augmentations of a run, in the order in which they are applied."""
+    return [
         ReferenceStains(run.reference_stains),
         StainJitter(run.hed),
         ColourJitter(run.brightness, run.contrast, run.saturation, run.hue),
     ]
-    return shipped + [load(registry.augmentation(name))(strength) for name, strength in run.own_augmentations.items()]
 
 
-def draw_turn(rng: np.random.Generator, *, rotations: bool, flips: bool, square: bool) -> int:
-    """A code for :func:`rotate_flip`, 0 to 7: a quarter turn, or where tiles are not square a half turn, and a mirror."""
-    quarter = int(rng.integers(4)) if rotations else 0
-    if not square:
-        quarter -= quarter % 2
-    return quarter + 4 * (int(rng.integers(2)) if flips else 0)
+def own_augmentations(run: RunSpec, registry: Registry) -> dict[str, Augmentation]:
+    """The user's augmentations of a run by name, in the order in which they are applied, after the shipped ones."""
+    return {name: load(registry.augmentation(name))(strength) for name, strength in run.own_augmentations.items()}
 
 
 def rotate_flip(tile: np.ndarray, code: int) -> np.ndarray:
@@ -69,17 +82,15 @@ class ReferenceStains:
     NEUTRAL: Draw = (1.0, 1.0, 1.0)
 
     def __init__(self, reach: float = 0.0) -> None:
-        self._reach = reach
+        self.reach = (reach,) * 4 if reach else ()
 
-    def draw(self, rng: np.random.Generator) -> Draw:
-        if not self._reach:
-            return self.NEUTRAL
-        return tuple(np.exp(rng.uniform(-self._reach, self._reach) + rng.uniform(-self._reach, self._reach, 3)).tolist())
+    def parameters(self, drawn_BN: np.ndarray) -> np.ndarray:
+        return np.exp(drawn_BN[:, :1] + drawn_BN[:, 1:]) if self.reach else _repeated(self.NEUTRAL, len(drawn_BN))
 
-    def apply(self, pixels_BCHW: Tensor, draws: list[Draw]) -> Tensor:
-        if all(factors == self.NEUTRAL for factors in draws):
+    def apply(self, pixels_BCHW: Tensor, draws: Draws) -> Tensor:
+        if _all_equal(draws, self.NEUTRAL):
             return pixels_BCHW
-        factors = to_device(torch.tensor(draws, dtype=pixels_BCHW.dtype).view(-1, 3, 1, 1), pixels_BCHW.device)
+        factors = to_device(_double(draws).to(pixels_BCHW.dtype).view(-1, 3, 1, 1), pixels_BCHW.device)
         white = WHITE / 255
         return ((pixels_BCHW / white).clamp_min_(1e-6) ** factors).mul_(white).clamp_(0, 1)
 
@@ -97,22 +108,21 @@ class StainJitter:
     """Largest addition, in optical density, per unit of ``hed``: a quarter of what a factor changes at a density of 1."""
 
     def __init__(self, hed: float = 0.0) -> None:
-        self._reach = hed
+        self.reach = (hed,) * 6 if hed else ()
 
-    def draw(self, rng: np.random.Generator) -> Draw:
-        if not self._reach:
-            return self.NEUTRAL
-        factors, added = (rng.uniform(-self._reach, self._reach, 3) for _ in range(2))
-        return (*(1 + factors).tolist(), *(self.ADDED * added).tolist())
+    def parameters(self, drawn_BN: np.ndarray) -> np.ndarray:
+        if not self.reach:
+            return _repeated(self.NEUTRAL, len(drawn_BN))
+        return np.concatenate([1 + drawn_BN[:, :3], self.ADDED * drawn_BN[:, 3:]], axis=1)
 
-    def apply(self, pixels_BCHW: Tensor, draws: list[Draw]) -> Tensor:
-        if all(stain == self.NEUTRAL for stain in draws):
+    def apply(self, pixels_BCHW: Tensor, draws: Draws) -> Tensor:
+        if _all_equal(draws, self.NEUTRAL):
             return pixels_BCHW
         from skimage.color import hed_from_rgb, rgb_from_hed
 
         # skimage multiplies rows of pixels from the left, so a matrix for columns is its transpose.
         to_hed, to_rgb = (torch.from_numpy(matrix.copy()).double().T for matrix in (hed_from_rgb, rgb_from_hed))
-        factors_B3, shifts_B3 = torch.tensor(draws, dtype=torch.float64).split(3, dim=1)
+        factors_B3, shifts_B3 = _double(draws).split(3, dim=1)
         matrix = to_rgb @ torch.diag_embed(factors_B3) @ to_hed
         offset = shifts_B3 @ to_rgb.T
         density = pixels_BCHW.clamp_min(1e-6).log_().neg_().flatten(2)  # 1e-6, as skimage: black has no finite density
@@ -132,18 +142,17 @@ class ColourJitter:
     NEUTRAL: Draw = (1.0, 1.0, 1.0, 0.0)
 
     def __init__(self, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0) -> None:
-        self._reach = (brightness, contrast, saturation, hue)
+        reach = (brightness, contrast, saturation, hue)
+        self.reach = reach if any(reach) else ()
 
-    def draw(self, rng: np.random.Generator) -> Draw:
-        if not any(self._reach):
-            return self.NEUTRAL
-        return tuple(float(middle + rng.uniform(-reach, reach)) for middle, reach in zip(self.NEUTRAL, self._reach, strict=True))
+    def parameters(self, drawn_BN: np.ndarray) -> np.ndarray:
+        return self.NEUTRAL + drawn_BN if self.reach else _repeated(self.NEUTRAL, len(drawn_BN))
 
-    def apply(self, pixels_BCHW: Tensor, draws: list[Draw]) -> Tensor:
-        if all(colour == self.NEUTRAL for colour in draws):
+    def apply(self, pixels_BCHW: Tensor, draws: Draws) -> Tensor:
+        if _all_equal(draws, self.NEUTRAL):
             return pixels_BCHW
         grey = _YIQ[0]
-        brightness, contrast, saturation, hue = torch.tensor(draws, dtype=torch.float64).unbind(1)
+        brightness, contrast, saturation, hue = _double(draws).unbind(1)
         angle = 2 * math.pi * hue
         rotation = torch.eye(3, dtype=torch.float64).repeat(len(draws), 1, 1)
         # In single precision: the golden numbers depend on it.
@@ -162,8 +171,20 @@ class ColourJitter:
         return flat.view_as(pixels_BCHW).clamp_(0, 1)
 
 
-def apply_all(augmentations: list[Augmentation], pixels_BCHW: Tensor, draws: list[tuple[Draw, ...]]) -> Tensor:
-    """Tiles (B, 3, H, W) after all augmentations, each tile with its draws."""
-    for one, of_tiles in zip(augmentations, zip(*draws, strict=True), strict=True):
-        pixels_BCHW = one.apply(pixels_BCHW, list(of_tiles))
+def apply_all(augmentations: Sequence[ShippedAugmentation | Augmentation], pixels_BCHW: Tensor, draws: Sequence[Draws]) -> Tensor:
+    """Tiles (B, 3, H, W) after all augmentations. ``draws``: of all tiles, by augmentation."""
+    for one, of_tiles in zip(augmentations, draws, strict=True):
+        pixels_BCHW = one.apply(pixels_BCHW, of_tiles)  # type: ignore[arg-type]  a user's gets tuples
     return pixels_BCHW
+
+
+def _repeated(draw: Draw, num: int) -> np.ndarray:
+    return np.tile(draw, (num, 1))
+
+
+def _all_equal(draws: Draws, draw: Draw) -> bool:
+    return bool((np.asarray(draws) == draw).all())
+
+
+def _double(draws: Draws) -> Tensor:
+    return torch.from_numpy(np.asarray(draws, np.float64))

@@ -5,9 +5,10 @@ It does not depend on a run's own seed: all runs of a cohort train on the same v
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -16,7 +17,8 @@ import numpy as np
 
 from cellbench.config.registry import Registry, digest_of
 from cellbench.config.run import RunSpec
-from cellbench.data.transforms.augmentation import Augmentation, Draw, colour_augmentations, draw_turn
+from cellbench.data.transforms.augmentation import Augmentation, Draw, Draws, ShippedAugmentation, own_augmentations, shipped_augmentations
+from cellbench.data.transforms.batched_draws import draw_tiles
 from cellbench.data.transforms.framing import Framing
 
 Box = tuple[int, int, int, int]
@@ -35,6 +37,31 @@ class TileSample(NamedTuple):
     """Parameters of each of the plan's augmentations."""
     crop_px: int = 0
     """Side of the square of framed pixels that is resized to the tile; 0: the tile's own pixels."""
+
+
+class TileSamples:
+    """B training tiles as arrays. To make an object for each takes as long as a GPU needs for the tile's features."""
+
+    def __init__(self, places_B5: np.ndarray, draws: Sequence[Draws]) -> None:
+        self.places_B5 = places_B5
+        """Image, y, x, turn and ``crop_px`` of each tile, int64."""
+        self.draws = draws
+        """The parameters of all tiles, by augmentation."""
+
+    def __len__(self) -> int:
+        return len(self.places_B5)
+
+    def __iter__(self) -> Iterator[TileSample]:
+        """In plain numbers, which JSON writes."""
+        draws = zip(*(map(tuple, one.tolist()) if isinstance(one, np.ndarray) else one for one in self.draws), strict=True)
+        for (image, y, x, turn, crop_px), of_tile in zip(self.places_B5.tolist(), draws, strict=True):
+            yield TileSample(image, y, x, turn, of_tile, crop_px)
+
+    def take(self, rows: np.ndarray) -> TileSamples:
+        """Some of the tiles."""
+        return TileSamples(
+            self.places_B5[rows], [one[rows] if isinstance(one, np.ndarray) else [one[k] for k in rows] for one in self.draws]
+        )
 
 
 def num_used_images(num_images: int, fraction: float) -> int:
@@ -59,8 +86,17 @@ class SamplingPlan:
     """For each image the boxes of its regions of interest, in its own pixels: the centres of crops lie in them. None for an image: all of it."""
 
     @cached_property
-    def augmentations(self) -> list[Augmentation]:
-        return colour_augmentations(self.run, self.registry)
+    def augmentations(self) -> list[ShippedAugmentation | Augmentation]:
+        """In the order in which they are applied."""
+        return [*self._shipped, *self._own.values()]
+
+    @cached_property
+    def _shipped(self) -> list[ShippedAugmentation]:
+        return shipped_augmentations(self.run)
+
+    @cached_property
+    def _own(self) -> dict[str, Augmentation]:
+        return own_augmentations(self.run, self.registry)
 
     @cached_property
     def own_code(self) -> tuple[str, ...]:
@@ -98,18 +134,29 @@ class SamplingPlan:
         """The cycle of views of an epoch: its own, or one of those that are repeated."""
         return epoch % self.run.repeat_views_every if self.run.repeat_views_every else epoch
 
-    def views(self, cycle: int) -> list[TileSample]:
+    def views(self, cycle: int) -> TileSamples:
         """All views of a cycle, image by image."""
-        out: list[TileSample] = []
-        for turn, image in enumerate(self._turns(cycle)):
+        turns, own = self._turns(cycle), {name: list[Draw]() for name in self._own}
+        # Colours before stains: the golden numbers depend on this order.
+        reach = tuple(most for one in reversed(self._shipped) for most in one.reach)
+        crops, quarters, mirrors, drawn = [], [], [], []
+        for turn, image in enumerate(turns):
             rng = np.random.default_rng([self.run.data_seed, cycle, turn])
-            own_rngs = [
-                np.random.default_rng([self.run.data_seed, cycle, turn, zlib.crc32(name.encode())]) for name in self.run.own_augmentations
-            ]
-            for y, x, crop_px in self._crops(image, rng, self._sides_px(cycle, turn)):
-                code = draw_turn(rng, rotations=self.run.rotations, flips=self.run.flips, square=self.tile_px[0] == self.tile_px[1])
-                out.append(TileSample(image, y, x, code, self._draws(rng, own_rngs), crop_px))
-        return out
+            crops.append(self._crops(image, rng, self._sides_px(cycle, turn)))
+            num = len(crops[-1])
+            parts = draw_tiles(rng, num, reach, rotations=self.run.rotations, flips=self.run.flips)
+            for parts_so_far, part in zip((quarters, mirrors, drawn), parts, strict=True):
+                parts_so_far.append(part)
+            # The user's augmentations have separate generators: adding one changes no draw of the others.
+            for name, augmentation in self._own.items():
+                own_rng = np.random.default_rng([self.run.data_seed, cycle, turn, zlib.crc32(name.encode())])
+                own[name] += [augmentation.draw(own_rng) for _ in range(num)]
+        crops_B3, quarters_B = np.concatenate(crops), np.concatenate(quarters)
+        if self.tile_px[0] != self.tile_px[1]:
+            quarters_B -= quarters_B % 2
+        images_B, turns_B = np.repeat(turns, [len(one) for one in crops]), quarters_B + 4 * np.concatenate(mirrors)
+        places_B5 = np.column_stack([images_B, crops_B3[:, :2], turns_B, crops_B3[:, 2]])
+        return TileSamples(places_B5, [*self._parameters(np.concatenate(drawn)), *own.values()])
 
     def order(self, epoch: int) -> np.ndarray:
         """The order in which an epoch goes through its cycle's views; new each epoch."""
@@ -128,54 +175,52 @@ class SamplingPlan:
         tall, wide = self.tile_px
         return round(tall * (1 + self.run.zoom)), round(wide * (1 + self.run.zoom))
 
-    def _sides_px(self, cycle: int, turn: int) -> list[int]:
+    def _sides_px(self, cycle: int, turn: int) -> np.ndarray:
         """The side of each crop of an image before it is magnified, drawn by their own generator; 0: that of the tile."""
         if not self.run.zoom:
-            return [0] * self.run.crops_per_image
+            return np.zeros(self.run.crops_per_image, np.int64)
         reach, rng = math.log1p(self.run.zoom), np.random.default_rng([self.run.data_seed, cycle, turn, 2**31 + 2])
-        sides: list[int] = np.rint(self.tile_px[0] * np.exp(rng.uniform(-reach, reach, self.run.crops_per_image))).astype(int).tolist()
-        return sides
+        return np.rint(self.tile_px[0] * np.exp(rng.uniform(-reach, reach, self.run.crops_per_image))).astype(np.int64)
 
-    def _crops(self, image: int, rng: np.random.Generator, sides_px: list[int]) -> list[tuple[int, int, int]]:
-        """The corner of each crop of an image, and its side as in :meth:`_sides_px`."""
+    def _crops(self, image: int, rng: np.random.Generator, sides_px: np.ndarray) -> np.ndarray:
+        """(B, 3): the corner of each crop of an image, and its side as in :meth:`_sides_px`."""
         size_px = self.sizes_px[image]
         if self.run.sampling == "tiles":
-            return [(y, x, 0) for y, x in self.framing.grid(size_px, self.tile_px, 0.0)]
-        framed_px, boxes, out = self.framing.framed_px(size_px), self.boxes_px[image] if self.boxes_px else (), []
-        for side in sides_px:
-            crop_px = (side, side) if side else self.tile_px
-            down, right = (max(length - crop, 0) for length, crop in zip(framed_px, crop_px, strict=True))
-            if boxes:
-                y, x = self._corner_in(boxes, size_px, framed_px, crop_px, (down, right), rng)
-            else:
-                y, x = int(rng.integers(down + 1)), int(rng.integers(right + 1))
-            out.append((y, x, side))
-        return out
+            return np.array([(y, x, 0) for y, x in self.framing.grid(size_px, self.tile_px, 0.0)])
+        framed_px = self.framing.framed_px(size_px)
+        crops_B2 = np.where(sides_px[:, None] > 0, sides_px[:, None], self.tile_px)
+        last_B2 = np.maximum(np.array(framed_px) - crops_B2, 0)
+        if boxes := self.boxes_px[image] if self.boxes_px else ():
+            corners_B2 = self._corners_in(boxes, size_px, framed_px, crops_B2, last_B2, rng)
+        else:
+            corners_B2 = rng.integers(last_B2 + 1)
+        return np.column_stack([corners_B2, sides_px])
 
-    def _corner_in(
+    def _corners_in(
         self,
         boxes: Sequence[Box],
         size_px: tuple[int, int],
         framed_px: tuple[int, int],
-        crop_px: tuple[int, int],
-        last: tuple[int, int],
+        crops_B2: np.ndarray,
+        last_B2: np.ndarray,
         rng: np.random.Generator,
-    ) -> tuple[int, int]:
-        """The corner of a crop whose centre lies in one of the boxes, drawn by their areas, as far as the crop fits into the image."""
+    ) -> np.ndarray:
+        """The corners of crops whose centres lie in one of the boxes, drawn by their areas, as far as a crop fits into the image."""
         areas = np.array([max(bottom - top, 1) * max(right - left, 1) for top, left, bottom, right in boxes], float)
-        box = boxes[int(rng.choice(len(boxes), p=areas / areas.sum()))]
-        corner = []
-        for axis in (0, 1):
-            scale, half = framed_px[axis] / size_px[axis], crop_px[axis] // 2
-            low = min(max(round(box[axis] * scale) - half, 0), last[axis])
-            high = max(min(round(box[axis + 2] * scale) - half, last[axis]), low)
-            corner.append(int(rng.integers(low, high + 1)))
-        return corner[0], corner[1]
+        shares = (areas / areas.sum()).cumsum()
+        shares /= shares[-1]  # as Generator.choice has them, which takes ten times as long
+        corners = []
+        for crop_px, last in zip(crops_B2.tolist(), last_B2.tolist(), strict=True):
+            box = boxes[int(shares.searchsorted(rng.random(), side="right"))]
+            for axis in (0, 1):
+                scale, half = framed_px[axis] / size_px[axis], crop_px[axis] // 2
+                low = min(max(round(box[axis] * scale) - half, 0), last[axis])
+                high = max(min(round(box[axis + 2] * scale) - half, last[axis]), low)
+                corners.append(int(rng.integers(low, high + 1)))
+        return np.array(corners).reshape(-1, 2)
 
-    def _draws(self, rng: np.random.Generator, own_rngs: list[np.random.Generator]) -> tuple[Draw, ...]:
-        """One draw for each augmentation. The user's augmentations have separate generators: adding one changes no draw of the others."""
-        num = len(self.augmentations) - len(own_rngs)
-        shipped = [
-            one.draw(rng) for one in reversed(self.augmentations[:num])
-        ]  # colours before stains: the golden numbers depend on this order
-        return (*reversed(shipped), *(one.draw(own) for one, own in zip(self.augmentations[num:], own_rngs, strict=True)))
+    def _parameters(self, drawn_BN: np.ndarray) -> list[np.ndarray]:
+        """The parameters (B, P) of each shipped augmentation from the numbers of all, the last one's first."""
+        ends = itertools.accumulate(len(one.reach) for one in reversed(self._shipped))
+        parts = np.split(drawn_BN, list(ends)[:-1], axis=1)
+        return [one.parameters(part) for one, part in zip(self._shipped, reversed(parts), strict=True)]
