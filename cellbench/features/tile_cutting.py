@@ -117,10 +117,9 @@ class DeviceCutter:
         rows_TT, columns_TT = np.indices(tile_px)
         square = tile_px[0] == tile_px[1]
         turns = [code if square or code % 2 == 0 else 0 for code in range(8)]  # others are never drawn for tiles that are not square
-        self._rows, self._columns = (
-            torch.from_numpy(np.stack([rotate_flip(array, code) for code in turns])).to(device) for array in (rows_TT, columns_TT)
-        )
-        places = np.stack([self._rows.cpu(), self._columns.cpu()], axis=-1)
+        turned = [np.stack([rotate_flip(array, code) for code in turns]) for array in (rows_TT, columns_TT)]
+        self._rows, self._columns = (torch.from_numpy(array).to(device) for array in turned)
+        places = np.stack(turned, axis=-1)
         first, below, beside = places[:, 0, 0], places[:, 1 % tile_px[0], 0], places[:, 0, 1 % tile_px[1]]
         self._first, self._down, self._right = first, below - first, beside - first
         """By turn, the row and column of a tile's first pixel, and what a step down or to the right adds to them."""
@@ -228,4 +227,6 @@ def resized(crop: Framed, tile_px: int) -> Framed:
 
 def as_pixels(tiles_BTTC: Tensor) -> Tensor:
     """uint8 tiles (B, T, T, 3) as (B, 3, T, T) float32 in 0..1."""
-    return tiles_BTTC.permute(0, 3, 1, 2) / 255
+    tiles_BCTT = tiles_BTTC.permute(0, 3, 1, 2)
+    # The same numbers: one kernel of a GPU, one array of a processor.
+    return tiles_BCTT / 255 if tiles_BCTT.device.type == "cuda" else tiles_BCTT.float().div_(255)

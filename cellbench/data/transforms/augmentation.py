@@ -174,7 +174,7 @@ class ColourJitter:
 def apply_all(augmentations: Sequence[ShippedAugmentation | Augmentation], pixels_BCHW: Tensor, draws: Sequence[Draws]) -> Tensor:
     """Tiles (B, 3, H, W) after all augmentations. ``draws``: of all tiles, by augmentation."""
     for one, of_tiles in zip(augmentations, draws, strict=True):
-        pixels_BCHW = one.apply(pixels_BCHW, of_tiles)  # type: ignore[arg-type]  a user's gets tuples
+        pixels_BCHW = one.apply(pixels_BCHW, of_tiles)  # type: ignore[arg-type]  # a user's gets tuples
     return pixels_BCHW
 
 

@@ -139,24 +139,26 @@ class SamplingPlan:
         turns, own = self._turns(cycle), {name: list[Draw]() for name in self._own}
         # Colours before stains: the golden numbers depend on this order.
         reach = tuple(most for one in reversed(self._shipped) for most in one.reach)
-        crops, quarters, mirrors, drawn = [], [], [], []
+        corners: list[np.ndarray] = []
+        sides: list[np.ndarray] = []
+        parts: list[tuple[np.ndarray, ...]] = []
         for turn, image in enumerate(turns):
             rng = np.random.default_rng([self.run.data_seed, cycle, turn])
-            crops.append(self._crops(image, rng, self._sides_px(cycle, turn)))
-            num = len(crops[-1])
-            parts = draw_tiles(rng, num, reach, rotations=self.run.rotations, flips=self.run.flips)
-            for parts_so_far, part in zip((quarters, mirrors, drawn), parts, strict=True):
-                parts_so_far.append(part)
+            sides.append(self._sides_px(cycle, turn))
+            corners.append(self._corners(image, rng, sides[-1]))
+            num = len(corners[-1])
+            parts.append(draw_tiles(rng, num, reach, rotations=self.run.rotations, flips=self.run.flips))
             # The user's augmentations have separate generators: adding one changes no draw of the others.
             for name, augmentation in self._own.items():
                 own_rng = np.random.default_rng([self.run.data_seed, cycle, turn, zlib.crc32(name.encode())])
                 own[name] += [augmentation.draw(own_rng) for _ in range(num)]
-        crops_B3, quarters_B = np.concatenate(crops), np.concatenate(quarters)
+        quarters_B, mirrors_B, drawn_BN = map(np.concatenate, zip(*parts, strict=True))
         if self.tile_px[0] != self.tile_px[1]:
             quarters_B -= quarters_B % 2
-        images_B, turns_B = np.repeat(turns, [len(one) for one in crops]), quarters_B + 4 * np.concatenate(mirrors)
-        places_B5 = np.column_stack([images_B, crops_B3[:, :2], turns_B, crops_B3[:, 2]])
-        return TileSamples(places_B5, [*self._parameters(np.concatenate(drawn)), *own.values()])
+        images_B = np.repeat(turns, [len(one) for one in corners])
+        sides_B = np.concatenate(sides) if self.run.zoom else np.zeros_like(images_B)
+        places_B5 = np.column_stack([images_B, np.concatenate(corners), quarters_B + 4 * mirrors_B, sides_B])
+        return TileSamples(places_B5, [*self._parameters(drawn_BN), *own.values()])
 
     def order(self, epoch: int) -> np.ndarray:
         """The order in which an epoch goes through its cycle's views; new each epoch."""
@@ -176,25 +178,23 @@ class SamplingPlan:
         return round(tall * (1 + self.run.zoom)), round(wide * (1 + self.run.zoom))
 
     def _sides_px(self, cycle: int, turn: int) -> np.ndarray:
-        """The side of each crop of an image before it is magnified, drawn by their own generator; 0: that of the tile."""
+        """The sides of an image's crops before they are magnified, drawn by their own generator; empty without."""
         if not self.run.zoom:
-            return np.zeros(self.run.crops_per_image, np.int64)
+            return np.zeros(0, np.int64)
         reach, rng = math.log1p(self.run.zoom), np.random.default_rng([self.run.data_seed, cycle, turn, 2**31 + 2])
         return np.rint(self.tile_px[0] * np.exp(rng.uniform(-reach, reach, self.run.crops_per_image))).astype(np.int64)
 
-    def _crops(self, image: int, rng: np.random.Generator, sides_px: np.ndarray) -> np.ndarray:
-        """(B, 3): the corner of each crop of an image, and its side as in :meth:`_sides_px`."""
-        size_px = self.sizes_px[image]
+    def _corners(self, image: int, rng: np.random.Generator, sides_px: np.ndarray) -> np.ndarray:
+        """The upper left corners (B, 2) of an image's crops, whose sides are those of :meth:`_sides_px`."""
+        size_px, num = self.sizes_px[image], self.run.crops_per_image
         if self.run.sampling == "tiles":
-            return np.array([(y, x, 0) for y, x in self.framing.grid(size_px, self.tile_px, 0.0)])
+            return np.array(list(self.framing.grid(size_px, self.tile_px, 0.0)))
         framed_px = self.framing.framed_px(size_px)
-        crops_B2 = np.where(sides_px[:, None] > 0, sides_px[:, None], self.tile_px)
-        last_B2 = np.maximum(np.array(framed_px) - crops_B2, 0)
+        crops_px = sides_px[:, None] if len(sides_px) else self.tile_px
+        last_B2 = np.broadcast_to(np.maximum(np.array(framed_px) - crops_px, 0), (num, 2))
         if boxes := self.boxes_px[image] if self.boxes_px else ():
-            corners_B2 = self._corners_in(boxes, size_px, framed_px, crops_B2, last_B2, rng)
-        else:
-            corners_B2 = rng.integers(last_B2 + 1)
-        return np.column_stack([corners_B2, sides_px])
+            return self._corners_in(boxes, size_px, framed_px, np.broadcast_to(crops_px, (num, 2)), last_B2, rng)
+        return rng.integers(last_B2 + 1)
 
     def _corners_in(
         self,
