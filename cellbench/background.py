@@ -17,22 +17,29 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from cellbench.hardware import num_cores
+from cellbench.startup import collect_rarely
+
 R = TypeVar("R")
 
 _CODE = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from cellbench.background import serve; serve()"
 
 
 class BackgroundCalls:
-    """Calls functions in up to ``num`` processes of low priority, which start with the first calls and end with :meth:`close` or this process.
+    """Calls functions in processes of low priority, which start with the first calls and end with :meth:`close` or this process.
+
+    ``num``: their largest number; by default a few, on a machine of more than eight cores half as many as cores, up to eight.
 
     They are out of reach of Ctrl-C, so that it does not break off a call that this process waits for. Where a process cannot be started, or is
     killed, the call is made here.
     """
 
-    def __init__(self, num: int) -> None:
-        self._num, self._own = num, threading.local()
+    def __init__(self, num: int | None = None) -> None:
+        cores = num_cores()
+        self._num = num or min(cores, max(4, cores // 2), 8)
+        self._own = threading.local()
         self._children: list[subprocess.Popen[bytes]] = []
-        self._threads = ThreadPoolExecutor(num, "background")
+        self._threads = ThreadPoolExecutor(self._num, "background")
 
     def submit(self, function: Callable[..., R], *arguments: Any) -> Future[R]:
         """The result to come of ``function``, which another process can import, with arguments that can be pickled."""
@@ -43,17 +50,20 @@ class BackgroundCalls:
         """Whether there are processes, so that a call does not wait for its process to start."""
         return bool(self._children)
 
-    def import_ahead(self, module: str) -> None:
-        """Imports a module in every process, so that the first call does not wait for it."""
+    def import_ahead(self, *modules: str) -> None:
+        """Imports modules in every process, so that the first call does not wait for it."""
         for _ in range(self._num):
-            self.submit(_import, module)
+            self.submit(_import, modules)
 
     def close(self) -> None:
         """Waits for the calls under way, drops the others, and ends the processes."""
         self._threads.shutdown(cancel_futures=True)
         for child in self._children:
             with contextlib.suppress(OSError):
-                child.communicate()  # ends its input, and it with it
+                child.stdin.close()  # type: ignore[union-attr]  # and it ends
+        for child in self._children:
+            child.wait()
+            child.stdout.close()  # type: ignore[union-attr]
         self._children = []
 
     def _call(self, function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
@@ -84,6 +94,7 @@ def serve() -> None:
     os.dup2(2, 1)  # what a library prints must not get between the answers
     if hasattr(os, "nice"):
         os.nice(5)
+    collect_rarely()
     while True:
         try:
             function, arguments = _receive(calls)
@@ -108,5 +119,6 @@ def _receive(pipe: Any) -> Any:
     return pickle.loads(pickle.load(pipe))  # noqa: S301
 
 
-def _import(module: str) -> None:
-    importlib.import_module(module)
+def _import(modules: tuple[str, ...]) -> None:
+    for module in modules:
+        importlib.import_module(module)

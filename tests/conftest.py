@@ -104,7 +104,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(sqlite_store, "_copy", lambda template, file: copy(template, file) or copy(empty, file))
         patch.setattr(sqlite_store, "_keep_as_template", keep_also_here)
         for module in (experiment_run, runner):
-            patch.setattr(module, "BackgroundCalls", lambda num: drawing)
+            patch.setattr(module, "BackgroundCalls", lambda: drawing)
         yield
     drawing.end()
 

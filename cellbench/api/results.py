@@ -328,7 +328,7 @@ class Results:
         """
         from cellbench.reporting.render import write_report_files
         from cellbench.reporting.report import report_dir
-        from cellbench.reporting.sections import build_report  # imports matplotlib
+        from cellbench.reporting.sections import build_report
 
         made = build_report(collect_report(self._trackers, only=self._only))
         return write_report_files(made, Path(out) if out is not None else report_dir(self.experiment))

@@ -29,7 +29,7 @@ from cellbench.execution.grid import Executor, InProcessExecutor, execute, find_
 from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.resources import Resources, check_options, prepare_cache
 from cellbench.execution.wanted_tests import describe_tests
-from cellbench.hardware import Hardware, num_cores
+from cellbench.hardware import Hardware
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request, write_report
 from cellbench.tracking.tracker import Run, Tracker
@@ -105,7 +105,7 @@ def run_experiment(plan: ExperimentPlan, tracker: Tracker, say: Say, say_result:
     with (
         _cluster(options.on, machine) if options.on is not None else nullcontext() as ray,
         _parent_run(plan, tracker) as parent,
-        closing(BackgroundCalls(min(4, num_cores()))) as drawing,
+        closing(BackgroundCalls()) as drawing,
     ):
         request = log_request(parent, plan.text, plan.datasets[0], machine.name, command)
         outcome = _execute(plan, tracker, parent, ray, drawing, say)

@@ -48,7 +48,7 @@ from cellbench.features.extractor import CachePolicy, Features, non_finite_reaso
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.remote_cache import RemoteCache, shared_url
 from cellbench.files import os_errors_as
-from cellbench.hardware import Hardware, is_out_of_memory, num_cores, peak_memory_mib, release_memory
+from cellbench.hardware import Hardware, is_out_of_memory, peak_memory_mib, release_memory
 from cellbench.metrics import catalog
 from cellbench.metrics.instances import MIN_AREA_PX
 from cellbench.metrics.pixel import confusion_matrix
@@ -199,8 +199,8 @@ class Runner:
             if not active:
                 return
             if self.watch is None and self._drawing is None:
-                self._drawing = self.drawing or BackgroundCalls(min(4, num_cores()))
-                self._drawing.import_ahead("cellbench.reporting.plots.run")
+                self._drawing = self.drawing or BackgroundCalls()
+                self._drawing.import_ahead("cellbench.reporting.plots.run", "cellbench.reporting.plots.significance")
             try:
                 self._complete(active, title, out)
                 for _ in range(num_earlier):  # no more than one cohort waits

@@ -168,7 +168,7 @@ def _draw_report(
     drawing: BackgroundCalls | None,
 ) -> Summary:
     from cellbench.reporting.render import write_report_files
-    from cellbench.reporting.sections import build_report  # imports matplotlib
+    from cellbench.reporting.sections import build_report
 
     results = replace(collect_report([tracker], only=only, request=request), skipped=skipped, failed=failed)
     first = results.sets[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from cellbench.reporting.leaderboard import LeaderboardRow
@@ -28,15 +30,26 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A figure that is drawn when the report is rendered."""
+    """A figure that is drawn when the report is rendered. Only a process that draws one imports matplotlib."""
 
     kind: ClassVar[str] = "figure"
     name: str
-    draw: Callable[[], Drawing]
-    draw_narrow: Callable[[], Drawing] | None = None
-    """Draws it for a phone; None: the page scales it."""
+    plot: str
+    """``module:name`` of a function in :mod:`cellbench.reporting.plots`. One with an argument ``narrow`` draws it again for a phone."""
+    arguments: Sequence[object] = ()
     note: str = ""
     """Follows the caption that the figure has."""
+
+    def draw(self, **named: object) -> Drawing:
+        """The figure, laid out anew."""
+        drawing: Drawing = self._function(*self.arguments, **named)
+        return drawing
+
+    @property
+    def _function(self) -> Callable[..., Any]:
+        module, _, name = self.plot.partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(f"cellbench.reporting.plots.{module}"), name)
+        return function
 
     @property
     def png(self) -> bytes:
@@ -50,20 +63,20 @@ class Figure:
 
         figure = self.draw()
         caption, width_px = " ".join(part for part in (style.get_caption(figure), self.note) if part), round(96 * figure.get_figwidth())
-        picture = self._for_page(self.draw, figure)
+        picture = self._for_page(figure)
         png = style.to_png(figure, style.SHARP_DPI, self.note)
-        narrow = self._for_page(self.draw_narrow, self.draw_narrow()) if self.draw_narrow is not None else b""
+        for_phones = "narrow" in inspect.signature(self._function).parameters
+        narrow = self._for_page(self.draw(narrow=True), narrow=True) if for_phones else b""
         return DrawnFigure(picture=picture, png=png, narrow=narrow, caption=caption, width_px=width_px)
 
-    @staticmethod
-    def _for_page(draw: Callable[[], Drawing], figure: Drawing) -> bytes:
+    def _for_page(self, figure: Drawing, **named: object) -> bytes:
         """SVG; where thousands of dots make it large, PNG if that is smaller."""
         from cellbench.reporting.plots import style
 
         svg = style.to_svg(figure)
         if len(svg) <= LARGE_SVG_BYTES:
             return svg
-        other = draw()
+        other = self.draw(**named)
         style.set_caption(other)  # the page shows it
         return min(svg, style.to_png(other, style.SHARP_DPI), key=len)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -32,10 +30,6 @@ from cellbench.reporting.leaderboard import (
 )
 from cellbench.reporting.learning_curves import LearningCurve, learning_curves
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, plot_rows
-from cellbench.reporting.plots import comparison, significance
-from cellbench.reporting.plots.cells import plot_cell_confusion
-from cellbench.reporting.plots.counts import plot_agreement
-from cellbench.reporting.plots.style import Drawing
 from cellbench.reporting.render import PLACE
 from cellbench.reporting.report_data import Block, Figure, Heading, ReportData, Section, StoredImage, Table, Text
 from cellbench.reporting.shift import shift_of
@@ -58,6 +52,8 @@ LEADING_COLUMNS = ("model", "Dice/image", "95 %", "Dice", "NSD", "AP50", "train 
 MAX_OPEN_ROWS = 12
 MAX_RANKED = 20
 """Models in a critical-difference diagram; more are not readable."""
+MAX_HEATED = 30
+"""Backbones in the figure of backbones by heads."""
 NUM_WORST_IMAGES = 10
 COSTS = ("backbone_params", "head_params", "train_s", "train_cpu_s", "images_per_s", "image_cpu_s", "peak_mib", "features_mib")
 """Columns of the table of costs."""
@@ -117,7 +113,7 @@ class _TestSetReport:
         worse = {d.a for d in self.here.differences_to_best() if d.better == d.b}
         elsewhere = [*(f"{other.dataset}: Dice/image" for other in (self.shift.sets if self.shift else ())), "lowest Dice"]
         return [
-            *([self.figure("leaderboard", comparison.plot_leaderboard, self.plotted, worse)] if self.plotted else []),
+            *([self.figure("leaderboard", "comparison:plot_leaderboard", self.plotted, worse)] if self.plotted else []),
             self.page_table([name for name in (*LEADING_COLUMNS, *elsewhere) if name in self.cells[0]], open_rows=MAX_OPEN_ROWS),
             *self.pictures(self.here.best, ("worst",)),
             *([Text(errors)] if (errors := describe_errors(self.here.best)) else []),
@@ -136,15 +132,9 @@ class _TestSetReport:
             ("Pictures and curves of the best model", self.examples()),
         ]
 
-    def figure(self, name: str, plot: Callable[..., Drawing], *arguments: object, note: str = "") -> Figure:
-        """A figure; a ``plot`` with an argument ``narrow`` is drawn again for a phone. ``note``: follows its caption."""
-        for_phones = "narrow" in inspect.signature(plot).parameters
-        return Figure(
-            name=self.prefix + name,
-            draw=partial(plot, *arguments),
-            draw_narrow=partial(plot, *arguments, narrow=True) if for_phones else None,
-            note=note,
-        )
+    def figure(self, name: str, plot: str, *arguments: object, note: str = "") -> Figure:
+        """A figure by the function ``plot``, ``module:name``. ``note``: follows its caption."""
+        return Figure(name=self.prefix + name, plot=plot, arguments=arguments, note=note)
 
     def table(self, name: str, rows: Sequence[Mapping[str, str]]) -> Table:
         """A table that is a file too; ``rows``: cells by heading."""
@@ -162,9 +152,9 @@ class _TestSetReport:
         rest = [name for name in self.cells[0] if name not in costs and name not in LEADING_COLUMNS[1:]]
         blocks: list[Block] = [self.page_table(rest)]
         if self.plotted and len(self.plotted[0].metrics) > 1:
-            blocks.append(self.figure("measures", comparison.plot_metrics, self.plotted))
+            blocks.append(self.figure("measures", "comparison:plot_metrics", self.plotted))
         if (grid := _backbones_by_heads(here)) is not None:
-            blocks.append(self.figure("heatmap", comparison.plot_heatmap, *grid))
+            blocks.append(self.figure("heatmap", "comparison:plot_heatmap", *grid))
         if outcomes := outcome_rows(here):
             blocks += [Heading("Single cells of all test images"), self.table("cells", outcomes)]
         return blocks
@@ -178,7 +168,7 @@ class _TestSetReport:
         confusion = np.mean(best.cell_confusions, axis=0)
         return [
             self.table("classes", class_rows(models)),
-            self.figure("confusion", plot_cell_confusion, best.classes, confusion, note=note),
+            self.figure("confusion", "cells:plot_cell_confusion", best.classes, confusion, note=note),
         ]
 
     def counts(self) -> list[Block]:
@@ -187,7 +177,7 @@ class _TestSetReport:
         if not counts:
             return []
         shown = counts_by_label([row for rows in list(counts.values())[:3] for row in rows])
-        return [Text([MEANING]), self.figure("counts", plot_agreement, shown), self.table("counts", model_rows(counts))]
+        return [Text([MEANING]), self.figure("counts", "counts:plot_agreement", shown), self.table("counts", model_rows(counts))]
 
     def images(self) -> list[Block]:
         """The scores of each image, and the images on which the best model is worst."""
@@ -202,7 +192,7 @@ class _TestSetReport:
         ]
         worst = Table(headings=("image", *scores, "Dice, mean of all models"), rows=rows)
         return [
-            self.figure("images", comparison.plot_distributions, names, per_image),
+            self.figure("images", "comparison:plot_distributions", names, per_image),
             Heading(f"The images on which {best.name} is worst"),
             worst,
         ]
@@ -214,12 +204,12 @@ class _TestSetReport:
         rows = self.difference_rows
         names = [name for name in rows[0] if name != "minus"]  # the figure's caption says it
         blocks: list[Block] = [
-            self.figure("differences", significance.plot_differences, differences, differences[0].b),
+            self.figure("differences", "significance:plot_differences", differences, differences[0].b),
             Table(headings=names, rows=[[row[name] for name in names] for row in rows]),
         ]
         if len(pairs) > len(differences):
             names = [model.name for model in here.models]
-            blocks += [Heading("Every pair"), self.figure("pairs", significance.plot_pairs, names, pairs)]
+            blocks += [Heading("Every pair"), self.figure("pairs", "significance:plot_pairs", names, pairs)]
         ranked = here.models[:MAX_RANKED]
         if len(ranked) > 2 and here.decidable:
             only = f" of the {MAX_RANKED} best models" if len(here.models) > MAX_RANKED else ""
@@ -255,7 +245,7 @@ class _TestSetReport:
         ranking = critical_difference(models, num_tests=self.here.num_pairs)
         blocks: list[Block] = [Heading(title)]
         if ranking.critical_difference is not None:
-            blocks.append(self.figure(name, significance.plot_critical_difference, ranking))
+            blocks.append(self.figure(name, "significance:plot_critical_difference", ranking))
         else:
             blocks.append(Text([", ".join(f"{m.model} {m.mean:.4f}" for m in sorted(models, key=lambda m: -m.mean)) + "."]))
         test = [f"{ranking.test}'s test: {format_p(ranking.p)}."] if ranking.p is not None else []
@@ -271,7 +261,7 @@ class _TestSetReport:
         points = [[(point.num_train if by_number else point.fraction, point.dice) for point in curve.points] for curve in curves]
         return [
             Text([*describe_learning_curves(curves), *describe_doubling(curves)]),
-            self.figure("labels", comparison.plot_learning_curves, [curve.model for curve in curves], points, label),
+            self.figure("labels", "comparison:plot_learning_curves", [curve.model for curve in curves], points, label),
             self.table("labels", _curve_rows(curves)),
         ]
 
@@ -284,7 +274,7 @@ class _TestSetReport:
             "training, s (backbone and head)": [cost["train_s"] or 0.0 for cost in costs],
             "prediction, s an image": [1 / speed if (speed := cost["images_per_s"]) else 0.0 for cost in costs],
         }
-        blocks: list[Block] = [self.figure("cost", comparison.plot_pareto, plotted, axes, note=load)] if plotted else []
+        blocks: list[Block] = [self.figure("cost", "comparison:plot_pareto", plotted, axes, note=load)] if plotted else []
         notes = [
             *([] if plotted else [load]),  # else it is below the figure
             "Backbone and head: parameters, of the head those that were trained. CPU seconds are the processor time of a run's threads; on a "
@@ -354,7 +344,7 @@ def _backbones_by_heads(here: TestSet) -> tuple[list[str], list[str], np.ndarray
     backbones, heads = list(dict.fromkeys(model.backbone for model in plain)), list(dict.fromkeys(model.head for model in plain))
     if len(backbones) < 2 or len(heads) < 2 or all(math.isnan(model.scores().mean) for model in plain):
         return None
-    backbones = backbones[: comparison.MOST]
+    backbones = backbones[:MAX_HEATED]
     values = np.full((len(backbones), len(heads)), np.nan)
     for model in plain:
         if model.backbone in backbones:

@@ -44,6 +44,19 @@ class Condition:
         return None if self.before is None else nan_mean(self.before[model]) - self.mean(model)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FallRow:
+    """One model: mean Dice on the own images, and under each condition."""
+
+    model: str
+    own: float
+    conditions: Sequence[tuple[str, str, float]]
+    """Kind, name and mean Dice."""
+    lowest: tuple[str, float]
+    """The condition with the lowest mean Dice."""
+    safest: bool
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shift:
     """The conditions under which all models were tested that were tested under any."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from cellbench.metrics.calibration import expected_calibration_error
 from cellbench.reporting.leaderboard import format_interval, format_number, format_p_cell
 from cellbench.reporting.model_groups import TestSet
-from cellbench.reporting.plots.shift import FallRow, plot_falls, plot_reliability
 from cellbench.reporting.report_data import Block, Figure, Heading, Table, Text
-from cellbench.reporting.shift import APPEARANCE, FURTHER, OWN, Shift
+from cellbench.reporting.shift import APPEARANCE, FURTHER, OWN, FallRow, Shift
 from cellbench.reporting.verdict import describe_outcome, describe_shift
 
 MEANING = "Safest is the model with the best worst case: its lowest mean Dice, over all conditions, is the highest. Worst cases are compared without a test."
@@ -30,7 +27,7 @@ def shift_blocks(shift: Shift, prefix: str) -> list[Block]:
     ]
     blocks: list[Block] = [
         Text([" ".join(describe_shift(shift)), MEANING]),
-        Figure(name=f"{prefix}falls", draw=partial(plot_falls, rows, labels), draw_narrow=partial(plot_falls, rows, labels, narrow=True)),
+        Figure(name=f"{prefix}falls", plot="shift:plot_falls", arguments=(rows, labels)),
         _table(shift),
     ]
     if any(one.before is not None for one in shift.conditions):
@@ -67,11 +64,7 @@ def _calibration(shift: Shift, prefix: str) -> list[Block]:
     curves = {name: corrected for name, (_, corrected) in found[best].items()}
     return [
         Heading("Calibration on each test set"),
-        Figure(
-            name=f"{prefix}reliability",
-            draw=partial(plot_reliability, best, curves),
-            draw_narrow=partial(plot_reliability, best, curves, narrow=True),
-        ),
+        Figure(name=f"{prefix}reliability", plot="shift:plot_reliability", arguments=(best, curves)),
         Table(headings=("model", *sets), rows=[[model, *(cell(mine.get(name)) for name in sets)] for model, mine in found.items()]),
         Text(
             [

@@ -44,10 +44,8 @@ def describe_undecidable(num_units: int, num_tests: int = 1, unit: str = "image"
 
 def wilcoxon_test(differences_PU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Wilcoxon's two-sided p and the rank-biserial correlation of each row. Zeros by Pratt's method; all zeros give p = 1 and effect 0."""
-    from scipy.stats import rankdata  # takes 0.7 s, which commands without a comparison do not need
-
     num = differences_PU.shape[1]
-    ranks_PU = rankdata(np.abs(differences_PU), axis=1)
+    ranks_PU = midranks(np.abs(differences_PU))
     up_P, down_P = ((ranks_PU * side).sum(axis=1) for side in (differences_PU > 0, differences_PU < 0))
     kept_PU = np.where(differences_PU != 0, ranks_PU, 0)
     # Midranks carry the tie correction: the sum's variance given the ranks is a quarter of their sum of squares.
@@ -57,6 +55,19 @@ def wilcoxon_test(differences_PU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         doubled = np.sort(2 * kept_PU[row]).astype(int)  # midranks are halves
         p_P[row] = min(1, 2 * _cumulated(tuple(doubled[doubled > 0].tolist()))[int(2 * min(up_P[row], down_P[row]))])
     return p_P, (up_P - down_P) / (num * (num + 1) / 2)
+
+
+def midranks(values_PU: np.ndarray) -> np.ndarray:
+    """The rank of each value in its row, from 1; equal values share their mean rank. As ``scipy.stats.rankdata``, whose import takes 0.4 s.
+
+    >>> midranks(np.array([[0.2, 0.1, 0.2]])).tolist()
+    [[2.5, 1.0, 2.5]]
+    """
+    ranks_PU = np.empty(values_PU.shape)
+    for row, values_U in enumerate(values_PU):
+        _, place_U, num = np.unique(values_U, return_inverse=True, return_counts=True)
+        ranks_PU[row] = (np.cumsum(num) - (num - 1) / 2)[place_U]
+    return ranks_PU
 
 
 @lru_cache(maxsize=4096)

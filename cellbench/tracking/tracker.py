@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -235,6 +236,14 @@ class Tracker:
         where = "here" if store_address.store_file(uri) is not None else f"with MLFLOW_TRACKING_URI={redact_passwords(uri)}"
         return f"experiment '{self.name}': `cellbench ui` {where} prints the address of its leaderboard"
 
+    def _context_tags(self) -> dict[str, str]:
+        """MLflow's tags of who runs what: the user, the program, its commit. A process that has no IPython is in no notebook, and MLflow need not import it."""
+        from mlflow.tracking.context import jupyter_notebook_context, registry
+
+        ignored: list[Any] = [] if "IPython" in sys.modules else [jupyter_notebook_context.JupyterNotebookRunContext]
+        tags: dict[str, str] = registry.resolve_tags(ignore=ignored)
+        return tags
+
     @contextlib.contextmanager
     def run(
         self, name: str, fingerprint: str, *, parent: str = "", known: RunState | None = None, tags: Mapping[str, str] | None = None
@@ -251,7 +260,7 @@ class Tracker:
         if parent:
             all_tags[PARENT] = parent
         if known is None:
-            context = self.mlflow.tracking.context.registry.resolve_tags()
+            context = self._context_tags()
             run_id = self.client.create_run(self.experiment_id, run_name=name, tags={**context, **all_tags}).info.run_id
         else:
             run_id = known.run_id

@@ -41,3 +41,17 @@ sys.exit(code if code != 1 else 0)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "imported:"
+
+
+def test_a_network_that_is_filled_from_a_file_draws_no_weights_that_import_the_compiler() -> None:
+    code = """
+import sys, torch
+from cellbench.startup import without_compiler
+with without_compiler():
+    from cellbench.models.backbones.timm_vit import build
+    nets = [build(name, "meta", num_classes=0) for name in ("vit_tiny_patch16_224", "tf_efficientnet_lite0")]
+print(sum(one.is_meta for net in nets for one in net.state_dict().values()), *sorted({"torch._dynamo", "sympy"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 300  # nothing else is printed

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from cellbench.config.cards import BackboneCard
 from cellbench.errors import CellbenchError, unknown_name
 from cellbench.models.backbones.base import Backbone, Level, norm_channels
 from cellbench.models.backbones.state_dict import load_strictly, to_timm_names
-from cellbench.models.backbones.timm_vit import intermediates, model_name
+from cellbench.models.backbones.timm_vit import build, intermediates, model_name
 
 
 class TimmPyramid(Backbone):
@@ -61,7 +60,7 @@ def timm_pyramid(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbon
 
 
 def _network(name: str, device: str | None) -> Any:
-    net: Any = timm.create_model(name, pretrained=False, num_classes=0, device=None if device is None else torch.device(device))
+    net = build(name, device, num_classes=0)
     if hasattr(net, "head"):
         net.head = nn.Identity()  # it has a norm for pooled features that the maps do not use
     return net

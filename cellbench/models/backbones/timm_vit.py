@@ -7,6 +7,7 @@ they are used unchanged.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from typing import Any
@@ -15,6 +16,7 @@ import timm
 import torch
 from timm.layers import LayerNorm, SwiGLUPacked
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cellbench.config.cards import BackboneCard
 from cellbench.errors import CellbenchError, unknown_name
@@ -152,7 +154,23 @@ def _network(card: BackboneCard, device: str | None, grid_px: int | None = None)
         arguments["norm_layer"] = functools.partial(LayerNorm, eps=card.arch["norm_eps"])
     # Without pooling, since timm would move the final norm after it.
     arguments |= {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
-    return timm.create_model(model_name(card), pretrained=False, device=None if device is None else torch.device(device), **arguments)
+    return build(model_name(card), device, **arguments)
+
+
+def build(name: str, device: str | None, **arguments: Any) -> Any:
+    """A timm network without published weights; on the device ``"meta"`` it has no values at all."""
+    if device is None:
+        return timm.create_model(name, pretrained=False, **arguments)
+    with _NothingToDraw() if device == "meta" else contextlib.nullcontext():
+        return timm.create_model(name, pretrained=False, device=torch.device(device), **arguments)
+
+
+class _NothingToDraw(TorchDispatchMode):
+    """For the meta device. timm draws weights there too, to no effect, and some of these operations import sympy there: 480 modules."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        only_values = function._schema.name.endswith("_") and torch.Tag.inplace_view not in function.tags
+        return arguments[0] if only_values and arguments[0].is_meta else function(*arguments, **(named or {}))
 
 
 def _check_card(card: BackboneCard, net: Any, where: str) -> None:

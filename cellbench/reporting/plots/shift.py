@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -21,24 +20,12 @@ from cellbench.reporting.plots.style import (
     set_caption,
     subplots,
 )
+from cellbench.reporting.shift import FallRow
 
 MOST = 15
 """Models in the figure."""
 COLOURS = (PALETTE[4], PALETTE[1], PALETTE[0], "0.3", PALETTE[5], PALETTE[2], PALETTE[3], "black")
 MARKERS = "osD^vP*X"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FallRow:
-    """One model: mean Dice on the own images, and under each condition."""
-
-    model: str
-    own: float
-    conditions: Sequence[tuple[str, str, float]]
-    """Kind, name and mean Dice."""
-    lowest: tuple[str, float]
-    """The condition with the lowest mean Dice."""
-    safest: bool
 
 
 def plot_falls(rows: Sequence[FallRow], kinds: Mapping[str, str], narrow: bool = False) -> Figure:

@@ -10,9 +10,14 @@ import scipy.stats as st
 from made_up_scores import scores
 
 from cellbench.statistics.comparison import compare
-from cellbench.statistics.hypothesis_tests import fold_test, holm_adjust, is_decidable, smallest_p, wilcoxon_test
+from cellbench.statistics.hypothesis_tests import fold_test, holm_adjust, is_decidable, midranks, smallest_p, wilcoxon_test
 
 pytestmark = pytest.mark.filterwarnings("error")
+
+
+def test_midranks_are_scipys(rng):
+    values = rng.integers(0, 6, (5, 40)) / 3
+    assert np.array_equal(midranks(values), st.rankdata(values, axis=1))
 
 
 # Wilcoxon on R's ?wilcox.test: depression scores of nine patients (Hollander & Wolfe 1973, p. 29): V = 40.
