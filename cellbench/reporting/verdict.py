@@ -143,6 +143,9 @@ def describe_evidence(here: TestSet) -> str:
     if not here.decidable:
         why = describe_undecidable(here.num_units, here.num_pairs, here.unit)
         return f"{why[:1].upper()}{why[1:]}: the next, {first.a}, {_gap(first, alone=True)}."
+    if ahead := [d for d in order if d.better == d.a]:  # see describe_empty_images
+        more = f"; so are {first_names([d.a for d in ahead[1:]], 2)}" if len(ahead) > 1 else ""
+        return f"But {ahead[0].a}, which {_gap(ahead[0])}, is significantly better{more}."
     if not tied:
         if num == 1:
             return f"It is significantly better than {first.a}, which {_gap(first)}."
@@ -178,16 +181,19 @@ def describe_external(here: TestSet, name: str = "") -> list[str]:
 
 
 def _gap(d: Difference, alone: bool = False) -> str:
-    """How far a model is below the best: ``is 0.002 lower (95 % -0.001 to 0.005, adjusted p = 0.40)``. ``alone``: without interval and p."""
+    """How far a model is below the best: ``is 0.002 lower (95 % -0.001 to 0.005, adjusted p = 0.40)``. ``alone``: without interval and p.
+
+    A model that predicts nothing in images without a cell may be below the best by its mean, which leaves them out, and above it in pairs.
+    """
     if d.ties == d.num_images:
         return "scores the same on every image"
-    size = negate(d.interval)
+    size, side = (d.interval, "higher on the same images") if round(d.interval.mean, DECIMALS) > 0 else (negate(d.interval), "lower")
     if alone:
-        return f"is {_format(size.mean, _digits(size, never_zero=True))} lower"
+        return f"is {_format(size.mean, _digits(size, never_zero=True))} {side}"
     digits = _digits(size, never_zero=d.better is not None)
     adjusted = "adjusted " if d.num_tests > 1 else ""
     span = f"{_span(size, digits)}, " if size.low is not None else ""
-    return f"is {_format(size.mean, digits)} lower ({span}{adjusted}{format_p(d.p_adjusted)}{_disagreement(d)})"
+    return f"is {_format(size.mean, digits)} {side} ({span}{adjusted}{format_p(d.p_adjusted)}{_disagreement(d)})"
 
 
 def _disagreement(d: Difference) -> str:
@@ -213,9 +219,10 @@ def describe_pairs(differences: Sequence[Difference], metric: str = "Dice") -> l
     ``differences``: each model minus the best, so ``b`` is always the best.
     """
     significant = sorted((d for d in differences if d.better == d.b), key=lambda d: abs(d.interval.mean))
-    tied = sorted((d for d in differences if d.better != d.b), key=lambda d: abs(d.interval.mean))
+    tied = sorted((d for d in differences if d.better is None), key=lambda d: abs(d.interval.mean))
+    ahead = [d for d in differences if d.better == d.a]
     out = []
-    for some, rest in ((significant, "significantly worse"), (tied, "not significantly different")):
+    for some, rest in ((ahead, "significantly better"), (significant, "significantly worse"), (tied, "not significantly different")):
         out += [f"{describe_difference(d, metric)}." for d in some[:MAX_PAIRS_LISTED]]
         if len(some) > MAX_PAIRS_LISTED:
             names = first_names([d.a for d in some[MAX_PAIRS_LISTED:]], 3 * MAX_PAIRS_LISTED)
@@ -390,7 +397,9 @@ def describe_empty_images(here: TestSet) -> list[str]:
         if names
         else "No model predicts any there"
     )
-    return [f"Note: {num} of {len(here.images)} test images have no cell. {found}. Means leave out those where nothing is predicted."]
+    means = "Means leave out those where nothing is predicted"
+    pairs = "; two models are compared on all where either predicts something, and the other scores 1 there" if names else ""
+    return [f"Note: {num} of {len(here.images)} test images have no cell. {found}. {means}{pairs}."]
 
 
 def describe_absent_classes(here: TestSet) -> list[str]:

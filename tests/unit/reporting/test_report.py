@@ -329,7 +329,10 @@ def test_empty_images_are_counted_beside_the_means_and_a_find_in_one_is_never_fr
         log_finished_run(Tracker("empty"), run, record, mean=float(np.mean(metrics_of["dice"])))
     assert main(["report", "empty", "--out", "out"]) == 0
     said = capsys.readouterr().out
-    assert "Note: 4 of 16 test images have no cell. Cells were predicted there by uni · detail (2): these images score 0." in said
+    assert (
+        "Note: 4 of 16 test images have no cell. Cells were predicted there by uni · detail (2): these images score 0. Means leave out those where"
+        in said
+    )
     assert "2 images without a cell where only one of the two predicts a cell" in said
     (here,) = collect_runs([Tracker("empty", make=False)]).sets
     assert [model.name for model in here.models] == ["uni · fpn", "uni · detail"]

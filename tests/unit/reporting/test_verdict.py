@@ -133,6 +133,28 @@ def test_a_small_p_whose_interval_holds_zero_is_called_a_disagreement():
     assert "; the test and the mean disagree)." in line
 
 
+@pytest.mark.parametrize(
+    ("num_empty", "expected"),
+    [
+        (30, r"But uni · h1, which is 0\.575 higher on the same images \(.*p < 0\.001\), is significantly better\."),
+        (9, r"The difference to the other model is not significant: uni · h1 is 0\.237 higher on the same images \("),
+    ],
+)
+def test_a_model_that_is_silent_where_there_is_no_cell_may_be_better_in_pairs_than_the_best_by_mean(num_empty, expected):
+    # In images without a cell, h0 always finds one (0), h1 never does (no score alone, 1 beside h0).
+    images = [f"{k}.png" for k in range(10 + num_empty)]
+    alone = 0.2 if num_empty == 30 else 0.45
+    ramp = np.linspace(-0.05, 0.05, 10)
+    dice = {"h0": [*(0.9 + ramp).tolist(), *[0.0] * num_empty], "h1": [*(alone + ramp).tolist(), *[None] * num_empty]}
+    (here,), _ = group_models([finished_run(name, per_image_scores(0.5, 0, images) | {"dice": values}) for name, values in dice.items()])
+    first, second = describe_best(here)
+    assert first.startswith("Best on average is uni · h0: Dice ")
+    assert re.match(expected, second), second
+    assert describe_pairs(here.differences_to_best())[0].startswith(
+        "uni · h1 is better than" if num_empty == 30 else "uni · h1 and uni · h0: the"
+    )
+
+
 def test_a_baseline_that_wins_is_called_one():
     assert describe_best(compared(0.9, baseline=0.93))[0].startswith("Best on average is otsu (a baseline): Dice 0.9")
 
