@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 
 from cellbench.data.annotations import load_coco_json
+from cellbench.data.categories import NOT_CELLS, NOT_SCORED
 from cellbench.data.dataset import Sample
 from cellbench.data.external_masks import ADDED
 from cellbench.data.io import images
 from cellbench.data.io.decode import printable_path
-from cellbench.data.layouts import NOT_CELLS, NOT_SCORED
 from cellbench.data.manifest import SPLITS
 from cellbench.data.outline_files import read_tool_mask
-from cellbench.data.region_files import REGIONS, match_regions
-from cellbench.data.regions import regions_of
+from cellbench.data.region_files import match_regions
+from cellbench.data.regions import REGIONS, regions_of
 from cellbench.data.scan import files_below
 from cellbench.errors import CellbenchError, one_line, quote_name, quoted
 from cellbench.files import compute_sha256, read_text, to_nfc

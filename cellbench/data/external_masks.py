@@ -7,7 +7,6 @@ files; masks of other images are counted in a note.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,11 @@ from typing import TypeVar
 import numpy as np
 
 from cellbench.data.annotations import CocoRegions, count_coco_categories, read_coco
+from cellbench.data.categories import NOT_CELLS, NOT_SCORED
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io import images
 from cellbench.data.io.decode import printable_path
-from cellbench.data.layouts import IMAGE_WORDS, NOT_CELLS, NOT_SCORED
+from cellbench.data.mask_names import ADDED, BEFORE, IMAGE_WORDS, NO_MASKS
 from cellbench.data.masks import MaskFacts, decide_meaning, mask_facts, off_values
 from cellbench.data.outline_files import SUFFIXES, ToolMask, describe_left_out, read_tool_mask
 from cellbench.data.scan import LINKS_ADVICE, files_below, is_inside, pattern_root
@@ -29,14 +29,6 @@ from cellbench.files import compute_sha256, to_nfc
 from cellbench.metrics.pixel import IGNORE
 
 T = TypeVar("T")
-ADDED = re.compile(
-    r"[-_. ]+(?:cp_)?(?:masks?|segs?|segmentations?|labels?|annotations?|gt|instances?|rois?|roiset|regions?|predictions?|pred|outlines?|cells)$",
-    re.IGNORECASE,
-)
-"""What tools append to the name of an image for its mask: ``a_seg.npy``, ``a_cp_masks.tif``, ``a_rois.zip``, ``a.instances.png``."""
-BEFORE = re.compile(r"^(?:masks?|labels?|roiset|rois?|seg|pred)[-_. ]", re.IGNORECASE)
-NO_MASKS = re.compile(r"[-_.](?:overlay|probability|flows?|cp_output|cellprob)$|\.regions$", re.IGNORECASE)
-"""Files that tools write beside masks; `predict` keeps ``NAME.regions.geojson`` there."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

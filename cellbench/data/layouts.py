@@ -7,26 +7,25 @@ and ``a_img.png`` with ``a_masks.png`` (:func:`pair_stems`). Subfolders on both 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from cellbench.config.cards import DatasetCard
-from cellbench.data.annotations import CocoFile, MaskFiles, NoMask, count_coco_categories, read_coco
+from cellbench.data.annotations import MaskFiles, NoMask
+from cellbench.data.coco_layout import find_coco, scan_coco
 from cellbench.data.dataset import SPLITS as SPLIT_NAMES
 from cellbench.data.dataset import Sample
 from cellbench.data.io.images import EXTENSIONS
 from cellbench.data.manifest import NAMES, read_manifest
 from cellbench.data.manifest import SPLITS as SPLIT_WORDS
-from cellbench.data.outline_files import SUFFIXES, ToolAnnotation, read_tool_mask
-from cellbench.data.scan import FileWarning, Listing, files_below, other_files, resolve_inside, unique_names
+from cellbench.data.mask_names import ANNOTATED, IMAGE_WORDS, MASK_WORDS
+from cellbench.data.outline_layout import scan_outlines, tool_files
+from cellbench.data.scan import FileWarning, Listing, files_below, other_files, unique_names
 from cellbench.errors import CellbenchError, quote_name
-from cellbench.metrics.pixel import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +47,7 @@ def scan_folder(card: DatasetCard, where: Path, *, unlabelled: bool = False) -> 
         if where.suffix.lower() in (".csv", ".toml"):
             return read_manifest(where, where.parent)
         if where.suffix.lower() == ".json":
-            return _scan_coco(where.parent, card, [where])
+            return scan_coco(where.parent, card, [where])
         raise CellbenchError(f"--data {where}: is a file. Expected a folder, a manifest (.csv, .toml) or a COCO file (.json).")
     if not where.is_dir():
         raise CellbenchError(f"--data {where}: there is no such folder.")
@@ -117,9 +116,6 @@ def _manifest(root: Path, card: DatasetCard) -> Listing | None:
 
 # --- pairs of files -----------------------------------------------------------------------------------------------------------------------
 
-MASK_WORDS = re.compile(r"[-_. ](?:cp_)?(?:masks?|segs?|segmentations?|labels?|annotations?|gt)$", re.IGNORECASE)
-"""What tools append to the name of an image for its mask: ``a_mask.png``, ``a-seg.tif``, Cellpose's ``a_cp_masks.png``."""
-IMAGE_WORDS = re.compile(r"[-_. ](?:img|images?|raw|original)$", re.IGNORECASE)
 DEEPEST = 4
 """Levels of subfolders that are looked into."""
 
@@ -170,7 +166,7 @@ def _scan_pairs(root: Path, card: DatasetCard, *, images: str, masks: str, name:
         return None
     out = Listing(root=root, layout=name)
     found = [(place, out.images_in(root / place.images), out.images_in(root / place.masks)) for place in _with_subfolders(root, places)]
-    if not any(labels for _, _, labels in found) and any(_tool_files(root / place.masks) for place in places):
+    if not any(labels for _, _, labels in found) and any(tool_files(root / place.masks) for place in places):
         return None  # outlines instead of masks
     if "{group}" in images and all(len(pictures) < 2 for _, pictures, _ in found):
         return None  # one folder an image
@@ -184,7 +180,7 @@ def _scan_pairs(root: Path, card: DatasetCard, *, images: str, masks: str, name:
     drawn = {
         ANNOTATED.sub("", path.stem): path
         for folder in {one for place, _, _ in found for one in (place.images, place.masks)}
-        for path in _tool_files(root / folder)
+        for path in tool_files(root / folder)
     }
     if both := sorted(drawn[sample.image.stem].name for _, sample in samples if sample.image.stem in drawn):
         out.notes.append(f"{len(both)} images have a mask and a file of outlines, such as {quote_name(both[0])}: the masks are used")
@@ -288,220 +284,6 @@ def _masks_beside_images(root: Path, card: DatasetCard) -> Listing | None:
     return _listed(out, samples) if samples else None
 
 
-# --- COCO -------------------------------------------------------------------------------------------------------------------------------
-
-
-def _coco_folder(root: Path, card: DatasetCard) -> Listing | None:
-    """JSON files with COCO's key words, in the folder, in ``annotations/`` or in folders of splits."""
-    places = [root, root / "annotations", *(root / split for split in ("train", "valid", "val", "test"))]
-    files = [path for folder in places if folder.is_dir() for path in sorted(folder.glob("*.json")) if path.is_file()]
-    files = [path for path in files if not path.name.startswith(("splits", ".")) and b'"annotations"' in path.read_bytes()]
-    if not files:
-        return None
-    out = _scan_coco(root, card, files)
-    others = _outlines_by_stem(root)
-    for sample in (one for some in out.parts.values() for one in some):
-        if found := [path for path in others.get(sample.image.stem, ()) if path.suffix.lower() != ".json"]:
-            message = f"{root.name}: '{sample.name}' has outlines in {sample.mask.name} and in {found[0].relative_to(root)}"
-            out.reject("several-masks", sample.image.name, message, "Move those out that are not to be used, such as older ones.")
-    return out
-
-
-def _scan_coco(root: Path, card: DatasetCard, files: list[Path]) -> Listing:
-    out = Listing(root=root, layout=f"COCO {', '.join(file.name for file in files)[:120]}")
-    counts: Counter[str] = Counter()
-    for file in files:
-        counts.update(count_coco_categories(file))
-    out.classes, labels, note = _categories(card, files[0], counts)
-    out.notes.append(note)
-    read = {file: read_coco(file, labels) for file in files}
-    entries = [(file, _split_of(file, root), image) for file in files for image in read[file].images]
-    if not entries:
-        raise CellbenchError(f"{files[0]}: holds no image. Export it again.")
-    for file, coco in read.items():
-        out.notes += _skipped(file, coco)
-    names = unique_names([f"{split}/{image.name}" for _, split, image in entries])
-    samples: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
-    places: dict[Path, list[Path]] = {}
-    for file, split, image in entries:
-        years = (split, f"{split}2017")
-        below = [root / "images", *(root / year for year in years), *(root / "images" / year for year in years), root / "valid"]
-        bases = places.setdefault(file, [file.parent, root, *below])
-        found = [(k, path) for k, base in enumerate(bases) if (path := resolve_inside(base, image.name)) is not None and path.is_file()]
-        if resolve_inside(root, image.name) is None:
-            out.reject_outside(image.name)
-        elif not found or not found[0][1].resolve().is_relative_to(root.resolve()):
-            message = f"{file}: names the image {quote_name(image.name)}, which does not exist"
-            out.reject("missing-image", image.name, message, "Put it beside the file or into images/.")
-        else:
-            bases.insert(0, bases.pop(found[0][0]))  # the next image is probably there too
-            name = names[f"{split}/{image.name}"].removeprefix(f"{split}__")
-            samples[split].append(Sample(name=name, image=found[0][1], mask=file, truth=image))
-    out.parts = {split: tuple(some) for split, some in samples.items()}
-    return out
-
-
-NOT_CELLS = ("background", "bg", "_background_", "__background__")
-NOT_SCORED = ("ignore", "_ignore_", "__ignore__", "ignore*")
-"""Lower-case names of categories that never denote a kind of cell in exports."""
-
-
-def _categories(
-    card: DatasetCard, file: Path, counts: Mapping[str, int], what: str = "COCO categories"
-) -> tuple[tuple[str, ...], dict[str, int | None], str]:
-    """The classes, the class number of each category (``IGNORE``; None: left out), and a note on them.
-
-    The card decides, by ``categories`` or by the names of its ``classes``. Otherwise a single category is the cell, and each of several is a
-    class. Raises CellbenchError for a category that the card does not cover.
-    """
-    explicit = "classes" in card.model_fields_set
-    targets = [name for name in dict.fromkeys(card.categories.values()) if name not in ("", "ignore")]
-    labels: dict[str, int | None] = {}
-    if unknown_names := [name for name in card.categories if name not in counts]:
-        raise CellbenchError(
-            f"{file}: holds no category {quote_name(unknown_names[0])}, which the card names. It holds {', '.join(counts) or 'none'}."
-        )
-    lower = {name.casefold(): name for name in card.classes} if explicit else {}
-    for name in counts:
-        if name.casefold() in lower or name in card.categories:
-            continue
-        if name.casefold() in (*NOT_CELLS, *NOT_SCORED) or not counts[name]:
-            labels[name] = IGNORE if name.casefold() in NOT_SCORED else None
-    others = [name for name in counts if name not in labels and name not in card.categories]
-    classes = card.classes
-    if not explicit and targets:
-        classes = ("background", *targets)
-    elif not explicit and len(others) > 1:
-        classes = ("background", *sorted(others))
-    single = len(classes) == 2 and len(others) == 1 and not targets
-    for name in others:
-        same = next((index for index, known in enumerate(classes) if known.casefold() == name.casefold()), 1 if single else None)
-        if same is None:
-            raise CellbenchError(
-                f"{file}: category {quote_name(name)} is no class of the card ({', '.join(classes)}). Name it there, or say what it is: "
-                f'categories = {{ {json.dumps(name)} = "{classes[-1]}" }}, or "" to leave it out.'
-            )
-        labels[name] = same or None
-    for name, target in card.categories.items():
-        if target not in ("", "ignore", *classes):
-            raise CellbenchError(
-                f"{card.path}: categories: {quote_name(name)} is to be {quote_name(target)}, which is no class ({', '.join(classes)})."
-            )
-        labels[name] = classes.index(target) or None if target in classes else IGNORE if target else None
-    if len(classes) > IGNORE:
-        raise CellbenchError(f"{file}: {len(classes)} classes; {IGNORE} are the most. Merge some by categories = {{...}} on the card.")
-    words = {None: "left out", IGNORE: "ignored"} | {k: f"class '{name}'" for k, name in enumerate(classes) if k}
-    shown = "; ".join(
-        f"{quote_name(name)} {num:,} ({words[labels[name]] if num else 'not used'})" for name, num in list(counts.items())[:20]
-    )
-    return classes, labels, f"{what}: {shown}{'; …' if len(counts) > 20 else ''}. `categories` on the card overrides this."
-
-
-def _skipped(file: Path, coco: CocoFile) -> list[str]:
-    notes = []
-    if coco.num_crowds:
-        notes.append(
-            f"{file.name}: {coco.num_crowds:,} regions are crowds (iscrowd) and are ignored: they are no cells, and nothing in them is scored."
-        )
-    if coco.empty:
-        boxes = f", {coco.num_boxes:,} of them with a box only" if coco.num_boxes else ""
-        shown = ", ".join(coco.empty[:10]) + (" …" if len(coco.empty) > 10 else "")
-        notes.append(f"{file.name}: {len(coco.empty):,} annotations have no outline and are skipped{boxes}: id {shown}.")
-    if coco.empty and not any(image.regions for image in coco.images):
-        raise CellbenchError(f"{file}: no annotation has an outline{boxes}. Export it with polygons or run lengths (segmentation).")
-    return notes
-
-
-def _split_of(file: Path, root: Path) -> str:
-    words = re.split(r"[^a-z]+", f"{'' if file.parent == root else file.parent.name} {file.stem}".lower())
-    for split, known in (("test", {"test", "testing"}), ("val", {"val", "valid", "validation"})):
-        if known & set(words):
-            return split
-    return "train"
-
-
-# --- files of other tools ---------------------------------------------------------------------------------------------------------------
-
-REGIONS = "regions"
-"""A folder of outlines that are no cells (:mod:`region_files`)."""
-ANNOTATED = re.compile(r"[-_. ]+(?:segs?|rois?|roiset|annotations?|masks?|labels?|cells|outlines?)$", re.IGNORECASE)
-"""What tools append to the name of an image for its outlines: ``a_seg.npy``, ``a_rois.zip``."""
-
-
-def _tool_files(folder: Path) -> list[Path]:
-    """The files of outlines and cell numbers in a folder, by name."""
-    return [path for path in other_files(folder) if path.suffix.lower() in SUFFIXES and not path.name.startswith(("splits", "."))]
-
-
-def _outlines_by_stem(root: Path) -> dict[str, list[Path]]:
-    """The files of outlines and cell numbers of a folder and its subfolders, by the stem of the image that they are named after."""
-    folders = {root, *(one for one in root.rglob("*") if one.is_dir() and one.relative_to(root).parts[0] != REGIONS)}
-    out: dict[str, list[Path]] = {}
-    for path in (path for folder in sorted(folders) for path in _tool_files(folder)):
-        stem = ANNOTATED.sub("", path.stem)
-        ending = f".{stem.rpartition('.')[2].lower()}"
-        out.setdefault(stem.rpartition(".")[0] if ending in EXTENSIONS else stem, []).append(path)
-    return out
-
-
-def _annotated_images(root: Path, card: DatasetCard) -> Listing | None:
-    """Images, each with a file of QuPath, ImageJ, Cellpose or LabelMe of its name, beside it or in another folder; folders may be splits."""
-    pictures = files_below(root)[0]
-    by_stem = _outlines_by_stem(root)
-    pairs = {}
-    for path in pictures:
-        found = by_stem.get(path.stem, [])
-        pairs[path] = [one for one in found if one.parent == path.parent] or found
-    if not any(pairs.values()):
-        return None
-    out = Listing(root=root, layout="images with outlines of QuPath, ImageJ, Cellpose or LabelMe")
-    counts: Counter[str] = Counter()
-    used: dict[Path, Path] = {}
-    limited: set[Path] = set()
-    num_points = 0
-    for path, found in pairs.items():
-        name = path.relative_to(root).as_posix()
-        if len(found) == 1:
-            used[path] = found[0]
-            mask = read_tool_mask(found[0])
-            counts.update(one.label or UNCLASSIFIED for one in mask.outlines)
-            num_points += len(mask.points)
-            limited |= {path} if mask.regions else set()
-        elif not MASK_WORDS.search(path.stem) or found:  # a picture of masks that a tool writes beside them is no image
-            shown = ", ".join(one.name for one in found)
-            message = f"{root.name}: '{name}' has {f'{len(found)} annotations: {shown}' if found else 'no annotation'}"
-            out.reject(
-                "several-masks" if found else "missing-mask", path.name, message, "Each image needs one: take others out, or add it."
-            )
-    if num_points and not counts:
-        raise CellbenchError(
-            f"--data {root}: its files mark {num_points:,} points and no outline. Points are enough to compare counts (`evaluate RUN --data`, "
-            "`score NAME MASKS --data`); to learn from, each cell needs an outline."
-        )
-    if num_points:
-        out.notes.append(f"outlines: {num_points:,} points are no cells with an area and are not used")
-    labels: dict[str, int | None] = {UNCLASSIFIED: 1}
-    if counts:
-        out.classes, labels, note = _categories(card, next(iter(used.values())), counts, "classes of outlines")
-        out.notes.append(note)
-    class_of = tuple((("" if label == UNCLASSIFIED else label), number) for label, number in labels.items())
-    names = unique_names([path.relative_to(root).as_posix() for path in used])
-    parts: dict[str, list[Sample]] = {split: [] for split in SPLIT_NAMES}
-    for path, file in used.items():
-        place = path.relative_to(root)
-        truth = ToolAnnotation(path=file, image=path, labels=class_of)
-        sample = Sample(name=names[place.as_posix()], image=path, mask=file, truth=truth, regions=file if path in limited else None)
-        parts[next((SPLIT_WORDS[part.lower()] for part in place.parts[:-1] if part.lower() in SPLIT_WORDS), "train") or "train"].append(
-            sample
-        )
-    out.parts = {split: tuple(some) for split, some in parts.items()}
-    return out
-
-
-UNCLASSIFIED = "unclassified"
-"""Stands for outlines without a class."""
-
-
 # --- one folder an image ----------------------------------------------------------------------------------------------------------------
 
 
@@ -536,10 +318,10 @@ LAYOUTS = (
     paired_folders("{split}/images", "{split}/masks"),
     paired_folders("original", "mask"),
     paired_folders("images", "masks"),
-    Layout(name="a COCO file", scan=_coco_folder),
+    Layout(name="a COCO file", scan=find_coco),
     paired_folders("{group}/images", "{group}/masks"),
     Layout(name="one folder an image with images/ and masks/", scan=_folder_per_image),
     Layout(name="NAME.png with NAME_mask.png beside it", scan=_masks_beside_images),
-    Layout(name="images with .geojson, _seg.npy, ROI or LabelMe files", scan=_annotated_images),
+    Layout(name="images with .geojson, _seg.npy, ROI or LabelMe files", scan=scan_outlines),
 )
 """Tried in this order if the card names no folders."""

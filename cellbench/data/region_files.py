@@ -8,8 +8,7 @@ from pathlib import Path
 
 from cellbench.data.dataset import Sample
 from cellbench.data.external_masks import files_by_key, match_images
-from cellbench.data.layouts import REGIONS
-from cellbench.data.regions import REGION_SUFFIXES
+from cellbench.data.regions import REGION_SUFFIXES, REGIONS
 from cellbench.data.scan import FileWarning, Listing, files_below, is_inside, pattern_root
 from cellbench.errors import CellbenchError, quoted
 

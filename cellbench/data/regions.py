@@ -14,6 +14,8 @@ from cellbench.data.outline_files import Outline, fill_regions, read_tool_mask
 from cellbench.errors import CellbenchError
 from cellbench.metrics.pixel import IGNORE
 
+REGIONS = "regions"
+"""A folder of outlines that are no cells (:mod:`region_files`)."""
 REGION_SUFFIXES = (".geojson", ".json", ".roi", ".zip")
 
 
