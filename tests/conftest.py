@@ -77,10 +77,10 @@ def one_thread() -> None:
     """Small tensors, and a machine that others use too: beside a busy process test_heads.py took 87 s with two threads, 17 s with one."""
     import torch
 
-    from cellbench.training import cost_estimate
+    from cellbench.training import measured_cost
 
     torch.set_num_threads(1)
-    cost_estimate.MEASURED_S = 0.0  # what is timed here need not be exact: a second for each cohort would be minutes
+    measured_cost.MEASURED_S = 0.0  # what is timed here need not be exact: a second for each cohort would be minutes
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,36 +6,30 @@ An interrupted run resumes from its checkpoint. Which runs are executed here, :m
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cellbench.background import BackgroundCalls
-from cellbench.config.cards import BaselineCard, HeadCard
+from cellbench.config.cards import BaselineCard
 from cellbench.config.experiment import Experiment
 from cellbench.config.registry import Registry
-from cellbench.config.run import NUMERICS_VERSION
 from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
-from cellbench.data.image_cache import ImageCache
-from cellbench.data.transforms.preprocessing import Preparation
-from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.errors import CellbenchError, SystemFault, WeightsUnavailable, blaming, culprit_of, keeping_on, one_line, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
+from cellbench.execution.baseline_evaluation import evaluate_function
 from cellbench.execution.claims import ActiveRun, Outcome, RunClaims
+from cellbench.execution.cohort_inputs import CohortInputs
 from cellbench.execution.failures import TRACEBACK, describe_failure, traceback_of
 from cellbench.execution.finished_training import finished_trainers
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import CohortProgress, Report, no_report
+from cellbench.execution.result_logging import ResultLogging
 from cellbench.execution.run_logger import RunLogger, TrialCallback
 from cellbench.execution.shift_tests import (
     FinishedRunToTest,
@@ -44,30 +38,22 @@ from cellbench.execution.shift_tests import (
     run_tests,
 )
 from cellbench.execution.wanted_tests import missing_tests, wanted_tests
-from cellbench.features.extractor import CachePolicy, Features, non_finite_reason
-from cellbench.features.frozen_backbone import FrozenBackbone
-from cellbench.features.remote_cache import RemoteCache, shared_url
+from cellbench.features.extractor import Features, non_finite_reason
 from cellbench.files import os_errors_as
-from cellbench.hardware import Hardware, is_out_of_memory, peak_memory_mib, release_memory
+from cellbench.hardware import Hardware, is_out_of_memory, release_memory
 from cellbench.metrics import catalog
-from cellbench.metrics.instances import MIN_AREA_PX
-from cellbench.metrics.pixel import confusion_matrix
-from cellbench.metrics.separation import NUMBERS, SeparationParams
-from cellbench.models.backbones.base import Backbone
-from cellbench.models.backbones.build import open_backbone
 from cellbench.models.baselines.build import FoundClasses, open_baseline
 from cellbench.system_load import SystemLoad
 from cellbench.temporary import TemporaryFolder
 from cellbench.tracking.offline_queue import CallRejectedError
 from cellbench.tracking.schema import RunRecord, RunState
 from cellbench.tracking.tracker import Tracker
-from cellbench.training import checkpoints, cost_estimate
-from cellbench.training.cost_estimate import InferenceSpeed, inference_speeds, latencies_ms, reset_timers
+from cellbench.training import checkpoints
 from cellbench.training.evaluator import CohortEvaluator, score_validation
 from cellbench.training.fit import fit
+from cellbench.training.measured_cost import inference_speeds, latencies_ms, load_metric, reset_timers, training_cost
 from cellbench.training.memory_check import why_frames_too_large
 from cellbench.training.model import build_model
-from cellbench.training.separation_tuning import choose_separations
 from cellbench.training.tiled_inference import score_images
 from cellbench.training.trainer import HeadTrainer
 from cellbench.training.training_features import describe_training_images
@@ -103,17 +89,21 @@ class Runner:
     """Set for the trials of a search, which are validated and not tested."""
 
     def __post_init__(self) -> None:
-        self._backbone: tuple[str, Backbone] | None = None
-        self._shared = RemoteCache(url, self.say) if (url := shared_url()) else None
         self._own_metrics = catalog.own_metrics(self.registry)
-        self._drawing: BackgroundCalls | None = None
-        self._logging: ThreadPoolExecutor | None = None
-        self._under_way: list[Future[None]] = []
+        self._inputs = CohortInputs(
+            datasets=self.datasets,
+            registry=self.registry,
+            weights=self.weights,
+            memory_bytes=self.machine.memory_bytes,
+            disk_bytes=self.disk_bytes,
+            prefer_disk=self.prefer_disk,
+            say=self.say,
+        )
+        self._logging = ResultLogging(self.drawing)
         self.claims = RunClaims(
             tracker=self.tracker, parent_id=self.parent_id, datasets=self.datasets, limit=self.experiment.data.limit, say=self.say
         )
         self._known: Mapping[str, RunRecord] = {}
-        self._select(self.datasets[0])
 
     def __enter__(self) -> Runner:
         return self
@@ -126,58 +116,34 @@ class Runner:
             if kind is None:  # else the first error matters
                 raise
         finally:
-            if self._drawing is not None and self._drawing is not self.drawing:
-                self._drawing.close()
-            self._drawing = None
+            self._logging.close()
 
-    def _select(self, dataset: Dataset) -> None:
-        """Sets the dataset of the next cohort."""
-        self.dataset = dataset
-        # A third for decoded images; features get the rest. Both are upper bounds, not reservations.
-        third = self.machine.memory_bytes // 3
-        share = {"train": 0.6, "val": 0.2, "test": 0.2}
-        self._images = {split: ImageCache(dataset, split, int(third * part)) for split, part in share.items()}
+    @property
+    def dataset(self) -> Dataset:
+        """That of the current cohort."""
+        return self._inputs.dataset
 
     # --- evaluated runs ---------------------------------------------------------------------------------------------------------------
 
     def _finish(self, one: ActiveRun, result: EvaluationResult, out: Outcome, trained_on: Sequence[int] = ()) -> None:
         """Has the evaluation of a run logged in the background, once its pictures are drawn. ``trained_on``: indices of the training images."""
-        assert self._drawing is not None
-        folder, images = TemporaryFolder(), self._images["test"]
+        folder, images = TemporaryFolder(), self._inputs.images["test"]
         seen = seen_images.record_seen_images(self.dataset, trained_on)
         with os_errors_as(f"writing a run's artifacts to {folder.name}"):
             artifacts.write_artifacts(Path(folder.name), one.resolved.run, self.experiment, self.datasets, result, seen)
-        drawings = artifacts.pictures(one.name, self.dataset, images, result)
-        drawn = {name: self._drawing.submit(drawing) for name, drawing in drawings.items()}
+        drawn = self._logging.draw(artifacts.pictures(one.name, self.dataset, images, result))
         metrics = artifacts.final_metrics(self.dataset, result)
         # At step 0, the UI's charts show a single value as a bar, at any other step as a dot. ``best/epoch`` holds the epoch.
         tags = artifacts.run_tags(one.name, metrics, self.machine.name, one.run.address("figures/worst.png"))
         tags |= {"cellbench.separation": result.evaluation.separation.description}
-        one.evaluated = True
+        self._logging.log(one, folder, drawn, metrics, tags, out, partial(self._fail, one, out))
 
-        def log() -> None:
-            try:
-                _log(one, folder, drawn, metrics, tags, out)
-            except SystemFault:
-                raise
-            except Exception as error:
-                one.evaluated = False
-                self.claims.fail(one, describe_failure(error), out, traceback_of(error))
-
-        self._in_background(log)
-
-    def _in_background(self, call: Callable[[], None]) -> None:
-        """Calls in a thread, one after the other. :meth:`settle` waits and raises the first error."""
-        if self._logging is None:
-            self._logging = ThreadPoolExecutor(1, "logging")
-        self._under_way.append(self._logging.submit(call))
+    def _fail(self, one: ActiveRun, out: Outcome, error: Exception) -> None:
+        self.claims.fail(one, describe_failure(error), out, traceback_of(error))
 
     def settle(self) -> None:
         """Waits until all evaluated runs are logged, and raises what went wrong."""
-        under_way, self._under_way = self._under_way, []
-        wait(under_way)
-        for job in under_way:
-            job.result()
+        self._logging.settle()
 
     # --- one cohort ---------------------------------------------------------------------------------------------------------------
 
@@ -191,26 +157,22 @@ class Runner:
             self._test_further(cohort, wanted, title, out)
 
     def _execute(self, cohort: Sequence[ResolvedRun], title: str, out: Outcome) -> None:
-        if (dataset := self.datasets[cohort[0].run.fold]) is not self.dataset:
-            self._select(dataset)
-        num_earlier = len(self._under_way)
+        self._inputs.select(cohort[0])
+        num_earlier = self._logging.num_under_way
         with contextlib.ExitStack() as stack:
             active, self._known = self.claims.claim(cohort, stack, out, self.watch)
             if not active:
                 return
-            if self.watch is None and self._drawing is None:
-                self._drawing = self.drawing or BackgroundCalls()
-                self._drawing.import_ahead("cellbench.reporting.plots.run", "cellbench.reporting.plots.significance")
+            if self.watch is None:
+                self._logging.start_drawing()
             try:
                 self._complete(active, title, out)
-                for _ in range(num_earlier):  # no more than one cohort waits
-                    self._under_way.pop(0).result()
+                self._logging.wait_for_first(num_earlier)  # no more than one cohort waits
             except BaseException:
                 with contextlib.suppress(Exception):  # the first error matters
                     self.settle()  # else runs that are evaluated would count as interrupted
                 raise
-            if logged := list(self._under_way):
-                self._in_background(partial(_close, stack.pop_all(), logged))
+            self._logging.close_runs(stack)
         release_memory()
         out.num_new += len(active)
 
@@ -256,7 +218,7 @@ class Runner:
                 self.say(f"{title}: {describe_failure(error).partition('. ')[0]}. Its runs are executed one by one.")
                 return active
             for one in faulty or active:
-                self.claims.fail(one, describe_failure(error), out, traceback_of(error))
+                self._fail(one, out, error)
         return []
 
     def _use_less_memory(self, active: Sequence[ActiveRun], title: str, error: Exception, out: Outcome) -> None:
@@ -271,35 +233,8 @@ class Runner:
     # --- baselines without training ---------------------------------------------------------------------------------------------------
 
     def _apply(self, one: ActiveRun, out: Outcome) -> None:
-        method, run, num = self._function(one.resolved), one.resolved.run, len(self.dataset.classes)
-
-        def segment(image: Any) -> FoundClasses:
-            return method(image, num, **run.options)
-
-        val, test, busy, wall_s, cpu_s = self._images["val"], self._images["test"], SystemLoad(), 0.0, 0.0
-        predictions = ((k, [(segment(val[k][0]).classes, None, None)]) for k in range(len(val)))
-        if isinstance(one.resolved.card, BaselineCard) and one.resolved.card.package:
-            least = MIN_AREA_PX if self.dataset.min_cell_px is None else self.dataset.min_cell_px
-            separations = [SeparationParams(method=NUMBERS, min_area_px=least, owners=self.dataset.owners)]
-        else:
-            separations = choose_separations(self.dataset, ["watershed"], predictions)
-        with CohortEvaluator(self.dataset, 1, separations, self._own_metrics) as evaluator:
-            for index in range(len(test)):
-                self.report(index / len(test), "testing")
-                image, truth = test[index]
-                start, start_cpu = time.perf_counter(), time.thread_time()
-                found = segment(image)
-                wall_s, cpu_s = wall_s + time.perf_counter() - start, cpu_s + time.thread_time() - start_cpu
-                evaluator.add_image(index, truth, [confusion_matrix(truth, found.classes, num)], [(found.classes, None, found.fields)])
-        speed = InferenceSpeed(wall_s=wall_s / len(test), cpu_s=cpu_s / len(test))
-        if wall_s < cost_estimate.MEASURED_S:
-            speed = cost_estimate.function_speed(segment, test)
-        cost = {"cost/train_s": 0.0, "cost/head_params": 0, "cost/backbone_params": 0}
-        cost |= {"cost/images_per_s": 1 / max(speed.wall_s, 1e-9), "cost/image_cpu_s": speed.cpu_s, "cost/peak_mib": peak_memory_mib()}
-        cost |= _load_metric("cost/test_other_load_pct", busy)
-        # It reads whole images, so framing does not apply; files are read in the same way.
-        preparation = Preparation(framing=one.resolved.framing, reading=self.dataset.reading, um_per_px=self.dataset.um_per_px)
-        self._finish(one, EvaluationResult(evaluation=evaluator.evaluations[0], cost=cost, preparation=preparation), out)
+        result = evaluate_function(self._function(one.resolved), one.resolved, self._inputs, self._own_metrics, self.report)
+        self._finish(one, result, out)
 
     def _function(self, resolved: ResolvedRun) -> Callable[..., FoundClasses]:
         """The function of an untrained baseline. Raises WeightsUnavailable."""
@@ -310,39 +245,7 @@ class Runner:
 
     def features(self, cohort: Sequence[ResolvedRun], more: Sequence[ResolvedRun] = ()) -> Features:
         """The features of a cohort, including the levels that the runs ``more`` of the same backbone need."""
-        first = cohort[0]
-        if (dataset := self.datasets[first.run.fold]) is not self.dataset:
-            self._select(dataset)
-        levels = [one.card.levels for one in (*cohort, *more) if isinstance(one.card, HeadCard)]
-        frozen = FrozenBackbone(self._open_backbone(first), self.machine, levels, first.run.unfreeze)
-        plan = SamplingPlan(self._images["train"].sizes_px, first.run, self.registry, self._images["train"].boxes_px)
-        return Features(frozen, plan, self._images, self._cache_policy(first), [one.run.targets for one in cohort])
-
-    def _open_backbone(self, resolved: ResolvedRun) -> Backbone | None:
-        card = resolved.backbone
-        if card is None:
-            return None
-        if self._backbone is None or self._backbone[0] != card.id:
-            self._backbone = None  # one in memory at a time: the largest take 4.5 GB
-            self._backbone = card.id, open_backbone(card, self.weights)
-        return self._backbone[1]
-
-    def _cache_policy(self, resolved: ResolvedRun) -> CachePolicy:
-        machine, key = self.machine, ""
-        if resolved.backbone is not None:
-            # Another torch or timm may round differently, and cached features must equal fresh ones to the last bit.
-            versions = [torch.__version__, importlib.metadata.version("timm"), NUMERICS_VERSION]
-            key = json.dumps([resolved.backbone_identity, *versions, machine.device.type, machine.threads, machine.chunk])
-        return CachePolicy(
-            memory_bytes=machine.memory_bytes * 2 // 3,
-            disk_bytes=self.disk_bytes,
-            prefer_disk=self.prefer_disk,
-            key=key,
-            backbone=resolved.run.backbone or "",
-            dataset=self.dataset.name,
-            shared=self._shared,
-            tell=self.say,
-        )
+        return self._inputs.features(cohort, self.machine, more)
 
     def _trainer(self, one: ActiveRun, features: Features) -> HeadTrainer:
         """The run's trainer, restored from its last checkpoint."""
@@ -391,7 +294,7 @@ class Runner:
         fit(trainers, features, self._progress, finished)
         self._progress.end("training", "validating")  # also where they ended early
         release_memory()
-        load = _load_metric("cost/train_other_load_pct", busy)
+        load = load_metric("cost/train_other_load_pct", busy)
         failed = [trainer.ended.startswith("failed") for trainer in trainers]
         # All runs of the cohort read the same features. If these are not finite, no learning rate helps.
         cause = non_finite_reason(features) if any(failed) else ""
@@ -408,7 +311,7 @@ class Runner:
 
     def _validate(self, trained: Trained, features: Features, load: dict[str, float], out: Outcome) -> None:
         """Ends trials with the validation scores of their best epochs and with their costs."""
-        costs = self._training_costs(trained, features, load)
+        costs = [training_cost(trainer, features) | load for _, trainer in trained]
         models = [trainer.model for _, trainer in trained]
         latencies = latencies_ms(models, features)
         own_scores = score_validation(models, features, self.dataset, [metric for metric in self._own_metrics if metric.searchable])
@@ -427,10 +330,10 @@ class Runner:
             (out.pruned if status == "pruned" else out.validated)[one.name] = ended
 
     def _test(self, trained: Trained, features: Features, title: str, load: dict[str, float], out: Outcome) -> None:
-        models, test = [trainer.model for _, trainer in trained], self._images["test"]
+        models, test = [trainer.model for _, trainer in trained], self._inputs.images["test"]
         separations, calibrations = tune_on_validation(models, features, self.dataset)
         training_features = describe_training_images(features)
-        costs, busy = self._training_costs(trained, features, load), SystemLoad()
+        costs, busy = [training_cost(trainer, features) | load for _, trainer in trained], SystemLoad()
         reset_timers(features.backbone, models)
         not_finite: dict[int, str] = {}
         with CohortEvaluator(self.dataset, len(models), separations, self._own_metrics, calibrations=calibrations) as evaluator:
@@ -442,7 +345,7 @@ class Runner:
                     if not answer.finite:
                         not_finite.setdefault(k, self.dataset.test[image].name)
         speeds = inference_speeds(models, features)
-        test_load = _load_metric("cost/test_other_load_pct", busy)
+        test_load = load_metric("cost/test_other_load_pct", busy)
         for k, ((one, trainer), speed, cost) in enumerate(zip(trained, speeds, costs, strict=True)):
             if k in not_finite:
                 where = quote_name(not_finite[k])
@@ -516,57 +419,3 @@ class Runner:
         else:
             for each in runs:
                 test([each], predict_with_function(self._function(each.resolved), each.resolved.run.options, num))
-
-    def _training_costs(self, trained: Trained, features: Features, load: dict[str, float]) -> list[dict[str, float]]:
-        """The training cost of each run. ``load``: load by other processes during training, as a metric."""
-        backbone, cores = features.backbone.module, self.machine.cores_of_one
-        shared = {
-            "cost/backbone_params": sum(p.numel() for p in backbone.parameters()) if backbone is not None else 0,
-            "cost/peak_mib": peak_memory_mib(),
-            "cost/features_mib": features.cached_bytes / 2**20,
-            **load,
-        }
-        return [
-            {
-                **shared,
-                "cost/train_s": trainer.train_s + trainer.trunk_s,
-                "cost/train_cpu_s": (trainer.train_cpu_s + trainer.trunk_cpu_s) * cores,
-                "cost/head_s": trainer.train_s,
-                "cost/head_cpu_s": trainer.train_cpu_s * cores,
-                "cost/trunk_s": trainer.trunk_s,
-                "cost/trunk_cpu_s": trainer.trunk_cpu_s * cores,
-                "cost/head_params": trainer.model.num_params,
-            }
-            for _, trainer in trained
-        ]
-
-
-def _log(
-    one: ActiveRun,
-    folder: TemporaryFolder,
-    drawn: dict[str, Future[bytes]],
-    metrics: dict[str, float],
-    tags: dict[str, str],
-    out: Outcome,
-) -> None:
-    """Logs an evaluated run, once its pictures are drawn; writes the status ``finished`` last."""
-    with folder:
-        pictures = {name: picture.result() for name, picture in drawn.items()}
-        with os_errors_as(f"writing a run's pictures to {folder.name}"):
-            artifacts.write_pictures(Path(folder.name), pictures)
-        one.run.log_artifacts(Path(folder.name))
-    one.run.end("finished", metrics=metrics, tags=tags)
-    checkpoints.delete_checkpoint(one.checkpoint)
-    out.finished[one.name] = RunState(run_id=one.run.run_id, name=one.name, status="finished", metrics=metrics)
-
-
-def _close(opened: contextlib.ExitStack, logged: Sequence[Future[None]]) -> None:
-    """Closes the runs of a cohort. Where one could not be logged, it and those that are not ended have failed."""
-    with opened:
-        for job in logged:
-            job.result()
-
-
-def _load_metric(name: str, load: SystemLoad) -> dict[str, float]:
-    """The load by other processes as a metric; empty if unknown."""
-    return {} if (pct := load.others_pct()) is None else {name: pct}

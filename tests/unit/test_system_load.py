@@ -17,7 +17,7 @@ from cellbench.reporting.leaderboard import leaderboard_rows
 from cellbench.reporting.model_groups import group_models
 from cellbench.reporting.verdict import describe_costs_load
 from cellbench.system_load import SystemLoad
-from cellbench.training import cost_estimate
+from cellbench.training import measured_cost
 
 Times = namedtuple("Times", "user nice system idle iowait steal guest")
 
@@ -56,7 +56,7 @@ def test_too_short_a_time_has_no_load(monkeypatch):
 
 def test_waiting_costs_wall_seconds_and_no_processor_seconds():
     machine = SimpleNamespace(wait=lambda: None)
-    wall_s, cpu_s = cost_estimate._spent(lambda: time.sleep(0.02), machine)
+    wall_s, cpu_s = measured_cost.spent(lambda: time.sleep(0.02), machine)
     assert wall_s >= 0.02
     assert cpu_s < 0.01
 
@@ -83,27 +83,27 @@ def world(place: str, pass_s: list[float], backbone_s: float):
 
 def test_what_is_timed_in_less_than_a_second_is_timed_again_without_the_cold_first_pass(monkeypatch):
     made, features, segment = world("streamed", [0.8, 0.3, 0.3, 0.3, 0.3], 0.1)
-    monkeypatch.setattr(cost_estimate, "segment_images", segment)
-    monkeypatch.setattr(cost_estimate, "MEASURED_S", 1.0)
+    monkeypatch.setattr(measured_cost, "segment_images", segment)
+    monkeypatch.setattr(measured_cost, "MEASURED_S", 1.0)
     list(segment([made]))  # the test itself: 0.9 s
-    (speed,) = cost_estimate.inference_speeds([made], features)
+    (speed,) = measured_cost.inference_speeds([made], features)
     assert (speed.wall_s, speed.cpu_s) == pytest.approx((0.4 / 4, 0.2 / 4))
 
 
 def test_what_takes_a_second_is_timed_once(monkeypatch):
     made, features, segment = world("streamed", [0.9], 0.1)
-    monkeypatch.setattr(cost_estimate, "segment_images", segment)
-    monkeypatch.setattr(cost_estimate, "MEASURED_S", 1.0)
+    monkeypatch.setattr(measured_cost, "segment_images", segment)
+    monkeypatch.setattr(measured_cost, "MEASURED_S", 1.0)
     list(segment([made]))
-    (speed,) = cost_estimate.inference_speeds([made], features)
+    (speed,) = measured_cost.inference_speeds([made], features)
     assert speed.wall_s == pytest.approx(1 / 4)
 
 
 def test_cached_features_do_not_hide_the_time_of_the_backbone(monkeypatch):
     made, features, segment = world("on disk", [2.0], 0.0)
-    monkeypatch.setattr(cost_estimate, "segment_images", segment)
+    monkeypatch.setattr(measured_cost, "segment_images", segment)
     list(segment([made]))
-    (speed,) = cost_estimate.inference_speeds([made], features)
+    (speed,) = measured_cost.inference_speeds([made], features)
     assert speed.wall_s >= 2.0 / 4 + 3 * 0.01 / 2  # three tiles an image, of chunks of two
 
 
