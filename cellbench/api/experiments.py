@@ -21,7 +21,8 @@ from cellbench.execution.external import check_name, open_test_images, score_mas
 from cellbench.features.cache_admin import parse_cache
 from cellbench.inference.committee import open_experiment
 from cellbench.tracking import store_address
-from cellbench.tracking.tracker import Tracker, newest_experiment
+from cellbench.tracking.store import newest_experiment
+from cellbench.tracking.tracker import Tracker
 
 Place = str | os.PathLike[str]
 """A path."""

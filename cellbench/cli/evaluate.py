@@ -32,8 +32,9 @@ from cellbench.metrics.pixel import nan_mean, per_image_scores
 from cellbench.reporting.counts import count_metrics, describe_counts
 from cellbench.reporting.plots.example import draw_example
 from cellbench.temporary import TemporaryFolder
+from cellbench.tracking.open_run import Run
 from cellbench.tracking.schema import EVALUATED, EVALUATION, INDEPENDENT, NOTE, SEEN
-from cellbench.tracking.tracker import Run, Tracker
+from cellbench.tracking.tracker import Tracker
 
 
 def evaluate(options: EvaluateOptions) -> int:

@@ -13,7 +13,8 @@ from cellbench.reporting.render import write_report_files
 from cellbench.reporting.report import report_dir
 from cellbench.reporting.sections import build_report
 from cellbench.tracking import relocate, store_address
-from cellbench.tracking.tracker import Tracker, newest_experiment
+from cellbench.tracking.store import newest_experiment
+from cellbench.tracking.tracker import Tracker
 
 
 def report(options: ReportOptions) -> int:

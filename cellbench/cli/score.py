@@ -15,7 +15,8 @@ from cellbench.inference.committee import open_experiment
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.counts import describe_counts
 from cellbench.reporting.verdict import describe_external
-from cellbench.tracking.tracker import Tracker, newest_experiment
+from cellbench.tracking.store import newest_experiment
+from cellbench.tracking.tracker import Tracker
 
 
 def score(options: ScoreOptions) -> int:

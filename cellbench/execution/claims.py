@@ -17,8 +17,9 @@ from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.run_logger import TrialCallback
 from cellbench.liveness import describe_owner
 from cellbench.tracking.offline_queue import CallRejectedError, NotFoundError, TakenOverError
+from cellbench.tracking.open_run import Run
 from cellbench.tracking.schema import LIMIT, WEIGHTS, RunRecord, RunState, run_params
-from cellbench.tracking.tracker import Run, Tracker
+from cellbench.tracking.tracker import Tracker
 from cellbench.training import checkpoints
 
 
@@ -78,7 +79,7 @@ class RunClaims:
 
     def tidy(self, resolved: ResolvedRun, ended: RunState) -> None:
         """Removes the checkpoint of an ended run, where a process was killed after it ended the run."""
-        key = Run(run_id=ended.run_id, _tracker=self.tracker).key
+        key = self.tracker.reopen(ended).key
         checkpoints.delete_checkpoint(checkpoints.checkpoint_path(resolved.fingerprint, key))
 
     def skip(self, resolved: ResolvedRun, old: RunState | None) -> None:

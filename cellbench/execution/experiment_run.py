@@ -32,7 +32,8 @@ from cellbench.execution.wanted_tests import describe_tests
 from cellbench.hardware import Hardware
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request, write_report
-from cellbench.tracking.tracker import Run, Tracker
+from cellbench.tracking.open_run import Run
+from cellbench.tracking.tracker import Tracker
 
 Say = Callable[[str], None]
 """Takes a message of one line."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cellbench.execution.planning import ResolvedRun
-from cellbench.tracking.tracker import Run
+from cellbench.tracking.open_run import Run
 from cellbench.training import checkpoints
 
 

@@ -24,7 +24,8 @@ from cellbench.metrics.training_features import TrainingFeatures
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet
 from cellbench.tracking import store_address
-from cellbench.tracking.tracker import Tracker, newest_experiment
+from cellbench.tracking.store import newest_experiment
+from cellbench.tracking.tracker import Tracker
 
 MOST = 5
 """Models that are asked: more cost more passes of a backbone, and agree ever more."""

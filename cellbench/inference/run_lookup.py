@@ -35,7 +35,8 @@ from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import describe_limit, describe_sizes, name_words
 from cellbench.tracking import store_address
 from cellbench.tracking.schema import CALIBRATION, EVALUATION, LIMIT, MEMBERS, SEEN, TRAINING_FEATURES, WEIGHTS, RunRecord
-from cellbench.tracking.tracker import Tracker, all_experiments, experiment_of, newest_experiment
+from cellbench.tracking.store import all_experiments, experiment_of, newest_experiment
+from cellbench.tracking.tracker import Tracker
 
 R = TypeVar("R", bound=StoredRecord)
 

@@ -31,8 +31,9 @@ from cellbench.reporting.verdict import describe_ranking_rule
 from cellbench.temporary import TemporaryFolder
 from cellbench.tracking import model_registry, ui_view
 from cellbench.tracking.client import command_line
+from cellbench.tracking.open_run import Run
 from cellbench.tracking.schema import NOTE, to_record
-from cellbench.tracking.tracker import Run, Tracker
+from cellbench.tracking.tracker import Tracker
 
 SUMMARY_FILE = "leaderboard.json"
 REPORTED_RUNS = "cellbench.concluded"

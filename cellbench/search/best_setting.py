@@ -14,7 +14,7 @@ from cellbench.hardware import Hardware
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import write_report
 from cellbench.search.study import Study
-from cellbench.tracking.tracker import Run
+from cellbench.tracking.open_run import Run
 
 
 def test_best(space: Space, study: Study, runner: Runner, machine: Hardware, run: Run, request: RunRequest, executor: Executor) -> int:

@@ -46,8 +46,9 @@ from cellbench.search import results as search_results
 from cellbench.search.study import DEFAULT, Study
 from cellbench.search.worker import SearchProgress, SearchWorker
 from cellbench.tracking import relocate
+from cellbench.tracking.open_run import Run
 from cellbench.tracking.store_address import absolute
-from cellbench.tracking.tracker import Run, Tracker
+from cellbench.tracking.tracker import Tracker
 
 
 @dataclass(kw_only=True)

@@ -10,8 +10,9 @@ from cellbench.config.search_space import Space
 from cellbench.search.plots import write_trials
 from cellbench.search.study import CompletedTrial, Study
 from cellbench.temporary import TemporaryFolder
+from cellbench.tracking.open_run import Run
 from cellbench.tracking.schema import STATE, STATUS, STUDY
-from cellbench.tracking.tracker import Run, Tracker
+from cellbench.tracking.tracker import Tracker
 
 
 def sync_study(study: Study, tracker: Tracker) -> list[str]:

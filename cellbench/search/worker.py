@@ -14,8 +14,8 @@ from cellbench.execution.planning import ResolvedRun, resolve_tree
 from cellbench.execution.progress import Progress, Report, no_report
 from cellbench.execution.runner import Runner
 from cellbench.search.study import RUN_ID, SAME, CompletedTrial, ProposedTrial, Study
+from cellbench.tracking.open_run import Run
 from cellbench.tracking.schema import STUDY, TRIAL, run_params
-from cellbench.tracking.tracker import Run
 
 
 class SearchProgress(Progress):

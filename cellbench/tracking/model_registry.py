@@ -16,7 +16,8 @@ from cellbench.files import os_errors_as
 from cellbench.temporary import TemporaryFolder
 from cellbench.tracking.offline_queue import NotFoundError
 from cellbench.tracking.schema import CALIBRATION, EXPERIMENT, FINGERPRINT, MODEL, NOTE, VERDICT, RunRecord
-from cellbench.tracking.tracker import Tracker, pages
+from cellbench.tracking.store import pages
+from cellbench.tracking.tracker import Tracker
 
 EPOCH_METRICS = ("train/loss", "val/loss", "val/dice", "val/iou", "lr")
 """Metrics with one value per epoch; all other metrics of a run have one value."""
@@ -52,7 +53,7 @@ def _register(tracker: Tracker, run: RunRecord, verdict: str, more: str) -> str:
             write_model_files(Path(name), tracker, run, model.model_id)
             client.log_model_artifacts(model.model_id, name)
         client.log_outputs(run.run_id, [entities.LoggedModelOutput(model.model_id, step=best)])
-        tracker.log(run.run_id, _metrics(tracker, run, model.model_id, best), tags={MODEL: model.model_id})
+        tracker.reopen(run).write(_metrics(tracker, run, model.model_id, best), tags={MODEL: model.model_id})
     except CellbenchError:
         client.finalize_logged_model(model.model_id, "FAILED")
         raise

@@ -1,7 +1,6 @@
-"""An experiment in MLflow and its runs: opens, logs, ends and finds them.
+"""An experiment in MLflow and its runs: opens, ends and finds them.
 
-No tracking URI is ever set: MLflow's default (``./mlflow.db`` and ``./mlruns/``) or ``MLFLOW_TRACKING_URI`` applies, so that a plain
-``mlflow ui`` shows the runs. All runs of a cohort are open at once, so MLflow's active run (one per thread) is not used.
+All runs of a cohort are open at once, so MLflow's active run (one per thread) is not used.
 """
 
 from __future__ import annotations
@@ -9,36 +8,30 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import logging
-import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlparse
+from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line, redact_passwords, unknown_name
-from cellbench.escaping import readable
 from cellbench.files import file_name, make_folder, os_errors_as, to_nfc
-from cellbench.liveness import HEARTBEAT_S, STALE_S, describe_owner, this_owner
+from cellbench.liveness import HEARTBEAT_S, this_owner
 from cellbench.temporary import TemporaryFolder
-from cellbench.tracking import relocate, sqlite_store, store_address, ui_view
-from cellbench.tracking.availability import wait_for_database
-from cellbench.tracking.client import ResilientClient, to_error
-from cellbench.tracking.offline_queue import AlreadyExistsError, NotFoundError, TakenOverError
+from cellbench.tracking import sqlite_store, store_address, ui_view
+from cellbench.tracking.client import to_error
+from cellbench.tracking.offline_queue import AlreadyExistsError, NotFoundError
+from cellbench.tracking.open_run import Run
 from cellbench.tracking.schema import (
     DATA,
     EXPERIMENT,
     FINGERPRINT,
     HEARTBEAT,
     KIND,
-    LIMIT,
     NOTE,
     OWNER,
     PARENT,
@@ -49,20 +42,11 @@ from cellbench.tracking.schema import (
     RunState,
     to_record,
 )
+from cellbench.tracking.store import open_store, pages
 from cellbench.tracking.store_lock import store_lock
 
-for _noisy in (
-    "mlflow.store.db.utils", "mlflow.store.db_migrations", "mlflow.system_metrics", "alembic", "alembic.runtime.migration",
-    "urllib3.connectionpool",
-):  # fmt: skip
-    logging.getLogger(_noisy).setLevel(logging.CRITICAL)  # their errors are raised as well, and reported in one line
-
-MAX_METRICS_PER_CALL = 800
-"""MLflow accepts at most 1,000 metrics, params and tags per call."""
 MAX_IDS_PER_SEARCH, MAX_SEARCHES = 200, 30
 """Runs named in one search, which MLflow reads in one query; and fingerprints up to which a server is asked for each instead of for all runs."""
-SAMPLE_S, SAMPLES_PER_VALUE = 20.0, 15
-"""How often the machine's load is measured, and how many samples are averaged into one logged value: one every five minutes."""
 
 
 class Tracker:
@@ -70,7 +54,7 @@ class Tracker:
 
     def __init__(self, experiment: str, *, make: bool = True) -> None:
         self.name = to_nfc(experiment)
-        with _store(make) as (self.mlflow, self.client):
+        with open_store(make) as (self.mlflow, self.client):
             self.experiment_id = self._experiment(make)
             self.client.send_abandoned()
 
@@ -201,27 +185,17 @@ class Tracker:
         self.client.set_tag(run.run_id, STATUS, "interrupted")
         self.client.set_terminated(run.run_id, TERMINAL["interrupted"])
 
-    def log(
-        self, run_id: str, metrics: Sequence[Any], *, params: Mapping[str, object] | None = None, tags: Mapping[str, str] | None = None
-    ) -> None:
-        """Logs metrics, params and tags of a run in as few calls as possible."""
-        entities = self.mlflow.entities
-        while len(metrics) > MAX_METRICS_PER_CALL:
-            self.client.log_batch(run_id, metrics=metrics[:MAX_METRICS_PER_CALL])
-            metrics = metrics[MAX_METRICS_PER_CALL:]
-        given = [entities.Param(name, readable(str(value))) for name, value in (params or {}).items()]
-        self.client.log_batch(
-            run_id, metrics=metrics, params=given, tags=[entities.RunTag(name, readable(value)) for name, value in (tags or {}).items()]
-        )
-
     def attach(self, run: RunRecord, folder: Path) -> None:
         """Logs everything below a folder as artifacts of a run that has ended."""
         with os_errors_as("keeping a report in MLflow"):
             self.client.log_artifacts(run.run_id, str(folder))
 
-    def reopen(self, run: RunRecord) -> Run:
+    def reopen(self, run: RunState) -> Run:
         """A run that has ended, to log more to it."""
-        return Run(run_id=run.run_id, _tracker=self)
+        return self._run(run.run_id)
+
+    def _run(self, run_id: str) -> Run:
+        return Run(run_id=run_id, _mlflow=self.mlflow, _client=self.client)
 
     def describe(self, markdown: str, columns: Sequence[str], search: str = "") -> None:
         """Sets the experiment's description in MLflow's UI, and its view: metrics as ``columns``, runs filtered by ``search``."""
@@ -266,7 +240,7 @@ class Tracker:
             run_id = known.run_id
             self.client.update_run(run_id, status="RUNNING")
             self.client.log_batch(run_id, tags=[self.mlflow.entities.RunTag(k, v) for k, v in {**all_tags, REASON: ""}.items()])
-        run = Run(run_id=run_id, _tracker=self)
+        run = self._run(run_id)
         try:
             with self._heartbeat(run):
                 yield run
@@ -302,7 +276,7 @@ class Tracker:
             while not over.wait(HEARTBEAT_S):
                 with contextlib.suppress(CellbenchError):  # a full or locked store stops the run where its scores are logged
                     run.require_ownership()
-                    self.log(run.run_id, (), tags={HEARTBEAT: str(time.time())})
+                    run.write((), tags={HEARTBEAT: str(time.time())})
                     run.alive_s = time.time()
 
         threading.Thread(target=beat, daemon=True, name="heartbeat").start()
@@ -312,182 +286,6 @@ class Tracker:
             over.set()
 
 
-@dataclass
-class Run:
-    """One open run in MLflow."""
-
-    run_id: str
-    _tracker: Tracker
-    ended: str = ""
-    alive_s: float = field(default_factory=time.time)
-    """The last sign of life, in seconds since 1970."""
-    _buffer: list[Any] = field(default_factory=list)
-
-    def require_ownership(self) -> None:
-        """Raises TakenOverError if another process took the run over, which it may after a long silence of this one."""
-        if abs(time.time() - self.alive_s) < STALE_S:
-            return
-        owner = self._tracker.client.get_run(self.run_id).data.tags.get(OWNER, "")
-        if owner != this_owner():
-            raise TakenOverError(f"taken over by {describe_owner(owner)} after a long silence of this process")
-        self.alive_s = time.time()
-
-    def buffer(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics, such as those of an epoch, to the next :meth:`log`, since each commit costs milliseconds."""
-        self._buffer += self._metrics(metrics, step)
-
-    @property
-    def key(self) -> str:
-        """Identifies this run and its store, because a copied project has runs with the same ids."""
-        uri = self._tracker.mlflow.get_tracking_uri()
-        return f"{store_address.store_file(uri) or uri} {self.run_id}"
-
-    def steps(self, metric: str) -> set[int]:
-        """The steps at which the store holds a value of a metric."""
-        return {one.step for one in self._tracker.client.get_metric_history(self.run_id, metric)}
-
-    def log(
-        self,
-        metrics: Mapping[str, float],
-        *,
-        params: Mapping[str, object] | None = None,
-        tags: Mapping[str, str] | None = None,
-        step: int = 0,
-    ) -> None:
-        """Logs the buffered metrics and these metrics, params and tags in one commit."""
-        self.require_ownership()
-        values, self._buffer = [*self._buffer, *self._metrics(metrics, step)], []
-        self._tracker.log(self.run_id, values, params=params, tags=tags)
-
-    def _metrics(self, metrics: Mapping[str, float], step: int) -> list[Any]:
-        now = int(time.time() * 1000)
-        return [self._tracker.mlflow.entities.Metric(name, float(value), now, step) for name, value in metrics.items()]
-
-    def log_input(self, name: str, digest: str, source: str, context: str) -> None:
-        """Logs the dataset by name and digest, without reading it."""
-        entities = self._tracker.mlflow.entities
-        dataset = entities.Dataset(name=name, digest=digest, source_type="local", source=json.dumps({"uri": source}))
-        self._tracker.client.log_inputs(
-            self.run_id, datasets=[entities.DatasetInput(dataset, tags=[entities.InputTag("mlflow.data.context", context)])]
-        )
-
-    @contextlib.contextmanager
-    def system_metrics(self) -> Iterator[None]:
-        """Logs CPU, memory, disk, network and GPU metrics of this machine to the run inside ``with``, by MLflow's monitor."""
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        monitor = SystemMetricsMonitor(self.run_id, SAMPLE_S, SAMPLES_PER_VALUE, resume_logging=True)
-        monitor.start()
-        try:
-            yield
-        finally:
-            monitor.finish()
-            # MLflow drops the samples since its last value: all of them in a short run.
-            rest = {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
-            with contextlib.suppress(CellbenchError):  # a full or locked store stops the run where its scores are logged
-                self.log(rest, step=monitor._logging_step)
-
-    def address(self, name: str) -> str:
-        """URL of an artifact in the UI, for figures in notes."""
-        return f"get-artifact?path={quote(name)}&run_uuid={self.run_id}"
-
-    def log_artifacts(self, folder: Path) -> None:
-        """Logs everything below a folder, under the same names."""
-        with os_errors_as("keeping a run's artifacts"):
-            self._tracker.client.log_artifacts(self.run_id, str(folder))
-
-    def log_text(self, name: str, text: str) -> None:
-        """Logs a text as an artifact."""
-        with TemporaryFolder() as folder:
-            with os_errors_as(f"writing {name} to {folder}"):
-                (Path(folder) / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-            self.log_artifacts(Path(folder))
-
-    def end(
-        self, status: str, reason: str = "", *, metrics: Mapping[str, float] | None = None, tags: Mapping[str, str] | None = None
-    ) -> None:
-        """Ends the run, once, with its last metrics and tags.
-
-        MLflow writes metrics before tags, so our status comes last. It is written before MLflow's own status, so after a crash between the two
-        the run still counts as finished.
-        """
-        if self.ended:
-            return
-        self.log(metrics or {}, tags={**(tags or {}), STATUS: status, REASON: reason[:4000]})
-        self.ended = status
-        self._tracker.client.set_terminated(self.run_id, TERMINAL[status])
-
-
-def newest_experiment(*, whole: bool = False) -> str | None:
-    """The experiment with the newest finished run of cellbench in MLflow's store; None if there is none.
-
-    ``whole``: runs on part of their data (``--limit``) count only if there are no others.
-    """
-    client = _reader()
-    names = {one.experiment_id: one.name for one in client.search_experiments()}
-    newest, order = None, ["attributes.start_time DESC"]
-    for run in pages(client.search_runs, list(names), f"tags.`{STATUS}` = 'finished'", order_by=order, max_results=100):
-        # Grids, evaluations and explorations are no models. Filtered here: servers of an older MLflow do not know IS NULL.
-        if not (record := to_record(run)).is_parent:
-            newest = newest or run
-            if not whole or LIMIT not in record.tags:
-                newest = run
-                break
-    return None if newest is None else names[newest.info.experiment_id]
-
-
-def all_experiments() -> list[str]:
-    """The names of all experiments in MLflow's store."""
-    return [one.name for one in _reader().search_experiments()]
-
-
-def experiment_of(run_id: str) -> str | None:
-    """The name of the experiment that a run belongs to; None if no run has this id."""
-    if not re.fullmatch(r"[0-9a-f]{32}", run_id):  # a run's name may contain quotes, so it must not enter a query
-        return None
-    client = _reader()
-    with contextlib.suppress(NotFoundError):
-        return client.get_experiment(client.get_run(run_id).info.experiment_id).name
-    return None
-
-
-def _reader() -> ResilientClient:
-    """The store's client, for functions that must not create one."""
-    with _store(make=False) as (_, client):
-        return client
-
-
-_relocated: set[Path | None] = set()
-"""Stores whose paths this process has checked."""
-
-
-@contextlib.contextmanager
-def _store(make: bool) -> Iterator[tuple[Any, ResilientClient]]:
-    """MLflow and the client of its store, which is locked inside ``with``. Raises CellbenchError."""
-    import mlflow  # 1 to 2 s, too long for `--help` and `list`
-
-    uri = mlflow.get_tracking_uri()
-    if (file := store_address.store_file(uri)) not in _relocated:  # before anything is logged: a copy must not write into its original
-        for line in relocate.fix_artifact_paths(uri):
-            warn(line)
-        _relocated.add(file)
-    wait_for_database(uri, "MLflow's database")
-    with os_errors_as("opening MLflow's store here"), store_lock(uri):  # concurrent creation broke the store in 5 of 5 tests
-        client = sqlite_store.open_or_create(mlflow, make)
-        yield mlflow, client
-
-
 def _path(uri: str) -> str:
     """The path of a ``file:`` URI, or of a plain path."""
     return url2pathname(urlparse(uri).path) if uri.startswith("file:") else uri
-
-
-def pages(search: Callable[..., Any], *arguments: Any, **named: Any) -> Iterator[Any]:
-    """The results of all pages of one of MLflow's searches."""
-    token = None
-    while True:
-        page = search(*arguments, **named, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return

@@ -20,7 +20,7 @@ from cellbench.features.token_maps import cosine_map, feature_maps, pca_rgb
 from cellbench.models.backbones.build import open_backbone
 from cellbench.reporting.plots import dataset as dataset_plots
 from cellbench.run import main
-from cellbench.tracking.tracker import newest_experiment
+from cellbench.tracking.store import newest_experiment
 from cellbench.training.memory_check import _step_bytes
 
 WAYS = [("tile", 1.0), ("tile", 2.0), ("tile", 0.5), ("pad", 1.0), ("resize", 1.0)]

@@ -23,8 +23,9 @@ from cellbench.files import cache_dir
 from cellbench.run import main
 from cellbench.tracking import store_lock
 from cellbench.tracking.client import ResilientClient, is_unavailable
+from cellbench.tracking.store import experiment_of
 from cellbench.tracking.store_lock import _server_lock
-from cellbench.tracking.tracker import Tracker, experiment_of
+from cellbench.tracking.tracker import Tracker
 
 FEW = ["--set", "grid.seed=[0]", "--set", 'grid.backbone=["vit-tiny-random"]', "--set", "baselines=[]"]
 
@@ -82,7 +83,8 @@ def test_unsent_calls_of_a_killed_process_are_sent_by_the_next_one(tmp_path, mon
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
     code = """
 import os, pathlib, sys
-from cellbench.tracking.tracker import Tracker, experiment_of
+from cellbench.tracking.store import experiment_of
+from cellbench.tracking.tracker import Tracker
 pathlib.Path("files/figures").mkdir(parents=True)
 pathlib.Path("files/figures/a.txt").write_text("seen")
 with Tracker("small").run("one", "f1") as run:

@@ -35,7 +35,8 @@ from cellbench.run import main
 from cellbench.statistics.bootstrap import mean_interval
 from cellbench.tracking import ui_view
 from cellbench.tracking.schema import DATA, LIMIT, RunRecord
-from cellbench.tracking.tracker import Tracker, newest_experiment
+from cellbench.tracking.store import newest_experiment
+from cellbench.tracking.tracker import Tracker
 
 
 def results():

@@ -17,7 +17,8 @@ import pytest
 from cellbench.errors import CellbenchError
 from cellbench.files import cache_dir
 from cellbench.tracking import sqlite_store
-from cellbench.tracking.tracker import Tracker, newest_experiment
+from cellbench.tracking.store import newest_experiment
+from cellbench.tracking.tracker import Tracker
 
 OTHER = """
 import mlflow, sys

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from cellbench.execution.claims import ActiveRun, Outcome, RunClaims
+from cellbench.tracking import open_run
 from cellbench.tracking import tracker as tracker_module
 from cellbench.tracking.offline_queue import TakenOverError
 from cellbench.tracking.tracker import Tracker
@@ -62,8 +63,8 @@ def test_a_run_whose_scores_mlflow_refuses_has_failed(tracker):
 
 
 def test_a_run_logs_the_load_of_its_machine_by_mlflows_own_monitor(tracker, monkeypatch):
-    monkeypatch.setattr(tracker_module, "SAMPLE_S", 0.02)
-    monkeypatch.setattr(tracker_module, "SAMPLES_PER_VALUE", 2)
+    monkeypatch.setattr(open_run, "SAMPLE_S", 0.02)
+    monkeypatch.setattr(open_run, "SAMPLES_PER_VALUE", 2)
     with tracker.run("one", "one") as run:
         for _ in range(2):  # the second time as if the run was resumed
             with run.system_metrics():
